@@ -1,0 +1,195 @@
+"""Every knob there is, with its default; the other files change only what differs.
+
+    python launch/train.py --config=configs/tiny.py --config.steps=20 --config.reward.arm=rule
+
+Sizes are in tokens unless they say otherwise.  An empty string means "none".
+"""
+
+from ml_collections import ConfigDict
+
+
+def model_source() -> ConfigDict:
+    """Where a model comes from, and how it computes."""
+    c = ConfigDict()
+    # A Hugging Face directory, a hub id, a .gguf file, "package:NAME/FILE.gguf" (a file inside an installed
+    # Python package), or "random" for fresh weights of the shape in `arch`.
+    c.weights = "random"
+    c.tokenizer = ""  # a directory, a hub id or a .model file; "" takes the one that comes with the weights
+    c.num_layers = 0  # keep only the first layers of the trunk; 0 keeps all
+    c.dtype = "float32"  # compute type: float32 or bfloat16 (master weights are always float32)
+    c.arch = arch()
+    return c
+
+
+def trained_model() -> ConfigDict:
+    """A model that is updated."""
+    c = model_source()
+    c.remat = True  # recompute each layer's activations in the backward pass
+    return c
+
+
+def arch() -> ConfigDict:
+    """The shape of a model made from scratch (weights = "random")."""
+    c = ConfigDict()
+    c.family = "llama"  # llama or qwen2 (qwen2 has biases on q, k and v)
+    c.layers = 2
+    c.vocab_size = 640  # pieces of the sentencepiece model that is trained for it
+    c.width = 128
+    c.heads = 4
+    c.kv_heads = 2
+    c.head_dim = 32
+    c.ffn = 384
+    c.rope_theta = 10000.0
+    c.tied = True  # the output head is the embedding, transposed
+    return c
+
+
+def optimiser(lr: float, warmup_steps: int) -> ConfigDict:
+    """AdamW with a linear warm-up, then constant."""
+    c = ConfigDict()
+    c.lr = lr
+    c.warmup_steps = warmup_steps
+    c.b1 = 0.9
+    c.b2 = 0.999
+    c.eps = 1e-8
+    c.weight_decay = 0.01
+    c.clip_norm = 1.0  # of the global gradient norm
+    return c
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "base"
+    c.seed = 0
+    c.steps = 180  # Cooper steps in all; a resumed run counts those already done
+    c.run_dir = ""  # "" is runs/<name>
+    c.resume = True  # go on from the newest checkpoint in run_dir; False refuses a run_dir that holds one
+
+    # --- problems ---
+    c.data = ConfigDict()
+    c.data.train = ""  # a file, or a tensorflow-datasets name; "" with format "synthetic"
+    # auto | gsm8k | svamp | math500 | olympiadbench | odyssey | jsonl | parquet | tfds | synthetic
+    c.data.format = "auto"
+    c.data.eval = ""  # problems held out for evaluation; "" with a train file: no periodic evaluation
+    c.data.eval_format = "auto"
+    c.data.question_key = "question"  # column names for jsonl, parquet and tfds
+    c.data.reference_key = "answer"
+    c.data.solution_key = ""  # a column with worked solutions, where there is one
+    c.data.tfds_dir = ""  # where tensorflow-datasets' prepared data lie; "" is its default
+    c.data.split = "train"  # the tensorflow-datasets split
+    c.data.eval_split = "test"
+    c.data.instruction = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    c.data.chat = True  # wrap prompts in the tokenizer's chat template
+    c.data.prompts_per_step = 128  # B
+    c.data.max_prompt_tokens = 512  # longer prompts are dropped and counted
+    c.data.bucket = 64  # widths of batches are rounded up to a multiple of this
+    c.data.synthetic_size = 4096  # distinct synthetic training problems
+
+    # --- sampling ---
+    c.rollout = ConfigDict()
+    c.rollout.group_size = 16  # G
+    c.rollout.max_new_tokens = 512
+    c.rollout.temperature = 1.0
+    c.rollout.top_k = 0  # 0: off
+    c.rollout.top_p = 1.0  # 1: off
+    c.rollout.max_rows = 0  # rows decoded at once, at most; 0: all
+    c.rollout.segment = 64  # tokens decoded between two looks of the host at whether all have ended
+    c.rollout.dtype = "float32"  # of the rollout's weights and KV cache
+
+    # --- policy wing ---
+    c.policy = trained_model()
+    c.policy.optimiser = optimiser(lr=1e-6, warmup_steps=20)
+    c.policy.std_normalise = True  # divide advantages by the group's standard deviation (Dr. GRPO: False)
+    c.policy.std_eps = 1e-6
+    c.policy.std_floor = 0.0  # the standard deviation is at least this
+    c.policy.aggregation = "token_mean"  # token_mean | sequence_mean | sequence_sum (Dr. GRPO)
+    c.policy.clip_low = 0.2
+    c.policy.clip_high = 0.2
+    c.policy.dual_clip = 3.0  # bound on ratio * |advantage| for negative advantages; 0: off
+    c.policy.kl_coef = 0.001
+    c.policy.kl_estimator = "k3"  # k1 | k2 | k3
+    c.policy.kl_clamp = 10.0  # bound on the estimate of each token; 0: off
+    c.policy.epochs = 1  # passes over a step's rollouts
+    c.policy.minibatches = 1  # optimiser updates a pass
+    c.policy.microbatch = 64  # rows in one forward and backward pass
+
+    # --- reward wing ---
+    c.reward = trained_model()
+    c.reward.arm = "cooper"  # rule | model (reward model frozen) | cooper
+    c.reward.optimiser = optimiser(lr=1e-5, warmup_steps=0)
+    c.reward.max_tokens = 2048  # a reward-model input; longer completions are cut inside, ends kept
+    c.reward.microbatch = 64
+    c.reward.pair_loss = "logit"  # logit (as released) | sigmoid (on the rewards themselves)
+    c.reward.allow_untrained_head = False  # let train.py use a score head that nobody has trained
+
+    c.pairs = ConfigDict()
+    c.pairs.per_prompt = 1  # positives drawn a prompt, at most
+    c.pairs.tries = 3  # requests to the assistant before a pair is masked
+    c.pairs.length_ratio = 2.0  # a negative is at most this much longer or shorter (characters)
+
+    c.rule = ConfigDict()
+    c.rule.workers = 2  # math-verify processes
+    c.rule.timeout = 5.0  # seconds a verdict
+    c.rule.retry_timeout = 20.0  # seconds of the one further try, alone
+    c.rule.memory_mb = 2048  # of one worker
+
+    # --- assistant ---
+    c.assistant = model_source()
+    c.assistant.kind = "corrupt"  # local (our rollout) | openai (a server) | corrupt (seeded number edits)
+    c.assistant.url = ""  # openai: the server's base address, http://HOST:PORT/v1
+    c.assistant.model = ""  # openai: the model's name there
+    c.assistant.key_env = "OPENAI_API_KEY"  # the environment variable that holds the key
+    c.assistant.concurrency = 16
+    c.assistant.timeout = 60.0  # seconds a request
+    c.assistant.retries = 3  # on connection errors, 429 and 5xx, with back-off
+    c.assistant.max_new_tokens = 512
+    c.assistant.temperature = 0.7
+    c.assistant.top_p = 0.95
+
+    # --- supervised phases before step 1 ---
+    c.warmup = ConfigDict()
+    c.warmup.policy_steps = 0  # imitation of worked solutions
+    c.warmup.policy_batch = 64
+    c.warmup.policy_corrupt = 0.0  # share of demonstrations with a corrupted step (synthetic problems)
+    c.warmup.policy_optimiser = optimiser(lr=1e-3, warmup_steps=50)
+    c.warmup.reward_steps = 0  # binary cross-entropy on labelled triples
+    c.warmup.reward_batch = 64
+    # JSONL of question, reference_answer, completion, label; "" builds triples from worked solutions
+    c.warmup.reward_data = ""
+    c.warmup.reward_optimiser = optimiser(lr=1e-3, warmup_steps=50)
+
+    # --- devices ---
+    c.mesh = ConfigDict()
+    c.mesh.data = 1
+    c.mesh.fsdp = -1
+    c.mesh.tensor = 1
+    # Logical axis -> mesh axis, first that fits (None replicates).
+    c.mesh.rules = (
+        ("batch", ("data", "fsdp")),
+        ("vocab", "tensor"),
+        ("vocab", None),
+        ("embed", "fsdp"),
+        ("embed", None),
+        ("heads", "tensor"),
+        ("kv_heads", "tensor"),
+        ("kv_heads", None),
+        ("ffn", "tensor"),
+        ("layers", None),
+        ("head_dim", None),
+    )
+
+    # --- what is kept ---
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 20  # steps
+    c.checkpoint.keep = 2  # newest ones; 0 keeps all
+    c.eval = ConfigDict()
+    c.eval.every = 20  # steps; 0: never
+    c.eval.problems = 256
+    c.eval.samples = 1
+    c.eval.temperature = 1.0
+    c.eval.top_p = 1.0
+    c.log = ConfigDict()
+    c.log.samples_every = 10  # steps between sample dumps
+    c.log.samples = 2  # prompts in a dump
+    c.log.tensorboard = True
+    return c

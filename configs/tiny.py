@@ -1,0 +1,55 @@
+"""Everything from scratch on a laptop's CPU: two-step word arithmetic, a chain of thought, a Cooper run.
+
+    python launch/train.py --config=configs/tiny.py
+    python launch/train.py --config=configs/tiny.py --config.reward.arm=rule --config.run_dir=runs/tiny_rule
+
+Needs nothing from outside: problems are made from the seed, a sentencepiece tokenizer is trained on their words,
+the policy is warmed up by imitation of demonstrations that are often wrong, the reward model by binary
+cross-entropy on labelled ones.
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.name = "tiny"
+    c.steps = 80
+
+    c.data.format = "synthetic"
+    c.data.instruction = ""
+    c.data.chat = False
+    c.data.prompts_per_step = 16
+    c.data.max_prompt_tokens = 64
+    c.data.bucket = 16
+
+    c.rollout.max_new_tokens = 40
+    c.rollout.segment = 8
+
+    for model in (c.policy, c.reward):
+        model.arch.width = 64
+        model.arch.heads = 4
+        model.arch.kv_heads = 2
+        model.arch.head_dim = 16
+        model.arch.ffn = 192
+        model.arch.layers = 3
+        model.remat = False
+        model.microbatch = 256
+    c.policy.optimiser.lr = 1.5e-4
+    c.policy.optimiser.warmup_steps = 5
+    c.reward.optimiser.lr = 5e-4
+    c.reward.max_tokens = 128
+    c.reward.pair_loss = "sigmoid"
+    c.pairs.per_prompt = 2
+    c.assistant.kind = "corrupt"
+
+    c.warmup.policy_steps = 1000
+    c.warmup.policy_batch = 32
+    c.warmup.policy_optimiser.lr = 2e-3
+    c.warmup.policy_corrupt = 0.3
+    c.warmup.reward_steps = 800
+    c.warmup.reward_batch = 32
+
+    c.eval.every = 20
+    c.eval.problems = 256
+    return c

@@ -1,0 +1,388 @@
+"""Builds what a Cooper step needs from a config: problems, both wings, the rule, the assistant.
+
+1. `check` refuses configs that contradict themselves.
+2. `load_problems` reads the training problems and those held out; over-long prompts are dropped and counted.
+3. `build` loads weights and tokenizers, starts the rule's workers, compiles nothing yet, and returns the
+   machinery (`Cooper`, which never changes) apart from the state (`State`, which every step replaces).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from flax import struct
+from ml_collections import ConfigDict
+
+from cooper_jax.data import problems as problem_sets
+from cooper_jax.data import prompts, synthetic
+from cooper_jax.model import tokenizer as tokenizers
+from cooper_jax.model import transformer, weights
+from cooper_jax.model.config import ModelConfig
+from cooper_jax.policy import grpo
+from cooper_jax.reward import assistant as assistants
+from cooper_jax.reward import verifier_model
+from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.rollout import engine
+from cooper_jax.runtime import keys, mesh, optim
+from cooper_jax.types import Completion, Params, Problem, TrainState
+
+ARMS = ("rule", "model", "cooper")
+AT_LEAST_1 = (
+    "steps", "data.prompts_per_step", "data.max_prompt_tokens", "data.bucket", "data.synthetic_size",
+    "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "policy.epochs", "policy.minibatches",
+    "policy.microbatch", "reward.microbatch", "reward.max_tokens", "pairs.per_prompt", "pairs.tries",
+    "warmup.policy_batch", "warmup.reward_batch", "checkpoint.every", "eval.problems", "eval.samples",
+)  # fmt: skip
+AT_LEAST_0 = (
+    "seed", "rollout.max_rows", "warmup.policy_steps", "warmup.reward_steps", "checkpoint.keep", "eval.every",
+    "log.samples", "log.samples_every",
+)  # fmt: skip
+
+
+class SetupError(ValueError):
+    """A config, a file or weights that cannot be used; the message names the field and the fix."""
+
+
+@contextlib.contextmanager
+def boundary(what: str) -> Iterator[None]:
+    """Turn errors at the config and file boundary into one message that says what was being set up."""
+    try:
+        yield
+    except SetupError:
+        raise
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise SetupError(f"{what}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model: static shape and text side.  Its parameters live in the State."""
+
+    config: ModelConfig
+    tokenizer: tokenizers.Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyWing:
+    model: Model
+    sampling: engine.SamplingSpec
+    logprobs: Callable  # (params, tokens, valid, T) -> f32[N, T]
+    update: Callable  # (TrainState, PolicyBatch) -> (TrainState, metrics)
+    optimiser: optim.Optimiser
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardWing:
+    model: Model
+    score: Callable  # (params, ScoreBatch) -> f32[N], logits
+    update: Callable  # (TrainState, PairBatch) -> (TrainState, metrics)
+    optimiser: optim.Optimiser
+
+
+@dataclasses.dataclass(frozen=True)
+class Cooper:
+    """The machinery of a run; nothing in it changes from step to step."""
+
+    cfg: ConfigDict
+    layout: mesh.Layout
+    policy: PolicyWing
+    reward: RewardWing | None  # None in the rule arm
+    rule: RuleVerifier
+    assistant: assistants.Assistant | None  # None but in the cooper arm
+    train: tuple[Problem, ...]
+    train_prompts: tuple[tuple[int, ...], ...]
+    dropped: int  # training problems left out because their prompts are too long
+    held_out: tuple[Problem, ...]
+    held_out_prompts: tuple[tuple[int, ...], ...]
+    oracle: Callable[[Problem, str], bool] | None  # exact truth (synthetic problems): never a reward
+
+
+@struct.dataclass
+class State:
+    """What a step replaces."""
+
+    policy: TrainState
+    reward: TrainState | None
+    reference: Params  # the policy at step 0
+    step: int = struct.field(pytree_node=False)  # Cooper steps done
+    position: int = struct.field(pytree_node=False)  # problems consumed, over all epochs
+
+
+def check(cfg: ConfigDict) -> None:
+    """Raise SetupError for settings that contradict each other."""
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise SetupError(message)
+
+    r, p = cfg.rollout, cfg.policy
+    need(cfg.reward.arm in ARMS, f"reward.arm is {cfg.reward.arm!r}; it is one of {', '.join(ARMS)}")
+    need(
+        r.top_k == 0 and r.top_p == 1.0,
+        f"rollout.top_k={r.top_k} and rollout.top_p={r.top_p}: the loss compares probabilities over the whole "
+        "vocabulary, so training samples from it too; set top_k=0 and top_p=1.0 (evaluation has its own)",
+    )
+    need(r.temperature > 0, f"rollout.temperature={r.temperature}: training samples, so it must be above 0")
+    for name in AT_LEAST_1:
+        value = functools.reduce(getattr, name.split("."), cfg)
+        need(value >= 1, f"{name}={value}: it must be at least 1")
+    for name in AT_LEAST_0:
+        value = functools.reduce(getattr, name.split("."), cfg)
+        need(value >= 0, f"{name}={value}: it must be at least 0")
+    need(
+        not r.max_rows or r.max_rows >= r.group_size,
+        f"rollout.max_rows={r.max_rows} is less than one group of {r.group_size}: raise it, or 0 for no bound",
+    )
+    need(
+        cfg.warmup.reward_batch % 2 == 0,
+        f"warmup.reward_batch={cfg.warmup.reward_batch}: it must be even, for right and wrong come in pairs",
+    )
+    need(
+        cfg.data.format != "synthetic" or not (cfg.data.train or cfg.data.eval),
+        f"data.train={cfg.data.train!r}, data.eval={cfg.data.eval!r}: data.format=synthetic reads no file; set "
+        "--config.data.format=auto",
+    )
+    need(
+        cfg.reward.arm != "cooper"
+        or cfg.assistant.kind != "local"
+        or cfg.assistant.weights not in ("", "random"),
+        f"assistant.weights={cfg.assistant.weights!r}: a local assistant needs trained weights",
+    )
+    for name, section in (("policy", p), ("reward", cfg.reward), ("assistant", cfg.assistant)):
+        need(
+            section.dtype in ("float32", "bfloat16"),
+            f"{name}.dtype={section.dtype!r}; it is float32 or bfloat16",
+        )
+    for name in ("policy", *(["reward"] if cfg.reward.arm != "rule" else [])):
+        need(
+            bool(cfg[name].weights),
+            f"{name}.weights is empty: give --config.{name}.weights=DIR, a hub id or a .gguf file",
+        )
+    need(
+        bool(cfg.data.train) or cfg.data.format == "synthetic",
+        "data.train is empty: give --config.data.train=FILE",
+    )
+
+
+def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
+    """Training problems, and those held out for evaluation (may be none)."""
+    d = cfg.data
+    if d.format == "synthetic":
+        return (
+            synthetic.problems(cfg.seed, d.synthetic_size, "train"),
+            synthetic.problems(cfg.seed, cfg.eval.problems, "eval"),
+        )
+    columns = {name: d[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
+    with boundary(f"data.train={d.train}"):
+        train = problem_sets.load(d.train, d.format, split=d.split, **columns)
+    if not d.eval:
+        return train, []
+    with boundary(f"data.eval={d.eval}"):
+        held_out = problem_sets.load(d.eval, d.eval_format, split=d.eval_split, **columns)
+    return train, held_out[: cfg.eval.problems]
+
+
+def load_tokenizer(section: ConfigDict, name: str, run_dir: Path) -> tokenizers.Tokenizer:
+    """The tokenizer that `section` names; for random weights, one trained from the synthetic corpus."""
+    source = section.tokenizer or section.weights
+    with boundary(f"{name}.tokenizer={section.tokenizer!r}, {name}.weights={section.weights!r}"):
+        if source != "random":
+            return tokenizers.load(source)
+        path = run_dir / f"tokenizer_{section.arch.vocab_size}.model"
+        if path.exists():
+            return tokenizers.load(str(path))
+        return tokenizers.train_sentencepiece(
+            synthetic.corpus(), path, section.arch.vocab_size, symbols=[*prompts.VERIFIER_TAGS, "\n"]
+        )
+
+
+def load_model(
+    section: ConfigDict, name: str, head: str, layout: mesh.Layout, run_dir: Path, seed: int
+) -> tuple[Model, Params, bool]:
+    """A model of `section` with its parameters; the last value says whether its head has been trained."""
+    tokenizer = load_tokenizer(section, name, run_dir)
+    with boundary(f"{name}.weights={section.weights!r}"):
+        if section.weights == "random":
+            config = ModelConfig.from_arch(section.arch, tokenizer.vocab_size)
+            specs = transformer.param_specs(config, head)
+            params = mesh.init_params(keys.stream(seed, f"init_{name}"), specs, layout)
+            return Model(config, tokenizer), params, head == "logits"
+        loaded = weights.load(
+            section.weights, num_layers=section.num_layers, head=head, layout=layout, seed=seed
+        )
+        if tokenizer.vocab_size > loaded.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids but the embedding {loaded.config.vocab_size} "
+                f"rows: set --config.{name}.tokenizer to the one that belongs to these weights"
+            )
+        return Model(loaded.config, tokenizer), loaded.params, loaded.head_trained
+
+
+def make_layout(cfg: ConfigDict) -> mesh.Layout:
+    """The config's mesh over the devices at hand, with its rules."""
+
+    def frozen(x):
+        return tuple(frozen(y) for y in x) if isinstance(x, list | tuple) else x
+
+    with boundary("mesh"):
+        devices = mesh.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+        return mesh.Layout(devices, frozen(cfg.mesh.rules))
+
+
+def policy_prompt(cfg: ConfigDict, tokenizer: tokenizers.Tokenizer, problem: Problem) -> list[int]:
+    return prompts.policy_prompt(tokenizer, problem.question, cfg.data.instruction, cfg.data.chat)
+
+
+@contextlib.contextmanager
+def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
+    """The machinery and the state at step 0, before any supervised phase; worker processes end on exit."""
+    check(cfg)
+    layout = make_layout(cfg)
+    rows = cfg.data.prompts_per_step * cfg.rollout.group_size
+    if cfg.policy.minibatches > 1 and rows % (layout.batch_shards * cfg.policy.minibatches):
+        raise SetupError(
+            f"policy.minibatches={cfg.policy.minibatches}: a step's {rows} rows (data.prompts_per_step x "
+            f"rollout.group_size) must divide into that many parts of a multiple of {layout.batch_shards} rows, "
+            "the mesh's batch shards"
+        )
+    train, held_out = load_problems(cfg)
+    with contextlib.ExitStack() as stack:
+        policy, policy_state = _policy_wing(cfg, layout, run_dir)
+        reward, reward_state = _reward_wing(cfg, layout, run_dir)
+        with boundary(f"data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
+            kept = [
+                problem_sets.drop_long(
+                    found,
+                    lambda p: policy_prompt(cfg, policy.model.tokenizer, p),
+                    cfg.data.max_prompt_tokens,
+                )
+                if found
+                else ([], [], 0)
+                for found in (train, held_out)
+            ]
+        (train, train_prompts, dropped), (held_out, held_out_prompts, _) = kept
+        with boundary("rule"):
+            rule = stack.enter_context(
+                RuleVerifier(
+                    workers=cfg.rule.workers,
+                    timeout=cfg.rule.timeout,
+                    retry_timeout=cfg.rule.retry_timeout,
+                    memory_mb=cfg.rule.memory_mb,
+                )
+            )
+        assistant = None
+        if cfg.reward.arm == "cooper":
+            with boundary("assistant"):
+                generate = _local_generate(cfg, layout, run_dir) if cfg.assistant.kind == "local" else None
+                assistant = assistants.make(cfg.assistant, generate)
+            stack.callback(assistant.close)
+        cooper = Cooper(
+            cfg=cfg,
+            layout=layout,
+            policy=policy,
+            reward=reward,
+            rule=rule,
+            assistant=assistant,
+            train=tuple(train),
+            train_prompts=tuple(train_prompts),
+            dropped=dropped,
+            held_out=tuple(held_out),
+            held_out_prompts=tuple(held_out_prompts),
+            oracle=synthetic.oracle if cfg.data.format == "synthetic" else None,
+        )
+        # Handed over, not kept: this frame lives as long as the run, and would hold a second copy of everything.
+        state = [
+            State(policy=policy_state, reward=reward_state, reference=policy_state.params, step=0, position=0)
+        ]
+        del policy_state, reward_state
+        yield cooper, state.pop()
+
+
+def _policy_wing(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> tuple[PolicyWing, TrainState]:
+    model, params, _ = load_model(cfg.policy, "policy", "logits", layout, run_dir, cfg.seed)
+    r = cfg.rollout
+    sampling = engine.SamplingSpec(
+        temperature=r.temperature,
+        top_k=r.top_k,
+        top_p=r.top_p,
+        max_new_tokens=r.max_new_tokens,
+        group_size=r.group_size,
+        eos_ids=model.tokenizer.eos_ids,
+        segment=r.segment,
+        dtype=r.dtype,
+    )
+    with boundary("policy"):
+        optimiser = optim.make(cfg.policy.optimiser)
+        wing = PolicyWing(
+            model=model,
+            sampling=sampling,
+            logprobs=grpo.make_logprobs(
+                model.config, layout,
+                microbatch=cfg.policy.microbatch, dtype=cfg.policy.dtype, temperature=r.temperature,
+            ),
+            update=grpo.make_update(
+                model.config, cfg.policy, optimiser, layout,
+                temperature=r.temperature, max_new_tokens=r.max_new_tokens,
+            ),
+            optimiser=optimiser,
+        )  # fmt: skip
+    return wing, optim.init(params, optimiser)
+
+
+def _reward_wing(
+    cfg: ConfigDict, layout: mesh.Layout, run_dir: Path
+) -> tuple[RewardWing | None, TrainState | None]:
+    if cfg.reward.arm == "rule":
+        return None, None
+    model, params, head_trained = load_model(cfg.reward, "reward", "score", layout, run_dir, cfg.seed)
+    if not (head_trained or cfg.warmup.reward_steps or cfg.reward.allow_untrained_head):
+        raise SetupError(
+            f"reward.weights={cfg.reward.weights!r} brings no trained score head, so its rewards would be noise: "
+            "give a *ForSequenceClassification directory, train one with --config.warmup.reward_steps=N, or "
+            "accept it with --config.reward.allow_untrained_head"
+        )
+    with boundary("reward"):
+        optimiser = optim.make(cfg.reward.optimiser)
+        wing = RewardWing(
+            model=model,
+            score=verifier_model.make_score(
+                model.config, layout, dtype=cfg.reward.dtype, microbatch=cfg.reward.microbatch
+            ),
+            update=verifier_model.make_pair_update(model.config, cfg.reward, optimiser, layout),
+            optimiser=optimiser,
+        )
+    return wing, optim.init(params, optimiser)
+
+
+def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> Callable:
+    """The local assistant's sampling: (messages of each request, their ids) -> completions.
+
+    ids are (seed, step, row, attempt); requests of one call share all but the row.
+    """
+    section = cfg.assistant
+    model, params, _ = load_model(section, "assistant", "logits", layout, run_dir, cfg.seed)
+    spec = engine.SamplingSpec(
+        temperature=section.temperature,
+        top_k=0,
+        top_p=section.top_p,
+        max_new_tokens=section.max_new_tokens,
+        group_size=1,
+        eos_ids=model.tokenizer.eos_ids,
+        segment=cfg.rollout.segment,
+        dtype=section.dtype,
+    )
+
+    def generate(messages: Sequence, ids: Sequence[tuple[int, ...]]) -> list[Completion]:
+        seed, step, _, attempt = ids[0]
+        rows = [model.tokenizer.chat(m, fallback=True) for m in messages]
+        places = [row for _, _, row, _ in ids]
+        rollout = engine.generate(
+            params, model.config, layout, rows, places, keys.stream(seed, "assistant", step, attempt), spec
+        )
+        return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
+
+    return generate

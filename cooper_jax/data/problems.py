@@ -1,0 +1,266 @@
+"""Problems with reference answers, and labelled triples, from files and prepared data sets.
+
+  1. `sources` reads a file or a prepared data set row by row.
+  2. A row becomes a Problem by its format: one of the published ones, recognised by their fields, or columns
+     named in the config.  `answers` cleans both sides.
+  3. `drop_long` leaves out prompts that are too long.
+  4. `take` gives the problems of a step.  One global integer, the position, says how far a run has come:
+     position p lies in epoch p // size, and each epoch visits every problem once, in an order that is a
+     function of (seed, epoch) alone.  A restart on another number of hosts loses and repeats nothing.
+
+Published formats, with the fields that each is recognised by:
+
+    gsm8k          question, answer (a worked solution, then `#### N`)
+    svamp          Body, Question, Answer
+    math500        prompt (ends by asking for a box), answer in LaTeX
+    olympiadbench  question, final_answer (a list), unit
+    odyssey        {"Problem_N": {question, answer, ...}}
+
+A row that is malformed raises ValueError with its file and line; none is skipped.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cooper_jax.data import answers, sources
+from cooper_jax.data.sources import Row
+from cooper_jax.runtime import keys
+from cooper_jax.types import Problem, Triple
+
+NAMED = ("jsonl", "parquet", "tfds")  # formats whose columns the config names
+
+
+def load(
+    source: str,
+    format: str,
+    *,
+    question_key: str,
+    reference_key: str,
+    solution_key: str,
+    tfds_dir: str,
+    split: str,
+) -> list[Problem]:
+    """All problems of a source, in its order.
+
+    Args:
+      source: a file, or the name of a tensorflow-datasets data set.
+      format: auto (published formats by their fields, else named columns), a published format, or jsonl,
+        parquet or tfds, whose columns the keys name.  Parquet files may hold any format.
+      question_key, reference_key, solution_key: columns of jsonl, parquet and tfds; solution_key may be "".
+        A reference with a `####` mark is read as GSM8K's, and gives the solution too where none is named.
+      tfds_dir: where prepared data sets lie; "" is the library's default.
+      split: of tfds only, such as "train" or "train[:100]".
+
+    Raises ValueError for an unknown format, a malformed row (file, line, field) and a source without rows, and
+    FileNotFoundError for a missing file.
+    """
+    if format not in ("auto", *NAMED, *_PUBLISHED):
+        raise ValueError(
+            f"format {format!r} is none of auto, {', '.join((*_PUBLISHED, *NAMED))}; set --config.data.format "
+            "(synthetic problems are made, not loaded)"
+        )
+    rows = sources.tfds_rows(source, tfds_dir, split) if format == "tfds" else sources.file_rows(source)
+    columns = (question_key, reference_key, solution_key)
+    problems = []
+    for where, id, row in rows:
+        try:
+            if format == "auto":
+                format = recognise(row, question_key, reference_key)
+            parts = _PUBLISHED[format](row) if format in _PUBLISHED else _named_columns(row, *columns)
+            question, reference, solution = parts
+            if not question or not reference:
+                raise ValueError(f"the {'reference answer' if question else 'question'} is empty")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        problems.append(Problem(question, reference, solution, id))
+    if not problems:
+        raise ValueError(f"{source}: there is no row in it")
+    return problems
+
+
+def load_triples(path: str) -> list[Triple]:
+    """Labelled completions: JSON lines of question, reference_answer, completion and label (0 or 1).
+
+    Questions and references are cleaned as `load` cleans them, so that the reward model reads one style in
+    training and in the loop; completions are left as they are.  Other fields are ignored.
+    Raises ValueError that names file and line.
+    """
+    triples = []
+    for where, _, row in sources.file_rows(path):
+        try:
+            question = answers.question(_text(row, "question"))
+            reference = answers.reference(_text(row, "reference_answer"))
+            if not question or not reference:
+                raise ValueError(f"the {'reference_answer' if question else 'question'} is empty")
+            label = _field(row, "label")
+            if not isinstance(label, (bool, int, float)) or label not in (0, 1):
+                raise ValueError(f"field 'label' is {label!r}: must be 0 or 1")
+            triples.append(Triple(question, reference, _text(row, "completion"), float(label)))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if not triples:
+        raise ValueError(f"{path}: there is no row in it")
+    return triples
+
+
+def drop_long(
+    problems: Sequence[Problem], encode_fn: Callable[[Problem], Sequence[int]], max_tokens: int
+) -> tuple[list[Problem], list[list[int]], int]:
+    """(problems whose prompt has at most max_tokens tokens, their prompts' tokens, how many were dropped).
+
+    encode_fn: problem -> the token ids of the whole prompt, template and instruction included.
+    Raises ValueError where none is left.
+    """
+    kept, prompts, shortest = [], [], None
+    for problem in problems:
+        tokens = list(encode_fn(problem))
+        shortest = len(tokens) if shortest is None else min(shortest, len(tokens))
+        if len(tokens) <= max_tokens:
+            kept.append(problem)
+            prompts.append(tokens)
+    if not kept:
+        raise ValueError(
+            f"none of {len(problems)} prompts fits {max_tokens} tokens (the shortest has {shortest}): "
+            "raise --config.data.max_prompt_tokens"
+        )
+    return kept, prompts, len(problems) - len(kept)
+
+
+def problem_at(position: int, size: int, seed: int) -> int:
+    """The index, in 0 .. size - 1, of the problem at a global position.  Raises ValueError outside its domain."""
+    if size < 1 or position < 0:
+        raise ValueError(f"position {position} of {size} problems: the position is >= 0, and problems >= 1")
+    epoch, index = divmod(position, size)
+    return int(_epoch_order(size, seed, epoch)[index])
+
+
+def take(problems: Sequence[Problem], position: int, count: int, seed: int) -> tuple[list[Problem], int]:
+    """The problems at positions position .. position + count - 1, and the position after them.
+
+    A batch may cross epochs; a problem can then stand in it twice.
+    """
+    if count < 1:
+        raise ValueError(f"{count} problems asked for: at least 1")
+    indices = [problem_at(p, len(problems), seed) for p in range(position, position + count)]
+    return [problems[i] for i in indices], position + count
+
+
+@functools.lru_cache(maxsize=4)  # a batch that crosses epochs needs two
+def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation, i64[size]: the ranks of raw random words.
+
+    NumPy keeps those words the same across versions, and promises no such thing of `permutation`.
+    """
+    words = keys.numpy_stream(seed, "shuffle", epoch).bit_generator.random_raw(size)
+    order = np.argsort(words, kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def recognise(row: Row, question_key: str, reference_key: str) -> str:
+    """The format of a row by its fields: a published one, else "jsonl" where the named columns are there.
+
+    Raises ValueError where none or several fit.
+    """
+    fits = [name for name, fields in _FIELDS.items() if fields(row)]
+    if not fits and {question_key, reference_key} <= row.keys():
+        return "jsonl"
+    if len(fits) == 1:
+        return fits[0]
+    raise ValueError(
+        f"the fields {sorted(row)} fit {' and '.join(fits) if fits else 'no known format'}: set "
+        f"--config.data.format to one of {', '.join((*_PUBLISHED, *NAMED))}, and name the columns with "
+        f"--config.data.question_key (now {question_key!r}) and .reference_key (now {reference_key!r})"
+    )
+
+
+# --- formats: a row -> (question, reference, solution) -------------------------------------------------
+
+
+def _gsm8k(row: Row) -> tuple[str, str, str]:
+    return answers.question(_text(row, "question")), *answers.gsm8k(_text(row, "answer"))
+
+
+def _svamp(row: Row) -> tuple[str, str, str]:
+    body, question = _text(row, "Body").strip(), _text(row, "Question").strip()
+    comma = "," if body[-1:].isalnum() else ""  # such a body is a clause that the question ends
+    return f"{body}{comma} {question}" if question else "", answers.number(_field(row, "Answer")), ""
+
+
+def _math500(row: Row) -> tuple[str, str, str]:
+    question = answers.without_instruction(_text(row, "prompt"))
+    return answers.question(question), answers.reference(_text(row, "answer")), ""
+
+
+def _olympiadbench(row: Row) -> tuple[str, str, str]:
+    final = _field(row, "final_answer")
+    if not isinstance(final, list) or not all(isinstance(a, str) for a in final):
+        raise ValueError(f"field 'final_answer' is {final!r}: must be a list of strings")
+    context = _text(row, "context") + "\n" if row.get("context") else ""  # null in most rows
+    unit = _text(row, "unit") if row.get("unit") else ""
+    several = row.get("is_multiple_answer") is True
+    question = answers.question(context + _text(row, "question"))
+    return question, answers.listed(final, unit, several=several), ""
+
+
+def _odyssey(row: Row) -> tuple[str, str, str]:
+    if len(row) != 1 or not isinstance(inner := next(iter(row.values())), dict):
+        raise ValueError(f"the fields {sorted(row)} are not one 'Problem_N' that holds an object")
+    return (
+        answers.question(_text(inner, "question")),
+        answers.reference(_text(inner, "answer"), prose=True),
+        "",
+    )
+
+
+_PUBLISHED: dict[str, Callable[[Row], tuple[str, str, str]]] = {
+    "gsm8k": _gsm8k,
+    "svamp": _svamp,
+    "math500": _math500,
+    "olympiadbench": _olympiadbench,
+    "odyssey": _odyssey,
+}
+_FIELDS: dict[str, Callable[[Row], bool]] = {
+    "gsm8k": lambda row: {"question", "answer"} <= row.keys() and "####" in str(row["answer"]),
+    "svamp": lambda row: {"Body", "Question", "Answer"} <= row.keys(),
+    "math500": lambda row: {"prompt", "answer"} <= row.keys(),
+    "olympiadbench": lambda row: {"question", "final_answer"} <= row.keys(),
+    "odyssey": lambda row: len(row) == 1 and next(iter(row)).startswith("Problem_"),
+}
+
+
+def _named_columns(
+    row: Row, question_key: str, reference_key: str, solution_key: str
+) -> tuple[str, str, str]:
+    question = answers.question(_text(row, question_key))
+    solution = _text(row, solution_key).strip() if solution_key else ""
+    value = _field(row, reference_key)
+    if isinstance(value, list) and all(isinstance(a, str) for a in value):
+        return question, answers.listed(value), solution
+    if isinstance(value, (int, float)):
+        return question, answers.number(value), solution
+    text = _text(row, reference_key)
+    if "####" not in text:
+        return question, answers.reference(text), solution
+    reference, worked = answers.gsm8k(text)
+    return question, reference, solution or worked
+
+
+def _field(row: Row, key: str) -> Any:
+    if key not in row:
+        raise ValueError(f"field {key!r} is missing; the row has {sorted(row)}")
+    return row[key]
+
+
+def _text(row: Row, key: str) -> str:
+    value = _field(row, key)
+    if not isinstance(value, str):
+        raise ValueError(f"field {key!r} is {type(value).__name__} {value!r}: must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"field {key!r} holds half a surrogate pair: {error.reason}") from error
+    return value

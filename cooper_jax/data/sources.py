@@ -1,0 +1,109 @@
+"""Rows of files and prepared data sets, each with the place that it came from.
+
+JSON lines (.jsonl or .json with one object a line, also .gz), parquet, and tensorflow-datasets.  What cannot be
+read raises ValueError naming the place; blank lines are passed over and counted as lines.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = Mapping[str, Any]
+Located = tuple[str, str, Row]  # where (for messages), id, row
+
+
+def file_rows(source: str) -> Iterator[Located]:
+    """Rows of a .parquet file, or JSON lines.  Raises FileNotFoundError, or ValueError for a malformed row."""
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{source}: there is no such file (a data set's name needs format=tfds)")
+    yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[Located]:
+    stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", f"{stem}:{number}", _json_object(line)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path}:{number + 1}: the gzip file is damaged: {error}") from error
+    except _BadLine as error:
+        raise ValueError(f"{path}:{number}: {error}") from error
+
+
+class _BadLine(Exception):
+    """What is wrong with a line; the reader adds where it is."""
+
+
+def _json_object(line: bytes) -> Row:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise _BadLine(f"byte {error.start} is not UTF-8 ({error.reason})") from error
+    except (ValueError, RecursionError) as error:  # bad JSON, a number of thousands of digits, deep nesting
+        raise _BadLine(f"not JSON ({error}); one object a line is expected") from error
+    if not isinstance(row, dict):
+        raise _BadLine(f"a {type(row).__name__}, not an object; one object a line is expected")
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[Located]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", f"{path.stem}:{number}", row
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: row {number + 1}: not readable as parquet: {error}") from error
+
+
+def tfds_rows(name: str, tfds_dir: str, split: str) -> Iterator[Located]:
+    """Rows of a prepared data set; "" as tfds_dir is the library's default folder.
+
+    Reading needs no tensorflow; preparing does.  Raises ValueError where the data set is not there or not in a
+    format with random access, ImportError without tensorflow-datasets.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"format=tfds needs `pip install tensorflow-datasets array_record`: {error}"
+        ) from error
+    place = tfds_dir or "the default folder of tensorflow-datasets"
+    try:
+        rows = tfds.data_source(name, split=split, data_dir=tfds_dir or None, download=False)
+    except (ValueError, AssertionError, OSError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[:1]
+        raise ValueError(
+            f"{name}, split {split!r}, cannot be read from {place}: {first}; prepare it there in the "
+            "array_record format (that needs tensorflow), or set --config.data.tfds_dir and .split"
+        ) from error
+    for i, row in enumerate(rows):
+        where = f"{name}[{split}] in {place}: example {i}"
+        try:
+            decoded = {key: _plain(value) for key, value in row.items()}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: byte {error.start} is not UTF-8 ({error.reason})") from error
+        yield where, f"{name}/{split}:{i}", decoded
+
+
+def _plain(value: Any) -> Any:
+    """A tensorflow-datasets value as JSON would have it: bytes are text, arrays lists, scalars Python's."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, np.ndarray):
+        return [_plain(v) for v in value.tolist()]
+    return value.item() if isinstance(value, np.generic) else value

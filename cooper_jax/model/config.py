@@ -1,0 +1,219 @@
+"""The shape of a transformer, and Hugging Face's `config.json` in and out.
+
+Two families share one architecture (RMSNorm, rotary positions, grouped-query attention, SwiGLU): "llama",
+and "qwen2", which adds biases to q, k and v.  A setting that would change the computation and that is not
+built (a sliding window, another activation, another rope scaling, quantised weights) raises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+# What transformers takes for a key that config.json leaves out; None: derived from the others.
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": dict(num_key_value_heads=None, max_position_embeddings=2048),
+    "qwen2": dict(num_key_value_heads=32, max_position_embeddings=32768),
+}
+_HF_COMMON = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=None)
+_HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Settings that change the computation, with the only values that are built.
+_HF_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1.0),
+}
+ARCHITECTURES = {
+    ("llama", "logits"): "LlamaForCausalLM",
+    ("llama", "score"): "LlamaForSequenceClassification",
+    ("qwen2", "logits"): "Qwen2ForCausalLM",
+    ("qwen2", "score"): "Qwen2ForSequenceClassification",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the slow rotary frequencies (Hugging Face: rope_type "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_len: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A model's shape: static in jit, equal when the computation is.
+
+    `vocab_multiple` pads the embedding's rows to a multiple, so that they divide over a mesh; the padded
+    columns are -inf in every softmax and are stripped on export.
+    """
+
+    family: str  # llama | qwen2
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    norm_eps: float
+    qkv_bias: bool
+    tied: bool
+    max_len: int
+    vocab_multiple: int = 1
+
+    def __post_init__(self):
+        if self.family not in _HF_DEFAULTS:
+            raise ValueError(f"model family {self.family!r} is none of {sorted(_HF_DEFAULTS)}")
+        sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab_multiple")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"model {name} is {getattr(self, name)}: it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.heads} query heads do not divide over {self.kv_heads} key/value heads: "
+                "heads must be a multiple of kv_heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}: rotary positions need an even one")
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: vocab_size, rounded up to a multiple of vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def keep_layers(self, n: int) -> ModelConfig:
+        """The same model cut to its first n layers; 0 keeps all.  Raises ValueError where it has fewer."""
+        if n < 0 or n > self.layers:
+            raise ValueError(
+                f"num_layers is {n}, but the model has {self.layers} layers: use 0 to {self.layers}"
+            )
+        return dataclasses.replace(self, layers=n) if n else self
+
+    @classmethod
+    def from_arch(cls, arch: Any, vocab_size: int, vocab_multiple: int = 1) -> ModelConfig:
+        """A model made from scratch: `arch` is the section of that name in configs/base.py."""
+        return cls(
+            family=arch.family,
+            vocab_size=vocab_size,
+            width=arch.width,
+            layers=arch.layers,
+            heads=arch.heads,
+            kv_heads=arch.kv_heads,
+            head_dim=arch.head_dim,
+            ffn=arch.ffn,
+            rope_theta=arch.rope_theta,
+            rope_scaling=None,
+            norm_eps=1e-6,
+            qkv_bias=arch.family == "qwen2",
+            tied=arch.tied,
+            max_len=32768,  # rotary positions have no table to outgrow; exports need a number
+            vocab_multiple=vocab_multiple,
+        )
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
+        """Hugging Face's config.json, as transformers 4 or 5 writes it.
+
+        Raises ValueError, naming `where` and the key, for another model type, a missing key, or a setting
+        that would change the computation and is not built.
+        """
+        family = hf.get("model_type")
+        if family not in _HF_DEFAULTS:
+            raise ValueError(f"{where}: model_type {family!r} is none of {sorted(_HF_DEFAULTS)}")
+        missing = [k for k in _HF_REQUIRED if k not in hf]
+        if missing:
+            raise ValueError(f"{where}: missing {', '.join(missing)}")
+        for key, allowed in _HF_FIXED.items():
+            if key in hf and hf[key] not in allowed:
+                raise ValueError(f"{where}: {key} is {hf[key]!r}; only {allowed[0]!r} is built")
+        kinds = set(hf["layer_types"] or ()) if "layer_types" in hf else set()
+        if kinds - {"full_attention"}:
+            raise ValueError(f"{where}: layer_types holds {sorted(kinds)}; only full_attention is built")
+        full = {**_HF_COMMON, **_HF_DEFAULTS[family], **hf}
+        heads, kv_heads, head_dim = full["num_attention_heads"], full["num_key_value_heads"], full["head_dim"]
+        if head_dim is None and full["hidden_size"] % heads:
+            raise ValueError(
+                f"{where}: hidden_size {full['hidden_size']} does not divide over {heads} heads; give head_dim"
+            )
+        theta, scaling = _rope_from_hf(hf, where)
+        try:
+            return cls(
+                family=family,
+                vocab_size=full["vocab_size"],
+                width=full["hidden_size"],
+                layers=full["num_hidden_layers"],
+                heads=heads,
+                kv_heads=heads if kv_heads is None else kv_heads,
+                head_dim=full["hidden_size"] // heads if head_dim is None else head_dim,
+                ffn=full["intermediate_size"],
+                rope_theta=theta,
+                rope_scaling=scaling,
+                norm_eps=full["rms_norm_eps"],
+                qkv_bias=family == "qwen2",
+                tied=full["tie_word_embeddings"],
+                max_len=full["max_position_embeddings"],
+            )
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from e
+
+    def to_hf(self, architecture: str) -> dict[str, Any]:
+        """config.json for `transformers`; rope is written in the older keys, which both 4 and 5 read."""
+        scaling = None
+        if self.rope_scaling is not None:
+            scaling = {
+                "rope_type": "llama3",
+                "factor": self.rope_scaling.factor,
+                "low_freq_factor": self.rope_scaling.low_freq_factor,
+                "high_freq_factor": self.rope_scaling.high_freq_factor,
+                "original_max_position_embeddings": self.rope_scaling.original_max_len,
+            }
+        out = {
+            "architectures": [architecture],
+            "model_type": self.family,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.ffn,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": self.max_len,
+            "initializer_range": 0.02,
+            "use_cache": True,
+        }
+        if self.family == "llama":
+            out |= {"attention_bias": False, "mlp_bias": False}
+        else:
+            out |= {"use_sliding_window": False}
+        return out
+
+
+def _rope_from_hf(hf: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    """The rope base and its scaling, from transformers 5's `rope_parameters` or the older two keys."""
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if key in hf and hf[key] is not None:
+            rope |= hf[key]
+    flat = {"rope_theta": 10000.0, "type": "default", **hf, **rope}
+    theta, kind = flat["rope_theta"], rope["rope_type"] if "rope_type" in rope else flat["type"]
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3":
+        raise ValueError(f"{where}: rope type {kind!r} is not built; default and llama3 are")
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [k for k in keys if k not in rope]
+    if missing:
+        raise ValueError(f"{where}: the llama3 rope scaling lacks {', '.join(missing)}")
+    return float(theta), RopeScaling(*(float(rope[k]) for k in keys[:3]), int(rope[keys[3]]))

@@ -1,0 +1,130 @@
+"""GRPO's loss as pure functions of log-probabilities: the clipped surrogate with a KL term.
+
+1. `token_weights` says what each response token counts, normalised over the whole minibatch.
+2. `kl` estimates the divergence from the reference at each token.
+3. `grpo_loss` puts them together: a weighted sum, so microbatches just add up.
+
+What lies outside the response mask is cut off with `where`, never multiplied by 0: garbage there, NaN
+included, reaches neither loss nor gradient.
+
+Departure: the released code averages over each rank's microbatch where we normalise over the minibatch.
+
+    N  rows (prompt-major)   T  response tokens
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ESTIMATORS = ("k1", "k2", "k3")
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
+
+# exp of a larger log-ratio is beyond every clip, and at 88 it overflows: inf * 0 in the backward pass.
+LOG_RATIO_BOUND = 20.0
+
+Metrics = dict[str, jax.Array]
+
+
+def kl(logprobs: jax.Array, ref: jax.Array, estimator: str, clamp: float) -> jax.Array:
+    """Per-token estimates of KL(policy || reference) at tokens sampled from the policy, f32 like the inputs.
+
+    With d = log policy - log ref, held within +-20 so that nothing overflows:
+
+        k1 = d                     value unbiased;   gradient 0 in expectation: no penalty at all
+        k2 = d^2 / 2               value biased;     gradient that of KL(policy || ref)
+        k3 = exp(-d) - 1 + d       value unbiased;   gradient that of KL(ref || policy)
+                                   never negative, low variance
+
+    The estimate is held within +-clamp (0: as it is), as released; beyond, its gradient is 0.
+    "Gradient" above is the expected one of the estimate as a loss term, samples held fixed.  Source: Schulman 2020,
+    "Approximating KL divergence", http://joschu.net/blog/kl-approx.html; k3 in GRPO: arXiv 2402.03300, eq. 4.
+    Raises ValueError for another estimator.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"policy.kl_estimator is {estimator!r}; it is one of {', '.join(ESTIMATORS)}")
+    d = jnp.clip(logprobs - ref, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    estimate = {"k1": d, "k2": 0.5 * d**2, "k3": jnp.expm1(-d) + d}[estimator]
+    return jnp.clip(estimate, -clamp, clamp) if clamp > 0 else estimate
+
+
+def token_weights(mask: jax.Array, aggregation: str, max_new_tokens: int) -> jax.Array:
+    """What each response token counts in the loss: f32[N, T] from bool[N, T].
+
+    Normalised over all N rows at hand, to be called before they are cut into microbatches:
+
+        token_mean      1 / tokens of all rows                  as released; DAPO (arXiv 2503.14476)
+        sequence_mean   1 / (the row's tokens * rows)           GRPO (arXiv 2402.03300, eq. 3)
+        sequence_sum    1 / (rows * max_new_tokens)             Dr. GRPO (arXiv 2503.20783): no length bias
+
+    Rows without a token are not counted.  Raises ValueError for another aggregation.
+    """
+    m = mask.astype(jnp.float32)
+    length = m.sum(axis=1, keepdims=True)  # [N, 1]
+    rows = jnp.maximum((length > 0).sum(), 1).astype(jnp.float32)
+    if aggregation == "token_mean":
+        return m / jnp.maximum(m.sum(), 1.0)
+    if aggregation == "sequence_mean":
+        return m / (jnp.maximum(length, 1.0) * rows)
+    if aggregation == "sequence_sum":
+        return m / (rows * max_new_tokens)
+    raise ValueError(f"policy.aggregation is {aggregation!r}; it is one of {', '.join(AGGREGATIONS)}")
+
+
+def grpo_loss(
+    logprobs: jax.Array,  # f32[N, T], the only argument that a gradient reaches
+    old: jax.Array,  # f32[N, T]
+    ref: jax.Array,  # f32[N, T]
+    advantages: jax.Array,  # f32[N]
+    weights: jax.Array,  # f32[N, T]
+    mask: jax.Array,  # bool[N, T]
+    cfg: Any,
+) -> tuple[jax.Array, Metrics]:
+    """The clipped surrogate with the KL to the reference, summed with the given weights.
+
+        r_t  = exp(log pi(y_t) - log pi_old(y_t))
+        l_t  = max(-A r_t, -A clip(r_t, 1 - clip_low, 1 + clip_high))
+        l_t  = min(l_t, -A dual_clip)   where A < 0      (PPO's dual clip: Ye et al. 2020, arXiv 1912.09729)
+        loss = sum_t w_t (l_t + kl_coef KL_t)            (arXiv 2402.03300, eq. 3, negated)
+
+    cfg: the config's `policy` section.  kl_coef 0 leaves the reference out of the loss altogether.
+
+    Returns (loss f32[], sums over the masked tokens): loss and pg_loss are weighted sums; kl, ratio,
+    clip_low, clip_high and dual_clip plain ones (the clips count tokens whose clipped branch is the one in
+    the loss); ratio_min and ratio_max are extremes (infinities where no token is).
+    """
+    logprobs, old, ref = (jnp.where(mask, x, 0.0) for x in (logprobs, old, ref))
+    weights = jnp.where(mask, weights, 0.0)
+    # A row without a token may carry any advantage, NaN included.
+    a = jnp.broadcast_to(jnp.where(mask.any(axis=1), advantages, 0.0)[:, None], mask.shape)
+    log_ratio = jnp.clip(logprobs - jax.lax.stop_gradient(old), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    ratio = jnp.exp(log_ratio)
+    plain = -a * ratio
+    clipped = -a * jnp.clip(ratio, 1.0 - cfg.clip_low, 1.0 + cfg.clip_high)
+    per_token = jnp.maximum(plain, clipped)
+    dual = jnp.zeros_like(mask)
+    if cfg.dual_clip:
+        dual = (a < 0) & (ratio > cfg.dual_clip)
+        per_token = jnp.where(dual, -a * cfg.dual_clip, per_token)
+    divergence = kl(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
+    pg_loss = (weights * per_token).sum()
+    loss = pg_loss
+    if cfg.kl_coef:
+        loss = loss + cfg.kl_coef * (weights * divergence).sum()
+
+    def total(x):
+        return jnp.where(mask, x, 0.0).astype(jnp.float32).sum()
+
+    return loss, {
+        "loss": loss,
+        "pg_loss": pg_loss,
+        "kl": total(divergence),
+        "ratio_mean": total(ratio),
+        "ratio_min": jnp.where(mask, ratio, jnp.inf).min(),
+        "ratio_max": jnp.where(mask, ratio, -jnp.inf).max(),
+        "clip_low": total((a < 0) & (ratio < 1.0 - cfg.clip_low)),
+        "clip_high": total((a > 0) & (ratio > 1.0 + cfg.clip_high)),
+        "dual_clip": total(dual),
+    }

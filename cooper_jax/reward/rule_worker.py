@@ -1,0 +1,65 @@
+"""One worker process of the rule verifier: verdicts of `rule_judge.py`, one at a time.
+
+It is started by path, imports nothing of this project but its neighbour (so no jax) and speaks JSON lines:
+
+    in   {"reference": ..., "completion": ..., "limit": seconds}
+    out  {"verdict": "correct" | "wrong" | "no_answer" | "unrecognised" | "memory"}
+
+The first line out is {"verdict": "ready"}.  It ends with its input: that is, with its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+
+GRACE = 5.0  # seconds after the parent's limit at which an orphan ends itself
+
+
+def limit_memory(megabytes: int) -> None:
+    """Caps the address space of this process; 0 leaves it alone."""
+    import resource
+
+    if megabytes:
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+
+
+def main() -> None:
+    # Whatever a library prints must not end up among the replies.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    try:
+        limit_memory(int(sys.argv[1]))
+    except (ValueError, OSError) as error:
+        sys.exit(
+            f"this system does not let a process cap its memory ({error}); set --config.rule.memory_mb=0"
+        )
+    # The parent starts this file with its folder off the path, where our names could hide a library's: put it last.
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    import math_verify
+    import rule_judge
+
+    logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)  # it warns that its timeouts are off
+    rule_judge.judge("4a", "\\boxed{2(a+a)}")  # the first verdict builds parsers, which is no item's fault
+    print(json.dumps({"verdict": "ready"}), file=replies, flush=True)
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        # The parent kills at the limit.  Should it be gone, the kernel does, even inside one long C call.
+        signal.setitimer(signal.ITIMER_REAL, request["limit"] + GRACE)
+        try:
+            verdict = rule_judge.judge(request["reference"], request["completion"])
+        except MemoryError:
+            verdict = "memory"
+        except Exception:  # sympy raises of every kind on values that it cannot work with: abstain
+            verdict = rule_judge.UNRECOGNISED
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        print(json.dumps({"verdict": verdict}), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Random keys: every draw in the project starts from one table of named streams.
+
+1. `stream(seed, name, *ids)` is a typed JAX key, for arrays.
+2. `numpy_stream(seed, name, *ids)` is a NumPy generator, for choices made on the host.
+
+A key is a pure function of (seed, stream, ids): it knows nothing of the batch, the device count, the
+process or what was drawn before, so a restarted run draws what the uninterrupted one would have drawn.
+`ids` go from coarse to fine (step, prompt position, sample, token); a caller may also take the key of the
+coarse ids and fold the finer ones in under jit: `stream(s, n, a, b) == fold_in(stream(s, n, a), b)`.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import jax
+import numpy as np
+
+# The numbers are part of every run's record: never renumber or reuse one, only append.
+STREAMS = {
+    "rollout": 1,  # ids: step (then position, sample, token, folded in by the engine)
+    "shuffle": 2,  # ids: epoch (the data order)
+    "pairs": 3,  # ids: step, prompt position (which positive is taken)
+    "corruption": 4,  # ids: step, prompt position, try (programmatic negatives)
+    "assistant": 5,  # ids: step, try (a local assistant's sampling)
+    "minibatch": 6,  # ids: step, epoch (how a step's rows are cut)
+    "evaluation": 7,  # ids: step (the same problems are sampled alike at the same step)
+    "samples": 8,  # ids: step (which prompts a dump shows)
+    "synthetic": 9,  # ids: split, index (made-up problems)
+    "init_policy": 10,
+    "init_reward": 11,
+    "init_assistant": 12,
+    "init_score_head": 13,
+    "warmup_policy": 14,  # ids: step
+    "warmup_reward": 15,  # ids: step
+    "demonstrations": 16,  # ids: index (corrupted steps in worked solutions)
+    "triples": 17,  # ids: index (labelled completions built from worked solutions)
+    "verifier_training": 18,  # ids: epoch or step (training the reward model by itself)
+    "annotation": 19,  # ids: index (the judge's sampling)
+}
+
+_WORD = 2**32  # ids and seeds are 32-bit words: what fold_in takes, and what SeedSequence does not regroup
+
+
+def _check(seed: int, name: str, ids: tuple[int, ...]) -> None:
+    if name not in STREAMS:
+        raise KeyError(f"no random stream is called {name!r}; there are {', '.join(sorted(STREAMS))}")
+    for what, value in (("seed", seed), *((f"ids[{i}]", v) for i, v in enumerate(ids))):
+        if not 0 <= operator.index(value) < _WORD:
+            raise ValueError(f"stream {name!r}: {what} is {value}, and must be from 0 to {_WORD - 1}")
+
+
+def stream(seed: int, name: str, *ids: int) -> jax.Array:
+    """The typed key of a named stream: key<fry>[].
+
+    Raises KeyError for a name that is not in `STREAMS`, TypeError for a seed or an id that is no
+    integer, ValueError for one outside 32 bits.
+    """
+    _check(seed, name, ids)
+    # The generator is named: the default may change, and a run must draw alike under every jax.  The seed is
+    # folded in as well, since key() itself would refuse seeds of 2^31 and more without 64-bit types.
+    key = jax.random.key(0, impl="threefry2x32")
+    for word in (seed, STREAMS[name], *ids):
+        key = jax.random.fold_in(key, np.uint32(word))
+    return key
+
+
+def numpy_stream(seed: int, name: str, *ids: int) -> np.random.Generator:
+    """A NumPy generator of a named stream, independent of the JAX key of the same name.
+
+    Raises as `stream` does.
+    """
+    _check(seed, name, ids)
+    # With a spawn key NumPy pads the entropy to a fixed width, so seed and ids cannot run into each other.
+    spawn_key = (STREAMS[name], *(operator.index(i) for i in ids))
+    return np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence(operator.index(seed), spawn_key=spawn_key))
+    )

@@ -1,0 +1,255 @@
+"""The run directory: what a run leaves behind, and what it finds there when it goes on.
+
+    config.json     every knob, as of the last start
+    metrics.jsonl   one object a step: `step` and slash-grouped names
+    samples.jsonl   prompts with their completions, verdicts, scores
+    checkpoints/    see checkpoint.py
+    tensorboard/    the metrics once more, as events
+    lock            held by the process that writes here
+
+1. `Run(path, config, resume)` locks the directory and checks that the config may go on from what is there.
+2. `truncate(step)` cuts metrics and samples back to the checkpoint that the run goes on from.
+3. `log` and `dump_samples` append.  A step is to be logged *before* its checkpoint is saved: then a kill in
+   between repeats the step, and no line is missing.
+
+With several processes all of them check and process 0 alone writes.  Nothing is taken from the environment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import socket
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from cooper_jax.runtime.checkpoint import steps_in
+from cooper_jax.runtime.metrics import JsonLines, jsonable, write_atomically
+
+# Fields that a resumed run may change; a name that ends in a dot stands for its whole section.  They say how
+# long, how fast or where a run goes, not what it computes (a mesh moves the last bits, no more).
+HARMLESS = (
+    "name",
+    "steps",
+    "run_dir",
+    "resume",
+    "checkpoint.",
+    "log.",
+    "mesh.",
+    "rule.workers",
+    "rule.timeout",
+    "rule.retry_timeout",
+    "rule.memory_mb",
+    "assistant.url",
+    "assistant.key_env",
+    "assistant.concurrency",
+    "assistant.timeout",
+    "assistant.retries",
+)
+
+
+def run_path(config: ConfigDict) -> Path:
+    """Where a config's run lives: its run_dir, or runs/<name>."""
+    return Path(config.run_dir or f"runs/{config.name}").expanduser().absolute()
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> dotted names; lists are leaves."""
+    out = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            out.update(flat(value, f"{prefix}{name}."))
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def matters(field: str) -> bool:
+    """Whether a resumed run must keep this field."""
+    return not any(field == h or (h.endswith(".") and field.startswith(h)) for h in HARMLESS)
+
+
+def config_hash(config: ConfigDict) -> str:
+    """16 hex digits over the fields that matter: equal for configs that may go on from one another."""
+    fields = {name: value for name, value in flat(_plain(config)).items() if matters(name)}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Run:
+    """An open run directory; a context manager.
+
+        with Run(run_path(config), config, config.resume) as run, Checkpoints(run.path, ...) as kept:
+            step = kept.newest()
+            run.truncate(step)
+            ...
+            run.log(step, metrics)
+
+    Raises ValueError where the config differs, in a field that matters, from the one that the checkpoints
+    there were made with; where `resume` is False and there are checkpoints; where another process holds it.
+    """
+
+    def __init__(self, path: str | Path, config: ConfigDict, resume: bool):
+        self.path = Path(path).absolute()
+        self.config = config
+        self.primary = jax.process_index() == 0
+        self._lock = None
+        self._tensorboard = None
+        self._metrics = JsonLines(self.path / "metrics.jsonl")
+        self._samples = JsonLines(self.path / "samples.jsonl")
+        self._last: int | None = None
+        self._ready = False
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.primary:
+            self._lock = _lock(self.path / "lock")
+        try:
+            self._check(resume)
+        except BaseException:
+            self.close()
+            raise
+        if self.primary:
+            text = json.dumps(_plain(config), indent=2, allow_nan=False)
+            write_atomically(self.path / "config.json", text.encode() + b"\n")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush, and let go of the directory."""
+        self._metrics.close()
+        self._samples.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._lock is not None:
+            os.close(self._lock)  # which also unlocks
+            self._lock = None
+        self._ready = False
+
+    def truncate(self, step: int | None) -> None:
+        """Go on after `step`, the newest checkpoint's (None: from the beginning); due before the first `log`.
+
+        Drops metrics and samples of later steps, and a line torn by a kill.  Warns where metrics up to
+        `step` are missing.  Raises ValueError for a malformed line.
+        """
+        self._last = step
+        self._ready = True
+        if not self.primary:
+            return
+        last = self._metrics.truncate(step)
+        self._samples.truncate(step)
+        if step and last != step:  # step 0 has no line
+            warnings.warn(
+                f"{self._metrics.path} ends at step {last}, the checkpoint is of step {step}", stacklevel=2
+            )
+        if self.config.log.tensorboard:
+            # The readers of events drop those of an earlier life from purge_step on.
+            purge_step = 0 if step is None else step + 1
+            self._tensorboard = SummaryWriter(
+                str(self.path / "tensorboard"), purge_step=purge_step, filename_suffix=f".{purge_step}"
+            )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one step's metrics: names like `policy/kl`, values that are or become floats.
+
+        The line is on the disk when this returns.  Raises ValueError for a step that is not after the last,
+        or a name without a group.
+        """
+        if not self._ready:
+            raise RuntimeError(f"{self.path}: call truncate(step) before the first log")
+        if self._last is not None and step <= self._last:
+            raise ValueError(
+                f"{self._metrics.path}: step {step} after step {self._last}; one line a step, forwards"
+            )
+        row: dict[str, Any] = {"step": step}
+        for name, value in metrics.items():
+            if "/" not in name:
+                raise ValueError(f"metric {name!r} has no group: call it GROUP/{name}")
+            row[name] = float(value)
+        self._last = step
+        if not self.primary:
+            return
+        self._metrics.append(row)
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                if name != "step" and math.isfinite(value):  # the writer warns at each other one
+                    self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+
+    def dump_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows (text, numbers, lists and dicts of them) to samples.jsonl, each with its `step`."""
+        if not self._ready:
+            raise RuntimeError(f"{self.path}: call truncate(step) before the first dump")
+        if self.primary and rows:
+            self._samples.append(*({"step": step, **row} for row in rows))
+
+    def _check(self, resume: bool) -> None:
+        steps = steps_in(self.path)
+        if not steps:
+            return  # nothing here that a start from the beginning could not make again
+        if not resume:
+            raise ValueError(
+                f"{self.path} holds checkpoints {steps} and resume is False: give another --config.run_dir, or "
+                "go on with --config.resume=True"
+            )
+        stored = self.path / "config.json"
+        if not stored.exists():
+            raise ValueError(
+                f"{stored} is not there, but checkpoints {steps} are: give another --config.run_dir"
+            )
+        try:
+            old = flat(json.loads(stored.read_bytes()))
+        except ValueError as error:
+            raise ValueError(
+                f"{stored} is not JSON ({error}): mend it, or give another --config.run_dir"
+            ) from None
+        new = flat(_plain(self.config))
+        absent = "(absent)"
+        changed = [
+            f"{name} was {json.dumps(old[name]) if name in old else absent} and is now "
+            f"{json.dumps(new[name]) if name in new else absent}"
+            for name in sorted(old.keys() | new.keys())
+            if matters(name) and (name not in old or name not in new or old[name] != new[name])
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.path} was begun with another config: {'; '.join(changed)}: give another "
+                "--config.run_dir, or the old value"
+            )
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    """A config as what its JSON would read back as: dicts, lists, strings, numbers."""
+    return jsonable(config.to_dict())
+
+
+def _lock(path: Path) -> int:
+    """Take the lock, or raise ValueError with its holder; it goes with the process, however that ends."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # not inherited by worker processes
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 200).decode(errors="replace").strip()
+        os.close(handle)
+        raise ValueError(
+            f"{path.parent} is in use by {holder or 'another process'}: stop it, or give another --config.run_dir"
+        ) from None
+    except OSError as error:
+        # Some network file systems have no locks, which is no reason not to run there.
+        warnings.warn(
+            f"{path} cannot be locked ({error}): see that one process alone runs here", stacklevel=3
+        )
+    os.ftruncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return handle

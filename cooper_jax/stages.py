@@ -1,0 +1,173 @@
+"""The stages of a Cooper step, each a function of the machinery and the state.
+
+    sample -> Rollout, completions      score -> reward-model logits      logprobs -> PolicyBatch
+    propose_pairs -> pairs (pending)    update_policy                     update_reward_model
+
+Text goes in and out on the host; arrays are packed by `data/packing.py`, placed by the layout, and every stage
+pads its rows to what the mesh divides and crops them again.
+
+    B prompts   G samples a prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from cooper_jax.assembly import Cooper, State
+from cooper_jax.data import packing, prompts
+from cooper_jax.policy import grpo
+from cooper_jax.reward import pairs
+from cooper_jax.rollout import engine
+from cooper_jax.runtime import keys
+from cooper_jax.runtime.metrics import to_host
+from cooper_jax.types import (
+    Completion,
+    Metrics,
+    Pair,
+    PairBatch,
+    PolicyBatch,
+    Problem,
+    Rollout,
+    ScoreBatch,
+    TrainState,
+    Verdict,
+)
+
+
+def sample(
+    cooper: Cooper, state: State, prompt_tokens: Sequence[Sequence[int]], positions: Sequence[int]
+) -> tuple[Rollout, list[Completion]]:
+    """G responses to each prompt, as arrays and as text."""
+    model, spec = cooper.policy.model, cooper.policy.sampling
+    key = keys.stream(cooper.cfg.seed, "rollout", state.step + 1)
+    rollout = engine.generate(
+        state.policy.params, model.config, cooper.layout, prompt_tokens, positions, key, spec,
+        max_rows=cooper.cfg.rollout.max_rows or None,
+    )  # fmt: skip
+    return rollout, engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
+
+
+def sample_held_out(cooper: Cooper, state: State) -> list[Completion]:
+    """The evaluation's responses; the same keys each time."""
+    model, section = cooper.policy.model, cooper.cfg.eval
+    spec = dataclasses.replace(
+        cooper.policy.sampling,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=0,
+        group_size=section.samples,
+    )
+    key = keys.stream(cooper.cfg.seed, "evaluation")
+    rollout = engine.generate(
+        state.policy.params, model.config, cooper.layout, cooper.held_out_prompts,
+        range(len(cooper.held_out)), key, spec, max_rows=cooper.cfg.rollout.max_rows or None,
+    )  # fmt: skip
+    return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
+
+
+def render(cooper: Cooper, problem: Problem, completion: str) -> list[int]:
+    """The reward model's input: the one template, for scoring, for pairs and for the supervised phase."""
+    return prompts.verifier_tokens(
+        cooper.reward.model.tokenizer,
+        problem.question,
+        problem.reference,
+        completion,
+        cooper.cfg.reward.max_tokens,
+    )
+
+
+def score_batch(cooper: Cooper, rows: Sequence[Sequence[int]]) -> ScoreBatch:
+    batch = packing.score_batch(rows, bucket=cooper.cfg.data.bucket, rows_multiple=cooper.layout.batch_shards)
+    return cooper.layout.put(batch, "batch")
+
+
+def score(
+    cooper: Cooper, state: State, problems: Sequence[Problem], completions: Sequence[Completion]
+) -> np.ndarray | None:
+    """The reward model's logits f32[N], before this step's update; None in the rule arm."""
+    if cooper.reward is None:
+        return None
+    rows = [render(cooper, p, c.text) for p, c in zip(problems, completions, strict=True)]
+    logits = cooper.reward.score(state.reward.params, score_batch(cooper, rows))
+    return np.asarray(logits)[: len(rows)]
+
+
+def logprobs(
+    cooper: Cooper, state: State, prompt_tokens: Sequence[Sequence[int]], rollout: Rollout
+) -> PolicyBatch:
+    """The policy's batch with the reference's log-probabilities, and the policy's own before its first update.
+
+    A step with a single update needs no pass for the latter: they are that update's own, and the ratio is 1.
+    """
+    cfg, layout = cooper.cfg.policy, cooper.layout
+    batch = packing.policy_batch(
+        prompt_tokens, rollout, bucket=cooper.cfg.data.bucket, rows_multiple=layout.batch_shards
+    )
+    single = cfg.epochs * cfg.minibatches == 1
+    flag = layout.put(np.asarray(single))
+    batch = layout.put(dataclasses.replace(batch, old_is_current=np.zeros(())), "batch").replace(
+        old_is_current=flag
+    )
+    width = batch.response_mask.shape[1]
+    ref = cooper.policy.logprobs(state.reference, batch.tokens, batch.valid, width)
+    old = (
+        batch.old_logprobs
+        if single
+        else cooper.policy.logprobs(state.policy.params, batch.tokens, batch.valid, width)
+    )
+    return batch.replace(ref_logprobs=ref, old_logprobs=old)
+
+
+def propose_pairs(
+    cooper: Cooper,
+    problems: Sequence[Problem],
+    completions: Sequence[Completion],
+    verdicts: Sequence[Verdict],
+    positions: Sequence[int],
+    step: int,
+) -> pairs.PendingPairs:
+    """Positives and their rewritten negatives; none but in the cooper arm."""
+    cfg = cooper.cfg
+    return pairs.start(
+        problems, completions, verdicts, cfg.rollout.group_size, cooper.assistant, cooper.rule, cfg.pairs,
+        seed=cfg.seed, step=step, positions=positions,
+    )  # fmt: skip
+
+
+def update_policy(
+    cooper: Cooper, state: State, batch: PolicyBatch, advantages: np.ndarray, step: int
+) -> tuple[TrainState, Metrics]:
+    """GRPO; advantages f32[N]."""
+    rows = packing.pad_rows(np.asarray(advantages, np.float32), batch.tokens.shape[0])
+    batch = batch.replace(advantages=cooper.layout.put(rows, "batch"))
+    key = keys.stream(cooper.cfg.seed, "minibatch", step)
+    policy, metrics = grpo.train_step(state.policy, batch, key, cooper.cfg.policy, cooper.policy.update)
+    return policy, to_host(metrics, "policy")
+
+
+def update_reward_model(
+    cooper: Cooper, state: State, made: Sequence[Pair | None]
+) -> tuple[TrainState | None, Metrics]:
+    """The contrastive update over the valid pairs; nothing moves without one, or outside the cooper arm."""
+    if cooper.cfg.reward.arm != "cooper":
+        return state.reward, {}
+    rows = [
+        (render(cooper, p.problem, p.positive), render(cooper, p.problem, p.negative)) if p else ([], [])
+        for p in made
+    ]
+    bucket, multiple = cooper.cfg.data.bucket, cooper.layout.batch_shards
+    width = packing.round_up(max(len(side) for row in rows for side in row), bucket)
+    positive, negative = (
+        packing.score_batch([row[i] for row in rows], bucket=width, rows_multiple=multiple) for i in (0, 1)
+    )
+    mask = packing.pad_rows(np.array([p is not None for p in made]), positive.tokens.shape[0])
+    batch = cooper.layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
+    reward, metrics = cooper.reward.update(state.reward, batch)
+    out = to_host(metrics, "rm")
+    if not out["rm/valid"]:  # a mean over nothing
+        names = ("pair_loss", "margin", "accuracy", "positive_mean", "negative_mean")
+        out |= {f"rm/{name}": float("nan") for name in names}
+    return reward, out

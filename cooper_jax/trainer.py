@@ -1,0 +1,196 @@
+"""The Cooper step (arXiv 2508.05613), and the loop around it.
+
+1. G responses a prompt from the policy.
+2. Their rewards, the sigmoid of the reward model's logit before its update; the rule verifies meanwhile.
+3. GRPO on the policy, while
+4. positives that the rule finds correct are rewritten into negatives by the assistant.
+5. The contrastive update of the reward model over the valid pairs.
+
+The arms differ in steps 2 and 5 alone: `rule` takes the verdict as the reward, `model` keeps its reward model
+frozen.  Departures from the released code: every random choice is keyed by (seed, step, position), negatives are
+checked against the reference and rendered by the one template, and the pair loss is normalised globally.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import Counter
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cooper_jax import assembly, signals, stages, warmup
+from cooper_jax.assembly import Cooper, State
+from cooper_jax.data import problems as problem_sets
+from cooper_jax.evaluate import evaluate
+from cooper_jax.policy.advantages import group_advantages
+from cooper_jax.reward import verifier_model
+from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.metrics import Phases, Progress
+from cooper_jax.runtime.rundir import Run, run_path
+from cooper_jax.types import Completion, Metrics, Pair, Problem, Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a step saw, for sample dumps; rows are prompt-major."""
+
+    problems: list[Problem]  # [B]
+    completions: list[Completion]  # [N]
+    verdicts: list[Verdict]  # [N]
+    rewards: np.ndarray  # f32[N]
+    advantages: np.ndarray  # f32[N]
+    pairs: list[Pair | None]
+    refused: Counter
+
+
+def cooper_step(cooper: Cooper, state: State, phases: Phases) -> tuple[State, Metrics, Seen]:
+    """One step: the new State, its metrics, and what it saw."""
+    cfg, step = cooper.cfg, state.step + 1
+    chosen, positions = next_problems(cooper, state)
+    problems = [cooper.train[i] for i in chosen]
+    rows = [problem for problem in problems for _ in range(cfg.rollout.group_size)]
+    prompt_tokens = [cooper.train_prompts[i] for i in chosen]
+
+    with phases.phase("rollout"):
+        rollout, completions = stages.sample(cooper, state, prompt_tokens, positions)
+    pending = cooper.rule.submit([(p.reference, c.text) for p, c in zip(rows, completions, strict=True)])
+    with phases.phase("score"):
+        logits = stages.score(cooper, state, rows, completions)
+    with phases.phase("logprobs"):
+        batch = stages.logprobs(cooper, state, prompt_tokens, rollout)
+    with phases.phase("rule"):
+        verdicts = pending.result()
+
+    rewards = rewards_of(verdicts) if logits is None else verifier_model.rewards(logits)
+    advantages, flat_groups = group_advantages(
+        rewards,
+        cfg.rollout.group_size,
+        std_normalise=cfg.policy.std_normalise,
+        eps=cfg.policy.std_eps,
+        floor=cfg.policy.std_floor,
+    )
+    with phases.phase("pairs"):
+        proposed = stages.propose_pairs(cooper, problems, completions, verdicts, positions, step)
+    with phases.phase("policy"):
+        policy, policy_metrics = stages.update_policy(cooper, state, batch, advantages, step)
+    with phases.phase("pairs"):
+        made = proposed.result()
+    with phases.phase("reward"):
+        reward, reward_metrics = stages.update_reward_model(cooper, state, made.pairs)
+
+    rewards, advantages = np.asarray(rewards), np.asarray(advantages)
+    metrics = {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/zero_variance_groups": float(flat_groups),
+        "data/position": float(positions.stop),
+        "data/epoch": positions.stop / len(cooper.train),
+        **signals.verdict_metrics(verdicts),
+        **({} if logits is None else signals.hacking_metrics(rewards, verdicts)),
+        **signals.response_metrics(completions),
+        **signals.pair_metrics(made.pairs, made.refused),
+        **signals.oracle_metrics(cooper.oracle, rows, completions),
+        **policy_metrics,
+        **reward_metrics,
+    }
+    seen = Seen(problems, completions, verdicts, rewards, advantages, made.pairs, made.refused)
+    after = State(policy=policy, reward=reward, reference=state.reference, step=step, position=positions.stop)
+    return after, metrics, seen
+
+
+def next_problems(cooper: Cooper, state: State) -> tuple[list[int], range]:
+    """The step's problems: their indices, and their places in the endless order of epochs."""
+    positions = range(state.position, state.position + cooper.cfg.data.prompts_per_step)
+    chosen = [problem_sets.problem_at(p, len(cooper.train), cooper.cfg.seed) for p in positions]
+    return chosen, positions
+
+
+def rewards_of(verdicts: list[Verdict]) -> np.ndarray:
+    """The rule arm's rewards f32[N]: 1 for what is verified correct, 0 for everything else.
+
+    An abstention earns nothing either: it is the paper's baseline that a rule misses what it cannot read.
+    """
+    return np.array([v is Verdict.CORRECT for v in verdicts], np.float32)
+
+
+def samples_of(cooper: Cooper, seen: Seen) -> list[dict]:
+    """The first prompts of a step as JSON objects: what was asked, sampled, judged and paired."""
+    group = cooper.cfg.rollout.group_size
+    slots = len(seen.pairs) // len(seen.problems)
+    out = []
+    for b, problem in enumerate(seen.problems[: cooper.cfg.log.samples]):
+        rows = range(b * group, (b + 1) * group)
+        out.append(
+            {
+                "id": problem.id,
+                "question": problem.question,
+                "reference": problem.reference,
+                "responses": [
+                    {
+                        "text": seen.completions[n].text,
+                        "truncated": seen.completions[n].truncated,
+                        "verdict": seen.verdicts[n].value,
+                        "reward": float(seen.rewards[n]),
+                        "advantage": float(seen.advantages[n]),
+                    }
+                    for n in rows
+                ],
+                "pairs": [
+                    {"positive": p.positive, "negative": p.negative}
+                    for p in seen.pairs[b * slots : (b + 1) * slots]
+                    if p is not None
+                ],
+            }
+        )
+    return out
+
+
+def train(cfg: ConfigDict) -> None:
+    """Run `cfg.steps` Cooper steps, or what is left of them after the newest checkpoint in the run directory."""
+    assembly.check(cfg)
+    path = run_path(cfg)
+    with contextlib.ExitStack() as stack:
+        with assembly.boundary("run_dir"):
+            run = stack.enter_context(Run(path, cfg, resume=cfg.resume))
+        cooper, state = stack.enter_context(assembly.build(cfg, path))
+        checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
+        print(describe(cooper), flush=True)
+        state = warmup.start_or_resume(cooper, state, run, checkpoints)
+        if state.step >= cfg.steps:
+            print(f"{path} holds {state.step} steps already; raise --config.steps to go on")
+            return
+        progress = stack.enter_context(contextlib.closing(Progress(cfg.steps, state.step)))
+        phases = Phases()
+        while state.step < cfg.steps:
+            start = time.perf_counter()
+            state, metrics, seen = cooper_step(cooper, state, phases)
+            seconds = time.perf_counter() - start
+            sampled = sum(c.tokens for c in seen.completions)
+            metrics |= {"time/step": seconds, "time/tokens_per_second": sampled / seconds}
+            if cfg.eval.every and state.step % cfg.eval.every == 0:
+                with phases.phase("eval"):
+                    metrics |= evaluate(cooper, state)
+            run.log(state.step, metrics | phases.collect())
+            if cfg.log.samples_every and (state.step % cfg.log.samples_every == 0 or state.step == 1):
+                run.dump_samples(state.step, samples_of(cooper, seen))
+            progress.update(state.step, metrics)
+            if state.step % cfg.checkpoint.every == 0 or state.step == cfg.steps:
+                warmup.save(cooper, state, checkpoints)
+    print(f"{path}: {cfg.steps} steps done; metrics.jsonl, samples.jsonl and checkpoints/ are there")
+
+
+def describe(cooper: Cooper) -> str:
+    """What is about to run, in one line."""
+    cfg, config = cooper.cfg, cooper.policy.model.config
+    mesh = " x ".join(f"{name} {size}" for name, size in cooper.layout.mesh.shape.items())
+    dropped = f" ({cooper.dropped} dropped: longer than {cfg.data.max_prompt_tokens} tokens)" * bool(
+        cooper.dropped
+    )
+    return (
+        f"{cfg.name}: arm {cfg.reward.arm}, {config.family} of {config.layers} layers x {config.width}, "
+        f"{len(cooper.train)} problems{dropped}, {cfg.data.prompts_per_step} x {cfg.rollout.group_size} "
+        f"responses a step, mesh {mesh}"
+    )

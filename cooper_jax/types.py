@@ -1,0 +1,137 @@
+"""What flows between the stages of a Cooper step.  Text and arrays never share a container.
+
+Axis legend, for the whole project:
+
+    B  prompts in a step               P  prompt tokens
+    G  samples a prompt                T  response (completion) tokens
+    N  = B * G rows, prompt-major      S  tokens of a whole row (P + T, or a reward model's input)
+    D  width   H  query heads   K  key/value heads   h  head_dim   F  feed-forward width
+    L  layers  V  vocabulary (padded)
+
+Rows are prompt-major: row n belongs to prompt n // G and is its sample n % G.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import jax
+from flax import struct
+
+Params = dict[str, Any]  # a nested dict of arrays with stable paths
+Metrics = dict[str, float]  # slash-grouped names -> host floats
+
+# --- text: frozen dataclasses, host only ------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question with its reference answer.
+
+    `solution` is a worked solution where the data has one (GSM8K, the synthetic problems); it feeds the
+    short supervised phases and never the reward.  `id` says where the row came from, for messages.
+    """
+
+    question: str
+    reference: str
+    solution: str = ""
+    id: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One sampled response as text.  `truncated`: it hit the length limit, no EOS was sampled."""
+
+    text: str
+    truncated: bool = False
+    tokens: int = 0
+
+
+class Verdict(enum.StrEnum):
+    """The rule verifier's answer.  Only the decidable ones may label anything; the rest abstain."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"  # an answer of a recognised form that is unequal to the reference
+    NO_ANSWER = "no_answer"
+    UNRECOGNISED = "unrecognised"  # an answer (or a reference) of a form the rule cannot compare
+    TIMEOUT = "timeout"
+
+    @property
+    def decidable(self) -> bool:
+        return self in (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Triple:
+    """What the reward model reads, with the label that it should give (1.0 correct, 0.0 not)."""
+
+    question: str
+    reference: str
+    completion: str
+    label: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A contrastive pair: both members answer the same problem and render alike but for their text."""
+
+    problem: Problem
+    positive: str
+    negative: str
+    row: int  # the rollout row that the positive came from
+
+
+# --- arrays: pytrees ---------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class Rollout:
+    """Sampled responses, right-padded with zeros."""
+
+    tokens: jax.Array  # i32[N, T]
+    mask: jax.Array  # bool[N, T]: sampled tokens, the EOS included
+    logprobs: jax.Array  # f32[N, T]: under the distribution sampled from (after T, top-k, top-p)
+    finished: jax.Array  # bool[N]: an EOS was sampled; False means truncated
+
+
+@struct.dataclass
+class PolicyBatch:
+    """What a GRPO update reads.  Prompts are left-padded, so responses start at the same column P."""
+
+    tokens: jax.Array  # i32[N, P + T]
+    valid: jax.Array  # bool[N, P + T]
+    response_mask: jax.Array  # bool[N, T]
+    advantages: jax.Array  # f32[N]
+    old_logprobs: jax.Array  # f32[N, T]: the policy's before the first update of this step
+    ref_logprobs: jax.Array  # f32[N, T]: the frozen reference's
+    rollout_logprobs: jax.Array  # f32[N, T]: the sampler's own, for the mismatch metric
+    old_is_current: jax.Array  # bool[]: old_logprobs are to be taken from this very forward pass
+
+
+@struct.dataclass
+class ScoreBatch:
+    """Reward-model inputs; padding may be on either side."""
+
+    tokens: jax.Array  # i32[N, S]
+    valid: jax.Array  # bool[N, S]
+
+
+@struct.dataclass
+class PairBatch:
+    """Contrastive pairs; masked rows weigh nothing."""
+
+    positive: ScoreBatch
+    negative: ScoreBatch
+    mask: jax.Array  # bool[B]
+
+
+@struct.dataclass
+class TrainState:
+    """f32 master weights with their optimiser."""
+
+    params: Params
+    opt_state: Any
+    updates: jax.Array  # i32[]: updates applied
+    skipped: jax.Array  # i32[]: updates left out because loss or gradients were not finite

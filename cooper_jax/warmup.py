@@ -1,0 +1,209 @@
+"""Before the first Cooper step: short supervised phases, the frozen reference, and the checkpoint of step 0.
+
+1. `warmup.policy_steps` of imitation: a policy made from scratch must learn to answer at all.
+2. `warmup.reward_steps` of binary cross-entropy on labelled triples, read from a file or built from worked
+   solutions: the solution (1), a corruption of it (0), the solution beside another problem's reference (0).
+3. The policy as it then stands is the reference.  Everything is saved as step 0: a run that is killed later
+   resumes from there or from a newer checkpoint, and does not repeat this.
+
+In the paper VerifyRM is trained on 58.7K annotated completions before all this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from cooper_jax import stages
+from cooper_jax.assembly import Cooper, SetupError, State, boundary, policy_prompt
+from cooper_jax.data import packing, synthetic
+from cooper_jax.data import problems as problem_sets
+from cooper_jax.policy import imitation
+from cooper_jax.reward import verifier_model
+from cooper_jax.reward.corruption import corrupt
+from cooper_jax.runtime import checkpoint, keys, optim
+from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.metrics import to_host
+from cooper_jax.runtime.rundir import Run, config_hash
+from cooper_jax.types import Params, Problem, TrainState, Triple
+
+REPORTS = 8  # lines that a supervised phase prints
+SYNTHETIC_POOL = 16384  # distinct synthetic problems that a supervised phase draws from, at most
+
+
+def start_or_resume(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> State:
+    """The state to go on from: the newest checkpoint's, or step 0 after the supervised phases."""
+    likes = {name: checkpoint.abstract(tree) for name, tree in items(state).items()}
+    with boundary(f"{checkpoints.folder}"):
+        found = checkpoints.restore_newest(likes)
+    if found is None:
+        return _begin(cooper, state, run, checkpoints)
+    step, trees, loop = found
+    policy = checkpoint.join(trees["policy"], trees["policy_optimiser"])
+    reward = checkpoint.join(trees["reward"], trees["reward_optimiser"]) if "reward" in trees else None
+    with boundary(f"{checkpoints.reference}"):
+        reference = checkpoints.restore_reference(checkpoint.abstract(state.reference))
+    run.truncate(step)
+    print(f"resumed from step {step}", flush=True)
+    return State(policy=policy, reward=reward, reference=reference, step=step, position=loop["position"])
+
+
+def save(cooper: Cooper, state: State, checkpoints: Checkpoints) -> None:
+    """Save a state; the reference is kept apart, once."""
+    loop = {"position": state.position, "config_hash": config_hash(cooper.cfg)}
+    checkpoints.save(state.step, items(state), loop)
+
+
+def items(state: State) -> dict:
+    """A state as named checkpoint items: weights apart from optimisers."""
+    names = {"policy": state.policy} | ({} if state.reward is None else {"reward": state.reward})
+    split = {name: checkpoint.split(part) for name, part in names.items()}
+    return {name: params for name, (params, _) in split.items()} | {
+        f"{name}_optimiser": optimiser for name, (_, optimiser) in split.items()
+    }
+
+
+def _begin(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> State:
+    section = cooper.cfg.warmup
+    run.truncate(None)
+    policy, reward = state.policy, state.reward
+    if section.policy_steps:
+        params = _imitate(cooper, policy.params)
+        policy = optim.init(params, cooper.policy.optimiser)
+    if section.reward_steps and reward is not None:
+        params = _teach(cooper, reward.params)
+        reward = optim.init(params, cooper.reward.optimiser)
+    # A copy: the policy's own arrays are donated to its updates.
+    reference = jax.tree.map(lambda x: x.copy(), policy.params)
+    state = State(policy=policy, reward=reward, reference=reference, step=0, position=0)
+    checkpoints.save_reference(reference)
+    save(cooper, state, checkpoints)
+    return state
+
+
+def _imitate(cooper: Cooper, params: Params) -> Params:
+    """Likelihood of worked solutions, EOS included."""
+    section, model, layout = cooper.cfg.warmup, cooper.policy.model, cooper.layout
+    problems = _with_solutions(cooper, "warmup_policy", section.policy_steps * section.policy_batch)
+    opt = optim.make(section.policy_optimiser)
+    update = imitation.make_update(
+        model.config, layout, opt,
+        dtype=cooper.cfg.policy.dtype, remat=cooper.cfg.policy.remat, microbatch=section.policy_batch,
+    )  # fmt: skip
+
+    def batch(step: int) -> tuple:
+        prompts, responses = [], []
+        for position, problem in _draw(problems, step, section.policy_batch, cooper.cfg.seed):
+            rng = keys.numpy_stream(cooper.cfg.seed, "warmup_policy", position)
+            text = problem.solution
+            if cooper.oracle is not None:
+                text, _ = synthetic.demonstration(problem, rng, corrupt=section.policy_corrupt)
+            prompts.append(policy_prompt(cooper.cfg, model.tokenizer, problem))
+            responses.append([*model.tokenizer.encode(text), model.tokenizer.eos_ids[0]])
+        bucket, multiple = cooper.cfg.data.bucket, layout.batch_shards
+        left, left_valid = packing.pad(prompts, left=True, bucket=bucket, rows_multiple=multiple)
+        right, right_valid = packing.pad(responses, left=False, bucket=bucket, rows_multiple=multiple)
+        arrays = np.concatenate([left, right], 1), np.concatenate([left_valid, right_valid], 1), right_valid
+        return tuple(layout.put(x, "batch") for x in arrays)
+
+    state = optim.init(params, opt)
+    return _phase("policy", section.policy_steps, state, lambda s, step: update(s, *batch(step)))
+
+
+def _teach(cooper: Cooper, params: Params) -> Params:
+    """Binary cross-entropy on labelled triples, as VerifyRM is trained (arXiv 2508.05613)."""
+    section, layout, seed = cooper.cfg.warmup, cooper.layout, cooper.cfg.seed
+    if section.reward_data:
+        with boundary(f"warmup.reward_data={section.reward_data}"):
+            labelled = problem_sets.load_triples(section.reward_data)
+        draw = _triples_of_file(labelled, seed)
+    else:
+        problems = _with_solutions(cooper, "warmup_reward", section.reward_steps * section.reward_batch)
+        draw = _triples_of_solutions(cooper, problems)
+    opt = optim.make(section.reward_optimiser)
+    update = verifier_model.make_bce_update(cooper.reward.model.config, cooper.cfg.reward, opt, layout)
+
+    def batch(step: int) -> tuple:
+        triples = draw(step, section.reward_batch)
+        rows = [stages.render(cooper, Problem(t.question, t.reference), t.completion) for t in triples]
+        scores = stages.score_batch(cooper, rows)
+        n = scores.tokens.shape[0]
+        labels = packing.pad_rows(np.array([t.label for t in triples], np.float32), n)
+        weights = packing.pad_rows(np.ones(len(triples), np.float32), n)
+        return scores, layout.put(labels, "batch"), layout.put(weights, "batch")
+
+    state = optim.init(params, opt)
+    return _phase("reward", section.reward_steps, state, lambda s, step: update(s, *batch(step)))
+
+
+def _phase(name: str, steps: int, state: TrainState, update: Callable[[TrainState, int], tuple]) -> Params:
+    """`steps` updates with a progress line; the optimiser of the phase is not kept."""
+    for step in range(steps):
+        state, metrics = update(state, step)
+        if (step + 1) % max(1, steps // REPORTS) == 0:
+            values = to_host({n: v for n, v in metrics.items() if n in ("loss", "accuracy")})
+            said = "  ".join(f"{n} {v:.3f}" for n, v in values.items())
+            print(f"warm-up of the {name} model: step {step + 1}/{steps}  {said}", flush=True)
+    return state.params
+
+
+def _draw(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[tuple[int, Problem]]:
+    """The step's problems with their places in the phase's own order."""
+    positions = range(step * count, (step + 1) * count)
+    return [(p, problems[problem_sets.problem_at(p, len(problems), seed)]) for p in positions]
+
+
+def _with_solutions(cooper: Cooper, split: str, wanted: int) -> list[Problem]:
+    """Problems of this phase that have a worked solution: the synthetic split's, or the training data's."""
+    if cooper.oracle is not None:
+        return synthetic.problems(cooper.cfg.seed, min(wanted, SYNTHETIC_POOL), split)
+    found = [p for p in cooper.train if p.solution]
+    if len(found) < 2:
+        raise SetupError(
+            f"warmup needs problems with worked solutions, and data.train={cooper.cfg.data.train} has "
+            f"{len(found)}: set data.solution_key, or warmup.reward_data, or warmup steps to 0"
+        )
+    return found
+
+
+def _triples_of_file(labelled: Sequence[Triple], seed: int) -> Callable[[int, int], list[Triple]]:
+    def draw(step: int, count: int) -> list[Triple]:
+        positions = range(step * count, (step + 1) * count)
+        return [labelled[problem_sets.problem_at(p, len(labelled), seed)] for p in positions]
+
+    return draw
+
+
+def _triples_of_solutions(cooper: Cooper, problems: Sequence[Problem]) -> Callable[[int, int], list[Triple]]:
+    """Right and wrong side by side: a solution (1), then a corruption of it or, every third time, the same
+    solution beside another problem's reference (0).
+
+    What a pair shares cancels in the gradient, so that the little that decides is learned first.
+    """
+    seed = cooper.cfg.seed
+
+    def pair(position: int, problem: Problem) -> list[Triple]:
+        rng = keys.numpy_stream(seed, "triples", position)
+        right, wrong = _right_and_wrong(cooper, problem, rng)
+        good = Triple(problem.question, problem.reference, right, 1.0)
+        other = problems[int(rng.integers(len(problems)))].reference
+        swap = other != problem.reference and (position % 3 == 2 or wrong is None)
+        if swap:
+            return [good, dataclasses.replace(good, reference=other, label=0.0)]
+        return [good] if wrong is None else [good, dataclasses.replace(good, completion=wrong, label=0.0)]
+
+    def draw(step: int, count: int) -> list[Triple]:
+        return [t for p, problem in _draw(problems, step, count // 2, seed) for t in pair(p, problem)]
+
+    return draw
+
+
+def _right_and_wrong(cooper: Cooper, problem: Problem, rng: np.random.Generator) -> tuple[str, str | None]:
+    """A right solution and a wrong one of the same form; None where there is no number to corrupt."""
+    if cooper.oracle is None:
+        return problem.solution, corrupt(problem.solution, rng)
+    form = {rng.choice(list(synthetic.FORMS), p=list(synthetic.FORMS.values())).item(): 1.0}
+    return tuple(synthetic.demonstration(problem, rng, corrupt=share, forms=form)[0] for share in (0.0, 1.0))

@@ -1,0 +1,70 @@
+"""Writes a model of a run as a Hugging Face directory, which `transformers` loads unchanged.
+
+    python launch/export.py --run_dir=runs/tiny --model=policy --out=exported/policy
+    python launch/export.py --run_dir=runs/tiny --model=reward --out=exported/verifyrm --step=100
+
+The policy loads as AutoModelForCausalLM, the reward model as AutoModelForSequenceClassification with one label.
+Either can be the `weights` of a later run.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import app, flags, logging
+
+RUN_DIR = flags.DEFINE_string("run_dir", None, "A run directory.", required=True)
+OUT = flags.DEFINE_string("out", None, "The directory to write.", required=True)
+MODEL = flags.DEFINE_enum("model", "policy", ["policy", "reward"], "Which model.")
+STEP = flags.DEFINE_integer("step", -1, "The checkpoint's step; -1 is the newest.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the written weights.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+
+    from ml_collections import ConfigDict
+
+    from cooper_jax import assembly
+    from cooper_jax.model import weights
+    from cooper_jax.runtime.checkpoint import Checkpoints, abstract
+
+    run_dir = Path(RUN_DIR.value)
+    try:
+        with assembly.boundary(f"--run_dir={run_dir}"), Checkpoints(run_dir, keep=0, read_only=True) as kept:
+            cfg = ConfigDict(json.loads((run_dir / "config.json").read_text()))
+            step = kept.newest() if STEP.value < 0 else STEP.value
+            if step is None:
+                raise ValueError("it holds no checkpoint yet")
+            cfg.mesh.update(data=1, fsdp=-1, tensor=1)  # whatever it was trained on
+            head = "logits" if MODEL.value == "policy" else "score"
+            layout = assembly.make_layout(cfg)
+            model, params, _ = assembly.load_model(
+                cfg[MODEL.value], MODEL.value, head, layout, run_dir, cfg.seed
+            )
+            params = kept.restore(step, MODEL.value, abstract(params))
+    except assembly.SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    with tempfile.TemporaryDirectory() as folder:
+        model.tokenizer.save(folder)
+        weights.save(
+            OUT.value,
+            model.config,
+            params,
+            head,
+            tokenizer_dir=folder,
+            generation_config={"eos_token_id": list(model.tokenizer.eos_ids)},
+            pad_token_id=model.tokenizer.pad_id,
+            dtype=DTYPE.value,
+        )
+    print(f"{OUT.value}: the {MODEL.value} model of step {step}")
+
+
+if __name__ == "__main__":
+    app.run(main)

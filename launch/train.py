@@ -1,0 +1,60 @@
+"""Trains a policy and its reward model together.
+
+    python launch/train.py --config=configs/tiny.py
+    python launch/train.py --config=configs/qwen_1p5b.py --config.policy.weights=/weights/Qwen2.5-1.5B-Instruct ...
+
+Any field of configs/base.py is a flag: --config.steps=20 --config.reward.arm=rule.  A run directory that holds
+a checkpoint is continued; its config must not have changed in anything that matters.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a configuration error was found.")
+flags.mark_flag_as_required("config")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
+    logging.set_verbosity(logging.WARNING)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "cooper_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+    from cooper_jax import trainer
+    from cooper_jax.assembly import SetupError
+
+    try:
+        trainer.train(CONFIG.value)
+    except SetupError as error:
+        if TRACEBACK.value:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's own parsing; a field that no config has becomes one line that says so."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        given = ", ".join(a for a in argv if a.startswith("--config."))
+        print(
+            f"error: {given}: a flag names a field that the config does not have ({error}); "
+            "configs/base.py lists them all",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,344 @@
+"""Assistants: number edits that keep length and layout, and a client that survives whatever a server does."""
+
+import http.server
+import json
+import logging
+import socket
+import threading
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from configs import base
+from cooper_jax.data import prompts
+from cooper_jax.reward import assistant as assistants
+from cooper_jax.reward.assistant import Failure, Request
+from cooper_jax.reward.corruption import corrupt
+from cooper_jax.types import Completion, Problem
+
+PROBLEM = Problem("How many?", "20")
+
+
+def request(row=0, attempt=0, positive="14 + 6 = 20 #### 20"):
+    return Request(PROBLEM, positive, (7, 3, row, attempt))
+
+
+# --- corrupt -----------------------------------------------------------------------------------------------
+
+EDITS = [
+    # text, its parts that must stay, split at the numbers that must change together
+    ("14 + 6 = 20 #### 20", "14 + 6 = {} #### {}"),
+    ("7 * 2 = 14 ; 14 + 6 = 20 # 20", "7 * 2 = 14 ; 14 + 6 = {} # {}"),
+    ("x = 20. So 20 in all: \\boxed{20 \\text{ cups}}", "x = {}. So {} in all: \\boxed{{{} \\text{{ cups}}}}"),
+    ("20 cups, 4 * 5 = 20.\n#### 20", "20 cups, 4 * 5 = {}.\n#### {}"),
+    ("The answer is $20.", "The answer is ${}."),
+    ("we are left with 20", "we are left with {}"),
+    ("#### 1,000", "#### {}"),
+    ("= 123456789012345678 #### 123456789012345678", "= {} #### {}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "pattern"), EDITS)
+def test_corrupt_changes_the_answer_and_the_result_before_it(text, pattern):
+    seen = set()
+    for seed in range(20):
+        new = corrupt(text, np.random.default_rng(seed))
+        assert len(new) == len(text)
+        holes = pattern.count("{}")
+        candidates = {f"{n:,}" for n in range(950, 1051)} | {str(n) for n in range(0, 41)}
+        candidates |= {str(123456789012345678 + d) for d in range(-20, 21)}
+        matches = [n for n in candidates if pattern.format(*[n] * holes) == new]
+        assert len(matches) == 1 and new != text
+        seen.add(matches[0])
+    assert len(seen) >= 3
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("#### 57.6", "57.6"),
+        ("#### 20.0", "20"),
+        ("#### 20 .0", "20"),
+        ("#### 0.05", "0.05"),
+        ("#### 0", "0"),
+    ],
+)
+def test_corrupt_keeps_the_decimals(text, value):
+    for seed in range(20):
+        new = corrupt(text, np.random.default_rng(seed))
+        number = Fraction(new[5:].replace(" ", ""))
+        assert len(new) == len(text) and new.find(".") == text.find(".")
+        assert 0 < abs(number - Fraction(value)) <= 20 and number >= 0
+        if text.endswith(".0"):
+            assert new.endswith(".0")
+
+
+def test_corrupt_moves_fractions_words_and_their_results():
+    for seed in range(20):
+        top, bottom = corrupt("\\boxed{\\frac{3}{4}}", np.random.default_rng(seed))[13:-2].split("}{")
+        assert bottom == "4" and top != "3"
+        new = corrupt("14 + 6 = 20 #### 40 / 2", np.random.default_rng(seed))
+        result, _, over = new[9:].partition(" #### ")
+        assert over.endswith(" / 2") and int(over[:-4]) == 2 * int(result) != 40
+        new = corrupt("14 + 6 = 20 #### Twenty", np.random.default_rng(seed))
+        words = {"Thirty": 30, "Eighty": 80, "Ninety": 90, "Eleven": 11, "Twelve": 12}
+        result, _, word = new[9:].partition(" #### ")
+        assert words[word] == int(result)
+        assert corrupt("#### forty-two", np.random.default_rng(seed))[5:] != "forty-two"
+        box = corrupt("so 4a-2 = \\boxed{4a-2}", np.random.default_rng(seed))
+        assert box.startswith("so 4a-2 = \\boxed{") and box != "so 4a-2 = \\boxed{4a-2}"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no number", "\\boxed{x}", "2 + 2 gives \\boxed{n}", "\\boxed{\\frac{1}{0}}"]
+)
+def test_corrupt_has_nothing_to_change(text):
+    assert corrupt(text, np.random.default_rng(0)) is None
+    assert assistants.make(config("corrupt")).rewrite([request(positive=text)]) == [
+        Failure("nothing to change")
+    ]
+
+
+def test_corrupt_depends_on_ids_alone():
+    helper = assistants.make(config("corrupt"))
+    together = helper.rewrite([request(row, attempt) for row in range(10) for attempt in range(2)])
+    assert together[::-1] == [
+        helper.rewrite([request(row, a)])[0] for row in range(9, -1, -1) for a in (1, 0)
+    ]
+    assert len({reply.text for reply in together}) >= 4
+
+
+# --- make ----------------------------------------------------------------------------------------------------
+
+
+def config(kind, **fields):
+    cfg = base.get_config().assistant
+    cfg.kind = kind
+    cfg.update(fields)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (config("psychic"), "assistant.kind='psychic'"),
+        (config("local"), "kind=local"),
+        (config("openai", model="m"), "set --config.assistant.url"),
+        (config("openai", url="http://127.0.0.1/v1"), "set --config.assistant.model"),
+        (config("openai", url="127.0.0.1", model="m"), "must begin with http"),
+        (config("openai", url="http://host:abc/v1", model="m"), "assistant.url='http://host:abc/v1'"),
+        (config("openai", url="http:///v1", model="m"), "names no host"),
+        (config("openai", url="http://h/v1", model="m", concurrency=0), "assistant.concurrency=0"),
+        (config("openai", url="http://h/v1", model="m", timeout=0.0), "assistant.timeout=0.0"),
+    ],
+)
+def test_make_refuses_with_the_flag_to_set(cfg, message):
+    with pytest.raises(ValueError) as caught:
+        assistants.make(cfg)
+    assert message in str(caught.value)
+
+
+def test_local_parses_replies_and_keeps_truncation():
+    got = {}
+
+    def generate(messages, ids):
+        got["messages"], got["ids"] = messages, ids
+        return [
+            Completion("Sure!\nIt is 21.", tokens=5),
+            Completion("It is", truncated=True),
+            Completion("  "),
+        ]
+
+    replies = assistants.make(config("local"), generate).rewrite([request(row) for row in range(3)])
+    assert replies == [
+        Completion("It is 21.", tokens=5),
+        Completion("It is", truncated=True),
+        Failure("empty"),
+    ]
+    assert got["ids"] == [(7, 3, row, 0) for row in range(3)]
+    assert got["messages"][0] == prompts.negative_messages("How many?", "20", "14 + 6 = 20 #### 20")
+    with pytest.raises(ValueError, match="2 completions to 1"):
+        assistants.make(config("local"), lambda m, i: [Completion("a")] * 2).rewrite([request()])
+
+
+# --- openai ----------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A chat server on 127.0.0.1 that answers what `script(n, body)` returns: status, headers, body."""
+
+    def __init__(self, script):
+        self.requests, self.open, self.most_open, self.lock = [], 0, 0, threading.Lock()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    n = len(outer.requests)
+                    outer.requests.append((self.path, dict(self.headers), body))
+                    outer.open += 1
+                    outer.most_open = max(outer.most_open, outer.open)
+                try:
+                    status, headers, content = script(n, body)
+                finally:
+                    with outer.lock:
+                        outer.open -= 1
+                try:
+                    self.send_response(status)
+                    for name, value in headers.items():
+                        self.send_header(name, value)
+                    self.send_header("Content-Length", str(len(content)))
+                    self.end_headers()
+                    self.wfile.write(content)
+                except OSError:  # the client has gone: it was told to wait too long
+                    pass
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        self.thread = threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def chat(text, finish="stop", tokens=3):
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    return 200, {}, json.dumps({"choices": [choice], "usage": {"completion_tokens": tokens}}).encode()
+
+
+@pytest.fixture
+def openai(monkeypatch):
+    """(script, config fields) -> (client, server), closed afterwards."""
+    monkeypatch.setattr(assistants, "BACK_OFF", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("THE_KEY", "sk-secret")
+    made = []
+
+    def make(script, **fields):
+        server = Server(script)
+        made.append(server)
+        fields = {"url": server.url, "model": "m", "timeout": 5.0, "key_env": "THE_KEY", **fields}
+        client = assistants.make(config("openai", **fields))
+        made.append(client)
+        return client, server
+
+    yield make
+    for thing in reversed(made):
+        thing.close()
+
+
+def test_openai_sends_what_it_should(openai):
+    client, server = openai(lambda n, body: chat("It is 21."), temperature=0.5, top_p=0.9, max_new_tokens=17)
+    assert client.rewrite([request()]) == client.rewrite([request()]) == [Completion("It is 21.", False, 3)]
+    client.rewrite([request(row=1)])
+    path, headers, body = server.requests[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer sk-secret"
+    assert (body["model"], body["temperature"], body["top_p"], body["max_tokens"]) == ("m", 0.5, 0.9, 17)
+    sent = [(m["role"], m["content"]) for m in body["messages"]]
+    assert sent == prompts.negative_messages("How many?", "20", "14 + 6 = 20 #### 20")
+    seeds = [body["seed"] for _, _, body in server.requests]
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_openai_needs_no_key(openai):
+    client, server = openai(lambda n, body: chat("ok 3"), key_env="ABSENT_KEY_VARIABLE")
+    assert client.rewrite([request()]) == [Completion("ok 3", False, 3)]
+    assert "Authorization" not in server.requests[0][1]
+
+
+def test_openai_keeps_order_and_the_concurrency_limit(openai):
+    def script(n, body):
+        row = int(body["messages"][0]["content"].split("ROW")[1].split()[0])
+        time.sleep(0.05 + 0.02 * (row % 3))
+        return chat(f"answer {row}")
+
+    client, server = openai(script, concurrency=3)
+    replies = client.rewrite([request(row, positive=f"ROW{row} 20") for row in range(12)])
+    assert [reply.text for reply in replies] == [f"answer {row}" for row in range(12)]
+    assert 2 <= server.most_open <= 3
+
+
+def test_openai_waits_as_long_as_a_429_asks(openai):
+    answers = [(429, {"Retry-After": "0.4"}, b""), chat("at last 5")]
+    client, server = openai(lambda n, body: answers[n])
+    start = time.monotonic()
+    assert client.rewrite([request()]) == [Completion("at last 5", False, 3)]
+    assert time.monotonic() - start >= 0.4 and len(server.requests) == 2
+
+
+def test_openai_gives_up_on_a_broken_server(openai, caplog):
+    client, server = openai(lambda n, body: (500, {}, b"sk-secret oops"), retries=2)
+    with caplog.at_level(logging.DEBUG, logger=assistants.__name__):
+        assert client.rewrite([request()]) == [Failure("http_500")]
+    assert len(server.requests) == 3
+    assert "1 of 1 requests failed (http_500)" in caplog.text and "sk-secret" not in caplog.text
+
+
+def test_openai_does_not_repeat_what_cannot_help(openai):
+    client, server = openai(lambda n, body: (401, {}, b"{}"), retries=3)
+    assert client.rewrite([request()]) == [Failure("http_401")] and len(server.requests) == 1
+
+
+def test_openai_times_out(openai):
+    release = threading.Event()
+
+    def script(n, body):
+        release.wait(20)
+        return chat("late")
+
+    client, server = openai(script, timeout=0.3)
+    start = time.monotonic()
+    assert client.rewrite([request(), request(1)]) == [Failure("timeout")] * 2
+    assert time.monotonic() - start < 3.0
+    release.set()
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "reply"),
+    [
+        (b"<html>hello</html>", Failure("nonsense")),
+        (b"[]", Failure("nonsense")),
+        (b"null", Failure("nonsense")),
+        (b'{"choices": []}', Failure("nonsense")),
+        (b'{"choices": [{"message": {"content": 5}, "finish_reason": "stop"}]}', Failure("nonsense")),
+        (b"[" * 100_000, Failure("nonsense")),
+        (b"\xff\xfe", Failure("nonsense")),
+        (b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}', Failure("empty")),
+        (b'{"choices": [{"message": {"content": " "}, "finish_reason": "stop"}]}', Failure("empty")),
+        (b'{"choices": [{"message": {"content": "<think>a"}, "finish_reason": "stop"}]}', Failure("malformed")),
+        (b'{"choices": [{"message": {"content": "It is"}, "finish_reason": "length"}]}', Completion("It is", True)),
+    ],
+)  # fmt: skip
+def test_openai_reads_any_body(openai, body, reply):
+    client, _ = openai(lambda n, _: (200, {}, body))
+    assert client.rewrite([request()]) == [reply]
+
+
+def test_openai_down_is_a_failure(monkeypatch):
+    monkeypatch.setattr(assistants, "BACK_OFF", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    client = assistants.make(config("openai", url=f"http://127.0.0.1:{port}/v1", model="m", retries=1))
+    assert client.rewrite([request(), request(1)]) == [Failure("connection")] * 2
+    client.close()
+
+
+def test_openai_refuses_a_broken_key_without_showing_it(monkeypatch):
+    monkeypatch.setenv("THE_KEY", "sk-sécret")
+    with pytest.raises(ValueError, match="THE_KEY") as caught:
+        assistants.make(config("openai", url="http://h/v1", model="m", key_env="THE_KEY"))
+    assert "cret" not in str(caught.value)

@@ -1,0 +1,403 @@
+"""Checkpoints come back bit for bit, on any mesh, after any kill; what is damaged is named."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cooper_jax.runtime import checkpoint
+from cooper_jax.runtime.checkpoint import Checkpoints, abstract, join, split, steps_in
+from cooper_jax.runtime.mesh import make_mesh
+from cooper_jax.types import TrainState
+
+ROOT = str(Path(__file__).resolve().parents[1])
+
+
+def awkward(shape, seed=0):
+    """f32 of every exponent, with a NaN, infinities, a negative zero and a denormal among them."""
+    bits = np.random.default_rng(seed).integers(0, 2**32, shape, dtype=np.uint32)
+    values = bits.view(np.float32).copy()
+    values.flat[:5] = [np.nan, np.inf, -np.inf, -0.0, 1e-42]
+    return values
+
+
+def bits(tree):
+    """Every leaf as (path, dtype, shape, bytes)."""
+
+    def raw(x):
+        x = jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        return str(x.dtype), x.shape, np.asarray(x).tobytes()
+
+    return [(jax.tree_util.keystr(path), *raw(x)) for path, x in jax.tree.leaves_with_path(tree)]
+
+
+def make_state(seed=0):
+    params = {
+        "embed": jnp.asarray(awkward((16, 8), seed)),
+        "layers": {"q": jnp.asarray(awkward((2, 8, 8), seed + 1))},
+    }
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1e-3, 10)))
+    opt_state = tx.init(params)
+    # Moments that are not zero: awkward bits there as well.
+    opt_state = jax.tree.map(
+        lambda x: jnp.asarray(awkward(x.shape, seed + 2)) if x.ndim else x + 7, opt_state
+    )
+    return TrainState(params=params, opt_state=opt_state, updates=jnp.int32(11), skipped=jnp.int32(-(2**31)))
+
+
+def place(tree, sizes, devices):
+    """Put a tree on a mesh, leading dimensions over fsdp and tensor where they divide."""
+    mesh = make_mesh(*sizes, devices=jax.devices()[:devices])
+
+    def put(x):
+        axes = [
+            axis if x.shape[i] % mesh.shape[axis] == 0 else None
+            for i, axis in zip(range(x.ndim), ("fsdp", "tensor"), strict=False)
+        ]
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return jax.tree.map(put, tree)
+
+
+def save(run_dir, step, tree, **loop):
+    with Checkpoints(run_dir, keep=0) as kept:
+        kept.save(step, {"policy": tree}, loop)
+
+
+def test_split_and_join():
+    state = make_state()
+    params, optimiser = split(state)
+    assert params is state.params and sorted(optimiser) == ["opt_state", "skipped", "updates"]
+    assert jax.tree.structure(join(params, optimiser)) == jax.tree.structure(state)
+
+
+def test_round_trip_is_bit_exact(tmp_path):
+    state = place(make_state(), (1, -1, 1), 8)
+    params, optimiser = split(state)
+    other = {
+        "key": jax.random.key(5),
+        "keys": jax.random.split(jax.random.key(1), 3),
+        "half": jnp.ones(3, jnp.bfloat16),
+    }
+    items = {"policy": params, "policy_optimiser": optimiser, "other": place(other, (1, -1, 1), 8)}
+    with Checkpoints(tmp_path, keep=2) as kept:
+        kept.save(4, items, {"position": 512, "config_hash": "abc", "nested": {"a": [1, 2.5, None]}})
+        kept.wait()
+        back = {name: kept.restore(4, name, abstract(tree)) for name, tree in items.items()}
+        assert bits(back) == bits(items)
+        assert jax.tree.structure(back) == jax.tree.structure(items)  # optax's own state types, not dicts
+        assert all(
+            a.sharding == b.sharding
+            for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(items), strict=True)
+        )
+        assert kept.loop(4) == {
+            "step": 4, "format": 1, "items": ["other", "policy", "policy_optimiser"],
+            "position": 512, "config_hash": "abc", "nested": {"a": [1, 2.5, None]},
+        }  # fmt: skip
+    assert bits(join(back["policy"], back["policy_optimiser"])) == bits(state)
+
+
+def test_weights_restore_without_optimisers(tmp_path):
+    params, optimiser = split(make_state())
+    with Checkpoints(tmp_path, keep=1) as kept:
+        kept.save(1, {"policy": params, "policy_optimiser": optimiser}, {})
+    for path in (tmp_path / "checkpoints/1/policy_optimiser").rglob("*"):
+        if path.is_file() and path.name not in ("_METADATA", "commit_success.txt"):
+            path.unlink()
+    with Checkpoints(tmp_path, keep=1, read_only=True) as kept:
+        assert bits(kept.restore(1, "policy", abstract(params))) == bits(params)
+
+
+def test_restores_onto_other_meshes(tmp_path):
+    state = make_state()
+    places = {"eight": ((1, 8, 1), 8), "one": ((1, 1, 1), 1), "cube": ((2, 2, 2), 8), "again": ((1, 8, 1), 8)}
+    current = place(state, *places["eight"])
+    for i, (name, (sizes, devices)) in enumerate(places.items()):
+        save(tmp_path / name, i, current)
+        like = abstract(place(state, sizes, devices))
+        with Checkpoints(tmp_path / name, keep=1) as kept:
+            current = kept.restore(i, "policy", like)
+        assert bits(current) == bits(state)
+        assert [x.sharding for x in jax.tree.leaves(current)] == [x.sharding for x in jax.tree.leaves(like)]
+
+
+def test_saved_arrays_may_be_donated_at_once(tmp_path):
+    """The background writer must hold its own copy: what it reads is gone when `save` returns."""
+    x = place({"w": jnp.arange(2.0**20)}, (1, 8, 1), 8)
+    before = bits(x)
+    step = jax.jit(lambda t: jax.tree.map(lambda v: v * -3.0 + 1.0, t), donate_argnums=0)
+    with Checkpoints(tmp_path, keep=0) as kept:
+        kept.save(0, {"policy": x}, {})
+        for _ in range(5):
+            x = step(x)
+        kept.wait()
+        assert bits(kept.restore(0, "policy", abstract(x))) == before
+
+
+def test_keeps_the_newest(tmp_path):
+    tree = {"w": jnp.zeros(3)}
+    with Checkpoints(tmp_path / "two", keep=2) as kept:
+        assert kept.newest() is None and kept.restore_newest({}) is None and steps_in(tmp_path / "two") == []
+        for step in (0, 5, 10, 11):
+            kept.save(step, {"policy": tree}, {})
+        kept.wait()
+        assert kept.steps() == [10, 11] and kept.newest() == 11
+    assert steps_in(tmp_path / "two") == [10, 11] and steps_in(tmp_path / "nowhere") == []
+    with Checkpoints(tmp_path / "all", keep=0) as kept:
+        for step in range(4):
+            kept.save(step, {"policy": tree}, {})
+    assert steps_in(tmp_path / "all") == [0, 1, 2, 3]
+
+
+def test_what_cannot_be_saved(tmp_path):
+    tree = {"w": jnp.zeros(3)}
+    with pytest.raises(ValueError, match="keep is -1"):
+        Checkpoints(tmp_path, keep=-1)
+    with Checkpoints(tmp_path, keep=2) as kept:
+        kept.save(3, {"policy": tree}, {})
+        for step in (3, 2):
+            with pytest.raises(ValueError, match=rf"step {step} is not newer than .*checkpoints/3"):
+                kept.save(step, {"policy": tree}, {})
+        with pytest.raises(ValueError, match="'loop'"):
+            kept.save(4, {"loop": tree}, {})
+        with pytest.raises(ValueError, match=r"fields \['format'\]"):
+            kept.save(4, {"policy": tree}, {"format": 3})
+        with pytest.raises(TypeError, match="JSON"):
+            kept.save(4, {"policy": tree}, {"array": np.zeros(2)})
+        kept.wait()
+        assert kept.steps() == [3]
+
+
+FULL = """
+import resource, sys
+import jax.numpy as jnp, numpy as np
+sys.path.insert(0, sys.argv[1])
+from cooper_jax.runtime.checkpoint import Checkpoints
+noise = jnp.asarray(np.random.default_rng(0).normal(size=2**19), jnp.float32)
+with Checkpoints(sys.argv[2], keep=1) as kept:
+    kept.save(1, {"policy": {"w": noise[:9]}}, {})
+    kept.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, 2**18))
+    kept.save(2, {"policy": {"w": noise}}, {})
+    kept.wait()
+"""
+
+
+def test_a_save_that_fails_is_raised(tmp_path):
+    """No file may grow over 256 KiB, as on a full disk: the former checkpoint stays, and the run hears of it."""
+    child = subprocess.run([sys.executable, "-c", FULL, ROOT, str(tmp_path)], capture_output=True, text=True)
+    assert child.returncode == 1 and "File too large" in child.stderr, child.stderr
+    assert steps_in(tmp_path) == [1]
+    with Checkpoints(tmp_path, keep=1) as kept:
+        assert kept.newest() == 1
+
+
+def test_what_does_not_fit_is_named_and_not_set_aside(tmp_path):
+    save(tmp_path, 1, {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)})
+    here = jnp.zeros(1).sharding
+
+    def like(**shapes):
+        return {n: jax.ShapeDtypeStruct(s, t, sharding=here) for n, (s, t) in shapes.items()}
+
+    cases = {
+        r"1/policy does not fit.*a is stored as float32\[2, 3\], asked for as float32\[3, 2\]": like(
+            a=((3, 2), jnp.float32), b=((4,), jnp.float32)
+        ),
+        r"b is stored as float32\[4\], asked for as bfloat16\[4\]": like(
+            a=((2, 3), jnp.float32), b=((4,), jnp.bfloat16)
+        ),
+        "c is not stored; b is stored but not asked for": like(
+            a=((2, 3), jnp.float32), c=((4,), jnp.float32)
+        ),
+        "a is asked for without a sharding": {"a": jax.ShapeDtypeStruct((2, 3), jnp.float32)},
+    }
+    with Checkpoints(tmp_path, keep=1) as kept:
+        for message, tree in cases.items():
+            with pytest.raises(ValueError, match=message):
+                kept.restore(1, "policy", tree)
+            with pytest.raises(ValueError, match=message):
+                kept.restore_newest({"policy": tree})
+        with pytest.raises(KeyError, match="no item 'reward'; it has policy"):
+            kept.restore(1, "reward", {})
+        with pytest.raises(FileNotFoundError, match=r"the checkpoints are \[1\]"):
+            kept.loop(2)
+        assert kept.steps() == [1]
+
+
+def test_another_format_is_an_error(tmp_path, monkeypatch):
+    save(tmp_path, 1, {"a": jnp.zeros(2)})
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    with Checkpoints(tmp_path, keep=1) as kept:
+        with pytest.raises(
+            ValueError, match="checkpoints/1 is a checkpoint of format 1; this code reads format 2"
+        ):
+            kept.newest()
+    assert steps_in(tmp_path) == [1]
+
+
+def damage(path: Path, how: str):
+    if how == "loop":
+        (path / "loop/metadata").write_text('{"step": 2, "form')
+    elif how == "no loop":
+        (path / "loop/metadata").unlink()
+    elif how == "table":
+        (path / "policy/_METADATA").write_text("")
+    elif how == "no table":
+        (path / "policy/_METADATA").unlink()
+    elif how == "manifest":
+        (path / "policy/manifest.ocdbt").write_bytes(b"")
+    elif how == "data":
+        for file in (path / "policy").rglob("d/*"):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif how == "values":  # the tables are whole, the numbers are not
+        for file in (path / "policy/ocdbt.process_0/d").iterdir():
+            file.write_bytes(b"x")
+    else:
+        raise AssertionError(how)
+
+
+@pytest.mark.parametrize("how", ["loop", "no loop", "table", "no table", "manifest", "data", "values"])
+def test_an_unreadable_newest_checkpoint_gives_way_to_the_one_before(tmp_path, how):
+    trees = {step: {"w": jnp.asarray(awkward((64, 64), step))} for step in (1, 2)}
+    for step, tree in trees.items():
+        save(tmp_path, step, tree, position=step * 10)
+    damage(tmp_path / "checkpoints/2", how)
+    with Checkpoints(tmp_path, keep=2) as kept:
+        with pytest.warns(UserWarning, match=r"checkpoints/2/.* cannot be read.*it is now 2\.unreadable"):
+            step, items, loop = kept.restore_newest({"policy": abstract(trees[1])})
+        assert step == 1 and loop["position"] == 10 and bits(items["policy"]) == bits(trees[1])
+        assert kept.newest() == 1
+        kept.save(2, {"policy": trees[2]}, {})  # the way is free again
+    assert steps_in(tmp_path) == [1, 2] and (tmp_path / "checkpoints/2.unreadable").is_dir()
+
+    with Checkpoints(tmp_path, keep=2) as kept:
+        assert kept.newest() == 2
+
+
+def test_no_readable_checkpoint_is_an_error(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step, {"w": jnp.zeros(2)})
+        damage(tmp_path / f"checkpoints/{step}", "loop")
+    with Checkpoints(tmp_path, keep=2) as kept, pytest.warns(UserWarning):
+        with pytest.raises(ValueError, match=r"no checkpoint is left.*/2/loop.*/1/loop.*new run_dir"):
+            kept.newest()
+
+
+def test_read_only_touches_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
+        Checkpoints(tmp_path, keep=1, read_only=True)
+    tree = {"w": jnp.arange(4.0)}
+    save(tmp_path, 1, tree)
+    unfinished = tmp_path / "checkpoints/2.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    with Checkpoints(tmp_path, keep=1, read_only=True) as kept:
+        assert kept.steps() == [1] and bits(kept.restore(1, "policy", abstract(tree))) == bits(tree)
+        damage(tmp_path / "checkpoints/1", "loop")
+        with pytest.raises(checkpoint.Unreadable, match="checkpoints/1/loop"):
+            kept.newest()
+    assert unfinished.is_dir() and steps_in(tmp_path) == [1]
+
+
+def test_the_reference_is_kept_once(tmp_path):
+    tree = place({"w": jnp.asarray(awkward((16, 4)))}, (1, 8, 1), 8)
+    elsewhere = place(tree, (2, 2, 2), 8)
+    with Checkpoints(tmp_path, keep=1) as kept:
+        with pytest.raises(FileNotFoundError, match="reference is not there"):
+            kept.restore_reference(abstract(tree))
+        kept.save_reference({"w": jnp.zeros((16, 4))})  # a start that never reached a checkpoint
+        kept.save_reference(tree)
+        kept.save(1, {"policy": tree}, {})
+        assert bits(kept.restore_reference(abstract(elsewhere))) == bits(tree)
+        with pytest.raises(ValueError, match=r"belongs to the checkpoints \[1\]"):
+            kept.save_reference(tree)
+        with pytest.raises(ValueError, match="reference does not fit"):
+            kept.restore_reference(abstract({"v": tree["w"]}))
+        assert kept.steps() == [1]
+
+
+KILLED = """
+import sys
+import jax, jax.numpy as jnp
+sys.path.insert(0, sys.argv[1])
+from cooper_jax.runtime.checkpoint import Checkpoints
+with Checkpoints(sys.argv[2], keep=1) as kept:
+    step = kept.newest()
+    step = 0 if step is None else step + 1
+    print("ready", flush=True)
+    while True:
+        tree = {str(i): jnp.full((256, 1024), step, jnp.int32) for i in range(24)}
+        kept.save(step, {"policy": tree, "policy_optimiser": {"count": jnp.int32(step)}}, {"position": step})
+        print(step, flush=True)
+        step += 1
+"""
+
+
+def test_killed_while_saving(tmp_path):
+    """SIGKILL at random moments of an endless row of saves, each of which also deletes its predecessor."""
+    chance = random.Random(0)
+    folder = tmp_path / "checkpoints"
+    here = jnp.zeros(1).sharding
+    like = {str(i): jax.ShapeDtypeStruct((256, 1024), jnp.int32, sharding=here) for i in range(24)}
+    newest, unfinished = -1, 0
+    for life in range(4):
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, ROOT, str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "XLA_FLAGS": ""},
+        )  # fmt: skip
+        for line in child.stdout:
+            if line.strip().isdecimal():
+                break  # the first save of this life is under way
+        else:
+            pytest.fail(child.communicate()[1])
+        time.sleep(chance.uniform(0.0, 0.4))
+        deadline = time.monotonic() + 60
+        while life % 2 and time.monotonic() < deadline and not any("tmp" in p.name for p in folder.iterdir()):
+            pass  # every other kill is aimed at a save
+        os.kill(child.pid, signal.SIGKILL)
+        told = [int(line) for line in (line, *child.communicate()[0].split())]
+        unfinished += any("tmp" in p.name for p in folder.iterdir())
+
+        with Checkpoints(tmp_path, keep=1) as kept:
+            found = kept.restore_newest({"policy": like})
+        assert len([p for p in folder.iterdir()]) == (found is not None)  # no leftovers
+        # save(s) waits for save(s - 1): once s is announced, s - 1 is certainly complete.
+        assert found is not None or told == [0]
+        if found is not None:
+            step, items, loop = found
+            assert step >= max(newest, told[-1] - 1) and loop["position"] == step
+            assert all((np.asarray(x) == step).all() for x in jax.tree.leaves(items))
+            newest = step
+    assert newest >= 1 and unfinished >= 1, "no kill fell into a save: the test has shown nothing"
+
+
+def test_half_deleted_checkpoints_are_not_seen(tmp_path):
+    save(tmp_path, 3, {"w": jnp.zeros(2)})
+    (tmp_path / "checkpoints/2.deleted/policy").mkdir(parents=True)
+    (tmp_path / "checkpoints/4.orbax-checkpoint-tmp/policy").mkdir(parents=True)
+    with Checkpoints(tmp_path, keep=1) as kept:
+        assert kept.steps() == [3] and kept.newest() == 3
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_says_nothing(tmp_path, caplog, capfd):
+    """Orbax warns readily; a run's screen belongs to the run."""
+    tree = {"w": jnp.arange(4.0)}
+    with Checkpoints(tmp_path, keep=1) as kept:
+        kept.save_reference(tree)
+        for step in (1, 2):
+            kept.save(step, {"policy": tree}, {})
+    with Checkpoints(tmp_path, keep=1) as kept:
+        kept.restore_newest({"policy": abstract(tree)})
+        kept.restore_reference(abstract(tree))
+    assert caplog.records == [] and capfd.readouterr() == ("", "")

@@ -1,0 +1,398 @@
+"""The run directory: metrics, samples, progress, and what a resumed run may and may not find."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import base
+from cooper_jax.runtime import metrics as m
+from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.rundir import Run, config_hash, run_path
+from cooper_jax.types import Verdict
+
+ROOT = str(Path(__file__).resolve().parents[1])
+
+
+@pytest.fixture
+def config():
+    c = base.get_config()
+    c.log.tensorboard = False
+    return c
+
+
+def checkpointed(run_dir, step):
+    with Checkpoints(run_dir, keep=0) as kept:
+        kept.save(step, {"policy": {"w": jnp.zeros(1)}}, {})
+
+
+# --- numbers ---
+
+
+def test_masked_mean():
+    x = jnp.array([[1.0, 2.0], [jnp.nan, 6.0]])
+    assert float(m.masked_mean(x, jnp.array([[True, True], [False, True]]))) == 3.0
+    assert float(m.masked_mean(x, jnp.zeros((2, 2), bool))) == 0.0
+    assert math.isnan(float(m.masked_mean(x, jnp.ones((2, 2)))))
+    half = jnp.full((300,), 1.0, jnp.bfloat16)  # a bfloat16 sum stops at 256
+    assert float(m.masked_mean(half, jnp.ones(300, bool))) == 1.0
+    with pytest.raises(AssertionError):
+        m.masked_mean(x, jnp.ones((2, 1), bool))
+
+
+def test_to_host():
+    assert m.to_host({"kl": jnp.float32(0.5), "n": 3}, "policy") == {"policy/kl": 0.5, "policy/n": 3.0}
+    assert m.to_host({"rule/accuracy": np.float32(0.25)}) == {"rule/accuracy": 0.25}
+
+
+def test_phases_add_up():
+    now = iter([0.0, 1.0, 10.0, 11.0, 12.5, 16.0, 20.0, 21.0])
+    phases = m.Phases(clock=lambda: next(now))
+    with phases.phase("rollout"):
+        pass
+    with phases.phase("update"):  # 10 to 16
+        with phases.phase("rollout"):  # 11 to 12.5
+            pass
+    assert phases.collect() == {"time/rollout": 2.5, "time/update": 6.0}
+    with pytest.raises(ZeroDivisionError), phases.phase("broken"):
+        raise ZeroDivisionError
+    assert phases.collect() == {"time/broken": 1.0}
+
+
+def test_jsonable():
+    row = {
+        "a": np.float32(0.5),
+        "b": jnp.arange(2),
+        "c": (Verdict.WRONG, None, True),
+        3: [math.nan, -math.inf],
+    }
+    assert m.jsonable(row) == {"a": 0.5, "b": [0, 1], "c": ["wrong", None, True], "3": [None, "-inf"]}
+    with pytest.raises(TypeError, match=r"rows\[1\]\.x is a set"):
+        m.jsonable({"rows": [1, {"x": {1}}]})
+
+
+# --- lines ---
+
+
+@given(st.dictionaries(st.text("abcdefgh/", min_size=1), st.floats(), max_size=5))
+def test_metrics_come_back_bit_for_bit(tmp_path_factory, row):
+    path = tmp_path_factory.mktemp("lines") / "metrics.jsonl"
+    lines = m.JsonLines(path)
+    lines.append({"step": 1, **row})
+    lines.close()
+    json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    (back,) = m.read_metrics(path)
+    assert {k: np.float64(v).tobytes() for k, v in back.items() if not math.isnan(v)} == {
+        k: np.float64(v).tobytes() for k, v in {"step": 1, **row}.items() if not math.isnan(v)
+    }
+    assert {k for k, v in back.items() if math.isnan(v)} == {k for k, v in row.items() if math.isnan(v)}
+
+
+def test_any_text_can_be_written(tmp_path):
+    text = "x ≤ 2\n\u2028\ud800\x00 \U0001f600"
+    lines = m.JsonLines(tmp_path / "samples.jsonl")
+    lines.append({"step": 1, "completion": text}, {"step": 1, "completion": ""})
+    lines.close()
+    assert [row["completion"] for row in m.read_lines(lines.path)] == [text, ""]
+
+
+WHOLE = b'{"step": 1, "a/b": 1.0}\n{"step": 2}\n{"step": 2}\n{"step": 4}\n'
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"st', b'{"step": 5', b'{"step": 9}', b"\x00\x00", b"7"])
+@pytest.mark.parametrize(
+    "step, kept, last", [(None, 0, None), (0, 0, None), (1, 1, 1), (2, 3, 2), (3, 3, 2), (4, 4, 4)]
+)
+def test_truncate(tmp_path, tail, step, kept, last):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(WHOLE + tail)
+    lines = m.JsonLines(path)
+    assert lines.truncate(step) == last
+    assert path.read_bytes() == b"".join(WHOLE.splitlines(keepends=True)[:kept])
+    lines.append({"step": 5})
+    lines.close()
+    assert [row["step"] for row in m.read_lines(path)] == [1, 2, 2, 4][:kept] + [5]
+
+
+def test_truncate_keeps_a_whole_line_without_its_end(tmp_path):
+    lines = m.JsonLines(tmp_path / "metrics.jsonl")
+    assert lines.truncate(3) is None and not lines.path.exists()
+    lines.path.write_bytes(b'{"step": 1}\n{"step": 2}')
+    assert lines.truncate(2) == 2 and lines.path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("line", [b'{"st\n', b'{"stop": 1}\n', b"[1]\n"])
+def test_a_malformed_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no JSON object with a step"):
+        m.JsonLines(path).truncate(2)
+    assert path.read_bytes() == b'{"step": 1}\n' + line + b'{"step": 2}\n'
+    path.write_bytes(b'{"step": 1}\n{"st')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        m.read_metrics(path)
+
+
+# --- progress ---
+
+
+def test_plain_progress():
+    now = iter([0.0, 100.0, *(100.0 + 2.0 * i for i in range(1, 12)), 124.0])
+    out = io.StringIO()
+    progress = m.Progress(40, done=3, out=out, clock=lambda: next(now))
+    progress.update(4, {"reward/mean": 0.5, "rule/accuracy": 0.25, "policy/kl": 0.00125})
+    for step in range(5, 16):
+        progress.update(step, {"reward/mean": 0.5})
+    progress.note("saved")
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "step 4/40  reward 0.500  rule 25.0%  kl 1.25e-03  100.0 s/step  ETA 1:00:00"
+    assert lines[-2] == "step 15/40  reward 0.500  2.0 s/step  ETA 0:00:50"  # the slow first one has left
+    assert lines[-1] == "saved"
+
+
+def test_live_progress():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    now = iter([0.0, 2.0, 4.0])
+    progress = m.Progress(3, done=1, out=out, clock=lambda: next(now))
+    progress.update(2, {"reward/mean": 0.5})
+    progress.note("saved")
+    progress.update(3, {"reward/mean": 0.75})
+    progress.close()
+    assert "saved\n" in out.getvalue()
+    last = out.getvalue().split("\r")[-1]
+    assert last.startswith("step 3/3 |") and "reward 0.750  2.0 s/step  ETA 0:00:00" in last
+
+
+# --- the directory ---
+
+
+def test_a_run_from_its_beginning(tmp_path, config):
+    with Run(tmp_path / "a/b", config, resume=True) as run:
+        with pytest.raises(RuntimeError, match="call truncate"):
+            run.log(1, {})
+        run.truncate(None)
+        run.log(1, {"policy/kl": np.float32(0.5), "rm/loss": math.nan, "time/step": 1})
+        run.log(2, {"policy/kl": jnp.float32(0.25)})
+        run.dump_samples(2, [{"prompt": "p", "verdict": Verdict.CORRECT, "scores": np.array([0.5, np.inf])}])
+        run.dump_samples(3, [])
+        with pytest.raises(ValueError, match="step 2 after step 2"):
+            run.log(2, {})
+        with pytest.raises(ValueError, match="'loss' has no group: call it GROUP/loss"):
+            run.log(3, {"loss": 1.0})
+    assert (run.path / "metrics.jsonl").read_text() == (
+        '{"step": 1, "policy/kl": 0.5, "rm/loss": null, "time/step": 1.0}\n{"step": 2, "policy/kl": 0.25}\n'
+    )
+    assert m.read_lines(run.path / "samples.jsonl") == [
+        {"step": 2, "prompt": "p", "verdict": "correct", "scores": [0.5, "inf"]}
+    ]
+    stored = json.loads((run.path / "config.json").read_text())
+    assert stored["policy"]["optimiser"]["lr"] == 1e-6 and stored["mesh"]["rules"][0] == [
+        "batch",
+        ["data", "fsdp"],
+    ]
+    assert not (run.path / "tensorboard").exists()
+
+
+def test_going_on_from_a_checkpoint(tmp_path, config):
+    with Run(tmp_path, config, resume=True) as run:
+        run.truncate(None)
+        for step in (1, 2, 3):
+            run.log(step, {"a/b": step})
+            run.dump_samples(step, [{"x": step}])
+    checkpointed(tmp_path, 2)
+    config.steps = 999
+    with Run(tmp_path, config, resume=True) as run:
+        run.truncate(2)
+        with pytest.raises(ValueError, match="step 2 after step 2"):
+            run.log(2, {})
+        run.log(3, {"a/b": 33})
+    assert [r["a/b"] for r in m.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 33]
+    assert [r["x"] for r in m.read_lines(tmp_path / "samples.jsonl")] == [1, 2]
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 999
+
+
+def test_missing_metrics_are_noticed(tmp_path, config):
+    with Run(tmp_path, config, resume=True) as run:
+        with pytest.warns(
+            UserWarning, match=r"metrics\.jsonl ends at step None, the checkpoint is of step 2"
+        ):
+            run.truncate(2)
+
+
+def test_without_a_checkpoint_a_run_begins_again(tmp_path, config):
+    with Run(tmp_path, config, resume=True) as run:
+        run.truncate(None)
+        run.log(1, {"a/b": 1})
+    config.seed = 5  # nothing rests on the old value yet
+    for resume in (True, False):
+        with Run(tmp_path, config, resume=resume) as run:
+            run.truncate(None)
+        assert m.read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_resume_false_refuses_checkpoints(tmp_path, config):
+    with Run(tmp_path, config, resume=False):
+        pass
+    checkpointed(tmp_path, 7)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"holds checkpoints \[7\] and resume is False.*--config.resume=True"
+    ):
+        Run(tmp_path, config, resume=False)
+    assert (tmp_path / "config.json").read_bytes() == before
+    with Run(tmp_path, config, resume=True):  # the refused one has let go of the lock
+        pass
+
+
+def test_another_config_is_refused(tmp_path, config):
+    with Run(tmp_path, config, resume=True):
+        pass
+    checkpointed(tmp_path, 1)
+    before = (tmp_path / "config.json").read_bytes()
+    config.policy.optimiser.lr = 3e-6
+    config.rollout.group_size = 8
+    config.checkpoint.every = 1
+    expected = (
+        "policy.optimiser.lr was 1e-06 and is now 3e-06; rollout.group_size was 16 and is now 8: "
+        "give another --config.run_dir, or the old value"
+    )
+    with pytest.raises(ValueError, match=expected):
+        Run(tmp_path, config, resume=True)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+    fresh = base.get_config()
+    with fresh.unlocked():
+        fresh.policy.new_knob = 1
+        del fresh.policy["kl_clamp"]
+    with pytest.raises(
+        ValueError, match=r"kl_clamp was 10.0 and is now \(absent\); policy.new_knob was \(absent\)"
+    ):
+        Run(tmp_path, fresh, resume=True)
+
+
+def test_a_damaged_config_is_named(tmp_path, config):
+    checkpointed(tmp_path, 1)
+    with pytest.raises(ValueError, match="config.json is not there, but checkpoints"):
+        Run(tmp_path, config, resume=True)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        Run(tmp_path, config, resume=True)
+
+
+def test_config_hash(config):
+    before = config_hash(config)
+    assert len(before) == 16 and before == config_hash(base.get_config().copy_and_resolve_references())
+    for change in (
+        "steps",
+        "run_dir",
+        "checkpoint.keep",
+        "log.samples",
+        "mesh.data",
+        "rule.workers",
+        "assistant.url",
+    ):
+        c = base.get_config()
+        c.update_from_flattened_dict({change: "x" if change in ("run_dir", "assistant.url") else 77})
+        assert config_hash(c) == before, change
+    for change in ("seed", "data.prompts_per_step", "policy.kl_coef", "assistant.temperature", "eval.every"):
+        c = base.get_config()
+        c.update_from_flattened_dict({change: 77})
+        assert config_hash(c) != before, change
+
+
+def test_run_path(config):
+    config.name = "tiny"
+    assert run_path(config) == Path.cwd() / "runs/tiny"
+    config.run_dir = "~/elsewhere"
+    assert run_path(config) == Path.home() / "elsewhere"
+
+
+def test_nothing_from_the_environment_is_written(tmp_path, config, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
+    config.log.tensorboard = True
+    with Run(tmp_path, config, resume=True) as run:
+        run.truncate(None)
+        run.log(1, {"a/b": 1})
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {p.name for p in files} > {"config.json", "metrics.jsonl"}
+    assert not any(b"sk-secret" in p.read_bytes() for p in files)
+
+
+HOLDER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from configs import base
+from cooper_jax.runtime.rundir import Run
+config = base.get_config()
+config.log.tensorboard = False
+with Run(sys.argv[2], config, True) as run:
+    run.truncate(None)
+    step = 0
+    print("held", flush=True)
+    while True:
+        step += 1
+        run.log(step, {"a/b": step})
+"""
+
+
+def test_one_process_at_a_time_and_no_line_lost_to_a_kill(tmp_path, config):
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, ROOT, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=rf"is in use by process {child.pid} on .*--config.run_dir"):
+            Run(tmp_path, config, resume=True)
+        path = tmp_path / "metrics.jsonl"
+        while child.poll() is None and not (path.exists() and path.stat().st_size > 2000):
+            time.sleep(0.01)
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    whole = [json.loads(line)["step"] for line in lines[:-1]]
+    assert whole == list(range(1, len(lines)))
+    with Run(tmp_path, config, resume=True) as run:  # the system has dropped the dead one's lock
+        run.truncate(whole[-1])
+    assert [r["step"] for r in m.read_metrics(run.path / "metrics.jsonl")] == whole
+
+
+def test_tensorboard(tmp_path, config):
+    """Read back the event files themselves: length-framed protobufs."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    def events():
+        for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
+            data = path.read_bytes()
+            while data:
+                size = int.from_bytes(data[:8], "little")
+                yield Event.FromString(data[12 : 12 + size])
+                data = data[16 + size :]
+
+    config.log.tensorboard = True
+    with Run(tmp_path, config, resume=True) as run:
+        run.truncate(None)
+        run.log(1, {"policy/kl": 0.5, "rm/loss": math.nan})
+        run.log(2, {"policy/kl": 0.25})
+    found = [(e.step, v.tag, v.simple_value) for e in events() for v in e.summary.value]
+    assert found == [(1, "policy/kl", 0.5), (2, "policy/kl", 0.25)]
+    with Run(tmp_path, config, resume=True) as run:
+        run.truncate(1)
+        run.log(2, {"policy/kl": 0.125})
+    starts = [e.step for e in events() if e.HasField("session_log")]
+    assert starts == [0, 2]  # readers drop what an earlier life wrote from step 2 on

@@ -1,0 +1,271 @@
+"""Pairs: which positive, which gates, the same whatever arrives first; nothing but the text tells members apart."""
+
+import collections
+import threading
+
+import numpy as np
+import pytest
+
+from configs import base
+from cooper_jax.data import synthetic
+from cooper_jax.reward import assistant as assistants
+from cooper_jax.reward import pairs
+from cooper_jax.reward.assistant import Failure
+from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.types import Completion, Problem, Verdict
+
+C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED
+
+
+@pytest.fixture(scope="module")
+def rule():
+    with RuleVerifier(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048) as verifier:
+        yield verifier
+
+
+class Scripted:
+    """Replies with `answer(request)`; remembers what it was asked, call by call."""
+
+    def __init__(self, answer, overlaps=True):
+        self.answer, self.calls, self.overlaps = answer, [], overlaps
+
+    def rewrite(self, requests):
+        self.calls.append(list(requests))
+        return [self.answer(request) for request in requests]
+
+    def close(self):
+        pass
+
+
+def config(**fields):
+    cfg = base.get_config().pairs
+    cfg.update(fields)
+    return cfg
+
+
+def problem(b):
+    return Problem(f"question {b}", str(20 + b))
+
+
+def group(b, verdicts):
+    """One prompt's rows, whose texts name them."""
+    return [Completion(f"row {b}.{i} makes \\boxed{{{20 + b}}}") for i, _ in enumerate(verdicts)]
+
+
+def build(groups, assistant, rule, **options):
+    size = len(groups[0])
+    cfg = options.pop("cfg", config())
+    completions = options.pop("completions", [c for b, v in enumerate(groups) for c in group(b, v)])
+    options = {"seed": 3, "step": 5, **options}
+    return pairs.build(
+        [problem(b) for b in range(len(groups))],
+        completions,
+        [v for g in groups for v in g],
+        size,
+        assistant,
+        rule,
+        cfg,
+        **options,
+    )
+
+
+def wrong(request):
+    return Completion(request.positive.replace("boxed{2", "boxed{3"))
+
+
+def test_pairs_of_verified_rows_with_wrong_rewrites(rule):
+    assistant = Scripted(wrong)
+    result = build([[C, W, C, N], [W, N, U, Verdict.TIMEOUT], [W, W, W, C]], assistant, rule)
+    assert result.refused == {"no_positive": 1} and result.requests == 2
+    first, none, last = result.pairs
+    assert none is None and first.row in (0, 2) and last.row == 11
+    assert last.positive == "row 2.3 makes \\boxed{22}" and last.negative == "row 2.3 makes \\boxed{32}"
+    assert first.problem == problem(0)
+    asked = [request.problem.question for call in assistant.calls for request in call]
+    assert asked == ["question 0", "question 2"]  # never about the prompt without a positive
+
+
+def test_truncated_positives_do_not_count(rule):
+    completions = [Completion("it is \\boxed{20}", truncated=True), Completion("so \\boxed{20}")]
+    result = build([[C, C]], Scripted(wrong), rule, completions=completions)
+    assert result.pairs[0].row == 1
+    result = build([[C, W]], Scripted(wrong), rule, completions=completions)
+    assert result.pairs == [None] and result.refused == {"no_positive": 1}
+
+
+def test_positives_are_drawn_by_seed_step_and_position_alone(rule):
+    groups = [[C] * 8 for _ in range(6)]
+    rows = [pair.row % 8 for pair in build(groups, Scripted(wrong), rule).pairs]
+    assert rows == [pair.row % 8 for pair in build(groups, Scripted(wrong), rule).pairs]
+    assert len(set(rows)) > 1  # not always the first
+    # The same positions in another place of another batch give the same rows.
+    there = build(groups[:3], Scripted(wrong), rule, positions=[4, 2, 5]).pairs
+    assert [pair.row % 8 for pair in there] == [rows[4], rows[2], rows[5]]
+    for other in ({"seed": 4}, {"step": 6}):
+        assert rows != [pair.row % 8 for pair in build(groups, Scripted(wrong), rule, **other).pairs]
+
+
+def test_every_row_can_be_drawn(rule):
+    drawn = {build([[C] * 4], Scripted(wrong), rule, step=step).pairs[0].row for step in range(40)}
+    assert drawn == {0, 1, 2, 3}
+
+
+def test_several_positives_a_prompt_are_distinct(rule):
+    assistant = Scripted(wrong)
+    result = build([[C, C, C, W], [C, W, W, W]], assistant, rule, cfg=config(per_prompt=3))
+    assert sorted(pair.row for pair in result.pairs[:3]) == [0, 1, 2]
+    assert result.pairs[3].row == 4 and result.pairs[4:] == [None, None]
+    assert result.refused == {"no_positive": 2}
+    assert len({request.ids for request in assistant.calls[0]}) == 4
+
+
+LONG = " and so on" * 10
+GATES = [
+    ("truncated", Completion("row 0.0 makes \\boxed{30}", truncated=True)),
+    ("not_wrong", Completion("other words, still \\boxed{20}")),
+    ("not_wrong", Completion("other words, and \\boxed{\\frac{40}{2}}")),
+    ("unparseable", Completion("there is nothing that I know")),
+    ("unparseable", Completion("  \n")),
+    ("unrecognised", Completion("row 0.0 makes \\boxed{thirty}")),
+    ("unchanged", Completion(" row 0.0 makes \\boxed{20}\n")),
+    ("length", Completion(f"row 0.0 makes \\boxed{{30}}{LONG}")),
+    ("length", Completion("\\boxed{30}")),
+    ("refusal", Completion("I'm sorry, it is \\boxed{30}")),
+    ("refusal", Completion("I cannot do that. \\boxed{30}")),
+    ("refusal", Completion("A wrong solution: \\boxed{30}")),
+    ("assistant_http_500", Failure("http_500")),
+    ("assistant_nothing_to_change", Failure("nothing to change")),
+]
+
+
+@pytest.mark.parametrize(("reason", "reply"), GATES)
+def test_each_gate(rule, reason, reply):
+    assistant = Scripted(lambda request: reply)
+    result = build([[C]], assistant, rule)
+    assert result.pairs == [None] and result.refused == {reason: 1} and result.requests == 3
+
+
+def test_a_negative_that_equals_the_reference_is_not_wrong_whatever_the_positive_says(rule):
+    # The verdicts come from outside: this positive's own text reads 25.  Against it, 20 would be "wrong".
+    result = build(
+        [[C]],
+        Scripted(lambda r: Completion("so \\boxed{20}")),
+        rule,
+        completions=[Completion("so \\boxed{25}")],
+    )
+    assert result.refused == {"not_wrong": 1}  # fmt: skip
+
+
+def test_what_the_positive_says_too_is_no_refusal(rule):
+    text = "I cannot see more than \\boxed{20}"
+    result = build([[C]], Scripted(wrong), rule, completions=[Completion(text)])
+    assert result.pairs[0].negative == text.replace("20", "30")
+
+
+def test_only_failed_slots_are_asked_again(rule):
+    def answer(request):
+        b, attempt = int(request.problem.question.split()[1]), request.ids[3]
+        return wrong(request) if attempt >= b else Failure("timeout")
+
+    assistant = Scripted(answer)
+    result = build([[C, W]] * 4, assistant, rule, positions=[10, 11, 12, 13])
+    assert [[r.ids for r in call] for call in assistant.calls] == [
+        [(3, 5, 20, 0), (3, 5, 22, 0), (3, 5, 24, 0), (3, 5, 26, 0)],
+        [(3, 5, 22, 1), (3, 5, 24, 1), (3, 5, 26, 1)],
+        [(3, 5, 24, 2), (3, 5, 26, 2)],
+    ]
+    assert [pair is not None for pair in result.pairs] == [True, True, True, False]
+    assert result.refused == {"assistant_timeout": 1} and result.requests == 9
+
+
+def test_outer_whitespace_is_the_positives(rule):
+    completions = [Completion("\n so \\boxed{20} \n")]
+    for text in ("so \\boxed{30}", "so \\boxed{30}\n\n", "  so \\boxed{30}"):
+        result = build([[C]], Scripted(lambda r, text=text: Completion(text)), rule, completions=completions)
+        assert result.pairs[0].negative == "\n so \\boxed{30} \n"
+
+
+def test_an_assistant_that_is_down_masks_everything(rule):
+    cfg = base.get_config().assistant
+    cfg.kind, cfg.url, cfg.model, cfg.retries, cfg.timeout = "openai", "http://127.0.0.1:9/v1", "m", 0, 2.0
+    assistant = assistants.make(cfg)
+    result = build([[C, C]] * 3, assistant, rule)
+    assistant.close()
+    assert result.pairs == [None] * 3 and sum(result.refused.values()) == 3
+    assert set(result.refused) <= {
+        "assistant_connection",
+        "assistant_timeout",
+        "assistant_http_502",
+        "assistant_http_503",
+    }
+
+
+def test_no_assistant_no_pairs(rule):
+    result = build([[C, C]], None, rule)
+    assert result == pairs.PairResult([], collections.Counter(), 0)
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_start_gives_what_build_gives(rule, overlaps):
+    threads = set()
+
+    def noted(request):
+        threads.add(threading.current_thread())
+        return wrong(request)
+
+    args = ([problem(0), problem(1)], group(0, [C, C]) + group(1, [C, C]), [C, C, C, W], 2)
+    pending = pairs.start(*args, Scripted(noted, overlaps), rule, config(), seed=1, step=2, positions=[8, 9])
+    assert pending.result() == pairs.build(
+        *args, Scripted(wrong), rule, config(), seed=1, step=2, positions=[8, 9]
+    )
+    assert (threads != {threading.current_thread()}) == overlaps
+
+
+def test_start_passes_errors_on(rule):
+    def broken(request):
+        raise KeyError("a bug")
+
+    pending = pairs.start(
+        [problem(0)], group(0, [C]), [C], 1, Scripted(broken), rule, config(), seed=0, step=0
+    )
+    with pytest.raises(KeyError, match="a bug"):
+        pending.result()
+
+
+@pytest.mark.parametrize("fields", [{"tries": 0}, {"per_prompt": 0}, {"length_ratio": 0.5}])
+def test_bad_settings_are_refused(rule, fields):
+    with pytest.raises(ValueError, match="config.pairs"):
+        build([[C]], Scripted(wrong), rule, cfg=config(**fields))
+
+
+def test_rows_must_match(rule):
+    with pytest.raises(ValueError, match="2 problems of 2 samples need 4 rows; there are 2 completions"):
+        pairs.build([problem(0)] * 2, group(0, [C, C]), [C, C], 2, None, rule, config(), seed=0, step=0)
+
+
+def test_length_and_whitespace_tell_nothing(rule):
+    """On many corrupted pairs: the sign of the difference in length, and the text's edges, stay at chance."""
+    problems = synthetic.problems(0, 300, "train")
+    edges = ["{}", "{}\n", " {}", "{} "]
+    rng = np.random.default_rng(0)
+    forms = {"integer": 0.5, "decimal": 0.2, "fraction": 0.15, "unit": 0.15}
+    texts = [synthetic.demonstration(p, rng, corrupt=0.0, forms=forms)[0] for p in problems]
+    completions = [Completion(edges[i % 4].format(text)) for i, text in enumerate(texts)]
+    assistant = assistants.make(base.get_config().assistant)
+    result = pairs.build(
+        problems, completions, [C] * len(problems), 1, assistant, rule, config(), seed=0, step=0
+    )
+    made = [pair for pair in result.pairs if pair is not None]
+    assert len(made) >= 0.95 * len(problems), result.refused
+    longer = np.mean([len(pair.negative) > len(pair.positive) for pair in made])
+    shorter = np.mean([len(pair.negative) < len(pair.positive) for pair in made])
+    assert abs(longer - shorter) < 0.05
+    for pair in made:
+        for text in (pair.positive, pair.negative):
+            body = text.strip()
+            margins = (text[: text.index(body)], text[text.index(body) + len(body) :])
+            assert margins == edge_of(pair.positive)
+
+
+def edge_of(text):
+    return text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]

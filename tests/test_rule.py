@@ -1,0 +1,391 @@
+"""The rule verifier: verdicts on a table, precision on labelled completions, a pool that outlives its workers."""
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cooper_jax.reward import rule_judge, rule_worker
+from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.types import Verdict
+
+C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED
+HANGS = "\\boxed{9^{9^{9^{9}}}}"  # one integer power in one C call: no Python signal handler interrupts it
+
+
+@pytest.fixture(scope="module")
+def rule():
+    with RuleVerifier(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048) as verifier:
+        yield verifier
+
+
+TABLE = [
+    # how an answer is marked
+    ("20", "So \\boxed{20}", C),
+    ("20", "\\boxed{3} no, \\boxed{20} in 7 days", C),
+    ("20", "\\boxed{21}, not 20", W),
+    ("\\frac{1}{2}", "\\boxed{\\frac{1}{2}}", C),
+    ("20", "14 + 6 = 20\n#### 20", C),
+    ("20", "14 + 6 = 22\n#### 22", W),
+    ("20", "7 * 2 = 14 ; 14 + 6 = 20 # 20", C),
+    ("20", "The answer is 20. It took 3 steps.", C),
+    ("20", "The final answer is: $20$ because 4 * 5 = 20", C),
+    ("20", "the answer is 19", W),
+    ("20", "Altogether 14 + 6 = 20 apples", C),
+    ("20", "Altogether 14 + 7 = 21 apples", W),
+    ("20", "# Step 1\nAdd them.\nThe answer is 20.", C),
+    ("20", '{"answer": "20",\n "reasoning": "4 times 5"}', C),
+    # forms of a number
+    ("20", "\\boxed{x = 20}", C),
+    ("20", "x = 20", C),
+    ("1000", "\\boxed{1,000}", C),
+    ("1,000", "\\boxed{1000}", C),
+    ("10000", "\\boxed{10{,}000}", C),
+    ("10000", "\\boxed{10\\,000}", C),
+    ("20", "\\boxed{\\frac{40}{2}}", C),
+    ("20", "\\boxed{40/2}", C),
+    ("20", "7 * 2 = 14 ; 14 + 6 = 20 # 40 / 2", C),
+    ("20", "\\boxed{20.0}", C),
+    ("20", "14 + 6 = 20 # 20 .0", C),
+    ("145.0", "\\boxed{145}", C),
+    ("20", "\\boxed{\\$20}", C),
+    ("20", "The answer is $20", C),
+    ("20", "\\boxed{20\\%}", C),
+    ("0.2", "\\boxed{20\\%}", C),
+    ("20", "\\boxed{20 apples}", C),
+    ("20", "\\boxed{20 \\text{ apples}}", C),
+    ("20", "\\boxed{22 \\text{ apples}}", W),
+    ("20", "\\boxed{-20}", W),
+    ("0.5", "\\boxed{1/2}", C),
+    ("2.5", "\\boxed{2 1/2}", C),
+    ("10000001", "\\boxed{10000000}", W),
+    ("57.6", "\\boxed{58}", W),
+    ("30000", "\\boxed{3 \\times 10^4}", C),
+    # other forms that compare
+    ("\\frac{\\pi}{2}", "\\boxed{pi/2}", C),
+    ("(1,2)", "\\boxed{(1, 2)}", C),
+    ("(1,2)", "\\boxed{(2,1)}", W),
+    ("(1,2,3)", "\\boxed{(1,2,4)}", W),
+    ("[1,2)", "\\boxed{[1,2)}", C),
+    ("[1,2)", "\\boxed{[1,2]}", W),
+    ("\\{1,2\\}", "\\boxed{\\{2,1\\}}", C),
+    ("1, 2", "\\boxed{1 \\text{ and } 2}", C),
+    ("1, 2", "\\boxed{1, 3}", W),
+    ("4a-2", "\\boxed{2(2a-1)}", C),
+    ("4a-2", "\\boxed{4a+2}", W),
+    ("3\\sqrt{2}", "\\boxed{\\sqrt{18}}", C),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\boxed{\\begin{pmatrix}1\\\\3\\end{pmatrix}}", W),
+    ("B", "\\boxed{B}", C),
+    ("B", "\\boxed{(C)}", W),
+    # verify follows the gold's format: with gold and answer swapped these two verdicts would change places
+    ("1 < x < 2", "\\boxed{(1,2)}", C),
+    ("(1,2)", "\\boxed{1 < x < 2}", U),
+    # no answer
+    ("20", "", N),
+    ("20", "I do not know.", N),
+    ("20", "\\boxed{}", N),
+    # what the rule cannot compare abstains
+    ("20", "\\boxed{twenty}", U),
+    ("20", "#### twenty", U),
+    ("20", "So it is twenty.", U),
+    ("twenty", "\\boxed{20}", U),
+    ("two", "\\boxed{tow}", U),  # math-verify alone reads both as t * o * w
+    ("20", "\\boxed{\\frac{1}{ }}", U),
+    ("20", "14 + 6 = \\boxed{20", U),
+    ("20", "The answer is that nobody knows", U),
+    ("B", "\\boxed{12}", U),
+    ("20 cm", "\\boxed{0.2 \\text{ metres}}", U),
+    ("45^\\circ", "\\boxed{\\frac{\\pi}{4}}", U),
+    ("14/3", "\\boxed{4.67}", U),
+    ("2k", "\\boxed{2n}", U),
+    ("y < 3", "\\boxed{x < 4}", U),
+    ("20", "We get 20 apples in 5 days", U),
+    # words that are the reference's are the reference
+    ("no solution", "\\boxed{\\text{No solution}}", C),
+]
+
+
+def test_verdicts(rule):
+    got = rule.check([(reference, completion) for reference, completion, _ in TABLE])
+    wrong = [(*row, str(v)) for row, v in zip(TABLE, got, strict=True) if v != row[2]]
+    assert not wrong
+
+
+def test_workers_speak_the_verdicts_of_types():
+    names = {rule_judge.CORRECT, rule_judge.WRONG, rule_judge.NO_ANSWER, rule_judge.UNRECOGNISED}
+    assert names == {v.value for v in Verdict} - {Verdict.TIMEOUT.value}
+
+
+def test_a_verdict_needs_no_jax_and_nothing_of_ours():
+    code = (
+        "import sys; sys.path.append(sys.argv[1]); import rule_worker, rule_judge\n"
+        "assert rule_judge.judge('20', '#### 20') == 'correct'\n"
+        "print(sorted({'jax', 'cooper_jax', 'numpy'} & set(sys.modules)))\n"
+    )
+    folder = str(Path(rule_judge.__file__).parent)
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code, folder], capture_output=True, text=True, timeout=60
+    )
+    assert run.stdout == "[]\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("a \\boxed{\\frac{1}{\\{2}} b", "\\frac{1}{\\{2}"),
+        ("\\boxed{1} \\boxed{2", "1"),
+        ("#### 1,000 \nbye", "1,000"),
+        ("the answer is 3.5. Done", "3.5"),
+        ("Answer: 7, because 7", "7"),
+        ("#### 4\nNo: the answer is 5", "5"),
+        ("A: 12", "12"),
+        ("nothing here", None),
+        ("#hashtag and # 3", "3"),
+    ],
+)
+def test_find_answer(text, answer):
+    span = rule_judge.find_answer(text)
+    assert (text[slice(*span)] if span else None) == answer
+
+
+def test_precision_on_labelled_completions(rule, shared_data):
+    with open(shared_data / "verify_dev.jsonl") as file:
+        rows = [json.loads(line) for line in file][::3]
+    verdicts = rule.check([(row["reference_answer"], row["completion"]) for row in rows])
+    confusion = collections.Counter(
+        (r["source"], str(v), r["label"]) for r, v in zip(rows, verdicts, strict=True)
+    )
+    print(sorted(confusion.items()))
+
+    def count(sources, verdict, label):
+        return sum(confusion[source, verdict, label] for source in sources)
+
+    exact, judged = ("gsm8k", "math"), ("odyssey",)
+    assert count(exact, "correct", 0) <= 0.02 * count(exact, "correct", 1)
+    assert count(exact, "wrong", 1) <= 0.01 * count(exact, "wrong", 0)
+    assert count(exact, "correct", 1) >= 0.98 * sum(r["label"] for r in rows if r["source"] in exact)
+    # Odyssey's labels are a judge's, and noisy: most of those called wrong and labelled 1 are its errors.
+    assert count(judged, "correct", 0) <= 0.05 * count(judged, "correct", 1)
+    assert count(judged, "wrong", 1) <= 0.15 * count(judged, "wrong", 0)
+    assert count(judged, "correct", 1) >= 40
+
+
+def test_a_hanging_item_is_killed_and_the_others_are_not():
+    items = [("20", "\\boxed{20}"), ("20", HANGS), ("20", "\\boxed{21}"), ("20", "")] * 2
+    with RuleVerifier(workers=2, timeout=2.0, retry_timeout=3.0, memory_mb=2048) as rule:
+        rule.check([("1", "\\boxed{1}")])
+        start = time.monotonic()
+        assert rule.check(items) == [C, Verdict.TIMEOUT, W, N] * 2
+        # 2 s, a fresh process, 3 s: once, as the pair stands twice among the items but is judged once.
+        assert 5.0 <= time.monotonic() - start < 20.0
+
+
+# --- the pool, with a worker that does as the completion says -----------------------------------------------
+
+SCRIPT = """
+import json, os, sys, time
+log = open(os.path.join(os.path.dirname(__file__), "log"), "a", buffering=1)
+print(json.dumps({"verdict": "ready"}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    what, _, rest = request["completion"].partition(" ")
+    log.write(json.dumps([os.getpid(), time.time(), "start", request["completion"], request["limit"]]) + "\\n")
+    if what == "sleep":
+        time.sleep(float(rest))
+    if what == "greedy":
+        request["reference"] = "memory"
+    if what == "die":
+        os._exit(1)
+    if what == "once":
+        if not os.path.exists(rest):
+            open(rest, "w").close()
+            os._exit(1)
+    log.write(json.dumps([os.getpid(), time.time(), "end", request["completion"], request["limit"]]) + "\\n")
+    print(json.dumps({"verdict": request["reference"]}), flush=True)
+"""
+
+
+@pytest.fixture
+def scripted(tmp_path):
+    path = tmp_path / "worker.py"
+    path.write_text(SCRIPT)
+    verifiers = []
+
+    def make(workers=2, timeout=1.0, retry_timeout=2.0):
+        verifiers.append(
+            RuleVerifier(workers, timeout, retry_timeout, 0, command=(sys.executable, str(path)))
+        )
+        return verifiers[-1]
+
+    yield make
+    for verifier in verifiers:
+        verifier.close()
+
+
+def read_log(tmp_path: Path) -> list:
+    return [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+
+
+def test_order_is_kept_whatever_finishes_first(scripted):
+    verdicts = ["correct", "wrong", "no_answer", "unrecognised"] * 5
+    items = [(v, f"sleep {0.002 * ((7 * i) % 11)}") for i, v in enumerate(verdicts)]
+    assert scripted(workers=3).check(items) == [Verdict(v) for v in verdicts]
+
+
+def test_a_late_item_is_tried_once_more_alone_and_longer(scripted, tmp_path):
+    items = [
+        ("correct", "sleep 1.5"),
+        ("wrong", "sleep 30"),
+        *((f"{v}", f"sleep 0.0{i}") for i, v in enumerate(["correct", "wrong"] * 4)),
+    ]
+    got = scripted().check(items)
+    assert got[:2] == [Verdict.CORRECT, Verdict.TIMEOUT]  # 1.5 s is more than 1.0 and less than 2.0
+    assert got[2:] == [C, W] * 4
+    log = read_log(tmp_path)
+    retries = [row for row in log if row[4] == 2.0 and row[2] == "start"]
+    assert sorted(row[3] for row in retries) == ["sleep 1.5", "sleep 30"]
+    first = {row[0] for row in log if row[4] == 1.0}
+    assert not first & {row[0] for row in retries}  # in a fresh process
+    # Alone: nothing else starts or ends once the first of them has begun, and the other begins after its end.
+    assert {row[4] for row in log if row[1] >= retries[0][1]} == {2.0}
+    apart = retries[1][1] - retries[0][1]
+    assert apart >= (1.5 if retries[0][3] == "sleep 1.5" else 2.0)
+
+
+def test_a_dying_worker_is_replaced_and_its_item_redone(scripted, tmp_path):
+    rule = scripted()
+    items = [("correct", f"once {tmp_path / 'mark'}"), ("wrong", "die"), ("wrong", "go"), ("wrong", "greedy")]
+    assert rule.check(items) == [C, Verdict.TIMEOUT, W, Verdict.TIMEOUT]
+    started = collections.Counter(row[3].split()[0] for row in read_log(tmp_path) if row[2] == "start")
+    assert started == {"once": 2, "die": 2, "go": 1, "greedy": 2}
+
+
+def test_a_worker_killed_from_outside_is_replaced(scripted, tmp_path):
+    rule = scripted(workers=1, timeout=5.0, retry_timeout=5.0)
+    pending = rule.submit([("correct", "sleep 0.8"), ("wrong", "go")])
+    while not (tmp_path / "log").exists() or not read_log(tmp_path):
+        time.sleep(0.02)
+    assert not pending.done()
+    os.kill(read_log(tmp_path)[0][0], signal.SIGKILL)
+    assert pending.result() == [C, W]
+    idle = read_log(tmp_path)[-1][0]
+    os.kill(idle, signal.SIGKILL)  # while it waits for work
+    assert rule.check([("wrong", "again")]) == [W]
+
+
+def test_verdicts_are_remembered_and_timeouts_are_not(scripted, tmp_path):
+    rule = scripted(timeout=0.3, retry_timeout=0.3)
+    items = [("correct", "go"), ("correct", "sleep 30")]
+    assert rule.check(items) == rule.check(items) == [C, Verdict.TIMEOUT]
+    started = collections.Counter(row[3] for row in read_log(tmp_path) if row[2] == "start")
+    assert started == {"go": 1, "sleep 30": 4}
+
+
+def test_close_ends_every_process_and_fails_what_is_left(scripted, tmp_path):
+    rule = scripted(workers=2, timeout=60.0, retry_timeout=60.0)
+    pending = rule.submit([("correct", f"sleep {30 + i}") for i in range(4)])
+    while not (tmp_path / "log").exists() or len(read_log(tmp_path)) < 2:
+        time.sleep(0.02)
+    pids = {row[0] for row in read_log(tmp_path)}
+    assert len(pids) == 2
+    rule.close()
+    rule.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pending.result()
+    with pytest.raises(RuntimeError, match="closed"):
+        rule.submit([])
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_a_worker_that_cannot_start_is_reported(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("raise SystemExit('math-verify is missing')")
+    with RuleVerifier(2, 1.0, 2.0, 0, command=(sys.executable, str(path))) as rule:
+        with pytest.raises(RuntimeError, match="did not start.*exit status 1.*math-verify is missing"):
+            rule.check([("1", "1"), ("2", "2"), ("3", "3")])
+
+
+def test_works_off_the_main_thread(rule):
+    got = []
+    thread = threading.Thread(
+        target=lambda: got.extend(rule.check([("5", "\\boxed{5}"), ("5", "\\boxed{7}")]))
+    )
+    thread.start()
+    thread.join()
+    assert got == [C, W]
+
+
+@pytest.mark.parametrize(
+    "field", [{"workers": 0}, {"timeout": 0.0}, {"retry_timeout": 0.5}, {"memory_mb": -1}]
+)
+def test_bad_settings_name_the_flag(field):
+    with pytest.raises(ValueError, match="config.rule"):
+        RuleVerifier(**{"workers": 1, "timeout": 1.0, "retry_timeout": 2.0, "memory_mb": 0, **field})
+
+
+# --- real processes -------------------------------------------------------------------------------------------
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(pid: int) -> set[int]:
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.add(int(stat.parent.name))
+        except OSError:  # gone meanwhile
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_workers_die_with_a_killed_parent():
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from cooper_jax.reward.rule import RuleVerifier\n"
+        "rule = RuleVerifier(2, 2.0, 2.0, 2048)\n"
+        "rule.check([('1', '1'), ('2', '2')])\n"
+        f"pending = rule.submit([('20', {HANGS!r})])\n"
+        "print('busy', flush=True)\n"
+        "pending.result()\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    with parent:
+        assert parent.stdout.readline() == b"busy\n"
+        time.sleep(0.3)
+        workers = children(parent.pid)
+        assert len(workers) == 2
+        parent.kill()
+    deadline = time.monotonic() + 2.0 + rule_worker.GRACE + 10.0
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+def test_memory_is_limited():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import rule_worker\n"
+        "rule_worker.limit_memory(400)\n"
+        "try:\n    bytearray(500 << 20)\nexcept MemoryError:\n    print('limited')\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(Path(rule_worker.__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.stdout == "limited\n", run.stderr

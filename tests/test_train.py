@@ -1,0 +1,294 @@
+"""The whole loop, as a user starts it: `python launch/train.py` in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A Cooper run of seconds: the tiny config, made tinier.
+SMALL = {
+    "steps": 4,
+    "data.prompts_per_step": 8,
+    "data.synthetic_size": 32,
+    "rollout.group_size": 4,
+    "rollout.max_new_tokens": 24,
+    "policy.arch.width": 32,
+    "policy.arch.ffn": 64,
+    "policy.arch.head_dim": 8,
+    "reward.arch.width": 32,
+    "reward.arch.ffn": 64,
+    "reward.arch.head_dim": 8,
+    "warmup.policy_steps": 300,
+    "warmup.policy_batch": 16,
+    "warmup.policy_corrupt": 0.0,
+    "warmup.policy_optimiser.lr": 5e-3,
+    "warmup.reward_steps": 10,
+    "eval.every": 2,
+    "eval.problems": 8,
+    "checkpoint.every": 2,
+    "checkpoint.keep": 0,
+    "log.samples_every": 1,
+}
+
+
+def command(run_dir: Path, **changes) -> list[str]:
+    flags = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
+    return [
+        sys.executable,
+        str(ROOT / "launch/train.py"),
+        f"--config={ROOT / 'configs/tiny.py'}",
+        f"--config.run_dir={run_dir}",
+        *(f"--config.{name}={value}" for name, value in flags.items()),
+    ]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """The tests' own virtual devices are for the tests' own process; a run here has one, or says otherwise."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    assert f"device_count={devices}" in flags
+    # All runs share what was compiled, in a place of the tests' own.
+    cache = Path(tempfile.gettempdir()) / f"cooper_jax_test_cache_{os.getpid()}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+
+def run(run_dir: Path, devices: int = 1, **changes) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(run_dir, **changes), env=environment(devices), capture_output=True, text=True, timeout=400
+    )
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """One uninterrupted run, which several tests look at."""
+    path = tmp_path_factory.mktemp("run") / "whole"
+    done = run(path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path
+
+
+def test_run_directory(finished):
+    rows = metrics(finished)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for name in (
+        "policy/loss policy/kl policy/entropy policy/clip_low policy/grad_norm policy/lr policy/ratio_mean "
+        "reward/mean reward/std reward/zero_variance_groups rule/accuracy rule/unrecognised rm/pair_loss "
+        "rm/margin rm/accuracy rm/false_positive_rate rm/false_negative_rate rm/grad_norm pairs/valid_share "
+        "response/tokens_mean response/truncated time/rollout time/policy time/tokens_per_second "
+        "oracle/accuracy"
+    ).split():
+        assert all(name in row for row in rows), name
+    assert "eval/rule/accuracy" in rows[1] and "eval/rule/accuracy" not in rows[0]
+    assert all(row["policy/ratio_mean"] == 1.0 and row["policy/clip_low"] == 0.0 for row in rows)
+    assert rows[1]["policy/kl"] > 0, "the reference moves with the policy"
+    assert sum(row["pairs/valid"] for row in rows) > 0, "no pair ever updated the reward model"
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert {"question", "reference", "responses", "pairs"} <= samples[0].keys()
+    assert {"text", "verdict", "reward", "advantage"} <= samples[0]["responses"][0].keys()
+    config = json.loads((finished / "config.json").read_text())
+    assert config["rollout"]["group_size"] == 4
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["0", "2", "4"]
+    assert list((finished / "tensorboard").glob("events.*"))
+
+
+def test_stopped_and_resumed_run_equals_the_whole(finished, tmp_path):
+    """k steps, a restart and n - k steps: every metric is equal, bit for bit."""
+    path = tmp_path / "parts"
+    first = run(path, steps=2)
+    assert first.returncode == 0, first.stderr
+    second = run(path)
+    assert second.returncode == 0, second.stderr
+    assert "resumed from step 2" in second.stdout + second.stderr
+    assert timeless(metrics(path)) == timeless(metrics(finished))
+    whole, parts = ((p / "samples.jsonl").read_text() for p in (finished, path))
+    assert whole == parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["between", "during"])
+def test_killed_run_resumes_and_equals_the_whole(finished, tmp_path, moment):
+    """SIGKILL between two checkpoints, and while one is being written."""
+    path = tmp_path / moment
+    process = subprocess.Popen(
+        command(path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder, log = path / "checkpoints", path / "metrics.jsonl"
+
+    def reached() -> bool:
+        if moment == "between":
+            return log.exists() and log.read_text().count("\n") >= 3
+        # Orbax writes into a temporary sibling and renames it.
+        return folder.exists() and any(p.name.startswith("2") and p.name != "2" for p in folder.iterdir())
+
+    deadline = time.monotonic() + 300
+    while not (seen := reached()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert seen and process.poll() is None, f"the run ended before the moment {moment!r} was seen"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run(path)
+    assert done.returncode == 0, done.stderr
+    assert timeless(metrics(path)) == timeless(metrics(finished))
+
+
+def weights_of(path: Path, step: int, item: str) -> list[np.ndarray]:
+    """A model's parameters at a step, read without any of the run's code."""
+    tree = ocp.StandardCheckpointer().restore(path / "checkpoints" / str(step) / item)
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def equal(a: list[np.ndarray], b: list[np.ndarray]) -> list[bool]:
+    return [x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True)]
+
+
+def test_who_moves(finished):
+    """The policy and the reward model move, every parameter of them; the reference is the policy of step 0."""
+    reference = [
+        np.asarray(x) for x in jax.tree.leaves(ocp.StandardCheckpointer().restore(finished / "reference"))
+    ]
+    assert all(equal(reference, weights_of(finished, 0, "policy")))
+    assert not any(equal(reference, weights_of(finished, 4, "policy")))
+    assert not any(equal(*(weights_of(finished, step, "reward") for step in (0, 4))))
+
+
+def test_export_loads_in_transformers(finished, tmp_path):
+    pytest.importorskip("torch")
+    import transformers
+
+    for model, kind in (
+        ("policy", transformers.AutoModelForCausalLM),
+        ("reward", transformers.AutoModelForSequenceClassification),
+    ):
+        out = tmp_path / model
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "launch/export.py")]
+            + [f"--run_dir={finished}", f"--model={model}", f"--out={out}"],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        loaded, report = kind.from_pretrained(out, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        ours = weights_of(finished, 4, model)
+        theirs = [p.detach().numpy() for p in loaded.parameters()]
+        assert sum(x.size for x in ours) == sum(x.size for x in theirs)
+        embedding = loaded.get_input_embeddings().weight.detach().numpy()
+        assert any(x.shape == embedding.shape and np.array_equal(x, embedding) for x in ours)
+
+
+def test_arms(finished, tmp_path):
+    """Rule: no reward model at all.  Model: it scores and never moves."""
+    rule, model = tmp_path / "rule", tmp_path / "model"
+    for path, arm in ((rule, "rule"), (model, "model")):
+        done = run(path, reward__arm=arm, steps=2)
+        assert done.returncode == 0, done.stderr
+    assert all("rm/mean" not in row for row in metrics(rule))
+    assert not (rule / "checkpoints/2/reward").exists()
+    assert all(row["reward/mean"] == pytest.approx(row["rule/accuracy"]) for row in metrics(rule))
+    assert all("rm/pair_loss" not in row and row["pairs/valid"] == 0 for row in metrics(model))
+    assert all(equal(*(weights_of(model, step, "reward") for step in (0, 2))))
+    # Until the first update of the reward model the arms are the same run.
+    assert metrics(model)[0]["rm/mean"] == metrics(finished)[0]["rm/mean"]
+
+
+@pytest.mark.slow
+def test_mesh_of_four_devices_learns_the_same(tmp_path):
+    """data 2 x tensor 2: the first step's figures, before rounding can grow."""
+    short = dict(steps=1, warmup__policy_steps=3, warmup__reward_steps=2, eval__every=0)
+    for name, devices, mesh in (
+        ("one", 1, {}),
+        ("four", 4, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2)),
+    ):
+        done = run(tmp_path / name, devices=devices, **short, **mesh)
+        assert done.returncode == 0, done.stderr
+    one, four = (metrics(tmp_path / name)[0] for name in ("one", "four"))
+    for name in ("policy/grad_norm", "policy/entropy", "rm/mean", "reward/mean"):
+        assert four[name] == pytest.approx(one[name], rel=0.05), name
+
+
+# --- bad input: one clear message, and nothing is lost ------------------------------------------------
+
+
+def refused(path: Path, *words: str, **changes) -> None:
+    done = run(path, **changes)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback" not in said, said
+    for word in words:
+        assert word in said, f"{word!r} is not in:\n{said}"
+
+
+def test_misspelt_flag(tmp_path):
+    refused(tmp_path / "r", "error:", "--config.stepz=3", "does not have", stepz=3)
+
+
+def test_missing_file(tmp_path):
+    refused(tmp_path / "r", "error:", "nowhere.jsonl", data__train="nowhere.jsonl", data__format="gsm8k")
+
+
+def test_malformed_row(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "1 + 1?", "answer": "It is 2.\\n#### 2"}\n{"question": "2 + 2?"\n')
+    refused(tmp_path / "r", "error:", "bad.jsonl:2", data__train=bad, data__format="gsm8k")
+
+
+def test_weights_that_do_not_fit_the_config(finished, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    (tokenizer,) = finished.glob("tokenizer_*.model")
+    words = ("error:", "policy.weights", "gpt2")
+    refused(tmp_path / "r", *words, policy__weights=folder, policy__tokenizer=tokenizer)
+
+
+def test_untrained_head_is_refused(tmp_path):
+    refused(tmp_path / "r", "error:", "score head", "allow_untrained_head", warmup__reward_steps=0)
+
+
+def test_truncated_sampling_is_refused(tmp_path):
+    refused(tmp_path / "r", "error:", "top_p", rollout__top_p=0.9)
+
+
+def test_changed_config_is_refused_and_loses_nothing(finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    refused(finished, "error:", "clip_low", policy__clip_low=0.3)
+    refused(finished, "error:", "resume", resume=False)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_assistant_that_is_down_masks_its_pairs(tmp_path):
+    """A closed port: the run goes on, no pair is made, and the log says why."""
+    path = tmp_path / "down"
+    done = run(
+        path,
+        steps=1,
+        assistant__kind="openai",
+        assistant__url="http://127.0.0.1:9/v1",
+        assistant__model="nobody",
+        assistant__retries=0,
+        pairs__tries=1,
+        eval__every=0,
+    )
+    assert done.returncode == 0, done.stderr
+    row = metrics(path)[0]
+    assert row["pairs/valid"] == 0 and row["rm/grad_norm"] == 0
+    assert any("assistant_" in name and value > 0 for name, value in row.items())

@@ -1,0 +1,328 @@
+"""Scores, the two contrasts by hand, and updates of the reward model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from cooper_jax.model import transformer
+from cooper_jax.model.config import ModelConfig
+from cooper_jax.reward import verifier_model
+from cooper_jax.runtime import mesh, optim
+from cooper_jax.runtime.mesh import Layout
+from cooper_jax.types import PairBatch, ScoreBatch
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=30,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    ffn=24,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    norm_eps=1e-6,
+    qkv_bias=False,
+    tied=True,
+    max_len=64,
+)
+N, S = 7, 9  # 7 rows in microbatches of 4 leave one to pad
+OPT = base.optimiser(lr=1e-2, warmup_steps=0)
+OPT.eps = 1e-3  # with Adam's usual 1e-8 the first step is a sign: rounding noise would count in full
+
+
+def section(**changes):
+    c = base.get_config().reward
+    c.update(dict(microbatch=4))
+    c.update(changes)
+    return c
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def rows(seed):
+    """Rows of 2 to S tokens, padded now on the left, now on the right."""
+    rng = np.random.default_rng(seed)
+    length, left = rng.integers(2, S + 1, N)[:, None], rng.integers(0, 2, N)[:, None]
+    column = np.arange(S)[None]
+    valid = np.where(left, column >= S - length, column < length)
+    tokens = np.where(valid, rng.integers(1, CONFIG.vocab_size, (N, S)), 0)
+    return ScoreBatch(tokens=jnp.asarray(tokens, jnp.int32), valid=jnp.asarray(valid))
+
+
+def pairs(mask=(1, 1, 0, 1, 1, 0, 1)):
+    return PairBatch(positive=rows(1), negative=rows(2), mask=jnp.asarray(mask, bool))
+
+
+@functools.cache
+def start():
+    """Initial weights blown up, so that scores differ."""
+    params = mesh.init_params(jax.random.key(0), transformer.param_specs(CONFIG, head="score"))
+    return jax.tree.map(lambda x: x if (x == 1).all() else 1.5 * x, params)  # norms stay
+
+
+@functools.cache  # compiling is what takes time here
+def updates(pair_loss):
+    opt = optim.make(OPT)
+    return opt, verifier_model.make_pair_update(CONFIG, section(pair_loss=pair_loss), opt, None)
+
+
+@functools.cache
+def scorer(microbatch):
+    return verifier_model.make_score(CONFIG, None, dtype="float32", microbatch=microbatch)
+
+
+def naive_scores(params, batch):
+    """Padding moved to the right, then the head on the last real token."""
+    tokens, length = np.zeros((N, S), np.int32), np.asarray(batch.valid).sum(axis=1)
+    for n, valid in enumerate(np.asarray(batch.valid)):
+        tokens[n, : length[n]] = np.asarray(batch.tokens)[n, valid]
+    real = jnp.asarray(np.arange(S)[None] < length[:, None])
+    hidden = transformer.trunk(params, CONFIG, jnp.asarray(tokens), real, dtype=jnp.float32)
+    return (hidden[np.arange(N), length - 1] * params["score"][None]).sum(axis=1)
+
+
+# --- losses by hand ------------------------------------------------------------------------------------
+
+
+def test_rewards_are_sigmoids():
+    np.testing.assert_allclose(
+        verifier_model.rewards(jnp.array([0.0, np.log(3.0), -np.log(3.0)])), [0.5, 0.75, 0.25], rtol=1e-6
+    )
+
+
+def test_bce_by_hand():
+    # sigmoid(log 3) = 3/4: label 1 costs -log(3/4), label 0 -log(1/4).
+    loss_and_grad = jax.value_and_grad(verifier_model.bce_loss)
+    labels, weights = jnp.array([1.0, 0.0, 0.5]), jnp.array([1.0, 2.0, 4.0])
+    loss, gradient = loss_and_grad(jnp.full(3, np.log(3.0), jnp.float32), labels, weights)
+    middle = -(np.log(0.75) + np.log(0.25)) / 2
+    assert float(loss) == pytest.approx(-np.log(0.75) - 2 * np.log(0.25) + 4 * middle, rel=1e-6)
+    np.testing.assert_allclose(gradient, [0.75 - 1, 2 * 0.75, 4 * (0.75 - 0.5)], rtol=1e-6)
+    # Far out it is linear, not infinite; and a row of weight 0 may hold anything.
+    z, labels, weights = jnp.array([-200.0, jnp.nan]), jnp.array([1.0, jnp.nan]), jnp.array([1.0, 0.0])
+    loss, gradient = loss_and_grad(z, labels, weights)
+    assert float(loss) == 200.0 and gradient.tolist() == [-1.0, 0.0]
+
+
+def sigma(x):
+    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+
+
+def test_pair_losses_and_gradients_by_hand():
+    z_pos, z_neg = np.array([2.0, -1.0, 0.5, 30.0]), np.array([-1.0, 2.0, 0.5, 30.0])
+    p_pos, p_neg = sigma(z_pos), sigma(z_neg)
+    g_logit, g_sigmoid = sigma(z_neg - z_pos), sigma(p_neg - p_pos)
+    expected = {
+        "logit": (-np.log(sigma(z_pos - z_neg)), -g_logit, g_logit),
+        "sigmoid": (
+            -np.log(sigma(p_pos - p_neg)),
+            -g_sigmoid * p_pos * (1 - p_pos),
+            g_sigmoid * p_neg * (1 - p_neg),
+        ),
+    }
+    for kind, (value, d_pos, d_neg) in expected.items():
+
+        def total(a, b, kind=kind):
+            return verifier_model.pair_loss(a, b, kind).sum()
+
+        a, b = jnp.asarray(z_pos, jnp.float32), jnp.asarray(z_neg, jnp.float32)
+        np.testing.assert_allclose(verifier_model.pair_loss(a, b, kind), value, rtol=1e-5)
+        got_pos, got_neg = jax.grad(total, argnums=(0, 1))(a, b)
+        np.testing.assert_allclose(got_pos, d_pos, atol=1e-6)
+        np.testing.assert_allclose(got_neg, d_neg, atol=1e-6)
+    # What sets them apart: the logit contrast never moves the common mode, the sigmoid one does.
+    assert abs(expected["sigmoid"][1] + expected["sigmoid"][2])[0] > 0.01
+    with pytest.raises(ValueError, match="'hinge'.*logit, sigmoid"):
+        verifier_model.pair_loss(a, b, "hinge")
+
+
+def test_the_sigmoid_contrast_is_bounded():
+    far = jnp.array([200.0])
+    low = float(verifier_model.pair_loss(far, -far, "sigmoid")[0])
+    high = float(verifier_model.pair_loss(-far, far, "sigmoid")[0])
+    assert (low, high) == (pytest.approx(0.313262, abs=1e-6), pytest.approx(1.313262, abs=1e-6))
+    assert float(verifier_model.pair_loss(far, -far, "logit")[0]) == 0.0
+    assert float(verifier_model.pair_loss(-far, far, "logit")[0]) == 400.0
+
+
+# --- scores --------------------------------------------------------------------------------------------
+
+
+def test_scores_equal_a_naive_model_in_any_microbatch():
+    batch = rows(0)
+    expected = jax.jit(lambda p: naive_scores(p, batch))(start())
+    assert np.std(expected) > 0.1
+    for microbatch in (4, 64):
+        np.testing.assert_allclose(scorer(microbatch)(start(), batch), expected, atol=1e-5)
+
+
+def test_padding_may_hold_anything():
+    batch = rows(0)
+    clean = bits(scorer(4)(start(), batch))
+    for token in (5, -1, 10**6):
+        dirty = batch.replace(tokens=jnp.where(batch.valid, batch.tokens, token))
+        assert bits(scorer(4)(start(), dirty)) == clean
+    empty = batch.replace(valid=batch.valid.at[3].set(False))
+    assert np.isfinite(scorer(4)(start(), empty)).all()
+
+
+# --- pair updates --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", verifier_model.PAIR_LOSSES)
+def test_pair_metrics_by_hand(kind):
+    batch = pairs()
+    m = np.asarray(batch.mask)
+    sides = (batch.positive, batch.negative)
+    z_pos, z_neg = (np.asarray(scorer(4)(start(), side), np.float64)[m] for side in sides)
+    opt, update = updates(kind)
+    _, metrics = update(optim.init(start(), opt), batch)
+    d = z_pos - z_neg if kind == "logit" else sigma(z_pos) - sigma(z_neg)
+    expected = {
+        "pair_loss": -np.log(sigma(d)).mean(),
+        "margin": d.mean(),
+        "accuracy": (z_pos > z_neg).mean(),
+        "positive_mean": sigma(z_pos).mean(),
+        "negative_mean": sigma(z_neg).mean(),
+        "valid": 5.0,
+        "lr": 0.01,
+        "skipped": 0.0,
+    }
+    assert 0 < expected["accuracy"] < 1  # both orders occur
+    for name, value in expected.items():
+        assert float(metrics[name]) == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert set(metrics) == {*expected, "grad_norm"} and float(metrics["grad_norm"]) > 0
+
+
+@pytest.mark.parametrize("kind", verifier_model.PAIR_LOSSES)
+def test_the_pair_update_is_that_of_a_naive_mean(kind):
+    """Over the valid pairs alone, whole, through plain scores: so microbatches and masked pairs add nothing."""
+    batch, opt = pairs(), updates(kind)[0]
+    m = np.asarray(batch.mask)
+
+    def loss(params):
+        s_pos, s_neg = (naive_scores(params, side)[m] for side in (batch.positive, batch.negative))
+        if kind == "sigmoid":
+            s_pos, s_neg = 1 / (1 + jnp.exp(-s_pos)), 1 / (1 + jnp.exp(-s_neg))
+        return jnp.log(1 + jnp.exp(s_neg - s_pos)).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(start())
+    expected, _ = optim.apply(optim.init(start(), opt), grads, value, opt)
+    got, metrics = updates(kind)[1](optim.init(start(), opt), batch)
+    assert float(metrics["pair_loss"]) == pytest.approx(float(value), abs=1e-5)
+    for x, y in zip(jax.tree.leaves(got.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_masked_pairs_may_hold_anything():
+    opt, update = updates("logit")
+    clean = bits(update(optim.init(start(), opt), pairs()))
+    out = ~pairs().mask[:, None]
+
+    def soil(side, token, valid):
+        return ScoreBatch(tokens=jnp.where(out, token, side.tokens), valid=jnp.where(out, valid, side.valid))
+
+    for token, valid in ((0, False), (7, True), (10**6, True)):
+        sides = [soil(side, token, valid) for side in (pairs().positive, pairs().negative)]
+        dirty = PairBatch(*sides, pairs().mask)
+        assert bits(update(optim.init(start(), opt), dirty)) == clean
+
+
+def test_without_a_valid_pair_nothing_moves():
+    opt, update = updates("logit")
+    state, _ = update(optim.init(start(), opt), pairs())  # moments are no longer zero
+    kept = bits(state)
+    state, metrics = update(state, pairs(mask=[0] * N))
+    assert bits(state) == kept
+    assert all(float(x) == 0.0 for x in metrics.values()), metrics
+
+
+def test_a_non_finite_pair_update_is_skipped():
+    opt, update = updates("logit")
+    broken = {**start(), "score": start()["score"].at[0].set(jnp.inf)}
+    state = optim.init(broken, opt)
+    kept = bits((state.params, state.opt_state))
+    state, metrics = update(state, pairs())
+    assert bits((state.params, state.opt_state)) == kept
+    assert int(state.skipped) == 1 == float(metrics["skipped"]) and int(state.updates) == 0
+
+
+@pytest.mark.parametrize("kind", verifier_model.PAIR_LOSSES)
+def test_pair_updates_learn_and_move_their_state_alone(kind):
+    before = bits(start())
+    opt, update = updates(kind)
+    state = optim.init(start(), opt)
+    seen = []
+    for _ in range(15):
+        state, metrics = update(state, pairs())
+        seen.append(metrics)
+    assert bits(start()) == before  # what the state was made from is not what moved
+    assert float(seen[-1]["pair_loss"]) < float(seen[0]["pair_loss"]) and float(seen[-1]["accuracy"]) == 1.0
+    for name, x in state.params.items():
+        assert bits(x) != bits(start()[name]), name
+
+
+def test_a_mesh_gives_the_pair_update_of_one_device():
+    layout = Layout(mesh.make_mesh(2, 2, 2), base.get_config().mesh.rules)
+    specs = transformer.param_specs(CONFIG, head="score")
+    opt, update = updates("logit")
+    single, expected = update(optim.init(start(), opt), pairs())
+    placed = jax.device_put(start(), mesh.shardings(layout, specs))
+    update = verifier_model.make_pair_update(CONFIG, section(), opt, layout)
+    state, metrics = update(optim.init(placed, opt), pairs())
+    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(single.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    places = optim.state_shardings(opt, specs, layout)
+    for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
+        assert x.sharding.is_equivalent_to(place, x.ndim)
+    score = verifier_model.make_score(CONFIG, layout, dtype="float32", microbatch=4)
+    np.testing.assert_allclose(score(placed, rows(0)), scorer(4)(start(), rows(0)), atol=1e-5)
+
+
+def test_pairs_of_two_widths_are_refused():
+    opt, update = updates("logit")
+    narrow = jax.tree.map(lambda x: x[:, :-1], rows(2))
+    with pytest.raises(ValueError, match="positives are 9 tokens wide, negatives 8"):
+        update(optim.init(start(), opt), pairs().replace(negative=narrow))
+
+
+def test_an_unknown_contrast_is_refused_at_once():
+    with pytest.raises(ValueError, match="reward.pair_loss is 'hinge'"):
+        verifier_model.make_pair_update(CONFIG, section(pair_loss="hinge"), optim.make(OPT), None)
+
+
+# --- binary cross-entropy ------------------------------------------------------------------------------
+
+
+def test_bce_updates():
+    opt = optim.make(OPT)
+    update = verifier_model.make_bce_update(CONFIG, section(), opt, None)
+    batch = rows(3)
+    labels = jnp.array([1, 0, 1, 0, 1, 0, 1], jnp.float32)
+    weights = jnp.array([1, 1, 0, 2, 1, 1, 1], jnp.float32)
+    z = np.asarray(scorer(4)(start(), batch), np.float64)
+    nll = np.where(np.asarray(labels) > 0, -np.log(sigma(z)), -np.log(sigma(-z)))
+    right = (z > 0) == (np.asarray(labels) > 0)
+    state, metrics = update(optim.init(start(), opt), batch, labels, weights)
+    assert float(metrics["loss"]) == pytest.approx((nll * np.asarray(weights)).sum() / 7, rel=1e-4)
+    assert float(metrics["accuracy"]) == pytest.approx((right * np.asarray(weights)).sum() / 7, rel=1e-5)
+    # The row of weight 0 may hold anything; nor does the scale of the weights matter.
+    dirty = batch.replace(tokens=batch.tokens.at[2].set(10**6), valid=batch.valid.at[2].set(True))
+    again, same = update(optim.init(start(), opt), dirty, labels.at[2].set(jnp.nan), 2 * weights)
+    assert bits((again, same)) == bits((state, metrics))
+    for _ in range(15):
+        state, metrics = update(state, batch, labels, weights)
+    assert float(metrics["loss"]) < 0.3 and float(metrics["accuracy"]) == 1.0
+    kept = bits(state)
+    state, metrics = update(state, batch, labels, jnp.zeros(N))
+    assert bits(state) == kept and all(float(x) == 0.0 for x in metrics.values())

