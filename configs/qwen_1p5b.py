@@ -44,6 +44,10 @@ def get_config():
     c.reward.max_tokens = 2048
     c.reward.pair_loss = "logit"  # as released
 
+    c.eval.samples = 8  # paper, like the next two; it runs where --config.data.eval names a file
+    c.eval.temperature = 0.7
+    c.eval.top_p = 0.95
+
     c.assistant.kind = "openai"
     c.assistant.model = "Qwen/Qwen2.5-7B-Instruct"  # ours
     c.assistant.dtype = "bfloat16"

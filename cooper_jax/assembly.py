@@ -95,9 +95,9 @@ class Cooper:
     assistant: assistants.Assistant | None  # None but in the cooper arm
     train: tuple[Problem, ...]
     train_prompts: tuple[tuple[int, ...], ...]
-    dropped: int  # training problems left out because their prompts are too long
     held_out: tuple[Problem, ...]
     held_out_prompts: tuple[tuple[int, ...], ...]
+    dropped: tuple[int, int]  # problems left out, of each kind, because their prompts are too long
     oracle: Callable[[Problem, str], bool] | None  # exact truth (synthetic problems): never a reward
 
 
@@ -200,26 +200,35 @@ def load_tokenizer(section: ConfigDict, name: str, run_dir: Path) -> tokenizers.
         )
 
 
+def describe_model(section: ConfigDict, name: str, run_dir: Path) -> Model:
+    """A model of `section` without its parameters."""
+    tokenizer = load_tokenizer(section, name, run_dir)
+    with boundary(f"{name}.weights={section.weights!r}"):
+        if section.weights == "random":
+            return Model(ModelConfig.from_arch(section.arch, tokenizer.vocab_size), tokenizer)
+        config = weights.read_config(section.weights, section.num_layers)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids but the embedding {config.vocab_size} rows: set "
+                f"--config.{name}.tokenizer to the one that belongs to these weights"
+            )
+        return Model(config, tokenizer)
+
+
 def load_model(
     section: ConfigDict, name: str, head: str, layout: mesh.Layout, run_dir: Path, seed: int
 ) -> tuple[Model, Params, bool]:
     """A model of `section` with its parameters; the last value says whether its head has been trained."""
-    tokenizer = load_tokenizer(section, name, run_dir)
+    model = describe_model(section, name, run_dir)
     with boundary(f"{name}.weights={section.weights!r}"):
         if section.weights == "random":
-            config = ModelConfig.from_arch(section.arch, tokenizer.vocab_size)
-            specs = transformer.param_specs(config, head)
+            specs = transformer.param_specs(model.config, head)
             params = mesh.init_params(keys.stream(seed, f"init_{name}"), specs, layout)
-            return Model(config, tokenizer), params, head == "logits"
+            return model, params, head == "logits"
         loaded = weights.load(
             section.weights, num_layers=section.num_layers, head=head, layout=layout, seed=seed
         )
-        if tokenizer.vocab_size > loaded.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} ids but the embedding {loaded.config.vocab_size} "
-                f"rows: set --config.{name}.tokenizer to the one that belongs to these weights"
-            )
-        return Model(loaded.config, tokenizer), loaded.params, loaded.head_trained
+        return model, loaded.params, loaded.head_trained
 
 
 def make_layout(cfg: ConfigDict) -> mesh.Layout:
@@ -253,7 +262,7 @@ def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
     with contextlib.ExitStack() as stack:
         policy, policy_state = _policy_wing(cfg, layout, run_dir)
         reward, reward_state = _reward_wing(cfg, layout, run_dir)
-        with boundary(f"data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
+        with boundary(f"data.chat={cfg.data.chat}, data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
             kept = [
                 problem_sets.drop_long(
                     found,
@@ -264,7 +273,12 @@ def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
                 else ([], [], 0)
                 for found in (train, held_out)
             ]
-        (train, train_prompts, dropped), (held_out, held_out_prompts, _) = kept
+        (train, train_prompts, dropped), (held_out, held_out_prompts, dropped_held_out) = kept
+        if reward is not None:
+            # Now, and not in mid-run, where such a problem's turn comes.
+            with boundary("data.train, data.eval"):
+                references = (p.reference for p in (*train, *held_out))
+                prompts.check_references(reward.model.tokenizer, references, cfg.reward.max_tokens)
         with boundary("rule"):
             rule = stack.enter_context(
                 RuleVerifier(
@@ -289,9 +303,9 @@ def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
             assistant=assistant,
             train=tuple(train),
             train_prompts=tuple(train_prompts),
-            dropped=dropped,
             held_out=tuple(held_out),
             held_out_prompts=tuple(held_out_prompts),
+            dropped=(dropped, dropped_held_out),
             oracle=synthetic.oracle if cfg.data.format == "synthetic" else None,
         )
         # Handed over, not kept: this frame lives as long as the run, and would hold a second copy of everything.
@@ -365,6 +379,7 @@ def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> Call
     """
     section = cfg.assistant
     model, params, _ = load_model(section, "assistant", "logits", layout, run_dir, cfg.seed)
+    params = engine.rollout_weights(params, model.config, layout, section.dtype)
     spec = engine.SamplingSpec(
         temperature=section.temperature,
         top_k=0,
@@ -381,8 +396,9 @@ def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> Call
         rows = [model.tokenizer.chat(m, fallback=True) for m in messages]
         places = [row for _, _, row, _ in ids]
         rollout = engine.generate(
-            params, model.config, layout, rows, places, keys.stream(seed, "assistant", step, attempt), spec
-        )
+            params, model.config, layout, rows, places, keys.stream(seed, "assistant", step, attempt), spec,
+            max_rows=cfg.rollout.max_rows or None,
+        )  # fmt: skip
         return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
 
     return generate

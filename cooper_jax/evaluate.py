@@ -26,8 +26,7 @@ def evaluate(cooper: Cooper, state: State) -> Metrics:
     metrics = signals.response_metrics(completions) | signals.oracle_metrics(cooper.oracle, rows, completions)
     if cooper.reward is not None:
         logits = stages.score(cooper, state, rows, completions)
-        verdicts = pending.result()
-        metrics |= signals.hacking_metrics(verifier_model.rewards(logits), verdicts)
+        metrics |= signals.hacking_metrics(np.asarray(verifier_model.rewards(logits)), pending.result())
     verdicts = pending.result()
     metrics |= signals.verdict_metrics(verdicts)
     metrics["problems"] = float(len(cooper.held_out))

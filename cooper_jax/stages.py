@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from cooper_jax.assembly import Cooper, State
@@ -118,7 +119,7 @@ def logprobs(
         if single
         else cooper.policy.logprobs(state.policy.params, batch.tokens, batch.valid, width)
     )
-    return batch.replace(ref_logprobs=ref, old_logprobs=old)
+    return jax.block_until_ready(batch.replace(ref_logprobs=ref, old_logprobs=old))
 
 
 def propose_pairs(

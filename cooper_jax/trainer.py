@@ -156,7 +156,8 @@ def train(cfg: ConfigDict) -> None:
         with assembly.boundary("run_dir"):
             run = stack.enter_context(Run(path, cfg, resume=cfg.resume))
         cooper, state = stack.enter_context(assembly.build(cfg, path))
-        checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
+        with assembly.boundary("run_dir"):
+            checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
         print(describe(cooper), flush=True)
         state = warmup.start_or_resume(cooper, state, run, checkpoints)
         if state.step >= cfg.steps:
@@ -186,11 +187,17 @@ def describe(cooper: Cooper) -> str:
     """What is about to run, in one line."""
     cfg, config = cooper.cfg, cooper.policy.model.config
     mesh = " x ".join(f"{name} {size}" for name, size in cooper.layout.mesh.shape.items())
-    dropped = f" ({cooper.dropped} dropped: longer than {cfg.data.max_prompt_tokens} tokens)" * bool(
-        cooper.dropped
+    problems, held_out = (
+        f"{len(kept)} {what}"
+        + (f" ({dropped} dropped: longer than {cfg.data.max_prompt_tokens} tokens)" if dropped else "")
+        for kept, what, dropped in zip(
+            (cooper.train, cooper.held_out), ("problems", "held out"), cooper.dropped, strict=True
+        )
     )
+    if cfg.eval.every and not cooper.held_out:
+        held_out = "no evaluation (data.eval is empty)"
     return (
         f"{cfg.name}: arm {cfg.reward.arm}, {config.family} of {config.layers} layers x {config.width}, "
-        f"{len(cooper.train)} problems{dropped}, {cfg.data.prompts_per_step} x {cfg.rollout.group_size} "
-        f"responses a step, mesh {mesh}"
+        f"{problems}, {held_out}, {cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses a step, "
+        f"mesh {mesh}"
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,17 +37,25 @@ SYNTHETIC_POOL = 16384  # distinct synthetic problems that a supervised phase dr
 
 def start_or_resume(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> State:
     """The state to go on from: the newest checkpoint's, or step 0 after the supervised phases."""
-    likes = {name: checkpoint.abstract(tree) for name, tree in items(state).items()}
-    with boundary(f"{checkpoints.folder}"):
-        found = checkpoints.restore_newest(likes)
-    if found is None:
+    if not checkpoints.steps():
         return _begin(cooper, state, run, checkpoints)
-    step, trees, loop = found
+    likes = {name: checkpoint.abstract(tree) for name, tree in items(state).items()}
+    like_reference = checkpoint.abstract(state.reference)
+    # What the checkpoint replaces goes first: together they would be twice a run's memory.
+    jax.tree.map(lambda x: x.delete(), (state.policy, state.reward, state.reference))
+    with boundary(f"{checkpoints.folder}"):
+        step, trees, loop = checkpoints.restore_newest(likes)
+    if loop["config_hash"] != config_hash(cooper.cfg):
+        raise SetupError(
+            f"{checkpoints.folder / str(step)} was saved under another config than the run directory's "
+            "config.json says: give another --config.run_dir"
+        )
     policy = checkpoint.join(trees["policy"], trees["policy_optimiser"])
     reward = checkpoint.join(trees["reward"], trees["reward_optimiser"]) if "reward" in trees else None
     with boundary(f"{checkpoints.reference}"):
-        reference = checkpoints.restore_reference(checkpoint.abstract(state.reference))
-    run.truncate(step)
+        reference = checkpoints.restore_reference(like_reference)
+    with boundary("run_dir"):
+        run.truncate(step)
     print(f"resumed from step {step}", flush=True)
     return State(policy=policy, reward=reward, reference=reference, step=step, position=loop["position"])
 
@@ -68,7 +77,8 @@ def items(state: State) -> dict:
 
 def _begin(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> State:
     section = cooper.cfg.warmup
-    run.truncate(None)
+    with boundary("run_dir"):
+        run.truncate(None)
     policy, reward = state.policy, state.reward
     if section.policy_steps:
         params = _imitate(cooper, policy.params)
@@ -96,8 +106,10 @@ def _imitate(cooper: Cooper, params: Params) -> Params:
 
     def batch(step: int) -> tuple:
         prompts, responses = [], []
-        for position, problem in _draw(problems, step, section.policy_batch, cooper.cfg.seed):
-            rng = keys.numpy_stream(cooper.cfg.seed, "warmup_policy", position)
+        for position, problem in _draw(
+            problems, step, section.policy_batch, cooper.cfg.seed, "warmup_policy"
+        ):
+            rng = keys.numpy_stream(cooper.cfg.seed, "demonstrations", position)
             text = problem.solution
             if cooper.oracle is not None:
                 text, _ = synthetic.demonstration(problem, rng, corrupt=section.policy_corrupt)
@@ -147,13 +159,20 @@ def _phase(name: str, steps: int, state: TrainState, update: Callable[[TrainStat
             values = to_host({n: v for n, v in metrics.items() if n in ("loss", "accuracy")})
             said = "  ".join(f"{n} {v:.3f}" for n, v in values.items())
             print(f"warm-up of the {name} model: step {step + 1}/{steps}  {said}", flush=True)
+    if skipped := int(state.skipped):
+        if skipped == steps:
+            raise SetupError(
+                f"warm-up of the {name} model: loss or gradients were not finite in any of {steps} updates: lower "
+                f"--config.warmup.{name}_optimiser.lr, or look at the weights that it starts from"
+            )
+        print(f"warm-up of the {name} model: {skipped} of {steps} updates left out as not finite", flush=True)
     return state.params
 
 
-def _draw(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[tuple[int, Problem]]:
-    """The step's problems with their places in the phase's own order."""
+def _draw(items: Sequence, step: int, count: int, seed: int, stream: str) -> list[tuple[int, Any]]:
+    """The step's items with their places in the phase's own order."""
     positions = range(step * count, (step + 1) * count)
-    return [(p, problems[problem_sets.problem_at(p, len(problems), seed)]) for p in positions]
+    return [(p, items[problem_sets.problem_at(p, len(items), seed, stream)]) for p in positions]
 
 
 def _with_solutions(cooper: Cooper, split: str, wanted: int) -> list[Problem]:
@@ -170,11 +189,7 @@ def _with_solutions(cooper: Cooper, split: str, wanted: int) -> list[Problem]:
 
 
 def _triples_of_file(labelled: Sequence[Triple], seed: int) -> Callable[[int, int], list[Triple]]:
-    def draw(step: int, count: int) -> list[Triple]:
-        positions = range(step * count, (step + 1) * count)
-        return [labelled[problem_sets.problem_at(p, len(labelled), seed)] for p in positions]
-
-    return draw
+    return lambda step, count: [triple for _, triple in _draw(labelled, step, count, seed, "warmup_reward")]
 
 
 def _triples_of_solutions(cooper: Cooper, problems: Sequence[Problem]) -> Callable[[int, int], list[Triple]]:
@@ -184,19 +199,26 @@ def _triples_of_solutions(cooper: Cooper, problems: Sequence[Problem]) -> Callab
     What a pair shares cancels in the gradient, so that the little that decides is learned first.
     """
     seed = cooper.cfg.seed
+    references = list(dict.fromkeys(p.reference for p in problems))
+    if len(references) < 2:
+        raise SetupError(
+            "warmup.reward_steps: all problems have one reference answer; set warmup.reward_data"
+        )
 
     def pair(position: int, problem: Problem) -> list[Triple]:
         rng = keys.numpy_stream(seed, "triples", position)
         right, wrong = _right_and_wrong(cooper, problem, rng)
         good = Triple(problem.question, problem.reference, right, 1.0)
-        other = problems[int(rng.integers(len(problems)))].reference
-        swap = other != problem.reference and (position % 3 == 2 or wrong is None)
-        if swap:
-            return [good, dataclasses.replace(good, reference=other, label=0.0)]
-        return [good] if wrong is None else [good, dataclasses.replace(good, completion=wrong, label=0.0)]
+        if wrong is not None and position % 3 != 2:
+            return [good, dataclasses.replace(good, completion=wrong, label=0.0)]
+        other = references[int(rng.integers(len(references)))]
+        if other == problem.reference:  # distinct, so its neighbour is another
+            other = references[references.index(other) - 1]
+        return [good, dataclasses.replace(good, reference=other, label=0.0)]
 
     def draw(step: int, count: int) -> list[Triple]:
-        return [t for p, problem in _draw(problems, step, count // 2, seed) for t in pair(p, problem)]
+        drawn = _draw(problems, step, count // 2, seed, "warmup_reward")
+        return [t for p, problem in drawn for t in pair(p, problem)]
 
     return draw
 

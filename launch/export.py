@@ -32,7 +32,9 @@ def main(argv: list[str]) -> None:
 
     from cooper_jax import assembly
     from cooper_jax.model import weights
-    from cooper_jax.runtime.checkpoint import Checkpoints, abstract
+    from cooper_jax.model.transformer import param_specs
+    from cooper_jax.runtime import mesh
+    from cooper_jax.runtime.checkpoint import Checkpoints
 
     run_dir = Path(RUN_DIR.value)
     try:
@@ -44,10 +46,9 @@ def main(argv: list[str]) -> None:
             cfg.mesh.update(data=1, fsdp=-1, tensor=1)  # whatever it was trained on
             head = "logits" if MODEL.value == "policy" else "score"
             layout = assembly.make_layout(cfg)
-            model, params, _ = assembly.load_model(
-                cfg[MODEL.value], MODEL.value, head, layout, run_dir, cfg.seed
-            )
-            params = kept.restore(step, MODEL.value, abstract(params))
+            model = assembly.describe_model(cfg[MODEL.value], MODEL.value, run_dir)
+            like = mesh.abstract(layout, param_specs(model.config, head))
+            params = kept.restore(step, MODEL.value, like)
     except assembly.SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -174,6 +174,25 @@ def test_a_reference_too_long_raises(toks):
             prompts.verifier_tokens(tok, "What is 2?", words(200), "7", 120)
 
 
+@pytest.mark.parametrize("name", ["qwen", "scratch"])
+def test_references_without_room_are_found_before_the_run(toks, name):
+    """What it lets pass, no question and completion can break; what it refuses, some do."""
+    tok, limit = toks[name], 160
+    fits = [words(n) for n in range(1, 40) if _fits(tok, words(n), limit)]
+    prompts.check_references(tok, fits, limit)
+    assert fits and not _fits(tok, words(40), limit)
+    with pytest.raises(ValueError, match="reward.max_tokens"):
+        prompts.check_references(tok, [*fits, words(40)], limit)
+
+
+def _fits(tok: tokenizer.Tokenizer, reference: str, limit: int) -> bool:
+    try:
+        prompts.verifier_tokens(tok, words(300), reference, words(300), limit)
+    except ValueError:
+        return False
+    return True
+
+
 @settings(max_examples=150, deadline=None)
 @given(texts, texts, st.lists(texts, max_size=30).map("".join), st.integers(120, 400))
 def test_the_cut_holds_for_any_text(toks, question, reference, completion, limit):

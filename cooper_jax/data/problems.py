@@ -4,7 +4,7 @@
   2. A row becomes a Problem by its format: one of the published ones, recognised by their fields, or columns
      named in the config.  `answers` cleans both sides.
   3. `drop_long` leaves out prompts that are too long.
-  4. `take` gives the problems of a step.  One global integer, the position, says how far a run has come:
+  4. `problem_at` gives the problem at a position.  One global integer, the position, says how far a run has come:
      position p lies in epoch p // size, and each epoch visits every problem once, in an order that is a
      function of (seed, epoch) alone.  A restart on another number of hosts loses and repeats nothing.
 
@@ -129,32 +129,25 @@ def drop_long(
     return kept, prompts, len(problems) - len(kept)
 
 
-def problem_at(position: int, size: int, seed: int) -> int:
-    """The index, in 0 .. size - 1, of the problem at a global position.  Raises ValueError outside its domain."""
+def problem_at(position: int, size: int, seed: int, stream: str = "shuffle") -> int:
+    """The index, in 0 .. size - 1, of the problem at a global position.  Raises ValueError outside its domain.
+
+    stream: which order; the supervised phases have their own.  A batch may cross epochs; a problem can then
+    stand in it twice.
+    """
     if size < 1 or position < 0:
         raise ValueError(f"position {position} of {size} problems: the position is >= 0, and problems >= 1")
     epoch, index = divmod(position, size)
-    return int(_epoch_order(size, seed, epoch)[index])
-
-
-def take(problems: Sequence[Problem], position: int, count: int, seed: int) -> tuple[list[Problem], int]:
-    """The problems at positions position .. position + count - 1, and the position after them.
-
-    A batch may cross epochs; a problem can then stand in it twice.
-    """
-    if count < 1:
-        raise ValueError(f"{count} problems asked for: at least 1")
-    indices = [problem_at(p, len(problems), seed) for p in range(position, position + count)]
-    return [problems[i] for i in indices], position + count
+    return int(_epoch_order(size, seed, epoch, stream)[index])
 
 
 @functools.lru_cache(maxsize=4)  # a batch that crosses epochs needs two
-def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+def _epoch_order(size: int, seed: int, epoch: int, stream: str) -> np.ndarray:
     """A permutation, i64[size]: the ranks of raw random words.
 
     NumPy keeps those words the same across versions, and promises no such thing of `permutation`.
     """
-    words = keys.numpy_stream(seed, "shuffle", epoch).bit_generator.random_raw(size)
+    words = keys.numpy_stream(seed, stream, epoch).bit_generator.random_raw(size)
     order = np.argsort(words, kind="stable")
     order.setflags(write=False)
     return order

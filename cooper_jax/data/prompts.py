@@ -26,7 +26,7 @@ and the judge's prompts is ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 Messages = list[tuple[str, str]]  # (role, content)
@@ -138,6 +138,16 @@ def verifier_tokens(
             "--config.reward.max_tokens, or drop the problem"
         )
     return ids
+
+
+def check_references(tok: TextEncoder, references: Iterable[str], max_tokens: int) -> None:
+    """Raise ValueError for a reference beside which a long question and completion would not fit, however cut."""
+    bare = len(_bos(tok) + tok.encode(_verifier("", "", "")))
+    spare = max_tokens - bare - LEAST_COMPLETION - LEAST_QUESTION - 8 * len(CUT)
+    long = "0 " * max_tokens  # at least max_tokens tokens in any tokenizer
+    for reference in references:
+        if len(reference.encode()) > spare:  # a token holds a byte or more
+            verifier_tokens(tok, long, reference, long, max_tokens)
 
 
 def _shorten(text: str, spans: Sequence[tuple[int, int]], count: int, keep: tuple[int, int] | None) -> str:

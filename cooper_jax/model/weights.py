@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 from cooper_jax.model import gguf, sources
 from cooper_jax.model.config import ARCHITECTURES, ModelConfig
 from cooper_jax.model.transformer import param_specs
+from cooper_jax.runtime import keys
 from cooper_jax.runtime.mesh import Layout, ParamSpec, init_params
 from cooper_jax.types import Params
 
@@ -131,7 +132,7 @@ def load(
     unknown, duplicate, missing or of another shape than the config says.
     """
     path = sources.resolve(source)
-    if path.suffix == ".gguf" and path.is_file():
+    if _is_gguf(path):
         header = gguf.read_header(path)
         config, classifier = gguf.model_config(header, path), False
         shapes, read = gguf.open_model(path, header, config)
@@ -152,10 +153,25 @@ def load(
     for e in _entries(config, head):
         tree = params["layers"] if e.stacked else params
         if e.key == "score" and not classifier:
-            tree["score"] = init_params(jax.random.key(seed), {"score": e.spec}, layout)["score"]
+            key = keys.stream(seed, "init_score_head")
+            tree["score"] = init_params(key, {"score": e.spec}, layout)["score"]
         else:
             tree[e.key] = _place(_assemble(e, tensors), e.spec, layout)
     return Loaded(config, params, classifier or head == "logits", generation, path)
+
+
+def read_config(source: str, num_layers: int = 0) -> ModelConfig:
+    """The shape of a model, as `load` would give it, without reading a tensor.  Raises as `load` does."""
+    path = sources.resolve(source)
+    if _is_gguf(path):
+        config = gguf.model_config(gguf.read_header(path), path)
+    else:
+        config = ModelConfig.from_hf(sources.read_json(path / "config.json"), where=str(path / "config.json"))
+    return config.keep_layers(num_layers)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
 
 
 def _assemble(e: _Entry, tensors: sources.Tensors) -> np.ndarray:

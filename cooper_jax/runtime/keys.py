@@ -20,23 +20,20 @@ import numpy as np
 STREAMS = {
     "rollout": 1,  # ids: step (then position, sample, token, folded in by the engine)
     "shuffle": 2,  # ids: epoch (the data order)
-    "pairs": 3,  # ids: step, prompt position (which positive is taken)
+    "pairs": 3,  # ids: step, prompt position (which positives are taken)
     "corruption": 4,  # ids: step, prompt position, try (programmatic negatives)
     "assistant": 5,  # ids: step, try (a local assistant's sampling)
     "minibatch": 6,  # ids: step, epoch (how a step's rows are cut)
-    "evaluation": 7,  # ids: step (the same problems are sampled alike at the same step)
-    "samples": 8,  # ids: step (which prompts a dump shows)
+    "evaluation": 7,  # no ids: every evaluation samples alike (then position, sample, token)
     "synthetic": 9,  # ids: split, index (made-up problems)
     "init_policy": 10,
     "init_reward": 11,
     "init_assistant": 12,
     "init_score_head": 13,
-    "warmup_policy": 14,  # ids: step
-    "warmup_reward": 15,  # ids: step
-    "demonstrations": 16,  # ids: index (corrupted steps in worked solutions)
-    "triples": 17,  # ids: index (labelled completions built from worked solutions)
-    "verifier_training": 18,  # ids: epoch or step (training the reward model by itself)
-    "annotation": 19,  # ids: index (the judge's sampling)
+    "warmup_policy": 14,  # ids: epoch (the phase's order)
+    "warmup_reward": 15,  # ids: epoch (the phase's order)
+    "demonstrations": 16,  # ids: position in the phase's order (forms and corrupted steps)
+    "triples": 17,  # ids: position in the phase's order (corruptions, swapped references)
 }
 
 _WORD = 2**32  # ids and seeds are 32-bit words: what fold_in takes, and what SeedSequence does not regroup

@@ -129,6 +129,15 @@ def shardings(layout: Layout, specs: Any) -> Any:
     return jax.tree.map(lambda s: layout.sharding(s.axes, s.shape), specs, is_leaf=is_spec)
 
 
+def abstract(layout: Layout, specs: Any) -> Any:
+    """A tree of ParamSpec -> the same tree of f32 ShapeDtypeStruct, placed."""
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=layout.sharding(s.axes, s.shape)),
+        specs,
+        is_leaf=is_spec,
+    )
+
+
 def init_params(key: jax.Array, specs: Any, layout: Layout | None = None) -> Any:
     """Initial f32 values; each parameter's bits depend on the key and its own path alone."""
     leaves, treedef = jax.tree.flatten_with_path(specs, is_leaf=is_spec)
