@@ -194,8 +194,8 @@ def describe(cooper: Cooper) -> str:
             (cooper.train, cooper.held_out), ("problems", "held out"), cooper.dropped, strict=True
         )
     )
-    if cfg.eval.every and not cooper.held_out:
-        held_out = "no evaluation (data.eval is empty)"
+    if not (cfg.eval.every and cooper.held_out):
+        held_out = "no evaluation" + (" (data.eval is empty)" if cfg.eval.every else "")
     return (
         f"{cfg.name}: arm {cfg.reward.arm}, {config.family} of {config.layers} layers x {config.width}, "
         f"{problems}, {held_out}, {cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses a step, "

@@ -6,32 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from configs import base
 from cooper_jax.model import transformer
-from cooper_jax.model.config import ModelConfig
 from cooper_jax.policy import grpo, imitation, losses
 from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import PolicyBatch
 
-CONFIG = ModelConfig(
-    family="qwen2",
-    vocab_size=29,
-    width=16,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    ffn=24,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    norm_eps=1e-6,
-    qkv_bias=True,
-    tied=False,
-    max_len=64,
-    vocab_multiple=4,
+CONFIG = tiny_models.config(
+    family="qwen2", vocab_size=29, width=16, head_dim=4, ffn=24, tied=False, vocab_multiple=4
 )
 P, T, N, TEMPERATURE = 5, 6, 7, 0.7  # 7 rows in microbatches of 4 leave one to pad
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from configs import base
 from cooper_jax.model import transformer
@@ -16,23 +17,7 @@ from cooper_jax.rollout.engine import SamplingSpec, completions, generate, rollo
 from cooper_jax.runtime.mesh import Layout, init_params, make_mesh, shardings
 from cooper_jax.types import Rollout
 
-TINY = ModelConfig(
-    family="llama",
-    vocab_size=60,
-    width=16,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    ffn=24,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    norm_eps=1e-6,
-    qkv_bias=False,
-    tied=False,
-    max_len=256,
-    vocab_multiple=8,
-)
+TINY = tiny_models.config(vocab_size=60, width=16, head_dim=4, ffn=24, tied=False, vocab_multiple=8)
 SPEC = SamplingSpec(
     temperature=1.0,
     top_k=0,

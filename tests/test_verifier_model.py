@@ -6,31 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 
 from configs import base
 from cooper_jax.model import transformer
-from cooper_jax.model.config import ModelConfig
 from cooper_jax.reward import verifier_model
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import PairBatch, ScoreBatch
 
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=30,
-    width=16,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    ffn=24,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    norm_eps=1e-6,
-    qkv_bias=False,
-    tied=True,
-    max_len=64,
-)
+CONFIG = tiny_models.config(vocab_size=30, width=16, head_dim=4, ffn=24)
 N, S = 7, 9  # 7 rows in microbatches of 4 leave one to pad
 OPT = base.optimiser(lr=1e-2, warmup_steps=0)
 OPT.eps = 1e-3  # with Adam's usual 1e-8 the first step is a sign: rounding noise would count in full
