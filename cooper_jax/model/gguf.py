@@ -69,10 +69,12 @@ def read_header(path: Path) -> Header:
         try:
             metadata = {_string(f): _value(f, *_unpack(f, "I")) for _ in range(pairs)}
             rows = [_tensor_row(f) for _ in range(count)]
-        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError) as e:
+        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError, RecursionError) as e:
             raise ValueError(f"{path}: its header is cut short or damaged near byte {f.tell()}: {e}") from e
         end = f.tell()
     step = metadata["general.alignment"] if "general.alignment" in metadata else _ALIGNMENT
+    if not isinstance(step, int) or step < 1:
+        raise ValueError(f"{path}: general.alignment is {step!r}; it must be a positive integer")
     data = -(-end // step) * step
     tensors: dict[str, TensorInfo] = {}
     for name, shape, kind, offset in rows:

@@ -5,7 +5,7 @@
                                  reward             (not in the rule arm)
                                  reward_optimiser   (not in the rule arm)
                                  loop               JSON: step, format, items, and the caller's own fields
-    <run_dir>/reference/                            the policy at step 0, where it is not a file
+    <run_dir>/reference/                            the policy at step 0: always kept, as its source may change
 
 1. Items are separate, so that weights restore without optimisers.
 2. Orbax writes a checkpoint into a temporary directory in the background and renames it at the end: a
