@@ -1,0 +1,255 @@
+"""The stages of a Cooper step in one process: meshes that rows do not divide, several updates a step, who moves,
+the local assistant, and the memory of a resumed run."""
+
+import contextlib
+import dataclasses
+import gc
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+import tiny_models
+import tiny_tokenizers
+
+from configs import tiny
+from cooper_jax import assembly, stages, trainer, warmup
+from cooper_jax.model import weights
+from cooper_jax.runtime import rundir
+from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.metrics import Phases
+from cooper_jax.types import Completion, Pair, Verdict
+
+B, G = 3, 2  # 6 rows: no multiple of the four batch shards below
+
+
+def config(**changes):
+    """The tiny config without its supervised phases: an untrained policy that solves nothing."""
+    c = tiny.get_config()
+    small = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn": 16}
+    c.update_from_flattened_dict(
+        {f"{model}.arch.{name}": value for model in ("policy", "reward") for name, value in small.items()}
+        | {
+            "data.prompts_per_step": B,
+            "data.synthetic_size": 8,
+            "rollout.group_size": G,
+            "rollout.max_new_tokens": 6,
+            "policy.microbatch": 4,
+            "reward.microbatch": 4,
+            "reward.allow_untrained_head": True,
+            "warmup.policy_steps": 0,
+            "warmup.reward_steps": 0,
+            "eval.every": 0,
+            "eval.problems": 4,
+            "mesh.data": -1,
+            "mesh.fsdp": 1,
+        }
+        | changes
+    )
+    return c
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """(devices, **changes) -> (Cooper, State) on the first so many virtual devices."""
+    everything = jax.devices()
+
+    def make(devices: int = 1, **changes):
+        monkeypatch.setattr(jax, "devices", lambda *_: everything[:devices])
+        return assembly.build(config(**changes), tmp_path)
+
+    return make
+
+
+class AlwaysRight:
+    """A rule verifier that likes what it reads, for a policy that solves nothing, and finds rewrites wrong."""
+
+    def check(self, items):
+        return [Verdict.WRONG for _ in items]
+
+    def submit(self, items):
+        class Done:
+            def result(self):
+                return [Verdict.CORRECT for _ in items]
+
+        return Done()
+
+
+class Rewrites:
+    """An assistant that changes one word."""
+
+    overlaps = False
+
+    def rewrite(self, requests):
+        return [Completion(r.positive + " not") for r in requests]
+
+
+def solved(cooper):
+    """The same machinery with a positive for every response that ends, and half of all tokens ending one."""
+    sampling = dataclasses.replace(cooper.policy.sampling, eos_ids=tuple(range(0, 600, 2)))
+    policy = dataclasses.replace(cooper.policy, sampling=sampling)
+    return dataclasses.replace(cooper, policy=policy, rule=AlwaysRight(), assistant=Rewrites())
+
+
+def host(tree):
+    return [np.array(x) for x in jax.tree.leaves(tree)]  # copies: views would keep the arrays alive
+
+
+def unchanged(before, after):
+    return [a.tobytes() == b.tobytes() for a, b in zip(before, host(after), strict=True)]
+
+
+def test_rows_that_do_not_divide_the_mesh(build):
+    """Six rows on one device, and padded to eight on a mesh of 2 x 2 x 2: one rollout, the same numbers."""
+
+    def run(devices, **mesh):
+        with build(devices, **mesh) as (cooper, state):
+            problems = [p for p in cooper.train[:B] for _ in range(G)]
+            prompts = cooper.train_prompts[:B]
+            rollout, _ = stages.sample(cooper, state, prompts, range(B))
+            texts = [Completion(f"{i} apples") for i in range(B * G)]
+            logits = stages.score(cooper, state, problems, texts)
+            batch = stages.logprobs(cooper, state, prompts, rollout)
+            advantages = np.linspace(-1, 1, B * G).astype(np.float32)
+            made = [Pair(p, "It is 3. #### 3", "It is 4. #### 4", 0) for p in cooper.train[:B]]
+            reward, reward_metrics = stages.update_reward_model(cooper, state, made)
+            rows = [np.asarray(x)[: B * G] for x in (rollout.tokens, batch.ref_logprobs)]
+            policy, policy_metrics = stages.update_policy(cooper, state, batch, advantages, 1)
+            metrics = policy_metrics | reward_metrics
+            return [*rows, logits], metrics, host(policy.params) + host(reward.params)
+
+    one = run(1)
+    eight = run(8, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    assert eight[0][0].shape == (B * G, 6) and eight[0][2].shape == (B * G,)
+    np.testing.assert_array_equal(one[0][0], eight[0][0])
+    for a, b in zip(one[0][1:], eight[0][1:], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert one[1].keys() == eight[1].keys() and one[1]["rm/valid"] == B
+    for name, value in one[1].items():
+        assert eight[1][name] == pytest.approx(value, abs=1e-5), name
+    # The rates are 3e-5 and 5e-4: a row too many or too few would move parameters by as much.
+    for a, b in zip(one[2], eight[2], strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def test_several_updates_a_step(build):
+    """Two epochs of two minibatches: four updates, old log-probabilities from before the first."""
+    with build(**{"policy.epochs": 2, "policy.minibatches": 2, "policy.optimiser.lr": 1e-2}) as (
+        cooper,
+        state,
+    ):
+        before = host(state.policy.params)
+        prompts = cooper.train_prompts[:B]
+        rollout, _ = stages.sample(cooper, state, prompts, range(B))
+        batch = stages.logprobs(cooper, state, prompts, rollout)
+        assert not bool(batch.old_is_current)
+        mask = np.asarray(batch.response_mask)
+        np.testing.assert_allclose(
+            np.asarray(batch.old_logprobs)[mask], np.asarray(batch.rollout_logprobs)[mask], atol=1e-5
+        )
+        advantages = np.array([1, -1] * B, np.float32)
+        policy, metrics = stages.update_policy(cooper, state, batch, advantages, 1)
+        assert int(policy.updates) == 4 and int(policy.skipped) == 0
+        assert not any(unchanged(before, policy.params))
+        # From the second update on the policy is no longer the one that sampled.
+        assert metrics["policy/ratio_min"] < 1.0 < metrics["policy/ratio_max"]
+
+
+@contextlib.contextmanager
+def begun(cooper, state, path):
+    """The state as a run begins or resumes it, with its run directory and checkpoints."""
+    run = rundir.Run(path, cooper.cfg, resume=True)
+    with run, Checkpoints(path, keep=1) as kept:
+        yield warmup.start_or_resume(cooper, state, run, kept), run, kept
+
+
+def test_who_moves_in_a_step(build, tmp_path):
+    """Policy and reward model in every step, the reference in none; each update moves its own model alone."""
+    with build() as (cooper, state), begun(cooper, state, tmp_path) as (state, _, _):
+        cooper = solved(cooper)
+        reference = host(state.reference)
+        assert all(unchanged(reference, state.policy.params))
+        for step in (1, 2, 3):
+            policy, reward = host(state.policy.params), host(state.reward.params)
+            state, metrics, seen = trainer.cooper_step(cooper, state, Phases())
+            assert state.step == step and state.position == step * B
+            assert metrics["pairs/valid"] == sum(p is not None for p in seen.pairs) >= 1
+            assert not any(unchanged(reward, state.reward.params))
+            assert not any(unchanged(policy, state.policy.params))
+            assert all(unchanged(reference, state.reference))
+        policy, updates = host(state.policy.params), int(state.reward.updates)
+        moved, _ = stages.update_reward_model(cooper, state, seen.pairs)
+        assert int(moved.updates) == updates + 1 and all(unchanged(policy, state.policy.params))
+
+
+def test_no_valid_pair_moves_no_reward_model(build):
+    with build() as (cooper, state):
+        reward = host(state.reward)
+        moved, metrics = stages.update_reward_model(cooper, state, [None] * B)
+        assert all(unchanged(reward, moved)) and metrics["rm/valid"] == 0
+        assert np.isnan(metrics["rm/pair_loss"])
+
+
+def test_samples_name_the_pairs_of_their_own_prompt(build):
+    with build(**{"pairs.per_prompt": 2, "log.samples": 2}) as (cooper, _):
+        problems = list(cooper.train[:B])
+        pairs = [Pair(problems[i // 2], f"right {i}", f"wrong {i}", i) for i in range(2 * B)]
+        pairs[2] = None
+        rows = np.arange(B * G, dtype=np.float32)
+        texts = [Completion(str(i)) for i in range(B * G)]
+        verdicts = [Verdict.CORRECT] * (B * G)
+        seen = trainer.Seen(problems, texts, verdicts, rows, -rows, pairs, Counter())
+        first, second = trainer.samples_of(cooper, seen)
+    assert (first["id"], second["question"]) == (problems[0].id, problems[1].question)
+    assert [p["positive"] for p in first["pairs"]] == ["right 0", "right 1"]
+    assert second["pairs"] == [{"positive": "right 3", "negative": "wrong 3"}]
+    assert [r["text"] for r in second["responses"]] == ["2", "3"]
+    assert [r["advantage"] for r in second["responses"]] == [-2.0, -3.0]
+
+
+def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
+    """A reply depends on its own row and attempt: not on who else is asked."""
+    folder = tiny_tokenizers.write(tmp_path / "llama", "llama3")
+    model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
+    params = tiny_models.random_params(model)
+    weights.save(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
+    cfg = config(
+        **{
+            "assistant.kind": "local",
+            "assistant.weights": str(tmp_path / "hf"),
+            "assistant.max_new_tokens": 5,
+            "assistant.top_p": 0.9,
+        }
+    )
+    generate = assembly._local_generate(cfg, assembly.make_layout(cfg), tmp_path)
+    messages = [[("user", "What is 3 plus 10?")], [("user", "2")], [("user", "The answer is 7.")]]
+    together = generate(messages, [(0, 1, row, 0) for row in (7, 8, 9)])
+    assert all(c.tokens == 5 if c.truncated else c.tokens <= 5 for c in together)
+    alone = generate(messages[1:2], [(0, 1, 8, 0)])
+    assert alone == together[1:2]
+    others = [generate(messages[1:2], [ids])[0].text for ids in ((0, 1, 8, 1), (0, 2, 8, 0), (0, 1, 5, 0))]
+    assert len({together[1].text, *others}) == 4
+
+
+def test_a_resumed_run_holds_no_more_memory_than_a_fresh_one(build, tmp_path):
+    def live():
+        gc.collect()  # arrays may share a buffer: a shard taken out of one does
+        return sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays()}.values())
+
+    def start(steps):
+        with build() as (cooper, state), begun(cooper, state, tmp_path) as (state, run, kept):
+            kept.wait()  # a save under way has copies of its own
+            held = live() - before
+            for _ in range(steps):
+                state, metrics, _ = trainer.cooper_step(solved(cooper), state, Phases())
+                run.log(state.step, metrics)
+            if steps:
+                warmup.save(cooper, state, kept)
+            return held, host(state), (state.step, state.position)
+
+    before = live()
+    fresh, trained, place = start(1)
+    resumed, restored, again = start(0)
+    assert place == again == (1, B)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(trained, restored, strict=True))
+    assert fresh * 0.95 < resumed < fresh * 1.05
