@@ -117,12 +117,17 @@ def rewards_of(verdicts: list[Verdict]) -> np.ndarray:
 
 
 def samples_of(cooper: Cooper, seen: Seen) -> list[dict]:
-    """The first prompts of a step as JSON objects: what was asked, sampled, judged and paired."""
+    """Some prompts of a step as JSON objects: what was asked, sampled, judged and paired.
+
+    `log.samples` of them: those with a valid pair first, then the others, in the step's order.
+    """
     group = cooper.cfg.rollout.group_size
     slots = len(seen.pairs) // len(seen.problems)
+    pairs = [seen.pairs[b * slots : (b + 1) * slots] for b in range(len(seen.problems))]
+    order = sorted(range(len(seen.problems)), key=lambda b: not any(pairs[b]))  # stable
     out = []
-    for b, problem in enumerate(seen.problems[: cooper.cfg.log.samples]):
-        rows = range(b * group, (b + 1) * group)
+    for b in order[: cooper.cfg.log.samples]:
+        problem, rows = seen.problems[b], range(b * group, (b + 1) * group)
         out.append(
             {
                 "id": problem.id,
@@ -139,9 +144,7 @@ def samples_of(cooper: Cooper, seen: Seen) -> list[dict]:
                     for n in rows
                 ],
                 "pairs": [
-                    {"positive": p.positive, "negative": p.negative}
-                    for p in seen.pairs[b * slots : (b + 1) * slots]
-                    if p is not None
+                    {"positive": p.positive, "negative": p.negative} for p in pairs[b] if p is not None
                 ],
             }
         )

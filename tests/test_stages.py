@@ -194,17 +194,17 @@ def test_samples_name_the_pairs_of_their_own_prompt(build):
     with build(**{"pairs.per_prompt": 2, "log.samples": 2}) as (cooper, _):
         problems = list(cooper.train[:B])
         pairs = [Pair(problems[i // 2], f"right {i}", f"wrong {i}", i) for i in range(2 * B)]
-        pairs[2] = None
+        pairs[0] = pairs[1] = pairs[2] = None  # the first prompt has none: the others come first
         rows = np.arange(B * G, dtype=np.float32)
         texts = [Completion(str(i)) for i in range(B * G)]
         verdicts = [Verdict.CORRECT] * (B * G)
         seen = trainer.Seen(problems, texts, verdicts, rows, -rows, pairs, Counter())
         first, second = trainer.samples_of(cooper, seen)
-    assert (first["id"], second["question"]) == (problems[0].id, problems[1].question)
-    assert [p["positive"] for p in first["pairs"]] == ["right 0", "right 1"]
-    assert second["pairs"] == [{"positive": "right 3", "negative": "wrong 3"}]
-    assert [r["text"] for r in second["responses"]] == ["2", "3"]
-    assert [r["advantage"] for r in second["responses"]] == [-2.0, -3.0]
+    assert (first["id"], second["question"]) == (problems[1].id, problems[2].question)
+    assert first["pairs"] == [{"positive": "right 3", "negative": "wrong 3"}]
+    assert [p["positive"] for p in second["pairs"]] == ["right 4", "right 5"]
+    assert [r["text"] for r in first["responses"]] == ["2", "3"]
+    assert [r["advantage"] for r in second["responses"]] == [-4.0, -5.0]
 
 
 def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
