@@ -43,9 +43,11 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's own parsing; a field that no config has becomes one line that says so."""
+    """absl's own parsing; a field that no config has, or a config file that is not there, becomes one line."""
     try:
-        return app.parse_flags_with_usage(argv)
+        left = app.parse_flags_with_usage(argv)
+        _ = CONFIG.value.name  # a config file that could not be read says so when it is first used
+        return left
     except (AttributeError, KeyError) as error:
         given = ", ".join(a for a in argv if a.startswith("--config."))
         print(
@@ -53,6 +55,9 @@ def parse_flags(argv: list[str]) -> list[str]:
             "configs/base.py lists them all",
             file=sys.stderr,
         )
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

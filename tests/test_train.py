@@ -46,12 +46,12 @@ SMALL = {
 }
 
 
-def command(run_dir: Path, **changes) -> list[str]:
+def command(run_dir: Path, config: str = "configs/tiny.py", **changes) -> list[str]:
     flags = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
     return [
         sys.executable,
         str(ROOT / "launch/train.py"),
-        f"--config={ROOT / 'configs/tiny.py'}",
+        f"--config={ROOT / config}",
         f"--config.run_dir={run_dir}",
         *(f"--config.{name}={value}" for name, value in flags.items()),
     ]
@@ -258,6 +258,10 @@ def refused(path: Path, *words: str, **changes) -> None:
 
 def test_misspelt_flag(tmp_path):
     refused(tmp_path / "r", "error:", "--config.stepz=3", "does not have", stepz=3)
+
+
+def test_missing_config_file(tmp_path):
+    refused(tmp_path / "r", "error:", "nowhere.py", config="configs/nowhere.py")
 
 
 def test_missing_file(tmp_path):

@@ -48,7 +48,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
         raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, at most one is -1")
     known = math.prod(s for s in sizes if s > 0)
     if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // known
+        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
     if math.prod(sizes) != len(devices):
         raise ValueError(
             f"mesh {dict(zip(AXES, sizes, strict=True))} holds {math.prod(sizes)} devices, but there are "
