@@ -92,7 +92,9 @@ def get_config() -> ConfigDict:
     c.rollout.temperature = 1.0
     c.rollout.top_k = 0  # 0: off
     c.rollout.top_p = 1.0  # 1: off
-    c.rollout.max_rows = 0  # rows decoded at once, at most; 0: all
+    # Slots: rows decoded at once, at most; one that ends makes room for the next.  0: all rows at once, which lets
+    # a prompt's samples share one copy of its keys and values.
+    c.rollout.max_rows = 0
     c.rollout.segment = 64  # tokens decoded between two looks of the host at whether all have ended
     c.rollout.dtype = "float32"  # of the rollout's weights and KV cache
 

@@ -134,10 +134,6 @@ def check(cfg: ConfigDict) -> None:
         value = functools.reduce(getattr, name.split("."), cfg)
         need(value >= 0, f"{name}={value}: it must be at least 0")
     need(
-        not r.max_rows or r.max_rows >= r.group_size,
-        f"rollout.max_rows={r.max_rows} is less than one group of {r.group_size}: raise it, or 0 for no bound",
-    )
-    need(
         cfg.warmup.reward_batch % 2 == 0,
         f"warmup.reward_batch={cfg.warmup.reward_batch}: it must be even, for right and wrong come in pairs",
     )
@@ -257,6 +253,11 @@ def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
             f"policy.minibatches={cfg.policy.minibatches}: a step's {rows} rows (data.prompts_per_step x "
             f"rollout.group_size) must divide into that many parts of a multiple of {layout.batch_shards} rows, "
             "the mesh's batch shards"
+        )
+    if 0 < cfg.rollout.max_rows < layout.batch_shards:
+        raise SetupError(
+            f"rollout.max_rows={cfg.rollout.max_rows} is less than a row on each of the mesh's "
+            f"{layout.batch_shards} batch shards: raise it, or set 0 for no bound"
         )
     train, held_out = load_problems(cfg)
     with contextlib.ExitStack() as stack:

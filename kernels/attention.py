@@ -112,9 +112,10 @@ def decode_attention(
     lengths: jax.Array,  # i32[B]: prompt keys that are real
     suffix_k: jax.Array,  # [N, K, T, h]
     suffix_v: jax.Array,  # [N, K, T, h]
-    step: jax.Array,  # i32[]: the query's own suffix index
+    first: jax.Array,  # i32[N]: the row's oldest suffix column, at most `last`
+    last: jax.Array,  # i32[]: the query's own suffix column
 ) -> jax.Array:
-    """Each row's query over its prompt's keys and its suffix keys 0 to `step` -> [N, H, h].
+    """Each row's query over its prompt's keys and its suffix columns `first` to `last` -> [N, H, h].
 
     The prompt part multiplies all G samples' queries with one copy of the keys, the suffix part each row's
     own; both exponentials are taken against the larger of the two maxima, so their sums simply add:
@@ -132,7 +133,9 @@ def decode_attention(
     seen = jnp.arange(prompt_k.shape[2])[None, :] < lengths[:, None]  # bool[B, P]
     zp = jnp.where(seen[:, None, None, :], zp, -jnp.inf)
     zs = jnp.einsum("nkgh,nkth->nkgt", rows, suffix_k, preferred_element_type=jnp.float32) * scale
-    zs = jnp.where((jnp.arange(suffix_k.shape[2]) <= step)[None, None, None, :], zs, -jnp.inf)
+    column = jnp.arange(suffix_k.shape[2])[None, :]
+    own = (column >= first[:, None]) & (column <= last)  # bool[N, T]
+    zs = jnp.where(own[:, None, None, :], zs, -jnp.inf)
 
     # The suffix always holds the query's own key, so m is finite whatever the prompt's length.
     m = jnp.maximum(_by_row(zp.max(-1, keepdims=True), samples), zs.max(-1, keepdims=True))  # f32[N, K, g, 1]

@@ -35,9 +35,10 @@ def decode_attention(
     lengths: jax.Array,  # i32[B]
     suffix_k: jax.Array,  # [N, K, T, h]
     suffix_v: jax.Array,
-    step: jax.Array,  # i32[]
+    first: jax.Array,  # i32[N]
+    last: jax.Array,  # i32[]
 ) -> jax.Array:
-    """One query a row over its prompt's first `lengths` keys and its own suffix keys 0 to `step`: [N, H, h].
+    """One query a row over its prompt's `lengths` keys and its own suffix columns `first` to `last`: [N, H, h].
 
     Repeats each prompt's keys for all of its samples and takes one softmax over both parts.
     """
@@ -46,7 +47,8 @@ def decode_attention(
     k = jnp.concatenate([jnp.repeat(prompt_k, samples, axis=0), suffix_k], axis=2)  # [N, K, P + T, h]
     v = jnp.concatenate([jnp.repeat(prompt_v, samples, axis=0), suffix_v], axis=2)
     prompt_seen = jnp.arange(prompt_k.shape[2])[None, :] < jnp.repeat(lengths, samples)[:, None]
-    suffix_seen = jnp.broadcast_to((jnp.arange(suffix_k.shape[2]) <= step)[None, :], (n, suffix_k.shape[2]))
+    column = jnp.arange(suffix_k.shape[2])[None, :]
+    suffix_seen = (column >= first[:, None]) & (column <= last)
     seen = jnp.concatenate([prompt_seen, suffix_seen], axis=1)  # bool[N, P + T]
     q = q.reshape(n, k.shape[1], heads // k.shape[1], h)
     z = jnp.einsum("nkgh,nkuh->nkgu", q, k, preferred_element_type=jnp.float32) * h**-0.5

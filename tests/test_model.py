@@ -236,8 +236,9 @@ def test_shared_prompt_attention_equals_the_reference(samples):
     prompt, suffix = (normal(2, 3, 5, 8), normal(2, 3, 5, 8)), (normal(n, 3, 7, 8), normal(n, 3, 7, 8))
     for lengths in ([5, 2], [1, 0]):
         for step in (0, 3, 6):
-            args = (q, *prompt, jnp.array(lengths), *suffix, jnp.int32(step))
-            np.testing.assert_allclose(merged(*args), plain(*args), atol=1e-5)
+            for first in (jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32) % (step + 1)):
+                args = (q, *prompt, jnp.array(lengths), *suffix, first, jnp.int32(step))
+                np.testing.assert_allclose(merged(*args), plain(*args), atol=1e-5)
 
 
 # --- heads -----------------------------------------------------------------------------------------------
@@ -314,7 +315,17 @@ def decode(params, c, prompts, lengths, suffix, samples, key_lens, layout=None):
     @functools.partial(jax.jit, static_argnames="key_len", donate_argnames="cache")
     def step(params, token, i, kv, cache, key_len):
         return transformer.decode_step(
-            params, c, token, i, kv, lengths, cache, key_len, dtype=jnp.float32, layout=layout
+            params,
+            c,
+            token,
+            jnp.full(token.shape, i),
+            i,
+            kv,
+            lengths,
+            cache,
+            key_len,
+            dtype=jnp.float32,
+            layout=layout,
         )
 
     cache = transformer.empty_suffix(c, suffix.shape[0], suffix.shape[1], jnp.float32)
@@ -352,7 +363,16 @@ def test_a_donated_cache_is_updated_in_place():
 
     def step(cache, i):
         return transformer.decode_step(
-            params, c, jnp.ones(4, jnp.int32), i, kv, jnp.array([4, 2]), cache, 8, dtype=jnp.float32
+            params,
+            c,
+            jnp.ones(4, jnp.int32),
+            jnp.full(4, i),
+            i,
+            kv,
+            jnp.array([4, 2]),
+            cache,
+            8,
+            dtype=jnp.float32,
         )
 
     memory = jax.jit(step, donate_argnums=0).lower(cache, jnp.int32(3)).compile().memory_analysis()

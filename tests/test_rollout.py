@@ -13,6 +13,7 @@ from configs import base
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine
+from cooper_jax.rollout import slots as programs
 from cooper_jax.rollout.engine import SamplingSpec, completions, generate, rollout_weights
 from cooper_jax.runtime.mesh import Layout, init_params, make_mesh, shardings
 from cooper_jax.types import Rollout
@@ -65,6 +66,32 @@ def assert_same(a: Rollout, b: Rollout):
     for name in ("tokens", "mask", "finished"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
     np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+class Segments(list):
+    """(rows, key length) of every segment that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.columns = []  # decoded in each
+
+    def steps(self):
+        return int(sum(self.columns))
+
+
+@pytest.fixture
+def segments(monkeypatch):
+    seen, run = Segments(), programs.segment
+
+    def segment(weights, slots, requests, **static):
+        before = int(slots.column)
+        seen.append((slots.request.size, static["key_len"]))
+        out = run(weights, slots, requests, **static)
+        seen.columns.append(int(out[0].column) - before)
+        return out
+
+    monkeypatch.setattr(programs, "segment", segment)
+    return seen
 
 
 # --- what a rollout is -----------------------------------------------------------------------------------
@@ -147,15 +174,62 @@ def test_rows_do_not_depend_on_bucket_segment_or_chunk(monkeypatch):
     long = PROMPTS[:1] + [[1] * 40]  # another prompt bucket
     other = generate(params_of(), TINY, None, long, [40, 9], KEY, SPEC)
     assert_same(rows_of(other, slice(3)), rows_of(whole, slice(3)))
-    sizes = []
-    chunk = engine._generate_chunk
-    monkeypatch.setattr(engine, "_generate_chunk", lambda *a: sizes.append(len(a[3])) or chunk(*a))
-    # nine rows hold three prompts, but two chunks of two are as few and of one size
-    other = generate(params_of(), TINY, None, PROMPTS, POSITIONS, KEY, SPEC, max_rows=9)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 11])
+def test_rows_do_not_depend_on_their_slots(slots, segments):
+    """Fewer slots than rows: who ends makes room for the next, and every row is what it was."""
+    whole = sampled()
+    other = generate(params_of(), TINY, None, PROMPTS, POSITIONS, KEY, SPEC, max_rows=slots)
     assert_same(other, whole)
-    other = generate(params_of(), TINY, None, PROMPTS[:3], POSITIONS[:3], KEY, SPEC, max_rows=6)
-    assert_same(other, rows_of(whole, slice(9)))
-    assert sizes == [2, 2, 2, 1]
+    lengths = whole.mask.sum(axis=1)
+    # Slots wait for others at most until an eighth of them does, or a segment ends.
+    least = -(-(lengths - 1).sum() // slots)
+    assert least <= segments.steps() <= least + lengths.max() + SPEC.segment * len(lengths) // slots
+
+
+def test_each_row_has_its_own_limit(segments):
+    limits = np.array([1, 9, 2, 3, 1, 9, 4, 4, 5, 1, 1, 2])
+    spec = spec_of(eos_ids=(7,))
+    whole = sampled(spec)
+    for slots in (None, 3):
+        r = generate(params_of(), TINY, None, PROMPTS, POSITIONS, KEY, spec, limits=limits, max_rows=slots)
+        length = np.minimum(limits, whole.mask.sum(axis=1))
+        np.testing.assert_array_equal(r.mask, np.arange(9)[None, :] < length[:, None])
+        np.testing.assert_array_equal(r.tokens, np.where(r.mask, whole.tokens, 0))
+        np.testing.assert_array_equal(r.finished, whole.finished & (whole.mask.sum(axis=1) <= limits))
+        np.testing.assert_allclose(r.logprobs, np.where(r.mask, whole.logprobs, 0), atol=1e-5)
+
+
+def test_the_last_rows_move_into_fewer_slots(monkeypatch, segments):
+    """One long row among 24: the batch is halved while it goes on, and it stays what it was."""
+    monkeypatch.setattr(engine, "FEWEST_SLOTS", 3)
+    spec = spec_of(group_size=6, max_new_tokens=40, eos_ids=())
+    limits = np.full(24, 2)
+    limits[[5, 17]] = 40, 25
+    whole = generate(params_of(), TINY, None, PROMPTS, POSITIONS, KEY, spec)
+    for slots in (None, 7):
+        segments.clear()
+        r = generate(params_of(), TINY, None, PROMPTS, POSITIONS, KEY, spec, limits=limits, max_rows=slots)
+        np.testing.assert_array_equal(r.tokens, np.where(r.mask, whole.tokens, 0))
+        np.testing.assert_array_equal(np.asarray(r.mask).sum(axis=1), limits)
+        sizes = [rows for rows, _ in segments]
+        assert sizes[-1] == 3 and sizes == sorted(sizes, reverse=True)
+
+
+def test_the_cache_is_shifted_when_its_columns_end(monkeypatch):
+    """A few slots and many short rows: the write column runs off, and comes back, while a long row goes on."""
+    shifts, shift = [], programs.shift
+    monkeypatch.setattr(programs, "shift", lambda s, by, **k: shifts.append(by) or shift(s, by, **k))
+    spec = spec_of(group_size=16, max_new_tokens=24, eos_ids=())
+    limits = np.random.default_rng(0).integers(1, 6, 64)
+    limits[[3, 20, 40]] = 24
+    whole = generate(params_of(), TINY, None, PROMPTS, POSITIONS, KEY, spec)
+    r = generate(params_of(), TINY, None, PROMPTS, POSITIONS, KEY, spec, limits=limits, max_rows=3)
+    np.testing.assert_array_equal(np.asarray(r.mask).sum(axis=1), limits)
+    np.testing.assert_array_equal(r.tokens, np.where(r.mask, whole.tokens, 0))
+    np.testing.assert_allclose(r.logprobs, np.where(r.mask, whole.logprobs, 0), atol=1e-5)
+    assert len(shifts) >= 2 and min(shifts) > 0
 
 
 def test_one_sample_a_prompt_is_the_first_of_the_group():
@@ -181,39 +255,28 @@ def test_a_mesh_gives_the_same(monkeypatch):
     assert_same(rows_of(meshed, slice(12)), sampled())
     generate(params, TINY, layout, prompts, positions, jax.random.key(7), SPEC)
     assert traces == ["prefill", "decode_step", "decode_step"], "none in the second step"
+    # Two slots a shard, each with its shard's own queue of six.
+    slots = generate(params, TINY, layout, prompts, positions, KEY, SPEC, max_rows=8)
+    assert_same(rows_of(slots, slice(12)), sampled())
 
 
 # --- what it costs ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def segments(monkeypatch):
-    """The `end` of every segment that runs."""
-    ends, run = [], engine._segment
-    monkeypatch.setattr(engine, "_segment", lambda *a, **k: ends.append(k["end"]) or run(*a, **k))
-    return ends
-
-
 def test_segments_cover_the_limit_and_stop_when_all_rows_have_ended(segments):
     r = generate(params_of(), TINY, None, PROMPTS, POSITIONS, KEY, spec_of(eos_ids=()))
-    assert segments == [5, 9] and np.asarray(r.mask).all() and not np.asarray(r.finished).any()
-    segments.clear()
+    assert segments == [(12, 4), (12, 8)] and segments.steps() == 8
+    assert np.asarray(r.mask).all() and not np.asarray(r.finished).any()
+    segments.clear(), segments.columns.clear()
     r = generate(params_of(), TINY, None, PROMPTS, POSITIONS, KEY, spec_of(segment=2, eos_ids=MOST))
     slowest = np.asarray(r.mask).sum(1).max()
-    assert segments == [e for e in (3, 5, 7, 9) if e - 2 < slowest] and slowest < 7
+    # Inside its last segment too, decoding ends with the last row.
+    assert (
+        segments == [(12, 2), (12, 4), (12, 6)][: -(-(slowest - 1) // 2)] and segments.steps() == slowest - 1
+    )
     segments.clear()
     r = generate(params_of(), TINY, None, PROMPTS, POSITIONS, KEY, spec_of(eos_ids=tuple(range(60))))
     assert segments == [] and np.asarray(r.finished).all() and np.asarray(r.mask).sum() == 12
-
-
-def test_a_segment_ends_inside_when_all_rows_have():
-    """The step counter stops with the last row: nothing is decoded after it."""
-    weights = params_of()
-    inputs = [np.array([[3, 5, 8, 13]]), np.array([4]), np.array([40]), np.array([True])]
-    static = dict(config=TINY, layout=None, spec=spec_of(max_new_tokens=64, eos_ids=MOST))
-    state, prompt_kv, _ = engine._start(weights, *inputs, KEY, **static)
-    state, live = engine._segment(weights, prompt_kv, inputs[1], state, end=64, **static)
-    assert int(live) == 0 and int(state.step) == int(state.mask.sum(1).max()) < 40
 
 
 def test_nothing_is_compiled_twice(monkeypatch):
@@ -229,7 +292,6 @@ def test_nothing_is_compiled_twice(monkeypatch):
 
 
 def test_sizes_are_few_and_fit():
-    at_once = engine._prompts_at_once
     assert [engine._bucket(n) for n in (1, 7, 8, 9, 12, 13, 100, 128, 129)] == [
         1,
         7,
@@ -241,17 +303,11 @@ def test_sizes_are_few_and_fit():
         128,
         160,
     ]
-    assert at_once(128, 16, 8, None) == 128
-    assert at_once(5, 16, 4, None) == 8
-    assert at_once(128, 16, 1, 512) == 32
-    assert at_once(128, 16, 1, 600) == 32  # four chunks of 32, not three of 37 and one of 17
-    assert at_once(3, 16, 2, 10_000) == 4
-    for prompts in range(1, 70):
-        for shards, rows in ((1, 48), (2, 100), (4, 64)):
-            size = at_once(prompts, 16, shards, rows)
-            assert size % shards == 0 and 0 < size * 16 <= rows
-    with pytest.raises(ValueError, match="max_rows 31 .* raise it to 32"):
-        at_once(4, 16, 2, 31)
+    assert engine._slots_a_shard(64, 2, None) == 64
+    assert engine._slots_a_shard(64, 2, 1000) == 64
+    assert engine._slots_a_shard(64, 2, 31) == 15
+    with pytest.raises(ValueError, match="max_rows 1 .* 2 batch shards"):
+        engine._slots_a_shard(64, 2, 1)
 
 
 def test_weights_are_cast_once_and_norms_kept():
@@ -286,7 +342,7 @@ def test_bad_input_is_named(prompts, positions, spec, message):
 def test_nan_weights_are_not_sampled_from():
     params = params_of()
     broken = params | {"final_norm": params["final_norm"] * jnp.nan}
-    with pytest.raises(FloatingPointError, match="not finite at response token 0"):
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
         generate(broken, TINY, None, PROMPTS, POSITIONS, KEY, SPEC)
 
 

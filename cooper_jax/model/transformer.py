@@ -233,22 +233,24 @@ def decode_step(
     params: Params,
     config: ModelConfig,
     token: jax.Array,  # i32[N], prompt-major: the G samples of a prompt side by side
-    step: jax.Array,  # i32[]: index of `token` in the suffix
+    age: jax.Array,  # i32[N]: index of `token` in its row's response
+    column: jax.Array,  # i32[]: where its keys and values go; a row's others stand in the `age` columns before
     prompt_kv: KV,  # [L, B, K, P, h]: shared by a prompt's samples
     lengths: jax.Array,  # i32[B]: real prompt tokens
     suffix_kv: KV,  # [L, N, K, T, h]
-    key_len: int,  # static, > step: suffix columns that are read
+    key_len: int,  # static, > every age that counts: suffix columns that are read, those up to `column`
     *,
     dtype: jnp.dtype,
     layout: Layout | None = None,
 ) -> tuple[jax.Array, KV]:
-    """One token further -> (hidden [N, D], the suffix cache with the token's keys and values at `step`).
+    """One token further -> (hidden [N, D], the suffix cache with the token's keys and values at `column`).
 
-    The token stands at position lengths + step.  The cache is the loop's carry, and one slice of it is
-    written a layer: donated (or carried by an outer loop), it is updated in place.
+    The token stands at position lengths + age.  Rows of different ages write one column, a slice of the cache:
+    donated (or carried by an outer loop), it is updated in place.
     """
     samples = token.shape[0] // lengths.shape[0]
-    rope = rotary(config, jnp.repeat(lengths, samples) + step)  # f32[N, h / 2] each
+    rope = rotary(config, jnp.repeat(lengths, samples) + age)  # f32[N, h / 2] each
+    start = jnp.clip(column + 1 - key_len, 0, suffix_kv.k.shape[3] - key_len)
     layers = cast_layers(params["layers"], dtype)
     x = _embed(params, token, dtype, layout)
 
@@ -256,24 +258,26 @@ def decode_step(
         x, cache = carry
         w = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), layers)
         q, k, v = project_qkv(w, config, x, rope)
-        cache = KV(k=_write(cache.k, k, i, step), v=_write(cache.v, v, i, step))
+        cache = KV(k=_write(cache.k, k, i, column), v=_write(cache.v, v, i, column))
         pk, pv = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in (prompt_kv.k, prompt_kv.v))
-        sk, sv = _read(cache.k, i, key_len), _read(cache.v, i, key_len)
-        heads = decode_attention(q, pk, pv, lengths, sk, sv, step)
+        sk, sv = _read(cache.k, i, start, key_len), _read(cache.v, i, start, key_len)
+        heads = decode_attention(q, pk, pv, lengths, sk, sv, column - age - start, column - start)
         return finish_layer(w, config, x, heads, layout), cache
 
     x, suffix_kv = jax.lax.fori_loop(0, config.layers, layer, (x, suffix_kv))
     return rms_norm(x, params["final_norm"], config.norm_eps), suffix_kv
 
 
-def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, step: jax.Array) -> jax.Array:
-    """cache [L, N, K, T, h] with `new` [N, K, h] at (layer, :, :, step)."""
+def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, column: jax.Array) -> jax.Array:
+    """cache [L, N, K, T, h] with `new` [N, K, h] at (layer, :, :, column)."""
     zero = jnp.zeros((), jnp.int32)
-    start = (jnp.asarray(layer, jnp.int32), zero, zero, jnp.asarray(step, jnp.int32), zero)
+    start = (jnp.asarray(layer, jnp.int32), zero, zero, jnp.asarray(column, jnp.int32), zero)
     return jax.lax.dynamic_update_slice(cache, new[None, :, :, None].astype(cache.dtype), start)
 
 
-def _read(cache: jax.Array, layer: jax.Array, key_len: int) -> jax.Array:
-    """The first `key_len` columns of a layer: [L, N, K, T, h] -> [N, K, key_len, h]."""
+def _read(cache: jax.Array, layer: jax.Array, start: jax.Array, key_len: int) -> jax.Array:
+    """`key_len` columns of a layer, from `start` on: [L, N, K, T, h] -> [N, K, key_len, h]."""
     _, n, kv_heads, _, h = cache.shape
-    return jax.lax.dynamic_slice(cache, (layer, 0, 0, 0, 0), (1, n, kv_heads, key_len, h))[0]
+    zero = jnp.zeros((), jnp.int32)
+    at = (jnp.asarray(layer, jnp.int32), zero, zero, jnp.asarray(start, jnp.int32), zero)
+    return jax.lax.dynamic_slice(cache, at, (1, n, kv_heads, key_len, h))[0]

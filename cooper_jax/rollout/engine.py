@@ -1,44 +1,44 @@
 """Sample G responses to each prompt: prompts in as token ids, a `Rollout` of arrays out.
 
 1. The weights are cast once (`rollout_weights`), and gathered from the axis that shards them for training.
-2. `_start`: prompts are padded right and prefilled once each; a prompt's samples share its keys and values.  The
-   first token is drawn from the prompt's last hidden state.
-3. `_segment`, again and again: a jitted loop over at most `spec.segment` tokens whose state is donated, so the
-   cache is updated in place.  Its key length is static and grows from segment to segment: keys not
-   yet written are not read.  The loop ends as soon as every row has.
-4. After each segment the host reads one number, the rows still going, and stops at 0.
+2. Prompts are padded right and prefilled once each; every (prompt, sample) is a request, and its first token is
+   drawn from its prompt's last hidden state.
+3. Requests are decoded in slots, `max_rows` of them or as many as there are requests.  A slot whose request has
+   ended takes the next by an index (see slots.py): long responses hold up nobody.
+4. Decoding runs in jitted segments of at most `spec.segment` tokens whose state is donated.  One reads as many
+   columns of the cache as its oldest slot has tokens, in few sizes.  After each, the host reads one small array
+   and refills idle slots, moves the last live ones into half as many, or stops.
 
-Compiled once for each (prompts, prompt length) bucket and segment: prompts are padded to a multiple of 32
+Compiled once for each (prompts, prompt length, slots, key length) bucket: prompts are padded to a multiple of 32
 tokens, their number to three significant bits (1 to 8, 10, 12, 14, 16, 20, ...) times the layout's batch
-shards.  Padding prompts have ended from the start and are cropped from the result.
+shards.  Padding prompts ask for nothing and are cropped from the result.
 
 An EOS is inside the mask when it was sampled, nothing after it is; truncated rows have no EOS.  A row's random bits
-depend on the key, its prompt's position in the data order, its sample index and the token's index alone.
+depend on the key, its prompt's position in the data order, its sample index and the token's index alone: not on
+its slot, nor on when it got it.
 
 B prompts   G samples a prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens
-D width   L layers   K key/value heads   h head_dim   V padded vocabulary
+D batch shards   S slots a shard   W columns of the cache
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.model.transformer import KV
-from cooper_jax.rollout import sampling
+from cooper_jax.rollout import slots as programs
 from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.runtime.mesh import Layout, shardings
 from cooper_jax.types import Completion, Params, Rollout
 
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of so many tokens
+FEWEST_SLOTS = 8  # a shard's slots are not halved below this many
 
 
 def generate(
@@ -50,6 +50,7 @@ def generate(
     key: jax.Array,
     spec: SamplingSpec,
     *,
+    limits: Sequence[int] | None = None,
     max_rows: int | None = None,
 ) -> Rollout:
     """Sample spec.group_size responses to each prompt -> Rollout of N = B * G rows, T = spec.max_new_tokens.
@@ -57,23 +58,33 @@ def generate(
     params: as trained, or already through `rollout_weights` (then nothing is cast again).
     positions: each prompt's place in the data order; with `key` (of this step's rollout stream) they decide
       the random bits.
-    max_rows: rows that fit at once, in all; prompts then run in chunks of equal size, with the same random bits.
+    limits: each row's own most tokens, [N], at most T; None: T for all.
+    max_rows: slots, in all: rows that are decoded at once.
 
     Raises ValueError for prompts that are missing, empty or outside the vocabulary, and FloatingPointError when
     a live row's logits are not finite.
     """
-    _check(config, prompts, positions, spec)
+    rows = len(prompts) * spec.group_size
+    limits = np.full(rows, spec.max_new_tokens) if limits is None else np.asarray(limits)
+    _check(config, prompts, positions, limits, spec)
     shards = 1 if layout is None else layout.batch_shards
-    size = _prompts_at_once(len(prompts), spec.group_size, shards, max_rows)
-    width = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    size = _bucket(-(-len(prompts) // shards)) * shards
+    slots = _slots_a_shard(size * spec.group_size // shards, shards, max_rows)
+    inputs = _arrays(prompts, positions, limits, spec.group_size, size)
+    inputs = jax.tree.map(jnp.asarray, inputs) if layout is None else layout.put(inputs, "batch")
     weights = rollout_weights(params, config, layout, spec.dtype)
-    parts = [
-        _generate_chunk(
-            weights, config, layout, prompts[i : i + size], positions[i : i + size], key, spec, size, width
-        )
-        for i in range(0, len(prompts), size)
-    ]
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    requests = _decode(weights, config, layout, inputs, key, spec, slots)
+
+    def row(x):
+        return x.reshape(-1, *x.shape[2:])[:rows]
+
+    count = row(requests.count)
+    return Rollout(
+        tokens=row(requests.tokens),
+        mask=jnp.arange(spec.max_new_tokens)[None, :] < count[:, None],
+        logprobs=row(requests.logprobs),
+        finished=row(requests.finished),
+    )
 
 
 def rollout_weights(params: Params, config: ModelConfig, layout: Layout | None, dtype: str) -> Params:
@@ -113,167 +124,67 @@ def completions(
     return out
 
 
-# --- one chunk -------------------------------------------------------------------------------------------
-
-
-@struct.dataclass
-class _State:
-    """Everything that changes from token to token."""
-
-    step: jax.Array  # i32[]: tokens drawn so far
-    token: jax.Array  # i32[N]: the last one drawn, not yet fed; 0 in rows that have ended
-    ended: jax.Array  # bool[N]
-    failed: jax.Array  # bool[]: a live row had no distribution
-    keys: jax.Array  # key[N]
-    tokens: jax.Array  # i32[N, T]
-    mask: jax.Array  # bool[N, T]
-    logprobs: jax.Array  # f32[N, T]
-    suffix: KV  # [L, N, K, T - 1, h]: the last token is never fed
-
-    @property
-    def going(self) -> jax.Array:  # bool[]
-        return ~(jnp.all(self.ended) | self.failed)
-
-
-def _generate_chunk(weights, config, layout, prompts, positions, key, spec, size, width) -> Rollout:
-    """At most `size` prompts, padded to `size` and to `width` tokens."""
-    tokens = np.zeros((size, width), np.int32)
-    lengths = np.ones(size, np.int32)
-    places = np.zeros(size, np.int32)
+def _arrays(prompts, positions, limits, group: int, size: int) -> tuple[np.ndarray, ...]:
+    """Tokens i32[size, P], lengths and places i32[size], limits i32[size * G]; nothing is asked of padding."""
+    width = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    tokens, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
+    places, asked = np.zeros(size, np.int32), np.zeros(size * group, np.int32)
     for i, prompt in enumerate(prompts):
         tokens[i, : len(prompt)] = prompt
         lengths[i] = len(prompt)
     places[: len(positions)] = positions
-    real = np.arange(size) < len(prompts)
-    inputs = (tokens, lengths, places, real)
-    inputs = jax.tree.map(jnp.asarray, inputs) if layout is None else layout.put(inputs, "batch")
+    asked[: len(limits)] = limits
+    return tokens, lengths, places, asked
 
+
+def _decode(weights, config, layout, inputs, key, spec: SamplingSpec, size: int) -> programs.Requests:
+    """Every request to its end, in `size` slots a shard."""
+    tokens, lengths, places, limits = inputs
     static = dict(config=config, layout=layout, spec=spec)
-    state, prompt_kv, live = _start(weights, *inputs, key, **static)
-    end = 1
-    while (rows := int(live)) > 0 and end < spec.max_new_tokens:
-        end = min(end + spec.segment, spec.max_new_tokens)
-        state, live = _segment(weights, prompt_kv, inputs[1], state, end=end, **static)
-    if rows < 0:
-        raise FloatingPointError(
-            f"the policy's logits are not finite at response token {int(state.step) - 1}: there is nothing to "
-            "sample from; the weights hold NaN or overflow in " + spec.dtype
-        )
-    rollout = Rollout(
-        tokens=state.tokens,
-        mask=state.mask,
-        logprobs=state.logprobs,
-        finished=state.ended,
-    )
-    rows = len(prompts) * spec.group_size
-    return rollout if len(prompts) == size else jax.tree.map(lambda x: x[:rows], rollout)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "layout", "spec"))
-def _start(weights, tokens, lengths, places, real, key, *, config, layout, spec):
-    """Prefill and draw the first token -> (state, prompts' KV, rows still going: see `_live`)."""
-    dtype = jnp.dtype(spec.dtype)
-    rows, T = tokens.shape[0] * spec.group_size, spec.max_new_tokens
-    hidden, prompt_kv = transformer.prefill(weights, config, tokens, lengths, dtype=dtype, layout=layout)
-    state = _State(
-        step=jnp.zeros((), jnp.int32),
-        token=jnp.zeros((rows,), jnp.int32),
-        ended=jnp.repeat(~real, spec.group_size),
-        failed=jnp.zeros((), bool),
-        keys=sampling.row_keys(key, places, spec.group_size),
-        tokens=jnp.zeros((rows, T), jnp.int32),
-        mask=jnp.zeros((rows, T), bool),
-        logprobs=jnp.zeros((rows, T), jnp.float32),
-        suffix=transformer.empty_suffix(config, rows, max(T - 1, 1), dtype),
-    )
-    logits = jnp.repeat(transformer.logits(weights, config, hidden), spec.group_size, axis=0)
-    state = _emit(state, logits, layout, spec)
-    return _placed(state, layout), _placed(prompt_kv, layout), _live(state)
-
-
-@functools.partial(jax.jit, static_argnames=("end", "config", "layout", "spec"), donate_argnames="state")
-def _segment(weights, prompt_kv, lengths, state, *, end, config, layout, spec):
-    """Decode up to `end` tokens in all, or until every row has ended -> (state, rows still going)."""
-    dtype = jnp.dtype(spec.dtype)
-
-    def token(state: _State) -> _State:
-        hidden, suffix = transformer.decode_step(
-            weights,
-            config,
-            state.token,
-            state.step - 1,
-            prompt_kv,
-            lengths,
-            state.suffix,
-            end - 1,
-            dtype=dtype,
-            layout=layout,
-        )
-        logits = transformer.logits(weights, config, hidden)
-        return _emit(state.replace(suffix=suffix), logits, layout, spec)
-
-    state = jax.lax.while_loop(lambda s: (s.step < end) & s.going, token, state)
-    return _placed(state, layout), _live(state)
-
-
-def _emit(state: _State, logits: jax.Array, layout: Layout | None, spec: SamplingSpec) -> _State:
-    """Draw the next token of every live row from logits f32[N, V], and record it."""
-    if layout is not None:
-        logits = layout.constrain(logits, "batch", None)  # a draw needs a row's whole vocabulary
-    token, logprob = sampling.sample(logits, state.keys, state.step, spec)
-    live = ~state.ended
-    token = jnp.where(live, token, 0)
-    is_eos = jnp.any(token[:, None] == jnp.asarray(spec.eos_ids, jnp.int32)[None, :], axis=-1)
-
-    def record(column, values):
-        return jax.lax.dynamic_update_index_in_dim(column, values, state.step, axis=1)
-
-    return state.replace(
-        step=state.step + 1,
-        token=token,
-        ended=state.ended | is_eos,
-        failed=state.failed | jnp.any(live & jnp.isnan(logprob)),
-        tokens=record(state.tokens, token),
-        mask=record(state.mask, live),
-        logprobs=record(state.logprobs, jnp.where(live, logprob, 0.0)),
-    )
-
-
-def _live(state: _State) -> jax.Array:
-    """i32[]: rows that have not ended; -1 when one has failed."""
-    return jnp.where(state.failed, -1, jnp.sum(~state.ended, dtype=jnp.int32))
-
-
-def _placed(tree, layout: Layout | None):
-    """Pin rows to their batch shards, so that every segment finds its input where the last one left it."""
-    if layout is None:
-        return tree
-
-    def place(x):
-        if isinstance(x, KV):
-            axes = ("layers", "batch", "kv_heads", None, "head_dim")
-            return jax.tree.map(lambda a: layout.constrain(a, *axes), x)
-        return layout.constrain(x, *("batch", None)[: x.ndim])
-
-    return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, KV))
+    requests, prompt = programs.start(weights, tokens, lengths, places, limits, key, **static)
+    columns = max(spec.max_new_tokens - 1, 1)  # the last token is never fed
+    if size < requests.count.shape[1]:
+        # Slots of all ages share one write column, which wanders to the right until the cache is shifted back.
+        columns += max(spec.segment, columns // 4)
+    slots, seen = programs.open_slots(requests, prompt, lengths, size=size, columns=columns, **static)
+    while True:
+        now = dict(zip(programs.STATUS, np.asarray(seen).tolist(), strict=True))
+        if now["failed"]:
+            raise FloatingPointError(
+                "the policy's logits are not finite: there is nothing to sample from; the weights hold NaN or "
+                "overflow in " + spec.dtype
+            )
+        if not now["live"] and not now["waiting"]:
+            return requests
+        taking = (slots, requests, prompt, lengths)
+        if now["idle"]:
+            slots = programs.refill(*taking, layout=layout, spec=spec)
+        elif not now["waiting"] and now["live"] <= size // 2 and size // 2 >= FEWEST_SLOTS:
+            size //= 2
+            slots = programs.compact(*taking, size=size, layout=layout, spec=spec)
+        if now["column"] + spec.segment > columns and now["column"] > now["oldest"]:
+            slots = programs.shift(slots, now["column"] - now["oldest"], layout=layout)
+        slots, requests, seen = programs.segment(
+            weights, slots, requests,
+            steps=spec.segment,
+            key_len=min(_bucket(-(-(now["oldest"] + spec.segment) // spec.segment)) * spec.segment, columns),
+            refill_at=max(1, size // 8),
+            **static,
+        )  # fmt: skip
 
 
 # --- sizes -----------------------------------------------------------------------------------------------
 
 
-def _prompts_at_once(prompts: int, group_size: int, shards: int, max_rows: int | None) -> int:
-    """Prompts in a chunk: a multiple of `shards`, in few distinct sizes, at most max_rows // group_size."""
+def _slots_a_shard(requests: int, shards: int, max_rows: int | None) -> int:
+    """Slots of each shard: its requests, or what `max_rows` leaves it."""
     if max_rows is None:
-        return _bucket(-(-prompts // shards)) * shards
-    most = max_rows // group_size // shards
-    if most == 0:
+        return requests
+    if max_rows < shards:
         raise ValueError(
-            f"max_rows {max_rows} is less than one group of {group_size} samples on each of {shards} batch "
-            f"shards: raise it to {group_size * shards} or more"
+            f"max_rows {max_rows} is less than one row on each of {shards} batch shards: raise it"
         )
-    each = -(-prompts // shards)  # prompts a shard
-    chunks = -(-each // most)
-    return min(most, _bucket(-(-each // chunks))) * shards
+    return min(requests, max_rows // shards)
 
 
 def _bucket(n: int) -> int:
@@ -282,10 +193,16 @@ def _bucket(n: int) -> int:
     return -(-n // step) * step
 
 
-def _check(config: ModelConfig, prompts, positions, spec: SamplingSpec) -> None:
+def _check(config: ModelConfig, prompts, positions, limits, spec: SamplingSpec) -> None:
     if not prompts or len(prompts) != len(positions):
         raise ValueError(
             f"{len(prompts)} prompts with {len(positions)} positions: give one position a prompt"
+        )
+    rows = len(prompts) * spec.group_size
+    if limits.shape != (rows,) or limits.min() < 1 or limits.max() > spec.max_new_tokens:
+        raise ValueError(
+            f"limits of shape {limits.shape} from {limits.min(initial=0)} to {limits.max(initial=0)}: give each of "
+            f"{rows} rows one from 1 to max_new_tokens = {spec.max_new_tokens}"
         )
     for i, prompt in enumerate(prompts):
         if not len(prompt):
