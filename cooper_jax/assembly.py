@@ -1,6 +1,6 @@
 """Builds what a Cooper step needs from a config: problems, both wings, the rule, the assistant.
 
-1. `check` refuses configs that contradict themselves.
+1. `settings.check` refuses configs that contradict themselves.
 2. `load_problems` reads the training problems and those held out; over-long prompts are dropped and counted.
 3. `build` loads weights and tokenizers, starts the rule's workers, compiles nothing yet, and returns the
    machinery (`Cooper`, which never changes) apart from the state (`State`, which every step replaces).
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from flax import struct
 from ml_collections import ConfigDict
 
+from cooper_jax import settings
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.data import prompts, synthetic
 from cooper_jax.model import tokenizer as tokenizers
@@ -28,34 +28,8 @@ from cooper_jax.reward import verifier_model
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import keys, mesh, optim
+from cooper_jax.settings import SetupError, boundary
 from cooper_jax.types import Completion, Params, Problem, TrainState
-
-ARMS = ("rule", "model", "cooper")
-AT_LEAST_1 = (
-    "steps", "data.prompts_per_step", "data.max_prompt_tokens", "data.bucket", "data.synthetic_size",
-    "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "policy.epochs", "policy.minibatches",
-    "policy.microbatch", "reward.microbatch", "reward.max_tokens", "pairs.per_prompt", "pairs.tries",
-    "warmup.policy_batch", "warmup.reward_batch", "checkpoint.every", "eval.problems", "eval.samples",
-)  # fmt: skip
-AT_LEAST_0 = (
-    "seed", "rollout.max_rows", "warmup.policy_steps", "warmup.reward_steps", "checkpoint.keep", "eval.every",
-    "log.samples", "log.samples_every",
-)  # fmt: skip
-
-
-class SetupError(ValueError):
-    """A config, a file or weights that cannot be used; the message names the field and the fix."""
-
-
-@contextlib.contextmanager
-def boundary(what: str) -> Iterator[None]:
-    """Turn errors at the config and file boundary into one message that says what was being set up."""
-    try:
-        yield
-    except SetupError:
-        raise
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise SetupError(f"{what}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,58 +84,6 @@ class State:
     reference: Params  # the policy at step 0
     step: int = struct.field(pytree_node=False)  # Cooper steps done
     position: int = struct.field(pytree_node=False)  # problems consumed, over all epochs
-
-
-def check(cfg: ConfigDict) -> None:
-    """Raise SetupError for settings that contradict each other."""
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise SetupError(message)
-
-    r, p = cfg.rollout, cfg.policy
-    need(cfg.reward.arm in ARMS, f"reward.arm is {cfg.reward.arm!r}; it is one of {', '.join(ARMS)}")
-    need(
-        r.top_k == 0 and r.top_p == 1.0,
-        f"rollout.top_k={r.top_k} and rollout.top_p={r.top_p}: the loss compares probabilities over the whole "
-        "vocabulary, so training samples from it too; set top_k=0 and top_p=1.0 (evaluation has its own)",
-    )
-    need(r.temperature > 0, f"rollout.temperature={r.temperature}: training samples, so it must be above 0")
-    for name in AT_LEAST_1:
-        value = functools.reduce(getattr, name.split("."), cfg)
-        need(value >= 1, f"{name}={value}: it must be at least 1")
-    for name in AT_LEAST_0:
-        value = functools.reduce(getattr, name.split("."), cfg)
-        need(value >= 0, f"{name}={value}: it must be at least 0")
-    need(
-        cfg.warmup.reward_batch % 2 == 0,
-        f"warmup.reward_batch={cfg.warmup.reward_batch}: it must be even, for right and wrong come in pairs",
-    )
-    need(
-        cfg.data.format != "synthetic" or not (cfg.data.train or cfg.data.eval),
-        f"data.train={cfg.data.train!r}, data.eval={cfg.data.eval!r}: data.format=synthetic reads no file; set "
-        "--config.data.format=auto",
-    )
-    need(
-        cfg.reward.arm != "cooper"
-        or cfg.assistant.kind != "local"
-        or cfg.assistant.weights not in ("", "random"),
-        f"assistant.weights={cfg.assistant.weights!r}: a local assistant needs trained weights",
-    )
-    for name, section in (("policy", p), ("reward", cfg.reward), ("assistant", cfg.assistant)):
-        need(
-            section.dtype in ("float32", "bfloat16"),
-            f"{name}.dtype={section.dtype!r}; it is float32 or bfloat16",
-        )
-    for name in ("policy", *(["reward"] if cfg.reward.arm != "rule" else [])):
-        need(
-            bool(cfg[name].weights),
-            f"{name}.weights is empty: give --config.{name}.weights=DIR, a hub id or a .gguf file",
-        )
-    need(
-        bool(cfg.data.train) or cfg.data.format == "synthetic",
-        "data.train is empty: give --config.data.train=FILE",
-    )
 
 
 def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
@@ -245,7 +167,7 @@ def policy_prompt(cfg: ConfigDict, tokenizer: tokenizers.Tokenizer, problem: Pro
 @contextlib.contextmanager
 def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
     """The machinery and the state at step 0, before any supervised phase; worker processes end on exit."""
-    check(cfg)
+    settings.check(cfg)
     layout = make_layout(cfg)
     rows = cfg.data.prompts_per_step * cfg.rollout.group_size
     if cfg.policy.minibatches > 1 and rows % (layout.batch_shards * cfg.policy.minibatches):

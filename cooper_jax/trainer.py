@@ -21,7 +21,7 @@ from collections import Counter
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly, signals, stages, warmup
+from cooper_jax import assembly, settings, signals, stages, warmup
 from cooper_jax.assembly import Cooper, State
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.evaluate import evaluate
@@ -153,13 +153,13 @@ def samples_of(cooper: Cooper, seen: Seen) -> list[dict]:
 
 def train(cfg: ConfigDict) -> None:
     """Run `cfg.steps` Cooper steps, or what is left of them after the newest checkpoint in the run directory."""
-    assembly.check(cfg)
+    settings.check(cfg)
     path = run_path(cfg)
     with contextlib.ExitStack() as stack:
-        with assembly.boundary("run_dir"):
+        with settings.boundary("run_dir"):
             run = stack.enter_context(Run(path, cfg, resume=cfg.resume))
         cooper, state = stack.enter_context(assembly.build(cfg, path))
-        with assembly.boundary("run_dir"):
+        with settings.boundary("run_dir"):
             checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
         print(describe(cooper), flush=True)
         state = warmup.start_or_resume(cooper, state, run, checkpoints)

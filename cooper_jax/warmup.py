@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from cooper_jax import stages
-from cooper_jax.assembly import Cooper, SetupError, State, boundary, policy_prompt
+from cooper_jax.assembly import Cooper, State, policy_prompt
 from cooper_jax.data import packing, synthetic
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.policy import imitation
@@ -29,6 +29,7 @@ from cooper_jax.runtime import checkpoint, keys, optim
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.runtime.rundir import Run, config_hash
+from cooper_jax.settings import SetupError, boundary
 from cooper_jax.types import Params, Problem, TrainState, Triple
 
 REPORTS = 8  # lines that a supervised phase prints

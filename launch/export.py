@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
 
     from ml_collections import ConfigDict
 
-    from cooper_jax import assembly
+    from cooper_jax import assembly, settings
     from cooper_jax.model import weights
     from cooper_jax.model.transformer import param_specs
     from cooper_jax.runtime import mesh
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
 
     run_dir = Path(RUN_DIR.value)
     try:
-        with assembly.boundary(f"--run_dir={run_dir}"), Checkpoints(run_dir, keep=0, read_only=True) as kept:
+        with settings.boundary(f"--run_dir={run_dir}"), Checkpoints(run_dir, keep=0, read_only=True) as kept:
             cfg = ConfigDict(json.loads((run_dir / "config.json").read_text()))
             step = kept.newest() if STEP.value < 0 else STEP.value
             if step is None:
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
             model = assembly.describe_model(cfg[MODEL.value], MODEL.value, run_dir)
             like = mesh.abstract(layout, param_specs(model.config, head))
             params = kept.restore(step, MODEL.value, like)
-    except assembly.SetupError as error:
+    except settings.SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     with tempfile.TemporaryDirectory() as folder:

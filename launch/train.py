@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
     from cooper_jax import trainer
-    from cooper_jax.assembly import SetupError
+    from cooper_jax.settings import SetupError
 
     try:
         trainer.train(CONFIG.value)

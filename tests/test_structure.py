@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     ("kernels",),
     ("cooper_jax.types",),
+    ("cooper_jax.settings",),
     ("cooper_jax.runtime",),
     ("cooper_jax.model", "cooper_jax.data"),
     ("cooper_jax.rollout",),

@@ -1,0 +1,91 @@
+"""Settings that contradict themselves are found before anything is loaded, and every setup error reads alike.
+
+error: FIELD or FILE: what is wrong, with the numbers, and the flag that mends it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+ARMS = ("rule", "model", "cooper")
+AT_LEAST_1 = (
+    "steps", "data.prompts_per_step", "data.max_prompt_tokens", "data.bucket", "data.synthetic_size",
+    "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "policy.epochs", "policy.minibatches",
+    "policy.microbatch", "reward.microbatch", "reward.max_tokens", "pairs.per_prompt", "pairs.tries",
+    "warmup.policy_batch", "warmup.reward_batch", "checkpoint.every", "eval.problems", "eval.samples",
+)  # fmt: skip
+AT_LEAST_0 = (
+    "seed", "rollout.max_rows", "warmup.policy_steps", "warmup.reward_steps", "checkpoint.keep", "eval.every",
+    "log.samples", "log.samples_every",
+)  # fmt: skip
+
+
+class SetupError(ValueError):
+    """A config, a file or weights that cannot be used; the message names the field and the fix."""
+
+
+@contextlib.contextmanager
+def boundary(what: str) -> Iterator[None]:
+    """Turn errors at the config and file boundary into one message that says what was being set up."""
+    try:
+        yield
+    except SetupError:
+        raise
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise SetupError(f"{what}: {error}") from error
+
+
+def check(cfg: ConfigDict) -> None:
+    """Raise SetupError for settings that contradict each other."""
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise SetupError(message)
+
+    r, p = cfg.rollout, cfg.policy
+    need(cfg.reward.arm in ARMS, f"reward.arm is {cfg.reward.arm!r}; it is one of {', '.join(ARMS)}")
+    need(
+        r.top_k == 0 and r.top_p == 1.0,
+        f"rollout.top_k={r.top_k} and rollout.top_p={r.top_p}: the loss compares probabilities over the whole "
+        "vocabulary, so training samples from it too; set top_k=0 and top_p=1.0 (evaluation has its own)",
+    )
+    need(r.temperature > 0, f"rollout.temperature={r.temperature}: training samples, so it must be above 0")
+    for name in AT_LEAST_1:
+        value = functools.reduce(getattr, name.split("."), cfg)
+        need(value >= 1, f"{name}={value}: it must be at least 1")
+    for name in AT_LEAST_0:
+        value = functools.reduce(getattr, name.split("."), cfg)
+        need(value >= 0, f"{name}={value}: it must be at least 0")
+    need(
+        cfg.warmup.reward_batch % 2 == 0,
+        f"warmup.reward_batch={cfg.warmup.reward_batch}: it must be even, for right and wrong come in pairs",
+    )
+    need(
+        cfg.data.format != "synthetic" or not (cfg.data.train or cfg.data.eval),
+        f"data.train={cfg.data.train!r}, data.eval={cfg.data.eval!r}: data.format=synthetic reads no file; set "
+        "--config.data.format=auto",
+    )
+    need(
+        cfg.reward.arm != "cooper"
+        or cfg.assistant.kind != "local"
+        or cfg.assistant.weights not in ("", "random"),
+        f"assistant.weights={cfg.assistant.weights!r}: a local assistant needs trained weights",
+    )
+    for name, section in (("policy", p), ("reward", cfg.reward), ("assistant", cfg.assistant)):
+        need(
+            section.dtype in ("float32", "bfloat16"),
+            f"{name}.dtype={section.dtype!r}; it is float32 or bfloat16",
+        )
+    for name in ("policy", *(["reward"] if cfg.reward.arm != "rule" else [])):
+        need(
+            bool(cfg[name].weights),
+            f"{name}.weights is empty: give --config.{name}.weights=DIR, a hub id or a .gguf file",
+        )
+    need(
+        bool(cfg.data.train) or cfg.data.format == "synthetic",
+        "data.train is empty: give --config.data.train=FILE",
+    )
