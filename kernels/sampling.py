@@ -1,138 +1,209 @@
-"""Draw tokens from logits without sorting the vocabulary: the plain-jnp form, for every platform.
+"""Draw tokens from logits without sorting the vocabulary.
 
-What flows through: logits and two uniforms a row in; a token and its log-probability a row out.
+What flows through: logits and two uniforms a row in; a token and its log-probabilities a row out.
 
 1. Divide by the temperature (0 is greedy: the first of the largest logits).
-2. Top-k: a threshold on the logits.  Top-p: a further threshold on what top-k left, renormalised.  Each is found
-   by bisection over the bit patterns of f32, at most 32 passes over the row and exact: no tolerance anywhere.
+2. Keep: top-k, then top-p on what top-k left, renormalised, then min-p: the tokens whose probability is at least
+   min_p times the largest one's.  (`transformers` cuts in this order.  vLLM applies min-p before the other two, so
+   that its top-p sees a smaller, renormalised rest; without top-p the two agree.)
 3. Inverse CDF in two levels: first a block of 128 tokens by its sum, then a token within the block, each with a
    uniform of its own.  One uniform for both would not do: it moves on a grid of 2^-23, so rarer tokens would
    be out of reach, and a change of 1e-5 in the logits would move many more draws.
+
+`implementation` chooses who makes the passes over the vocabulary (see sampling_statistics.py, which defines what they
+find out; sampling_tpu.py, sampling_triton.py); the draw itself is plain jnp on block sums and one block of logits.
 
 Ties.  Top-k keeps every token whose logit equals the k-th largest; top-p keeps every token whose logit equals
 that of the last one it needs.  So what is kept never depends on the order of the vocabulary.
 
 Not a number.  A row with a NaN or +inf among its logits, or with nothing but -inf, has no distribution: its
-token is 0 and its log-probability is NaN, for the caller to see.
+token is 0 and its log-probabilities and entropy are NaN, for the caller to see.
 
-Batch independence.  A row's result is a function of that row alone.  Sums are taken over at most 128 terms
-at a time: XLA cuts longer ones differently for different batch sizes, which changes their last bit.
+Batch independence.  A row's result is a function of that row alone; and, in the xla form, the same to the last bit
+whether its columns lie on one device or on several (`axis_name`).
 
 N rows   V vocabulary (columns of -inf are never drawn)   M blocks   W = 128 tokens in a block
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128
+from kernels import platform, sampling_spans, sampling_tpu, sampling_triton
+from kernels.sampling_statistics import BLOCK, Rule, Statistics, add_up, statistics
+
 LEVELS = 2  # uniforms that one draw consumes
+_NO_TOKEN = jnp.iinfo(jnp.int32).max
+
+
+class Drawn(NamedTuple):
+    """Natural logarithms."""
+
+    token: jax.Array  # i32[N]
+    logprob: jax.Array  # f32[N], under the distribution drawn from; greedy: 0, for it has one token
+    full_logprob: jax.Array  # f32[N], under softmax(logits / temperature), nothing cut; greedy: softmax(logits)
+    entropy: jax.Array | None  # f32[N], in nats, of that softmax; None: not asked for
 
 
 def sample(
-    logits: jax.Array,  # f32[N, V]
+    logits: jax.Array,  # f32[N, V]; with axis_name: this shard's contiguous columns [N, V / ways]
     uniforms: jax.Array,  # f32[N, LEVELS], in [0, 1)
     *,
     temperature: float,
     top_k: int,
     top_p: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Tokens i32[N] and their natural log-probabilities f32[N] under the distribution drawn from.
+    min_p: float = 0.0,
+    axis_name: str | None = None,
+    entropy: bool = False,
+    implementation: str | None = None,
+) -> Drawn:
+    """One token a row.
 
-    temperature, top_k (0: off) and top_p (1: off) are Python numbers, static under jit.  Top-k is applied
-    first, top-p to the renormalised rest.  Greedy log-probabilities are 0: the distribution has one token.
+    temperature, top_k (0: off), top_p (1: off) and min_p (0: off) are Python numbers, static under jit.  Inside
+    shard_map, `axis_name` names the mesh axis over which the vocabulary is sharded; all its shards get the result.
+    A vocabulary, or a shard, that is not whole blocks of 128 costs a copy of the logits: pad the head's rows instead.
     """
-    logits = logits.astype(jnp.float32)
-    if temperature == 0.0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        valid = jnp.isfinite(jnp.max(logits, axis=-1))
-        return jnp.where(valid, token, 0), jnp.where(valid, 0.0, jnp.nan)
-
-    # The thresholds are found on the logits as they came and the temperature enters only here, after an exact
-    # subtraction: a scaled copy would be computed anew in each fusion, with or without a fused multiply-add,
-    # and its ties and thresholds would disagree in the last bit.
-    peak = jnp.max(logits, axis=-1, keepdims=True)  # f32[N, 1]; NaN where any logit is
-    mass = jnp.exp((logits - peak) * (1.0 / temperature))  # f32[N, V]; the largest is 1
-    if 0 < top_k < logits.shape[-1]:
-        kth = _largest(logits, lambda kept: _sum(kept.astype(jnp.float32)) >= top_k)
-        mass = jnp.where(logits >= kth[:, None], mass, 0.0)
-    if top_p < 1.0:
-        needed = top_p * _sum(mass)
-        last = _largest(logits, lambda kept: _sum(jnp.where(kept, mass, 0.0)) >= needed)
-        mass = jnp.where(logits >= last[:, None], mass, 0.0)
-
-    blocks = _blocks(mass)  # f32[N, M, W]
-    block, total = _draw(jnp.sum(blocks, axis=-1), uniforms[:, 0])
-    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # f32[N, W]
-    lane, _ = _draw(within, uniforms[:, 1])
-    drawn = jnp.take_along_axis(within, lane[:, None], axis=1)[:, 0]  # f32[N], above 0
-    valid = total > 0.0  # False for NaN: the peak carries it from any column to all of them
-    token = jnp.where(valid, block * BLOCK + lane, 0)
-    return token, jnp.where(valid, jnp.log(drawn) - jnp.log(total), jnp.nan)
+    rule = Rule(temperature, top_k, top_p, min_p, entropy)
+    return _sample(logits, uniforms, rule, axis_name, implementation)[0]
 
 
-def _draw(mass: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first index whose running sum exceeds uniform * total, i32[N], and the total, f32[N].
+def margin(
+    logits: jax.Array,  # f32[N, V]
+    uniforms: jax.Array,  # f32[N, LEVELS]
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float = 0.0,
+) -> jax.Array:
+    """How near a row came to another token, f32[N]: for judging draws that differ between two programs.
+
+    The smaller, over both levels, of the distances from the uniform to the borders of what it fell on; a share of
+    the probability at that level (of all blocks, of the block).  Infinite where there was nothing else to draw.
+    Greedy: the difference in probability between the two largest.  A token at the edge of what is kept is not seen.
+    """
+    return _sample(logits, uniforms, Rule(temperature, top_k, top_p, min_p), None, "xla")[1]
+
+
+def _sample(logits, uniforms, rule, axis_name, implementation) -> tuple[Drawn, jax.Array]:
+    """The draw and its margin; what is not used of them costs nothing under jit."""
+    logits = _whole_blocks(logits.astype(jnp.float32), axis_name)
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * logits.shape[1]
+    if rule.temperature == 0.0:
+        return _greedy(logits, first, rule, axis_name, implementation)
+    s = _statistics(logits, rule, axis_name, implementation)
+    block, total, gap = _draw(s.blocks, uniforms[:, 0])
+    column = block * BLOCK - first  # i32[N]: where the block begins, if it is here
+    x = _block_of(logits, column, implementation)  # f32[N, W]
+    z = (x - s.peak[:, None]) * (1.0 / rule.temperature)
+    lane, _, inner_gap = _draw(jnp.where(x >= s.threshold[:, None], jnp.exp(z), 0.0), uniforms[:, 1])
+    z = jnp.take_along_axis(z, lane[:, None], axis=1)[:, 0]
+    if axis_name is not None:  # the shard that has the block tells the others
+        has = (column >= 0) & (column < logits.shape[1])
+        lane, z = (jax.lax.psum(jnp.where(has, value, 0), axis_name) for value in (lane, z))
+
+    full = total if s.full is None else s.full
+    valid = full > 0.0  # False for NaN, which any mass carries here (XLA:CPU's maximum passes over it)
+    drawn = Drawn(
+        token=jnp.where(valid, block * BLOCK + lane, 0),
+        logprob=jnp.where(valid, z - jnp.log(total), jnp.nan),
+        full_logprob=jnp.where(valid, z - jnp.log(full), jnp.nan),
+        entropy=_entropy(full, s.weighted),
+    )
+    return drawn, jnp.minimum(gap, inner_gap)
+
+
+def _greedy(logits, first, rule, axis_name, implementation) -> tuple[Drawn, jax.Array]:
+    """The probabilities beside the token need one more pass, which nobody makes who does not use them."""
+    peak = jnp.max(logits, axis=-1)  # XLA:CPU's maximum passes over NaN
+    if axis_name is not None:
+        peak = jax.lax.pmax(peak, axis_name)
+    # XLA:CPU's argmax takes ten times as long as this.
+    column = first + jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :]
+    column = jnp.where(logits == peak[:, None], column, _NO_TOKEN)
+    token = jnp.min(jnp.where(jnp.isnan(logits), -1, column), axis=-1)
+    if axis_name is not None:
+        token = jax.lax.pmin(token, axis_name)
+    valid = (token >= 0) & (token < _NO_TOKEN) & (jnp.abs(peak) < jnp.inf)
+    s = _statistics(logits, Rule(1.0, entropy=rule.entropy), axis_name, implementation)
+    full = add_up(s.blocks)
+    drawn = Drawn(
+        token=jnp.where(valid, token, 0),
+        logprob=jnp.where(valid, 0.0, jnp.nan),
+        full_logprob=jnp.where(valid, -jnp.log(full), jnp.nan),
+        entropy=_entropy(full, s.weighted),
+    )
+    two = jax.lax.top_k(logits, 2)[0]
+    return drawn, -jnp.expm1(two[:, 1] - two[:, 0]) / full
+
+
+def _entropy(full: jax.Array, weighted: jax.Array | None) -> jax.Array | None:
+    """log(full) - weighted / full, NaN where full is."""
+    return None if weighted is None else jnp.log(full) - weighted / full
+
+
+def _statistics(logits, rule, axis_name, implementation) -> Statistics:
+    chosen = platform.resolve(implementation)
+    if chosen == "xla":
+        return statistics(logits, rule, axis_name)
+    interpret = chosen.endswith("interpret")
+    if chosen.startswith("triton"):
+        return sampling_spans.statistics(sampling_triton, logits, rule, axis_name, interpret)
+    if axis_name is None:
+        return sampling_tpu.statistics(logits, rule, interpret)
+    return sampling_spans.statistics(sampling_tpu, logits, rule, axis_name, interpret)
+
+
+def _block_of(logits: jax.Array, column: jax.Array, implementation: str | None) -> jax.Array:
+    """f32[N, BLOCK]: each row's block that begins at `column` i32[N]; any block where it is not here."""
+    column = jnp.clip(column, 0, logits.shape[1] - BLOCK)
+    if (chosen := platform.resolve(implementation)).startswith("tpu"):
+        return sampling_tpu.take(logits, column // BLOCK, chosen.endswith("interpret"))
+    return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (BLOCK,)))(logits, column)
+
+
+def _draw(mass: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The first index whose running sum exceeds uniform * total, i32[N]; the total and the margin, f32[N].
 
     mass f32[N, M] is not negative, uniform f32[N].  Rounding of the running sums can neither select an index
     without mass nor run off the end.
     """
     running = jnp.cumsum(mass, axis=-1)
     total = running[:, -1]
+    target = uniform * total
     some = mass > 0.0
-    hit = some & (running > (uniform * total)[:, None])
+    hit = some & (running > target[:, None])
     last = mass.shape[-1] - 1 - jnp.argmax(some[:, ::-1], axis=-1)
     index = jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), last)
-    return index.astype(jnp.int32), total
+    upper = jnp.take_along_axis(running, index[:, None], axis=1)[:, 0]
+    lower = upper - jnp.take_along_axis(mass, index[:, None], axis=1)[:, 0]
+    above = jnp.where(upper < total, upper - target, jnp.inf)
+    below = jnp.where(lower > 0.0, target - lower, jnp.inf)
+    return index.astype(jnp.int32), total, jnp.maximum(jnp.minimum(above, below), 0.0) / total
 
 
-def _largest(values: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest v, f32[N], for which enough(values >= v) holds; found exactly.
+def _whole_blocks(logits: jax.Array, axis_name: str | None) -> jax.Array:
+    """Columns of -inf until the vocabulary is whole blocks, and as many of them on each shard.
 
-    values f32[N, V]; enough maps bool[N, V] to bool[N], holds when all is kept, fails when nothing is, and never
-    turns from False to True as v grows.  v equals one of the row's values (a denormal equals 0 where the
-    platform compares them so).
+    Shards whose columns are not whole blocks drop the beginning of their columns, which belongs to a block of the
+    shard before them, and get the beginning of the next one's.
     """
-    rows = values.shape[0]
-    low = _to_order(jnp.full((rows,), -jnp.inf, jnp.float32))  # enough holds here
-    high = _to_order(jnp.max(values, axis=-1)) + 1  # and fails here
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        holds = enough(values >= _from_order(middle)[:, None])
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
-
-    low, _ = jax.lax.fori_loop(0, 32, halve, (low, high))
-    return _from_order(low)
-
-
-_SIGN = 0x8000_0000
-
-
-def _to_order(x: jax.Array) -> jax.Array:
-    """f32 -> u32 in the same order: comparing the integers compares the numbers."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >= jnp.uint32(_SIGN), ~bits, bits | jnp.uint32(_SIGN))
-
-
-def _from_order(order: jax.Array) -> jax.Array:
-    """The inverse of `_to_order`."""
-    bits = jnp.where(order >= jnp.uint32(_SIGN), order & ~jnp.uint32(_SIGN), ~order)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _sum(x: jax.Array) -> jax.Array:
-    """[N, V] -> [N], in steps of at most BLOCK terms (see "Batch independence" above)."""
-    while x.shape[-1] > 1:
-        x = jnp.sum(_blocks(x), axis=-1)
-    return x[:, 0]
-
-
-def _blocks(x: jax.Array) -> jax.Array:
-    """[N, V] -> [N, M, BLOCK], padded with zeros."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[-1] % BLOCK)))
-    return x.reshape(x.shape[0], -1, BLOCK)
+    rows, columns = logits.shape
+    if columns % BLOCK == 0:
+        return logits
+    ways = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    blocks = -(-columns * ways // BLOCK)
+    width = -(-blocks // ways) * BLOCK  # of a shard that has whole blocks
+    more = width - columns  # shard i begins i * more columns further on and ends (i + 1) * more further on
+    behind = jnp.full((rows, ways * more), -jnp.inf, jnp.float32)
+    if ways == 1:
+        return jnp.concatenate([logits, behind], axis=1)
+    if ways * more > columns:
+        raise ValueError(f"a vocabulary of {columns * ways} columns is too small for {ways} shards: pad it")
+    shard = jax.lax.axis_index(axis_name)
+    sent = jax.lax.ppermute(logits[:, : ways * more], axis_name, [(i + 1, i) for i in range(ways - 1)])
+    behind = jnp.where(shard == ways - 1, behind, sent)
+    return jax.lax.dynamic_slice_in_dim(jnp.concatenate([logits, behind], axis=1), shard * more, width, axis=1)

@@ -6,6 +6,9 @@ and biases in the compute type.  Axis legend: see transformer.py.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +17,12 @@ from jax.sharding import PartitionSpec
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
-from kernels.attention import attention
+from kernels.attention import attention, default_implementation
+from kernels.decode_attention import Schedule, decode_attention, schedule
+from kernels.kv import KV
+from kernels.matmul import matmul
 
+Matmul = Callable[[jax.Array, jax.Array], jax.Array]  # [..., D], [D, F] -> [..., F]
 Rope = tuple[jax.Array, jax.Array]  # cos and sin, f32[..., h / 2] each
 
 
@@ -59,10 +66,14 @@ def _rotate(x: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def project_qkv(w: Params, config: ModelConfig, x: jax.Array, rope: Rope) -> tuple[jax.Array, ...]:
+def project_qkv(
+    w: Params, config: ModelConfig, x: jax.Array, rope: Rope, matmul: Matmul = matmul
+) -> tuple[jax.Array, ...]:
     """x [..., D] -> q [..., H, h], k and v [..., K, h]; q and k rotated."""
     y = rms_norm(x, w["attn_norm"], config.norm_eps)
-    q, k, v = (jnp.einsum("...d,dnh->...nh", y, w[name]) for name in "qkv")
+    q, k, v = (
+        matmul(y, w[n].reshape(w[n].shape[0], -1)).reshape(*x.shape[:-1], *w[n].shape[1:]) for n in "qkv"
+    )
     if config.qkv_bias:
         q, k, v = (
             z + w[f"{name}_bias"].reshape((1,) * (x.ndim - 1) + z.shape[-2:])
@@ -72,27 +83,87 @@ def project_qkv(w: Params, config: ModelConfig, x: jax.Array, rope: Rope) -> tup
 
 
 def finish_layer(
-    w: Params, config: ModelConfig, x: jax.Array, heads: jax.Array, layout: Layout | None
+    w: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    heads: jax.Array,
+    layout: Layout | None,
+    matmul: Matmul = matmul,
 ) -> jax.Array:
     """The rest of a layer: the output projection of `heads` [..., H, h], then the SwiGLU block."""
-    x = pin(x + jnp.einsum("...nh,nhd->...d", heads, w["o"]), layout)
+    merged = matmul(heads.reshape(*x.shape[:-1], -1), w["o"].reshape(-1, w["o"].shape[-1]))
+    x = pin(x + merged, layout)
     y = rms_norm(x, w["mlp_norm"], config.norm_eps)
-    return pin(x + (jax.nn.silu(y @ w["gate"]) * (y @ w["up"])) @ w["down"], layout)
+    return pin(x + matmul(jax.nn.silu(matmul(y, w["gate"])) * matmul(y, w["up"]), w["down"]), layout)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout | None) -> jax.Array:
     """`attention`, run once a shard of rows and heads: kernels are not partitioned by the compiler."""
     if layout is None:
         return attention(q, k, v)
+    run = functools.partial(
+        attention, implementation=default_implementation(q.dtype, q.shape[-1], layout.platform)
+    )
     spec = layout.spec(("batch", None, "heads", "head_dim"), q.shape)
-    axis = spec[2]
-    ways = int(np.prod([layout.mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())]))
+    ways = layout.ways(spec[2])
     kv_heads = k.shape[2]
     if kv_heads % ways:
         # Fewer key/value heads than shards: repeat each until every shard holds those its queries read.
         copies = ways // kv_heads if ways % kv_heads == 0 else q.shape[2] // kv_heads
         k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
-    specs = PartitionSpec(*spec)
+    return by_shard(run, layout, (spec,) * 3, spec)(q, k, v)
+
+
+def decode_plan(
+    prompt_of: jax.Array,  # i32[N]: in the shard, -1: none
+    lengths: jax.Array,  # i32[B]
+    samples: int | None,
+    layout: Layout | None,
+    implementation: str,
+) -> Schedule:
+    """`schedule`, by shard; its leaves then have an axis of shards before their own."""
+    if layout is None or implementation == "xla":
+        return schedule(prompt_of, lengths, samples=samples)
+    batch = layout.spec(("batch",))
+
+    def run(prompt_of, lengths):
+        return jax.tree.map(lambda x: x[None], schedule(prompt_of, lengths, samples=samples))
+
+    return by_shard(run, layout, (batch, batch), batch)(prompt_of, lengths)
+
+
+def decode_attend(
+    q: jax.Array,  # [N, H, h]
+    prompt: KV,  # leaves [L, B, K, P, ..]
+    suffix: KV,  # leaves [L, N, K, W, ..]
+    plan: Schedule,
+    first: jax.Array,  # i32[N]
+    last: jax.Array,  # i32[]
+    layer: jax.Array,  # i32[]
+    layout: Layout | None,
+    implementation: str,
+) -> jax.Array:
+    """`decode_attention`, its kernels run once a shard of rows and key/value heads."""
+    if layout is None or implementation == "xla":
+        return decode_attention(q, prompt, suffix, plan, first, last, layer, implementation=implementation)
+    batch = layout.spec(("batch",))[0]
+    # Heads are cut where the cache's are; where those do not divide, each shard computes all of them.
+    heads = layout.spec(("kv_heads",), (suffix.data[0].shape[2],))[0]
+    queries = PartitionSpec(batch, heads, None)
+    cache = PartitionSpec(None, batch, heads)
+    rows, one = PartitionSpec(batch), PartitionSpec()
+
+    def run(q, prompt, suffix, plan, first, last, layer):
+        plan = jax.tree.map(lambda x: x[0], plan)
+        return decode_attention(q, prompt, suffix, plan, first, last, layer, implementation=implementation)
+
+    specs = (queries, cache, cache, rows, rows, one, one)
+    return by_shard(run, layout, specs, queries)(
+        q, prompt, suffix, plan, first, jnp.asarray(last), jnp.asarray(layer)
+    )
+
+
+def by_shard(run: Callable, layout: Layout, in_specs, out_specs) -> Callable:
+    """`run` on each device's own parts: what the compiler cannot partition."""
     # check_vma: Pallas calls do not declare over which mesh axes their outputs vary.
-    run = jax.shard_map(attention, mesh=layout.mesh, in_specs=(specs,) * 3, out_specs=specs, check_vma=False)
-    return run(q, k, v)
+    return jax.shard_map(run, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

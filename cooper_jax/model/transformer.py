@@ -7,8 +7,8 @@
 1. `trunk` moves each row's real tokens to its front.  Padding may then lie left, right or in a gap: positions
    count real tokens alone, one rotary table serves all rows, and the causal mask alone hides the padding,
    so that no attention kernel needs another.  The hidden states go back to where their tokens came from.
-2. Layers are stacked on a leading axis: a scan in `trunk` and `prefill`, an indexed loop in `decode_step`,
-   whose caches are updated in place when the caller donates them.
+2. Layers are stacked on a leading axis: a scan in `trunk` and `prefill`, an indexed loop in `decode_step`, whose
+   caches are updated in place.  Generation cuts the stack where layers are few (`split_layers`).
 3. Master weights are f32 and cast once a call; norms, rotations, softmax, logsumexp and scores are f32.
 
 Axis legend: N rows, S tokens, T response tokens, B prompts, G samples a prompt, P prompt tokens, D width,
@@ -18,24 +18,27 @@ H query heads, K key/value heads, h head_dim, F feed-forward width, L layers, V 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.model.layers import attend, cast_layers, finish_layer, pin, project_qkv, rms_norm, rotary
+from cooper_jax.model.layers import (
+    attend,
+    cast_layers,
+    decode_attend,
+    finish_layer,
+    pin,
+    project_qkv,
+    rms_norm,
+    rotary,
+)
 from cooper_jax.runtime.mesh import Layout, ParamSpec
 from cooper_jax.types import Params
-from kernels.attention import decode_attention
-
-
-@struct.dataclass
-class KV:
-    """Keys and values of every layer; keys are already rotated."""
-
-    k: jax.Array  # [L, rows, K, tokens, h]
-    v: jax.Array  # [L, rows, K, tokens, h]
+from kernels.decode_attention import Schedule
+from kernels.kv import KV, Format, pack, zeros
+from kernels.matmul import matmul, matmul_cpu
 
 
 def param_specs(config: ModelConfig, head: str = "logits") -> Params:
@@ -137,10 +140,21 @@ def _embed(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout |
 # --- heads ---------------------------------------------------------------------------------------------
 
 
+UNEMBED = "unembed"  # [D, V]: a rollout's own copy of the head, where XLA:CPU multiplies faster with it so
+
+
+def head_matrix(params: Params, config: ModelConfig) -> jax.Array:
+    """[V, D]."""
+    return params["embed"] if config.tied else params["lm_head"]
+
+
 def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """hidden [..., D] -> f32[..., V]; the padded columns are -inf."""
-    head = params["embed"] if config.tied else params["lm_head"]  # [V, D]
-    z = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if UNEMBED in params:
+        z = matmul_cpu(hidden, params[UNEMBED]).astype(jnp.float32)
+    else:
+        head = head_matrix(params, config).astype(hidden.dtype)
+        z = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
     if config.padded_vocab == config.vocab_size:
         return z
     real = jnp.arange(config.padded_vocab) < config.vocab_size
@@ -197,87 +211,131 @@ def score(params: Params, config: ModelConfig, hidden: jax.Array, valid: jax.Arr
 
 # --- generation ----------------------------------------------------------------------------------------
 
+LAYERS_ALONE = 8  # a model of so few layers keeps each in arrays of its own while it generates
 
-def empty_suffix(config: ModelConfig, rows: int, tokens: int, dtype: jnp.dtype) -> KV:
-    """A cache for `tokens` sampled tokens of each row."""
-    shape = (config.layers, rows, config.kv_heads, tokens, config.head_dim)
-    return KV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+def split_layers(layers: Params, config: ModelConfig) -> tuple[Params, ...]:
+    """The stacked layers as generation takes them: stacks, each run by one loop.
+
+    One stack of all; of few layers, stacks of one.  Out of a stack XLA:CPU copies a layer's matrices before it
+    multiplies with them, at every token; unrolling many layers would take minutes to compile.
+    """
+    if config.layers > LAYERS_ALONE:
+        return (layers,)
+    return tuple(jax.tree.map(lambda x: x[i : i + 1], layers) for i in range(config.layers))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def for_generation(params: Params, config: ModelConfig, layout: Layout | None) -> Params:
+    """The weights as `prefill`, `decode_step` and `logits` read them fastest."""
+    weights = params | {"layers": split_layers(params["layers"], config)}
+    head = head_matrix(params, config)
+    if _on_cpu(layout, "xla") and head.dtype == jnp.float32:
+        weights[UNEMBED] = head.T
+    return weights
+
+
+def empty_suffix(
+    config: ModelConfig, stacks: tuple[Params, ...], rows: int, columns: int, form: Format
+) -> tuple[KV, ...]:
+    """Caches for `columns` sampled tokens of each row: of each stack a KV [l, N, K, W, ..]."""
+    counts = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
+    return tuple(zeros((n, rows, config.kv_heads, columns), config.head_dim, form) for n in counts)
 
 
 def prefill(
-    params: Params,
+    params: Params,  # its layers through `split_layers`
     config: ModelConfig,
     tokens: jax.Array,  # i32[B, P], right-padded
     lengths: jax.Array,  # i32[B], at least 1
     *,
     dtype: jnp.dtype,
+    form: Format,
     layout: Layout | None = None,
-) -> tuple[jax.Array, KV]:
-    """Run the prompts once -> (hidden [B, D] of each prompt's last token, KV [L, B, K, P, h])."""
+) -> tuple[jax.Array, tuple[KV, ...]]:
+    """Run the prompts once -> (hidden [B, D] of each prompt's last token, of each stack a KV [l, B, K, P, ..])."""
     rope = rotary(config, jnp.arange(tokens.shape[1]))
     x = _embed(params, tokens, dtype, layout)
 
     def layer(x, w):
         q, k, v = project_qkv(w, config, x, rope)
-        return finish_layer(w, config, x, attend(q, k, v, layout), layout), (
-            k.swapaxes(1, 2),
-            v.swapaxes(1, 2),
-        )
+        x = finish_layer(w, config, x, attend(q, k, v, layout), layout)
+        return x, pack(k.swapaxes(1, 2), v.swapaxes(1, 2), form)
 
-    x, (k, v) = jax.lax.scan(layer, x, cast_layers(params["layers"], dtype))
+    caches = []
+    for stack in params["layers"]:
+        x, cache = jax.lax.scan(layer, x, cast_layers(stack, dtype))
+        caches.append(cache)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return rms_norm(last, params["final_norm"], config.norm_eps), KV(k=k, v=v)
+    return rms_norm(last, params["final_norm"], config.norm_eps), tuple(caches)
 
 
 def decode_step(
-    params: Params,
+    params: Params,  # its layers through `split_layers`
     config: ModelConfig,
-    token: jax.Array,  # i32[N], prompt-major: the G samples of a prompt side by side
-    age: jax.Array,  # i32[N]: index of `token` in its row's response
-    column: jax.Array,  # i32[]: where its keys and values go; a row's others stand in the `age` columns before
-    prompt_kv: KV,  # [L, B, K, P, h]: shared by a prompt's samples
-    lengths: jax.Array,  # i32[B]: real prompt tokens
-    suffix_kv: KV,  # [L, N, K, T, h]
-    key_len: int,  # static, > every age that counts: suffix columns that are read, those up to `column`
+    token: jax.Array,  # i32[N]
+    position: jax.Array,  # i32[N]: where it stands, its prompt's tokens counted
+    prompt: tuple[KV, ...],  # of each stack [l, B, K, P, ..]
+    plan: Schedule,  # which rows read which prompt
+    suffix: tuple[KV, ...],  # of each stack [l, N, K, W, ..], through `bare`
+    first: jax.Array,  # i32[N]: the row's oldest column of the suffix
+    column: jax.Array,  # i32[]: where the token's keys and values go, in every row
     *,
     dtype: jnp.dtype,
+    form: Format,
     layout: Layout | None = None,
-) -> tuple[jax.Array, KV]:
-    """One token further -> (hidden [N, D], the suffix cache with the token's keys and values at `column`).
+    implementation: str = "xla",
+) -> tuple[jax.Array, tuple[KV, ...]]:
+    """One token further -> (hidden [N, D], the suffix caches with the token's keys and values at `column`).
 
-    The token stands at position lengths + age.  Rows of different ages write one column, a slice of the cache:
-    donated (or carried by an outer loop), it is updated in place.
+    Rows of different ages write one column, a slice of the cache: donated (or carried by an outer loop), it is
+    updated in place.
     """
-    samples = token.shape[0] // lengths.shape[0]
-    rope = rotary(config, jnp.repeat(lengths, samples) + age)  # f32[N, h / 2] each
-    start = jnp.clip(column + 1 - key_len, 0, suffix_kv.k.shape[3] - key_len)
-    layers = cast_layers(params["layers"], dtype)
+    rope = rotary(config, position)  # f32[N, h / 2] each
     x = _embed(params, token, dtype, layout)
+    product = matmul_cpu if _on_cpu(layout, implementation) else matmul
+    caches = []
+    for stack, shared, own in zip(params["layers"], prompt, suffix, strict=True):
+        stack = cast_layers(stack, dtype)
 
-    def layer(i, carry):
-        x, cache = carry
-        w = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), layers)
-        q, k, v = project_qkv(w, config, x, rope)
-        cache = KV(k=_write(cache.k, k, i, column), v=_write(cache.v, v, i, column))
-        pk, pv = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in (prompt_kv.k, prompt_kv.v))
-        sk, sv = _read(cache.k, i, start, key_len), _read(cache.v, i, start, key_len)
-        heads = decode_attention(q, pk, pv, lengths, sk, sv, column - age - start, column - start)
-        return finish_layer(w, config, x, heads, layout), cache
+        def layer(i, carry, stack=stack, shared=shared):
+            x, own = carry
+            w = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stack)
+            q, k, v = project_qkv(w, config, x, rope, product)
+            own = _write(own, pack(k, v, form), i, column)
+            heads = decode_attend(q, shared, stacked(own), plan, first, column, i, layout, implementation)
+            return finish_layer(w, config, x, heads, layout, product), own
 
-    x, suffix_kv = jax.lax.fori_loop(0, config.layers, layer, (x, suffix_kv))
-    return rms_norm(x, params["final_norm"], config.norm_eps), suffix_kv
-
-
-def _write(cache: jax.Array, new: jax.Array, layer: jax.Array, column: jax.Array) -> jax.Array:
-    """cache [L, N, K, T, h] with `new` [N, K, h] at (layer, :, :, column)."""
-    zero = jnp.zeros((), jnp.int32)
-    start = (jnp.asarray(layer, jnp.int32), zero, zero, jnp.asarray(column, jnp.int32), zero)
-    return jax.lax.dynamic_update_slice(cache, new[None, :, :, None].astype(cache.dtype), start)
+        count = jax.tree.leaves(stack)[0].shape[0]
+        x, own = layer(0, (x, own)) if count == 1 else jax.lax.fori_loop(0, count, layer, (x, own))
+        caches.append(own)
+    return rms_norm(x, params["final_norm"], config.norm_eps), tuple(caches)
 
 
-def _read(cache: jax.Array, layer: jax.Array, start: jax.Array, key_len: int) -> jax.Array:
-    """`key_len` columns of a layer, from `start` on: [L, N, K, T, h] -> [N, K, key_len, h]."""
-    _, n, kv_heads, _, h = cache.shape
-    zero = jnp.zeros((), jnp.int32)
-    at = (jnp.asarray(layer, jnp.int32), zero, zero, jnp.asarray(start, jnp.int32), zero)
-    return jax.lax.dynamic_slice(cache, at, (1, n, kv_heads, key_len, h))[0]
+def _on_cpu(layout: Layout | None, implementation: str) -> bool:
+    return implementation == "xla" and layout is None and jax.default_backend() == "cpu"
+
+
+def bare(cache: KV) -> KV:
+    """A stack of one without its axis: under it XLA would write the cache twice, once into a copy."""
+    return jax.tree.map(lambda x: x[0], cache) if cache.data[0].shape[0] == 1 else cache
+
+
+def stacked(cache: KV) -> KV:
+    """The inverse of `bare`."""
+    return jax.tree.map(lambda x: x[None], cache) if cache.data[0].ndim == 4 else cache
+
+
+def _write(cache: KV, new: KV, layer: jax.Array, column: jax.Array) -> KV:
+    """`new`, leaves [N, K, ..], at `column` of leaves [N, K, W, ..], or of `layer` of [L, N, K, W, ..]."""
+    alone = cache.data[0].ndim == 4
+
+    def write(cache, new):
+        new = jnp.expand_dims(new, 2) if alone else new[None, :, :, None]
+        at = [0] * cache.ndim
+        at[2 if alone else 3] = column
+        at[0] = 0 if alone else layer
+        at = [jnp.asarray(i, jnp.int32) for i in at]
+        return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), at)
+
+    return jax.tree.map(write, cache, new)

@@ -1,17 +1,17 @@
 """Sample G responses to each prompt: prompts in as token ids, a `Rollout` of arrays out.
 
 1. The weights are cast once (`rollout_weights`), and gathered from the axis that shards them for training.
-2. Prompts are padded right and prefilled once each; every (prompt, sample) is a request, and its first token is
-   drawn from its prompt's last hidden state.
-3. Requests are decoded in slots, `max_rows` of them or as many as there are requests.  A slot whose request has
-   ended takes the next by an index (see slots.py): long responses hold up nobody.
-4. Decoding runs in jitted segments of at most `spec.segment` tokens whose state is donated.  One reads as many
-   columns of the cache as its oldest slot has tokens, in few sizes.  After each, the host reads one small array
-   and refills idle slots, moves the last live ones into half as many, or stops.
+2. Prompts are prefilled once each, in chunks of like length (plan.py); every (prompt, sample) is a request, and its
+   first token is drawn from its prompt's last hidden state.
+3. Requests are decoded in slots: `max_rows` of them, as many as `memory_gib` has room for, or one each.  A slot whose
+   request has ended takes the next by an index (slots.py): long responses hold up nobody.
+4. Decoding runs in jitted segments of at most `spec.segment` tokens whose state is donated.  After each, the host
+   reads one small array and refills idle slots, moves the last live ones into half as many, or stops.
 
-Compiled once for each (prompts, prompt length, slots, key length) bucket: prompts are padded to a multiple of 32
-tokens, their number to three significant bits (1 to 8, 10, 12, 14, 16, 20, ...) times the layout's batch
-shards.  Padding prompts ask for nothing and are cropped from the result.
+Compiled once for each size: prompts are padded to a multiple of 32 tokens and their number to three significant
+bits (1 to 8, 10, 12, 14, 16, 20, ...) times the layout's batch shards; so are the columns of the cache, which
+plain XLA reads whole and which therefore grow with the oldest response.  Kernels read what they need: theirs have all
+columns from the start, and one program decodes them all.  Padding prompts ask for nothing and are cropped.
 
 An EOS is inside the mask when it was sampled, nothing after it is; truncated rows have no EOS.  A row's random bits
 depend on the key, its prompt's position in the data order, its sample index and the token's index alone: not on
@@ -32,13 +32,16 @@ import numpy as np
 
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.rollout import plan
 from cooper_jax.rollout import slots as programs
 from cooper_jax.rollout.sampling import SamplingSpec
+from cooper_jax.rollout.slots import Setting
 from cooper_jax.runtime.mesh import Layout, shardings
-from cooper_jax.types import Completion, Params, Rollout
+from cooper_jax.types import Completion, Metrics, Params, Rollout
+from kernels import platform
 
-PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of so many tokens
-FEWEST_SLOTS = 8  # a shard's slots are not halved below this many
+# The rows of some prompts, as soon as all of them have ended: (their places among the prompts, their rows).
+OnGroups = Callable[[list[int], Rollout], None]
 
 
 def generate(
@@ -52,6 +55,10 @@ def generate(
     *,
     limits: Sequence[int] | None = None,
     max_rows: int | None = None,
+    memory_gib: float | None = None,
+    on_groups: OnGroups | None = None,
+    report: Callable[[Metrics], None] | None = None,
+    implementation: str | None = None,
 ) -> Rollout:
     """Sample spec.group_size responses to each prompt -> Rollout of N = B * G rows, T = spec.max_new_tokens.
 
@@ -60,49 +67,55 @@ def generate(
       the random bits.
     limits: each row's own most tokens, [N], at most T; None: T for all.
     max_rows: slots, in all: rows that are decoded at once.
+    memory_gib: what weights, caches and slots may take of one device; the slots are as many as fit.
+    on_groups: is given each prompt's rows, on the host, while others are still decoded; each prompt once.
+    report: is given `rollout/*` metrics at the end: how evenly the work lay on slots and shards.
+    implementation: of the kernels (kernels/platform.py); None: that of the layout's devices.
 
-    Raises ValueError for prompts that are missing, empty or outside the vocabulary, and FloatingPointError when
-    a live row's logits are not finite.
+    Raises ValueError for prompts that are missing, empty or outside the vocabulary and for memory in which no slot
+    fits, and FloatingPointError when a live row's logits are not finite.
     """
     rows = len(prompts) * spec.group_size
     limits = np.full(rows, spec.max_new_tokens) if limits is None else np.asarray(limits)
     _check(config, prompts, positions, limits, spec)
-    shards = 1 if layout is None else layout.batch_shards
-    size = _bucket(-(-len(prompts) // shards)) * shards
-    slots = _slots_a_shard(size * spec.group_size // shards, shards, max_rows)
-    inputs = _arrays(prompts, positions, limits, spec.group_size, size)
-    inputs = jax.tree.map(jnp.asarray, inputs) if layout is None else layout.put(inputs, "batch")
+    if implementation is None:
+        implementation = platform.default(None if layout is None else layout.platform)
+    setting = Setting(config, layout, spec, implementation)
+    size = plan.bucket(-(-len(prompts) // setting.shards))  # prompts a shard
     weights = rollout_weights(params, config, layout, spec.dtype)
-    requests = _decode(weights, config, layout, inputs, key, spec, slots)
-
-    def row(x):
-        return x.reshape(-1, *x.shape[2:])[:rows]
-
-    count = row(requests.count)
-    return Rollout(
-        tokens=row(requests.tokens),
-        mask=jnp.arange(spec.max_new_tokens)[None, :] < count[:, None],
-        logprobs=row(requests.logprobs),
-        finished=row(requests.finished),
+    slots = _slots_a_shard(weights, setting, prompts, size, max_rows, memory_gib)
+    ready = _prefill(weights, setting, prompts, size)
+    places, asked = (
+        np.zeros(size * setting.shards, np.int32),
+        np.zeros(size * setting.shards * spec.group_size),
     )
+    places[: len(prompts)], asked[:rows] = positions, limits
+    requests = programs.begin(
+        weights, ready, *_put((places, asked.astype(np.int32)), layout), key, setting=setting
+    )
+    watch = None if on_groups is None else _Watch(on_groups, len(prompts), spec)
+    requests = _decode(weights, ready, requests, slots, setting, watch, report)
+    return _rollout(requests, rows, spec)
 
 
 def rollout_weights(params: Params, config: ModelConfig, layout: Layout | None, dtype: str) -> Params:
-    """The copy of the weights that a step's rollout reads: matrices in `dtype`, norms as they are.
+    """The copy of the weights that a step's rollout reads: matrices in `dtype`, norms as they are, layers split.
 
     On a mesh, the axis that cuts weights for training ("embed") is gathered, once here and not at every token.
     Arrays that are right already are passed through without a copy: do not donate them while the result lives.
     """
+    if isinstance(params["layers"], tuple):
+        return params
 
     def cast(path, x):
         return x if x.dtype == dtype or path[-1].key.endswith("norm") else x.astype(dtype)
 
     weights = jax.tree.map_with_path(cast, params)
-    if layout is None:
-        return weights
-    rules = tuple(r for r in layout.rules if r[0] != "embed") + (("embed", None),)
-    specs = transformer.param_specs(config)
-    return jax.device_put(weights, shardings(dataclasses.replace(layout, rules=rules), specs))
+    if layout is not None:
+        rules = tuple(r for r in layout.rules if r[0] != "embed") + (("embed", None),)
+        specs = transformer.param_specs(config)
+        weights = jax.device_put(weights, shardings(dataclasses.replace(layout, rules=rules), specs))
+    return transformer.for_generation(weights, config, layout)
 
 
 def completions(
@@ -124,73 +137,146 @@ def completions(
     return out
 
 
-def _arrays(prompts, positions, limits, group: int, size: int) -> tuple[np.ndarray, ...]:
-    """Tokens i32[size, P], lengths and places i32[size], limits i32[size * G]; nothing is asked of padding."""
-    width = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    tokens, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
-    places, asked = np.zeros(size, np.int32), np.zeros(size * group, np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = prompt
-        lengths[i] = len(prompt)
-    places[: len(positions)] = positions
-    asked[: len(limits)] = limits
-    return tokens, lengths, places, asked
+# --- the host's side of a rollout ------------------------------------------------------------------------
 
 
-def _decode(weights, config, layout, inputs, key, spec: SamplingSpec, size: int) -> programs.Requests:
+def _slots_a_shard(weights, setting: Setting, prompts, size: int, max_rows, memory_gib) -> int:
+    """Slots of each shard: its requests, or what `max_rows` and `memory_gib` leave it."""
+    spec, shards = setting.spec, setting.shards
+    slots = size * spec.group_size
+    if max_rows is not None:
+        if max_rows < shards:
+            raise ValueError(
+                f"max_rows {max_rows} is less than one row on each of {shards} batch shards: raise it"
+            )
+        slots = min(slots, max_rows // shards)
+    if memory_gib is not None:
+        needs = plan.memory(
+            weights, setting.config, setting.layout, setting.form,
+            prompts=size, width=plan.prompt_width(max(map(len, prompts))), group=spec.group_size,
+            new_tokens=spec.max_new_tokens, columns=_columns(setting, waiting=True),
+            own_prompts=setting.implementation == "xla",
+        )  # fmt: skip
+        slots = min(slots, needs.slots(int(memory_gib * plan.GIB)))
+    return slots
+
+
+def _columns(setting: Setting, waiting: bool) -> int:
+    """The cache's columns at most; the last token is never fed.
+
+    Where requests wait, slots of all ages share one write column, which wanders to the right until the cache is
+    moved back: a quarter more columns make that rare.
+    """
+    columns = max(setting.spec.max_new_tokens - 1, 1)
+    return columns + max(setting.spec.segment, columns // 4) if waiting else columns
+
+
+def _prefill(weights, setting: Setting, prompts, size: int) -> programs.Prompts:
+    width = plan.prompt_width(max(map(len, prompts)))
+    ready = programs.no_prompts(weights, size=size, width=width, setting=setting)
+    for chunk in plan.chunks(prompts, setting.shards, size, width):
+        arrays = _put((chunk.tokens, chunk.lengths, chunk.source), setting.layout)
+        ready = programs.prefill(weights, ready, *arrays, setting=setting)
+    return ready
+
+
+def _decode(weights, ready, requests, size: int, setting: Setting, watch, report) -> programs.Requests:
     """Every request to its end, in `size` slots a shard."""
-    tokens, lengths, places, limits = inputs
-    static = dict(config=config, layout=layout, spec=spec)
-    requests, prompt = programs.start(weights, tokens, lengths, places, limits, key, **static)
-    columns = max(spec.max_new_tokens - 1, 1)  # the last token is never fed
-    if size < requests.count.shape[1]:
-        # Slots of all ages share one write column, which wanders to the right until the cache is shifted back.
-        columns += max(spec.segment, columns // 4)
-    slots, seen = programs.open_slots(requests, prompt, lengths, size=size, columns=columns, **static)
+    segment = setting.spec.segment
+    grows = setting.implementation == "xla"
+    most = _columns(setting, waiting=size < requests.count.shape[1])
+    columns = min(segment, most) if grows else most
+    slots, seen = programs.open_slots(weights, requests, ready, size=size, columns=columns, setting=setting)
+    steps = room = 0
     while True:
         now = dict(zip(programs.STATUS, np.asarray(seen).tolist(), strict=True))
         if now["failed"]:
             raise FloatingPointError(
                 "the policy's logits are not finite: there is nothing to sample from; the weights hold NaN or "
-                "overflow in " + spec.dtype
+                "overflow in " + setting.spec.dtype
             )
-        if not now["live"] and not now["waiting"]:
-            return requests
-        taking = (slots, requests, prompt, lengths)
+        over = not now["live"] and not now["waiting"]
+        if watch is not None:
+            watch.look(slots, requests)
+        if over:
+            break
         if now["idle"]:
-            slots = programs.refill(*taking, layout=layout, spec=spec)
-        elif not now["waiting"] and now["live"] <= size // 2 and size // 2 >= FEWEST_SLOTS:
+            slots = programs.refill(slots, requests, ready, setting=setting)
+        elif not now["waiting"] and now["live"] <= size // 2 and size // 2 >= plan.FEWEST_SLOTS:
             size //= 2
-            slots = programs.compact(*taking, size=size, layout=layout, spec=spec)
-        if now["column"] + spec.segment > columns and now["column"] > now["oldest"]:
-            slots = programs.shift(slots, now["column"] - now["oldest"], layout=layout)
+            slots = programs.compact(slots, requests, ready, size=size, setting=setting)
+        past = now["column"] - now["oldest"]  # columns that nobody reads any more
+        if now["column"] + segment > columns and (past or columns < most):
+            if grows:
+                needed = now["oldest"] + segment
+                needed += needed // 4 if past else 0
+                columns = min(plan.bucket(-(-needed // segment)) * segment, most)
+            slots = programs.resize(slots, past, columns=columns, setting=setting)
+            now["column"] -= past
         slots, requests, seen = programs.segment(
-            weights, slots, requests,
-            steps=spec.segment,
-            key_len=min(_bucket(-(-(now["oldest"] + spec.segment) // spec.segment)) * spec.segment, columns),
-            refill_at=max(1, size // 8),
-            **static,
-        )  # fmt: skip
-
-
-# --- sizes -----------------------------------------------------------------------------------------------
-
-
-def _slots_a_shard(requests: int, shards: int, max_rows: int | None) -> int:
-    """Slots of each shard: its requests, or what `max_rows` leaves it."""
-    if max_rows is None:
-        return requests
-    if max_rows < shards:
-        raise ValueError(
-            f"max_rows {max_rows} is less than one row on each of {shards} batch shards: raise it"
+            weights, slots, requests, ready, steps=segment, refill_at=max(1, size // 8), setting=setting
         )
-    return min(requests, max_rows // shards)
+        done = int(np.asarray(seen)[programs.STATUS.index("column")]) - now["column"]
+        steps, room = steps + done, room + done * size * setting.shards
+    if report is not None:
+        report(_metrics(requests, steps, room))
+    return requests
 
 
-def _bucket(n: int) -> int:
-    """n rounded up to three significant bits: at most a quarter more, four sizes an octave."""
-    step = 1 << max(0, n.bit_length() - 3)
-    return -(-n // step) * step
+def _metrics(requests: programs.Requests, steps: int, room: int) -> Metrics:
+    """How evenly the work lay: over slots, and over the mesh's batch shards."""
+    drawn = np.asarray(jnp.sum(requests.count, axis=1), np.float64)  # [D], first tokens included
+    decoded = drawn.sum() - np.asarray(jnp.sum(requests.count > 0))
+    return {
+        "rollout/steps": float(steps),
+        "rollout/slot_use": float(decoded / room) if room else 1.0,
+        "rollout/imbalance": float(drawn.max() / drawn.mean()),
+    }
+
+
+class _Watch:
+    """Hands each prompt's rows to the caller once, when all of them have ended."""
+
+    def __init__(self, on_groups: OnGroups, prompts: int, spec: SamplingSpec):
+        self.on_groups, self.spec = on_groups, spec
+        self.left = list(range(prompts))
+
+    def look(self, slots, requests) -> None:
+        group = self.spec.group_size
+        going = np.asarray(_going(slots, requests, group))
+        ready = [i for i in self.left if not going[i]]
+        if not ready:
+            return
+        self.left = [i for i in self.left if going[i]]
+        rows = np.asarray(ready)[:, None] * group + np.arange(group)[None, :]
+        self.on_groups(ready, jax.device_get(_take_rows(requests, rows.reshape(-1), self.spec)))
+
+
+@jax.jit(static_argnums=2)
+def _going(slots, requests, group: int) -> jax.Array:
+    """bool[B]: prompts of which a request has not ended."""
+    return programs.waiting_or_live(slots, requests).reshape(-1, group).any(axis=1)
+
+
+def _take_rows(requests: programs.Requests, rows: np.ndarray, spec: SamplingSpec) -> Rollout:
+    def row(x):
+        return x.reshape(-1, *x.shape[2:])[rows]
+
+    count = row(requests.count)
+    return Rollout(
+        tokens=row(requests.tokens),
+        mask=jnp.arange(spec.max_new_tokens)[None, :] < count[:, None],
+        logprobs=row(requests.logprobs),
+        finished=row(requests.finished),
+    )
+
+
+def _rollout(requests: programs.Requests, rows: int, spec: SamplingSpec) -> Rollout:
+    return _take_rows(requests, slice(rows), spec)
+
+
+def _put(arrays, layout: Layout | None):
+    return jax.tree.map(jnp.asarray, arrays) if layout is None else layout.put(arrays, "batch")
 
 
 def _check(config: ModelConfig, prompts, positions, limits, spec: SamplingSpec) -> None:

@@ -2,7 +2,7 @@
 
 1. `row_keys` gives every (prompt, sample) a key from the prompt's place in the data order and the sample's index.
 2. `uniforms` folds in the token's position in the response.
-3. `sample` hands logits and uniforms to the kernel.
+3. `sample` hands logits and uniforms to the kernel; kernels with noise of their own take `key_words` instead.
 
 So the bits of a token depend on (seed, step, prompt, sample, position) alone, with seed and step already in the
 caller's key: not on the batch that the row runs in, the padding, or the number of devices.
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels import kv
 from kernels import sampling as kernel
 
 
@@ -32,7 +33,9 @@ class SamplingSpec:
     group_size: int  # G
     eos_ids: tuple[int, ...]  # any of them ends a response
     segment: int  # tokens decoded between two looks of the host at whether all have ended
-    dtype: str  # float32 | bfloat16, of the weights and the cache
+    dtype: str  # float32 | bfloat16, of the weights and activations
+    min_p: float = 0.0  # 0: off
+    kv_dtype: str = ""  # float32 | bfloat16 | int8, of the cache; "": as dtype
 
     def __post_init__(self):
         for name in ("max_new_tokens", "group_size", "segment"):
@@ -44,8 +47,25 @@ class SamplingSpec:
             raise ValueError(f"sampling: top_k is {self.top_k}, it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling: top_p is {self.top_p}, it must be above 0 and at most 1 (off)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(
+                f"sampling: min_p is {self.min_p}, it must be 0 (off) to 1 (the most likely alone)"
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"sampling: dtype is {self.dtype!r}, it must be float32 or bfloat16")
+        if self.kv_dtype not in ("", *kv.DTYPES):
+            raise ValueError(
+                f"sampling: kv_dtype is {self.kv_dtype!r}, it must be {', '.join(kv.DTYPES)} or empty (as dtype)"
+            )
+
+    @property
+    def uncut(self) -> bool:
+        """Draws are from the whole softmax, or greedy."""
+        return self.temperature == 0 or (self.top_k == 0 and self.top_p == 1 and self.min_p == 0)
+
+    def cache_format(self, implementation: str) -> kv.Format:
+        """How the cache holds keys and values for a kernel implementation."""
+        return kv.Format(dtype=self.kv_dtype or self.dtype, packed=implementation != "xla")
 
 
 def row_keys(key: jax.Array, prompt_positions: jax.Array, group_size: int) -> jax.Array:
@@ -64,6 +84,14 @@ def row_keys(key: jax.Array, prompt_positions: jax.Array, group_size: int) -> ja
     return rows.reshape(-1)
 
 
+def key_words(keys: jax.Array, position: jax.Array) -> jax.Array:
+    """The two words u32[N, 2] from which a kernel makes one token's noise, for keys key[N].
+
+    position: the token's index in its response, i32[] for all rows or i32[N].
+    """
+    return jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(position, keys.shape)))
+
+
 def uniforms(keys: jax.Array, position: jax.Array) -> jax.Array:
     """What one token's draw consumes: f32[N, LEVELS] in [0, 1), for keys key[N].
 
@@ -79,11 +107,25 @@ def sample(
     keys: jax.Array,  # key[N], of `row_keys`
     position: jax.Array,  # i32[] or i32[N]
     spec: SamplingSpec,
-) -> tuple[jax.Array, jax.Array]:
-    """One token a row: token i32[N] and log-probability f32[N] under the distribution drawn from.
+    *,
+    axis_name: str | None = None,
+    entropy: bool = False,
+    implementation: str | None = None,
+) -> kernel.Drawn:
+    """One token a row, with its log-probabilities.
 
-    Temperature, then top-k, then top-p on the renormalised rest.  Rows without a distribution (a NaN among the
-    logits) give token 0 and log-probability NaN; see `kernels.sampling` for ties and exactness.
+    Temperature, then top-k, then top-p on the renormalised rest, then min-p.  Rows without a distribution (a NaN
+    among the logits) give token 0 and log-probability NaN; see `kernels.sampling` for ties and exactness, and for
+    the last three arguments.
     """
-    bits = uniforms(keys, position)
-    return kernel.sample(logits, bits, temperature=spec.temperature, top_k=spec.top_k, top_p=spec.top_p)
+    return kernel.sample(
+        logits,
+        uniforms(keys, position),
+        temperature=spec.temperature,
+        top_k=spec.top_k,
+        top_p=spec.top_p,
+        min_p=spec.min_p,
+        axis_name=axis_name,
+        entropy=entropy,
+        implementation=implementation,
+    )

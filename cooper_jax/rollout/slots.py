@@ -1,23 +1,27 @@
 """The arrays of a rollout in flight, and the jitted programs that move them on.
 
-    start -> Requests, prompts' KV        open_slots -> Slots      segment, segment, ...
-    refill: idle slots take the next requests      compact: fewer slots      shift: room for more columns
+    no_prompts -> prefill, prefill, ... -> begin -> Requests        open_slots -> Slots      segment, segment, ...
+    refill: idle slots take the next requests     compact: fewer slots     resize: other columns of the cache
 
-1. A request is one sample of one prompt.  `start` prefills every prompt once and draws each request's first token.
+1. `prefill` runs each prompt once; a request is one sample of one prompt, and `begin` draws its first token.
 2. A slot works on one request at a time.  When that ends, `refill` gives it the next of its shard's queue by an
    index: the prompt's keys are there, nothing is prefilled.
 3. All slots write one column of the suffix cache at a time, whatever their age; a slot's own keys are the `age`
-   columns before it.  So a write is a slice, updated in place, and a read is the window of the oldest slot.
+   columns before it.  So a write is a slice, updated in place.
 
-Where slots are as many as requests they stand in the requests' order and a prompt's samples share its keys and
-values (`lengths` then counts prompts); otherwise each slot has a copy of its prompt's (and `lengths` counts slots).
+Whose keys a slot reads (`Slots.samples`, static):
+
+    G      slots are as many as requests and stand in their order: a prompt's samples share its keys and values
+    None   in any order, by an index (`Slots.prompt_of`): for kernels, which read through it
+    1      in any order, each slot with a copy of its prompt's: for plain XLA, which would copy at every token
 
 D shards of the batch   B prompts   G samples a prompt   R requests a shard (D * R = B * G, prompt-major)
-S slots a shard   P prompt tokens   T response tokens   W columns   L layers   K key/value heads   h head_dim
+S slots a shard   P prompt tokens   T response tokens   W columns   l layers of a stack   K key/value heads
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -25,9 +29,42 @@ import jax.numpy as jnp
 from flax import struct
 
 from cooper_jax.model import transformer
-from cooper_jax.model.transformer import KV
+from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.layers import decode_plan
 from cooper_jax.rollout import sampling
+from cooper_jax.rollout.draw import draw
+from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.runtime.mesh import Layout
+from kernels.kv import KV, Format
+
+Caches = tuple[KV, ...]  # one of each stack of layers (transformer.split_layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What every program is compiled for."""
+
+    config: ModelConfig
+    layout: Layout | None
+    spec: SamplingSpec
+    implementation: str  # of the kernels: see kernels/platform.py
+
+    @property
+    def shards(self) -> int:
+        return 1 if self.layout is None else self.layout.batch_shards
+
+    @property
+    def form(self) -> Format:
+        return self.spec.cache_format(self.implementation)
+
+
+@struct.dataclass
+class Prompts:
+    """What has been prefilled."""
+
+    hidden: jax.Array  # [B, D]: of the last token
+    lengths: jax.Array  # i32[B]
+    kv: Caches  # leaves [l, B, K, P, ..]
 
 
 @struct.dataclass
@@ -51,12 +88,14 @@ class Slots:
     request: jax.Array  # i32[D, S]; R where the slot is idle
     token: jax.Array  # i32[D, S]: the last one drawn, not yet fed
     age: jax.Array  # i32[D, S]: its index in the response
+    start: jax.Array  # i32[D, S]: its prompt's length
     column: jax.Array  # i32[]: where its keys and values will go
     taken: jax.Array  # i32[D]: requests taken from the queue
     failed: jax.Array  # bool[]: a live row had no distribution
-    prompt: KV  # [L, B, K, P, h] or [L, D * S, K, P, h]
-    lengths: jax.Array  # i32[B] or i32[D * S]
-    suffix: KV  # [L, D * S, K, W, h]
+    prompt_of: jax.Array  # i32[D, S]: the place of the prompt that it reads, in the shard; -1: none
+    copies: Caches  # () or, of samples = 1, its prompt's keys and values: leaves [l, D * S, K, P, ..]
+    suffix: Caches  # leaves [l, D * S, K, W, ..]
+    samples: int | None = struct.field(pytree_node=False)
 
 
 STATUS = ("failed", "live", "oldest", "waiting", "idle", "column")  # of the shard that has most of it
@@ -78,25 +117,62 @@ def status(slots: Slots, requests: Requests) -> jax.Array:
     return jnp.stack([x.astype(jnp.int32) for x in counts])
 
 
+def waiting_or_live(slots: Slots, requests: Requests) -> jax.Array:
+    """bool[D, R]: requests that have not ended."""
+    shards, each = requests.count.shape
+    place = jnp.argsort(requests.queue, axis=1)  # in the queue
+    waits = (place >= slots.taken[:, None]) & (place < requests.queued[:, None])
+    live = jnp.zeros((shards, each), bool)
+    return waits | jax.vmap(lambda x, at: x.at[at].set(True, mode="drop"))(live, slots.request)
+
+
 # --- programs --------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layout", "spec"))
-def start(weights, tokens, lengths, places, limits, key, *, config, layout, spec):
-    """Prefill and draw the first tokens -> (Requests, the prompts' KV).
+@functools.partial(jax.jit, static_argnames=("size", "width", "setting"))
+def no_prompts(weights, *, size: int, width: int, setting: Setting) -> Prompts:
+    """Room for `size` prompts a shard of `width` tokens."""
+    s, rows = setting, size * setting.shards
+    kv = transformer.empty_suffix(s.config, weights["layers"], rows, width, s.form)
+    hidden = jnp.zeros((rows, s.config.width), s.spec.dtype)
+    return _placed(Prompts(hidden=hidden, lengths=jnp.ones(rows, jnp.int32), kv=kv), s.layout)
 
-    tokens i32[B, P] right-padded, lengths and places i32[B], limits i32[B * G], 0 where nothing is asked for.
-    """
-    shards, group = _shards(layout), spec.group_size
-    each = tokens.shape[0] * group // shards
-    dtype = jnp.dtype(spec.dtype)
-    hidden, prompt = transformer.prefill(weights, config, tokens, lengths, dtype=dtype, layout=layout)
-    logits = jnp.repeat(transformer.logits(weights, config, hidden), group, axis=0)
+
+@functools.partial(jax.jit, static_argnames="setting", donate_argnames="prompts")
+def prefill(weights, prompts, tokens, lengths, source, *, setting: Setting) -> Prompts:
+    """Run a chunk of prompts (`plan.Chunk`: tokens i32[D * b, p], lengths, source i32[B]) and put it in its place."""
+    s = setting
+    hidden, kv = transformer.prefill(
+        weights, s.config, tokens, lengths, dtype=jnp.dtype(s.spec.dtype), form=s.form, layout=s.layout
+    )
+    here = source >= 0
+    index = jnp.maximum(source, 0).reshape(s.shards, -1)
+
+    def put(old, new):  # prompts on axis 1
+        new = _take_rows(new, index)
+        new = jnp.pad(
+            new, [(0, o - n if i == 3 else 0) for i, (o, n) in enumerate(zip(old.shape, new.shape))]
+        )
+        return jnp.where(here.reshape(1, -1, *(1,) * (old.ndim - 2)), new, old)
+
+    hidden, lengths = (
+        put(o[None], n[None])[0] for o, n in ((prompts.hidden, hidden), (prompts.lengths, lengths))
+    )
+    return _placed(Prompts(hidden=hidden, lengths=lengths, kv=jax.tree.map(put, prompts.kv, kv)), s.layout)
+
+
+@functools.partial(jax.jit, static_argnames="setting")
+def begin(weights, prompts, places, limits, key, *, setting: Setting) -> Requests:
+    """Draw the first tokens: places i32[B], limits i32[B * G], 0 where nothing is asked for."""
+    spec, shards = setting.spec, setting.shards
+    group = spec.group_size
+    each = places.shape[0] * group // shards
     keys = sampling.row_keys(key, places, group)
-    token, logprob = sampling.sample(_whole_rows(logits, layout), keys, jnp.zeros((), jnp.int32), spec)
+    hidden = jnp.repeat(prompts.hidden, group, axis=0)
+    token, logprob = _draw(weights, hidden, keys, jnp.zeros((), jnp.int32), setting)
     asked = limits > 0
     finished = asked & _is_eos(token, spec)
-    ended = ~asked | finished | (limits == 1)
+    needs = asked & ~finished & (limits > 1)
 
     def by_shard(x):
         return x.reshape(shards, each, *x.shape[1:])
@@ -105,6 +181,8 @@ def start(weights, tokens, lengths, places, limits, key, *, config, layout, spec
         out = jnp.zeros((shards, each, spec.max_new_tokens), kind)
         return out.at[:, :, 0].set(by_shard(jnp.where(asked, values, 0)))
 
+    # Those that may become longest begin first: at the end, few slots wait for them.
+    order = jnp.argsort(by_shard(jnp.where(needs, -limits, 1)), axis=1, stable=True)
     requests = Requests(
         keys=by_shard(keys),
         limits=by_shard(limits),
@@ -112,117 +190,139 @@ def start(weights, tokens, lengths, places, limits, key, *, config, layout, spec
         logprobs=first(logprob, jnp.float32),
         count=by_shard(asked.astype(jnp.int32)),
         finished=by_shard(finished),
-        queue=jnp.argsort(by_shard(ended), axis=1, stable=True).astype(jnp.int32),
-        queued=jnp.sum(~by_shard(ended), axis=1, dtype=jnp.int32),
+        queue=order.astype(jnp.int32),
+        queued=jnp.sum(by_shard(needs), axis=1, dtype=jnp.int32),
     )
-    return _placed(requests, layout), _placed(prompt, layout)
+    return _placed(requests, setting.layout)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "columns", "config", "layout", "spec"))
-def open_slots(requests, prompt, lengths, *, size, columns, config, layout, spec):
+@functools.partial(jax.jit, static_argnames=("size", "columns", "setting"))
+def open_slots(weights, requests, prompts, *, size: int, columns: int, setting: Setting):
     """`size` slots a shard with the first requests -> (Slots, status)."""
     shards, each = requests.count.shape
-    shared = size == each
-    dtype = jnp.dtype(spec.dtype)
+    aligned = size == each
     idle = jnp.full((shards, size), each, jnp.int32)
     slots = Slots(
         request=idle,
         token=jnp.zeros_like(idle),
         age=jnp.zeros_like(idle),
+        start=jnp.ones_like(idle),
         column=jnp.zeros((), jnp.int32),
         taken=jnp.zeros((shards,), jnp.int32),
         failed=jnp.any(jnp.isnan(requests.logprobs[:, :, 0])),
-        prompt=prompt,
-        lengths=lengths,
-        suffix=transformer.empty_suffix(config, shards * size, columns, dtype),
+        prompt_of=-jnp.ones_like(idle),
+        copies=(),
+        suffix=transformer.empty_suffix(
+            setting.config, weights["layers"], shards * size, columns, setting.form
+        ),
+        samples=setting.spec.group_size if aligned else None,
     )
-    if shared:
+    if aligned:
         needs = jnp.argsort(requests.queue, axis=1) < requests.queued[:, None]  # the place in the queue
-        request = jnp.where(needs, jnp.arange(each, dtype=jnp.int32)[None, :], each)
-        slots = slots.replace(request=request, token=requests.tokens[:, :, 0], taken=requests.queued)
+        own = jnp.broadcast_to(jnp.arange(each, dtype=jnp.int32)[None, :], idle.shape)
+        prompt_of = own // setting.spec.group_size
+        slots = slots.replace(
+            request=jnp.where(needs, own, each),
+            token=requests.tokens[:, :, 0],
+            start=_take(prompts.lengths.reshape(shards, -1), prompt_of),
+            taken=requests.queued,
+            prompt_of=prompt_of,
+        )
     else:
-        slots = _take_next(slots, requests, prompt, lengths, spec)
-    return _placed(slots, layout), status(slots, requests)
+        slots = _take_next(slots, requests, prompts, setting)
+    return _placed(slots, setting.layout), status(slots, requests)
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("steps", "key_len", "refill_at", "config", "layout", "spec"),
-    donate_argnames=("slots", "requests"),
+    jax.jit, static_argnames=("steps", "refill_at", "setting"), donate_argnames=("slots", "requests")
 )
-def segment(weights, slots, requests, *, steps, key_len, refill_at, config, layout, spec):
+def segment(weights, slots, requests, prompts, *, steps: int, refill_at: int, setting: Setting):
     """Decode `steps` tokens a slot -> (Slots, Requests, status).
 
     Ends early when no slot is live, and when `refill_at` slots of a shard are idle while requests wait for them.
     """
-    dtype = jnp.dtype(spec.dtype)
-    prompt, lengths = slots.prompt, slots.lengths  # not in the loop's carry: they stay as they are
+    s = setting
+    each = requests.count.shape[1]
+    copies, prompt_of = slots.copies, slots.prompt_of  # not in the loop's carry: they stay as they are
+    lengths = slots.start.reshape(-1) if copies else prompts.lengths
+    plan = decode_plan(prompt_of.reshape(-1), lengths, slots.samples, s.layout, s.implementation)
 
     def going(carry):
         step, slots, requests = carry
-        live = slots.request < requests.count.shape[1]
+        live = slots.request < each
         idle = jnp.where(requests.queued > slots.taken, jnp.sum(~live, axis=1), 0)
         return (step < steps) & jnp.any(live) & ~slots.failed & jnp.all(idle < refill_at)
 
     def token(carry):
         step, slots, requests = carry
+        first = jnp.where(slots.request < each, slots.column - slots.age, slots.column + 1)
         hidden, suffix = transformer.decode_step(
             weights,
-            config,
+            s.config,
             slots.token.reshape(-1),
-            slots.age.reshape(-1),
-            slots.column,
-            prompt,
-            lengths,
+            (slots.start + slots.age).reshape(-1),
+            copies or prompts.kv,
+            plan,
             slots.suffix,
-            key_len,
-            dtype=dtype,
-            layout=layout,
+            first.reshape(-1),
+            slots.column,
+            dtype=jnp.dtype(s.spec.dtype),
+            form=s.form,
+            layout=s.layout,
+            implementation=s.implementation,
         )
-        logits = _whole_rows(transformer.logits(weights, config, hidden), layout)
         slots = slots.replace(suffix=suffix, column=slots.column + 1)
-        return step + 1, *_draw(slots, requests, logits, spec)
+        return step + 1, *_next_tokens(weights, hidden, slots, requests, s)
 
-    held = slots.replace(prompt=None, lengths=None)
+    held = slots.replace(copies=(), prompt_of=None, suffix=tuple(transformer.bare(kv) for kv in slots.suffix))
     _, held, requests = jax.lax.while_loop(going, token, (jnp.zeros((), jnp.int32), held, requests))
-    slots = held.replace(prompt=prompt, lengths=lengths)
-    return _placed(slots, layout), _placed(requests, layout), status(slots, requests)
+    suffix = tuple(transformer.stacked(kv) for kv in held.suffix)
+    slots = held.replace(copies=copies, prompt_of=prompt_of, suffix=suffix)
+    return _placed(slots, s.layout), _placed(requests, s.layout), status(slots, requests)
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "spec"), donate_argnames="slots")
-def refill(slots, requests, prompt, lengths, *, layout, spec):
+@functools.partial(jax.jit, static_argnames="setting", donate_argnames="slots")
+def refill(slots, requests, prompts, *, setting: Setting) -> Slots:
     """Idle slots take the next requests of their shard's queue."""
-    return _placed(_take_next(slots, requests, prompt, lengths, spec), layout)
+    return _placed(_take_next(slots, requests, prompts, setting), setting.layout)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "layout", "spec"))
-def compact(slots, requests, prompt, lengths, *, size, layout, spec):
+@functools.partial(jax.jit, static_argnames=("size", "setting"))
+def compact(slots, requests, prompts, *, size: int, setting: Setting) -> Slots:
     """The live slots alone, in `size` slots a shard; there must not be more of them."""
     each = requests.count.shape[1]
     kept = jnp.argsort(slots.request >= each, axis=1, stable=True)[:, :size]
-    request, token, age = (_take(x, kept) for x in (slots.request, slots.token, slots.age))
-    slots = slots.replace(request=request, token=token, age=age, suffix=_take_kv(slots.suffix, kept))
-    return _placed(_own_prompts(slots, each, prompt, lengths, spec), layout)
+    names = ("request", "token", "age", "start")
+    slots = slots.replace(
+        **{name: _take(getattr(slots, name), kept) for name in names},
+        suffix=jax.tree.map(lambda x: _take_rows(x, kept), slots.suffix),
+    )
+    return _placed(_find_prompts(slots, each, prompts, setting), setting.layout)
 
 
-@functools.partial(jax.jit, static_argnames="layout", donate_argnames="slots")
-def shift(slots, by, *, layout):
-    """Move the cache `by` columns to the left: what falls off belonged to requests that have ended."""
-    suffix = jax.tree.map(lambda x: jnp.roll(x, -by, axis=3), slots.suffix)
-    return _placed(slots.replace(suffix=suffix, column=slots.column - by), layout)
+@functools.partial(jax.jit, static_argnames=("columns", "setting"))
+def resize(slots, by, *, columns: int, setting: Setting) -> Slots:
+    """Move the cache `by` columns to the left, into `columns`: what falls off belonged to requests that have ended."""
+
+    def move(x):
+        x = jnp.roll(x, -by, axis=3)[:, :, :, :columns]
+        return jnp.pad(x, [(0, columns - x.shape[3] if axis == 3 else 0) for axis in range(x.ndim)])
+
+    slots = slots.replace(suffix=jax.tree.map(move, slots.suffix), column=slots.column - by)
+    return _placed(slots, setting.layout)
 
 
 # --- inside ----------------------------------------------------------------------------------------------
 
 
-def _draw(slots: Slots, requests: Requests, logits: jax.Array, spec) -> tuple[Slots, Requests]:
-    """The next token of every live slot from logits f32[D * S, V]."""
-    each = requests.count.shape[1]
+def _next_tokens(weights, hidden, slots: Slots, requests: Requests, setting) -> tuple[Slots, Requests]:
+    """The next token of every live slot from its hidden state [D * S, D]."""
+    each, spec = requests.count.shape[1], setting.spec
     live = slots.request < each
     own = jnp.minimum(slots.request, each - 1)
     index = slots.age + 1  # of the token in its response
     keys = _take(requests.keys, own).reshape(-1)
-    token, logprob = sampling.sample(logits, keys, index.reshape(-1), spec)
+    token, logprob = _draw(weights, hidden, keys, index.reshape(-1), setting)
     token, logprob = token.reshape(live.shape), logprob.reshape(live.shape)
     eos = _is_eos(token, spec)
     over = live & (eos | (index + 1 >= _take(requests.limits, own)))
@@ -239,32 +339,43 @@ def _draw(slots: Slots, requests: Requests, logits: jax.Array, spec) -> tuple[Sl
     slots = slots.replace(
         request=jnp.where(over, each, slots.request),
         token=jnp.where(live, token, 0),
-        age=index,
+        age=jnp.where(live, index, 0),
         failed=slots.failed | jnp.any(live & jnp.isnan(logprob)),
     )
     return slots, requests
 
 
-def _take_next(slots: Slots, requests: Requests, prompt: KV, lengths: jax.Array, spec) -> Slots:
+def _draw(weights, hidden, keys, position, setting) -> tuple[jax.Array, jax.Array]:
+    s = setting
+    return draw(weights, s.config, hidden, keys, position, s.spec, s.layout, s.implementation)
+
+
+def _take_next(slots: Slots, requests: Requests, prompts: Prompts, setting) -> Slots:
     each = requests.count.shape[1]
     idle = slots.request >= each
     place = slots.taken[:, None] + jnp.cumsum(idle, axis=1, dtype=jnp.int32) - 1
     fresh = idle & (place < requests.queued[:, None])
     new = _take(requests.queue, jnp.minimum(place, each - 1))
+    by_shard = prompts.lengths.reshape(new.shape[0], -1)
     slots = slots.replace(
         request=jnp.where(fresh, new, slots.request),
         token=jnp.where(fresh, _take(requests.tokens[:, :, 0], new), slots.token),
         age=jnp.where(fresh, 0, slots.age),
+        start=jnp.where(fresh, _take(by_shard, new // setting.spec.group_size), slots.start),
         taken=slots.taken + jnp.sum(fresh, axis=1, dtype=jnp.int32),
     )
-    return _own_prompts(slots, each, prompt, lengths, spec)
+    return _find_prompts(slots, each, prompts, setting)
 
 
-def _own_prompts(slots: Slots, each: int, prompt: KV, lengths: jax.Array, spec) -> Slots:
-    """Each slot with a copy of its prompt's keys and values."""
-    which = jnp.minimum(slots.request, each - 1) // spec.group_size  # i32[D, S]: in the shard
-    by_shard = lengths.reshape(which.shape[0], -1)
-    return slots.replace(prompt=_take_kv(prompt, which), lengths=_take(by_shard, which).reshape(-1))
+def _find_prompts(slots: Slots, each: int, prompts: Prompts, setting) -> Slots:
+    """Where each slot reads its prompt, when slots do not stand in the requests' order."""
+    which = jnp.minimum(slots.request, each - 1) // setting.spec.group_size  # i32[D, S]: in the shard
+    if setting.implementation != "xla":
+        prompt_of = jnp.where(slots.request < each, which, -1)
+        return slots.replace(prompt_of=prompt_of, samples=None)
+    copies = jax.tree.map(lambda x: _take_rows(x, which), prompts.kv)
+    own = jnp.broadcast_to(jnp.arange(which.shape[1], dtype=jnp.int32)[None, :], which.shape)
+    return slots.replace(prompt_of=own, copies=copies, samples=1)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -272,30 +383,16 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda x, i: x[i])(x, index)
 
 
-def _take_kv(kv: KV, index: jax.Array) -> KV:
-    """[L, D * n, ...] at index i32[D, m], shard by shard -> [L, D * m, ...]."""
-    shards = index.shape[0]
-
-    def take(x):
-        x = x.reshape(x.shape[0], shards, -1, *x.shape[2:])
-        x = jax.vmap(lambda x, i: x[:, i], in_axes=(1, 0), out_axes=1)(x, index)
-        return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-    return jax.tree.map(take, kv)
+def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """[l, D * n, ...] at index i32[D, m], shard by shard -> [l, D * m, ...]."""
+    x = x.reshape(x.shape[0], index.shape[0], -1, *x.shape[2:])
+    x = jax.vmap(lambda x, i: x[:, i], in_axes=(1, 0), out_axes=1)(x, index)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _is_eos(token: jax.Array, spec) -> jax.Array:
     ids = jnp.asarray(spec.eos_ids, jnp.int32).reshape((1,) * token.ndim + (-1,))
     return jnp.any(token[..., None] == ids, axis=-1)
-
-
-def _shards(layout: Layout | None) -> int:
-    return 1 if layout is None else layout.batch_shards
-
-
-def _whole_rows(logits: jax.Array, layout: Layout | None) -> jax.Array:
-    """A draw needs a row's whole vocabulary on its device."""
-    return logits if layout is None else layout.constrain(logits, "batch", None)
 
 
 def _placed(tree, layout: Layout | None):
@@ -306,7 +403,7 @@ def _placed(tree, layout: Layout | None):
     def place(x):
         if isinstance(x, KV):
             axes = ("layers", "batch", "kv_heads", None, "head_dim")
-            return jax.tree.map(lambda a: layout.constrain(a, *axes), x)
+            return jax.tree.map(lambda a: layout.constrain(a, *axes[: a.ndim]), x)
         return layout.constrain(x, *("batch", None, None)[: x.ndim])
 
     return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, KV))

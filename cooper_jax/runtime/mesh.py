@@ -69,6 +69,16 @@ class Layout:
         """Into how many parts a batch is cut; batch sizes must be multiples of it."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
+    @property
+    def platform(self) -> str:
+        """Of the mesh's devices, which need not be the default backend's: cpu, gpu, tpu."""
+        return self.mesh.devices.flat[0].platform
+
+    def ways(self, target: Any) -> int:
+        """Into how many parts a PartitionSpec's entry cuts a dimension."""
+        targets = (target,) if isinstance(target, str) else tuple(target or ())
+        return math.prod(self.mesh.shape[t] for t in targets)
+
     def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes.
 

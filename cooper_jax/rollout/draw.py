@@ -1,0 +1,71 @@
+"""From hidden states to tokens: the head and the draw, fused where that pays.
+
+    xla kernels, or anything is cut away (top-k, top-p, min-p)    logits [N, V], then `sampling.sample`
+    TPU and GPU kernels, temperature alone or greedy              `kernels.head`: logits are never written
+
+Over a mesh rows are drawn where they are decoded, and a vocabulary that is cut over an axis is reduced by small
+collectives.
+
+N rows   D width   V vocabulary
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from cooper_jax.model import transformer
+from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.layers import by_shard
+from cooper_jax.rollout import sampling
+from cooper_jax.rollout.sampling import SamplingSpec
+from cooper_jax.runtime.mesh import Layout
+from cooper_jax.types import Params
+from kernels.head import head_sample
+
+
+def draw(
+    weights: Params,
+    config: ModelConfig,
+    hidden: jax.Array,  # [N, D]
+    keys: jax.Array,  # key[N], of `sampling.row_keys`
+    position: jax.Array,  # i32[] or i32[N]: the token's index in its response
+    spec: SamplingSpec,
+    layout: Layout | None,
+    implementation: str,
+) -> tuple[jax.Array, jax.Array]:
+    """One token a row: i32[N] and its log-probability f32[N] under the distribution drawn from.
+
+    A row without a distribution gives token 0 and NaN.
+    """
+    head = transformer.head_matrix(weights, config)
+    batch, vocab = None, None
+    if layout is not None:
+        batch, vocab = layout.spec(("batch",))[0], layout.spec(("vocab",), head.shape)[0]
+        vocab = vocab if layout.ways(vocab) > 1 else None
+    rows = PartitionSpec(batch)
+
+    def on_mesh(run, *in_specs):
+        return run if layout is None else by_shard(run, layout, in_specs, rows)
+
+    if implementation != "xla" and spec.uncut:
+
+        def fused(hidden, head, words):
+            drawn = head_sample(
+                hidden, head, words,
+                temperature=spec.temperature, vocab_size=config.vocab_size,
+                axis_name=vocab, implementation=implementation,
+            )  # fmt: skip
+            return drawn.token, drawn.logprob
+
+        words = sampling.key_words(keys, position)
+        return on_mesh(fused, rows, PartitionSpec(vocab), rows)(hidden, head.astype(hidden.dtype), words)
+
+    def from_logits(logits, keys, position):
+        drawn = sampling.sample(logits, keys, position, spec, axis_name=vocab, implementation=implementation)
+        return drawn.token, drawn.logprob
+
+    logits = transformer.logits(weights, config, hidden)
+    position = jnp.broadcast_to(position, keys.shape)
+    return on_mesh(from_logits, PartitionSpec(batch, vocab), rows, rows)(logits, keys, position)

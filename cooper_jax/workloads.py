@@ -1,0 +1,280 @@
+"""What the benchmark measures: a config's programs, each on a load of the size that a step gives it.
+
+    rollout   data.prompts_per_step prompts x rollout.group_size samples of rollout.max_new_tokens tokens: no EOS
+    score     the reference's log-probabilities of such responses
+    train     a step's updates of the policy on them; in the cooper arm also one of the reward model, on pairs
+
+Prompts and responses are random tokens, and a "random" model has the vocab_size of its `arch` as it stands: neither
+problems nor tokenizers nor a network are needed.
+
+B prompts   G samples a prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens at most
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from cooper_jax.data import packing
+from cooper_jax.model import floor, transformer, weights
+from cooper_jax.model.config import ModelConfig
+from cooper_jax.policy import grpo
+from cooper_jax.reward import verifier_model
+from cooper_jax.rollout import engine
+from cooper_jax.runtime import keys, mesh, optim
+from cooper_jax.settings import boundary
+from cooper_jax.types import PairBatch, Params, PolicyBatch, Rollout, ScoreBatch
+
+KINDS = ("rollout", "score", "train")
+SHORTEST = 0.05  # of max_new_tokens: where the lengths of a ragged load begin
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is worked on: every prompt has P tokens, row n has lengths[n] response tokens."""
+
+    prompts: np.ndarray  # i32[B, P]
+    lengths: np.ndarray  # i32[N]
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and response tokens of all rows."""
+        return int(self.prompts.shape[1] * len(self.lengths) + self.lengths.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One thing to measure."""
+
+    name: str
+    call: Callable[[int], None]  # runs it to its end; the number is the repetition's
+    tokens: int  # those that count for tokens a second
+    counted: str  # what they are
+    work: dict[str, floor.Work]
+    config: ModelConfig
+    dtype: str  # of its matrix products
+    rows: int  # of its matrix products
+    prefill: Callable[[int], None] | None = None  # runs the part of it that comes before decoding
+
+
+def programs(kind: str, cfg: ConfigDict, layout: mesh.Layout, *, prompt_tokens: int, ragged: bool):
+    """The programs of a kind, one after the other, so that only one holds its arrays: an iterator of Program.
+
+    prompt_tokens: P.  ragged: draw the lengths from a Pareto distribution of exponent 1, cut off at T.  Raises
+    SetupError for a config that cannot be run, and for weights that cannot be had.
+    """
+    if kind == "rollout":
+        yield _rollout(cfg, layout, prompt_tokens, ragged)
+    elif kind == "score":
+        yield _score(cfg, layout, prompt_tokens, ragged)
+    else:
+        yield _policy_update(cfg, layout, prompt_tokens, ragged)
+        if cfg.reward.arm == "cooper":
+            yield _reward_update(cfg, layout, prompt_tokens, ragged)
+
+
+def timed(call: Callable[[int], None], repetition: int) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call(repetition)
+    return time.perf_counter() - start
+
+
+# --- loads and models ------------------------------------------------------------------------------------
+
+
+def make_load(cfg: ConfigDict, vocab_size: int, prompt_tokens: int, ragged: bool) -> Load:
+    """Drawn from the config's seed."""
+    rng = np.random.default_rng(cfg.seed)
+    prompts, most = cfg.data.prompts_per_step, cfg.rollout.max_new_tokens
+    lengths = np.full(prompts * cfg.rollout.group_size, most, np.int32)
+    if ragged:
+        pareto = max(1.0, SHORTEST * most) / (1.0 - rng.random(lengths.shape))
+        lengths = np.minimum(pareto, most).astype(np.int32)
+    return Load(rng.integers(vocab_size, size=(prompts, prompt_tokens), dtype=np.int32), lengths)
+
+
+def load_model(
+    section: ConfigDict, name: str, head: str, layout: mesh.Layout, seed: int
+) -> tuple[ModelConfig, Params]:
+    """The model of a section, without a tokenizer."""
+    with boundary(f"{name}.weights={section.weights!r} cannot be had"):
+        if section.weights == "random":
+            config = ModelConfig.from_arch(section.arch, section.arch.vocab_size)
+            specs = transformer.param_specs(config, head)
+            return config, mesh.init_params(keys.stream(seed, f"init_{name}"), specs, layout)
+        loaded = weights.load(
+            section.weights, num_layers=section.num_layers, head=head, layout=layout, seed=seed
+        )
+        return loaded.config, loaded.params
+
+
+def policy_batch(cfg: ConfigDict, config: ModelConfig, load: Load, layout: mesh.Layout) -> PolicyBatch:
+    """Random responses, packed and placed as the trainer does it."""
+    rng = np.random.default_rng(cfg.seed + 1)
+    n, most = len(load.lengths), cfg.rollout.max_new_tokens
+    responses = Rollout(
+        tokens=rng.integers(config.vocab_size, size=(n, most), dtype=np.int32),
+        mask=np.arange(most)[None, :] < load.lengths[:, None],
+        logprobs=np.full((n, most), -np.log(config.vocab_size), np.float32),
+        finished=np.zeros(n, bool),
+    )
+    batch = packing.policy_batch(
+        load.prompts.tolist(), responses, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards
+    )
+    sampled = batch.rollout_logprobs
+    advantages = packing.pad_rows(rng.standard_normal(n).astype(np.float32), len(sampled))
+    batch = layout.put(
+        dataclasses.replace(
+            batch,
+            advantages=advantages,
+            old_logprobs=sampled,
+            ref_logprobs=sampled,
+            old_is_current=np.zeros(()),
+        ),
+        "batch",
+    )
+    single = grpo.updates_per_step(cfg.policy) == 1
+    return batch.replace(old_is_current=layout.put(np.asarray(single)))
+
+
+# --- programs --------------------------------------------------------------------------------------------
+
+
+def _rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> Program:
+    r = cfg.rollout
+    config, params = load_model(cfg.policy, "policy", "logits", layout, cfg.seed)
+    load = make_load(cfg, config.vocab_size, prompt_tokens, ragged)
+    rows = len(load.lengths)
+    slots = min(r.max_rows or rows, rows)
+    with boundary("rollout"):
+        spec = engine.SamplingSpec(
+            temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, max_new_tokens=r.max_new_tokens,
+            group_size=r.group_size, eos_ids=(), segment=r.segment, dtype=r.dtype,
+        )  # fmt: skip
+    prompts = load.prompts.tolist()
+
+    def generate(repetition, spec, limits):
+        rollout = engine.generate(
+            params, config, layout, prompts, range(len(prompts)), keys.stream(cfg.seed, "rollout", repetition),
+            spec, limits=limits, max_rows=r.max_rows or None,
+        )  # fmt: skip
+        jax.block_until_ready(rollout)
+
+    first = dataclasses.replace(spec, max_new_tokens=1)
+    return Program(
+        name="rollout",
+        call=lambda repetition: generate(repetition, spec, load.lengths),
+        tokens=int(load.lengths.sum()),
+        counted="sampled tokens",
+        work=floor.rollout(
+            config,
+            len(prompts),
+            prompt_tokens,
+            load.lengths,
+            slots,
+            weight_bytes=jnp.dtype(r.dtype).itemsize,
+            cache_bytes=jnp.dtype(r.dtype).itemsize,
+        ),  # fmt: skip
+        config=config,
+        dtype=r.dtype,
+        rows=slots,
+        prefill=lambda repetition: generate(repetition, first, np.ones(rows, np.int32)),
+    )
+
+
+def _score(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> Program:
+    config, params = load_model(cfg.policy, "policy", "logits", layout, cfg.seed)
+    load = make_load(cfg, config.vocab_size, prompt_tokens, ragged)
+    batch = policy_batch(cfg, config, load, layout)
+    logprobs = grpo.make_logprobs(
+        config, layout,
+        microbatch=cfg.policy.microbatch, dtype=cfg.policy.dtype, temperature=cfg.rollout.temperature,
+    )  # fmt: skip
+    width = batch.response_mask.shape[1]
+    return Program(
+        name="score",
+        call=lambda _: jax.block_until_ready(logprobs(params, batch.tokens, batch.valid, width)),
+        tokens=load.tokens,
+        counted="prompt and response tokens",
+        work=floor.score(config, prompt_tokens, load.lengths),
+        config=config,
+        dtype=cfg.policy.dtype,
+        rows=cfg.policy.microbatch * batch.tokens.shape[1],
+    )
+
+
+def _policy_update(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> Program:
+    config, params = load_model(cfg.policy, "policy", "logits", layout, cfg.seed)
+    load = make_load(cfg, config.vocab_size, prompt_tokens, ragged)
+    batch = policy_batch(cfg, config, load, layout)
+    with boundary("policy"):
+        optimiser = optim.make(cfg.policy.optimiser)
+        update = grpo.make_update(
+            config, cfg.policy, optimiser, layout,
+            temperature=cfg.rollout.temperature, max_new_tokens=cfg.rollout.max_new_tokens,
+        )  # fmt: skip
+
+    def step(state, repetition):
+        key = keys.stream(cfg.seed, "minibatch", repetition)
+        return grpo.train_step(state, batch, key, cfg.policy, update)
+
+    epochs, updates = cfg.policy.epochs, grpo.updates_per_step(cfg.policy)
+    return Program(
+        name="policy update",
+        call=_held(step, optim.init(params, optimiser)),
+        tokens=load.tokens * epochs,
+        counted="prompt and response tokens",
+        work=floor.update(config, prompt_tokens, load.lengths, epochs, updates),
+        config=config,
+        dtype=cfg.policy.dtype,
+        rows=cfg.policy.microbatch * batch.tokens.shape[1],
+    )
+
+
+def _reward_update(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> Program:
+    """pairs.per_prompt pairs a prompt, both members as long as a prompt with its response."""
+    config, params = load_model(cfg.reward, "reward", "score", layout, cfg.seed)
+    load = make_load(cfg, config.vocab_size, prompt_tokens, ragged)
+    pairs = cfg.data.prompts_per_step * cfg.pairs.per_prompt
+    lengths = np.minimum(np.resize(load.lengths, pairs) + prompt_tokens, cfg.reward.max_tokens)
+    rng = np.random.default_rng(cfg.seed + 2)
+
+    def members() -> ScoreBatch:
+        rows = [rng.integers(config.vocab_size, size=n).tolist() for n in lengths]
+        return packing.score_batch(rows, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
+
+    positive, negative = members(), members()
+    mask = packing.pad_rows(np.ones(pairs, bool), len(positive.tokens))
+    batch = layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
+    with boundary("reward"):
+        optimiser = optim.make(cfg.reward.optimiser)
+        update = verifier_model.make_pair_update(config, cfg.reward, optimiser, layout)
+    return Program(
+        name="reward-model update",
+        call=_held(lambda state, _: update(state, batch), optim.init(params, optimiser)),
+        tokens=int(2 * lengths.sum()),
+        counted="tokens of pairs",
+        work=floor.pair_update(config, np.repeat(lengths, 2)),
+        config=config,
+        dtype=cfg.reward.dtype,
+        rows=2 * min(cfg.reward.microbatch, pairs) * positive.tokens.shape[1],
+    )
+
+
+def _held(step: Callable[[Any, int], tuple[Any, Any]], state: Any) -> Callable[[int], None]:
+    """A call that moves a state on: an update donates the one before."""
+
+    def call(repetition):
+        nonlocal state
+        state, metrics = step(state, repetition)
+        jax.block_until_ready((state, metrics))
+
+    return call

@@ -1,0 +1,213 @@
+"""Attention of one query a row: over a prompt's keys that rows share, and a suffix of its own.
+
+    o = (sum_p e^(z_p - m) v_p + sum_s e^(z_s - m) v_s) / (sum_p e^(z_p - m) + sum_s e^(z_s - m))
+    z = q k / sqrt(h)    m = max z
+
+1. `schedule`, once while rows keep their prompts: rows of one prompt are put side by side, in tiles of at most
+   `rows`, so that a tile reads its prompt's keys once.
+2. `decode_attention`, for every token and layer: takes the stacked caches whole and the layer as an index, so that
+   no layer is ever copied out.
+
+Forms: xla here, tpu and triton in the files of that name.  Those read packed caches (see kv.py), and of a row only
+the blocks of keys that its length, `first` and `last` touch; what lies in those blocks must be finite.
+
+Kernels are not partitioned by the compiler: over a mesh, call both functions under `jax.shard_map`.
+
+Axis legend: L layers, N rows, B prompts, G samples a prompt, T tiles of R slots, H query heads, K key/value heads,
+g = H / K, h head_dim, P prompt keys, W suffix columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels import platform
+from kernels.kv import KV
+
+ROWS = 8  # slots of a tile where nothing is known of the rows
+MOST_ROWS = 16  # and where all samples of a prompt are there
+LOWEST = -1e38  # the least maximum: differences of two stay finite, and e^(-inf - maximum) is 0
+
+
+class Schedule(NamedTuple):
+    """Which row reads which prompt, and the order in which kernels take them."""
+
+    prompt_of: jax.Array  # i32[N], or i32[B, G] where rows are prompt-major; -1: none
+    lengths: jax.Array  # i32[B]: prompt keys that are real
+    rows: jax.Array  # i32[T, R]: the row of each slot, or -1; T is even
+    slot_of: jax.Array  # i32[N]: the inverse
+    tile_prompt: jax.Array  # i32[T]: the one prompt that a tile's rows read
+    tile_length: jax.Array  # i32[T]: its real keys; 0: no prompt
+
+
+def schedule(
+    prompt_of: jax.Array,  # i32[N]: the prompt whose keys each row reads; -1: none
+    lengths: jax.Array,  # i32[B]: prompt keys that are real, 0 allowed
+    *,
+    samples: int | None = None,
+    rows: int | None = None,
+) -> Schedule:
+    """Constant until a row gets another prompt.
+
+    samples: promises that row n reads prompt n // samples.  rows: slots of a tile, for tests.
+    """
+    n, prompts = prompt_of.shape[0], lengths.shape[0]
+    prompt_of, lengths = prompt_of.astype(jnp.int32), lengths.astype(jnp.int32)
+    if samples is None:
+        size = rows or ROWS
+        # Each class of rows (a prompt's, or the idle ones) fills its tiles but for at most size - 1 slots.
+        tiles = min(n, (n + (prompts + 1) * (size - 1)) // size)
+    else:
+        if n != prompts * samples:
+            raise ValueError(f"{n} rows are not {samples} samples of each of {prompts} prompts")
+        size = rows or -(-samples // -(-samples // MOST_ROWS))
+        tiles = prompts * -(-samples // size)
+    tiles += tiles % 2  # two cores share them evenly
+
+    kind = jnp.where(prompt_of < 0, prompts, prompt_of)
+    order = jnp.argsort(kind, stable=True)
+    count = jnp.zeros(prompts + 1, jnp.int32).at[kind].add(1)
+    rank = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n) - (jnp.cumsum(count) - count)[kind[order]])
+    needed = -(-count // size)
+    tile = (jnp.cumsum(needed) - needed)[kind] + rank // size
+    slot_of = tile * size + rank % size
+    slots = jnp.full(tiles * size, -1, jnp.int32).at[slot_of].set(jnp.arange(n, dtype=jnp.int32))
+    tile_prompt = jnp.zeros(tiles, jnp.int32).at[tile].set(jnp.maximum(prompt_of, 0))
+    tile_length = jnp.zeros(tiles, jnp.int32).at[tile].set(_own_length(prompt_of, lengths))
+    return Schedule(
+        prompt_of=prompt_of if samples is None else prompt_of.reshape(prompts, samples),
+        lengths=lengths,
+        rows=slots.reshape(tiles, size),
+        slot_of=slot_of,
+        tile_prompt=tile_prompt,
+        tile_length=tile_length,
+    )
+
+
+def decode_attention(
+    q: jax.Array,  # [N, H, h]
+    prompt: KV,  # leading axes [L, B, K, P]
+    suffix: KV,  # leading axes [L, N, K, W]
+    plan: Schedule,
+    first: jax.Array,  # i32[N]: the row's oldest suffix column; above `last`: it has none
+    last: jax.Array,  # i32[]: the newest column of every row
+    layer: jax.Array,  # i32[]
+    *,
+    key_len: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Each row's query over its prompt's keys and its suffix columns `first` to `last` -> [N, H, h].
+
+    A row that has neither gets zeros.  key_len: how many columns, the newest ones, the xla form reads; the others
+    read what they need.  Raises ValueError for shapes or cache forms that the implementation cannot read.
+    """
+    chosen = platform.resolve(implementation)
+    if chosen == "xla":
+        return _xla(q, prompt, suffix, plan, first, last, layer, key_len)
+    if not (prompt.packed and suffix.packed):
+        raise ValueError(f"the {chosen} kernel reads packed caches alone; these are apart")
+    if chosen.startswith("tpu"):
+        from kernels import decode_attention_tpu as form  # pulls in Pallas
+    else:
+        from kernels import decode_attention_triton as form
+    return form.decode_attention(
+        q, prompt, suffix, plan, first, last, layer, interpret=chosen.endswith("_interpret")
+    )
+
+
+def _xla(q, prompt, suffix, plan, first, last, layer, key_len):
+    """The prompt part multiplies all queries that share a prompt with one copy of its keys, the suffix part each
+    row's own; both exponentials are taken against the larger of the two maxima, so their sums simply add.
+    """
+    n, heads, h = q.shape
+    columns = suffix.data[0].shape[3]
+    window = columns if key_len is None else key_len
+    start = jnp.clip(last + 1 - window, 0, columns - window).astype(jnp.int32)
+    prompt, suffix = _layer(prompt, layer, 0, prompt.data[0].shape[3]), _layer(suffix, layer, start, window)
+    if plan.prompt_of.ndim == 2:
+        lengths, samples = plan.lengths, plan.prompt_of.shape[1]
+    else:  # a copy of its prompt for every row
+        lengths, samples = _own_length(plan.prompt_of, plan.lengths), 1
+        prompt = jax.tree.map(lambda x: x[jnp.maximum(plan.prompt_of, 0)], prompt)
+    (pk, pv), (sk, sv) = _halves(prompt, q.dtype), _halves(suffix, q.dtype)
+    kv_heads = sk.shape[1]
+    rows = q.reshape(n, kv_heads, heads // kv_heads, h)
+
+    zp = _scores(_by_prompt(rows, samples), pk)
+    zp = _scaled(zp * h**-0.5, prompt, 0)
+    seen = jnp.arange(zp.shape[-1])[None, :] < lengths[:, None]  # bool[B, P]
+    zp = jnp.where(seen[:, None, None, :], zp, -jnp.inf)
+    zs = _scores(rows, sk)
+    zs = _scaled(zs * h**-0.5, suffix, 0)
+    column = start + jnp.arange(window)[None, :]
+    own = (column >= first[:, None]) & (column <= last)  # bool[N, key_len]
+    zs = jnp.where(own[:, None, None, :], zs, -jnp.inf)
+
+    m = jnp.maximum(_by_row(zp.max(-1, keepdims=True), samples), zs.max(-1, keepdims=True))  # f32[N, K, g, 1]
+    m = jnp.maximum(m, LOWEST)
+    ep = jnp.exp(zp - _by_prompt(m, samples))
+    es = jnp.exp(zs - m)
+    total = _by_row(ep.sum(-1, keepdims=True), samples) + es.sum(-1, keepdims=True)
+    ep, es = _scaled(ep, prompt, 1).astype(pv.dtype), _scaled(es, suffix, 1).astype(sv.dtype)
+    op = jnp.einsum("bkmp,bkph->bkmh", ep, pv, preferred_element_type=jnp.float32)
+    os = jnp.einsum("nkgt,nkth->nkgh", es, sv, preferred_element_type=jnp.float32)
+    out = (_by_row(op, samples) + os) / jnp.where(total > 0.0, total, 1.0)
+    return out.astype(q.dtype).reshape(n, heads, h)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q [R, K, m, h] against k [R, K, W, h] -> f32[R, K, m, W].
+
+    XLA:CPU packs the right side of a product, here the keys: at 256 of them and two queries that is six times the
+    work (one core: 1,484 us as written, 244 query by query, 316 with the keys on the left).
+    """
+    few, f32 = q.shape[2], jnp.float32
+    if few <= 2:
+        each = [jnp.einsum("rkh,rkwh->rkw", q[:, :, i], k, preferred_element_type=f32) for i in range(few)]
+        return jnp.stack(each, axis=2)
+    if few <= 8:
+        return jnp.einsum("rkwh,rkmh->rkwm", k, q, preferred_element_type=f32).swapaxes(2, 3)
+    return jnp.einsum("rkmh,rkwh->rkmw", q, k, preferred_element_type=f32)
+
+
+def _layer(cache: KV, layer: jax.Array, start: jax.Array, window: int) -> KV:
+    """[L, R, K, W, ..] -> [R, K, window, ..]: columns of one layer, from `start` on."""
+
+    def cut(x):
+        x = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        return jax.lax.dynamic_slice_in_dim(x, start, window, axis=2)
+
+    return jax.tree.map(cut, cache)
+
+
+def _halves(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """k and v [.., h] as they are multiplied: int8 in `dtype`, without its scales."""
+    k, v = jnp.split(kv.data[0], 2, axis=-1) if kv.packed else kv.data
+    return (k.astype(dtype), v.astype(dtype)) if kv.scales else (k, v)
+
+
+def _scaled(x: jax.Array, kv: KV, which: int) -> jax.Array:
+    """x [.., K, m, W] times the scales [.., K, W] of k (0) or v (1)."""
+    return x * kv.scales[which][..., None, :] if kv.scales else x
+
+
+def _own_length(prompt_of: jax.Array, lengths: jax.Array) -> jax.Array:
+    """i32[N]: keys of each row's prompt."""
+    return jnp.where(prompt_of < 0, 0, lengths[jnp.maximum(prompt_of, 0)])
+
+
+def _by_prompt(x: jax.Array, samples: int) -> jax.Array:
+    """[N, K, g, d] -> [B, K, G * g, d]: the queries of a prompt's samples, side by side."""
+    n, kv_heads, group, d = x.shape
+    x = x.reshape(n // samples, samples, kv_heads, group, d).swapaxes(1, 2)
+    return x.reshape(n // samples, kv_heads, samples * group, d)
+
+
+def _by_row(x: jax.Array, samples: int) -> jax.Array:
+    """The inverse of `_by_prompt`: [B, K, G * g, d] -> [N, K, g, d]."""
+    prompts, kv_heads, both, d = x.shape
+    x = x.reshape(prompts, kv_heads, samples, both // samples, d).swapaxes(1, 2)
+    return x.reshape(prompts * samples, kv_heads, both // samples, d)

@@ -1,0 +1,239 @@
+"""The head's matmul, with sampling or scoring behind it: the vocabulary streams past, logits are never written.
+
+    head_sample      hidden, head, key words -> a token a row, its log-probability, the entropy
+    head_logprobs    hidden, head, targets   -> log-probabilities of given tokens and the entropy, with a gradient
+
+1. A form of `stream` passes over the head in pieces: `xla` here (chunks of the vocabulary, everywhere),
+   `head_tpu` (Mosaic), `head_triton` (CUDA GPUs).  Each keeps what `online.Seen` says, and no logits.
+2. Lanes, splits and, under `shard_map`, shards of the vocabulary merge by one rule, `online.along`.
+3. Tokens are drawn by the Gumbel race: argmax z / T + g, with g a function of (key words, vocabulary index)
+   alone.  So a token does not depend on tiles, shards or the batch, but through z's own rounding.
+4. The gradient of `head_logprobs` recomputes logits a chunk of the vocabulary at a time, in plain XLA: each entry's
+   gradient is then summed over all rows by one matmul, in f32, and written once.
+
+Axis legend: N or M rows, D width, V vocabulary entries (of this shard, under `shard_map`), C of them in a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from kernels import gumbel, online, platform
+
+# Logits that exist at a time.  The plain form's fit a core's cache.  Accelerators add each chunk's part of d hidden
+# [M, D] to the rest in memory, which takes less of the time the larger the chunks are.
+CHUNK, LARGE_CHUNK = 2**19, 2**25
+MOST_ENTRIES = 2**13  # in a chunk: its part of d head is held in f32
+Carry = TypeVar("Carry")
+
+
+class HeadDrawn(NamedTuple):
+    """A row without a distribution (a NaN or +inf among its logits, or none finite): 0, NaN, NaN."""
+
+    token: jax.Array  # i32[N]
+    logprob: jax.Array  # f32[N], natural, under softmax(z / temperature); greedy: 0
+    entropy: jax.Array  # f32[N], nats, of the same distribution; greedy: of softmax(z)
+
+
+def head_sample(
+    hidden: jax.Array,  # [N, D], f32 or bf16
+    head: jax.Array,  # [V, D]; under `axis_name`, this shard's rows
+    key_words: jax.Array,  # u32[N, 2]: each row's own
+    *,
+    temperature: float,
+    vocab_size: int,
+    axis_name: str | None = None,
+    implementation: str | None = None,
+) -> HeadDrawn:
+    """Draw a token a row from softmax(z / temperature), z = hidden head^T in f32.
+
+    temperature (0: greedy, the first of the largest) and vocab_size are static.  Entries from vocab_size on,
+    counted over all shards, are padding: never drawn, weightless.  axis_name: the mesh axis over which the
+    vocabulary is cut, in equal shards.  Raises ValueError for a temperature below 0.
+    """
+    if not temperature >= 0.0:
+        raise ValueError(f"head_sample: temperature is {temperature}, it must be 0 (greedy) or more")
+    seen = _stream(
+        hidden,
+        head,
+        key_words,
+        mode="draw" if temperature > 0.0 else "greedy",
+        temperature=temperature,
+        vocab_size=vocab_size,
+        axis_name=axis_name,
+        implementation=implementation,
+    )
+    valid = seen.mass > 0.0  # False for NaN
+    log_mass = jnp.log(seen.mass)
+    logprob = seen.chosen - seen.peak - log_mass if temperature > 0.0 else jnp.zeros_like(seen.mass)
+    return HeadDrawn(
+        jnp.where(valid, seen.index, 0),
+        jnp.where(valid, logprob, jnp.nan),
+        jnp.where(valid, log_mass - seen.moment / seen.mass, jnp.nan),
+    )
+
+
+def head_logprobs(
+    hidden: jax.Array,  # [M, D], f32 or bf16: row m predicts targets[m]
+    head: jax.Array,  # [V, D], of any float dtype; under `axis_name`, this shard's rows
+    targets: jax.Array,  # i32[M]
+    *,
+    temperature: float,
+    vocab_size: int,
+    axis_name: str | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """log softmax(z / temperature) at the targets and that distribution's entropy in nats: f32[M] each.
+
+    Differentiable in hidden and head through the log-probability; none flows through the entropy.  The head is
+    multiplied in hidden's dtype, and its gradient accumulated in f32.  A target outside the vocabulary scores -inf,
+    a row without a distribution NaN.  With axis_name, differentiate the `shard_map`, not inside of it.
+    Raises ValueError for a temperature that is not above 0.
+    """
+    if not temperature > 0.0:
+        raise ValueError(f"head_logprobs: temperature is {temperature}, it must be above 0")
+    return _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, implementation):
+    return _forward(hidden, head, targets, temperature, vocab_size, axis_name, implementation)[0]
+
+
+def _forward(hidden, head, targets, temperature, vocab_size, axis_name, implementation):
+    seen = _stream(
+        hidden,
+        head.astype(hidden.dtype),
+        targets[:, None],
+        mode="score",
+        temperature=temperature,
+        vocab_size=vocab_size,
+        axis_name=axis_name,
+        implementation=implementation,
+    )
+    log_mass = jnp.where(seen.mass > 0.0, jnp.log(seen.mass), jnp.nan)
+    lse = seen.peak + log_mass
+    return (seen.chosen - lse, log_mass - seen.moment / seen.mass), (hidden, head, targets, lse)
+
+
+def _backward(temperature, vocab_size, axis_name, implementation, saved, cotangents):
+    """d logprob[m] / d z[m, v] = (v == target) - p[m, v], over the temperature."""
+    hidden, head, targets, lse = saved
+    slope = cotangents[0] / temperature
+    if axis_name is not None:
+        # Every shard returns the same log-probabilities, and its cotangent is its share of their cotangent.
+        slope = jax.lax.psum(slope, axis_name)
+    first, _ = _bounds(head, vocab_size, axis_name)
+
+    def chunk(start, size, carry):
+        d_hidden, d_head = carry
+        w = jax.lax.dynamic_slice_in_dim(head, start, size).astype(hidden.dtype)  # [C, D]
+        p = jnp.exp(_logits(hidden, w) / temperature - lse[:, None])  # f32[M, C]
+        index = (first + start + jnp.arange(size))[None, :]
+        d_z = slope[:, None] * ((index == targets[:, None]) - p)
+        d_z = jnp.where(index < vocab_size, d_z, 0.0).astype(hidden.dtype)
+        d_hidden += _matmul(d_z, w, ((1,), (0,)))
+        d_w = _matmul(d_z, hidden, ((0,), (0,))).astype(head.dtype)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_w, start, 0)
+
+    carry = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head)
+    held = CHUNK if platform.resolve(implementation) == "xla" else LARGE_CHUNK
+    d_hidden, d_head = _sweep(head.shape[0], held // len(hidden), chunk, carry)
+    return d_hidden.astype(hidden.dtype), d_head, None
+
+
+_logprobs.defvjp(_forward, _backward)
+
+
+# --- the pass over the vocabulary ----------------------------------------------------------------------
+
+
+def _stream(hidden, head, ids, *, mode, temperature, vocab_size, axis_name, implementation) -> online.Seen:
+    """Seen of every row over all shards, [N] each.  ids: key words u32[N, 2], or targets i32[N, 1]."""
+    chosen = platform.resolve(implementation)
+    aligned = axis_name is None or head.shape[0] % gumbel.PAIR == 0
+    arguments = hidden, head.astype(hidden.dtype), ids, _bounds(head, vocab_size, axis_name)
+    static = dict(mode=mode, temperature=temperature, aligned=aligned)
+    if chosen == "xla":
+        seen = _xla(*arguments, **static)
+    elif chosen in ("tpu", "tpu_interpret"):
+        from kernels import head_tpu  # Pallas is slow to import, and the CPU does without it
+
+        seen = head_tpu.stream(*arguments, **static, interpret=head_tpu.INTERPRET[chosen])
+    else:
+        from kernels import head_triton
+
+        seen = head_triton.stream(*arguments, **static, interpret=chosen == "triton_interpret")
+    seen = online.along(seen, -1)
+    return seen if axis_name is None else online.along(jax.lax.all_gather(seen, axis_name), 0)
+
+
+def _bounds(head: jax.Array, vocab_size: int, axis_name: str | None) -> jax.Array:
+    """i32[2]: the global index of head[0], and how many of the entries here count."""
+    first = jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * head.shape[0]
+    return jnp.stack([first, jnp.clip(vocab_size - first, 0, head.shape[0])])
+
+
+def _xla(hidden, head, ids, bounds, *, mode: str, temperature: float, aligned: bool) -> online.Seen:
+    """Plain jnp, a chunk of the vocabulary at a time: [N, 1] each."""
+    race = mode != "score"
+
+    def chunk(start, size, seen):
+        w = jax.lax.dynamic_slice_in_dim(head, start, size)
+        column = (start + jnp.arange(size))[None, :]
+        z = jnp.where(column < bounds[1], _logits(hidden, w) * (1.0 / (temperature or 1.0)), -jnp.inf)
+        score = z
+        if mode == "draw":
+            score = z + _noise(ids, bounds[0] + start, size, aligned)
+        new = online.look(
+            z,
+            1,
+            index=bounds[0] + column,
+            score=score if race else None,
+            target=None if race else ids,
+        )
+        return online.join(seen, new)
+
+    seen = _sweep(head.shape[0], CHUNK // len(hidden), chunk, online.nothing(hidden.shape[:1], race))
+    return jax.tree.map(lambda x: x[:, None], seen)
+
+
+def _noise(words: jax.Array, first: jax.Array, size: int, aligned: bool) -> jax.Array:
+    """Gumbel noise of `size` entries from the global index `first` on: f32[N, size]."""
+    words = words[:, :, None, None]  # [N, 2, pairs, 128]
+    if not aligned:
+        index = (first + jnp.arange(size)).astype(jnp.uint32)
+        return gumbel.at(words[:, 0, 0], words[:, 1, 0], index[None, :])
+    pairs = -(-size // gumbel.PAIR)
+    count = (first >> 1) + jnp.arange(pairs * gumbel.HALF)
+    count = count.astype(jnp.uint32).reshape(1, pairs, gumbel.HALF)
+    noise = jnp.stack(gumbel.pair(words[:, 0], words[:, 1], count), axis=2)  # f32[N, pairs, 2, 128]
+    return noise.reshape(noise.shape[0], -1)[:, :size]
+
+
+def _sweep(
+    vocabulary: int, wanted: int, chunk: Callable[[jax.Array | int, int, Carry], Carry], carry: Carry
+) -> Carry:
+    """chunk(start, size, carry) over the vocabulary, in sizes of about `wanted`; what is left over by itself."""
+    size = min(max(min(wanted, MOST_ENTRIES) // gumbel.PAIR, 1) * gumbel.PAIR, vocabulary)
+    whole, rest = divmod(vocabulary, size)
+    carry = jax.lax.fori_loop(0, whole, lambda i, c: chunk(i * size, size, c), carry)
+    return chunk(whole * size, rest, carry) if rest else carry
+
+
+def _logits(hidden: jax.Array, w: jax.Array) -> jax.Array:
+    """[N, D], [C, D] -> f32[N, C]."""
+    return _matmul(hidden, w, ((1,), (1,)))
+
+
+def _matmul(a: jax.Array, b: jax.Array, contract: tuple[tuple[int], tuple[int]]) -> jax.Array:
+    """In f32: bf16 factors as they are, f32 ones without the TPU's rounding of them."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )

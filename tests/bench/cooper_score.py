@@ -1,0 +1,37 @@
+# bench-env: cooper
+"""Log-probabilities under the peers' benchmark harness: run it with the harness's --adapter-dir tests/bench."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import common
+import numpy as np
+
+from cooper_jax.model import weights
+from cooper_jax.policy import grpo
+
+
+def load(model_dir, W):
+    loaded = weights.load(model_dir)
+    rows = W["n_prompts"] * W["group"]
+    logprobs = grpo.make_logprobs(
+        loaded.config, None, microbatch=W.get("micro_batch") or rows, dtype=W["dtype"], temperature=1.0
+    )
+
+    class Engine:
+        versions = common.version("jax", "jaxlib", "flax")
+
+        def score(self, P, C, L):
+            """Prompts P [N, P] and completions C [N, T], of which L [N] tokens are real -> f32[N, T]."""
+            real = np.arange(C.shape[1])[None, :] < np.asarray(L)[:, None]
+            tokens = np.concatenate([P, C], axis=1)
+            valid = np.concatenate([np.ones(P.shape, bool), real], axis=1)
+            return np.asarray(logprobs(loaded.params, tokens, valid, C.shape[1]))
+
+    return Engine()
+
+
+if __name__ == "__main__":
+    common.main(load)
