@@ -92,11 +92,15 @@ def get_config() -> ConfigDict:
     c.rollout.temperature = 1.0
     c.rollout.top_k = 0  # 0: off
     c.rollout.top_p = 1.0  # 1: off
+    c.rollout.min_p = 0.0  # 0: off
     # Slots: rows decoded at once, at most; one that ends makes room for the next.  0: all rows at once, which lets
     # a prompt's samples share one copy of its keys and values.
     c.rollout.max_rows = 0
+    # GiB of one device for the rollout's weights, caches and slots: as many slots as fit in it.  0: no bound.
+    c.rollout.memory_gib = 0.0
     c.rollout.segment = 64  # tokens decoded between two looks of the host at whether all have ended
-    c.rollout.dtype = "float32"  # of the rollout's weights and KV cache
+    c.rollout.dtype = "float32"  # of the rollout's weights and activations
+    c.rollout.kv_dtype = ""  # of the KV cache: float32, bfloat16 or int8; "": as dtype
 
     # --- policy wing ---
     c.policy = trained_model()

@@ -246,11 +246,13 @@ def _policy_wing(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> tuple[P
         temperature=r.temperature,
         top_k=r.top_k,
         top_p=r.top_p,
+        min_p=r.min_p,
         max_new_tokens=r.max_new_tokens,
         group_size=r.group_size,
         eos_ids=model.tokenizer.eos_ids,
         segment=r.segment,
         dtype=r.dtype,
+        kv_dtype=r.kv_dtype,
     )
     with boundary("policy"):
         optimiser = optim.make(cfg.policy.optimiser)
@@ -295,6 +297,11 @@ def _reward_wing(
     return wing, optim.init(params, optimiser)
 
 
+def rollout_bounds(cfg: ConfigDict) -> dict[str, float | None]:
+    """What bounds the slots of every rollout."""
+    return dict(max_rows=cfg.rollout.max_rows or None, memory_gib=cfg.rollout.memory_gib or None)
+
+
 def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> Callable:
     """The local assistant's sampling: (messages of each request, their ids) -> completions.
 
@@ -312,6 +319,7 @@ def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> Call
         eos_ids=model.tokenizer.eos_ids,
         segment=cfg.rollout.segment,
         dtype=section.dtype,
+        kv_dtype=cfg.rollout.kv_dtype,
     )
 
     def generate(messages: Sequence, ids: Sequence[tuple[int, ...]]) -> list[Completion]:
@@ -320,7 +328,7 @@ def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> Call
         places = [row for _, _, row, _ in ids]
         rollout = engine.generate(
             params, model.config, layout, rows, places, keys.stream(seed, "assistant", step, attempt), spec,
-            max_rows=cfg.rollout.max_rows or None,
+            **rollout_bounds(cfg),
         )  # fmt: skip
         return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
 

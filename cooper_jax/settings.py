@@ -19,7 +19,7 @@ AT_LEAST_1 = (
     "warmup.policy_batch", "warmup.reward_batch", "checkpoint.every", "eval.problems", "eval.samples",
 )  # fmt: skip
 AT_LEAST_0 = (
-    "seed", "rollout.max_rows", "warmup.policy_steps", "warmup.reward_steps", "checkpoint.keep", "eval.every",
+    "seed", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps", "checkpoint.keep", "eval.every",
     "log.samples", "log.samples_every",
 )  # fmt: skip
 
@@ -49,9 +49,10 @@ def check(cfg: ConfigDict) -> None:
     r, p = cfg.rollout, cfg.policy
     need(cfg.reward.arm in ARMS, f"reward.arm is {cfg.reward.arm!r}; it is one of {', '.join(ARMS)}")
     need(
-        r.top_k == 0 and r.top_p == 1.0,
-        f"rollout.top_k={r.top_k} and rollout.top_p={r.top_p}: the loss compares probabilities over the whole "
-        "vocabulary, so training samples from it too; set top_k=0 and top_p=1.0 (evaluation has its own)",
+        r.top_k == 0 and r.top_p == 1.0 and r.min_p == 0.0,
+        f"rollout.top_k={r.top_k}, rollout.top_p={r.top_p} and rollout.min_p={r.min_p}: the loss compares "
+        "probabilities over the whole vocabulary, so training samples from it too; set top_k=0, top_p=1.0 and "
+        "min_p=0.0 (evaluation has its own)",
     )
     need(r.temperature > 0, f"rollout.temperature={r.temperature}: training samples, so it must be above 0")
     for name in AT_LEAST_1:

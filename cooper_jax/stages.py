@@ -12,12 +12,12 @@ pads its rows to what the mesh divides and crops them again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from cooper_jax.assembly import Cooper, State
+from cooper_jax.assembly import Cooper, State, rollout_bounds
 from cooper_jax.data import packing, prompts
 from cooper_jax.policy import grpo
 from cooper_jax.reward import pairs
@@ -39,16 +39,35 @@ from cooper_jax.types import (
 
 
 def sample(
-    cooper: Cooper, state: State, prompt_tokens: Sequence[Sequence[int]], positions: Sequence[int]
+    cooper: Cooper,
+    state: State,
+    prompt_tokens: Sequence[Sequence[int]],
+    positions: Sequence[int],
+    *,
+    on_prompt: Callable[[int, list[Completion]], None] | None = None,
+    report: Callable[[Metrics], None] | None = None,
 ) -> tuple[Rollout, list[Completion]]:
-    """G responses to each prompt, as arrays and as text."""
+    """G responses to each prompt, as arrays and as text.
+
+    on_prompt: is given a prompt's place and its responses when they have ended, while others are being sampled.
+    report: is given metrics of the sampling itself.
+    """
     model, spec = cooper.policy.model, cooper.policy.sampling
     key = keys.stream(cooper.cfg.seed, "rollout", state.step + 1)
+
+    def text(rollout: Rollout) -> list[Completion]:
+        return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
+
+    def on_groups(places: list[int], rows: Rollout) -> None:
+        responses = text(rows)
+        for i, place in enumerate(places):
+            on_prompt(place, responses[i * spec.group_size : (i + 1) * spec.group_size])
+
     rollout = engine.generate(
         state.policy.params, model.config, cooper.layout, prompt_tokens, positions, key, spec,
-        max_rows=cooper.cfg.rollout.max_rows or None,
+        on_groups=on_groups if on_prompt else None, report=report, **rollout_bounds(cooper.cfg),
     )  # fmt: skip
-    return rollout, engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
+    return rollout, text(rollout)
 
 
 def sample_held_out(cooper: Cooper, state: State) -> list[Completion]:
@@ -64,7 +83,7 @@ def sample_held_out(cooper: Cooper, state: State) -> list[Completion]:
     key = keys.stream(cooper.cfg.seed, "evaluation")
     rollout = engine.generate(
         state.policy.params, model.config, cooper.layout, cooper.held_out_prompts,
-        range(len(cooper.held_out)), key, spec, max_rows=cooper.cfg.rollout.max_rows or None,
+        range(len(cooper.held_out)), key, spec, **rollout_bounds(cooper.cfg),
     )  # fmt: skip
     return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
 

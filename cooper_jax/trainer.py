@@ -54,8 +54,16 @@ def cooper_step(cooper: Cooper, state: State, phases: Phases) -> tuple[State, Me
     rows = [problem for problem in problems for _ in range(cfg.rollout.group_size)]
     prompt_tokens = [cooper.train_prompts[i] for i in chosen]
 
+    rollout_metrics: Metrics = {}
+
+    def verify(place: int, responses: list[Completion]) -> None:
+        """What has ended is judged while the rest is sampled; the verifier remembers it."""
+        cooper.rule.submit([(problems[place].reference, c.text) for c in responses])
+
     with phases.phase("rollout"):
-        rollout, completions = stages.sample(cooper, state, prompt_tokens, positions)
+        rollout, completions = stages.sample(
+            cooper, state, prompt_tokens, positions, on_prompt=verify, report=rollout_metrics.update
+        )
     pending = cooper.rule.submit([(p.reference, c.text) for p, c in zip(rows, completions, strict=True)])
     with phases.phase("score"):
         logits = stages.score(cooper, state, rows, completions)
@@ -88,6 +96,7 @@ def cooper_step(cooper: Cooper, state: State, phases: Phases) -> tuple[State, Me
         "reward/zero_variance_groups": float(flat_groups),
         "data/position": float(positions.stop),
         "data/epoch": positions.stop / len(cooper.train),
+        **rollout_metrics,
         **signals.verdict_metrics(verdicts),
         **({} if logits is None else signals.hacking_metrics(rewards, verdicts)),
         **signals.response_metrics(completions),

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from cooper_jax.assembly import rollout_bounds
 from cooper_jax.data import packing
 from cooper_jax.model import floor, transformer, weights
 from cooper_jax.model.config import ModelConfig
@@ -156,15 +157,16 @@ def _rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: b
     slots = min(r.max_rows or rows, rows)
     with boundary("rollout"):
         spec = engine.SamplingSpec(
-            temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, max_new_tokens=r.max_new_tokens,
-            group_size=r.group_size, eos_ids=(), segment=r.segment, dtype=r.dtype,
+            temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p,
+            max_new_tokens=r.max_new_tokens, group_size=r.group_size, eos_ids=(), segment=r.segment,
+            dtype=r.dtype, kv_dtype=r.kv_dtype,
         )  # fmt: skip
     prompts = load.prompts.tolist()
 
     def generate(repetition, spec, limits):
         rollout = engine.generate(
             params, config, layout, prompts, range(len(prompts)), keys.stream(cfg.seed, "rollout", repetition),
-            spec, limits=limits, max_rows=r.max_rows or None,
+            spec, limits=limits, **rollout_bounds(cfg),
         )  # fmt: skip
         jax.block_until_ready(rollout)
 
@@ -181,7 +183,7 @@ def _rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: b
             load.lengths,
             slots,
             weight_bytes=jnp.dtype(r.dtype).itemsize,
-            cache_bytes=jnp.dtype(r.dtype).itemsize,
+            cache_bytes=jnp.dtype(r.kv_dtype or r.dtype).itemsize,
         ),  # fmt: skip
         config=config,
         dtype=r.dtype,

@@ -8,8 +8,9 @@
 2. `decode_attention`, for every token and layer: takes the stacked caches whole and the layer as an index, so that
    no layer is ever copied out.
 
-Forms: xla here, tpu and triton in the files of that name.  Those read packed caches (see kv.py), and of a row only
-the blocks of keys that its length, `first` and `last` touch; what lies in those blocks must be finite.
+Forms: xla here, tpu and triton in the files of that name.  Those read packed caches (see kv.py), and of them
+only what lies within a prompt's length and between `first` and `last`: to the column on GPUs, to whole tiles of 8
+columns on TPUs (in int8 of 128), whose entries must all be finite.
 
 Kernels are not partitioned by the compiler: over a mesh, call both functions under `jax.shard_map`.
 
@@ -177,8 +178,9 @@ def _layer(cache: KV, layer: jax.Array, start: jax.Array, window: int) -> KV:
     """[L, R, K, W, ..] -> [R, K, window, ..]: columns of one layer, from `start` on."""
 
     def cut(x):
-        x = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-        return jax.lax.dynamic_slice_in_dim(x, start, window, axis=2)
+        zero = jnp.zeros((), jnp.int32)
+        at = (jnp.asarray(layer, jnp.int32), zero, zero, jnp.asarray(start, jnp.int32), zero)
+        return jax.lax.dynamic_slice(x, at[: x.ndim], (1, *x.shape[1:3], window, *x.shape[4:]))[0]
 
     return jax.tree.map(cut, cache)
 

@@ -8,13 +8,12 @@
     peak, mass, sums  (K, R * g', 128 or w) f32 VMEM: max z, sum e^(z - peak) and sum e^(z - peak) v so far
 
 While a block is multiplied the next one arrives, and with a tile's last blocks the next tile's first ones:
-copies never wait for a grid step.  Blocks outside a row's columns or past the prompt's length are not copied.
+copies never wait for a grid step.  Suffix blocks are counted back from `last`.  What no row needs is not copied:
+prompts up to their length, suffixes from `first` to `last`, to whole tiles of 8 columns (in int8 of 128, for the
+scales' sake); the rest of a block holds what was there before, and its probabilities are 0.
 
 At head_dim 64 a token's [k | v] fills the 128 lanes: with zeros beside q, [q | 0] . [k | v] = q . k, and
 p @ [k | v] holds o in its second half; nothing is sliced.  At multiples of 128 the halves are whole registers.
-
-Suffix blocks are counted back from `last`, to the next whole tile, and begin anywhere: a row reads at most C + 7
-columns too many (int8: 2 C).  Where C does not divide a prompt cache's length, its last block begins early.
 
 T tiles   R rows in a tile   K key/value heads   g queries for each   h head_dim   w width of q   C columns a block
 """
@@ -22,6 +21,7 @@ T tiles   R rows in a tile   K key/value heads   g queries for each   h head_dim
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -74,7 +74,7 @@ def decode_attention(
 
     own = jnp.where((plan.rows >= 0) & (in_slots(first) <= last), jnp.maximum(in_slots(first), 0), NEVER)
     tile_first = own.min(axis=1)
-    end = jnp.minimum(pl.cdiv(last + 1, _tile(suffix)) * _tile(suffix), suffix.data[0].shape[3])
+    end = jnp.minimum(_up(last + 1, _tile(suffix)), suffix.data[0].shape[3])
     scalars = (
         jnp.stack([layer, last, end]).astype(jnp.int32),
         plan.tile_prompt,
@@ -171,6 +171,29 @@ def _cost(q: jax.Array, prompt: KV, suffix: KV) -> pl.CostEstimate:
     )
 
 
+class Cache(NamedTuple):
+    """A cache as the kernel sees it: refs of the data, then in int8 of both scales."""
+
+    source: list  # HBM: [L, .., K, columns, 2 h], [L, .., K, columns]
+    buffers: list  # VMEM, two of each
+    arrived: jax.Ref  # semaphores [2]
+    block: int
+    tile: int  # copies are whole tiles of columns
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether less than a block can be copied."""
+        return self.block > self.tile and self.block % self.tile == 0
+
+
+class Stream(NamedTuple):
+    """The blocks that a tile's rows need of a cache."""
+
+    count: Callable  # (tile) -> how many
+    start: Callable  # (tile, index, slot): of the copies
+    work: Callable  # (index, slot): on this tile's, once they are there
+
+
 def _kernel(
     at,  # prefetch: i32[3]: layer, last column, end of the last suffix block
     tile_prompt,  # i32[T]
@@ -179,7 +202,7 @@ def _kernel(
     row_of,  # i32[T * R]
     first_of,  # i32[T * R]: a slot's first suffix column, or NEVER
     q,  # inputs: [K, R, g', w]
-    *rest,  # HBM: prompt's and suffix's [L, .., K, columns, 2 h], each followed by two f32 scales in int8
+    *rest,  # HBM: prompt's and suffix's data, each followed by two scales in int8
     # outputs: [K, R, g', w]; scratch: as in the module's docstring, counters i32[2], semaphores [2] twice
     blocks: Blocks,
     scale: float,
@@ -187,197 +210,207 @@ def _kernel(
     tile_columns: int,
     quantised: bool,
 ):
-    arrays = 3 if quantised else 1
-    (
-        prompt,
-        suffix,
-        (out,),
-        prompt_buffers,
-        suffix_buffers,
-        (peak, mass, sums, taken, prompt_arrived, suffix_arrived),
-    ) = _cut(rest, arrays, arrays, 1, arrays, arrays, 6)
-    kv_heads, rows, padded, _ = q.shape
-    prompt_columns = prompt[0].shape[3]
-    layer, last, end = at[0], at[1], at[2]
+    n = 3 if quantised else 1
+    prompt, suffix, (out,), prompt_buffers, suffix_buffers, state, rest = _cut(rest, n, n, 1, n, n, 3, 3)
+    taken, *arrived = rest
+    peak, mass, sums = state
     step, steps = pl.program_id(1), pl.num_programs(1)
     tile = step * CORES + pl.program_id(0)
-    compute = q.dtype if quantised else suffix[0].dtype
+    merge = functools.partial(
+        _merge, scale=scale, joined=joined, dtype=q.dtype if quantised else suffix[0].dtype
+    )
+    streams = (
+        _prompts(
+            Cache(prompt, prompt_buffers, arrived[0], blocks.prompt, tile_columns),
+            *(tile, at[0], tile_prompt, tile_length, q, state, merge),
+        ),
+        _suffixes(
+            Cache(suffix, suffix_buffers, arrived[1], blocks.suffix, tile_columns),
+            *(tile, at, suffix_count, row_of, first_of, q, state, merge),
+        ),
+    )
 
-    # --- copies
+    @pl.when(step == 0)
+    def _():
+        # What is never copied must be finite: probabilities of 0 multiply it.
+        for buffer in (*prompt_buffers, *suffix_buffers):
+            buffer[...] = jnp.zeros_like(buffer)
+        for i, stream in enumerate(streams):
+            taken[i] = 0
 
-    def prompt_count(t):
-        return pl.cdiv(tile_length[t], blocks.prompt)
+            @pl.when(stream.count(tile) > 0)
+            def _(stream=stream):
+                stream.start(tile, 0, 0)
 
-    def prompt_copies(t, block, slot):
-        begin = _begin(block, blocks.prompt, prompt_columns)
+    peak[...] = jnp.full_like(peak, LOWEST)
+    mass[...] = jnp.zeros_like(mass)
+    sums[...] = jnp.zeros_like(sums)
+    upcoming = jnp.minimum(tile + CORES, CORES * steps - 1)
+    for i, stream in enumerate(streams):
+        before = taken[i]
+        _run(stream, tile, before, upcoming, step + 1 < steps)
+        taken[i] = before + stream.count(tile)
+    total = _spread(mass[...], sums.shape[-1])
+    out[...] = (sums[...] / jnp.where(total > 0.0, total, 1.0)).reshape(out.shape).astype(out.dtype)
+
+
+def _run(stream: Stream, tile, before, upcoming, more):
+    """A tile's blocks, each started while the last one is worked on; then the upcoming tile's first, if `more`.
+
+    before: how many blocks were taken before these: they alternate between two slots.
+    """
+    count = stream.count(tile)
+
+    def start_upcoming(slot):
+        @pl.when(more & (stream.count(upcoming) > 0))
+        def _():
+            stream.start(upcoming, 0, slot)
+
+    def one(index, _):
+        slot = (before + index) % 2
+
+        @pl.when(index + 1 < count)
+        def _():
+            stream.start(tile, index + 1, 1 - slot)
+
+        @pl.when(index + 1 == count)
+        def _():
+            start_upcoming(1 - slot)
+
+        stream.work(index, slot)
+
+    jax.lax.fori_loop(0, count, one, None)
+
+    @pl.when(count == 0)
+    def _():
+        start_upcoming(before % 2)
+
+
+def _prompts(cache: Cache, tile, layer, tile_prompt, tile_length, q, state, merge) -> Stream:
+    """Blocks of a tile's one prompt, for all its rows together; the last one as far as the prompt goes."""
+    kv_heads, rows, padded, _ = q.shape
+
+    def copies(t, index, slot):
+        begin, size = pl.multiple_of(index * cache.block, cache.block), cache.block
+        if cache.in_parts:
+            size = pl.multiple_of(jnp.minimum(size, _up(tile_length[t] - begin, cache.tile)), cache.tile)
         return [
             pltpu.make_async_copy(
-                source.at[layer, tile_prompt[t], :, pl.ds(begin, blocks.prompt)],
-                buffer.at[slot],
-                prompt_arrived.at[slot],
+                source.at[layer, tile_prompt[t], :, pl.ds(begin, size)],
+                buffer.at[slot, :, pl.ds(0, size)],
+                cache.arrived.at[slot],
             )
-            for source, buffer in zip(prompt, prompt_buffers, strict=True)
+            for source, buffer in zip(cache.source, cache.buffers, strict=True)
         ]
 
-    def start_prompt(t, block, slot):
-        for copy in prompt_copies(t, block, slot):
+    def start(t, index, slot):
+        for copy in copies(t, index, slot):
             copy.start()
 
-    def suffix_end(t, index):
-        """Of the tile's block `index`, the last of which ends at `end`."""
-        return end - (suffix_count[t] - 1 - index) * blocks.suffix
+    def work(index, slot):
+        for copy in copies(tile, index, slot):
+            copy.wait()
+        column = index * cache.block + _iota((1, 1, cache.block))
+        queries = q[...].astype(jnp.float32).reshape(kv_heads, rows * padded, -1)
+        keys, *scales = (x[slot] for x in cache.buffers)
+        scales = [x[:, None, :] for x in scales]
+        new = merge(queries, keys, scales, _bias(column < tile_length[tile]), [x[...] for x in state])
+        for x, value in zip(state, new, strict=True):
+            x[...] = value
 
-    def suffix_begin(t, index):
-        return pl.multiple_of(jnp.maximum(suffix_end(t, index) - blocks.suffix, 0), tile_columns)
+    return Stream(lambda t: pl.cdiv(tile_length[t], cache.block), start, work)
+
+
+def _suffixes(cache: Cache, tile, at, suffix_count, row_of, first_of, q, state, merge) -> Stream:
+    """Blocks of a tile's rows, each row's own, from its first column on.  The last block ends at at[2]."""
+    kv_heads, rows, padded, _ = q.shape
+    block = cache.block
+    together = next(n for n in range(min(rows, max(1, CHAINS // kv_heads)), 0, -1) if rows % n == 0)
+
+    def end(t, index):
+        return at[2] - (suffix_count[t] - 1 - index) * block
+
+    def begin(t, index):
+        return pl.multiple_of(jnp.maximum(end(t, index) - block, 0), cache.tile)
 
     def wants(t, r, index):
         """Whether the row in slot r has columns in the block."""
-        return first_of[t * rows + r] < suffix_end(t, index)
+        return first_of[t * rows + r] < end(t, index)
 
-    def suffix_copies(t, r, index, slot):
-        columns = pl.ds(suffix_begin(t, index), blocks.suffix)
-        targets = [suffix_buffers[0].at[slot, :, r], *(x.at[slot, r] for x in suffix_buffers[1:])]
-        return [
-            pltpu.make_async_copy(
-                source.at[layer, row_of[t * rows + r], :, columns], target, suffix_arrived.at[slot]
-            )
-            for source, target in zip(suffix, targets, strict=True)
-        ]
-
-    def each_suffix_copy(t, index, slot, do):
+    def each_copy(t, index, slot, do):
         def one(r, _):
             @pl.when(wants(t, r, index))
             def _():
-                for copy in suffix_copies(t, r, index, slot):
-                    do(copy)
+                size, skipped = block, 0
+                if cache.in_parts:
+                    skipped = jnp.maximum(first_of[t * rows + r] - begin(t, index), 0) & -cache.tile
+                    skipped = pl.multiple_of(skipped, cache.tile)
+                    size = pl.multiple_of(block - skipped, cache.tile)
+                columns = pl.ds(begin(t, index) + skipped, size)
+                data, *scales = cache.buffers
+                targets = [data.at[slot, :, r], *(x.at[slot, r] for x in scales)]
+                for source, target in zip(cache.source, targets, strict=True):
+                    source = source.at[at[0], row_of[t * rows + r], :, columns]
+                    target = target.at[:, pl.ds(skipped, size)]
+                    do(pltpu.make_async_copy(source, target, cache.arrived.at[slot]))
 
         jax.lax.fori_loop(0, rows, one, None)
 
-    def start_suffix(t, index, slot):
-        each_suffix_copy(t, index, slot, lambda copy: copy.start())
+    def start(t, index, slot):
+        each_copy(t, index, slot, lambda copy: copy.start())
 
-    # --- blocks
-
-    def merge(queries, kv, scales, bias, state):
-        """Batches X of queries [X, M, w] and keys [X, C, 2 h]; scales [X, 1, C]; bias, 0 or -inf, broadcasts."""
-        peak_old, mass_old, sums_old = state
-        h = kv.shape[-1] // 2
-        kv = kv.astype(compute)
-        k, v = (kv, kv) if joined else (kv[..., :h], kv[..., h:])
-        z = _dot(queries.astype(compute), k, contract=2) * scale
-        if quantised:
-            z = z * scales[0]
-        z = z + bias
-        peak_new = jnp.maximum(peak_old, jnp.max(z, axis=-1, keepdims=True))
-        p = jnp.exp(z - _spread(peak_new, z.shape[-1]))
-        decay = jnp.exp(peak_old - peak_new)
-        mass_new = decay * mass_old + jnp.sum(p, axis=-1, keepdims=True)
-        if quantised:
-            p = p * scales[1]
-        return (
-            peak_new,
-            mass_new,
-            _spread(decay, v.shape[-1]) * sums_old + _dot(p.astype(compute), v, contract=1),
-        )
-
-    def prompt_block(block, slot):
-        for copy in prompt_copies(tile, block, slot):
-            copy.wait()
-        column = _begin(block, blocks.prompt, prompt_columns) + _iota((1, 1, blocks.prompt))
-        bias = _bias((column >= block * blocks.prompt) & (column < tile_length[tile]))
-        queries = q[...].astype(jnp.float32).reshape(kv_heads, rows * padded, -1)
-        scales = [x[slot][:, None, :] for x in prompt_buffers[1:]]
-        state = merge(queries, prompt_buffers[0][slot], scales, bias, (peak[...], mass[...], sums[...]))
-        peak[...], mass[...], sums[...] = state
-
-    together = next(n for n in range(min(rows, max(1, CHAINS // kv_heads)), 0, -1) if rows % n == 0)
-
-    def suffix_block(index, slot):
-        each_suffix_copy(tile, index, slot, lambda copy: copy.wait())
-        column = suffix_begin(tile, index) + _iota((padded, blocks.suffix))
-        # One that would have begun before column 0 holds columns of the next one too.
-        new = column < jnp.minimum(suffix_end(tile, index), last + 1)
+    def work(index, slot):
+        each_copy(tile, index, slot, lambda copy: copy.wait())
+        column = begin(tile, index) + _iota((padded, block))
+        # A block that would begin before column 0 holds columns of the next one too.
+        own = column < jnp.minimum(end(tile, index), at[1] + 1)
 
         def some(i, _):
             members = [i * together + j for j in range(together)]
 
             @pl.when(functools.reduce(jnp.logical_or, (wants(tile, r, index) for r in members)))
             def _():
-                bias = jnp.stack([_bias(new & (column >= first_of[tile * rows + r])) for r in members])
-                bias = jnp.broadcast_to(bias[None], (kv_heads, *bias.shape)).reshape(-1, *bias.shape[1:])
-                scales = [
-                    jnp.stack([x[slot, r][:, None, :] for r in members], axis=1).reshape(-1, 1, blocks.suffix)
-                    for x in suffix_buffers[1:]
-                ]
+                data, *scales = cache.buffers
                 slots = pl.ds(i * together, together)
                 lines = pl.ds(pl.multiple_of(i * together * padded, SUBLANES), together * padded)
-                state = [x[:, lines, :].reshape(kv_heads * together, padded, -1) for x in (peak, mass, sums)]
-                keys = suffix_buffers[0][slot, :, slots].reshape(kv_heads * together, blocks.suffix, -1)
                 queries = q[:, slots].reshape(kv_heads * together, padded, -1)
-                for x, value in zip(
-                    (peak, mass, sums), merge(queries, keys, scales, bias, state), strict=True
-                ):
+                keys = data[slot, :, slots].reshape(kv_heads * together, block, -1)
+                scales = [
+                    jnp.stack([x[slot, r][:, None, :] for r in members], axis=1).reshape(-1, 1, block)
+                    for x in scales
+                ]
+                bias = jnp.stack([_bias(own & (column >= first_of[tile * rows + r])) for r in members])
+                bias = jnp.broadcast_to(bias[None], (kv_heads, *bias.shape)).reshape(-1, padded, block)
+                old = [x[:, lines, :].reshape(kv_heads * together, padded, -1) for x in state]
+                for x, value in zip(state, merge(queries, keys, scales, bias, old), strict=True):
                     x[:, lines, :] = value.reshape(kv_heads, together * padded, -1)
 
         jax.lax.fori_loop(0, rows // together, some, None)
 
-    # --- the tile
+    return Stream(lambda t: suffix_count[t], start, work)
 
-    @pl.when(step == 0)
-    def _():
-        # What is never copied must be finite: probabilities of 0 multiply it.
-        for buffer in suffix_buffers:
-            buffer[...] = jnp.zeros_like(buffer)
-        taken[0] = 0
-        taken[1] = 0
 
-        @pl.when(prompt_count(tile) > 0)
-        def _():
-            start_prompt(tile, 0, 0)
+def _merge(queries, keys, scales, bias, state, *, scale, joined, dtype):
+    """State with a block behind it.  Batches X: queries [X, M, w], keys [X, C, 2 h], scales [X, 1, C].
 
-        @pl.when(suffix_count[tile] > 0)
-        def _():
-            start_suffix(tile, 0, 0)
-
-    peak[...] = jnp.full_like(peak, LOWEST)
-    mass[...] = jnp.zeros_like(mass)
-    sums[...] = jnp.zeros_like(sums)
-    upcoming = jnp.minimum(tile + CORES, CORES * steps - 1)
-
-    def stream(counter, count, upcoming_count, start, work):
-        """work(index, slot) on `count` blocks, each started a block ahead; the upcoming tile's first one too."""
-        before = taken[counter]
-
-        def start_upcoming(slot):
-            @pl.when((step + 1 < steps) & (upcoming_count > 0))
-            def _():
-                start(upcoming, 0, slot)
-
-        def one(index, _):
-            slot = (before + index) % 2
-
-            @pl.when(index + 1 < count)
-            def _():
-                start(tile, index + 1, 1 - slot)
-
-            @pl.when(index + 1 == count)
-            def _():
-                start_upcoming(1 - slot)
-
-            work(index, slot)
-
-        jax.lax.fori_loop(0, count, one, None)
-
-        @pl.when(count == 0)
-        def _():
-            start_upcoming(before % 2)
-
-        taken[counter] = before + count
-
-    stream(0, prompt_count(tile), prompt_count(upcoming), start_prompt, prompt_block)
-    stream(1, suffix_count[tile], suffix_count[upcoming], start_suffix, suffix_block)
-    total = _spread(mass[...], sums.shape[-1])
-    out[...] = (sums[...] / jnp.where(total > 0.0, total, 1.0)).reshape(out.shape).astype(out.dtype)
+    bias: 0, or -inf where a column does not count; broadcasts to [X, M, C].
+    """
+    peak_old, mass_old, sums_old = state
+    h = keys.shape[-1] // 2
+    keys = keys.astype(dtype)
+    k, v = (keys, keys) if joined else (keys[..., :h], keys[..., h:])
+    z = _dot(queries.astype(dtype), k, contract=2) * scale
+    if scales:
+        z = z * scales[0]
+    z = z + bias
+    peak = jnp.maximum(peak_old, jnp.max(z, axis=-1, keepdims=True))
+    p = jnp.exp(z - _spread(peak, z.shape[-1]))
+    decay = jnp.exp(peak_old - peak)
+    mass = decay * mass_old + jnp.sum(p, axis=-1, keepdims=True)
+    if scales:
+        p = p * scales[1]
+    sums = _spread(decay, v.shape[-1]) * sums_old + _dot(p.astype(dtype), v, contract=1)
+    return peak, mass, sums
 
 
 def _cut(refs, *counts):
@@ -386,11 +419,9 @@ def _cut(refs, *counts):
     return [[next(refs) for _ in range(count)] for count in counts]
 
 
-def _begin(block: jax.Array, size: int, columns: int) -> jax.Array:
-    """Where a block's columns begin in the cache: the last one's early, if `size` does not divide `columns`."""
-    if columns % size == 0:
-        return pl.multiple_of(block * size, size)
-    return pl.multiple_of(jnp.minimum(block * size, columns - size), SUBLANES)
+def _up(x: jax.Array, tile: int) -> jax.Array:
+    """x rounded up to a power of two's multiple."""
+    return (x + tile - 1) & -tile
 
 
 def _iota(shape: tuple[int, ...]) -> jax.Array:

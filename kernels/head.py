@@ -108,7 +108,7 @@ def _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, impleme
 def _forward(hidden, head, targets, temperature, vocab_size, axis_name, implementation):
     seen = _stream(
         hidden,
-        head.astype(hidden.dtype),
+        head,
         targets[:, None],
         mode="score",
         temperature=temperature,

@@ -10,8 +10,8 @@ What flows through: logits and two uniforms a row in; a token and its log-probab
    uniform of its own.  One uniform for both would not do: it moves on a grid of 2^-23, so rarer tokens would
    be out of reach, and a change of 1e-5 in the logits would move many more draws.
 
-`implementation` chooses who makes the passes over the vocabulary (see sampling_statistics.py, which defines what they
-find out; sampling_tpu.py, sampling_triton.py); the draw itself is plain jnp on block sums and one block of logits.
+`implementation` chooses who makes the passes over the vocabulary: sampling_statistics.py, which defines what
+they find out, sampling_tpu.py or sampling_triton.py.  The draw is plain jnp on block sums and one block of logits.
 
 Ties.  Top-k keeps every token whose logit equals the k-th largest; top-p keeps every token whose logit equals
 that of the last one it needs.  So what is kept never depends on the order of the vocabulary.
@@ -40,12 +40,12 @@ _NO_TOKEN = jnp.iinfo(jnp.int32).max
 
 
 class Drawn(NamedTuple):
-    """Natural logarithms."""
+    """Natural logarithms.  The full softmax is that of logits / temperature, nothing cut; greedy: of the logits."""
 
     token: jax.Array  # i32[N]
     logprob: jax.Array  # f32[N], under the distribution drawn from; greedy: 0, for it has one token
-    full_logprob: jax.Array  # f32[N], under softmax(logits / temperature), nothing cut; greedy: softmax(logits)
-    entropy: jax.Array | None  # f32[N], in nats, of that softmax; None: not asked for
+    full_logprob: jax.Array  # f32[N], under the full softmax
+    entropy: jax.Array | None  # f32[N], in nats, of the full softmax; None: not asked for
 
 
 def sample(
@@ -64,7 +64,7 @@ def sample(
 
     temperature, top_k (0: off), top_p (1: off) and min_p (0: off) are Python numbers, static under jit.  Inside
     shard_map, `axis_name` names the mesh axis over which the vocabulary is sharded; all its shards get the result.
-    A vocabulary, or a shard, that is not whole blocks of 128 costs a copy of the logits: pad the head's rows instead.
+    A vocabulary, or a shard, that is not whole blocks of 128 costs copies of the logits: pad the head's rows.
     """
     rule = Rule(temperature, top_k, top_p, min_p, entropy)
     return _sample(logits, uniforms, rule, axis_name, implementation)[0]
@@ -205,5 +205,5 @@ def _whole_blocks(logits: jax.Array, axis_name: str | None) -> jax.Array:
         raise ValueError(f"a vocabulary of {columns * ways} columns is too small for {ways} shards: pad it")
     shard = jax.lax.axis_index(axis_name)
     sent = jax.lax.ppermute(logits[:, : ways * more], axis_name, [(i + 1, i) for i in range(ways - 1)])
-    behind = jnp.where(shard == ways - 1, behind, sent)
-    return jax.lax.dynamic_slice_in_dim(jnp.concatenate([logits, behind], axis=1), shard * more, width, axis=1)
+    longer = jnp.concatenate([logits, jnp.where(shard == ways - 1, behind, sent)], axis=1)
+    return jax.lax.dynamic_slice_in_dim(longer, shard * more, width, axis=1)

@@ -1,9 +1,9 @@
-"""A draw's statistics from kernels that read the logits and keep nothing: rows too long for fast memory, or sharded.
+"""A draw's statistics from kernels that keep nothing: for rows that are too long for fast memory, or sharded.
 
 1. `span_sums`: each span of a row (what a program holds at a time; a shard's columns at most) gives its own peak
    and its sums relative to that.  Put in terms of the whole row's peak here, on [N, M]: the logits are read once.
-2. Top-k and top-p: `tally` tries C thresholds a reading, which leaves 1 / (C + 1) of the interval: 11 readings for 7
-   of them, 8 for 15, each with one small psum.
+2. Top-k and top-p: `tally` tries C thresholds a reading, which leaves 1 / (C + 1) of the interval: 11 readings for
+   C = 7, 8 for C = 15, each with one small psum.
 3. `span_sums` again, at the threshold.
 
 N rows   V vocabulary, or a shard's contiguous columns of it: whole blocks   M blocks   S spans   C thresholds
@@ -11,6 +11,7 @@ N rows   V vocabulary, or a shard's contiguous columns of it: whole blocks   M b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -27,8 +28,7 @@ def statistics(kernel, logits: jax.Array, rule: Rule, axis_name: str | None, int
     peak = whole.peak
 
     def reach(thresholds, temperature):  # f32[N, C] -> f32[N, C]
-        sums = kernel.tally(logits, peak, thresholds, temperature, interpret)
-        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+        return _over_spans(kernel.tally(logits, peak, thresholds, temperature, interpret), axis_name)
 
     threshold = jnp.full_like(peak, -jnp.inf)
     if rule.top_k:
@@ -41,7 +41,8 @@ def statistics(kernel, logits: jax.Array, rule: Rule, axis_name: str | None, int
         )
     if rule.min_p > 0.0:
         threshold = jnp.maximum(threshold, peak - rule.depth)
-    kept = _joined(kernel.span_sums(logits, threshold, rule._replace(entropy=False), interpret), rule, axis_name)
+    rule = rule._replace(entropy=False)  # `whole` has it
+    kept = _joined(kernel.span_sums(logits, threshold, rule, interpret), rule, axis_name)
     return whole._replace(threshold=threshold, blocks=kept.blocks)
 
 
@@ -50,22 +51,23 @@ def _joined(spans: Spans, rule: Rule, axis_name: str | None) -> Statistics:
     peak = jnp.max(spans.peak, axis=1)
     if axis_name is not None:
         peak = jax.lax.pmax(peak, axis_name)
-    shift = (spans.peak - peak[:, None]) * (1.0 / rule.temperature)  # f32[N, S]; -inf for a span without tokens
+    shift = (spans.peak - peak[:, None]) * (1.0 / rule.temperature)  # f32[N, S]; -inf for an empty span
     scale = jnp.exp(shift)
-
-    def over_all(x):  # f32[N, S] -> f32[N]
-        total = jnp.sum(x, axis=1)
-        return total if axis_name is None else jax.lax.psum(total, axis_name)
-
     blocks = spans.blocks * scale[:, :, None]
     weighted = jnp.where(scale > 0.0, scale * (spans.weighted + shift * spans.full), 0.0)
     return Statistics(
         peak=peak,
         threshold=jnp.full_like(peak, -jnp.inf),
         blocks=everywhere(blocks.reshape(blocks.shape[0], -1)[:, : spans.count], axis_name),
-        full=over_all(spans.full * scale),
-        weighted=over_all(weighted) if rule.entropy else None,
+        full=_over_spans(spans.full * scale, axis_name),
+        weighted=_over_spans(weighted, axis_name) if rule.entropy else None,
     )
+
+
+def _over_spans(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """[N, S, ...] -> [N, ...], in one order whatever N; over all shards."""
+    total = functools.reduce(jnp.add, [x[:, i] for i in range(x.shape[1])])
+    return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
 def _largest(peak: jax.Array, enough: Callable[[jax.Array], jax.Array], candidates: int) -> jax.Array:

@@ -5,10 +5,10 @@
    min-p's.  The first two are found by bisection over the bit patterns of f32: at most 32 passes over the row.
 3. The masses at or above the threshold, summed over blocks of 128 tokens.
 
-Sums that must not depend on how a batch or a vocabulary is cut.  Within a block they have 128 terms: XLA cuts longer
+Sums must not depend on how a batch or a vocabulary is cut.  Within a block they have 128 terms: XLA cuts longer
 ones differently for different batch sizes, which changes their last bit.  Over blocks, either every shard has all
-blocks' sums and adds them up in steps of 128, or they are integers: counts (top-k) and shares of the total in steps
-of 2^-30 (top-p), whose sum is exact in any order.
+blocks' sums and adds them up in steps of 128, or they are whole numbers: counts (top-k) and shares of the total in
+steps of 2^-30 (top-p), whose sum is exact in any order.
 
 N rows   V vocabulary, or a shard's contiguous columns of it: whole blocks   M blocks   W = 128 tokens in a block
 """
@@ -56,7 +56,7 @@ class Statistics(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """What a kernel finds out about the spans of columns that its programs hold; masses relative to the span's peak."""
+    """What a kernel finds out about spans of columns; masses are relative to the span's peak."""
 
     peak: jax.Array  # f32[N, S]
     blocks: jax.Array  # f32[N, S, M']: the kept masses; behind the last block of all, zeros

@@ -9,9 +9,9 @@
     numbers   (8, 128)     out: peak, threshold, full and weighted sum in the first lanes
     mass      (8, V)       scratch, with top-p alone: exponentials are not taken again in each of its passes
 
-Passes over the row (peak, at most 32 for top-k and 32 for top-p, block sums) go to VMEM.  A pass is one or two loads
-and 2 to 5 vector operations for a register of 8 x 128 logits: without a search they hide behind the next rows' copy
-from HBM; two searches take longer than it.
+Passes over the row (peak, 32 for top-k and 32 for top-p, block sums) go to VMEM.  A pass is one or two loads and
+2 to 5 vector operations for a register of 8 x 128 logits: without a search they should hide behind the next rows'
+copy from HBM; two searches take longer than it.
 
     tally     logits (8, V), peak (8, 1) and thresholds (8, 7) in, sums (8, 7) out: a search over shards reads the
               logits once for 3 bits of its answer
@@ -44,7 +44,8 @@ def statistics(logits: jax.Array, rule: Rule, interpret: Interpret) -> Statistic
     blocks, numbers = _call(logits, None, rule, interpret)
     peak, threshold, full, weighted = (numbers[:, i] for i in range(_NUMBERS))
     blocks = blocks[:, : logits.shape[1] // BLOCK]
-    return Statistics(peak, threshold, blocks, full if rule.cuts else None, weighted if rule.entropy else None)
+    full, weighted = full if rule.cuts else None, weighted if rule.entropy else None
+    return Statistics(peak, threshold, blocks, full, weighted)
 
 
 def span_sums(logits: jax.Array, threshold: jax.Array | None, rule: Rule, interpret: Interpret) -> Spans:
@@ -97,8 +98,10 @@ def _statistics(
         """of(columns) f32[8, n * W], over the whole row -> f32[8, 1]."""
         return _across(_fold(lambda _, at, sums: sums + _merge(of(at), jnp.add), nothing, 0, end))
 
-    top = _fold(lambda _, at, top: jnp.maximum(top, _merge(logits[:, at], jnp.maximum)), nothing - jnp.inf, 0, end)
-    peak = jnp.max(top, axis=1, keepdims=True)  # f32[8, 1]
+    def higher(_, at, top):
+        return jnp.maximum(top, _merge(logits[:, at], jnp.maximum))
+
+    peak = jnp.max(_fold(higher, nothing - jnp.inf, 0, end), axis=1, keepdims=True)  # f32[8, 1]
     base = jnp.where(peak == -jnp.inf, 0.0, peak)  # a shard without tokens has masses of 0, not NaN
 
     def z_at(columns):
@@ -154,7 +157,7 @@ def tally(
     temperature: float | None,  # None: count
     interpret: Interpret,
 ) -> jax.Array:
-    """The mass, or the number, of the tokens whose logits are not below each threshold: f32[N, C]."""
+    """The mass, or the number, of the tokens whose logits are not below each threshold: f32[N, 1, C]."""
     rows, vocabulary = logits.shape
     sums = pl.pallas_call(
         functools.partial(_tally, temperature=temperature),
@@ -171,7 +174,7 @@ def tally(
         interpret=_interpreted(interpret),
         name="sampling_tally",
     )(logits, peak[:, None], thresholds)
-    return sums[:, :CANDIDATES]
+    return sums[:, None, :CANDIDATES]
 
 
 def _tally(
@@ -185,9 +188,8 @@ def _tally(
     def add(_, at, carry):
         x = logits[:, at]
         m = jnp.ones_like(x) if temperature is None else jnp.exp((x - peak[...]) * (1.0 / temperature))
-        return tuple(
-            carry[c] + _merge(jnp.where(x >= thresholds[:, c : c + 1], m, 0.0), jnp.add) for c in range(CANDIDATES)
-        )
+        reached = (jnp.where(x >= thresholds[:, c : c + 1], m, 0.0) for c in range(CANDIDATES))
+        return tuple(sums + _merge(m, jnp.add) for sums, m in zip(carry, reached, strict=True))
 
     zeros = (jnp.zeros((ROWS, BLOCK), jnp.float32),) * CANDIDATES
     _store_lanes(sums, [_across(x) for x in _fold(add, zeros, 0, logits.shape[1] // BLOCK)])
@@ -233,7 +235,7 @@ def _take(
 
 
 def _fold(step, carry, first: int, end: int):
-    """carry = step(the first block, their columns, carry) over blocks first to end, STRIDE at a time, the last singly."""
+    """carry = step(block, columns, carry) over blocks `first` to `end`: STRIDE at a time, the last ones singly."""
     whole = (end - first) // STRIDE
 
     def several(i, carry):

@@ -6,8 +6,8 @@
                terms of the row's peak afterwards, on [N, M] (see sampling_spans.py)
     tally      reads the logits once: for 15 thresholds, how many tokens reach them, or what mass
 
-A row of 152K tokens is 608 kB, more than a multiprocessor's registers, and 256 rows are three times the L2 cache.  So
-a search that is no pass over fast memory takes 4 bits of the answer from each of its 8 passes, instead of one.
+A row of 152K tokens is 608 kB, more than a multiprocessor's registers, and 256 rows are three times the L2 cache.
+So a search, which cannot pass over fast memory, takes 4 bits of its answer from each of 8 readings instead of one.
 
 N rows   V vocabulary, whole blocks   M blocks   S spans   C thresholds
 """
@@ -54,7 +54,17 @@ def span_sums(
     return Spans(peak, blocks.reshape(rows, spans, SPAN), full, weighted, vocabulary // BLOCK)
 
 
-def _span_sums(logits, threshold, blocks, peak, full, weighted, *, rule: Rule, cut: bool):
+def _span_sums(
+    logits,  # inputs: f32[N, M, W]
+    threshold,  # f32[N]
+    blocks,  # outputs: f32[N, S * SPAN]
+    peak,  # f32[N, S]
+    full,  # f32[N, S]
+    weighted,  # f32[N, S]
+    *,
+    rule: Rule,
+    cut: bool,
+):
     row, span = pl.program_id(0), pl.program_id(1)
     x = _span(logits, row, span)  # f32[SPAN, W]
     top = jnp.max(x)
@@ -74,10 +84,10 @@ def tally(
     temperature: float | None,  # None: count
     interpret: bool,
 ) -> jax.Array:
-    """The mass, or the number, of the tokens whose logits are not below each threshold: f32[N, CANDIDATES]."""
+    """By span, the mass or the number of the tokens that reach each threshold: f32[N, S, CANDIDATES]."""
     rows, vocabulary = logits.shape
     spans = pl.cdiv(vocabulary, SPAN * BLOCK)
-    sums = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_tally, temperature=temperature),
         grid=(rows, spans),
         out_shape=jax.ShapeDtypeStruct((rows, spans, CANDIDATES), jnp.float32),
@@ -90,10 +100,16 @@ def tally(
         interpret=interpret,
         name="sampling_tally",
     )(_by_block(logits), peak, thresholds)
-    return jnp.sum(sums, axis=1)
 
 
-def _tally(logits, peak, thresholds, sums, *, temperature: float | None):
+def _tally(
+    logits,  # inputs: f32[N, M, W]
+    peak,  # f32[N]
+    thresholds,  # f32[N, C]
+    sums,  # outputs: f32[N, S, C]
+    *,
+    temperature: float | None,
+):
     row, span = pl.program_id(0), pl.program_id(1)
     x = _span(logits, row, span)  # f32[SPAN, W]
     mass = jnp.ones_like(x) if temperature is None else jnp.exp((x - peak[row]) * (1.0 / temperature))

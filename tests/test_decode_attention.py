@@ -117,7 +117,7 @@ def attend(form, arrays, case, *, samples=None, slots=None, block=None, key_len=
 def cases(draw_from, column_step):
     """Unsorted rows, idle ones, empty prompts and suffixes; columns that blocks of 16 seldom divide."""
     pick = lambda low, high: draw_from(st.integers(low, high))  # noqa: E731
-    rows, prompts = pick(1, 6), pick(1, 3)
+    rows, prompts = pick(1, 5), pick(1, 3)
     prompt_columns, suffix_columns = (
         column_step * pick(1, 40 // column_step),
         column_step * pick(1, 40 // column_step),
@@ -130,7 +130,7 @@ def cases(draw_from, column_step):
         [draw_from(length) for _ in range(prompts)],
         [pick(0, last + 2) for _ in range(rows)],
         last,
-        kv_heads=pick(1, 3),
+        kv_heads=pick(1, 2),
         group=pick(1, 8),
         head_dim=draw_from(st.sampled_from([64, 128])),
         prompt_columns=prompt_columns,
@@ -196,7 +196,7 @@ MIXED = dict(
 )
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("form", KERNELS)
 def test_forms_agree(form, dtype):
     """With the face's own blocks, through the face."""
@@ -264,8 +264,8 @@ def test_prompt_major_rows(form):
 
 @pytest.mark.parametrize("form", KERNELS)
 def test_what_is_not_needed_is_not_read(form):
-    """NaN in other layers, in prompts without readers, and in every column that no block, or no mask, needs."""
-    block, tile = 8, 8 if form == "tpu_interpret" else 1
+    """NaN in other layers, in prompts without readers, and in columns that no row needs: on TPU, to whole tiles."""
+    tile = tpu.SUBLANES if form == "tpu_interpret" else 1
     case = draw(4, **{**MIXED, "prompt_of": [2, 0, -1, 2, 2, -1, 2], "prompt_columns": 40}, kv_heads=1)
     want = expected(case)
     for x in case.prompt:
@@ -278,10 +278,9 @@ def test_what_is_not_needed_is_not_read(form):
         x[:LAYER] = np.nan
         x[LAYER, :, :, end:] = np.nan
         for n, first in enumerate(case.first):
-            begin = end - up(end - first, block) if tile > 1 else first
-            x[LAYER, n, :, : begin if first <= case.last else None] = np.nan
+            x[LAYER, n, :, : first // tile * tile if first <= case.last else None] = np.nan
     arrays, _ = stored(case, "float32")
-    np.testing.assert_allclose(attend(form, arrays, case, slots=2, block=block), want, atol=1e-5)
+    np.testing.assert_allclose(attend(form, arrays, case, slots=2, block=16), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, columns, block, cores", [("float32", 40, 16, 1), ("int8", 24, 128, 2)])
@@ -289,7 +288,17 @@ def test_no_races(dtype, columns, block, cores):
     """The interpreter's vector clocks see no access that a copy could overtake."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    case = draw(5, **{**MIXED, "suffix_columns": columns, "prompt_columns": columns}, kv_heads=1)
+    # Four tiles: one without columns, one without a prompt, two of one prompt.
+    case = draw(
+        5,
+        [1, 0, -1, 1, 1],
+        [17, 20],
+        [3, 22, 20, 0, 21],
+        21,
+        kv_heads=1,
+        prompt_columns=columns,
+        suffix_columns=columns,
+    )
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
     check("tpu_interpret", case, dtype, slots=2, block=block, params=params)
     assert not interpret_pallas_call.races.races_found

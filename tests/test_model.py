@@ -16,6 +16,7 @@ from cooper_jax.model.config import ModelConfig, RopeScaling
 from cooper_jax.runtime.mesh import Layout, init_params, make_mesh, shardings
 from kernels import attention as face
 from kernels import reference
+from kernels.kv import Format, size_bytes
 
 TOKENS = 29
 
@@ -224,23 +225,6 @@ def test_the_choice_of_implementation(monkeypatch):
         face.attention(*qkv(), implementation="fast")
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-def test_shared_prompt_attention_equals_the_reference(samples):
-    rng = np.random.default_rng(samples)
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape) * 2, jnp.float32)
-
-    merged, plain = jax.jit(face.decode_attention), jax.jit(reference.decode_attention)
-    q, n = normal(2 * samples, 6, 8), 2 * samples
-    prompt, suffix = (normal(2, 3, 5, 8), normal(2, 3, 5, 8)), (normal(n, 3, 7, 8), normal(n, 3, 7, 8))
-    for lengths in ([5, 2], [1, 0]):
-        for step in (0, 3, 6):
-            for first in (jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32) % (step + 1)):
-                args = (q, *prompt, jnp.array(lengths), *suffix, first, jnp.int32(step))
-                np.testing.assert_allclose(merged(*args), plain(*args), atol=1e-5)
-
-
 # --- heads -----------------------------------------------------------------------------------------------
 
 
@@ -306,42 +290,40 @@ def test_padded_vocabulary_has_no_probability():
 # --- decoding --------------------------------------------------------------------------------------------
 
 
-def decode(params, c, prompts, lengths, suffix, samples, key_lens, layout=None):
+F32 = Format("float32", packed=False)
+
+
+def decode(params, c, prompts, lengths, suffix, samples, layout=None):
     """Teacher-forced decoding -> (hidden of the prompts' last tokens, hidden [N, T, D])."""
-    first, kv = jax.jit(lambda p, t, n: transformer.prefill(p, c, t, n, dtype=jnp.float32, layout=layout))(
-        params, prompts, lengths
-    )
+    params = params | {"layers": transformer.split_layers(params["layers"], c)}
+    static = dict(dtype=jnp.float32, form=F32, layout=layout)
+    first, kv = jax.jit(lambda p, t, n: transformer.prefill(p, c, t, n, **static))(params, prompts, lengths)
+    n = suffix.shape[0]
+    plan = layers.decode_plan(jnp.arange(n) // samples, lengths, samples, layout, "xla")
+    oldest = jnp.zeros(n, jnp.int32)
 
-    @functools.partial(jax.jit, static_argnames="key_len", donate_argnames="cache")
-    def step(params, token, i, kv, cache, key_len):
-        return transformer.decode_step(
-            params,
-            c,
-            token,
-            jnp.full(token.shape, i),
-            i,
-            kv,
-            lengths,
-            cache,
-            key_len,
-            dtype=jnp.float32,
-            layout=layout,
-        )
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def step(params, token, i, kv, cache):
+        position = jnp.repeat(lengths, samples) + i
+        return transformer.decode_step(params, c, token, position, kv, plan, cache, oldest, i, **static)
 
-    cache = transformer.empty_suffix(c, suffix.shape[0], suffix.shape[1], jnp.float32)
-    out = []
-    for i, key_len in enumerate(key_lens):
-        h, cache = step(params, suffix[:, i], jnp.int32(i), kv, cache, key_len)
+    cache = transformer.empty_suffix(c, params["layers"], *suffix.shape, F32)
+    cache, out = tuple(map(transformer.bare, cache)), []
+    for i in range(suffix.shape[1]):
+        h, cache = step(params, suffix[:, i], jnp.int32(i), kv, cache)
         out.append(h)
     return first, jnp.stack(out, axis=1)
 
 
+@pytest.mark.parametrize("alone", [0, 8])
 @pytest.mark.parametrize(("name", "samples"), [("llama3_rope", 1), ("qwen2_seven_to_one", 3)])
-def test_decoding_equals_the_full_forward(name, samples):
+def test_decoding_equals_the_full_forward(name, samples, alone, monkeypatch):
+    """One loop over a stack of all layers, or layers apart."""
+    monkeypatch.setattr(transformer, "LAYERS_ALONE", alone)
     c = CASES[name]
     params, prompts, lengths = random_params(c), jnp.asarray(rows(3, 7)), jnp.array([7, 1, 4])
     suffix = jnp.asarray(rows(3 * samples, 6, seed=samples))
-    first, hidden = decode(params, c, prompts, lengths, suffix, samples, (3, 3, 3, 6, 6, 6))
+    first, hidden = decode(params, c, prompts, lengths, suffix, samples)
     whole = jnp.concatenate([jnp.repeat(prompts, samples, axis=0), suffix], axis=1)
     real = jnp.arange(7)[None, :] < jnp.repeat(lengths, samples)[:, None]
     valid = jnp.concatenate([real, jnp.ones(suffix.shape, bool)], axis=1)
@@ -354,30 +336,34 @@ def test_decoding_equals_the_full_forward(name, samples):
     np.testing.assert_allclose(first, last, atol=1e-5)
 
 
-def test_a_donated_cache_is_updated_in_place():
-    c = config(layers=4)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("alone", [0, 8])
+def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
+    """In a stack that a loop runs through, and in stacks of one; in a loop over tokens, as a rollout decodes."""
+    monkeypatch.setattr(transformer, "LAYERS_ALONE", alone)
+    c, form = config(layers=4), Format(dtype, packed=False)
     params = random_params(c)
-    cache = transformer.empty_suffix(c, 4, 512, jnp.float32)
-    size = 2 * cache.k.nbytes
-    kv = transformer.KV(k=jnp.ones((4, 2, 2, 4, 8)), v=jnp.ones((4, 2, 2, 4, 8)))
+    params["layers"] = transformer.split_layers(params["layers"], c)
+    assert len(params["layers"]) == (4 if alone else 1)
+    cache = transformer.empty_suffix(c, params["layers"], 4, 2048, form)
+    prompt = transformer.empty_suffix(c, params["layers"], 2, 4, form)
+    plan = layers.decode_plan(jnp.arange(4) // 2, jnp.array([4, 2]), 2, None, "xla")
+    token = jnp.ones(4, jnp.int32)
 
-    def step(cache, i):
-        return transformer.decode_step(
-            params,
-            c,
-            jnp.ones(4, jnp.int32),
-            jnp.full(4, i),
-            i,
-            kv,
-            jnp.array([4, 2]),
-            cache,
-            8,
-            dtype=jnp.float32,
-        )
+    def steps(cache, i):
+        def step(i, cache):
+            static = dict(dtype=jnp.float32, form=form)
+            at = (plan, cache, jnp.zeros(4, jnp.int32), i)
+            return transformer.decode_step(params, c, token, token * i, prompt, *at, **static)[1]
 
-    memory = jax.jit(step, donate_argnums=0).lower(cache, jnp.int32(3)).compile().memory_analysis()
-    assert memory.alias_size_in_bytes >= size
-    assert memory.temp_size_in_bytes < size / 4
+        cache = jax.lax.fori_loop(i, i + 3, step, tuple(map(transformer.bare, cache)))
+        return tuple(map(transformer.stacked, cache))
+
+    memory = jax.jit(steps, donate_argnums=0).lower(cache, jnp.int32(3)).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(map(size_bytes, cache))
+    # A layer or two as they are read, in f32; no copy of all, though it were in int8.
+    multiplied = 4 * 4 * 2048 * Format("float32", False).bytes_per_token(1, c.kv_heads, c.head_dim)
+    assert memory.temp_size_in_bytes < multiplied / 2
 
 
 # --- meshes ----------------------------------------------------------------------------------------------
@@ -408,8 +394,8 @@ def test_sharded_training_and_decoding_equal_unsharded(layout):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), grads_sharded, grads)
 
     prompts, suffix, lengths = tokens[:4, :5], tokens[:, 5:8], jnp.array([5, 2, 3, 1])
-    alone = decode(params, c, prompts, lengths, suffix, 2, (3, 3, 3))
-    together = decode(spread, c, prompts, lengths, suffix, 2, (3, 3, 3), layout)
+    alone = decode(params, c, prompts, lengths, suffix, 2)
+    together = decode(spread, c, prompts, lengths, suffix, 2, layout)
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5)
 

@@ -17,7 +17,7 @@ FLOORS = (
     ("cooper_jax.policy", "cooper_jax.reward"),
     ("cooper_jax.assembly", "cooper_jax.signals"),
     ("cooper_jax.stages",),
-    ("cooper_jax.evaluate", "cooper_jax.warmup"),
+    ("cooper_jax.evaluate", "cooper_jax.warmup", "cooper_jax.workloads"),
     ("cooper_jax.trainer",),
     ("launch",),
 )

@@ -66,14 +66,23 @@ def _rotate(x: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def _flat(w: jax.Array, axis: int) -> jax.Array:
+    """A projection's heads [.., H, h, ..] from `axis` on as one axis, if they are not so already."""
+    return w.reshape(*w.shape[:axis], -1, *w.shape[axis + 2 :]) if w.ndim == 3 else w
+
+
+def flat_heads(layers: Params) -> Params:
+    """Stacked layers with the heads of their projections as one axis, as they are multiplied."""
+    axes = {"q": 1, "k": 1, "v": 1, "o": 0}  # of one layer's
+    return layers | {n: jax.vmap(functools.partial(_flat, axis=a))(layers[n]) for n, a in axes.items()}
+
+
 def project_qkv(
     w: Params, config: ModelConfig, x: jax.Array, rope: Rope, matmul: Matmul = matmul
 ) -> tuple[jax.Array, ...]:
     """x [..., D] -> q [..., H, h], k and v [..., K, h]; q and k rotated."""
     y = rms_norm(x, w["attn_norm"], config.norm_eps)
-    q, k, v = (
-        matmul(y, w[n].reshape(w[n].shape[0], -1)).reshape(*x.shape[:-1], *w[n].shape[1:]) for n in "qkv"
-    )
+    q, k, v = (matmul(y, _flat(w[name], 1)).reshape(*x.shape[:-1], -1, config.head_dim) for name in "qkv")
     if config.qkv_bias:
         q, k, v = (
             z + w[f"{name}_bias"].reshape((1,) * (x.ndim - 1) + z.shape[-2:])
@@ -91,8 +100,7 @@ def finish_layer(
     matmul: Matmul = matmul,
 ) -> jax.Array:
     """The rest of a layer: the output projection of `heads` [..., H, h], then the SwiGLU block."""
-    merged = matmul(heads.reshape(*x.shape[:-1], -1), w["o"].reshape(-1, w["o"].shape[-1]))
-    x = pin(x + merged, layout)
+    x = pin(x + matmul(heads.reshape(*x.shape[:-1], -1), _flat(w["o"], 0)), layout)
     y = rms_norm(x, w["mlp_norm"], config.norm_eps)
     return pin(x + matmul(jax.nn.silu(matmul(y, w["gate"])) * matmul(y, w["up"]), w["down"]), layout)
 

@@ -29,6 +29,7 @@ from cooper_jax.model.layers import (
     cast_layers,
     decode_attend,
     finish_layer,
+    flat_heads,
     pin,
     project_qkv,
     rms_norm,
@@ -228,7 +229,7 @@ def split_layers(layers: Params, config: ModelConfig) -> tuple[Params, ...]:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def for_generation(params: Params, config: ModelConfig, layout: Layout | None) -> Params:
     """The weights as `prefill`, `decode_step` and `logits` read them fastest."""
-    weights = params | {"layers": split_layers(params["layers"], config)}
+    weights = params | {"layers": split_layers(flat_heads(params["layers"]), config)}
     head = head_matrix(params, config)
     if _on_cpu(layout, "xla") and head.dtype == jnp.float32:
         weights[UNEMBED] = head.T

@@ -23,6 +23,7 @@ from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
 from kernels.head import head_sample
+from kernels.sampling_statistics import BLOCK
 
 
 def draw(
@@ -66,6 +67,8 @@ def draw(
         drawn = sampling.sample(logits, keys, position, spec, axis_name=vocab, implementation=implementation)
         return drawn.token, drawn.logprob
 
+    if vocab is not None and head.shape[0] < layout.ways(vocab) ** 2 * BLOCK:
+        vocab = None  # shards too small to trade blocks: such logits are gathered
     logits = transformer.logits(weights, config, hidden)
     position = jnp.broadcast_to(position, keys.shape)
     return on_mesh(from_logits, PartitionSpec(batch, vocab), rows, rows)(logits, keys, position)

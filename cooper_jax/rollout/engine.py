@@ -168,7 +168,9 @@ def _columns(setting: Setting, waiting: bool) -> int:
     moved back: a quarter more columns make that rare.
     """
     columns = max(setting.spec.max_new_tokens - 1, 1)
-    return columns + max(setting.spec.segment, columns // 4) if waiting else columns
+    columns += max(setting.spec.segment, columns // 4) if waiting else 0
+    multiple = 1 if setting.implementation == "xla" else plan.COLUMN_MULTIPLE
+    return -(-columns // multiple) * multiple
 
 
 def _prefill(weights, setting: Setting, prompts, size: int) -> programs.Prompts:

@@ -22,6 +22,7 @@ from cooper_jax.types import Params
 from kernels.kv import Format
 
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of so many tokens
+COLUMN_MULTIPLE = 32  # so are the columns that kernels read: a tile of the narrowest type
 PREFILL_TOKENS = 4096  # of one prefill, a shard
 FEWEST_SLOTS = 8  # a shard's slots are not halved below this many
 GIB = 2**30

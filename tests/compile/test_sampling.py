@@ -47,12 +47,12 @@ def compiled(chip: str, vocabulary: int, ways: int, mode: str):
 
 
 def bound(vocabulary: int) -> int:
-    """Bytes of temporaries: a few arrays of block masses f32[N, M] (M rounded up to registers) and of blocks f32[N, W].
+    """Bytes of temporaries: six arrays of block masses f32[N, M'] and eight of single blocks f32[N, W].
 
-    A copy of a shard's logits would be 16 times as large at the least.
+    Half the logits would be seven times as much.
     """
     blocks = -(-vocabulary // 128**2) * 128
-    return 4 * ROWS * (4 * blocks + 8 * 128)
+    return 4 * ROWS * (6 * blocks + 8 * 128)
 
 
 def check(chip: str, vocabulary: int, ways: int, mode: str) -> None:

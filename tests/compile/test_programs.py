@@ -1,0 +1,96 @@
+"""The paper configs' rollout and scoring programs compile for TPUs and GPUs, in place and without logits.
+
+Fast: one model on one slice of each kind.  `-m slow`: both models, tensor 1 and 2, every chip, and a rollout whose
+slots are half its requests with an int8 cache, sampled with top-p.
+"""
+
+import functools
+import itertools
+import re
+
+import programs
+import pytest
+from programs import Case
+
+FAST = {("qwen_1p5b", "v5e", 2), ("llama3p2_1b", "h100", 2)}
+CASES = [
+    pytest.param(Case(*case), id="-".join(map(str, case)), marks=[] if case in FAST else [pytest.mark.slow])
+    for case in itertools.product(programs.MODELS, ("v5e", "v5p", "v6e", "h100"), (1, 2))
+]
+OTHERS = [
+    pytest.param(Case("llama3p2_1b", "v5e", 2, aligned=False, kv_dtype="int8"), id="llama-v5e-slots-int8"),
+    pytest.param(Case("qwen_1p5b", "v6e", 1, aligned=False, top_p=0.9), id="qwen-v6e-slots-top_p"),
+    pytest.param(Case("qwen_1p5b", "h100", 1, aligned=False, kv_dtype="int8"), id="qwen-h100-slots-int8"),
+]
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}
+
+rollout = functools.cache(programs.rollout)
+
+
+def sizes(text: str) -> dict[str, int]:
+    """Elements of every array shape that a compiled program's text names."""
+    shapes = set(re.findall(r"(?:f32|bf16|f16|s32|u32|s8|u8|pred)\[([\d,]+)\]", text))
+    return {shape: functools.reduce(lambda a, b: a * int(b), shape.split(","), 1) for shape in shapes}
+
+
+def copies(text: str, least: int) -> list[str]:
+    """Instructions that copy or transpose at least so many bytes."""
+    found = []
+    for kind, dims, op in re.findall(r" = (\w+)\[([\d,]+)\]\S* (copy|transpose)\(", text):
+        if (
+            kind in BYTES
+            and BYTES[kind] * functools.reduce(lambda a, b: a * int(b), dims.split(","), 1) >= least
+        ):
+            found.append(f"{op} of {kind}[{dims}]")
+    return found
+
+
+def check_segment(case: Case) -> None:
+    setting = case.setting
+    config, spec = setting.config, setting.spec
+    made = rollout(case)
+    segment, opened = made["segment"], made["open_slots"].outputs[0]
+    rows = opened.request.shape[1]
+    layer = config.width * config.ffn * 2 // case.tensor  # bytes of a layer's largest matrix, bfloat16
+    # A row's activations in f32, all of a layer's side by side; a matrix on its way in, twice.
+    bound = rows * 4 * (8 * config.width + 6 * config.ffn + 8 * config.heads * config.head_dim) + 2 * layer
+    if spec.top_p < 1:
+        bound += 4 * rows * 4 * config.padded_vocab // case.tensor
+    assert segment.temporaries < bound, f"{segment.temporaries} bytes of temporaries, expected under {bound}"
+    caches = [x for kv in opened.suffix for x in kv.data]
+    local = min(x.size * x.dtype.itemsize for x in caches) // (setting.shards * case.tensor)
+    assert copies(segment.text, local // config.layers) == [], "the cache should be written in place"
+    vocab = config.padded_vocab // case.tensor
+    seen = sizes(segment.text)
+    assert max(seen.values()) < setting.shards * rows * spec.max_new_tokens * config.padded_vocab
+    if spec.uncut:  # the head is fused with the draw: not even one token's logits are there
+        assert not {f"{rows},{vocab}", f"{vocab},{rows}"} & seen.keys()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rollout_compiles(case):
+    check_segment(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS)
+def test_rollouts_of_other_kinds_compile(case):
+    check_segment(case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scoring_compiles(case):
+    config = case.model
+    cfg = programs.CONFIGS[case.name].get_config()
+    made = programs.scoring(case)
+    shards = case.layout.batch_shards
+    rows, tokens = cfg.policy.microbatch // shards, cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    vocab = config.padded_vocab // case.tensor
+    seen = sizes(made.text)
+    whole = cfg.data.prompts_per_step * cfg.rollout.group_size // shards * cfg.rollout.max_new_tokens
+    assert max(seen.values()) < whole * vocab
+    # A microbatch's activations in f32, a layer's side by side, the head gathered, two layers' weights on their way in.
+    layer = 2 * (config.width * (3 * config.ffn + 2 * (config.heads + config.kv_heads) * config.head_dim))
+    bound = rows * tokens * 4 * (8 * config.width + 4 * config.ffn + 4 * config.heads * config.head_dim)
+    bound += 2 * layer + 3 * 4 * config.width * vocab
+    assert made.temporaries < bound, f"{made.temporaries} bytes of temporaries, expected under {bound}"
