@@ -16,6 +16,9 @@ def model_source() -> ConfigDict:
     c.weights = "random"
     c.tokenizer = ""  # a directory, a hub id or a .model file; "" takes the one that comes with the weights
     c.num_layers = 0  # keep only the first layers of the trunk; 0 keeps all
+    # The embedding's rows are padded to a multiple: 256 times mesh.tensor lets every shard of the vocabulary be
+    # whole tiles of the kernels.  Padding is never sampled and not exported.
+    c.vocab_multiple = 1
     c.dtype = "float32"  # compute type: float32 or bfloat16 (master weights are always float32)
     c.arch = arch()
     return c
@@ -100,6 +103,8 @@ def get_config() -> ConfigDict:
     c.rollout.memory_gib = 0.0
     c.rollout.segment = 64  # tokens decoded between two looks of the host at whether all have ended
     c.rollout.dtype = "float32"  # of the rollout's weights and activations
+    # auto: Pallas kernels on TPUs and GPUs where they read the model's head_dim, plain XLA elsewhere; xla: that.
+    c.rollout.kernels = "auto"
     c.rollout.kv_dtype = ""  # of the KV cache: float32, bfloat16 or int8; "": as dtype
 
     # --- policy wing ---

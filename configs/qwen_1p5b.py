@@ -27,6 +27,7 @@ def get_config():
     c.rollout.dtype = "bfloat16"
 
     c.policy.weights = "Qwen/Qwen2.5-1.5B-Instruct"
+    c.policy.vocab_multiple = 2048  # for mesh.tensor up to 8
     c.policy.dtype = "bfloat16"
     c.policy.optimiser.lr = 1e-6  # released, like the next five
     c.policy.optimiser.warmup_steps = 20

@@ -123,8 +123,10 @@ def describe_model(section: ConfigDict, name: str, run_dir: Path) -> Model:
     tokenizer = load_tokenizer(section, name, run_dir)
     with boundary(f"{name}.weights={section.weights!r}"):
         if section.weights == "random":
-            return Model(ModelConfig.from_arch(section.arch, tokenizer.vocab_size), tokenizer)
+            config = ModelConfig.from_arch(section.arch, tokenizer.vocab_size, section.vocab_multiple)
+            return Model(config, tokenizer)
         config = weights.read_config(section.weights, section.num_layers)
+        config = dataclasses.replace(config, vocab_multiple=section.vocab_multiple)
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} ids but the embedding {config.vocab_size} rows: set "
@@ -144,7 +146,12 @@ def load_model(
             params = mesh.init_params(keys.stream(seed, f"init_{name}"), specs, layout)
             return model, params, head == "logits"
         loaded = weights.load(
-            section.weights, num_layers=section.num_layers, head=head, layout=layout, seed=seed
+            section.weights,
+            num_layers=section.num_layers,
+            head=head,
+            layout=layout,
+            vocab_multiple=section.vocab_multiple,
+            seed=seed,
         )
         return model, loaded.params, loaded.head_trained
 
@@ -297,9 +304,11 @@ def _reward_wing(
     return wing, optim.init(params, optimiser)
 
 
-def rollout_bounds(cfg: ConfigDict) -> dict[str, float | None]:
-    """What bounds the slots of every rollout."""
-    return dict(max_rows=cfg.rollout.max_rows or None, memory_gib=cfg.rollout.memory_gib or None)
+def rollout_options(cfg: ConfigDict) -> dict[str, float | str | None]:
+    """What holds for every rollout of a run: the bounds of its slots, and its kernels."""
+    r = cfg.rollout
+    implementation = None if r.kernels == "auto" else r.kernels
+    return dict(max_rows=r.max_rows or None, memory_gib=r.memory_gib or None, implementation=implementation)
 
 
 def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> Callable:
@@ -328,7 +337,7 @@ def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> Call
         places = [row for _, _, row, _ in ids]
         rollout = engine.generate(
             params, model.config, layout, rows, places, keys.stream(seed, "assistant", step, attempt), spec,
-            **rollout_bounds(cfg),
+            **rollout_options(cfg),
         )  # fmt: skip
         return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
 

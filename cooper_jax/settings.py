@@ -16,11 +16,12 @@ AT_LEAST_1 = (
     "steps", "data.prompts_per_step", "data.max_prompt_tokens", "data.bucket", "data.synthetic_size",
     "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "policy.epochs", "policy.minibatches",
     "policy.microbatch", "reward.microbatch", "reward.max_tokens", "pairs.per_prompt", "pairs.tries",
+    "policy.vocab_multiple", "reward.vocab_multiple", "assistant.vocab_multiple",
     "warmup.policy_batch", "warmup.reward_batch", "checkpoint.every", "eval.problems", "eval.samples",
 )  # fmt: skip
 AT_LEAST_0 = (
-    "seed", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps", "checkpoint.keep", "eval.every",
-    "log.samples", "log.samples_every",
+    "seed", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps",
+    "checkpoint.keep", "eval.every", "log.samples", "log.samples_every",
 )  # fmt: skip
 
 
@@ -54,6 +55,7 @@ def check(cfg: ConfigDict) -> None:
         "probabilities over the whole vocabulary, so training samples from it too; set top_k=0, top_p=1.0 and "
         "min_p=0.0 (evaluation has its own)",
     )
+    need(r.kernels in ("auto", "xla"), f"rollout.kernels={r.kernels!r}: it is auto or xla")
     need(r.temperature > 0, f"rollout.temperature={r.temperature}: training samples, so it must be above 0")
     for name in AT_LEAST_1:
         value = functools.reduce(getattr, name.split("."), cfg)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from cooper_jax.assembly import Cooper, State, rollout_bounds
+from cooper_jax.assembly import Cooper, State, rollout_options
 from cooper_jax.data import packing, prompts
 from cooper_jax.policy import grpo
 from cooper_jax.reward import pairs
@@ -65,7 +65,7 @@ def sample(
 
     rollout = engine.generate(
         state.policy.params, model.config, cooper.layout, prompt_tokens, positions, key, spec,
-        on_groups=on_groups if on_prompt else None, report=report, **rollout_bounds(cooper.cfg),
+        on_groups=on_groups if on_prompt else None, report=report, **rollout_options(cooper.cfg),
     )  # fmt: skip
     return rollout, text(rollout)
 
@@ -83,7 +83,7 @@ def sample_held_out(cooper: Cooper, state: State) -> list[Completion]:
     key = keys.stream(cooper.cfg.seed, "evaluation")
     rollout = engine.generate(
         state.policy.params, model.config, cooper.layout, cooper.held_out_prompts,
-        range(len(cooper.held_out)), key, spec, **rollout_bounds(cooper.cfg),
+        range(len(cooper.held_out)), key, spec, **rollout_options(cooper.cfg),
     )  # fmt: skip
     return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
 

@@ -27,6 +27,7 @@ from cooper_jax.data import problems as problem_sets
 from cooper_jax.evaluate import evaluate
 from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.reward import verifier_model
+from cooper_jax.rollout import engine
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.metrics import Phases, Progress
 from cooper_jax.runtime.rundir import Run, run_path
@@ -206,10 +207,12 @@ def describe(cooper: Cooper) -> str:
             (cooper.train, cooper.held_out), ("problems", "held out"), cooper.dropped, strict=True
         )
     )
+    kernels = cfg.rollout.kernels
+    kernels = engine.kernels_of(config, cooper.layout) if kernels == "auto" else kernels
     if not (cfg.eval.every and cooper.held_out):
         held_out = "no evaluation" + (" (data.eval is empty)" if cfg.eval.every else "")
     return (
         f"{cfg.name}: arm {cfg.reward.arm}, {config.family} of {config.layers} layers x {config.width}, "
         f"{problems}, {held_out}, {cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses a step, "
-        f"mesh {mesh}"
+        f"mesh {mesh}, kernels {kernels}"
     )

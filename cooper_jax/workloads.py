@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax.assembly import rollout_bounds
+from cooper_jax.assembly import rollout_options
 from cooper_jax.data import packing
 from cooper_jax.model import floor, transformer, weights
 from cooper_jax.model.config import ModelConfig
@@ -108,12 +108,13 @@ def load_model(
     """The model of a section, without a tokenizer."""
     with boundary(f"{name}.weights={section.weights!r} cannot be had"):
         if section.weights == "random":
-            config = ModelConfig.from_arch(section.arch, section.arch.vocab_size)
+            config = ModelConfig.from_arch(section.arch, section.arch.vocab_size, section.vocab_multiple)
             specs = transformer.param_specs(config, head)
             return config, mesh.init_params(keys.stream(seed, f"init_{name}"), specs, layout)
         loaded = weights.load(
-            section.weights, num_layers=section.num_layers, head=head, layout=layout, seed=seed
-        )
+            section.weights, num_layers=section.num_layers, head=head, layout=layout,
+            vocab_multiple=section.vocab_multiple, seed=seed,
+        )  # fmt: skip
         return loaded.config, loaded.params
 
 
@@ -166,7 +167,7 @@ def _rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: b
     def generate(repetition, spec, limits):
         rollout = engine.generate(
             params, config, layout, prompts, range(len(prompts)), keys.stream(cfg.seed, "rollout", repetition),
-            spec, limits=limits, **rollout_bounds(cfg),
+            spec, limits=limits, **rollout_options(cfg),
         )  # fmt: skip
         jax.block_until_ready(rollout)
 

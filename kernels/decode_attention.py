@@ -33,6 +33,15 @@ MOST_ROWS = 16  # and where all samples of a prompt are there
 LOWEST = -1e38  # the least maximum: differences of two stay finite, and e^(-inf - maximum) is 0
 
 
+def reads(implementation: str, head_dim: int) -> bool:
+    """Whether a form reads caches of this head_dim."""
+    if implementation.startswith("tpu"):
+        return head_dim % 64 == 0
+    if implementation.startswith("triton"):
+        return head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    return True
+
+
 class Schedule(NamedTuple):
     """Which row reads which prompt, and the order in which kernels take them."""
 

@@ -25,7 +25,7 @@ from kernels import gumbel, online
 
 ROWS = {"draw": 64, "greedy": 64, "score": 128}  # hashing wants registers
 DEPTH_BYTES = 128  # of a row of a factor, loaded at a time
-PROGRAMS = 528  # at least: four for each of an H100's multiprocessors, which even out at the end
+PROGRAMS = 528  # about: four for each of an H100's multiprocessors, which even out at the end
 WARPS = 8
 
 

@@ -152,8 +152,12 @@ def decode_attend(
     implementation: str,
 ) -> jax.Array:
     """`decode_attention`, its kernels run once a shard of rows and key/value heads."""
-    if layout is None or implementation == "xla":
-        return decode_attention(q, prompt, suffix, plan, first, last, layer, implementation=implementation)
+    attend = functools.partial(decode_attention, implementation=implementation)
+    if implementation == "xla":
+        return attend(q, prompt, suffix, plan, first, last, layer)
+    last, layer = jnp.asarray(last), jnp.asarray(layer)  # of a stack of one, the layer is a plain 0
+    if layout is None:
+        return attend(q, prompt, suffix, plan, first, last, layer)
     batch = layout.spec(("batch",))[0]
     # Heads are cut where the cache's are; where those do not divide, each shard computes all of them.
     heads = layout.spec(("kv_heads",), (suffix.data[0].shape[2],))[0]
@@ -163,12 +167,10 @@ def decode_attend(
 
     def run(q, prompt, suffix, plan, first, last, layer):
         plan = jax.tree.map(lambda x: x[0], plan)
-        return decode_attention(q, prompt, suffix, plan, first, last, layer, implementation=implementation)
+        return attend(q, prompt, suffix, plan, first, last, layer)
 
     specs = (queries, cache, cache, rows, rows, one, one)
-    return by_shard(run, layout, specs, queries)(
-        q, prompt, suffix, plan, first, jnp.asarray(last), jnp.asarray(layer)
-    )
+    return by_shard(run, layout, specs, queries)(q, prompt, suffix, plan, first, last, layer)
 
 
 def by_shard(run: Callable, layout: Layout, in_specs, out_specs) -> Callable:

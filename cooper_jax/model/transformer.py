@@ -223,7 +223,7 @@ def split_layers(layers: Params, config: ModelConfig) -> tuple[Params, ...]:
     """
     if config.layers > LAYERS_ALONE:
         return (layers,)
-    return tuple(jax.tree.map(lambda x: x[i : i + 1], layers) for i in range(config.layers))
+    return tuple(jax.tree.map(lambda x, i=i: x[i : i + 1], layers) for i in range(config.layers))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -1,17 +1,17 @@
 """Sample G responses to each prompt: prompts in as token ids, a `Rollout` of arrays out.
 
 1. The weights are cast once (`rollout_weights`), and gathered from the axis that shards them for training.
-2. Prompts are prefilled once each, in chunks of like length (plan.py); every (prompt, sample) is a request, and its
-   first token is drawn from its prompt's last hidden state.
-3. Requests are decoded in slots: `max_rows` of them, as many as `memory_gib` has room for, or one each.  A slot whose
-   request has ended takes the next by an index (slots.py): long responses hold up nobody.
+2. Prompts are prefilled once each, in chunks of like length (plan.py); every (prompt, sample) is a request, and
+   its first token is drawn from its prompt's last hidden state.
+3. Requests are decoded in slots: `max_rows` of them, as many as `memory_gib` has room for, or one each.  A slot
+   whose request has ended takes the next by an index (slots.py): long responses hold up nobody.
 4. Decoding runs in jitted segments of at most `spec.segment` tokens whose state is donated.  After each, the host
    reads one small array and refills idle slots, moves the last live ones into half as many, or stops.
 
 Compiled once for each size: prompts are padded to a multiple of 32 tokens and their number to three significant
 bits (1 to 8, 10, 12, 14, 16, 20, ...) times the layout's batch shards; so are the columns of the cache, which
-plain XLA reads whole and which therefore grow with the oldest response.  Kernels read what they need: theirs have all
-columns from the start, and one program decodes them all.  Padding prompts ask for nothing and are cropped.
+plain XLA reads whole and which therefore grow with the oldest response.  Kernels read what they need: theirs have
+all columns from the start, and one program decodes them all.  Padding prompts ask for nothing and are cropped.
 
 An EOS is inside the mask when it was sampled, nothing after it is; truncated rows have no EOS.  A row's random bits
 depend on the key, its prompt's position in the data order, its sample index and the token's index alone: not on
@@ -39,6 +39,7 @@ from cooper_jax.rollout.slots import Setting
 from cooper_jax.runtime.mesh import Layout, shardings
 from cooper_jax.types import Completion, Metrics, Params, Rollout
 from kernels import platform
+from kernels.decode_attention import reads
 
 # The rows of some prompts, as soon as all of them have ended: (their places among the prompts, their rows).
 OnGroups = Callable[[list[int], Rollout], None]
@@ -70,7 +71,7 @@ def generate(
     memory_gib: what weights, caches and slots may take of one device; the slots are as many as fit.
     on_groups: is given each prompt's rows, on the host, while others are still decoded; each prompt once.
     report: is given `rollout/*` metrics at the end: how evenly the work lay on slots and shards.
-    implementation: of the kernels (kernels/platform.py); None: that of the layout's devices.
+    implementation: of the kernels (kernels/platform.py); None: `kernels_of`.
 
     Raises ValueError for prompts that are missing, empty or outside the vocabulary and for memory in which no slot
     fits, and FloatingPointError when a live row's logits are not finite.
@@ -79,7 +80,7 @@ def generate(
     limits = np.full(rows, spec.max_new_tokens) if limits is None else np.asarray(limits)
     _check(config, prompts, positions, limits, spec)
     if implementation is None:
-        implementation = platform.default(None if layout is None else layout.platform)
+        implementation = kernels_of(config, layout)
     setting = Setting(config, layout, spec, implementation)
     size = plan.bucket(-(-len(prompts) // setting.shards))  # prompts a shard
     weights = rollout_weights(params, config, layout, spec.dtype)
@@ -96,6 +97,12 @@ def generate(
     watch = None if on_groups is None else _Watch(on_groups, len(prompts), spec)
     requests = _decode(weights, ready, requests, slots, setting, watch, report)
     return _rollout(requests, rows, spec)
+
+
+def kernels_of(config: ModelConfig, layout: Layout | None) -> str:
+    """The kernels of the layout's devices where they can read the model's head_dim, otherwise plain XLA."""
+    own = platform.default(None if layout is None else layout.platform)
+    return own if reads(own, config.head_dim) else "xla"
 
 
 def rollout_weights(params: Params, config: ModelConfig, layout: Layout | None, dtype: str) -> Params:
@@ -153,7 +160,7 @@ def _slots_a_shard(weights, setting: Setting, prompts, size: int, max_rows, memo
     if memory_gib is not None:
         needs = plan.memory(
             weights, setting.config, setting.layout, setting.form,
-            prompts=size, width=plan.prompt_width(max(map(len, prompts))), group=spec.group_size,
+            prompts=size, width=_width(setting, prompts), group=spec.group_size,
             new_tokens=spec.max_new_tokens, columns=_columns(setting, waiting=True),
             own_prompts=setting.implementation == "xla",
         )  # fmt: skip
@@ -169,12 +176,16 @@ def _columns(setting: Setting, waiting: bool) -> int:
     """
     columns = max(setting.spec.max_new_tokens - 1, 1)
     columns += max(setting.spec.segment, columns // 4) if waiting else 0
-    multiple = 1 if setting.implementation == "xla" else plan.COLUMN_MULTIPLE
+    multiple = plan.column_multiple(setting.form)
     return -(-columns // multiple) * multiple
 
 
+def _width(setting: Setting, prompts) -> int:
+    return plan.prompt_width(max(map(len, prompts)), plan.column_multiple(setting.form))
+
+
 def _prefill(weights, setting: Setting, prompts, size: int) -> programs.Prompts:
-    width = plan.prompt_width(max(map(len, prompts)))
+    width = _width(setting, prompts)
     ready = programs.no_prompts(weights, size=size, width=width, setting=setting)
     for chunk in plan.chunks(prompts, setting.shards, size, width):
         arrays = _put((chunk.tokens, chunk.lengths, chunk.source), setting.layout)
@@ -245,19 +256,14 @@ class _Watch:
 
     def look(self, slots, requests) -> None:
         group = self.spec.group_size
-        going = np.asarray(_going(slots, requests, group))
+        going = programs.waiting_or_live(slots.request, slots.taken, requests.queue, requests.queued)
+        going = np.asarray(going).reshape(-1, group).any(axis=1)  # bool[B]
         ready = [i for i in self.left if not going[i]]
         if not ready:
             return
         self.left = [i for i in self.left if going[i]]
         rows = np.asarray(ready)[:, None] * group + np.arange(group)[None, :]
         self.on_groups(ready, jax.device_get(_take_rows(requests, rows.reshape(-1), self.spec)))
-
-
-@jax.jit(static_argnums=2)
-def _going(slots, requests, group: int) -> jax.Array:
-    """bool[B]: prompts of which a request has not ended."""
-    return programs.waiting_or_live(slots, requests).reshape(-1, group).any(axis=1)
 
 
 def _take_rows(requests: programs.Requests, rows: np.ndarray, spec: SamplingSpec) -> Rollout:

@@ -22,7 +22,6 @@ from cooper_jax.types import Params
 from kernels.kv import Format
 
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of so many tokens
-COLUMN_MULTIPLE = 32  # so are the columns that kernels read: a tile of the narrowest type
 PREFILL_TOKENS = 4096  # of one prefill, a shard
 FEWEST_SLOTS = 8  # a shard's slots are not halved below this many
 GIB = 2**30
@@ -34,9 +33,15 @@ def bucket(n: int) -> int:
     return -(-n // step) * step
 
 
-def prompt_width(longest: int) -> int:
-    """Tokens that every prompt has room for: a bucket of multiples of 32."""
-    return bucket(-(-longest // PROMPT_MULTIPLE)) * PROMPT_MULTIPLE
+def column_multiple(form: Format) -> int:
+    """What a cache's columns are a multiple of: kernels copy whole tiles, and int8's scales lie along 128 lanes."""
+    return 1 if not form.packed else 128 if form.dtype == "int8" else 32
+
+
+def prompt_width(longest: int, multiple: int = 1) -> int:
+    """Tokens that every prompt has room for: a bucket of multiples of 32, or of `multiple` where that is more."""
+    multiple = max(PROMPT_MULTIPLE, multiple)
+    return bucket(-(-longest // multiple)) * multiple
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,13 +117,13 @@ def status(slots: Slots, requests: Requests) -> jax.Array:
     return jnp.stack([x.astype(jnp.int32) for x in counts])
 
 
-def waiting_or_live(slots: Slots, requests: Requests) -> jax.Array:
-    """bool[D, R]: requests that have not ended."""
-    shards, each = requests.count.shape
-    place = jnp.argsort(requests.queue, axis=1)  # in the queue
-    waits = (place >= slots.taken[:, None]) & (place < requests.queued[:, None])
-    live = jnp.zeros((shards, each), bool)
-    return waits | jax.vmap(lambda x, at: x.at[at].set(True, mode="drop"))(live, slots.request)
+@jax.jit
+def waiting_or_live(request, taken, queue, queued) -> jax.Array:
+    """bool[D, R]: requests that have not ended, from fields of `Slots` and `Requests`: not of the caches' sizes."""
+    place = jnp.argsort(queue, axis=1)  # in the queue
+    waits = (place >= taken[:, None]) & (place < queued[:, None])
+    live = jnp.zeros(queue.shape, bool)
+    return waits | jax.vmap(lambda x, at: x.at[at].set(True, mode="drop"))(live, request)
 
 
 # --- programs --------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def no_prompts(weights, *, size: int, width: int, setting: Setting) -> Prompts:
 
 @functools.partial(jax.jit, static_argnames="setting", donate_argnames="prompts")
 def prefill(weights, prompts, tokens, lengths, source, *, setting: Setting) -> Prompts:
-    """Run a chunk of prompts (`plan.Chunk`: tokens i32[D * b, p], lengths, source i32[B]) and put it in its place."""
+    """Run a chunk of prompts (`plan.Chunk`: tokens i32[D * b, p], lengths, source i32[B]) and put it into place."""
     s = setting
     hidden, kv = transformer.prefill(
         weights, s.config, tokens, lengths, dtype=jnp.dtype(s.spec.dtype), form=s.form, layout=s.layout
@@ -151,7 +151,8 @@ def prefill(weights, prompts, tokens, lengths, source, *, setting: Setting) -> P
     def put(old, new):  # prompts on axis 1
         new = _take_rows(new, index)
         new = jnp.pad(
-            new, [(0, o - n if i == 3 else 0) for i, (o, n) in enumerate(zip(old.shape, new.shape))]
+            new,
+            [(0, o - n if i == 3 else 0) for i, (o, n) in enumerate(zip(old.shape, new.shape, strict=True))],
         )
         return jnp.where(here.reshape(1, -1, *(1,) * (old.ndim - 2)), new, old)
 
@@ -302,7 +303,7 @@ def compact(slots, requests, prompts, *, size: int, setting: Setting) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("columns", "setting"))
 def resize(slots, by, *, columns: int, setting: Setting) -> Slots:
-    """Move the cache `by` columns to the left, into `columns`: what falls off belonged to requests that have ended."""
+    """Move the cache `by` columns to the left, into `columns`: what falls off belonged to requests that ended."""
 
     def move(x):
         x = jnp.roll(x, -by, axis=3)[:, :, :, :columns]

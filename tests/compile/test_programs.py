@@ -89,7 +89,7 @@ def test_scoring_compiles(case):
     seen = sizes(made.text)
     whole = cfg.data.prompts_per_step * cfg.rollout.group_size // shards * cfg.rollout.max_new_tokens
     assert max(seen.values()) < whole * vocab
-    # A microbatch's activations in f32, a layer's side by side, the head gathered, two layers' weights on their way in.
+    # A microbatch's activations in f32, a layer's side by side; the head gathered; a layer's weights twice.
     layer = 2 * (config.width * (3 * config.ffn + 2 * (config.heads + config.kv_heads) * config.head_dim))
     bound = rows * tokens * 4 * (8 * config.width + 4 * config.ffn + 4 * config.heads * config.head_dim)
     bound += 2 * layer + 3 * 4 * config.width * vocab

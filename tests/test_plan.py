@@ -1,0 +1,131 @@
+"""The sizes of a rollout: chunks of prompts, columns of caches, and the slots that memory has room for."""
+
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_rollouts import TINY, params_of, spec_of
+
+from configs import base
+from cooper_jax.model import transformer
+from cooper_jax.rollout import engine, plan
+from cooper_jax.rollout.slots import Setting
+from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
+from kernels.kv import Format
+
+
+def test_sizes_are_few_and_fit():
+    sizes = {1: 1, 7: 7, 8: 8, 9: 10, 12: 12, 13: 14, 100: 112, 128: 128, 129: 160}
+    assert {n: plan.bucket(n) for n in sizes} == sizes
+    for n in range(1, 3000):
+        assert n <= plan.bucket(n) <= 1.25 * n
+    assert len({plan.bucket(n) for n in range(1024, 2048)}) <= 5
+    assert [plan.prompt_width(n) for n in (1, 32, 33, 256, 257)] == [32, 32, 64, 256, 320]
+    assert [plan.prompt_width(n, 128) for n in (1, 129, 1025)] == [128, 256, 1280]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "kv_dtype", "multiple"),
+    [("xla", "", 1), ("xla", "int8", 1), ("tpu", "", 32), ("tpu", "int8", 128), ("triton", "bfloat16", 32)],
+)
+def test_columns_are_whole_tiles_of_what_reads_them(implementation, kv_dtype, multiple):
+    """One column for each token that is fed, and where requests wait a quarter or a segment more."""
+    for new_tokens, segment, waiting in ((1, 64, 65), (300, 64, 373), (301, 100, 400)):
+        spec = spec_of(max_new_tokens=new_tokens, segment=segment, kv_dtype=kv_dtype)
+        setting = Setting(TINY, None, spec, implementation)
+        for least, columns in (
+            (max(new_tokens - 1, 1), engine._columns(setting, waiting=False)),
+            (waiting, engine._columns(setting, waiting=True)),
+        ):
+            assert least <= columns < least + multiple and columns % multiple == 0
+        width = engine._width(setting, [[1] * 130, [1]])
+        assert width == (256 if multiple == 128 else 160)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=20),
+    shards=st.integers(1, 4),
+    budget=st.sampled_from([32, 96, 256, 4096]),
+)
+def test_chunks_hold_every_prompt_once(lengths, shards, budget):
+    """In the shard that it belongs to, padded to less than twice its length."""
+    prompts = [[i + 1] * n for i, n in enumerate(lengths)]
+    size = plan.bucket(-(-len(prompts) // shards))
+    width = plan.prompt_width(max(lengths))
+    with mock.patch.object(plan, "PREFILL_TOKENS", budget):
+        chunks = list(plan.chunks(prompts, shards, size, width))
+    seen = {}
+    for chunk in chunks:
+        own = chunk.tokens.shape[1]
+        tokens = chunk.tokens.reshape(shards, -1, own)
+        assert own == width or own in [32 * 2**k for k in range(5)]
+        assert tokens.shape[1] == 1 or tokens.shape[1] * own <= budget
+        filled = np.zeros(tokens.shape[:2], bool)
+        for place, row in enumerate(chunk.source):
+            if row < 0:
+                continue
+            shard = place // size
+            seen[place] = seen.get(place, 0) + 1
+            prompt = prompts[place]
+            assert chunk.lengths.reshape(shards, -1)[shard, row] == len(prompt)
+            assert tokens[shard, row].tolist() == prompt + [0] * (own - len(prompt))
+            assert own == 32 or 2 * len(prompt) > own or own == width
+            filled[shard, row] = True
+        assert filled.any() and not tokens[~filled].any()
+        assert (chunk.lengths.reshape(shards, -1)[~filled] == 1).all()
+    assert seen == dict.fromkeys(range(len(prompts)), 1)
+    shapes = {c.tokens.shape for c in chunks}
+    assert len(shapes) == len({shape[1] for shape in shapes}), "one program a width"
+
+
+def test_a_chunk_is_no_longer_than_its_prompts_need():
+    """Widths double from 32 on; the last is that of the cache."""
+    prompts = [[1] * n for n in (3, 32, 33, 64, 65, 150)]
+    chunks = list(plan.chunks(prompts, 1, 6, plan.prompt_width(150)))
+    assert [c.tokens.shape for c in chunks] == [(2, 32), (2, 64), (1, 128), (1, 160)]
+    assert [np.nonzero(c.source >= 0)[0].tolist() for c in chunks] == [[0, 1], [2, 3], [4], [5]]
+
+
+# --- memory ----------------------------------------------------------------------------------------------
+
+
+def test_slots_are_what_the_budget_has_room_for():
+    """12 GiB are there before the first slot; the error names what is needed and what was given."""
+    needs = plan.Memory(weights=8 * plan.GIB, prompts=3 * plan.GIB, requests=plan.GIB, slot=plan.GIB // 4)
+    assert needs.total(4) == 13 * plan.GIB
+    assert [needs.slots(int(gib * plan.GIB)) for gib in (12.25, 12.49, 12.5, 80)] == [1, 1, 2, 272]
+    with pytest.raises(ValueError, match="needs 12.250 GiB .*memory_gib allows 12.188"):
+        needs.slots(int(12.1875 * plan.GIB))
+    with pytest.raises(ValueError, match="weights 8.000, prompts 3.000, requests 1.000, the slot 0.250"):
+        needs.slots(0)
+
+
+@pytest.mark.parametrize("own_prompts", [False, True])
+def test_memory_is_of_one_device(own_prompts):
+    """Weights as they lie there; heads and vocabulary cut over two devices, rows not."""
+    layout = Layout(make_mesh(2, 1, 2, jax.devices()[:4]), tuple(base.get_config().mesh.rules))
+    weights = jax.device_put(params_of(), shardings(layout, transformer.param_specs(TINY)))
+    needs = plan.memory(
+        weights,
+        TINY,
+        layout,
+        Format("int8", packed=True),
+        prompts=3,
+        width=64,
+        group=4,
+        new_tokens=10,
+        columns=20,
+        own_prompts=own_prompts,
+    )
+    norms = 2 * 2 * 16 + 16
+    matrices = 2 * 64 * 16 + 2 * (16 * (16 + 8 + 8 + 16) + 3 * 16 * 24)
+    assert needs.weights == 4 * (norms + matrices // 2)
+    token = 2 * 1 * (2 * 4 + 2 * 4)  # layers, heads, keys and values and their scales
+    assert needs.prompts == 3 * 64 * token
+    assert needs.requests == 3 * 4 * 10 * 8
+    activations = 4 * (4 * 16 + 3 * 24 + 4 * 16 + 3 * 64 // 2)
+    assert needs.slot == (20 + 64 * own_prompts) * token + activations
