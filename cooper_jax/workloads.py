@@ -150,18 +150,24 @@ def policy_batch(cfg: ConfigDict, config: ModelConfig, load: Load, layout: mesh.
 # --- programs --------------------------------------------------------------------------------------------
 
 
+def sampling_spec(cfg: ConfigDict) -> engine.SamplingSpec:
+    """The config's sampling, but that no token ends a response.  Raises SetupError for settings out of range."""
+    r = cfg.rollout
+    with boundary("rollout"):
+        return engine.SamplingSpec(
+            temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p,
+            max_new_tokens=r.max_new_tokens, group_size=r.group_size, eos_ids=(), segment=r.segment,
+            dtype=r.dtype, kv_dtype=r.kv_dtype,
+        )  # fmt: skip
+
+
 def _rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> Program:
     r = cfg.rollout
     config, params = load_model(cfg.policy, "policy", "logits", layout, cfg.seed)
     load = make_load(cfg, config.vocab_size, prompt_tokens, ragged)
     rows = len(load.lengths)
     slots = min(r.max_rows or rows, rows)
-    with boundary("rollout"):
-        spec = engine.SamplingSpec(
-            temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p,
-            max_new_tokens=r.max_new_tokens, group_size=r.group_size, eos_ids=(), segment=r.segment,
-            dtype=r.dtype, kv_dtype=r.kv_dtype,
-        )  # fmt: skip
+    spec = sampling_spec(cfg)
     prompts = load.prompts.tolist()
 
     def generate(repetition, spec, limits):

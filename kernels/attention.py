@@ -21,9 +21,10 @@ import jax.numpy as jnp
 
 from kernels import reference
 
-# Queries a block of the xla form.  The blocks are unrolled, not scanned: a scan would hold one block's scores
-# where XLA:CPU now holds several, but its keys must have one length, which computes the upper triangle too.
-QUERY_BLOCK = 256
+# Blocks of queries of the xla form, at most, and the least queries in one.  They are unrolled, not scanned: a scan
+# would hold one block's scores where XLA:CPU now holds several, but its keys must have one length, which computes
+# the upper triangle too.
+BLOCKS, QUERY_BLOCK = 8, 64
 LANES = 128  # a TPU vector register's width; splash wants token counts in multiples of it
 
 
@@ -32,7 +33,12 @@ def default_implementation(dtype: jnp.dtype, head_dim: int, platform: str | None
     platform = jax.default_backend() if platform is None else platform
     if platform == "tpu":
         return "splash"
-    if platform in ("gpu", "cuda") and dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128:
+    if (
+        platform in ("gpu", "cuda")
+        and dtype in (jnp.bfloat16, jnp.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 128
+    ):
         return "cudnn"
     return "xla"
 
@@ -62,11 +68,12 @@ def attention(
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """The oracle, a block of queries at a time."""
     tokens = q.shape[1]
-    if tokens <= QUERY_BLOCK:
+    size = max(QUERY_BLOCK, -(-tokens // BLOCKS))
+    if tokens <= size:
         return reference.attention(q, k, v)
     out = []
-    for first in range(0, tokens, QUERY_BLOCK):
-        end = min(first + QUERY_BLOCK, tokens)
+    for first in range(0, tokens, size):
+        end = min(first + size, tokens)
         block = jax.checkpoint(functools.partial(reference.attention, first=first))
         out.append(block(q[:, first:end], k[:, :end], v[:, :end]))
     return jnp.concatenate(out, axis=1)

@@ -3,8 +3,8 @@
     o = (sum_p e^(z_p - m) v_p + sum_s e^(z_s - m) v_s) / (sum_p e^(z_p - m) + sum_s e^(z_s - m))
     z = q k / sqrt(h)    m = max z
 
-1. `schedule`, once while rows keep their prompts: rows of one prompt are put side by side, in tiles of at most
-   `rows`, so that a tile reads its prompt's keys once.
+1. `schedule` (schedule.py), once while rows keep their prompts: rows of one prompt are put side by side, in tiles of
+   at most `rows`, so that a tile reads its prompt's keys once.
 2. `decode_attention`, for every token and layer: takes the stacked caches whole and the layer as an index, so that
    no layer is ever copied out.
 
@@ -20,17 +20,12 @@ g = H / K, h head_dim, P prompt keys, W suffix columns.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from kernels import platform
 from kernels.kv import KV
-
-ROWS = 8  # slots of a tile where nothing is known of the rows
-MOST_ROWS = 16  # and where all samples of a prompt are there
-LOWEST = -1e38  # the least maximum: differences of two stay finite, and e^(-inf - maximum) is 0
+from kernels.schedule import LOWEST, Schedule, own_length
 
 
 def reads(implementation: str, head_dim: int) -> bool:
@@ -40,61 +35,6 @@ def reads(implementation: str, head_dim: int) -> bool:
     if implementation.startswith("triton"):
         return head_dim >= 16 and head_dim & (head_dim - 1) == 0
     return True
-
-
-class Schedule(NamedTuple):
-    """Which row reads which prompt, and the order in which kernels take them."""
-
-    prompt_of: jax.Array  # i32[N], or i32[B, G] where rows are prompt-major; -1: none
-    lengths: jax.Array  # i32[B]: prompt keys that are real
-    rows: jax.Array  # i32[T, R]: the row of each slot, or -1; T is even
-    slot_of: jax.Array  # i32[N]: the inverse
-    tile_prompt: jax.Array  # i32[T]: the one prompt that a tile's rows read
-    tile_length: jax.Array  # i32[T]: its real keys; 0: no prompt
-
-
-def schedule(
-    prompt_of: jax.Array,  # i32[N]: the prompt whose keys each row reads; -1: none
-    lengths: jax.Array,  # i32[B]: prompt keys that are real, 0 allowed
-    *,
-    samples: int | None = None,
-    rows: int | None = None,
-) -> Schedule:
-    """Constant until a row gets another prompt.
-
-    samples: promises that row n reads prompt n // samples.  rows: slots of a tile, for tests.
-    """
-    n, prompts = prompt_of.shape[0], lengths.shape[0]
-    prompt_of, lengths = prompt_of.astype(jnp.int32), lengths.astype(jnp.int32)
-    if samples is None:
-        size = rows or ROWS
-        # Each class of rows (a prompt's, or the idle ones) fills its tiles but for at most size - 1 slots.
-        tiles = min(n, (n + (prompts + 1) * (size - 1)) // size)
-    else:
-        if n != prompts * samples:
-            raise ValueError(f"{n} rows are not {samples} samples of each of {prompts} prompts")
-        size = rows or -(-samples // -(-samples // MOST_ROWS))
-        tiles = prompts * -(-samples // size)
-    tiles += tiles % 2  # two cores share them evenly
-
-    kind = jnp.where(prompt_of < 0, prompts, prompt_of)
-    order = jnp.argsort(kind, stable=True)
-    count = jnp.zeros(prompts + 1, jnp.int32).at[kind].add(1)
-    rank = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n) - (jnp.cumsum(count) - count)[kind[order]])
-    needed = -(-count // size)
-    tile = (jnp.cumsum(needed) - needed)[kind] + rank // size
-    slot_of = tile * size + rank % size
-    slots = jnp.full(tiles * size, -1, jnp.int32).at[slot_of].set(jnp.arange(n, dtype=jnp.int32))
-    tile_prompt = jnp.zeros(tiles, jnp.int32).at[tile].set(jnp.maximum(prompt_of, 0))
-    tile_length = jnp.zeros(tiles, jnp.int32).at[tile].set(_own_length(prompt_of, lengths))
-    return Schedule(
-        prompt_of=prompt_of if samples is None else prompt_of.reshape(prompts, samples),
-        lengths=lengths,
-        rows=slots.reshape(tiles, size),
-        slot_of=slot_of,
-        tile_prompt=tile_prompt,
-        tile_length=tile_length,
-    )
 
 
 def decode_attention(
@@ -140,7 +80,7 @@ def _xla(q, prompt, suffix, plan, first, last, layer, key_len):
     if plan.prompt_of.ndim == 2:
         lengths, samples = plan.lengths, plan.prompt_of.shape[1]
     else:  # a copy of its prompt for every row
-        lengths, samples = _own_length(plan.prompt_of, plan.lengths), 1
+        lengths, samples = own_length(plan.prompt_of, plan.lengths), 1
         prompt = jax.tree.map(lambda x: x[jnp.maximum(plan.prompt_of, 0)], prompt)
     (pk, pv), (sk, sv) = _halves(prompt, q.dtype), _halves(suffix, q.dtype)
     kv_heads = sk.shape[1]
@@ -203,11 +143,6 @@ def _halves(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 def _scaled(x: jax.Array, kv: KV, which: int) -> jax.Array:
     """x [.., K, m, W] times the scales [.., K, W] of k (0) or v (1)."""
     return x * kv.scales[which][..., None, :] if kv.scales else x
-
-
-def _own_length(prompt_of: jax.Array, lengths: jax.Array) -> jax.Array:
-    """i32[N]: keys of each row's prompt."""
-    return jnp.where(prompt_of < 0, 0, lengths[jnp.maximum(prompt_of, 0)])
 
 
 def _by_prompt(x: jax.Array, samples: int) -> jax.Array:

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.decode_attention import LOWEST, Schedule
 from kernels.kv import KV
+from kernels.schedule import LOWEST, Schedule
 
 LANES = 128
 SUBLANES = 8

@@ -17,11 +17,12 @@ from kernels import decode_attention as face
 from kernels import decode_attention_tpu as tpu
 from kernels import decode_attention_triton as triton
 from kernels import kv as caches
+from kernels.schedule import schedule
 
 LAYERS, LAYER = 2, 1
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 1e-5}  # int8: against its own dequantised values
 KERNELS = ("tpu_interpret", "triton_interpret")
-scheduled = jax.jit(face.schedule, static_argnames=("samples", "rows"))
+scheduled = jax.jit(schedule, static_argnames=("samples", "rows"))
 
 
 class Case(NamedTuple):
@@ -105,7 +106,7 @@ def attend(form, arrays, case, *, samples=None, slots=None, block=None, key_len=
 
     @jax.jit
     def run(q, prompt, suffix, prompt_of, lengths, first, last, layer):
-        plan = face.schedule(prompt_of, lengths, samples=samples, rows=slots)
+        plan = schedule(prompt_of, lengths, samples=samples, rows=slots)
         return call(q, prompt, suffix, plan, first, last, layer)
 
     out = run(*arrays, case.prompt_of, case.lengths, case.first, jnp.int32(case.last), jnp.int32(LAYER))
@@ -344,7 +345,7 @@ def test_errors_name_the_fix():
     with pytest.raises(ValueError, match="multiple of 128"):
         attend("tpu_interpret", stored(case, "int8")[0], case, block=16)
     with pytest.raises(ValueError, match="samples"):
-        face.schedule(case.prompt_of, case.lengths, samples=2)
+        schedule(case.prompt_of, case.lengths, samples=2)
 
 
 def test_triton_takes_narrower_heads():

@@ -18,9 +18,10 @@ from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
 from kernels.attention import attention, default_implementation
-from kernels.decode_attention import Schedule, decode_attention, schedule
+from kernels.decode_attention import decode_attention
 from kernels.kv import KV
 from kernels.matmul import matmul
+from kernels.schedule import Schedule, schedule
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]  # [..., D], [D, F] -> [..., F]
 Rope = tuple[jax.Array, jax.Array]  # cos and sin, f32[..., h / 2] each

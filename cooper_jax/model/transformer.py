@@ -22,10 +22,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import (
     attend,
+    by_shard,
     cast_layers,
     decode_attend,
     finish_layer,
@@ -37,9 +39,11 @@ from cooper_jax.model.layers import (
 )
 from cooper_jax.runtime.mesh import Layout, ParamSpec
 from cooper_jax.types import Params
-from kernels.decode_attention import Schedule
+from kernels import platform
+from kernels.head import head_logprobs
 from kernels.kv import KV, Format, pack, zeros
 from kernels.matmul import matmul, matmul_cpu
+from kernels.schedule import Schedule
 
 
 def param_specs(config: ModelConfig, head: str = "logits") -> Params:
@@ -169,34 +173,35 @@ def token_logprobs(
     targets: jax.Array,  # i32[N, T]
     *,
     temperature: float = 1.0,
-    chunk: int = 128,
+    layout: Layout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(logits / temperature) at the targets, and that distribution's entropy in nats.
 
-    -> (logprobs f32[N, T], entropy f32[N, T]); no gradient flows through the entropy.  Logits exist for
-    `chunk` positions of each row at a time, [N, chunk, V] in f32, and again in the backward pass.
+    -> (logprobs f32[N, T], entropy f32[N, T]); no gradient flows through the entropy.  Logits exist a chunk of
+    the vocabulary at a time; over a mesh, each device takes its rows and its part of the vocabulary.
     """
-    n, tokens, width = hidden.shape
-    chunk = min(chunk, tokens)
-    pieces = -(-tokens // chunk)
-    extra = pieces * chunk - tokens
-    hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0))).reshape(n, pieces, chunk, width).swapaxes(0, 1)
-    targets = jnp.pad(targets, ((0, 0), (0, extra))).reshape(n, pieces, chunk).swapaxes(0, 1)
-    columns = jnp.arange(config.padded_vocab)[None, None, :]
+    head = head_matrix(params, config)  # as it is kept, so that its gradient adds up in that type
+    batch, vocab = None, None
+    if layout is not None:
+        batch, vocab = layout.spec(("batch",))[0], layout.spec(("vocab",), head.shape)[0]
+        vocab = vocab if layout.ways(vocab) > 1 else None
 
-    # The head is cast inside the loop, so that its gradient accumulates over the chunks in f32.
-    @jax.checkpoint
-    def one(piece):
-        z = logits(params, config, piece[0]) / temperature  # f32[N, chunk, V]
-        lse = jax.nn.logsumexp(z, axis=-1)
-        # A masked sum and not a gather: its transpose is elementwise, and vocabulary shards just add.
-        chosen = jnp.sum(jnp.where(columns == piece[1][:, :, None], z, 0.0), axis=-1)
-        p = jnp.exp(z - lse[:, :, None])
-        entropy = lse - jnp.sum(p * jnp.where(columns < config.vocab_size, z, 0.0), axis=-1)
-        return chosen - lse, jax.lax.stop_gradient(entropy)
+    def run(hidden, head, targets):
+        logprobs, entropy = head_logprobs(
+            hidden.reshape(-1, hidden.shape[-1]),
+            head,
+            targets.reshape(-1),
+            temperature=temperature,
+            vocab_size=config.vocab_size,
+            axis_name=vocab,
+            implementation=platform.default(layout and layout.platform),
+        )
+        return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
 
-    logprobs, entropy = jax.lax.map(one, (hidden, targets))  # f32[pieces, N, chunk] each
-    return tuple(x.swapaxes(0, 1).reshape(n, pieces * chunk)[:, :tokens] for x in (logprobs, entropy))
+    if layout is not None:
+        rows = PartitionSpec(batch)
+        run = by_shard(run, layout, (rows, PartitionSpec(vocab), rows), rows)
+    return run(hidden, head, targets)
 
 
 def score(params: Params, config: ModelConfig, hidden: jax.Array, valid: jax.Array) -> jax.Array:

@@ -58,7 +58,9 @@ def response_logprobs(
     tokens = jnp.where(valid, tokens, 0)
     hidden = transformer.trunk(params, config, tokens, valid, dtype=dtype, remat=remat, layout=layout)
     hidden = hidden[:, s - width - 1 : s - 1]
-    return transformer.token_logprobs(params, config, hidden, tokens[:, s - width :], temperature=temperature)
+    return transformer.token_logprobs(
+        params, config, hidden, tokens[:, s - width :], temperature=temperature, layout=layout
+    )
 
 
 def make_logprobs(

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels import decode_attention as face
 from kernels import kv as caches
+from kernels.schedule import schedule
 
 LAYERS, ROWS, PROMPTS, PROMPT_COLUMNS, SUFFIX_COLUMNS = (
     4,
@@ -69,7 +70,7 @@ def compiled(chip, heads, dtype, *, shards=(1, 1), loop=False, samples=None):
     rows = P("data")
 
     def step(q, new, prompt, suffix, prompt_of, lengths, first, last):
-        plan = face.schedule(prompt_of, lengths, samples=samples)
+        plan = schedule(prompt_of, lengths, samples=samples)
         kernel = "triton" if chip == "h100" else "tpu"
 
         def layer(i, carry):

@@ -1,0 +1,89 @@
+"""Draws one rollout twice, the second time with some fields changed, and lists where the two part.
+
+    python launch/compare_rollouts.py --config=configs/tiny.py --other=rollout.max_rows=24 --other=rollout.segment=5
+    python launch/compare_rollouts.py --config=configs/tiny.py --other=mesh.data=2 --other=mesh.fsdp=2
+
+Random bits depend on (seed, step, prompt, sample, position) alone, but logits change in their last bits with the
+batch and the mesh, so a draw that was near another token may fall on it, and the row goes on otherwise.  Each line
+is a row's first such token with its margin (cooper_jax/rollout/differences.py): small ones are rounding.  Prompts
+are random tokens, as in launch/bench.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ast
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from cooper_jax import assembly, settings, workloads
+from cooper_jax.rollout import engine
+from cooper_jax.rollout.differences import first_differences
+from cooper_jax.runtime import keys
+from cooper_jax.settings import SetupError, boundary
+from launch.train import CONFIG, TRACEBACK, parse_flags
+
+OTHER = flags.DEFINE_multi_string("other", [], "A field of the second rollout's config: rollout.max_rows=24.")
+
+
+def changed(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
+    """A copy of cfg with `field=value` set.  Raises SetupError for a field that it does not have."""
+    cfg = cfg.copy_and_resolve_references()
+    for assignment in assignments:
+        name, _, value = assignment.partition("=")
+        with boundary(f"--other={assignment}"):
+            *path, leaf = name.split(".")
+            section = cfg
+            for part in path:
+                section = section[part]
+            kind = type(section[leaf])
+            section[leaf] = value if kind is str else kind(ast.literal_eval(value))
+    return cfg
+
+
+def rollout(cfg: ConfigDict, key):
+    """One step's rollout under cfg, with its inputs."""
+    settings.check(cfg)
+    layout = assembly.make_layout(cfg)
+    config, params = workloads.load_model(cfg.policy, "policy", "logits", layout, cfg.seed)
+    load = workloads.make_load(cfg, config.vocab_size, cfg.data.max_prompt_tokens, ragged=False)
+    prompts, spec = load.prompts.tolist(), workloads.sampling_spec(cfg)
+    options = assembly.rollout_options(cfg)
+    with boundary("rollout"):
+        drawn = engine.generate(params, config, layout, prompts, range(len(prompts)), key, spec, **options)
+    fused = spec.uncut and (options["implementation"] or engine.kernels_of(config, layout)) != "xla"
+    return drawn, (params, config, prompts, range(len(prompts)), key, spec), fused
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --other=rollout.segment=5")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        first, second = CONFIG.value, changed(CONFIG.value, OTHER.value)
+        key = keys.stream(first.seed, "rollout", 1)
+        a, inputs, fused = rollout(first, key)
+        b, _, _ = rollout(second, key)
+    except SetupError as error:
+        if TRACEBACK.value:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    found = first_differences(*inputs, a, b, fused=fused)
+    rows, mask = len(a.finished), np.asarray(a.mask) & np.asarray(b.mask)
+    same = mask & (np.cumsum(np.asarray(a.tokens) != np.asarray(b.tokens), axis=1) == 0)
+    gap = np.abs(np.asarray(a.logprobs) - np.asarray(b.logprobs))[same].max()
+    print(f"{len(found)} of {rows} rows differ; log-probabilities before that by at most {gap:.1e}")
+    for d in found:
+        print(
+            f"row {d.row} token {d.index}: {d.tokens[0]} ({d.logprobs[0]:.4f}) or {d.tokens[1]} "
+            f"({d.logprobs[1]:.4f}), margin {d.margin:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
