@@ -3,7 +3,7 @@
     o = (sum_p e^(z_p - m) v_p + sum_s e^(z_s - m) v_s) / (sum_p e^(z_p - m) + sum_s e^(z_s - m))
     z = q k / sqrt(h)    m = max z
 
-1. `schedule` (schedule.py), once while rows keep their prompts: rows of one prompt are put side by side, in tiles of
+1. `schedule` (schedule.py), once while rows keep their prompts: rows of one prompt stand side by side, in tiles of
    at most `rows`, so that a tile reads its prompt's keys once.
 2. `decode_attention`, for every token and layer: takes the stacked caches whole and the layer as an index, so that
    no layer is ever copied out.

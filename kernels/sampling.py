@@ -1,14 +1,15 @@
 """Draw tokens from logits without sorting the vocabulary.
 
-What flows through: logits and two uniforms a row in; a token and its log-probabilities a row out.
+What flows through: logits and three uniforms a row in; a token and its log-probabilities a row out.
 
 1. Divide by the temperature (0 is greedy: the first of the largest logits).
 2. Keep: top-k, then top-p on what top-k left, renormalised, then min-p: the tokens whose probability is at least
    min_p times the largest one's.  (`transformers` cuts in this order.  vLLM applies min-p before the other two, so
    that its top-p sees a smaller, renormalised rest; without top-p the two agree.)
-3. Inverse CDF in two levels: first a block of 128 tokens by its sum, then a token within the block, each with a
-   uniform of its own.  One uniform for both would not do: it moves on a grid of 2^-23, so rarer tokens would
-   be out of reach, and a change of 1e-5 in the logits would move many more draws.
+3. Inverse CDF in three levels: a group of 128 blocks by its sum, a block of 128 tokens within the group, a token
+   within the block, each with a uniform of its own.  One uniform for all would not do: it moves on a grid of 2^-23,
+   so rarer tokens would be out of reach, and a change of 1e-5 in the logits would move hundreds of times as many
+   draws.  A vocabulary of one group leaves the first uniform unused.
 
 `implementation` chooses who makes the passes over the vocabulary: sampling_statistics.py, which defines what
 they find out, sampling_tpu.py or sampling_triton.py.  The draw is plain jnp on block sums and one block of logits.
@@ -23,6 +24,7 @@ Batch independence.  A row's result is a function of that row alone; and, in the
 whether its columns lie on one device or on several (`axis_name`).
 
 N rows   V vocabulary (columns of -inf are never drawn)   M blocks   W = 128 tokens in a block
+G groups of 128 blocks
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import jax.numpy as jnp
 from kernels import platform, sampling_spans, sampling_tpu, sampling_triton
 from kernels.sampling_statistics import BLOCK, Rule, Statistics, add_up, statistics
 
-LEVELS = 2  # uniforms that one draw consumes
+LEVELS = 3  # uniforms that one draw consumes: for the group, the block and the token
 _NO_TOKEN = jnp.iinfo(jnp.int32).max
 
 
@@ -81,8 +83,8 @@ def margin(
 ) -> jax.Array:
     """How near a row came to another token, f32[N]: for judging draws that differ between two programs.
 
-    The smaller, over both levels, of the distances from the uniform to the borders of what it fell on; a share of
-    the probability at that level (of all blocks, of the block).  Infinite where there was nothing else to draw.
+    The smallest, over all levels, of the distances from the uniform to the borders of what it fell on; a share of
+    the probability at that level (of all groups, of the group, of the block).  Infinite where there was nothing else to draw.
     Greedy: the difference in probability between the two largest.  A token at the edge of what is kept is not seen.
     """
     return _sample(logits, uniforms, Rule(temperature, top_k, top_p, min_p), None, "xla")[1]
@@ -95,16 +97,17 @@ def _sample(logits, uniforms, rule, axis_name, implementation) -> tuple[Drawn, j
     if rule.temperature == 0.0:
         return _greedy(logits, first, rule, axis_name, implementation)
     s = _statistics(logits, rule, axis_name, implementation)
-    block, total, gap = _draw(s.blocks, uniforms[:, 0])
+    block, gap = _draw_block(s.blocks, uniforms)
     column = block * BLOCK - first  # i32[N]: where the block begins, if it is here
     x = _block_of(logits, column, implementation)  # f32[N, W]
     z = (x - s.peak[:, None]) * (1.0 / rule.temperature)
-    lane, _, inner_gap = _draw(jnp.where(x >= s.threshold[:, None], jnp.exp(z), 0.0), uniforms[:, 1])
+    lane, inner_gap = _draw(jnp.where(x >= s.threshold[:, None], jnp.exp(z), 0.0), uniforms[:, 2])
     z = jnp.take_along_axis(z, lane[:, None], axis=1)[:, 0]
     if axis_name is not None:  # the shard that has the block tells the others
         has = (column >= 0) & (column < logits.shape[1])
         lane, z = (jax.lax.psum(jnp.where(has, value, 0), axis_name) for value in (lane, z))
 
+    total = add_up(s.blocks)
     full = total if s.full is None else s.full
     valid = full > 0.0  # False for NaN, which any mass carries here (XLA:CPU's maximum passes over it)
     drawn = Drawn(
@@ -165,12 +168,27 @@ def _block_of(logits: jax.Array, column: jax.Array, implementation: str | None) 
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (BLOCK,)))(logits, column)
 
 
-def _draw(mass: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The first index whose running sum exceeds uniform * total, i32[N]; the total and the margin, f32[N].
+def _draw_block(blocks: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A group, then a block within it: the block i32[N] and the margin f32[N], of masses f32[N, M]."""
+    if blocks.shape[1] <= BLOCK:
+        return _draw(blocks, uniforms[:, 1])
+    blocks = jnp.pad(blocks, ((0, 0), (0, -blocks.shape[1] % BLOCK)))
+    blocks = blocks.reshape(blocks.shape[0], -1, BLOCK)  # f32[N, G, 128]
+    group, gap = _draw(jnp.sum(blocks, axis=-1), uniforms[:, 0])
+    # A gather would be a loop over rows on a TPU; a sum of one term and zeros is exact.
+    here = jnp.arange(blocks.shape[1])[None, :] == group[:, None]
+    block, inner_gap = _draw(jnp.sum(jnp.where(here[:, :, None], blocks, 0.0), axis=1), uniforms[:, 1])
+    return group * BLOCK + block, jnp.minimum(gap, inner_gap)
+
+
+def _draw(mass: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first index whose running sum exceeds uniform * total, i32[N]; and the margin, f32[N].
 
     mass f32[N, M] is not negative, uniform f32[N].  Rounding of the running sums can neither select an index
-    without mass nor run off the end.
+    without mass nor run off the end.  They are added up by a tree of a power of two of leaves: zeros behind the
+    last mass, of which a vocabulary over shards has more, change no bit.
     """
+    mass = jnp.pad(mass, ((0, 0), (0, (1 << (mass.shape[1] - 1).bit_length()) - mass.shape[1])))
     running = jnp.cumsum(mass, axis=-1)
     total = running[:, -1]
     target = uniform * total
@@ -182,7 +200,7 @@ def _draw(mass: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array, ja
     lower = upper - jnp.take_along_axis(mass, index[:, None], axis=1)[:, 0]
     above = jnp.where(upper < total, upper - target, jnp.inf)
     below = jnp.where(lower > 0.0, target - lower, jnp.inf)
-    return index.astype(jnp.int32), total, jnp.maximum(jnp.minimum(above, below), 0.0) / total
+    return index.astype(jnp.int32), jnp.maximum(jnp.minimum(above, below), 0.0) / total
 
 
 def _whole_blocks(logits: jax.Array, axis_name: str | None) -> jax.Array:

@@ -11,12 +11,13 @@ import pytest
 from tiny_models import CASES, config, random_params, torch_model
 
 from configs import base
-from cooper_jax.model import layers, transformer, weights
+from cooper_jax.model import generation, layers, transformer, weights
 from cooper_jax.model.config import ModelConfig, RopeScaling
 from cooper_jax.runtime.mesh import Layout, init_params, make_mesh, shardings
 from kernels import attention as face
 from kernels import reference
 from kernels.kv import Format, size_bytes
+from kernels.matmul import matmul
 
 TOKENS = 29
 
@@ -225,6 +226,22 @@ def test_the_choice_of_implementation(monkeypatch):
         face.attention(*qkv(), implementation="fast")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_matmul_is_jaxs_own(dtype):
+    rng = np.random.default_rng(0)
+    x, w, weight = (jnp.asarray(rng.normal(size=s), dtype) for s in ((3, 5, 8), (8, 6), (3, 5, 6)))
+    ours, plain = (
+        jax.jit(jax.grad(lambda x, w, f=f: jnp.vdot(weight, f(x, w)), (0, 1)))(x, w)
+        for f in (matmul, jnp.matmul)
+    )
+    for a, b in zip(ours, plain, strict=True):
+        assert a.dtype == b.dtype == dtype
+        tolerance = 8 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), rtol=tolerance, atol=tolerance
+        )
+
+
 # --- heads -----------------------------------------------------------------------------------------------
 
 
@@ -291,9 +308,9 @@ F32 = Format("float32", packed=False)
 
 def decode(params, c, prompts, lengths, suffix, samples, layout=None):
     """Teacher-forced decoding -> (hidden of the prompts' last tokens, hidden [N, T, D])."""
-    params = params | {"layers": transformer.split_layers(params["layers"], c)}
+    params = params | {"layers": generation.split_layers(params["layers"], c)}
     static = dict(dtype=jnp.float32, form=F32, layout=layout)
-    first, kv = jax.jit(lambda p, t, n: transformer.prefill(p, c, t, n, **static))(params, prompts, lengths)
+    first, kv = jax.jit(lambda p, t, n: generation.prefill(p, c, t, n, **static))(params, prompts, lengths)
     n = suffix.shape[0]
     plan = layers.decode_plan(jnp.arange(n) // samples, lengths, samples, layout, "xla")
     oldest = jnp.zeros(n, jnp.int32)
@@ -301,10 +318,10 @@ def decode(params, c, prompts, lengths, suffix, samples, layout=None):
     @functools.partial(jax.jit, donate_argnames="cache")
     def step(params, token, i, kv, cache):
         position = jnp.repeat(lengths, samples) + i
-        return transformer.decode_step(params, c, token, position, kv, plan, cache, oldest, i, **static)
+        return generation.decode_step(params, c, token, position, kv, plan, cache, oldest, i, **static)
 
-    cache = transformer.empty_suffix(c, params["layers"], *suffix.shape, F32)
-    cache, out = tuple(map(transformer.bare, cache)), []
+    cache = generation.empty_suffix(c, params["layers"], *suffix.shape, F32)
+    cache, out = tuple(map(generation.bare, cache)), []
     for i in range(suffix.shape[1]):
         h, cache = step(params, suffix[:, i], jnp.int32(i), kv, cache)
         out.append(h)
@@ -315,7 +332,7 @@ def decode(params, c, prompts, lengths, suffix, samples, layout=None):
 @pytest.mark.parametrize(("name", "samples"), [("llama3_rope", 1), ("qwen2_seven_to_one", 3)])
 def test_decoding_equals_the_full_forward(name, samples, alone, monkeypatch):
     """One loop over a stack of all layers, or layers apart."""
-    monkeypatch.setattr(transformer, "LAYERS_ALONE", alone)
+    monkeypatch.setattr(generation, "LAYERS_ALONE", alone)
     c = CASES[name]
     params, prompts, lengths = random_params(c), jnp.asarray(rows(3, 7)), jnp.array([7, 1, 4])
     suffix = jnp.asarray(rows(3 * samples, 6, seed=samples))
@@ -336,13 +353,13 @@ def test_decoding_equals_the_full_forward(name, samples, alone, monkeypatch):
 @pytest.mark.parametrize("alone", [0, 8])
 def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
     """In a stack that a loop runs through, and in stacks of one; in a loop over tokens, as a rollout decodes."""
-    monkeypatch.setattr(transformer, "LAYERS_ALONE", alone)
+    monkeypatch.setattr(generation, "LAYERS_ALONE", alone)
     c, form = config(layers=4), Format(dtype, packed=False)
     params = random_params(c)
-    params["layers"] = transformer.split_layers(params["layers"], c)
+    params["layers"] = generation.split_layers(params["layers"], c)
     assert len(params["layers"]) == (4 if alone else 1)
-    cache = transformer.empty_suffix(c, params["layers"], 4, 2048, form)
-    prompt = transformer.empty_suffix(c, params["layers"], 2, 4, form)
+    cache = generation.empty_suffix(c, params["layers"], 4, 2048, form)
+    prompt = generation.empty_suffix(c, params["layers"], 2, 4, form)
     plan = layers.decode_plan(jnp.arange(4) // 2, jnp.array([4, 2]), 2, None, "xla")
     token = jnp.ones(4, jnp.int32)
 
@@ -350,10 +367,10 @@ def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
         def step(i, cache):
             static = dict(dtype=jnp.float32, form=form)
             at = (plan, cache, jnp.zeros(4, jnp.int32), i)
-            return transformer.decode_step(params, c, token, token * i, prompt, *at, **static)[1]
+            return generation.decode_step(params, c, token, token * i, prompt, *at, **static)[1]
 
-        cache = jax.lax.fori_loop(i, i + 3, step, tuple(map(transformer.bare, cache)))
-        return tuple(map(transformer.stacked, cache))
+        cache = jax.lax.fori_loop(i, i + 3, step, tuple(map(generation.bare, cache)))
+        return tuple(map(generation.stacked, cache))
 
     memory = jax.jit(steps, donate_argnums=0).lower(cache, jnp.int32(3)).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(map(size_bytes, cache))

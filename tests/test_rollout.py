@@ -21,7 +21,7 @@ from tiny_rollouts import (
     spec_of,
 )
 
-from cooper_jax.model import transformer
+from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout.engine import completions, generate, rollout_weights
 from cooper_jax.types import Rollout
@@ -120,7 +120,7 @@ def test_what_is_right_already_is_not_copied():
 def test_a_loop_over_a_stack_equals_layers_apart(monkeypatch):
     """As models of more than LAYERS_ALONE layers run."""
     apart = sampled()
-    monkeypatch.setattr(transformer, "LAYERS_ALONE", 1)
+    monkeypatch.setattr(generation, "LAYERS_ALONE", 1)
     other = dataclasses.replace(TINY, max_len=255)  # so that nothing compiled is met again
     weights = rollout_weights(params_of(), other, None, "float32")
     (stack,) = weights["layers"]

@@ -20,7 +20,7 @@ from tiny_rollouts import (
 )
 
 from configs import base
-from cooper_jax.model import transformer
+from cooper_jax.model import generation, transformer
 from cooper_jax.rollout.engine import generate
 from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
 
@@ -60,7 +60,7 @@ def test_kernels_draw_from_the_policy(implementation, slots):
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_kernels_in_a_loop_over_a_stack(implementation, monkeypatch):
     """As models of many layers run: the layer is an index.  From a distribution that is cut, and from logits."""
-    monkeypatch.setattr(transformer, "LAYERS_ALONE", 1)
+    monkeypatch.setattr(generation, "LAYERS_ALONE", 1)
     config = dataclasses.replace(WIDE, max_len=255)  # so that nothing compiled is met again
     spec = dataclasses.replace(SHORT, temperature=0.8, top_k=8, top_p=0.9)
     r = rollout(spec, config=config, limits=LIMITS, max_rows=3, implementation=implementation)

@@ -23,7 +23,7 @@ from tiny_rollouts import (
 )
 
 from configs import base
-from cooper_jax.model import transformer
+from cooper_jax.model import generation, transformer
 from cooper_jax.rollout import engine, plan
 from cooper_jax.rollout import slots as programs
 from cooper_jax.rollout.engine import generate, rollout_weights
@@ -34,9 +34,9 @@ def count_traces(monkeypatch):
     """The model's functions, listed each time that they are traced: a compilation each."""
     traces = []
     for name in ("prefill", "decode_step"):
-        plain = getattr(transformer, name)
+        plain = getattr(generation, name)
         traced = lambda *a, plain=plain, name=name, **k: traces.append(name) or plain(*a, **k)  # noqa: E731
-        monkeypatch.setattr(transformer, name, traced)
+        monkeypatch.setattr(generation, name, traced)
     return traces
 
 

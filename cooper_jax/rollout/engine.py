@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cooper_jax.model import transformer
+from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import plan
 from cooper_jax.rollout import slots as programs
@@ -122,7 +122,7 @@ def rollout_weights(params: Params, config: ModelConfig, layout: Layout | None, 
         rules = tuple(r for r in layout.rules if r[0] != "embed") + (("embed", None),)
         specs = transformer.param_specs(config)
         weights = jax.device_put(weights, shardings(dataclasses.replace(layout, rules=rules), specs))
-    return transformer.for_generation(weights, config, layout)
+    return generation.for_generation(weights, config, layout)
 
 
 def completions(

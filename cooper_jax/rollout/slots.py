@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cooper_jax.model import transformer
+from cooper_jax.model import generation
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import decode_plan
 from cooper_jax.rollout import sampling
@@ -37,7 +37,7 @@ from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.runtime.mesh import Layout
 from kernels.kv import KV, Format
 
-Caches = tuple[KV, ...]  # one of each stack of layers (transformer.split_layers)
+Caches = tuple[KV, ...]  # one of each stack of layers (generation.split_layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def waiting_or_live(request, taken, queue, queued) -> jax.Array:
 def no_prompts(weights, *, size: int, width: int, setting: Setting) -> Prompts:
     """Room for `size` prompts a shard of `width` tokens."""
     s, rows = setting, size * setting.shards
-    kv = transformer.empty_suffix(s.config, weights["layers"], rows, width, s.form)
+    kv = generation.empty_suffix(s.config, weights["layers"], rows, width, s.form)
     hidden = jnp.zeros((rows, s.config.width), s.spec.dtype)
     return _placed(Prompts(hidden=hidden, lengths=jnp.ones(rows, jnp.int32), kv=kv), s.layout)
 
@@ -142,7 +142,7 @@ def no_prompts(weights, *, size: int, width: int, setting: Setting) -> Prompts:
 def prefill(weights, prompts, tokens, lengths, source, *, setting: Setting) -> Prompts:
     """Run a chunk of prompts (`plan.Chunk`: tokens i32[D * b, p], lengths, source i32[B]) and put it into place."""
     s = setting
-    hidden, kv = transformer.prefill(
+    hidden, kv = generation.prefill(
         weights, s.config, tokens, lengths, dtype=jnp.dtype(s.spec.dtype), form=s.form, layout=s.layout
     )
     here = source >= 0
@@ -213,7 +213,7 @@ def open_slots(weights, requests, prompts, *, size: int, columns: int, setting: 
         failed=jnp.any(jnp.isnan(requests.logprobs[:, :, 0])),
         prompt_of=-jnp.ones_like(idle),
         copies=(),
-        suffix=transformer.empty_suffix(
+        suffix=generation.empty_suffix(
             setting.config, weights["layers"], shards * size, columns, setting.form
         ),
         samples=setting.spec.group_size if aligned else None,
@@ -257,7 +257,7 @@ def segment(weights, slots, requests, prompts, *, steps: int, refill_at: int, se
     def token(carry):
         step, slots, requests = carry
         first = jnp.where(slots.request < each, slots.column - slots.age, slots.column + 1)
-        hidden, suffix = transformer.decode_step(
+        hidden, suffix = generation.decode_step(
             weights,
             s.config,
             slots.token.reshape(-1),
@@ -275,9 +275,9 @@ def segment(weights, slots, requests, prompts, *, steps: int, refill_at: int, se
         slots = slots.replace(suffix=suffix, column=slots.column + 1)
         return step + 1, *_next_tokens(weights, hidden, slots, requests, s)
 
-    held = slots.replace(copies=(), prompt_of=None, suffix=tuple(transformer.bare(kv) for kv in slots.suffix))
+    held = slots.replace(copies=(), prompt_of=None, suffix=tuple(generation.bare(kv) for kv in slots.suffix))
     _, held, requests = jax.lax.while_loop(going, token, (jnp.zeros((), jnp.int32), held, requests))
-    suffix = tuple(transformer.stacked(kv) for kv in held.suffix)
+    suffix = tuple(generation.stacked(kv) for kv in held.suffix)
     slots = held.replace(copies=copies, prompt_of=prompt_of, suffix=suffix)
     return _placed(slots, s.layout), _placed(requests, s.layout), status(slots, requests)
 

@@ -14,7 +14,7 @@ import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import llama3p2_1b, qwen_1p5b
-from cooper_jax.model import transformer
+from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig, RopeScaling
 from cooper_jax.policy import grpo
 from cooper_jax.rollout import engine, plan, slots
@@ -101,7 +101,9 @@ def rollout_weights(setting: slots.Setting) -> Any:
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
     weights = jax.tree.map_with_path(cast, weights)
-    prepared = transformer.for_generation.lower(weights, setting.config, layout)
+    prepared = jax.jit(generation.for_generation, static_argnums=(1, 2)).lower(
+        weights, setting.config, layout
+    )
     return compile_(prepared).outputs
 
 
@@ -117,7 +119,7 @@ def rollout(case: Case) -> dict[str, Compiled]:
 
     shards = setting.shards
     size = cfg.data.prompts_per_step // shards
-    width = plan.prompt_width(cfg.data.max_prompt_tokens)
+    width = plan.prompt_width(cfg.data.max_prompt_tokens, plan.column_multiple(setting.form))
     b = plan.PREFILL_TOKENS // width * shards
     out = {"no_prompts": compile_(slots.no_prompts.lower(weights, size=size, width=width, setting=setting))}
     prompts = out["no_prompts"].outputs
