@@ -97,16 +97,15 @@ def head_logprobs(
     """
     if not temperature > 0.0:
         raise ValueError(f"head_logprobs: temperature is {temperature}, it must be above 0")
-    return _logprobs(hidden, head, targets, head.dtype, temperature, vocab_size, axis_name, implementation)
+    return _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
-def _logprobs(hidden, head, targets, head_dtype, temperature, vocab_size, axis_name, implementation):
-    return _forward(hidden, head, targets, head_dtype, temperature, vocab_size, axis_name, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, implementation):
+    return _forward(hidden, head, targets, temperature, vocab_size, axis_name, implementation)[0]
 
 
-def _forward(hidden, head, targets, head_dtype, temperature, vocab_size, axis_name, implementation):
-    head = head.astype(hidden.dtype)  # once: over a mesh, what is gathered for both passes
+def _forward(hidden, head, targets, temperature, vocab_size, axis_name, implementation):
     seen = _stream(
         hidden,
         head,
@@ -122,7 +121,7 @@ def _forward(hidden, head, targets, head_dtype, temperature, vocab_size, axis_na
     return (seen.chosen - lse, log_mass - seen.moment / seen.mass), (hidden, head, targets, lse)
 
 
-def _backward(head_dtype, temperature, vocab_size, axis_name, implementation, saved, cotangents):
+def _backward(temperature, vocab_size, axis_name, implementation, saved, cotangents):
     """d logprob[m] / d z[m, v] = (v == target) - p[m, v], over the temperature."""
     hidden, head, targets, lse = saved
     slope = cotangents[0] / temperature
@@ -133,16 +132,16 @@ def _backward(head_dtype, temperature, vocab_size, axis_name, implementation, sa
 
     def chunk(start, size, carry):
         d_hidden, d_head = carry
-        w = jax.lax.dynamic_slice_in_dim(head, start, size)  # [C, D]
+        w = jax.lax.dynamic_slice_in_dim(head, start, size).astype(hidden.dtype)  # [C, D]
         p = jnp.exp(_logits(hidden, w) / temperature - lse[:, None])  # f32[M, C]
         index = (first + start + jnp.arange(size))[None, :]
         d_z = slope[:, None] * ((index == targets[:, None]) - p)
         d_z = jnp.where(index < vocab_size, d_z, 0.0).astype(hidden.dtype)
         d_hidden += _matmul(d_z, w, ((1,), (0,)))
-        d_w = _matmul(d_z, hidden, ((0,), (0,))).astype(head_dtype)
+        d_w = _matmul(d_z, hidden, ((0,), (0,))).astype(head.dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_w, start, 0)
 
-    carry = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, head_dtype)
+    carry = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head)
     held = CHUNK if platform.resolve(implementation) == "xla" else LARGE_CHUNK
     d_hidden, d_head = _sweep(head.shape[0], held // len(hidden), chunk, carry)
     return d_hidden.astype(hidden.dtype), d_head, None

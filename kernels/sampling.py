@@ -8,7 +8,7 @@ What flows through: logits and three uniforms a row in; a token and its log-prob
    that its top-p sees a smaller, renormalised rest; without top-p the two agree.)
 3. Inverse CDF in three levels: a group of 128 blocks by its sum, a block of 128 tokens within the group, a token
    within the block, each with a uniform of its own.  One uniform for all would not do: it moves on a grid of 2^-23,
-   so rarer tokens would be out of reach, and a change of 1e-5 in the logits would move hundreds of times as many
+   so rarer tokens would be out of reach, and a change of 1e-5 in the logits would move some fifty times as many
    draws.  A vocabulary of one group leaves the first uniform unused.
 
 `implementation` chooses who makes the passes over the vocabulary: sampling_statistics.py, which defines what
@@ -21,7 +21,8 @@ Not a number.  A row with a NaN or +inf among its logits, or with nothing but -i
 token is 0 and its log-probabilities and entropy are NaN, for the caller to see.
 
 Batch independence.  A row's result is a function of that row alone; and, in the xla form, the same to the last bit
-whether its columns lie on one device or on several (`axis_name`).
+whether its columns lie on one device or on several (`axis_name`).  One exception: a vocabulary of 128 blocks that
+shards pad to more, and so to a second group, may differ in the last bit of log-probabilities and entropy.
 
 N rows   V vocabulary (columns of -inf are never drawn)   M blocks   W = 128 tokens in a block
 G groups of 128 blocks
@@ -84,8 +85,9 @@ def margin(
     """How near a row came to another token, f32[N]: for judging draws that differ between two programs.
 
     The smallest, over all levels, of the distances from the uniform to the borders of what it fell on; a share of
-    the probability at that level (of all groups, of the group, of the block).  Infinite where there was nothing else to draw.
-    Greedy: the difference in probability between the two largest.  A token at the edge of what is kept is not seen.
+    the probability at that level (of all groups, of the group, of the block).  Infinite where there was nothing
+    else to draw.  Greedy: the difference in probability between the two largest.  A token at the edge of what is
+    kept is not seen.
     """
     return _sample(logits, uniforms, Rule(temperature, top_k, top_p, min_p), None, "xla")[1]
 
@@ -185,10 +187,8 @@ def _draw(mass: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first index whose running sum exceeds uniform * total, i32[N]; and the margin, f32[N].
 
     mass f32[N, M] is not negative, uniform f32[N].  Rounding of the running sums can neither select an index
-    without mass nor run off the end.  They are added up by a tree of a power of two of leaves: zeros behind the
-    last mass, of which a vocabulary over shards has more, change no bit.
+    without mass nor run off the end.
     """
-    mass = jnp.pad(mass, ((0, 0), (0, (1 << (mass.shape[1] - 1).bit_length()) - mass.shape[1])))
     running = jnp.cumsum(mass, axis=-1)
     total = running[:, -1]
     target = uniform * total

@@ -176,14 +176,14 @@ SHAPES = dict(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(**SHAPES)
 def test_the_plain_form_is_the_formula(**shape):
     check("xla", **shape)
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(**SHAPES)
 def test_kernels_are_the_formula(implementation, **shape):
     check(implementation, **shape)

@@ -85,8 +85,8 @@ class Rewrites:
 
 
 def solved(cooper):
-    """The same machinery with a positive for every response that ends, and half of all tokens ending one."""
-    sampling = dataclasses.replace(cooper.policy.sampling, eos_ids=tuple(range(0, 600, 2)))
+    """The same machinery with a positive for every response that ends, and a quarter of all tokens ending one."""
+    sampling = dataclasses.replace(cooper.policy.sampling, eos_ids=tuple(range(0, 600, 4)))
     policy = dataclasses.replace(cooper.policy, sampling=sampling)
     return dataclasses.replace(cooper, policy=policy, rule=AlwaysRight(), assistant=Rewrites())
 

@@ -11,7 +11,8 @@ measured   the same, counted by drawing in float32
 tail       of tokens rarer than 1e-7: the total variation between what they are drawn with and what they should be,
            as a share of their probability.  Uniforms are multiples of 2^-23, which is what limits each.
 
-The last row is no sampler of ours: one more level, of groups of 128 blocks, with a uniform of its own.
+Three levels are kernels.sampling's: groups of 128 blocks, blocks of 128 tokens, tokens; two levels, the same
+without the groups.  Each level has a uniform of its own.
 """
 
 from __future__ import annotations
@@ -112,6 +113,17 @@ def one_uniform(logits, uniforms):
 
 @jax.jit
 def two_levels(logits, uniforms):
+    mass = jnp.exp(logits - jnp.max(logits))
+    mass = jnp.pad(mass, (0, -len(mass) % sampling.BLOCK)).reshape(-1, sampling.BLOCK)
+    running = jnp.cumsum(jnp.sum(mass, axis=1))
+    block = jnp.searchsorted(running, uniforms[:, 0] * running[-1], side="right")
+    running = jnp.cumsum(mass, axis=1)[block]
+    lane = jnp.sum(running <= uniforms[:, 1:2] * running[:, -1:], axis=1)
+    return block * sampling.BLOCK + lane
+
+
+@jax.jit
+def three_levels(logits, uniforms):
     rows = jnp.broadcast_to(logits[None, :], (len(uniforms), len(logits)))
     return sampling.sample(rows, uniforms, temperature=1.0, top_k=0, top_p=1.0, implementation="xla").token
 
@@ -147,7 +159,7 @@ def main() -> None:
     print(f"total variation under noise of {NOISE:.0e}, what no sampler goes below: {variation:.1e}\n")
 
     def uniforms(draws, i):
-        return jax.random.uniform(jax.random.key(i), (draws, 2))
+        return jax.random.uniform(jax.random.key(i), (draws, sampling.LEVELS))
 
     def keys(draws, i):
         return jax.random.split(jax.random.key(i), draws)
@@ -155,9 +167,9 @@ def main() -> None:
     few = max(1, args.draws // 50)
     counted = {
         "one uniform": measured(one_uniform, logits, noises, functools.partial(uniforms, args.draws)),
-        "two levels": measured(two_levels, logits, noises, functools.partial(uniforms, 5 * few)),
+        "two levels": measured(two_levels, logits, noises, functools.partial(uniforms, args.draws)),
+        "three levels": measured(three_levels, logits, noises, functools.partial(uniforms, 5 * few)),
         "gumbel": measured(gumbel, logits, noises, functools.partial(keys, few)),
-        "three levels": "",
     }
     print(f"{'':14}{'flips':>10}{'measured':>20}{'tail':>10}")
     for name, count in counted.items():
