@@ -46,17 +46,16 @@ def decode_attention(
     last: jax.Array,  # i32[]: the newest column of every row
     layer: jax.Array,  # i32[]
     *,
-    key_len: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Each row's query over its prompt's keys and its suffix columns `first` to `last` -> [N, H, h].
 
-    A row that has neither gets zeros.  key_len: how many columns, the newest ones, the xla form reads; the others
-    read what they need.  Raises ValueError for shapes or cache forms that the implementation cannot read.
+    A row that has neither gets zeros.  The xla form reads all columns, the others those that they need.  Raises
+    ValueError for shapes or cache forms that the implementation cannot read.
     """
     chosen = platform.resolve(implementation)
     if chosen == "xla":
-        return _xla(q, prompt, suffix, plan, first, last, layer, key_len)
+        return _xla(q, prompt, suffix, plan, first, last, layer)
     if not (prompt.packed and suffix.packed):
         raise ValueError(f"the {chosen} kernel reads packed caches alone; these are apart")
     if chosen.startswith("tpu"):
@@ -68,15 +67,15 @@ def decode_attention(
     )
 
 
-def _xla(q, prompt, suffix, plan, first, last, layer, key_len):
+def _xla(q, prompt, suffix, plan, first, last, layer):
     """The prompt part multiplies all queries that share a prompt with one copy of its keys, the suffix part each
     row's own; both exponentials are taken against the larger of the two maxima, so their sums simply add.
     """
     n, heads, h = q.shape
-    columns = suffix.data[0].shape[3]
-    window = columns if key_len is None else key_len
-    start = jnp.clip(last + 1 - window, 0, columns - window).astype(jnp.int32)
-    prompt, suffix = _layer(prompt, layer, 0, prompt.data[0].shape[3]), _layer(suffix, layer, start, window)
+    prompt, suffix = (
+        jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
+        for cache in (prompt, suffix)
+    )
     if plan.prompt_of.ndim == 2:
         lengths, samples = plan.lengths, plan.prompt_of.shape[1]
     else:  # a copy of its prompt for every row
@@ -92,8 +91,8 @@ def _xla(q, prompt, suffix, plan, first, last, layer, key_len):
     zp = jnp.where(seen[:, None, None, :], zp, -jnp.inf)
     zs = _scores(rows, sk)
     zs = _scaled(zs * h**-0.5, suffix, 0)
-    column = start + jnp.arange(window)[None, :]
-    own = (column >= first[:, None]) & (column <= last)  # bool[N, key_len]
+    column = jnp.arange(zs.shape[-1])[None, :]
+    own = (column >= first[:, None]) & (column <= last)  # bool[N, W]
     zs = jnp.where(own[:, None, None, :], zs, -jnp.inf)
 
     m = jnp.maximum(_by_row(zp.max(-1, keepdims=True), samples), zs.max(-1, keepdims=True))  # f32[N, K, g, 1]
@@ -121,17 +120,6 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     if few <= 8:
         return jnp.einsum("rkwh,rkmh->rkwm", k, q, preferred_element_type=f32).swapaxes(2, 3)
     return jnp.einsum("rkmh,rkwh->rkmw", q, k, preferred_element_type=f32)
-
-
-def _layer(cache: KV, layer: jax.Array, start: jax.Array, window: int) -> KV:
-    """[L, R, K, W, ..] -> [R, K, window, ..]: columns of one layer, from `start` on."""
-
-    def cut(x):
-        zero = jnp.zeros((), jnp.int32)
-        at = (jnp.asarray(layer, jnp.int32), zero, zero, jnp.asarray(start, jnp.int32), zero)
-        return jax.lax.dynamic_slice(x, at[: x.ndim], (1, *x.shape[1:3], window, *x.shape[4:]))[0]
-
-    return jax.tree.map(cut, cache)
 
 
 def _halves(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

@@ -94,10 +94,10 @@ def expected(case):
     return out
 
 
-def attend(form, arrays, case, *, samples=None, slots=None, block=None, key_len=None, params=True):
+def attend(form, arrays, case, *, samples=None, slots=None, block=None, params=True):
     """The form's answer, f32[N, H, h], in tiles of `slots` rows and blocks of `block` columns."""
     call = {
-        "xla": functools.partial(face.decode_attention, implementation="xla", key_len=key_len),
+        "xla": functools.partial(face.decode_attention, implementation="xla"),
         "tpu_interpret": functools.partial(tpu.decode_attention, interpret=params, block=block or tpu.BLOCK),
         "triton_interpret": functools.partial(
             triton.decode_attention, interpret=True, block=block or triton.BLOCK
@@ -241,10 +241,10 @@ def test_int8_is_near_what_was_stored(form):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("packed", [False, True])
 def test_xla_groups_samples(packed, dtype):
-    """With `samples`, over a window of the newest columns, from caches packed and apart."""
+    """With `samples`, and by an index, from caches packed and apart."""
     case = draw(2, [0, 0, 0, 1, 1, 1], [5, 24], [17, 20, 19, 18, 20, 23], 20, suffix_columns=40)
     arrays, read = stored(case, dtype, packed)
-    for options in (dict(samples=3), dict(samples=3, key_len=8), dict(key_len=8)):
+    for options in (dict(samples=3), {}):
         out = attend("xla", arrays, case, **options)
         np.testing.assert_allclose(out, expected(read), atol=TOLERANCE[dtype])
 
