@@ -176,7 +176,7 @@ def _draw_block(blocks: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.
         return _draw(blocks, uniforms[:, 1])
     blocks = jnp.pad(blocks, ((0, 0), (0, -blocks.shape[1] % BLOCK)))
     blocks = blocks.reshape(blocks.shape[0], -1, BLOCK)  # f32[N, G, 128]
-    group, gap = _draw(jnp.sum(blocks, axis=-1), uniforms[:, 0])
+    group, gap = _draw(add_up(blocks), uniforms[:, 0])
     # A gather would be a loop over rows on a TPU; a sum of one term and zeros is exact.
     here = jnp.arange(blocks.shape[1])[None, :] == group[:, None]
     block, inner_gap = _draw(jnp.sum(jnp.where(here[:, :, None], blocks, 0.0), axis=1), uniforms[:, 1])

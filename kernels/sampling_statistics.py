@@ -147,10 +147,17 @@ def everywhere(blocks: jax.Array, axis_name: str | None) -> jax.Array:
 
 
 def add_up(x: jax.Array) -> jax.Array:
-    """[N, M] -> [N], in steps of at most BLOCK terms."""
-    while x.shape[-1] > 1:
-        x = _block_sums(jnp.pad(x, ((0, 0), (0, -x.shape[-1] % BLOCK))))
-    return x[:, 0]
+    """[.., M] -> [..]: halves are added until one is left.
+
+    A reduction of few rows XLA:CPU orders by their number; additions of arrays have one order.  The barriers keep
+    the levels apart: fused, each would compute all those below it again.
+    """
+    length = 1 << (x.shape[-1] - 1).bit_length()
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
+    while length > 1:
+        length //= 2
+        x = jax.lax.optimization_barrier(x[..., :length] + x[..., length:])
+    return x[..., 0]
 
 
 def _block_sums(x: jax.Array) -> jax.Array:

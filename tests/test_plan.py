@@ -125,7 +125,7 @@ def test_memory_is_of_one_device(own_prompts):
     matrices = 2 * 64 * 16 + 2 * (16 * (16 + 8 + 8 + 16) + 3 * 16 * 24)
     assert needs.weights == 4 * (norms + matrices // 2)
     token = 2 * 1 * (2 * 4 + 2 * 4)  # layers, heads, keys and values and their scales
-    assert needs.prompts == 3 * 64 * token
-    assert needs.requests == 3 * 4 * 10 * 8
-    activations = 4 * (4 * 16 + 3 * 24 + 4 * 16 + 3 * 64 // 2)
-    assert needs.slot == (20 + 64 * own_prompts) * token + activations
+    activations, logits = 4 * (4 * 16 + 3 * 24 + 4 * 16), 4 * 3 * 64 // 2
+    assert needs.prompts == 3 * 64 * (token + activations)
+    assert needs.requests == 3 * 4 * (10 * 8 + logits)
+    assert needs.slot == 2 * (20 + 64 * own_prompts) * token + activations + logits

@@ -264,10 +264,10 @@ def test_memory_decides_the_slots_and_not_the_rows(segments):
         + 16
     )
     token = 4 * 2 * 2 * 2 * 4  # f32, k and v, layers, heads, head_dim
-    prompts, requests = 4 * 32 * token, 12 * 9 * 8
+    activations, logits = 4 * (4 * 16 + 3 * 24 + 4 * 16), 4 * 3 * 64
+    prompts, requests = 4 * 32 * (token + activations), 12 * (9 * 8 + logits)
     columns = 8 + 4  # a segment more than the longest response has
-    activations = 4 * (4 * 16 + 3 * 24 + 4 * 16 + 3 * 64)
-    slot = columns * token + 32 * token + activations
+    slot = 2 * (columns + 32) * token + activations + logits  # caches are moved by copies
     fixed = weights + prompts + requests
 
     assert_same(rollout(memory_gib=(fixed + 5.5 * slot) / 2**30), sampled())

@@ -1,6 +1,9 @@
 """The sampler, in all its forms, against distributions built by sorting, in float64."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +68,7 @@ def sampler(**mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_draws_follow_the_distribution(mode):
-    """Chi-square over 5e4 draws from 240 tokens in two blocks, the last 10 columns padding.
+    """Chi-square over 1e5 draws from 240 tokens in two blocks, the last 10 columns padding.
 
     Tokens that should come up less than 5 times are pooled by tens of rarity, so that the tail is judged apart.
     """
@@ -78,7 +81,7 @@ def test_draws_follow_the_distribution(mode):
     rest = dict(max_new_tokens=1, group_size=1, eos_ids=(), segment=1, dtype="float32")
     draw = jax.jit(sampling.sample, static_argnames="spec")
     spec = sampling.SamplingSpec(**MODES[mode], **rest)
-    tokens = np.concatenate([draw(logits, keys, t, spec).token for t in range(5)])
+    tokens = np.concatenate([draw(logits, keys, t, spec).token for t in range(10)])
     expected = distribution(row, **MODES[mode]) * len(tokens)
     counts = np.bincount(tokens, minlength=250)
     assert not counts[expected == 0].any()
@@ -384,6 +387,18 @@ def test_bit_equal_however_the_vocabulary_is_cut(mode, vocabulary):
     cut = sharded(4, entropy=True, implementation="xla", **mode)(logits, uniforms)
     for a, b in zip(whole, cut, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_bit_equal_in_optimised_programs():
+    """The same two tests again: the optimiser regroups sums by the number of rows, if it is let."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(
+        [*command, "-k", "bit_equal_however"],
+        env=os.environ | {"COOPER_OPTIMISE": "1", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-2000:]
 
 
 @pytest.mark.parametrize("implementation", INTERPRETED)

@@ -79,15 +79,15 @@ def chunks(prompts: Sequence[Sequence[int]], shards: int, size: int, width: int)
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device while a rollout decodes.
+    """Bytes on one device while a rollout decodes, with the most that its programs need beside them.
 
     Caches are counted as they are laid out on a device, not cut over `tensor` where their heads do not divide.
     """
 
     weights: int  # the rollout's own copy
-    prompts: int  # keys and values of a shard's prompts
-    requests: int  # tokens and log-probabilities of a shard's requests
-    slot: int  # one slot: its suffix cache, activations and logits
+    prompts: int  # keys and values of a shard's prompts, and a prefill's activations
+    requests: int  # tokens and log-probabilities of a shard's requests, and the draw of their first tokens
+    slot: int  # one slot: its suffix cache, twice for it is moved by a copy, activations and logits
 
     def total(self, slots: int) -> int:
         return self.weights + self.prompts + self.requests + slots * self.slot
@@ -122,14 +122,14 @@ def memory(
     vocab_ways = 1 if layout is None else layout.ways(layout.spec(("vocab",), (config.padded_vocab,))[0])
     token = form.bytes_per_token(config.layers, config.kv_heads // ways, config.head_dim)
     f32 = 4
-    # A row's activations: hidden states, the projections of one layer, and its logits with what is made of them.
+    logits = 3 * f32 * config.padded_vocab // vocab_ways  # of a row, with what is made of them
+    # A row's activations: hidden states and the projections of one layer.
     row = f32 * (4 * config.width + 3 * config.ffn + 4 * config.heads * config.head_dim)
-    row += 3 * f32 * config.padded_vocab // vocab_ways
     return Memory(
         weights=sum(_device_bytes(x) for x in jax.tree.leaves(weights)),
-        prompts=prompts * width * token,
-        requests=prompts * group * new_tokens * 2 * f32,
-        slot=columns * token + (width * token if own_prompts else 0) + row,
+        prompts=prompts * width * token + min(max(PREFILL_TOKENS, width), prompts * width) * row,
+        requests=prompts * group * (new_tokens * 2 * f32 + logits),
+        slot=2 * (columns + (width if own_prompts else 0)) * token + row + logits,
     )
 
 

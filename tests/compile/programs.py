@@ -152,6 +152,12 @@ def rollout(case: Case) -> dict[str, Compiled]:
             setting=setting,
         )
     )
+    if not case.aligned:
+        arrays = opened, requests, prompts
+        by = jax.ShapeDtypeStruct((), i32, sharding=layout.replicated)
+        out["refill"] = compile_(slots.refill.lower(*arrays, setting=setting))
+        out["compact"] = compile_(slots.compact.lower(*arrays, size=count // 2, setting=setting))
+        out["resize"] = compile_(slots.resize.lower(opened, by, columns=columns, setting=setting))
     return out
 
 

@@ -6,6 +6,7 @@ slots are half its requests with an int8 cache, sampled with top-p.
 
 import functools
 import itertools
+import math
 import re
 
 import programs
@@ -62,9 +63,14 @@ def check_segment(case: Case) -> None:
     assert copies(segment.text, local // config.layers) == [], "the cache should be written in place"
     vocab = config.padded_vocab // case.tensor
     seen = sizes(segment.text)
-    assert max(seen.values()) < setting.shards * rows * spec.max_new_tokens * config.padded_vocab
+    whole = max(math.prod(x.shape) for kv in opened.suffix for x in kv.data) // (setting.shards * case.tensor)
+    assert max(seen.values()) <= max(
+        whole, config.padded_vocab * config.width
+    )  # the cache, or the head itself
+    assert rows * vocab * spec.max_new_tokens > 2 * whole, "else the line above says nothing of logits"
     if spec.uncut:  # the head is fused with the draw: not even one token's logits are there
-        assert not {f"{rows},{vocab}", f"{vocab},{rows}"} & seen.keys()
+        logits = (f"{rows},{vocab}", f"{vocab},{rows}")
+        assert not [shape for shape in seen if shape.endswith(logits)]
 
 
 @pytest.mark.parametrize("case", CASES)
