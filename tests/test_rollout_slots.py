@@ -257,7 +257,7 @@ def test_slots_are_as_many_as_asked_for_and_as_rows():
 
 
 def test_memory_decides_the_slots_and_not_the_rows(segments):
-    """The bytes of this model, written out; three slots and a half fit."""
+    """The bytes of this model, written out; five slots and a half fit."""
     weights = 4 * (
         3 * 64 * 16  # embed, lm_head and its transpose
         + 2 * (16 * (16 + 8 + 8 + 16) + 3 * 16 * 24 + 2 * 16)  # q, k, v, o; gate, up, down; norms
