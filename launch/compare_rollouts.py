@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     found = first_differences(*inputs, a, b, fused=fused)
     rows, mask = len(a.finished), np.asarray(a.mask) & np.asarray(b.mask)
     same = mask & (np.cumsum(np.asarray(a.tokens) != np.asarray(b.tokens), axis=1) == 0)
-    gap = np.abs(np.asarray(a.logprobs) - np.asarray(b.logprobs))[same].max()
+    gap = np.abs(np.asarray(a.logprobs) - np.asarray(b.logprobs))[same].max(initial=0.0)
     print(f"{len(found)} of {rows} rows differ; log-probabilities before that by at most {gap:.1e}")
     for d in found:
         print(

@@ -23,7 +23,6 @@ OTHERS = [
     pytest.param(Case("qwen_1p5b", "v6e", 1, aligned=False, top_p=0.9), id="qwen-v6e-slots-top_p"),
     pytest.param(Case("qwen_1p5b", "h100", 1, aligned=False, kv_dtype="int8"), id="qwen-h100-slots-int8"),
 ]
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}
 
 rollout = functools.cache(programs.rollout)
 
@@ -34,16 +33,12 @@ def sizes(text: str) -> dict[str, int]:
     return {shape: functools.reduce(lambda a, b: a * int(b), shape.split(","), 1) for shape in shapes}
 
 
-def copies(text: str, least: int) -> list[str]:
-    """Instructions that copy or transpose at least so many bytes."""
-    found = []
-    for kind, dims, op in re.findall(r" = (\w+)\[([\d,]+)\]\S* (copy|transpose)\(", text):
-        if (
-            kind in BYTES
-            and BYTES[kind] * functools.reduce(lambda a, b: a * int(b), dims.split(","), 1) >= least
-        ):
-            found.append(f"{op} of {kind}[{dims}]")
-    return found
+def copies(text: str, elements: set[int]) -> list[str]:
+    """Instructions that copy or transpose an array of so many elements."""
+    found = re.findall(r" = (\w+\[([\d,]+)\])\S* (copy|transpose|copy-start)\(", text)
+    return [
+        f"{op} of {array}" for array, dims, op in found if math.prod(map(int, dims.split(","))) in elements
+    ]
 
 
 def check_segment(case: Case) -> None:
@@ -58,12 +53,15 @@ def check_segment(case: Case) -> None:
     if spec.top_p < 1:
         bound += 4 * rows * 4 * config.padded_vocab // case.tensor
     assert segment.temporaries < bound, f"{segment.temporaries} bytes of temporaries, expected under {bound}"
-    caches = [x for kv in opened.suffix for x in kv.data]
-    local = min(x.size * x.dtype.itemsize for x in caches) // (setting.shards * case.tensor)
-    assert copies(segment.text, local // config.layers) == [], "the cache should be written in place"
+    devices = setting.shards * case.tensor
+    caches = {
+        math.prod(x.shape) // devices for kv in (*opened.suffix, *made["prefill"].outputs.kv) for x in kv.data
+    }
+    layers = {n // config.layers for n in caches}
+    assert copies(segment.text, caches | layers) == [], "the caches should be read and written in place"
     vocab = config.padded_vocab // case.tensor
     seen = sizes(segment.text)
-    whole = max(math.prod(x.shape) for kv in opened.suffix for x in kv.data) // (setting.shards * case.tensor)
+    whole = max(caches)
     assert max(seen.values()) <= max(
         whole, config.padded_vocab * config.width
     )  # the cache, or the head itself
