@@ -50,6 +50,8 @@ def check_segment(case: Case) -> None:
     layer = config.width * config.ffn * 2 // case.tensor  # bytes of a layer's largest matrix, bfloat16
     # A row's activations in f32, all of a layer's side by side; a matrix on its way in, twice.
     bound = rows * 4 * (8 * config.width + 6 * config.ffn + 8 * config.heads * config.head_dim) + 2 * layer
+    # Once a segment the compiler may lay a stack of projections out anew.
+    bound += 2 * config.layers * config.width * config.heads * config.head_dim // case.tensor
     if spec.top_p < 1:
         bound += 4 * rows * 4 * config.padded_vocab // case.tensor
     assert segment.temporaries < bound, f"{segment.temporaries} bytes of temporaries, expected under {bound}"
@@ -62,9 +64,7 @@ def check_segment(case: Case) -> None:
     vocab = config.padded_vocab // case.tensor
     seen = sizes(segment.text)
     whole = max(caches)
-    assert max(seen.values()) <= max(
-        whole, config.padded_vocab * config.width
-    )  # the cache, or the head itself
+    assert max(seen.values()) <= max(whole, config.padded_vocab * config.width)  # the cache, or the head
     assert rows * vocab * spec.max_new_tokens > 2 * whole, "else the line above says nothing of logits"
     if spec.uncut:  # the head is fused with the draw: not even one token's logits are there
         logits = (f"{rows},{vocab}", f"{vocab},{rows}")
