@@ -105,6 +105,10 @@ def get_config() -> ConfigDict:
     c.rollout.dtype = "float32"  # of the rollout's weights and activations
     # auto: Pallas kernels on TPUs and GPUs where they read the model's head_dim, plain XLA elsewhere; xla: that.
     c.rollout.kernels = "auto"
+    # The rollout's copy of the weights.  gathered: by mesh.rollout_rules; sharded: as in training, each layer
+    # gathered at every token, for a model of which a device holds no more; auto: gathered where that takes at most
+    # half of memory_gib, or of the memory that the device has free.
+    c.rollout.weights = "auto"
     c.rollout.kv_dtype = ""  # of the KV cache: float32, bfloat16 or int8; "": as dtype
 
     # --- policy wing ---
@@ -174,6 +178,13 @@ def get_config() -> ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
+    # The axis that spans slices, where devices lie in several: TPU pods that a network joins, hosts of GPUs.
+    c.mesh.across = "data"
+    # A mesh of its own for a model, data x fsdp x tensor as in "1x2x1", of the last devices of every host; ""
+    # shares the policy's.  A reward model apart scores responses while others are still decoded.
+    c.mesh.reward = ""
+    c.mesh.reference = ""
+    c.mesh.assistant = ""  # of a local one
     # Logical axis -> mesh axis, first that fits (None replicates).
     c.mesh.rules = (
         ("batch", ("data", "fsdp")),
@@ -188,6 +199,8 @@ def get_config() -> ConfigDict:
         ("layers", None),
         ("head_dim", None),
     )
+    # Tried first for a rollout's copy of the weights: they are gathered once a step, and not at every token.
+    c.mesh.rollout_rules = (("embed", None),)
 
     # --- what is kept ---
     c.checkpoint = ConfigDict()

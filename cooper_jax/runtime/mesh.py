@@ -1,23 +1,28 @@
 """Devices, axes, and the rules that place arrays on them.
 
-1. `make_mesh(cfg.mesh)` lays the devices out on the axes data x fsdp x tensor.
-2. A `Layout` is that mesh with a table of rules: a logical axis ("embed", "heads", ...) to a mesh axis.
-3. A parameter is declared once, as a `ParamSpec`: shape, logical axes and initialiser.  Shapes, shardings
+1. `split_devices` sets devices aside for models that do not share the policy's mesh, some of every host's.
+2. `make_mesh` lays devices out on the axes data x fsdp x tensor.  Over several slices (TPU pods that a data-centre
+   network joins, or hosts of GPUs) one axis alone crosses from slice to slice; the others stay on fast links.
+3. A `Layout` is such a mesh with a table of rules: a logical axis ("embed", "heads", ...) to a mesh axis; and a
+   second one, tried before it, for a rollout's copy of the weights.
+4. A parameter is declared once, as a `ParamSpec`: shape, logical axes and initialiser.  Shapes, shardings
    and initial values all derive from it.
 
-A dimension that its mesh axis does not divide falls to the next rule of that logical axis, or raises.
+A dimension that its mesh axis does not divide falls to the next rule of that logical axis, or raises.  There is no
+axis over a row's tokens: rows of the paper's length (1,024) are many and short, and cut over `data` and `fsdp`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -37,12 +42,54 @@ class ParamSpec:
     scale: float = 0.02
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def parse_sizes(text: str) -> tuple[int, int, int]:
+    """ "1x2x1" -> (1, 2, 1), data x fsdp x tensor.  Raises ValueError for anything else."""
+    parts = text.split("x")
+    if len(parts) != len(AXES) or not all(p.isdecimal() and int(p) for p in parts):
+        raise ValueError(f"{text!r} is no mesh: write {' x '.join(AXES)} as in 1x2x1")
+    return tuple(int(p) for p in parts)
+
+
+def split_devices(
+    devices: Sequence[jax.Device], aside: Mapping[str, tuple[int, int, int]]
+) -> tuple[list[jax.Device], dict[str, list[jax.Device]]]:
+    """Devices that are left, and those set aside under each name for a mesh of so many.
+
+    Every host gives the same number, its last ones: all hosts take part in every program.  Raises ValueError where
+    the hosts cannot give equally many, or nothing would be left.
+    """
+    by_host: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_host.setdefault(device.process_index, []).append(device)
+    taken: dict[str, list[jax.Device]] = {}
+    for name, sizes in aside.items():
+        count, hosts = math.prod(sizes), len(by_host)
+        each, least = count // hosts, min(map(len, by_host.values()))
+        if count % hosts or each >= least:
+            raise ValueError(
+                f"mesh.{name}={'x'.join(map(str, sizes))} takes {count} devices, the same number from each of {hosts} "
+                f"hosts, and must leave some; a host has {least} left: choose another size, or '' to share the "
+                "policy's mesh"
+            )
+        taken[name] = [d for own in by_host.values() for d in own[-each:]]
+        by_host = {host: own[:-each] for host, own in by_host.items()}
+    return [d for own in by_host.values() for d in own], taken
+
+
+def make_mesh(
+    data: int,
+    fsdp: int,
+    tensor: int,
+    devices: Sequence[jax.Device] | None = None,
+    across: str = "data",
+) -> Mesh:
     """A data x fsdp x tensor mesh; one axis may be -1 ("all the rest").
 
-    Raises ValueError when the axes do not multiply to the number of devices.
+    across: the axis that spans slices, where the devices lie in several: neighbours on the others share one.
+
+    Raises ValueError when the axes do not multiply to the number of devices, or slices do not divide `across`.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(jax.devices() if devices is None else np.asarray(devices).flat)
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, at most one is -1")
@@ -54,7 +101,34 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
             f"mesh {dict(zip(AXES, sizes, strict=True))} holds {math.prod(sizes)} devices, but there are "
             f"{len(devices)}: change --config.mesh.data, .fsdp or .tensor (-1 takes the rest)"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if across not in AXES:
+        raise ValueError(f"mesh.across={across!r}: it is one of {', '.join(AXES)}")
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return Mesh(_arrange(devices, sizes, AXES.index(across)), AXES, axis_types=axis_types)
+
+
+def _arrange(devices: list[jax.Device], sizes: list[int], across: int) -> np.ndarray:
+    """The devices as an array of `sizes`: neighbours in it are neighbours on the machine."""
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices == 1:
+        if devices[0].platform == "tpu" and _is_box(devices):
+            return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return np.asarray(devices).reshape(sizes)
+    if sizes[across] % slices:
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))}: the devices lie in {slices} slices, which do not divide "
+            f"{AXES[across]}={sizes[across]}, the axis that spans them: change its size or --config.mesh.across"
+        )
+    inner, outer = list(sizes), [1] * len(sizes)
+    inner[across], outer[across] = sizes[across] // slices, slices
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+
+
+def _is_box(devices: Sequence[jax.Device]) -> bool:
+    """Whether TPU chips fill a box: a part of a host's is laid out in its own order."""
+    coords = np.asarray([d.coords for d in devices])
+    cores = len({d.core_on_chip for d in devices})
+    return int(np.prod(coords.max(0) - coords.min(0) + 1)) * cores == len(devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +137,11 @@ class Layout:
 
     mesh: Mesh
     rules: Rules
+    rollout_rules: Rules = (("embed", None),)  # tried before `rules` for a rollout's copy of the weights
+
+    def for_rollout(self) -> Layout:
+        """The layout of the weights that a rollout reads."""
+        return dataclasses.replace(self, rules=(*self.rollout_rules, *self.rules))
 
     @property
     def batch_shards(self) -> int:
@@ -121,11 +200,13 @@ class Layout:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
     def put(self, tree: Any, *axes: str | None) -> Any:
-        """Place host arrays; `axes` name the leading dimensions, the others are replicated."""
+        """Place host arrays, the same on every host; `axes` name the leading dimensions, the others are replicated."""
 
         def place(x):
-            full = axes[: np.ndim(x)] + (None,) * (np.ndim(x) - len(axes))
-            return jax.device_put(x, self.sharding(full, np.shape(x)))
+            x = np.asarray(x)
+            sharding = self.sharding(axes[: x.ndim] + (None,) * (x.ndim - len(axes)), x.shape)
+            # By callback: of a batch that every host holds, each copies its own devices' rows alone.
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
         return jax.tree.map(place, tree)
 
