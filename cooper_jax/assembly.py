@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 from flax import struct
 from ml_collections import ConfigDict
 
@@ -26,8 +28,10 @@ from cooper_jax.policy import grpo
 from cooper_jax.reward import assistant as assistants
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.rollout import engine
-from cooper_jax.runtime import keys, mesh, optim
+from cooper_jax.runtime import hosts, keys, mesh, optim
+from cooper_jax.runtime.metrics import write_atomically
 from cooper_jax.settings import SetupError, boundary
 from cooper_jax.types import Completion, Params, Problem, TrainState
 
@@ -45,6 +49,8 @@ class PolicyWing:
     model: Model
     sampling: engine.SamplingSpec
     logprobs: Callable  # (params, tokens, valid, T) -> f32[N, T]
+    reference_layout: mesh.Layout
+    reference_logprobs: Callable  # the same, where the reference lies
     update: Callable  # (TrainState, PolicyBatch) -> (TrainState, metrics)
     optimiser: optim.Optimiser
 
@@ -52,6 +58,7 @@ class PolicyWing:
 @dataclasses.dataclass(frozen=True)
 class RewardWing:
     model: Model
+    layout: mesh.Layout
     score: Callable  # (params, ScoreBatch) -> f32[N], logits
     update: Callable  # (TrainState, PairBatch) -> (TrainState, metrics)
     optimiser: optim.Optimiser
@@ -62,10 +69,10 @@ class Cooper:
     """The machinery of a run; nothing in it changes from step to step."""
 
     cfg: ConfigDict
-    layout: mesh.Layout
+    layout: mesh.Layout  # the policy's
     policy: PolicyWing
     reward: RewardWing | None  # None in the rule arm
-    rule: RuleVerifier
+    rule: RuleVerifier | SharedRule
     assistant: assistants.Assistant | None  # None but in the cooper arm
     train: tuple[Problem, ...]
     train_prompts: tuple[tuple[int, ...], ...]
@@ -81,7 +88,7 @@ class State:
 
     policy: TrainState
     reward: TrainState | None
-    reference: Params  # the policy at step 0
+    reference: Params | None  # the policy at step 0; None before that
     step: int = struct.field(pytree_node=False)  # Cooper steps done
     position: int = struct.field(pytree_node=False)  # problems consumed, over all epochs
 
@@ -111,22 +118,32 @@ def load_tokenizer(section: ConfigDict, name: str, run_dir: Path) -> tokenizers.
         if source != "random":
             return tokenizers.load(source)
         path = run_dir / f"tokenizer_{section.arch.vocab_size}.model"
-        if path.exists():
-            return tokenizers.load(str(path))
-        return tokenizers.train_sentencepiece(
-            synthetic.corpus(), path, section.arch.vocab_size, symbols=[*prompts.VERIFIER_TAGS, "\n"]
-        )
+
+        def trained() -> bytes:
+            if not path.exists():
+                symbols = [*prompts.VERIFIER_TAGS, "\n"]
+                tokenizers.train_sentencepiece(
+                    synthetic.corpus(), path, section.arch.vocab_size, symbols=symbols
+                )
+            return path.read_bytes()
+
+        data = hosts.broadcast(f"tokenizer of {name}", trained)
+        if not path.exists():  # on another host's disk
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, data)
+        return tokenizers.load(str(path))
 
 
-def describe_model(section: ConfigDict, name: str, run_dir: Path) -> Model:
-    """A model of `section` without its parameters."""
+def describe_model(section: ConfigDict, name: str, run_dir: Path, layout: mesh.Layout) -> Model:
+    """A model of `section` without its parameters, its vocabulary padded so that it divides over the mesh."""
     tokenizer = load_tokenizer(section, name, run_dir)
+    multiple = math.lcm(section.vocab_multiple, layout.first_ways("vocab"))
     with boundary(f"{name}.weights={section.weights!r}"):
         if section.weights == "random":
-            config = ModelConfig.from_arch(section.arch, tokenizer.vocab_size, section.vocab_multiple)
+            config = ModelConfig.from_arch(section.arch, tokenizer.vocab_size, multiple)
             return Model(config, tokenizer)
         config = weights.read_config(section.weights, section.num_layers)
-        config = dataclasses.replace(config, vocab_multiple=section.vocab_multiple)
+        config = dataclasses.replace(config, vocab_multiple=multiple)
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} ids but the embedding {config.vocab_size} rows: set "
@@ -139,7 +156,7 @@ def load_model(
     section: ConfigDict, name: str, head: str, layout: mesh.Layout, run_dir: Path, seed: int
 ) -> tuple[Model, Params, bool]:
     """A model of `section` with its parameters; the last value says whether its head has been trained."""
-    model = describe_model(section, name, run_dir)
+    model = describe_model(section, name, run_dir, layout)
     with boundary(f"{name}.weights={section.weights!r}"):
         if section.weights == "random":
             specs = transformer.param_specs(model.config, head)
@@ -150,21 +167,39 @@ def load_model(
             num_layers=section.num_layers,
             head=head,
             layout=layout,
-            vocab_multiple=section.vocab_multiple,
+            vocab_multiple=model.config.vocab_multiple,
             seed=seed,
         )
         return model, loaded.params, loaded.head_trained
 
 
-def make_layout(cfg: ConfigDict) -> mesh.Layout:
-    """The config's mesh over the devices at hand, with its rules."""
+ASIDE = ("reward", "reference", "assistant")  # models that may have a mesh of their own
+
+
+def make_layouts(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> dict[str, mesh.Layout]:
+    """Where each model lives, by its name: the config's meshes over the devices at hand, with their rules."""
+    m = cfg.mesh
 
     def frozen(x):
         return tuple(frozen(y) for y in x) if isinstance(x, list | tuple) else x
 
+    def layout(devices, data, fsdp, tensor):
+        made = mesh.make_mesh(data, fsdp, tensor, devices, m.across)
+        return mesh.Layout(made, frozen(m.rules), frozen(m.rollout_rules))
+
+    sizes = {}
+    for name in ASIDE:
+        with boundary(f"mesh.{name}"):
+            sizes |= {name: mesh.parse_sizes(m[name])} if m[name] else {}
     with boundary("mesh"):
-        devices = mesh.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
-        return mesh.Layout(devices, frozen(cfg.mesh.rules))
+        left, taken = mesh.split_devices(jax.devices() if devices is None else devices, sizes)
+        out = dict.fromkeys(("policy", *ASIDE), layout(left, m.data, m.fsdp, m.tensor))
+        return out | {name: layout(own, *sizes[name]) for name, own in taken.items()}
+
+
+def make_layout(cfg: ConfigDict) -> mesh.Layout:
+    """The policy's."""
+    return make_layouts(cfg)["policy"]
 
 
 def policy_prompt(cfg: ConfigDict, tokenizer: tokenizers.Tokenizer, problem: Problem) -> list[int]:
@@ -175,7 +210,8 @@ def policy_prompt(cfg: ConfigDict, tokenizer: tokenizers.Tokenizer, problem: Pro
 def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
     """The machinery and the state at step 0, before any supervised phase; worker processes end on exit."""
     settings.check(cfg)
-    layout = make_layout(cfg)
+    layouts = make_layouts(cfg)
+    layout = layouts["policy"]
     rows = cfg.data.prompts_per_step * cfg.rollout.group_size
     if cfg.policy.minibatches > 1 and rows % (layout.batch_shards * cfg.policy.minibatches):
         raise SetupError(
@@ -190,8 +226,8 @@ def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
         )
     train, held_out = load_problems(cfg)
     with contextlib.ExitStack() as stack:
-        policy, policy_state = _policy_wing(cfg, layout, run_dir)
-        reward, reward_state = _reward_wing(cfg, layout, run_dir)
+        policy, policy_state = _policy_wing(cfg, layouts, run_dir)
+        reward, reward_state = _reward_wing(cfg, layouts["reward"], run_dir)
         with boundary(f"data.chat={cfg.data.chat}, data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
             kept = [
                 problem_sets.drop_long(
@@ -221,9 +257,11 @@ def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
         assistant = None
         if cfg.reward.arm == "cooper":
             with boundary("assistant"):
-                generate = _local_generate(cfg, layout, run_dir) if cfg.assistant.kind == "local" else None
+                local = cfg.assistant.kind == "local"
+                generate = _local_generate(cfg, layouts["assistant"], run_dir) if local else None
                 assistant = assistants.make(cfg.assistant, generate)
             stack.callback(assistant.close)
+        rule, assistant = over_hosts(rule, assistant, jax.process_count())
         cooper = Cooper(
             cfg=cfg,
             layout=layout,
@@ -239,14 +277,15 @@ def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
             oracle=synthetic.oracle if cfg.data.format == "synthetic" else None,
         )
         # Handed over, not kept: this frame lives as long as the run, and would hold a second copy of everything.
-        state = [
-            State(policy=policy_state, reward=reward_state, reference=policy_state.params, step=0, position=0)
-        ]
+        state = [State(policy=policy_state, reward=reward_state, reference=None, step=0, position=0)]
         del policy_state, reward_state
         yield cooper, state.pop()
 
 
-def _policy_wing(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> tuple[PolicyWing, TrainState]:
+def _policy_wing(
+    cfg: ConfigDict, layouts: dict[str, mesh.Layout], run_dir: Path
+) -> tuple[PolicyWing, TrainState]:
+    layout, reference = layouts["policy"], layouts["reference"]
     model, params, _ = load_model(cfg.policy, "policy", "logits", layout, run_dir, cfg.seed)
     r = cfg.rollout
     sampling = engine.SamplingSpec(
@@ -263,13 +302,15 @@ def _policy_wing(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> tuple[P
     )
     with boundary("policy"):
         optimiser = optim.make(cfg.policy.optimiser)
+        scoring = dict(microbatch=cfg.policy.microbatch, dtype=cfg.policy.dtype, temperature=r.temperature)
+        logprobs = grpo.make_logprobs(model.config, layout, **scoring)
+        apart = reference != layout
         wing = PolicyWing(
             model=model,
             sampling=sampling,
-            logprobs=grpo.make_logprobs(
-                model.config, layout,
-                microbatch=cfg.policy.microbatch, dtype=cfg.policy.dtype, temperature=r.temperature,
-            ),
+            logprobs=logprobs,
+            reference_layout=reference,
+            reference_logprobs=grpo.make_logprobs(model.config, reference, **scoring) if apart else logprobs,
             update=grpo.make_update(
                 model.config, cfg.policy, optimiser, layout,
                 temperature=r.temperature, max_new_tokens=r.max_new_tokens,
@@ -295,6 +336,7 @@ def _reward_wing(
         optimiser = optim.make(cfg.reward.optimiser)
         wing = RewardWing(
             model=model,
+            layout=layout,
             score=verifier_model.make_score(
                 model.config, layout, dtype=cfg.reward.dtype, microbatch=cfg.reward.microbatch
             ),
@@ -308,7 +350,12 @@ def rollout_options(cfg: ConfigDict) -> dict[str, float | str | None]:
     """What holds for every rollout of a run: the bounds of its slots, and its kernels."""
     r = cfg.rollout
     implementation = None if r.kernels == "auto" else r.kernels
-    return dict(max_rows=r.max_rows or None, memory_gib=r.memory_gib or None, implementation=implementation)
+    return dict(
+        max_rows=r.max_rows or None,
+        memory_gib=r.memory_gib or None,
+        weights=r.weights,
+        implementation=implementation,
+    )
 
 
 def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> Callable:

@@ -55,6 +55,16 @@ def check(cfg: ConfigDict) -> None:
         "probabilities over the whole vocabulary, so training samples from it too; set top_k=0, top_p=1.0 and "
         "min_p=0.0 (evaluation has its own)",
     )
+    weights = ("auto", "gathered", "sharded")
+    need(r.weights in weights, f"rollout.weights={r.weights!r}: it is one of {', '.join(weights)}")
+    need(
+        not cfg.mesh.reward or cfg.reward.arm != "rule",
+        f"mesh.reward={cfg.mesh.reward!r}: the rule arm has no reward model; leave it empty",
+    )
+    need(
+        not cfg.mesh.assistant or (cfg.assistant.kind == "local" and cfg.reward.arm == "cooper"),
+        f"mesh.assistant={cfg.mesh.assistant!r}: only the cooper arm with assistant.kind=local has one on devices",
+    )
     need(r.kernels in ("auto", "xla"), f"rollout.kernels={r.kernels!r}: it is auto or xla")
     need(r.temperature > 0, f"rollout.temperature={r.temperature}: training samples, so it must be above 0")
     for name in AT_LEAST_1:

@@ -3,8 +3,8 @@
     sample -> Rollout, completions      score -> reward-model logits      logprobs -> PolicyBatch
     propose_pairs -> pairs (pending)    update_policy                     update_reward_model
 
-Text goes in and out on the host; arrays are packed by `data/packing.py`, placed by the layout, and every stage
-pads its rows to what the mesh divides and crops them again.
+Text goes in and out on the host, the same on every one; arrays are packed by `data/packing.py`, placed by the
+layout of the model that reads them, and every stage pads its rows to what the mesh divides and crops them again.
 
     B prompts   G samples a prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens
 """
@@ -12,6 +12,7 @@ pads its rows to what the mesh divides and crops them again.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -22,7 +23,7 @@ from cooper_jax.data import packing, prompts
 from cooper_jax.policy import grpo
 from cooper_jax.reward import pairs
 from cooper_jax.rollout import engine
-from cooper_jax.runtime import keys
+from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.types import (
     Completion,
@@ -100,8 +101,9 @@ def render(cooper: Cooper, problem: Problem, completion: str) -> list[int]:
 
 
 def score_batch(cooper: Cooper, rows: Sequence[Sequence[int]]) -> ScoreBatch:
-    batch = packing.score_batch(rows, bucket=cooper.cfg.data.bucket, rows_multiple=cooper.layout.batch_shards)
-    return cooper.layout.put(batch, "batch")
+    layout = cooper.reward.layout
+    batch = packing.score_batch(rows, bucket=cooper.cfg.data.bucket, rows_multiple=layout.batch_shards)
+    return layout.put(batch, "batch")
 
 
 def score(
@@ -112,7 +114,49 @@ def score(
         return None
     rows = [render(cooper, p, c.text) for p, c in zip(problems, completions, strict=True)]
     logits = cooper.reward.score(state.reward.params, score_batch(cooper, rows))
-    return np.asarray(logits)[: len(rows)]
+    return hosts.fetch(logits)[: len(rows)]
+
+
+class ScoreBeside:
+    """The same scores, on devices of the reward model's own, while the policy's still decode.
+
+    Responses are taken as they end, a microbatch at a time.  Which ones share a microbatch depends on what was
+    sampled alone, not on the time it took.
+    """
+
+    def __init__(self, cooper: Cooper, state: State):
+        self._cooper, self._params = cooper, state.reward.params
+        shards = cooper.reward.layout.batch_shards
+        self._batch = -(-cooper.cfg.reward.microbatch // shards) * shards
+        self._waiting: list[tuple[int, list[int]]] = []  # (row, tokens)
+        self._under_way: list[tuple[list[int], jax.Array]] = []  # (rows, logits)
+
+    @staticmethod
+    def possible(cooper: Cooper) -> bool:
+        """Whether the reward model has devices of its own."""
+        return cooper.reward is not None and cooper.reward.layout != cooper.layout
+
+    def add(self, first: int, problem: Problem, completions: Sequence[Completion]) -> None:
+        """Responses to one problem, rows from `first` on; returns at once."""
+        rows = ((first + i, render(self._cooper, problem, c.text)) for i, c in enumerate(completions))
+        self._waiting.extend(rows)
+        while len(self._waiting) >= self._batch:
+            self._send(self._batch)
+
+    def result(self) -> np.ndarray:
+        """f32[N], in the order of the rows."""
+        while self._waiting:
+            self._send(self._batch)
+        out = np.zeros(sum(len(rows) for rows, _ in self._under_way), np.float32)
+        for rows, logits in self._under_way:
+            out[rows] = hosts.fetch(logits)[: len(rows)]
+        return out
+
+    def _send(self, count: int) -> None:
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        tokens = [row for _, row in taken] + [[]] * (count - len(taken))  # one number of rows, one program
+        logits = self._cooper.reward.score(self._params, score_batch(self._cooper, tokens))
+        self._under_way.append(([n for n, _ in taken], logits))
 
 
 def logprobs(
@@ -122,22 +166,27 @@ def logprobs(
 
     A step with a single update needs no pass for the latter: they are that update's own, and the ratio is 1.
     """
-    cfg, layout = cooper.cfg.policy, cooper.layout
-    batch = packing.policy_batch(
-        prompt_tokens, rollout, bucket=cooper.cfg.data.bucket, rows_multiple=layout.batch_shards
+    cfg, layout, away = cooper.cfg.policy, cooper.layout, cooper.policy.reference_layout
+    multiple = math.lcm(layout.batch_shards, away.batch_shards)
+    packed = packing.policy_batch(
+        prompt_tokens, rollout, bucket=cooper.cfg.data.bucket, rows_multiple=multiple
     )
     single = cfg.epochs * cfg.minibatches == 1
     flag = layout.put(np.asarray(single))
-    batch = layout.put(dataclasses.replace(batch, old_is_current=np.zeros(())), "batch").replace(
+    batch = layout.put(dataclasses.replace(packed, old_is_current=np.zeros(())), "batch").replace(
         old_is_current=flag
     )
     width = batch.response_mask.shape[1]
-    ref = cooper.policy.logprobs(state.reference, batch.tokens, batch.valid, width)
+    apart = away != layout
+    seen = away.put((packed.tokens, packed.valid), "batch") if apart else (batch.tokens, batch.valid)
+    ref = cooper.policy.reference_logprobs(state.reference, *seen, width)
     old = (
         batch.old_logprobs
         if single
         else cooper.policy.logprobs(state.policy.params, batch.tokens, batch.valid, width)
     )
+    if apart:
+        ref = layout.put(hosts.fetch(ref), "batch")
     return jax.block_until_ready(batch.replace(ref_logprobs=ref, old_logprobs=old))
 
 
@@ -178,13 +227,14 @@ def update_reward_model(
         (render(cooper, p.problem, p.positive), render(cooper, p.problem, p.negative)) if p else ([], [])
         for p in made
     ]
-    bucket, multiple = cooper.cfg.data.bucket, cooper.layout.batch_shards
+    layout, bucket = cooper.reward.layout, cooper.cfg.data.bucket
     width = packing.round_up(max(len(side) for row in rows for side in row), bucket)
     positive, negative = (
-        packing.score_batch([row[i] for row in rows], bucket=width, rows_multiple=multiple) for i in (0, 1)
+        packing.score_batch([row[i] for row in rows], bucket=width, rows_multiple=layout.batch_shards)
+        for i in (0, 1)
     )
     mask = packing.pad_rows(np.array([p is not None for p in made]), positive.tokens.shape[0])
-    batch = cooper.layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
+    batch = layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
     reward, metrics = cooper.reward.update(state.reward, batch)
     out = to_host(metrics, "rm")
     if not out["rm/valid"]:  # a mean over nothing

@@ -18,6 +18,7 @@ import dataclasses
 import time
 from collections import Counter
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -28,7 +29,9 @@ from cooper_jax.evaluate import evaluate
 from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.reward import verifier_model
 from cooper_jax.rollout import engine
+from cooper_jax.runtime import hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.mesh import Layout
 from cooper_jax.runtime.metrics import Phases, Progress
 from cooper_jax.runtime.rundir import Run, run_path
 from cooper_jax.types import Completion, Metrics, Pair, Problem, Verdict
@@ -56,18 +59,22 @@ def cooper_step(cooper: Cooper, state: State, phases: Phases) -> tuple[State, Me
     prompt_tokens = [cooper.train_prompts[i] for i in chosen]
 
     rollout_metrics: Metrics = {}
+    beside = stages.ScoreBeside(cooper, state) if stages.ScoreBeside.possible(cooper) else None
 
-    def verify(place: int, responses: list[Completion]) -> None:
+    def judge(place: int, responses: list[Completion]) -> None:
         """What has ended is judged while the rest is sampled; the verifier remembers it."""
         cooper.rule.submit([(problems[place].reference, c.text) for c in responses])
+        if beside is not None:
+            beside.add(place * cfg.rollout.group_size, problems[place], responses)
 
     with phases.phase("rollout"):
         rollout, completions = stages.sample(
-            cooper, state, prompt_tokens, positions, on_prompt=verify, report=rollout_metrics.update
+            cooper, state, prompt_tokens, positions, on_prompt=judge, report=rollout_metrics.update
         )
     pending = cooper.rule.submit([(p.reference, c.text) for p, c in zip(rows, completions, strict=True)])
     with phases.phase("score"):
-        logits = stages.score(cooper, state, rows, completions)
+        logits = stages.score(cooper, state, rows, completions) if beside is None else beside.result()
+    hosts.look()
     with phases.phase("logprobs"):
         batch = stages.logprobs(cooper, state, prompt_tokens, rollout)
     with phases.phase("rule"):
@@ -81,6 +88,7 @@ def cooper_step(cooper: Cooper, state: State, phases: Phases) -> tuple[State, Me
         eps=cfg.policy.std_eps,
         floor=cfg.policy.std_floor,
     )
+    hosts.look()  # the last time: from the update on, the state that a checkpoint would hold is gone
     with phases.phase("pairs"):
         proposed = stages.propose_pairs(cooper, problems, completions, verdicts, positions, step)
     with phases.phase("policy"):
@@ -162,7 +170,10 @@ def samples_of(cooper: Cooper, seen: Seen) -> list[dict]:
 
 
 def train(cfg: ConfigDict) -> None:
-    """Run `cfg.steps` Cooper steps, or what is left of them after the newest checkpoint in the run directory."""
+    """Run `cfg.steps` Cooper steps, or what is left of them after the newest checkpoint in the run directory.
+
+    Raises hosts.Stopped after a SIGTERM, when a checkpoint of the last whole step is complete.
+    """
     settings.check(cfg)
     path = run_path(cfg)
     with contextlib.ExitStack() as stack:
@@ -171,16 +182,26 @@ def train(cfg: ConfigDict) -> None:
         cooper, state = stack.enter_context(assembly.build(cfg, path))
         with settings.boundary("run_dir"):
             checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
-        print(describe(cooper), flush=True)
+        hosts.say(describe(cooper))
         state = warmup.start_or_resume(cooper, state, run, checkpoints)
         if state.step >= cfg.steps:
-            print(f"{path} holds {state.step} steps already; raise --config.steps to go on")
+            hosts.say(f"{path} holds {state.step} steps already; raise --config.steps to go on")
             return
-        progress = stack.enter_context(contextlib.closing(Progress(cfg.steps, state.step)))
+        progress = stack.enter_context(
+            contextlib.closing(Progress(cfg.steps, state.step, quiet=not hosts.primary()))
+        )
         phases = Phases()
         while state.step < cfg.steps:
             start = time.perf_counter()
-            state, metrics, seen = cooper_step(cooper, state, phases)
+            try:
+                hosts.look()
+                state, metrics, seen = cooper_step(cooper, state, phases)
+            except hosts.Stopped:
+                if state.step not in checkpoints.steps():
+                    warmup.save(cooper, state, checkpoints)
+                checkpoints.wait()
+                hosts.say(f"stopped by a signal; step {state.step} is saved")
+                raise
             seconds = time.perf_counter() - start
             sampled = sum(c.tokens for c in seen.completions)
             metrics |= {"time/step": seconds, "time/tokens_per_second": sampled / seconds}
@@ -192,14 +213,25 @@ def train(cfg: ConfigDict) -> None:
                 run.dump_samples(state.step, samples_of(cooper, seen))
             progress.update(state.step, metrics)
             if state.step % cfg.checkpoint.every == 0 or state.step == cfg.steps:
-                warmup.save(cooper, state, checkpoints)
-    print(f"{path}: {cfg.steps} steps done; metrics.jsonl, samples.jsonl and checkpoints/ are there")
+                with phases.phase(
+                    "checkpoint"
+                ):  # the pause: arrays are copied, and written in the background
+                    warmup.save(cooper, state, checkpoints)
+    hosts.say(f"{path}: {cfg.steps} steps done; metrics.jsonl, samples.jsonl and checkpoints/ are there")
+
+
+def _sizes(layout: Layout) -> str:
+    return " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
 
 
 def describe(cooper: Cooper) -> str:
     """What is about to run, in one line."""
     cfg, config = cooper.cfg, cooper.policy.model.config
-    mesh = " x ".join(f"{name} {size}" for name, size in cooper.layout.mesh.shape.items())
+    mesh = _sizes(cooper.layout)
+    apart = {"reward": cooper.reward and cooper.reward.layout, "reference": cooper.policy.reference_layout}
+    mesh += "".join(f", {n} {_sizes(x)}" for n, x in apart.items() if x is not None and x != cooper.layout)
+    processes = jax.process_count()
+    mesh += f" on {processes} hosts" if processes > 1 else ""
     problems, held_out = (
         f"{len(kept)} {what}"
         + (f" ({dropped} dropped: longer than {cfg.data.max_prompt_tokens} tokens)" if dropped else "")

@@ -22,10 +22,11 @@ from cooper_jax import stages
 from cooper_jax.assembly import Cooper, State, policy_prompt
 from cooper_jax.data import packing, synthetic
 from cooper_jax.data import problems as problem_sets
+from cooper_jax.model import transformer
 from cooper_jax.policy import imitation
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.corruption import corrupt
-from cooper_jax.runtime import checkpoint, keys, optim
+from cooper_jax.runtime import checkpoint, hosts, keys, mesh, optim
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.runtime.rundir import Run, config_hash
@@ -41,9 +42,8 @@ def start_or_resume(cooper: Cooper, state: State, run: Run, checkpoints: Checkpo
     if not checkpoints.steps():
         return _begin(cooper, state, run, checkpoints)
     likes = {name: checkpoint.abstract(tree) for name, tree in items(state).items()}
-    like_reference = checkpoint.abstract(state.reference)
     # What the checkpoint replaces goes first: together they would be twice a run's memory.
-    jax.tree.map(lambda x: x.delete(), (state.policy, state.reward, state.reference))
+    jax.tree.map(lambda x: x.delete(), (state.policy, state.reward))
     with boundary(f"{checkpoints.folder}"):
         step, trees, loop = checkpoints.restore_newest(likes)
     if loop["config_hash"] != config_hash(cooper.cfg):
@@ -54,10 +54,10 @@ def start_or_resume(cooper: Cooper, state: State, run: Run, checkpoints: Checkpo
     policy = checkpoint.join(trees["policy"], trees["policy_optimiser"])
     reward = checkpoint.join(trees["reward"], trees["reward_optimiser"]) if "reward" in trees else None
     with boundary(f"{checkpoints.reference}"):
-        reference = checkpoints.restore_reference(like_reference)
+        reference = checkpoints.restore_reference(_like_reference(cooper))
     with boundary("run_dir"):
         run.truncate(step)
-    print(f"resumed from step {step}", flush=True)
+    hosts.say(f"resumed from step {step}")
     return State(policy=policy, reward=reward, reference=reference, step=step, position=loop["position"])
 
 
@@ -87,12 +87,19 @@ def _begin(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> 
     if section.reward_steps and reward is not None:
         params = _teach(cooper, reward.params)
         reward = optim.init(params, cooper.reward.optimiser)
-    # A copy: the policy's own arrays are donated to its updates.
-    reference = jax.tree.map(lambda x: x.copy(), policy.params)
+    checkpoints.save_reference(policy.params)
+    if cooper.policy.reference_layout == cooper.layout:
+        # A copy: the policy's own arrays are donated to its updates.
+        reference = jax.tree.map(lambda x: x.copy(), policy.params)
+    else:  # devices that share none with the policy's take it from the disk
+        reference = checkpoints.restore_reference(_like_reference(cooper))
     state = State(policy=policy, reward=reward, reference=reference, step=0, position=0)
-    checkpoints.save_reference(reference)
     save(cooper, state, checkpoints)
     return state
+
+
+def _like_reference(cooper: Cooper) -> Params:
+    return mesh.abstract(cooper.policy.reference_layout, transformer.param_specs(cooper.policy.model.config))
 
 
 def _imitate(cooper: Cooper, params: Params) -> Params:
@@ -128,7 +135,7 @@ def _imitate(cooper: Cooper, params: Params) -> Params:
 
 def _teach(cooper: Cooper, params: Params) -> Params:
     """Binary cross-entropy on labelled triples, as VerifyRM is trained (arXiv 2508.05613)."""
-    section, layout, seed = cooper.cfg.warmup, cooper.layout, cooper.cfg.seed
+    section, layout, seed = cooper.cfg.warmup, cooper.reward.layout, cooper.cfg.seed
     if section.reward_data:
         with boundary(f"warmup.reward_data={section.reward_data}"):
             labelled = problem_sets.load_triples(section.reward_data)
@@ -155,18 +162,19 @@ def _teach(cooper: Cooper, params: Params) -> Params:
 def _phase(name: str, steps: int, state: TrainState, update: Callable[[TrainState, int], tuple]) -> Params:
     """`steps` updates with a progress line; the optimiser of the phase is not kept."""
     for step in range(steps):
+        hosts.look()
         state, metrics = update(state, step)
         if (step + 1) % max(1, steps // REPORTS) == 0:
             values = to_host({n: v for n, v in metrics.items() if n in ("loss", "accuracy")})
             said = "  ".join(f"{n} {v:.3f}" for n, v in values.items())
-            print(f"warm-up of the {name} model: step {step + 1}/{steps}  {said}", flush=True)
+            hosts.say(f"warm-up of the {name} model: step {step + 1}/{steps}  {said}")
     if skipped := int(state.skipped):
         if skipped == steps:
             raise SetupError(
                 f"warm-up of the {name} model: loss or gradients were not finite in any of {steps} updates: lower "
                 f"--config.warmup.{name}_optimiser.lr, or look at the weights that it starts from"
             )
-        print(f"warm-up of the {name} model: {skipped} of {steps} updates left out as not finite", flush=True)
+        hosts.say(f"warm-up of the {name} model: {skipped} of {steps} updates left out as not finite")
     return state.params
 
 

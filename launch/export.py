@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
             cfg.mesh.update(data=1, fsdp=-1, tensor=1)  # whatever it was trained on
             head = "logits" if MODEL.value == "policy" else "score"
             layout = assembly.make_layout(cfg)
-            model = assembly.describe_model(cfg[MODEL.value], MODEL.value, run_dir)
+            model = assembly.describe_model(cfg[MODEL.value], MODEL.value, run_dir, layout)
             like = mesh.abstract(layout, param_specs(model.config, head))
             params = kept.restore(step, MODEL.value, like)
     except settings.SetupError as error:

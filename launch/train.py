@@ -5,6 +5,10 @@
 
 Any field of configs/base.py is a flag: --config.steps=20 --config.reward.arm=rule.  A run directory that holds
 a checkpoint is continued; its config must not have changed in anything that matters.
+
+On several hosts the same command runs on each (cooper_jax/runtime/hosts.py says how they find each other).  Exit
+codes: 0 done; 2 an error in the settings or files; 75 stopped by SIGTERM, with a checkpoint; 69 another host was
+lost (134 where it was the first one).  After 75, 69 and 134 the same command goes on from the newest checkpoint.
 """
 
 import os
@@ -26,20 +30,37 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
     logging.set_verbosity(logging.WARNING)
+    keep_what_is_compiled()
+    from cooper_jax import settings, trainer
+    from cooper_jax.runtime import hosts
+
+    try:
+        with settings.boundary("several hosts"):
+            hosts.start()
+    except settings.SetupError as error:
+        refuse(error)
+    with hosts.together():
+        try:
+            trainer.train(CONFIG.value)
+        except settings.SetupError as error:
+            refuse(error)
+        except hosts.Stopped:
+            sys.exit(hosts.STOPPED)
+
+
+def refuse(error: Exception) -> None:
+    """One line for the user and exit code 2; --traceback shows where it was found."""
+    if TRACEBACK.value:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def keep_what_is_compiled() -> None:
+    """XLA's programs are kept on the disk: a second start compiles nothing."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "cooper_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-    from cooper_jax import trainer
-    from cooper_jax.settings import SetupError
-
-    try:
-        trainer.train(CONFIG.value)
-    except SetupError as error:
-        if TRACEBACK.value:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -174,7 +174,7 @@ class PendingPairs:
         if self._thread is not None:
             self._thread.start()
         else:
-            self._run()
+            self._result = work()  # an error is raised here, before anything else is done
 
     def _run(self) -> None:
         try:
@@ -183,7 +183,7 @@ class PendingPairs:
             self._error = error
 
     def result(self) -> PairResult:
-        """Waits for the pairs; raises what building them raised."""
+        """Waits for the pairs; raises what building them in a thread raised."""
         if self._thread is not None:
             self._thread.join()
         if self._error is not None:

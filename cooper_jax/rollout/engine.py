@@ -1,6 +1,7 @@
 """Sample G responses to each prompt: prompts in as token ids, a `Rollout` of arrays out.
 
-1. The weights are cast once (`rollout_weights`), and gathered from the axis that shards them for training.
+1. The weights are cast once (`rollout_weights`) and laid out by the layout's rules for rollouts: gathered from the
+   axis that shards them for training, where the memory is there.
 2. Prompts are prefilled once each, in chunks of like length (plan.py); every (prompt, sample) is a request, and
    its first token is drawn from its prompt's last hidden state.
 3. Requests are decoded in slots: `max_rows` of them, as many as `memory_gib` has room for, or one each.  A slot
@@ -23,7 +24,7 @@ D batch shards   S slots a shard   W columns of the cache
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -36,6 +37,7 @@ from cooper_jax.rollout import plan
 from cooper_jax.rollout import slots as programs
 from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.rollout.slots import Setting
+from cooper_jax.runtime import hosts, machine
 from cooper_jax.runtime.mesh import Layout, shardings
 from cooper_jax.types import Completion, Metrics, Params, Rollout
 from kernels import platform
@@ -57,18 +59,21 @@ def generate(
     limits: Sequence[int] | None = None,
     max_rows: int | None = None,
     memory_gib: float | None = None,
+    weights: str = "auto",
     on_groups: OnGroups | None = None,
     report: Callable[[Metrics], None] | None = None,
     implementation: str | None = None,
 ) -> Rollout:
     """Sample spec.group_size responses to each prompt -> Rollout of N = B * G rows, T = spec.max_new_tokens.
 
-    params: as trained, or already through `rollout_weights` (then nothing is cast again).
+    params: as trained, or already through `rollout_weights` (then nothing is cast again).  On a mesh, prompts,
+      positions, key and limits are the same on every host, and so is the Rollout: NumPy arrays.
     positions: each prompt's place in the data order; with `key` (of this step's rollout stream) they decide
       the random bits.
     limits: each row's own most tokens, [N], at most T; None: T for all.
     max_rows: slots, in all: rows that are decoded at once.
     memory_gib: what weights, caches and slots may take of one device; the slots are as many as fit.
+    weights: gathered, sharded or auto: see `plan.gathers`.
     on_groups: is given each prompt's rows, on the host, while others are still decoded; each prompt once.
     report: is given `rollout/*` metrics at the end: how evenly the work lay on slots and shards.
     implementation: of the kernels (kernels/platform.py); None: `kernels_of`.
@@ -83,7 +88,12 @@ def generate(
         implementation = kernels_of(config, layout)
     setting = Setting(config, layout, spec, implementation)
     size = plan.bucket(-(-len(prompts) // setting.shards))  # prompts a shard
-    weights = rollout_weights(params, config, layout, spec.dtype)
+    gathered = weights != "sharded"
+    if weights == "auto" and layout is not None:
+        budget = memory_gib * plan.GIB if memory_gib else machine.device_memory(layout.mesh.devices.flat[0])
+        gathered = plan.gathers(config, layout, spec.dtype, budget)
+    weights = rollout_weights(params, config, layout, spec.dtype, gathered)
+    hosts.look()
     slots = _slots_a_shard(weights, setting, prompts, size, max_rows, memory_gib)
     ready = _prefill(weights, setting, prompts, size)
     places, asked = (
@@ -96,7 +106,7 @@ def generate(
     )
     watch = None if on_groups is None else _Watch(on_groups, len(prompts), spec)
     requests = _decode(weights, ready, requests, slots, setting, watch, report)
-    return _rollout(requests, rows, spec)
+    return _rows(requests, slice(rows), spec)
 
 
 def kernels_of(config: ModelConfig, layout: Layout | None) -> str:
@@ -105,24 +115,37 @@ def kernels_of(config: ModelConfig, layout: Layout | None) -> str:
     return own if reads(own, config.head_dim) else "xla"
 
 
-def rollout_weights(params: Params, config: ModelConfig, layout: Layout | None, dtype: str) -> Params:
+def rollout_weights(
+    params: Params, config: ModelConfig, layout: Layout | None, dtype: str, gathered: bool = True
+) -> Params:
     """The copy of the weights that a step's rollout reads: matrices in `dtype`, norms as they are, layers split.
 
-    On a mesh, the axis that cuts weights for training ("embed") is gathered, once here and not at every token.
-    Arrays that are right already are passed through without a copy: do not donate them while the result lives.
+    On a mesh they are `gathered`, once here and not at every token: laid out by `layout.for_rollout()`.  On one
+    device, arrays that are right already are passed through without a copy: do not donate them while the result
+    lives.
     """
     if isinstance(params["layers"], tuple):
         return params
+    if layout is None or layout.mesh.size == 1:
+        return generation.for_generation(_cast(params, dtype), config, layout)
+    return reshard(params, config=config, layout=layout, dtype=dtype, gathered=gathered)
 
+
+@functools.partial(jax.jit, static_argnames=("config", "layout", "dtype", "gathered"))
+def reshard(
+    params: Params, *, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
+) -> Params:
+    """`rollout_weights` on a mesh, as one program: cast first, so that half as much travels."""
+    places = shardings(layout.for_rollout() if gathered else layout, transformer.param_specs(config))
+    weights = jax.lax.with_sharding_constraint(_cast(params, dtype), places)
+    return generation.for_generation(weights, config, layout)
+
+
+def _cast(params: Params, dtype: str) -> Params:
     def cast(path, x):
         return x if x.dtype == dtype or path[-1].key.endswith("norm") else x.astype(dtype)
 
-    weights = jax.tree.map_with_path(cast, params)
-    if layout is not None:
-        rules = tuple(r for r in layout.rules if r[0] != "embed") + (("embed", None),)
-        specs = transformer.param_specs(config)
-        weights = jax.device_put(weights, shardings(dataclasses.replace(layout, rules=rules), specs))
-    return generation.for_generation(weights, config, layout)
+    return jax.tree.map_with_path(cast, params)
 
 
 def completions(
@@ -133,7 +156,7 @@ def completions(
     `Completion.tokens` counts sampled tokens, the EOS included.  Raises ValueError when a finished row ends with
     no id of eos_ids: the rollout was sampled with others.
     """
-    tokens, mask, finished = jax.device_get((rollout.tokens, rollout.mask, rollout.finished))
+    tokens, mask, finished = (np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.finished))
     out = []
     for n, (row, real, done) in enumerate(zip(tokens, mask, finished, strict=True)):
         ids = row[real].tolist()
@@ -213,6 +236,7 @@ def _decode(weights, ready, requests, size: int, setting: Setting, watch, report
             watch.look(slots, requests)
         if over:
             break
+        hosts.look()
         if now["idle"]:
             slots = programs.refill(slots, requests, ready, setting=setting)
         elif not now["waiting"] and now["live"] <= size // 2 and size // 2 >= plan.FEWEST_SLOTS:
@@ -238,8 +262,9 @@ def _decode(weights, ready, requests, size: int, setting: Setting, watch, report
 
 def _metrics(requests: programs.Requests, steps: int, room: int) -> Metrics:
     """How evenly the work lay: over slots, and over the mesh's batch shards."""
-    drawn = np.asarray(jnp.sum(requests.count, axis=1), np.float64)  # [D], first tokens included
-    decoded = drawn.sum() - np.asarray(jnp.sum(requests.count > 0))
+    count = hosts.fetch(requests.count)
+    drawn = count.sum(axis=1, dtype=np.float64)  # [D], first tokens included
+    decoded = drawn.sum() - (count > 0).sum()
     return {
         "rollout/steps": float(steps),
         "rollout/slot_use": float(decoded / room) if room else 1.0,
@@ -257,30 +282,23 @@ class _Watch:
     def look(self, slots, requests) -> None:
         group = self.spec.group_size
         going = programs.waiting_or_live(slots.request, slots.taken, requests.queue, requests.queued)
-        going = np.asarray(going).reshape(-1, group).any(axis=1)  # bool[B]
+        going = hosts.fetch(going).reshape(-1, group).any(axis=1)  # bool[B]
         ready = [i for i in self.left if not going[i]]
         if not ready:
             return
         self.left = [i for i in self.left if going[i]]
         rows = np.asarray(ready)[:, None] * group + np.arange(group)[None, :]
-        self.on_groups(ready, jax.device_get(_take_rows(requests, rows.reshape(-1), self.spec)))
+        self.on_groups(ready, _rows(requests, rows.reshape(-1), self.spec))
 
 
-def _take_rows(requests: programs.Requests, rows: np.ndarray, spec: SamplingSpec) -> Rollout:
-    def row(x):
-        return x.reshape(-1, *x.shape[2:])[rows]
-
-    count = row(requests.count)
-    return Rollout(
-        tokens=row(requests.tokens),
-        mask=jnp.arange(spec.max_new_tokens)[None, :] < count[:, None],
-        logprobs=row(requests.logprobs),
-        finished=row(requests.finished),
+def _rows(requests: programs.Requests, rows: np.ndarray | slice, spec: SamplingSpec) -> Rollout:
+    """Some rows, on the host.  All are fetched: they are small, and a program a choice of rows would not be."""
+    r = requests
+    tokens, logprobs, count, finished = (
+        x.reshape(-1, *x.shape[2:])[rows] for x in hosts.fetch((r.tokens, r.logprobs, r.count, r.finished))
     )
-
-
-def _rollout(requests: programs.Requests, rows: int, spec: SamplingSpec) -> Rollout:
-    return _take_rows(requests, slice(rows), spec)
+    mask = np.arange(spec.max_new_tokens)[None, :] < count[:, None]
+    return Rollout(tokens=tokens, mask=mask, logprobs=logprobs, finished=finished)
 
 
 def _put(arrays, layout: Layout | None):

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.runtime.mesh import Layout
+from cooper_jax.model.transformer import param_specs
+from cooper_jax.runtime.mesh import Layout, abstract
 from cooper_jax.types import Params
 from kernels.kv import Format
 
@@ -103,6 +104,19 @@ class Memory:
                 "rollout.max_new_tokens, set rollout.kv_dtype=int8, or lay the model over more devices"
             )
         return room
+
+
+def gathers(config: ModelConfig, layout: Layout, dtype: str, budget: float | None) -> bool:
+    """Whether a rollout's weights are gathered by `layout.for_rollout()`, or stay cut as training cuts them.
+
+    budget: bytes of a device for the rollout, or None for no bound.  Gathered, they may take half of it.  Otherwise
+    each layer is gathered when it is used, at every token: slow, but a model of any size decodes.
+    """
+    if budget is None:
+        return True
+    places = jax.tree.leaves(abstract(layout.for_rollout(), param_specs(config)))
+    size = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in places) * jnp.dtype(dtype).itemsize
+    return size <= budget / 2
 
 
 def memory(

@@ -101,8 +101,8 @@ class Slots:
 STATUS = ("failed", "live", "oldest", "waiting", "idle", "column")  # of the shard that has most of it
 
 
-def status(slots: Slots, requests: Requests) -> jax.Array:
-    """i32[len(STATUS)], the one thing that the host reads."""
+def status(slots: Slots, requests: Requests, layout: Layout | None) -> jax.Array:
+    """i32[len(STATUS)], the one thing that the host reads: on a mesh, every host the same."""
     live = slots.request < requests.count.shape[1]
     waiting = requests.queued - slots.taken  # i32[D]
     idle = jnp.where(waiting > 0, jnp.sum(~live, axis=1), 0)
@@ -114,7 +114,8 @@ def status(slots: Slots, requests: Requests) -> jax.Array:
         jnp.max(idle),
         slots.column,
     )
-    return jnp.stack([x.astype(jnp.int32) for x in counts])
+    out = jnp.stack([x.astype(jnp.int32) for x in counts])
+    return out if layout is None else layout.constrain(out, None)
 
 
 @jax.jit
@@ -231,7 +232,7 @@ def open_slots(weights, requests, prompts, *, size: int, columns: int, setting: 
         )
     else:
         slots = _take_next(slots, requests, prompts, setting)
-    return _placed(slots, setting.layout), status(slots, requests)
+    return _placed(slots, setting.layout), status(slots, requests, setting.layout)
 
 
 @functools.partial(
@@ -279,7 +280,7 @@ def segment(weights, slots, requests, prompts, *, steps: int, refill_at: int, se
     _, held, requests = jax.lax.while_loop(going, token, (jnp.zeros((), jnp.int32), held, requests))
     suffix = tuple(generation.stacked(kv) for kv in held.suffix)
     slots = held.replace(copies=copies, prompt_of=prompt_of, suffix=suffix)
-    return _placed(slots, s.layout), _placed(requests, s.layout), status(slots, requests)
+    return _placed(slots, s.layout), _placed(requests, s.layout), status(slots, requests, s.layout)
 
 
 @functools.partial(jax.jit, static_argnames="setting", donate_argnames="slots")

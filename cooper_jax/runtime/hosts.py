@@ -1,8 +1,8 @@
 """One run on several hosts: how its processes meet, what they tell each other, and how they end together.
 
-Every process runs the same program and takes the same decisions (multi-controller).  What one alone knows goes round
-by `exchange`, over the coordination service of `jax.distributed`: bytes on the host, from any thread, without a
-program on the devices, which two threads could enqueue in different orders.
+Every process runs the same program and takes the same decisions (multi-controller).  What one alone knows goes
+round by `exchange`, over the coordination service of `jax.distributed`: bytes on the host, from any thread, without
+a program on the devices, which two threads could enqueue in different orders.
 
 1. `start` joins the processes, where there are several.
 2. `share`, `exchange`, `broadcast`, `barrier`, `fetch`: work divided, results on every process.
@@ -11,8 +11,8 @@ program on the devices, which two threads could enqueue in different orders.
 4. `together` wraps a process's main part.  A process that fails says so to the others, and one that is lost falls
    silent: either ends them all, with a message, within `SILENCE` and a few seconds.
 
-Exit codes:  0 done   2 a setup error   75 stopped after a checkpoint, start again   69 another host was lost, start again
-(The first host runs the service.  When it is lost itself, JAX aborts the others at once, with 134.)
+Exit codes:  0 done   2 a setup error   75 stopped after a checkpoint   69 another host was lost; after the last two
+the same command goes on.  (The first host runs the service: when it is lost, JAX aborts the others at once: 134.)
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 SETUP_ERROR, LOST, STOPPED = 2, 69, 75
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 40.0  # seconds without one, after which a process is taken for lost
-PATIENCE = (
-    24 * 3600.0
-)  # seconds that `exchange` waits: others may compile, or load; lost ones are found by silence
+# ms that `exchange` waits: others may compile, or load; those who are lost are found by their silence.
+PATIENCE = 24 * 3600 * 1000
+KEPT = 256  # calls of `exchange` whose bytes stay in the service
 # Beyond our own limit, so that our message and exit code come first.
 _HEARTBEAT_TIMEOUT = 90
 _PREFIX = "cooper"
 
 _counts: Counter[str] = Counter()  # how often `exchange` was called by each name
+_own_keys: deque[str] = deque()  # of the last calls
 _lock = threading.Lock()
 _looks = 0
 _signalled = threading.Event()
@@ -74,9 +74,8 @@ def start() -> None:
     options: dict[str, Any] = {"heartbeat_timeout_seconds": _HEARTBEAT_TIMEOUT}
     if given:
         if len(given) < len(names):
-            raise ValueError(
-                f"{', '.join(given)} is set without {', '.join(set(names) - set(given))}: set all three"
-            )
+            missing = [n for n in names if n not in given]
+            raise ValueError(f"{', '.join(given)} is set without {', '.join(missing)}: set all three")
         address, count, index = given.values()
         options |= dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
         # Without this JAX would look for a cluster to learn which devices are this process's: all of this host's.
@@ -84,6 +83,7 @@ def start() -> None:
     elif not _cluster():
         signal.signal(signal.SIGTERM, lambda *_: _signalled.set())
         return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**options)  # which takes the signal
     if jax.process_count() > 1:
         threading.Thread(target=_watch, daemon=True).start()
@@ -133,17 +133,16 @@ def exchange(name: str, own: bytes) -> list[bytes]:
     client = _client()
     try:
         client.key_value_set_bytes(f"{place}/{number}/{index}", own)
-        got = [
-            own
-            if i == index
-            else client.blocking_key_value_get_bytes(f"{place}/{number}/{i}", int(PATIENCE * 1000))
-            for i in range(count)
-        ]
-        if number:  # everybody has come to this call, so all have read the one before
-            client.key_value_delete(f"{place}/{number - 1}/{index}")
+        others = {i: f"{place}/{number}/{i}" for i in range(count) if i != index}
+        got = {i: client.blocking_key_value_get_bytes(key, PATIENCE) for i, key in others.items()}
+        with _lock:  # what is so old has been read by all: they have come to later calls
+            old = _own_keys.popleft() if len(_own_keys) == KEPT else None
+            _own_keys.append(f"{place}/{number}/{index}")
+        if old is not None:
+            client.key_value_delete(old)
     except jax.errors.JaxRuntimeError as error:
         raise Lost(f"the coordination service does not answer ({error})") from error
-    return got
+    return [own if i == index else got[i] for i in range(count)]
 
 
 def exchange_json(name: str, own: Any) -> list[Any]:

@@ -80,6 +80,12 @@ def peak_memory() -> dict[str, int]:
     return out | ({"device_peak_bytes": max(s["peak_bytes_in_use"] for s in stats)} if stats else {})
 
 
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes of an accelerator's memory, the same on every host; None where the platform does not tell (CPUs)."""
+    stats = jax.local_devices(backend=device.platform)[0].memory_stats()
+    return stats["bytes_limit"] if stats and "bytes_limit" in stats else None
+
+
 def last_level_cache() -> int:
     """Bytes of the CPU's largest cache; 16 MiB where Linux does not say."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}

@@ -67,7 +67,7 @@ def split_devices(
         each, least = count // hosts, min(map(len, by_host.values()))
         if count % hosts or each >= least:
             raise ValueError(
-                f"mesh.{name}={'x'.join(map(str, sizes))} takes {count} devices, the same number from each of {hosts} "
+                f"mesh.{name}={'x'.join(map(str, sizes))} takes {count} devices, as many from each of {hosts} "
                 f"hosts, and must leave some; a host has {least} left: choose another size, or '' to share the "
                 "policy's mesh"
             )
@@ -158,6 +158,10 @@ class Layout:
         targets = (target,) if isinstance(target, str) else tuple(target or ())
         return math.prod(self.mesh.shape[t] for t in targets)
 
+    def first_ways(self, axis: str) -> int:
+        """Into how many parts the first rule of a logical axis cuts it: what its sizes had better divide by."""
+        return next((self.ways(target) for name, target in self.rules if name == axis), 1)
+
     def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes.
 
@@ -200,7 +204,7 @@ class Layout:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
     def put(self, tree: Any, *axes: str | None) -> Any:
-        """Place host arrays, the same on every host; `axes` name the leading dimensions, the others are replicated."""
+        """Place arrays that every host holds; `axes` name the leading dimensions, the others are replicated."""
 
         def place(x):
             x = np.asarray(x)

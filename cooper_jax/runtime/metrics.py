@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from cooper_jax.runtime.files import write_atomically
 from cooper_jax.types import Metrics
 
 _NOT_FINITE = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -97,16 +98,6 @@ def jsonable(x: Any, where: str = "") -> Any:
     raise TypeError(f"{where.lstrip('.') or 'the value'} is a {type(x).__name__}, which has no place in JSON")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file in one step: a reader, or a kill, sees the old contents or the new."""
-    new = path.with_name(path.name + ".new")
-    with open(new, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-
-
 class JsonLines:
     """A file of JSON objects, one a line, each with its `step`; steps never go back."""
 
@@ -142,14 +133,23 @@ class JsonLines:
         return last
 
     def append(self, *rows: Mapping[str, Any]) -> None:
-        """Write rows and see them onto the disk; values as `jsonable` takes them."""
-        if self._file is None:
-            self._file = open(self.path, "ab")
+        """Write rows and see them onto the disk; values as `jsonable` takes them.
+
+        Raises OSError, naming the file, for a disk that is full; the next start drops what was torn.
+        """
         text = "".join(json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         # A lone surrogate has no UTF-8 form; as the escape \udXXX it is what JSON would write.
-        self._file.write(text.encode("utf-8", "backslashreplace"))
-        self._file.flush()
-        os.fsync(self._file.fileno())  # a checkpoint must never be ahead of the lines that it stands for
+        data = text.encode("utf-8", "backslashreplace")
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)
+            while data:
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())  # a checkpoint must never be ahead of the lines that it stands for
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}: make room, and start again; written until now", str(self.path)
+            ) from error
 
     def close(self) -> None:
         if self._file is not None:
@@ -179,7 +179,8 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 class Progress:
     """One live line on a terminal; elsewhere (a log file, a pipe) one plain line a step.
 
-    steps: in all.  done: those of an earlier life, which the estimate of the time left does not count.
+    steps: in all.  done: those of an earlier life, which the estimate of the time left does not count.  quiet: say
+    nothing, as a run's further processes do.
     """
 
     SHOWN = (  # label, metric, format; a metric that an arm does not have is left out
@@ -194,18 +195,22 @@ class Progress:
         done: int = 0,
         out: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        quiet: bool = False,
     ):
         self.steps = steps
+        self._quiet = quiet
         self._out = sys.stdout if out is None else out
         self._clock = clock
         # The last few steps alone: the first compiles, and evaluations or checkpoints come now and then.
         self._marks = collections.deque([(done, clock())], maxlen=11)
         self._bar = None
-        if self._out.isatty():
+        if self._out.isatty() and not quiet:
             self._bar = tqdm(total=steps, initial=done, file=self._out, unit="step", bar_format=_BAR)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """`step` is done.  ETA is steps left times the mean of the last ten steps' seconds."""
+        if self._quiet:
+            return
         self._marks.append((step, self._clock()))
         (first, start), (last, end) = self._marks[0], self._marks[-1]
         pace = (end - start) / max(last - first, 1)
