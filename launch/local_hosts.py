@@ -4,8 +4,8 @@
     python launch/local_hosts.py -n 2 --devices=4 -- python launch/train.py --config=configs/tiny.py
 
 Each process gets JAX_COORDINATOR_ADDRESS (on the loopback), JAX_NUM_PROCESSES and JAX_PROCESS_ID, the three that
-launch/train.py reads; lines come out with the process's number in front.  SIGTERM and SIGINT go on to all.  The exit
-code is that of the first process that failed, when all have ended; 0 if none did.
+launch/train.py reads; lines come out with the process's number in front.  SIGTERM and SIGINT go on to all.  The
+exit code is that of the first process that failed, when all have ended; 0 if none did.
 """
 
 import argparse

@@ -1,11 +1,9 @@
 """The whole loop, as a user starts it: `python launch/train.py` in a process of its own."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,70 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tiny_runs import ROOT, command, environment, metrics, run, timeless
 
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# A Cooper run of seconds: the tiny config, made tinier.
-SMALL = {
-    "steps": 4,
-    "data.prompts_per_step": 8,
-    "data.synthetic_size": 32,
-    "rollout.group_size": 4,
-    "rollout.max_new_tokens": 24,
-    "policy.arch.width": 32,
-    "policy.arch.ffn": 64,
-    "policy.arch.head_dim": 8,
-    "reward.arch.width": 32,
-    "reward.arch.ffn": 64,
-    "reward.arch.head_dim": 8,
-    "warmup.policy_steps": 300,
-    "warmup.policy_batch": 16,
-    "warmup.policy_corrupt": 0.0,
-    "warmup.policy_optimiser.lr": 5e-3,
-    "warmup.reward_steps": 10,
-    "eval.every": 2,
-    "eval.problems": 8,
-    "checkpoint.every": 2,
-    "checkpoint.keep": 0,
-    "log.samples_every": 1,
-}
-
-
-def command(run_dir: Path, config: str = "configs/tiny.py", **changes) -> list[str]:
-    flags = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
-    return [
-        sys.executable,
-        str(ROOT / "launch/train.py"),
-        f"--config={ROOT / config}",
-        f"--config.run_dir={run_dir}",
-        *(f"--config.{name}={value}" for name, value in flags.items()),
-    ]
-
-
-def environment(devices: int = 1) -> dict[str, str]:
-    """The tests' own virtual devices are for the tests' own process; a run here has one, or says otherwise."""
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-    assert f"device_count={devices}" in flags
-    # All runs share what was compiled, in a place of the tests' own.
-    cache = Path(tempfile.gettempdir()) / f"cooper_jax_test_cache_{os.getpid()}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-
-
-def run(run_dir: Path, devices: int = 1, **changes) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(run_dir, **changes), env=environment(devices), capture_output=True, text=True, timeout=400
-    )
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def trunk(
     slot = _slots(valid)
     packed = jnp.argsort(slot, axis=1)  # i32[N, S]: which token lies in each slot
     rope = rotary(config, jnp.arange(tokens.shape[1]))  # f32[S, h / 2] each
-    x = embed(params, jnp.take_along_axis(tokens, packed, axis=1), dtype, layout)
+    x = embed_apart(params, jnp.take_along_axis(tokens, packed, axis=1), dtype, layout)
 
     def layer(x, w):
         q, k, v = project_qkv(w, config, x, rope)
@@ -132,7 +132,35 @@ _permute.defvjp(
 
 
 def embed(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
+    """i32[N, ..] -> `dtype`[N, .., D]."""
     return pin(params["embed"][tokens].astype(dtype), layout)
+
+
+def embed_apart(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
+    """`embed` of i32[N, S] for a table whose width is cut over an axis that also cuts rows, as in training.
+
+    Each device looks up its part of the width for all of the axis's rows, and then they trade: what travels is the
+    result's size.  Left to itself the compiler gathers the table, or all rows, on every device.
+    """
+    table = params["embed"]
+    rows = None if layout is None else layout.spec(("batch",))[0]
+    vocab, width = (None, None) if layout is None else layout.spec(("vocab", "embed"), table.shape)
+    if width is None or layout.ways(width) == 1 or not isinstance(rows, tuple) or rows[-1] != width:
+        return embed(params, tokens, dtype, layout)
+
+    def run(table, tokens):  # [V / v, D / w], i32[n, S]
+        tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
+        if vocab is None:
+            x = table[tokens].astype(dtype)
+        else:
+            own = tokens - jax.lax.axis_index(vocab) * table.shape[0]
+            here = (own >= 0) & (own < table.shape[0])
+            x = jnp.where(here[:, :, None], table[jnp.where(here, own, 0)], 0).astype(dtype)
+            x = jax.lax.psum(x, vocab)
+        return jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
+
+    specs = (PartitionSpec(vocab, width), PartitionSpec(rows))
+    return pin(by_shard(run, layout, specs, PartitionSpec(rows))(table, tokens), layout)
 
 
 # --- heads ---------------------------------------------------------------------------------------------

@@ -211,16 +211,14 @@ def together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         _end(error)
-    _beat("done")
-    _finished.set()
+    _last_word("done")
 
 
 def _end(error: BaseException) -> None:
     """Report what ended this process, and leave without waiting for anybody."""
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     if code == STOPPED:  # all stop at the same place, and wait for each other
-        _beat("done")
-        _finished.set()
+        _last_word("done")
         raise error
     if isinstance(error, jax.errors.JaxRuntimeError | Lost):
         # Likely another host's end, seen by a collective first: those who watch know more.
@@ -229,7 +227,9 @@ def _end(error: BaseException) -> None:
     if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
     with contextlib.suppress(Exception):
-        _beat(f"failed {code}")
+        _last_word(f"failed {code}")
+        if primary():  # the service ends with it: let the others read that first
+            time.sleep(3 * BEAT)
     sys.stderr.flush()
     sys.stdout.flush()
     os._exit(code)
@@ -237,27 +237,29 @@ def _end(error: BaseException) -> None:
 
 def _watch() -> None:
     """Show signs of life, and look for the others': runs in a thread of its own."""
-    seen: dict[int, tuple[str, float]] = {}
+    last = {i: ("", time.monotonic()) for i in range(jax.process_count())}  # what each said, and since when
     number = 0
     while not _finished.wait(BEAT):
         number += 1
         try:
-            _beat(str(number))
+            with _lock:
+                if _finished.is_set():
+                    return
+                _beat(str(number))
             found = _client().key_value_dir_get(f"{_PREFIX}/beat/")
         except Exception as error:  # whatever the service raises: without it nobody can go on
             _leave(LOST, f"the first host does not answer ({str(error).splitlines()[0]})")
         now = time.monotonic()
-        states = {int(key.rsplit("/", 1)[1]): value for key, value in found}
-        for i in range(jax.process_count()):
-            value = states.get(i, "")
-            if value.startswith("failed"):
-                code = int(value.split()[1])
+        for key, said in found:
+            i = int(key.rsplit("/", 1)[1])
+            last[i] = last[i] if last[i][0] == said else (said, now)
+        for i, (said, since) in last.items():
+            if said.startswith("failed"):
+                code = int(said.split()[1])
                 why = "ended with a setup error" if code == SETUP_ERROR else f"failed with exit code {code}"
                 _leave(code if code == SETUP_ERROR else LOST, f"process {i} {why}: see its own messages")
-            if value != "done" and seen.get(i, ("", 0.0))[0] == value and now - seen[i][1] > SILENCE:
+            if said != "done" and now - since > SILENCE:
                 _leave(LOST, f"process {i} has shown no sign of life for {SILENCE:.0f} s: its host is lost")
-            if i not in seen or seen[i][0] != value:
-                seen[i] = value, now
 
 
 def _leave(code: int, why: str) -> None:
@@ -266,6 +268,12 @@ def _leave(code: int, why: str) -> None:
     again = "" if code == SETUP_ERROR else "; start the same command again on all hosts, it resumes by itself"
     print(f"process {jax.process_index()} stops: {why}{again}", file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def _last_word(state: str) -> None:
+    with _lock:
+        _finished.set()
+        _beat(state)
 
 
 def _beat(state: str) -> None:

@@ -1,0 +1,285 @@
+"""Two processes are one run: they learn what one learns, end together, and go on from where they ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import ROOT, command, environment, metrics, run, start_hosts, timeless
+
+from cooper_jax.reward.assistant import Failure, Request
+from cooper_jax.reward.shared import SharedAssistant, SharedRule, over_hosts
+from cooper_jax.runtime import hosts
+from cooper_jax.types import Completion, Problem, Verdict
+
+# Three steps, a checkpoint after each; few supervised steps, for most of the time goes into compiling.
+SHORT = dict(steps=3, checkpoint__every=1, warmup__policy_steps=40, warmup__reward_steps=4, eval__every=0)
+BOUND = 60.0  # seconds that the others may take to notice that a process is gone
+
+
+def finish(processes: list[subprocess.Popen], seconds: float = 400.0) -> list[int]:
+    """Their exit codes; what has not ended by then is killed, and fails."""
+    deadline = time.monotonic() + seconds
+    try:
+        return [p.wait(max(deadline - time.monotonic(), 0.1)) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def until(reached, processes: list[subprocess.Popen], seconds: float = 400.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert all(p.poll() is None for p in processes), "a process ended too early"
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.01)
+
+
+def steps_logged(path: Path) -> int:
+    log = path / "metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Two processes of two devices, uninterrupted."""
+    path = tmp_path_factory.mktemp("hosts")
+    processes = start_hosts(path / "run", 2, 2, path / "out", **SHORT)
+    assert finish(processes) == [0, 0], [(path / "out" / str(i)).read_text()[-3000:] for i in range(2)]
+    return path / "run"
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(whole, tmp_path):
+    """The same mesh in one process: the same draws, and sums that differ in the last bits alone."""
+    done = run(tmp_path / "one", devices=4, **SHORT)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(metrics(tmp_path / "one"), metrics(whole), strict=True):
+        assert one.keys() - {"time/checkpoint"} == two.keys() - {"time/checkpoint"}
+        for name in one:
+            if not name.startswith("time/") and one[name] is not None:
+                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+    assert (tmp_path / "one/samples.jsonl").read_text().count("\n") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_process_ends_the_others_and_all_resume(whole, tmp_path, victim):
+    """SIGKILL in the middle of a step: the other leaves within the bound and says why; resumed, it is the whole."""
+    path = tmp_path / "run"
+    processes = start_hosts(path, 2, 2, tmp_path / "out", **SHORT)
+    until(lambda: steps_logged(path) == 1, processes)
+    time.sleep(0.3)  # into the second step
+    processes[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    codes = finish(processes, BOUND)
+    assert time.monotonic() - killed < BOUND
+    said = (tmp_path / "out" / str(1 - victim)).read_text()
+    if victim == 1:
+        assert codes[0] == hosts.LOST and "process 1" in said and "start the same command again" in said, said
+    else:  # it ran the coordination service, and JAX itself ends those who lose it
+        assert codes[1] in (hosts.LOST, -signal.SIGABRT) and "distributed service" in said, said
+    assert steps_logged(path) < SHORT["steps"]
+    again = start_hosts(path, 2, 2, tmp_path / "again", **SHORT)
+    assert finish(again) == [0, 0], (tmp_path / "again/0").read_text()[-3000:]
+    assert "resumed from step" in (tmp_path / "again/0").read_text()
+    assert timeless(metrics(path)) == timeless(metrics(whole))
+    assert (path / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [(1,), (0, 1)])
+def test_sigterm_saves_and_exits_with_its_code(whole, tmp_path, who):
+    """To one process or to both: both stop at the same place, the last whole step is saved, and the run goes on."""
+    path = tmp_path / "run"
+    changes = SHORT | dict(checkpoint__every=100)  # so that nothing but the signal saves
+    processes = start_hosts(path, 2, 2, tmp_path / "out", **changes)
+    until(lambda: steps_logged(path) == 1, processes)
+    for i in who:
+        processes[i].send_signal(signal.SIGTERM)
+    assert finish(processes) == [hosts.STOPPED] * 2, (tmp_path / "out/0").read_text()[-3000:]
+    logged = steps_logged(path)
+    assert 0 < logged < SHORT["steps"]
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["0", str(logged)]
+    assert f"step {logged} is saved" in (tmp_path / "out/0").read_text()
+    assert finish(start_hosts(path, 2, 2, tmp_path / "again", **changes)) == [0, 0]
+    assert timeless(metrics(path)) == timeless(metrics(whole))
+
+
+def test_sigterm_to_a_process_alone(tmp_path):
+    path = tmp_path / "run"
+    changes = SHORT | dict(checkpoint__every=100, reward__arm="rule")
+    with open(tmp_path / "out", "wb") as file:
+        process = subprocess.Popen(command(path, **changes), env=environment(), stdout=file, stderr=file)
+    until(lambda: steps_logged(path) == 1, [process])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == hosts.STOPPED, (tmp_path / "out").read_text()[-3000:]
+    assert (path / "checkpoints" / str(steps_logged(path))).is_dir()
+
+
+# --- in small ----------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {root!r})
+from cooper_jax.runtime import hosts
+hosts.start()
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+with hosts.together():
+    me = jax.process_index()
+    assert hosts.exchange("a", bytes([me])) == [b"\\0", b"\\1"]
+    assert hosts.exchange_json("a", {{"me": me}}) == [{{"me": 0}}, {{"me": 1}}]
+    assert hosts.broadcast("b", lambda: b"first" if me == 0 else 1 / 0) == b"first"
+    assert [i for i in range(4) if hosts.mine(i)] == [me, me + 2]
+    for i in range(hosts.KEPT + 3):
+        hosts.barrier("many")
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    x = jax.make_array_from_callback((8,), NamedSharding(mesh, PartitionSpec("data")), lambda i: np.arange(8.0)[i])
+    np.testing.assert_array_equal(hosts.fetch({{"x": x, "y": np.ones(2)}})["x"], np.arange(8.0))
+    {end}
+print("over", flush=True)
+"""
+
+
+def two(end: str) -> list[subprocess.CompletedProcess]:
+    """PROGRAM in two processes of two devices, started by launch/local_hosts.py."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch/local_hosts.py"), "-n", "2", "--devices", "2", "--"]
+        + [sys.executable, "-c", PROGRAM.format(root=str(ROOT), end=end)],
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_what_processes_tell_each_other():
+    done = two("pass")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[0] over" in done.stdout and "[1] over" in done.stdout
+
+
+def test_a_process_that_fails_ends_the_others():
+    """One raises while the other waits for it: a setup error stays one, and anything else is a lost host."""
+    done = two("raise SystemExit(2) if me == 1 else hosts.barrier('never')")
+    assert done.returncode == 2 and "process 1 ended with a setup error" in done.stdout, done.stdout
+    done = two("hosts.barrier('never') if me == 1 else 1 / 0")
+    assert done.returncode in (1, hosts.LOST) and "process 0 failed with exit code 1" in done.stdout, (
+        done.stdout
+    )
+    assert "ZeroDivisionError" in done.stdout and "over" not in done.stdout
+
+
+def test_half_a_cluster_is_named(monkeypatch):
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID is set without JAX_COORDINATOR_ADDRESS, JAX_NUM_"):
+        hosts.start()
+
+
+# --- the rule and the assistant over hosts, as one of three sees them ------------------------------------------
+
+
+class Judge:
+    """A rule verifier that notes what it is asked; whoever is asked answers by the reference."""
+
+    def __init__(self):
+        self.asked = []
+
+    def submit(self, items):
+        self.asked += items
+
+        class Ready:
+            def result(self):
+                return [Verdict.CORRECT if text == reference else Verdict.WRONG for reference, text in items]
+
+        return Ready()
+
+
+def in_turn(monkeypatch, count: int, work):
+    """Run work(i) as process i of `count`, what they exchange being put together; -> their results."""
+    said: dict[str, dict[int, bytes]] = {}
+
+    class Later(Exception):
+        pass
+
+    def attempt(me):
+        monkeypatch.setattr(hosts, "mine", lambda key: key % count == me)
+
+        def exchange(name, own):
+            said.setdefault(name, {})[me] = own
+            if len(said[name]) < count:
+                raise Later
+            return [said[name][i] for i in range(count)]
+
+        monkeypatch.setattr(hosts, "exchange", exchange)
+        try:
+            return work(me)
+        except Later:
+            return None
+
+    for me in range(count):
+        attempt(me)
+    return [attempt(me) for me in range(count)]
+
+
+def test_verdicts_are_divided_and_shared(monkeypatch):
+    items = [(str(i % 5), str(i % 3)) for i in range(30)]
+    judges = [Judge() for _ in range(3)]
+    results = in_turn(monkeypatch, 3, lambda me: SharedRule(judges[me]).check(items))
+    want = [Verdict.CORRECT if a == b else Verdict.WRONG for a, b in items]
+    assert results == [want] * 3
+    asked = [set(judge.asked) for judge in judges]
+    assert set.union(*asked) == set(items) and all(asked)
+    assert sum(map(len, asked)) == len(set(items)), "an item belongs to one host, wherever it is met"
+
+
+def test_an_item_is_judged_by_the_same_host_in_any_list(monkeypatch):
+    """What a rollout hands out early is known when the whole step asks."""
+    items = [(str(i), str(i)) for i in range(12)]
+    judges = [Judge() for _ in range(2)]
+    for part in (items[:5], items[5:], items):
+        for me in range(2):
+            monkeypatch.setattr(hosts, "mine", lambda key, me=me: key % 2 == me)
+            SharedRule(judges[me]).submit(part)
+    assert not set(judges[0].asked) & set(judges[1].asked)
+
+
+class Rewriter:
+    overlaps = True
+
+    def __init__(self):
+        self.asked = []
+
+    def rewrite(self, requests):
+        self.asked += requests
+        return [
+            Failure("empty") if r.ids[2] == 3 else Completion(f"re {r.positive}", False, 7) for r in requests
+        ]
+
+    def close(self):
+        pass
+
+
+def test_rewrites_are_divided_and_shared(monkeypatch):
+    requests = [Request(Problem("q", "1"), f"text {i}", (0, 1, i, 0)) for i in range(7)]
+    writers = [Rewriter() for _ in range(3)]
+    results = in_turn(monkeypatch, 3, lambda me: SharedAssistant(writers[me]).rewrite(requests))
+    assert results[0] == results[1] == results[2] == Rewriter().rewrite(requests)
+    assert sorted(len({r.ids for r in w.asked}) for w in writers) == [2, 2, 3]
+
+
+def test_one_process_needs_nothing_shared():
+    rule, assistant = object(), Rewriter()
+    assert over_hosts(rule, assistant, 1) == (rule, assistant)
+    shared, other = over_hosts(rule, assistant, 2)
+    assert isinstance(shared, SharedRule) and isinstance(other, SharedAssistant)
+
+    class Local(Rewriter):
+        overlaps = False
+
+    local = Local()
+    assert over_hosts(rule, local, 2)[1] is local

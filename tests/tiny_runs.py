@@ -1,0 +1,93 @@
+"""Runs of seconds, as a user starts them: processes of `launch/train.py`, alone or several of one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A Cooper run of seconds: the tiny config, made tinier.
+SMALL = {
+    "steps": 4,
+    "data.prompts_per_step": 8,
+    "data.synthetic_size": 32,
+    "rollout.group_size": 4,
+    "rollout.max_new_tokens": 24,
+    "policy.arch.width": 32,
+    "policy.arch.ffn": 64,
+    "policy.arch.head_dim": 8,
+    "reward.arch.width": 32,
+    "reward.arch.ffn": 64,
+    "reward.arch.head_dim": 8,
+    "warmup.policy_steps": 300,
+    "warmup.policy_batch": 16,
+    "warmup.policy_corrupt": 0.0,
+    "warmup.policy_optimiser.lr": 5e-3,
+    "warmup.reward_steps": 10,
+    "eval.every": 2,
+    "eval.problems": 8,
+    "checkpoint.every": 2,
+    "checkpoint.keep": 0,
+    "log.samples_every": 1,
+}
+
+
+def command(run_dir: Path, config: str = "configs/tiny.py", **changes) -> list[str]:
+    flags = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
+    return [
+        sys.executable,
+        str(ROOT / "launch/train.py"),
+        f"--config={ROOT / config}",
+        f"--config.run_dir={run_dir}",
+        *(f"--config.{name}={value}" for name, value in flags.items()),
+    ]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """The tests' own virtual devices are for the tests' own process; a run here has one, or says otherwise."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    assert f"device_count={devices}" in flags
+    # All runs share what was compiled, in a place of the tests' own.
+    cache = Path(tempfile.gettempdir()) / f"cooper_jax_test_cache_{os.getpid()}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+
+def run(run_dir: Path, devices: int = 1, **changes) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(run_dir, **changes), env=environment(devices), capture_output=True, text=True, timeout=400
+    )
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def start_hosts(run_dir: Path, processes: int, devices: int, out: Path, **changes) -> list[subprocess.Popen]:
+    """The processes of one run, each with so many virtual devices; what process i says goes to `out`/i."""
+    out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    started = []
+    for i in range(processes):
+        peers = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(processes), JAX_PROCESS_ID=str(i))
+        with open(out / str(i), "wb") as file:
+            started.append(
+                subprocess.Popen(
+                    command(run_dir, **changes),
+                    env=environment(devices) | peers,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return started
