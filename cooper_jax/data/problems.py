@@ -46,7 +46,7 @@ def load(
     """All problems of a source, in its order.
 
     Args:
-      source: a file, or the name of a tensorflow-datasets data set.
+      source: a file, here or at an address (gs://...), or the name of a tensorflow-datasets data set.
       format: auto (published formats by their fields, else named columns), a published format, or jsonl,
         parquet or tfds, whose columns the keys name.  Parquet files may hold any format.
       question_key, reference_key, solution_key: columns of jsonl, parquet and tfds; solution_key may be "".
@@ -54,8 +54,8 @@ def load(
       tfds_dir: where prepared data sets lie; "" is the library's default.
       split: of tfds only, such as "train" or "train[:100]".
 
-    Raises ValueError for an unknown format, a malformed row (file, line, field) and a source without rows, and
-    FileNotFoundError for a missing file.
+    Raises ValueError for an unknown format, a malformed row (file, line, field) and a source without rows,
+    FileNotFoundError for a missing file, and OSError for an address that cannot be reached.
     """
     if format not in ("auto", *NAMED, *_PUBLISHED):
         raise ValueError(
@@ -83,6 +83,8 @@ def load(
 
 def load_triples(path: str) -> list[Triple]:
     """Labelled completions: JSON lines of question, reference_answer, completion and label (0 or 1).
+
+    path: a file here, or an address (gs://...).
 
     Questions and references are cleaned as `load` cleans them, so that the reward model reads one style in
     training and in the loop; completions are left as they are.  Other fields are ignored.

@@ -13,30 +13,36 @@ from typing import Any
 
 import numpy as np
 
+from cooper_jax.runtime import files
+
 Row = Mapping[str, Any]
 Located = tuple[str, str, Row]  # where (for messages), id, row
 
 
 def file_rows(source: str) -> Iterator[Located]:
-    """Rows of a .parquet file, or JSON lines.  Raises FileNotFoundError, or ValueError for a malformed row."""
-    path = Path(source)
+    """Rows of a .parquet file, or JSON lines, here or at an address (gs://...).
+
+    Raises FileNotFoundError, OSError for an address that cannot be reached, or ValueError for a malformed row.
+    """
+    path = files.local(source)
     if not path.is_file():
         raise FileNotFoundError(f"{source}: there is no such file (a data set's name needs format=tfds)")
-    yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    shown = source if files.is_remote(source) else str(path)
+    yield from _parquet_rows(path, shown) if path.suffix == ".parquet" else _json_rows(path, shown)
 
 
-def _json_rows(path: Path) -> Iterator[Located]:
+def _json_rows(path: Path, shown: str) -> Iterator[Located]:
     stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", f"{stem}:{number}", _json_object(line)
+                    yield f"{shown}:{number}", f"{stem}:{number}", _json_object(line)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}:{number + 1}: the gzip file is damaged: {error}") from error
+        raise ValueError(f"{shown}:{number + 1}: the gzip file is damaged: {error}") from error
     except _BadLine as error:
-        raise ValueError(f"{path}:{number}: {error}") from error
+        raise ValueError(f"{shown}:{number}: {error}") from error
 
 
 class _BadLine(Exception):
@@ -55,7 +61,7 @@ def _json_object(line: bytes) -> Row:
     return row
 
 
-def _parquet_rows(path: Path) -> Iterator[Located]:
+def _parquet_rows(path: Path, shown: str) -> Iterator[Located]:
     import pyarrow
     import pyarrow.parquet
 
@@ -65,9 +71,9 @@ def _parquet_rows(path: Path) -> Iterator[Located]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", f"{path.stem}:{number}", row
+                    yield f"{shown}: row {number}", f"{path.stem}:{number}", row
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: row {number + 1}: not readable as parquet: {error}") from error
+        raise ValueError(f"{shown}: row {number + 1}: not readable as parquet: {error}") from error
 
 
 def tfds_rows(name: str, tfds_dir: str, split: str) -> Iterator[Located]:

@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from cooper_jax.runtime import files
+
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 
 
@@ -28,6 +30,9 @@ class Tensors:
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]  # one tensor, as f32
     where: Callable[[str], Path]  # the file that holds it
+    # A part of a tensor, a slice with bounds for each dimension, as f32; None where the format gives it whole alone
+    # (GGUF packs values into blocks).
+    read_slice: Callable[[str, tuple[slice, ...]], np.ndarray] | None = None
 
 
 def resolve(
@@ -36,8 +41,11 @@ def resolve(
     suffixes: tuple[str, ...] = (".gguf",),
     hub_files: tuple[str, ...] = _HUB_FILES,
 ) -> Path:
-    """The directory, or the file with one of `suffixes`, that a source names; a hub id is fetched (or found in
-    the hub's cache), as far as `hub_files` go.  `what` is for messages: "weights" or "tokenizer"."""
+    """The directory, or the file with one of `suffixes`, that a source names.
+
+    A hub id (found in the hub's cache, where it is) and a directory at an address (gs://...) are fetched as far as
+    `hub_files` go.  `what` is for messages: "weights" or "tokenizer".
+    """
     if source.startswith("package:"):
         name, _, file = source.removeprefix("package:").partition("/")
         spec = find_spec(name) if name.isidentifier() else None
@@ -50,10 +58,11 @@ def resolve(
         if not path.is_file():
             raise ValueError(f"{what} {source!r}: there is no file {path}")
         return path
-    path = Path(source).expanduser()
+    path = files.local(source, hub_files)
     if path.is_dir() or (path.is_file() and path.suffix in suffixes):
         return path
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) or path.suffix in suffixes:
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix not in suffixes
+    if path.exists() or not hub_id:
         raise ValueError(
             f"{what} {source!r}: no such directory or {' or '.join(suffixes)} file, and no hub id (OWNER/NAME) "
             f"either; check --config.policy.{what} (or .reward, .assistant)"
@@ -74,36 +83,43 @@ def open_safetensors(directory: Path) -> Tensors:
     """model.safetensors, or the shards that model.safetensors.index.json names."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
-        files = [single]
+        parts = [single]
     elif index.is_file():
         listed = read_json(index)["weight_map"]
-        files = [directory / name for name in sorted(set(listed.values()))]
+        parts = [directory / name for name in sorted(set(listed.values()))]
     else:
         raise ValueError(f"{directory}: holds neither model.safetensors nor model.safetensors.index.json")
     shapes: dict[str, tuple[int, ...]] = {}
     home: dict[str, Path] = {}
-    for file in files:
+    for file in parts:
         if not file.is_file():
             raise ValueError(f"{index}: names {file.name}, but there is no such file; fetch it again")
         for name, shape in _tensor_shapes(file):
             if name in home:
                 raise ValueError(f"{file}: {name} is in {home[name].name} too")
             shapes[name], home[name] = shape, file
-    if files != [single]:
+    if parts != [single]:
         for name, file in listed.items():
             if name not in home or home[name].name != file:
                 raise ValueError(f"{index}: places {name} in {file}, which does not hold it")
 
     def read(name: str) -> np.ndarray:
         with safe_open(home[name], "np") as f:
-            x = f.get_tensor(name)
+            return as_f32(f.get_tensor(name), name)
+
+    def read_slice(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        # The file is mapped into memory, and of a matrix' columns no others are copied.
+        with safe_open(home[name], "np") as f:
+            return as_f32(f.get_slice(name)[index], name)
+
+    def as_f32(x: np.ndarray, name: str) -> np.ndarray:
         if x.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
             raise ValueError(
                 f"{home[name]}: {name} is {x.dtype}; only float32, float16 and bfloat16 are read"
             )
-        return x.astype(np.float32)
+        return x.astype(np.float32, copy=False)
 
-    return Tensors(shapes, read, lambda name: home[name])
+    return Tensors(shapes, read, lambda name: home[name], read_slice)
 
 
 def _tensor_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -26,7 +26,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from cooper_jax.model import chat_template, gguf_tokenizer, sources
+from cooper_jax.runtime import files
 
 Message = chat_template.Message
 
@@ -91,7 +94,8 @@ class Tokenizer:
 
 
 def load(source: str) -> Tokenizer:
-    """A tokenizer from a directory, a hub id, FILE.model, FILE.gguf or "package:NAME/FILE.gguf".
+    """A tokenizer from a directory, a hub id, FILE.model, FILE.gguf, an address (gs://...) of one of these, or
+    "package:NAME/FILE.gguf".
 
     Raises ValueError that names what was looked for, and the fix.
     """
@@ -106,7 +110,7 @@ def load(source: str) -> Tokenizer:
 
 
 def train_sentencepiece(
-    corpus: Iterable[str], path: str | Path, vocab_size: int, symbols: Sequence[str]
+    corpus: Iterable[str], path: str | Path | epath.Path, vocab_size: int, symbols: Sequence[str]
 ) -> Tokenizer:
     """Train a byte-pair sentencepiece model on `corpus`, write it to `path` (a `.model` file), and load it.
 
@@ -118,7 +122,7 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    path = Path(path)
+    path = files.path(path)
     if path.suffix != ".model":
         raise ValueError(f"a sentencepiece model is written to a .model file, not to {path}")
     out = io.BytesIO()
@@ -152,7 +156,7 @@ def train_sentencepiece(
             "(bytes and control pieces alone take 259), or a corpus with text in it"
         ) from e
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(out.getvalue())
+    files.write_atomically(path, out.getvalue())
     return load(str(path))
 
 

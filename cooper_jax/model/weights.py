@@ -1,8 +1,10 @@
 """Weights in from where the world keeps them, and out to a directory that `transformers` loads unchanged.
 
-1. `sources.resolve` turns a source (directory, hub id, .gguf file, "package:NAME/FILE.gguf") into a path.
-2. `load` reads its config, checks every tensor's name and shape against one table, and only then reads:
-   tensor by tensor, to f32, stacked over the layers, each placed on the mesh before the next is read.
+1. `sources.resolve` turns a source (directory, hub id, .gguf file, "package:NAME/FILE.gguf", gs:// address of a
+   directory or .gguf file) into a path.
+2. `load` reads its config, checks every tensor's name and shape against one table, and only then reads: parameter
+   by parameter, to f32, stacked over the layers.  On a mesh a host reads what its own devices hold, part by part,
+   and has one device's part of one parameter in its memory at a time.  (GGUF: the whole of one parameter.)
 3. `save` walks the same table the other way.
 
 A causal-LM checkpoint opened with head "score" gives its trunk and a fresh score vector (`head_trained` is
@@ -12,6 +14,7 @@ then False); a *ForSequenceClassification checkpoint with one label brings its o
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -156,7 +159,7 @@ def load(
             key = keys.stream(seed, "init_score_head")
             tree["score"] = init_params(key, {"score": e.spec}, layout)["score"]
         else:
-            tree[e.key] = _place(_assemble(e, tensors), e.spec, layout)
+            tree[e.key] = _place(e, tensors, layout)
     return Loaded(config, params, classifier or head == "logits", generation, path)
 
 
@@ -187,11 +190,75 @@ def _assemble(e: _Entry, tensors: sources.Tensors) -> np.ndarray:
     return out
 
 
-def _place(x: np.ndarray, spec: ParamSpec, layout: Layout | None) -> jax.Array:
+def _place(e: _Entry, tensors: sources.Tensors, layout: Layout | None) -> jax.Array:
+    """One parameter on the devices."""
     if layout is None:
-        return jnp.asarray(x)
-    # By callback, so that it works on several hosts too, each of which has read the file.
-    return jax.make_array_from_callback(x.shape, layout.sharding(spec.axes, x.shape), lambda index: x[index])
+        return jnp.asarray(_assemble(e, tensors))
+    shape = e.spec.shape
+    sharding = layout.sharding(e.spec.axes, shape)
+    whole = _assemble(e, tensors) if tensors.read_slice is None else None
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    placed = []
+    for bounds, devices in holders.items():  # replicas share what is read once
+        index = tuple(slice(*b) for b in bounds)
+        part = _part(e, tensors, index) if whole is None else whole[index]
+        copies = [jax.device_put(part, device) for device in devices]
+        placed += jax.block_until_ready(copies)  # else the next part is read while this one is still held
+        del part
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+
+
+def _part(e: _Entry, tensors: sources.Tensors, index: tuple[slice, ...]) -> np.ndarray:
+    """The part of a parameter at `index`, as `_assemble` would give it, without reading more than that."""
+    out = np.zeros([s.stop - s.start for s in index], np.float32)
+    if not e.stacked:
+        _fill(out, e, tensors, e.names[0], index)
+        return out
+    for target, name in zip(out, e.names[index[0]], strict=True):
+        _fill(target, e, tensors, name, index[1:])
+    return out
+
+
+def _fill(
+    target: np.ndarray, e: _Entry, tensors: sources.Tensors, name: str, index: tuple[slice, ...]
+) -> None:
+    """Read a part of one tensor into its place; padded vocabulary rows are left as they are."""
+    if e.vocab:
+        rows = slice(index[0].start, min(index[0].stop, e.hf_shape[0]))
+        if rows.start < rows.stop:
+            target[: rows.stop - rows.start] = tensors.read_slice(name, (rows, index[1]))
+    elif e.inputs:
+        inputs = _runs(e.shape[: e.inputs], index[: e.inputs])
+        outputs = _runs(e.shape[e.inputs :], index[e.inputs :])
+        flat = target.reshape(math.prod(target.shape[: e.inputs]), -1)
+        for columns, i in inputs:
+            for rows, o in outputs:
+                flat[i, o] = tensors.read_slice(name, (rows, columns)).T
+    else:
+        flat, first = target.reshape(-1), (slice(0, 1),) * (len(e.hf_shape) - 1)
+        for run, at in _runs(e.shape, index):
+            flat[at] = tensors.read_slice(name, (*first, run)).reshape(-1)
+
+
+def _runs(shape: tuple[int, ...], index: tuple[slice, ...]) -> list[tuple[slice, slice]]:
+    """A box within an array, both flattened: its unbroken runs, each with its place in the box."""
+    cut = len(shape)  # the dimensions from here on are whole
+    while cut and index[cut - 1] == slice(0, shape[cut - 1]):
+        cut -= 1
+    if cut == 0:
+        return [(slice(0, math.prod(shape)),) * 2]
+    *outer, last = index[:cut]
+    inner = math.prod(shape[cut:])
+    length = (last.stop - last.start) * inner
+    out = []
+    for n, place in enumerate(itertools.product(*(range(s.start, s.stop) for s in outer))):
+        row = int(np.ravel_multi_index(place, shape[: cut - 1])) if place else 0
+        start = (row * shape[cut - 1] + last.start) * inner
+        out.append((slice(start, start + length), slice(n * length, (n + 1) * length)))
+    return out
 
 
 def _check(tensors: sources.Tensors, config: ModelConfig, head: str, path: Path) -> None:

@@ -11,9 +11,16 @@
 2. Orbax writes a checkpoint into a temporary directory in the background and renames it at the end: a
    process killed at any moment leaves complete checkpoints alone visible.  Old ones are renamed before they
    are deleted, for the same reason.  Leftovers of either kind go at the next start.
-3. `restore` wants a tree of `jax.ShapeDtypeStruct` with shardings, on any mesh: bits do not depend on it.
-4. A checkpoint that cannot be read is renamed to `<step>.unreadable` and named in a warning, and the one
-   before it is used.  One that can be read but does not fit (shapes, types, format) is an error.
+   Under gs://, where directories cannot be renamed, a checkpoint is complete from when Orbax has written a
+   marker into it until the marker is deleted, which comes first when it is.
+3. `restore` wants a tree of `jax.ShapeDtypeStruct` with shardings, on any mesh: bits do not depend on it.  Padding
+   of the vocabulary does, so its rows are added or left off where `vocab_size` says how many are real.
+4. A checkpoint that cannot be read is renamed to `<step>.unreadable` (under gs://, moved to `unreadable/<step>`)
+   and named in a warning, and the one before it is used.  One that can be read but does not fit (shapes, types,
+   format) is an error.
+
+With several processes each writes and reads its own shards, in a directory that all see; all must call the methods
+below, in one order.
 """
 
 from __future__ import annotations
@@ -21,22 +28,24 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from cooper_jax.runtime import files, hosts
 from cooper_jax.types import Params, TrainState
 
 FORMAT = 1  # raise it when what is stored changes its meaning
 LOOP = "loop"
 _RESERVED = ("step", "format", "items")  # written by `save` into the loop's JSON
+_PADDED = ("embed", "lm_head")  # parameters whose rows are tokens, and padding after them; their moments too
+_COMMITTED = "commit_success.txt"  # Orbax's marker under gs://
 
 
 class Unreadable(ValueError):
@@ -58,10 +67,17 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def steps_in(run_dir: str | Path) -> list[int]:
-    """The steps of the complete checkpoints in a run directory, ascending, by name alone."""
-    folder = Path(run_dir) / "checkpoints"
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal() and p.is_dir())
+def steps_in(run_dir: str | Path | epath.Path) -> list[int]:
+    """The steps of the complete checkpoints in a run directory, ascending."""
+    folder = files.path(run_dir) / "checkpoints"
+    if files.is_remote(folder) and not folder.exists():
+        return []
+    named = folder.iterdir() if files.is_remote(folder) else folder.glob("*")
+    return sorted(int(p.name) for p in named if p.name.isdecimal() and _complete(p))
+
+
+def _complete(path: Path | epath.Path) -> bool:
+    return (path / _COMMITTED).exists() if files.is_remote(path) else path.is_dir()
 
 
 class Checkpoints:
@@ -71,14 +87,15 @@ class Checkpoints:
     elsewhere: nothing is cleaned up, renamed or saved.
     """
 
-    def __init__(self, run_dir: str | Path, keep: int, read_only: bool = False):
+    def __init__(self, run_dir: str | Path | epath.Path, keep: int, read_only: bool = False):
         if keep < 0:
             raise ValueError(f"checkpoint.keep is {keep}: it is a number of checkpoints, or 0 for all")
-        self.run_dir = Path(run_dir).absolute()
+        self.run_dir = files.path(run_dir)
         self.folder = self.run_dir / "checkpoints"
         self.reference = self.run_dir / "reference"
         self.keep = keep
         self.read_only = read_only
+        self._under_way: int | None = None
         if read_only and not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} is not there: {self.run_dir} holds no checkpoints")
         # Old checkpoints are not left to the manager: it deletes in place, and a kill in the middle would
@@ -104,18 +121,21 @@ class Checkpoints:
 
     # --- saving ---
 
-    def save(self, step: int, items: dict[str, Any], loop: dict[str, Any]) -> None:
-        """Save named pytrees and the loop's JSON, in the background.
+    def save(self, step: int, items: dict[str, Any], loop: dict[str, Any]) -> float:
+        """Save named pytrees and the loop's JSON, in the background; returns the seconds of the first wait.
 
-        Waits for the save before this one, then until the arrays are copied to the host: they may be donated
-        as soon as it returns.  A failure of the writing itself is raised by the next `save`, `wait` or exit.
-        Raises ValueError for a step that is not newer than the newest, and for a reserved name.
+        Waits for the save before this one, so that the host holds one copy of the arrays at a time, then until they
+        are copied: they may be donated as soon as it returns.  A failure of the writing itself is raised by the
+        next `save`, `wait` or exit.  Raises ValueError for a step that is not newer than the newest, and for a
+        reserved name.
         """
         if LOOP in items or not items:
             raise ValueError(f"items are named pytrees, none of them {LOOP!r}; given: {sorted(items)}")
         if taken := sorted(set(loop) & set(_RESERVED)):
             raise ValueError(f"the fields {taken} of the loop are written by save itself: leave them out")
+        began = time.perf_counter()
         self.wait()
+        waited = time.perf_counter() - began
         newest = max(self.steps(), default=-1)
         if step <= newest:
             raise ValueError(f"step {step} is not newer than {self.folder / str(newest)}: nothing was saved")
@@ -124,21 +144,35 @@ class Checkpoints:
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         if not self._manager.save(step, args=ocp.args.Composite(**args, **{LOOP: ocp.args.JsonSave(record)})):
             raise RuntimeError(f"{self.folder / str(step)} was not saved")
+        self._under_way = step
+        return waited
 
     def wait(self) -> None:
-        """Until the save under way is complete and visible; raises what went wrong in it.
+        """Until the save under way is complete and visible; raises OSError, with its cause, where it failed.
 
         Then deletes what is older than the newest `keep`.
         """
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            last = max(steps_in(self.run_dir), default=None)
+            left = "there is none before it" if last is None else f"that of step {last} is complete"
+            raise OSError(
+                f"{self.folder}: the checkpoint of step {self._under_way} could not be written "
+                f"({_said(_first_cause(error))}); {left}.  Make room there or mend what it says, and start the "
+                "same command again"
+            ) from error
+        self._under_way = None
         self._prune()
 
     # --- restoring ---
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, ascending."""
-        return steps_in(self.run_dir)
+        """The steps of the complete checkpoints, ascending, as the first process sees them."""
+        return json.loads(
+            hosts.broadcast("checkpoint steps", lambda: json.dumps(steps_in(self.run_dir)).encode())
+        )
 
     def newest(self) -> int | None:
         """The newest step whose record and item tables can be read; None where there is no checkpoint.
@@ -146,23 +180,29 @@ class Checkpoints:
         Unreadable ones are set aside with a warning.  Raises ValueError when there were some and none is
         left, or for a checkpoint of another format.
         """
-        found = self._newest({})
+        found = self._newest({}, {})
         return None if found is None else found[0]
 
-    def restore_newest(self, likes: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    def restore_newest(
+        self, likes: dict[str, Any], vocab_sizes: Mapping[str, int] | None = None
+    ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """(step, items, loop) of the newest checkpoint whose items `likes` can all be read; None for none.
 
-        Raises as `newest` and `restore` do.
+        vocab_sizes: `restore`'s, by item.  Raises as `newest` and `restore` do.
         """
-        return self._newest(likes)
+        return self._newest(likes, vocab_sizes or {})
 
-    def restore(self, step: int, item: str, like: Any) -> Any:
+    def restore(self, step: int, item: str, like: Any, vocab_size: int | None = None) -> Any:
         """One item, placed by `like`: a tree of jax.ShapeDtypeStruct with shardings, on any mesh.
+
+        vocab_size: so many rows of `embed` and `lm_head`, and of their moments, are tokens; of what comes after
+        them, rows are left off, or rows of zeros added, where another number is asked for than is stored.  None:
+        no number but the stored one fits.
 
         Raises ValueError where the tree, a shape or a type differs from what is stored (nothing is cast),
         KeyError for an item that this checkpoint does not have, Unreadable for damage.
         """
-        return self._restore(self._stored(step, item), like, self.folder / str(step) / item)
+        return self._restore(self._stored(step, item), like, self.folder / str(step) / item, vocab_size)
 
     def loop(self, step: int) -> dict[str, Any]:
         """The loop's record: the fields given to `save`, with `step`, `format` and `items`.
@@ -170,11 +210,13 @@ class Checkpoints:
         Raises ValueError for another format than this code's, FileNotFoundError for a step that is not there.
         """
         where = self.folder / str(step) / LOOP
-        if not where.parent.is_dir():
-            raise FileNotFoundError(f"{where.parent} is not there; the checkpoints are {self.steps()}")
+        if not _complete(where.parent):
+            raise FileNotFoundError(
+                f"{where.parent} is not there; the checkpoints are {steps_in(self.run_dir)}"
+            )
         with _reading(where):
-            restored = self._manager.restore(step, args=ocp.args.Composite(**{LOOP: ocp.args.JsonRestore()}))
-            record = restored[LOOP]
+            # By the handler, not the manager, which would wait for the other processes after a read that may fail.
+            record = ocp.JsonCheckpointHandler().restore(epath.Path(where))
             found = record["format"]
             missing = [name for name in _RESERVED if name not in record]
         if found != FORMAT:
@@ -202,18 +244,20 @@ class Checkpoints:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self.reference, tree, force=True)
 
-    def restore_reference(self, like: Any) -> Any:
-        """The reference, placed by `like`.
+    def restore_reference(self, like: Any, vocab_size: int | None = None) -> Any:
+        """The reference, placed by `like`; vocab_size as in `restore`.
 
         Raises FileNotFoundError where none was saved, else as `restore`.
         """
-        if not self.reference.is_dir():
+        if not _complete(self.reference):
             raise FileNotFoundError(f"{self.reference} is not there: begin again in a new run_dir")
-        return self._restore(self._table(self.reference), like, self.reference)
+        return self._restore(self._table(self.reference), like, self.reference, vocab_size)
 
     # --- inside ---
 
-    def _newest(self, likes: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    def _newest(
+        self, likes: dict[str, Any], vocab_sizes: Mapping[str, int]
+    ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         unreadable = []
         for step in reversed(self.steps()):
             damage = None
@@ -221,14 +265,16 @@ class Checkpoints:
                 loop = self.loop(step)
                 for item in loop["items"]:
                     self._stored(step, item)
-                found = {item: self.restore(step, item, like) for item, like in likes.items()}
+                found = {
+                    item: self.restore(step, item, like, vocab_sizes.get(item))
+                    for item, like in likes.items()
+                }
             except Unreadable as error:
                 damage = error
             # Each process reads its own shards, so one alone may meet the damage.
-            if jax.process_count() > 1:
-                damaged = multihost_utils.process_allgather(np.array(damage is not None))
-                if damage is None and damaged.any():
-                    damage = Unreadable(f"{self.folder / str(step)} cannot be read by another process")
+            said = hosts.exchange_json("checkpoint damage", None if damage is None else str(damage))
+            if damage is None and any(said):
+                damage = Unreadable(next(text for text in said if text))
             if damage is None:
                 return step, found, loop
             self._set_aside(step, damage)
@@ -252,40 +298,62 @@ class Checkpoints:
         with _reading(where):
             return ocp.StandardCheckpointHandler().metadata(epath.Path(where)).tree
 
-    def _restore(self, table: Any, like: Any, where: Path) -> Any:
-        _check_fit(table, like, where)
+    def _restore(self, table: Any, like: Any, where: Path | epath.Path, vocab_size: int | None) -> Any:
+        repad = _check_fit(table, like, where, vocab_size)
         with _reading(where):
             handler = ocp.StandardCheckpointHandler()
-            return handler.restore(epath.Path(where), args=ocp.args.StandardRestore(like))
+            # Where it is not strict, Orbax itself leaves off rows, or adds zeros.
+            args = ocp.args.StandardRestore(like, strict=not repad)
+            return handler.restore(epath.Path(where), args=args)
 
     def _prune(self) -> None:
-        if self.read_only or jax.process_index() != 0:
+        if self.read_only or not hosts.primary():
             return
-        for step in self.steps()[: -self.keep] if self.keep else []:
+        remote = files.is_remote(self.folder)
+        for step in steps_in(self.run_dir)[: -self.keep] if self.keep else []:
             path = self.folder / str(step)
-            path.rename(path.with_name(f"{step}.deleted"))
-        for path in self.folder.glob("*.deleted"):
-            shutil.rmtree(path)
+            if remote:
+                (path / _COMMITTED).unlink()  # first: what is left of it after a kill is no checkpoint
+                path.rmtree()
+            else:
+                path.rename(path.with_name(f"{step}.deleted"))
+        if not remote:
+            for path in self.folder.glob("*.deleted"):
+                shutil.rmtree(path)
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        path = self.folder / str(step)
         if self.read_only:
             raise error
-        aside = path.with_name(f"{step}.unreadable")
-        if jax.process_index() == 0:
-            number = 1
-            while aside.exists():
-                number += 1
-                aside = path.with_name(f"{step}.unreadable{number}")
-            path.rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {path}")
+        path = self.folder / str(step)
+        aside = hosts.broadcast("checkpoint set aside", lambda: str(_move_aside(path)).encode()).decode()
         self._manager.reload()
-        warnings.warn(f"{error}; it is now {aside.name}, and the one before is used", stacklevel=4)
+        warnings.warn(f"{error}; it is now {aside}, and the one before is used", stacklevel=4)
 
 
-def _check_fit(stored: Any, like: Any, where: Path) -> None:
-    """Compare a stored table with the tree asked for: paths, shapes, types; every sharding must be given."""
+def _move_aside(path: Path | epath.Path) -> str:
+    """Take a checkpoint out of sight; returns its new place, below the run directory."""
+    remote = files.is_remote(path)
+    first = (
+        path.parent.parent / "unreadable" / path.name if remote else path.with_name(f"{path.name}.unreadable")
+    )
+    aside, number = first, 1
+    while aside.exists():
+        number += 1
+        aside = first.with_name(f"{first.name}{'.' if remote else ''}{number}")
+    if not remote:
+        path.rename(aside)
+        return aside.name
+    # Elsewhere, for what lies here without the marker is deleted at the next start.
+    (path / _COMMITTED).unlink(missing_ok=True)
+    files.move(path, aside)
+    return f"unreadable/{aside.name}"
+
+
+def _check_fit(stored: Any, like: Any, where: Path | epath.Path, vocab_size: int | None) -> bool:
+    """Compare a stored table with the tree asked for: paths, shapes, types; every sharding must be given.
+
+    Returns whether they differ in rows of padding (see `Checkpoints.restore`), which is no fault.
+    """
     have = {_name(path): (tuple(x.shape), str(x.dtype)) for path, x in jax.tree.leaves_with_path(stored)}
     want = {}
     for path, x in jax.tree.leaves_with_path(like):
@@ -298,16 +366,35 @@ def _check_fit(stored: Any, like: Any, where: Path) -> None:
         want[_name(path)] = (tuple(x.shape), str(x.dtype))
     wrong = [f"{n} is not stored" for n in sorted(want.keys() - have.keys())]
     wrong += [f"{n} is stored but not asked for" for n in sorted(have.keys() - want.keys())]
+    repad = False
     for name in sorted(want.keys() & have.keys()):
-        if want[name] != have[name]:
-            shown = [f"{dtype}{list(shape)}" for shape, dtype in (have[name], want[name])]
-            wrong.append(f"{name} is stored as {shown[0]}, asked for as {shown[1]}")
+        if want[name] == have[name]:
+            continue
+        if vocab_size is not None and _pads(name, have[name], want[name], vocab_size):
+            repad = True
+            continue
+        shown = [f"{dtype}{list(shape)}" for shape, dtype in (have[name], want[name])]
+        wrong.append(f"{name} is stored as {shown[0]}, asked for as {shown[1]}")
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise ValueError(
             f"{where} does not fit this config's model or optimiser: {'; '.join(wrong[:5])}{more}: use the "
             "config that it was saved with, or a new run_dir"
         )
+    return repad
+
+
+def _pads(name: str, have: tuple, want: tuple, vocab_size: int) -> bool:
+    """Whether two (shape, type) of one array differ in rows of padding alone."""
+    (shape, dtype), (asked, asked_dtype) = have, want
+    rows = shape[:1] + asked[:1]
+    return (
+        name.rsplit(".", 1)[-1] in _PADDED
+        and dtype == asked_dtype
+        and len(rows) == 2
+        and min(rows) >= vocab_size
+        and shape[1:] == asked[1:]
+    )
 
 
 def _name(path: tuple) -> str:
@@ -325,10 +412,17 @@ def _reading(where: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        cause = _first_cause(error)
         if not isinstance(cause, OSError | ValueError | KeyError | TypeError | AttributeError):
             raise
-        said = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:300]
-        raise Unreadable(f"{where} cannot be read: {said}") from error
+        raise Unreadable(f"{where} cannot be read: {_said(cause)}") from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _said(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

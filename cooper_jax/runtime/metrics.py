@@ -148,7 +148,7 @@ class JsonLines:
             os.fsync(self._file.fileno())  # a checkpoint must never be ahead of the lines that it stands for
         except OSError as error:
             raise OSError(
-                error.errno, f"{error.strerror}: make room, and start again; written until now", str(self.path)
+                error.errno, f"{error.strerror}: mend that, and start the same command again", str(self.path)
             ) from error
 
     def close(self) -> None:

@@ -7,12 +7,19 @@
     tensorboard/    the metrics once more, as events
     lock            held by the process that writes here
 
-1. `Run(path, config, resume)` locks the directory and checks that the config may go on from what is there.
-2. `truncate(step)` cuts metrics and samples back to the checkpoint that the run goes on from.
-3. `log` and `dump_samples` append.  A step is to be logged *before* its checkpoint is saved: then a kill in
-   between repeats the step, and no line is missing.
+1. `check_shared(path)`, with several processes: all must see what one of them writes.
+2. `Run(path, config, resume)` locks the directory and checks that the config may go on from what is there.
+3. `truncate(step)` cuts metrics and samples back to the checkpoint that the run goes on from.
+4. `log` and `dump_samples` append.  A step is to be logged, and `flush` called, *before* its checkpoint is saved:
+   then a kill in between repeats the step, and no line is missing.
 
-With several processes all of them check and process 0 alone writes.  Nothing is taken from the environment.
+With several processes the first alone looks, locks, writes and finds fault; the others need not have the directory.
+Nothing is taken from the environment.
+
+Under gs:// objects cannot be appended to: lines and events are written into `files.staging` on the first host's
+disk, and uploaded whole in the background; `flush` waits for that.  What counts on a restart is what lies in the
+bucket: the staged files are replaced by it.  The lock is the staging directory's, so it keeps out other processes
+of the same machine alone: that no other machine runs in the same place is for whoever starts runs to see to.
 """
 
 from __future__ import annotations
@@ -22,6 +29,8 @@ import hashlib
 import json
 import math
 import os
+import secrets
+import shutil
 import socket
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,11 +38,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
+from cooper_jax.runtime import files, hosts
 from cooper_jax.runtime.checkpoint import steps_in
-from cooper_jax.runtime.metrics import JsonLines, jsonable, write_atomically
+from cooper_jax.runtime.files import write_atomically
+from cooper_jax.runtime.metrics import JsonLines, jsonable
 
 # Fields that a resumed run may change; a name that ends in a dot stands for its whole section.  They say how
 # long, how fast or where a run goes, not what it computes (a mesh moves the last bits, no more).
@@ -57,9 +69,45 @@ HARMLESS = (
 )
 
 
-def run_path(config: ConfigDict) -> Path:
-    """Where a config's run lives: its run_dir, or runs/<name>."""
-    return Path(config.run_dir or f"runs/{config.name}").expanduser().absolute()
+def run_path(config: ConfigDict) -> Path | epath.Path:
+    """Where a config's run lives: its run_dir, or runs/<name>.  Raises ValueError for an address but gs://."""
+    return files.path(config.run_dir or f"runs/{config.name}")
+
+
+def check_shared(path: str | Path | epath.Path) -> None:
+    """Raise ValueError, on all processes alike, unless all see what the first one writes to a directory.
+
+    All processes must call it.  The directory is made where it is absent.
+    """
+    if jax.process_count() == 1:
+        return
+    place = Path(path) if not files.is_remote(path) else epath.Path(path)
+
+    def write() -> bytes:
+        mark = f".seen_by_all_{secrets.token_hex(8)}"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            (place / mark).write_bytes(b"")
+        except (OSError, ImportError) as error:
+            return json.dumps({"error": f"{place} cannot be written to ({error})"}).encode()
+        return json.dumps({"mark": mark}).encode()
+
+    told = json.loads(hosts.broadcast("run_dir mark", write))
+    if "error" in told:
+        raise ValueError(told["error"])
+    try:
+        trouble = "" if (place / told["mark"]).exists() else "not there"
+    except (OSError, ImportError) as error:
+        trouble = str(error)
+    found = hosts.exchange_json("run_dir seen", trouble)
+    if hosts.primary():
+        (place / told["mark"]).unlink()
+    if blind := {i: x for i, x in enumerate(found) if x}:
+        raise ValueError(
+            f"{place} is not one directory for all hosts: what process 0 wrote there, process "
+            f"{', '.join(map(str, blind))} did not find ({next(iter(blind.values()))}), and each must write its "
+            "part of a checkpoint: give a --config.run_dir on a disk that they share, or gs://BUCKET/NAME"
+        )
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -97,45 +145,61 @@ class Run:
     there were made with; where `resume` is False and there are checkpoints; where another process holds it.
     """
 
-    def __init__(self, path: str | Path, config: ConfigDict, resume: bool):
-        self.path = Path(path).absolute()
+    def __init__(self, path: str | Path | epath.Path, config: ConfigDict, resume: bool):
+        self.path = files.path(path)
         self.config = config
-        self.primary = jax.process_index() == 0
+        self.primary = hosts.primary()
+        self._remote = files.is_remote(self.path)
+        self._folder = files.staging(self.path) if self._remote else self.path
+        self._uploads: files.Uploads | None = None
         self._lock = None
         self._tensorboard = None
-        self._metrics = JsonLines(self.path / "metrics.jsonl")
-        self._samples = JsonLines(self.path / "samples.jsonl")
+        self._metrics = JsonLines(self._folder / "metrics.jsonl")
+        self._samples = JsonLines(self._folder / "samples.jsonl")
         self._last: int | None = None
         self._ready = False
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self.primary:
-            self._lock = _lock(self.path / "lock")
+        if not self.primary:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self._folder / "lock", self.path)
         try:
             self._check(resume)
+            text = json.dumps(_plain(config), indent=2, allow_nan=False)
+            write_atomically(self.path / "config.json", text.encode() + b"\n")
         except BaseException:
             self.close()
             raise
-        if self.primary:
-            text = json.dumps(_plain(config), indent=2, allow_nan=False)
-            write_atomically(self.path / "config.json", text.encode() + b"\n")
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError as failed:
+            if error is None:
+                raise
+            error.add_note(str(failed))  # what ended the run says more
 
     def close(self) -> None:
-        """Flush, and let go of the directory."""
+        """Flush, and let go of the directory.  Raises OSError for what could not be uploaded."""
+        self._ready = False
         self._metrics.close()
         self._samples.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
-        if self._lock is not None:
-            os.close(self._lock)  # which also unlocks
-            self._lock = None
-        self._ready = False
+        try:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+                self._tensorboard = None
+                self._upload("tensorboard")
+        finally:
+            try:
+                if self._uploads is not None:
+                    self._uploads.close()
+            finally:
+                self._uploads = None
+                if self._lock is not None:
+                    os.close(self._lock)  # which also unlocks
+                    self._lock = None
 
     def truncate(self, step: int | None) -> None:
         """Go on after `step`, the newest checkpoint's (None: from the beginning); due before the first `log`.
@@ -147,30 +211,55 @@ class Run:
         self._ready = True
         if not self.primary:
             return
+        if self._remote:
+            shutil.rmtree(
+                self._folder / "tensorboard", ignore_errors=True
+            )  # of an earlier life, and uploaded
+            for lines in (self._metrics, self._samples):
+                files.download(self.path / lines.path.name, lines.path)
+            if self._uploads is None:
+                self._uploads = files.Uploads(self._folder, self.path)
         last = self._metrics.truncate(step)
         self._samples.truncate(step)
+        self._upload(*(x.path.name for x in (self._metrics, self._samples) if x.path.exists()))
         if step and last != step:  # step 0 has no line
-            warnings.warn(
-                f"{self._metrics.path} ends at step {last}, the checkpoint is of step {step}", stacklevel=2
-            )
+            where = self.path / "metrics.jsonl"
+            warnings.warn(f"{where} ends at step {last}, the checkpoint is of step {step}", stacklevel=2)
         if self.config.log.tensorboard:
             # The readers of events drop those of an earlier life from purge_step on.
             purge_step = 0 if step is None else step + 1
             self._tensorboard = SummaryWriter(
-                str(self.path / "tensorboard"), purge_step=purge_step, filename_suffix=f".{purge_step}"
+                str(self._folder / "tensorboard"), purge_step=purge_step, filename_suffix=f".{purge_step}"
             )
+
+    def flush(self) -> None:
+        """Until what was logged lies in the run directory; to be called before a checkpoint is saved.
+
+        Locally it does at once.  Raises OSError for what could not be uploaded; it is kept, and a later call tries
+        again.
+        """
+        if self._uploads is not None:
+            self._uploads.flush()
+
+    def _upload(self, *names: str) -> None:
+        """These files, or the files of these folders, have changed."""
+        if self._uploads is None:
+            return
+        found = [p for n in names for p in ([self._folder / n] if (self._folder / n).is_file() else [])]
+        found += [p for n in names for p in (self._folder / n).glob("*")]
+        self._uploads.changed(*(str(p.relative_to(self._folder)) for p in found))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step's metrics: names like `policy/kl`, values that are or become floats.
 
-        The line is on the disk when this returns.  Raises ValueError for a step that is not after the last,
-        or a name without a group.
+        The line is on the disk when this returns (under gs://, on its way there).  Raises ValueError for a step
+        that is not after the last, or a name without a group; OSError for a line that could not be written.
         """
         if not self._ready:
             raise RuntimeError(f"{self.path}: call truncate(step) before the first log")
         if self._last is not None and step <= self._last:
             raise ValueError(
-                f"{self._metrics.path}: step {step} after step {self._last}; one line a step, forwards"
+                f"{self.path / 'metrics.jsonl'}: step {step} after step {self._last}; one line a step, forwards"
             )
         row: dict[str, Any] = {"step": step}
         for name, value in metrics.items():
@@ -186,6 +275,7 @@ class Run:
                 if name != "step" and math.isfinite(value):  # the writer warns at each other one
                     self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
+        self._upload("metrics.jsonl", "tensorboard")
 
     def dump_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows (text, numbers, lists and dicts of them) to samples.jsonl, each with its `step`."""
@@ -193,6 +283,7 @@ class Run:
             raise RuntimeError(f"{self.path}: call truncate(step) before the first dump")
         if self.primary and rows:
             self._samples.append(*({"step": step, **row} for row in rows))
+            self._upload("samples.jsonl")
 
     def _check(self, resume: bool) -> None:
         steps = steps_in(self.path)
@@ -234,7 +325,7 @@ def _plain(config: ConfigDict) -> dict[str, Any]:
     return jsonable(config.to_dict())
 
 
-def _lock(path: Path) -> int:
+def _lock(path: Path, run_dir: Path | epath.Path) -> int:
     """Take the lock, or raise ValueError with its holder; it goes with the process, however that ends."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # not inherited by worker processes
     try:
@@ -243,7 +334,7 @@ def _lock(path: Path) -> int:
         holder = os.read(handle, 200).decode(errors="replace").strip()
         os.close(handle)
         raise ValueError(
-            f"{path.parent} is in use by {holder or 'another process'}: stop it, or give another --config.run_dir"
+            f"{run_dir} is in use by {holder or 'another process'}: stop it, or give another --config.run_dir"
         ) from None
     except OSError as error:
         # Some network file systems have no locks, which is no reason not to run there.
