@@ -74,9 +74,11 @@ def analyse(
 ) -> Cost:
     """The cost of one run on one device of an optimised program.
 
-    unknown_trips: how often loops run of which it cannot be told.  declared: kernels of which the text says nothing,
-    by their name in `Cost.kernels`, to (FLOPs, bytes) of a run; others cost no FLOPs, and all their operands' and
-    results' bytes.  Raises ValueError for text that is no program.
+    unknown_trips: how often loops run of which it cannot be told.
+    declared: a kernel's name in `Cost.kernels` to (FLOPs, bytes) of a run, for kernels of which the text says
+    nothing; without it they cost no FLOPs, and the bytes of all their operands and results.
+
+    Raises ValueError for text that is no program.
     """
     program = parse(text)
     found = _Counter(program, unknown_trips, declared or {}).computation(program.entry, ())
