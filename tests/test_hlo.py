@@ -472,7 +472,8 @@ def test_bytes_of_fusions_and_slices():
       %row = f32[1,64]{{1,0}} parameter(1)
       %i = s32[] parameter(2)
       %ids = s32[5]{{0}} parameter(3)
-      %chip = f32[28,64]{{1,0:T(8,128)S(1)}} parameter(4)
+      %five = f32[5,64]{{1,0}} parameter(4)
+      %chip = f32[28,64]{{1,0:T(8,128)S(1)}} parameter(5)
       ROOT %r = {instruction}"""
         return analyse(program(text, update, take)).bytes
 
@@ -483,6 +484,8 @@ def test_bytes_of_fusions_and_slices():
     assert moved("f32[1,64]{1,0} dynamic-slice(%x, %i, %i), dynamic_slice_sizes={1,64}") == 2 * row
     assert moved("f32[28,64]{1,0} dynamic-update-slice(%x, %row, %i, %i)") == 2 * row
     assert moved("f32[5,64]{1,0} gather(%x, %ids), slice_sizes={1,64}") == 2 * 5 * row
+    scatter = "f32[28,64]{1,0} scatter(%x, %ids, %five), to_apply=%add"
+    assert moved(scatter) == (1 + 2) * 5 * row + 5 * number  # five rows come, and are added to five others
     assert moved("f32[28,64]{1,0} bitcast(%x)") == 0
     assert moved("f32[28,64]{1,0} fusion(%chip, %row, %i), kind=kLoop, calls=%update") == 2 * row + number
     # On a TPU's chip only what comes from memory or goes there counts.

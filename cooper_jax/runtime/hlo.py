@@ -170,7 +170,7 @@ class _Counter:
         total = 0.0
         for user, position in x.users:
             if user.op in THROUGH:
-                total += self.read(user, placed if user.op in SAME else set())
+                total += self.read(user, placed)
             elif user.op in SLICES and position == 0:
                 total += user.result[0].elements
             elif user.op == "fusion":

@@ -159,7 +159,7 @@ def _arrays(text: str) -> list[Array]:
     out = []
     for kind, dims, layout in _SHAPE.findall(text):
         # S(1) is a GPU's device memory too, but a TPU's layouts have tiles.
-        chip = "S(" in layout and ("T(" in layout or layout.startswith("{:"))
+        chip = "S(" in layout and "T(" in layout
         out.append(Array(kind, tuple(int(d) for d in re.findall(r"\d+", dims)), chip))
     return out
 
