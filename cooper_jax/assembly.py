@@ -173,9 +173,6 @@ def load_model(
         return model, loaded.params, loaded.head_trained
 
 
-ASIDE = ("reward", "reference", "assistant")  # models that may have a mesh of their own
-
-
 def make_layouts(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> dict[str, mesh.Layout]:
     """Where each model lives, by its name: the config's meshes over the devices at hand, with their rules."""
     m = cfg.mesh
@@ -188,12 +185,14 @@ def make_layouts(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         return mesh.Layout(made, frozen(m.rules), frozen(m.rollout_rules))
 
     sizes = {}
-    for name in ASIDE:
+    for name, asked in (("reward", m.reward), ("reference", m.reference), ("assistant", m.assistant)):
         with boundary(f"mesh.{name}"):
-            sizes |= {name: mesh.parse_sizes(m[name])} if m[name] else {}
+            sizes |= {name: mesh.parse_sizes(asked)} if asked else {}
     with boundary("mesh"):
         left, taken = mesh.split_devices(jax.devices() if devices is None else devices, sizes)
-        out = dict.fromkeys(("policy", *ASIDE), layout(left, m.data, m.fsdp, m.tensor))
+        out = dict.fromkeys(
+            ("policy", "reward", "reference", "assistant"), layout(left, m.data, m.fsdp, m.tensor)
+        )
         return out | {name: layout(own, *sizes[name]) for name, own in taken.items()}
 
 

@@ -183,7 +183,11 @@ def train(cfg: ConfigDict) -> None:
         with settings.boundary("run_dir"):
             checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
         hosts.say(describe(cooper))
-        state = warmup.start_or_resume(cooper, state, run, checkpoints)
+        try:
+            state = warmup.start_or_resume(cooper, state, run, checkpoints)
+        except hosts.Stopped:
+            hosts.say("stopped by a signal before step 0 was saved; the same command begins again")
+            raise
         if state.step >= cfg.steps:
             hosts.say(f"{path} holds {state.step} steps already; raise --config.steps to go on")
             return

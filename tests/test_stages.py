@@ -104,6 +104,7 @@ def test_rows_that_do_not_divide_the_mesh(build):
 
     def run(devices, **mesh):
         with build(devices, **mesh) as (cooper, state):
+            state = state.replace(reference=state.policy.params)
             problems = [p for p in cooper.train[:B] for _ in range(G)]
             prompts = cooper.train_prompts[:B]
             rollout, _ = stages.sample(cooper, state, prompts, range(B))
@@ -138,6 +139,7 @@ def test_several_updates_a_step(build):
         cooper,
         state,
     ):
+        state = state.replace(reference=state.policy.params)
         before = host(state.policy.params)
         prompts = cooper.train_prompts[:B]
         rollout, _ = stages.sample(cooper, state, prompts, range(B))
@@ -180,6 +182,37 @@ def test_who_moves_in_a_step(build, tmp_path):
         policy, updates = host(state.policy.params), int(state.reward.updates)
         moved, _ = stages.update_reward_model(cooper, state, seen.pairs)
         assert int(moved.updates) == updates + 1 and all(unchanged(policy, state.policy.params))
+
+
+def test_models_on_meshes_of_their_own(build, tmp_path):
+    """Reward model and reference beside the policy: the same step, scored while the policy decodes; and resumed."""
+
+    def step(name, devices, **meshes):
+        out = []
+        for _ in range(2):  # begun, then from its checkpoint
+            with (
+                build(devices, **{"mesh.data": 1, "rollout.segment": 2, "reward.microbatch": 2} | meshes) as (
+                    cooper,
+                    state,
+                ),
+                begun(cooper, state, tmp_path / name) as (state, _, _),
+            ):
+                cooper = solved(cooper)
+                assert stages.ScoreBeside.possible(cooper) == bool(meshes)
+                where = [x.sharding.device_set for x in jax.tree.leaves(state.reference)]
+                assert where == [set(cooper.policy.reference_layout.mesh.devices.flat)] * len(where)
+                state, metrics, seen = trainer.cooper_step(cooper, state, Phases())
+                out.append((metrics, seen, host(state.policy.params) + host(state.reward.params)))
+        return out
+
+    one = step("one", 1)
+    apart = step("apart", 4, **{"mesh.reward": "1x2x1", "mesh.reference": "1x1x1"})
+    for (metrics, seen, params), (other_metrics, other_seen, other_params) in zip(one, apart, strict=True):
+        assert [c.text for c in seen.completions] == [c.text for c in other_seen.completions]
+        np.testing.assert_allclose(seen.rewards, other_seen.rewards, atol=1e-6)
+        assert other_metrics == pytest.approx(metrics, abs=1e-5, nan_ok=True)
+        for a, b in zip(params, other_params, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_no_valid_pair_moves_no_reward_model(build):

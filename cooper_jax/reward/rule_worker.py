@@ -31,7 +31,8 @@ def main() -> None:
     # Whatever a library prints must not end up among the replies.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    for number in (signal.SIGINT, signal.SIGTERM):  # which reach the whole group: the parent's to answer
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     try:
         limit_memory(int(sys.argv[1]))

@@ -44,6 +44,7 @@ KEPT = 256  # calls of `exchange` whose bytes stay in the service
 # Beyond our own limit, so that our message and exit code come first.
 _HEARTBEAT_TIMEOUT = 90
 _PREFIX = "cooper"
+_AGAIN = "; start the same command again on all hosts, it resumes by itself"
 
 _counts: Counter[str] = Counter()  # how often `exchange` was called by each name
 _own_keys: deque[str] = deque()  # of the last calls
@@ -248,7 +249,7 @@ def _watch() -> None:
                 _beat(str(number))
             found = _client().key_value_dir_get(f"{_PREFIX}/beat/")
         except Exception as error:  # whatever the service raises: without it nobody can go on
-            _leave(LOST, f"the first host does not answer ({str(error).splitlines()[0]})")
+            _leave(LOST, f"the first host does not answer ({str(error).splitlines()[0]}){_AGAIN}")
         now = time.monotonic()
         for key, said in found:
             i = int(key.rsplit("/", 1)[1])
@@ -259,14 +260,16 @@ def _watch() -> None:
                 why = "ended with a setup error" if code == SETUP_ERROR else f"failed with exit code {code}"
                 _leave(code if code == SETUP_ERROR else LOST, f"process {i} {why}: see its own messages")
             if said != "done" and now - since > SILENCE:
-                _leave(LOST, f"process {i} has shown no sign of life for {SILENCE:.0f} s: its host is lost")
+                _leave(
+                    LOST,
+                    f"process {i} has shown no sign of life for {SILENCE:.0f} s: its host is lost{_AGAIN}",
+                )
 
 
 def _leave(code: int, why: str) -> None:
     if _finished.is_set():
         return
-    again = "" if code == SETUP_ERROR else "; start the same command again on all hosts, it resumes by itself"
-    print(f"process {jax.process_index()} stops: {why}{again}", file=sys.stderr, flush=True)
+    print(f"process {jax.process_index()} stops: {why}", file=sys.stderr, flush=True)
     os._exit(code)
 
 
