@@ -375,6 +375,19 @@ def test_workers_die_with_a_killed_parent():
     assert not any(map(alive, workers))
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_signals_to_the_whole_group_are_the_parents_to_answer():
+    """Ctrl-C, or the SIGTERM of a scheduler, reaches workers too: they go on, for the parent still needs verdicts."""
+    others = children(os.getpid())
+    with RuleVerifier(workers=1, timeout=30.0, retry_timeout=60.0, memory_mb=0) as rule:
+        assert rule.check([("1", "\\boxed{1}")]) == [Verdict.CORRECT]
+        (worker,) = children(os.getpid()) - others
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker, number)
+        assert rule.check([("2", "\\boxed{2}")]) == [Verdict.CORRECT]
+        assert children(os.getpid()) - others == {worker}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
 def test_memory_is_limited():
     code = (
