@@ -222,6 +222,7 @@ class Uploads:
         self._due: dict[str, int] = {}  # name -> bytes that are to be there
         self._busy = False
         self._closed = False
+        self._stuck = False
         self._error: Exception | None = None
         self._state = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
@@ -231,7 +232,7 @@ class Uploads:
         """Files, by their paths in the folder, have grown.  Raises what went wrong in an earlier upload."""
         sizes = {name: (self.folder / name).stat().st_size for name in names}
         with self._state:
-            self._raise()
+            self._go_on()
             self._due |= sizes
             self._state.notify_all()
 
@@ -241,7 +242,7 @@ class Uploads:
         Such files stay due: another call tries again.
         """
         with self._state:
-            self._state.notify_all()
+            self._go_on()
             self._state.wait_for(lambda: self._error is not None or not (self._due or self._busy))
             self._raise()
 
@@ -256,6 +257,11 @@ class Uploads:
                 self._state.notify_all()
             self._thread.join()
 
+    def _go_on(self) -> None:
+        self._raise()
+        self._stuck = False
+        self._state.notify_all()
+
     def _raise(self) -> None:
         error, self._error = self._error, None
         if error is not None:
@@ -264,8 +270,8 @@ class Uploads:
     def _work(self) -> None:
         while True:
             with self._state:
-                # After an error nothing goes until somebody has heard of it.
-                self._state.wait_for(lambda: self._closed or (self._due and self._error is None))
+                # After an error nothing goes until somebody has heard of it and calls again.
+                self._state.wait_for(lambda: self._closed or (self._due and not self._stuck))
                 if self._closed:
                     return
                 name, size = next(iter(self._due.items()))
@@ -279,7 +285,7 @@ class Uploads:
             with self._state:
                 self._busy = False
                 if error is not None:
-                    self._error = error
+                    self._error, self._stuck = error, True
                     self._due.setdefault(name, size)
                 self._state.notify_all()
 
