@@ -377,7 +377,7 @@ def test_workers_die_with_a_killed_parent():
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_signals_to_the_whole_group_are_the_parents_to_answer():
-    """Ctrl-C, or the SIGTERM of a scheduler, reaches workers too: they go on, for the parent still needs verdicts."""
+    """Ctrl-C, or a scheduler's SIGTERM, reaches workers too: they go on, for the parent still needs verdicts."""
     others = children(os.getpid())
     with RuleVerifier(workers=1, timeout=30.0, retry_timeout=60.0, memory_mb=0) as rule:
         assert rule.check([("1", "\\boxed{1}")]) == [Verdict.CORRECT]
