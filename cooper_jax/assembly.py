@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+from etils import epath
 from flax import struct
 from ml_collections import ConfigDict
 
@@ -31,9 +32,10 @@ from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts, keys, mesh, optim
-from cooper_jax.runtime.metrics import write_atomically
 from cooper_jax.settings import SetupError, boundary
 from cooper_jax.types import Completion, Params, Problem, TrainState
+
+Directory = Path | epath.Path  # a run's, here or under gs://
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
     return train, held_out[: cfg.eval.problems]
 
 
-def load_tokenizer(section: ConfigDict, name: str, run_dir: Path) -> tokenizers.Tokenizer:
+def load_tokenizer(section: ConfigDict, name: str, run_dir: Directory) -> tokenizers.Tokenizer:
     """The tokenizer that `section` names; for random weights, one trained from the synthetic corpus."""
     source = section.tokenizer or section.weights
     with boundary(f"{name}.tokenizer={section.tokenizer!r}, {name}.weights={section.weights!r}"):
@@ -119,22 +121,18 @@ def load_tokenizer(section: ConfigDict, name: str, run_dir: Path) -> tokenizers.
             return tokenizers.load(source)
         path = run_dir / f"tokenizer_{section.arch.vocab_size}.model"
 
-        def trained() -> bytes:
+        def train() -> None:
             if not path.exists():
                 symbols = [*prompts.VERIFIER_TAGS, "\n"]
                 tokenizers.train_sentencepiece(
                     synthetic.corpus(), path, section.arch.vocab_size, symbols=symbols
                 )
-            return path.read_bytes()
 
-        data = hosts.broadcast(f"tokenizer of {name}", trained)
-        if not path.exists():  # on another host's disk
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, data)
+        hosts.first(f"tokenizer of {name}", train)
         return tokenizers.load(str(path))
 
 
-def describe_model(section: ConfigDict, name: str, run_dir: Path, layout: mesh.Layout) -> Model:
+def describe_model(section: ConfigDict, name: str, run_dir: Directory, layout: mesh.Layout) -> Model:
     """A model of `section` without its parameters, its vocabulary padded so that it divides over the mesh."""
     tokenizer = load_tokenizer(section, name, run_dir)
     multiple = math.lcm(section.vocab_multiple, layout.first_ways("vocab"))
@@ -153,7 +151,7 @@ def describe_model(section: ConfigDict, name: str, run_dir: Path, layout: mesh.L
 
 
 def load_model(
-    section: ConfigDict, name: str, head: str, layout: mesh.Layout, run_dir: Path, seed: int
+    section: ConfigDict, name: str, head: str, layout: mesh.Layout, run_dir: Directory, seed: int
 ) -> tuple[Model, Params, bool]:
     """A model of `section` with its parameters; the last value says whether its head has been trained."""
     model = describe_model(section, name, run_dir, layout)
@@ -206,7 +204,7 @@ def policy_prompt(cfg: ConfigDict, tokenizer: tokenizers.Tokenizer, problem: Pro
 
 
 @contextlib.contextmanager
-def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
+def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]:
     """The machinery and the state at step 0, before any supervised phase; worker processes end on exit."""
     settings.check(cfg)
     layouts = make_layouts(cfg)
@@ -282,7 +280,7 @@ def build(cfg: ConfigDict, run_dir: Path) -> Iterator[tuple[Cooper, State]]:
 
 
 def _policy_wing(
-    cfg: ConfigDict, layouts: dict[str, mesh.Layout], run_dir: Path
+    cfg: ConfigDict, layouts: dict[str, mesh.Layout], run_dir: Directory
 ) -> tuple[PolicyWing, TrainState]:
     layout, reference = layouts["policy"], layouts["reference"]
     model, params, _ = load_model(cfg.policy, "policy", "logits", layout, run_dir, cfg.seed)
@@ -320,7 +318,7 @@ def _policy_wing(
 
 
 def _reward_wing(
-    cfg: ConfigDict, layout: mesh.Layout, run_dir: Path
+    cfg: ConfigDict, layout: mesh.Layout, run_dir: Directory
 ) -> tuple[RewardWing | None, TrainState | None]:
     if cfg.reward.arm == "rule":
         return None, None
@@ -357,7 +355,7 @@ def rollout_options(cfg: ConfigDict) -> dict[str, float | str | None]:
     )
 
 
-def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Path) -> Callable:
+def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Directory) -> Callable:
     """The local assistant's sampling: (messages of each request, their ids) -> completions.
 
     ids are (seed, step, row, attempt); requests of one call share all but the row.

@@ -33,7 +33,7 @@ from cooper_jax.runtime import hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.runtime.metrics import Phases, Progress
-from cooper_jax.runtime.rundir import Run, run_path
+from cooper_jax.runtime.rundir import Run, check_shared, run_path
 from cooper_jax.types import Completion, Metrics, Pair, Problem, Verdict
 
 
@@ -175,9 +175,11 @@ def train(cfg: ConfigDict) -> None:
     Raises hosts.Stopped after a SIGTERM, when a checkpoint of the last whole step is complete.
     """
     settings.check(cfg)
-    path = run_path(cfg)
+    with settings.boundary("run_dir"):
+        path = run_path(cfg)
     with contextlib.ExitStack() as stack:
         with settings.boundary("run_dir"):
+            check_shared(path)
             run = stack.enter_context(Run(path, cfg, resume=cfg.resume))
         cooper, state = stack.enter_context(assembly.build(cfg, path))
         with settings.boundary("run_dir"):
@@ -196,31 +198,44 @@ def train(cfg: ConfigDict) -> None:
         )
         phases = Phases()
         while state.step < cfg.steps:
-            start = time.perf_counter()
+            start, stopped = time.perf_counter(), None
             try:
                 hosts.look()
                 state, metrics, seen = cooper_step(cooper, state, phases)
             except hosts.Stopped:
-                if state.step not in checkpoints.steps():
-                    warmup.save(cooper, state, checkpoints)
-                checkpoints.wait()
+                with settings.boundary("checkpoint"):
+                    if state.step not in checkpoints.steps():
+                        warmup.save(cooper, state, run, checkpoints)
+                    checkpoints.wait()
                 hosts.say(f"stopped by a signal; step {state.step} is saved")
                 raise
             seconds = time.perf_counter() - start
             sampled = sum(c.tokens for c in seen.completions)
             metrics |= {"time/step": seconds, "time/tokens_per_second": sampled / seconds}
             if cfg.eval.every and state.step % cfg.eval.every == 0:
-                with phases.phase("eval"):
-                    metrics |= evaluate(cooper, state)
-            run.log(state.step, metrics | phases.collect())
-            if cfg.log.samples_every and (state.step % cfg.log.samples_every == 0 or state.step == 1):
-                run.dump_samples(state.step, samples_of(cooper, seen))
+                try:
+                    with phases.phase("eval"):
+                        metrics |= evaluate(cooper, state)
+                except (
+                    hosts.Stopped
+                ) as caught:  # the step is whole: it is logged, without its evaluation, and saved
+                    stopped = caught
+            with settings.boundary("run_dir"):
+                run.log(state.step, metrics | phases.collect())
+                if cfg.log.samples_every and (state.step % cfg.log.samples_every == 0 or state.step == 1):
+                    run.dump_samples(state.step, samples_of(cooper, seen))
             progress.update(state.step, metrics)
-            if state.step % cfg.checkpoint.every == 0 or state.step == cfg.steps:
-                with phases.phase(
-                    "checkpoint"
-                ):  # the pause: arrays are copied, and written in the background
-                    warmup.save(cooper, state, checkpoints)
+            if stopped or state.step % cfg.checkpoint.every == 0 or state.step == cfg.steps:
+                # The pause: arrays are copied, and written in the background.
+                with settings.boundary("checkpoint"), phases.phase("checkpoint"):
+                    warmup.save(cooper, state, run, checkpoints)
+            if stopped:
+                with settings.boundary("checkpoint"):
+                    checkpoints.wait()
+                hosts.say(f"stopped by a signal; step {state.step} is saved, not evaluated")
+                raise stopped
+        with settings.boundary("checkpoint"):
+            checkpoints.wait()
     hosts.say(f"{path}: {cfg.steps} steps done; metrics.jsonl, samples.jsonl and checkpoints/ are there")
 
 

@@ -45,7 +45,7 @@ def start_or_resume(cooper: Cooper, state: State, run: Run, checkpoints: Checkpo
     # What the checkpoint replaces goes first: together they would be twice a run's memory.
     jax.tree.map(lambda x: x.delete(), (state.policy, state.reward))
     with boundary(f"{checkpoints.folder}"):
-        step, trees, loop = checkpoints.restore_newest(likes)
+        step, trees, loop = checkpoints.restore_newest(likes, vocab_sizes(cooper))
     if loop["config_hash"] != config_hash(cooper.cfg):
         raise SetupError(
             f"{checkpoints.folder / str(step)} was saved under another config than the run directory's "
@@ -54,15 +54,16 @@ def start_or_resume(cooper: Cooper, state: State, run: Run, checkpoints: Checkpo
     policy = checkpoint.join(trees["policy"], trees["policy_optimiser"])
     reward = checkpoint.join(trees["reward"], trees["reward_optimiser"]) if "reward" in trees else None
     with boundary(f"{checkpoints.reference}"):
-        reference = checkpoints.restore_reference(_like_reference(cooper))
+        reference = _restore_reference(cooper, checkpoints)
     with boundary("run_dir"):
         run.truncate(step)
     hosts.say(f"resumed from step {step}")
     return State(policy=policy, reward=reward, reference=reference, step=step, position=loop["position"])
 
 
-def save(cooper: Cooper, state: State, checkpoints: Checkpoints) -> None:
-    """Save a state; the reference is kept apart, once."""
+def save(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> None:
+    """Save a state, after what was logged about it lies in the run directory; the reference is kept apart, once."""
+    run.flush()
     loop = {"position": state.position, "config_hash": config_hash(cooper.cfg)}
     checkpoints.save(state.step, items(state), loop)
 
@@ -76,6 +77,13 @@ def items(state: State) -> dict:
     }
 
 
+def vocab_sizes(cooper: Cooper) -> dict[str, int]:
+    """Of each checkpoint item: its vocabulary may have been padded otherwise, on another mesh."""
+    wings = {"policy": cooper.policy} | ({} if cooper.reward is None else {"reward": cooper.reward})
+    sizes = {name: wing.model.config.vocab_size for name, wing in wings.items()}
+    return sizes | {f"{name}_optimiser": size for name, size in sizes.items()}
+
+
 def _begin(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> State:
     section = cooper.cfg.warmup
     with boundary("run_dir"):
@@ -87,19 +95,22 @@ def _begin(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> 
     if section.reward_steps and reward is not None:
         params = _teach(cooper, reward.params)
         reward = optim.init(params, cooper.reward.optimiser)
-    checkpoints.save_reference(policy.params)
+    with boundary("checkpoint"):
+        checkpoints.save_reference(policy.params)
     if cooper.policy.reference_layout == cooper.layout:
         # A copy: the policy's own arrays are donated to its updates.
         reference = jax.tree.map(lambda x: x.copy(), policy.params)
     else:  # devices that share none with the policy's take it from the disk
-        reference = checkpoints.restore_reference(_like_reference(cooper))
+        reference = _restore_reference(cooper, checkpoints)
     state = State(policy=policy, reward=reward, reference=reference, step=0, position=0)
-    save(cooper, state, checkpoints)
+    save(cooper, state, run, checkpoints)
     return state
 
 
-def _like_reference(cooper: Cooper) -> Params:
-    return mesh.abstract(cooper.policy.reference_layout, transformer.param_specs(cooper.policy.model.config))
+def _restore_reference(cooper: Cooper, checkpoints: Checkpoints) -> Params:
+    config = cooper.policy.model.config
+    like = mesh.abstract(cooper.policy.reference_layout, transformer.param_specs(config))
+    return checkpoints.restore_reference(like, config.vocab_size)
 
 
 def _imitate(cooper: Cooper, params: Params) -> Params:

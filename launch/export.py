@@ -33,22 +33,24 @@ def main(argv: list[str]) -> None:
     from cooper_jax import assembly, settings
     from cooper_jax.model import weights
     from cooper_jax.model.transformer import param_specs
-    from cooper_jax.runtime import mesh
+    from cooper_jax.runtime import files, mesh
     from cooper_jax.runtime.checkpoint import Checkpoints
 
-    run_dir = Path(RUN_DIR.value)
     try:
+        with settings.boundary("--run_dir"):
+            run_dir = files.path(RUN_DIR.value)
         with settings.boundary(f"--run_dir={run_dir}"), Checkpoints(run_dir, keep=0, read_only=True) as kept:
             cfg = ConfigDict(json.loads((run_dir / "config.json").read_text()))
             step = kept.newest() if STEP.value < 0 else STEP.value
             if step is None:
                 raise ValueError("it holds no checkpoint yet")
-            cfg.mesh.update(data=1, fsdp=-1, tensor=1)  # whatever it was trained on
+            # Whatever it was trained on.
+            cfg.mesh.update(data=1, fsdp=-1, tensor=1, reward="", reference="", assistant="")
             head = "logits" if MODEL.value == "policy" else "score"
             layout = assembly.make_layout(cfg)
             model = assembly.describe_model(cfg[MODEL.value], MODEL.value, run_dir, layout)
             like = mesh.abstract(layout, param_specs(model.config, head))
-            params = kept.restore(step, MODEL.value, like)
+            params = kept.restore(step, MODEL.value, like, model.config.vocab_size)
     except settings.SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -277,7 +277,7 @@ def test_a_resumed_run_holds_no_more_memory_than_a_fresh_one(build, tmp_path):
                 state, metrics, _ = trainer.cooper_step(solved(cooper), state, Phases())
                 run.log(state.step, metrics)
             if steps:
-                warmup.save(cooper, state, kept)
+                warmup.save(cooper, state, run, kept)
             return held, host(state), (state.step, state.position)
 
     before = live()

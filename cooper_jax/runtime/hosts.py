@@ -156,6 +156,16 @@ def broadcast(name: str, make: Callable[[], bytes]) -> bytes:
     return exchange(name, make() if primary() else b"")[0]
 
 
+def first(name: str, work: Callable[[], Any]) -> None:
+    """Run `work` on process 0 alone; the others wait for it."""
+
+    def done() -> bytes:
+        work()
+        return b""
+
+    broadcast(name, done)
+
+
 def barrier(name: str) -> None:
     """Until all processes are here."""
     exchange(name, b"")
