@@ -45,7 +45,8 @@ FORMAT = 1  # raise it when what is stored changes its meaning
 LOOP = "loop"
 _RESERVED = ("step", "format", "items")  # written by `save` into the loop's JSON
 _PADDED = ("embed", "lm_head")  # parameters whose rows are tokens, and padding after them; their moments too
-_COMMITTED = "commit_success.txt"  # Orbax's marker under gs://
+_COMMITTED = ocp.path.atomicity_types.COMMIT_SUCCESS_FILE  # what counts under gs://
+_UNFINISHED = ocp.path.atomicity_types.TMP_DIR_SUFFIX  # in a name on a local disk
 
 
 class Unreadable(ValueError):
@@ -98,15 +99,13 @@ class Checkpoints:
         self._under_way: int | None = None
         if read_only and not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} is not there: {self.run_dir} holds no checkpoints")
-        # Old checkpoints are not left to the manager: it deletes in place, and a kill in the middle would
-        # leave a visible half.
+        # Leftovers are not left to the manager, which deletes them while others may look at them; nor are old
+        # checkpoints: it deletes in place, and a kill in the middle would leave a visible half.
+        if hosts.primary() and not read_only:
+            self._clean()
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(
-                create=not read_only,
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,
-            ),
+            options=ocp.CheckpointManagerOptions(create=not read_only, read_only=read_only),
         )
         self._prune()
 
@@ -305,6 +304,15 @@ class Checkpoints:
             # Where it is not strict, Orbax itself leaves off rows, or adds zeros.
             args = ocp.args.StandardRestore(like, strict=not repad)
             return handler.restore(epath.Path(where), args=args)
+
+    def _clean(self) -> None:
+        """Delete what a killed process left half written or half deleted."""
+        remote = files.is_remote(self.folder)
+        for path in self.folder.iterdir() if self.folder.exists() else ():
+            if remote and path.name.isdecimal() and not _complete(path):
+                path.rmtree()
+            elif not remote and _UNFINISHED in path.name:
+                shutil.rmtree(path)
 
     def _prune(self) -> None:
         if self.read_only or not hosts.primary():
