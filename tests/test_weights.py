@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -13,8 +17,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import CASES, config, random_params, torch_model
 
 from configs import base
-from cooper_jax.model import transformer, weights
+from cooper_jax.model import sources, transformer, weights
 from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
+
+ROOT = str(Path(__file__).resolve().parents[1])
 
 
 def forward(params, config, tokens, head):
@@ -189,6 +195,133 @@ def test_loading_onto_a_mesh(llama):
     )
     equal(loaded.params, weights.load(str(directory), vocab_multiple=2).params)
     assert loaded.params["embed"].shape == (62, 32)
+
+
+MESHES = {"1x1x1": (1, 1, 1), "1x4x1": (1, 4, 1), "1x1x4": (1, 1, 4), "2x2x2": (2, 2, 2)}
+RULES = (*(tuple(r) for r in base.get_config().mesh.rules), ("heads", None))
+# Every dimension is cut: parts of a head, and of a vector, are runs that are apart in the file.
+CUT_RULES = (("head_dim", "tensor"), ("head_dim", None), ("layers", "data"), ("heads", None), *RULES)
+
+
+def layout_of(mesh: str, rules=RULES) -> Layout:
+    sizes = MESHES[mesh]
+    return Layout(make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)]), rules)
+
+
+def tensors_of(directory, count: dict | None = None):
+    """An opened directory whose slices add up in `count`, and are refused as whole tensors."""
+    tensors = sources.open_safetensors(directory)
+
+    def read_slice(name, index):
+        part = tensors.read_slice(name, index)
+        count["values"] = count.get("values", 0) + part.size
+        return part
+
+    def read(name):
+        raise AssertionError(f"{name} is read whole")
+
+    return tensors if count is None else dataclasses.replace(tensors, read=read, read_slice=read_slice)
+
+
+@pytest.mark.parametrize("rules", [RULES, CUT_RULES], ids=["rules", "cut"])
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_device_reads_its_own_part_alone(name, mesh, rules, tmp_path, monkeypatch):
+    """Equal to the whole read; read is what devices own, once for all replicas; no buffer is larger than a part."""
+    c = dataclasses.replace(CASES[name], vocab_multiple=4)
+    weights.save(tmp_path / "m", c, random_params(c), "logits", max_shard_bytes=9000)
+    layout = layout_of(mesh, rules)
+    buffers, part = [], weights._part
+    monkeypatch.setattr(weights, "_part", lambda *args: buffers.append(part(*args)) or buffers[-1])
+    for e in weights._entries(c, "logits"):
+        whole = weights._assemble(e, tensors_of(tmp_path / "m"))
+        count = {}
+        buffers.clear()
+        placed = weights._place(e, tensors_of(tmp_path / "m", count), layout)
+        assert placed.sharding == layout.sharding(e.spec.axes, e.spec.shape)
+        np.testing.assert_array_equal(placed, whole)
+        parts = {str(s.index): s.data for s in placed.addressable_shards}
+        padding = (e.spec.shape[0] - e.hf_shape[0]) * e.hf_shape[1] if e.vocab else 0
+        assert count["values"] == sum(x.size for x in parts.values()) - padding, e.key
+        assert len(buffers) == len(parts)
+        assert max(x.size for x in buffers) == max(x.size for x in parts.values())
+
+
+def test_the_cuts_are_cuts():
+    """That the test above has parts of heads, of layers and of vectors in it."""
+    c = dataclasses.replace(CASES["qwen2_tied"], vocab_multiple=4)
+    entries = {e.key: e for e in weights._entries(c, "logits")}
+    layout = layout_of("2x2x2", CUT_RULES)
+    parts = {
+        k: layout.sharding(e.spec.axes, e.spec.shape).shard_shape(e.spec.shape) for k, e in entries.items()
+    }
+    assert parts["q"] == (1, 16, 4, 4) and parts["q_bias"] == (1, 4, 4) and parts["embed"] == (32, 16)
+    runs = weights._runs((4, 8), (slice(1, 3), slice(4, 8)))
+    assert runs == [(slice(12, 16), slice(0, 4)), (slice(20, 24), slice(4, 8))]
+
+
+def test_gguf_is_read_whole_and_cut(smollm2_gguf):
+    """It packs values into blocks: a parameter is read whole, and each device given its part."""
+    layout = layout_of("1x4x1")
+    loaded = weights.load(smollm2_gguf, num_layers=1, layout=layout)
+    assert loaded.params["layers"]["q"].addressable_shards[0].data.shape[1] == loaded.config.width // 4
+    equal(loaded.params, weights.load(smollm2_gguf, num_layers=1).params)
+
+
+PEAK = """
+import json, sys, threading
+sys.path.insert(0, sys.argv[1])
+import jax, numpy as np
+from cooper_jax.model import sources, weights
+from cooper_jax.model.config import ModelConfig
+from cooper_jax.runtime.mesh import Layout, make_mesh
+from configs import base
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+layout = Layout(make_mesh(1, 8, 1), tuple(tuple(r) for r in base.get_config().mesh.rules))
+jax.block_until_ready(jax.device_put(np.zeros(8), layout.replicated))
+if sys.argv[3] == "whole":
+    opened = sources.open_safetensors
+    weights.sources.open_safetensors = lambda d: sources.Tensors(opened(d).shapes, opened(d).read, opened(d).where)
+peak, done, before = 0.0, threading.Event(), anonymous()
+
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+loaded = weights.load(sys.argv[2], layout=layout)
+held = sum(x.nbytes for x in jax.tree.leaves(loaded.params)) / 2**20
+done.set()
+thread.join()
+print(json.dumps({"peak": peak - before, "held": held}))
+"""
+
+
+def test_the_memory_that_loading_takes(tmp_path):
+    """A file of 100 MB, in processes of their own: above what is placed, one device's part and not a parameter."""
+    c = config(width=256, ffn=8192, heads=4, kv_heads=4, head_dim=64, layers=4, vocab_size=512)
+    params = random_params(c)
+    weights.save(tmp_path / "m", c, params, "logits")
+    assert 95 < (tmp_path / "m/model.safetensors").stat().st_size / 2**20 < 120
+    parameter = params["layers"]["gate"].nbytes / 2**20
+    over = {}
+    for how in ("parts", "whole"):
+        child = subprocess.run(
+            [sys.executable, "-c", PEAK, ROOT, str(tmp_path / "m"), how],
+            capture_output=True, text=True,
+            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        )  # fmt: skip
+        assert child.returncode == 0, child.stderr
+        told = json.loads(child.stdout)
+        over[how] = told["peak"] - told["held"]
+    print(over, parameter)
+    assert over["parts"] < parameter / 2 < parameter * 0.9 < over["whole"], (over, parameter)
 
 
 def test_special_ids_come_from_config_json_where_there_is_no_generation_config(llama):
