@@ -1,7 +1,9 @@
 """Checkpoints come back bit for bit, on any mesh, after any kill; what is damaged is named."""
 
+import asyncio
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -120,8 +122,11 @@ def test_weights_restore_without_optimisers(tmp_path):
 
 def test_restores_onto_other_meshes(tmp_path):
     state = make_state()
-    places = {"eight": ((1, 8, 1), 8), "one": ((1, 1, 1), 1), "cube": ((2, 2, 2), 8), "again": ((1, 8, 1), 8)}
-    current = place(state, *places["eight"])
+    places = {
+        "four": ((1, 2, 2), 4), "eight": ((1, 8, 1), 8), "one": ((1, 1, 1), 1), "cube": ((2, 2, 2), 8),
+        "again": ((1, 2, 2), 4),
+    }  # fmt: skip
+    current = place(state, *places["four"])
     for i, (name, (sizes, devices)) in enumerate(places.items()):
         save(tmp_path / name, i, current)
         like = abstract(place(state, sizes, devices))
@@ -129,6 +134,75 @@ def test_restores_onto_other_meshes(tmp_path):
             current = kept.restore(i, "policy", like)
         assert bits(current) == bits(state)
         assert [x.sharding for x in jax.tree.leaves(current)] == [x.sharding for x in jax.tree.leaves(like)]
+
+
+def padded_state(rows: int, vocab: int = 13):
+    """A state whose vocabulary of 13 is padded with zeros to so many rows, moments too."""
+
+    def real(shape, seed):
+        return np.concatenate([awkward((vocab, *shape), seed), np.zeros((rows - vocab, *shape), np.float32)])
+
+    def tree(seed):
+        values = {"embed": real((8,), seed), "lm_head": real((8,), seed + 1)}
+        return jax.tree.map(jnp.asarray, values | {"layers": {"q": awkward((2, 8, 8), seed + 2)}})
+
+    params = tree(0)
+    adam, *rest = optax.adamw(1e-3).init(params)
+    opt_state = (adam._replace(count=adam.count + 7, mu=tree(3), nu=tree(6)), *rest)
+    return TrainState(params, opt_state, jnp.int32(3), jnp.int32(0))
+
+
+@pytest.mark.parametrize("stored, asked", [(14, 16), (16, 14), (16, 13), (13, 20), (16, 16)])
+def test_a_vocabulary_padded_otherwise(tmp_path, stored, asked):
+    """As another mesh wants it: zeros come or go behind the real rows of weights and moments, and nothing else."""
+    state = padded_state(stored)
+    params, optimiser = split(place(state, (1, 4, 1), 4))
+    items = {"policy": params, "policy_optimiser": optimiser}
+    with Checkpoints(tmp_path, keep=1) as kept:
+        kept.save(1, items, {})
+        kept.wait()
+        expected = place(padded_state(asked), (2, 2, 2), 8)
+        likes = dict(zip(items, map(abstract, split(expected)), strict=True))
+        step, found, _ = kept.restore_newest(likes, dict.fromkeys(likes, 13))
+        assert step == 1 and bits(join(*found.values())) == bits(expected)
+        assert [x.sharding for x in jax.tree.leaves(found)] == [x.sharding for x in jax.tree.leaves(likes)]
+        assert bits(kept.restore(1, "policy", likes["policy"], vocab_size=13)) == bits(expected.params)
+
+
+def test_real_rows_are_not_left_off(tmp_path):
+    params, optimiser = split(padded_state(16))
+    save(tmp_path, 1, params)
+    with Checkpoints(tmp_path, keep=1) as kept:
+        for rows, vocab_size in ((14, None), (14, 15), (12, 13), (16, 17)):
+            like = abstract(padded_state(max(rows, 13)).params)
+            like["embed"] = jax.ShapeDtypeStruct((rows, 8), jnp.float32, sharding=like["embed"].sharding)
+            if rows == 16:  # as stored: nothing to ask
+                assert bits(kept.restore(1, "policy", like, vocab_size)) == bits(params)
+                continue
+            with pytest.raises(
+                ValueError, match=rf"embed is stored as float32\[16, 8\], asked for as float32\[{rows}, 8"
+            ):
+                kept.restore(1, "policy", like, vocab_size)
+        like = abstract(padded_state(14).params)
+        for change, message in (
+            ({"embed": (14, 9)}, r"embed is stored as float32\[16, 8\], asked for as float32\[14, 9\]"),
+            ({"layers": {"q": (3, 8, 8)}}, r"layers.q is stored as float32\[2, 8, 8\]"),  # no other leaf
+        ):
+            other = jax.tree.map(
+                lambda s: jax.ShapeDtypeStruct(s, jnp.float32, sharding=like["embed"].sharding),
+                change, is_leaf=lambda x: isinstance(x, tuple),
+            )  # fmt: skip
+            with pytest.raises(ValueError, match=message):
+                kept.restore(1, "policy", like | other, vocab_size=13)
+
+
+def test_the_reference_may_be_padded_otherwise(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as kept:
+        kept.save_reference(padded_state(16).params)
+        like = abstract(padded_state(14).params)
+        assert bits(kept.restore_reference(like, vocab_size=13)) == bits(padded_state(14).params)
+        with pytest.raises(ValueError, match="reference does not fit"):
+            kept.restore_reference(like)
 
 
 def test_saved_arrays_may_be_donated_at_once(tmp_path):
@@ -178,6 +252,27 @@ def test_what_cannot_be_saved(tmp_path):
         assert kept.steps() == [3]
 
 
+def test_a_save_waits_for_the_disk_only_if_it_must(tmp_path, monkeypatch):
+    """The pause is that of the copy; the one before is waited for, and the seconds are told."""
+    write = checkpoint.ocp.JsonCheckpointHandler._save_fn
+    slow = [1.0]
+
+    async def save_slowly(self, x, directory):
+        await asyncio.sleep(slow[0])
+        return await write(self, x, directory)
+
+    monkeypatch.setattr(checkpoint.ocp.JsonCheckpointHandler, "_save_fn", save_slowly)
+    with Checkpoints(tmp_path, keep=1) as kept:
+        began = time.monotonic()
+        assert kept.save(1, {"policy": {"w": jnp.zeros(9)}}, {}) < 0.5
+        pause = time.monotonic() - began
+        assert kept.steps() == [] and pause < 0.9
+        waited = kept.save(2, {"policy": {"w": jnp.zeros(9)}}, {})
+        assert 0.1 < waited <= time.monotonic() - began and kept.steps() == [1]
+        slow[0] = 0.0
+    assert steps_in(tmp_path) == [2]
+
+
 FULL = """
 import resource, sys
 import jax.numpy as jnp, numpy as np
@@ -185,21 +280,37 @@ sys.path.insert(0, sys.argv[1])
 from cooper_jax.runtime.checkpoint import Checkpoints
 noise = jnp.asarray(np.random.default_rng(0).normal(size=2**19), jnp.float32)
 with Checkpoints(sys.argv[2], keep=1) as kept:
-    kept.save(1, {"policy": {"w": noise[:9]}}, {})
+    kept.save(1, {"policy": {"w": noise[:99]}}, {})
     kept.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, 2**18))
     kept.save(2, {"policy": {"w": noise}}, {})
-    kept.wait()
+    print("saving", flush=True)
+    if sys.argv[3] == "wait":
+        kept.wait()
+    else:
+        kept.save(3, {"policy": {"w": noise[:99]}}, {})
+    print("not raised", flush=True)
 """
 
 
-def test_a_save_that_fails_is_raised(tmp_path):
+@pytest.mark.parametrize("call", ["wait", "save"])
+def test_a_save_that_fails_is_raised(tmp_path, call):
     """No file may grow over 256 KiB, as on a full disk: the former checkpoint stays, and the run hears of it."""
-    child = subprocess.run([sys.executable, "-c", FULL, ROOT, str(tmp_path)], capture_output=True, text=True)
-    assert child.returncode == 1 and "File too large" in child.stderr, child.stderr
+    child = subprocess.run(
+        [sys.executable, "-c", FULL, ROOT, str(tmp_path), call], capture_output=True, text=True
+    )
+    assert child.returncode == 1 and child.stdout == "saving\n", child.stderr
+    wanted = (
+        rf"OSError: {tmp_path}/checkpoints: the checkpoint of step 2 could not be written \(.*File too large.*\); "
+        r"that of step 1 is complete\.  Make room there"
+    )
+    assert re.search(wanted, child.stderr), child.stderr
     assert steps_in(tmp_path) == [1]
+    noise = {"w": jnp.asarray(np.random.default_rng(0).normal(size=2**19)[:99], jnp.float32)}
     with Checkpoints(tmp_path, keep=1) as kept:
-        assert kept.newest() == 1
+        step, found, _ = kept.restore_newest({"policy": abstract(noise)})
+        assert step == 1 and bits(found["policy"]) == bits(noise)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 def test_what_does_not_fit_is_named_and_not_set_aside(tmp_path):

@@ -433,4 +433,6 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _said(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """The first line of an error; of a long one both ends, for paths stand in front of what is wrong with them."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return said if len(said) <= 400 else f"{said[:150]} ... {said[-250:]}"
