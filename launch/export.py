@@ -37,6 +37,10 @@ def main(argv: list[str]) -> None:
     from cooper_jax.runtime.checkpoint import Checkpoints
 
     try:
+        if files.is_remote(OUT.value):
+            raise settings.SetupError(
+                f"--out={OUT.value}: a model is written to a local path, to be copied from there"
+            )
         with settings.boundary("--run_dir"):
             run_dir = files.path(RUN_DIR.value)
         with settings.boundary(f"--run_dir={run_dir}"), Checkpoints(run_dir, keep=0, read_only=True) as kept:

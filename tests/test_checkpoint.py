@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -490,6 +491,87 @@ def test_killed_while_saving(tmp_path):
             assert all((np.asarray(x) == step).all() for x in jax.tree.leaves(items))
             newest = step
     assert newest >= 1 and unfinished >= 1, "no kill fell into a save: the test has shown nothing"
+
+
+TWO = """
+import sys, warnings
+root, run_dir = sys.argv[1:]
+sys.path.insert(0, root)
+from cooper_jax.runtime import hosts
+hosts.start()
+import jax, numpy as np
+from pathlib import Path
+from cooper_jax.runtime.checkpoint import Checkpoints, abstract
+from cooper_jax.runtime.mesh import make_mesh
+from cooper_jax.runtime.rundir import check_shared
+from jax.sharding import NamedSharding, PartitionSpec
+me = jax.process_index()
+try:
+    check_shared(run_dir.replace("ME", str(me)))
+except ValueError as error:
+    print(error, flush=True)
+    sys.exit()
+values = np.arange(4096, dtype=np.float32)
+sharding = NamedSharding(make_mesh(1, 4, 1), PartitionSpec("fsdp"))
+tree = {"w": jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])}
+with Checkpoints(run_dir, keep=2) as kept:
+    kept.save_reference(tree)
+    for step in (1, 2, 3):
+        kept.save(step, {"policy": tree}, {})
+    kept.wait()
+    assert kept.steps() == [2, 3], kept.steps()
+    if me == 0:  # of the arrays, what the other process wrote: this one could read all its own
+        for file in Path(run_dir, "checkpoints/3/policy/ocdbt.process_1/d").iterdir():
+            file.write_bytes(b"x")
+    hosts.barrier("damaged")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        step, found, _ = kept.restore_newest({"policy": abstract(tree)})
+    assert any("it is now 3.unreadable" in str(w.message) for w in said)
+    for back in (found["policy"], kept.restore_reference(abstract(tree))):
+        for shard in back["w"].addressable_shards:
+            np.testing.assert_array_equal(shard.data, values[shard.index])
+    print("restored", step, kept.steps(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("disk", ["shared", "apart"])
+def test_two_processes(tmp_path, disk):
+    """Each writes its own half; what one alone cannot read is set aside by both.  With disks apart, an error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    run_dir = str(tmp_path / ("run" if disk == "shared" else "runME"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, ROOT, run_dir],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i),
+            },
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        for i, process in enumerate(processes):
+            out, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err[-3000:]
+            if disk == "shared":
+                assert out.splitlines()[-1] == "restored 2 [2]"
+            else:
+                assert (
+                    f"{tmp_path}/run{i} is not one directory for all hosts" in out
+                    and "process 1 did not" in out
+                )
+    finally:
+        for process in processes:
+            process.kill()
+    if disk == "shared":
+        assert sorted(p.name for p in tmp_path.glob("run/*")) == [
+            "checkpoints",
+            "reference",
+        ]  # no mark is left
 
 
 def test_half_deleted_checkpoints_are_not_seen(tmp_path):

@@ -125,6 +125,28 @@ def test_truncate(tmp_path, tail, step, kept, last):
     assert [row["step"] for row in m.read_lines(path)] == [1, 2, 2, 4][:kept] + [5]
 
 
+FULL = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from cooper_jax.runtime.metrics import JsonLines
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+lines = JsonLines(sys.argv[2])
+for step in range(1, 100):
+    lines.append({"step": step, "a/b": 0.5})
+"""
+
+
+def test_a_full_disk(tmp_path):
+    """No file may grow over 1,000 bytes: the run hears of it, and a torn line is all that is lost."""
+    path = tmp_path / "metrics.jsonl"
+    child = subprocess.run([sys.executable, "-c", FULL, ROOT, str(path)], capture_output=True, text=True)
+    assert child.returncode == 1
+    assert f"File too large: mend that, and start the same command again: '{path}'" in child.stderr
+    assert path.stat().st_size == 1000 and not path.read_bytes().endswith(b"\n")
+    last = path.read_bytes().count(b"\n")
+    assert m.JsonLines(path).truncate(99) == last > 10
+
+
 def test_truncate_keeps_a_whole_line_without_its_end(tmp_path):
     lines = m.JsonLines(tmp_path / "metrics.jsonl")
     assert lines.truncate(3) is None and not lines.path.exists()
