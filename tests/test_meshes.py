@@ -204,10 +204,11 @@ def test_arrays_lie_where_they_are_declared():
     assert whole_on_each_device(state) == set()
     for gathered, ways in ((True, 2), (False, 4)):
         copy = engine.rollout_weights(state.params, config, layout, "float32", gathered)
-        gate = copy["layers"][0]["gate"]
-        assert gate.size == ways * math.prod(gate.sharding.shard_shape(gate.shape)), (
-            "cut over tensor, and fsdp"
-        )
+        for name in ("gate", "q", "k", "o"):
+            x = copy["layers"][0][name]
+            assert x.size == ways * math.prod(x.sharding.shard_shape(x.shape)), (
+                f"{name}: over tensor, and fsdp"
+            )
         assert whole_on_each_device(copy) == set()
 
 

@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
@@ -136,9 +137,25 @@ def reshard(
     params: Params, *, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
 ) -> Params:
     """`rollout_weights` on a mesh, as one program: cast first, so that half as much travels."""
-    places = shardings(layout.for_rollout() if gathered else layout, transformer.param_specs(config))
-    weights = jax.lax.with_sharding_constraint(_cast(params, dtype), places)
-    return generation.for_generation(weights, config, layout)
+    places = layout.for_rollout() if gathered else layout
+    specs = transformer.param_specs(config)
+    weights = jax.lax.with_sharding_constraint(_cast(params, dtype), shardings(places, specs))
+    weights = generation.for_generation(weights, config, layout)
+    stacks = tuple(jax.lax.with_sharding_constraint(w, flat_places(places, specs)) for w in weights["layers"])
+    return weights | {"layers": stacks}
+
+
+def flat_places(layout: Layout, specs: Params) -> Params:
+    """Where the layers of `reshard` lie: as declared, with a projection's heads as one axis (layers.flat_heads)."""
+
+    def place(name, s):
+        spec = layout.spec(s.axes, s.shape)
+        flat = [
+            p for p, axis in zip(spec, s.axes, strict=True) if axis != "head_dim" or name.endswith("bias")
+        ]
+        return NamedSharding(layout.mesh, PartitionSpec(*flat))
+
+    return {name: place(name, s) for name, s in specs["layers"].items()}
 
 
 def _cast(params: Params, dtype: str) -> Params:
