@@ -140,7 +140,10 @@ def part_of(case: Case, c: hlo.Collective) -> str:
         return "tensor"
     if c.kind == "all-to-all":
         return "embedding"
-    return "head" if str(MODEL.padded_vocab // case.tensor) in c.shape else "layers"
+    whole = str(MODEL.padded_vocab // case.tensor) in c.shape
+    # Its gradients' sums may have lost their names, or gone in with others; the layers' are not in float32.
+    other = "f32" in c.shape and "dot_general" not in c.name
+    return "head" if whole or other or "/shard_map" in c.name else "layers"
 
 
 def sent(case: Case, part: str) -> float:
@@ -156,16 +159,21 @@ def sent(case: Case, part: str) -> float:
 
 PROGRAMS, MESHES = ("update", "score", "pairs"), (("v5e", 16, 1), ("v5e", 8, 2), ("h100", 8, 1))
 SLOW = {("update", "v5e", 16), ("score", "v5e", 8), ("pairs", "v5e", 16), ("pairs", "v5e", 8)}
+# What is known to send more.  Over all chips of a 4x4 slice XLA:TPU sums whole arrays and slices them afterwards,
+# also where a scatter is asked for.
+UNMENDED = "the head's gradient is not scattered as it is reduced; on GPUs the head is gathered in float32"
+MORE = {
+    ("update", "v5e", 16, 1, "head"): "XLA:TPU does not scatter over all of a 4x4 slice",
+    ("update", "v5e", 8, 2, "head"): UNMENDED,
+    ("update", "h100", 8, 1, "head"): UNMENDED,
+}
 
 
 def cases(parts: tuple[str, ...]):
     for program, mesh in itertools.product(PROGRAMS, MESHES):
         for part in parts:
             marks = [pytest.mark.slow] if (program, *mesh[:2]) in SLOW else []
-            if (program, part) == ("update", "head"):
-                reason = (
-                    "the head is gathered in float32 (GPU), its gradient not scattered as it is reduced (TPU)"
-                )
+            if reason := MORE.get((program, *mesh, part)):
                 marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
             name = "-".join(map(str, (program, *mesh, *filter(None, [part]))))
             yield pytest.param(Case(program, *mesh), part, id=name, marks=marks)
