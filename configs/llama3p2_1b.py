@@ -14,4 +14,8 @@ def get_config():
     c = qwen_1p5b.get_config()
     c.name = "llama3p2_1b"
     c.policy.weights = "meta-llama/Llama-3.2-1B-Instruct"
+    c.policy.arch.update(
+        family="llama", layers=16, vocab_size=128256, width=2048, heads=32, kv_heads=8, head_dim=64, ffn=8192,
+        rope_theta=5e5, tied=True,
+    )  # fmt: skip
     return c

@@ -12,6 +12,19 @@ Comments say which values are released by the authors; those marked "ours" are n
 
 from configs import base
 
+# The shapes of what the weights hold, for launch/compile.py where the weights are not at hand.
+SHAPE = dict(
+    family="qwen2",
+    layers=28,
+    vocab_size=151936,
+    width=1536,
+    heads=12,
+    kv_heads=2,
+    head_dim=128,
+    ffn=8960,
+    tied=True,
+)
+
 
 def get_config():
     c = base.get_config()
@@ -27,6 +40,7 @@ def get_config():
     c.rollout.dtype = "bfloat16"
 
     c.policy.weights = "Qwen/Qwen2.5-1.5B-Instruct"
+    c.policy.arch.update(SHAPE, rope_theta=1e6)
     c.policy.vocab_multiple = 2048  # for mesh.tensor up to 8
     c.policy.dtype = "bfloat16"
     c.policy.optimiser.lr = 1e-6  # released, like the next five
@@ -40,6 +54,7 @@ def get_config():
     c.policy.microbatch = 64
 
     c.reward.weights = ""  # a VerifyRM directory; no default, for an untrained head must not pass unseen
+    c.reward.arch.update(SHAPE, rope_theta=1e4)  # Qwen2.5-Math-1.5B's trunk
     c.reward.dtype = "bfloat16"
     c.reward.optimiser.lr = 1e-5  # released
     c.reward.max_tokens = 2048

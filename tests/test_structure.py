@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module imports from its own floor's folder and from floors below it.
 FLOORS = (
-    ("kernels",),
+    ("kernels", "configs"),
     ("cooper_jax.types",),
     ("cooper_jax.settings",),
     ("cooper_jax.runtime",),
@@ -17,7 +17,7 @@ FLOORS = (
     ("cooper_jax.policy", "cooper_jax.reward"),
     ("cooper_jax.assembly", "cooper_jax.signals"),
     ("cooper_jax.stages",),
-    ("cooper_jax.evaluate", "cooper_jax.warmup", "cooper_jax.workloads"),
+    ("cooper_jax.evaluate", "cooper_jax.warmup", "cooper_jax.workloads", "cooper_jax.ahead"),
     ("cooper_jax.trainer",),
     ("launch",),
 )

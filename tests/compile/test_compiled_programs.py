@@ -24,7 +24,7 @@ OTHERS = [
     pytest.param(Case("qwen_1p5b", "h100", 1, aligned=False, kv_dtype="int8"), id="qwen-h100-slots-int8"),
 ]
 
-rollout = functools.cache(programs.rollout)
+made = functools.cache(programs.made)
 
 
 def sizes(text: str) -> dict[str, int]:
@@ -40,10 +40,10 @@ def copies(text: str, ends: set[str]) -> list[str]:
 
 
 def check_segment(case: Case) -> None:
-    setting = case.setting
+    setting = case.job.setting
     config, spec = setting.config, setting.spec
-    made = rollout(case)
-    segment, opened = made["segment"], made["open_slots"].outputs[0]
+    rollout = made(case, "rollout")
+    segment, opened = rollout["segment"], rollout["open_slots"].outputs[0]
     rows = opened.request.shape[1]
     layer = config.width * config.ffn * 2 // case.tensor  # bytes of a layer's largest matrix, bfloat16
     # A row's activations in f32, all of a layer's side by side; a matrix on its way in, twice.
@@ -53,7 +53,7 @@ def check_segment(case: Case) -> None:
     if spec.top_p < 1:
         bound += 4 * rows * 4 * config.padded_vocab // case.tensor
     assert segment.temporaries < bound, f"{segment.temporaries} bytes of temporaries, expected under {bound}"
-    caches = [x for kv in (*opened.suffix, *made["prefill"].outputs.kv) for x in kv.data]
+    caches = [x for kv in (*opened.suffix, *rollout["prefill"].outputs.kv) for x in kv.data]
     # Heads, tokens and both halves of a cache, as a device has them.
     ends = {",".join(map(str, (x.shape[2] // case.tensor, *x.shape[3:]))) for x in caches}
     assert copies(segment.text, ends) == [], "the caches should be read and written in place"
@@ -80,13 +80,12 @@ def test_rollouts_of_other_kinds_compile(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_scoring_compiles(case):
-    config = case.model
-    cfg = programs.CONFIGS[case.name].get_config()
-    made = programs.scoring(case)
-    shards = case.layout.batch_shards
+    config, cfg = case.job.policy, case.job.cfg
+    scoring = made(case, "logprobs")["logprobs"]
+    shards = case.job.layout.batch_shards
     rows, tokens = cfg.policy.microbatch // shards, cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     vocab = config.padded_vocab // case.tensor
-    seen = sizes(made.text)
+    seen = sizes(scoring.text)
     assert max(seen.values()) <= config.width * vocab  # nothing is larger than the head: no logits
     # In the compute type's 2 bytes: a microbatch's activations, a layer's side by side; a layer's weights, twice;
     # the head, as gathered and as the kernel wants it laid out.
@@ -94,4 +93,4 @@ def test_scoring_compiles(case):
     layer = config.width * (3 * config.ffn + 2 * (config.heads + config.kv_heads) * config.head_dim)
     bound = rows * tokens * 2 * (8 * config.width + 4 * config.ffn // case.tensor + heads)
     bound += 2 * 2 * layer + 2 * 2 * config.width * vocab
-    assert made.temporaries < bound, f"{made.temporaries} bytes of temporaries, expected under {bound}"
+    assert scoring.temporaries < bound, f"{scoring.temporaries} bytes of temporaries, expected under {bound}"

@@ -1,0 +1,21 @@
+"""A larger policy than the paper's: Qwen2.5-7B-Instruct, with the paper's reward model.
+
+    python launch/train.py --config=configs/qwen_7b.py --config.mesh.tensor=4 \
+        --config.data.train=gsm8k_train.jsonl --config.reward.weights=VERIFYRM_DIR --config.assistant.url=http://HOST:8000/v1
+
+Everything else is as in configs/qwen_1p5b.py, and none of it has been tuned for this size: the reward model stays
+VerifyRM-1.5B.  docs/compile.md says on which machines it fits.
+"""
+
+from configs import qwen_1p5b
+
+
+def get_config():
+    c = qwen_1p5b.get_config()
+    c.name = "qwen_7b"
+    c.policy.weights = "Qwen/Qwen2.5-7B-Instruct"
+    c.policy.arch.update(
+        family="qwen2", layers=28, vocab_size=152064, width=3584, heads=28, kv_heads=4, head_dim=128, ffn=18944,
+        rope_theta=1e6, tied=False,
+    )  # fmt: skip
+    return c

@@ -1,0 +1,265 @@
+"""Every program of a run, in the order of a step: how it is lowered, how often a step runs it, what memory holds.
+
+A program's compiled outputs, shapes and shardings, are the next one's inputs: what compiles here fits together.
+Those of the supervised phases and of the evaluation are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cooper_jax.ahead import costs
+from cooper_jax.ahead.job import Job
+from cooper_jax.data.packing import round_up
+from cooper_jax.model import transformer
+from cooper_jax.policy import grpo
+from cooper_jax.reward import verifier_model
+from cooper_jax.rollout import engine, plan, slots
+from cooper_jax.runtime import optim
+from cooper_jax.runtime.mesh import abstract
+from cooper_jax.settings import SetupError, boundary
+from cooper_jax.types import PairBatch, PolicyBatch, ScoreBatch, TrainState
+
+# What a run holds in memory all the time.
+ALWAYS = ("policy", "reference", "reward model")
+ROLLOUT = ("rollout weights", "prompts", "requests", "slots")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    name: str
+    phase: str  # as in the metrics' time/*
+    times: float  # how often a step runs it
+    lower: Callable[
+        [dict[str, Any]], jax.stages.Lowered
+    ]  # from the outputs of those before it, by their names
+    live: tuple[str, ...]  # what lies in memory meanwhile, its arguments included
+    makes: str = ""  # what its output is then called
+    trips: int = 1  # of its loops whose end is decided as they run
+    declared: costs.Costs = dataclasses.field(default_factory=dict)
+
+
+def programs(job: Job) -> list[Program]:
+    """In the order of a step."""
+    found = _rollout(job)
+    if job.reward is not None:
+        found.append(_score(job))
+    found += [_logprobs(job), _policy_update(job)]
+    if job.cfg.reward.arm == "cooper":
+        found.append(_pair_update(job))
+    return found
+
+
+def held(job: Job) -> dict[str, int]:
+    """Bytes on a device of what a run holds all the time, as its shards add up (compilers pad some)."""
+    trees = {"policy": _state(job, "policy")[1], "reference": _params(job, "policy")}
+    if job.reward is not None:
+        trees["reward model"] = _state(job, "reward")[1]
+    return {name: device_bytes(tree) for name, tree in trees.items()}
+
+
+def device_bytes(tree: Any) -> int:
+    """Of a tree of abstract arrays, on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _array(job: Job, kind: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    axes = ("batch", *(None,) * (len(shape) - 1)) if shape else ()
+    return jax.ShapeDtypeStruct(shape, kind, sharding=job.layout.sharding(axes))
+
+
+def _params(job: Job, name: str) -> Any:
+    config, head = (job.policy, "logits") if name == "policy" else (job.reward, "score")
+    return abstract(job.layout, transformer.param_specs(config, head))
+
+
+def _state(job: Job, name: str) -> tuple[optim.Optimiser, TrainState]:
+    """The optimiser of a model, and the state that it starts from."""
+    config, head = (job.policy, "logits") if name == "policy" else (job.reward, "score")
+    with boundary(name):
+        opt = optim.make(job.cfg[name].optimiser)
+    params, count = _params(job, name), jax.ShapeDtypeStruct((), jnp.int32)
+    start = TrainState(params, jax.eval_shape(opt.tx.init, params), count, count)
+    places = optim.state_shardings(opt, transformer.param_specs(config, head), job.layout)
+    return opt, jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), start, places)
+
+
+def _rollout(job: Job) -> list[Program]:
+    cfg, layout, setting, spec = job.cfg, job.layout, job.setting, job.setting.spec
+    i32, shards = jnp.int32, job.layout.batch_shards
+    width = plan.prompt_width(cfg.data.max_prompt_tokens, plan.column_multiple(setting.form))
+    texts = [[0] * cfg.data.max_prompt_tokens] * cfg.data.prompts_per_step
+    chunks = list(plan.chunks(texts, shards, job.size, width))
+    rows, own = chunks[0].tokens.shape
+    columns, count = engine._columns(setting, waiting=not job.aligned), job.slots
+    # Keys and responses, both halfway: what a step of decoding reads on the average.
+    keys = cfg.data.max_prompt_tokens, spec.max_new_tokens / 2
+    waves = -(-job.requests // count)
+    segments = -(-(job.steps // waves) // spec.segment) * waves
+    draw = costs.head(job, job.policy, job.requests, "head_draw")
+    key = jax.ShapeDtypeStruct((), jax.random.key(0, impl="threefry2x32").dtype, sharding=layout.replicated)
+
+    def program(name, times, lower, live, **more):
+        return Program(name, "rollout", times, lower, (*ALWAYS, *live), **more)
+
+    def first_slots(made):
+        return made["open_slots"][0]
+
+    weights_, prompts, requests, _ = ROLLOUT
+    out = [
+        program(
+            "reshard", 1,
+            lambda made: engine.reshard.lower(
+                _params(job, "policy"), config=job.policy, layout=layout, dtype=spec.dtype, gathered=job.gathered
+            ),
+            (), makes=weights_,
+        ),
+        program(
+            "no_prompts", 1,
+            lambda made: slots.no_prompts.lower(made["reshard"], size=job.size, width=width, setting=setting),
+            (weights_,), makes=prompts,
+        ),
+        program(
+            "prefill", len(chunks),
+            lambda made: slots.prefill.lower(
+                made["reshard"], made["no_prompts"], _array(job, i32, rows, own), _array(job, i32, rows),
+                _array(job, i32, job.size * shards), setting=setting,
+            ),
+            (weights_, prompts), declared=costs.attention(job, job.policy, rows // shards, own, spec.dtype),
+        ),
+        program(
+            "begin", 1,
+            lambda made: slots.begin.lower(
+                made["reshard"], made["prefill"], _array(job, i32, job.size * shards),
+                _array(job, i32, job.requests * shards), key, setting=setting,
+            ),
+            (weights_, prompts), makes=requests, declared=draw,
+        ),
+        program(
+            "open_slots", 1,
+            lambda made: slots.open_slots.lower(
+                made["reshard"], made["begin"], made["prefill"], size=count, columns=columns, setting=setting
+            ),
+            (weights_, prompts, requests), makes="slots",
+        ),
+        program(
+            "segment", segments,
+            lambda made: slots.segment.lower(
+                made["reshard"], first_slots(made), made["begin"], made["prefill"], steps=spec.segment,
+                refill_at=max(1, count // 8), setting=setting,
+            ),
+            ROLLOUT, trips=max(1, round(job.steps / max(segments, 1))),
+            declared=costs.decode(job, keys) | costs.head(job, job.policy, count, "head_draw"),
+        ),
+    ]  # fmt: skip
+    if job.aligned:
+        return out
+    by = jax.ShapeDtypeStruct((), i32, sharding=layout.replicated)
+
+    def state(made):
+        return first_slots(made), made["begin"], made["prefill"]
+
+    out += [
+        program("refill", waves - 1, lambda made: slots.refill.lower(*state(made), setting=setting), ROLLOUT),
+        program(
+            "resize", waves - 1,
+            lambda made: slots.resize.lower(first_slots(made), by, columns=columns, setting=setting), ROLLOUT,
+        ),
+    ]  # fmt: skip
+    if count // 2 >= plan.FEWEST_SLOTS:
+        out.append(
+            program(
+                "compact", 1,
+                lambda made: slots.compact.lower(*state(made), size=count // 2, setting=setting), ROLLOUT,
+            )
+        )  # fmt: skip
+    return out
+
+
+def _score(job: Job) -> Program:
+    c = job.cfg.reward
+    score = verifier_model.make_score(job.reward, job.layout, dtype=c.dtype, microbatch=c.microbatch)
+    batch = ScoreBatch(*_tokens(job, job.rows, job.reward_tokens))
+    n = job.microbatch(job.rows, c.microbatch)
+    return Program(
+        "score", "score", 1, lambda made: score.lower(_params(job, "reward"), batch), ALWAYS,
+        declared=costs.attention(job, job.reward, n, job.reward_tokens, c.dtype),
+    )  # fmt: skip
+
+
+def _logprobs(job: Job) -> Program:
+    c, (p, t) = job.cfg.policy, job.tokens
+    logprobs = grpo.make_logprobs(
+        job.policy,
+        job.layout,
+        microbatch=c.microbatch,
+        dtype=c.dtype,
+        temperature=job.cfg.rollout.temperature,
+    )
+    n = job.microbatch(job.rows, c.microbatch)
+    times = 1 if grpo.updates_per_step(c) == 1 else 2  # the reference; the policy before its updates
+    return Program(
+        "logprobs", "logprobs", times,
+        lambda made: logprobs.lower(_params(job, "policy"), *_tokens(job, job.rows, p + t), t), ALWAYS,
+        declared=costs.attention(job, job.policy, n, p + t, c.dtype)
+        | costs.head(job, job.policy, n * t, "head_score"),
+    )  # fmt: skip
+
+
+def _policy_update(job: Job) -> Program:
+    c, (p, t) = job.cfg.policy, job.tokens
+    if job.rows % c.minibatches:
+        raise SetupError(
+            f"policy.minibatches={c.minibatches} does not divide a step's {job.rows} rows: change it"
+        )
+    rows = job.rows // c.minibatches
+    opt, state = _state(job, "policy")
+    with boundary("policy"):
+        update = grpo.make_update(
+            job.policy, c, opt, job.layout, temperature=job.cfg.rollout.temperature,
+            max_new_tokens=job.cfg.rollout.max_new_tokens,
+        )  # fmt: skip
+    reals = [_array(job, jnp.float32, rows, t)] * 3
+    once = jax.ShapeDtypeStruct((), jnp.bool_, sharding=job.layout.replicated)
+    batch = PolicyBatch(
+        *_tokens(job, rows, p + t),
+        _array(job, jnp.bool_, rows, t),
+        _array(job, jnp.float32, rows),
+        *reals,
+        once,
+    )
+    n = job.microbatch(rows, c.microbatch)
+    return Program(
+        "policy update", "policy", grpo.updates_per_step(c), lambda made: update.lower(state, batch), ALWAYS,
+        makes="policy",
+        declared=costs.attention(job, job.policy, n, p + t, c.dtype)
+        | costs.head(job, job.policy, n * t, "head_score"),
+    )  # fmt: skip
+
+
+def _pair_update(job: Job) -> Program:
+    c = job.cfg.reward
+    pairs = round_up(job.cfg.data.prompts_per_step * job.cfg.pairs.per_prompt, job.layout.batch_shards)
+    opt, state = _state(job, "reward")
+    with boundary("reward"):
+        update = verifier_model.make_pair_update(job.reward, c, opt, job.layout)
+    members = (ScoreBatch(*_tokens(job, pairs, job.reward_tokens)) for _ in range(2))
+    batch = PairBatch(*members, _array(job, jnp.bool_, pairs))
+    n = 2 * job.microbatch(pairs, c.microbatch)
+    return Program(
+        "pair update", "reward", 1, lambda made: update.lower(state, batch), ALWAYS, makes="reward model",
+        declared=costs.attention(job, job.reward, n, job.reward_tokens, c.dtype),
+    )  # fmt: skip
+
+
+def _tokens(job: Job, rows: int, tokens: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return _array(job, jnp.int32, rows, tokens), _array(job, jnp.bool_, rows, tokens)
