@@ -153,8 +153,15 @@ def describe(cfg: ConfigDict, layout: Layout, memory: int) -> Job:
         notes.append(note)
     with boundary(f"mesh.tensor={layout.mesh.shape['tensor']}"):
         for config, head in ((policy, "logits"), *(((reward, "score"),) if reward else ())):
+            if config.heads % (ways := layout.first_ways("heads")):
+                fitting = [
+                    n for n in range(1, ways + 1) if layout.mesh.size % n == 0 and config.heads % n == 0
+                ]
+                raise ValueError(
+                    f"a model has {config.heads} heads, which do not divide over it: set --config.mesh.tensor to "
+                    f"one of {fitting}"
+                )
             abstract(layout, transformer.param_specs(config, head))
-            layout.spec(("heads",), (config.heads,))
     if cfg.data.prompts_per_step % shards:
         notes.append(
             f"{cfg.data.prompts_per_step} prompts lie unevenly on {shards} batch shards: a rollout pads them"

@@ -40,7 +40,6 @@ class Case:
     def job(self) -> jobs.Job:
         cfg = CONFIGS[self.name].get_config()
         cfg.mesh.tensor, cfg.rollout.kv_dtype = self.tensor, self.kv_dtype
-        cfg.policy.vocab_multiple = 1
         if not self.aligned:
             cfg.rollout.max_rows = cfg.data.prompts_per_step * cfg.rollout.group_size // 2
         cfg = jobs.without_data(cfg)
