@@ -86,6 +86,7 @@ def head_logprobs(
     temperature: float,
     vocab_size: int,
     axis_name: str | None = None,
+    width_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(z / temperature) at the targets and that distribution's entropy in nats: f32[M] each.
@@ -93,19 +94,24 @@ def head_logprobs(
     Differentiable in hidden and head through the log-probability; none flows through the entropy.  The head is
     multiplied in hidden's dtype, and its gradient accumulated in f32.  A target outside the vocabulary scores -inf,
     a row without a distribution NaN.  With axis_name, differentiate the `shard_map`, not inside of it.
+    width_axis: the mesh axis, which also cuts the rows, over which the head's columns are cut: [V, D / w].  They are
+    gathered in hidden's dtype, and their gradients scattered as they are summed over that axis.
     Raises ValueError for a temperature that is not above 0.
     """
     if not temperature > 0.0:
         raise ValueError(f"head_logprobs: temperature is {temperature}, it must be above 0")
-    return _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, implementation)
+    return _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, width_axis, implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, implementation):
-    return _forward(hidden, head, targets, temperature, vocab_size, axis_name, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
+def _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, width_axis, implementation):
+    return _forward(hidden, head, targets, temperature, vocab_size, axis_name, width_axis, implementation)[0]
 
 
-def _forward(hidden, head, targets, temperature, vocab_size, axis_name, implementation):
+def _forward(hidden, head, targets, temperature, vocab_size, axis_name, width_axis, implementation):
+    kept = head
+    if width_axis is not None:
+        head = jax.lax.all_gather(head.astype(hidden.dtype), width_axis, axis=1, tiled=True)
     seen = _stream(
         hidden,
         head,
@@ -118,12 +124,12 @@ def _forward(hidden, head, targets, temperature, vocab_size, axis_name, implemen
     )
     log_mass = jnp.where(seen.mass > 0.0, jnp.log(seen.mass), jnp.nan)
     lse = seen.peak + log_mass
-    return (seen.chosen - lse, log_mass - seen.moment / seen.mass), (hidden, head, targets, lse)
+    return (seen.chosen - lse, log_mass - seen.moment / seen.mass), (hidden, head, kept, targets, lse)
 
 
-def _backward(temperature, vocab_size, axis_name, implementation, saved, cotangents):
+def _backward(temperature, vocab_size, axis_name, width_axis, implementation, saved, cotangents):
     """d logprob[m] / d z[m, v] = (v == target) - p[m, v], over the temperature."""
-    hidden, head, targets, lse = saved
+    hidden, head, kept, targets, lse = saved
     slope = cotangents[0] / temperature
     if axis_name is not None:
         # Every shard returns the same log-probabilities, and its cotangent is its share of their cotangent.
@@ -138,10 +144,13 @@ def _backward(temperature, vocab_size, axis_name, implementation, saved, cotange
         d_z = slope[:, None] * ((index == targets[:, None]) - p)
         d_z = jnp.where(index < vocab_size, d_z, 0.0).astype(hidden.dtype)
         d_hidden += _matmul(d_z, w, ((1,), (0,)))
-        d_w = _matmul(d_z, hidden, ((0,), (0,))).astype(head.dtype)
+        d_w = _matmul(d_z, hidden, ((0,), (0,)))
+        if width_axis is not None:
+            d_w = jax.lax.psum_scatter(d_w, width_axis, scatter_dimension=1, tiled=True)
+        d_w = d_w.astype(kept.dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_w, start, 0)
 
-    carry = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head)
+    carry = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(kept)
     held = CHUNK if platform.resolve(implementation) == "xla" else LARGE_CHUNK
     d_hidden, d_head = _sweep(head.shape[0], held // len(hidden), chunk, carry)
     return d_hidden.astype(hidden.dtype), d_head, None

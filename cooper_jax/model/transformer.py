@@ -202,10 +202,11 @@ def token_logprobs(
     the vocabulary at a time; over a mesh, each device takes its rows and its part of the vocabulary.
     """
     head = head_matrix(params, config)  # as it is kept, so that its gradient adds up in that type
-    batch, vocab = None, None
+    batch, vocab, width = None, None, None
     if layout is not None:
-        batch, vocab = layout.spec(("batch",))[0], layout.spec(("vocab",), head.shape)[0]
-        vocab = vocab if layout.ways(vocab) > 1 else None
+        batch, (vocab, width) = layout.spec(("batch",))[0], layout.spec(("vocab", "embed"), head.shape)
+        vocab, width = (axis if layout.ways(axis) > 1 else None for axis in (vocab, width))
+        width = width if width in (batch if isinstance(batch, tuple) else (batch,)) else None
 
     def run(hidden, head, targets):
         logprobs, entropy = head_logprobs(
@@ -215,13 +216,14 @@ def token_logprobs(
             temperature=temperature,
             vocab_size=config.vocab_size,
             axis_name=vocab,
+            width_axis=width,
             implementation=platform.default(layout and layout.platform),
         )
         return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
 
     if layout is not None:
         rows = PartitionSpec(batch)
-        run = by_shard(run, layout, (rows, PartitionSpec(vocab), rows), rows)
+        run = by_shard(run, layout, (rows, PartitionSpec(vocab, width), rows), rows)
     return run(hidden, head, targets)
 
 

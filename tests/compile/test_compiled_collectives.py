@@ -161,11 +161,8 @@ PROGRAMS, MESHES = ("update", "score", "pairs"), (("v5e", 16, 1), ("v5e", 8, 2),
 SLOW = {("update", "v5e", 16), ("score", "v5e", 8), ("pairs", "v5e", 16), ("pairs", "v5e", 8)}
 # What is known to send more.  Over all chips of a 4x4 slice XLA:TPU sums whole arrays and slices them afterwards,
 # also where a scatter is asked for.
-UNMENDED = "the head's gradient is not scattered as it is reduced; on GPUs the head is gathered in float32"
 MORE = {
     ("update", "v5e", 16, 1, "head"): "XLA:TPU does not scatter over all of a 4x4 slice",
-    ("update", "v5e", 8, 2, "head"): UNMENDED,
-    ("update", "h100", 8, 1, "head"): UNMENDED,
 }
 
 
