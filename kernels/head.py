@@ -94,8 +94,8 @@ def head_logprobs(
     Differentiable in hidden and head through the log-probability; none flows through the entropy.  The head is
     multiplied in hidden's dtype, and its gradient accumulated in f32.  A target outside the vocabulary scores -inf,
     a row without a distribution NaN.  With axis_name, differentiate the `shard_map`, not inside of it.
-    width_axis: the mesh axis, which also cuts the rows, over which the head's columns are cut: [V, D / w].  They are
-    gathered in hidden's dtype, and their gradients scattered as they are summed over that axis.
+    width_axis: the mesh axis, which also cuts the rows, over which the head's columns are cut: [V, D / w].  They
+    are gathered in hidden's dtype, and their gradients scattered as they are summed over that axis.
     Raises ValueError for a temperature that is not above 0.
     """
     if not temperature > 0.0:
