@@ -435,4 +435,5 @@ def _first_cause(error: BaseException) -> BaseException:
 def _said(error: BaseException) -> str:
     """The first line of an error; of a long one both ends, for paths stand in front of what is wrong with them."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = said.split(" [tensorstore_spec=")[0]  # as long as it is, and of no use here
     return said if len(said) <= 400 else f"{said[:150]} ... {said[-250:]}"
