@@ -372,6 +372,14 @@ def test_pruning():
         for n, bytes, seconds in ((1, 5, 9), (2, 11, 1), (4, 9, 3))
     ]
     assert [g.candidate.rows for g in search.pruned(guesses, 10)] == [4, 1]
+    one, other = Guess(Candidate(1, 1, 8, 0), 1, 3.0), Guess(Candidate(2, 1, 8, 0), 1, 5.0)
+    same, slower = Guess(Candidate(1, 1, 16, 0), 1, 3.0), Guess(Candidate(1, 1, 4, 0), 1, 4.0)
+    assert search.pruned([one, slower, other, same], 10) == [
+        same,
+        other,
+        one,
+        slower,
+    ]  # each mesh once, first
 
 
 def look(limit, measured, compiles=3):

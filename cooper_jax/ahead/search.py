@@ -164,8 +164,16 @@ def _update_bytes(job: Job, c: ModelConfig, head: bool) -> float:
 
 
 def pruned(guesses: list[Guess], limit: float) -> list[Guess]:
-    """Those that may fit, the fastest first."""
-    return sorted((g for g in guesses if g.bytes <= limit), key=lambda g: g.seconds)
+    """Those that may fit: the best of each mesh and number of slots, the fastest first; then the others alike.
+
+    Of two equals the one with the larger microbatch: it starts fewer programs, and multiplies larger matrices.
+    """
+    first, others, seen = [], [], set()
+    for g in sorted((g for g in guesses if g.bytes <= limit), key=lambda g: (g.seconds, -g.candidate.rows)):
+        kind = g.candidate.tensor, g.candidate.max_rows
+        (others if kind in seen else first).append(g)
+        seen.add(kind)
+    return first + others
 
 
 def search(
