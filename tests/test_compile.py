@@ -324,6 +324,22 @@ def test_a_program_that_the_compiler_refuses(monkeypatch):
         compiled._compile("update", Lowered())
 
 
+def test_a_kernel_that_the_compiler_refuses():
+    """Its errors are of a class of their own, and many lines long."""
+
+    class Lowered:
+        def compile(self):
+            raise Exception(
+                "Mosaic failed to compile TPU kernel: offsets must be aligned\n\nThe operation involved: ..."
+            )
+
+    with pytest.raises(
+        SetupError, match=r"^segment: the compiler refuses it: Mosaic .* must be aligned$"
+    ) as refused:
+        compiled._compile("segment", Lowered())
+    assert not isinstance(refused.value, TooLarge)
+
+
 def test_the_command_refuses_in_one_line():
     run = subprocess.run(
         [sys.executable, ROOT / "launch/compile.py", f"--config={ROOT}/configs/tiny.py", "--topology=v9:4x4"],
