@@ -204,6 +204,7 @@ def train(cfg: ConfigDict) -> None:
                 state, metrics, seen = cooper_step(cooper, state, phases)
             except hosts.Stopped:
                 with settings.boundary("checkpoint"):
+                    checkpoints.wait()  # it may be under way
                     if state.step not in checkpoints.steps():
                         warmup.save(cooper, state, run, checkpoints)
                     checkpoints.wait()

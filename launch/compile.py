@@ -44,7 +44,7 @@ from launch.train import CONFIG, parse_flags, refuse
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "The machine: v5e:4x4, v5p:4x4x4, v5e:16x16*2, h100:1x2x8, ..."
 )
-OUT = flags.DEFINE_string("out", "", "A JSON file to write.")
+OUT = flags.DEFINE_string("out", "", "A JSON file to write.", allow_override=True)
 RESERVE = flags.DEFINE_float("reserve", 0.08, "Share of a device's memory that is left alone.")
 SEARCH = flags.DEFINE_bool("search", False, "Look for a mesh, microbatches and slots.")
 SEARCH_COMPILES = flags.DEFINE_integer("search_compiles", 3, "How many of them are compiled.")

@@ -97,6 +97,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_compares_two_settings():
     other = run("--other=rollout.max_rows=8", "--other=rollout.segment=3")
     assert other.returncode == 0, other.stderr

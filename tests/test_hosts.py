@@ -109,6 +109,7 @@ def test_sigterm_saves_and_exits_with_its_code(whole, tmp_path, who):
     assert timeless(metrics(path)) == timeless(metrics(whole))
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_process_alone(tmp_path):
     path = tmp_path / "run"
     changes = SHORT | dict(checkpoint__every=100, reward__arm="rule")

@@ -35,11 +35,7 @@ def plain() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=[] if name == "2x2x2" else pytest.mark.slow)
-        for name in (*MESHES, OVER_PROCESSES)
-    ],
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in (*MESHES, OVER_PROCESSES)]
 )
 def found(request, tmp_path_factory) -> dict[str, np.ndarray]:
     if request.param in MESHES:

@@ -184,6 +184,7 @@ def test_who_moves_in_a_step(build, tmp_path):
         assert int(moved.updates) == updates + 1 and all(unchanged(policy, state.policy.params))
 
 
+@pytest.mark.slow
 def test_models_on_meshes_of_their_own(build, tmp_path):
     """Reward model and reference beside the policy: the same step, scored while the policy decodes; and resumed."""
 
