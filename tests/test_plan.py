@@ -37,8 +37,8 @@ def test_columns_are_whole_tiles_of_what_reads_them(implementation, kv_dtype, mu
         spec = spec_of(max_new_tokens=new_tokens, segment=segment, kv_dtype=kv_dtype)
         setting = Setting(TINY, None, spec, implementation)
         for least, columns in (
-            (max(new_tokens - 1, 1), engine._columns(setting, waiting=False)),
-            (waiting, engine._columns(setting, waiting=True)),
+            (max(new_tokens - 1, 1), engine.columns_of(setting, waiting=False)),
+            (waiting, engine.columns_of(setting, waiting=True)),
         ):
             assert least <= columns < least + multiple and columns % multiple == 0
         width = engine._width(setting, [[1] * 130, [1]])

@@ -249,7 +249,7 @@ def test_slots_are_as_many_as_asked_for_and_as_rows():
     setting = SimpleNamespace(spec=spec_of(group_size=4), shards=2)
 
     def slots(max_rows):
-        return engine._slots_a_shard(None, setting, PROMPTS, 16, max_rows, None)
+        return engine.slots_a_shard(None, setting, PROMPTS, 16, max_rows, None)
 
     assert [slots(n) for n in (None, 1000, 31, 2)] == [64, 64, 15, 1]
     with pytest.raises(ValueError, match="max_rows 1 .* 2 batch shards"):

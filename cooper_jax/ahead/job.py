@@ -186,5 +186,5 @@ def describe(cfg: ConfigDict, layout: Layout, memory: int) -> Job:
             abstract(places, transformer.param_specs(policy)),
         )
         prompts = [[0] * cfg.data.max_prompt_tokens]
-        count = engine._slots_a_shard(copy, setting, prompts, size, r.max_rows or None, r.memory_gib or None)
+        count = engine.slots_a_shard(copy, setting, prompts, size, r.max_rows or None, r.memory_gib or None)
     return Job(cfg, layout, policy, reward, setting, gathered, size, count, tuple(notes))

@@ -100,7 +100,7 @@ def _rollout(job: Job) -> list[Program]:
     texts = [[0] * cfg.data.max_prompt_tokens] * cfg.data.prompts_per_step
     chunks = list(plan.chunks(texts, shards, job.size, width))
     rows, own = chunks[0].tokens.shape
-    columns, count = engine._columns(setting, waiting=not job.aligned), job.slots
+    columns, count = engine.columns_of(setting, waiting=not job.aligned), job.slots
     # Keys and responses, both halfway: what a step of decoding reads on the average.
     keys = cfg.data.max_prompt_tokens, spec.max_new_tokens / 2
     waves = -(-job.requests // count)

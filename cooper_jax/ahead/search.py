@@ -134,7 +134,7 @@ def _rollout(job: Job) -> tuple[float, float]:
         abstract(places, transformer.param_specs(job.policy)),
     )
     width = job.cfg.data.max_prompt_tokens
-    columns = engine._columns(job.setting, waiting=not job.aligned)
+    columns = engine.columns_of(job.setting, waiting=not job.aligned)
     needs = plan.memory(
         copy, job.policy, layout, job.setting.form, prompts=job.size, width=width, group=spec.group_size,
         new_tokens=spec.max_new_tokens, columns=columns, own_prompts=job.setting.implementation == "xla",

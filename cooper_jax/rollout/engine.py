@@ -95,7 +95,7 @@ def generate(
         gathered = plan.gathers(config, layout, spec.dtype, budget)
     weights = rollout_weights(params, config, layout, spec.dtype, gathered)
     hosts.look()
-    slots = _slots_a_shard(weights, setting, prompts, size, max_rows, memory_gib)
+    slots = slots_a_shard(weights, setting, prompts, size, max_rows, memory_gib)
     ready = _prefill(weights, setting, prompts, size)
     places, asked = (
         np.zeros(size * setting.shards, np.int32),
@@ -187,7 +187,7 @@ def completions(
 # --- the host's side of a rollout ------------------------------------------------------------------------
 
 
-def _slots_a_shard(weights, setting: Setting, prompts, size: int, max_rows, memory_gib) -> int:
+def slots_a_shard(weights, setting: Setting, prompts, size: int, max_rows, memory_gib) -> int:
     """Slots of each shard: its requests, or what `max_rows` and `memory_gib` leave it."""
     spec, shards = setting.spec, setting.shards
     slots = size * spec.group_size
@@ -201,14 +201,14 @@ def _slots_a_shard(weights, setting: Setting, prompts, size: int, max_rows, memo
         needs = plan.memory(
             weights, setting.config, setting.layout, setting.form,
             prompts=size, width=_width(setting, prompts), group=spec.group_size,
-            new_tokens=spec.max_new_tokens, columns=_columns(setting, waiting=True),
+            new_tokens=spec.max_new_tokens, columns=columns_of(setting, waiting=True),
             own_prompts=setting.implementation == "xla",
         )  # fmt: skip
         slots = min(slots, needs.slots(int(memory_gib * plan.GIB)))
     return slots
 
 
-def _columns(setting: Setting, waiting: bool) -> int:
+def columns_of(setting: Setting, waiting: bool) -> int:
     """The cache's columns at most; the last token is never fed.
 
     Where requests wait, slots of all ages share one write column, which wanders to the right until the cache is
@@ -237,7 +237,7 @@ def _decode(weights, ready, requests, size: int, setting: Setting, watch, report
     """Every request to its end, in `size` slots a shard."""
     segment = setting.spec.segment
     grows = setting.implementation == "xla"
-    most = _columns(setting, waiting=size < requests.count.shape[1])
+    most = columns_of(setting, waiting=size < requests.count.shape[1])
     columns = min(segment, most) if grows else most
     slots, seen = programs.open_slots(weights, requests, ready, size=size, columns=columns, setting=setting)
     steps = room = 0
