@@ -155,6 +155,8 @@ def load_model(
 ) -> tuple[Model, Params, bool]:
     """A model of `section` with its parameters; the last value says whether its head has been trained."""
     model = describe_model(section, name, run_dir, layout)
+    with boundary("mesh"):
+        mesh.check_cut(layout, transformer.param_specs(model.config, head))
     with boundary(f"{name}.weights={section.weights!r}"):
         if section.weights == "random":
             specs = transformer.param_specs(model.config, head)

@@ -57,7 +57,7 @@ def refuse(error: Exception) -> None:
 
 
 def keep_what_is_compiled() -> None:
-    """XLA's programs are kept on the disk: a second start compiles nothing."""
+    """XLA's programs are kept on the disk, with several hosts on the first's: a second start compiles nothing."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "cooper_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

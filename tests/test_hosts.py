@@ -15,8 +15,8 @@ from cooper_jax.reward.shared import SharedAssistant, SharedRule, over_hosts
 from cooper_jax.runtime import hosts
 from cooper_jax.types import Completion, Problem, Verdict
 
-# Three steps, a checkpoint after each; few supervised steps, for most of the time goes into compiling.
-SHORT = dict(steps=3, checkpoint__every=1, warmup__policy_steps=40, warmup__reward_steps=4, eval__every=0)
+# Three steps, a checkpoint after each; as many supervised ones as make pairs, and so move the reward model.
+SHORT = dict(steps=3, checkpoint__every=1, eval__every=0)
 BOUND = 60.0  # seconds that the others may take to notice that a process is gone
 
 
@@ -60,8 +60,10 @@ def test_two_processes_learn_what_one_does(whole, tmp_path):
     for one, two in zip(metrics(tmp_path / "one"), metrics(whole), strict=True):
         assert one.keys() - {"time/checkpoint"} == two.keys() - {"time/checkpoint"}
         for name in one:
-            if not name.startswith("time/") and one[name] is not None:
-                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+            if not name.startswith("time/"):
+                assert (one[name] is None) == (two[name] is None), name
+                assert one[name] is None or two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+    assert sum(row["pairs/valid"] for row in metrics(whole)) > 0, "the reward model never moved"
     assert (tmp_path / "one/samples.jsonl").read_text().count("\n") > 0
 
 
@@ -119,6 +121,22 @@ def test_sigterm_to_a_process_alone(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == hosts.STOPPED, (tmp_path / "out").read_text()[-3000:]
     assert (path / "checkpoints" / str(steps_logged(path))).is_dir()
+
+
+@pytest.mark.slow
+def test_a_first_host_that_falls_silent_is_noticed(tmp_path):
+    """SIGSTOP: its connections stay open, and the coordination service that it runs says nothing any more."""
+    program = PROGRAM.format(root=str(ROOT), end="print('waits', flush=True); hosts.barrier('never')")
+    program = program.replace("hosts.barrier('never')", "hosts.barrier('never') if me else time.sleep(300)")
+    processes = start_hosts(tmp_path, 2, 2, tmp_path / "out", program="import time\n" + program)
+    try:
+        until(lambda: all("waits" in (tmp_path / "out" / str(i)).read_text() for i in range(2)), processes)
+        processes[0].send_signal(signal.SIGSTOP)
+        assert processes[1].wait(BOUND) == hosts.LOST
+    finally:
+        for process in processes:
+            process.kill()
+    assert "the first host does not answer" in (tmp_path / "out/1").read_text()
 
 
 # --- in small ----------------------------------------------------------------------------------------------

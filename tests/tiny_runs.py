@@ -72,8 +72,13 @@ def timeless(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
-def start_hosts(run_dir: Path, processes: int, devices: int, out: Path, **changes) -> list[subprocess.Popen]:
-    """The processes of one run, each with so many virtual devices; what process i says goes to `out`/i."""
+def start_hosts(
+    run_dir: Path, processes: int, devices: int, out: Path, program: str = "", **changes
+) -> list[subprocess.Popen]:
+    """The processes of one run, each with so many virtual devices; what process i says goes to `out`/i.
+
+    program: Python text to run instead of launch/train.py.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -84,7 +89,7 @@ def start_hosts(run_dir: Path, processes: int, devices: int, out: Path, **change
         with open(out / str(i), "wb") as file:
             started.append(
                 subprocess.Popen(
-                    command(run_dir, **changes),
+                    [sys.executable, "-c", program] if program else command(run_dir, **changes),
                     env=environment(devices) | peers,
                     stdout=file,
                     stderr=subprocess.STDOUT,

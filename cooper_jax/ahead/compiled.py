@@ -9,15 +9,19 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import importlib.util
 import json
+import os
 import re
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cooper_jax.runtime.files import write_atomically
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings import SetupError
 
@@ -39,6 +43,10 @@ class Compiled:
     outputs: Any  # as the next program's inputs
 
 
+SIZE = r"([\d.]+[KMGT]i?B?)"
+COMPILERS = ("jaxlib", "libtpu", "jax-cuda13-plugin")
+
+
 class TooLarge(SetupError):
     """A program that the compiler refuses because it alone takes more memory than a device has."""
 
@@ -50,7 +58,7 @@ def compile_(name: str, lowered: jax.stages.Lowered, layout: Layout, keep: Path 
         found = _compile(name, lowered)
         if path is not None:
             keep.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(gzip.compress(json.dumps(found).encode()))
+            write_atomically(path, gzip.compress(json.dumps(found).encode()))
     else:
         found = json.loads(gzip.decompress(path.read_bytes()))
     leaves, tree = jax.tree.flatten(lowered.out_info)
@@ -72,8 +80,9 @@ def _compile(name: str, lowered: jax.stages.Lowered) -> dict:
         said = str(error)
         if "RESOURCE_EXHAUSTED" not in said and "Ran out of memory" not in said:
             raise SetupError(f"{name}: the compiler refuses it: {said.splitlines()[0]}") from error
-        numbers = re.search(r"[Uu]sed ([\d.]+[KMGT]i?B?) of ([\d.]+[KMGT]i?B?)", said)
-        numbers = f"{numbers.group(1)} of a device's {numbers.group(2)}" if numbers else said.splitlines()[0]
+        numbers = re.search(rf"[Uu]sed {SIZE} of {SIZE}|\({SIZE}\) exceeds available HBM \({SIZE}\)", said)
+        numbers = [x for x in numbers.groups() if x] if numbers else []
+        numbers = " of a device's ".join(numbers) or said.splitlines()[0]
         raise TooLarge(f"{name}: by itself it takes {numbers}") from error
     seconds, said = time.perf_counter() - start, compiled.memory_analysis()
     return {
@@ -88,7 +97,10 @@ def _key(lowered: jax.stages.Lowered, layout: Layout) -> str:
     devices = layout.mesh.devices.flat
     where = [layout.platform, devices[0].device_kind, [str(getattr(d, "coords", d.id)) for d in devices]]
     names = (str(x.sharding) for x in jax.tree.leaves(lowered.in_avals) if getattr(x, "sharding", None))
-    parts = (jax.__version__, jax.lib.__version__, *map(str, where), *names, lowered.as_text())
+    there = [p for p in COMPILERS if importlib.util.find_spec(p.replace("-", "_"))]
+    versions = [f"{p} {metadata.version(p)}" for p in there]
+    flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    parts = (jax.__version__, *versions, *flags, *map(str, where), *names, lowered.as_text())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

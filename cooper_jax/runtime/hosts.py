@@ -50,6 +50,7 @@ _counts: Counter[str] = Counter()  # how often `exchange` was called by each nam
 _own_keys: deque[str] = deque()  # of the last calls
 _lock = threading.Lock()
 _looks = 0
+_heard = [time.monotonic()]  # when the service last answered
 _signalled = threading.Event()
 _finished = threading.Event()
 
@@ -87,14 +88,16 @@ def start() -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**options)  # which takes the signal
     if jax.process_count() > 1:
-        threading.Thread(target=_watch, daemon=True).start()
+        _heard[0] = time.monotonic()
+        for work in (_watch, _watch_the_watch):
+            threading.Thread(target=work, daemon=True).start()
 
 
 def _cluster() -> bool:
     """Whether JAX can find this process's peers by itself."""
     if any(int(os.environ.get(n, 1)) > 1 for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
         return True
-    platforms = os.environ.get("JAX_PLATFORMS", "tpu")
+    platforms = os.environ.get("JAX_PLATFORMS") or "tpu"
     chips = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
     return chips and "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
 
@@ -260,7 +263,7 @@ def _watch() -> None:
             found = _client().key_value_dir_get(f"{_PREFIX}/beat/")
         except Exception as error:  # whatever the service raises: without it nobody can go on
             _leave(LOST, f"the first host does not answer ({str(error).splitlines()[0]}){_AGAIN}")
-        now = time.monotonic()
+        now = _heard[0] = time.monotonic()
         for key, said in found:
             i = int(key.rsplit("/", 1)[1])
             last[i] = last[i] if last[i][0] == said else (said, now)
@@ -274,6 +277,13 @@ def _watch() -> None:
                     LOST,
                     f"process {i} has shown no sign of life for {SILENCE:.0f} s: its host is lost{_AGAIN}",
                 )
+
+
+def _watch_the_watch() -> None:
+    """A first host that falls silent leaves `_watch` waiting for the service: somebody must look at the clock."""
+    while not _finished.wait(BEAT):
+        if time.monotonic() - _heard[0] > SILENCE:
+            _leave(LOST, f"the first host does not answer for {SILENCE:.0f} s{_AGAIN}")
 
 
 def _leave(code: int, why: str) -> None:

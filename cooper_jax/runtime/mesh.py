@@ -224,6 +224,18 @@ def shardings(layout: Layout, specs: Any) -> Any:
     return jax.tree.map(lambda s: layout.sharding(s.axes, s.shape), specs, is_leaf=is_spec)
 
 
+def check_cut(layout: Layout, specs: Any) -> None:
+    """Raise ValueError for a parameter of over 1 MB that lies whole on every device though `fsdp` was to cut it."""
+    for path, s in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
+        sharding, wanted = layout.sharding(s.axes, s.shape), [a for a in s.axes if layout.first_ways(a) > 1]
+        if wanted and 4 * math.prod(s.shape) > 2**20 and sharding.shard_shape(s.shape) == s.shape:
+            if layout.mesh.shape["fsdp"] > 1:
+                raise ValueError(
+                    f"mesh {dict(layout.mesh.shape)} does not divide {jax.tree_util.keystr(path)} of shape "
+                    f"{s.shape}, which would lie whole on every device: choose sizes that divide it"
+                )
+
+
 def abstract(layout: Layout, specs: Any) -> Any:
     """A tree of ParamSpec -> the same tree of f32 ShapeDtypeStruct, placed."""
     return jax.tree.map(
