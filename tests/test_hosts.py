@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import ROOT, command, environment, metrics, run, start_hosts, timeless
+from tiny_runs import ROOT, begun_again, command, environment, metrics, run, start_hosts, timeless
 
 from cooper_jax.reward.assistant import Failure, Request
 from cooper_jax.reward.shared import SharedAssistant, SharedRule, over_hosts
@@ -54,8 +54,8 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(whole, tmp_path):
-    """The same mesh in one process: the same draws, and sums that differ in the last bits alone."""
-    done = run(tmp_path / "one", devices=4, **SHORT)
+    """The same mesh in one process, from the same step 0: the same draws, and sums equal but for the last bits."""
+    done = run(begun_again(whole, tmp_path / "one"), devices=4, **SHORT)
     assert done.returncode == 0, done.stderr
     for one, two in zip(metrics(tmp_path / "one"), metrics(whole), strict=True):
         assert one.keys() - {"time/checkpoint"} == two.keys() - {"time/checkpoint"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -70,6 +71,15 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def timeless(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def begun_again(finished: Path, path: Path) -> Path:
+    """A copy of a run as it stood at step 0, its supervised phases done: for another mesh to go on from."""
+    shutil.copytree(finished, path)
+    for step in (path / "checkpoints").iterdir():
+        if step.name != "0":
+            shutil.rmtree(step)
+    return path
 
 
 def start_hosts(
