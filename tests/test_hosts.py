@@ -28,6 +28,7 @@ def finish(processes: list[subprocess.Popen], seconds: float = 400.0) -> list[in
     finally:
         for process in processes:
             process.kill()
+            process.wait()
 
 
 def until(reached, processes: list[subprocess.Popen], seconds: float = 400.0) -> None:
@@ -136,6 +137,7 @@ def test_a_first_host_that_falls_silent_is_noticed(tmp_path):
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     assert "the first host does not answer" in (tmp_path / "out/1").read_text()
 
 
