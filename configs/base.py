@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
     c.rollout.kernels = "auto"
     # The rollout's copy of the weights.  gathered: by mesh.rollout_rules; sharded: as in training, each layer
     # gathered at every token, for a model of which a device holds no more; auto: gathered where that takes at most
-    # half of memory_gib, or of the memory that the device has free.
+    # half of memory_gib, or of the device's memory.
     c.rollout.weights = "auto"
     c.rollout.kv_dtype = ""  # of the KV cache: float32, bfloat16 or int8; "": as dtype
 

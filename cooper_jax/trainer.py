@@ -217,9 +217,8 @@ def train(cfg: ConfigDict) -> None:
                 try:
                     with phases.phase("eval"):
                         metrics |= evaluate(cooper, state)
-                except (
-                    hosts.Stopped
-                ) as caught:  # the step is whole: it is logged, without its evaluation, and saved
+                except hosts.Stopped as caught:
+                    # The step is whole: it is logged, without its evaluation, and saved.
                     stopped = caught
             with settings.boundary("run_dir"):
                 run.log(state.step, metrics | phases.collect())

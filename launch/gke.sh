@@ -32,26 +32,8 @@ usage_error() {
     exit 2
 }
 
-quote() { # one word for any shell
-    local rest=$1 out='' plain='^[A-Za-z0-9_./:=,@%+-]+$'
-    if [[ $rest =~ $plain ]]; then
-        printf '%s' "$rest"
-        return
-    fi
-    while [[ $rest == *\'* ]]; do
-        out+="${rest%%\'*}'\\''"
-        rest=${rest#*\'}
-    done
-    printf "'%s'" "$out$rest"
-}
-
-quote_all() {
-    local word gap=''
-    for word in "$@"; do
-        printf '%s%s' "$gap" "$(quote "$word")"
-        gap=' '
-    done
-}
+# shellcheck source=/dev/null
+source "$(dirname "$0")/quote.bash"
 
 yaml_string() { # one word, double-quoted; Kubernetes would expand $(NAME) in it, and reads $$ as $
     local rest=$1 out='' i character
