@@ -80,7 +80,7 @@ def test_free_running_tokens(found):
     a, b = (tiny_updates.rollout_of(x) for x in (plain(), found))
     parted = first_differences(
         tiny_updates.params_of("logits"), tiny_updates.MODEL, tiny_updates.prompts(), tiny_updates.POSITIONS,
-        tiny_updates.KEY, tiny_updates.SPEC, a, b, fused=False,
+        tiny_updates.key(), tiny_updates.SPEC, a, b, fused=False,
     )  # fmt: skip
     assert all(d.margin < 1e-5 for d in parted), parted
     same = np.setdiff1d(np.arange(len(a.tokens)), [d.row for d in parted])
@@ -95,7 +95,7 @@ def test_a_wrong_draw_would_be_found():
     tokens[0, 0] = (tokens[0, 0] + 1) % 61
     (parted,) = first_differences(
         tiny_updates.params_of("logits"), tiny_updates.MODEL, tiny_updates.prompts(), tiny_updates.POSITIONS,
-        tiny_updates.KEY, tiny_updates.SPEC, a, a.replace(tokens=tokens), fused=False,
+        tiny_updates.key(), tiny_updates.SPEC, a, a.replace(tokens=tokens), fused=False,
     )  # fmt: skip
     assert parted.margin > 1e-5
 
@@ -221,7 +221,7 @@ def test_rollouts_do_not_depend_on_how_weights_lie(mode):
         tiny_updates.params_of("logits"), transformer.param_specs(tiny_updates.MODEL), layout
     )
     drawn = engine.generate(
-        params, tiny_updates.MODEL, layout, tiny_updates.prompts(), tiny_updates.POSITIONS, tiny_updates.KEY,
+        params, tiny_updates.MODEL, layout, tiny_updates.prompts(), tiny_updates.POSITIONS, tiny_updates.key(),
         tiny_updates.SPEC, weights=mode,
     )  # fmt: skip
     want = tiny_updates.rollout_of(plain())

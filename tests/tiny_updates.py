@@ -37,7 +37,11 @@ SPEC = sampling.SamplingSpec(
     dtype="float32",
 )  # fmt: skip
 POSITIONS = [11, 12, 13, 17]
-KEY = jax.random.key(5)
+
+
+def key() -> jax.Array:
+    """Not a constant: processes must have met before JAX makes its first array."""
+    return jax.random.key(5)
 
 
 def prompts() -> list[list[int]]:
@@ -127,11 +131,11 @@ def results(layout: Layout | None) -> dict[str, np.ndarray]:
     out["logprobs"] = hosts.fetch(logprobs(placed["logits"], batch.tokens, batch.valid, RESPONSE))
     score = verifier_model.make_score(MODEL, layout, dtype="float32", microbatch=8)
     out["score"] = hosts.fetch(score(placed["score"], score_rows))
-    drawn = engine.generate(placed["logits"], MODEL, layout, prompts(), POSITIONS, KEY, SPEC)
+    drawn = engine.generate(placed["logits"], MODEL, layout, prompts(), POSITIONS, key(), SPEC)
     out |= {f"rollout/{name}": getattr(drawn, name) for name in ("tokens", "mask", "logprobs", "finished")}
     places = _put(np.asarray(POSITIONS, np.int32), layout)
     words = jax.jit(lambda p, k: sampling.key_words(sampling.row_keys(k, p, SPEC.group_size), jnp.int32(2)))
-    out["bits"] = hosts.fetch(words(places, KEY))
+    out["bits"] = hosts.fetch(words(places, key()))
     return out
 
 
