@@ -60,6 +60,22 @@ def optimiser(lr: float, warmup_steps: int) -> ConfigDict:
     return c
 
 
+def asked_model(kind: str, max_new_tokens: int, temperature: float, top_p: float) -> ConfigDict:
+    """A language model that is asked for text: weights of our own, or a server."""
+    c = model_source()
+    c.kind = kind  # local (our rollout) | openai (a server)
+    c.url = ""  # openai: the server's base address, http://HOST:PORT/v1
+    c.model = ""  # openai: the model's name there
+    c.key_env = "OPENAI_API_KEY"  # the environment variable that holds the key
+    c.concurrency = 16
+    c.timeout = 60.0  # seconds a request
+    c.retries = 3  # on connection errors, 429 and 5xx, with back-off
+    c.max_new_tokens = max_new_tokens
+    c.temperature = temperature
+    c.top_p = top_p
+    return c
+
+
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "base"
@@ -148,18 +164,13 @@ def get_config() -> ConfigDict:
     c.rule.retry_timeout = 20.0  # seconds of the one further try, alone
     c.rule.memory_mb = 2048  # of one worker
 
-    # --- assistant ---
-    c.assistant = model_source()
-    c.assistant.kind = "corrupt"  # local (our rollout) | openai (a server) | corrupt (seeded number edits)
-    c.assistant.url = ""  # openai: the server's base address, http://HOST:PORT/v1
-    c.assistant.model = ""  # openai: the model's name there
-    c.assistant.key_env = "OPENAI_API_KEY"  # the environment variable that holds the key
-    c.assistant.concurrency = 16
-    c.assistant.timeout = 60.0  # seconds a request
-    c.assistant.retries = 3  # on connection errors, 429 and 5xx, with back-off
-    c.assistant.max_new_tokens = 512
-    c.assistant.temperature = 0.7
-    c.assistant.top_p = 0.95
+    # --- language models that are asked ---
+    # Rewrites positives into negatives.  A third kind, corrupt, edits numbers, seeded.
+    c.assistant = asked_model("corrupt", max_new_tokens=512, temperature=0.7, top_p=0.95)
+    # Says whether a completion's final answer equals the reference: launch/annotate.py, launch/evaluate.py.
+    c.judge = asked_model("openai", max_new_tokens=256, temperature=0.0, top_p=1.0)
+    # Writes the completions that launch/annotate.py labels.
+    c.source = asked_model("openai", max_new_tokens=512, temperature=0.7, top_p=0.95)
 
     # --- supervised phases before step 1 ---
     c.warmup = ConfigDict()

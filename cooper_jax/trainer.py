@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from cooper_jax import assembly, settings, signals, stages, warmup
 from cooper_jax.assembly import Cooper, State
 from cooper_jax.data import problems as problem_sets
-from cooper_jax.evaluate import evaluate
+from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.reward import verifier_model
 from cooper_jax.rollout import engine

@@ -65,12 +65,20 @@ class Verdict(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Triple:
-    """What the reward model reads, with the label that it should give (1.0 correct, 0.0 not)."""
+    """What the reward model reads, with the label that it should give (1.0 correct, 0.0 not).
+
+    The rest says where it comes from, "" where the data do not: `id` of the row, `source` (a data set), `model`
+    (who wrote the completion), `kind` (of answer).
+    """
 
     question: str
     reference: str
     completion: str
     label: float = 0.0
+    id: str = ""
+    source: str = ""
+    model: str = ""
+    kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

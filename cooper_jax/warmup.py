@@ -20,7 +20,7 @@ import numpy as np
 
 from cooper_jax import stages
 from cooper_jax.assembly import Cooper, State, policy_prompt
-from cooper_jax.data import packing, synthetic
+from cooper_jax.data import labelled, packing, synthetic
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.model import transformer
 from cooper_jax.policy import imitation
@@ -149,8 +149,8 @@ def _teach(cooper: Cooper, params: Params) -> Params:
     section, layout, seed = cooper.cfg.warmup, cooper.reward.layout, cooper.cfg.seed
     if section.reward_data:
         with boundary(f"warmup.reward_data={section.reward_data}"):
-            labelled = problem_sets.load_triples(section.reward_data)
-        draw = _triples_of_file(labelled, seed)
+            triples = labelled.load(section.reward_data)
+        draw = _triples_of_file(triples, seed)
     else:
         problems = _with_solutions(cooper, "warmup_reward", section.reward_steps * section.reward_batch)
         draw = _triples_of_solutions(cooper, problems)
@@ -208,8 +208,8 @@ def _with_solutions(cooper: Cooper, split: str, wanted: int) -> list[Problem]:
     return found
 
 
-def _triples_of_file(labelled: Sequence[Triple], seed: int) -> Callable[[int, int], list[Triple]]:
-    return lambda step, count: [triple for _, triple in _draw(labelled, step, count, seed, "warmup_reward")]
+def _triples_of_file(triples: Sequence[Triple], seed: int) -> Callable[[int, int], list[Triple]]:
+    return lambda step, count: [triple for _, triple in _draw(triples, step, count, seed, "warmup_reward")]
 
 
 def _triples_of_solutions(cooper: Cooper, problems: Sequence[Problem]) -> Callable[[int, int], list[Triple]]:

@@ -25,7 +25,7 @@ from tiny_models import config as model_config
 from tiny_models import random_params
 
 from configs import base
-from cooper_jax.data import problems
+from cooper_jax.data import labelled, problems
 from cooper_jax.model import tokenizer, weights
 from cooper_jax.runtime import checkpoint, files
 from cooper_jax.runtime import metrics as m
@@ -300,7 +300,7 @@ def test_problems_and_triples(bucket):
         '{"question": "q", "reference_answer": "2", "completion": "c", "label": 1}\n{"question": 3}\n',
     )
     with pytest.raises(ValueError, match=r"^gs://b/t\.jsonl:2: "):  # the address, not the copy
-        problems.load_triples("gs://b/t.jsonl")
+        labelled.load("gs://b/t.jsonl")
     with pytest.raises(FileNotFoundError, match="gs://b/none.jsonl"):
         problems.load("gs://b/none.jsonl", "auto", **columns)
 

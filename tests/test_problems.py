@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cooper_jax.data import answers, problems
+from cooper_jax.data import answers, labelled, problems
 from cooper_jax.types import Problem, Triple
 
 ROOT = Path(__file__).parents[1]
@@ -325,7 +325,7 @@ def test_math_verify_reads_the_references(published, name, share, every):
 
 def test_triples_of_the_published_files(shared_data):
     for name, count in (("verify_train", 4595), ("verify_dev", 1391)):
-        triples = problems.load_triples(str(shared_data / f"{name}.jsonl"))
+        triples = labelled.load(str(shared_data / f"{name}.jsonl"))
         assert len(triples) == count and {t.label for t in triples} == {0.0, 1.0}
         assert [t.reference for t in triples if LEFTOVER.search(t.reference)] == []
 
@@ -336,8 +336,20 @@ def test_triples_of_the_published_files(shared_data):
 def test_triples_take_any_spelling_of_a_label(tmp_path):
     row = {"question": "Q\n", "reference_answer": "$-5$.", "completion": "so \\boxed{-5} ", "source": "x"}
     path = write_rows(tmp_path / "t.jsonl", *({**row, "label": label} for label in (1, 0.0, True)))
-    triples = problems.load_triples(str(path))
-    assert triples == [Triple("Q", "-5", "so \\boxed{-5} ", label) for label in (1.0, 0.0, 1.0)]
+    triples = labelled.load(str(path))
+    assert triples == [
+        Triple("Q", "-5", "so \\boxed{-5} ", label, id=f"t:{line}", source="x")
+        for line, label in enumerate((1.0, 0.0, 1.0), 1)
+    ]
+
+
+def test_triples_of_verifybench(tmp_path):
+    row = {"question": "Q", "answer": "$5$", "completion": "5", "answer_type": "Numeric Values"}
+    rows = ({**row, "gold_correct": True, "answer_subtype": "Integer"}, {**row, "gold_correct": False})
+    assert labelled.load(str(write_rows(tmp_path / "v.jsonl", *rows))) == [
+        Triple("Q", "5", "5", 1.0, id="v:1", kind="Numeric Values/Integer"),
+        Triple("Q", "5", "5", 0.0, id="v:2", kind="Numeric Values"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -355,10 +367,10 @@ def test_a_malformed_triple_is_named(change, complaint, tmp_path):
     row = {"question": "Q", "reference_answer": "5", "completion": "5", "label": 1}
     path = write_rows(tmp_path / "t.jsonl", row, {**row, **change})
     with pytest.raises(ValueError, match=f"t.jsonl:2: .*{complaint}"):
-        problems.load_triples(str(path))
+        labelled.load(str(path))
     path = write_rows(tmp_path / "t.jsonl", {k: v for k, v in row.items() if k != "label"})
     with pytest.raises(ValueError, match="t.jsonl:1: field 'label' is missing"):
-        problems.load_triples(str(path))
+        labelled.load(str(path))
 
 
 def test_long_prompts_are_dropped_and_counted():

@@ -10,14 +10,21 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     ("kernels", "configs"),
     ("cooper_jax.types",),
-    ("cooper_jax.settings",),
+    ("cooper_jax.settings", "cooper_jax.statistics"),
     ("cooper_jax.runtime",),
     ("cooper_jax.model", "cooper_jax.data"),
     ("cooper_jax.rollout",),
     ("cooper_jax.policy", "cooper_jax.reward"),
     ("cooper_jax.assembly", "cooper_jax.signals"),
     ("cooper_jax.stages",),
-    ("cooper_jax.evaluate", "cooper_jax.warmup", "cooper_jax.workloads", "cooper_jax.ahead"),
+    (
+        "cooper_jax.evaluation",
+        "cooper_jax.warmup",
+        "cooper_jax.workloads",
+        "cooper_jax.ahead",
+        "cooper_jax.annotation",
+        "cooper_jax.reward_training",
+    ),  # fmt: skip
     ("cooper_jax.trainer",),
     ("launch",),
 )

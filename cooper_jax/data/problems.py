@@ -1,4 +1,4 @@
-"""Problems with reference answers, and labelled triples, from files and prepared data sets.
+"""Problems with reference answers, from files and prepared data sets.
 
   1. `sources` reads a file or a prepared data set row by row.
   2. A row becomes a Problem by its format: one of the published ones, recognised by their fields, or columns
@@ -21,14 +21,13 @@ A row that is malformed raises ValueError with its file and line; none is skippe
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from cooper_jax.data import answers, sources
 from cooper_jax.data.sources import Row
 from cooper_jax.runtime import keys
-from cooper_jax.types import Problem, Triple
+from cooper_jax.types import Problem
 
 NAMED = ("jsonl", "parquet", "tfds")  # formats whose columns the config names
 
@@ -79,33 +78,6 @@ def load(
     if not problems:
         raise ValueError(f"{source}: there is no row in it")
     return problems
-
-
-def load_triples(path: str) -> list[Triple]:
-    """Labelled completions: JSON lines of question, reference_answer, completion and label (0 or 1).
-
-    path: a file here, or an address (gs://...).
-
-    Questions and references are cleaned as `load` cleans them, so that the reward model reads one style in
-    training and in the loop; completions are left as they are.  Other fields are ignored.
-    Raises ValueError that names file and line.
-    """
-    triples = []
-    for where, _, row in sources.file_rows(path):
-        try:
-            question = answers.question(_text(row, "question"))
-            reference = answers.reference(_text(row, "reference_answer"))
-            if not question or not reference:
-                raise ValueError(f"the {'reference_answer' if question else 'question'} is empty")
-            label = _field(row, "label")
-            if not isinstance(label, (bool, int, float)) or label not in (0, 1):
-                raise ValueError(f"field 'label' is {label!r}: must be 0 or 1")
-            triples.append(Triple(question, reference, _text(row, "completion"), float(label)))
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-    if not triples:
-        raise ValueError(f"{path}: there is no row in it")
-    return triples
 
 
 def drop_long(
@@ -176,28 +148,28 @@ def recognise(row: Row, question_key: str, reference_key: str) -> str:
 
 
 def _gsm8k(row: Row) -> tuple[str, str, str]:
-    return answers.question(_text(row, "question")), *answers.gsm8k(_text(row, "answer"))
+    return answers.question(sources.text(row, "question")), *answers.gsm8k(sources.text(row, "answer"))
 
 
 def _svamp(row: Row) -> tuple[str, str, str]:
-    body, question = _text(row, "Body").strip(), _text(row, "Question").strip()
+    body, question = sources.text(row, "Body").strip(), sources.text(row, "Question").strip()
     comma = "," if body[-1:].isalnum() else ""  # such a body is a clause that the question ends
-    return f"{body}{comma} {question}" if question else "", answers.number(_field(row, "Answer")), ""
+    return f"{body}{comma} {question}" if question else "", answers.number(sources.field(row, "Answer")), ""
 
 
 def _math500(row: Row) -> tuple[str, str, str]:
-    question = answers.without_instruction(_text(row, "prompt"))
-    return answers.question(question), answers.reference(_text(row, "answer")), ""
+    question = answers.without_instruction(sources.text(row, "prompt"))
+    return answers.question(question), answers.reference(sources.text(row, "answer")), ""
 
 
 def _olympiadbench(row: Row) -> tuple[str, str, str]:
-    final = _field(row, "final_answer")
+    final = sources.field(row, "final_answer")
     if not isinstance(final, list) or not all(isinstance(a, str) for a in final):
         raise ValueError(f"field 'final_answer' is {final!r}: must be a list of strings")
-    context = _text(row, "context") + "\n" if row.get("context") else ""  # null in most rows
-    unit = _text(row, "unit") if row.get("unit") else ""
+    context = sources.text(row, "context") + "\n" if row.get("context") else ""  # null in most rows
+    unit = sources.text(row, "unit") if row.get("unit") else ""
     several = row.get("is_multiple_answer") is True
-    question = answers.question(context + _text(row, "question"))
+    question = answers.question(context + sources.text(row, "question"))
     return question, answers.listed(final, unit, several=several), ""
 
 
@@ -205,8 +177,8 @@ def _odyssey(row: Row) -> tuple[str, str, str]:
     if len(row) != 1 or not isinstance(inner := next(iter(row.values())), dict):
         raise ValueError(f"the fields {sorted(row)} are not one 'Problem_N' that holds an object")
     return (
-        answers.question(_text(inner, "question")),
-        answers.reference(_text(inner, "answer"), prose=True),
+        answers.question(sources.text(inner, "question")),
+        answers.reference(sources.text(inner, "answer"), prose=True),
         "",
     )
 
@@ -230,32 +202,15 @@ _FIELDS: dict[str, Callable[[Row], bool]] = {
 def _named_columns(
     row: Row, question_key: str, reference_key: str, solution_key: str
 ) -> tuple[str, str, str]:
-    question = answers.question(_text(row, question_key))
-    solution = _text(row, solution_key).strip() if solution_key else ""
-    value = _field(row, reference_key)
+    question = answers.question(sources.text(row, question_key))
+    solution = sources.text(row, solution_key).strip() if solution_key else ""
+    value = sources.field(row, reference_key)
     if isinstance(value, list) and all(isinstance(a, str) for a in value):
         return question, answers.listed(value), solution
     if isinstance(value, (int, float)):
         return question, answers.number(value), solution
-    text = _text(row, reference_key)
+    text = sources.text(row, reference_key)
     if "####" not in text:
         return question, answers.reference(text), solution
     reference, worked = answers.gsm8k(text)
     return question, reference, solution or worked
-
-
-def _field(row: Row, key: str) -> Any:
-    if key not in row:
-        raise ValueError(f"field {key!r} is missing; the row has {sorted(row)}")
-    return row[key]
-
-
-def _text(row: Row, key: str) -> str:
-    value = _field(row, key)
-    if not isinstance(value, str):
-        raise ValueError(f"field {key!r} is {type(value).__name__} {value!r}: must be text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"field {key!r} holds half a surrogate pair: {error.reason}") from error
-    return value

@@ -113,3 +113,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [_plain(v) for v in value.tolist()]
     return value.item() if isinstance(value, np.generic) else value
+
+
+def field(row: Row, key: str) -> Any:
+    """A row's field; ValueError where it has none of that name."""
+    if key not in row:
+        raise ValueError(f"field {key!r} is missing; the row has {sorted(row)}")
+    return row[key]
+
+
+def text(row: Row, key: str) -> str:
+    """A field that must be text, and such as can be written as UTF-8; ValueError otherwise."""
+    value = field(row, key)
+    if not isinstance(value, str):
+        raise ValueError(f"field {key!r} is {type(value).__name__} {value!r}: must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"field {key!r} holds half a surrogate pair: {error.reason}") from error
+    return value

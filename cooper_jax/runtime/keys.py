@@ -34,6 +34,12 @@ STREAMS = {
     "warmup_reward": 15,  # ids: epoch (the phase's order)
     "demonstrations": 16,  # ids: position in the phase's order (forms and corrupted steps)
     "triples": 17,  # ids: position in the phase's order (corruptions, swapped references)
+    "train_rm": 18,  # ids: epoch (the order of batches)
+    "source": 19,  # ids: try (completions that are to be annotated; then problem, sample, token)
+    "judge": 20,  # ids: try (verdicts of a language model)
+    "benchmark": 21,  # ids: data set's place (then problem, sample, token)
+    "bootstrap": 22,  # ids: which statistic (resampled groups)
+    "references": 23,  # no ids: which question's reference replaces a row's own
 }
 
 _WORD = 2**32  # ids and seeds are 32-bit words: what fold_in takes, and what SeedSequence does not regroup
