@@ -31,7 +31,7 @@ from cooper_jax import assembly, settings, workloads
 from cooper_jax.model import floor
 from cooper_jax.runtime import machine
 from cooper_jax.settings import SetupError, boundary
-from launch.train import CONFIG, TRACEBACK, parse_flags
+from launch.common import CONFIG, TRACEBACK, parse_flags
 
 OUT = flags.DEFINE_string("out", "", "A JSON file to write.")
 REPS = flags.DEFINE_integer("reps", 3, "Timed calls.")

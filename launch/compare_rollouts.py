@@ -25,7 +25,7 @@ from cooper_jax.rollout import engine
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.runtime import keys
 from cooper_jax.settings import SetupError, boundary
-from launch.train import CONFIG, TRACEBACK, parse_flags
+from launch.common import CONFIG, TRACEBACK, parse_flags
 
 OTHER = flags.DEFINE_multi_string("other", [], "A field of the second rollout's config: rollout.max_rows=24.")
 

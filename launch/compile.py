@@ -39,7 +39,7 @@ from cooper_jax.ahead.estimate import Figures, Step
 from cooper_jax.runtime import chips
 from cooper_jax.runtime.chips import GIB, Topology
 from cooper_jax.settings import SetupError, boundary
-from launch.train import CONFIG, parse_flags, refuse
+from launch.common import CONFIG, parse_flags, refuse
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "The machine: v5e:4x4, v5p:4x4x4, v5e:16x16*2, h100:1x2x8, ..."

@@ -1,0 +1,93 @@
+"""What the launchers share: the --config flag, one line for what is wrong, and the exit codes.
+
+    def main(argv):
+        common.begin(argv)
+        with common.running():
+            trainer.train(common.config())
+
+    app.run(main, flags_parser=common.parse_flags)
+
+Exit codes: 0 done; 2 an error in the settings or files; 75 stopped by SIGTERM, with a checkpoint; 69 another host
+was lost (134: the first one).  After 75, 69 and 134 the same command goes on.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a configuration error was found.")
+flags.mark_flag_as_required("config")
+
+
+def begin(argv: list[str]) -> None:
+    """Before anything of ours is imported: no stray arguments, quiet libraries, kept programs."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
+    logging.set_verbosity(logging.WARNING)
+    keep_what_is_compiled()
+
+
+def config() -> ConfigDict:
+    """The config with the flags applied."""
+    return CONFIG.value
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """A job, on one host or several: setup errors become one line and exit code 2, a signal exit code 75."""
+    from cooper_jax import settings
+    from cooper_jax.runtime import hosts
+
+    try:
+        with settings.boundary("several hosts"):
+            hosts.start()
+    except settings.SetupError as error:
+        refuse(error)
+    with hosts.together():
+        try:
+            yield
+        except settings.SetupError as error:
+            refuse(error)
+        except hosts.Stopped:
+            sys.exit(hosts.STOPPED)
+
+
+def refuse(error: Exception) -> None:
+    """One line for the user and exit code 2; --traceback shows where it was found."""
+    if TRACEBACK.value:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def keep_what_is_compiled() -> None:
+    """XLA's programs are kept on the disk, with several hosts on the first's: a second start compiles nothing."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "cooper_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's own parsing; a field that no config has, or a config file that is not there, becomes one line."""
+    try:
+        left = app.parse_flags_with_usage(argv)
+        _ = CONFIG.value.name  # a config file that could not be read says so when it is first used
+        return left
+    except (AttributeError, KeyError) as error:
+        given = ", ".join(a for a in argv if a.startswith("--config."))
+        print(
+            f"error: {given}: a flag names a field that the config does not have ({error}); "
+            "configs/base.py lists them all",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
