@@ -31,13 +31,16 @@ class Problem:
     """A question with its reference answer.
 
     `solution` is a worked solution where the data has one (GSM8K, the synthetic problems); it feeds the
-    short supervised phases and never the reward.  `id` says where the row came from, for messages.
+    short supervised phases and never the reward.  `id` says where the row came from, for messages.  `subject` and
+    `level` are the data's own, "" where they have none: evaluations are broken down by them.
     """
 
     question: str
     reference: str
     solution: str = ""
     id: str = ""
+    subject: str = ""
+    level: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

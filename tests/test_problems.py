@@ -164,9 +164,29 @@ EXPECTED = {
 @pytest.mark.parametrize("format", ROWS)
 def test_auto_recognises_each_published_format(format, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", ROWS[format], ROWS[format])
-    expected = [Problem(*EXPECTED[format], f"rows:{n}") for n in (1, 2)]
+    subject = "Addition" if format == "svamp" else ""
+    expected = [Problem(*EXPECTED[format], f"rows:{n}", subject) for n in (1, 2)]
     assert load(path) == expected
     assert load(path, format) == expected
+
+
+@pytest.mark.parametrize(
+    "format, added, expected",
+    [
+        ("odyssey", {"label": "Algebra", "level": "college math"}, ("Algebra", "college math")),
+        ("olympiadbench", {"subfield": "Geometry", "answer_type": "Tuple"}, ("Geometry", "")),
+        ("math500", {"subject": "Precalculus", "level": 5}, ("Precalculus", "5")),
+        ("gsm8k", {"level": None, "subject": " "}, ("", "")),
+    ],
+)
+def test_a_problem_has_the_subject_and_level_of_its_row(format, added, expected, tmp_path):
+    row = dict(ROWS[format])
+    if format == "odyssey":
+        row["Problem_3"] = row["Problem_3"] | added
+    else:
+        row |= added
+    (found,) = load(write_rows(tmp_path / "rows.jsonl", row))
+    assert (found.subject, found.level) == expected
 
 
 def test_auto_says_what_it_saw_and_how_to_go_on(tmp_path):

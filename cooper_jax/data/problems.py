@@ -16,6 +16,8 @@ Published formats, with the fields that each is recognised by:
     olympiadbench  question, final_answer (a list), unit
     odyssey        {"Problem_N": {question, answer, ...}}
 
+Where a row says of what subject or level its problem is (`_SUBJECT`, `_LEVEL`), so does the Problem.
+
 A row that is malformed raises ValueError with its file and line; none is skipped.
 """
 
@@ -74,7 +76,8 @@ def load(
                 raise ValueError(f"the {'reference answer' if question else 'question'} is empty")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        problems.append(Problem(question, reference, solution, id))
+        subject, level = (_said(row, names) for names in (_SUBJECT, _LEVEL))
+        problems.append(Problem(question, reference, solution, id, subject, level))
     if not problems:
         raise ValueError(f"{source}: there is no row in it")
     return problems
@@ -190,6 +193,9 @@ _PUBLISHED: dict[str, Callable[[Row], tuple[str, str, str]]] = {
     "olympiadbench": _olympiadbench,
     "odyssey": _odyssey,
 }
+# The fields that name a problem's subject and level in published sets, the first that a row has.
+_SUBJECT = ("subject", "subfield", "label", "Type", "type")
+_LEVEL = ("level",)
 _FIELDS: dict[str, Callable[[Row], bool]] = {
     "gsm8k": lambda row: {"question", "answer"} <= row.keys() and "####" in str(row["answer"]),
     "svamp": lambda row: {"Body", "Question", "Answer"} <= row.keys(),
@@ -197,6 +203,16 @@ _FIELDS: dict[str, Callable[[Row], bool]] = {
     "olympiadbench": lambda row: {"question", "final_answer"} <= row.keys(),
     "odyssey": lambda row: len(row) == 1 and next(iter(row)).startswith("Problem_"),
 }
+
+
+def _said(row: Row, names: Sequence[str]) -> str:
+    """What the first of these fields that holds words or a number says of a row; "" where none does."""
+    inner = next(iter(row.values())) if _FIELDS["odyssey"](row) else row
+    for name in names:
+        value = inner.get(name)
+        if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
+            return str(value).strip()
+    return ""
 
 
 def _named_columns(
