@@ -1,0 +1,211 @@
+"""Questions that a reward model saw, found again in evaluation sets."""
+
+import collections
+import json
+import re
+
+import pytest
+
+from cooper_jax.data import labelled, overlap, problems
+from cooper_jax.types import Problem
+
+COLUMNS = dict(question_key="question", reference_key="answer", solution_key="", tfds_dir="", split="train")
+BENCHMARKS = ("gsm8k_test", "svamp_test", "math500_test", "olympiadbench_en_test", "odyssey_test")
+
+ALIKE = [
+    ("What is $1+1$?", "what is  1 + 1"),
+    ("Find $x$.\n\t\n\\end{problem}\t\n\\noindent", "Find $x$"),
+    (
+        "Why?\nPlease reason step by step, and put your final answer within \\boxed{}.",
+        "Why?",
+    ),
+    ("Why? Put your final answer in \\boxed{}.", "Why?"),
+    ("Compute $\\displaystyle\\frac{1}{2}\\left(3\\right)$.", "Compute \\( \\dfrac12 (3) \\)"),
+    ("She has $1,000 and 20\\%", "She has \\$1000, and 20%"),
+    ("$10{,}000$ of them; $x^{2}$", "10,\\!000 of them: x²"),
+    ("a two-digit number — “odd”", 'a two digit number - "odd"'),
+    ("Is $a \\leq b$, \\text{say}?", "Is $a\\le b$ say?"),
+    ("ﬁnd the sum\u200b", "Find the sum"),
+    ("Let’s see", "let's see"),
+]
+DIFFERENT = [
+    ("What is $1+1$?", "What is $1-1$?"),
+    ("\\frac{1}{23}", "\\frac{12}{3}"),
+    ("the numbers 1 23", "the numbers 12 3"),
+    ("3.5 miles", "35 miles"),
+    ("a ratio of 3:2", "a ratio of 32"),
+    ("the points (1,2)", "the points (12)"),
+    ("$5!$", "$5$"),
+    ("$f'(x)$", "$f(x)$"),
+    ("x²", "x2"),
+    ("Fill in $4 + \\boxed{} = 7$", "Fill in $3 + \\boxed{} = 8$"),
+    ("divisor of 50", "multiple of 50"),
+    ("?", "!"),
+]
+
+
+@pytest.mark.parametrize("a, b", ALIKE)
+def test_one_question_in_two_spellings(a, b):
+    assert overlap.normalise(a) == overlap.normalise(b)
+    assert overlap.fingerprint(a) == overlap.fingerprint(b)
+
+
+@pytest.mark.parametrize("a, b", DIFFERENT)
+def test_what_makes_another_question_stays(a, b):
+    assert overlap.normalise(a) != overlap.normalise(b)
+    assert overlap.fingerprint(a) != overlap.fingerprint(b)
+
+
+def test_fingerprints_are_those_of_version_1():
+    """They lie beside published weights: another value here needs another VERSION."""
+    assert overlap.VERSION == 1
+    assert overlap.normalise("A 3-digit number, $x^{2}\\le 1{,}000$?") == "a3-digitnumberx^2\\le1000"
+    assert overlap.fingerprint("What is $1+1$?") == "03818c96606d308e5166b6c44a88b16a"
+
+
+def test_split_keeps_the_order_and_asks_for_the_question():
+    items = [Problem(q, "1") for q in ("Two?", "One?", "Three?", "one")]
+    seen = frozenset({overlap.fingerprint("ONE")})
+    kept, dropped = overlap.split(items, seen)
+    assert [p.question for p in kept] == ["Two?", "Three?"] and [p.question for p in dropped] == [
+        "One?",
+        "one",
+    ]
+    assert overlap.split(["one.", "two"], seen, question=str) == (["two"], ["one."])
+    assert overlap.split(items, frozenset()) == (items, [])
+
+
+# --- the record beside weights --------------------------------------------------------------------------------
+
+
+def test_a_record_is_found_beside_the_weights(tmp_path):
+    assert overlap.read_record(tmp_path) is None and overlap.read_seen(str(tmp_path)) == frozenset()
+    assert overlap.read_record("random") is None and overlap.read_record(tmp_path / "absent") is None
+    overlap.write_seen(tmp_path, [], {})
+    assert overlap.read_record(tmp_path) == overlap.Record()  # recorded: none
+    overlap.write_seen(tmp_path, ["One?", "two", "one"], {"b.jsonl": 2, "a.jsonl": 1})
+    seen = overlap.read_record(str(tmp_path))
+    assert seen.fingerprints == {overlap.fingerprint("One"), overlap.fingerprint("Two")}
+    assert overlap.read_seen(str(tmp_path)) == seen.fingerprints and seen.complete
+    written = json.loads((tmp_path / overlap.SEEN).read_text())
+    assert written["fingerprints"] == sorted(written["fingerprints"]) and written["questions"] == 2
+    assert list(written["sources"].items()) == [("a.jsonl", 1), ("b.jsonl", 2)]
+
+
+def test_what_was_seen_before_is_carried_on(tmp_path):
+    before = overlap.Record(frozenset({overlap.fingerprint("Zero")}), {"old.jsonl": 1}, complete=False)
+    overlap.write_seen(tmp_path, ["One"], {"new.jsonl": 1}, known=before)
+    assert overlap.read_record(tmp_path) == before | overlap.record(["One", "one?"], "new.jsonl")
+    assert overlap.read_record(tmp_path).sources == {"old.jsonl": 1, "new.jsonl": 1}
+    assert not overlap.read_record(tmp_path).complete
+    assert overlap.record([], "none") == overlap.Record()
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda c: b"{", "Expecting property name"),
+        (lambda c: b"[]", "it holds a list, not an object"),
+        (lambda c: c.pop("sources"), "field 'sources' is missing"),
+        (lambda c: c.update(version=2), "version is 2, and this code reads version 1"),
+        (lambda c: c.update(complete=1), "field 'complete' is a int, not a bool"),
+        (lambda c: c.update(sources={"a": "many"}), "source 'a' has the count 'many'"),
+        (lambda c: c["fingerprints"].append("xyz"), "fingerprint 1 is 'xyz', not 32 hex digits"),
+        (lambda c: c["fingerprints"].pop(), "holds 0 fingerprints, and says that there are 1"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, change, complaint):
+    overlap.write_seen(tmp_path, ["One"], {"a.jsonl": 1})
+    path = tmp_path / overlap.SEEN
+    content = json.loads(path.read_text())
+    changed = change(content)
+    path.write_bytes(changed if isinstance(changed, bytes) else json.dumps(content).encode())
+    with pytest.raises(ValueError, match=f"{overlap.SEEN}: .*{complaint}.*copy it again"):
+        overlap.read_record(tmp_path)
+
+
+# --- the real overlap -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def questions(shared_data):
+    """Of every file, and of each source of the labelled ones."""
+    found = {
+        name: [p.question for p in problems.load(str(shared_data / f"{name}.jsonl"), "auto", **COLUMNS)]
+        for name in ("gsm8k_train", *BENCHMARKS)
+    }
+    triples = [
+        t for n in ("verify_train", "verify_dev") for t in labelled.load(str(shared_data / f"{n}.jsonl"))
+    ]
+    for source in ("gsm8k", "odyssey", "math"):
+        found[f"verify {source}"] = list(dict.fromkeys(t.question for t in triples if t.source == source))
+    return found
+
+
+def test_the_real_overlap(questions):
+    """All 847 gsm8k and 252 odyssey questions of verify_*, 4 of its 74 math questions; nothing else."""
+    prints = {name: {overlap.fingerprint(q) for q in found} for name, found in questions.items()}
+    assert {name: len(found) for name, found in prints.items()} == {n: len(q) for n, q in questions.items()}
+    common = {
+        (a, b): len(prints[a] & prints[b])
+        for a in prints
+        for b in BENCHMARKS
+        if a != b and prints[a] & prints[b]
+    }
+    assert common == {
+        ("verify gsm8k", "gsm8k_test"): 847,
+        ("verify odyssey", "odyssey_test"): 252,
+        ("verify math", "math500_test"): 4,
+    }
+    assert len(questions["verify gsm8k"]) == 847 and len(questions["verify odyssey"]) == 252
+    # A fifth shares its first sentence with one of MATH500, and asks something else.
+    opening = "A number is selected at random from 1 through 100, inclusive."
+    (asked,) = [q for q in questions["verify math"] if q.startswith(opening)]
+    (other,) = [q for q in questions["math500_test"] if q.startswith(opening)]
+    assert "divisor of 50" in asked and "multiple of 3" in other
+
+
+def test_rows_as_published_have_the_same_fingerprints(questions, shared_data):
+    """Layout, instructions and joined fields are the loader's to remove, and do not matter here."""
+
+    def raw(name):
+        return [json.loads(x) for x in (shared_data / f"{name}.jsonl").read_bytes().splitlines()]
+
+    published = {
+        "gsm8k_test": [row["question"] for row in raw("gsm8k_test")],
+        "svamp_test": [f"{row['Body']} {row['Question']}" for row in raw("svamp_test")],
+        "math500_test": [row["prompt"] for row in raw("math500_test")],
+        "olympiadbench_en_test": [row["question"] for row in raw("olympiadbench_en_test")],
+        "odyssey_test": [next(iter(row.values()))["question"] for row in raw("odyssey_test")],
+    }
+    for name, found in published.items():
+        assert [overlap.fingerprint(q) for q in found] == [overlap.fingerprint(q) for q in questions[name]], (
+            name
+        )
+
+
+def test_no_near_duplicate_is_missed(questions):
+    """Of all pairs that share 0.7 of their word triples (Jaccard), those that are not equal are none."""
+
+    def shingles(question):
+        words = re.findall(r"\w+|[^\w\s]", question.casefold())
+        return frozenset(zip(words, words[1:], words[2:], strict=False))
+
+    missed = []
+    for benchmark in BENCHMARKS:
+        there = [(q, shingles(q)) for q in questions[benchmark]]
+        index = collections.defaultdict(list)
+        for i, (_, found) in enumerate(there):
+            for shingle in found:
+                index[shingle].append(i)
+        for name in ("verify gsm8k", "verify odyssey", "verify math", "gsm8k_train"):
+            for question in questions[name]:
+                own = shingles(question)
+                shared = collections.Counter(i for shingle in own for i in index.get(shingle, ()))
+                for i, count in shared.items():
+                    other, theirs = there[i]
+                    if count < 0.7 * (len(own) + len(theirs) - count):
+                        continue
+                    if overlap.fingerprint(question) != overlap.fingerprint(other):
+                        missed.append((name, benchmark, question, other))
+    assert missed == []
