@@ -70,6 +70,11 @@ def asked_model(kind: str, max_new_tokens: int, temperature: float, top_p: float
     c.concurrency = 16
     c.timeout = 60.0  # seconds a request
     c.retries = 3  # on connection errors, 429 and 5xx, with back-off
+    # on | off: what the chat template is told by `enable_thinking` (Qwen3's has it); "": nothing.  To a server it
+    # goes as `chat_template_kwargs`, a field that vLLM and SGLang know and others may refuse.
+    c.thinking = ""
+    # local: longer conversations are refused, one by one; 0: what the model was trained for, less max_new_tokens
+    c.max_prompt_tokens = 0
     c.max_new_tokens = max_new_tokens
     c.temperature = temperature
     c.top_p = top_p
@@ -184,6 +189,24 @@ def get_config() -> ConfigDict:
     c.warmup.reward_data = ""
     c.warmup.reward_optimiser = optimiser(lr=1e-3, warmup_steps=50)
 
+    # --- a reward model alone: launch/train_rm.py trains the model of `reward` on labelled completions ---
+    c.train_rm = ConfigDict()
+    c.train_rm.data = ""  # files of labelled completions (cooper_jax/data/labelled.py), separated by commas
+    c.train_rm.eval_data = ""  # the same, held out; "" holds out a part of `data`, whole questions
+    c.train_rm.eval_share = 0.1  # so large a part, of the rows
+    c.train_rm.exclude_overlap = True  # leave out held-out rows whose question is in the training data
+    c.train_rm.max_characters = 8000  # training texts of more are dropped; 0 keeps all
+    c.train_rm.epochs = 3
+    c.train_rm.batch = 256  # rows an update, at most: an epoch is cut into equal parts
+    c.train_rm.optimiser = optimiser(lr=2e-5, warmup_steps=20)
+    c.train_rm.decay = "linear"  # of the learning rate, to 0 at the end: constant | linear | cosine
+    # Microbatches have one of so many widths (multiples of data.bucket, chosen for the data) and hold as many rows
+    # as come to reward.microbatch rows of reward.max_tokens: so many programs are compiled.
+    c.train_rm.widths = 6
+    c.train_rm.eval_every = 0  # updates; 0: at the end of each epoch
+    c.train_rm.keep_best = "auroc"  # auroc | accuracy | loss, on the held-out rows
+    c.train_rm.patience = 0  # end after so many evaluations without a better one; 0: never
+
     # --- devices ---
     c.mesh = ConfigDict()
     c.mesh.data = 1
@@ -212,6 +235,19 @@ def get_config() -> ConfigDict:
     )
     # Tried first for a rollout's copy of the weights: they are gathered once a step, and not at every token.
     c.mesh.rollout_rules = (("embed", None),)
+
+    # --- launch/evaluate.py ---
+    c.benchmark = ConfigDict()
+    c.benchmark.samples = 8  # a problem; like the next two, the paper's
+    c.benchmark.temperature = 0.7
+    c.benchmark.top_p = 0.95
+    c.benchmark.max_new_tokens = 1024
+    c.benchmark.max_prompt_tokens = 2048  # problems whose prompts are longer are dropped and counted
+    c.benchmark.problems = 0  # of each benchmark: a fixed part, the same in every evaluation; 0: all
+    c.benchmark.judged_by = "rule"  # rule | model (the reward model, above 0.5) | both
+    c.benchmark.chunk = 64  # problems sampled at once; a kill loses at most so many
+    c.benchmark.bootstrap = 1000  # resamplings behind each 95 % interval
+    c.benchmark.exclude_seen = True  # leave out questions that the reward model was trained on, where it judges
 
     # --- what is kept ---
     c.checkpoint = ConfigDict()

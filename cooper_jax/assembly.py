@@ -27,13 +27,14 @@ from cooper_jax.model import transformer, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistant as assistants
+from cooper_jax.reward import chat as chats
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts, keys, mesh, optim
 from cooper_jax.settings import SetupError, boundary
-from cooper_jax.types import Completion, Params, Problem, TrainState
+from cooper_jax.types import Params, Problem, TrainState
 
 Directory = Path | epath.Path  # a run's, here or under gs://
 
@@ -257,7 +258,11 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
         if cfg.reward.arm == "cooper":
             with boundary("assistant"):
                 local = cfg.assistant.kind == "local"
-                generate = _local_generate(cfg, layouts["assistant"], run_dir) if local else None
+                generate = (
+                    local_generate(cfg, cfg.assistant, "assistant", layouts["assistant"], run_dir)
+                    if local
+                    else None
+                )
                 assistant = assistants.make(cfg.assistant, generate)
             stack.callback(assistant.close)
         rule, assistant = over_hosts(rule, assistant, jax.process_count())
@@ -357,13 +362,33 @@ def rollout_options(cfg: ConfigDict) -> dict[str, float | str | None]:
     )
 
 
-def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Directory) -> Callable:
-    """The local assistant's sampling: (messages of each request, their ids) -> completions.
+def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory) -> chats.Chat:
+    """The language model of the config's section `name`: assistant, judge or source.
 
-    ids are (seed, step, row, attempt); requests of one call share all but the row.
+    A local one is loaded onto `layout`.  Raises SetupError; the caller closes it.
     """
-    section = cfg.assistant
-    model, params, _ = load_model(section, "assistant", "logits", layout, run_dir, cfg.seed)
+    section = {"assistant": cfg.assistant, "judge": cfg.judge, "source": cfg.source}[name]
+    if section.kind == "local" and section.weights in ("", "random"):
+        raise SetupError(
+            f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "
+            f"--config.{name}.weights=DIR, a hub id or a .gguf file, or ask a server (--config.{name}.kind=openai)"
+        )
+    with boundary(name):
+        local = section.kind == "local"
+        generate = local_generate(cfg, section, name, layout, run_dir) if local else None
+        return chats.make(section, name, generate)
+
+
+def local_generate(
+    cfg: ConfigDict, section: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory
+) -> chats.Generate:
+    """Sampling from the weights of `section`: (messages of each request, their ids) -> replies.
+
+    ids are (seed, step, row, attempt), row below 2^31; requests that share all but the row are sampled together.
+    Conversations that are too long are refused: Failure("too_long").
+    """
+    told = chats.thinking(section, name)
+    model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed)
     params = engine.rollout_weights(params, model.config, layout, section.dtype)
     spec = engine.SamplingSpec(
         temperature=section.temperature,
@@ -376,15 +401,31 @@ def _local_generate(cfg: ConfigDict, layout: mesh.Layout, run_dir: Directory) ->
         dtype=section.dtype,
         kv_dtype=cfg.rollout.kv_dtype,
     )
+    most = model.config.max_len - section.max_new_tokens
+    if section.max_prompt_tokens:
+        most = min(most, section.max_prompt_tokens)
+    if most < 1:
+        raise ValueError(
+            f"--config.{name}.max_new_tokens={section.max_new_tokens} leaves no room for a conversation: the model "
+            f"was trained for {model.config.max_len} tokens in all"
+        )
 
-    def generate(messages: Sequence, ids: Sequence[tuple[int, ...]]) -> list[Completion]:
-        seed, step, _, attempt = ids[0]
-        rows = [model.tokenizer.chat(m, fallback=True) for m in messages]
-        places = [row for _, _, row, _ in ids]
-        rollout = engine.generate(
-            params, model.config, layout, rows, places, keys.stream(seed, "assistant", step, attempt), spec,
-            **rollout_options(cfg),
-        )  # fmt: skip
-        return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
+    def generate(messages: Sequence[chats.Messages], ids: Sequence[chats.Ids]) -> list[chats.Reply]:
+        rows = [model.tokenizer.chat(m, fallback=True, variables=told) for m in messages]
+        replies: list[chats.Reply] = [chats.Failure("too_long")] * len(rows)
+        together: dict[tuple[int, int, int], list[int]] = {}
+        for i, (seed, step, _, attempt) in enumerate(ids):
+            if len(rows[i]) <= most:
+                together.setdefault((seed, step, attempt), []).append(i)
+        for (seed, step, attempt), members in together.items():
+            rollout = engine.generate(
+                params, model.config, layout, [rows[i] for i in members], [ids[i][2] for i in members],
+                keys.stream(seed, name, step, attempt), spec, **rollout_options(cfg),
+            )  # fmt: skip
+            for i, text in zip(
+                members, engine.completions(rollout, model.tokenizer.decode, spec.eos_ids), strict=True
+            ):
+                replies[i] = text
+        return replies
 
     return generate

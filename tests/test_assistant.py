@@ -1,7 +1,5 @@
 """Assistants: number edits that keep length and layout, and a client that survives whatever a server does."""
 
-import http.server
-import json
 import logging
 import socket
 import threading
@@ -10,10 +8,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from chat_server import Server
+from chat_server import reply as chat
 
 from configs import base
 from cooper_jax.data import prompts
 from cooper_jax.reward import assistant as assistants
+from cooper_jax.reward import chat as chats
 from cooper_jax.reward.assistant import Failure, Request
 from cooper_jax.reward.corruption import corrupt
 from cooper_jax.types import Completion, Problem
@@ -166,61 +167,10 @@ def test_local_parses_replies_and_keeps_truncation():
 # --- openai ----------------------------------------------------------------------------------------------------
 
 
-class Server:
-    """A chat server on 127.0.0.1 that answers what `script(n, body)` returns: status, headers, body."""
-
-    def __init__(self, script):
-        self.requests, self.open, self.most_open, self.lock = [], 0, 0, threading.Lock()
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    n = len(outer.requests)
-                    outer.requests.append((self.path, dict(self.headers), body))
-                    outer.open += 1
-                    outer.most_open = max(outer.most_open, outer.open)
-                try:
-                    status, headers, content = script(n, body)
-                finally:
-                    with outer.lock:
-                        outer.open -= 1
-                try:
-                    self.send_response(status)
-                    for name, value in headers.items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(content)))
-                    self.end_headers()
-                    self.wfile.write(content)
-                except OSError:  # the client has gone: it was told to wait too long
-                    pass
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        self.thread = threading.Thread(
-            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        )
-        self.thread.start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
-def chat(text, finish="stop", tokens=3):
-    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    return 200, {}, json.dumps({"choices": [choice], "usage": {"completion_tokens": tokens}}).encode()
-
-
 @pytest.fixture
 def openai(monkeypatch):
     """(script, config fields) -> (client, server), closed afterwards."""
-    monkeypatch.setattr(assistants, "BACK_OFF", 0.01)
+    monkeypatch.setattr(chats, "BACK_OFF", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("THE_KEY", "sk-secret")
     made = []
@@ -279,7 +229,7 @@ def test_openai_waits_as_long_as_a_429_asks(openai):
 
 def test_openai_gives_up_on_a_broken_server(openai, caplog):
     client, server = openai(lambda n, body: (500, {}, b"sk-secret oops"), retries=2)
-    with caplog.at_level(logging.DEBUG, logger=assistants.__name__):
+    with caplog.at_level(logging.DEBUG, logger=chats.__name__):
         assert client.rewrite([request()]) == [Failure("http_500")]
     assert len(server.requests) == 3
     assert "1 of 1 requests failed (http_500)" in caplog.text and "sk-secret" not in caplog.text
@@ -327,7 +277,7 @@ def test_openai_reads_any_body(openai, body, reply):
 
 
 def test_openai_down_is_a_failure(monkeypatch):
-    monkeypatch.setattr(assistants, "BACK_OFF", 0.01)
+    monkeypatch.setattr(chats, "BACK_OFF", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

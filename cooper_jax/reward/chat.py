@@ -1,0 +1,293 @@
+"""Language models that are asked: conversations in, one reply each out.
+
+A reply is a `Completion`, or a `Failure` that says why there is none.  A server that is down or answers nonsense,
+or a conversation that is too long, is a Failure, never an exception.
+
+    openai    any server that speaks OpenAI's chat completions
+    local     weights of our own, through a `generate` that the caller built on the rollout engine
+
+The assistant that rewrites, the judge and the source of completions are such models; `name` (assistant, judge or
+source) is the section of the config and the stream of random bits.  What is random depends on a request's ids
+(seed, step, row, attempt) alone: not on its neighbours, nor on who answers first.  (A server's own sampling is its
+affair; it is given a seed.)
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import email.utils
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import httpx
+from ml_collections import ConfigDict
+
+from cooper_jax.runtime import keys
+from cooper_jax.types import Completion
+
+log = logging.getLogger(__name__)
+
+Ids = tuple[int, int, int, int]  # seed, step, row, attempt
+Messages = Sequence[tuple[str, str]]  # (role, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why there is no reply: `connection`, `timeout`, `http_500`, `nonsense`, `empty`, `too_long`, ..."""
+
+    reason: str
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may well be answered another time."""
+        return self.reason in ("connection", "timeout", "http_429") or self.reason.startswith("http_5")
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether it lies with the server, its address or the key, not with this request."""
+        return self.reason in ("connection", "http_401", "http_403", "http_404")
+
+
+Reply = Completion | Failure
+Generate = Callable[[Sequence[Messages], Sequence[Ids]], list[Reply]]
+
+
+class Chat(Protocol):
+    overlaps: bool  # it computes away from our devices, so a thread may ask it while they work
+
+    def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
+        """One reply a conversation, in their order."""
+
+    def close(self) -> None: ...
+
+
+def make(section: ConfigDict, name: str, generate: Generate | None = None) -> Chat:
+    """The model of a config's section called `name`.
+
+    Args:
+      generate: for `local`: conversations and their ids -> replies.
+
+    Raises ValueError, with the flag to set, for an unknown kind or a missing address, model or generate.
+    """
+    thinking(section, name)
+    if section.kind == "openai":
+        return OpenAI(section, name)
+    if section.kind == "local":
+        if generate is None:
+            raise ValueError(f"--config.{name}.kind=local: this program has no rollout engine to run it on")
+        return Local(generate, name)
+    raise ValueError(f"--config.{name}.kind={section.kind!r}: must be openai or local")
+
+
+def thinking(section: ConfigDict, name: str) -> dict[str, bool]:
+    """What a chat template is told about thinking: nothing, where the section says nothing."""
+    choices: dict[str, dict[str, bool]] = {
+        "": {},
+        "on": {"enable_thinking": True},
+        "off": {"enable_thinking": False},
+    }
+    if section.thinking not in choices:
+        raise ValueError(f"--config.{name}.thinking={section.thinking!r}: must be on, off or empty")
+    return choices[section.thinking]
+
+
+# --- local -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Weights of our own, on our devices."""
+
+    generate: Generate
+    name: str
+    overlaps = False
+
+    def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
+        if not conversations:
+            return []
+        replies = self.generate(conversations, ids)
+        if len(replies) != len(conversations):
+            raise ValueError(
+                f"the local {self.name} gave {len(replies)} completions to {len(conversations)} requests"
+            )
+        return replies
+
+    def close(self) -> None:
+        pass
+
+
+# --- openai ------------------------------------------------------------------------------------------------
+
+BACK_OFF = 0.5  # seconds before the first retry; doubles each time
+LONGEST_WAIT = 60.0  # seconds between two tries at most, whatever Retry-After asks for
+LARGEST_BODY = 8 << 20  # bytes of a response
+
+
+class OpenAI:
+    """A server that speaks OpenAI's chat completions; `section` is the config's, called `name`.
+
+    At most `concurrency` requests are under way at a time.  Connection errors, 429 and 5xx are tried again up to
+    `retries` times, after the server's Retry-After or an exponential back-off with jitter; a request that takes
+    longer than `timeout` seconds is not, for somebody waits for it.  The key is read from the environment variable
+    `key_env` and goes nowhere but into the Authorization header; a local server may need none.
+    """
+
+    overlaps = True
+
+    def __init__(self, section: ConfigDict, name: str):
+        for field in ("url", "model"):
+            if not section[field]:
+                raise ValueError(f"--config.{name}.kind=openai: set --config.{name}.{field}")
+        if not section.url.startswith(("http://", "https://")):
+            raise ValueError(f"--config.{name}.url={section.url!r}: must begin with http:// or https://")
+        for field, least in (("concurrency", 1), ("retries", 0)):
+            if section[field] < least:
+                raise ValueError(f"--config.{name}.{field}={section[field]}: must be at least {least}")
+        if section.timeout <= 0:
+            raise ValueError(f"--config.{name}.timeout={section.timeout}: must be positive")
+        self.name = name
+        self._cfg = section
+        self.address = section.url.rstrip("/") + "/chat/completions"
+        try:
+            named = httpx.URL(self.address).host
+        except httpx.InvalidURL as error:
+            raise ValueError(f"--config.{name}.url={section.url!r}: {error}") from error
+        if not named:
+            raise ValueError(f"--config.{name}.url={section.url!r}: names no host")
+        variable = section.key_env
+        key = os.environ[variable].strip() if variable and variable in os.environ else ""
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"the environment variable {variable} holds characters that no key has")
+        # Servers that do not know the field may refuse it, so it is sent only where it says something.
+        told = thinking(section, name)
+        self._extra = {"chat_template_kwargs": told} if told else {}
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=section.timeout,
+            limits=httpx.Limits(max_connections=section.concurrency),
+        )
+        self._threads = concurrent.futures.ThreadPoolExecutor(section.concurrency, thread_name_prefix=name)
+        self._closing = threading.Event()
+
+    def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
+        replies = list(self._threads.map(self._one, conversations, ids))
+        reasons = sorted({reply.reason for reply in replies if isinstance(reply, Failure)})
+        if reasons:
+            failed = sum(isinstance(reply, Failure) for reply in replies)
+            log.warning(
+                "%s: %d of %d requests failed (%s)", self.address, failed, len(replies), ", ".join(reasons)
+            )
+        return replies
+
+    def stream(self, requests: Iterable[tuple[Messages, Ids]]) -> Iterator[tuple[int, Reply]]:
+        """(place among the requests, reply), as they come.
+
+        Requests are taken while others are under way, so the iterable may end them when it likes: those that it
+        gave are answered still.
+        """
+        waiting: dict[concurrent.futures.Future, int] = {}
+        ahead = 2 * self._cfg.concurrency  # so that no thread waits for the caller
+        requests, place, more = iter(requests), 0, True
+        try:
+            while more or waiting:
+                while more and len(waiting) < ahead:
+                    request = next(requests, None)
+                    more = request is not None
+                    if more:
+                        waiting[self._threads.submit(self._one, *request)] = place
+                        place += 1
+                done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    yield waiting.pop(future), future.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._threads.shutdown(cancel_futures=True)
+        self._client.close()
+
+    def _one(self, messages: Messages, ids: Ids) -> Reply:
+        seed, *rest = ids
+        rng = keys.numpy_stream(seed, self.name, *rest)
+        body = {
+            "model": self._cfg.model,
+            "messages": [{"role": role, "content": _sendable(text)} for role, text in messages],
+            "max_tokens": self._cfg.max_new_tokens,
+            "temperature": self._cfg.temperature,
+            "top_p": self._cfg.top_p,
+            "seed": int(rng.integers(2**31)),
+            **self._extra,
+        }
+        for attempt in range(self._cfg.retries + 1):
+            reply, again, asked = self._post(body)
+            if not again or attempt == self._cfg.retries:
+                break
+            wait = asked if asked is not None else BACK_OFF * 2**attempt * (1.0 + rng.random())
+            if self._closing.wait(min(wait, LONGEST_WAIT)):
+                break
+        return reply
+
+    def _post(self, body: dict[str, Any]) -> tuple[Reply, bool, float | None]:
+        """(reply, whether to try again, the seconds that the server asks to be left alone)."""
+        deadline = time.monotonic() + self._cfg.timeout
+        try:
+            with self._client.stream("POST", self.address, json=body) as response:
+                content = bytearray()
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    # httpx times single reads: a server that trickles would never be late.
+                    if time.monotonic() > deadline:
+                        return Failure("timeout"), False, None
+                    if len(content) > LARGEST_BODY:
+                        return Failure("nonsense"), False, None
+        except httpx.TimeoutException:
+            return Failure("timeout"), False, None
+        except httpx.TransportError:
+            return Failure("connection"), True, None
+        except httpx.HTTPError:  # a body that does not decode
+            return Failure("nonsense"), False, None
+        status = response.status_code
+        if status == 200:
+            return _read_chat(bytes(content)), False, None
+        asked = _retry_after(response.headers.get("Retry-After", ""))
+        return Failure(f"http_{status}"), status == 429 or status >= 500, asked
+
+
+def _sendable(text: str) -> str:
+    """Lone surrogates cannot be sent."""
+    return text.encode(errors="replace").decode()
+
+
+def _read_chat(content: bytes) -> Reply:
+    """The first choice of a chat completion."""
+    try:
+        chat = json.loads(content)
+        choice = chat["choices"][0]
+        text, truncated = choice["message"]["content"], choice["finish_reason"] == "length"
+        tokens = chat["usage"]["completion_tokens"] if "usage" in chat and chat["usage"] else 0
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return Failure("nonsense")
+    if text is None:
+        return Failure("empty")
+    if not isinstance(text, str) or not isinstance(tokens, int):
+        return Failure("nonsense")
+    return Completion(text, truncated, tokens)
+
+
+def _retry_after(header: str) -> float | None:
+    """Seconds from now, of a Retry-After in seconds or as a date."""
+    if re.fullmatch(r"\d+(\.\d+)?", header.strip()):
+        return float(header)
+    try:
+        return max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return None

@@ -1,0 +1,232 @@
+"""Language models that are asked, and the judge: what a reply says, and what it leaves undecided."""
+
+import json
+import threading
+import time
+
+import jax
+import pytest
+import tiny_models
+import tiny_tokenizers
+from chat_server import Server, reply
+
+from configs import base
+from cooper_jax import assembly
+from cooper_jax.data import prompts
+from cooper_jax.model import weights
+from cooper_jax.reward import chat as chats
+from cooper_jax.reward import judge as judges
+from cooper_jax.reward.chat import Failure
+from cooper_jax.reward.judge import Judgement
+from cooper_jax.settings import SetupError
+from cooper_jax.types import Completion, Triple
+
+TRIPLE = Triple("How many?", "20", "14 + 6 = 20. The answer is 20.")
+IDS = (7, 0, 0, 0)
+
+
+def section(name="judge", **fields):
+    cfg = base.get_config()[name]
+    cfg.update(fields)
+    return cfg
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """(script, fields) -> (client, server), closed afterwards."""
+    monkeypatch.setattr(chats, "BACK_OFF", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    made = []
+
+    def make(script, name="judge", **fields):
+        server = Server(script)
+        client = chats.make(section(name, url=server.url, model="m", timeout=5.0, **fields), name)
+        made.extend((server, client))
+        return client, server
+
+    yield make
+    for thing in reversed(made):
+        thing.close()
+
+
+# --- what a reply says ---------------------------------------------------------------------------------------
+
+REPLIES = [
+    (Completion("Verdict: CORRECT"), True, ""),
+    (Completion("20 is 20.\n**Verdict: INCORRECT**"), False, ""),
+    (Completion("<think>\nVerdict: INCORRECT\n</think>\nVerdict: CORRECT"), True, ""),
+    (Completion("Verdict: CORRECT\n</think>\nVerdict: INCORRECT"), False, ""),  # the template had opened it
+    (Completion("<think>Verdict: CORRECT"), None, "unparsed"),
+    (Completion("Verdict: CORRECT\nVerdict: INCORRECT"), None, "unparsed"),
+    (Completion("Verdict: CORRECT or Verdict: INCORRECT"), None, "unparsed"),
+    (Completion("It is correct that the answer is 20."), None, "unparsed"),
+    (Completion("Verdict: CORRECTLY"), None, "unparsed"),
+    (Completion(""), None, "unparsed"),
+    (Completion("Verdict: CORRECT", truncated=True), None, "truncated"),
+    (Failure("http_500"), None, "http_500"),
+]
+
+
+@pytest.mark.parametrize(("reply", "correct", "reason"), REPLIES)
+def test_a_reply_is_read_strictly(reply, correct, reason):
+    found = judges.read(reply)
+    assert (found.correct, found.reason) == (correct, reason)
+    assert found.reply == ("" if isinstance(reply, Failure) else reply.text)
+
+
+def test_judge_asks_once_a_triple_and_keeps_order(ask):
+    def script(n, body):
+        return reply("Verdict: CORRECT" if "<reference_answer>20<" in body["messages"][0]["content"] else "?")
+
+    client, server = ask(script)
+    other = Triple("How many?", "21", TRIPLE.completion)
+    found = judges.judge(client, [other, TRIPLE, other], [IDS, (7, 0, 1, 0), (7, 0, 2, 0)])
+    assert found == [
+        Judgement(None, "?", "unparsed"),
+        Judgement(True, "Verdict: CORRECT"),
+        Judgement(None, "?", "unparsed"),
+    ]
+    assert len(server.requests) == 3
+    sent = server.bodies[0]
+    assert sent["temperature"] == 0.0 and "chat_template_kwargs" not in sent
+    wanted = [prompts.judge_messages(t.question, t.reference, t.completion) for t in (other, TRIPLE)]
+    assert {b["messages"][0]["content"] for b in server.bodies} == {m[0][1] for m in wanted}
+
+
+def test_a_server_that_fails_decides_nothing(ask):
+    client, _ = ask(lambda n, body: (400, {}, b"{}"))
+    assert judges.judge(client, [TRIPLE], [IDS]) == [Judgement(None, "", "http_400")]
+
+
+# --- models that are asked -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("choice", "told"), [("off", False), ("on", True)])
+def test_thinking_is_switched_where_the_section_says_so(ask, choice, told):
+    client, server = ask(lambda n, body: reply("ok"), thinking=choice)
+    client.ask([[("user", "hello")]], [IDS])
+    assert server.bodies[0]["chat_template_kwargs"] == {"enable_thinking": told}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(thinking="maybe", url="http://h/v1", model="m"), "--config.judge.thinking='maybe'"),
+        (dict(kind="corrupt"), "--config.judge.kind='corrupt'"),
+        (dict(kind="local"), "--config.judge.kind=local"),
+        (dict(url="http://h/v1"), "set --config.judge.model"),
+    ],
+)
+def test_make_names_the_section(fields, message):
+    with pytest.raises(ValueError) as caught:
+        chats.make(section(**fields), "judge")
+    assert message in str(caught.value)
+
+
+def test_each_section_draws_its_own_seeds(ask):
+    seeds = []
+    for name in ("assistant", "judge", "source", "source"):
+        client, server = ask(lambda n, body: reply("ok"), name=name, kind="openai")
+        client.ask([[("user", "hello")]], [IDS])
+        seeds.append(server.bodies[0]["seed"])
+    assert len(set(seeds)) == 3 and seeds[2] == seeds[3]
+
+
+def test_stream_gives_replies_as_they_come(ask):
+    held = threading.Event()
+
+    def script(n, body):
+        text = body["messages"][0]["content"]
+        if text == "0":
+            held.wait(10)
+        return reply(text)
+
+    client, _ = ask(script, concurrency=2)
+    found = []
+    for place, got in client.stream(([("user", str(i))], (7, 0, i, 0)) for i in range(5)):
+        found.append((place, got.text))
+        if len(found) == 4:
+            held.set()
+    assert found[-1] == (0, "0") and sorted(found) == [(i, str(i)) for i in range(5)]
+
+
+def test_stream_answers_what_it_has_taken_when_the_requests_end(ask):
+    """A caller that is to stop ends its requests; nothing that was sent is thrown away."""
+    stop, taken = threading.Event(), []
+
+    def requests():
+        for i in range(1000):
+            if stop.is_set():
+                return
+            taken.append(i)
+            yield [("user", str(i))], (7, 0, i, 0)
+
+    def script(n, body):
+        time.sleep(0.01)
+        return reply("x")
+
+    client, _ = ask(script, concurrency=2)
+    found = []
+    for place, _ in client.stream(requests()):
+        found.append(place)
+        if len(found) == 3:
+            stop.set()
+    assert sorted(found) == taken and 3 < len(taken) < 20
+
+
+# --- weights of our own --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A random model of one layer with a chat template's tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = tiny_tokenizers.write(folder / "llama", "llama3")
+    model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
+    weights.save(folder / "hf", model, tiny_models.random_params(model), "logits", tokenizer_dir=tokenizer)
+    return folder / "hf"
+
+
+def local(directory, tmp_path, name, **fields):
+    cfg = base.get_config()
+    cfg[name].update(kind="local", weights=str(directory), max_new_tokens=6, **fields)
+    layout = assembly.make_layouts(cfg, jax.devices()[:1])["policy"]
+    return assembly.open_chat(cfg, name, layout, tmp_path)
+
+
+def test_local_is_greedy_at_temperature_0_and_drawn_by_name_above(directory, tmp_path):
+    asked = [[("user", "2 + 2")], [("user", "The answer is 7.")]]
+    greedy = local(directory, tmp_path, "judge")
+    first, again = (greedy.ask(asked, [(seed, 0, 3, 0), (seed, 0, 4, 0)]) for seed in (0, 1))
+    assert first == again and not greedy.overlaps
+    judge, source = (local(directory, tmp_path, n, temperature=1.0) for n in ("judge", "source"))
+    ids = [(0, 0, 3, 0), (0, 1, 4, 0)]  # of two steps: sampled apart
+    drawn = judge.ask(asked, ids)
+    assert judge.ask(asked[1:], ids[1:]) == drawn[1:] and drawn == judge.ask(asked, ids)
+    assert source.ask(asked, ids) != drawn != first
+
+
+def test_local_refuses_what_does_not_fit(directory, tmp_path):
+    """The model was trained for 256 tokens; its neighbours are answered."""
+    chat = local(directory, tmp_path, "judge")
+    long, short = [("user", "9" * 300)], [("user", "9")]
+    replies = chat.ask([short, long, short], [(0, 0, i, 0) for i in range(3)])
+    assert replies[1] == Failure("too_long") and replies[0] == replies[2] and replies[0].tokens
+    assert chat.ask([long], [IDS]) == [Failure("too_long")] and chat.ask([], []) == []
+    small = local(directory, tmp_path, "judge", max_prompt_tokens=8)
+    assert small.ask([[("user", "9 9 9 9 9 9 9 9")]], [IDS]) == [Failure("too_long")]
+
+
+def test_local_needs_trained_weights(tmp_path):
+    cfg = base.get_config()
+    cfg.judge.kind = "local"
+    with pytest.raises(SetupError, match="--config.judge.weights=DIR"):
+        assembly.open_chat(cfg, "judge", assembly.make_layout(cfg), tmp_path)
+
+
+def test_a_judgement_can_be_kept_as_json():
+    assert json.loads(json.dumps(judges.read(Completion("Verdict: CORRECT")).__dict__)) == {
+        "correct": True,
+        "reply": "Verdict: CORRECT",
+        "reason": "",
+    }
