@@ -96,6 +96,9 @@ def get_config() -> ConfigDict:
     c.data.format = "auto"
     c.data.eval = ""  # problems held out for evaluation; "" with a train file: no periodic evaluation
     c.data.eval_format = "auto"
+    # Leave out held-out problems whose question the reward model is trained on, here or before (seen_questions.json
+    # beside its weights).  False: evaluate on them too.  How many there are is said in either case.
+    c.data.exclude_seen = True
     c.data.question_key = "question"  # column names for jsonl, parquet and tfds
     c.data.reference_key = "answer"
     c.data.solution_key = ""  # a column with worked solutions, where there is one

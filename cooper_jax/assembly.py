@@ -2,6 +2,7 @@
 
 1. `settings.check` refuses configs that contradict themselves.
 2. `load_problems` reads the training problems and those held out; over-long prompts are dropped and counted.
+   Held-out ones that the reward model is trained on are left out (data/contamination.py).
 3. `build` loads weights and tokenizers, starts the rule's workers, compiles nothing yet, and returns the
    machinery (`Cooper`, which never changes) apart from the state (`State`, which every step replaces).
 """
@@ -20,8 +21,8 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from cooper_jax import settings
+from cooper_jax.data import contamination, prompts, synthetic
 from cooper_jax.data import problems as problem_sets
-from cooper_jax.data import prompts, synthetic
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.model.config import ModelConfig
@@ -97,7 +98,7 @@ class State:
 
 
 def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
-    """Training problems, and those held out for evaluation (may be none)."""
+    """Training problems, and all those held out for evaluation (may be none)."""
     d = cfg.data
     if d.format == "synthetic":
         return (
@@ -111,7 +112,7 @@ def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
         return train, []
     with boundary(f"data.eval={d.eval}"):
         held_out = problem_sets.load(d.eval, d.eval_format, split=d.eval_split, **columns)
-    return train, held_out[: cfg.eval.problems]
+    return train, held_out
 
 
 def load_tokenizer(section: ConfigDict, name: str, run_dir: Directory) -> tokenizers.Tokenizer:
@@ -225,6 +226,7 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
             f"{layout.batch_shards} batch shards: raise it, or set 0 for no bound"
         )
     train, held_out = load_problems(cfg)
+    held_out = contamination.set_apart(cfg, run_dir, train, held_out)[: cfg.eval.problems]
     with contextlib.ExitStack() as stack:
         policy, policy_state = _policy_wing(cfg, layouts, run_dir)
         reward, reward_state = _reward_wing(cfg, layouts["reward"], run_dir)

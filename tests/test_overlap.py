@@ -6,7 +6,10 @@ import re
 
 import pytest
 
-from cooper_jax.data import labelled, overlap, problems
+from configs import base
+from cooper_jax import assembly
+from cooper_jax.data import contamination, labelled, overlap, problems
+from cooper_jax.settings import SetupError
 from cooper_jax.types import Problem
 
 COLUMNS = dict(question_key="question", reference_key="answer", solution_key="", tfds_dir="", split="train")
@@ -209,3 +212,143 @@ def test_no_near_duplicate_is_missed(questions):
                     if overlap.fingerprint(question) != overlap.fingerprint(other):
                         missed.append((name, benchmark, question, other))
     assert missed == []
+
+
+# --- a run's held-out problems --------------------------------------------------------------------------------
+
+
+def config(**changes):
+    """A run's knobs; dots in names are written as double underscores."""
+    cfg = base.get_config()
+    for name, value in {"data__train": "train.jsonl", **changes}.items():
+        *sections, field = name.split("__")
+        section = cfg
+        for part in sections:
+            section = section[part]
+        section[field] = value
+    return cfg
+
+
+def weights_directory(path, architecture="LlamaForSequenceClassification", record=None):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    if record is not None:
+        overlap.write_record(path, record)
+    return str(path)
+
+
+TRAIN = [Problem(q, "1") for q in ("One?", "Two?", "Three?")]
+HELD_OUT = [Problem(q, "1") for q in ("two", "Four?", "Five?", "Six?")]
+KNOWN = overlap.record(["four", "THREE"], "rows.jsonl")
+
+
+def apart(capsys, run_dir, cfg, train=TRAIN, held_out=HELD_OUT):
+    """What is kept, and what was said."""
+    run_dir.mkdir(exist_ok=True)
+    kept = contamination.set_apart(cfg, run_dir, train, held_out)
+    return [p.question for p in kept], capsys.readouterr().out
+
+
+def test_held_out_problems_that_the_reward_model_saw_are_left_out(tmp_path, capsys):
+    weights = weights_directory(tmp_path / "rm", record=KNOWN)
+    changed = dict(reward__weights=weights, reward__arm="model")
+    kept, said = apart(capsys, tmp_path / "run", config(**changed))
+    assert kept == ["two", "Five?", "Six?"]
+    assert said == (
+        "the reward model is trained on 2 questions of rows.jsonl; among them 1 of 4 held-out questions (left "
+        "out), before this run 1 of 3 training questions\n"
+    )
+    kept, said = apart(capsys, tmp_path / "run", config(**changed, data__exclude_seen=False))
+    assert kept == [p.question for p in HELD_OUT] and "1 of 4 held-out questions (kept, as data.exc" in said
+    assert overlap.read_record(tmp_path / "run") == KNOWN
+    # In the cooper arm it is trained on the training problems too.
+    kept, said = apart(capsys, tmp_path / "cooper", config(reward__weights=weights))
+    assert kept == ["Five?", "Six?"]
+    assert "2 questions of rows.jsonl, 3 questions of train.jsonl; among them 2 of 4 held-out" in said
+    whole = KNOWN | overlap.record(["one", "two", "three"], "train.jsonl")
+    assert overlap.read_record(tmp_path / "cooper") == whole and len(whole.fingerprints) == 4
+
+
+def test_the_rule_arm_has_nothing_to_leave_out(tmp_path, capsys):
+    cfg = config(reward__weights=weights_directory(tmp_path / "rm", record=KNOWN), reward__arm="rule")
+    assert apart(capsys, tmp_path / "run", cfg) == ([p.question for p in HELD_OUT], "")
+    assert not (tmp_path / "run" / overlap.SEEN).exists()
+
+
+def test_weights_without_a_record_are_unknown(tmp_path, capsys):
+    weights = weights_directory(tmp_path / "rm")
+    kept, said = apart(capsys, tmp_path / "run", config(reward__weights=weights, reward__arm="model"))
+    assert len(kept) == 4 and "trained on no known question; among them 0 of 4 held-out questions, " in said
+    assert f"what else reward.weights={weights} saw is unknown" in said
+    assert not overlap.read_record(tmp_path / "run").complete
+    # A language model is no reward model yet, and weights made at random saw nothing.
+    trunk = weights_directory(tmp_path / "lm", "LlamaForCausalLM")
+    for weights in (trunk, "random"):
+        kept, said = apart(capsys, tmp_path / "run", config(reward__weights=weights, reward__arm="model"))
+        assert len(kept) == 4 and "unknown" not in said
+        assert overlap.read_record(tmp_path / "run") == overlap.Record()
+
+
+def test_warm_up_data_are_seen(tmp_path, capsys):
+    row = {"question": "Five?", "reference_answer": "1", "completion": "1", "label": 1}
+    (tmp_path / "warm.jsonl").write_text(json.dumps(row) + "\n")
+    changed = dict(reward__arm="model", warmup__reward_data=str(tmp_path / "warm.jsonl"))
+    kept, said = apart(capsys, tmp_path / "run", config(**changed, warmup__reward_steps=5))
+    assert kept == ["two", "Four?", "Six?"] and "1 questions of warm.jsonl; among them 1 of 4" in said
+    kept, _ = apart(capsys, tmp_path / "run", config(**changed))  # no step of it
+    assert len(kept) == 4
+    kept, _ = apart(capsys, tmp_path / "run", config(reward__arm="model", warmup__reward_steps=5))
+    assert kept == ["Four?", "Five?", "Six?"]  # worked solutions of the training problems
+
+
+def test_a_run_that_goes_on_keeps_what_it_began_with(tmp_path, capsys):
+    weights = weights_directory(tmp_path / "rm", record=KNOWN)
+    changed = config(reward__weights=weights, reward__arm="model")
+    first, _ = apart(capsys, tmp_path / "run", changed)
+    overlap.write_record(weights, overlap.record(["six"], "others.jsonl"))
+    (tmp_path / "run" / "checkpoints" / "0").mkdir(parents=True)
+    again, said = apart(capsys, tmp_path / "run", changed)
+    assert again == first and "before this run" not in said
+    assert overlap.read_record(tmp_path / "run") == KNOWN
+
+
+def test_nothing_left_to_evaluate_on_is_refused(tmp_path, capsys):
+    weights = weights_directory(tmp_path / "rm", record=KNOWN)
+    cfg = config(reward__weights=weights, reward__arm="model", data__eval="held.jsonl")
+    with pytest.raises(
+        SetupError, match="held.jsonl: .* on all 1 questions.*rows.jsonl.*data.exclude_seen=False"
+    ):
+        apart(capsys, tmp_path / "run", cfg, held_out=[Problem("Four", "1")])
+    assert apart(capsys, tmp_path / "run", cfg, held_out=[])[0] == []
+    (tmp_path / "rm" / overlap.SEEN).write_text("{}")
+    with pytest.raises(SetupError, match="reward.weights=.*seen_questions.json: field 'version' is missing"):
+        apart(capsys, tmp_path / "run", cfg)
+
+
+def test_the_real_overlap_is_left_out_of_a_run(tmp_path, capsys, shared_data):
+    """Warmed up on verify_train, held out: MATH500.  The limit applies to what is left."""
+    cfg = config(
+        data__train=str(shared_data / "gsm8k_train.jsonl"),
+        data__eval=str(shared_data / "math500_test.jsonl"),
+        warmup__reward_data=str(shared_data / "verify_train.jsonl"),
+        warmup__reward_steps=1,
+        reward__arm="model",
+    )
+    train, held_out = assembly.load_problems(cfg)
+    found = {
+        overlap.fingerprint(t.question) for t in labelled.load(cfg.warmup.reward_data) if t.source == "math"
+    }
+    overlapping = [p.question for p in held_out if overlap.fingerprint(p.question) in found]
+    kept, said = apart(capsys, tmp_path / "run", cfg, train, held_out)
+    assert len(held_out) == 500 and 1 <= len(overlapping) <= 4
+    assert kept == [p.question for p in held_out if p.question not in overlapping]
+    assert (
+        f"questions of verify_train.jsonl; among them {len(overlapping)} of 500 held-out questions (left"
+        in said
+    )
+    assert "before this run 0 of 7473 training questions" in said
+    cfg.data.eval = str(shared_data / "odyssey_test.jsonl")
+    held_out = assembly.load_problems(cfg)[1]
+    kept, said = apart(capsys, tmp_path / "run", cfg, train, held_out)
+    assert f"among them {387 - len(kept)} of 387 held-out questions (left out)" in said
+    assert 387 - 252 < len(kept) < 387

@@ -13,6 +13,7 @@ closer than that is left to find (tests/test_overlap.py): what shares most of it
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -81,6 +82,7 @@ def normalise(question: str) -> str:
     return out or text  # nothing but punctuation
 
 
+@functools.lru_cache(maxsize=1 << 16)  # a data set is counted, split and recorded
 def fingerprint(question: str) -> str:
     """32 hex digits: a hash of the normalised question."""
     return hashlib.blake2b(
@@ -113,7 +115,10 @@ class Record:
     def __or__(self, other: Record) -> Record:
         return Record(
             self.fingerprints | other.fingerprints,
-            {**self.sources, **other.sources},
+            {
+                name: max(r.sources[name] for r in (self, other) if name in r.sources)
+                for name in (*self.sources, *other.sources)
+            },
             self.complete and other.complete,
         )
 
@@ -193,12 +198,12 @@ def write_record(directory: str | os.PathLike, seen: Record) -> None:
 
 
 def read_record(weights: str | os.PathLike) -> Record | None:
-    """The record beside weights: a directory, here or at an address, or a hub id in the hub's cache.
+    """The record beside weights: a directory, here or at an address, or a hub id.
 
     None where there is none: what such weights saw is unknown (or, for weights made at random, nothing).  Raises
     ValueError for a damaged record, naming the file.
     """
-    path = _find(os.fspath(weights))
+    path = _find(os.fspath(weights), SEEN)
     return None if path is None else Record.decode(path.read_bytes(), str(path))
 
 
@@ -208,19 +213,32 @@ def read_seen(weights: str | os.PathLike) -> frozenset[str]:
     return frozenset() if found is None else found.fingerprints
 
 
-def _find(weights: str) -> Path | None:
+def has_trained_head(weights: str | os.PathLike) -> bool:
+    """Whether weights are a sequence classifier's, by their config.json; what is damaged is another's to report."""
+    path = _find(os.fspath(weights), "config.json")
+    try:
+        config = json.loads(path.read_bytes()) if path is not None else {}
+        return any("ForSequenceClassification" in name for name in config["architectures"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _find(weights: str, name: str) -> Path | None:
+    """A file of a weights directory; None where it has no such file, or there is no such directory."""
     if files.is_remote(weights):
         try:
-            path = files.local(weights, (SEEN,))
+            path = files.local(weights, (name,))
         except FileNotFoundError:
             return None
     else:
         path = Path(weights).expanduser()
-    if (path / SEEN).is_file():
-        return path / SEEN
+    if (path / name).is_file():
+        return path / name
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights):
         return None
     import huggingface_hub
 
-    cached = huggingface_hub.try_to_load_from_cache(weights, SEEN)
-    return Path(cached) if isinstance(cached, str) else None
+    try:
+        return Path(huggingface_hub.hf_hub_download(weights, name))
+    except Exception:  # a dozen kinds: no such file, no such id, offline; the weights' own loader says which
+        return None

@@ -1,0 +1,147 @@
+"""What a run's reward model is trained on, against what the run is evaluated on.
+
+`set_apart` is the way in:
+
+1. `before` and `with_training` add up a run's record: what the reward model's weights saw before, what the warm-up
+   shows them, and in the cooper arm the training problems, on whose answers the reward model is updated.
+2. `leave_out` takes the held-out problems among them out of the evaluation.
+3. `report` says how many there are, in one line.
+
+The rule arm has no reward model, and no record.  Evaluations that are to be compared between arms want held-out
+problems that no arm's reward model has seen, so that none is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from cooper_jax.data import labelled, overlap
+from cooper_jax.data.overlap import Record
+from cooper_jax.runtime import hosts
+from cooper_jax.runtime.checkpoint import steps_in
+from cooper_jax.settings import SetupError, boundary
+from cooper_jax.types import Problem
+
+
+def set_apart(
+    cfg: ConfigDict, run_dir: Path | epath.Path, train: Sequence[Problem], held_out: Sequence[Problem]
+) -> list[Problem]:
+    """The held-out problems to evaluate on; the overlap is said in one line.
+
+    What the reward model is trained on is written into the run directory, by the first host.  It goes from there
+    with an exported reward model, and holds for the whole run: one that goes on reads it.  Raises SetupError.
+    """
+    lines = []
+
+    def look() -> bytes:
+        known = overlap.read_record(run_dir) if steps_in(run_dir) else None
+        earlier = None if known is not None else before(cfg)
+        seen = known if known is not None else with_training(cfg, earlier, train)
+        if seen is None:
+            return b""
+        overlap.write_record(run_dir, seen)
+        lines.append(report(cfg, seen, held_out, train, earlier))
+        return seen.encode()
+
+    with boundary("run_dir"):
+        told = hosts.broadcast("questions seen", look)
+        seen = overlap.Record.decode(told, f"{run_dir / overlap.SEEN}") if told else None
+    kept = leave_out(cfg, held_out, seen)
+    for line in filter(None, lines):
+        hosts.say(line)
+    return kept
+
+
+def before(cfg: ConfigDict) -> Record | None:
+    """What the reward model saw before step 1, of other data than the training problems; None in the rule arm.
+
+    That is what is recorded beside its weights, and the questions of warmup.reward_data.  Raises SetupError for a
+    damaged record or file.
+    """
+    if cfg.reward.arm == "rule":
+        return None
+    weights = cfg.reward.weights
+    seen = Record()
+    if weights != "random":
+        with boundary(f"reward.weights={weights!r}"):
+            # Without a trained head it is a language model, and no answer was ever judged by it.
+            seen = overlap.read_record(weights) or Record(complete=not overlap.has_trained_head(weights))
+    if cfg.warmup.reward_steps and cfg.warmup.reward_data:
+        with boundary(f"warmup.reward_data={cfg.warmup.reward_data}"):
+            triples = labelled.load(cfg.warmup.reward_data)
+        seen |= overlap.record((t.question for t in triples), _name(cfg.warmup.reward_data))
+    return seen
+
+
+def with_training(cfg: ConfigDict, seen: Record | None, train: Sequence[Problem]) -> Record | None:
+    """The run's whole record: with the training problems, where the reward model is trained on them."""
+    solutions = cfg.warmup.reward_steps and not cfg.warmup.reward_data
+    if seen is None or not (cfg.reward.arm == "cooper" or solutions):
+        return seen
+    return seen | overlap.record((p.question for p in train), _name(cfg.data.train) or cfg.data.format)
+
+
+def leave_out(cfg: ConfigDict, held_out: Sequence[Problem], seen: Record | None) -> list[Problem]:
+    """The held-out problems that the reward model is not trained on; with data.exclude_seen=False, all.
+
+    Raises SetupError where none would be left.
+    """
+    if seen is None or not cfg.data.exclude_seen:
+        return list(held_out)
+    kept, _ = overlap.split(held_out, seen.fingerprints)
+    if held_out and not kept:
+        raise SetupError(
+            f"data.eval={cfg.data.eval}: the reward model is trained on all {len(held_out)} questions in it "
+            f"({_sources(seen)}), so nothing is left to evaluate on: give another file, or evaluate on them with "
+            "--config.data.exclude_seen=False"
+        )
+    return kept
+
+
+def report(
+    cfg: ConfigDict,
+    seen: Record,
+    held_out: Sequence[Problem],
+    train: Sequence[Problem],
+    earlier: Record | None,
+) -> str:
+    """One line on the overlap; "" for made problems, which no file holds.
+
+    earlier: what the reward model saw before this run, against which the training problems are held; None where
+    that is not known any more.
+    """
+    if cfg.data.format == "synthetic":
+        return ""
+    parts = []
+    if held_out:
+        _, among = overlap.split(held_out, seen.fingerprints)
+        done = "left out" if cfg.data.exclude_seen else "kept, as data.exclude_seen=False"
+        parts.append(f"{len(among)} of {len(held_out)} held-out questions" + (f" ({done})" if among else ""))
+    if earlier is not None:
+        _, known = overlap.split(train, earlier.fingerprints)
+        parts.append(f"before this run {len(known)} of {len(train)} training questions")
+    line = f"the reward model is trained on {_sources(seen)}; among them " + ", ".join(
+        parts or ["none held out"]
+    )
+    if not seen.complete:
+        weights = cfg.reward.weights
+        line += (
+            f"; what else reward.weights={weights} saw is unknown: no whole {overlap.SEEN} lies beside them"
+        )
+    return line
+
+
+def _name(path: str) -> str:
+    """Of a file, without this machine's folders: records are published with weights."""
+    return PurePosixPath(path).name
+
+
+def _sources(seen: Record) -> str:
+    return (
+        ", ".join(f"{count} questions of {name}" for name, count in seen.sources.items())
+        or "no known question"
+    )
