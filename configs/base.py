@@ -192,6 +192,17 @@ def get_config() -> ConfigDict:
     c.warmup.reward_data = ""
     c.warmup.reward_optimiser = optimiser(lr=1e-3, warmup_steps=50)
 
+    # --- launch/annotate.py: completions are labelled where the rule and the judge agree ---
+    c.annotate = ConfigDict()
+    c.annotate.problems = 0  # of each problem set, at most, drawn by the seed; 0: all
+    c.annotate.samples = 1  # completions of a problem, from the source
+    c.annotate.batch = 32  # local models: conversations answered together; a kill loses at most so many
+    # Of labelled rows, the larger class keeps at most max_ratio times as many as the smaller: within each source
+    # (source), over all rows (overall), or not (off).  What is left out stays in the ledger.
+    c.annotate.balance = "source"
+    c.annotate.max_ratio = 1.0
+    c.annotate.ask_again = False  # ask once more about what failed in earlier starts
+
     # --- a reward model alone: launch/train_rm.py trains the model of `reward` on labelled completions ---
     c.train_rm = ConfigDict()
     c.train_rm.data = ""  # files of labelled completions (cooper_jax/data/labelled.py), separated by commas

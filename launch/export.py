@@ -7,7 +7,6 @@ The policy loads as AutoModelForCausalLM, the reward model as AutoModelForSequen
 Either can be the `weights` of a later run.
 """
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -28,13 +27,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
 
-    from ml_collections import ConfigDict
-
-    from cooper_jax import assembly, settings
+    from cooper_jax import assembly, runs, settings
+    from cooper_jax.data import overlap
     from cooper_jax.model import weights
-    from cooper_jax.model.transformer import param_specs
-    from cooper_jax.runtime import files, mesh
-    from cooper_jax.runtime.checkpoint import Checkpoints
+    from cooper_jax.runtime import files
 
     try:
         if files.is_remote(OUT.value):
@@ -43,18 +39,12 @@ def main(argv: list[str]) -> None:
             )
         with settings.boundary("--run_dir"):
             run_dir = files.path(RUN_DIR.value)
-        with settings.boundary(f"--run_dir={run_dir}"), Checkpoints(run_dir, keep=0, read_only=True) as kept:
-            cfg = ConfigDict(json.loads((run_dir / "config.json").read_text()))
-            step = kept.newest() if STEP.value < 0 else STEP.value
-            if step is None:
-                raise ValueError("it holds no checkpoint yet")
-            # Whatever it was trained on.
-            cfg.mesh.update(data=1, fsdp=-1, tensor=1, reward="", reference="", assistant="")
-            head = "logits" if MODEL.value == "policy" else "score"
+        with settings.boundary(f"--run_dir={run_dir}"):
+            cfg = runs.on_any_mesh(runs.read_config(run_dir))
             layout = assembly.make_layout(cfg)
-            model = assembly.describe_model(cfg[MODEL.value], MODEL.value, run_dir, layout)
-            like = mesh.abstract(layout, param_specs(model.config, head))
-            params = kept.restore(step, MODEL.value, like, model.config.vocab_size)
+            asked = None if STEP.value < 0 else STEP.value
+            model, params, step = runs.load(run_dir, cfg, MODEL.value, layout, asked)
+            seen = overlap.read_record(run_dir) if MODEL.value == "reward" else None
     except settings.SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -64,12 +54,14 @@ def main(argv: list[str]) -> None:
             OUT.value,
             model.config,
             params,
-            head,
+            runs.HEADS[MODEL.value],
             tokenizer_dir=folder,
             generation_config={"eos_token_id": list(model.tokenizer.eos_ids)},
             pad_token_id=model.tokenizer.pad_id,
             dtype=DTYPE.value,
         )
+    if seen is not None:  # the questions that it was trained on, for whoever evaluates with it
+        overlap.write_record(OUT.value, seen)
     print(f"{OUT.value}: the {MODEL.value} model of step {step}")
 
 

@@ -16,7 +16,7 @@ FLOORS = (
     ("cooper_jax.rollout",),
     ("cooper_jax.policy", "cooper_jax.reward"),
     ("cooper_jax.assembly", "cooper_jax.signals"),
-    ("cooper_jax.stages",),
+    ("cooper_jax.stages", "cooper_jax.runs"),
     (
         "cooper_jax.evaluation",
         "cooper_jax.warmup",

@@ -76,8 +76,8 @@ def load(
                 raise ValueError(f"the {'reference answer' if question else 'question'} is empty")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        subject, level = (_said(row, names) for names in (_SUBJECT, _LEVEL))
-        problems.append(Problem(question, reference, solution, id, subject, level))
+        said = _said(row, _SUBJECT, str), _said(row, _LEVEL, str | int)
+        problems.append(Problem(question, reference, solution, id, *said))
     if not problems:
         raise ValueError(f"{source}: there is no row in it")
     return problems
@@ -205,12 +205,12 @@ _FIELDS: dict[str, Callable[[Row], bool]] = {
 }
 
 
-def _said(row: Row, names: Sequence[str]) -> str:
-    """What the first of these fields that holds words or a number says of a row; "" where none does."""
+def _said(row: Row, names: Sequence[str], kind: type) -> str:
+    """What the first of these fields that holds something of a kind says of a row; "" where none does."""
     inner = next(iter(row.values())) if _FIELDS["odyssey"](row) else row
     for name in names:
         value = inner.get(name)
-        if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
+        if isinstance(value, kind) and not isinstance(value, bool) and str(value).strip():
             return str(value).strip()
     return ""
 

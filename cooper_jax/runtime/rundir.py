@@ -73,6 +73,9 @@ HARMLESS = (
     "assistant.concurrency",
     "assistant.timeout",
     "assistant.retries",
+    "judge.",
+    "source.",
+    "annotate.",
 )
 
 
@@ -168,7 +171,7 @@ class Run:
         if not self.primary:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self._folder / "lock", self.path)
+        self._lock = lock(self._folder / "lock", self.path, "--config.run_dir")
         try:
             self._check(resume)
             text = json.dumps(_plain(config), indent=2, allow_nan=False)
@@ -332,8 +335,11 @@ def _plain(config: ConfigDict) -> dict[str, Any]:
     return jsonable(config.to_dict())
 
 
-def _lock(path: Path, run_dir: Path | epath.Path) -> int:
-    """Take the lock, or raise ValueError with its holder; it goes with the process, however that ends."""
+def lock(path: Path, folder: Path | epath.Path, flag: str) -> int:
+    """Take the lock of a folder, or raise ValueError with its holder; it goes with the process, however that ends.
+
+    flag: names another folder, for the message.  Returns a handle: closing it unlocks.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # not inherited by worker processes
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -341,7 +347,7 @@ def _lock(path: Path, run_dir: Path | epath.Path) -> int:
         holder = os.read(handle, 200).decode(errors="replace").strip()
         os.close(handle)
         raise ValueError(
-            f"{run_dir} is in use by {holder or 'another process'}: stop it, or give another --config.run_dir"
+            f"{folder} is in use by {holder or 'another process'}: stop it, or give another {flag}"
         ) from None
     except OSError as error:
         # Some network file systems have no locks, which is no reason not to run there.

@@ -1,0 +1,190 @@
+"""The evaluations as launch/evaluate.py starts them: settings checked, models and judges loaded, results written.
+
+`benchmarks`: a policy's samples.   `rejudge`: those of an items file, by other judges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cooper_jax import assembly
+from cooper_jax.data import overlap
+from cooper_jax.evaluation import benchmarks as sets
+from cooper_jax.evaluation import summaries
+from cooper_jax.evaluation.ledger import RESULTS, Ledger, Row
+from cooper_jax.evaluation.report import plain
+from cooper_jax.evaluation.scoring import Chosen, RewardModel
+from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.shared import SharedRule, over_hosts
+from cooper_jax.runtime import files, hosts
+from cooper_jax.settings import SetupError, boundary
+
+JUDGED_BY = {"rule": (True, False), "model": (False, True), "both": (True, True)}  # rule, reward model
+
+
+def benchmarks(cfg: ConfigDict, chosen: Chosen, places: Sequence[str], out: Path) -> None:
+    """Sample, judge, report.  Raises SetupError, and hosts.Stopped after a SIGTERM."""
+    by_rule, by_model = _judges(cfg)
+    found = sets.find(places)
+    layouts = assembly.make_layouts(cfg)
+    model, params = chosen.load("policy", layouts["policy"])
+    record = seen(chosen) if by_model else None
+    with boundary("data.chat"):
+        asked = sets.load(cfg, found, model.tokenizer, record.fingerprints if record else frozenset())
+    sampler = sets.PolicySampler(cfg, layouts["policy"], model, params)
+    r, d, b = cfg.rollout, cfg.data, cfg.benchmark
+    settings = chosen.settings("policy") | {
+        "seed": cfg.seed,
+        "data.instruction": d.instruction,
+        "data.chat": d.chat,
+        "rollout.dtype": r.dtype,
+        "rollout.kv_dtype": r.kv_dtype,
+        "benchmark.samples": b.samples,
+        "benchmark.temperature": b.temperature,
+        "benchmark.top_p": b.top_p,
+        "benchmark.max_new_tokens": b.max_new_tokens,
+        "benchmark.max_prompt_tokens": b.max_prompt_tokens,
+        "benchmark.problems": b.problems,
+    }
+    hosts.say(_describe(cfg, chosen, model, asked))
+    _run(cfg, chosen, asked, sampler, settings, by_rule, by_model, layouts, out, record)
+
+
+def rejudge(cfg: ConfigDict, chosen: Chosen, items: str, out: Path) -> None:
+    """The responses of an items file, judged by what `benchmark.judged_by` says; nothing is sampled."""
+    by_rule, by_model = _judges(cfg)
+    with boundary(f"--rejudge={items}"):
+        asked, sampler = sets.recorded(items)
+        content = hashlib.sha256(files.local(items).read_bytes()).hexdigest()[:16]
+        record = seen(chosen) if by_model else None
+        if record is not None:
+            asked = [sets.without_seen(b, record.fingerprints, cfg.benchmark.exclude_seen) for b in asked]
+    layouts = assembly.make_layouts(cfg) if by_model else {}
+    _run(cfg, chosen, asked, sampler, {"items": content}, by_rule, by_model, layouts, out, record)
+
+
+def seen(chosen: Chosen) -> overlap.Record | None:
+    """What the reward model was trained on; None where no record lies beside it.  Raises SetupError."""
+    place = chosen.run_dir or chosen.cfg.reward.weights
+    if place == "random":
+        return overlap.Record()
+    with boundary(f"{overlap.SEEN} beside {place}"):
+        found = overlap.read_record(place)
+    if found is None or not found.complete:
+        hosts.say(
+            f"what the reward model of {place} was trained on is {'partly ' if found else ''}unknown: questions "
+            "of these benchmarks may be among it"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
+    """The rule's workers, on each host for its part; they end on exit."""
+    r = cfg.rule
+    with (
+        boundary("rule"),
+        RuleVerifier(
+            workers=r.workers, timeout=r.timeout, retry_timeout=r.retry_timeout, memory_mb=r.memory_mb
+        ) as rule,
+    ):
+        yield over_hosts(rule, None, jax.process_count())[0]
+
+
+def reward_settings(cfg: ConfigDict, chosen: Chosen) -> dict[str, Any]:
+    """What decides a reward model's scores."""
+    return chosen.settings("reward") | {"reward.max_tokens": cfg.reward.max_tokens}
+
+
+def _run(cfg, chosen, asked, sampler, settings, by_rule, by_model, layouts, out, record) -> None:
+    """Judge what the sampler gives, a chunk at a time, and write the results."""
+    b = cfg.benchmark
+    settings |= {f"benchmark.{x.name}": f"{len(x.problems)} problems, {x.digest()}" for x in asked}
+    settings |= {"benchmark.judged_by": b.judged_by, "benchmark.chunk": b.chunk}
+    if by_model:
+        settings |= reward_settings(cfg, chosen)
+    work = list(sets.chunks(asked, b.chunk))
+    with contextlib.ExitStack() as stack:
+        with boundary("--out"):
+            sizes = [len(places) * sampler.samples for _, places in work]
+            ledger = stack.enter_context(Ledger(out, settings, sizes))
+        if ledger.done < len(work):
+            rule = stack.enter_context(rule_verifier(cfg)) if by_rule else None
+            reward = None
+            if by_model:
+                layout = layouts["reward"]
+                reward = RewardModel(cfg, layout, *chosen.load("reward", layout))
+                reward.check([p.reference for x in asked for p in x.problems])
+            try:
+                with boundary("--out"):
+                    sets.run(asked, sampler, rule, reward, ledger, b.chunk, hosts.say)
+            except hosts.Stopped:
+                hosts.say(
+                    f"stopped by a signal: {ledger.done} of {len(work)} chunks are in {ledger.folder}; the same "
+                    "command goes on"
+                )
+                raise
+        if hosts.primary():
+            _report(cfg, asked, sampler.samples, work, ledger, settings, record)
+
+
+def _report(cfg, asked, samples, work, ledger: Ledger, settings, record) -> None:
+    seed, resamples = cfg.seed, cfg.benchmark.bootstrap
+    by_name: dict[str, list[Row]] = {x.name: [] for x in asked}
+    for row in ledger.rows:
+        by_name[row["benchmark"]].append(row)
+    spent = dict.fromkeys(by_name, 0.0)
+    for (x, _), seconds in zip(work, ledger.seconds, strict=True):
+        spent[x.name] += seconds
+    results = [
+        summaries.of_benchmark(x, by_name[x.name], samples, spent[x.name], seed, resamples) for x in asked
+    ]
+    means = summaries.mean_of_benchmarks(results, by_name, seed, resamples)
+    text = summaries.as_text(results, means)
+    ledger.write(
+        RESULTS,
+        plain(
+            {
+                "settings": settings,
+                "benchmarks": results,
+                "mean": means,
+                "reward_model_saw": dict(record.sources) if record else None,
+            }
+        ),
+    )
+    ledger.write("table.txt", text)
+    hosts.say(f"\n{text}\n\n{ledger.folder}: {RESULTS}, table.txt and items.jsonl are there")
+
+
+def _judges(cfg: ConfigDict) -> tuple[bool, bool]:
+    """(by the rule, by the reward model).  Raises SetupError for settings that mean nothing."""
+    b = cfg.benchmark
+    if b.judged_by not in JUDGED_BY:
+        raise SetupError(f"benchmark.judged_by={b.judged_by!r}: it is one of {', '.join(JUDGED_BY)}")
+    at_least(b, "benchmark", 1, "samples", "max_new_tokens", "max_prompt_tokens", "chunk", "bootstrap")
+    at_least(b, "benchmark", 0, "problems")
+    return JUDGED_BY[b.judged_by]
+
+
+def at_least(section: ConfigDict, name: str, least: int, *fields: str) -> None:
+    """Raise SetupError for a number that is too small."""
+    for field in fields:
+        if section[field] < least:
+            raise SetupError(f"{name}.{field}={section[field]}: it must be at least {least}")
+
+
+def _describe(cfg: ConfigDict, chosen: Chosen, model: assembly.Model, asked: Sequence[sets.Benchmark]) -> str:
+    source = f"{chosen.run_dir}, step {chosen.step}" if chosen.run_dir else cfg.policy.weights
+    b, config = cfg.benchmark, model.config
+    return (
+        f"{source}: {config.family} of {config.layers} layers x {config.width}, "
+        f"{sum(len(x.problems) for x in asked)} problems of {', '.join(x.name for x in asked)}, "
+        f"{b.samples} samples each, temperature {b.temperature}, top-p {b.top_p}, judged by {b.judged_by}"
+    )

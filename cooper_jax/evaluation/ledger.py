@@ -1,0 +1,154 @@
+"""What an evaluation has done so far, so that the same command goes on after a kill.
+
+    settings.json   what decides the results; a later start must agree with it
+    items.jsonl     one object an item, in the order of the work
+    timings.jsonl   seconds of each chunk
+    results.json    written at the end, by the caller
+
+1. The work is cut into chunks of known sizes, in a fixed order.  A chunk's rows are written at once and seen
+   onto the disk; what a kill tore, a line or a chunk, is cut off at the next start and done again.  As no draw
+   depends on what was drawn before, the file ends up as without the kill.
+2. With several processes the first alone locks, reads and writes; all learn how many chunks are done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cooper_jax.runtime import files, hosts
+from cooper_jax.runtime.metrics import JsonLines, jsonable
+from cooper_jax.runtime.rundir import lock
+
+Row = dict[str, Any]
+SETTINGS, ITEMS, TIMINGS, RESULTS = "settings.json", "items.jsonl", "timings.jsonl", "results.json"
+
+
+class Ledger:
+    """An open folder; a context manager.
+
+    Args:
+      folder: on this machine's disk.
+      settings: flat names -> JSON values.
+      sizes: rows of each chunk.
+
+    Raises ValueError where the folder was begun with other settings (naming both values), is in use, or holds what
+    was not written here; and for an address.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any], sizes: Sequence[int]):
+        if files.is_remote(folder):
+            raise ValueError(f"{folder}: results are written to a local path, to be copied from there")
+        self.folder = Path(folder).expanduser().absolute()
+        self.rows: list[Row] = []  # of whole chunks; on the first process alone
+        self.seconds: list[float] = []  # likewise
+        self._lock: int | None = None
+        self._items, self._timings = (JsonLines(self.folder / name) for name in (ITEMS, TIMINGS))
+        try:
+            opened = hosts.broadcast("ledger", lambda: str(self._open(settings, sizes)).encode())
+        except BaseException:
+            self.close()
+            raise
+        self.done = int(opened)  # whole chunks
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._items.close()
+        self._timings.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def append(self, rows: Sequence[Row], seconds: float) -> None:
+        """The next chunk's rows; on the disk when this returns.  Raises OSError for a full one."""
+        self.done += 1
+        if not hosts.primary():
+            return
+        rows = [jsonable(row) for row in rows]
+        # The time first: a chunk without its rows is none, and its time goes with it.
+        self._timings.append({"chunk": self.done - 1, "seconds": round(seconds, 3)})
+        self._items.append(*rows)
+        self.rows += rows
+        self.seconds.append(seconds)
+
+    def write(self, name: str, content: Any) -> None:
+        """A file of JSON, or of text, beside the others."""
+        if hosts.primary():
+            text = content if isinstance(content, str) else json.dumps(jsonable(content), indent=1)
+            files.write_atomically(self.folder / name, f"{text}\n".encode("utf-8", "backslashreplace"))
+
+    def _open(self, settings: Mapping[str, Any], sizes: Sequence[int]) -> int:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.folder / "lock", self.folder, "--out")
+        stored = self.folder / SETTINGS
+        if stored.exists():
+            _agree(json.loads(stored.read_bytes()), jsonable(settings), self.folder)
+        elif self._items.path.exists():
+            raise ValueError(
+                f"{self._items.path} is there without {SETTINGS}: give another --out, or move it away"
+            )
+        else:
+            self.write(SETTINGS, settings)
+        lines = read_whole_lines(self._items.path)
+        done = rows = 0
+        for size in sizes:
+            if rows + size > len(lines):
+                break
+            done, rows = done + 1, rows + size
+        if len(lines) > rows == sum(sizes):
+            raise ValueError(
+                f"{self._items.path} holds {len(lines)} rows and there are {rows}: give another --out"
+            )
+        self.rows = [json.loads(line) for line in lines[:rows]]
+        _cut(self._items.path, lines[:rows])
+        timings = read_whole_lines(self._timings.path)[:done]
+        self.seconds = [json.loads(line)["seconds"] for line in timings]
+        _cut(self._timings.path, timings)
+        return done
+
+
+def read_whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file of JSON objects, without a last one that a kill tore.
+
+    Raises ValueError, naming file and line, for one that is no object.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            whole = isinstance(json.loads(line), dict)
+        except ValueError:
+            whole = False
+        if not whole or not line.endswith(b"\n"):
+            if number == len(lines) and not line.endswith(b"\n"):
+                return lines[:-1]
+            raise ValueError(f"{path}:{number}: no JSON object: mend or delete the line")
+    return lines
+
+
+def _cut(path: Path, lines: Sequence[bytes]) -> None:
+    content = b"".join(lines)
+    if path.exists() and path.read_bytes() != content:
+        files.write_atomically(path, content)
+
+
+def _agree(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
+    def shown(values, name):
+        return json.dumps(values[name], ensure_ascii=False) if name in values else "(absent)"
+
+    changed = [
+        f"{name} was {shown(old, name)} and is now {shown(new, name)}"
+        for name in sorted(old.keys() | new.keys())
+        if name not in old or name not in new or old[name] != new[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was begun with other settings: {'; '.join(changed)}: give another --out, or the old value"
+        )

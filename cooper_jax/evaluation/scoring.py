@@ -1,0 +1,111 @@
+"""The models of an evaluation: from weights, or from a run of launch/train.py; and the reward model's scores.
+
+1. `Chosen` says where the models come from; `Chosen.load` brings one onto the mesh.
+2. `RewardModel.rewards` gives p = sigmoid(z) of triples, read by the one template (data/prompts.py): rows of like
+   length share a batch, of one number of rows and few widths, so that little is padding and few programs are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cooper_jax import assembly, runs
+from cooper_jax.assembly import Directory, Model
+from cooper_jax.data import packing, prompts
+from cooper_jax.reward import verifier_model
+from cooper_jax.rollout import plan
+from cooper_jax.runtime import hosts
+from cooper_jax.runtime.mesh import Layout
+from cooper_jax.settings import SetupError, boundary
+from cooper_jax.types import Params, Triple
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Where the models come from: a run's checkpoint, or (run_dir None) the config's weights."""
+
+    cfg: ConfigDict
+    folder: Directory  # where a tokenizer made for random weights is kept
+    run_dir: Directory | None = None
+    step: int | None = None  # None: the newest
+
+    def load(self, name: str, layout: Layout) -> tuple[Model, Params]:
+        """policy or reward.  Raises SetupError, also for a score head that nobody has trained."""
+        cfg = self.cfg
+        if self.run_dir is not None:
+            with boundary(f"--run_dir={self.run_dir}"):
+                model, params, _ = runs.load(self.run_dir, cfg, name, layout, self.step)
+            return model, params
+        section = cfg.policy if name == "policy" else cfg.reward
+        if not section.weights:
+            raise SetupError(f"{name}.weights is empty: give --config.{name}.weights=DIR, or --run_dir=RUN")
+        model, params, trained = assembly.load_model(
+            section, name, runs.HEADS[name], layout, self.folder, cfg.seed
+        )
+        if name == "reward" and not (trained or cfg.reward.allow_untrained_head):
+            raise SetupError(
+                f"reward.weights={section.weights!r} brings no trained score head, so its scores would be noise: "
+                "give a *ForSequenceClassification directory, --run_dir=RUN, or accept it with "
+                "--config.reward.allow_untrained_head"
+            )
+        return model, params
+
+    def settings(self, name: str) -> dict[str, str | int | bool]:
+        """What decides what a model computes, by the knobs' names."""
+        section = self.cfg.policy if name == "policy" else self.cfg.reward
+        if self.run_dir is not None:
+            out = {f"{name}.run_dir": str(self.run_dir), f"{name}.step": self.step}
+        else:
+            out = {f"{name}.weights": section.weights, f"{name}.tokenizer": section.tokenizer}
+            out |= {f"{name}.num_layers": section.num_layers}
+            if section.weights == "random":
+                out |= {f"{name}.arch.{k}": v for k, v in section.arch.items()}
+        return out | {f"{name}.dtype": section.dtype}
+
+
+class RewardModel:
+    """A reward model that is asked for scores alone."""
+
+    def __init__(self, cfg: ConfigDict, layout: Layout, model: Model, params: Params):
+        section = cfg.reward
+        self._layout, self._tokenizer, self._params = layout, model.tokenizer, params
+        self._bucket, self.max_tokens = cfg.data.bucket, section.max_tokens
+        self._rows = packing.round_up(section.microbatch, layout.batch_shards)
+        with boundary("reward"):
+            self._score = verifier_model.make_score(
+                model.config, layout, dtype=section.dtype, microbatch=section.microbatch
+            )
+
+    def check(self, references: Sequence[str]) -> None:
+        """Raise SetupError for a reference that leaves no room in `reward.max_tokens`."""
+        with boundary("reward.max_tokens"):
+            prompts.check_references(self._tokenizer, references, self.max_tokens)
+
+    def rewards(self, triples: Sequence[Triple]) -> np.ndarray:
+        """f32[N], in (0, 1)."""
+        rows = [
+            prompts.verifier_tokens(self._tokenizer, t.question, t.reference, t.completion, self.max_tokens)
+            for t in triples
+        ]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # the largest first: memory fails early
+        logits = np.zeros(len(rows), np.float32)
+        under_way: list[tuple[list[int], jax.Array]] = []
+        for start in range(0, len(order), self._rows):
+            hosts.look()
+            taken = order[start : start + self._rows]
+            under_way.append((taken, self._send([rows[i] for i in taken])))
+        for taken, found in under_way:
+            logits[taken] = hosts.fetch(found)[: len(taken)]
+        return np.asarray(verifier_model.rewards(logits), np.float32)
+
+    def _send(self, rows: Sequence[Sequence[int]]) -> jax.Array:
+        """Logits on their way."""
+        width = plan.bucket(-(-max(map(len, rows)) // self._bucket)) * self._bucket
+        padded = [*rows, *[[]] * (self._rows - len(rows))]
+        batch = packing.score_batch(padded, bucket=width, rows_multiple=self._rows)
+        return self._score(self._params, self._layout.put(batch, "batch"))
