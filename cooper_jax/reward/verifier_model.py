@@ -2,7 +2,8 @@
 
 1. `make_score` reads rendered (question, reference, completion) rows and gives a logit z each.
 2. `rewards` are p = sigmoid(z).
-3. Before RL, `make_bce_update` trains on labelled rows (arXiv 2508.05613, training of VerifyRM).
+3. Before RL, `make_bce_update` trains on labelled rows (arXiv 2508.05613, training of VerifyRM), and
+   `make_bce_accumulator` on batches whose microbatches differ in width.
 4. In every Cooper step, `make_pair_update` contrasts verified positives with rewritten negatives (its
    second stage).
 
@@ -139,24 +140,41 @@ def make_bce_update(
     Metrics, f32[]: loss, accuracy (weighted share of rows whose z > 0 says what the label says) and
     `optim.apply`'s grad_norm, lr and skipped.
     """
-    places = _places(config, layout)
+    places, loss_fn = _places(config, layout), _bce(config, cfg, layout)
 
     def update(state, batch, labels, weights):
         total = weights.sum()
-
-        def loss_fn(params, piece):
-            rows, y, w = piece
-            z = _read(params, config, _blank(rows, w > 0), dtype=cfg.dtype, remat=cfg.remat, layout=layout)
-            return bce_loss(z, y, w), (w * ((z > 0) == (y > 0.5))).sum()
-
         share = weights / jnp.where(total > 0, total, 1.0)
-        loss, grads, right = optim.accumulate(
+        loss, grads, sums = optim.accumulate(
             loss_fn, state.params, (batch, labels, share), cfg.microbatch, layout, places
         )
         state, moved = optim.apply(state, grads, loss, opt, enabled=total > 0)
-        return state, {"loss": loss, "accuracy": right.sum()} | moved
+        return state, {"loss": loss} | {name: x.sum() for name, x in sums.items()} | moved
 
     return _jit(update, config, opt, layout)
+
+
+def make_bce_accumulator(
+    config: ModelConfig, cfg: Any, opt: optim.Optimiser, layout: Layout | None
+) -> optim.Accumulator:
+    """The same update in pieces, for batches whose microbatches differ in width.
+
+    Rows are (ScoreBatch [N, S], labels f32[N], shares f32[N]); the shares of all microbatches of a batch add up to
+    1, or its loss is not the mean.  cfg and metrics: as `make_bce_update`'s; of cfg.microbatch nothing is read.
+    """
+    specs = transformer.param_specs(config, head="score")
+    return optim.make_accumulator(_bce(config, cfg, layout), ("accuracy",), opt, specs, layout)
+
+
+def _bce(config: ModelConfig, cfg: Any, layout: Layout | None) -> Callable:
+    """(params, (ScoreBatch, labels, shares)) -> (loss f32[], sums): weighted sums over the rows."""
+
+    def loss_fn(params, piece):
+        rows, y, w = piece
+        z = _read(params, config, _blank(rows, w > 0), dtype=cfg.dtype, remat=cfg.remat, layout=layout)
+        return bce_loss(z, y, w), {"accuracy": (w * ((z > 0) == (y > 0.5))).sum()}
+
+    return loss_fn
 
 
 def make_pair_update(

@@ -2,7 +2,8 @@
 
 1. `make` turns a config section into AdamW: clipped by the global gradient norm, warmed up linearly.
 2. `init` wraps f32 parameters into a `TrainState`; `state_shardings` says where every part of it lives.
-3. `accumulate` sums loss and gradients over microbatches; `map_rows` runs a forward pass over them.
+3. `accumulate` sums loss and gradients over microbatches of one shape, `make_accumulator` over microbatches of any
+   shapes, a call each; `map_rows` runs a forward pass over them.
 4. `apply` moves the state, unless loss or gradients are not finite: then nothing moves, and it is counted.
 
 Losses here are sums whose weights were normalised over the whole batch beforehand, so that a batch cut into
@@ -18,12 +19,13 @@ instead of 0.  As there, weight decay reaches every parameter, norms and biases 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cooper_jax.runtime.mesh import Layout, is_spec, shardings
@@ -38,13 +40,20 @@ class Optimiser:
     schedule: Callable[[jax.Array], jax.Array]
 
 
-def make(section: Any) -> Optimiser:
+DECAYS = ("constant", "linear", "cosine")
+
+
+def make(section: Any, decay: str = "constant", updates: int = 0) -> Optimiser:
     """AdamW from an `optimiser(...)` section of the config.
 
-    The rate of update n (from 0) is lr * min(1, (n + 1) / warmup_steps).  Decay is decoupled (Loshchilov and
-    Hutter 2019, "Decoupled weight decay regularization", algorithm 2) and scaled by the rate.  Raises
-    ValueError for a value that is out of its range.
+    The rate of update n (from 0) is lr * min(1, (n + 1) / warmup_steps) * d(n).  decay "constant": d = 1; else with
+    t = clip((n - warmup_steps) / (updates - warmup_steps), 0, 1), which reaches 1 behind the last of `updates`,
+    "linear": d = 1 - t, "cosine": d = (1 + cos(pi t)) / 2.  Weight decay is decoupled (Loshchilov and Hutter 2019,
+    "Decoupled weight decay regularization", algorithm 2) and scaled by the rate.  Raises ValueError for a value
+    that is out of its range.
     """
+    if decay not in DECAYS:
+        raise ValueError(f"decay is {decay!r}; it is one of {', '.join(DECAYS)}")
     for field, least in (("lr", 0), ("warmup_steps", 0), ("b1", 0), ("b2", 0), ("weight_decay", 0)):
         if not section[field] >= least:
             raise ValueError(f"optimiser.{field} is {section[field]}; it must be at least {least}")
@@ -57,7 +66,12 @@ def make(section: Any) -> Optimiser:
     peak, warmup = float(section.lr), max(1, int(section.warmup_steps))
 
     def schedule(count):
-        return peak * jnp.minimum(1.0, (count + 1).astype(jnp.float32) / warmup)
+        rate = peak * jnp.minimum(1.0, (count + 1).astype(jnp.float32) / warmup)
+        if decay == "constant":
+            return rate
+        first = int(section.warmup_steps)
+        t = jnp.clip((count - first).astype(jnp.float32) / max(1, updates - first), 0.0, 1.0)
+        return rate * (1.0 - t if decay == "linear" else (1.0 + jnp.cos(jnp.pi * t)) / 2)
 
     tx = optax.chain(
         optax.clip_by_global_norm(section.clip_norm),
@@ -207,6 +221,66 @@ def accumulate(
     start = (jnp.zeros((), jnp.float32), pin(jax.tree.map(jnp.zeros_like, params)))
     (loss, grads), aux = jax.lax.scan(step, start, rows)
     return loss, grads, aux
+
+
+@struct.dataclass
+class Sums:
+    """What the microbatches of a batch have added up to."""
+
+    loss: jax.Array  # f32[]
+    grads: Params
+    aux: dict[str, jax.Array]  # f32[] each
+
+
+@dataclasses.dataclass(frozen=True)
+class Accumulator:
+    """An update in pieces, each jitted; microbatches may differ in shape, and each shape is compiled once.
+
+        sums = start(state.params)
+        for rows in microbatches:
+            sums = add(state.params, sums, rows)  # the sums given are donated
+        state, metrics = finish(state, sums)  # the state given is donated
+
+    metrics: loss, the aux, and `apply`'s.
+    """
+
+    start: Callable[[Params], Sums]
+    add: Callable[[Params, Sums, Any], Sums]
+    finish: Callable[[TrainState, Sums], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_accumulator(
+    loss_fn: Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]],
+    aux: Sequence[str],
+    opt: Optimiser,
+    specs: Any = None,
+    layout: Layout | None = None,
+) -> Accumulator:
+    """loss_fn: as `accumulate`'s, its aux being sums f32[] under the names `aux`.  specs: the parameters' tree of
+    ParamSpec, for a layout."""
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def start(params):
+        zero = jnp.zeros((), jnp.float32)
+        return Sums(zero, jax.tree.map(jnp.zeros_like, params), dict.fromkeys(aux, zero))
+
+    def add(params, sums, rows):
+        (loss, extra), grads = grad_fn(params, rows)
+        return jax.tree.map(jnp.add, sums, Sums(loss, grads, extra))
+
+    def finish(state, sums):
+        state, moved = apply(state, sums.grads, sums.loss, opt)
+        return state, {"loss": sums.loss} | sums.aux | moved
+
+    if layout is None:
+        return Accumulator(jax.jit(start), jax.jit(add, donate_argnums=1), jax.jit(finish, donate_argnums=0))
+    places = Sums(layout.replicated, shardings(layout, specs), dict.fromkeys(aux, layout.replicated))
+    states = state_shardings(opt, specs, layout)
+    return Accumulator(
+        jax.jit(start, out_shardings=places),
+        jax.jit(add, donate_argnums=1, out_shardings=places),
+        jax.jit(finish, donate_argnums=0, out_shardings=(states, layout.replicated)),
+    )
 
 
 def map_rows(fn: Callable[[Any], Any], batch: Any, microbatch: int, layout: Layout | None = None) -> Any:

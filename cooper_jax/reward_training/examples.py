@@ -1,0 +1,149 @@
+"""Labelled completions as a reward model is trained and measured on them: text, ids, and what was left out.
+
+1. The files of `train_rm.data` are read one after the other.
+2. Without `train_rm.eval_data` a part of them is held out, by whole questions: by the order of the questions'
+   fingerprints, which knows nothing of seed or file order, so that runs can be compared.
+3. Held-out rows whose normalised question is in the training data are counted, and left out unless
+   `train_rm.exclude_overlap` is off.
+4. Training texts of over `train_rm.max_characters` are dropped, as the authors do; held-out ones are kept, and cut
+   inside the completion as everywhere that the model is used.
+5. Everything is rendered by the one template, and tokenised.
+
+A reward model learns which of two classes a completion is in: both must occur in each part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cooper_jax.data import labelled, overlap, prompts
+from cooper_jax.model.tokenizer import Tokenizer
+from cooper_jax.settings import SetupError, boundary
+from cooper_jax.types import Triple
+
+UNNAMED = "unnamed"  # stands for a source that the data do not name
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Rows of one part, in the order of the files."""
+
+    triples: tuple[Triple, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.triples)
+
+    @property
+    def lengths(self) -> np.ndarray:  # i64[N]
+        return np.array([len(x) for x in self.tokens], np.int64)
+
+    @property
+    def labels(self) -> np.ndarray:  # f32[N]
+        return np.array([t.label for t in self.triples], np.float32)
+
+    @property
+    def sources(self) -> list[str]:
+        return [t.source or UNNAMED for t in self.triples]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: Examples
+    held_out: Examples
+    too_long: int  # training rows dropped for their characters
+    overlapping: int  # held-out rows whose question is in the training data
+    excluded: bool  # whether those were left out
+
+
+def load(cfg: ConfigDict, tokenizer: Tokenizer) -> Data:
+    """Both parts.  Raises SetupError naming file, row and flag."""
+    section = cfg.train_rm
+    train = _read("train_rm.data", section.data)
+    if section.eval_data:
+        held_out = _read("train_rm.eval_data", section.eval_data)
+    else:
+        train, held_out = hold_out(train, section.eval_share)
+    seen = frozenset(overlap.fingerprint(q) for q in {t.question for t in train})
+    apart, overlapping = overlap.split(held_out, seen)
+    if section.exclude_overlap:
+        held_out = apart
+    if not held_out:
+        raise SetupError(
+            f"train_rm.eval_data={section.eval_data!r}: all of its {len(overlapping)} rows have a question that is "
+            "in the training data: give other data, or --config.train_rm.exclude_overlap=False"
+        )
+    short = [t for t in train if _fits(t, section.max_characters)]
+    if not short:
+        raise SetupError(
+            f"train_rm.max_characters={section.max_characters}: all of the {len(train)} training texts are longer: "
+            "raise it, or set 0 to keep all"
+        )
+    for name, triples in (("training", short), ("held-out", held_out)):
+        labels = Counter(t.label for t in triples)
+        if len(labels) < 2:
+            raise SetupError(
+                f"train_rm: the {len(triples)} {name} rows all have the label {next(iter(labels)):g}: both labels "
+                "must occur, or nothing can be learned or measured"
+            )
+    most = cfg.reward.max_tokens
+    return Data(
+        train=_examples("train_rm.data", short, tokenizer, most),
+        held_out=_examples("train_rm.eval_data", held_out, tokenizer, most),
+        too_long=len(train) - len(short),
+        overlapping=len(overlapping),
+        excluded=section.exclude_overlap,
+    )
+
+
+def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], list[Triple]]:
+    """(training rows, held-out rows): whole questions, until so large a share of the rows is held out.
+
+    Raises SetupError where one of the parts would be empty.
+    """
+    groups = defaultdict(list)
+    for i, t in enumerate(triples):
+        groups[overlap.fingerprint(t.question)].append(i)
+    taken: set[int] = set()
+    for _, rows in sorted(groups.items()):
+        if len(taken) >= share * len(triples):
+            break
+        taken.update(rows)
+    if not 0 < len(taken) < len(triples):
+        raise SetupError(
+            f"train_rm.eval_share={share} of {len(triples)} rows of {len(groups)} questions leaves nothing to "
+            "train on, or nothing held out: change it, or give --config.train_rm.eval_data"
+        )
+    return (
+        [t for i, t in enumerate(triples) if i not in taken],
+        [t for i, t in enumerate(triples) if i in taken],
+    )
+
+
+def _read(field: str, paths: str) -> list[Triple]:
+    triples = []
+    for path in filter(None, (p.strip() for p in paths.split(","))):
+        with boundary(f"{field}={path}"):
+            triples += labelled.load(path)
+    if not triples:
+        raise SetupError(f"{field} is empty: give --config.{field}=FILE, or several with commas between them")
+    return triples
+
+
+def _fits(t: Triple, most: int) -> bool:
+    return not most or len(prompts.verifier_text(t.question, t.reference, t.completion)) <= most
+
+
+def _examples(field: str, triples: Sequence[Triple], tokenizer: Tokenizer, most: int) -> Examples:
+    rows = []
+    for t in triples:
+        with boundary(f"{field}, row {t.id}"):
+            rows.append(
+                tuple(prompts.verifier_tokens(tokenizer, t.question, t.reference, t.completion, most))
+            )
+    return Examples(tuple(triples), tuple(rows))

@@ -1,0 +1,238 @@
+"""Trains a reward model on labelled completions (arXiv 2508.05613, VerifyRM), and measures it while it learns.
+
+1. `examples.load` reads, holds out, drops and tokenises; `batches` says which rows an update reads.
+2. An update adds up the gradients of its microbatches, whose widths differ, and moves the state once.
+3. Every `train_rm.eval_every` updates the held-out rows are scored.  A model that is better than all before goes to
+   <run_dir>/best/ at once, its logits to predictions.jsonl.
+4. At the end the best model's logits become report.json, reliability.png and a table.
+
+    <run_dir>/best/              AutoModelForSequenceClassification with its tokenizer: a `reward.weights`
+              predictions.jsonl  its logits on the held-out rows
+              report.json  reliability.png
+              config.json  metrics.jsonl  checkpoints/  as of any run (runtime/rundir.py)
+
+The same command goes on from the newest checkpoint, bit for bit: an update's rows follow from (seed, its number),
+and a checkpoint holds what else decides, the best figure and how long ago it was.  What a killed run did after its
+checkpoint is done again, with the same outcome.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cooper_jax.reward_training import batches, examples, export, measure, plan
+from cooper_jax.runtime import checkpoint, hosts
+from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.metrics import Progress, to_host
+from cooper_jax.runtime.rundir import Run, check_shared, config_hash, run_path
+from cooper_jax.settings import SetupError, boundary
+from cooper_jax.types import Metrics, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What an update replaces, and what the choice of the best model remembers."""
+
+    reward: TrainState
+    step: int  # updates done
+    best: dict[str, float] | None = None  # step, and value of train_rm.keep_best
+    stale: int = 0  # evaluations since
+    due: Metrics | None = None  # metrics of the last update, whose evaluation was broken off
+
+
+class TrainProgress(Progress):
+    SHOWN = (
+        ("loss", "train_rm/loss", ".4f"),
+        ("accuracy", "train_rm/accuracy", ".1%"),
+        ("held-out auroc", "eval/auroc", ".4f"),
+        ("held-out accuracy", "eval/accuracy", ".1%"),
+        ("tokens/s", "time/tokens_per_second", ",.0f"),
+    )
+
+
+def train(cfg: ConfigDict) -> None:
+    """Run the epochs, or what is left of them after the newest checkpoint in the run directory.
+
+    Raises hosts.Stopped after a SIGTERM, when a checkpoint of the last whole update is complete.
+    """
+    plan.check(cfg)
+    with boundary("run_dir"):
+        path = run_path(cfg)
+    with contextlib.ExitStack() as stack:
+        with boundary("run_dir"):
+            check_shared(path)
+            run = stack.enter_context(Run(path, cfg, resume=cfg.resume))
+        job, reward = plan.build(cfg, path)
+        with boundary("run_dir"):
+            checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
+        hosts.say(plan.describe(job))
+        state = _start_or_resume(job, reward, run, checkpoints)
+        del reward
+        state = _updates(job, state, run, checkpoints)
+    hosts.say(_conclude(job, state))
+
+
+def _updates(job: plan.Job, state: State, run: Run, checkpoints: Checkpoints) -> State:
+    cfg, steps = job.cfg, job.steps
+    progress = TrainProgress(steps, state.step, quiet=not hosts.primary())
+    with contextlib.closing(progress):
+        while state.due is not None or not _ended(job, state):
+            try:
+                if state.due is None:
+                    state, metrics = _update(job, state)
+                    state = dataclasses.replace(state, due=metrics)
+                metrics = dict(state.due)
+                if state.step % job.eval_every == 0 or state.step == steps:
+                    state, found = _evaluate(job, state)
+                    metrics |= found
+                    _say_evaluation(progress, job, state, found)
+            except hosts.Stopped:
+                with boundary("checkpoint"):
+                    checkpoints.wait()  # it may be under way
+                    if state.step not in checkpoints.steps():
+                        _save(job, state, run, checkpoints)
+                    checkpoints.wait()
+                hosts.say(f"stopped by a signal; update {state.step} is saved")
+                raise
+            state = dataclasses.replace(state, due=None)
+            with boundary("run_dir"):
+                run.log(state.step, metrics)
+            progress.update(state.step, metrics)
+            if state.step % cfg.checkpoint.every == 0 or _ended(job, state):
+                with boundary("checkpoint"):
+                    _save(job, state, run, checkpoints)
+    return state
+
+
+def _ended(job: plan.Job, state: State) -> bool:
+    patience = job.cfg.train_rm.patience
+    return state.step >= job.steps or 0 < patience <= state.stale
+
+
+def _update(job: plan.Job, state: State) -> tuple[State, Metrics]:
+    """One update.  Raises hosts.Stopped between microbatches, the state being as it was."""
+    began = time.perf_counter()
+    train, cfg = job.data.train, job.cfg.train_rm
+    epoch, place = divmod(state.step, job.steps // cfg.epochs)
+    rows = batches.order(len(train), cfg.batch, job.cfg.seed, epoch)[place]
+    microbatches = batches.cut(rows, job.lengths, job.shapes)
+    sums = job.accumulator.start(state.reward.params)
+    for m in microbatches:
+        hosts.look()
+        sums = job.accumulator.add(state.reward.params, sums, plan.place(job, m, 1.0 / len(rows)))
+    reward, moved = job.accumulator.finish(state.reward, sums)
+    metrics = to_host(moved, "train_rm")
+    tokens, seconds = int(job.lengths[rows].sum()), time.perf_counter() - began
+    metrics |= {
+        "train_rm/epoch": (state.step + 1) / (job.steps // cfg.epochs),
+        "train_rm/rows": len(rows),
+        "train_rm/tokens": tokens,
+        "train_rm/microbatches": len(microbatches),
+        "train_rm/padding": batches.padding(microbatches, job.lengths),
+        "time/step": seconds,
+        "time/tokens_per_second": tokens / seconds,
+    }
+    return dataclasses.replace(state, reward=reward, step=state.step + 1), metrics
+
+
+def score(job: plan.Job, params: Any, rows: examples.Examples) -> np.ndarray:
+    """Logits f32[N] of rows, in rectangles as in training.  Raises hosts.Stopped between them."""
+    out = np.zeros(len(rows), np.float32)
+    for m in batches.cut(np.arange(len(rows)), rows.lengths, job.shapes):
+        hosts.look()
+        batch = job.layout.put(batches.fill(rows.tokens, m), "batch")
+        out[m.rows] = hosts.fetch(job.score(params, batch))[: len(m.rows)]
+    return out
+
+
+def _evaluate(job: plan.Job, state: State) -> tuple[State, Metrics]:
+    """Measure the held-out rows; keep the model where it is the best so far."""
+    began = time.perf_counter()
+    logits = score(job, state.reward.params, job.data.held_out)
+    metrics = measure.evaluation(job.data.held_out, logits)
+    name = job.cfg.train_rm.keep_best
+    value = metrics[f"eval/{name}"]
+    better = state.best is None or measure.BETTER[name] * (value - state.best["value"]) > 0
+    if better:
+        with boundary("run_dir"):
+            export.keep(job, state.reward.params, state.step, value, logits)
+        state = dataclasses.replace(state, best={"step": state.step, "value": value}, stale=0)
+    else:
+        state = dataclasses.replace(state, stale=state.stale + 1)
+    return state, metrics | {"eval/best": float(better), "time/eval": time.perf_counter() - began}
+
+
+def _say_evaluation(progress: Progress, job: plan.Job, state: State, found: Metrics) -> None:
+    if not hosts.primary():
+        return
+    shown = "  ".join(f"{n} {found[f'eval/{n}']:.4f}" for n in ("loss", "accuracy", "auroc", "ece"))
+    best = "the best so far" if found["eval/best"] else f"the best is of update {state.best['step']:.0f}"
+    progress.note(f"held out, {len(job.data.held_out)} rows: {shown}  ({found['time/eval']:.0f} s, {best})")
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------
+
+
+def _start_or_resume(job: plan.Job, reward: TrainState, run: Run, checkpoints: Checkpoints) -> State:
+    """The state to go on from: the newest checkpoint's, or the one given."""
+    if not checkpoints.steps():
+        with boundary("run_dir"):
+            run.truncate(None)
+        return State(reward=reward, step=0)
+    likes = {name: checkpoint.abstract(tree) for name, tree in _items(reward).items()}
+    # What the checkpoint replaces goes first: together they would be twice a run's memory.
+    jax.tree.map(lambda x: x.delete(), reward)
+    with boundary(f"{checkpoints.folder}"):
+        step, trees, loop = checkpoints.restore_newest(
+            likes, dict.fromkeys(likes, job.model.config.vocab_size)
+        )
+    if loop["config_hash"] != config_hash(job.cfg) or loop["steps"] != job.steps:
+        raise SetupError(
+            f"{checkpoints.folder / str(step)} was saved under another config than the run directory's config.json "
+            f"says, or with other data ({loop['steps']} updates in all, and now {job.steps}): give another "
+            "--config.run_dir"
+        )
+    with boundary("run_dir"):
+        run.truncate(step if loop["due"] is None else step - 1)
+    hosts.say(f"resumed from update {step}")
+    return State(
+        reward=checkpoint.join(trees["reward"], trees["reward_optimiser"]),
+        step=step,
+        best=loop["best"],
+        stale=loop["stale"],
+        due=loop["due"],
+    )
+
+
+def _items(reward: TrainState) -> dict[str, Any]:
+    params, optimiser = checkpoint.split(reward)
+    return {"reward": params, "reward_optimiser": optimiser}
+
+
+def _save(job: plan.Job, state: State, run: Run, checkpoints: Checkpoints) -> None:
+    run.flush()
+    loop = {name: getattr(state, name) for name in ("best", "stale", "due")}
+    loop |= {"config_hash": config_hash(job.cfg), "steps": job.steps}
+    checkpoints.save(state.step, _items(state.reward), loop)
+
+
+# --- the end -------------------------------------------------------------------------------------------
+
+
+def _conclude(job: plan.Job, state: State) -> str:
+    """Write the best model's report; what to tell the user."""
+    said = ""
+    with boundary("run_dir"):
+        if hosts.primary():
+            said = export.conclude(job, state.step, state.best)
+    skipped = int(hosts.fetch(state.reward.skipped))
+    if skipped:
+        said += f"\n{skipped} updates were left out: loss or gradients were not finite"
+    return said
