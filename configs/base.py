@@ -261,7 +261,9 @@ def get_config() -> ConfigDict:
     c.benchmark.judged_by = "rule"  # rule | model (the reward model, above 0.5) | both
     c.benchmark.chunk = 64  # problems sampled at once; a kill loses at most so many
     c.benchmark.bootstrap = 1000  # resamplings behind each 95 % interval
-    c.benchmark.exclude_seen = True  # leave out questions that the reward model was trained on, where it judges
+    c.benchmark.exclude_seen = (
+        True  # leave out questions that the reward model was trained on, where it judges
+    )
 
     # --- what is kept ---
     c.checkpoint = ConfigDict()

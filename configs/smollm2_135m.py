@@ -30,7 +30,7 @@ def get_config():
     c.rollout.segment = 16
     c.rollout.temperature = 0.5
 
-    for model in (c.policy, c.reward, c.assistant):
+    for model in (c.policy, c.reward, c.assistant, c.judge, c.source):
         model.weights = WEIGHTS
     for model in (c.policy, c.reward):
         model.microbatch = 16
@@ -44,6 +44,15 @@ def get_config():
     c.assistant.kind = "local"
     c.assistant.max_new_tokens = 64
     c.assistant.temperature = 1.0  # at less it copies the solution that it is to change
+
+    # launch/annotate.py: it is a poor judge, and a worse source; this shows that the path works.
+    for model in (c.judge, c.source):
+        model.kind = "local"
+    c.judge.max_new_tokens = 24  # one line
+    c.judge.max_prompt_tokens = 1024
+    c.source.max_new_tokens = 128
+    c.annotate.batch = 16
+    c.annotate.balance = "off"  # of two classes, one would be all but empty
 
     c.warmup.reward_steps = 20
     c.warmup.reward_batch = 16

@@ -40,6 +40,7 @@ STREAMS = {
     "benchmark": 21,  # ids: data set's place (then problem, sample, token)
     "bootstrap": 22,  # ids: which statistic (resampled groups)
     "references": 23,  # no ids: which question's reference replaces a row's own
+    "balance": 24,  # ids: two words of a row's id (which annotated rows stay)
 }
 
 _WORD = 2**32  # ids and seeds are 32-bit words: what fold_in takes, and what SeedSequence does not regroup

@@ -1,0 +1,1 @@
+"""Hybrid annotation: completions labelled where a rule and a language model agree."""

@@ -1,0 +1,192 @@
+"""The ledger of an annotation: what has been answered, so that a kill loses no more than what was under way.
+
+    settings.json      what decides the outcome; a later start must agree with it
+    completions.jsonl  one object an item: its completion, or why there is none
+    verdicts.jsonl     one object an item that was judged: the rule's verdict and the judge's
+    lock               held by the process that writes here
+
+Lines are appended, each seen onto the disk, in the order in which answers come; an item's id says which it is.
+A last line that a kill tore is cut off, and said.  A line with a `failure` is replaced by a later one of its id.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cooper_jax.runtime import files, hosts
+from cooper_jax.runtime.metrics import JsonLines, jsonable
+from cooper_jax.runtime.rundir import flat, lock
+
+Row = dict[str, Any]
+SETTINGS = "settings.json"
+# The fields of a model that is asked which decide its replies, and not how fast, or from where, they come.
+ASKED = ("kind", "model", "weights", "tokenizer", "num_layers", "dtype", "thinking", "max_prompt_tokens")
+DRAWN = ("max_new_tokens", "temperature", "top_p")
+
+
+class Log:
+    """One file of the ledger: `rows` by their ids, in the order of the file."""
+
+    def __init__(self, path: Path):
+        self.rows: dict[str, Row] = {}
+        self._lines = JsonLines(path)
+        for line in _whole_lines(path):
+            row = json.loads(line)
+            self._take(row)
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """On the disk when this returns.  Raises OSError for a full one."""
+        rows = [jsonable(row) for row in rows]
+        if rows:
+            self._lines.append(*rows)
+        for row in rows:
+            self._take(row)
+
+    def _take(self, row: Row) -> None:
+        known = row["id"] in self.rows and not failed(self.rows[row["id"]])
+        if not known:
+            self.rows[row["id"]] = row
+
+    def forget_failures(self) -> None:
+        """Take what failed for not yet asked."""
+        self.rows = {id: row for id, row in self.rows.items() if not failed(row)}
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+def failed(row: Row) -> bool:
+    return "failure" in row
+
+
+class Ledger:
+    """An open folder; a context manager.
+
+    Raises ValueError where it was begun with other settings (naming both values), is in use, holds what was not
+    written here, or is an address.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
+        if not str(folder):
+            raise ValueError("give --out=DIR, the folder for the outcome")
+        if files.is_remote(folder):
+            raise ValueError(
+                f"--out={folder}: annotations are written to a local path, to be copied from there"
+            )
+        self.folder = Path(folder).expanduser().absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.folder / "lock", self.folder, "--out")
+        self._logs: list[Log] = []
+        try:
+            self._agree(jsonable(settings))
+            self.completions = self._log("completions.jsonl")
+            self.verdicts = self._log("verdicts.jsonl")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for log in self._logs:
+            log.close()
+        os.close(self._lock)
+
+    def write(self, name: str, content: Any) -> None:
+        """A file of JSON, or of JSON lines for a list of rows: as a whole, or not at all."""
+        if isinstance(content, list):
+            text = "".join(json.dumps(jsonable(row), ensure_ascii=False) + "\n" for row in content)
+        else:
+            text = json.dumps(jsonable(content), indent=2, ensure_ascii=False) + "\n"
+        files.write_atomically(self.folder / name, text.encode("utf-8", "backslashreplace"))
+
+    def _log(self, name: str) -> Log:
+        self._logs.append(Log(self.folder / name))
+        return self._logs[-1]
+
+    def _agree(self, new: Mapping[str, Any]) -> None:
+        stored = self.folder / SETTINGS
+        if not stored.exists():
+            held = sorted(p.name for p in self.folder.glob("*.jsonl"))
+            if held:
+                raise ValueError(f"{self.folder} holds {held[0]} without {SETTINGS}: give another --out")
+            self.write(SETTINGS, new)
+            return
+        try:
+            old = json.loads(stored.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{stored} is not JSON ({error}): mend it, or give another --out") from None
+
+        def shown(values: Mapping[str, Any], name: str) -> str:
+            return json.dumps(values[name], ensure_ascii=False) if name in values else "(absent)"
+
+        changed = [
+            f"{name} was {shown(old, name)} and is now {shown(new, name)}"
+            for name in sorted(old.keys() | new.keys())
+            if shown(old, name) != shown(new, name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.folder} was begun with other settings: {'; '.join(changed)}: give another --out, or the "
+                "old value"
+            )
+
+
+def settings(cfg: ConfigDict, known: Mapping[str, str], sampled: bool) -> dict[str, Any]:
+    """What decides the outcome, flat.  known: the files of the plan."""
+    names = ["judge"]
+    out: dict[str, Any] = {"seed": cfg.seed, "rollout.kv_dtype": cfg.rollout.kv_dtype, **known}
+    if sampled:
+        names.append("source")
+        out |= {f"annotate.{name}": cfg.annotate[name] for name in ("problems", "samples")}
+        out |= {f"data.{name}": cfg.data[name] for name in ("instruction", "question_key", "reference_key")}
+    for name in names:
+        fields = flat(cfg[name].to_dict())
+        kept = (*ASKED, *DRAWN)
+        out |= {f"{name}.{field}": value for field, value in fields.items() if field in kept}
+    return out
+
+
+def versions() -> dict[str, str]:
+    """Of what decides verdicts: this project and math-verify."""
+    ours = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())
+    return {
+        "cooper-jax": ours["project"]["version"],
+        "math-verify": importlib.metadata.version("math-verify"),
+    }
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file; a torn last one is cut off.  Raises ValueError, naming the line, for a broken one."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and isinstance(row["id"], str) and line.endswith(b"\n")
+        except (ValueError, KeyError):
+            whole = False
+        if whole:
+            continue
+        if number == len(lines) and not line.endswith(b"\n"):
+            hosts.say(f"{path.name}:{number}: a kill tore this line ({len(line)} bytes): it is cut off")
+            with open(path, "r+b") as file:
+                file.truncate(len(content) - len(line))
+                os.fsync(file.fileno())
+            return lines[:-1]
+        raise ValueError(f"{path}:{number}: no JSON object with an id: mend or delete the line")
+    return lines

@@ -1,0 +1,226 @@
+"""Hybrid annotation (arXiv 2508.05613, the reward model's data): completions labelled where two judges agree.
+
+1. `items.make`: the problems and the completions that there are become a plan, a list of items with stable ids.
+2. The source writes what is to be sampled; completions from files are taken as they are.
+3. What stands there twice (the same question and completion but for white space) is left out from here on.
+4. The rule verifier and, beside it, the LLM judge label each completion, neither knowing of the other.
+5. `outcome.settle`: rows on which both decided and agree are labelled, the rest is disputed; classes are balanced.
+
+Everything that was asked is in the ledger (ledger.py) as soon as it is answered; what is written at the end
+(labelled.jsonl, disputed.jsonl, report.json) is made from the ledger alone.
+
+Departures from the paper: the rule abstains where it cannot show that an answer is wrong (reward/rule.py), and such
+rows are disputed; the judge's prompt is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from cooper_jax import assembly
+from cooper_jax.annotation import items as plans
+from cooper_jax.annotation import ledger as ledgers
+from cooper_jax.annotation import outcome
+from cooper_jax.annotation.asking import Answer, Progress, Stage
+from cooper_jax.annotation.items import Item
+from cooper_jax.annotation.ledger import Ledger, Row
+from cooper_jax.reward import judge as judges
+from cooper_jax.reward.chat import Failure
+from cooper_jax.reward.rule import Pending, RuleVerifier
+from cooper_jax.runtime import hosts
+from cooper_jax.settings import SetupError, boundary
+
+COPIED = 1000  # rows of a completions file that are taken into the ledger at once
+
+
+def annotate(cfg: ConfigDict, problems: Sequence[str], completions: Sequence[str], out: str) -> None:
+    """Annotate problem sets and files of completions into the folder `out`, or go on with it.
+
+    Raises SetupError for settings, files and servers that cannot be used, and hosts.Stopped after a SIGTERM.
+    """
+    check(cfg)
+    plan = plans.make(cfg, problems, completions)
+    sampled = any(item.completion is None for item in plan.items)
+    settings = ledgers.settings(cfg, plan.files, sampled)
+    with contextlib.ExitStack() as stack:
+        with boundary("--out"):
+            ledger = stack.enter_context(Ledger(out, settings))
+        hosts.say(
+            f"{len(plan.items)} completions to annotate, of {len(problems)} problem sets and "
+            f"{len(completions)} files of completions, into {ledger.folder}"
+        )
+        _complete(cfg, plan, ledger)
+        unique = outcome.unique(plan.items, ledger.completions.rows)
+        _judge(cfg, unique, ledger)
+        found = outcome.settle(cfg, plan, unique, ledger)
+        ledger.write("disputed.jsonl", found.disputed)
+        ledger.write("labelled.jsonl", found.labelled)
+        ledger.write("report.json", found.report)
+        hosts.say(outcome.table(found.report))
+        hosts.say(f"{len(found.labelled)} labelled rows: {ledger.folder / 'labelled.jsonl'}")
+
+
+def check(cfg: ConfigDict) -> None:
+    """Raise SetupError for settings that contradict each other."""
+    a = cfg.annotate
+    for name, least in (("problems", 0), ("samples", 1), ("batch", 1)):
+        if a[name] < least:
+            raise SetupError(f"annotate.{name}={a[name]}: it must be at least {least}")
+    if a.balance not in outcome.BALANCES:
+        raise SetupError(f"annotate.balance={a.balance!r}: it is one of {', '.join(outcome.BALANCES)}")
+    if a.max_ratio < 1:
+        raise SetupError(f"annotate.max_ratio={a.max_ratio}: it must be at least 1 (as many of each class)")
+    if jax.process_count() > 1:
+        raise SetupError(
+            f"annotation runs in one process, and this is one of {jax.process_count()}: start it on one host, or "
+            "several with a part of the problems and an --out each"
+        )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _sound(text: str) -> str:
+    """Half a surrogate pair, which a server may send, cannot be written."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def model_name(section: ConfigDict) -> str:
+    """What rows call a model that was asked."""
+    if section.kind == "openai":
+        return section.model
+    return section.weights + (f" (first {section.num_layers} layers)" if section.num_layers else "")
+
+
+def sampling(section: ConfigDict) -> Row:
+    return {name: section[name] for name in ("temperature", "top_p", "max_new_tokens", "thinking")}
+
+
+# --- 2. completions ------------------------------------------------------------------------------------------
+
+
+def _complete(cfg: ConfigDict, plan: plans.Plan, ledger: Ledger) -> None:
+    log = ledger.completions
+    if cfg.annotate.ask_again:
+        log.forget_failures()
+    given = [i for i in plan.items if i.completion is not None and i.id not in log.rows]
+    for start in range(0, len(given), COPIED):
+        log.append([_given(item) for item in given[start : start + COPIED]])
+    wanted = [item for item in plan.items if item.completion is None]
+    left = sum(item.id not in log.rows for item in wanted)
+    if not left:
+        return
+    common = {"model": model_name(cfg.source), "sampling": sampling(cfg.source), "seed": cfg.seed}
+
+    def keep(answers: Sequence[Answer]) -> None:
+        log.append([_completed(item, reply, common) for item, reply in answers])
+
+    with _asked(cfg, "source", ledger.folder) as chat, _progress("completions", wanted, left) as bar:
+        stage = Stage(
+            chat,
+            "source",
+            cfg.seed,
+            cfg.annotate.batch,
+            lambda item: [("user", item.question + cfg.data.instruction)],
+            keep,
+        )
+        stage.run(wanted, log.rows, bar)
+
+
+def _given(item: Item) -> Row:
+    """A completion of a file."""
+    label = {} if item.label is None else {"given_label": item.label}
+    return _head(item) | {"completion": item.completion, "model": item.model, **label}
+
+
+def _completed(item: Item, reply, common: Row) -> Row:
+    row = _head(item) | {"sample": item.sample}
+    if isinstance(reply, Failure):
+        return row | {"failure": reply.reason, **common, "completed": _now()}
+    text = {"completion": _sound(reply.text), "truncated": reply.truncated, "tokens": reply.tokens}
+    return row | text | common | {"completed": _now()}
+
+
+def _head(item: Item) -> Row:
+    return {
+        "id": item.id,
+        "source": item.source,
+        "problem": item.problem,
+        "question": item.question,
+        "reference_answer": item.reference,
+    }
+
+
+# --- 4. verdicts ---------------------------------------------------------------------------------------------
+
+
+def _judge(cfg: ConfigDict, items: Sequence[Item], ledger: Ledger) -> None:
+    log, texts = ledger.verdicts, ledger.completions.rows
+    if cfg.annotate.ask_again:
+        log.forget_failures()
+    left = sum(item.id not in log.rows for item in items)
+    if not left:
+        return
+    common = {"judge_model": model_name(cfg.judge), "versions": ledgers.versions()}
+    pending: dict[str, Pending] = {}
+    with _asked(cfg, "judge", ledger.folder) as chat, _rule(cfg) as rule:
+
+        def talk(item: Item):
+            text = texts[item.id]["completion"]
+            # The rule works on it while the judge does.
+            if item.id not in log.rows:
+                pending[item.id] = rule.submit([(item.reference, text)])
+            return judges.messages_of(item.triple(text))
+
+        def keep(answers: Sequence[Answer]) -> None:
+            rows = []
+            for item, reply in answers:
+                (verdict,) = pending.pop(item.id).result()
+                judged = judges.read(reply)
+                row = {"id": item.id, "rule": str(verdict), "judge": judged.correct}
+                row |= {"judge_reply": _sound(judged.reply)}
+                if judged.reason:
+                    row |= {"judge_reason": judged.reason}
+                if isinstance(reply, Failure):
+                    row |= {"failure": reply.reason}
+                rows.append(row | common | {"judged": _now()})
+            log.append(rows)
+
+        with _progress("verdicts", items, left) as bar:
+            Stage(chat, "judge", cfg.seed, cfg.annotate.batch, talk, keep).run(items, log.rows, bar)
+
+
+@contextlib.contextmanager
+def _progress(what: str, items: Sequence[Item], left: int):
+    bar = Progress(what, len(items), len(items) - left)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+@contextlib.contextmanager
+def _asked(cfg: ConfigDict, name: str, folder: Path):
+    chat = assembly.open_chat(cfg, name, assembly.make_layouts(cfg)["policy"], folder)
+    try:
+        yield chat
+    finally:
+        chat.close()
+
+
+@contextlib.contextmanager
+def _rule(cfg: ConfigDict):
+    r = cfg.rule
+    with boundary("rule"):
+        rule = RuleVerifier(
+            workers=r.workers, timeout=r.timeout, retry_timeout=r.retry_timeout, memory_mb=r.memory_mb
+        )
+    with rule:
+        yield rule
