@@ -15,6 +15,7 @@ A reward model learns which of two classes a completion is in: both must occur i
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -59,6 +60,15 @@ class Data:
     too_long: int  # training rows dropped for their characters
     overlapping: int  # held-out rows whose question is in the training data
     excluded: bool  # whether those were left out
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over all that is trained and measured on: ids and labels."""
+        content = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            for tokens, triple in zip(part.tokens, part.triples, strict=True):
+                content.update(np.array([len(tokens), int(triple.label), *tokens], np.int64).tobytes())
+        return content.hexdigest()[:16]
 
 
 def load(cfg: ConfigDict, tokenizer: Tokenizer) -> Data:

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from cooper_jax.reward_training import batches, examples, export, measure, plan
 from cooper_jax.runtime import checkpoint, hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
-from cooper_jax.runtime.metrics import Progress, to_host
+from cooper_jax.runtime.metrics import Progress, jsonable, numbers, to_host
 from cooper_jax.runtime.rundir import Run, check_shared, config_hash, run_path
 from cooper_jax.settings import SetupError, boundary
 from cooper_jax.types import Metrics, TrainState
@@ -105,7 +105,8 @@ def _updates(job: plan.Job, state: State, run: Run, checkpoints: Checkpoints) ->
             with boundary("run_dir"):
                 run.log(state.step, metrics)
             progress.update(state.step, metrics)
-            if state.step % cfg.checkpoint.every == 0 or _ended(job, state):
+            due = state.step % cfg.checkpoint.every == 0 or _ended(job, state)
+            if due and state.step not in checkpoints.steps():  # that whose evaluation was broken off is there
                 with boundary("checkpoint"):
                     _save(job, state, run, checkpoints)
     return state
@@ -156,6 +157,11 @@ def _evaluate(job: plan.Job, state: State) -> tuple[State, Metrics]:
     """Measure the held-out rows; keep the model where it is the best so far."""
     began = time.perf_counter()
     logits = score(job, state.reward.params, job.data.held_out)
+    if not np.isfinite(logits).all():
+        raise SetupError(
+            f"update {state.step}: {(~np.isfinite(logits)).sum()} of {len(logits)} held-out logits are not finite: "
+            "lower --config.train_rm.optimiser.lr, or set --config.reward.dtype=float32, in a new run_dir"
+        )
     metrics = measure.evaluation(job.data.held_out, logits)
     name = job.cfg.train_rm.keep_best
     value = metrics[f"eval/{name}"]
@@ -193,12 +199,12 @@ def _start_or_resume(job: plan.Job, reward: TrainState, run: Run, checkpoints: C
         step, trees, loop = checkpoints.restore_newest(
             likes, dict.fromkeys(likes, job.model.config.vocab_size)
         )
-    if loop["config_hash"] != config_hash(job.cfg) or loop["steps"] != job.steps:
-        raise SetupError(
-            f"{checkpoints.folder / str(step)} was saved under another config than the run directory's config.json "
-            f"says, or with other data ({loop['steps']} updates in all, and now {job.steps}): give another "
-            "--config.run_dir"
-        )
+    for what, now in (("config", config_hash(job.cfg)), ("data", job.data.digest)):
+        if loop[what] != now:
+            raise SetupError(
+                f"{checkpoints.folder / str(step)} was saved with another {what} ({loop[what]}, now {now}): give "
+                "the old one, or another --config.run_dir"
+            )
     with boundary("run_dir"):
         run.truncate(step if loop["due"] is None else step - 1)
     hosts.say(f"resumed from update {step}")
@@ -207,7 +213,7 @@ def _start_or_resume(job: plan.Job, reward: TrainState, run: Run, checkpoints: C
         step=step,
         best=loop["best"],
         stale=loop["stale"],
-        due=loop["due"],
+        due=None if loop["due"] is None else numbers(loop["due"]),
     )
 
 
@@ -218,8 +224,8 @@ def _items(reward: TrainState) -> dict[str, Any]:
 
 def _save(job: plan.Job, state: State, run: Run, checkpoints: Checkpoints) -> None:
     run.flush()
-    loop = {name: getattr(state, name) for name in ("best", "stale", "due")}
-    loop |= {"config_hash": config_hash(job.cfg), "steps": job.steps}
+    loop = {name: jsonable(getattr(state, name)) for name in ("best", "stale", "due")}
+    loop |= {"config": config_hash(job.cfg), "data": job.data.digest}
     checkpoints.save(state.step, _items(state.reward), loop)
 
 

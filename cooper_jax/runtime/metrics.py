@@ -173,7 +173,12 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl, NaN and infinities as numbers again.  Raises as `read_lines` does."""
-    return [{name: _NOT_FINITE.get(value, value) for name, value in row.items()} for row in read_lines(path)]
+    return [numbers(row) for row in read_lines(path)]
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """A row of `jsonable` numbers, NaN and infinities as numbers again."""
+    return {name: _NOT_FINITE.get(value, value) for name, value in row.items()}
 
 
 class Progress:
