@@ -5,14 +5,20 @@
     python launch/evaluate.py --run_dir=runs/tiny --step=80 --benchmark=synthetic --out=runs/eval_tiny
     python launch/evaluate.py --config=configs/qwen_1p5b.py --config.reward.weights=DIR --out=runs/again \\
         --rejudge=runs/eval/items.jsonl --config.benchmark.judged_by=both
+    python launch/evaluate.py --config=configs/verifyrm_1p5b.py --config.reward.weights=DIR --out=runs/judges \\
+        --labelled=verify_dev.jsonl --judge=model --judge=rule --judge=last_number --references=own
+    python launch/evaluate.py --run_dir=runs/tiny --attacks=verify_dev.jsonl --compare=0 --out=runs/attacks
 
-A folder stands for the benchmarks among its *_test files.  With --run_dir the models and prompts are those of a
-run of launch/train.py; the other settings are those of configs/base.py, and any --config.FIELD of the command line
-goes before both.  The same command goes on where it was stopped.  docs/evaluation.md explains files and figures.
+--benchmark measures a policy, --rejudge judges its recorded responses anew, --labelled measures judges on labelled
+completions, --attacks shows a reward model known hacks.  A folder stands for the benchmarks among its *_test files.
+With --run_dir the models and prompts are those of a run of launch/train.py; the other settings are those of
+configs/base.py, and any --config.FIELD of the command line goes before both.  The same command goes on where it was
+stopped.  docs/evaluation.md explains files and figures.
 
 Exit codes are those of launch/common.py.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -28,6 +34,22 @@ BENCHMARK = flags.DEFINE_multi_string(
     "benchmark", [], "A file of problems, a folder, or synthetic; repeatable."
 )
 REJUDGE = flags.DEFINE_string("rejudge", "", "An items.jsonl whose responses are judged anew.")
+LABELLED = flags.DEFINE_string("labelled", "", "Labelled completions, on which judges are measured.")
+JUDGE = flags.DEFINE_multi_enum(
+    "judge", [], ["model", "rule", "llm", "last_number", "yes", "prior"],
+    "Who judges --labelled; the first is compared with the others.  None: model, rule, last_number and yes.",
+)  # fmt: skip
+PRIOR_FROM = flags.DEFINE_string("prior_from", "", "Labelled completions from which --judge=prior learns.")
+REFERENCES = flags.DEFINE_enum(
+    "references",
+    "own",
+    ["own", "none", "shuffled"],
+    "The references that the judges of --labelled are shown.",
+)
+ATTACKS = flags.DEFINE_string("attacks", "", "Labelled completions, of which the wrong ones are attacked.")
+COMPARE = flags.DEFINE_multi_string(
+    "compare", [], "--attacks: another reward model's weights, or with --run_dir a step; repeatable."
+)
 OUT = flags.DEFINE_string("out", None, "The directory of the results.", required=True)
 RUN_DIR = flags.DEFINE_string("run_dir", "", "A run of launch/train.py whose models are evaluated.")
 STEP = flags.DEFINE_integer("step", -1, "The checkpoint's step; -1 is the newest.", lower_bound=-1)
@@ -35,18 +57,40 @@ STEP = flags.DEFINE_integer("step", -1, "The checkpoint's step; -1 is the newest
 
 def main(argv: list[str]) -> None:
     common.begin(argv)
-    from cooper_jax.evaluation import jobs
+    from cooper_jax.evaluation import jobs, judging
+    from cooper_jax.settings import SetupError
 
     with common.running():
-        chosen = choose()
-        out = Path(OUT.value)
+        modes = [f for f in (BENCHMARK, REJUDGE, LABELLED, ATTACKS) if f.value]
+        if len(modes) != 1:
+            given = " and ".join(f"--{f.name}" for f in modes) or "nothing"
+            raise SetupError(
+                f"{given} is asked for: give one of --benchmark, --rejudge, --labelled and --attacks"
+            )
+        needless = ((JUDGE, LABELLED), (PRIOR_FROM, LABELLED), (COMPARE, ATTACKS))
+        for flag, of in needless:
+            if flag.value and not of.value:
+                raise SetupError(f"--{flag.name} belongs to --{of.name}")
+        if REFERENCES.value != "own" and not LABELLED.value:
+            raise SetupError(f"--references={REFERENCES.value} belongs to --labelled")
+        chosen, out = choose(STEP.value), Path(OUT.value)
         if BENCHMARK.value:
             jobs.benchmarks(chosen.cfg, chosen, BENCHMARK.value, out)
-        else:
+        elif REJUDGE.value:
             jobs.rejudge(chosen.cfg, chosen, REJUDGE.value, out)
+        elif LABELLED.value:
+            names = list(dict.fromkeys(JUDGE.value)) or ["model", "rule", "last_number", "yes"]
+            judging.labelled(
+                chosen.cfg, chosen, LABELLED.value, out,
+                names=names, references=REFERENCES.value, prior_from=PRIOR_FROM.value,
+            )  # fmt: skip
+        else:
+            judging.attacked(
+                chosen.cfg, chosen, ATTACKS.value, out, [other(chosen, x) for x in COMPARE.value]
+            )
 
 
-def choose():
+def choose(step: int):
     """Where the models come from, with the config that holds for them.  Raises SetupError."""
     from cooper_jax import runs
     from cooper_jax.evaluation.scoring import Chosen
@@ -54,17 +98,12 @@ def choose():
     from cooper_jax.runtime.checkpoint import steps_in
     from cooper_jax.settings import SetupError, boundary
 
-    given = [f"--{f.name}" for f in (BENCHMARK, REJUDGE) if f.value]
-    if len(given) != 1:
-        raise SetupError(
-            f"{' and '.join(given) or 'nothing'} is asked for: give one of --benchmark, --rejudge"
-        )
     if files.is_remote(OUT.value):
         raise SetupError(f"--out={OUT.value}: results are written to a local path, to be copied from there")
     cfg = common.config()
     if not RUN_DIR.value:
-        if STEP.value != -1:
-            raise SetupError(f"--step={STEP.value} is of a run: give --run_dir=RUN too")
+        if step != -1:
+            raise SetupError(f"--step={step} is of a run: give --run_dir=RUN too")
         return Chosen(cfg, Path(OUT.value).expanduser().absolute())
     with boundary(f"--run_dir={RUN_DIR.value}"):
         run_dir = files.path(RUN_DIR.value)
@@ -74,10 +113,19 @@ def choose():
         steps = steps_in(run_dir)
         if not steps:
             raise ValueError("it holds no checkpoint yet")
-        step = steps[-1] if STEP.value == -1 else STEP.value
+        step = steps[-1] if step == -1 else step
         if step not in steps:
             raise ValueError(f"step {step} is not there; the checkpoints are {', '.join(map(str, steps))}")
     return Chosen(cfg, run_dir, run_dir, step)
+
+
+def other(chosen, named: str):
+    """The reward model of a --compare: weights, or a step of the same run."""
+    if chosen.run_dir is not None and named.isdecimal():
+        return choose(int(named))
+    cfg = chosen.cfg.copy_and_resolve_references()
+    cfg.reward.weights = named
+    return dataclasses.replace(chosen, cfg=cfg, run_dir=None, step=None)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """The evaluations as launch/evaluate.py starts them: settings checked, models and judges loaded, results written.
 
-`benchmarks`: a policy's samples.   `rejudge`: those of an items file, by other judges.
+benchmarks  a policy's samples         rejudge  those of an items file, by other judges
+labelled    judges of labelled rows    attacked  reward models under known hacks
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from ml_collections import ConfigDict
 
 from cooper_jax import assembly
 from cooper_jax.data import overlap
-from cooper_jax.evaluation import benchmarks as sets
-from cooper_jax.evaluation import summaries
+from cooper_jax.evaluation import benchmarks as sampling
+from cooper_jax.evaluation import sets, summaries
 from cooper_jax.evaluation.ledger import RESULTS, Ledger, Row
 from cooper_jax.evaluation.report import plain
 from cooper_jax.evaluation.scoring import Chosen, RewardModel
@@ -38,7 +39,7 @@ def benchmarks(cfg: ConfigDict, chosen: Chosen, places: Sequence[str], out: Path
     record = seen(chosen) if by_model else None
     with boundary("data.chat"):
         asked = sets.load(cfg, found, model.tokenizer, record.fingerprints if record else frozenset())
-    sampler = sets.PolicySampler(cfg, layouts["policy"], model, params)
+    sampler = sampling.PolicySampler(cfg, layouts["policy"], model, params)
     r, d, b = cfg.rollout, cfg.data, cfg.benchmark
     settings = chosen.settings("policy") | {
         "seed": cfg.seed,
@@ -61,13 +62,31 @@ def rejudge(cfg: ConfigDict, chosen: Chosen, items: str, out: Path) -> None:
     """The responses of an items file, judged by what `benchmark.judged_by` says; nothing is sampled."""
     by_rule, by_model = _judges(cfg)
     with boundary(f"--rejudge={items}"):
-        asked, sampler = sets.recorded(items)
+        asked, sampler = sampling.recorded(items)
         content = hashlib.sha256(files.local(items).read_bytes()).hexdigest()[:16]
         record = seen(chosen) if by_model else None
         if record is not None:
             asked = [sets.without_seen(b, record.fingerprints, cfg.benchmark.exclude_seen) for b in asked]
     layouts = assembly.make_layouts(cfg) if by_model else {}
     _run(cfg, chosen, asked, sampler, {"items": content}, by_rule, by_model, layouts, out, record)
+
+
+def write(ledger: Ledger, settings: dict, found: dict, text: str) -> None:
+    ledger.write(RESULTS, plain({"settings": settings, **found}))
+    ledger.write("table.txt", text)
+    hosts.say(f"\n{text}\n\n{ledger.folder}: {RESULTS}, table.txt and items.jsonl are there")
+
+
+@contextlib.contextmanager
+def telling_what_is_left(ledger: Ledger, chunks: int) -> Iterator[None]:
+    try:
+        yield
+    except hosts.Stopped:
+        hosts.say(
+            f"stopped by a signal: {ledger.done} of {chunks} chunks are in {ledger.folder}; the same command "
+            "goes on"
+        )
+        raise
 
 
 def seen(chosen: Chosen) -> overlap.Record | None:
@@ -122,15 +141,8 @@ def _run(cfg, chosen, asked, sampler, settings, by_rule, by_model, layouts, out,
                 layout = layouts["reward"]
                 reward = RewardModel(cfg, layout, *chosen.load("reward", layout))
                 reward.check([p.reference for x in asked for p in x.problems])
-            try:
-                with boundary("--out"):
-                    sets.run(asked, sampler, rule, reward, ledger, b.chunk, hosts.say)
-            except hosts.Stopped:
-                hosts.say(
-                    f"stopped by a signal: {ledger.done} of {len(work)} chunks are in {ledger.folder}; the same "
-                    "command goes on"
-                )
-                raise
+            with telling_what_is_left(ledger, len(work)):
+                sampling.run(asked, sampler, rule, reward, ledger, b.chunk, hosts.say)
         if hosts.primary():
             _report(cfg, asked, sampler.samples, work, ledger, settings, record)
 
@@ -148,19 +160,8 @@ def _report(cfg, asked, samples, work, ledger: Ledger, settings, record) -> None
     ]
     means = summaries.mean_of_benchmarks(results, by_name, seed, resamples)
     text = summaries.as_text(results, means)
-    ledger.write(
-        RESULTS,
-        plain(
-            {
-                "settings": settings,
-                "benchmarks": results,
-                "mean": means,
-                "reward_model_saw": dict(record.sources) if record else None,
-            }
-        ),
-    )
-    ledger.write("table.txt", text)
-    hosts.say(f"\n{text}\n\n{ledger.folder}: {RESULTS}, table.txt and items.jsonl are there")
+    saw = dict(record.sources) if record else None
+    write(ledger, settings, {"benchmarks": results, "mean": means, "reward_model_saw": saw}, text)
 
 
 def _judges(cfg: ConfigDict) -> tuple[bool, bool]:
@@ -168,16 +169,21 @@ def _judges(cfg: ConfigDict) -> tuple[bool, bool]:
     b = cfg.benchmark
     if b.judged_by not in JUDGED_BY:
         raise SetupError(f"benchmark.judged_by={b.judged_by!r}: it is one of {', '.join(JUDGED_BY)}")
-    at_least(b, "benchmark", 1, "samples", "max_new_tokens", "max_prompt_tokens", "chunk", "bootstrap")
-    at_least(b, "benchmark", 0, "problems")
+    check_numbers(cfg)
     return JUDGED_BY[b.judged_by]
 
 
-def at_least(section: ConfigDict, name: str, least: int, *fields: str) -> None:
+def check_numbers(cfg: ConfigDict) -> None:
+    """Raise SetupError for a number of the benchmark section that is too small."""
+    at_least(cfg.benchmark, 1, "samples", "max_new_tokens", "max_prompt_tokens", "chunk", "bootstrap")
+    at_least(cfg.benchmark, 0, "problems")
+
+
+def at_least(section: ConfigDict, least: int, *fields: str) -> None:
     """Raise SetupError for a number that is too small."""
     for field in fields:
         if section[field] < least:
-            raise SetupError(f"{name}.{field}={section[field]}: it must be at least {least}")
+            raise SetupError(f"benchmark.{field}={section[field]}: it must be at least {least}")
 
 
 def _describe(cfg: ConfigDict, chosen: Chosen, model: assembly.Model, asked: Sequence[sets.Benchmark]) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 from cooper_jax.runtime import files, hosts
 from cooper_jax.runtime.metrics import JsonLines, jsonable
 from cooper_jax.runtime.rundir import lock
+from cooper_jax.settings import boundary
 
 Row = dict[str, Any]
 SETTINGS, ITEMS, TIMINGS, RESULTS = "settings.json", "items.jsonl", "timings.jsonl", "results.json"
@@ -68,14 +69,15 @@ class Ledger:
             self._lock = None
 
     def append(self, rows: Sequence[Row], seconds: float) -> None:
-        """The next chunk's rows; on the disk when this returns.  Raises OSError for a full one."""
+        """The next chunk's rows; on the disk when this returns.  Raises SetupError for a full one."""
         self.done += 1
         if not hosts.primary():
             return
         rows = [jsonable(row) for row in rows]
         # The time first: a chunk without its rows is none, and its time goes with it.
-        self._timings.append({"chunk": self.done - 1, "seconds": round(seconds, 3)})
-        self._items.append(*rows)
+        with boundary("--out"):
+            self._timings.append({"chunk": self.done - 1, "seconds": round(seconds, 3)})
+            self._items.append(*rows)
         self.rows += rows
         self.seconds.append(seconds)
 

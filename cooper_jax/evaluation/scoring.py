@@ -55,6 +55,14 @@ class Chosen:
             )
         return model, params
 
+    def label(self, name: str) -> str:
+        """What a model is called in tables."""
+        if self.run_dir is not None:
+            return f"step {self.step}"
+        return (
+            (self.cfg.policy if name == "policy" else self.cfg.reward).weights.rstrip("/").rsplit("/", 1)[-1]
+        )
+
     def settings(self, name: str) -> dict[str, str | int | bool]:
         """What decides what a model computes, by the knobs' names."""
         section = self.cfg.policy if name == "policy" else self.cfg.reward
@@ -88,10 +96,13 @@ class RewardModel:
 
     def rewards(self, triples: Sequence[Triple]) -> np.ndarray:
         """f32[N], in (0, 1)."""
-        rows = [
-            prompts.verifier_tokens(self._tokenizer, t.question, t.reference, t.completion, self.max_tokens)
-            for t in triples
-        ]
+        with boundary("reward.max_tokens"):
+            rows = [
+                prompts.verifier_tokens(
+                    self._tokenizer, t.question, t.reference, t.completion, self.max_tokens
+                )
+                for t in triples
+            ]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # the largest first: memory fails early
         logits = np.zeros(len(rows), np.float32)
         under_way: list[tuple[list[int], jax.Array]] = []

@@ -19,9 +19,9 @@ import numpy as np
 
 from cooper_jax import statistics
 from cooper_jax.evaluation.answer_forms import answer_form
-from cooper_jax.evaluation.benchmarks import Benchmark
 from cooper_jax.evaluation.ledger import Row
 from cooper_jax.evaluation.report import percent, table
+from cooper_jax.evaluation.sets import Benchmark
 from cooper_jax.runtime import keys
 from cooper_jax.statistics import Interval
 

@@ -37,10 +37,11 @@ STREAMS = {
     "train_rm": 18,  # ids: epoch (the order of batches)
     "source": 19,  # ids: try (completions that are to be annotated; then problem, sample, token)
     "judge": 20,  # ids: try (verdicts of a language model)
-    "benchmark": 21,  # ids: data set's place (then problem, sample, token)
-    "bootstrap": 22,  # ids: which statistic (resampled groups)
+    "benchmark": 21,  # ids: CRC of the data set's name (then problem, sample, token); none: which part is taken
+    "bootstrap": 22,  # no ids: every figure is resampled alike
     "references": 23,  # no ids: which question's reference replaces a row's own
     "balance": 24,  # ids: two words of a row's id (which annotated rows stay)
+    "attacks": 25,  # ids: attack, row (wording of a reward hack)
 }
 
 _WORD = 2**32  # ids and seeds are 32-bit words: what fold_in takes, and what SeedSequence does not regroup

@@ -1,0 +1,111 @@
+"""Who says whether a completion is right: each judge gives triples a score, a yes or no, and may abstain.
+
+    model        the reward model: yes above 0.5
+    rule         the rule verifier: yes for CORRECT; what it cannot decide is an abstention
+    llm          the language model of the config's `judge` section; no readable verdict is an abstention
+    last_number  whether the last numbers of completion and reference are equal
+    yes          always yes
+    prior        the share of right completions of the one who wrote this one, in other data (smoothed)
+
+An abstention counts as no.  As a score it stands between no and yes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from cooper_jax.evaluation.answer_forms import NUMBER
+from cooper_jax.reward import judge as llm
+from cooper_jax.reward.chat import Chat
+from cooper_jax.runtime import hosts
+from cooper_jax.types import Triple, Verdict
+
+NAMES = ("model", "rule", "llm", "last_number", "yes", "prior")
+THRESHOLD = 0.5  # a reward above it says that the completion is right
+
+
+@dataclasses.dataclass(frozen=True)
+class Opinion:
+    """What a judge says of one triple.  `note`: its own words, for the items file."""
+
+    score: float
+    abstained: bool = False
+    note: str = ""
+
+    @property
+    def yes(self) -> bool:
+        return self.score > THRESHOLD and not self.abstained
+
+
+Judge = Callable[
+    [Sequence[Triple], int], list[Opinion]
+]  # triples, the place of the first of them -> opinions
+
+
+def of_rewards(rewards: Sequence[float]) -> list[Opinion]:
+    return [Opinion(round(float(p), 6)) for p in rewards]
+
+
+def of_verdicts(verdicts: Sequence[Verdict]) -> list[Opinion]:
+    def opinion(v: Verdict) -> Opinion:
+        return Opinion(float(v is Verdict.CORRECT) if v.decidable else 0.5, not v.decidable, v.value)
+
+    return [opinion(v) for v in verdicts]
+
+
+def language_model(chat: Chat, seed: int) -> Judge:
+    """An LLM judge; a server is asked by the first host alone."""
+
+    def ask(triples: Sequence[Triple], first: int) -> list[dict]:
+        found = llm.judge(chat, triples, [(seed, 0, first + i, 0) for i in range(len(triples))])
+        return [dataclasses.asdict(j) for j in found]
+
+    def opinions(triples: Sequence[Triple], first: int) -> list[Opinion]:
+        if chat.overlaps and jax.process_count() > 1:
+            told = hosts.broadcast("judge", lambda: json.dumps(ask(triples, first)).encode())
+            found = json.loads(told)
+        else:
+            found = ask(triples, first)
+        return [
+            Opinion(0.5, True, j["reason"])
+            if j["correct"] is None
+            else Opinion(float(j["correct"]), note="correct" if j["correct"] else "incorrect")
+            for j in found
+        ]
+
+    return opinions
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, without its thousands separators."""
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def last_numbers(triples: Sequence[Triple], first: int) -> list[Opinion]:
+    """A completion without a number is wrong."""
+    pairs = ((last_number(t.completion), last_number(t.reference)) for t in triples)
+    return [Opinion(float(said is not None and said == right)) for said, right in pairs]
+
+
+def always_yes(triples: Sequence[Triple], first: int) -> list[Opinion]:
+    return [Opinion(1.0) for _ in triples]
+
+
+def prior(known: Sequence[Triple]) -> Judge:
+    """By the writer's name: (right + 2 r) / (rows + 2), with r the share of right ones over all rows.
+
+    A writer that is not in `known` gets r.
+    """
+    overall = float(np.mean([t.label > 0.5 for t in known]))
+    labels = defaultdict(list)
+    for t in known:
+        labels[t.model].append(t.label > 0.5)
+    rates = {m: (sum(found) + 2 * overall) / (len(found) + 2) for m, found in labels.items()}
+    return lambda triples, first: [Opinion(rates[t.model] if t.model in rates else overall) for t in triples]

@@ -1,0 +1,180 @@
+"""The problems that a policy is measured on: which files, which part of them, and what is left out.
+
+1. `find` turns files and folders into files; `load` reads them, and the synthetic problems.
+2. A fixed part may be taken, the same in every evaluation (`part`).
+3. Problems whose prompts are too long, or whose questions the judging reward model was trained on, are left out and
+   counted.
+4. `chunks` cuts the work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cooper_jax import assembly
+from cooper_jax.data import overlap, sources, synthetic
+from cooper_jax.data import problems as problem_sets
+from cooper_jax.model.tokenizer import Tokenizer
+from cooper_jax.runtime import files, keys
+from cooper_jax.settings import SetupError, boundary
+from cooper_jax.types import Problem
+
+SYNTHETIC = "synthetic"  # as a --benchmark: held-out problems of configs/tiny.py, with their oracle
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Problems of one benchmark, and how many were left out."""
+
+    name: str
+    problems: tuple[Problem, ...]
+    places: tuple[int, ...]  # of each in its file: they decide its random bits
+    prompts: tuple[tuple[int, ...], ...] = ()  # token ids; none where responses are recorded
+    asked: int = 0  # problems of the part that was asked for
+    too_long: int = 0
+    seen: int = 0  # questions that the reward model was trained on, whether left out or not
+    excluded: int = 0  # those of them that are left out
+
+    def digest(self) -> str:
+        """A hash of what is asked, so that another file of the same name is noticed."""
+        text = "\0".join(f"{p.id}\1{p.question}\1{p.reference}" for p in self.problems)
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def find(given: Sequence[str]) -> list[str]:
+    """Files, and the recognised benchmarks among a folder's *_test files, in the order of their names.
+
+    Raises SetupError for a folder without any, and for two of one name.
+    """
+    found: list[str] = []
+    for place in given:
+        with boundary("--benchmark"):
+            if place != SYNTHETIC and not files.is_remote(place) and not Path(place).expanduser().exists():
+                raise FileNotFoundError(f"{place}: there is no such file or folder")
+        if place == SYNTHETIC or files.is_remote(place) or not Path(place).expanduser().is_dir():
+            found.append(place)
+            continue
+        inside = sorted(p for p in Path(place).expanduser().iterdir() if p.name.endswith(SUFFIXES))
+        tests = [str(p) for p in inside if name_of(p.name).endswith("_test") and _published(str(p))]
+        if not tests:
+            raise SetupError(
+                f"--benchmark={place}: no file called *_test.jsonl (or .jsonl.gz, .parquet) in it holds a "
+                "published benchmark"
+            )
+        found += tests
+    names = [name_of(p) for p in found]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise SetupError(f"--benchmark: two files are called {twice[0]!r}: rename one, or leave it out")
+    return found
+
+
+def name_of(place: str) -> str:
+    name = place.rstrip("/").rsplit("/", 1)[-1]
+    for suffix in (*SUFFIXES, ".json"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _published(path: str) -> bool:
+    try:
+        _, _, row = next(iter(sources.file_rows(path)))
+        return problem_sets.recognise(row, "", "") != "jsonl"
+    except (ValueError, StopIteration):
+        return False
+
+
+def load(
+    cfg: ConfigDict, places: Sequence[str], tokenizer: Tokenizer, seen: frozenset[str] = frozenset()
+) -> list[Benchmark]:
+    """The benchmarks with their prompts.  seen: fingerprints of the questions that the reward model saw.
+
+    Raises SetupError, naming file, line and field.
+    """
+    section, out = cfg.benchmark, []
+    for place in places:
+        with boundary(f"--benchmark={place}"):
+            problems = _read(cfg, place)
+            chosen = part(len(problems), section.problems)
+            kept, known = _split(chosen, problems, seen)
+            taken = kept if section.exclude_seen else chosen
+            prompts = {i: assembly.policy_prompt(cfg, tokenizer, problems[i]) for i in taken}
+            fit = [i for i in taken if len(prompts[i]) <= section.max_prompt_tokens]
+            if not fit:
+                raise ValueError(
+                    f"no problem is left of {len(chosen)}: {len(chosen) - len(taken)} were seen by the reward "
+                    f"model, {len(taken)} prompts have more than {section.max_prompt_tokens} tokens "
+                    "(--config.benchmark.max_prompt_tokens)"
+                )
+        out.append(
+            Benchmark(
+                name=name_of(place),
+                problems=tuple(problems[i] for i in fit),
+                places=tuple(fit),
+                prompts=tuple(tuple(prompts[i]) for i in fit),
+                asked=len(chosen),
+                too_long=len(taken) - len(fit),
+                seen=len(known),
+                excluded=len(chosen) - len(taken),
+            )
+        )
+    return out
+
+
+def _read(cfg: ConfigDict, place: str) -> list[Problem]:
+    if place == SYNTHETIC:
+        return synthetic.problems(cfg.seed, cfg.benchmark.problems or cfg.eval.problems, "eval")
+    d = cfg.data
+    columns = {name: d[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
+    return problem_sets.load(place, "auto", split="", **columns)
+
+
+def part(size: int, count: int) -> list[int]:
+    """Places, ascending, of a fixed part of `count` of `size` problems; 0 is all.
+
+    The first of an order that no setting changes: two evaluations of one file ask the same, and fewer are among
+    more.
+    """
+    if not count or count >= size:
+        return list(range(size))
+    words = keys.numpy_stream(0, "benchmark").bit_generator.random_raw(size)
+    return sorted(np.argsort(words, kind="stable")[:count].tolist())
+
+
+def _split(
+    chosen: Sequence[int], problems: Sequence[Problem], seen: frozenset[str]
+) -> tuple[list[int], list[int]]:
+    return overlap.split(chosen, seen, question=lambda i: problems[i].question)
+
+
+def without_seen(benchmark: Benchmark, seen: frozenset[str], exclude: bool) -> Benchmark:
+    """Recorded problems without those that the reward model saw.  Raises ValueError where none is left."""
+    kept, known = _split(range(len(benchmark.problems)), benchmark.problems, seen)
+    kept = kept if exclude else list(range(len(benchmark.problems)))
+    if not kept:
+        raise ValueError(f"{benchmark.name}: the reward model was trained on all {len(known)} questions")
+    return dataclasses.replace(
+        benchmark,
+        problems=tuple(benchmark.problems[i] for i in kept),
+        places=tuple(benchmark.places[i] for i in kept),
+        seen=len(known),
+        excluded=len(benchmark.problems) - len(kept),
+    )
+
+
+def chunks(benchmarks: Sequence[Benchmark], size: int) -> Iterator[tuple[Benchmark, range]]:
+    """The work in its order: each benchmark in ranges of at most `size` problems, as even as can be.
+
+    Ranges of one size are decoded by one program.
+    """
+    for benchmark in benchmarks:
+        problems = len(benchmark.problems)
+        parts = -(-problems // size)
+        for i in range(parts):
+            yield benchmark, range(i * problems // parts, (i + 1) * problems // parts)
