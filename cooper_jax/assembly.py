@@ -369,7 +369,7 @@ def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Director
 
     A local one is loaded onto `layout`.  Raises SetupError; the caller closes it.
     """
-    section = {"assistant": cfg.assistant, "judge": cfg.judge, "source": cfg.source}[name]
+    section = cfg[name]
     if section.kind == "local" and section.weights in ("", "random"):
         raise SetupError(
             f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "

@@ -40,7 +40,6 @@ from typing import Any
 import jax
 from etils import epath
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from cooper_jax.runtime import files, hosts
 from cooper_jax.runtime.checkpoint import steps_in
@@ -238,6 +237,8 @@ class Run:
         if self.config.log.tensorboard:
             # The readers of events drop those of an earlier life from purge_step on.
             purge_step = 0 if step is None else step + 1
+            from tensorboardX import SummaryWriter  # which imports torch where there is one: seconds
+
             self._tensorboard = SummaryWriter(
                 str(self._folder / "tensorboard"), purge_step=purge_step, filename_suffix=f".{purge_step}"
             )
