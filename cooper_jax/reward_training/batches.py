@@ -56,13 +56,13 @@ def updates_per_epoch(rows: int, batch: int) -> int:
 
 
 def choose_shapes(
-    lengths: Sequence[int], *, bucket: int, most: int, budget: int, rows_multiple: int = 1
+    lengths: Sequence[int], *, bucket: int, most: int, budget: int, batch: int, rows_multiple: int = 1
 ) -> tuple[Shape, ...]:
     """At most `most` rectangles, narrowest first, the widest of which holds the longest row.
 
     Widths are multiples of `bucket`; of all such choices the one that pads the given lengths least (dynamic
-    programming over the widths that occur).  budget: tokens of a rectangle, at most, but for the least number of
-    rows, `rows_multiple`.
+    programming over the widths that occur).  budget: tokens of a rectangle, at most; batch: rows of one, at most.
+    Rows are a multiple of `rows_multiple`, which goes before both.
     """
     rounded = -(-np.maximum(np.asarray(lengths), 1) // bucket) * bucket
     widths, counts = np.unique(rounded, return_counts=True)
@@ -82,9 +82,12 @@ def choose_shapes(
     while k:
         chosen.append(int(widths[j - 1]))
         k, j = k - 1, int(last[k, j])
-    return tuple(
-        Shape(max(budget // width // rows_multiple, 1) * rows_multiple, width) for width in reversed(chosen)
-    )
+    whole = packing.round_up(batch, rows_multiple)
+
+    def rows(width: int) -> int:
+        return min(max(budget // width // rows_multiple, 1) * rows_multiple, whole)
+
+    return tuple(Shape(rows(width), width) for width in reversed(chosen))
 
 
 def cut(rows: np.ndarray, lengths: np.ndarray, shapes: Sequence[Shape]) -> list[Microbatch]:

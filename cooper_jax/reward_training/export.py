@@ -71,6 +71,8 @@ def save(job: plan.Job, params: Any, folder: Path) -> None:
         source: len({overlap.fingerprint(q) for q in found}) for source, found in sorted(questions.items())
     }
     known = overlap.read_record(job.cfg.reward.weights)
+    if known is None and job.head_trained:  # by somebody, on we do not know what
+        known = overlap.Record(complete=False)
     overlap.write_seen(folder, set().union(*questions.values()), counts, known)
 
 

@@ -26,6 +26,7 @@ class Job:
     path: assembly.Directory
     layout: mesh.Layout
     model: assembly.Model
+    head_trained: bool  # the score head came with the weights
     data: examples.Data
     lengths: np.ndarray  # i64[N], of the training rows
     labels: np.ndarray  # f32[N]
@@ -82,13 +83,14 @@ def build(cfg: ConfigDict, path: assembly.Directory) -> tuple[Job, TrainState]:
     steps = s.epochs * per_epoch
     with boundary("train_rm"):
         optimiser = optim.make(s.optimiser, s.decay, steps)
-    model, params, _ = assembly.load_model(cfg.reward, "reward", "score", layout, path, cfg.seed)
+    model, params, head_trained = assembly.load_model(cfg.reward, "reward", "score", layout, path, cfg.seed)
     lengths = data.train.lengths
     job = Job(
         cfg=cfg,
         path=path,
         layout=layout,
         model=model,
+        head_trained=head_trained,
         data=data,
         lengths=lengths,
         labels=data.train.labels,
@@ -97,6 +99,7 @@ def build(cfg: ConfigDict, path: assembly.Directory) -> tuple[Job, TrainState]:
             bucket=cfg.data.bucket,
             most=s.widths,
             budget=cfg.reward.microbatch * cfg.reward.max_tokens,
+            batch=s.batch,
             rows_multiple=layout.batch_shards,
         ),
         accumulator=verifier_model.make_bce_accumulator(model.config, cfg.reward, optimiser, layout),

@@ -1,0 +1,646 @@
+"""Training a reward model alone: parity with torch, batches, resuming, learning, what is kept, what is refused."""
+
+import dataclasses
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+import tiny_tokenizers
+from safetensors.numpy import load_file
+from tiny_runs import ROOT, environment, metrics, timeless
+
+from configs import base
+from cooper_jax import assembly
+from cooper_jax.data import labelled, overlap, prompts
+from cooper_jax.model import tokenizer as tokenizers
+from cooper_jax.model import transformer, weights
+from cooper_jax.reward import verifier_model
+from cooper_jax.reward_training import batches, examples, loop, measure
+from cooper_jax.runtime import hosts, mesh, optim
+from cooper_jax.runtime.mesh import Layout
+from cooper_jax.settings import SetupError
+from cooper_jax.types import ScoreBatch
+
+RULES = base.get_config().mesh.rules
+OPT = base.optimiser(lr=1e-2, warmup_steps=0)
+OPT.eps = 1e-3  # with Adam's usual 1e-8 the first step is a sign: rounding noise would count in full
+
+
+def one_device(*_) -> Layout:
+    return Layout(mesh.make_mesh(1, 1, 1, jax.devices()[:1]), RULES)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Runs in this process have one of its devices."""
+    monkeypatch.setattr(assembly, "make_layout", one_device)
+
+
+def section(**changes):
+    c = base.get_config().reward
+    c.update(changes)
+    return c
+
+
+def random_rows(config, seed=0, n=11, longest=40):
+    """Token lists of 3 to `longest` tokens, none of them 0, and labels of both kinds."""
+    rng = np.random.default_rng(seed)
+    lengths = np.append(rng.integers(3, longest, n - 1), longest)
+    rows = [rng.integers(1, config.vocab_size, length).tolist() for length in lengths]
+    return rows, lengths, np.arange(n) % 2 * 1.0
+
+
+def pieces(rows, lengths, labels, shapes, multiple=1):
+    """A batch of all rows as what an Accumulator adds."""
+    out = []
+    for m in batches.cut(np.arange(len(rows)), lengths, shapes):
+        shares = np.zeros(m.shape.rows, np.float32)
+        shares[: len(m.rows)] = 1 / len(rows)
+        y = np.zeros(m.shape.rows, np.float32)
+        y[: len(m.rows)] = labels[m.rows]
+        out.append((batches.fill(rows, m), y, shares))
+    return out
+
+
+# --- loss and gradient --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "llama3_rope"])
+def test_loss_and_gradient_equal_torch(name, tmp_path):
+    """transformers' AutoModelForSequenceClassification with BCEWithLogitsLoss, on the same rows, padded alike."""
+    torch = pytest.importorskip("torch", reason="parity needs torch")
+    import transformers
+
+    config = dataclasses.replace(tiny_models.CASES[name], vocab_multiple=16)
+    params = tiny_models.random_params(config, "score")
+    rows, lengths, labels = random_rows(config)
+    shapes = batches.choose_shapes(lengths, bucket=8, most=3, budget=120, batch=11)
+    accumulator = verifier_model.make_bce_accumulator(config, section(), optim.make(OPT), None)
+    sums = accumulator.start(params)
+    for piece in pieces(rows, lengths, labels, shapes):
+        sums = accumulator.add(params, sums, piece)
+
+    weights.save(tmp_path / "model", config, params, "score", pad_token_id=0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
+    valid = np.arange(40)[None] < lengths[:, None]
+    ids = np.zeros((len(rows), 40), np.int64)
+    ids[valid] = np.concatenate(rows)
+    logits = model(torch.tensor(ids), attention_mask=torch.tensor(valid)).logits[:, 0]
+    loss = torch.nn.BCEWithLogitsLoss()(logits, torch.tensor(labels, dtype=torch.float32))
+    loss.backward()
+    assert 0.1 < loss.item() < 10 and logits.std().item() > 0.1
+    assert float(sums.loss) == pytest.approx(loss.item(), abs=1e-5)
+
+    # Our gradients under Hugging Face's names, by the table that writes weights.
+    weights.save(tmp_path / "gradient", config, jax.device_get(sums.grads), "score", pad_token_id=0)
+    ours = load_file(tmp_path / "gradient" / "model.safetensors")
+    theirs = {n: p.grad.numpy() for n, p in model.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for n, gradient in theirs.items():
+        np.testing.assert_allclose(ours[n], gradient, atol=1e-5, rtol=0, err_msg=n)
+    for n in ("score.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
+        assert np.abs(theirs[n]).max() > 1e-3, n
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=["one device", "data 2 x fsdp 2 x tensor 2"])
+def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
+    config = tiny_models.config(vocab_size=30, width=16, head_dim=4, ffn=24)
+    layout = None if sizes is None else Layout(mesh.make_mesh(*sizes), RULES)
+    specs = transformer.param_specs(config, head="score")
+    opt, rows_multiple = optim.make(OPT), 1 if layout is None else layout.batch_shards
+    params = tiny_models.random_params(config, "score")
+    rows, lengths, labels = random_rows(config, n=12)
+    shapes = batches.choose_shapes(
+        lengths, bucket=8, most=3, budget=80, batch=12, rows_multiple=rows_multiple
+    )
+    assert len({s.width for s in shapes}) == 3
+
+    def put(tree):
+        return tree if layout is None else layout.put(tree, "batch")
+
+    def start():
+        return optim.init(
+            params if layout is None else jax.device_put(params, mesh.shardings(layout, specs)), opt
+        )
+
+    valid = np.arange(40)[None] < lengths[:, None]
+    tokens = np.zeros((12, 40), np.int32)
+    tokens[valid] = np.concatenate(rows)
+    update = verifier_model.make_bce_update(config, section(microbatch=12), opt, layout)
+    whole = put((ScoreBatch(tokens, valid), labels.astype(np.float32), np.ones(12, np.float32)))
+    expected, figures = update(start(), *whole)
+
+    accumulator = verifier_model.make_bce_accumulator(config, section(), opt, layout)
+    state = start()
+    sums = accumulator.start(state.params)
+    cut = pieces(rows, lengths, labels, shapes)
+    assert {piece[0].tokens.shape[1] for piece in cut} == {s.width for s in shapes}
+    for piece in cut:
+        sums = accumulator.add(state.params, sums, put(piece))
+    state, got = accumulator.finish(state, sums)
+    assert got.keys() == figures.keys()
+    for name in got:
+        assert float(got[name]) == pytest.approx(float(figures[name]), rel=1e-5, abs=1e-6), name
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
+        if layout is not None:
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    assert accumulator.add._cache_size() == 3  # a program a width
+
+
+def test_rates_fall_to_zero():
+    def rates(decay, warmup):
+        opt = optim.make(base.optimiser(lr=1.0, warmup_steps=warmup), decay, 6)
+        return [float(opt.schedule(jnp.int32(n))) for n in range(7)]
+
+    assert rates("linear", 2) == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+    half = 0.5**0.5
+    cosine = [0.5, 1.0, 1.0, (1 + half) / 2, 0.5, (1 - half) / 2, 0.0]
+    assert rates("cosine", 2) == pytest.approx(cosine, abs=1e-6)
+    assert rates("constant", 0) == [1.0] * 7
+    with pytest.raises(ValueError, match="decay is 'step'; it is one of constant, linear, cosine"):
+        optim.make(OPT, "step", 6)
+
+
+# --- order and shapes ---------------------------------------------------------------------------------------
+
+
+def test_an_epoch_has_every_row_once_in_an_order_of_seed_and_epoch():
+    found = batches.order(103, 10, 7, 2)
+    assert [len(b) for b in found] == [10, 10, 10, 10] + [9] * 7  # 11 updates, none of a small remainder
+    assert sorted(np.concatenate(found)) == list(range(103))
+    for a, b in zip(found, batches.order(103, 10, 7, 2), strict=True):
+        np.testing.assert_array_equal(a, b)
+    others = [np.concatenate(batches.order(103, 10, *ids)) for ids in ((7, 1), (7, 3), (8, 2))]
+    assert not any((np.concatenate(found) == other).all() for other in others)
+
+
+def test_batches_are_cut_at_random_and_not_by_length():
+    """Else an update would see rows of one length, and those of a batch would not stand for all."""
+    lengths = np.arange(1000)
+    means = [lengths[b].mean() for b in batches.order(1000, 50, 0, 0)]
+    assert np.abs(np.array(means) - 499.5).max() < 4 * 288.7 / 50**0.5
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 9])
+def test_widths_pad_least(most):
+    """Against all choices of widths."""
+    lengths = np.random.default_rng(most).integers(1, 97, 60)
+    shapes = batches.choose_shapes(lengths, bucket=16, most=most, budget=256, batch=11, rows_multiple=2)
+    widths = [s.width for s in shapes]
+    assert len(widths) <= most and widths == sorted(set(widths)) and not any(w % 16 for w in widths)
+    assert widths[-1] == -(-lengths.max() // 16) * 16
+
+    def cost(chosen):
+        return sum(min(w for w in chosen if w >= length) for length in lengths)
+
+    tried = [
+        c
+        for k in range(1, most + 1)
+        for c in itertools.combinations(range(16, widths[-1] + 1, 16), k)
+        if c[-1] == widths[-1]
+    ]
+    assert cost(widths) == min(map(cost, tried))
+    assert [s.rows for s in shapes] == [min(max(256 // w // 2, 1) * 2, 12) for w in widths]
+
+
+def test_a_batch_is_cut_into_full_rectangles_that_hold_its_rows():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 500, 2000)
+    shapes = batches.choose_shapes(lengths, bucket=32, most=6, budget=2048, batch=128)
+    sorted_, unsorted = [], 0
+    for rows in batches.order(2000, 128, 0, 0):
+        cut = batches.cut(rows, lengths, shapes)
+        assert sorted(np.concatenate([m.rows for m in cut])) == sorted(rows)
+        for m in cut:
+            assert m.shape in shapes and lengths[m.rows].max() <= m.shape.width
+            assert not any(s.width >= lengths[m.rows].max() for s in shapes if s.width < m.shape.width)
+        assert all(len(m.rows) == m.shape.rows for m in cut[:-1])
+        sorted_ += cut
+        unsorted += sum(lengths[rows[i : i + 4]].max() * 4 for i in range(0, len(rows), 4))
+    real = lengths.sum()
+    assert batches.padding(sorted_, lengths) == pytest.approx(1 - real / sum(m.shape.tokens for m in sorted_))
+    assert batches.padding(sorted_, lengths) < 0.2 < 1 - real / unsorted, "rows of all lengths side by side"
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+WORDS = ("3", "7")
+
+
+def write_task(path: Path, questions: range, each: int = 8, seed: int = 0, **fields) -> Path:
+    """Rows that are right exactly where the completion's answer is the reference."""
+    rng = np.random.default_rng((seed, questions.start))
+    rows = []
+    for q, k in itertools.product(questions, range(each)):
+        reference, answer = (WORDS[i] for i in rng.integers(0, len(WORDS), 2))
+        rows.append(
+            {
+                "id": f"{q}/{k}",
+                "question": f"What is the answer {q}?",
+                "reference_answer": reference,
+                "completion": "What is final. " * int(rng.integers(0, 3)) + f"The answer is {answer}",
+                "label": int(reference == answer),
+                "source": ("odd", "even")[q % 2 == 0],
+                "model": "m",
+            }
+            | fields
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A trunk with its tokenizer, and data."""
+    path = tmp_path_factory.mktemp("rm")
+    tiny_tokenizers.write(path / "tokenizer", "qwen")
+    size = tokenizers.load(str(path / "tokenizer")).vocab_size
+    config = tiny_models.config(vocab_size=size, width=32, head_dim=8, ffn=64)
+    params = mesh.init_params(jax.random.key(0), transformer.param_specs(config))
+    weights.save(path / "trunk", config, params, "logits", tokenizer_dir=path / "tokenizer")
+    write_task(path / "train.jsonl", range(1, 9))
+    write_task(path / "dev.jsonl", range(20, 25))
+    return path
+
+
+def run_config(place: Path, run_dir: Path, **changes):
+    c = base.get_config()
+    c.name = "tiny_rm"
+    c.run_dir = str(run_dir)
+    c.reward.weights = str(place / "trunk")
+    c.reward.max_tokens = 96
+    c.reward.microbatch = 4
+    c.reward.remat = False
+    c.data.bucket = 16
+    c.checkpoint.every = 2
+    c.log.tensorboard = False
+    c.train_rm.data = str(place / "train.jsonl")
+    c.train_rm.eval_data = str(place / "dev.jsonl")
+    c.train_rm.batch = 16
+    c.train_rm.epochs = 2
+    c.train_rm.optimiser.update(lr=3e-3, warmup_steps=2)
+    c.train_rm.widths = 2
+    c.train_rm.eval_every = 3
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return c
+
+
+def kept(run_dir: Path) -> dict[str, bytes]:
+    """What a run leaves of its best model."""
+    names = ["predictions.jsonl", "report.json", *(f"best/{p.name}" for p in (run_dir / "best").iterdir())]
+    return {name: (run_dir / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory) -> Path:
+    """One uninterrupted run of 8 updates, which several tests look at."""
+    path = tmp_path_factory.mktemp("run") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "make_layout", one_device)
+        loop.train(run_config(place, path))
+    return path
+
+
+def test_run_directory(finished, place):
+    rows = metrics(finished)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["step"] for row in rows if "eval/auroc" in row] == [3, 6, 8]
+    assert all(row["train_rm/rows"] == 16 and 0 <= row["train_rm/padding"] < 0.6 for row in rows)
+    assert [row["train_rm/epoch"] for row in rows] == [n / 4 for n in range(1, 9)]
+    assert rows[0]["train_rm/lr"] == pytest.approx(1.5e-3) and rows[7]["train_rm/lr"] == pytest.approx(
+        3e-3 / 6
+    )
+    assert {"eval/odd/accuracy", "eval/even/ece", "time/tokens_per_second"} <= rows[2].keys()
+    report = json.loads((finished / "report.json").read_text())
+    best = max((row["eval/auroc"], -row["step"]) for row in rows if "eval/auroc" in row)
+    assert (report["best"]["auroc"], -report["best"]["step"]) == best
+    assert report["training_rows"] == 64 and report["groups"]["all"]["questions"] == 5
+    assert {g: p["rows"] for g, p in report["groups"].items()} == {"all": 40, "even": 24, "odd": 16}
+    accuracy = report["groups"]["all"]["figures"]["accuracy"]
+    assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
+    # The file of single rows carries the figures.
+    said = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in said] == [t.id for t in labelled.load(str(place / "dev.jsonl"))]
+    assert accuracy["value"] == np.mean([(r["logit"] > 0) == r["label"] for r in said])
+    assert (finished / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    seen = overlap.read_record(finished / "best")
+    assert seen.sources == {"even": 4, "odd": 4} and seen.complete and len(seen.fingerprints) == 8
+    assert overlap.fingerprint("What is the answer 3?") in seen.fingerprints
+
+
+# --- a run that stops ---------------------------------------------------------------------------------------
+
+
+def stop_at(monkeypatch, look: int) -> None:
+    """As if a SIGTERM had come before this call of `look`; None: never."""
+    calls = itertools.count(1)
+
+    def looked():
+        if next(calls) == look:
+            raise hosts.Stopped
+
+    monkeypatch.setattr(hosts, "look", looked)
+
+
+@pytest.mark.parametrize("look", [1, 20, 40], ids=["at once", "in an evaluation", "in an update"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(look, finished, place, tmp_path, monkeypatch, alone):
+    """Metrics, the best model's weights and its logits."""
+    path = tmp_path / "run"
+    stop_at(monkeypatch, look)
+    with pytest.raises(hosts.Stopped):
+        loop.train(run_config(place, path))
+    at = len(metrics(path)) if (path / "metrics.jsonl").exists() else 0
+    assert at == {1: 0, 20: 2, 40: 5}[look], "the moment has moved: choose another call"
+    stop_at(monkeypatch, -1)
+    loop.train(run_config(place, path))
+    assert timeless(metrics(path)) == timeless(metrics(finished))
+    assert kept(path) == kept(finished)
+    before = kept(path)
+    loop.train(run_config(place, path))  # once more, when all is done: the report alone
+    assert timeless(metrics(path)) == timeless(metrics(finished)) and kept(path) == before
+
+
+def test_what_a_killed_run_did_after_its_checkpoint_is_done_again(
+    finished, place, tmp_path, monkeypatch, alone
+):
+    path = tmp_path / "run"
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_say_evaluation", die)  # after best/ was written, before the line of update 3
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(run_config(place, path))
+    assert (path / "best").is_dir() and len(metrics(path)) == 2
+    loop.train(run_config(place, path))
+    assert timeless(metrics(path)) == timeless(metrics(finished)) and kept(path) == kept(finished)
+
+
+def test_a_run_does_not_go_on_with_other_data_or_settings(finished, place, tmp_path, alone):
+    with pytest.raises(SetupError, match="train_rm.batch was 16 and is now 8"):
+        loop.train(run_config(place, finished, train_rm__batch=8))
+    path = tmp_path / "run"
+    data = write_task(tmp_path / "data.jsonl", range(1, 9))
+    flags = dict(train_rm__data=str(data), train_rm__epochs=1)
+    loop.train(run_config(place, path, **flags))
+    write_task(data, range(1, 9), seed=1)  # as many rows under the same name
+    with pytest.raises(SetupError, match="was saved with another data"):
+        loop.train(run_config(place, path, **flags))
+
+
+def test_patience_ends_a_run_that_gets_no_better(place, tmp_path, alone):
+    path = tmp_path / "run"
+    flags = dict(train_rm__eval_every=1, train_rm__patience=2, train_rm__optimiser__lr=0.0)
+    loop.train(run_config(place, path, **flags))
+    assert [row["eval/best"] for row in metrics(path)] == [1.0, 0.0, 0.0]  # the same figure is no better
+    loop.train(run_config(place, path, **flags))
+    assert len(metrics(path)) == 3
+    assert json.loads((path / "report.json").read_text())["best"]["step"] == 1
+
+
+# --- what it learns, and what becomes of it -----------------------------------------------------------------
+
+
+def test_it_learns_whether_the_answer_is_the_reference(place, tmp_path, alone):
+    """On questions that it has not seen."""
+    data = (
+        write_task(tmp_path / "train.jsonl", range(1, 65)),
+        write_task(tmp_path / "dev.jsonl", range(100, 116)),
+    )
+    flags = dict(train_rm__data=str(data[0]), train_rm__eval_data=str(data[1]), train_rm__epochs=9)
+    flags |= dict(train_rm__batch=32, train_rm__eval_every=0, checkpoint__every=1000, reward__microbatch=32)
+    loop.train(run_config(place, tmp_path / "run", **flags))
+    best = json.loads((tmp_path / "run/report.json").read_text())["groups"]["all"]["figures"]
+    assert best["accuracy"]["value"] > 0.95 and best["auroc"]["value"] > 0.95
+
+
+def held_out_logits(run_dir: Path) -> np.ndarray:
+    return np.array(
+        [json.loads(line)["logit"] for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+    )
+
+
+def test_the_best_model_loads_in_transformers(finished, place):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    best, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        finished / "best", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "best")
+    theirs = []
+    for t in labelled.load(str(place / "dev.jsonl")):
+        text = prompts.verifier_text(t.question, t.reference, t.completion)
+        with torch.no_grad():
+            theirs.append(best.eval()(**tokenizer(text, return_tensors="pt")).logits.item())
+    assert np.std(theirs) > 1e-3
+    np.testing.assert_allclose(held_out_logits(finished), theirs, atol=1e-4)
+
+
+def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
+    """`launch/train.py` builds its reward wing from it, as trained, and it gives the same logits."""
+    cfg = base.get_config()
+    cfg.reward.weights = str(finished / "best")
+    cfg.reward.max_tokens = 96
+    wing, state = assembly._reward_wing(cfg, one_device(), tmp_path)
+    rows = [
+        prompts.verifier_tokens(wing.model.tokenizer, t.question, t.reference, t.completion, 96)
+        for t in labelled.load(str(place / "dev.jsonl"))
+    ]
+    (m,) = batches.cut(np.arange(len(rows)), np.array([len(r) for r in rows]), [batches.Shape(len(rows), 96)])
+    z = wing.score(state.params, batches.fill(rows, m))
+    np.testing.assert_allclose(z, held_out_logits(finished)[m.rows], atol=1e-5)
+
+
+def test_a_model_that_goes_on_learning_remembers_what_it_saw_before(finished, place, tmp_path, alone):
+    more = write_task(tmp_path / "more.jsonl", range(50, 54), source="more")
+    flags = dict(reward__weights=str(finished / "best"), train_rm__data=str(more), train_rm__epochs=1)
+    loop.train(run_config(place, tmp_path / "run", **flags))
+    seen = overlap.read_record(tmp_path / "run/best")
+    assert seen.sources == {"even": 4, "odd": 4, "more": 4} and len(seen.fingerprints) == 12 and seen.complete
+    (tmp_path / "other").mkdir()
+    for file in (finished / "best").iterdir():
+        if file.name != overlap.SEEN:
+            (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    loop.train(run_config(place, tmp_path / "run2", **flags | dict(reward__weights=str(tmp_path / "other"))))
+    assert not overlap.read_record(tmp_path / "run2/best").complete
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+def load(place, **changes) -> examples.Data:
+    cfg = run_config(place, Path("nowhere"), **changes)
+    return examples.load(cfg, tokenizers.load(str(place / "tokenizer")))
+
+
+def test_long_texts_are_dropped_and_counted(place, tmp_path):
+    data = write_task(tmp_path / "train.jsonl", range(1, 5))
+    long = json.loads(data.read_text().splitlines()[0])
+    text = prompts.verifier_text(long["question"], long["reference_answer"], "")
+    for extra in (0, 1):  # as long as may be, and one more
+        fields = long | {"id": f"long{extra}", "completion": "x" * (300 - len(text) + extra)}
+        data.write_text(data.read_text() + json.dumps(fields) + "\n")
+    kept = load(place, train_rm__data=str(data), train_rm__max_characters=300)
+    assert kept.too_long == 1 and len(kept.train) == 33 and kept.train.triples[-1].id == "long0"
+    assert load(place, train_rm__data=str(data), train_rm__max_characters=0).too_long == 0
+    assert all(len(x) <= 96 for x in kept.train.tokens)
+    held_out = load(
+        place, train_rm__eval_data=str(data), train_rm__max_characters=300, train_rm__exclude_overlap=False
+    )
+    assert len(held_out.held_out) == 34, "what is measured is not dropped"
+
+
+def test_held_out_rows_whose_question_was_trained_on_are_left_out(place, tmp_path):
+    """Also where it is spelt otherwise."""
+    dev = write_task(tmp_path / "dev.jsonl", range(8, 12))
+    dev.write_text(dev.read_text().replace("What is the answer 8?", "what  is the ANSWER 8 ?"))
+    found = load(place, train_rm__eval_data=str(dev))
+    assert found.overlapping == 8 and found.excluded and len(found.held_out) == 24
+    assert {t.question for t in found.held_out.triples} == {f"What is the answer {q}?" for q in (9, 10, 11)}
+    every = load(place, train_rm__eval_data=str(dev), train_rm__exclude_overlap=False)
+    assert every.overlapping == 8 and not every.excluded and len(every.held_out) == 32
+
+
+def test_a_part_of_the_data_is_held_out_by_question(place):
+    found = load(place, train_rm__eval_data="", train_rm__eval_share=0.25)
+    parts = [{t.question for t in part.triples} for part in (found.train, found.held_out)]
+    assert [len(p) for p in parts] == [6, 2] and not parts[0] & parts[1]
+    assert len(found.train) + len(found.held_out) == 64 and found.overlapping == 0
+    again = examples.hold_out(list(reversed(labelled.load(str(place / "train.jsonl")))), 0.25)
+    assert {t.question for t in again[1]} == parts[1], "the order of the file does not matter"
+
+
+def test_several_files_are_read(place):
+    both = f"{place / 'train.jsonl'}, {place / 'dev.jsonl'}"
+    assert len(load(place, train_rm__data=both, train_rm__eval_data="").train) > 64
+
+
+def test_figures_by_hand():
+    # Of scores .75, .75, .25, .25 two are right; a pair of labels is ordered rightly, wrongly, and twice tied.
+    z = np.array([1, 1, -1, -1]) * np.log(3)
+    found = measure.figures(np.array([1, 0, 1, 0]), z)
+    assert found["loss"] == pytest.approx(-(np.log(0.75) + np.log(0.25)) / 2)
+    for name in ("accuracy", "balanced_accuracy", "precision", "recall", "f1", "auroc", "mean_score"):
+        assert found[name] == pytest.approx(0.5), name
+    assert found["ece"] == pytest.approx(0.25)
+    np.testing.assert_allclose(measure.probabilities(np.array([-800.0, 0.0, 800.0])), [0.0, 0.5, 1.0])
+
+
+# --- bad input: one clear message ---------------------------------------------------------------------------
+
+BAD = [
+    (dict(train_rm__data=""), "train_rm.data is empty"),
+    (dict(train_rm__data="nowhere.jsonl"), "nowhere.jsonl"),
+    (dict(train_rm__data=" , "), "train_rm.data is empty"),
+    (dict(train_rm__eval_data="EMPTY"), "there is no row in it"),
+    (dict(train_rm__eval_data="ALL_RIGHT"), "held-out rows all have the label 1: both labels must occur"),
+    (dict(train_rm__data="ALL_RIGHT"), "training rows all have the label 1"),
+    (dict(train_rm__data="TORN"), "torn.jsonl:2"),
+    (dict(train_rm__eval_data="TRAIN"), "all of its 64 rows have a question that is in the training data"),
+    (dict(train_rm__max_characters=20), "all of the 64 training texts are longer"),
+    (dict(reward__max_tokens=20), "row 1/0: the reward model's input has"),
+    (
+        dict(train_rm__eval_data="", train_rm__eval_share=0.99),
+        "leaves nothing to train on, or nothing held out",
+    ),
+    (dict(train_rm__eval_share=1.0), "train_rm.eval_share=1.0"),
+    (dict(train_rm__batch=0), "train_rm.batch=0: it must be at least 1"),
+    (dict(train_rm__keep_best="f1"), "train_rm.keep_best='f1': it is one of auroc, accuracy, loss"),
+    (dict(train_rm__decay="step"), "decay is 'step'"),
+    (dict(train_rm__optimiser__lr=-1.0), "optimiser.lr is -1.0"),
+    (dict(reward__weights=""), "reward.weights is empty"),
+    (dict(reward__dtype="float16"), "reward.dtype='float16'"),
+    (dict(mesh__reward="1x1x1"), "mesh.reward='1x1x1'"),
+]
+
+
+@pytest.mark.parametrize("changes, words", BAD, ids=[words[:40] for _, words in BAD])
+def test_bad_input_is_refused(changes, words, place, tmp_path, alone):
+    right = write_task(tmp_path / "right.jsonl", range(60, 64), label=1)
+    torn, empty = tmp_path / "torn.jsonl", tmp_path / "empty.jsonl"
+    torn.write_text(right.read_text().splitlines()[0] + '\n{"question": "1 + 1?"\n')
+    empty.write_text("")
+    files = {"ALL_RIGHT": right, "TORN": torn, "EMPTY": empty, "TRAIN": place / "train.jsonl"}
+    changes = {k: str(files[v]) if v in files else v for k, v in changes.items()}
+    with pytest.raises(SetupError) as refused:
+        loop.train(run_config(place, tmp_path / "run", **changes))
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_weights_that_overflow_are_said(place, tmp_path, alone):
+    broken = tmp_path / "broken"
+    config = tiny_models.config(
+        vocab_size=tokenizers.load(str(place / "tokenizer")).vocab_size, width=32, head_dim=8, ffn=64
+    )
+    params = tiny_models.random_params(config, "score")
+    params["score"] = params["score"].at[0].set(jnp.inf)
+    weights.save(broken, config, params, "score", tokenizer_dir=place / "tokenizer", pad_token_id=0)
+    with pytest.raises(SetupError, match="update 3: 40 of 40 held-out logits are not finite: lower"):
+        loop.train(run_config(place, tmp_path / "run", reward__weights=str(broken)))
+
+
+# --- as a user starts it ------------------------------------------------------------------------------------
+
+
+def command(place: Path, run_dir: Path, *more: str) -> list[str]:
+    tiny, default = run_config(place, run_dir), base.get_config()
+
+    def flat(c, prefix=""):
+        for name, value in c.items():
+            yield from (
+                flat(value, f"{prefix}{name}.") if hasattr(value, "items") else [(prefix + name, value)]
+            )
+
+    changed = [(name, v) for (name, v), (_, d) in zip(flat(tiny), flat(default), strict=True) if v != d]
+    return [
+        sys.executable,
+        str(ROOT / "launch/train_rm.py"),
+        f"--config={ROOT}/configs/base.py",
+        *(f"--config.{name}={value}" for name, value in changed),
+        *more,
+    ]
+
+
+def test_the_command_refuses_in_one_line(place, tmp_path):
+    wrong = command(place, tmp_path / "r", "--config.train_rm.keep_best=f1")
+    done = subprocess.run(wrong, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: train_rm.keep_best='f1'"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_signal_and_the_same_command_again(finished, place, tmp_path):
+    """SIGTERM: exit code 75 with a checkpoint; SIGKILL; then the end, equal to the whole."""
+    path = tmp_path / "run"
+    for sent, code, lines in ((signal.SIGTERM, 75, 2), (signal.SIGKILL, -9, 5)):
+        process = subprocess.Popen(command(place, path), env=environment(), stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        log = path / "metrics.jsonl"
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.read_text().count("\n") >= lines:
+                break
+            time.sleep(0.005)
+        process.send_signal(sent)
+        assert process.wait(300) in (code, 0)
+    done = subprocess.run(
+        command(place, path), env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "balanced accuracy" in done.stdout and f"{path}: 8 updates done" in done.stdout
+    assert [row["step"] for row in metrics(path)] == list(range(1, 9))
+    # The same machine, but another process with one device of its own: equal to the last bits of a sum.
+    for ours, whole in zip(metrics(path), metrics(finished), strict=True):
+        assert ours["train_rm/loss"] == pytest.approx(whole["train_rm/loss"], rel=1e-4)
