@@ -3,6 +3,8 @@
 `matmul`, for training: jax writes the gradient of w as (g^T x)^T.  For that XLA:CPU copies g transposed, element by
 element, which takes as long as the product; x^T g it multiplies as they lie.  Measured on one core, a whole update
 of GRPO (4 layers of width 256, float32): 2.6 against 3.1 s.  Elsewhere transposes are layouts, and the two are one.
+And a bfloat16 product rounded from float32 takes it half as long as one that it is to give in bfloat16: 5.6 against
+4.2 CPU seconds for a pass forward and backward (8 layers of width 576, 2,048 tokens).
 
 `matmul_cpu`, for the few rows of a decode step: XLA:CPU gives a dot to YNNPACK, which packs the weights anew at
 every call: more work than the product, for a few dozen rows.  A convolution of width 1 it turns into the same dot
@@ -19,17 +21,31 @@ import jax.numpy as jnp
 @jax.custom_vjp
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., D] times w [D, F] -> [..., F]."""
-    return x @ w
+    return _contract(x, w, x.ndim - 1, 0)
+
+
+def _contract(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """The product of two arrays over one axis of each, in the dtype of the first."""
+
+    def plain(a, b, dtype=None):
+        numbers = (((axis_a,), (axis_b,)), ((), ()))
+        return jax.lax.dot_general(a, b, numbers, preferred_element_type=dtype)
+
+    if a.dtype != jnp.bfloat16 or b.dtype != jnp.bfloat16:
+        return plain(a, b)
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: plain(a, b, jnp.float32).astype(jnp.bfloat16), default=plain
+    )
 
 
 def _backward(saved, g):
     x, w = saved
-    dx = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())))
+    dx = _contract(g, w, g.ndim - 1, 1)
     x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))  # two axes of rows would be copied into one
-    return dx, jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+    return dx, _contract(x, g, 0, 0)
 
 
-matmul.defvjp(lambda x, w: (x @ w, (x, w)), _backward)
+matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _backward)
 
 
 def matmul_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
