@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -100,25 +101,21 @@ class RecordedSampler:
             on_ready(place, self._found[benchmark.name, benchmark.problems[i].id])
 
 
+_RECORDED = {
+    "benchmark": str, "id": str, "place": int, "question": str, "reference": str, "subject": str, "level": str,
+    "sample": int, "completion": str, "truncated": bool, "tokens": int,
+}  # fmt: skip
+
+
 def recorded(path: str) -> tuple[list[Benchmark], RecordedSampler]:
     """An items file's problems and responses.  Raises ValueError naming file, line and field."""
-    needed = {
-        "benchmark": str, "id": str, "place": int, "question": str, "reference": str, "subject": str, "level": str,
-        "sample": int, "completion": str, "truncated": bool, "tokens": int,
-    }  # fmt: skip
-    rows, problems, counts = [], {}, {}
+    rows: list[Row] = []
+    found: dict[str, dict[str, tuple[int, Problem]]] = {}  # benchmark -> problem -> (its place, itself)
+    counts: Counter[tuple[str, str]] = Counter()
     for where, _, row in sources.file_rows(path):
-        for name, kind in needed.items():
-            if not isinstance(sources.field(row, name), kind):
-                raise ValueError(f"{where}: field {name!r} is {row[name]!r}: must be {kind.__name__}")
-        key = row["benchmark"], row["id"]
-        problems.setdefault(key, (row["place"], Problem(row["question"], row["reference"], "", row["id"],
-                                                        row["subject"], row["level"])))  # fmt: skip
-        if row["sample"] != counts.get(key, 0):
-            raise ValueError(
-                f"{where}: sample {row['sample']} of {row['id']} comes as its {counts.get(key, 0)}."
-            )
-        counts[key] = counts.get(key, 0) + 1
+        name, id = _checked(row, where, counts)
+        problem = Problem(row["question"], row["reference"], "", id, row["subject"], row["level"])
+        found.setdefault(name, {}).setdefault(id, (row["place"], problem))
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: there is no row in it")
@@ -126,12 +123,26 @@ def recorded(path: str) -> tuple[list[Benchmark], RecordedSampler]:
         raise ValueError(
             f"{path}: problems have from {min(counts.values())} to {max(counts.values())} samples"
         )
-    names = dict.fromkeys(name for name, _ in problems)
-    benchmarks = []
-    for name in names:
-        places, own = zip(*(found for (n, _), found in problems.items() if n == name), strict=True)
-        benchmarks.append(Benchmark(name, own, places, asked=len(own)))
-    return benchmarks, RecordedSampler(rows, next(iter(counts.values())))
+    made = []
+    for name, own in found.items():
+        places, problems = zip(*own.values(), strict=True)
+        made.append(Benchmark(name, problems, places, asked=len(own)))
+    return made, RecordedSampler(rows, next(iter(counts.values())))
+
+
+def _checked(row: Row, where: str, counts: Counter[tuple[str, str]]) -> tuple[str, str]:
+    """(benchmark, problem) of a row, which is counted; ValueError for one that no evaluation wrote."""
+    try:
+        for name, kind in _RECORDED.items():
+            if not isinstance(sources.field(row, name), kind):
+                raise ValueError(f"field {name!r} is {row[name]!r}: must be {kind.__name__}")
+        key = row["benchmark"], row["id"]
+        if row["sample"] != counts[key]:
+            raise ValueError(f"sample {row['sample']} of {row['id']} stands where its {counts[key]}. is due")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    counts[key] += 1
+    return key
 
 
 # --- judged and written -----------------------------------------------------------------------------------

@@ -108,12 +108,11 @@ def seen(chosen: Chosen) -> overlap.Record | None:
 def rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
     """The rule's workers, on each host for its part; they end on exit."""
     r = cfg.rule
-    with (
-        boundary("rule"),
-        RuleVerifier(
+    with boundary("rule"):
+        rule = RuleVerifier(
             workers=r.workers, timeout=r.timeout, retry_timeout=r.retry_timeout, memory_mb=r.memory_mb
-        ) as rule,
-    ):
+        )
+    with rule:
         yield over_hosts(rule, None, jax.process_count())[0]
 
 
@@ -160,8 +159,18 @@ def _report(cfg, asked, samples, work, ledger: Ledger, settings, record) -> None
     ]
     means = summaries.mean_of_benchmarks(results, by_name, seed, resamples)
     text = summaries.as_text(results, means)
+    text += f"\n\n{_overlap(asked, record)}" if record else ""
     saw = dict(record.sources) if record else None
     write(ledger, settings, {"benchmarks": results, "mean": means, "reward_model_saw": saw}, text)
+
+
+def _overlap(asked: Sequence[sets.Benchmark], record: overlap.Record) -> str:
+    """What the reward model was trained on, against what it judges here."""
+    saw = ", ".join(f"{n} questions of {name}" for name, n in record.sources.items()) or "no known question"
+    found = (
+        f"{x.seen} of {x.asked} in {x.name}" + (f" ({x.excluded} left out)" if x.seen else "") for x in asked
+    )
+    return f"the reward model was trained on {saw}; among them are {', '.join(found)}"
 
 
 def _judges(cfg: ConfigDict) -> tuple[bool, bool]:

@@ -145,10 +145,11 @@ def attacked(cfg: ConfigDict, chosen: Chosen, path: str, out: Path, compare: Seq
             summary = attacks.summarise(ledger.rows, cfg.seed, cfg.benchmark.bootstrap)
             text = attacks.as_text(summary)
             text += f"\n\n{len(wrong)} wrong completions"
+            text += (
+                f"; the reward models are known to have seen the questions of {len(known)} of {len(triples)}"
+            )
             if known:
-                text += f"; the reward models saw the questions of {len(known)} of {len(triples)}: " + (
-                    "left out" if cfg.benchmark.exclude_seen else "not left out"
-                )
+                text += ": left out" if cfg.benchmark.exclude_seen else ": not left out"
             jobs.write(ledger, settings, {"attacks": summary, "seen": len(known)}, text)
 
 

@@ -194,15 +194,9 @@ def as_text(results: Sequence[dict], means: dict[str, Interval]) -> str:
         parts.append(
             table(["benchmark", "by", "value", "problems", *(f"{n}, accuracy %" for n in judges)], groups)
         )
-    notes = [_left_out(r) for r in results if r["too_long"] or r["seen"]]
+    notes = [
+        f"{r['benchmark']}: {r['too_long']} of {r['asked']} problems left out, for their prompts are too long"
+        for r in results
+        if r["too_long"]
+    ]
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
-
-
-def _left_out(r: dict) -> str:
-    said = []
-    if r["too_long"]:
-        said.append(f"{r['too_long']} left out, their prompts being too long")
-    if r["seen"]:
-        done = f"{r['excluded']} of them left out" if r["excluded"] else "none of them left out"
-        said.append(f"{r['seen']} questions were seen by the reward model, {done}")
-    return f"{r['benchmark']}: of {r['asked']} problems {'; '.join(said)}"

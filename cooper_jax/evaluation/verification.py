@@ -213,7 +213,9 @@ def as_text(summary: dict[str, Any], rows: Rows) -> str:
     ]
     if body:
         parts.append(table(["rows of", "difference", "accuracy", "balanced", "AUROC"], body))
-    if rows.seen:
-        done = "left out" if rows.total > len(rows.triples) else "not left out"
-        parts.append(f"{rows.seen} of {rows.total} rows have questions that the reward model saw: {done}")
+    if "model" in overall["judges"]:
+        line = f"{rows.seen} of {rows.total} rows have questions that the reward model is known to have seen"
+        if rows.seen:
+            line += ": left out" if rows.total > len(rows.triples) else ": not left out"
+        parts.append(line)
     return "\n\n".join(parts)

@@ -1,0 +1,516 @@
+"""A policy on benchmarks: which problems, figures by hand, resuming, judging anew, the table."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import tiny_runs
+from ml_collections import ConfigDict
+
+from configs import tiny
+from cooper_jax import statistics
+from cooper_jax.data import overlap, synthetic
+from cooper_jax.evaluation import benchmarks, jobs, sets, summaries
+from cooper_jax.evaluation.answer_forms import answer_form
+from cooper_jax.evaluation.ledger import ITEMS, RESULTS, TIMINGS, Ledger
+from cooper_jax.evaluation.report import percent, table
+from cooper_jax.evaluation.scoring import Chosen
+from cooper_jax.runtime import hosts
+from cooper_jax.settings import SetupError
+from cooper_jax.statistics import Interval
+from cooper_jax.types import Completion, Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SHRUNK = {
+    f"{model}.arch.{name}": value
+    for model in ("policy", "reward")
+    for name, value in {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn": 16}.items()
+} | {
+    "benchmark.samples": 2,
+    "benchmark.max_new_tokens": 6,
+    "benchmark.chunk": 2,
+    "benchmark.bootstrap": 50,
+    "eval.problems": 3,
+    "reward.microbatch": 4,
+    "reward.allow_untrained_head": True,
+    "mesh.data": -1,
+    "mesh.fsdp": 1,
+}
+
+
+def config(**changes) -> ConfigDict:
+    """The tiny config, smaller, with random weights."""
+    c = tiny.get_config()
+    c.update_from_flattened_dict(SHRUNK | {name.replace("__", "."): v for name, v in changes.items()})
+    return c
+
+
+def write_rows(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- answers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "completion, form",
+    [
+        (r"so \boxed{0.50}", "1/2"),
+        (r"so \boxed{\dfrac{2}{4}}", "1/2"),
+        ("The answer is 2/4.", "1/2"),
+        (r"\boxed{-\frac{3}{6}}", "-1/2"),
+        (r"\boxed{\$1,200.00}", "1200"),
+        ("It is 3, then 4 apples", "4"),
+        ("#### 1,234", "1234"),
+        (r"\boxed{x = 5}", "5"),
+        (r"\boxed{x + 1}", "x+1"),
+        (r"\boxed{\left( 1, 2 \right)}", "(1,2)"),
+        (r"\boxed{\text{Yes}}", "yes"),
+        ("\\boxed{1/0}", "1/0"),
+        ("Nothing here", None),
+        ("", None),
+    ],
+)
+def test_answers_are_one_where_their_normal_forms_are(completion, form):
+    assert answer_form(completion) == form
+
+
+# --- which problems ------------------------------------------------------------------------------------------
+
+
+def test_the_part_is_fixed_and_grows():
+    """These places are what earlier evaluations asked: they must never change."""
+    assert sets.part(20, 5) == [1, 2, 7, 11, 18]
+    assert sets.part(20, 0) == sets.part(20, 99) == list(range(20))
+    for count in range(1, 20):
+        assert set(sets.part(20, count)) < set(sets.part(20, count + 1))
+
+
+def test_a_folder_stands_for_the_benchmarks_in_it(tmp_path):
+    gsm8k = {"question": "Two and two?", "answer": "It is 4.\n#### 4"}
+    for name in ("a_test.jsonl", "b_train.jsonl", "c_test.jsonl"):
+        write_rows(tmp_path / name, gsm8k)
+    write_rows(tmp_path / "d_test.jsonl", {"text": "no benchmark"})
+    (tmp_path / "e_test.jsonl").write_text("no JSON")
+    assert sets.find([str(tmp_path)]) == [str(tmp_path / n) for n in ("a_test.jsonl", "c_test.jsonl")]
+    with pytest.raises(SetupError, match="two files are called 'a_test'"):
+        sets.find([str(tmp_path), str(tmp_path / "a_test.jsonl")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SetupError, match="no file called"):
+        sets.find([str(tmp_path / "empty")])
+    with pytest.raises(SetupError, match="there is no such file"):
+        sets.find([str(tmp_path / "nowhere.jsonl")])
+
+
+def test_all_published_benchmarks_are_found(shared_data):
+    assert [sets.name_of(p) for p in sets.find([str(shared_data)])] == [
+        "gsm8k_test", "math500_test", "odyssey_test", "olympiadbench_en_test", "svamp_test",
+    ]  # fmt: skip
+
+
+class _Words:
+    """A tokenizer of words."""
+
+    bos_id = None
+
+    def encode(self, text):
+        return list(range(len(text.split())))
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    rows = [{"question": f"How many {'very ' * n}many?", "answer": f"#### {n}"} for n in range(6)]
+    path = write_rows(tmp_path / "x_test.jsonl", *rows)
+    seen = frozenset(overlap.fingerprint(row["question"]) for row in rows[:2])
+    cfg = config(benchmark__max_prompt_tokens=6)
+    (found,) = sets.load(cfg, [str(path)], _Words(), seen)
+    assert found.places == (2, 3) and [p.reference for p in found.problems] == ["2", "3"]
+    assert (found.asked, found.too_long, found.seen, found.excluded) == (6, 2, 2, 2)
+    cfg.benchmark.exclude_seen = False
+    (found,) = sets.load(cfg, [str(path)], _Words(), seen)
+    assert found.places == (0, 1, 2, 3) and (found.seen, found.excluded) == (2, 0)
+    cfg.benchmark.max_prompt_tokens = 1
+    with pytest.raises(SetupError, match="no problem is left of 6"):
+        sets.load(cfg, [str(path)], _Words(), seen)
+
+
+def test_chunks_are_even():
+    made = [_benchmark("a", 10), _benchmark("b", 3)]
+    assert [(b.name, (r.start, r.stop)) for b, r in sets.chunks(made, 4)] == [
+        ("a", (0, 3)), ("a", (3, 6)), ("a", (6, 10)), ("b", (0, 3)),
+    ]  # fmt: skip
+
+
+def _benchmark(name: str, size: int) -> sets.Benchmark:
+    problems = tuple(
+        Problem(f"{name} {i}?", str(i), "", f"{name}:{i}", "even" if i % 2 == 0 else "odd")
+        for i in range(size)
+    )
+    return sets.Benchmark(name, problems, tuple(range(size)), asked=size)
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+
+def _row(answer: str, rule: str, reward: float, truncated: bool = False) -> dict:
+    said = f"\\boxed{{{answer}}}" if answer else "no idea"
+    return {"completion": said, "tokens": 10, "truncated": truncated, "rule": rule, "reward": reward}
+
+
+ROWS = [
+    # 0?: three of four are right, and the most frequent answer is.
+    _row("0", "correct", 0.9), _row("0", "correct", 0.9), _row("0", "correct", 0.2), _row("9", "wrong", 0.8),
+    # 1?: one of four is right; two answers are as frequent, one of them right; two samples give none.
+    _row("1", "correct", 0.9), _row("7", "wrong", 0.1), _row("", "no_answer", 0.1, True),
+    _row("", "unrecognised", 0.1),
+]  # fmt: skip
+
+
+def test_figures_by_hand():
+    found = summaries.of_benchmark(_benchmark("x", 2), ROWS, 4, 1.5, seed=0, resamples=50)
+    rule, model = found["judges"]["rule"], found["judges"]["model"]
+    assert rule["accuracy"].value == pytest.approx((3 / 4 + 1 / 4) / 2)
+    assert {k: v.value for k, v in rule["pass_at"].items()} == pytest.approx(
+        {1: 1 / 2, 2: (1 + 1 / 2) / 2, 4: 1.0}
+    )
+    assert rule["majority"].value == pytest.approx((1 + 1 / 2) / 2)
+    assert (rule["accuracy"].low, rule["accuracy"].high) == (
+        0.25,
+        0.75,
+    )  # both drawn from the one or the other
+    assert model["accuracy"].value == pytest.approx((3 / 4 + 1 / 4) / 2)
+    assert found["truncated"] == found["no_answer"] == found["undecided"] == 1 / 8
+    assert found["agreement"]["rule and model"] == pytest.approx(
+        {"agreement": 6 / 8, "kappa": 0.5, "only rule": 1 / 8, "only model": 1 / 8}
+    )
+    subjects = found["by"]["subject"]
+    assert {s: (g["problems"], g["accuracy"]["rule"].value) for s, g in subjects.items()} == {
+        "even": (1, 0.75), "odd": (1, 0.25),
+    }  # fmt: skip
+    assert "level" not in found["by"]
+
+
+def test_intervals_are_by_problem_and_the_mean_counts_benchmarks_alike():
+    few = [_row("0", "correct", 1.0)] * 4
+    many = [_row("9", "wrong", 0.0)] * 36
+    results = [
+        summaries.of_benchmark(_benchmark(n, len(rows) // 4), rows, 4, 1.0, seed=0, resamples=50)
+        for n, rows in (("few", few), ("many", many))
+    ]
+    means = summaries.mean_of_benchmarks(results, {"few": few, "many": many}, 0, 50)
+    assert means["rule"].value == pytest.approx(1 / 2)
+    right = summaries.correct(ROWS, "rule", 4).mean(1)
+    expected = statistics.bootstrap(
+        lambda w: float((w * right).sum() / w.sum()),
+        ["a", "b"],
+        summaries.keys.numpy_stream(3, "bootstrap"),
+        99,
+    )
+    assert summaries.mean(right, 3, 99) == expected
+
+
+def test_counts_of_k():
+    assert summaries.counts_of_k(1) == [1]
+    assert summaries.counts_of_k(8) == [1, 2, 4, 8]
+    assert summaries.counts_of_k(12) == [1, 2, 4, 8, 12]
+
+
+def test_the_look_of_a_table():
+    text = table(
+        ["name", "share (95 %)", "n"],
+        [["a", percent(Interval(0.25, 0.125, 1.0)), "7"], ["long", percent(float("nan")), "1234"]],
+    )
+    assert text.splitlines() == [
+        "name          share (95 %)     n",
+        "----  --------------------  ----",
+        "a     25.0 (12.5 to 100.0)     7",
+        "long                     -  1234",
+    ]
+
+
+LOOK = """
+benchmark  judge  problems    accuracy % (95 %)  pass@2  pass@4  maj@4  truncated  no answer  undecided  tokens  seconds
+---------  -----  --------  -------------------  ------  ------  -----  ---------  ---------  ---------  ------  -------
+x          rule          2  50.0 (25.0 to 75.0)    75.0   100.0   75.0       12.5       12.5       12.5      10        2
+x          model         2  50.0 (25.0 to 75.0)    75.0   100.0   58.3       12.5                            10        2
+"""  # noqa: E501
+
+
+def test_the_look_of_a_summary():
+    found = summaries.of_benchmark(_benchmark("x", 2), ROWS, 4, 1.5, seed=0, resamples=50)
+    text = summaries.as_text([found], {})
+    assert text.splitlines()[:4] == LOOK.strip("\n").splitlines()
+
+
+# --- the ledger ----------------------------------------------------------------------------------------------
+
+
+def test_a_ledger_goes_on_from_whole_chunks_wherever_it_was_cut(tmp_path):
+    chunks = [[{"i": 0}, {"i": 1}], [{"i": 2}], [{"i": 3, "text": "ä\n"}, {"i": 4}]]
+    sizes = [len(c) for c in chunks]
+
+    def write(folder, first=0, count=3):
+        with Ledger(folder, {"a": 1}, sizes) as ledger:
+            assert ledger.done == first
+            for chunk in chunks[first:count]:
+                ledger.append(chunk, 1.0)
+
+    write(tmp_path / "whole")
+    whole = {name: (tmp_path / "whole" / name).read_bytes() for name in (ITEMS, TIMINGS)}
+    ends, rows = [0], 0
+    lines = whole[ITEMS].splitlines(keepends=True)
+    for size in sizes:
+        rows += size
+        ends.append(len(b"".join(lines[:rows])))
+    for cut in range(len(whole[ITEMS]) + 1):
+        write(tmp_path / "cut", count=0) if not (tmp_path / "cut").exists() else None
+        (tmp_path / "cut" / ITEMS).write_bytes(whole[ITEMS][:cut])
+        (tmp_path / "cut" / TIMINGS).write_bytes(whole[TIMINGS])
+        write(tmp_path / "cut", first=max(i for i, end in enumerate(ends) if end <= cut))
+        assert {name: (tmp_path / "cut" / name).read_bytes() for name in whole} == whole, cut
+
+
+def test_a_ledger_refuses_other_settings_and_company(tmp_path):
+    with Ledger(tmp_path / "x", {"a": 1, "b": "yes"}, [1]):
+        with pytest.raises(ValueError, match="x is in use by process"):
+            Ledger(tmp_path / "x", {"a": 1, "b": "yes"}, [1])
+    with pytest.raises(
+        ValueError, match=r'a was 1 and is now 2; b was "yes" and is now \(absent\); c was \(abs'
+    ):
+        Ledger(tmp_path / "x", {"a": 2, "c": 0}, [1])
+    (tmp_path / "x" / ITEMS).write_text('{"i": 0}\nnonsense\n{"i": 1}\n')
+    with pytest.raises(ValueError, match=f"{ITEMS}:2: no JSON object"):
+        Ledger(tmp_path / "x", {"a": 1, "b": "yes"}, [1])
+    with pytest.raises(ValueError, match="local path"):
+        Ledger("gs://bucket/x", {}, [1])
+
+
+# --- judging -------------------------------------------------------------------------------------------------
+
+
+class _Scripted:
+    """Says each problem's number on the first sample, and another on the second; breaks when told to."""
+
+    samples = 2
+
+    def __init__(self, breaks_at: int = -1):
+        self.left = breaks_at
+
+    def __call__(self, benchmark, chunk, on_ready):
+        for place in reversed(range(len(chunk))):
+            self.left -= 1
+            if self.left == 0:
+                raise hosts.Stopped
+            i = chunk[place]
+            on_ready(place, [Completion(f"\\boxed{{{i}}}", False, 5), Completion("\\boxed{77}", True, 6)])
+
+
+class _Likes77:
+    def rewards(self, triples):
+        return [0.75 if "77" in t.completion else 0.25 for t in triples]
+
+
+def test_a_run_that_is_cut_off_ends_as_one_that_is_not(tmp_path):
+    made = [_benchmark("a", 5), _benchmark("b", 2)]
+    sizes = [len(r) * 2 for _, r in sets.chunks(made, 2)]
+
+    def run(folder, sampler):
+        with jobs.rule_verifier(config()) as rule, Ledger(folder, {}, sizes) as ledger:
+            benchmarks.run(made, sampler, rule, _Likes77(), ledger, 2, said.append)
+
+    said: list[str] = []
+    run(tmp_path / "whole", _Scripted())
+    assert [line.split("  ")[0] for line in said] == [
+        "a 1/5 problems", "a 3/5 problems", "a 5/5 problems", "b 2/2 problems",
+    ]  # fmt: skip
+    with pytest.raises(hosts.Stopped):
+        run(tmp_path / "cut", _Scripted(breaks_at=5))
+    assert len(read_rows(tmp_path / "cut" / ITEMS)) == 6
+    run(tmp_path / "cut", _Scripted())
+    whole = (tmp_path / "whole" / ITEMS).read_bytes()
+    assert whole == (tmp_path / "cut" / ITEMS).read_bytes()
+    rows = read_rows(tmp_path / "whole" / ITEMS)
+    assert [(r["benchmark"], r["place"], r["sample"]) for r in rows[:4]] == [
+        ("a", 0, 0), ("a", 0, 1), ("a", 1, 0), ("a", 1, 1),
+    ]  # fmt: skip
+    assert [r["rule"] for r in rows] == ["correct", "wrong"] * 7
+    assert [r["reward"] for r in rows] == [0.25, 0.75] * 7
+
+
+ITEM = {
+    "benchmark": "x", "id": "x:1", "place": 0, "question": "One?", "reference": "1", "subject": "s", "level": "",
+    "sample": 0, "completion": "\\boxed{1}", "truncated": False, "tokens": 3,
+}  # fmt: skip
+
+
+def test_recorded_responses_are_judged_anew(tmp_path):
+    rows = [ITEM | {"rule": "wrong"}, ITEM | {"sample": 1, "completion": "\\boxed{2}", "truncated": True}]
+    path = write_rows(tmp_path / "items.jsonl", *rows)
+    cfg = config()
+    jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
+    again = read_rows(tmp_path / "out" / ITEMS)
+    assert [(r["completion"], r["truncated"], r["rule"]) for r in again] == [
+        ("\\boxed{1}", False, "correct"), ("\\boxed{2}", True, "wrong"),
+    ]  # fmt: skip
+    results = json.loads((tmp_path / "out" / RESULTS).read_text())
+    assert results["benchmarks"][0]["judges"]["rule"]["accuracy"]["value"] == 0.5
+    assert results["benchmarks"][0]["by"]["subject"]["s"]["problems"] == 1
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([{k: v for k, v in ITEM.items() if k != "tokens"}], r"items.jsonl:1: field 'tokens' is missing"),
+        ([ITEM | {"sample": "0"}], r"items.jsonl:1: field 'sample' is '0': must be int"),
+        ([ITEM, ITEM], r"items.jsonl:2: sample 0 of x:1 stands where its 1"),
+        ([ITEM, ITEM | {"sample": 1}, ITEM | {"id": "x:2"}], "problems have from 1 to 2 samples"),
+        ([], "there is no row in it"),
+    ],
+)
+def test_an_items_file_that_is_none_is_refused(rows, words, tmp_path):
+    cfg = config()
+    path = write_rows(tmp_path / "items.jsonl", *rows)
+    with pytest.raises(SetupError, match=words):
+        jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("judged_by", "vote", "one of rule, model, both"),
+        ("samples", 0, "at least 1"),
+        ("problems", -1, "at least 0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(field, value, words, tmp_path):
+    cfg = config(**{f"benchmark__{field}": value})
+    with pytest.raises(SetupError, match=rf"benchmark\.{field}=.*{words}"):
+        jobs.benchmarks(cfg, Chosen(cfg, tmp_path), ["synthetic"], tmp_path / "out")
+
+
+# --- all of it -----------------------------------------------------------------------------------------------
+
+
+def test_random_models_from_end_to_end(tmp_path, monkeypatch):
+    """Sampled, judged by rule, reward model and oracle; resumed; judged anew to the same rewards."""
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    path = write_rows(
+        tmp_path / "sums_test.jsonl",
+        *({"question": f"Ada has {i} coins .", "answer": f"#### {i}", "level": i} for i in range(3)),
+    )
+    cfg = config(benchmark__judged_by="both")
+    chosen, out = Chosen(cfg, tmp_path), tmp_path / "out"
+    jobs.benchmarks(cfg, chosen, ["synthetic", str(path)], out)
+    rows, whole = read_rows(out / ITEMS), (out / ITEMS).read_bytes()
+    assert [(r["benchmark"], r["sample"]) for r in rows] == [
+        (name, s) for name in ("synthetic", "sums_test") for _ in range(3) for s in range(2)
+    ]
+    assert all(0 < r["reward"] < 1 and 1 <= r["tokens"] <= 6 for r in rows)
+    made = synthetic.problems(cfg.seed, 3, "eval")
+    assert [r["oracle"] for r in rows[:6]] == [
+        synthetic.oracle(made[i // 2], r["completion"]) for i, r in enumerate(rows[:6])
+    ]
+    results = json.loads((out / RESULTS).read_text())
+    assert [set(b["judges"]) for b in results["benchmarks"]] == [
+        {"rule", "model", "oracle"},
+        {"rule", "model"},
+    ]
+    assert results["benchmarks"][1]["by"]["level"].keys() == {"0", "1", "2"}
+    assert set(results["mean"]) == {"rule", "model"}
+
+    lines = whole.splitlines(keepends=True)
+    (out / ITEMS).write_bytes(b"".join(lines[:7]) + lines[7][:20])
+    jobs.benchmarks(cfg, chosen, ["synthetic", str(path)], out)
+    assert (out / ITEMS).read_bytes() == whole
+    cfg.benchmark.temperature = 0.5
+    with pytest.raises(SetupError, match="benchmark.temperature was 0.7 and is now 0.5"):
+        jobs.benchmarks(cfg, chosen, ["synthetic", str(path)], out)
+
+    jobs.rejudge(cfg, chosen, str(out / ITEMS), tmp_path / "again")
+    again = read_rows(tmp_path / "again" / ITEMS)
+    assert [(r["completion"], r["rule"]) for r in again] == [(r["completion"], r["rule"]) for r in rows]
+    assert [r["reward"] for r in again] == pytest.approx([r["reward"] for r in rows], abs=1e-5)
+
+
+def test_an_untrained_head_is_no_judge(tmp_path):
+    cfg = config(benchmark__judged_by="model", reward__allow_untrained_head=False)
+    cfg.reward.weights = "nowhere"
+    path = write_rows(tmp_path / "items.jsonl", ITEM)
+    with pytest.raises(SetupError, match="nowhere"):
+        jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
+
+
+def command(out: Path, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "launch/evaluate.py"), f"--out={out}", *flags]
+
+
+def started(out: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(out, *flags), env=tiny_runs.environment(), capture_output=True, text=True, timeout=400
+    )
+
+
+TINY = f"--config={ROOT / 'configs/tiny.py'}"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([TINY], "give one of --benchmark, --rejudge, --labelled and --attacks"),
+        ([TINY, "--benchmark=synthetic", "--compare=x"], "--compare belongs to --attacks"),
+        ([TINY, "--benchmark=nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+        ([TINY, "--run_dir=runs/x", "--benchmark=synthetic"], "--config and --run_dir both"),
+    ],
+)
+def test_a_wrong_command_ends_with_one_line(flags, words, tmp_path):
+    done = started(tmp_path / "out", *flags)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and words in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_it_ends_with_the_same_files(tmp_path):
+    """A process alone: SIGKILL in the middle of it, then SIGTERM, then to the end."""
+    shrunk = [f"--config.{name}={value}" for name, value in (SHRUNK | {"eval.problems": 24}).items()]
+    flags = [
+        TINY,
+        "--benchmark=synthetic",
+        "--config.mesh.data=1",
+        "--config.benchmark.judged_by=both",
+        *shrunk,
+    ]
+    assert started(tmp_path / "whole", *flags).returncode == 0
+    cut = tmp_path / "cut"
+    for which, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, hosts.STOPPED)):
+        process = subprocess.Popen(
+            command(cut, *flags), env=tiny_runs.environment(), stdout=subprocess.DEVNULL
+        )
+        before = _size(cut / ITEMS)
+        while _size(cut / ITEMS) <= before and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, which)
+        assert process.wait(timeout=300) == code
+    assert 0 < _size(cut / ITEMS) < _size(tmp_path / "whole" / ITEMS)
+    assert started(cut, *flags).returncode == 0
+    assert (cut / ITEMS).read_bytes() == (tmp_path / "whole" / ITEMS).read_bytes()
+    whole, again = (json.loads((tmp_path / n / RESULTS).read_text()) for n in ("whole", "cut"))
+    for results in (whole, again):
+        for found in results["benchmarks"]:
+            del found["seconds"]
+    assert whole == again
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
