@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from launch import common
@@ -105,6 +105,7 @@ def choose(step: int):
         if step != -1:
             raise SetupError(f"--step={step} is of a run: give --run_dir=RUN too")
         return Chosen(cfg, Path(OUT.value).expanduser().absolute())
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read is only read
     with boundary(f"--run_dir={RUN_DIR.value}"):
         run_dir = files.path(RUN_DIR.value)
         cfg = runs.over(

@@ -512,5 +512,44 @@ def test_killed_and_stopped_it_ends_with_the_same_files(tmp_path):
     assert whole == again
 
 
+@pytest.mark.slow
+def test_two_hosts_write_what_one_does(tmp_path):
+    shrunk = [f"--config.{name}={value}" for name, value in SHRUNK.items()]
+    flags = [TINY, "--benchmark=synthetic", "--config.benchmark.judged_by=both", *shrunk]
+    assert started(tmp_path / "one", *flags).returncode == 0
+    hosts_of = [sys.executable, str(ROOT / "launch/local_hosts.py"), "-n", "2", "--devices=1", "--"]
+    done = subprocess.run(
+        [*hosts_of, *command(tmp_path / "two", *flags)],
+        env=tiny_runs.environment(), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (read_rows(tmp_path / n / ITEMS) for n in ("one", "two"))
+    assert [r | {"reward": 0} for r in one] == [r | {"reward": 0} for r in two]
+    assert [r["reward"] for r in one] == pytest.approx([r["reward"] for r in two], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_before_and_after(tmp_path):
+    """launch/train.py, then its policy on its own problems, and its reward models of two steps under attack."""
+    few = dict(steps=1, warmup__policy_steps=2, warmup__reward_steps=2, eval__every=0, checkpoint__every=1)
+    done = tiny_runs.run(tmp_path / "run", **few)
+    assert done.returncode == 0, done.stderr
+    of_run = f"--run_dir={tmp_path / 'run'}"
+    done = started(
+        tmp_path / "policy", of_run, "--benchmark=synthetic", "--config.benchmark.max_new_tokens=8"
+    )
+    assert done.returncode == 0 and "step 1: llama of 3 layers x 32, 8 problems" in done.stdout, done.stderr
+    row = {"question": "How many coins ?", "reference_answer": "3", "completion": "#### 4", "label": 0}
+    path = write_rows(tmp_path / "rows.jsonl", row)
+    done = started(
+        tmp_path / "attacks", of_run, f"--attacks={path}", "--compare=0", "--config.reward.max_tokens=256"
+    )
+    assert done.returncode == 0, done.stderr
+    rewards = [r["rewards"] for r in read_rows(tmp_path / "attacks" / ITEMS)]
+    assert [list(r) for r in rewards] == [["step 1", "step 0"]] * len(rewards)
+    done = started(tmp_path / "x", of_run, "--step=7", "--benchmark=synthetic")
+    assert done.returncode == 2 and "the checkpoints are 0, 1" in done.stderr
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0

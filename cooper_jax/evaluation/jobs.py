@@ -178,21 +178,38 @@ def _judges(cfg: ConfigDict) -> tuple[bool, bool]:
     b = cfg.benchmark
     if b.judged_by not in JUDGED_BY:
         raise SetupError(f"benchmark.judged_by={b.judged_by!r}: it is one of {', '.join(JUDGED_BY)}")
-    check_numbers(cfg)
+    check_settings(cfg)
     return JUDGED_BY[b.judged_by]
 
 
-def check_numbers(cfg: ConfigDict) -> None:
-    """Raise SetupError for a number of the benchmark section that is too small."""
-    at_least(cfg.benchmark, 1, "samples", "max_new_tokens", "max_prompt_tokens", "chunk", "bootstrap")
-    at_least(cfg.benchmark, 0, "problems")
+def check_settings(cfg: ConfigDict) -> None:
+    """Raise SetupError for settings that mean nothing, of those that evaluations use.
 
-
-def at_least(section: ConfigDict, least: int, *fields: str) -> None:
-    """Raise SetupError for a number that is too small."""
-    for field in fields:
-        if section[field] < least:
-            raise SetupError(f"benchmark.{field}={section[field]}: it must be at least {least}")
+    settings.check is for training, and asks for data and models that nobody needs here.
+    """
+    least = {
+        "samples": 1,
+        "max_new_tokens": 1,
+        "max_prompt_tokens": 1,
+        "chunk": 1,
+        "bootstrap": 1,
+        "problems": 0,
+    }
+    for field, lowest in least.items():
+        if cfg.benchmark[field] < lowest:
+            raise SetupError(f"benchmark.{field}={cfg.benchmark[field]}: it must be at least {lowest}")
+    one_of = {
+        "policy.dtype": (cfg.policy.dtype, ("float32", "bfloat16")),
+        "reward.dtype": (cfg.reward.dtype, ("float32", "bfloat16")),
+        "rollout.kernels": (cfg.rollout.kernels, ("auto", "xla")),
+        "rollout.weights": (cfg.rollout.weights, ("auto", "gathered", "sharded")),
+    }
+    for field, (value, choices) in one_of.items():
+        if value not in choices:
+            raise SetupError(f"{field}={value!r}: it is one of {', '.join(choices)}")
+    for field, value in (("reward.microbatch", cfg.reward.microbatch), ("data.bucket", cfg.data.bucket)):
+        if value < 1:
+            raise SetupError(f"{field}={value}: it must be at least 1")
 
 
 def _describe(cfg: ConfigDict, chosen: Chosen, model: assembly.Model, asked: Sequence[sets.Benchmark]) -> str:

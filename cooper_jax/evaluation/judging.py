@@ -35,7 +35,7 @@ def labelled(
     prior_from: str = "",
 ) -> None:
     """Judges, by name, on labelled completions.  Raises SetupError, and hosts.Stopped after a SIGTERM."""
-    jobs.check_numbers(cfg)
+    jobs.check_settings(cfg)
     record = jobs.seen(chosen) if "model" in names else None
     with boundary(f"--labelled={path}"):
         rows = verification.Rows.load(
@@ -108,7 +108,7 @@ def judge_settings(cfg: ConfigDict) -> dict[str, Any]:
 
 def attacked(cfg: ConfigDict, chosen: Chosen, path: str, out: Path, compare: Sequence[Chosen] = ()) -> None:
     """The attack set on the wrong completions of a labelled file, for one or several reward models."""
-    jobs.check_numbers(cfg)
+    jobs.check_settings(cfg)
     columns = {c.label("reward"): c for c in (chosen, *compare)}
     if len(columns) != 1 + len(compare):
         raise SetupError("--compare names one reward model twice, or the one that is compared with")

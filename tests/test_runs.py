@@ -1,0 +1,112 @@
+"""Models of runs, read from their checkpoints: configs put together, policies and reward models evaluated."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_evaluation import SHRUNK, read_rows, write_rows
+
+from configs import base, tiny
+from cooper_jax import assembly, runs, warmup
+from cooper_jax.data import overlap
+from cooper_jax.evaluation import jobs, judging
+from cooper_jax.evaluation.ledger import ITEMS, RESULTS, SETTINGS
+from cooper_jax.evaluation.scoring import Chosen
+from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.rundir import Run
+from cooper_jax.settings import SetupError
+
+
+@pytest.fixture(scope="module")
+def devices():
+    patch = pytest.MonkeyPatch()
+    found = jax.devices()[:2]
+    patch.setattr(jax, "devices", lambda *_: found)
+    yield found
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, devices):
+    """(a run's directory with step 0, its policy's embedding)."""
+    path = tmp_path_factory.mktemp("run")
+    cfg = tiny.get_config()
+    more = {"data.synthetic_size": 8, "data.instruction": " Think .", "warmup.policy_steps": 0,
+            "warmup.reward_steps": 0, "log.tensorboard": False, "policy.microbatch": 4}  # fmt: skip
+    cfg.update_from_flattened_dict(SHRUNK | more)
+    with (
+        assembly.build(cfg, path) as (cooper, state),
+        Run(path, cfg, resume=True) as opened,
+        Checkpoints(path, keep=0) as checkpoints,
+    ):
+        state = warmup.start_or_resume(cooper, state, opened, checkpoints)
+        checkpoints.wait()
+        embed = np.asarray(state.policy.params["embed"])
+    return path, embed
+
+
+def chosen_of(path, **flags) -> Chosen:
+    flags = {name.replace("__", "."): value for name, value in flags.items()}
+    keep = {name: value for name, value in SHRUNK.items() if name.split(".")[0] in ("benchmark", "mesh")}
+    return Chosen(runs.over(base.get_config(), runs.read_config(path), keep | flags), path, path, 0)
+
+
+def test_a_run_says_what_its_models_are_and_the_command_line_the_rest(run):
+    cfg = chosen_of(run[0], policy__dtype="bfloat16", rule__workers=1).cfg
+    assert (cfg.name, cfg.policy.arch.width, cfg.data.instruction) == ("tiny", 16, " Think .")
+    assert (cfg.policy.dtype, cfg.reward.dtype, cfg.rule.workers) == ("bfloat16", "float32", 1)
+    assert cfg.pairs == base.get_config().pairs  # no part of a model
+    stored = json.loads((run[0] / "config.json").read_text())
+    stored["policy"]["abandoned"] = 1  # by an earlier version
+    del stored["policy"]["remat"]
+    mixed = runs.over(base.get_config(), runs.ConfigDict(stored), {})
+    assert "abandoned" not in mixed.policy and mixed.policy.remat is base.get_config().policy.remat
+
+
+def test_a_runs_models_are_loaded_at_a_step(run, devices):
+    path, embed = run
+    cfg = chosen_of(path).cfg
+    layout = assembly.make_layout(cfg)
+    model, params, step = runs.load(path, cfg, "policy", layout)
+    assert step == 0 and model.tokenizer.vocab_size <= len(embed)
+    np.testing.assert_array_equal(np.asarray(params["embed"]), embed)
+    with pytest.raises(FileNotFoundError, match=r"checkpoints are \[0\]"):
+        runs.load(path, cfg, "policy", layout, step=3)
+    with pytest.raises(FileNotFoundError, match="no run directory of launch/train.py"):
+        runs.read_config(path / "checkpoints")
+
+
+def test_a_run_is_evaluated(run, devices, tmp_path):
+    """Its policy on its held-out problems, by its own reward model; then the reward model itself."""
+    path = run[0]
+    chosen = chosen_of(path, benchmark__judged_by="both", reward__max_tokens=200)
+    jobs.benchmarks(chosen.cfg, chosen, ["synthetic"], tmp_path / "policy")
+    rows = read_rows(tmp_path / "policy" / ITEMS)
+    assert len(rows) == 6 and {r["rule"] for r in rows} <= {"wrong", "no_answer", "unrecognised", "correct"}
+    settings = json.loads((tmp_path / "policy" / SETTINGS).read_text())
+    assert (settings["policy.step"], settings["reward.step"], settings["data.instruction"]) == (
+        0,
+        0,
+        " Think .",
+    )
+    saw = json.loads((tmp_path / "policy" / RESULTS).read_text())["reward_model_saw"]
+    assert saw == {"synthetic": 8}  # in the cooper arm, its training problems
+
+    seen, unseen = assembly.load_problems(chosen.cfg)
+    labelled = [
+        {
+            "question": p.question,
+            "reference_answer": p.reference,
+            "completion": f"#### {said}",
+            "label": label,
+        }
+        for p in (seen[0], unseen[0])
+        for said, label in ((p.reference, 1), ("5000", 0))
+    ]
+    file = write_rows(tmp_path / "labelled.jsonl", *labelled)
+    judging.labelled(chosen.cfg, chosen, str(file), tmp_path / "judged", names=["model"])
+    judged = read_rows(tmp_path / "judged" / ITEMS)
+    assert {overlap.normalise(r["question"]) for r in judged} == {overlap.normalise(unseen[0].question)}
+    with pytest.raises(SetupError, match="one reward model twice"):
+        judging.attacked(chosen.cfg, chosen, str(file), tmp_path / "attacked", [chosen])
