@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs import tiny
 from cooper_jax import statistics
-from cooper_jax.data import overlap, synthetic
+from cooper_jax.data import labelled, overlap, synthetic
 from cooper_jax.evaluation import benchmarks, jobs, sets, summaries
 from cooper_jax.evaluation.answer_forms import answer_form
 from cooper_jax.evaluation.ledger import ITEMS, RESULTS, TIMINGS, Ledger
@@ -143,6 +143,22 @@ def test_what_is_left_out_is_counted(tmp_path):
     cfg.benchmark.max_prompt_tokens = 1
     with pytest.raises(SetupError, match="no problem is left of 6"):
         sets.load(cfg, [str(path)], _Words(), seen)
+
+
+def test_the_real_overlap_is_left_out(shared_data):
+    """Questions of the labelled completions are in three benchmarks (tests/test_overlap.py says which)."""
+    seen = frozenset(
+        overlap.fingerprint(t.question)
+        for name in ("train", "dev")
+        for t in labelled.load(str(shared_data / f"verify_{name}.jsonl"))
+    )
+    found = {b.name: b for b in sets.load(config(), sets.find([str(shared_data)]), _Words(), seen)}
+    assert {name: b.seen for name, b in found.items()} == {
+        "gsm8k_test": 847, "math500_test": 4, "odyssey_test": 252, "olympiadbench_en_test": 0, "svamp_test": 0,
+    }  # fmt: skip
+    for b in found.values():
+        assert b.excluded == b.seen and len(b.problems) == b.asked - b.seen
+        assert not seen & {overlap.fingerprint(p.question) for p in b.problems}
 
 
 def test_chunks_are_even():

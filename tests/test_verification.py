@@ -16,6 +16,7 @@ from cooper_jax.evaluation.ledger import ITEMS, RESULTS, Ledger
 from cooper_jax.evaluation.resampling import FIGURES, Resamples, interval
 from cooper_jax.evaluation.scoring import Chosen
 from cooper_jax.model import tokenizer as tokenizers
+from cooper_jax.reward.chat import Failure
 from cooper_jax.settings import SetupError
 from cooper_jax.types import Completion, Triple, Verdict
 
@@ -137,6 +138,15 @@ def test_a_language_model_is_asked_with_ids_of_its_own():
         (1.0, True, False, "correct"), (0.0, False, False, "incorrect"), (0.5, False, True, "unparsed"),
     ]  # fmt: skip
     assert chat.ids == [(7, 0, 10, 0), (7, 0, 11, 0), (7, 0, 12, 0)]
+
+
+def test_a_language_model_that_cannot_be_reached_is_no_abstention():
+    class Away(_Chat):
+        def ask(self, conversations, ids):
+            return [Failure("too_long"), Failure("connection")]
+
+    with pytest.raises(SetupError, match=r"does not answer \(connection\).*judge.url"):
+        judges.language_model(Away(), 7)([Triple("q", "4", "4")] * 2, 0)
 
 
 # --- references and overlap ----------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ import numpy as np
 
 from cooper_jax.evaluation.answer_forms import NUMBER
 from cooper_jax.reward import judge as llm
-from cooper_jax.reward.chat import Chat
+from cooper_jax.reward.chat import Chat, Failure
 from cooper_jax.runtime import hosts
+from cooper_jax.settings import SetupError
 from cooper_jax.types import Triple, Verdict
 
 NAMES = ("model", "rule", "llm", "last_number", "yes", "prior")
@@ -32,11 +33,12 @@ THRESHOLD = 0.5  # a reward above it says that the completion is right
 
 @dataclasses.dataclass(frozen=True)
 class Opinion:
-    """What a judge says of one triple.  `note`: its own words, for the items file."""
+    """What a judge says of one triple.  `note`: its verdict or why there is none; `reply`: its text, if any."""
 
     score: float
     abstained: bool = False
     note: str = ""
+    reply: str = ""
 
     @property
     def yes(self) -> bool:
@@ -60,10 +62,19 @@ def of_verdicts(verdicts: Sequence[Verdict]) -> list[Opinion]:
 
 
 def language_model(chat: Chat, seed: int) -> Judge:
-    """An LLM judge; a server is asked by the first host alone."""
+    """An LLM judge; a server is asked by the first host alone.
+
+    Raises SetupError for a server that cannot be reached or refuses the key: that says nothing of any row.
+    """
 
     def ask(triples: Sequence[Triple], first: int) -> list[dict]:
         found = llm.judge(chat, triples, [(seed, 0, first + i, 0) for i in range(len(triples))])
+        away = {j.reason for j in found if not j.reply and Failure(j.reason).unreachable}
+        if away:
+            raise SetupError(
+                f"judge: the server does not answer ({', '.join(sorted(away))}): see --config.judge.url, .model "
+                "and .key_env; the same command goes on"
+            )
         return [dataclasses.asdict(j) for j in found]
 
     def opinions(triples: Sequence[Triple], first: int) -> list[Opinion]:
@@ -73,9 +84,9 @@ def language_model(chat: Chat, seed: int) -> Judge:
         else:
             found = ask(triples, first)
         return [
-            Opinion(0.5, True, j["reason"])
+            Opinion(0.5, True, j["reason"], j["reply"])
             if j["correct"] is None
-            else Opinion(float(j["correct"]), note="correct" if j["correct"] else "incorrect")
+            else Opinion(float(j["correct"]), False, "correct" if j["correct"] else "incorrect", j["reply"])
             for j in found
         ]
 

@@ -116,7 +116,7 @@ def judge(
             for name, opinions in said.items():
                 o = opinions[i]
                 row["judges"][name] = {"score": o.score, "yes": o.yes, "abstained": o.abstained}
-                row["judges"][name] |= {"note": o.note} if o.note else {}
+                row["judges"][name] |= {k: v for k, v in (("note", o.note), ("reply", o.reply)) if v}
             out.append(row)
         seconds = time.perf_counter() - start
         ledger.append(out, seconds)
