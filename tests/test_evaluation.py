@@ -10,10 +10,12 @@ from pathlib import Path
 
 import jax
 import pytest
+import tiny_models
 import tiny_runs
+import tiny_tokenizers
 from ml_collections import ConfigDict
 
-from configs import tiny
+from configs import qwen_1p5b, tiny
 from cooper_jax import statistics
 from cooper_jax.data import labelled, overlap, synthetic
 from cooper_jax.evaluation import benchmarks, jobs, sets, summaries
@@ -21,6 +23,7 @@ from cooper_jax.evaluation.answer_forms import answer_form
 from cooper_jax.evaluation.ledger import ITEMS, RESULTS, TIMINGS, Ledger
 from cooper_jax.evaluation.report import percent, table
 from cooper_jax.evaluation.scoring import Chosen
+from cooper_jax.model import weights
 from cooper_jax.runtime import hosts
 from cooper_jax.settings import SetupError
 from cooper_jax.statistics import Interval
@@ -458,6 +461,26 @@ def test_random_models_from_end_to_end(tmp_path, monkeypatch):
     again = read_rows(tmp_path / "again" / ITEMS)
     assert [(r["completion"], r["rule"]) for r in again] == [(r["completion"], r["rule"]) for r in rows]
     assert [r["reward"] for r in again] == pytest.approx([r["reward"] for r in rows], abs=1e-5)
+
+
+def test_the_papers_config_needs_the_policys_weights_alone(tmp_path, monkeypatch):
+    """No reward model, no assistant's server, no training data."""
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    folder = tiny_tokenizers.write(tmp_path / "tokenizer", "qwen")
+    model = tiny_models.config(family="qwen2", qkv_bias=True, vocab_size=512, layers=1)
+    params = tiny_models.random_params(model)
+    weights.save(tmp_path / "hf", model, params, "logits", tokenizer_dir=folder)
+    path = write_rows(tmp_path / "a_test.jsonl", {"question": "Two and two?", "answer": "#### 4"})
+    cfg = qwen_1p5b.get_config()
+    cfg.policy.weights = str(tmp_path / "hf")
+    cfg.benchmark.max_new_tokens = 4
+    jobs.benchmarks(cfg, Chosen(cfg, tmp_path / "out"), [str(path)], tmp_path / "out")
+    rows = read_rows(tmp_path / "out" / ITEMS)
+    assert len(rows) == cfg.benchmark.samples and "reward" not in rows[0]
+    (tmp_path / "hf" / "model.safetensors").touch()  # as if other weights had been written there
+    with pytest.raises(SetupError, match='policy.files was "[0-9a-f]+" and is now'):
+        jobs.benchmarks(cfg, Chosen(cfg, tmp_path / "out"), [str(path)], tmp_path / "out")
 
 
 def test_an_untrained_head_is_no_judge(tmp_path):

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -70,10 +72,19 @@ class Chosen:
             out = {f"{name}.run_dir": str(self.run_dir), f"{name}.step": self.step}
         else:
             out = {f"{name}.weights": section.weights, f"{name}.tokenizer": section.tokenizer}
-            out |= {f"{name}.num_layers": section.num_layers}
+            out |= {f"{name}.num_layers": section.num_layers} | _files(section.weights, name)
             if section.weights == "random":
                 out |= {f"{name}.arch.{k}": v for k, v in section.arch.items()}
         return out | {f"{name}.dtype": section.dtype}
+
+
+def _files(weights: str, name: str) -> dict[str, str]:
+    """Which version of a directory's weights there is: training may write others into the same place."""
+    folder = Path(weights).expanduser()
+    if not weights or not folder.is_dir():
+        return {}
+    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
+    return {f"{name}.files": hashlib.sha256(repr(found).encode()).hexdigest()[:16]}
 
 
 class RewardModel:
