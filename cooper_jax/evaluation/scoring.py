@@ -58,7 +58,7 @@ class Chosen:
         return model, params
 
     def label(self, name: str) -> str:
-        """What a model is called in tables."""
+        """What a model is called in tables: its step, or the end of its path."""
         if self.run_dir is not None:
             return f"step {self.step}"
         return (
