@@ -61,9 +61,8 @@ class Chosen:
         """What a model is called in tables: its step, or the end of its path."""
         if self.run_dir is not None:
             return f"step {self.step}"
-        return (
-            (self.cfg.policy if name == "policy" else self.cfg.reward).weights.rstrip("/").rsplit("/", 1)[-1]
-        )
+        weights = self.cfg.policy.weights if name == "policy" else self.cfg.reward.weights
+        return "/".join(weights.rstrip("/").split("/")[-2:])
 
     def settings(self, name: str) -> dict[str, str | int | bool]:
         """What decides what a model computes, by the knobs' names."""
