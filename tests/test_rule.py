@@ -87,6 +87,27 @@ TABLE = [
     # verify follows the gold's format: with gold and answer swapped these two verdicts would change places
     ("1 < x < 2", "\\boxed{(1,2)}", C),
     ("(1,2)", "\\boxed{1 < x < 2}", U),
+    # a unit behind a formula, marked as text
+    ("\\frac{41}{12} \\text{ km}", "\\boxed{\\frac{41}{12}}", C),
+    ("\\frac{41}{12} \\text{ km}", "\\boxed{\\frac{41}{13} \\text{ km}}", W),
+    ("12\\pi \\text{ cm}^2", "\\boxed{12\\pi}", C),
+    ("5 \\text{ cm}", "\\boxed{5 \\text{ centimeters}}", C),
+    ("5 \\text{ cm}", "\\boxed{5 \\text{ km}}", U),
+    # letters side by side are a product, not a word or a unit
+    ("6xy", "\\boxed{\\frac{12yx}{2}}", C),
+    ("6xy", "\\boxed{6}", U),
+    ("2ab", "\\boxed{2cd}", U),
+    ("2RC+R+C", "\\boxed{R+C+2CR}", C),
+    ("2RC+R+C", "\\boxed{R+C+CR}", W),
+    ("y = ce^{-x}+1", "\\boxed{y = 1 + ce^{-x}}", C),
+    ("y = ce^{-x}+1", "\\boxed{y = 2 + ce^{-x}}", W),
+    ("8", "\\boxed{8 AM}", C),
+    # roots as typed
+    ("\\frac{\\sqrt{30}}{12}", "\\boxed{(√30)/12}", C),
+    ("\\frac{\\pi}{2\\sqrt{2}}", "\\boxed{pi / (2 * sqrt(2))}", C),
+    ("\\frac{\\pi}{2\\sqrt{2}}", "\\boxed{pi / (2 * sqrt(3))}", W),
+    ("m_{\\max }=n-1", "\\boxed{n-1}", C),
+    ("m_{\\max }=n-1", "\\boxed{n-2}", W),
     # no answer
     ("20", "", N),
     ("20", "I do not know.", N),
@@ -109,6 +130,16 @@ TABLE = [
     ("20", "We get 20 apples in 5 days", U),
     # words that are the reference's are the reference
     ("no solution", "\\boxed{\\text{No solution}}", C),
+    ("No", "The answer is No, X is not complete", C),
+    ("No", "The answer is Yes, X is complete", W),
+    ("No", "\\boxed{Nothing}", U),
+    ("B", "\\boxed{Option B}", C),
+    ("B", "The answer is option C", W),
+    ("t(0,4]", "\\boxed{t(0,4]}", C),  # math-verify reads neither
+    ("t(0,4]", "\\boxed{t(0,5]}", U),
+    # an equation at the end of a text is none that answers 0
+    ("0", "We are left with $2x + xy - x^2 = 0$", U),
+    ("0", "Nothing is left: $x = 2 - 2 = 0$", C),
 ]
 
 

@@ -68,9 +68,32 @@ _MATHS_WORDS = frozenset(
     "sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp mod gcd lcm max min "
     "and or in".split()
 )
-_LETTER = re.compile(r"\(?([A-H])(?:\)(?:\s.*)?|\.\s.*)?", re.DOTALL)
+_LETTER = re.compile(r"(?i:(?:option|choice)\s+)?\(?([A-H])(?:\)(?:\s.*)?|\.\s.*)?", re.DOTALL)
 _NUMERAL = r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?"
 _WITH_UNIT = re.compile(rf"({_NUMERAL})[\s-]*([A-Za-z][A-Za-z\s./^²³0-9]*)")
+# A number in LaTeX, and behind it a unit that is marked as text: \frac{41}{12} \text{ km/h}, \text{cm}^2.
+_LATEX_NUMBER = r"(?:[-+\d.,{}()^*/\s]|\\[dt]?frac|\\sqrt|\\pi|\\cdot)+"  # one way to match: linear time
+_MARKED_UNIT = re.compile(
+    rf"({_LATEX_NUMBER})\\(?:text|mathrm|mbox)\s*\{{\s*([A-Za-z][A-Za-z\s./]*)\}}((?:\^\{{?\d\}}?)?)"
+)
+_EQUATION = re.compile(
+    r"(?:^|=)(?=[^=]*[a-z])(?=[^=]*[-+^])[^=]+=\s*0\s*$"
+)  # x^2 + y = 0 is none that answers 0
+# Letters that are a product, which would otherwise be taken for a word or a unit: 6xy, and c in ce^x.
+_PRODUCT = re.compile(
+    r"(?<![A-Za-z\\])(?<!_\{)(?:[xyz]{2,3}|ab|bc|ac|abc|mn|pq|[A-Za-z]e(?=\s*\^))(?![A-Za-z])"
+)
+_CAPITALS = re.compile(r"(?<![A-Za-z\\])(?<!_\{)[A-Z]{2}(?![A-Za-z])")
+_MEASURES = {  # written out in several ways
+    word: line.split()[0]
+    for line in (
+        "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre",
+        "inch inches in", "foot feet ft", "yard yd", "mile mi", "mg milligram", "g gram", "kg kilogram",
+        "pound lb", "ounce oz", "second sec s", "minute min", "hour hr h", "day", "week", "month", "year yr",
+        "cent", "dollar", "degree", "radian", "ml milliliter millilitre", "l liter litre", "km/h kph", "mph", "m/s",
+    )
+    for word in line.split()
+}  # fmt: skip
 _COMMAND = re.compile(r"\\(?:begin|end)\{[A-Za-z*]+\}|\\[A-Za-z]+")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 
@@ -101,7 +124,10 @@ def tidy(answer: str) -> str:
             if s.startswith(left) and s.endswith(right) and len(s) >= len(left) + len(right):
                 s = s[len(left) : -len(right)].strip()
     s = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])|π", r"\\pi ", s).replace("∞", r"\infty ").strip()
-    s = re.sub(r"√\(?(\d+)\)?", r"\\sqrt{\1}", s)
+    s = re.sub(r"(?:√|(?<![A-Za-z\\])sqrt)\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", s)
+    s = re.sub(
+        r"_\{?\\(max|min)\s*(?:\}|(?![A-Za-z]))", r"_{\1}", s
+    )  # math-verify reads m_{\max} as a function
     s = re.sub(r"(?<=\d)\s+(?=\.\d)", "", s)  # 20 .0
     while (
         joined := re.sub(r"(?<![\d.])(\d{1,3}(?:,\d{3})*)(?:\\[,; !]|~| |\{,\})+,?(?=\d{3}(?!\d))", r"\1,", s)
@@ -119,11 +145,15 @@ def read(answer: str) -> Form:
     plain = _TEXT.sub(r" \1 ", s).strip()
     if _LETTER.fullmatch(plain):
         return Form("letter", _LETTER.fullmatch(plain)[1])
+    if "\\text" not in s and s == plain:
+        s = plain = _products(s)
     # One number and words behind it is that number; words anywhere else cannot be compared.
     unit, rest = "", plain
     if found := _WITH_UNIT.fullmatch(re.sub(r"\\([$%, ])", r"\1", plain)):
-        if _WORD.search(found[2]) and not re.search(r"\s\d|\b(?:and|or|to)\b", found[2]):
+        if _WORD.search(found[2]) and not re.search(r"\s\d|\b(?:and|or|to|if|when)\b", found[2]):
             rest, unit = found[1], " ".join(found[2].lower().split())
+    elif (found := _MARKED_UNIT.fullmatch(s)) and re.search(r"\d|\\pi", found[1]):
+        rest, unit = found[1].strip(), " ".join((found[2] + found[3]).lower().split())
     words = [w for w in _WORD.findall(_COMMAND.sub(" ", rest)) if w.lower() not in _MATHS_WORDS]
     if words:
         return Form("words", " ".join(plain.lower().split()))
@@ -132,6 +162,14 @@ def read(answer: str) -> Form:
         return Form("opaque", s)
     decimal = re.fullmatch(r"[-+$\\]*[\d,]*\.(\d+)\D*", rest)
     return Form(kind_of(value), s, value, unit, len(decimal[1]) if decimal else 0)
+
+
+def _products(text: str) -> str:
+    """Letters that stand for a product, multiplied: 6xy -> 6x \\cdot y."""
+    text = _PRODUCT.sub(lambda m: " \\cdot ".join(m[0]), text)
+    if not re.search(r"[-+*/^=]", text):  # two capitals alone are a name, or a time of the day
+        return text
+    return _CAPITALS.sub(lambda m: " \\cdot ".join(m[0]), text)
 
 
 def parse(latex: str) -> Any | None:
@@ -162,7 +200,7 @@ def last_expression(text: str) -> Form:
     if not values:
         return Form("words" if _NUMBER_WORDS.search(text[-TAIL:]) else "empty", "")
     text_of = values[-1] if isinstance(values[-1], str) else ""
-    if isinstance(values[0], str):
+    if isinstance(values[0], str) or _EQUATION.search(text_of):
         return Form("opaque", text_of)
     form = read(text_of)
     return form if form.kind in ("letter", "words") else Form(kind_of(values[0]), text_of, values[0])
@@ -183,8 +221,11 @@ def judge(reference: str, completion: str) -> str:
     if span is None and re.search(r"\\boxed\s*\{", completion):
         return UNRECOGNISED  # the box was never closed
     answer = read(completion[slice(*span)]) if span else last_expression(completion)
-    if gold.kind == "words" and answer.kind == "words" and gold.text and gold.text == answer.text:
-        return CORRECT
+    if gold.kind == answer.kind and gold.kind in ("words", "opaque") and gold.text:
+        if gold.text == answer.text or gold.text == _yes_or_no(answer.text):
+            return CORRECT
+        if {gold.text, _yes_or_no(answer.text)} == {"yes", "no"}:
+            return WRONG
     if not gold.comparable:
         return UNRECOGNISED
     if answer.kind == "empty":
@@ -195,6 +236,11 @@ def judge(reference: str, completion: str) -> str:
         if gold.kind != answer.kind:
             return UNRECOGNISED  # a choice against its value
         return CORRECT if gold.text == answer.text else WRONG
+    measures = [
+        _MEASURES.get(form.unit.removesuffix("s")) or _MEASURES.get(form.unit) for form in (gold, answer)
+    ]
+    if all(measures) and measures[0] != measures[1]:
+        return UNRECOGNISED  # 20 cm against 0.2 m, and against 20 m
     # Gold first: verify is not symmetric (it follows the gold's format).
     if verify(gold.value, answer.value, timeout_seconds=None):
         return CORRECT
@@ -205,6 +251,12 @@ def judge(reference: str, completion: str) -> str:
     if span is None and _mentions(completion, gold):
         return UNRECOGNISED  # nothing marks which of the last line's numbers is the answer
     return WRONG if differ(gold, answer) else UNRECOGNISED
+
+
+def _yes_or_no(words: str) -> str:
+    """The yes or no that a sentence begins with; "" for others."""
+    found = re.match(r"(yes|no)(?:[,.;:]|$)", words)
+    return found[1] if found else ""
 
 
 def _mentions(completion: str, gold: Form) -> bool:
