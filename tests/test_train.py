@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny_runs import ROOT, command, environment, metrics, run, timeless
 
+from cooper_jax.data import overlap
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 
@@ -143,6 +144,9 @@ def test_export_loads_in_transformers(finished, tmp_path):
             timeout=400,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        # What a reward model was trained on goes with it; its pairs are of the training problems.
+        assert (out / overlap.SEEN).exists() == (model == "reward")
+        assert overlap.read_record(out) == (overlap.read_record(finished) if model == "reward" else None)
         loaded, report = kind.from_pretrained(out, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         ids = np.where(valid, tokens, loaded.config.pad_token_id)
