@@ -174,10 +174,14 @@ def _products(text: str) -> str:
 
 def parse(latex: str) -> Any | None:
     """math-verify's reading of one answer; None where it has none.  Its own timeouts are off: they need SIGALRM."""
+    import sympy
     from math_verify import parse as parse_text
 
     values = parse_text(f"\\boxed{{{latex}}}", parsing_timeout=None, fallback_mode="no_fallback")
-    return values[0] if values else None
+    value = values[0] if values else None
+    if latex.strip().startswith("[") and isinstance(value, sympy.FiniteSet) and len(value.args) == 1:
+        return sympy.Tuple(*value.args, *value.args)  # [3,3] is a pair; as an interval it would be equal to 3
+    return value
 
 
 def kind_of(value: Any) -> str:
@@ -301,9 +305,7 @@ def _unequal(a: Any, b: Any) -> bool:
         if isinstance(a, sympy.Interval) and isinstance(b, sympy.Interval):
             ends = _unequal(a.start, b.start) or _unequal(a.end, b.end)
             return ends or (a.left_open, a.right_open) != (b.left_open, b.right_open)
-        a, b = (
-            sympy.Tuple(x.start, x.end) if isinstance(x, sympy.Interval) and x.is_open else x for x in (a, b)
-        )
+        a, b = (sympy.Tuple(x.start, x.end) if isinstance(x, sympy.Interval) else x for x in (a, b))
         if isinstance(a, sympy.Tuple) and isinstance(b, sympy.Tuple):
             return len(a) != len(b) or any(_unequal(x, y) for x, y in zip(a, b, strict=True))
         return False
