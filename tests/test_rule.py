@@ -77,7 +77,7 @@ TABLE = [
     ("[3,3]", "\\boxed{(3,3)}", C),  # a pair; as an interval it would be equal to 3
     ("[3,3]", "\\boxed{3}", W),
     ("[3,3]", "\\boxed{[3,4]}", W),
-    ("(1,2)", "\\boxed{[1,2]}", U),
+    ("(1,2)", "\\boxed{[1,3]}", W),
     ("[1,2)", "\\boxed{[1,2]}", W),
     ("\\{1,2\\}", "\\boxed{\\{2,1\\}}", C),
     ("1, 2", "\\boxed{1 \\text{ and } 2}", C),
