@@ -4,8 +4,9 @@
     python launch/train_rm.py --config=configs/verifyrm_smollm2.py \\
         --config.train_rm.data=verify_train.jsonl --config.train_rm.eval_data=verify_dev.jsonl
 
-Data are labelled completions as JSON lines (question, reference_answer, completion, label).  All values here are
-ours: the authors train a trunk of 1.5 B parameters (configs/verifyrm_1p5b.py).
+Data are labelled completions as JSON lines (question, reference_answer, completion, label).  4,593 of them take 75
+minutes on two cores and give an AUROC of .975 on 1,391 rows of other questions (docs/verifyrm.md).  All values here
+are ours: the authors train a trunk of 1.5 B parameters (configs/verifyrm_1p5b.py).
 """
 
 from configs import base
@@ -19,16 +20,16 @@ def get_config():
     c.reward.weights = WEIGHTS
     c.reward.num_layers = 8
     c.reward.remat = False
-    c.reward.max_tokens = 512
-    c.reward.microbatch = 2  # 1,024 tokens keep two cores busy; more rows would be more padding
+    c.reward.dtype = "bfloat16"  # on CPUs that have its products, three quarters of float32's time
+    c.reward.max_tokens = 384
+    c.reward.microbatch = 4  # 1,536 tokens keep two cores busy; more rows would be more padding
     c.data.bucket = 64
 
-    c.train_rm.batch = 32
-    c.train_rm.epochs = 3
+    c.train_rm.batch = 16
+    c.train_rm.epochs = 2
     c.train_rm.optimiser.lr = 1e-4
-    c.train_rm.optimiser.warmup_steps = 20
-    c.train_rm.widths = 8
-    c.train_rm.eval_every = 144  # an epoch of verify_train.jsonl
+    c.train_rm.optimiser.warmup_steps = 30
+    c.train_rm.eval_every = 144  # half an epoch of 4,600 rows
 
     c.checkpoint.every = 48
     return c

@@ -21,6 +21,7 @@ from cooper_jax.runtime import keys
 from cooper_jax.types import Metrics
 
 ALL = "all"
+LEAST_SHOWN = 10  # rows of a source's bin that is drawn: fewer tell nothing
 WITH_INTERVALS = ("accuracy", "balanced_accuracy", "auroc", "precision", "recall", "f1")
 BETTER = {"auroc": 1, "accuracy": 1, "loss": -1}  # what may choose the best model, and which way is better
 
@@ -128,14 +129,16 @@ def plot(examples: Examples, logits: np.ndarray, title: str) -> bytes:
                     ha="center", fontsize=7, color=ink, zorder=5,
                 )  # fmt: skip
         else:
+            told = [b for b in bins if b.count >= LEAST_SHOWN]
             left.plot(
-                x, seen, lw=1, marker=".", ms=4, alpha=0.75, zorder=2, label=f"{group}, ECE {error:.3f}"
-            )
+                [b.predicted for b in told], [b.observed for b in told],
+                ls="none", marker="o", ms=4, alpha=0.75, zorder=2, label=f"{group}, ECE {error:.3f}",
+            )  # fmt: skip
     left.set(
-        xlim=(-0.02, 1.02), ylim=(-0.06, 1.04), xlabel="mean score of a bin", ylabel="share labelled correct"
+        xlim=(-0.02, 1.02), ylim=(-0.08, 1.04), xlabel="mean score of a bin", ylabel="share labelled correct"
     )
     left.set_title("Reliability (numbers: rows of a bin)", fontsize=10, color=ink)
-    left.legend(fontsize=8, frameon=False, loc="upper left")
+    left.legend(fontsize=8, frameon=False, loc="lower right")
     edges = np.linspace(0, 1, 21)
     right.hist(
         [p[~y], p[y]], edges, stacked=True, color=[orange, blue], label=["labelled wrong", "labelled correct"]
