@@ -108,9 +108,14 @@ def choose(step: int):
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read is only read
     with boundary(f"--run_dir={RUN_DIR.value}"):
         run_dir = files.path(RUN_DIR.value)
-        cfg = runs.over(
-            cfg, runs.read_config(run_dir), config_flags.get_override_values(flags.FLAGS["config"])
-        )
+        given = config_flags.get_override_values(flags.FLAGS["config"])
+        for name in ("policy.weights", "reward.weights"):
+            if name in given:
+                raise ValueError(
+                    f"--config.{name} names other weights than the run's: leave one of them out (another reward "
+                    "model judges a run's responses by --rejudge=ITEMS --config.reward.weights=DIR)"
+                )
+        cfg = runs.over(cfg, runs.read_config(run_dir), given)
         steps = steps_in(run_dir)
         if not steps:
             raise ValueError("it holds no checkpoint yet")

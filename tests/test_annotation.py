@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from chat_server import Server, reply
 
 from configs import base
 from cooper_jax import assembly
-from cooper_jax.annotation import items, ledger, outcome, run
+from cooper_jax.annotation import asking, items, ledger, outcome, run
 from cooper_jax.data import labelled
 from cooper_jax.model import weights
 from cooper_jax.reward import chat as chats
+from cooper_jax.reward.chat import Failure
 from cooper_jax.runtime import hosts
 from cooper_jax.settings import SetupError
-from cooper_jax.types import Verdict
+from cooper_jax.types import Completion, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -406,6 +408,61 @@ def test_a_wrong_key_is_an_error_for_few_rows_too(serve, quick_rule, tmp_path):
     server = serve(lambda n, body: (401, {}, b""))
     with pytest.raises(SetupError, match="2 requests in a row unanswered .http_401"):
         run.annotate(config(server.url), [sums(tmp_path / "sums.jsonl", 2)], [], str(tmp_path / "out"))
+
+
+def test_a_server_that_refuses_every_request_is_an_error_and_leaves_no_failures(serve, quick_rule, tmp_path):
+    """An unknown field, say, or the wrong address: nothing that is the rows' fault."""
+    server = serve(lambda n, body: (400, {}, b""))
+    with pytest.raises(SetupError, match="64 requests in a row unanswered .http_400"):
+        run.annotate(config(server.url), [sums(tmp_path / "sums.jsonl", 80)], [], str(tmp_path / "out"))
+    assert held(tmp_path / "out" / "completions.jsonl") == 0
+
+
+class Scripted:
+    """A chat whose server answers by (pass, place of the item)."""
+
+    overlaps, address = True, "http://scripted"
+
+    def __init__(self, script):
+        self._script, self._pass = script, -1
+
+    def stream(self, requests):
+        self._pass += 1
+        for n, (_, ids) in enumerate(list(requests)):
+            yield n, self._script(self._pass, ids[2])
+
+
+def asked_of(script, count):
+    """What a stage keeps of `count` items, and the error that ends it."""
+    kept = {}
+
+    def keep(answers):
+        kept.update((item.id, answer) for item, answer in answers)
+
+    things = [types.SimpleNamespace(id=str(i), number=i) for i in range(count)]
+    stage = asking.Stage(Scripted(script), "source", 0, 1, lambda item: [], keep)
+    try:
+        stage.run(things, kept, asking.Progress("rows", count, 0))
+    except SetupError as error:
+        return kept, str(error)
+    return kept, ""
+
+
+def test_more_rows_than_are_borne_in_a_row_fail_twice_and_are_kept(capsys):
+    """Every other one, so that the second pass has nothing but failures."""
+    kept, error = asked_of(lambda _, i: Failure("timeout") if i % 2 else Completion("1"), 150)
+    assert not error and len(kept) == 150
+    assert sum(isinstance(answer, Failure) for answer in kept.values()) == 75
+
+
+def test_a_server_that_dies_in_the_second_pass_leaves_no_failures(capsys):
+    def script(attempt, i):
+        if i not in (3, 7):
+            return Completion("1")
+        return Failure("timeout" if attempt == 0 else "connection")
+
+    kept, error = asked_of(script, 20)
+    assert "connection" in error and set(kept) == {str(i) for i in range(20) if i not in (3, 7)}
 
 
 # --- what stands there twice, and balance ---------------------------------------------------------------------

@@ -511,6 +511,10 @@ TINY = f"--config={ROOT / 'configs/tiny.py'}"
         ([TINY, "--benchmark=synthetic", "--compare=x"], "--compare belongs to --attacks"),
         ([TINY, "--benchmark=nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
         ([TINY, "--run_dir=runs/x", "--benchmark=synthetic"], "--config and --run_dir both"),
+        (
+            ["--run_dir=.", "--config.reward.weights=x", "--benchmark=synthetic"],
+            "--config.reward.weights names other weights than the run's",
+        ),
     ],
 )
 def test_a_wrong_command_ends_with_one_line(flags, words, tmp_path):

@@ -470,6 +470,10 @@ def test_a_model_that_goes_on_learning_remembers_what_it_saw_before(finished, pl
     loop.train(run_config(place, tmp_path / "run", **flags))
     seen = overlap.read_record(tmp_path / "run/best")
     assert seen.sources == {"even": 4, "odd": 4, "more": 4} and len(seen.fingerprints) == 12 and seen.complete
+    # What the weights saw before is as little held out as what they see now.
+    before = flags | dict(train_rm__eval_data=str(place / "train.jsonl"))
+    with pytest.raises(SetupError, match="weights to begin with have seen"):
+        loop.train(run_config(place, tmp_path / "run3", **before))
     (tmp_path / "other").mkdir()
     for file in (finished / "best").iterdir():
         if file.name != overlap.SEEN:

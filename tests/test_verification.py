@@ -140,6 +140,22 @@ def test_a_language_model_is_asked_with_ids_of_its_own():
     assert chat.ids == [(7, 0, 10, 0), (7, 0, 11, 0), (7, 0, 12, 0)]
 
 
+def test_a_language_model_that_is_busy_is_asked_again():
+    class Busy(_Chat):
+        asked = []
+
+        def ask(self, conversations, ids):
+            self.asked.append(list(ids))
+            if len(self.asked) == 1:
+                return [Failure("http_429"), Failure("too_long"), Failure("timeout")]
+            return [Completion("Verdict: CORRECT"), Failure("timeout")]
+
+    chat = Busy()
+    said = judges.language_model(chat, 7)([Triple("q", "4", "4")] * 3, 10)
+    assert [o.note for o in said] == ["correct", "too_long", "timeout"]
+    assert chat.asked[1] == [(7, 0, 10, 1), (7, 0, 12, 1)]
+
+
 def test_a_language_model_that_cannot_be_reached_is_no_abstention():
     class Away(_Chat):
         def ask(self, conversations, ids):

@@ -3,8 +3,10 @@
 1. A server is asked about as many items at a time as it may (`concurrency`), and each reply is handed on when it
    is there.  Weights of our own answer in batches, cut from the whole list on a fixed grid: a batch of which a kill
    left some is sampled again as a whole, so its tokens do not depend on kills.
-2. What failed and may well pass (a timeout, a full server) is asked once more at the end, then kept as a failure.
-3. A server that cannot be reached ends the stage with an error: nothing is kept of those requests.
+2. What failed is asked once more at the end where it may well pass (a timeout, a full server) or where the server
+   refused it, then kept as a failure.
+3. A server that cannot be reached, or that fails or refuses many requests in a row, ends the stage with an error:
+   nothing is kept of those requests.
 4. After a SIGTERM no new request is sent; those under way are answered and kept.
 """
 
@@ -54,6 +56,7 @@ class Stage:
 
         Raises SetupError for a server that cannot be reached, and hosts.Stopped after a SIGTERM.
         """
+        lost = None  # a request of the last pass that found no server
         for last in (False, True):
             left = sum(item.id not in done for item in items)
             if not left:
@@ -65,14 +68,20 @@ class Stage:
                 for item, reply in answers:
                     fails = isinstance(reply, Failure)
                     silent = silent + 1 if fails and reply.unreachable else 0
-                    failing = failing + 1 if fails and reply.passing else 0
-                    if silent >= patience or failing >= LONG_PATIENCE:
+                    refused = fails and (reply.passing or reply.reason.startswith("http_"))
+                    failing = failing + 1 if refused else 0
+                    # In the last pass only what failed before is left: failures in a row say nothing new.
+                    if silent >= patience or (failing >= LONG_PATIENCE and not last):
                         self._give_up(reply, max(silent, failing))
-                    if last or not (fails and (reply.passing or reply.unreachable)):
+                    if not (fails and reply.unreachable) and (last or not refused):
                         kept.append((item, reply))
+                    elif last:
+                        lost = reply
                 self._keep(kept)
                 bar.add(len(kept))
             hosts.look()
+        if lost is not None:
+            self._give_up(lost, 1)
 
     def _give_up(self, reply: Failure, count: int) -> None:
         raise SetupError(

@@ -57,13 +57,13 @@ class Outcome:
 
 
 def unique(items: Sequence[Item], completions: Mapping[str, Row]) -> list[Item]:
-    """The items that have a completion, each question and completion once."""
+    """The items that have a completion, each question, reference and completion once."""
     seen, out = set(), []
     for item in items:
         row = completions[item.id]
         if failed(row):
             continue
-        text = (" ".join(item.question.split()), " ".join(row["completion"].split()))
+        text = tuple(" ".join(x.split()) for x in (item.question, item.reference, row["completion"]))
         if text not in seen:
             seen.add(text)
             out.append(item)

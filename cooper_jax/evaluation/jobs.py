@@ -36,7 +36,9 @@ def benchmarks(cfg: ConfigDict, chosen: Chosen, places: Sequence[str], out: Path
     found = sets.find(places)
     layouts = assembly.make_layouts(cfg)
     model, params = chosen.load("policy", layouts["policy"])
-    record = seen(chosen) if by_model else None
+    # A run's policy was paid by its reward model: what that saw is no clean benchmark, whoever judges.
+    paid = chosen.run_dir is not None and cfg.reward.arm != "rule"
+    record = seen(chosen) if by_model or paid else None
     with boundary("data.chat"):
         asked = sets.load(cfg, found, model.tokenizer, record.fingerprints if record else frozenset())
     sampler = sampling.PolicySampler(cfg, layouts["policy"], model, params)
@@ -170,7 +172,8 @@ def _overlap(asked: Sequence[sets.Benchmark], record: overlap.Record) -> str:
     found = (
         f"{x.seen} of {x.asked} in {x.name}" + (f" ({x.excluded} left out)" if x.seen else "") for x in asked
     )
-    return f"the reward model was trained on {saw}; among them are {', '.join(found)}"
+    rest = "" if record.complete else "; what else it saw is unknown"
+    return f"the reward model was trained on {saw}; among them are {', '.join(found)}{rest}"
 
 
 def _judges(cfg: ConfigDict) -> tuple[bool, bool]:

@@ -69,6 +69,12 @@ def language_model(chat: Chat, seed: int) -> Judge:
 
     def ask(triples: Sequence[Triple], first: int) -> list[dict]:
         found = llm.judge(chat, triples, [(seed, 0, first + i, 0) for i in range(len(triples))])
+        failed = {i: Failure(j.reason) for i, j in enumerate(found) if not j.reply}
+        again = [i for i, failure in failed.items() if failure.passing and not failure.unreachable]
+        if again:  # a full server says nothing of a row
+            ids = [(seed, 0, first + i, 1) for i in again]
+            for i, j in zip(again, llm.judge(chat, [triples[i] for i in again], ids), strict=True):
+                found[i] = j
         away = {j.reason for j in found if not j.reply and Failure(j.reason).unreachable}
         if away:
             raise SetupError(

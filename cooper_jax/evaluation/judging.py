@@ -101,9 +101,10 @@ def judge_settings(cfg: ConfigDict) -> dict[str, Any]:
     j = cfg.judge
     out = {"judge.kind": j.kind, "judge.temperature": j.temperature, "judge.top_p": j.top_p}
     out |= {"judge.max_new_tokens": j.max_new_tokens, "judge.thinking": j.thinking}
+    out |= {"judge.tokenizer": j.tokenizer, "judge.max_prompt_tokens": j.max_prompt_tokens}
     if j.kind == "local":
         return out | {"judge.weights": j.weights, "judge.num_layers": j.num_layers, "judge.dtype": j.dtype}
-    return out | {"judge.url": j.url, "judge.model": j.model}
+    return out | {"judge.model": j.model}
 
 
 def attacked(cfg: ConfigDict, chosen: Chosen, path: str, out: Path, compare: Sequence[Chosen] = ()) -> None:

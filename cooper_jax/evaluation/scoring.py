@@ -122,6 +122,11 @@ class RewardModel:
             under_way.append((taken, self._send([rows[i] for i in taken])))
         for taken, found in under_way:
             logits[taken] = hosts.fetch(found)[: len(taken)]
+        if lost := int((~np.isfinite(logits)).sum()):
+            raise SetupError(
+                f"the reward model's logits are not finite for {lost} of {len(logits)} rows: look at its weights, "
+                "or at --config.reward.dtype"
+            )
         return np.asarray(verifier_model.rewards(logits), np.float32)
 
     def _send(self, rows: Sequence[Sequence[int]]) -> jax.Array:

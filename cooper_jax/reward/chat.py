@@ -161,6 +161,11 @@ class OpenAI:
             raise ValueError(f"--config.{name}.url={section.url!r}: {error}") from error
         if not named:
             raise ValueError(f"--config.{name}.url={section.url!r}: names no host")
+        if httpx.URL(self.address).userinfo:  # addresses are printed, and kept in settings
+            raise ValueError(
+                f"--config.{name}.url holds a name or a password: give the key in the environment variable "
+                f"that --config.{name}.key_env names"
+            )
         variable = section.key_env
         key = os.environ[variable].strip() if variable and variable in os.environ else ""
         if not (key.isascii() and key.isprintable()):

@@ -94,7 +94,7 @@ def cut(rows: np.ndarray, lengths: np.ndarray, shapes: Sequence[Shape]) -> list[
     """The rows of a batch in rectangles, widest first.
 
     lengths: of all rows of the data, by number.  Each rectangle has the width that its longest row needs, and is
-    full but for the last: with one number of rows a width no cut takes fewer tokens.
+    full but for the last.
     """
     left = np.asarray(rows)[np.argsort(-lengths[rows], kind="stable")]
     out = []

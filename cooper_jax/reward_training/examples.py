@@ -3,8 +3,8 @@
 1. The files of `train_rm.data` are read one after the other.
 2. Without `train_rm.eval_data` a part of them is held out, by whole questions: by the order of the questions'
    fingerprints, which knows nothing of seed or file order, so that runs can be compared.
-3. Held-out rows whose normalised question is in the training data are counted, and left out unless
-   `train_rm.exclude_overlap` is off.
+3. Held-out rows whose normalised question is in the training data, or in the record of what the weights to begin
+   with have seen, are counted, and left out unless `train_rm.exclude_overlap` is off.
 4. Training texts of over `train_rm.max_characters` are dropped, as the authors do; held-out ones are kept, and cut
    inside the completion as everywhere that the model is used.
 5. Everything is rendered by the one template, and tokenised.
@@ -80,13 +80,17 @@ def load(cfg: ConfigDict, tokenizer: Tokenizer) -> Data:
     else:
         train, held_out = hold_out(train, section.eval_share)
     seen = frozenset(overlap.fingerprint(q) for q in {t.question for t in train})
+    with boundary(f"reward.weights={cfg.reward.weights!r}"):
+        before = overlap.read_record(cfg.reward.weights)
+    seen |= before.fingerprints if before is not None else frozenset()
     apart, overlapping = overlap.split(held_out, seen)
     if section.exclude_overlap:
         held_out = apart
     if not held_out:
         raise SetupError(
             f"train_rm.eval_data={section.eval_data!r}: all of its {len(overlapping)} rows have a question that is "
-            "in the training data: give other data, or --config.train_rm.exclude_overlap=False"
+            "in the training data, or that the weights to begin with have seen: give other data, or "
+            "--config.train_rm.exclude_overlap=False"
         )
     short = [t for t in train if _fits(t, section.max_characters)]
     if not short:
