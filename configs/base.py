@@ -215,7 +215,7 @@ def get_config() -> ConfigDict:
     c.train_rm.optimiser = optimiser(lr=2e-5, warmup_steps=20)
     c.train_rm.decay = "linear"  # of the learning rate, to 0 at the end: constant | linear | cosine
     # Microbatches have one of so many widths (multiples of data.bucket, chosen for the data) and hold as many rows
-    # as come to reward.microbatch rows of reward.max_tokens: so many programs are compiled.
+    # as come to reward.microbatch rows of reward.max_tokens, or half as many: a program each.
     c.train_rm.widths = 6
     c.train_rm.eval_every = 0  # updates; 0: at the end of each epoch
     c.train_rm.keep_best = "auroc"  # auroc | accuracy | loss, on the held-out rows

@@ -3,9 +3,9 @@
 1. `order` shuffles an epoch and cuts it at random into equal batches: each is an unbiased sample, whatever the
    lengths of its rows.
 2. `choose_shapes` picks few widths for the lengths at hand (least padding for that number of widths), each with as
-   many rows as a budget of tokens holds: few programs to compile, all of about one cost.
-3. `cut` sorts a batch by length and fills such rectangles from the longest row down, so that a row lies beside rows
-   of its own length.  Within a batch order means nothing: its microbatches are summed.
+   many rows as a budget of tokens holds, and with half as many: few programs to compile.
+3. `cut` sorts a batch by length, so that a row lies beside rows of its own length, and cuts it into such rectangles
+   of the fewest tokens.  Within a batch order means nothing: its microbatches are summed.
 
     N  rows   S  width
 """
@@ -58,7 +58,9 @@ def updates_per_epoch(rows: int, batch: int) -> int:
 def choose_shapes(
     lengths: Sequence[int], *, bucket: int, most: int, budget: int, batch: int, rows_multiple: int = 1
 ) -> tuple[Shape, ...]:
-    """At most `most` rectangles, narrowest first, the widest of which holds the longest row.
+    """Rectangles of at most `most` widths, narrowest first, the widest of which holds the longest row.
+
+    Of each width a whole one, and a half one for what is left of a batch; whole ones first.
 
     Widths are multiples of `bucket`; of all such choices the one that pads the given lengths least (dynamic
     programming over the widths that occur).  budget: tokens of a rectangle, at most; batch: rows of one, at most.
@@ -84,25 +86,39 @@ def choose_shapes(
         k, j = k - 1, int(last[k, j])
     whole = packing.round_up(batch, rows_multiple)
 
-    def rows(width: int) -> int:
-        return min(max(budget // width // rows_multiple, 1) * rows_multiple, whole)
+    def rows(tokens: int, width: int) -> int:
+        return min(max(tokens // width // rows_multiple, 1) * rows_multiple, whole)
 
-    return tuple(Shape(rows(width), width) for width in reversed(chosen))
+    out = []
+    for width in reversed(chosen):
+        full = rows(budget, width)
+        out += [Shape(n, width) for n in dict.fromkeys((full, rows(full * width // 2, width)))]
+    return tuple(out)
 
 
 def cut(rows: np.ndarray, lengths: np.ndarray, shapes: Sequence[Shape]) -> list[Microbatch]:
     """The rows of a batch in rectangles, widest first.
 
-    lengths: of all rows of the data, by number.  Each rectangle has the width that its longest row needs, and is
-    full but for the last.
+    lengths: of all rows of the data, by number.  Each rectangle has the width that its longest row needs.  Of all
+    cuts of the sorted rows the one of the fewest tokens, with whole rectangles where that is the same (dynamic
+    programming over where a rectangle begins).
     """
-    left = np.asarray(rows)[np.argsort(-lengths[rows], kind="stable")]
-    out = []
-    while len(left):
-        longest = int(lengths[left[0]])
-        shape = next(s for s in shapes if s.width >= longest)
-        out.append(Microbatch(left[: shape.rows], shape))
-        left = left[shape.rows :]
+    ordered = np.asarray(rows)[np.argsort(-lengths[rows], kind="stable")]
+    n, widths = len(ordered), sorted({s.width for s in shapes})
+    options = {w: [s for s in shapes if s.width == w] for w in widths}
+    needed = [widths[k] for k in np.searchsorted(widths, lengths[ordered])]
+    tokens, chosen = (
+        [0] * (n + 1),
+        [shapes[0]] * n,
+    )  # from each row on: tokens at least, and its first rectangle
+    for i in reversed(range(n)):
+        costs = [s.tokens + tokens[min(i + s.rows, n)] for s in options[needed[i]]]
+        tokens[i] = min(costs)
+        chosen[i] = options[needed[i]][costs.index(tokens[i])]
+    out, i = [], 0
+    while i < n:
+        out.append(Microbatch(ordered[i : i + chosen[i].rows], chosen[i]))
+        i += chosen[i].rows
     return out
 
 
