@@ -16,7 +16,8 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 from safetensors.numpy import load_file
-from tiny_runs import ROOT, environment, metrics, timeless
+from test_files import Bucket, bucket  # noqa: F401
+from tiny_runs import ROOT, environment, metrics, start_hosts, timeless
 
 from configs import base
 from cooper_jax import assembly
@@ -531,6 +532,14 @@ def test_a_model_that_goes_on_learning_remembers_what_it_saw_before(finished, pl
     assert not overlap.read_record(tmp_path / "run2/best").complete
 
 
+def test_a_run_in_a_bucket_leaves_the_same(bucket, finished, place, alone):  # noqa: F811
+    loop.train(run_config(place, "gs://b/run"))
+    path = Bucket.disk("b/run")
+    assert timeless(metrics(path)) == timeless(metrics(finished)) and kept(path) == kept(finished)
+    assert overlap.read_seen("gs://b/run/best") == overlap.read_seen(finished / "best")
+    assert weights.load("gs://b/run/best", head="score").head_trained
+
+
 # --- data ---------------------------------------------------------------------------------------------------
 
 
@@ -697,3 +706,25 @@ def test_a_signal_and_the_same_command_again(finished, place, tmp_path):
     # The same machine, but another process with one device of its own: equal to the last bits of a sum.
     for ours, whole in zip(metrics(path), metrics(finished), strict=True):
         assert ours["train_rm/loss"] == pytest.approx(whole["train_rm/loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_train_what_one_does(finished, place, tmp_path):
+    """Each reads and holds its part; the first alone writes, weights that lie on both included."""
+    path = tmp_path / "run"
+    argv = command(place, path)[1:]
+    program = f"import runpy, sys; sys.argv = {argv!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    processes = start_hosts(path, 2, 2, tmp_path / "out", program)
+    try:
+        assert [p.wait(300) for p in processes] == [0, 0], (tmp_path / "out/0").read_text()[-2000:]
+    finally:
+        for p in processes:
+            p.kill()
+            p.wait()
+    for two, one in zip(metrics(path), metrics(finished), strict=True):
+        for name in ("train_rm/loss", "train_rm/grad_norm", "eval/loss"):
+            assert two.get(name) == (pytest.approx(one[name], rel=1e-3) if name in one else None), name
+    np.testing.assert_allclose(held_out_logits(path), held_out_logits(finished), atol=1e-2)
+    ours, theirs = (weights.load(str(p / "best"), head="score").params for p in (path, finished))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2), ours, theirs)
+    assert "train_rm" not in (tmp_path / "out/1").read_text()
