@@ -363,6 +363,7 @@ def test_run_directory(finished, place):
     seen = overlap.read_record(finished / "best")
     assert seen.sources == {"even": 4, "odd": 4} and seen.complete and len(seen.fingerprints) == 8
     assert overlap.fingerprint("What is the answer 3?") in seen.fingerprints
+    assert overlap.read_record(finished) == seen, "for models that are taken from checkpoints"
 
 
 # --- a run that stops ---------------------------------------------------------------------------------------

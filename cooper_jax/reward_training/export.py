@@ -64,16 +64,24 @@ def save(job: plan.Job, params: Any, folder: Path) -> None:
             generation_config={"eos_token_id": list(model.tokenizer.eos_ids)},
             pad_token_id=model.tokenizer.pad_id,
         )
+    overlap.write_record(folder, seen(job))
+
+
+def seen(job: plan.Job) -> overlap.Record:
+    """The questions that this run's model is trained on, and what the weights to begin with had seen."""
     questions = defaultdict(set)
     for t in job.data.train.triples:
         questions[t.source or UNNAMED].add(t.question)
-    counts = {
-        source: len({overlap.fingerprint(q) for q in found}) for source, found in sorted(questions.items())
-    }
-    known = overlap.read_record(job.cfg.reward.weights)
-    if known is None and job.head_trained:  # by somebody, on we do not know what
-        known = overlap.Record(complete=False)
-    overlap.write_seen(folder, set().union(*questions.values()), counts, known)
+    # Without a trained head they are a language model's; with one, somebody's, trained on we do not know what.
+    found = overlap.read_record(job.cfg.reward.weights) or overlap.Record(complete=not job.head_trained)
+    for source, asked in sorted(questions.items()):
+        found |= overlap.record(asked, source)
+    return found
+
+
+def note_seen(job: plan.Job) -> None:
+    """Lay that record into the run directory as well, where those look who take a model from its checkpoints."""
+    hosts.first("questions seen", lambda: overlap.write_record(job.path, seen(job)))
 
 
 def conclude(job: plan.Job, step: int, best: dict[str, float]) -> str:

@@ -9,6 +9,7 @@
     <run_dir>/best/              AutoModelForSequenceClassification with its tokenizer: a `reward.weights`
               predictions.jsonl  its logits on the held-out rows
               report.json  reliability.png
+              seen_questions.json  what its model is trained on; in best/ too
               config.json  metrics.jsonl  checkpoints/  as of any run (runtime/rundir.py)
 
 The same command goes on from the newest checkpoint, bit for bit: an update's rows follow from (seed, its number),
@@ -71,6 +72,7 @@ def train(cfg: ConfigDict) -> None:
             run = stack.enter_context(Run(path, cfg, resume=cfg.resume))
         job, reward = plan.build(cfg, path)
         with boundary("run_dir"):
+            export.note_seen(job)
             checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
         hosts.say(plan.describe(job))
         state = _start_or_resume(job, reward, run, checkpoints)
