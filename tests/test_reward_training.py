@@ -392,9 +392,9 @@ def stop_in(patch, name: str, call: int, look: int) -> None:
 @pytest.mark.parametrize(
     "name, call, look, lines, saved",
     [
-        ("_update", 1, 1, 0, 0),
+        pytest.param("_update", 1, 1, 0, 0, marks=pytest.mark.slow),
         ("_update", 6, 2, 5, 5),
-        ("score", 1, 3, 2, 3),
+        pytest.param("score", 1, 3, 2, 3, marks=pytest.mark.slow),
         ("score", 2, 1, 5, 6),  # where a checkpoint is due as well
     ],
 )
