@@ -628,6 +628,7 @@ def test_a_ledger_mends_its_last_line_alone(tmp_path, capsys):
     log.append([{"id": "3", "judge": None}])
     assert [row["id"] for row in lines(path)] == ["1", "2", "2", "3"]
     log.close()
-    path.write_text('{"id": "1"}\n{"id"\n{"id": "3"}\n')
-    with pytest.raises(ValueError, match="verdicts.jsonl:2: no JSON object with an id"):
-        ledger.Log(path)
+    for broken, words in (('{"id"', "no JSON object"), ('{"id": 2}', "no JSON object with an id")):
+        path.write_text(f'{{"id": "1"}}\n{broken}\n{{"id": "3"}}\n')
+        with pytest.raises(ValueError, match=f"verdicts.jsonl:2: {words}"):
+            ledger.Log(path)

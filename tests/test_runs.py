@@ -11,8 +11,9 @@ from configs import base, tiny
 from cooper_jax import assembly, runs, warmup
 from cooper_jax.data import overlap
 from cooper_jax.evaluation import jobs, judging
-from cooper_jax.evaluation.ledger import ITEMS, RESULTS, SETTINGS
+from cooper_jax.evaluation.ledger import ITEMS, RESULTS
 from cooper_jax.evaluation.scoring import Chosen
+from cooper_jax.runtime import outdir
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.rundir import Run
 from cooper_jax.settings import SetupError
@@ -84,7 +85,7 @@ def test_a_run_is_evaluated(run, devices, tmp_path):
     jobs.benchmarks(chosen.cfg, chosen, ["synthetic"], tmp_path / "policy")
     rows = read_rows(tmp_path / "policy" / ITEMS)
     assert len(rows) == 6 and {r["rule"] for r in rows} <= {"wrong", "no_answer", "unrecognised", "correct"}
-    settings = json.loads((tmp_path / "policy" / SETTINGS).read_text())
+    settings = json.loads((tmp_path / "policy" / outdir.SETTINGS).read_text())
     assert (settings["policy.step"], settings["reward.step"], settings["data.instruction"]) == (
         0,
         0,

@@ -21,12 +21,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax.runtime import files, hosts
+from cooper_jax.runtime import files, outdir
 from cooper_jax.runtime.metrics import JsonLines, jsonable
 from cooper_jax.runtime.rundir import flat, lock
 
 Row = dict[str, Any]
-SETTINGS = "settings.json"
 # The fields of a model that is asked which decide its replies, and not how fast, or from where, they come.
 ASKED = ("kind", "model", "weights", "tokenizer", "num_layers", "dtype", "thinking", "max_prompt_tokens")
 DRAWN = ("max_new_tokens", "temperature", "top_p")
@@ -38,8 +37,10 @@ class Log:
     def __init__(self, path: Path):
         self.rows: dict[str, Row] = {}
         self._lines = JsonLines(path)
-        for line in _whole_lines(path):
+        for number, line in enumerate(outdir.whole_lines(path), 1):
             row = json.loads(line)
+            if not isinstance(row.get("id"), str):
+                raise ValueError(f"{path}:{number}: no JSON object with an id: mend or delete the line")
             self._take(row)
 
     def append(self, rows: Sequence[Row]) -> None:
@@ -86,7 +87,7 @@ class Ledger:
         self._lock = lock(self.folder / "lock", self.folder, "--out")
         self._logs: list[Log] = []
         try:
-            self._agree(jsonable(settings))
+            outdir.agree(self.folder, settings)
             self.completions = self._log("completions.jsonl")
             self.verdicts = self._log("verdicts.jsonl")
         except BaseException:
@@ -116,33 +117,6 @@ class Ledger:
         self._logs.append(Log(self.folder / name))
         return self._logs[-1]
 
-    def _agree(self, new: Mapping[str, Any]) -> None:
-        stored = self.folder / SETTINGS
-        if not stored.exists():
-            held = sorted(p.name for p in self.folder.glob("*.jsonl"))
-            if held:
-                raise ValueError(f"{self.folder} holds {held[0]} without {SETTINGS}: give another --out")
-            self.write(SETTINGS, new)
-            return
-        try:
-            old = json.loads(stored.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{stored} is not JSON ({error}): mend it, or give another --out") from None
-
-        def shown(values: Mapping[str, Any], name: str) -> str:
-            return json.dumps(values[name], ensure_ascii=False) if name in values else "(absent)"
-
-        changed = [
-            f"{name} was {shown(old, name)} and is now {shown(new, name)}"
-            for name in sorted(old.keys() | new.keys())
-            if shown(old, name) != shown(new, name)
-        ]
-        if changed:
-            raise ValueError(
-                f"{self.folder} was begun with other settings: {'; '.join(changed)}: give another --out, or the "
-                "old value"
-            )
-
 
 def settings(cfg: ConfigDict, known: Mapping[str, str], sampled: bool) -> dict[str, Any]:
     """What decides the outcome, flat.  known: the files of the plan."""
@@ -166,27 +140,3 @@ def versions() -> dict[str, str]:
         "cooper-jax": ours["project"]["version"],
         "math-verify": importlib.metadata.version("math-verify"),
     }
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file; a torn last one is cut off.  Raises ValueError, naming the line, for a broken one."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    lines = content.splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            whole = isinstance(row, dict) and isinstance(row["id"], str) and line.endswith(b"\n")
-        except (ValueError, KeyError):
-            whole = False
-        if whole:
-            continue
-        if number == len(lines) and not line.endswith(b"\n"):
-            hosts.say(f"{path.name}:{number}: a kill tore this line ({len(line)} bytes): it is cut off")
-            with open(path, "r+b") as file:
-                file.truncate(len(content) - len(line))
-                os.fsync(file.fileno())
-            return lines[:-1]
-        raise ValueError(f"{path}:{number}: no JSON object with an id: mend or delete the line")
-    return lines

@@ -19,13 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cooper_jax.runtime import files, hosts
+from cooper_jax.runtime import files, hosts, outdir
 from cooper_jax.runtime.metrics import JsonLines, jsonable
 from cooper_jax.runtime.rundir import lock
 from cooper_jax.settings import boundary
 
 Row = dict[str, Any]
-SETTINGS, ITEMS, TIMINGS, RESULTS = "settings.json", "items.jsonl", "timings.jsonl", "results.json"
+ITEMS, TIMINGS, RESULTS = "items.jsonl", "timings.jsonl", "results.json"
 
 
 class Ledger:
@@ -90,16 +90,8 @@ class Ledger:
     def _open(self, settings: Mapping[str, Any], sizes: Sequence[int]) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.folder / "lock", self.folder, "--out")
-        stored = self.folder / SETTINGS
-        if stored.exists():
-            _agree(json.loads(stored.read_bytes()), jsonable(settings), self.folder)
-        elif self._items.path.exists():
-            raise ValueError(
-                f"{self._items.path} is there without {SETTINGS}: give another --out, or move it away"
-            )
-        else:
-            self.write(SETTINGS, settings)
-        lines = read_whole_lines(self._items.path)
+        outdir.agree(self.folder, settings)
+        lines = outdir.whole_lines(self._items.path)
         done = rows = 0
         for size in sizes:
             if rows + size > len(lines):
@@ -111,46 +103,13 @@ class Ledger:
             )
         self.rows = [json.loads(line) for line in lines[:rows]]
         _cut(self._items.path, lines[:rows])
-        timings = read_whole_lines(self._timings.path)[:done]
+        timings = outdir.whole_lines(self._timings.path)[:done]
         self.seconds = [json.loads(line)["seconds"] for line in timings]
         _cut(self._timings.path, timings)
         return done
-
-
-def read_whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file of JSON objects, without a last one that a kill tore.
-
-    Raises ValueError, naming file and line, for one that is no object.
-    """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            whole = isinstance(json.loads(line), dict)
-        except ValueError:
-            whole = False
-        if not whole or not line.endswith(b"\n"):
-            if number == len(lines) and not line.endswith(b"\n"):
-                return lines[:-1]
-            raise ValueError(f"{path}:{number}: no JSON object: mend or delete the line")
-    return lines
 
 
 def _cut(path: Path, lines: Sequence[bytes]) -> None:
     content = b"".join(lines)
     if path.exists() and path.read_bytes() != content:
         files.write_atomically(path, content)
-
-
-def _agree(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
-    def shown(values, name):
-        return json.dumps(values[name], ensure_ascii=False) if name in values else "(absent)"
-
-    changed = [
-        f"{name} was {shown(old, name)} and is now {shown(new, name)}"
-        for name in sorted(old.keys() | new.keys())
-        if name not in old or name not in new or old[name] != new[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} was begun with other settings: {'; '.join(changed)}: give another --out, or the old value"
-        )
