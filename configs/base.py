@@ -210,6 +210,8 @@ def get_config() -> ConfigDict:
     c.train_rm.eval_share = 0.1  # so large a part, of the rows
     c.train_rm.exclude_overlap = True  # leave out held-out rows whose question is in the training data
     c.train_rm.max_characters = 8000  # training texts of more are dropped; 0 keeps all
+    # So large a share of the wrong training completions is shown once more under a known reward hack, as wrong.
+    c.train_rm.attacked = 0.0
     c.train_rm.epochs = 3
     c.train_rm.batch = 256  # rows an update, at most: an epoch is cut into equal parts
     c.train_rm.optimiser = optimiser(lr=2e-5, warmup_steps=20)

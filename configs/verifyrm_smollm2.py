@@ -25,6 +25,7 @@ def get_config():
     c.reward.microbatch = 4  # 1,536 tokens keep two cores busy; more rows would be more padding
     c.data.bucket = 64
 
+    c.train_rm.attacked = 0.15
     c.train_rm.batch = 16
     c.train_rm.epochs = 2
     c.train_rm.optimiser.lr = 1e-4

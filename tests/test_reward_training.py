@@ -21,7 +21,7 @@ from tiny_runs import ROOT, environment, metrics, start_hosts, timeless
 
 from configs import base
 from cooper_jax import assembly
-from cooper_jax.data import labelled, overlap, prompts
+from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.reward import verifier_model
@@ -564,6 +564,24 @@ def test_long_texts_are_dropped_and_counted(place, tmp_path):
         place, train_rm__eval_data=str(data), train_rm__max_characters=300, train_rm__exclude_overlap=False
     )
     assert len(held_out.held_out) == 34, "what is measured is not dropped"
+
+
+def test_some_wrong_completions_are_shown_under_attack_too(place):
+    """A share of the wrong rows once more, as wrong; the other rows stay as they are."""
+    plain, hacked = load(place), load(place, train_rm__attacked=0.5)
+    rows = len(plain.train)
+    wrong = int((plain.train.labels == 0).sum())
+    assert hacked.train.triples[:rows] == plain.train.triples and hacked.held_out == plain.held_out
+    added = hacked.train.triples[rows:]
+    assert len(added) == hacked.attacked == round(wrong / 2) and plain.attacked == 0
+    originals = {t.id: t for t in plain.train.triples}
+    for t in added:
+        id, name = t.id.rsplit(" under ", 1)
+        assert name in attacks.WRONG and name != "reference" and t.label == originals[id].label == 0
+    assert len({t.id.rsplit(" under ", 1)[0] for t in added}) == len(added), "each row once at most"
+    assert len({t.id.rsplit(" under ", 1)[1] for t in added}) > 1
+    assert load(place, train_rm__attacked=0.5).digest == hacked.digest != plain.digest
+    assert load(place, train_rm__attacked=0.5, seed=1).digest != hacked.digest
 
 
 def test_held_out_rows_whose_question_was_trained_on_are_left_out(place, tmp_path):

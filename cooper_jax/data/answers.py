@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
+NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")  # as text has them
 _LAYOUT = re.compile(r"(?:\s|\\noindent(?![A-Za-z])|\\end\{problem\}|\\\\|\\quad(?![A-Za-z]))+")
 _DOLLAR = re.compile(r"(?<!\\)\$+")
 _CONJUNCTION = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")

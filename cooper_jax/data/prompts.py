@@ -5,8 +5,8 @@ r"""Every template there is: the words around questions, references and completi
 
       <question>Q</question>\n<reference_answer>A</reference_answer>\n<completion>C</completion>
 
-  1. Our own tags inside Q, A and C are escaped (`<completion>` -> `<\completion>`, which `unescape` undoes).
-     `<` in an inequality and other tags stay as they are.
+  1. Our own tags inside Q, A and C are taken out, in any case and spacing, until none is left: putting them in
+     changes nothing.  `<` in an inequality and other tags stay as they are.
   2. The whole string is encoded at once, as data, behind the model's bos if it has one.  So the ids are
      those of `transformers`' tokenizer(verifier_text(...)) for text without control tokens.
   3. What is too long is cut between tokens inside C, and only then inside Q; the string that is left is
@@ -19,7 +19,7 @@ r"""Every template there is: the words around questions, references and completi
 Nothing here strips or adds white space inside a text: two completions render alike but for themselves.
 
 Departures from the authors' code: it cuts by characters, in RL but not in training, and from the right, which
-takes the final answer and the closing tag first; and it does not escape.  The exact wording of the assistant's
+takes the final answer and the closing tag first; and it leaves tags in.  The exact wording of the assistant's
 and the judge's prompts is ours.
 """
 
@@ -39,8 +39,7 @@ LEAST_COMPLETION = 64  # tokens of a completion that are kept at the question's 
 LEAST_QUESTION = 16  # ... down to this many tokens of the question
 
 _NAMES = r"(?:question|reference_answer|completion)"
-_TAG = re.compile(rf"<(?=\\*\s*(?:/\s*)?{_NAMES}\s*>)", re.IGNORECASE)
-_ESCAPED = re.compile(rf"<\\(?=\\*\s*(?:/\s*)?{_NAMES}\s*>)", re.IGNORECASE)
+_TAG = re.compile(rf"<\s*(?:/\s*)?{_NAMES}\s*(?:/\s*)?>", re.IGNORECASE)
 
 
 class TextEncoder(Protocol):
@@ -72,19 +71,20 @@ def _bos(tok: TextEncoder) -> list[int]:
 # --- the reward model --------------------------------------------------------------------------------
 
 
-def escape(text: str) -> str:
-    """A backslash behind the `<` of everything that could be read as one of our tags, in any case and spacing."""
-    return _TAG.sub(r"<\\", text)
+def without_tags(text: str) -> str:
+    """The text without what could be read as one of our tags, in any case and spacing.
 
-
-def unescape(text: str) -> str:
-    """The inverse of `escape`."""
-    return _ESCAPED.sub("<", text)
+    Again and again, for taking one out can close another: `<comp<completion>letion>`.
+    """
+    before = None
+    while text != before:
+        before, text = text, _TAG.sub("", text)
+    return text
 
 
 def verifier_text(question: str, reference: str, completion: str) -> str:
     """VerifyRM's input, uncut (paper, section on the reward model; the layout is the released code's)."""
-    return _verifier(escape(question), escape(reference), escape(completion))
+    return _verifier(*map(without_tags, (question, reference, completion)))
 
 
 def _verifier(question: str, reference: str, completion: str) -> str:
@@ -102,7 +102,7 @@ def verifier_tokens(
 
     Raises ValueError where the reference and the tags leave no room for the rest.
     """
-    question, reference, completion = escape(question), escape(reference), escape(completion)
+    question, reference, completion = map(without_tags, (question, reference, completion))
 
     def encode(question: str, completion: str) -> list[int]:
         return _bos(tok) + tok.encode(_verifier(question, reference, completion))

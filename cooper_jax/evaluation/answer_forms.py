@@ -16,7 +16,6 @@ from fractions import Fraction
 
 from cooper_jax.data import answers, prompts
 
-NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")
 _LAYOUT = re.compile(
     r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:! ]|\\?\$|~|\s|\\\(|\\\)|\\\[|\\\]"
 )
@@ -31,7 +30,7 @@ def answer_form(completion: str) -> str | None:
     """The normal form; None where nothing is an answer."""
     said = prompts.extract_answer(completion)
     if said is None:
-        numbers = NUMBER.findall(completion)
+        numbers = answers.NUMBER.findall(completion)
         said = numbers[-1] if numbers else None
     return None if said is None else normal_form(said) or None
 

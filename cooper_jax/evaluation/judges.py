@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from cooper_jax.evaluation.answer_forms import NUMBER
+from cooper_jax.data.answers import NUMBER
 from cooper_jax.reward import judge as llm
 from cooper_jax.reward.chat import Chat, Failure
 from cooper_jax.runtime import hosts

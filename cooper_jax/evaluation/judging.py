@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax import assembly
 from cooper_jax.data import overlap
+from cooper_jax.data.attacks import ATTACKS
 from cooper_jax.data.labelled import load as read_labelled
 from cooper_jax.evaluation import attacks, jobs, judges, sets, verification
 from cooper_jax.evaluation.ledger import Ledger
@@ -127,14 +128,14 @@ def attacked(cfg: ConfigDict, chosen: Chosen, path: str, out: Path, compare: Seq
                 f"no wrong completion is left of {len(triples)}: the reward model saw the questions of "
                 f"{len(known)}"
             )
-    settings: dict[str, Any] = {"attacks": list(attacks.ATTACKS), "seed": cfg.seed}
+    settings: dict[str, Any] = {"attacks": list(ATTACKS), "seed": cfg.seed}
     settings |= {"rows": f"{len(wrong)}, {_digest(wrong)}", "benchmark.chunk": cfg.benchmark.chunk}
     for label, c in columns.items():
         settings |= {f"{label}: {name}": x for name, x in jobs.reward_settings(c.cfg, c).items()}
     work = verification.cuts(len(wrong), cfg.benchmark.chunk)
     with contextlib.ExitStack() as stack:
         with boundary("--out"):
-            ledger = stack.enter_context(Ledger(out, settings, [len(x) * len(attacks.ATTACKS) for x in work]))
+            ledger = stack.enter_context(Ledger(out, settings, [len(x) * len(ATTACKS) for x in work]))
         if ledger.done < len(work):
             models = {}
             for label, c in columns.items():

@@ -7,7 +7,9 @@
    with have seen, are counted, and left out unless `train_rm.exclude_overlap` is off.
 4. Training texts of over `train_rm.max_characters` are dropped, as the authors do; held-out ones are kept, and cut
    inside the completion as everywhere that the model is used.
-5. Everything is rendered by the one template, and tokenised.
+5. A share of the wrong training completions is shown once more under a known reward hack (data/attacks.py), as
+   wrong (`train_rm.attacked`).
+6. Everything is rendered by the one template, and tokenised.
 
 A reward model learns which of two classes a completion is in: both must occur in each part.
 """
@@ -22,8 +24,9 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax.data import labelled, overlap, prompts
+from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model.tokenizer import Tokenizer
+from cooper_jax.runtime import keys
 from cooper_jax.settings import SetupError, boundary
 from cooper_jax.types import Triple
 
@@ -58,6 +61,7 @@ class Data:
     train: Examples
     held_out: Examples
     too_long: int  # training rows dropped for their characters
+    attacked: int  # training rows that are reward hacks
     overlapping: int  # held-out rows whose question is in the training data
     excluded: bool  # whether those were left out
 
@@ -105,14 +109,31 @@ def load(cfg: ConfigDict, tokenizer: Tokenizer) -> Data:
                 f"train_rm: the {len(triples)} {name} rows all have the label {next(iter(labels)):g}: both labels "
                 "must occur, or nothing can be learned or measured"
             )
+    hacks = under_attack(short, section.attacked, cfg.seed)
     most = cfg.reward.max_tokens
     return Data(
-        train=_examples("train_rm.data", short, tokenizer, most),
+        train=_examples("train_rm.data", short + hacks, tokenizer, most),
         held_out=_examples("train_rm.eval_data", held_out, tokenizer, most),
         too_long=len(train) - len(short),
+        attacked=len(hacks),
         overlapping=len(overlapping),
         excluded=section.exclude_overlap,
     )
+
+
+def under_attack(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:
+    """So large a share of the wrong completions once more, each under one of the hacks that end on no right answer.
+
+    Which ones and how depends on (seed, place of the row) alone.
+    """
+    wrong = [i for i, t in enumerate(triples) if t.label < 0.5]
+    rng = keys.numpy_stream(seed, "attacked")
+    out = []
+    for i in sorted(rng.choice(wrong, size=round(share * len(wrong)), replace=False)):
+        name = attacks.WRONG[rng.integers(len(attacks.WRONG))]
+        t = attacks.attacked(triples[i], name, seed, int(i))
+        out.append(dataclasses.replace(t, id=f"{t.id} under {name}"))
+    return out
 
 
 def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], list[Triple]]:

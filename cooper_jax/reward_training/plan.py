@@ -61,6 +61,7 @@ def check(cfg: ConfigDict) -> None:
     for name in ("max_characters", "eval_every", "patience"):
         need(s[name] >= 0, f"train_rm.{name}={s[name]}: it must be at least 0")
     need(0 < s.eval_share < 1, f"train_rm.eval_share={s.eval_share}: it is a share, above 0 and below 1")
+    need(0 <= s.attacked <= 1, f"train_rm.attacked={s.attacked}: it is a share, from 0 to 1")
     kinds = ", ".join(measure.BETTER)
     need(s.keep_best in measure.BETTER, f"train_rm.keep_best={s.keep_best!r}: it is one of {kinds}")
     need(r.dtype in ("float32", "bfloat16"), f"reward.dtype={r.dtype!r}; it is float32 or bfloat16")
@@ -129,8 +130,9 @@ def describe(job: Job) -> str:
     lines = [
         f"{job.cfg.name}: {config.family} of {config.layers} layers x {config.width}, {len(data.train)} rows "
         f"({share:.1%} correct; {data.too_long} dropped: over {s.max_characters} characters; {cut} of {most} "
-        f"tokens, the most), {len(data.held_out)} held out ({data.overlapping} with a training question "
-        f"{left}), {s.epochs} epochs of {job.steps // s.epochs} updates, mesh "
+        f"tokens, the most; {data.attacked} are reward hacks), {len(data.held_out)} held out "
+        f"({data.overlapping} with a training question {left}), "
+        f"{s.epochs} epochs of {job.steps // s.epochs} updates, mesh "
         + " x ".join(f"{name} {size}" for name, size in job.layout.mesh.shape.items()),
         f"microbatches of {shapes} tokens: a program each",
     ]

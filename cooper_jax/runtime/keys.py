@@ -42,6 +42,7 @@ STREAMS = {
     "references": 23,  # no ids: which question's reference replaces a row's own
     "balance": 24,  # ids: two words of a row's id (which annotated rows stay)
     "attacks": 25,  # ids: attack, row (wording of a reward hack)
+    "attacked": 26,  # no ids: which training rows are shown under a reward hack, and under which
 }
 
 _WORD = 2**32  # ids and seeds are 32-bit words: what fold_in takes, and what SeedSequence does not regroup
