@@ -11,41 +11,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import jax
-from etils import epath
 from flax import struct
 from ml_collections import ConfigDict
 
 from cooper_jax import settings
 from cooper_jax.data import contamination, prompts, synthetic
 from cooper_jax.data import problems as problem_sets
-from cooper_jax.model import tokenizer as tokenizers
-from cooper_jax.model import transformer, weights
-from cooper_jax.model.config import ModelConfig
+from cooper_jax.loading import Directory, Model, load_model
+from cooper_jax.local_chat import local_generate
+from cooper_jax.model.tokenizer import Tokenizer
+from cooper_jax.placement import make_layouts
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistant as assistants
-from cooper_jax.reward import chat as chats
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.rollout import engine
-from cooper_jax.runtime import hosts, keys, mesh, optim
+from cooper_jax.runtime import mesh, optim
 from cooper_jax.settings import SetupError, boundary
 from cooper_jax.types import Params, Problem, TrainState
-
-Directory = Path | epath.Path  # a run's, here or under gs://
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A loaded model: static shape and text side.  Its parameters live in the State."""
-
-    config: ModelConfig
-    tokenizer: tokenizers.Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,95 +102,7 @@ def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
     return train, held_out
 
 
-def load_tokenizer(section: ConfigDict, name: str, run_dir: Directory) -> tokenizers.Tokenizer:
-    """The tokenizer that `section` names; for random weights, one trained from the synthetic corpus."""
-    source = section.tokenizer or section.weights
-    with boundary(f"{name}.tokenizer={section.tokenizer!r}, {name}.weights={section.weights!r}"):
-        if source != "random":
-            return tokenizers.load(source)
-        path = run_dir / f"tokenizer_{section.arch.vocab_size}.model"
-
-        def train() -> None:
-            if not path.exists():
-                symbols = [*prompts.VERIFIER_TAGS, "\n"]
-                tokenizers.train_sentencepiece(
-                    synthetic.corpus(), path, section.arch.vocab_size, symbols=symbols
-                )
-
-        hosts.first(f"tokenizer of {name}", train)
-        return tokenizers.load(str(path))
-
-
-def describe_model(section: ConfigDict, name: str, run_dir: Directory, layout: mesh.Layout) -> Model:
-    """A model of `section` without its parameters, its vocabulary padded so that it divides over the mesh."""
-    tokenizer = load_tokenizer(section, name, run_dir)
-    multiple = math.lcm(section.vocab_multiple, layout.first_ways("vocab"))
-    with boundary(f"{name}.weights={section.weights!r}"):
-        if section.weights == "random":
-            config = ModelConfig.from_arch(section.arch, tokenizer.vocab_size, multiple)
-            return Model(config, tokenizer)
-        config = weights.read_config(section.weights, section.num_layers)
-        config = dataclasses.replace(config, vocab_multiple=multiple)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} ids but the embedding {config.vocab_size} rows: set "
-                f"--config.{name}.tokenizer to the one that belongs to these weights"
-            )
-        return Model(config, tokenizer)
-
-
-def load_model(
-    section: ConfigDict, name: str, head: str, layout: mesh.Layout, run_dir: Directory, seed: int
-) -> tuple[Model, Params, bool]:
-    """A model of `section` with its parameters; the last value says whether its head has been trained."""
-    model = describe_model(section, name, run_dir, layout)
-    with boundary("mesh"):
-        mesh.check_cut(layout, transformer.param_specs(model.config, head))
-    with boundary(f"{name}.weights={section.weights!r}"):
-        if section.weights == "random":
-            specs = transformer.param_specs(model.config, head)
-            params = mesh.init_params(keys.stream(seed, f"init_{name}"), specs, layout)
-            return model, params, head == "logits"
-        loaded = weights.load(
-            section.weights,
-            num_layers=section.num_layers,
-            head=head,
-            layout=layout,
-            vocab_multiple=model.config.vocab_multiple,
-            seed=seed,
-        )
-        return model, loaded.params, loaded.head_trained
-
-
-def make_layouts(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> dict[str, mesh.Layout]:
-    """Where each model lives, by its name: the config's meshes over the devices at hand, with their rules."""
-    m = cfg.mesh
-
-    def frozen(x):
-        return tuple(frozen(y) for y in x) if isinstance(x, list | tuple) else x
-
-    def layout(devices, data, fsdp, tensor):
-        made = mesh.make_mesh(data, fsdp, tensor, devices, m.across)
-        return mesh.Layout(made, frozen(m.rules), frozen(m.rollout_rules))
-
-    sizes = {}
-    for name, asked in (("reward", m.reward), ("reference", m.reference), ("assistant", m.assistant)):
-        with boundary(f"mesh.{name}"):
-            sizes |= {name: mesh.parse_sizes(asked)} if asked else {}
-    with boundary("mesh"):
-        left, taken = mesh.split_devices(jax.devices() if devices is None else devices, sizes)
-        out = dict.fromkeys(
-            ("policy", "reward", "reference", "assistant"), layout(left, m.data, m.fsdp, m.tensor)
-        )
-        return out | {name: layout(own, *sizes[name]) for name, own in taken.items()}
-
-
-def make_layout(cfg: ConfigDict) -> mesh.Layout:
-    """The policy's."""
-    return make_layouts(cfg)["policy"]
-
-
-def policy_prompt(cfg: ConfigDict, tokenizer: tokenizers.Tokenizer, problem: Problem) -> list[int]:
+def policy_prompt(cfg: ConfigDict, tokenizer: Tokenizer, problem: Problem) -> list[int]:
     return prompts.policy_prompt(tokenizer, problem.question, cfg.data.instruction, cfg.data.chat)
 
 
@@ -350,84 +249,3 @@ def _reward_wing(
             optimiser=optimiser,
         )
     return wing, optim.init(params, optimiser)
-
-
-def rollout_options(cfg: ConfigDict) -> dict[str, float | str | None]:
-    """What holds for every rollout of a run: the bounds of its slots, and its kernels."""
-    r = cfg.rollout
-    implementation = None if r.kernels == "auto" else r.kernels
-    return dict(
-        max_rows=r.max_rows or None,
-        memory_gib=r.memory_gib or None,
-        weights=r.weights,
-        implementation=implementation,
-    )
-
-
-def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory) -> chats.Chat:
-    """The language model of the config's section `name`: assistant, judge or source.
-
-    A local one is loaded onto `layout`.  Raises SetupError; the caller closes it.
-    """
-    section = cfg[name]
-    if section.kind == "local" and section.weights in ("", "random"):
-        raise SetupError(
-            f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "
-            f"--config.{name}.weights=DIR, a hub id or a .gguf file, or ask a server (--config.{name}.kind=openai)"
-        )
-    with boundary(name):
-        local = section.kind == "local"
-        generate = local_generate(cfg, section, name, layout, run_dir) if local else None
-        return chats.make(section, name, generate)
-
-
-def local_generate(
-    cfg: ConfigDict, section: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory
-) -> chats.Generate:
-    """Sampling from the weights of `section`: (messages of each request, their ids) -> replies.
-
-    ids are (seed, step, row, attempt), row below 2^31; requests that share all but the row are sampled together.
-    Conversations that are too long are refused: Failure("too_long").
-    """
-    told = chats.thinking(section, name)
-    model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed)
-    params = engine.rollout_weights(params, model.config, layout, section.dtype)
-    spec = engine.SamplingSpec(
-        temperature=section.temperature,
-        top_k=0,
-        top_p=section.top_p,
-        max_new_tokens=section.max_new_tokens,
-        group_size=1,
-        eos_ids=model.tokenizer.eos_ids,
-        segment=cfg.rollout.segment,
-        dtype=section.dtype,
-        kv_dtype=cfg.rollout.kv_dtype,
-    )
-    most = model.config.max_len - section.max_new_tokens
-    if section.max_prompt_tokens:
-        most = min(most, section.max_prompt_tokens)
-    if most < 1:
-        raise ValueError(
-            f"--config.{name}.max_new_tokens={section.max_new_tokens} leaves no room for a conversation: the model "
-            f"was trained for {model.config.max_len} tokens in all"
-        )
-
-    def generate(messages: Sequence[chats.Messages], ids: Sequence[chats.Ids]) -> list[chats.Reply]:
-        rows = [model.tokenizer.chat(m, fallback=True, variables=told) for m in messages]
-        replies: list[chats.Reply] = [chats.Failure("too_long")] * len(rows)
-        together: dict[tuple[int, int, int], list[int]] = {}
-        for i, (seed, step, _, attempt) in enumerate(ids):
-            if len(rows[i]) <= most:
-                together.setdefault((seed, step, attempt), []).append(i)
-        for (seed, step, attempt), members in together.items():
-            rollout = engine.generate(
-                params, model.config, layout, [rows[i] for i in members], [ids[i][2] for i in members],
-                keys.stream(seed, name, step, attempt), spec, **rollout_options(cfg),
-            )  # fmt: skip
-            for i, text in zip(
-                members, engine.completions(rollout, model.tokenizer.decode, spec.eos_ids), strict=True
-            ):
-                replies[i] = text
-        return replies
-
-    return generate

@@ -14,8 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly
-from cooper_jax.assembly import Directory, Model
+from cooper_jax.loading import Directory, Model, describe_model
 from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime import mesh
 from cooper_jax.runtime.checkpoint import Checkpoints
@@ -77,6 +76,6 @@ def load(
         step = kept.newest() if step is None else step
         if step is None:
             raise ValueError(f"{run_dir} holds no checkpoint yet")
-        model = assembly.describe_model(cfg[name], name, run_dir, layout)
+        model = describe_model(cfg[name], name, run_dir, layout)
         like = mesh.abstract(layout, param_specs(model.config, HEADS[name]))
         return model, kept.restore(step, name, like, model.config.vocab_size), step

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from cooper_jax.assembly import Cooper, State, rollout_options
+from cooper_jax.assembly import Cooper, State
 from cooper_jax.data import packing, prompts
+from cooper_jax.placement import rollout_options
 from cooper_jax.policy import grpo
 from cooper_jax.reward import pairs
 from cooper_jax.rollout import engine

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax.assembly import rollout_options
 from cooper_jax.data import packing
 from cooper_jax.model import floor, transformer, weights
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.placement import rollout_options
 from cooper_jax.policy import grpo
 from cooper_jax.reward import verifier_model
 from cooper_jax.rollout import engine

@@ -27,7 +27,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly, settings, workloads
+from cooper_jax import placement, settings, workloads
 from cooper_jax.model import floor
 from cooper_jax.runtime import machine
 from cooper_jax.settings import SetupError, boundary
@@ -133,7 +133,7 @@ def bench(
         raise SetupError(f"--out={out}: there is no directory {Path(out).parent}")
     cfg = without_problems(cfg, kind)
     settings.check(cfg)
-    layout = assembly.make_layout(cfg)
+    layout = placement.make_layout(cfg)
     prompt_tokens = prompt_tokens or cfg.data.max_prompt_tokens
     written = {
         "kind": kind,

@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly, settings, workloads
+from cooper_jax import placement, settings, workloads
 from cooper_jax.rollout import engine
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.runtime import keys
@@ -48,11 +48,11 @@ def changed(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
 def rollout(cfg: ConfigDict, key):
     """One step's rollout under cfg, with its inputs."""
     settings.check(cfg)
-    layout = assembly.make_layout(cfg)
+    layout = placement.make_layout(cfg)
     config, params = workloads.load_model(cfg.policy, "policy", "logits", layout, cfg.seed)
     load = workloads.make_load(cfg, config.vocab_size, cfg.data.max_prompt_tokens, ragged=False)
     prompts, spec = load.prompts.tolist(), workloads.sampling_spec(cfg)
-    options = assembly.rollout_options(cfg)
+    options = placement.rollout_options(cfg)
     with boundary("rollout"):
         drawn = engine.generate(params, config, layout, prompts, range(len(prompts)), key, spec, **options)
     fused = spec.uncut and (options["implementation"] or engine.kernels_of(config, layout)) != "xla"

@@ -31,7 +31,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # programs are compiled for devic
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly
+from cooper_jax import placement
 from cooper_jax.ahead import estimate, search
 from cooper_jax.ahead import job as jobs
 from cooper_jax.ahead.compiled import TooLarge
@@ -57,7 +57,7 @@ KEEP = flags.DEFINE_string(
 
 def measure(cfg: ConfigDict, topology: Topology, reserve: float, keep: Path | None, said=None) -> Step:
     """Compiles a config's programs.  Raises TooLarge for one that the compiler refuses, SetupError for others."""
-    layout = assembly.make_layouts(cfg, topology.devices)["policy"]
+    layout = placement.make_layouts(cfg, topology.devices)["policy"]
     job = jobs.describe(cfg, layout, topology.chip.memory)
     print(headline(job, topology), flush=True)
     return estimate.step(job, topology, estimate.compile_all(job, keep, said), reserve)

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
 
-    from cooper_jax import assembly, runs, settings
+    from cooper_jax import placement, runs, settings
     from cooper_jax.data import overlap
     from cooper_jax.model import weights
     from cooper_jax.runtime import files
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
             run_dir = files.path(RUN_DIR.value)
         with settings.boundary(f"--run_dir={run_dir}"):
             cfg = runs.on_any_mesh(runs.read_config(run_dir))
-            layout = assembly.make_layout(cfg)
+            layout = placement.make_layout(cfg)
             asked = None if STEP.value < 0 else STEP.value
             model, params, step = runs.load(run_dir, cfg, MODEL.value, layout, asked)
             seen = overlap.read_record(run_dir) if MODEL.value == "reward" else None

@@ -20,7 +20,7 @@ import tiny_tokenizers
 from chat_server import Server, reply
 
 from configs import base
-from cooper_jax import assembly
+from cooper_jax import placement
 from cooper_jax.annotation import asking, items, ledger, outcome, run
 from cooper_jax.data import labelled
 from cooper_jax.model import weights
@@ -338,8 +338,8 @@ def local(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizers.write(tmp_path / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8, max_len=2048)
     weights.save(tmp_path / "hf", model, tiny_models.random_params(model), "logits", tokenizer_dir=tokenizer)
-    layouts = assembly.make_layouts
-    monkeypatch.setattr(assembly, "make_layouts", lambda cfg: layouts(cfg, jax.devices()[:1]))
+    layouts = placement.make_layouts
+    monkeypatch.setattr(placement, "make_layouts", lambda cfg: layouts(cfg, jax.devices()[:1]))
     fields = {"kind": "local", "weights": str(tmp_path / "hf"), "max_new_tokens": 4, "temperature": 1.0}
     fields["top_p"] = 1.0  # the same programs for both
     flat = {f"{name}.{k}": v for name in ("source", "judge") for k, v in fields.items()}

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import base, qwen_1p5b, tiny
-from cooper_jax import assembly
+from cooper_jax import placement
 from cooper_jax.ahead import compiled, costs, estimate, programs, search
 from cooper_jax.ahead import job as jobs
 from cooper_jax.ahead.compiled import Compiled, TooLarge, compile_
@@ -49,7 +49,7 @@ def config(**changes):
 def job_of(cfg, topology="cpu:8") -> jobs.Job:
     topology = chips.find(topology)
     cfg = jobs.without_data(cfg)
-    layout = assembly.make_layouts(cfg, topology.devices)["policy"]
+    layout = placement.make_layouts(cfg, topology.devices)["policy"]
     return jobs.describe(cfg, layout, topology.chip.memory)
 
 
@@ -374,7 +374,7 @@ def test_a_guess_grows_with_what_is_asked():
     def guess(**fields):
         candidate = Candidate(**(dict(tensor=1, data=1, rows=8, max_rows=0) | fields))
         cfg = search.applied(jobs.without_data(config(data__prompts_per_step=64)), candidate)
-        layout = assembly.make_layouts(cfg, topology.devices)["policy"]
+        layout = placement.make_layouts(cfg, topology.devices)["policy"]
         return search.guess(jobs.describe(cfg, layout, topology.chip.memory), topology, candidate)
 
     few, many = guess(), guess(rows=64)

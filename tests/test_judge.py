@@ -11,7 +11,7 @@ import tiny_tokenizers
 from chat_server import Server, reply
 
 from configs import base
-from cooper_jax import assembly
+from cooper_jax import local_chat, placement
 from cooper_jax.data import prompts
 from cooper_jax.model import weights
 from cooper_jax.reward import chat as chats
@@ -190,8 +190,8 @@ def directory(tmp_path_factory):
 def local(directory, tmp_path, name, **fields):
     cfg = base.get_config()
     cfg[name].update(kind="local", weights=str(directory), max_new_tokens=6, **fields)
-    layout = assembly.make_layouts(cfg, jax.devices()[:1])["policy"]
-    return assembly.open_chat(cfg, name, layout, tmp_path)
+    layout = placement.make_layouts(cfg, jax.devices()[:1])["policy"]
+    return local_chat.open_chat(cfg, name, layout, tmp_path)
 
 
 def test_local_is_greedy_at_temperature_0_and_drawn_by_name_above(directory, tmp_path):
@@ -221,7 +221,7 @@ def test_local_needs_trained_weights(tmp_path):
     cfg = base.get_config()
     cfg.judge.kind = "local"
     with pytest.raises(SetupError, match="--config.judge.weights=DIR"):
-        assembly.open_chat(cfg, "judge", assembly.make_layout(cfg), tmp_path)
+        local_chat.open_chat(cfg, "judge", placement.make_layout(cfg), tmp_path)
 
 
 def test_a_judgement_can_be_kept_as_json():

@@ -13,7 +13,7 @@ import tiny_updates
 from tiny_runs import ROOT, begun_again, metrics, run
 
 from configs import base, llama3p2_1b, qwen_1p5b
-from cooper_jax import assembly, settings
+from cooper_jax import placement, settings
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine, plan
@@ -246,7 +246,7 @@ def test_weights_are_gathered_where_memory_allows():
 def layouts(**changes):
     cfg = base.get_config()
     cfg.mesh.update(changes)
-    return assembly.make_layouts(cfg)
+    return placement.make_layouts(cfg)
 
 
 def test_models_share_the_policys_mesh():
@@ -340,7 +340,7 @@ def test_slices_are_crossed_by_one_axis():
 def test_vocabularies_are_padded_until_they_divide(module):
     cfg = module.get_config()
     cfg.mesh.update(fsdp=1, tensor=8)
-    layout = assembly.make_layout(cfg)
+    layout = placement.make_layout(cfg)
     assert layout.first_ways("vocab") == 8 and math.lcm(cfg.policy.vocab_multiple, 8) == 2048
     three = tiny_updates.layout_of(1, 2, 3, jax.devices()[:6])
     assert PAPER["qwen_1p5b"].padded_vocab % 3 == 0 or math.lcm(2048, three.first_ways("vocab")) == 6144

@@ -20,7 +20,7 @@ from test_files import Bucket, bucket  # noqa: F401
 from tiny_runs import ROOT, environment, metrics, start_hosts, timeless
 
 from configs import base
-from cooper_jax import assembly
+from cooper_jax import assembly, placement
 from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
@@ -43,7 +43,7 @@ def one_device(*_) -> Layout:
 @pytest.fixture
 def alone(monkeypatch):
     """Runs in this process have one of its devices."""
-    monkeypatch.setattr(assembly, "make_layout", one_device)
+    monkeypatch.setattr(placement, "make_layout", one_device)
 
 
 def section(**changes):
@@ -333,7 +333,7 @@ def finished(place, tmp_path_factory) -> Path:
     """One uninterrupted run of 8 updates, which several tests look at."""
     path = tmp_path_factory.mktemp("run") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly, "make_layout", one_device)
+        patch.setattr(placement, "make_layout", one_device)
         loop.train(run_config(place, path))
     return path
 

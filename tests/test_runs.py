@@ -8,7 +8,7 @@ import pytest
 from test_evaluation import SHRUNK, read_rows, write_rows
 
 from configs import base, tiny
-from cooper_jax import assembly, runs, warmup
+from cooper_jax import assembly, placement, runs, warmup
 from cooper_jax.data import overlap
 from cooper_jax.evaluation import jobs, judging
 from cooper_jax.evaluation.ledger import ITEMS, RESULTS
@@ -68,7 +68,7 @@ def test_a_run_says_what_its_models_are_and_the_command_line_the_rest(run):
 def test_a_runs_models_are_loaded_at_a_step(run, devices):
     path, embed = run
     cfg = chosen_of(path).cfg
-    layout = assembly.make_layout(cfg)
+    layout = placement.make_layout(cfg)
     model, params, step = runs.load(path, cfg, "policy", layout)
     assert step == 0 and model.tokenizer.vocab_size <= len(embed)
     np.testing.assert_array_equal(np.asarray(params["embed"]), embed)

@@ -13,7 +13,7 @@ import tiny_models
 import tiny_tokenizers
 
 from configs import tiny
-from cooper_jax import assembly, stages, trainer, warmup
+from cooper_jax import assembly, local_chat, placement, stages, trainer, warmup
 from cooper_jax.model import weights
 from cooper_jax.runtime import rundir
 from cooper_jax.runtime.checkpoint import Checkpoints
@@ -255,7 +255,9 @@ def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
             "assistant.top_p": 0.9,
         }
     )
-    generate = assembly.local_generate(cfg, cfg.assistant, "assistant", assembly.make_layout(cfg), tmp_path)
+    generate = local_chat.local_generate(
+        cfg, cfg.assistant, "assistant", placement.make_layout(cfg), tmp_path
+    )
     messages = [[("user", "What is 3 plus 10?")], [("user", "2")], [("user", "The answer is 7.")]]
     together = generate(messages, [(0, 1, row, 0) for row in (7, 8, 9)])
     assert all(c.tokens == 5 if c.truncated else c.tokens <= 5 for c in together)

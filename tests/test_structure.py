@@ -15,6 +15,8 @@ FLOORS = (
     ("cooper_jax.model", "cooper_jax.data"),
     ("cooper_jax.rollout",),
     ("cooper_jax.policy", "cooper_jax.reward"),
+    ("cooper_jax.loading", "cooper_jax.placement"),
+    ("cooper_jax.local_chat",),
     ("cooper_jax.assembly", "cooper_jax.signals"),
     ("cooper_jax.stages", "cooper_jax.runs"),
     (

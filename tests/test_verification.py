@@ -9,7 +9,7 @@ import pytest
 import tiny_tokenizers
 from test_evaluation import config, read_rows, write_rows
 
-from cooper_jax import assembly, statistics
+from cooper_jax import loading, local_chat, statistics
 from cooper_jax.data import attacks as hacks
 from cooper_jax.data import labelled, overlap, prompts
 from cooper_jax.evaluation import attacks, judges, judging, verification
@@ -239,7 +239,7 @@ VERIFYBENCH = [
 def test_judges_on_verifybench(tmp_path, monkeypatch):
     """Rule, a scripted language model and baselines; by type; resumed; figures by hand."""
     chat = _Chat()
-    monkeypatch.setattr(assembly, "open_chat", lambda *_: chat)
+    monkeypatch.setattr(local_chat, "open_chat", lambda *_: chat)
     path, out = write_rows(tmp_path / "bench.jsonl", *VERIFYBENCH), tmp_path / "out"
     cfg = config()
     names = ["rule", "llm", "last_number", "yes"]
@@ -402,7 +402,7 @@ def tokenizer(request, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "sentencepiece":
-        found = assembly.load_tokenizer(config().reward, "reward", folder)
+        found = loading.load_tokenizer(config().reward, "reward", folder)
         return found, [i for tag in prompts.VERIFIER_TAGS for i in found.encode(tag)], True
     tiny_tokenizers.write(folder, "qwen" if request.param == "special" else request.param)
     if request.param != "special":

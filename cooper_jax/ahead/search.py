@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly
+from cooper_jax import placement
 from cooper_jax.ahead import job as jobs
 from cooper_jax.ahead import programs
 from cooper_jax.ahead.estimate import Step
@@ -189,14 +189,14 @@ def search(
     measure: compiles one, or gives None where the compiler refuses it.  Raises SetupError where none fits.
     """
     slices = len({topology.island(d) for d in topology.devices})
-    shared = assembly.make_layouts(cfg, topology.devices[:1])["policy"]
+    shared = placement.make_layouts(cfg, topology.devices[:1])["policy"]
     models = [jobs.model_shape(cfg.policy, "policy", shared)[0]]
     if cfg.reward.arm != "rule":
         models.append(jobs.model_shape(cfg.reward, "reward", shared)[0])
     found, shaped = candidates(cfg, tuple(m.heads for m in models), len(topology.devices), slices), {}
     for c in found:
         own = applied(cfg, c)
-        layout = assembly.make_layouts(own, topology.devices)["policy"]
+        layout = placement.make_layouts(own, topology.devices)["policy"]
         shaped[c] = jobs.describe(own, layout, topology.chip.memory)
     guesses = [guess(job, topology, c) for c, job in shaped.items()]
     best = pruned(guesses, limit)[:compiles]

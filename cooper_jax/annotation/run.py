@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly
+from cooper_jax import local_chat, placement
 from cooper_jax.annotation import items as plans
 from cooper_jax.annotation import ledger as ledgers
 from cooper_jax.annotation import outcome
@@ -208,7 +208,7 @@ def _progress(what: str, items: Sequence[Item], left: int):
 
 @contextlib.contextmanager
 def _asked(cfg: ConfigDict, name: str, folder: Path):
-    chat = assembly.open_chat(cfg, name, assembly.make_layouts(cfg)["policy"], folder)
+    chat = local_chat.open_chat(cfg, name, placement.make_layouts(cfg)["policy"], folder)
     try:
         yield chat
     finally:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly
+from cooper_jax import loading, placement
 from cooper_jax.data import sources, synthetic
 from cooper_jax.evaluation.ledger import Ledger, Row
 from cooper_jax.evaluation.scoring import RewardModel
@@ -52,7 +52,7 @@ class Sampler(Protocol):
 class PolicySampler:
     """The rollout engine, at the benchmark section's own temperature, top-p and length."""
 
-    def __init__(self, cfg: ConfigDict, layout: Layout, model: assembly.Model, params: Params):
+    def __init__(self, cfg: ConfigDict, layout: Layout, model: loading.Model, params: Params):
         section, r = cfg.benchmark, cfg.rollout
         self.samples = section.samples
         self._cfg, self._layout, self._model, self._params = cfg, layout, model, params
@@ -82,7 +82,7 @@ class PolicySampler:
             engine.generate(
                 self._params, self._model.config, self._layout,
                 benchmark.prompts[chunk.start : chunk.stop], benchmark.places[chunk.start : chunk.stop],
-                key, spec, on_groups=on_groups, **assembly.rollout_options(self._cfg),
+                key, spec, on_groups=on_groups, **placement.rollout_options(self._cfg),
             )  # fmt: skip
 
 

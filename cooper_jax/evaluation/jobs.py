@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly
+from cooper_jax import loading, placement
 from cooper_jax.data import overlap
 from cooper_jax.evaluation import benchmarks as sampling
 from cooper_jax.evaluation import sets, summaries
@@ -34,7 +34,7 @@ def benchmarks(cfg: ConfigDict, chosen: Chosen, places: Sequence[str], out: Path
     """Sample, judge, report.  Raises SetupError, and hosts.Stopped after a SIGTERM."""
     by_rule, by_model = _judges(cfg)
     found = sets.find(places)
-    layouts = assembly.make_layouts(cfg)
+    layouts = placement.make_layouts(cfg)
     model, params = chosen.load("policy", layouts["policy"])
     # A run's policy was paid by its reward model: what that saw is no clean benchmark, whoever judges.
     paid = chosen.run_dir is not None and cfg.reward.arm != "rule"
@@ -69,7 +69,7 @@ def rejudge(cfg: ConfigDict, chosen: Chosen, items: str, out: Path) -> None:
         record = seen(chosen) if by_model else None
         if record is not None:
             asked = [sets.without_seen(b, record.fingerprints, cfg.benchmark.exclude_seen) for b in asked]
-    layouts = assembly.make_layouts(cfg) if by_model else {}
+    layouts = placement.make_layouts(cfg) if by_model else {}
     _run(cfg, chosen, asked, sampler, {"items": content}, by_rule, by_model, layouts, out, record)
 
 
@@ -215,7 +215,7 @@ def check_settings(cfg: ConfigDict) -> None:
             raise SetupError(f"{field}={value}: it must be at least 1")
 
 
-def _describe(cfg: ConfigDict, chosen: Chosen, model: assembly.Model, asked: Sequence[sets.Benchmark]) -> str:
+def _describe(cfg: ConfigDict, chosen: Chosen, model: loading.Model, asked: Sequence[sets.Benchmark]) -> str:
     source = f"{chosen.run_dir}, step {chosen.step}" if chosen.run_dir else cfg.policy.weights
     b, config = cfg.benchmark, model.config
     return (

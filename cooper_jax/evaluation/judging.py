@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly
+from cooper_jax import local_chat, placement
 from cooper_jax.data import overlap
 from cooper_jax.data.attacks import ATTACKS
 from cooper_jax.data.labelled import load as read_labelled
@@ -85,13 +85,13 @@ def _open_judges(cfg, chosen, names, triples, known, stack) -> dict[str, judges.
         opened["rule"] = lambda t, first: judges.of_verdicts(
             rule.check([(x.reference, x.completion) for x in t])
         )
-    layouts = assembly.make_layouts(cfg) if {"model", "llm"} & set(names) else {}
+    layouts = placement.make_layouts(cfg) if {"model", "llm"} & set(names) else {}
     if "model" in names:
         reward = RewardModel(cfg, layouts["reward"], *chosen.load("reward", layouts["reward"]))
         reward.check([t.reference for t in triples])
         opened["model"] = lambda t, first: judges.of_rewards(reward.rewards(t))
     if "llm" in names:
-        chat = assembly.open_chat(cfg, "judge", layouts["assistant"], chosen.folder)
+        chat = local_chat.open_chat(cfg, "judge", layouts["assistant"], chosen.folder)
         stack.callback(chat.close)
         opened["llm"] = judges.language_model(chat, cfg.seed)
     return {name: opened[name] for name in names}
@@ -139,7 +139,7 @@ def attacked(cfg: ConfigDict, chosen: Chosen, path: str, out: Path, compare: Seq
         if ledger.done < len(work):
             models = {}
             for label, c in columns.items():
-                layout = assembly.make_layouts(c.cfg)["reward"]
+                layout = placement.make_layouts(c.cfg)["reward"]
                 models[label] = RewardModel(c.cfg, layout, *c.load("reward", layout)).rewards
             with jobs.telling_what_is_left(ledger, len(work)):
                 attacks.score(wrong, models, ledger, work, cfg.seed, hosts.say)

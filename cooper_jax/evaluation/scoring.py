@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly, runs
-from cooper_jax.assembly import Directory, Model
+from cooper_jax import runs
 from cooper_jax.data import packing, prompts
+from cooper_jax.loading import Directory, Model, load_model
 from cooper_jax.reward import verifier_model
 from cooper_jax.rollout import plan
 from cooper_jax.runtime import hosts
@@ -46,9 +46,7 @@ class Chosen:
         section = cfg.policy if name == "policy" else cfg.reward
         if not section.weights:
             raise SetupError(f"{name}.weights is empty: give --config.{name}.weights=DIR, or --run_dir=RUN")
-        model, params, trained = assembly.load_model(
-            section, name, runs.HEADS[name], layout, self.folder, cfg.seed
-        )
+        model, params, trained = load_model(section, name, runs.HEADS[name], layout, self.folder, cfg.seed)
         if name == "reward" and not (trained or cfg.reward.allow_untrained_head):
             raise SetupError(
                 f"reward.weights={section.weights!r} brings no trained score head, so its scores would be noise: "

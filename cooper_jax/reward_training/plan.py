@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly
+from cooper_jax import loading, placement
 from cooper_jax.data import packing
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward_training import batches, examples, measure
@@ -23,9 +23,9 @@ class Job:
     """The machinery of a run; nothing in it changes from update to update."""
 
     cfg: ConfigDict
-    path: assembly.Directory
+    path: loading.Directory
     layout: mesh.Layout
-    model: assembly.Model
+    model: loading.Model
     head_trained: bool  # the score head came with the weights
     data: examples.Data
     lengths: np.ndarray  # i64[N], of the training rows
@@ -74,17 +74,17 @@ def check(cfg: ConfigDict) -> None:
         )
 
 
-def build(cfg: ConfigDict, path: assembly.Directory) -> tuple[Job, TrainState]:
+def build(cfg: ConfigDict, path: loading.Directory) -> tuple[Job, TrainState]:
     """The machinery and the state at update 0.  Data are read first, for they are what is wrong most often."""
-    layout = assembly.make_layout(cfg)
-    tokenizer = assembly.describe_model(cfg.reward, "reward", path, layout).tokenizer
+    layout = placement.make_layout(cfg)
+    tokenizer = loading.describe_model(cfg.reward, "reward", path, layout).tokenizer
     data = examples.load(cfg, tokenizer)
     s = cfg.train_rm
     per_epoch = batches.updates_per_epoch(len(data.train), s.batch)
     steps = s.epochs * per_epoch
     with boundary("train_rm"):
         optimiser = optim.make(s.optimiser, s.decay, steps)
-    model, params, head_trained = assembly.load_model(cfg.reward, "reward", "score", layout, path, cfg.seed)
+    model, params, head_trained = loading.load_model(cfg.reward, "reward", "score", layout, path, cfg.seed)
     lengths = data.train.lengths
     job = Job(
         cfg=cfg,

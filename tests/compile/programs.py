@@ -8,7 +8,7 @@ import functools
 import topologies
 
 from configs import llama3p2_1b, qwen_1p5b
-from cooper_jax import assembly
+from cooper_jax import placement
 from cooper_jax.ahead import job as jobs
 from cooper_jax.ahead import programs
 from cooper_jax.ahead.compiled import Compiled, compile_
@@ -45,7 +45,7 @@ class Case:
         cfg = jobs.without_data(cfg)
         cfg.rollout.top_p = self.top_p  # an evaluation's: training samples from the whole distribution
         topology = topologies.topology(self.chip)
-        layout = assembly.make_layouts(cfg, topology.devices)["policy"]
+        layout = placement.make_layouts(cfg, topology.devices)["policy"]
         return jobs.describe(cfg, layout, topology.chip.memory)
 
 

@@ -1,0 +1,97 @@
+"""Loads the models that a config's sections name: policy, reward model, assistant, judge or source.
+
+    load_tokenizer    the text side alone
+    describe_model    tokenizer and static shape, before any parameter is there
+    load_model        the parameters too, laid out over a mesh
+
+`section` is the config's (`cfg.policy`) and `name` its name, for messages.  Weights are a Hugging Face directory, a
+hub id, a .gguf file, or "random": of the size that `section.arch` gives, with a tokenizer that is trained on the
+synthetic corpus and kept in the run's directory.  Raises SetupError for what cannot be loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from cooper_jax.data import prompts, synthetic
+from cooper_jax.model import tokenizer as tokenizers
+from cooper_jax.model import transformer, weights
+from cooper_jax.model.config import ModelConfig
+from cooper_jax.runtime import hosts, keys, mesh
+from cooper_jax.settings import boundary
+from cooper_jax.types import Params
+
+Directory = Path | epath.Path  # a run's, here or under gs://
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model: static shape and text side.  Its parameters live in the State."""
+
+    config: ModelConfig
+    tokenizer: tokenizers.Tokenizer
+
+
+def load_tokenizer(section: ConfigDict, name: str, run_dir: Directory) -> tokenizers.Tokenizer:
+    """The tokenizer that `section` names; for random weights, one trained from the synthetic corpus."""
+    source = section.tokenizer or section.weights
+    with boundary(f"{name}.tokenizer={section.tokenizer!r}, {name}.weights={section.weights!r}"):
+        if source != "random":
+            return tokenizers.load(source)
+        path = run_dir / f"tokenizer_{section.arch.vocab_size}.model"
+
+        def train() -> None:
+            if not path.exists():
+                symbols = [*prompts.VERIFIER_TAGS, "\n"]
+                tokenizers.train_sentencepiece(
+                    synthetic.corpus(), path, section.arch.vocab_size, symbols=symbols
+                )
+
+        hosts.first(f"tokenizer of {name}", train)
+        return tokenizers.load(str(path))
+
+
+def describe_model(section: ConfigDict, name: str, run_dir: Directory, layout: mesh.Layout) -> Model:
+    """A model of `section` without its parameters, its vocabulary padded so that it divides over the mesh."""
+    tokenizer = load_tokenizer(section, name, run_dir)
+    multiple = math.lcm(section.vocab_multiple, layout.first_ways("vocab"))
+    with boundary(f"{name}.weights={section.weights!r}"):
+        if section.weights == "random":
+            config = ModelConfig.from_arch(section.arch, tokenizer.vocab_size, multiple)
+            return Model(config, tokenizer)
+        config = weights.read_config(section.weights, section.num_layers)
+        config = dataclasses.replace(config, vocab_multiple=multiple)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids but the embedding {config.vocab_size} rows: set "
+                f"--config.{name}.tokenizer to the one that belongs to these weights"
+            )
+        return Model(config, tokenizer)
+
+
+def load_model(
+    section: ConfigDict, name: str, head: str, layout: mesh.Layout, run_dir: Directory, seed: int
+) -> tuple[Model, Params, bool]:
+    """A model of `section` with its parameters; the last value says whether its head has been trained."""
+    model = describe_model(section, name, run_dir, layout)
+    with boundary("mesh"):
+        mesh.check_cut(layout, transformer.param_specs(model.config, head))
+    with boundary(f"{name}.weights={section.weights!r}"):
+        if section.weights == "random":
+            specs = transformer.param_specs(model.config, head)
+            params = mesh.init_params(keys.stream(seed, f"init_{name}"), specs, layout)
+            return model, params, head == "logits"
+        loaded = weights.load(
+            section.weights,
+            num_layers=section.num_layers,
+            head=head,
+            layout=layout,
+            vocab_multiple=model.config.vocab_multiple,
+            seed=seed,
+        )
+        return model, loaded.params, loaded.head_trained

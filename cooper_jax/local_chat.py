@@ -1,0 +1,87 @@
+"""Conversations with language models, weights of our own among them: the rollout engine behind reward/chat.py.
+
+`open_chat` opens the assistant, judge or source of a config, a server or local; `local_generate` loads a local one
+and samples its replies, many at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from cooper_jax.loading import Directory, load_model
+from cooper_jax.placement import rollout_options
+from cooper_jax.reward import chat as chats
+from cooper_jax.rollout import engine
+from cooper_jax.runtime import keys, mesh
+from cooper_jax.settings import SetupError, boundary
+
+
+def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory) -> chats.Chat:
+    """The language model of the config's section `name`: assistant, judge or source.
+
+    A local one is loaded onto `layout`.  Raises SetupError; the caller closes it.
+    """
+    section = cfg[name]
+    if section.kind == "local" and section.weights in ("", "random"):
+        raise SetupError(
+            f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "
+            f"--config.{name}.weights=DIR, a hub id or a .gguf file, or ask a server (--config.{name}.kind=openai)"
+        )
+    with boundary(name):
+        local = section.kind == "local"
+        generate = local_generate(cfg, section, name, layout, run_dir) if local else None
+        return chats.make(section, name, generate)
+
+
+def local_generate(
+    cfg: ConfigDict, section: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory
+) -> chats.Generate:
+    """Sampling from the weights of `section`: (messages of each request, their ids) -> replies.
+
+    ids are (seed, step, row, attempt), row below 2^31; requests that share all but the row are sampled together.
+    Conversations that are too long are refused: Failure("too_long").
+    """
+    told = chats.thinking(section, name)
+    model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed)
+    params = engine.rollout_weights(params, model.config, layout, section.dtype)
+    spec = engine.SamplingSpec(
+        temperature=section.temperature,
+        top_k=0,
+        top_p=section.top_p,
+        max_new_tokens=section.max_new_tokens,
+        group_size=1,
+        eos_ids=model.tokenizer.eos_ids,
+        segment=cfg.rollout.segment,
+        dtype=section.dtype,
+        kv_dtype=cfg.rollout.kv_dtype,
+    )
+    most = model.config.max_len - section.max_new_tokens
+    if section.max_prompt_tokens:
+        most = min(most, section.max_prompt_tokens)
+    if most < 1:
+        raise ValueError(
+            f"--config.{name}.max_new_tokens={section.max_new_tokens} leaves no room for a conversation: the model "
+            f"was trained for {model.config.max_len} tokens in all"
+        )
+
+    def generate(messages: Sequence[chats.Messages], ids: Sequence[chats.Ids]) -> list[chats.Reply]:
+        rows = [model.tokenizer.chat(m, fallback=True, variables=told) for m in messages]
+        replies: list[chats.Reply] = [chats.Failure("too_long")] * len(rows)
+        together: dict[tuple[int, int, int], list[int]] = {}
+        for i, (seed, step, _, attempt) in enumerate(ids):
+            if len(rows[i]) <= most:
+                together.setdefault((seed, step, attempt), []).append(i)
+        for (seed, step, attempt), members in together.items():
+            rollout = engine.generate(
+                params, model.config, layout, [rows[i] for i in members], [ids[i][2] for i in members],
+                keys.stream(seed, name, step, attempt), spec, **rollout_options(cfg),
+            )  # fmt: skip
+            for i, text in zip(
+                members, engine.completions(rollout, model.tokenizer.decode, spec.eos_ids), strict=True
+            ):
+                replies[i] = text
+        return replies
+
+    return generate
