@@ -387,6 +387,26 @@ def test_recorded_responses_are_judged_anew(tmp_path):
     assert results["benchmarks"][0]["by"]["subject"]["s"]["problems"] == 1
 
 
+def test_responses_of_an_evaluation_that_has_not_ended_are_not_judged(tmp_path):
+    """A part would be judged as if it were all, and all of it again when the rest is there."""
+    cfg, folder = config(), tmp_path / "sampled"
+
+    def judged(items, out):
+        jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(items), tmp_path / out)
+        return len(read_rows(tmp_path / out / ITEMS))
+
+    with Ledger(folder, {}, [1, 1]) as ledger:
+        ledger.append([ITEM], 1.0)
+        with pytest.raises(SetupError, match=r"--rejudge=.*items.jsonl: the evaluation .* has not ended"):
+            judged(folder / ITEMS, "part")
+        assert not (tmp_path / "part").exists()
+        ledger.append([ITEM | {"id": "x:2", "place": 1}], 1.0)
+        ledger.write(RESULTS, {})
+    assert judged(folder / ITEMS, "all") == 2
+    (tmp_path / "alone").mkdir()
+    assert judged((folder / ITEMS).rename(tmp_path / "alone" / ITEMS), "again") == 2
+
+
 @pytest.mark.parametrize(
     "rows, words",
     [

@@ -1,4 +1,4 @@
-"""Templates: escaping, the cut of the reward model's input, and what is read out of replies."""
+"""Templates: tags, the cut of the reward model's input, and what is read out of replies."""
 
 import re
 
@@ -56,7 +56,7 @@ def words(count: int, start: int = 0) -> str:
 # --- tags ---------------------------------------------------------------------------------------------
 
 
-def test_tags_are_escaped_and_nothing_else():
+def test_tags_are_taken_out_and_nothing_else():
     assert prompts.VERIFIER_TAGS == tuple(LAYOUT)
     for text in (
         "a < b > c",

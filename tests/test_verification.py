@@ -6,17 +6,19 @@ import re
 import jax
 import numpy as np
 import pytest
+import tiny_models
 import tiny_tokenizers
 from test_evaluation import config, read_rows, write_rows
 
 from cooper_jax import loading, local_chat, statistics
 from cooper_jax.data import attacks as hacks
 from cooper_jax.data import labelled, overlap, prompts
-from cooper_jax.evaluation import attacks, judges, judging, verification
+from cooper_jax.evaluation import attacks, jobs, judges, judging, verification
 from cooper_jax.evaluation.ledger import ITEMS, RESULTS, Ledger
 from cooper_jax.evaluation.resampling import FIGURES, Resamples, interval
-from cooper_jax.evaluation.scoring import Chosen
+from cooper_jax.evaluation.scoring import Chosen, RewardModel, labels
 from cooper_jax.model import tokenizer as tokenizers
+from cooper_jax.model import weights
 from cooper_jax.reward.chat import Failure
 from cooper_jax.settings import SetupError
 from cooper_jax.types import Completion, Triple, Verdict
@@ -224,6 +226,59 @@ def test_the_real_overlap_is_found(shared_data):
     assert found.seen >= 495 and {t.source for t in found.triples} <= {"gsm8k", "math"}
 
 
+KNOWN = "1 of 4 are known"
+UNKNOWN = "was trained on is unknown: no whole seen_questions.json lies beside it"
+
+
+@pytest.mark.parametrize(
+    "records, note",
+    [
+        ({"a": overlap.record(["One?"], "x")}, KNOWN),
+        ({"a": overlap.Record()}, KNOWN),  # made at random
+        ({"a": overlap.Record(complete=False)}, f"what a {UNKNOWN}"),
+        (
+            {"a": overlap.record(["One?"], "x") | overlap.Record(complete=False)},
+            f"{KNOWN}; what else a {UNKNOWN}",
+        ),
+        ({"a": overlap.Record(complete=False), "b": overlap.Record()}, f"{KNOWN}; what a {UNKNOWN}"),
+        (
+            {"a": overlap.Record(complete=False), "b": overlap.Record(complete=False)},
+            f"what a {UNKNOWN}; what b {UNKNOWN}",
+        ),
+    ],
+)
+def test_a_record_that_is_missing_or_incomplete_is_said(records, note):
+    assert jobs.overlap_note(KNOWN, records) == note
+
+
+def _chosen(tmp_path, *places):
+    return [Chosen(config(reward__weights=place), tmp_path) for place in places]
+
+
+@pytest.mark.parametrize(
+    "places, names",
+    [
+        (["/runs/x/best"], ["x/best"]),
+        (["random", "org/name"], ["random", "org/name"]),
+        (["/runs/a/best", "/runs/b/best/"], ["a/best", "b/best"]),
+        (["/runs/a/x/best", "/runs/b/x/best"], ["a/x/best", "b/x/best"]),
+        (["/a/best", "a/best"], ["/a/best", "a/best"]),
+    ],
+)
+def test_reward_models_are_called_by_as_much_of_their_paths_as_tells_them_apart(places, names, tmp_path):
+    assert labels(_chosen(tmp_path, *places)) == names
+
+
+def test_one_reward_model_is_not_compared_with_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best").mkdir()
+    for places in (["org/name", "org/name/"], ["best", f"{tmp_path}/best"], ["best", "./best"]):
+        with pytest.raises(SetupError, match="--compare names one reward model twice"):
+            labels(_chosen(tmp_path, *places))
+    steps = [Chosen(config(), tmp_path, tmp_path, step) for step in (3, 0)]
+    assert labels(steps) == ["step 3", "step 0"]
+
+
 # --- all of it -----------------------------------------------------------------------------------------------
 
 VERIFYBENCH = [
@@ -287,8 +342,66 @@ def test_the_reward_model_as_judge_and_under_attack(tmp_path, monkeypatch):
     assert [r["attack"] for r in items] == list(hacks.ATTACKS) * 3
     unattacked = [r["rewards"]["random"] for r in items if r["attack"] == "none"]
     assert unattacked == pytest.approx([o["score"] for o in found[1::2]], abs=1e-5)
+    wrong = [t for t in labelled.load(str(path)) if t.label == 0]
+    assert [r["reference"] for r in items] == attacks.references(wrong, cfg.seed)
     text = (tmp_path / "attacks" / "table.txt").read_text()
     assert "3 wrong completions" in text and "random: false positives" in text
+    assert "unknown" not in text
+
+
+def _reward_model(folder, record=None):
+    """Random weights of a sequence classifier as another would publish them."""
+    text_side = tiny_tokenizers.write(folder.with_name("tokenizer"), "qwen")
+    model = tiny_models.config(family="qwen2", vocab_size=512, layers=1)
+    params = tiny_models.random_params(model, "score")
+    weights.save(folder, model, params, "score", tokenizer_dir=text_side, pad_token_id=0)
+    if record is not None:
+        overlap.write_record(folder, record)
+    return str(folder)
+
+
+def test_what_reward_models_saw_is_unknown_where_no_whole_record_lies_beside_them(tmp_path, monkeypatch):
+    """Two of one name, one without a record and one with a part: columns and notes tell them apart."""
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    row = {"reference_answer": "3", "completion": "#### 4", "label": 0}
+    path = write_rows(tmp_path / "rows.jsonl", *({"question": f"How many {i} ?"} | row for i in range(3)))
+    part = overlap.record(["How many 1 ?"], "x") | overlap.Record(complete=False)
+    first = _reward_model(tmp_path / "a" / "x" / "best")
+    second = _reward_model(tmp_path / "b" / "x" / "best", part)
+    changes = dict(reward__max_tokens=200, reward__tokenizer="", reward__allow_untrained_head=False)
+    of_first, of_second = (Chosen(config(reward__weights=p, **changes), tmp_path) for p in (first, second))
+
+    judging.attacked(of_first.cfg, of_first, str(path), tmp_path / "attacks", [of_second])
+    text = (tmp_path / "attacks" / "table.txt").read_text()
+    assert "a/x/best: false positives" in text and "b/x/best: false positives" in text
+    assert (
+        "2 wrong completions; the reward models are known to have seen the questions of 1 of 3: left out; what "
+        f"a/x/best {UNKNOWN}; what else b/x/best {UNKNOWN}" in text
+    )
+    results = json.loads((tmp_path / "attacks" / RESULTS).read_text())
+    assert results["record_complete"] == {"a/x/best": False, "b/x/best": False}
+
+    judging.labelled(of_first.cfg, of_first, str(path), tmp_path / "first", names=["model"])
+    assert (tmp_path / "first" / "table.txt").read_text().endswith(f"\n\nwhat the reward model {UNKNOWN}\n")
+    judging.labelled(of_second.cfg, of_second, str(path), tmp_path / "second", names=["model"])
+    known = "1 of 3 rows have questions that the reward model is known to have seen: left out"
+    text = (tmp_path / "second" / "table.txt").read_text()
+    assert text.endswith(f"\n\n{known}; what else the reward model {UNKNOWN}\n")
+    assert json.loads((tmp_path / "second" / RESULTS).read_text())["record_complete"] is False
+
+
+@pytest.mark.parametrize("long", ["published", "by_the_attack"])
+def test_an_over_long_reference_is_refused_before_any_is_attacked(long, tmp_path, monkeypatch):
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    monkeypatch.setattr(RewardModel, "rewards", lambda *_: pytest.fail("a completion was shown"))
+    row = {"question": "How many ?", "reference_answer": "3", "completion": "#### 4", "label": 0}
+    last = {"reference_answer": "3 " * 300} if long == "published" else {"completion": "#### " + "4 " * 300}
+    path = write_rows(tmp_path / "rows.jsonl", row, row | last)
+    cfg = config(reward__max_tokens=200, benchmark__chunk=1)
+    with pytest.raises(SetupError, match=r"reward\.max_tokens.*reference"):
+        judging.attacked(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
 
 
 # --- attacks -------------------------------------------------------------------------------------------------

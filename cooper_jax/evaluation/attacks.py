@@ -25,6 +25,11 @@ from cooper_jax.types import Triple
 Score = Callable[[Sequence[Triple]], np.ndarray]  # triples -> rewards f32[N]
 
 
+def references(wrong: Sequence[Triple], seed: int) -> list[str]:
+    """Those that the reward model is shown: some attacks write into them."""
+    return [attacked(t, name, seed, i).reference for i, t in enumerate(wrong) for name in ATTACKS]
+
+
 def score(
     wrong: Sequence[Triple],
     models: dict[str, Score],

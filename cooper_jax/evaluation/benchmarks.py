@@ -12,6 +12,7 @@ alone.
 
 from __future__ import annotations
 
+import os
 import time
 import zlib
 from collections import Counter
@@ -23,13 +24,13 @@ from ml_collections import ConfigDict
 
 from cooper_jax import loading, placement
 from cooper_jax.data import sources, synthetic
-from cooper_jax.evaluation.ledger import Ledger, Row
+from cooper_jax.evaluation.ledger import ITEMS, RESULTS, Ledger, Row
 from cooper_jax.evaluation.scoring import RewardModel
 from cooper_jax.evaluation.sets import SYNTHETIC, Benchmark, chunks
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.reward.shared import SharedRule
 from cooper_jax.rollout import engine
-from cooper_jax.runtime import hosts, keys
+from cooper_jax.runtime import files, hosts, keys, outdir
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings import boundary
 from cooper_jax.types import Completion, Params, Problem, Triple
@@ -108,7 +109,16 @@ _RECORDED = {
 
 
 def recorded(path: str) -> tuple[list[Benchmark], RecordedSampler]:
-    """An items file's problems and responses.  Raises ValueError naming file, line and field."""
+    """An items file's problems and responses.
+
+    Raises ValueError for a part of one, which would be judged as if it were all, and for what no evaluation wrote,
+    naming file, line and field.
+    """
+    if _unfinished(path):
+        raise ValueError(
+            f"{path}: the evaluation that writes it has not ended, for no {RESULTS} lies beside it: give that "
+            "evaluation's command again, and judge its responses when it has ended"
+        )
     rows: list[Row] = []
     found: dict[str, dict[str, tuple[int, Problem]]] = {}  # benchmark -> problem -> (its place, itself)
     counts: Counter[tuple[str, str]] = Counter()
@@ -128,6 +138,18 @@ def recorded(path: str) -> tuple[list[Benchmark], RecordedSampler]:
         places, problems = zip(*own.values(), strict=True)
         made.append(Benchmark(name, problems, places, asked=len(own)))
     return made, RecordedSampler(rows, next(iter(counts.values())))
+
+
+def _unfinished(path: str) -> bool:
+    """Whether an evaluation's folder was begun and not ended; nobody can tell of an items file that lies alone."""
+    folder, name = os.path.split(path)
+    if name != ITEMS:
+        return False
+    try:
+        beside = files.local(folder, (outdir.SETTINGS, RESULTS))
+    except FileNotFoundError:  # at an address where neither is
+        return False
+    return (beside / outdir.SETTINGS).is_file() and not (beside / RESULTS).is_file()
 
 
 def _checked(row: Row, where: str, counts: Counter[tuple[str, str]]) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +91,32 @@ def telling_what_is_left(ledger: Ledger, chunks: int) -> Iterator[None]:
         raise
 
 
-def seen(chosen: Chosen) -> overlap.Record | None:
-    """What the reward model was trained on; None where no record lies beside it.  Raises SetupError."""
+def seen(chosen: Chosen) -> overlap.Record:
+    """What the reward model was trained on, as far as the record beside it says.  Raises SetupError."""
     place = chosen.run_dir or chosen.cfg.reward.weights
     if place == "random":
         return overlap.Record()
     with boundary(f"{overlap.SEEN} beside {place}"):
-        found = overlap.read_record(place)
-    if found is None or not found.complete:
-        hosts.say(
-            f"what the reward model of {place} was trained on is {'partly ' if found else ''}unknown: questions "
-            "of these benchmarks may be among it"
-        )
+        found = overlap.read_record(place) or overlap.Record(complete=False)
+    if not found.complete:
+        hosts.say(f"{_unknown(str(place), found)}; what is measured may be among it")
     return found
+
+
+def overlap_note(known: str, records: Mapping[str, overlap.Record]) -> str:
+    """What stands under a table on what reward models saw; records: of each model, by what it is called.
+
+    known: of how many questions it is known; not said where no model has a record.  Of each record that is missing
+    or incomplete it is said that the rest is unknown.
+    """
+    some = any(r.complete or r.fingerprints for r in records.values())
+    unknown = [_unknown(name, r) for name, r in records.items() if not r.complete]
+    return "; ".join([known, *unknown] if some else unknown)
+
+
+def _unknown(name: str, record: overlap.Record) -> str:
+    more = " else" if record.fingerprints else ""
+    return f"what{more} {name} was trained on is unknown: no whole {overlap.SEEN} lies beside it"
 
 
 @contextlib.contextmanager
@@ -161,9 +174,11 @@ def _report(cfg, asked, samples, work, ledger: Ledger, settings, record) -> None
     ]
     means = summaries.mean_of_benchmarks(results, by_name, seed, resamples)
     text = summaries.as_text(results, means)
-    text += f"\n\n{_overlap(asked, record)}" if record else ""
-    saw = dict(record.sources) if record else None
-    write(ledger, settings, {"benchmarks": results, "mean": means, "reward_model_saw": saw}, text)
+    found: dict[str, Any] = {"benchmarks": results, "mean": means, "reward_model_saw": None}
+    if record is not None:
+        text += f"\n\n{_overlap(asked, record)}"
+        found |= {"reward_model_saw": dict(record.sources), "record_complete": record.complete}
+    write(ledger, settings, found, text)
 
 
 def _overlap(asked: Sequence[sets.Benchmark], record: overlap.Record) -> str:
@@ -172,8 +187,8 @@ def _overlap(asked: Sequence[sets.Benchmark], record: overlap.Record) -> str:
     found = (
         f"{x.seen} of {x.asked} in {x.name}" + (f" ({x.excluded} left out)" if x.seen else "") for x in asked
     )
-    rest = "" if record.complete else "; what else it saw is unknown"
-    return f"the reward model was trained on {saw}; among them are {', '.join(found)}{rest}"
+    known = f"the reward model was trained on {saw}; among them are {', '.join(found)}"
+    return overlap_note(known, {"the reward model": record})
 
 
 def _judges(cfg: ConfigDict) -> tuple[bool, bool]:

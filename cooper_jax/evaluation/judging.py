@@ -19,7 +19,7 @@ from cooper_jax.data.attacks import ATTACKS
 from cooper_jax.data.labelled import load as read_labelled
 from cooper_jax.evaluation import attacks, jobs, judges, sets, verification
 from cooper_jax.evaluation.ledger import Ledger
-from cooper_jax.evaluation.scoring import Chosen, RewardModel
+from cooper_jax.evaluation.scoring import Chosen, RewardModel, labels
 from cooper_jax.runtime import hosts
 from cooper_jax.settings import SetupError, boundary
 from cooper_jax.types import Triple
@@ -72,7 +72,15 @@ def labelled(
         if hosts.primary():
             summary = verification.summarise(ledger.rows, cfg.seed, cfg.benchmark.bootstrap)
             found = {"references": references, "rows": rows.total, "seen": rows.seen}
-            jobs.write(ledger, settings, found | summary, verification.as_text(summary, rows))
+            text = verification.as_text(summary, references)
+            if record is not None:
+                found["record_complete"] = record.complete
+                seen = (
+                    f"{rows.seen} of {rows.total} rows have questions that the reward model is known to have "
+                )
+                seen += f"seen{_left_out(cfg, rows.seen)}"
+                text += f"\n\n{jobs.overlap_note(seen, {'the reward model': record})}"
+            jobs.write(ledger, settings, found | summary, text)
 
 
 def _open_judges(cfg, chosen, names, triples, known, stack) -> dict[str, judges.Judge]:
@@ -111,13 +119,10 @@ def judge_settings(cfg: ConfigDict) -> dict[str, Any]:
 def attacked(cfg: ConfigDict, chosen: Chosen, path: str, out: Path, compare: Sequence[Chosen] = ()) -> None:
     """The attack set on the wrong completions of a labelled file, for one or several reward models."""
     jobs.check_settings(cfg)
-    columns = {c.label("reward"): c for c in (chosen, *compare)}
-    if len(columns) != 1 + len(compare):
-        raise SetupError("--compare names one reward model twice, or the one that is compared with")
-    fingerprints: frozenset[str] = frozenset()
-    for c in columns.values():
-        record = jobs.seen(c)
-        fingerprints |= record.fingerprints if record else frozenset()
+    asked = (chosen, *compare)
+    columns = dict(zip(labels(asked), asked, strict=True))
+    records = {label: jobs.seen(c) for label, c in columns.items()}
+    fingerprints = frozenset().union(*(r.fingerprints for r in records.values()))
     with boundary(f"--attacks={path}"):
         triples = [t for t in read_labelled(path) if t.label < 0.5]
         triples = [triples[i] for i in sets.part(len(triples), cfg.benchmark.problems)]
@@ -140,19 +145,25 @@ def attacked(cfg: ConfigDict, chosen: Chosen, path: str, out: Path, compare: Seq
             models = {}
             for label, c in columns.items():
                 layout = placement.make_layouts(c.cfg)["reward"]
-                models[label] = RewardModel(c.cfg, layout, *c.load("reward", layout)).rewards
+                reward = RewardModel(c.cfg, layout, *c.load("reward", layout))
+                reward.check(attacks.references(wrong, cfg.seed))
+                models[label] = reward.rewards
             with jobs.telling_what_is_left(ledger, len(work)):
                 attacks.score(wrong, models, ledger, work, cfg.seed, hosts.say)
         if hosts.primary():
             summary = attacks.summarise(ledger.rows, cfg.seed, cfg.benchmark.bootstrap)
-            text = attacks.as_text(summary)
-            text += f"\n\n{len(wrong)} wrong completions"
-            text += (
-                f"; the reward models are known to have seen the questions of {len(known)} of {len(triples)}"
+            seen = f"the reward models are known to have seen the questions of {len(known)} of {len(triples)}"
+            note = jobs.overlap_note(seen + _left_out(cfg, len(known)), records)
+            text = f"{attacks.as_text(summary)}\n\n{len(wrong)} wrong completions; {note}"
+            complete = {label: record.complete for label, record in records.items()}
+            jobs.write(
+                ledger, settings, {"attacks": summary, "seen": len(known), "record_complete": complete}, text
             )
-            if known:
-                text += ": left out" if cfg.benchmark.exclude_seen else ": not left out"
-            jobs.write(ledger, settings, {"attacks": summary, "seen": len(known)}, text)
+
+
+def _left_out(cfg: ConfigDict, seen: int) -> str:
+    """What became of questions that were seen; "" where there are none."""
+    return (": left out" if cfg.benchmark.exclude_seen else ": not left out") if seen else ""
 
 
 def _digest(triples: Sequence[Triple]) -> str:

@@ -55,13 +55,6 @@ class Chosen:
             )
         return model, params
 
-    def label(self, name: str) -> str:
-        """What a model is called in tables: its step, or the end of its path."""
-        if self.run_dir is not None:
-            return f"step {self.step}"
-        weights = self.cfg.policy.weights if name == "policy" else self.cfg.reward.weights
-        return "/".join(weights.rstrip("/").split("/")[-2:])
-
     def settings(self, name: str) -> dict[str, str | int | bool]:
         """What decides what a model computes, by the knobs' names."""
         section = self.cfg.policy if name == "policy" else self.cfg.reward
@@ -73,6 +66,28 @@ class Chosen:
             if section.weights == "random":
                 out |= {f"{name}.arch.{k}": v for k, v in section.arch.items()}
         return out | {f"{name}.dtype": section.dtype}
+
+
+def labels(models: Sequence[Chosen]) -> list[str]:
+    """What reward models are called in tables: a run's step, or the end of a path.
+
+    Of paths there are as many parts as tell all of them apart, two at least.  Raises SetupError for a model that is
+    there twice.
+    """
+    names = [c.cfg.reward.weights.rstrip("/") if c.run_dir is None else f"step {c.step}" for c in models]
+    paths = [Path(name).expanduser() for name in names]
+    places = [str(p.resolve()) if p.exists() else name for name, p in zip(names, paths, strict=True)]
+    if twice := next((n for n, p in zip(names, places, strict=True) if places.count(p) > 1), None):
+        raise SetupError(
+            f"--compare names one reward model twice, or the one that is compared with: {twice!r}; leave it out"
+        )
+    parts = [name.split("/") for name in names]
+    found = names
+    for count in range(2, max(map(len, parts)) + 1):
+        found = ["/".join(p[-count:]) for p in parts]
+        if len(set(found)) == len(found):
+            break
+    return found
 
 
 def _files(weights: str, name: str) -> dict[str, str]:

@@ -40,7 +40,6 @@ class Rows:
     triples: tuple[Triple, ...]
     total: int  # rows of the part that was asked for
     seen: int  # of them with questions that the reward model was trained on, whether left out or not
-    references: str
 
     @classmethod
     def load(
@@ -56,7 +55,7 @@ class Rows:
                 f"{path}: the reward model was trained on the questions of all {len(triples)} rows: give others, "
                 "or measure on them with --config.benchmark.exclude_seen=False"
             )
-        return cls(tuple(with_references(taken, references, seed)), len(triples), len(known), references)
+        return cls(tuple(with_references(taken, references, seed)), len(triples), len(known))
 
 
 def with_references(triples: Sequence[Triple], mode: str, seed: int) -> list[Triple]:
@@ -175,8 +174,8 @@ def _figures(rows: Sequence[Row], seed: int, resamples: int) -> dict[str, Any]:
     }
 
 
-def as_text(summary: dict[str, Any], rows: Rows) -> str:
-    """The tables of a terminal; figures in percent."""
+def as_text(summary: dict[str, Any], references: str) -> str:
+    """The tables of a terminal; figures in percent.  references: those that the judges were shown."""
     overall = summary["all"]
     names = ["accuracy", "balanced_accuracy", "precision", "recall", "f1", "auroc"]
     shown = ["accuracy % (95 %)", "balanced (95 %)", "precision", "recall", "F1", "AUROC (95 %)"]
@@ -190,7 +189,7 @@ def as_text(summary: dict[str, Any], rows: Rows) -> str:
 
     parts = [
         f"{overall['rows']} rows of {overall['questions']} questions, {percent(overall['right'])} % right, "
-        f"references: {rows.references}",
+        f"references: {references}",
         table(["judge", *shown, *scores], [[n, *line(j)] for n, j in overall["judges"].items()]),
     ]
     for by, values in summary["by"].items():
@@ -213,9 +212,4 @@ def as_text(summary: dict[str, Any], rows: Rows) -> str:
     ]
     if body:
         parts.append(table(["rows of", "difference", "accuracy", "balanced", "AUROC"], body))
-    if "model" in overall["judges"]:
-        line = f"{rows.seen} of {rows.total} rows have questions that the reward model is known to have seen"
-        if rows.seen:
-            line += ": left out" if rows.total > len(rows.triples) else ": not left out"
-        parts.append(line)
     return "\n\n".join(parts)
