@@ -20,6 +20,14 @@ FLOORS = {
     "olympiadbench_en_test": 0.99,
     "odyssey_test": 0.99,
 }
+# Of each: the least share of other rows' references that is decided wrong; on the rest the rule abstains.
+LEAST_WRONG = {
+    "gsm8k_test": 1.0,
+    "svamp_test": 1.0,
+    "math500_test": 0.90,
+    "olympiadbench_en_test": 0.90,
+    "odyssey_test": 0.91,
+}
 NOT_VERIFIED: dict[str, list[str]] = {name: [] for name in FLOORS}
 # Two spellings of one value, as (reference, another row's): they are not to be rejected.
 EQUAL = {("5", "x=5")}
@@ -72,28 +80,25 @@ def test_references_that_are_text_alone(name, published):
     assert sorted(alone) == sorted(TEXT_ALONE.get(name, []))
 
 
-def rejected(found, shift, rule):
-    """The share of distinct references beside which another one is rejected, and the pairs that are not."""
+def check_another(name, found, shift, rule):
+    """Beside each distinct reference another one is decided wrong, or the rule abstains."""
     references = distinct(found)
     others = references[shift:] + references[:shift]
     verdicts = rule.check([(a, said(b)) for a, b in zip(references, others, strict=True)])
-    accepted = [(a, b) for a, b, v in zip(references, others, verdicts, strict=True) if v is Verdict.CORRECT]
-    assert Verdict.TIMEOUT not in verdicts
-    return 1 - len(accepted) / len(references), accepted
+    assert set(verdicts) <= {Verdict.WRONG, Verdict.UNRECOGNISED}
+    assert verdicts.count(Verdict.WRONG) / len(verdicts) >= LEAST_WRONG[name]
 
 
 @pytest.mark.parametrize("name", FLOORS)
 def test_another_rows_reference_is_rejected(name, published, rule):
-    share, accepted = rejected(published[name], 1, rule)
-    assert share >= 0.99 and not {frozenset(pair) for pair in accepted} - {frozenset(pair) for pair in EQUAL}
+    check_another(name, published[name], 1, rule)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shift", [7, 41, 113])
 @pytest.mark.parametrize("name", FLOORS)
 def test_further_references_are_rejected(name, shift, published, rule):
-    share, accepted = rejected(published[name], shift, rule)
-    assert share >= 0.99 and not {frozenset(pair) for pair in accepted} - {frozenset(pair) for pair in EQUAL}
+    check_another(name, published[name], shift, rule)
 
 
 def test_pairs_that_are_one_value(published, rule):
