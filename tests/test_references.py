@@ -20,6 +20,7 @@ FLOORS = {
     "olympiadbench_en_test": 0.99,
     "odyssey_test": 0.99,
 }
+NOT_VERIFIED: dict[str, list[str]] = {name: [] for name in FLOORS}
 # Of each: the least share of other rows' references that is decided wrong; on the rest the rule abstains.
 LEAST_WRONG = {
     "gsm8k_test": 1.0,
@@ -28,7 +29,6 @@ LEAST_WRONG = {
     "olympiadbench_en_test": 0.90,
     "odyssey_test": 0.91,
 }
-NOT_VERIFIED: dict[str, list[str]] = {name: [] for name in FLOORS}
 # Two spellings of one value, as (reference, another row's): they are not to be rejected.
 EQUAL = {("5", "x=5")}
 # References that are equal to themselves as text alone: any other spelling of them abstains.
