@@ -6,7 +6,7 @@ import json
 import pytest
 
 from cooper_jax.data import answers, problems
-from cooper_jax.reward import rule_judge
+from cooper_jax.reward import rule_reading
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.types import Verdict
 
@@ -76,7 +76,7 @@ def test_every_reference_is_verified_as_its_own_answer(name, published, rule):
 @pytest.mark.parametrize("name", FLOORS)
 def test_references_that_are_text_alone(name, published):
     found = [r for r in distinct(published[name]) if not r.replace(".", "").isdigit()]
-    alone = [r for r in found if not rule_judge.read(r).comparable]
+    alone = [r for r in found if not rule_reading.read(r).comparable]
     assert sorted(alone) == sorted(TEXT_ALONE.get(name, []))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cooper_jax.reward import rule_judge, rule_worker
+from cooper_jax.reward import rule_judge, rule_reading, rule_worker
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.types import Verdict
 
@@ -158,17 +158,19 @@ def test_workers_speak_the_verdicts_of_types():
     assert names == {v.value for v in Verdict} - {Verdict.TIMEOUT.value}
 
 
-def test_a_verdict_needs_no_jax_and_nothing_of_ours():
+def test_a_verdict_needs_no_jax_and_little_of_ours():
     code = (
-        "import sys; sys.path.append(sys.argv[1]); import rule_worker, rule_judge\n"
+        "import sys; sys.path.append(sys.argv[1]); from cooper_jax.reward import rule_worker, rule_judge\n"
         "assert rule_judge.judge('20', '#### 20') == 'correct'\n"
-        "print(sorted({'jax', 'cooper_jax', 'numpy'} & set(sys.modules)))\n"
+        "found = {m for m in sys.modules if m.startswith(('cooper_jax.', 'kernels'))} | {'jax', 'numpy'}\n"
+        "print(*sorted(found & set(sys.modules)))\n"
     )
-    folder = str(Path(rule_judge.__file__).parent)
+    folder = str(Path(rule_judge.__file__).parents[2])
     run = subprocess.run(
         [sys.executable, "-P", "-c", code, folder], capture_output=True, text=True, timeout=60
     )
-    assert run.stdout == "[]\n", run.stderr
+    ours = [f"cooper_jax.reward{name}" for name in ("", ".rule_judge", ".rule_reading", ".rule_worker")]
+    assert run.stdout.split() == ours, run.stderr
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_a_verdict_needs_no_jax_and_nothing_of_ours():
     ],
 )
 def test_find_answer(text, answer):
-    span = rule_judge.find_answer(text)
+    span = rule_reading.find_answer(text)
     assert (text[slice(*span)] if span else None) == answer
 
 

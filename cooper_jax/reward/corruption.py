@@ -15,7 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from cooper_jax.reward.rule_judge import find_answer
+from cooper_jax.reward.rule_reading import find_answer
 
 NEARBY = (1, 2, 3, 4, 5, 6, 8, 10, 20)  # how far the number moves, in units of its last or its first place
 CHOICES = 6  # of the candidates, the nearest that are drawn from

@@ -1,6 +1,7 @@
 """One worker process of the rule verifier: verdicts of `rule_judge.py`, one at a time.
 
-It is started by path, imports nothing of this project but its neighbour (so no jax) and speaks JSON lines:
+It is started by path, imports nothing of this project but `rule_judge.py` and what that reads with (so no jax), and
+speaks JSON lines:
 
     in   {"reference": ..., "completion": ..., "limit": seconds}
     out  {"verdict": "correct" | "wrong" | "no_answer" | "unrecognised" | "memory"}
@@ -15,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 GRACE = 5.0  # seconds after the parent's limit at which an orphan ends itself
 
@@ -40,10 +42,12 @@ def main() -> None:
         sys.exit(
             f"this system does not let a process cap its memory ({error}); set --config.rule.memory_mb=0"
         )
-    # The parent starts this file with its folder off the path, where our names could hide a library's: put it last.
-    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    # The parent starts this file with its folder off the path, where our names could hide a library's; where the
+    # package itself is not installed, it is found from here.
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
     import math_verify
-    import rule_judge
+
+    from cooper_jax.reward import rule_judge
 
     logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)  # it warns that its timeouts are off
     rule_judge.judge("4a", "\\boxed{2(a+a)}")  # the first verdict builds parsers, which is no item's fault
