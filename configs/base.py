@@ -85,7 +85,9 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "base"
     c.seed = 0
-    c.steps = 180  # Cooper steps in all; a resumed run counts those already done
+    c.steps = (
+        180  # Cooper steps in all; a resumed run counts those already done; 0: the supervised phases alone
+    )
     c.run_dir = ""  # "" is runs/<name>
     c.resume = True  # go on from the newest checkpoint in run_dir; False refuses a run_dir that holds one
 
@@ -158,12 +160,36 @@ def get_config() -> ConfigDict:
     c.reward.optimiser = optimiser(lr=1e-5, warmup_steps=0)
     c.reward.max_tokens = 2048  # a reward-model input; longer completions are cut inside, ends kept
     c.reward.microbatch = 64
-    c.reward.pair_loss = "logit"  # logit (as released) | sigmoid (on the rewards themselves)
+    # --- its update in the cooper arm: docs/reward_updates.md has the equations ---
+    # released | sigmoid | robust: sets the knobs that cooper_jax/recipes.py lists; a flag of one's own wins over it
+    c.reward.recipe = ""
+    c.reward.pair_loss = "logit"  # the contrast: logit (as released) | sigmoid (on the rewards themselves)
+    c.reward.pair_weight = 1.0  # of the contrast
+    c.reward.pair_bce = 0.0  # weight of cross-entropy on the members of pairs
+    c.reward.common_mode = 0.0  # weight of the penalty on what a pair's two logits share
+    c.reward.rollout_bce = (
+        0.0  # weight of cross-entropy on rollouts that the rule decides, both classes alike
+    )
+    c.reward.rollout_rows = 64  # of them, so many of a step at most
+    c.reward.updates = 1  # a policy step, on the same pairs and rows
+    c.reward.updates_most = 0  # so many instead while rm/false_positive_rate is above fp_target; 0: never
+    c.reward.fp_target = 0.1
+    c.reward.warm_start = 0  # updates before the first policy step, each on fresh rollouts
+    c.reward.replay = 0  # past decided rollouts that are kept, of each class
+    c.reward.replay_rows = 0  # of them, so many join each update's rollouts
+    # Controls.
+    c.reward.binary = False  # the policy earns 1 where the reward is above one half, else 0
+    c.reward.either = False  # what the rule finds correct earns 1, the rest the reward model's score
+    c.reward.guard = False  # what is truncated, or has no answer that the rule finds, earns 0
+    c.reward.shuffle_labels = False  # a pair's members are exchanged, or not, by a coin
     c.reward.allow_untrained_head = False  # let train.py use a score head that nobody has trained
 
     c.pairs = ConfigDict()
-    c.pairs.per_prompt = 1  # positives drawn a prompt, at most
-    c.pairs.tries = 3  # requests to the assistant before a pair is masked
+    c.pairs.per_prompt = 1  # pairs a prompt, at most
+    # Where a prompt's pairs take their negatives from, in turn: assistant (a rewrite) | mined (a wrong rollout) |
+    # swap (another problem's reference): --config.pairs.negatives="('assistant','swap')"
+    c.pairs.negatives = ("assistant",)
+    c.pairs.tries = 3  # requests to the assistant, or references, before a pair is masked
     c.pairs.length_ratio = 2.0  # a negative is at most this much longer or shorter (characters)
 
     c.rule = ConfigDict()
@@ -182,9 +208,14 @@ def get_config() -> ConfigDict:
 
     # --- supervised phases before step 1 ---
     c.warmup = ConfigDict()
+    # A run whose models, as they were at its step 0, are this run's: in place of phases of one's own.
+    c.warmup.start = ""
     c.warmup.policy_steps = 0  # imitation of worked solutions
     c.warmup.policy_batch = 64
     c.warmup.policy_corrupt = 0.0  # share of demonstrations with a corrupted step (synthetic problems)
+    # Synthetic problems: shares of right and of wrong solutions with the habit (cooper_jax/data/synthetic.py).
+    c.warmup.policy_habit = (0.0, 0.0)
+    c.warmup.reward_habit = (0.0, 0.0)
     c.warmup.policy_optimiser = optimiser(lr=1e-3, warmup_steps=50)
     c.warmup.reward_steps = 0  # binary cross-entropy on labelled triples
     c.warmup.reward_batch = 64
@@ -272,13 +303,18 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 20  # steps
     c.checkpoint.keep = 2  # newest ones; 0 keeps all
     c.eval = ConfigDict()
-    c.eval.every = 20  # steps; 0: never
+    c.eval.every = 20  # steps, from step 0 on; 0: never
     c.eval.problems = 256
     c.eval.samples = 1
     c.eval.temperature = 1.0
     c.eval.top_p = 1.0
+    c.eval.greedy = False  # measure the most likely responses, too
+    c.eval.reward_rows = (
+        0  # synthetic problems: labelled rows of each set on which the reward model is measured
+    )
     c.log = ConfigDict()
     c.log.samples_every = 10  # steps between sample dumps
     c.log.samples = 2  # prompts in a dump
+    c.log.pair_motion = False  # measure how far each reward-model update moves its pairs (two scorings more)
     c.log.tensorboard = True
     return c

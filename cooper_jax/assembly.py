@@ -27,6 +27,7 @@ from cooper_jax.placement import make_layouts
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistant as assistants
 from cooper_jax.reward import verifier_model
+from cooper_jax.reward.lessons import Replay
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.rollout import engine
@@ -51,7 +52,7 @@ class RewardWing:
     model: Model
     layout: mesh.Layout
     score: Callable  # (params, ScoreBatch) -> f32[N], logits
-    update: Callable  # (TrainState, PairBatch) -> (TrainState, metrics)
+    update: Callable  # (TrainState, PairBatch or None, LabelledBatch or None) -> (TrainState, metrics)
     optimiser: optim.Optimiser
 
 
@@ -64,7 +65,7 @@ class Cooper:
     policy: PolicyWing
     reward: RewardWing | None  # None in the rule arm
     rule: RuleVerifier | SharedRule
-    assistant: assistants.Assistant | None  # None but in the cooper arm
+    assistant: assistants.Assistant | None  # None where no pair asks for one
     train: tuple[Problem, ...]
     train_prompts: tuple[tuple[int, ...], ...]
     held_out: tuple[Problem, ...]
@@ -82,6 +83,7 @@ class State:
     reference: Params | None  # the policy at step 0; None before that
     step: int = struct.field(pytree_node=False)  # Cooper steps done
     position: int = struct.field(pytree_node=False)  # problems consumed, over all epochs
+    replay: Replay = struct.field(pytree_node=False, default=Replay())  # past rollouts for the reward model
 
 
 def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
@@ -156,7 +158,7 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
                 )
             )
         assistant = None
-        if cfg.reward.arm == "cooper":
+        if settings.asks_assistant(cfg):
             with boundary("assistant"):
                 local = cfg.assistant.kind == "local"
                 generate = (
@@ -245,7 +247,7 @@ def _reward_wing(
             score=verifier_model.make_score(
                 model.config, layout, dtype=cfg.reward.dtype, microbatch=cfg.reward.microbatch
             ),
-            update=verifier_model.make_pair_update(model.config, cfg.reward, optimiser, layout),
+            update=verifier_model.make_update(model.config, cfg.reward, optimiser, layout),
             optimiser=optimiser,
         )
     return wing, optim.init(params, optimiser)

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
 ARMS = ("rule", "model", "cooper")
+NEGATIVES = ("assistant", "mined", "swap")
 AT_LEAST_1 = (
-    "steps", "data.prompts_per_step", "data.max_prompt_tokens", "data.bucket", "data.synthetic_size",
+    "data.prompts_per_step", "data.max_prompt_tokens", "data.bucket", "data.synthetic_size",
     "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "policy.epochs", "policy.minibatches",
     "policy.microbatch", "reward.microbatch", "reward.max_tokens", "pairs.per_prompt", "pairs.tries",
     "policy.vocab_multiple", "reward.vocab_multiple", "assistant.vocab_multiple",
     "warmup.policy_batch", "warmup.reward_batch", "checkpoint.every", "eval.problems", "eval.samples",
+    "reward.updates",
 )  # fmt: skip
 AT_LEAST_0 = (
-    "seed", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps",
-    "checkpoint.keep", "eval.every", "log.samples", "log.samples_every",
+    "seed", "steps", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps",
+    "checkpoint.keep", "eval.every", "eval.reward_rows", "log.samples", "log.samples_every",
+    "reward.pair_weight", "reward.pair_bce", "reward.common_mode", "reward.rollout_bce", "reward.rollout_rows",
+    "reward.updates_most", "reward.fp_target", "reward.warm_start", "reward.replay", "reward.replay_rows",
 )  # fmt: skip
 
 
@@ -38,6 +42,64 @@ def boundary(what: str) -> Iterator[None]:
         raise
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise SetupError(f"{what}: {error}") from error
+
+
+def weighs_pairs(reward: ConfigDict) -> bool:
+    """Whether the reward model's update reads pairs.  reward: the config's section."""
+    return bool(reward.pair_weight or reward.pair_bce or reward.common_mode)
+
+
+def makes_pairs(cfg: ConfigDict) -> bool:
+    return cfg.reward.arm == "cooper" and weighs_pairs(cfg.reward)
+
+
+def asks_assistant(cfg: ConfigDict) -> bool:
+    """Whether a run has pairs whose negatives an assistant writes."""
+    return makes_pairs(cfg) and "assistant" in cfg.pairs.negatives
+
+
+def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
+    """What contradicts itself in the reward model's update."""
+    r, negatives = cfg.reward, tuple(cfg.pairs.negatives)
+    known = bool(negatives) and all(n in NEGATIVES for n in negatives)
+    need(
+        known,
+        f"pairs.negatives={negatives}: it names one or more of {', '.join(NEGATIVES)}, as in "
+        "--config.pairs.negatives=\"('assistant','swap')\"",
+    )
+    if r.arm == "rule":
+        given = [name for name in ("binary", "either", "guard") if r[name]]
+        need(
+            not given,
+            f"reward.{' and reward.'.join(given)}: the rule arm has no reward model whose rewards could be "
+            "changed; leave it out, or set --config.reward.arm=model",
+        )
+    if r.arm != "cooper":
+        return
+    need(
+        weighs_pairs(r) or bool(r.rollout_bce),
+        "reward.pair_weight=0 and no other term: the cooper arm's update has nothing to learn from; set "
+        "--config.reward.rollout_bce, or --config.reward.arm=model for a frozen reward model",
+    )
+    need(
+        not weighs_pairs(r) or len(negatives) <= cfg.pairs.per_prompt,
+        f"pairs.negatives={negatives}: with pairs.per_prompt={cfg.pairs.per_prompt} the last is never used; set "
+        f"--config.pairs.per_prompt={len(negatives)}",
+    )
+    need(
+        not r.rollout_bce or r.rollout_rows + (r.replay_rows if r.replay else 0) >= 1,
+        f"reward.rollout_rows={r.rollout_rows}: reward.rollout_bce={r.rollout_bce} needs rows; set "
+        "--config.reward.rollout_rows=64",
+    )
+    need(
+        bool(r.replay) == bool(r.replay_rows) and (not r.replay or bool(r.rollout_bce)),
+        f"reward.replay={r.replay}, reward.replay_rows={r.replay_rows}, reward.rollout_bce={r.rollout_bce}: what "
+        "is kept is shown again in the term rollout_bce; set all three, or neither of the first two",
+    )
+    need(
+        not r.updates_most or r.updates_most > r.updates,
+        f"reward.updates_most={r.updates_most}: it must be above reward.updates={r.updates}, or 0",
+    )
 
 
 def check(cfg: ConfigDict) -> None:
@@ -73,6 +135,7 @@ def check(cfg: ConfigDict) -> None:
     for name in AT_LEAST_0:
         value = functools.reduce(getattr, name.split("."), cfg)
         need(value >= 0, f"{name}={value}: it must be at least 0")
+    _check_update(cfg, need)
     need(
         cfg.warmup.reward_batch % 2 == 0,
         f"warmup.reward_batch={cfg.warmup.reward_batch}: it must be even, for right and wrong come in pairs",
@@ -83,7 +146,7 @@ def check(cfg: ConfigDict) -> None:
         "--config.data.format=auto",
     )
     need(
-        cfg.reward.arm != "cooper"
+        not asks_assistant(cfg)
         or cfg.assistant.kind != "local"
         or cfg.assistant.weights not in ("", "random"),
         f"assistant.weights={cfg.assistant.weights!r}: a local assistant needs trained weights",

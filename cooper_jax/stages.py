@@ -1,7 +1,8 @@
 """The stages of a Cooper step, each a function of the machinery and the state.
 
     sample -> Rollout, completions      score -> reward-model logits      logprobs -> PolicyBatch
-    propose_pairs -> pairs (pending)    update_policy                     update_reward_model
+    propose_pairs -> pairs (pending)    choose_lessons -> labelled rows
+    update_policy                       update_reward_model
 
 Text goes in and out on the host, the same on every one; arrays are packed by `data/packing.py`, placed by the
 layout of the model that reads them, and every stage pads its rows to what the mesh divides and crops them again.
@@ -17,17 +18,20 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from cooper_jax import settings
 from cooper_jax.assembly import Cooper, State
 from cooper_jax.data import packing, prompts
 from cooper_jax.placement import rollout_options
 from cooper_jax.policy import grpo
-from cooper_jax.reward import pairs
+from cooper_jax.reward import lessons, pairs
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.types import (
     Completion,
+    LabelledBatch,
     Metrics,
     Pair,
     PairBatch,
@@ -36,6 +40,7 @@ from cooper_jax.types import (
     Rollout,
     ScoreBatch,
     TrainState,
+    Triple,
     Verdict,
 )
 
@@ -46,16 +51,18 @@ def sample(
     prompt_tokens: Sequence[Sequence[int]],
     positions: Sequence[int],
     *,
+    key: jax.Array | None = None,
     on_prompt: Callable[[int, list[Completion]], None] | None = None,
     report: Callable[[Metrics], None] | None = None,
 ) -> tuple[Rollout, list[Completion]]:
     """G responses to each prompt, as arrays and as text.
 
+    key: of another stream than this step's own.
     on_prompt: is given a prompt's place and its responses when they have ended, while others are being sampled.
     report: is given metrics of the sampling itself.
     """
     model, spec = cooper.policy.model, cooper.policy.sampling
-    key = keys.stream(cooper.cfg.seed, "rollout", state.step + 1)
+    key = keys.stream(cooper.cfg.seed, "rollout", state.step + 1) if key is None else key
 
     def text(rollout: Rollout) -> list[Completion]:
         return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
@@ -72,15 +79,15 @@ def sample(
     return rollout, text(rollout)
 
 
-def sample_held_out(cooper: Cooper, state: State) -> list[Completion]:
-    """The evaluation's responses; the same keys each time."""
+def sample_held_out(cooper: Cooper, state: State, temperature: float) -> list[Completion]:
+    """The evaluation's responses, at 0 the most likely ones; the same keys each time."""
     model, section = cooper.policy.model, cooper.cfg.eval
     spec = dataclasses.replace(
         cooper.policy.sampling,
-        temperature=section.temperature,
+        temperature=temperature,
         top_p=section.top_p,
         top_k=0,
-        group_size=section.samples,
+        group_size=section.samples if temperature else 1,
     )
     key = keys.stream(cooper.cfg.seed, "evaluation")
     rollout = engine.generate(
@@ -198,12 +205,38 @@ def propose_pairs(
     verdicts: Sequence[Verdict],
     positions: Sequence[int],
     step: int,
+    scores: np.ndarray | None,
 ) -> pairs.PendingPairs:
-    """Positives and their rewritten negatives; none but in the cooper arm."""
+    """Positives and their negatives; none but in the cooper arm, and where the update reads them.
+
+    scores: the reward model's rewards f32[N].
+    """
     cfg = cooper.cfg
+    if not settings.makes_pairs(cfg):
+        return pairs.none()
     return pairs.start(
         problems, completions, verdicts, cfg.rollout.group_size, cooper.assistant, cooper.rule, cfg.pairs,
-        seed=cfg.seed, step=step, positions=positions,
+        seed=cfg.seed, step=step, positions=positions, scores=scores, exchange=cfg.reward.shuffle_labels,
+    )  # fmt: skip
+
+
+def choose_lessons(
+    cooper: Cooper,
+    state: State,
+    rows: Sequence[Problem],
+    completions: Sequence[Completion],
+    verdicts: Sequence[Verdict],
+    positions: range,
+    step: int,
+    scores: np.ndarray | None,
+) -> tuple[list[Triple], lessons.Replay]:
+    """The labelled rows of the reward model's update, and what is remembered after it; arguments [N] row by row."""
+    cfg = cooper.cfg
+    if cfg.reward.arm != "cooper":
+        return [], state.replay
+    return lessons.choose(
+        rows, completions, verdicts, scores, state.replay, cfg.reward,
+        seed=cfg.seed, step=step, position=positions.start,
     )  # fmt: skip
 
 
@@ -218,16 +251,70 @@ def update_policy(
     return policy, to_host(metrics, "policy")
 
 
+def updates_of(cfg: ConfigDict, false_positive_rate: float) -> int:
+    """How many reward-model updates a step makes.  cfg: the config's `reward` section."""
+    return cfg.updates_most if cfg.updates_most and false_positive_rate > cfg.fp_target else cfg.updates
+
+
 def update_reward_model(
-    cooper: Cooper, state: State, made: Sequence[Pair | None]
+    cooper: Cooper,
+    state: State,
+    made: Sequence[Pair | None],
+    rows: Sequence[Triple] = (),
+    updates: int = 1,
 ) -> tuple[TrainState | None, Metrics]:
-    """The contrastive update over the valid pairs; nothing moves without one, or outside the cooper arm."""
-    if cooper.cfg.reward.arm != "cooper":
-        return state.reward, {}
-    rows = [
-        (render(cooper, p.problem, p.positive), render(cooper, p.problem, p.negative)) if p else ([], [])
-        for p in made
-    ]
+    """`updates` updates over valid pairs and labelled rows; nothing moves without one, or outside the cooper arm.
+
+    Metrics are those of the first update, but for `rm/skipped`, the sum, and `rm/updates`, how many took place.
+    With `log.pair_motion`: how far all of them moved the valid pairs' logits, common mode and difference.
+    """
+    cfg, reward = cooper.cfg, state.reward
+    if cfg.reward.arm != "cooper":
+        return reward, {}
+    pairs_batch = _pair_batch(cooper, made) if settings.weighs_pairs(cfg.reward) else None
+    rows_batch = _labelled_batch(cooper, rows) if cfg.reward.rollout_bce else None
+    motion = cfg.log.pair_motion and pairs_batch is not None
+    before = _pair_logits(cooper, reward, pairs_batch) if motion else None
+    seen = []
+    for _ in range(updates):
+        reward, metrics = cooper.reward.update(reward, pairs_batch, rows_batch)
+        seen.append(metrics)
+    out = to_host(seen[0], "rm")
+    rest = [to_host({n: metrics[n] for n in ("lr", "skipped")}, "rm") for metrics in seen[1:]]
+    out["rm/updates"] = float(sum(x["rm/lr"] > 0 for x in (out, *rest)))
+    out["rm/skipped"] += sum(x["rm/skipped"] for x in rest)
+    if motion:
+        moved = np.subtract(_pair_logits(cooper, reward, pairs_batch), before)[
+            :, [i for i, p in enumerate(made) if p is not None]
+        ]
+        out["rm/common_motion"] = float(moved.mean()) if moved.size else float("nan")
+        out["rm/difference_motion"] = float((moved[0] - moved[1]).mean()) if moved.size else float("nan")
+    return reward, out | dict.fromkeys(_of_nothing(out), float("nan"))
+
+
+# Metrics that are counts, or the optimiser's: 0 where others are a mean over nothing.
+_COUNTS = ("valid", "rollout_rows", "loss", "grad_norm", "lr", "skipped", "updates")
+
+
+def _of_nothing(metrics: Metrics) -> list[str]:
+    """The names of the means over nothing: of pairs where none is valid, of rows where there is none."""
+    names = [n for n in metrics if n.removeprefix("rm/") not in _COUNTS]
+    of_rows = [n for n in names if n.startswith("rm/rollout_")]
+    of_pairs = [n for n in names if n not in of_rows]
+    return (of_pairs if metrics.get("rm/valid") == 0 else []) + (
+        of_rows if metrics.get("rm/rollout_rows") == 0 else []
+    )
+
+
+def _pair_batch(cooper: Cooper, made: Sequence[Pair | None]) -> PairBatch:
+    """The pairs as the reward model reads them; a masked slot is an empty row."""
+
+    def members(p: Pair) -> tuple[list[int], list[int]]:
+        other = dataclasses.replace(p.problem, reference=p.negative_reference or p.problem.reference)
+        both = render(cooper, p.problem, p.positive), render(cooper, other, p.negative)
+        return both[::-1] if p.exchanged else both
+
+    rows = [members(p) if p else ([], []) for p in made]
     layout, bucket = cooper.reward.layout, cooper.cfg.data.bucket
     width = packing.round_up(max(len(side) for row in rows for side in row), bucket)
     positive, negative = (
@@ -235,10 +322,23 @@ def update_reward_model(
         for i in (0, 1)
     )
     mask = packing.pad_rows(np.array([p is not None for p in made]), positive.tokens.shape[0])
-    batch = layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
-    reward, metrics = cooper.reward.update(state.reward, batch)
-    out = to_host(metrics, "rm")
-    if not out["rm/valid"]:  # a mean over nothing
-        names = ("pair_loss", "margin", "accuracy", "positive_mean", "negative_mean")
-        out |= {f"rm/{name}": float("nan") for name in names}
-    return reward, out
+    return layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
+
+
+def _labelled_batch(cooper: Cooper, triples: Sequence[Triple]) -> LabelledBatch:
+    """The labelled rows as the reward model reads them, as many every time: empty ones weigh nothing."""
+    layout, cfg = cooper.reward.layout, cooper.cfg
+    labels = np.array([t.label for t in triples], np.float32)
+    tokens = [render(cooper, Problem(t.question, t.reference), t.completion) for t in triples]
+    tokens += [[]] * (lessons.most_rows(cfg.reward) - len(tokens))
+    rows = packing.score_batch(tokens, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
+    count = rows.tokens.shape[0]
+    weights = packing.pad_rows(lessons.class_weights(labels), count)
+    batch = LabelledBatch(rows=rows, labels=packing.pad_rows(labels, count), weights=weights)
+    return layout.put(batch, "batch")
+
+
+def _pair_logits(cooper: Cooper, reward: TrainState, batch: PairBatch) -> np.ndarray:
+    """Logits of positives and negatives, f32[2, B]."""
+    sides = (batch.positive, batch.negative)
+    return np.stack([hosts.fetch(cooper.reward.score(reward.params, side)) for side in sides])

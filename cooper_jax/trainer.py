@@ -4,7 +4,7 @@
 2. Their rewards, the sigmoid of the reward model's logit before its update; the rule verifies meanwhile.
 3. GRPO on the policy, while
 4. positives that the rule finds correct are rewritten into negatives by the assistant.
-5. The contrastive update of the reward model over the valid pairs.
+5. The contrastive update of the reward model over the valid pairs; it may learn from labelled rollouts, too.
 
 The arms differ in steps 2 and 5 alone: `rule` takes the verdict as the reward, `model` keeps its reward model
 frozen.  Departures from the released code: every random choice is keyed by (seed, step, position), negatives are
@@ -27,7 +27,7 @@ from cooper_jax.assembly import Cooper, State
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.policy.advantages import group_advantages
-from cooper_jax.reward import verifier_model
+from cooper_jax.reward import losses
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
@@ -80,7 +80,9 @@ def cooper_step(cooper: Cooper, state: State, phases: Phases) -> tuple[State, Me
     with phases.phase("rule"):
         verdicts = pending.result()
 
-    rewards = rewards_of(verdicts) if logits is None else verifier_model.rewards(logits)
+    scores = None if logits is None else np.asarray(losses.rewards(logits))
+    hacking = {} if scores is None else signals.hacking_metrics(scores, verdicts)
+    rewards = policy_rewards(cfg.reward, scores, verdicts, completions)
     advantages, flat_groups = group_advantages(
         rewards,
         cfg.rollout.group_size,
@@ -90,15 +92,19 @@ def cooper_step(cooper: Cooper, state: State, phases: Phases) -> tuple[State, Me
     )
     hosts.look()  # the last time: from the update on, the state that a checkpoint would hold is gone
     with phases.phase("pairs"):
-        proposed = stages.propose_pairs(cooper, problems, completions, verdicts, positions, step)
+        proposed = stages.propose_pairs(cooper, problems, completions, verdicts, positions, step, scores)
+        taught, replay = stages.choose_lessons(
+            cooper, state, rows, completions, verdicts, positions, step, scores
+        )
     with phases.phase("policy"):
         policy, policy_metrics = stages.update_policy(cooper, state, batch, advantages, step)
     with phases.phase("pairs"):
         made = proposed.result()
     with phases.phase("reward"):
-        reward, reward_metrics = stages.update_reward_model(cooper, state, made.pairs)
+        updates = stages.updates_of(cfg.reward, hacking.get("rm/false_positive_rate", 0.0))
+        reward, reward_metrics = stages.update_reward_model(cooper, state, made.pairs, taught, updates)
 
-    rewards, advantages = np.asarray(rewards), np.asarray(advantages)
+    advantages = np.asarray(advantages)
     metrics = {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
@@ -107,7 +113,7 @@ def cooper_step(cooper: Cooper, state: State, phases: Phases) -> tuple[State, Me
         "data/epoch": positions.stop / len(cooper.train),
         **rollout_metrics,
         **signals.verdict_metrics(verdicts),
-        **({} if logits is None else signals.hacking_metrics(rewards, verdicts)),
+        **hacking,
         **signals.response_metrics(completions),
         **signals.pair_metrics(made.pairs, made.refused),
         **signals.oracle_metrics(cooper.oracle, rows, completions),
@@ -115,7 +121,7 @@ def cooper_step(cooper: Cooper, state: State, phases: Phases) -> tuple[State, Me
         **reward_metrics,
     }
     seen = Seen(problems, completions, verdicts, rewards, advantages, made.pairs, made.refused)
-    after = State(policy=policy, reward=reward, reference=state.reference, step=step, position=positions.stop)
+    after = state.replace(policy=policy, reward=reward, step=step, position=positions.stop, replay=replay)
     return after, metrics, seen
 
 
@@ -124,6 +130,27 @@ def next_problems(cooper: Cooper, state: State) -> tuple[list[int], range]:
     positions = range(state.position, state.position + cooper.cfg.data.prompts_per_step)
     chosen = [problem_sets.problem_at(p, len(cooper.train), cooper.cfg.seed) for p in positions]
     return chosen, positions
+
+
+def policy_rewards(
+    cfg: ConfigDict, scores: np.ndarray | None, verdicts: list[Verdict], completions: list[Completion]
+) -> np.ndarray:
+    """What the policy is rewarded with, f32[N]: the reward model's scores, or the rule arm's rewards without them.
+
+    Controls (ours; cfg: the config's `reward` section), in this order: `binary` rounds a score to 0 or 1, `either`
+    adds the rule (1 for what it finds correct), `guard` takes everything from a response that is truncated or in
+    which the rule finds no answer.
+    """
+    if scores is None:
+        return rewards_of(verdicts)
+    if cfg.binary:
+        scores = (scores > 0.5).astype(np.float32)
+    if cfg.either:
+        scores = np.maximum(scores, rewards_of(verdicts))
+    if cfg.guard:
+        rows = zip(verdicts, completions, strict=True)
+        scores = np.where([c.truncated or v is Verdict.NO_ANSWER for v, c in rows], np.float32(0), scores)
+    return scores
 
 
 def rewards_of(verdicts: list[Verdict]) -> np.ndarray:

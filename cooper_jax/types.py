@@ -86,12 +86,17 @@ class Triple:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A contrastive pair: both members answer the same problem and render alike but for their text."""
+    """A contrastive pair: both members answer the same problem and render alike but for what sets them apart.
+
+    That is their text; or, where `negative_reference` is not empty, the reference beside the one text of both.
+    """
 
     problem: Problem
     positive: str
     negative: str
     row: int  # the rollout row that the positive came from
+    negative_reference: str = ""  # beside the negative, in place of the problem's own
+    exchanged: bool = False  # a control: the update takes each member for the other
 
 
 # --- arrays: pytrees ---------------------------------------------------------------------------------
@@ -136,6 +141,15 @@ class PairBatch:
     positive: ScoreBatch
     negative: ScoreBatch
     mask: jax.Array  # bool[B]
+
+
+@struct.dataclass
+class LabelledBatch:
+    """Rows with the label that the reward model should give; rows of weight 0 count for nothing."""
+
+    rows: ScoreBatch
+    labels: jax.Array  # f32[N]: 1 correct, 0 not
+    weights: jax.Array  # f32[N]
 
 
 @struct.dataclass

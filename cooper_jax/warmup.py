@@ -3,8 +3,9 @@
 1. `warmup.policy_steps` of imitation: a policy made from scratch must learn to answer at all.
 2. `warmup.reward_steps` of binary cross-entropy on labelled triples, read from a file or built from worked
    solutions: the solution (1), a corruption of it (0), the solution beside another problem's reference (0).
-3. The policy as it then stands is the reference.  Everything is saved as step 0: a run that is killed later
-   resumes from there or from a newer checkpoint, and does not repeat this.
+   `warmup.start` takes the models as another run had them at its step 0, in place of both.
+3. The policy as it then stands is the reference.  It is evaluated, and everything is saved as step 0: a run that is
+   killed later resumes from there or from a newer checkpoint, and does not repeat this.
 
 In the paper VerifyRM is trained on 58.7K annotated completions before all this.
 """
@@ -18,14 +19,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from cooper_jax import stages
+from cooper_jax import stages, warm_start
 from cooper_jax.assembly import Cooper, State, policy_prompt
 from cooper_jax.data import labelled, packing, synthetic
 from cooper_jax.data import problems as problem_sets
+from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.model import transformer
 from cooper_jax.policy import imitation
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.corruption import corrupt
+from cooper_jax.reward.lessons import Replay
 from cooper_jax.runtime import checkpoint, hosts, keys, mesh, optim
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.metrics import to_host
@@ -58,13 +61,18 @@ def start_or_resume(cooper: Cooper, state: State, run: Run, checkpoints: Checkpo
     with boundary("run_dir"):
         run.truncate(step)
     hosts.say(f"resumed from step {step}")
-    return State(policy=policy, reward=reward, reference=reference, step=step, position=loop["position"])
+    replay = Replay.from_json(loop["replay"]) if "replay" in loop else Replay()
+    return State(
+        policy=policy, reward=reward, reference=reference, step=step, position=loop["position"], replay=replay
+    )
 
 
 def save(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> None:
     """Save a state, after what was logged about it lies in the run directory; the reference is kept apart, once."""
     run.flush()
     loop = {"position": state.position, "config_hash": config_hash(cooper.cfg)}
+    if cooper.cfg.reward.replay:
+        loop["replay"] = state.replay.to_json()
     checkpoints.save(state.step, items(state), loop)
 
 
@@ -89,10 +97,12 @@ def _begin(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> 
     with boundary("run_dir"):
         run.truncate(None)
     policy, reward = state.policy, state.reward
-    if section.policy_steps:
+    if section.start:
+        policy, reward = _as_another_run(cooper, policy, reward)
+    elif section.policy_steps:
         params = _imitate(cooper, policy.params)
         policy = optim.init(params, cooper.policy.optimiser)
-    if section.reward_steps and reward is not None:
+    if section.reward_steps and reward is not None and not section.start:
         params = _teach(cooper, reward.params)
         reward = optim.init(params, cooper.reward.optimiser)
     with boundary("checkpoint"):
@@ -103,8 +113,29 @@ def _begin(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> 
     else:  # devices that share none with the policy's take it from the disk
         reference = _restore_reference(cooper, checkpoints)
     state = State(policy=policy, reward=reward, reference=reference, step=0, position=0)
+    state = warm_start.run(cooper, state)
+    if cooper.cfg.eval.every and (metrics := evaluate(cooper, state)):
+        with boundary("run_dir"):
+            run.log(0, metrics)
     save(cooper, state, run, checkpoints)
     return state
+
+
+def _as_another_run(
+    cooper: Cooper, policy: TrainState, reward: TrainState | None
+) -> tuple[TrainState, TrainState | None]:
+    """The models of `warmup.start`'s step 0, with new optimisers."""
+    where, wings = cooper.cfg.warmup.start, {"policy": (cooper.policy, policy)}
+    if reward is not None:
+        wings["reward"] = (cooper.reward, reward)
+    loaded: dict[str, TrainState | None] = {"reward": None}
+    with boundary(f"warmup.start={where}"):
+        with Checkpoints(where, keep=0, read_only=True) as kept:
+            for name, (wing, state) in wings.items():
+                like = checkpoint.abstract(state.params)
+                params = kept.restore(0, name, like, wing.model.config.vocab_size)
+                loaded[name] = optim.init(params, wing.optimiser)
+    return loaded["policy"], loaded["reward"]
 
 
 def _restore_reference(cooper: Cooper, checkpoints: Checkpoints) -> Params:
@@ -131,7 +162,9 @@ def _imitate(cooper: Cooper, params: Params) -> Params:
             rng = keys.numpy_stream(cooper.cfg.seed, "demonstrations", position)
             text = problem.solution
             if cooper.oracle is not None:
-                text, _ = synthetic.demonstration(problem, rng, corrupt=section.policy_corrupt)
+                text, _ = synthetic.demonstration(
+                    problem, rng, corrupt=section.policy_corrupt, habit=section.policy_habit
+                )
             prompts.append(policy_prompt(cooper.cfg, model.tokenizer, problem))
             responses.append([*model.tokenizer.encode(text), model.tokenizer.eos_ids[0]])
         bucket, multiple = cooper.cfg.data.bucket, layout.batch_shards
@@ -227,8 +260,14 @@ def _triples_of_solutions(cooper: Cooper, problems: Sequence[Problem]) -> Callab
 
     def pair(position: int, problem: Problem) -> list[Triple]:
         rng = keys.numpy_stream(seed, "triples", position)
-        right, wrong = _right_and_wrong(cooper, problem, rng)
-        good = Triple(problem.question, problem.reference, right, 1.0)
+        if cooper.oracle is not None:
+            habit = cooper.cfg.warmup.reward_habit
+            return [
+                synthetic.triple(problem, rng, right=right, others=problems, habit=habit)
+                for right in (True, False)
+            ]
+        wrong = corrupt(problem.solution, rng)
+        good = Triple(problem.question, problem.reference, problem.solution, 1.0)
         if wrong is not None and position % 3 != 2:
             return [good, dataclasses.replace(good, completion=wrong, label=0.0)]
         other = references[int(rng.integers(len(references)))]
@@ -241,11 +280,3 @@ def _triples_of_solutions(cooper: Cooper, problems: Sequence[Problem]) -> Callab
         return [t for p, problem in drawn for t in pair(p, problem)]
 
     return draw
-
-
-def _right_and_wrong(cooper: Cooper, problem: Problem, rng: np.random.Generator) -> tuple[str, str | None]:
-    """A right solution and a wrong one of the same form; None where there is no number to corrupt."""
-    if cooper.oracle is None:
-        return problem.solution, corrupt(problem.solution, rng)
-    form = {rng.choice(list(synthetic.FORMS), p=list(synthetic.FORMS.values())).item(): 1.0}
-    return tuple(synthetic.demonstration(problem, rng, corrupt=share, forms=form)[0] for share in (0.0, 1.0))

@@ -27,11 +27,11 @@ from cooper_jax.model import floor, transformer, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.placement import rollout_options
 from cooper_jax.policy import grpo
-from cooper_jax.reward import verifier_model
+from cooper_jax.reward import lessons, verifier_model
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import keys, mesh, optim
-from cooper_jax.settings import boundary
-from cooper_jax.types import PairBatch, Params, PolicyBatch, Rollout, ScoreBatch
+from cooper_jax.settings import boundary, weighs_pairs
+from cooper_jax.types import LabelledBatch, PairBatch, Params, PolicyBatch, Rollout, ScoreBatch
 
 KINDS = ("rollout", "score", "train")
 SHORTEST = 0.05  # of max_new_tokens: where the lengths of a ragged load begin
@@ -249,32 +249,52 @@ def _policy_update(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, rag
 
 
 def _reward_update(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> Program:
-    """pairs.per_prompt pairs a prompt, both members as long as a prompt with its response."""
+    """pairs.per_prompt pairs a prompt, both members as long as a prompt with its response, and labelled rows alike.
+
+    Each where the update reads them.
+    """
     config, params = load_model(cfg.reward, "reward", "score", layout, cfg.seed)
     load = make_load(cfg, config.vocab_size, prompt_tokens, ragged)
-    pairs = cfg.data.prompts_per_step * cfg.pairs.per_prompt
-    lengths = np.minimum(np.resize(load.lengths, pairs) + prompt_tokens, cfg.reward.max_tokens)
     rng = np.random.default_rng(cfg.seed + 2)
 
-    def members() -> ScoreBatch:
+    def lengths_of(rows: int) -> np.ndarray:
+        return np.minimum(np.resize(load.lengths, rows) + prompt_tokens, cfg.reward.max_tokens)
+
+    def batch_of(lengths: np.ndarray) -> ScoreBatch:
         rows = [rng.integers(config.vocab_size, size=n).tolist() for n in lengths]
         return packing.score_batch(rows, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
 
-    positive, negative = members(), members()
-    mask = packing.pad_rows(np.ones(pairs, bool), len(positive.tokens))
-    batch = layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
+    batch: list[PairBatch | LabelledBatch | None] = [None, None]
+    tokens, widest = [], 0
+    if weighs_pairs(cfg.reward):
+        pairs = cfg.data.prompts_per_step * cfg.pairs.per_prompt
+        lengths = lengths_of(pairs)
+        positive, negative = batch_of(lengths), batch_of(lengths)
+        mask = packing.pad_rows(np.ones(pairs, bool), len(positive.tokens))
+        batch[0] = layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
+        tokens += [lengths, lengths]
+        widest = 2 * min(cfg.reward.microbatch, pairs) * positive.tokens.shape[1]
+    if count := lessons.most_rows(cfg.reward):
+        lengths = lengths_of(count)
+        rows = batch_of(lengths)
+        labels = packing.pad_rows(np.arange(count, dtype=np.float32) % 2, len(rows.tokens))
+        weights = packing.pad_rows(np.full(count, 1 / count, np.float32), len(rows.tokens))
+        batch[1] = layout.put(LabelledBatch(rows=rows, labels=labels, weights=weights), "batch")
+        tokens.append(lengths)
+        widest = max(widest, min(cfg.reward.microbatch, count) * rows.tokens.shape[1])
+    tokens = np.concatenate(tokens)
     with boundary("reward"):
         optimiser = optim.make(cfg.reward.optimiser)
-        update = verifier_model.make_pair_update(config, cfg.reward, optimiser, layout)
+        update = verifier_model.make_update(config, cfg.reward, optimiser, layout)
     return Program(
         name="reward-model update",
-        call=_held(lambda state, _: update(state, batch), optim.init(params, optimiser)),
-        tokens=int(2 * lengths.sum()),
-        counted="tokens of pairs",
-        work=floor.pair_update(config, np.repeat(lengths, 2)),
+        call=_held(lambda state, _: update(state, *batch), optim.init(params, optimiser)),
+        tokens=int(tokens.sum()),
+        counted="tokens of pairs and labelled rows" if lessons.most_rows(cfg.reward) else "tokens of pairs",
+        work=floor.pair_update(config, tokens),
         config=config,
         dtype=cfg.reward.dtype,
-        rows=2 * min(cfg.reward.microbatch, pairs) * positive.tokens.shape[1],
+        rows=widest,
     )
 
 

@@ -31,7 +31,8 @@ from cooper_jax import placement, settings, workloads
 from cooper_jax.model import floor
 from cooper_jax.runtime import machine
 from cooper_jax.settings import SetupError, boundary
-from launch.common import CONFIG, TRACEBACK, parse_flags
+from launch import common
+from launch.common import TRACEBACK, parse_flags
 
 OUT = flags.DEFINE_string("out", "", "A JSON file to write.")
 REPS = flags.DEFINE_integer("reps", 3, "Timed calls.")
@@ -170,7 +171,7 @@ def main(argv: list[str]) -> None:
     try:
         bench(
             argv[1],
-            CONFIG.value,
+            common.config(),
             reps=REPS.value,
             prompt_tokens=PROMPT_TOKENS.value,
             ragged=RAGGED.value,

@@ -35,8 +35,15 @@ def begin(argv: list[str]) -> None:
 
 
 def config() -> ConfigDict:
-    """The config with the flags applied."""
-    return CONFIG.value
+    """The config with the flags applied, and the recipe where no flag says otherwise.
+
+    Raises SetupError for a recipe that is not there.
+    """
+    from cooper_jax import recipes
+
+    cfg = CONFIG.value
+    recipes.apply(cfg, config_flags.get_override_values(flags.FLAGS[CONFIG.name]))
+    return cfg
 
 
 @contextlib.contextmanager

@@ -39,7 +39,8 @@ from cooper_jax.ahead.estimate import Figures, Step
 from cooper_jax.runtime import chips
 from cooper_jax.runtime.chips import GIB, Topology
 from cooper_jax.settings import SetupError, boundary
-from launch.common import CONFIG, parse_flags, refuse
+from launch import common
+from launch.common import parse_flags, refuse
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "The machine: v5e:4x4, v5p:4x4x4, v5e:16x16*2, h100:1x2x8, ..."
@@ -196,8 +197,8 @@ def main(argv: list[str]) -> None:
     keep = Path(KEEP.value) if KEEP.value else None
     try:
         compile_run(
-            CONFIG.value, TOPOLOGY.value, reserve=RESERVE.value, look=SEARCH.value, compiles=SEARCH_COMPILES.value,
-            keep=keep, out=OUT.value,
+            common.config(), TOPOLOGY.value, reserve=RESERVE.value, look=SEARCH.value,
+            compiles=SEARCH_COMPILES.value, keep=keep, out=OUT.value,
         )  # fmt: skip
     except SetupError as error:
         refuse(error)

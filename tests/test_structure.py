@@ -11,7 +11,7 @@ FLOORS = (
     ("kernels", "configs"),
     ("cooper_jax.types",),
     ("cooper_jax.settings", "cooper_jax.statistics"),
-    ("cooper_jax.runtime",),
+    ("cooper_jax.runtime", "cooper_jax.recipes"),
     ("cooper_jax.model", "cooper_jax.data"),
     ("cooper_jax.rollout",),
     ("cooper_jax.policy", "cooper_jax.reward"),
@@ -19,6 +19,7 @@ FLOORS = (
     ("cooper_jax.local_chat",),
     ("cooper_jax.assembly", "cooper_jax.signals"),
     ("cooper_jax.stages", "cooper_jax.runs"),
+    ("cooper_jax.warm_start",),
     (
         "cooper_jax.evaluation",
         "cooper_jax.warmup",

@@ -10,7 +10,7 @@ import tiny_models
 
 from configs import base
 from cooper_jax.model import transformer
-from cooper_jax.reward import verifier_model
+from cooper_jax.reward import losses, verifier_model
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import PairBatch, ScoreBatch
@@ -56,7 +56,7 @@ def start():
 @functools.cache  # compiling is what takes time here
 def updates(pair_loss):
     opt = optim.make(OPT)
-    return opt, verifier_model.make_pair_update(CONFIG, section(pair_loss=pair_loss), opt, None)
+    return opt, verifier_model.make_update(CONFIG, section(pair_loss=pair_loss), opt, None)
 
 
 @functools.cache
@@ -79,13 +79,13 @@ def naive_scores(params, batch):
 
 def test_rewards_are_sigmoids():
     np.testing.assert_allclose(
-        verifier_model.rewards(jnp.array([0.0, np.log(3.0), -np.log(3.0)])), [0.5, 0.75, 0.25], rtol=1e-6
+        losses.rewards(jnp.array([0.0, np.log(3.0), -np.log(3.0)])), [0.5, 0.75, 0.25], rtol=1e-6
     )
 
 
 def test_bce_by_hand():
     # sigmoid(log 3) = 3/4: label 1 costs -log(3/4), label 0 -log(1/4).
-    loss_and_grad = jax.value_and_grad(verifier_model.bce_loss)
+    loss_and_grad = jax.value_and_grad(losses.bce_loss)
     labels, weights = jnp.array([1.0, 0.0, 0.5]), jnp.array([1.0, 2.0, 4.0])
     loss, gradient = loss_and_grad(jnp.full(3, np.log(3.0), jnp.float32), labels, weights)
     middle = -(np.log(0.75) + np.log(0.25)) / 2
@@ -116,26 +116,26 @@ def test_pair_losses_and_gradients_by_hand():
     for kind, (value, d_pos, d_neg) in expected.items():
 
         def total(a, b, kind=kind):
-            return verifier_model.pair_loss(a, b, kind).sum()
+            return losses.pair_loss(a, b, kind).sum()
 
         a, b = jnp.asarray(z_pos, jnp.float32), jnp.asarray(z_neg, jnp.float32)
-        np.testing.assert_allclose(verifier_model.pair_loss(a, b, kind), value, rtol=1e-5)
+        np.testing.assert_allclose(losses.pair_loss(a, b, kind), value, rtol=1e-5)
         got_pos, got_neg = jax.grad(total, argnums=(0, 1))(a, b)
         np.testing.assert_allclose(got_pos, d_pos, atol=1e-6)
         np.testing.assert_allclose(got_neg, d_neg, atol=1e-6)
     # What sets them apart: the logit contrast never moves the common mode, the sigmoid one does.
     assert abs(expected["sigmoid"][1] + expected["sigmoid"][2])[0] > 0.01
     with pytest.raises(ValueError, match="'hinge'.*logit, sigmoid"):
-        verifier_model.pair_loss(a, b, "hinge")
+        losses.pair_loss(a, b, "hinge")
 
 
 def test_the_sigmoid_contrast_is_bounded():
     far = jnp.array([200.0])
-    low = float(verifier_model.pair_loss(far, -far, "sigmoid")[0])
-    high = float(verifier_model.pair_loss(-far, far, "sigmoid")[0])
+    low = float(losses.pair_loss(far, -far, "sigmoid")[0])
+    high = float(losses.pair_loss(-far, far, "sigmoid")[0])
     assert (low, high) == (pytest.approx(0.313262, abs=1e-6), pytest.approx(1.313262, abs=1e-6))
-    assert float(verifier_model.pair_loss(far, -far, "logit")[0]) == 0.0
-    assert float(verifier_model.pair_loss(-far, far, "logit")[0]) == 400.0
+    assert float(losses.pair_loss(far, -far, "logit")[0]) == 0.0
+    assert float(losses.pair_loss(-far, far, "logit")[0]) == 400.0
 
 
 # --- scores --------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_padding_may_hold_anything():
 # --- pair updates --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", verifier_model.PAIR_LOSSES)
+@pytest.mark.parametrize("kind", losses.PAIR_LOSSES)
 def test_pair_metrics_by_hand(kind):
     batch = pairs()
     m = np.asarray(batch.mask)
@@ -171,8 +171,16 @@ def test_pair_metrics_by_hand(kind):
     opt, update = updates(kind)
     _, metrics = update(optim.init(start(), opt), batch)
     d = z_pos - z_neg if kind == "logit" else sigma(z_pos) - sigma(z_neg)
+    p_pos, p_neg = sigma(z_pos), sigma(z_neg)
+    g = sigma(-d)
+    push_pos, push_neg = (g, -g) if kind == "logit" else (g * p_pos * (1 - p_pos), -g * p_neg * (1 - p_neg))
     expected = {
+        "loss": -np.log(sigma(d)).mean(),
         "pair_loss": -np.log(sigma(d)).mean(),
+        "common_push": ((push_pos + push_neg) / 2).mean(),
+        "difference_push": ((push_pos - push_neg) / 2).mean(),
+        "positive_saturation": (p_pos * (1 - p_pos)).mean(),
+        "negative_saturation": (p_neg * (1 - p_neg)).mean(),
         "margin": d.mean(),
         "accuracy": (z_pos > z_neg).mean(),
         "positive_mean": sigma(z_pos).mean(),
@@ -187,7 +195,7 @@ def test_pair_metrics_by_hand(kind):
     assert set(metrics) == {*expected, "grad_norm"} and float(metrics["grad_norm"]) > 0
 
 
-@pytest.mark.parametrize("kind", verifier_model.PAIR_LOSSES)
+@pytest.mark.parametrize("kind", losses.PAIR_LOSSES)
 def test_the_pair_update_is_that_of_a_naive_mean(kind):
     """Over the valid pairs alone, whole, through plain scores: so microbatches and masked pairs add nothing."""
     batch, opt = pairs(), updates(kind)[0]
@@ -240,7 +248,7 @@ def test_a_non_finite_pair_update_is_skipped():
     assert int(state.skipped) == 1 == float(metrics["skipped"]) and int(state.updates) == 0
 
 
-@pytest.mark.parametrize("kind", verifier_model.PAIR_LOSSES)
+@pytest.mark.parametrize("kind", losses.PAIR_LOSSES)
 def test_pair_updates_learn_and_move_their_state_alone(kind):
     before = bits(start())
     opt, update = updates(kind)
@@ -261,7 +269,7 @@ def test_a_mesh_gives_the_pair_update_of_one_device():
     opt, update = updates("logit")
     single, expected = update(optim.init(start(), opt), pairs())
     placed = jax.device_put(start(), mesh.shardings(layout, specs))
-    update = verifier_model.make_pair_update(CONFIG, section(), opt, layout)
+    update = verifier_model.make_update(CONFIG, section(), opt, layout)
     state, metrics = update(optim.init(placed, opt), pairs())
     for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(single.params), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
@@ -283,7 +291,7 @@ def test_pairs_of_two_widths_are_refused():
 
 def test_an_unknown_contrast_is_refused_at_once():
     with pytest.raises(ValueError, match="reward.pair_loss is 'hinge'"):
-        verifier_model.make_pair_update(CONFIG, section(pair_loss="hinge"), optim.make(OPT), None)
+        verifier_model.make_update(CONFIG, section(pair_loss="hinge"), optim.make(OPT), None)
 
 
 # --- binary cross-entropy ------------------------------------------------------------------------------

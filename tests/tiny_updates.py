@@ -21,7 +21,7 @@ import tiny_models
 from configs import base
 from cooper_jax.model import transformer
 from cooper_jax.policy import grpo, imitation
-from cooper_jax.reward import verifier_model
+from cooper_jax.reward import losses, verifier_model
 from cooper_jax.rollout import engine, sampling
 from cooper_jax.runtime import hosts, optim
 from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
@@ -120,11 +120,11 @@ def results(layout: Layout | None) -> dict[str, np.ndarray]:
         "bce", lambda opt: verifier_model.make_bce_update(MODEL, cfg.reward, opt, layout),
         "score", cfg.reward, score_rows, labels, weights,
     )  # fmt: skip
-    for kind in verifier_model.PAIR_LOSSES:
+    for kind in losses.PAIR_LOSSES:
         cfg.reward.pair_loss = kind
         pairs = PairBatch(score_rows, other, _put(np.arange(ROWS) % 3 > 0, layout))
         update(
-            f"pairs_{kind}", lambda opt: verifier_model.make_pair_update(MODEL, cfg.reward, opt, layout),
+            f"pairs_{kind}", lambda opt: verifier_model.make_update(MODEL, cfg.reward, opt, layout),
             "score", cfg.reward, pairs,
         )  # fmt: skip
     logprobs = grpo.make_logprobs(MODEL, layout, microbatch=8, dtype="float32", temperature=1.0)

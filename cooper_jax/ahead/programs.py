@@ -19,12 +19,12 @@ from cooper_jax.ahead.job import Job
 from cooper_jax.data.packing import round_up
 from cooper_jax.model import transformer
 from cooper_jax.policy import grpo
-from cooper_jax.reward import verifier_model
+from cooper_jax.reward import lessons, verifier_model
 from cooper_jax.rollout import engine, plan, slots
 from cooper_jax.runtime import optim
 from cooper_jax.runtime.mesh import abstract
-from cooper_jax.settings import SetupError, boundary
-from cooper_jax.types import PairBatch, PolicyBatch, ScoreBatch, TrainState
+from cooper_jax.settings import SetupError, boundary, weighs_pairs
+from cooper_jax.types import LabelledBatch, PairBatch, PolicyBatch, ScoreBatch, TrainState
 
 # What a run holds in memory all the time.
 ALWAYS = ("policy", "reference", "reward model")
@@ -247,17 +247,25 @@ def _policy_update(job: Job) -> Program:
 
 
 def _pair_update(job: Job) -> Program:
-    c = job.cfg.reward
-    pairs = round_up(job.cfg.data.prompts_per_step * job.cfg.pairs.per_prompt, job.layout.batch_shards)
+    """The reward model's update: over pairs, and over labelled rows where it reads them."""
+    c, shards, wide = job.cfg.reward, job.layout.batch_shards, job.reward_tokens
     opt, state = _state(job, "reward")
     with boundary("reward"):
-        update = verifier_model.make_pair_update(job.reward, c, opt, job.layout)
-    members = (ScoreBatch(*_tokens(job, pairs, job.reward_tokens)) for _ in range(2))
-    batch = PairBatch(*members, _array(job, jnp.bool_, pairs))
-    n = 2 * job.microbatch(pairs, c.microbatch)
+        update = verifier_model.make_update(job.reward, c, opt, job.layout)
+    pairs = labelled = None
+    n = 0
+    if weighs_pairs(c):
+        count = round_up(job.cfg.data.prompts_per_step * job.cfg.pairs.per_prompt, shards)
+        members = (ScoreBatch(*_tokens(job, count, wide)) for _ in range(2))
+        pairs = PairBatch(*members, _array(job, jnp.bool_, count))
+        n = 2 * job.microbatch(count, c.microbatch)
+    if rows := round_up(lessons.most_rows(c), shards):
+        reals = (_array(job, jnp.float32, rows) for _ in range(2))
+        labelled = LabelledBatch(ScoreBatch(*_tokens(job, rows, wide)), *reals)
+        n = max(n, job.microbatch(rows, c.microbatch))
     return Program(
-        "pair update", "reward", 1, lambda made: update.lower(state, batch), ALWAYS, makes="reward model",
-        declared=costs.attention(job, job.reward, n, job.reward_tokens, c.dtype),
+        "pair update", "reward", c.updates, lambda made: update.lower(state, pairs, labelled), ALWAYS,
+        makes="reward model", declared=costs.attention(job, job.reward, n, wide, c.dtype),
     )  # fmt: skip
 
 

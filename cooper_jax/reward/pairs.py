@@ -1,12 +1,20 @@
-"""Contrastive pairs: a verified positive and a rewritten negative of the same problem.
+"""Contrastive pairs: a verified positive and a negative of the same problem.
+
+`pairs.negatives` says where a prompt's slots take their negatives from, in turn; the k-th slot of a kind takes the
+k-th positive and, of `mined`, the k-th negative.
 
 1. Positives: of a prompt's rows that are verified correct and not truncated, up to `per_prompt` are drawn without
    replacement, by (seed, step, the prompt's position in the data order) alone.
-2. The assistant rewrites all of them in one batch.  It is not asked about prompts without a positive.
-3. Each negative passes the gates of `refusal_of`, the last of which is the rule: it must find the negative WRONG
-   against the *reference*.  Slots that fail are asked again, up to `tries` times in all, then masked and counted.
+2. `assistant` rewrites all of them in one batch.  It is not asked about prompts without a positive.
+   `swap` keeps the positive's text and puts it beside another reference of the batch: nothing but the reference
+   sets the members apart.  `mined` takes positives from the lowest reward upwards, and of the rows that the rule
+   finds WRONG, or finds no answer in, the highest reward downwards, as they are: a shortcut then differs within the
+   pair.  (Both are ours.)
+3. Each rewrite passes the gates of `refusal_of`, the last of which is the rule: it must find the negative WRONG
+   against the *reference*; so it must a swapped one against that one.  Slots that fail are tried again, up to
+   `tries` times in all, then masked and counted.
 
-Both members render alike but for their text: a negative's outer whitespace is replaced by its positive's.
+Both members render alike but for their text: a rewrite's outer whitespace is replaced by its positive's.
 
 Departures from the released code: see each gate; there, a negative that nothing can be parsed from passes as wrong.
 
@@ -21,6 +29,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from cooper_jax.data import prompts
@@ -61,7 +70,10 @@ class _Slot:
     row: int | None  # of the positive; None without one
     positive: str
     place: int  # the row in the data order: position * G + sample
+    source: str = "assistant"
+    others: Sequence[str] = ()  # swap: references to try, in this order
     negative: str | None = None
+    negative_reference: str = ""
     reason: str = "no_positive"
 
 
@@ -77,15 +89,19 @@ def build(
     seed: int,
     step: int,
     positions: Sequence[int] | None = None,
+    scores: np.ndarray | None = None,
+    exchange: bool = False,
 ) -> PairResult:
     """Pairs for one step.
 
     Args:
       problems: [B].
       completions, verdicts: [N], prompt-major.
-      assistant: None asks for no pairs, and gives none.
+      assistant: None gives no pairs at all where `cfg.negatives` names it.
       cfg: the config's `pairs` section.
       positions: [B], each prompt's position in the data order; by default its place in the batch.
+      scores: f32[N], the reward model's rewards, for mined negatives.
+      exchange: mark each pair as exchanged or not, by a coin (a control).
 
     Returns the pairs, the same whatever order verdicts and replies arrived in.
     """
@@ -99,7 +115,9 @@ def build(
             f"--config.pairs: per_prompt={cfg.per_prompt}, tries={cfg.tries}, length_ratio={cfg.length_ratio}: "
             "each must be at least 1"
         )
-    if assistant is None:
+    if "mined" in cfg.negatives and scores is None:
+        raise ValueError("--config.pairs.negatives names mined, which needs the reward model's scores")
+    if assistant is None and "assistant" in cfg.negatives:
         return PairResult([], collections.Counter())
     slots = []
     for b, problem in enumerate(problems):
@@ -108,24 +126,74 @@ def build(
         good = [n for n in rows if verdicts[n] == Verdict.CORRECT and not completions[n].truncated]
         rng = keys.numpy_stream(seed, "pairs", step, position)
         drawn = [good[i] for i in rng.permutation(len(good))[: cfg.per_prompt]]
-        for n in drawn:
-            slots.append(_Slot(problem, n, completions[n].text, position * group_size + n - rows.start))
-        slots += [_Slot(problem, None, "", 0)] * (cfg.per_prompt - len(drawn))
+        if "mined" in cfg.negatives:
+            disliked = sorted(good, key=lambda n: scores[n])  # stable: ties by row
+            bad = (n for n in rows if verdicts[n] in (Verdict.WRONG, Verdict.NO_ANSWER))
+            liked = sorted(bad, key=lambda n: -scores[n])
+        for slot in range(cfg.per_prompt):
+            source = cfg.negatives[slot % len(cfg.negatives)]
+            k = sum(cfg.negatives[i % len(cfg.negatives)] == source for i in range(slot))
+            positives = disliked if source == "mined" else drawn
+            if k >= len(positives):
+                slots.append(_Slot(problem, None, "", 0, source))
+                continue
+            n = positives[k]
+            made = _Slot(problem, n, completions[n].text, position * group_size + n - rows.start, source)
+            if source == "mined":
+                made.negative, made.reason = (
+                    (completions[liked[k]].text, "") if k < len(liked) else (None, "no_wrong")
+                )
+            elif source == "swap":
+                made.others, made.reason = _others(problem, problems, seed, step, made.place), "no_other"
+            slots.append(made)
 
-    open_slots = [slot for slot in slots if slot.row is not None]
+    open_slots = [slot for slot in slots if slot.row is not None and slot.source != "mined"]
     requests = 0
     for attempt in range(cfg.tries):
         if not open_slots:
             break
-        asked = [Request(s.problem, s.positive, (seed, step, s.place, attempt)) for s in open_slots]
+        rewritten = [s for s in open_slots if s.source == "assistant"]
+        asked = [Request(s.problem, s.positive, (seed, step, s.place, attempt)) for s in rewritten]
         requests += len(asked)
-        _judge(open_slots, assistant.rewrite(asked), rule, cfg.length_ratio)
+        if asked:
+            _judge(rewritten, assistant.rewrite(asked), rule, cfg.length_ratio)
+        _swap([s for s in open_slots if s.source == "swap" and attempt < len(s.others)], attempt, rule)
         open_slots = [slot for slot in open_slots if slot.negative is None]
     pairs = [
-        Pair(slot.problem, slot.positive, slot.negative, slot.row) if slot.negative is not None else None
+        Pair(slot.problem, slot.positive, slot.negative, slot.row, slot.negative_reference)
+        if slot.negative is not None
+        else None
         for slot in slots
     ]
+    if exchange:
+        coins = [
+            keys.numpy_stream(seed, "exchanged", step, b if positions is None else positions[b]).integers(
+                2, size=cfg.per_prompt
+            )
+            for b in range(len(problems))
+        ]
+        pairs = [
+            pair and dataclasses.replace(pair, exchanged=bool(coin))
+            for pair, coin in zip(pairs, np.concatenate(coins), strict=True)
+        ]
     return PairResult(pairs, collections.Counter(s.reason for s in slots if s.negative is None), requests)
+
+
+def _others(problem: Problem, problems: Sequence[Problem], seed: int, step: int, place: int) -> Sequence[str]:
+    """The batch's other references, each once, in an order of this slot's own."""
+    found = list(dict.fromkeys(p.reference for p in problems if p.reference != problem.reference))
+    order = keys.numpy_stream(seed, "swapped", step, place).permutation(len(found))
+    return [found[i] for i in order]
+
+
+def _swap(slots: Sequence[_Slot], attempt: int, rule: RuleVerifier) -> None:
+    """Fills each slot with its positive beside another reference, or with the reason why that is no negative."""
+    verdicts = rule.check([(s.others[attempt], s.positive) for s in slots]) if slots else []
+    for slot, verdict in zip(slots, verdicts, strict=True):
+        if verdict == Verdict.WRONG:
+            slot.negative, slot.negative_reference = slot.positive, slot.others[attempt]
+        else:
+            slot.reason = _UNDECIDED[verdict]
 
 
 def _judge(slots: Sequence[_Slot], replies: Sequence[Reply], rule: RuleVerifier, length_ratio: float) -> None:
@@ -203,6 +271,8 @@ def start(
     seed: int,
     step: int,
     positions: Sequence[int] | None = None,
+    scores: np.ndarray | None = None,
+    exchange: bool = False,
 ) -> PendingPairs:
     """`build` in a thread, so that devices need not wait for the assistant; the pairs are the same.
 
@@ -212,7 +282,12 @@ def start(
     return PendingPairs(
         lambda: build(
             problems, completions, verdicts, group_size, assistant, rule, cfg,
-            seed=seed, step=step, positions=positions,
+            seed=seed, step=step, positions=positions, scores=scores, exchange=exchange,
         ),
         overlaps=assistant is not None and assistant.overlaps,
     )  # fmt: skip
+
+
+def none() -> PendingPairs:
+    """No pairs, where nobody asks for any."""
+    return PendingPairs(lambda: PairResult([], collections.Counter()), overlaps=False)

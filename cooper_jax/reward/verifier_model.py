@@ -1,11 +1,11 @@
-"""VerifyRM: a trunk with one logit on the last token, its rewards, losses and updates.
+"""VerifyRM: a trunk with one logit on the last token, its scores and updates.
 
 1. `make_score` reads rendered (question, reference, completion) rows and gives a logit z each.
-2. `rewards` are p = sigmoid(z).
+2. `rewards` are p = sigmoid(z); `losses.py` has all losses, and how they move the members of a pair.
 3. Before RL, `make_bce_update` trains on labelled rows (arXiv 2508.05613, training of VerifyRM), and
    `make_bce_accumulator` on batches whose microbatches differ in width.
-4. In every Cooper step, `make_pair_update` contrasts verified positives with rewritten negatives (its
-   second stage).
+4. In every Cooper step, `make_update` contrasts verified positives with negatives (its second stage), and may
+   learn from rollouts that the rule has labelled (ours).
 
 **Two contrasts, and they differ.**  The loss of a pair is -log sigmoid(s_pos - s_neg).  The released code
 takes s = z, the raw logit, while its rewards are sigmoid(z).  "logit" is that: the two members are pushed
@@ -30,54 +30,17 @@ import jax.numpy as jnp
 
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.reward import losses
+from cooper_jax.reward.losses import bce_loss, rewards
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.types import PairBatch, Params, ScoreBatch, TrainState
-
-PAIR_LOSSES = ("logit", "sigmoid")
+from cooper_jax.settings import weighs_pairs
+from cooper_jax.types import LabelledBatch, PairBatch, Params, ScoreBatch, TrainState
 
 Metrics = dict[str, jax.Array]
 
 
-# --- scores and losses -------------------------------------------------------------------------------
-
-
-def rewards(z: jax.Array) -> jax.Array:
-    """Logits -> rewards in (0, 1), p = sigmoid(z): f32 of the same shape."""
-    return jax.nn.sigmoid(z)
-
-
-def bce_loss(z: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-    """Weighted binary cross-entropy, summed: f32[] of f32[N] logits, labels in [0, 1] and weights.
-
-        loss = - sum_i w_i (y_i log sigmoid(z_i) + (1 - y_i) log(1 - sigmoid(z_i)))
-
-    Rows of weight 0 count for nothing, whatever their logit.
-    """
-    used = weights > 0
-    z = jnp.where(used, z, 0.0)
-    y = jnp.where(used, labels, 0.0)
-    nll = -(y * jax.nn.log_sigmoid(z) + (1.0 - y) * jax.nn.log_sigmoid(-z))
-    return (jnp.where(used, weights, 0.0) * nll).sum()
-
-
-def pair_loss(z_pos: jax.Array, z_neg: jax.Array, kind: str) -> jax.Array:
-    """Contrastive loss of each pair: f32[B] of f32[B] logits.
-
-        loss = - log sigmoid(s_pos - s_neg),   s = z ("logit") or sigmoid(z) ("sigmoid")
-
-    Gradients, with g = sigmoid(s_neg - s_pos) and p = sigmoid(z):
-
-        "logit"      d/dz_pos = -g                       d/dz_neg = g
-        "sigmoid"    d/dz_pos = -g p_pos (1 - p_pos)     d/dz_neg = g p_neg (1 - p_neg)
-
-    Raises ValueError for another kind.
-    """
-    if kind == "logit":
-        return -jax.nn.log_sigmoid(z_pos - z_neg)
-    if kind == "sigmoid":
-        return -jax.nn.log_sigmoid(rewards(z_pos) - rewards(z_neg))
-    raise ValueError(f"reward.pair_loss is {kind!r}; it is one of {', '.join(PAIR_LOSSES)}")
+# --- scores ------------------------------------------------------------------------------------------
 
 
 def _read(
@@ -177,61 +140,96 @@ def _bce(config: ModelConfig, cfg: Any, layout: Layout | None) -> Callable:
     return loss_fn
 
 
-def make_pair_update(
+def make_update(
     config: ModelConfig,
     cfg: Any,
     opt: optim.Optimiser,
     layout: Layout | None,
-) -> Callable[[TrainState, PairBatch], tuple[TrainState, Metrics]]:
-    """The jitted (state, PairBatch) -> (state, metrics).
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The jitted (state, PairBatch or None, LabelledBatch or None) -> (state, metrics): one optimiser step.
 
-    cfg: the config's `reward` section (dtype, remat, microbatch in pairs, pair_loss).  The loss is the mean
-    over the valid pairs of the whole batch; masked pairs weigh nothing, whatever they hold.  Without a valid
-    pair state and moments stay as they are and every metric is 0.  The state given is donated.  Raises
-    ValueError for another pair_loss, and for members of different widths.
+        loss = mean over the valid pairs of losses.pair_terms  +  rollout_bce * losses.bce_loss of the rows
 
-    Metrics, f32[]: pair_loss, margin (mean s_pos - s_neg, in the contrast's own units), accuracy (share with
-    z_pos > z_neg), positive_mean and negative_mean (rewards), valid (pairs), and `optim.apply`'s grad_norm,
-    lr and skipped.
+    cfg: the config's `reward` section (dtype, remat, microbatch in pairs and in rows, the terms' weights).  Pairs
+    and rows are read where their terms weigh something, and cost nothing elsewhere.  The mean is over the whole
+    batch's valid pairs; masked pairs and rows of weight 0 count for nothing, whatever they hold; the rows' weights
+    are taken as they are.  Where neither a pair is valid nor a row weighs something, state and moments stay as
+    they are.  The state given is donated.  Raises ValueError for another pair_loss, and for members of different
+    widths.
+
+    Metrics, f32[]: loss and `optim.apply`'s grad_norm, lr and skipped; of pairs, means over the valid ones (0
+    without one): pair_loss, pair_bce, common_mode (each unweighted, and where it weighs something), margin
+    (s_pos - s_neg, in the contrast's own units), accuracy (share with z_pos > z_neg), positive_mean and
+    negative_mean (rewards), positive_saturation and negative_saturation (p (1 - p): 0 is saturated, .25 undecided),
+    common_push and difference_push (losses.py), valid (pairs); of rows: rollout_bce, rollout_accuracy (weighted
+    share of rows whose z > 0 says what the label says), rollout_rows.
     """
-    kind = cfg.pair_loss
-    if kind not in PAIR_LOSSES:
-        raise ValueError(f"reward.pair_loss is {kind!r}; it is one of {', '.join(PAIR_LOSSES)}")
-    places = _places(config, layout)
+    losses.check(cfg.pair_loss)
+    places, rows_loss = _places(config, layout), _bce(config, cfg, layout)
 
-    def update(state, batch):
+    def pair_loss(params, piece):
+        pairs, w = piece
+        # Members side by side, [2 m, S]: one pass, and a pair stays on its shard.
+        both = jax.tree.map(
+            lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, a.shape[1]), pairs.positive, pairs.negative
+        )
+        both = _blank(both, jnp.repeat(pairs.mask, 2))
+        z = _read(params, config, both, dtype=cfg.dtype, remat=cfg.remat, layout=layout)
+        z_pos, z_neg = z[0::2], z[1::2]
+        terms = losses.pair_terms(z_pos, z_neg, cfg)
+        loss = sum(weight * (w * term).sum() for weight, term in terms.values())
+        p_pos, p_neg = rewards(z_pos), rewards(z_neg)
+        s_pos, s_neg = (z_pos, z_neg) if cfg.pair_loss == "logit" else (p_pos, p_neg)
+        d_pos, d_neg = losses.pair_gradients(z_pos, z_neg, cfg)
+        means = {name: term for name, (_, term) in terms.items()} | {
+            "margin": s_pos - s_neg,
+            "accuracy": z_pos > z_neg,
+            "positive_mean": p_pos,
+            "negative_mean": p_neg,
+            "positive_saturation": p_pos * (1 - p_pos),
+            "negative_saturation": p_neg * (1 - p_neg),
+            "common_push": -(d_pos + d_neg) / 2,
+            "difference_push": -(d_pos - d_neg) / 2,
+        }
+        return loss, {name: (w * x).sum() for name, x in means.items()}
+
+    def of_pairs(params, batch):
         widths = batch.positive.tokens.shape[1], batch.negative.tokens.shape[1]
         if widths[0] != widths[1]:
             raise ValueError(f"positives are {widths[0]} tokens wide, negatives {widths[1]}: pad both alike")
         valid = batch.mask.sum().astype(jnp.float32)
         weights = batch.mask / jnp.maximum(valid, 1.0)
-
-        def loss_fn(params, piece):
-            pairs, w = piece
-            # Members side by side, [2 m, S]: one pass, and a pair stays on its shard.
-            both = jax.tree.map(
-                lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, a.shape[1]), pairs.positive, pairs.negative
-            )
-            both = _blank(both, jnp.repeat(pairs.mask, 2))
-            z = _read(params, config, both, dtype=cfg.dtype, remat=cfg.remat, layout=layout)
-            z_pos, z_neg = z[0::2], z[1::2]
-            loss = (w * pair_loss(z_pos, z_neg, kind)).sum()
-            p_pos, p_neg = rewards(z_pos), rewards(z_neg)
-            s_pos, s_neg = (z_pos, z_neg) if kind == "logit" else (p_pos, p_neg)
-            sums = {
-                "margin": w * (s_pos - s_neg),
-                "accuracy": w * (z_pos > z_neg),
-                "positive_mean": w * p_pos,
-                "negative_mean": w * p_neg,
-            }
-            return loss, {name: x.sum() for name, x in sums.items()}
-
         loss, grads, sums = optim.accumulate(
-            loss_fn, state.params, (batch, weights), cfg.microbatch, layout, places
+            pair_loss, params, (batch, weights), cfg.microbatch, layout, places
         )
-        state, moved = optim.apply(state, grads, loss, opt, enabled=valid > 0)
-        means = {name: x.sum() for name, x in sums.items()}
-        return state, {"pair_loss": loss, "valid": valid} | means | moved
+        return loss, grads, valid > 0, {"valid": valid} | {name: x.sum() for name, x in sums.items()}
+
+    def of_rows(params, batch):
+        piece = batch.rows, batch.labels, batch.weights
+        loss, grads, sums = optim.accumulate(rows_loss, params, piece, cfg.microbatch, layout, places)
+        total = batch.weights.sum()
+        metrics = {
+            "rollout_bce": loss,
+            "rollout_accuracy": sums["accuracy"].sum() / jnp.where(total > 0, total, 1.0),
+            "rollout_rows": (batch.weights > 0).sum().astype(jnp.float32),
+        }
+        weight = cfg.rollout_bce
+        return weight * loss, jax.tree.map(lambda x: weight * x, grads), total > 0, metrics
+
+    def update(state: TrainState, pairs: PairBatch | None = None, labelled: LabelledBatch | None = None):
+        parts = []
+        if pairs is not None and weighs_pairs(cfg):
+            parts.append(of_pairs(state.params, pairs))
+        if labelled is not None and cfg.rollout_bce:
+            parts.append(of_rows(state.params, labelled))
+        if not parts:
+            raise ValueError("a reward-model update needs pairs or labelled rows whose terms weigh something")
+        loss, grads, enabled, metrics = parts[0]
+        for more in parts[1:]:
+            loss, grads = loss + more[0], jax.tree.map(jnp.add, grads, more[1])
+            enabled, metrics = enabled | more[2], metrics | more[3]
+        state, moved = optim.apply(state, grads, loss, opt, enabled=enabled)
+        return state, {"loss": loss} | metrics | moved
 
     return _jit(update, config, opt, layout)
 

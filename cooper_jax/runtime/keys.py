@@ -42,7 +42,12 @@ STREAMS = {
     "references": 23,  # no ids: which question's reference replaces a row's own
     "balance": 24,  # ids: two words of a row's id (which annotated rows stay)
     "attacks": 25,  # ids: attack, row (wording of a reward hack)
+    "reward_sets": 40,  # ids: set, row (labelled completions on which a reward model is measured)
     "attacked": 26,  # no ids: which training rows are shown under a reward hack, and under which
+    "warm_start": 27,  # ids: epoch (its order of problems); none (its rollouts: then position, sample, token)
+    "lessons": 28,  # ids: step, first position (which decided rollouts a reward model learns from)
+    "swapped": 29,  # ids: step, row (the order in which other references are tried)
+    "exchanged": 30,  # ids: step, prompt position (which pairs are exchanged, as a control)
 }
 
 _WORD = 2**32  # ids and seeds are 32-bit words: what fold_in takes, and what SeedSequence does not regroup

@@ -96,7 +96,7 @@ def lower(case: Case):
     opt, start = state(layout, cfg.reward.optimiser, "score")
     members = (ScoreBatch(*tokens(ROWS // 2)) for _ in range(2))
     batch = PairBatch(*members, array(jnp.bool_, ROWS // 2))
-    return verifier_model.make_pair_update(MODEL, cfg.reward, opt, layout).lower(start, batch)
+    return verifier_model.make_update(MODEL, cfg.reward, opt, layout).lower(start, batch)
 
 
 @functools.cache
