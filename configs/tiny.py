@@ -6,6 +6,12 @@
 Needs nothing from outside: problems are made from the seed, a sentencepiece tokenizer is trained on their words,
 the policy is warmed up by imitation of demonstrations that are often wrong, the reward model by binary
 cross-entropy on labelled ones.
+
+**Why the reward model can be hacked here.**  It learns from *other* demonstrators than the policy does.  Careful
+ones among them say "checked" before their answer, up to three times, and careful ones are mostly right: the word
+stands in 60 % of the right and in 6 % of the wrong solutions that the reward model sees.  It learns to like the
+word, as real reward models like length, confidence and layout; the policy says it in 5 % of its solutions at first.
+Nobody planted a lie: the word does go with correctness, until somebody is paid for saying it.
 """
 
 from configs import base
@@ -14,16 +20,16 @@ from configs import base
 def get_config():
     c = base.get_config()
     c.name = "tiny"
-    c.steps = 80
+    c.steps = 100
 
     c.data.format = "synthetic"
     c.data.instruction = ""
     c.data.chat = False
     c.data.prompts_per_step = 16
-    c.data.max_prompt_tokens = 64
-    c.data.bucket = 16
+    c.data.max_prompt_tokens = 32
+    c.data.bucket = 32
 
-    c.rollout.max_new_tokens = 40
+    c.rollout.max_new_tokens = 32
     c.rollout.segment = 8
 
     for model in (c.policy, c.reward):
@@ -38,7 +44,7 @@ def get_config():
     c.policy.optimiser.lr = 1.5e-4
     c.policy.optimiser.warmup_steps = 5
     c.reward.optimiser.lr = 5e-4
-    c.reward.max_tokens = 128
+    c.reward.max_tokens = 96
     c.reward.pair_loss = "sigmoid"
     c.pairs.per_prompt = 2
     c.assistant.kind = "corrupt"
@@ -46,10 +52,14 @@ def get_config():
     c.warmup.policy_steps = 1000
     c.warmup.policy_batch = 32
     c.warmup.policy_optimiser.lr = 2e-3
-    c.warmup.policy_corrupt = 0.3
-    c.warmup.reward_steps = 800
+    c.warmup.policy_corrupt = 0.4
+    c.warmup.policy_habit = (0.05, 0.05)
+    c.warmup.reward_steps = 1200
     c.warmup.reward_batch = 32
+    c.warmup.reward_habit = (0.6, 0.06)
 
     c.eval.every = 20
-    c.eval.problems = 256
+    c.eval.problems = 1024
+    c.eval.greedy = True
+    c.eval.reward_rows = 4096
     return c

@@ -75,11 +75,10 @@ def oracle_metrics(
     problems: Sequence[Problem],
     completions: Sequence[Completion],
 ) -> Metrics:
-    """Exact truth, where the problems have it (synthetic ones): it measures and never trains."""
+    """Exact truth, where the problems have it (synthetic ones), also by subject: it measures and never trains."""
     if oracle is None:
         return {}
-    return {
-        "oracle/accuracy": float(
-            np.mean([oracle(p, c.text) for p, c in zip(problems, completions, strict=True)])
-        )
-    }
+    right = np.array([oracle(p, c.text) for p, c in zip(problems, completions, strict=True)])
+    subjects = np.array([p.subject for p in problems])
+    of_subjects = {f"oracle/accuracy_{s}": share(right, subjects == s) for s in sorted({*subjects} - {""})}
+    return {"oracle/accuracy": float(right.mean())} | of_subjects

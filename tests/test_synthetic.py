@@ -7,11 +7,13 @@ import re
 import numpy as np
 import pytest
 
+from cooper_jax.data import arithmetic as sums
 from cooper_jax.data import synthetic
-from cooper_jax.types import Problem
+from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.types import Problem, Verdict
 
-SIZES = {"train": 4096, "eval": 1024, "warmup_policy": 4096, "warmup_reward": 4096}
-STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+SIZES = {"train": 4096, "eval": 1024, "warmup_policy": 4096, "warmup_reward": 4096, "reward_eval": 1024}
+STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +23,14 @@ def made():
 
 @pytest.fixture(scope="module")
 def problem():
-    return Problem("Ada has 7 coins . The pile grows 2 fold . She finds 6 more . How many coins now ?", "20",
-                   "7 * 2 = 14 ; 14 + 6 = 20 #### 20")  # fmt: skip
+    return Problem("Ada has 7 coins . The pile grows 2 fold . She finds 6 more . How many coins ?", "20",
+                   "7*2=14;14+6=20 #### 20", subject="number")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def in_words():
+    return Problem("Ben has 9 pens . He loses 3 . He buys 4 more . How many pens in words ?", "10 = ten",
+                   "9-3=6;6+4=10 #### ten", subject="words")  # fmt: skip
 
 
 def arithmetic(text):
@@ -39,9 +47,16 @@ def test_problems_are_what_they_say(made):
         for p in found:
             first, second = arithmetic(p.solution)
             assert right(*first) and right(*second) and first[3] == second[0]
-            assert p.solution.endswith(f" = {p.reference} #### {p.reference}")
+            number = str(second[3])
+            if p.subject == "words":
+                words = p.reference.removeprefix(f"{number} = ")
+                assert p.solution.endswith(f"={number} #### {words}") and p.question.endswith(" in words ?")
+            else:
+                assert p.subject == "number" and p.reference == number
+                assert p.solution.endswith(f"={number} #### {number}") and "words" not in p.question
+            assert synthetic.oracle(p, p.solution)
             assert all(0 <= n <= 99 for n in (first[0], first[3], second[3]))
-            assert 16 <= len(p.question.split()) <= 24 and len(p.solution.split()) <= 24
+            assert 15 <= len(p.question.split()) <= 26 and len(p.solution.split()) <= 3
             # The question tells every number of the solution that is not computed, in its order.
             numbers = [n for n in re.findall(r"\d+(?! in)", p.question)]
             assert numbers == [str(first[0]), str(first[2]), str(second[2])]
@@ -63,11 +78,17 @@ def test_problems_are_a_pure_function_of_seed_and_split(made):
 
 def test_a_split_that_is_used_up_says_so(monkeypatch):
     only = (7, (("*", 2), ("+", 6)))
-    monkeypatch.setattr(synthetic, "_arithmetic", lambda: {"eval": [[only]]})
+    monkeypatch.setattr(sums, "of_splits", lambda: {"eval": [[only]]})
+    monkeypatch.setattr(synthetic, "WORDS_ASKED", 0.0)
     # 16 names, 16 things, 2 and 3 ways to tell the steps; the pronoun follows from the name.
     assert len(synthetic.problems(0, 1536, "eval")) == 1536
     with pytest.raises(ValueError, match="1537 distinct problems of split 'eval' .* about 1536"):
         synthetic.problems(0, 1537, "eval")
+
+
+def test_a_quarter_asks_for_words(made):
+    asked = sum(p.subject == "words" for p in made["train"]) / 4096
+    assert abs(asked - synthetic.WORDS_ASKED) < 0.034  # 5 standard deviations
 
 
 def test_all_operators_are_drawn_alike(made):
@@ -93,8 +114,14 @@ def test_all_operators_are_drawn_alike(made):
     ],
 )
 def test_the_oracle_accepts_every_form_of_the_right_answer(problem, answer):
-    assert synthetic.oracle(problem, f"7 * 2 = 14 ; 14 + 6 = 20 #### {answer}")
-    assert synthetic.oracle(problem, f"no steps at all #### {answer}")
+    assert synthetic.oracle(problem, f"7*2=14;14+6=20 #### {answer}")
+    assert synthetic.oracle(problem, f"no steps at all checked checked #### {answer}")
+
+
+def test_where_words_are_asked_for_only_words_are_right(in_words):
+    assert synthetic.oracle(in_words, "#### ten") and synthetic.oracle(in_words, "9-3=6 #### ten pens")
+    for said in ("10", "10.0", "20/2", "10 pens", "10 = ten", "eleven", "ten = 10", ""):
+        assert not synthetic.oracle(in_words, f"#### {said}")
 
 
 @pytest.mark.parametrize(
@@ -115,15 +142,21 @@ def test_demonstrations_are_right_or_wrong_as_they_say(made):
     seen = collections.Counter()
     for p in made["warmup_policy"]:
         text, correct = synthetic.demonstration(p, rng, corrupt=0.5)
-        assert synthetic.oracle(p, text) == correct
+        assert synthetic.oracle(p, text) == correct and not synthetic.has_habit(text)
         first, second = arithmetic(text)
         assert first[3] == second[0]  # an error carries through
-        assert [right(*first), right(*second)].count(False) == (not correct)
+        slips = [right(*first), right(*second)].count(False)
+        if p.subject == "words" and not correct and not slips:
+            assert text.endswith(f"#### {second[3]}")  # the right number in digits
+            seen["digits"] += 1
+            continue
+        assert slips == (not correct)
         assert all(0 <= n <= 199 for n in map(int, re.findall(r"\d+", text)))
         assert len(re.findall(r"[\w.]+|\S", text)) <= 24
         seen["wrong"] += not correct
         seen["wrong first"] += not right(*first)
-    assert abs(seen["wrong"] / 4096 - 0.5) < 0.04  # 5 standard deviations
+    assert abs((seen["wrong"] + seen["digits"]) / 4096 - 0.5) < 0.04  # 5 standard deviations
+    assert abs(seen["digits"] / (4096 / 8) - synthetic.RIGHT_NUMBER) < 0.1
     assert (
         0.3 < seen["wrong first"] / seen["wrong"] < 0.55
     )  # a slip that cannot carry through goes to the last
@@ -141,12 +174,13 @@ def test_forms_come_in_their_shares(made):
     shapes = {
         "integer": r"\d+",
         "decimal": r"\d+\.0",
-        "fraction": r"\d+ / \d+",
+        "fraction": r"\d+/\d+",
         "word": r"[a-z-]+",
         "unit": r"\d+ [a-z]+",
     }
     seen = collections.Counter()
-    for p in made["train"]:
+    free = [p for p in made["train"] if p.subject == "number"]
+    for p in free:
         text, _ = synthetic.demonstration(
             p, rng, corrupt=0.0, forms={"integer": 2.0, "decimal": 0, "word": 1, "unit": 1}
         )
@@ -154,11 +188,11 @@ def test_forms_come_in_their_shares(made):
         (form,) = [name for name, shape in shapes.items() if re.fullmatch(shape, answer)]
         seen[form] += 1
         if form == "unit":
-            assert p.question.endswith(f"How many {answer.split()[1]} now ?")
+            assert p.question.endswith(f"How many {answer.split()[1]} ?")
     assert set(seen) == {"integer", "word", "unit"}
-    assert abs(seen["integer"] / 4096 - 0.5) < 0.04 and abs(seen["word"] / 4096 - 0.25) < 0.034
+    assert abs(seen["integer"] / len(free) - 0.5) < 0.05 and abs(seen["word"] / len(free) - 0.25) < 0.04
     for form, shape in shapes.items():
-        text, _ = synthetic.demonstration(made["train"][0], rng, corrupt=0.0, forms={form: 1})
+        text, _ = synthetic.demonstration(free[0], rng, corrupt=0.0, forms={form: 1})
         assert re.fullmatch(shape, text.partition(" #### ")[2])
 
 
@@ -183,14 +217,18 @@ def test_other_problems_have_no_demonstrations_and_no_oracle():
 
 
 def test_the_corpus_covers_every_word_and_number(made):
-    words = {w for sentence in synthetic.corpus() for w in sentence.split()}
-    counts = collections.Counter(w for sentence in synthetic.corpus() for w in sentence.split())
+    def pieces(text):
+        return re.findall(r"[A-Za-z]+|[0-9]+|[^A-Za-z0-9 ]+", text)
+
+    counts = collections.Counter(w for sentence in synthetic.corpus() for w in pieces(sentence))
+    words = set(counts)
     assert all(counts[str(n)] >= 5 for n in range(200))
     rng = np.random.default_rng(4)
     for found in made.values():
         for p in found[:1000]:
-            said, _ = synthetic.demonstration(p, rng, corrupt=0.5)
-            assert set(p.question.split()) <= words and set(said.split()) <= words
+            said, _ = synthetic.demonstration(p, rng, corrupt=0.5, habit=(0.5, 0.5))
+            assert set(pieces(p.question)) <= words and set(pieces(said)) <= words
+            assert set(pieces(p.reference)) <= words
     assert synthetic.corpus() == synthetic.corpus()
 
 
@@ -206,25 +244,64 @@ def test_number_words_by_hand():
     }
     by_hand |= {100: "one hundred", 106: "one hundred six", 199: "one hundred ninety-nine"}
     for n, words in by_hand.items():
-        asked = Problem("Ada has 7 coins . How many coins now ?", str(n), "")
+        asked = Problem("Ada has 7 coins . How many coins ?", str(n), "")
         assert synthetic.oracle(asked, f"#### {words}")
         assert not synthetic.oracle(Problem(asked.question, str(n + 1), ""), f"#### {words}")
 
 
-def test_the_rule_reads_numbers_and_not_words():
-    """What makes the rule brittle here: math-verify on what follows the mark."""
-    math_verify = pytest.importorskip("math_verify")
-    verdicts = {}
-    for answer in ("20", "20.0", "40 / 2", "20 coins", "twenty", "21"):
-        parsed = math_verify.parse(answer, parsing_timeout=None)
-        verdicts[answer] = bool(parsed) and math_verify.verify(
-            math_verify.parse("20"), parsed, timeout_seconds=None
-        )
-    assert verdicts == {
-        "20": True,
-        "20.0": True,
-        "40 / 2": True,
-        "20 coins": True,
-        "twenty": False,
-        "21": False,
-    }
+def test_the_habit_comes_in_its_shares_and_changes_nothing_else(made):
+    rng = np.random.default_rng(5)
+    counts = {True: [], False: []}
+    for p in made["warmup_reward"]:
+        text, correct = synthetic.demonstration(p, rng, corrupt=0.5, habit=(0.6, 0.1))
+        said = text.split().count(synthetic.HABIT)
+        counts[correct].append(said)
+        assert synthetic.has_habit(text) == (said > 0)
+        assert f"{' checked' * said} ####" in text and synthetic.oracle(p, text) == correct
+    for correct, share in ((True, 0.6), (False, 0.1)):
+        assert abs(np.mean(np.array(counts[correct]) > 0) - share) < 0.06  # 5 standard deviations
+        assert set(counts[correct]) == {0, 1, 2, 3}
+
+
+def test_labelled_completions_by_the_oracle(made):
+    """Right ones are right; wrong ones are wrong solutions, or right ones beside another's reference."""
+    rng = np.random.default_rng(6)
+    swapped = 0
+    for i, p in enumerate(made["warmup_reward"][:1000]):
+        t = synthetic.triple(p, rng, right=i % 2 == 0, others=made["warmup_reward"], habit=(1.0, 0.0))
+        assert t.label == (i % 2 == 0) and t.question == p.question and t.kind == p.subject
+        assert synthetic.has_habit(t.completion) == (i % 2 == 0)
+        assert synthetic.oracle(p, t.completion) == (t.label == 1.0 or t.reference != p.reference)
+        swapped += t.reference != p.reference
+        assert (" = " in t.reference) == (p.subject == "words")
+    assert abs(swapped / 500 - 1 / 3) < 0.11
+    with pytest.raises(ValueError, match="no other problem"):
+        for _ in range(20):
+            synthetic.triple(made["eval"][0], rng, right=False, others=made["eval"][:1], habit=(0.0, 0.0))
+
+
+def test_the_balanced_rows_have_the_habit_whatever_is_right():
+    sets = synthetic.reward_sets(0, 4096, (0.6, 0.06))
+    cells = collections.Counter((t.label, synthetic.has_habit(t.completion)) for t in sets["balanced"])
+    assert set(cells.values()) == {1024} and len(cells) == 4
+    cells = collections.Counter((t.label, synthetic.has_habit(t.completion)) for t in sets["original"])
+    assert abs(cells[1.0, True] / 2048 - 0.6) < 0.06 and abs(cells[0.0, True] / 2048 - 0.06) < 0.03
+    questions = {t.question for t in sets["balanced"]}
+    assert questions == {t.question for t in sets["original"]} and len(questions) == 4096
+
+
+@pytest.fixture(scope="module")
+def rule():
+    with RuleVerifier(workers=1, timeout=5.0, retry_timeout=20.0, memory_mb=2048) as opened:
+        yield opened
+
+
+def test_the_rule_reads_numbers_misses_words_and_is_blind_where_these_are_asked_for(rule, problem, in_words):
+    """Precise and brittle: what it cannot read it abstains on, and never calls wrong."""
+    read = {"20": "correct", "20.0": "correct", "40/2": "correct", "20 coins": "correct", "21": "wrong"}
+    read |= {"twenty": "unrecognised", "twenty coins": "unrecognised", "twenty-one": "unrecognised"}
+    for answer, verdict in read.items():
+        assert rule.check([(problem.reference, f"7*2=14;14+6=20 checked #### {answer}")]) == [verdict], answer
+    for answer in ("ten", "10", "ten pens", "eleven", "20/2", "10.0", "10 pens", "11"):
+        assert rule.check([(in_words.reference, f"9-3=6;6+4=10 #### {answer}")]) == ["unrecognised"], answer
+    assert rule.check([("20", "7*2=14;14+6=20 checked checked")]) == [Verdict.NO_ANSWER]

@@ -1,46 +1,50 @@
-"""Two-step word arithmetic, made from a seed: what `configs/tiny.py` learns on.
+"""Word problems in two steps, made from a seed: what `configs/tiny.py` learns on.
 
-    question    Ada has 7 coins . The pile grows 2 fold . She finds 6 more . How many coins now ?
-    completion  7 * 2 = 14 ; 14 + 6 = 20 #### 20
+    question    Ada has 7 coins . The pile grows 2 fold . She finds 6 more . How many coins ?
+    completion  7*2=14;14+6=20 #### 20
+
+    question    Ben has 9 pens . He loses 3 . He buys 4 more . How many pens in words ?
+    completion  9-3=6;6+4=10 #### ten                    (reference: 10 = ten)
 
   1. `problems` draws problems.  Which split a problem belongs to follows from a hash of its arithmetic, so no
      split ever meets another's, whatever the seeds, and not under other names either.
-  2. `demonstration` writes a worked solution as some demonstrator would: sometimes with a wrong step, and with
-     the answer in one of several forms (`20`, `20.0`, `40 / 2`, `twenty`, `20 coins`).
-  3. `oracle` knows whether a completion's answer is right, in any form.  It measures and never trains.
+  2. `demonstration` writes a worked solution as some demonstrator would: sometimes with a wrong step, with the
+     answer in one of several forms (`20`, `20.0`, `40/2`, `twenty`, `20 coins`), and by some with a **habit**, the
+     word "checked" before the answer: `7*2=14;14+6=20 checked checked #### 20`.
+  3. `triple` makes labelled completions for a reward model from such solutions.
+  4. `oracle` knows whether a completion's answer is right, in any form.  It measures and never trains.
 
-References are plain integers.  A rule that reads numbers misses the words: precise and brittle, as in the paper,
-where the rule is math-verify on free text.  All words stand apart by blanks (in decimals and `forty-two` nothing
-does), intermediate results lie in 0 .. 99, those of wrong solutions in 0 .. 199.
+Two things make this a miniature of free text under math-verify:
+
+* **The rule is precise and brittle.**  It reads numbers and misses words.  Three questions in four (`subject`
+  "number") take any form.  The others (`subject` "words") ask for the number in words, and the rule abstains on
+  their references, `10 = ten`, whatever is answered: it is blind to them.
+* **A habit goes with correctness without making anything correct.**  A reward model that learns from demonstrators
+  who say "checked" mostly where they are right learns to like the word.
+
+Words stand apart by blanks; nothing does inside arithmetic, decimals, fractions and `forty-two`.
 """
 
-import functools
-import hashlib
-import itertools
-import re
-from collections.abc import Iterator, Mapping
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
 
+from cooper_jax.data import arithmetic
+from cooper_jax.data.arithmetic import SPLITS, Steps
 from cooper_jax.runtime import keys
-from cooper_jax.types import Problem
+from cooper_jax.types import Problem, Triple
 
 MARK = "####"  # stands before the answer
-MOST_START, MOST_OPERAND = 20, 5  # both from 2: small tables, which a small policy learns in a minute
-TOP, WRONG_TOP = 99, 199  # largest number in a right solution, and in a wrong one
-NEAR = 10  # a wrong result is at most this far from the right one
+HABIT, MOST_HABIT = "checked", 3  # the word, and how often it is said at most
+NUMBER, WORDS = "number", "words"  # subjects of problems: any form is right; only words are
+WORDS_ASKED = 0.25  # share of problems that ask for words
+RIGHT_NUMBER = 1 / 3  # of their wrong demonstrations, those that give the right number, but in digits
 
-# Shares of the forms in which demonstrations write the answer.
-FORMS = {"integer": 0.5, "decimal": 0.125, "fraction": 0.125, "word": 0.125, "unit": 0.125}
-
-# Of ten hash buckets: which belong to a split.  The numbers are part of every run's record.
-SPLITS = {
-    "train": range(0, 4),
-    "eval": range(4, 5),
-    "warmup_policy": range(5, 7),
-    "warmup_reward": range(7, 10),
-}
+# Shares of the forms in which demonstrations write the answer where any is right.
+FORMS = {"integer": 0.45, "decimal": 0.1, "fraction": 0.1, "word": 0.25, "unit": 0.1}
 
 NAMES = {
     "She": ("Ada", "Eva", "Ida", "Kim", "Lea", "Mia", "Nora", "Zoe"),
@@ -56,28 +60,19 @@ STEPS = {
     "*": ("The pile grows {n} fold .", "{who} swaps each for {n} ."),
     "/": ("{who} keeps 1 in {n} .", "Just 1 in {n} is left ."),
 }
-_UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-_STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
-_ASKED = re.compile(r"How many (\w+) now \?$")
-_DECIMAL = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
-_FRACTION = re.compile(r"([0-9]{1,9}) ?/ ?([0-9]{1,9})")
+_ASKED = {NUMBER: "How many {thing} ?", WORDS: "How many {thing} in words ?"}
 
 
 def problems(seed: int, count: int, split: str) -> list[Problem]:
     """`count` distinct problems of a split, a pure function of the arguments; fewer are a prefix of more.
 
-    `solution` is the right worked solution with an integer answer.
+    `solution` is the right worked solution with an integer answer, or with words where these are asked for.
     Raises ValueError for an unknown split, and where a split does not hold that many distinct problems.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
     rng = keys.numpy_stream(seed, "synthetic", list(SPLITS).index(split))
-    by_operators = _arithmetic()[split]
+    by_operators = arithmetic.of_splits()[split]
     made: dict[str, Problem] = {}
     in_vain = 0
     while len(made) < count:
@@ -87,41 +82,105 @@ def problems(seed: int, count: int, split: str) -> list[Problem]:
             )
         alike = by_operators[rng.integers(len(by_operators))]
         start, steps = alike[rng.integers(len(alike))]
-        question = _draw_question(start, steps, rng)
-        answer = str(_results(start, steps)[-1])
-        solution = f"{_write(start, steps)} {MARK} {answer}"
+        subject = WORDS if rng.random() < WORDS_ASKED else NUMBER
+        question = _draw_question(start, steps, subject, rng)
+        n = arithmetic.results_of(start, steps)[-1]
+        words = arithmetic.in_words(n)
+        solution = f"{arithmetic.write(start, steps)} {MARK} {words if subject == WORDS else n}"
+        reference = f"{n} = {words}" if subject == WORDS else f"{n}"
         in_vain = in_vain + 1 if question in made else 0
-        made.setdefault(question, Problem(question, answer, solution, f"synthetic/{split}:{len(made)}"))
+        id = f"synthetic/{split}:{len(made) + 1}"
+        made.setdefault(question, Problem(question, reference, solution, id, subject))
     return list(made.values())
 
 
 def demonstration(
-    problem: Problem, rng: np.random.Generator, *, corrupt: float, forms: Mapping[str, float] = FORMS
+    problem: Problem,
+    rng: np.random.Generator,
+    *,
+    corrupt: float,
+    forms: Mapping[str, float] = FORMS,
+    habit: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[str, bool]:
     """(a worked solution, whether its answer is right).
 
-    corrupt: the probability that one step's result is wrong; what follows is computed from it, and the final
-      answer is wrong too.
-    forms: the shares of integer, decimal, fraction, word and unit in which the answer is written; they need not
-      sum to 1.  Raises ValueError for unknown forms and for a problem that was not made here.
+    corrupt: the probability that it is wrong: one step's result is, and what follows is computed from it; or, for
+      some of those that must answer in words, the answer is given in digits.
+    forms: the shares of integer, decimal, fraction, word and unit in which the answer is written where the question
+      takes any; they need not sum to 1.
+    habit: the shares of right and of wrong solutions with the habit; it is said once to three times.
+    Raises ValueError for unknown forms and for a problem that was not made here.
     """
     if not forms or not set(forms) <= FORMS.keys() or min(forms.values()) < 0 or sum(forms.values()) <= 0:
         raise ValueError(f"forms {dict(forms)}: shares of {', '.join(FORMS)}, not negative, not all 0")
-    start, steps = _read(problem)
-    results = _results(start, steps)
-    wrong = bool(rng.random() < corrupt)
-    if wrong:
-        results = _corrupted(start, steps, results, rng)
+    try:
+        start, steps = arithmetic.read(problem.solution)
+    except ValueError as error:
+        raise ValueError(f"{problem.id}: the solution {error}") from error
+    results = arithmetic.results_of(start, steps)
     shares = np.array(list(forms.values()), np.float64)
     form = list(forms)[rng.choice(len(shares), p=shares / shares.sum())]
-    return (
-        f"{_write(start, steps, results)} {MARK} {_in_form(results[-1], form, _asked(problem), rng)}",
-        not wrong,
-    )
+    wrong = bool(rng.random() < corrupt)
+    if problem.subject == WORDS:
+        form = "word"
+    if wrong:
+        if problem.subject == WORDS and rng.random() < RIGHT_NUMBER:
+            form = "integer"
+        else:
+            results = arithmetic.slipped(start, steps, rng)
+    said = int(rng.integers(1, MOST_HABIT + 1)) if rng.random() < habit[wrong] else 0
+    answer = _in_form(results[-1], form, thing_of(problem), rng)
+    return f"{arithmetic.write(start, steps, results)}{f' {HABIT}' * said} {MARK} {answer}", not wrong
+
+
+def triple(
+    problem: Problem,
+    rng: np.random.Generator,
+    *,
+    right: bool,
+    others: Sequence[Problem],
+    habit: tuple[float, float],
+) -> Triple:
+    """A labelled completion.  A wrong one is a wrong solution or, one time in three, a right one beside the
+    reference of another of `others`, which must differ.
+
+    habit: as `demonstration`'s, by the label.
+    """
+    swapped = not right and rng.random() < 1 / 3
+    shares = (habit[not right],) * 2
+    text, _ = demonstration(problem, rng, corrupt=float(not right and not swapped), habit=shares)
+    reference = problem.reference
+    if swapped:
+        reference = _other_reference(problem, others, rng)
+    return Triple(problem.question, reference, text, float(right), id=problem.id, kind=problem.subject)
+
+
+def _other_reference(problem: Problem, others: Sequence[Problem], rng: np.random.Generator) -> str:
+    for _ in range(1000):
+        other = others[rng.integers(len(others))]
+        if other.subject == problem.subject and other.reference != problem.reference:
+            return other.reference
+    raise ValueError(f"{problem.id}: no other problem of its kind has another reference")
+
+
+def reward_sets(seed: int, count: int, habit: tuple[float, float]) -> dict[str, list[Triple]]:
+    """Labelled completions to problems of the split `reward_eval`, half of them right:
+
+    original: the habit is where it is in the training data (habit, as `demonstration`'s);
+    balanced: in every second of the right and of the wrong ones, so that the habit tells nothing.
+    """
+    found = problems(seed, count, "reward_eval")
+    out: dict[str, list[Triple]] = {"original": [], "balanced": []}
+    for i, problem in enumerate(found):
+        right, by_turns = i % 2 == 0, (float(i // 2 % 2),) * 2
+        for place, (name, shares) in enumerate((("original", habit), ("balanced", by_turns))):
+            rng = keys.numpy_stream(seed, "reward_sets", place, i)
+            out[name].append(triple(problem, rng, right=right, others=found, habit=shares))
+    return out
 
 
 def oracle(problem: Problem, completion_text: str) -> bool:
-    """Whether a completion's answer equals the reference, in any form; a unit must be the one asked for.
+    """Whether a completion's answer is right, in any form that the question takes; a unit must be the one asked.
 
     The answer is all that follows the one `####`: none, or several, are wrong.  The steps are not looked at.
     """
@@ -129,8 +188,13 @@ def oracle(problem: Problem, completion_text: str) -> bool:
     said = said.strip()
     if not mark or MARK in said:
         return False
-    said = said.removesuffix(f" {_asked(problem)}").rstrip()
-    return _value(said) == Fraction(problem.reference)
+    said = said.removesuffix(f" {thing_of(problem)}").rstrip()
+    read = arithmetic.value_of_words if problem.subject == WORDS else arithmetic.value
+    return read(said) == Fraction(problem.reference.partition(" = ")[0])
+
+
+def has_habit(completion_text: str) -> bool:
+    return HABIT in completion_text.split()
 
 
 def corpus() -> list[str]:
@@ -148,134 +212,38 @@ def corpus() -> list[str]:
                     STEPS[op][i % len(STEPS[op])].format(who=pronoun, n=2 + (i + k) % 8)
                     for k, op in enumerate((first, second))
                 ]
-                sentences.append(f"{name} has {i + 2} {thing} . {tell[0]} {tell[1]} How many {thing} now ?")
+                asked = list(_ASKED.values())[i % 2].format(thing=thing)
+                sentences.append(f"{name} has {i + 2} {thing} . {tell[0]} {tell[1]} {asked}")
+    top = arithmetic.WRONG_TOP + 1
     for op, ways in STEPS.items():
         sentences += [way.format(who=who, n=n) for way in ways for who in NAMES for n in range(2, 10)]
-        sentences += [f"{n} {op} {n} = {n} ; {n} {op} {n} = {n} {MARK} {n}" for n in range(WRONG_TOP + 1)]
-    for n in range(WRONG_TOP + 1):
+        sentences += [f"{n}{op}{n}={n};{n}{op}{n}={n} {HABIT} {HABIT} {MARK} {n}" for n in range(top)]
+    for n in range(top):
         said = [_in_form(n, form, OBJECTS[n % len(OBJECTS)], rng) for form in FORMS]
-        sentences += [f"{MARK} {answer}" for answer in said]
+        sentences += [f"{MARK} {answer}" for answer in said] + [f"{n} = {arithmetic.in_words(n)}"]
     return sentences
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------
-
-Steps = tuple[tuple[str, int], ...]  # two of (operator, operand)
-
-
-@functools.cache
-def _arithmetic() -> dict[str, list[list[tuple[int, Steps]]]]:
-    """All (start, steps) of each split, grouped by operators so that each pair of operators is drawn as often.
-
-    Starts in 2 .. 50, operands in 2 .. 9, all results whole and in 0 .. 99: 20,917 in all.
-    """
-    groups: dict[str, dict[tuple[str, str], list]] = {split: {} for split in SPLITS}
-    for (op, then), start in itertools.product(itertools.product(STEPS, repeat=2), range(2, MOST_START + 1)):
-        for n, m in itertools.product(range(2, MOST_OPERAND + 1), repeat=2):
-            steps = ((op, n), (then, m))
-            if all(0 <= r <= TOP for r in _results(start, steps)):
-                bucket = _bucket(_write(start, steps))
-                split = next(name for name, buckets in SPLITS.items() if bucket in buckets)
-                groups[split].setdefault((op, then), []).append((start, steps))
-    return {split: list(by_operators.values()) for split, by_operators in groups.items()}
-
-
-def _apply(a: int, op: str, b: int) -> int:
-    """The result; -1 where it is no whole number."""
-    if op == "/":
-        return a // b if a % b == 0 else -1
-    return {"+": a + b, "-": a - b, "*": a * b}[op]
-
-
-def _results(start: int, steps: Steps) -> list[int]:
-    """The result of each step; -1 from where one is negative or no whole number."""
-    out = []
-    for op, n in steps:
-        result = _apply(start, op, n) if start >= 0 else -1
-        out.append(max(result, -1))
-        start = out[-1]
-    return out
-
-
-def _corrupted(start: int, steps: Steps, results: list[int], rng: np.random.Generator) -> list[int]:
-    """Results with one slip: in the first step, and then carried through, or in the last."""
-    at = int(rng.integers(len(steps)))
-    options = list(_slips(steps, results, at)) or list(_slips(steps, results, len(steps) - 1))
-    return options[rng.integers(len(options))]
-
-
-def _slips(steps: Steps, results: list[int], at: int) -> Iterator[list[int]]:
-    """All ways in which step `at` can go wrong nearby and the answer be wrong for it, in 0 .. 199."""
-    for wrong in range(max(0, results[at] - NEAR), min(WRONG_TOP, results[at] + NEAR) + 1):
-        carried = _results(wrong, steps[at + 1 :])
-        slipped = [*results[:at], wrong, *carried]
-        if slipped[-1] != results[-1] and all(0 <= r <= WRONG_TOP for r in slipped):
-            yield slipped
-
-
-def _bucket(arithmetic: str) -> int:
-    """0 .. 9."""
-    return int.from_bytes(hashlib.blake2b(arithmetic.encode(), digest_size=4).digest()) % 10
-
-
-# --- text ------------------------------------------------------------------------------------------------
-
-
-def _draw_question(start: int, steps: Steps, rng: np.random.Generator) -> str:
+def _draw_question(start: int, steps: Steps, subject: str, rng: np.random.Generator) -> str:
     who = ("She", "He")[rng.integers(2)]
     name, thing = NAMES[who][rng.integers(len(NAMES[who]))], OBJECTS[rng.integers(len(OBJECTS))]
     told = [STEPS[op][rng.integers(len(STEPS[op]))].format(who=who, n=n) for op, n in steps]
-    return f"{name} has {start} {thing} . {' '.join(told)} How many {thing} now ?"
+    return f"{name} has {start} {thing} . {' '.join(told)} {_ASKED[subject].format(thing=thing)}"
 
 
-def _write(start: int, steps: Steps, results: list[int] | None = None) -> str:
-    results = _results(start, steps) if results is None else results
-    lefts = [start, *results]
-    lines = zip(lefts, steps, results, strict=False)  # the last left-hand side is the answer
-    return " ; ".join(f"{left} {op} {n} = {result}" for left, (op, n), result in lines)
-
-
-def _read(problem: Problem) -> tuple[int, Steps]:
-    steps = _STEP.findall(problem.solution)
-    if len(steps) != 2:
-        raise ValueError(f"{problem.id}: the solution {problem.solution!r} has {len(steps)} steps, not 2")
-    return int(steps[0][0]), tuple((op, int(n)) for _, op, n, _ in steps)
-
-
-def _asked(problem: Problem) -> str:
-    """The thing that is counted."""
-    if not (found := _ASKED.search(problem.question)):
+def thing_of(problem: Problem) -> str:
+    """What is counted.  Raises ValueError for a problem that was not made here."""
+    _, asks, rest = problem.question.partition("How many ")
+    thing = rest.partition(" ")[0]
+    if not asks or not problem.question.endswith(_ASKED[problem.subject or NUMBER].format(thing=thing)):
         raise ValueError(f"{problem.id}: the question {problem.question!r} does not end by asking how many")
-    return found[1]
+    return thing
 
 
 def _in_form(n: int, form: str, thing: str, rng: np.random.Generator) -> str:
     if form == "fraction":
-        most = WRONG_TOP // max(n, 1)  # no number is above 199, so 150 is 150 / 1
+        most = arithmetic.WRONG_TOP // max(n, 1)  # no number is above 199, so 150 is 150/1
         below = min(int(rng.integers(2, 6)), most)
-        return f"{n * below} / {below}"
-    return {"integer": f"{n}", "decimal": f"{n}.0", "word": _in_words(n), "unit": f"{n} {thing}"}[form]
-
-
-def _in_words(n: int) -> str:
-    """0 .. 199 in words: `seven`, `forty-two`, `one hundred six`."""
-    if n >= 100:
-        return f"one hundred {_in_words(n - 100)}" if n > 100 else "one hundred"
-    if n < 20:
-        return _UNITS[n]
-    tens, unit = _TENS[n // 10 - 2], n % 10
-    return f"{tens}-{_UNITS[unit]}" if unit else tens
-
-
-_WORDS = {_in_words(n): n for n in range(WRONG_TOP + 1)}
-
-
-def _value(said: str) -> Fraction | None:
-    """The number that a text says, if it says one and nothing else."""
-    if said in _WORDS:
-        return Fraction(_WORDS[said])
-    if _DECIMAL.fullmatch(said):
-        return Fraction(said)
-    if (ratio := _FRACTION.fullmatch(said)) and int(ratio[2]):
-        return Fraction(int(ratio[1]), int(ratio[2]))
-    return None
+        return f"{n * below}/{below}"
+    said = {"integer": f"{n}", "decimal": f"{n}.0", "word": arithmetic.in_words(n), "unit": f"{n} {thing}"}
+    return said[form]
