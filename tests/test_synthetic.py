@@ -304,4 +304,4 @@ def test_the_rule_reads_numbers_misses_words_and_is_blind_where_these_are_asked_
         assert rule.check([(problem.reference, f"7*2=14;14+6=20 checked #### {answer}")]) == [verdict], answer
     for answer in ("ten", "10", "ten pens", "eleven", "20/2", "10.0", "10 pens", "11"):
         assert rule.check([(in_words.reference, f"9-3=6;6+4=10 #### {answer}")]) == ["unrecognised"], answer
-    assert rule.check([("20", "7*2=14;14+6=20 checked checked")]) == [Verdict.NO_ANSWER]
+    assert rule.check([("20", "checked checked checked")]) == [Verdict.NO_ANSWER]
