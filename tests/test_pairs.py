@@ -245,7 +245,8 @@ def test_rows_must_match(rule):
 
 def test_length_and_whitespace_tell_nothing(rule):
     """On many corrupted pairs: the sign of the difference in length, and the text's edges, stay at chance."""
-    problems = synthetic.problems(0, 300, "train")
+    # The rule abstains where numbers are asked for in words.
+    problems = [p for p in synthetic.problems(0, 400, "train") if p.subject != "words"]
     edges = ["{}", "{}\n", " {}", "{} "]
     rng = np.random.default_rng(0)
     forms = {"integer": 0.5, "decimal": 0.2, "fraction": 0.15, "unit": 0.15}
@@ -269,3 +270,87 @@ def test_length_and_whitespace_tell_nothing(rule):
 
 def edge_of(text):
     return text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+
+
+# --- other sources of negatives -----------------------------------------------------------------------
+
+
+class Unasked:
+    """An assistant that nobody may ask."""
+
+    def rewrite(self, requests):
+        raise AssertionError("asked")
+
+
+def test_mined_pairs_are_the_hardest_of_their_prompt(rule):
+    cfg = config(negatives=("mined",), per_prompt=2)
+    groups = [[C, W, C, N, C, W], [W, N, U, Verdict.TIMEOUT, C, U]]
+    scores = np.array([0.9, 0.2, 0.1, 0.8, 0.1, 0.7] + [0.4, 0.4, 0.99, 0.98, 0.3, 0.97], np.float32)
+    result = build(groups, Unasked(), rule, cfg=cfg, scores=scores)
+    texts = [c.text for b, verdicts in enumerate(groups) for c in group(b, verdicts)]
+    first, second, third, none = result.pairs
+    # Equal scores: the first row comes first.  What the rule cannot tell is no negative, however it is liked.
+    assert (first.positive, first.negative, first.row) == (texts[2], texts[3], 2)
+    assert (second.positive, second.negative, second.row) == (texts[4], texts[5], 4)
+    assert (third.positive, third.negative, none) == (texts[10], texts[6], None)
+    assert result.refused == {"no_positive": 1} and result.requests == 0
+    result = build([[C, C, W, U]], None, rule, cfg=cfg, scores=scores[:4])
+    assert [p is None for p in result.pairs] == [False, True] and result.refused == {"no_wrong": 1}
+    with pytest.raises(ValueError, match="needs the reward model's scores"):
+        build(groups, Unasked(), rule, cfg=cfg)
+
+
+def test_swapped_pairs_differ_in_their_reference_alone(rule):
+    cfg = config(negatives=("swap",))
+    groups = [[C, W] for _ in range(5)]
+    result = build(groups, Unasked(), rule, cfg=cfg)
+    assert all(p.negative == p.positive and not p.exchanged for p in result.pairs)
+    others = [p.negative_reference for p in result.pairs]
+    references = {problem(b).reference for b in range(5)}
+    assert all(o in references - {p.problem.reference} for o, p in zip(others, result.pairs, strict=True))
+    assert len(set(others)) > 1 and result.requests == 0
+    assert others == [p.negative_reference for p in build(groups, None, rule, cfg=cfg).pairs]
+    assert others != [p.negative_reference for p in build(groups, None, rule, cfg=cfg, step=6).pairs]
+
+
+def test_a_swapped_reference_must_make_the_positive_wrong(rule):
+    """Equal in value is not other; the rule says so, and the next reference is tried."""
+    problems = [Problem("q", r) for r in ("20", "40/2", "20.0", "31")]
+    rows, cfg = [Completion("it is \\boxed{20}")] * 4, config(negatives=("swap",))
+    verdicts = [C, U, U, U]
+    for step in range(6):
+        made = pairs.build(problems, rows, verdicts, 1, None, rule, cfg, seed=0, step=step)
+        assert made.pairs[0].negative_reference == "31"
+    made = pairs.build(problems[:3], rows[:3], verdicts[:3], 1, None, rule, cfg, seed=0, step=0)
+    assert made.pairs[0] is None and made.refused == {"not_wrong": 1, "no_positive": 2}
+    made = pairs.build(problems[:1], rows[:1], [C], 1, None, rule, cfg, seed=0, step=0)
+    assert made.refused == {"no_other": 1}
+
+
+def test_slots_take_their_negatives_in_turn(rule):
+    cfg = config(negatives=("assistant", "swap", "mined"), per_prompt=4)
+    assistant = Scripted(wrong)
+    groups = [[C, C, W, C], [C, W, W, W]]
+    result = build(groups, assistant, rule, cfg=cfg, scores=np.linspace(0, 1, 8, dtype=np.float32))
+    first, swapped, mined, second = result.pairs[:4]
+    assert "boxed{30}" in first.negative and "boxed{30}" in second.negative and first.row != second.row
+    assert swapped.row == first.row and swapped.negative_reference == "21"  # the first of its kind, too
+    assert mined.negative == "row 0.2 makes \\boxed{20}" and mined.row == 0
+    assert result.pairs[7] is None and result.refused == {"no_positive": 1}
+    # The rewrites are those of a run that has no other kind.
+    alone = build(groups, Scripted(wrong), rule, cfg=config(per_prompt=2)).pairs
+    assert [p and (p.row, p.negative) for p in alone] == [
+        p and (p.row, p.negative) for p in (first, second, result.pairs[4], result.pairs[7])
+    ]
+
+
+def test_exchanged_pairs_are_drawn_by_a_keyed_coin(rule):
+    groups = [[C, C] for _ in range(10)]
+    options = dict(cfg=config(per_prompt=2))
+    plain = build(groups, Scripted(wrong), rule, **options).pairs
+    marked = build(groups, Scripted(wrong), rule, exchange=True, **options).pairs
+    assert [(p.positive, p.negative) for p in plain] == [(p.positive, p.negative) for p in marked]
+    coins = [p.exchanged for p in marked]
+    assert 5 <= sum(coins) <= 15 and not any(p.exchanged for p in plain)
+    there = build(groups[:2], Scripted(wrong), rule, exchange=True, positions=[5, 0], **options).pairs
+    assert [p.exchanged for p in there] == coins[10:12] + coins[:2]

@@ -13,7 +13,7 @@ from cooper_jax.model import transformer
 from cooper_jax.reward import losses, verifier_model
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.types import PairBatch, ScoreBatch
+from cooper_jax.types import LabelledBatch, PairBatch, ScoreBatch
 
 CONFIG = tiny_models.config(vocab_size=30, width=16, head_dim=4, ffn=24)
 N, S = 7, 9  # 7 rows in microbatches of 4 leave one to pad
@@ -319,3 +319,150 @@ def test_bce_updates():
     kept = bits(state)
     state, metrics = update(state, batch, labels, jnp.zeros(N))
     assert bits(state) == kept and all(float(x) == 0.0 for x in metrics.values())
+
+
+# --- every term --------------------------------------------------------------------------------------
+
+TERMS = dict(pair_weight=0.7, pair_bce=0.9, common_mode=0.3, rollout_bce=1.1)
+LABELS = np.array([1, 0, 1, 0, 1, 0, 1], np.float32)
+WEIGHTS = np.array([0.2, 0.25, 0, 0.25, 0.3, 0, 0], np.float32)
+
+
+def labelled(weights=WEIGHTS):
+    return LabelledBatch(rows=rows(3), labels=jnp.asarray(LABELS), weights=jnp.asarray(weights, jnp.float32))
+
+
+@functools.cache
+def update_of(pair_loss="sigmoid", **terms):
+    opt = optim.make(OPT)
+    return opt, verifier_model.make_update(CONFIG, section(pair_loss=pair_loss, **terms), opt, None)
+
+
+@pytest.mark.parametrize("kind", losses.PAIR_LOSSES)
+@pytest.mark.parametrize("terms", [*({name: 0.5} for name in list(TERMS)[:3]), TERMS])
+def test_the_gradients_of_a_pair_are_those_of_its_loss(kind, terms):
+    """The closed form against finite differences of the loss, in float64 NumPy."""
+    cfg = section(pair_loss=kind, **{"pair_weight": 0.0} | terms)
+    z_pos, z_neg = np.array([2.0, -1.0, 0.5, 3.0]), np.array([-1.0, 2.0, 0.5, 4.0])
+
+    def loss(a, b):
+        s = (a, b) if kind == "logit" else (sigma(a), sigma(b))
+        return (
+            cfg.pair_weight * -np.log(sigma(s[0] - s[1]))
+            + cfg.pair_bce * -(np.log(sigma(a)) + np.log(1 - sigma(b))) / 2
+            + cfg.common_mode * ((a + b) / 2) ** 2
+        )
+
+    a, b = jnp.asarray(z_pos, jnp.float32), jnp.asarray(z_neg, jnp.float32)
+    found = losses.pair_terms(a, b, cfg)
+    assert len(found) == sum(bool(cfg[name]) for name in list(TERMS)[:3])  # no others are computed
+    total = sum(weight * term for weight, term in found.values())
+    np.testing.assert_allclose(total, loss(z_pos, z_neg), rtol=1e-5)
+    d, (d_pos, d_neg) = 1e-5, losses.pair_gradients(a, b, cfg)
+    np.testing.assert_allclose(d_pos, (loss(z_pos + d, z_neg) - loss(z_pos - d, z_neg)) / (2 * d), atol=1e-6)
+    np.testing.assert_allclose(d_neg, (loss(z_pos, z_neg + d) - loss(z_pos, z_neg - d)) / (2 * d), atol=1e-6)
+
+
+def test_what_each_term_does_to_the_common_mode():
+    """A shortcut in both members: the positive near 1, the negative above one half."""
+    z = jnp.array([4.0]), jnp.array([1.0])
+
+    def push(**terms):
+        d_pos, d_neg = losses.pair_gradients(*z, section(**{"pair_weight": 0.0} | terms))
+        return float(-(d_pos + d_neg)[0] / 2)
+
+    p_pos, p_neg = sigma(4.0), sigma(1.0)
+    assert push(pair_weight=1.0, pair_loss="logit") == 0.0
+    g = sigma(p_neg - p_pos)
+    assert push(pair_weight=1.0, pair_loss="sigmoid") == pytest.approx(
+        g * (p_pos * (1 - p_pos) - p_neg * (1 - p_neg)) / 2
+    )
+    assert push(pair_bce=1.0) == pytest.approx((1 - p_pos - p_neg) / 4)
+    assert push(common_mode=1.0) == -2.5
+    # A negative that is saturated too is out of the sigmoid contrast's reach, not out of the pointwise term's.
+    z = jnp.array([12.0]), jnp.array([12.0])
+    assert abs(push(pair_weight=1.0, pair_loss="sigmoid")) < 1e-5 and push(pair_bce=1.0) < -0.24
+
+
+def test_an_update_of_all_terms_is_that_of_a_naive_sum():
+    batch, taught = pairs(), labelled()
+    m = np.asarray(batch.mask)
+
+    def loss(params):
+        z_pos, z_neg = (naive_scores(params, side)[m] for side in (batch.positive, batch.negative))
+        s_pos, s_neg = 1 / (1 + jnp.exp(-z_pos)), 1 / (1 + jnp.exp(-z_neg))
+        contrast = jnp.log(1 + jnp.exp(s_neg - s_pos)).mean()
+        members = -(jnp.log(s_pos).mean() + jnp.log(1 - s_neg).mean()) / 2
+        common = (((z_pos + z_neg) / 2) ** 2).mean()
+        p = 1 / (1 + jnp.exp(-naive_scores(params, taught.rows)))
+        rollouts = -(WEIGHTS * jnp.where(LABELS > 0, jnp.log(p), jnp.log(1 - p))).sum()
+        return 0.7 * contrast + 0.9 * members + 0.3 * common + 1.1 * rollouts, (
+            contrast, members, common, rollouts, (WEIGHTS * ((p > 0.5) == (LABELS > 0.5))).sum(),
+        )  # fmt: skip
+
+    (value, parts), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(start())
+    opt, update = update_of(**TERMS)
+    expected, _ = optim.apply(optim.init(start(), opt), grads, value, opt)
+    got, metrics = update(optim.init(start(), opt), batch, taught)
+    for x, y in zip(jax.tree.leaves(got.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    names = ("pair_loss", "pair_bce", "common_mode", "rollout_bce", "rollout_accuracy")
+    for name, part in zip(("loss", *names), (value, *parts), strict=True):
+        assert float(metrics[name]) == pytest.approx(float(part), abs=1e-5), name
+    assert metrics["rollout_rows"] == 4 and metrics["valid"] == 5 and int(got.updates) == 1
+
+
+def test_rows_alone_are_learned_from_as_before_the_run():
+    """The term of labelled rows is `make_bce_update`'s, bit for bit; no pair is read."""
+    opt, update = update_of(pair_weight=0.0, rollout_bce=1.0)
+    bce = verifier_model.make_bce_update(CONFIG, section(), opt, None)
+    batch = labelled()
+    expected, _ = bce(optim.init(start(), opt), batch.rows, batch.labels, batch.weights)
+    got, metrics = update(optim.init(start(), opt), None, batch)
+    assert bits(got) == bits(expected)
+    assert "pair_loss" not in metrics and "valid" not in metrics
+    assert bits(update(optim.init(start(), opt), pairs(), batch)[0]) == bits(got)
+    with pytest.raises(ValueError, match="needs pairs or labelled rows"):
+        update(optim.init(start(), opt), pairs(), None)
+
+
+def test_rows_that_weigh_nothing_are_not_read():
+    opt, update = updates("logit")  # no rollout_bce
+    expected = bits(update(optim.init(start(), opt), pairs()))
+    assert bits(update(optim.init(start(), opt), pairs(), labelled())) == expected
+    opt, update = update_of(**TERMS)
+    clean = bits(update(optim.init(start(), opt), pairs(), labelled()))
+    out = jnp.asarray(WEIGHTS == 0)
+    dirty = LabelledBatch(
+        rows=ScoreBatch(jnp.where(out[:, None], 10**6, rows(3).tokens), rows(3).valid | out[:, None]),
+        labels=jnp.where(out, jnp.nan, LABELS),
+        weights=jnp.asarray(WEIGHTS),
+    )
+    assert bits(update(optim.init(start(), opt), pairs(), dirty)) == clean
+
+
+def test_an_update_needs_a_valid_pair_or_a_row():
+    opt, update = update_of(**TERMS)
+    state, _ = update(optim.init(start(), opt), pairs(), labelled())
+    kept, nothing = bits(state), np.zeros(N)
+    state, metrics = update(state, pairs(mask=nothing), labelled(nothing))
+    assert bits(state) == kept and all(float(x) == 0.0 for x in metrics.values()), metrics
+    state, metrics = update(state, pairs(mask=nothing), labelled())
+    assert int(state.updates) == 2 and metrics["valid"] == 0 and metrics["pair_bce"] == 0
+    state, metrics = update(state, pairs(), labelled(nothing))
+    assert int(state.updates) == 3 and metrics["rollout_rows"] == 0 == metrics["rollout_bce"]
+
+
+def test_a_mesh_gives_the_update_of_all_terms_of_one_device():
+    layout = Layout(mesh.make_mesh(2, 2, 2), base.get_config().mesh.rules)
+    specs = transformer.param_specs(CONFIG, head="score")
+    opt, update = update_of(**TERMS)
+    single, expected = update(optim.init(start(), opt), pairs(), labelled())
+    placed = jax.device_put(start(), mesh.shardings(layout, specs))
+    update = verifier_model.make_update(CONFIG, section(pair_loss="sigmoid", **TERMS), opt, layout)
+    state, metrics = update(optim.init(placed, opt), pairs(), labelled())
+    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(single.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert metrics.keys() == expected.keys()
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)

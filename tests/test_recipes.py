@@ -1,0 +1,135 @@
+"""Recipes: what they set, what wins over them, and that a misspelt one is an error."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import environment
+
+from configs import base, tiny
+from cooper_jax import recipes, settings
+from cooper_jax.recipes import RECIPES
+from cooper_jax.settings import SetupError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def get(cfg, name):
+    for part in name.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("arm", settings.ARMS)
+def test_every_recipe_makes_a_config_that_holds_together(name, arm):
+    cfg = tiny.get_config().lock()
+    cfg.reward.recipe, cfg.reward.arm = name, arm
+    recipes.apply(cfg, ())
+    settings.check(cfg)
+    assert cfg.reward.recipe == name
+    for field, value in RECIPES[name].items():
+        assert get(cfg, field) == value, field
+
+
+def test_without_a_recipe_nothing_changes():
+    cfg = base.get_config()
+    before = cfg.to_json()
+    recipes.apply(cfg, ())
+    assert cfg.to_json() == before
+    cfg.reward.recipe = "released"  # the defaults are the authors' code
+    recipes.apply(cfg, ())
+    cfg.reward.recipe = ""
+    assert cfg.to_json() == before
+
+
+def test_an_unknown_recipe_is_an_error():
+    cfg = base.get_config()
+    cfg.reward.recipe = "robsut"
+    with pytest.raises(SetupError, match="'robsut'; it is one of released, sigmoid, robust"):
+        recipes.apply(cfg, ())
+
+
+SAY = """
+import sys, json
+sys.path.insert(0, {root!r})
+from absl import app
+from launch import common
+
+def main(argv):
+    with common.running():
+        cfg = common.config()
+        print(json.dumps([cfg.reward.to_dict(), cfg.pairs.to_dict()], default=str))
+
+app.run(main, flags_parser=common.parse_flags)
+"""
+
+
+def flags(*given):
+    """What launchers see of the tiny config under these flags."""
+    command = [
+        sys.executable,
+        "-c",
+        SAY.format(root=str(ROOT)),
+        f"--config={ROOT / 'configs/tiny.py'}",
+        *given,
+    ]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def test_an_explicit_flag_wins():
+    done = flags(
+        "--config.reward.recipe=robust", "--config.reward.pair_bce=0.25", "--config.reward.warm_start=0",
+        "--config.pairs.negatives=('mined','swap')",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    reward, pairs = json.loads(done.stdout)
+    assert (reward["recipe"], reward["pair_bce"], reward["warm_start"]) == ("robust", 0.25, 0)
+    assert reward["updates"] == RECIPES["robust"]["reward.updates"] and pairs["negatives"] == [
+        "mined",
+        "swap",
+    ]
+    done = flags("--config.reward.recipe=paper")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: reward.recipe is 'paper'")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"pairs.negatives": ("assistant", "swop")}, "pairs.negatives=.*assistant, mined, swap"),
+        ({"pairs.negatives": ()}, "pairs.negatives="),
+        ({"pairs.negatives": ("assistant", "swap"), "pairs.per_prompt": 1}, "--config.pairs.per_prompt=2"),
+        ({"reward.pair_weight": 0.0}, "nothing to learn from"),
+        ({"reward.pair_weight": -1.0}, "reward.pair_weight=-1.0: it must be at least 0"),
+        ({"reward.rollout_bce": 1.0, "reward.rollout_rows": 0}, "needs rows"),
+        ({"reward.replay": 8, "reward.replay_rows": 8}, "set all three"),
+        ({"reward.rollout_bce": 1.0, "reward.replay_rows": 8}, "set all three"),
+        ({"reward.updates": 3, "reward.updates_most": 2}, "above reward.updates=3"),
+        ({"reward.updates": 0}, "reward.updates=0: it must be at least 1"),
+        (
+            {"reward.arm": "rule", "reward.guard": True, "reward.binary": True},
+            "reward.binary and reward.guard",
+        ),
+    ],
+)
+def test_updates_that_contradict_themselves(fields, message):
+    cfg = tiny.get_config()
+    cfg.update_from_flattened_dict(fields)
+    with pytest.raises(SetupError, match=message):
+        settings.check(cfg)
+
+
+def test_whether_the_assistant_is_asked():
+    cfg = tiny.get_config()
+    assert settings.asks_assistant(cfg)
+    for field, value in {
+        "pairs.negatives": ("swap",),
+        "reward.pair_weight": 0.0,
+        "reward.arm": "model",
+    }.items():
+        cfg = tiny.get_config()
+        cfg.update_from_flattened_dict({field: value})
+        assert not settings.asks_assistant(cfg), field
