@@ -174,7 +174,8 @@ def get_config() -> ConfigDict:
     c.reward.updates = 1  # a policy step, on the same pairs and rows
     c.reward.updates_most = 0  # so many instead while rm/false_positive_rate is above fp_target; 0: never
     c.reward.fp_target = 0.1
-    c.reward.warm_start = 0  # updates before the first policy step, each on fresh rollouts
+    # Updates before the first policy step, each on fresh rollouts; in the model arm it is frozen after them.
+    c.reward.warm_start = 0
     c.reward.replay = 0  # past decided rollouts that are kept, of each class
     c.reward.replay_rows = 0  # of them, so many join each update's rollouts
     # Controls.

@@ -49,13 +49,19 @@ def weighs_pairs(reward: ConfigDict) -> bool:
     return bool(reward.pair_weight or reward.pair_bce or reward.common_mode)
 
 
+def updates_reward_model(cfg: ConfigDict) -> bool:
+    """Whether a run ever updates its reward model: at its steps, or by a warm start before it is frozen."""
+    return cfg.reward.arm == "cooper" or (cfg.reward.arm == "model" and cfg.reward.warm_start > 0)
+
+
 def makes_pairs(cfg: ConfigDict) -> bool:
+    """Whether a step makes pairs."""
     return cfg.reward.arm == "cooper" and weighs_pairs(cfg.reward)
 
 
 def asks_assistant(cfg: ConfigDict) -> bool:
     """Whether a run has pairs whose negatives an assistant writes."""
-    return makes_pairs(cfg) and "assistant" in cfg.pairs.negatives
+    return updates_reward_model(cfg) and weighs_pairs(cfg.reward) and "assistant" in cfg.pairs.negatives
 
 
 def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
@@ -74,12 +80,12 @@ def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
             f"reward.{' and reward.'.join(given)}: the rule arm has no reward model whose rewards could be "
             "changed; leave it out, or set --config.reward.arm=model",
         )
-    if r.arm != "cooper":
+    if not updates_reward_model(cfg):
         return
     need(
         weighs_pairs(r) or bool(r.rollout_bce),
-        "reward.pair_weight=0 and no other term: the cooper arm's update has nothing to learn from; set "
-        "--config.reward.rollout_bce, or --config.reward.arm=model for a frozen reward model",
+        "reward.pair_weight=0 and no other term: the reward model's update has nothing to learn from; set "
+        "--config.reward.rollout_bce, or freeze it: --config.reward.arm=model --config.reward.warm_start=0",
     )
     need(
         not weighs_pairs(r) or len(negatives) <= cfg.pairs.per_prompt,
@@ -124,7 +130,7 @@ def check(cfg: ConfigDict) -> None:
         f"mesh.reward={cfg.mesh.reward!r}: the rule arm has no reward model; leave it empty",
     )
     need(
-        not cfg.mesh.assistant or (cfg.assistant.kind == "local" and cfg.reward.arm == "cooper"),
+        not cfg.mesh.assistant or (cfg.assistant.kind == "local" and updates_reward_model(cfg)),
         f"mesh.assistant={cfg.mesh.assistant!r}: only the cooper arm with assistant.kind=local has one on devices",
     )
     need(r.kernels in ("auto", "xla"), f"rollout.kernels={r.kernels!r}: it is auto or xla")

@@ -2,16 +2,20 @@
 
 A reward model that was trained on others' completions knows their shortcuts; here it meets the policy's own before
 they earn anything.  `reward.warm_start` updates, each on fresh rollouts of problems in an order of their own:
-sampled, scored, judged by the rule, paired and learned from as in a Cooper step.
+sampled, scored, judged by the rule, paired and learned from as in a Cooper step.  In the model arm the reward model
+is frozen after that: a control that tells what the updates at the steps add.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 
 from cooper_jax import signals, stages
 from cooper_jax.assembly import Cooper, State
 from cooper_jax.data import problems as problem_sets
+from cooper_jax.reward.lessons import Replay
 from cooper_jax.reward.losses import rewards
 from cooper_jax.runtime import hosts, keys
 
@@ -19,10 +23,13 @@ REPORTS = 8  # lines that it prints, at most
 
 
 def run(cooper: Cooper, state: State) -> State:
-    """The state at step 0 with the reward model updated; as it is outside the cooper arm."""
-    cfg, count = cooper.cfg, cooper.cfg.reward.warm_start
-    if cfg.reward.arm != "cooper":
+    """The state at step 0 with the reward model updated; as it is in the rule arm."""
+    count = cooper.cfg.reward.warm_start
+    if cooper.reward is None or not count:
         return state
+    arm, cfg = cooper.cfg.reward.arm, cooper.cfg.copy_and_resolve_references()
+    cfg.reward.arm = "cooper"  # whose stages update it
+    cooper = dataclasses.replace(cooper, cfg=cfg)
     for update in range(count):
         hosts.look()
         # Draws of pairs and lessons are keyed by (step, position): no Cooper step has the number 0.
@@ -50,4 +57,4 @@ def run(cooper: Cooper, state: State) -> State:
                 f"rule {signals.verdict_metrics(verdicts)['rule/accuracy']:.1%}  agreement "
                 f"{found['rm/rule_agreement']:.3f}  false positives {found['rm/false_positive_rate']:.3f}"
             )
-    return state
+    return state if arm == "cooper" else state.replace(replay=Replay())

@@ -23,7 +23,7 @@ from cooper_jax.data import labelled, overlap
 from cooper_jax.data.overlap import Record
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.checkpoint import steps_in
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings import SetupError, boundary, updates_reward_model
 from cooper_jax.types import Problem
 
 
@@ -80,7 +80,7 @@ def before(cfg: ConfigDict) -> Record | None:
 def with_training(cfg: ConfigDict, seen: Record | None, train: Sequence[Problem]) -> Record | None:
     """The run's whole record: with the training problems, where the reward model is trained on them."""
     solutions = cfg.warmup.reward_steps and not cfg.warmup.reward_data
-    if seen is None or not (cfg.reward.arm == "cooper" or solutions):
+    if seen is None or not (updates_reward_model(cfg) or solutions):
         return seen
     return seen | overlap.record((p.question for p in train), _name(cfg.data.train) or cfg.data.format)
 
