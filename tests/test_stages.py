@@ -4,6 +4,7 @@ the local assistant, and the memory of a resumed run."""
 import contextlib
 import dataclasses
 import gc
+import zlib
 from collections import Counter
 
 import jax
@@ -15,10 +16,11 @@ import tiny_tokenizers
 from configs import tiny
 from cooper_jax import assembly, local_chat, placement, stages, trainer, warmup
 from cooper_jax.model import weights
+from cooper_jax.reward.lessons import Replay
 from cooper_jax.runtime import rundir
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.metrics import Phases
-from cooper_jax.types import Completion, Pair, Verdict
+from cooper_jax.types import Completion, Pair, Triple, Verdict
 
 B, G = 3, 2  # 6 rows: no multiple of the four batch shards below
 
@@ -289,3 +291,183 @@ def test_a_resumed_run_holds_no_more_memory_than_a_fresh_one(build, tmp_path):
     assert place == again == (1, B)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(trained, restored, strict=True))
     assert fresh * 0.95 < resumed < fresh * 1.05
+
+
+# --- the reward model's update -------------------------------------------------------------------------
+
+
+def test_what_the_policy_is_rewarded_with():
+    verdicts = [Verdict.CORRECT, Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED]
+    texts = [Completion("", truncated=n == 1) for n in range(5)]
+    scores = np.array([0.3, 0.6, 0.7, 0.9, 0.5], np.float32)
+
+    def rewards(**controls):
+        cfg = config().reward
+        cfg.update(controls)
+        return trainer.policy_rewards(cfg, scores, verdicts, texts).tolist()
+
+    assert trainer.policy_rewards(config().reward, None, verdicts, texts).tolist() == [1, 1, 0, 0, 0]
+    assert rewards() == scores.tolist()
+    assert rewards(binary=True) == [0, 1, 1, 1, 0]
+    assert rewards(either=True) == [1, 1, *scores[2:].tolist()]
+    assert rewards(guard=True) == [scores[0].item(), 0, scores[2].item(), 0, scores[4].item()]
+    assert rewards(binary=True, either=True, guard=True) == [1, 0, 1, 0, 0]
+
+
+def test_more_updates_while_the_reward_model_is_fooled():
+    cfg = config().reward
+    assert stages.updates_of(cfg, 0.9) == 1
+    cfg.update(updates=2, updates_most=5, fp_target=0.25)
+    assert [stages.updates_of(cfg, rate) for rate in (0.26, 0.25, float("nan"))] == [5, 2, 2]
+
+
+def a_pair(problem):
+    return Pair(problem, "It is 3. #### 3", "It is 4. #### 4", 0)
+
+
+def test_several_reward_updates_are_that_many_steps(build):
+    """On the same pairs and rows; and the motion is how far they moved the pairs' logits."""
+    with build(**{"log.pair_motion": True, "reward.rollout_bce": 1.0, "reward.rollout_rows": 4}) as (
+        cooper,
+        state,
+    ):
+        made = [a_pair(cooper.train[0]), None, a_pair(cooper.train[1])]
+        rows = [Triple(p.question, p.reference, "so #### 2", i % 2) for i, p in enumerate(cooper.train[:3])]
+        start = [x.copy() for x in host(state.reward)]
+
+        def again():
+            leaves = [
+                jax.device_put(x, old.sharding)
+                for x, old in zip(start, jax.tree.leaves(state.reward), strict=True)
+            ]
+            return state.replace(reward=jax.tree.unflatten(jax.tree.structure(state.reward), leaves))
+
+        def logits(reward):
+            problems = [p.problem for p in made if p]
+            texts = ([p.positive for p in made if p], [p.negative for p in made if p])
+            return np.stack(
+                [
+                    stages.score(
+                        cooper, state.replace(reward=reward), problems, [Completion(t) for t in side]
+                    )
+                    for side in texts
+                ]
+            )
+
+        before = logits(state.reward)
+        together, metrics = stages.update_reward_model(cooper, again(), made, rows, updates=3)
+        one = again()
+        for i in range(3):
+            reward, of_one = stages.update_reward_model(cooper, one, made, rows)
+            one = one.replace(reward=reward)
+            assert of_one["rm/updates"] == 1 and (i or of_one["rm/loss"] == metrics["rm/loss"])
+        assert all(unchanged(host(together), one.reward)) and metrics["rm/updates"] == 3
+        moved = logits(together) - before
+        assert abs(moved).min() > 0
+        assert metrics["rm/common_motion"] == pytest.approx(moved.mean(), abs=1e-5)
+        assert metrics["rm/difference_motion"] == pytest.approx((moved[0] - moved[1]).mean(), abs=1e-5)
+        assert metrics["rm/rollout_rows"] == 3 and metrics["rm/valid"] == 2
+
+        # Neither pairs nor rows: nothing moves, and no mean is a number.
+        kept, none = stages.update_reward_model(cooper, again(), [None] * 3, [], updates=2)
+        assert all(unchanged(start, kept)) and none["rm/updates"] == 0 == none["rm/valid"]
+        for name in ("pair_loss", "common_push", "common_motion", "rollout_bce", "rollout_accuracy"):
+            assert np.isnan(none[f"rm/{name}"]), name
+
+        # What is exchanged is read the other way round.
+        exchanged = [p and dataclasses.replace(p, exchanged=True) for p in made]
+        _, other = stages.update_reward_model(cooper, again(), exchanged, rows)
+        for mine, theirs in (("positive", "negative"), ("negative", "positive")):
+            assert other[f"rm/{mine}_mean"] == pytest.approx(metrics[f"rm/{theirs}_mean"], abs=1e-6)
+
+        # A swapped negative stands beside its own reference.
+        text = made[0].positive
+        swapped = dataclasses.replace(made[0], negative=text, negative_reference="11")
+        _, found = stages.update_reward_model(cooper, again(), [swapped, None, None], rows)
+        problems = [made[0].problem, dataclasses.replace(made[0].problem, reference="11")]
+        z = stages.score(cooper, again(), problems, [Completion(text)] * 2)
+        p = 1 / (1 + np.exp(-z))
+        assert (found["rm/positive_mean"], found["rm/negative_mean"]) == pytest.approx(tuple(p), abs=1e-5)
+        assert p[0] != p[1]
+
+
+class Undecided:
+    """A rule verifier with every verdict, by the text; what an assistant or a swap makes is wrong."""
+
+    def check(self, items):
+        return [Verdict.WRONG for _ in items]
+
+    def submit(self, items):
+        class Done:
+            def result(self):
+                return [list(Verdict)[zlib.crc32(text.encode()) % 4] for _, text in items]
+
+        return Done()
+
+
+ALL_TERMS = {
+    "data.prompts_per_step": 4,
+    "rollout.group_size": 4,
+    "reward.pair_bce": 0.5,
+    "reward.rollout_bce": 1.0,
+    "reward.rollout_rows": 6,
+    "reward.updates": 2,
+    "reward.warm_start": 2,
+    "reward.replay": 5,
+    "reward.replay_rows": 4,
+    "pairs.negatives": ("assistant", "swap"),
+}
+
+
+def steps(build, path, count, change=lambda cooper: cooper, **changes):
+    """So many steps, begun or resumed, of a run that decides at random: the state on the host, and the metrics."""
+    with build(**ALL_TERMS | changes) as (cooper, state):
+        cooper = change(dataclasses.replace(solved(cooper), rule=Undecided()))
+        with begun(cooper, state, path) as (state, run, kept):
+            found, first = [], state.replay
+            for _ in range(count):
+                state, metrics, _ = trainer.cooper_step(cooper, state, Phases())
+                found.append(metrics)
+                run.log(state.step, metrics)
+            if count:
+                warmup.save(cooper, state, run, kept)
+            return host(state), found, state.replay, first
+
+
+def test_a_resumed_run_remembers_what_it_would_have(build, tmp_path):
+    """One step, a restart and another are two steps, bit for bit: warm start, replay and all terms included."""
+    whole, metrics, replay, warm = steps(build, tmp_path / "whole", 2)
+    steps(build, tmp_path / "parts", 1)
+    parts, second, again, first = steps(build, tmp_path / "parts", 1)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(whole, parts, strict=True))
+    assert again == replay and first not in (warm, replay, Replay()) and warm != Replay()
+    np.testing.assert_equal(second, metrics[1:])
+    assert all(row["rm/updates"] == 2 and row["rm/rollout_rows"] > 0 for row in metrics)
+    assert len(replay.correct) == 5 and metrics[1]["rm/rollout_rows"] > 6
+
+
+def test_the_oracle_trains_nothing(build, tmp_path):
+    """Nonsense in its place moves its own metric and not a bit of any parameter."""
+
+    def nonsense(cooper):
+        return dataclasses.replace(cooper, oracle=lambda problem, text: zlib.crc32(text.encode()) % 3 > 0)
+
+    whole, metrics, replay, _ = steps(build, tmp_path / "whole", 2)
+    other, others, same, _ = steps(build, tmp_path / "other", 2, change=nonsense)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(whole, other, strict=True)) and same == replay
+    assert [m["oracle/accuracy"] for m in metrics] != [m["oracle/accuracy"] for m in others]
+    for a, b in zip(metrics, others, strict=True):
+        names = [n for n in a if not n.startswith("oracle/")]
+        np.testing.assert_equal([a[n] for n in names], [b[n] for n in names])
+
+
+def test_rows_without_pairs_need_no_assistant(build, tmp_path):
+    def alone(cooper):
+        return dataclasses.replace(cooper, assistant=None)
+
+    changes = {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0, "reward.warm_start": 0}
+    with build(**ALL_TERMS | changes) as (cooper, _):
+        assert cooper.assistant is None
+    _, (metrics,), _, _ = steps(build, tmp_path, 1, change=alone, **changes)
+    assert metrics["rm/updates"] == 2 and metrics["pairs/valid"] == 0
+    assert metrics["rm/rollout_bce"] > 0 and "rm/pair_loss" not in metrics
