@@ -34,7 +34,8 @@ def test_run_directory(finished):
     for name in (
         "policy/loss policy/kl policy/entropy policy/clip_low policy/grad_norm policy/lr policy/ratio_mean "
         "reward/mean reward/std reward/zero_variance_groups rule/accuracy rule/unrecognised rm/pair_loss "
-        "rm/margin rm/accuracy rm/common_push rm/updates rm/false_positive_rate rm/false_negative_rate rm/grad_norm pairs/valid_share "
+        "rm/margin rm/accuracy rm/common_push rm/updates rm/false_positive_rate rm/false_negative_rate "
+        "rm/grad_norm pairs/valid_share "
         "response/tokens_mean response/truncated time/rollout time/policy time/tokens_per_second "
         "oracle/accuracy"
     ).split():
