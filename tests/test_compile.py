@@ -31,6 +31,9 @@ from launch import compile as tool
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
     "data.prompts_per_step": 8,
+    "data.max_prompt_tokens": 64,
+    "data.bucket": 16,
+    "reward.max_tokens": 128,
     "rollout.group_size": 4,
     "rollout.max_new_tokens": 24,
     "policy.microbatch": 16,

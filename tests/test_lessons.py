@@ -16,13 +16,13 @@ C, W, N, U, T = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNREC
 EMPTY = Replay()
 
 
-def choose(verdicts, scores, memory=EMPTY, step=1, seed=0, position=0, **fields):
+def choose(verdicts, scores, memory=EMPTY, step=1, seed=0, position=0, truncated=(), **fields):
     cfg = base.get_config().reward
     cfg.update({"rollout_bce": 1.0} | fields)
     rows = range(len(verdicts))
     return lessons.choose(
         [Problem(f"q{n}", str(n)) for n in rows],
-        [Completion(f"row {n}") for n in rows],
+        [Completion(f"row {n}", truncated=n in truncated) for n in rows],
         verdicts,
         np.asarray(scores, np.float32),
         memory,
@@ -44,6 +44,9 @@ def test_what_the_rule_decides_is_labelled_and_no_more():
     assert all((t.reference, t.completion) == (t.question[1:], f"row {t.question[1:]}") for t in drawn)
     assert replay == Replay()  # none is kept unless asked for
     assert choose([U, T], [0.9, 0.9]) == ([], Replay())
+    cut, kept = choose(verdicts, [0.9] * 6, truncated=(1, 5), replay=8, replay_rows=2)
+    assert numbers(cut, 1.0) == [0] and sorted(numbers(cut, 0.0)) == [1, 2], "a text that never ended is not right"
+    assert numbers(kept.correct) == [0] and sorted(numbers(kept.wrong)) == [1, 2]
     assert choose(verdicts, [0.5] * 6, rollout_bce=0.0) == ([], Replay())
 
 

@@ -1,7 +1,7 @@
 """Labelled rows for the reward model: this step's rollouts that the rule decides, and past ones.
 
-1. Label 1: the rule finds the response correct.  Label 0: it finds it wrong, or finds no answer in it.  Where the
-   rule abstains, no row is made.  Exact truth is never asked.
+1. Label 1: the rule finds the response correct, and it is not truncated.  Label 0: it finds it wrong, or finds no
+   answer in it.  Where the rule abstains, no row is made.  Exact truth is never asked.
 2. At most `rollout_rows` of a step are drawn, half of each class; where one has fewer, the other fills the rest.
    Of the wrong ones half are those that the reward model likes best, ties by row; the rest, and the correct ones,
    are any.
@@ -76,7 +76,7 @@ def choose(
     if not cfg.rollout_bce:
         return [], replay
     rng = keys.numpy_stream(seed, "lessons", step, position)
-    correct = [n for n, v in enumerate(verdicts) if v is Verdict.CORRECT]
+    correct = [n for n, v in enumerate(verdicts) if v is Verdict.CORRECT and not completions[n].truncated]
     wrong = [n for n, v in enumerate(verdicts) if v.decidable and v is not Verdict.CORRECT]
 
     def triples(rows: Sequence[int], label: float) -> list[Triple]:
