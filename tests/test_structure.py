@@ -28,7 +28,7 @@ FLOORS = (
         "cooper_jax.annotation",
         "cooper_jax.reward_training",
     ),  # fmt: skip
-    ("cooper_jax.trainer",),
+    ("cooper_jax.trainer", "cooper_jax.study"),
     ("launch",),
 )
 OURS = ("cooper_jax", "kernels", "configs", "launch", "tests")

@@ -1,0 +1,162 @@
+"""The arms of a study: what each sets, and what it is for.
+
+The config file and its --config flags are the base, which all arms share.  An arm's settings, those of its recipe
+among them, go before both.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cooper_jax.recipes import RECIPES
+from cooper_jax.runtime.rundir import flat
+from cooper_jax.settings import SetupError
+
+START = "start"  # the folder of the supervised phases that a seed's arms share: no arm has this name
+# Fields that are the study's, or alike in all arms; one that ends in a dot stands for its section.
+NOT_AN_ARMS = ("name", "seed", "steps", "run_dir", "resume", "warmup.", "eval.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    name: str
+    about: str  # in one short line
+    settings: Mapping[str, Any]  # dotted field -> value
+    times: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # dotted field -> factor on the base's
+
+
+_FROZEN = {"reward.arm": "model", "reward.recipe": "", "reward.warm_start": 0}
+_ROBUST = {"reward.arm": "cooper", "reward.recipe": "robust"}
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("rule", "the rule's verdict is the reward", {"reward.arm": "rule", "reward.recipe": ""}),
+        Arm("frozen", "a frozen reward model", _FROZEN),
+        Arm(
+            "released",
+            "Cooper as released: a contrast on logits",
+            {"reward.arm": "cooper", "reward.recipe": "released"},
+        ),
+        Arm(
+            "sigmoid",
+            "Cooper with a contrast on the rewards",
+            {"reward.arm": "cooper", "reward.recipe": "sigmoid"},
+        ),
+        Arm("robust", "Cooper with pairs and rollouts anchored", _ROBUST),
+        # Controls.  Would less do?
+        Arm(
+            "frozen_warm",
+            "frozen after the warm start of robust",
+            {"reward.arm": "model", "reward.recipe": "robust"},
+        ),
+        Arm("frozen_guard", "frozen; without an answer no reward", _FROZEN | {"reward.guard": True}),
+        Arm("frozen_kl10", "frozen, with 10 times the KL term", _FROZEN, {"policy.kl_coef": 10.0}),
+        Arm("frozen_kl100", "frozen, with 100 times the KL term", _FROZEN, {"policy.kl_coef": 100.0}),
+        Arm(
+            "frozen_floor", "frozen; a group's deviation is 0.1 at least", _FROZEN | {"policy.std_floor": 0.1}
+        ),
+        Arm("either", "frozen, or the rule where it says correct", _FROZEN | {"reward.either": True}),
+        # Which part of robust does it?
+        Arm(
+            "bce",
+            "robust without pairs: the rule's labels alone",
+            _ROBUST | {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0, "reward.common_mode": 0.0},
+        ),
+        Arm(
+            "shuffled",
+            "robust, members of pairs exchanged by a coin",
+            _ROBUST | {"reward.shuffle_labels": True},
+        ),
+    )
+}
+MAIN = ("rule", "frozen", "released", "sigmoid", "robust")
+
+
+def choose(names: Sequence[str], defined: Sequence[str], base: ConfigDict) -> list[Arm]:
+    """The arms of these names, then those defined on the command line.
+
+    defined: as `parse` reads them.  Raises SetupError for a name that is not there, or there twice.
+    """
+    if unknown := [name for name in names if name not in ARMS]:
+        raise SetupError(
+            f'--arms: {", ".join(unknown)}: there is {", ".join(ARMS)}; --arm="NAME: FIELD=VALUE, ..." makes more'
+        )
+    arms = [*(ARMS[name] for name in dict.fromkeys(names)), *(parse(text, base) for text in defined)]
+    all_names = [arm.name for arm in arms]
+    if twice := sorted({name for name in all_names if all_names.count(name) > 1}):
+        raise SetupError(f"--arm: {', '.join(twice)} is there twice: give it another name")
+    return arms
+
+
+def parse(text: str, base: ConfigDict) -> Arm:
+    """An arm of the command line: `name: reward.pair_loss=logit, pairs.negatives=('assistant','swap')`.
+
+    A value has the type of the base's.  Raises SetupError, naming the arm and what is wrong.
+    """
+    name, colon, rest = (part.strip() for part in text.partition(":"))
+    if not colon or not re.fullmatch(r"\w+", name) or name == START:
+        raise SetupError(
+            f"--arm={text!r}: it is a name of letters, digits and _, other than {START!r}, a colon and settings: "
+            '--arm="logit: reward.recipe=robust, reward.pair_loss=logit"'
+        )
+    known, settings = flat(base.to_dict()), {}
+    for part in re.split(r",(?![^()]*\))", rest):  # at commas outside brackets
+        field, equals, value = (x.strip() for x in part.partition("="))
+        if not equals or field not in known:
+            raise SetupError(
+                f"--arm={name}: {part.strip()!r}: it is FIELD=VALUE, with a field of configs/base.py"
+            )
+        if decided(field):
+            raise SetupError(f"--arm={name}: {field} is alike in all arms: give it as --config.{field}")
+        settings[field] = _value(value, known[field], f"--arm={name}: {field}")
+    return Arm(name, rest, settings)
+
+
+def decided(field: str) -> bool:
+    """Whether the study decides a field, or all its arms share it."""
+    return any(field == f or (f.endswith(".") and field.startswith(f)) for f in NOT_AN_ARMS)
+
+
+def _value(text: str, like: Any, where: str) -> Any:
+    """Text as a value of `like`'s type."""
+    if isinstance(like, str):
+        return text.strip("'\"")
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        if type(value) is int and isinstance(like, float):
+            value = float(value)
+        if type(value) is not type(like):
+            raise ValueError(f"it is a {type(value).__name__}")
+    except (ValueError, SyntaxError) as error:
+        raise SetupError(
+            f"{where}={text}: it takes a {type(like).__name__} like {like!r} ({error})"
+        ) from None
+    return value
+
+
+def settings_of(arm: Arm, base: ConfigDict) -> dict[str, Any]:
+    """All that an arm sets: its recipe's values, factors worked out, then its own.  Raises SetupError."""
+    recipe = arm.settings.get("reward.recipe", "")
+    if recipe and recipe not in RECIPES:
+        raise SetupError(f"--arm={arm.name}: reward.recipe={recipe}: it is one of {', '.join(RECIPES)}")
+    known = flat(base.to_dict())
+    scaled = {field: known[field] * factor for field, factor in arm.times.items()}
+    return RECIPES.get(recipe, {}) | scaled | dict(arm.settings)
+
+
+def flags(cfg: ConfigDict, fields: Collection[str]) -> list[str]:
+    """Flags that give these fields, and all that some recipe sets, the values that they have in cfg.
+
+    So that a run of these flags and cfg's file has cfg's values, whatever recipe it names.
+    """
+    known = flat(cfg.to_dict())
+    given = {*fields, *(field for recipe in RECIPES.values() for field in recipe)}
+    return [f"--config.{field}={known[field]}" for field in sorted(given)]

@@ -1,0 +1,197 @@
+"""A study's figures as Markdown tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cooper_jax.evaluation.report import percent
+from cooper_jax.statistics import Interval
+from cooper_jax.study.records import MOTION, SPANS
+from cooper_jax.study.summary import DIP, LAST, LAST_STEPS, PLAIN
+
+RM_SETS = {
+    "rm_original": "as in its training data",
+    "rm_balanced": "balanced",
+    "rm_policy": "the policy's own",
+}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """All tables.  found: `summary.summarise`'s."""
+    study, arms = found["study"], found["arms"]
+    shown = {name: arm for name, arm in arms.items() if arm["seeds"]}
+    parts = [
+        "# Arms compared over seeds",
+        f"{study['steps']} steps; evaluated every {study['every']} on {study['problems']:,} held-out problems, "
+        f"responses to each: {study['samples']}, by exact truth. Figures are percentages unless they say "
+        f"otherwise, means over seeds, with Student's 95 % interval. The end is the mean of the last {LAST} "
+        "evaluations.",
+        _missing(found),
+    ]
+    if shown:
+        parts += [
+            _accuracy(found, shown),
+            _kinds(shown),
+            _training(shown),
+            _reward_model(shown),
+            _cost(shown),
+        ]
+        parts += [_motion(shown)]
+    parts += [_runs(found)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; all columns but the first `left` stand to the right."""
+    rule = ["---"] * left + ["--:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def _missing(found: dict[str, Any]) -> str:
+    lines = [
+        f"{m['arm']}, seed {m['seed']} ({'not begun' if m['done'] is None else 'at step ' + str(m['done'])})"
+        for m in found["missing"]
+    ]
+    return f"**Not complete, and in no mean:** {'; '.join(lines)}." if lines else ""
+
+
+def _accuracy(found: dict[str, Any], shown: dict[str, Any]) -> str:
+    study, rows = found["study"], []
+    for name, arm in shown.items():
+        count = len(arm["seeds"])
+        less = "-" if name == PLAIN or not arm["pairs"] else percent(arm["end_less_rule"])
+        if name != PLAIN and 0 < arm["pairs"] < count:
+            less += f" on {arm['pairs']}"
+        rows.append([
+            name, study["arms"][name]["about"], f"{count}", percent(arm["accuracy_start"]),
+            percent(arm["accuracy_end"]), less, percent(arm["accuracy_lowest"]), f"{arm['ends_above_start']}",
+            f"{arm['ends_below_half']}", f"{arm['dipped']}",
+        ])  # fmt: skip
+    header = (
+        "arm", "", "seeds", "start", "end", f"end less {PLAIN}'s, seed by seed", "lowest", "end above start",
+        "end below half of it", f"ever under {DIP:.0%} of it",
+    )  # fmt: skip
+    told = (
+        f"The last three columns count seeds. Under {DIP:.0%} of the start is an evaluation that lies there with "
+        "its own binomial 95 % interval."
+    )
+    return f"## Held-out accuracy\n\n{table(header, rows, 2)}\n\n{told}"
+
+
+def _kinds(shown: dict[str, Any]) -> str:
+    names = {
+        "greedy": "most likely response",
+        "accuracy_number": "numbers, which the rule reads",
+        "accuracy_words": "words, to which it is blind",
+    }
+    header = ["arm", *(f"{told}: {part}" for told in names.values() for part in ("start", "end"))]
+    rows = [
+        [arm, *(_of(of, f"{n}_{part}") for n in names for part in ("start", "end"))]
+        for arm, of in shown.items()
+    ]
+    return f"## Held-out accuracy by kind\n\n{table(header, rows)}"
+
+
+def _training(shown: dict[str, Any]) -> str:
+    header = (
+        "arm", f"reward, last {LAST_STEPS} steps", "false positives, highest of a step",
+        f"false positives, last {LAST_STEPS} steps", "truncated at the end",
+    )  # fmt: skip
+    names = ("reward_end", "false_positives_most", "false_positives_end", "truncated_end")
+    rows = [[arm, *(_of(of, n) for n in names)] for arm, of in shown.items()]
+    told = "False positives: of the responses that the rule finds wrong, those with a reward above one half."
+    return f"## Training\n\n{table(header, rows)}\n\n{told}"
+
+
+def _reward_model(shown: dict[str, Any]) -> str:
+    parts = ("start", "end", "lowest")
+    header = ("arm", "completions", *parts, *(f"AUROC, {part}" for part in parts))
+    rows = [
+        [
+            arm,
+            told,
+            *(_of(of, f"{n}_{part}") for part in parts),
+            *(_of(of, f"{n}_auroc_{part}") for part in parts),
+        ]
+        for arm, of in shown.items()
+        for n, told in RM_SETS.items()
+        if f"{n}_start" in of
+    ]
+    return f"## Accuracy of the reward model\n\n{table(header, rows, 2)}" if rows else ""
+
+
+def _cost(shown: dict[str, Any]) -> str:
+    header = ("arm", "seconds of the steps", "of them the reward model's update", "share", "updates")
+    rows = [
+        [
+            arm,
+            _number(of["seconds"]),
+            _number(of["reward_seconds"]),
+            percent(of["reward_share"]),
+            _number(of["updates"]),
+        ]
+        for arm, of in shown.items()
+    ]
+    told = "Without evaluations, supervised phases and what a warm start does before step 1."
+    return f"## Cost\n\n{table(header, rows)}\n\n{told}"
+
+
+def _motion(shown: dict[str, Any]) -> str:
+    rows = [
+        [
+            arm,
+            name.replace("_", " "),
+            *(_number(of[f"{name}_{s}"], 3) if f"{name}_{s}" in of else "-" for s in SPANS),
+        ]
+        for arm, of in shown.items()
+        for name in MOTION
+        if any(f"{name}_{s}" in of for s in SPANS)
+    ]
+    if not rows:
+        return ""
+    header = ("arm", "", *(f"steps {span}" for span in SPANS))
+    told = (
+        "A push is what a pair's loss asks of its logits, a motion what the step's updates made of it; common is "
+        "what both members share, difference positive less negative. Saturation is p (1 - p): 0 is "
+        "saturated, .25 undecided."
+    )
+    return f"## How the reward model's updates move pairs\n\n{table(header, rows, 2)}\n\n{told}"
+
+
+def _runs(found: dict[str, Any]) -> str:
+    rows = []
+    for run in found["runs"]:
+        said = [] if run["complete"] else [f"at step {run['done']}"]
+        said += ["dipped"] if run["dipped"] else []
+        said += ["below half"] if run["ends_below_half"] else []
+        rows.append([
+            run["arm"], f"{run['seed']}", percent(run["accuracy_start"]), percent(run["accuracy_lowest"]),
+            f"{run['accuracy_lowest_at']}", percent(run["accuracy_end"]),
+            " ".join(percent(x, 0) for x in run["accuracies"].values()), percent(run.get("reward_end", math.nan)),
+            _highest(run), percent(run.get("false_positives_end", math.nan)), ", ".join(said),
+        ])  # fmt: skip
+    header = (
+        "arm", "seed", "start", "lowest", "at step", "end", "at each evaluation", "reward at the end",
+        "false positives, highest (step)", "at the end", "",
+    )  # fmt: skip
+    return f"## Every run\n\n{table(header, rows)}"
+
+
+def _highest(run: dict[str, Any]) -> str:
+    if "false_positives_most" not in run:
+        return "-"
+    return f"{percent(run['false_positives_most'])} ({run['false_positives_most_at']})"
+
+
+def _of(arm: dict[str, Any], name: str) -> str:
+    return percent(arm[name]) if name in arm else "-"
+
+
+def _number(x: Interval, digits: int = 4) -> str:
+    """With its interval, where it has one."""
+    if math.isnan(x.value):
+        return "-"
+    told = [f"{y:.{digits}g}" for y in (x.value, x.low, x.high)]
+    return told[0] if math.isnan(x.low) else f"{told[0]} ({told[1]} to {told[2]})"
