@@ -49,15 +49,15 @@ def main(argv: list[str]) -> None:
             raise SetupError(f"--from={FROM.value} belongs to --report")
         with boundary(f"--out={OUT.value}"):
             failed = [] if REPORT.value else run()
-            report()
+            report(failed)
     except SetupError as error:
         common.refuse(error)
     except hosts.Stopped:
         print("stopped by a signal; the same command goes on")
         sys.exit(hosts.STOPPED)
-    for failure in failed:
-        print(f"failed: {failure}", file=sys.stderr)
-    sys.exit(1 if failed else 0)
+    if failed:
+        print(f"failed: {', '.join(f.run.label for f in failed)}: log.txt there says why", file=sys.stderr)
+        sys.exit(1)
 
 
 def run() -> list:
@@ -90,7 +90,7 @@ def run() -> list:
         os.close(handle)
 
 
-def report() -> None:
+def report(failed: list) -> None:
     """Tables and figure of what is there, and what they are made of where --keep says so."""
     from cooper_jax.study import plan, records
     from cooper_jax.study import report as files
@@ -99,6 +99,8 @@ def report() -> None:
     found = records.of_file(Path(FROM.value)) if FROM.value else records.of_folder(out)
     if REPORT.value:
         found = found.only(ARMS.value, plan.parse_seeds(SEEDS.value) if SEEDS.value else ())
+    if failed and not found.runs:
+        return
     tables = files.write(found, out)
     if KEEP.value:
         records.keep(found, Path(KEEP.value))

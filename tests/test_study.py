@@ -430,6 +430,17 @@ def test_figures_of_arms():
     assert found["missing"] == [{"arm": "frozen", "seed": 3, "done": 4}]
 
 
+def test_a_run_without_its_last_evaluation_is_not_complete():
+    rows = rows_of([0.4, 0.5, 0.5, 0.5, 0.5])
+    assert summary.of_run(records.of_run("rule", 1, rows), STUDY)["complete"]
+    del rows[-1]["eval/oracle/accuracy"]
+    assert not summary.of_run(records.of_run("rule", 1, rows), STUDY)["complete"]
+    some = records.Records(STUDY | {"seeds": [1, 2, 3, 5]}, (records.of_run("rule", 1, rows),))
+    assert "(seeds): rule on 1 (at step 8), 2-3, 5; frozen on 1-3, 5." in tables.markdown(
+        summary.summarise(some)
+    )
+
+
 def test_how_pairs_moved_by_spans():
     rows = [{"step": 0, "eval/oracle/accuracy": 0.5}]
     rows += [{"step": s, "rm/common_push": float(s), "rm/valid": 1.0} for s in range(1, 41)]
@@ -484,7 +495,7 @@ def test_only_some_arms_and_seeds():
 
 def test_tables_show_every_dip_and_what_is_missing():
     text = tables.markdown(summary.summarise(of_three_seeds()))
-    assert "frozen, seed 3 (at step 4)" in text
+    assert "(seeds): frozen on 3 (at step 4)." in text
     assert "| frozen | 2 | 40.0 | 10.0 | 4 | 30.0 | 40 30 10 30 50 |" in text
     assert "-45.0 (-108.5 to 18.5) |" in text
 
@@ -534,6 +545,43 @@ def launch(*words: str) -> subprocess.CompletedProcess:
 def test_bad_flags_give_one_line(tmp_path, words, says):
     done = launch(*words, f"--out={tmp_path / 'out'}")
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from absl import app
+from cooper_jax.study import plan
+from launch import study
+plan.TRAIN = Path({stand_in!r})
+app.run(study.main, flags_parser=study.parse_flags)
+"""
+
+
+def start(stand_in: Path, out: Path, name: str) -> subprocess.Popen:
+    """launch/study.py with a stand-in for launch/train.py."""
+    program = PROGRAM.format(root=str(ROOT), stand_in=str(stand_in))
+    words = [f"--config={ROOT / 'configs/tiny.py'}", f"--out={out}", "--arms=rule,frozen", "--jobs=2"]
+    words += ["--config.steps=4", "--config.eval.every=2", f"--config.name={name}"]
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *words], env=tiny_runs.environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_exit_codes(tmp_path, stand_in):
+    failing = start(stand_in, tmp_path / "fails", "fails")
+    said, errors = failing.communicate(timeout=120)
+    assert failing.returncode == 1 and "failed: seed_0/frozen: log.txt" in errors, said + errors
+    assert "it was the second step" in said and "| rule | the rule's verdict is the reward | 1 |" in said
+    waiting = start(stand_in, tmp_path / "waits", "waits")
+    until = time.monotonic() + 120
+    while not (tmp_path / "waits/seed_0/rule/metrics.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    waiting.send_signal(signal.SIGTERM)
+    said, errors = waiting.communicate(timeout=120)
+    assert waiting.returncode == 75 and "the same command goes on" in said, said + errors
 
 
 @pytest.mark.slow

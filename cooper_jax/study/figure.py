@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cooper_jax.study.records import Record, Records
-from cooper_jax.study.summary import PLAIN, trace
+from cooper_jax.study.summary import LAST, PLAIN, trace
 
 WIDTH, ROWS, HEAD = (
     10.7,
@@ -23,7 +23,7 @@ WIDTH, ROWS, HEAD = (
 )  # inches: of all, of the three rows, of titles and what explains
 DPI = 150  # 1,600 pixels
 MOST = 6  # columns; further arms stand in a block of their own below
-LETTERS = 28  # of a line of what an arm is
+LETTERS = 140  # of what arms are, in a line across the picture
 COLOURS = 96
 SMOOTH = 5  # steps, of which the thick lines of the second row show the mean
 INK, PALE, GRID = "#222222", "#777777", "#e8e8e8"
@@ -38,9 +38,9 @@ def draw(records: Records) -> bytes:
     arms = [name for name in records.study["arms"] if records.of(name)]
     if not arms:
         raise ValueError("no run has been evaluated yet: there is nothing to draw")
-    abouts = {name: records.study["arms"][name]["about"] for name in arms}
     count = -(-len(arms) // MOST)
     columns = -(-len(arms) // count)
+    abouts = {a: textwrap.wrap(records.study["arms"][a]["about"], LETTERS // columns) for a in arms}
     figure = Figure(figsize=(WIDTH, count * (sum(ROWS) + HEAD)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.02)
@@ -50,7 +50,7 @@ def draw(records: Records) -> bytes:
     for i, name in enumerate(arms):
         block, column = divmod(i, columns)
         above, middle, below = grid[3 * block : 3 * block + 3, column]
-        _titled(above, name, abouts[name], max(len(textwrap.wrap(abouts[a], LETTERS)) for a in arms))
+        _titled(above, name, abouts[name], max(map(len, abouts.values())))
         _accuracy(above, records.of(name), records.of(PLAIN) if name != PLAIN else ())
         _training(middle, records.of(name))
         _judge(below, records.of(name))
@@ -59,6 +59,7 @@ def draw(records: Records) -> bytes:
         for axes in (above, middle, below):
             _plain(axes, records.study["steps"], labelled=column == 0)
         below.set_xlabel("step", fontsize=8.5, color=INK)
+        below.tick_params(labelbottom=True)
         if column == 0:
             _named(above, ("held-out accuracy", BLUE))
             _named(middle, ("reward", INK), ("false positives", VERMILION))
@@ -81,12 +82,10 @@ def _small(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def _titled(axes: Any, name: str, about: str, lines: int) -> None:
-    """lines: that `about` may take, alike in a row of panels."""
-    told = textwrap.wrap(about, LETTERS)
-    axes.set_title(
-        "\n".join([*told, *[" "] * (lines - len(told))]), fontsize=7.5, color=PALE, linespacing=1.2
-    )
+def _titled(axes: Any, name: str, about: Sequence[str], lines: int) -> None:
+    """lines: of room for those of `about`, alike in all panels."""
+    told = "\n".join([*about, *[" "] * (lines - len(about))])
+    axes.set_title(told, fontsize=7.5, color=PALE, linespacing=1.2)
     axes.annotate(
         name, (0.5, 1), (0, 9 + 11 * lines), xycoords="axes fraction", textcoords="offset points",
         ha="center", fontsize=11, fontweight="bold", color=INK, annotation_clip=False,
@@ -190,6 +189,7 @@ def _explained(records: Records) -> str:
     seeds = len({run.seed for run in records.runs})
     told = f"Thick: the mean of {seeds} seeds; thin, and the bands: each of them. " if seeds > 1 else ""
     return (
-        f"{told}False positives: of what the rule finds wrong, the share that the reward model likes.\n"
-        "Its accuracy: on completions in which the shortcut goes with right and wrong alike."
+        f"{told}A figure is the mean of the last {LAST} evaluations. False positives: of what the rule\n"
+        "finds wrong, the share that the reward model likes. Its accuracy: on completions in which the shortcut "
+        "goes with right and wrong alike."
     )

@@ -77,9 +77,6 @@ class Records:
     def of(self, arm: str) -> list[Record]:
         return [run for run in self.runs if run.arm == arm]
 
-    def complete(self, arm: str) -> list[Record]:
-        return [run for run in self.of(arm) if run.done >= self.study["steps"]]
-
     def only(self, arms: Sequence[str], seeds: Sequence[int]) -> Records:
         """These arms and seeds alone; an empty list leaves all.  Raises ValueError for one that is not there."""
         study = dict(self.study)

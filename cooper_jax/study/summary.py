@@ -30,8 +30,7 @@ def summarise(records: Records) -> dict[str, Any]:
     """{study, runs: [...], arms: {name: {...}}, missing: [...]}, of numbers and Intervals."""
     study = records.study
     runs = [of_run(run, study) for run in records.runs]
-    complete = [run for run in runs if run["complete"]]
-    arms = {name: of_arm(name, complete) for name in study["arms"]}
+    arms = {name: of_arm(name, [run for run in runs if run["complete"]]) for name in study["arms"]}
     there = {(run["arm"], run["seed"]): run for run in runs}
     missing = []
     for name in study["arms"]:
@@ -48,7 +47,7 @@ def of_run(run: Record, study: dict[str, Any]) -> dict[str, Any]:
     Of each name of EVALUATED that it has: NAME_start, NAME_end, NAME_lowest, NAME_lowest_at.
     """
     out: dict[str, Any] = {
-        "arm": run.arm, "seed": run.seed, "done": run.done, "complete": run.done >= study["steps"],
+        "arm": run.arm, "seed": run.seed, "done": run.done, "complete": complete(run, study),
         "accuracies": {e["step"]: e["accuracy"] for e in run.evaluations},
     }  # fmt: skip
     for name in EVALUATED:
@@ -72,6 +71,12 @@ def of_run(run: Record, study: dict[str, Any]) -> dict[str, Any]:
     for span, found in run.motion.items():
         out |= {f"{name}_{span}": value for name, value in found.items()}
     return out
+
+
+def complete(run: Record, study: dict[str, Any]) -> bool:
+    """Whether it has all steps and the last evaluation, which a signal at the last step can prevent."""
+    last = study["steps"] - study["steps"] % study["every"]
+    return run.done >= study["steps"] and run.evaluations[-1]["step"] == last
 
 
 def trace(name: str, points: Sequence[tuple[int, float]]) -> dict[str, float]:

@@ -50,11 +50,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def _missing(found: dict[str, Any]) -> str:
-    lines = [
-        f"{m['arm']}, seed {m['seed']} ({'not begun' if m['done'] is None else 'at step ' + str(m['done'])})"
-        for m in found["missing"]
-    ]
-    return f"**Not complete, and in no mean:** {'; '.join(lines)}." if lines else ""
+    lines = []
+    for name in found["arms"]:
+        own = [m for m in found["missing"] if m["arm"] == name]
+        begun = [f"{m['seed']} (at step {m['done']})" for m in own if m["done"] is not None]
+        rest = _ranges([m["seed"] for m in own if m["done"] is None])
+        if own:
+            lines.append(f"{name} on {', '.join([*begun, *rest])}")
+    return f"**Not there, or not complete, and in no mean** (seeds): {'; '.join(lines)}." if lines else ""
+
+
+def _ranges(numbers: Sequence[int]) -> list[str]:
+    """1, 2, 3, 7 -> "1-3", "7"."""
+    out: list[list[int]] = []
+    for n in sorted(numbers):
+        if out and n == out[-1][-1] + 1:
+            out[-1].append(n)
+        else:
+            out.append([n])
+    return [f"{x[0]}-{x[-1]}" if len(x) > 1 else f"{x[0]}" for x in out]
 
 
 def _accuracy(found: dict[str, Any], shown: dict[str, Any]) -> str:
