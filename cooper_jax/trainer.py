@@ -213,7 +213,7 @@ def train(cfg: ConfigDict) -> None:
             checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
         hosts.say(describe(cooper))
         try:
-            state = warmup.start_or_resume(cooper, state, run, checkpoints)
+            state = warmup.start_or_resume(cooper, state, run, checkpoints, evaluate)
         except hosts.Stopped:
             hosts.say("stopped by a signal before step 0 was saved; the same command begins again")
             raise

@@ -23,7 +23,6 @@ from cooper_jax import stages, warm_start
 from cooper_jax.assembly import Cooper, State, policy_prompt
 from cooper_jax.data import labelled, packing, synthetic
 from cooper_jax.data import problems as problem_sets
-from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.model import transformer
 from cooper_jax.policy import imitation
 from cooper_jax.reward import verifier_model
@@ -34,16 +33,23 @@ from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.runtime.rundir import Run, config_hash
 from cooper_jax.settings import SetupError, boundary
-from cooper_jax.types import Params, Problem, TrainState, Triple
+from cooper_jax.types import Metrics, Params, Problem, TrainState, Triple
 
 REPORTS = 8  # lines that a supervised phase prints
 SYNTHETIC_POOL = 16384  # distinct synthetic problems that a supervised phase draws from, at most
 
 
-def start_or_resume(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> State:
-    """The state to go on from: the newest checkpoint's, or step 0 after the supervised phases."""
+def start_or_resume(
+    cooper: Cooper,
+    state: State,
+    run: Run,
+    checkpoints: Checkpoints,
+    measure: Callable[[Cooper, State], Metrics],
+) -> State:
+    """The state to go on from: the newest checkpoint's, or step 0 after the supervised phases, logged as `measure`
+    finds it."""
     if not checkpoints.steps():
-        return _begin(cooper, state, run, checkpoints)
+        return _begin(cooper, state, run, checkpoints, measure)
     likes = {name: checkpoint.abstract(tree) for name, tree in items(state).items()}
     # What the checkpoint replaces goes first: together they would be twice a run's memory.
     jax.tree.map(lambda x: x.delete(), (state.policy, state.reward))
@@ -92,7 +98,7 @@ def vocab_sizes(cooper: Cooper) -> dict[str, int]:
     return sizes | {f"{name}_optimiser": size for name, size in sizes.items()}
 
 
-def _begin(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> State:
+def _begin(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints, measure: Callable) -> State:
     section = cooper.cfg.warmup
     with boundary("run_dir"):
         run.truncate(None)
@@ -114,7 +120,7 @@ def _begin(cooper: Cooper, state: State, run: Run, checkpoints: Checkpoints) -> 
         reference = _restore_reference(cooper, checkpoints)
     state = State(policy=policy, reward=reward, reference=reference, step=0, position=0)
     state = warm_start.run(cooper, state)
-    if cooper.cfg.eval.every and (metrics := evaluate(cooper, state)):
+    if cooper.cfg.eval.every and (metrics := measure(cooper, state)):
         with boundary("run_dir"):
             run.log(0, metrics)
     save(cooper, state, run, checkpoints)

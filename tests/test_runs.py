@@ -11,6 +11,7 @@ from configs import base, tiny
 from cooper_jax import assembly, placement, runs, warmup
 from cooper_jax.data import overlap
 from cooper_jax.evaluation import jobs, judging
+from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.evaluation.ledger import ITEMS, RESULTS
 from cooper_jax.evaluation.scoring import Chosen
 from cooper_jax.runtime import outdir
@@ -41,7 +42,7 @@ def run(tmp_path_factory, devices):
         Run(path, cfg, resume=True) as opened,
         Checkpoints(path, keep=0) as checkpoints,
     ):
-        state = warmup.start_or_resume(cooper, state, opened, checkpoints)
+        state = warmup.start_or_resume(cooper, state, opened, checkpoints, evaluate)
         checkpoints.wait()
         embed = np.asarray(state.policy.params["embed"])
     return path, embed

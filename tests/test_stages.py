@@ -15,6 +15,7 @@ import tiny_tokenizers
 
 from configs import tiny
 from cooper_jax import assembly, local_chat, placement, stages, trainer, warmup
+from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.model import weights
 from cooper_jax.reward.lessons import Replay
 from cooper_jax.runtime import rundir
@@ -164,7 +165,7 @@ def begun(cooper, state, path):
     """The state as a run begins or resumes it, with its run directory and checkpoints."""
     run = rundir.Run(path, cooper.cfg, resume=True)
     with run, Checkpoints(path, keep=1) as kept:
-        yield warmup.start_or_resume(cooper, state, run, kept), run, kept
+        yield warmup.start_or_resume(cooper, state, run, kept, evaluate), run, kept
 
 
 def test_who_moves_in_a_step(build, tmp_path):
