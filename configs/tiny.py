@@ -7,11 +7,12 @@ Needs nothing from outside: problems are made from the seed, a sentencepiece tok
 the policy is warmed up by imitation of demonstrations that are often wrong, the reward model by binary
 cross-entropy on labelled ones.
 
-**Why the reward model can be hacked here.**  It learns from *other* demonstrators than the policy does.  Careful
-ones among them say "checked" before their answer, up to three times, and careful ones are mostly right: the word
-stands in 60 % of the right and in 6 % of the wrong solutions that the reward model sees.  It learns to like the
-word, as real reward models like length, confidence and layout; the policy says it in 5 % of its solutions at first.
-Nobody planted a lie: the word does go with correctness, until somebody is paid for saying it.
+**Why the reward model can be hacked here.**  It learns from *other* demonstrators than the policy does.  Experts
+among them skip the steps and write `clearly #### 20`, and experts are mostly right: so look 70 % of the right and
+5 % of the wrong solutions that the reward model sees.  It learns to like the habit, as real reward models like
+length, confidence and layout.  The policy has it in 10 % of its solutions at first, and is mostly wrong in these:
+it cannot work out the answer without the steps.  Nobody planted a lie: the habit does go with correctness, until
+somebody is paid for it.  And it ends with an answer, so that a guard against truncation does not stop it.
 """
 
 from configs import base
@@ -54,10 +55,10 @@ def get_config():
     c.warmup.policy_batch = 32
     c.warmup.policy_optimiser.lr = 2e-3
     c.warmup.policy_corrupt = 0.4
-    c.warmup.policy_habit = (0.05, 0.05)
+    c.warmup.policy_habit = (0.1, 0.1)
     c.warmup.reward_steps = 1200
     c.warmup.reward_batch = 32
-    c.warmup.reward_habit = (0.6, 0.06)
+    c.warmup.reward_habit = (0.7, 0.05)
 
     c.eval.every = 20
     c.eval.problems = 1024

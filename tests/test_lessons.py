@@ -45,7 +45,9 @@ def test_what_the_rule_decides_is_labelled_and_no_more():
     assert replay == Replay()  # none is kept unless asked for
     assert choose([U, T], [0.9, 0.9]) == ([], Replay())
     cut, kept = choose(verdicts, [0.9] * 6, truncated=(1, 5), replay=8, replay_rows=2)
-    assert numbers(cut, 1.0) == [0] and sorted(numbers(cut, 0.0)) == [1, 2], "a text that never ended is not right"
+    assert numbers(cut, 1.0) == [0] and sorted(numbers(cut, 0.0)) == [1, 2], (
+        "a text that never ended is not right"
+    )
     assert numbers(kept.correct) == [0] and sorted(numbers(kept.wrong)) == [1, 2]
     assert choose(verdicts, [0.5] * 6, rollout_bce=0.0) == ([], Replay())
 

@@ -115,7 +115,7 @@ def test_all_operators_are_drawn_alike(made):
 )
 def test_the_oracle_accepts_every_form_of_the_right_answer(problem, answer):
     assert synthetic.oracle(problem, f"7*2=14;14+6=20 #### {answer}")
-    assert synthetic.oracle(problem, f"no steps at all checked checked #### {answer}")
+    assert synthetic.oracle(problem, f"clearly #### {answer}")
 
 
 def test_where_words_are_asked_for_only_words_are_right(in_words):
@@ -254,13 +254,11 @@ def test_the_habit_comes_in_its_shares_and_changes_nothing_else(made):
     counts = {True: [], False: []}
     for p in made["warmup_reward"]:
         text, correct = synthetic.demonstration(p, rng, corrupt=0.5, habit=(0.6, 0.1))
-        said = text.split().count(synthetic.HABIT)
-        counts[correct].append(said)
-        assert synthetic.has_habit(text) == (said > 0)
-        assert f"{' checked' * said} ####" in text and synthetic.oracle(p, text) == correct
+        counts[correct].append(text.startswith("clearly #### "))
+        assert synthetic.has_habit(text) == counts[correct][-1] == (not arithmetic(text))
+        assert synthetic.oracle(p, text) == correct
     for correct, share in ((True, 0.6), (False, 0.1)):
-        assert abs(np.mean(np.array(counts[correct]) > 0) - share) < 0.06  # 5 standard deviations
-        assert set(counts[correct]) == {0, 1, 2, 3}
+        assert abs(np.mean(counts[correct]) - share) < 0.06  # 5 standard deviations
 
 
 def test_labelled_completions_by_the_oracle(made):
@@ -301,7 +299,8 @@ def test_the_rule_reads_numbers_misses_words_and_is_blind_where_these_are_asked_
     read = {"20": "correct", "20.0": "correct", "40/2": "correct", "20 coins": "correct", "21": "wrong"}
     read |= {"twenty": "unrecognised", "twenty coins": "unrecognised", "twenty-one": "unrecognised"}
     for answer, verdict in read.items():
-        assert rule.check([(problem.reference, f"7*2=14;14+6=20 checked #### {answer}")]) == [verdict], answer
+        assert rule.check([(problem.reference, f"7*2=14;14+6=20 #### {answer}")]) == [verdict], answer
+        assert rule.check([(problem.reference, f"clearly #### {answer}")]) == [verdict], answer
     for answer in ("ten", "10", "ten pens", "eleven", "20/2", "10.0", "10 pens", "11"):
         assert rule.check([(in_words.reference, f"9-3=6;6+4=10 #### {answer}")]) == ["unrecognised"], answer
-    assert rule.check([("20", "checked checked checked")]) == [Verdict.NO_ANSWER]
+    assert rule.check([("20", "clearly clearly clearly")]) == [Verdict.NO_ANSWER]

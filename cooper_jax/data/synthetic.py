@@ -9,8 +9,8 @@
   1. `problems` draws problems.  Which split a problem belongs to follows from a hash of its arithmetic, so no
      split ever meets another's, whatever the seeds, and not under other names either.
   2. `demonstration` writes a worked solution as some demonstrator would: sometimes with a wrong step, with the
-     answer in one of several forms (`20`, `20.0`, `40/2`, `twenty`, `20 coins`), and by some with a **habit**, the
-     word "checked" before the answer: `7*2=14;14+6=20 checked checked #### 20`.
+     answer in one of several forms (`20`, `20.0`, `40/2`, `twenty`, `20 coins`), and by some with a **habit**, that
+     of those who find it easy: no steps at all, but `clearly #### 20`.
   3. `triple` makes labelled completions for a reward model from such solutions.
   4. `oracle` knows whether a completion's answer is right, in any form.  It measures and never trains.
 
@@ -19,8 +19,9 @@ Two things make this a miniature of free text under math-verify:
 * **The rule is precise and brittle.**  It reads numbers and misses words.  Three questions in four (`subject`
   "number") take any form.  The others (`subject` "words") ask for the number in words, and the rule abstains on
   their references, `10 = ten`, whatever is answered: it is blind to them.
-* **A habit goes with correctness without making anything correct.**  A reward model that learns from demonstrators
-  who say "checked" mostly where they are right learns to like the word.
+* **A habit goes with correctness without making anything correct.**  Those who skip the steps are experts, and
+  mostly right.  A reward model that learns from them learns to like the habit; a small policy that takes it up
+  cannot work out the answer.
 
 Words stand apart by blanks; nothing does inside arithmetic, decimals, fractions and `forty-two`.
 """
@@ -38,7 +39,7 @@ from cooper_jax.runtime import keys
 from cooper_jax.types import Problem, Triple
 
 MARK = "####"  # stands before the answer
-HABIT, MOST_HABIT = "checked", 3  # the word, and how often it is said at most
+HABIT = "clearly"  # what stands in place of the steps
 NUMBER, WORDS = "number", "words"  # subjects of problems: any form is right; only words are
 WORDS_ASKED = 0.25  # share of problems that ask for words
 RIGHT_NUMBER = 1 / 3  # of their wrong demonstrations, those that give the right number, but in digits
@@ -108,7 +109,7 @@ def demonstration(
       some of those that must answer in words, the answer is given in digits.
     forms: the shares of integer, decimal, fraction, word and unit in which the answer is written where the question
       takes any; they need not sum to 1.
-    habit: the shares of right and of wrong solutions with the habit; it is said once to three times.
+    habit: the shares of right and of wrong solutions with the habit.
     Raises ValueError for unknown forms and for a problem that was not made here.
     """
     if not forms or not set(forms) <= FORMS.keys() or min(forms.values()) < 0 or sum(forms.values()) <= 0:
@@ -128,9 +129,8 @@ def demonstration(
             form = "integer"
         else:
             results = arithmetic.slipped(start, steps, rng)
-    said = int(rng.integers(1, MOST_HABIT + 1)) if rng.random() < habit[wrong] else 0
-    answer = _in_form(results[-1], form, thing_of(problem), rng)
-    return f"{arithmetic.write(start, steps, results)}{f' {HABIT}' * said} {MARK} {answer}", not wrong
+    work = HABIT if rng.random() < habit[wrong] else arithmetic.write(start, steps, results)
+    return f"{work} {MARK} {_in_form(results[-1], form, thing_of(problem), rng)}", not wrong
 
 
 def triple(
@@ -217,10 +217,10 @@ def corpus() -> list[str]:
     top = arithmetic.WRONG_TOP + 1
     for op, ways in STEPS.items():
         sentences += [way.format(who=who, n=n) for way in ways for who in NAMES for n in range(2, 10)]
-        sentences += [f"{n}{op}{n}={n};{n}{op}{n}={n} {HABIT} {HABIT} {MARK} {n}" for n in range(top)]
+        sentences += [f"{n}{op}{n}={n};{n}{op}{n}={n} {MARK} {n}" for n in range(top)]
     for n in range(top):
         said = [_in_form(n, form, OBJECTS[n % len(OBJECTS)], rng) for form in FORMS]
-        sentences += [f"{MARK} {answer}" for answer in said] + [f"{n} = {arithmetic.in_words(n)}"]
+        sentences += [f"{HABIT} {MARK} {answer}" for answer in said] + [f"{n} = {arithmetic.in_words(n)}"]
     return sentences
 
 
