@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.reward import verifier_model
-from cooper_jax.reward_training import batches, examples, loop, measure
+from cooper_jax.reward_training import batches, examples, export, loop, measure
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings import SetupError
@@ -582,6 +583,23 @@ def test_some_wrong_completions_are_shown_under_attack_too(place):
     assert len({t.id.rsplit(" under ", 1)[1] for t in added}) > 1
     assert load(place, train_rm__attacked=0.5).digest == hacked.digest != plain.digest
     assert load(place, train_rm__attacked=0.5, seed=1).digest != hacked.digest
+
+
+def test_reward_hacks_are_no_questions_of_their_own(place, tmp_path):
+    """Some alter the question: the record has the questions of the files, the report says how many rows they are."""
+    data = load(place, train_rm__attacked=1.0)
+    altered = {t.question for t in data.train.triples} - {f"What is the answer {q}?" for q in range(1, 9)}
+    assert altered and data.attacked
+    cfg = run_config(place, tmp_path)
+    job = types.SimpleNamespace(cfg=cfg, data=data, head_trained=False, path=tmp_path)
+    seen = export.seen(job)
+    assert seen.sources == {"even": 4, "odd": 4} and len(seen.fingerprints) == 8
+    assert not seen.fingerprints & {overlap.fingerprint(q) for q in altered}
+    rows = measure.predictions(data.held_out, np.linspace(-1, 1, len(data.held_out)))
+    (tmp_path / export.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    export.conclude(job, 8, {"step": 3, "value": 0.5})
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["training_rows"], report["attacked"]) == (len(data.train), data.attacked)
 
 
 def test_held_out_rows_whose_question_was_trained_on_are_left_out(place, tmp_path):

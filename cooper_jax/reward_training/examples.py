@@ -61,7 +61,7 @@ class Data:
     train: Examples
     held_out: Examples
     too_long: int  # training rows dropped for their characters
-    attacked: int  # training rows that are reward hacks
+    attacked: int  # training rows that are reward hacks: the last ones
     overlapping: int  # held-out rows whose question is in the training data
     excluded: bool  # whether those were left out
 

@@ -69,8 +69,8 @@ def save(job: plan.Job, params: Any, folder: Path) -> None:
 
 def seen(job: plan.Job) -> overlap.Record:
     """The questions that this run's model is trained on, and what the weights to begin with had seen."""
-    questions = defaultdict(set)
-    for t in job.data.train.triples:
+    data, questions = job.data, defaultdict(set)
+    for t in data.train.triples[: len(data.train) - data.attacked]:  # some hacks alter the question
         questions[t.source or UNNAMED].add(t.question)
     # Without a trained head they are a language model's; with one, somebody's, trained on we do not know what.
     found = overlap.read_record(job.cfg.reward.weights) or overlap.Record(complete=not job.head_trained)
@@ -101,6 +101,7 @@ def conclude(job: plan.Job, step: int, best: dict[str, float]) -> str:
         "best": {"step": int(best["step"]), section.keep_best: best["value"]},
         "updates": step,
         "training_rows": len(job.data.train),
+        "attacked": job.data.attacked,
         "too_long": job.data.too_long,
         "overlapping": job.data.overlapping,
         "overlap_excluded": job.data.excluded,
