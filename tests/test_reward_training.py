@@ -21,7 +21,7 @@ from test_files import Bucket, bucket  # noqa: F401
 from tiny_runs import ROOT, environment, metrics, start_hosts, timeless
 
 from configs import base
-from cooper_jax import assembly, placement
+from cooper_jax import assembly, loading, placement
 from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
@@ -439,6 +439,39 @@ def test_what_a_killed_run_did_after_its_checkpoint_is_done_again(
     assert timeless(metrics(path)) == timeless(metrics(finished)) and kept(path) == kept(finished)
 
 
+def test_the_best_model_never_lies_there_without_its_record(place, tmp_path, monkeypatch):
+    """Killed before the record is written, there is nothing yet, or the whole one of before."""
+    model = loading.load_model(
+        run_config(place, tmp_path).reward, "reward", "score", one_device(), tmp_path, 0
+    )
+    data = load(place)
+    cfg = run_config(place, tmp_path)
+    job = types.SimpleNamespace(cfg=cfg, data=data, head_trained=False, model=model[0])
+    folder = tmp_path / "best"
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    def save(killed=False):
+        with monkeypatch.context() as patch:
+            if killed:
+                patch.setattr(overlap, "write_record", die)
+            export.save(job, model[1], folder)
+
+    with pytest.raises(KeyboardInterrupt):
+        save(killed=True)
+    assert not folder.exists()
+    save()
+    whole = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert overlap.SEEN in whole and "model.safetensors" in whole
+    with pytest.raises(KeyboardInterrupt):
+        save(killed=True)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole
+    save()
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
 def test_a_run_does_not_go_on_with_other_data_or_settings(finished, place, tmp_path, alone):
     with pytest.raises(SetupError, match="train_rm.batch was 16 and is now 8"):
         loop.train(run_config(place, finished, train_rm__batch=8))
@@ -586,7 +619,7 @@ def test_some_wrong_completions_are_shown_under_attack_too(place):
 
 
 def test_reward_hacks_are_no_questions_of_their_own(place, tmp_path):
-    """Some alter the question: the record has the questions of the files, the report says how many rows they are."""
+    """Some alter the question: the record has those of the files, and the report says how many rows are hacks."""
     data = load(place, train_rm__attacked=1.0)
     altered = {t.question for t in data.train.triples} - {f"What is the answer {q}?" for q in range(1, 9)}
     assert altered and data.attacked

@@ -40,7 +40,8 @@ def keep(job: plan.Job, params: Any, step: int, value: float, logits: np.ndarray
         folder = (files.staging(job.path) if remote else Path(job.path)) / BEST
         save(job, params, folder)
         if remote:
-            for file in sorted(folder.iterdir()):
+            # The record first: weights without it say nothing of what they saw.
+            for file in sorted(folder.iterdir(), key=lambda f: f.name != overlap.SEEN):
                 epath.Path(file).copy(job.path / BEST / file.name, overwrite=True)
             shutil.rmtree(folder)
         rows = measure.predictions(job.data.held_out, logits)
@@ -51,12 +52,16 @@ def keep(job: plan.Job, params: Any, step: int, value: float, logits: np.ndarray
 
 
 def save(job: plan.Job, params: Any, folder: Path) -> None:
-    """A directory that AutoModelForSequenceClassification and `reward.weights` load."""
+    """A directory that AutoModelForSequenceClassification and `reward.weights` load.
+
+    It appears whole, with the record of what its model saw; one that is there is replaced.
+    """
     model = job.model
+    staged, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("staged", "old"))
     with tempfile.TemporaryDirectory() as tokenizer:
         model.tokenizer.save(tokenizer)
         weights.save(
-            folder,
+            staged,
             model.config,
             params,
             "score",
@@ -64,7 +69,12 @@ def save(job: plan.Job, params: Any, folder: Path) -> None:
             generation_config={"eos_token_id": list(model.tokenizer.eos_ids)},
             pad_token_id=model.tokenizer.pad_id,
         )
-    overlap.write_record(folder, seen(job))
+    overlap.write_record(staged, seen(job))
+    shutil.rmtree(old, ignore_errors=True)  # a killed run's
+    if folder.exists():
+        folder.rename(old)
+    staged.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def seen(job: plan.Job) -> overlap.Record:
