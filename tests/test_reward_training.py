@@ -26,7 +26,7 @@ from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.reward import verifier_model
-from cooper_jax.reward_training import batches, examples, export, loop, measure
+from cooper_jax.reward_training import batches, examples, export, loop, measure, plan
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings import SetupError
@@ -598,6 +598,24 @@ def test_long_texts_are_dropped_and_counted(place, tmp_path):
         place, train_rm__eval_data=str(data), train_rm__max_characters=300, train_rm__exclude_overlap=False
     )
     assert len(held_out.held_out) == 34, "what is measured is not dropped"
+
+
+def test_rows_that_are_cut_are_counted(place, tmp_path):
+    """One that just fits is not cut."""
+    data = write_task(tmp_path / "train.jsonl", range(1, 9))
+    row = json.loads(data.read_text().splitlines()[0])
+    long = row | {"id": "long", "completion": "What is final. " * 20}
+    data.write_text(data.read_text() + json.dumps(long) + "\n")
+    flags = dict(train_rm__data=str(data))
+    most = int(load(place, reward__max_tokens=1000, **flags).train.lengths.max())
+    for limit, cut in ((most, 0), (most - 1, 1)):
+        flags |= dict(reward__max_tokens=limit)
+        cfg, data = run_config(place, tmp_path, **flags), load(place, **flags)
+        assert data.train.cut == cut and data.train.lengths.max() <= limit
+        layout, config = one_device(), types.SimpleNamespace(family="llama", layers=1, width=8)
+        model = types.SimpleNamespace(config=config)
+        job = types.SimpleNamespace(cfg=cfg, data=data, model=model, shapes=(), steps=8, layout=layout)
+        assert f"{cut} cut to {limit} tokens" in plan.describe(job)
 
 
 def test_some_wrong_completions_are_shown_under_attack_too(place):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -39,6 +40,7 @@ class Examples:
 
     triples: tuple[Triple, ...]
     tokens: tuple[tuple[int, ...], ...]
+    cut: int  # rows that were longer than reward.max_tokens
 
     def __len__(self) -> int:
         return len(self.triples)
@@ -175,10 +177,13 @@ def _fits(t: Triple, most: int) -> bool:
 
 
 def _examples(field: str, triples: Sequence[Triple], tokenizer: Tokenizer, most: int) -> Examples:
-    rows = []
+    rows, cut = [], 0
     for t in triples:
-        with boundary(f"{field}, row {t.id}"):
-            rows.append(
-                tuple(prompts.verifier_tokens(tokenizer, t.question, t.reference, t.completion, most))
-            )
-    return Examples(tuple(triples), tuple(rows))
+        texts = (t.question, t.reference, t.completion)
+        ids = prompts.verifier_tokens(tokenizer, *texts, sys.maxsize)
+        if len(ids) > most:
+            with boundary(f"{field}, row {t.id}"):
+                ids = prompts.verifier_tokens(tokenizer, *texts, most)
+            cut += 1
+        rows.append(tuple(ids))
+    return Examples(tuple(triples), tuple(rows), cut)

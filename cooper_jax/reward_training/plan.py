@@ -122,16 +122,14 @@ def place(job: Job, m: batches.Microbatch, share: float) -> tuple[jax.Array, ...
 def describe(job: Job) -> str:
     """What is about to run."""
     data, config, s = job.data, job.model.config, job.cfg.train_rm
-    most = job.cfg.reward.max_tokens
-    cut = int((job.lengths == most).sum())
     share = data.train.labels.mean()
     shapes = ", ".join(f"{x.rows} x {x.width}" for x in job.shapes)
     left = "left out" if data.excluded else "kept"
     lines = [
         f"{job.cfg.name}: {config.family} of {config.layers} layers x {config.width}, {len(data.train)} rows "
-        f"({share:.1%} correct; {data.too_long} dropped: over {s.max_characters} characters; {cut} of {most} "
-        f"tokens, the most; {data.attacked} are reward hacks), {len(data.held_out)} held out "
-        f"({data.overlapping} with a training question {left}), "
+        f"({share:.1%} correct; {data.too_long} dropped: over {s.max_characters} characters; "
+        f"{data.train.cut} cut to {job.cfg.reward.max_tokens} tokens; {data.attacked} are reward hacks), "
+        f"{len(data.held_out)} held out ({data.overlapping} with a training question {left}), "
         f"{s.epochs} epochs of {job.steps // s.epochs} updates, mesh "
         + " x ".join(f"{name} {size}" for name, size in job.layout.mesh.shape.items()),
         f"microbatches of {shapes} tokens: a program each",
