@@ -282,6 +282,7 @@ def test_two_kills_lose_and_double_nothing(serve, tmp_path):
     server, out = serve(gate), tmp_path / "out"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "settings.json").write_text('{"judge.temperature": 0.5}')
+    (tmp_path / "other" / "verdicts.jsonl").write_text('{"id": "1"}\n')
     refused = start(problems, tmp_path / "other", server.url)
     counted = []
     for model, name, how in (
@@ -607,6 +608,39 @@ def test_a_folder_is_for_one_command_at_a_time_and_one_set_of_settings(tmp_path)
     for folder, message in (("", "--out=DIR"), ("gs://bucket/x", "--out=gs://bucket/x")):
         with pytest.raises(ValueError, match=message):
             ledger.Ledger(folder, settings)
+
+
+def test_settings_may_change_until_something_was_answered_under_them(tmp_path):
+    """A slip in the source's section costs nothing, nor one in the judge's the completions."""
+
+    def opened(**settings):
+        return ledger.Ledger(
+            tmp_path / "out", {"seed": 0} | {k.replace("_", "."): v for k, v in settings.items()}
+        )
+
+    opened(source_model="slip", judge_model="slip").close()
+    with opened(source_model="writer", judge_model="slip") as one:
+        one.completions.append([{"id": "1", "completion": "7"}])
+    with pytest.raises(ValueError, match='source.model was "writer" and is now "other": give another --out'):
+        opened(source_model="other", judge_model="judge")
+    with opened(source_model="writer", judge_model="judge") as one:
+        assert json.loads((tmp_path / "out" / "settings.json").read_text())["judge.model"] == "judge"
+        one.verdicts.append([{"id": "1", "rule": "wrong"}])
+    with pytest.raises(
+        ValueError, match='settings: judge.model was "judge" and is now "other": give another'
+    ):
+        opened(source_model="writer", judge_model="other")
+
+
+def test_a_judge_that_is_not_there_claims_no_folder(serve, quick_rule, tmp_path):
+    """Its section may be mended, though the completions of the files are in the ledger."""
+    files, out = [write(tmp_path / "one.jsonl", existing(2))], str(tmp_path / "out")
+    away = serve(lambda n, body: (404, {}, b""))
+    with pytest.raises(SetupError, match="http_404"):
+        run.annotate(config(away.url, **{"judge.model": "slip"}), [], files, out)
+    server = serve(lambda n, body: reply("Verdict: INCORRECT"))
+    run.annotate(config(server.url), [], files, out)
+    assert len(lines(tmp_path / "out" / "verdicts.jsonl")) == 2
 
 
 def test_another_file_under_the_same_name_is_refused(serve, quick_rule, tmp_path):

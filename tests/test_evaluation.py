@@ -301,9 +301,12 @@ def test_a_ledger_goes_on_from_whole_chunks_wherever_it_was_cut(tmp_path):
 
 
 def test_a_ledger_refuses_other_settings_and_company(tmp_path):
-    with Ledger(tmp_path / "x", {"a": 1, "b": "yes"}, [1]):
+    with Ledger(tmp_path / "x", {"a": "a slip that nothing was judged under"}, [1]):
+        pass
+    with Ledger(tmp_path / "x", {"a": 1, "b": "yes"}, [1]) as ledger:
         with pytest.raises(ValueError, match="x is in use by process"):
             Ledger(tmp_path / "x", {"a": 1, "b": "yes"}, [1])
+        ledger.append([{"i": 0}], 1.0)
     with pytest.raises(
         ValueError, match=r'a was 1 and is now 2; b was "yes" and is now \(absent\); c was \(abs'
     ):

@@ -1,6 +1,7 @@
 """The ledger of an annotation: what has been answered, so that a kill loses no more than what was under way.
 
-    settings.json      what decides the outcome; a later start must agree with it
+    settings.json      what decides the outcome; a later start must agree with it, in what the judge's section says
+                       once there is a verdict
     completions.jsonl  one object an item: its completion, or why there is none
     verdicts.jsonl     one object an item that was judged: the rule's verdict and the judge's
     lock               held by the process that writes here
@@ -26,6 +27,7 @@ from cooper_jax.runtime.metrics import JsonLines, jsonable
 from cooper_jax.runtime.rundir import flat, lock
 
 Row = dict[str, Any]
+COMPLETIONS, VERDICTS = "completions.jsonl", "verdicts.jsonl"
 # The fields of a model that is asked which decide its replies, and not how fast, or from where, they come.
 ASKED = ("kind", "model", "weights", "tokenizer", "num_layers", "dtype", "thinking", "max_prompt_tokens")
 DRAWN = ("max_new_tokens", "temperature", "top_p")
@@ -87,9 +89,9 @@ class Ledger:
         self._lock = lock(self.folder / "lock", self.folder, "--out")
         self._logs: list[Log] = []
         try:
-            outdir.agree(self.folder, settings)
-            self.completions = self._log("completions.jsonl")
-            self.verdicts = self._log("verdicts.jsonl")
+            outdir.agree(self.folder, settings, later={"judge.": VERDICTS})
+            self.completions = self._log(COMPLETIONS)
+            self.verdicts = self._log(VERDICTS)
         except BaseException:
             self.close()
             raise

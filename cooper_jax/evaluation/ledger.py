@@ -1,6 +1,6 @@
 """What an evaluation has done so far, so that the same command goes on after a kill.
 
-    settings.json   what decides the results; a later start must agree with it
+    settings.json   what decides the results; once there are items a later start must agree with it
     items.jsonl     one object an item, in the order of the work
     timings.jsonl   seconds of each chunk
     results.json    written at the end, by the caller

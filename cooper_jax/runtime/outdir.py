@@ -1,6 +1,7 @@
 """Output folders of annotations and evaluations: settings that must not change, lines that a kill tore.
 
 1. `agree` writes the settings that decide the outcome, or compares them with those that the folder was begun with.
+   One may change until something is there that it decides: a slip that nothing was answered under binds nobody.
 2. `whole_lines` reads an append-only file of JSON objects; a last line that a kill tore is cut off, and said.
 """
 
@@ -18,25 +19,24 @@ from cooper_jax.runtime.metrics import jsonable
 SETTINGS = "settings.json"
 
 
-def agree(folder: Path, settings: Mapping[str, Any]) -> None:
+def agree(folder: Path, settings: Mapping[str, Any], later: Mapping[str, str] | None = None) -> None:
     """Raise ValueError where the folder was begun with other settings (naming both values), or by nobody we know.
 
-    settings: flat names -> JSON values.
+    settings: flat names -> JSON values.  later: how names begin -> the file that they alone decide; the others
+    decide every file.
     """
     new, stored = jsonable(settings), folder / SETTINGS
-    if not stored.exists():
-        held = sorted(p.name for p in folder.glob("*.jsonl"))
-        if held:
-            raise ValueError(
-                f"{folder} holds {held[0]} without {SETTINGS}: give another --out, or move it away"
-            )
-        text = json.dumps(new, indent=2, ensure_ascii=False) + "\n"
-        files.write_atomically(stored, text.encode("utf-8", "backslashreplace"))
-        return
+    held = sorted(p.name for p in folder.glob("*.jsonl") if p.stat().st_size)
+    if held and not stored.exists():
+        raise ValueError(f"{folder} holds {held[0]} without {SETTINGS}: give another --out, or move it away")
     try:
-        old = json.loads(stored.read_bytes())
+        old = json.loads(stored.read_bytes()) if stored.exists() else {}
     except ValueError as error:
         raise ValueError(f"{stored} is not JSON ({error}): mend it, or give another --out") from None
+
+    def binds(name: str) -> bool:
+        own = [file for start, file in (later or {}).items() if name.startswith(start)]
+        return own[0] in held if own else bool(held)
 
     def shown(values: Mapping[str, Any], name: str) -> str:
         return json.dumps(values[name], ensure_ascii=False) if name in values else "(absent)"
@@ -44,12 +44,15 @@ def agree(folder: Path, settings: Mapping[str, Any]) -> None:
     changed = [
         f"{name} was {shown(old, name)} and is now {shown(new, name)}"
         for name in sorted(old.keys() | new.keys())
-        if name not in old or name not in new or old[name] != new[name]
+        if binds(name) and (name not in old or name not in new or old[name] != new[name])
     ]
     if changed:
         raise ValueError(
             f"{folder} was begun with other settings: {'; '.join(changed)}: give another --out, or the old value"
         )
+    if old != new:
+        text = json.dumps(new, indent=2, ensure_ascii=False) + "\n"
+        files.write_atomically(stored, text.encode("utf-8", "backslashreplace"))
 
 
 def whole_lines(path: Path) -> list[bytes]:
