@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -442,6 +443,75 @@ def test_settings_that_mean_nothing_are_refused(field, value, words, tmp_path):
 
 
 # --- all of it -----------------------------------------------------------------------------------------------
+
+
+class _Deaf:
+    """A reward model that says the same of everything."""
+
+    def __init__(self, *_):
+        pass
+
+    def check(self, references):
+        pass
+
+    def rewards(self, triples):
+        return [0.25] * len(triples)
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """(three problems' file, a reward model's folder that has seen the second): no model is made or loaded."""
+    arch = types.SimpleNamespace(family="llama", layers=1, width=8)
+    model = types.SimpleNamespace(tokenizer=_Words(), config=arch)
+    monkeypatch.setattr(Chosen, "load", lambda *_: (model, None))
+    monkeypatch.setattr(benchmarks, "PolicySampler", lambda *_: _Scripted())
+    monkeypatch.setattr(jobs, "RewardModel", _Deaf)
+    rows = [{"question": f"How many are {i} ?", "answer": f"#### {i}"} for i in range(3)]
+    path, folder = write_rows(tmp_path / "x_test.jsonl", *rows), tmp_path / "model"
+    folder.mkdir()
+    overlap.write_record(folder, overlap.record(["how many are 1?"], "train"))
+    return path, folder
+
+
+def _asked_in(out: Path) -> tuple[list[str], dict]:
+    """(the questions in the order of the items, what the results say of the benchmark)."""
+    results = json.loads((out / RESULTS).read_text())
+    return list(dict.fromkeys(row["question"] for row in read_rows(out / ITEMS))), results["benchmarks"][0]
+
+
+UNSEEN = ["How many are 0 ?", "How many are 2 ?"]
+
+
+def test_a_reward_model_judges_no_policy_on_what_it_saw(stand_ins, tmp_path):
+    path, folder = stand_ins
+    cfg = config(benchmark__judged_by="model", reward__weights=str(folder))
+    jobs.benchmarks(cfg, Chosen(cfg, tmp_path), [str(path)], tmp_path / "out")
+    questions, found = _asked_in(tmp_path / "out")
+    assert questions == UNSEEN and (found["seen"], found["excluded"]) == (1, 1)
+
+
+@pytest.mark.parametrize("arm", ["cooper", "rule"])
+def test_a_policy_is_not_measured_on_what_the_reward_model_saw_that_paid_it(arm, stand_ins, tmp_path):
+    """Whoever judges; the rule arm's policy was paid by nobody who has seen anything."""
+    path, folder = stand_ins
+    cfg = config(benchmark__judged_by="rule", reward__arm=arm)
+    jobs.benchmarks(cfg, Chosen(cfg, tmp_path, folder, 0), [str(path)], tmp_path / "out")
+    questions, found = _asked_in(tmp_path / "out")
+    left_out = arm == "cooper"
+    assert (UNSEEN == questions) == left_out and found["excluded"] == left_out
+
+
+def test_a_reward_model_judges_no_recorded_response_to_what_it_saw(stand_ins, tmp_path):
+    items = [ITEM | {"id": f"x:{i}", "place": i, "question": f"How many are {i} ?"} for i in range(3)]
+    path = write_rows(tmp_path / "items.jsonl", *items)
+    cfg = config(benchmark__judged_by="model", reward__weights=str(stand_ins[1]))
+    jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
+    questions, found = _asked_in(tmp_path / "out")
+    assert questions == UNSEEN and (found["seen"], found["excluded"]) == (1, 1)
+    cfg.benchmark.exclude_seen = False
+    jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "all")
+    questions, found = _asked_in(tmp_path / "all")
+    assert len(questions) == 3 and (found["seen"], found["excluded"]) == (1, 0)
 
 
 def test_random_models_from_end_to_end(tmp_path, monkeypatch):
