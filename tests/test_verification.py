@@ -188,6 +188,15 @@ def test_shuffled_references_are_other_questions():
 def test_without_references_nothing_stands_in_their_place():
     (found,) = verification.with_references([Triple("q", "1", "c", 1.0)], "none", seed=0)
     assert found == Triple("q", "", "c", 1.0)
+    asked = []
+
+    class Chat(_Chat):
+        def ask(self, conversations, ids):
+            asked.extend(conversations)
+            return super().ask(conversations, ids)
+
+    judges.language_model(Chat(), 7)([found], 0)
+    assert asked == [prompts.judge_messages("q", "", "c")] and "reference" not in asked[0][0][1]
 
 
 def _load(path, **changes):

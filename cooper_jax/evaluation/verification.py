@@ -2,8 +2,9 @@
 
 1. `Rows.load` reads labelled rows (data/labelled.py: ours and VerifyBench's), leaves out those whose questions
    the judging reward model was trained on, and treats the references as asked: `own`; `none`, where an empty text
-   stands in the reference's place (VerifyBench's mode without references); `shuffled`, where every question gets
-   another question's, so that a judge that reads the reference must say no to what was right.
+   stands in the reference's place, and an LLM judge solves the question (VerifyBench's mode without references);
+   `shuffled`, where every question gets another question's, so that a judge that reads the reference must say no
+   to what was right.
 2. `judge` asks every judge, a chunk of rows at a time, into the ledger.
 3. `summarise` makes figures with 95 % intervals resampled by question: of all rows, by source, kind and model; and
    paired differences between judges.
