@@ -1,8 +1,10 @@
 """Hybrid annotation: agreement with a judge of known confusion, and a ledger that kills cannot hurt."""
 
+import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -641,6 +643,40 @@ def test_a_judge_that_is_not_there_claims_no_folder(serve, quick_rule, tmp_path)
     server = serve(lambda n, body: reply("Verdict: INCORRECT"))
     run.annotate(config(server.url), [], files, out)
     assert len(lines(tmp_path / "out" / "verdicts.jsonl")) == 2
+
+
+@pytest.fixture
+def no_large_files():
+    """A context in which no file grows over 64 KiB, as on a full disk."""
+
+    @contextlib.contextmanager
+    def full():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return full
+
+
+def test_a_full_disk_is_one_error_and_the_same_command_goes_on(serve, quick_rule, tmp_path, no_large_files):
+    rows = existing(3, completion="so " * 10**4 + "\\boxed{8}")
+    files, out = [write(tmp_path / "one.jsonl", rows)], tmp_path / "out"
+    server = serve(lambda n, body: reply("Verdict: INCORRECT"))
+    with (
+        no_large_files(),
+        pytest.raises(SetupError, match="--out: .*File too large: mend that.*completions.jsonl"),
+    ):
+        run.annotate(config(server.url), [], files, str(out))
+    cfg = config(server.url, **{"annotate.balance": "off"})
+    run.annotate(cfg, [], files, str(out))
+    assert len(lines(out / "labelled.jsonl")) == 3
+    (out / "report.json").unlink()
+    with no_large_files(), pytest.raises(SetupError, match="--out: labelled.jsonl: .*File too large"):
+        run.annotate(cfg, [], files, str(out))
+    assert len(lines(out / "labelled.jsonl")) == 3 and not (out / "report.json").exists()
 
 
 def test_another_file_under_the_same_name_is_refused(serve, quick_rule, tmp_path):

@@ -25,7 +25,7 @@ from cooper_jax.evaluation.ledger import ITEMS, RESULTS, TIMINGS, Ledger
 from cooper_jax.evaluation.report import percent, table
 from cooper_jax.evaluation.scoring import Chosen
 from cooper_jax.model import weights
-from cooper_jax.runtime import hosts
+from cooper_jax.runtime import files, hosts
 from cooper_jax.settings import SetupError
 from cooper_jax.statistics import Interval
 from cooper_jax.types import Completion, Problem
@@ -317,6 +317,16 @@ def test_a_ledger_refuses_other_settings_and_company(tmp_path):
         Ledger(tmp_path / "x", {"a": 1, "b": "yes"}, [1])
     with pytest.raises(ValueError, match="local path"):
         Ledger("gs://bucket/x", {}, [1])
+
+
+def test_results_that_find_no_room_are_one_error(tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    with Ledger(tmp_path, {}, [1]) as ledger:
+        monkeypatch.setattr(files, "write_atomically", full)
+        with pytest.raises(SetupError, match="--out: results.json: .*No space left on device"):
+            ledger.write(RESULTS, {})
 
 
 # --- judging -------------------------------------------------------------------------------------------------

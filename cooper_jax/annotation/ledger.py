@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from cooper_jax.runtime import files, outdir
 from cooper_jax.runtime.metrics import JsonLines, jsonable
 from cooper_jax.runtime.rundir import flat, lock
+from cooper_jax.settings import boundary
 
 Row = dict[str, Any]
 COMPLETIONS, VERDICTS = "completions.jsonl", "verdicts.jsonl"
@@ -46,10 +47,11 @@ class Log:
             self._take(row)
 
     def append(self, rows: Sequence[Row]) -> None:
-        """On the disk when this returns.  Raises OSError for a full one."""
+        """On the disk when this returns.  Raises SetupError for a full one."""
         rows = [jsonable(row) for row in rows]
         if rows:
-            self._lines.append(*rows)
+            with boundary("--out"):
+                self._lines.append(*rows)
         for row in rows:
             self._take(row)
 
@@ -108,12 +110,16 @@ class Ledger:
         os.close(self._lock)
 
     def write(self, name: str, content: Any) -> None:
-        """A file of JSON, or of JSON lines for a list of rows: as a whole, or not at all."""
+        """A file of JSON, or of JSON lines for a list of rows: as a whole, or not at all.
+
+        Raises SetupError for a full disk.
+        """
         if isinstance(content, list):
             text = "".join(json.dumps(jsonable(row), ensure_ascii=False) + "\n" for row in content)
         else:
             text = json.dumps(jsonable(content), indent=2, ensure_ascii=False) + "\n"
-        files.write_atomically(self.folder / name, text.encode("utf-8", "backslashreplace"))
+        with boundary(f"--out: {name}"):
+            files.write_atomically(self.folder / name, text.encode("utf-8", "backslashreplace"))
 
     def _log(self, name: str) -> Log:
         self._logs.append(Log(self.folder / name))

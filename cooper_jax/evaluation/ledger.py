@@ -82,10 +82,11 @@ class Ledger:
         self.seconds.append(seconds)
 
     def write(self, name: str, content: Any) -> None:
-        """A file of JSON, or of text, beside the others."""
+        """A file of JSON, or of text, beside the others.  Raises SetupError for a full disk."""
         if hosts.primary():
             text = content if isinstance(content, str) else json.dumps(jsonable(content), indent=1)
-            files.write_atomically(self.folder / name, f"{text}\n".encode("utf-8", "backslashreplace"))
+            with boundary(f"--out: {name}"):
+                files.write_atomically(self.folder / name, f"{text}\n".encode("utf-8", "backslashreplace"))
 
     def _open(self, settings: Mapping[str, Any], sizes: Sequence[int]) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
