@@ -98,6 +98,8 @@ def choose(step: int):
     from cooper_jax.runtime.checkpoint import steps_in
     from cooper_jax.settings import SetupError, boundary
 
+    if not OUT.value.strip():
+        raise SetupError("--out is empty: give --out=DIR, the directory of the results")
     if files.is_remote(OUT.value):
         raise SetupError(f"--out={OUT.value}: results are written to a local path, to be copied from there")
     cfg = common.config()

@@ -612,6 +612,7 @@ TINY = f"--config={ROOT / 'configs/tiny.py'}"
     [
         ([TINY], "give one of --benchmark, --rejudge, --labelled and --attacks"),
         ([TINY, "--benchmark=synthetic", "--compare=x"], "--compare belongs to --attacks"),
+        ([TINY, "--out=", "--benchmark=synthetic"], "--out is empty: give --out=DIR"),
         ([TINY, "--benchmark=nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
         ([TINY, "--run_dir=runs/x", "--benchmark=synthetic"], "--config and --run_dir both"),
         (
