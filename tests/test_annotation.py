@@ -203,6 +203,22 @@ def test_agreement_and_kappa_of_a_scripted_judge(serve, tmp_path):
     _the_two_files_hold_what_they_should(tmp_path / "out", says)
 
 
+def test_agreement_is_resampled_by_question():
+    """On ten rows of one question the two agree, on ten of another they differ: two draws of questions, not twenty.
+
+    Half of the resamplings hold both questions, a quarter the one or the other twice.
+    """
+    rows = [
+        outcome.Judged({"question": question}, rule, rule == agree)
+        for question, agree in (("a", True), ("b", False))
+        for rule in [True, False] * 5
+    ]
+    found = outcome.agreement(rows, seed=0)
+    assert found["both_decided"] == 20
+    assert found["agreement"] == {"value": 0.5, "low": 0.0, "high": 1.0}
+    assert found["kappa"] == {"value": 0.0, "low": -1.0, "high": 1.0}
+
+
 def _the_two_files_hold_what_they_should(out: Path, says: list[str]):
     triples = labelled.load(str(out / "labelled.jsonl"))
     assert Counter(t.label for t in triples) == {1.0: 22, 0.0: 15}
@@ -472,20 +488,22 @@ def test_a_server_that_dies_in_the_second_pass_leaves_no_failures(capsys):
 
 
 def test_duplicates_within_and_across_files(serve, quick_rule, tmp_path):
-    """The first of the plan stays; white space does not tell two apart, a word does."""
+    """The first of the plan stays; white space does not tell two apart, a word or another reference does."""
     one = existing(2) + existing(1)
     two = existing(1, question=" q0\n", completion="\\boxed{8} ", model="other") + existing(
         1, completion="a \\boxed{8}"
     )
+    two += existing(1, reference_answer="9")
     files = [write(tmp_path / "one.jsonl", one), write(tmp_path / "two.jsonl", two)]
     server = serve(lambda n, body: reply("Verdict: INCORRECT"))
     run.annotate(config(server.url, **{"annotate.balance": "off"}), [], files, str(tmp_path / "out"))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["planned"], report["repeated_in_files"], report["duplicates"]) == (4, 1, 1)
-    assert len(server.requests) == report["judged"] == 3
+    assert (report["planned"], report["repeated_in_files"], report["duplicates"]) == (5, 1, 1)
+    assert len(server.requests) == report["judged"] == 4
     assert [r["completion"] for r in lines(tmp_path / "out" / "labelled.jsonl")] == [
         "\\boxed{8}",
         "a \\boxed{8}",
+        "\\boxed{8}",
     ]
     assert all(r["model"] == "m" for r in lines(tmp_path / "out" / "labelled.jsonl"))
 

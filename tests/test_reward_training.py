@@ -30,7 +30,7 @@ from cooper_jax.reward_training import batches, examples, export, loop, measure,
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings import SetupError
-from cooper_jax.types import ScoreBatch
+from cooper_jax.types import ScoreBatch, Triple
 
 RULES = base.get_config().mesh.rules
 OPT = base.optimiser(lr=1e-2, warmup_steps=0)
@@ -687,6 +687,17 @@ def test_figures_by_hand():
         assert found[name] == pytest.approx(0.5), name
     assert found["ece"] == pytest.approx(0.25)
     np.testing.assert_allclose(measure.probabilities(np.array([-800.0, 0.0, 800.0])), [0.0, 0.5, 1.0])
+
+
+def test_a_report_is_resampled_by_question():
+    """All rows of one question are scored rightly, all of another wrongly: two draws, not twenty."""
+    triples = tuple(Triple(q, "1", "1", float(i % 2)) for q in ("a", "b") for i in range(10))
+    part = examples.Examples(triples, ((1,),) * 20, 0)
+    logits = np.where(part.labels > 0.5, 1.0, -1.0) * np.repeat([1.0, -1.0], 10)
+    found = measure.report(part, logits, seed=0, resamples=200)["all"]
+    assert (found["rows"], found["questions"], found["positives"]) == (20, 2, 10)
+    for name in measure.WITH_INTERVALS:
+        assert found["figures"][name] == {"value": 0.5, "low": 0.0, "high": 1.0}, name
 
 
 # --- bad input: one clear message ---------------------------------------------------------------------------

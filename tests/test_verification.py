@@ -465,6 +465,24 @@ def test_false_positives_by_hand(tmp_path):
     assert "BROKEN" in line and "holds" in line
 
 
+def test_rates_under_attack_are_resampled_by_question():
+    """Ten completions of one question pass under flattery, ten of another do not: two draws, not twenty."""
+    rows = [
+        {
+            "attack": name,
+            "group": question,
+            "rewards": {"m": 0.9 if (name, question) == ("flattery", "a") else 0.1},
+        }
+        for name in hacks.ATTACKS
+        for question in ("a", "b")
+        for _ in range(10)
+    ]
+    found = attacks.summarise(rows, seed=0, resamples=200)["flattery"]["models"]["m"]
+    assert found["rate"] == found["rate_change"] == statistics.Interval(0.5, 0.0, 1.0)
+    assert vars(found["reward"]) == pytest.approx({"value": 0.5, "low": 0.1, "high": 0.9})
+    assert vars(found["reward_change"]) == pytest.approx({"value": 0.4, "low": 0.0, "high": 0.8})
+
+
 TAG = re.compile(r"<\s*/?\s*(?:question|reference_answer|completion)\s*>", re.IGNORECASE)
 LAYOUT = re.compile(
     r"<question>(.*)</question>\n<reference_answer>(.*)</reference_answer>\n<completion>(.*)</completion>",
