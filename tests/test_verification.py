@@ -413,6 +413,16 @@ def test_an_over_long_reference_is_refused_before_any_is_attacked(long, tmp_path
         judging.attacked(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
 
 
+def test_a_file_without_wrong_completions_is_not_attacked(tmp_path):
+    row = {"question": "How many ?", "reference_answer": "3", "completion": "#### 3", "label": 1}
+    path, cfg = write_rows(tmp_path / "rows.jsonl", row), config()
+    with pytest.raises(
+        SetupError, match="rows.jsonl: no completion in it is labelled wrong, and wrong ones are"
+    ):
+        judging.attacked(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- attacks -------------------------------------------------------------------------------------------------
 
 WRONG = Triple("How many?", "12", "3 + 4 = 7, so \\boxed{7}.", 0.0)

@@ -1,6 +1,7 @@
 """What comes of a ledger: labelled rows, disputed rows, and a report.
 
-1. `unique`: of items with the same question and completion, but for white space, the first of the plan stays.
+1. `unique`: of items with the same question, reference and completion, but for white space, the first of the plan
+   stays.
 2. A row is labelled where the rule decided, the judge decided, and both say the same; otherwise it is disputed.
 3. Labelled rows are balanced: of the larger class at most `annotate.max_ratio` times the smaller one stay, within
    each source or over all.  Which ones stay depends on the seed and on each row's id alone.

@@ -2,7 +2,8 @@
 
 1. `items.make`: the problems and the completions that there are become a plan, a list of items with stable ids.
 2. The source writes what is to be sampled; completions from files are taken as they are.
-3. What stands there twice (the same question and completion but for white space) is left out from here on.
+3. What stands there twice (the same question, reference and completion but for white space) is left out from here
+   on.
 4. The rule verifier and, beside it, the LLM judge label each completion, neither knowing of the other.
 5. `outcome.settle`: rows on which both decided and agree are labelled, the rest is disputed; classes are balanced.
 

@@ -125,6 +125,8 @@ def attacked(cfg: ConfigDict, chosen: Chosen, path: str, out: Path, compare: Seq
     fingerprints = frozenset().union(*(r.fingerprints for r in records.values()))
     with boundary(f"--attacks={path}"):
         triples = [t for t in read_labelled(path) if t.label < 0.5]
+        if not triples:
+            raise ValueError("no completion in it is labelled wrong, and wrong ones are what is attacked")
         triples = [triples[i] for i in sets.part(len(triples), cfg.benchmark.problems)]
         kept, known = overlap.split(triples, fingerprints)
         wrong = kept if cfg.benchmark.exclude_seen else triples
