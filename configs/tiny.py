@@ -47,7 +47,7 @@ def get_config():
     c.policy.optimiser.warmup_steps = 5
     c.reward.optimiser.lr = 5e-4
     c.reward.max_tokens = 96
-    c.reward.pair_loss = "sigmoid"
+    c.reward.recipe = "robust"  # released or sigmoid: docs/reward_updates.md
     c.pairs.per_prompt = 2
     c.assistant.kind = "corrupt"
 

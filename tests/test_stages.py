@@ -168,6 +168,37 @@ def begun(cooper, state, path):
         yield warmup.start_or_resume(cooper, state, run, kept, evaluate), run, kept
 
 
+def test_what_an_evaluation_measures(build, monkeypatch):
+    """Sampled and greedy responses, by subject; the reward model beside exact truth and on labelled rows."""
+    changes = {
+        "eval.greedy": True,
+        "eval.reward_rows": 8,
+        "eval.samples": 2,
+        "warmup.reward_habit": (0.7, 0.05),
+    }
+    with build(**changes) as (cooper, state):
+        found = evaluate(cooper, state)
+        np.testing.assert_equal(evaluate(cooper, state), found)  # the same keys each time
+        every = {"oracle/accuracy", "rule/accuracy", "rm/mean", "rm_policy/accuracy", "response/truncated"}
+        assert {f"eval/{kind}{name}" for kind in ("", "greedy/") for name in every} <= found.keys()
+        assert {"eval/rm_original/auroc", "eval/rm_balanced/accuracy"} <= found.keys()
+        asked, sample = [], stages.sample_held_out
+        monkeypatch.setattr(stages, "sample_held_out", lambda *args: asked.append(args[-1]) or sample(*args))
+        # A reward model that likes everything, and a truth that is everywhere.
+        generous = dataclasses.replace(
+            cooper,
+            oracle=lambda problem, text: True,
+            reward=dataclasses.replace(
+                cooper.reward, score=lambda params, batch: np.full(batch.tokens.shape[0], 3.0, np.float32)
+            ),
+        )
+        found = evaluate(generous, state)
+        assert asked == [1.0, 0.0]
+        assert found["eval/oracle/accuracy"] == found["eval/greedy/oracle/accuracy"] == 1.0
+        assert found["eval/rm_policy/accuracy"] == 1.0 and found["eval/rm_balanced/accuracy"] == 0.5
+        assert np.isnan(found["eval/rm_policy/auroc"]) and found["eval/rm_original/auroc"] == 0.5
+
+
 def test_who_moves_in_a_step(build, tmp_path):
     """Policy and reward model in every step, the reference in none; each update moves its own model alone."""
     with build() as (cooper, state), begun(cooper, state, tmp_path) as (state, _, _):

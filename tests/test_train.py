@@ -29,7 +29,9 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_run_directory(finished):
-    rows = metrics(finished)
+    start, *rows = metrics(finished)
+    assert start["step"] == 0 and all(name == "step" or name.startswith("eval/") for name in start)
+    assert {"eval/oracle/accuracy", "eval/oracle/accuracy_words", "eval/rm_balanced/accuracy"} <= start.keys()
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for name in (
         "policy/loss policy/kl policy/entropy policy/clip_low policy/grad_norm policy/lr policy/ratio_mean "
@@ -164,13 +166,14 @@ def test_arms(finished, tmp_path):
     for path, arm in ((rule, "rule"), (model, "model")):
         done = run(path, reward__arm=arm, steps=2)
         assert done.returncode == 0, done.stderr
-    assert all("rm/mean" not in row for row in metrics(rule))
+    rows = {path: metrics(path)[1:] for path in (rule, model)}  # step 0 is an evaluation alone
+    assert all("rm/mean" not in row for row in rows[rule])
     assert not (rule / "checkpoints/2/reward").exists()
-    assert all(row["reward/mean"] == pytest.approx(row["rule/accuracy"]) for row in metrics(rule))
-    assert all("rm/pair_loss" not in row and row["pairs/valid"] == 0 for row in metrics(model))
+    assert all(row["reward/mean"] == pytest.approx(row["rule/accuracy"]) for row in rows[rule])
+    assert all("rm/pair_loss" not in row and row["pairs/valid"] == 0 for row in rows[model])
     assert all(equal(*(weights_of(model, step, "reward") for step in (0, 2))))
     # Until the first update of the reward model the arms are the same run.
-    assert metrics(model)[0]["rm/mean"] == metrics(finished)[0]["rm/mean"]
+    assert rows[model][0]["rm/mean"] == metrics(finished)[1]["rm/mean"]
 
 
 @pytest.mark.slow
@@ -246,7 +249,7 @@ def test_assistant_that_is_down_masks_its_pairs(tmp_path):
     path = tmp_path / "down"
     done = run(
         path,
-        steps=1,
+        steps=2,
         assistant__kind="openai",
         assistant__url="http://127.0.0.1:9/v1",
         assistant__model="nobody",
@@ -255,6 +258,6 @@ def test_assistant_that_is_down_masks_its_pairs(tmp_path):
         eval__every=0,
     )
     assert done.returncode == 0, done.stderr
-    row = metrics(path)[0]
-    assert row["pairs/valid"] == 0 and row["rm/grad_norm"] == 0
-    assert any("assistant_" in name and value > 0 for name, value in row.items())
+    rows = metrics(path)
+    assert all(row["pairs/valid"] == 0 and row["rm/grad_norm"] == 0 for row in rows)
+    assert any("assistant_" in name and value > 0 for row in rows for name, value in row.items())
