@@ -4,9 +4,10 @@
     python launch/train_rm.py --config=configs/verifyrm_smollm2.py \\
         --config.train_rm.data=verify_train.jsonl --config.train_rm.eval_data=verify_dev.jsonl
 
-Data are labelled completions as JSON lines (question, reference_answer, completion, label).  4,593 of them take 75
-minutes on two cores and give an AUROC of .975 on 1,391 rows of other questions (docs/verifyrm.md).  All values here
-are ours: the authors train a trunk of 1.5 B parameters (configs/verifyrm_1p5b.py).
+Data are labelled completions as JSON lines (question, reference_answer, completion, label).  4,593 of them, and
+381 reward hacks made from them, take two hours on two busy cores and give an AUROC of .964 on 1,391 rows of other
+questions (docs/verifyrm.md).  All values here are ours: the authors train a trunk of 1.5 B parameters
+(configs/verifyrm_1p5b.py).
 """
 
 from configs import base
