@@ -7,8 +7,8 @@
 
     app.run(main, flags_parser=common.parse_flags)
 
-Exit codes: 0 done; 2 an error in the settings or files; 75 stopped by SIGTERM, with a checkpoint; 69 another host
-was lost (134: the first one).  After 75, 69 and 134 the same command goes on.
+Exit codes: 0 done; 2 an error in the flags, settings or files; 75 stopped by SIGTERM, with a checkpoint; 69 another
+host was lost (134: the first one).  After 75, 69 and 134 the same command goes on.  `--help` ends with absl's 1.
 """
 
 import contextlib
@@ -16,9 +16,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
@@ -29,7 +30,7 @@ flags.mark_flag_as_required("config")
 def begin(argv: list[str]) -> None:
     """Before anything of ours is imported: no stray arguments, quiet libraries, kept programs."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
+        fail(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
     logging.set_verbosity(logging.WARNING)
     keep_what_is_compiled()
 
@@ -70,7 +71,11 @@ def refuse(error: Exception) -> None:
     """One line for the user and exit code 2; --traceback shows where it was found."""
     if TRACEBACK.value:
         raise error
-    print(f"error: {error}", file=sys.stderr)
+    fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -82,19 +87,17 @@ def keep_what_is_compiled() -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's own parsing; a field that no config has, or a config file that is not there, becomes one line."""
+    """absl's own parsing; flags, values and fields that mean nothing, and absent config files, become one line."""
     try:
-        left = app.parse_flags_with_usage(argv)
+        left = flags.FLAGS(argv)
         _ = CONFIG.value.name  # a config file that could not be read says so when it is first used
         return left
+    except flags.Error as error:
+        fail(f"{'; '.join(str(error).splitlines())}: --help lists the flags")
     except (AttributeError, KeyError) as error:
         given = ", ".join(a for a in argv if a.startswith("--config."))
-        print(
-            f"error: {given}: a flag names a field that the config does not have ({error}); "
-            "configs/base.py lists them all",
-            file=sys.stderr,
+        fail(
+            f"{given}: a flag names a field that the config does not have ({error}); configs/base.py lists them all"
         )
-        sys.exit(2)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(" ".join(str(error).split()))  # of a config file: four lines

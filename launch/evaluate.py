@@ -141,8 +141,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     named = {a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-")}
     if "run_dir" in named:
         if "config" in named:
-            print("error: --config and --run_dir both say what is evaluated: leave one out", file=sys.stderr)
-            sys.exit(2)
+            common.fail("--config and --run_dir both say what is evaluated: leave one out")
         extra = f"--config={ROOT / 'configs/base.py'}"
         argv = [argv[0], extra, *argv[1:]]
         sys.argv = argv  # where the config's own fields are looked for

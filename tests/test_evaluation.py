@@ -615,6 +615,16 @@ TINY = f"--config={ROOT / 'configs/tiny.py'}"
         ([TINY, "--out=", "--benchmark=synthetic"], "--out is empty: give --out=DIR"),
         ([TINY, "--benchmark=nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
         ([TINY, "--run_dir=runs/x", "--benchmark=synthetic"], "--config and --run_dir both"),
+        ([TINY, "--benchmrk=synthetic"], "Unknown command line flag 'benchmrk'"),
+        (
+            [TINY, "--labelled=x", "--judge=oracle"],
+            "flag --judge=oracle: value should be one of <model|rule|",
+        ),
+        ([TINY, "--config.steps=few"], "--config.steps=few: invalid literal for int()"),
+        ([TINY, "--config.stps=2"], "--config.stps=2: a flag names a field that the config does not have"),
+        (["--config=nowhere.py", "--benchmark=synthetic"], "No such file or directory: 'nowhere.py'"),
+        (["--benchmark=synthetic"], "flag --config=None: Flag --config must have a value other than None"),
+        ([TINY, "synthetic"], "unexpected arguments ['synthetic']"),
         (
             ["--run_dir=.", "--config.reward.weights=x", "--benchmark=synthetic"],
             "--config.reward.weights names other weights than the run's",
