@@ -50,7 +50,7 @@ def agree(folder: Path, settings: Mapping[str, Any], later: Mapping[str, str] | 
         raise ValueError(
             f"{folder} was begun with other settings: {'; '.join(changed)}: give another --out, or the old value"
         )
-    if old != new:
+    if old != new or not stored.exists():
         text = json.dumps(new, indent=2, ensure_ascii=False) + "\n"
         files.write_atomically(stored, text.encode("utf-8", "backslashreplace"))
 
