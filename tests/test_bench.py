@@ -162,7 +162,7 @@ def tiny(**changes) -> list[str]:
     [
         ("rollout", ["--ragged"], ["rollout"], 1),
         ("score", ["--prompt_tokens=5"], ["score"], 1),
-        ("train", [], ["policy update", "reward-model update"], 2),
+        pytest.param("train", [], ["policy update", "reward-model update"], 2, marks=pytest.mark.slow),
     ],
 )
 def test_the_command(kind, options, programs, devices, tmp_path):

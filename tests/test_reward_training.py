@@ -396,7 +396,8 @@ def stop_in(patch, name: str, call: int, look: int) -> None:
         pytest.param("_update", 1, 1, 0, 0, marks=pytest.mark.slow),
         ("_update", 6, 2, 5, 5),
         pytest.param("score", 1, 3, 2, 3, marks=pytest.mark.slow),
-        ("score", 2, 1, 5, 6),  # where a checkpoint is due as well
+        # where a checkpoint is due as well
+        pytest.param("score", 2, 1, 5, 6, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
@@ -422,6 +423,7 @@ def test_a_run_that_is_done_reports_again(finished, place, alone):
     assert (kept(finished), (finished / "metrics.jsonl").read_bytes()) == before
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_did_after_its_checkpoint_is_done_again(
     finished, place, tmp_path, monkeypatch, alone
 ):
@@ -472,6 +474,7 @@ def test_the_best_model_never_lies_there_without_its_record(place, tmp_path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_data_or_settings(finished, place, tmp_path, alone):
     with pytest.raises(SetupError, match="train_rm.batch was 16 and is now 8"):
         loop.train(run_config(place, finished, train_rm__batch=8))
@@ -484,6 +487,7 @@ def test_a_run_does_not_go_on_with_other_data_or_settings(finished, place, tmp_p
         loop.train(run_config(place, path, **flags))
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(place, tmp_path, alone):
     path = tmp_path / "run"
     flags = dict(train_rm__eval_every=1, train_rm__patience=2, train_rm__optimiser__lr=0.0)
@@ -549,6 +553,7 @@ def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
     np.testing.assert_allclose(z, held_out_logits(finished)[m.rows], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_goes_on_learning_remembers_what_it_saw_before(finished, place, tmp_path, alone):
     more = write_task(tmp_path / "more.jsonl", range(50, 54), source="more")
     flags = dict(reward__weights=str(finished / "best"), train_rm__data=str(more), train_rm__epochs=1)
@@ -567,6 +572,7 @@ def test_a_model_that_goes_on_learning_remembers_what_it_saw_before(finished, pl
     assert not overlap.read_record(tmp_path / "run2/best").complete
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_leaves_the_same(bucket, finished, place, alone):  # noqa: F811
     loop.train(run_config(place, "gs://b/run"))
     path = Bucket.disk("b/run")

@@ -49,7 +49,7 @@ def drawn(implementation, slots=None):
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("slots", [None, 3])
+@pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_kernels_draw_from_the_policy(implementation, slots):
     """The fused head; slots in the order of the requests, or fewer and in any.  The same noise, the same rows."""
     r = drawn(implementation, slots)
@@ -107,6 +107,7 @@ def test_narrower_caches_stay_near(dtype):
     assert error[:, 0].max() < 1e-5 < 1e-4 < error[:, 1:].max()
 
 
+@pytest.mark.slow
 def test_kernels_read_int8():
     """A prompt of two blocks of columns, which scales along lanes must fill."""
     prompts = [*PROMPTS[:3], [5, 11, 30, 2] * 34]

@@ -102,6 +102,7 @@ def test_the_longest_limits_begin_first(segments):
     assert limits[order].tolist() == [9, 8, 7, 5, 4, 4, 3, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_the_last_rows_move_into_fewer_slots(monkeypatch, segments):
     """One long row among 24: the batch is halved while it goes on, and it stays what it was."""
     monkeypatch.setattr(plan, "FEWEST_SLOTS", 3)

@@ -389,6 +389,7 @@ def test_bit_equal_however_the_vocabulary_is_cut(mode, vocabulary):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_bit_equal_in_optimised_programs():
     """The same two tests again: the optimiser regroups sums by the number of rows, if it is let."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]

@@ -102,6 +102,7 @@ def unchanged(before, after):
     return [a.tobytes() == b.tobytes() for a, b in zip(before, host(after), strict=True)]
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_divide_the_mesh(build):
     """Six rows on one device, and padded to eight on a mesh of 2 x 2 x 2: one rollout, the same numbers."""
 
@@ -301,6 +302,7 @@ def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
     assert len({together[1].text, *others}) == 4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_holds_no_more_memory_than_a_fresh_one(build, tmp_path):
     def live():
         gc.collect()  # arrays may share a buffer: a shard taken out of one does
@@ -466,6 +468,7 @@ def steps(build, path, count, change=lambda cooper: cooper, **changes):
             return host(state), found, state.replay, first
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_what_it_would_have(build, tmp_path):
     """One step, a restart and another are two steps, bit for bit: warm start, replay and all terms included."""
     whole, metrics, replay, warm = steps(build, tmp_path / "whole", 2)

@@ -214,7 +214,10 @@ def test_seeds():
 
 
 def test_settings_that_differ_are_refused(tmp_path):
-    a_study(tmp_path).begin()
+    a_study(tmp_path, steps=6).begin()
+    a_study(tmp_path).begin()  # nothing was run under the slip
+    for arm in ("rule", "mine"):
+        (tmp_path / "seed_7" / arm).mkdir(parents=True)
     a_study(tmp_path, names=("rule", "robust"), seeds=(8,)).begin()  # more arms and seeds are welcome
     with pytest.raises(ValueError, match="policy.kl_coef was 0.001 and is now 0.1"):
         a_study(tmp_path, policy__kl_coef=0.1).begin()

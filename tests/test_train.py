@@ -164,7 +164,7 @@ def test_arms(finished, tmp_path):
     """Rule: no reward model at all.  Model: it scores and never moves."""
     rule, model = tmp_path / "rule", tmp_path / "model"
     for path, arm in ((rule, "rule"), (model, "model")):
-        done = run(path, reward__arm=arm, steps=2)
+        done = run(path, reward__arm=arm, steps=2, warmup__start=finished)
         assert done.returncode == 0, done.stderr
     rows = {path: metrics(path)[1:] for path in (rule, model)}  # step 0 is an evaluation alone
     assert all("rm/mean" not in row for row in rows[rule])
@@ -244,12 +244,13 @@ def test_changed_config_is_refused_and_loses_nothing(finished):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_assistant_that_is_down_masks_its_pairs(tmp_path):
+def test_assistant_that_is_down_masks_its_pairs(finished, tmp_path):
     """A closed port: the run goes on, no pair is made, and the log says why."""
     path = tmp_path / "down"
     done = run(
         path,
         steps=2,
+        warmup__start=finished,
         assistant__kind="openai",
         assistant__url="http://127.0.0.1:9/v1",
         assistant__model="nobody",

@@ -1,4 +1,4 @@
-"""Output folders of annotations and evaluations: settings that must not change, lines that a kill tore.
+"""Output folders of annotations, evaluations and studies: settings that must not change, lines that a kill tore.
 
 1. `agree` writes the settings that decide the outcome, or compares them with those that the folder was begun with.
    One may change until something is there that it decides: a slip that nothing was answered under binds nobody.
@@ -19,11 +19,16 @@ from cooper_jax.runtime.metrics import jsonable
 SETTINGS = "settings.json"
 
 
-def agree(folder: Path, settings: Mapping[str, Any], later: Mapping[str, str] | None = None) -> None:
+def agree(
+    folder: Path,
+    settings: Mapping[str, Any],
+    later: Mapping[str, str] | None = None,
+    begun: bool = False,
+) -> None:
     """Raise ValueError where the folder was begun with other settings (naming both values), or by nobody we know.
 
     settings: flat names -> JSON values.  later: how names begin -> the file that they alone decide; the others
-    decide every file.
+    decide every file.  begun: something else is there that all of them decide.
     """
     new, stored = jsonable(settings), folder / SETTINGS
     held = sorted(p.name for p in folder.glob("*.jsonl") if p.stat().st_size)
@@ -36,7 +41,7 @@ def agree(folder: Path, settings: Mapping[str, Any], later: Mapping[str, str] | 
 
     def binds(name: str) -> bool:
         own = [file for start, file in (later or {}).items() if name.startswith(start)]
-        return own[0] in held if own else bool(held)
+        return own[0] in held if own else bool(held) or (begun and stored.exists())
 
     def shown(values: Mapping[str, Any], name: str) -> str:
         return json.dumps(values[name], ensure_ascii=False) if name in values else "(absent)"

@@ -35,6 +35,7 @@ class Arm:
 
 _FROZEN = {"reward.arm": "model", "reward.recipe": "", "reward.warm_start": 0}
 _ROBUST = {"reward.arm": "cooper", "reward.recipe": "robust"}
+_PAIRS_ALONE = _ROBUST | {"reward.rollout_bce": 0.0, "reward.replay": 0, "reward.replay_rows": 0}
 ARMS = {
     arm.name: arm
     for arm in (
@@ -70,10 +71,11 @@ ARMS = {
             "robust without pairs: the rule's labels alone",
             _ROBUST | {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0, "reward.common_mode": 0.0},
         ),
+        Arm("pairs", "robust without rollouts: pairs alone", _PAIRS_ALONE),
         Arm(
             "shuffled",
-            "robust, members of pairs exchanged by a coin",
-            _ROBUST | {"reward.shuffle_labels": True},
+            "pairs alone, their members exchanged by a coin",
+            _PAIRS_ALONE | {"reward.shuffle_labels": True},
         ),
     )
 }

@@ -137,11 +137,12 @@ class Study:
             if f == "steps" or (matters(f) and f not in ("seed", "warmup.start"))
         }
         self.out.mkdir(parents=True, exist_ok=True)
-        outdir.agree(self.out, shared)
+        outdir.agree(self.out, shared, begun=any(self.out.glob("seed_*")))
         for arm in self.arms:
             folder = arm_folder(self.out, arm.name)
             folder.mkdir(parents=True, exist_ok=True)
-            outdir.agree(folder, study_arms.settings_of(arm, self.base))
+            begun = any(self.out.glob(f"seed_*/{arm.name}"))
+            outdir.agree(folder, study_arms.settings_of(arm, self.base), begun=begun)
 
 
 def arm_folder(out: Path, name: str) -> Path:
