@@ -32,7 +32,7 @@ from cooper_jax.model import floor
 from cooper_jax.runtime import machine
 from cooper_jax.settings import SetupError, boundary
 from launch import common
-from launch.common import TRACEBACK, parse_flags
+from launch.common import TRACEBACK, fail, parse_flags
 
 OUT = flags.DEFINE_string("out", "", "A JSON file to write.")
 REPS = flags.DEFINE_integer("reps", 3, "Timed calls.")
@@ -166,7 +166,7 @@ def bench(
 
 def main(argv: list[str]) -> None:
     if len(argv) != 2:
-        raise app.UsageError(f"name one of {', '.join(workloads.KINDS)}; got {argv[1:]}")
+        fail(f"name one of {', '.join(workloads.KINDS)}; got {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     try:
         bench(

@@ -25,7 +25,7 @@ from cooper_jax.rollout import engine
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.runtime import keys
 from cooper_jax.settings import SetupError, boundary
-from launch.common import CONFIG, TRACEBACK, parse_flags
+from launch.common import CONFIG, TRACEBACK, fail, parse_flags
 
 OTHER = flags.DEFINE_multi_string("other", [], "A field of the second rollout's config: rollout.max_rows=24.")
 
@@ -61,7 +61,7 @@ def rollout(cfg: ConfigDict, key):
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --other=rollout.segment=5")
+        fail(f"unexpected arguments {argv[1:]}; flags look like --other=rollout.segment=5")
     logging.set_verbosity(logging.WARNING)
     try:
         first, second = CONFIG.value, changed(CONFIG.value, OTHER.value)

@@ -40,7 +40,7 @@ from cooper_jax.runtime import chips
 from cooper_jax.runtime.chips import GIB, Topology
 from cooper_jax.settings import SetupError, boundary
 from launch import common
-from launch.common import parse_flags, refuse
+from launch.common import fail, parse_flags, refuse
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "The machine: v5e:4x4, v5p:4x4x4, v5e:16x16*2, h100:1x2x8, ..."
@@ -192,7 +192,7 @@ def collectives(f: Figures, most: int = 3) -> list[str]:
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
+        fail(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
     logging.set_verbosity(logging.WARNING)
     keep = Path(KEEP.value) if KEEP.value else None
     try:

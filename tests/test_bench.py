@@ -231,4 +231,4 @@ def test_what_cannot_be_run_is_told_in_one_line(kind, config, changes, options, 
 
 def test_the_kind_must_be_named():
     done = run(*tiny())
-    assert done.returncode == 1 and "name one of rollout, score, train" in done.stdout + done.stderr
+    assert done.returncode == 2 and "name one of rollout, score, train" in done.stdout + done.stderr
