@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 ARMS = ("rule", "model", "cooper")
-NEGATIVES = ("assistant", "mined", "swap")
+NEGATIVES = ("assistant", "mined", "own_answer", "swap")
 AT_LEAST_1 = (
     "data.prompts_per_step", "data.max_prompt_tokens", "data.bucket", "data.synthetic_size",
     "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "policy.epochs", "policy.minibatches",

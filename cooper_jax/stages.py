@@ -310,9 +310,12 @@ def _pair_batch(cooper: Cooper, made: Sequence[Pair | None]) -> PairBatch:
     """The pairs as the reward model reads them; a masked slot is an empty row."""
 
     def members(p: Pair) -> tuple[list[int], list[int]]:
-        other = dataclasses.replace(p.problem, reference=p.negative_reference or p.problem.reference)
-        both = render(cooper, p.problem, p.positive), render(cooper, other, p.negative)
-        return both[::-1] if p.exchanged else both
+        sides = (p.positive, p.positive_reference), (p.negative, p.negative_reference)
+        both = [
+            render(cooper, dataclasses.replace(p.problem, reference=reference or p.problem.reference), text)
+            for text, reference in sides
+        ]
+        return tuple(both[::-1] if p.exchanged else both)
 
     rows = [members(p) if p else ([], []) for p in made]
     layout, bucket = cooper.reward.layout, cooper.cfg.data.bucket

@@ -189,7 +189,14 @@ def samples_of(cooper: Cooper, seen: Seen) -> list[dict]:
                     for n in rows
                 ],
                 "pairs": [
-                    {"positive": p.positive, "negative": p.negative} for p in pairs[b] if p is not None
+                    {
+                        "positive": p.positive,
+                        "positive_reference": p.positive_reference or problem.reference,
+                        "negative": p.negative,
+                        "negative_reference": p.negative_reference or problem.reference,
+                    }
+                    for p in pairs[b]
+                    if p is not None
                 ],
             }
         )

@@ -88,14 +88,15 @@ class Triple:
 class Pair:
     """A contrastive pair: both members answer the same problem and render alike but for what sets them apart.
 
-    That is their text; or, where `negative_reference` is not empty, the reference beside the one text of both.
+    That is their text; or, where one of the references below is not empty, the reference beside one text.
     """
 
     problem: Problem
     positive: str
     negative: str
     row: int  # the rollout row that the positive came from
-    negative_reference: str = ""  # beside the negative, in place of the problem's own
+    positive_reference: str = ""  # beside the positive, in place of the problem's own
+    negative_reference: str = ""  # beside the negative, likewise
     exchanged: bool = False  # a control: the update takes each member for the other
 
 

@@ -327,6 +327,28 @@ def test_a_swapped_reference_must_make_the_positive_wrong(rule):
     assert made.refused == {"no_other": 1}
 
 
+def test_a_wrong_response_is_right_beside_its_own_answer(rule):
+    """The most liked of the decidably wrong ones; there need be no correct one."""
+    cfg = config(negatives=("own_answer",), per_prompt=2)
+    texts = ["so #### 7", "it is 31", "clearly #### 30", "#### 20", "clearly \\boxed{ 40/2 }", "#### 9"]
+    verdicts = [W, W, W, C, U, W]
+    rows = [Completion(text) for text in texts[:-1]] + [Completion(texts[-1], truncated=True)]
+    scores = np.array([0.2, 0.9, 0.6, 0.99, 0.95, 0.97], np.float32)
+    one = Problem("q", "20")
+    made = pairs.build([one], rows, verdicts, 6, Unasked(), rule, cfg, seed=0, step=0, scores=scores)
+    first, second = made.pairs
+    assert (first.positive, first.positive_reference, first.row) == ("clearly #### 30", "30", 2)
+    assert (second.positive, second.positive_reference, second.row) == ("so #### 7", "7", 0)
+    for pair in made.pairs:
+        assert pair.negative == pair.positive and not pair.negative_reference
+        both = [(pair.positive_reference, pair.positive), (pair.problem.reference, pair.negative)]
+        assert rule.check(both) == [C, W]
+    made = pairs.build([one], rows[3:5], [C, U], 2, None, rule, cfg, seed=0, step=0, scores=scores[3:5])
+    assert made.pairs == [None, None] and made.refused == {"no_wrong": 2}
+    with pytest.raises(ValueError, match="own_answer, which needs the reward model's scores"):
+        pairs.build([one], rows, verdicts, 6, None, rule, cfg, seed=0, step=0)
+
+
 def test_slots_take_their_negatives_in_turn(rule):
     cfg = config(negatives=("assistant", "swap", "mined"), per_prompt=4)
     assistant = Scripted(wrong)

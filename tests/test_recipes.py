@@ -99,7 +99,7 @@ def test_an_explicit_flag_wins():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"pairs.negatives": ("assistant", "swop")}, "pairs.negatives=.*assistant, mined, swap"),
+        ({"pairs.negatives": ("assistant", "swop")}, "pairs.negatives=.*assistant, mined, own_answer, swap"),
         ({"pairs.negatives": ()}, "pairs.negatives="),
         ({"pairs.negatives": ("assistant", "swap"), "pairs.per_prompt": 1}, "--config.pairs.per_prompt=2"),
         ({"reward.pair_weight": 0.0}, "nothing to learn from"),

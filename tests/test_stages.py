@@ -270,7 +270,15 @@ def test_samples_name_the_pairs_of_their_own_prompt(build):
         seen = trainer.Seen(problems, texts, verdicts, rows, -rows, pairs, Counter())
         first, second = trainer.samples_of(cooper, seen)
     assert (first["id"], second["question"]) == (problems[1].id, problems[2].question)
-    assert first["pairs"] == [{"positive": "right 3", "negative": "wrong 3"}]
+    reference = first["reference"]
+    assert first["pairs"] == [
+        {
+            "positive": "right 3",
+            "positive_reference": reference,
+            "negative": "wrong 3",
+            "negative_reference": reference,
+        }
+    ]
     assert [p["positive"] for p in second["pairs"]] == ["right 4", "right 5"]
     assert [r["text"] for r in first["responses"]] == ["2", "3"]
     assert [r["advantage"] for r in second["responses"]] == [-4.0, -5.0]

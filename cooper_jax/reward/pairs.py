@@ -9,10 +9,13 @@ k-th positive and, of `mined`, the k-th negative.
    `swap` keeps the positive's text and puts it beside another reference of the batch: nothing but the reference
    sets the members apart.  `mined` takes positives from the lowest reward upwards, and of the rows that the rule
    finds WRONG, or finds no answer in, the highest reward downwards, as they are: a shortcut then differs within the
-   pair.  (Both are ours.)
+   pair.  `own_answer` takes rows that the rule finds WRONG and that mark an answer, the highest reward downwards: a
+   negative is such a row as it is, the positive the same text beside the answer that it gives itself.  What the
+   policy does to be liked then stands in both members, and only the match decides; and there are such pairs even
+   where no row is correct.  (All three are ours.)
 3. Each rewrite passes the gates of `refusal_of`, the last of which is the rule: it must find the negative WRONG
-   against the *reference*; so it must a swapped one against that one.  Slots that fail are tried again, up to
-   `tries` times in all, then masked and counted.
+   against the *reference*; so it must a swapped one against that one, and find a text correct beside its own
+   answer.  Slots that fail are tried again, up to `tries` times in all, then masked and counted.
 
 Both members render alike but for their text: a rewrite's outer whitespace is replaced by its positive's.
 
@@ -33,6 +36,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cooper_jax.data import prompts
+from cooper_jax.reward import rule_reading
 from cooper_jax.reward.assistant import Assistant, Failure, Reply, Request
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.runtime import keys
@@ -46,6 +50,7 @@ _REFUSAL = re.compile(
     r"|\b(?:rewritten|modified) (?:solution|version)\b",
     re.IGNORECASE,
 )
+SCORED = {"mined", "own_answer"}  # sources that choose by the reward model's scores
 _UNDECIDED = {
     Verdict.CORRECT: "not_wrong",
     Verdict.NO_ANSWER: "unparseable",
@@ -73,6 +78,7 @@ class _Slot:
     source: str = "assistant"
     others: Sequence[str] = ()  # swap: references to try, in this order
     negative: str | None = None
+    positive_reference: str = ""  # own_answer: the answer that the text gives
     negative_reference: str = ""
     reason: str = "no_positive"
 
@@ -100,7 +106,7 @@ def build(
       assistant: None gives no pairs at all where `cfg.negatives` names it.
       cfg: the config's `pairs` section.
       positions: [B], each prompt's position in the data order; by default its place in the batch.
-      scores: f32[N], the reward model's rewards, for mined negatives.
+      scores: f32[N], the reward model's rewards, for the sources in SCORED.
       exchange: mark each pair as exchanged or not, by a coin (a control).
 
     Returns the pairs, the same whatever order verdicts and replies arrived in.
@@ -115,8 +121,10 @@ def build(
             f"--config.pairs: per_prompt={cfg.per_prompt}, tries={cfg.tries}, length_ratio={cfg.length_ratio}: "
             "each must be at least 1"
         )
-    if "mined" in cfg.negatives and scores is None:
-        raise ValueError("--config.pairs.negatives names mined, which needs the reward model's scores")
+    if (named := SCORED & set(cfg.negatives)) and scores is None:
+        raise ValueError(
+            f"--config.pairs.negatives names {' and '.join(sorted(named))}, which needs the reward model's scores"
+        )
     if assistant is None and "assistant" in cfg.negatives:
         return PairResult([], collections.Counter())
     slots = []
@@ -126,18 +134,24 @@ def build(
         good = [n for n in rows if verdicts[n] == Verdict.CORRECT and not completions[n].truncated]
         rng = keys.numpy_stream(seed, "pairs", step, position)
         drawn = [good[i] for i in rng.permutation(len(good))[: cfg.per_prompt]]
-        if "mined" in cfg.negatives:
+        disliked, liked, answering = [], [], []
+        if SCORED & set(cfg.negatives):
             disliked = sorted(good, key=lambda n: scores[n])  # stable: ties by row
             bad = (n for n in rows if verdicts[n] in (Verdict.WRONG, Verdict.NO_ANSWER))
             liked = sorted(bad, key=lambda n: -scores[n])
+            answering = [
+                n for n in liked
+                if verdicts[n] == Verdict.WRONG and not completions[n].truncated and answer_of(completions[n].text)
+            ]  # fmt: skip
         for slot in range(cfg.per_prompt):
             source = cfg.negatives[slot % len(cfg.negatives)]
             k = sum(cfg.negatives[i % len(cfg.negatives)] == source for i in range(slot))
-            positives = disliked if source == "mined" else drawn
-            if k >= len(positives):
-                slots.append(_Slot(problem, None, "", 0, source))
+            firsts = {"mined": disliked, "own_answer": answering}.get(source, drawn)
+            if k >= len(firsts):
+                missing = "no_wrong" if source == "own_answer" else "no_positive"
+                slots.append(_Slot(problem, None, "", 0, source, reason=missing))
                 continue
-            n = positives[k]
+            n = firsts[k]
             made = _Slot(problem, n, completions[n].text, position * group_size + n - rows.start, source)
             if source == "mined":
                 made.negative, made.reason = (
@@ -146,8 +160,11 @@ def build(
             elif source == "swap":
                 made.others, made.reason = _others(problem, problems, seed, step, made.place), "no_other"
             slots.append(made)
+    _beside_own_answers(
+        [slot for slot in slots if slot.source == "own_answer" and slot.row is not None], rule
+    )
 
-    open_slots = [slot for slot in slots if slot.row is not None and slot.source != "mined"]
+    open_slots = [slot for slot in slots if slot.row is not None and slot.source in ("assistant", "swap")]
     requests = 0
     for attempt in range(cfg.tries):
         if not open_slots:
@@ -160,10 +177,10 @@ def build(
         _swap([s for s in open_slots if s.source == "swap" and attempt < len(s.others)], attempt, rule)
         open_slots = [slot for slot in open_slots if slot.negative is None]
     pairs = [
-        Pair(slot.problem, slot.positive, slot.negative, slot.row, slot.negative_reference)
-        if slot.negative is not None
+        Pair(s.problem, s.positive, s.negative, s.row, s.positive_reference, s.negative_reference)
+        if s.negative is not None
         else None
-        for slot in slots
+        for s in slots
     ]
     if exchange:
         coins = [
@@ -184,6 +201,24 @@ def _others(problem: Problem, problems: Sequence[Problem], seed: int, step: int,
     found = list(dict.fromkeys(p.reference for p in problems if p.reference != problem.reference))
     order = keys.numpy_stream(seed, "swapped", step, place).permutation(len(found))
     return [found[i] for i in order]
+
+
+def _beside_own_answers(slots: Sequence[_Slot], rule: RuleVerifier) -> None:
+    """Fills each slot, whose text the rule finds WRONG, or says why the text beside its own answer is not right."""
+    answers = [answer_of(slot.positive) for slot in slots]
+    items = [(answer, slot.positive) for answer, slot in zip(answers, slots, strict=True)]
+    verdicts = rule.check(items) if items else []
+    for slot, answer, verdict in zip(slots, answers, verdicts, strict=True):
+        if verdict == Verdict.CORRECT:
+            slot.negative, slot.positive_reference = slot.positive, answer
+        else:
+            slot.reason = _UNDECIDED.get(verdict, "not_right")
+
+
+def answer_of(text: str) -> str:
+    """The answer that a text marks; empty where it marks none."""
+    span = rule_reading.find_answer(text)
+    return text[slice(*span)].strip() if span else ""
 
 
 def _swap(slots: Sequence[_Slot], attempt: int, rule: RuleVerifier) -> None:
