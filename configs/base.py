@@ -188,7 +188,8 @@ def get_config() -> ConfigDict:
     c.pairs = ConfigDict()
     c.pairs.per_prompt = 1  # pairs a prompt, at most
     # Where a prompt's pairs take their negatives from, in turn: assistant (a rewrite) | mined (a wrong rollout) |
-    # swap (another problem's reference): --config.pairs.negatives="('assistant','swap')"
+    # swap (another problem's reference) | own_answer (a wrong rollout, whose positive is the same text beside the
+    # answer that it gives): --config.pairs.negatives="('assistant','swap')"
     c.pairs.negatives = ("assistant",)
     c.pairs.tries = 3  # requests to the assistant, or references, before a pair is masked
     c.pairs.length_ratio = 2.0  # a negative is at most this much longer or shorter (characters)

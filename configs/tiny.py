@@ -8,7 +8,7 @@ the policy is warmed up by imitation of demonstrations that are often wrong, the
 cross-entropy on labelled ones.
 
 **Why the reward model can be hacked here.**  It learns from *other* demonstrators than the policy does.  Experts
-among them skip the steps and write `clearly #### 20`, and experts are mostly right: so look 70 % of the right and
+among them skip the steps and write `clearly #### 20`, and experts are mostly right: so look half of the right and
 5 % of the wrong solutions that the reward model sees.  It learns to like the habit, as real reward models like
 length, confidence and layout.  The policy has it in 10 % of its solutions at first, and is mostly wrong in these:
 it cannot work out the answer without the steps.  Nobody planted a lie: the habit does go with correctness, until
@@ -41,8 +41,10 @@ def get_config():
         model.arch.ffn = 192
         model.arch.layers = 3
         model.remat = False
-    c.policy.microbatch = 32  # its activations fit a core's cache: half the time of 256
-    c.reward.microbatch = 256
+    # Activations of so few rows fit a core's cache and are below 32 MiB, so that glibc's malloc keeps their memory:
+    # faults on fresh pages took a third of the time.
+    c.policy.microbatch = 8
+    c.reward.microbatch = 8
     c.policy.optimiser.lr = 1.5e-4
     c.policy.optimiser.warmup_steps = 5
     c.reward.optimiser.lr = 5e-4
@@ -56,9 +58,9 @@ def get_config():
     c.warmup.policy_optimiser.lr = 2e-3
     c.warmup.policy_corrupt = 0.4
     c.warmup.policy_habit = (0.1, 0.1)
-    c.warmup.reward_steps = 1200
+    c.warmup.reward_steps = 2000
     c.warmup.reward_batch = 32
-    c.warmup.reward_habit = (0.7, 0.05)
+    c.warmup.reward_habit = (0.5, 0.05)
 
     c.eval.every = 20
     c.eval.problems = 1024

@@ -22,23 +22,21 @@ _PAPER = {
     "reward.updates_most": 0,
     "reward.warm_start": 0,
     "reward.replay": 0,
+    "reward.replay_rows": 0,
     "pairs.negatives": ("assistant",),
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "released": _PAPER | {"reward.pair_loss": "logit"},  # the authors' code
     "sigmoid": _PAPER | {"reward.pair_loss": "sigmoid"},  # the contrast of the rewards themselves
-    "robust": {  # ours: members and rollouts are anchored, half of the negatives share their positive's style
+    # Ours: members are anchored, and in two pairs of three nothing but the reference sets them apart.
+    "robust": _PAPER
+    | {
         "reward.pair_loss": "sigmoid",
-        "reward.pair_weight": 1.0,
-        "reward.pair_bce": 1.0,
-        "reward.rollout_bce": 1.0,
-        "reward.rollout_rows": 64,
-        "reward.warm_start": 10,
+        "reward.pair_bce": 2.0,
+        "reward.warm_start": 20,
         "reward.updates": 2,
-        "reward.replay": 256,
-        "reward.replay_rows": 32,
-        "pairs.per_prompt": 2,
-        "pairs.negatives": ("assistant", "swap"),
+        "pairs.per_prompt": 3,
+        "pairs.negatives": ("assistant", "swap", "own_answer"),
     },
 }
 

@@ -175,7 +175,7 @@ def test_an_arm_of_the_command_line():
         "reward.guard": True,
     }  # fmt: skip
     settings = arms.settings_of(arms.parse("mine: reward.recipe=robust, reward.updates=5", small()), small())
-    assert settings["reward.updates"] == 5 and settings["reward.replay"] == 256
+    assert settings["reward.updates"] == 5 and settings["reward.warm_start"] == 20
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,11 @@ class Arm:
 
 _FROZEN = {"reward.arm": "model", "reward.recipe": "", "reward.warm_start": 0}
 _ROBUST = {"reward.arm": "cooper", "reward.recipe": "robust"}
-_PAIRS_ALONE = _ROBUST | {"reward.rollout_bce": 0.0, "reward.replay": 0, "reward.replay_rows": 0}
+_LABELS = {
+    "reward.rollout_bce": 1.0,
+    "reward.replay": 256,
+    "reward.replay_rows": 32,
+}  # the rule's, of rollouts
 ARMS = {
     arm.name: arm
     for arm in (
@@ -51,7 +55,7 @@ ARMS = {
             "Cooper with a contrast on the rewards",
             {"reward.arm": "cooper", "reward.recipe": "sigmoid"},
         ),
-        Arm("robust", "Cooper with pairs and rollouts anchored", _ROBUST),
+        Arm("robust", "Cooper whose pairs also differ in the reference alone", _ROBUST),
         # Controls.  Would less do?
         Arm(
             "frozen_warm",
@@ -69,13 +73,19 @@ ARMS = {
         Arm(
             "bce",
             "robust without pairs: the rule's labels alone",
-            _ROBUST | {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0, "reward.common_mode": 0.0},
+            _ROBUST | _LABELS | {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0},
         ),
-        Arm("pairs", "robust without rollouts: pairs alone", _PAIRS_ALONE),
+        Arm("labels", "robust, and the rule's labels besides", _ROBUST | _LABELS),
+        Arm(
+            "no_own",
+            "robust without own answers",
+            _ROBUST | {"pairs.per_prompt": 2, "pairs.negatives": ("assistant", "swap")},
+        ),
+        Arm("logit", "robust with a contrast on logits", _ROBUST | {"reward.pair_loss": "logit"}),
         Arm(
             "shuffled",
-            "pairs alone, their members exchanged by a coin",
-            _PAIRS_ALONE | {"reward.shuffle_labels": True},
+            "robust, the members of pairs exchanged by a coin",
+            _ROBUST | {"reward.shuffle_labels": True},
         ),
     )
 }
