@@ -422,15 +422,16 @@ def test_several_reward_updates_are_that_many_steps(build):
         for mine, theirs in (("positive", "negative"), ("negative", "positive")):
             assert other[f"rm/{mine}_mean"] == pytest.approx(metrics[f"rm/{theirs}_mean"], abs=1e-6)
 
-        # A swapped negative stands beside its own reference.
-        text = made[0].positive
-        swapped = dataclasses.replace(made[0], negative=text, negative_reference="11")
-        _, found = stages.update_reward_model(cooper, again(), [swapped, None, None], rows)
-        problems = [made[0].problem, dataclasses.replace(made[0].problem, reference="11")]
-        z = stages.score(cooper, again(), problems, [Completion(text)] * 2)
-        p = 1 / (1 + np.exp(-z))
-        assert (found["rm/positive_mean"], found["rm/negative_mean"]) == pytest.approx(tuple(p), abs=1e-5)
-        assert p[0] != p[1]
+        # A swapped negative, and a positive beside its own answer, stand beside their own references.
+        text, asked = made[0].positive, made[0].problem
+        for mine, theirs in (("positive", "negative"), ("negative", "positive")):
+            moved_to = dataclasses.replace(made[0], negative=text, **{f"{mine}_reference": "11"})
+            _, found = stages.update_reward_model(cooper, again(), [moved_to, None, None], rows)
+            problems = [dataclasses.replace(asked, reference="11"), asked]
+            z = stages.score(cooper, again(), problems, [Completion(text)] * 2)
+            p = 1 / (1 + np.exp(-z))
+            assert (found[f"rm/{mine}_mean"], found[f"rm/{theirs}_mean"]) == pytest.approx(tuple(p), abs=1e-5)
+            assert p[0] != p[1]
 
 
 class Undecided:
