@@ -42,7 +42,7 @@ def summarise(records: Records) -> dict[str, Any]:
 
 
 def of_run(run: Record, study: dict[str, Any]) -> dict[str, Any]:
-    """The figures of one run, flat: numbers, of NaN where there is nothing to stand on.
+    """The figures of one run, flat: numbers, of NaN where there is nothing to stand on, and the gain's Interval.
 
     Of each name of EVALUATED that it has: NAME_start, NAME_end, NAME_lowest, NAME_lowest_at.
     """
@@ -54,6 +54,7 @@ def of_run(run: Record, study: dict[str, Any]) -> dict[str, Any]:
         if any(name in e for e in run.evaluations):
             out |= trace(name, [(e["step"], e[name]) for e in run.evaluations if name in e])
     start, end = out["accuracy_start"], out["accuracy_end"]
+    out["accuracy_gain"] = gain(start, end, study["problems"] * study["samples"])
     out["ends_above_start"] = end > start
     out["ends_below_half"] = end < start / 2
     out["dipped"] = dipped(
@@ -100,6 +101,17 @@ def dipped(accuracies: Sequence[float], start: float, count: int) -> bool:
     return any(a + 1.96 * math.sqrt(a * (1 - a) / count) < DIP * start for a in accuracies)
 
 
+def gain(start: float, end: float, count: int) -> Interval:
+    """end - start with its 95 % interval, each taken for the share of `count` independent responses:
+
+        +- 1.96 sqrt((start (1 - start) + end (1 - end)) / count)
+
+    Wider than it need be: the end is the mean of several evaluations, and both are of the same problems.
+    """
+    half = 1.96 * math.sqrt((start * (1 - start) + end * (1 - end)) / count)
+    return Interval(end - start, end - start - half, end - start + half)
+
+
 def of_arm(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """An arm's figures over its seeds.  runs: those of all arms, complete."""
     own = [run for run in runs if run["arm"] == name]
@@ -113,6 +125,10 @@ def of_arm(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for figure in (*traces, *each, "seconds", "reward_seconds", "reward_share", "updates", *motion):
         if any(figure in run for run in own):
             out[figure] = over_seeds([run.get(figure, NAN) for run in own])
+    for figure in EVALUATED:
+        if any(f"{figure}_end" in run for run in own):
+            moves = [run.get(f"{figure}_end", NAN) - run.get(f"{figure}_start", NAN) for run in own]
+            out[f"{figure}_gain"] = over_seeds(moves)
     if name != PLAIN:
         both = [(run, plain[run["seed"]]) for run in own if run["seed"] in plain]
         out["pairs"] = len(both)

@@ -120,15 +120,10 @@ def _training(shown: dict[str, Any]) -> str:
 
 
 def _reward_model(shown: dict[str, Any]) -> str:
-    parts = ("start", "end", "lowest")
-    header = ("arm", "completions", *parts, *(f"AUROC, {part}" for part in parts))
+    parts = {"start": "start", "end": "end", "gain": "end less start", "lowest": "lowest"}
+    header = ("arm", "completions", *parts.values(), *(f"AUROC, {told}" for told in parts.values()))
     rows = [
-        [
-            arm,
-            told,
-            *(_of(of, f"{n}_{part}") for part in parts),
-            *(_of(of, f"{n}_auroc_{part}") for part in parts),
-        ]
+        [arm, told, *(_of(of, f"{n}{kind}_{part}") for kind in ("", "_auroc") for part in parts)]
         for arm, of in shown.items()
         for n, told in RM_SETS.items()
         if f"{n}_start" in of
@@ -182,15 +177,16 @@ def _runs(found: dict[str, Any]) -> str:
         said += ["below half"] if run["ends_below_half"] else []
         rows.append([
             run["arm"], f"{run['seed']}", percent(run["accuracy_start"]), percent(run["accuracy_lowest"]),
-            f"{run['accuracy_lowest_at']}", percent(run["accuracy_end"]),
+            f"{run['accuracy_lowest_at']}", percent(run["accuracy_end"]), percent(run["accuracy_gain"]),
             " ".join(percent(x, 0) for x in run["accuracies"].values()), percent(run.get("reward_end", math.nan)),
             _highest(run), percent(run.get("false_positives_end", math.nan)), ", ".join(said),
         ])  # fmt: skip
     header = (
-        "arm", "seed", "start", "lowest", "at step", "end", "at each evaluation", "reward at the end",
-        "false positives, highest (step)", "at the end", "",
+        "arm", "seed", "start", "lowest", "at step", "end", "end less start", "at each evaluation",
+        "reward at the end", "false positives, highest (step)", "at the end", "",
     )  # fmt: skip
-    return f"## Every run\n\n{table(header, rows)}"
+    told = "End less start: with a binomial 95 % interval, of this run's evaluations alone."
+    return f"## Every run\n\n{table(header, rows)}\n\n{told}"
 
 
 def _highest(run: dict[str, Any]) -> str:
