@@ -7,8 +7,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny_runs import ROOT, begun_again, command, environment, metrics, run, start_hosts, timeless
+from tiny_runs import (
+    ROOT,
+    begun_again,
+    command,
+    environment,
+    metrics,
+    parameters,
+    run,
+    start_hosts,
+    timeless,
+)  # fmt: skip
 
 from cooper_jax.reward.assistant import Failure, Request
 from cooper_jax.reward.shared import SharedAssistant, SharedRule, over_hosts
@@ -45,18 +56,44 @@ def steps_logged(path: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def short(tmp_path_factory) -> dict:
+    """SHORT, from supervised phases that one process has done: they are the same in all runs here."""
+    path = tmp_path_factory.mktemp("hosts") / "start"
+    done = run(path, **SHORT | dict(steps=0))
+    assert done.returncode == 0, done.stderr
+    return SHORT | dict(warmup__start=path)
+
+
+@pytest.fixture(scope="module")
+def whole(short, tmp_path_factory) -> Path:
     """Two processes of two devices, uninterrupted."""
     path = tmp_path_factory.mktemp("hosts")
-    processes = start_hosts(path / "run", 2, 2, path / "out", **SHORT)
+    processes = start_hosts(path / "run", 2, 2, path / "out", **short)
     assert finish(processes) == [0, 0], [(path / "out" / str(i)).read_text()[-3000:] for i in range(2)]
     return path / "run"
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(whole, tmp_path):
+def test_supervised_phases_of_two_processes(tmp_path):
+    """The models at step 0 are those of one process with the same mesh, and moved."""
+    few = SHORT | dict(steps=0, warmup__policy_steps=3, warmup__reward_steps=3)
+    none = SHORT | dict(
+        steps=0, warmup__policy_steps=0, warmup__reward_steps=0, reward__allow_untrained_head=True
+    )
+    assert finish(start_hosts(tmp_path / "two", 2, 2, tmp_path / "out", **few)) == [0, 0]
+    for name, changes in (("one", few), ("none", none)):
+        done = run(tmp_path / name, devices=4, **changes)
+        assert done.returncode == 0, done.stderr
+    for model in ("policy", "reward"):
+        two, one, none = (parameters(tmp_path / name, 0, model) for name in ("two", "one", "none"))
+        moved = np.linalg.norm(one - none)
+        assert moved > 0.1 and np.linalg.norm(two - one) < 1e-3 * moved, model
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(short, whole, tmp_path):
     """The same mesh in one process, from the same step 0: the same draws, and sums equal but for the last bits."""
-    done = run(begun_again(whole, tmp_path / "one"), devices=4, **SHORT)
+    done = run(begun_again(whole, tmp_path / "one"), devices=4, **short)
     assert done.returncode == 0, done.stderr
     for one, two in zip(metrics(tmp_path / "one"), metrics(whole), strict=True):
         assert one.keys() - {"time/checkpoint"} == two.keys() - {"time/checkpoint"}
@@ -70,10 +107,10 @@ def test_two_processes_learn_what_one_does(whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
-def test_a_killed_process_ends_the_others_and_all_resume(whole, tmp_path, victim):
+def test_a_killed_process_ends_the_others_and_all_resume(short, whole, tmp_path, victim):
     """SIGKILL in the middle of a step: the other leaves within the bound and says why; resumed, it is the whole."""
     path = tmp_path / "run"
-    processes = start_hosts(path, 2, 2, tmp_path / "out", **SHORT)
+    processes = start_hosts(path, 2, 2, tmp_path / "out", **short)
     until(lambda: steps_logged(path) == 1, processes)
     time.sleep(0.3)  # into the second step
     processes[victim].send_signal(signal.SIGKILL)
@@ -85,8 +122,8 @@ def test_a_killed_process_ends_the_others_and_all_resume(whole, tmp_path, victim
         assert codes[0] == hosts.LOST and "process 1" in said and "start the same command again" in said, said
     else:  # it ran the coordination service, and JAX itself ends those who lose it
         assert codes[1] in (hosts.LOST, -signal.SIGABRT) and "distributed service" in said, said
-    assert steps_logged(path) < SHORT["steps"]
-    again = start_hosts(path, 2, 2, tmp_path / "again", **SHORT)
+    assert steps_logged(path) < short["steps"]
+    again = start_hosts(path, 2, 2, tmp_path / "again", **short)
     assert finish(again) == [0, 0], (tmp_path / "again/0").read_text()[-3000:]
     assert "resumed from step" in (tmp_path / "again/0").read_text()
     assert timeless(metrics(path)) == timeless(metrics(whole))
@@ -95,17 +132,17 @@ def test_a_killed_process_ends_the_others_and_all_resume(whole, tmp_path, victim
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", [(1,), (0, 1)])
-def test_sigterm_saves_and_exits_with_its_code(whole, tmp_path, who):
+def test_sigterm_saves_and_exits_with_its_code(short, whole, tmp_path, who):
     """To one process or to both: both stop at the same place, the last whole step is saved, and the run goes on."""
     path = tmp_path / "run"
-    changes = SHORT | dict(checkpoint__every=100)  # so that nothing but the signal saves
+    changes = short | dict(checkpoint__every=100)  # so that nothing but the signal saves
     processes = start_hosts(path, 2, 2, tmp_path / "out", **changes)
     until(lambda: steps_logged(path) == 1, processes)
     for i in who:
         processes[i].send_signal(signal.SIGTERM)
     assert finish(processes) == [hosts.STOPPED] * 2, (tmp_path / "out/0").read_text()[-3000:]
     logged = steps_logged(path)
-    assert 0 < logged < SHORT["steps"]
+    assert 0 < logged < short["steps"]
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["0", str(logged)]
     assert f"step {logged} is saved" in (tmp_path / "out/0").read_text()
     assert finish(start_hosts(path, 2, 2, tmp_path / "again", **changes)) == [0, 0]
@@ -113,9 +150,9 @@ def test_sigterm_saves_and_exits_with_its_code(whole, tmp_path, who):
 
 
 @pytest.mark.slow
-def test_sigterm_to_a_process_alone(tmp_path):
+def test_sigterm_to_a_process_alone(short, tmp_path):
     path = tmp_path / "run"
-    changes = SHORT | dict(checkpoint__every=100, reward__arm="rule")
+    changes = short | dict(checkpoint__every=100, reward__arm="rule")
     with open(tmp_path / "out", "wb") as file:
         process = subprocess.Popen(command(path, **changes), env=environment(), stdout=file, stderr=file)
     until(lambda: steps_logged(path) == 1, [process])

@@ -8,10 +8,9 @@ import sys
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny_updates
-from tiny_runs import ROOT, begun_again, metrics, run
+from tiny_runs import ROOT, begun_again, metrics, parameters, run
 
 from configs import base, llama3p2_1b, qwen_1p5b
 from cooper_jax import placement, settings
@@ -130,12 +129,6 @@ def test_a_tiny_run_learns_the_same(name, tmp_path_factory):
         moved = np.linalg.norm(one - start)
         assert moved > 0, f"the {model} model never moved"
         assert np.linalg.norm(other - one) < 0.01 * moved, model
-
-
-def parameters(run_dir, step: int, model: str) -> np.ndarray:
-    """All of a checkpoint's parameters, one after another."""
-    tree = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(step) / model)
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
 # --- where arrays lie ----------------------------------------------------------------------------------------

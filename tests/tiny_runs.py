@@ -11,6 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A Cooper run of seconds: the tiny config, made tinier.
@@ -84,6 +88,12 @@ def begun_again(finished: Path, path: Path) -> Path:
         if step.name != "0":
             shutil.rmtree(step)
     return path
+
+
+def parameters(run_dir: Path, step: int, model: str) -> np.ndarray:
+    """All of a checkpoint's parameters, one after another."""
+    tree = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(step) / model)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
 def start_hosts(
