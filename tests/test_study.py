@@ -507,6 +507,24 @@ def test_only_some_arms_and_seeds():
         of_three_seeds().only([], [7])
 
 
+def test_a_reward_model_beside_the_one_that_all_begin_with():
+    """Its end .65 less its own step 0, .75 after a warm start, and less .7, which the frozen arm begins with."""
+    accuracies, ends = [0.4] * 5, (0.6, 0.7)
+    runs = [records.of_run("frozen", seed, rows_of(accuracies, judge=[0.7] * 5)) for seed in (1, 2, 3)]
+    runs += [
+        records.of_run("robust", seed, rows_of(accuracies, judge=[0.75, 0.1, end, end, end]))
+        for seed, end in zip((1, 2), ends, strict=True)
+    ]
+    study = STUDY | {"arms": {name: {"about": "", "settings": {}} for name in ("frozen", "robust")}}
+    found = summary.summarise(records.Records(study, tuple(runs)))["arms"]
+    robust, half = found["robust"], 12.7062 * 0.05
+    for name, value in (("gain", -0.1), ("less_begun", -0.05)):
+        of = robust[f"rm_balanced_{name}"]
+        assert (of.value, of.low, of.high) == pytest.approx((value, value - half, value + half), abs=1e-5)
+    assert found["frozen"]["rm_balanced_less_begun"].value == pytest.approx(0)
+    assert "rm_original_less_begun" not in robust
+
+
 def test_tables_show_every_dip_and_what_is_missing():
     text = tables.markdown(summary.summarise(of_three_seeds()))
     assert "(seeds): frozen on 3 (at step 4)." in text

@@ -24,6 +24,8 @@ LAST = 3  # evaluations that make the end
 LAST_STEPS = 10  # steps that make the end of what is known of each step
 DIP = 0.8  # of the start: below it, a run has dipped
 PLAIN = "rule"  # the arm that others are compared with
+FROZEN = "frozen"  # the arm whose reward model is the one that all begin with, before any warm start
+HELD_OUT = ("rm_original", "rm_balanced")  # rows that are the same for all arms
 
 
 def summarise(records: Records) -> dict[str, Any]:
@@ -129,6 +131,12 @@ def of_arm(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if any(f"{figure}_end" in run for run in own):
             moves = [run.get(f"{figure}_end", NAN) - run.get(f"{figure}_start", NAN) for run in own]
             out[f"{figure}_gain"] = over_seeds(moves)
+    frozen = {run["seed"]: run for run in runs if run["arm"] == FROZEN}
+    for figure in (f"{n}{kind}" for n in HELD_OUT for kind in ("", "_auroc")):
+        both = [(run, frozen[run["seed"]]) for run in own if f"{figure}_end" in run and run["seed"] in frozen]
+        if both:
+            less = [a[f"{figure}_end"] - b[f"{figure}_start"] for a, b in both]
+            out[f"{figure}_less_begun"] = over_seeds(less)
     if name != PLAIN:
         both = [(run, plain[run["seed"]]) for run in own if run["seed"] in plain]
         out["pairs"] = len(both)

@@ -9,7 +9,7 @@ from typing import Any
 from cooper_jax.evaluation.report import percent
 from cooper_jax.statistics import Interval
 from cooper_jax.study.records import MOTION, SPANS
-from cooper_jax.study.summary import DIP, LAST, LAST_STEPS, PLAIN
+from cooper_jax.study.summary import DIP, FROZEN, LAST, LAST_STEPS, PLAIN
 
 RM_SETS = {
     "rm_original": "as in its training data",
@@ -120,15 +120,26 @@ def _training(shown: dict[str, Any]) -> str:
 
 
 def _reward_model(shown: dict[str, Any]) -> str:
-    parts = {"start": "start", "end": "end", "gain": "end less start", "lowest": "lowest"}
-    header = ("arm", "completions", *parts.values(), *(f"AUROC, {told}" for told in parts.values()))
-    rows = [
-        [arm, told, *(_of(of, f"{n}{kind}_{part}") for kind in ("", "_auroc") for part in parts)]
-        for arm, of in shown.items()
-        for n, told in RM_SETS.items()
-        if f"{n}_start" in of
-    ]
-    return f"## Accuracy of the reward model\n\n{table(header, rows, 2)}" if rows else ""
+    parts = {
+        "start": "at step 0", "end": "end", "gain": "end less step 0", "less_begun": "end less before",
+        "lowest": "lowest",
+    }  # fmt: skip
+    tables = []
+    for kind, title in (("", "Accuracy"), ("_auroc", "AUROC")):
+        rows = [
+            [arm, told, *(_of(of, f"{n}{kind}_{part}") for part in parts)]
+            for arm, of in shown.items()
+            for n, told in RM_SETS.items()
+            if f"{n}_start" in of
+        ]
+        if rows:
+            header = ("arm", "completions", *parts.values())
+            tables.append(f"## {title} of the reward model\n\n{table(header, rows, 2)}")
+    told = (
+        "Step 0 comes after a warm start; before is the model that all arms of a seed begin with, as it is in the "
+        f"arm {FROZEN}, seed by seed."
+    )
+    return "\n\n".join([*tables, told]) if tables else ""
 
 
 def _cost(shown: dict[str, Any]) -> str:
