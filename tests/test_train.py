@@ -58,9 +58,9 @@ def test_run_directory(finished):
 def test_stopped_and_resumed_run_equals_the_whole(finished, tmp_path):
     """k steps, a restart and n - k steps: every metric is equal, bit for bit."""
     path = tmp_path / "parts"
-    first = run(path, steps=2)
+    first = run(path, steps=2, warmup__start=finished)
     assert first.returncode == 0, first.stderr
-    second = run(path)
+    second = run(path, warmup__start=finished)
     assert second.returncode == 0, second.stderr
     assert "resumed from step 2" in second.stdout + second.stderr
     assert timeless(metrics(path)) == timeless(metrics(finished))
@@ -74,7 +74,10 @@ def test_killed_run_resumes_and_equals_the_whole(finished, tmp_path, moment):
     """SIGKILL between two checkpoints, and while one is being written."""
     path = tmp_path / moment
     process = subprocess.Popen(
-        command(path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(path, warmup__start=finished),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     folder, log = path / "checkpoints", path / "metrics.jsonl"
 
@@ -90,7 +93,7 @@ def test_killed_run_resumes_and_equals_the_whole(finished, tmp_path, moment):
     assert seen and process.poll() is None, f"the run ended before the moment {moment!r} was seen"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = run(path)
+    done = run(path, warmup__start=finished)
     assert done.returncode == 0, done.stderr
     assert timeless(metrics(path)) == timeless(metrics(finished))
 
