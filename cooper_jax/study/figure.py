@@ -94,15 +94,17 @@ def _titled(axes: Any, name: str, about: Sequence[str], lines: int) -> None:
 
 def _accuracy(axes: Any, runs: Sequence[Record], plain: Sequence[Record]) -> None:
     """plain: the rule arm's runs, in its own panel none."""
+    own = _mean_of(runs, "accuracy")
     if mean := _mean_of(plain, "accuracy"):
         axes.plot(*mean, color=PALE, lw=1.1, ls=(0, (4, 2)), zorder=1)
-        at = len(mean[0]) // 2
+        above = own is not None and own[1][-1] > mean[1][-1]  # the label goes to the other side, near the end
+        at, place, side = (-1, (-2, -6), "top") if above else (len(mean[0]) // 2, (-2, 4), "baseline")
         axes.annotate(
-            PLAIN, (mean[0][at], mean[1][at]), (-2, 4), textcoords="offset points", ha="right", fontsize=7.5,
-            color=PALE, zorder=1,
+            PLAIN, (mean[0][at], mean[1][at]), place, textcoords="offset points", ha="right", va=side,
+            fontsize=7.5, color=PALE, zorder=1,
         )  # fmt: skip
     _lines(axes, runs, "accuracy", BLUE)
-    if own := _mean_of(runs, "accuracy"):
+    if own:
         ends = [
             trace("accuracy", [(e["step"], e["accuracy"]) for e in r.evaluations])["accuracy_end"]
             for r in runs
