@@ -49,7 +49,7 @@ SUMS = {"seconds": "time/step", "reward_seconds": "time/reward", "updates": "rm/
 # How the reward model's updates push and move the members of pairs (cooper_jax/reward/losses.py).
 MOTION = (
     "common_push", "difference_push", "common_motion", "difference_motion", "positive_saturation",
-    "negative_saturation",
+    "negative_saturation", "accuracy", "valid",
 )  # fmt: skip
 SPANS = {"1-10": (1, 10), "11-30": (11, 30), "31-": (31, math.inf)}  # steps, both included
 

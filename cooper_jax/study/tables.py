@@ -162,7 +162,7 @@ def _motion(shown: dict[str, Any]) -> str:
     rows = [
         [
             arm,
-            name.replace("_", " "),
+            {"accuracy": "pairs told apart", "valid": "pairs a step"}.get(name, name.replace("_", " ")),
             *(_number(of[f"{name}_{s}"], 3) if f"{name}_{s}" in of else "-" for s in SPANS),
         ]
         for arm, of in shown.items()
