@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -525,6 +526,14 @@ def test_a_reward_model_beside_the_one_that_all_begin_with():
     assert "rm_original_less_begun" not in robust
 
 
+def test_a_moving_mean_of_nothing_is_nothing():
+    """Steps at which the rule decided nothing: no warning, and no number."""
+    values = np.array([math.nan] * 6 + [1.0, 3.0])
+    with warnings.catch_warnings(action="error"):
+        found = figure._smooth(values)
+    np.testing.assert_array_equal(found, [math.nan] * 4 + [1.0, 2.0, 2.0, 2.0])
+
+
 def test_tables_show_every_dip_and_what_is_missing():
     text = tables.markdown(summary.summarise(of_three_seeds()))
     assert "(seeds): frozen on 3 (at step 4)." in text
@@ -614,6 +623,21 @@ def test_exit_codes(tmp_path, stand_in):
     waiting.send_signal(signal.SIGTERM)
     said, errors = waiting.communicate(timeout=120)
     assert waiting.returncode == 75 and "the same command goes on" in said, said + errors
+
+
+def test_the_documented_tables_are_those_of_the_kept_runs():
+    """And what docs/results.md says of them in words holds."""
+    kept = ROOT / "docs/results"
+    found = summary.summarise(records.of_file(kept / "study.jsonl"))
+    assert (kept / "tables.md").read_text() == tables.markdown(found)
+    by_arm = found["arms"]
+    assert all(by_arm[name]["seeds"] == list(range(10, 20)) for name in arms.MAIN)
+    assert by_arm["frozen"]["ends_below_half"] == 10
+    assert by_arm["rule"]["ends_above_start"] == by_arm["robust"]["ends_above_start"] == 10
+    robust = by_arm["robust"]
+    assert robust["dipped"] == 0 and robust["end_less_rule"].low > 0
+    for move in ("gain", "less_begun"):
+        assert abs(robust[f"rm_balanced_{move}"].value) < 0.02, move
 
 
 @pytest.mark.slow

@@ -161,9 +161,10 @@ def _mean_of(runs: Sequence[Record], name: str) -> tuple[list[int], list[float]]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A moving mean, of fewer steps at both ends."""
+    """A moving mean of what is not NaN, of fewer steps at both ends; NaN of nothing."""
     half = SMOOTH // 2
-    return np.array([np.nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return np.array([np.nan if np.isnan(x).all() else np.nanmean(x) for x in windows])
 
 
 def _plain(axes: Any, steps: int, *, labelled: bool) -> None:
