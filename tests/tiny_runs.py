@@ -91,8 +91,12 @@ def begun_again(finished: Path, path: Path) -> Path:
 
 
 def parameters(run_dir: Path, step: int, model: str) -> np.ndarray:
-    """All of a checkpoint's parameters, one after another."""
-    tree = ocp.StandardCheckpointer().restore(run_dir / "checkpoints" / str(step) / model)
+    """All of a checkpoint's parameters, one after another, whatever devices it was saved from."""
+    path = run_dir / "checkpoints" / str(step) / model
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as files:
+        shapes = files.metadata(path).item_metadata.tree
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        tree = files.restore(path, ocp.args.PyTreeRestore(restore_args=kinds))
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
