@@ -458,13 +458,13 @@ def test_a_run_without_its_last_evaluation_is_not_complete():
 
 def test_how_pairs_moved_by_spans():
     rows = [{"step": 0, "eval/oracle/accuracy": 0.5}]
-    rows += [{"step": s, "rm/common_push": float(s), "rm/valid": 1.0} for s in range(1, 41)]
+    rows += [{"step": s, "rm/common_push": float(s), "rm/valid": 2.0 * s} for s in range(1, 41)]
     rows[7]["rm/common_push"] = math.nan
     found = records.of_run("robust", 1, rows).motion
     assert found == {
-        "1-10": {"common_push": 5.333},  # (55 - 7) / 9
-        "11-30": {"common_push": 20.5},
-        "31-": {"common_push": 35.5},
+        "1-10": {"common_push": 5.333, "valid": 11.0},  # (55 - 7) / 9
+        "11-30": {"common_push": 20.5, "valid": 41.0},
+        "31-": {"common_push": 35.5, "valid": 71.0},
     }
 
 
