@@ -80,7 +80,19 @@ class _Slot:
     negative: str | None = None
     positive_reference: str = ""  # own_answer: the answer that the text gives
     negative_reference: str = ""
-    reason: str = "no_positive"
+    reason: str = ""
+
+    def pair(self) -> Pair | None:
+        if self.negative is None:
+            return None
+        return Pair(
+            self.problem,
+            self.positive,
+            self.negative,
+            self.row,
+            self.positive_reference,
+            self.negative_reference,
+        )
 
 
 def build(
@@ -127,73 +139,117 @@ def build(
         )
     if assistant is None and "assistant" in cfg.negatives:
         return PairResult([], collections.Counter())
+    where = list(positions) if positions is not None else list(range(len(problems)))
     slots = []
     for b, problem in enumerate(problems):
-        position = positions[b] if positions is not None else b
         rows = range(b * group_size, (b + 1) * group_size)
-        good = [n for n in rows if verdicts[n] == Verdict.CORRECT and not completions[n].truncated]
-        rng = keys.numpy_stream(seed, "pairs", step, position)
-        drawn = [good[i] for i in rng.permutation(len(good))[: cfg.per_prompt]]
-        disliked, liked, answering = [], [], []
-        if SCORED & set(cfg.negatives):
-            disliked = sorted(good, key=lambda n: scores[n])  # stable: ties by row
-            bad = (n for n in rows if verdicts[n] in (Verdict.WRONG, Verdict.NO_ANSWER))
-            liked = sorted(bad, key=lambda n: -scores[n])
-            answering = [
-                n for n in liked
-                if verdicts[n] == Verdict.WRONG and not completions[n].truncated and answer_of(completions[n].text)
-            ]  # fmt: skip
-        for slot in range(cfg.per_prompt):
-            source = cfg.negatives[slot % len(cfg.negatives)]
-            k = sum(cfg.negatives[i % len(cfg.negatives)] == source for i in range(slot))
-            firsts = {"mined": disliked, "own_answer": answering}.get(source, drawn)
-            if k >= len(firsts):
-                missing = "no_wrong" if source == "own_answer" else "no_positive"
-                slots.append(_Slot(problem, None, "", 0, source, reason=missing))
-                continue
-            n = firsts[k]
-            made = _Slot(problem, n, completions[n].text, position * group_size + n - rows.start, source)
-            if source == "mined":
-                made.negative, made.reason = (
-                    (completions[liked[k]].text, "") if k < len(liked) else (None, "no_wrong")
-                )
-            elif source == "swap":
-                made.others, made.reason = _others(problem, problems, seed, step, made.place), "no_other"
-            slots.append(made)
-    _beside_own_answers(
-        [slot for slot in slots if slot.source == "own_answer" and slot.row is not None], rule
-    )
+        rng = keys.numpy_stream(seed, "pairs", step, where[b])
+        ranked = _rank(rows, completions, verdicts, rng, scores if SCORED & set(cfg.negatives) else None)
+        for source, k in _kinds(cfg):
+            slot = _slot(problem, source, k, ranked, completions, where[b] * group_size - rows.start)
+            if source == "swap" and slot.row is not None:
+                slot.others, slot.reason = _others(problem, problems, seed, step, slot.place), "no_other"
+            slots.append(slot)
+    open_slots = [slot for slot in slots if slot.row is not None]
+    _beside_own_answers([slot for slot in open_slots if slot.source == "own_answer"], rule)
+    requests = _try(
+        [slot for slot in open_slots if slot.source in ("assistant", "swap")],
+        assistant, rule, cfg, seed=seed, step=step,
+    )  # fmt: skip
+    pairs = [slot.pair() for slot in slots]
+    if exchange:
+        pairs = _exchanged(pairs, where, seed, step)
+    return PairResult(pairs, collections.Counter(s.reason for s in slots if s.negative is None), requests)
 
-    open_slots = [slot for slot in slots if slot.row is not None and slot.source in ("assistant", "swap")]
+
+def _kinds(cfg: ConfigDict) -> list[tuple[str, int]]:
+    """(source, how many slots before it have the same one) of a prompt's slots, in turn."""
+    sources = [cfg.negatives[i % len(cfg.negatives)] for i in range(cfg.per_prompt)]
+    return [(source, sources[:i].count(source)) for i, source in enumerate(sources)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranked:
+    """A prompt's rows, in the orders that sources take them in."""
+
+    drawn: Sequence[int]  # verified correct and whole, at random
+    disliked: Sequence[int] = ()  # the same, the lowest reward first
+    liked: Sequence[int] = ()  # wrong or without an answer, the highest reward first
+    answering: Sequence[int] = ()  # of these, the wrong ones that are whole and mark an answer
+
+
+def _rank(
+    rows: range,
+    completions: Sequence[Completion],
+    verdicts: Sequence[Verdict],
+    rng: np.random.Generator,
+    scores: np.ndarray | None,
+) -> _Ranked:
+    """scores: None leaves out the orders by reward."""
+    good = [n for n in rows if verdicts[n] == Verdict.CORRECT and not completions[n].truncated]
+    drawn = [good[i] for i in rng.permutation(len(good))]
+    if scores is None:
+        return _Ranked(drawn)
+    bad = (n for n in rows if verdicts[n] in (Verdict.WRONG, Verdict.NO_ANSWER))
+    liked = sorted(bad, key=lambda n: -scores[n])  # stable: ties by row
+    answering = [
+        n for n in liked
+        if verdicts[n] == Verdict.WRONG and not completions[n].truncated and answer_of(completions[n].text)
+    ]  # fmt: skip
+    return _Ranked(drawn, sorted(good, key=lambda n: scores[n]), liked, answering)
+
+
+def _slot(
+    problem: Problem, source: str, k: int, ranked: _Ranked, completions: Sequence[Completion], offset: int
+) -> _Slot:
+    """The k-th slot of a source, with its positive's text (`own_answer`: the one text of both members).
+
+    offset: from a row in the batch to its place in the data order.
+    """
+    rows = {"mined": ranked.disliked, "own_answer": ranked.answering}.get(source, ranked.drawn)
+    if k >= len(rows):
+        missing = "no_wrong" if source == "own_answer" else "no_positive"
+        return _Slot(problem, None, "", 0, source, reason=missing)
+    slot = _Slot(problem, rows[k], completions[rows[k]].text, rows[k] + offset, source)
+    if source == "mined":
+        found = k < len(ranked.liked)
+        slot.negative = completions[ranked.liked[k]].text if found else None
+        slot.reason = "" if found else "no_wrong"
+    return slot
+
+
+def _try(
+    slots: Sequence[_Slot],
+    assistant: Assistant | None,
+    rule: RuleVerifier,
+    cfg: ConfigDict,
+    *,
+    seed: int,
+    step: int,
+) -> int:
+    """Fills slots that may fail, up to `tries` times.  Returns how often the assistant was asked."""
     requests = 0
     for attempt in range(cfg.tries):
-        if not open_slots:
+        if not slots:
             break
-        rewritten = [s for s in open_slots if s.source == "assistant"]
+        rewritten = [s for s in slots if s.source == "assistant"]
         asked = [Request(s.problem, s.positive, (seed, step, s.place, attempt)) for s in rewritten]
         requests += len(asked)
         if asked:
             _judge(rewritten, assistant.rewrite(asked), rule, cfg.length_ratio)
-        _swap([s for s in open_slots if s.source == "swap" and attempt < len(s.others)], attempt, rule)
-        open_slots = [slot for slot in open_slots if slot.negative is None]
-    pairs = [
-        Pair(s.problem, s.positive, s.negative, s.row, s.positive_reference, s.negative_reference)
-        if s.negative is not None
-        else None
-        for s in slots
+        _swap([s for s in slots if s.source == "swap" and attempt < len(s.others)], attempt, rule)
+        slots = [slot for slot in slots if slot.negative is None]
+    return requests
+
+
+def _exchanged(pairs: Sequence[Pair | None], positions: Sequence[int], seed: int, step: int) -> list:
+    """The same pairs, each marked as exchanged or not by a coin of its prompt's position."""
+    each = len(pairs) // len(positions)
+    coins = [keys.numpy_stream(seed, "exchanged", step, p).integers(2, size=each) for p in positions]
+    return [
+        pair and dataclasses.replace(pair, exchanged=bool(coin))
+        for pair, coin in zip(pairs, np.concatenate(coins), strict=True)
     ]
-    if exchange:
-        coins = [
-            keys.numpy_stream(seed, "exchanged", step, b if positions is None else positions[b]).integers(
-                2, size=cfg.per_prompt
-            )
-            for b in range(len(problems))
-        ]
-        pairs = [
-            pair and dataclasses.replace(pair, exchanged=bool(coin))
-            for pair, coin in zip(pairs, np.concatenate(coins), strict=True)
-        ]
-    return PairResult(pairs, collections.Counter(s.reason for s in slots if s.negative is None), requests)
 
 
 def _others(problem: Problem, problems: Sequence[Problem], seed: int, step: int, place: int) -> Sequence[str]:

@@ -1,0 +1,351 @@
+"""What a study would run, and what it carries out, with a stand-in for the runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from tiny_studies import ROOT, a_study, launch, small
+
+from configs import tiny
+from cooper_jax import recipes
+from cooper_jax.runtime.hosts import Stopped
+from cooper_jax.runtime.rundir import flat
+from cooper_jax.settings import SetupError
+from cooper_jax.study import arms, plan, progress, records, schedule
+
+# In place of launch/train.py: a start makes its checkpoint; an arm goes on from its last whole line, and what its
+# config's name says befalls it: "fails" at step 2 of the frozen arm, "waits" for a signal at step 1 of every arm.
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+flag = dict(x.removeprefix("--config.").split("=", 1) for x in sys.argv[1:])
+folder, steps, kind = Path(flag["run_dir"]), int(flag["steps"]), flag["reward.arm"]
+with open(folder.parents[1] / "started", "a") as file:
+    file.write(f"{folder.parent.name}/{folder.name}\\n")
+def end(*_):
+    print("saved")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, end)
+if steps == 0:
+    if flag["name"] == "no_start":
+        sys.exit("no start for you")
+    (folder / "checkpoints/0").mkdir(parents=True)
+    sys.exit()
+assert (Path(flag["warmup.start"]) / "checkpoints/0").is_dir()
+path = folder / "metrics.jsonl"
+text = path.read_text() if path.exists() else ""
+whole = text[: text.rfind("\\n") + 1]
+path.write_text(whole)
+for step in range(len(whole.splitlines()), steps + 1):
+    if flag["name"] == "fails" and kind == "model" and step == 2:
+        sys.exit("it was the second step")
+    if flag["name"] == "waits" and step == 2:
+        time.sleep(60)
+    with open(path, "a") as file:
+        row = {"step": step, "eval/oracle/accuracy": 0.5, "cores": len(os.sched_getaffinity(0))}
+        file.write(json.dumps(row) + "\\n")
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(STAND_IN)
+    monkeypatch.setattr(plan, "TRAIN", path)
+    return path
+
+
+def started(study: plan.Study) -> list[str]:
+    path = study.out / "started"
+    return path.read_text().split() if path.exists() else []
+
+
+def carry_out(study: plan.Study, jobs: int = 1) -> list[schedule.Failure]:
+    study.begin()
+    return schedule.carry_out(study.runs(), jobs, lambda standing: None)
+
+
+# --- what would run -----------------------------------------------------------------------------------
+
+
+def test_runs_go_seed_by_seed_after_their_start(tmp_path):
+    runs = a_study(tmp_path).runs()
+    assert [run.label for run in runs] == [
+        "seed_3/start", "seed_3/rule", "seed_3/frozen", "seed_4/start", "seed_4/rule", "seed_4/frozen",
+    ]  # fmt: skip
+    assert [run.after for run in runs[:3]] == [None, tmp_path / "seed_3/start", tmp_path / "seed_3/start"]
+    assert [run.steps for run in runs[:3]] == [0, 4, 4]
+
+
+@pytest.mark.parametrize("name", arms.ARMS)
+def test_an_arms_settings_reach_its_runs(tmp_path, name):
+    """Also over flags and over a recipe of the config file: the flags' text, read as launch/train.py reads it."""
+    given = ("reward.recipe", "reward.updates", "policy.kl_coef", "steps", "eval.every")
+    base = small(reward__recipe="released", reward__updates=7, policy__kl_coef=0.002)
+    recipes.apply(base, given)  # as launch/common.py does
+    study = plan.Study(tmp_path, "configs/tiny.py", base, given, arms.choose([name], (), base), [5])
+    run = study.run(study.arms[0], 5)
+    assert run.command[:3] == (sys.executable, str(plan.TRAIN), "--config=configs/tiny.py")
+    got = as_train_reads(run.command, base)
+    wanted = flat(study.config(study.arms[0], 5).to_dict())
+    assert {k: v for k, v in got.items() if v != wanted[k]} == {}
+    own = arms.settings_of(study.arms[0], base)
+    assert own.items() <= got.items()
+    assert got["seed"] == 5 and got["warmup.start"] == str(tmp_path / "seed_5/start")
+    assert got["policy.kl_coef"] == 0.002 * {"frozen_kl10": 10, "frozen_kl100": 100}.get(name, 1)
+    if name == "robust":
+        assert got["reward.updates"] == recipes.RECIPES["robust"]["reward.updates"] != 7
+    if name == "frozen":  # nothing of the base's recipe, but the flag's value
+        assert (got["reward.arm"], got["reward.warm_start"], got["reward.updates"]) == ("model", 0, 7)
+
+
+def as_train_reads(command, base) -> dict:
+    """Dotted fields of the config that launch/train.py makes of a command."""
+    program = (
+        "import sys, json; sys.path.insert(0, sys.argv.pop(1))\n"
+        "from absl import app\nfrom launch import common\n"
+        "app.run(lambda _: print(json.dumps(common.config().to_dict())), flags_parser=common.parse_flags)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT), *command[2:]],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    ).stdout
+    like = flat(base.to_dict())
+    found = flat(json.loads(told))
+    return {k: tuple(map(_tuples, v)) if isinstance(like[k], tuple) else v for k, v in found.items()}
+
+
+def _tuples(x):
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
+
+
+def test_the_start_of_a_seed_holds_both_models_and_nothing_else(tmp_path):
+    cfg = a_study(tmp_path, reward__recipe="robust").config(None, 3)
+    assert (cfg.reward.arm, cfg.reward.warm_start, cfg.steps, cfg.eval.every, cfg.seed) == (
+        "model",
+        0,
+        0,
+        0,
+        3,
+    )
+    assert cfg.warmup.start == "" and cfg.warmup.reward_steps == tiny.get_config().warmup.reward_steps
+
+
+def test_an_arm_of_the_command_line():
+    text = "mine: reward.pair_loss=logit, pairs.negatives=('assistant','swap'), reward.pair_bce=1"
+    arm = arms.parse(f"{text}, reward.guard=true", small())
+    assert arm.name == "mine" and arm.settings == {
+        "reward.pair_loss": "logit", "pairs.negatives": ("assistant", "swap"), "reward.pair_bce": 1.0,
+        "reward.guard": True,
+    }  # fmt: skip
+    settings = arms.settings_of(arms.parse("mine: reward.recipe=robust, reward.updates=5", small()), small())
+    assert settings["reward.updates"] == 5 and settings["reward.warm_start"] == 20
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("mine reward.updates=3", "a colon and settings"),
+        ("start: reward.updates=3", "other than 'start'"),
+        ("mine: reward.updats=3", "'reward.updats=3': it is FIELD=VALUE"),
+        ("mine: reward.updates=3.5", "reward.updates=3.5: it takes a int like 1"),
+        ("mine: reward.pair_bce=much", "takes a float"),
+        ("mine: warmup.reward_steps=3", "warmup.reward_steps is alike in all arms"),
+        ("mine: reward.recipe=sturdy", "reward.recipe=sturdy: it is one of released"),
+        ("mine: reward.pair_weight=0", "arm mine: reward.pair_weight=0"),
+        ("rule: reward.updates=3", "rule is there twice"),
+    ],
+)
+def test_arms_that_cannot_be(tmp_path, text, message):
+    with pytest.raises(SetupError, match=message):
+        a_study(tmp_path, defined=[text])
+
+
+def test_settings_that_are_the_studys(tmp_path):
+    with pytest.raises(SetupError, match="--config.seed: that is --seeds's"):
+        a_study(tmp_path, given=("seed",))
+    with pytest.raises(SetupError, match="eval.every=0"):
+        a_study(tmp_path, eval__every=0)
+    with pytest.raises(SetupError, match="--arms: rul: there is rule, frozen"):
+        a_study(tmp_path, names=("rul",))
+
+
+def test_seeds():
+    assert plan.parse_seeds("1,3,10-12,11") == [1, 3, 10, 11, 12]
+    for wrong in ("", "3-1", "-3", "a", "1,,2"):
+        with pytest.raises(SetupError, match="--seeds="):
+            plan.parse_seeds(wrong)
+
+
+def test_settings_that_differ_are_refused(tmp_path):
+    a_study(tmp_path, steps=6).begin()
+    a_study(tmp_path).begin()  # nothing was run under the slip
+    for arm in ("rule", "mine"):
+        (tmp_path / "seed_7" / arm).mkdir(parents=True)
+    a_study(tmp_path, names=("rule", "robust"), seeds=(8,)).begin()  # more arms and seeds are welcome
+    with pytest.raises(ValueError, match="policy.kl_coef was 0.001 and is now 0.1"):
+        a_study(tmp_path, policy__kl_coef=0.1).begin()
+    with pytest.raises(ValueError, match="steps was 4 and is now 6"):
+        a_study(tmp_path, steps=6).begin()
+    a_study(tmp_path, defined=["mine: reward.updates=2"]).begin()
+    with pytest.raises(
+        ValueError, match="mine was begun with other settings: reward.updates was 2 and is now 3"
+    ):
+        a_study(tmp_path, defined=["mine: reward.updates=3"]).begin()
+
+
+# --- carrying it out ----------------------------------------------------------------------------------
+
+
+def test_what_is_complete_is_not_started_again(tmp_path, stand_in):
+    study = a_study(tmp_path / "out")
+    assert carry_out(study) == []
+    labels = [run.label for run in study.runs()]
+    assert started(study) == labels and all(run.complete() for run in study.runs())
+    assert carry_out(study) == [] and started(study) == labels
+    assert carry_out(a_study(tmp_path / "out", seeds=(4, 9))) == []
+    assert started(study) == [*labels, "seed_9/start", "seed_9/rule", "seed_9/frozen"]
+
+
+def test_a_torn_run_goes_on(tmp_path, stand_in):
+    study = a_study(tmp_path / "out", names=("rule",), seeds=(3,))
+    carry_out(study)
+    path = tmp_path / "out/seed_3/rule/metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[3][:9])
+    assert study.runs()[1].done() == 2
+    carry_out(study)
+    assert started(study) == ["seed_3/start", "seed_3/rule", "seed_3/rule"]
+    assert [row["step"] for row in records.whole_rows(path)] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, stand_in):
+    study = a_study(tmp_path / "out", name="fails")
+    failed = carry_out(study)
+    assert [f.run.label for f in failed] == ["seed_3/frozen", "seed_4/frozen"]
+    assert "exit code 1" in str(failed[0]) and "it was the second step" in str(failed[0])
+    assert [run.label for run in study.runs() if run.complete()] == [
+        "seed_3/start", "seed_3/rule", "seed_4/start", "seed_4/rule",
+    ]  # fmt: skip
+
+
+def test_without_its_start_no_arm_begins(tmp_path, stand_in):
+    failed = carry_out(a_study(tmp_path / "out", name="no_start", seeds=(3,)))
+    assert [f.run.label for f in failed] == ["seed_3/start", "seed_3/rule", "seed_3/frozen"]
+    assert "no start for you" in str(failed[0]) and "seed_3/start failed" in str(failed[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
+def test_several_runs_at_once_keep_to_a_core_each(tmp_path, stand_in):
+    before, most = os.sched_getaffinity(0), []
+    study = a_study(tmp_path / "out")
+    study.begin()
+    assert schedule.carry_out(study.runs(), 2, lambda now: most.append(len(now.working))) == []
+    assert max(most) == 2 and os.sched_getaffinity(0) == before
+    rows = records.whole_rows(tmp_path / "out/seed_3/rule/metrics.jsonl")
+    assert [row["cores"] for row in rows] == [1] * 5
+
+
+def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path, stand_in):
+    study = a_study(tmp_path / "out", names=("rule",), seeds=(3,), name="waits")
+    study.begin()
+
+    def watch(now):
+        if any(work.run.done() == 1 for work in now.working.values()):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before, began = signal.getsignal(signal.SIGINT), time.monotonic()
+    with pytest.raises(Stopped):
+        schedule.carry_out(study.runs(), 1, watch)
+    assert time.monotonic() - began < 30 and signal.getsignal(signal.SIGINT) is before
+    assert (tmp_path / "out/seed_3/rule/log.txt").read_text().endswith("saved\n")
+    text = stand_in.read_text()
+    stand_in.write_text(text.replace('"waits"', '"never"'))
+    assert carry_out(study) == [] and study.runs()[1].complete()
+
+
+def test_progress(tmp_path, stand_in, capsys):
+    study = a_study(tmp_path / "out", names=("rule",), seeds=(3,))
+    now, clock = schedule.Standing(study.runs(), jobs=1), iter(range(0, 1000, 10))
+    board = progress.Board(clock=lambda: float(next(clock)))
+    start, rule = now.runs
+    now.waiting = [rule]
+    now.working = {0: schedule.Working(start, None, 0.0, 0)}
+    board(now)
+    rule.folder.mkdir(parents=True)
+    (rule.folder / "metrics.jsonl").write_text('{"step": 0, "eval/oracle/accuracy": 0.25}\n{"step": 1}\n{"st')
+    now.waiting, now.complete, now.working = [], [start], {0: schedule.Working(rule, None, 30.0, 0)}
+    board(now)
+    now.failed, now.working = [schedule.Failure(rule, "no more")], {}
+    board(now)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "0/2 runs  seed_3/start  ETA ?"
+    # Three steps are left; the one that is done took as long as the run does: some tens of seconds.
+    assert said[1].startswith("1/2 runs  seed_3/rule 1/4 25%  ETA 0:0")
+    assert said[2] == "failed: seed_3/rule: no more"
+    assert said[3] == "1/2 runs  ETA 0:00:00"
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--config=configs/tiny.py", "--arms=rull"], "error: --arms: rull: there is rule"),
+        (["--config=configs/tiny.py", "--from=x"], "error: --from=x belongs to --report"),
+        (["--config=configs/tiny.py", "--config.seed=3"], "error: --config.seed: that is --seeds's"),
+        (["--report"], "no folder of a study"),
+    ],
+)
+def test_bad_flags_give_one_line(tmp_path, words, says):
+    done = launch(*words, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from absl import app
+from cooper_jax.study import plan
+from launch import study
+plan.TRAIN = Path({stand_in!r})
+app.run(study.main, flags_parser=study.parse_flags)
+"""
+
+
+def start(stand_in: Path, out: Path, name: str) -> subprocess.Popen:
+    """launch/study.py with a stand-in for launch/train.py."""
+    program = PROGRAM.format(root=str(ROOT), stand_in=str(stand_in))
+    words = [f"--config={ROOT / 'configs/tiny.py'}", f"--out={out}", "--arms=rule,frozen", "--jobs=2"]
+    words += ["--config.steps=4", "--config.eval.every=2", f"--config.name={name}"]
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *words], env=tiny_runs.environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_exit_codes(tmp_path, stand_in):
+    failing = start(stand_in, tmp_path / "fails", "fails")
+    said, errors = failing.communicate(timeout=120)
+    assert failing.returncode == 1 and "failed: seed_0/frozen: log.txt" in errors, said + errors
+    assert "it was the second step" in said and "| rule | the rule's verdict is the reward | 1 |" in said
+    waiting = start(stand_in, tmp_path / "waits", "waits")
+    until = time.monotonic() + 120
+    while not (tmp_path / "waits/seed_0/rule/metrics.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    waiting.send_signal(signal.SIGTERM)
+    said, errors = waiting.communicate(timeout=120)
+    assert waiting.returncode == 75 and "the same command goes on" in said, said + errors
