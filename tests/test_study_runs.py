@@ -85,21 +85,32 @@ def test_runs_go_seed_by_seed_after_their_start(tmp_path):
     assert [run.steps for run in runs[:3]] == [0, 4, 4]
 
 
-@pytest.mark.parametrize("name", arms.ARMS)
-def test_an_arms_settings_reach_its_runs(tmp_path, name):
-    """Also over flags and over a recipe of the config file: the flags' text, read as launch/train.py reads it."""
+@pytest.fixture(scope="module")
+def of_arms(tmp_path_factory) -> dict[str, tuple]:
+    """Each arm's study, over flags and a recipe of the config file, and the settings that its run reads."""
     given = ("reward.recipe", "reward.updates", "policy.kl_coef", "steps", "eval.every")
     base = small(reward__recipe="released", reward__updates=7, policy__kl_coef=0.002)
     recipes.apply(base, given)  # as launch/common.py does
-    study = plan.Study(tmp_path, "configs/tiny.py", base, given, arms.choose([name], (), base), [5])
+    out = tmp_path_factory.mktemp("arms")
+    studies = [
+        plan.Study(out, "configs/tiny.py", base, given, arms.choose([name], (), base), [5])
+        for name in arms.ARMS
+    ]
+    read = as_train_reads([study.run(study.arms[0], 5).command for study in studies], base)
+    return {name: (study, got) for name, study, got in zip(arms.ARMS, studies, read, strict=True)}
+
+
+@pytest.mark.parametrize("name", arms.ARMS)
+def test_an_arms_settings_reach_its_runs(of_arms, name):
+    """Also over flags and over a recipe of the config file: the flags' text, read as launch/train.py reads it."""
+    study, got = of_arms[name]
     run = study.run(study.arms[0], 5)
     assert run.command[:3] == (sys.executable, str(plan.TRAIN), "--config=configs/tiny.py")
-    got = as_train_reads(run.command, base)
     wanted = flat(study.config(study.arms[0], 5).to_dict())
     assert {k: v for k, v in got.items() if v != wanted[k]} == {}
-    own = arms.settings_of(study.arms[0], base)
+    own = arms.settings_of(study.arms[0], study.base)
     assert own.items() <= got.items()
-    assert got["seed"] == 5 and got["warmup.start"] == str(tmp_path / "seed_5/start")
+    assert got["seed"] == 5 and got["warmup.start"] == str(study.out / "seed_5/start")
     assert got["policy.kl_coef"] == 0.002 * {"frozen_kl10": 10, "frozen_kl100": 100}.get(name, 1)
     if name == "robust":
         assert got["reward.updates"] == recipes.RECIPES["robust"]["reward.updates"] != 7
@@ -107,23 +118,36 @@ def test_an_arms_settings_reach_its_runs(tmp_path, name):
         assert (got["reward.arm"], got["reward.warm_start"], got["reward.updates"]) == ("model", 0, 7)
 
 
-def as_train_reads(command, base) -> dict:
-    """Dotted fields of the config that launch/train.py makes of a command."""
-    program = (
-        "import sys, json; sys.path.insert(0, sys.argv.pop(1))\n"
-        "from absl import app\nfrom launch import common\n"
-        "app.run(lambda _: print(json.dumps(common.config().to_dict())), flags_parser=common.parse_flags)"
-    )
+# Flags are parsed once in a process: one forks for each command.
+READER = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+from absl import app
+from launch import common
+for words in json.load(sys.stdin):
+    if os.fork() == 0:
+        sys.argv = words
+        app.run(lambda _: print(json.dumps(common.config().to_dict())), flags_parser=common.parse_flags)
+    if os.wait()[1]:
+        sys.exit(f"refused: {words}")
+"""
+
+
+def as_train_reads(commands, base) -> list[dict]:
+    """Dotted fields of the configs that launch/train.py makes of commands."""
     told = subprocess.run(
-        [sys.executable, "-c", program, str(ROOT), *command[2:]],
+        [sys.executable, "-c", READER, str(ROOT)],
+        input=json.dumps([command[1:] for command in commands]),
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=True,
     ).stdout
     like = flat(base.to_dict())
-    found = flat(json.loads(told))
-    return {k: tuple(map(_tuples, v)) if isinstance(like[k], tuple) else v for k, v in found.items()}
+    return [
+        {k: tuple(map(_tuples, v)) if isinstance(like[k], tuple) else v for k, v in flat(one).items()}
+        for one in map(json.loads, told.splitlines())
+    ]
 
 
 def _tuples(x):
