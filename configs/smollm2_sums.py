@@ -21,7 +21,7 @@ from configs import smollm2_135m
 def get_config():
     c = smollm2_135m.get_config()
     c.name = "smollm2_sums"
-    c.steps = 25
+    c.steps = 20
 
     c.data.train = "sums/train.jsonl"
     c.data.eval = "sums/eval.jsonl"
