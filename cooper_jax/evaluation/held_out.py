@@ -4,9 +4,11 @@
    evaluations of one policy are equal.
 2. The rule's verdict on each, the reward model's score, and exact truth where the problems have it.
 3. With `eval.greedy`, the same of the most likely responses, under `eval/greedy/`.
-4. For synthetic problems, the reward model on labelled completions: as in its training data, and balanced over
-   correctness and habit (data/synthetic.py: reward_sets), under `eval/rm_original/` and `eval/rm_balanced/`; beside
-   the exact truth on the sampled responses, under `eval/rm_policy/`.
+4. For synthetic problems, the share of responses with the habit (data/synthetic.py), `eval/response/habit`, and the
+   reward model on labelled completions: as in its training data, and balanced over correctness and habit
+   (`reward_sets`), under `eval/rm_original/` and `eval/rm_balanced/`; beside the exact truth on the sampled
+   responses, under `eval/rm_policy/`.  Of the balanced set, `by_habit` and `by_truth` say how many logits the habit
+   adds to a completion's score, and how many its being right.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ def _responses(cooper: Cooper, state: State, temperature: float) -> Metrics:
         if cooper.oracle is not None:
             truth = np.array([cooper.oracle(p, c.text) for p, c in zip(rows, completions, strict=True)])
             metrics |= _figures("rm_policy", truth, logits)
+    if cooper.oracle is not None:
+        metrics["response/habit"] = float(np.mean([synthetic.has_habit(c.text) for c in completions]))
     return metrics | signals.verdict_metrics(pending.result())
 
 
@@ -59,8 +63,19 @@ def _reward_model(cooper: Cooper, state: State) -> Metrics:
     for name, triples in sets.items():
         rows = [Problem(t.question, t.reference) for t in triples]
         logits = stages.score(cooper, state, rows, [Completion(t.completion) for t in triples])
-        out |= _figures(f"rm_{name}", np.array([t.label > 0.5 for t in triples]), logits)
+        truth, habit = np.array([(t.label > 0.5, synthetic.has_habit(t.completion)) for t in triples]).T
+        out |= _figures(f"rm_{name}", truth, logits)
+        if name == "balanced":
+            out[f"rm_{name}/by_habit"] = _main_effect(logits, habit, truth)
+            out[f"rm_{name}/by_truth"] = _main_effect(logits, truth, habit)
     return out
+
+
+def _main_effect(logits: np.ndarray, factor: np.ndarray, other: np.ndarray) -> float:
+    """How much greater the mean logit is where `factor` holds, the mean of both levels of `other`; all [N]."""
+    return float(
+        np.mean([logits[factor & level].mean() - logits[~factor & level].mean() for level in (other, ~other)])
+    )
 
 
 def _figures(name: str, truth: np.ndarray, logits: np.ndarray) -> Metrics:

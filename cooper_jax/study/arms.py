@@ -76,6 +76,11 @@ ARMS = {
             _ROBUST | _LABELS | {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0},
         ),
         Arm("labels", "robust, and the rule's labels besides", _ROBUST | _LABELS),
+        Arm(
+            "rewrites",
+            "robust with rewrites alone, as many",
+            _ROBUST | {"pairs.negatives": ("assistant",)},
+        ),
         Arm("no_warm", "robust without its warm start", _ROBUST | {"reward.warm_start": 0}),
         Arm("no_bce", "robust, its members not learned pointwise", _ROBUST | {"reward.pair_bce": 0.0}),
         Arm(
