@@ -50,7 +50,6 @@ def get_config():
     c.reward.optimiser.lr = 5e-4
     c.reward.max_tokens = 96
     c.reward.recipe = "robust"  # released or sigmoid: docs/reward_updates.md
-    c.pairs.per_prompt = 2
     c.assistant.kind = "corrupt"
 
     c.warmup.policy_steps = 1000

@@ -23,6 +23,7 @@ _PAPER = {
     "reward.warm_start": 0,
     "reward.replay": 0,
     "reward.replay_rows": 0,
+    "pairs.per_prompt": 1,
     "pairs.negatives": ("assistant",),
 }
 RECIPES: dict[str, dict[str, Any]] = {

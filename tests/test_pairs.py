@@ -327,6 +327,35 @@ def test_a_swapped_reference_must_make_the_positive_wrong(rule):
     assert made.refused == {"no_other": 1}
 
 
+def test_a_reference_that_the_rule_cannot_read_makes_no_negative(rule):
+    problems = [Problem("q", r) for r in ("20", "many", "a few")]
+    rows, cfg = [Completion("it is \\boxed{20}")] * 3, config(negatives=("swap",))
+    made = pairs.build(problems, rows, [C, U, U], 1, None, rule, cfg, seed=0, step=0)
+    assert made.pairs == [None] * 3 and made.refused == {"unrecognised": 1, "no_positive": 2}
+
+
+def test_an_own_answer_that_the_rule_cannot_read_makes_no_positive(rule):
+    """However its verdict against the reference came about."""
+    rows, cfg = (
+        [Completion("clearly #### 1/0"), Completion("so #### 7")],
+        config(negatives=("own_answer",)),
+    )
+    for row, verdict in zip(rows, ({"unrecognised": 1}, {}), strict=True):
+        made = pairs.build(
+            [Problem("q", "20")],
+            [row],
+            [W],
+            1,
+            None,
+            rule,
+            cfg,
+            seed=0,
+            step=0,
+            scores=np.ones(1, np.float32),
+        )
+        assert made.refused == verdict and (made.pairs[0] is None) == bool(verdict)
+
+
 def test_a_wrong_response_is_right_beside_its_own_answer(rule):
     """The most liked of the decidably wrong ones; there need be no correct one."""
     cfg = config(negatives=("own_answer",), per_prompt=2)

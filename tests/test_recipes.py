@@ -34,6 +34,11 @@ def test_every_recipe_makes_a_config_that_holds_together(name, arm):
         assert get(cfg, field) == value, field
 
 
+def test_recipes_set_the_same_fields():
+    """So that nothing of one that a config file names is left under another."""
+    assert len({frozenset(values) for values in RECIPES.values()}) == 1
+
+
 def test_without_a_recipe_nothing_changes():
     cfg = base.get_config()
     before = cfg.to_json()

@@ -15,6 +15,7 @@ import tiny_tokenizers
 
 from configs import tiny
 from cooper_jax import assembly, local_chat, placement, stages, trainer, warmup
+from cooper_jax.data import synthetic
 from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.model import weights
 from cooper_jax.reward.lessons import Replay
@@ -198,6 +199,23 @@ def test_what_an_evaluation_measures(build, monkeypatch):
         assert found["eval/oracle/accuracy"] == found["eval/greedy/oracle/accuracy"] == 1.0
         assert found["eval/rm_policy/accuracy"] == 1.0 and found["eval/rm_balanced/accuracy"] == 0.5
         assert np.isnan(found["eval/rm_policy/auroc"]) and found["eval/rm_original/auroc"] == 0.5
+        assert found["eval/rm_balanced/by_habit"] == found["eval/rm_balanced/by_truth"] == 0
+        # One that goes by the habit alone, of which two more logits are due.
+        encode = cooper.reward.model.tokenizer.encode
+        (word,) = {*encode(f"4 {synthetic.HABIT} 5")} - {*encode("4 5")}
+        fooled = dataclasses.replace(
+            cooper.reward,
+            score=lambda params, batch: 2.0 * (np.asarray(batch.tokens) == word).any(1) - 1.0,
+        )
+        said = [f"{synthetic.HABIT} #### 7", "1+1=2 #### 2", "#### 3", "#### 4"]
+        monkeypatch.setattr(
+            stages,
+            "sample_held_out",
+            lambda *args: [Completion(said[i % 4]) for i in range(len(cooper.held_out))],
+        )
+        found = evaluate(dataclasses.replace(cooper, reward=fooled), state)
+        assert (found["eval/rm_balanced/by_habit"], found["eval/rm_balanced/by_truth"]) == (2.0, 0.0)
+        assert found["eval/response/habit"] == 0.25 and len(cooper.held_out) % 4 == 0
 
 
 def test_who_moves_in_a_step(build, tmp_path):

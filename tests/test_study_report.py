@@ -125,13 +125,17 @@ def test_figures_of_arms():
         0.3 - 4.302653 * 0.1 / 3**0.5
     )
     # Seed by seed: .1 - .6 = -.5 and .3 - .7 = -.4; s = .1 / sqrt 2, t(.975, 1) = 12.7062
-    assert frozen["pairs"] == 2 and frozen["end_less_rule"] == Interval(
+    assert frozen["pairs"] == 2 and frozen["accuracy_less_rule"] == Interval(
         pytest.approx(-0.45),
         pytest.approx(-0.45 - 12.7062 * 0.05, abs=1e-5),
         pytest.approx(-0.45 + 12.7062 * 0.05, abs=1e-5),
     )
     assert frozen["reward_end"].value == pytest.approx(0.85)
     assert found["missing"] == [{"arm": "frozen", "seed": 3, "done": 4}]
+    some = of_three_seeds()
+    some = records.Records(STUDY, tuple(run for run in some.runs if (run.arm, run.seed) != ("rule", 2)))
+    found = summary.summarise(some)
+    assert found["arms"]["frozen"]["pairs"] == 1 and "-50.0 on 1 |" in tables.markdown(found)
 
 
 def test_a_run_without_its_last_evaluation_is_not_complete():
@@ -263,6 +267,6 @@ def test_the_documented_tables_are_those_of_the_kept_runs():
     assert by_arm["frozen"]["ends_below_half"] == 10
     assert by_arm["rule"]["ends_above_start"] == by_arm["robust"]["ends_above_start"] == 10
     robust = by_arm["robust"]
-    assert robust["dipped"] == 0 and robust["end_less_rule"].low > 0
+    assert robust["dipped"] == 0 and robust["accuracy_less_rule"].low > 0
     for move in ("gain", "less_begun"):
         assert abs(robust[f"rm_balanced_{move}"].value) < 0.02, move

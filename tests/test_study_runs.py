@@ -85,11 +85,49 @@ def test_runs_go_seed_by_seed_after_their_start(tmp_path):
     assert [run.steps for run in runs[:3]] == [0, 4, 4]
 
 
+# What the arms are, said once more: a slip in the table of arms shows.
+ROBUST = {
+    "reward.arm": "cooper", "reward.pair_loss": "sigmoid", "reward.pair_weight": 1.0, "reward.pair_bce": 2.0,
+    "reward.rollout_bce": 0.0, "reward.updates": 2, "reward.warm_start": 20, "reward.replay": 0,
+    "reward.replay_rows": 0, "reward.guard": False, "reward.either": False, "reward.shuffle_labels": False,
+    "pairs.per_prompt": 3, "pairs.negatives": ("assistant", "swap", "own_answer"), "policy.kl_coef": 0.002,
+    "policy.std_floor": 0.0,
+}  # fmt: skip
+_PAPERS = {
+    "reward.pair_bce": 0.0, "reward.updates": 1, "reward.warm_start": 0, "pairs.negatives": ("assistant",)
+}  # fmt: skip
+_FROZEN = {"reward.arm": "model", "reward.warm_start": 0}
+_LABELS = {"reward.rollout_bce": 1.0, "reward.replay": 256, "reward.replay_rows": 32}
+_TWO = {"pairs.per_prompt": 2}
+APART = {
+    "rule": {"reward.arm": "rule"},
+    "frozen": _FROZEN,
+    "released": _PAPERS | {"reward.pair_loss": "logit"},
+    "sigmoid": _PAPERS,
+    "robust": {},
+    "frozen_warm": {"reward.arm": "model"},
+    "frozen_guard": _FROZEN | {"reward.guard": True},
+    "frozen_kl10": _FROZEN | {"policy.kl_coef": 0.02},
+    "frozen_kl100": _FROZEN | {"policy.kl_coef": 0.2},
+    "frozen_floor": _FROZEN | {"policy.std_floor": 0.1},
+    "either": _FROZEN | {"reward.either": True},
+    "bce": _LABELS | {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0},
+    "labels": _LABELS,
+    "rewrites": {"pairs.negatives": ("assistant",)},
+    "no_warm": {"reward.warm_start": 0},
+    "no_bce": {"reward.pair_bce": 0.0},
+    "no_swap": _TWO | {"pairs.negatives": ("assistant", "own_answer")},
+    "no_own": _TWO | {"pairs.negatives": ("assistant", "swap")},
+    "logit": {"reward.pair_loss": "logit"},
+    "shuffled": {"reward.shuffle_labels": True},
+}
+
+
 @pytest.fixture(scope="module")
 def of_arms(tmp_path_factory) -> dict[str, tuple]:
-    """Each arm's study, over flags and a recipe of the config file, and the settings that its run reads."""
-    given = ("reward.recipe", "reward.updates", "policy.kl_coef", "steps", "eval.every")
-    base = small(reward__recipe="released", reward__updates=7, policy__kl_coef=0.002)
+    """Each arm's study, over flags and the recipe of the config file, and the settings that its run reads."""
+    given = ("policy.kl_coef", "steps", "eval.every")
+    base = small(policy__kl_coef=0.002)
     recipes.apply(base, given)  # as launch/common.py does
     out = tmp_path_factory.mktemp("arms")
     studies = [
@@ -102,7 +140,7 @@ def of_arms(tmp_path_factory) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("name", arms.ARMS)
 def test_an_arms_settings_reach_its_runs(of_arms, name):
-    """Also over flags and over a recipe of the config file: the flags' text, read as launch/train.py reads it."""
+    """Also over the recipe of the config file: the flags' text, read as launch/train.py reads it."""
     study, got = of_arms[name]
     run = study.run(study.arms[0], 5)
     assert run.command[:3] == (sys.executable, str(plan.TRAIN), "--config=configs/tiny.py")
@@ -111,11 +149,7 @@ def test_an_arms_settings_reach_its_runs(of_arms, name):
     own = arms.settings_of(study.arms[0], study.base)
     assert own.items() <= got.items()
     assert got["seed"] == 5 and got["warmup.start"] == str(study.out / "seed_5/start")
-    assert got["policy.kl_coef"] == 0.002 * {"frozen_kl10": 10, "frozen_kl100": 100}.get(name, 1)
-    if name == "robust":
-        assert got["reward.updates"] == recipes.RECIPES["robust"]["reward.updates"] != 7
-    if name == "frozen":  # nothing of the base's recipe, but the flag's value
-        assert (got["reward.arm"], got["reward.warm_start"], got["reward.updates"]) == ("model", 0, 7)
+    assert {field: got[field] for field in ROBUST} == ROBUST | APART[name]
 
 
 # Flags are parsed once in a process: one forks for each command.
@@ -201,6 +235,16 @@ def test_settings_that_are_the_studys(tmp_path):
         a_study(tmp_path, given=("seed",))
     with pytest.raises(SetupError, match="eval.every=0"):
         a_study(tmp_path, eval__every=0)
+    for field, value in {"reward.pair_bce": 0.25, "reward.recipe": "released"}.items():
+        fields = {field.replace(".", "__"): value}
+        with pytest.raises(SetupError, match=rf"--config.{field}={value}: the arm robust sets it to"):
+            a_study(tmp_path, names=("robust",), given=(field,), **fields)
+    a_study(
+        tmp_path,
+        names=("robust", "frozen_kl10"),
+        given=("reward.pair_bce", "policy.kl_coef"),
+        reward__pair_bce=2.0,
+    )
     with pytest.raises(SetupError, match="--arms: rul: there is rule, frozen"):
         a_study(tmp_path, names=("rul",))
 

@@ -1,7 +1,7 @@
 """The arms of a study: what each sets, and what it is for.
 
 The config file and its --config flags are the base, which all arms share.  An arm's settings, those of its recipe
-among them, go before both.
+among them, go before the file's; a flag that contradicts them is refused.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Arm:
 
 _FROZEN = {"reward.arm": "model", "reward.recipe": "", "reward.warm_start": 0}
 _ROBUST = {"reward.arm": "cooper", "reward.recipe": "robust"}
+_REWRITES = {"reward.arm": "cooper", "pairs.per_prompt": 3}  # as many pairs as robust has
 _LABELS = {
     "reward.rollout_bce": 1.0,
     "reward.replay": 256,
@@ -46,15 +47,9 @@ ARMS = {
         Arm("rule", "the rule's verdict is the reward", {"reward.arm": "rule", "reward.recipe": ""}),
         Arm("frozen", "a frozen reward model", _FROZEN),
         Arm(
-            "released",
-            "Cooper as released: a contrast on logits",
-            {"reward.arm": "cooper", "reward.recipe": "released"},
+            "released", "Cooper as released: a contrast on logits", _REWRITES | {"reward.recipe": "released"}
         ),
-        Arm(
-            "sigmoid",
-            "Cooper with a contrast on the rewards",
-            {"reward.arm": "cooper", "reward.recipe": "sigmoid"},
-        ),
+        Arm("sigmoid", "Cooper with a contrast on the rewards", _REWRITES | {"reward.recipe": "sigmoid"}),
         Arm("robust", "Cooper whose pairs also differ in the reference alone", _ROBUST),
         # Controls.  Would less do?
         Arm(

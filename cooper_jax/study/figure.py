@@ -190,9 +190,13 @@ def _named(axes: Any, *names: tuple[str, str]) -> None:
 
 def _explained(records: Records) -> str:
     seeds = len({run.seed for run in records.runs})
-    told = f"Thick: the mean of {seeds} seeds; thin, and the bands: each of them. " if seeds > 1 else ""
+    told = (
+        f"Thick: the mean of {seeds} seeds; thin, and bands: the seeds, and their range. "
+        if seeds > 1
+        else ""
+    )
     return (
-        f"{told}A figure is the mean of the last {LAST} evaluations. False positives: of what the rule\n"
-        "finds wrong, the share that the reward model likes. Its accuracy: on completions in which the shortcut "
-        "goes with right and wrong alike."
+        f"{told}The number in a panel is the mean of its last {LAST} evaluations. False positives: of\n"
+        "what the rule finds wrong, the share that the reward model likes. Its accuracy: on completions in which "
+        "the shortcut goes with right and wrong alike."
     )

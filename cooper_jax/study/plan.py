@@ -66,8 +66,8 @@ class Run:
 class Study:
     """config_file, base: what all runs share, the base with its flags and a recipe of its own applied.
 
-    given: the fields that flags set.  Raises SetupError where a flag sets what the study decides, for a config
-    without exact truth, and for any arm's settings that contradict themselves.
+    given: the fields that flags set.  Raises SetupError where a flag sets what the study or an arm decides, for a
+    config without exact truth, and for any arm's settings that contradict themselves.
     """
 
     out: Path
@@ -93,10 +93,21 @@ class Study:
                 "a study compares exact truth over steps: --config=configs/tiny.py, and neither of the latter 0"
             )
         for arm in self.arms:
+            self._refuse_overruled(arm)
             try:
                 settings.check(self.config(arm, self.seeds[0]))
             except SetupError as error:
                 raise SetupError(f"arm {arm.name}: {error}") from error
+
+    def _refuse_overruled(self, arm: Arm) -> None:
+        """A flag would be of no effect in an arm that sets the field itself."""
+        base, own = flat(self.base.to_dict()), study_arms.settings_of(arm, self.base)
+        for field in self.given:
+            if field in own and own[field] != base[field] and field not in arm.times:
+                raise SetupError(
+                    f"--config.{field}={base[field]}: the arm {arm.name} sets it to {own[field]}: leave the flag "
+                    f'out, or make an arm of its own: --arm="NAME: {field}={base[field]}, ..."'
+                )
 
     def folder(self, name: str, seed: int) -> Path:
         return self.out / f"seed_{seed}" / name

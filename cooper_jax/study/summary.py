@@ -25,6 +25,7 @@ LAST_STEPS = 10  # steps that make the end of what is known of each step
 DIP = 0.8  # of the start: below it, a run has dipped
 PLAIN = "rule"  # the arm that others are compared with
 FROZEN = "frozen"  # the arm whose reward model is the one that all begin with, before any warm start
+SUBJECTS = ("accuracy", "accuracy_number", "accuracy_words")  # held-out problems: all, and by kind
 HELD_OUT = ("rm_original", "rm_balanced")  # rows that are the same for all arms
 
 
@@ -108,7 +109,8 @@ def gain(start: float, end: float, count: int) -> Interval:
 
         +- 1.96 sqrt((start (1 - start) + end (1 - end)) / count)
 
-    Wider than it need be: the end is the mean of several evaluations, and both are of the same problems.
+    Takes no account of what narrows it (the end is the mean of several evaluations, and both are of the same
+    problems), nor of what widens it (problems that ask for the same sum in other words).
     """
     half = 1.96 * math.sqrt((start * (1 - start) + end * (1 - end)) / count)
     return Interval(end - start, end - start - half, end - start + half)
@@ -140,7 +142,9 @@ def of_arm(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if name != PLAIN:
         both = [(run, plain[run["seed"]]) for run in own if run["seed"] in plain]
         out["pairs"] = len(both)
-        out["end_less_rule"] = over_seeds([a["accuracy_end"] - b["accuracy_end"] for a, b in both])
+        for figure in SUBJECTS:
+            less = [a.get(f"{figure}_end", NAN) - b.get(f"{figure}_end", NAN) for a, b in both]
+            out[f"{figure}_less_rule"] = over_seeds(less)
     return out
 
 

@@ -34,11 +34,13 @@ def markdown(found: dict[str, Any]) -> str:
         parts += [
             _accuracy(found, shown),
             _kinds(shown),
+            _seen_by_the_rule(shown),
             _training(shown),
             _reward_model(shown),
+            _moved_by(shown),
             _cost(shown),
+            _motion(shown),
         ]
-        parts += [_motion(shown)]
     parts += [_runs(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -75,7 +77,7 @@ def _accuracy(found: dict[str, Any], shown: dict[str, Any]) -> str:
     study, rows = found["study"], []
     for name, arm in shown.items():
         count = len(arm["seeds"])
-        less = "-" if name == PLAIN or not arm["pairs"] else percent(arm["end_less_rule"])
+        less = "-" if name == PLAIN or not arm["pairs"] else percent(arm["accuracy_less_rule"])
         if name != PLAIN and 0 < arm["pairs"] < count:
             less += f" on {arm['pairs']}"
         rows.append([
@@ -97,15 +99,52 @@ def _accuracy(found: dict[str, Any], shown: dict[str, Any]) -> str:
 def _kinds(shown: dict[str, Any]) -> str:
     names = {
         "greedy": "most likely response",
-        "accuracy_number": "numbers, which the rule reads",
-        "accuracy_words": "words, to which it is blind",
+        "accuracy_number": "questions for a number",
+        "accuracy_words": "for words",
     }
     header = ["arm", *(f"{told}: {part}" for told in names.values() for part in ("start", "end"))]
     rows = [
         [arm, *(_of(of, f"{n}_{part}") for n in names for part in ("start", "end"))]
         for arm, of in shown.items()
     ]
-    return f"## Held-out accuracy by kind\n\n{table(header, rows)}"
+    for n, kind in (("accuracy_number", "number"), ("accuracy_words", "words")):
+        header.append(f"{kind}: end less {PLAIN}'s")
+        for row, of in zip(rows, shown.values(), strict=True):
+            row.append(_of(of, f"{n}_less_rule") if of.get("pairs") else "-")
+    told = (
+        "A question for a number takes any form of it, of which the rule reads numerals alone; to answers of "
+        "questions for words it is blind."
+    )
+    return f"## Held-out accuracy by kind\n\n{table(header, rows)}\n\n{told}"
+
+
+def _seen_by_the_rule(shown: dict[str, Any]) -> str:
+    names = {"accuracy": "right", "rule": "right by the rule", "unrecognised": "unread by the rule"}
+    names |= {"habit": "with the habit"} if any("habit_end" in of for of in shown.values()) else {}
+    header = ["arm", *(f"{told}: {part}" for told in names.values() for part in ("start", "end"))]
+    rows = [
+        [arm, *(_of(of, f"{n}_{part}") for n in names for part in ("start", "end"))]
+        for arm, of in shown.items()
+    ]
+    told = (
+        "Of all held-out responses. Unread: it finds an answer and cannot tell whether that is the reference."
+    )
+    return f"## What the rule sees of it\n\n{table(header, rows)}\n\n{told}"
+
+
+def _moved_by(shown: dict[str, Any]) -> str:
+    """What the reward model's score goes by, where that was measured."""
+    names = {"rm_by_truth": "being right adds", "rm_by_habit": "the habit adds"}
+    arms = {arm: of for arm, of in shown.items() if "rm_by_habit_start" in of}
+    if not arms:
+        return ""
+    header = ["arm", *(f"{told}: {part}" for told in names.values() for part in ("step 0", "end"))]
+    rows = [
+        [arm, *(_number(of[f"{n}_{part}"], 3) for n in names for part in ("start", "end"))]
+        for arm, of in arms.items()
+    ]
+    told = "Logits, on the balanced completions."
+    return f"## What the reward model goes by\n\n{table(header, rows)}\n\n{told}"
 
 
 def _training(shown: dict[str, Any]) -> str:
