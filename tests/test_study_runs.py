@@ -115,7 +115,6 @@ APART = {
     "labels": _LABELS,
     "rewrites": {"pairs.negatives": ("assistant",)},
     "no_warm": {"reward.warm_start": 0},
-    "no_bce": {"reward.pair_bce": 0.0},
     "no_swap": _TWO | {"pairs.negatives": ("assistant", "own_answer")},
     "no_own": _TWO | {"pairs.negatives": ("assistant", "swap")},
     "logit": {"reward.pair_loss": "logit"},

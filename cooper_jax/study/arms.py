@@ -47,16 +47,16 @@ ARMS = {
         Arm("rule", "the rule's verdict is the reward", {"reward.arm": "rule", "reward.recipe": ""}),
         Arm("frozen", "a frozen reward model", _FROZEN),
         Arm(
+            "frozen_warm",
+            "frozen after robust's warm start",
+            {"reward.arm": "model", "reward.recipe": "robust"},
+        ),
+        Arm(
             "released", "Cooper as released: a contrast on logits", _REWRITES | {"reward.recipe": "released"}
         ),
         Arm("sigmoid", "Cooper with a contrast on the rewards", _REWRITES | {"reward.recipe": "sigmoid"}),
         Arm("robust", "Cooper whose pairs also differ in the reference alone", _ROBUST),
         # Controls.  Would less do?
-        Arm(
-            "frozen_warm",
-            "frozen after the warm start of robust",
-            {"reward.arm": "model", "reward.recipe": "robust"},
-        ),
         Arm("frozen_guard", "frozen; without an answer no reward", _FROZEN | {"reward.guard": True}),
         Arm("frozen_kl10", "frozen, with 10 times the KL term", _FROZEN, {"policy.kl_coef": 10.0}),
         Arm("frozen_kl100", "frozen, with 100 times the KL term", _FROZEN, {"policy.kl_coef": 100.0}),
@@ -77,7 +77,6 @@ ARMS = {
             _ROBUST | {"pairs.negatives": ("assistant",)},
         ),
         Arm("no_warm", "robust without its warm start", _ROBUST | {"reward.warm_start": 0}),
-        Arm("no_bce", "robust, its members not learned pointwise", _ROBUST | {"reward.pair_bce": 0.0}),
         Arm(
             "no_swap",
             "robust without swaps",
@@ -96,7 +95,7 @@ ARMS = {
         ),
     )
 }
-MAIN = ("rule", "frozen", "released", "sigmoid", "robust")
+MAIN = ("rule", "frozen", "frozen_warm", "released", "sigmoid", "robust")
 
 
 def choose(names: Sequence[str], defined: Sequence[str], base: ConfigDict) -> list[Arm]:
