@@ -114,6 +114,8 @@ APART = {
     "bce": _LABELS | {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0},
     "labels": _LABELS,
     "rewrites": {"pairs.negatives": ("assistant",)},
+    "pointwise": _PAPERS | {"reward.pair_bce": 2.0},
+    "no_bce": {"reward.pair_bce": 0.0},
     "no_warm": {"reward.warm_start": 0},
     "no_swap": _TWO | {"pairs.negatives": ("assistant", "own_answer")},
     "no_own": _TWO | {"pairs.negatives": ("assistant", "swap")},

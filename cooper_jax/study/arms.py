@@ -76,6 +76,12 @@ ARMS = {
             "robust with rewrites alone, as many",
             _ROBUST | {"pairs.negatives": ("assistant",)},
         ),
+        Arm(
+            "pointwise",
+            "sigmoid, and robust's pointwise term",
+            _REWRITES | {"reward.recipe": "sigmoid", "reward.pair_bce": 2.0},
+        ),
+        Arm("no_bce", "robust without the pointwise term", _ROBUST | {"reward.pair_bce": 0.0}),
         Arm("no_warm", "robust without its warm start", _ROBUST | {"reward.warm_start": 0}),
         Arm(
             "no_swap",
