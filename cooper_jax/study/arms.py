@@ -55,7 +55,7 @@ ARMS = {
             "released", "Cooper as released: a contrast on logits", _REWRITES | {"reward.recipe": "released"}
         ),
         Arm("sigmoid", "Cooper with a contrast on the rewards", _REWRITES | {"reward.recipe": "sigmoid"}),
-        Arm("robust", "Cooper whose pairs also differ in the reference alone", _ROBUST),
+        Arm("robust", "Cooper that learns its pairs pointwise, too", _ROBUST),
         # Controls.  Would less do?
         Arm("frozen_guard", "frozen; without an answer no reward", _FROZEN | {"reward.guard": True}),
         Arm("frozen_kl10", "frozen, with 10 times the KL term", _FROZEN, {"policy.kl_coef": 10.0}),
