@@ -260,8 +260,20 @@ def test_the_figure_is_a_picture_of_readable_width():
 def test_the_documented_tables_are_those_of_the_kept_runs():
     """And what docs/results.md says of them in words holds."""
     kept = ROOT / "docs/results"
-    found = summary.summarise(records.of_file(kept / "study.jsonl"))
+    controls, found = (
+        summary.summarise(records.of_file(kept / name)) for name in ("controls.jsonl", "study.jsonl")
+    )
+    assert (kept / "controls.md").read_text() == tables.markdown(controls)
     assert (kept / "tables.md").read_text() == tables.markdown(found)
+    assert list(controls["arms"]) == list(arms.ARMS) and not controls["missing"]
+    by_arm = controls["arms"]
+    assert by_arm["pointwise"]["dipped"] == 0 < by_arm["no_bce"]["dipped"]
+    assert all(
+        by_arm[name]["ends_below_half"] == 3
+        for name in by_arm
+        if name.startswith("frozen_") and name != "frozen_warm"
+    )
+    assert by_arm["bce"]["accuracy_end"].value > by_arm["robust"]["accuracy_end"].value
     by_arm = found["arms"]
     assert all(by_arm[name]["seeds"] == list(range(10, 20)) for name in arms.MAIN)
     assert by_arm["frozen"]["ends_below_half"] == 10

@@ -129,6 +129,8 @@ def _seen_by_the_rule(shown: dict[str, Any]) -> str:
     told = (
         "Of all held-out responses. Unread: it finds an answer and cannot tell whether that is the reference."
     )
+    if "habit" in names:
+        told += " The habit: over those seeds on which it was measured."
     return f"## What the rule sees of it\n\n{table(header, rows)}\n\n{told}"
 
 
