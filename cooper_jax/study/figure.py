@@ -195,8 +195,9 @@ def _explained(records: Records) -> str:
         if seeds > 1
         else ""
     )
-    return (
-        f"{told}The number in a panel is the mean of its last {LAST} evaluations. False positives: of\n"
-        "what the rule finds wrong, the share that the reward model likes. Its accuracy: on completions in which "
-        "the shortcut goes with right and wrong alike."
+    told += (
+        f"The number in a panel is the mean of its last {LAST} evaluations. False positives: of what the rule "
+        "finds wrong, the share that the reward model likes. Its accuracy: on completions in which the shortcut "
+        "goes with right and wrong alike."
     )
+    return textwrap.fill(told, 150)
