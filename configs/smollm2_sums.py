@@ -11,8 +11,8 @@ on two CPU cores (docs/results.md).
     python launch/train.py --config=configs/smollm2_sums.py $R --config.warmup.start=runs/sums/start \\
         --config.reward.arm=model --config.run_dir=runs/sums/frozen
 
-The first command imitates 600 worked solutions of one line, after which the policy answers one problem in six; the
-others go on from there.  32 responses a step, all of which end within 32 tokens, are what two cores have time for.
+The first run imitates worked solutions of one line, 600 draws of 260, after which the policy answers one problem in
+six; the others go on from there.  32 responses of at most 32 tokens a step are what two cores have time for.
 """
 
 from configs import smollm2_135m

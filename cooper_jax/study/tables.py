@@ -145,7 +145,7 @@ def _moved_by(shown: dict[str, Any]) -> str:
         [arm, *(_number(of[f"{n}_{part}"], 3) for n in names for part in ("start", "end"))]
         for arm, of in arms.items()
     ]
-    told = "Logits, on the balanced completions."
+    told = "Logits, on the balanced completions, over those seeds on which it was measured."
     return f"## What the reward model goes by\n\n{table(header, rows)}\n\n{told}"
 
 
