@@ -89,6 +89,7 @@ def test_free_running_tokens(found):
     np.testing.assert_allclose(a.logprobs[same], b.logprobs[same], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_wrong_draw_would_be_found():
     a = tiny_updates.rollout_of(plain())
     tokens = a.tokens.copy()

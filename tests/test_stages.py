@@ -476,6 +476,7 @@ ALL_TERMS = {
     "reward.warm_start": 2,
     "reward.replay": 5,
     "reward.replay_rows": 4,
+    "pairs.per_prompt": 2,
     "pairs.negatives": ("assistant", "swap"),
 }
 

@@ -163,6 +163,7 @@ def test_export_loads_in_transformers(finished, tmp_path):
         np.testing.assert_allclose(theirs, ours, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_arms(finished, tmp_path):
     """Rule: no reward model at all.  Model: it scores and never moves."""
     rule, model = tmp_path / "rule", tmp_path / "model"
@@ -247,6 +248,7 @@ def test_changed_config_is_refused_and_loses_nothing(finished):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_assistant_that_is_down_masks_its_pairs(finished, tmp_path):
     """A closed port: the run goes on, no pair is made, and the log says why."""
     path = tmp_path / "down"
