@@ -7,9 +7,9 @@
     python launch/study.py --from=docs/results/study.jsonl --report --out=runs/again
 
 Of each seed the supervised phases run once, and every arm begins with their models.  --config flags hold for all
-arms; an arm's settings (cooper_jax/study/arms.py) go before them.  The same command goes on where it was stopped,
-also with more seeds or arms.  --report makes results.json, tables.md and study.png in --out again, from what is
-there.
+arms, and one that contradicts an arm's settings (cooper_jax/study/arms.py) is refused.  The same command goes on
+where it was stopped, also with more seeds or arms.  --report makes results.json, tables.md and study.png in --out
+again, from what is there.
 
 Exit codes: 0 done; 1 a run failed, and the others are done; 2 an error in the settings or files; 75 stopped by a
 signal, with checkpoints: the same command goes on.

@@ -336,24 +336,10 @@ def test_a_reference_that_the_rule_cannot_read_makes_no_negative(rule):
 
 def test_an_own_answer_that_the_rule_cannot_read_makes_no_positive(rule):
     """However its verdict against the reference came about."""
-    rows, cfg = (
-        [Completion("clearly #### 1/0"), Completion("so #### 7")],
-        config(negatives=("own_answer",)),
-    )
-    for row, verdict in zip(rows, ({"unrecognised": 1}, {}), strict=True):
-        made = pairs.build(
-            [Problem("q", "20")],
-            [row],
-            [W],
-            1,
-            None,
-            rule,
-            cfg,
-            seed=0,
-            step=0,
-            scores=np.ones(1, np.float32),
-        )
-        assert made.refused == verdict and (made.pairs[0] is None) == bool(verdict)
+    one, cfg, scores = [Problem("q", "20")], config(negatives=("own_answer",)), np.ones(1, np.float32)
+    for text, refused in (("clearly #### 1/0", {"unrecognised": 1}), ("so #### 7", {})):
+        made = pairs.build(one, [Completion(text)], [W], 1, None, rule, cfg, seed=0, step=0, scores=scores)
+        assert made.refused == refused and (made.pairs[0] is None) == bool(refused)
 
 
 def test_a_wrong_response_is_right_beside_its_own_answer(rule):
