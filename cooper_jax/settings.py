@@ -40,7 +40,12 @@ def boundary(what: str) -> Iterator[None]:
         yield
     except SetupError:
         raise
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except ImportError as error:
+        text = " ".join(str(error).split())  # transformers' messages have several lines
+        raise SetupError(
+            f"{what}: a package is missing or broken: {text} (requirements.txt lists all that is needed)"
+        ) from error
+    except (ValueError, KeyError, OSError) as error:
         raise SetupError(f"{what}: {error}") from error
 
 

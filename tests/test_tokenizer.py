@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,25 @@ def test_a_template_that_refuses_is_named(tmp_path):
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="refused the messages: no system role"):
         tokenizer.load(str(path)).chat([("system", "x")], fallback=False)
+
+
+def test_a_missing_template_engine_is_named(tmp_path):
+    """Not as a template that refuses the messages."""
+    path = tiny_tokenizers.write(tmp_path, "qwen")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['jinja2'] = None\n"
+        "from cooper_jax.model import tokenizer\n"
+        "from cooper_jax.settings import SetupError, boundary\n"
+        "try:\n"
+        "    with boundary('policy'):\n"
+        "        tokenizer.load(sys.argv[2]).chat([('user', 'x')], fallback=False)\n"
+        "except SetupError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(Path(__file__).parents[1]), str(path)]
+    message = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert message.startswith("policy: a package is missing or broken: ") and message.count("\n") == 1
+    assert "jinja2" in message and "refused" not in message
 
 
 @pytest.mark.parametrize("family", ["qwen", "llama3", "llama2"])

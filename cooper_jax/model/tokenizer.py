@@ -173,6 +173,8 @@ def _directory(path: Path, source: str) -> Tokenizer:
         )
     try:
         hf = AutoTokenizer.from_pretrained(str(path), use_fast=True, trust_remote_code=False)
+    except ImportError:  # a package is missing: that is not the directory's fault
+        raise
     except Exception as e:  # whatever a damaged or foreign file makes it raise
         raise ValueError(f"tokenizer {source!r}: transformers cannot read {path}: {e}") from e
     return _hugging_face(hf, _generation_eos(path), source)
