@@ -566,6 +566,21 @@ def test_random_models_from_end_to_end(tmp_path, monkeypatch):
     assert [r["reward"] for r in again] == pytest.approx([r["reward"] for r in rows], abs=1e-5)
 
 
+def test_a_benchmark_is_sampled_at_its_own_top_p(tmp_path, monkeypatch):
+    """So small a top-p leaves the most likely token alone: the samples of a problem are the greedy response."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+
+    def said(name, **changes):
+        cfg = config(benchmark__judged_by="rule", benchmark__chunk=3, **changes)
+        jobs.benchmarks(cfg, Chosen(cfg, tmp_path), ["synthetic"], tmp_path / name)
+        return [row["completion"] for row in read_rows(tmp_path / name / ITEMS)]
+
+    greedy = said("greedy", benchmark__temperature=0.0, benchmark__samples=1)
+    sampled = said("sampled", benchmark__temperature=1.0, benchmark__samples=2, benchmark__top_p=1e-6)
+    assert len(greedy) == 3 and sampled == [text for text in greedy for _ in range(2)]
+
+
 def test_the_papers_config_needs_the_policys_weights_alone(tmp_path, monkeypatch):
     """No reward model, no assistant's server, no training data."""
     devices = jax.devices()[:2]

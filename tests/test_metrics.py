@@ -20,6 +20,7 @@ from cooper_jax.configs import base
 from cooper_jax.runtime import metrics as m
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.rundir import Run, config_hash, run_path
+from cooper_jax.signals import hacking_metrics
 from cooper_jax.types import Verdict
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -54,6 +55,35 @@ def test_masked_mean():
 def test_to_host():
     assert m.to_host({"kl": jnp.float32(0.5), "n": 3}, "policy") == {"policy/kl": 0.5, "policy/n": 3.0}
     assert m.to_host({"rule/accuracy": np.float32(0.25)}) == {"rule/accuracy": 0.25}
+
+
+def test_the_hacking_signal_is_measured_on_rows_that_the_rule_decides():
+    """Of four wrong rows one is liked, of two correct ones one is not; what is undecided counts for nothing."""
+    seen = [
+        (Verdict.CORRECT, 0.875),
+        (Verdict.CORRECT, 0.25),
+        (Verdict.WRONG, 0.75),
+        (Verdict.WRONG, 0.25),
+        (Verdict.WRONG, 0.5),  # a reward of one half is no liking
+        (Verdict.NO_ANSWER, 0.125),
+        (Verdict.UNRECOGNISED, 1.0),
+        (Verdict.TIMEOUT, 1.0),
+        (Verdict.TIMEOUT, 0.25),
+    ]
+    rewards = np.array([reward for _, reward in seen], np.float32)
+    assert hacking_metrics(rewards, [verdict for verdict, _ in seen]) == pytest.approx(
+        {
+            "rm/false_positive_rate": 1 / 4,
+            "rm/false_negative_rate": 1 / 2,
+            "rm/rule_agreement": 4 / 6,
+            "rm/mean_on_correct": (0.875 + 0.25) / 2,
+            "rm/mean_on_wrong": (0.75 + 0.25 + 0.5 + 0.125) / 4,
+            "rm/mean": 5 / 9,
+        }
+    )
+    # Where the rule decides nothing, there is no rate.
+    undecided = hacking_metrics(np.ones(2, np.float32), [Verdict.TIMEOUT, Verdict.UNRECOGNISED])
+    assert math.isnan(undecided["rm/false_positive_rate"]) and math.isnan(undecided["rm/rule_agreement"])
 
 
 def test_phases_add_up():

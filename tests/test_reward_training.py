@@ -367,6 +367,38 @@ def test_run_directory(finished, place):
     assert overlap.read_record(finished) == seen, "for models that are taken from checkpoints"
 
 
+def test_the_loss_of_uneven_microbatches_is_the_mean_over_the_rows(place, tmp_path, alone):
+    """An update's loss and accuracy, by hand from the first model's logits on the rows that it reads."""
+    cfg = run_config(
+        place, tmp_path / "run", train_rm__epochs=1, train_rm__batch=32, train_rm__eval_every=0, seed=5
+    )
+    job, reward = plan.build(cfg, tmp_path)
+    rows = batches.order(len(job.labels), 32, 5, 0)[0]
+    sizes = {len(m.rows) for m in batches.cut(rows, job.lengths, job.shapes)}
+    assert len(sizes) > 1, "microbatches of several sizes"
+    z, right = loop.score(job, reward.params, job.data.train)[rows], job.labels[rows] > 0.5
+    loop.train(cfg)
+    first = metrics(tmp_path / "run")[0]
+    assert first["train_rm/loss"] == pytest.approx(np.logaddexp(0, np.where(right, -z, z)).mean(), abs=1e-6)
+    assert first["train_rm/accuracy"] == pytest.approx(((z > 0) == right).mean())
+
+
+def test_the_model_of_the_least_loss_is_kept_where_loss_chooses(place, tmp_path, alone, monkeypatch):
+    """Three evaluations of scripted logits, all on the right side by a margin: log(1 + e^-margin) is the loss."""
+    margins = iter((1.0, 3.0, 2.0))
+
+    def scripted(job, params, rows):
+        return (next(margins) * np.where(rows.labels > 0.5, 1, -1)).astype(np.float32)
+
+    monkeypatch.setattr(loop, "score", scripted)
+    flags = dict(train_rm__batch=64, train_rm__epochs=3, train_rm__eval_every=1, train_rm__keep_best="loss")
+    loop.train(run_config(place, tmp_path, train_rm__widths=1, **flags))
+    assert [row["eval/best"] for row in metrics(tmp_path)] == [1.0, 1.0, 0.0]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["best"] == {"step": 2, "loss": pytest.approx(np.log1p(np.exp(-3.0)), abs=1e-6)}
+    assert set(np.abs(held_out_logits(tmp_path))) == {3.0}
+
+
 # --- a run that stops ---------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
@@ -15,11 +16,12 @@ import tiny_tokenizers
 
 from cooper_jax import assembly, local_chat, placement, stages, trainer, warmup
 from cooper_jax.configs import tiny
+from cooper_jax.data import problems as problem_sets
 from cooper_jax.data import synthetic
 from cooper_jax.evaluation.held_out import evaluate
-from cooper_jax.model import weights
+from cooper_jax.model import transformer, weights
 from cooper_jax.reward.lessons import Replay
-from cooper_jax.runtime import rundir
+from cooper_jax.runtime import keys, rundir
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.metrics import Phases
 from cooper_jax.types import Completion, Pair, Triple, Verdict
@@ -162,6 +164,93 @@ def test_several_updates_a_step(build):
         assert metrics["policy/ratio_min"] < 1.0 < metrics["policy/ratio_max"]
 
 
+def test_a_step_at_another_temperature_uses_it_in_sampling_scoring_and_updating(build):
+    """Sampler, reference and update all see softmax(logits / 0.5), computed here from the whole logits."""
+    temperature = 0.5
+    with build(**{"rollout.temperature": temperature}) as (cooper, state):
+        state = state.replace(reference=state.policy.params)
+        prompts = cooper.train_prompts[:B]
+        rollout, _ = stages.sample(cooper, state, prompts, range(B))
+        batch = stages.logprobs(cooper, state, prompts, rollout)
+
+        # The distribution over the next token at every column but the last, by hand.
+        model = cooper.policy.model.config
+        hidden = transformer.trunk(state.policy.params, model, batch.tokens, batch.valid, dtype=jnp.float32)
+        logits = transformer.logits(state.policy.params, model, hidden)[:, :-1, : model.vocab_size]
+        tokens, mask = np.asarray(batch.tokens)[:, 1:, None], np.asarray(batch.response_mask)
+
+        def expected(temperature):
+            found = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits / temperature)), tokens, -1)
+            return found[:, -mask.shape[1] :, 0][mask]
+
+        right, at_one = expected(temperature), expected(1.0)
+        assert np.abs(right - at_one).mean() > 0.1  # the test can tell the temperatures apart
+        for name in ("rollout_logprobs", "ref_logprobs"):
+            np.testing.assert_allclose(np.asarray(getattr(batch, name))[mask], right, atol=1e-5, err_msg=name)
+
+        # The update's own log-probabilities are those of the sampler and of the reference.
+        _, metrics = stages.update_policy(cooper, state, batch, np.array([1, -1] * B, np.float32), 1)
+        assert metrics["policy/rollout_mismatch"] < 1e-5 and abs(metrics["policy/kl"]) < 1e-5
+
+
+def noting(seen):
+    """A policy update that notes the minibatch's advantages and moves nothing."""
+
+    def update(state, batch):
+        seen.append(np.asarray(batch.advantages).tolist())
+        return state, {"loss": jnp.zeros(())}
+
+    return update
+
+
+def test_the_data_order_follows_from_the_seed(build):
+    """Three steps of three problems of eight: the first epoch in the order of seed 7, and into the second."""
+    with build(**{"seed": 7, "reward.arm": "rule"}) as (cooper, state):
+        policy = dataclasses.replace(cooper.policy, update=noting([]))
+        cooper = dataclasses.replace(cooper, policy=policy, rule=AlwaysRight())
+        state, visited = state.replace(reference=state.policy.params), []
+        for _ in range(3):
+            state, _, seen = trainer.cooper_step(cooper, state, Phases())
+            visited += seen.problems
+
+    def order(seed):
+        return [cooper.train[problem_sets.problem_at(place, 8, seed)] for place in range(9)]
+
+    assert visited == order(7) != order(0)
+
+
+def test_every_step_cuts_its_minibatches_by_a_permutation_of_its_own(build):
+    """Six responses to one prompt, known by their advantages, in three minibatches of two."""
+    changes = {
+        "data.prompts_per_step": 1,
+        "rollout.group_size": 6,
+        "policy.minibatches": 3,
+        "reward.arm": "model",
+    }
+    with build(**{"seed": 7} | changes) as (cooper, state):
+        noted: list[list[float]] = []
+        policy = dataclasses.replace(cooper.policy, update=noting(noted))
+        # Every row is rewarded differently, so that no two advantages are equal.
+        reward = dataclasses.replace(
+            cooper.reward, score=lambda params, batch: np.arange(len(batch.tokens), dtype=np.float32)
+        )
+        cooper = dataclasses.replace(cooper, policy=policy, reward=reward, rule=AlwaysRight())
+        state, orders = state.replace(reference=state.policy.params), []
+        for _ in range(3):
+            noted.clear()
+            state, _, seen = trainer.cooper_step(cooper, state, Phases())
+            places = {float(advantage): row for row, advantage in enumerate(seen.advantages)}
+            orders.append([places[advantage] for part in noted for advantage in part])
+            assert [len(part) for part in noted] == [2, 2, 2]
+
+    def permutation(step):  # of the step's first and only epoch
+        key = jax.random.fold_in(keys.stream(7, "minibatch", step), 0)
+        return jax.random.permutation(key, 6).tolist()
+
+    assert orders == [permutation(step) for step in (1, 2, 3)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
 @contextlib.contextmanager
 def begun(cooper, state, path):
     """The state as a run begins or resumes it, with its run directory and checkpoints."""
@@ -216,6 +305,26 @@ def test_what_an_evaluation_measures(build, monkeypatch):
         found = evaluate(dataclasses.replace(cooper, reward=fooled), state)
         assert (found["eval/rm_balanced/by_habit"], found["eval/rm_balanced/by_truth"]) == (2.0, 0.0)
         assert found["eval/response/habit"] == 0.25 and len(cooper.held_out) % 4 == 0
+
+
+def test_every_evaluation_samples_with_the_same_keys_which_no_step_uses(build):
+    with build(**{"seed": 7, "eval.samples": G}) as (cooper, state):
+        found = stages.sample_held_out(cooper, state, 1.0)
+        assert stages.sample_held_out(cooper, state.replace(step=5, position=5 * B), 1.0) == found
+
+        # With training's own settings equal to the evaluation's, the keys alone can make a difference.
+        prompts = cooper.held_out_prompts
+        _, same = stages.sample(cooper, state, prompts, range(4), key=keys.stream(7, "evaluation"))
+        _, of_a_step = stages.sample(cooper, state, prompts, range(4))
+        assert found == same and found != of_a_step
+
+
+def test_an_evaluation_samples_at_its_own_top_p(build):
+    """So small a top-p leaves the most likely token alone, at any temperature."""
+    with build(**{"eval.top_p": 1e-6, "eval.samples": 2}) as (cooper, state):
+        greedy = stages.sample_held_out(cooper, state, 0.0)
+        sampled = stages.sample_held_out(cooper, state, 1.0)
+        assert sampled == [completion for completion in greedy for _ in range(2)] and len(greedy) == 4
 
 
 def test_who_moves_in_a_step(build, tmp_path):
@@ -302,8 +411,8 @@ def test_samples_name_the_pairs_of_their_own_prompt(build):
     assert [r["advantage"] for r in second["responses"]] == [-4.0, -5.0]
 
 
-def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
-    """A reply depends on its own row and attempt: not on who else is asked."""
+def local_assistant(tmp_path, **changes):
+    """Random weights as the assistant of the tiny config: (messages of each request, their ids) -> replies."""
     folder = tiny_tokenizers.write(tmp_path / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
     params = tiny_models.random_params(model)
@@ -313,12 +422,15 @@ def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
             "assistant.kind": "local",
             "assistant.weights": str(tmp_path / "hf"),
             "assistant.max_new_tokens": 5,
-            "assistant.top_p": 0.9,
         }
+        | changes
     )
-    generate = local_chat.local_generate(
-        cfg, cfg.assistant, "assistant", placement.make_layout(cfg), tmp_path
-    )
+    return local_chat.local_generate(cfg, cfg.assistant, "assistant", placement.make_layout(cfg), tmp_path)
+
+
+def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
+    """A reply depends on its own row and attempt: not on who else is asked."""
+    generate = local_assistant(tmp_path, **{"assistant.top_p": 0.9})
     messages = [[("user", "What is 3 plus 10?")], [("user", "2")], [("user", "The answer is 7.")]]
     together = generate(messages, [(0, 1, row, 0) for row in (7, 8, 9)])
     assert all(c.tokens == 5 if c.truncated else c.tokens <= 5 for c in together)
@@ -326,6 +438,15 @@ def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
     assert alone == together[1:2]
     others = [generate(messages[1:2], [ids])[0].text for ids in ((0, 1, 8, 1), (0, 2, 8, 0), (0, 1, 5, 0))]
     assert len({together[1].text, *others}) == 4
+
+
+def test_the_local_assistant_samples_at_its_own_top_p(tmp_path):
+    """So small a top-p leaves the most likely token alone: rows and attempts make no difference."""
+    generate = local_assistant(tmp_path, **{"assistant.top_p": 1e-6})
+    message = [("user", "What is 3 plus 10?")]
+    replies = generate([message] * 3, [(0, 1, row, 0) for row in (7, 8, 9)])
+    assert replies[0].tokens and replies == [replies[0]] * 3
+    assert generate([message], [(0, 2, 7, 1)]) == replies[:1]
 
 
 @pytest.mark.slow
@@ -464,6 +585,39 @@ class Undecided:
                 return [list(Verdict)[zlib.crc32(text.encode()) % 4] for _, text in items]
 
         return Done()
+
+
+class Noting(Undecided):
+    """The same, noting what it is asked."""
+
+    def __init__(self):
+        self.asked = set()
+
+    def submit(self, items):
+        self.asked.update(items)
+        return super().submit(items)
+
+
+def test_the_warm_start_samples_with_a_key_and_in_an_order_of_its_own(build, tmp_path):
+    """Two updates on three prompts each: what the rule is asked are those prompts' responses, under that key."""
+    with build(**{"seed": 7, "reward.warm_start": 2}) as (cooper, state):
+        rule = Noting()
+        cooper = dataclasses.replace(cooper, rule=rule, assistant=Rewrites())
+        with begun(cooper, state, tmp_path) as (state, _, _):
+            asked = set(rule.asked)
+
+        def responses(**key):
+            found = set()
+            for positions in (range(B), range(B, 2 * B)):
+                chosen = [problem_sets.problem_at(place, 8, 7, "warm_start") for place in positions]
+                prompts = [cooper.train_prompts[i] for i in chosen]
+                _, completions = stages.sample(cooper, state, prompts, positions, **key)
+                references = [cooper.train[i].reference for i in chosen for _ in range(G)]
+                found |= {(r, c.text) for r, c in zip(references, completions, strict=True)}
+            return found
+
+        assert asked == responses(key=keys.stream(7, "warm_start"))
+        assert asked.isdisjoint(responses()), "the first step's own key"
 
 
 ALL_TERMS = {
