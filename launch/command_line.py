@@ -9,6 +9,7 @@ Nothing here imports jax: help must be fast.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
 import re
@@ -154,8 +155,7 @@ def find_flag_errors(
     own: the flags that the script defines.  config: None where the script takes no config or none could be loaded;
     then flags of its fields are not checked.  renamed: in place of the table in renamed_flags.py, for tests.
     """
-    fields = {} if config is None else flatten_config(config)
-    sections = {name[:i] for name in fields for i, letter in enumerate(name) if letter == "."}
+    fields = None if config is None else flatten_config(config)
     errors = []
     arguments = iter(argv[1:])
     for argument in arguments:
@@ -164,54 +164,75 @@ def find_flag_errors(
         if not argument.startswith("-") or not argument.strip("-"):
             continue
         given, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")
-        name, negated = _strip_no(given, own, fields)
-        field = name.removeprefix("config.") if name.startswith("config.") else None
-
-        # What reads the value; None where only absl can read it.
-        parser: flags.ArgumentParser | None = None
-        boolean, type_name = False, ""
-        if name in own:
-            parser, boolean, type_name = own[name].parser, own[name].boolean, own[name].flag_type()
-        elif field is None:
-            errors.append(_describe_unknown_flag(name, own, fields))
+        name, negated = _strip_no(given, own, fields or {})
+        try:
+            reader = _find_reader(name, own, fields, renamed)
+        except LookupError as error:
+            errors.append(str(error.args[0]))
             continue
-        elif config is not None:
-            # `--config.mesh.rules[0]=...` sets one element of a tuple.
-            whole = field.partition("[")[0]
-            if whole not in fields and whole not in sections:
-                errors.append(describe_unknown_field(field, fields, renamed))
-                continue
-            if whole == field and field in fields:
-                kind = type(fields[field])
-                parser, boolean, type_name = PARSERS.get(kind), kind is bool, kind.__name__
 
         # Without `=` the value is the next argument, but for booleans.
-        if not equals:
-            if negated or boolean:
-                continue
-            value = next(arguments, "")
-            if not value:
-                errors.append(f"{argument}: it has no value; give --{name}=VALUE")
-                continue
-        if parser is None or name == "config":
+        if not equals and (negated or reader.boolean):
             continue
+        text = value if equals else next(arguments, None)
+        if text is None:
+            errors.append(f"{argument}: it has no value; give --{name}=VALUE")
+        elif (problem := reader.find_problem(text)) is not None:
+            errors.append(f"--{name}={text}: {problem}")
+    return errors
+
+
+@dataclasses.dataclass(frozen=True)
+class _ValueReader:
+    """What reads a flag's value: absl's parser, or None where the value is not checked here."""
+
+    parser: flags.ArgumentParser | None = None
+    type_name: str = ""
+    boolean: bool = False
+
+    def find_problem(self, text: str) -> str | None:
+        if self.parser is None:
+            return None
         try:
-            parser.parse(value)
+            self.parser.parse(text)
         except (ValueError, TypeError) as error:
             reason = " ".join(": ".join(map(str, error.args)).split())
-            errors.append(f"--{name}={value}: expected {type_name} ({reason})")
-    return errors
+            return f"expected {self.type_name} ({reason})"
+        return None
+
+
+def _find_reader(
+    name: str, own: flags.FlagValues, fields: Mapping[str, Any] | None, renamed: Mapping[str, str]
+) -> _ValueReader:
+    """The reader of a flag's value.  Raises LookupError, with the line to print, for a flag that does not exist."""
+    if name == "config":
+        return _ValueReader()  # its file has been loaded already
+    if name in own:
+        return _ValueReader(own[name].parser, own[name].flag_type(), own[name].boolean)
+    if not name.startswith("config."):
+        raise LookupError(_describe_unknown_flag(name, own, fields or {}))
+    field = name.removeprefix("config.")
+    if fields is None:
+        return _ValueReader()
+    if field in fields:
+        kind = type(fields[field])
+        return _ValueReader(PARSERS.get(kind), kind.__name__, kind is bool)
+    # `--config.mesh.rules[0]=...` sets an element of a tuple, `--config.policy={...}` a section: absl reads them.
+    whole = field.partition("[")[0]
+    if whole in fields or any(known.startswith(f"{whole}.") for known in fields):
+        return _ValueReader()
+    raise LookupError(describe_unknown_field(field, fields, renamed))
 
 
 def _strip_no(name: str, own: flags.FlagValues, fields: Mapping[str, Any]) -> tuple[str, bool]:
     """(the flag's name, whether it was negated): --notraceback, --noconfig.resume."""
     rest = name.removeprefix("no")
-    if rest != name and name not in own:
-        if rest in own and own[rest].boolean:
-            return rest, True
-        if isinstance(fields.get(rest.removeprefix("config.")), bool):
-            return rest, True
-    return name, False
+    if rest == name or name in own:
+        return name, False
+    own_boolean = rest in own and own[rest].boolean
+    field = rest.removeprefix("config.")
+    field_boolean = field != rest and isinstance(fields.get(field), bool)
+    return (rest, True) if own_boolean or field_boolean else (name, False)
 
 
 def _describe_unknown_flag(name: str, own: flags.FlagValues, fields: Mapping[str, Any]) -> str:
