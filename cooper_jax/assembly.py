@@ -1,6 +1,6 @@
 """Builds what a Cooper step needs from a config: problems, both wings, the rule, the assistant.
 
-1. `settings.check` refuses configs that contradict themselves.
+1. `check` refuses configs that contradict themselves, with all that is wrong at once.
 2. `load_problems` reads the training problems and those held out; over-long prompts are dropped and counted.
    Held-out ones that the reward model is trained on are left out (data/contamination.py).
 3. `build` loads weights and tokenizers, starts the rule's workers, compiles nothing yet, and returns the
@@ -26,7 +26,7 @@ from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.placement import make_layouts
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistant as assistants
-from cooper_jax.reward import verifier_model
+from cooper_jax.reward import losses, verifier_model
 from cooper_jax.reward.lessons import Replay
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
@@ -108,24 +108,56 @@ def policy_prompt(cfg: ConfigDict, tokenizer: Tokenizer, problem: Problem) -> li
     return prompts.policy_prompt(tokenizer, problem.question, cfg.data.instruction, cfg.data.chat)
 
 
+def check(cfg: ConfigDict) -> None:
+    """Raise SetupError with everything that is wrong with a config, as far as no file has to be read for it."""
+    problems = settings.Problems()
+    with problems.collect("settings"):
+        settings.check(cfg)
+    # `settings.check` has looked at some of the same fields.
+    if not any(message.startswith("policy.") for message in problems.found):
+        with problems.collect("policy"):
+            grpo.check(cfg.policy)
+    if cfg.reward.arm != "rule":
+        with problems.collect("reward"):
+            losses.check(cfg.reward.pair_loss)
+    for name in (
+        "policy.optimiser",
+        "reward.optimiser",
+        "warmup.policy_optimiser",
+        "warmup.reward_optimiser",
+    ):
+        section, _, field = name.partition(".")
+        with problems.collect(name):
+            optim.make(cfg[section][field])
+    if settings.asks_assistant(cfg):
+        with problems.collect("assistant"):
+            assistants.check(cfg.assistant)
+    with problems.collect("mesh"):
+        _check_rows(cfg, make_layouts(cfg)["policy"].batch_shards, problems)
+    problems.raise_if_any()
+
+
+def _check_rows(cfg: ConfigDict, shards: int, problems: settings.Problems) -> None:
+    """Find rows that do not divide over the mesh; shards: the ways in which the policy's mesh cuts a batch."""
+    rows, parts = cfg.data.prompts_per_step * cfg.rollout.group_size, cfg.policy.minibatches
+    problems.need(
+        parts <= 1 or rows % (shards * parts) == 0,
+        f"policy.minibatches={parts}: a step's {rows} rows (data.prompts_per_step x rollout.group_size) must "
+        f"divide into that many parts of a multiple of {shards} rows, the mesh's batch shards",
+    )
+    problems.need(
+        not 0 < cfg.rollout.max_rows < shards,
+        f"rollout.max_rows={cfg.rollout.max_rows} is less than a row on each of the mesh's {shards} batch shards: "
+        "raise it, or set 0 for no bound",
+    )
+
+
 @contextlib.contextmanager
 def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]:
     """The machinery and the state at step 0, before any supervised phase; worker processes end on exit."""
-    settings.check(cfg)
+    check(cfg)
     layouts = make_layouts(cfg)
     layout = layouts["policy"]
-    rows = cfg.data.prompts_per_step * cfg.rollout.group_size
-    if cfg.policy.minibatches > 1 and rows % (layout.batch_shards * cfg.policy.minibatches):
-        raise SetupError(
-            f"policy.minibatches={cfg.policy.minibatches}: a step's {rows} rows (data.prompts_per_step x "
-            f"rollout.group_size) must divide into that many parts of a multiple of {layout.batch_shards} rows, "
-            "the mesh's batch shards"
-        )
-    if 0 < cfg.rollout.max_rows < layout.batch_shards:
-        raise SetupError(
-            f"rollout.max_rows={cfg.rollout.max_rows} is less than a row on each of the mesh's "
-            f"{layout.batch_shards} batch shards: raise it, or set 0 for no bound"
-        )
     train, held_out = load_problems(cfg)
     held_out = contamination.set_apart(cfg, run_dir, train, held_out)[: cfg.eval.problems]
     with contextlib.ExitStack() as stack:

@@ -15,7 +15,7 @@ from cooper_jax.placement import rollout_options
 from cooper_jax.reward import chat as chats
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import keys, mesh
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings import Problems, boundary
 
 
 def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory) -> chats.Chat:
@@ -23,16 +23,25 @@ def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Director
 
     A local one is loaded onto `layout`.  Raises SetupError; the caller closes it.
     """
+    check(cfg, name)
     section = cfg[name]
-    if section.kind == "local" and section.weights in ("", "random"):
-        raise SetupError(
-            f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "
-            f"--config.{name}.weights=DIR, a hub id or a .gguf file, or ask a server (--config.{name}.kind=openai)"
-        )
     with boundary(name):
         local = section.kind == "local"
         generate = local_generate(cfg, section, name, layout, run_dir) if local else None
         return chats.make(section, name, generate)
+
+
+def check(cfg: ConfigDict, name: str) -> None:
+    """Raise SetupError for all that is wrong with the section of a language model; nothing is loaded."""
+    section, problems = cfg[name], Problems()
+    problems.need(
+        section.kind != "local" or section.weights not in ("", "random"),
+        f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "
+        f"--config.{name}.weights=DIR, a hub id or a .gguf file, or ask a server (--config.{name}.kind=openai)",
+    )
+    with problems.collect(name):
+        chats.check(section, name)
+    problems.raise_if_any()
 
 
 def local_generate(

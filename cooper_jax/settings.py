@@ -1,11 +1,14 @@
-"""Settings that contradict themselves are found before anything is loaded, and every setup error reads alike.
+"""Checks of settings before anything is loaded, and the form of every setup error.
 
-error: FIELD or FILE: what is wrong, with the numbers, and the flag that mends it
+error: FIELD or FILE: what is wrong, with the numbers, and the flag that fixes it
+
+`Problems` collects what several checks find, so that all errors of a config are reported at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -30,7 +33,14 @@ AT_LEAST_0 = (
 
 
 class SetupError(ValueError):
-    """A config, a file or weights that cannot be used; the message names the field and the fix."""
+    """A config, a file or weights that cannot be used; each message names the field and the fix.
+
+    problems: the messages, one for each problem; str() joins them by line breaks.
+    """
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 @contextlib.contextmanager
@@ -47,6 +57,32 @@ def boundary(what: str) -> Iterator[None]:
         ) from error
     except (ValueError, KeyError, OSError) as error:
         raise SetupError(f"{what}: {error}") from error
+
+
+@dataclasses.dataclass
+class Problems:
+    """The setup errors that several checks have found so far."""
+
+    found: list[str] = dataclasses.field(default_factory=list)
+
+    def need(self, ok: bool, message: str) -> None:
+        """Add the message unless `ok`."""
+        if not ok:
+            self.found.append(message)
+
+    @contextlib.contextmanager
+    def collect(self, what: str) -> Iterator[None]:
+        """Add the errors of a check instead of raising them; what: as for `boundary`."""
+        try:
+            with boundary(what):
+                yield
+        except SetupError as error:
+            self.found += error.problems
+
+    def raise_if_any(self) -> None:
+        """Raise SetupError with everything that was found, each message once."""
+        if self.found:
+            raise SetupError(*dict.fromkeys(self.found))
 
 
 def weighs_pairs(reward: ConfigDict) -> bool:
@@ -114,12 +150,9 @@ def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
 
 
 def check(cfg: ConfigDict) -> None:
-    """Raise SetupError for settings that contradict each other."""
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise SetupError(message)
-
+    """Raise SetupError with every setting that is out of its range or contradicts another."""
+    problems = Problems()
+    need = problems.need
     r, p = cfg.rollout, cfg.policy
     need(cfg.reward.arm in ARMS, f"reward.arm is {cfg.reward.arm!r}; it is one of {', '.join(ARMS)}")
     need(
@@ -176,3 +209,4 @@ def check(cfg: ConfigDict) -> None:
         bool(cfg.data.train) or cfg.data.format == "synthetic",
         "data.train is empty: give --config.data.train=FILE",
     )
+    problems.raise_if_any()

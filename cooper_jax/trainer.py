@@ -208,7 +208,7 @@ def train(cfg: ConfigDict) -> None:
 
     Raises hosts.Stopped after a SIGTERM, when a checkpoint of the last whole step is complete.
     """
-    settings.check(cfg)
+    assembly.check(cfg)
     with settings.boundary("run_dir"):
         path = run_path(cfg)
     with contextlib.ExitStack() as stack:

@@ -17,18 +17,24 @@ if not __package__:  # run as a file: the checkout it lies in comes first
 
 import ast
 
-import numpy as np
 from absl import app, flags, logging
+
+from cooper_jax.launch import command_line, common
+from cooper_jax.launch.common import CONFIG, fail, refuse
+
+OTHER = flags.DEFINE_multi_string("other", [], "A field of the second rollout's config: rollout.max_rows=24.")
+if __name__ == "__main__":
+    command_line.answer_help(sys.argv, __doc__, flags.FLAGS)  # before the imports below, which take seconds
+
+import numpy as np
 from ml_collections import ConfigDict
 
 from cooper_jax import placement, settings, workloads
-from cooper_jax.launch.common import CONFIG, TRACEBACK, fail, parse_flags
+from cooper_jax.config_fields import describe_unknown_field, flatten_config
 from cooper_jax.rollout import engine
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.runtime import keys
 from cooper_jax.settings import SetupError, boundary
-
-OTHER = flags.DEFINE_multi_string("other", [], "A field of the second rollout's config: rollout.max_rows=24.")
 
 
 def changed(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
@@ -36,6 +42,8 @@ def changed(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
     cfg = cfg.copy_and_resolve_references()
     for assignment in assignments:
         name, _, value = assignment.partition("=")
+        if name not in (fields := flatten_config(cfg)):
+            raise SetupError(f"--other={assignment}: as in {describe_unknown_field(name, fields)}")
         with boundary(f"--other={assignment}"):
             *path, leaf = name.split(".")
             section = cfg
@@ -70,10 +78,7 @@ def main(argv: list[str]) -> None:
         a, inputs, fused = rollout(first, key)
         b, _, _ = rollout(second, key)
     except SetupError as error:
-        if TRACEBACK.value:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
     found = first_differences(*inputs, a, b, fused=fused)
     rows, mask = len(a.finished), np.asarray(a.mask) & np.asarray(b.mask)
     same = mask & (np.cumsum(np.asarray(a.tokens) != np.asarray(b.tokens), axis=1) == 0)
@@ -87,4 +92,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=common.make_flags_parser(__doc__))

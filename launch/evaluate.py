@@ -146,7 +146,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         extra = f"--config={ROOT / 'configs/base.py'}"
         argv = [argv[0], extra, *argv[1:]]
         sys.argv = argv  # where the config's own fields are looked for
-    return common.parse_flags(argv)
+    return common.parse_flags(argv, __doc__)
 
 
 if __name__ == "__main__":

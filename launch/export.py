@@ -16,6 +16,8 @@ if not __package__:  # run as a file: the checkout it lies in comes first
 
 from absl import app, flags, logging
 
+from cooper_jax.launch import command_line
+
 RUN_DIR = flags.DEFINE_string("run_dir", None, "A run directory.", required=True)
 OUT = flags.DEFINE_string("out", None, "The directory to write.", required=True)
 MODEL = flags.DEFINE_enum("model", "policy", ["policy", "reward"], "Which model.")
@@ -25,7 +27,7 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the w
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+        command_line.exit_with_errors([f"unexpected arguments {argv[1:]}; flags look like --model=policy"])
     logging.set_verbosity(logging.WARNING)
 
     from cooper_jax import placement, runs, settings
@@ -47,8 +49,7 @@ def main(argv: list[str]) -> None:
             model, params, step = runs.load(run_dir, cfg, MODEL.value, layout, asked)
             seen = overlap.read_record(run_dir) if MODEL.value == "reward" else None
     except settings.SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        command_line.exit_with_errors(error.problems)
     with tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save(folder)
         weights.save(
@@ -66,5 +67,10 @@ def main(argv: list[str]) -> None:
     print(f"{OUT.value}: the {MODEL.value} model of step {step}")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse the flags; this script takes no config."""
+    return command_line.parse_own_flags(argv, __doc__, flags.FLAGS)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -118,7 +118,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     if "report" in named and "config" not in named:
         argv = [argv[0], f"--config={ROOT / 'configs/base.py'}", *argv[1:]]
         sys.argv = argv  # where the config's own fields are looked for
-    return common.parse_flags(argv)
+    return common.parse_flags(argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -332,9 +332,13 @@ def test_another_config_is_refused(tmp_path, config):
         fresh.policy.new_knob = 1
         del fresh.policy["kl_clamp"]
     with pytest.raises(
-        ValueError, match=r"kl_clamp was 10.0 and is now \(absent\); policy.new_knob was \(absent\)"
+        ValueError,
+        match=r"earlier version of this project \(it has policy.kl_clamp\); start a new run directory",
     ):
         Run(tmp_path, fresh, resume=True)
+    (tmp_path / "config.json").write_text(json.dumps(base.get_config().to_dict()))
+    with pytest.raises(ValueError, match=r"earlier version of this project \(its format is not stated"):
+        Run(tmp_path, base.get_config(), resume=True)
 
 
 def test_a_damaged_config_is_named(tmp_path, config):

@@ -59,11 +59,34 @@ def test_a_run_says_what_its_models_are_and_the_command_line_the_rest(run):
     assert (cfg.name, cfg.policy.arch.width, cfg.data.instruction) == ("tiny", 16, " Think .")
     assert (cfg.policy.dtype, cfg.reward.dtype, cfg.rule.workers) == ("bfloat16", "float32", 1)
     assert cfg.pairs == base.get_config().pairs  # no part of a model
+    stored = runs.read_config(run[0])
+    del stored.policy["remat"]
+    mixed = runs.over(base.get_config(), stored, {})
+    assert mixed.policy.remat is base.get_config().policy.remat
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda c: c["reward"].update(abandoned=1),
+            r"earlier version of this project \(it has reward.abandoned\)",
+        ),
+        (
+            lambda c: c.pop("format"),
+            r"earlier version of this project \(its format is not stated, this one reads 1\)",
+        ),
+        (lambda c: c.update(format=0), "earlier version"),
+        (lambda c: c.update(format=99), r"later version of this project \(format 99, this one reads 1\)"),
+    ],
+)
+def test_a_run_of_another_version_is_refused(change, message, run, tmp_path):
     stored = json.loads((run[0] / "config.json").read_text())
-    stored["policy"]["abandoned"] = 1  # by an earlier version
-    del stored["policy"]["remat"]
-    mixed = runs.over(base.get_config(), runs.ConfigDict(stored), {})
-    assert "abandoned" not in mixed.policy and mixed.policy.remat is base.get_config().policy.remat
+    change(stored)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=message) as error:
+        runs.read_config(tmp_path)
+    assert "new run directory" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_runs_models_are_loaded_at_a_step(run, devices):

@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module imports from its own floor's folder and from floors below it.
 FLOORS = (
     ("cooper_jax.kernels", "cooper_jax.configs", "cooper_jax.__version__"),
-    ("cooper_jax.types",),
-    ("cooper_jax.settings", "cooper_jax.statistics"),
+    ("cooper_jax.types", "cooper_jax.renamed_flags"),
+    ("cooper_jax.settings", "cooper_jax.statistics", "cooper_jax.config_fields"),
     ("cooper_jax.runtime", "cooper_jax.recipes"),
     ("cooper_jax.model", "cooper_jax.data"),
     ("cooper_jax.rollout",),

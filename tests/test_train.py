@@ -207,7 +207,7 @@ def refused(path: Path, *words: str, **changes) -> None:
 
 
 def test_misspelt_flag(tmp_path):
-    refused(tmp_path / "r", "error:", "--config.stepz=3", "does not have", stepz=3)
+    refused(tmp_path / "r", "error: --config.stepz: ", "did you mean --config.steps?", stepz=3)
 
 
 def test_missing_config_file(tmp_path):

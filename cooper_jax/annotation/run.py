@@ -35,7 +35,7 @@ from cooper_jax.reward import judge as judges
 from cooper_jax.reward.chat import Failure
 from cooper_jax.reward.rule import Pending, RuleVerifier
 from cooper_jax.runtime import hosts
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings import Problems, boundary
 
 COPIED = 1000  # rows of a completions file that are taken into the ledger at once
 
@@ -68,20 +68,23 @@ def annotate(cfg: ConfigDict, problems: Sequence[str], completions: Sequence[str
 
 
 def check(cfg: ConfigDict) -> None:
-    """Raise SetupError for settings that contradict each other."""
-    a = cfg.annotate
+    """Raise SetupError with every setting that is out of its range or contradicts another."""
+    a, problems = cfg.annotate, Problems()
     for name, least in (("problems", 0), ("samples", 1), ("batch", 1)):
-        if a[name] < least:
-            raise SetupError(f"annotate.{name}={a[name]}: it must be at least {least}")
-    if a.balance not in outcome.BALANCES:
-        raise SetupError(f"annotate.balance={a.balance!r}: it is one of {', '.join(outcome.BALANCES)}")
-    if a.max_ratio < 1:
-        raise SetupError(f"annotate.max_ratio={a.max_ratio}: it must be at least 1 (as many of each class)")
-    if jax.process_count() > 1:
-        raise SetupError(
-            f"annotation runs in one process, and this is one of {jax.process_count()}: start it on one host, or "
-            "several with a part of the problems and an --out each"
-        )
+        problems.need(a[name] >= least, f"annotate.{name}={a[name]}: it must be at least {least}")
+    problems.need(
+        a.balance in outcome.BALANCES,
+        f"annotate.balance={a.balance!r}: it is one of {', '.join(outcome.BALANCES)}",
+    )
+    problems.need(
+        a.max_ratio >= 1, f"annotate.max_ratio={a.max_ratio}: it must be at least 1 (as many of each class)"
+    )
+    problems.need(
+        jax.process_count() == 1,
+        f"annotation runs in one process, and this is one of {jax.process_count()}: start it on one host, or "
+        "several with a part of the problems and an --out each",
+    )
+    problems.raise_if_any()
 
 
 def _now() -> str:
@@ -118,6 +121,9 @@ def _complete(cfg: ConfigDict, plan: plans.Plan, ledger: Ledger) -> None:
     left = sum(item.id not in log.rows for item in wanted)
     if not left:
         return
+    # The judge follows when all completions are there: hours may have gone by.
+    for name in ("source", "judge"):
+        local_chat.check(cfg, name)
     common = {"model": model_name(cfg.source), "sampling": sampling(cfg.source), "seed": cfg.seed}
 
     def keep(answers: Sequence[Answer]) -> None:

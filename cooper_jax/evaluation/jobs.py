@@ -25,7 +25,7 @@ from cooper_jax.evaluation.scoring import Chosen, RewardModel
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.runtime import files, hosts
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings import Problems, SetupError, boundary
 
 JUDGED_BY = {"rule": (True, False), "model": (False, True), "both": (True, True)}  # rule, reward model
 
@@ -201,7 +201,7 @@ def _judges(cfg: ConfigDict) -> tuple[bool, bool]:
 
 
 def check_settings(cfg: ConfigDict) -> None:
-    """Raise SetupError for settings that mean nothing, of those that evaluations use.
+    """Raise SetupError with every setting that is out of its range, of those that evaluations use.
 
     settings.check is for training, and asks for data and models that nobody needs here.
     """
@@ -213,9 +213,10 @@ def check_settings(cfg: ConfigDict) -> None:
         "bootstrap": 1,
         "problems": 0,
     }
+    problems = Problems()
     for field, lowest in least.items():
-        if cfg.benchmark[field] < lowest:
-            raise SetupError(f"benchmark.{field}={cfg.benchmark[field]}: it must be at least {lowest}")
+        value = cfg.benchmark[field]
+        problems.need(value >= lowest, f"benchmark.{field}={value}: it must be at least {lowest}")
     one_of = {
         "policy.dtype": (cfg.policy.dtype, ("float32", "bfloat16")),
         "reward.dtype": (cfg.reward.dtype, ("float32", "bfloat16")),
@@ -223,11 +224,10 @@ def check_settings(cfg: ConfigDict) -> None:
         "rollout.weights": (cfg.rollout.weights, ("auto", "gathered", "sharded")),
     }
     for field, (value, choices) in one_of.items():
-        if value not in choices:
-            raise SetupError(f"{field}={value!r}: it is one of {', '.join(choices)}")
+        problems.need(value in choices, f"{field}={value!r}: it is one of {', '.join(choices)}")
     for field, value in (("reward.microbatch", cfg.reward.microbatch), ("data.bucket", cfg.data.bucket)):
-        if value < 1:
-            raise SetupError(f"{field}={value}: it must be at least 1")
+        problems.need(value >= 1, f"{field}={value}: it must be at least 1")
+    problems.raise_if_any()
 
 
 def _describe(cfg: ConfigDict, chosen: Chosen, model: loading.Model, asked: Sequence[sets.Benchmark]) -> str:

@@ -52,11 +52,18 @@ def make(cfg: ConfigDict, generate: Generate | None = None) -> Assistant:
 
     Raises ValueError, with the flag to set, for an unknown kind or a missing address, model or generate.
     """
+    check(cfg)
     if cfg.kind == "corrupt":
         return Corrupt()
-    if cfg.kind not in ("openai", "local"):
-        raise ValueError(f"--config.assistant.kind={cfg.kind!r}: must be corrupt, openai or local")
     return Asking(chats.make(cfg, "assistant", generate))
+
+
+def check(cfg: ConfigDict) -> None:
+    """Raise ValueError for all that is wrong with a config's `assistant` section; nothing is loaded."""
+    if cfg.kind not in ("corrupt", "openai", "local"):
+        raise ValueError(f"--config.assistant.kind={cfg.kind!r}: must be corrupt, openai or local")
+    if cfg.kind != "corrupt":
+        chats.check(cfg, "assistant")
 
 
 def read_reply(completion: Completion) -> Reply:

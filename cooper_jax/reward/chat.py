@@ -30,6 +30,7 @@ import httpx
 from ml_collections import ConfigDict
 
 from cooper_jax.runtime import keys
+from cooper_jax.settings import Problems
 from cooper_jax.types import Completion
 
 log = logging.getLogger(__name__)
@@ -76,14 +77,80 @@ def make(section: ConfigDict, name: str, generate: Generate | None = None) -> Ch
 
     Raises ValueError, with the flag to set, for an unknown kind or a missing address, model or generate.
     """
-    thinking(section, name)
+    check(section, name)
     if section.kind == "openai":
         return OpenAI(section, name)
-    if section.kind == "local":
-        if generate is None:
-            raise ValueError(f"--config.{name}.kind=local: this program has no rollout engine to run it on")
-        return Local(generate, name)
-    raise ValueError(f"--config.{name}.kind={section.kind!r}: must be openai or local")
+    if generate is None:
+        raise ValueError(f"--config.{name}.kind=local: this program has no rollout engine to run it on")
+    return Local(generate, name)
+
+
+def check(section: ConfigDict, name: str) -> None:
+    """Raise SetupError, with the flags to set, for all that is missing or wrong in a section; nothing is loaded."""
+    problems = Problems()
+    with problems.collect(name):
+        thinking(section, name)
+    problems.need(
+        section.kind in ("openai", "local"),
+        f"--config.{name}.kind={section.kind!r}: must be openai or local",
+    )
+    if section.kind == "openai":
+        _check_server(section, name, problems)
+    problems.raise_if_any()
+
+
+def _check_server(section: ConfigDict, name: str, problems: Problems) -> None:
+    need = problems.need
+    for field in ("url", "model"):
+        need(bool(section[field]), f"--config.{name}.kind=openai: set --config.{name}.{field}")
+    for field, least in (("concurrency", 1), ("retries", 0)):
+        need(
+            section[field] >= least,
+            f"--config.{name}.{field}={section[field]}: must be at least {least}",
+        )
+    need(section.timeout > 0, f"--config.{name}.timeout={section.timeout}: must be positive")
+    if section.url:
+        _check_address(section, name, problems)
+
+    key = read_key(section)
+    need(
+        key.isascii() and key.isprintable() or not key,
+        f"the environment variable {section.key_env} holds characters that no key has",
+    )
+    # A server on one's own machine or network mostly has no key; one behind TLS has.
+    need(
+        bool(key) or not section.key_env or not section.url.startswith("https://"),
+        f"--config.{name}.url={section.url}: the environment variable {section.key_env} holds no key: set it, name "
+        f'another with --config.{name}.key_env, or say that the server needs none with --config.{name}.key_env=""',
+    )
+
+
+def _check_address(section: ConfigDict, name: str, problems: Problems) -> None:
+    if not section.url.startswith(("http://", "https://")):
+        problems.need(False, f"--config.{name}.url={section.url!r}: must begin with http:// or https://")
+        return
+    try:
+        address = httpx.URL(completions_address(section))
+    except httpx.InvalidURL as error:
+        problems.need(False, f"--config.{name}.url={section.url!r}: {error}")
+        return
+    problems.need(bool(address.host), f"--config.{name}.url={section.url!r}: names no host")
+    # Addresses are printed, and kept in settings.
+    problems.need(
+        not address.userinfo,
+        f"--config.{name}.url holds a name or a password: give the key in the environment variable that "
+        f"--config.{name}.key_env names",
+    )
+
+
+def completions_address(section: ConfigDict) -> str:
+    """The URL of a server's chat completions."""
+    return section.url.rstrip("/") + "/chat/completions"
+
+
+def read_key(section: ConfigDict) -> str:
+    """The key in the environment variable that the section names; "" where there is none."""
+    return os.environ.get(section.key_env, "").strip() if section.key_env else ""
 
 
 def thinking(section: ConfigDict, name: str) -> dict[str, bool]:
@@ -142,34 +209,11 @@ class OpenAI:
     overlaps = True
 
     def __init__(self, section: ConfigDict, name: str):
-        for field in ("url", "model"):
-            if not section[field]:
-                raise ValueError(f"--config.{name}.kind=openai: set --config.{name}.{field}")
-        if not section.url.startswith(("http://", "https://")):
-            raise ValueError(f"--config.{name}.url={section.url!r}: must begin with http:// or https://")
-        for field, least in (("concurrency", 1), ("retries", 0)):
-            if section[field] < least:
-                raise ValueError(f"--config.{name}.{field}={section[field]}: must be at least {least}")
-        if section.timeout <= 0:
-            raise ValueError(f"--config.{name}.timeout={section.timeout}: must be positive")
+        check(section, name)
         self.name = name
         self._cfg = section
-        self.address = section.url.rstrip("/") + "/chat/completions"
-        try:
-            named = httpx.URL(self.address).host
-        except httpx.InvalidURL as error:
-            raise ValueError(f"--config.{name}.url={section.url!r}: {error}") from error
-        if not named:
-            raise ValueError(f"--config.{name}.url={section.url!r}: names no host")
-        if httpx.URL(self.address).userinfo:  # addresses are printed, and kept in settings
-            raise ValueError(
-                f"--config.{name}.url holds a name or a password: give the key in the environment variable "
-                f"that --config.{name}.key_env names"
-            )
-        variable = section.key_env
-        key = os.environ[variable].strip() if variable and variable in os.environ else ""
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError(f"the environment variable {variable} holds characters that no key has")
+        self.address = completions_address(section)
+        key = read_key(section)
         # Servers that do not know the field may refuse it, so it is sent only where it says something.
         told = thinking(section, name)
         self._extra = {"chat_template_kwargs": told} if told else {}

@@ -14,7 +14,7 @@ from cooper_jax.data import packing
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward_training import batches, examples, measure
 from cooper_jax.runtime import mesh, optim
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings import Problems, boundary
 from cooper_jax.types import TrainState
 
 
@@ -38,12 +38,9 @@ class Job:
 
 
 def check(cfg: ConfigDict) -> None:
-    """Raise SetupError for settings that contradict each other."""
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise SetupError(message)
-
+    """Raise SetupError with every setting that is out of its range or contradicts another."""
+    problems = Problems()
+    need = problems.need
     s, r = cfg.train_rm, cfg.reward
     need(bool(s.data), "train_rm.data is empty: give --config.train_rm.data=FILE")
     need(
@@ -72,6 +69,11 @@ def check(cfg: ConfigDict) -> None:
             f"mesh.{name}={cfg.mesh[name]!r}: a reward model that is trained alone has all devices, laid out by "
             "mesh.data, .fsdp and .tensor; leave it empty",
         )
+    with problems.collect("mesh"):
+        placement.make_layout(cfg)
+    with problems.collect("train_rm"):
+        optim.make(s.optimiser, s.decay, updates=1)
+    problems.raise_if_any()
 
 
 def build(cfg: ConfigDict, path: loading.Directory) -> tuple[Job, TrainState]:

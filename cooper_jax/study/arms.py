@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cooper_jax.config_fields import describe_unknown_field
 from cooper_jax.recipes import RECIPES
 from cooper_jax.runtime.rundir import flat
 from cooper_jax.settings import SetupError
@@ -134,10 +135,12 @@ def parse(text: str, base: ConfigDict) -> Arm:
     known, settings = flat(base.to_dict()), {}
     for part in re.split(r",(?![^()]*\))", rest):  # at commas outside brackets
         field, equals, value = (x.strip() for x in part.partition("="))
-        if not equals or field not in known:
+        if not equals:
             raise SetupError(
                 f"--arm={name}: {part.strip()!r}: it is FIELD=VALUE, with a field of configs/base.py"
             )
+        if field not in known:
+            raise SetupError(f"--arm={name}: {part.strip()!r}: as in {describe_unknown_field(field, known)}")
         if decided(field):
             raise SetupError(f"--arm={name}: {field} is alike in all arms: give it as --config.{field}")
         settings[field] = _value(value, known[field], f"--arm={name}: {field}")

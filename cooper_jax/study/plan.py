@@ -106,7 +106,7 @@ class Study:
             try:
                 settings.check(self.config(arm, self.seeds[0]))
             except SetupError as error:
-                raise SetupError(f"arm {arm.name}: {error}") from error
+                raise SetupError(*(f"arm {arm.name}: {p}" for p in error.problems)) from error
 
     def _refuse_overruled(self, arm: Arm) -> None:
         """A flag would be of no effect in an arm that sets the field itself."""
