@@ -28,7 +28,7 @@ from cooper_jax.policy import grpo
 from cooper_jax.reward import assistant as assistants
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.lessons import Replay
-from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.rule import QUESTION, RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import mesh, optim
@@ -129,6 +129,16 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
     train, held_out = load_problems(cfg)
     held_out = contamination.set_apart(cfg, run_dir, train, held_out)[: cfg.eval.problems]
     with contextlib.ExitStack() as stack:
+        with boundary("rule"):
+            rule = stack.enter_context(
+                RuleVerifier(
+                    workers=cfg.rule.workers,
+                    timeout=cfg.rule.timeout,
+                    retry_timeout=cfg.rule.retry_timeout,
+                    memory_mb=cfg.rule.memory_mb,
+                )
+            )
+            rule.submit([QUESTION])  # a worker starts while the models are loaded
         policy, policy_state = _policy_wing(cfg, layouts, run_dir)
         reward, reward_state = _reward_wing(cfg, layouts["reward"], run_dir)
         with boundary(f"data.chat={cfg.data.chat}, data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
@@ -149,14 +159,7 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
                 references = (p.reference for p in (*train, *held_out))
                 prompts.check_references(reward.model.tokenizer, references, cfg.reward.max_tokens)
         with boundary("rule"):
-            rule = stack.enter_context(
-                RuleVerifier(
-                    workers=cfg.rule.workers,
-                    timeout=cfg.rule.timeout,
-                    retry_timeout=cfg.rule.retry_timeout,
-                    memory_mb=cfg.rule.memory_mb,
-                )
-            )
+            rule.check_ready()
         assistant = None
         if settings.asks_assistant(cfg):
             with boundary("assistant"):

@@ -224,4 +224,6 @@ def _rule(cfg: ConfigDict):
             workers=r.workers, timeout=r.timeout, retry_timeout=r.retry_timeout, memory_mb=r.memory_mb
         )
     with rule:
+        with boundary("rule"):
+            rule.check_ready()
         yield rule

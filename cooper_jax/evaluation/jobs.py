@@ -128,6 +128,8 @@ def rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
             workers=r.workers, timeout=r.timeout, retry_timeout=r.retry_timeout, memory_mb=r.memory_mb
         )
     with rule:
+        with boundary("rule"):
+            rule.check_ready()
         yield over_hosts(rule, None, jax.process_count())[0]
 
 
