@@ -2,7 +2,8 @@
 
 1. `check` refuses configs that contradict themselves, with all that is wrong at once.
 2. `load_problems` reads the training problems and those held out; over-long prompts are dropped and counted.
-   Held-out ones that the reward model is trained on are left out (data/contamination.py).
+   Held-out ones that the reward model is trained on are left out (data/contamination.py), and of the rest
+   `eval.problems` are drawn by a key, for files are often sorted (`choose_held_out`).
 3. `build` loads weights and tokenizers, starts the rule's workers, compiles nothing yet, and returns the
    machinery (`Cooper`, which never changes) apart from the state (`State`, which every step replaces).
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from flax import struct
@@ -28,7 +29,7 @@ from cooper_jax.policy import grpo
 from cooper_jax.reward import assistant as assistants
 from cooper_jax.reward import losses, verifier_model
 from cooper_jax.reward.lessons import Replay
-from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.rule import QUESTION, RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import mesh, optim
@@ -104,6 +105,20 @@ def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
     return train, held_out
 
 
+def choose_held_out(kept: Sequence[Problem], whole: Sequence[Problem], count: int) -> list[Problem]:
+    """At most `count` of the kept problems, in the order of their file: a sample of all of it.
+
+    kept: those of `whole`, the file's problems, that may be evaluated on.  They are taken in the keyed order of the
+    whole file, as benchmarks are, so that two runs which leave out different problems share the others.
+    """
+    if len(kept) <= count:
+        return list(kept)
+    place = {problem: i for i, problem in enumerate(whole)}
+    rank = {i: n for n, i in enumerate(problem_sets.keyed_order(len(whole)))}
+    chosen = sorted(kept, key=lambda p: rank[place[p]])[:count]
+    return sorted(chosen, key=lambda p: place[p])
+
+
 def policy_prompt(cfg: ConfigDict, tokenizer: Tokenizer, problem: Problem) -> list[int]:
     return prompts.policy_prompt(tokenizer, problem.question, cfg.data.instruction, cfg.data.chat)
 
@@ -159,8 +174,19 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
     layouts = make_layouts(cfg)
     layout = layouts["policy"]
     train, held_out = load_problems(cfg)
-    held_out = contamination.set_apart(cfg, run_dir, train, held_out)[: cfg.eval.problems]
+    apart = contamination.set_apart(cfg, run_dir, train, held_out)
+    held_out = choose_held_out(apart, held_out, cfg.eval.problems)
     with contextlib.ExitStack() as stack:
+        with boundary("rule"):
+            rule = stack.enter_context(
+                RuleVerifier(
+                    workers=cfg.rule.workers,
+                    timeout=cfg.rule.timeout,
+                    retry_timeout=cfg.rule.retry_timeout,
+                    memory_mb=cfg.rule.memory_mb,
+                )
+            )
+            rule.submit([QUESTION])  # a worker starts while the models are loaded
         policy, policy_state = _policy_wing(cfg, layouts, run_dir)
         reward, reward_state = _reward_wing(cfg, layouts["reward"], run_dir)
         with boundary(f"data.chat={cfg.data.chat}, data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
@@ -180,15 +206,12 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
             with boundary("data.train, data.eval"):
                 references = (p.reference for p in (*train, *held_out))
                 prompts.check_references(reward.model.tokenizer, references, cfg.reward.max_tokens)
-        with boundary("rule"):
-            rule = stack.enter_context(
-                RuleVerifier(
-                    workers=cfg.rule.workers,
-                    timeout=cfg.rule.timeout,
-                    retry_timeout=cfg.rule.retry_timeout,
-                    memory_mb=cfg.rule.memory_mb,
+            with boundary("reward"):
+                prompts.check_response_room(
+                    reward.model.tokenizer, cfg.rollout.max_new_tokens, cfg.reward.max_tokens
                 )
-            )
+        with boundary("rule"):
+            rule.check_ready()
         assistant = None
         if settings.asks_assistant(cfg):
             with boundary("assistant"):
@@ -225,8 +248,12 @@ def _policy_wing(
     cfg: ConfigDict, layouts: dict[str, mesh.Layout], run_dir: Directory
 ) -> tuple[PolicyWing, TrainState]:
     layout, reference = layouts["policy"], layouts["reference"]
-    model, params, _ = load_model(cfg.policy, "policy", "logits", layout, run_dir, cfg.seed)
     r = cfg.rollout
+    lengths = {
+        "data.max_prompt_tokens": cfg.data.max_prompt_tokens,
+        "rollout.max_new_tokens": r.max_new_tokens,
+    }
+    model, params, _ = load_model(cfg.policy, "policy", "logits", layout, run_dir, cfg.seed, lengths)
     sampling = engine.SamplingSpec(
         temperature=r.temperature,
         top_k=r.top_k,
@@ -264,7 +291,10 @@ def _reward_wing(
 ) -> tuple[RewardWing | None, TrainState | None]:
     if cfg.reward.arm == "rule":
         return None, None
-    model, params, head_trained = load_model(cfg.reward, "reward", "score", layout, run_dir, cfg.seed)
+    lengths = {"reward.max_tokens": cfg.reward.max_tokens}
+    model, params, head_trained = load_model(
+        cfg.reward, "reward", "score", layout, run_dir, cfg.seed, lengths
+    )
     if not (head_trained or cfg.warmup.reward_steps or cfg.reward.allow_untrained_head):
         raise SetupError(
             f"reward.weights={cfg.reward.weights!r} brings no trained score head, so its rewards would be noise: "

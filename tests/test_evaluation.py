@@ -16,7 +16,7 @@ import tiny_runs
 import tiny_tokenizers
 from ml_collections import ConfigDict
 
-from cooper_jax import statistics
+from cooper_jax import assembly, statistics
 from cooper_jax.configs import qwen_1p5b, tiny
 from cooper_jax.data import labelled, overlap, synthetic
 from cooper_jax.evaluation import benchmarks, jobs, sets, summaries
@@ -92,6 +92,19 @@ def test_answers_are_one_where_their_normal_forms_are(completion, form):
 
 
 # --- which problems ------------------------------------------------------------------------------------------
+
+
+def test_the_periodic_evaluation_takes_a_benchmarks_part():
+    whole = [Problem(f"How many {i} ?", str(i), level=str(i // 10)) for i in range(40)]
+    chosen = assembly.choose_held_out(whole, whole, 12)
+    assert chosen == [whole[i] for i in sets.part(40, 12)]
+    assert {p.level for p in chosen} == set("0123")  # of a sorted file, the first 12 have two levels
+    assert assembly.choose_held_out(whole, whole, 40) == assembly.choose_held_out(whole, whole, 99) == whole
+    # What one run leaves out is replaced by the next in the order; the others are the same ones.
+    kept = [p for p in whole if p not in chosen[:3]]
+    other = assembly.choose_held_out(kept, whole, 12)
+    assert set(chosen[3:]) < set(other) and len(other) == 12
+    assert other == [p for p in whole if p in set(other)]
 
 
 def test_the_part_is_fixed_and_grows():
@@ -388,13 +401,14 @@ ITEM = {
 
 
 def test_recorded_responses_are_judged_anew(tmp_path):
-    rows = [ITEM | {"rule": "wrong"}, ITEM | {"sample": 1, "completion": "\\boxed{2}", "truncated": True}]
+    half = "\\boxed{2} \ud83d"  # of a pair: no UTF-8 form
+    rows = [ITEM | {"rule": "wrong"}, ITEM | {"sample": 1, "completion": half, "truncated": True}]
     path = write_rows(tmp_path / "items.jsonl", *rows)
     cfg = config()
     jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
     again = read_rows(tmp_path / "out" / ITEMS)
     assert [(r["completion"], r["truncated"], r["rule"]) for r in again] == [
-        ("\\boxed{1}", False, "correct"), ("\\boxed{2}", True, "wrong"),
+        ("\\boxed{1}", False, "correct"), ("\\boxed{2} \ufffd", True, "wrong"),
     ]  # fmt: skip
     results = json.loads((tmp_path / "out" / RESULTS).read_text())
     assert results["benchmarks"][0]["judges"]["rule"]["accuracy"]["value"] == 0.5
@@ -592,7 +606,7 @@ def test_the_papers_config_needs_the_policys_weights_alone(tmp_path, monkeypatch
     path = write_rows(tmp_path / "a_test.jsonl", {"question": "Two and two?", "answer": "#### 4"})
     cfg = qwen_1p5b.get_config()
     cfg.policy.weights = str(tmp_path / "hf")
-    cfg.benchmark.max_new_tokens = 4
+    cfg.benchmark.max_prompt_tokens, cfg.benchmark.max_new_tokens = 252, 4  # all of the model's 256 positions
     jobs.benchmarks(cfg, Chosen(cfg, tmp_path / "out"), [str(path)], tmp_path / "out")
     rows = read_rows(tmp_path / "out" / ITEMS)
     assert len(rows) == cfg.benchmark.samples and "reward" not in rows[0]

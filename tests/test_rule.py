@@ -349,6 +349,22 @@ def test_a_worker_that_cannot_start_is_reported(tmp_path):
             rule.check([("1", "1"), ("2", "2"), ("3", "3")])
 
 
+def test_the_first_question_finds_a_verifier_that_does_not_work(tmp_path, rule):
+    rule.check_ready()
+    path = tmp_path / "broken.py"
+    path.write_text("import math_verify_is_not_here\n")
+    with RuleVerifier(2, 1.0, 2.0, 0, command=(sys.executable, str(path))) as broken:
+        with pytest.raises(
+            ValueError, match="does not work: a rule worker did not start.*not_here'$"
+        ) as caught:
+            broken.check_ready()
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    path.write_text(SCRIPT.replace('request["reference"]}', '"wrong"}'))
+    with RuleVerifier(1, 1.0, 2.0, 0, command=(sys.executable, str(path))) as mistaken:
+        with pytest.raises(ValueError, match="says 'wrong'"):
+            mistaken.check_ready()
+
+
 def test_works_off_the_main_thread(rule):
     got = []
     thread = threading.Thread(
@@ -439,3 +455,35 @@ def test_memory_is_limited():
         timeout=60,
     )
     assert run.stdout == "limited\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("current limit exceeds maximum limit"), OSError(22, "no such limit")]
+)
+def test_a_platform_that_refuses_the_limit_gives_the_reason(monkeypatch, error):
+    import resource
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert rule_worker.limit_memory(400) == str(error)
+    assert rule_worker.limit_memory(0) == ""
+
+
+@pytest.mark.parametrize("error", ["ValueError", "OSError"])
+def test_workers_run_without_a_limit_that_the_platform_refuses_and_say_so_once(tmp_path, capsys, error):
+    path = tmp_path / "mac.py"
+    path.write_text(
+        "import resource, runpy\n"
+        f"def refuse(*_):\n    raise {error}('not on this system')\n"
+        "resource.setrlimit = refuse\n"
+        f"runpy.run_path({rule_worker.__file__!r}, run_name='__main__')\n"
+    )
+    command = (sys.executable, "-P", str(path))
+    with RuleVerifier(2, 20.0, 40.0, 2048, command=command) as rule:
+        rule.check_ready()
+        items = [(str(n), f"\\boxed{{{n}}}") for n in range(40)]
+        assert rule.check(items) == [Verdict.CORRECT] * 40  # enough for both workers
+    said = capsys.readouterr().out
+    assert said.count("warning") == 1 and "not on this system" in said and "config.rule.memory_mb" in said

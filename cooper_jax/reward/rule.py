@@ -30,9 +30,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cooper_jax.runtime import hosts
 from cooper_jax.types import Verdict
 
 Item = tuple[str, str]  # reference, completion text
@@ -44,6 +45,7 @@ WORKER = (
 )  # -P: our modules stay off its path
 START_LIMIT = 120.0  # seconds for a process to import math-verify, on a busy machine
 REMEMBERED = 1 << 16  # verdicts kept
+QUESTION = ("4", "So the answer is \\boxed{4}.")  # correct: the first question of a run
 
 
 @dataclasses.dataclass
@@ -82,7 +84,8 @@ class RuleVerifier:
       workers: processes.
       timeout: seconds a verdict, before the process is killed.
       retry_timeout: seconds of the one further try, alone.
-      memory_mb: address space of one process in MiB; 0 sets no limit.
+      memory_mb: address space of one process in MiB; 0 sets no limit, and neither does a platform that refuses it,
+        as macOS does: that is said once.
       command: what to run as a worker; the memory limit is appended as its last argument.
     """
 
@@ -114,6 +117,7 @@ class RuleVerifier:
         self._alone = False
         self._started = False
         self._closed = False
+        self._warned = False  # that the platform refuses the memory limit
 
     def __enter__(self) -> RuleVerifier:
         return self
@@ -150,6 +154,25 @@ class RuleVerifier:
         """`submit(items).result()`."""
         return self.submit(items).result()
 
+    def check_ready(self) -> None:
+        """Have a worker answer one question, before anything is trained that would be lost with it.
+
+        `submit([QUESTION])` starts the worker earlier, beside other work.  Raises ValueError where no worker
+        starts, or the answer does not come or is not right.
+        """
+        try:
+            (verdict,) = self.check([QUESTION])
+        except RuntimeError as error:
+            first, *rest = str(error).splitlines()
+            said = " ".join([first.removesuffix("Traceback (most recent call last):").strip(), *rest[-1:]])
+            raise ValueError(f"the rule verifier does not work: {said}") from error
+        if verdict is not Verdict.CORRECT:
+            raise ValueError(
+                f"the rule verifier does not work: asked whether 4 equals 4, it says {verdict.value!r} after at "
+                f"most {self._retry_timeout} s; where the machine is that slow, raise "
+                "--config.rule.retry_timeout, and where memory is short --config.rule.memory_mb"
+            )
+
     def close(self) -> None:
         """Kills the workers; what was not yet decided raises in its `Pending.result`.  Harmless when repeated."""
         with self._state:
@@ -172,7 +195,9 @@ class RuleVerifier:
                     worker = None
                 reply = error = None
                 try:
-                    worker = worker or _Worker(self._command)
+                    if worker is None:
+                        worker = _Worker(self._command)
+                        self._warn(worker.unlimited)
                     limit = self._retry_timeout if alone else self._timeout
                     reply = worker.ask(job.item, limit, lambda: self._closed)
                 except RuntimeError as cause:
@@ -219,6 +244,16 @@ class RuleVerifier:
                         self._known.popitem(last=False)
             self._state.notify_all()
 
+    def _warn(self, unlimited: str) -> None:
+        """Say once that workers run without a memory limit; "" says nothing."""
+        with self._state:
+            first, self._warned = bool(unlimited) and not self._warned, self._warned or bool(unlimited)
+        if first:
+            hosts.say(
+                f"warning: this system does not let a process limit its memory ({unlimited}), so the rule's "
+                "workers run without --config.rule.memory_mb; 0 sets no limit and leaves this line out"
+            )
+
     def _fail(self, error: Exception) -> None:
         """Gives up on all that is queued or running; the caller holds the lock."""
         for job in self._open.values():
@@ -244,7 +279,10 @@ class _Worker:
             # One order of sets and symbols in every process: a verdict does not depend on where it was reached.
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )
-        if self._reply(START_LIMIT, lambda: False) != "ready":
+        ready = self._line(START_LIMIT, lambda: False)
+        # Why the platform refused the memory limit; "" where it did not.
+        self.unlimited: str = ready["unlimited"] if ready is not None and "unlimited" in ready else ""
+        if ready is None or ready["verdict"] != "ready":
             self._process.kill()
             self._process.wait()
             self._errors.seek(0)
@@ -255,17 +293,18 @@ class _Worker:
                 f"a rule worker did not start ({' '.join(command)}; exit status {code}): {said}"
             )
 
-    def ask(self, item: Item, limit: float, closed) -> str | None:
+    def ask(self, item: Item, limit: float, closed: Callable[[], bool]) -> str | None:
         """The reply on one pair; None where the process was late, died or ran out of memory."""
         request = {"reference": item[0], "completion": item[1], "limit": limit}
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
         except OSError:  # it has died since
             return None
-        reply = self._reply(limit, closed)
-        return None if reply == "memory" else reply
+        reply = self._line(limit, closed)
+        return None if reply is None or reply["verdict"] == "memory" else reply["verdict"]
 
-    def _reply(self, limit: float, closed) -> str | None:
+    def _line(self, limit: float, closed: Callable[[], bool]) -> dict[str, str] | None:
+        """The worker's next line; None where it is late, or the worker has died or is closed."""
         deadline = time.monotonic() + limit
         pipe = self._process.stdout
         while b"\n" not in self._unread:
@@ -279,7 +318,7 @@ class _Worker:
                 return None
             self._unread += read
         line, self._unread = self._unread.split(b"\n", 1)
-        return json.loads(line)["verdict"]
+        return json.loads(line)
 
     def kill(self) -> None:
         self._process.kill()
