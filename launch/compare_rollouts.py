@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from cooper_jax import placement, settings, workloads
 from cooper_jax.rollout import engine
 from cooper_jax.rollout.differences import first_differences
+from cooper_jax.rollout.draw import fuses
 from cooper_jax.runtime import keys
 from cooper_jax.settings import SetupError, boundary
 from launch.common import CONFIG, TRACEBACK, fail, parse_flags
@@ -55,8 +56,8 @@ def rollout(cfg: ConfigDict, key):
     options = placement.rollout_options(cfg)
     with boundary("rollout"):
         drawn = engine.generate(params, config, layout, prompts, range(len(prompts)), key, spec, **options)
-    fused = spec.uncut and (options["implementation"] or engine.kernels_of(config, layout)) != "xla"
-    return drawn, (params, config, prompts, range(len(prompts)), key, spec), fused
+    fused = fuses(options["implementation"] or engine.kernels_of(config, layout), spec)
+    return drawn, (params, config, layout, prompts, range(len(prompts)), key, spec), fused
 
 
 def main(argv: list[str]) -> None:
