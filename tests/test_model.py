@@ -388,6 +388,27 @@ def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
 # --- meshes ----------------------------------------------------------------------------------------------
 
 
+def test_one_cpu_device_generates_with_the_fast_products():
+    """The last bits differ from those of a mesh, where the products are plain; logits agree within 1e-5."""
+    c = CASES["qwen2_seven_to_one"]
+    prompts, lengths = jnp.asarray(rows(2, 7)), jnp.array([7, 4])
+    suffix = jnp.asarray(rows(4, 5))
+
+    def logits(layout):
+        params = jax.device_put(random_params(c), shardings(layout, transformer.param_specs(c)))
+        _, hidden = decode(params, c, prompts, lengths, suffix, 2, layout)
+        params = generation.for_generation(params, c, layout)
+        assert (transformer.UNEMBED in params) == layout.fast_cpu_products
+        out = jax.jit(lambda p, h: transformer.logits(p, c, h))(params, hidden.reshape(-1, c.width))
+        return np.asarray(out)
+
+    two = Layout(make_mesh(2, 1, 1, jax.devices()[:2]), tuple(base.get_config().mesh.rules))
+    assert one_device().fast_cpu_products and not two.fast_cpu_products
+    fast, plain = logits(one_device()), logits(two)
+    assert np.abs(plain).max() > 0.1
+    np.testing.assert_allclose(fast, plain, atol=1e-5, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def layout():
     return Layout(make_mesh(2, 2, 2), tuple(tuple(r) for r in base.get_config().mesh.rules))

@@ -26,7 +26,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
-FAST_CPU_PRODUCTS = False
 Rules = tuple[tuple[str, Any], ...]
 
 
@@ -157,7 +156,7 @@ class Layout:
 
         On one device only: over several, the partitioner would gather the operands of these products.
         """
-        return FAST_CPU_PRODUCTS and self.single_device and self.platform == "cpu"
+        return self.single_device and self.platform == "cpu"
 
     @property
     def batch_shards(self) -> int:
