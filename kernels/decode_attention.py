@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels import platform
-from kernels.kv import KV
-from kernels.schedule import LOWEST, Schedule, own_length
+from cooper_jax.kernels import platform
+from cooper_jax.kernels.kv import KV
+from cooper_jax.kernels.schedule import LOWEST, Schedule, own_length
 
 
 def reads(implementation: str, head_dim: int) -> bool:
@@ -65,13 +65,13 @@ def decode_attention(
 
 
 def _tpu(*arguments: Any, interpret: bool) -> jax.Array:
-    from kernels import decode_attention_tpu  # here: Pallas is slow to import
+    from cooper_jax.kernels import decode_attention_tpu  # here: Pallas is slow to import
 
     return decode_attention_tpu.decode_attention(*arguments, interpret=interpret)
 
 
 def _triton(*arguments: Any, interpret: bool) -> jax.Array:
-    from kernels import decode_attention_triton  # here: Pallas is slow to import
+    from cooper_jax.kernels import decode_attention_triton  # here: Pallas is slow to import
 
     return decode_attention_triton.decode_attention(*arguments, interpret=interpret)
 

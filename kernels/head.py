@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from kernels import gumbel, online, platform
+from cooper_jax.kernels import gumbel, online, platform
 
 # Logits that exist at a time.  The plain form's fit a core's cache.  Accelerators add each chunk's part of d hidden
 # [M, D] to the rest in memory, which takes less of the time the larger the chunks are.
@@ -179,13 +179,13 @@ def _bounds(head: jax.Array, vocab_size: int, axis_name: str | None) -> jax.Arra
 
 
 def _tpu(*arguments: jax.Array, interpret: bool, **static: Any) -> online.Seen:
-    from kernels import head_tpu  # here: Pallas is slow to import, and the CPU does without it
+    from cooper_jax.kernels import head_tpu  # here: Pallas is slow to import, and the CPU does without it
 
     return head_tpu.stream(*arguments, **static, interpret=interpret)
 
 
 def _triton(*arguments: jax.Array, interpret: bool, **static: Any) -> online.Seen:
-    from kernels import head_triton  # here: Pallas is slow to import, and the CPU does without it
+    from cooper_jax.kernels import head_triton  # here: Pallas is slow to import, and the CPU does without it
 
     return head_triton.stream(*arguments, **static, interpret=interpret)
 

@@ -13,8 +13,8 @@ import tiny_updates
 from tiny_models import one_device
 from tiny_runs import ROOT, begun_again, metrics, parameters, run
 
-from configs import base, llama3p2_1b, qwen_1p5b
 from cooper_jax import placement, settings
+from cooper_jax.configs import base, llama3p2_1b, qwen_1p5b
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine, plan

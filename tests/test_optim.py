@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import one_device
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout, ParamSpec
 

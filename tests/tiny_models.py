@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
 from cooper_jax import placement
+from cooper_jax.configs import base
 from cooper_jax.model.config import ModelConfig, RopeScaling
 from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime.mesh import Layout, is_spec

@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 import numpy as np
 
-from configs import base
 from cooper_jax import placement
+from cooper_jax.configs import base
 from cooper_jax.model import weights
 from cooper_jax.policy import grpo
 

@@ -10,8 +10,8 @@ import common
 import jax
 import numpy as np
 
-from configs import base
 from cooper_jax import placement
+from cooper_jax.configs import base
 from cooper_jax.model import weights
 from cooper_jax.policy import grpo
 from cooper_jax.runtime import optim
