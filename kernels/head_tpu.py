@@ -34,7 +34,6 @@ GROUP = 8  # rows whose logits are worked on in registers at a time
 COLUMNS = 1024  # the most in a tile
 HIDDEN_BYTES, HEAD_BYTES = 8 * 2**20, 4 * 2**20  # of a tile, which is held twice
 VMEM = 64 * 2**20
-INTERPRET = {"tpu": False, "tpu_interpret": pltpu.InterpretParams()}
 
 
 def stream(
@@ -90,7 +89,7 @@ def stream(
             transcendentals=(3 if mode == "draw" else 1) * n * vocabulary,
             bytes_accessed=reads + len(seen) * n * splits * LANES * 4,
         ),
-        interpret=interpret,
+        interpret=pltpu.InterpretParams() if interpret is True else interpret,
         name=f"head_{mode}",
     )(bounds, hidden, head, ids)
     return online.Seen(*out)

@@ -33,6 +33,7 @@ from cooper_jax import placement, settings, workloads
 from cooper_jax.config_fields import describe_unknown_field, flatten_config
 from cooper_jax.rollout import engine
 from cooper_jax.rollout.differences import first_differences
+from cooper_jax.rollout.draw import fuses
 from cooper_jax.runtime import keys
 from cooper_jax.settings import SetupError, boundary
 
@@ -64,8 +65,8 @@ def rollout(cfg: ConfigDict, key):
     options = placement.rollout_options(cfg)
     with boundary("rollout"):
         drawn = engine.generate(params, config, layout, prompts, range(len(prompts)), key, spec, **options)
-    fused = spec.uncut and (options["implementation"] or engine.kernels_of(config, layout)) != "xla"
-    return drawn, (params, config, prompts, range(len(prompts)), key, spec), fused
+    fused = fuses(options["implementation"] or engine.kernels_of(config, layout), spec)
+    return drawn, (params, config, layout, prompts, range(len(prompts)), key, spec), fused
 
 
 def main(argv: list[str]) -> None:

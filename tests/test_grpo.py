@@ -41,7 +41,9 @@ def bits(tree):
 
 def model_params():
     """Initial weights: probabilities are far from uniform."""
-    params = mesh.init_params(jax.random.key(0), transformer.param_specs(CONFIG, head="logits"))
+    params = mesh.init_params(
+        jax.random.key(0), transformer.param_specs(CONFIG, head="logits"), tiny_models.one_device()
+    )
     return params
 
 
@@ -326,7 +328,9 @@ def naive_logprobs(params, batch, temperature):
         tokens[n, : len(row)] = row
         rows.append((len(row), int(np.asarray(batch.response_mask)[n].sum())))
     real = jnp.asarray(np.arange(P + T)[None] < np.array([total for total, _ in rows])[:, None])
-    hidden = transformer.trunk(params, CONFIG, jnp.asarray(tokens), real, dtype=jnp.float32)
+    hidden = transformer.trunk(
+        params, CONFIG, jnp.asarray(tokens), real, dtype=jnp.float32, layout=tiny_models.one_device()
+    )
     logits = transformer.logits(params, CONFIG, hidden)[..., : CONFIG.vocab_size]
     lp = jax.nn.log_softmax(logits / temperature)[:, :-1]
     lp = jnp.take_along_axis(lp, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
@@ -355,12 +359,16 @@ def naive_loss(params, batch, cfg, temperature):
 @functools.cache  # compiling is what takes time here
 def gradients_of(temperature, microbatch):
     cfg = section(microbatch=microbatch)
-    return jax.jit(grpo.make_gradients(CONFIG, cfg, None, temperature=temperature, max_new_tokens=T))
+    return jax.jit(
+        grpo.make_gradients(CONFIG, cfg, tiny_models.one_device(), temperature=temperature, max_new_tokens=T)
+    )
 
 
 @functools.cache
 def logprobs_of(temperature, microbatch):
-    return grpo.make_logprobs(CONFIG, None, microbatch=microbatch, dtype="float32", temperature=temperature)
+    return grpo.make_logprobs(
+        CONFIG, tiny_models.one_device(), microbatch=microbatch, dtype="float32", temperature=temperature
+    )
 
 
 def assert_trees_close(got, expected, atol=1e-5):
@@ -497,7 +505,7 @@ def test_what_follows_eos_changes_nothing(params, standard):
 # --- updates -----------------------------------------------------------------------------------------
 
 
-def update_of(cfg, opt, layout=None):
+def update_of(cfg, opt, layout):
     return grpo.make_update(CONFIG, cfg, opt, layout, temperature=TEMPERATURE, max_new_tokens=T)
 
 
@@ -506,7 +514,7 @@ def plain_update():
     opt = adamw(
         eps=1e-3
     )  # with Adam's usual 1e-8 the first step is a sign: rounding noise would count in full
-    return opt, update_of(section(), opt)
+    return opt, update_of(section(), opt, tiny_models.one_device())
 
 
 def test_an_update_moves_its_state_alone(params, plain_update):
@@ -589,7 +597,7 @@ def test_a_mesh_gives_the_update_of_one_device(params, plain_update):
 def test_sections_that_no_update_can_follow_are_refused(change):
     (field,) = change
     with pytest.raises(ValueError, match=f"policy.{field} is "):
-        update_of(section(**change), adamw())
+        update_of(section(**change), adamw(), tiny_models.one_device())
 
 
 # --- a step's minibatches ------------------------------------------------------------------------------
@@ -654,7 +662,9 @@ def test_steps_that_cannot_be_cut_are_refused():
 @functools.cache
 def imitate(microbatch):
     opt = adamw(eps=1e-3)
-    return opt, imitation.make_update(CONFIG, None, opt, dtype="float32", remat=True, microbatch=microbatch)
+    return opt, imitation.make_update(
+        CONFIG, tiny_models.one_device(), opt, dtype="float32", remat=True, microbatch=microbatch
+    )
 
 
 def test_imitation_equals_a_naive_model(params):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_updates
+from tiny_models import one_device
 from tiny_runs import ROOT, begun_again, metrics, parameters, run
 
 from cooper_jax import placement, settings
@@ -30,8 +31,8 @@ def sizes_of(name: str) -> tuple[int, int, int]:
 
 @functools.cache
 def plain() -> dict[str, np.ndarray]:
-    """Without a mesh."""
-    return tiny_updates.results(None)
+    """On one device."""
+    return tiny_updates.results(one_device())
 
 
 @pytest.fixture(
@@ -79,8 +80,8 @@ def test_free_running_tokens(found):
     """The rollout's tool lists the rows that part; each did so at a draw that lay within rounding of another."""
     a, b = (tiny_updates.rollout_of(x) for x in (plain(), found))
     parted = first_differences(
-        tiny_updates.params_of("logits"), tiny_updates.MODEL, tiny_updates.prompts(), tiny_updates.POSITIONS,
-        tiny_updates.key(), tiny_updates.SPEC, a, b, fused=False,
+        tiny_updates.params_of("logits"), tiny_updates.MODEL, one_device(), tiny_updates.prompts(),
+        tiny_updates.POSITIONS, tiny_updates.key(), tiny_updates.SPEC, a, b, fused=False,
     )  # fmt: skip
     assert all(d.margin < 1e-5 for d in parted), parted
     same = np.setdiff1d(np.arange(len(a.tokens)), [d.row for d in parted])
@@ -95,8 +96,8 @@ def test_a_wrong_draw_would_be_found():
     tokens = a.tokens.copy()
     tokens[0, 0] = (tokens[0, 0] + 1) % 61
     (parted,) = first_differences(
-        tiny_updates.params_of("logits"), tiny_updates.MODEL, tiny_updates.prompts(), tiny_updates.POSITIONS,
-        tiny_updates.key(), tiny_updates.SPEC, a, a.replace(tokens=tokens), fused=False,
+        tiny_updates.params_of("logits"), tiny_updates.MODEL, one_device(), tiny_updates.prompts(),
+        tiny_updates.POSITIONS, tiny_updates.key(), tiny_updates.SPEC, a, a.replace(tokens=tokens), fused=False,
     )  # fmt: skip
     assert parted.margin > 1e-5
 

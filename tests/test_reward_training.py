@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ OPT.eps = 1e-3  # with Adam's usual 1e-8 the first step is a sign: rounding nois
 
 
 def one_device(*_) -> Layout:
-    return Layout(mesh.make_mesh(1, 1, 1, jax.devices()[:1]), RULES)
+    return tiny_models.one_device()
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
     params = tiny_models.random_params(config, "score")
     rows, lengths, labels = random_rows(config)
     shapes = batches.choose_shapes(lengths, bucket=8, most=3, budget=120, batch=11)
-    accumulator = verifier_model.make_bce_accumulator(config, section(), optim.make(OPT), None)
+    accumulator = verifier_model.make_bce_accumulator(config, section(), optim.make(OPT), one_device())
     sums = accumulator.start(params)
     for piece in pieces(rows, lengths, labels, shapes):
         sums = accumulator.add(params, sums, piece)
@@ -113,12 +114,12 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
         assert np.abs(theirs[n]).max() > 1e-3, n
 
 
-@pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=["one device", "data 2 x fsdp 2 x tensor 2"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=["one device", "data 2 x fsdp 2 x tensor 2"])
 def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
     config = tiny_models.config(vocab_size=30, width=16, head_dim=4, ffn=24)
-    layout = None if sizes is None else Layout(mesh.make_mesh(*sizes), RULES)
+    layout = Layout(mesh.make_mesh(*sizes, jax.devices()[: math.prod(sizes)]), RULES)
     specs = transformer.param_specs(config, head="score")
-    opt, rows_multiple = optim.make(OPT), 1 if layout is None else layout.batch_shards
+    opt, rows_multiple = optim.make(OPT), layout.batch_shards
     params = tiny_models.random_params(config, "score")
     rows, lengths, labels = random_rows(config, n=12)
     shapes = batches.choose_shapes(
@@ -126,12 +127,10 @@ def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
     )
 
     def put(tree):
-        return tree if layout is None else layout.put(tree, "batch")
+        return layout.put(tree, "batch")
 
     def start():
-        return optim.init(
-            params if layout is None else jax.device_put(params, mesh.shardings(layout, specs)), opt
-        )
+        return optim.init(jax.device_put(params, mesh.shardings(layout, specs)), opt)
 
     valid = np.arange(40)[None] < lengths[:, None]
     tokens = np.zeros((12, 40), np.int32)
@@ -154,8 +153,7 @@ def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
         assert float(got[name]) == pytest.approx(float(figures[name]), rel=1e-5, abs=1e-6), name
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
-        if layout is not None:
-            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
     assert accumulator.add._cache_size() == len(used)  # a program a shape
 
 
@@ -294,7 +292,7 @@ def place(tmp_path_factory) -> Path:
     tiny_tokenizers.write(path / "tokenizer", "qwen")
     size = tokenizers.load(str(path / "tokenizer")).vocab_size
     config = tiny_models.config(vocab_size=size, width=32, head_dim=8, ffn=64)
-    params = mesh.init_params(jax.random.key(0), transformer.param_specs(config))
+    params = mesh.init_params(jax.random.key(0), transformer.param_specs(config), one_device())
     weights.save(path / "trunk", config, params, "logits", tokenizer_dir=path / "tokenizer")
     write_task(path / "train.jsonl", range(1, 9))
     write_task(path / "dev.jsonl", range(20, 25))
@@ -610,7 +608,7 @@ def test_a_run_in_a_bucket_leaves_the_same(bucket, finished, place, alone):  # n
     path = Bucket.disk("b/run")
     assert timeless(metrics(path)) == timeless(metrics(finished)) and kept(path) == kept(finished)
     assert overlap.read_seen("gs://b/run/best") == overlap.read_seen(finished / "best")
-    assert weights.load("gs://b/run/best", head="score").head_trained
+    assert weights.load("gs://b/run/best", head="score", layout=one_device()).head_trained
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -862,6 +860,8 @@ def test_two_processes_of_two_devices_train_what_one_does(finished, place, tmp_p
         for name in ("train_rm/loss", "train_rm/grad_norm", "eval/loss"):
             assert two.get(name) == (pytest.approx(one[name], rel=1e-3) if name in one else None), name
     np.testing.assert_allclose(held_out_logits(path), held_out_logits(finished), atol=1e-2)
-    ours, theirs = (weights.load(str(p / "best"), head="score").params for p in (path, finished))
+    ours, theirs = (
+        weights.load(str(p / "best"), head="score", layout=one_device()).params for p in (path, finished)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2), ours, theirs)
     assert "train_rm" not in (tmp_path / "out/1").read_text()

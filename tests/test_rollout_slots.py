@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from tiny_models import one_device
 from tiny_rollouts import (
     KEY,
     MOST,
@@ -237,9 +238,11 @@ def test_nothing_is_compiled_twice(monkeypatch):
     rollout(spec)
     assert traces == ["prefill", "decode_step", "decode_step"]
     changed = jax.tree.map(lambda x: x * 1.01, params_of())
-    generate(changed, TINY, None, [[1, 2], [3], [4] * 32, [5]], [7, 8, 9, 10**6], jax.random.key(1), spec)
-    weights = rollout_weights(changed, TINY, None, "float32")
-    generate(weights, TINY, None, PROMPTS, POSITIONS, KEY, dataclasses.replace(spec))
+    generate(
+        changed, TINY, one_device(), [[1, 2], [3], [4] * 32, [5]], [7, 8, 9, 10**6], jax.random.key(1), spec
+    )
+    weights = rollout_weights(changed, TINY, one_device(), "float32")
+    generate(weights, TINY, one_device(), PROMPTS, POSITIONS, KEY, dataclasses.replace(spec))
     assert len(traces) == 3
 
 

@@ -49,19 +49,23 @@ def pairs(mask=(1, 1, 0, 1, 1, 0, 1)):
 @functools.cache
 def start():
     """Initial weights blown up, so that scores differ."""
-    params = mesh.init_params(jax.random.key(0), transformer.param_specs(CONFIG, head="score"))
+    params = mesh.init_params(
+        jax.random.key(0), transformer.param_specs(CONFIG, head="score"), tiny_models.one_device()
+    )
     return jax.tree.map(lambda x: x if (x == 1).all() else 1.5 * x, params)  # norms stay
 
 
 @functools.cache  # compiling is what takes time here
 def updates(pair_loss):
     opt = optim.make(OPT)
-    return opt, verifier_model.make_update(CONFIG, section(pair_loss=pair_loss), opt, None)
+    return opt, verifier_model.make_update(
+        CONFIG, section(pair_loss=pair_loss), opt, tiny_models.one_device()
+    )
 
 
 @functools.cache
 def scorer(microbatch):
-    return verifier_model.make_score(CONFIG, None, dtype="float32", microbatch=microbatch)
+    return verifier_model.make_score(CONFIG, tiny_models.one_device(), dtype="float32", microbatch=microbatch)
 
 
 def naive_scores(params, batch):
@@ -70,7 +74,9 @@ def naive_scores(params, batch):
     for n, valid in enumerate(np.asarray(batch.valid)):
         tokens[n, : length[n]] = np.asarray(batch.tokens)[n, valid]
     real = jnp.asarray(np.arange(S)[None] < length[:, None])
-    hidden = transformer.trunk(params, CONFIG, jnp.asarray(tokens), real, dtype=jnp.float32)
+    hidden = transformer.trunk(
+        params, CONFIG, jnp.asarray(tokens), real, dtype=jnp.float32, layout=tiny_models.one_device()
+    )
     return (hidden[np.arange(N), length - 1] * params["score"][None]).sum(axis=1)
 
 
@@ -291,7 +297,9 @@ def test_pairs_of_two_widths_are_refused():
 
 def test_an_unknown_contrast_is_refused_at_once():
     with pytest.raises(ValueError, match="reward.pair_loss is 'hinge'"):
-        verifier_model.make_update(CONFIG, section(pair_loss="hinge"), optim.make(OPT), None)
+        verifier_model.make_update(
+            CONFIG, section(pair_loss="hinge"), optim.make(OPT), tiny_models.one_device()
+        )
 
 
 # --- binary cross-entropy ------------------------------------------------------------------------------
@@ -299,7 +307,7 @@ def test_an_unknown_contrast_is_refused_at_once():
 
 def test_bce_updates():
     opt = optim.make(OPT)
-    update = verifier_model.make_bce_update(CONFIG, section(), opt, None)
+    update = verifier_model.make_bce_update(CONFIG, section(), opt, tiny_models.one_device())
     batch = rows(3)
     labels = jnp.array([1, 0, 1, 0, 1, 0, 1], jnp.float32)
     weights = jnp.array([1, 1, 0, 2, 1, 1, 1], jnp.float32)
@@ -335,7 +343,9 @@ def labelled(weights=WEIGHTS):
 @functools.cache
 def update_of(pair_loss="sigmoid", **terms):
     opt = optim.make(OPT)
-    return opt, verifier_model.make_update(CONFIG, section(pair_loss=pair_loss, **terms), opt, None)
+    return opt, verifier_model.make_update(
+        CONFIG, section(pair_loss=pair_loss, **terms), opt, tiny_models.one_device()
+    )
 
 
 @pytest.mark.parametrize("kind", losses.PAIR_LOSSES)
@@ -415,7 +425,7 @@ def test_an_update_of_all_terms_is_that_of_a_naive_sum():
 def test_rows_alone_are_learned_from_as_before_the_run():
     """The term of labelled rows is `make_bce_update`'s, bit for bit; no pair is read."""
     opt, update = update_of(pair_weight=0.0, rollout_bce=1.0)
-    bce = verifier_model.make_bce_update(CONFIG, section(), opt, None)
+    bce = verifier_model.make_bce_update(CONFIG, section(), opt, tiny_models.one_device())
     batch = labelled()
     expected, _ = bce(optim.init(start(), opt), batch.rows, batch.labels, batch.weights)
     got, metrics = update(optim.init(start(), opt), None, batch)

@@ -68,7 +68,7 @@ def params_of(head: str) -> dict:
     return jax.device_get(tiny_models.random_params(MODEL, head))
 
 
-def results(layout: Layout | None) -> dict[str, np.ndarray]:
+def results(layout: Layout) -> dict[str, np.ndarray]:
     """Losses, gradients (`grad/<update>/<parameter>`), scores, random bits and a rollout, on the host."""
     cfg = config()
     placed = {
@@ -149,9 +149,7 @@ def _has_moments(x) -> bool:
     return hasattr(x, "mu")
 
 
-def _placed(params, specs, layout: Layout | None):
-    if layout is None:
-        return jax.tree.map(jnp.asarray, params)
+def _placed(params, specs, layout: Layout):
     return jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]),
         params,
@@ -159,9 +157,7 @@ def _placed(params, specs, layout: Layout | None):
     )
 
 
-def _put(tree, layout: Layout | None, rows: bool = True):
-    if layout is None:
-        return jax.tree.map(jnp.asarray, tree)
+def _put(tree, layout: Layout, rows: bool = True):
     return layout.put(tree, *(("batch",) if rows else ()))
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
@@ -123,11 +122,11 @@ def load(
     *,
     num_layers: int = 0,
     head: str = "logits",
-    layout: Layout | None = None,
+    layout: Layout,
     vocab_multiple: int = 1,
     seed: int = 0,
 ) -> Loaded:
-    """Read a model: f32 parameters, on the mesh where a layout is given.
+    """Read a model: f32 parameters, placed by the layout.
 
     num_layers: keep the first so many layers (0: all).  vocab_multiple: pad the embedding's rows (see
     ModelConfig).  seed: of the score vector, where the source has none.  Raises ValueError, naming the file
@@ -190,10 +189,8 @@ def _assemble(e: _Entry, tensors: sources.Tensors) -> np.ndarray:
     return out
 
 
-def _place(e: _Entry, tensors: sources.Tensors, layout: Layout | None) -> jax.Array:
+def _place(e: _Entry, tensors: sources.Tensors, layout: Layout) -> jax.Array:
     """One parameter on the devices."""
-    if layout is None:
-        return jnp.asarray(_assemble(e, tensors))
     shape = e.spec.shape
     sharding = layout.sharding(e.spec.axes, shape)
     whole = _assemble(e, tensors) if tensors.read_slice is None else None

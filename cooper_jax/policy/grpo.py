@@ -43,7 +43,7 @@ def response_logprobs(
     temperature: float,
     dtype: jnp.dtype,
     remat: bool,
-    layout: Layout | None,
+    layout: Layout,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy (nats) of the last `width` tokens of each row, each f32[N, width].
 
@@ -65,7 +65,7 @@ def response_logprobs(
 
 def make_logprobs(
     config: ModelConfig,
-    layout: Layout | None,
+    layout: Layout,
     *,
     microbatch: int,
     dtype: str,
@@ -121,7 +121,7 @@ def check(cfg: Any) -> None:
 def make_gradients(
     config: ModelConfig,
     cfg: Any,
-    layout: Layout | None,
+    layout: Layout,
     *,
     temperature: float,
     max_new_tokens: int,
@@ -132,9 +132,7 @@ def make_gradients(
     """
     check(cfg)
     dtype = jnp.dtype(cfg.dtype)
-    places = (
-        None if layout is None else mesh.shardings(layout, transformer.param_specs(config, head="logits"))
-    )
+    places = mesh.shardings(layout, transformer.param_specs(config, head="logits"))
 
     def gradients(params, batch):
         mask = batch.response_mask
@@ -201,7 +199,7 @@ def make_update(
     config: ModelConfig,
     cfg: Any,
     opt: optim.Optimiser,
-    layout: Layout | None,
+    layout: Layout,
     *,
     temperature: float,
     max_new_tokens: int,
@@ -221,8 +219,6 @@ def make_update(
         state, moved = optim.apply(state, grads, loss, opt, enabled=batch.response_mask.any())
         return state, metrics | moved
 
-    if layout is None:
-        return jax.jit(update, donate_argnums=0)
     places = optim.state_shardings(opt, transformer.param_specs(config, head="logits"), layout)
     return jax.jit(update, donate_argnums=0, out_shardings=(places, layout.replicated))
 

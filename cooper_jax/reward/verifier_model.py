@@ -50,7 +50,7 @@ def _read(
     *,
     dtype: str,
     remat: bool,
-    layout: Layout | None,
+    layout: Layout,
 ) -> jax.Array:
     """Logits f32[N].  A row without a valid token gets a finite one that means nothing."""
     tokens = jnp.where(batch.valid, batch.tokens, 0)  # padding may hold what no vocabulary has
@@ -67,7 +67,7 @@ def _blank(batch: ScoreBatch, used: jax.Array) -> ScoreBatch:
 
 def make_score(
     config: ModelConfig,
-    layout: Layout | None,
+    layout: Layout,
     *,
     dtype: str,
     microbatch: int,
@@ -93,7 +93,7 @@ def make_bce_update(
     config: ModelConfig,
     cfg: Any,
     opt: optim.Optimiser,
-    layout: Layout | None,
+    layout: Layout,
 ) -> Callable[[TrainState, ScoreBatch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """The jitted (state, ScoreBatch [N, S], labels f32[N], weights f32[N]) -> (state, metrics).
 
@@ -118,7 +118,7 @@ def make_bce_update(
 
 
 def make_bce_accumulator(
-    config: ModelConfig, cfg: Any, opt: optim.Optimiser, layout: Layout | None
+    config: ModelConfig, cfg: Any, opt: optim.Optimiser, layout: Layout
 ) -> optim.Accumulator:
     """The same update in pieces, for batches whose microbatches differ in width.
 
@@ -129,7 +129,7 @@ def make_bce_accumulator(
     return optim.make_accumulator(_bce(config, cfg, layout), ("accuracy",), opt, specs, layout)
 
 
-def _bce(config: ModelConfig, cfg: Any, layout: Layout | None) -> Callable:
+def _bce(config: ModelConfig, cfg: Any, layout: Layout) -> Callable:
     """(params, (ScoreBatch, labels, shares)) -> (loss f32[], sums): weighted sums over the rows."""
 
     def loss_fn(params, piece):
@@ -144,7 +144,7 @@ def make_update(
     config: ModelConfig,
     cfg: Any,
     opt: optim.Optimiser,
-    layout: Layout | None,
+    layout: Layout,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted (state, PairBatch or None, LabelledBatch or None) -> (state, metrics): one optimiser step.
 
@@ -234,13 +234,11 @@ def make_update(
     return _jit(update, config, opt, layout)
 
 
-def _places(config: ModelConfig, layout: Layout | None) -> Any:
-    return None if layout is None else mesh.shardings(layout, transformer.param_specs(config, head="score"))
+def _places(config: ModelConfig, layout: Layout) -> Any:
+    return mesh.shardings(layout, transformer.param_specs(config, head="score"))
 
 
-def _jit(update: Callable, config: ModelConfig, opt: optim.Optimiser, layout: Layout | None) -> Callable:
-    """jit with the state donated, and on a mesh left where its parameters lie."""
-    if layout is None:
-        return jax.jit(update, donate_argnums=0)
+def _jit(update: Callable, config: ModelConfig, opt: optim.Optimiser, layout: Layout) -> Callable:
+    """jit with the state donated and left where its parameters lie."""
     places = optim.state_shardings(opt, transformer.param_specs(config, head="score"), layout)
     return jax.jit(update, donate_argnums=0, out_shardings=(places, layout.replicated))

@@ -163,7 +163,7 @@ def apply(
     return TrainState(params, opt_state, state.updates + go, state.skipped + skipped), metrics
 
 
-def split_rows(batch: Any, microbatch: int, layout: Layout | None = None) -> Any:
+def split_rows(batch: Any, microbatch: int, layout: Layout) -> Any:
     """Leaves [N, ...] -> [M, m, ...], rows appended at the end being all zeros.
 
     m is at most `microbatch`, rounded up to a multiple of the layout's batch shards, and no larger than M
@@ -172,7 +172,7 @@ def split_rows(batch: Any, microbatch: int, layout: Layout | None = None) -> Any
     """
     if microbatch < 1:
         raise ValueError(f"microbatch is {microbatch} rows; it must be at least 1")
-    shards = 1 if layout is None else layout.batch_shards
+    shards = layout.batch_shards
     n = jax.tree.leaves(batch)[0].shape[0]
     most = -(-microbatch // shards) * shards
     m = -(-n // -(-n // most))
@@ -183,7 +183,7 @@ def split_rows(batch: Any, microbatch: int, layout: Layout | None = None) -> Any
         assert x.shape[0] == n, f"{x.shape[0]} rows beside {n}"
         x = jnp.pad(x, [(0, m * count - n)] + [(0, 0)] * (x.ndim - 1))
         x = x.reshape(m, count, *x.shape[1:]).swapaxes(0, 1)
-        return x if layout is None else layout.constrain(x, None, "batch", *[None] * (x.ndim - 2))
+        return layout.constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     return jax.tree.map(split, batch)
 
@@ -193,8 +193,8 @@ def accumulate(
     params: Params,
     batch: Any,
     microbatch: int,
-    layout: Layout | None = None,
-    places: Any = None,
+    layout: Layout,
+    places: Any,
 ) -> tuple[jax.Array, Params, Any]:
     """Loss and gradients of a batch, one microbatch at a time.
 
@@ -211,7 +211,7 @@ def accumulate(
         return loss, grads, jax.tree.map(lambda x: x[None], aux)
 
     def pin(grads):
-        return grads if places is None else jax.lax.with_sharding_constraint(grads, places)
+        return jax.lax.with_sharding_constraint(grads, places)
 
     def step(carry, piece):
         total, sums = carry
@@ -253,11 +253,11 @@ def make_accumulator(
     loss_fn: Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]],
     aux: Sequence[str],
     opt: Optimiser,
-    specs: Any = None,
-    layout: Layout | None = None,
+    specs: Any,
+    layout: Layout,
 ) -> Accumulator:
     """loss_fn: as `accumulate`'s, its aux being sums f32[] under the names `aux`.  specs: the parameters' tree of
-    ParamSpec, for a layout."""
+    ParamSpec."""
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def start(params):
@@ -272,8 +272,6 @@ def make_accumulator(
         state, moved = apply(state, sums.grads, sums.loss, opt)
         return state, {"loss": sums.loss} | sums.aux | moved
 
-    if layout is None:
-        return Accumulator(jax.jit(start), jax.jit(add, donate_argnums=1), jax.jit(finish, donate_argnums=0))
     places = Sums(layout.replicated, shardings(layout, specs), dict.fromkeys(aux, layout.replicated))
     states = state_shardings(opt, specs, layout)
     return Accumulator(
@@ -283,7 +281,7 @@ def make_accumulator(
     )
 
 
-def map_rows(fn: Callable[[Any], Any], batch: Any, microbatch: int, layout: Layout | None = None) -> Any:
+def map_rows(fn: Callable[[Any], Any], batch: Any, microbatch: int, layout: Layout) -> Any:
     """fn over the microbatches of a batch, one after the other: leaves [N, ...] -> results [N, ...].
 
     Which rows share a microbatch depends on N, `microbatch` and the layout alone.

@@ -10,6 +10,7 @@ import common
 import jax
 import numpy as np
 
+from cooper_jax import placement
 from cooper_jax.configs import base
 from cooper_jax.model import weights
 from cooper_jax.policy import grpo
@@ -33,11 +34,12 @@ def policy_section(W, B):
 
 
 def load(model_dir, W):
-    loaded = weights.load(model_dir)
+    layout = placement.make_layout(base.get_config())
+    loaded = weights.load(model_dir, layout=layout)
     section = policy_section(W, common.train_batch(W, loaded.config.vocab_size))
     optimiser = optim.make(section.optimiser)
     update = grpo.make_update(
-        loaded.config, section, optimiser, None, temperature=1.0, max_new_tokens=W["new_tokens"]
+        loaded.config, section, optimiser, layout, temperature=1.0, max_new_tokens=W["new_tokens"]
     )
     state = optim.init(loaded.params, optimiser)
 
