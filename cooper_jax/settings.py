@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 ARMS = ("rule", "model", "cooper")
-NEGATIVES = ("assistant", "mined", "own_answer", "swap")
+NEGATIVES = ("assistant", "own_answer", "swap")
 AT_LEAST_1 = (
     "data.prompts_per_step", "data.max_prompt_tokens", "data.bucket", "data.synthetic_size",
     "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "policy.epochs", "policy.minibatches",
@@ -24,8 +24,8 @@ AT_LEAST_1 = (
 AT_LEAST_0 = (
     "seed", "steps", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps",
     "checkpoint.keep", "eval.every", "eval.reward_rows", "log.samples", "log.samples_every",
-    "reward.pair_weight", "reward.pair_bce", "reward.common_mode", "reward.rollout_bce", "reward.rollout_rows",
-    "reward.updates_most", "reward.fp_target", "reward.warm_start", "reward.replay", "reward.replay_rows",
+    "reward.pair_weight", "reward.pair_bce", "reward.rollout_bce", "reward.rollout_rows",
+    "reward.warm_start", "reward.replay", "reward.replay_rows",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def boundary(what: str) -> Iterator[None]:
 
 def weighs_pairs(reward: ConfigDict) -> bool:
     """Whether the reward model's update reads pairs.  reward: the config's section."""
-    return bool(reward.pair_weight or reward.pair_bce or reward.common_mode)
+    return bool(reward.pair_weight or reward.pair_bce)
 
 
 def updates_reward_model(cfg: ConfigDict) -> bool:
@@ -74,7 +74,7 @@ def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
         "--config.pairs.negatives=\"('assistant','swap')\"",
     )
     if r.arm == "rule":
-        given = [name for name in ("binary", "either", "guard") if r[name]]
+        given = [name for name in ("either", "guard") if r[name]]
         need(
             not given,
             f"reward.{' and reward.'.join(given)}: the rule arm has no reward model whose rewards could be "
@@ -101,10 +101,6 @@ def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
         bool(r.replay) == bool(r.replay_rows) and (not r.replay or bool(r.rollout_bce)),
         f"reward.replay={r.replay}, reward.replay_rows={r.replay_rows}, reward.rollout_bce={r.rollout_bce}: what "
         "is kept is shown again in the term rollout_bce; set all three, or neither of the first two",
-    )
-    need(
-        not r.updates_most or r.updates_most > r.updates,
-        f"reward.updates_most={r.updates_most}: it must be above reward.updates={r.updates}, or 0",
     )
 
 

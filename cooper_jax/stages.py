@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from cooper_jax import settings
 from cooper_jax.assembly import Cooper, State
@@ -249,11 +248,6 @@ def update_policy(
     key = keys.stream(cooper.cfg.seed, "minibatch", step)
     policy, metrics = grpo.train_step(state.policy, batch, key, cooper.cfg.policy, cooper.policy.update)
     return policy, to_host(metrics, "policy")
-
-
-def updates_of(cfg: ConfigDict, false_positive_rate: float) -> int:
-    """How many reward-model updates a step makes.  cfg: the config's `reward` section."""
-    return cfg.updates_most if cfg.updates_most and false_positive_rate > cfg.fp_target else cfg.updates
 
 
 def update_reward_model(

@@ -282,24 +282,6 @@ class Unasked:
         raise AssertionError("asked")
 
 
-def test_mined_pairs_are_the_hardest_of_their_prompt(rule):
-    cfg = config(negatives=("mined",), per_prompt=2)
-    groups = [[C, W, C, N, C, W], [W, N, U, Verdict.TIMEOUT, C, U]]
-    scores = np.array([0.9, 0.2, 0.1, 0.8, 0.1, 0.7] + [0.4, 0.4, 0.99, 0.98, 0.3, 0.97], np.float32)
-    result = build(groups, Unasked(), rule, cfg=cfg, scores=scores)
-    texts = [c.text for b, verdicts in enumerate(groups) for c in group(b, verdicts)]
-    first, second, third, none = result.pairs
-    # Equal scores: the first row comes first.  What the rule cannot tell is no negative, however it is liked.
-    assert (first.positive, first.negative, first.row) == (texts[2], texts[3], 2)
-    assert (second.positive, second.negative, second.row) == (texts[4], texts[5], 4)
-    assert (third.positive, third.negative, none) == (texts[10], texts[6], None)
-    assert result.refused == {"no_positive": 1} and result.requests == 0
-    result = build([[C, C, W, U]], None, rule, cfg=cfg, scores=scores[:4])
-    assert [p is None for p in result.pairs] == [False, True] and result.refused == {"no_wrong": 1}
-    with pytest.raises(ValueError, match="needs the reward model's scores"):
-        build(groups, Unasked(), rule, cfg=cfg)
-
-
 def test_swapped_pairs_differ_in_their_reference_alone(rule):
     cfg = config(negatives=("swap",))
     groups = [[C, W] for _ in range(5)]
@@ -365,14 +347,14 @@ def test_a_wrong_response_is_right_beside_its_own_answer(rule):
 
 
 def test_slots_take_their_negatives_in_turn(rule):
-    cfg = config(negatives=("assistant", "swap", "mined"), per_prompt=4)
+    cfg = config(negatives=("assistant", "swap", "own_answer"), per_prompt=4)
     assistant = Scripted(wrong)
     groups = [[C, C, W, C], [C, W, W, W]]
     result = build(groups, assistant, rule, cfg=cfg, scores=np.linspace(0, 1, 8, dtype=np.float32))
-    first, swapped, mined, second = result.pairs[:4]
+    first, swapped, own, second = result.pairs[:4]
     assert "boxed{30}" in first.negative and "boxed{30}" in second.negative and first.row != second.row
     assert swapped.row == first.row and swapped.negative_reference == "21"  # the first of its kind, too
-    assert mined.negative == "row 0.2 makes \\boxed{20}" and mined.row == 0
+    assert own.row == 2 and own.positive == own.negative and own.positive_reference == "20"
     assert result.pairs[7] is None and result.refused == {"no_positive": 1}
     # The rewrites are those of a run that has no other kind.
     alone = build(groups, Scripted(wrong), rule, cfg=config(per_prompt=2)).pairs

@@ -577,7 +577,7 @@ def test_a_run_in_a_bucket_leaves_the_same(bucket, finished, place, alone):  # n
     loop.train(run_config(place, "gs://b/run"))
     path = Bucket.disk("b/run")
     assert timeless(metrics(path)) == timeless(metrics(finished)) and kept(path) == kept(finished)
-    assert overlap.read_seen("gs://b/run/best") == overlap.read_seen(finished / "best")
+    assert overlap.read_record("gs://b/run/best") == overlap.read_record(finished / "best")
     assert weights.load("gs://b/run/best", head="score").head_trained
 
 

@@ -158,11 +158,11 @@ def make_update(
     widths.
 
     Metrics, f32[]: loss and `optim.apply`'s grad_norm, lr and skipped; of pairs, means over the valid ones (0
-    without one): pair_loss, pair_bce, common_mode (each unweighted, and where it weighs something), margin
-    (s_pos - s_neg, in the contrast's own units), accuracy (share with z_pos > z_neg), positive_mean and
-    negative_mean (rewards), positive_saturation and negative_saturation (p (1 - p): 0 is saturated, .25 undecided),
-    common_push and difference_push (losses.py), valid (pairs); of rows: rollout_bce, rollout_accuracy (weighted
-    share of rows whose z > 0 says what the label says), rollout_rows.
+    without one): pair_loss and pair_bce (unweighted, and where they weigh something), margin (s_pos - s_neg, in the
+    contrast's own units), accuracy (share with z_pos > z_neg), positive_mean and negative_mean (rewards),
+    positive_saturation and negative_saturation (p (1 - p): 0 is saturated, .25 undecided), common_push and
+    difference_push (losses.py), valid (pairs); of rows: rollout_bce, rollout_accuracy (weighted share of rows whose
+    z > 0 says what the label says), rollout_rows.
     """
     losses.check(cfg.pair_loss)
     places, rows_loss = _places(config, layout), _bce(config, cfg, layout)
