@@ -1,6 +1,6 @@
 """Builds what a Cooper step needs from a config: problems, both wings, the rule, the assistant.
 
-1. `settings.check` refuses configs that contradict themselves.
+1. `RunSettings.from_config` refuses configs that contradict themselves, and gives typed settings.
 2. `load_problems` reads the training problems and those held out; over-long prompts are dropped and counted.
    Held-out ones that the reward model is trained on are left out (data/contamination.py).
 3. `build` loads weights and tokenizers, starts the rule's workers, compiles nothing yet, and returns the
@@ -17,7 +17,6 @@ import jax
 from flax import struct
 from ml_collections import ConfigDict
 
-from cooper_jax import settings
 from cooper_jax.data import contamination, prompts, synthetic
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.loading import Directory, Model, load_model
@@ -31,6 +30,7 @@ from cooper_jax.reward.lessons import Replay
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.rollout import engine
+from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.settings import SetupError, boundary
 from cooper_jax.types import Params, Problem, TrainState
@@ -61,6 +61,7 @@ class Cooper:
     """The machinery of a run; nothing in it changes from step to step."""
 
     cfg: ConfigDict
+    settings: RunSettings
     layout: mesh.Layout  # the policy's
     policy: PolicyWing
     reward: RewardWing | None  # None in the rule arm
@@ -111,7 +112,7 @@ def policy_prompt(cfg: ConfigDict, tokenizer: Tokenizer, problem: Problem) -> li
 @contextlib.contextmanager
 def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]:
     """The machinery and the state at step 0, before any supervised phase; worker processes end on exit."""
-    settings.check(cfg)
+    typed = RunSettings.from_config(cfg)
     layouts = make_layouts(cfg)
     layout = layouts["policy"]
     rows = cfg.data.prompts_per_step * cfg.rollout.group_size
@@ -129,8 +130,8 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
     train, held_out = load_problems(cfg)
     held_out = contamination.set_apart(cfg, run_dir, train, held_out)[: cfg.eval.problems]
     with contextlib.ExitStack() as stack:
-        policy, policy_state = _policy_wing(cfg, layouts, run_dir)
-        reward, reward_state = _reward_wing(cfg, layouts["reward"], run_dir)
+        policy, policy_state = _policy_wing(cfg, typed, layouts, run_dir)
+        reward, reward_state = _reward_wing(cfg, typed, layouts["reward"], run_dir)
         with boundary(f"data.chat={cfg.data.chat}, data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
             kept = [
                 problem_sets.drop_long(
@@ -149,28 +150,19 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
                 references = (p.reference for p in (*train, *held_out))
                 prompts.check_references(reward.model.tokenizer, references, cfg.reward.max_tokens)
         with boundary("rule"):
-            rule = stack.enter_context(
-                RuleVerifier(
-                    workers=cfg.rule.workers,
-                    timeout=cfg.rule.timeout,
-                    retry_timeout=cfg.rule.retry_timeout,
-                    memory_mb=cfg.rule.memory_mb,
-                )
-            )
+            rule = stack.enter_context(RuleVerifier(typed.rule))
         assistant = None
-        if settings.asks_assistant(cfg):
+        if typed.assistant is not None:
             with boundary("assistant"):
-                local = cfg.assistant.kind == "local"
-                generate = (
-                    local_generate(cfg, cfg.assistant, "assistant", layouts["assistant"], run_dir)
-                    if local
-                    else None
-                )
-                assistant = assistants.make(cfg.assistant, generate)
+                generate = None
+                if typed.assistant.kind == "local":
+                    generate = local_generate(cfg, typed.assistant, layouts["assistant"], run_dir)
+                assistant = assistants.make(typed.assistant, generate)
             stack.callback(assistant.close)
         rule, assistant = over_hosts(rule, assistant, jax.process_count())
         cooper = Cooper(
             cfg=cfg,
+            settings=typed,
             layout=layout,
             policy=policy,
             reward=reward,
@@ -190,7 +182,7 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
 
 
 def _policy_wing(
-    cfg: ConfigDict, layouts: dict[str, mesh.Layout], run_dir: Directory
+    cfg: ConfigDict, typed: RunSettings, layouts: dict[str, mesh.Layout], run_dir: Directory
 ) -> tuple[PolicyWing, TrainState]:
     layout, reference = layouts["policy"], layouts["reference"]
     model, params, _ = load_model(cfg.policy, "policy", "logits", layout, run_dir, cfg.seed)
@@ -208,8 +200,10 @@ def _policy_wing(
         kv_dtype=r.kv_dtype,
     )
     with boundary("policy"):
-        optimiser = optim.make(cfg.policy.optimiser)
-        scoring = dict(microbatch=cfg.policy.microbatch, dtype=cfg.policy.dtype, temperature=r.temperature)
+        optimiser = optim.make(typed.policy_optimiser)
+        scoring = dict(
+            microbatch=typed.policy.microbatch, dtype=typed.policy.dtype, temperature=r.temperature
+        )
         logprobs = grpo.make_logprobs(model.config, layout, **scoring)
         apart = reference != layout
         wing = PolicyWing(
@@ -219,7 +213,7 @@ def _policy_wing(
             reference_layout=reference,
             reference_logprobs=grpo.make_logprobs(model.config, reference, **scoring) if apart else logprobs,
             update=grpo.make_update(
-                model.config, cfg.policy, optimiser, layout,
+                model.config, typed.policy, optimiser, layout,
                 temperature=r.temperature, max_new_tokens=r.max_new_tokens,
             ),
             optimiser=optimiser,
@@ -228,7 +222,7 @@ def _policy_wing(
 
 
 def _reward_wing(
-    cfg: ConfigDict, layout: mesh.Layout, run_dir: Directory
+    cfg: ConfigDict, typed: RunSettings, layout: mesh.Layout, run_dir: Directory
 ) -> tuple[RewardWing | None, TrainState | None]:
     if cfg.reward.arm == "rule":
         return None, None
@@ -240,14 +234,14 @@ def _reward_wing(
             "accept it with --config.reward.allow_untrained_head"
         )
     with boundary("reward"):
-        optimiser = optim.make(cfg.reward.optimiser)
+        optimiser = optim.make(typed.reward_optimiser)
         wing = RewardWing(
             model=model,
             layout=layout,
             score=verifier_model.make_score(
-                model.config, layout, dtype=cfg.reward.dtype, microbatch=cfg.reward.microbatch
+                model.config, layout, dtype=typed.reward.dtype, microbatch=typed.reward.microbatch
             ),
-            update=verifier_model.make_update(model.config, cfg.reward, optimiser, layout),
+            update=verifier_model.make_update(model.config, typed.reward, optimiser, layout),
             optimiser=optimiser,
         )
     return wing, optim.init(params, optimiser)

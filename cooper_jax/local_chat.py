@@ -23,46 +23,45 @@ def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Director
 
     A local one is loaded onto `layout`.  Raises SetupError; the caller closes it.
     """
-    section = cfg[name]
-    if section.kind == "local" and section.weights in ("", "random"):
+    section, asked = cfg[name], chats.ChatConfig.from_config(cfg[name], name)
+    if asked.kind == "local" and section.weights in ("", "random"):
         raise SetupError(
             f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "
             f"--config.{name}.weights=DIR, a hub id or a .gguf file, or ask a server (--config.{name}.kind=openai)"
         )
     with boundary(name):
-        local = section.kind == "local"
-        generate = local_generate(cfg, section, name, layout, run_dir) if local else None
-        return chats.make(section, name, generate)
+        generate = local_generate(cfg, asked, layout, run_dir) if asked.kind == "local" else None
+        return chats.make(asked, generate)
 
 
 def local_generate(
-    cfg: ConfigDict, section: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory
+    cfg: ConfigDict, asked: chats.ChatConfig, layout: mesh.Layout, run_dir: Directory
 ) -> chats.Generate:
-    """Sampling from the weights of `section`: (messages of each request, their ids) -> replies.
+    """Sampling from the weights of a section, `asked.name`: (messages of each request, their ids) -> replies.
 
     ids are (seed, step, row, attempt), row below 2^31; requests that share all but the row are sampled together.
     Conversations that are too long are refused: Failure("too_long").
     """
-    told = chats.thinking(section, name)
+    section, name, told = cfg[asked.name], asked.name, asked.template_variables
     model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed)
     params = engine.rollout_weights(params, model.config, layout, section.dtype)
     spec = engine.SamplingSpec(
-        temperature=section.temperature,
+        temperature=asked.temperature,
         top_k=0,
-        top_p=section.top_p,
-        max_new_tokens=section.max_new_tokens,
+        top_p=asked.top_p,
+        max_new_tokens=asked.max_new_tokens,
         group_size=1,
         eos_ids=model.tokenizer.eos_ids,
         segment=cfg.rollout.segment,
         dtype=section.dtype,
         kv_dtype=cfg.rollout.kv_dtype,
     )
-    most = model.config.max_len - section.max_new_tokens
-    if section.max_prompt_tokens:
-        most = min(most, section.max_prompt_tokens)
+    most = model.config.max_len - asked.max_new_tokens
+    if asked.max_prompt_tokens:
+        most = min(most, asked.max_prompt_tokens)
     if most < 1:
         raise ValueError(
-            f"--config.{name}.max_new_tokens={section.max_new_tokens} leaves no room for a conversation: the model "
+            f"--config.{name}.max_new_tokens={asked.max_new_tokens} leaves no room for a conversation: the model "
             f"was trained for {model.config.max_len} tokens in all"
         )
 

@@ -1,36 +1,41 @@
-"""Settings that contradict themselves are found before anything is loaded, and every setup error reads alike.
+"""Checks of settings before anything is loaded, and the form of every setup error.
 
-error: FIELD or FILE: what is wrong, with the numbers, and the flag that mends it
+error: FIELD or FILE: what is wrong, with the numbers, and the flag that fixes it
+
+`Problems` collects what several checks find, so that all errors of a config are reported at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
 ARMS = ("rule", "model", "cooper")
-NEGATIVES = ("assistant", "own_answer", "swap")
 AT_LEAST_1 = (
     "data.prompts_per_step", "data.max_prompt_tokens", "data.bucket", "data.synthetic_size",
-    "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "policy.epochs", "policy.minibatches",
-    "policy.microbatch", "reward.microbatch", "reward.max_tokens", "pairs.per_prompt", "pairs.tries",
+    "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "reward.max_tokens",
     "policy.vocab_multiple", "reward.vocab_multiple", "assistant.vocab_multiple",
     "warmup.policy_batch", "warmup.reward_batch", "checkpoint.every", "eval.problems", "eval.samples",
-    "reward.updates",
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "steps", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps",
     "checkpoint.keep", "eval.every", "eval.reward_rows", "log.samples", "log.samples_every",
-    "reward.pair_weight", "reward.pair_bce", "reward.rollout_bce", "reward.rollout_rows",
-    "reward.warm_start", "reward.replay", "reward.replay_rows",
 )  # fmt: skip
 
 
 class SetupError(ValueError):
-    """A config, a file or weights that cannot be used; the message names the field and the fix."""
+    """A config, a file or weights that cannot be used; each message names the field and the fix.
+
+    problems: the messages, one for each problem; str() joins them by line breaks.
+    """
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 @contextlib.contextmanager
@@ -42,6 +47,32 @@ def boundary(what: str) -> Iterator[None]:
         raise
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise SetupError(f"{what}: {error}") from error
+
+
+@dataclasses.dataclass
+class Problems:
+    """The setup errors that several checks have found so far."""
+
+    found: list[str] = dataclasses.field(default_factory=list)
+
+    def need(self, ok: bool, message: str) -> None:
+        """Add the message unless `ok`."""
+        if not ok:
+            self.found.append(message)
+
+    @contextlib.contextmanager
+    def collect(self, what: str) -> Iterator[None]:
+        """Add the errors of a check instead of raising them; what: as for `boundary`."""
+        try:
+            with boundary(what):
+                yield
+        except SetupError as error:
+            self.found += error.problems
+
+    def raise_if_any(self) -> None:
+        """Raise SetupError with everything that was found, each message once."""
+        if self.found:
+            raise SetupError(*dict.fromkeys(self.found))
 
 
 def weighs_pairs(reward: ConfigDict) -> bool:
@@ -67,12 +98,6 @@ def asks_assistant(cfg: ConfigDict) -> bool:
 def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
     """What contradicts itself in the reward model's update."""
     r, negatives = cfg.reward, tuple(cfg.pairs.negatives)
-    known = bool(negatives) and all(n in NEGATIVES for n in negatives)
-    need(
-        known,
-        f"pairs.negatives={negatives}: it names one or more of {', '.join(NEGATIVES)}, as in "
-        "--config.pairs.negatives=\"('assistant','swap')\"",
-    )
     if r.arm == "rule":
         given = [name for name in ("either", "guard") if r[name]]
         need(
@@ -92,25 +117,15 @@ def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
         f"pairs.negatives={negatives}: with pairs.per_prompt={cfg.pairs.per_prompt} the last is never used; set "
         f"--config.pairs.per_prompt={len(negatives)}",
     )
-    need(
-        not r.rollout_bce or r.rollout_rows + (r.replay_rows if r.replay else 0) >= 1,
-        f"reward.rollout_rows={r.rollout_rows}: reward.rollout_bce={r.rollout_bce} needs rows; set "
-        "--config.reward.rollout_rows=64",
-    )
-    need(
-        bool(r.replay) == bool(r.replay_rows) and (not r.replay or bool(r.rollout_bce)),
-        f"reward.replay={r.replay}, reward.replay_rows={r.replay_rows}, reward.rollout_bce={r.rollout_bce}: what "
-        "is kept is shown again in the term rollout_bce; set all three, or neither of the first two",
-    )
 
 
 def check(cfg: ConfigDict) -> None:
-    """Raise SetupError for settings that contradict each other."""
+    """Raise SetupError with every setting that contradicts another, or is out of its range.
 
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise SetupError(message)
-
+    Values of the sections that have a typed config are checked there; run_settings.py runs all checks.
+    """
+    problems = Problems()
+    need = problems.need
     r, p = cfg.rollout, cfg.policy
     need(cfg.reward.arm in ARMS, f"reward.arm is {cfg.reward.arm!r}; it is one of {', '.join(ARMS)}")
     need(
@@ -167,3 +182,4 @@ def check(cfg: ConfigDict) -> None:
         bool(cfg.data.train) or cfg.data.format == "synthetic",
         "data.train is empty: give --config.data.train=FILE",
     )
+    problems.raise_if_any()

@@ -29,6 +29,7 @@ from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.reward import losses
 from cooper_jax.rollout import engine
+from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.mesh import Layout
@@ -206,7 +207,7 @@ def train(cfg: ConfigDict) -> None:
 
     Raises hosts.Stopped after a SIGTERM, when a checkpoint of the last whole step is complete.
     """
-    settings.check(cfg)
+    RunSettings.from_config(cfg)  # now, before the run directory is made
     with settings.boundary("run_dir"):
         path = run_path(cfg)
     with contextlib.ExitStack() as stack:

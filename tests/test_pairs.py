@@ -1,6 +1,7 @@
 """Pairs: which positive, which gates, the same whatever arrives first; nothing but the text tells members apart."""
 
 import collections
+import re
 import threading
 
 import numpy as np
@@ -11,7 +12,9 @@ from cooper_jax.data import synthetic
 from cooper_jax.reward import assistant as assistants
 from cooper_jax.reward import pairs
 from cooper_jax.reward.assistant import Failure
-from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.chat import ChatConfig
+from cooper_jax.reward.rule import RuleConfig, RuleVerifier
+from cooper_jax.settings import SetupError
 from cooper_jax.types import Completion, Problem, Verdict
 
 C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED
@@ -19,7 +22,7 @@ C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGN
 
 @pytest.fixture(scope="module")
 def rule():
-    with RuleVerifier(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048) as verifier:
+    with RuleVerifier(RuleConfig(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048)) as verifier:
         yield verifier
 
 
@@ -40,7 +43,7 @@ class Scripted:
 def config(**fields):
     cfg = base.get_config().pairs
     cfg.update(fields)
-    return cfg
+    return pairs.PairsConfig.from_config(cfg)
 
 
 def problem(b):
@@ -188,7 +191,7 @@ def test_outer_whitespace_is_the_positives(rule):
 def test_an_assistant_that_is_down_masks_everything(rule):
     cfg = base.get_config().assistant
     cfg.kind, cfg.url, cfg.model, cfg.retries, cfg.timeout = "openai", "http://127.0.0.1:9/v1", "m", 0, 2.0
-    assistant = assistants.make(cfg)
+    assistant = assistants.make(ChatConfig.from_config(cfg, "assistant"))
     result = build([[C, C]] * 3, assistant, rule)
     assistant.close()
     assert result.pairs == [None] * 3 and sum(result.refused.values()) == 3
@@ -232,10 +235,14 @@ def test_start_passes_errors_on(rule):
         pending.result()
 
 
-@pytest.mark.parametrize("fields", [{"tries": 0}, {"per_prompt": 0}, {"length_ratio": 0.5}])
-def test_bad_settings_are_refused(rule, fields):
-    with pytest.raises(ValueError, match="config.pairs"):
-        build([[C]], Scripted(wrong), rule, cfg=config(**fields))
+@pytest.mark.parametrize(
+    "fields",
+    [{"tries": 0}, {"per_prompt": 0}, {"length_ratio": 0.5}, {"negatives": ()}, {"negatives": ("swop",)}],
+)
+def test_bad_settings_are_refused(fields):
+    ((field, value),) = fields.items()
+    with pytest.raises(SetupError, match=rf"pairs\.{field}={re.escape(str(value))}: it "):
+        config(**fields)
 
 
 def test_rows_must_match(rule):
@@ -252,7 +259,7 @@ def test_length_and_whitespace_tell_nothing(rule):
     forms = {"integer": 0.5, "decimal": 0.2, "fraction": 0.15, "unit": 0.15}
     texts = [synthetic.demonstration(p, rng, corrupt=0.0, forms=forms)[0] for p in problems]
     completions = [Completion(edges[i % 4].format(text)) for i, text in enumerate(texts)]
-    assistant = assistants.make(base.get_config().assistant)
+    assistant = assistants.make(ChatConfig.from_config(base.get_config().assistant, "assistant"))
     result = pairs.build(
         problems, completions, [C] * len(problems), 1, assistant, rule, config(), seed=0, step=0
     )

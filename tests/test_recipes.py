@@ -11,6 +11,7 @@ from tiny_runs import environment
 from configs import base, tiny
 from cooper_jax import recipes, settings
 from cooper_jax.recipes import RECIPES
+from cooper_jax.run_settings import RunSettings
 from cooper_jax.settings import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +29,7 @@ def test_every_recipe_makes_a_config_that_holds_together(name, arm):
     cfg = tiny.get_config().lock()
     cfg.reward.recipe, cfg.reward.arm = name, arm
     recipes.apply(cfg, ())
-    settings.check(cfg)
+    RunSettings.from_config(cfg)
     assert cfg.reward.recipe == name
     for field, value in RECIPES[name].items():
         assert get(cfg, field) == value, field
@@ -121,7 +122,7 @@ def test_updates_that_contradict_themselves(fields, message):
     cfg = tiny.get_config()
     cfg.update_from_flattened_dict(fields)
     with pytest.raises(SetupError, match=message):
-        settings.check(cfg)
+        RunSettings.from_config(cfg)
 
 
 def test_whether_the_assistant_is_asked():

@@ -26,6 +26,7 @@ from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.reward import verifier_model
+from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, examples, export, loop, measure, plan
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
@@ -33,8 +34,10 @@ from cooper_jax.settings import SetupError
 from cooper_jax.types import ScoreBatch, Triple
 
 RULES = base.get_config().mesh.rules
-OPT = base.optimiser(lr=1e-2, warmup_steps=0)
-OPT.eps = 1e-3  # with Adam's usual 1e-8 the first step is a sign: rounding noise would count in full
+# With Adam's usual eps of 1e-8 the first step is a sign: rounding noise would count in full.
+OPT = dataclasses.replace(
+    optim.OptimiserConfig.from_config(base.optimiser(lr=1e-2, warmup_steps=0), "train_rm.optimiser"), eps=1e-3
+)
 
 
 def one_device(*_) -> Layout:
@@ -50,7 +53,7 @@ def alone(monkeypatch):
 def section(**changes):
     c = base.get_config().reward
     c.update(changes)
-    return c
+    return RewardUpdateConfig.from_config(c)
 
 
 def random_rows(config, seed=0, n=11, longest=40):
@@ -161,7 +164,7 @@ def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
 
 def test_rates_fall_to_zero():
     def rates(decay, warmup):
-        opt = optim.make(base.optimiser(lr=1.0, warmup_steps=warmup), decay, 6)
+        opt = optim.make(dataclasses.replace(OPT, lr=1.0, warmup_steps=warmup), decay, 6)
         return [float(opt.schedule(jnp.int32(n))) for n in range(7)]
 
     assert rates("linear", 2) == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])

@@ -1,5 +1,6 @@
 """Scores, the two contrasts by hand, and updates of the reward model."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,19 +14,22 @@ from cooper_jax.model import transformer
 from cooper_jax.reward import losses, verifier_model
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
+from cooper_jax.settings import SetupError
 from cooper_jax.types import LabelledBatch, PairBatch, ScoreBatch
 
 CONFIG = tiny_models.config(vocab_size=30, width=16, head_dim=4, ffn=24)
 N, S = 7, 9  # 7 rows in microbatches of 4 leave one to pad
-OPT = base.optimiser(lr=1e-2, warmup_steps=0)
-OPT.eps = 1e-3  # with Adam's usual 1e-8 the first step is a sign: rounding noise would count in full
+# With Adam's usual eps of 1e-8 the first step is a sign: rounding noise would count in full.
+OPT = dataclasses.replace(
+    optim.OptimiserConfig.from_config(base.optimiser(lr=1e-2, warmup_steps=0), "reward.optimiser"), eps=1e-3
+)
 
 
 def section(**changes):
     c = base.get_config().reward
     c.update(dict(microbatch=4))
     c.update(changes)
-    return c
+    return losses.RewardUpdateConfig.from_config(c)
 
 
 def bits(tree):
@@ -290,8 +294,8 @@ def test_pairs_of_two_widths_are_refused():
 
 
 def test_an_unknown_contrast_is_refused_at_once():
-    with pytest.raises(ValueError, match="reward.pair_loss is 'hinge'"):
-        verifier_model.make_update(CONFIG, section(pair_loss="hinge"), optim.make(OPT), None)
+    with pytest.raises(SetupError, match="reward.pair_loss='hinge': it is one of logit, sigmoid"):
+        section(pair_loss="hinge")
 
 
 # --- binary cross-entropy ------------------------------------------------------------------------------
@@ -355,7 +359,7 @@ def test_the_gradients_of_a_pair_are_those_of_its_loss(kind, terms):
 
     a, b = jnp.asarray(z_pos, jnp.float32), jnp.asarray(z_neg, jnp.float32)
     found = losses.pair_terms(a, b, cfg)
-    assert len(found) == sum(bool(cfg[name]) for name in PAIR_TERMS)  # no others are computed
+    assert len(found) == sum(bool(getattr(cfg, name)) for name in PAIR_TERMS)  # no others are computed
     total = sum(weight * term for weight, term in found.values())
     np.testing.assert_allclose(total, loss(z_pos, z_neg), rtol=1e-5)
     d, (d_pos, d_neg) = 1e-5, losses.pair_gradients(a, b, cfg)

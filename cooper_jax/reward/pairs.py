@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from cooper_jax import typed_config
 from cooper_jax.data import prompts
 from cooper_jax.reward import rule_reading
 from cooper_jax.reward.assistant import Assistant, Failure, Reply, Request
@@ -48,12 +49,37 @@ _REFUSAL = re.compile(
     r"|\b(?:rewritten|modified) (?:solution|version)\b",
     re.IGNORECASE,
 )
+NEGATIVES = ("assistant", "own_answer", "swap")  # sources of negatives
 _UNDECIDED = {
     Verdict.CORRECT: "not_wrong",
     Verdict.NO_ANSWER: "unparseable",
     Verdict.UNRECOGNISED: "unrecognised",
     Verdict.TIMEOUT: "rule_timeout",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig:
+    """Settings of contrastive pairs: the config's `pairs` section."""
+
+    per_prompt: int  # pairs a prompt, at most
+    negatives: tuple[str, ...]  # sources of negatives, in turn
+    tries: int  # requests to the assistant, or references, before a pair is masked
+    length_ratio: float  # a rewrite is at most this much longer or shorter than its positive (characters)
+
+    def __post_init__(self) -> None:
+        problems = typed_config.find_small(self, "pairs", 1, ("per_prompt", "tries", "length_ratio"))
+        if not self.negatives or not set(self.negatives) <= set(NEGATIVES):
+            problems.append(
+                f"pairs.negatives={self.negatives}: it names one or more of {', '.join(NEGATIVES)}, as in "
+                "--config.pairs.negatives=\"('assistant','swap')\""
+            )
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> PairsConfig:
+        """Read the `pairs` section.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, "pairs", negatives=tuple(section.negatives))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +125,7 @@ def build(
     group_size: int,
     assistant: Assistant | None,
     rule: RuleVerifier,
-    cfg: ConfigDict,
+    cfg: PairsConfig,
     *,
     seed: int,
     step: int,
@@ -113,7 +139,6 @@ def build(
       problems: [B].
       completions, verdicts: [N], prompt-major.
       assistant: None gives no pairs at all where `cfg.negatives` names it.
-      cfg: the config's `pairs` section.
       positions: [B], each prompt's position in the data order; by default its place in the batch.
       scores: f32[N], the reward model's rewards; `own_answer` chooses by them.
       exchange: mark each pair as exchanged or not, by a coin (a control).
@@ -124,11 +149,6 @@ def build(
         raise ValueError(
             f"{len(problems)} problems of {group_size} samples need {len(problems) * group_size} rows; there are "
             f"{len(completions)} completions and {len(verdicts)} verdicts"
-        )
-    if cfg.per_prompt < 1 or cfg.tries < 1 or cfg.length_ratio < 1.0:
-        raise ValueError(
-            f"--config.pairs: per_prompt={cfg.per_prompt}, tries={cfg.tries}, length_ratio={cfg.length_ratio}: "
-            "each must be at least 1"
         )
     scored = "own_answer" in cfg.negatives
     if scored and scores is None:
@@ -158,7 +178,7 @@ def build(
     return PairResult(pairs, collections.Counter(s.reason for s in slots if s.negative is None), requests)
 
 
-def _kinds(cfg: ConfigDict) -> list[tuple[str, int]]:
+def _kinds(cfg: PairsConfig) -> list[tuple[str, int]]:
     """(source, how many slots before it have the same one) of a prompt's slots, in turn."""
     sources = [cfg.negatives[i % len(cfg.negatives)] for i in range(cfg.per_prompt)]
     return [(source, sources[:i].count(source)) for i, source in enumerate(sources)]
@@ -209,7 +229,7 @@ def _try(
     slots: Sequence[_Slot],
     assistant: Assistant | None,
     rule: RuleVerifier,
-    cfg: ConfigDict,
+    cfg: PairsConfig,
     *,
     seed: int,
     step: int,
@@ -344,7 +364,7 @@ def start(
     group_size: int,
     assistant: Assistant | None,
     rule: RuleVerifier,
-    cfg: ConfigDict,
+    cfg: PairsConfig,
     *,
     seed: int,
     step: int,

@@ -13,6 +13,7 @@ import numpy as np
 from configs import base
 from cooper_jax.model import weights
 from cooper_jax.policy import grpo
+from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.runtime import optim
 from cooper_jax.types import PolicyBatch
 
@@ -35,9 +36,14 @@ def policy_section(W, B):
 def load(model_dir, W):
     loaded = weights.load(model_dir)
     section = policy_section(W, common.train_batch(W, loaded.config.vocab_size))
-    optimiser = optim.make(section.optimiser)
+    optimiser = optim.make(optim.OptimiserConfig.from_config(section.optimiser, "policy.optimiser"))
     update = grpo.make_update(
-        loaded.config, section, optimiser, None, temperature=1.0, max_new_tokens=W["new_tokens"]
+        loaded.config,
+        PolicyConfig.from_config(section),
+        optimiser,
+        None,
+        temperature=1.0,
+        max_new_tokens=W["new_tokens"],
     )
     state = optim.init(loaded.params, optimiser)
 
