@@ -730,7 +730,7 @@ BAD = [
     (dict(train_rm__batch=0), "train_rm.batch=0: it must be at least 1"),
     (dict(train_rm__keep_best="f1"), "train_rm.keep_best='f1': it is one of auroc, accuracy, loss"),
     (dict(train_rm__decay="step"), "decay is 'step'"),
-    (dict(train_rm__optimiser__lr=-1.0), "optimiser.lr is -1.0"),
+    (dict(train_rm__optimiser__lr=-1.0), "train_rm.optimiser.lr=-1.0"),
     (dict(reward__weights=""), "reward.weights is empty"),
     (dict(reward__dtype="float16"), "reward.dtype='float16'"),
     (dict(mesh__reward="1x1x1"), "mesh.reward='1x1x1'"),

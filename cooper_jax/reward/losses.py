@@ -84,7 +84,7 @@ class RewardUpdateConfig:
 
     @property
     def reads_pairs(self) -> bool:
-        """Whether an update reads pairs."""
+        """True where a term of the update is computed from pairs."""
         return bool(self.pair_weight or self.pair_bce)
 
 
