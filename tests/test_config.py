@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, tiny
 from cooper_jax import typed_config
+from cooper_jax.configs import base, tiny
 from cooper_jax.run_settings import RunSettings
 from cooper_jax.settings import SetupError
 
@@ -88,7 +88,7 @@ def test_an_assistant_that_nobody_asks_need_not_be_complete():
 @pytest.mark.parametrize("name", FILES)
 def test_files_change_declared_fields_alone(name):
     """base.py declares; the others may not add a field, nor change a field's type (the lock does not see that)."""
-    ours, declared = importlib.import_module(f"configs.{name}").get_config(), base.get_config()
+    ours, declared = importlib.import_module(f"cooper_jax.configs.{name}").get_config(), base.get_config()
     assert sections_and_leaves(ours) == sections_and_leaves(declared)
     for path in sections_and_leaves(declared)[1]:
         value, default = ours, declared
@@ -96,7 +96,7 @@ def test_files_change_declared_fields_alone(name):
             value, default = value[part], default[part]
         assert default is not None and type(value) is type(default), path
     assert name == ours.name, "a run directory is named after its config"
-    assert importlib.import_module(f"configs.{name}").__doc__
+    assert importlib.import_module(f"cooper_jax.configs.{name}").__doc__
 
 
 def test_sections_are_not_shared():
