@@ -1,6 +1,6 @@
 """Builds what a Cooper step needs from a config: problems, both wings, the rule, the assistant.
 
-1. `check` refuses configs that contradict themselves, with all that is wrong at once.
+1. `check` refuses configs that contradict themselves, and gives typed settings.
 2. `load_problems` reads the training problems and those held out; over-long prompts are dropped and counted.
    Held-out ones that the reward model is trained on are left out (data/contamination.py), and of the rest
    `eval.problems` are drawn by a key, for files are often sorted (`choose_held_out`).
@@ -18,7 +18,6 @@ import jax
 from flax import struct
 from ml_collections import ConfigDict
 
-from cooper_jax import settings
 from cooper_jax.data import contamination, prompts, synthetic
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.loading import Directory, Model, load_model
@@ -27,13 +26,14 @@ from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.placement import make_layouts
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistant as assistants
-from cooper_jax.reward import losses, verifier_model
+from cooper_jax.reward import verifier_model
 from cooper_jax.reward.lessons import Replay
 from cooper_jax.reward.rule import QUESTION, RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.rollout import engine
+from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import mesh, optim
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings import Problems, SetupError, boundary
 from cooper_jax.types import Params, Problem, TrainState
 
 
@@ -62,6 +62,7 @@ class Cooper:
     """The machinery of a run; nothing in it changes from step to step."""
 
     cfg: ConfigDict
+    settings: RunSettings
     layout: mesh.Layout  # the policy's
     policy: PolicyWing
     reward: RewardWing | None  # None in the rule arm
@@ -123,36 +124,21 @@ def policy_prompt(cfg: ConfigDict, tokenizer: Tokenizer, problem: Problem) -> li
     return prompts.policy_prompt(tokenizer, problem.question, cfg.data.instruction, cfg.data.chat)
 
 
-def check(cfg: ConfigDict) -> None:
-    """Raise SetupError with everything that is wrong with a config, as far as no file has to be read for it."""
-    problems = settings.Problems()
+def check(cfg: ConfigDict) -> RunSettings:
+    """Read a config's typed settings.
+
+    Raises SetupError with everything that is wrong with the config, as far as no file has to be read for it.
+    """
+    problems = Problems()
     with problems.collect("settings"):
-        settings.check(cfg)
-    # `settings.check` has looked at some of the same fields.
-    if not any(message.startswith("policy.") for message in problems.found):
-        with problems.collect("policy"):
-            grpo.check(cfg.policy)
-    if cfg.reward.arm != "rule":
-        with problems.collect("reward"):
-            losses.check(cfg.reward.pair_loss)
-    for name in (
-        "policy.optimiser",
-        "reward.optimiser",
-        "warmup.policy_optimiser",
-        "warmup.reward_optimiser",
-    ):
-        section, _, field = name.partition(".")
-        with problems.collect(name):
-            optim.make(cfg[section][field])
-    if settings.asks_assistant(cfg):
-        with problems.collect("assistant"):
-            assistants.check(cfg.assistant)
+        typed = RunSettings.from_config(cfg)
     with problems.collect("mesh"):
         _check_rows(cfg, make_layouts(cfg)["policy"].batch_shards, problems)
     problems.raise_if_any()
+    return typed
 
 
-def _check_rows(cfg: ConfigDict, shards: int, problems: settings.Problems) -> None:
+def _check_rows(cfg: ConfigDict, shards: int, problems: Problems) -> None:
     """Find rows that do not divide over the mesh; shards: the ways in which the policy's mesh cuts a batch."""
     rows, parts = cfg.data.prompts_per_step * cfg.rollout.group_size, cfg.policy.minibatches
     problems.need(
@@ -170,7 +156,7 @@ def _check_rows(cfg: ConfigDict, shards: int, problems: settings.Problems) -> No
 @contextlib.contextmanager
 def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]:
     """The machinery and the state at step 0, before any supervised phase; worker processes end on exit."""
-    check(cfg)
+    typed = check(cfg)
     layouts = make_layouts(cfg)
     layout = layouts["policy"]
     train, held_out = load_problems(cfg)
@@ -178,17 +164,10 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
     held_out = choose_held_out(apart, held_out, cfg.eval.problems)
     with contextlib.ExitStack() as stack:
         with boundary("rule"):
-            rule = stack.enter_context(
-                RuleVerifier(
-                    workers=cfg.rule.workers,
-                    timeout=cfg.rule.timeout,
-                    retry_timeout=cfg.rule.retry_timeout,
-                    memory_mb=cfg.rule.memory_mb,
-                )
-            )
+            rule = stack.enter_context(RuleVerifier(typed.rule))
             rule.submit([QUESTION])  # a worker starts while the models are loaded
-        policy, policy_state = _policy_wing(cfg, layouts, run_dir)
-        reward, reward_state = _reward_wing(cfg, layouts["reward"], run_dir)
+        policy, policy_state = _policy_wing(cfg, typed, layouts, run_dir)
+        reward, reward_state = _reward_wing(cfg, typed, layouts["reward"], run_dir)
         with boundary(f"data.chat={cfg.data.chat}, data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
             kept = [
                 problem_sets.drop_long(
@@ -213,19 +192,17 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
         with boundary("rule"):
             rule.check_ready()
         assistant = None
-        if settings.asks_assistant(cfg):
+        if typed.assistant is not None:
             with boundary("assistant"):
-                local = cfg.assistant.kind == "local"
-                generate = (
-                    local_generate(cfg, cfg.assistant, "assistant", layouts["assistant"], run_dir)
-                    if local
-                    else None
-                )
-                assistant = assistants.make(cfg.assistant, generate)
+                generate = None
+                if typed.assistant.kind == "local":
+                    generate = local_generate(cfg, typed.assistant, layouts["assistant"], run_dir)
+                assistant = assistants.make(typed.assistant, generate)
             stack.callback(assistant.close)
         rule, assistant = over_hosts(rule, assistant, jax.process_count())
         cooper = Cooper(
             cfg=cfg,
+            settings=typed,
             layout=layout,
             policy=policy,
             reward=reward,
@@ -245,7 +222,7 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
 
 
 def _policy_wing(
-    cfg: ConfigDict, layouts: dict[str, mesh.Layout], run_dir: Directory
+    cfg: ConfigDict, typed: RunSettings, layouts: dict[str, mesh.Layout], run_dir: Directory
 ) -> tuple[PolicyWing, TrainState]:
     layout, reference = layouts["policy"], layouts["reference"]
     r = cfg.rollout
@@ -267,8 +244,10 @@ def _policy_wing(
         kv_dtype=r.kv_dtype,
     )
     with boundary("policy"):
-        optimiser = optim.make(cfg.policy.optimiser)
-        scoring = dict(microbatch=cfg.policy.microbatch, dtype=cfg.policy.dtype, temperature=r.temperature)
+        optimiser = optim.make(typed.policy_optimiser)
+        scoring = dict(
+            microbatch=typed.policy.microbatch, dtype=typed.policy.dtype, temperature=r.temperature
+        )
         logprobs = grpo.make_logprobs(model.config, layout, **scoring)
         apart = reference != layout
         wing = PolicyWing(
@@ -278,7 +257,7 @@ def _policy_wing(
             reference_layout=reference,
             reference_logprobs=grpo.make_logprobs(model.config, reference, **scoring) if apart else logprobs,
             update=grpo.make_update(
-                model.config, cfg.policy, optimiser, layout,
+                model.config, typed.policy, optimiser, layout,
                 temperature=r.temperature, max_new_tokens=r.max_new_tokens,
             ),
             optimiser=optimiser,
@@ -287,7 +266,7 @@ def _policy_wing(
 
 
 def _reward_wing(
-    cfg: ConfigDict, layout: mesh.Layout, run_dir: Directory
+    cfg: ConfigDict, typed: RunSettings, layout: mesh.Layout, run_dir: Directory
 ) -> tuple[RewardWing | None, TrainState | None]:
     if cfg.reward.arm == "rule":
         return None, None
@@ -302,14 +281,14 @@ def _reward_wing(
             "accept it with --config.reward.allow_untrained_head"
         )
     with boundary("reward"):
-        optimiser = optim.make(cfg.reward.optimiser)
+        optimiser = optim.make(typed.reward_optimiser)
         wing = RewardWing(
             model=model,
             layout=layout,
             score=verifier_model.make_score(
-                model.config, layout, dtype=cfg.reward.dtype, microbatch=cfg.reward.microbatch
+                model.config, layout, dtype=typed.reward.dtype, microbatch=typed.reward.microbatch
             ),
-            update=verifier_model.make_update(model.config, cfg.reward, optimiser, layout),
+            update=verifier_model.make_update(model.config, typed.reward, optimiser, layout),
             optimiser=optimiser,
         )
     return wing, optim.init(params, optimiser)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from cooper_jax import settings
 from cooper_jax.assembly import Cooper, State
@@ -224,9 +223,9 @@ def propose_pairs(
         return prompts.reference_fits(cooper.reward.model.tokenizer, answer, cfg.reward.max_tokens)
 
     return pairs.start(
-        problems, completions, verdicts, cfg.rollout.group_size, cooper.assistant, cooper.rule, cfg.pairs,
-        seed=cfg.seed, step=step, positions=positions, scores=scores, exchange=cfg.reward.shuffle_labels,
-        fits=fits,
+        problems, completions, verdicts, cfg.rollout.group_size, cooper.assistant, cooper.rule,
+        cooper.settings.pairs, seed=cfg.seed, step=step, positions=positions, scores=scores,
+        exchange=cfg.reward.shuffle_labels, fits=fits,
     )  # fmt: skip
 
 
@@ -245,7 +244,7 @@ def choose_lessons(
     if cfg.reward.arm != "cooper":
         return [], state.replay
     return lessons.choose(
-        rows, completions, verdicts, scores, state.replay, cfg.reward,
+        rows, completions, verdicts, scores, state.replay, cooper.settings.reward,
         seed=cfg.seed, step=step, position=positions.start,
     )  # fmt: skip
 
@@ -257,13 +256,8 @@ def update_policy(
     rows = packing.pad_rows(np.asarray(advantages, np.float32), batch.tokens.shape[0])
     batch = batch.replace(advantages=cooper.layout.put(rows, "batch"))
     key = keys.stream(cooper.cfg.seed, "minibatch", step)
-    policy, metrics = grpo.train_step(state.policy, batch, key, cooper.cfg.policy, cooper.policy.update)
+    policy, metrics = grpo.train_step(state.policy, batch, key, cooper.settings.policy, cooper.policy.update)
     return policy, to_host(metrics, "policy")
-
-
-def updates_of(cfg: ConfigDict, false_positive_rate: float) -> int:
-    """How many reward-model updates a step makes.  cfg: the config's `reward` section."""
-    return cfg.updates_most if cfg.updates_most and false_positive_rate > cfg.fp_target else cfg.updates
 
 
 def update_reward_model(
@@ -281,7 +275,7 @@ def update_reward_model(
     cfg, reward = cooper.cfg, state.reward
     if cfg.reward.arm != "cooper":
         return reward, {}
-    pairs_batch = _pair_batch(cooper, made) if settings.weighs_pairs(cfg.reward) else None
+    pairs_batch = _pair_batch(cooper, made) if cooper.settings.reward.reads_pairs else None
     rows_batch = _labelled_batch(cooper, rows) if cfg.reward.rollout_bce else None
     motion = cfg.log.pair_motion and pairs_batch is not None
     before = _pair_logits(cooper, reward, pairs_batch) if motion else None
@@ -343,7 +337,7 @@ def _labelled_batch(cooper: Cooper, triples: Sequence[Triple]) -> LabelledBatch:
     layout, cfg = cooper.reward.layout, cooper.cfg
     labels = np.array([t.label for t in triples], np.float32)
     tokens = [render(cooper, Problem(t.question, t.reference), t.completion) for t in triples]
-    tokens += [[]] * (lessons.most_rows(cfg.reward) - len(tokens))
+    tokens += [[]] * (lessons.most_rows(cooper.settings.reward) - len(tokens))
     rows = packing.score_batch(tokens, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
     count = rows.tokens.shape[0]
     weights = packing.pad_rows(lessons.class_weights(labels), count)

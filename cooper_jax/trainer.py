@@ -29,6 +29,7 @@ from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.reward import losses
 from cooper_jax.rollout import engine
+from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.mesh import Layout
@@ -101,8 +102,9 @@ def cooper_step(cooper: Cooper, state: State, phases: Phases) -> tuple[State, Me
     with phases.phase("pairs"):
         made = proposed.result()
     with phases.phase("reward"):
-        updates = stages.updates_of(cfg.reward, hacking.get("rm/false_positive_rate", 0.0))
-        reward, reward_metrics = stages.update_reward_model(cooper, state, made.pairs, taught, updates)
+        reward, reward_metrics = stages.update_reward_model(
+            cooper, state, made.pairs, taught, cfg.reward.updates
+        )
 
     advantages = np.asarray(advantages)
     metrics = {
@@ -137,14 +139,11 @@ def policy_rewards(
 ) -> np.ndarray:
     """What the policy is rewarded with, f32[N]: the reward model's scores, or the rule arm's rewards without them.
 
-    Controls (ours; cfg: the config's `reward` section), in this order: `binary` rounds a score to 0 or 1, `either`
-    adds the rule (1 for what it finds correct), `guard` takes everything from a response that is truncated or in
-    which the rule finds no answer.
+    Controls (ours; cfg: the config's `reward` section), in this order: `either` adds the rule (1 for what it
+    finds correct), `guard` takes everything from a response that is truncated or in which the rule finds no answer.
     """
     if scores is None:
         return rewards_of(verdicts)
-    if cfg.binary:
-        scores = (scores > 0.5).astype(np.float32)
     if cfg.either:
         scores = np.maximum(scores, rewards_of(verdicts))
     if cfg.guard:
@@ -208,7 +207,7 @@ def train(cfg: ConfigDict) -> None:
 
     Raises hosts.Stopped after a SIGTERM, when a checkpoint of the last whole step is complete.
     """
-    assembly.check(cfg)
+    RunSettings.from_config(cfg)  # now, before the run directory is made
     with settings.boundary("run_dir"):
         path = run_path(cfg)
     with contextlib.ExitStack() as stack:

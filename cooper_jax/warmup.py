@@ -154,7 +154,7 @@ def _imitate(cooper: Cooper, params: Params) -> Params:
     """Likelihood of worked solutions, EOS included."""
     section, model, layout = cooper.cfg.warmup, cooper.policy.model, cooper.layout
     problems = _with_solutions(cooper, "warmup_policy", section.policy_steps * section.policy_batch)
-    opt = optim.make(section.policy_optimiser)
+    opt = optim.make(cooper.settings.imitation_optimiser)
     update = imitation.make_update(
         model.config, layout, opt,
         dtype=cooper.cfg.policy.dtype, remat=cooper.cfg.policy.remat, microbatch=section.policy_batch,
@@ -195,8 +195,8 @@ def _teach(cooper: Cooper, params: Params) -> Params:
     else:
         problems = _with_solutions(cooper, "warmup_reward", section.reward_steps * section.reward_batch)
         draw = _triples_of_solutions(cooper, problems)
-    opt = optim.make(section.reward_optimiser)
-    update = verifier_model.make_bce_update(cooper.reward.model.config, cooper.cfg.reward, opt, layout)
+    opt = optim.make(cooper.settings.labels_optimiser)
+    update = verifier_model.make_bce_update(cooper.reward.model.config, cooper.settings.reward, opt, layout)
 
     def batch(step: int) -> tuple:
         triples = draw(step, section.reward_batch)

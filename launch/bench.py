@@ -39,8 +39,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax import placement, settings, workloads
+from cooper_jax import placement, workloads
 from cooper_jax.model import floor
+from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import machine
 from cooper_jax.settings import SetupError, boundary
 
@@ -138,7 +139,7 @@ def bench(
     if out and not Path(out).parent.is_dir():
         raise SetupError(f"--out={out}: there is no directory {Path(out).parent}")
     cfg = without_problems(cfg, kind)
-    settings.check(cfg)
+    RunSettings.from_config(cfg, with_assistant=False)
     layout = placement.make_layout(cfg)
     prompt_tokens = prompt_tokens or cfg.data.max_prompt_tokens
     written = {

@@ -29,11 +29,12 @@ if __name__ == "__main__":
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax import placement, settings, workloads
+from cooper_jax import placement, workloads
 from cooper_jax.config_fields import describe_unknown_field, flatten_config
 from cooper_jax.rollout import engine
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.rollout.draw import fuses
+from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import keys
 from cooper_jax.settings import SetupError, boundary
 
@@ -57,7 +58,7 @@ def changed(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
 
 def rollout(cfg: ConfigDict, key):
     """One step's rollout under cfg, with its inputs."""
-    settings.check(cfg)
+    RunSettings.from_config(cfg, with_assistant=False)
     layout = placement.make_layout(cfg)
     config, params = workloads.load_model(cfg.policy, "policy", "logits", layout, cfg.seed)
     load = workloads.make_load(cfg, config.vocab_size, cfg.data.max_prompt_tokens, ragged=False)

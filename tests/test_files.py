@@ -470,7 +470,7 @@ def test_a_run_whose_uploads_fail(bucket, config):
             bucket.fails["metrics.jsonl"] = ConnectionResetError("by peer")
             run.log(1, {"a/b": 1})
             run.flush()
-    assert m.read_metrics(files.staging(path) / "metrics.jsonl")[0]["a/b"] == 1
+    assert m.read_lines(files.staging(path) / "metrics.jsonl")[0]["a/b"] == 1
     with pytest.raises(KeyError, match="what ended the run") as caught:
         with Run(path, config, resume=True) as run:  # the one before has let go of the lock
             bucket.fails.clear()

@@ -28,7 +28,7 @@ IDS = (7, 0, 0, 0)
 def section(name="judge", **fields):
     cfg = base.get_config()[name]
     cfg.update(fields)
-    return cfg
+    return chats.ChatConfig.from_config(cfg, name)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def ask(monkeypatch):
 
     def make(script, name="judge", **fields):
         server = Server(script)
-        client = chats.make(section(name, url=server.url, model="m", timeout=5.0, **fields), name)
+        client = chats.make(section(name, url=server.url, model="m", timeout=5.0, **fields))
         made.extend((server, client))
         return client, server
 
@@ -111,15 +111,18 @@ def test_thinking_is_switched_where_the_section_says_so(ask, choice, told):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(thinking="maybe", url="http://h/v1", model="m"), "--config.judge.thinking='maybe'"),
-        (dict(kind="corrupt"), "--config.judge.kind='corrupt'"),
-        (dict(kind="local"), "--config.judge.kind=local"),
+        (
+            dict(thinking="maybe", url="http://h/v1", model="m"),
+            "judge.thinking='maybe': it must be on, off or empty",
+        ),
+        (dict(kind="corrupt"), "judge.kind='corrupt': it must be one of openai, local"),
+        (dict(kind="local"), "judge.kind=local: this program has no rollout engine"),
         (dict(url="http://h/v1"), "set --config.judge.model"),
     ],
 )
 def test_make_names_the_section(fields, message):
     with pytest.raises(ValueError) as caught:
-        chats.make(section(**fields), "judge")
+        chats.make(section(**fields))
     assert message in str(caught.value)
 
 

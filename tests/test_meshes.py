@@ -20,6 +20,7 @@ from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine, plan
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.runtime import mesh, optim
+from cooper_jax.runtime.optim import OptimiserConfig
 
 MESHES = {"1x1x1": 1, "2x1x1": 2, "1x4x1": 4, "1x1x4": 4, "2x2x2": 8}
 OVER_PROCESSES = "1x2x2 in 2 processes"
@@ -165,7 +166,7 @@ def whole_on_each_device(tree) -> set[str]:
 def test_nothing_large_is_replicated(name, head, sizes):
     """Parameters and both moments.  Keys and values alone, on a mesh of more tensor shards than they have heads."""
     layout = tiny_updates.layout_of(*sizes, jax.devices()[: math.prod(sizes)])
-    opt = optim.make(base.optimiser(lr=1e-6, warmup_steps=1))
+    opt = optim.make(OptimiserConfig.from_config(base.optimiser(lr=1e-6, warmup_steps=1), "policy.optimiser"))
     specs = transformer.param_specs(PAPER[name], head)
     params = mesh.abstract(layout, specs)
     state = jax.eval_shape(lambda p: optim.TrainState(p, opt.tx.init(p), 0, 0), params)
@@ -202,7 +203,7 @@ def test_arrays_lie_where_they_are_declared():
     config = wide()
     specs = transformer.param_specs(config)
     cfg = tiny_updates.config()
-    opt = optim.make(cfg.policy.optimiser)
+    opt = optim.make(OptimiserConfig.from_config(cfg.policy.optimiser, "policy.optimiser"))
     state = optim.init(mesh.init_params(jax.random.key(0), specs, layout), opt)
     update = tiny_updates.imitation.make_update(
         config, layout, opt, dtype="float32", remat=True, microbatch=8

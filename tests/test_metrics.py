@@ -41,17 +41,6 @@ def checkpointed(run_dir, step):
 # --- numbers ---
 
 
-def test_masked_mean():
-    x = jnp.array([[1.0, 2.0], [jnp.nan, 6.0]])
-    assert float(m.masked_mean(x, jnp.array([[True, True], [False, True]]))) == 3.0
-    assert float(m.masked_mean(x, jnp.zeros((2, 2), bool))) == 0.0
-    assert math.isnan(float(m.masked_mean(x, jnp.ones((2, 2)))))
-    half = jnp.full((300,), 1.0, jnp.bfloat16)  # a bfloat16 sum stops at 256
-    assert float(m.masked_mean(half, jnp.ones(300, bool))) == 1.0
-    with pytest.raises(AssertionError):
-        m.masked_mean(x, jnp.ones((2, 1), bool))
-
-
 def test_to_host():
     assert m.to_host({"kl": jnp.float32(0.5), "n": 3}, "policy") == {"policy/kl": 0.5, "policy/n": 3.0}
     assert m.to_host({"rule/accuracy": np.float32(0.25)}) == {"rule/accuracy": 0.25}
@@ -122,7 +111,7 @@ def test_metrics_come_back_bit_for_bit(tmp_path_factory, row):
     lines.append({"step": 1, **row})
     lines.close()
     json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    (back,) = m.read_metrics(path)
+    (back,) = map(m.numbers, m.read_lines(path))
     assert {k: np.float64(v).tobytes() for k, v in back.items() if not math.isnan(v)} == {
         k: np.float64(v).tobytes() for k, v in {"step": 1, **row}.items() if not math.isnan(v)
     }
@@ -193,7 +182,7 @@ def test_a_malformed_line_is_named(tmp_path, line):
     assert path.read_bytes() == b'{"step": 1}\n' + line + b'{"step": 2}\n'
     path.write_bytes(b'{"step": 1}\n{"st')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
-        m.read_metrics(path)
+        m.read_lines(path)
 
 
 # --- progress ---
@@ -273,7 +262,7 @@ def test_going_on_from_a_checkpoint(tmp_path, config):
         with pytest.raises(ValueError, match="step 2 after step 2"):
             run.log(2, {})
         run.log(3, {"a/b": 33})
-    assert [r["a/b"] for r in m.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 33]
+    assert [r["a/b"] for r in m.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 33]
     assert [r["x"] for r in m.read_lines(tmp_path / "samples.jsonl")] == [1, 2]
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 999
 
@@ -294,7 +283,7 @@ def test_without_a_checkpoint_a_run_begins_again(tmp_path, config):
     for resume in (True, False):
         with Run(tmp_path, config, resume=resume) as run:
             run.truncate(None)
-        assert m.read_metrics(tmp_path / "metrics.jsonl") == []
+        assert m.read_lines(tmp_path / "metrics.jsonl") == []
 
 
 def test_resume_false_refuses_checkpoints(tmp_path, config):
@@ -425,7 +414,7 @@ def test_one_process_at_a_time_and_no_line_lost_to_a_kill(tmp_path, config):
     assert whole == list(range(1, len(lines)))
     with Run(tmp_path, config, resume=True) as run:  # the system has dropped the dead one's lock
         run.truncate(whole[-1])
-    assert [r["step"] for r in m.read_metrics(run.path / "metrics.jsonl")] == whole
+    assert [r["step"] for r in m.read_lines(run.path / "metrics.jsonl")] == whole
 
 
 def test_tensorboard(tmp_path, config):

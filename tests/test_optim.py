@@ -20,7 +20,7 @@ SPECS = {
 def section(**changes):
     c = base.optimiser(lr=1e-2, warmup_steps=0)
     c.update(changes)
-    return c
+    return optim.OptimiserConfig.from_config(c, "policy.optimiser")
 
 
 def params_and_grads(steps=1, seed=0):
@@ -92,8 +92,8 @@ def test_the_rate_warms_up_and_stays():
 @pytest.mark.parametrize("change", [dict(lr=-1.0), dict(clip_norm=0.0), dict(b1=1.0), dict(eps=0.0)])
 def test_values_out_of_range_are_refused(change):
     ((field, value),) = change.items()
-    with pytest.raises(ValueError, match=f"optimiser.{field} is {value}"):
-        optim.make(section(**change))
+    with pytest.raises(ValueError, match=f"policy.optimiser.{field}={value}: it must be"):
+        section(**change)
 
 
 # --- states ------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.reward import verifier_model
+from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, examples, export, loop, measure, plan
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
@@ -34,8 +35,10 @@ from cooper_jax.settings import SetupError
 from cooper_jax.types import ScoreBatch, Triple
 
 RULES = base.get_config().mesh.rules
-OPT = base.optimiser(lr=1e-2, warmup_steps=0)
-OPT.eps = 1e-3  # with Adam's usual 1e-8 the first step is a sign: rounding noise would count in full
+# With Adam's usual eps of 1e-8 the first step is a sign: rounding noise would count in full.
+OPT = dataclasses.replace(
+    optim.OptimiserConfig.from_config(base.optimiser(lr=1e-2, warmup_steps=0), "train_rm.optimiser"), eps=1e-3
+)
 
 
 def one_device(*_) -> Layout:
@@ -51,7 +54,7 @@ def alone(monkeypatch):
 def section(**changes):
     c = base.get_config().reward
     c.update(changes)
-    return c
+    return RewardUpdateConfig.from_config(c)
 
 
 def random_rows(config, seed=0, n=11, longest=40):
@@ -159,7 +162,7 @@ def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
 
 def test_rates_fall_to_zero():
     def rates(decay, warmup):
-        opt = optim.make(base.optimiser(lr=1.0, warmup_steps=warmup), decay, 6)
+        opt = optim.make(dataclasses.replace(OPT, lr=1.0, warmup_steps=warmup), decay, 6)
         return [float(opt.schedule(jnp.int32(n))) for n in range(7)]
 
     assert rates("linear", 2) == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
@@ -607,7 +610,7 @@ def test_a_run_in_a_bucket_leaves_the_same(bucket, finished, place, alone):  # n
     loop.train(run_config(place, "gs://b/run"))
     path = Bucket.disk("b/run")
     assert timeless(metrics(path)) == timeless(metrics(finished)) and kept(path) == kept(finished)
-    assert overlap.read_seen("gs://b/run/best") == overlap.read_seen(finished / "best")
+    assert overlap.read_record("gs://b/run/best") == overlap.read_record(finished / "best")
     assert weights.load("gs://b/run/best", head="score", layout=one_device()).head_trained
 
 
@@ -757,7 +760,7 @@ BAD = [
     (dict(train_rm__batch=0), "train_rm.batch=0: it must be at least 1"),
     (dict(train_rm__keep_best="f1"), "train_rm.keep_best='f1': it is one of auroc, accuracy, loss"),
     (dict(train_rm__decay="step"), "decay is 'step'"),
-    (dict(train_rm__optimiser__lr=-1.0), "optimiser.lr is -1.0"),
+    (dict(train_rm__optimiser__lr=-1.0), "train_rm.optimiser.lr=-1.0"),
     (dict(reward__weights=""), "reward.weights is empty"),
     (dict(reward__dtype="float16"), "reward.dtype='float16'"),
     (dict(mesh__reward="1x1x1"), "mesh.reward='1x1x1'"),

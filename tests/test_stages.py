@@ -543,17 +543,9 @@ def test_what_the_policy_is_rewarded_with():
 
     assert trainer.policy_rewards(config().reward, None, verdicts, texts).tolist() == [1, 1, 0, 0, 0]
     assert rewards() == scores.tolist()
-    assert rewards(binary=True) == [0, 1, 1, 1, 0]
     assert rewards(either=True) == [1, 1, *scores[2:].tolist()]
     assert rewards(guard=True) == [scores[0].item(), 0, scores[2].item(), 0, scores[4].item()]
-    assert rewards(binary=True, either=True, guard=True) == [1, 0, 1, 0, 0]
-
-
-def test_more_updates_while_the_reward_model_is_fooled():
-    cfg = config().reward
-    assert stages.updates_of(cfg, 0.9) == 1
-    cfg.update(updates=2, updates_most=5, fp_target=0.25)
-    assert [stages.updates_of(cfg, rate) for rate in (0.26, 0.25, float("nan"))] == [5, 2, 2]
+    assert rewards(either=True, guard=True) == [1, 0, scores[2].item(), 0, scores[4].item()]
 
 
 def a_pair(problem):

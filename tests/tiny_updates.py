@@ -7,6 +7,7 @@ As a program it is one process of several, over all their devices; process 0 wri
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import tiny_models
 from cooper_jax.configs import base
 from cooper_jax.model import transformer
 from cooper_jax.policy import grpo, imitation
+from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward import losses, verifier_model
 from cooper_jax.rollout import engine, sampling
 from cooper_jax.runtime import hosts, optim
@@ -91,7 +93,7 @@ def results(layout: Layout) -> dict[str, np.ndarray]:
     out = {}
 
     def update(name, make, head, section, *arrays):
-        opt = optim.make(section.optimiser)
+        opt = optim.make(optim.OptimiserConfig.from_config(section.optimiser, "optimiser"))
         state, metrics = make(opt)(optim.init(placed[head], opt), *arrays)
         (adam,) = (s for s in jax.tree.leaves(state.opt_state, is_leaf=_has_moments) if _has_moments(s))
         for path, mu in jax.tree.leaves_with_path(hosts.fetch(adam.mu)):
@@ -102,7 +104,7 @@ def results(layout: Layout) -> dict[str, np.ndarray]:
     common = dict(temperature=1.0, max_new_tokens=RESPONSE)
     update(
         "grpo",
-        lambda opt: grpo.make_update(MODEL, cfg.policy, opt, layout, **common),
+        lambda opt: grpo.make_update(MODEL, PolicyConfig.from_config(cfg.policy), opt, layout, **common),
         "logits",
         cfg.policy,
         batch,
@@ -116,15 +118,16 @@ def results(layout: Layout) -> dict[str, np.ndarray]:
     other = _put(ScoreBatch(np.flip(tokens, 0).copy(), np.flip(valid, 0).copy()), layout)
     labels = _put((np.arange(ROWS) % 2).astype(np.float32), layout)
     weights = _put(np.ones(ROWS, np.float32), layout)
+    reward = losses.RewardUpdateConfig.from_config(cfg.reward)
     update(
-        "bce", lambda opt: verifier_model.make_bce_update(MODEL, cfg.reward, opt, layout),
+        "bce", lambda opt: verifier_model.make_bce_update(MODEL, reward, opt, layout),
         "score", cfg.reward, score_rows, labels, weights,
     )  # fmt: skip
     for kind in losses.PAIR_LOSSES:
-        cfg.reward.pair_loss = kind
+        of_kind = dataclasses.replace(reward, pair_loss=kind)
         pairs = PairBatch(score_rows, other, _put(np.arange(ROWS) % 3 > 0, layout))
         update(
-            f"pairs_{kind}", lambda opt: verifier_model.make_update(MODEL, cfg.reward, opt, layout),
+            f"pairs_{kind}", lambda opt, c=of_kind: verifier_model.make_update(MODEL, c, opt, layout),
             "score", cfg.reward, pairs,
         )  # fmt: skip
     logprobs = grpo.make_logprobs(MODEL, layout, microbatch=8, dtype="float32", temperature=1.0)

@@ -33,7 +33,7 @@ from cooper_jax.annotation.items import Item
 from cooper_jax.annotation.ledger import Ledger, Row
 from cooper_jax.reward import judge as judges
 from cooper_jax.reward.chat import Failure
-from cooper_jax.reward.rule import Pending, RuleVerifier
+from cooper_jax.reward.rule import Pending, RuleConfig, RuleVerifier
 from cooper_jax.runtime import hosts
 from cooper_jax.settings import Problems, boundary
 
@@ -219,11 +219,8 @@ def _asked(cfg: ConfigDict, name: str, folder: Path):
 
 @contextlib.contextmanager
 def _rule(cfg: ConfigDict):
-    r = cfg.rule
     with boundary("rule"):
-        rule = RuleVerifier(
-            workers=r.workers, timeout=r.timeout, retry_timeout=r.retry_timeout, memory_mb=r.memory_mb
-        )
+        rule = RuleVerifier(RuleConfig.from_config(cfg.rule))
     with rule:
         with boundary("rule"):
             rule.check_ready()

@@ -22,7 +22,7 @@ from cooper_jax.evaluation import sets, summaries
 from cooper_jax.evaluation.ledger import RESULTS, Ledger, Row
 from cooper_jax.evaluation.report import plain
 from cooper_jax.evaluation.scoring import Chosen, RewardModel
-from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.rule import RuleConfig, RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.runtime import files, hosts
 from cooper_jax.settings import Problems, SetupError, boundary
@@ -124,11 +124,8 @@ def _unknown(name: str, record: overlap.Record) -> str:
 @contextlib.contextmanager
 def rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
     """The rule's workers, on each host for its part; they end on exit."""
-    r = cfg.rule
     with boundary("rule"):
-        rule = RuleVerifier(
-            workers=r.workers, timeout=r.timeout, retry_timeout=r.retry_timeout, memory_mb=r.memory_mb
-        )
+        rule = RuleVerifier(RuleConfig.from_config(cfg.rule))
     with rule:
         with boundary("rule"):
             rule.check_ready()

@@ -77,7 +77,6 @@ class Loaded:
     params: Params
     head_trained: bool
     generation_config: dict[str, Any]
-    directory: Path  # the directory, or the .gguf file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +158,7 @@ def load(
             tree["score"] = init_params(key, {"score": e.spec}, layout)["score"]
         else:
             tree[e.key] = _place(e, tensors, layout)
-    return Loaded(config, params, classifier or head == "logits", generation, path)
+    return Loaded(config, params, classifier or head == "logits", generation)
 
 
 def read_config(source: str, num_layers: int = 0) -> ModelConfig:

@@ -13,14 +13,13 @@ predict them.  Old, reference and current log-probabilities are all those of sof
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.policy.losses import AGGREGATIONS, ESTIMATORS, grpo_loss, token_weights
+from cooper_jax.policy.losses import PolicyConfig, grpo_loss, token_weights
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params, PolicyBatch, TrainState
@@ -100,27 +99,9 @@ def make_logprobs(
 # --- updates -----------------------------------------------------------------------------------------
 
 
-def check(cfg: Any) -> None:
-    """Raise ValueError, naming the field, for a `policy` section that no update can follow."""
-    for field, options in (("kl_estimator", ESTIMATORS), ("aggregation", AGGREGATIONS)):
-        if cfg[field] not in options:
-            raise ValueError(f"policy.{field} is {cfg[field]!r}; it is one of {', '.join(options)}")
-    for field in ("epochs", "minibatches", "microbatch"):
-        if cfg[field] < 1:
-            raise ValueError(f"policy.{field} is {cfg[field]}; it must be at least 1")
-    for field in ("clip_low", "clip_high", "kl_coef", "kl_clamp"):
-        if not cfg[field] >= 0:
-            raise ValueError(f"policy.{field} is {cfg[field]}; it must be at least 0")
-    if cfg.dual_clip and not cfg.dual_clip > 1.0 + cfg.clip_high:
-        raise ValueError(
-            f"policy.dual_clip is {cfg.dual_clip}; it must exceed 1 + policy.clip_high = "
-            f"{1.0 + cfg.clip_high}, or be 0 (off)"
-        )
-
-
 def make_gradients(
     config: ModelConfig,
-    cfg: Any,
+    cfg: PolicyConfig,
     layout: Layout,
     *,
     temperature: float,
@@ -130,7 +111,6 @@ def make_gradients(
 
     Where `old_is_current` is set the old log-probabilities are this pass's own, so the ratio is exactly 1.
     """
-    check(cfg)
     dtype = jnp.dtype(cfg.dtype)
     places = mesh.shardings(layout, transformer.param_specs(config, head="logits"))
 
@@ -197,7 +177,7 @@ def _finish(sums: Metrics, mask: jax.Array, advantages: jax.Array) -> Metrics:
 
 def make_update(
     config: ModelConfig,
-    cfg: Any,
+    cfg: PolicyConfig,
     opt: optim.Optimiser,
     layout: Layout,
     *,
@@ -206,11 +186,11 @@ def make_update(
 ) -> Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]]:
     """The jitted (state, minibatch) -> (state, metrics); the state given is donated.
 
-    cfg: the config's `policy` section.  temperature: the rollout's.  A minibatch without any response token
+    temperature: the rollout's.  A minibatch without any response token
     moves nothing.  Metrics, f32[]: loss, pg_loss, kl (nats a token), entropy (nats a token), clip_low,
     clip_high and dual_clip (shares of tokens), ratio_mean, ratio_min, ratio_max, rollout_mismatch (mean
     absolute difference of the old log-probabilities and the sampler's), advantage_mean, advantage_abs, and
-    `optim.apply`'s grad_norm, lr and skipped.  Raises ValueError for a section out of range.
+    `optim.apply`'s grad_norm, lr and skipped.
     """
     gradients = make_gradients(config, cfg, layout, temperature=temperature, max_new_tokens=max_new_tokens)
 
@@ -223,7 +203,7 @@ def make_update(
     return jax.jit(update, donate_argnums=0, out_shardings=(places, layout.replicated))
 
 
-def updates_per_step(cfg: Any) -> int:
+def updates_per_step(cfg: PolicyConfig) -> int:
     """Optimiser updates that `train_step` makes; above 1, old log-probabilities are to be computed before."""
     return cfg.epochs * cfg.minibatches
 
@@ -238,7 +218,7 @@ def train_step(
     state: TrainState,
     batch: PolicyBatch,
     key: jax.Array,
-    cfg: Any,
+    cfg: PolicyConfig,
     update: Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]],
 ) -> tuple[TrainState, Metrics]:
     """cfg.epochs passes over a step's rows in cfg.minibatches parts, an update each.

@@ -33,6 +33,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
+from cooper_jax import typed_config
 from cooper_jax.runtime import hosts
 from cooper_jax.types import Verdict
 
@@ -46,6 +49,33 @@ WORKER = (
 START_LIMIT = 120.0  # seconds for a process to import math-verify, on a busy machine
 REMEMBERED = 1 << 16  # verdicts kept
 QUESTION = ("4", "So the answer is \\boxed{4}.")  # correct: the first question of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleConfig:
+    """Settings of the rule verifier's processes: the config's `rule` section."""
+
+    workers: int  # processes
+    timeout: float  # seconds a verdict, before the process is killed
+    retry_timeout: float  # seconds of the one further try, alone
+    memory_mb: int  # address space of one process in MiB; 0 sets no limit
+
+    def __post_init__(self) -> None:
+        problems = [
+            *typed_config.find_small(self, "rule", 1, ("workers",)),
+            *typed_config.find_small(self, "rule", 0, ("memory_mb",)),
+        ]
+        if not 0 < self.timeout <= self.retry_timeout:
+            problems.append(
+                f"rule.timeout={self.timeout}, rule.retry_timeout={self.retry_timeout}: both must be positive, and "
+                "the second try not the shorter one"
+            )
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> RuleConfig:
+        """Read the `rule` section.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, "rule")
 
 
 @dataclasses.dataclass
@@ -80,34 +110,13 @@ class Pending:
 class RuleVerifier:
     """A pool of math-verify processes, started when first needed; a context manager.
 
-    Args:
-      workers: processes.
-      timeout: seconds a verdict, before the process is killed.
-      retry_timeout: seconds of the one further try, alone.
-      memory_mb: address space of one process in MiB; 0 sets no limit, and neither does a platform that refuses it,
-        as macOS does: that is said once.
-      command: what to run as a worker; the memory limit is appended as its last argument.
+    command: what to run as a worker; the memory limit is appended as its last argument.
     """
 
-    def __init__(
-        self,
-        workers: int,
-        timeout: float,
-        retry_timeout: float,
-        memory_mb: int,
-        command: Sequence[str] = WORKER,
-    ):
-        for name, value, least in (("workers", workers, 1), ("memory_mb", memory_mb, 0)):
-            if value < least:
-                raise ValueError(f"--config.rule.{name}={value}: must be at least {least}")
-        if not 0 < timeout <= retry_timeout:
-            raise ValueError(
-                f"--config.rule.timeout={timeout}, retry_timeout={retry_timeout}: both must be "
-                "positive, and the second try not the shorter one"
-            )
-        self._timeout, self._retry_timeout = timeout, retry_timeout
-        self._command = (*command, str(memory_mb))
-        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
+    def __init__(self, cfg: RuleConfig, command: Sequence[str] = WORKER):
+        self._timeout, self._retry_timeout = cfg.timeout, cfg.retry_timeout
+        self._command = (*command, str(cfg.memory_mb))
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(cfg.workers)]
         self._state = threading.Condition()  # guards all that follows
         self._fresh: collections.deque[_Job] = collections.deque()
         self._retries: collections.deque[_Job] = collections.deque()

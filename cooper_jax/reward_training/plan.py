@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from cooper_jax import loading, placement
 from cooper_jax.data import packing
 from cooper_jax.reward import verifier_model
+from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, examples, measure
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.settings import Problems, boundary
@@ -86,7 +87,9 @@ def build(cfg: ConfigDict, path: loading.Directory) -> tuple[Job, TrainState]:
     per_epoch = batches.updates_per_epoch(len(data.train), s.batch)
     steps = s.epochs * per_epoch
     with boundary("train_rm"):
-        optimiser = optim.make(s.optimiser, s.decay, steps)
+        section = optim.OptimiserConfig.from_config(s.optimiser, "train_rm.optimiser")
+        optimiser = optim.make(section, s.decay, steps)
+        updates = RewardUpdateConfig.from_config(cfg.reward)
     model, params, head_trained = loading.load_model(cfg.reward, "reward", "score", layout, path, cfg.seed)
     lengths = data.train.lengths
     job = Job(
@@ -106,7 +109,7 @@ def build(cfg: ConfigDict, path: loading.Directory) -> tuple[Job, TrainState]:
             batch=s.batch,
             rows_multiple=layout.batch_shards,
         ),
-        accumulator=verifier_model.make_bce_accumulator(model.config, cfg.reward, optimiser, layout),
+        accumulator=verifier_model.make_bce_accumulator(model.config, updates, optimiser, layout),
         # A rectangle is one microbatch already.
         score=verifier_model.make_score(model.config, layout, dtype=cfg.reward.dtype, microbatch=2**30),
         steps=steps,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cooper_jax import settings
+from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import outdir
 from cooper_jax.runtime.checkpoint import steps_in
 from cooper_jax.runtime.rundir import flat, matters
@@ -104,7 +104,7 @@ class Study:
         for arm in self.arms:
             self._refuse_overruled(arm)
             try:
-                settings.check(self.config(arm, self.seeds[0]))
+                RunSettings.from_config(self.config(arm, self.seeds[0]))
             except SetupError as error:
                 raise SetupError(*(f"arm {arm.name}: {p}" for p in error.problems)) from error
 
