@@ -23,10 +23,10 @@ from launch import common
 
 def main(argv: list[str]) -> None:
     common.begin(argv)
-    from cooper_jax import trainer
+    from cooper_jax.trainer.train_loop import train
 
     with common.running():
-        trainer.train(common.config())
+        train(common.config())
 
 
 if __name__ == "__main__":
