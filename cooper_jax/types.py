@@ -121,7 +121,7 @@ class PolicyBatch:
     valid: jax.Array  # bool[N, P + T]
     response_mask: jax.Array  # bool[N, T]
     advantages: jax.Array  # f32[N]
-    old_logprobs: jax.Array  # f32[N, T]: the policy's before the first update of this step; unread if there is one
+    old_logprobs: jax.Array  # f32[N, T]: the policy's before this step; read where a step has several updates
     ref_logprobs: jax.Array  # f32[N, T]: the frozen reference's
     rollout_logprobs: jax.Array  # f32[N, T]: the sampler's own, for the mismatch metric
 

@@ -30,7 +30,7 @@ from cooper_jax.reward_training import batches, examples, export, loop, measure,
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings import SetupError
-from cooper_jax.trainer import setup
+from cooper_jax.trainer.setup import build_reward_bundle
 from cooper_jax.types import ScoreBatch, Triple
 
 RULES = base.get_config().mesh.rules
@@ -544,7 +544,7 @@ def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
     cfg = base.get_config()
     cfg.reward.weights = str(finished / "best")
     cfg.reward.max_tokens = 96
-    bundle, state = setup._build_reward(cfg, one_device(), tmp_path)
+    bundle, state = build_reward_bundle(cfg, one_device(), tmp_path)
     rows = [
         prompts.verifier_tokens(bundle.model.tokenizer, t.question, t.reference, t.completion, 96)
         for t in labelled.load(str(place / "dev.jsonl"))

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from cooper_jax.data import packing, prompts
 from cooper_jax.reward import lessons, losses, pairs
-from cooper_jax.reward.rule import Pending
-from cooper_jax.reward.shared import SharedPending
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.settings import weighs_pairs
@@ -97,7 +96,7 @@ class ResponseGrader:
         self._problems = batch.problems
         self._reward = reward
         self._groups: dict[int, Sequence[Completion]] = {}  # by the problem's index in the batch
-        self._pending_verdicts: dict[int, Pending | SharedPending] = {}  # likewise
+        self._pending_verdicts: dict[int, Any] = {}  # likewise; in the form of the rule verifier
         self._scorer = None
         if reward is not None and scores_during_rollout(components):
             self._scorer = _OverlappedScorer(components, reward.params)

@@ -76,10 +76,10 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     held_out = contamination.set_apart(cfg, run_dir, train, held_out)[: cfg.eval.problems]
 
     with contextlib.ExitStack() as stack:
-        policy, policy_state = _build_policy(cfg, layouts, run_dir)
+        policy, policy_state = build_policy_bundle(cfg, layouts, run_dir)
         reward, reward_state = None, None
         if cfg.reward.arm != "rule":
-            reward, reward_state = _build_reward(cfg, layouts["reward"], run_dir)
+            reward, reward_state = build_reward_bundle(cfg, layouts["reward"], run_dir)
 
         with boundary(f"data.chat={cfg.data.chat}, data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
             train, train_prompts, dropped = _drop_long(cfg, policy.model.tokenizer, train)
@@ -101,7 +101,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             )
         assistant = None
         if settings.asks_assistant(cfg):
-            assistant = _build_assistant(cfg, layouts["assistant"], run_dir)
+            assistant = build_assistant(cfg, layouts["assistant"], run_dir)
             stack.callback(assistant.close)
         rule, assistant = over_hosts(rule, assistant, jax.process_count())
 
@@ -153,7 +153,7 @@ def _drop_long(
     )
 
 
-def _build_policy(
+def build_policy_bundle(
     cfg: ConfigDict, layouts: dict[str, mesh.Layout], run_dir: Directory
 ) -> tuple[PolicyBundle, TrainState]:
     """The policy and its reference: functions that are jitted when first called, and the initial state."""
@@ -200,7 +200,7 @@ def _build_policy(
     return bundle, optim.init(params, optimiser)
 
 
-def _build_reward(
+def build_reward_bundle(
     cfg: ConfigDict, layout: mesh.Layout, run_dir: Directory
 ) -> tuple[RewardBundle, TrainState]:
     """The reward model: functions that are jitted when first called, and the initial state."""
@@ -226,7 +226,7 @@ def _build_reward(
     return bundle, optim.init(params, optimiser)
 
 
-def _build_assistant(cfg: ConfigDict, layout: mesh.Layout, run_dir: Directory) -> assistants.Assistant:
+def build_assistant(cfg: ConfigDict, layout: mesh.Layout, run_dir: Directory) -> assistants.Assistant:
     """The assistant of the config: programmatic, a server's model, or local weights on our own devices."""
     with boundary("assistant"):
         generate = None
