@@ -21,7 +21,7 @@ from cooper_jax.reward.lessons import Replay
 from cooper_jax.runtime import keys, rundir
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.metrics import Phases
-from cooper_jax.trainer import policy_stages, reward_stages
+from cooper_jax.trainer import grading, policy_stages, reward_stages
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.resume import save_checkpoint, start_or_resume
 from cooper_jax.trainer.rewards import REWARDS, compute_rewards, name_rewards
@@ -113,7 +113,7 @@ def sample(components, state, problems):
 
 def score(components, reward, problems, completions):
     """A reward model's logits."""
-    return reward_stages.score_responses(components, reward.params, problems, completions)
+    return grading.score_responses(components, reward.params, problems, completions)
 
 
 def unchanged(before, after):
@@ -272,7 +272,7 @@ def test_each_response_is_submitted_once_as_its_group_ends(build):
         components = dataclasses.replace(components, rule=Counting())
         problems = policy_stages.take_problems(components, first=0)
         texts = [[Completion(f"{b} and {g} #### {b}") for g in range(G)] for b in range(B)]
-        grader = reward_stages.ResponseGrader(components, problems, state.reward)
+        grader = grading.ResponseGrader(components, problems, state.reward)
         for b in (2, 0, 1):
             grader.add_group(b, texts[b])
         whole = sum(texts, [])
@@ -285,7 +285,7 @@ def test_each_response_is_submitted_once_as_its_group_ends(build):
         np.testing.assert_allclose(grader.collect_scores(), 1 / (1 + np.exp(-logits)), atol=1e-6)
         assert len(set(logits.tolist())) > 1
         with pytest.raises(ValueError, match="no reward model"):
-            reward_stages.ResponseGrader(components, problems, None).collect_scores()
+            grading.ResponseGrader(components, problems, None).collect_scores()
 
 
 @pytest.mark.slow
@@ -303,7 +303,7 @@ def test_models_on_meshes_of_their_own(build, tmp_path):
                 begun(components, state, tmp_path / name) as (state, _, _),
             ):
                 components = solved(components)
-                assert reward_stages.scores_during_rollout(components) == bool(meshes)
+                assert grading.scores_during_rollout(components) == bool(meshes)
                 where = [x.sharding.device_set for x in jax.tree.leaves(state.reference)]
                 assert where == [set(components.policy.reference_layout.mesh.devices.flat)] * len(where)
                 state, metrics, record = cooper_step(components, state, Phases())

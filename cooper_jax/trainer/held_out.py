@@ -22,7 +22,8 @@ import numpy as np
 from cooper_jax import statistics
 from cooper_jax.data import synthetic
 from cooper_jax.reward import verifier_model
-from cooper_jax.trainer import policy_stages, reward_stages
+from cooper_jax.trainer import policy_stages
+from cooper_jax.trainer.grading import score_responses
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.trainer.step_metrics import (
     measure_hacking,
@@ -61,7 +62,7 @@ def _evaluate_responses(components: Components, state: State, temperature: float
     )
     metrics = measure_responses(completions) | measure_oracle(oracle, problems, completions)
     if components.reward is not None:
-        logits = reward_stages.score_responses(components, state.reward.params, problems, completions)
+        logits = score_responses(components, state.reward.params, problems, completions)
         scores = np.asarray(verifier_model.rewards(logits))
         metrics |= measure_hacking(scores, pending_verdicts.result())
         if oracle is not None:
@@ -80,7 +81,7 @@ def _evaluate_reward_model(components: Components, state: State) -> Metrics:
     for name, triples in sets.items():
         problems = [Problem(t.question, t.reference) for t in triples]
         completions = [Completion(t.completion) for t in triples]
-        logits = reward_stages.score_responses(components, state.reward.params, problems, completions)
+        logits = score_responses(components, state.reward.params, problems, completions)
         truth = np.array([t.label > 0.5 for t in triples])
         metrics |= _measure_separation(f"rm_{name}", truth, logits)
         if name == "balanced":

@@ -15,6 +15,7 @@ from __future__ import annotations
 from cooper_jax.reward.lessons import Replay
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.trainer import policy_stages, reward_stages
+from cooper_jax.trainer.grading import ResponseGrader
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.trainer.step_metrics import measure_hacking, measure_verdicts
 
@@ -35,7 +36,7 @@ def warm_up_reward_model(components: Components, state: State) -> State:
         batch = policy_stages.take_problems(
             components, first=update * cfg.data.prompts_per_step, stream="warm_start"
         )
-        grader = reward_stages.ResponseGrader(components, batch, state.reward)
+        grader = ResponseGrader(components, batch, state.reward)
         _, completions, _ = policy_stages.sample_responses(
             components,
             state.policy.params,

@@ -26,6 +26,7 @@ from cooper_jax.reward.pairs import PairResult
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import Phases
 from cooper_jax.trainer import policy_stages, reward_stages
+from cooper_jax.trainer.grading import ResponseGrader
 from cooper_jax.trainer.rewards import compute_rewards, name_rewards
 from cooper_jax.trainer.samples import StepRecord
 from cooper_jax.trainer.state import Components, State
@@ -44,7 +45,7 @@ def cooper_step(components: Components, state: State, phases: Phases) -> tuple[S
 
     # 1. Sample.  Each group is graded as soon as it ends, while the devices sample the others.
     batch = policy_stages.take_problems(components, first=state.position)
-    grader = reward_stages.ResponseGrader(components, batch, state.reward)
+    grader = ResponseGrader(components, batch, state.reward)
     rollout_key = keys.stream(cfg.seed, "rollout", step)
     with phases.phase("rollout"):
         rollout, completions, rollout_metrics = policy_stages.sample_responses(

@@ -25,7 +25,7 @@ from cooper_jax.reward.corruption import corrupt
 from cooper_jax.runtime import hosts, keys, optim
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.settings import SetupError, boundary
-from cooper_jax.trainer import reward_stages
+from cooper_jax.trainer.grading import encode_reward_input, pack_reward_inputs
 from cooper_jax.trainer.setup import encode_policy_prompt
 from cooper_jax.trainer.state import Components
 from cooper_jax.types import Params, Problem, TrainState, Triple
@@ -105,10 +105,9 @@ def train_on_labels(components: Components, params: Params) -> Params:
     def make_batch(step: int) -> tuple[Any, ...]:
         triples = draw(step, section.reward_batch)
         rows = [
-            reward_stages.encode_reward_input(components, Problem(t.question, t.reference), t.completion)
-            for t in triples
+            encode_reward_input(components, Problem(t.question, t.reference), t.completion) for t in triples
         ]
-        inputs = reward_stages.pack_reward_inputs(components, rows)
+        inputs = pack_reward_inputs(components, rows)
         count = inputs.tokens.shape[0]
         labels = packing.pad_rows(np.array([t.label for t in triples], np.float32), count)
         weights = packing.pad_rows(np.ones(len(triples), np.float32), count)
