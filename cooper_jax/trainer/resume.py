@@ -19,7 +19,14 @@ from cooper_jax.runtime.rundir import Run, config_hash
 from cooper_jax.settings import SetupError, boundary
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.reward_warmup import warm_up_reward_model
-from cooper_jax.trainer.state import Components, State, checkpoint_items, checkpoint_vocab_sizes
+from cooper_jax.trainer.state import (
+    Components,
+    PolicyBundle,
+    RewardBundle,
+    State,
+    checkpoint_items,
+    checkpoint_vocab_sizes,
+)
 from cooper_jax.trainer.supervised import imitate_solutions, train_on_labels
 from cooper_jax.types import Params, TrainState
 
@@ -122,7 +129,9 @@ def _take_models_of_run(
     """The models of the step 0 of the run directory `warmup.start`, with fresh optimisers."""
     source = components.cfg.warmup.start
 
-    def restore(kept: Checkpoints, name: str, bundle, like: TrainState) -> TrainState:
+    def restore(
+        kept: Checkpoints, name: str, bundle: PolicyBundle | RewardBundle, like: TrainState
+    ) -> TrainState:
         abstract = checkpoint.abstract(like.params)
         params = kept.restore(0, name, abstract, bundle.model.config.vocab_size)
         return optim.init(params, bundle.optimiser)
