@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.data import contamination, labelled, overlap, problems
 from cooper_jax.settings import SetupError
 from cooper_jax.trainer.setup import load_problems

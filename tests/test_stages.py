@@ -13,8 +13,8 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 
-from configs import tiny
 from cooper_jax import local_chat, placement
+from cooper_jax.configs import tiny
 from cooper_jax.data import synthetic
 from cooper_jax.model import weights
 from cooper_jax.reward.lessons import Replay

@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from configs import tiny
+from cooper_jax.configs import tiny
 from cooper_jax.runtime import hosts
 from cooper_jax.trainer import train_loop
 from cooper_jax.trainer.samples import StepRecord
