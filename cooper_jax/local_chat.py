@@ -15,7 +15,7 @@ from cooper_jax.loading import Directory, load_model
 from cooper_jax.placement import rollout_options
 from cooper_jax.reward import chat as chats
 from cooper_jax.rollout import engine
-from cooper_jax.runtime import keys, mesh
+from cooper_jax.runtime import hosts, keys, mesh
 from cooper_jax.settings import Problems, boundary
 
 
@@ -87,7 +87,8 @@ def local_generate(
         for (seed, step, attempt), members in together.items():
             rollout = engine.generate(
                 params, model.config, layout, [rows[i] for i in members], [ids[i][2] for i in members],
-                keys.stream(seed, name, step, attempt), spec, **rollout_options(cfg),
+                keys.stream(seed, name, step, attempt), spec,
+                between_segments=hosts.look, **rollout_options(cfg),
             )  # fmt: skip
             for i, text in zip(
                 members, engine.completions(rollout, model.tokenizer.decode, spec.eos_ids), strict=True

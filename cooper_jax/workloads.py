@@ -135,18 +135,8 @@ def policy_batch(cfg: ConfigDict, config: ModelConfig, load: Load, layout: mesh.
     )
     sampled = batch.rollout_logprobs
     advantages = packing.pad_rows(rng.standard_normal(n).astype(np.float32), len(sampled))
-    batch = layout.put(
-        dataclasses.replace(
-            batch,
-            advantages=advantages,
-            old_logprobs=sampled,
-            ref_logprobs=sampled,
-            old_is_current=np.zeros(()),
-        ),
-        "batch",
-    )
-    single = cfg.policy.epochs * cfg.policy.minibatches == 1
-    return batch.replace(old_is_current=layout.put(np.asarray(single)))
+    batch = batch.replace(advantages=advantages, old_logprobs=sampled, ref_logprobs=sampled)
+    return layout.put(batch, "batch")
 
 
 # --- programs --------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     def main(argv):
         common.begin(argv)
         with common.running():
-            trainer.train(common.config())
+            train(common.config())
 
     app.run(main, flags_parser=common.make_flags_parser(__doc__))
 

@@ -24,10 +24,10 @@ from cooper_jax.launch import common
 
 def main(argv: list[str]) -> None:
     common.begin(argv)
-    from cooper_jax import trainer
+    from cooper_jax.trainer.train_loop import train
 
     with common.running():
-        trainer.train(common.config())
+        train(common.config())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from cooper_jax import assembly, recipes
+from cooper_jax import recipes
+from cooper_jax.trainer import setup
 from cooper_jax.config_fields import find_nearest, flatten_config, list_fields
 from cooper_jax.configs import base, tiny
 from cooper_jax.launch import command_line
@@ -232,7 +233,7 @@ def test_all_setup_errors_are_reported_at_once(monkeypatch):
     cfg.assistant.kind, cfg.assistant.url, cfg.assistant.key_env = "openai", "https://h/v1", "NO_SUCH_KEY"
     cfg.mesh.data, cfg.rollout.max_rows = 8, 3
     with pytest.raises(SetupError) as error:
-        assembly.check(cfg)
+        setup.read_settings(cfg)
     said = error.value.problems
     wanted = [
         "rollout.top_p=0.9", "steps=-1: it must be at least 0", "policy.kl_estimator is 'k9'",
@@ -245,7 +246,7 @@ def test_all_setup_errors_are_reported_at_once(monkeypatch):
 
     cfg.assistant.key_env, cfg.assistant.model = "", "m"  # a server without keys
     with pytest.raises(SetupError) as error:
-        assembly.check(cfg)
+        setup.read_settings(cfg)
     assert len(error.value.problems) == len(wanted) - 2
 
 

@@ -48,7 +48,7 @@ def model_params():
     return params
 
 
-def policy_batch(seed=0, *, current=False):
+def policy_batch(seed=0):
     """Left-padded prompts of 2 to P tokens, responses of 1 to T - 1 tokens.
 
     The last response is truncated at T.  The first row is one that fills up a batch: nothing in it is valid,
@@ -74,7 +74,6 @@ def policy_batch(seed=0, *, current=False):
         old_logprobs=noise(1.0) - 3.0,
         ref_logprobs=noise(0.5) - 3.0,
         rollout_logprobs=noise(0.1) - 3.0,
-        old_is_current=jnp.bool_(current),
     )
 
 
@@ -358,8 +357,9 @@ def naive_loss(params, batch, cfg, temperature):
 
 
 @functools.cache  # compiling is what takes time here
-def gradients_of(temperature, microbatch):
-    cfg = section(microbatch=microbatch)
+def gradients_of(temperature, microbatch, epochs=2):
+    """With one epoch a step has one update, which does not read the old log-probabilities."""
+    cfg = section(microbatch=microbatch, epochs=epochs)
     return jax.jit(
         grpo.make_gradients(CONFIG, cfg, tiny_models.one_device(), temperature=temperature, max_new_tokens=T)
     )
@@ -451,25 +451,25 @@ def test_microbatches_leave_the_gradient_unchanged(params, standard):
 
 @pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
 def test_the_first_update_has_ratio_one(params, temperature):
-    gradients = gradients_of(temperature, 4)
-    # Old log-probabilities of garbage: they are not to be read.
-    batch = policy_batch(current=True)
+    # Old log-probabilities of garbage: the only update of a step does not read them.
+    batch = policy_batch()
     batch = batch.replace(old_logprobs=jnp.full_like(batch.old_logprobs, jnp.nan))
-    _, grads, metrics = gradients(params, batch)
+    _, grads, metrics = gradients_of(temperature, 4, epochs=1)(params, batch)
     for name in ("ratio_mean", "ratio_min", "ratio_max"):
         assert float(metrics[name]) == 1.0, name
     for name in ("clip_low", "clip_high", "dual_clip"):
         assert float(metrics[name]) == 0.0, name
     # Computed beforehand they say the same, to rounding.
+    gradients = gradients_of(temperature, 4)
     old = logprobs_of(temperature, 4)(params, batch.tokens, batch.valid, T)
-    _, same, metrics = gradients(params, batch.replace(old_logprobs=old, old_is_current=jnp.bool_(False)))
+    _, same, metrics = gradients(params, batch.replace(old_logprobs=old))
     assert abs(float(metrics["ratio_max"]) - 1) < 1e-5 and abs(float(metrics["ratio_min"]) - 1) < 1e-5
     for name in ("clip_low", "clip_high", "dual_clip"):
         assert float(metrics[name]) == 0.0, name
     assert_trees_close(same, grads)
     # With those of another temperature the ratio is not 1: the test can tell.
     off = logprobs_of(TEMPERATURE if temperature == 1.0 else 1.0, 4)(params, batch.tokens, batch.valid, T)
-    _, _, metrics = gradients(params, batch.replace(old_logprobs=off, old_is_current=jnp.bool_(False)))
+    _, _, metrics = gradients(params, batch.replace(old_logprobs=off))
     assert abs(float(metrics["ratio_max"]) - 1) > 0.01
 
 
@@ -552,7 +552,7 @@ def test_a_batch_without_tokens_moves_nothing(params, plain_update):
 
 def test_updates_raise_the_advantaged_responses(params, plain_update):
     opt, update = plain_update
-    batch = policy_batch(current=True)
+    batch = policy_batch()
     scored = logprobs_of(TEMPERATURE, 4)
     before = scored(params, batch.tokens, batch.valid, T)
     sign = jnp.array([0.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
@@ -618,7 +618,7 @@ def recorder(seen):
 def numbered():
     """Six rows, known by their advantages."""
     batch = policy_batch().replace(advantages=jnp.arange(float(N)))
-    return jax.tree.map(lambda x: x[:6] if x.ndim else x, batch)
+    return jax.tree.map(lambda x: x[:6], batch)
 
 
 def test_a_step_passes_over_every_row_once_an_epoch():
@@ -651,10 +651,6 @@ def test_a_single_minibatch_keeps_the_order():
 def test_steps_that_cannot_be_cut_are_refused():
     with pytest.raises(ValueError, match="policy.minibatches = 4 does not divide the step's 6 rows"):
         grpo.train_step(0, numbered(), jax.random.key(0), section(minibatches=4), recorder([]))
-    current = numbered().replace(old_is_current=jnp.bool_(True))
-    with pytest.raises(ValueError, match=r"epochs \* policy.minibatches = 2.*old_logprobs"):
-        grpo.train_step(0, current, jax.random.key(0), section(epochs=2), recorder([]))
-    grpo.train_step(0, current, jax.random.key(0), section(), recorder([]))
 
 
 # --- imitation -----------------------------------------------------------------------------------------

@@ -297,8 +297,29 @@ def test_verdicts_are_divided_and_shared(monkeypatch):
     assert sum(map(len, asked)) == len(set(items)), "an item belongs to one host, wherever it is met"
 
 
+def test_submissions_are_collected_with_one_exchange(monkeypatch):
+    """Groups of a step are submitted one by one as they end; the hosts tell each other all verdicts at once."""
+    groups = [[(str(i), "0"), ("1", str(i))] for i in range(5)] + [[("1", "1")], []]
+    judges, exchanged = [Judge() for _ in range(3)], []
+
+    def work(me):
+        rule = SharedRule(judges[me])
+        pending = [rule.submit(group) for group in groups]
+        asked, exchange = len(judges[me].asked), hosts.exchange
+        monkeypatch.setattr(hosts, "exchange", lambda *args: exchanged.append(me) or exchange(*args))
+        verdicts = rule.collect(pending)
+        assert len(judges[me].asked) == asked, "nothing is submitted twice"
+        return verdicts
+
+    items = [item for group in groups for item in group]
+    want = [Verdict.CORRECT if a == b else Verdict.WRONG for a, b in items]
+    assert in_turn(monkeypatch, 3, work) == [want] * 3
+    assert exchanged == [0, 1, 2, 0, 1, 2]  # each process is tried twice
+    assert set(items) == {item for judge in judges for item in judge.asked}
+
+
 def test_an_item_is_judged_by_the_same_host_in_any_list(monkeypatch):
-    """What a rollout hands out early is known when the whole step asks."""
+    """What has been judged once is known where it is asked for again."""
     items = [(str(i), str(i)) for i in range(12)]
     judges = [Judge() for _ in range(2)]
     for part in (items[:5], items[5:], items):

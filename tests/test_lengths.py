@@ -8,7 +8,8 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 
-from cooper_jax import assembly, loading, local_chat, placement
+from cooper_jax import loading, local_chat, placement
+from cooper_jax.trainer import setup
 from cooper_jax.configs import base, tiny
 from cooper_jax.data.prompts import LEAST_QUESTION
 from cooper_jax.evaluation import jobs
@@ -87,7 +88,7 @@ def test_training_refuses_prompts_with_responses_and_reward_inputs(directories, 
         cfg = tiny.get_config()
         flat = {name.replace("__", "."): value for name, value in changes.items()}
         cfg.update_from_flattened_dict({"data.synthetic_size": 8, "eval.problems": 4, **flat})
-        return assembly.build(cfg, tmp_path)
+        return setup.build_components(cfg, tmp_path)
 
     policy = dict(policy__weights=directories["logits"], data__max_prompt_tokens=40)
     said = refusal(r"data\.max_prompt_tokens=40 \+ rollout\.max_new_tokens=25", 65)

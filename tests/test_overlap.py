@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from cooper_jax import assembly
 from cooper_jax.configs import base
 from cooper_jax.data import contamination, labelled, overlap, problems
 from cooper_jax.settings import SetupError
+from cooper_jax.trainer.setup import load_problems
 from cooper_jax.types import Problem
 
 COLUMNS = dict(question_key="question", reference_key="answer", solution_key="", tfds_dir="", split="train")
@@ -336,7 +336,7 @@ def test_the_real_overlap_is_left_out_of_a_run(tmp_path, capsys, shared_data):
         warmup__reward_steps=1,
         reward__arm="model",
     )
-    train, held_out = assembly.load_problems(cfg)
+    train, held_out = load_problems(cfg)
     found = {
         overlap.fingerprint(t.question) for t in labelled.load(cfg.warmup.reward_data) if t.source == "math"
     }
@@ -350,7 +350,7 @@ def test_the_real_overlap_is_left_out_of_a_run(tmp_path, capsys, shared_data):
     )
     assert "before this run 0 of 7473 training questions" in said
     cfg.data.eval = str(shared_data / "odyssey_test.jsonl")
-    held_out = assembly.load_problems(cfg)[1]
+    held_out = load_problems(cfg)[1]
     kept, said = apart(capsys, tmp_path / "run", cfg, train, held_out)
     assert f"among them {387 - len(kept)} of 387 held-out questions (left out)" in said
     assert 387 - 252 < len(kept) < 387

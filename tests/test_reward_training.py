@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from test_files import Bucket, bucket  # noqa: F401
 from tiny_runs import ROOT, environment, metrics, start_hosts, timeless
 
-from cooper_jax import assembly, loading, placement
+from cooper_jax import loading, placement
 from cooper_jax.configs import base
 from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model import tokenizer as tokenizers
@@ -32,6 +32,7 @@ from cooper_jax.reward_training import batches, examples, export, loop, measure,
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings import SetupError
+from cooper_jax.trainer.setup import build_reward_bundle
 from cooper_jax.types import ScoreBatch, Triple
 
 RULES = base.get_config().mesh.rules
@@ -572,17 +573,17 @@ def test_the_best_model_loads_in_transformers(finished, place):
 
 
 def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
-    """`launch/train.py` builds its reward wing from it, as trained, and it gives the same logits."""
+    """`launch/train.py` builds its reward model from it, as trained, and it gives the same logits."""
     cfg = base.get_config()
     cfg.reward.weights = str(finished / "best")
     cfg.reward.max_tokens = 96
-    wing, state = assembly._reward_wing(cfg, one_device(), tmp_path)
+    bundle, state = build_reward_bundle(cfg, one_device(), tmp_path)
     rows = [
-        prompts.verifier_tokens(wing.model.tokenizer, t.question, t.reference, t.completion, 96)
+        prompts.verifier_tokens(bundle.model.tokenizer, t.question, t.reference, t.completion, 96)
         for t in labelled.load(str(place / "dev.jsonl"))
     ]
     (m,) = batches.cut(np.arange(len(rows)), np.array([len(r) for r in rows]), [batches.Shape(len(rows), 96)])
-    z = wing.score(state.params, batches.fill(rows, m))
+    z = bundle.score(state.params, batches.fill(rows, m))
     np.testing.assert_allclose(z, held_out_logits(finished)[m.rows], atol=1e-5)
 
 

@@ -283,3 +283,24 @@ def test_memory_decides_the_slots_and_not_the_rows(segments):
     assert {rows for rows, _ in segments} == {12}
     with pytest.raises(ValueError, match="one slot needs 0.000 GiB .*memory_gib allows 0.000"):
         rollout(memory_gib=(fixed + slot - 1) / 2**30)
+
+
+def test_a_caller_can_end_a_rollout_between_two_segments():
+    """The hook runs before the prefill and before each segment; what it raises reaches the caller."""
+    calls = []
+    whole = rollout(between_segments=lambda: calls.append(0))
+    np.testing.assert_array_equal(whole.tokens, rollout().tokens)
+    assert len(calls) > 2
+
+    class Enough(Exception):
+        pass
+
+    def end():
+        calls.append(0)
+        if len(calls) == 2:
+            raise Enough
+
+    calls.clear()
+    with pytest.raises(Enough):
+        rollout(between_segments=end)
+    assert len(calls) == 2

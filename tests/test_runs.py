@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 from test_evaluation import SHRUNK, read_rows, write_rows
 
-from cooper_jax import assembly, placement, runs, warmup
+from cooper_jax import placement, runs
 from cooper_jax.configs import base, tiny
 from cooper_jax.data import overlap
 from cooper_jax.evaluation import jobs, judging
-from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.evaluation.ledger import ITEMS, RESULTS
 from cooper_jax.evaluation.scoring import Chosen
 from cooper_jax.runtime import outdir
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.rundir import Run
 from cooper_jax.settings import SetupError
+from cooper_jax.trainer.resume import start_or_resume
+from cooper_jax.trainer.setup import build_components, load_problems
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,11 @@ def run(tmp_path_factory, devices):
             "warmup.reward_steps": 0, "log.tensorboard": False, "policy.microbatch": 4}  # fmt: skip
     cfg.update_from_flattened_dict(SHRUNK | more)
     with (
-        assembly.build(cfg, path) as (cooper, state),
+        build_components(cfg, path) as (components, state),
         Run(path, cfg, resume=True) as opened,
         Checkpoints(path, keep=0) as checkpoints,
     ):
-        state = warmup.start_or_resume(cooper, state, opened, checkpoints, evaluate)
+        state = start_or_resume(components, state, opened, checkpoints)
         checkpoints.wait()
         embed = np.asarray(state.policy.params["embed"])
     return path, embed
@@ -118,7 +119,7 @@ def test_a_run_is_evaluated(run, devices, tmp_path):
     saw = json.loads((tmp_path / "policy" / RESULTS).read_text())["reward_model_saw"]
     assert saw == {"synthetic": 8}  # in the cooper arm, its training problems
 
-    seen, unseen = assembly.load_problems(chosen.cfg)
+    seen, unseen = load_problems(chosen.cfg)
     labelled = [
         {
             "question": p.question,

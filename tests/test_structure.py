@@ -17,13 +17,9 @@ FLOORS = (
     ("cooper_jax.rollout",),
     ("cooper_jax.policy", "cooper_jax.reward"),
     ("cooper_jax.loading", "cooper_jax.placement", "cooper_jax.run_settings"),
-    ("cooper_jax.local_chat",),
-    ("cooper_jax.assembly", "cooper_jax.signals"),
-    ("cooper_jax.stages", "cooper_jax.runs"),
-    ("cooper_jax.warm_start",),
+    ("cooper_jax.local_chat", "cooper_jax.runs"),
     (
         "cooper_jax.evaluation",
-        "cooper_jax.warmup",
         "cooper_jax.workloads",
         "cooper_jax.ahead",
         "cooper_jax.annotation",
@@ -92,8 +88,8 @@ def test_imports_go_down():
         ("cooper_jax.reward.pairs", "def f():\n    import cooper_jax.policy.losses"),
         ("cooper_jax.rollout.engine", "from cooper_jax.policy.grpo import check"),
         ("cooper_jax.runtime.mesh", "from cooper_jax.data import problems"),
-        ("cooper_jax.stages", "from cooper_jax.trainer import train"),
-        ("cooper_jax.trainer", "from cooper_jax.launch import train"),
+        ("cooper_jax.runs", "from cooper_jax.trainer import state"),
+        ("cooper_jax.trainer.train_loop", "from cooper_jax.launch import train"),
     ],
 )
 def test_an_import_that_goes_up_is_found(module, source):

@@ -63,6 +63,7 @@ def config():
         section.optimiser.clip_norm = 1e9
         section.optimiser.lr = 1e-3
     cfg.policy.kl_coef = 0.1
+    cfg.policy.epochs = 2  # so that an update reads the old log-probabilities that it is given
     return cfg
 
 
@@ -87,9 +88,9 @@ def results(layout: Layout) -> dict[str, np.ndarray]:
     batch = PolicyBatch(
         tokens=tokens, valid=valid, response_mask=mask,
         advantages=rng.standard_normal(ROWS, np.float32),
-        old_logprobs=noise[0], ref_logprobs=noise[1], rollout_logprobs=noise[2], old_is_current=np.zeros(()),
+        old_logprobs=noise[0], ref_logprobs=noise[1], rollout_logprobs=noise[2],
     )  # fmt: skip
-    batch = _put(batch, layout).replace(old_is_current=_put(np.asarray(False), layout, False))
+    batch = _put(batch, layout)
     out = {}
 
     def update(name, make, head, section, *arrays):
@@ -160,8 +161,8 @@ def _placed(params, specs, layout: Layout):
     )
 
 
-def _put(tree, layout: Layout, rows: bool = True):
-    return layout.put(tree, *(("batch",) if rows else ()))
+def _put(tree, layout: Layout):
+    return layout.put(tree, "batch")
 
 
 if __name__ == "__main__":

@@ -232,13 +232,11 @@ def _policy_update(job: Job) -> Program:
             max_new_tokens=job.cfg.rollout.max_new_tokens,
         )  # fmt: skip
     reals = [_array(job, jnp.float32, rows, t)] * 3
-    once = jax.ShapeDtypeStruct((), jnp.bool_, sharding=job.layout.replicated)
     batch = PolicyBatch(
         *_tokens(job, rows, p + t),
         _array(job, jnp.bool_, rows, t),
         _array(job, jnp.float32, rows),
         *reals,
-        once,
     )
     n = job.microbatch(rows, c.microbatch)
     return Program(

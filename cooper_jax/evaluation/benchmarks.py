@@ -83,7 +83,8 @@ class PolicySampler:
             engine.generate(
                 self._params, self._model.config, self._layout,
                 benchmark.prompts[chunk.start : chunk.stop], benchmark.places[chunk.start : chunk.stop],
-                key, spec, on_groups=on_groups, **placement.rollout_options(self._cfg),
+                key, spec, on_groups=on_groups, between_segments=hosts.look,
+                **placement.rollout_options(self._cfg),
             )  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly
 from cooper_jax.data import overlap, sources, synthetic
 from cooper_jax.data import problems as problem_sets
+from cooper_jax.data import prompts as prompt_texts
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.runtime import files
 from cooper_jax.settings import SetupError, boundary
@@ -103,7 +103,12 @@ def load(
             chosen = part(len(problems), section.problems)
             kept, known = _split(chosen, problems, seen)
             taken = kept if section.exclude_seen else chosen
-            prompts = {i: assembly.policy_prompt(cfg, tokenizer, problems[i]) for i in taken}
+            prompts = {
+                i: prompt_texts.policy_prompt(
+                    tokenizer, problems[i].question, cfg.data.instruction, cfg.data.chat
+                )
+                for i in taken
+            }
             fit = [i for i in taken if len(prompts[i]) <= section.max_prompt_tokens]
             if not fit:
                 raise ValueError(

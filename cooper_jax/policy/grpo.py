@@ -109,9 +109,11 @@ def make_gradients(
 ) -> Callable[[Params, PolicyBatch], tuple[jax.Array, Params, Metrics]]:
     """(params, minibatch) -> (loss f32[], gradients, metrics f32[] each), for use inside jit.
 
-    Where `old_is_current` is set the old log-probabilities are this pass's own, so the ratio is exactly 1.
+    With a single update a step the policy that sampled is the one that is differentiated: the old log-probabilities
+    are then this pass's own, so the ratio is exactly 1, and `old_logprobs` is not read.
     """
     dtype = jnp.dtype(cfg.dtype)
+    single_update = updates_per_step(cfg) == 1
     places = mesh.shardings(layout, transformer.param_specs(config, head="logits"))
 
     def gradients(params, batch):
@@ -119,41 +121,31 @@ def make_gradients(
         weights = token_weights(mask, cfg.aggregation, max_new_tokens)
 
         def loss_fn(params, piece):
-            rows, w = piece
+            rows, row_weights = piece
             logprobs, entropy = response_logprobs(
                 params,
                 config,
-                rows["tokens"],
-                rows["valid"],
+                rows.tokens,
+                rows.valid,
                 mask.shape[1],
                 temperature=temperature,
                 dtype=dtype,
                 remat=cfg.remat,
                 layout=layout,
             )
-            m = rows["response_mask"]
-            old = jnp.where(batch.old_is_current, jax.lax.stop_gradient(logprobs), rows["old_logprobs"])
-            loss, sums = grpo_loss(logprobs, old, rows["ref_logprobs"], rows["advantages"], w, m, cfg)
+            m = rows.response_mask
+            old = jax.lax.stop_gradient(logprobs) if single_update else rows.old_logprobs
+            loss, sums = grpo_loss(logprobs, old, rows.ref_logprobs, rows.advantages, row_weights, m, cfg)
             sums["entropy"] = jnp.where(m, entropy, 0.0).sum()
-            sums["rollout_mismatch"] = jnp.where(m, jnp.abs(old - rows["rollout_logprobs"]), 0.0).sum()
+            sums["rollout_mismatch"] = jnp.where(m, jnp.abs(old - rows.rollout_logprobs), 0.0).sum()
             return loss, sums
 
-        rows = {name: getattr(batch, name) for name in ROW_FIELDS}
-        loss, grads, sums = optim.accumulate(loss_fn, params, (rows, weights), cfg.microbatch, layout, places)
+        loss, grads, sums = optim.accumulate(
+            loss_fn, params, (batch, weights), cfg.microbatch, layout, places
+        )
         return loss, grads, _finish(sums, mask, batch.advantages)
 
     return gradients
-
-
-ROW_FIELDS = (
-    "tokens",
-    "valid",
-    "response_mask",
-    "advantages",
-    "old_logprobs",
-    "ref_logprobs",
-    "rollout_logprobs",
-)
 
 
 def _finish(sums: Metrics, mask: jax.Array, advantages: jax.Array) -> Metrics:
@@ -204,14 +196,14 @@ def make_update(
 
 
 def updates_per_step(cfg: PolicyConfig) -> int:
-    """Optimiser updates that `train_step` makes; above 1, old log-probabilities are to be computed before."""
+    """Optimiser updates that `train_step` makes; above 1, `old_logprobs` must be computed before the first."""
     return cfg.epochs * cfg.minibatches
 
 
 @jax.jit
-def _take(batch: PolicyBatch, rows: jax.Array) -> PolicyBatch:
+def _take_rows(batch: PolicyBatch, rows: jax.Array) -> PolicyBatch:
     """The batch's rows at i32[n] positions."""
-    return batch.replace(**{name: getattr(batch, name)[rows] for name in ROW_FIELDS})
+    return jax.tree.map(lambda x: x[rows], batch)
 
 
 def train_step(
@@ -227,24 +219,18 @@ def train_step(
     each epoch and drawn from (key, epoch); with one part the rows stay in order.  Metrics are averaged over
     the updates, but for counts (added up) and ratio_min and ratio_max (extremes).
 
-    Raises ValueError when the parts would be uneven, and when `old_is_current` is set with several updates:
-    from the second on the ratio would still be 1, and nothing would ever be clipped.
+    Raises ValueError when the parts would be uneven.
     """
     n = batch.tokens.shape[0]
     if n % cfg.minibatches:
         raise ValueError(f"policy.minibatches = {cfg.minibatches} does not divide the step's {n} rows")
-    if updates_per_step(cfg) > 1 and bool(batch.old_is_current):
-        raise ValueError(
-            f"old_is_current is set, but policy.epochs * policy.minibatches = {updates_per_step(cfg)}: "
-            "compute old_logprobs before the first update"
-        )
     seen = []
     for epoch in range(cfg.epochs):
         if cfg.minibatches == 1:
             parts = [batch]
         else:
             order = jax.random.permutation(jax.random.fold_in(key, epoch), n).reshape(cfg.minibatches, -1)
-            parts = (_take(batch, order[i]) for i in range(cfg.minibatches))
+            parts = (_take_rows(batch, order[i]) for i in range(cfg.minibatches))
         for part in parts:
             state, metrics = update(state, part)
             seen.append(metrics)

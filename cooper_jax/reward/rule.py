@@ -159,6 +159,13 @@ class RuleVerifier:
             self._state.notify_all()
         return Pending(jobs)
 
+    def collect(self, pending: Sequence[Pending]) -> list[Verdict]:
+        """Waits for several submissions, and returns their verdicts in the order of the submissions."""
+        verdicts = []
+        for part in pending:
+            verdicts += part.result()
+        return verdicts
+
     def check(self, items: Sequence[Item]) -> list[Verdict]:
         """`submit(items).result()`."""
         return self.submit(items).result()

@@ -62,6 +62,7 @@ def generate(
     memory_gib: float | None = None,
     weights: str = "auto",
     on_groups: OnGroups | None = None,
+    between_segments: Callable[[], None] | None = None,
     report: Callable[[Metrics], None] | None = None,
     implementation: str | None = None,
 ) -> Rollout:
@@ -76,6 +77,8 @@ def generate(
     memory_gib: what weights, caches and slots may take of one device; the slots are as many as fit.
     weights: gathered, sharded or auto: see `plan.gathers`.
     on_groups: is given each prompt's rows, on the host, while others are still decoded; each prompt once.
+    between_segments: is called on the host before the prefill and before each decode segment, on every host equally
+      often.  An exception that it raises ends the rollout and reaches the caller.
     report: is given `rollout/*` metrics at the end: how evenly the work lay on slots and shards.
     implementation: of the kernels (kernels/platform.py); None: `kernels_of`.
 
@@ -94,7 +97,8 @@ def generate(
         budget = memory_gib * plan.GIB if memory_gib else machine.device_memory(layout.mesh.devices.flat[0])
         gathered = plan.gathers(config, layout, spec.dtype, budget)
     weights = rollout_weights(params, config, layout, spec.dtype, gathered)
-    hosts.look()
+    if between_segments is not None:
+        between_segments()
     slots = slots_a_shard(weights, setting, prompts, size, max_rows, memory_gib)
     ready = _prefill(weights, setting, prompts, size)
     places, asked = (
@@ -106,7 +110,7 @@ def generate(
         weights, ready, *layout.put((places, asked.astype(np.int32)), "batch"), key, setting=setting
     )
     watch = None if on_groups is None else _Watch(on_groups, len(prompts), spec)
-    requests = _decode(weights, ready, requests, slots, setting, watch, report)
+    requests = _decode(weights, ready, requests, slots, setting, watch, between_segments, report)
     return _rows(requests, slice(rows), spec)
 
 
@@ -232,7 +236,9 @@ def _prefill(weights, setting: Setting, prompts, size: int) -> programs.Prompts:
     return ready
 
 
-def _decode(weights, ready, requests, size: int, setting: Setting, watch, report) -> programs.Requests:
+def _decode(
+    weights, ready, requests, size: int, setting: Setting, watch, between_segments, report
+) -> programs.Requests:
     """Every request to its end, in `size` slots a shard."""
     segment = setting.spec.segment
     grows = not setting.pallas
@@ -252,7 +258,8 @@ def _decode(weights, ready, requests, size: int, setting: Setting, watch, report
             watch.look(slots, requests)
         if over:
             break
-        hosts.look()
+        if between_segments is not None:
+            between_segments()
         if now["idle"]:
             slots = programs.refill(slots, requests, ready, setting=setting)
         elif not now["waiting"] and now["live"] <= size // 2 and size // 2 >= plan.FEWEST_SLOTS:

@@ -64,7 +64,6 @@ def load(model_dir, W):
                 old_logprobs=blank,
                 ref_logprobs=B["ref_logps"],
                 rollout_logprobs=blank,
-                old_is_current=np.asarray(True),
             )
             state, metrics = update(state, batch)
             jax.block_until_ready(state)

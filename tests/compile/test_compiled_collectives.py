@@ -89,9 +89,7 @@ def lower(case: Case):
         cfg.policy.microbatch = MICROBATCH
         opt, start = state(layout, cfg.policy.optimiser, "logits")
         mask, reals = (array(kind, ROWS, RESPONSE) for kind in (jnp.bool_, jnp.float32))
-        batch = PolicyBatch(
-            *tokens(ROWS), mask, array(jnp.float32, ROWS), reals, reals, reals, array(jnp.bool_)
-        )
+        batch = PolicyBatch(*tokens(ROWS), mask, array(jnp.float32, ROWS), reals, reals, reals)
         return grpo.make_update(
             MODEL, PolicyConfig.from_config(cfg.policy), opt, layout, temperature=1.0, max_new_tokens=RESPONSE
         ).lower(start, batch)
