@@ -25,7 +25,7 @@ from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime import hosts, keys, mesh
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Params
 
 Directory = Path | epath.Path  # a run's, here or under gs://

@@ -16,7 +16,7 @@ from cooper_jax.placement import rollout_options
 from cooper_jax.reward import chat as chats
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts, keys, mesh
-from cooper_jax.settings import Problems, boundary
+from cooper_jax.settings.setup_errors import Problems, boundary
 
 
 def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory) -> chats.Chat:

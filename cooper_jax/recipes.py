@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 _PAPER = {
     "reward.pair_weight": 1.0,

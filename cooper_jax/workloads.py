@@ -32,7 +32,7 @@ from cooper_jax.reward import lessons, verifier_model
 from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import keys, mesh, optim
-from cooper_jax.settings import boundary
+from cooper_jax.settings.setup_errors import boundary
 from cooper_jax.types import LabelledBatch, PairBatch, Params, PolicyBatch, Rollout, ScoreBatch
 
 KINDS = ("rollout", "score", "train")

@@ -41,9 +41,9 @@ from ml_collections import ConfigDict
 
 from cooper_jax import placement, workloads
 from cooper_jax.model import floor
-from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import machine
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.trainer.run_settings import RunSettings
 
 
 def measure(program: workloads.Program, reps: int) -> dict:

@@ -26,10 +26,10 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import tuple_parser
 
 from cooper_jax import recipes
-from cooper_jax.config_fields import Field, describe_unknown_field, flatten_config, list_fields
 from cooper_jax.configs import base
-from cooper_jax.renamed_flags import RENAMED_FLAGS
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.config_fields import Field, describe_unknown_field, flatten_config, list_fields
+from cooper_jax.settings.renamed_flags import RENAMED_FLAGS
+from cooper_jax.settings.setup_errors import SetupError
 
 CONFIGS = Path(base.__file__).resolve().parent
 HELP_NAMES = ("help", "h", "helpfull", "helpshort")

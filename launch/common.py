@@ -22,7 +22,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cooper_jax.launch import command_line
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -57,18 +57,18 @@ def config() -> ConfigDict:
 @contextlib.contextmanager
 def running() -> Iterator[None]:
     """A job, on one host or several: setup errors become one line and exit code 2, a signal exit code 75."""
-    from cooper_jax import settings
     from cooper_jax.runtime import hosts
+    from cooper_jax.settings import setup_errors
 
     try:
-        with settings.boundary("several hosts"):
+        with setup_errors.boundary("several hosts"):
             hosts.start()
-    except settings.SetupError as error:
+    except setup_errors.SetupError as error:
         refuse(error)
     with hosts.together():
         try:
             yield
-        except settings.SetupError as error:
+        except setup_errors.SetupError as error:
             refuse(error)
         except hosts.Stopped:
             sys.exit(hosts.STOPPED)

@@ -30,13 +30,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cooper_jax import placement, workloads
-from cooper_jax.config_fields import describe_unknown_field, flatten_config
 from cooper_jax.rollout import engine
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.rollout.draw import fuses
-from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import keys
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.config_fields import describe_unknown_field, flatten_config
+from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.trainer.run_settings import RunSettings
 
 
 def changed(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:

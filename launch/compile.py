@@ -58,7 +58,7 @@ from cooper_jax.ahead.compiled import TooLarge
 from cooper_jax.ahead.estimate import Figures, Step
 from cooper_jax.runtime import chips
 from cooper_jax.runtime.chips import GIB, Topology
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 
 
 def measure(cfg: ConfigDict, topology: Topology, reserve: float, keep: Path | None, said=None) -> Step:

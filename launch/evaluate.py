@@ -59,7 +59,7 @@ STEP = flags.DEFINE_integer("step", -1, "The checkpoint's step; -1 is the newest
 def main(argv: list[str]) -> None:
     common.begin(argv)
     from cooper_jax.evaluation import jobs, judging
-    from cooper_jax.settings import SetupError
+    from cooper_jax.settings.setup_errors import SetupError
 
     with common.running():
         modes = [f for f in (BENCHMARK, REJUDGE, LABELLED, ATTACKS) if f.value]
@@ -97,7 +97,7 @@ def choose(step: int):
     from cooper_jax.evaluation.scoring import Chosen
     from cooper_jax.runtime import files
     from cooper_jax.runtime.checkpoint import steps_in
-    from cooper_jax.settings import SetupError, boundary
+    from cooper_jax.settings.setup_errors import SetupError, boundary
 
     if not OUT.value.strip():
         raise SetupError("--out is empty: give --out=DIR, the directory of the results")

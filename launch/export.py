@@ -30,25 +30,26 @@ def main(argv: list[str]) -> None:
         command_line.exit_with_errors([f"unexpected arguments {argv[1:]}; flags look like --model=policy"])
     logging.set_verbosity(logging.WARNING)
 
-    from cooper_jax import placement, runs, settings
+    from cooper_jax import placement, runs
     from cooper_jax.data import overlap
     from cooper_jax.model import weights
     from cooper_jax.runtime import files
+    from cooper_jax.settings import setup_errors
 
     try:
         if files.is_remote(OUT.value):
-            raise settings.SetupError(
+            raise setup_errors.SetupError(
                 f"--out={OUT.value}: a model is written to a local path, to be copied from there"
             )
-        with settings.boundary("--run_dir"):
+        with setup_errors.boundary("--run_dir"):
             run_dir = files.path(RUN_DIR.value)
-        with settings.boundary(f"--run_dir={run_dir}"):
+        with setup_errors.boundary(f"--run_dir={run_dir}"):
             cfg = runs.on_any_mesh(runs.read_config(run_dir))
             layout = placement.make_layout(cfg)
             asked = None if STEP.value < 0 else STEP.value
             model, params, step = runs.load(run_dir, cfg, MODEL.value, layout, asked)
             seen = overlap.read_record(run_dir) if MODEL.value == "reward" else None
-    except settings.SetupError as error:
+    except setup_errors.SetupError as error:
         command_line.exit_with_errors(error.problems)
     with tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save(folder)

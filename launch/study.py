@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     common.begin(argv)
     from cooper_jax.runtime import hosts
     from cooper_jax.runtime.extras import import_extra
-    from cooper_jax.settings import SetupError, boundary
+    from cooper_jax.settings.setup_errors import SetupError, boundary
 
     try:
         if FROM.value and not REPORT.value:

@@ -29,7 +29,7 @@ from cooper_jax.model import weights
 from cooper_jax.reward import chat as chats
 from cooper_jax.reward.chat import Failure
 from cooper_jax.runtime import hosts
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]

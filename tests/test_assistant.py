@@ -17,7 +17,7 @@ from cooper_jax.reward import assistant as assistants
 from cooper_jax.reward import chat as chats
 from cooper_jax.reward.assistant import Failure, Request
 from cooper_jax.reward.corruption import corrupt
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Problem
 
 PROBLEM = Problem("How many?", "20")

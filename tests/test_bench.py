@@ -17,7 +17,7 @@ from cooper_jax.model import floor
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime import machine
 from cooper_jax.runtime.machine import Rates
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = Rates(flops=100.0, bandwidth=10.0, measured={})

@@ -8,12 +8,12 @@ import pytest
 from absl import flags
 
 from cooper_jax import recipes
-from cooper_jax.trainer import setup
-from cooper_jax.config_fields import find_nearest, flatten_config, list_fields
 from cooper_jax.configs import base, tiny
 from cooper_jax.launch import command_line
-from cooper_jax.renamed_flags import REMOVED, RENAMED_FLAGS, describe_rename
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.config_fields import find_nearest, flatten_config, list_fields
+from cooper_jax.settings.renamed_flags import REMOVED, RENAMED_FLAGS, describe_rename
+from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer import setup
 
 ROOT = Path(__file__).resolve().parents[1]
 OF_BASE = "from cooper_jax.configs import base\ndef get_config():\n    c = base.get_config()\n"

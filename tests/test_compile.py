@@ -26,7 +26,7 @@ from cooper_jax.ahead.search import Candidate, Guess
 from cooper_jax.configs import base, qwen_1p5b, tiny
 from cooper_jax.launch import compile as tool
 from cooper_jax.runtime import chips
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {

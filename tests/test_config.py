@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from cooper_jax import typed_config
 from cooper_jax.configs import base, tiny
-from cooper_jax.run_settings import RunSettings
-from cooper_jax.settings import SetupError
+from cooper_jax.settings import typed_config
+from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.run_settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")

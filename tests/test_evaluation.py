@@ -17,7 +17,6 @@ import tiny_tokenizers
 from ml_collections import ConfigDict
 
 from cooper_jax import statistics
-from cooper_jax.trainer import setup
 from cooper_jax.configs import qwen_1p5b, tiny
 from cooper_jax.data import labelled, overlap, synthetic
 from cooper_jax.evaluation import benchmarks, jobs, sets, summaries
@@ -27,8 +26,9 @@ from cooper_jax.evaluation.report import percent, table
 from cooper_jax.evaluation.scoring import Chosen
 from cooper_jax.model import weights
 from cooper_jax.runtime import files, hosts
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.statistics import Interval
+from cooper_jax.trainer import setup
 from cooper_jax.types import Completion, Problem
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from cooper_jax.policy import grpo, imitation, losses
 from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import PolicyBatch
 
 CONFIG = tiny_models.config(

@@ -18,7 +18,7 @@ from cooper_jax.reward import chat as chats
 from cooper_jax.reward import judge as judges
 from cooper_jax.reward.chat import Failure
 from cooper_jax.reward.judge import Judgement
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Triple
 
 TRIPLE = Triple("How many?", "20", "14 + 6 = 20. The answer is 20.")

@@ -9,7 +9,6 @@ import tiny_models
 import tiny_tokenizers
 
 from cooper_jax import loading, local_chat, placement
-from cooper_jax.trainer import setup
 from cooper_jax.configs import base, tiny
 from cooper_jax.data.prompts import LEAST_QUESTION
 from cooper_jax.evaluation import jobs
@@ -18,7 +17,8 @@ from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.reward_training import plan
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer import setup
 
 # max_position_embeddings of the models that the shipped configs name.
 TRAINED_FOR = {

@@ -13,7 +13,7 @@ import tiny_updates
 from tiny_models import one_device
 from tiny_runs import ROOT, begun_again, metrics, parameters, run
 
-from cooper_jax import placement, settings
+from cooper_jax import placement
 from cooper_jax.configs import base, llama3p2_1b, qwen_1p5b
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
@@ -21,6 +21,7 @@ from cooper_jax.rollout import engine, plan
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.optim import OptimiserConfig
+from cooper_jax.settings import cross_checks, setup_errors
 
 MESHES = {"1x1x1": 1, "2x1x1": 2, "1x4x1": 4, "1x1x4": 4, "2x2x2": 8}
 OVER_PROCESSES = "1x2x2 in 2 processes"
@@ -308,7 +309,7 @@ def test_hosts_that_cannot_give_alike(sizes):
     (dict(fsdp=3), "holds 3 devices, but there are 8"),
 ])  # fmt: skip
 def test_meshes_that_cannot_be(changes, words):
-    with pytest.raises(settings.SetupError, match=words):
+    with pytest.raises(setup_errors.SetupError, match=words):
         layouts(**changes)
 
 
@@ -320,8 +321,8 @@ def test_a_mesh_for_nobody(section, field, value, words):
     cfg = base.get_config()
     cfg.data.format, cfg.mesh.reward = "synthetic", "1x1x1"
     cfg[section][field] = value
-    with pytest.raises(settings.SetupError, match=words):
-        settings.check(cfg)
+    with pytest.raises(setup_errors.SetupError, match=words):
+        cross_checks.check(cfg)
 
 
 def test_slices_are_crossed_by_one_axis():

@@ -8,7 +8,7 @@ import pytest
 
 from cooper_jax.configs import base
 from cooper_jax.data import contamination, labelled, overlap, problems
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.setup import load_problems
 from cooper_jax.types import Problem
 

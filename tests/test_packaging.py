@@ -14,7 +14,7 @@ import pytest
 import cooper_jax
 from cooper_jax.launch import cli
 from cooper_jax.runtime.extras import import_extra
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -14,7 +14,7 @@ from cooper_jax.reward import pairs
 from cooper_jax.reward.assistant import Failure
 from cooper_jax.reward.chat import ChatConfig
 from cooper_jax.reward.rule import RuleConfig, RuleVerifier
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Problem, Verdict
 
 C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from tiny_runs import environment
 
-from cooper_jax import recipes, settings
+from cooper_jax import recipes
 from cooper_jax.configs import base, tiny
 from cooper_jax.recipes import RECIPES
-from cooper_jax.run_settings import RunSettings
-from cooper_jax.settings import SetupError
+from cooper_jax.settings import cross_checks
+from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.run_settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +25,7 @@ def get(cfg, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("arm", settings.ARMS)
+@pytest.mark.parametrize("arm", cross_checks.ARMS)
 def test_every_recipe_makes_a_config_that_holds_together(name, arm):
     cfg = tiny.get_config().lock()
     cfg.reward.recipe, cfg.reward.arm = name, arm
@@ -127,7 +128,7 @@ def test_updates_that_contradict_themselves(fields, message):
 
 def test_whether_the_assistant_is_asked():
     cfg = tiny.get_config()
-    assert settings.asks_assistant(cfg)
+    assert cross_checks.asks_assistant(cfg)
     for field, value in {
         "pairs.negatives": ("swap",),
         "reward.pair_weight": 0.0,
@@ -135,4 +136,4 @@ def test_whether_the_assistant_is_asked():
     }.items():
         cfg = tiny.get_config()
         cfg.update_from_flattened_dict({field: value})
-        assert not settings.asks_assistant(cfg), field
+        assert not cross_checks.asks_assistant(cfg), field

@@ -31,7 +31,7 @@ from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, examples, export, loop, measure, plan
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.setup import build_reward_bundle
 from cooper_jax.types import ScoreBatch, Triple
 

@@ -14,7 +14,7 @@ import pytest
 
 from cooper_jax.reward import rule_judge, rule_reading, rule_worker
 from cooper_jax.reward.rule import RuleConfig, RuleVerifier
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Verdict
 
 C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED

@@ -16,7 +16,7 @@ from cooper_jax.evaluation.scoring import Chosen
 from cooper_jax.runtime import outdir
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.rundir import Run
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.resume import start_or_resume
 from cooper_jax.trainer.setup import build_components, load_problems
 

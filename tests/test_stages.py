@@ -27,7 +27,7 @@ from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.runtime import keys, rundir
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.metrics import Phases
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import grading, policy_stages, reward_stages
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.resume import save_checkpoint, start_or_resume

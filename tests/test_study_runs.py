@@ -18,7 +18,7 @@ from cooper_jax import recipes
 from cooper_jax.configs import tiny
 from cooper_jax.runtime.hosts import Stopped
 from cooper_jax.runtime.rundir import flat
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.study import arms, plan, progress, records, schedule
 
 # In place of launch/train.py: a start makes its checkpoint; an arm goes on from its last whole line, and what its

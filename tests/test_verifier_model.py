@@ -14,7 +14,7 @@ from cooper_jax.model import transformer
 from cooper_jax.reward import losses, verifier_model
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import LabelledBatch, PairBatch, ScoreBatch
 
 CONFIG = tiny_models.config(vocab_size=30, width=16, head_dim=4, ffn=24)

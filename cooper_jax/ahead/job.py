@@ -26,9 +26,9 @@ from cooper_jax.model import sources, transformer, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine, plan, slots
 from cooper_jax.rollout.sampling import SamplingSpec
-from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime.mesh import Layout, abstract
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.trainer.run_settings import RunSettings
 
 
 @dataclasses.dataclass(frozen=True)

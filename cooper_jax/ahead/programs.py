@@ -25,7 +25,7 @@ from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.rollout import engine, plan, slots
 from cooper_jax.runtime import optim
 from cooper_jax.runtime.mesh import abstract
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import LabelledBatch, PairBatch, PolicyBatch, ScoreBatch, TrainState
 
 # What a run holds in memory all the time.

@@ -32,7 +32,7 @@ from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine, plan
 from cooper_jax.runtime.chips import Topology
 from cooper_jax.runtime.mesh import abstract
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 ROWS_A_SHARD = (1, 2, 4, 8)  # of a microbatch
 SLOTS = (1, 2, 4)  # all rows, a half, a quarter of them

@@ -26,7 +26,7 @@ from cooper_jax.data.sources import replace_surrogates
 from cooper_jax.runtime import files, outdir
 from cooper_jax.runtime.metrics import JsonLines, jsonable
 from cooper_jax.runtime.rundir import flat, lock
-from cooper_jax.settings import boundary
+from cooper_jax.settings.setup_errors import boundary
 
 Row = dict[str, Any]
 COMPLETIONS, VERDICTS = "completions.jsonl", "verdicts.jsonl"

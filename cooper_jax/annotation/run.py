@@ -35,7 +35,7 @@ from cooper_jax.reward import judge as judges
 from cooper_jax.reward.chat import Failure
 from cooper_jax.reward.rule import Pending, RuleConfig, RuleVerifier
 from cooper_jax.runtime import hosts
-from cooper_jax.settings import Problems, boundary
+from cooper_jax.settings.setup_errors import Problems, boundary
 
 COPIED = 1000  # rows of a completions file that are taken into the ledger at once
 

@@ -32,7 +32,7 @@ from cooper_jax.reward.shared import SharedRule
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import files, hosts, keys, outdir
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.settings import boundary
+from cooper_jax.settings.setup_errors import boundary
 from cooper_jax.types import Completion, Params, Problem, Triple
 
 # Is given a problem's place in the chunk and its responses, while others are still sampled.

@@ -25,7 +25,7 @@ from cooper_jax.evaluation.scoring import Chosen, RewardModel
 from cooper_jax.reward.rule import RuleConfig, RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.runtime import files, hosts
-from cooper_jax.settings import Problems, SetupError, boundary
+from cooper_jax.settings.setup_errors import Problems, SetupError, boundary
 
 JUDGED_BY = {"rule": (True, False), "model": (False, True), "both": (True, True)}  # rule, reward model
 
@@ -204,7 +204,7 @@ def _judges(cfg: ConfigDict) -> tuple[bool, bool]:
 def check_settings(cfg: ConfigDict) -> None:
     """Raise SetupError with every setting that is out of its range, of those that evaluations use.
 
-    settings.check is for training, and asks for data and models that nobody needs here.
+    cross_checks.py is for training, and asks for data and models that nobody needs here.
     """
     least = {
         "samples": 1,

@@ -23,7 +23,7 @@ from cooper_jax.reward import verifier_model
 from cooper_jax.rollout import plan
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Params, Triple
 
 

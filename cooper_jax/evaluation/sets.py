@@ -21,7 +21,7 @@ from cooper_jax.data import problems as problem_sets
 from cooper_jax.data import prompts as prompt_texts
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.runtime import files
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Problem
 
 SYNTHETIC = "synthetic"  # as a --benchmark: held-out problems of configs/tiny.py, with their oracle

@@ -29,9 +29,9 @@ from typing import Any, Protocol
 import httpx
 from ml_collections import ConfigDict
 
-from cooper_jax import typed_config
 from cooper_jax.data.sources import replace_surrogates
 from cooper_jax.runtime import keys
+from cooper_jax.settings import typed_config
 from cooper_jax.types import Completion
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cooper_jax import typed_config
+from cooper_jax.settings import typed_config
 
 PAIR_LOSSES = ("logit", "sigmoid")
 

@@ -34,12 +34,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax import typed_config
 from cooper_jax.data import prompts
 from cooper_jax.reward import rule_reading
 from cooper_jax.reward.assistant import Assistant, Failure, Reply, Request
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.runtime import keys
+from cooper_jax.settings import typed_config
 from cooper_jax.types import Completion, Pair, Problem, Verdict
 
 # Refusals, and talk about the task: a solution does neither, and a reward model would learn the phrase.

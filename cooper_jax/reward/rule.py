@@ -35,8 +35,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cooper_jax import typed_config
 from cooper_jax.runtime import hosts
+from cooper_jax.settings import typed_config
 from cooper_jax.types import Verdict
 
 Item = tuple[str, str]  # reference, completion text

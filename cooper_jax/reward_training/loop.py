@@ -34,7 +34,7 @@ from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.extras import import_extra
 from cooper_jax.runtime.metrics import Progress, jsonable, numbers, to_host
 from cooper_jax.runtime.rundir import Run, check_shared, config_hash, run_path
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Metrics, TrainState
 
 

@@ -15,7 +15,7 @@ from cooper_jax.reward import verifier_model
 from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, examples, measure
 from cooper_jax.runtime import mesh, optim
-from cooper_jax.settings import Problems, boundary
+from cooper_jax.settings.setup_errors import Problems, boundary
 from cooper_jax.types import TrainState
 
 

@@ -26,7 +26,7 @@ import re
 import jax
 import numpy as np
 
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 GIB = 2**30
 

@@ -29,8 +29,8 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from cooper_jax import typed_config
 from cooper_jax.runtime.mesh import Layout, is_spec, shardings
+from cooper_jax.settings import typed_config
 from cooper_jax.types import Params, TrainState
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax.config_fields import describe_unknown_field
 from cooper_jax.recipes import RECIPES
 from cooper_jax.runtime.rundir import flat
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.config_fields import describe_unknown_field
+from cooper_jax.settings.setup_errors import SetupError
 
 START = "start"  # the folder of the supervised phases that a seed's arms share: no arm has this name
 # Fields that are the study's, or alike in all arms; one that ends in a dot stands for its section.

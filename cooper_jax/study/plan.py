@@ -20,14 +20,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import outdir
 from cooper_jax.runtime.checkpoint import steps_in
 from cooper_jax.runtime.rundir import flat, matters
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.study import arms as study_arms
 from cooper_jax.study.arms import START, Arm
 from cooper_jax.study.records import whole_rows
+from cooper_jax.trainer.run_settings import RunSettings
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TRAIN = PACKAGE / "launch" / "train.py"

@@ -16,7 +16,7 @@ from cooper_jax.reward.lessons import Replay
 from cooper_jax.runtime import checkpoint, hosts, mesh, optim
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.rundir import Run, config_hash
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.reward_warmup import warm_up_reward_model
 from cooper_jax.trainer.state import (

@@ -30,9 +30,9 @@ from cooper_jax.reward.chat import ChatConfig
 from cooper_jax.reward.rule import QUESTION, RuleVerifier
 from cooper_jax.reward.shared import over_hosts
 from cooper_jax.rollout.sampling import SamplingSpec
-from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import mesh, optim
-from cooper_jax.settings import Problems, SetupError, boundary
+from cooper_jax.settings.setup_errors import Problems, SetupError, boundary
+from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, PolicyBundle, RewardBundle, State
 from cooper_jax.types import Problem, TrainState
 

@@ -23,8 +23,8 @@ from cooper_jax.reward.lessons import Replay
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.reward.shared import SharedRule
 from cooper_jax.rollout.sampling import SamplingSpec
-from cooper_jax.run_settings import RunSettings
 from cooper_jax.runtime import checkpoint, mesh, optim
+from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.types import Params, Problem, TrainState
 
 

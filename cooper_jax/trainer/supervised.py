@@ -24,7 +24,7 @@ from cooper_jax.reward import verifier_model
 from cooper_jax.reward.corruption import corrupt
 from cooper_jax.runtime import hosts, keys, optim
 from cooper_jax.runtime.metrics import to_host
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.trainer.grading import encode_reward_input, pack_reward_inputs
 from cooper_jax.trainer.setup import encode_policy_prompt
 from cooper_jax.trainer.state import Components

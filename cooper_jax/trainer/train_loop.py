@@ -20,7 +20,7 @@ from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.runtime.metrics import Phases, Progress
 from cooper_jax.runtime.rundir import Run, check_shared, run_path
-from cooper_jax.settings import boundary
+from cooper_jax.settings.setup_errors import boundary
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.resume import save_checkpoint, start_or_resume
 from cooper_jax.trainer.samples import StepRecord, select_samples

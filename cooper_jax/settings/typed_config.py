@@ -3,7 +3,7 @@
 1. ml_collections declares the flags and takes overrides; a section stays a ConfigDict as far as the job's setup.
 2. There `X.from_config(section)` makes a frozen dataclass of it, which stands beside the code that reads it.
 3. `X.__post_init__` checks the values of that section alone and raises one SetupError with all that is wrong.
-   What concerns several sections is checked in settings.py.
+   What concerns several sections is checked in cross_checks.py.
 
 The values are plain Python constants, so a typed config is hashable and may be closed over by a jitted function.
 """
@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 T = TypeVar("T")
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax import settings
 from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward.chat import ChatConfig
 from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.reward.pairs import PairsConfig
 from cooper_jax.reward.rule import RuleConfig
 from cooper_jax.runtime.optim import OptimiserConfig
-from cooper_jax.settings import Problems
+from cooper_jax.settings import cross_checks
+from cooper_jax.settings.setup_errors import Problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RunSettings:
 
         # Each section is read by itself, so that the problems of all are reported at once.
         with problems.collect("config"):
-            settings.check(cfg)
+            cross_checks.check(cfg)
         with problems.collect("policy"):
             read["policy"] = PolicyConfig.from_config(cfg.policy)
         with problems.collect("reward"):
@@ -54,7 +54,7 @@ class RunSettings:
         with problems.collect("rule"):
             read["rule"] = RuleConfig.from_config(cfg.rule)
         with problems.collect("assistant"):
-            asked = with_assistant and settings.asks_assistant(cfg)
+            asked = with_assistant and cross_checks.asks_assistant(cfg)
             read["assistant"] = ChatConfig.from_config(cfg.assistant, "assistant") if asked else None
         for field, section, name in (
             ("policy_optimiser", cfg.policy.optimiser, "policy.optimiser"),

@@ -1,18 +1,16 @@
-"""Checks of settings before anything is loaded, and the form of every setup error.
+"""Checks of a config that concern several sections, made before anything is loaded.
 
-error: FIELD or FILE: what is wrong, with the numbers, and the flag that fixes it
-
-`Problems` collects what several checks find, so that all errors of a config are reported at once.
+What concerns one section alone is checked by its typed config (typed_config.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
+
+from cooper_jax.settings.setup_errors import Problems
 
 ARMS = ("rule", "model", "cooper")
 AT_LEAST_1 = (
@@ -25,59 +23,6 @@ AT_LEAST_0 = (
     "seed", "steps", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps",
     "checkpoint.keep", "eval.every", "eval.reward_rows", "log.samples", "log.samples_every",
 )  # fmt: skip
-
-
-class SetupError(ValueError):
-    """A config, a file or weights that cannot be used; each message names the field and the fix.
-
-    problems: the messages, one for each problem; str() joins them by line breaks.
-    """
-
-    def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
-@contextlib.contextmanager
-def boundary(what: str) -> Iterator[None]:
-    """Turn errors at the config and file boundary into one message that says what was being set up."""
-    try:
-        yield
-    except SetupError:
-        raise
-    except ImportError as error:
-        text = " ".join(str(error).split())  # transformers' messages have several lines
-        raise SetupError(
-            f"{what}: a package is missing or broken: {text} (requirements.txt lists all that is needed)"
-        ) from error
-    except (ValueError, KeyError, OSError) as error:
-        raise SetupError(f"{what}: {error}") from error
-
-
-@dataclasses.dataclass
-class Problems:
-    """The setup errors that several checks have found so far."""
-
-    found: list[str] = dataclasses.field(default_factory=list)
-
-    def need(self, ok: bool, message: str) -> None:
-        """Add the message unless `ok`."""
-        if not ok:
-            self.found.append(message)
-
-    @contextlib.contextmanager
-    def collect(self, what: str) -> Iterator[None]:
-        """Add the errors of a check instead of raising them; what: as for `boundary`."""
-        try:
-            with boundary(what):
-                yield
-        except SetupError as error:
-            self.found += error.problems
-
-    def raise_if_any(self) -> None:
-        """Raise SetupError with everything that was found, each message once."""
-        if self.found:
-            raise SetupError(*dict.fromkeys(self.found))
 
 
 def weighs_pairs(reward: ConfigDict) -> bool:

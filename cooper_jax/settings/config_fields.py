@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cooper_jax.configs import base
-from cooper_jax.renamed_flags import RENAMED_FLAGS, describe_rename
+from cooper_jax.settings.renamed_flags import RENAMED_FLAGS, describe_rename
 
 
 @dataclasses.dataclass(frozen=True)
