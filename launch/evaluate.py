@@ -23,7 +23,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: the checkout it lies in comes first
+    sys.path.insert(0, str(ROOT))
 
 from absl import app, flags, logging
 from ml_collections import config_flags

@@ -20,7 +20,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: the checkout it lies in comes first
+    sys.path.insert(0, str(ROOT))
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -42,11 +43,14 @@ FROM = flags.DEFINE_string("from", "", "--report: a file that --keep has written
 def main(argv: list[str]) -> None:
     common.begin(argv)
     from cooper_jax.runtime import hosts
+    from cooper_jax.runtime.extras import import_extra
     from cooper_jax.settings import SetupError, boundary
 
     try:
         if FROM.value and not REPORT.value:
             raise SetupError(f"--from={FROM.value} belongs to --report")
+        with boundary("study.png"):  # drawn when all runs are over: too late to find a package missing
+            import_extra("matplotlib", "figures")
         with boundary(f"--out={OUT.value}"):
             failed = [] if REPORT.value else run()
             report(failed)

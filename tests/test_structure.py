@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module imports from its own floor's folder and from floors below it.
 FLOORS = (
-    ("cooper_jax.kernels", "cooper_jax.configs"),
+    ("cooper_jax.kernels", "cooper_jax.configs", "cooper_jax.__version__"),
     ("cooper_jax.types",),
     ("cooper_jax.settings", "cooper_jax.statistics"),
     ("cooper_jax.runtime", "cooper_jax.recipes"),

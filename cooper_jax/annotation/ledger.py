@@ -15,13 +15,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from cooper_jax import __version__
 from cooper_jax.runtime import files, outdir
 from cooper_jax.runtime.metrics import JsonLines, jsonable
 from cooper_jax.runtime.rundir import flat, lock
@@ -143,8 +143,7 @@ def settings(cfg: ConfigDict, known: Mapping[str, str], sampled: bool) -> dict[s
 
 def versions() -> dict[str, str]:
     """Of what decides verdicts: this project and math-verify."""
-    ours = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())
     return {
-        "cooper-jax": ours["project"]["version"],
+        "cooper-jax": __version__,
         "math-verify": importlib.metadata.version("math-verify"),
     }

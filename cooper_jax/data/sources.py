@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cooper_jax.runtime import files
+from cooper_jax.runtime.extras import import_extra
 
 Row = Mapping[str, Any]
 Located = tuple[str, str, Row]  # where (for messages), id, row
@@ -82,12 +83,7 @@ def tfds_rows(name: str, tfds_dir: str, split: str) -> Iterator[Located]:
     Reading needs no tensorflow; preparing does.  Raises ValueError where the data set is not there or not in a
     format with random access, ImportError without tensorflow-datasets.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"format=tfds needs `pip install tensorflow-datasets array_record`: {error}"
-        ) from error
+    tfds = import_extra("tensorflow_datasets", "tfds")
     place = tfds_dir or "the default folder of tensorflow-datasets"
     try:
         rows = tfds.data_source(name, split=split, data_dir=tfds_dir or None, download=False)

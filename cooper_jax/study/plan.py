@@ -29,7 +29,16 @@ from cooper_jax.study import arms as study_arms
 from cooper_jax.study.arms import START, Arm
 from cooper_jax.study.records import whole_rows
 
-TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+PACKAGE = Path(__file__).resolve().parents[1]
+TRAIN = PACKAGE / "launch" / "train.py"
+
+
+def train_command() -> tuple[str, ...]:
+    """The first words of a command that trains: a checkout's script, or the installed package's module."""
+    if (PACKAGE / "launch").is_symlink():
+        return (sys.executable, str(TRAIN))
+    # As a file, the installed script would put its parent folder first on the path, and with it our types.py.
+    return (sys.executable, "-P", "-m", "cooper_jax.launch.train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +141,7 @@ class Study:
             field for field, value in flat(cfg.to_dict()).items() if value != flat(self.base.to_dict())[field]
         }
         flags = study_arms.flags(cfg, {*self.given, *changed})
-        command = (sys.executable, str(TRAIN), f"--config={self.config_file}", *flags)
+        command = (*train_command(), f"--config={self.config_file}", *flags)
         return Run(START if arm is None else arm.name, seed, Path(cfg.run_dir), cfg.steps, command)
 
     def runs(self) -> list[Run]:
