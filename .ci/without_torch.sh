@@ -31,7 +31,7 @@ PROBLEMS
     --config.policy.num_layers=2 --config.assistant.num_layers=2 --config.reward.num_layers=2 \
     --config.warmup.reward_steps=2 --config.warmup.reward_batch=4 --config.pairs.tries=2
 "$python" launch/train.py --config=configs/tiny.py --config.steps=2 --config.run_dir="$out/tiny" \
-    --config.warmup.policy_steps=5 --config.warmup.reward_steps=5
+    --config.warmup.policy_steps=5 --config.warmup.reward_steps=5 --config.reward.warm_start=1
 
 for run in smollm2:1 tiny:2; do # each wrote a row of metrics for every step
     last=$(tail -n 1 "$out/${run%:*}/metrics.jsonl")

@@ -16,7 +16,5 @@ def import_extra(module: str, extra: str) -> ModuleType:
         if error.name != package:  # the package is there, and something that it needs is not
             raise
         raise ImportError(
-            f"{package} is not installed: pip install 'cooper-jax[{extra}]', or in a checkout "
-            "pip install -r requirements.txt",
-            name=package,
+            f"{package} is not installed: pip install 'cooper-jax[{extra}]'", name=package
         ) from error
