@@ -15,8 +15,8 @@ import tiny_models
 import tiny_tokenizers
 from tiny_rollouts import record_requests, same_key
 
-from configs import tiny
 from cooper_jax import assembly, local_chat, placement, stages, trainer, warmup
+from cooper_jax.configs import tiny
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.data import synthetic
 from cooper_jax.evaluation.held_out import evaluate
