@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 import tiny_models
+import tiny_rollouts
 import tiny_runs
 import tiny_tokenizers
 from ml_collections import ConfigDict
@@ -582,18 +583,15 @@ def test_random_models_from_end_to_end(tmp_path, monkeypatch):
 
 
 def test_a_benchmark_is_sampled_at_its_own_top_p(tmp_path, monkeypatch):
-    """So small a top-p leaves the most likely token alone: the samples of a problem are the greedy response."""
+    """At its own temperature and number of samples, too, whatever the evaluations of training have."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
-
-    def said(name, **changes):
-        cfg = config(benchmark__judged_by="rule", benchmark__chunk=3, **changes)
-        jobs.benchmarks(cfg, Chosen(cfg, tmp_path), ["synthetic"], tmp_path / name)
-        return [row["completion"] for row in read_rows(tmp_path / name / ITEMS)]
-
-    greedy = said("greedy", benchmark__temperature=0.0, benchmark__samples=1)
-    sampled = said("sampled", benchmark__temperature=1.0, benchmark__samples=2, benchmark__top_p=1e-6)
-    assert len(greedy) == 3 and sampled == [text for text in greedy for _ in range(2)]
+    requests = tiny_rollouts.record_requests(monkeypatch)
+    own = dict(benchmark__top_p=0.8125, benchmark__temperature=0.75, benchmark__samples=3)
+    cfg = config(benchmark__judged_by="rule", benchmark__chunk=3, eval__top_p=0.5, **own)
+    jobs.benchmarks(cfg, Chosen(cfg, tmp_path), ["synthetic"], tmp_path / "out")
+    asked = [(r.spec.top_p, r.spec.temperature, r.spec.group_size) for r in requests]
+    assert asked == [(0.8125, 0.75, 3)] and len(read_rows(tmp_path / "out" / ITEMS)) == 9
 
 
 def test_the_papers_config_needs_the_policys_weights_alone(tmp_path, monkeypatch):

@@ -369,32 +369,50 @@ def test_run_directory(finished, place):
     assert overlap.read_record(finished) == seen, "for models that are taken from checkpoints"
 
 
-def test_the_loss_of_uneven_microbatches_is_the_mean_over_the_rows(place, tmp_path, alone):
-    """An update's loss and accuracy, by hand from the first model's logits on the rows that it reads."""
-    cfg = run_config(
-        place, tmp_path / "run", train_rm__epochs=1, train_rm__batch=32, train_rm__eval_every=0, seed=5
-    )
-    job, reward = plan.build(cfg, tmp_path)
-    rows = batches.order(len(job.labels), 32, 5, 0)[0]
-    sizes = {len(m.rows) for m in batches.cut(rows, job.lengths, job.shapes)}
-    assert len(sizes) > 1, "microbatches of several sizes"
-    z, right = loop.score(job, reward.params, job.data.train)[rows], job.labels[rows] > 0.5
-    loop.train(cfg)
-    first = metrics(tmp_path / "run")[0]
-    assert first["train_rm/loss"] == pytest.approx(np.logaddexp(0, np.where(right, -z, z)).mean(), abs=1e-6)
-    assert first["train_rm/accuracy"] == pytest.approx(((z > 0) == right).mean())
+@pytest.fixture
+def added(monkeypatch) -> list:
+    """The microbatches that updates add up, as (ScoreBatch, labels, shares); no model is compiled or trained."""
+    pieces = []
+
+    def make(*_):
+        def add(params, sums, piece):
+            pieces.append(jax.device_get(piece))
+
+        def finish(state, sums):
+            return state, {"loss": jnp.zeros(()), "accuracy": jnp.zeros(())}
+
+        return optim.Accumulator(start=lambda params: None, add=add, finish=finish)
+
+    monkeypatch.setattr(verifier_model, "make_bce_accumulator", make)
+    return pieces
 
 
-def test_the_model_of_the_least_loss_is_kept_where_loss_chooses(place, tmp_path, alone, monkeypatch):
-    """Three evaluations of scripted logits, all on the right side by a margin: log(1 + e^-margin) is the loss."""
-    margins = iter((1.0, 3.0, 2.0))
+def scripted(*margins):
+    """Logits of the held-out rows at each evaluation in turn: on the right side of 0, by that margin."""
+    left = iter(margins)
 
-    def scripted(job, params, rows):
-        return (next(margins) * np.where(rows.labels > 0.5, 1, -1)).astype(np.float32)
+    def score(job, params, rows):
+        return (next(left) * np.where(rows.labels > 0.5, 1, -1)).astype(np.float32)
 
-    monkeypatch.setattr(loop, "score", scripted)
+    return score
+
+
+def test_rows_weigh_alike_in_uneven_microbatches(place, tmp_path, alone, added, monkeypatch):
+    """64 rows in two updates: each row has 1/32 of its update's loss, whatever its microbatch; padding has none."""
+    monkeypatch.setattr(loop, "score", scripted(1.0))
+    flags = dict(train_rm__epochs=1, train_rm__batch=32, train_rm__eval_every=0)
+    loop.train(run_config(place, tmp_path, **flags))
+    sizes = [int(batch.valid.any(1).sum()) for batch, _, _ in added]
+    assert sum(sizes) == 64 and len(set(sizes)) > 1, "microbatches of several sizes"
+    for batch, _, shares in added:
+        np.testing.assert_array_equal(shares, np.where(batch.valid.any(1), np.float32(1 / 32), 0))
+
+
+def test_the_model_of_the_least_loss_is_kept_where_loss_chooses(place, tmp_path, alone, added, monkeypatch):
+    """Three evaluations, all of them right: log(1 + e^-margin) is the loss."""
+    monkeypatch.setattr(loop, "score", scripted(1.0, 3.0, 2.0))
     flags = dict(train_rm__batch=64, train_rm__epochs=3, train_rm__eval_every=1, train_rm__keep_best="loss")
-    loop.train(run_config(place, tmp_path, train_rm__widths=1, **flags))
+    loop.train(run_config(place, tmp_path, **flags))
     assert [row["eval/best"] for row in metrics(tmp_path)] == [1.0, 1.0, 0.0]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["best"] == {"step": 2, "loss": pytest.approx(np.log1p(np.exp(-3.0)), abs=1e-6)}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny_models
 import tiny_tokenizers
+from tiny_rollouts import record_requests, same_key
 
 from cooper_jax import local_chat, placement
 from cooper_jax.configs import tiny
@@ -235,84 +236,90 @@ def test_several_updates_a_step(build):
         assert metrics["policy/ratio_min"] < 1.0 < metrics["policy/ratio_max"]
 
 
-def test_a_step_at_another_temperature_uses_it_in_sampling_scoring_and_updating(build):
-    """Sampler, reference and update all see softmax(logits / 0.5), computed here from the whole logits."""
-    temperature = 0.5
+def test_a_step_at_another_temperature_uses_it_in_sampling_scoring_and_updating(build, monkeypatch):
+    """All see softmax(logits / 0.5): computed here from the whole logits of made-up responses."""
+    temperature, requests = 0.5, record_requests(monkeypatch)
     with build(**{"rollout.temperature": temperature}) as (cooper, state):
         state = state.replace(reference=state.policy.params)
         prompts = cooper.train_prompts[:B]
         rollout, _ = stages.sample(cooper, state, prompts, range(B))
+        assert requests[0].spec.temperature == temperature
         batch = stages.logprobs(cooper, state, prompts, rollout)
 
-        # The distribution over the next token at every column but the last, by hand.
-        model = cooper.policy.model.config
-        hidden = transformer.trunk(state.policy.params, model, batch.tokens, batch.valid, dtype=jnp.float32)
-        logits = transformer.logits(state.policy.params, model, hidden)[:, :-1, : model.vocab_size]
-        tokens, mask = np.asarray(batch.tokens)[:, 1:, None], np.asarray(batch.response_mask)
+        # The distribution over the next token at every column but the last.
+        params, model = state.policy.params, cooper.policy.model.config
+        hidden = transformer.trunk(params, model, batch.tokens, batch.valid, dtype=jnp.float32)
+        logits = transformer.logits(params, model, hidden)[:, :-1, : model.vocab_size]
+        tokens, width = np.asarray(batch.tokens)[:, 1:, None], batch.response_mask.shape[1]
 
         def expected(temperature):
             found = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits / temperature)), tokens, -1)
-            return found[:, -mask.shape[1] :, 0][mask]
+            return found[:, -width:, 0]
 
-        right, at_one = expected(temperature), expected(1.0)
-        assert np.abs(right - at_one).mean() > 0.1  # the test can tell the temperatures apart
-        for name in ("rollout_logprobs", "ref_logprobs"):
-            np.testing.assert_allclose(np.asarray(getattr(batch, name))[mask], right, atol=1e-5, err_msg=name)
+        # At temperature 1 they would be others.
+        assert np.abs(expected(temperature) - expected(1.0)).mean() > 0.1
+        np.testing.assert_allclose(batch.ref_logprobs, expected(temperature), atol=1e-5)
 
-        # The update's own log-probabilities are those of the sampler and of the reference.
+        # The update's own log-probabilities, too, are those of a sampler and of a reference at 0.5.
+        batch = batch.replace(rollout_logprobs=jnp.asarray(expected(temperature)))
         _, metrics = stages.update_policy(cooper, state, batch, np.array([1, -1] * B, np.float32), 1)
         assert metrics["policy/rollout_mismatch"] < 1e-5 and abs(metrics["policy/kl"]) < 1e-5
 
 
-def noting(seen):
-    """A policy update that notes the minibatch's advantages and moves nothing."""
+def without_models(cooper, noted=None):
+    """The same step with no model in it: rewards that count up; minibatches are noted by their advantages.
+
+    noted: the list to which each minibatch's advantages are added.
+    """
 
     def update(state, batch):
-        seen.append(np.asarray(batch.advantages).tolist())
+        if noted is not None:
+            noted.append(np.asarray(batch.advantages).tolist())
         return state, {"loss": jnp.zeros(())}
 
-    return update
+    def logprobs(params, tokens, valid, width):
+        return jnp.zeros((len(tokens), width))
+
+    def score(params, batch):
+        return np.arange(len(batch.tokens), dtype=np.float32)
+
+    def update_reward(state, *_):
+        return state, {"lr": jnp.zeros(()), "skipped": jnp.zeros(())}
+
+    policy = dataclasses.replace(cooper.policy, update=update, logprobs=logprobs, reference_logprobs=logprobs)
+    reward = dataclasses.replace(cooper.reward, score=score, update=update_reward)
+    return dataclasses.replace(cooper, policy=policy, reward=reward, rule=AlwaysRight(), assistant=Rewrites())
 
 
-def test_the_data_order_follows_from_the_seed(build):
+def test_the_data_order_follows_from_the_seed(build, monkeypatch):
     """Three steps of three problems of eight: the first epoch in the order of seed 7, and into the second."""
-    with build(**{"seed": 7, "reward.arm": "rule"}) as (cooper, state):
-        policy = dataclasses.replace(cooper.policy, update=noting([]))
-        cooper = dataclasses.replace(cooper, policy=policy, rule=AlwaysRight())
+    requests = record_requests(monkeypatch)
+    with build(**{"seed": 7, "reward.arm": "model"}) as (cooper, state):
         state, visited = state.replace(reference=state.policy.params), []
         for _ in range(3):
-            state, _, seen = trainer.cooper_step(cooper, state, Phases())
+            state, _, seen = trainer.cooper_step(without_models(cooper), state, Phases())
             visited += seen.problems
 
     def order(seed):
-        return [cooper.train[problem_sets.problem_at(place, 8, seed)] for place in range(9)]
+        return [problem_sets.problem_at(place, 8, seed) for place in range(9)]
 
-    assert visited == order(7) != order(0)
+    assert visited == [cooper.train[i] for i in order(7)] and order(7) != order(0)
+    assert [list(request.positions) for request in requests] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
-def test_every_step_cuts_its_minibatches_by_a_permutation_of_its_own(build):
+def test_every_step_cuts_its_minibatches_by_a_permutation_of_its_own(build, monkeypatch):
     """Six responses to one prompt, known by their advantages, in three minibatches of two."""
-    changes = {
-        "data.prompts_per_step": 1,
-        "rollout.group_size": 6,
-        "policy.minibatches": 3,
-        "reward.arm": "model",
-    }
-    with build(**{"seed": 7} | changes) as (cooper, state):
+    record_requests(monkeypatch)
+    shape = {"data.prompts_per_step": 1, "rollout.group_size": 6, "policy.minibatches": 3}
+    with build(**{"seed": 7, "reward.arm": "model"} | shape) as (cooper, state):
         noted: list[list[float]] = []
-        policy = dataclasses.replace(cooper.policy, update=noting(noted))
-        # Every row is rewarded differently, so that no two advantages are equal.
-        reward = dataclasses.replace(
-            cooper.reward, score=lambda params, batch: np.arange(len(batch.tokens), dtype=np.float32)
-        )
-        cooper = dataclasses.replace(cooper, policy=policy, reward=reward, rule=AlwaysRight())
         state, orders = state.replace(reference=state.policy.params), []
         for _ in range(3):
             noted.clear()
-            state, _, seen = trainer.cooper_step(cooper, state, Phases())
-            places = {float(advantage): row for row, advantage in enumerate(seen.advantages)}
-            orders.append([places[advantage] for part in noted for advantage in part])
-            assert [len(part) for part in noted] == [2, 2, 2]
+            state, _, seen = trainer.cooper_step(without_models(cooper, noted), state, Phases())
+            rows = {float(advantage): row for row, advantage in enumerate(seen.advantages)}
+            assert [len(part) for part in noted] == [2, 2, 2] and len(rows) == 6
+            orders.append([rows[advantage] for part in noted for advantage in part])
 
     def permutation(step):  # of the step's first and only epoch
         key = jax.random.fold_in(keys.stream(7, "minibatch", step), 0)
@@ -382,24 +389,25 @@ def test_what_an_evaluation_measures(build, monkeypatch):
         assert found["eval/response/habit"] == 0.25 and len(components.held_out) % 4 == 0
 
 
-def test_every_evaluation_samples_with_the_same_keys_which_no_step_uses(build):
-    with build(**{"seed": 7, "eval.samples": G}) as (cooper, state):
-        found = stages.sample_held_out(cooper, state, 1.0)
-        assert stages.sample_held_out(cooper, state.replace(step=5, position=5 * B), 1.0) == found
-
-        # With training's own settings equal to the evaluation's, the keys alone can make a difference.
-        prompts = cooper.held_out_prompts
-        _, same = stages.sample(cooper, state, prompts, range(4), key=keys.stream(7, "evaluation"))
-        _, of_a_step = stages.sample(cooper, state, prompts, range(4))
-        assert found == same and found != of_a_step
+def test_every_evaluation_samples_with_the_same_keys_which_no_step_uses(build, monkeypatch):
+    requests = record_requests(monkeypatch)
+    with build(**{"seed": 7}) as (cooper, state):
+        for step in (0, 1, 5):
+            stages.sample_held_out(cooper, state.replace(step=step, position=step * B), 1.0)
+    for request in requests:
+        assert same_key(request.key, keys.stream(7, "evaluation")) and list(request.positions) == [0, 1, 2, 3]
+    assert len(requests) == 3
 
 
-def test_an_evaluation_samples_at_its_own_top_p(build):
-    """So small a top-p leaves the most likely token alone, at any temperature."""
-    with build(**{"eval.top_p": 1e-6, "eval.samples": 2}) as (cooper, state):
-        greedy = stages.sample_held_out(cooper, state, 0.0)
-        sampled = stages.sample_held_out(cooper, state, 1.0)
-        assert sampled == [completion for completion in greedy for _ in range(2)] and len(greedy) == 4
+def test_an_evaluation_samples_at_its_own_top_p(build, monkeypatch):
+    """At its own number of samples and the temperature that it is given, too; training keeps to its own."""
+    requests = record_requests(monkeypatch)
+    with build(**{"eval.top_p": 0.8125, "eval.samples": 5}) as (cooper, state):
+        stages.sample_held_out(cooper, state, 0.75)
+        stages.sample_held_out(cooper, state, 0.0)
+        stages.sample(cooper, state, cooper.train_prompts[:1], range(1))
+    asked = [(r.spec.top_p, r.spec.temperature, r.spec.group_size) for r in requests]
+    assert asked == [(0.8125, 0.75, 5), (0.8125, 0.0, 1), (1.0, 1.0, G)]
 
 
 def test_who_moves_in_a_step(build, tmp_path):
@@ -547,13 +555,12 @@ def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
     assert len({together[1].text, *others}) == 4
 
 
-def test_the_local_assistant_samples_at_its_own_top_p(tmp_path):
-    """So small a top-p leaves the most likely token alone: rows and attempts make no difference."""
-    generate = local_assistant(tmp_path, **{"assistant.top_p": 1e-6})
-    message = [("user", "What is 3 plus 10?")]
-    replies = generate([message] * 3, [(0, 1, row, 0) for row in (7, 8, 9)])
-    assert replies[0].tokens and replies == [replies[0]] * 3
-    assert generate([message], [(0, 2, 7, 1)]) == replies[:1]
+def test_the_local_assistant_samples_at_its_own_top_p(tmp_path, monkeypatch):
+    requests = record_requests(monkeypatch)
+    changes = {"assistant.top_p": 0.8125, "assistant.temperature": 0.75, "rollout.top_p": 1.0}
+    generate = local_assistant(tmp_path, **changes)
+    generate([[("user", "What is 3 plus 10?")]], [(0, 1, 7, 0)])
+    assert [(r.spec.top_p, r.spec.temperature) for r in requests] == [(0.8125, 0.75)]
 
 
 @pytest.mark.slow
@@ -689,37 +696,17 @@ class Undecided:
         return [verdict for verdicts in pending for verdict in verdicts]
 
 
-class Noting(Undecided):
-    """The same, noting what it is asked."""
-
-    def __init__(self):
-        self.asked = set()
-
-    def submit(self, items):
-        self.asked.update(items)
-        return super().submit(items)
-
-
-def test_the_warm_start_samples_with_a_key_and_in_an_order_of_its_own(build, tmp_path):
-    """Two updates on three prompts each: what the rule is asked are those prompts' responses, under that key."""
+def test_the_warm_start_samples_with_a_key_and_in_an_order_of_its_own(build, tmp_path, monkeypatch):
+    """Two updates on three prompts each: which they are, their places in that order, and the key."""
+    requests = record_requests(monkeypatch)
     with build(**{"seed": 7, "reward.warm_start": 2}) as (cooper, state):
-        rule = Noting()
-        cooper = dataclasses.replace(cooper, rule=rule, assistant=Rewrites())
-        with begun(cooper, state, tmp_path) as (state, _, _):
-            asked = set(rule.asked)
-
-        def responses(**key):
-            found = set()
-            for positions in (range(B), range(B, 2 * B)):
-                chosen = [problem_sets.problem_at(place, 8, 7, "warm_start") for place in positions]
-                prompts = [cooper.train_prompts[i] for i in chosen]
-                _, completions = stages.sample(cooper, state, prompts, positions, **key)
-                references = [cooper.train[i].reference for i in chosen for _ in range(G)]
-                found |= {(r, c.text) for r, c in zip(references, completions, strict=True)}
-            return found
-
-        assert asked == responses(key=keys.stream(7, "warm_start"))
-        assert asked.isdisjoint(responses()), "the first step's own key"
+        with begun(without_models(cooper), state, tmp_path):
+            pass
+    assert [list(request.positions) for request in requests] == [[0, 1, 2], [3, 4, 5]]
+    for request in requests:
+        chosen = [problem_sets.problem_at(place, 8, 7, "warm_start") for place in request.positions]
+        assert request.prompts == [cooper.train_prompts[i] for i in chosen]
+        assert same_key(request.key, keys.stream(7, "warm_start"))
 
 
 ALL_TERMS = {

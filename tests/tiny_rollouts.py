@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import tiny_models
 from tiny_models import one_device
 
 from cooper_jax.model import transformer
+from cooper_jax.rollout import engine
 from cooper_jax.rollout.engine import SamplingSpec, generate
 from cooper_jax.runtime.mesh import init_params
 from cooper_jax.types import Rollout
@@ -49,6 +52,35 @@ def rollout(spec=SPEC, prompts=PROMPTS, positions=POSITIONS, config=TINY, key=KE
 
 
 sampled = functools.cache(rollout)
+
+
+def record_requests(monkeypatch) -> list[types.SimpleNamespace]:
+    """The arguments of every call of `engine.generate` from now on, by name.
+
+    Nothing is compiled or sampled: every response is truncated and made of tokens that count up.
+    """
+    requests, signature = [], inspect.signature(engine.generate)
+
+    def record(*args, **options) -> Rollout:
+        request = types.SimpleNamespace(**signature.bind(*args, **options).arguments)
+        requests.append(request)
+        shape = len(request.prompts) * request.spec.group_size, request.spec.max_new_tokens
+        responses = Rollout(
+            tokens=np.arange(np.prod(shape), dtype=np.int32).reshape(shape) % 40 + 5,
+            mask=np.ones(shape, bool),
+            logprobs=np.zeros(shape, np.float32),
+            finished=np.zeros(shape[0], bool),
+        )
+        if getattr(request, "on_groups", None) is not None:
+            request.on_groups(list(range(len(request.prompts))), responses)
+        return responses
+
+    monkeypatch.setattr(engine, "generate", record)
+    return requests
+
+
+def same_key(a: jax.Array, b: jax.Array) -> bool:
+    return bool((jax.random.key_data(a) == jax.random.key_data(b)).all())
 
 
 def rows_of(rollout, rows):
