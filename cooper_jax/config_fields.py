@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.renamed_flags import RENAMED_FLAGS, describe_rename
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.loading import Directory, Model, describe_model
 from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime import mesh, rundir

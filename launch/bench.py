@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging
 
-from launch import command_line, common
-from launch.common import fail, refuse
+from cooper_jax.launch import command_line, common
+from cooper_jax.launch.common import fail, refuse
 
 OUT = flags.DEFINE_string("out", "", "A JSON file to write.")
 REPS = flags.DEFINE_integer("reps", 3, "Timed calls.")

@@ -25,9 +25,9 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import tuple_parser
 
-from configs import base
 from cooper_jax import recipes
 from cooper_jax.config_fields import Field, describe_unknown_field, flatten_config, list_fields
+from cooper_jax.configs import base
 from cooper_jax.renamed_flags import RENAMED_FLAGS
 from cooper_jax.settings import SetupError
 

@@ -21,8 +21,8 @@ from typing import NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from cooper_jax.launch import command_line
 from cooper_jax.settings import SetupError
-from launch import command_line
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",

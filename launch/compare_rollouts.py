@@ -18,8 +18,8 @@ import ast
 
 from absl import app, flags, logging
 
-from launch import command_line, common
-from launch.common import CONFIG, fail, refuse
+from cooper_jax.launch import command_line, common
+from cooper_jax.launch.common import CONFIG, fail, refuse
 
 OTHER = flags.DEFINE_multi_string("other", [], "A field of the second rollout's config: rollout.max_rows=24.")
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # programs are compiled for devic
 
 from absl import app, flags, logging
 
-from launch import command_line, common
-from launch.common import fail, refuse
+from cooper_jax.launch import command_line, common
+from cooper_jax.launch.common import fail, refuse
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "The machine: v5e:4x4, v5p:4x4x4, v5e:16x16*2, h100:1x2x8, ..."

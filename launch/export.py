@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging
 
-from launch import command_line
+from cooper_jax.launch import command_line
 
 RUN_DIR = flags.DEFINE_string("run_dir", None, "A run directory.", required=True)
 OUT = flags.DEFINE_string("out", None, "The directory to write.", required=True)

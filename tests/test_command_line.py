@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from configs import base, tiny
 from cooper_jax import assembly, recipes
 from cooper_jax.config_fields import find_nearest, flatten_config, list_fields
+from cooper_jax.configs import base, tiny
+from cooper_jax.launch import command_line
 from cooper_jax.renamed_flags import REMOVED, RENAMED_FLAGS, describe_rename
 from cooper_jax.settings import SetupError
-from launch import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_BASE = "from configs import base\ndef get_config():\n    c = base.get_config()\n"
+OF_BASE = "from cooper_jax.configs import base\ndef get_config():\n    c = base.get_config()\n"
 CONFIG_SCRIPTS = (
     "train",
     "train_rm",
