@@ -2,7 +2,9 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,3 +141,21 @@ def test_no_placeholders_are_left():
     for path in [*ROOT.glob("*.md"), *ROOT.glob("*/**/*.md"), *ROOT.glob("*/**/*.py")]:
         if ".venv" not in path.parts[len(ROOT.parts)] and path != Path(__file__):
             assert "@" * 2 not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    "arguments, given, workers",
+    [
+        (["tests/test_structure.py::test_no_cycles"], None, None),
+        (["tests/test_structure.py", "tests/test_structure.py::test_no_cycles"], None, None),
+        (["tests"], None, conftest.WORKERS),
+        (["tests/test_structure.py", "tests/test_keys.py"], None, conftest.WORKERS),
+        (["tests"], 0, 0),
+        (["tests/test_structure.py"], 3, 3),
+    ],
+)
+def test_a_single_test_file_starts_no_workers(arguments, given, workers):
+    option = SimpleNamespace(numprocesses=given, dist="no", usepdb=False, collectonly=False)
+    config = SimpleNamespace(option=option, args=arguments, invocation_params=SimpleNamespace(dir=ROOT))
+    conftest.pytest_cmdline_main(config)
+    assert (option.numprocesses, option.dist) == (workers, "loadfile" if workers else "no")
