@@ -708,6 +708,26 @@ def test_another_file_under_the_same_name_is_refused(serve, quick_rule, tmp_path
         run.annotate(config(server.url), [], [write(path, existing(3))], out)
 
 
+def test_half_a_surrogate_pair_of_a_server_or_a_ledger_is_replaced(serve, quick_rule, tmp_path):
+    def cut(n, body):
+        if body["model"] == "writer":
+            return reply("\\boxed{7} \ud83d")
+        return reply("\ud83d\nVerdict: CORRECT")
+
+    problems = write(tmp_path / "one.jsonl", [{"question": "What is 3 + 4?", "answer": "7"}])
+    cfg = config(serve(cut).url, **{"annotate.balance": "off"})
+    run.annotate(cfg, [problems], [], str(tmp_path / "out"))
+    (row,) = lines(tmp_path / "out" / ledger.COMPLETIONS)
+    (verdict,) = lines(tmp_path / "out" / ledger.VERDICTS)
+    assert row["completion"] == "\\boxed{7} \ufffd" and verdict["judge_reply"] == "\ufffd\nVerdict: CORRECT"
+    assert len(lines(tmp_path / "out" / "labelled.jsonl")) == 1
+    path = tmp_path / "older.jsonl"
+    path.write_text('{"id": "1", "completion": "half \\ud83d", "tokens": 3}\n')
+    log = ledger.Log(path)
+    assert log.rows["1"] == {"id": "1", "completion": "half \ufffd", "tokens": 3}
+    log.close()
+
+
 def test_a_ledger_mends_its_last_line_alone(tmp_path, capsys):
     path = tmp_path / "verdicts.jsonl"
     path.write_text(

@@ -269,6 +269,8 @@ def test_openai_times_out(openai):
         (b'{"choices": [{"message": {"content": " "}, "finish_reason": "stop"}]}', Failure("empty")),
         (b'{"choices": [{"message": {"content": "<think>a"}, "finish_reason": "stop"}]}', Failure("malformed")),
         (b'{"choices": [{"message": {"content": "It is"}, "finish_reason": "length"}]}', Completion("It is", True)),
+        (b'{"choices": [{"message": {"content": "\\ud83dIt is 21 \\ud83d\\ude00"}, "finish_reason": "stop"}]}',
+         Completion("\ufffdIt is 21 \U0001f600")),
     ],
 )  # fmt: skip
 def test_openai_reads_any_body(openai, body, reply):

@@ -388,13 +388,14 @@ ITEM = {
 
 
 def test_recorded_responses_are_judged_anew(tmp_path):
-    rows = [ITEM | {"rule": "wrong"}, ITEM | {"sample": 1, "completion": "\\boxed{2}", "truncated": True}]
+    half = "\\boxed{2} \ud83d"  # of a pair: no UTF-8 form
+    rows = [ITEM | {"rule": "wrong"}, ITEM | {"sample": 1, "completion": half, "truncated": True}]
     path = write_rows(tmp_path / "items.jsonl", *rows)
     cfg = config()
     jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
     again = read_rows(tmp_path / "out" / ITEMS)
     assert [(r["completion"], r["truncated"], r["rule"]) for r in again] == [
-        ("\\boxed{1}", False, "correct"), ("\\boxed{2}", True, "wrong"),
+        ("\\boxed{1}", False, "correct"), ("\\boxed{2} \ufffd", True, "wrong"),
     ]  # fmt: skip
     results = json.loads((tmp_path / "out" / RESULTS).read_text())
     assert results["benchmarks"][0]["judges"]["rule"]["accuracy"]["value"] == 0.5

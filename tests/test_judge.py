@@ -150,6 +150,16 @@ def test_stream_gives_replies_as_they_come(ask):
     assert found[-1] == (0, "0") and sorted(found) == [(i, str(i)) for i in range(5)]
 
 
+def test_half_a_surrogate_pair_is_replaced_both_ways(ask):
+    """A tokenizer, the rule's cache and a ledger raise on what has no UTF-8 form."""
+    client, server = ask(lambda n, body: reply("Verdict: CORRECT \ud83d"))
+    talk = [("user", "is it 4?\ude00")]
+    ((_, streamed),) = client.stream([(talk, IDS)])
+    (asked,) = client.ask([talk], [IDS])
+    assert streamed.text == asked.text == "Verdict: CORRECT \ufffd"
+    assert [body["messages"][0]["content"] for body in server.bodies] == ["is it 4?\ufffd"] * 2
+
+
 def test_stream_answers_what_it_has_taken_when_the_requests_end(ask):
     """A caller that is to stop ends its requests; nothing that was sent is thrown away."""
     stop, taken = threading.Event(), []

@@ -22,6 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cooper_jax.data.sources import replace_surrogates
 from cooper_jax.runtime import files, outdir
 from cooper_jax.runtime.metrics import JsonLines, jsonable
 from cooper_jax.runtime.rundir import flat, lock
@@ -44,7 +45,7 @@ class Log:
             row = json.loads(line)
             if not isinstance(row.get("id"), str):
                 raise ValueError(f"{path}:{number}: no JSON object with an id: mend or delete the line")
-            self._take(row)
+            self._take({k: replace_surrogates(v) if isinstance(v, str) else v for k, v in row.items()})
 
     def append(self, rows: Sequence[Row]) -> None:
         """On the disk when this returns.  Raises SetupError for a full one."""

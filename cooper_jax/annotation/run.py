@@ -88,11 +88,6 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _sound(text: str) -> str:
-    """Half a surrogate pair, which a server may send, cannot be written."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def model_name(section: ConfigDict) -> str:
     """What rows call a model that was asked."""
     if section.kind == "openai":
@@ -145,7 +140,7 @@ def _completed(item: Item, reply, common: Row) -> Row:
     row = _head(item) | {"sample": item.sample}
     if isinstance(reply, Failure):
         return row | {"failure": reply.reason, **common, "completed": _now()}
-    text = {"completion": _sound(reply.text), "truncated": reply.truncated, "tokens": reply.tokens}
+    text = {"completion": reply.text, "truncated": reply.truncated, "tokens": reply.tokens}
     return row | text | common | {"completed": _now()}
 
 
@@ -186,7 +181,7 @@ def _judge(cfg: ConfigDict, items: Sequence[Item], ledger: Ledger) -> None:
                 (verdict,) = pending.pop(item.id).result()
                 judged = judges.read(reply)
                 row = {"id": item.id, "rule": str(verdict), "judge": judged.correct}
-                row |= {"judge_reply": _sound(judged.reply)}
+                row |= {"judge_reply": judged.reply}
                 if judged.reason:
                     row |= {"judge_reason": judged.reason}
                 if isinstance(reply, Failure):

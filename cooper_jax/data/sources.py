@@ -6,6 +6,7 @@ read raises ValueError naming the place; blank lines are passed over and counted
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from cooper_jax.runtime import files
 
 Row = Mapping[str, Any]
 Located = tuple[str, str, Row]  # where (for messages), id, row
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def file_rows(source: str) -> Iterator[Located]:
@@ -120,6 +123,15 @@ def field(row: Row, key: str) -> Any:
     if key not in row:
         raise ValueError(f"field {key!r} is missing; the row has {sorted(row)}")
     return row[key]
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair.
+
+    JSON can spell one (`\\ud83d`), as servers do that cut a reply inside an emoji; it has no UTF-8 form, and
+    tokenizers raise on it.
+    """
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def text(row: Row, key: str) -> str:

@@ -94,7 +94,8 @@ class RecordedSampler:
         self.samples = samples
         self._found: dict[tuple[str, str], list[Completion]] = {}
         for row in rows:
-            said = Completion(row["completion"], row["truncated"], row["tokens"])
+            text = sources.replace_surrogates(row["completion"])
+            said = Completion(text, row["truncated"], row["tokens"])
             self._found.setdefault((row["benchmark"], row["id"]), []).append(said)
 
     def __call__(self, benchmark: Benchmark, chunk: range, on_ready: OnReady) -> None:

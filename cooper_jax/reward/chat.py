@@ -29,6 +29,7 @@ from typing import Any, Protocol
 import httpx
 from ml_collections import ConfigDict
 
+from cooper_jax.data.sources import replace_surrogates
 from cooper_jax.runtime import keys
 from cooper_jax.types import Completion
 
@@ -225,7 +226,7 @@ class OpenAI:
         rng = keys.numpy_stream(seed, self.name, *rest)
         body = {
             "model": self._cfg.model,
-            "messages": [{"role": role, "content": _sendable(text)} for role, text in messages],
+            "messages": [{"role": role, "content": replace_surrogates(text)} for role, text in messages],
             "max_tokens": self._cfg.max_new_tokens,
             "temperature": self._cfg.temperature,
             "top_p": self._cfg.top_p,
@@ -267,11 +268,6 @@ class OpenAI:
         return Failure(f"http_{status}"), status == 429 or status >= 500, asked
 
 
-def _sendable(text: str) -> str:
-    """Lone surrogates cannot be sent."""
-    return text.encode(errors="replace").decode()
-
-
 def _read_chat(content: bytes) -> Reply:
     """The first choice of a chat completion."""
     try:
@@ -285,7 +281,8 @@ def _read_chat(content: bytes) -> Reply:
         return Failure("empty")
     if not isinstance(text, str) or not isinstance(tokens, int):
         return Failure("nonsense")
-    return Completion(text, truncated, tokens)
+    # A server that cuts a reply inside an emoji may send half of a surrogate pair.
+    return Completion(replace_surrogates(text), truncated, tokens)
 
 
 def _retry_after(header: str) -> float | None:
