@@ -1,6 +1,7 @@
 """Tokenizers: parity with transformers, data that never becomes a control token, exact round trips."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -203,6 +204,20 @@ def test_saved_tokenizers_load_again_here_and_in_transformers(directories, famil
     assert hf.encode(TEXTS[1], add_special_tokens=False) == tok.encode(TEXTS[1])
     same = ("vocab_size", "pad_id", "bos_id", "eos_ids", "control_ids")
     assert all(getattr(again, name) == getattr(tok, name) for name in same)
+
+
+def test_saved_tokenizers_name_what_transformers_4_knows_too(directories, tmp_path):
+    """Version 4 has no TokenizersBackend, and calls .keys() on the value of extra_special_tokens."""
+    shutil.copytree(directories["qwen"], tmp_path / "in")
+    file = tmp_path / "in" / "tokenizer_config.json"
+    marks = ["<|im_start|>", "<|im_end|>"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"additional_special_tokens": marks}))
+    tokenizer.load(str(tmp_path / "in")).save(tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert saved["additional_special_tokens"] == marks and "extra_special_tokens" not in saved
+    again = hugging_face(tmp_path / "out")
+    assert set(marks) <= set(again.all_special_tokens) and again.eos_token == "<|im_end|>"
 
 
 def test_save_leaves_a_generation_config_alone(directories, tmp_path):

@@ -62,6 +62,19 @@ def test_a_round_trip_changes_no_bit(name, head, tmp_path):
     equal(loaded.params, params)
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+@pytest.mark.parametrize("shard", [5 * 10**9, 9000])
+def test_others_may_read_what_the_umask_allows(umask, mode, shard, tmp_path):
+    c = config()
+    before = os.umask(umask)
+    try:
+        weights.save(tmp_path / "m", c, random_params(c), "logits", max_shard_bytes=shard)
+    finally:
+        os.umask(before)
+    found = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "m").iterdir()}
+    assert found == dict.fromkeys(found, mode) and any(n.endswith(".safetensors") for n in found)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head", ["logits", "score"])
 @pytest.mark.parametrize("name", ["llama3_rope", "qwen2_untied"])

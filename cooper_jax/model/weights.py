@@ -392,6 +392,8 @@ def _write_shards(
         single = len(shards) == 1
         file = "model.safetensors" if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(dict(next(tensors) for _ in names), directory / file, metadata={"format": "pt"})
+        # safetensors lets the owner alone read what it writes; a file of our own has what the umask allows.
+        shutil.copymode(directory / "config.json", directory / file)
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size for _, size in sizes)}, "weight_map": files}
