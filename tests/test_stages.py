@@ -3,7 +3,9 @@ the local assistant, and the memory of a resumed run."""
 
 import contextlib
 import dataclasses
+import functools
 import gc
+import sys
 import zlib
 from collections import Counter
 
@@ -19,9 +21,11 @@ from cooper_jax.data import synthetic
 from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.model import weights
 from cooper_jax.reward.lessons import Replay
+from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.runtime import rundir
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.metrics import Phases
+from cooper_jax.settings import SetupError
 from cooper_jax.types import Completion, Pair, Triple, Verdict
 
 B, G = 3, 2  # 6 rows: no multiple of the four batch shards below
@@ -63,6 +67,15 @@ def build(tmp_path, monkeypatch):
         return assembly.build(config(**changes), tmp_path)
 
     return make
+
+
+def test_a_rule_verifier_that_does_not_start_is_a_setup_error(build, monkeypatch):
+    """Before anything is trained, and not at the first verdict of step 1."""
+    broken = functools.partial(RuleVerifier, command=(sys.executable, "-c", "raise SystemExit('no math')"))
+    monkeypatch.setattr(assembly, "RuleVerifier", broken)
+    with pytest.raises(SetupError, match="^rule: the rule verifier does not work: .*no math"):
+        with build():
+            pass
 
 
 class AlwaysRight:
