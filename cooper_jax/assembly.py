@@ -196,8 +196,12 @@ def _policy_wing(
     cfg: ConfigDict, layouts: dict[str, mesh.Layout], run_dir: Directory
 ) -> tuple[PolicyWing, TrainState]:
     layout, reference = layouts["policy"], layouts["reference"]
-    model, params, _ = load_model(cfg.policy, "policy", "logits", layout, run_dir, cfg.seed)
     r = cfg.rollout
+    lengths = {
+        "data.max_prompt_tokens": cfg.data.max_prompt_tokens,
+        "rollout.max_new_tokens": r.max_new_tokens,
+    }
+    model, params, _ = load_model(cfg.policy, "policy", "logits", layout, run_dir, cfg.seed, lengths)
     sampling = engine.SamplingSpec(
         temperature=r.temperature,
         top_k=r.top_k,
@@ -235,7 +239,10 @@ def _reward_wing(
 ) -> tuple[RewardWing | None, TrainState | None]:
     if cfg.reward.arm == "rule":
         return None, None
-    model, params, head_trained = load_model(cfg.reward, "reward", "score", layout, run_dir, cfg.seed)
+    lengths = {"reward.max_tokens": cfg.reward.max_tokens}
+    model, params, head_trained = load_model(
+        cfg.reward, "reward", "score", layout, run_dir, cfg.seed, lengths
+    )
     if not (head_trained or cfg.warmup.reward_steps or cfg.reward.allow_untrained_head):
         raise SetupError(
             f"reward.weights={cfg.reward.weights!r} brings no trained score head, so its rewards would be noise: "

@@ -6,6 +6,7 @@ and samples its replies, many at a time.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -44,7 +45,10 @@ def local_generate(
     Conversations that are too long are refused: Failure("too_long").
     """
     told = chats.thinking(section, name)
-    model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed)
+    lengths = {f"{name}.max_new_tokens": section.max_new_tokens}
+    if section.max_prompt_tokens:
+        lengths = {f"{name}.max_prompt_tokens": section.max_prompt_tokens, **lengths}
+    model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed, lengths)
     params = engine.rollout_weights(params, model.config, layout, section.dtype)
     spec = engine.SamplingSpec(
         temperature=section.temperature,
@@ -57,9 +61,8 @@ def local_generate(
         dtype=section.dtype,
         kv_dtype=cfg.rollout.kv_dtype,
     )
-    most = model.config.max_len - section.max_new_tokens
-    if section.max_prompt_tokens:
-        most = min(most, section.max_prompt_tokens)
+    room = sys.maxsize if model.config.max_len is None else model.config.max_len - section.max_new_tokens
+    most = section.max_prompt_tokens or room
     if most < 1:
         raise ValueError(
             f"--config.{name}.max_new_tokens={section.max_new_tokens} leaves no room for a conversation: the model "

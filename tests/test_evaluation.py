@@ -578,7 +578,7 @@ def test_the_papers_config_needs_the_policys_weights_alone(tmp_path, monkeypatch
     path = write_rows(tmp_path / "a_test.jsonl", {"question": "Two and two?", "answer": "#### 4"})
     cfg = qwen_1p5b.get_config()
     cfg.policy.weights = str(tmp_path / "hf")
-    cfg.benchmark.max_new_tokens = 4
+    cfg.benchmark.max_prompt_tokens, cfg.benchmark.max_new_tokens = 252, 4  # all of the model's 256 positions
     jobs.benchmarks(cfg, Chosen(cfg, tmp_path / "out"), [str(path)], tmp_path / "out")
     rows = read_rows(tmp_path / "out" / ITEMS)
     assert len(rows) == cfg.benchmark.samples and "reward" not in rows[0]

@@ -36,6 +36,8 @@ def benchmarks(cfg: ConfigDict, chosen: Chosen, places: Sequence[str], out: Path
     found = sets.find(places)
     layouts = placement.make_layouts(cfg)
     model, params = chosen.load("policy", layouts["policy"])
+    lengths = {f"benchmark.{name}": cfg.benchmark[name] for name in ("max_prompt_tokens", "max_new_tokens")}
+    loading.check_length(model.config, "policy", lengths)
     # A run's policy was paid by its reward model: what that saw is no clean benchmark, whoever judges.
     paid = chosen.run_dir is not None and cfg.reward.arm != "rule"
     record = seen(chosen) if by_model or paid else None

@@ -77,8 +77,9 @@ def check(cfg: ConfigDict) -> None:
 def build(cfg: ConfigDict, path: loading.Directory) -> tuple[Job, TrainState]:
     """The machinery and the state at update 0.  Data are read first, for they are what is wrong most often."""
     layout = placement.make_layout(cfg)
-    tokenizer = loading.describe_model(cfg.reward, "reward", path, layout).tokenizer
-    data = examples.load(cfg, tokenizer)
+    described = loading.describe_model(cfg.reward, "reward", path, layout)
+    loading.check_length(described.config, "reward", {"reward.max_tokens": cfg.reward.max_tokens})
+    data = examples.load(cfg, described.tokenizer)
     s = cfg.train_rm
     per_epoch = batches.updates_per_epoch(len(data.train), s.batch)
     steps = s.epochs * per_epoch
