@@ -158,6 +158,10 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
             with boundary("data.train, data.eval"):
                 references = (p.reference for p in (*train, *held_out))
                 prompts.check_references(reward.model.tokenizer, references, cfg.reward.max_tokens)
+            with boundary("reward"):
+                prompts.check_response_room(
+                    reward.model.tokenizer, cfg.rollout.max_new_tokens, cfg.reward.max_tokens
+                )
         with boundary("rule"):
             rule.check_ready()
         assistant = None

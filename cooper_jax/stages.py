@@ -98,13 +98,18 @@ def sample_held_out(cooper: Cooper, state: State, temperature: float) -> list[Co
 
 
 def render(cooper: Cooper, problem: Problem, completion: str) -> list[int]:
-    """The reward model's input: the one template, for scoring, for pairs and for the supervised phase."""
+    """The reward model's input: the one template, for scoring, for pairs and for the supervised phase.
+
+    References are checked before: those of files at setup, those that the policy wrote in `propose_pairs`.  So no
+    text of the policy makes this raise, and end the run at every restart.
+    """
     return prompts.verifier_tokens(
         cooper.reward.model.tokenizer,
         problem.question,
         problem.reference,
         completion,
         cooper.cfg.reward.max_tokens,
+        last_resort=True,
     )
 
 
@@ -214,9 +219,14 @@ def propose_pairs(
     cfg = cooper.cfg
     if not settings.makes_pairs(cfg):
         return pairs.none()
+
+    def fits(answer: str) -> bool:
+        return prompts.reference_fits(cooper.reward.model.tokenizer, answer, cfg.reward.max_tokens)
+
     return pairs.start(
         problems, completions, verdicts, cfg.rollout.group_size, cooper.assistant, cooper.rule, cfg.pairs,
         seed=cfg.seed, step=step, positions=positions, scores=scores, exchange=cfg.reward.shuffle_labels,
+        fits=fits,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from cooper_jax import stages, warm_start
 from cooper_jax.assembly import Cooper, State, policy_prompt
-from cooper_jax.data import labelled, packing, synthetic
+from cooper_jax.data import labelled, packing, prompts, synthetic
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.model import transformer
 from cooper_jax.policy import imitation
@@ -189,6 +189,8 @@ def _teach(cooper: Cooper, params: Params) -> Params:
     if section.reward_data:
         with boundary(f"warmup.reward_data={section.reward_data}"):
             triples = labelled.load(section.reward_data)
+            references = {t.reference for t in triples}
+            prompts.check_references(cooper.reward.model.tokenizer, references, cooper.cfg.reward.max_tokens)
         draw = _triples_of_file(triples, seed)
     else:
         problems = _with_solutions(cooper, "warmup_reward", section.reward_steps * section.reward_batch)

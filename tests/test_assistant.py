@@ -102,6 +102,12 @@ def test_corrupt_has_nothing_to_change(text):
     ]
 
 
+def test_corrupt_refuses_a_number_that_python_does_not_read():
+    """Of over 4,300 digits: the policy may write one, and it is a ValueError."""
+    (reply,) = assistants.Corrupt().rewrite([request(positive=f"#### {'7' * 5000}")])
+    assert reply == Failure("nothing to change")
+
+
 def test_corrupt_depends_on_ids_alone():
     helper = assistants.make(config("corrupt"))
     together = helper.rewrite([request(row, attempt) for row in range(10) for attempt in range(2)])

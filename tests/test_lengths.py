@@ -10,6 +10,7 @@ import tiny_tokenizers
 
 from configs import base, tiny
 from cooper_jax import assembly, loading, local_chat, placement
+from cooper_jax.data.prompts import LEAST_QUESTION
 from cooper_jax.evaluation import jobs
 from cooper_jax.evaluation.scoring import Chosen, RewardModel
 from cooper_jax.model import tokenizer as tokenizers
@@ -149,6 +150,9 @@ def test_the_shipped_configs_fit_the_models_that_they_name(name):
         assert max(asked) <= TRAINED_FOR[cfg.policy.weights]
     if reward != "random":
         assert cfg.reward.max_tokens <= TRAINED_FOR[reward]
+    if not name.startswith("verifyrm"):  # those train a reward model on files: nothing is rolled out
+        # Tags take some 40 tokens of a tokenizer that does not know them, as the shipped reward models' do.
+        assert cfg.reward.max_tokens >= 40 + LEAST_QUESTION + cfg.rollout.max_new_tokens
     for chat in (cfg.assistant, cfg.judge, cfg.source):
         if chat.kind == "local":
             assert chat.max_prompt_tokens + chat.max_new_tokens <= TRAINED_FOR[chat.weights]

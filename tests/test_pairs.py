@@ -342,6 +342,25 @@ def test_an_own_answer_that_the_rule_cannot_read_makes_no_positive(rule):
         assert made.refused == refused and (made.pairs[0] is None) == bool(refused)
 
 
+def test_an_own_answer_too_long_for_a_reference_is_masked_and_counted():
+    """A reference is never cut, and the policy writes this one: the rule is not asked about it."""
+
+    class Noting:
+        def check(self, items):
+            asked.extend(items)
+            return [C for _ in items]
+
+    asked: list = []
+    rows = [Completion(f"so #### {'7' * n}") for n in (300, 20)]
+    cfg, scores = config(negatives=("own_answer",), per_prompt=2), np.array([0.9, 0.1], np.float32)
+    made = pairs.build(
+        [Problem("q", "20")], rows, [W, W], 2, None, Noting(), cfg,
+        seed=0, step=0, scores=scores, fits=lambda answer: len(answer) < 100,
+    )  # fmt: skip
+    assert made.refused == {"too_long": 1} and made.pairs[0] is None
+    assert made.pairs[1].positive_reference == "7" * 20 and asked == [("7" * 20, rows[1].text)]
+
+
 def test_a_wrong_response_is_right_beside_its_own_answer(rule):
     """The most liked of the decidably wrong ones; there need be no correct one."""
     cfg = config(negatives=("own_answer",), per_prompt=2)

@@ -15,7 +15,8 @@ k-th positive and, of `mined`, the k-th negative.
    where no row is correct.  (All three are ours.)
 3. Each rewrite passes the gates of `refusal_of`, the last of which is the rule: it must find the negative WRONG
    against the *reference*; so it must a swapped one against that one, and find a text correct beside its own
-   answer.  Slots that fail are tried again, up to `tries` times in all, then masked and counted.
+   answer, which must be short enough to be a reference (else `too_long`).  Slots that fail are tried again, up to
+   `tries` times in all, then masked and counted.
 
 Both members render alike but for their text: a rewrite's outer whitespace is replaced by its positive's.
 
@@ -109,6 +110,7 @@ def build(
     positions: Sequence[int] | None = None,
     scores: np.ndarray | None = None,
     exchange: bool = False,
+    fits: Callable[[str], bool] | None = None,
 ) -> PairResult:
     """Pairs for one step.
 
@@ -120,6 +122,8 @@ def build(
       positions: [B], each prompt's position in the data order; by default its place in the batch.
       scores: f32[N], the reward model's rewards, for the sources in SCORED.
       exchange: mark each pair as exchanged or not, by a coin (a control).
+      fits: whether an answer, as a reference, leaves the reward model's input room for question and completion; by
+        default any does.
 
     Returns the pairs, the same whatever order verdicts and replies arrived in.
     """
@@ -151,7 +155,7 @@ def build(
                 slot.others, slot.reason = _others(problem, problems, seed, step, slot.place), "no_other"
             slots.append(slot)
     open_slots = [slot for slot in slots if slot.row is not None]
-    _beside_own_answers([slot for slot in open_slots if slot.source == "own_answer"], rule)
+    _beside_own_answers([slot for slot in open_slots if slot.source == "own_answer"], rule, fits)
     requests = _try(
         [slot for slot in open_slots if slot.source in ("assistant", "swap")],
         assistant, rule, cfg, seed=seed, step=step,
@@ -259,8 +263,21 @@ def _others(problem: Problem, problems: Sequence[Problem], seed: int, step: int,
     return [found[i] for i in order]
 
 
-def _beside_own_answers(slots: Sequence[_Slot], rule: RuleVerifier) -> None:
-    """Fills each slot, whose text the rule finds WRONG, or says why the text beside its own answer is not right."""
+def _beside_own_answers(
+    slots: Sequence[_Slot], rule: RuleVerifier, fits: Callable[[str], bool] | None
+) -> None:
+    """Fills each slot, whose text the rule finds WRONG, or says why the text beside its own answer is not right.
+
+    An answer that does not fit as a reference is refused first: the policy wrote it, it may be hundreds of digits
+    long, and a reference is never cut.
+    """
+    short = []
+    for slot in slots:
+        if fits is None or fits(answer_of(slot.positive)):
+            short.append(slot)
+        else:
+            slot.reason = "too_long"
+    slots = short
     answers = [answer_of(slot.positive) for slot in slots]
     items = [(answer, slot.positive) for answer, slot in zip(answers, slots, strict=True)]
     verdicts = rule.check(items) if items else []
@@ -364,6 +381,7 @@ def start(
     positions: Sequence[int] | None = None,
     scores: np.ndarray | None = None,
     exchange: bool = False,
+    fits: Callable[[str], bool] | None = None,
 ) -> PendingPairs:
     """`build` in a thread, so that devices need not wait for the assistant; the pairs are the same.
 
@@ -373,7 +391,7 @@ def start(
     return PendingPairs(
         lambda: build(
             problems, completions, verdicts, group_size, assistant, rule, cfg,
-            seed=seed, step=step, positions=positions, scores=scores, exchange=exchange,
+            seed=seed, step=step, positions=positions, scores=scores, exchange=exchange, fits=fits,
         ),
         overlaps=assistant is not None and assistant.overlaps,
     )  # fmt: skip
