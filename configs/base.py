@@ -306,7 +306,7 @@ def get_config() -> ConfigDict:
     c.checkpoint.keep = 2  # newest ones; 0 keeps all
     c.eval = ConfigDict()
     c.eval.every = 20  # steps, from step 0 on; 0: never
-    c.eval.problems = 256
+    c.eval.problems = 256  # of data.eval, drawn over the whole file, the same in every run
     c.eval.samples = 1
     c.eval.temperature = 1.0
     c.eval.top_p = 1.0

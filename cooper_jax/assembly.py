@@ -2,7 +2,8 @@
 
 1. `settings.check` refuses configs that contradict themselves.
 2. `load_problems` reads the training problems and those held out; over-long prompts are dropped and counted.
-   Held-out ones that the reward model is trained on are left out (data/contamination.py).
+   Held-out ones that the reward model is trained on are left out (data/contamination.py), and of the rest
+   `eval.problems` are drawn by a key, for files are often sorted (`choose_held_out`).
 3. `build` loads weights and tokenizers, starts the rule's workers, compiles nothing yet, and returns the
    machinery (`Cooper`, which never changes) apart from the state (`State`, which every step replaces).
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from flax import struct
@@ -104,6 +105,20 @@ def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
     return train, held_out
 
 
+def choose_held_out(kept: Sequence[Problem], whole: Sequence[Problem], count: int) -> list[Problem]:
+    """At most `count` of the kept problems, in the order of their file: a sample of all of it.
+
+    kept: those of `whole`, the file's problems, that may be evaluated on.  They are taken in the keyed order of the
+    whole file, as benchmarks are, so that two runs which leave out different problems share the others.
+    """
+    if len(kept) <= count:
+        return list(kept)
+    place = {problem: i for i, problem in enumerate(whole)}
+    rank = {i: n for n, i in enumerate(problem_sets.keyed_order(len(whole)))}
+    chosen = sorted(kept, key=lambda p: rank[place[p]])[:count]
+    return sorted(chosen, key=lambda p: place[p])
+
+
 def policy_prompt(cfg: ConfigDict, tokenizer: Tokenizer, problem: Problem) -> list[int]:
     return prompts.policy_prompt(tokenizer, problem.question, cfg.data.instruction, cfg.data.chat)
 
@@ -127,7 +142,8 @@ def build(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Cooper, State]]
             f"{layout.batch_shards} batch shards: raise it, or set 0 for no bound"
         )
     train, held_out = load_problems(cfg)
-    held_out = contamination.set_apart(cfg, run_dir, train, held_out)[: cfg.eval.problems]
+    apart = contamination.set_apart(cfg, run_dir, train, held_out)
+    held_out = choose_held_out(apart, held_out, cfg.eval.problems)
     with contextlib.ExitStack() as stack:
         with boundary("rule"):
             rule = stack.enter_context(

@@ -17,7 +17,7 @@ import tiny_tokenizers
 from ml_collections import ConfigDict
 
 from configs import qwen_1p5b, tiny
-from cooper_jax import statistics
+from cooper_jax import assembly, statistics
 from cooper_jax.data import labelled, overlap, synthetic
 from cooper_jax.evaluation import benchmarks, jobs, sets, summaries
 from cooper_jax.evaluation.answer_forms import answer_form
@@ -92,6 +92,19 @@ def test_answers_are_one_where_their_normal_forms_are(completion, form):
 
 
 # --- which problems ------------------------------------------------------------------------------------------
+
+
+def test_the_periodic_evaluation_takes_a_benchmarks_part():
+    whole = [Problem(f"How many {i} ?", str(i), level=str(i // 10)) for i in range(40)]
+    chosen = assembly.choose_held_out(whole, whole, 12)
+    assert chosen == [whole[i] for i in sets.part(40, 12)]
+    assert {p.level for p in chosen} == set("0123")  # of a sorted file, the first 12 have two levels
+    assert assembly.choose_held_out(whole, whole, 40) == assembly.choose_held_out(whole, whole, 99) == whole
+    # What one run leaves out is replaced by the next in the order; the others are the same ones.
+    kept = [p for p in whole if p not in chosen[:3]]
+    other = assembly.choose_held_out(kept, whole, 12)
+    assert set(chosen[3:]) < set(other) and len(other) == 12
+    assert other == [p for p in whole if p in set(other)]
 
 
 def test_the_part_is_fixed_and_grows():

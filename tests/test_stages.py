@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import json
 import sys
 import zlib
 from collections import Counter
@@ -130,6 +131,16 @@ def test_an_answer_of_hundreds_of_digits_costs_its_own_pair_alone(build):
         assert [p and p.positive_reference for p in made.pairs] == [None, "7", None]
         _, metrics = stages.update_reward_model(cooper, state, made.pairs)
         assert metrics["rm/valid"] == 1
+
+
+def test_the_periodic_evaluation_samples_a_sorted_file(build, tmp_path):
+    lines = [json.dumps({"question": f"how many {i} ?", "answer": str(i)}) for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:8]))
+    (tmp_path / "eval.jsonl").write_text("\n".join(lines))
+    files = {f"data.{name}": str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")}
+    changes = {"data.format": "auto", "eval.problems": 5, "reward.arm": "rule", "pairs.negatives": ("swap",)}
+    with build(**files, **changes, **{"data.max_prompt_tokens": 64}) as (cooper, _):
+        assert [p.reference for p in cooper.held_out] == ["1", "2", "7", "11", "18"]
 
 
 def test_a_reward_input_without_room_for_a_response_is_a_setup_error(build):
