@@ -7,7 +7,7 @@ Everything else is as in configs/qwen_1p5b.py: the reward model stays VerifyRM-1
 paper's figures after 180 steps: GSM8K 57.1, SVAMP 73.5, MATH500 34.9.
 """
 
-from configs import qwen_1p5b
+from cooper_jax.configs import qwen_1p5b
 
 
 def get_config():

@@ -10,7 +10,7 @@ figures after 180 steps: GSM8K 77.0, SVAMP 87.7, MATH500 58.1 (8 samples, temper
 Comments say which values are released by the authors; those marked "ours" are not published.
 """
 
-from configs import base
+from cooper_jax.configs import base
 
 # The shapes of what the weights hold, for launch/compile.py where the weights are not at hand.
 SHAPE = dict(

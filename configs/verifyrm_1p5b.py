@@ -8,8 +8,8 @@ agree (launch/annotate.py makes such data), and reach 89.42 % on VerifyBench.  C
 released; those marked "ours" are not published, or not theirs.
 """
 
-from configs import base
-from configs.qwen_1p5b import SHAPE
+from cooper_jax.configs import base
+from cooper_jax.configs.qwen_1p5b import SHAPE
 
 
 def get_config():

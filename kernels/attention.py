@@ -19,7 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import reference
+from cooper_jax.kernels import reference
 
 # Blocks of queries of the xla form, at most, and the least queries in one.  They are unrolled, not scanned: a scan
 # would hold one block's scores where XLA:CPU now holds several, but its keys must have one length, which computes

@@ -23,9 +23,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels import platform
-from kernels.kv import KV
-from kernels.schedule import LOWEST, Schedule, own_length
+from cooper_jax.kernels import platform
+from cooper_jax.kernels.kv import KV
+from cooper_jax.kernels.schedule import LOWEST, Schedule, own_length
 
 
 def reads(implementation: str, head_dim: int) -> bool:
@@ -59,9 +59,9 @@ def decode_attention(
     if not (prompt.packed and suffix.packed):
         raise ValueError(f"the {chosen} kernel reads packed caches alone; these are apart")
     if chosen.startswith("tpu"):
-        from kernels import decode_attention_tpu as form  # pulls in Pallas
+        from cooper_jax.kernels import decode_attention_tpu as form  # pulls in Pallas
     else:
-        from kernels import decode_attention_triton as form
+        from cooper_jax.kernels import decode_attention_triton as form
     return form.decode_attention(
         q, prompt, suffix, plan, first, last, layer, interpret=chosen.endswith("_interpret")
     )

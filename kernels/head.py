@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from kernels import gumbel, online, platform
+from cooper_jax.kernels import gumbel, online, platform
 
 # Logits that exist at a time.  The plain form's fit a core's cache.  Accelerators add each chunk's part of d hidden
 # [M, D] to the rest in memory, which takes less of the time the larger the chunks are.
@@ -171,11 +171,11 @@ def _stream(hidden, head, ids, *, mode, temperature, vocab_size, axis_name, impl
     if chosen == "xla":
         seen = _xla(*arguments, **static)
     elif chosen in ("tpu", "tpu_interpret"):
-        from kernels import head_tpu  # Pallas is slow to import, and the CPU does without it
+        from cooper_jax.kernels import head_tpu  # Pallas is slow to import, and the CPU does without it
 
         seen = head_tpu.stream(*arguments, **static, interpret=head_tpu.INTERPRET[chosen])
     else:
-        from kernels import head_triton
+        from cooper_jax.kernels import head_triton
 
         seen = head_triton.stream(*arguments, **static, interpret=chosen == "triton_interpret")
     seen = online.along(seen, -1)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import gumbel, online
+from cooper_jax.kernels import gumbel, online
 
 LANES = 128
 ROWS = 1024  # the most in a tile: 2 x 1024 flops for each head element of 2 bytes, above any chip's ratio

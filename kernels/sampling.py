@@ -35,8 +35,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels import platform, sampling_spans, sampling_tpu, sampling_triton
-from kernels.sampling_statistics import BLOCK, Rule, Statistics, add_up, statistics
+from cooper_jax.kernels import platform, sampling_spans, sampling_tpu, sampling_triton
+from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Statistics, add_up, statistics
 
 LEVELS = 3  # uniforms that one draw consumes: for the group, the block and the token
 _NO_TOKEN = jnp.iinfo(jnp.int32).max

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
-from launch import common
+from cooper_jax.launch import common
 
 PROBLEMS = flags.DEFINE_multi_string("problems", [], "A problem set to write completions for; repeatable.")
 COMPLETIONS = flags.DEFINE_multi_string("completions", [], "A file of completions; repeatable.")

@@ -28,11 +28,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from cooper_jax import placement, settings, workloads
+from cooper_jax.launch import common
+from cooper_jax.launch.common import TRACEBACK, fail, parse_flags
 from cooper_jax.model import floor
 from cooper_jax.runtime import machine
 from cooper_jax.settings import SetupError, boundary
-from launch import common
-from launch.common import TRACEBACK, fail, parse_flags
 
 OUT = flags.DEFINE_string("out", "", "A JSON file to write.")
 REPS = flags.DEFINE_integer("reps", 3, "Timed calls.")

@@ -21,11 +21,11 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from cooper_jax import placement, settings, workloads
+from cooper_jax.launch.common import CONFIG, TRACEBACK, fail, parse_flags
 from cooper_jax.rollout import engine
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.runtime import keys
 from cooper_jax.settings import SetupError, boundary
-from launch.common import CONFIG, TRACEBACK, fail, parse_flags
 
 OTHER = flags.DEFINE_multi_string("other", [], "A field of the second rollout's config: rollout.max_rows=24.")
 

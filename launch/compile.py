@@ -36,11 +36,11 @@ from cooper_jax.ahead import estimate, search
 from cooper_jax.ahead import job as jobs
 from cooper_jax.ahead.compiled import TooLarge
 from cooper_jax.ahead.estimate import Figures, Step
+from cooper_jax.launch import common
+from cooper_jax.launch.common import fail, parse_flags, refuse
 from cooper_jax.runtime import chips
 from cooper_jax.runtime.chips import GIB, Topology
 from cooper_jax.settings import SetupError, boundary
-from launch import common
-from launch.common import fail, parse_flags, refuse
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "The machine: v5e:4x4, v5p:4x4x4, v5e:16x16*2, h100:1x2x8, ..."

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from launch import common
+from cooper_jax.launch import common
 
 BENCHMARK = flags.DEFINE_multi_string(
     "benchmark", [], "A file of problems, a folder, or synthetic; repeatable."

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import common
+from cooper_jax.launch import common
 
 OUT = flags.DEFINE_string("out", "runs/study", "The study's directory.")
 ARMS = flags.DEFINE_list(

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app
 
-from launch import common
+from cooper_jax.launch import common
 
 
 def main(argv: list[str]) -> None:

@@ -21,9 +21,9 @@ import tiny_runs
 import tiny_tokenizers
 from chat_server import Server, reply
 
-from configs import base
 from cooper_jax import placement
 from cooper_jax.annotation import asking, items, ledger, outcome, run
+from cooper_jax.configs import base
 from cooper_jax.data import labelled
 from cooper_jax.model import weights
 from cooper_jax.reward import chat as chats

@@ -11,7 +11,7 @@ import pytest
 from chat_server import Server
 from chat_server import reply as chat
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.data import prompts
 from cooper_jax.reward import assistant as assistants
 from cooper_jax.reward import chat as chats

@@ -9,7 +9,7 @@ import pytest
 from knobs import sections_and_leaves, unread
 from ml_collections import ConfigDict
 
-from configs import base
+from cooper_jax.configs import base
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
@@ -18,8 +18,11 @@ FILES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__i
 @pytest.fixture(scope="module")
 def sources() -> dict[str, str]:
     """Dotted module name -> text, of all that may read a config."""
-    files = [p for folder in ("cooper_jax", "launch") for p in (ROOT / folder).rglob("*.py")]
-    return {".".join(p.relative_to(ROOT).with_suffix("").parts): p.read_text() for p in files}
+    texts = {}
+    for package in (ROOT / "cooper_jax", ROOT / "cooper_jax" / "launch"):
+        for file in package.rglob("*.py"):
+            texts[".".join(file.relative_to(ROOT).with_suffix("").parts)] = file.read_text()
+    return texts
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def test_the_analysis_follows_a_section():
 @pytest.mark.parametrize("name", FILES)
 def test_files_change_declared_fields_alone(name):
     """base.py declares; the others may not add a field, nor change a field's type (the lock does not see that)."""
-    ours, declared = importlib.import_module(f"configs.{name}").get_config(), base.get_config()
+    ours, declared = importlib.import_module(f"cooper_jax.configs.{name}").get_config(), base.get_config()
     assert sections_and_leaves(ours) == sections_and_leaves(declared)
     for path in sections_and_leaves(declared)[1]:
         value, default = ours, declared
@@ -127,7 +130,7 @@ def test_files_change_declared_fields_alone(name):
             value, default = value[part], default[part]
         assert default is not None and type(value) is type(default), path
     assert name == ours.name, "a run directory is named after its config"
-    assert importlib.import_module(f"configs.{name}").__doc__
+    assert importlib.import_module(f"cooper_jax.configs.{name}").__doc__
 
 
 def test_sections_are_not_shared():

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tiny_models
 
+from cooper_jax.kernels import gumbel
 from cooper_jax.model import transformer
 from cooper_jax.rollout import sampling
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.types import Rollout
-from kernels import gumbel
 
 MODEL = tiny_models.config(vocab_size=60, width=16, head_dim=4, ffn=24)
 SPEC = sampling.SamplingSpec(

@@ -24,7 +24,7 @@ from orbax.checkpoint._src.path import gcs_utils
 from tiny_models import config as model_config
 from tiny_models import random_params
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.data import labelled, problems
 from cooper_jax.model import tokenizer, weights
 from cooper_jax.runtime import checkpoint, files

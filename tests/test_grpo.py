@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.model import transformer
 from cooper_jax.policy import grpo, imitation, losses
 from cooper_jax.policy.advantages import group_advantages

@@ -10,8 +10,8 @@ import tiny_models
 import tiny_tokenizers
 from chat_server import Server, reply
 
-from configs import base
 from cooper_jax import local_chat, placement
+from cooper_jax.configs import base
 from cooper_jax.data import prompts
 from cooper_jax.model import weights
 from cooper_jax.reward import chat as chats

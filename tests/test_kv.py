@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import kv as caches
-from kernels.kv import Format
+from cooper_jax.kernels import kv as caches
+from cooper_jax.kernels.kv import Format
 
 FORMS = [Format(dtype, packed) for dtype in caches.DTYPES for packed in (False, True)]
 

@@ -8,8 +8,8 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 
-from configs import base, tiny
 from cooper_jax import assembly, loading, local_chat, placement
+from cooper_jax.configs import base, tiny
 from cooper_jax.data.prompts import LEAST_QUESTION
 from cooper_jax.evaluation import jobs
 from cooper_jax.evaluation.scoring import Chosen, RewardModel
@@ -142,7 +142,7 @@ def test_a_model_that_is_asked_refuses_conversations_with_replies(name, director
     "name", [p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__"]
 )
 def test_the_shipped_configs_fit_the_models_that_they_name(name):
-    cfg = importlib.import_module(f"configs.{name}").get_config()
+    cfg = importlib.import_module(f"cooper_jax.configs.{name}").get_config()
     reward = cfg.reward.weights or "Qwen/Qwen2.5-Math-1.5B-Instruct"
     asked = [cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens]
     asked.append(cfg.benchmark.max_prompt_tokens + cfg.benchmark.max_new_tokens)

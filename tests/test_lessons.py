@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.reward import lessons
 from cooper_jax.reward.lessons import Replay
 from cooper_jax.types import Completion, Problem, Triple, Verdict

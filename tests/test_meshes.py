@@ -12,8 +12,8 @@ import pytest
 import tiny_updates
 from tiny_runs import ROOT, begun_again, metrics, parameters, run
 
-from configs import base, llama3p2_1b, qwen_1p5b
 from cooper_jax import placement, settings
+from cooper_jax.configs import base, llama3p2_1b, qwen_1p5b
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine, plan

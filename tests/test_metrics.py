@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.runtime import metrics as m
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.rundir import Run, config_hash, run_path
@@ -358,7 +358,7 @@ def test_nothing_from_the_environment_is_written(tmp_path, config, monkeypatch):
 HOLDER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.runtime.rundir import Run
 config = base.get_config()
 config.log.tensorboard = False

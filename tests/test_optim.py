@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout, ParamSpec
 

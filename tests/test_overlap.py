@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from configs import base
 from cooper_jax import assembly
+from cooper_jax.configs import base
 from cooper_jax.data import contamination, labelled, overlap, problems
 from cooper_jax.settings import SetupError
 from cooper_jax.types import Problem

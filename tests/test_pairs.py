@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.data import synthetic
 from cooper_jax.reward import assistant as assistants
 from cooper_jax.reward import pairs

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_rollouts import TINY, params_of, spec_of
 
-from configs import base
+from cooper_jax.configs import base
+from cooper_jax.kernels.kv import Format
 from cooper_jax.model import transformer
 from cooper_jax.rollout import engine, plan
 from cooper_jax.rollout.slots import Setting
 from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
-from kernels.kv import Format
 
 
 def test_sizes_are_few_and_fit():

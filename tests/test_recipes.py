@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import environment
 
-from configs import base, tiny
 from cooper_jax import recipes, settings
+from cooper_jax.configs import base, tiny
 from cooper_jax.recipes import RECIPES
 from cooper_jax.settings import SetupError
 
@@ -61,7 +61,7 @@ SAY = """
 import sys, json
 sys.path.insert(0, {root!r})
 from absl import app
-from launch import common
+from cooper_jax.launch import common
 
 def main(argv):
     with common.running():

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file
 from test_files import Bucket, bucket  # noqa: F401
 from tiny_runs import ROOT, environment, metrics, start_hosts, timeless
 
-from configs import base
 from cooper_jax import assembly, loading, placement
+from cooper_jax.configs import base
 from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights

@@ -22,7 +22,7 @@ from tiny_rollouts import (
     spec_of,
 )
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.model import generation, transformer
 from cooper_jax.rollout import engine, plan
 from cooper_jax.rollout import slots as programs

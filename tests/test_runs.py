@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from test_evaluation import SHRUNK, read_rows, write_rows
 
-from configs import base, tiny
 from cooper_jax import assembly, placement, runs, warmup
+from cooper_jax.configs import base, tiny
 from cooper_jax.data import overlap
 from cooper_jax.evaluation import jobs, judging
 from cooper_jax.evaluation.held_out import evaluate

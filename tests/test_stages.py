@@ -16,8 +16,8 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 
-from configs import tiny
 from cooper_jax import assembly, local_chat, placement, stages, trainer, warmup
+from cooper_jax.configs import tiny
 from cooper_jax.data import synthetic
 from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.model import weights

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.model import transformer
 from cooper_jax.reward import losses, verifier_model
 from cooper_jax.runtime import mesh, optim

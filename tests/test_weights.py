@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import CASES, config, random_params, torch_model
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.model import sources, transformer, weights
 from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
 
@@ -288,7 +288,7 @@ import jax, numpy as np
 from cooper_jax.model import sources, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime.mesh import Layout, make_mesh
-from configs import base
+from cooper_jax.configs import base
 
 def anonymous():
     with open("/proc/self/status") as file:

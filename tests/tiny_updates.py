@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_models
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.model import transformer
 from cooper_jax.policy import grpo, imitation
 from cooper_jax.reward import losses, verifier_model

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from configs import base
 from cooper_jax import settings
+from cooper_jax.configs import base
 from cooper_jax.data.packing import round_up
 from cooper_jax.model import sources, transformer, weights
 from cooper_jax.model.config import ModelConfig

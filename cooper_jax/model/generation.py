@@ -15,6 +15,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from cooper_jax.kernels.kv import KV, Format, pack, zeros
+from cooper_jax.kernels.matmul import matmul, matmul_cpu
+from cooper_jax.kernels.schedule import Schedule
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import (
     attend,
@@ -29,9 +32,6 @@ from cooper_jax.model.layers import (
 from cooper_jax.model.transformer import UNEMBED, embed, head_matrix
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
-from kernels.kv import KV, Format, pack, zeros
-from kernels.matmul import matmul, matmul_cpu
-from kernels.schedule import Schedule
 
 LAYERS_ALONE = 8  # a model of so few layers keeps each in arrays of its own while it generates
 

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from cooper_jax.kernels.attention import attention, default_implementation
+from cooper_jax.kernels.decode_attention import decode_attention
+from cooper_jax.kernels.kv import KV
+from cooper_jax.kernels.matmul import matmul
+from cooper_jax.kernels.schedule import Schedule, schedule
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
-from kernels.attention import attention, default_implementation
-from kernels.decode_attention import decode_attention
-from kernels.kv import KV
-from kernels.matmul import matmul
-from kernels.schedule import Schedule, schedule
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]  # [..., D], [D, F] -> [..., F]
 Rope = tuple[jax.Array, jax.Array]  # cos and sin, f32[..., h / 2] each

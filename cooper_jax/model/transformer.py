@@ -21,6 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from cooper_jax.kernels import platform
+from cooper_jax.kernels.head import head_logprobs
+from cooper_jax.kernels.matmul import matmul_cpu
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import (
     attend,
@@ -34,9 +37,6 @@ from cooper_jax.model.layers import (
 )
 from cooper_jax.runtime.mesh import Layout, ParamSpec
 from cooper_jax.types import Params
-from kernels import platform
-from kernels.head import head_logprobs
-from kernels.matmul import matmul_cpu
 
 
 def param_specs(config: ModelConfig, head: str = "logits") -> Params:

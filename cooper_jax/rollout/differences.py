@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cooper_jax.kernels import gumbel
+from cooper_jax.kernels import sampling as kernel
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import sampling
 from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.types import Params, Rollout
-from kernels import gumbel
-from kernels import sampling as kernel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from cooper_jax.kernels.head import head_sample
+from cooper_jax.kernels.sampling_statistics import BLOCK
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import by_shard
@@ -22,8 +24,6 @@ from cooper_jax.rollout import sampling
 from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
-from kernels.head import head_sample
-from kernels.sampling_statistics import BLOCK
 
 
 def draw(

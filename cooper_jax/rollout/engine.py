@@ -32,6 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cooper_jax.kernels import platform
+from cooper_jax.kernels.decode_attention import reads
 from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import plan
@@ -41,8 +43,6 @@ from cooper_jax.rollout.slots import Setting
 from cooper_jax.runtime import hosts, machine
 from cooper_jax.runtime.mesh import Layout, shardings
 from cooper_jax.types import Completion, Metrics, Params, Rollout
-from kernels import platform
-from kernels.decode_attention import reads
 
 # The rows of some prompts, as soon as all of them have ended: (their places among the prompts, their rows).
 OnGroups = Callable[[list[int], Rollout], None]

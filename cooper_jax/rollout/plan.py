@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cooper_jax.kernels.kv import Format
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime.mesh import Layout, abstract
 from cooper_jax.types import Params
-from kernels.kv import Format
 
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of so many tokens
 PREFILL_TOKENS = 4096  # of one prefill, a shard

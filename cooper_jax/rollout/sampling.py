@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import kv
-from kernels import sampling as kernel
+from cooper_jax.kernels import kv
+from cooper_jax.kernels import sampling as kernel
 
 
 @dataclasses.dataclass(frozen=True)

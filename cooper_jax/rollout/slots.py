@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from cooper_jax.kernels.kv import KV, Format
 from cooper_jax.model import generation
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import decode_plan
@@ -35,7 +36,6 @@ from cooper_jax.rollout import sampling
 from cooper_jax.rollout.draw import draw
 from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.runtime.mesh import Layout
-from kernels.kv import KV, Format
 
 Caches = tuple[KV, ...]  # one of each stack of layers (generation.split_layers)
 

@@ -10,7 +10,7 @@ import common
 import jax
 import numpy as np
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.model import weights
 from cooper_jax.policy import grpo
 from cooper_jax.runtime import optim
