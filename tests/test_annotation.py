@@ -715,7 +715,8 @@ def test_half_a_surrogate_pair_of_a_server_or_a_ledger_is_replaced(serve, quick_
         return reply("\ud83d\nVerdict: CORRECT")
 
     problems = write(tmp_path / "one.jsonl", [{"question": "What is 3 + 4?", "answer": "7"}])
-    run.annotate(config(serve(cut).url), [problems], [], str(tmp_path / "out"))
+    cfg = config(serve(cut).url, **{"annotate.balance": "off"})
+    run.annotate(cfg, [problems], [], str(tmp_path / "out"))
     (row,) = lines(tmp_path / "out" / ledger.COMPLETIONS)
     (verdict,) = lines(tmp_path / "out" / ledger.VERDICTS)
     assert row["completion"] == "\\boxed{7} \ufffd" and verdict["judge_reply"] == "\ufffd\nVerdict: CORRECT"

@@ -151,8 +151,9 @@ def test_the_shipped_configs_fit_the_models_that_they_name(name):
         assert max(asked) <= TRAINED_FOR[cfg.policy.weights]
     if reward != "random":
         assert cfg.reward.max_tokens <= TRAINED_FOR[reward]
-    # Tags take some 40 tokens of a tokenizer that does not know them, as the shipped reward models' do.
-    assert cfg.reward.max_tokens >= 40 + LEAST_QUESTION + cfg.rollout.max_new_tokens
+    if not name.startswith("verifyrm"):  # those train a reward model on files: nothing is rolled out
+        # Tags take some 40 tokens of a tokenizer that does not know them, as the shipped reward models' do.
+        assert cfg.reward.max_tokens >= 40 + LEAST_QUESTION + cfg.rollout.max_new_tokens
     for chat in (cfg.assistant, cfg.judge, cfg.source):
         if chat.kind == "local":
             assert chat.max_prompt_tokens + chat.max_new_tokens <= TRAINED_FOR[chat.weights]
