@@ -17,7 +17,7 @@ import tiny_runs
 import tiny_tokenizers
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly, statistics
+from cooper_jax import statistics
 from cooper_jax.configs import qwen_1p5b, tiny
 from cooper_jax.data import labelled, overlap, synthetic
 from cooper_jax.evaluation import benchmarks, jobs, sets, summaries

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cooper_jax.signals import hacking_metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +21,6 @@ from cooper_jax.configs import base
 from cooper_jax.runtime import metrics as m
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.rundir import Run, config_hash, run_path
-from cooper_jax.signals import hacking_metrics
 from cooper_jax.types import Verdict
 
 ROOT = str(Path(__file__).resolve().parents[1])

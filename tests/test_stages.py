@@ -157,46 +157,6 @@ def test_a_reward_input_without_room_for_a_response_is_a_setup_error(build):
             pass
 
 
-def test_an_answer_of_hundreds_of_digits_costs_its_own_pair_alone(build):
-    """What the policy writes never ends a step: its state is given away when the pairs are rendered."""
-
-    class BesideItself(AlwaysRight):
-        def check(self, items):
-            return [Verdict.CORRECT for _ in items]
-
-    changes = {"pairs.negatives": ("own_answer",), "pairs.per_prompt": 1, "reward.recipe": ""}
-    with build(**changes) as (cooper, state):
-        cooper = dataclasses.replace(cooper, rule=BesideItself(), assistant=None)
-        problems, long = list(cooper.train[:B]), "9" * 400
-        rows = [p for p in problems for _ in range(G)]
-        texts = [Completion(f"it is {t} #### {t}") for t in (long, "8", "7", "6", long, long)]
-        scores = stages.score(cooper, state, rows, texts)
-        assert np.isfinite(scores).all()
-        wrong = [Verdict.WRONG] * (B * G)
-        ranked = np.array([0.9, 0.1, 0.2, 0.1, 0.9, 0.8], np.float32)
-        made = stages.propose_pairs(cooper, problems, texts, wrong, range(B), 1, ranked).result()
-        assert made.refused == {"too_long": 2}
-        assert [p and p.positive_reference for p in made.pairs] == [None, "7", None]
-        _, metrics = stages.update_reward_model(cooper, state, made.pairs)
-        assert metrics["rm/valid"] == 1
-
-
-def test_the_periodic_evaluation_samples_a_sorted_file(build, tmp_path):
-    lines = [json.dumps({"question": f"how many {i} ?", "answer": str(i)}) for i in range(20)]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines[:8]))
-    (tmp_path / "eval.jsonl").write_text("\n".join(lines))
-    files = {f"data.{name}": str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")}
-    changes = {"data.format": "auto", "eval.problems": 5, "reward.arm": "rule", "pairs.negatives": ("swap",)}
-    with build(**files, **changes, **{"data.max_prompt_tokens": 64}) as (cooper, _):
-        assert [p.reference for p in cooper.held_out] == ["1", "2", "7", "11", "18"]
-
-
-def test_a_reward_input_without_room_for_a_response_is_a_setup_error(build):
-    with pytest.raises(SetupError, match=r"reward\.max_tokens=96: .*rollout\.max_new_tokens=90"):
-        with build(**{"rollout.max_new_tokens": 90, "reward.max_tokens": 96}):
-            pass
-
-
 def host(tree):
     return [np.array(x) for x in jax.tree.leaves(tree)]  # copies: views would keep the arrays alive
 
