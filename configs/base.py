@@ -48,7 +48,11 @@ def arch() -> ConfigDict:
 
 
 def optimiser(lr: float, warmup_steps: int) -> ConfigDict:
-    """AdamW with a linear warm-up, then constant."""
+    """AdamW with a linear warm-up, then constant.
+
+    Weight decay applies to all parameters, biases and norms included, as in the authors' RL code; their VerifyRM
+    training leaves both out.
+    """
     c = ConfigDict()
     c.lr = lr
     c.warmup_steps = warmup_steps
@@ -96,7 +100,10 @@ def get_config() -> ConfigDict:
     c.data.train = ""  # a file, or a tensorflow-datasets name; "" with format "synthetic"
     # auto | gsm8k | svamp | math500 | olympiadbench | odyssey | jsonl | parquet | tfds | synthetic
     c.data.format = "auto"
-    c.data.eval = ""  # problems held out for evaluation; "" with a train file: no periodic evaluation
+    c.data.eval = ""  # a file of problems for the periodic evaluation; "": those of eval_from_train
+    # Without data.eval, so many problems of the training file are held out for evaluation and not trained on, the
+    # same in every run; 0: none, and no evaluation.
+    c.data.eval_from_train = 0
     c.data.eval_format = "auto"
     # Leave out held-out problems whose question the reward model is trained on, here or before (seen_questions.json
     # beside its weights).  False: evaluate on them too.  How many there are is said in either case.

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 from flax import struct
 from ml_collections import ConfigDict
 
@@ -31,7 +32,7 @@ from cooper_jax.reward.lessons import Replay
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.rollout import engine
-from cooper_jax.runtime import mesh, optim
+from cooper_jax.runtime import keys, mesh, optim
 from cooper_jax.settings import SetupError, boundary
 from cooper_jax.types import Params, Problem, TrainState
 
@@ -98,10 +99,31 @@ def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
     with boundary(f"data.train={d.train}"):
         train = problem_sets.load(d.train, d.format, split=d.split, **columns)
     if not d.eval:
-        return train, []
+        return take_held_out(train, d.eval_from_train) if cfg.eval.every else (train, [])
     with boundary(f"data.eval={d.eval}"):
         held_out = problem_sets.load(d.eval, d.eval_format, split=d.eval_split, **columns)
     return train, held_out
+
+
+def take_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
+    """Split off `count` problems for evaluation: (the others, those), both in the file's order.
+
+    The choice depends on the number of problems alone, so runs with other seeds are evaluated on the same ones.
+    A question that occurs more than once goes to one side as a whole.  Raises SetupError where none would be left
+    to train on.
+    """
+    if not count:
+        return train, []
+    if count >= len(train):
+        raise SetupError(
+            f"data.eval_from_train={count}: the training file has {len(train)} problems, and some must be left to "
+            "train on; take fewer, or name an evaluation file with --config.data.eval=FILE"
+        )
+    words = keys.numpy_stream(0, "benchmark").bit_generator.random_raw(len(train))
+    chosen = np.argsort(words, kind="stable")[:count]
+    questions = {train[i].question for i in chosen}
+    rest = [problem for problem in train if problem.question not in questions]
+    return rest, [train[i] for i in sorted(chosen)]
 
 
 def policy_prompt(cfg: ConfigDict, tokenizer: Tokenizer, problem: Problem) -> list[int]:

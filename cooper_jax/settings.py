@@ -23,7 +23,7 @@ AT_LEAST_1 = (
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "steps", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps",
-    "checkpoint.keep", "eval.every", "eval.reward_rows", "log.samples", "log.samples_every",
+    "checkpoint.keep", "data.eval_from_train", "eval.every", "eval.reward_rows", "log.samples", "log.samples_every",
     "reward.pair_weight", "reward.pair_bce", "reward.common_mode", "reward.rollout_bce", "reward.rollout_rows",
     "reward.updates_most", "reward.fp_target", "reward.warm_start", "reward.replay", "reward.replay_rows",
 )  # fmt: skip

@@ -295,7 +295,9 @@ def describe(cooper: Cooper) -> str:
     kernels = cfg.rollout.kernels
     kernels = engine.kernels_of(config, cooper.layout) if kernels == "auto" else kernels
     if not (cfg.eval.every and cooper.held_out):
-        held_out = "no evaluation" + (" (data.eval is empty)" if cfg.eval.every else "")
+        held_out = "no evaluation"
+        if cfg.eval.every:
+            held_out += " (give --config.data.eval=FILE or --config.data.eval_from_train=N)"
     return (
         f"{cfg.name}: arm {cfg.reward.arm}, {config.family} of {config.layers} layers x {config.width}, "
         f"{problems}, {held_out}, {cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses a step, "

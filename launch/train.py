@@ -23,10 +23,14 @@ from launch import common
 
 def main(argv: list[str]) -> None:
     common.begin(argv)
-    from cooper_jax import trainer
+    from cooper_jax import recipes, trainer
+    from cooper_jax.runtime import hosts
 
     with common.running():
-        trainer.train(common.config())
+        cfg = common.config()
+        if warning := recipes.warn_of_released(cfg):
+            hosts.say(warning)
+        trainer.train(cfg)
 
 
 if __name__ == "__main__":
