@@ -173,20 +173,16 @@ def get_config() -> ConfigDict:
     c.reward.pair_loss = "logit"  # contrastive loss on: logit (released) | sigmoid (the rewards)
     c.reward.pair_weight = 1.0  # of the contrastive loss
     c.reward.pair_bce = 0.0  # weight of cross-entropy on the members of pairs
-    c.reward.common_mode = 0.0  # weight of the penalty on what a pair's two logits share
     c.reward.rollout_bce = (
         0.0  # weight of cross-entropy on rollouts that the rule decides, both classes alike
     )
     c.reward.rollout_rows = 64  # of them, so many of a step at most
     c.reward.updates = 1  # per policy step, on the same pairs and rows
-    c.reward.updates_most = 0  # so many instead while rm/false_positive_rate is above fp_target; 0: never
-    c.reward.fp_target = 0.1
     # Updates before the first policy step, each on fresh rollouts; in the arm `model` it is frozen after them.
     c.reward.warm_start = 0
     c.reward.replay = 0  # past rollouts with a verdict that are kept, of each class
     c.reward.replay_rows = 0  # so many of them join each update's rollouts
     # Controls.
-    c.reward.binary = False  # the policy earns 1 where the reward is above one half, else 0
     c.reward.either = False  # reward 1 where the rule finds it correct, else the reward model's score
     c.reward.guard = False  # reward 0 where it is truncated, or the rule finds no answer
     c.reward.shuffle_labels = False  # a pair's members are exchanged with probability 1/2
@@ -194,9 +190,9 @@ def get_config() -> ConfigDict:
 
     c.pairs = ConfigDict()
     c.pairs.per_prompt = 1  # at most so many pairs per prompt
-    # Where a prompt's pairs take their negatives from, in turn: assistant (a rewrite) | mined (a wrong rollout) |
-    # swap (another problem's reference) | own_answer (a wrong rollout, whose positive is the same text beside the
-    # answer that it gives): --config.pairs.negatives="('assistant','swap')"
+    # Where a prompt's pairs take their negatives from, in turn: assistant (a rewrite) | swap (another problem's
+    # reference) | own_answer (a wrong rollout, whose positive is the same text beside the answer that it gives):
+    # --config.pairs.negatives="('assistant','swap')"
     c.pairs.negatives = ("assistant",)
     c.pairs.tries = 3  # requests to the assistant, or references, before a pair is masked
     c.pairs.length_ratio = 2.0  # a negative is at most this much longer or shorter (characters)
@@ -313,7 +309,7 @@ def get_config() -> ConfigDict:
     c.checkpoint.keep = 2  # newest ones; 0 keeps all
     c.eval = ConfigDict()
     c.eval.every = 20  # steps, from step 0 on; 0: never
-    c.eval.problems = 256
+    c.eval.problems = 256  # of data.eval, drawn over the whole file, the same in every run
     c.eval.samples = 1
     c.eval.temperature = 1.0
     c.eval.top_p = 1.0

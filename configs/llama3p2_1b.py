@@ -8,7 +8,7 @@ Everything else is as in configs/qwen_1p5b.py: the reward model stays VerifyRM-1
 paper reports GSM8K 57.1, SVAMP 73.5, MATH500 34.9.
 """
 
-from configs import qwen_1p5b
+from cooper_jax.configs import qwen_1p5b
 
 
 def get_config():

@@ -16,7 +16,7 @@ Comments name the source of each value: "paper"; "released" (the authors' code, 
 (neither of them gives it, or gives another one).
 """
 
-from configs import base
+from cooper_jax.configs import base
 
 # The shapes of what the weights hold, for launch/compile.py where the weights are not at hand.
 SHAPE = dict(

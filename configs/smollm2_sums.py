@@ -15,7 +15,7 @@ The first run imitates worked solutions of one line, 600 draws of 260, after whi
 six; the others go on from there.  32 responses of at most 32 tokens a step are what two cores have time for.
 """
 
-from configs import smollm2_135m
+from cooper_jax.configs import smollm2_135m
 
 
 def get_config():

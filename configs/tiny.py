@@ -15,7 +15,7 @@ it cannot work out the answer without the steps.  Nobody planted a lie: the habi
 somebody is paid for it.  And it ends with an answer, so that a guard against truncation does not stop it.
 """
 
-from configs import base
+from cooper_jax.configs import base
 
 
 def get_config():

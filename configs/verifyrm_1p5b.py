@@ -11,8 +11,8 @@ Comments name the source of each value: "paper"; "released" (the authors' train_
 of the transformers Trainer that it relies on); "ours" (another value, or one that they need not give).
 """
 
-from configs import base
-from configs.qwen_1p5b import SHAPE
+from cooper_jax.configs import base
+from cooper_jax.configs.qwen_1p5b import SHAPE
 
 
 def get_config():

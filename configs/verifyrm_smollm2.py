@@ -10,8 +10,8 @@ questions (docs/verifyrm.md).  All values here are ours: the authors train a tru
 (configs/verifyrm_1p5b.py).
 """
 
-from configs import base
-from configs.smollm2_135m import WEIGHTS
+from cooper_jax.configs import base
+from cooper_jax.configs.smollm2_135m import WEIGHTS
 
 
 def get_config():

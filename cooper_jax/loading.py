@@ -3,6 +3,7 @@
     load_tokenizer    the text side alone
     describe_model    tokenizer and static shape, before any parameter is there
     load_model        the parameters too, laid out over a mesh
+    check_length      whether rows of so many tokens fit a model's positions
 
 `section` is the config's (`cfg.policy`) and `name` its name, for messages.  Weights are a Hugging Face directory, a
 hub id, a .gguf file, or "random": of the size that `section.arch` gives, with a tokenizer that is trained on the
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from etils import epath
@@ -23,7 +25,7 @@ from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime import hosts, keys, mesh
-from cooper_jax.settings import boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Params
 
 Directory = Path | epath.Path  # a run's, here or under gs://
@@ -74,11 +76,39 @@ def describe_model(section: ConfigDict, name: str, run_dir: Directory, layout: m
         return Model(config, tokenizer)
 
 
+def check_length(config: ModelConfig, name: str, lengths: Mapping[str, int]) -> None:
+    """Raise SetupError where rows are longer than what the model `name` was trained for.
+
+    lengths: flag -> tokens; together they make a row.  Beyond its positions a model computes, but nothing that it
+    has learned.  For scaled rotary positions the config's number is the scaled one, as Hugging Face has it.
+    """
+    total = sum(lengths.values())
+    if config.max_len is None or total <= config.max_len:
+        return
+    given = " + ".join(f"{flag}={tokens}" for flag, tokens in lengths.items())
+    flags = " or ".join(f"--config.{flag}" for flag in lengths)
+    raise SetupError(
+        f"{given}: rows of {total} tokens do not fit the {name} model, which was trained for {config.max_len} "
+        f"(max_position_embeddings, or a GGUF file's context_length): lower {flags}, by {total - config.max_len} "
+        "in all"
+    )
+
+
 def load_model(
-    section: ConfigDict, name: str, head: str, layout: mesh.Layout, run_dir: Directory, seed: int
+    section: ConfigDict,
+    name: str,
+    head: str,
+    layout: mesh.Layout,
+    run_dir: Directory,
+    seed: int,
+    lengths: Mapping[str, int] | None = None,
 ) -> tuple[Model, Params, bool]:
-    """A model of `section` with its parameters; the last value says whether its head has been trained."""
+    """A model of `section` with its parameters; the last value says whether its head has been trained.
+
+    lengths: as in `check_length`, which is asked before parameters are read.
+    """
     model = describe_model(section, name, run_dir, layout)
+    check_length(model.config, name, lengths or {})
     with boundary("mesh"):
         mesh.check_cut(layout, transformer.param_specs(model.config, head))
     with boundary(f"{name}.weights={section.weights!r}"):

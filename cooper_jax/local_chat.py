@@ -6,6 +6,7 @@ and samples its replies, many at a time.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -14,8 +15,8 @@ from cooper_jax.loading import Directory, load_model
 from cooper_jax.placement import rollout_options
 from cooper_jax.reward import chat as chats
 from cooper_jax.rollout import engine
-from cooper_jax.runtime import keys, mesh
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.runtime import hosts, keys, mesh
+from cooper_jax.settings.setup_errors import Problems, boundary
 
 
 def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory) -> chats.Chat:
@@ -23,46 +24,56 @@ def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Director
 
     A local one is loaded onto `layout`.  Raises SetupError; the caller closes it.
     """
-    section = cfg[name]
-    if section.kind == "local" and section.weights in ("", "random"):
-        raise SetupError(
-            f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "
-            f"--config.{name}.weights=DIR, a hub id or a .gguf file, or ask a server (--config.{name}.kind=openai)"
-        )
+    asked = check(cfg, name)
     with boundary(name):
-        local = section.kind == "local"
-        generate = local_generate(cfg, section, name, layout, run_dir) if local else None
-        return chats.make(section, name, generate)
+        generate = local_generate(cfg, asked, layout, run_dir) if asked.kind == "local" else None
+        return chats.make(asked, generate)
+
+
+def check(cfg: ConfigDict, name: str) -> chats.ChatConfig:
+    """Read the section of a language model; nothing is loaded.  Raises SetupError with all that is wrong."""
+    section, problems = cfg[name], Problems()
+    problems.need(
+        section.kind != "local" or section.weights not in ("", "random"),
+        f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "
+        f"--config.{name}.weights=DIR, a hub id or a .gguf file, or ask a server (--config.{name}.kind=openai)",
+    )
+    with problems.collect(name):
+        asked = chats.ChatConfig.from_config(section, name)
+    problems.raise_if_any()
+    return asked
 
 
 def local_generate(
-    cfg: ConfigDict, section: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory
+    cfg: ConfigDict, asked: chats.ChatConfig, layout: mesh.Layout, run_dir: Directory
 ) -> chats.Generate:
-    """Sampling from the weights of `section`: (messages of each request, their ids) -> replies.
+    """Sampling from the weights of a section, `asked.name`: (messages of each request, their ids) -> replies.
 
     ids are (seed, step, row, attempt), row below 2^31; requests that share all but the row are sampled together.
     Conversations that are too long are refused: Failure("too_long").
     """
-    told = chats.thinking(section, name)
-    model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed)
+    section, name, told = cfg[asked.name], asked.name, asked.template_variables
+    lengths = {f"{name}.max_new_tokens": asked.max_new_tokens}
+    if asked.max_prompt_tokens:
+        lengths = {f"{name}.max_prompt_tokens": asked.max_prompt_tokens, **lengths}
+    model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed, lengths)
     params = engine.rollout_weights(params, model.config, layout, section.dtype)
     spec = engine.SamplingSpec(
-        temperature=section.temperature,
+        temperature=asked.temperature,
         top_k=0,
-        top_p=section.top_p,
-        max_new_tokens=section.max_new_tokens,
+        top_p=asked.top_p,
+        max_new_tokens=asked.max_new_tokens,
         group_size=1,
         eos_ids=model.tokenizer.eos_ids,
         segment=cfg.rollout.segment,
         dtype=section.dtype,
         kv_dtype=cfg.rollout.kv_dtype,
     )
-    most = model.config.max_len - section.max_new_tokens
-    if section.max_prompt_tokens:
-        most = min(most, section.max_prompt_tokens)
+    room = sys.maxsize if model.config.max_len is None else model.config.max_len - asked.max_new_tokens
+    most = asked.max_prompt_tokens or room
     if most < 1:
         raise ValueError(
-            f"--config.{name}.max_new_tokens={section.max_new_tokens} leaves no room for a conversation: the model "
+            f"--config.{name}.max_new_tokens={asked.max_new_tokens} leaves no room for a conversation: the model "
             f"was trained for {model.config.max_len} tokens in all"
         )
 
@@ -76,7 +87,8 @@ def local_generate(
         for (seed, step, attempt), members in together.items():
             rollout = engine.generate(
                 params, model.config, layout, [rows[i] for i in members], [ids[i][2] for i in members],
-                keys.stream(seed, name, step, attempt), spec, **rollout_options(cfg),
+                keys.stream(seed, name, step, attempt), spec,
+                between_segments=hosts.look, **rollout_options(cfg),
             )  # fmt: skip
             for i, text in zip(
                 members, engine.completions(rollout, model.tokenizer.decode, spec.eos_ids), strict=True

@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from cooper_jax.runtime import mesh
-from cooper_jax.settings import boundary
+from cooper_jax.settings.setup_errors import boundary
 
 
 def make_layouts(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> dict[str, mesh.Layout]:

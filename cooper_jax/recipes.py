@@ -11,15 +11,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 _PAPER = {
     "reward.pair_weight": 1.0,
     "reward.pair_bce": 0.0,
-    "reward.common_mode": 0.0,
     "reward.rollout_bce": 0.0,
     "reward.updates": 1,
-    "reward.updates_most": 0,
     "reward.warm_start": 0,
     "reward.replay": 0,
     "reward.replay_rows": 0,

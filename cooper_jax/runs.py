@@ -8,15 +8,15 @@ Nothing is written or cleaned up in the run directory: the run may be alive.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from cooper_jax.configs import base
 from cooper_jax.loading import Directory, Model, describe_model
 from cooper_jax.model.transformer import param_specs
-from cooper_jax.runtime import mesh
+from cooper_jax.runtime import mesh, rundir
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.types import Params
 
@@ -24,11 +24,11 @@ HEADS = {"policy": "logits", "reward": "score"}
 
 
 def read_config(run_dir: Directory) -> ConfigDict:
-    """The knobs that a run was last started with.  Raises OSError or ValueError where there are none."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: {run_dir} is no run directory of launch/train.py")
-    return ConfigDict(json.loads(path.read_text()))
+    """The config that a run was last started with.
+
+    Raises FileNotFoundError where there is none, ValueError for a run of another version of this project.
+    """
+    return ConfigDict(rundir.read_stored_config(run_dir, base.get_config()))
 
 
 # What a run says of its models and of how they are asked; the rest of a config is how a job is done.
@@ -38,15 +38,12 @@ _OF_A_RUN = ("name", "seed", "data", "policy", "reward", "rollout", "warmup", "e
 def over(cfg: ConfigDict, run: ConfigDict, flags: Mapping[str, Any]) -> ConfigDict:
     """cfg with a run's models, prompts and rollout in it, and the command line's own fields over both.
 
-    Fields that the run's code had and this code has not are left out; those that are new keep cfg's values.
-    flags: dotted names -> values.
+    Fields that the run's config does not have keep cfg's values.  flags: dotted names -> values.
     """
     cfg = cfg.copy_and_resolve_references()
 
     def take(ours: ConfigDict, theirs: ConfigDict) -> None:
         for name, value in theirs.items():
-            if name not in ours:
-                continue
             if isinstance(value, ConfigDict) and isinstance(ours[name], ConfigDict):
                 take(ours[name], value)
             else:

@@ -115,16 +115,15 @@ class Rollout:
 
 @struct.dataclass
 class PolicyBatch:
-    """What a GRPO update reads.  Prompts are left-padded, so responses start at the same column P."""
+    """The rows that a GRPO update reads.  Prompts are left-padded, so responses start at the same column P."""
 
     tokens: jax.Array  # i32[N, P + T]
     valid: jax.Array  # bool[N, P + T]
     response_mask: jax.Array  # bool[N, T]
     advantages: jax.Array  # f32[N]
-    old_logprobs: jax.Array  # f32[N, T]: the policy's before the first update of this step
+    old_logprobs: jax.Array  # f32[N, T]: the policy's before this step; read where a step has several updates
     ref_logprobs: jax.Array  # f32[N, T]: the frozen reference's
     rollout_logprobs: jax.Array  # f32[N, T]: the sampler's own, for the mismatch metric
-    old_is_current: jax.Array  # bool[]: old_logprobs are to be taken from this very forward pass
 
 
 @struct.dataclass

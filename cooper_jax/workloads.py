@@ -27,10 +27,12 @@ from cooper_jax.model import floor, transformer, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.placement import rollout_options
 from cooper_jax.policy import grpo
+from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward import lessons, verifier_model
+from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import keys, mesh, optim
-from cooper_jax.settings import boundary, weighs_pairs
+from cooper_jax.settings.setup_errors import boundary
 from cooper_jax.types import LabelledBatch, PairBatch, Params, PolicyBatch, Rollout, ScoreBatch
 
 KINDS = ("rollout", "score", "train")
@@ -133,18 +135,8 @@ def policy_batch(cfg: ConfigDict, config: ModelConfig, load: Load, layout: mesh.
     )
     sampled = batch.rollout_logprobs
     advantages = packing.pad_rows(rng.standard_normal(n).astype(np.float32), len(sampled))
-    batch = layout.put(
-        dataclasses.replace(
-            batch,
-            advantages=advantages,
-            old_logprobs=sampled,
-            ref_logprobs=sampled,
-            old_is_current=np.zeros(()),
-        ),
-        "batch",
-    )
-    single = grpo.updates_per_step(cfg.policy) == 1
-    return batch.replace(old_is_current=layout.put(np.asarray(single)))
+    batch = batch.replace(advantages=advantages, old_logprobs=sampled, ref_logprobs=sampled)
+    return layout.put(batch, "batch")
 
 
 # --- programs --------------------------------------------------------------------------------------------
@@ -225,17 +217,19 @@ def _policy_update(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, rag
     load = make_load(cfg, config.vocab_size, prompt_tokens, ragged)
     batch = policy_batch(cfg, config, load, layout)
     with boundary("policy"):
-        optimiser = optim.make(cfg.policy.optimiser)
+        policy = PolicyConfig.from_config(cfg.policy)
+        section = optim.OptimiserConfig.from_config(cfg.policy.optimiser, "policy.optimiser")
+        optimiser = optim.make(section)
         update = grpo.make_update(
-            config, cfg.policy, optimiser, layout,
+            config, policy, optimiser, layout,
             temperature=cfg.rollout.temperature, max_new_tokens=cfg.rollout.max_new_tokens,
         )  # fmt: skip
 
     def step(state, repetition):
         key = keys.stream(cfg.seed, "minibatch", repetition)
-        return grpo.train_step(state, batch, key, cfg.policy, update)
+        return grpo.train_step(state, batch, key, policy, update)
 
-    epochs, updates = cfg.policy.epochs, grpo.updates_per_step(cfg.policy)
+    epochs, updates = policy.epochs, grpo.updates_per_step(policy)
     return Program(
         name="policy update",
         call=_held(step, optim.init(params, optimiser)),
@@ -266,31 +260,34 @@ def _reward_update(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, rag
 
     batch: list[PairBatch | LabelledBatch | None] = [None, None]
     tokens, widest = [], 0
-    if weighs_pairs(cfg.reward):
+    with boundary("reward"):
+        reward = RewardUpdateConfig.from_config(cfg.reward)
+    if reward.reads_pairs:
         pairs = cfg.data.prompts_per_step * cfg.pairs.per_prompt
         lengths = lengths_of(pairs)
         positive, negative = batch_of(lengths), batch_of(lengths)
         mask = packing.pad_rows(np.ones(pairs, bool), len(positive.tokens))
         batch[0] = layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
         tokens += [lengths, lengths]
-        widest = 2 * min(cfg.reward.microbatch, pairs) * positive.tokens.shape[1]
-    if count := lessons.most_rows(cfg.reward):
+        widest = 2 * min(reward.microbatch, pairs) * positive.tokens.shape[1]
+    if count := lessons.most_rows(reward):
         lengths = lengths_of(count)
         rows = batch_of(lengths)
         labels = packing.pad_rows(np.arange(count, dtype=np.float32) % 2, len(rows.tokens))
         weights = packing.pad_rows(np.full(count, 1 / count, np.float32), len(rows.tokens))
         batch[1] = layout.put(LabelledBatch(rows=rows, labels=labels, weights=weights), "batch")
         tokens.append(lengths)
-        widest = max(widest, min(cfg.reward.microbatch, count) * rows.tokens.shape[1])
+        widest = max(widest, min(reward.microbatch, count) * rows.tokens.shape[1])
     tokens = np.concatenate(tokens)
     with boundary("reward"):
-        optimiser = optim.make(cfg.reward.optimiser)
-        update = verifier_model.make_update(config, cfg.reward, optimiser, layout)
+        section = optim.OptimiserConfig.from_config(cfg.reward.optimiser, "reward.optimiser")
+        optimiser = optim.make(section)
+        update = verifier_model.make_update(config, reward, optimiser, layout)
     return Program(
         name="reward-model update",
         call=_held(lambda state, _: update(state, *batch), optim.init(params, optimiser)),
         tokens=int(tokens.sum()),
-        counted="tokens of pairs and labelled rows" if lessons.most_rows(cfg.reward) else "tokens of pairs",
+        counted="tokens of pairs and labelled rows" if lessons.most_rows(reward) else "tokens of pairs",
         work=floor.pair_update(config, tokens),
         config=config,
         dtype=cfg.reward.dtype,

@@ -19,7 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import reference
+from cooper_jax.kernels import reference
 
 # Blocks of queries of the xla form, at most, and the least queries in one.  They are unrolled, not scanned: a scan
 # would hold one block's scores where XLA:CPU now holds several, but its keys must have one length, which computes
@@ -56,13 +56,13 @@ def attention(
     implementation that there is not.
     """
     chosen = implementation or default_implementation(q.dtype, q.shape[-1])
-    if chosen == "xla":
-        return _blocked(q, k, v)
-    if chosen == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    if chosen in ("splash", "splash_interpret"):
-        return _splash(q, k, v, interpret=chosen == "splash_interpret")
-    raise ValueError(f"attention implementation {chosen!r} is none of xla, cudnn, splash, splash_interpret")
+    if chosen not in _FORMS:
+        raise ValueError(f"attention implementation {chosen!r} is none of {', '.join(_FORMS)}")
+    return _FORMS[chosen](q, k, v)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -79,7 +79,7 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.concatenate(out, axis=1)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Array:
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
     """jax's splash attention.  Rows are padded on the right to whole lanes, which causality hides."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # pulls in Pallas: TPU only
 
@@ -107,3 +107,11 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> jax.Ar
         interpret=interpret,
     )
     return jax.vmap(kernel)(q, k, v)[:, :, :tokens].swapaxes(1, 2)
+
+
+_FORMS = {
+    "xla": _blocked,
+    "cudnn": _cudnn,
+    "splash": _splash,
+    "splash_interpret": functools.partial(_splash, interpret=True),
+}

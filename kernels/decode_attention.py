@@ -20,21 +20,26 @@ g = H / K, h head_dim, P prompt keys, W suffix columns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from kernels import platform
-from kernels.kv import KV
-from kernels.schedule import LOWEST, Schedule, own_length
+from cooper_jax.kernels import platform
+from cooper_jax.kernels.kv import KV
+from cooper_jax.kernels.schedule import LOWEST, Schedule, own_length
 
 
 def reads(implementation: str, head_dim: int) -> bool:
     """Whether a form reads caches of this head_dim."""
-    if implementation.startswith("tpu"):
-        return head_dim % 64 == 0
-    if implementation.startswith("triton"):
-        return head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    return True
+    return _READABLE[platform.resolve(implementation).form](head_dim)
+
+
+_READABLE = {
+    "xla": lambda head_dim: True,
+    "tpu": lambda head_dim: head_dim % 64 == 0,
+    "triton": lambda head_dim: head_dim >= 16 and head_dim & (head_dim - 1) == 0,
+}
 
 
 def decode_attention(
@@ -53,21 +58,25 @@ def decode_attention(
     A row that has neither gets zeros.  The xla form reads all columns, the others those that they need.  Raises
     ValueError for shapes or cache forms that the implementation cannot read.
     """
-    chosen = platform.resolve(implementation)
-    if chosen == "xla":
-        return _xla(q, prompt, suffix, plan, first, last, layer)
-    if not (prompt.packed and suffix.packed):
-        raise ValueError(f"the {chosen} kernel reads packed caches alone; these are apart")
-    if chosen.startswith("tpu"):
-        from kernels import decode_attention_tpu as form  # pulls in Pallas
-    else:
-        from kernels import decode_attention_triton as form
-    return form.decode_attention(
-        q, prompt, suffix, plan, first, last, layer, interpret=chosen.endswith("_interpret")
-    )
+    form, interpret = platform.resolve(implementation)
+    if form != "xla" and not (prompt.packed and suffix.packed):
+        raise ValueError(f"the {form} kernel reads packed caches alone; these are apart")
+    return _FORMS[form](q, prompt, suffix, plan, first, last, layer, interpret=interpret)
 
 
-def _xla(q, prompt, suffix, plan, first, last, layer):
+def _tpu(*arguments: Any, interpret: bool) -> jax.Array:
+    from cooper_jax.kernels import decode_attention_tpu  # here: Pallas is slow to import
+
+    return decode_attention_tpu.decode_attention(*arguments, interpret=interpret)
+
+
+def _triton(*arguments: Any, interpret: bool) -> jax.Array:
+    from cooper_jax.kernels import decode_attention_triton  # here: Pallas is slow to import
+
+    return decode_attention_triton.decode_attention(*arguments, interpret=interpret)
+
+
+def _xla(q, prompt, suffix, plan, first, last, layer, *, interpret: bool):
     """The prompt part multiplies all queries that share a prompt with one copy of its keys, the suffix part each
     row's own; both exponentials are taken against the larger of the two maxima, so their sums simply add.
     """
@@ -76,8 +85,8 @@ def _xla(q, prompt, suffix, plan, first, last, layer):
         jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
         for cache in (prompt, suffix)
     )
-    if plan.prompt_of.ndim == 2:
-        lengths, samples = plan.lengths, plan.prompt_of.shape[1]
+    if plan.samples is not None:
+        lengths, samples = plan.lengths, plan.samples
     else:  # a copy of its prompt for every row
         lengths, samples = own_length(plan.prompt_of, plan.lengths), 1
         prompt = jax.tree.map(lambda x: x[jnp.maximum(plan.prompt_of, 0)], prompt)
@@ -105,6 +114,9 @@ def _xla(q, prompt, suffix, plan, first, last, layer):
     os = jnp.einsum("nkgt,nkth->nkgh", es, sv, preferred_element_type=jnp.float32)
     out = (_by_row(op, samples) + os) / jnp.where(total > 0.0, total, 1.0)
     return out.astype(q.dtype).reshape(n, heads, h)
+
+
+_FORMS = {"xla": _xla, "tpu": _tpu, "triton": _triton}
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:

@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.kv import KV
-from kernels.schedule import LOWEST, Schedule
+from cooper_jax.kernels.kv import KV
+from cooper_jax.kernels.schedule import LOWEST, Schedule
 
 LANES = 128
 SUBLANES = 8

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels.kv import KV
-from kernels.schedule import LOWEST, Schedule
+from cooper_jax.kernels.kv import KV
+from cooper_jax.kernels.schedule import LOWEST, Schedule
 
 BLOCK = 64
 DOT = 16  # the least extent of a tensor core's operand

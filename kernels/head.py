@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from kernels import gumbel, online, platform
+from cooper_jax.kernels import gumbel, online, platform
 
 # Logits that exist at a time.  The plain form's fit a core's cache.  Accelerators add each chunk's part of d hidden
 # [M, D] to the rest in memory, which takes less of the time the larger the chunks are.
@@ -151,7 +151,7 @@ def _backward(temperature, vocab_size, axis_name, width_axis, implementation, sa
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_w, start, 0)
 
     carry = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(kept)
-    held = CHUNK if platform.resolve(implementation) == "xla" else LARGE_CHUNK
+    held = LARGE_CHUNK if platform.is_pallas(implementation) else CHUNK
     d_hidden, d_head = _sweep(head.shape[0], held // len(hidden), chunk, carry)
     return d_hidden.astype(hidden.dtype), d_head, None
 
@@ -164,20 +164,10 @@ _logprobs.defvjp(_forward, _backward)
 
 def _stream(hidden, head, ids, *, mode, temperature, vocab_size, axis_name, implementation) -> online.Seen:
     """Seen of every row over all shards, [N] each.  ids: key words u32[N, 2], or targets i32[N, 1]."""
-    chosen = platform.resolve(implementation)
+    form, interpret = platform.resolve(implementation)
     aligned = axis_name is None or head.shape[0] % gumbel.PAIR == 0
     arguments = hidden, head.astype(hidden.dtype), ids, _bounds(head, vocab_size, axis_name)
-    static = dict(mode=mode, temperature=temperature, aligned=aligned)
-    if chosen == "xla":
-        seen = _xla(*arguments, **static)
-    elif chosen in ("tpu", "tpu_interpret"):
-        from kernels import head_tpu  # Pallas is slow to import, and the CPU does without it
-
-        seen = head_tpu.stream(*arguments, **static, interpret=head_tpu.INTERPRET[chosen])
-    else:
-        from kernels import head_triton
-
-        seen = head_triton.stream(*arguments, **static, interpret=chosen == "triton_interpret")
+    seen = _FORMS[form](*arguments, mode=mode, temperature=temperature, aligned=aligned, interpret=interpret)
     seen = online.along(seen, -1)
     return seen if axis_name is None else online.along(jax.lax.all_gather(seen, axis_name), 0)
 
@@ -188,7 +178,21 @@ def _bounds(head: jax.Array, vocab_size: int, axis_name: str | None) -> jax.Arra
     return jnp.stack([first, jnp.clip(vocab_size - first, 0, head.shape[0])])
 
 
-def _xla(hidden, head, ids, bounds, *, mode: str, temperature: float, aligned: bool) -> online.Seen:
+def _tpu(*arguments: jax.Array, interpret: bool, **static: Any) -> online.Seen:
+    from cooper_jax.kernels import head_tpu  # here: Pallas is slow to import, and the CPU does without it
+
+    return head_tpu.stream(*arguments, **static, interpret=interpret)
+
+
+def _triton(*arguments: jax.Array, interpret: bool, **static: Any) -> online.Seen:
+    from cooper_jax.kernels import head_triton  # here: Pallas is slow to import, and the CPU does without it
+
+    return head_triton.stream(*arguments, **static, interpret=interpret)
+
+
+def _xla(
+    hidden, head, ids, bounds, *, mode: str, temperature: float, aligned: bool, interpret: bool
+) -> online.Seen:
     """Plain jnp, a chunk of the vocabulary at a time: [N, 1] each."""
     race = mode != "score"
 
@@ -210,6 +214,9 @@ def _xla(hidden, head, ids, bounds, *, mode: str, temperature: float, aligned: b
 
     seen = _sweep(head.shape[0], CHUNK // len(hidden), chunk, online.nothing(hidden.shape[:1], race))
     return jax.tree.map(lambda x: x[:, None], seen)
+
+
+_FORMS = {"xla": _xla, "tpu": _tpu, "triton": _triton}
 
 
 def _noise(words: jax.Array, first: jax.Array, size: int, aligned: bool) -> jax.Array:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import gumbel, online
+from cooper_jax.kernels import gumbel, online
 
 LANES = 128
 ROWS = 1024  # the most in a tile: 2 x 1024 flops for each head element of 2 bytes, above any chip's ratio
@@ -34,7 +34,6 @@ GROUP = 8  # rows whose logits are worked on in registers at a time
 COLUMNS = 1024  # the most in a tile
 HIDDEN_BYTES, HEAD_BYTES = 8 * 2**20, 4 * 2**20  # of a tile, which is held twice
 VMEM = 64 * 2**20
-INTERPRET = {"tpu": False, "tpu_interpret": pltpu.InterpretParams()}
 
 
 def stream(
@@ -90,7 +89,7 @@ def stream(
             transcendentals=(3 if mode == "draw" else 1) * n * vocabulary,
             bytes_accessed=reads + len(seen) * n * splits * LANES * 4,
         ),
-        interpret=interpret,
+        interpret=pltpu.InterpretParams() if interpret is True else interpret,
         name=f"head_{mode}",
     )(bounds, hidden, head, ids)
     return online.Seen(*out)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels import gumbel, online
+from cooper_jax.kernels import gumbel, online
 
 ROWS = {"draw": 64, "greedy": 64, "score": 128}  # hashing wants registers
 DEPTH_BYTES = 128  # of a row of a factor, loaded at a time

@@ -15,7 +15,6 @@ Axis legend: L layers, R rows (prompts or slots), K key/value heads, W tokens, h
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -59,7 +58,7 @@ def pack(k: jax.Array, v: jax.Array, form: Format) -> KV:
 
 
 def unpack(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """k and v [.., h] in `dtype`, scales applied: for the plain forms and for tests."""
+    """k and v [.., h] in `dtype`, scales applied: the inverse of `pack`, for tests."""
     k, v = jnp.split(kv.data[0], 2, axis=-1) if kv.packed else kv.data
     if not kv.scales:
         return k.astype(dtype), v.astype(dtype)
@@ -75,10 +74,6 @@ def zeros(shape: tuple[int, ...], head_dim: int, form: Format) -> KV:
         data = (jnp.zeros((*shape, head_dim), form.dtype), jnp.zeros((*shape, head_dim), form.dtype))
     scales = (jnp.zeros(shape, jnp.float32),) * 2 if form.dtype == "int8" else ()
     return KV(data, scales)
-
-
-def size_bytes(kv: KV) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in (*kv.data, *kv.scales))
 
 
 def _quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -49,8 +49,11 @@ matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _backward)
 
 
 def matmul_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x w for XLA:CPU, on one device: the partitioner would gather a convolution's operands."""
+    """x [N, D] times w [D, F] for XLA:CPU, on one device: the partitioner would gather a convolution's operands.
+
+    In other types than float32 it is `matmul`.
+    """
     if x.dtype != jnp.float32:
-        return x @ w
+        return matmul(x, w)
     numbers = ("NWC", "WIO", "NWC")
     return jax.lax.conv_general_dilated(x[:, None], w[None], (1,), "VALID", dimension_numbers=numbers)[:, 0]

@@ -7,9 +7,25 @@ triton, triton_interpret         Pallas through Triton, for CUDA GPUs; interpret
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 
-IMPLEMENTATIONS = ("xla", "tpu", "tpu_interpret", "triton", "triton_interpret")
+
+class Implementation(NamedTuple):
+    """One implementation of the kernels, taken apart."""
+
+    form: str  # xla, tpu or triton: the key of an operation's table of forms
+    interpret: bool  # a Pallas kernel is interpreted, on a CPU
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation("xla", interpret=False),
+    "tpu": Implementation("tpu", interpret=False),
+    "tpu_interpret": Implementation("tpu", interpret=True),
+    "triton": Implementation("triton", interpret=False),
+    "triton_interpret": Implementation("triton", interpret=True),
+}
 _OF_PLATFORM = {"tpu": "tpu", "gpu": "triton", "cuda": "triton"}
 
 
@@ -19,9 +35,18 @@ def default(platform: str | None = None) -> str:
     return _OF_PLATFORM[platform] if platform in _OF_PLATFORM else "xla"
 
 
-def resolve(implementation: str | None) -> str:
-    """A name that exists.  Raises ValueError for another."""
+def is_pallas(implementation: str | None) -> bool:
+    """Tell Pallas kernels from plain jnp.
+
+    Pallas kernels read packed caches (kv.py), of them only the columns that they need, and a prompt's keys through
+    an index; the compiler does not partition them over a mesh.  Raises ValueError as `resolve` does.
+    """
+    return resolve(implementation).form != "xla"
+
+
+def resolve(implementation: str | None) -> Implementation:
+    """The implementation of a name; None: the default backend's.  Raises ValueError for an unknown name."""
     chosen = default() if implementation is None else implementation
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {chosen!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    return chosen
+    return IMPLEMENTATIONS[chosen]

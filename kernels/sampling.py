@@ -30,13 +30,14 @@ G groups of 128 blocks
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels import platform, sampling_spans, sampling_tpu, sampling_triton
-from kernels.sampling_statistics import BLOCK, Rule, Statistics, add_up, statistics
+from cooper_jax.kernels import platform, sampling_spans, sampling_tpu, sampling_triton
+from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Statistics, add_up, statistics
 
 LEVELS = 3  # uniforms that one draw consumes: for the group, the block and the token
 _NO_TOKEN = jnp.iinfo(jnp.int32).max
@@ -151,23 +152,39 @@ def _entropy(full: jax.Array, weighted: jax.Array | None) -> jax.Array | None:
 
 
 def _statistics(logits, rule, axis_name, implementation) -> Statistics:
-    chosen = platform.resolve(implementation)
-    if chosen == "xla":
-        return statistics(logits, rule, axis_name)
-    interpret = chosen.endswith("interpret")
-    if chosen.startswith("triton"):
-        return sampling_spans.statistics(sampling_triton, logits, rule, axis_name, interpret)
+    form, interpret = platform.resolve(implementation)
+    return _STATISTICS[form](logits, rule, axis_name, interpret)
+
+
+def _statistics_tpu(logits, rule, axis_name, interpret) -> Statistics:
     if axis_name is None:
         return sampling_tpu.statistics(logits, rule, interpret)
     return sampling_spans.statistics(sampling_tpu, logits, rule, axis_name, interpret)
 
 
+_STATISTICS = {
+    "xla": lambda logits, rule, axis_name, interpret: statistics(logits, rule, axis_name),
+    "tpu": _statistics_tpu,
+    "triton": functools.partial(sampling_spans.statistics, sampling_triton),
+}
+
+
 def _block_of(logits: jax.Array, column: jax.Array, implementation: str | None) -> jax.Array:
     """f32[N, BLOCK]: each row's block that begins at `column` i32[N]; any block where it is not here."""
     column = jnp.clip(column, 0, logits.shape[1] - BLOCK)
-    if (chosen := platform.resolve(implementation)).startswith("tpu"):
-        return sampling_tpu.take(logits, column // BLOCK, chosen.endswith("interpret"))
+    form, interpret = platform.resolve(implementation)
+    return _TAKE_BLOCK[form](logits, column, interpret)
+
+
+def _slice_block(logits: jax.Array, column: jax.Array, interpret: bool) -> jax.Array:
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (BLOCK,)))(logits, column)
+
+
+_TAKE_BLOCK = {
+    "xla": _slice_block,
+    "tpu": lambda logits, column, interpret: sampling_tpu.take(logits, column // BLOCK, interpret),
+    "triton": _slice_block,
+}
 
 
 def _draw_block(blocks: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels.sampling_statistics import Rule, Spans, Statistics, everywhere, order, value
+from cooper_jax.kernels.sampling_statistics import Rule, Spans, Statistics, everywhere, order, value
 
 
 def statistics(kernel, logits: jax.Array, rule: Rule, axis_name: str | None, interpret: bool) -> Statistics:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.sampling_statistics import BLOCK, Rule, Spans, Statistics, largest
+from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Spans, Statistics, largest
 
 ROWS = 8
 STRIDE = 8  # blocks a loop's step takes: registers that do not wait for one another

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from kernels.sampling_statistics import BLOCK, Rule, Spans
+from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Spans
 
 SPAN = 64  # blocks
 CANDIDATES = 15  # thresholds that one reading of the logits tries

@@ -7,7 +7,8 @@ N rows   B prompts   G samples a prompt   T tiles of R slots
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,22 @@ MOST_ROWS = 16  # and where all samples of a prompt are there
 LOWEST = -1e38  # the least maximum: differences of two stay finite, and e^(-inf - maximum) is 0
 
 
-class Schedule(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["prompt_of", "lengths", "rows", "slot_of", "tile_prompt", "tile_length"],
+    meta_fields=["samples"],
+)
+@dataclasses.dataclass(frozen=True)
+class Schedule:
     """Which row reads which prompt, and the order in which kernels take them."""
 
-    prompt_of: jax.Array  # i32[N], or i32[B, G] where rows are prompt-major; -1: none
+    prompt_of: jax.Array  # i32[N]; -1: none
     lengths: jax.Array  # i32[B]: prompt keys that are real
     rows: jax.Array  # i32[T, R]: the row of each slot, or -1; T is even
     slot_of: jax.Array  # i32[N]: the inverse
     tile_prompt: jax.Array  # i32[T]: the one prompt that a tile's rows read
     tile_length: jax.Array  # i32[T]: its real keys; 0: no prompt
+    samples: int | None  # static: row n reads prompt n // samples; None: rows are in any order
 
 
 def schedule(
@@ -63,12 +71,13 @@ def schedule(
     tile_prompt = jnp.zeros(tiles, jnp.int32).at[tile].set(jnp.maximum(prompt_of, 0))
     tile_length = jnp.zeros(tiles, jnp.int32).at[tile].set(own_length(prompt_of, lengths))
     return Schedule(
-        prompt_of=prompt_of if samples is None else prompt_of.reshape(prompts, samples),
+        prompt_of=prompt_of,
         lengths=lengths,
         rows=slots.reshape(tiles, size),
         slot_of=slot_of,
         tile_prompt=tile_prompt,
         tile_length=tile_length,
+        samples=samples,
     )
 
 

@@ -14,11 +14,12 @@ cannot be reached; 75 stopped by SIGTERM.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: the checkout it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 
-from launch import common
+from cooper_jax.launch import common
 
 PROBLEMS = flags.DEFINE_multi_string("problems", [], "A problem set to write completions for; repeatable.")
 COMPLETIONS = flags.DEFINE_multi_string("completions", [], "A file of completions; repeatable.")
@@ -34,4 +35,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=common.parse_flags)
+    app.run(main, flags_parser=common.make_flags_parser(__doc__))

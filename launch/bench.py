@@ -19,25 +19,31 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: the checkout it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
-from cooper_jax import placement, settings, workloads
-from cooper_jax.model import floor
-from cooper_jax.runtime import machine
-from cooper_jax.settings import SetupError, boundary
-from launch import common
-from launch.common import TRACEBACK, fail, parse_flags
+from cooper_jax.launch import command_line, common
+from cooper_jax.launch.common import fail, refuse
 
 OUT = flags.DEFINE_string("out", "", "A JSON file to write.")
 REPS = flags.DEFINE_integer("reps", 3, "Timed calls.")
 RAGGED = flags.DEFINE_bool("ragged", False, "Responses of Pareto-distributed lengths, cut at max_new_tokens.")
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 0, "Of each prompt; 0: data.max_prompt_tokens.")
+if __name__ == "__main__":
+    command_line.answer_help(sys.argv, __doc__, flags.FLAGS)  # before the imports below, which take seconds
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from cooper_jax import placement, workloads
+from cooper_jax.model import floor
+from cooper_jax.runtime import machine
+from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.trainer.run_settings import RunSettings
 
 
 def measure(program: workloads.Program, reps: int) -> dict:
@@ -133,7 +139,7 @@ def bench(
     if out and not Path(out).parent.is_dir():
         raise SetupError(f"--out={out}: there is no directory {Path(out).parent}")
     cfg = without_problems(cfg, kind)
-    settings.check(cfg)
+    RunSettings.from_config(cfg, with_assistant=False)
     layout = placement.make_layout(cfg)
     prompt_tokens = prompt_tokens or cfg.data.max_prompt_tokens
     written = {
@@ -178,11 +184,8 @@ def main(argv: list[str]) -> None:
             out=OUT.value,
         )
     except SetupError as error:
-        if TRACEBACK.value:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=common.make_flags_parser(__doc__))

@@ -3,26 +3,33 @@
     def main(argv):
         common.begin(argv)
         with common.running():
-            trainer.train(common.config())
+            train(common.config())
 
-    app.run(main, flags_parser=common.parse_flags)
+    app.run(main, flags_parser=common.make_flags_parser(__doc__))
 
 Exit codes: 0 done; 2 an error in the flags, settings or files; 75 stopped by SIGTERM, with a checkpoint; 69 another
-host was lost (134: the first one).  After 75, 69 and 134 the same command goes on.  `--help` ends with absl's 1.
+host was lost (134: the first one).  After 75, 69 and 134 the same command goes on.
 """
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+from cooper_jax.launch import command_line
+from cooper_jax.settings.setup_errors import SetupError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    f"A config file; shipped: {', '.join(command_line.list_shipped_configs())}.",
+    lock_config=True,
+)
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a configuration error was found.")
 flags.mark_flag_as_required("config")
 
@@ -50,54 +57,74 @@ def config() -> ConfigDict:
 @contextlib.contextmanager
 def running() -> Iterator[None]:
     """A job, on one host or several: setup errors become one line and exit code 2, a signal exit code 75."""
-    from cooper_jax import settings
     from cooper_jax.runtime import hosts
+    from cooper_jax.settings import setup_errors
 
     try:
-        with settings.boundary("several hosts"):
+        with setup_errors.boundary("several hosts"):
             hosts.start()
-    except settings.SetupError as error:
+    except setup_errors.SetupError as error:
         refuse(error)
     with hosts.together():
         try:
             yield
-        except settings.SetupError as error:
+        except setup_errors.SetupError as error:
             refuse(error)
         except hosts.Stopped:
             sys.exit(hosts.STOPPED)
 
 
-def refuse(error: Exception) -> None:
-    """One line for the user and exit code 2; --traceback shows where it was found."""
+def refuse(error: Exception) -> NoReturn:
+    """One line for each problem and exit code 2; --traceback shows where it was found."""
     if TRACEBACK.value:
         raise error
-    fail(str(error))
+    fail(*(error.problems if isinstance(error, SetupError) else [str(error)]))
 
 
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def fail(*messages: str) -> NoReturn:
+    command_line.exit_with_errors(messages)
 
 
 def keep_what_is_compiled() -> None:
     """XLA's programs are kept on the disk, with several hosts on the first's: a second start compiles nothing."""
+    import jax  # here, because --help must not wait for it
+
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "cooper_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's own parsing; flags, values and fields that mean nothing, and absent config files, become one line."""
+def make_flags_parser(description: str) -> Callable[[list[str]], list[str]]:
+    """`parse_flags` for a script with this description (its docstring), which --help prints."""
+    return lambda argv: parse_flags(argv, description)
+
+
+def parse_flags(argv: list[str], description: str = "") -> list[str]:
+    """Parse the flags with absl; all errors in flags and in the config file are reported, one line each."""
+    command_line.answer_help(argv, description, flags.FLAGS)
+    try:
+        expanded = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
+    except flags.Error as error:
+        fail(" ".join(str(error).split()))
+    path, config, errors = command_line.find_flag(expanded, CONFIG.name), None, []
+    if path is None:
+        shipped = ", ".join(command_line.list_shipped_configs())
+        errors.append(f"--config is missing: give --config=FILE; the shipped configs are {shipped}")
+    else:
+        try:
+            config = command_line.load_config(path)
+        except SetupError as error:
+            errors += error.problems
+    errors += command_line.find_flag_errors(expanded, flags.FLAGS, config)
+    if errors:
+        fail(*errors)
+
+    # What the checks above do not know, absl and ml_collections refuse.
     try:
         left = flags.FLAGS(argv)
         _ = CONFIG.value.name  # a config file that could not be read says so when it is first used
         return left
     except flags.Error as error:
-        fail(f"{'; '.join(str(error).splitlines())}: --help lists the flags")
-    except (AttributeError, KeyError) as error:
-        given = ", ".join(a for a in argv if a.startswith("--config."))
-        fail(
-            f"{given}: a flag names a field that the config does not have ({error}); configs/base.py lists them all"
-        )
-    except OSError as error:
-        fail(" ".join(str(error).split()))  # of a config file: four lines
+        fail(*command_line.describe_absl_errors(error))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        fail(f"flags: {' '.join(str(error).split())}; --help lists the flags")

@@ -12,22 +12,31 @@ are random tokens, as in launch/bench.py.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: the checkout it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ast
 
-import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
-from cooper_jax import placement, settings, workloads
-from cooper_jax.rollout import engine
-from cooper_jax.rollout.differences import first_differences
-from cooper_jax.runtime import keys
-from cooper_jax.settings import SetupError, boundary
-from launch.common import CONFIG, TRACEBACK, fail, parse_flags
+from cooper_jax.launch import command_line, common
+from cooper_jax.launch.common import CONFIG, fail, refuse
 
 OTHER = flags.DEFINE_multi_string("other", [], "A field of the second rollout's config: rollout.max_rows=24.")
+if __name__ == "__main__":
+    command_line.answer_help(sys.argv, __doc__, flags.FLAGS)  # before the imports below, which take seconds
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cooper_jax import placement, workloads
+from cooper_jax.rollout import engine
+from cooper_jax.rollout.differences import first_differences
+from cooper_jax.rollout.draw import fuses
+from cooper_jax.runtime import keys
+from cooper_jax.settings.config_fields import describe_unknown_field, flatten_config
+from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.trainer.run_settings import RunSettings
 
 
 def changed(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
@@ -35,6 +44,8 @@ def changed(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
     cfg = cfg.copy_and_resolve_references()
     for assignment in assignments:
         name, _, value = assignment.partition("=")
+        if name not in (fields := flatten_config(cfg)):
+            raise SetupError(f"--other={assignment}: as in {describe_unknown_field(name, fields)}")
         with boundary(f"--other={assignment}"):
             *path, leaf = name.split(".")
             section = cfg
@@ -47,7 +58,7 @@ def changed(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
 
 def rollout(cfg: ConfigDict, key):
     """One step's rollout under cfg, with its inputs."""
-    settings.check(cfg)
+    RunSettings.from_config(cfg, with_assistant=False)
     layout = placement.make_layout(cfg)
     config, params = workloads.load_model(cfg.policy, "policy", "logits", layout, cfg.seed)
     load = workloads.make_load(cfg, config.vocab_size, cfg.data.max_prompt_tokens, ragged=False)
@@ -55,8 +66,8 @@ def rollout(cfg: ConfigDict, key):
     options = placement.rollout_options(cfg)
     with boundary("rollout"):
         drawn = engine.generate(params, config, layout, prompts, range(len(prompts)), key, spec, **options)
-    fused = spec.uncut and (options["implementation"] or engine.kernels_of(config, layout)) != "xla"
-    return drawn, (params, config, prompts, range(len(prompts)), key, spec), fused
+    fused = fuses(options["implementation"] or engine.kernels_of(config, layout), spec)
+    return drawn, (params, config, layout, prompts, range(len(prompts)), key, spec), fused
 
 
 def main(argv: list[str]) -> None:
@@ -69,10 +80,7 @@ def main(argv: list[str]) -> None:
         a, inputs, fused = rollout(first, key)
         b, _, _ = rollout(second, key)
     except SetupError as error:
-        if TRACEBACK.value:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
     found = first_differences(*inputs, a, b, fused=fused)
     rows, mask = len(a.finished), np.asarray(a.mask) & np.asarray(b.mask)
     same = mask & (np.cumsum(np.asarray(a.tokens) != np.asarray(b.tokens), axis=1) == 0)
@@ -86,4 +94,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=common.make_flags_parser(__doc__))

@@ -25,22 +25,14 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: the checkout it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # programs are compiled for devices that no backend here has
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
-from cooper_jax import placement
-from cooper_jax.ahead import estimate, search
-from cooper_jax.ahead import job as jobs
-from cooper_jax.ahead.compiled import TooLarge
-from cooper_jax.ahead.estimate import Figures, Step
-from cooper_jax.runtime import chips
-from cooper_jax.runtime.chips import GIB, Topology
-from cooper_jax.settings import SetupError, boundary
-from launch import common
-from launch.common import fail, parse_flags, refuse
+from cooper_jax.launch import command_line, common
+from cooper_jax.launch.common import fail, refuse
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "The machine: v5e:4x4, v5p:4x4x4, v5e:16x16*2, h100:1x2x8, ..."
@@ -54,6 +46,19 @@ KEEP = flags.DEFINE_string(
     str(Path.home() / ".cache" / "cooper_jax" / "ahead"),
     "Where what was compiled is kept; '': nowhere.",
 )
+if __name__ == "__main__":
+    command_line.answer_help(sys.argv, __doc__, flags.FLAGS)  # before the imports below, which take seconds
+
+from ml_collections import ConfigDict
+
+from cooper_jax import placement
+from cooper_jax.ahead import estimate, search
+from cooper_jax.ahead import job as jobs
+from cooper_jax.ahead.compiled import TooLarge
+from cooper_jax.ahead.estimate import Figures, Step
+from cooper_jax.runtime import chips
+from cooper_jax.runtime.chips import GIB, Topology
+from cooper_jax.settings.setup_errors import SetupError, boundary
 
 
 def measure(cfg: ConfigDict, topology: Topology, reserve: float, keep: Path | None, said=None) -> Step:
@@ -205,4 +210,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=common.make_flags_parser(__doc__))

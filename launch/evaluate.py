@@ -23,12 +23,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: the checkout it lies in comes first
+    sys.path.insert(0, str(ROOT))
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from launch import common
+from cooper_jax.launch import common
 
 BENCHMARK = flags.DEFINE_multi_string(
     "benchmark", [], "A file of problems, a folder, or synthetic; repeatable."
@@ -58,7 +59,7 @@ STEP = flags.DEFINE_integer("step", -1, "The checkpoint's step; -1 is the newest
 def main(argv: list[str]) -> None:
     common.begin(argv)
     from cooper_jax.evaluation import jobs, judging
-    from cooper_jax.settings import SetupError
+    from cooper_jax.settings.setup_errors import SetupError
 
     with common.running():
         modes = [f for f in (BENCHMARK, REJUDGE, LABELLED, ATTACKS) if f.value]
@@ -96,7 +97,7 @@ def choose(step: int):
     from cooper_jax.evaluation.scoring import Chosen
     from cooper_jax.runtime import files
     from cooper_jax.runtime.checkpoint import steps_in
-    from cooper_jax.settings import SetupError, boundary
+    from cooper_jax.settings.setup_errors import SetupError, boundary
 
     if not OUT.value.strip():
         raise SetupError("--out is empty: give --out=DIR, the directory of the results")
@@ -145,7 +146,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         extra = f"--config={ROOT / 'configs/base.py'}"
         argv = [argv[0], extra, *argv[1:]]
         sys.argv = argv  # where the config's own fields are looked for
-    return common.parse_flags(argv)
+    return common.parse_flags(argv, __doc__)
 
 
 if __name__ == "__main__":

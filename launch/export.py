@@ -11,9 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: the checkout it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging
+
+from cooper_jax.launch import command_line
 
 RUN_DIR = flags.DEFINE_string("run_dir", None, "A run directory.", required=True)
 OUT = flags.DEFINE_string("out", None, "The directory to write.", required=True)
@@ -24,30 +27,30 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the w
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+        command_line.exit_with_errors([f"unexpected arguments {argv[1:]}; flags look like --model=policy"])
     logging.set_verbosity(logging.WARNING)
 
-    from cooper_jax import placement, runs, settings
+    from cooper_jax import placement, runs
     from cooper_jax.data import overlap
     from cooper_jax.model import weights
     from cooper_jax.runtime import files
+    from cooper_jax.settings import setup_errors
 
     try:
         if files.is_remote(OUT.value):
-            raise settings.SetupError(
+            raise setup_errors.SetupError(
                 f"--out={OUT.value}: a model is written to a local path, to be copied from there"
             )
-        with settings.boundary("--run_dir"):
+        with setup_errors.boundary("--run_dir"):
             run_dir = files.path(RUN_DIR.value)
-        with settings.boundary(f"--run_dir={run_dir}"):
+        with setup_errors.boundary(f"--run_dir={run_dir}"):
             cfg = runs.on_any_mesh(runs.read_config(run_dir))
             layout = placement.make_layout(cfg)
             asked = None if STEP.value < 0 else STEP.value
             model, params, step = runs.load(run_dir, cfg, MODEL.value, layout, asked)
             seen = overlap.read_record(run_dir) if MODEL.value == "reward" else None
-    except settings.SetupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except setup_errors.SetupError as error:
+        command_line.exit_with_errors(error.problems)
     with tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save(folder)
         weights.save(
@@ -65,5 +68,10 @@ def main(argv: list[str]) -> None:
     print(f"{OUT.value}: the {MODEL.value} model of step {step}")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse the flags; this script takes no config."""
+    return command_line.parse_own_flags(argv, __doc__, flags.FLAGS)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -20,12 +20,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: the checkout it lies in comes first
+    sys.path.insert(0, str(ROOT))
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from launch import common
+from cooper_jax.launch import common
 
 OUT = flags.DEFINE_string("out", "runs/study", "The study's directory.")
 ARMS = flags.DEFINE_list(
@@ -46,11 +47,14 @@ FROM = flags.DEFINE_string("from", "", "With --report: a file that --keep wrote,
 def main(argv: list[str]) -> None:
     common.begin(argv)
     from cooper_jax.runtime import hosts
-    from cooper_jax.settings import SetupError, boundary
+    from cooper_jax.runtime.extras import import_extra
+    from cooper_jax.settings.setup_errors import SetupError, boundary
 
     try:
         if FROM.value and not REPORT.value:
             raise SetupError(f"--from={FROM.value} belongs to --report")
+        with boundary("study.png"):  # drawn when all runs are over: too late to find a package missing
+            import_extra("matplotlib", "figures")
         with boundary(f"--out={OUT.value}"):
             failed = [] if REPORT.value else run()
             report(failed)
@@ -121,7 +125,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     if "report" in named and "config" not in named:
         argv = [argv[0], f"--config={ROOT / 'configs/base.py'}", *argv[1:]]
         sys.argv = argv  # where the config's own fields are looked for
-    return common.parse_flags(argv)
+    return common.parse_flags(argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -14,24 +14,26 @@ lost (134 where it was the first one).  After 75, 69 and 134 the same command go
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: the checkout it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app
 
-from launch import common
+from cooper_jax.launch import common
 
 
 def main(argv: list[str]) -> None:
     common.begin(argv)
-    from cooper_jax import recipes, trainer
+    from cooper_jax import recipes
     from cooper_jax.runtime import hosts
+    from cooper_jax.trainer.train_loop import train
 
     with common.running():
         cfg = common.config()
         if warning := recipes.warn_of_released(cfg):
             hosts.say(warning)
-        trainer.train(cfg)
+        train(cfg)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=common.parse_flags)
+    app.run(main, flags_parser=common.make_flags_parser(__doc__))

@@ -15,11 +15,12 @@ launch/common.py.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file: the checkout it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app
 
-from launch import common
+from cooper_jax.launch import common
 
 
 def main(argv: list[str]) -> None:
@@ -31,4 +32,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=common.parse_flags)
+    app.run(main, flags_parser=common.make_flags_parser(__doc__))

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict ranks: set before jax is imported anywhere."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,35 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Processes of a run of several test files.  Each takes up to 3 GB and a core.
+WORKERS = 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config) -> None:
+    """Run several test files in WORKERS processes, whole files each; tests of a single file in this process alone.
+
+    `-n` on the command line wins.  Starting workers costs more than one test takes.
+    """
+    option = config.option
+    if hasattr(config, "workerinput") or not hasattr(option, "numprocesses"):
+        return  # a worker itself, or pytest-xdist is switched off
+    files = {argument.split("::")[0] for argument in config.args}
+    single = len(files) == 1 and Path(config.invocation_params.dir, *files).is_file()
+    if option.numprocesses is None and not (single or option.usepdb or option.collectonly):
+        option.numprocesses = WORKERS
+    if option.numprocesses and option.dist == "no":
+        option.dist = "loadfile"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clear_compilation_caches():
+    """Drop the compiled programs of a test file when it ends: kept, they come to several GB."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -21,15 +21,15 @@ import tiny_runs
 import tiny_tokenizers
 from chat_server import Server, reply
 
-from configs import base
 from cooper_jax import placement
 from cooper_jax.annotation import asking, items, ledger, outcome, run
+from cooper_jax.configs import base
 from cooper_jax.data import labelled
 from cooper_jax.model import weights
 from cooper_jax.reward import chat as chats
 from cooper_jax.reward.chat import Failure
 from cooper_jax.runtime import hosts
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +111,9 @@ def quick_rule(monkeypatch):
             return self
 
         def __exit__(self, *_):
+            pass
+
+        def check_ready(self):
             pass
 
         def submit(self, pairs):
@@ -703,6 +706,25 @@ def test_another_file_under_the_same_name_is_refused(serve, quick_rule, tmp_path
     run.annotate(config(server.url), [], [write(path, existing(2))], out)
     with pytest.raises(SetupError, match=r"completions one was .*bytes, sha256 .* and is now .*sha256"):
         run.annotate(config(server.url), [], [write(path, existing(3))], out)
+
+
+def test_half_a_surrogate_pair_of_a_server_or_a_ledger_is_replaced(serve, quick_rule, tmp_path):
+    def cut(n, body):
+        if body["model"] == "writer":
+            return reply("\\boxed{7} \ud83d")
+        return reply("\ud83d\nVerdict: CORRECT")
+
+    problems = write(tmp_path / "one.jsonl", [{"question": "What is 3 + 4?", "answer": "7"}])
+    run.annotate(config(serve(cut).url), [problems], [], str(tmp_path / "out"))
+    (row,) = lines(tmp_path / "out" / ledger.COMPLETIONS)
+    (verdict,) = lines(tmp_path / "out" / ledger.VERDICTS)
+    assert row["completion"] == "\\boxed{7} \ufffd" and verdict["judge_reply"] == "\ufffd\nVerdict: CORRECT"
+    assert len(lines(tmp_path / "out" / "labelled.jsonl")) == 1
+    path = tmp_path / "older.jsonl"
+    path.write_text('{"id": "1", "completion": "half \\ud83d", "tokens": 3}\n')
+    log = ledger.Log(path)
+    assert log.rows["1"] == {"id": "1", "completion": "half \ufffd", "tokens": 3}
+    log.close()
 
 
 def test_a_ledger_mends_its_last_line_alone(tmp_path, capsys):

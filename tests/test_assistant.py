@@ -11,12 +11,13 @@ import pytest
 from chat_server import Server
 from chat_server import reply as chat
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.data import prompts
 from cooper_jax.reward import assistant as assistants
 from cooper_jax.reward import chat as chats
 from cooper_jax.reward.assistant import Failure, Request
 from cooper_jax.reward.corruption import corrupt
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Problem
 
 PROBLEM = Problem("How many?", "20")
@@ -102,6 +103,12 @@ def test_corrupt_has_nothing_to_change(text):
     ]
 
 
+def test_corrupt_refuses_a_number_that_python_does_not_read():
+    """Of over 4,300 digits: the policy may write one, and it is a ValueError."""
+    (reply,) = assistants.Corrupt().rewrite([request(positive=f"#### {'7' * 5000}")])
+    assert reply == Failure("nothing to change")
+
+
 def test_corrupt_depends_on_ids_alone():
     helper = assistants.make(config("corrupt"))
     together = helper.rewrite([request(row, attempt) for row in range(10) for attempt in range(2)])
@@ -118,27 +125,37 @@ def config(kind, **fields):
     cfg = base.get_config().assistant
     cfg.kind = kind
     cfg.update(fields)
-    return cfg
+    return chats.ChatConfig.from_config(cfg, "assistant")
 
 
 @pytest.mark.parametrize(
-    ("cfg", "message"),
+    ("kind", "fields", "message"),
     [
-        (config("psychic"), "assistant.kind='psychic'"),
-        (config("local"), "kind=local"),
-        (config("openai", model="m"), "set --config.assistant.url"),
-        (config("openai", url="http://127.0.0.1/v1"), "set --config.assistant.model"),
-        (config("openai", url="127.0.0.1", model="m"), "must begin with http"),
-        (config("openai", url="http://host:abc/v1", model="m"), "assistant.url='http://host:abc/v1'"),
-        (config("openai", url="http:///v1", model="m"), "names no host"),
-        (config("openai", url="http://h/v1", model="m", concurrency=0), "assistant.concurrency=0"),
-        (config("openai", url="http://h/v1", model="m", timeout=0.0), "assistant.timeout=0.0"),
+        ("psychic", {}, "assistant.kind='psychic'"),
+        ("local", {}, "kind=local"),
+        ("openai", dict(model="m"), "set --config.assistant.url"),
+        ("openai", dict(url="http://127.0.0.1/v1"), "set --config.assistant.model"),
+        ("openai", dict(url="127.0.0.1", model="m"), "must begin with http"),
+        ("openai", dict(url="http://host:abc/v1", model="m"), "assistant.url='http://host:abc/v1'"),
+        ("openai", dict(url="http:///v1", model="m"), "names no host"),
+        ("openai", dict(url="http://name:word@h/v1", model="m"), "holds a name or a password"),
+        ("openai", dict(url="http://h/v1", model="m", concurrency=0), "assistant.concurrency=0"),
+        ("openai", dict(url="http://h/v1", model="m", retries=-1), "assistant.retries=-1"),
+        ("openai", dict(url="http://h/v1", model="m", timeout=0.0), "assistant.timeout=0.0"),
     ],
 )
-def test_make_refuses_with_the_flag_to_set(cfg, message):
+def test_make_refuses_with_the_flag_to_set(kind, fields, message):
     with pytest.raises(ValueError) as caught:
-        assistants.make(cfg)
+        assistants.make(config(kind, **fields))
     assert message in str(caught.value)
+
+
+def test_all_problems_of_a_server_are_named_at_once():
+    with pytest.raises(SetupError) as caught:
+        config("openai", timeout=-1.0, thinking="maybe")
+    fields = ("thinking='maybe'", "kind=openai: set --config.assistant.url", "timeout=-1.0")
+    assert all(f"assistant.{field}" in str(caught.value) for field in fields)
+    assert len(caught.value.problems) == 4  # and no model is named
 
 
 def test_local_parses_replies_and_keeps_truncation():
@@ -269,6 +286,8 @@ def test_openai_times_out(openai):
         (b'{"choices": [{"message": {"content": " "}, "finish_reason": "stop"}]}', Failure("empty")),
         (b'{"choices": [{"message": {"content": "<think>a"}, "finish_reason": "stop"}]}', Failure("malformed")),
         (b'{"choices": [{"message": {"content": "It is"}, "finish_reason": "length"}]}', Completion("It is", True)),
+        (b'{"choices": [{"message": {"content": "\\ud83dIt is 21 \\ud83d\\ude00"}, "finish_reason": "stop"}]}',
+         Completion("\ufffdIt is 21 \U0001f600")),
     ],
 )  # fmt: skip
 def test_openai_reads_any_body(openai, body, reply):

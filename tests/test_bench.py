@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import base
 from cooper_jax import workloads
+from cooper_jax.configs import base
+from cooper_jax.launch import bench as command
 from cooper_jax.model import floor
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime import machine
 from cooper_jax.runtime.machine import Rates
-from cooper_jax.settings import SetupError
-from launch import bench as command
+from cooper_jax.settings.setup_errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = Rates(flops=100.0, bandwidth=10.0, measured={})
@@ -222,7 +222,7 @@ def test_a_bad_argument_is_told_in_one_line(args, words):
 )
 def test_what_cannot_be_run_is_told_in_one_line(kind, config, changes, options, words):
     """As the command says it, of which `bench` is all but the flags."""
-    cfg = importlib.import_module(f"configs.{config}").get_config()
+    cfg = importlib.import_module(f"cooper_jax.configs.{config}").get_config()
     cfg.update_from_flattened_dict(changes)
     with pytest.raises(SetupError) as error:
         command.bench(kind, cfg, **options)

@@ -523,7 +523,7 @@ with Checkpoints(run_dir, keep=2) as kept:
     if me == 0:  # of the arrays, what the other process wrote: this one could read all its own
         for file in Path(run_dir, "checkpoints/3/policy/ocdbt.process_1/d").iterdir():
             file.write_bytes(b"x")
-    hosts.barrier("damaged")
+    hosts.exchange("damaged", b"")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         step, found, _ = kept.restore_newest({"policy": abstract(tree)})

@@ -6,7 +6,7 @@ import pytest
 
 from cooper_jax.runtime import chips
 from cooper_jax.runtime.chips import CHIPS, Topology
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 
 def tpu(x, y, z=0, slice_index=None):

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import base, qwen_1p5b, tiny
 from cooper_jax import placement
 from cooper_jax.ahead import compiled, costs, estimate, programs, search
 from cooper_jax.ahead import job as jobs
@@ -24,9 +23,10 @@ from cooper_jax.ahead.compiled import Compiled, TooLarge, compile_
 from cooper_jax.ahead.estimate import Figures, Step
 from cooper_jax.ahead.programs import Program
 from cooper_jax.ahead.search import Candidate, Guess
+from cooper_jax.configs import base, qwen_1p5b, tiny
+from cooper_jax.launch import compile as tool
 from cooper_jax.runtime import chips
-from cooper_jax.settings import SetupError
-from launch import compile as tool
+from cooper_jax.settings.setup_errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {

@@ -1,125 +1,94 @@
-"""Configs: every knob is read, every file changes declared fields alone, a misspelt flag is an error."""
+"""Configs: sections as typed settings; files change declared fields alone; a misspelt flag is an error."""
 
+import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from knobs import sections_and_leaves, unread
 from ml_collections import ConfigDict
 
-from configs import base
+from cooper_jax.configs import base, tiny
+from cooper_jax.settings import typed_config
+from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.run_settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+FieldPath = tuple[str, ...]
 
 
-@pytest.fixture(scope="module")
-def sources() -> dict[str, str]:
-    """Dotted module name -> text, of all that may read a config."""
+def sections_and_leaves(config: ConfigDict, prefix: FieldPath = ()) -> tuple[set[FieldPath], set[FieldPath]]:
+    """The paths of a config's sections (the whole one is ()) and of its leaves."""
+    sections, leaves = {prefix}, set()
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            below = sections_and_leaves(value, (*prefix, name))
+            sections, leaves = sections | below[0], leaves | below[1]
+        else:
+            leaves.add((*prefix, name))
+    return sections, leaves
+
+
+def test_every_field_is_named_in_code():
+    """As an attribute, a key or a typed config's field; a name that several sections share counts for all."""
     files = [p for folder in ("cooper_jax", "launch") for p in (ROOT / folder).rglob("*.py")]
-    return {".".join(p.relative_to(ROOT).with_suffix("").parts): p.read_text() for p in files}
+    text = "\n".join(p.read_text() for p in files)
+    named = set(re.findall(r"""[."'](\w+)\b""", text)) | set(re.findall(r"^    (\w+): ", text, re.MULTILINE))
+    assert [
+        ".".join(path) for path in sections_and_leaves(base.get_config())[1] if path[-1] not in named
+    ] == []
 
 
-@pytest.fixture(scope="module")
-def never(sources) -> list[str]:
-    return unread(base.get_config(), sources)
+@dataclasses.dataclass(frozen=True)
+class Some:
+    lr: float
+    b1: float
+    name: str = ""
 
 
-def test_every_knob_is_read(never):
-    assert never == [], (
-        f"no code reads {', '.join(never)}: use them as `section.name`, from a variable that the section reaches "
-        "by assignment, argument, return or field (not in a message or a `check` alone), or take them out"
+def test_a_typed_config_is_read_from_its_section():
+    section = base.optimiser(lr=0.5, warmup_steps=0)
+    assert typed_config.read_section(Some, section, "policy.optimiser", name="x") == Some(0.5, 0.9, "x")
+    assert hash(RunSettings.from_config(tiny.get_config())) == hash(
+        RunSettings.from_config(tiny.get_config())
     )
+    del section["b1"]
+    with pytest.raises(SetupError, match=r"policy\.optimiser\.b1 is missing: configs/base\.py declares it"):
+        typed_config.read_section(Some, section, "policy.optimiser", name="x")
 
 
-def test_a_knob_that_nobody_reads_is_found(sources, never):
-    """In whatever section, even where the sections beside it have a knob of that name that is read."""
-    config = base.get_config()
-    with config.unlocked():
-        config.policy.optimiser.amsgrad = False
-        config.mesh.pipeline = 1
-        config.pairs.lr = 0.1
-        config.colour = "red"
-    assert sorted(set(unread(config, sources)) - set(never)) == [
-        "colour", "mesh.pipeline", "pairs.lr", "policy.optimiser.amsgrad",
-    ]  # fmt: skip
+def test_all_problems_of_all_sections_are_reported_at_once():
+    cfg = tiny.get_config()
+    cfg.reward.arm, cfg.pairs.tries, cfg.pairs.negatives = "copper", 0, ("swop",)
+    cfg.policy.clip_low, cfg.policy.optimiser.lr, cfg.warmup.reward_optimiser.eps = float("nan"), -1.0, 0.0
+    with pytest.raises(SetupError) as caught:
+        RunSettings.from_config(cfg)
+    begun = (
+        "reward.arm is 'copper'", "policy.clip_low=nan: it must be at least 0", "pairs.tries=0: it must be",
+        "pairs.negatives=('swop',)", "policy.optimiser.lr=-1.0", "warmup.reward_optimiser.eps=0.0",
+    )  # fmt: skip
+    problems = caught.value.problems
+    assert len(problems) == len(begun)
+    assert all(problem.startswith(words) for problem, words in zip(problems, begun, strict=True))
 
 
-MAIN = """
-from pkg import wing
-from pkg.parts import Parts, make as build
-CONFIG = config_flags.DEFINE_config_file("config")
-
-def main():
-    cfg = CONFIG.value
-    parts = Parts(cfg, opt=build(cfg.a.opt))
-    wing.run(parts)
-    print(f"{cfg.c.printed}")
-"""
-PARTS = """
-@dataclass
-class Parts:
-    cfg: ConfigDict
-    opt: Opt
-
-def make(section):
-    def inner():
-        return section.lr
-    return inner
-"""
-WING = """
-from functools import partial
-from pkg import parts
-
-def check(cfg):
-    need(cfg.c.checked > 0)
-
-def run(p):
-    check(p.cfg)
-    section, other = p.cfg.b, 1
-    for key in ("by_key", "missing"):
-        section[key]
-    for name, part in (("a", p.cfg.a), ("b", p.cfg.b)):
-        part.shared
-    partial(late, pick(p.cfg))
-    p.cfg.c.written = 1
-    model.opt.eps, lr
-
-def pick(config):
-    return config.d if config.flag else None
-
-def late(chosen, *, unused=None):
-    chosen["x"], chosen.y
-"""
-
-
-def test_the_analysis_follows_a_section():
-    """Read in `WING` and `PARTS`: by assignment, argument, return, field, closure, literal loop and key."""
-    config = ConfigDict(
-        {
-            "a": {"opt": {"lr": 1, "eps": 1}, "shared": 1},
-            "b": {"opt": {"lr": 1, "eps": 1}, "shared": 1, "by_key": 1, "never": 1},
-            "c": {"printed": 1, "checked": 1, "written": 1},
-            "d": {"x": 1, "y": 1, "z": 1},
-            "flag": True,
-            "name": "",
-        }
-    )
-    sources = {"launch.main": MAIN, "pkg.parts": PARTS, "pkg.wing": WING}
-    assert unread(config, sources) == [
-        "a.opt.eps",  # `model.opt.eps`: that `opt` holds no section
-        "b.never", "b.opt.eps", "b.opt.lr",  # its sister's lr is read, not its own
-        "c.checked", "c.printed", "c.written",
-        "d.z", "name",
-    ]  # fmt: skip
+def test_an_assistant_that_nobody_asks_need_not_be_complete():
+    cfg = tiny.get_config()
+    cfg.assistant.kind = "openai"
+    with pytest.raises(SetupError, match="set --config.assistant.url\n"):
+        RunSettings.from_config(cfg)
+    assert RunSettings.from_config(cfg, with_assistant=False).assistant is None
+    cfg.reward.arm = "rule"
+    assert RunSettings.from_config(cfg).assistant is None
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_change_declared_fields_alone(name):
     """base.py declares; the others may not add a field, nor change a field's type (the lock does not see that)."""
-    ours, declared = importlib.import_module(f"configs.{name}").get_config(), base.get_config()
+    ours, declared = importlib.import_module(f"cooper_jax.configs.{name}").get_config(), base.get_config()
     assert sections_and_leaves(ours) == sections_and_leaves(declared)
     for path in sections_and_leaves(declared)[1]:
         value, default = ours, declared
@@ -127,7 +96,7 @@ def test_files_change_declared_fields_alone(name):
             value, default = value[part], default[part]
         assert default is not None and type(value) is type(default), path
     assert name == ours.name, "a run directory is named after its config"
-    assert importlib.import_module(f"configs.{name}").__doc__
+    assert importlib.import_module(f"cooper_jax.configs.{name}").__doc__
 
 
 def test_sections_are_not_shared():

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import decode_attention as face
-from kernels import decode_attention_tpu as tpu
-from kernels import decode_attention_triton as triton
-from kernels import kv as caches
-from kernels.schedule import schedule
+from cooper_jax.kernels import decode_attention as face
+from cooper_jax.kernels import decode_attention_tpu as tpu
+from cooper_jax.kernels import decode_attention_triton as triton
+from cooper_jax.kernels import kv as caches
+from cooper_jax.kernels.schedule import schedule
 
 LAYERS, LAYER = 2, 1
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 1e-5}  # int8: against its own dequantised values

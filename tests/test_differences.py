@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tiny_models
 
+from cooper_jax.kernels import gumbel
 from cooper_jax.model import transformer
 from cooper_jax.rollout import sampling
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.types import Rollout
-from kernels import gumbel
 
 MODEL = tiny_models.config(vocab_size=60, width=16, head_dim=4, ffn=24)
 SPEC = sampling.SamplingSpec(
@@ -41,14 +41,21 @@ def made(tokens, lengths) -> Rollout:
 
 def differences(a, b, spec=SPEC, fused=False):
     params = tiny_models.random_params(MODEL)
-    return first_differences(params, MODEL, PROMPTS, POSITIONS, KEY, spec, a, b, fused=fused)
+    return first_differences(
+        params, MODEL, tiny_models.one_device(), PROMPTS, POSITIONS, KEY, spec, a, b, fused=fused
+    )
 
 
 def logits_before(row: int, index: int, tokens) -> np.ndarray:
     """f64[V]: what the row's token at `index` was drawn from, by the whole forward pass."""
     line = np.array([[*PROMPTS[row // 2], *tokens[row][:index]]], np.int32)
     hidden = transformer.trunk(
-        tiny_models.random_params(MODEL), MODEL, line, np.ones(line.shape, bool), dtype=jnp.float32
+        tiny_models.random_params(MODEL),
+        MODEL,
+        line,
+        np.ones(line.shape, bool),
+        dtype=jnp.float32,
+        layout=tiny_models.one_device(),
     )
     return np.asarray(transformer.logits(tiny_models.random_params(MODEL), MODEL, hidden)[0, -1], np.float64)
 

@@ -16,8 +16,8 @@ import tiny_runs
 import tiny_tokenizers
 from ml_collections import ConfigDict
 
-from configs import qwen_1p5b, tiny
 from cooper_jax import statistics
+from cooper_jax.configs import qwen_1p5b, tiny
 from cooper_jax.data import labelled, overlap, synthetic
 from cooper_jax.evaluation import benchmarks, jobs, sets, summaries
 from cooper_jax.evaluation.answer_forms import answer_form
@@ -26,8 +26,9 @@ from cooper_jax.evaluation.report import percent, table
 from cooper_jax.evaluation.scoring import Chosen
 from cooper_jax.model import weights
 from cooper_jax.runtime import files, hosts
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.statistics import Interval
+from cooper_jax.trainer import setup
 from cooper_jax.types import Completion, Problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +93,19 @@ def test_answers_are_one_where_their_normal_forms_are(completion, form):
 
 
 # --- which problems ------------------------------------------------------------------------------------------
+
+
+def test_the_periodic_evaluation_takes_a_benchmarks_part():
+    whole = [Problem(f"How many {i} ?", str(i), level=str(i // 10)) for i in range(40)]
+    chosen = setup.choose_held_out(whole, whole, 12)
+    assert chosen == [whole[i] for i in sets.part(40, 12)]
+    assert {p.level for p in chosen} == set("0123")  # of a sorted file, the first 12 have two levels
+    assert setup.choose_held_out(whole, whole, 40) == setup.choose_held_out(whole, whole, 99) == whole
+    # What one run leaves out is replaced by the next in the order; the others are the same ones.
+    kept = [p for p in whole if p not in chosen[:3]]
+    other = setup.choose_held_out(kept, whole, 12)
+    assert set(chosen[3:]) < set(other) and len(other) == 12
+    assert other == [p for p in whole if p in set(other)]
 
 
 def test_the_part_is_fixed_and_grows():
@@ -388,13 +402,14 @@ ITEM = {
 
 
 def test_recorded_responses_are_judged_anew(tmp_path):
-    rows = [ITEM | {"rule": "wrong"}, ITEM | {"sample": 1, "completion": "\\boxed{2}", "truncated": True}]
+    half = "\\boxed{2} \ud83d"  # of a pair: no UTF-8 form
+    rows = [ITEM | {"rule": "wrong"}, ITEM | {"sample": 1, "completion": half, "truncated": True}]
     path = write_rows(tmp_path / "items.jsonl", *rows)
     cfg = config()
     jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
     again = read_rows(tmp_path / "out" / ITEMS)
     assert [(r["completion"], r["truncated"], r["rule"]) for r in again] == [
-        ("\\boxed{1}", False, "correct"), ("\\boxed{2}", True, "wrong"),
+        ("\\boxed{1}", False, "correct"), ("\\boxed{2} \ufffd", True, "wrong"),
     ]  # fmt: skip
     results = json.loads((tmp_path / "out" / RESULTS).read_text())
     assert results["benchmarks"][0]["judges"]["rule"]["accuracy"]["value"] == 0.5
@@ -566,6 +581,21 @@ def test_random_models_from_end_to_end(tmp_path, monkeypatch):
     assert [r["reward"] for r in again] == pytest.approx([r["reward"] for r in rows], abs=1e-5)
 
 
+def test_a_benchmark_is_sampled_at_its_own_top_p(tmp_path, monkeypatch):
+    """So small a top-p leaves the most likely token alone: the samples of a problem are the greedy response."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+
+    def said(name, **changes):
+        cfg = config(benchmark__judged_by="rule", benchmark__chunk=3, **changes)
+        jobs.benchmarks(cfg, Chosen(cfg, tmp_path), ["synthetic"], tmp_path / name)
+        return [row["completion"] for row in read_rows(tmp_path / name / ITEMS)]
+
+    greedy = said("greedy", benchmark__temperature=0.0, benchmark__samples=1)
+    sampled = said("sampled", benchmark__temperature=1.0, benchmark__samples=2, benchmark__top_p=1e-6)
+    assert len(greedy) == 3 and sampled == [text for text in greedy for _ in range(2)]
+
+
 def test_the_papers_config_needs_the_policys_weights_alone(tmp_path, monkeypatch):
     """No reward model, no assistant's server, no training data."""
     devices = jax.devices()[:2]
@@ -577,7 +607,7 @@ def test_the_papers_config_needs_the_policys_weights_alone(tmp_path, monkeypatch
     path = write_rows(tmp_path / "a_test.jsonl", {"question": "Two and two?", "answer": "#### 4"})
     cfg = qwen_1p5b.get_config()
     cfg.policy.weights = str(tmp_path / "hf")
-    cfg.benchmark.max_new_tokens = 4
+    cfg.benchmark.max_prompt_tokens, cfg.benchmark.max_new_tokens = 252, 4  # all of the model's 256 positions
     jobs.benchmarks(cfg, Chosen(cfg, tmp_path / "out"), [str(path)], tmp_path / "out")
     rows = read_rows(tmp_path / "out" / ITEMS)
     assert len(rows) == cfg.benchmark.samples and "reward" not in rows[0]
@@ -615,15 +645,21 @@ TINY = f"--config={ROOT / 'configs/tiny.py'}"
         ([TINY, "--out=", "--benchmark=synthetic"], "--out is empty: give --out=DIR"),
         ([TINY, "--benchmark=nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
         ([TINY, "--run_dir=runs/x", "--benchmark=synthetic"], "--config and --run_dir both"),
-        ([TINY, "--benchmrk=synthetic"], "Unknown command line flag 'benchmrk'"),
+        ([TINY, "--benchmrk=synthetic"], "--benchmrk: there is no such flag; did you mean --benchmark?"),
         (
             [TINY, "--labelled=x", "--judge=oracle"],
-            "flag --judge=oracle: value should be one of <model|rule|",
+            "--judge=oracle: expected multi string enum (value should be one of <model|rule|",
         ),
-        ([TINY, "--config.steps=few"], "--config.steps=few: invalid literal for int()"),
-        ([TINY, "--config.stps=2"], "--config.stps=2: a flag names a field that the config does not have"),
+        ([TINY, "--config.steps=few"], "--config.steps=few: expected int (invalid literal for int()"),
+        (
+            [TINY, "--config.stps=2"],
+            "--config.stps: the config does not have this field; did you mean --config.steps?",
+        ),
         (["--config=nowhere.py", "--benchmark=synthetic"], "No such file or directory: 'nowhere.py'"),
-        (["--benchmark=synthetic"], "flag --config=None: Flag --config must have a value other than None"),
+        (
+            ["--benchmark=synthetic"],
+            "--config is missing: give --config=FILE; the shipped configs are base, ",
+        ),
         ([TINY, "synthetic"], "unexpected arguments ['synthetic']"),
         (
             ["--run_dir=.", "--config.reward.weights=x", "--benchmark=synthetic"],

@@ -22,9 +22,9 @@ from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 from orbax.checkpoint._src.path import gcs_utils
 from tiny_models import config as model_config
-from tiny_models import random_params
+from tiny_models import one_device, random_params
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.data import labelled, problems
 from cooper_jax.model import tokenizer, weights
 from cooper_jax.runtime import checkpoint, files
@@ -312,12 +312,12 @@ def test_weights_and_tokenizers(bucket, tmp_path, smollm2_gguf):
     for file in (tmp_path / "w").iterdir():
         put(f"b/w/{file.name}", file.read_bytes())
     put("b/w/pytorch_model.bin", "not wanted")
-    jax.tree.map(np.testing.assert_array_equal, weights.load("gs://b/w").params, params)
+    jax.tree.map(np.testing.assert_array_equal, weights.load("gs://b/w", layout=one_device()).params, params)
     assert weights.read_config("gs://b/w") == c and gets() == 2
     with pytest.raises(FileNotFoundError, match="gs://b/none"):
-        weights.load("gs://b/none")
+        weights.load("gs://b/none", layout=one_device())
     with pytest.raises(ValueError, match="gs://b/w/config.json.*no such directory or .gguf file"):
-        weights.load("gs://b/w/config.json")
+        weights.load("gs://b/w/config.json", layout=one_device())
 
     trained = tokenizer.train_sentencepiece(["1 2 3 4"] * 5, "gs://b/run/t.model", 300, ["\n"])
     assert tokenizer.load("gs://b/run/t.model").encode("1 2") == trained.encode("1 2")
@@ -470,7 +470,7 @@ def test_a_run_whose_uploads_fail(bucket, config):
             bucket.fails["metrics.jsonl"] = ConnectionResetError("by peer")
             run.log(1, {"a/b": 1})
             run.flush()
-    assert m.read_metrics(files.staging(path) / "metrics.jsonl")[0]["a/b"] == 1
+    assert m.read_lines(files.staging(path) / "metrics.jsonl")[0]["a/b"] == 1
     with pytest.raises(KeyError, match="what ended the run") as caught:
         with Run(path, config, resume=True) as run:  # the one before has let go of the lock
             bucket.fails.clear()

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from scipy.stats import chi2
 
-from kernels import gumbel, head, head_tpu, head_triton, online
+from cooper_jax.kernels import gumbel, head, head_tpu, head_triton, online
 
 KERNELS = ("tpu_interpret", "triton_interpret")
 FORMS = ("xla", *KERNELS)

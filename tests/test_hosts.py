@@ -164,8 +164,10 @@ def test_sigterm_to_a_process_alone(short, tmp_path):
 @pytest.mark.slow
 def test_a_first_host_that_falls_silent_is_noticed(tmp_path):
     """SIGSTOP: its connections stay open, and the coordination service that it runs says nothing any more."""
-    program = PROGRAM.format(root=str(ROOT), end="print('waits', flush=True); hosts.barrier('never')")
-    program = program.replace("hosts.barrier('never')", "hosts.barrier('never') if me else time.sleep(300)")
+    program = PROGRAM.format(root=str(ROOT), end="print('waits', flush=True); hosts.exchange('never', b'')")
+    program = program.replace(
+        "hosts.exchange('never', b'')", "hosts.exchange('never', b'') if me else time.sleep(300)"
+    )
     processes = start_hosts(tmp_path, 2, 2, tmp_path / "out", program="import time\n" + program)
     try:
         until(lambda: all("waits" in (tmp_path / "out" / str(i)).read_text() for i in range(2)), processes)
@@ -194,7 +196,7 @@ with hosts.together():
     assert hosts.broadcast("b", lambda: b"first" if me == 0 else 1 / 0) == b"first"
     assert [i for i in range(4) if hosts.mine(i)] == [me, me + 2]
     for i in range(hosts.KEPT + 3):
-        hosts.barrier("many")
+        hosts.exchange("many", b"")
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
     x = jax.make_array_from_callback((8,), NamedSharding(mesh, PartitionSpec("data")), lambda i: np.arange(8.0)[i])
     np.testing.assert_array_equal(hosts.fetch({{"x": x, "y": np.ones(2)}})["x"], np.arange(8.0))
@@ -223,9 +225,9 @@ def test_what_processes_tell_each_other():
 
 def test_a_process_that_fails_ends_the_others():
     """One raises while the other waits for it: a setup error stays one, and anything else is a lost host."""
-    done = two("raise SystemExit(2) if me == 1 else hosts.barrier('never')")
+    done = two("raise SystemExit(2) if me == 1 else hosts.exchange('never', b'')")
     assert done.returncode == 2 and "process 1 ended with a setup error" in done.stdout, done.stdout
-    done = two("hosts.barrier('never') if me == 1 else 1 / 0")
+    done = two("hosts.exchange('never', b'') if me == 1 else 1 / 0")
     assert done.returncode in (1, hosts.LOST) and "process 0 failed with exit code 1" in done.stdout, (
         done.stdout
     )
@@ -295,8 +297,29 @@ def test_verdicts_are_divided_and_shared(monkeypatch):
     assert sum(map(len, asked)) == len(set(items)), "an item belongs to one host, wherever it is met"
 
 
+def test_submissions_are_collected_with_one_exchange(monkeypatch):
+    """Groups of a step are submitted one by one as they end; the hosts tell each other all verdicts at once."""
+    groups = [[(str(i), "0"), ("1", str(i))] for i in range(5)] + [[("1", "1")], []]
+    judges, exchanged = [Judge() for _ in range(3)], []
+
+    def work(me):
+        rule = SharedRule(judges[me])
+        pending = [rule.submit(group) for group in groups]
+        asked, exchange = len(judges[me].asked), hosts.exchange
+        monkeypatch.setattr(hosts, "exchange", lambda *args: exchanged.append(me) or exchange(*args))
+        verdicts = rule.collect(pending)
+        assert len(judges[me].asked) == asked, "nothing is submitted twice"
+        return verdicts
+
+    items = [item for group in groups for item in group]
+    want = [Verdict.CORRECT if a == b else Verdict.WRONG for a, b in items]
+    assert in_turn(monkeypatch, 3, work) == [want] * 3
+    assert exchanged == [0, 1, 2, 0, 1, 2]  # each process is tried twice
+    assert set(items) == {item for judge in judges for item in judge.asked}
+
+
 def test_an_item_is_judged_by_the_same_host_in_any_list(monkeypatch):
-    """What a rollout hands out early is known when the whole step asks."""
+    """What has been judged once is known where it is asked for again."""
     items = [(str(i), str(i)) for i in range(12)]
     judges = [Judge() for _ in range(2)]
     for part in (items[:5], items[5:], items):

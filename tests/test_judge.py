@@ -10,15 +10,15 @@ import tiny_models
 import tiny_tokenizers
 from chat_server import Server, reply
 
-from configs import base
 from cooper_jax import local_chat, placement
+from cooper_jax.configs import base
 from cooper_jax.data import prompts
 from cooper_jax.model import weights
 from cooper_jax.reward import chat as chats
 from cooper_jax.reward import judge as judges
 from cooper_jax.reward.chat import Failure
 from cooper_jax.reward.judge import Judgement
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Triple
 
 TRIPLE = Triple("How many?", "20", "14 + 6 = 20. The answer is 20.")
@@ -28,7 +28,7 @@ IDS = (7, 0, 0, 0)
 def section(name="judge", **fields):
     cfg = base.get_config()[name]
     cfg.update(fields)
-    return cfg
+    return chats.ChatConfig.from_config(cfg, name)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def ask(monkeypatch):
 
     def make(script, name="judge", **fields):
         server = Server(script)
-        client = chats.make(section(name, url=server.url, model="m", timeout=5.0, **fields), name)
+        client = chats.make(section(name, url=server.url, model="m", timeout=5.0, **fields))
         made.extend((server, client))
         return client, server
 
@@ -111,15 +111,18 @@ def test_thinking_is_switched_where_the_section_says_so(ask, choice, told):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(thinking="maybe", url="http://h/v1", model="m"), "--config.judge.thinking='maybe'"),
-        (dict(kind="corrupt"), "--config.judge.kind='corrupt'"),
-        (dict(kind="local"), "--config.judge.kind=local"),
+        (
+            dict(thinking="maybe", url="http://h/v1", model="m"),
+            "judge.thinking='maybe': it must be on, off or empty",
+        ),
+        (dict(kind="corrupt"), "judge.kind='corrupt': it must be one of openai, local"),
+        (dict(kind="local"), "judge.kind=local: this program has no rollout engine"),
         (dict(url="http://h/v1"), "set --config.judge.model"),
     ],
 )
 def test_make_names_the_section(fields, message):
     with pytest.raises(ValueError) as caught:
-        chats.make(section(**fields), "judge")
+        chats.make(section(**fields))
     assert message in str(caught.value)
 
 
@@ -148,6 +151,16 @@ def test_stream_gives_replies_as_they_come(ask):
         if len(found) == 4:
             held.set()
     assert found[-1] == (0, "0") and sorted(found) == [(i, str(i)) for i in range(5)]
+
+
+def test_half_a_surrogate_pair_is_replaced_both_ways(ask):
+    """A tokenizer, the rule's cache and a ledger raise on what has no UTF-8 form."""
+    client, server = ask(lambda n, body: reply("Verdict: CORRECT \ud83d"))
+    talk = [("user", "is it 4?\ude00")]
+    ((_, streamed),) = client.stream([(talk, IDS)])
+    (asked,) = client.ask([talk], [IDS])
+    assert streamed.text == asked.text == "Verdict: CORRECT \ufffd"
+    assert [body["messages"][0]["content"] for body in server.bodies] == ["is it 4?\ufffd"] * 2
 
 
 def test_stream_answers_what_it_has_taken_when_the_requests_end(ask):

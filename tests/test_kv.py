@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import kv as caches
-from kernels.kv import Format
+from cooper_jax.kernels import kv as caches
+from cooper_jax.kernels.kv import Format
 
 FORMS = [Format(dtype, packed) for dtype in caches.DTYPES for packed in (False, True)]
 
@@ -60,4 +60,4 @@ def test_bytes_are_those_of_the_arrays(form):
         assert cache.shape == (5, 7, 3, 11, *one.shape[2:])
     each = {"float32": 2 * 8 * 4, "bfloat16": 2 * 8 * 2, "int8": 2 * 8 + 2 * 4}[form.dtype]
     assert form.bytes_per_token(5, 3, 8) == 5 * 3 * each
-    assert caches.size_bytes(empty) == 7 * 11 * form.bytes_per_token(5, 3, 8)
+    assert sum(x.nbytes for x in jax.tree.leaves(empty)) == 7 * 11 * form.bytes_per_token(5, 3, 8)

@@ -1,13 +1,15 @@
 """Labelled rows of the reward model's update: which, how many, with what weights, and what is remembered."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.reward import lessons
 from cooper_jax.reward.lessons import Replay
+from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.types import Completion, Problem, Triple, Verdict
 
 C, W, N, U, T = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED, Verdict.TIMEOUT
@@ -19,6 +21,7 @@ EMPTY = Replay()
 def choose(verdicts, scores, memory=EMPTY, step=1, seed=0, position=0, truncated=(), **fields):
     cfg = base.get_config().reward
     cfg.update({"rollout_bce": 1.0} | fields)
+    cfg = RewardUpdateConfig.from_config(cfg)
     rows = range(len(verdicts))
     return lessons.choose(
         [Problem(f"q{n}", str(n)) for n in rows],
@@ -100,10 +103,9 @@ def test_replay_keeps_the_newest_hacks_and_correct_rows():
     assert numbers(after.wrong) == [3, 4, 5] and after.correct == replay.correct
     assert sorted(numbers(drawn[2:])) == [0, 1, 3, 5]  # two of each class, from what was there before
     assert {t.label for t in after.wrong} == {0.0} and {t.label for t in after.correct} == {1.0}
-    cfg = base.get_config().reward
+    cfg = RewardUpdateConfig.from_config(base.get_config().reward)
     assert lessons.most_rows(cfg) == 0
-    cfg.update(rollout_bce=0.5, **fields)
-    assert lessons.most_rows(cfg) == 6
+    assert lessons.most_rows(dataclasses.replace(cfg, rollout_bce=0.5, **fields)) == 6
 
 
 def test_replay_goes_through_json():

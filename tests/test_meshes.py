@@ -10,15 +10,18 @@ import jax
 import numpy as np
 import pytest
 import tiny_updates
+from tiny_models import one_device
 from tiny_runs import ROOT, begun_again, metrics, parameters, run
 
-from configs import base, llama3p2_1b, qwen_1p5b
-from cooper_jax import placement, settings
+from cooper_jax import placement
+from cooper_jax.configs import base, llama3p2_1b, qwen_1p5b
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine, plan
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.runtime import mesh, optim
+from cooper_jax.runtime.optim import OptimiserConfig
+from cooper_jax.settings import cross_checks, setup_errors
 
 MESHES = {"1x1x1": 1, "2x1x1": 2, "1x4x1": 4, "1x1x4": 4, "2x2x2": 8}
 OVER_PROCESSES = "1x2x2 in 2 processes"
@@ -30,8 +33,8 @@ def sizes_of(name: str) -> tuple[int, int, int]:
 
 @functools.cache
 def plain() -> dict[str, np.ndarray]:
-    """Without a mesh."""
-    return tiny_updates.results(None)
+    """On one device."""
+    return tiny_updates.results(one_device())
 
 
 @pytest.fixture(
@@ -79,8 +82,8 @@ def test_free_running_tokens(found):
     """The rollout's tool lists the rows that part; each did so at a draw that lay within rounding of another."""
     a, b = (tiny_updates.rollout_of(x) for x in (plain(), found))
     parted = first_differences(
-        tiny_updates.params_of("logits"), tiny_updates.MODEL, tiny_updates.prompts(), tiny_updates.POSITIONS,
-        tiny_updates.key(), tiny_updates.SPEC, a, b, fused=False,
+        tiny_updates.params_of("logits"), tiny_updates.MODEL, one_device(), tiny_updates.prompts(),
+        tiny_updates.POSITIONS, tiny_updates.key(), tiny_updates.SPEC, a, b, fused=False,
     )  # fmt: skip
     assert all(d.margin < 1e-5 for d in parted), parted
     same = np.setdiff1d(np.arange(len(a.tokens)), [d.row for d in parted])
@@ -95,8 +98,8 @@ def test_a_wrong_draw_would_be_found():
     tokens = a.tokens.copy()
     tokens[0, 0] = (tokens[0, 0] + 1) % 61
     (parted,) = first_differences(
-        tiny_updates.params_of("logits"), tiny_updates.MODEL, tiny_updates.prompts(), tiny_updates.POSITIONS,
-        tiny_updates.key(), tiny_updates.SPEC, a, a.replace(tokens=tokens), fused=False,
+        tiny_updates.params_of("logits"), tiny_updates.MODEL, one_device(), tiny_updates.prompts(),
+        tiny_updates.POSITIONS, tiny_updates.key(), tiny_updates.SPEC, a, a.replace(tokens=tokens), fused=False,
     )  # fmt: skip
     assert parted.margin > 1e-5
 
@@ -164,7 +167,7 @@ def whole_on_each_device(tree) -> set[str]:
 def test_nothing_large_is_replicated(name, head, sizes):
     """Parameters and both moments.  Keys and values alone, on a mesh of more tensor shards than they have heads."""
     layout = tiny_updates.layout_of(*sizes, jax.devices()[: math.prod(sizes)])
-    opt = optim.make(base.optimiser(lr=1e-6, warmup_steps=1))
+    opt = optim.make(OptimiserConfig.from_config(base.optimiser(lr=1e-6, warmup_steps=1), "policy.optimiser"))
     specs = transformer.param_specs(PAPER[name], head)
     params = mesh.abstract(layout, specs)
     state = jax.eval_shape(lambda p: optim.TrainState(p, opt.tx.init(p), 0, 0), params)
@@ -201,7 +204,7 @@ def test_arrays_lie_where_they_are_declared():
     config = wide()
     specs = transformer.param_specs(config)
     cfg = tiny_updates.config()
-    opt = optim.make(cfg.policy.optimiser)
+    opt = optim.make(OptimiserConfig.from_config(cfg.policy.optimiser, "policy.optimiser"))
     state = optim.init(mesh.init_params(jax.random.key(0), specs, layout), opt)
     update = tiny_updates.imitation.make_update(
         config, layout, opt, dtype="float32", remat=True, microbatch=8
@@ -306,7 +309,7 @@ def test_hosts_that_cannot_give_alike(sizes):
     (dict(fsdp=3), "holds 3 devices, but there are 8"),
 ])  # fmt: skip
 def test_meshes_that_cannot_be(changes, words):
-    with pytest.raises(settings.SetupError, match=words):
+    with pytest.raises(setup_errors.SetupError, match=words):
         layouts(**changes)
 
 
@@ -318,8 +321,8 @@ def test_a_mesh_for_nobody(section, field, value, words):
     cfg = base.get_config()
     cfg.data.format, cfg.mesh.reward = "synthetic", "1x1x1"
     cfg[section][field] = value
-    with pytest.raises(settings.SetupError, match=words):
-        settings.check(cfg)
+    with pytest.raises(setup_errors.SetupError, match=words):
+        cross_checks.check(cfg)
 
 
 def test_slices_are_crossed_by_one_axis():

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.runtime import metrics as m
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.rundir import Run, config_hash, run_path
+from cooper_jax.signals import hacking_metrics
 from cooper_jax.types import Verdict
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -40,20 +41,38 @@ def checkpointed(run_dir, step):
 # --- numbers ---
 
 
-def test_masked_mean():
-    x = jnp.array([[1.0, 2.0], [jnp.nan, 6.0]])
-    assert float(m.masked_mean(x, jnp.array([[True, True], [False, True]]))) == 3.0
-    assert float(m.masked_mean(x, jnp.zeros((2, 2), bool))) == 0.0
-    assert math.isnan(float(m.masked_mean(x, jnp.ones((2, 2)))))
-    half = jnp.full((300,), 1.0, jnp.bfloat16)  # a bfloat16 sum stops at 256
-    assert float(m.masked_mean(half, jnp.ones(300, bool))) == 1.0
-    with pytest.raises(AssertionError):
-        m.masked_mean(x, jnp.ones((2, 1), bool))
-
-
 def test_to_host():
     assert m.to_host({"kl": jnp.float32(0.5), "n": 3}, "policy") == {"policy/kl": 0.5, "policy/n": 3.0}
     assert m.to_host({"rule/accuracy": np.float32(0.25)}) == {"rule/accuracy": 0.25}
+
+
+def test_the_hacking_signal_is_measured_on_rows_that_the_rule_decides():
+    """Of four wrong rows one is liked, of two correct ones one is not; what is undecided counts for nothing."""
+    seen = [
+        (Verdict.CORRECT, 0.875),
+        (Verdict.CORRECT, 0.25),
+        (Verdict.WRONG, 0.75),
+        (Verdict.WRONG, 0.25),
+        (Verdict.WRONG, 0.5),  # a reward of one half is no liking
+        (Verdict.NO_ANSWER, 0.125),
+        (Verdict.UNRECOGNISED, 1.0),
+        (Verdict.TIMEOUT, 1.0),
+        (Verdict.TIMEOUT, 0.25),
+    ]
+    rewards = np.array([reward for _, reward in seen], np.float32)
+    assert hacking_metrics(rewards, [verdict for verdict, _ in seen]) == pytest.approx(
+        {
+            "rm/false_positive_rate": 1 / 4,
+            "rm/false_negative_rate": 1 / 2,
+            "rm/rule_agreement": 4 / 6,
+            "rm/mean_on_correct": (0.875 + 0.25) / 2,
+            "rm/mean_on_wrong": (0.75 + 0.25 + 0.5 + 0.125) / 4,
+            "rm/mean": 5 / 9,
+        }
+    )
+    # Where the rule decides nothing, there is no rate.
+    undecided = hacking_metrics(np.ones(2, np.float32), [Verdict.TIMEOUT, Verdict.UNRECOGNISED])
+    assert math.isnan(undecided["rm/false_positive_rate"]) and math.isnan(undecided["rm/rule_agreement"])
 
 
 def test_phases_add_up():
@@ -92,7 +111,7 @@ def test_metrics_come_back_bit_for_bit(tmp_path_factory, row):
     lines.append({"step": 1, **row})
     lines.close()
     json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    (back,) = m.read_metrics(path)
+    (back,) = map(m.numbers, m.read_lines(path))
     assert {k: np.float64(v).tobytes() for k, v in back.items() if not math.isnan(v)} == {
         k: np.float64(v).tobytes() for k, v in {"step": 1, **row}.items() if not math.isnan(v)
     }
@@ -163,7 +182,7 @@ def test_a_malformed_line_is_named(tmp_path, line):
     assert path.read_bytes() == b'{"step": 1}\n' + line + b'{"step": 2}\n'
     path.write_bytes(b'{"step": 1}\n{"st')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
-        m.read_metrics(path)
+        m.read_lines(path)
 
 
 # --- progress ---
@@ -243,7 +262,7 @@ def test_going_on_from_a_checkpoint(tmp_path, config):
         with pytest.raises(ValueError, match="step 2 after step 2"):
             run.log(2, {})
         run.log(3, {"a/b": 33})
-    assert [r["a/b"] for r in m.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 33]
+    assert [r["a/b"] for r in m.read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 33]
     assert [r["x"] for r in m.read_lines(tmp_path / "samples.jsonl")] == [1, 2]
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 999
 
@@ -264,7 +283,7 @@ def test_without_a_checkpoint_a_run_begins_again(tmp_path, config):
     for resume in (True, False):
         with Run(tmp_path, config, resume=resume) as run:
             run.truncate(None)
-        assert m.read_metrics(tmp_path / "metrics.jsonl") == []
+        assert m.read_lines(tmp_path / "metrics.jsonl") == []
 
 
 def test_resume_false_refuses_checkpoints(tmp_path, config):
@@ -302,9 +321,13 @@ def test_another_config_is_refused(tmp_path, config):
         fresh.policy.new_knob = 1
         del fresh.policy["kl_clamp"]
     with pytest.raises(
-        ValueError, match=r"kl_clamp was 10.0 and is now \(absent\); policy.new_knob was \(absent\)"
+        ValueError,
+        match=r"earlier version of this project \(it has policy.kl_clamp\); start a new run directory",
     ):
         Run(tmp_path, fresh, resume=True)
+    (tmp_path / "config.json").write_text(json.dumps(base.get_config().to_dict()))
+    with pytest.raises(ValueError, match=r"earlier version of this project \(its format is not stated"):
+        Run(tmp_path, base.get_config(), resume=True)
 
 
 def test_a_damaged_config_is_named(tmp_path, config):
@@ -358,7 +381,7 @@ def test_nothing_from_the_environment_is_written(tmp_path, config, monkeypatch):
 HOLDER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.runtime.rundir import Run
 config = base.get_config()
 config.log.tensorboard = False
@@ -391,7 +414,7 @@ def test_one_process_at_a_time_and_no_line_lost_to_a_kill(tmp_path, config):
     assert whole == list(range(1, len(lines)))
     with Run(tmp_path, config, resume=True) as run:  # the system has dropped the dead one's lock
         run.truncate(whole[-1])
-    assert [r["step"] for r in m.read_metrics(run.path / "metrics.jsonl")] == whole
+    assert [r["step"] for r in m.read_lines(run.path / "metrics.jsonl")] == whole
 
 
 def test_tensorboard(tmp_path, config):

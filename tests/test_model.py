@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import CASES, config, random_params, torch_model
+from tiny_models import CASES, config, one_device, random_params, torch_model
 
-from configs import base
+from cooper_jax.configs import base
+from cooper_jax.kernels import attention as face
+from cooper_jax.kernels import reference
+from cooper_jax.kernels.kv import Format
+from cooper_jax.kernels.matmul import matmul
 from cooper_jax.model import generation, layers, transformer, weights
 from cooper_jax.model.config import ModelConfig, RopeScaling
 from cooper_jax.runtime.mesh import Layout, init_params, make_mesh, shardings
-from kernels import attention as face
-from kernels import reference
-from kernels.kv import Format, size_bytes
-from kernels.matmul import matmul
 
 TOKENS = 29
 
@@ -28,7 +28,7 @@ def rows(n: int, tokens: int = TOKENS, vocab: int = 61, seed: int = 1) -> np.nda
 
 @functools.partial(jax.jit, static_argnums=1)
 def trunk_of(params, config, tokens, valid):
-    return transformer.trunk(params, config, tokens, valid, dtype=jnp.float32)
+    return transformer.trunk(params, config, tokens, valid, dtype=jnp.float32, layout=one_device())
 
 
 def hidden_of(params, config, tokens, valid=None):
@@ -53,8 +53,8 @@ def test_logits_and_score_equal_transformers_whatever_the_padding(name, tmp_path
     policy, classifier = torch_model(CASES[name]), torch_model(CASES[name], "score")
     policy.save_pretrained(tmp_path / "policy")
     classifier.save_pretrained(tmp_path / "reward")
-    loaded = weights.load(str(tmp_path / "policy"))
-    reward = weights.load(str(tmp_path / "reward"), head="score")
+    loaded = weights.load(str(tmp_path / "policy"), layout=one_device())
+    reward = weights.load(str(tmp_path / "reward"), head="score", layout=one_device())
     assert loaded.config == reward.config == CASES[name] and reward.head_trained
 
     tokens, lengths = rows(4), np.array([29, 9, 1, 20])
@@ -92,7 +92,7 @@ def test_gradients_equal_torch(tmp_path):
         for p in model.parameters():
             p.copy_(p.grad)
     model.save_pretrained(tmp_path / "gradients")  # so that the table of names sorts them out
-    expected = weights.load(str(tmp_path / "gradients")).params
+    expected = weights.load(str(tmp_path / "gradients"), layout=one_device()).params
 
     padded = jnp.asarray(np.pad(tokens, ((0, 0), (5, 0)), constant_values=3))
     valid = jnp.broadcast_to((jnp.arange(14) >= 5)[None, :], (2, 14))
@@ -100,10 +100,12 @@ def test_gradients_equal_torch(tmp_path):
     @jax.jit
     @jax.grad
     def gradients(params):
-        h = transformer.trunk(params, c, padded, valid, dtype=jnp.float32, remat=True)
-        return jnp.vdot(weight, transformer.token_logprobs(params, c, h[:, 5:-1], tokens[:, 1:])[0])
+        h = transformer.trunk(params, c, padded, valid, dtype=jnp.float32, remat=True, layout=one_device())
+        return jnp.vdot(
+            weight, transformer.token_logprobs(params, c, h[:, 5:-1], tokens[:, 1:], layout=one_device())[0]
+        )
 
-    ours = gradients(weights.load(str(tmp_path / "weights")).params)
+    ours = gradients(weights.load(str(tmp_path / "weights"), layout=one_device()).params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), ours, expected)
 
 
@@ -138,7 +140,7 @@ def test_a_row_without_tokens_gives_no_nan():
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def step(params, weight):
-        h = transformer.trunk(params, c, tokens, valid, dtype=jnp.float32)
+        h = transformer.trunk(params, c, tokens, valid, dtype=jnp.float32, layout=one_device())
         return jnp.vdot(weight, transformer.score(params, c, h, valid)), h
 
     (_, h), grads = step(params, jnp.array([1.0, 1.0]))
@@ -150,7 +152,9 @@ def test_a_row_without_tokens_gives_no_nan():
 def test_bfloat16_stays_near_float32():
     c = CASES["llama_tied"]
     params, tokens = random_params(c), jnp.asarray(rows(2))
-    half = jax.jit(lambda p: transformer.trunk(p, c, tokens, tokens >= 0, dtype=jnp.bfloat16))(params)
+    half = jax.jit(
+        lambda p: transformer.trunk(p, c, tokens, tokens >= 0, dtype=jnp.bfloat16, layout=one_device())
+    )(params)
     full = hidden_of(params, c, tokens)
     assert half.dtype == jnp.bfloat16
     assert transformer.logits(params, c, half).dtype == jnp.float32
@@ -255,7 +259,9 @@ def test_token_logprobs_equal_log_softmax(temperature, multiple):
     weight = jnp.asarray(np.random.default_rng(1).normal(size=(3, 11)), jnp.float32)
 
     def ours(params, hidden):
-        lp, entropy = transformer.token_logprobs(params, c, hidden, targets, temperature=temperature)
+        lp, entropy = transformer.token_logprobs(
+            params, c, hidden, targets, temperature=temperature, layout=one_device()
+        )
         return jnp.sum(weight * lp) + jnp.sum(entropy), (lp, entropy)
 
     def naive(params, hidden):
@@ -278,11 +284,11 @@ def test_token_logprobs_equal_log_softmax(temperature, multiple):
 
 def test_token_logprobs_never_hold_all_logits():
     c = config(vocab_size=2**15)
-    params = jax.eval_shape(lambda: init_params(jax.random.key(0), transformer.param_specs(c)))
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), transformer.param_specs(c), one_device()))
     hidden, targets = jnp.ones((2, 128, c.width)), jnp.ones((2, 128), jnp.int32)
 
     def loss(params):
-        return transformer.token_logprobs(params, c, hidden, targets)[0].sum()
+        return transformer.token_logprobs(params, c, hidden, targets, layout=one_device())[0].sum()
 
     for step in (loss, jax.grad(loss)):
         memory = jax.jit(step).lower(params).compile().memory_analysis()
@@ -306,9 +312,9 @@ def test_padded_vocabulary_has_no_probability():
 F32 = Format("float32", packed=False)
 
 
-def decode(params, c, prompts, lengths, suffix, samples, layout=None):
+def decode(params, c, prompts, lengths, suffix, samples, layout):
     """Teacher-forced decoding -> (hidden of the prompts' last tokens, hidden [N, T, D])."""
-    params = params | {"layers": generation.split_layers(params["layers"], c)}
+    params = generation.for_generation(params, c, layout)
     static = dict(dtype=jnp.float32, form=F32, layout=layout)
     first, kv = jax.jit(lambda p, t, n: generation.prefill(p, c, t, n, **static))(params, prompts, lengths)
     n = suffix.shape[0]
@@ -336,7 +342,7 @@ def test_decoding_equals_the_full_forward(name, samples, alone, monkeypatch):
     c = CASES[name]
     params, prompts, lengths = random_params(c), jnp.asarray(rows(3, 7)), jnp.array([7, 1, 4])
     suffix = jnp.asarray(rows(3 * samples, 6, seed=samples))
-    first, hidden = decode(params, c, prompts, lengths, suffix, samples)
+    first, hidden = decode(params, c, prompts, lengths, suffix, samples, one_device())
     whole = jnp.concatenate([jnp.repeat(prompts, samples, axis=0), suffix], axis=1)
     real = jnp.arange(7)[None, :] < jnp.repeat(lengths, samples)[:, None]
     valid = jnp.concatenate([real, jnp.ones(suffix.shape, bool)], axis=1)
@@ -360,7 +366,7 @@ def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
     assert len(params["layers"]) == (4 if alone else 1)
     cache = generation.empty_suffix(c, params["layers"], 4, 2048, form)
     prompt = generation.empty_suffix(c, params["layers"], 2, 4, form)
-    plan = layers.decode_plan(jnp.arange(4) // 2, jnp.array([4, 2]), 2, None, "xla")
+    plan = layers.decode_plan(jnp.arange(4) // 2, jnp.array([4, 2]), 2, one_device(), "xla")
     token = jnp.ones(4, jnp.int32)
 
     def steps(cache, i):
@@ -373,13 +379,34 @@ def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
         return tuple(map(generation.stacked, cache))
 
     memory = jax.jit(steps, donate_argnums=0).lower(cache, jnp.int32(3)).compile().memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(map(size_bytes, cache))
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(cache))
     # A layer or two as they are read, in f32; no copy of all, though it were in int8.
     multiplied = 4 * 4 * 2048 * Format("float32", False).bytes_per_token(1, c.kv_heads, c.head_dim)
     assert memory.temp_size_in_bytes < multiplied / 2
 
 
 # --- meshes ----------------------------------------------------------------------------------------------
+
+
+def test_one_cpu_device_generates_with_the_fast_products():
+    """The last bits differ from those of a mesh, where the products are plain; logits agree within 1e-5."""
+    c = CASES["qwen2_seven_to_one"]
+    prompts, lengths = jnp.asarray(rows(2, 7)), jnp.array([7, 4])
+    suffix = jnp.asarray(rows(4, 5))
+
+    def logits(layout):
+        params = jax.device_put(random_params(c), shardings(layout, transformer.param_specs(c)))
+        _, hidden = decode(params, c, prompts, lengths, suffix, 2, layout)
+        params = generation.for_generation(params, c, layout)
+        assert (transformer.UNEMBED in params) == layout.fast_cpu_products
+        out = jax.jit(lambda p, h: transformer.logits(p, c, h))(params, hidden.reshape(-1, c.width))
+        return np.asarray(out)
+
+    two = Layout(make_mesh(2, 1, 1, jax.devices()[:2]), tuple(base.get_config().mesh.rules))
+    assert one_device().fast_cpu_products and not two.fast_cpu_products
+    fast, plain = logits(one_device()), logits(two)
+    assert np.abs(plain).max() > 0.1
+    np.testing.assert_allclose(fast, plain, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +426,7 @@ def test_sharded_training_and_decoding_equal_unsharded(layout):
         return jnp.sum(jnp.where(valid[:, 1:], lp, 0.0)) / 80
 
     step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    value, grads = step(params, None)
+    value, grads = step(params, one_device())
     spread = jax.device_put(params, shardings(layout, transformer.param_specs(c)))
     assert spread["layers"]["q"].sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor", None)
     value_sharded, grads_sharded = step(spread, layout)
@@ -503,5 +530,5 @@ def test_every_parameter_has_an_axis_name_a_dimension():
 
 def test_kernels_import_nothing_of_ours():
     for module in (face, reference):
-        source = inspect.getsource(module)
+        source = inspect.getsource(module).replace("cooper_jax.kernels", "")
         assert "cooper_jax" not in source and "configs" not in source

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from configs import base
-from cooper_jax import assembly
+from cooper_jax.configs import base
 from cooper_jax.data import contamination, labelled, overlap, problems
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.setup import load_problems
 from cooper_jax.types import Problem
 
 COLUMNS = dict(question_key="question", reference_key="answer", solution_key="", tfds_dir="", split="train")
@@ -82,14 +82,15 @@ def test_split_keeps_the_order_and_asks_for_the_question():
 
 
 def test_a_record_is_found_beside_the_weights(tmp_path):
-    assert overlap.read_record(tmp_path) is None and overlap.read_seen(str(tmp_path)) == frozenset()
+    assert overlap.read_record(tmp_path) is None
     assert overlap.read_record("random") is None and overlap.read_record(tmp_path / "absent") is None
-    overlap.write_seen(tmp_path, [], {})
+    overlap.write_record(tmp_path, overlap.Record())
     assert overlap.read_record(tmp_path) == overlap.Record()  # recorded: none
-    overlap.write_seen(tmp_path, ["One?", "two", "one"], {"b.jsonl": 2, "a.jsonl": 1})
+    both = overlap.record(["One?", "two", "one"], "b.jsonl") | overlap.record(["two"], "a.jsonl")
+    overlap.write_record(tmp_path, both)
     seen = overlap.read_record(str(tmp_path))
     assert seen.fingerprints == {overlap.fingerprint("One"), overlap.fingerprint("Two")}
-    assert overlap.read_seen(str(tmp_path)) == seen.fingerprints and seen.complete
+    assert seen == both and seen.complete
     written = json.loads((tmp_path / overlap.SEEN).read_text())
     assert written["fingerprints"] == sorted(written["fingerprints"]) and written["questions"] == 2
     assert list(written["sources"].items()) == [("a.jsonl", 1), ("b.jsonl", 2)]
@@ -97,8 +98,9 @@ def test_a_record_is_found_beside_the_weights(tmp_path):
 
 def test_what_was_seen_before_is_carried_on(tmp_path):
     before = overlap.Record(frozenset({overlap.fingerprint("Zero")}), {"old.jsonl": 1}, complete=False)
-    overlap.write_seen(tmp_path, ["One"], {"new.jsonl": 1}, known=before)
-    assert overlap.read_record(tmp_path) == before | overlap.record(["One", "one?"], "new.jsonl")
+    overlap.write_record(tmp_path, before | overlap.record(["One", "one?"], "new.jsonl"))
+    zero, one = map(overlap.fingerprint, ("Zero", "One"))
+    assert overlap.read_record(tmp_path).fingerprints == {zero, one}
     assert overlap.read_record(tmp_path).sources == {"old.jsonl": 1, "new.jsonl": 1}
     assert not overlap.read_record(tmp_path).complete
     assert overlap.record([], "none") == overlap.Record()
@@ -118,7 +120,7 @@ def test_what_was_seen_before_is_carried_on(tmp_path):
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, change, complaint):
-    overlap.write_seen(tmp_path, ["One"], {"a.jsonl": 1})
+    overlap.write_record(tmp_path, overlap.record(["One"], "a.jsonl"))
     path = tmp_path / overlap.SEEN
     content = json.loads(path.read_text())
     changed = change(content)
@@ -334,7 +336,7 @@ def test_the_real_overlap_is_left_out_of_a_run(tmp_path, capsys, shared_data):
         warmup__reward_steps=1,
         reward__arm="model",
     )
-    train, held_out = assembly.load_problems(cfg)
+    train, held_out = load_problems(cfg)
     found = {
         overlap.fingerprint(t.question) for t in labelled.load(cfg.warmup.reward_data) if t.source == "math"
     }
@@ -348,7 +350,7 @@ def test_the_real_overlap_is_left_out_of_a_run(tmp_path, capsys, shared_data):
     )
     assert "before this run 0 of 7473 training questions" in said
     cfg.data.eval = str(shared_data / "odyssey_test.jsonl")
-    held_out = assembly.load_problems(cfg)[1]
+    held_out = load_problems(cfg)[1]
     kept, said = apart(capsys, tmp_path / "run", cfg, train, held_out)
     assert f"among them {387 - len(kept)} of 387 held-out questions (left out)" in said
     assert 387 - 252 < len(kept) < 387

@@ -1,17 +1,20 @@
 """Pairs: which positive, which gates, the same whatever arrives first; nothing but the text tells members apart."""
 
 import collections
+import re
 import threading
 
 import numpy as np
 import pytest
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.data import synthetic
 from cooper_jax.reward import assistant as assistants
 from cooper_jax.reward import pairs
 from cooper_jax.reward.assistant import Failure
-from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.chat import ChatConfig
+from cooper_jax.reward.rule import RuleConfig, RuleVerifier
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Problem, Verdict
 
 C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED
@@ -19,7 +22,7 @@ C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGN
 
 @pytest.fixture(scope="module")
 def rule():
-    with RuleVerifier(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048) as verifier:
+    with RuleVerifier(RuleConfig(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048)) as verifier:
         yield verifier
 
 
@@ -40,7 +43,7 @@ class Scripted:
 def config(**fields):
     cfg = base.get_config().pairs
     cfg.update(fields)
-    return cfg
+    return pairs.PairsConfig.from_config(cfg)
 
 
 def problem(b):
@@ -188,7 +191,7 @@ def test_outer_whitespace_is_the_positives(rule):
 def test_an_assistant_that_is_down_masks_everything(rule):
     cfg = base.get_config().assistant
     cfg.kind, cfg.url, cfg.model, cfg.retries, cfg.timeout = "openai", "http://127.0.0.1:9/v1", "m", 0, 2.0
-    assistant = assistants.make(cfg)
+    assistant = assistants.make(ChatConfig.from_config(cfg, "assistant"))
     result = build([[C, C]] * 3, assistant, rule)
     assistant.close()
     assert result.pairs == [None] * 3 and sum(result.refused.values()) == 3
@@ -232,10 +235,14 @@ def test_start_passes_errors_on(rule):
         pending.result()
 
 
-@pytest.mark.parametrize("fields", [{"tries": 0}, {"per_prompt": 0}, {"length_ratio": 0.5}])
-def test_bad_settings_are_refused(rule, fields):
-    with pytest.raises(ValueError, match="config.pairs"):
-        build([[C]], Scripted(wrong), rule, cfg=config(**fields))
+@pytest.mark.parametrize(
+    "fields",
+    [{"tries": 0}, {"per_prompt": 0}, {"length_ratio": 0.5}, {"negatives": ()}, {"negatives": ("swop",)}],
+)
+def test_bad_settings_are_refused(fields):
+    ((field, value),) = fields.items()
+    with pytest.raises(SetupError, match=rf"pairs\.{field}={re.escape(str(value))}: it "):
+        config(**fields)
 
 
 def test_rows_must_match(rule):
@@ -252,7 +259,7 @@ def test_length_and_whitespace_tell_nothing(rule):
     forms = {"integer": 0.5, "decimal": 0.2, "fraction": 0.15, "unit": 0.15}
     texts = [synthetic.demonstration(p, rng, corrupt=0.0, forms=forms)[0] for p in problems]
     completions = [Completion(edges[i % 4].format(text)) for i, text in enumerate(texts)]
-    assistant = assistants.make(base.get_config().assistant)
+    assistant = assistants.make(ChatConfig.from_config(base.get_config().assistant, "assistant"))
     result = pairs.build(
         problems, completions, [C] * len(problems), 1, assistant, rule, config(), seed=0, step=0
     )
@@ -280,24 +287,6 @@ class Unasked:
 
     def rewrite(self, requests):
         raise AssertionError("asked")
-
-
-def test_mined_pairs_are_the_hardest_of_their_prompt(rule):
-    cfg = config(negatives=("mined",), per_prompt=2)
-    groups = [[C, W, C, N, C, W], [W, N, U, Verdict.TIMEOUT, C, U]]
-    scores = np.array([0.9, 0.2, 0.1, 0.8, 0.1, 0.7] + [0.4, 0.4, 0.99, 0.98, 0.3, 0.97], np.float32)
-    result = build(groups, Unasked(), rule, cfg=cfg, scores=scores)
-    texts = [c.text for b, verdicts in enumerate(groups) for c in group(b, verdicts)]
-    first, second, third, none = result.pairs
-    # Equal scores: the first row comes first.  What the rule cannot tell is no negative, however it is liked.
-    assert (first.positive, first.negative, first.row) == (texts[2], texts[3], 2)
-    assert (second.positive, second.negative, second.row) == (texts[4], texts[5], 4)
-    assert (third.positive, third.negative, none) == (texts[10], texts[6], None)
-    assert result.refused == {"no_positive": 1} and result.requests == 0
-    result = build([[C, C, W, U]], None, rule, cfg=cfg, scores=scores[:4])
-    assert [p is None for p in result.pairs] == [False, True] and result.refused == {"no_wrong": 1}
-    with pytest.raises(ValueError, match="needs the reward model's scores"):
-        build(groups, Unasked(), rule, cfg=cfg)
 
 
 def test_swapped_pairs_differ_in_their_reference_alone(rule):
@@ -342,6 +331,25 @@ def test_an_own_answer_that_the_rule_cannot_read_makes_no_positive(rule):
         assert made.refused == refused and (made.pairs[0] is None) == bool(refused)
 
 
+def test_an_own_answer_too_long_for_a_reference_is_masked_and_counted():
+    """A reference is never cut, and the policy writes this one: the rule is not asked about it."""
+
+    class Noting:
+        def check(self, items):
+            asked.extend(items)
+            return [C for _ in items]
+
+    asked: list = []
+    rows = [Completion(f"so #### {'7' * n}") for n in (300, 20)]
+    cfg, scores = config(negatives=("own_answer",), per_prompt=2), np.array([0.9, 0.1], np.float32)
+    made = pairs.build(
+        [Problem("q", "20")], rows, [W, W], 2, None, Noting(), cfg,
+        seed=0, step=0, scores=scores, fits=lambda answer: len(answer) < 100,
+    )  # fmt: skip
+    assert made.refused == {"too_long": 1} and made.pairs[0] is None
+    assert made.pairs[1].positive_reference == "7" * 20 and asked == [("7" * 20, rows[1].text)]
+
+
 def test_a_wrong_response_is_right_beside_its_own_answer(rule):
     """The most liked of the decidably wrong ones; there need be no correct one."""
     cfg = config(negatives=("own_answer",), per_prompt=2)
@@ -365,14 +373,14 @@ def test_a_wrong_response_is_right_beside_its_own_answer(rule):
 
 
 def test_slots_take_their_negatives_in_turn(rule):
-    cfg = config(negatives=("assistant", "swap", "mined"), per_prompt=4)
+    cfg = config(negatives=("assistant", "swap", "own_answer"), per_prompt=4)
     assistant = Scripted(wrong)
     groups = [[C, C, W, C], [C, W, W, W]]
     result = build(groups, assistant, rule, cfg=cfg, scores=np.linspace(0, 1, 8, dtype=np.float32))
-    first, swapped, mined, second = result.pairs[:4]
+    first, swapped, own, second = result.pairs[:4]
     assert "boxed{30}" in first.negative and "boxed{30}" in second.negative and first.row != second.row
     assert swapped.row == first.row and swapped.negative_reference == "21"  # the first of its kind, too
-    assert mined.negative == "row 0.2 makes \\boxed{20}" and mined.row == 0
+    assert own.row == 2 and own.positive == own.negative and own.positive_reference == "20"
     assert result.pairs[7] is None and result.refused == {"no_positive": 1}
     # The rewrites are those of a run that has no other kind.
     alone = build(groups, Scripted(wrong), rule, cfg=config(per_prompt=2)).pairs

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import one_device
 from tiny_rollouts import TINY, params_of, spec_of
 
-from configs import base
+from cooper_jax.configs import base
+from cooper_jax.kernels.kv import Format
 from cooper_jax.model import transformer
 from cooper_jax.rollout import engine, plan
 from cooper_jax.rollout.slots import Setting
 from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
-from kernels.kv import Format
 
 
 def test_sizes_are_few_and_fit():
@@ -35,7 +36,7 @@ def test_columns_are_whole_tiles_of_what_reads_them(implementation, kv_dtype, mu
     """One column for each token that is fed, and where requests wait a quarter or a segment more."""
     for new_tokens, segment, waiting in ((1, 64, 65), (300, 64, 373), (301, 100, 400)):
         spec = spec_of(max_new_tokens=new_tokens, segment=segment, kv_dtype=kv_dtype)
-        setting = Setting(TINY, None, spec, implementation)
+        setting = Setting(TINY, one_device(), spec, implementation)
         for least, columns in (
             (max(new_tokens - 1, 1), engine.columns_of(setting, waiting=False)),
             (waiting, engine.columns_of(setting, waiting=True)),

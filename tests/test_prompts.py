@@ -186,6 +186,51 @@ def test_references_without_room_are_found_before_the_run(toks, name):
         prompts.check_references(tok, [*fits, words(40)], limit)
 
 
+@pytest.mark.parametrize("name", ["qwen", "scratch"])
+def test_a_reference_that_fits_breaks_no_row_in_mid_run(toks, name):
+    """Another text's seams may cost a token more than those of the check: then less of the texts is kept."""
+    tok = toks[name]
+    fit = [n for n in range(1, 60) if prompts.reference_fits(tok, words(n), 160)]
+    assert fit == list(range(1, len(fit) + 1)) and 0 < len(fit) < 59
+    for n in fit:
+        row = words(300), words(n), words(300), 160
+        assert len(prompts.verifier_tokens(tok, *row, last_resort=True)) <= 160
+    assert prompts.reference_fits(tok, "7", 160) and not prompts.reference_fits(tok, "7" * 300, 160)
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts, texts, st.lists(texts, max_size=30).map("".join), st.integers(0, 6))
+def test_at_the_last_resort_no_text_beside_a_reference_raises(toks, question, reference, completion, more):
+    """Down to the tags and the reference alone, where the strict cut asks for a part of the texts."""
+    for tok in toks.values():
+        limit = len(tok.encode(prompts.verifier_text("", reference, ""))) + (tok.bos_id is not None) + more
+        ids = prompts.verifier_tokens(tok, question, reference, completion, limit, last_resort=True)
+        assert len(ids) <= limit
+        with pytest.raises(ValueError, match="raise --config.reward.max_tokens"):
+            prompts.verifier_tokens(tok, words(99), reference, words(99), limit)
+        with pytest.raises(ValueError, match="raise --config.reward.max_tokens"):
+            prompts.verifier_tokens(tok, question, reference, completion, limit - more - 1, last_resort=True)
+
+
+def test_the_last_resort_changes_no_row_that_the_strict_cut_can_make(toks):
+    for tok in toks.values():
+        for count in (1, 60, 300):
+            row = words(40), "3/4", words(count) + " \\boxed{7}", 200
+            assert prompts.verifier_tokens(tok, *row, last_resort=True) == prompts.verifier_tokens(tok, *row)
+
+
+def test_a_reward_input_has_room_for_a_response(toks):
+    tok = toks["scratch"]
+    bare = len(tok.encode(prompts.verifier_text("", "", "")))
+    least = bare + prompts.LEAST_QUESTION + 50
+    prompts.check_response_room(tok, 50, least)
+    message = (
+        f"reward.max_tokens={least - 1}: .*{bare} tokens.*max_new_tokens=50, .*reward.max_tokens={least} or"
+    )
+    with pytest.raises(ValueError, match=message):
+        prompts.check_response_room(tok, 50, least - 1)
+
+
 def _fits(tok: tokenizer.Tokenizer, reference: str, limit: int) -> bool:
     try:
         prompts.verifier_tokens(tok, words(300), reference, words(300), limit)

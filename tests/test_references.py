@@ -7,7 +7,7 @@ import pytest
 
 from cooper_jax.data import answers, problems
 from cooper_jax.reward import rule_reading
-from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.rule import RuleConfig, RuleVerifier
 from cooper_jax.types import Verdict
 
 COLUMNS = dict(question_key="question", reference_key="answer", solution_key="", tfds_dir="", split="train")
@@ -50,7 +50,7 @@ def published(shared_data):
 
 @pytest.fixture(scope="module")
 def rule():
-    with RuleVerifier(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048) as verifier:
+    with RuleVerifier(RuleConfig(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048)) as verifier:
         yield verifier
 
 

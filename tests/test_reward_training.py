@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -20,25 +21,29 @@ from safetensors.numpy import load_file
 from test_files import Bucket, bucket  # noqa: F401
 from tiny_runs import ROOT, environment, metrics, start_hosts, timeless
 
-from configs import base
-from cooper_jax import assembly, loading, placement
+from cooper_jax import loading, placement
+from cooper_jax.configs import base
 from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.reward import verifier_model
+from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, examples, export, loop, measure, plan
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.setup import build_reward_bundle
 from cooper_jax.types import ScoreBatch, Triple
 
 RULES = base.get_config().mesh.rules
-OPT = base.optimiser(lr=1e-2, warmup_steps=0)
-OPT.eps = 1e-3  # with Adam's usual 1e-8 the first step is a sign: rounding noise would count in full
+# With Adam's usual eps of 1e-8 the first step is a sign: rounding noise would count in full.
+OPT = dataclasses.replace(
+    optim.OptimiserConfig.from_config(base.optimiser(lr=1e-2, warmup_steps=0), "train_rm.optimiser"), eps=1e-3
+)
 
 
 def one_device(*_) -> Layout:
-    return Layout(mesh.make_mesh(1, 1, 1, jax.devices()[:1]), RULES)
+    return tiny_models.one_device()
 
 
 @pytest.fixture
@@ -50,7 +55,7 @@ def alone(monkeypatch):
 def section(**changes):
     c = base.get_config().reward
     c.update(changes)
-    return c
+    return RewardUpdateConfig.from_config(c)
 
 
 def random_rows(config, seed=0, n=11, longest=40):
@@ -86,7 +91,7 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
     params = tiny_models.random_params(config, "score")
     rows, lengths, labels = random_rows(config)
     shapes = batches.choose_shapes(lengths, bucket=8, most=3, budget=120, batch=11)
-    accumulator = verifier_model.make_bce_accumulator(config, section(), optim.make(OPT), None)
+    accumulator = verifier_model.make_bce_accumulator(config, section(), optim.make(OPT), one_device())
     sums = accumulator.start(params)
     for piece in pieces(rows, lengths, labels, shapes):
         sums = accumulator.add(params, sums, piece)
@@ -113,12 +118,12 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
         assert np.abs(theirs[n]).max() > 1e-3, n
 
 
-@pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=["one device", "data 2 x fsdp 2 x tensor 2"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=["one device", "data 2 x fsdp 2 x tensor 2"])
 def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
     config = tiny_models.config(vocab_size=30, width=16, head_dim=4, ffn=24)
-    layout = None if sizes is None else Layout(mesh.make_mesh(*sizes), RULES)
+    layout = Layout(mesh.make_mesh(*sizes, jax.devices()[: math.prod(sizes)]), RULES)
     specs = transformer.param_specs(config, head="score")
-    opt, rows_multiple = optim.make(OPT), 1 if layout is None else layout.batch_shards
+    opt, rows_multiple = optim.make(OPT), layout.batch_shards
     params = tiny_models.random_params(config, "score")
     rows, lengths, labels = random_rows(config, n=12)
     shapes = batches.choose_shapes(
@@ -126,12 +131,10 @@ def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
     )
 
     def put(tree):
-        return tree if layout is None else layout.put(tree, "batch")
+        return layout.put(tree, "batch")
 
     def start():
-        return optim.init(
-            params if layout is None else jax.device_put(params, mesh.shardings(layout, specs)), opt
-        )
+        return optim.init(jax.device_put(params, mesh.shardings(layout, specs)), opt)
 
     valid = np.arange(40)[None] < lengths[:, None]
     tokens = np.zeros((12, 40), np.int32)
@@ -154,14 +157,13 @@ def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
         assert float(got[name]) == pytest.approx(float(figures[name]), rel=1e-5, abs=1e-6), name
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
-        if layout is not None:
-            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
     assert accumulator.add._cache_size() == len(used)  # a program a shape
 
 
 def test_rates_fall_to_zero():
     def rates(decay, warmup):
-        opt = optim.make(base.optimiser(lr=1.0, warmup_steps=warmup), decay, 6)
+        opt = optim.make(dataclasses.replace(OPT, lr=1.0, warmup_steps=warmup), decay, 6)
         return [float(opt.schedule(jnp.int32(n))) for n in range(7)]
 
     assert rates("linear", 2) == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
@@ -294,7 +296,7 @@ def place(tmp_path_factory) -> Path:
     tiny_tokenizers.write(path / "tokenizer", "qwen")
     size = tokenizers.load(str(path / "tokenizer")).vocab_size
     config = tiny_models.config(vocab_size=size, width=32, head_dim=8, ffn=64)
-    params = mesh.init_params(jax.random.key(0), transformer.param_specs(config))
+    params = mesh.init_params(jax.random.key(0), transformer.param_specs(config), one_device())
     weights.save(path / "trunk", config, params, "logits", tokenizer_dir=path / "tokenizer")
     write_task(path / "train.jsonl", range(1, 9))
     write_task(path / "dev.jsonl", range(20, 25))
@@ -365,6 +367,38 @@ def test_run_directory(finished, place):
     assert seen.sources == {"even": 4, "odd": 4} and seen.complete and len(seen.fingerprints) == 8
     assert overlap.fingerprint("What is the answer 3?") in seen.fingerprints
     assert overlap.read_record(finished) == seen, "for models that are taken from checkpoints"
+
+
+def test_the_loss_of_uneven_microbatches_is_the_mean_over_the_rows(place, tmp_path, alone):
+    """An update's loss and accuracy, by hand from the first model's logits on the rows that it reads."""
+    cfg = run_config(
+        place, tmp_path / "run", train_rm__epochs=1, train_rm__batch=32, train_rm__eval_every=0, seed=5
+    )
+    job, reward = plan.build(cfg, tmp_path)
+    rows = batches.order(len(job.labels), 32, 5, 0)[0]
+    sizes = {len(m.rows) for m in batches.cut(rows, job.lengths, job.shapes)}
+    assert len(sizes) > 1, "microbatches of several sizes"
+    z, right = loop.score(job, reward.params, job.data.train)[rows], job.labels[rows] > 0.5
+    loop.train(cfg)
+    first = metrics(tmp_path / "run")[0]
+    assert first["train_rm/loss"] == pytest.approx(np.logaddexp(0, np.where(right, -z, z)).mean(), abs=1e-6)
+    assert first["train_rm/accuracy"] == pytest.approx(((z > 0) == right).mean())
+
+
+def test_the_model_of_the_least_loss_is_kept_where_loss_chooses(place, tmp_path, alone, monkeypatch):
+    """Three evaluations of scripted logits, all on the right side by a margin: log(1 + e^-margin) is the loss."""
+    margins = iter((1.0, 3.0, 2.0))
+
+    def scripted(job, params, rows):
+        return (next(margins) * np.where(rows.labels > 0.5, 1, -1)).astype(np.float32)
+
+    monkeypatch.setattr(loop, "score", scripted)
+    flags = dict(train_rm__batch=64, train_rm__epochs=3, train_rm__eval_every=1, train_rm__keep_best="loss")
+    loop.train(run_config(place, tmp_path, train_rm__widths=1, **flags))
+    assert [row["eval/best"] for row in metrics(tmp_path)] == [1.0, 1.0, 0.0]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["best"] == {"step": 2, "loss": pytest.approx(np.log1p(np.exp(-3.0)), abs=1e-6)}
+    assert set(np.abs(held_out_logits(tmp_path))) == {3.0}
 
 
 # --- a run that stops ---------------------------------------------------------------------------------------
@@ -539,17 +573,17 @@ def test_the_best_model_loads_in_transformers(finished, place):
 
 
 def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
-    """`launch/train.py` builds its reward wing from it, as trained, and it gives the same logits."""
+    """`launch/train.py` builds its reward model from it, as trained, and it gives the same logits."""
     cfg = base.get_config()
     cfg.reward.weights = str(finished / "best")
     cfg.reward.max_tokens = 96
-    wing, state = assembly._reward_wing(cfg, one_device(), tmp_path)
+    bundle, state = build_reward_bundle(cfg, one_device(), tmp_path)
     rows = [
-        prompts.verifier_tokens(wing.model.tokenizer, t.question, t.reference, t.completion, 96)
+        prompts.verifier_tokens(bundle.model.tokenizer, t.question, t.reference, t.completion, 96)
         for t in labelled.load(str(place / "dev.jsonl"))
     ]
     (m,) = batches.cut(np.arange(len(rows)), np.array([len(r) for r in rows]), [batches.Shape(len(rows), 96)])
-    z = wing.score(state.params, batches.fill(rows, m))
+    z = bundle.score(state.params, batches.fill(rows, m))
     np.testing.assert_allclose(z, held_out_logits(finished)[m.rows], atol=1e-5)
 
 
@@ -577,8 +611,8 @@ def test_a_run_in_a_bucket_leaves_the_same(bucket, finished, place, alone):  # n
     loop.train(run_config(place, "gs://b/run"))
     path = Bucket.disk("b/run")
     assert timeless(metrics(path)) == timeless(metrics(finished)) and kept(path) == kept(finished)
-    assert overlap.read_seen("gs://b/run/best") == overlap.read_seen(finished / "best")
-    assert weights.load("gs://b/run/best", head="score").head_trained
+    assert overlap.read_record("gs://b/run/best") == overlap.read_record(finished / "best")
+    assert weights.load("gs://b/run/best", head="score", layout=one_device()).head_trained
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -727,7 +761,7 @@ BAD = [
     (dict(train_rm__batch=0), "train_rm.batch=0: it must be at least 1"),
     (dict(train_rm__keep_best="f1"), "train_rm.keep_best='f1': it is one of auroc, accuracy, loss"),
     (dict(train_rm__decay="step"), "decay is 'step'"),
-    (dict(train_rm__optimiser__lr=-1.0), "optimiser.lr is -1.0"),
+    (dict(train_rm__optimiser__lr=-1.0), "train_rm.optimiser.lr=-1.0"),
     (dict(reward__weights=""), "reward.weights is empty"),
     (dict(reward__dtype="float16"), "reward.dtype='float16'"),
     (dict(mesh__reward="1x1x1"), "mesh.reward='1x1x1'"),
@@ -830,6 +864,8 @@ def test_two_processes_of_two_devices_train_what_one_does(finished, place, tmp_p
         for name in ("train_rm/loss", "train_rm/grad_norm", "eval/loss"):
             assert two.get(name) == (pytest.approx(one[name], rel=1e-3) if name in one else None), name
     np.testing.assert_allclose(held_out_logits(path), held_out_logits(finished), atol=1e-2)
-    ours, theirs = (weights.load(str(p / "best"), head="score").params for p in (path, finished))
+    ours, theirs = (
+        weights.load(str(p / "best"), head="score", layout=one_device()).params for p in (path, finished)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2), ours, theirs)
     assert "train_rm" not in (tmp_path / "out/1").read_text()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import one_device
 from tiny_rollouts import (
     KEY,
     POSITIONS,
@@ -61,8 +62,12 @@ def test_the_logprobs_equal_those_of_the_loss():
     prompt = jnp.broadcast_to(jnp.asarray(PROMPTS[0])[None, :], (3, 4))
     tokens = jnp.concatenate([prompt, r.tokens[:3]], axis=1)
     valid = jnp.concatenate([jnp.ones((3, 4), bool), r.mask[:3]], axis=1)
-    hidden = transformer.trunk(params_of(), TINY, tokens, valid, dtype=jnp.float32)[:, 3:-1]
-    want, _ = transformer.token_logprobs(params_of(), TINY, hidden, r.tokens[:3], temperature=0.6)
+    hidden = transformer.trunk(params_of(), TINY, tokens, valid, dtype=jnp.float32, layout=one_device())[
+        :, 3:-1
+    ]
+    want, _ = transformer.token_logprobs(
+        params_of(), TINY, hidden, r.tokens[:3], temperature=0.6, layout=one_device()
+    )
     np.testing.assert_allclose(r.logprobs[:3], jnp.where(r.mask[:3], want, 0.0), atol=1e-5)
 
 
@@ -102,18 +107,18 @@ def test_one_token():
 
 
 def test_weights_are_cast_once_and_norms_kept():
-    cast = rollout_weights(params_of(), TINY, None, "bfloat16")
+    cast = rollout_weights(params_of(), TINY, one_device(), "bfloat16")
     assert isinstance(cast["layers"], tuple) and len(cast["layers"]) == TINY.layers
     assert cast["embed"].dtype == cast["layers"][0]["q"].dtype == jnp.bfloat16
     assert cast["layers"][1]["attn_norm"].dtype == cast["final_norm"].dtype == jnp.float32
-    assert rollout_weights(cast, TINY, None, "bfloat16") is cast
+    assert rollout_weights(cast, TINY, one_device(), "bfloat16") is cast
     spec = spec_of(dtype="bfloat16", segment=64)
-    r = jax.device_get(generate(cast, TINY, None, PROMPTS, POSITIONS, KEY, spec))
+    r = jax.device_get(generate(cast, TINY, one_device(), PROMPTS, POSITIONS, KEY, spec))
     assert_same(r, rollout(spec))
 
 
 def test_what_is_right_already_is_not_copied():
-    weights = rollout_weights(params_of(), TINY, None, "float32")
+    weights = rollout_weights(params_of(), TINY, one_device(), "float32")
     assert weights["embed"].unsafe_buffer_pointer() == params_of()["embed"].unsafe_buffer_pointer()
 
 
@@ -122,11 +127,11 @@ def test_a_loop_over_a_stack_equals_layers_apart(monkeypatch):
     apart = sampled()
     monkeypatch.setattr(generation, "LAYERS_ALONE", 1)
     other = dataclasses.replace(TINY, max_len=255)  # so that nothing compiled is met again
-    weights = rollout_weights(params_of(), other, None, "float32")
+    weights = rollout_weights(params_of(), other, one_device(), "float32")
     (stack,) = weights["layers"]
     assert stack["q"].shape[0] == 2
     for slots in (None, 5):
-        r = generate(weights, other, None, PROMPTS, POSITIONS, KEY, SPEC, max_rows=slots)
+        r = generate(weights, other, one_device(), PROMPTS, POSITIONS, KEY, SPEC, max_rows=slots)
         assert_same(jax.device_get(r), apart)
 
 
@@ -152,7 +157,7 @@ def test_nan_weights_are_not_sampled_from():
     params = params_of()
     broken = params | {"final_norm": params["final_norm"] * jnp.nan}
     with pytest.raises(FloatingPointError, match="logits are not finite"):
-        generate(broken, TINY, None, PROMPTS, POSITIONS, KEY, SPEC)
+        generate(broken, TINY, one_device(), PROMPTS, POSITIONS, KEY, SPEC)
 
 
 # --- text ------------------------------------------------------------------------------------------------
@@ -246,6 +251,8 @@ def test_greedy_equals_transformers_generate(family, tied):
     want = reference(list(eos))
     assert any(len(row) < 24 for row in want)
     spec = spec_of(temperature=0.0, group_size=1, max_new_tokens=24, eos_ids=eos, segment=15)
-    got = jax.device_get(generate(from_torch(model, config), config, None, PROMPTS, POSITIONS, KEY, spec))
+    got = jax.device_get(
+        generate(from_torch(model, config), config, one_device(), PROMPTS, POSITIONS, KEY, spec)
+    )
     assert [t[m].tolist() for t, m in zip(got.tokens, got.mask, strict=True)] == want
     assert got.finished.tolist() == [row[-1] in eos for row in want]

@@ -19,7 +19,7 @@ from tiny_rollouts import (
     spec_of,
 )
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.model import generation, transformer
 from cooper_jax.rollout.engine import generate
 from cooper_jax.runtime.mesh import Layout, make_mesh, shardings

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from tiny_models import one_device
 from tiny_rollouts import (
     KEY,
     MOST,
@@ -22,7 +23,7 @@ from tiny_rollouts import (
     spec_of,
 )
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.model import generation, transformer
 from cooper_jax.rollout import engine, plan
 from cooper_jax.rollout import slots as programs
@@ -237,9 +238,11 @@ def test_nothing_is_compiled_twice(monkeypatch):
     rollout(spec)
     assert traces == ["prefill", "decode_step", "decode_step"]
     changed = jax.tree.map(lambda x: x * 1.01, params_of())
-    generate(changed, TINY, None, [[1, 2], [3], [4] * 32, [5]], [7, 8, 9, 10**6], jax.random.key(1), spec)
-    weights = rollout_weights(changed, TINY, None, "float32")
-    generate(weights, TINY, None, PROMPTS, POSITIONS, KEY, dataclasses.replace(spec))
+    generate(
+        changed, TINY, one_device(), [[1, 2], [3], [4] * 32, [5]], [7, 8, 9, 10**6], jax.random.key(1), spec
+    )
+    weights = rollout_weights(changed, TINY, one_device(), "float32")
+    generate(weights, TINY, one_device(), PROMPTS, POSITIONS, KEY, dataclasses.replace(spec))
     assert len(traces) == 3
 
 
@@ -280,3 +283,24 @@ def test_memory_decides_the_slots_and_not_the_rows(segments):
     assert {rows for rows, _ in segments} == {12}
     with pytest.raises(ValueError, match="one slot needs 0.000 GiB .*memory_gib allows 0.000"):
         rollout(memory_gib=(fixed + slot - 1) / 2**30)
+
+
+def test_a_caller_can_end_a_rollout_between_two_segments():
+    """The hook runs before the prefill and before each segment; what it raises reaches the caller."""
+    calls = []
+    whole = rollout(between_segments=lambda: calls.append(0))
+    np.testing.assert_array_equal(whole.tokens, rollout().tokens)
+    assert len(calls) > 2
+
+    class Enough(Exception):
+        pass
+
+    def end():
+        calls.append(0)
+        if len(calls) == 2:
+            raise Enough
+
+    calls.clear()
+    with pytest.raises(Enough):
+        rollout(between_segments=end)
+    assert len(calls) == 2

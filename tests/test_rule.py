@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from cooper_jax.reward import rule_judge, rule_reading, rule_worker
-from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.rule import RuleConfig, RuleVerifier
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Verdict
 
 C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED
@@ -22,7 +23,7 @@ HANGS = "\\boxed{9^{9^{9^{9}}}}"  # one integer power in one C call: no Python s
 
 @pytest.fixture(scope="module")
 def rule():
-    with RuleVerifier(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048) as verifier:
+    with RuleVerifier(RuleConfig(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048)) as verifier:
         yield verifier
 
 
@@ -216,7 +217,7 @@ def test_precision_on_labelled_completions(rule, shared_data):
 
 def test_a_hanging_item_is_killed_and_the_others_are_not():
     items = [("20", "\\boxed{20}"), ("20", HANGS), ("20", "\\boxed{21}"), ("20", "")] * 2
-    with RuleVerifier(workers=2, timeout=2.0, retry_timeout=3.0, memory_mb=2048) as rule:
+    with RuleVerifier(RuleConfig(workers=2, timeout=2.0, retry_timeout=3.0, memory_mb=2048)) as rule:
         rule.check([("1", "\\boxed{1}")])
         start = time.monotonic()
         assert rule.check(items) == [C, Verdict.TIMEOUT, W, N] * 2
@@ -257,7 +258,7 @@ def scripted(tmp_path):
 
     def make(workers=2, timeout=1.0, retry_timeout=2.0):
         verifiers.append(
-            RuleVerifier(workers, timeout, retry_timeout, 0, command=(sys.executable, str(path)))
+            RuleVerifier(RuleConfig(workers, timeout, retry_timeout, 0), command=(sys.executable, str(path)))
         )
         return verifiers[-1]
 
@@ -344,9 +345,25 @@ def test_close_ends_every_process_and_fails_what_is_left(scripted, tmp_path):
 def test_a_worker_that_cannot_start_is_reported(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("raise SystemExit('math-verify is missing')")
-    with RuleVerifier(2, 1.0, 2.0, 0, command=(sys.executable, str(path))) as rule:
+    with RuleVerifier(RuleConfig(2, 1.0, 2.0, 0), command=(sys.executable, str(path))) as rule:
         with pytest.raises(RuntimeError, match="did not start.*exit status 1.*math-verify is missing"):
             rule.check([("1", "1"), ("2", "2"), ("3", "3")])
+
+
+def test_the_first_question_finds_a_verifier_that_does_not_work(tmp_path, rule):
+    rule.check_ready()
+    path = tmp_path / "broken.py"
+    path.write_text("import math_verify_is_not_here\n")
+    with RuleVerifier(2, 1.0, 2.0, 0, command=(sys.executable, str(path))) as broken:
+        with pytest.raises(
+            ValueError, match="does not work: a rule worker did not start.*not_here'$"
+        ) as caught:
+            broken.check_ready()
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    path.write_text(SCRIPT.replace('request["reference"]}', '"wrong"}'))
+    with RuleVerifier(1, 1.0, 2.0, 0, command=(sys.executable, str(path))) as mistaken:
+        with pytest.raises(ValueError, match="says 'wrong'"):
+            mistaken.check_ready()
 
 
 def test_works_off_the_main_thread(rule):
@@ -363,8 +380,9 @@ def test_works_off_the_main_thread(rule):
     "field", [{"workers": 0}, {"timeout": 0.0}, {"retry_timeout": 0.5}, {"memory_mb": -1}]
 )
 def test_bad_settings_name_the_flag(field):
-    with pytest.raises(ValueError, match="config.rule"):
-        RuleVerifier(**{"workers": 1, "timeout": 1.0, "retry_timeout": 2.0, "memory_mb": 0, **field})
+    ((name, value),) = field.items()
+    with pytest.raises(SetupError, match=rf"rule\.{name}={value}: "):
+        RuleConfig(**{"workers": 1, "timeout": 1.0, "retry_timeout": 2.0, "memory_mb": 0, **field})
 
 
 # --- real processes -------------------------------------------------------------------------------------------
@@ -392,8 +410,8 @@ def children(pid: int) -> set[int]:
 def test_workers_die_with_a_killed_parent():
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "from cooper_jax.reward.rule import RuleVerifier\n"
-        "rule = RuleVerifier(2, 2.0, 2.0, 2048)\n"
+        "from cooper_jax.reward.rule import RuleConfig, RuleVerifier\n"
+        "rule = RuleVerifier(RuleConfig(2, 2.0, 2.0, 2048))\n"
         "rule.check([('1', '1'), ('2', '2')])\n"
         f"pending = rule.submit([('20', {HANGS!r})])\n"
         "print('busy', flush=True)\n"
@@ -416,7 +434,7 @@ def test_workers_die_with_a_killed_parent():
 def test_signals_to_the_whole_group_are_the_parents_to_answer():
     """Ctrl-C, or a scheduler's SIGTERM, reaches workers too: they go on, for the parent still needs verdicts."""
     others = children(os.getpid())
-    with RuleVerifier(workers=1, timeout=30.0, retry_timeout=60.0, memory_mb=0) as rule:
+    with RuleVerifier(RuleConfig(workers=1, timeout=30.0, retry_timeout=60.0, memory_mb=0)) as rule:
         assert rule.check([("1", "\\boxed{1}")]) == [Verdict.CORRECT]
         (worker,) = children(os.getpid()) - others
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -439,3 +457,35 @@ def test_memory_is_limited():
         timeout=60,
     )
     assert run.stdout == "limited\n", run.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("current limit exceeds maximum limit"), OSError(22, "no such limit")]
+)
+def test_a_platform_that_refuses_the_limit_gives_the_reason(monkeypatch, error):
+    import resource
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert rule_worker.limit_memory(400) == str(error)
+    assert rule_worker.limit_memory(0) == ""
+
+
+@pytest.mark.parametrize("error", ["ValueError", "OSError"])
+def test_workers_run_without_a_limit_that_the_platform_refuses_and_say_so_once(tmp_path, capsys, error):
+    path = tmp_path / "mac.py"
+    path.write_text(
+        "import resource, runpy\n"
+        f"def refuse(*_):\n    raise {error}('not on this system')\n"
+        "resource.setrlimit = refuse\n"
+        f"runpy.run_path({rule_worker.__file__!r}, run_name='__main__')\n"
+    )
+    command = (sys.executable, "-P", str(path))
+    with RuleVerifier(2, 20.0, 40.0, 2048, command=command) as rule:
+        rule.check_ready()
+        items = [(str(n), f"\\boxed{{{n}}}") for n in range(40)]
+        assert rule.check(items) == [Verdict.CORRECT] * 40  # enough for both workers
+    said = capsys.readouterr().out
+    assert said.count("warning") == 1 and "not on this system" in said and "config.rule.memory_mb" in said

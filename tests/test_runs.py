@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 from test_evaluation import SHRUNK, read_rows, write_rows
 
-from configs import base, tiny
-from cooper_jax import assembly, placement, runs, warmup
+from cooper_jax import placement, runs
+from cooper_jax.configs import base, tiny
 from cooper_jax.data import overlap
 from cooper_jax.evaluation import jobs, judging
-from cooper_jax.evaluation.held_out import evaluate
 from cooper_jax.evaluation.ledger import ITEMS, RESULTS
 from cooper_jax.evaluation.scoring import Chosen
 from cooper_jax.runtime import outdir
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.rundir import Run
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.resume import start_or_resume
+from cooper_jax.trainer.setup import build_components, load_problems
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,11 @@ def run(tmp_path_factory, devices):
             "warmup.reward_steps": 0, "log.tensorboard": False, "policy.microbatch": 4}  # fmt: skip
     cfg.update_from_flattened_dict(SHRUNK | more)
     with (
-        assembly.build(cfg, path) as (cooper, state),
+        build_components(cfg, path) as (components, state),
         Run(path, cfg, resume=True) as opened,
         Checkpoints(path, keep=0) as checkpoints,
     ):
-        state = warmup.start_or_resume(cooper, state, opened, checkpoints, evaluate)
+        state = start_or_resume(components, state, opened, checkpoints)
         checkpoints.wait()
         embed = np.asarray(state.policy.params["embed"])
     return path, embed
@@ -59,11 +60,34 @@ def test_a_run_says_what_its_models_are_and_the_command_line_the_rest(run):
     assert (cfg.name, cfg.policy.arch.width, cfg.data.instruction) == ("tiny", 16, " Think .")
     assert (cfg.policy.dtype, cfg.reward.dtype, cfg.rule.workers) == ("bfloat16", "float32", 1)
     assert cfg.pairs == base.get_config().pairs  # no part of a model
+    stored = runs.read_config(run[0])
+    del stored.policy["remat"]
+    mixed = runs.over(base.get_config(), stored, {})
+    assert mixed.policy.remat is base.get_config().policy.remat
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda c: c["reward"].update(abandoned=1),
+            r"earlier version of this project \(it has reward.abandoned\)",
+        ),
+        (
+            lambda c: c.pop("format"),
+            r"earlier version of this project \(its format is not stated, this one reads 1\)",
+        ),
+        (lambda c: c.update(format=0), "earlier version"),
+        (lambda c: c.update(format=99), r"later version of this project \(format 99, this one reads 1\)"),
+    ],
+)
+def test_a_run_of_another_version_is_refused(change, message, run, tmp_path):
     stored = json.loads((run[0] / "config.json").read_text())
-    stored["policy"]["abandoned"] = 1  # by an earlier version
-    del stored["policy"]["remat"]
-    mixed = runs.over(base.get_config(), runs.ConfigDict(stored), {})
-    assert "abandoned" not in mixed.policy and mixed.policy.remat is base.get_config().policy.remat
+    change(stored)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=message) as error:
+        runs.read_config(tmp_path)
+    assert "new run directory" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_runs_models_are_loaded_at_a_step(run, devices):
@@ -95,7 +119,7 @@ def test_a_run_is_evaluated(run, devices, tmp_path):
     saw = json.loads((tmp_path / "policy" / RESULTS).read_text())["reward_model_saw"]
     assert saw == {"synthetic": 8}  # in the cooper arm, its training problems
 
-    seen, unseen = assembly.load_problems(chosen.cfg)
+    seen, unseen = load_problems(chosen.cfg)
     labelled = [
         {
             "question": p.question,

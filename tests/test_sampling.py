@@ -15,10 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from cooper_jax.kernels import sampling as kernel
+from cooper_jax.kernels import sampling_spans, sampling_statistics, sampling_tpu, sampling_triton
+from cooper_jax.kernels.sampling_statistics import Rule
 from cooper_jax.rollout import sampling
-from kernels import sampling as kernel
-from kernels import sampling_spans, sampling_statistics, sampling_tpu, sampling_triton
-from kernels.sampling_statistics import Rule
 
 MODES = {
     "temperature": dict(temperature=0.7, top_k=0, top_p=1.0),

@@ -14,11 +14,11 @@ import pytest
 import tiny_runs
 from tiny_studies import ROOT, a_study, launch, small
 
-from configs import tiny
 from cooper_jax import recipes
+from cooper_jax.configs import tiny
 from cooper_jax.runtime.hosts import Stopped
 from cooper_jax.runtime.rundir import flat
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.study import arms, plan, progress, records, schedule
 
 # In place of launch/train.py: a start makes its checkpoint; an arm goes on from its last whole line, and what its
@@ -158,7 +158,7 @@ READER = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
 from absl import app
-from launch import common
+from cooper_jax.launch import common
 for words in json.load(sys.stdin):
     if os.fork() == 0:
         sys.argv = words
@@ -389,7 +389,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from absl import app
 from cooper_jax.study import plan
-from launch import study
+from cooper_jax.launch import study
 plan.TRAIN = Path({stand_in!r})
 app.run(study.main, flags_parser=study.parse_flags)
 """

@@ -9,7 +9,7 @@ import pytest
 
 from cooper_jax.data import arithmetic as sums
 from cooper_jax.data import synthetic
-from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.rule import RuleConfig, RuleVerifier
 from cooper_jax.types import Problem, Verdict
 
 SIZES = {"train": 4096, "eval": 1024, "warmup_policy": 4096, "warmup_reward": 4096, "reward_eval": 1024}
@@ -290,7 +290,7 @@ def test_the_balanced_rows_have_the_habit_whatever_is_right():
 
 @pytest.fixture(scope="module")
 def rule():
-    with RuleVerifier(workers=1, timeout=5.0, retry_timeout=20.0, memory_mb=2048) as opened:
+    with RuleVerifier(RuleConfig(workers=1, timeout=5.0, retry_timeout=20.0, memory_mb=2048)) as opened:
         yield opened
 
 

@@ -1,7 +1,10 @@
 """Tokenizers: parity with transformers, data that never becomes a control token, exact round trips."""
 
 import json
+import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,6 +195,25 @@ def test_a_template_that_refuses_is_named(tmp_path):
         tokenizer.load(str(path)).chat([("system", "x")], fallback=False)
 
 
+def test_a_missing_template_engine_is_named(tmp_path):
+    """Not as a template that refuses the messages."""
+    path = tiny_tokenizers.write(tmp_path, "qwen")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['jinja2'] = None\n"
+        "from cooper_jax.model import tokenizer\n"
+        "from cooper_jax.settings.setup_errors import SetupError, boundary\n"
+        "try:\n"
+        "    with boundary('policy'):\n"
+        "        tokenizer.load(sys.argv[2]).chat([('user', 'x')], fallback=False)\n"
+        "except SetupError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(Path(__file__).parents[1]), str(path)]
+    message = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert message.startswith("policy: a package is missing or broken: ") and message.count("\n") == 1
+    assert "jinja2" in message and "refused" not in message
+
+
 @pytest.mark.parametrize("family", ["qwen", "llama3", "llama2"])
 def test_saved_tokenizers_load_again_here_and_in_transformers(directories, family, tmp_path):
     tok = tokenizer.load(str(directories[family]))
@@ -203,6 +225,20 @@ def test_saved_tokenizers_load_again_here_and_in_transformers(directories, famil
     assert hf.encode(TEXTS[1], add_special_tokens=False) == tok.encode(TEXTS[1])
     same = ("vocab_size", "pad_id", "bos_id", "eos_ids", "control_ids")
     assert all(getattr(again, name) == getattr(tok, name) for name in same)
+
+
+def test_saved_tokenizers_name_what_transformers_4_knows_too(directories, tmp_path):
+    """Version 4 has no TokenizersBackend, and calls .keys() on the value of extra_special_tokens."""
+    shutil.copytree(directories["qwen"], tmp_path / "in")
+    file = tmp_path / "in" / "tokenizer_config.json"
+    marks = ["<|im_start|>", "<|im_end|>"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"additional_special_tokens": marks}))
+    tokenizer.load(str(tmp_path / "in")).save(tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert saved["additional_special_tokens"] == marks and "extra_special_tokens" not in saved
+    again = hugging_face(tmp_path / "out")
+    assert set(marks) <= set(again.all_special_tokens) and again.eos_token == "<|im_end|>"
 
 
 def test_save_leaves_a_generation_config_alone(directories, tmp_path):

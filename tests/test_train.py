@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tiny_models import one_device
 from tiny_runs import ROOT, command, environment, metrics, run, timeless
 
 from cooper_jax.data import overlap
@@ -122,7 +123,9 @@ def our_outputs(run_dir: Path, out: Path, model: str, tokens: np.ndarray, valid:
     """Logits f32[N, S, V] or scores f32[N] of a checkpoint's parameters, in the shape that an export declares."""
     config = ModelConfig.from_hf(json.loads((out / "config.json").read_text()))
     params = ocp.StandardCheckpointer().restore(run_dir / "checkpoints/4" / model)
-    hidden = transformer.trunk(params, config, jnp.asarray(tokens), jnp.asarray(valid), dtype=jnp.float32)
+    hidden = transformer.trunk(
+        params, config, jnp.asarray(tokens), jnp.asarray(valid), dtype=jnp.float32, layout=one_device()
+    )
     if model == "policy":
         return np.asarray(transformer.logits(params, config, hidden))[..., : config.vocab_size]
     return np.asarray(transformer.score(params, config, hidden, jnp.asarray(valid)))
@@ -207,7 +210,7 @@ def refused(path: Path, *words: str, **changes) -> None:
 
 
 def test_misspelt_flag(tmp_path):
-    refused(tmp_path / "r", "error:", "--config.stepz=3", "does not have", stepz=3)
+    refused(tmp_path / "r", "error: --config.stepz: ", "did you mean --config.steps?", stepz=3)
 
 
 def test_missing_config_file(tmp_path):

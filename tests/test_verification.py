@@ -20,7 +20,7 @@ from cooper_jax.evaluation.scoring import Chosen, RewardModel, labels
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import weights
 from cooper_jax.reward.chat import Failure
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Triple, Verdict
 
 # --- resampling ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Scores, the two contrasts by hand, and updates of the reward model."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,24 +9,27 @@ import numpy as np
 import pytest
 import tiny_models
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.model import transformer
 from cooper_jax.reward import losses, verifier_model
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import LabelledBatch, PairBatch, ScoreBatch
 
 CONFIG = tiny_models.config(vocab_size=30, width=16, head_dim=4, ffn=24)
 N, S = 7, 9  # 7 rows in microbatches of 4 leave one to pad
-OPT = base.optimiser(lr=1e-2, warmup_steps=0)
-OPT.eps = 1e-3  # with Adam's usual 1e-8 the first step is a sign: rounding noise would count in full
+# With Adam's usual eps of 1e-8 the first step is a sign: rounding noise would count in full.
+OPT = dataclasses.replace(
+    optim.OptimiserConfig.from_config(base.optimiser(lr=1e-2, warmup_steps=0), "reward.optimiser"), eps=1e-3
+)
 
 
 def section(**changes):
     c = base.get_config().reward
     c.update(dict(microbatch=4))
     c.update(changes)
-    return c
+    return losses.RewardUpdateConfig.from_config(c)
 
 
 def bits(tree):
@@ -49,19 +53,23 @@ def pairs(mask=(1, 1, 0, 1, 1, 0, 1)):
 @functools.cache
 def start():
     """Initial weights blown up, so that scores differ."""
-    params = mesh.init_params(jax.random.key(0), transformer.param_specs(CONFIG, head="score"))
+    params = mesh.init_params(
+        jax.random.key(0), transformer.param_specs(CONFIG, head="score"), tiny_models.one_device()
+    )
     return jax.tree.map(lambda x: x if (x == 1).all() else 1.5 * x, params)  # norms stay
 
 
 @functools.cache  # compiling is what takes time here
 def updates(pair_loss):
     opt = optim.make(OPT)
-    return opt, verifier_model.make_update(CONFIG, section(pair_loss=pair_loss), opt, None)
+    return opt, verifier_model.make_update(
+        CONFIG, section(pair_loss=pair_loss), opt, tiny_models.one_device()
+    )
 
 
 @functools.cache
 def scorer(microbatch):
-    return verifier_model.make_score(CONFIG, None, dtype="float32", microbatch=microbatch)
+    return verifier_model.make_score(CONFIG, tiny_models.one_device(), dtype="float32", microbatch=microbatch)
 
 
 def naive_scores(params, batch):
@@ -70,7 +78,9 @@ def naive_scores(params, batch):
     for n, valid in enumerate(np.asarray(batch.valid)):
         tokens[n, : length[n]] = np.asarray(batch.tokens)[n, valid]
     real = jnp.asarray(np.arange(S)[None] < length[:, None])
-    hidden = transformer.trunk(params, CONFIG, jnp.asarray(tokens), real, dtype=jnp.float32)
+    hidden = transformer.trunk(
+        params, CONFIG, jnp.asarray(tokens), real, dtype=jnp.float32, layout=tiny_models.one_device()
+    )
     return (hidden[np.arange(N), length - 1] * params["score"][None]).sum(axis=1)
 
 
@@ -290,8 +300,8 @@ def test_pairs_of_two_widths_are_refused():
 
 
 def test_an_unknown_contrast_is_refused_at_once():
-    with pytest.raises(ValueError, match="reward.pair_loss is 'hinge'"):
-        verifier_model.make_update(CONFIG, section(pair_loss="hinge"), optim.make(OPT), None)
+    with pytest.raises(SetupError, match="reward.pair_loss='hinge': it is one of logit, sigmoid"):
+        section(pair_loss="hinge")
 
 
 # --- binary cross-entropy ------------------------------------------------------------------------------
@@ -299,7 +309,7 @@ def test_an_unknown_contrast_is_refused_at_once():
 
 def test_bce_updates():
     opt = optim.make(OPT)
-    update = verifier_model.make_bce_update(CONFIG, section(), opt, None)
+    update = verifier_model.make_bce_update(CONFIG, section(), opt, tiny_models.one_device())
     batch = rows(3)
     labels = jnp.array([1, 0, 1, 0, 1, 0, 1], jnp.float32)
     weights = jnp.array([1, 1, 0, 2, 1, 1, 1], jnp.float32)
@@ -323,7 +333,8 @@ def test_bce_updates():
 
 # --- every term --------------------------------------------------------------------------------------
 
-TERMS = dict(pair_weight=0.7, pair_bce=0.9, common_mode=0.3, rollout_bce=1.1)
+TERMS = dict(pair_weight=0.7, pair_bce=0.9, rollout_bce=1.1)
+PAIR_TERMS = ("pair_weight", "pair_bce")
 LABELS = np.array([1, 0, 1, 0, 1, 0, 1], np.float32)
 WEIGHTS = np.array([0.2, 0.25, 0, 0.25, 0.3, 0, 0], np.float32)
 
@@ -335,11 +346,13 @@ def labelled(weights=WEIGHTS):
 @functools.cache
 def update_of(pair_loss="sigmoid", **terms):
     opt = optim.make(OPT)
-    return opt, verifier_model.make_update(CONFIG, section(pair_loss=pair_loss, **terms), opt, None)
+    return opt, verifier_model.make_update(
+        CONFIG, section(pair_loss=pair_loss, **terms), opt, tiny_models.one_device()
+    )
 
 
 @pytest.mark.parametrize("kind", losses.PAIR_LOSSES)
-@pytest.mark.parametrize("terms", [*({name: 0.5} for name in list(TERMS)[:3]), TERMS])
+@pytest.mark.parametrize("terms", [*({name: 0.5} for name in PAIR_TERMS), TERMS])
 def test_the_gradients_of_a_pair_are_those_of_its_loss(kind, terms):
     """The closed form against finite differences of the loss, in float64 NumPy."""
     cfg = section(pair_loss=kind, **{"pair_weight": 0.0} | terms)
@@ -350,12 +363,11 @@ def test_the_gradients_of_a_pair_are_those_of_its_loss(kind, terms):
         return (
             cfg.pair_weight * -np.log(sigma(s[0] - s[1]))
             + cfg.pair_bce * -(np.log(sigma(a)) + np.log(1 - sigma(b))) / 2
-            + cfg.common_mode * ((a + b) / 2) ** 2
         )
 
     a, b = jnp.asarray(z_pos, jnp.float32), jnp.asarray(z_neg, jnp.float32)
     found = losses.pair_terms(a, b, cfg)
-    assert len(found) == sum(bool(cfg[name]) for name in list(TERMS)[:3])  # no others are computed
+    assert len(found) == sum(bool(getattr(cfg, name)) for name in PAIR_TERMS)  # no others are computed
     total = sum(weight * term for weight, term in found.values())
     np.testing.assert_allclose(total, loss(z_pos, z_neg), rtol=1e-5)
     d, (d_pos, d_neg) = 1e-5, losses.pair_gradients(a, b, cfg)
@@ -363,7 +375,7 @@ def test_the_gradients_of_a_pair_are_those_of_its_loss(kind, terms):
     np.testing.assert_allclose(d_neg, (loss(z_pos, z_neg + d) - loss(z_pos, z_neg - d)) / (2 * d), atol=1e-6)
 
 
-def test_what_each_term_does_to_the_common_mode():
+def test_what_each_term_does_to_what_both_members_share():
     """A shortcut in both members: the positive near 1, the negative above one half."""
     z = jnp.array([4.0]), jnp.array([1.0])
 
@@ -378,7 +390,6 @@ def test_what_each_term_does_to_the_common_mode():
         g * (p_pos * (1 - p_pos) - p_neg * (1 - p_neg)) / 2
     )
     assert push(pair_bce=1.0) == pytest.approx((1 - p_pos - p_neg) / 4)
-    assert push(common_mode=1.0) == -2.5
     # A negative that is saturated too is out of the sigmoid contrast's reach, not out of the pointwise term's.
     z = jnp.array([12.0]), jnp.array([12.0])
     assert abs(push(pair_weight=1.0, pair_loss="sigmoid")) < 1e-5 and push(pair_bce=1.0) < -0.24
@@ -393,11 +404,10 @@ def test_an_update_of_all_terms_is_that_of_a_naive_sum():
         s_pos, s_neg = 1 / (1 + jnp.exp(-z_pos)), 1 / (1 + jnp.exp(-z_neg))
         contrast = jnp.log(1 + jnp.exp(s_neg - s_pos)).mean()
         members = -(jnp.log(s_pos).mean() + jnp.log(1 - s_neg).mean()) / 2
-        common = (((z_pos + z_neg) / 2) ** 2).mean()
         p = 1 / (1 + jnp.exp(-naive_scores(params, taught.rows)))
         rollouts = -(WEIGHTS * jnp.where(LABELS > 0, jnp.log(p), jnp.log(1 - p))).sum()
-        return 0.7 * contrast + 0.9 * members + 0.3 * common + 1.1 * rollouts, (
-            contrast, members, common, rollouts, (WEIGHTS * ((p > 0.5) == (LABELS > 0.5))).sum(),
+        return 0.7 * contrast + 0.9 * members + 1.1 * rollouts, (
+            contrast, members, rollouts, (WEIGHTS * ((p > 0.5) == (LABELS > 0.5))).sum(),
         )  # fmt: skip
 
     (value, parts), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(start())
@@ -406,7 +416,7 @@ def test_an_update_of_all_terms_is_that_of_a_naive_sum():
     got, metrics = update(optim.init(start(), opt), batch, taught)
     for x, y in zip(jax.tree.leaves(got.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
-    names = ("pair_loss", "pair_bce", "common_mode", "rollout_bce", "rollout_accuracy")
+    names = ("pair_loss", "pair_bce", "rollout_bce", "rollout_accuracy")
     for name, part in zip(("loss", *names), (value, *parts), strict=True):
         assert float(metrics[name]) == pytest.approx(float(part), abs=1e-5), name
     assert metrics["rollout_rows"] == 4 and metrics["valid"] == 5 and int(got.updates) == 1
@@ -415,7 +425,7 @@ def test_an_update_of_all_terms_is_that_of_a_naive_sum():
 def test_rows_alone_are_learned_from_as_before_the_run():
     """The term of labelled rows is `make_bce_update`'s, bit for bit; no pair is read."""
     opt, update = update_of(pair_weight=0.0, rollout_bce=1.0)
-    bce = verifier_model.make_bce_update(CONFIG, section(), opt, None)
+    bce = verifier_model.make_bce_update(CONFIG, section(), opt, tiny_models.one_device())
     batch = labelled()
     expected, _ = bce(optim.init(start(), opt), batch.rows, batch.labels, batch.weights)
     got, metrics = update(optim.init(start(), opt), None, batch)

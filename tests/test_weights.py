@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_models import CASES, config, random_params, torch_model
+from tiny_models import CASES, config, one_device, random_params, torch_model
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.model import sources, transformer, weights
 from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
 
@@ -26,7 +26,9 @@ ROOT = str(Path(__file__).resolve().parents[1])
 def forward(params, config, tokens, head):
     tokens = jax.numpy.asarray(tokens)
     valid = jax.numpy.ones(tokens.shape, bool)
-    h = jax.jit(lambda p: transformer.trunk(p, config, tokens, valid, dtype=jax.numpy.float32))(params)
+    h = jax.jit(
+        lambda p: transformer.trunk(p, config, tokens, valid, dtype=jax.numpy.float32, layout=one_device())
+    )(params)
     if head == "logits":
         return np.asarray(transformer.logits(params, config, h))
     return np.asarray(transformer.score(params, config, h, valid))
@@ -55,11 +57,24 @@ def test_a_round_trip_changes_no_bit(name, head, tmp_path):
     c = dataclasses.replace(CASES[name], vocab_multiple=16)
     params = random_params(c, head)
     weights.save(tmp_path / "m", c, params, head, pad_token_id=3)
-    loaded = weights.load(str(tmp_path / "m"), head=head, vocab_multiple=16)
+    loaded = weights.load(str(tmp_path / "m"), head=head, vocab_multiple=16, layout=one_device())
     assert loaded.config == c and loaded.head_trained and loaded.directory == tmp_path / "m"
     for key in {"embed", "lm_head"} & set(params):
         params[key] = params[key].at[c.vocab_size :].set(0)  # padded rows are stripped and come back zero
     equal(loaded.params, params)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+@pytest.mark.parametrize("shard", [5 * 10**9, 9000])
+def test_others_may_read_what_the_umask_allows(umask, mode, shard, tmp_path):
+    c = config()
+    before = os.umask(umask)
+    try:
+        weights.save(tmp_path / "m", c, random_params(c), "logits", max_shard_bytes=shard)
+    finally:
+        os.umask(before)
+    found = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "m").iterdir()}
+    assert found == dict.fromkeys(found, mode) and any(n.endswith(".safetensors") for n in found)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -99,7 +114,7 @@ def test_transformers_loads_what_we_save(name, head, dtype, tmp_path):
     if head == "score":
         theirs = theirs[:, 0]
     np.testing.assert_allclose(ours[..., : c.vocab_size], theirs, atol=1e-4, rtol=0)
-    equal_config = weights.load(str(tmp_path / "m"), head=head).config
+    equal_config = weights.load(str(tmp_path / "m"), head=head, layout=one_device()).config
     assert equal_config == dataclasses.replace(c, vocab_multiple=1)
 
 
@@ -110,7 +125,7 @@ def test_half_precision_files_and_shards_by_transformers(dtype, tmp_path):
     model = torch_model(c).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    loaded = weights.load(str(tmp_path))
+    loaded = weights.load(str(tmp_path), layout=one_device())
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(loaded.params))
     q = model.model.layers[1].self_attn.q_proj.weight.detach().float().numpy()  # [H h, D]
     np.testing.assert_array_equal(loaded.params["layers"]["q"][1], q.T.reshape(c.width, c.heads, c.head_dim))
@@ -127,10 +142,10 @@ def test_saving_replaces_a_directory_whole_or_not_at_all(llama, tmp_path, monkey
         m.setattr(weights, "save_file", fail)
         with pytest.raises(OSError, match="disk full"):
             weights.save(directory, c, params, "logits")
-    equal(weights.load(str(directory)).params, params)
+    equal(weights.load(str(directory), layout=one_device()).params, params)
     other = random_params(c, seed=1)
     weights.save(directory, c, other, "logits")
-    equal(weights.load(str(directory)).params, other)
+    equal(weights.load(str(directory), layout=one_device()).params, other)
     assert not (directory / "stale.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["m"]  # no temporary sibling stays
 
@@ -163,24 +178,24 @@ def test_saving_refuses(tmp_path):
 
 def test_a_causal_checkpoint_gives_a_fresh_score_head(llama):
     directory, c, params = llama
-    loaded = weights.load(str(directory), head="score")
+    loaded = weights.load(str(directory), head="score", layout=one_device())
     assert not loaded.head_trained and "lm_head" not in loaded.params
     equal(loaded.params["layers"], params["layers"])
-    again = weights.load(str(directory), head="score").params["score"]
-    other = weights.load(str(directory), head="score", seed=1).params["score"]
+    again = weights.load(str(directory), head="score", layout=one_device()).params["score"]
+    other = weights.load(str(directory), head="score", seed=1, layout=one_device()).params["score"]
     np.testing.assert_array_equal(loaded.params["score"], again)
     assert np.abs(other - again).max() > 0.01
-    assert weights.load(str(directory)).head_trained
-    assert weights.load(str(directory)).generation_config == {"eos_token_id": [1, 2]}
+    assert weights.load(str(directory), layout=one_device()).head_trained
+    assert weights.load(str(directory), layout=one_device()).generation_config == {"eos_token_id": [1, 2]}
 
 
 def test_keeping_the_first_layers(llama):
     directory, c, params = llama
-    loaded = weights.load(str(directory), num_layers=1)
+    loaded = weights.load(str(directory), num_layers=1, layout=one_device())
     assert loaded.config == dataclasses.replace(c, layers=1)
     equal(loaded.params["layers"], jax.tree.map(lambda x: x[:1], params["layers"]))
     with pytest.raises(ValueError, match="num_layers is 9, but the model has 2"):
-        weights.load(str(directory), num_layers=9)
+        weights.load(str(directory), num_layers=9, layout=one_device())
 
 
 def test_loading_onto_a_mesh(llama):
@@ -193,7 +208,7 @@ def test_loading_onto_a_mesh(llama):
         loaded.params,
         expected,
     )
-    equal(loaded.params, weights.load(str(directory), vocab_multiple=2).params)
+    equal(loaded.params, weights.load(str(directory), vocab_multiple=2, layout=one_device()).params)
     assert loaded.params["embed"].shape == (62, 32)
 
 
@@ -265,7 +280,7 @@ def test_gguf_is_read_whole_and_cut(smollm2_gguf):
     layout = layout_of("1x4x1")
     loaded = weights.load(smollm2_gguf, num_layers=1, layout=layout)
     assert loaded.params["layers"]["q"].addressable_shards[0].data.shape[1] == loaded.config.width // 4
-    equal(loaded.params, weights.load(smollm2_gguf, num_layers=1).params)
+    equal(loaded.params, weights.load(smollm2_gguf, num_layers=1, layout=one_device()).params)
 
 
 PEAK = """
@@ -275,7 +290,7 @@ import jax, numpy as np
 from cooper_jax.model import sources, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime.mesh import Layout, make_mesh
-from configs import base
+from cooper_jax.configs import base
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -327,7 +342,7 @@ def test_the_memory_that_loading_takes(tmp_path):
 def test_special_ids_come_from_config_json_where_there_is_no_generation_config(llama):
     directory, _, _ = llama
     (directory / "generation_config.json").unlink()
-    assert weights.load(str(directory)).generation_config == {"eos_token_id": [1, 2]}
+    assert weights.load(str(directory), layout=one_device()).generation_config == {"eos_token_id": [1, 2]}
 
 
 def test_a_stored_tied_head_and_rotary_buffers_are_tolerated(tmp_path):
@@ -344,7 +359,7 @@ def test_a_stored_tied_head_and_rotary_buffers_are_tolerated(tmp_path):
             }
         ),
     )
-    equal(weights.load(str(tmp_path / "m")).params, params)
+    equal(weights.load(str(tmp_path / "m"), layout=one_device()).params, params)
 
 
 # --- what is wrong is named ------------------------------------------------------------------------------
@@ -380,7 +395,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 def test_wrong_tensors_are_named(llama, change, message):
     edit(llama[0], change)
     with pytest.raises(ValueError, match=f"{re.escape(str(llama[0]))}.*{message}"):
-        weights.load(str(llama[0]))
+        weights.load(str(llama[0]), layout=one_device())
 
 
 @pytest.mark.parametrize(
@@ -410,13 +425,13 @@ def test_wrong_tensors_are_named(llama, change, message):
 def test_a_config_that_does_not_fit_is_named(llama, changes, message):
     edit_json(llama[0] / "config.json", **changes)
     with pytest.raises(ValueError, match=message):
-        weights.load(str(llama[0]))
+        weights.load(str(llama[0]), layout=one_device())
 
 
 def test_a_classifier_without_its_head_is_named(llama):
     edit_json(llama[0] / "config.json", architectures=["LlamaForSequenceClassification"], num_labels=1)
     with pytest.raises(ValueError, match="score.weight missing"):
-        weights.load(str(llama[0]), head="score")
+        weights.load(str(llama[0]), head="score", layout=one_device())
 
 
 def test_broken_directories_are_named(llama, tmp_path):
@@ -430,7 +445,7 @@ def test_broken_directories_are_named(llama, tmp_path):
         shutil.copytree(sharded, copy)
         damage(copy)
         with pytest.raises(ValueError, match=message):
-            weights.load(str(copy))
+            weights.load(str(copy), layout=one_device())
         shutil.rmtree(copy)
 
     def duplicate(copy):
@@ -468,7 +483,7 @@ def test_broken_directories_are_named(llama, tmp_path):
 )
 def test_sources_that_cannot_be_found(source, message):
     with pytest.raises(ValueError, match=message):
-        weights.load(source)
+        weights.load(source, layout=one_device())
 
 
 def test_a_hub_id_is_fetched_without_code_or_pickles(llama, monkeypatch):
@@ -480,11 +495,11 @@ def test_a_hub_id_is_fetched_without_code_or_pickles(llama, monkeypatch):
         return str(llama[0])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    equal(weights.load("owner/name").params, llama[2])
+    equal(weights.load("owner/name", layout=one_device()).params, llama[2])
 
 
 def test_bfloat16_files_hold_the_nearest_value(llama, tmp_path):
     _, c, params = llama
     weights.save(tmp_path / "half", c, params, "logits", dtype="bfloat16")
     expected = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), params)
-    equal(weights.load(str(tmp_path / "half")).params, expected)
+    equal(weights.load(str(tmp_path / "half"), layout=one_device()).params, expected)

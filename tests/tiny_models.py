@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cooper_jax import placement
+from cooper_jax.configs import base
 from cooper_jax.model.config import ModelConfig, RopeScaling
 from cooper_jax.model.transformer import param_specs
-from cooper_jax.runtime.mesh import is_spec
+from cooper_jax.runtime.mesh import Layout, is_spec
+
+
+@functools.cache
+def one_device() -> Layout:
+    """The layout of a run on one device, as a trainer makes it."""
+    return placement.make_layouts(base.get_config(), jax.devices()[:1])["policy"]
 
 
 def config(**changes) -> ModelConfig:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny_models
+from tiny_models import one_device
 
 from cooper_jax.model import transformer
 from cooper_jax.rollout.engine import SamplingSpec, generate
@@ -36,13 +37,15 @@ spec_of = functools.partial(dataclasses.replace, SPEC)
 @functools.cache
 def params_of(config=TINY):
     """Weights whose distributions are neither flat nor certain."""
-    params = init_params(jax.random.key(0), transformer.param_specs(config))
+    params = init_params(jax.random.key(0), transformer.param_specs(config), one_device())
     return params | {"lm_head": 1.6 * params["lm_head"]}
 
 
 def rollout(spec=SPEC, prompts=PROMPTS, positions=POSITIONS, config=TINY, key=KEY, **options) -> Rollout:
     """`generate` on one device, on the host."""
-    return jax.device_get(generate(params_of(config), config, None, prompts, positions, key, spec, **options))
+    return jax.device_get(
+        generate(params_of(config), config, one_device(), prompts, positions, key, spec, **options)
+    )
 
 
 sampled = functools.cache(rollout)
@@ -103,5 +106,5 @@ def forced(r: Rollout, spec=SPEC, prompts=PROMPTS, config=TINY) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _logits(params, config, tokens, valid):
-    hidden = transformer.trunk(params, config, tokens, valid, dtype=jnp.float32)
+    hidden = transformer.trunk(params, config, tokens, valid, dtype=jnp.float32, layout=one_device())
     return transformer.logits(params, config, hidden)

@@ -9,7 +9,7 @@ from pathlib import Path
 import tiny_runs
 from ml_collections import ConfigDict
 
-from configs import tiny
+from cooper_jax.configs import tiny
 from cooper_jax.study import arms, plan
 
 ROOT = Path(__file__).resolve().parents[1]

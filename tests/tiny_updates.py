@@ -7,6 +7,7 @@ As a program it is one process of several, over all their devices; process 0 wri
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_models
 
-from configs import base
+from cooper_jax.configs import base
 from cooper_jax.model import transformer
 from cooper_jax.policy import grpo, imitation
+from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward import losses, verifier_model
 from cooper_jax.rollout import engine, sampling
 from cooper_jax.runtime import hosts, optim
@@ -61,6 +63,7 @@ def config():
         section.optimiser.clip_norm = 1e9
         section.optimiser.lr = 1e-3
     cfg.policy.kl_coef = 0.1
+    cfg.policy.epochs = 2  # so that an update reads the old log-probabilities that it is given
     return cfg
 
 
@@ -68,7 +71,7 @@ def params_of(head: str) -> dict:
     return jax.device_get(tiny_models.random_params(MODEL, head))
 
 
-def results(layout: Layout | None) -> dict[str, np.ndarray]:
+def results(layout: Layout) -> dict[str, np.ndarray]:
     """Losses, gradients (`grad/<update>/<parameter>`), scores, random bits and a rollout, on the host."""
     cfg = config()
     placed = {
@@ -85,13 +88,13 @@ def results(layout: Layout | None) -> dict[str, np.ndarray]:
     batch = PolicyBatch(
         tokens=tokens, valid=valid, response_mask=mask,
         advantages=rng.standard_normal(ROWS, np.float32),
-        old_logprobs=noise[0], ref_logprobs=noise[1], rollout_logprobs=noise[2], old_is_current=np.zeros(()),
+        old_logprobs=noise[0], ref_logprobs=noise[1], rollout_logprobs=noise[2],
     )  # fmt: skip
-    batch = _put(batch, layout).replace(old_is_current=_put(np.asarray(False), layout, False))
+    batch = _put(batch, layout)
     out = {}
 
     def update(name, make, head, section, *arrays):
-        opt = optim.make(section.optimiser)
+        opt = optim.make(optim.OptimiserConfig.from_config(section.optimiser, "optimiser"))
         state, metrics = make(opt)(optim.init(placed[head], opt), *arrays)
         (adam,) = (s for s in jax.tree.leaves(state.opt_state, is_leaf=_has_moments) if _has_moments(s))
         for path, mu in jax.tree.leaves_with_path(hosts.fetch(adam.mu)):
@@ -102,7 +105,7 @@ def results(layout: Layout | None) -> dict[str, np.ndarray]:
     common = dict(temperature=1.0, max_new_tokens=RESPONSE)
     update(
         "grpo",
-        lambda opt: grpo.make_update(MODEL, cfg.policy, opt, layout, **common),
+        lambda opt: grpo.make_update(MODEL, PolicyConfig.from_config(cfg.policy), opt, layout, **common),
         "logits",
         cfg.policy,
         batch,
@@ -116,15 +119,16 @@ def results(layout: Layout | None) -> dict[str, np.ndarray]:
     other = _put(ScoreBatch(np.flip(tokens, 0).copy(), np.flip(valid, 0).copy()), layout)
     labels = _put((np.arange(ROWS) % 2).astype(np.float32), layout)
     weights = _put(np.ones(ROWS, np.float32), layout)
+    reward = losses.RewardUpdateConfig.from_config(cfg.reward)
     update(
-        "bce", lambda opt: verifier_model.make_bce_update(MODEL, cfg.reward, opt, layout),
+        "bce", lambda opt: verifier_model.make_bce_update(MODEL, reward, opt, layout),
         "score", cfg.reward, score_rows, labels, weights,
     )  # fmt: skip
     for kind in losses.PAIR_LOSSES:
-        cfg.reward.pair_loss = kind
+        of_kind = dataclasses.replace(reward, pair_loss=kind)
         pairs = PairBatch(score_rows, other, _put(np.arange(ROWS) % 3 > 0, layout))
         update(
-            f"pairs_{kind}", lambda opt: verifier_model.make_update(MODEL, cfg.reward, opt, layout),
+            f"pairs_{kind}", lambda opt, c=of_kind: verifier_model.make_update(MODEL, c, opt, layout),
             "score", cfg.reward, pairs,
         )  # fmt: skip
     logprobs = grpo.make_logprobs(MODEL, layout, microbatch=8, dtype="float32", temperature=1.0)
@@ -149,9 +153,7 @@ def _has_moments(x) -> bool:
     return hasattr(x, "mu")
 
 
-def _placed(params, specs, layout: Layout | None):
-    if layout is None:
-        return jax.tree.map(jnp.asarray, params)
+def _placed(params, specs, layout: Layout):
     return jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]),
         params,
@@ -159,10 +161,8 @@ def _placed(params, specs, layout: Layout | None):
     )
 
 
-def _put(tree, layout: Layout | None, rows: bool = True):
-    if layout is None:
-        return jax.tree.map(jnp.asarray, tree)
-    return layout.put(tree, *(("batch",) if rows else ()))
+def _put(tree, layout: Layout):
+    return layout.put(tree, "batch")
 
 
 if __name__ == "__main__":

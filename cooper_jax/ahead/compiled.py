@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cooper_jax.runtime.files import write_atomically
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 SAID = ("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes", "temp_size_in_bytes",
         "generated_code_size_in_bytes")  # fmt: skip

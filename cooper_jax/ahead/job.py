@@ -20,15 +20,15 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from configs import base
-from cooper_jax import settings
+from cooper_jax.configs import base
 from cooper_jax.data.packing import round_up
 from cooper_jax.model import sources, transformer, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine, plan, slots
 from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.runtime.mesh import Layout, abstract
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.trainer.run_settings import RunSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,8 @@ def without_data(cfg: ConfigDict) -> ConfigDict:
     """The config without what compiling does not need: problems, and weights for the reward model."""
     cfg = cfg.copy_and_resolve_references()
     cfg.data.update(format="synthetic", train="", eval="")
-    settings.check(cfg if cfg.reward.weights else _with(cfg, "reward.weights", "random"))
+    whole = cfg if cfg.reward.weights else _with(cfg, "reward.weights", "random")
+    RunSettings.from_config(whole, with_assistant=False)
     for name in ("reward", "reference", "assistant"):
         if cfg.mesh[name]:
             raise SetupError(

@@ -19,11 +19,13 @@ from cooper_jax.ahead.job import Job
 from cooper_jax.data.packing import round_up
 from cooper_jax.model import transformer
 from cooper_jax.policy import grpo
+from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward import lessons, verifier_model
+from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.rollout import engine, plan, slots
 from cooper_jax.runtime import optim
 from cooper_jax.runtime.mesh import abstract
-from cooper_jax.settings import SetupError, boundary, weighs_pairs
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import LabelledBatch, PairBatch, PolicyBatch, ScoreBatch, TrainState
 
 # What a run holds in memory all the time.
@@ -86,7 +88,8 @@ def _state(job: Job, name: str) -> tuple[optim.Optimiser, TrainState]:
     """The optimiser of a model, and the state that it starts from."""
     config, head = (job.policy, "logits") if name == "policy" else (job.reward, "score")
     with boundary(name):
-        opt = optim.make(job.cfg[name].optimiser)
+        section = optim.OptimiserConfig.from_config(job.cfg[name].optimiser, f"{name}.optimiser")
+        opt = optim.make(section)
     params, count = _params(job, name), jax.ShapeDtypeStruct((), jnp.int32)
     start = TrainState(params, jax.eval_shape(opt.tx.init, params), count, count)
     places = optim.state_shardings(opt, transformer.param_specs(config, head), job.layout)
@@ -186,7 +189,7 @@ def _rollout(job: Job) -> list[Program]:
 
 
 def _score(job: Job) -> Program:
-    c = job.cfg.reward
+    c = RewardUpdateConfig.from_config(job.cfg.reward)
     score = verifier_model.make_score(job.reward, job.layout, dtype=c.dtype, microbatch=c.microbatch)
     batch = ScoreBatch(*_tokens(job, job.rows, job.reward_tokens))
     n = job.microbatch(job.rows, c.microbatch)
@@ -197,7 +200,7 @@ def _score(job: Job) -> Program:
 
 
 def _logprobs(job: Job) -> Program:
-    c, (p, t) = job.cfg.policy, job.tokens
+    c, (p, t) = PolicyConfig.from_config(job.cfg.policy), job.tokens
     logprobs = grpo.make_logprobs(
         job.policy,
         job.layout,
@@ -216,7 +219,7 @@ def _logprobs(job: Job) -> Program:
 
 
 def _policy_update(job: Job) -> Program:
-    c, (p, t) = job.cfg.policy, job.tokens
+    c, (p, t) = PolicyConfig.from_config(job.cfg.policy), job.tokens
     if job.rows % c.minibatches:
         raise SetupError(
             f"policy.minibatches={c.minibatches} does not divide a step's {job.rows} rows: change it"
@@ -229,13 +232,11 @@ def _policy_update(job: Job) -> Program:
             max_new_tokens=job.cfg.rollout.max_new_tokens,
         )  # fmt: skip
     reals = [_array(job, jnp.float32, rows, t)] * 3
-    once = jax.ShapeDtypeStruct((), jnp.bool_, sharding=job.layout.replicated)
     batch = PolicyBatch(
         *_tokens(job, rows, p + t),
         _array(job, jnp.bool_, rows, t),
         _array(job, jnp.float32, rows),
         *reals,
-        once,
     )
     n = job.microbatch(rows, c.microbatch)
     return Program(
@@ -248,13 +249,17 @@ def _policy_update(job: Job) -> Program:
 
 def _pair_update(job: Job) -> Program:
     """The reward model's update: over pairs, and over labelled rows where it reads them."""
-    c, shards, wide = job.cfg.reward, job.layout.batch_shards, job.reward_tokens
+    c, shards, wide = (
+        RewardUpdateConfig.from_config(job.cfg.reward),
+        job.layout.batch_shards,
+        job.reward_tokens,
+    )
     opt, state = _state(job, "reward")
     with boundary("reward"):
         update = verifier_model.make_update(job.reward, c, opt, job.layout)
     pairs = labelled = None
     n = 0
-    if weighs_pairs(c):
+    if c.reads_pairs:
         count = round_up(job.cfg.data.prompts_per_step * job.cfg.pairs.per_prompt, shards)
         members = (ScoreBatch(*_tokens(job, count, wide)) for _ in range(2))
         pairs = PairBatch(*members, _array(job, jnp.bool_, count))

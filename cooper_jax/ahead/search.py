@@ -32,7 +32,7 @@ from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine, plan
 from cooper_jax.runtime.chips import Topology
 from cooper_jax.runtime.mesh import abstract
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 ROWS_A_SHARD = (1, 2, 4, 8)  # of a microbatch
 SLOTS = (1, 2, 4)  # all rows, a half, a quarter of them
@@ -137,7 +137,7 @@ def _rollout(job: Job) -> tuple[float, float]:
     columns = engine.columns_of(job.setting, waiting=not job.aligned)
     needs = plan.memory(
         copy, job.policy, layout, job.setting.form, prompts=job.size, width=width, group=spec.group_size,
-        new_tokens=spec.max_new_tokens, columns=columns, own_prompts=job.setting.implementation == "xla",
+        new_tokens=spec.max_new_tokens, columns=columns, own_prompts=not job.setting.pallas,
     )  # fmt: skip
     ways = layout.ways(layout.spec(("kv_heads",), (job.policy.kv_heads,))[0])
     token = job.setting.form.bytes_per_token(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cooper_jax.annotation.items import Item
 from cooper_jax.reward.chat import Chat, Failure, Ids, Messages, Reply
 from cooper_jax.runtime import hosts
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 PATIENCE = 8  # requests in a row that a server which is not there may leave unanswered ...
 LONG_PATIENCE = 64  # ... and that one may which is there, and fails

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from cooper_jax.data import answers, sources
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.runtime import files
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Triple
 
 

@@ -15,17 +15,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from cooper_jax import __version__
+from cooper_jax.data.sources import replace_surrogates
 from cooper_jax.runtime import files, outdir
 from cooper_jax.runtime.metrics import JsonLines, jsonable
 from cooper_jax.runtime.rundir import flat, lock
-from cooper_jax.settings import boundary
+from cooper_jax.settings.setup_errors import boundary
 
 Row = dict[str, Any]
 COMPLETIONS, VERDICTS = "completions.jsonl", "verdicts.jsonl"
@@ -44,7 +45,7 @@ class Log:
             row = json.loads(line)
             if not isinstance(row.get("id"), str):
                 raise ValueError(f"{path}:{number}: no JSON object with an id: mend or delete the line")
-            self._take(row)
+            self._take({k: replace_surrogates(v) if isinstance(v, str) else v for k, v in row.items()})
 
     def append(self, rows: Sequence[Row]) -> None:
         """On the disk when this returns.  Raises SetupError for a full one."""
@@ -143,8 +144,7 @@ def settings(cfg: ConfigDict, known: Mapping[str, str], sampled: bool) -> dict[s
 
 def versions() -> dict[str, str]:
     """Of what decides verdicts: this project and math-verify."""
-    ours = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())
     return {
-        "cooper-jax": ours["project"]["version"],
+        "cooper-jax": __version__,
         "math-verify": importlib.metadata.version("math-verify"),
     }

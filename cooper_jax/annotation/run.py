@@ -33,9 +33,9 @@ from cooper_jax.annotation.items import Item
 from cooper_jax.annotation.ledger import Ledger, Row
 from cooper_jax.reward import judge as judges
 from cooper_jax.reward.chat import Failure
-from cooper_jax.reward.rule import Pending, RuleVerifier
+from cooper_jax.reward.rule import Pending, RuleConfig, RuleVerifier
 from cooper_jax.runtime import hosts
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import Problems, boundary
 
 COPIED = 1000  # rows of a completions file that are taken into the ledger at once
 
@@ -68,29 +68,27 @@ def annotate(cfg: ConfigDict, problems: Sequence[str], completions: Sequence[str
 
 
 def check(cfg: ConfigDict) -> None:
-    """Raise SetupError for settings that contradict each other."""
-    a = cfg.annotate
+    """Raise SetupError with every setting that is out of its range or contradicts another."""
+    a, problems = cfg.annotate, Problems()
     for name, least in (("problems", 0), ("samples", 1), ("batch", 1)):
-        if a[name] < least:
-            raise SetupError(f"annotate.{name}={a[name]}: it must be at least {least}")
-    if a.balance not in outcome.BALANCES:
-        raise SetupError(f"annotate.balance={a.balance!r}: it is one of {', '.join(outcome.BALANCES)}")
-    if a.max_ratio < 1:
-        raise SetupError(f"annotate.max_ratio={a.max_ratio}: it must be at least 1 (as many of each class)")
-    if jax.process_count() > 1:
-        raise SetupError(
-            f"annotation runs in one process, and this is one of {jax.process_count()}: start it on one host, or "
-            "several with a part of the problems and an --out each"
-        )
+        problems.need(a[name] >= least, f"annotate.{name}={a[name]}: it must be at least {least}")
+    problems.need(
+        a.balance in outcome.BALANCES,
+        f"annotate.balance={a.balance!r}: it is one of {', '.join(outcome.BALANCES)}",
+    )
+    problems.need(
+        a.max_ratio >= 1, f"annotate.max_ratio={a.max_ratio}: it must be at least 1 (as many of each class)"
+    )
+    problems.need(
+        jax.process_count() == 1,
+        f"annotation runs in one process, and this is one of {jax.process_count()}: start it on one host, or "
+        "several with a part of the problems and an --out each",
+    )
+    problems.raise_if_any()
 
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _sound(text: str) -> str:
-    """Half a surrogate pair, which a server may send, cannot be written."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def model_name(section: ConfigDict) -> str:
@@ -118,6 +116,9 @@ def _complete(cfg: ConfigDict, plan: plans.Plan, ledger: Ledger) -> None:
     left = sum(item.id not in log.rows for item in wanted)
     if not left:
         return
+    # The judge follows when all completions are there: hours may have gone by.
+    for name in ("source", "judge"):
+        local_chat.check(cfg, name)
     common = {"model": model_name(cfg.source), "sampling": sampling(cfg.source), "seed": cfg.seed}
 
     def keep(answers: Sequence[Answer]) -> None:
@@ -145,7 +146,7 @@ def _completed(item: Item, reply, common: Row) -> Row:
     row = _head(item) | {"sample": item.sample}
     if isinstance(reply, Failure):
         return row | {"failure": reply.reason, **common, "completed": _now()}
-    text = {"completion": _sound(reply.text), "truncated": reply.truncated, "tokens": reply.tokens}
+    text = {"completion": reply.text, "truncated": reply.truncated, "tokens": reply.tokens}
     return row | text | common | {"completed": _now()}
 
 
@@ -186,7 +187,7 @@ def _judge(cfg: ConfigDict, items: Sequence[Item], ledger: Ledger) -> None:
                 (verdict,) = pending.pop(item.id).result()
                 judged = judges.read(reply)
                 row = {"id": item.id, "rule": str(verdict), "judge": judged.correct}
-                row |= {"judge_reply": _sound(judged.reply)}
+                row |= {"judge_reply": judged.reply}
                 if judged.reason:
                     row |= {"judge_reason": judged.reason}
                 if isinstance(reply, Failure):
@@ -218,10 +219,9 @@ def _asked(cfg: ConfigDict, name: str, folder: Path):
 
 @contextlib.contextmanager
 def _rule(cfg: ConfigDict):
-    r = cfg.rule
     with boundary("rule"):
-        rule = RuleVerifier(
-            workers=r.workers, timeout=r.timeout, retry_timeout=r.retry_timeout, memory_mb=r.memory_mb
-        )
+        rule = RuleVerifier(RuleConfig.from_config(cfg.rule))
     with rule:
+        with boundary("rule"):
+            rule.check_ready()
         yield rule

@@ -139,8 +139,11 @@ def value(said: str) -> Fraction | None:
     """The number that a text says, in words or digits, if it says one and nothing else."""
     if (words := value_of_words(said)) is not None:
         return words
-    if _DECIMAL.fullmatch(said):
-        return Fraction(said)
-    if (ratio := _FRACTION.fullmatch(said)) and int(ratio[2]):
-        return Fraction(int(ratio[1]), int(ratio[2]))
+    try:
+        if _DECIMAL.fullmatch(said):
+            return Fraction(said)
+        if (ratio := _FRACTION.fullmatch(said)) and int(ratio[2]):
+            return Fraction(int(ratio[1]), int(ratio[2]))
+    except ValueError:  # Python reads no integer of over 4,300 digits, and the policy may write one
+        pass
     return None

@@ -23,7 +23,8 @@ from cooper_jax.data import labelled, overlap
 from cooper_jax.data.overlap import Record
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.checkpoint import steps_in
-from cooper_jax.settings import SetupError, boundary, updates_reward_model
+from cooper_jax.settings.cross_checks import updates_reward_model
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Problem
 
 

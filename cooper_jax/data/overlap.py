@@ -2,7 +2,7 @@ r"""Which questions a reward model has seen, and which of an evaluation set are 
 
   1. `normalise` reduces a question to what makes it that question: layout, white space, case, LaTeX spacing and
      the punctuation of prose go; numbers, operators and words stay.  A hash of that is its `fingerprint`.
-  2. `write_seen` records beside a reward model's weights the fingerprints of all questions that it was trained
+  2. `write_record` keeps beside a reward model's weights the fingerprints of all questions that it was trained
      on; `read_record` finds them there.
   3. `split` takes the questions that were seen out of an evaluation set.
 
@@ -177,23 +177,8 @@ def record(questions: Iterable[str], source: str) -> Record:
     return Record(found, {source: len(found)} if found else {})
 
 
-def write_seen(
-    directory: str | os.PathLike,
-    questions: Iterable[str],
-    sources: Mapping[str, int],
-    known: Record | None = None,
-) -> None:
-    """Write the record of a reward model's training beside its weights.
-
-    questions: all that it was trained on, as text.  sources: what they came from, with the number of distinct
-    questions from each.  known: what the weights that the training began with had seen before.
-    """
-    own = Record(frozenset(fingerprint(q) for q in dict.fromkeys(questions)), sources)
-    write_record(directory, own if known is None else known | own)
-
-
 def write_record(directory: str | os.PathLike, seen: Record) -> None:
-    """`write_seen` of a record that exists already."""
+    """Write the record of a reward model's training beside its weights."""
     files.write_atomically(files.path(directory) / SEEN, seen.encode())
 
 
@@ -205,12 +190,6 @@ def read_record(weights: str | os.PathLike) -> Record | None:
     """
     path = _find(os.fspath(weights), SEEN)
     return None if path is None else Record.decode(path.read_bytes(), str(path))
-
-
-def read_seen(weights: str | os.PathLike) -> frozenset[str]:
-    """The fingerprints recorded beside weights; empty also where there is no record (`read_record` tells)."""
-    found = read_record(weights)
-    return frozenset() if found is None else found.fingerprints
 
 
 def has_trained_head(weights: str | os.PathLike) -> bool:

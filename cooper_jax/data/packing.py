@@ -67,5 +67,4 @@ def policy_batch(
         old_logprobs=zeros,
         ref_logprobs=zeros,
         rollout_logprobs=np.where(mask, sampled, 0),
-        old_is_current=np.asarray(True),
     )

@@ -7,6 +7,7 @@
   4. `problem_at` gives the problem at a position.  One global integer, the position, says how far a run has come:
      position p lies in epoch p // size, and each epoch visits every problem once, in an order that is a
      function of (seed, epoch) alone.  A restart on another number of hosts loses and repeats nothing.
+  5. `keyed_order` says which part of a file an evaluation takes.
 
 Published formats, with the fields that each is recognised by:
 
@@ -104,6 +105,16 @@ def drop_long(
             "raise --config.data.max_prompt_tokens"
         )
     return kept, prompts, len(problems) - len(kept)
+
+
+def keyed_order(size: int) -> list[int]:
+    """The places of `size` problems in a random order that no setting changes.
+
+    The first ones of it are a fixed part of a file: evaluations of one file ask the same problems, and fewer are
+    among more.  Files are often sorted by subject or difficulty, so their own first ones stand for little.
+    """
+    words = keys.numpy_stream(0, "benchmark").bit_generator.random_raw(size)
+    return np.argsort(words, kind="stable").tolist()
 
 
 def problem_at(position: int, size: int, seed: int, stream: str = "shuffle") -> int:

@@ -97,13 +97,49 @@ def _verifier(question: str, reference: str, completion: str) -> str:
 
 
 def verifier_tokens(
-    tok: TextEncoder, question: str, reference: str, completion: str, max_tokens: int
+    tok: TextEncoder,
+    question: str,
+    reference: str,
+    completion: str,
+    max_tokens: int,
+    *,
+    last_resort: bool = False,
 ) -> list[int]:
     """Ids of VerifyRM's input, at most `max_tokens` of them (see the module, steps 1 to 3).
+
+    last_resort: keep less of question and completion than the least, down to nothing, before raising; for a row in
+    mid-run, whose reference was found to fit (`reference_fits`) and whose text the policy wrote.
 
     Raises ValueError where the reference and the tags leave no room for the rest.
     """
     question, reference, completion = map(without_tags, (question, reference, completion))
+    ids = _cut_to_fit(tok, question, reference, completion, max_tokens, (LEAST_QUESTION, LEAST_COMPLETION))
+    if ids is None and last_resort:
+        ids = _cut_to_fit(tok, question, reference, completion, max_tokens, (0, 0))
+        bare = _bos(tok) + tok.encode(_verifier("", reference, ""))
+        ids = bare if ids is None and len(bare) <= max_tokens else ids
+    if ids is None:
+        bare = _bos(tok) + tok.encode(_verifier("", reference, ""))
+        raise ValueError(
+            f"the reward model's input has {len(bare)} tokens before question and completion are in it "
+            f"(the reference, {reference[:60]!r}, is never cut) and at most {max_tokens} in all: raise "
+            "--config.reward.max_tokens, or drop the problem"
+        )
+    return ids
+
+
+def _cut_to_fit(
+    tok: TextEncoder,
+    question: str,
+    reference: str,
+    completion: str,
+    max_tokens: int,
+    kept: tuple[int, int],
+) -> list[int] | None:
+    """`verifier_tokens` of texts without tags; None where it would cut more than it may.
+
+    kept: tokens of the question, and of the completion, that are kept at least.
+    """
 
     def encode(question: str, completion: str) -> list[int]:
         return _bos(tok) + tok.encode(_verifier(question, reference, completion))
@@ -124,31 +160,54 @@ def verifier_tokens(
     answer = _find_answer(completion)
     keep = None if answer is None else answer[1:]
     # A quarter, where the limit is so small that 64 tokens would leave nothing to the question.
-    least = min(len(spans), LEAST_COMPLETION, max_tokens // 4)
+    least = min(len(spans), kept[1], max_tokens // 4)
     room = max_tokens - len(encode(question, ""))
     ids = fit(room, least, lambda n: encode(question, _shorten(completion, spans, n, keep)))
     if ids is None:
         short = _shorten(completion, spans, least, keep)
         room = min(len(words), max_tokens - len(encode("", short)))
-        least = min(len(words), LEAST_QUESTION)
+        least = min(len(words), kept[0])
         ids = fit(room, least, lambda n: encode(_shorten(question, words, n, None), short))
-    if ids is None:
-        raise ValueError(
-            f"the reward model's input has {len(encode('', ''))} tokens before question and completion are in it "
-            f"(the reference, {reference[:60]!r}, is never cut) and at most {max_tokens} in all: raise "
-            "--config.reward.max_tokens, or drop the problem"
-        )
     return ids
 
 
 def check_references(tok: TextEncoder, references: Iterable[str], max_tokens: int) -> None:
     """Raise ValueError for a reference beside which a long question and completion would not fit, however cut."""
-    bare = len(_bos(tok) + tok.encode(_verifier("", "", "")))
-    spare = max_tokens - bare - LEAST_COMPLETION - LEAST_QUESTION - 8 * len(CUT)
     long = "0 " * max_tokens  # at least max_tokens tokens in any tokenizer
+    spare = _spare_bytes(tok, max_tokens)
     for reference in references:
-        if len(reference.encode()) > spare:  # a token holds a byte or more
+        if len(reference.encode()) > spare:
             verifier_tokens(tok, long, reference, long, max_tokens)
+
+
+def reference_fits(tok: TextEncoder, reference: str, max_tokens: int) -> bool:
+    """Whether `check_references` lets a reference pass."""
+    try:
+        check_references(tok, (reference,), max_tokens)
+    except ValueError:
+        return False
+    return True
+
+
+def _spare_bytes(tok: TextEncoder, max_tokens: int) -> int:
+    """Bytes of a reference that fits beside any question and completion; a token holds a byte or more."""
+    bare = len(_bos(tok) + tok.encode(_verifier("", "", "")))
+    return max_tokens - bare - LEAST_COMPLETION - LEAST_QUESTION - 8 * len(CUT)
+
+
+def check_response_room(tok: TextEncoder, max_new_tokens: int, max_tokens: int) -> None:
+    """Raise ValueError where the longest response does not fit into the reward model's input uncut.
+
+    The policy's tokens are taken for as many of the reward model's, which holds where both share a tokenizer.
+    """
+    bare = len(_bos(tok) + tok.encode(_verifier("", "", "")))
+    least = bare + LEAST_QUESTION + max_new_tokens
+    if least > max_tokens:
+        raise ValueError(
+            f"reward.max_tokens={max_tokens}: the tags take {bare} tokens, a question {LEAST_QUESTION} or more, "
+            f"and a response up to rollout.max_new_tokens={max_new_tokens}, which are {least}: set "
+            f"--config.reward.max_tokens={least} or more, or lower --config.rollout.max_new_tokens"
+        )
 
 
 def _shorten(text: str, spans: Sequence[tuple[int, int]], count: int, keep: tuple[int, int] | None) -> str:

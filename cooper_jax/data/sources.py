@@ -6,6 +6,7 @@ read raises ValueError naming the place; blank lines are passed over and counted
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from cooper_jax.runtime import files
+from cooper_jax.runtime.extras import import_extra
 
 Row = Mapping[str, Any]
 Located = tuple[str, str, Row]  # where (for messages), id, row
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def file_rows(source: str) -> Iterator[Located]:
@@ -82,12 +86,7 @@ def tfds_rows(name: str, tfds_dir: str, split: str) -> Iterator[Located]:
     Reading needs no tensorflow; preparing does.  Raises ValueError where the data set is not there or not in a
     format with random access, ImportError without tensorflow-datasets.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"format=tfds needs `pip install tensorflow-datasets array_record`: {error}"
-        ) from error
+    tfds = import_extra("tensorflow_datasets", "tfds")
     place = tfds_dir or "the default folder of tensorflow-datasets"
     try:
         rows = tfds.data_source(name, split=split, data_dir=tfds_dir or None, download=False)
@@ -120,6 +119,15 @@ def field(row: Row, key: str) -> Any:
     if key not in row:
         raise ValueError(f"field {key!r} is missing; the row has {sorted(row)}")
     return row[key]
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair.
+
+    JSON can spell one (`\\ud83d`), as servers do that cut a reply inside an emoji; it has no UTF-8 form, and
+    tokenizers raise on it.
+    """
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def text(row: Row, key: str) -> str:

@@ -32,7 +32,7 @@ from cooper_jax.reward.shared import SharedRule
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import files, hosts, keys, outdir
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.settings import boundary
+from cooper_jax.settings.setup_errors import boundary
 from cooper_jax.types import Completion, Params, Problem, Triple
 
 # Is given a problem's place in the chunk and its responses, while others are still sampled.
@@ -83,7 +83,8 @@ class PolicySampler:
             engine.generate(
                 self._params, self._model.config, self._layout,
                 benchmark.prompts[chunk.start : chunk.stop], benchmark.places[chunk.start : chunk.stop],
-                key, spec, on_groups=on_groups, **placement.rollout_options(self._cfg),
+                key, spec, on_groups=on_groups, between_segments=hosts.look,
+                **placement.rollout_options(self._cfg),
             )  # fmt: skip
 
 
@@ -94,7 +95,8 @@ class RecordedSampler:
         self.samples = samples
         self._found: dict[tuple[str, str], list[Completion]] = {}
         for row in rows:
-            said = Completion(row["completion"], row["truncated"], row["tokens"])
+            text = sources.replace_surrogates(row["completion"])
+            said = Completion(text, row["truncated"], row["tokens"])
             self._found.setdefault((row["benchmark"], row["id"]), []).append(said)
 
     def __call__(self, benchmark: Benchmark, chunk: range, on_ready: OnReady) -> None:

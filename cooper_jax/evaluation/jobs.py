@@ -22,10 +22,10 @@ from cooper_jax.evaluation import sets, summaries
 from cooper_jax.evaluation.ledger import RESULTS, Ledger, Row
 from cooper_jax.evaluation.report import plain
 from cooper_jax.evaluation.scoring import Chosen, RewardModel
-from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.rule import RuleConfig, RuleVerifier
 from cooper_jax.reward.shared import SharedRule, over_hosts
 from cooper_jax.runtime import files, hosts
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import Problems, SetupError, boundary
 
 JUDGED_BY = {"rule": (True, False), "model": (False, True), "both": (True, True)}  # rule, reward model
 
@@ -36,6 +36,8 @@ def benchmarks(cfg: ConfigDict, chosen: Chosen, places: Sequence[str], out: Path
     found = sets.find(places)
     layouts = placement.make_layouts(cfg)
     model, params = chosen.load("policy", layouts["policy"])
+    lengths = {f"benchmark.{name}": cfg.benchmark[name] for name in ("max_prompt_tokens", "max_new_tokens")}
+    loading.check_length(model.config, "policy", lengths)
     # A run's policy was paid by its reward model: what that saw is no clean benchmark, whoever judges.
     paid = chosen.run_dir is not None and cfg.reward.arm != "rule"
     record = seen(chosen) if by_model or paid else None
@@ -122,12 +124,11 @@ def _unknown(name: str, record: overlap.Record) -> str:
 @contextlib.contextmanager
 def rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
     """The rule's workers, on each host for its part; they end on exit."""
-    r = cfg.rule
     with boundary("rule"):
-        rule = RuleVerifier(
-            workers=r.workers, timeout=r.timeout, retry_timeout=r.retry_timeout, memory_mb=r.memory_mb
-        )
+        rule = RuleVerifier(RuleConfig.from_config(cfg.rule))
     with rule:
+        with boundary("rule"):
+            rule.check_ready()
         yield over_hosts(rule, None, jax.process_count())[0]
 
 
@@ -201,9 +202,9 @@ def _judges(cfg: ConfigDict) -> tuple[bool, bool]:
 
 
 def check_settings(cfg: ConfigDict) -> None:
-    """Raise SetupError for settings that mean nothing, of those that evaluations use.
+    """Raise SetupError with every setting that is out of its range, of those that evaluations use.
 
-    settings.check is for training, and asks for data and models that nobody needs here.
+    cross_checks.py is for training, and asks for data and models that nobody needs here.
     """
     least = {
         "samples": 1,
@@ -213,9 +214,10 @@ def check_settings(cfg: ConfigDict) -> None:
         "bootstrap": 1,
         "problems": 0,
     }
+    problems = Problems()
     for field, lowest in least.items():
-        if cfg.benchmark[field] < lowest:
-            raise SetupError(f"benchmark.{field}={cfg.benchmark[field]}: it must be at least {lowest}")
+        value = cfg.benchmark[field]
+        problems.need(value >= lowest, f"benchmark.{field}={value}: it must be at least {lowest}")
     one_of = {
         "policy.dtype": (cfg.policy.dtype, ("float32", "bfloat16")),
         "reward.dtype": (cfg.reward.dtype, ("float32", "bfloat16")),
@@ -223,11 +225,10 @@ def check_settings(cfg: ConfigDict) -> None:
         "rollout.weights": (cfg.rollout.weights, ("auto", "gathered", "sharded")),
     }
     for field, (value, choices) in one_of.items():
-        if value not in choices:
-            raise SetupError(f"{field}={value!r}: it is one of {', '.join(choices)}")
+        problems.need(value in choices, f"{field}={value!r}: it is one of {', '.join(choices)}")
     for field, value in (("reward.microbatch", cfg.reward.microbatch), ("data.bucket", cfg.data.bucket)):
-        if value < 1:
-            raise SetupError(f"{field}={value}: it must be at least 1")
+        problems.need(value >= 1, f"{field}={value}: it must be at least 1")
+    problems.raise_if_any()
 
 
 def _describe(cfg: ConfigDict, chosen: Chosen, model: loading.Model, asked: Sequence[sets.Benchmark]) -> str:

@@ -24,7 +24,7 @@ from cooper_jax.data.answers import NUMBER
 from cooper_jax.reward import judge as llm
 from cooper_jax.reward.chat import Chat, Failure
 from cooper_jax.runtime import hosts
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Triple, Verdict
 
 NAMES = ("model", "rule", "llm", "last_number", "yes", "prior")

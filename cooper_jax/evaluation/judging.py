@@ -21,7 +21,7 @@ from cooper_jax.evaluation import attacks, jobs, judges, sets, verification
 from cooper_jax.evaluation.ledger import Ledger
 from cooper_jax.evaluation.scoring import Chosen, RewardModel, labels
 from cooper_jax.runtime import hosts
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Triple
 
 

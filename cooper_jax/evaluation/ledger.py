@@ -22,7 +22,7 @@ from typing import Any
 from cooper_jax.runtime import files, hosts, outdir
 from cooper_jax.runtime.metrics import JsonLines, jsonable
 from cooper_jax.runtime.rundir import lock
-from cooper_jax.settings import boundary
+from cooper_jax.settings.setup_errors import boundary
 
 Row = dict[str, Any]
 ITEMS, TIMINGS, RESULTS = "items.jsonl", "timings.jsonl", "results.json"

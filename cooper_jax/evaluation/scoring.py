@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 
 from cooper_jax import runs
 from cooper_jax.data import packing, prompts
-from cooper_jax.loading import Directory, Model, load_model
+from cooper_jax.loading import Directory, Model, check_length, load_model
 from cooper_jax.reward import verifier_model
 from cooper_jax.rollout import plan
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Params, Triple
 
 
@@ -104,6 +104,7 @@ class RewardModel:
 
     def __init__(self, cfg: ConfigDict, layout: Layout, model: Model, params: Params):
         section = cfg.reward
+        check_length(model.config, "reward", {"reward.max_tokens": section.max_tokens})
         self._layout, self._tokenizer, self._params = layout, model.tokenizer, params
         self._bucket, self.max_tokens = cfg.data.bucket, section.max_tokens
         self._rows = packing.round_up(section.microbatch, layout.batch_shards)

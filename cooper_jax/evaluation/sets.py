@@ -14,15 +14,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax import assembly
 from cooper_jax.data import overlap, sources, synthetic
 from cooper_jax.data import problems as problem_sets
+from cooper_jax.data import prompts as prompt_texts
 from cooper_jax.model.tokenizer import Tokenizer
-from cooper_jax.runtime import files, keys
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.runtime import files
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Problem
 
 SYNTHETIC = "synthetic"  # as a --benchmark: held-out problems of configs/tiny.py, with their oracle
@@ -104,7 +103,12 @@ def load(
             chosen = part(len(problems), section.problems)
             kept, known = _split(chosen, problems, seen)
             taken = kept if section.exclude_seen else chosen
-            prompts = {i: assembly.policy_prompt(cfg, tokenizer, problems[i]) for i in taken}
+            prompts = {
+                i: prompt_texts.policy_prompt(
+                    tokenizer, problems[i].question, cfg.data.instruction, cfg.data.chat
+                )
+                for i in taken
+            }
             fit = [i for i in taken if len(prompts[i]) <= section.max_prompt_tokens]
             if not fit:
                 raise ValueError(
@@ -136,15 +140,10 @@ def _read(cfg: ConfigDict, place: str) -> list[Problem]:
 
 
 def part(size: int, count: int) -> list[int]:
-    """Places, ascending, of a fixed part of `count` of `size` problems; 0 is all.
-
-    The first of an order that no setting changes: two evaluations of one file ask the same, and fewer are among
-    more.
-    """
+    """Places, ascending, of a fixed part of `count` of `size` problems (`keyed_order`); 0 is all."""
     if not count or count >= size:
         return list(range(size))
-    words = keys.numpy_stream(0, "benchmark").bit_generator.random_raw(size)
-    return sorted(np.argsort(words, kind="stable")[:count].tolist())
+    return sorted(problem_sets.keyed_order(size)[:count])
 
 
 def _split(

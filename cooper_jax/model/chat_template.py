@@ -56,7 +56,10 @@ def _fixed_date() -> str:
 
 
 def render(hf, messages: Sequence[Message], generation_prompt: bool, variables: Mapping[str, Any]) -> str:
-    """The text of messages in the chat template of `hf`, a `transformers` tokenizer; ValueError if it refuses."""
+    """The text of messages in the chat template of `hf`, a `transformers` tokenizer.
+
+    Raises ValueError if the template refuses them, ImportError without jinja2.
+    """
     try:
         return hf.apply_chat_template(
             [{"role": role, "content": content} for role, content in messages],
@@ -65,6 +68,8 @@ def render(hf, messages: Sequence[Message], generation_prompt: bool, variables: 
             add_generation_prompt=generation_prompt,
             **variables,
         )
+    except ImportError:  # jinja2 is missing: that is not the template's fault
+        raise
     except Exception as e:  # a template may refuse a role with an error of its own, or be broken in any way
         name = hf.name_or_path or "this tokenizer"
         raise ValueError(f"{name}: its chat template refused the messages: {e}") from e

@@ -26,6 +26,7 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1.0),
 }
+_UNLIMITED = 32768  # written for a model made from scratch: rotary positions have no table to outgrow
 ARCHITECTURES = {
     ("llama", "logits"): "LlamaForCausalLM",
     ("llama", "score"): "LlamaForSequenceClassification",
@@ -65,7 +66,9 @@ class ModelConfig:
     norm_eps: float
     qkv_bias: bool
     tied: bool
-    max_len: int
+    max_len: (
+        int | None
+    )  # positions that it was trained for (Hugging Face: max_position_embeddings); None: no limit
     vocab_multiple: int = 1
 
     def __post_init__(self):
@@ -113,7 +116,7 @@ class ModelConfig:
             norm_eps=1e-6,
             qkv_bias=arch.family == "qwen2",
             tied=arch.tied,
-            max_len=32768,  # rotary positions have no table to outgrow; exports need a number
+            max_len=None,
             vocab_multiple=vocab_multiple,
         )
 
@@ -189,7 +192,7 @@ class ModelConfig:
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
             "tie_word_embeddings": self.tied,
-            "max_position_embeddings": self.max_len,
+            "max_position_embeddings": _UNLIMITED if self.max_len is None else self.max_len,
             "initializer_range": 0.02,
             "use_cache": True,
         }

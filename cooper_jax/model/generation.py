@@ -15,23 +15,22 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from cooper_jax.kernels.kv import KV, Format, pack, zeros
+from cooper_jax.kernels.matmul import matmul, matmul_cpu
+from cooper_jax.kernels.schedule import Schedule
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import (
     attend,
-    cast_layers,
     decode_attend,
     finish_layer,
-    flat_heads,
+    flatten_projections,
     project_qkv,
     rms_norm,
     rotary,
 )
-from cooper_jax.model.transformer import UNEMBED, embed, head_matrix
+from cooper_jax.model.transformer import UNEMBED, cast_layers, embed, head_matrix
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
-from kernels.kv import KV, Format, pack, zeros
-from kernels.matmul import matmul, matmul_cpu
-from kernels.schedule import Schedule
 
 LAYERS_ALONE = 8  # a model of so few layers keeps each in arrays of its own while it generates
 
@@ -52,11 +51,11 @@ def _apart(layers: Params, count: int) -> tuple[Params, ...]:
     return tuple(jax.tree.map(lambda x, i=i: x[i : i + 1], layers) for i in range(count))
 
 
-def for_generation(params: Params, config: ModelConfig, layout: Layout | None) -> Params:
+def for_generation(params: Params, config: ModelConfig, layout: Layout) -> Params:
     """The weights as `prefill`, `decode_step` and `logits` read them fastest; what stays as it is is not copied."""
-    weights = params | {"layers": split_layers(flat_heads(params["layers"]), config)}
+    weights = params | {"layers": split_layers(jax.vmap(flatten_projections)(params["layers"]), config)}
     head = head_matrix(params, config)
-    if _on_cpu(layout, "xla") and head.dtype == jnp.float32:
+    if layout.fast_cpu_products and head.dtype == jnp.float32:
         weights[UNEMBED] = head.T
     return weights
 
@@ -70,14 +69,14 @@ def empty_suffix(
 
 
 def prefill(
-    params: Params,  # its layers through `split_layers`
+    params: Params,  # through `for_generation`
     config: ModelConfig,
     tokens: jax.Array,  # i32[B, P], right-padded
     lengths: jax.Array,  # i32[B], at least 1
     *,
     dtype: jnp.dtype,
     form: Format,
-    layout: Layout | None = None,
+    layout: Layout,
 ) -> tuple[jax.Array, tuple[KV, ...]]:
     """Run the prompts once -> (hidden [B, D] of each prompt's last token, of each stack a KV [l, B, K, P, ..])."""
     rope = rotary(config, jnp.arange(tokens.shape[1]))
@@ -90,14 +89,14 @@ def prefill(
 
     caches = []
     for stack in params["layers"]:
-        x, cache = jax.lax.scan(layer, x, cast_layers(stack, dtype))
+        x, cache = jax.lax.scan(layer, x, cast_layers(stack, config, dtype))
         caches.append(cache)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return rms_norm(last, params["final_norm"], config.norm_eps), tuple(caches)
 
 
 def decode_step(
-    params: Params,  # its layers through `split_layers`
+    params: Params,  # through `for_generation`
     config: ModelConfig,
     token: jax.Array,  # i32[N]
     position: jax.Array,  # i32[N]: where it stands, its prompt's tokens counted
@@ -109,7 +108,7 @@ def decode_step(
     *,
     dtype: jnp.dtype,
     form: Format,
-    layout: Layout | None = None,
+    layout: Layout,
     implementation: str = "xla",
 ) -> tuple[jax.Array, tuple[KV, ...]]:
     """One token further -> (hidden [N, D], the suffix caches with the token's keys and values at `column`).
@@ -119,42 +118,45 @@ def decode_step(
     """
     rope = rotary(config, position)  # f32[N, h / 2] each
     x = embed(params, token, dtype, layout)
-    product = matmul_cpu if _on_cpu(layout, implementation) else matmul
+    product = matmul_cpu if layout.fast_cpu_products else matmul
     caches = []
     for stack, shared, own in zip(params["layers"], prompt, suffix, strict=True):
-        stack = cast_layers(stack, dtype)
+        stack = cast_layers(stack, config, dtype)
+        alone = is_alone(shared)
 
-        def layer(i, carry, stack=stack, shared=shared):
+        def layer(i, carry, stack=stack, shared=shared, alone=alone):
             x, own = carry
             w = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stack)
             q, k, v = project_qkv(w, config, x, rope, product)
-            own = _write(own, pack(k, v, form), i, column)
-            heads = decode_attend(q, shared, stacked(own), plan, first, column, i, layout, implementation)
+            own = _write(own, pack(k, v, form), i, column, alone)
+            heads = decode_attend(
+                q, shared, stacked(own, alone), plan, first, column, i, layout, implementation
+            )
             return finish_layer(w, config, x, heads, layout, product), own
 
-        count = jax.tree.leaves(stack)[0].shape[0]
-        x, own = layer(0, (x, own)) if count == 1 else jax.lax.fori_loop(0, count, layer, (x, own))
+        count = shared.data[0].shape[0]
+        x, own = layer(0, (x, own)) if alone else jax.lax.fori_loop(0, count, layer, (x, own))
         caches.append(own)
     return rms_norm(x, params["final_norm"], config.norm_eps), tuple(caches)
 
 
-def _on_cpu(layout: Layout | None, implementation: str) -> bool:
-    return implementation == "xla" and layout is None and jax.default_backend() == "cpu"
+def is_alone(cache: KV) -> bool:
+    """Whether a cache [l, N, K, W, ..] is that of a stack of one layer."""
+    return cache.data[0].shape[0] == 1
 
 
 def bare(cache: KV) -> KV:
     """A stack of one without its axis: under it XLA would write the cache twice, once into a copy."""
-    return jax.tree.map(lambda x: x[0], cache) if cache.data[0].shape[0] == 1 else cache
+    return jax.tree.map(lambda x: x[0], cache) if is_alone(cache) else cache
 
 
-def stacked(cache: KV) -> KV:
-    """The inverse of `bare`."""
-    return jax.tree.map(lambda x: x[None], cache) if cache.data[0].ndim == 4 else cache
+def stacked(cache: KV, alone: bool) -> KV:
+    """The inverse of `bare`.  alone: `is_alone` of the cache before it."""
+    return jax.tree.map(lambda x: x[None], cache) if alone else cache
 
 
-def _write(cache: KV, new: KV, layer: jax.Array, column: jax.Array) -> KV:
-    """`new`, leaves [N, K, ..], at `column` of leaves [N, K, W, ..], or of `layer` of [L, N, K, W, ..]."""
-    alone = cache.data[0].ndim == 4
+def _write(cache: KV, new: KV, layer: jax.Array, column: jax.Array, alone: bool) -> KV:
+    """`new`, leaves [N, K, ..], at `column` of `layer` of leaves [L, N, K, W, ..], or of [N, K, W, ..] if alone."""
 
     def write(cache, new):
         new = jnp.expand_dims(new, 2) if alone else new[None, :, :, None]

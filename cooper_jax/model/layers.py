@@ -14,27 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from cooper_jax.kernels import platform
+from cooper_jax.kernels.attention import attention, default_implementation
+from cooper_jax.kernels.decode_attention import decode_attention
+from cooper_jax.kernels.kv import KV
+from cooper_jax.kernels.matmul import matmul
+from cooper_jax.kernels.schedule import Schedule, schedule
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
-from kernels.attention import attention, default_implementation
-from kernels.decode_attention import decode_attention
-from kernels.kv import KV
-from kernels.matmul import matmul
-from kernels.schedule import Schedule, schedule
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]  # [..., D], [D, F] -> [..., F]
 Rope = tuple[jax.Array, jax.Array]  # cos and sin, f32[..., h / 2] each
 
 
-def pin(x: jax.Array, layout: Layout | None) -> jax.Array:
+def pin(x: jax.Array, layout: Layout) -> jax.Array:
     """Activations are cut over their rows alone; weights are gathered to them, not they to weights."""
-    return x if layout is None else layout.constrain(x, "batch", *(None,) * (x.ndim - 1))
-
-
-def cast_layers(layers: Params, dtype: jnp.dtype) -> Params:
-    """The matrices and biases in the compute type; norms stay f32, as they compute in it."""
-    return {name: w if name.endswith("norm") else w.astype(dtype) for name, w in layers.items()}
+    if layout.single_device:
+        return x
+    return layout.constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
@@ -67,23 +65,24 @@ def _rotate(x: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _flat(w: jax.Array, axis: int) -> jax.Array:
-    """A projection's heads [.., H, h, ..] from `axis` on as one axis, if they are not so already."""
-    return w.reshape(*w.shape[:axis], -1, *w.shape[axis + 2 :]) if w.ndim == 3 else w
+PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 0}  # where the heads [.., H, h, ..] of one layer's begin
 
 
-def flat_heads(layers: Params) -> Params:
-    """Stacked layers with the heads of their projections as one axis, as they are multiplied."""
-    axes = {"q": 1, "k": 1, "v": 1, "o": 0}  # of one layer's
-    return layers | {n: jax.vmap(functools.partial(_flat, axis=a))(layers[n]) for n, a in axes.items()}
+def flatten_projections(w: Params) -> Params:
+    """One layer with the heads of its projections as one axis, as they are multiplied."""
+
+    def flatten(x: jax.Array, axis: int) -> jax.Array:
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    return w | {name: flatten(w[name], axis) for name, axis in PROJECTIONS.items()}
 
 
 def project_qkv(
     w: Params, config: ModelConfig, x: jax.Array, rope: Rope, matmul: Matmul = matmul
 ) -> tuple[jax.Array, ...]:
-    """x [..., D] -> q [..., H, h], k and v [..., K, h]; q and k rotated."""
+    """x [..., D] -> q [..., H, h], k and v [..., K, h]; q and k rotated.  w: through `flatten_projections`."""
     y = rms_norm(x, w["attn_norm"], config.norm_eps)
-    q, k, v = (matmul(y, _flat(w[name], 1)).reshape(*x.shape[:-1], -1, config.head_dim) for name in "qkv")
+    q, k, v = (matmul(y, w[name]).reshape(*x.shape[:-1], -1, config.head_dim) for name in "qkv")
     if config.qkv_bias:
         q, k, v = (
             z + w[f"{name}_bias"].reshape((1,) * (x.ndim - 1) + z.shape[-2:])
@@ -97,19 +96,17 @@ def finish_layer(
     config: ModelConfig,
     x: jax.Array,
     heads: jax.Array,
-    layout: Layout | None,
+    layout: Layout,
     matmul: Matmul = matmul,
 ) -> jax.Array:
     """The rest of a layer: the output projection of `heads` [..., H, h], then the SwiGLU block."""
-    x = pin(x + matmul(heads.reshape(*x.shape[:-1], -1), _flat(w["o"], 0)), layout)
+    x = pin(x + matmul(heads.reshape(*x.shape[:-1], -1), w["o"]), layout)
     y = rms_norm(x, w["mlp_norm"], config.norm_eps)
     return pin(x + matmul(jax.nn.silu(matmul(y, w["gate"])) * matmul(y, w["up"]), w["down"]), layout)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout | None) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout) -> jax.Array:
     """`attention`, run once a shard of rows and heads: kernels are not partitioned by the compiler."""
-    if layout is None:
-        return attention(q, k, v)
     run = functools.partial(
         attention, implementation=default_implementation(q.dtype, q.shape[-1], layout.platform)
     )
@@ -127,11 +124,11 @@ def decode_plan(
     prompt_of: jax.Array,  # i32[N]: in the shard, -1: none
     lengths: jax.Array,  # i32[B]
     samples: int | None,
-    layout: Layout | None,
+    layout: Layout,
     implementation: str,
 ) -> Schedule:
-    """`schedule`, by shard; its leaves then have an axis of shards before their own."""
-    if layout is None or implementation == "xla":
+    """`schedule`; that of Pallas kernels by shard, its leaves with an axis of shards before their own."""
+    if not platform.is_pallas(implementation):
         return schedule(prompt_of, lengths, samples=samples)
     batch = layout.spec(("batch",))
 
@@ -149,16 +146,14 @@ def decode_attend(
     first: jax.Array,  # i32[N]
     last: jax.Array,  # i32[]
     layer: jax.Array,  # i32[]
-    layout: Layout | None,
+    layout: Layout,
     implementation: str,
 ) -> jax.Array:
     """`decode_attention`, its kernels run once a shard of rows and key/value heads."""
     attend = functools.partial(decode_attention, implementation=implementation)
-    if implementation == "xla":
+    if not platform.is_pallas(implementation):
         return attend(q, prompt, suffix, plan, first, last, layer)
     last, layer = jnp.asarray(last), jnp.asarray(layer)  # of a stack of one, the layer is a plain 0
-    if layout is None:
-        return attend(q, prompt, suffix, plan, first, last, layer)
     batch = layout.spec(("batch",))[0]
     # Heads are cut where the cache's are; where those do not divide, each shard computes all of them.
     heads = layout.spec(("kv_heads",), (suffix.data[0].shape[2],))[0]
@@ -175,6 +170,8 @@ def decode_attend(
 
 
 def by_shard(run: Callable, layout: Layout, in_specs, out_specs) -> Callable:
-    """`run` on each device's own parts: what the compiler cannot partition."""
+    """`run` on each device's own parts: what the compiler cannot partition.  On one device, `run` itself."""
+    if layout.single_device:
+        return run
     # check_vma: Pallas calls do not declare over which mesh axes their outputs vary.
     return jax.shard_map(run, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -173,6 +173,8 @@ def _directory(path: Path, source: str) -> Tokenizer:
         )
     try:
         hf = AutoTokenizer.from_pretrained(str(path), use_fast=True, trust_remote_code=False)
+    except ImportError:  # a package is missing: that is not the directory's fault
+        raise
     except Exception as e:  # whatever a damaged or foreign file makes it raise
         raise ValueError(f"tokenizer {source!r}: transformers cannot read {path}: {e}") from e
     return _hugging_face(hf, _generation_eos(path), source)
@@ -259,8 +261,22 @@ def _hugging_face(hf, eos: Sequence[int], source: str) -> Tokenizer:
         _offsets=lambda text: first.encode(text, add_special_tokens=False).offsets,
         _decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
         _chat=chat,
-        _save=lambda directory: hf.save_pretrained(str(directory)),
+        _save=lambda directory: _save_hugging_face(hf, directory),
     )
+
+
+def _save_hugging_face(hf, directory: Path) -> None:
+    """What transformers 4 and 5 both load.
+
+    tokenizer.json holds the whole tokenizer, so the general class reads it.  Version 5 calls that class by a name
+    that version 4 does not know, and lists further special tokens under a key that version 4 takes for a mapping.
+    """
+    hf.save_pretrained(str(directory))
+    file = directory / "tokenizer_config.json"
+    config = sources.read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # --- sentencepiece -----------------------------------------------------------------------------------

@@ -21,12 +21,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from cooper_jax.kernels import platform
+from cooper_jax.kernels.head import head_logprobs
+from cooper_jax.kernels.matmul import matmul_cpu
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import (
     attend,
     by_shard,
-    cast_layers,
     finish_layer,
+    flatten_projections,
     pin,
     project_qkv,
     rms_norm,
@@ -34,9 +37,6 @@ from cooper_jax.model.layers import (
 )
 from cooper_jax.runtime.mesh import Layout, ParamSpec
 from cooper_jax.types import Params
-from kernels import platform
-from kernels.head import head_logprobs
-from kernels.matmul import matmul_cpu
 
 
 def param_specs(config: ModelConfig, head: str = "logits") -> Params:
@@ -55,12 +55,12 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
     vocab = ParamSpec((c.padded_vocab, D), ("vocab", "embed"), scale=wide if is_head else 0.5)
     q_axes, kv_axes = ("heads", "head_dim"), ("kv_heads", "head_dim")
     layers = {
-        "attn_norm": ParamSpec((L, D), ("layers", None), "ones"),
+        "attn_norm": ParamSpec((L, D), ("layers", None), "ones", keep_f32=True),
         "q": ParamSpec((L, D, H, h), ("layers", "embed", *q_axes), scale=wide),
         "k": ParamSpec((L, D, K, h), ("layers", "embed", *kv_axes), scale=wide),
         "v": ParamSpec((L, D, K, h), ("layers", "embed", *kv_axes), scale=wide),
         "o": ParamSpec((L, H, h, D), ("layers", *q_axes, "embed"), scale=(H * h) ** -0.5 * depth),
-        "mlp_norm": ParamSpec((L, D), ("layers", None), "ones"),
+        "mlp_norm": ParamSpec((L, D), ("layers", None), "ones", keep_f32=True),
         "gate": ParamSpec((L, D, F), ("layers", "embed", "ffn"), scale=wide),
         "up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), scale=wide),
         "down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), scale=F**-0.5 * depth),
@@ -69,12 +69,19 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
         layers["q_bias"] = ParamSpec((L, H, h), ("layers", *q_axes), "zeros")
         layers["k_bias"] = ParamSpec((L, K, h), ("layers", *kv_axes), "zeros")
         layers["v_bias"] = ParamSpec((L, K, h), ("layers", *kv_axes), "zeros")
-    specs: Params = {"embed": vocab, "layers": layers, "final_norm": ParamSpec((D,), (None,), "ones")}
+    final_norm = ParamSpec((D,), (None,), "ones", keep_f32=True)
+    specs: Params = {"embed": vocab, "layers": layers, "final_norm": final_norm}
     if head == "score":
         specs["score"] = ParamSpec((D,), (None,), scale=wide)
     elif not c.tied:
         specs["lm_head"] = dataclasses.replace(vocab, scale=wide)
     return specs
+
+
+def cast_layers(layers: Params, config: ModelConfig, dtype: jnp.dtype) -> Params:
+    """The layers' parameters in the compute type, but for those declared to stay float32."""
+    specs = param_specs(config)["layers"]
+    return {name: w if specs[name].keep_f32 else w.astype(dtype) for name, w in layers.items()}
 
 
 # --- the trunk -----------------------------------------------------------------------------------------
@@ -88,7 +95,7 @@ def trunk(
     *,
     dtype: jnp.dtype,
     remat: bool = False,
-    layout: Layout | None = None,
+    layout: Layout,
 ) -> jax.Array:
     """Hidden states after the final norm -> `dtype`[N, S, D].
 
@@ -101,12 +108,13 @@ def trunk(
     x = embed_apart(params, jnp.take_along_axis(tokens, packed, axis=1), dtype, layout)
 
     def layer(x, w):
+        w = flatten_projections(w)
         q, k, v = project_qkv(w, config, x, rope)
         return finish_layer(w, config, x, attend(q, k, v, layout), layout), None
 
     if remat:
         layer = jax.checkpoint(layer)
-    x, _ = jax.lax.scan(layer, x, cast_layers(params["layers"], dtype))
+    x, _ = jax.lax.scan(layer, x, cast_layers(params["layers"], config, dtype))
     x = rms_norm(x, params["final_norm"], config.norm_eps)
     return _permute(x, slot, packed)
 
@@ -131,20 +139,20 @@ _permute.defvjp(
 )
 
 
-def embed(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
+def embed(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout) -> jax.Array:
     """i32[N, ..] -> `dtype`[N, .., D]."""
     return pin(params["embed"][tokens].astype(dtype), layout)
 
 
-def embed_apart(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout | None) -> jax.Array:
+def embed_apart(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout) -> jax.Array:
     """`embed` of i32[N, S] for a table whose width is cut over an axis that also cuts rows, as in training.
 
     Each device looks up its part of the width for all of the axis's rows, and then they trade: what travels is the
     result's size.  Left to itself the compiler gathers the table, or all rows, on every device.
     """
     table = params["embed"]
-    rows = None if layout is None else layout.spec(("batch",))[0]
-    vocab, width = (None, None) if layout is None else layout.spec(("vocab", "embed"), table.shape)
+    rows = layout.spec(("batch",))[0]
+    vocab, width = layout.spec(("vocab", "embed"), table.shape)
     if width is None or layout.ways(width) == 1 or not isinstance(rows, tuple) or rows[-1] != width:
         return embed(params, tokens, dtype, layout)
 
@@ -194,7 +202,7 @@ def token_logprobs(
     targets: jax.Array,  # i32[N, T]
     *,
     temperature: float = 1.0,
-    layout: Layout | None = None,
+    layout: Layout,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(logits / temperature) at the targets, and that distribution's entropy in nats.
 
@@ -202,11 +210,9 @@ def token_logprobs(
     the vocabulary at a time; over a mesh, each device takes its rows and its part of the vocabulary.
     """
     head = head_matrix(params, config)  # as it is kept, so that its gradient adds up in that type
-    batch, vocab, width = None, None, None
-    if layout is not None:
-        batch, (vocab, width) = layout.spec(("batch",))[0], layout.spec(("vocab", "embed"), head.shape)
-        vocab, width = (axis if layout.ways(axis) > 1 else None for axis in (vocab, width))
-        width = width if width in (batch if isinstance(batch, tuple) else (batch,)) else None
+    batch, (vocab, width) = layout.spec(("batch",))[0], layout.spec(("vocab", "embed"), head.shape)
+    vocab, width = (axis if layout.ways(axis) > 1 else None for axis in (vocab, width))
+    width = width if width in (batch if isinstance(batch, tuple) else (batch,)) else None
 
     def run(hidden, head, targets):
         logprobs, entropy = head_logprobs(
@@ -217,14 +223,12 @@ def token_logprobs(
             vocab_size=config.vocab_size,
             axis_name=vocab,
             width_axis=width,
-            implementation=platform.default(layout and layout.platform),
+            implementation=platform.default(layout.platform),
         )
         return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
 
-    if layout is not None:
-        rows = PartitionSpec(batch)
-        run = by_shard(run, layout, (rows, PartitionSpec(vocab, width), rows), rows)
-    return run(hidden, head, targets)
+    rows = PartitionSpec(batch)
+    return by_shard(run, layout, (rows, PartitionSpec(vocab, width), rows), rows)(hidden, head, targets)
 
 
 def score(params: Params, config: ModelConfig, hidden: jax.Array, valid: jax.Array) -> jax.Array:

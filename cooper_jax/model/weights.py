@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
@@ -78,7 +77,6 @@ class Loaded:
     params: Params
     head_trained: bool
     generation_config: dict[str, Any]
-    directory: Path  # the directory, or the .gguf file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +121,11 @@ def load(
     *,
     num_layers: int = 0,
     head: str = "logits",
-    layout: Layout | None = None,
+    layout: Layout,
     vocab_multiple: int = 1,
     seed: int = 0,
 ) -> Loaded:
-    """Read a model: f32 parameters, on the mesh where a layout is given.
+    """Read a model: f32 parameters, placed by the layout.
 
     num_layers: keep the first so many layers (0: all).  vocab_multiple: pad the embedding's rows (see
     ModelConfig).  seed: of the score vector, where the source has none.  Raises ValueError, naming the file
@@ -160,7 +158,7 @@ def load(
             tree["score"] = init_params(key, {"score": e.spec}, layout)["score"]
         else:
             tree[e.key] = _place(e, tensors, layout)
-    return Loaded(config, params, classifier or head == "logits", generation, path)
+    return Loaded(config, params, classifier or head == "logits", generation)
 
 
 def read_config(source: str, num_layers: int = 0) -> ModelConfig:
@@ -190,10 +188,8 @@ def _assemble(e: _Entry, tensors: sources.Tensors) -> np.ndarray:
     return out
 
 
-def _place(e: _Entry, tensors: sources.Tensors, layout: Layout | None) -> jax.Array:
+def _place(e: _Entry, tensors: sources.Tensors, layout: Layout) -> jax.Array:
     """One parameter on the devices."""
-    if layout is None:
-        return jnp.asarray(_assemble(e, tensors))
     shape = e.spec.shape
     sharding = layout.sharding(e.spec.axes, shape)
     whole = _assemble(e, tensors) if tensors.read_slice is None else None
@@ -392,6 +388,8 @@ def _write_shards(
         single = len(shards) == 1
         file = "model.safetensors" if single else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(dict(next(tensors) for _ in names), directory / file, metadata={"format": "pt"})
+        # safetensors lets the owner alone read what it writes; a file of our own has what the umask allows.
+        shutil.copymode(directory / "config.json", directory / file)
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size for _, size in sizes)}, "weight_map": files}

@@ -13,14 +13,13 @@ predict them.  Old, reference and current log-probabilities are all those of sof
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.policy.losses import AGGREGATIONS, ESTIMATORS, grpo_loss, token_weights
+from cooper_jax.policy.losses import PolicyConfig, grpo_loss, token_weights
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params, PolicyBatch, TrainState
@@ -43,7 +42,7 @@ def response_logprobs(
     temperature: float,
     dtype: jnp.dtype,
     remat: bool,
-    layout: Layout | None,
+    layout: Layout,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy (nats) of the last `width` tokens of each row, each f32[N, width].
 
@@ -65,7 +64,7 @@ def response_logprobs(
 
 def make_logprobs(
     config: ModelConfig,
-    layout: Layout | None,
+    layout: Layout,
     *,
     microbatch: int,
     dtype: str,
@@ -100,82 +99,53 @@ def make_logprobs(
 # --- updates -----------------------------------------------------------------------------------------
 
 
-def check(cfg: Any) -> None:
-    """Raise ValueError, naming the field, for a `policy` section that no update can follow."""
-    for field, options in (("kl_estimator", ESTIMATORS), ("aggregation", AGGREGATIONS)):
-        if cfg[field] not in options:
-            raise ValueError(f"policy.{field} is {cfg[field]!r}; it is one of {', '.join(options)}")
-    for field in ("epochs", "minibatches", "microbatch"):
-        if cfg[field] < 1:
-            raise ValueError(f"policy.{field} is {cfg[field]}; it must be at least 1")
-    for field in ("clip_low", "clip_high", "kl_coef", "kl_clamp"):
-        if not cfg[field] >= 0:
-            raise ValueError(f"policy.{field} is {cfg[field]}; it must be at least 0")
-    if cfg.dual_clip and not cfg.dual_clip > 1.0 + cfg.clip_high:
-        raise ValueError(
-            f"policy.dual_clip is {cfg.dual_clip}; it must exceed 1 + policy.clip_high = "
-            f"{1.0 + cfg.clip_high}, or be 0 (off)"
-        )
-
-
 def make_gradients(
     config: ModelConfig,
-    cfg: Any,
-    layout: Layout | None,
+    cfg: PolicyConfig,
+    layout: Layout,
     *,
     temperature: float,
     max_new_tokens: int,
 ) -> Callable[[Params, PolicyBatch], tuple[jax.Array, Params, Metrics]]:
     """(params, minibatch) -> (loss f32[], gradients, metrics f32[] each), for use inside jit.
 
-    Where `old_is_current` is set the old log-probabilities are this pass's own, so the ratio is exactly 1.
+    With a single update a step the policy that sampled is the one that is differentiated: the old log-probabilities
+    are then this pass's own, so the ratio is exactly 1, and `old_logprobs` is not read.
     """
-    check(cfg)
     dtype = jnp.dtype(cfg.dtype)
-    places = (
-        None if layout is None else mesh.shardings(layout, transformer.param_specs(config, head="logits"))
-    )
+    single_update = updates_per_step(cfg) == 1
+    places = mesh.shardings(layout, transformer.param_specs(config, head="logits"))
 
     def gradients(params, batch):
         mask = batch.response_mask
         weights = token_weights(mask, cfg.aggregation, max_new_tokens)
 
         def loss_fn(params, piece):
-            rows, w = piece
+            rows, row_weights = piece
             logprobs, entropy = response_logprobs(
                 params,
                 config,
-                rows["tokens"],
-                rows["valid"],
+                rows.tokens,
+                rows.valid,
                 mask.shape[1],
                 temperature=temperature,
                 dtype=dtype,
                 remat=cfg.remat,
                 layout=layout,
             )
-            m = rows["response_mask"]
-            old = jnp.where(batch.old_is_current, jax.lax.stop_gradient(logprobs), rows["old_logprobs"])
-            loss, sums = grpo_loss(logprobs, old, rows["ref_logprobs"], rows["advantages"], w, m, cfg)
+            m = rows.response_mask
+            old = jax.lax.stop_gradient(logprobs) if single_update else rows.old_logprobs
+            loss, sums = grpo_loss(logprobs, old, rows.ref_logprobs, rows.advantages, row_weights, m, cfg)
             sums["entropy"] = jnp.where(m, entropy, 0.0).sum()
-            sums["rollout_mismatch"] = jnp.where(m, jnp.abs(old - rows["rollout_logprobs"]), 0.0).sum()
+            sums["rollout_mismatch"] = jnp.where(m, jnp.abs(old - rows.rollout_logprobs), 0.0).sum()
             return loss, sums
 
-        rows = {name: getattr(batch, name) for name in ROW_FIELDS}
-        loss, grads, sums = optim.accumulate(loss_fn, params, (rows, weights), cfg.microbatch, layout, places)
+        loss, grads, sums = optim.accumulate(
+            loss_fn, params, (batch, weights), cfg.microbatch, layout, places
+        )
         return loss, grads, _finish(sums, mask, batch.advantages)
 
     return gradients
-
-
-ROW_FIELDS = (
-    "tokens",
-    "valid",
-    "response_mask",
-    "advantages",
-    "old_logprobs",
-    "ref_logprobs",
-    "rollout_logprobs",
-)
 
 
 def _finish(sums: Metrics, mask: jax.Array, advantages: jax.Array) -> Metrics:
@@ -199,20 +169,20 @@ def _finish(sums: Metrics, mask: jax.Array, advantages: jax.Array) -> Metrics:
 
 def make_update(
     config: ModelConfig,
-    cfg: Any,
+    cfg: PolicyConfig,
     opt: optim.Optimiser,
-    layout: Layout | None,
+    layout: Layout,
     *,
     temperature: float,
     max_new_tokens: int,
 ) -> Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]]:
     """The jitted (state, minibatch) -> (state, metrics); the state given is donated.
 
-    cfg: the config's `policy` section.  temperature: the rollout's.  A minibatch without any response token
+    temperature: the rollout's.  A minibatch without any response token
     moves nothing.  Metrics, f32[]: loss, pg_loss, kl (nats a token), entropy (nats a token), clip_low,
     clip_high and dual_clip (shares of tokens), ratio_mean, ratio_min, ratio_max, rollout_mismatch (mean
     absolute difference of the old log-probabilities and the sampler's), advantage_mean, advantage_abs, and
-    `optim.apply`'s grad_norm, lr and skipped.  Raises ValueError for a section out of range.
+    `optim.apply`'s grad_norm, lr and skipped.
     """
     gradients = make_gradients(config, cfg, layout, temperature=temperature, max_new_tokens=max_new_tokens)
 
@@ -221,28 +191,26 @@ def make_update(
         state, moved = optim.apply(state, grads, loss, opt, enabled=batch.response_mask.any())
         return state, metrics | moved
 
-    if layout is None:
-        return jax.jit(update, donate_argnums=0)
     places = optim.state_shardings(opt, transformer.param_specs(config, head="logits"), layout)
     return jax.jit(update, donate_argnums=0, out_shardings=(places, layout.replicated))
 
 
-def updates_per_step(cfg: Any) -> int:
-    """Optimiser updates that `train_step` makes; above 1, old log-probabilities are to be computed before."""
+def updates_per_step(cfg: PolicyConfig) -> int:
+    """Optimiser updates that `train_step` makes; above 1, `old_logprobs` must be computed before the first."""
     return cfg.epochs * cfg.minibatches
 
 
 @jax.jit
-def _take(batch: PolicyBatch, rows: jax.Array) -> PolicyBatch:
+def _take_rows(batch: PolicyBatch, rows: jax.Array) -> PolicyBatch:
     """The batch's rows at i32[n] positions."""
-    return batch.replace(**{name: getattr(batch, name)[rows] for name in ROW_FIELDS})
+    return jax.tree.map(lambda x: x[rows], batch)
 
 
 def train_step(
     state: TrainState,
     batch: PolicyBatch,
     key: jax.Array,
-    cfg: Any,
+    cfg: PolicyConfig,
     update: Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]],
 ) -> tuple[TrainState, Metrics]:
     """cfg.epochs passes over a step's rows in cfg.minibatches parts, an update each.
@@ -251,24 +219,18 @@ def train_step(
     each epoch and drawn from (key, epoch); with one part the rows stay in order.  Metrics are averaged over
     the updates, but for counts (added up) and ratio_min and ratio_max (extremes).
 
-    Raises ValueError when the parts would be uneven, and when `old_is_current` is set with several updates:
-    from the second on the ratio would still be 1, and nothing would ever be clipped.
+    Raises ValueError when the parts would be uneven.
     """
     n = batch.tokens.shape[0]
     if n % cfg.minibatches:
         raise ValueError(f"policy.minibatches = {cfg.minibatches} does not divide the step's {n} rows")
-    if updates_per_step(cfg) > 1 and bool(batch.old_is_current):
-        raise ValueError(
-            f"old_is_current is set, but policy.epochs * policy.minibatches = {updates_per_step(cfg)}: "
-            "compute old_logprobs before the first update"
-        )
     seen = []
     for epoch in range(cfg.epochs):
         if cfg.minibatches == 1:
             parts = [batch]
         else:
             order = jax.random.permutation(jax.random.fold_in(key, epoch), n).reshape(cfg.minibatches, -1)
-            parts = (_take(batch, order[i]) for i in range(cfg.minibatches))
+            parts = (_take_rows(batch, order[i]) for i in range(cfg.minibatches))
         for part in parts:
             state, metrics = update(state, part)
             seen.append(metrics)

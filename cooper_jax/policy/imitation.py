@@ -25,7 +25,7 @@ Metrics = dict[str, jax.Array]
 
 def make_update(
     config: ModelConfig,
-    layout: Layout | None,
+    layout: Layout,
     opt: optim.Optimiser,
     *,
     dtype: str,
@@ -44,7 +44,7 @@ def make_update(
     skipped.
     """
     specs = transformer.param_specs(config, head="logits")
-    places = None if layout is None else mesh.shardings(layout, specs)
+    places = mesh.shardings(layout, specs)
 
     def update(state, tokens, valid, response_mask):
         mask = response_mask[:, 1:] if response_mask.shape[1] == tokens.shape[1] else response_mask
@@ -71,8 +71,6 @@ def make_update(
         metrics = {"loss": loss, "entropy": entropy.sum(), "tokens": mask.sum().astype(jnp.float32)}
         return state, metrics | moved
 
-    if layout is None:
-        return jax.jit(update, donate_argnums=0)
     return jax.jit(
         update,
         donate_argnums=0,

@@ -14,10 +14,13 @@ Departure: the released code averages over each rank's microbatch where we norma
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from cooper_jax.settings import typed_config
 
 ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
@@ -26,6 +29,46 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
 LOG_RATIO_BOUND = 20.0
 
 Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """Settings of the policy's update: the config's `policy` section."""
+
+    dtype: str  # of the computation: float32 or bfloat16
+    remat: bool  # recompute each layer's activations in the backward pass
+    microbatch: int  # rows in one forward and backward pass
+    epochs: int  # passes over a step's rollouts
+    minibatches: int  # optimiser updates a pass
+    std_normalise: bool  # divide advantages by the group's standard deviation
+    std_eps: float
+    std_floor: float
+    aggregation: str
+    clip_low: float
+    clip_high: float
+    dual_clip: float  # 0: off
+    kl_coef: float
+    kl_estimator: str
+    kl_clamp: float  # 0: off
+
+    def __post_init__(self) -> None:
+        problems = [
+            *typed_config.find_unknown(self.kl_estimator, "policy.kl_estimator", ESTIMATORS),
+            *typed_config.find_unknown(self.aggregation, "policy.aggregation", AGGREGATIONS),
+            *typed_config.find_small(self, "policy", 1, ("epochs", "minibatches", "microbatch")),
+            *typed_config.find_small(self, "policy", 0, ("clip_low", "clip_high", "kl_coef", "kl_clamp")),
+        ]
+        if self.dual_clip and not self.dual_clip > 1.0 + self.clip_high:
+            problems.append(
+                f"policy.dual_clip={self.dual_clip}: it must exceed 1 + policy.clip_high = "
+                f"{1.0 + self.clip_high}, or be 0 (off)"
+            )
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> PolicyConfig:
+        """Read the `policy` section.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, "policy")
 
 
 def kl(logprobs: jax.Array, ref: jax.Array, estimator: str, clamp: float) -> jax.Array:
@@ -80,7 +123,7 @@ def grpo_loss(
     advantages: jax.Array,  # f32[N]
     weights: jax.Array,  # f32[N, T]
     mask: jax.Array,  # bool[N, T]
-    cfg: Any,
+    cfg: PolicyConfig,
 ) -> tuple[jax.Array, Metrics]:
     """The clipped surrogate with the KL to the reference, summed with the given weights.
 
@@ -89,7 +132,7 @@ def grpo_loss(
         l_t  = min(l_t, -A dual_clip)   where A < 0      (PPO's dual clip: Ye et al. 2020, arXiv 1912.09729)
         loss = sum_t w_t (l_t + kl_coef KL_t)            (arXiv 2402.03300, eq. 3, negated)
 
-    cfg: the config's `policy` section.  kl_coef 0 leaves the reference out of the loss altogether.
+    kl_coef 0 leaves the reference out of the loss altogether.
 
     Returns (loss f32[], sums over the masked tokens): loss and pg_loss are weighted sums; kl, ratio,
     clip_low, clip_high and dual_clip plain ones (the clips count tokens whose clipped branch is the one in

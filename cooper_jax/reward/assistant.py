@@ -16,12 +16,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-from ml_collections import ConfigDict
-
 from cooper_jax.data import prompts
 from cooper_jax.reward import chat as chats
 from cooper_jax.reward import corruption
-from cooper_jax.reward.chat import Chat, Failure, Generate, Ids, Messages, Reply
+from cooper_jax.reward.chat import Chat, ChatConfig, Failure, Generate, Ids, Messages, Reply
 from cooper_jax.runtime import keys
 from cooper_jax.types import Completion, Problem
 
@@ -44,19 +42,15 @@ class Assistant(Protocol):
     def close(self) -> None: ...
 
 
-def make(cfg: ConfigDict, generate: Generate | None = None) -> Assistant:
-    """The assistant of a config's `assistant` section.
+def make(cfg: ChatConfig, generate: Generate | None = None) -> Assistant:
+    """The assistant of these settings.
 
     Args:
       generate: for `local`: conversations and their ids -> completions.
 
-    Raises ValueError, with the flag to set, for an unknown kind or a missing address, model or generate.
+    Raises what chat.make does.
     """
-    if cfg.kind == "corrupt":
-        return Corrupt()
-    if cfg.kind not in ("openai", "local"):
-        raise ValueError(f"--config.assistant.kind={cfg.kind!r}: must be corrupt, openai or local")
-    return Asking(chats.make(cfg, "assistant", generate))
+    return Corrupt() if cfg.kind == "corrupt" else Asking(chats.make(cfg, generate))
 
 
 def read_reply(completion: Completion) -> Reply:
@@ -87,7 +81,10 @@ class Corrupt:
 
     def _one(self, request: Request) -> Reply:
         seed, *ids = request.ids
-        text = corruption.corrupt(request.positive, keys.numpy_stream(seed, "corruption", *ids))
+        try:
+            text = corruption.corrupt(request.positive, keys.numpy_stream(seed, "corruption", *ids))
+        except ValueError:  # Python reads no integer of over 4,300 digits, and the policy may write one
+            text = None
         return Failure("nothing to change") if text is None else Completion(text)
 
     def close(self) -> None:

@@ -29,7 +29,9 @@ from typing import Any, Protocol
 import httpx
 from ml_collections import ConfigDict
 
+from cooper_jax.data.sources import replace_surrogates
 from cooper_jax.runtime import keys
+from cooper_jax.settings import typed_config
 from cooper_jax.types import Completion
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,104 @@ class Failure:
         return self.reason in ("connection", "http_401", "http_403", "http_404")
 
 
+@dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """Settings of a language model that is asked: the config's section `assistant`, `judge` or `source`."""
+
+    name: str  # the section's; also the stream of random bits
+    kind: str  # openai or local; the assistant's may be corrupt
+    url: str  # openai: the server's base address
+    model: str  # openai: the model's name there
+    key_env: str  # the environment variable that holds the key; "": none
+    concurrency: int  # requests at a time
+    timeout: float  # seconds a request
+    retries: int
+    thinking: str  # on, off or ""
+    max_prompt_tokens: int  # local: longer conversations are refused; 0: as many as the model was trained for
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+    def __post_init__(self) -> None:
+        kinds = ("corrupt", "openai", "local") if self.name == "assistant" else ("openai", "local")
+        problems = []
+        if self.kind not in kinds:
+            problems.append(f"{self.name}.kind={self.kind!r}: it must be one of {', '.join(kinds)}")
+        if self.thinking not in _THINKING:
+            problems.append(f"{self.name}.thinking={self.thinking!r}: it must be on, off or empty")
+        if self.kind == "openai":
+            problems += self._find_server_problems()
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict, name: str) -> ChatConfig:
+        """Read a section; name: assistant, judge or source.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, name, name=name)
+
+    @property
+    def address(self) -> str:
+        """The server's address for chat completions."""
+        return self.url.rstrip("/") + "/chat/completions"
+
+    @property
+    def template_variables(self) -> dict[str, bool]:
+        """Variables of the chat template: whether to think, where the section says so."""
+        return _THINKING[self.thinking]
+
+    def read_key(self) -> str:
+        """The key in the environment variable `key_env`; "" where there is none."""
+        return os.environ.get(self.key_env, "").strip() if self.key_env else ""
+
+    def _find_server_problems(self) -> list[str]:
+        """Messages for the settings of a server that cannot be asked."""
+        problems = [
+            f"{self.name}.kind=openai: set --config.{self.name}.{field}"
+            for field, value in (("url", self.url), ("model", self.model))
+            if not value
+        ]
+        problems += typed_config.find_small(self, self.name, 1, ("concurrency",))
+        problems += typed_config.find_small(self, self.name, 0, ("retries",))
+        if not self.timeout > 0:
+            problems.append(f"{self.name}.timeout={self.timeout}: it must be positive")
+        if self.url:
+            problems += self._find_url_problems()
+
+        key = self.read_key()
+        if not (key.isascii() and key.isprintable()) and key:
+            problems.append(f"the environment variable {self.key_env} holds characters that no key has")
+        # A server on one's own machine or network mostly has no key; one behind TLS has.
+        if not key and self.key_env and self.url.startswith("https://"):
+            problems.append(
+                f"{self.name}.url={self.url}: the environment variable {self.key_env} holds no key: set it, name "
+                f"another with --config.{self.name}.key_env, or say that the server needs none with "
+                f'--config.{self.name}.key_env=""'
+            )
+        return problems
+
+    def _find_url_problems(self) -> list[str]:
+        """A message for an address that cannot be asked."""
+        where = f"{self.name}.url={self.url!r}"
+        if not self.url.startswith(("http://", "https://")):
+            return [f"{where}: it must begin with http:// or https://"]
+        try:
+            address = httpx.URL(self.address)
+        except httpx.InvalidURL as error:
+            return [f"{where}: {error}"]
+        if not address.host:
+            return [f"{where}: it names no host"]
+        if address.userinfo:  # addresses are printed, and kept in settings
+            return [
+                f"{self.name}.url holds a name or a password: give the key in the environment variable that "
+                f"--config.{self.name}.key_env names"
+            ]
+        return []
+
+
+_THINKING: dict[str, dict[str, bool]] = {
+    "": {},
+    "on": {"enable_thinking": True},
+    "off": {"enable_thinking": False},
+}
 Reply = Completion | Failure
 Generate = Callable[[Sequence[Messages], Sequence[Ids]], list[Reply]]
 
@@ -68,34 +168,21 @@ class Chat(Protocol):
     def close(self) -> None: ...
 
 
-def make(section: ConfigDict, name: str, generate: Generate | None = None) -> Chat:
-    """The model of a config's section called `name`.
+def make(cfg: ChatConfig, generate: Generate | None = None) -> Chat:
+    """The language model of these settings.
 
     Args:
       generate: for `local`: conversations and their ids -> replies.
 
-    Raises ValueError, with the flag to set, for an unknown kind or a missing address, model or generate.
+    Raises ValueError for a local model without `generate`, and for a key that no server takes.
     """
-    thinking(section, name)
-    if section.kind == "openai":
-        return OpenAI(section, name)
-    if section.kind == "local":
+    if cfg.kind == "openai":
+        return OpenAI(cfg)
+    if cfg.kind == "local":
         if generate is None:
-            raise ValueError(f"--config.{name}.kind=local: this program has no rollout engine to run it on")
-        return Local(generate, name)
-    raise ValueError(f"--config.{name}.kind={section.kind!r}: must be openai or local")
-
-
-def thinking(section: ConfigDict, name: str) -> dict[str, bool]:
-    """What a chat template is told about thinking: nothing, where the section says nothing."""
-    choices: dict[str, dict[str, bool]] = {
-        "": {},
-        "on": {"enable_thinking": True},
-        "off": {"enable_thinking": False},
-    }
-    if section.thinking not in choices:
-        raise ValueError(f"--config.{name}.thinking={section.thinking!r}: must be on, off or empty")
-    return choices[section.thinking]
+            raise ValueError(f"{cfg.name}.kind=local: this program has no rollout engine to run it on")
+        return Local(generate, cfg.name)
+    raise ValueError(f"{cfg.name}.kind={cfg.kind!r}: it is no language model")
 
 
 # --- local -------------------------------------------------------------------------------------------------
@@ -131,7 +218,7 @@ LARGEST_BODY = 8 << 20  # bytes of a response
 
 
 class OpenAI:
-    """A server that speaks OpenAI's chat completions; `section` is the config's, called `name`.
+    """A server that speaks OpenAI's chat completions.
 
     At most `concurrency` requests are under way at a time.  Connection errors, 429 and 5xx are tried again up to
     `retries` times, after the server's Retry-After or an exponential back-off with jitter; a request that takes
@@ -141,44 +228,22 @@ class OpenAI:
 
     overlaps = True
 
-    def __init__(self, section: ConfigDict, name: str):
-        for field in ("url", "model"):
-            if not section[field]:
-                raise ValueError(f"--config.{name}.kind=openai: set --config.{name}.{field}")
-        if not section.url.startswith(("http://", "https://")):
-            raise ValueError(f"--config.{name}.url={section.url!r}: must begin with http:// or https://")
-        for field, least in (("concurrency", 1), ("retries", 0)):
-            if section[field] < least:
-                raise ValueError(f"--config.{name}.{field}={section[field]}: must be at least {least}")
-        if section.timeout <= 0:
-            raise ValueError(f"--config.{name}.timeout={section.timeout}: must be positive")
-        self.name = name
-        self._cfg = section
-        self.address = section.url.rstrip("/") + "/chat/completions"
-        try:
-            named = httpx.URL(self.address).host
-        except httpx.InvalidURL as error:
-            raise ValueError(f"--config.{name}.url={section.url!r}: {error}") from error
-        if not named:
-            raise ValueError(f"--config.{name}.url={section.url!r}: names no host")
-        if httpx.URL(self.address).userinfo:  # addresses are printed, and kept in settings
-            raise ValueError(
-                f"--config.{name}.url holds a name or a password: give the key in the environment variable "
-                f"that --config.{name}.key_env names"
-            )
-        variable = section.key_env
-        key = os.environ[variable].strip() if variable and variable in os.environ else ""
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError(f"the environment variable {variable} holds characters that no key has")
+    def __init__(self, cfg: ChatConfig):
+        self.name = cfg.name
+        self.address = cfg.address
+        self._cfg = cfg
+
+        key = cfg.read_key()
+
         # Servers that do not know the field may refuse it, so it is sent only where it says something.
-        told = thinking(section, name)
+        told = cfg.template_variables
         self._extra = {"chat_template_kwargs": told} if told else {}
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=section.timeout,
-            limits=httpx.Limits(max_connections=section.concurrency),
+            timeout=cfg.timeout,
+            limits=httpx.Limits(max_connections=cfg.concurrency),
         )
-        self._threads = concurrent.futures.ThreadPoolExecutor(section.concurrency, thread_name_prefix=name)
+        self._threads = concurrent.futures.ThreadPoolExecutor(cfg.concurrency, thread_name_prefix=cfg.name)
         self._closing = threading.Event()
 
     def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
@@ -225,7 +290,7 @@ class OpenAI:
         rng = keys.numpy_stream(seed, self.name, *rest)
         body = {
             "model": self._cfg.model,
-            "messages": [{"role": role, "content": _sendable(text)} for role, text in messages],
+            "messages": [{"role": role, "content": replace_surrogates(text)} for role, text in messages],
             "max_tokens": self._cfg.max_new_tokens,
             "temperature": self._cfg.temperature,
             "top_p": self._cfg.top_p,
@@ -267,11 +332,6 @@ class OpenAI:
         return Failure(f"http_{status}"), status == 429 or status >= 500, asked
 
 
-def _sendable(text: str) -> str:
-    """Lone surrogates cannot be sent."""
-    return text.encode(errors="replace").decode()
-
-
 def _read_chat(content: bytes) -> Reply:
     """The first choice of a chat completion."""
     try:
@@ -285,7 +345,8 @@ def _read_chat(content: bytes) -> Reply:
         return Failure("empty")
     if not isinstance(text, str) or not isinstance(tokens, int):
         return Failure("nonsense")
-    return Completion(text, truncated, tokens)
+    # A server that cuts a reply inside an emoji may send half of a surrogate pair.
+    return Completion(replace_surrogates(text), truncated, tokens)
 
 
 def _retry_after(header: str) -> float | None:

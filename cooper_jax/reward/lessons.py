@@ -18,8 +18,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.runtime import keys
 from cooper_jax.types import Completion, Problem, Triple, Verdict
 
@@ -50,8 +50,8 @@ class Replay:
         )
 
 
-def most_rows(cfg: ConfigDict) -> int:
-    """How many rows an update reads at most; 0 without the term.  cfg: the config's `reward` section."""
+def most_rows(cfg: RewardUpdateConfig) -> int:
+    """The number of rows that an update reads at most; 0 without the term."""
     return cfg.rollout_rows + (cfg.replay_rows if cfg.replay else 0) if cfg.rollout_bce else 0
 
 
@@ -61,7 +61,7 @@ def choose(
     verdicts: Sequence[Verdict],
     scores: np.ndarray,
     replay: Replay,
-    cfg: ConfigDict,
+    cfg: RewardUpdateConfig,
     *,
     seed: int,
     step: int,
@@ -70,8 +70,7 @@ def choose(
     """The labelled rows of a step, and what is remembered after it.
 
     problems, completions, verdicts, scores: [N], each row's own; scores are the reward model's rewards f32[N]
-    before its update.  cfg: the config's `reward` section; position: the step's first.  Without `rollout_bce`
-    there is no row.
+    before its update.  position: the step's first.  Without `rollout_bce` there is no row.
     """
     if not cfg.rollout_bce:
         return [], replay

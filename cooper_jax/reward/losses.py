@@ -4,7 +4,6 @@ z is a member's logit and p = sigmoid(z) its reward; + and - mark the positive a
 
     L(z+, z-) =  pair_weight  * -log sigmoid(s+ - s-)                           the contrast, s = z or s = p
                + pair_bce     * (-log p+ - log(1 - p-)) / 2                     pointwise, the mean of the members
-               + common_mode  * ((z+ + z-) / 2)^2                               keeps what both share from drifting
 
 and gradient descent pushes its members by -dL/dz+ and -dL/dz-.  Any two pushes are a *common* one, which moves what
 both members share (a style, a shortcut), and a *difference*, which moves what sets them apart (the answer):
@@ -15,26 +14,78 @@ both members share (a style, a shortcut), and a *difference*, which moves what s
     contrast on logits        -g                        g                        0
     contrast on rewards       -g p+ (1 - p+)            g p- (1 - p-)            g (p+ (1 - p+) - p- (1 - p-)) / 2
     pointwise                 -(1 - p+) / 2             p- / 2                   (1 - p+ - p-) / 4
-    common mode               (z+ + z-) / 2             (z+ + z-) / 2            -(z+ + z-) / 2
 
 with g = sigmoid(s- - s+).  So a contrast on logits cannot unlearn a shortcut that stands in both members, and is
 content when their answers tell them apart; one on rewards moves the common mode down where the positive is the less
 free to move (p+ nearer to 1 than p-), up where the negative is, and not at all where both are saturated; the
-pointwise term pulls p+ + p- to 1 whatever the saturation of a wrong member; the penalty pulls z+ + z- to 0.
+pointwise term pulls p+ + p- to 1 whatever the saturation of a wrong member.
 
 Sources: the contrast is Cooper's (arXiv 2508.05613), on logits as its released code has it; the pointwise term is
-the cross-entropy that VerifyRM is trained with there, here on the members of pairs (ours); the penalty (ours) is
-kin to the regularisation of a reward model's sum over a pair by Eisenstein et al. (arXiv 2312.09244).
+the cross-entropy that VerifyRM is trained with there, here on the members of pairs (ours).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from cooper_jax.settings import typed_config
 
 PAIR_LOSSES = ("logit", "sigmoid")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardUpdateConfig:
+    """Settings of the reward model's updates: fields of the config's `reward` section."""
+
+    dtype: str  # of the computation: float32 or bfloat16
+    remat: bool  # recompute each layer's activations in the backward pass
+    microbatch: int  # pairs, or rows, in one forward and backward pass
+    pair_loss: str  # the contrast: one of PAIR_LOSSES
+    pair_weight: float  # of the contrast
+    pair_bce: float  # weight of cross-entropy on the members of pairs
+    rollout_bce: float  # weight of cross-entropy on rollouts that the rule decides
+    rollout_rows: int  # of them, so many of a step at most
+    replay: int  # past decided rollouts that are kept, of each class
+    replay_rows: int  # of them, so many join each update's rollouts
+    updates: int  # a policy step
+    warm_start: int  # updates before the first policy step
+
+    def __post_init__(self) -> None:
+        weights = ("pair_weight", "pair_bce", "rollout_bce")
+        counts = ("rollout_rows", "replay", "replay_rows", "warm_start")
+        problems = [
+            *typed_config.find_unknown(self.pair_loss, "reward.pair_loss", PAIR_LOSSES),
+            *typed_config.find_small(self, "reward", 1, ("microbatch", "updates")),
+            *typed_config.find_small(self, "reward", 0, (*weights, *counts)),
+        ]
+
+        if self.rollout_bce and self.rollout_rows + (self.replay_rows if self.replay else 0) < 1:
+            problems.append(
+                f"reward.rollout_rows={self.rollout_rows}: reward.rollout_bce={self.rollout_bce} needs rows; set "
+                "--config.reward.rollout_rows=64"
+            )
+        # Replayed rows are read by the term rollout_bce alone.
+        if bool(self.replay) != bool(self.replay_rows) or (self.replay and not self.rollout_bce):
+            problems.append(
+                f"reward.replay={self.replay}, reward.replay_rows={self.replay_rows}, "
+                f"reward.rollout_bce={self.rollout_bce}: what is kept is shown again in the term rollout_bce; set "
+                "all three, or neither of the first two"
+            )
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> RewardUpdateConfig:
+        """Read the `reward` section.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, "reward")
+
+    @property
+    def reads_pairs(self) -> bool:
+        """True where a term of the update is computed from pairs."""
+        return bool(self.pair_weight or self.pair_bce)
 
 
 def rewards(z: jax.Array) -> jax.Array:
@@ -63,7 +114,7 @@ def pair_loss(z_pos: jax.Array, z_neg: jax.Array, kind: str) -> jax.Array:
 
     Gradients: the module's table.  Raises ValueError for another kind.
     """
-    check(kind)
+    typed_config.raise_problems(typed_config.find_unknown(kind, "reward.pair_loss", PAIR_LOSSES))
     if kind == "logit":
         return -jax.nn.log_sigmoid(z_pos - z_neg)
     return -jax.nn.log_sigmoid(rewards(z_pos) - rewards(z_neg))
@@ -74,28 +125,28 @@ def member_loss(z_pos: jax.Array, z_neg: jax.Array) -> jax.Array:
     return -(jax.nn.log_sigmoid(z_pos) + jax.nn.log_sigmoid(-z_neg)) / 2
 
 
-def common_loss(z_pos: jax.Array, z_neg: jax.Array) -> jax.Array:
-    """The penalty on each pair's common mode, ((z_pos + z_neg) / 2)^2: f32[B] of f32[B] logits."""
-    return jnp.square((z_pos + z_neg) / 2)
-
-
-def pair_terms(z_pos: jax.Array, z_neg: jax.Array, cfg: Any) -> dict[str, tuple[float, jax.Array]]:
+def pair_terms(
+    z_pos: jax.Array, z_neg: jax.Array, cfg: RewardUpdateConfig
+) -> dict[str, tuple[float, jax.Array]]:
     """The terms that weigh something, by the names of their metrics: (weight, f32[B]).
 
-    cfg: the config's `reward` section.  What weighs nothing is not computed.
+    What weighs nothing is not computed.
     """
     terms = {}
     if cfg.pair_weight:
         terms["pair_loss"] = cfg.pair_weight, pair_loss(z_pos, z_neg, cfg.pair_loss)
     if cfg.pair_bce:
         terms["pair_bce"] = cfg.pair_bce, member_loss(z_pos, z_neg)
-    if cfg.common_mode:
-        terms["common_mode"] = cfg.common_mode, common_loss(z_pos, z_neg)
     return terms
 
 
-def pair_gradients(z_pos: jax.Array, z_neg: jax.Array, cfg: Any) -> tuple[jax.Array, jax.Array]:
-    """(dL/dz_pos, dL/dz_neg) of each pair's whole loss, f32[B] each: the module's table, weighted."""
+def pair_gradients(
+    z_pos: jax.Array, z_neg: jax.Array, cfg: RewardUpdateConfig
+) -> tuple[jax.Array, jax.Array]:
+    """(dL/dz_pos, dL/dz_neg) of each pair's whole loss, f32[B] each: the module's table, weighted.
+
+    jax.grad of `pair_terms` differs by rounding (up to 7e-7); the table keeps logged pushes the same bit for bit.
+    """
     p_pos, p_neg = rewards(z_pos), rewards(z_neg)
     if cfg.pair_loss == "logit":
         g = cfg.pair_weight * rewards(z_neg - z_pos)
@@ -103,11 +154,4 @@ def pair_gradients(z_pos: jax.Array, z_neg: jax.Array, cfg: Any) -> tuple[jax.Ar
     else:
         g = cfg.pair_weight * rewards(p_neg - p_pos)
         d_pos, d_neg = -g * p_pos * (1 - p_pos), g * p_neg * (1 - p_neg)
-    shared = cfg.common_mode * (z_pos + z_neg) / 2
-    return d_pos - cfg.pair_bce * (1 - p_pos) / 2 + shared, d_neg + cfg.pair_bce * p_neg / 2 + shared
-
-
-def check(kind: str) -> None:
-    """Raise ValueError for a contrast that is none of PAIR_LOSSES."""
-    if kind not in PAIR_LOSSES:
-        raise ValueError(f"reward.pair_loss is {kind!r}; it is one of {', '.join(PAIR_LOSSES)}")
+    return d_pos - cfg.pair_bce * (1 - p_pos) / 2, d_neg + cfg.pair_bce * p_neg / 2

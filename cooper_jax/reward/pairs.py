@@ -1,21 +1,20 @@
 """Contrastive pairs: a verified positive and a negative of the same problem.
 
 `pairs.negatives` says where a prompt's slots take their negatives from, in turn; the k-th slot of a kind takes the
-k-th positive and, of `mined`, the k-th negative.
+k-th positive.
 
 1. Positives: of a prompt's rows that are verified correct and not truncated, up to `per_prompt` are drawn without
    replacement, by (seed, step, the prompt's position in the data order) alone.
 2. `assistant` rewrites all of them in one batch.  It is not asked about prompts without a positive.
    `swap` keeps the positive's text and puts it beside another reference of the batch: nothing but the reference
-   sets the members apart.  `mined` takes positives from the lowest reward upwards, and of the rows that the rule
-   finds WRONG, or finds no answer in, the highest reward downwards, as they are: a shortcut then differs within the
-   pair.  `own_answer` takes rows that the rule finds WRONG and that mark an answer, the highest reward downwards: a
-   negative is such a row as it is, the positive the same text beside the answer that it gives itself.  What the
-   policy does to be liked then stands in both members, and only the match decides; and there are such pairs even
-   where no row is correct.  (All three are ours.)
+   sets the members apart.  `own_answer` takes rows that the rule finds WRONG and that mark an answer, the highest
+   reward downwards: a negative is such a row as it is, the positive the same text beside the answer that it gives
+   itself.  What the policy does to be liked then stands in both members, and only the match decides; and there are
+   such pairs even where no row is correct.  (Both are ours.)
 3. Each rewrite passes the gates of `refusal_of`, the last of which is the rule: it must find the negative WRONG
    against the *reference*; so it must a swapped one against that one, and find a text correct beside its own
-   answer.  Slots that fail are tried again, up to `tries` times in all, then masked and counted.
+   answer, which must be short enough to be a reference (else `too_long`).  Slots that fail are tried again, up to
+   `tries` times in all, then masked and counted.
 
 Both members render alike but for their text: a rewrite's outer whitespace is replaced by its positive's.
 
@@ -40,6 +39,7 @@ from cooper_jax.reward import rule_reading
 from cooper_jax.reward.assistant import Assistant, Failure, Reply, Request
 from cooper_jax.reward.rule import RuleVerifier
 from cooper_jax.runtime import keys
+from cooper_jax.settings import typed_config
 from cooper_jax.types import Completion, Pair, Problem, Verdict
 
 # Refusals, and talk about the task: a solution does neither, and a reward model would learn the phrase.
@@ -50,13 +50,37 @@ _REFUSAL = re.compile(
     r"|\b(?:rewritten|modified) (?:solution|version)\b",
     re.IGNORECASE,
 )
-SCORED = {"mined", "own_answer"}  # sources that choose by the reward model's scores
+NEGATIVES = ("assistant", "own_answer", "swap")  # sources of negatives
 _UNDECIDED = {
     Verdict.CORRECT: "not_wrong",
     Verdict.NO_ANSWER: "unparseable",
     Verdict.UNRECOGNISED: "unrecognised",
     Verdict.TIMEOUT: "rule_timeout",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig:
+    """Settings of contrastive pairs: the config's `pairs` section."""
+
+    per_prompt: int  # pairs a prompt, at most
+    negatives: tuple[str, ...]  # sources of negatives, in turn
+    tries: int  # requests to the assistant, or references, before a pair is masked
+    length_ratio: float  # a rewrite is at most this much longer or shorter than its positive (characters)
+
+    def __post_init__(self) -> None:
+        problems = typed_config.find_small(self, "pairs", 1, ("per_prompt", "tries", "length_ratio"))
+        if not self.negatives or not set(self.negatives) <= set(NEGATIVES):
+            problems.append(
+                f"pairs.negatives={self.negatives}: it names one or more of {', '.join(NEGATIVES)}, as in "
+                "--config.pairs.negatives=\"('assistant','swap')\""
+            )
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> PairsConfig:
+        """Read the `pairs` section.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, "pairs", negatives=tuple(section.negatives))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +126,14 @@ def build(
     group_size: int,
     assistant: Assistant | None,
     rule: RuleVerifier,
-    cfg: ConfigDict,
+    cfg: PairsConfig,
     *,
     seed: int,
     step: int,
     positions: Sequence[int] | None = None,
     scores: np.ndarray | None = None,
     exchange: bool = False,
+    fits: Callable[[str], bool] | None = None,
 ) -> PairResult:
     """Pairs for one step.
 
@@ -116,10 +141,11 @@ def build(
       problems: [B].
       completions, verdicts: [N], prompt-major.
       assistant: None gives no pairs at all where `cfg.negatives` names it.
-      cfg: the config's `pairs` section.
       positions: [B], each prompt's position in the data order; by default its place in the batch.
-      scores: f32[N], the reward model's rewards, for the sources in SCORED.
+      scores: f32[N], the reward model's rewards; `own_answer` chooses by them.
       exchange: mark each pair as exchanged or not, by a coin (a control).
+      fits: whether an answer, as a reference, leaves the reward model's input room for question and completion; by
+        default any does.
 
     Returns the pairs, the same whatever order verdicts and replies arrived in.
     """
@@ -128,15 +154,9 @@ def build(
             f"{len(problems)} problems of {group_size} samples need {len(problems) * group_size} rows; there are "
             f"{len(completions)} completions and {len(verdicts)} verdicts"
         )
-    if cfg.per_prompt < 1 or cfg.tries < 1 or cfg.length_ratio < 1.0:
-        raise ValueError(
-            f"--config.pairs: per_prompt={cfg.per_prompt}, tries={cfg.tries}, length_ratio={cfg.length_ratio}: "
-            "each must be at least 1"
-        )
-    if (named := SCORED & set(cfg.negatives)) and scores is None:
-        raise ValueError(
-            f"--config.pairs.negatives names {' and '.join(sorted(named))}, which needs the reward model's scores"
-        )
+    scored = "own_answer" in cfg.negatives
+    if scored and scores is None:
+        raise ValueError("--config.pairs.negatives names own_answer, which needs the reward model's scores")
     if assistant is None and "assistant" in cfg.negatives:
         return PairResult([], collections.Counter())
     where = list(positions) if positions is not None else list(range(len(problems)))
@@ -144,14 +164,14 @@ def build(
     for b, problem in enumerate(problems):
         rows = range(b * group_size, (b + 1) * group_size)
         rng = keys.numpy_stream(seed, "pairs", step, where[b])
-        ranked = _rank(rows, completions, verdicts, rng, scores if SCORED & set(cfg.negatives) else None)
+        ranked = _rank(rows, completions, verdicts, rng, scores if scored else None)
         for source, k in _kinds(cfg):
             slot = _slot(problem, source, k, ranked, completions, where[b] * group_size - rows.start)
             if source == "swap" and slot.row is not None:
                 slot.others, slot.reason = _others(problem, problems, seed, step, slot.place), "no_other"
             slots.append(slot)
     open_slots = [slot for slot in slots if slot.row is not None]
-    _beside_own_answers([slot for slot in open_slots if slot.source == "own_answer"], rule)
+    _beside_own_answers([slot for slot in open_slots if slot.source == "own_answer"], rule, fits)
     requests = _try(
         [slot for slot in open_slots if slot.source in ("assistant", "swap")],
         assistant, rule, cfg, seed=seed, step=step,
@@ -162,7 +182,7 @@ def build(
     return PairResult(pairs, collections.Counter(s.reason for s in slots if s.negative is None), requests)
 
 
-def _kinds(cfg: ConfigDict) -> list[tuple[str, int]]:
+def _kinds(cfg: PairsConfig) -> list[tuple[str, int]]:
     """(source, how many slots before it have the same one) of a prompt's slots, in turn."""
     sources = [cfg.negatives[i % len(cfg.negatives)] for i in range(cfg.per_prompt)]
     return [(source, sources[:i].count(source)) for i, source in enumerate(sources)]
@@ -173,9 +193,7 @@ class _Ranked:
     """A prompt's rows, in the orders that sources take them in."""
 
     drawn: Sequence[int]  # verified correct and whole, at random
-    disliked: Sequence[int] = ()  # the same, the lowest reward first
-    liked: Sequence[int] = ()  # wrong or without an answer, the highest reward first
-    answering: Sequence[int] = ()  # of these, the wrong ones that are whole and mark an answer
+    answering: Sequence[int] = ()  # wrong, whole and marking an answer, the highest reward first
 
 
 def _rank(
@@ -185,18 +203,16 @@ def _rank(
     rng: np.random.Generator,
     scores: np.ndarray | None,
 ) -> _Ranked:
-    """scores: None leaves out the orders by reward."""
+    """scores: None leaves out the order by reward."""
     good = [n for n in rows if verdicts[n] == Verdict.CORRECT and not completions[n].truncated]
     drawn = [good[i] for i in rng.permutation(len(good))]
     if scores is None:
         return _Ranked(drawn)
-    bad = (n for n in rows if verdicts[n] in (Verdict.WRONG, Verdict.NO_ANSWER))
-    liked = sorted(bad, key=lambda n: -scores[n])  # stable: ties by row
     answering = [
-        n for n in liked
+        n for n in rows
         if verdicts[n] == Verdict.WRONG and not completions[n].truncated and answer_of(completions[n].text)
     ]  # fmt: skip
-    return _Ranked(drawn, sorted(good, key=lambda n: scores[n]), liked, answering)
+    return _Ranked(drawn, sorted(answering, key=lambda n: -scores[n]))  # stable: ties by row
 
 
 def _slot(
@@ -206,23 +222,18 @@ def _slot(
 
     offset: from a row in the batch to its place in the data order.
     """
-    rows = {"mined": ranked.disliked, "own_answer": ranked.answering}.get(source, ranked.drawn)
+    own = source == "own_answer"
+    rows = ranked.answering if own else ranked.drawn
     if k >= len(rows):
-        missing = "no_wrong" if source == "own_answer" else "no_positive"
-        return _Slot(problem, None, "", 0, source, reason=missing)
-    slot = _Slot(problem, rows[k], completions[rows[k]].text, rows[k] + offset, source)
-    if source == "mined":
-        found = k < len(ranked.liked)
-        slot.negative = completions[ranked.liked[k]].text if found else None
-        slot.reason = "" if found else "no_wrong"
-    return slot
+        return _Slot(problem, None, "", 0, source, reason="no_wrong" if own else "no_positive")
+    return _Slot(problem, rows[k], completions[rows[k]].text, rows[k] + offset, source)
 
 
 def _try(
     slots: Sequence[_Slot],
     assistant: Assistant | None,
     rule: RuleVerifier,
-    cfg: ConfigDict,
+    cfg: PairsConfig,
     *,
     seed: int,
     step: int,
@@ -259,8 +270,21 @@ def _others(problem: Problem, problems: Sequence[Problem], seed: int, step: int,
     return [found[i] for i in order]
 
 
-def _beside_own_answers(slots: Sequence[_Slot], rule: RuleVerifier) -> None:
-    """Fills each slot, whose text the rule finds WRONG, or says why the text beside its own answer is not right."""
+def _beside_own_answers(
+    slots: Sequence[_Slot], rule: RuleVerifier, fits: Callable[[str], bool] | None
+) -> None:
+    """Fills each slot, whose text the rule finds WRONG, or says why the text beside its own answer is not right.
+
+    An answer that does not fit as a reference is refused first: the policy wrote it, it may be hundreds of digits
+    long, and a reference is never cut.
+    """
+    short = []
+    for slot in slots:
+        if fits is None or fits(answer_of(slot.positive)):
+            short.append(slot)
+        else:
+            slot.reason = "too_long"
+    slots = short
     answers = [answer_of(slot.positive) for slot in slots]
     items = [(answer, slot.positive) for answer, slot in zip(answers, slots, strict=True)]
     verdicts = rule.check(items) if items else []
@@ -357,13 +381,14 @@ def start(
     group_size: int,
     assistant: Assistant | None,
     rule: RuleVerifier,
-    cfg: ConfigDict,
+    cfg: PairsConfig,
     *,
     seed: int,
     step: int,
     positions: Sequence[int] | None = None,
     scores: np.ndarray | None = None,
     exchange: bool = False,
+    fits: Callable[[str], bool] | None = None,
 ) -> PendingPairs:
     """`build` in a thread, so that devices need not wait for the assistant; the pairs are the same.
 
@@ -373,7 +398,7 @@ def start(
     return PendingPairs(
         lambda: build(
             problems, completions, verdicts, group_size, assistant, rule, cfg,
-            seed=seed, step=step, positions=positions, scores=scores, exchange=exchange,
+            seed=seed, step=step, positions=positions, scores=scores, exchange=exchange, fits=fits,
         ),
         overlaps=assistant is not None and assistant.overlaps,
     )  # fmt: skip

@@ -30,9 +30,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
+from cooper_jax.runtime import hosts
+from cooper_jax.settings import typed_config
 from cooper_jax.types import Verdict
 
 Item = tuple[str, str]  # reference, completion text
@@ -44,6 +48,34 @@ WORKER = (
 )  # -P: our modules stay off its path
 START_LIMIT = 120.0  # seconds for a process to import math-verify, on a busy machine
 REMEMBERED = 1 << 16  # verdicts kept
+QUESTION = ("4", "So the answer is \\boxed{4}.")  # correct: the first question of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleConfig:
+    """Settings of the rule verifier's processes: the config's `rule` section."""
+
+    workers: int  # processes
+    timeout: float  # seconds a verdict, before the process is killed
+    retry_timeout: float  # seconds of the one further try, alone
+    memory_mb: int  # address space of one process in MiB; 0 sets no limit
+
+    def __post_init__(self) -> None:
+        problems = [
+            *typed_config.find_small(self, "rule", 1, ("workers",)),
+            *typed_config.find_small(self, "rule", 0, ("memory_mb",)),
+        ]
+        if not 0 < self.timeout <= self.retry_timeout:
+            problems.append(
+                f"rule.timeout={self.timeout}, rule.retry_timeout={self.retry_timeout}: both must be positive, and "
+                "the second try not the shorter one"
+            )
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> RuleConfig:
+        """Read the `rule` section.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, "rule")
 
 
 @dataclasses.dataclass
@@ -78,33 +110,13 @@ class Pending:
 class RuleVerifier:
     """A pool of math-verify processes, started when first needed; a context manager.
 
-    Args:
-      workers: processes.
-      timeout: seconds a verdict, before the process is killed.
-      retry_timeout: seconds of the one further try, alone.
-      memory_mb: address space of one process in MiB; 0 sets no limit.
-      command: what to run as a worker; the memory limit is appended as its last argument.
+    command: what to run as a worker; the memory limit is appended as its last argument.
     """
 
-    def __init__(
-        self,
-        workers: int,
-        timeout: float,
-        retry_timeout: float,
-        memory_mb: int,
-        command: Sequence[str] = WORKER,
-    ):
-        for name, value, least in (("workers", workers, 1), ("memory_mb", memory_mb, 0)):
-            if value < least:
-                raise ValueError(f"--config.rule.{name}={value}: must be at least {least}")
-        if not 0 < timeout <= retry_timeout:
-            raise ValueError(
-                f"--config.rule.timeout={timeout}, retry_timeout={retry_timeout}: both must be "
-                "positive, and the second try not the shorter one"
-            )
-        self._timeout, self._retry_timeout = timeout, retry_timeout
-        self._command = (*command, str(memory_mb))
-        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
+    def __init__(self, cfg: RuleConfig, command: Sequence[str] = WORKER):
+        self._timeout, self._retry_timeout = cfg.timeout, cfg.retry_timeout
+        self._command = (*command, str(cfg.memory_mb))
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(cfg.workers)]
         self._state = threading.Condition()  # guards all that follows
         self._fresh: collections.deque[_Job] = collections.deque()
         self._retries: collections.deque[_Job] = collections.deque()
@@ -114,6 +126,7 @@ class RuleVerifier:
         self._alone = False
         self._started = False
         self._closed = False
+        self._warned = False  # that the platform refuses the memory limit
 
     def __enter__(self) -> RuleVerifier:
         return self
@@ -146,9 +159,35 @@ class RuleVerifier:
             self._state.notify_all()
         return Pending(jobs)
 
+    def collect(self, pending: Sequence[Pending]) -> list[Verdict]:
+        """Waits for several submissions, and returns their verdicts in the order of the submissions."""
+        verdicts = []
+        for part in pending:
+            verdicts += part.result()
+        return verdicts
+
     def check(self, items: Sequence[Item]) -> list[Verdict]:
         """`submit(items).result()`."""
         return self.submit(items).result()
+
+    def check_ready(self) -> None:
+        """Have a worker answer one question, before anything is trained that would be lost with it.
+
+        `submit([QUESTION])` starts the worker earlier, beside other work.  Raises ValueError where no worker
+        starts, or the answer does not come or is not right.
+        """
+        try:
+            (verdict,) = self.check([QUESTION])
+        except RuntimeError as error:
+            first, *rest = str(error).splitlines()
+            said = " ".join([first.removesuffix("Traceback (most recent call last):").strip(), *rest[-1:]])
+            raise ValueError(f"the rule verifier does not work: {said}") from error
+        if verdict is not Verdict.CORRECT:
+            raise ValueError(
+                f"the rule verifier does not work: asked whether 4 equals 4, it says {verdict.value!r} after at "
+                f"most {self._retry_timeout} s; where the machine is that slow, raise "
+                "--config.rule.retry_timeout, and where memory is short --config.rule.memory_mb"
+            )
 
     def close(self) -> None:
         """Kills the workers; what was not yet decided raises in its `Pending.result`.  Harmless when repeated."""
@@ -172,7 +211,9 @@ class RuleVerifier:
                     worker = None
                 reply = error = None
                 try:
-                    worker = worker or _Worker(self._command)
+                    if worker is None:
+                        worker = _Worker(self._command)
+                        self._warn(worker.unlimited)
                     limit = self._retry_timeout if alone else self._timeout
                     reply = worker.ask(job.item, limit, lambda: self._closed)
                 except RuntimeError as cause:
@@ -219,6 +260,16 @@ class RuleVerifier:
                         self._known.popitem(last=False)
             self._state.notify_all()
 
+    def _warn(self, unlimited: str) -> None:
+        """Say once that workers run without a memory limit; "" says nothing."""
+        with self._state:
+            first, self._warned = bool(unlimited) and not self._warned, self._warned or bool(unlimited)
+        if first:
+            hosts.say(
+                f"warning: this system does not let a process limit its memory ({unlimited}), so the rule's "
+                "workers run without --config.rule.memory_mb; 0 sets no limit and leaves this line out"
+            )
+
     def _fail(self, error: Exception) -> None:
         """Gives up on all that is queued or running; the caller holds the lock."""
         for job in self._open.values():
@@ -244,7 +295,10 @@ class _Worker:
             # One order of sets and symbols in every process: a verdict does not depend on where it was reached.
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )
-        if self._reply(START_LIMIT, lambda: False) != "ready":
+        ready = self._line(START_LIMIT, lambda: False)
+        # Why the platform refused the memory limit; "" where it did not.
+        self.unlimited: str = ready["unlimited"] if ready is not None and "unlimited" in ready else ""
+        if ready is None or ready["verdict"] != "ready":
             self._process.kill()
             self._process.wait()
             self._errors.seek(0)
@@ -255,17 +309,18 @@ class _Worker:
                 f"a rule worker did not start ({' '.join(command)}; exit status {code}): {said}"
             )
 
-    def ask(self, item: Item, limit: float, closed) -> str | None:
+    def ask(self, item: Item, limit: float, closed: Callable[[], bool]) -> str | None:
         """The reply on one pair; None where the process was late, died or ran out of memory."""
         request = {"reference": item[0], "completion": item[1], "limit": limit}
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
         except OSError:  # it has died since
             return None
-        reply = self._reply(limit, closed)
-        return None if reply == "memory" else reply
+        reply = self._line(limit, closed)
+        return None if reply is None or reply["verdict"] == "memory" else reply["verdict"]
 
-    def _reply(self, limit: float, closed) -> str | None:
+    def _line(self, limit: float, closed: Callable[[], bool]) -> dict[str, str] | None:
+        """The worker's next line; None where it is late, or the worker has died or is closed."""
         deadline = time.monotonic() + limit
         pipe = self._process.stdout
         while b"\n" not in self._unread:
@@ -279,7 +334,7 @@ class _Worker:
                 return None
             self._unread += read
         line, self._unread = self._unread.split(b"\n", 1)
-        return json.loads(line)["verdict"]
+        return json.loads(line)
 
     def kill(self) -> None:
         self._process.kill()

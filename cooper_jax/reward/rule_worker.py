@@ -6,7 +6,8 @@ speaks JSON lines:
     in   {"reference": ..., "completion": ..., "limit": seconds}
     out  {"verdict": "correct" | "wrong" | "no_answer" | "unrecognised" | "memory"}
 
-The first line out is {"verdict": "ready"}.  It ends with its input: that is, with its parent.
+The first line out is {"verdict": "ready", "unlimited": why no memory limit could be set, or ""}.  The process ends
+with its input: that is, with its parent.
 """
 
 from __future__ import annotations
@@ -21,12 +22,19 @@ from pathlib import Path
 GRACE = 5.0  # seconds after the parent's limit at which an orphan ends itself
 
 
-def limit_memory(megabytes: int) -> None:
-    """Caps the address space of this process; 0 leaves it alone."""
+def limit_memory(megabytes: int) -> str:
+    """Cap the address space of this process, in MiB; 0 leaves it alone.
+
+    Returns "", or the reason where the platform refuses the limit, as macOS does.
+    """
     import resource
 
-    if megabytes:
-        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+    try:
+        if megabytes:
+            resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+    except (ValueError, OSError) as error:
+        return str(error) or type(error).__name__
+    return ""
 
 
 def main() -> None:
@@ -36,12 +44,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # which reach the whole group: the parent's to answer
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    try:
-        limit_memory(int(sys.argv[1]))
-    except (ValueError, OSError) as error:
-        sys.exit(
-            f"this system does not let a process cap its memory ({error}); set --config.rule.memory_mb=0"
-        )
+    unlimited = limit_memory(int(sys.argv[1]))
     # The parent starts this file with its folder off the path, where our names could hide a library's; where the
     # package itself is not installed, it is found from here.
     sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -51,7 +54,7 @@ def main() -> None:
 
     logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)  # it warns that its timeouts are off
     rule_judge.judge("4a", "\\boxed{2(a+a)}")  # the first verdict builds parsers, which is no item's fault
-    print(json.dumps({"verdict": "ready"}), file=replies, flush=True)
+    print(json.dumps({"verdict": "ready", "unlimited": unlimited}), file=replies, flush=True)
     for line in sys.stdin.buffer:
         request = json.loads(line)
         # The parent kills at the limit.  Should it be gone, the kernel does, even inside one long C call.

@@ -1,7 +1,7 @@
 """The rule and a remote assistant over several hosts: each does its part, and all learn every answer.
 
-Who works on what depends on the item alone, so that what has been judged once, while a rollout went on, is known
-where it is asked for again.  With one process nothing of this is in the way (`over_hosts`).
+Who works on what depends on the item alone, so that an item which has been judged once is known where it is asked
+for again.  With one process nothing of this is in the way (`over_hosts`).
 """
 
 from __future__ import annotations
@@ -25,20 +25,36 @@ def _digest(*parts: str) -> int:
 class SharedPending:
     """Verdicts on their way, on this host and on others."""
 
-    def __init__(self, items: Sequence[Item], own: list[int], pending: Pending):
+    def __init__(self, items: Sequence[Item], own: list[int], pending: Sequence[Pending]):
+        """own: indices of the items that this host judges; pending: their verdicts, in that order, in parts."""
         self._items, self._own, self._pending = items, own, pending
         self._verdicts: list[Verdict] | None = None
 
     def result(self) -> list[Verdict]:
         """As `Pending.result`, on every host the same; all hosts must ask."""
         if self._verdicts is None:
-            own = dict(zip(self._own, self._pending.result(), strict=True))
+            judged = []
+            for part in self._pending:
+                judged += part.result()
+            own = dict(zip(self._own, judged, strict=True))
             name = f"verdicts/{_digest(*(text for item in self._items for text in item)):x}"
             found: dict[str, str] = {}
             for part in hosts.exchange_json(name, own):
                 found |= part
             self._verdicts = [Verdict(found[str(i)]) for i in range(len(self._items))]
         return self._verdicts
+
+    @classmethod
+    def join(cls, parts: Sequence[SharedPending]) -> SharedPending:
+        """Several submissions as one, in their order: hosts then exchange their verdicts once, not once a part."""
+        items: list[Item] = []
+        own: list[int] = []
+        pending: list[Pending] = []
+        for part in parts:
+            own += [len(items) + i for i in part._own]
+            items += part._items
+            pending += part._pending
+        return cls(items, own, pending)
 
 
 class SharedRule:
@@ -50,7 +66,11 @@ class SharedRule:
     def submit(self, items: Sequence[Item]) -> SharedPending:
         """As `RuleVerifier.submit`; without a call of `result` nothing is exchanged."""
         own = [i for i, item in enumerate(items) if hosts.mine(_digest(*item))]
-        return SharedPending(items, own, self._local.submit([items[i] for i in own]))
+        return SharedPending(items, own, [self._local.submit([items[i] for i in own])])
+
+    def collect(self, pending: Sequence[SharedPending]) -> list[Verdict]:
+        """As `RuleVerifier.collect`; all hosts must ask, for the same submissions in the same order."""
+        return SharedPending.join(pending).result()
 
     def check(self, items: Sequence[Item]) -> list[Verdict]:
         return self.submit(items).result()

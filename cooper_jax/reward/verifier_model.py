@@ -31,10 +31,9 @@ import jax.numpy as jnp
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.reward import losses
-from cooper_jax.reward.losses import bce_loss, rewards
+from cooper_jax.reward.losses import RewardUpdateConfig, bce_loss, rewards
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.settings import weighs_pairs
 from cooper_jax.types import LabelledBatch, PairBatch, Params, ScoreBatch, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -50,7 +49,7 @@ def _read(
     *,
     dtype: str,
     remat: bool,
-    layout: Layout | None,
+    layout: Layout,
 ) -> jax.Array:
     """Logits f32[N].  A row without a valid token gets a finite one that means nothing."""
     tokens = jnp.where(batch.valid, batch.tokens, 0)  # padding may hold what no vocabulary has
@@ -67,7 +66,7 @@ def _blank(batch: ScoreBatch, used: jax.Array) -> ScoreBatch:
 
 def make_score(
     config: ModelConfig,
-    layout: Layout | None,
+    layout: Layout,
     *,
     dtype: str,
     microbatch: int,
@@ -91,14 +90,14 @@ def make_score(
 
 def make_bce_update(
     config: ModelConfig,
-    cfg: Any,
+    cfg: RewardUpdateConfig,
     opt: optim.Optimiser,
-    layout: Layout | None,
+    layout: Layout,
 ) -> Callable[[TrainState, ScoreBatch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """The jitted (state, ScoreBatch [N, S], labels f32[N], weights f32[N]) -> (state, metrics).
 
-    cfg: the config's `reward` section (dtype, remat, microbatch).  The loss is the mean weighted by `weights`
-    (at least 0; 0 leaves a row out); when all are 0 nothing moves.  The state given is donated.
+    Of cfg, dtype, remat and microbatch are read.  The loss is the mean weighted by `weights` (at least 0; 0 leaves
+    a row out); when all are 0 nothing moves.  The state given is donated.
 
     Metrics, f32[]: loss, accuracy (weighted share of rows whose z > 0 says what the label says) and
     `optim.apply`'s grad_norm, lr and skipped.
@@ -118,7 +117,7 @@ def make_bce_update(
 
 
 def make_bce_accumulator(
-    config: ModelConfig, cfg: Any, opt: optim.Optimiser, layout: Layout | None
+    config: ModelConfig, cfg: RewardUpdateConfig, opt: optim.Optimiser, layout: Layout
 ) -> optim.Accumulator:
     """The same update in pieces, for batches whose microbatches differ in width.
 
@@ -129,7 +128,7 @@ def make_bce_accumulator(
     return optim.make_accumulator(_bce(config, cfg, layout), ("accuracy",), opt, specs, layout)
 
 
-def _bce(config: ModelConfig, cfg: Any, layout: Layout | None) -> Callable:
+def _bce(config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout) -> Callable:
     """(params, (ScoreBatch, labels, shares)) -> (loss f32[], sums): weighted sums over the rows."""
 
     def loss_fn(params, piece):
@@ -142,29 +141,27 @@ def _bce(config: ModelConfig, cfg: Any, layout: Layout | None) -> Callable:
 
 def make_update(
     config: ModelConfig,
-    cfg: Any,
+    cfg: RewardUpdateConfig,
     opt: optim.Optimiser,
-    layout: Layout | None,
+    layout: Layout,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted (state, PairBatch or None, LabelledBatch or None) -> (state, metrics): one optimiser step.
 
         loss = mean over the valid pairs of losses.pair_terms  +  rollout_bce * losses.bce_loss of the rows
 
-    cfg: the config's `reward` section (dtype, remat, microbatch in pairs and in rows, the terms' weights).  Pairs
-    and rows are read where their terms weigh something, and cost nothing elsewhere.  The mean is over the whole
+    Pairs and rows are read where their terms weigh something, and cost nothing elsewhere; cfg.microbatch counts
+    pairs in the one and rows in the other.  The mean is over the whole
     batch's valid pairs; masked pairs and rows of weight 0 count for nothing, whatever they hold; the rows' weights
     are taken as they are.  Where neither a pair is valid nor a row weighs something, state and moments stay as
-    they are.  The state given is donated.  Raises ValueError for another pair_loss, and for members of different
-    widths.
+    they are.  The state given is donated.  Raises ValueError for members of different widths.
 
     Metrics, f32[]: loss and `optim.apply`'s grad_norm, lr and skipped; of pairs, means over the valid ones (0
-    without one): pair_loss, pair_bce, common_mode (each unweighted, and where it weighs something), margin
-    (s_pos - s_neg, in the contrast's own units), accuracy (share with z_pos > z_neg), positive_mean and
-    negative_mean (rewards), positive_saturation and negative_saturation (p (1 - p): 0 is saturated, .25 undecided),
-    common_push and difference_push (losses.py), valid (pairs); of rows: rollout_bce, rollout_accuracy (weighted
-    share of rows whose z > 0 says what the label says), rollout_rows.
+    without one): pair_loss and pair_bce (unweighted, and where they weigh something), margin (s_pos - s_neg, in the
+    contrast's own units), accuracy (share with z_pos > z_neg), positive_mean and negative_mean (rewards),
+    positive_saturation and negative_saturation (p (1 - p): 0 is saturated, .25 undecided), common_push and
+    difference_push (losses.py), valid (pairs); of rows: rollout_bce, rollout_accuracy (weighted share of rows whose
+    z > 0 says what the label says), rollout_rows.
     """
-    losses.check(cfg.pair_loss)
     places, rows_loss = _places(config, layout), _bce(config, cfg, layout)
 
     def pair_loss(params, piece):
@@ -218,7 +215,7 @@ def make_update(
 
     def update(state: TrainState, pairs: PairBatch | None = None, labelled: LabelledBatch | None = None):
         parts = []
-        if pairs is not None and weighs_pairs(cfg):
+        if pairs is not None and cfg.reads_pairs:
             parts.append(of_pairs(state.params, pairs))
         if labelled is not None and cfg.rollout_bce:
             parts.append(of_rows(state.params, labelled))
@@ -234,13 +231,11 @@ def make_update(
     return _jit(update, config, opt, layout)
 
 
-def _places(config: ModelConfig, layout: Layout | None) -> Any:
-    return None if layout is None else mesh.shardings(layout, transformer.param_specs(config, head="score"))
+def _places(config: ModelConfig, layout: Layout) -> Any:
+    return mesh.shardings(layout, transformer.param_specs(config, head="score"))
 
 
-def _jit(update: Callable, config: ModelConfig, opt: optim.Optimiser, layout: Layout | None) -> Callable:
-    """jit with the state donated, and on a mesh left where its parameters lie."""
-    if layout is None:
-        return jax.jit(update, donate_argnums=0)
+def _jit(update: Callable, config: ModelConfig, opt: optim.Optimiser, layout: Layout) -> Callable:
+    """jit with the state donated and left where its parameters lie."""
     places = optim.state_shardings(opt, transformer.param_specs(config, head="score"), layout)
     return jax.jit(update, donate_argnums=0, out_shardings=(places, layout.replicated))

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from cooper_jax.data import attacks, labelled, overlap, prompts
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.runtime import keys
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Triple
 
 UNNAMED = "unnamed"  # stands for a source that the data do not name

@@ -31,9 +31,10 @@ from ml_collections import ConfigDict
 from cooper_jax.reward_training import batches, examples, export, measure, plan
 from cooper_jax.runtime import checkpoint, hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.extras import import_extra
 from cooper_jax.runtime.metrics import Progress, jsonable, numbers, to_host
 from cooper_jax.runtime.rundir import Run, check_shared, config_hash, run_path
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, boundary
 from cooper_jax.types import Metrics, TrainState
 
 
@@ -64,6 +65,8 @@ def train(cfg: ConfigDict) -> None:
     Raises hosts.Stopped after a SIGTERM, when a checkpoint of the last whole update is complete.
     """
     plan.check(cfg)
+    with boundary("reliability.png"):  # drawn when the training is over: too late to find a package missing
+        import_extra("matplotlib", "figures")
     with boundary("run_dir"):
         path = run_path(cfg)
     with contextlib.ExitStack() as stack:

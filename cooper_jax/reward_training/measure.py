@@ -18,6 +18,7 @@ import numpy as np
 from cooper_jax import statistics
 from cooper_jax.reward_training.examples import Examples
 from cooper_jax.runtime import keys
+from cooper_jax.runtime.extras import import_extra
 from cooper_jax.types import Metrics
 
 ALL = "all"
@@ -108,6 +109,7 @@ def table(found: dict[str, Any]) -> str:
 
 def plot(examples: Examples, logits: np.ndarray, title: str) -> bytes:
     """A PNG: what a score promises beside what comes true, and how often each score is given."""
+    import_extra("matplotlib", "figures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

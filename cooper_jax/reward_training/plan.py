@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 from cooper_jax import loading, placement
 from cooper_jax.data import packing
 from cooper_jax.reward import verifier_model
+from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, examples, measure
 from cooper_jax.runtime import mesh, optim
-from cooper_jax.settings import SetupError, boundary
+from cooper_jax.settings.setup_errors import Problems, boundary
 from cooper_jax.types import TrainState
 
 
@@ -38,12 +39,9 @@ class Job:
 
 
 def check(cfg: ConfigDict) -> None:
-    """Raise SetupError for settings that contradict each other."""
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise SetupError(message)
-
+    """Raise SetupError with every setting that is out of its range or contradicts another."""
+    problems = Problems()
+    need = problems.need
     s, r = cfg.train_rm, cfg.reward
     need(bool(s.data), "train_rm.data is empty: give --config.train_rm.data=FILE")
     need(
@@ -72,18 +70,26 @@ def check(cfg: ConfigDict) -> None:
             f"mesh.{name}={cfg.mesh[name]!r}: a reward model that is trained alone has all devices, laid out by "
             "mesh.data, .fsdp and .tensor; leave it empty",
         )
+    with problems.collect("mesh"):
+        placement.make_layout(cfg)
+    with problems.collect("train_rm"):
+        optim.make(s.optimiser, s.decay, updates=1)
+    problems.raise_if_any()
 
 
 def build(cfg: ConfigDict, path: loading.Directory) -> tuple[Job, TrainState]:
     """The machinery and the state at update 0.  Data are read first, for they are what is wrong most often."""
     layout = placement.make_layout(cfg)
-    tokenizer = loading.describe_model(cfg.reward, "reward", path, layout).tokenizer
-    data = examples.load(cfg, tokenizer)
+    described = loading.describe_model(cfg.reward, "reward", path, layout)
+    loading.check_length(described.config, "reward", {"reward.max_tokens": cfg.reward.max_tokens})
+    data = examples.load(cfg, described.tokenizer)
     s = cfg.train_rm
     per_epoch = batches.updates_per_epoch(len(data.train), s.batch)
     steps = s.epochs * per_epoch
     with boundary("train_rm"):
-        optimiser = optim.make(s.optimiser, s.decay, steps)
+        section = optim.OptimiserConfig.from_config(s.optimiser, "train_rm.optimiser")
+        optimiser = optim.make(section, s.decay, steps)
+        updates = RewardUpdateConfig.from_config(cfg.reward)
     model, params, head_trained = loading.load_model(cfg.reward, "reward", "score", layout, path, cfg.seed)
     lengths = data.train.lengths
     job = Job(
@@ -103,7 +109,7 @@ def build(cfg: ConfigDict, path: loading.Directory) -> tuple[Job, TrainState]:
             batch=s.batch,
             rows_multiple=layout.batch_shards,
         ),
-        accumulator=verifier_model.make_bce_accumulator(model.config, cfg.reward, optimiser, layout),
+        accumulator=verifier_model.make_bce_accumulator(model.config, updates, optimiser, layout),
         # A rectangle is one microbatch already.
         score=verifier_model.make_score(model.config, layout, dtype=cfg.reward.dtype, microbatch=2**30),
         steps=steps,

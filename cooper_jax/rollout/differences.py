@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cooper_jax.kernels import gumbel
+from cooper_jax.kernels import sampling as kernel
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import sampling
 from cooper_jax.rollout.sampling import SamplingSpec
+from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params, Rollout
-from kernels import gumbel
-from kernels import sampling as kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Difference:
 def first_differences(
     params: Params,
     config: ModelConfig,
+    layout: Layout,
     prompts: Sequence[Sequence[int]],
     positions: Sequence[int],
     key: jax.Array,
@@ -52,8 +54,8 @@ def first_differences(
 ) -> list[Difference]:
     """The rows of `a` and `b` that differ, by row; their arguments are those of `engine.generate`.
 
-    fused: they were drawn by the fused head (`engine.kernels_of` is not "xla", and spec.uncut).  Margins are
-    computed from the common prefix, in f32 and one row at a time.
+    fused: they were drawn by the fused head (`draw.fuses`).  Margins are computed from the common prefix, in f32
+    and one row at a time, which every batch shard of the layout repeats.
     """
     a, b = (jax.device_get(x) for x in (a, b))
     tokens = [np.where(x.mask, x.tokens, -1) for x in (a, b)]
@@ -65,9 +67,12 @@ def first_differences(
     for row in rows.tolist():
         t = int(differs[row].argmax())
         prefix = [*prompts[row // spec.group_size], *a.tokens[row, :t].tolist()]
-        line, valid = np.zeros((1, width), np.int32), np.arange(width)[None, :] < len(prefix)
-        line[0, : len(prefix)] = prefix
-        margin = _margin(params, line, valid, len(prefix) - 1, keys[row : row + 1], t, config, spec, fused)
+        line = np.zeros((layout.batch_shards, width), np.int32)
+        line[:, : len(prefix)] = prefix
+        valid = np.broadcast_to(np.arange(width)[None, :] < len(prefix), line.shape)
+        margin = _margin(
+            params, line, valid, len(prefix) - 1, keys[row : row + 1], t, config, spec, layout, fused
+        )
         found.append(
             Difference(
                 row=row,
@@ -80,9 +85,9 @@ def first_differences(
     return found
 
 
-@jax.jit(static_argnums=(6, 7, 8))
-def _margin(params, line, valid, last, key, index, config, spec, fused) -> jax.Array:
-    hidden = transformer.trunk(params, config, line, valid, dtype=jnp.float32)
+@jax.jit(static_argnums=(6, 7, 8, 9))
+def _margin(params, line, valid, last, key, index, config, spec, layout, fused) -> jax.Array:
+    hidden = transformer.trunk(params, config, line, valid, dtype=jnp.float32, layout=layout)[:1]
     z = transformer.logits(params, config, jax.lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False))
     if fused and spec.temperature > 0:
         words = sampling.key_words(key, index)  # u32[1, 2]

@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from cooper_jax.kernels import platform
+from cooper_jax.kernels.head import head_sample
+from cooper_jax.kernels.sampling_statistics import BLOCK
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import by_shard
@@ -22,8 +25,11 @@ from cooper_jax.rollout import sampling
 from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
-from kernels.head import head_sample
-from kernels.sampling_statistics import BLOCK
+
+
+def fuses(implementation: str, spec: SamplingSpec) -> bool:
+    """Whether `draw` samples in the head's kernel, without writing logits."""
+    return platform.is_pallas(implementation) and spec.uncut
 
 
 def draw(
@@ -33,7 +39,7 @@ def draw(
     keys: jax.Array,  # key[N], of `sampling.row_keys`
     position: jax.Array,  # i32[] or i32[N]: the token's index in its response
     spec: SamplingSpec,
-    layout: Layout | None,
+    layout: Layout,
     implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
     """One token a row: i32[N] and its log-probability f32[N] under the distribution drawn from.
@@ -41,16 +47,11 @@ def draw(
     A row without a distribution gives token 0 and NaN.
     """
     head = transformer.head_matrix(weights, config)
-    batch, vocab = None, None
-    if layout is not None:
-        batch, vocab = layout.spec(("batch",))[0], layout.spec(("vocab",), head.shape)[0]
-        vocab = vocab if layout.ways(vocab) > 1 else None
+    batch, vocab = layout.spec(("batch",))[0], layout.spec(("vocab",), head.shape)[0]
+    vocab = vocab if layout.ways(vocab) > 1 else None
     rows = PartitionSpec(batch)
 
-    def on_mesh(run, *in_specs):
-        return run if layout is None else by_shard(run, layout, in_specs, rows)
-
-    if implementation != "xla" and spec.uncut:
+    if fuses(implementation, spec):
 
         def fused(hidden, head, words):
             drawn = head_sample(
@@ -61,7 +62,8 @@ def draw(
             return drawn.token, drawn.logprob
 
         words = sampling.key_words(keys, position)
-        return on_mesh(fused, rows, PartitionSpec(vocab), rows)(hidden, head.astype(hidden.dtype), words)
+        places = rows, PartitionSpec(vocab), rows
+        return by_shard(fused, layout, places, rows)(hidden, head.astype(hidden.dtype), words)
 
     def from_logits(logits, keys, position):
         drawn = sampling.sample(logits, keys, position, spec, axis_name=vocab, implementation=implementation)
@@ -71,4 +73,5 @@ def draw(
         vocab = None  # shards too small to trade blocks: such logits are gathered
     logits = transformer.logits(weights, config, hidden)
     position = jnp.broadcast_to(position, keys.shape)
-    return on_mesh(from_logits, PartitionSpec(batch, vocab), rows, rows)(logits, keys, position)
+    places = PartitionSpec(batch, vocab), rows, rows
+    return by_shard(from_logits, layout, places, rows)(logits, keys, position)

@@ -28,21 +28,21 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cooper_jax.kernels import platform
+from cooper_jax.kernels.decode_attention import reads
 from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.layers import PROJECTIONS
 from cooper_jax.rollout import plan
 from cooper_jax.rollout import slots as programs
 from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.rollout.slots import Setting
 from cooper_jax.runtime import hosts, machine
-from cooper_jax.runtime.mesh import Layout, shardings
+from cooper_jax.runtime.mesh import Layout, is_spec, shardings
 from cooper_jax.types import Completion, Metrics, Params, Rollout
-from kernels import platform
-from kernels.decode_attention import reads
 
 # The rows of some prompts, as soon as all of them have ended: (their places among the prompts, their rows).
 OnGroups = Callable[[list[int], Rollout], None]
@@ -51,7 +51,7 @@ OnGroups = Callable[[list[int], Rollout], None]
 def generate(
     params: Params,
     config: ModelConfig,
-    layout: Layout | None,
+    layout: Layout,
     prompts: Sequence[Sequence[int]],
     positions: Sequence[int],
     key: jax.Array,
@@ -62,6 +62,7 @@ def generate(
     memory_gib: float | None = None,
     weights: str = "auto",
     on_groups: OnGroups | None = None,
+    between_segments: Callable[[], None] | None = None,
     report: Callable[[Metrics], None] | None = None,
     implementation: str | None = None,
 ) -> Rollout:
@@ -76,6 +77,8 @@ def generate(
     memory_gib: what weights, caches and slots may take of one device; the slots are as many as fit.
     weights: gathered, sharded or auto: see `plan.gathers`.
     on_groups: is given each prompt's rows, on the host, while others are still decoded; each prompt once.
+    between_segments: is called on the host before the prefill and before each decode segment, on every host equally
+      often.  An exception that it raises ends the rollout and reaches the caller.
     report: is given `rollout/*` metrics at the end: how evenly the work lay on slots and shards.
     implementation: of the kernels (kernels/platform.py); None: `kernels_of`.
 
@@ -90,11 +93,12 @@ def generate(
     setting = Setting(config, layout, spec, implementation)
     size = plan.bucket(-(-len(prompts) // setting.shards))  # prompts a shard
     gathered = weights != "sharded"
-    if weights == "auto" and layout is not None:
+    if weights == "auto":
         budget = memory_gib * plan.GIB if memory_gib else machine.device_memory(layout.mesh.devices.flat[0])
         gathered = plan.gathers(config, layout, spec.dtype, budget)
     weights = rollout_weights(params, config, layout, spec.dtype, gathered)
-    hosts.look()
+    if between_segments is not None:
+        between_segments()
     slots = slots_a_shard(weights, setting, prompts, size, max_rows, memory_gib)
     ready = _prefill(weights, setting, prompts, size)
     places, asked = (
@@ -103,21 +107,21 @@ def generate(
     )
     places[: len(prompts)], asked[:rows] = positions, limits
     requests = programs.begin(
-        weights, ready, *_put((places, asked.astype(np.int32)), layout), key, setting=setting
+        weights, ready, *layout.put((places, asked.astype(np.int32)), "batch"), key, setting=setting
     )
     watch = None if on_groups is None else _Watch(on_groups, len(prompts), spec)
-    requests = _decode(weights, ready, requests, slots, setting, watch, report)
+    requests = _decode(weights, ready, requests, slots, setting, watch, between_segments, report)
     return _rows(requests, slice(rows), spec)
 
 
-def kernels_of(config: ModelConfig, layout: Layout | None) -> str:
+def kernels_of(config: ModelConfig, layout: Layout) -> str:
     """The kernels of the layout's devices where they can read the model's head_dim, otherwise plain XLA."""
-    own = platform.default(None if layout is None else layout.platform)
+    own = platform.default(layout.platform)
     return own if reads(own, config.head_dim) else "xla"
 
 
 def rollout_weights(
-    params: Params, config: ModelConfig, layout: Layout | None, dtype: str, gathered: bool = True
+    params: Params, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
 ) -> Params:
     """The copy of the weights that a step's rollout reads: matrices in `dtype`, norms as they are, layers split.
 
@@ -127,8 +131,8 @@ def rollout_weights(
     """
     if isinstance(params["layers"], tuple):
         return params
-    if layout is None or layout.mesh.size == 1:
-        return generation.for_generation(_cast(params, dtype), config, layout)
+    if layout.single_device:
+        return generation.for_generation(_cast(params, config, dtype), config, layout)
     return reshard(params, config=config, layout=layout, dtype=dtype, gathered=gathered)
 
 
@@ -139,30 +143,29 @@ def reshard(
     """`rollout_weights` on a mesh, as one program: cast first, so that half as much travels."""
     places = layout.for_rollout() if gathered else layout
     specs = transformer.param_specs(config)
-    weights = jax.lax.with_sharding_constraint(_cast(params, dtype), shardings(places, specs))
+    weights = jax.lax.with_sharding_constraint(_cast(params, config, dtype), shardings(places, specs))
     weights = generation.for_generation(weights, config, layout)
     stacks = tuple(jax.lax.with_sharding_constraint(w, flat_places(places, specs)) for w in weights["layers"])
     return weights | {"layers": stacks}
 
 
 def flat_places(layout: Layout, specs: Params) -> Params:
-    """Where the layers of `reshard` lie: as declared, with a projection's heads as one axis (layers.flat_heads)."""
+    """Where the layers of `reshard` lie: as declared, with a projection's heads as one axis (`PROJECTIONS`)."""
 
     def place(name, s):
         spec = layout.spec(s.axes, s.shape)
-        flat = [
-            p for p, axis in zip(spec, s.axes, strict=True) if axis != "head_dim" or name.endswith("bias")
-        ]
-        return NamedSharding(layout.mesh, PartitionSpec(*flat))
+        if name in PROJECTIONS:
+            spec = PartitionSpec(*(p for p, axis in zip(spec, s.axes, strict=True) if axis != "head_dim"))
+        return NamedSharding(layout.mesh, spec)
 
     return {name: place(name, s) for name, s in specs["layers"].items()}
 
 
-def _cast(params: Params, dtype: str) -> Params:
-    def cast(path, x):
-        return x if x.dtype == dtype or path[-1].key.endswith("norm") else x.astype(dtype)
+def _cast(params: Params, config: ModelConfig, dtype: str) -> Params:
+    def cast(spec, x):
+        return x if x.dtype == dtype or spec.keep_f32 else x.astype(dtype)
 
-    return jax.tree.map_with_path(cast, params)
+    return jax.tree.map(cast, transformer.param_specs(config), params, is_leaf=is_spec)
 
 
 def completions(
@@ -202,7 +205,7 @@ def slots_a_shard(weights, setting: Setting, prompts, size: int, max_rows, memor
             weights, setting.config, setting.layout, setting.form,
             prompts=size, width=_width(setting, prompts), group=spec.group_size,
             new_tokens=spec.max_new_tokens, columns=columns_of(setting, waiting=True),
-            own_prompts=setting.implementation == "xla",
+            own_prompts=not setting.pallas,
         )  # fmt: skip
         slots = min(slots, needs.slots(int(memory_gib * plan.GIB)))
     return slots
@@ -228,15 +231,17 @@ def _prefill(weights, setting: Setting, prompts, size: int) -> programs.Prompts:
     width = _width(setting, prompts)
     ready = programs.no_prompts(weights, size=size, width=width, setting=setting)
     for chunk in plan.chunks(prompts, setting.shards, size, width):
-        arrays = _put((chunk.tokens, chunk.lengths, chunk.source), setting.layout)
+        arrays = setting.layout.put((chunk.tokens, chunk.lengths, chunk.source), "batch")
         ready = programs.prefill(weights, ready, *arrays, setting=setting)
     return ready
 
 
-def _decode(weights, ready, requests, size: int, setting: Setting, watch, report) -> programs.Requests:
+def _decode(
+    weights, ready, requests, size: int, setting: Setting, watch, between_segments, report
+) -> programs.Requests:
     """Every request to its end, in `size` slots a shard."""
     segment = setting.spec.segment
-    grows = setting.implementation == "xla"
+    grows = not setting.pallas
     most = columns_of(setting, waiting=size < requests.count.shape[1])
     columns = min(segment, most) if grows else most
     slots, seen = programs.open_slots(weights, requests, ready, size=size, columns=columns, setting=setting)
@@ -253,7 +258,8 @@ def _decode(weights, ready, requests, size: int, setting: Setting, watch, report
             watch.look(slots, requests)
         if over:
             break
-        hosts.look()
+        if between_segments is not None:
+            between_segments()
         if now["idle"]:
             slots = programs.refill(slots, requests, ready, setting=setting)
         elif not now["waiting"] and now["live"] <= size // 2 and size // 2 >= plan.FEWEST_SLOTS:
@@ -316,10 +322,6 @@ def _rows(requests: programs.Requests, rows: np.ndarray | slice, spec: SamplingS
     )
     mask = np.arange(spec.max_new_tokens)[None, :] < count[:, None]
     return Rollout(tokens=tokens, mask=mask, logprobs=logprobs, finished=finished)
-
-
-def _put(arrays, layout: Layout | None):
-    return jax.tree.map(jnp.asarray, arrays) if layout is None else layout.put(arrays, "batch")
 
 
 def _check(config: ModelConfig, prompts, positions, limits, spec: SamplingSpec) -> None:

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cooper_jax.kernels.kv import Format
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime.mesh import Layout, abstract
 from cooper_jax.types import Params
-from kernels.kv import Format
 
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of so many tokens
 PREFILL_TOKENS = 4096  # of one prefill, a shard
@@ -122,7 +122,7 @@ def gathers(config: ModelConfig, layout: Layout, dtype: str, budget: float | Non
 def memory(
     weights: Params,
     config: ModelConfig,
-    layout: Layout | None,
+    layout: Layout,
     form: Format,
     *,
     prompts: int,  # a shard
@@ -132,8 +132,8 @@ def memory(
     columns: int,
     own_prompts: bool,  # each slot holds a copy of its prompt's keys and values
 ) -> Memory:
-    ways = 1 if layout is None else layout.ways(layout.spec(("kv_heads",), (config.kv_heads,))[0])
-    vocab_ways = 1 if layout is None else layout.ways(layout.spec(("vocab",), (config.padded_vocab,))[0])
+    ways = layout.ways(layout.spec(("kv_heads",), (config.kv_heads,))[0])
+    vocab_ways = layout.ways(layout.spec(("vocab",), (config.padded_vocab,))[0])
     token = form.bytes_per_token(config.layers, config.kv_heads // ways, config.head_dim)
     f32 = 4
     logits = 3 * f32 * config.padded_vocab // vocab_ways  # of a row, with what is made of them

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import kv
-from kernels import sampling as kernel
+from cooper_jax.kernels import kv, platform
+from cooper_jax.kernels import sampling as kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class SamplingSpec:
 
     def cache_format(self, implementation: str) -> kv.Format:
         """How the cache holds keys and values for a kernel implementation."""
-        return kv.Format(dtype=self.kv_dtype or self.dtype, packed=implementation != "xla")
+        return kv.Format(dtype=self.kv_dtype or self.dtype, packed=platform.is_pallas(implementation))
 
 
 def row_keys(key: jax.Array, prompt_positions: jax.Array, group_size: int) -> jax.Array:

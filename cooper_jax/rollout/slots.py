@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from cooper_jax.kernels import platform
+from cooper_jax.kernels.kv import KV, Format
 from cooper_jax.model import generation
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import decode_plan
@@ -35,7 +37,6 @@ from cooper_jax.rollout import sampling
 from cooper_jax.rollout.draw import draw
 from cooper_jax.rollout.sampling import SamplingSpec
 from cooper_jax.runtime.mesh import Layout
-from kernels.kv import KV, Format
 
 Caches = tuple[KV, ...]  # one of each stack of layers (generation.split_layers)
 
@@ -45,13 +46,18 @@ class Setting:
     """What every program is compiled for."""
 
     config: ModelConfig
-    layout: Layout | None
+    layout: Layout
     spec: SamplingSpec
     implementation: str  # of the kernels: see kernels/platform.py
 
     @property
     def shards(self) -> int:
-        return 1 if self.layout is None else self.layout.batch_shards
+        return self.layout.batch_shards
+
+    @property
+    def pallas(self) -> bool:
+        """Whether decode attention is a Pallas kernel, which reads only what it needs of caches in any order."""
+        return platform.is_pallas(self.implementation)
 
     @property
     def form(self) -> Format:
@@ -101,7 +107,7 @@ class Slots:
 STATUS = ("failed", "live", "oldest", "waiting", "idle", "column")  # of the shard that has most of it
 
 
-def status(slots: Slots, requests: Requests, layout: Layout | None) -> jax.Array:
+def status(slots: Slots, requests: Requests, layout: Layout) -> jax.Array:
     """i32[len(STATUS)], the one thing that the host reads: on a mesh, every host the same."""
     live = slots.request < requests.count.shape[1]
     waiting = requests.queued - slots.taken  # i32[D]
@@ -115,7 +121,7 @@ def status(slots: Slots, requests: Requests, layout: Layout | None) -> jax.Array
         slots.column,
     )
     out = jnp.stack([x.astype(jnp.int32) for x in counts])
-    return out if layout is None else layout.constrain(out, None)
+    return layout.constrain(out, None)
 
 
 @jax.jit
@@ -278,7 +284,10 @@ def segment(weights, slots, requests, prompts, *, steps: int, refill_at: int, se
 
     held = slots.replace(copies=(), prompt_of=None, suffix=tuple(generation.bare(kv) for kv in slots.suffix))
     _, held, requests = jax.lax.while_loop(going, token, (jnp.zeros((), jnp.int32), held, requests))
-    suffix = tuple(generation.stacked(kv) for kv in held.suffix)
+    suffix = tuple(
+        generation.stacked(kv, generation.is_alone(before))
+        for kv, before in zip(held.suffix, slots.suffix, strict=True)
+    )
     slots = held.replace(copies=copies, prompt_of=prompt_of, suffix=suffix)
     return _placed(slots, s.layout), _placed(requests, s.layout), status(slots, requests, s.layout)
 
@@ -372,7 +381,7 @@ def _take_next(slots: Slots, requests: Requests, prompts: Prompts, setting) -> S
 def _find_prompts(slots: Slots, each: int, prompts: Prompts, setting) -> Slots:
     """Where each slot reads its prompt, when slots do not stand in the requests' order."""
     which = jnp.minimum(slots.request, each - 1) // setting.spec.group_size  # i32[D, S]: in the shard
-    if setting.implementation != "xla":
+    if setting.pallas:
         prompt_of = jnp.where(slots.request < each, which, -1)
         return slots.replace(prompt_of=prompt_of, samples=None)
     copies = jax.tree.map(lambda x: _take_rows(x, which), prompts.kv)
@@ -397,10 +406,8 @@ def _is_eos(token: jax.Array, spec) -> jax.Array:
     return jnp.any(token[..., None] == ids, axis=-1)
 
 
-def _placed(tree, layout: Layout | None):
+def _placed(tree, layout: Layout):
     """Pin shards to their places, so that every program finds its input where the last one left it."""
-    if layout is None:
-        return tree
 
     def place(x):
         if isinstance(x, KV):

@@ -26,7 +26,7 @@ import re
 import jax
 import numpy as np
 
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 GIB = 2**30
 
@@ -43,7 +43,6 @@ class Chip:
     outside: float  # byte/s of its share of the data-centre network, one way
     torus: int  # dimensions of the links' torus; 0: a switch
     wraps: int  # an axis of a multiple of so many chips closes to a ring; 0: none does
-    per_chip: int = 1  # devices of a chip
     nominal: bool = False  # the figures stand for no product
 
 
@@ -53,7 +52,7 @@ CHIPS = {
         Chip("v5e", 16 * GIB, 197e12, 819e9, 45e9, 3.125e9, torus=2, wraps=16),
         Chip("v5p", 95 * GIB, 459e12, 2765e9, 90e9, 6.25e9, torus=3, wraps=4),
         Chip("v6e", 32 * GIB, 918e12, 1638e9, 90e9, 12.5e9, torus=2, wraps=16),
-        Chip("tpu7x", 96 * GIB, 1153.5e12, 3690e9, 45e9, 6.25e9, torus=3, wraps=4, per_chip=2),
+        Chip("tpu7x", 96 * GIB, 1153.5e12, 3690e9, 45e9, 6.25e9, torus=3, wraps=4),
         Chip("h100", 84978434048, 989e12, 3352e9, 450e9, 50e9, torus=0, wraps=0),
         Chip("cpu", 8 * GIB, 50e9, 10e9, 5e9, 1e9, torus=0, wraps=0, nominal=True),
     )

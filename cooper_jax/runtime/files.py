@@ -174,7 +174,9 @@ def _open(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.url_to_fs(source)
     except ImportError as error:
-        fix = "pip install gcsfs" if source.startswith(("gs://", "gcs://")) else "install what it names"
+        fix = "install what it names"
+        if source.startswith(("gs://", "gcs://")):
+            fix = "pip install gcsfs, or pip install 'cooper-jax[gcs]'"
         raise ValueError(f"{source}: a package that opens it is missing ({error}): {fix}") from error
     except ValueError as error:
         raise ValueError(f"{source}: no such kind of address ({error}): gs://BUCKET/NAME is one") from error

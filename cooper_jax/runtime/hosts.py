@@ -5,7 +5,7 @@ round by `exchange`, over the coordination service of `jax.distributed`: bytes o
 a program on the devices, which two threads could enqueue in different orders.
 
 1. `start` joins the processes, where there are several.
-2. `share`, `exchange`, `broadcast`, `barrier`, `fetch`: work divided, results on every process.
+2. `share`, `exchange`, `broadcast`, `fetch`: work divided, results on every process.
 3. `look` is called where a step may be given up: it raises `Stopped` on all processes at the same call once one has
    got a SIGTERM, as machines that are about to be taken away send it.
 4. `together` wraps a process's main part.  A process that fails says so to the others, and one that is lost falls
@@ -167,11 +167,6 @@ def first(name: str, work: Callable[[], Any]) -> None:
         return b""
 
     broadcast(name, done)
-
-
-def barrier(name: str) -> None:
-    """Until all processes are here."""
-    exchange(name, b"")
 
 
 def fetch(tree: Any) -> Any:

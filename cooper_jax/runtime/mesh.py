@@ -34,12 +34,14 @@ class ParamSpec:
     """A parameter: shape, one logical axis name (or None) a dimension, and how it starts.
 
     init: "normal" (standard deviation `scale`), "zeros" or "ones".
+    keep_f32: it computes in float32, as norms do; the other parameters are cast to the compute type.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"
     scale: float = 0.02
+    keep_f32: bool = False
 
 
 def parse_sizes(text: str) -> tuple[int, int, int]:
@@ -144,6 +146,19 @@ class Layout:
         return dataclasses.replace(self, rules=(*self.rollout_rules, *self.rules))
 
     @property
+    def single_device(self) -> bool:
+        """Whether nothing is partitioned."""
+        return self.mesh.size == 1
+
+    @property
+    def fast_cpu_products(self) -> bool:
+        """Whether generation multiplies in the form that XLA:CPU computes fastest (`kernels.matmul.matmul_cpu`).
+
+        On one device only: over several, the partitioner would gather the operands of these products.
+        """
+        return self.single_device and self.platform == "cpu"
+
+    @property
     def batch_shards(self) -> int:
         """Into how many parts a batch is cut; batch sizes must be multiples of it."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -245,8 +260,8 @@ def abstract(layout: Layout, specs: Any) -> Any:
     )
 
 
-def init_params(key: jax.Array, specs: Any, layout: Layout | None = None) -> Any:
-    """Initial f32 values; each parameter's bits depend on the key and its own path alone."""
+def init_params(key: jax.Array, specs: Any, layout: Layout) -> Any:
+    """Initial f32 values, placed by the layout; each parameter's bits depend on the key and its own path alone."""
     leaves, treedef = jax.tree.flatten_with_path(specs, is_leaf=is_spec)
 
     def make(key):
@@ -262,4 +277,4 @@ def init_params(key: jax.Array, specs: Any, layout: Layout | None = None) -> Any
                 raise ValueError(f"{name}: init {s.init!r} is none of normal, zeros, ones")
         return jax.tree.unflatten(treedef, out)
 
-    return jax.jit(make, out_shardings=None if layout is None else shardings(layout, specs))(key)
+    return jax.jit(make, out_shardings=shardings(layout, specs))(key)

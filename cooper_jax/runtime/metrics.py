@@ -1,12 +1,12 @@
 """What a run tells: numbers per step, seconds per phase, one live line.
 
-1. `masked_mean` reduces on the device; `to_host` brings a step's numbers over in one transfer.
+1. `to_host` brings a step's numbers over in one transfer.
 2. `Phases` adds up wall-clock seconds under `time/<phase>`.
 3. `JsonLines` appends one JSON object a line, and is cut back to a step when a run resumes.
 4. `Progress` shows where the run stands.
 
 JSON has no NaN and no infinities: NaN is written as null, the others as the strings "inf" and "-inf", so that
-every line stays valid JSON, and `read_metrics` turns them back into numbers.
+every line stays valid JSON, and `numbers` turns them back into numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -32,17 +31,6 @@ from cooper_jax.runtime.files import write_atomically
 from cooper_jax.types import Metrics
 
 _NOT_FINITE = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """The mean of x over mask, both of one shape, in f32; 0 where the mask is empty.  -> f32[]
-
-    What is masked out does not count, whatever it holds: a NaN there leaves no trace.
-    """
-    assert x.shape == mask.shape, (x.shape, mask.shape)
-    mask = mask.astype(bool)
-    total = jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0.0))
-    return total / jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
 
 
 def to_host(metrics: Mapping[str, Any], group: str = "") -> Metrics:
@@ -169,11 +157,6 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
                     f"{path}, line {number} is not JSON ({error}): is the run still writing?"
                 ) from None
     return rows
-
-
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, NaN and infinities as numbers again.  Raises as `read_lines` does."""
-    return [numbers(row) for row in read_lines(path)]
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:

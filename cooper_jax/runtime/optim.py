@@ -1,6 +1,6 @@
 """Optimisers, guarded updates, and batches that are worked through in microbatches.
 
-1. `make` turns a config section into AdamW: clipped by the global gradient norm, warmed up linearly.
+1. `make` turns an `OptimiserConfig` into AdamW: clipped by the global gradient norm, warmed up linearly.
 2. `init` wraps f32 parameters into a `TrainState`; `state_shardings` says where every part of it lives.
 3. `accumulate` sums loss and gradients over microbatches of one shape, `make_accumulator` over microbatches of any
    shapes, a call each; `map_rows` runs a forward pass over them.
@@ -28,8 +28,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from cooper_jax.runtime.mesh import Layout, is_spec, shardings
+from cooper_jax.settings import typed_config
 from cooper_jax.types import Params, TrainState
 
 
@@ -44,41 +46,60 @@ class Optimiser:
 DECAYS = ("constant", "linear", "cosine")
 
 
-def make(section: Any, decay: str = "constant", updates: int = 0) -> Optimiser:
-    """AdamW from an `optimiser(...)` section of the config.
+@dataclasses.dataclass(frozen=True)
+class OptimiserConfig:
+    """Settings of AdamW with a linear warm-up: an `optimiser(...)` section of the config."""
+
+    lr: float
+    warmup_steps: int
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float  # of the global gradient norm
+    name: str = dataclasses.field(default="optimiser", compare=False)  # the section's, for messages
+
+    def __post_init__(self) -> None:
+        fields = ("lr", "warmup_steps", "b1", "b2", "weight_decay")
+        problems = typed_config.find_small(self, self.name, 0, fields)
+        for field, value in (("b1", self.b1), ("b2", self.b2)):
+            if not value < 1:
+                problems.append(f"{self.name}.{field}={value}: it must be below 1")
+        for field, value in (("eps", self.eps), ("clip_norm", self.clip_norm)):
+            if not value > 0:
+                problems.append(f"{self.name}.{field}={value}: it must be positive (1e9 never clips)")
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict, name: str) -> OptimiserConfig:
+        """Read a section; name: its dotted name, such as "policy.optimiser".  Raises SetupError."""
+        return typed_config.read_section(cls, section, name, name=name)
+
+
+def make(cfg: OptimiserConfig, decay: str = "constant", updates: int = 0) -> Optimiser:
+    """AdamW of these settings.
 
     The rate of update n (from 0) is lr * min(1, (n + 1) / warmup_steps) * d(n).  decay "constant": d = 1; else with
     t = clip((n - warmup_steps) / (updates - warmup_steps), 0, 1), which reaches 1 behind the last of `updates`,
     "linear": d = 1 - t, "cosine": d = (1 + cos(pi t)) / 2.  Weight decay is decoupled (Loshchilov and Hutter 2019,
-    "Decoupled weight decay regularization", algorithm 2) and scaled by the rate.  Raises ValueError for a value
-    that is out of its range.
+    "Decoupled weight decay regularization", algorithm 2) and scaled by the rate.  Raises ValueError for another
+    decay.
     """
     if decay not in DECAYS:
         raise ValueError(f"decay is {decay!r}; it is one of {', '.join(DECAYS)}")
-    for field, least in (("lr", 0), ("warmup_steps", 0), ("b1", 0), ("b2", 0), ("weight_decay", 0)):
-        if not section[field] >= least:
-            raise ValueError(f"optimiser.{field} is {section[field]}; it must be at least {least}")
-    for field in ("b1", "b2"):
-        if not section[field] < 1:
-            raise ValueError(f"optimiser.{field} is {section[field]}; it must be below 1")
-    for field in ("eps", "clip_norm"):
-        if not section[field] > 0:
-            raise ValueError(f"optimiser.{field} is {section[field]}; it must be positive (1e9 never clips)")
-    peak, warmup = float(section.lr), max(1, int(section.warmup_steps))
+    peak, warmup = float(cfg.lr), max(1, int(cfg.warmup_steps))
 
     def schedule(count):
         rate = peak * jnp.minimum(1.0, (count + 1).astype(jnp.float32) / warmup)
         if decay == "constant":
             return rate
-        first = int(section.warmup_steps)
+        first = int(cfg.warmup_steps)
         t = jnp.clip((count - first).astype(jnp.float32) / max(1, updates - first), 0.0, 1.0)
         return rate * (1.0 - t if decay == "linear" else (1.0 + jnp.cos(jnp.pi * t)) / 2)
 
     tx = optax.chain(
-        optax.clip_by_global_norm(section.clip_norm),
-        optax.adamw(
-            schedule, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay
-        ),
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay),
     )
     return Optimiser(tx, schedule)
 
@@ -164,7 +185,7 @@ def apply(
     return TrainState(params, opt_state, state.updates + go, state.skipped + skipped), metrics
 
 
-def split_rows(batch: Any, microbatch: int, layout: Layout | None = None) -> Any:
+def split_rows(batch: Any, microbatch: int, layout: Layout) -> Any:
     """Leaves [N, ...] -> [M, m, ...], rows appended at the end being all zeros.
 
     m is at most `microbatch`, rounded up to a multiple of the layout's batch shards, and no larger than M
@@ -173,7 +194,7 @@ def split_rows(batch: Any, microbatch: int, layout: Layout | None = None) -> Any
     """
     if microbatch < 1:
         raise ValueError(f"microbatch is {microbatch} rows; it must be at least 1")
-    shards = 1 if layout is None else layout.batch_shards
+    shards = layout.batch_shards
     n = jax.tree.leaves(batch)[0].shape[0]
     most = -(-microbatch // shards) * shards
     m = -(-n // -(-n // most))
@@ -184,7 +205,7 @@ def split_rows(batch: Any, microbatch: int, layout: Layout | None = None) -> Any
         assert x.shape[0] == n, f"{x.shape[0]} rows beside {n}"
         x = jnp.pad(x, [(0, m * count - n)] + [(0, 0)] * (x.ndim - 1))
         x = x.reshape(m, count, *x.shape[1:]).swapaxes(0, 1)
-        return x if layout is None else layout.constrain(x, None, "batch", *[None] * (x.ndim - 2))
+        return layout.constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     return jax.tree.map(split, batch)
 
@@ -194,8 +215,8 @@ def accumulate(
     params: Params,
     batch: Any,
     microbatch: int,
-    layout: Layout | None = None,
-    places: Any = None,
+    layout: Layout,
+    places: Any,
 ) -> tuple[jax.Array, Params, Any]:
     """Loss and gradients of a batch, one microbatch at a time.
 
@@ -212,7 +233,7 @@ def accumulate(
         return loss, grads, jax.tree.map(lambda x: x[None], aux)
 
     def pin(grads):
-        return grads if places is None else jax.lax.with_sharding_constraint(grads, places)
+        return jax.lax.with_sharding_constraint(grads, places)
 
     def step(carry, piece):
         total, sums = carry
@@ -254,11 +275,11 @@ def make_accumulator(
     loss_fn: Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]],
     aux: Sequence[str],
     opt: Optimiser,
-    specs: Any = None,
-    layout: Layout | None = None,
+    specs: Any,
+    layout: Layout,
 ) -> Accumulator:
     """loss_fn: as `accumulate`'s, its aux being sums f32[] under the names `aux`.  specs: the parameters' tree of
-    ParamSpec, for a layout."""
+    ParamSpec."""
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def start(params):
@@ -273,8 +294,6 @@ def make_accumulator(
         state, moved = apply(state, sums.grads, sums.loss, opt)
         return state, {"loss": sums.loss} | sums.aux | moved
 
-    if layout is None:
-        return Accumulator(jax.jit(start), jax.jit(add, donate_argnums=1), jax.jit(finish, donate_argnums=0))
     places = Sums(layout.replicated, shardings(layout, specs), dict.fromkeys(aux, layout.replicated))
     states = state_shardings(opt, specs, layout)
     return Accumulator(
@@ -284,7 +303,7 @@ def make_accumulator(
     )
 
 
-def map_rows(fn: Callable[[Any], Any], batch: Any, microbatch: int, layout: Layout | None = None) -> Any:
+def map_rows(fn: Callable[[Any], Any], batch: Any, microbatch: int, layout: Layout) -> Any:
     """fn over the microbatches of a batch, one after the other: leaves [N, ...] -> results [N, ...].
 
     Which rows share a microbatch depends on N, `microbatch` and the layout alone.

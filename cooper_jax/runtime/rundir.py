@@ -1,6 +1,6 @@
 """The run directory: what a run leaves behind, and what it finds there when it goes on.
 
-    config.json     every knob, as of the last start
+    config.json     `format` (FORMAT) and every field of the config, as of the last start
     metrics.jsonl   one object a step: `step` and slash-grouped names
     samples.jsonl   prompts with their completions, verdicts, scores
     checkpoints/    see checkpoint.py
@@ -46,6 +46,9 @@ from cooper_jax.runtime.checkpoint import steps_in
 from cooper_jax.runtime.files import write_atomically
 from cooper_jax.runtime.metrics import JsonLines, jsonable
 
+# Of run directories, in config.json.  It rises with a change after which older ones cannot be read or resumed.
+FORMAT = 1
+
 # Fields that a resumed run may change; a name that ends in a dot stands for its whole section.  They say how
 # long, how fast or where a run goes, not what it computes (a mesh moves the last bits, no more).
 HARMLESS = (
@@ -81,6 +84,39 @@ HARMLESS = (
 def run_path(config: ConfigDict) -> Path | epath.Path:
     """Where a config's run lives: its run_dir, or runs/<name>.  Raises ValueError for an address but gs://."""
     return files.path(config.run_dir or f"runs/{config.name}")
+
+
+def read_stored_config(run_dir: Path | epath.Path, known: ConfigDict) -> dict[str, Any]:
+    """The config of a run directory as nested dicts, without `format`.
+
+    known: a config that has all fields there are.  Raises FileNotFoundError without a config.json, ValueError for
+    one that is not JSON, and for a directory that another version of this project made.
+    """
+    stored = run_dir / "config.json"
+    if not stored.exists():
+        raise FileNotFoundError(f"{stored} is not there: {run_dir} is no run directory of launch/train.py")
+    try:
+        config = json.loads(stored.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{stored} is not JSON ({error}): fix it, or give another --config.run_dir"
+        ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{stored} holds no JSON object: fix it, or give another --config.run_dir")
+    number = config.pop("format", None)
+    if isinstance(number, int) and number > FORMAT:
+        raise ValueError(
+            f"{run_dir} was made by a later version of this project (format {number}, this one reads {FORMAT}): "
+            "use that version, or start a new run directory"
+        )
+    unknown = sorted(flat(config).keys() - flat(_plain(known)).keys())
+    if unknown or number != FORMAT:
+        shown = f"it has {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
+        reason = shown if unknown else f"its format is {number or 'not stated'}, this one reads {FORMAT}"
+        raise ValueError(
+            f"{run_dir} was made by an earlier version of this project ({reason}); start a new run directory"
+        )
+    return config
 
 
 def check_shared(path: str | Path | epath.Path) -> None:
@@ -173,7 +209,7 @@ class Run:
         self._lock = lock(self._folder / "lock", self.path, "--config.run_dir")
         try:
             self._check(resume)
-            text = json.dumps(_plain(config), indent=2, allow_nan=False)
+            text = json.dumps({"format": FORMAT} | _plain(config), indent=2, allow_nan=False)
             write_atomically(self.path / "config.json", text.encode() + b"\n")
         except BaseException:
             self.close()
@@ -310,12 +346,7 @@ class Run:
             raise ValueError(
                 f"{stored} is not there, but checkpoints {steps} are: give another --config.run_dir"
             )
-        try:
-            old = flat(json.loads(stored.read_bytes()))
-        except ValueError as error:
-            raise ValueError(
-                f"{stored} is not JSON ({error}): mend it, or give another --config.run_dir"
-            ) from None
+        old = flat(read_stored_config(self.path, self.config))
         new = flat(_plain(self.config))
         absent = "(absent)"
         changed = [

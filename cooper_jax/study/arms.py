@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from cooper_jax.recipes import RECIPES
 from cooper_jax.runtime.rundir import flat
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.config_fields import describe_unknown_field
+from cooper_jax.settings.setup_errors import SetupError
 
 START = "start"  # the folder of the supervised phases that a seed's arms share: no arm has this name
 # Fields that are the study's, or alike in all arms; one that ends in a dot stands for its section.
@@ -140,10 +141,12 @@ def parse(text: str, base: ConfigDict) -> Arm:
     known, settings = flat(base.to_dict()), {}
     for part in re.split(r",(?![^()]*\))", rest):  # at commas outside brackets
         field, equals, value = (x.strip() for x in part.partition("="))
-        if not equals or field not in known:
+        if not equals:
             raise SetupError(
                 f"--arm={name}: {part.strip()!r}: it is FIELD=VALUE, with a field of configs/base.py"
             )
+        if field not in known:
+            raise SetupError(f"--arm={name}: {part.strip()!r}: as in {describe_unknown_field(field, known)}")
         if decided(field):
             raise SetupError(f"--arm={name}: {field} is alike in all arms: give it as --config.{field}")
         settings[field] = _value(value, known[field], f"--arm={name}: {field}")

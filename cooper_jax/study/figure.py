@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cooper_jax.runtime.extras import import_extra
 from cooper_jax.study.records import Record, Records
 from cooper_jax.study.summary import PLAIN
 
@@ -38,6 +39,7 @@ BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"  # of Okabe and Ito, wh
 
 def draw(records: Records) -> bytes:
     """A PNG of the arms that have a run.  Raises ValueError where none has."""
+    import_extra("matplotlib", "figures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -20,16 +20,25 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cooper_jax import settings
 from cooper_jax.runtime import outdir
 from cooper_jax.runtime.checkpoint import steps_in
 from cooper_jax.runtime.rundir import flat, matters
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.study import arms as study_arms
 from cooper_jax.study.arms import START, Arm
 from cooper_jax.study.records import whole_rows
+from cooper_jax.trainer.run_settings import RunSettings
 
-TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+PACKAGE = Path(__file__).resolve().parents[1]
+TRAIN = PACKAGE / "launch" / "train.py"
+
+
+def train_command() -> tuple[str, ...]:
+    """The first words of a command that trains: a checkout's script, or the installed package's module."""
+    if (PACKAGE / "launch").is_symlink():
+        return (sys.executable, str(TRAIN))
+    # As a file, the installed script would put its parent folder first on the path, and with it our types.py.
+    return (sys.executable, "-P", "-m", "cooper_jax.launch.train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +104,9 @@ class Study:
         for arm in self.arms:
             self._refuse_overruled(arm)
             try:
-                settings.check(self.config(arm, self.seeds[0]))
+                RunSettings.from_config(self.config(arm, self.seeds[0]))
             except SetupError as error:
-                raise SetupError(f"arm {arm.name}: {error}") from error
+                raise SetupError(*(f"arm {arm.name}: {p}" for p in error.problems)) from error
 
     def _refuse_overruled(self, arm: Arm) -> None:
         """A flag would be of no effect in an arm that sets the field itself."""
@@ -132,7 +141,7 @@ class Study:
             field for field, value in flat(cfg.to_dict()).items() if value != flat(self.base.to_dict())[field]
         }
         flags = study_arms.flags(cfg, {*self.given, *changed})
-        command = (sys.executable, str(TRAIN), f"--config={self.config_file}", *flags)
+        command = (*train_command(), f"--config={self.config_file}", *flags)
         return Run(START if arm is None else arm.name, seed, Path(cfg.run_dir), cfg.steps, command)
 
     def runs(self) -> list[Run]:

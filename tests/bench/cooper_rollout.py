@@ -10,6 +10,8 @@ import common
 import jax
 import numpy as np
 
+from cooper_jax import placement
+from cooper_jax.configs import base
 from cooper_jax.model import weights
 from cooper_jax.rollout import engine
 
@@ -17,10 +19,9 @@ SEGMENT = 16  # tokens between two looks of the host
 
 
 def load(model_dir, W):
-    loaded = weights.load(model_dir)
-    params = jax.jit(engine.rollout_weights, static_argnums=(1, 2, 3))(
-        loaded.params, loaded.config, None, W["dtype"]
-    )
+    layout = placement.make_layout(base.get_config())
+    loaded = weights.load(model_dir, layout=layout)
+    params = engine.rollout_weights(loaded.params, loaded.config, layout, W["dtype"])
 
     def run(P, L, temperature, seed):
         """P [n, prompt], equal rows adjacent, L [n] tokens each -> tokens [n, most of them]."""
@@ -31,7 +32,7 @@ def load(model_dir, W):
             eos_ids=(), segment=SEGMENT, dtype=W["dtype"],
         )  # fmt: skip
         rollout = engine.generate(
-            params, loaded.config, None, [P[i].tolist() for i in starts], range(len(starts)),
+            params, loaded.config, layout, [P[i].tolist() for i in starts], range(len(starts)),
             jax.random.key(seed), spec, limits=L, max_rows=W["slots"],
         )  # fmt: skip
         return np.asarray(rollout.tokens)

@@ -10,9 +10,11 @@ import common
 import jax
 import numpy as np
 
-from configs import base
+from cooper_jax import placement
+from cooper_jax.configs import base
 from cooper_jax.model import weights
 from cooper_jax.policy import grpo
+from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.runtime import optim
 from cooper_jax.types import PolicyBatch
 
@@ -33,11 +35,17 @@ def policy_section(W, B):
 
 
 def load(model_dir, W):
-    loaded = weights.load(model_dir)
+    layout = placement.make_layout(base.get_config())
+    loaded = weights.load(model_dir, layout=layout)
     section = policy_section(W, common.train_batch(W, loaded.config.vocab_size))
-    optimiser = optim.make(section.optimiser)
+    optimiser = optim.make(optim.OptimiserConfig.from_config(section.optimiser, "policy.optimiser"))
     update = grpo.make_update(
-        loaded.config, section, optimiser, None, temperature=1.0, max_new_tokens=W["new_tokens"]
+        loaded.config,
+        PolicyConfig.from_config(section),
+        optimiser,
+        layout,
+        temperature=1.0,
+        max_new_tokens=W["new_tokens"],
     )
     state = optim.init(loaded.params, optimiser)
 
@@ -56,7 +64,6 @@ def load(model_dir, W):
                 old_logprobs=blank,
                 ref_logprobs=B["ref_logps"],
                 rollout_logprobs=blank,
-                old_is_current=np.asarray(True),
             )
             state, metrics = update(state, batch)
             jax.block_until_ready(state)

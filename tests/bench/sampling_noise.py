@@ -28,7 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from kernels import sampling  # noqa: E402
+from cooper_jax.kernels import sampling  # noqa: E402
 
 NOISE = 1e-5
 GRID = 2**23

@@ -7,11 +7,11 @@ import functools
 
 import topologies
 
-from configs import llama3p2_1b, qwen_1p5b
 from cooper_jax import placement
 from cooper_jax.ahead import job as jobs
 from cooper_jax.ahead import programs
 from cooper_jax.ahead.compiled import Compiled, compile_
+from cooper_jax.configs import llama3p2_1b, qwen_1p5b
 from cooper_jax.model.config import ModelConfig
 
 CONFIGS = {"qwen_1p5b": qwen_1p5b, "llama3p2_1b": llama3p2_1b}

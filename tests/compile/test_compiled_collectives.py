@@ -28,7 +28,9 @@ import topologies
 
 from cooper_jax.model import transformer
 from cooper_jax.policy import grpo
+from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward import verifier_model
+from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.runtime import hlo, optim
 from cooper_jax.runtime.mesh import Layout, abstract, make_mesh
 from cooper_jax.types import PairBatch, PolicyBatch, ScoreBatch, TrainState
@@ -60,7 +62,8 @@ class Case:
 
 def state(layout: Layout, section, head: str) -> tuple[optim.Optimiser, TrainState]:
     """The optimiser of a config's section, and the state that it would start from."""
-    opt, specs = optim.make(section), transformer.param_specs(MODEL, head=head)
+    opt = optim.make(optim.OptimiserConfig.from_config(section, "optimiser"))
+    specs = transformer.param_specs(MODEL, head=head)
     params, count = abstract(layout, specs), jax.ShapeDtypeStruct((), jnp.int32)
     start = TrainState(params, jax.eval_shape(opt.tx.init, params), count, count)
     places = optim.state_shardings(opt, specs, layout)
@@ -86,17 +89,16 @@ def lower(case: Case):
         cfg.policy.microbatch = MICROBATCH
         opt, start = state(layout, cfg.policy.optimiser, "logits")
         mask, reals = (array(kind, ROWS, RESPONSE) for kind in (jnp.bool_, jnp.float32))
-        batch = PolicyBatch(
-            *tokens(ROWS), mask, array(jnp.float32, ROWS), reals, reals, reals, array(jnp.bool_)
-        )
+        batch = PolicyBatch(*tokens(ROWS), mask, array(jnp.float32, ROWS), reals, reals, reals)
         return grpo.make_update(
-            MODEL, cfg.policy, opt, layout, temperature=1.0, max_new_tokens=RESPONSE
+            MODEL, PolicyConfig.from_config(cfg.policy), opt, layout, temperature=1.0, max_new_tokens=RESPONSE
         ).lower(start, batch)
     cfg.reward.microbatch = MICROBATCH // 2
     opt, start = state(layout, cfg.reward.optimiser, "score")
     members = (ScoreBatch(*tokens(ROWS // 2)) for _ in range(2))
     batch = PairBatch(*members, array(jnp.bool_, ROWS // 2))
-    return verifier_model.make_update(MODEL, cfg.reward, opt, layout).lower(start, batch)
+    reward = RewardUpdateConfig.from_config(cfg.reward)
+    return verifier_model.make_update(MODEL, reward, opt, layout).lower(start, batch)
 
 
 @functools.cache

@@ -13,9 +13,9 @@ import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import decode_attention as face
-from kernels import kv as caches
-from kernels.schedule import schedule
+from cooper_jax.kernels import decode_attention as face
+from cooper_jax.kernels import kv as caches
+from cooper_jax.kernels.schedule import schedule
 
 LAYERS, ROWS, PROMPTS, PROMPT_COLUMNS, SUFFIX_COLUMNS = (
     4,

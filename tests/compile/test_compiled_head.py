@@ -14,7 +14,7 @@ import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import head
+from cooper_jax.kernels import head
 
 WIDTHS = {"qwen": (1536, 151_936, 151_936), "llama": (2048, 128_256, 128_256)}  # D, V, entries that are real
 ROWS = {"draw": 256, "greedy": 256, "score": 16 * 512, "learn": 16 * 512}

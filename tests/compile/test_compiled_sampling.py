@@ -14,7 +14,7 @@ import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import sampling
+from cooper_jax.kernels import sampling
 
 ROWS = 256
 CHIPS = ("v5e", "v5p", "v6e", "h100")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cooper_jax.runtime import chips
-from cooper_jax.settings import SetupError
+from cooper_jax.settings.setup_errors import SetupError
 
 MACHINES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4", "h100": "h100:1x1x8"}
 

@@ -1,52 +1,33 @@
-"""Settings that contradict themselves are found before anything is loaded, and every setup error reads alike.
+"""Checks of a config that concern several sections, made before anything is loaded.
 
-error: FIELD or FILE: what is wrong, with the numbers, and the flag that mends it
+What concerns one section alone is checked by its typed config (typed_config.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from cooper_jax.settings.setup_errors import Problems
+
 ARMS = ("rule", "model", "cooper")
-NEGATIVES = ("assistant", "mined", "own_answer", "swap")
 AT_LEAST_1 = (
     "data.prompts_per_step", "data.max_prompt_tokens", "data.bucket", "data.synthetic_size",
-    "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "policy.epochs", "policy.minibatches",
-    "policy.microbatch", "reward.microbatch", "reward.max_tokens", "pairs.per_prompt", "pairs.tries",
+    "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "reward.max_tokens",
     "policy.vocab_multiple", "reward.vocab_multiple", "assistant.vocab_multiple",
     "warmup.policy_batch", "warmup.reward_batch", "checkpoint.every", "eval.problems", "eval.samples",
-    "reward.updates",
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "steps", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps",
     "checkpoint.keep", "data.eval_from_train", "eval.every", "eval.reward_rows", "log.samples", "log.samples_every",
-    "reward.pair_weight", "reward.pair_bce", "reward.common_mode", "reward.rollout_bce", "reward.rollout_rows",
-    "reward.updates_most", "reward.fp_target", "reward.warm_start", "reward.replay", "reward.replay_rows",
 )  # fmt: skip
-
-
-class SetupError(ValueError):
-    """A config, a file or weights that cannot be used; the message names the field and the fix."""
-
-
-@contextlib.contextmanager
-def boundary(what: str) -> Iterator[None]:
-    """Turn errors at the config and file boundary into one message that says what was being set up."""
-    try:
-        yield
-    except SetupError:
-        raise
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise SetupError(f"{what}: {error}") from error
 
 
 def weighs_pairs(reward: ConfigDict) -> bool:
     """Whether the reward model's update reads pairs.  reward: the config's section."""
-    return bool(reward.pair_weight or reward.pair_bce or reward.common_mode)
+    return bool(reward.pair_weight or reward.pair_bce)
 
 
 def updates_reward_model(cfg: ConfigDict) -> bool:
@@ -67,14 +48,8 @@ def asks_assistant(cfg: ConfigDict) -> bool:
 def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
     """What contradicts itself in the reward model's update."""
     r, negatives = cfg.reward, tuple(cfg.pairs.negatives)
-    known = bool(negatives) and all(n in NEGATIVES for n in negatives)
-    need(
-        known,
-        f"pairs.negatives={negatives}: it names one or more of {', '.join(NEGATIVES)}, as in "
-        "--config.pairs.negatives=\"('assistant','swap')\"",
-    )
     if r.arm == "rule":
-        given = [name for name in ("binary", "either", "guard") if r[name]]
+        given = [name for name in ("either", "guard") if r[name]]
         need(
             not given,
             f"reward.{' and reward.'.join(given)}: the rule arm has no reward model whose rewards could be "
@@ -92,29 +67,15 @@ def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
         f"pairs.negatives={negatives}: with pairs.per_prompt={cfg.pairs.per_prompt} the last is never used; set "
         f"--config.pairs.per_prompt={len(negatives)}",
     )
-    need(
-        not r.rollout_bce or r.rollout_rows + (r.replay_rows if r.replay else 0) >= 1,
-        f"reward.rollout_rows={r.rollout_rows}: reward.rollout_bce={r.rollout_bce} needs rows; set "
-        "--config.reward.rollout_rows=64",
-    )
-    need(
-        bool(r.replay) == bool(r.replay_rows) and (not r.replay or bool(r.rollout_bce)),
-        f"reward.replay={r.replay}, reward.replay_rows={r.replay_rows}, reward.rollout_bce={r.rollout_bce}: what "
-        "is kept is shown again in the term rollout_bce; set all three, or neither of the first two",
-    )
-    need(
-        not r.updates_most or r.updates_most > r.updates,
-        f"reward.updates_most={r.updates_most}: it must be above reward.updates={r.updates}, or 0",
-    )
 
 
 def check(cfg: ConfigDict) -> None:
-    """Raise SetupError for settings that contradict each other."""
+    """Raise SetupError with every setting that contradicts another, or is out of its range.
 
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise SetupError(message)
-
+    Values of the sections that have a typed config are checked there; run_settings.py runs all checks.
+    """
+    problems = Problems()
+    need = problems.need
     r, p = cfg.rollout, cfg.policy
     need(cfg.reward.arm in ARMS, f"reward.arm is {cfg.reward.arm!r}; it is one of {', '.join(ARMS)}")
     need(
@@ -171,3 +132,4 @@ def check(cfg: ConfigDict) -> None:
         bool(cfg.data.train) or cfg.data.format == "synthetic",
         "data.train is empty: give --config.data.train=FILE",
     )
+    problems.raise_if_any()

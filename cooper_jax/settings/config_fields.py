@@ -1,0 +1,152 @@
+"""Documentation of the configuration's fields: type, value and the comment beside each in configs/base.py.
+
+`read_comments` reads the comments out of the source of configs/base.py, so that a field is documented in one
+place.  `list_fields` joins them with the values of a config.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import io
+import tokenize
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cooper_jax.configs import base
+from cooper_jax.settings.renamed_flags import RENAMED_FLAGS, describe_rename
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A leaf of the configuration."""
+
+    name: str  # dotted: policy.optimiser.lr
+    value: Any
+    comment: str  # "" where configs/base.py has none
+
+    @property
+    def section(self) -> str:
+        """The part of the name before the first dot; "" for a field outside all sections."""
+        return self.name.split(".")[0] if "." in self.name else ""
+
+    @property
+    def type_name(self) -> str:
+        return type(self.value).__name__
+
+
+def flatten_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted names of the config's leaves and their values."""
+    out: dict[str, Any] = {}
+    for name in config:
+        value = config[name]
+        if isinstance(value, ConfigDict):
+            out |= flatten_config(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def list_fields(config: ConfigDict) -> list[Field]:
+    """All leaves of a config with the comments of configs/base.py, in the order of that file."""
+    comments, values = read_comments(base), flatten_config(config)
+    # A ConfigDict sorts its names; a field that base.py does not declare comes last.
+    declared = [name for name in comments if name in values]
+    names = [*declared, *(name for name in values if name not in comments)]
+    return [Field(name, values[name], comments.get(name, "")) for name in names]
+
+
+def describe_unknown_field(
+    field: str, fields: Iterable[str], renamed: Mapping[str, str] = RENAMED_FLAGS
+) -> str:
+    """Say what became of a field that the config does not have, or name the nearest that it has.
+
+    field: dotted, without `config.`.  fields: the names that exist.
+    """
+    if (change := describe_rename(field, renamed)) is not None:
+        return f"--config.{field} {change}"
+    nearest = find_nearest(field, fields)
+    hint = f"did you mean --config.{nearest}?" if nearest else "--help lists the fields"
+    return f"--config.{field}: the config does not have this field; {hint}"
+
+
+def find_nearest(field: str, fields: Iterable[str]) -> str | None:
+    """The field whose dotted name is nearest to a misspelt one; None where nothing is near.
+
+    Fields of the section that the misspelt name gives come first, then the same last part in another section
+    (`policy.lr` -> `policy.optimiser.lr`), then similar names.
+    """
+    fields = list(fields)
+    section, _, leaf = field.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in fields if name.rpartition(".")[0] == section}
+    if found := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7):
+        return siblings[found[0]]
+    same_leaf = [name for name in fields if name.rpartition(".")[2] == leaf]
+    if same_leaf:
+        return max(same_leaf, key=lambda name: difflib.SequenceMatcher(None, field, name).ratio())
+    found = difflib.get_close_matches(field, fields, n=1, cutoff=0.75)
+    return found[0] if found else None
+
+
+def read_comments(module: ModuleType, function: str = "get_config") -> dict[str, str]:
+    """Dotted names of the fields and sections that a module's `function` declares -> their comments.
+
+    Names come in the order of their declaration; without a comment the text is "".  The comment stands behind the
+    assignment or, where there is none, in the lines directly above it.  A function that builds a section
+    (`c.policy = trained_model()`) contributes the comments of its own fields.
+    """
+    source = inspect.getsource(module)
+    tree = ast.parse(source)
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return _Reader(functions, _comments_by_line(source), source.splitlines()).comments_of(function)
+
+
+def _comments_by_line(source: str) -> dict[int, str]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    functions: Mapping[str, ast.FunctionDef]
+    comments: Mapping[int, str]  # line number -> text
+    lines: list[str]
+
+    def comments_of(self, function: str) -> dict[str, str]:
+        out: dict[str, str] = {}
+        for node in self.functions[function].body:
+            if not isinstance(node, ast.Assign):
+                continue
+            # `c` itself is the empty name, `c.policy.lr` is policy.lr.
+            name = ast.unparse(node.targets[0]).partition(".")[2]
+            if name:
+                out[name] = self._comment_of(node)
+            call = node.value
+            if (
+                isinstance(call, ast.Call)
+                and isinstance(call.func, ast.Name)
+                and call.func.id in self.functions
+            ):
+                prefix = f"{name}." if name else ""
+                out |= {prefix + inner: text for inner, text in self.comments_of(call.func.id).items()}
+        return out
+
+    def _comment_of(self, node: ast.Assign) -> str:
+        first, last = node.lineno, node.end_lineno or node.lineno
+        trailing = [self.comments[n] for n in range(first, last + 1) if n in self.comments]
+        if trailing:
+            return " ".join(trailing)
+        above: list[str] = []
+        line = first - 1
+        while self.lines[line - 1].lstrip().startswith("#"):
+            # `--- title ---` heads the fields below it.
+            if self.comments[line].startswith("---"):
+                break
+            above.insert(0, self.comments[line])
+            line -= 1
+        return " ".join(above)

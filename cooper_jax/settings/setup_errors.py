@@ -1,0 +1,67 @@
+"""Setup errors: a config, a file or weights that cannot be used.
+
+Every message has one form:
+
+    FIELD or FILE: the problem, with the numbers, and the flag that fixes it
+
+`Problems` collects what several checks find, so that all errors of a config are reported at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+
+class SetupError(ValueError):
+    """A config, a file or weights that cannot be used; each message names the field and the fix.
+
+    problems: the messages, one for each problem; str() joins them by line breaks.
+    """
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@contextlib.contextmanager
+def boundary(what: str) -> Iterator[None]:
+    """Turn errors at the config and file boundary into one message that says what was being set up."""
+    try:
+        yield
+    except SetupError:
+        raise
+    except ImportError as error:
+        text = " ".join(str(error).split())  # transformers' messages have several lines
+        raise SetupError(
+            f"{what}: a package is missing or broken: {text} (requirements.txt lists all that is needed)"
+        ) from error
+    except (ValueError, KeyError, OSError) as error:
+        raise SetupError(f"{what}: {error}") from error
+
+
+@dataclasses.dataclass
+class Problems:
+    """The setup errors that several checks have found so far."""
+
+    found: list[str] = dataclasses.field(default_factory=list)
+
+    def need(self, ok: bool, message: str) -> None:
+        """Add the message unless `ok`."""
+        if not ok:
+            self.found.append(message)
+
+    @contextlib.contextmanager
+    def collect(self, what: str) -> Iterator[None]:
+        """Add the errors of a check instead of raising them; what: as for `boundary`."""
+        try:
+            with boundary(what):
+                yield
+        except SetupError as error:
+            self.found += error.problems
+
+    def raise_if_any(self) -> None:
+        """Raise SetupError with everything that was found, each message once."""
+        if self.found:
+            raise SetupError(*dict.fromkeys(self.found))

@@ -1,0 +1,172 @@
+"""The policy's stages of a step: sample responses, compute log-probabilities, update the policy.
+
+1. `take_problems` takes the next problems of the data order.
+2. `sample_responses` samples G responses to each, as arrays and as text.
+3. `compute_logprobs` packs them into a `PolicyBatch` with the reference's log-probabilities.
+4. `update_policy` makes the step's GRPO updates.
+
+Every process runs the same calls on the same text.  Arrays are placed by the layout of the model that reads them;
+rows are padded to a multiple of the mesh's batch shards, and padding rows weigh nothing.
+
+    B  prompts   G  samples a prompt   N = B * G  rows, prompt-major   P  prompt tokens   T  response tokens
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from cooper_jax.data import packing
+from cooper_jax.data import problems as problem_sets
+from cooper_jax.placement import rollout_options
+from cooper_jax.policy import grpo
+from cooper_jax.rollout import engine
+from cooper_jax.runtime import hosts, keys
+from cooper_jax.runtime.metrics import to_host
+from cooper_jax.trainer.state import Components, State
+from cooper_jax.types import Completion, Metrics, Params, PolicyBatch, Problem, Rollout, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemBatch:
+    """The problems of a step."""
+
+    problems: list[Problem]  # [B]
+    prompt_tokens: list[Sequence[int]]  # [B]
+    positions: range  # [B], places in the endless order of epochs; random draws are keyed by them
+    row_problems: list[Problem]  # [N], each problem G times
+
+
+def take_problems(components: Components, first: int, stream: str = "shuffle") -> ProblemBatch:
+    """The training problems at the places first, first + 1, ... of the order that `stream` shuffles."""
+    cfg = components.cfg
+    positions = range(first, first + cfg.data.prompts_per_step)
+    chosen = [problem_sets.problem_at(p, len(components.train), cfg.seed, stream) for p in positions]
+    group_size = cfg.rollout.group_size
+    return ProblemBatch(
+        problems=[components.train[i] for i in chosen],
+        prompt_tokens=[components.train_prompts[i] for i in chosen],
+        positions=positions,
+        row_problems=[components.train[chosen[n // group_size]] for n in range(len(chosen) * group_size)],
+    )
+
+
+def sample_responses(
+    components: Components,
+    params: Params,
+    batch: ProblemBatch,
+    key: jax.Array,
+    *,
+    on_group: Callable[[int, list[Completion]], None] | None = None,
+) -> tuple[Rollout, list[Completion], Metrics]:
+    """Sample G responses to each problem: as arrays, as text, and metrics of the sampling itself.
+
+    on_group: is called with a problem's index in the batch and its G responses once all of them have ended, while
+      other groups are still sampled; once for each problem.
+
+    Raises hosts.Stopped between two decode segments after a SIGTERM.
+    """
+    model, spec = components.policy.model, components.policy.sampling
+    metrics: Metrics = {}
+
+    def decode(rollout: Rollout) -> list[Completion]:
+        return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
+
+    def on_groups(indices: list[int], rows: Rollout) -> None:
+        responses = decode(rows)
+        for i, index in enumerate(indices):
+            on_group(index, responses[i * spec.group_size : (i + 1) * spec.group_size])
+
+    rollout = engine.generate(
+        params,
+        model.config,
+        components.layout,
+        batch.prompt_tokens,
+        batch.positions,
+        key,
+        spec,
+        on_groups=on_groups if on_group else None,
+        between_segments=hosts.look,
+        report=metrics.update,
+        **rollout_options(components.cfg),
+    )
+    return rollout, decode(rollout), metrics
+
+
+def sample_held_out(components: Components, params: Params, temperature: float) -> list[Completion]:
+    """Sample the evaluation's responses to the held-out problems; at temperature 0 the most likely ones.
+
+    The key is the same in every evaluation, so two evaluations of one policy are equal.
+    """
+    cfg, model = components.cfg, components.policy.model
+    spec = dataclasses.replace(
+        components.policy.sampling,
+        temperature=temperature,
+        top_p=cfg.eval.top_p,
+        top_k=0,
+        group_size=cfg.eval.samples if temperature else 1,
+    )
+    rollout = engine.generate(
+        params,
+        model.config,
+        components.layout,
+        components.held_out_prompts,
+        range(len(components.held_out)),
+        keys.stream(cfg.seed, "evaluation"),
+        spec,
+        between_segments=hosts.look,
+        **rollout_options(cfg),
+    )
+    return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
+
+
+def compute_logprobs(
+    components: Components, state: State, prompt_tokens: Sequence[Sequence[int]], rollout: Rollout
+) -> PolicyBatch:
+    """The policy's batch with the log-probabilities of the reference, and of the policy before its first update.
+
+    A step with a single update needs no pass for the latter: they are the log-probabilities that the update itself
+    computes, the ratio is 1, and `old_logprobs` stays zero and unread.
+    """
+    cfg, layout, reference_layout = components.cfg, components.layout, components.policy.reference_layout
+    packed = packing.policy_batch(
+        prompt_tokens,
+        rollout,
+        bucket=cfg.data.bucket,
+        rows_multiple=math.lcm(layout.batch_shards, reference_layout.batch_shards),
+    )
+    batch = layout.put(packed, "batch")
+    width = batch.response_mask.shape[1]
+
+    # The reference first: where it has devices of its own, its inputs and outputs cross through the host.
+    if reference_layout == layout:
+        reference_inputs = (batch.tokens, batch.valid)
+    else:
+        reference_inputs = reference_layout.put((packed.tokens, packed.valid), "batch")
+    ref_logprobs = components.policy.reference_logprobs(state.reference, *reference_inputs, width)
+
+    if grpo.updates_per_step(components.settings.policy) > 1:
+        old_logprobs = components.policy.logprobs(state.policy.params, batch.tokens, batch.valid, width)
+        batch = batch.replace(old_logprobs=old_logprobs)
+    if reference_layout != layout:
+        ref_logprobs = layout.put(hosts.fetch(ref_logprobs), "batch")
+
+    return jax.block_until_ready(batch.replace(ref_logprobs=ref_logprobs))
+
+
+def update_policy(
+    components: Components, policy: TrainState, batch: PolicyBatch, advantages: np.ndarray, step: int
+) -> tuple[TrainState, Metrics]:
+    """Make the step's GRPO updates.  advantages: f32[N].  The policy's state given is donated."""
+    cfg = components.cfg
+    padded = packing.pad_rows(np.asarray(advantages, np.float32), batch.tokens.shape[0])
+    batch = batch.replace(advantages=components.layout.put(padded, "batch"))
+    key = keys.stream(cfg.seed, "minibatch", step)
+    policy, metrics = grpo.train_step(
+        policy, batch, key, components.settings.policy, components.policy.update
+    )
+    return policy, to_host(metrics, "policy")

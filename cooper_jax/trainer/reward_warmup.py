@@ -1,0 +1,69 @@
+"""Warm-up of the reward model: updates on rollouts of the policy at step 0, before they earn anything (ours).
+
+A reward model that was trained on other models' completions knows their shortcuts.  Here it meets the policy's own.
+Each of `reward.warm_start` updates
+
+1. takes problems in an order of its own,
+2. samples and grades responses, makes pairs and chooses labelled rows with the stages of a Cooper step,
+3. updates the reward model; the policy stays as it is.
+
+In the model arm the reward model is frozen after that: a control that tells what the updates at the steps add.
+"""
+
+from __future__ import annotations
+
+from cooper_jax.reward.lessons import Replay
+from cooper_jax.runtime import hosts, keys
+from cooper_jax.trainer import policy_stages, reward_stages
+from cooper_jax.trainer.grading import ResponseGrader
+from cooper_jax.trainer.state import Components, State
+from cooper_jax.trainer.step_metrics import measure_hacking, measure_verdicts
+
+REPORTS = 8  # progress lines, at most
+STEP = 0  # keys the draws of pairs and labelled rows: no Cooper step has this number
+
+
+def warm_up_reward_model(components: Components, state: State) -> State:
+    """The state at step 0 after `reward.warm_start` updates of the reward model, one update a batch of problems.
+
+    Raises hosts.Stopped after a SIGTERM.
+    """
+    cfg = components.cfg
+    count = cfg.reward.warm_start
+    for update in range(count):
+        hosts.look()
+
+        batch = policy_stages.take_problems(
+            components, first=update * cfg.data.prompts_per_step, stream="warm_start"
+        )
+        grader = ResponseGrader(components, batch, state.reward)
+        _, completions, _ = policy_stages.sample_responses(
+            components,
+            state.policy.params,
+            batch,
+            keys.stream(cfg.seed, "warm_start"),
+            on_group=grader.add_group,
+        )
+        scores, verdicts = grader.collect_scores(), grader.collect_verdicts()
+
+        pending_pairs = reward_stages.propose_pairs(components, batch, completions, verdicts, scores, STEP)
+        labelled_rows, replay = reward_stages.choose_labelled_rows(
+            components, batch, completions, verdicts, scores, STEP, state.replay
+        )
+        reward, _ = reward_stages.update_reward_model(
+            components, state.reward, pending_pairs.result().pairs, labelled_rows
+        )
+        state = state.replace(reward=reward, replay=replay)
+
+        if (update + 1) % max(1, count // REPORTS) == 0:
+            rule, hacking = measure_verdicts(verdicts), measure_hacking(scores, verdicts)
+            hosts.say(
+                f"warm-up of the reward model on rollouts: update {update + 1}/{count}  "
+                f"rule {rule['rule/accuracy']:.1%}  agreement {hacking['rm/rule_agreement']:.3f}  "
+                f"false positives {hacking['rm/false_positive_rate']:.3f}"
+            )
+
+    # A reward model that is never updated again has no use for past rollouts.
+    if cfg.reward.arm != "cooper":
+        state = state.replace(replay=Replay())
+    return state

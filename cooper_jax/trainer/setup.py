@@ -1,0 +1,295 @@
+"""Setup of a run: from a config to the components and the state at step 0.
+
+1. `read_settings` checks the config and gives typed settings; everything that is wrong is reported at once.
+2. `load_problems` reads the training problems and those held out.  Held-out problems that the reward model is
+   trained on are left out (data/contamination.py), and `choose_held_out` takes a keyed sample of the others.
+   Prompts that are too long are dropped and counted.
+3. `build_components` loads both models with their tokenizers, starts the rule verifier's workers and opens the
+   assistant.  Nothing is compiled yet.
+4. It returns `Components`, which never change, apart from the `State`, which every step replaces (state.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from cooper_jax.data import contamination, prompts, synthetic
+from cooper_jax.data import problems as problem_sets
+from cooper_jax.loading import Directory, load_model
+from cooper_jax.local_chat import local_generate
+from cooper_jax.model.tokenizer import Tokenizer
+from cooper_jax.placement import make_layouts
+from cooper_jax.policy import grpo
+from cooper_jax.reward import assistant as assistants
+from cooper_jax.reward import verifier_model
+from cooper_jax.reward.chat import ChatConfig
+from cooper_jax.reward.rule import QUESTION, RuleVerifier
+from cooper_jax.reward.shared import over_hosts
+from cooper_jax.rollout.sampling import SamplingSpec
+from cooper_jax.runtime import mesh, optim
+from cooper_jax.settings.setup_errors import Problems, SetupError, boundary
+from cooper_jax.trainer.run_settings import RunSettings
+from cooper_jax.trainer.state import Components, PolicyBundle, RewardBundle, State
+from cooper_jax.types import Problem, TrainState
+
+
+def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
+    """The training problems, and all problems held out for evaluation (there may be none).
+
+    Raises SetupError for files that cannot be read.
+    """
+    data = cfg.data
+    if data.format == "synthetic":
+        return (
+            synthetic.problems(cfg.seed, data.synthetic_size, "train"),
+            synthetic.problems(cfg.seed, cfg.eval.problems, "eval"),
+        )
+
+    columns = {name: data[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
+    with boundary(f"data.train={data.train}"):
+        train = problem_sets.load(data.train, data.format, split=data.split, **columns)
+    if not data.eval:
+        return take_held_out(train, data.eval_from_train) if cfg.eval.every else (train, [])
+    with boundary(f"data.eval={data.eval}"):
+        held_out = problem_sets.load(data.eval, data.eval_format, split=data.eval_split, **columns)
+    return train, held_out
+
+
+def take_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
+    """Split off `count` problems for evaluation: (the others, those), both in the file's order.
+
+    The choice depends on the number of problems alone, so runs with other seeds are evaluated on the same ones.
+    A question that occurs more than once goes to one side as a whole.  Raises SetupError where none would be left
+    to train on.
+    """
+    if not count:
+        return train, []
+    if count >= len(train):
+        raise SetupError(
+            f"data.eval_from_train={count}: the training file has {len(train)} problems, and some must be left to "
+            "train on; take fewer, or name an evaluation file with --config.data.eval=FILE"
+        )
+
+    chosen = sorted(problem_sets.keyed_order(len(train))[:count])
+    questions = {train[i].question for i in chosen}
+    rest = [problem for problem in train if problem.question not in questions]
+    return rest, [train[i] for i in chosen]
+
+
+def encode_policy_prompt(cfg: ConfigDict, tokenizer: Tokenizer, problem: Problem) -> list[int]:
+    """The token ids from which the policy answers a problem: the instruction and the chat template applied."""
+    return prompts.policy_prompt(tokenizer, problem.question, cfg.data.instruction, cfg.data.chat)
+
+
+def choose_held_out(kept: Sequence[Problem], whole: Sequence[Problem], count: int) -> list[Problem]:
+    """At most `count` of the kept problems, in the order of their file: a sample of all of it.
+
+    kept: those of `whole`, the file's problems, that may be evaluated on.  They are taken in the keyed order of the
+    whole file, as benchmarks are, so that two runs which leave out different problems share the others.
+    """
+    if len(kept) <= count:
+        return list(kept)
+    place = {problem: i for i, problem in enumerate(whole)}
+    rank = {i: n for n, i in enumerate(problem_sets.keyed_order(len(whole)))}
+    chosen = sorted(kept, key=lambda p: rank[place[p]])[:count]
+    return sorted(chosen, key=lambda p: place[p])
+
+
+def read_settings(cfg: ConfigDict) -> RunSettings:
+    """The config's typed settings.
+
+    Raises SetupError with everything that is wrong with the config, as far as no file has to be read for it.
+    """
+    problems = Problems()
+    with problems.collect("settings"):
+        typed = RunSettings.from_config(cfg)
+    with problems.collect("mesh"):
+        _check_rows(cfg, make_layouts(cfg)["policy"].batch_shards, problems)
+    problems.raise_if_any()
+    return typed
+
+
+def _check_rows(cfg: ConfigDict, shards: int, problems: Problems) -> None:
+    """Find rows that do not divide over the mesh.  shards: the number of shards of a batch of the policy."""
+    rows, parts = cfg.data.prompts_per_step * cfg.rollout.group_size, cfg.policy.minibatches
+    problems.need(
+        parts <= 1 or rows % (shards * parts) == 0,
+        f"policy.minibatches={parts}: a step's {rows} rows (data.prompts_per_step x rollout.group_size) must "
+        f"divide into that many parts of a multiple of {shards} rows, the mesh's batch shards",
+    )
+    problems.need(
+        not 0 < cfg.rollout.max_rows < shards,
+        f"rollout.max_rows={cfg.rollout.max_rows} is less than a row on each of the mesh's {shards} batch shards: "
+        "raise it, or set 0 for no bound",
+    )
+
+
+@contextlib.contextmanager
+def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Components, State]]:
+    """Components and the state at step 0, before any supervised phase.  Worker processes end on exit.
+
+    Raises SetupError for settings, files and weights that cannot be used.
+    """
+    typed = read_settings(cfg)
+    layouts = make_layouts(cfg)
+    train, held_out = load_problems(cfg)
+    unseen = contamination.set_apart(cfg, run_dir, train, held_out)
+    held_out = choose_held_out(unseen, held_out, cfg.eval.problems)
+
+    with contextlib.ExitStack() as stack:
+        # A worker of the rule verifier starts while the models are loaded.
+        with boundary("rule"):
+            rule = stack.enter_context(RuleVerifier(typed.rule))
+            rule.submit([QUESTION])
+        policy, policy_state = build_policy_bundle(cfg, typed, layouts, run_dir)
+        reward, reward_state = None, None
+        if cfg.reward.arm != "rule":
+            reward, reward_state = build_reward_bundle(cfg, typed, layouts["reward"], run_dir)
+
+        with boundary(f"data.chat={cfg.data.chat}, data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
+            train, train_prompts, dropped = _drop_long(cfg, policy.model.tokenizer, train)
+            held_out, held_out_prompts, dropped_held_out = _drop_long(cfg, policy.model.tokenizer, held_out)
+        if reward is not None:
+            # Checked here, so that a reference that is too long does not end the run when its turn comes.
+            with boundary("data.train, data.eval"):
+                references = (p.reference for p in (*train, *held_out))
+                prompts.check_references(reward.model.tokenizer, references, cfg.reward.max_tokens)
+            with boundary("reward"):
+                prompts.check_response_room(
+                    reward.model.tokenizer, cfg.rollout.max_new_tokens, cfg.reward.max_tokens
+                )
+
+        with boundary("rule"):
+            rule.check_ready()
+        assistant = None
+        if typed.assistant is not None:
+            assistant = build_assistant(cfg, typed.assistant, layouts["assistant"], run_dir)
+            stack.callback(assistant.close)
+        rule, assistant = over_hosts(rule, assistant, jax.process_count())
+
+        components = Components(
+            cfg=cfg,
+            settings=typed,
+            layout=layouts["policy"],
+            policy=policy,
+            reward=reward,
+            rule=rule,
+            assistant=assistant,
+            train=tuple(train),
+            train_prompts=tuple(train_prompts),
+            held_out=tuple(held_out),
+            held_out_prompts=tuple(held_out_prompts),
+            dropped=(dropped, dropped_held_out),
+            oracle=synthetic.oracle if cfg.data.format == "synthetic" else None,
+        )
+        # This frame lives as long as the run: a reference to the first state kept here would hold a second copy
+        # of all parameters and optimisers.
+        state = [State(policy=policy_state, reward=reward_state, reference=None, step=0, position=0)]
+        del policy_state, reward_state
+        yield components, state.pop()
+
+
+def _drop_long(
+    cfg: ConfigDict, tokenizer: Tokenizer, problems: Sequence[Problem]
+) -> tuple[list[Problem], list[list[int]], int]:
+    """The problems whose prompts fit `data.max_prompt_tokens`, their prompts, and how many did not fit."""
+    if not problems:
+        return [], [], 0
+    return problem_sets.drop_long(
+        problems, lambda p: encode_policy_prompt(cfg, tokenizer, p), cfg.data.max_prompt_tokens
+    )
+
+
+def build_policy_bundle(
+    cfg: ConfigDict, typed: RunSettings, layouts: dict[str, mesh.Layout], run_dir: Directory
+) -> tuple[PolicyBundle, TrainState]:
+    """The policy and its reference: functions that are jitted when first called, and the initial state."""
+    layout, reference = layouts["policy"], layouts["reference"]
+    rollout = cfg.rollout
+    lengths = {
+        "data.max_prompt_tokens": cfg.data.max_prompt_tokens,
+        "rollout.max_new_tokens": rollout.max_new_tokens,
+    }
+    model, params, _ = load_model(cfg.policy, "policy", "logits", layout, run_dir, cfg.seed, lengths)
+    sampling = SamplingSpec(
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        max_new_tokens=rollout.max_new_tokens,
+        group_size=rollout.group_size,
+        eos_ids=model.tokenizer.eos_ids,
+        segment=rollout.segment,
+        dtype=rollout.dtype,
+        kv_dtype=rollout.kv_dtype,
+    )
+
+    with boundary("policy"):
+        optimiser = optim.make(typed.policy_optimiser)
+        options = dict(
+            microbatch=typed.policy.microbatch, dtype=typed.policy.dtype, temperature=rollout.temperature
+        )
+        logprobs = grpo.make_logprobs(model.config, layout, **options)
+        # One compiled function serves both where they share their devices.
+        reference_logprobs = logprobs
+        if reference != layout:
+            reference_logprobs = grpo.make_logprobs(model.config, reference, **options)
+        update = grpo.make_update(
+            model.config, typed.policy, optimiser, layout,
+            temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens,
+        )  # fmt: skip
+
+    bundle = PolicyBundle(
+        model=model,
+        sampling=sampling,
+        logprobs=logprobs,
+        reference_layout=reference,
+        reference_logprobs=reference_logprobs,
+        update=update,
+        optimiser=optimiser,
+    )
+    return bundle, optim.init(params, optimiser)
+
+
+def build_reward_bundle(
+    cfg: ConfigDict, typed: RunSettings, layout: mesh.Layout, run_dir: Directory
+) -> tuple[RewardBundle, TrainState]:
+    """The reward model: functions that are jitted when first called, and the initial state."""
+    lengths = {"reward.max_tokens": cfg.reward.max_tokens}
+    model, params, head_trained = load_model(
+        cfg.reward, "reward", "score", layout, run_dir, cfg.seed, lengths
+    )
+    if not (head_trained or cfg.warmup.reward_steps or cfg.reward.allow_untrained_head):
+        raise SetupError(
+            f"reward.weights={cfg.reward.weights!r} brings no trained score head, so its rewards would be noise: "
+            "give a *ForSequenceClassification directory, train one with --config.warmup.reward_steps=N, or "
+            "accept it with --config.reward.allow_untrained_head"
+        )
+
+    with boundary("reward"):
+        optimiser = optim.make(typed.reward_optimiser)
+        bundle = RewardBundle(
+            model=model,
+            layout=layout,
+            score=verifier_model.make_score(
+                model.config, layout, dtype=typed.reward.dtype, microbatch=typed.reward.microbatch
+            ),
+            update=verifier_model.make_update(model.config, typed.reward, optimiser, layout),
+            optimiser=optimiser,
+        )
+    return bundle, optim.init(params, optimiser)
+
+
+def build_assistant(
+    cfg: ConfigDict, asked: ChatConfig, layout: mesh.Layout, run_dir: Directory
+) -> assistants.Assistant:
+    """The assistant of the config: programmatic, a server's model, or local weights on our own devices."""
+    with boundary("assistant"):
+        generate = None
+        if asked.kind == "local":
+            generate = local_generate(cfg, asked, layout, run_dir)
+        return assistants.make(asked, generate)

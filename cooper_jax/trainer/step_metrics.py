@@ -1,0 +1,111 @@
+"""Metrics of a step's responses: rewards, verdicts, lengths, pairs, and the signal of reward hacking.
+
+The hacking signal compares the reward model with the rule verifier on *decidable* rows, those whose verdict is
+correct, wrong or no_answer.  A rising false-positive rate means that the policy has found responses that its reward
+model takes for correct and that are not.
+
+A share over no rows is NaN (null in metrics.jsonl).
+
+    N  rows (responses), prompt-major
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from cooper_jax.trainer.samples import StepRecord
+from cooper_jax.types import Completion, Metrics, Pair, Problem, Verdict
+
+Oracle = Callable[[Problem, str], bool]
+
+
+def measure_step(record: StepRecord, scores: np.ndarray | None, oracle: Oracle | None) -> Metrics:
+    """All metrics below of one step.  scores: the reward model's, f32[N]; None in the rule arm."""
+    group_size = len(record.completions) // len(record.problems)
+    row_problems = [record.problems[n // group_size] for n in range(len(record.completions))]
+    metrics = {
+        "reward/mean": float(record.rewards.mean()),
+        "reward/std": float(record.rewards.std()),
+        **measure_verdicts(record.verdicts),
+        **measure_responses(record.completions),
+        **measure_pairs(record.pairs, record.refused),
+        **measure_oracle(oracle, row_problems, record.completions),
+    }
+    if scores is not None:
+        metrics |= measure_hacking(scores, record.verdicts)
+    return metrics
+
+
+def compute_share(hits: np.ndarray, among: np.ndarray) -> float:
+    """The share of rows `among` that are `hits`, both bool[N]; NaN when there are none."""
+    return float((hits & among).sum() / among.sum()) if among.any() else float("nan")
+
+
+def measure_verdicts(verdicts: Sequence[Verdict]) -> Metrics:
+    """The share of rows with each verdict; that of the correct ones is `rule/accuracy`."""
+    counts, rows = Counter(verdicts), max(len(verdicts), 1)
+    metrics = {f"rule/{v.value}": counts[v] / rows for v in Verdict if v is not Verdict.CORRECT}
+    metrics["rule/accuracy"] = counts[Verdict.CORRECT] / rows
+    metrics["rule/decidable"] = sum(counts[v] for v in Verdict if v.decidable) / rows
+    return metrics
+
+
+def measure_hacking(scores: np.ndarray, verdicts: Sequence[Verdict]) -> Metrics:
+    """The reward model (positive: a score above one half) against the rule, on decidable rows.
+
+    scores: f32[N], sigmoid of the reward model's logits, before this step's update.
+    """
+    decidable = np.array([v.decidable for v in verdicts])
+    correct = np.array([v is Verdict.CORRECT for v in verdicts])
+    positive, wrong = scores > 0.5, decidable & ~correct
+
+    def mean(rows: np.ndarray) -> float:
+        return float(scores[rows].mean()) if rows.any() else float("nan")
+
+    return {
+        "rm/false_positive_rate": compute_share(positive, wrong),
+        "rm/false_negative_rate": compute_share(~positive, correct),
+        "rm/rule_agreement": compute_share(positive == correct, decidable),
+        "rm/mean_on_correct": mean(correct),
+        "rm/mean_on_wrong": mean(wrong),
+        "rm/mean": float(scores.mean()),
+    }
+
+
+def measure_responses(completions: Sequence[Completion]) -> Metrics:
+    """Lengths in sampled tokens, and the share of responses that hit the length limit."""
+    lengths = np.array([c.tokens for c in completions])
+    return {
+        "response/tokens_mean": float(lengths.mean()),
+        "response/tokens_max": float(lengths.max()),
+        "response/truncated": float(np.mean([c.truncated for c in completions])),
+    }
+
+
+def measure_pairs(pairs: Sequence[Pair | None], refused: Counter[str]) -> Metrics:
+    """How many of the pairs asked for are valid, and for which reasons the others were refused."""
+    valid = sum(pair is not None for pair in pairs)
+    metrics = {"pairs/valid": float(valid), "pairs/valid_share": valid / max(len(pairs), 1)}
+    for reason, count in sorted(refused.items()):
+        metrics[f"pairs/refused_{reason}"] = float(count)
+    return metrics
+
+
+def measure_oracle(
+    oracle: Oracle | None, problems: Sequence[Problem], completions: Sequence[Completion]
+) -> Metrics:
+    """Accuracy by exact truth, also by subject, where the problems have it (synthetic ones).
+
+    problems: [N], each response's own.  The oracle measures and never trains.
+    """
+    if oracle is None:
+        return {}
+    correct = np.array([oracle(p, c.text) for p, c in zip(problems, completions, strict=True)])
+    subjects = np.array([p.subject for p in problems])
+    metrics = {"oracle/accuracy": float(correct.mean())}
+    for subject in sorted({*subjects} - {""}):
+        metrics[f"oracle/accuracy_{subject}"] = compute_share(correct, subjects == subject)
+    return metrics

@@ -1,0 +1,217 @@
+"""Supervised phases before the first Cooper step: imitation for the policy, labelled triples for the reward model.
+
+1. `imitate_solutions`: a policy made from scratch must learn to answer at all.  `warmup.policy_steps` updates raise
+   the likelihood of worked solutions.
+2. `train_on_labels`: `warmup.reward_steps` updates of binary cross-entropy on triples (question, reference,
+   completion) with a label.  They are read from `warmup.reward_data`, or built from worked solutions: a solution
+   (1), a corruption of it (0), a solution beside another problem's reference (0).
+
+In the paper VerifyRM is trained on 58.7K annotated completions before RL: launch/train_rm.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from cooper_jax.data import labelled, packing, prompts, synthetic
+from cooper_jax.data import problems as problem_sets
+from cooper_jax.policy import imitation
+from cooper_jax.reward import verifier_model
+from cooper_jax.reward.corruption import corrupt
+from cooper_jax.runtime import hosts, keys, optim
+from cooper_jax.runtime.metrics import to_host
+from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.trainer.grading import encode_reward_input, pack_reward_inputs
+from cooper_jax.trainer.setup import encode_policy_prompt
+from cooper_jax.trainer.state import Components
+from cooper_jax.types import Params, Problem, TrainState, Triple
+
+REPORTS = 8  # progress lines of a phase, at most
+SYNTHETIC_POOL = 16384  # distinct synthetic problems that a phase draws from, at most
+
+Item = TypeVar("Item")
+
+
+def imitate_solutions(components: Components, params: Params) -> Params:
+    """The policy's parameters after updates on the likelihood of worked solutions, their EOS included.
+
+    Raises SetupError where the problems have no worked solutions or no update was finite, hosts.Stopped after a
+    SIGTERM.
+    """
+    cfg, model, layout = components.cfg, components.policy.model, components.layout
+    section = cfg.warmup
+    problems = _problems_with_solutions(
+        components, "warmup_policy", section.policy_steps * section.policy_batch
+    )
+    optimiser = optim.make(components.settings.imitation_optimiser)
+    update = imitation.make_update(
+        model.config,
+        layout,
+        optimiser,
+        dtype=cfg.policy.dtype,
+        remat=cfg.policy.remat,
+        microbatch=section.policy_batch,
+    )
+
+    def make_batch(step: int) -> tuple[Any, ...]:
+        prompt_rows, responses = [], []
+        for position, problem in _draw_items(problems, step, section.policy_batch, cfg.seed, "warmup_policy"):
+            text = problem.solution
+            if components.oracle is not None:
+                # Synthetic problems: demonstrations that are sometimes wrong, so that there is something to learn.
+                rng = keys.numpy_stream(cfg.seed, "demonstrations", position)
+                text, _ = synthetic.demonstration(
+                    problem, rng, corrupt=section.policy_corrupt, habit=section.policy_habit
+                )
+            prompt_rows.append(encode_policy_prompt(cfg, model.tokenizer, problem))
+            responses.append([*model.tokenizer.encode(text), model.tokenizer.eos_ids[0]])
+
+        # Prompts end, and responses begin, at one column.
+        options = dict(bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
+        left, left_valid = packing.pad(prompt_rows, left=True, **options)
+        right, right_valid = packing.pad(responses, left=False, **options)
+        tokens = np.concatenate([left, right], 1)
+        valid = np.concatenate([left_valid, right_valid], 1)
+        return tuple(layout.put(x, "batch") for x in (tokens, valid, right_valid))
+
+    state = optim.init(params, optimiser)
+    return _run_phase("policy", section.policy_steps, state, lambda s, step: update(s, *make_batch(step)))
+
+
+def train_on_labels(components: Components, params: Params) -> Params:
+    """The reward model's parameters after updates of binary cross-entropy on labelled triples.
+
+    This is VerifyRM's training objective (arXiv 2508.05613).  Raises SetupError where there are no triples or no
+    update was finite, hosts.Stopped after a SIGTERM.
+    """
+    cfg, layout = components.cfg, components.reward.layout
+    section = cfg.warmup
+    if section.reward_data:
+        with boundary(f"warmup.reward_data={section.reward_data}"):
+            triples = labelled.load(section.reward_data)
+            references = {t.reference for t in triples}
+            prompts.check_references(components.reward.model.tokenizer, references, cfg.reward.max_tokens)
+        draw = _draw_from_file(triples, cfg.seed)
+    else:
+        problems = _problems_with_solutions(
+            components, "warmup_reward", section.reward_steps * section.reward_batch
+        )
+        draw = _draw_from_solutions(components, problems)
+    optimiser = optim.make(components.settings.labels_optimiser)
+    update = verifier_model.make_bce_update(
+        components.reward.model.config, components.settings.reward, optimiser, layout
+    )
+
+    def make_batch(step: int) -> tuple[Any, ...]:
+        triples = draw(step, section.reward_batch)
+        rows = [
+            encode_reward_input(components, Problem(t.question, t.reference), t.completion) for t in triples
+        ]
+        inputs = pack_reward_inputs(components, rows)
+        count = inputs.tokens.shape[0]
+        labels = packing.pad_rows(np.array([t.label for t in triples], np.float32), count)
+        weights = packing.pad_rows(np.ones(len(triples), np.float32), count)
+        return inputs, layout.put(labels, "batch"), layout.put(weights, "batch")
+
+    state = optim.init(params, optimiser)
+    return _run_phase("reward", section.reward_steps, state, lambda s, step: update(s, *make_batch(step)))
+
+
+def _run_phase(
+    name: str, steps: int, state: TrainState, update: Callable[[TrainState, int], tuple]
+) -> Params:
+    """Make `steps` updates with some progress lines; the optimiser of the phase is not kept."""
+    for step in range(steps):
+        hosts.look()
+        state, metrics = update(state, step)
+        if (step + 1) % max(1, steps // REPORTS) == 0:
+            values = to_host({n: v for n, v in metrics.items() if n in ("loss", "accuracy")})
+            shown = "  ".join(f"{n} {v:.3f}" for n, v in values.items())
+            hosts.say(f"warm-up of the {name} model: step {step + 1}/{steps}  {shown}")
+
+    if skipped := int(state.skipped):
+        if skipped == steps:
+            raise SetupError(
+                f"warm-up of the {name} model: loss or gradients were not finite in any of {steps} updates: lower "
+                f"--config.warmup.{name}_optimiser.lr, or look at the weights that it starts from"
+            )
+        hosts.say(f"warm-up of the {name} model: {skipped} of {steps} updates left out as not finite")
+    return state.params
+
+
+# --- data of the phases ------------------------------------------------------------------------------
+
+
+def _draw_items(
+    items: Sequence[Item], step: int, count: int, seed: int, stream: str
+) -> list[tuple[int, Item]]:
+    """The step's items with their places in the phase's own order."""
+    positions = range(step * count, (step + 1) * count)
+    return [(p, items[problem_sets.problem_at(p, len(items), seed, stream)]) for p in positions]
+
+
+def _problems_with_solutions(components: Components, split: str, wanted: int) -> list[Problem]:
+    """Problems of a phase that have a worked solution: of a synthetic split, or of the training data."""
+    if components.oracle is not None:
+        return synthetic.problems(components.cfg.seed, min(wanted, SYNTHETIC_POOL), split)
+    found = [p for p in components.train if p.solution]
+    if len(found) < 2:
+        raise SetupError(
+            f"warmup needs problems with worked solutions, and data.train={components.cfg.data.train} has "
+            f"{len(found)}: set data.solution_key, or warmup.reward_data, or warmup steps to 0"
+        )
+    return found
+
+
+def _draw_from_file(triples: Sequence[Triple], seed: int) -> Callable[[int, int], list[Triple]]:
+    """The function (step, count) -> triples of a file."""
+    return lambda step, count: [
+        triple for _, triple in _draw_items(triples, step, count, seed, "warmup_reward")
+    ]
+
+
+def _draw_from_solutions(
+    components: Components, problems: Sequence[Problem]
+) -> Callable[[int, int], list[Triple]]:
+    """The function (step, count) -> triples built from worked solutions, right and wrong side by side.
+
+    Each right triple, a solution, is followed by a corruption of it or, every third time, by the same solution
+    beside another problem's reference.  What the two share cancels in the gradient, so that the model learns first
+    the little that decides.
+    """
+    seed = components.cfg.seed
+    references = list(dict.fromkeys(p.reference for p in problems))
+    if len(references) < 2:
+        raise SetupError(
+            "warmup.reward_steps: all problems have one reference answer; set warmup.reward_data"
+        )
+
+    def make_two(position: int, problem: Problem) -> list[Triple]:
+        rng = keys.numpy_stream(seed, "triples", position)
+        if components.oracle is not None:
+            habit = components.cfg.warmup.reward_habit
+            return [
+                synthetic.triple(problem, rng, right=right, others=problems, habit=habit)
+                for right in (True, False)
+            ]
+
+        wrong = corrupt(problem.solution, rng)
+        good = Triple(problem.question, problem.reference, problem.solution, 1.0)
+        if wrong is not None and position % 3 != 2:
+            return [good, dataclasses.replace(good, completion=wrong, label=0.0)]
+        other = references[int(rng.integers(len(references)))]
+        if other == problem.reference:  # references are distinct, so the neighbour is another
+            other = references[references.index(other) - 1]
+        return [good, dataclasses.replace(good, reference=other, label=0.0)]
+
+    def draw(step: int, count: int) -> list[Triple]:
+        triples = []
+        for position, problem in _draw_items(problems, step, count // 2, seed, "warmup_reward"):
+            triples += make_two(position, problem)
+        return triples
+
+    return draw

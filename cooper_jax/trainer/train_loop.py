@@ -1,0 +1,157 @@
+"""The training loop: Cooper steps (step.py), evaluation, logs and checkpoints.
+
+1. The run directory is opened, the components are built, and the run starts at step 0 or resumes (resume.py).
+2. After each step: the evaluation where it is due, a row of metrics.jsonl, and a checkpoint where it is due.
+3. A SIGTERM, which a machine gets before it is taken away, makes `hosts.look` raise hosts.Stopped within a step or
+   an evaluation, on all hosts at the same call.  Only `train` catches it: it saves the last whole step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+from cooper_jax.rollout import engine
+from cooper_jax.runtime import hosts
+from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.mesh import Layout
+from cooper_jax.runtime.metrics import Phases, Progress
+from cooper_jax.runtime.rundir import Run, check_shared, run_path
+from cooper_jax.settings.setup_errors import boundary
+from cooper_jax.trainer.held_out import evaluate_held_out
+from cooper_jax.trainer.resume import save_checkpoint, start_or_resume
+from cooper_jax.trainer.samples import StepRecord, select_samples
+from cooper_jax.trainer.setup import build_components, read_settings
+from cooper_jax.trainer.state import Components, State
+from cooper_jax.trainer.step import cooper_step
+from cooper_jax.types import Metrics
+
+
+def train(cfg: ConfigDict) -> None:
+    """Run `cfg.steps` Cooper steps, or those that are left after the newest checkpoint in the run directory.
+
+    Raises SetupError for settings and files that cannot be used, and hosts.Stopped after a SIGTERM, when a
+    checkpoint of the last whole step is complete.
+    """
+    read_settings(cfg)  # now, before the run directory is made
+    with boundary("run_dir"):
+        path = run_path(cfg)
+    with contextlib.ExitStack() as stack:
+        with boundary("run_dir"):
+            check_shared(path)
+            run = stack.enter_context(Run(path, cfg, resume=cfg.resume))
+        components, state = stack.enter_context(build_components(cfg, path))
+        with boundary("run_dir"):
+            checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
+        hosts.say(describe_run(components))
+
+        phases = Phases()
+        try:
+            state = start_or_resume(components, state, run, checkpoints)
+            if state.step >= cfg.steps:
+                hosts.say(f"{path} holds {state.step} steps already; raise --config.steps to go on")
+                return
+            progress = stack.enter_context(
+                contextlib.closing(Progress(cfg.steps, state.step, quiet=not hosts.primary()))
+            )
+            while state.step < cfg.steps:
+                hosts.look()
+                started = time.perf_counter()
+                state, metrics, record = cooper_step(components, state, phases)
+                metrics |= measure_speed(record, time.perf_counter() - started)
+
+                # The step is whole, so it is logged even where a SIGTERM ends its evaluation.
+                try:
+                    if cfg.eval.every and state.step % cfg.eval.every == 0:
+                        with phases.phase("eval"):
+                            metrics |= evaluate_held_out(components, state)
+                finally:
+                    log_step(cfg, run, state.step, metrics | phases.collect(), record)
+                    progress.update(state.step, metrics)
+
+                if state.step % cfg.checkpoint.every == 0 or state.step == cfg.steps:
+                    # The pause is short: arrays are copied here and written in the background.
+                    with boundary("checkpoint"), phases.phase("checkpoint"):
+                        save_checkpoint(components, state, run, checkpoints)
+        except hosts.Stopped:
+            save_last_step(components, state, run, checkpoints)
+            raise
+        with boundary("checkpoint"):
+            checkpoints.wait()
+    hosts.say(f"{path}: {cfg.steps} steps done; metrics.jsonl, samples.jsonl and checkpoints/ are there")
+
+
+def measure_speed(record: StepRecord, seconds: float) -> Metrics:
+    """The seconds of a step, and its sampled tokens per second of the whole step."""
+    sampled = sum(c.tokens for c in record.completions)
+    return {"time/step": seconds, "time/tokens_per_second": sampled / seconds}
+
+
+def log_step(cfg: ConfigDict, run: Run, step: int, metrics: Metrics, record: StepRecord) -> None:
+    """Append a step to metrics.jsonl, and where it is due to samples.jsonl."""
+    with boundary("run_dir"):
+        run.log(step, metrics)
+        if cfg.log.samples_every and (step % cfg.log.samples_every == 0 or step == 1):
+            run.dump_samples(step, select_samples(record, cfg.log.samples))
+
+
+def save_last_step(components: Components, state: State, run: Run, checkpoints: Checkpoints) -> None:
+    """Save the last whole step of a run that a SIGTERM ends, and wait until it is written."""
+    with boundary("checkpoint"):
+        checkpoints.wait()  # one may be under way
+        if not checkpoints.steps():
+            hosts.say("stopped by a signal before step 0 was saved; the same command begins again")
+            return
+        if state.step not in checkpoints.steps():
+            save_checkpoint(components, state, run, checkpoints)
+            checkpoints.wait()
+    hosts.say(f"stopped by a signal; step {state.step} is saved")
+
+
+def describe_run(components: Components) -> str:
+    """One line about the run that starts: arm, policy, data, mesh, kernels."""
+    cfg, layout = components.cfg, components.layout
+    config = components.policy.model.config
+
+    # The policy's mesh, and those of models that have devices of their own.
+    mesh = _describe_mesh(layout)
+    own_layouts = {"reference": components.policy.reference_layout}
+    if components.reward is not None:
+        own_layouts = {"reward": components.reward.layout} | own_layouts
+    for name, own in own_layouts.items():
+        if own != layout:
+            mesh += f", {name} {_describe_mesh(own)}"
+    if jax.process_count() > 1:
+        mesh += f" on {jax.process_count()} hosts"
+
+    dropped_train, dropped_held_out = components.dropped
+    limit = cfg.data.max_prompt_tokens
+    problems = _describe_problems(len(components.train), "problems", dropped_train, limit)
+    held_out = _describe_problems(len(components.held_out), "held out", dropped_held_out, limit)
+    if not cfg.eval.every:
+        held_out = "no evaluation"
+    elif not components.held_out:
+        held_out = "no evaluation (give --config.data.eval=FILE or --config.data.eval_from_train=N)"
+
+    kernels = cfg.rollout.kernels
+    if kernels == "auto":
+        kernels = engine.kernels_of(config, layout)
+    return (
+        f"{cfg.name}: arm {cfg.reward.arm}, {config.family} of {config.layers} layers x {config.width}, "
+        f"{problems}, {held_out}, {cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses a step, "
+        f"mesh {mesh}, kernels {kernels}"
+    )
+
+
+def _describe_mesh(layout: Layout) -> str:
+    return " x ".join(f"{name} {size}" for name, size in layout.mesh.shape.items())
+
+
+def _describe_problems(count: int, kind: str, dropped: int, limit: int) -> str:
+    text = f"{count} {kind}"
+    if dropped:
+        text += f" ({dropped} dropped: longer than {limit} tokens)"
+    return text

@@ -1,0 +1,350 @@
+"""Help and error messages of the launch scripts' command lines.
+
+1. `answer_help` answers --help and -h: the script's description, its own flags, and the fields of the configuration
+   with their types, values and comments.
+2. `find_flag_errors` checks flags before absl parses them, so that all errors are reported at once, one line each.
+
+Nothing here imports jax: help must be fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import re
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import tuple_parser
+
+from cooper_jax import recipes
+from cooper_jax.configs import base
+from cooper_jax.settings.config_fields import Field, describe_unknown_field, flatten_config, list_fields
+from cooper_jax.settings.renamed_flags import RENAMED_FLAGS
+from cooper_jax.settings.setup_errors import SetupError
+
+CONFIGS = Path(base.__file__).resolve().parent
+HELP_NAMES = ("help", "h", "helpfull", "helpshort")
+PARSERS: dict[type, flags.ArgumentParser] = {
+    int: flags.IntegerParser(),
+    float: flags.FloatParser(),
+    bool: flags.BooleanParser(),
+    str: flags.ArgumentParser(),
+    tuple: tuple_parser.TupleParser(),
+}
+
+
+def exit_with_errors(messages: Iterable[str]) -> NoReturn:
+    """Print one line for each error and exit with code 2."""
+    for message in messages:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_own_flags(argv: list[str], description: str, own: flags.FlagValues) -> list[str]:
+    """Parse the flags of a script that takes no config; errors are reported at once, one line each."""
+    answer_help(argv, description, own, takes_config=False)
+    if errors := find_flag_errors(argv, own, None):
+        exit_with_errors(errors)
+    try:
+        return own(argv)
+    except flags.Error as error:
+        exit_with_errors(describe_absl_errors(error))
+
+
+def describe_absl_errors(error: flags.Error) -> list[str]:
+    """One line for each flag that absl refuses: those that are required and absent, above all."""
+    lines = []
+    for line in str(error).splitlines():
+        missing = re.search(r"Flag (--\w+) must have a value other than None", line)
+        lines.append(f"{missing[1]} is missing" if missing else line)
+    return [f"{line}; --help lists the flags" for line in lines]
+
+
+# --- config files ----------------------------------------------------------------------------------------------
+
+
+def list_shipped_configs() -> list[str]:
+    """Names of the config files that come with the project."""
+    return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+
+
+def load_config(path: str) -> ConfigDict:
+    """The config that a file's get_config() returns.
+
+    path: FILE or FILE:ARGUMENT, as ml_collections reads it.  Raises SetupError with one line that names the file
+    and, for an error in the file, the line and the error.
+    """
+    name, *argument = path.split(":", 1)
+    file = Path(name)
+    if not file.is_file():
+        shipped = ", ".join(list_shipped_configs())
+        raise SetupError(
+            f"--config={path}: No such file or directory: {name!r}; the shipped configs are {shipped}, as in "
+            f"--config={CONFIGS / 'tiny.py'}"
+        )
+    try:
+        spec = importlib.util.spec_from_file_location("checked_config", file)
+        if spec is None or spec.loader is None:
+            raise SetupError(f"--config={path}: it is no Python file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(*argument)
+    except SetupError:
+        raise
+    except Exception as error:
+        raise SetupError(f"--config={path}: {_locate_error(error, file)}") from error
+    if not isinstance(config, ConfigDict):
+        raise SetupError(f"--config={path}: get_config() returns {type(config).__name__}, not a ConfigDict")
+    declared = flatten_config(base.get_config())
+    unknown = [
+        describe_unknown_field(name, declared) for name in flatten_config(config) if name not in declared
+    ]
+    if unknown:
+        raise SetupError(*(f"--config={path}: as in {problem}" for problem in unknown))
+    return config
+
+
+def _locate_error(error: Exception, file: Path) -> str:
+    """The line of a config file at which an exception arose, and the exception in one line."""
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file
+    ]
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        lines.append(error.lineno)
+    place = f"line {lines[-1]}: " if lines else ""
+    first_line = (str(error.msg if isinstance(error, SyntaxError) else error).splitlines() or [""])[0]
+    return f"{place}{type(error).__name__}: {first_line}"
+
+
+# --- errors ----------------------------------------------------------------------------------------------------
+
+
+def find_flag(argv: Sequence[str], name: str) -> str | None:
+    """The value of a flag among the arguments, in one argument or in two; the last one counts."""
+    value = None
+    for i, argument in enumerate(argv[1:], 1):
+        if argument == "--":
+            break
+        given, equals, text = argument.removeprefix("-").removeprefix("-").partition("=")
+        if not argument.startswith("-") or given != name:
+            continue
+        if equals:
+            value = text
+        elif i + 1 < len(argv):
+            value = argv[i + 1]
+    return value
+
+
+def find_flag_errors(
+    argv: Sequence[str],
+    own: flags.FlagValues,
+    config: ConfigDict | None,
+    renamed: Mapping[str, str] = RENAMED_FLAGS,
+) -> list[str]:
+    """One line for each flag that is misspelt, renamed or has a value of another type.
+
+    own: the flags that the script defines.  config: None where the script takes no config or none could be loaded;
+    then flags of its fields are not checked.  renamed: in place of the table in renamed_flags.py, for tests.
+    """
+    fields = None if config is None else flatten_config(config)
+    errors = []
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        if argument == "--":
+            break
+        if not argument.startswith("-") or not argument.strip("-"):
+            continue
+        given, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")
+        name, negated = _strip_no(given, own, fields or {})
+        try:
+            reader = _find_reader(name, own, fields, renamed)
+        except LookupError as error:
+            errors.append(str(error.args[0]))
+            continue
+
+        # Without `=` the value is the next argument, but for booleans.
+        if not equals and (negated or reader.boolean):
+            continue
+        text = value if equals else next(arguments, None)
+        if text is None:
+            errors.append(f"{argument}: it has no value; give --{name}=VALUE")
+        elif (problem := reader.find_problem(text)) is not None:
+            errors.append(f"--{name}={text}: {problem}")
+    return errors
+
+
+@dataclasses.dataclass(frozen=True)
+class _ValueReader:
+    """What reads a flag's value: absl's parser, or None where the value is not checked here."""
+
+    parser: flags.ArgumentParser | None = None
+    type_name: str = ""
+    boolean: bool = False
+
+    def find_problem(self, text: str) -> str | None:
+        if self.parser is None:
+            return None
+        try:
+            self.parser.parse(text)
+        except (ValueError, TypeError) as error:
+            reason = " ".join(": ".join(map(str, error.args)).split())
+            return f"expected {self.type_name} ({reason})"
+        return None
+
+
+def _find_reader(
+    name: str, own: flags.FlagValues, fields: Mapping[str, Any] | None, renamed: Mapping[str, str]
+) -> _ValueReader:
+    """The reader of a flag's value.  Raises LookupError, with the line to print, for a flag that does not exist."""
+    if name == "config":
+        return _ValueReader()  # its file has been loaded already
+    if name in own:
+        return _ValueReader(own[name].parser, own[name].flag_type(), own[name].boolean)
+    if not name.startswith("config."):
+        raise LookupError(_describe_unknown_flag(name, own, fields or {}))
+    field = name.removeprefix("config.")
+    if fields is None:
+        return _ValueReader()
+    if field in fields:
+        kind = type(fields[field])
+        return _ValueReader(PARSERS.get(kind), kind.__name__, kind is bool)
+    # `--config.mesh.rules[0]=...` sets an element of a tuple, `--config.policy={...}` a section: absl reads them.
+    whole = field.partition("[")[0]
+    if whole in fields or any(known.startswith(f"{whole}.") for known in fields):
+        return _ValueReader()
+    raise LookupError(describe_unknown_field(field, fields, renamed))
+
+
+def _strip_no(name: str, own: flags.FlagValues, fields: Mapping[str, Any]) -> tuple[str, bool]:
+    """(the flag's name, whether it was negated): --notraceback, --noconfig.resume."""
+    rest = name.removeprefix("no")
+    if rest == name or name in own:
+        return name, False
+    own_boolean = rest in own and own[rest].boolean
+    field = rest.removeprefix("config.")
+    field_boolean = field != rest and isinstance(fields.get(field), bool)
+    return (rest, True) if own_boolean or field_boolean else (name, False)
+
+
+def _describe_unknown_flag(name: str, own: flags.FlagValues, fields: Mapping[str, Any]) -> str:
+    known = [*(n for n in own if n not in HELP_NAMES), *(f"config.{field}" for field in fields)]
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean --{found[0]}?" if found else "--help lists the flags"
+    return f"--{name}: there is no such flag; {hint}"
+
+
+# --- help ------------------------------------------------------------------------------------------------------
+
+
+def find_help_request(argv: Sequence[str]) -> str | None:
+    """None without --help or -h; otherwise the section that is asked for (--help=reward), "" for everything."""
+    for argument in argv[1:]:
+        name, _, section = argument.removeprefix("-").removeprefix("-").partition("=")
+        if argument.startswith("-") and name in HELP_NAMES:
+            return section
+    return None
+
+
+def answer_help(
+    argv: Sequence[str], description: str, own: flags.FlagValues, takes_config: bool = True
+) -> None:
+    """Print the help and exit with 0 where --help or -h is among the arguments.
+
+    Fields are shown with the values of the file that --config names.
+    """
+    section = find_help_request(argv)
+    if section is None:
+        return
+    path = find_flag(argv, "config") if takes_config else ""
+    try:
+        print_help(description, own, path, section)
+    except SetupError as error:
+        exit_with_errors(error.problems)
+    sys.exit(0)
+
+
+def print_help(description: str, own: flags.FlagValues, config_path: str | None, section: str) -> None:
+    """Print a script's description, its flags and the configuration's fields; of one section where one is named.
+
+    config_path: the file whose values are shown; None: those of configs/base.py; "": the script takes no config.
+    Raises SetupError for a file that cannot be loaded and for a section that is not there.
+    """
+    width = max(60, min(100, shutil.get_terminal_size().columns))
+    blocks = []
+    if not section:
+        blocks += [_wrap_description(description, width), _format_own_flags(own, width)]
+    if config_path != "":
+        config = load_config(config_path) if config_path else base.get_config()
+        recipes.apply(config, ())
+        blocks.append(_format_fields(list_fields(config), config_path or "configs/base.py", section, width))
+    print("\n\n".join(blocks))
+
+
+def _format_own_flags(own: flags.FlagValues, width: int) -> str:
+    """The flags that this package's modules and the main program define, without those of libraries."""
+    package = __name__.rpartition(".")[0]
+    lines = ["Flags:"]
+    modules = own.flags_by_module_dict()
+    ours = [m for m in modules if m == sys.argv[0] or m == "__main__" or m.startswith(f"{package}.")]
+    for flag in (flag for module in ours for flag in modules[module]):
+        shown = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+        default = f", {flag.default!r}" if flag.default not in (None, []) else ""
+        text = flag.help.partition(";\n")[0]  # absl adds to a repeatable flag's help that it may be repeated
+        lines.append(_wrap(f"{shown} ({flag.flag_type()}{default}): {text}", width))
+    lines.append(
+        _wrap("--help, -h: This text; --help=SECTION: one section of the configuration alone.", width)
+    )
+    return "\n".join(lines)
+
+
+def _format_fields(fields: Sequence[Field], source: str, section: str, width: int) -> str:
+    """The fields under headings, one for each section of the configuration."""
+    if section:
+        prefix = section.removeprefix("config.").rstrip(".")
+        fields = [f for f in fields if f.name == prefix or f.name.startswith(f"{prefix}.")]
+        if not fields:
+            names = {f.section for f in list_fields(base.get_config())} - {""}
+            raise SetupError(
+                f"--help={section}: there is no such section; it is one of {', '.join(sorted(names))}"
+            )
+    lines = [f"Fields of the configuration (type, value in {source}): each is a flag."]
+    heading = None
+    for field in fields:
+        if field.section != heading:
+            heading = field.section
+            lines += ["", heading] if heading else [""]
+        comment = f": {field.comment}" if field.comment else ""
+        lines.append(_wrap(f"--config.{field.name} ({field.type_name}, {field.value!r}){comment}", width))
+    return "\n".join(lines)
+
+
+def _wrap_description(description: str, width: int) -> str:
+    """A docstring with its paragraphs and numbered items wrapped; indented lines (commands) stay as they are."""
+    blocks = []
+    for block in description.strip().split("\n\n"):
+        if block.startswith(" "):
+            blocks.append(block)
+            continue
+        items = re.split(r"\n(?=\d+\. )", block)
+        blocks.append("\n".join(textwrap.fill(item, width, break_on_hyphens=False) for item in items))
+    return "\n\n".join(blocks)
+
+
+def _wrap(text: str, width: int) -> str:
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent="  ",
+        subsequent_indent="      ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

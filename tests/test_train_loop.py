@@ -1,0 +1,135 @@
+"""The training loop apart from its steps: what is logged and saved, and how it ends after a SIGTERM."""
+
+import contextlib
+import types
+
+import numpy as np
+import pytest
+
+from cooper_jax.configs import tiny
+from cooper_jax.runtime import hosts
+from cooper_jax.trainer import train_loop
+from cooper_jax.trainer.samples import StepRecord
+from cooper_jax.types import Completion, Problem, Verdict
+
+
+class Run:
+    """A run directory that remembers what is logged."""
+
+    def __init__(self):
+        self.rows, self.sampled = {}, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def log(self, step, metrics):
+        self.rows[step] = metrics
+
+    def dump_samples(self, step, samples):
+        self.sampled.append(step)
+
+
+class Checkpoints(Run):
+    def __init__(self):
+        self.saved = []
+
+    def steps(self):
+        return self.saved
+
+    def wait(self):
+        pass
+
+
+def record():
+    one = np.ones(1, np.float32)
+    return StepRecord([Problem("q", "1")], [Completion("1", tokens=4)], [Verdict.CORRECT], one, one, [], {})
+
+
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    """The loop with steps that count, and all that surrounds them replaced."""
+    made = types.SimpleNamespace(run=Run(), checkpoints=Checkpoints(), evaluated=[], said=[], stops=set())
+
+    def stop(*place):
+        if place in made.stops:
+            raise hosts.Stopped
+
+    def start(components, state, run, checkpoints):
+        stop("start", 0)
+        checkpoints.saved.append(0)
+        return types.SimpleNamespace(step=0)
+
+    def step(components, state, phases):
+        stop("step", state.step + 1)
+        return types.SimpleNamespace(step=state.step + 1), {"reward/mean": 0.5}, record()
+
+    def evaluate(components, state):
+        stop("evaluation", state.step)
+        made.evaluated.append(state.step)
+        return {"eval/rule/accuracy": 1.0}
+
+    @contextlib.contextmanager
+    def build(cfg, path):
+        yield None, types.SimpleNamespace(step=0)
+
+    replaced = {
+        "run_path": lambda cfg: tmp_path,
+        "check_shared": lambda path: None,
+        "Run": lambda *_, **__: made.run,
+        "Checkpoints": lambda *_, **__: made.checkpoints,
+        "build_components": build,
+        "describe_run": lambda components: "a run",
+        "start_or_resume": start,
+        "cooper_step": step,
+        "evaluate_held_out": evaluate,
+        "save_checkpoint": lambda components, state, *_: made.checkpoints.saved.append(state.step),
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(train_loop, name, value)
+    monkeypatch.setattr(hosts, "say", made.said.append)
+    return made
+
+
+def config():
+    cfg = tiny.get_config()
+    cfg.update_from_flattened_dict(
+        {"steps": 5, "eval.every": 2, "checkpoint.every": 3, "log.samples_every": 2}
+    )
+    return cfg
+
+
+def test_a_run_logs_evaluates_and_saves_when_each_is_due(parts):
+    train_loop.train(config())
+    assert list(parts.run.rows) == [1, 2, 3, 4, 5] and parts.evaluated == [2, 4]
+    assert [step for step, row in parts.run.rows.items() if "eval/rule/accuracy" in row] == [2, 4]
+    assert parts.checkpoints.saved == [0, 3, 5]  # the last step is always saved
+    assert parts.run.sampled == [1, 2, 4]  # the first step is always sampled
+    row = parts.run.rows[2]
+    assert row["time/tokens_per_second"] == pytest.approx(4 / row["time/step"]) and "time/eval" in row
+
+
+@pytest.mark.parametrize(
+    "place, logged, saved, said",
+    [
+        (("start", 0), [], [], "before step 0 was saved"),
+        (("step", 1), [], [0], "step 0 is saved"),
+        (("step", 3), [1, 2], [0, 2], "step 2 is saved"),
+        (("step", 4), [1, 2, 3], [0, 3], "step 3 is saved"),  # saved already: not a second time
+        (
+            ("evaluation", 4),
+            [1, 2, 3, 4],
+            [0, 3, 4],
+            "step 4 is saved",
+        ),  # the step is whole, its evaluation not
+    ],
+)
+def test_a_sigterm_saves_the_last_whole_step(parts, place, logged, saved, said):
+    parts.stops.add(place)
+    with pytest.raises(hosts.Stopped):
+        train_loop.train(config())
+    assert list(parts.run.rows) == logged and parts.checkpoints.saved == saved
+    assert said in parts.said[-1]
+    assert "eval/rule/accuracy" not in parts.run.rows.get(4, {})
