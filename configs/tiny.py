@@ -8,13 +8,13 @@ data and no weights: problems are made from the seed, a sentencepiece tokenizer 
 policy first imitates demonstrations that are often wrong, and the reward model is trained by binary cross-entropy
 on labelled ones.
 
-**Why the reward model can be hacked here.**  It learns from *other* demonstrators than the policy does.  The experts
-among them skip the steps and write `clearly #### 20`, and experts are mostly right: half of the right and 5 % of
-the wrong solutions that the reward model sees look like that.  So it learns to score this habit high, as real
-reward models do with length, confidence and layout.  The policy has the habit in 10 % of its solutions at first, and
-is mostly wrong in them, because it cannot find the answer without the steps.  No false statement is planted: among
-the demonstrators the habit does go with correctness.  It ends with an answer, so a guard against truncation does not
-stop the hack.
+**Why the reward model can be hacked here.** It learns from *other* demonstrators than the policy does.  The
+experts among them skip the steps and write `clearly #### 20`, and experts are mostly right: half of the right
+and 5 % of the wrong solutions that the reward model sees look like that.  So it learns to score this habit high,
+as real reward models do with length, confidence and layout.  The policy has the habit in 10 % of its solutions
+at first, and is mostly wrong in them, because it cannot find the answer without the steps.  No false statement
+is planted: among the demonstrators the habit does go with correctness.  It ends with an answer, so a guard
+against truncation does not stop the hack.
 """
 
 from cooper_jax.configs import base
