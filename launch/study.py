@@ -8,8 +8,8 @@
 
 Of each seed the supervised phases run once, and every arm begins with their models.  --config flags hold for all
 arms, and one that contradicts an arm's settings (cooper_jax/study/arms.py) is refused.  The same command goes on
-where it was stopped, also with more seeds or arms.  --report makes results.json, tables.md and study.png in --out
-again, from what is there.
+where it was stopped, also with more seeds or arms.  --report runs nothing: it makes results.json, arms.csv,
+runs.csv, tables.md and study.png in --out again, from the runs that are there or from the file of --from.
 
 Exit codes: 0 done; 1 a run failed, and the others are done; 2 an error in the settings or files; 75 stopped by a
 signal, with checkpoints: the same command goes on.
@@ -35,9 +35,13 @@ ARMS = flags.DEFINE_list(
 ARM = flags.DEFINE_multi_string("arm", [], 'An arm of one\'s own, "NAME: FIELD=VALUE, ..."; repeatable.')
 SEEDS = flags.DEFINE_string("seeds", "", "As in 0, 10-19 or 1,3,10-12; 0 where nothing is given.")
 JOBS = flags.DEFINE_integer("jobs", 1, "Runs at once; several keep to a core each.", lower_bound=1)
-REPORT = flags.DEFINE_bool("report", False, "Run nothing: tables and figure of what is there.")
-KEEP = flags.DEFINE_string("keep", "", "A file for what tables and figure are made of.")
-FROM = flags.DEFINE_string("from", "", "--report: a file that --keep has written, in place of the runs.")
+REPORT = flags.DEFINE_bool(
+    "report", False, "Run nothing: write tables and figure of the runs that are there."
+)
+KEEP = flags.DEFINE_string(
+    "keep", "", "A file to write the records to from which tables and figure are made."
+)
+FROM = flags.DEFINE_string("from", "", "With --report: a file that --keep wrote, used instead of the runs.")
 
 
 def main(argv: list[str]) -> None:
@@ -109,7 +113,10 @@ def report(failed: list) -> None:
     if KEEP.value:
         records.keep(found, Path(KEEP.value))
     print(tables.split("\n## ")[0] + "\n## " + tables.split("\n## ")[1])
-    print(f"{out}: results.json, tables.md, study.png" + (f"; {KEEP.value}" if KEEP.value else ""))
+    print(
+        f"{out}: results.json, arms.csv, runs.csv, tables.md, study.png"
+        + (f"; {KEEP.value}" if KEEP.value else "")
+    )
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -24,10 +24,15 @@ from cooper_jax.launch import common
 
 def main(argv: list[str]) -> None:
     common.begin(argv)
+    from cooper_jax import recipes
+    from cooper_jax.runtime import hosts
     from cooper_jax.trainer.train_loop import train
 
     with common.running():
-        train(common.config())
+        cfg = common.config()
+        if warning := recipes.warn_of_released(cfg):
+            hosts.say(warning)
+        train(cfg)
 
 
 if __name__ == "__main__":

@@ -137,3 +137,25 @@ def test_whether_the_assistant_is_asked():
         cfg = tiny.get_config()
         cfg.update_from_flattened_dict({field: value})
         assert not cross_checks.asks_assistant(cfg), field
+
+
+@pytest.mark.parametrize(
+    "arm, recipe, fields, warned",
+    [
+        ("cooper", "", {}, True),
+        ("cooper", "released", {}, True),
+        ("cooper", "", {"reward.rollout_bce": 1.0}, False),  # a recipe of the user's own
+        ("cooper", "sigmoid", {}, False),
+        ("cooper", "robust", {}, False),
+        ("model", "", {}, False),
+        ("rule", "released", {}, False),
+    ],
+)
+def test_a_run_with_the_released_update_is_told_of_robust(arm, recipe, fields, warned):
+    cfg = base.get_config()
+    cfg.reward.arm, cfg.reward.recipe = arm, recipe
+    recipes.apply(cfg, ())
+    cfg.update_from_flattened_dict(fields)
+    warning = recipes.warn_of_released(cfg)
+    assert ("--config.reward.recipe=robust" in warning) is warned
+    assert warning.count("\n") == 0

@@ -184,7 +184,7 @@ def test_kept_records_make_the_same_tables_and_figure(tmp_path):
     told = report.write(found, tmp_path / "first")
     records.keep(found, tmp_path / "kept/study.jsonl")
     assert report.write(records.of_file(tmp_path / "kept/study.jsonl"), tmp_path / "again") == told
-    for name in ("results.json", "tables.md", "study.png"):
+    for name in ("results.json", "arms.csv", "runs.csv", "tables.md", "study.png"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     results = json.loads((tmp_path / "again/results.json").read_text())
     assert list(results["arms"]) == ["rule", "robust"] and results["study"]["problems"] == 300
@@ -245,6 +245,32 @@ def test_files_that_are_none(tmp_path, content, message):
         records.of_folder(tmp_path)
 
 
+def test_tables_as_csv_by_hand():
+    """The same numbers as test_figures_of_arms works out."""
+    found = summary.summarise(of_three_seeds())
+    lines = report.format_arms_csv(found).splitlines()
+    assert lines[0] == "arm,quantity,mean,low,high,seeds"
+    assert "frozen,accuracy_less_rule,-0.45,-1.085,0.1853,2" in lines  # 12.7062 x .05 = .6353
+    assert "frozen,dipped,2,,,2" in lines and "rule,dipped,0,,,3" in lines
+    assert not [line for line in lines if line.startswith("rule,rm_balanced")]  # it has no reward model
+    header, *runs = (line.split(",") for line in report.format_runs_csv(found).splitlines())
+    by_run = {(row[0], row[1]): dict(zip(header, row, strict=True)) for row in runs}
+    assert len(by_run) == 6 and by_run["frozen", "3"]["complete"] == "False"
+    assert by_run["frozen", "1"]["accuracy_end"] == "0.1" and by_run["rule", "1"]["rm_balanced_end"] == ""
+
+
+def test_the_number_beside_a_curve_is_the_curves():
+    """The end of the mean over the two complete runs, (.1 + .5) / 2, and not the mean of three evaluations."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    found = of_three_seeds()
+    figure._accuracy(axes, found.of("frozen"), found.of("rule"))
+    thick = max(axes.lines, key=lambda line: line.get_linewidth())
+    assert thick.get_ydata()[-1] == pytest.approx(0.3)
+    assert sorted(text.get_text() for text in axes.texts) == ["30%", "rule"]
+
+
 def test_the_figure_is_a_picture_of_readable_width():
     from matplotlib.image import imread
 
@@ -263,8 +289,9 @@ def test_the_documented_tables_are_those_of_the_kept_runs():
     controls, found = (
         summary.summarise(records.of_file(kept / name)) for name in ("controls.jsonl", "study.jsonl")
     )
-    assert (kept / "controls.md").read_text() == tables.markdown(controls)
-    assert (kept / "tables.md").read_text() == tables.markdown(found)
+    for name, one in (("controls", controls), ("study", found)):
+        assert (kept / f"{name}_arms.csv").read_text() == report.format_arms_csv(one), name
+        assert (kept / f"{name}_runs.csv").read_text() == report.format_runs_csv(one), name
     assert list(controls["arms"]) == list(arms.ARMS) and not controls["missing"]
     by_arm = controls["arms"]
     assert by_arm["pointwise"]["dipped"] == 0 < by_arm["no_bce"]["dipped"]

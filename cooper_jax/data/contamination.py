@@ -87,11 +87,11 @@ def with_training(cfg: ConfigDict, seen: Record | None, train: Sequence[Problem]
 
 
 def leave_out(cfg: ConfigDict, held_out: Sequence[Problem], seen: Record | None) -> list[Problem]:
-    """The held-out problems that the reward model is not trained on; with data.exclude_seen=False, all.
+    """The held-out problems that the reward model is not trained on; all where `_reason_to_keep` gives a reason.
 
     Raises SetupError where none would be left.
     """
-    if seen is None or not cfg.data.exclude_seen:
+    if seen is None or _reason_to_keep(cfg):
         return list(held_out)
     kept, _ = overlap.split(held_out, seen.fingerprints)
     if held_out and not kept:
@@ -101,6 +101,21 @@ def leave_out(cfg: ConfigDict, held_out: Sequence[Problem], seen: Record | None)
             "--config.data.exclude_seen=False"
         )
     return kept
+
+
+def _reason_to_keep(cfg: ConfigDict) -> str:
+    """The reason for evaluating on held-out problems that the reward model has seen; "" if they are left out.
+
+    A reward model that was trained on the training file has seen all problems of data.eval_from_train.  They are
+    kept, because the evaluation would otherwise be empty: it shows how the run goes, and compares no two runs.
+    """
+    if not cfg.data.exclude_seen:
+        return "data.exclude_seen=False"
+    return "data.eval_from_train takes them from the training file" if _is_from_train(cfg) else ""
+
+
+def _is_from_train(cfg: ConfigDict) -> bool:
+    return cfg.data.format != "synthetic" and not cfg.data.eval and cfg.data.eval_from_train > 0
 
 
 def report(
@@ -120,7 +135,8 @@ def report(
     parts = []
     if held_out:
         _, among = overlap.split(held_out, seen.fingerprints)
-        done = "left out" if cfg.data.exclude_seen else "kept, as data.exclude_seen=False"
+        reason = _reason_to_keep(cfg)
+        done = f"kept, as {reason}" if reason else "left out"
         parts.append(f"{len(among)} of {len(held_out)} held-out questions" + (f" ({done})" if among else ""))
     if earlier is not None:
         _, known = overlap.split(train, earlier.fingerprints)

@@ -19,8 +19,9 @@ r"""Every template there is: the words around questions, references and completi
 Nothing here strips or adds white space inside a text: two completions render alike but for themselves.
 
 Departures from the authors' code: it cuts by characters, in RL but not in training, and from the right, which
-takes the final answer and the closing tag first; and it leaves tags in.  The exact wording of the assistant's
-and the judge's prompts is ours.
+takes the final answer and the closing tag first; and it leaves tags in.  The assistant's prompt is ours: theirs
+(recipe/cooper/collaborate.py) asks for a response that is wrong throughout, and does not show the reference answer.
+The judge's prompt is ours too; theirs is not published.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ def _shorten(text: str, spans: Sequence[tuple[int, int]], count: int, keep: tupl
 
 
 def negative_messages(question: str, reference: str, positive: str) -> Messages:
-    """Ask for a wrong version of a correct solution (paper: the assistant's negatives; wording ours).
+    """Ask for a wrong version of a correct solution (paper: the assistant's negatives; our wording).
 
     One user message: some templates refuse a system role.
     """

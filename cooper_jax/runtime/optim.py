@@ -11,7 +11,8 @@ microbatches has the gradient of the batch itself.
 
 Departures from the released code: master weights and both moments are float32 (there: bfloat16, in which an
 update of 1e-5 relative size rounds to nothing), and the warm-up's first update has the rate lr / warmup_steps
-instead of 0.  As there, weight decay reaches every parameter, norms and biases included.
+instead of 0.  As in the authors' RL code, weight decay reaches every parameter, norms and biases included; their
+VerifyRM training leaves norms and biases out.
 
     N  rows of a batch   m  rows of a microbatch   M  microbatches
 """

@@ -21,7 +21,7 @@ AT_LEAST_1 = (
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "steps", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps",
-    "checkpoint.keep", "eval.every", "eval.reward_rows", "log.samples", "log.samples_every",
+    "checkpoint.keep", "data.eval_from_train", "eval.every", "eval.reward_rows", "log.samples", "log.samples_every",
 )  # fmt: skip
 
 

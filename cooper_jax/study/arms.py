@@ -27,7 +27,7 @@ NOT_AN_ARMS = ("name", "seed", "steps", "run_dir", "resume", "warmup.", "eval.")
 @dataclasses.dataclass(frozen=True)
 class Arm:
     name: str
-    about: str  # in one short line
+    about: str  # one short line for tables and figures
     settings: Mapping[str, Any]  # dotted field -> value
     times: Mapping[str, float] = dataclasses.field(
         default_factory=dict
@@ -45,59 +45,65 @@ _LABELS = {
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("rule", "the rule's verdict is the reward", {"reward.arm": "rule", "reward.recipe": ""}),
-        Arm("frozen", "a frozen reward model", _FROZEN),
+        Arm("rule", "reward: the rule verifier's verdict", {"reward.arm": "rule", "reward.recipe": ""}),
+        Arm("frozen", "reward: a frozen reward model", _FROZEN),
         Arm(
             "frozen_warm",
-            "frozen after robust's warm start",
+            "frozen after robust's 20 updates before step 1",
             {"reward.arm": "model", "reward.recipe": "robust"},
         ),
         Arm(
-            "released", "Cooper as released: a contrast on logits", _REWRITES | {"reward.recipe": "released"}
+            "released",
+            "Cooper as the authors released it: contrastive loss on logits",
+            _REWRITES | {"reward.recipe": "released"},
         ),
-        Arm("sigmoid", "Cooper with a contrast on the rewards", _REWRITES | {"reward.recipe": "sigmoid"}),
-        Arm("robust", "Cooper that learns its pairs pointwise, too", _ROBUST),
-        # Controls.  Would less do?
-        Arm("frozen_guard", "frozen; without an answer no reward", _FROZEN | {"reward.guard": True}),
-        Arm("frozen_kl10", "frozen, with 10 times the KL term", _FROZEN, {"policy.kl_coef": 10.0}),
-        Arm("frozen_kl100", "frozen, with 100 times the KL term", _FROZEN, {"policy.kl_coef": 100.0}),
         Arm(
-            "frozen_floor", "frozen; a group's deviation is 0.1 at least", _FROZEN | {"policy.std_floor": 0.1}
+            "sigmoid", "Cooper with the contrastive loss on rewards", _REWRITES | {"reward.recipe": "sigmoid"}
         ),
-        Arm("either", "frozen, or the rule where it says correct", _FROZEN | {"reward.either": True}),
+        Arm("robust", "Cooper with our recipe: cross-entropy on the pairs as well", _ROBUST),
+        # Controls.  Would less do?
+        Arm("frozen_guard", "frozen; no reward without an answer", _FROZEN | {"reward.guard": True}),
+        Arm("frozen_kl10", "frozen; KL coefficient x 10", _FROZEN, {"policy.kl_coef": 10.0}),
+        Arm("frozen_kl100", "frozen; KL coefficient x 100", _FROZEN, {"policy.kl_coef": 100.0}),
+        Arm(
+            "frozen_floor",
+            "frozen; group standard deviation at least 0.1",
+            _FROZEN | {"policy.std_floor": 0.1},
+        ),
+        Arm("either", "frozen; reward 1 where the rule says correct", _FROZEN | {"reward.either": True}),
         # Which part of robust does it?
         Arm(
             "bce",
-            "robust without pairs: the rule's labels alone",
+            "cross-entropy on the rule's labels of rollouts, no pairs",
             _ROBUST | _LABELS | {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0},
         ),
-        Arm("labels", "robust, and the rule's labels besides", _ROBUST | _LABELS),
+        Arm("labels", "robust plus cross-entropy on the rule's labels of rollouts", _ROBUST | _LABELS),
         Arm(
             "rewrites",
-            "robust with rewrites alone, as many",
+            "robust with rewrites only, three per prompt",
             _ROBUST | {"pairs.negatives": ("assistant",)},
         ),
         Arm(
             "pointwise",
-            "sigmoid, and robust's pointwise term",
+            "sigmoid plus robust's cross-entropy term",
             _REWRITES | {"reward.recipe": "sigmoid", "reward.pair_bce": 2.0},
         ),
-        Arm("no_bce", "robust without the pointwise term", _ROBUST | {"reward.pair_bce": 0.0}),
-        Arm("no_warm", "robust without its warm start", _ROBUST | {"reward.warm_start": 0}),
+        Arm("no_bce", "robust without its cross-entropy term", _ROBUST | {"reward.pair_bce": 0.0}),
+        Arm("no_warm", "robust without its updates before step 1", _ROBUST | {"reward.warm_start": 0}),
         Arm(
             "no_swap",
-            "robust without swaps",
+            "robust without reference swaps",
             _ROBUST | {"pairs.per_prompt": 2, "pairs.negatives": ("assistant", "own_answer")},
         ),
         Arm(
             "no_own",
-            "robust without own answers",
+            "robust without own-answer pairs",
             _ROBUST | {"pairs.per_prompt": 2, "pairs.negatives": ("assistant", "swap")},
         ),
-        Arm("logit", "robust with a contrast on logits", _ROBUST | {"reward.pair_loss": "logit"}),
+        Arm("logit", "robust with the contrastive loss on logits", _ROBUST | {"reward.pair_loss": "logit"}),
         Arm(
             "shuffled",
-            "robust, the members of pairs exchanged by a coin",
+            "robust; each pair's members exchanged with probability 1/2",
             _ROBUST | {"reward.shuffle_labels": True},
         ),
     )

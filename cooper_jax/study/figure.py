@@ -1,7 +1,13 @@
-"""A study's picture, a column an arm: held-out accuracy, what the policy earned, how good its judge was.
+"""A study's figure: a column for each arm, with three panels.
 
-The mean over the seeds is a thick line.  Behind it each seed is a thin one, or a band holds them all where there
-is a value at every step.
+1. Held-out accuracy by exact truth; the dashed line is the rule arm's mean.  The number at the end of a curve is
+   the mean curve's last value.
+2. Mean reward of the policy at each step, and the share of false positives (the hacking signal).
+3. Accuracy of the reward model on the policy's own held-out responses, which is what the policy exploits.  Its
+   accuracy on a fixed set of completions hardly moves in any arm, and is in the tables alone.
+
+A thick line is the mean over the seeds.  Where an evaluation is made at few steps, each seed is a thin line behind
+it; where there is a value at every step, a band spans the seeds.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ import numpy as np
 
 from cooper_jax.runtime.extras import import_extra
 from cooper_jax.study.records import Record, Records
-from cooper_jax.study.summary import LAST, PLAIN, trace
+from cooper_jax.study.summary import PLAIN
 
 WIDTH, ROWS, HEAD = (
     10.7,
@@ -42,12 +48,14 @@ def draw(records: Records) -> bytes:
         raise ValueError("no run has been evaluated yet: there is nothing to draw")
     count = -(-len(arms) // MOST)
     columns = -(-len(arms) // count)
-    abouts = {a: textwrap.wrap(records.study["arms"][a]["about"], LETTERS // columns) for a in arms}
+    letters = LETTERS // columns
+    abouts = {
+        a: textwrap.wrap(records.study["arms"][a]["about"], letters, break_on_hyphens=False) for a in arms
+    }
     figure = Figure(figsize=(WIDTH, count * (sum(ROWS) + HEAD)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.02)
     grid = figure.subplots(3 * count, columns, squeeze=False, sharex=True, height_ratios=ROWS * count)
-    judged = [e["rm_balanced"] for run in records.runs for e in run.evaluations if "rm_balanced" in e]
     top = max(e["accuracy"] for run in records.runs for e in run.evaluations)
     for i, name in enumerate(arms):
         block, column = divmod(i, columns)
@@ -57,7 +65,7 @@ def draw(records: Records) -> bytes:
         _training(middle, records.of(name))
         _judge(below, records.of(name))
         above.set_ylim(0, min(1, np.ceil(top * 10 + 0.5) / 10))
-        below.set_ylim(min([0.45, *judged]), 1.02)
+        below.set_ylim(0, 1.02)
         for axes in (above, middle, below):
             _plain(axes, records.study["steps"], labelled=column == 0)
         below.set_xlabel("step", fontsize=8.5, color=INK)
@@ -65,7 +73,7 @@ def draw(records: Records) -> bytes:
         if column == 0:
             _named(above, ("held-out accuracy", BLUE))
             _named(middle, ("reward", INK), ("false positives", VERMILION))
-            _named(below, ("reward model's", GREEN), ("accuracy", GREEN))
+            _named(below, ("reward model", GREEN), ("accuracy", GREEN))
     for axes in grid[3 * count - 3 :, len(arms) - columns * (count - 1) :].flat:
         axes.set_visible(False)
     figure.supxlabel(_explained(records), fontsize=7.5, color=PALE)
@@ -95,7 +103,9 @@ def _titled(axes: Any, name: str, about: Sequence[str], lines: int) -> None:
 
 
 def _accuracy(axes: Any, runs: Sequence[Record], plain: Sequence[Record]) -> None:
-    """plain: the rule arm's runs, in its own panel none."""
+    """plain: the rule arm's runs; none in the rule arm's own panel."""
+    from matplotlib.patheffects import withStroke
+
     own = _mean_of(runs, "accuracy")
     if mean := _mean_of(plain, "accuracy"):
         axes.plot(*mean, color=PALE, lw=1.1, ls=(0, (4, 2)), zorder=1)
@@ -107,17 +117,12 @@ def _accuracy(axes: Any, runs: Sequence[Record], plain: Sequence[Record]) -> Non
         )  # fmt: skip
     _lines(axes, runs, "accuracy", BLUE)
     if own:
-        ends = [
-            trace("accuracy", [(e["step"], e["accuracy"]) for e in r.evaluations])["accuracy_end"]
-            for r in runs
-        ]
-        under = (
-            mean is not None and 0.12 < own[1][-1] < mean[1][-1]
-        )  # between the two lines it would be in the way
+        # Between the two curves the number would cover one of them.
+        under = mean is not None and 0.12 < own[1][-1] < mean[1][-1]
         axes.annotate(
-            f"{np.nanmean([own[1][-1]] if np.isnan(ends).all() else ends):.0%}", (own[0][-1], own[1][-1]),
-            (-1, -14 if under else 5), textcoords="offset points", ha="right", fontsize=9, fontweight="bold",
-            color=BLUE, zorder=4,
+            f"{own[1][-1]:.0%}", (own[0][-1], own[1][-1]), (-1, -14 if under else 5),
+            textcoords="offset points", ha="right", fontsize=9, fontweight="bold", color=BLUE, zorder=4,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
 
 
@@ -139,9 +144,9 @@ def _training(axes: Any, runs: Sequence[Record]) -> None:
 
 
 def _judge(axes: Any, runs: Sequence[Record]) -> None:
-    axes.set_yticks([0.5, 0.75, 1])
-    if any("rm_balanced" in e for run in runs for e in run.evaluations):
-        _lines(axes, runs, "rm_balanced", GREEN)
+    axes.set_yticks([0, 0.5, 1])
+    if any("rm_policy" in e for run in runs for e in run.evaluations):
+        _lines(axes, runs, "rm_policy", GREEN)
     else:
         axes.text(0.5, 0.5, "no reward model", transform=axes.transAxes, ha="center", fontsize=8, color=PALE)
 
@@ -193,13 +198,13 @@ def _named(axes: Any, *names: tuple[str, str]) -> None:
 def _explained(records: Records) -> str:
     seeds = len({run.seed for run in records.runs})
     told = (
-        f"Thick: the mean of {seeds} seeds; thin, and bands: the seeds, and their range. "
+        f"Thick lines: mean of {seeds} seeds. Thin lines and bands: the single seeds and their range. "
         if seeds > 1
         else ""
     )
     told += (
-        f"The number in a panel is the mean of its last {LAST} evaluations. False positives: of what the rule "
-        "finds wrong, the share that the reward model likes. Its accuracy: on completions in which the shortcut "
-        "goes with right and wrong alike."
+        "The number in a panel is the end of its mean curve. False positives: of the responses that the rule "
+        "finds wrong, the share with a reward above one half. Reward model accuracy: on the policy's own held-out "
+        "responses."
     )
-    return textwrap.fill(told, 150)
+    return textwrap.fill(told, 165)

@@ -19,14 +19,14 @@ RM_SETS = {
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """All tables.  found: `summary.summarise`'s."""
+    """Markdown of all tables.  found: `summary.summarise`'s."""
     study, arms = found["study"], found["arms"]
     shown = {name: arm for name, arm in arms.items() if arm["seeds"]}
     parts = [
         "# Arms compared over seeds",
         f"{study['steps']} steps; evaluated every {study['every']} on {study['problems']:,} held-out problems, "
-        f"responses to each: {study['samples']}, by exact truth. Figures are percentages unless they say "
-        f"otherwise, means over seeds, with Student's 95 % interval. The end is the mean of the last {LAST} "
+        f"{study['samples']} response(s) each, judged by exact truth. Numbers are percentages unless stated "
+        f"otherwise, means over seeds with Student's 95 % interval. The end is the mean of the last {LAST} "
         "evaluations.",
         _missing(found),
     ]
@@ -59,7 +59,7 @@ def _missing(found: dict[str, Any]) -> str:
         rest = _ranges([m["seed"] for m in own if m["done"] is None])
         if own:
             lines.append(f"{name} on {', '.join([*begun, *rest])}")
-    return f"**Not there, or not complete, and in no mean** (seeds): {'; '.join(lines)}." if lines else ""
+    return f"**Missing or incomplete, and in no mean** (seeds): {'; '.join(lines)}." if lines else ""
 
 
 def _ranges(numbers: Sequence[int]) -> list[str]:
@@ -86,12 +86,12 @@ def _accuracy(found: dict[str, Any], shown: dict[str, Any]) -> str:
             f"{arm['ends_below_half']}", f"{arm['dipped']}",
         ])  # fmt: skip
     header = (
-        "arm", "", "seeds", "start", "end", f"end less {PLAIN}'s, seed by seed", "lowest", "end above start",
+        "arm", "", "seeds", "start", "end", f"end minus {PLAIN}'s, seed by seed", "lowest", "end above start",
         "end below half of it", f"ever under {DIP:.0%} of it",
     )  # fmt: skip
     told = (
-        f"The last three columns count seeds. Under {DIP:.0%} of the start is an evaluation that lies there with "
-        "its own binomial 95 % interval."
+        f"The last three columns count seeds. An evaluation is under {DIP:.0%} of the start if its binomial 95 % "
+        "interval is."
     )
     return f"## Held-out accuracy\n\n{table(header, rows, 2)}\n\n{told}"
 
@@ -108,34 +108,32 @@ def _kinds(shown: dict[str, Any]) -> str:
         for arm, of in shown.items()
     ]
     for n, kind in (("accuracy_number", "number"), ("accuracy_words", "words")):
-        header.append(f"{kind}: end less {PLAIN}'s")
+        header.append(f"{kind}: end minus {PLAIN}'s")
         for row, of in zip(rows, shown.values(), strict=True):
             row.append(_of(of, f"{n}_less_rule") if of.get("pairs") else "-")
     told = (
-        "A question for a number takes any form of it, of which the rule reads numerals alone; to answers of "
-        "questions for words it is blind."
+        "Questions for a number accept any form of it, of which the rule reads numerals only. It cannot read the "
+        "answers to questions for words."
     )
     return f"## Held-out accuracy by kind\n\n{table(header, rows)}\n\n{told}"
 
 
 def _seen_by_the_rule(shown: dict[str, Any]) -> str:
-    names = {"accuracy": "right", "rule": "right by the rule", "unrecognised": "unread by the rule"}
+    names = {"accuracy": "right", "rule": "right by the rule", "unrecognised": "no verdict by the rule"}
     names |= {"habit": "with the habit"} if any("habit_end" in of for of in shown.values()) else {}
     header = ["arm", *(f"{told}: {part}" for told in names.values() for part in ("start", "end"))]
     rows = [
         [arm, *(_of(of, f"{n}_{part}") for n in names for part in ("start", "end"))]
         for arm, of in shown.items()
     ]
-    told = (
-        "Of all held-out responses. Unread: it finds an answer and cannot tell whether that is the reference."
-    )
+    told = "Of all held-out responses. No verdict: the rule cannot compare the answer with the reference."
     if "habit" in names:
-        told += " The habit: over those seeds on which it was measured."
-    return f"## What the rule sees of it\n\n{table(header, rows)}\n\n{told}"
+        told += " The habit: over the seeds on which it was measured."
+    return f"## What the rule sees\n\n{table(header, rows)}\n\n{told}"
 
 
 def _moved_by(shown: dict[str, Any]) -> str:
-    """What the reward model's score goes by, where that was measured."""
+    """Table of what the reward model's score depends on, where that was measured."""
     names = {"rm_by_truth": "being right adds", "rm_by_habit": "the habit adds"}
     arms = {arm: of for arm, of in shown.items() if "rm_by_habit_start" in of}
     if not arms:
@@ -145,8 +143,8 @@ def _moved_by(shown: dict[str, Any]) -> str:
         [arm, *(_number(of[f"{n}_{part}"], 3) for n in names for part in ("start", "end"))]
         for arm, of in arms.items()
     ]
-    told = "Logits, on the balanced completions, over those seeds on which it was measured."
-    return f"## What the reward model goes by\n\n{table(header, rows)}\n\n{told}"
+    told = "Logits on the balanced completions, over the seeds on which they were measured."
+    return f"## What the reward model's score depends on\n\n{table(header, rows)}\n\n{told}"
 
 
 def _training(shown: dict[str, Any]) -> str:
@@ -162,7 +160,7 @@ def _training(shown: dict[str, Any]) -> str:
 
 def _reward_model(shown: dict[str, Any]) -> str:
     parts = {
-        "start": "at step 0", "end": "end", "gain": "end less step 0", "less_begun": "end less before",
+        "start": "at step 0", "end": "end", "gain": "end minus step 0", "less_begun": "end minus before",
         "lowest": "lowest",
     }  # fmt: skip
     tables = []
@@ -177,14 +175,14 @@ def _reward_model(shown: dict[str, Any]) -> str:
             header = ("arm", "completions", *parts.values())
             tables.append(f"## {title} of the reward model\n\n{table(header, rows, 2)}")
     told = (
-        "Step 0 comes after a warm start; before is the model that all arms of a seed begin with, as it is in the "
-        f"arm {FROZEN}, seed by seed."
+        "Step 0 comes after the updates before step 1. Before: the model that all arms of a seed start from, taken "
+        f"from the arm {FROZEN}, seed by seed."
     )
     return "\n\n".join([*tables, told]) if tables else ""
 
 
 def _cost(shown: dict[str, Any]) -> str:
-    header = ("arm", "seconds of the steps", "of them the reward model's update", "share", "updates")
+    header = ("arm", "seconds of the steps", "reward-model update", "share", "updates")
     rows = [
         [
             arm,
@@ -195,7 +193,7 @@ def _cost(shown: dict[str, Any]) -> str:
         ]
         for arm, of in shown.items()
     ]
-    told = "Without evaluations, supervised phases and what a warm start does before step 1."
+    told = "Without evaluations, supervised phases and updates before step 1."
     return f"## Cost\n\n{table(header, rows)}\n\n{told}"
 
 
@@ -203,7 +201,9 @@ def _motion(shown: dict[str, Any]) -> str:
     rows = [
         [
             arm,
-            {"accuracy": "pairs told apart", "valid": "pairs a step"}.get(name, name.replace("_", " ")),
+            {"accuracy": "pairs whose positive scores higher", "valid": "pairs per step"}.get(
+                name, name.replace("_", " ")
+            ),
             *(_number(of[f"{name}_{s}"], 3) if f"{name}_{s}" in of else "-" for s in SPANS),
         ]
         for arm, of in shown.items()
@@ -214,9 +214,9 @@ def _motion(shown: dict[str, Any]) -> str:
         return ""
     header = ("arm", "", *(f"steps {span}" for span in SPANS))
     told = (
-        "A push is what a pair's loss asks of its logits, a motion what the step's updates made of it; common is "
-        "what both members share, difference positive less negative. Saturation is p (1 - p): 0 is "
-        "saturated, .25 undecided."
+        "A push is what the gradient of a pair's loss asks of its logits, a motion what the step's updates made of "
+        "them; common is the mean of both members, difference positive minus negative. Saturation is p (1 - p): 0 "
+        "is saturated, .25 undecided."
     )
     return f"## How the reward model's updates move pairs\n\n{table(header, rows, 2)}\n\n{told}"
 
@@ -234,10 +234,10 @@ def _runs(found: dict[str, Any]) -> str:
             _highest(run), percent(run.get("false_positives_end", math.nan)), ", ".join(said),
         ])  # fmt: skip
     header = (
-        "arm", "seed", "start", "lowest", "at step", "end", "end less start", "at each evaluation",
+        "arm", "seed", "start", "lowest", "at step", "end", "end minus start", "at each evaluation",
         "reward at the end", "false positives, highest (step)", "at the end", "",
     )  # fmt: skip
-    told = "End less start: with a binomial 95 % interval, of this run's evaluations alone."
+    told = "End minus start: with a binomial 95 % interval, from this run's evaluations alone."
     return f"## Every run\n\n{table(header, rows)}\n\n{told}"
 
 

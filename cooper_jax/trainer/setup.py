@@ -53,10 +53,31 @@ def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
     with boundary(f"data.train={data.train}"):
         train = problem_sets.load(data.train, data.format, split=data.split, **columns)
     if not data.eval:
-        return train, []
+        return take_held_out(train, data.eval_from_train) if cfg.eval.every else (train, [])
     with boundary(f"data.eval={data.eval}"):
         held_out = problem_sets.load(data.eval, data.eval_format, split=data.eval_split, **columns)
     return train, held_out
+
+
+def take_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
+    """Split off `count` problems for evaluation: (the others, those), both in the file's order.
+
+    The choice depends on the number of problems alone, so runs with other seeds are evaluated on the same ones.
+    A question that occurs more than once goes to one side as a whole.  Raises SetupError where none would be left
+    to train on.
+    """
+    if not count:
+        return train, []
+    if count >= len(train):
+        raise SetupError(
+            f"data.eval_from_train={count}: the training file has {len(train)} problems, and some must be left to "
+            "train on; take fewer, or name an evaluation file with --config.data.eval=FILE"
+        )
+
+    chosen = sorted(problem_sets.keyed_order(len(train))[:count])
+    questions = {train[i].question for i in chosen}
+    rest = [problem for problem in train if problem.question not in questions]
+    return rest, [train[i] for i in chosen]
 
 
 def encode_policy_prompt(cfg: ConfigDict, tokenizer: Tokenizer, problem: Problem) -> list[int]:

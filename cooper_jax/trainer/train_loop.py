@@ -134,7 +134,7 @@ def describe_run(components: Components) -> str:
     if not cfg.eval.every:
         held_out = "no evaluation"
     elif not components.held_out:
-        held_out = "no evaluation (data.eval is empty)"
+        held_out = "no evaluation (give --config.data.eval=FILE or --config.data.eval_from_train=N)"
 
     kernels = cfg.rollout.kernels
     if kernels == "auto":
