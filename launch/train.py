@@ -23,11 +23,11 @@ from cooper_jax.launch import common
 
 
 def main(argv: list[str]) -> None:
-    common.begin(argv)
+    common.begin_job(argv)
     from cooper_jax.trainer.train_loop import train
 
-    with common.running():
-        train(common.config())
+    with common.run_job():
+        train(common.read_config())
 
 
 if __name__ == "__main__":

@@ -17,16 +17,16 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 
-from cooper_jax import local_chat, placement
 from cooper_jax.configs import tiny
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.data import synthetic
+from cooper_jax.llm import local_chat
 from cooper_jax.model import transformer, weights
-from cooper_jax.reward.lessons import Replay
-from cooper_jax.reward.rule import RuleVerifier
-from cooper_jax.runtime import keys, rundir
+from cooper_jax.reward.labelled_rollouts import Replay
+from cooper_jax.rule.verifier import RuleVerifier
+from cooper_jax.runtime import device_layouts, keys, run_directory
 from cooper_jax.runtime.checkpoint import Checkpoints
-from cooper_jax.runtime.metrics import Phases
+from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import grading, policy_stages, reward_stages
 from cooper_jax.trainer.held_out import evaluate_held_out
@@ -162,7 +162,7 @@ def host(tree):
 
 def sample(components, state, problems):
     """A rollout of a batch of problems, with the key of the first step."""
-    key = keys.stream(components.cfg.seed, "rollout", 1)
+    key = keys.make_key(components.cfg.seed, "rollout", 1)
     rollout, _, _ = policy_stages.sample_responses(components, state.policy.params, problems, key)
     return rollout
 
@@ -246,8 +246,10 @@ def test_a_step_at_another_temperature_uses_it_in_sampling_scoring_and_updating(
 
         # The distribution over the next token at every column but the last, by hand.
         model = cooper.policy.model.config
-        hidden = transformer.trunk(state.policy.params, model, batch.tokens, batch.valid, dtype=jnp.float32)
-        logits = transformer.logits(state.policy.params, model, hidden)[:, :-1, : model.vocab_size]
+        hidden = transformer.hidden_states(
+            state.policy.params, model, batch.tokens, batch.valid, dtype=jnp.float32
+        )
+        logits = transformer.compute_logits(state.policy.params, model, hidden)[:, :-1, : model.vocab_size]
         tokens, mask = np.asarray(batch.tokens)[:, 1:, None], np.asarray(batch.response_mask)
 
         def expected(temperature):
@@ -281,7 +283,7 @@ def test_the_data_order_follows_from_the_seed(build):
         cooper = dataclasses.replace(cooper, policy=policy, rule=AlwaysRight())
         state, visited = state.replace(reference=state.policy.params), []
         for _ in range(3):
-            state, _, seen = trainer.cooper_step(cooper, state, Phases())
+            state, _, seen = trainer.cooper_step(cooper, state, PhaseTimer())
             visited += seen.problems
 
     def order(seed):
@@ -309,13 +311,13 @@ def test_every_step_cuts_its_minibatches_by_a_permutation_of_its_own(build):
         state, orders = state.replace(reference=state.policy.params), []
         for _ in range(3):
             noted.clear()
-            state, _, seen = trainer.cooper_step(cooper, state, Phases())
+            state, _, seen = trainer.cooper_step(cooper, state, PhaseTimer())
             places = {float(advantage): row for row, advantage in enumerate(seen.advantages)}
             orders.append([places[advantage] for part in noted for advantage in part])
             assert [len(part) for part in noted] == [2, 2, 2]
 
     def permutation(step):  # of the step's first and only epoch
-        key = jax.random.fold_in(keys.stream(7, "minibatch", step), 0)
+        key = jax.random.fold_in(keys.make_key(7, "minibatch", step), 0)
         return jax.random.permutation(key, 6).tolist()
 
     assert orders == [permutation(step) for step in (1, 2, 3)]
@@ -325,7 +327,7 @@ def test_every_step_cuts_its_minibatches_by_a_permutation_of_its_own(build):
 @contextlib.contextmanager
 def begun(components, state, path):
     """The state as a run begins or resumes it, with its run directory and checkpoints."""
-    run = rundir.Run(path, components.cfg, resume=True)
+    run = run_directory.RunDirectory(path, components.cfg, resume=True)
     with run, Checkpoints(path, keep=1) as kept:
         yield start_or_resume(components, state, run, kept), run, kept
 
@@ -389,7 +391,7 @@ def test_every_evaluation_samples_with_the_same_keys_which_no_step_uses(build):
 
         # With training's own settings equal to the evaluation's, the keys alone can make a difference.
         prompts = cooper.held_out_prompts
-        _, same = stages.sample(cooper, state, prompts, range(4), key=keys.stream(7, "evaluation"))
+        _, same = stages.sample(cooper, state, prompts, range(4), key=keys.make_key(7, "evaluation"))
         _, of_a_step = stages.sample(cooper, state, prompts, range(4))
         assert found == same and found != of_a_step
 
@@ -410,7 +412,7 @@ def test_who_moves_in_a_step(build, tmp_path):
         assert all(unchanged(reference, state.policy.params))
         for step in (1, 2, 3):
             policy, reward = host(state.policy.params), host(state.reward.params)
-            state, metrics, record = cooper_step(components, state, Phases())
+            state, metrics, record = cooper_step(components, state, PhaseTimer())
             assert state.step == step and state.position == step * B
             assert metrics["pairs/valid"] == sum(p is not None for p in record.pairs) >= 1
             assert not any(unchanged(reward, state.reward.params))
@@ -469,7 +471,7 @@ def test_models_on_meshes_of_their_own(build, tmp_path):
                 assert grading.scores_during_rollout(components) == bool(meshes)
                 where = [x.sharding.device_set for x in jax.tree.leaves(state.reference)]
                 assert where == [set(components.policy.reference_layout.mesh.devices.flat)] * len(where)
-                state, metrics, record = cooper_step(components, state, Phases())
+                state, metrics, record = cooper_step(components, state, PhaseTimer())
                 out.append((metrics, record, host(state.policy.params) + host(state.reward.params)))
         return out
 
@@ -523,7 +525,7 @@ def local_assistant(tmp_path, **changes):
     folder = tiny_tokenizers.write(tmp_path / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
     params = tiny_models.random_params(model)
-    weights.save(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
+    weights.save_pretrained(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
     cfg = config(
         **{
             "assistant.kind": "local",
@@ -532,7 +534,9 @@ def local_assistant(tmp_path, **changes):
         }
         | changes
     )
-    return local_chat.local_generate(cfg, cfg.assistant, "assistant", placement.make_layout(cfg), tmp_path)
+    return local_chat.make_local_generate(
+        cfg, cfg.assistant, "assistant", device_layouts.make_policy_layout(cfg), tmp_path
+    )
 
 
 def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
@@ -567,7 +571,7 @@ def test_a_resumed_run_holds_no_more_memory_than_a_fresh_one(build, tmp_path):
             kept.wait()  # a save under way has copies of its own
             held = live() - before
             for _ in range(steps):
-                state, metrics, _ = cooper_step(solved(components), state, Phases())
+                state, metrics, _ = cooper_step(solved(components), state, PhaseTimer())
                 run.log(state.step, metrics)
             if steps:
                 save_checkpoint(components, state, run, kept)
@@ -718,7 +722,7 @@ def test_the_warm_start_samples_with_a_key_and_in_an_order_of_its_own(build, tmp
                 found |= {(r, c.text) for r, c in zip(references, completions, strict=True)}
             return found
 
-        assert asked == responses(key=keys.stream(7, "warm_start"))
+        assert asked == responses(key=keys.make_key(7, "warm_start"))
         assert asked.isdisjoint(responses()), "the first step's own key"
 
 
@@ -744,7 +748,7 @@ def steps(build, path, count, change=lambda components: components, **changes):
         with begun(components, state, path) as (state, run, kept):
             found, first = [], state.replay
             for _ in range(count):
-                state, metrics, _ = cooper_step(components, state, Phases())
+                state, metrics, _ = cooper_step(components, state, PhaseTimer())
                 found.append(metrics)
                 run.log(state.step, metrics)
             if count:

@@ -15,7 +15,7 @@ import numpy as np
 
 from cooper_jax.runtime.extras import import_extra
 from cooper_jax.study.records import Record, Records
-from cooper_jax.study.summary import LAST, PLAIN, trace
+from cooper_jax.study.summary import LAST, PLAIN, trace_figures
 
 WIDTH, ROWS, HEAD = (
     10.7,
@@ -31,7 +31,7 @@ INK, PALE, GRID = "#222222", "#777777", "#e8e8e8"
 BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"  # of Okabe and Ito, whom the colour-blind thank
 
 
-def draw(records: Records) -> bytes:
+def draw_figure(records: Records) -> bytes:
     """A PNG of the arms that have a run.  Raises ValueError where none has."""
     import_extra("matplotlib", "figures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -108,7 +108,7 @@ def _accuracy(axes: Any, runs: Sequence[Record], plain: Sequence[Record]) -> Non
     _lines(axes, runs, "accuracy", BLUE)
     if own:
         ends = [
-            trace("accuracy", [(e["step"], e["accuracy"]) for e in r.evaluations])["accuracy_end"]
+            trace_figures("accuracy", [(e["step"], e["accuracy"]) for e in r.evaluations])["accuracy_end"]
             for r in runs
         ]
         under = (
