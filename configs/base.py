@@ -168,7 +168,7 @@ def get_config() -> ConfigDict:
     c.reward.max_tokens = 2048  # of a reward-model input; longer completions are cut in the middle
     c.reward.microbatch = 64
     # --- its update in the cooper arm: docs/reward_updates.md has the equations ---
-    # released | sigmoid | robust: sets the fields that cooper_jax/recipes.py lists; a flag given beside it wins
+    # released | sigmoid | robust: sets the fields that cooper_jax/trainer/recipes.py lists; a flag given beside it wins
     c.reward.recipe = ""
     c.reward.pair_loss = "logit"  # contrastive loss on: logit (released) | sigmoid (the rewards)
     c.reward.pair_weight = 1.0  # of the contrastive loss
@@ -241,7 +241,9 @@ def get_config() -> ConfigDict:
 
     # --- a reward model alone: launch/train_rm.py trains the model of `reward` on labelled completions ---
     c.train_rm = ConfigDict()
-    c.train_rm.data = ""  # files of labelled completions (cooper_jax/data/labelled.py), separated by commas
+    c.train_rm.data = (
+        ""  # files of labelled completions (cooper_jax/data/labelled_completions.py), separated by commas
+    )
     c.train_rm.eval_data = ""  # the same, held out; "" holds out a part of `data`, whole questions
     c.train_rm.eval_share = 0.1  # so large a part, of the rows
     c.train_rm.exclude_overlap = True  # leave out held-out rows whose question is in the training data

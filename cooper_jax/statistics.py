@@ -31,7 +31,7 @@ class Interval:
     high: float
 
 
-def classification(
+def classification_figures(
     labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray | None = None
 ) -> dict[str, float]:
     """accuracy, balanced_accuracy, precision, recall, f1 of bool[N] predictions against bool[N] labels.
@@ -54,7 +54,7 @@ def classification(
     }
 
 
-def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
+def area_under_roc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
     """The chance that a positive's score is above a negative's, ties counting half; NaN without both."""
     labels = np.asarray(labels, bool)
     used = np.ones(len(labels), bool) if weights is None else np.asarray(weights) > 0
@@ -64,7 +64,7 @@ def auroc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = N
     return float(metrics.roc_auc_score(labels[used], np.asarray(scores)[used], sample_weight=weights))
 
 
-def kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
+def cohens_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
     """Cohen's kappa of two raters: (observed - expected agreement) / (1 - expected); NaN where both always say
     one and the same, or there is no row."""
     if not len(a) or (len(set(a)) == 1 and set(a) == set(b)):
@@ -83,7 +83,7 @@ class Bin:
     observed: float
 
 
-def calibration(
+def calibration_curve(
     labels: np.ndarray, probabilities: np.ndarray, bins: int = 10
 ) -> tuple[float, tuple[Bin, ...]]:
     """(expected calibration error, reliability): ECE = sum_b n_b / N |observed_b - predicted_b|, over bins of
@@ -107,7 +107,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def majority(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
+def majority_accuracy(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
     """Whether the most frequent answer is correct (maj@k), in [0, 1]: ties share, None is no answer and never
     wins, and an answer's correctness is the mean over the samples that gave it."""
     counts = Counter(a for a in answers if a is not None)
@@ -119,7 +119,7 @@ def majority(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> flo
     return float(np.mean(right))
 
 
-def bootstrap(
+def bootstrap_interval(
     statistic: Callable[[np.ndarray], float],
     groups: Sequence[Hashable],
     rng: np.random.Generator,

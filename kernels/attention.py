@@ -43,7 +43,7 @@ def default_implementation(dtype: jnp.dtype, head_dim: int, platform: str | None
     return "xla"
 
 
-def attention(
+def causal_attention(
     q: jax.Array,  # [N, S, H, h]
     k: jax.Array,  # [N, S, K, h]
     v: jax.Array,  # [N, S, K, h]
@@ -70,11 +70,11 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     tokens = q.shape[1]
     size = max(QUERY_BLOCK, -(-tokens // BLOCKS))
     if tokens <= size:
-        return reference.attention(q, k, v)
+        return reference.reference_attention(q, k, v)
     out = []
     for first in range(0, tokens, size):
         end = min(first + size, tokens)
-        block = jax.checkpoint(functools.partial(reference.attention, first=first))
+        block = jax.checkpoint(functools.partial(reference.reference_attention, first=first))
         out.append(block(q[:, first:end], k[:, :end], v[:, :end]))
     return jnp.concatenate(out, axis=1)
 

@@ -27,12 +27,12 @@ import jax.numpy as jnp
 
 from cooper_jax.kernels import platform
 from cooper_jax.kernels.kv import KV
-from cooper_jax.kernels.schedule import LOWEST, Schedule, own_length
+from cooper_jax.kernels.schedule import LOWEST, Schedule, prompt_lengths
 
 
-def reads(implementation: str, head_dim: int) -> bool:
+def supports_head_dim(implementation: str, head_dim: int) -> bool:
     """Whether a form reads caches of this head_dim."""
-    return _READABLE[platform.resolve(implementation).form](head_dim)
+    return _READABLE[platform.resolve_implementation(implementation).form](head_dim)
 
 
 _READABLE = {
@@ -58,7 +58,7 @@ def decode_attention(
     A row that has neither gets zeros.  The xla form reads all columns, the others those that they need.  Raises
     ValueError for shapes or cache forms that the implementation cannot read.
     """
-    form, interpret = platform.resolve(implementation)
+    form, interpret = platform.resolve_implementation(implementation)
     if form != "xla" and not (prompt.packed and suffix.packed):
         raise ValueError(f"the {form} kernel reads packed caches alone; these are apart")
     return _FORMS[form](q, prompt, suffix, plan, first, last, layer, interpret=interpret)
@@ -88,7 +88,7 @@ def _xla(q, prompt, suffix, plan, first, last, layer, *, interpret: bool):
     if plan.samples is not None:
         lengths, samples = plan.lengths, plan.samples
     else:  # a copy of its prompt for every row
-        lengths, samples = own_length(plan.prompt_of, plan.lengths), 1
+        lengths, samples = prompt_lengths(plan.prompt_of, plan.lengths), 1
         prompt = jax.tree.map(lambda x: x[jnp.maximum(plan.prompt_of, 0)], prompt)
     (pk, pv), (sk, sv) = _halves(prompt, q.dtype), _halves(suffix, q.dtype)
     kv_heads = sk.shape[1]

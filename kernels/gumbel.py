@@ -35,7 +35,7 @@ def threefry2x32(k0: jax.Array, k1: jax.Array, c0: jax.Array, c1: jax.Array) -> 
     return x, y
 
 
-def gumbel(bits: jax.Array) -> jax.Array:
+def gumbel_from_bits(bits: jax.Array) -> jax.Array:
     """-log(e), e = -log(1 - u) exponential, u = (bits + 1/2) / 2^32: u32 -> f32 of the same shape.
 
     e has relative precision 2^-24 near 0, where it decides rare tokens, and ends at 24 ln 2.  (u32 -> f32 by
@@ -49,14 +49,14 @@ def gumbel(bits: jax.Array) -> jax.Array:
     return -jnp.log(jnp.where(u < 1 / 64, series, -jnp.log(1.0 - u)))
 
 
-def pair(k0: jax.Array, k1: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+def gumbel_pair(k0: jax.Array, k1: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Noise of entries v and v + 128; count = 128 (v div 256) + v mod 128, u32."""
     first, second = threefry2x32(k0, k1, jnp.uint32(DOMAIN), count)
-    return gumbel(first), gumbel(second)
+    return gumbel_from_bits(first), gumbel_from_bits(second)
 
 
-def at(k0: jax.Array, k1: jax.Array, index: jax.Array) -> jax.Array:
+def gumbel_at(k0: jax.Array, k1: jax.Array, index: jax.Array) -> jax.Array:
     """Noise of any vocabulary entries, at twice the cost: index u32."""
     count = ((index >> jnp.uint32(8)) << jnp.uint32(7)) | (index & jnp.uint32(HALF - 1))
     first, second = threefry2x32(k0, k1, jnp.uint32(DOMAIN), count)
-    return gumbel(jnp.where((index & jnp.uint32(HALF)) == 0, first, second))
+    return gumbel_from_bits(jnp.where((index & jnp.uint32(HALF)) == 0, first, second))

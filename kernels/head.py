@@ -4,8 +4,8 @@
     head_logprobs    hidden, head, targets   -> log-probabilities of given tokens and the entropy, with a gradient
 
 1. A form of `stream` passes over the head in pieces: `xla` here (chunks of the vocabulary, everywhere),
-   `head_tpu` (Mosaic), `head_triton` (CUDA GPUs).  Each keeps what `online.Seen` says, and no logits.
-2. Lanes, splits and, under `shard_map`, shards of the vocabulary merge by one rule, `online.along`.
+   `head_tpu` (Mosaic), `head_triton` (CUDA GPUs).  Each keeps what `online.Accumulators` says, and no logits.
+2. Lanes, splits and, under `shard_map`, shards of the vocabulary merge by one rule, `online.reduce_accumulators`.
 3. Tokens are drawn by the Gumbel race: argmax z / T + g, with g a function of (key words, vocabulary index)
    alone.  So a token does not depend on tiles, shards or the batch, but through z's own rounding.
 4. The gradient of `head_logprobs` recomputes logits a chunk of the vocabulary at a time, in plain XLA: each entry's
@@ -32,7 +32,7 @@ MOST_ENTRIES = 2**13  # in a chunk: its part of d head is held in f32
 Carry = TypeVar("Carry")
 
 
-class HeadDrawn(NamedTuple):
+class HeadSampledTokens(NamedTuple):
     """A row without a distribution (a NaN or +inf among its logits, or none finite): 0, NaN, NaN."""
 
     token: jax.Array  # i32[N]
@@ -49,7 +49,7 @@ def head_sample(
     vocab_size: int,
     axis_name: str | None = None,
     implementation: str | None = None,
-) -> HeadDrawn:
+) -> HeadSampledTokens:
     """Draw a token a row from softmax(z / temperature), z = hidden head^T in f32.
 
     temperature (0: greedy, the first of the largest) and vocab_size are static.  Entries from vocab_size on,
@@ -71,7 +71,7 @@ def head_sample(
     valid = seen.mass > 0.0  # False for NaN
     log_mass = jnp.log(seen.mass)
     logprob = seen.chosen - seen.peak - log_mass if temperature > 0.0 else jnp.zeros_like(seen.mass)
-    return HeadDrawn(
+    return HeadSampledTokens(
         jnp.where(valid, seen.index, 0),
         jnp.where(valid, logprob, jnp.nan),
         jnp.where(valid, log_mass - seen.moment / seen.mass, jnp.nan),
@@ -162,14 +162,16 @@ _logprobs.defvjp(_forward, _backward)
 # --- the pass over the vocabulary ----------------------------------------------------------------------
 
 
-def _stream(hidden, head, ids, *, mode, temperature, vocab_size, axis_name, implementation) -> online.Seen:
+def _stream(
+    hidden, head, ids, *, mode, temperature, vocab_size, axis_name, implementation
+) -> online.Accumulators:
     """Seen of every row over all shards, [N] each.  ids: key words u32[N, 2], or targets i32[N, 1]."""
-    form, interpret = platform.resolve(implementation)
+    form, interpret = platform.resolve_implementation(implementation)
     aligned = axis_name is None or head.shape[0] % gumbel.PAIR == 0
     arguments = hidden, head.astype(hidden.dtype), ids, _bounds(head, vocab_size, axis_name)
     seen = _FORMS[form](*arguments, mode=mode, temperature=temperature, aligned=aligned, interpret=interpret)
-    seen = online.along(seen, -1)
-    return seen if axis_name is None else online.along(jax.lax.all_gather(seen, axis_name), 0)
+    seen = online.reduce_accumulators(seen, -1)
+    return seen if axis_name is None else online.reduce_accumulators(jax.lax.all_gather(seen, axis_name), 0)
 
 
 def _bounds(head: jax.Array, vocab_size: int, axis_name: str | None) -> jax.Array:
@@ -178,21 +180,21 @@ def _bounds(head: jax.Array, vocab_size: int, axis_name: str | None) -> jax.Arra
     return jnp.stack([first, jnp.clip(vocab_size - first, 0, head.shape[0])])
 
 
-def _tpu(*arguments: jax.Array, interpret: bool, **static: Any) -> online.Seen:
+def _tpu(*arguments: jax.Array, interpret: bool, **static: Any) -> online.Accumulators:
     from cooper_jax.kernels import head_tpu  # here: Pallas is slow to import, and the CPU does without it
 
-    return head_tpu.stream(*arguments, **static, interpret=interpret)
+    return head_tpu.stream_head(*arguments, **static, interpret=interpret)
 
 
-def _triton(*arguments: jax.Array, interpret: bool, **static: Any) -> online.Seen:
+def _triton(*arguments: jax.Array, interpret: bool, **static: Any) -> online.Accumulators:
     from cooper_jax.kernels import head_triton  # here: Pallas is slow to import, and the CPU does without it
 
-    return head_triton.stream(*arguments, **static, interpret=interpret)
+    return head_triton.stream_head(*arguments, **static, interpret=interpret)
 
 
 def _xla(
     hidden, head, ids, bounds, *, mode: str, temperature: float, aligned: bool, interpret: bool
-) -> online.Seen:
+) -> online.Accumulators:
     """Plain jnp, a chunk of the vocabulary at a time: [N, 1] each."""
     race = mode != "score"
 
@@ -203,16 +205,16 @@ def _xla(
         score = z
         if mode == "draw":
             score = z + _noise(ids, bounds[0] + start, size, aligned)
-        new = online.look(
+        new = online.update_accumulator(
             z,
             1,
             index=bounds[0] + column,
             score=score if race else None,
             target=None if race else ids,
         )
-        return online.join(seen, new)
+        return online.merge_accumulators(seen, new)
 
-    seen = _sweep(head.shape[0], CHUNK // len(hidden), chunk, online.nothing(hidden.shape[:1], race))
+    seen = _sweep(head.shape[0], CHUNK // len(hidden), chunk, online.init_accumulator(hidden.shape[:1], race))
     return jax.tree.map(lambda x: x[:, None], seen)
 
 
@@ -224,11 +226,11 @@ def _noise(words: jax.Array, first: jax.Array, size: int, aligned: bool) -> jax.
     words = words[:, :, None, None]  # [N, 2, pairs, 128]
     if not aligned:
         index = (first + jnp.arange(size)).astype(jnp.uint32)
-        return gumbel.at(words[:, 0, 0], words[:, 1, 0], index[None, :])
+        return gumbel.gumbel_at(words[:, 0, 0], words[:, 1, 0], index[None, :])
     pairs = -(-size // gumbel.PAIR)
     count = (first >> 1) + jnp.arange(pairs * gumbel.HALF)
     count = count.astype(jnp.uint32).reshape(1, pairs, gumbel.HALF)
-    noise = jnp.stack(gumbel.pair(words[:, 0], words[:, 1], count), axis=2)  # f32[N, pairs, 2, 128]
+    noise = jnp.stack(gumbel.gumbel_pair(words[:, 0], words[:, 1], count), axis=2)  # f32[N, pairs, 2, 128]
     return noise.reshape(noise.shape[0], -1)[:, :size]
 
 

@@ -10,7 +10,7 @@
    where a logit's hash and softmax take as long as a product of 2,000 terms takes on the other.  Both lie in one
    loop's body, which the compiler schedules as one; the two scratches take turns.
 2. For each 8 rows the C columns are C / 128 registers: hashed, raced and summed lane by lane, in registers.
-3. What the 128 lanes of a row hold is merged by the caller (`online.along`), once.
+3. What the 128 lanes of a row hold is merged by the caller (`online.reduce_accumulators`), once.
 
 Splits halve the vocabulary when there is one row tile, for chips whose two cores share a grid's parallel axes.
 
@@ -36,7 +36,7 @@ HIDDEN_BYTES, HEAD_BYTES = 8 * 2**20, 4 * 2**20  # of a tile, which is held twic
 VMEM = 64 * 2**20
 
 
-def stream(
+def stream_head(
     hidden: jax.Array,  # [N, D]
     head: jax.Array,  # [V, D], of the same dtype
     ids: jax.Array,  # u32[N, 2] key words, or i32[N, 1] targets
@@ -46,7 +46,7 @@ def stream(
     temperature: float,
     aligned: bool,  # bounds[0] is a multiple of gumbel.PAIR
     interpret: pltpu.InterpretParams | bool = False,
-) -> online.Seen:
+) -> online.Accumulators:
     """What every lane saw: arrays [N, S * 128]."""
     (n, width), vocabulary = hidden.shape, head.shape[0]
     columns = _columns(vocabulary, width * head.dtype.itemsize)
@@ -92,7 +92,7 @@ def stream(
         interpret=pltpu.InterpretParams() if interpret is True else interpret,
         name=f"head_{mode}",
     )(bounds, hidden, head, ids)
-    return online.Seen(*out)
+    return online.Accumulators(*out)
 
 
 def _kernel(
@@ -113,7 +113,7 @@ def _kernel(
 
     @pl.when(step == 0)
     def _():
-        for ref, value in zip(seen, online.nothing((rows, LANES), mode != "score"), strict=False):
+        for ref, value in zip(seen, online.init_accumulator((rows, LANES), mode != "score"), strict=False):
             ref[...] = value
 
     # The tile before.  At step 0 there is none, and the scratch holds anything: no column counts.
@@ -138,12 +138,12 @@ def _kernel(
         z = jnp.where(column < count, logits[:, at, :] * scale, -jnp.inf)
         words = [jnp.broadcast_to(ids[at, k : k + 1], shape[1:])[None] for k in range(ids.shape[1])]
         if mode == "score":
-            new = online.look(z, 0, index=index, score=None, target=words[0])
+            new = online.update_accumulator(z, 0, index=index, score=None, target=words[0])
         else:
             noise = _noise(words, bounds[0] + first, index, aligned) if mode == "draw" else 0.0
-            new = online.look(z, 0, index=index, score=z + noise, target=None)
-        old = online.Seen(*(ref[at, :] for ref in seen))
-        for ref, value in zip(seen, online.join(old, new), strict=False):
+            new = online.update_accumulator(z, 0, index=index, score=z + noise, target=None)
+        old = online.Accumulators(*(ref[at, :] for ref in seen))
+        for ref, value in zip(seen, online.merge_accumulators(old, new), strict=False):
             ref[at, :] = value
 
     def take_turns(this, before):
@@ -161,12 +161,12 @@ def _kernel(
 def _noise(words: list[jax.Array], first: jax.Array, index: jax.Array, aligned: bool) -> jax.Array:
     """Gumbel noise of entries `index` = first + 0, 1, ..., f32[C / 128, 8, 128]."""
     if not aligned:
-        return gumbel.at(*words, index.astype(jnp.uint32))
+        return gumbel.gumbel_at(*words, index.astype(jnp.uint32))
     pieces, rows, lanes = index.shape
     shape = (pieces // 2, rows, lanes)
     lane = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
     count = (first >> 1) + jax.lax.broadcasted_iota(jnp.int32, shape, 0) * LANES + lane
-    noise = gumbel.pair(*words, count.astype(jnp.uint32))
+    noise = gumbel.gumbel_pair(*words, count.astype(jnp.uint32))
     return jnp.stack(noise, axis=1).reshape(index.shape)
 
 

@@ -7,7 +7,7 @@
         a hash gives the noise of two columns, 128 apart
         a softmax and a race of each row: Seen [R]
 
-What the S splits of a row hold is merged by the caller (`online.along`), once.
+What the S splits of a row hold is merged by the caller (`online.reduce_accumulators`), once.
 
 N rows, R of them in a tile   V vocabulary entries here   D width
 """
@@ -29,7 +29,7 @@ PROGRAMS = 528  # about: four for each of an H100's multiprocessors, which even 
 WARPS = 8
 
 
-def stream(
+def stream_head(
     hidden: jax.Array,  # [N, D]
     head: jax.Array,  # [V, D], of the same dtype
     ids: jax.Array,  # u32[N, 2] key words, or i32[N, 1] targets
@@ -39,7 +39,7 @@ def stream(
     temperature: float,
     aligned: bool,  # bounds[0] is a multiple of gumbel.PAIR
     interpret: bool = False,
-) -> online.Seen:
+) -> online.Accumulators:
     """What every split saw: arrays [N, S]."""
     (n, width), vocabulary = hidden.shape, head.shape[0]
     rows = min(ROWS[mode], max(16, pl.next_power_of_2(n)))
@@ -69,7 +69,7 @@ def stream(
         interpret=interpret,
         name=f"head_{mode}",
     )(hidden, head, ids, bounds)
-    return online.Seen(*out)
+    return online.Accumulators(*out)
 
 
 def _kernel(
@@ -95,22 +95,22 @@ def _kernel(
         first = (split * per_split + i) * gumbel.PAIR
         noise = (0.0, 0.0)
         if mode == "draw" and aligned:
-            noise = gumbel.pair(*words, (((base + first) >> 1) + lane).astype(jnp.uint32))
+            noise = gumbel.gumbel_pair(*words, (((base + first) >> 1) + lane).astype(jnp.uint32))
         logits = _logits(hidden, head, at, real, first)
         for half, z in enumerate(logits):
             column = first + half * gumbel.HALF + lane  # i32[1, 128]
             index = jnp.broadcast_to(base + column, z.shape)
             z = jnp.where(column < count, z * scale, -jnp.inf)
             if mode == "score":
-                new = online.look(z, 1, index=index, score=None, target=words[0])
+                new = online.update_accumulator(z, 1, index=index, score=None, target=words[0])
             else:
                 if mode == "draw" and not aligned:
-                    noise = 2 * (gumbel.at(*words, index.astype(jnp.uint32)),)
-                new = online.look(z, 1, index=index, score=z + noise[half], target=None)
-            seen = online.join(seen, new)
+                    noise = 2 * (gumbel.gumbel_at(*words, index.astype(jnp.uint32)),)
+                new = online.update_accumulator(z, 1, index=index, score=z + noise[half], target=None)
+            seen = online.merge_accumulators(seen, new)
         return seen
 
-    seen = jax.lax.fori_loop(0, per_split, tile, online.nothing((rows,), mode != "score"))
+    seen = jax.lax.fori_loop(0, per_split, tile, online.init_accumulator((rows,), mode != "score"))
     for ref, value in zip(out, seen, strict=False):
         plgpu.store(ref.at[at, pl.ds(split, 1)], value[:, None], mask=real[:, None])
 

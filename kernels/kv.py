@@ -46,7 +46,7 @@ class Format(NamedTuple):
         return layers * kv_heads * (2 * head_dim * jnp.dtype(self.dtype).itemsize + scales)
 
 
-def pack(k: jax.Array, v: jax.Array, form: Format) -> KV:
+def pack_kv(k: jax.Array, v: jax.Array, form: Format) -> KV:
     """k and v [.., h], of any float type, as `form` holds them."""
     scales: tuple[jax.Array, ...] = ()
     if form.dtype == "int8":
@@ -57,7 +57,7 @@ def pack(k: jax.Array, v: jax.Array, form: Format) -> KV:
     return KV((jnp.concatenate([k, v], axis=-1),) if form.packed else (k, v), scales)
 
 
-def unpack(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def unpack_kv(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """k and v [.., h] in `dtype`, scales applied: the inverse of `pack`, for tests."""
     k, v = jnp.split(kv.data[0], 2, axis=-1) if kv.packed else kv.data
     if not kv.scales:
@@ -66,7 +66,7 @@ def unpack(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return k.astype(dtype), v.astype(dtype)
 
 
-def zeros(shape: tuple[int, ...], head_dim: int, form: Format) -> KV:
+def make_empty_kv(shape: tuple[int, ...], head_dim: int, form: Format) -> KV:
     """An empty cache with leading axes `shape`."""
     if form.packed:
         data = (jnp.zeros((*shape, 2 * head_dim), form.dtype),)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 
 @jax.custom_vjp
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+def matmul_plain(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., D] times w [D, F] -> [..., F]."""
     return _contract(x, w, x.ndim - 1, 0)
 
@@ -45,7 +45,7 @@ def _backward(saved, g):
     return dx, _contract(x, g, 0, 0)
 
 
-matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _backward)
+matmul_plain.defvjp(lambda x, w: (matmul_plain(x, w), (x, w)), _backward)
 
 
 def matmul_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -54,6 +54,6 @@ def matmul_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
     In other types than float32 it is `matmul`.
     """
     if x.dtype != jnp.float32:
-        return matmul(x, w)
+        return matmul_plain(x, w)
     numbers = ("NWC", "WIO", "NWC")
     return jax.lax.conv_general_dilated(x[:, None], w[None], (1,), "VALID", dimension_numbers=numbers)[:, 0]

@@ -26,7 +26,7 @@ LOWEST = -1e38  # the least peak: differences of two stay finite, and e^(-inf - 
 NOWHERE = 2**31 - 1  # the index before there is one
 
 
-class Seen(NamedTuple):
+class Accumulators(NamedTuple):
     """Arrays of one shape, f32 but for the index."""
 
     peak: jax.Array
@@ -37,16 +37,16 @@ class Seen(NamedTuple):
     index: jax.Array | None = None  # i32, the first entry that reached it
 
 
-def nothing(shape: tuple[int, ...], race: bool) -> Seen:
+def init_accumulator(shape: tuple[int, ...], race: bool) -> Accumulators:
     """No column yet: what `join` starts from."""
     zero, low = jnp.zeros(shape, jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32)
-    seen = Seen(jnp.full(shape, LOWEST, jnp.float32), zero, zero, low)
+    seen = Accumulators(jnp.full(shape, LOWEST, jnp.float32), zero, zero, low)
     return seen._replace(score=low, index=jnp.full(shape, NOWHERE, jnp.int32)) if race else seen
 
 
-def look(
+def update_accumulator(
     z: jax.Array, axis: int, *, index: jax.Array, score: jax.Array | None, target: jax.Array | None
-) -> Seen:
+) -> Accumulators:
     """Logits f32 (-inf: not there), reduced over `axis`.
 
     A race has scores, which decide; scoring has the row's `target`, which the index i32 (both broadcast with z)
@@ -58,32 +58,32 @@ def look(
     mass = jnp.sum(e, axis=axis)
     moment = jnp.sum(jnp.where(e > 0.0, e * below, 0.0), axis=axis)  # 0 and not NaN at -inf
     if score is None:
-        return Seen(peak, mass, moment, jnp.max(jnp.where(index == target, z, -jnp.inf), axis=axis))
-    return Seen(peak, mass, moment, *_winner(z, score, jnp.broadcast_to(index, z.shape), axis))
+        return Accumulators(peak, mass, moment, jnp.max(jnp.where(index == target, z, -jnp.inf), axis=axis))
+    return Accumulators(peak, mass, moment, *_winner(z, score, jnp.broadcast_to(index, z.shape), axis))
 
 
-def join(a: Seen, b: Seen) -> Seen:
+def merge_accumulators(a: Accumulators, b: Accumulators) -> Accumulators:
     """b's columns come after a's: of equal scores the first wins."""
     peak = jnp.maximum(a.peak, b.peak)
     (mass_a, moment_a), (mass_b, moment_b) = _to(peak, a), _to(peak, b)
     mass, moment = mass_a + mass_b, moment_a + moment_b
     if a.score is None:
-        return Seen(peak, mass, moment, jnp.maximum(a.chosen, b.chosen))
+        return Accumulators(peak, mass, moment, jnp.maximum(a.chosen, b.chosen))
     wins = b.score > a.score
     picked = (jnp.where(wins, y, x) for x, y in zip(a[3:], b[3:], strict=True))
-    return Seen(peak, mass, moment, *picked)
+    return Accumulators(peak, mass, moment, *picked)
 
 
-def along(seen: Seen, axis: int) -> Seen:
+def reduce_accumulators(seen: Accumulators, axis: int) -> Accumulators:
     """Pieces on an axis, in any order -> one."""
     peak = jnp.max(seen.peak, axis=axis)
     mass, moment = (jnp.sum(x, axis=axis) for x in _to(jnp.expand_dims(peak, axis), seen))
     if seen.score is None:
-        return Seen(peak, mass, moment, jnp.max(seen.chosen, axis=axis))
-    return Seen(peak, mass, moment, *_winner(seen.chosen, seen.score, seen.index, axis))
+        return Accumulators(peak, mass, moment, jnp.max(seen.chosen, axis=axis))
+    return Accumulators(peak, mass, moment, *_winner(seen.chosen, seen.score, seen.index, axis))
 
 
-def _to(peak: jax.Array, seen: Seen) -> tuple[jax.Array, jax.Array]:
+def _to(peak: jax.Array, seen: Accumulators) -> tuple[jax.Array, jax.Array]:
     """Mass and moment about a higher peak."""
     below = seen.peak - peak
     scale = jnp.exp(below)

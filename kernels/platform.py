@@ -29,7 +29,7 @@ IMPLEMENTATIONS = {
 _OF_PLATFORM = {"tpu": "tpu", "gpu": "triton", "cuda": "triton"}
 
 
-def default(platform: str | None = None) -> str:
+def default_implementation(platform: str | None = None) -> str:
     """The implementation for devices of a platform ("cpu", "gpu", "tpu"); None: of the default backend."""
     platform = jax.default_backend() if platform is None else platform
     return _OF_PLATFORM[platform] if platform in _OF_PLATFORM else "xla"
@@ -41,12 +41,12 @@ def is_pallas(implementation: str | None) -> bool:
     Pallas kernels read packed caches (kv.py), of them only the columns that they need, and a prompt's keys through
     an index; the compiler does not partition them over a mesh.  Raises ValueError as `resolve` does.
     """
-    return resolve(implementation).form != "xla"
+    return resolve_implementation(implementation).form != "xla"
 
 
-def resolve(implementation: str | None) -> Implementation:
+def resolve_implementation(implementation: str | None) -> Implementation:
     """The implementation of a name; None: the default backend's.  Raises ValueError for an unknown name."""
-    chosen = default() if implementation is None else implementation
+    chosen = default_implementation() if implementation is None else implementation
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {chosen!r} is none of {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[chosen]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, first: int = 0) -> jax.Array:
+def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, first: int = 0) -> jax.Array:
     """Causal grouped-query attention: softmax(q k^T / sqrt(h)) v, the softmax in f32.
 
     q [N, S, H, h], k and v [N, U, K, h] -> [N, S, H, h].  Query i is token `first` + i of its row and sees

@@ -37,13 +37,13 @@ import jax
 import jax.numpy as jnp
 
 from cooper_jax.kernels import platform, sampling_spans, sampling_tpu, sampling_triton
-from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Statistics, add_up, statistics
+from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Statistics, row_statistics, sum_pairwise
 
 LEVELS = 3  # uniforms that one draw consumes: for the group, the block and the token
 _NO_TOKEN = jnp.iinfo(jnp.int32).max
 
 
-class Drawn(NamedTuple):
+class SampledTokens(NamedTuple):
     """Natural logarithms.  The full softmax is that of logits / temperature, nothing cut; greedy: of the logits."""
 
     token: jax.Array  # i32[N]
@@ -52,7 +52,7 @@ class Drawn(NamedTuple):
     entropy: jax.Array | None  # f32[N], in nats, of the full softmax; None: not asked for
 
 
-def sample(
+def sample_logits(
     logits: jax.Array,  # f32[N, V]; with axis_name: this shard's contiguous columns [N, V / ways]
     uniforms: jax.Array,  # f32[N, LEVELS], in [0, 1)
     *,
@@ -63,7 +63,7 @@ def sample(
     axis_name: str | None = None,
     entropy: bool = False,
     implementation: str | None = None,
-) -> Drawn:
+) -> SampledTokens:
     """One token a row.
 
     temperature, top_k (0: off), top_p (1: off) and min_p (0: off) are Python numbers, static under jit.  Inside
@@ -74,7 +74,7 @@ def sample(
     return _sample(logits, uniforms, rule, axis_name, implementation)[0]
 
 
-def margin(
+def sampling_margin(
     logits: jax.Array,  # f32[N, V]
     uniforms: jax.Array,  # f32[N, LEVELS]
     *,
@@ -93,7 +93,7 @@ def margin(
     return _sample(logits, uniforms, Rule(temperature, top_k, top_p, min_p), None, "xla")[1]
 
 
-def _sample(logits, uniforms, rule, axis_name, implementation) -> tuple[Drawn, jax.Array]:
+def _sample(logits, uniforms, rule, axis_name, implementation) -> tuple[SampledTokens, jax.Array]:
     """The draw and its margin; what is not used of them costs nothing under jit."""
     logits = _whole_blocks(logits.astype(jnp.float32), axis_name)
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * logits.shape[1]
@@ -110,10 +110,10 @@ def _sample(logits, uniforms, rule, axis_name, implementation) -> tuple[Drawn, j
         has = (column >= 0) & (column < logits.shape[1])
         lane, z = (jax.lax.psum(jnp.where(has, value, 0), axis_name) for value in (lane, z))
 
-    total = add_up(s.blocks)
+    total = sum_pairwise(s.blocks)
     full = total if s.full is None else s.full
     valid = full > 0.0  # False for NaN, which any mass carries here (XLA:CPU's maximum passes over it)
-    drawn = Drawn(
+    drawn = SampledTokens(
         token=jnp.where(valid, block * BLOCK + lane, 0),
         logprob=jnp.where(valid, z - jnp.log(total), jnp.nan),
         full_logprob=jnp.where(valid, z - jnp.log(full), jnp.nan),
@@ -122,7 +122,7 @@ def _sample(logits, uniforms, rule, axis_name, implementation) -> tuple[Drawn, j
     return drawn, jnp.minimum(gap, inner_gap)
 
 
-def _greedy(logits, first, rule, axis_name, implementation) -> tuple[Drawn, jax.Array]:
+def _greedy(logits, first, rule, axis_name, implementation) -> tuple[SampledTokens, jax.Array]:
     """The probabilities beside the token need one more pass, which nobody makes who does not use them."""
     peak = jnp.max(logits, axis=-1)  # XLA:CPU's maximum passes over NaN
     if axis_name is not None:
@@ -135,8 +135,8 @@ def _greedy(logits, first, rule, axis_name, implementation) -> tuple[Drawn, jax.
         token = jax.lax.pmin(token, axis_name)
     valid = (token >= 0) & (token < _NO_TOKEN) & (jnp.abs(peak) < jnp.inf)
     s = _statistics(logits, Rule(1.0, entropy=rule.entropy), axis_name, implementation)
-    full = add_up(s.blocks)
-    drawn = Drawn(
+    full = sum_pairwise(s.blocks)
+    drawn = SampledTokens(
         token=jnp.where(valid, token, 0),
         logprob=jnp.where(valid, 0.0, jnp.nan),
         full_logprob=jnp.where(valid, -jnp.log(full), jnp.nan),
@@ -152,27 +152,27 @@ def _entropy(full: jax.Array, weighted: jax.Array | None) -> jax.Array | None:
 
 
 def _statistics(logits, rule, axis_name, implementation) -> Statistics:
-    form, interpret = platform.resolve(implementation)
+    form, interpret = platform.resolve_implementation(implementation)
     return _STATISTICS[form](logits, rule, axis_name, interpret)
 
 
 def _statistics_tpu(logits, rule, axis_name, interpret) -> Statistics:
     if axis_name is None:
-        return sampling_tpu.statistics(logits, rule, interpret)
-    return sampling_spans.statistics(sampling_tpu, logits, rule, axis_name, interpret)
+        return sampling_tpu.tpu_statistics(logits, rule, interpret)
+    return sampling_spans.span_statistics(sampling_tpu, logits, rule, axis_name, interpret)
 
 
 _STATISTICS = {
-    "xla": lambda logits, rule, axis_name, interpret: statistics(logits, rule, axis_name),
+    "xla": lambda logits, rule, axis_name, interpret: row_statistics(logits, rule, axis_name),
     "tpu": _statistics_tpu,
-    "triton": functools.partial(sampling_spans.statistics, sampling_triton),
+    "triton": functools.partial(sampling_spans.span_statistics, sampling_triton),
 }
 
 
 def _block_of(logits: jax.Array, column: jax.Array, implementation: str | None) -> jax.Array:
     """f32[N, BLOCK]: each row's block that begins at `column` i32[N]; any block where it is not here."""
     column = jnp.clip(column, 0, logits.shape[1] - BLOCK)
-    form, interpret = platform.resolve(implementation)
+    form, interpret = platform.resolve_implementation(implementation)
     return _TAKE_BLOCK[form](logits, column, interpret)
 
 
@@ -182,7 +182,7 @@ def _slice_block(logits: jax.Array, column: jax.Array, interpret: bool) -> jax.A
 
 _TAKE_BLOCK = {
     "xla": _slice_block,
-    "tpu": lambda logits, column, interpret: sampling_tpu.take(logits, column // BLOCK, interpret),
+    "tpu": lambda logits, column, interpret: sampling_tpu.take_block(logits, column // BLOCK, interpret),
     "triton": _slice_block,
 }
 
@@ -193,7 +193,7 @@ def _draw_block(blocks: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.
         return _draw(blocks, uniforms[:, 1])
     blocks = jnp.pad(blocks, ((0, 0), (0, -blocks.shape[1] % BLOCK)))
     blocks = blocks.reshape(blocks.shape[0], -1, BLOCK)  # f32[N, G, 128]
-    group, gap = _draw(add_up(blocks), uniforms[:, 0])
+    group, gap = _draw(sum_pairwise(blocks), uniforms[:, 0])
     # A gather would be a loop over rows on a TPU; a sum of one term and zeros is exact.
     here = jnp.arange(blocks.shape[1])[None, :] == group[:, None]
     block, inner_gap = _draw(jnp.sum(jnp.where(here[:, :, None], blocks, 0.0), axis=1), uniforms[:, 1])

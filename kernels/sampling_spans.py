@@ -17,11 +17,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from cooper_jax.kernels.sampling_statistics import Rule, Spans, Statistics, everywhere, order, value
+from cooper_jax.kernels.sampling_statistics import (
+    Rule,
+    Spans,
+    Statistics,
+    float_to_order,
+    gather_shards,
+    order_to_float,
+)
 
 
-def statistics(kernel, logits: jax.Array, rule: Rule, axis_name: str | None, interpret: bool) -> Statistics:
-    """See sampling_statistics.statistics.  kernel: a module with `span_sums`, `tally` and CANDIDATES."""
+def span_statistics(
+    kernel, logits: jax.Array, rule: Rule, axis_name: str | None, interpret: bool
+) -> Statistics:
+    """See sampling_statistics.row_statistics.  kernel: a module with `span_sums`, `tally` and CANDIDATES."""
     whole = _joined(kernel.span_sums(logits, None, rule, interpret), rule, axis_name)
     if not rule.cuts:
         return whole._replace(full=None)
@@ -58,7 +67,7 @@ def _joined(spans: Spans, rule: Rule, axis_name: str | None) -> Statistics:
     return Statistics(
         peak=peak,
         threshold=jnp.full_like(peak, -jnp.inf),
-        blocks=everywhere(blocks.reshape(blocks.shape[0], -1)[:, : spans.count], axis_name),
+        blocks=gather_shards(blocks.reshape(blocks.shape[0], -1)[:, : spans.count], axis_name),
         full=_over_spans(spans.full * scale, axis_name),
         weighted=_over_spans(weighted, axis_name) if rule.entropy else None,
     )
@@ -71,9 +80,9 @@ def _over_spans(x: jax.Array, axis_name: str | None) -> jax.Array:
 
 
 def _largest(peak: jax.Array, enough: Callable[[jax.Array], jax.Array], candidates: int) -> jax.Array:
-    """sampling_statistics.largest, several thresholds f32[N, C] at a time: enough gives bool[N, C]."""
-    low = order(jnp.full_like(peak, -jnp.inf))  # enough holds here, and fails at low + width
-    width = jax.lax.bitcast_convert_type(order(peak) + 1 - low, jnp.uint32)
+    """sampling_statistics.largest_threshold, several thresholds f32[N, C] at a time: enough gives bool[N, C]."""
+    low = float_to_order(jnp.full_like(peak, -jnp.inf))  # enough holds here, and fails at low + width
+    width = jax.lax.bitcast_convert_type(float_to_order(peak) + 1 - low, jnp.uint32)
     nth = jnp.arange(candidates + 1, dtype=jnp.uint32)[None, :]
 
     def narrow(_, bounds):
@@ -81,10 +90,10 @@ def _largest(peak: jax.Array, enough: Callable[[jax.Array], jax.Array], candidat
         step = width // (candidates + 1) + (width % (candidates + 1) > 0)
         ahead = jnp.minimum(nth * step[:, None], width[:, None])  # u32[N, 1 + C]: what is added to low
         at = low[:, None] + jax.lax.bitcast_convert_type(ahead, jnp.int32)
-        holds = enough(value(at[:, 1:])) & (ahead[:, 1:] < width[:, None])
+        holds = enough(order_to_float(at[:, 1:])) & (ahead[:, 1:] < width[:, None])
         best = jnp.sum(holds, axis=1)[:, None]
         low = jnp.take_along_axis(at, best, axis=1)[:, 0]
         return low, jnp.minimum(step, width - jnp.take_along_axis(ahead, best, axis=1)[:, 0])
 
     passes = next(n for n in range(1, 33) if (candidates + 1) ** n >= 2**32)
-    return value(jax.lax.fori_loop(0, passes, narrow, (low, width))[0])
+    return order_to_float(jax.lax.fori_loop(0, passes, narrow, (low, width))[0])

@@ -65,7 +65,7 @@ class Spans(NamedTuple):
     count: int  # M
 
 
-def statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) -> Statistics:
+def row_statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) -> Statistics:
     """Of logits f32[N, V]; with `axis_name`, of the rows whose shards of columns lie along that axis."""
     peak = jnp.max(logits, axis=-1)
     if axis_name is not None:
@@ -77,15 +77,15 @@ def statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) -> S
     mass = jnp.exp(z)  # f32[N, V]
     weighted = None
     if rule.entropy:
-        weighted = add_up(everywhere(_block_sums(jnp.where(mass > 0.0, mass * z, 0.0)), axis_name))
+        weighted = sum_pairwise(gather_shards(_block_sums(jnp.where(mass > 0.0, mass * z, 0.0)), axis_name))
     if not rule.cuts:
-        blocks = everywhere(_block_sums(mass), axis_name)
+        blocks = gather_shards(_block_sums(mass), axis_name)
         return Statistics(peak, jnp.full_like(peak, -jnp.inf), blocks, None, weighted)
 
     def over_shards(x):
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
-    full = add_up(everywhere(_block_sums(mass), axis_name))
+    full = sum_pairwise(gather_shards(_block_sums(mass), axis_name))
     threshold = jnp.full_like(peak, -jnp.inf)
     if rule.top_k:
 
@@ -93,10 +93,10 @@ def statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) -> S
             count = jnp.sum(_block_sums((logits >= v[:, None]).astype(jnp.float32)), axis=-1)
             return over_shards(count) >= rule.top_k
 
-        threshold = largest(peak, enough)
+        threshold = largest_threshold(peak, enough)
         mass = jnp.where(logits >= threshold[:, None], mass, 0.0)
     if rule.top_p < 1.0:
-        total = add_up(everywhere(_block_sums(mass), axis_name))
+        total = sum_pairwise(gather_shards(_block_sums(mass), axis_name))
         grid = _ONE / total  # f32[N]
 
         def enough(v):
@@ -104,49 +104,49 @@ def statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) -> S
             shares = jnp.round(kept * grid[:, None]).astype(jnp.int32)
             return over_shards(jnp.sum(shares, axis=-1)) >= math.ceil(rule.top_p * _ONE)
 
-        threshold = jnp.maximum(threshold, largest(peak, enough))
+        threshold = jnp.maximum(threshold, largest_threshold(peak, enough))
     if rule.min_p > 0.0:
         threshold = jnp.maximum(threshold, peak - rule.depth)
     kept = _block_sums(jnp.where(logits >= threshold[:, None], mass, 0.0))
-    return Statistics(peak, threshold, everywhere(kept, axis_name), full, weighted)
+    return Statistics(peak, threshold, gather_shards(kept, axis_name), full, weighted)
 
 
-def largest(peak: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def largest_threshold(peak: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """The largest v at which enough(v) holds, found exactly: f32, of the shape of `peak`, the row's largest value.
 
     enough says whether the values at or above v suffice: it holds at -inf, fails above the peak and never turns
     from False to True as v grows.  So v is one of the row's values (a denormal equals 0 where the platform compares
     them so).
     """
-    low = order(jnp.full_like(peak, -jnp.inf))
-    high = order(peak) + 1
+    low = float_to_order(jnp.full_like(peak, -jnp.inf))
+    high = float_to_order(peak) + 1
 
     def halve(_, bounds):
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
-        holds = enough(value(middle))
+        holds = enough(order_to_float(middle))
         return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
 
-    return value(jax.lax.fori_loop(0, 32, halve, (low, high))[0])
+    return order_to_float(jax.lax.fori_loop(0, 32, halve, (low, high))[0])
 
 
-def order(x: jax.Array) -> jax.Array:
+def float_to_order(x: jax.Array) -> jax.Array:
     """f32 -> i32 in the same order: comparing the integers compares the numbers."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFF_FFFF, bits)
 
 
-def value(order: jax.Array) -> jax.Array:
+def order_to_float(order: jax.Array) -> jax.Array:
     """The inverse of `order`."""
     return jax.lax.bitcast_convert_type(jnp.where(order < 0, order ^ 0x7FFF_FFFF, order), jnp.float32)
 
 
-def everywhere(blocks: jax.Array, axis_name: str | None) -> jax.Array:
+def gather_shards(blocks: jax.Array, axis_name: str | None) -> jax.Array:
     """A shard's [N, M / ways] -> [N, M], on each of them."""
     return blocks if axis_name is None else jax.lax.all_gather(blocks, axis_name, axis=1, tiled=True)
 
 
-def add_up(x: jax.Array) -> jax.Array:
+def sum_pairwise(x: jax.Array) -> jax.Array:
     """[.., M] -> [..]: halves are added until one is left.
 
     A reduction of few rows XLA:CPU orders by their number; additions of arrays have one order.  The barriers keep

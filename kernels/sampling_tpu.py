@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Spans, Statistics, largest
+from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Spans, Statistics, largest_threshold
 
 ROWS = 8
 STRIDE = 8  # blocks a loop's step takes: registers that do not wait for one another
@@ -39,8 +39,8 @@ _NUMBERS = 4
 Interpret = bool | pltpu.InterpretParams
 
 
-def statistics(logits: jax.Array, rule: Rule, interpret: Interpret) -> Statistics:
-    """See sampling_statistics.statistics; sums are taken in another order, so their last bits differ."""
+def tpu_statistics(logits: jax.Array, rule: Rule, interpret: Interpret) -> Statistics:
+    """See sampling_statistics.row_statistics; sums are taken in another order, so their last bits differ."""
     blocks, numbers = _call(logits, None, rule, interpret)
     peak, threshold, full, weighted = (numbers[:, i] for i in range(_NUMBERS))
     blocks = blocks[:, : logits.shape[1] // BLOCK]
@@ -109,7 +109,7 @@ def _statistics(
 
     threshold = floor[...]
     if rule.top_k:
-        threshold = largest(
+        threshold = largest_threshold(
             peak, lambda v: total(lambda at: jnp.where(logits[:, at] >= v, 1.0, 0.0)) >= float(rule.top_k)
         )
     if rule.top_p < 1.0:
@@ -124,7 +124,7 @@ def _statistics(
             return total(lambda at: jnp.where(logits[:, at] >= v, mass[:, at], 0.0))
 
         needed = rule.top_p * kept(threshold)
-        threshold = largest(peak, lambda v, floor=threshold: kept(jnp.maximum(v, floor)) >= needed)
+        threshold = largest_threshold(peak, lambda v, floor=threshold: kept(jnp.maximum(v, floor)) >= needed)
     if rule.min_p > 0.0:
         threshold = jnp.maximum(threshold, peak - rule.depth)
 
@@ -150,7 +150,7 @@ def _statistics(
     _store_lanes(numbers, (peak, threshold, _across(full), _across(weighted)))
 
 
-def tally(
+def tally_thresholds(
     logits: jax.Array,  # f32[N, V]
     peak: jax.Array,  # f32[N]
     thresholds: jax.Array,  # f32[N, C]
@@ -195,7 +195,7 @@ def _tally(
     _store_lanes(sums, [_across(x) for x in _fold(add, zeros, 0, logits.shape[1] // BLOCK)])
 
 
-def take(logits: jax.Array, block: jax.Array, interpret: Interpret) -> jax.Array:
+def take_block(logits: jax.Array, block: jax.Array, interpret: Interpret) -> jax.Array:
     """Of each row of f32[N, V] the block i32[N] -> f32[N, W]."""
     rows = logits.shape[0]
     steps = pl.cdiv(rows, ROWS)

@@ -77,7 +77,7 @@ def _span_sums(
     weighted[row, span] = jnp.sum(jnp.where(mass > 0.0, mass * z, 0.0)) if rule.entropy else 0.0
 
 
-def tally(
+def tally_thresholds(
     logits: jax.Array,  # f32[N, V]
     peak: jax.Array,  # f32[N]
     thresholds: jax.Array,  # f32[N, CANDIDATES]

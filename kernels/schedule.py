@@ -36,7 +36,7 @@ class Schedule:
     samples: int | None  # static: row n reads prompt n // samples; None: rows are in any order
 
 
-def schedule(
+def make_schedule(
     prompt_of: jax.Array,  # i32[N]: the prompt whose keys each row reads; -1: none
     lengths: jax.Array,  # i32[B]: prompt keys that are real, 0 allowed
     *,
@@ -69,7 +69,7 @@ def schedule(
     slot_of = tile * size + rank % size
     slots = jnp.full(tiles * size, -1, jnp.int32).at[slot_of].set(jnp.arange(n, dtype=jnp.int32))
     tile_prompt = jnp.zeros(tiles, jnp.int32).at[tile].set(jnp.maximum(prompt_of, 0))
-    tile_length = jnp.zeros(tiles, jnp.int32).at[tile].set(own_length(prompt_of, lengths))
+    tile_length = jnp.zeros(tiles, jnp.int32).at[tile].set(prompt_lengths(prompt_of, lengths))
     return Schedule(
         prompt_of=prompt_of,
         lengths=lengths,
@@ -81,6 +81,6 @@ def schedule(
     )
 
 
-def own_length(prompt_of: jax.Array, lengths: jax.Array) -> jax.Array:
+def prompt_lengths(prompt_of: jax.Array, lengths: jax.Array) -> jax.Array:
     """i32[N]: keys of each row's prompt."""
     return jnp.where(prompt_of < 0, 0, lengths[jnp.maximum(prompt_of, 0)])

@@ -27,11 +27,11 @@ OUT = flags.DEFINE_string("out", "", "The folder for the outcome and the ledger.
 
 
 def main(argv: list[str]) -> None:
-    common.begin(argv)
-    from cooper_jax.annotation import run
+    common.begin_job(argv)
+    from cooper_jax.annotation import pipeline
 
-    with common.running():
-        run.annotate(common.config(), PROBLEMS.value, COMPLETIONS.value, OUT.value)
+    with common.run_job():
+        pipeline.annotate_completions(common.read_config(), PROBLEMS.value, COMPLETIONS.value, OUT.value)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@
     python launch/bench.py score --config=configs/tiny.py --ragged --reps=5 --out=score.json
     python launch/bench.py train --config=configs/qwen_1p5b.py --config.policy.weights=DIR --config.reward.arm=rule
 
-`cooper_jax/workloads.py` says what each of the three runs.  It needs no problems, no tokenizer and, with
+`cooper_jax/perf/bench_programs.py` says what each of the three runs.  It needs no problems, no tokenizer and, with
 --config.policy.weights=random (of the shape in --config.policy.arch), no weights.
 
 1. The first call compiles, and is reported apart; where JAX_COMPILATION_CACHE_DIR is set it may find its programs
    compiled.  Then --reps calls are timed, and their median counts.
 2. The rollout's prefill is timed as a rollout of one token a row: it holds the cast of the weights and the first
    draw.  Decoding is the rest.
-3. The floor (`cooper_jax/model/floor.py`) takes the machine's rates as measured before and after, the better ones.
+3. The floor (`cooper_jax/perf/roofline.py`) takes the machine's rates as measured before and after, the better ones.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ if not __package__:  # run as a file: the checkout it lies in comes first
 from absl import app, flags, logging
 
 from cooper_jax.launch import command_line, common
-from cooper_jax.launch.common import fail, refuse
+from cooper_jax.launch.common import exit_with_error, print_setup_error
 
 OUT = flags.DEFINE_string("out", "", "A JSON file to write.")
 REPS = flags.DEFINE_integer("reps", 3, "Timed calls.")
@@ -39,33 +39,32 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax import placement, workloads
-from cooper_jax.model import floor
-from cooper_jax.runtime import machine
-from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.perf import bench_programs, roofline
+from cooper_jax.runtime import device_layouts, machine
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.run_settings import RunSettings
 
 
-def measure(program: workloads.Program, reps: int) -> dict:
+def measure_program(program: bench_programs.Program, reps: int) -> dict:
     """A program's result, as --out writes it."""
     config, dtype = program.config, program.dtype
-    size = sum(floor.weights(config)) * jnp.dtype(dtype).itemsize
+    size = sum(roofline.count_weights(config)) * jnp.dtype(dtype).itemsize
     shape = dtype, program.rows, config.width, config.ffn, size
-    before = machine.measure(*shape)
-    with boundary(program.name):
-        first = workloads.timed(program.call, 0)
-    seconds = [workloads.timed(program.call, i) for i in range(1, reps + 1)]
+    before = machine.measure_rates(*shape)
+    with setup_errors(program.name):
+        first = bench_programs.time_call(program.call, 0)
+    seconds = [bench_programs.time_call(program.call, i) for i in range(1, reps + 1)]
     median = float(np.median(seconds))
     phases = {}
     if program.prefill is not None:
-        workloads.timed(program.prefill, 0)
-        prefill = float(np.median([workloads.timed(program.prefill, i) for i in range(1, reps + 1)]))
+        bench_programs.time_call(program.prefill, 0)
+        prefill = float(np.median([bench_programs.time_call(program.prefill, i) for i in range(1, reps + 1)]))
         phases = {"prefill": prefill, "decode": median - prefill}
-    one = before.best(machine.measure(*shape))
+    one = before.best(machine.measure_rates(*shape))
     # Virtual devices of a CPU share its cores, and one was measured with all of them.
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     rates = one.times(devices)
-    least = floor.seconds(program.work, rates)
+    least = roofline.roofline_seconds(program.work, rates)
     return {
         "program": program.name,
         "dtype": dtype,
@@ -92,7 +91,7 @@ def measure(program: workloads.Program, reps: int) -> dict:
     }
 
 
-def table(result: dict) -> str:
+def format_result(result: dict) -> str:
     """A result for people."""
     least = result["floor"]
     lines = [
@@ -115,7 +114,7 @@ def table(result: dict) -> str:
     return "\n".join([*lines, f"rates: {rates}{many}", f"memory: {held.replace('_', ' ')}"])
 
 
-def without_problems(cfg: ConfigDict, kind: str) -> ConfigDict:
+def drop_problems(cfg: ConfigDict, kind: str) -> ConfigDict:
     """The config without what `kind` does not touch: files of problems, and a reward model but in training."""
     cfg = cfg.copy_and_resolve_references()
     cfg.data.update(format="synthetic", train="", eval="")
@@ -124,23 +123,23 @@ def without_problems(cfg: ConfigDict, kind: str) -> ConfigDict:
     return cfg
 
 
-def bench(
+def run_bench(
     kind: str, cfg: ConfigDict, *, reps: int = 3, prompt_tokens: int = 0, ragged: bool = False, out: str = ""
 ) -> dict:
     """Measures, prints and writes; the arguments are the flags.  -> what --out writes.
 
     Raises SetupError for what cannot be run, before anything is.
     """
-    if kind not in workloads.KINDS:
-        raise SetupError(f"{kind!r} is none of {', '.join(workloads.KINDS)}")
+    if kind not in bench_programs.KINDS:
+        raise SetupError(f"{kind!r} is none of {', '.join(bench_programs.KINDS)}")
     for flag, value, least in (("reps", reps, 1), ("prompt_tokens", prompt_tokens, 0)):
         if value < least:
             raise SetupError(f"--{flag}={value}: it must be at least {least}")
     if out and not Path(out).parent.is_dir():
         raise SetupError(f"--out={out}: there is no directory {Path(out).parent}")
-    cfg = without_problems(cfg, kind)
+    cfg = drop_problems(cfg, kind)
     RunSettings.from_config(cfg, with_assistant=False)
-    layout = placement.make_layout(cfg)
+    layout = device_layouts.make_policy_layout(cfg)
     prompt_tokens = prompt_tokens or cfg.data.max_prompt_tokens
     written = {
         "kind": kind,
@@ -161,30 +160,32 @@ def bench(
         "{devices} x {device}, jax {jax}".format(**written),
         flush=True,
     )
-    for program in workloads.programs(kind, cfg, layout, prompt_tokens=prompt_tokens, ragged=ragged):
-        written["results"].append(measure(program, reps))
-        print(table(written["results"][-1]), flush=True)
+    for program in bench_programs.list_bench_programs(
+        kind, cfg, layout, prompt_tokens=prompt_tokens, ragged=ragged
+    ):
+        written["results"].append(measure_program(program, reps))
+        print(format_result(written["results"][-1]), flush=True)
     if out:
-        with boundary(f"--out={out}"):
+        with setup_errors(f"--out={out}"):
             Path(out).write_text(json.dumps(written, indent=1) + "\n")
     return written
 
 
 def main(argv: list[str]) -> None:
     if len(argv) != 2:
-        fail(f"name one of {', '.join(workloads.KINDS)}; got {argv[1:]}")
+        exit_with_error(f"name one of {', '.join(bench_programs.KINDS)}; got {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     try:
-        bench(
+        run_bench(
             argv[1],
-            common.config(),
+            common.read_config(),
             reps=REPS.value,
             prompt_tokens=PROMPT_TOKENS.value,
             ragged=RAGGED.value,
             out=OUT.value,
         )
     except SetupError as error:
-        refuse(error)
+        print_setup_error(error)
 
 
 if __name__ == "__main__":

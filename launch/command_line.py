@@ -25,11 +25,11 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import tuple_parser
 
-from cooper_jax import recipes
 from cooper_jax.configs import base
 from cooper_jax.settings.config_fields import Field, describe_unknown_field, flatten_config, list_fields
 from cooper_jax.settings.renamed_flags import RENAMED_FLAGS
 from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer import recipes
 
 CONFIGS = Path(base.__file__).resolve().parent
 HELP_NAMES = ("help", "h", "helpfull", "helpshort")
@@ -284,7 +284,7 @@ def print_help(description: str, own: flags.FlagValues, config_path: str | None,
         blocks += [_wrap_description(description, width), _format_own_flags(own, width)]
     if config_path != "":
         config = load_config(config_path) if config_path else base.get_config()
-        recipes.apply(config, ())
+        recipes.apply_recipe(config, ())
         blocks.append(_format_fields(list_fields(config), config_path or "configs/base.py", section, width))
     print("\n\n".join(blocks))
 

@@ -1,9 +1,9 @@
 """What the launchers share: the --config flag, one line for what is wrong, and the exit codes.
 
     def main(argv):
-        common.begin(argv)
-        with common.running():
-            train(common.config())
+        common.begin_job(argv)
+        with common.run_job():
+            train(common.read_config())
 
     app.run(main, flags_parser=common.make_flags_parser(__doc__))
 
@@ -34,58 +34,58 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a conf
 flags.mark_flag_as_required("config")
 
 
-def begin(argv: list[str]) -> None:
+def begin_job(argv: list[str]) -> None:
     """Before anything of ours is imported: no stray arguments, quiet libraries, kept programs."""
     if len(argv) > 1:
-        fail(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
+        exit_with_error(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
     logging.set_verbosity(logging.WARNING)
-    keep_what_is_compiled()
+    enable_compilation_cache()
 
 
-def config() -> ConfigDict:
+def read_config() -> ConfigDict:
     """The config with the flags applied, and the recipe where no flag says otherwise.
 
     Raises SetupError for a recipe that is not there.
     """
-    from cooper_jax import recipes
+    from cooper_jax.trainer import recipes
 
     cfg = CONFIG.value
-    recipes.apply(cfg, config_flags.get_override_values(flags.FLAGS[CONFIG.name]))
+    recipes.apply_recipe(cfg, config_flags.get_override_values(flags.FLAGS[CONFIG.name]))
     return cfg
 
 
 @contextlib.contextmanager
-def running() -> Iterator[None]:
+def run_job() -> Iterator[None]:
     """A job, on one host or several: setup errors become one line and exit code 2, a signal exit code 75."""
     from cooper_jax.runtime import hosts
     from cooper_jax.settings import setup_errors
 
     try:
-        with setup_errors.boundary("several hosts"):
-            hosts.start()
+        with setup_errors.setup_errors("several hosts"):
+            hosts.start_hosts()
     except setup_errors.SetupError as error:
-        refuse(error)
-    with hosts.together():
+        print_setup_error(error)
+    with hosts.run_as_one():
         try:
             yield
         except setup_errors.SetupError as error:
-            refuse(error)
+            print_setup_error(error)
         except hosts.Stopped:
             sys.exit(hosts.STOPPED)
 
 
-def refuse(error: Exception) -> NoReturn:
+def print_setup_error(error: Exception) -> NoReturn:
     """One line for each problem and exit code 2; --traceback shows where it was found."""
     if TRACEBACK.value:
         raise error
-    fail(*(error.problems if isinstance(error, SetupError) else [str(error)]))
+    exit_with_error(*(error.problems if isinstance(error, SetupError) else [str(error)]))
 
 
-def fail(*messages: str) -> NoReturn:
+def exit_with_error(*messages: str) -> NoReturn:
     command_line.exit_with_errors(messages)
 
 
-def keep_what_is_compiled() -> None:
+def enable_compilation_cache() -> None:
     """XLA's programs are kept on the disk, with several hosts on the first's: a second start compiles nothing."""
     import jax  # here, because --help must not wait for it
 
@@ -105,7 +105,7 @@ def parse_flags(argv: list[str], description: str = "") -> list[str]:
     try:
         expanded = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
     except flags.Error as error:
-        fail(" ".join(str(error).split()))
+        exit_with_error(" ".join(str(error).split()))
     path, config, errors = command_line.find_flag(expanded, CONFIG.name), None, []
     if path is None:
         shipped = ", ".join(command_line.list_shipped_configs())
@@ -117,7 +117,7 @@ def parse_flags(argv: list[str], description: str = "") -> list[str]:
             errors += error.problems
     errors += command_line.find_flag_errors(expanded, flags.FLAGS, config)
     if errors:
-        fail(*errors)
+        exit_with_error(*errors)
 
     # What the checks above do not know, absl and ml_collections refuse.
     try:
@@ -125,6 +125,6 @@ def parse_flags(argv: list[str], description: str = "") -> list[str]:
         _ = CONFIG.value.name  # a config file that could not be read says so when it is first used
         return left
     except flags.Error as error:
-        fail(*command_line.describe_absl_errors(error))
+        exit_with_error(*command_line.describe_absl_errors(error))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(f"flags: {' '.join(str(error).split())}; --help lists the flags")
+        exit_with_error(f"flags: {' '.join(str(error).split())}; --help lists the flags")

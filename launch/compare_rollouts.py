@@ -20,7 +20,7 @@ import ast
 from absl import app, flags, logging
 
 from cooper_jax.launch import command_line, common
-from cooper_jax.launch.common import CONFIG, fail, refuse
+from cooper_jax.launch.common import CONFIG, exit_with_error, print_setup_error
 
 OTHER = flags.DEFINE_multi_string("other", [], "A field of the second rollout's config: rollout.max_rows=24.")
 if __name__ == "__main__":
@@ -29,24 +29,24 @@ if __name__ == "__main__":
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax import placement, workloads
+from cooper_jax.perf import bench_programs
 from cooper_jax.rollout import engine
 from cooper_jax.rollout.differences import first_differences
-from cooper_jax.rollout.draw import fuses
-from cooper_jax.runtime import keys
+from cooper_jax.rollout.head_sampling import should_fuse_head
+from cooper_jax.runtime import device_layouts, keys
 from cooper_jax.settings.config_fields import describe_unknown_field, flatten_config
-from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.run_settings import RunSettings
 
 
-def changed(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
+def change_config(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
     """A copy of cfg with `field=value` set.  Raises SetupError for a field that it does not have."""
     cfg = cfg.copy_and_resolve_references()
     for assignment in assignments:
         name, _, value = assignment.partition("=")
         if name not in (fields := flatten_config(cfg)):
             raise SetupError(f"--other={assignment}: as in {describe_unknown_field(name, fields)}")
-        with boundary(f"--other={assignment}"):
+        with setup_errors(f"--other={assignment}"):
             *path, leaf = name.split(".")
             section = cfg
             for part in path:
@@ -56,31 +56,31 @@ def changed(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
     return cfg
 
 
-def rollout(cfg: ConfigDict, key):
+def run_rollout(cfg: ConfigDict, key):
     """One step's rollout under cfg, with its inputs."""
     RunSettings.from_config(cfg, with_assistant=False)
-    layout = placement.make_layout(cfg)
-    config, params = workloads.load_model(cfg.policy, "policy", "logits", layout, cfg.seed)
-    load = workloads.make_load(cfg, config.vocab_size, cfg.data.max_prompt_tokens, ragged=False)
-    prompts, spec = load.prompts.tolist(), workloads.sampling_spec(cfg)
-    options = placement.rollout_options(cfg)
-    with boundary("rollout"):
+    layout = device_layouts.make_policy_layout(cfg)
+    config, params = bench_programs.make_bench_model(cfg.policy, "policy", "logits", layout, cfg.seed)
+    load = bench_programs.make_load(cfg, config.vocab_size, cfg.data.max_prompt_tokens, ragged=False)
+    prompts, spec = load.prompts.tolist(), bench_programs.make_bench_sampling(cfg)
+    options = device_layouts.get_rollout_options(cfg)
+    with setup_errors("rollout"):
         drawn = engine.generate(params, config, layout, prompts, range(len(prompts)), key, spec, **options)
-    fused = fuses(options["implementation"] or engine.kernels_of(config, layout), spec)
+    fused = should_fuse_head(options["implementation"] or engine.choose_kernels(config, layout), spec)
     return drawn, (params, config, layout, prompts, range(len(prompts)), key, spec), fused
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        fail(f"unexpected arguments {argv[1:]}; flags look like --other=rollout.segment=5")
+        exit_with_error(f"unexpected arguments {argv[1:]}; flags look like --other=rollout.segment=5")
     logging.set_verbosity(logging.WARNING)
     try:
-        first, second = CONFIG.value, changed(CONFIG.value, OTHER.value)
-        key = keys.stream(first.seed, "rollout", 1)
-        a, inputs, fused = rollout(first, key)
-        b, _, _ = rollout(second, key)
+        first, second = CONFIG.value, change_config(CONFIG.value, OTHER.value)
+        key = keys.make_key(first.seed, "rollout", 1)
+        a, inputs, fused = run_rollout(first, key)
+        b, _, _ = run_rollout(second, key)
     except SetupError as error:
-        refuse(error)
+        print_setup_error(error)
     found = first_differences(*inputs, a, b, fused=fused)
     rows, mask = len(a.finished), np.asarray(a.mask) & np.asarray(b.mask)
     same = mask & (np.cumsum(np.asarray(a.tokens) != np.asarray(b.tokens), axis=1) == 0)

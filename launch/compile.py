@@ -8,9 +8,9 @@ Any field of configs/base.py is a flag, as for launch/train.py.  It needs XLA's 
 (requirements-tpu.txt, requirements-cuda.txt; both run without the hardware), and neither problems nor weights:
 shapes come from the weights' config.json where it is at hand, otherwise from the config's `arch`.
 
-1. Each program is compiled (cooper_jax/ahead/programs.py).  The compiler says what memory it takes; its text says
+1. Each program is compiled (cooper_jax/perf/aot_programs.py).  The compiler says what memory it takes; its text says
    what it computes, moves and sends.
-2. From public peaks of the chip (cooper_jax/runtime/chips.py) follow the least time it can take, and what bounds
+2. From public peaks of the chip (cooper_jax/perf/chips.py) follow the least time it can take, and what bounds
    it.  That is an estimate of ours, and so are the step's seconds: nothing was run.
 3. The largest program, with all that a run holds meanwhile, must leave --reserve of the memory alone.
 
@@ -32,7 +32,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # programs are compiled for devic
 from absl import app, flags, logging
 
 from cooper_jax.launch import command_line, common
-from cooper_jax.launch.common import fail, refuse
+from cooper_jax.launch.common import exit_with_error, print_setup_error
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "The machine: v5e:4x4, v5p:4x4x4, v5e:16x16*2, h100:1x2x8, ..."
@@ -51,25 +51,24 @@ if __name__ == "__main__":
 
 from ml_collections import ConfigDict
 
-from cooper_jax import placement
-from cooper_jax.ahead import estimate, search
-from cooper_jax.ahead import job as jobs
-from cooper_jax.ahead.compiled import TooLarge
-from cooper_jax.ahead.estimate import Figures, Step
-from cooper_jax.runtime import chips
-from cooper_jax.runtime.chips import GIB, Topology
-from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.perf import aot_estimate, aot_search, chips
+from cooper_jax.perf import aot_job as jobs
+from cooper_jax.perf.aot_compile import TooLarge
+from cooper_jax.perf.aot_estimate import Figures, Step
+from cooper_jax.perf.chips import GIB, Topology
+from cooper_jax.runtime import device_layouts
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
 
-def measure(cfg: ConfigDict, topology: Topology, reserve: float, keep: Path | None, said=None) -> Step:
+def measure_config(cfg: ConfigDict, topology: Topology, reserve: float, keep: Path | None, said=None) -> Step:
     """Compiles a config's programs.  Raises TooLarge for one that the compiler refuses, SetupError for others."""
-    layout = placement.make_layouts(cfg, topology.devices)["policy"]
-    job = jobs.describe(cfg, layout, topology.chip.memory)
-    print(headline(job, topology), flush=True)
-    return estimate.step(job, topology, estimate.compile_all(job, keep, said), reserve)
+    layout = device_layouts.make_layouts(cfg, topology.devices)["policy"]
+    job = jobs.describe_job(cfg, layout, topology.chip.memory)
+    print(format_headline(job, topology), flush=True)
+    return aot_estimate.estimate_step(job, topology, aot_estimate.compile_programs(job, keep, said), reserve)
 
 
-def compile_run(
+def compile_and_report(
     cfg: ConfigDict, name: str, *, reserve: float = 0.08, look: bool = False, compiles: int = 3,
     keep: Path | None = None, out: str = "",
 ) -> Step:  # fmt: skip
@@ -83,7 +82,7 @@ def compile_run(
         raise SetupError(f"--search_compiles={compiles}: it must be at least 1")
     if out and not Path(out).parent.is_dir():
         raise SetupError(f"--out={out}: there is no directory {Path(out).parent}")
-    cfg, topology = jobs.without_data(cfg), chips.find(name)
+    cfg, topology = jobs.drop_data(cfg), chips.find_topology(name)
     written = {"config": cfg.name, "topology": name, "devices": len(topology.devices)}
 
     def progress(program, compiled):
@@ -91,23 +90,23 @@ def compile_run(
 
     def attempt(cfg, candidate):
         try:
-            return measure(cfg, topology, reserve, keep, progress)
+            return measure_config(cfg, topology, reserve, keep, progress)
         except TooLarge as error:
             print(f"  {candidate.flags}: {error}", flush=True)
             return None
 
     if look:
         limit = topology.chip.memory * (1 - reserve)
-        chosen, step = search.search(cfg, topology, limit, compiles, attempt, print)
+        chosen, step = aot_search.search_layouts(cfg, topology, limit, compiles, attempt, print)
         written["flags"] = chosen.flags
     else:
-        step = measure(cfg, topology, reserve, keep, progress)
-    print(table(step, topology))
+        step = measure_config(cfg, topology, reserve, keep, progress)
+    print(format_step(step, topology))
     if look:
         print(f"best of those compiled: {chosen.flags}")
     if out:
-        with boundary(f"--out={out}"):
-            Path(out).write_text(json.dumps(written | estimate.written(step), indent=1) + "\n")
+        with setup_errors(f"--out={out}"):
+            Path(out).write_text(json.dumps(written | aot_estimate.step_to_json(step), indent=1) + "\n")
     if not step.fits:
         raise SetupError(f"{name}: {step.refusal()}")
     return step
@@ -120,7 +119,7 @@ COLUMNS = (("", 15), ("compiled", 9), ("args", 8), ("temps", 8), ("outputs", 8),
 # --- for people ------------------------------------------------------------------------------------------
 
 
-def headline(job: jobs.Job, topology: Topology) -> str:
+def format_headline(job: jobs.Job, topology: Topology) -> str:
     cfg, mesh = job.cfg, job.layout.mesh.shape
     lines = [
         f"{cfg.name} on {topology.name}: {len(topology.devices)} devices, mesh "
@@ -134,7 +133,7 @@ def headline(job: jobs.Job, topology: Topology) -> str:
     return "\n".join(lines + [f"  {note}" for note in job.notes])
 
 
-def table(step: Step, topology: Topology) -> str:
+def format_step(step: Step, topology: Topology) -> str:
     """GiB and seconds a device."""
     lines = [
         "memory, GiB a device: args, temps, outputs, code by the compiler; what else the run holds, total: ours",
@@ -159,12 +158,12 @@ def table(step: Step, topology: Topology) -> str:
         lines.append(
             f"{f.name:15}{f.times:6g}{f.flops / 1e12:10.3f}{f.bytes / 1e9:9.2f}"
             + f"{sum(s.bytes for s in f.sent) / 1e9:8.2f}"
-            + "".join(f"{f.seconds[side]:10.4f}" for side in estimate.SIDES)
+            + "".join(f"{f.seconds[side]:10.4f}" for side in aot_estimate.SIDES)
             + f"  {f.bound}"
         )
     lines += ["", "collectives: times, GB sent by a device, seconds (estimate)"]
     for f in step.programs:
-        lines += [f"{f.name:15}{line}" for line in collectives(f)]
+        lines += [f"{f.name:15}{line}" for line in format_collectives(f)]
     lines += ["", "a step (estimate: every program at its bound, nothing else takes time)"]
     for phase, seconds in step.phases.items():
         lines.append(f"{phase:15}{seconds:9.3f} s{seconds / step.seconds:7.0%}")
@@ -180,7 +179,7 @@ def table(step: Step, topology: Topology) -> str:
     return "\n".join(lines)
 
 
-def collectives(f: Figures, most: int = 3) -> list[str]:
+def format_collectives(f: Figures, most: int = 3) -> list[str]:
     """The largest by seconds, and the others of a kind together."""
     named = list(f.sent[:most])
     lines = [
@@ -197,16 +196,16 @@ def collectives(f: Figures, most: int = 3) -> list[str]:
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        fail(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
+        exit_with_error(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
     logging.set_verbosity(logging.WARNING)
     keep = Path(KEEP.value) if KEEP.value else None
     try:
-        compile_run(
-            common.config(), TOPOLOGY.value, reserve=RESERVE.value, look=SEARCH.value,
+        compile_and_report(
+            common.read_config(), TOPOLOGY.value, reserve=RESERVE.value, look=SEARCH.value,
             compiles=SEARCH_COMPILES.value, keep=keep, out=OUT.value,
         )  # fmt: skip
     except SetupError as error:
-        refuse(error)
+        print_setup_error(error)
 
 
 if __name__ == "__main__":

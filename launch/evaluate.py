@@ -57,11 +57,11 @@ STEP = flags.DEFINE_integer("step", -1, "The checkpoint's step; -1 is the newest
 
 
 def main(argv: list[str]) -> None:
-    common.begin(argv)
-    from cooper_jax.evaluation import jobs, judging
+    common.begin_job(argv)
+    from cooper_jax.evaluation import benchmark_jobs, judge_jobs
     from cooper_jax.settings.setup_errors import SetupError
 
-    with common.running():
+    with common.run_job():
         modes = [f for f in (BENCHMARK, REJUDGE, LABELLED, ATTACKS) if f.value]
         if len(modes) != 1:
             given = " and ".join(f"--{f.name}" for f in modes) or "nothing"
@@ -74,43 +74,43 @@ def main(argv: list[str]) -> None:
                 raise SetupError(f"--{flag.name} belongs to --{of.name}")
         if REFERENCES.value != "own" and not LABELLED.value:
             raise SetupError(f"--references={REFERENCES.value} belongs to --labelled")
-        chosen, out = choose(STEP.value), Path(OUT.value)
+        chosen, out = choose_models(STEP.value), Path(OUT.value)
         if BENCHMARK.value:
-            jobs.benchmarks(chosen.cfg, chosen, BENCHMARK.value, out)
+            benchmark_jobs.evaluate_benchmarks(chosen.cfg, chosen, BENCHMARK.value, out)
         elif REJUDGE.value:
-            jobs.rejudge(chosen.cfg, chosen, REJUDGE.value, out)
+            benchmark_jobs.rejudge_items(chosen.cfg, chosen, REJUDGE.value, out)
         elif LABELLED.value:
             names = list(dict.fromkeys(JUDGE.value)) or ["model", "rule", "last_number", "yes"]
-            judging.labelled(
+            judge_jobs.compare_judges(
                 chosen.cfg, chosen, LABELLED.value, out,
                 names=names, references=REFERENCES.value, prior_from=PRIOR_FROM.value,
             )  # fmt: skip
         else:
-            judging.attacked(
-                chosen.cfg, chosen, ATTACKS.value, out, [other(chosen, x) for x in COMPARE.value]
+            judge_jobs.measure_attacks(
+                chosen.cfg, chosen, ATTACKS.value, out, [parse_compared(chosen, x) for x in COMPARE.value]
             )
 
 
-def choose(step: int):
+def choose_models(step: int):
     """Where the models come from, with the config that holds for them.  Raises SetupError."""
-    from cooper_jax import runs
-    from cooper_jax.evaluation.scoring import Chosen
-    from cooper_jax.runtime import files
-    from cooper_jax.runtime.checkpoint import steps_in
-    from cooper_jax.settings.setup_errors import SetupError, boundary
+    from cooper_jax.evaluation.evaluated_models import ChosenModels
+    from cooper_jax.runtime import remote_files
+    from cooper_jax.runtime.checkpoint import list_steps
+    from cooper_jax.settings.setup_errors import SetupError, setup_errors
+    from cooper_jax.trainer import run_checkpoint
 
     if not OUT.value.strip():
         raise SetupError("--out is empty: give --out=DIR, the directory of the results")
-    if files.is_remote(OUT.value):
+    if remote_files.is_remote(OUT.value):
         raise SetupError(f"--out={OUT.value}: results are written to a local path, to be copied from there")
-    cfg = common.config()
+    cfg = common.read_config()
     if not RUN_DIR.value:
         if step != -1:
             raise SetupError(f"--step={step} is of a run: give --run_dir=RUN too")
-        return Chosen(cfg, Path(OUT.value).expanduser().absolute())
+        return ChosenModels(cfg, Path(OUT.value).expanduser().absolute())
     logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read is only read
-    with boundary(f"--run_dir={RUN_DIR.value}"):
-        run_dir = files.path(RUN_DIR.value)
+    with setup_errors(f"--run_dir={RUN_DIR.value}"):
+        run_dir = remote_files.to_path(RUN_DIR.value)
         given = config_flags.get_override_values(flags.FLAGS["config"])
         for name in ("policy.weights", "reward.weights"):
             if name in given:
@@ -118,20 +118,20 @@ def choose(step: int):
                     f"--config.{name} names other weights than the run's: leave one of them out (another reward "
                     "model judges a run's responses by --rejudge=ITEMS --config.reward.weights=DIR)"
                 )
-        cfg = runs.over(cfg, runs.read_config(run_dir), given)
-        steps = steps_in(run_dir)
+        cfg = run_checkpoint.overlay_run(cfg, run_checkpoint.read_run_config(run_dir), given)
+        steps = list_steps(run_dir)
         if not steps:
             raise ValueError("it holds no checkpoint yet")
         step = steps[-1] if step == -1 else step
         if step not in steps:
             raise ValueError(f"step {step} is not there; the checkpoints are {', '.join(map(str, steps))}")
-    return Chosen(cfg, run_dir, run_dir, step)
+    return ChosenModels(cfg, run_dir, run_dir, step)
 
 
-def other(chosen, named: str):
+def parse_compared(chosen, named: str):
     """The reward model of a --compare: weights, or a step of the same run."""
     if chosen.run_dir is not None and named.isdecimal():
-        return choose(int(named))
+        return choose_models(int(named))
     cfg = chosen.cfg.copy_and_resolve_references()
     cfg.reward.weights = named
     return dataclasses.replace(chosen, cfg=cfg, run_dir=None, step=None)
@@ -142,7 +142,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     named = {a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-")}
     if "run_dir" in named:
         if "config" in named:
-            common.fail("--config and --run_dir both say what is evaluated: leave one out")
+            common.exit_with_error("--config and --run_dir both say what is evaluated: leave one out")
         extra = f"--config={ROOT / 'configs/base.py'}"
         argv = [argv[0], extra, *argv[1:]]
         sys.argv = argv  # where the config's own fields are looked for

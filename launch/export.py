@@ -30,41 +30,41 @@ def main(argv: list[str]) -> None:
         command_line.exit_with_errors([f"unexpected arguments {argv[1:]}; flags look like --model=policy"])
     logging.set_verbosity(logging.WARNING)
 
-    from cooper_jax import placement, runs
-    from cooper_jax.data import overlap
+    from cooper_jax.data import seen_questions
     from cooper_jax.model import weights
-    from cooper_jax.runtime import files
+    from cooper_jax.runtime import device_layouts, remote_files
     from cooper_jax.settings import setup_errors
+    from cooper_jax.trainer import run_checkpoint
 
     try:
-        if files.is_remote(OUT.value):
+        if remote_files.is_remote(OUT.value):
             raise setup_errors.SetupError(
                 f"--out={OUT.value}: a model is written to a local path, to be copied from there"
             )
-        with setup_errors.boundary("--run_dir"):
-            run_dir = files.path(RUN_DIR.value)
-        with setup_errors.boundary(f"--run_dir={run_dir}"):
-            cfg = runs.on_any_mesh(runs.read_config(run_dir))
-            layout = placement.make_layout(cfg)
+        with setup_errors.setup_errors("--run_dir"):
+            run_dir = remote_files.to_path(RUN_DIR.value)
+        with setup_errors.setup_errors(f"--run_dir={run_dir}"):
+            cfg = run_checkpoint.use_any_mesh(run_checkpoint.read_run_config(run_dir))
+            layout = device_layouts.make_policy_layout(cfg)
             asked = None if STEP.value < 0 else STEP.value
-            model, params, step = runs.load(run_dir, cfg, MODEL.value, layout, asked)
-            seen = overlap.read_record(run_dir) if MODEL.value == "reward" else None
+            model, params, step = run_checkpoint.load_run_model(run_dir, cfg, MODEL.value, layout, asked)
+            seen = seen_questions.read_record(run_dir) if MODEL.value == "reward" else None
     except setup_errors.SetupError as error:
         command_line.exit_with_errors(error.problems)
     with tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save(folder)
-        weights.save(
+        weights.save_pretrained(
             OUT.value,
             model.config,
             params,
-            runs.HEADS[MODEL.value],
+            run_checkpoint.HEADS[MODEL.value],
             tokenizer_dir=folder,
             generation_config={"eos_token_id": list(model.tokenizer.eos_ids)},
             pad_token_id=model.tokenizer.pad_id,
             dtype=DTYPE.value,
         )
     if seen is not None:  # the questions that it was trained on, for whoever evaluates with it
-        overlap.write_record(OUT.value, seen)
+        seen_questions.write_record(OUT.value, seen)
     print(f"{OUT.value}: the {MODEL.value} model of step {step}")
 
 

@@ -21,7 +21,7 @@ GRACE = 90.0  # seconds that the others have, after one failed, to notice and to
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
+    options = parse_arguments(argv)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
         )
-    return wait(processes)
+    return wait_for_processes(processes)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,9 +64,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def wait(processes: list[subprocess.Popen]) -> int:
+def wait_for_processes(processes: list[subprocess.Popen]) -> int:
     """Pass lines and signals on until all have ended."""
-    readers = [threading.Thread(target=relay, args=(i, p), daemon=True) for i, p in enumerate(processes)]
+    readers = [
+        threading.Thread(target=relay_lines, args=(i, p), daemon=True) for i, p in enumerate(processes)
+    ]
     for thread in readers:
         thread.start()
 
@@ -100,7 +102,7 @@ def wait(processes: list[subprocess.Popen]) -> int:
     return failed[0] if failed else 0
 
 
-def relay(index: int, process: subprocess.Popen) -> None:
+def relay_lines(index: int, process: subprocess.Popen) -> None:
     for line in process.stdout:
         sys.stdout.buffer.write(f"[{index}] ".encode() + line)
         sys.stdout.buffer.flush()

@@ -45,21 +45,21 @@ FROM = flags.DEFINE_string("from", "", "With --report: a file that --keep wrote,
 
 
 def main(argv: list[str]) -> None:
-    common.begin(argv)
+    common.begin_job(argv)
     from cooper_jax.runtime import hosts
     from cooper_jax.runtime.extras import import_extra
-    from cooper_jax.settings.setup_errors import SetupError, boundary
+    from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
     try:
         if FROM.value and not REPORT.value:
             raise SetupError(f"--from={FROM.value} belongs to --report")
-        with boundary("study.png"):  # drawn when all runs are over: too late to find a package missing
+        with setup_errors("study.png"):  # drawn when all runs are over: too late to find a package missing
             import_extra("matplotlib", "figures")
-        with boundary(f"--out={OUT.value}"):
-            failed = [] if REPORT.value else run()
-            report(failed)
+        with setup_errors(f"--out={OUT.value}"):
+            failed = [] if REPORT.value else run_study_arms()
+            report_study(failed)
     except SetupError as error:
-        common.refuse(error)
+        common.print_setup_error(error)
     except hosts.Stopped:
         print("stopped by a signal; the same command goes on")
         sys.exit(hosts.STOPPED)
@@ -68,50 +68,50 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def run() -> list:
+def run_study_arms() -> list:
     """Carry out what is not complete.  Returns the failures."""
-    from cooper_jax.runtime import rundir
-    from cooper_jax.study import arms, plan, schedule
+    from cooper_jax.runtime import run_directory
+    from cooper_jax.study import arms, run_scheduler, study_plan
     from cooper_jax.study.progress import Board
 
-    base, out = common.config(), Path(OUT.value).absolute()
+    base, out = common.read_config(), Path(OUT.value).absolute()
     names = ARMS.value or (() if ARM.value else arms.MAIN)
     given = config_flags.get_override_values(flags.FLAGS["config"])
-    study = plan.Study(
+    study = study_plan.Study(
         out=out,
         config_file=str(Path(config_flags.get_config_filename(flags.FLAGS["config"])).absolute()),
         base=base,
         given=tuple(given),
-        arms=arms.choose(names, ARM.value, base),
-        seeds=plan.parse_seeds(SEEDS.value or "0"),
+        arms=arms.choose_arms(names, ARM.value, base),
+        seeds=study_plan.parse_seeds(SEEDS.value or "0"),
     )
     out.mkdir(parents=True, exist_ok=True)
-    handle = rundir.lock(out / "lock", out, "--out")
+    handle = run_directory.lock_folder(out / "lock", out, "--out")
     try:
         study.begin()
         board = Board()
         try:
-            return schedule.carry_out(study.runs(), JOBS.value, board)
+            return run_scheduler.run_study(study.runs(), JOBS.value, board)
         finally:
             board.close()
     finally:
         os.close(handle)
 
 
-def report(failed: list) -> None:
+def report_study(failed: list) -> None:
     """Tables and figure of what is there, and what they are made of where --keep says so."""
-    from cooper_jax.study import plan, records
-    from cooper_jax.study import report as files
+    from cooper_jax.study import records, study_plan
+    from cooper_jax.study import study_report as files
 
     out = Path(OUT.value).absolute()
-    found = records.of_file(Path(FROM.value)) if FROM.value else records.of_folder(out)
+    found = records.read_records(Path(FROM.value)) if FROM.value else records.read_folder(out)
     if REPORT.value:
-        found = found.only(ARMS.value, plan.parse_seeds(SEEDS.value) if SEEDS.value else ())
+        found = found.only(ARMS.value, study_plan.parse_seeds(SEEDS.value) if SEEDS.value else ())
     if failed and not found.runs:
         return
-    tables = files.write(found, out)
+    tables = files.write_report(found, out)
     if KEEP.value:
-        records.keep(found, Path(KEEP.value))
+        records.write_records(found, Path(KEEP.value))
     print(tables.split("\n## ")[0] + "\n## " + tables.split("\n## ")[1])
     print(
         f"{out}: results.json, arms.csv, runs.csv, tables.md, study.png"

@@ -23,15 +23,15 @@ from cooper_jax.launch import common
 
 
 def main(argv: list[str]) -> None:
-    common.begin(argv)
-    from cooper_jax import recipes
+    common.begin_job(argv)
     from cooper_jax.runtime import hosts
+    from cooper_jax.trainer import recipes
     from cooper_jax.trainer.train_loop import train
 
-    with common.running():
-        cfg = common.config()
+    with common.run_job():
+        cfg = common.read_config()
         if warning := recipes.warn_of_released(cfg):
-            hosts.say(warning)
+            hosts.print_once(warning)
         train(cfg)
 
 

@@ -24,11 +24,11 @@ from cooper_jax.launch import common
 
 
 def main(argv: list[str]) -> None:
-    common.begin(argv)
-    from cooper_jax.reward_training import loop
+    common.begin_job(argv)
+    from cooper_jax.reward_training import rm_loop
 
-    with common.running():
-        loop.train(common.config())
+    with common.run_job():
+        rm_loop.train_reward_model(common.read_config())
 
 
 if __name__ == "__main__":

@@ -21,14 +21,13 @@ import tiny_runs
 import tiny_tokenizers
 from chat_server import Server, reply
 
-from cooper_jax import placement
-from cooper_jax.annotation import asking, items, ledger, outcome, run
+from cooper_jax.annotation import annotation_ledger, items, outcome, pipeline, querying
 from cooper_jax.configs import base
-from cooper_jax.data import labelled
+from cooper_jax.data import labelled_completions
+from cooper_jax.llm import chat as chats
+from cooper_jax.llm.chat import Failure
 from cooper_jax.model import weights
-from cooper_jax.reward import chat as chats
-from cooper_jax.reward.chat import Failure
-from cooper_jax.runtime import hosts
+from cooper_jax.runtime import device_layouts, hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Verdict
 
@@ -131,7 +130,7 @@ def quick_rule(monkeypatch):
 
             return Given()
 
-    monkeypatch.setattr(run, "RuleVerifier", Rule)
+    monkeypatch.setattr(pipeline, "RuleVerifier", Rule)
 
 
 def existing(count: int, **changes) -> list[dict]:
@@ -179,7 +178,9 @@ def test_agreement_and_kappa_of_a_scripted_judge(serve, tmp_path):
 
     path = write(tmp_path / "there.jsonl", rows)
     server = serve(judge)
-    run.annotate(config(server.url, **{"annotate.max_ratio": 1.5}), [], [path], str(tmp_path / "out"))
+    pipeline.annotate_completions(
+        config(server.url, **{"annotate.max_ratio": 1.5}), [], [path], str(tmp_path / "out")
+    )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["agreement"]["value"] == pytest.approx(0.75)
     assert report["kappa"]["value"] == pytest.approx(8 / 17)
@@ -216,14 +217,14 @@ def test_agreement_is_resampled_by_question():
         for question, agree in (("a", True), ("b", False))
         for rule in [True, False] * 5
     ]
-    found = outcome.agreement(rows, seed=0)
+    found = outcome.judge_agreement(rows, seed=0)
     assert found["both_decided"] == 20
     assert found["agreement"] == {"value": 0.5, "low": 0.0, "high": 1.0}
     assert found["kappa"] == {"value": 0.0, "low": -1.0, "high": 1.0}
 
 
 def _the_two_files_hold_what_they_should(out: Path, says: list[str]):
-    triples = labelled.load(str(out / "labelled.jsonl"))
+    triples = labelled_completions.load_labelled_completions(str(out / "labelled.jsonl"))
     assert Counter(t.label for t in triples) == {1.0: 22, 0.0: 15}
     assert all((t.label == 1.0) == ("boxed{21}" in t.completion) for t in triples)
     rows = lines(out / "labelled.jsonl")
@@ -337,7 +338,9 @@ def test_two_kills_lose_and_double_nothing(serve, tmp_path):
     assert f"verdicts.jsonl:{counted[2] + 1}: a kill tore this line (12 bytes)" in said and "kappa" in said
 
     undisturbed = tmp_path / "undisturbed"
-    run.annotate(config(server.url, **{"annotate.balance": "off"}), [problems], [], str(undisturbed))
+    pipeline.annotate_completions(
+        config(server.url, **{"annotate.balance": "off"}), [problems], [], str(undisturbed)
+    )
     for name in ("labelled.jsonl", "disputed.jsonl"):
         assert timeless(lines(out / name)) == timeless(lines(undisturbed / name))
     assert json.loads((out / "report.json").read_text()) == json.loads(
@@ -359,9 +362,11 @@ def local(tmp_path, monkeypatch):
     """A config whose source and judge are a random model of one layer, on one device."""
     tokenizer = tiny_tokenizers.write(tmp_path / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8, max_len=2048)
-    weights.save(tmp_path / "hf", model, tiny_models.random_params(model), "logits", tokenizer_dir=tokenizer)
-    layouts = placement.make_layouts
-    monkeypatch.setattr(placement, "make_layouts", lambda cfg: layouts(cfg, jax.devices()[:1]))
+    weights.save_pretrained(
+        tmp_path / "hf", model, tiny_models.random_params(model), "logits", tokenizer_dir=tokenizer
+    )
+    layouts = device_layouts.make_layouts
+    monkeypatch.setattr(device_layouts, "make_layouts", lambda cfg: layouts(cfg, jax.devices()[:1]))
     fields = {"kind": "local", "weights": str(tmp_path / "hf"), "max_new_tokens": 4, "temperature": 1.0}
     fields["top_p"] = 1.0  # the same programs for both
     flat = {f"{name}.{k}": v for name in ("source", "judge") for k, v in fields.items()}
@@ -370,14 +375,14 @@ def local(tmp_path, monkeypatch):
 
 def test_a_torn_batch_of_local_weights_is_sampled_as_before(local, quick_rule, tmp_path):
     problems, out = sums(tmp_path / "sums.jsonl", 8), tmp_path / "out"
-    run.annotate(local, [problems], [], str(out))
+    pipeline.annotate_completions(local, [problems], [], str(out))
     names = ("completions.jsonl", "verdicts.jsonl", "disputed.jsonl")
     whole = {name: timeless(lines(out / name)) for name in names}
     assert len(whole["disputed.jsonl"]) == 8 and len({r["completion"] for r in whole["disputed.jsonl"]}) > 3
     for name, kept in (("completions.jsonl", 5), ("verdicts.jsonl", 2)):
         content = (out / name).read_text().splitlines(keepends=True)
         (out / name).write_text("".join(content[:kept]) + content[kept][:-9])
-    run.annotate(local, [problems], [], str(out))
+    pipeline.annotate_completions(local, [problems], [], str(out))
     assert {name: timeless(lines(out / name)) for name in names} == whole
 
 
@@ -400,19 +405,19 @@ def test_what_may_pass_is_asked_once_more_and_the_rest_is_kept_as_failed(serve, 
 
     server, problems, out = serve(flaky), sums(tmp_path / "sums.jsonl", 8), str(tmp_path / "out")
     cfg = config(server.url, **{"annotate.balance": "off"})
-    run.annotate(cfg, [problems], [], out)
+    pipeline.annotate_completions(cfg, [problems], [], out)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["failed"] == {"http_400": 1} and report["judge_undecided"] == {"http_400": 1}
     assert (report["completions"], report["judged"]) == (7, 7)
     asked = len(server.requests)
-    run.annotate(cfg, [problems], [], out)
+    pipeline.annotate_completions(cfg, [problems], [], out)
     assert len(server.requests) == asked
     cfg = config(server.url, **{"annotate.balance": "off", "annotate.ask_again": True})
     server.close()
     again = serve(script)
     for name in ("source", "judge"):
         cfg[name].url = again.url
-    run.annotate(cfg, [problems], [], out)
+    pipeline.annotate_completions(cfg, [problems], [], out)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["failed"], report["judge_undecided"], report["judged"]) == ({}, {}, 8)
     assert len(again.requests) == 3
@@ -422,21 +427,25 @@ def test_a_server_that_is_down_is_one_error_and_leaves_no_failures(quick_rule, t
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     problems = sums(tmp_path / "sums.jsonl", 20)
     with pytest.raises(SetupError, match="8 requests in a row unanswered .connection.*--config.source.url"):
-        run.annotate(config(), [problems], [], str(tmp_path / "out"))
+        pipeline.annotate_completions(config(), [problems], [], str(tmp_path / "out"))
     assert held(tmp_path / "out" / "completions.jsonl") == 0
 
 
 def test_a_wrong_key_is_an_error_for_few_rows_too(serve, quick_rule, tmp_path):
     server = serve(lambda n, body: (401, {}, b""))
     with pytest.raises(SetupError, match="2 requests in a row unanswered .http_401"):
-        run.annotate(config(server.url), [sums(tmp_path / "sums.jsonl", 2)], [], str(tmp_path / "out"))
+        pipeline.annotate_completions(
+            config(server.url), [sums(tmp_path / "sums.jsonl", 2)], [], str(tmp_path / "out")
+        )
 
 
 def test_a_server_that_refuses_every_request_is_an_error_and_leaves_no_failures(serve, quick_rule, tmp_path):
     """An unknown field, say, or the wrong address: nothing that is the rows' fault."""
     server = serve(lambda n, body: (400, {}, b""))
     with pytest.raises(SetupError, match="64 requests in a row unanswered .http_400"):
-        run.annotate(config(server.url), [sums(tmp_path / "sums.jsonl", 80)], [], str(tmp_path / "out"))
+        pipeline.annotate_completions(
+            config(server.url), [sums(tmp_path / "sums.jsonl", 80)], [], str(tmp_path / "out")
+        )
     assert held(tmp_path / "out" / "completions.jsonl") == 0
 
 
@@ -462,9 +471,9 @@ def asked_of(script, count):
         kept.update((item.id, answer) for item, answer in answers)
 
     things = [types.SimpleNamespace(id=str(i), number=i) for i in range(count)]
-    stage = asking.Stage(Scripted(script), "source", 0, 1, lambda item: [], keep)
+    stage = querying.Stage(Scripted(script), "source", 0, 1, lambda item: [], keep)
     try:
-        stage.run(things, kept, asking.Progress("rows", count, 0))
+        stage.run(things, kept, querying.Progress("rows", count, 0))
     except SetupError as error:
         return kept, str(error)
     return kept, ""
@@ -499,7 +508,9 @@ def test_duplicates_within_and_across_files(serve, quick_rule, tmp_path):
     two += existing(1, reference_answer="9")
     files = [write(tmp_path / "one.jsonl", one), write(tmp_path / "two.jsonl", two)]
     server = serve(lambda n, body: reply("Verdict: INCORRECT"))
-    run.annotate(config(server.url, **{"annotate.balance": "off"}), [], files, str(tmp_path / "out"))
+    pipeline.annotate_completions(
+        config(server.url, **{"annotate.balance": "off"}), [], files, str(tmp_path / "out")
+    )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["planned"], report["repeated_in_files"], report["duplicates"]) == (5, 1, 1)
     assert len(server.requests) == report["judged"] == 4
@@ -530,13 +541,13 @@ def agreeing(counts: dict[str, tuple[int, int]]) -> list[outcome.Judged]:
 )
 def test_balance(how, ratio, kept):
     rows = agreeing({"a": (9, 3), "b": (2, 8), "c": (0, 5)})
-    stay = outcome.balance(rows, how, ratio, seed=1)
+    stay = outcome.balance_classes(rows, how, ratio, seed=1)
     found = Counter((x.row["source"], x.label) if how != "overall" else x.label for x in stay)
     assert found == kept
     ids = {x.row["id"] for x in stay}
-    assert ids == {x.row["id"] for x in outcome.balance(rows[::-1], how, ratio, seed=1)}
+    assert ids == {x.row["id"] for x in outcome.balance_classes(rows[::-1], how, ratio, seed=1)}
     if how != "off":
-        assert ids != {x.row["id"] for x in outcome.balance(rows, how, ratio, seed=2)}
+        assert ids != {x.row["id"] for x in outcome.balance_classes(rows, how, ratio, seed=2)}
 
 
 def test_balance_may_change_without_asking_again(serve, quick_rule, tmp_path):
@@ -548,7 +559,7 @@ def test_balance_may_change_without_asking_again(serve, quick_rule, tmp_path):
 
     server = serve(judge)
     for balance, count in (("off", 9), ("source", 8)):
-        run.annotate(config(server.url, **{"annotate.balance": balance}), [], files, out)
+        pipeline.annotate_completions(config(server.url, **{"annotate.balance": balance}), [], files, out)
         assert len(lines(tmp_path / "out" / "labelled.jsonl")) == count
     assert len(server.requests) == 9 and held(tmp_path / "out" / "verdicts.jsonl") == 9
 
@@ -559,17 +570,19 @@ def test_balance_may_change_without_asking_again(serve, quick_rule, tmp_path):
 def test_a_plan_has_stable_ids_and_takes_a_fixed_part(tmp_path):
     path = sums(tmp_path / "sums.jsonl", 30)
     cfg = config(**{"annotate.samples": 3})
-    plan = items.make(cfg, [path], [])
+    plan = items.list_items(cfg, [path], [])
     assert len({i.id for i in plan.items}) == 90 and len({i.number for i in plan.items}) == 90
     assert all(0 <= i.number < 2**31 for i in plan.items)
-    part = items.make(config(**{"annotate.samples": 2, "annotate.problems": 7}), [path], [])
+    part = items.list_items(config(**{"annotate.samples": 2, "annotate.problems": 7}), [path], [])
     assert {i.id for i in part.items} < {i.id for i in plan.items} and len(part.items) == 14
     assert [i.sample for i in part.items] == [0, 1] * 7
 
 
 def test_published_sets_are_recognised(shared_data):
     paths = [str(shared_data / f"{name}.jsonl") for name in ("gsm8k_test", "svamp_test", "math500_test")]
-    plan = items.make(config(**{"annotate.problems": 5}), paths, [str(shared_data / "verify_dev.jsonl")])
+    plan = items.list_items(
+        config(**{"annotate.problems": 5}), paths, [str(shared_data / "verify_dev.jsonl")]
+    )
     counts = Counter(i.source for i in plan.items)
     assert [counts[n] for n in ("gsm8k_test", "svamp_test", "math500_test")] == [5] * 3
     given = [i for i in plan.items if i.completion is not None]
@@ -588,7 +601,7 @@ BAD = [
 def test_a_bad_row_is_named(change, message, tmp_path):
     path = write(tmp_path / "bad.jsonl", existing(1) + existing(1, **change))
     with pytest.raises(SetupError) as caught:
-        items.make(config(), [], [path])
+        items.list_items(config(), [], [path])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -605,39 +618,39 @@ def test_a_bad_row_is_named(change, message, tmp_path):
 )
 def test_bad_commands_are_one_line(fields, problems, message, tmp_path):
     with pytest.raises(SetupError) as caught:
-        run.annotate(config(**fields), problems, [], str(tmp_path / "out"))
+        pipeline.annotate_completions(config(**fields), problems, [], str(tmp_path / "out"))
     assert message in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_it_runs_in_one_process(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(SetupError, match="one of 4"):
-        run.annotate(config(), ["x.jsonl"], [], str(tmp_path / "out"))
+        pipeline.annotate_completions(config(), ["x.jsonl"], [], str(tmp_path / "out"))
 
 
 def test_a_folder_is_for_one_command_at_a_time_and_one_set_of_settings(tmp_path):
     settings = {"seed": 0, "judge.model": "a"}
-    with ledger.Ledger(tmp_path / "out", settings) as opened:
+    with annotation_ledger.Ledger(tmp_path / "out", settings) as opened:
         with pytest.raises(ValueError, match="in use"):
-            ledger.Ledger(tmp_path / "out", settings)
+            annotation_ledger.Ledger(tmp_path / "out", settings)
         opened.verdicts.append([{"id": "1", "rule": "wrong"}])
     with pytest.raises(
         ValueError, match='judge.model was "a" and is now "b"; seed was 0 and is now .absent.'
     ):
-        ledger.Ledger(tmp_path / "out", {"judge.model": "b"})
+        annotation_ledger.Ledger(tmp_path / "out", {"judge.model": "b"})
     (tmp_path / "out" / "settings.json").unlink()
     with pytest.raises(ValueError, match="verdicts.jsonl without settings.json"):
-        ledger.Ledger(tmp_path / "out", settings)
+        annotation_ledger.Ledger(tmp_path / "out", settings)
     for folder, message in (("", "--out=DIR"), ("gs://bucket/x", "--out=gs://bucket/x")):
         with pytest.raises(ValueError, match=message):
-            ledger.Ledger(folder, settings)
+            annotation_ledger.Ledger(folder, settings)
 
 
 def test_settings_may_change_until_something_was_answered_under_them(tmp_path):
     """A slip in the source's section costs nothing, nor one in the judge's the completions."""
 
     def opened(**settings):
-        return ledger.Ledger(
+        return annotation_ledger.Ledger(
             tmp_path / "out", {"seed": 0} | {k.replace("_", "."): v for k, v in settings.items()}
         )
 
@@ -660,9 +673,9 @@ def test_a_judge_that_is_not_there_claims_no_folder(serve, quick_rule, tmp_path)
     files, out = [write(tmp_path / "one.jsonl", existing(2))], str(tmp_path / "out")
     away = serve(lambda n, body: (404, {}, b""))
     with pytest.raises(SetupError, match="http_404"):
-        run.annotate(config(away.url, **{"judge.model": "slip"}), [], files, out)
+        pipeline.annotate_completions(config(away.url, **{"judge.model": "slip"}), [], files, out)
     server = serve(lambda n, body: reply("Verdict: INCORRECT"))
-    run.annotate(config(server.url), [], files, out)
+    pipeline.annotate_completions(config(server.url), [], files, out)
     assert len(lines(tmp_path / "out" / "verdicts.jsonl")) == 2
 
 
@@ -690,22 +703,22 @@ def test_a_full_disk_is_one_error_and_the_same_command_goes_on(serve, quick_rule
         no_large_files(),
         pytest.raises(SetupError, match="--out: .*File too large: mend that.*completions.jsonl"),
     ):
-        run.annotate(config(server.url), [], files, str(out))
+        pipeline.annotate_completions(config(server.url), [], files, str(out))
     cfg = config(server.url, **{"annotate.balance": "off"})
-    run.annotate(cfg, [], files, str(out))
+    pipeline.annotate_completions(cfg, [], files, str(out))
     assert len(lines(out / "labelled.jsonl")) == 3
     (out / "report.json").unlink()
     with no_large_files(), pytest.raises(SetupError, match="--out: labelled.jsonl: .*File too large"):
-        run.annotate(cfg, [], files, str(out))
+        pipeline.annotate_completions(cfg, [], files, str(out))
     assert len(lines(out / "labelled.jsonl")) == 3 and not (out / "report.json").exists()
 
 
 def test_another_file_under_the_same_name_is_refused(serve, quick_rule, tmp_path):
     out, path = str(tmp_path / "out"), tmp_path / "one.jsonl"
     server = serve(lambda n, body: reply("Verdict: CORRECT"))
-    run.annotate(config(server.url), [], [write(path, existing(2))], out)
+    pipeline.annotate_completions(config(server.url), [], [write(path, existing(2))], out)
     with pytest.raises(SetupError, match=r"completions one was .*bytes, sha256 .* and is now .*sha256"):
-        run.annotate(config(server.url), [], [write(path, existing(3))], out)
+        pipeline.annotate_completions(config(server.url), [], [write(path, existing(3))], out)
 
 
 def test_half_a_surrogate_pair_of_a_server_or_a_ledger_is_replaced(serve, quick_rule, tmp_path):
@@ -716,14 +729,14 @@ def test_half_a_surrogate_pair_of_a_server_or_a_ledger_is_replaced(serve, quick_
 
     problems = write(tmp_path / "one.jsonl", [{"question": "What is 3 + 4?", "answer": "7"}])
     cfg = config(serve(cut).url, **{"annotate.balance": "off"})
-    run.annotate(cfg, [problems], [], str(tmp_path / "out"))
-    (row,) = lines(tmp_path / "out" / ledger.COMPLETIONS)
-    (verdict,) = lines(tmp_path / "out" / ledger.VERDICTS)
+    pipeline.annotate_completions(cfg, [problems], [], str(tmp_path / "out"))
+    (row,) = lines(tmp_path / "out" / annotation_ledger.COMPLETIONS)
+    (verdict,) = lines(tmp_path / "out" / annotation_ledger.VERDICTS)
     assert row["completion"] == "\\boxed{7} \ufffd" and verdict["judge_reply"] == "\ufffd\nVerdict: CORRECT"
     assert len(lines(tmp_path / "out" / "labelled.jsonl")) == 1
     path = tmp_path / "older.jsonl"
     path.write_text('{"id": "1", "completion": "half \\ud83d", "tokens": 3}\n')
-    log = ledger.Log(path)
+    log = annotation_ledger.LedgerFile(path)
     assert log.rows["1"] == {"id": "1", "completion": "half \ufffd", "tokens": 3}
     log.close()
 
@@ -733,7 +746,7 @@ def test_a_ledger_mends_its_last_line_alone(tmp_path, capsys):
     path.write_text(
         '{"id": "1", "judge": true}\n{"id": "2", "failure": "x"}\n{"id": "2", "judge": false}\n{"id": "3'
     )
-    log = ledger.Log(path)
+    log = annotation_ledger.LedgerFile(path)
     assert log.rows["1"]["judge"] and log.rows["2"]["judge"] is False and set(log.rows) == {"1", "2"}
     assert "verdicts.jsonl:4: a kill tore this line (9 bytes)" in capsys.readouterr().out
     log.append([{"id": "3", "judge": None}])
@@ -742,4 +755,4 @@ def test_a_ledger_mends_its_last_line_alone(tmp_path, capsys):
     for broken, words in (('{"id"', "no JSON object"), ('{"id": 2}', "no JSON object with an id")):
         path.write_text(f'{{"id": "1"}}\n{broken}\n{{"id": "3"}}\n')
         with pytest.raises(ValueError, match=f"verdicts.jsonl:2: {words}"):
-            ledger.Log(path)
+            annotation_ledger.LedgerFile(path)

@@ -13,10 +13,10 @@ from chat_server import reply as chat
 
 from cooper_jax.configs import base
 from cooper_jax.data import prompts
-from cooper_jax.reward import assistant as assistants
-from cooper_jax.reward import chat as chats
-from cooper_jax.reward.assistant import Failure, Request
-from cooper_jax.reward.corruption import corrupt
+from cooper_jax.llm import chat as chats
+from cooper_jax.reward import assistants
+from cooper_jax.reward.assistants import Failure, Request
+from cooper_jax.reward.corruption import corrupt_answer
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Problem
 
@@ -46,7 +46,7 @@ EDITS = [
 def test_corrupt_changes_the_answer_and_the_result_before_it(text, pattern):
     seen = set()
     for seed in range(20):
-        new = corrupt(text, np.random.default_rng(seed))
+        new = corrupt_answer(text, np.random.default_rng(seed))
         assert len(new) == len(text)
         holes = pattern.count("{}")
         candidates = {f"{n:,}" for n in range(950, 1051)} | {str(n) for n in range(0, 41)}
@@ -69,7 +69,7 @@ def test_corrupt_changes_the_answer_and_the_result_before_it(text, pattern):
 )
 def test_corrupt_keeps_the_decimals(text, value):
     for seed in range(20):
-        new = corrupt(text, np.random.default_rng(seed))
+        new = corrupt_answer(text, np.random.default_rng(seed))
         number = Fraction(new[5:].replace(" ", ""))
         assert len(new) == len(text) and new.find(".") == text.find(".")
         assert 0 < abs(number - Fraction(value)) <= 20 and number >= 0
@@ -79,17 +79,17 @@ def test_corrupt_keeps_the_decimals(text, value):
 
 def test_corrupt_moves_fractions_words_and_their_results():
     for seed in range(20):
-        top, bottom = corrupt("\\boxed{\\frac{3}{4}}", np.random.default_rng(seed))[13:-2].split("}{")
+        top, bottom = corrupt_answer("\\boxed{\\frac{3}{4}}", np.random.default_rng(seed))[13:-2].split("}{")
         assert bottom == "4" and top != "3"
-        new = corrupt("14 + 6 = 20 #### 40 / 2", np.random.default_rng(seed))
+        new = corrupt_answer("14 + 6 = 20 #### 40 / 2", np.random.default_rng(seed))
         result, _, over = new[9:].partition(" #### ")
         assert over.endswith(" / 2") and int(over[:-4]) == 2 * int(result) != 40
-        new = corrupt("14 + 6 = 20 #### Twenty", np.random.default_rng(seed))
+        new = corrupt_answer("14 + 6 = 20 #### Twenty", np.random.default_rng(seed))
         words = {"Thirty": 30, "Eighty": 80, "Ninety": 90, "Eleven": 11, "Twelve": 12}
         result, _, word = new[9:].partition(" #### ")
         assert words[word] == int(result)
-        assert corrupt("#### forty-two", np.random.default_rng(seed))[5:] != "forty-two"
-        box = corrupt("so 4a-2 = \\boxed{4a-2}", np.random.default_rng(seed))
+        assert corrupt_answer("#### forty-two", np.random.default_rng(seed))[5:] != "forty-two"
+        box = corrupt_answer("so 4a-2 = \\boxed{4a-2}", np.random.default_rng(seed))
         assert box.startswith("so 4a-2 = \\boxed{") and box != "so 4a-2 = \\boxed{4a-2}"
 
 
@@ -97,20 +97,20 @@ def test_corrupt_moves_fractions_words_and_their_results():
     "text", ["", "no number", "\\boxed{x}", "2 + 2 gives \\boxed{n}", "\\boxed{\\frac{1}{0}}"]
 )
 def test_corrupt_has_nothing_to_change(text):
-    assert corrupt(text, np.random.default_rng(0)) is None
-    assert assistants.make(config("corrupt")).rewrite([request(positive=text)]) == [
+    assert corrupt_answer(text, np.random.default_rng(0)) is None
+    assert assistants.make_assistant(config("corrupt")).rewrite([request(positive=text)]) == [
         Failure("nothing to change")
     ]
 
 
 def test_corrupt_refuses_a_number_that_python_does_not_read():
     """Of over 4,300 digits: the policy may write one, and it is a ValueError."""
-    (reply,) = assistants.Corrupt().rewrite([request(positive=f"#### {'7' * 5000}")])
+    (reply,) = assistants.CorruptingAssistant().rewrite([request(positive=f"#### {'7' * 5000}")])
     assert reply == Failure("nothing to change")
 
 
 def test_corrupt_depends_on_ids_alone():
-    helper = assistants.make(config("corrupt"))
+    helper = assistants.make_assistant(config("corrupt"))
     together = helper.rewrite([request(row, attempt) for row in range(10) for attempt in range(2)])
     assert together[::-1] == [
         helper.rewrite([request(row, a)])[0] for row in range(9, -1, -1) for a in (1, 0)
@@ -146,7 +146,7 @@ def config(kind, **fields):
 )
 def test_make_refuses_with_the_flag_to_set(kind, fields, message):
     with pytest.raises(ValueError) as caught:
-        assistants.make(config(kind, **fields))
+        assistants.make_assistant(config(kind, **fields))
     assert message in str(caught.value)
 
 
@@ -169,7 +169,7 @@ def test_local_parses_replies_and_keeps_truncation():
             Completion("  "),
         ]
 
-    replies = assistants.make(config("local"), generate).rewrite([request(row) for row in range(3)])
+    replies = assistants.make_assistant(config("local"), generate).rewrite([request(row) for row in range(3)])
     assert replies == [
         Completion("It is 21.", tokens=5),
         Completion("It is", truncated=True),
@@ -178,7 +178,7 @@ def test_local_parses_replies_and_keeps_truncation():
     assert got["ids"] == [(7, 3, row, 0) for row in range(3)]
     assert got["messages"][0] == prompts.negative_messages("How many?", "20", "14 + 6 = 20 #### 20")
     with pytest.raises(ValueError, match="2 completions to 1"):
-        assistants.make(config("local"), lambda m, i: [Completion("a")] * 2).rewrite([request()])
+        assistants.make_assistant(config("local"), lambda m, i: [Completion("a")] * 2).rewrite([request()])
 
 
 # --- openai ----------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def openai(monkeypatch):
         server = Server(script)
         made.append(server)
         fields = {"url": server.url, "model": "m", "timeout": 5.0, "key_env": "THE_KEY", **fields}
-        client = assistants.make(config("openai", **fields))
+        client = assistants.make_assistant(config("openai", **fields))
         made.append(client)
         return client, server
 
@@ -301,7 +301,9 @@ def test_openai_down_is_a_failure(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    client = assistants.make(config("openai", url=f"http://127.0.0.1:{port}/v1", model="m", retries=1))
+    client = assistants.make_assistant(
+        config("openai", url=f"http://127.0.0.1:{port}/v1", model="m", retries=1)
+    )
     assert client.rewrite([request(), request(1)]) == [Failure("connection")] * 2
     client.close()
 
@@ -309,5 +311,5 @@ def test_openai_down_is_a_failure(monkeypatch):
 def test_openai_refuses_a_broken_key_without_showing_it(monkeypatch):
     monkeypatch.setenv("THE_KEY", "sk-sécret")
     with pytest.raises(ValueError, match="THE_KEY") as caught:
-        assistants.make(config("openai", url="http://h/v1", model="m", key_env="THE_KEY"))
+        assistants.make_assistant(config("openai", url="http://h/v1", model="m", key_env="THE_KEY"))
     assert "cret" not in str(caught.value)

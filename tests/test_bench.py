@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cooper_jax import workloads
 from cooper_jax.configs import base
 from cooper_jax.launch import bench as command
-from cooper_jax.model import floor
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.perf import bench_programs, roofline
 from cooper_jax.runtime import machine
 from cooper_jax.runtime.machine import Rates
 from cooper_jax.settings.setup_errors import SetupError
@@ -44,7 +43,7 @@ def config() -> ModelConfig:
 
 
 def test_weights_by_hand(config):
-    assert floor.weights(config) == (288, 40)
+    assert roofline.count_weights(config) == (288, 40)
 
 
 def test_rollout_floor_by_hand(config):
@@ -54,16 +53,16 @@ def test_rollout_floor_by_hand(config):
     Decoding: 1 + 3 tokens, which read 4 and 4, 5, 6 keys, so 4 * 2 * 328 + 32 * 19 flops.  In 3 steps (the longest
     row's) 328 weights are read, and for each of 19 keys a key and a value of 2 elements in 2 layers.
     """
-    work = floor.rollout(config, 1, 3, [2, 4], slots=2, weight_bytes=4, cache_bytes=4)
-    assert work["prefill"] == floor.Work(flops=2000, bytes=0)
-    assert work["decode"] == floor.Work(flops=3232, bytes=4 * (3 * 328 + 19 * 8))
+    work = roofline.rollout_work(config, 1, 3, [2, 4], slots=2, weight_bytes=4, cache_bytes=4)
+    assert work["prefill"] == roofline.Work(flops=2000, bytes=0)
+    assert work["decode"] == roofline.Work(flops=3232, bytes=4 * (3 * 328 + 19 * 8))
     # 20 s; then 32.32 s of products hide behind 454.4 s of traffic.
-    assert floor.seconds(work, RATES) == pytest.approx(20 + 454.4)
+    assert roofline.roofline_seconds(work, RATES) == pytest.approx(20 + 454.4)
 
 
 def test_fewer_slots_than_rows_read_the_weights_more_often(config):
     one, two = (
-        floor.rollout(config, 1, 3, [2, 4], slots, weight_bytes=4, cache_bytes=1)["decode"]
+        roofline.rollout_work(config, 1, 3, [2, 4], slots, weight_bytes=4, cache_bytes=1)["decode"]
         for slots in (1, 2)
     )
     assert one.bytes - two.bytes == 4 * 328  # 4 steps and not 3
@@ -75,19 +74,19 @@ def test_score_and_update_floors_by_hand(config):
 
     2 * 288 * 12 + 2 * 40 * 6 + 32 * 43 flops.
     """
-    forward = floor.score(config, 3, [2, 4])
-    assert forward == {"forward": floor.Work(flops=8768)}
-    assert floor.seconds(forward, RATES) == 87.68
+    forward = roofline.score_work(config, 3, [2, 4])
+    assert forward == {"forward": roofline.Work(flops=8768)}
+    assert roofline.roofline_seconds(forward, RATES) == 87.68
     # Thrice the forward pass; AdamW touches 328 weights of 4 bytes 7 times.
-    moved = floor.update(config, 3, [2, 4])
-    assert moved == {"passes": floor.Work(flops=3 * 8768), "optimiser": floor.Work(bytes=7 * 328 * 4)}
-    assert floor.seconds(moved, RATES) == pytest.approx(263.04 + 918.4)
-    twice = floor.update(config, 3, [2, 4], epochs=2, updates=4)
+    moved = roofline.update_work(config, 3, [2, 4])
+    assert moved == {"passes": roofline.Work(flops=3 * 8768), "optimiser": roofline.Work(bytes=7 * 328 * 4)}
+    assert roofline.roofline_seconds(moved, RATES) == pytest.approx(263.04 + 918.4)
+    twice = roofline.update_work(config, 3, [2, 4], epochs=2, updates=4)
     assert twice["passes"].flops == 2 * 3 * 8768 and twice["optimiser"].bytes == 4 * 7 * 328 * 4
 
 
 def test_pair_floor_has_no_head(config):
-    work = floor.pair_update(config, [5, 7])
+    work = roofline.pair_update_work(config, [5, 7])
     assert work["passes"].flops == 3 * (2 * 288 * 12 + 32 * 43)
 
 
@@ -107,7 +106,7 @@ def test_measured_rates(monkeypatch):
     monkeypatch.setattr(
         machine, "_host_bandwidth", lambda name, size: {f"read_{name}": found[f"read_{name}"]}
     )
-    small, large = (machine.measure("float32", 4, 8, 16, size) for size in (100, 2**20))
+    small, large = (machine.measure_rates("float32", 4, 8, 16, size) for size in (100, 2**20))
     assert small.bandwidth == 7e9 and large.bandwidth == 3e9
     assert set(small.measured) == {"gemm_square_64", "gemm_model", "read_dram", "read_cache"}
     assert small.flops == 1e9 * max(small.measured["gemm_square_64"], small.measured["gemm_model"]) > 0
@@ -125,8 +124,8 @@ def test_host_bandwidth_is_measured(monkeypatch):
 def test_ragged_lengths_are_seeded_and_within_their_limits():
     cfg = base.get_config()
     cfg.data.prompts_per_step, cfg.rollout.group_size, cfg.rollout.max_new_tokens = 64, 16, 200
-    load = workloads.make_load(cfg, 50, prompt_tokens=5, ragged=True)
-    again = workloads.make_load(cfg, 50, prompt_tokens=5, ragged=True)
+    load = bench_programs.make_load(cfg, 50, prompt_tokens=5, ragged=True)
+    again = bench_programs.make_load(cfg, 50, prompt_tokens=5, ragged=True)
     assert load.prompts.shape == (64, 5) and load.prompts.max() < 50
     assert (load.lengths == again.lengths).all() and load.lengths.shape == (1024,)
     # P(l >= x) = 10 / x from 10 on: half are below 20, and a twentieth is cut off at 200.
@@ -134,8 +133,8 @@ def test_ragged_lengths_are_seeded_and_within_their_limits():
     assert abs((load.lengths < 20).mean() - 0.5) < 0.05
     assert abs((load.lengths == 200).mean() - 0.05) < 0.03
     cfg.seed = 1
-    assert (workloads.make_load(cfg, 50, prompt_tokens=5, ragged=True).lengths != load.lengths).any()
-    even = workloads.make_load(cfg, 50, prompt_tokens=5, ragged=False)
+    assert (bench_programs.make_load(cfg, 50, prompt_tokens=5, ragged=True).lengths != load.lengths).any()
+    even = bench_programs.make_load(cfg, 50, prompt_tokens=5, ragged=False)
     assert (even.lengths == 200).all() and even.tokens == 1024 * 205
 
 
@@ -225,7 +224,7 @@ def test_what_cannot_be_run_is_told_in_one_line(kind, config, changes, options, 
     cfg = importlib.import_module(f"cooper_jax.configs.{config}").get_config()
     cfg.update_from_flattened_dict(changes)
     with pytest.raises(SetupError) as error:
-        command.bench(kind, cfg, **options)
+        command.run_bench(kind, cfg, **options)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 

@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cooper_jax.runtime import checkpoint
-from cooper_jax.runtime.checkpoint import Checkpoints, abstract, join, split, steps_in
+from cooper_jax.runtime.checkpoint import Checkpoints, abstract_like, join_state, list_steps, split_state
 from cooper_jax.runtime.mesh import make_mesh
 from cooper_jax.types import TrainState
 
@@ -79,14 +79,14 @@ def save(run_dir, step, tree, **loop):
 
 def test_split_and_join():
     state = make_state()
-    params, optimiser = split(state)
+    params, optimiser = split_state(state)
     assert params is state.params and sorted(optimiser) == ["opt_state", "skipped", "updates"]
-    assert jax.tree.structure(join(params, optimiser)) == jax.tree.structure(state)
+    assert jax.tree.structure(join_state(params, optimiser)) == jax.tree.structure(state)
 
 
 def test_round_trip_is_bit_exact(tmp_path):
     state = place(make_state(), (1, -1, 1), 8)
-    params, optimiser = split(state)
+    params, optimiser = split_state(state)
     other = {
         "key": jax.random.key(5),
         "keys": jax.random.split(jax.random.key(1), 3),
@@ -96,7 +96,7 @@ def test_round_trip_is_bit_exact(tmp_path):
     with Checkpoints(tmp_path, keep=2) as kept:
         kept.save(4, items, {"position": 512, "config_hash": "abc", "nested": {"a": [1, 2.5, None]}})
         kept.wait()
-        back = {name: kept.restore(4, name, abstract(tree)) for name, tree in items.items()}
+        back = {name: kept.restore(4, name, abstract_like(tree)) for name, tree in items.items()}
         assert bits(back) == bits(items)
         assert jax.tree.structure(back) == jax.tree.structure(items)  # optax's own state types, not dicts
         assert all(
@@ -107,18 +107,18 @@ def test_round_trip_is_bit_exact(tmp_path):
             "step": 4, "format": 1, "items": ["other", "policy", "policy_optimiser"],
             "position": 512, "config_hash": "abc", "nested": {"a": [1, 2.5, None]},
         }  # fmt: skip
-    assert bits(join(back["policy"], back["policy_optimiser"])) == bits(state)
+    assert bits(join_state(back["policy"], back["policy_optimiser"])) == bits(state)
 
 
 def test_weights_restore_without_optimisers(tmp_path):
-    params, optimiser = split(make_state())
+    params, optimiser = split_state(make_state())
     with Checkpoints(tmp_path, keep=1) as kept:
         kept.save(1, {"policy": params, "policy_optimiser": optimiser}, {})
     for path in (tmp_path / "checkpoints/1/policy_optimiser").rglob("*"):
         if path.is_file() and path.name not in ("_METADATA", "commit_success.txt"):
             path.unlink()
     with Checkpoints(tmp_path, keep=1, read_only=True) as kept:
-        assert bits(kept.restore(1, "policy", abstract(params))) == bits(params)
+        assert bits(kept.restore(1, "policy", abstract_like(params))) == bits(params)
 
 
 def test_restores_onto_other_meshes(tmp_path):
@@ -130,7 +130,7 @@ def test_restores_onto_other_meshes(tmp_path):
     current = place(state, *places["four"])
     for i, (name, (sizes, devices)) in enumerate(places.items()):
         save(tmp_path / name, i, current)
-        like = abstract(place(state, sizes, devices))
+        like = abstract_like(place(state, sizes, devices))
         with Checkpoints(tmp_path / name, keep=1) as kept:
             current = kept.restore(i, "policy", like)
         assert bits(current) == bits(state)
@@ -157,25 +157,25 @@ def padded_state(rows: int, vocab: int = 13):
 def test_a_vocabulary_padded_otherwise(tmp_path, stored, asked):
     """As another mesh wants it: zeros come or go behind the real rows of weights and moments, and nothing else."""
     state = padded_state(stored)
-    params, optimiser = split(place(state, (1, 4, 1), 4))
+    params, optimiser = split_state(place(state, (1, 4, 1), 4))
     items = {"policy": params, "policy_optimiser": optimiser}
     with Checkpoints(tmp_path, keep=1) as kept:
         kept.save(1, items, {})
         kept.wait()
         expected = place(padded_state(asked), (2, 2, 2), 8)
-        likes = dict(zip(items, map(abstract, split(expected)), strict=True))
+        likes = dict(zip(items, map(abstract_like, split_state(expected)), strict=True))
         step, found, _ = kept.restore_newest(likes, dict.fromkeys(likes, 13))
-        assert step == 1 and bits(join(*found.values())) == bits(expected)
+        assert step == 1 and bits(join_state(*found.values())) == bits(expected)
         assert [x.sharding for x in jax.tree.leaves(found)] == [x.sharding for x in jax.tree.leaves(likes)]
         assert bits(kept.restore(1, "policy", likes["policy"], vocab_size=13)) == bits(expected.params)
 
 
 def test_real_rows_are_not_left_off(tmp_path):
-    params, optimiser = split(padded_state(16))
+    params, optimiser = split_state(padded_state(16))
     save(tmp_path, 1, params)
     with Checkpoints(tmp_path, keep=1) as kept:
         for rows, vocab_size in ((14, None), (14, 15), (12, 13), (16, 17)):
-            like = abstract(padded_state(max(rows, 13)).params)
+            like = abstract_like(padded_state(max(rows, 13)).params)
             like["embed"] = jax.ShapeDtypeStruct((rows, 8), jnp.float32, sharding=like["embed"].sharding)
             if rows == 16:  # as stored: nothing to ask
                 assert bits(kept.restore(1, "policy", like, vocab_size)) == bits(params)
@@ -184,7 +184,7 @@ def test_real_rows_are_not_left_off(tmp_path):
                 ValueError, match=rf"embed is stored as float32\[16, 8\], asked for as float32\[{rows}, 8"
             ):
                 kept.restore(1, "policy", like, vocab_size)
-        like = abstract(padded_state(14).params)
+        like = abstract_like(padded_state(14).params)
         for change, message in (
             ({"embed": (14, 9)}, r"embed is stored as float32\[16, 8\], asked for as float32\[14, 9\]"),
             ({"layers": {"q": (3, 8, 8)}}, r"layers.q is stored as float32\[2, 8, 8\]"),  # no other leaf
@@ -200,7 +200,7 @@ def test_real_rows_are_not_left_off(tmp_path):
 def test_the_reference_may_be_padded_otherwise(tmp_path):
     with Checkpoints(tmp_path, keep=1) as kept:
         kept.save_reference(padded_state(16).params)
-        like = abstract(padded_state(14).params)
+        like = abstract_like(padded_state(14).params)
         assert bits(kept.restore_reference(like, vocab_size=13)) == bits(padded_state(14).params)
         with pytest.raises(ValueError, match="reference does not fit"):
             kept.restore_reference(like)
@@ -216,22 +216,24 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
         for _ in range(5):
             x = step(x)
         kept.wait()
-        assert bits(kept.restore(0, "policy", abstract(x))) == before
+        assert bits(kept.restore(0, "policy", abstract_like(x))) == before
 
 
 def test_keeps_the_newest(tmp_path):
     tree = {"w": jnp.zeros(3)}
     with Checkpoints(tmp_path / "two", keep=2) as kept:
-        assert kept.newest() is None and kept.restore_newest({}) is None and steps_in(tmp_path / "two") == []
+        assert (
+            kept.newest() is None and kept.restore_newest({}) is None and list_steps(tmp_path / "two") == []
+        )
         for step in (0, 5, 10, 11):
             kept.save(step, {"policy": tree}, {})
         kept.wait()
         assert kept.steps() == [10, 11] and kept.newest() == 11
-    assert steps_in(tmp_path / "two") == [10, 11] and steps_in(tmp_path / "nowhere") == []
+    assert list_steps(tmp_path / "two") == [10, 11] and list_steps(tmp_path / "nowhere") == []
     with Checkpoints(tmp_path / "all", keep=0) as kept:
         for step in range(4):
             kept.save(step, {"policy": tree}, {})
-    assert steps_in(tmp_path / "all") == [0, 1, 2, 3]
+    assert list_steps(tmp_path / "all") == [0, 1, 2, 3]
 
 
 def test_what_cannot_be_saved(tmp_path):
@@ -271,7 +273,7 @@ def test_a_save_waits_for_the_disk_only_if_it_must(tmp_path, monkeypatch):
         waited = kept.save(2, {"policy": {"w": jnp.zeros(9)}}, {})
         assert 0.1 < waited <= time.monotonic() - began and kept.steps() == [1]
         slow[0] = 0.0
-    assert steps_in(tmp_path) == [2]
+    assert list_steps(tmp_path) == [2]
 
 
 FULL = """
@@ -306,10 +308,10 @@ def test_a_save_that_fails_is_raised(tmp_path, call):
         r"that of step 1 is complete\.  Make room there"
     )
     assert re.search(wanted, child.stderr), child.stderr
-    assert steps_in(tmp_path) == [1]
+    assert list_steps(tmp_path) == [1]
     noise = {"w": jnp.asarray(np.random.default_rng(0).normal(size=2**19)[:99], jnp.float32)}
     with Checkpoints(tmp_path, keep=1) as kept:
-        step, found, _ = kept.restore_newest({"policy": abstract(noise)})
+        step, found, _ = kept.restore_newest({"policy": abstract_like(noise)})
         assert step == 1 and bits(found["policy"]) == bits(noise)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
@@ -354,7 +356,7 @@ def test_another_format_is_an_error(tmp_path, monkeypatch):
             ValueError, match="checkpoints/1 is a checkpoint of format 1; this code reads format 2"
         ):
             kept.newest()
-    assert steps_in(tmp_path) == [1]
+    assert list_steps(tmp_path) == [1]
 
 
 def damage(path: Path, how: str):
@@ -386,11 +388,11 @@ def test_an_unreadable_newest_checkpoint_gives_way_to_the_one_before(tmp_path, h
     damage(tmp_path / "checkpoints/2", how)
     with Checkpoints(tmp_path, keep=2) as kept:
         with pytest.warns(UserWarning, match=r"checkpoints/2/.* cannot be read.*it is now 2\.unreadable"):
-            step, items, loop = kept.restore_newest({"policy": abstract(trees[1])})
+            step, items, loop = kept.restore_newest({"policy": abstract_like(trees[1])})
         assert step == 1 and loop["position"] == 10 and bits(items["policy"]) == bits(trees[1])
         assert kept.newest() == 1
         kept.save(2, {"policy": trees[2]}, {})  # the way is free again
-    assert steps_in(tmp_path) == [1, 2] and (tmp_path / "checkpoints/2.unreadable").is_dir()
+    assert list_steps(tmp_path) == [1, 2] and (tmp_path / "checkpoints/2.unreadable").is_dir()
 
     with Checkpoints(tmp_path, keep=2) as kept:
         assert kept.newest() == 2
@@ -413,11 +415,11 @@ def test_read_only_touches_nothing(tmp_path):
     unfinished = tmp_path / "checkpoints/2.orbax-checkpoint-tmp"
     unfinished.mkdir()
     with Checkpoints(tmp_path, keep=1, read_only=True) as kept:
-        assert kept.steps() == [1] and bits(kept.restore(1, "policy", abstract(tree))) == bits(tree)
+        assert kept.steps() == [1] and bits(kept.restore(1, "policy", abstract_like(tree))) == bits(tree)
         damage(tmp_path / "checkpoints/1", "loop")
         with pytest.raises(checkpoint.Unreadable, match="checkpoints/1/loop"):
             kept.newest()
-    assert unfinished.is_dir() and steps_in(tmp_path) == [1]
+    assert unfinished.is_dir() and list_steps(tmp_path) == [1]
 
 
 def test_the_reference_is_kept_once(tmp_path):
@@ -425,15 +427,15 @@ def test_the_reference_is_kept_once(tmp_path):
     elsewhere = place(tree, (2, 2, 2), 8)
     with Checkpoints(tmp_path, keep=1) as kept:
         with pytest.raises(FileNotFoundError, match="reference is not there"):
-            kept.restore_reference(abstract(tree))
+            kept.restore_reference(abstract_like(tree))
         kept.save_reference({"w": jnp.zeros((16, 4))})  # a start that never reached a checkpoint
         kept.save_reference(tree)
         kept.save(1, {"policy": tree}, {})
-        assert bits(kept.restore_reference(abstract(elsewhere))) == bits(tree)
+        assert bits(kept.restore_reference(abstract_like(elsewhere))) == bits(tree)
         with pytest.raises(ValueError, match=r"belongs to the checkpoints \[1\]"):
             kept.save_reference(tree)
         with pytest.raises(ValueError, match="reference does not fit"):
-            kept.restore_reference(abstract({"v": tree["w"]}))
+            kept.restore_reference(abstract_like({"v": tree["w"]}))
         assert kept.steps() == [1]
 
 
@@ -498,12 +500,12 @@ import sys, warnings
 root, run_dir = sys.argv[1:]
 sys.path.insert(0, root)
 from cooper_jax.runtime import hosts
-hosts.start()
+hosts.start_hosts()
 import jax, numpy as np
 from pathlib import Path
-from cooper_jax.runtime.checkpoint import Checkpoints, abstract
+from cooper_jax.runtime.checkpoint import Checkpoints, abstract_like
 from cooper_jax.runtime.mesh import make_mesh
-from cooper_jax.runtime.rundir import check_shared
+from cooper_jax.runtime.run_directory import check_shared
 from jax.sharding import NamedSharding, PartitionSpec
 me = jax.process_index()
 try:
@@ -523,12 +525,12 @@ with Checkpoints(run_dir, keep=2) as kept:
     if me == 0:  # of the arrays, what the other process wrote: this one could read all its own
         for file in Path(run_dir, "checkpoints/3/policy/ocdbt.process_1/d").iterdir():
             file.write_bytes(b"x")
-    hosts.exchange("damaged", b"")
+    hosts.exchange_bytes("damaged", b"")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        step, found, _ = kept.restore_newest({"policy": abstract(tree)})
+        step, found, _ = kept.restore_newest({"policy": abstract_like(tree)})
     assert any("it is now 3.unreadable" in str(w.message) for w in said)
-    for back in (found["policy"], kept.restore_reference(abstract(tree))):
+    for back in (found["policy"], kept.restore_reference(abstract_like(tree))):
         for shard in back["w"].addressable_shards:
             np.testing.assert_array_equal(shard.data, values[shard.index])
     print("restored", step, kept.steps(), flush=True)
@@ -591,6 +593,6 @@ def test_says_nothing(tmp_path, caplog, capfd):
         for step in (1, 2):
             kept.save(step, {"policy": tree}, {})
     with Checkpoints(tmp_path, keep=1) as kept:
-        kept.restore_newest({"policy": abstract(tree)})
-        kept.restore_reference(abstract(tree))
+        kept.restore_newest({"policy": abstract_like(tree)})
+        kept.restore_reference(abstract_like(tree))
     assert caplog.records == [] and capfd.readouterr() == ("", "")

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cooper_jax.runtime import chips
-from cooper_jax.runtime.chips import CHIPS, Topology
+from cooper_jax.perf import chips
+from cooper_jax.perf.chips import CHIPS, Topology
 from cooper_jax.settings.setup_errors import SetupError
 
 
@@ -35,7 +35,7 @@ def grid(name, chip, *sizes, slices=(None,)):
 )
 def test_names_that_are_none(name, complaint):
     with pytest.raises(SetupError, match=complaint):
-        chips.find(name)
+        chips.find_topology(name)
 
 
 @pytest.mark.parametrize("name, requirements", [("v5e:2x4", "tpu"), ("h100:1x1x2", "cuda")])
@@ -44,11 +44,11 @@ def test_a_missing_compiler_is_named(monkeypatch, name, requirements):
     with pytest.raises(
         SetupError, match=f"compiler is absent: pip install -r requirements-{requirements}.txt"
     ):
-        chips.find(name)
+        chips.find_topology(name)
 
 
 def test_cpu_devices_are_this_machines():
-    found = chips.find("cpu:4")
+    found = chips.find_topology("cpu:4")
     assert len(found.devices) == 4 and found.chip.nominal
 
 

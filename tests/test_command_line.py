@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from cooper_jax import recipes
 from cooper_jax.configs import base, tiny
 from cooper_jax.launch import command_line
 from cooper_jax.settings.config_fields import find_nearest, flatten_config, list_fields
 from cooper_jax.settings.renamed_flags import REMOVED, RENAMED_FLAGS, describe_rename
 from cooper_jax.settings.setup_errors import SetupError
-from cooper_jax.trainer import setup
+from cooper_jax.trainer import recipes, setup
 
 ROOT = Path(__file__).resolve().parents[1]
 OF_BASE = "from cooper_jax.configs import base\ndef get_config():\n    c = base.get_config()\n"
@@ -226,7 +225,7 @@ def test_all_setup_errors_are_reported_at_once(monkeypatch):
     """Settings, choices, the optimiser, the assistant's server and the mesh: nothing is loaded for any of them."""
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     cfg = tiny.get_config()
-    recipes.apply(cfg, ())
+    recipes.apply_recipe(cfg, ())
     cfg.steps, cfg.rollout.top_p = -1, 0.9
     cfg.policy.kl_estimator, cfg.policy.optimiser.lr = "k9", -1.0
     cfg.reward.pair_loss = "hinge"

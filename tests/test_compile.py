@@ -16,16 +16,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cooper_jax import placement
-from cooper_jax.ahead import compiled, costs, estimate, programs, search
-from cooper_jax.ahead import job as jobs
-from cooper_jax.ahead.compiled import Compiled, TooLarge, compile_
-from cooper_jax.ahead.estimate import Figures, Step
-from cooper_jax.ahead.programs import Program
-from cooper_jax.ahead.search import Candidate, Guess
 from cooper_jax.configs import base, qwen_1p5b, tiny
 from cooper_jax.launch import compile as tool
-from cooper_jax.runtime import chips
+from cooper_jax.perf import aot_compile, aot_estimate, aot_programs, aot_search, chips, kernel_costs
+from cooper_jax.perf import aot_job as jobs
+from cooper_jax.perf.aot_compile import Compiled, TooLarge, compile_program
+from cooper_jax.perf.aot_estimate import Figures, Step
+from cooper_jax.perf.aot_programs import Program
+from cooper_jax.perf.aot_search import Candidate, Guess
+from cooper_jax.runtime import device_layouts
 from cooper_jax.settings.setup_errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,10 +49,10 @@ def config(**changes):
 
 
 def job_of(cfg, topology="cpu:8") -> jobs.Job:
-    topology = chips.find(topology)
-    cfg = jobs.without_data(cfg)
-    layout = placement.make_layouts(cfg, topology.devices)["policy"]
-    return jobs.describe(cfg, layout, topology.chip.memory)
+    topology = chips.find_topology(topology)
+    cfg = jobs.drop_data(cfg)
+    layout = device_layouts.make_layouts(cfg, topology.devices)["policy"]
+    return jobs.describe_job(cfg, layout, topology.chip.memory)
 
 
 # --- the job ---------------------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ def test_what_a_run_settles():
 def test_fewer_slots_take_turns():
     job = job_of(config(rollout__max_rows=16))
     assert (job.slots, job.aligned, job.steps) == (2, False, 46)
-    times = {p.name: p.times for p in programs.programs(job)}
+    times = {p.name: p.times for p in aot_programs.list_programs(job)}
     assert times["segment"] == 6  # 23 steps in segments of 8, twice
     assert times["refill"] == 1 and times["resize"] == 1
     assert "compact" not in times  # 1 slot is fewer than are halved
@@ -79,7 +78,8 @@ def test_fewer_slots_take_turns():
 
 def test_arms_have_their_programs():
     names = {
-        arm: {p.name for p in programs.programs(job_of(config(reward__arm=arm)))} for arm in ("rule", "model")
+        arm: {p.name for p in aot_programs.list_programs(job_of(config(reward__arm=arm)))}
+        for arm in ("rule", "model")
     }
     assert not names["rule"] & {"score", "pair update"}
     assert "score" in names["model"] and "pair update" not in names["model"]
@@ -87,7 +87,8 @@ def test_arms_have_their_programs():
 
 def test_several_updates_score_the_policy_too():
     times = {
-        p.name: p.times for p in programs.programs(job_of(config(policy__minibatches=2, policy__epochs=2)))
+        p.name: p.times
+        for p in aot_programs.list_programs(job_of(config(policy__minibatches=2, policy__epochs=2)))
     }
     assert times["policy update"] == 4 and times["logprobs"] == 2
 
@@ -95,32 +96,32 @@ def test_several_updates_score_the_policy_too():
 def test_a_shape_of_arch_must_be_somebodys():
     layout = job_of(config()).layout
     section = base.get_config().policy
-    assert "weights are random" in jobs.model_shape(section, "policy", layout)[1]
+    assert "weights are random" in jobs.read_model_shape(section, "policy", layout)[1]
     section.weights = "nobody/has-this"
     with pytest.raises(
         SetupError, match=r"policy.weights='nobody/has-this': they are not at hand, and .*arch"
     ):
-        jobs.model_shape(section, "policy", layout)
+        jobs.read_model_shape(section, "policy", layout)
     section.arch.width = 256
-    shape, note = jobs.model_shape(section, "policy", layout)
+    shape, note = jobs.read_model_shape(section, "policy", layout)
     assert shape.width == 256 and "no weights at hand" in note
 
 
 def test_a_shape_is_read_from_a_directory(tmp_path):
     cfg = qwen_1p5b.get_config()
-    shape, _ = jobs.model_shape(cfg.policy, "policy", job_of(config()).layout)
+    shape, _ = jobs.read_model_shape(cfg.policy, "policy", job_of(config()).layout)
     written = dataclasses.replace(shape, layers=3).to_hf("Qwen2ForCausalLM")
     (tmp_path / "config.json").write_text(json.dumps(written))
     cfg.policy.weights = str(tmp_path)
-    found, note = jobs.model_shape(cfg.policy, "policy", job_of(config()).layout)
+    found, note = jobs.read_model_shape(cfg.policy, "policy", job_of(config()).layout)
     assert found == dataclasses.replace(shape, layers=3) and str(tmp_path) in note
 
 
 def test_the_paper_configs_know_their_shapes():
     """Parameters of Qwen2.5-1.5B: 1.54e9, of which 1.31e9 are not the embedding's (its model card)."""
     cfg = qwen_1p5b.get_config()
-    shape, _ = jobs.model_shape(cfg.policy, "policy", job_of(config()).layout)
-    body, head = search.floor.weights(shape)
+    shape, _ = jobs.read_model_shape(cfg.policy, "policy", job_of(config()).layout)
+    body, head = aot_search.floor.weights(shape)
     assert body == pytest.approx(1.31e9, rel=0.01) and body + head == pytest.approx(1.54e9, rel=0.01)
 
 
@@ -149,14 +150,14 @@ def test_what_kernels_cost():
     job = job_of(
         config(rollout__dtype="bfloat16"), "cpu:2"
     )  # a device: 4 prompts, 16 rows; 4 heads of 16, 2 kv
-    found = costs.attention(job, job.policy, 3, 64, "bfloat16")
+    found = kernel_costs.attention_cost(job, job.policy, 3, 64, "bfloat16")
     product = 2 * 3 * 4 * 64 * 64 * 16 / 2  # over half of the scores
     assert found["splash_mha_fwd_residuals"] == (2 * product, 3 * 64 * 16 * (4 + 2 + 2 + 4) * 2)
     assert found["splash_mha_dkv_no_residuals"][0] == 5 * product
-    assert costs.head(job, job.policy, 10, "head_draw") == {
+    assert kernel_costs.head_cost(job, job.policy, 10, "head_draw") == {
         "head_draw": (2 * 10 * 640 * 64, 2 * (10 + 640) * 64)
     }
-    decode = costs.decode(job, (64, 12))
+    decode = kernel_costs.decode_cost(job, (64, 12))
     assert decode["decode_attention_prompt"] == (4 * 16 * 4 * 16 * 64, 4 * 64 * 2 * 2 * 16 * 2)
     assert decode["decode_attention_suffix"] == (4 * 16 * 4 * 16 * 12, 16 * 12 * 2 * 2 * 16 * 2)
     both = zip(decode["decode_attention_prompt"], decode["decode_attention_suffix"], strict=True)
@@ -165,7 +166,7 @@ def test_what_kernels_cost():
 
 def test_a_programs_figures():
     """[64, 256] x [256, 128], the second cut over 8 devices and gathered."""
-    topology, layout = chips.find("cpu:8"), job_of(config()).layout
+    topology, layout = chips.find_topology("cpu:8"), job_of(config()).layout
     place = NamedSharding(layout.mesh, PartitionSpec("fsdp", None))
     rows, matrix = (jax.ShapeDtypeStruct(s, jnp.float32, sharding=place) for s in ((64, 256), (256, 128)))
 
@@ -173,9 +174,11 @@ def test_a_programs_figures():
         w = jax.lax.with_sharding_constraint(w, layout.replicated)
         return jax.lax.with_sharding_constraint(x @ w, place)
 
-    made = compile_("product", jax.jit(product).lower(rows, matrix), layout)
+    made = compile_program("product", jax.jit(product).lower(rows, matrix), layout)
     program = Program("product", "policy", 3, None, ("policy", "reference"))
-    f = estimate.figures(program, made, {"policy": 10**6, "reference": 500, "other": 7}, layout, topology)
+    f = aot_estimate.program_figures(
+        program, made, {"policy": 10**6, "reference": 500, "other": 7}, layout, topology
+    )
     assert f.flops == 2 * 8 * 256 * 128
     (sent,) = f.sent
     assert (sent.kind, sent.group, sent.times) == ("all-gather", 8, 1)
@@ -211,7 +214,11 @@ def test_what_is_held_is_what_the_compiler_made():
     held = {"policy": 1200, "reference": 400, "reward model": 900}
     update = Program("policy update", "policy", 1, None, (), makes="policy")
     made = Compiled("", 0.0, 0, 1500, 1500, 0, 0, None)
-    assert estimate.sizes(held, [(update, made)]) == {"policy": 1500, "reference": 500, "reward model": 900}
+    assert aot_estimate.list_sizes(held, [(update, made)]) == {
+        "policy": 1500,
+        "reference": 500,
+        "reward model": 900,
+    }
 
 
 def test_only_named_kernels_lose_their_notes():
@@ -219,7 +226,7 @@ def test_only_named_kernels_lose_their_notes():
     lines = [
         f'  %a = custom-call(), metadata={{op_name="jit/{k}/pallas_call"}}, {note}' for k in ("one", "other")
     ]
-    found = estimate.without_notes("\n".join(lines), ("one",)).split("\n")
+    found = aot_estimate.strip_cost_notes("\n".join(lines), ("one",)).split("\n")
     assert "cost_estimate" not in found[0] and '"custom_call_config":{"x":1}' in found[0]
     assert found[1] == lines[1]
 
@@ -235,7 +242,7 @@ def keep(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ran(keep, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "step.json"
-    step = tool.compile_run(config(), "cpu:8", keep=keep, out=str(out))
+    step = tool.compile_and_report(config(), "cpu:8", keep=keep, out=str(out))
     return step, json.loads(out.read_text())
 
 
@@ -259,7 +266,7 @@ def test_the_tool_writes_what_it_found(ran):
 def test_all_that_a_run_holds_is_counted(ran):
     """Masters and moments of two models and the reference, f32, cut over 8 devices but for norms and counters."""
     step, _ = ran
-    held = programs.held(job_of(config()))
+    held = aot_programs.resident_bytes(job_of(config()))
     sizes = {f.name: f.arguments + f.others for f in step.programs}
     assert sizes["policy update"] == pytest.approx(sum(held.values()), rel=0.02)
     layer = 64 * (4 + 2 + 2 + 4) * 16 + 3 * 64 * 192  # a layer's matrices
@@ -280,8 +287,8 @@ def test_a_decode_segment_counts_its_steps(ran):
 
 
 def test_what_is_kept_is_not_compiled_again(ran, keep, monkeypatch, capsys):
-    monkeypatch.setattr(compiled, "_compile", None)
-    again = tool.compile_run(config(), "cpu:8", keep=keep)
+    monkeypatch.setattr(aot_compile, "_compile", None)
+    again = tool.compile_and_report(config(), "cpu:8", keep=keep)
     assert again == ran[0]
     printed = capsys.readouterr().out
     assert "fits: " in printed and "policy: shape from policy.arch, weights are random" in printed
@@ -291,12 +298,12 @@ def test_what_does_not_fit_is_refused_with_both_numbers(ran, keep):
     step, gib = ran[0], 2**30
     reserve = 1 - step.largest.total / 2 / step.memory
     with pytest.raises(SetupError) as refused:
-        tool.compile_run(config(), "cpu:8", keep=keep, reserve=reserve)
+        tool.compile_and_report(config(), "cpu:8", keep=keep, reserve=reserve)
     message = str(refused.value)
     assert f"{step.largest.name} needs {step.largest.total / gib:.2f} GiB" in message
     assert (
         f"of its {step.memory / gib:.2f} GiB may be used" in message
-        and estimate.remedy(step.largest.phase) in message
+        and aot_estimate.suggest_flags(step.largest.phase) in message
     )
 
 
@@ -310,7 +317,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers(ran, keep):
 )
 def test_flags_out_of_range(options, complaint):
     with pytest.raises(SetupError, match=complaint):
-        tool.compile_run(config(), "cpu:8", **options)
+        tool.compile_and_report(config(), "cpu:8", **options)
 
 
 def test_a_program_that_the_compiler_refuses(monkeypatch):
@@ -324,7 +331,7 @@ def test_a_program_that_the_compiler_refuses(monkeypatch):
             )
 
     with pytest.raises(TooLarge, match=r"update: by itself it takes 20.10G of a device's 15.75G"):
-        compiled._compile("update", Lowered())
+        aot_compile._compile("update", Lowered())
 
 
 def test_a_kernel_that_the_compiler_refuses():
@@ -339,7 +346,7 @@ def test_a_kernel_that_the_compiler_refuses():
     with pytest.raises(
         SetupError, match=r"^segment: the compiler refuses it: Mosaic .* must be aligned$"
     ) as refused:
-        compiled._compile("segment", Lowered())
+        aot_compile._compile("segment", Lowered())
     assert not isinstance(refused.value, TooLarge)
 
 
@@ -357,28 +364,30 @@ def test_the_command_refuses_in_one_line():
 
 def test_candidates():
     cfg = qwen_1p5b.get_config()
-    found = search.candidates(cfg, (12, 12), 16)
+    found = aot_search.list_candidates(cfg, (12, 12), 16)
     assert {c.tensor for c in found} == {1, 2, 4}  # neither 8 nor 16 divides 12 heads
     assert {c.rows for c in found if c.tensor == 2} == {8, 16, 32, 64}
     assert {c.max_rows for c in found} == {0, 1024, 512}
-    assert {c.tensor for c in search.candidates(cfg, (12, 12), 256)} == {
+    assert {c.tensor for c in aot_search.list_candidates(cfg, (12, 12), 256)} == {
         2,
         4,
     }  # 256 shards are more than prompts
-    assert {c.data for c in search.candidates(cfg, (12, 12), 32, slices=2)} == {2}
-    assert search.candidates(cfg, (12, 12), 16)[0].flags.startswith(
+    assert {c.data for c in aot_search.list_candidates(cfg, (12, 12), 32, slices=2)} == {2}
+    assert aot_search.list_candidates(cfg, (12, 12), 16)[0].flags.startswith(
         "--config.mesh.data=1 --config.mesh.fsdp=-1 "
     )
 
 
 def test_a_guess_grows_with_what_is_asked():
-    topology = dataclasses.replace(chips.find("cpu:8"), chip=chips.CHIPS["v5e"])
+    topology = dataclasses.replace(chips.find_topology("cpu:8"), chip=chips.CHIPS["v5e"])
 
     def guess(**fields):
         candidate = Candidate(**(dict(tensor=1, data=1, rows=8, max_rows=0) | fields))
-        cfg = search.applied(jobs.without_data(config(data__prompts_per_step=64)), candidate)
-        layout = placement.make_layouts(cfg, topology.devices)["policy"]
-        return search.guess(jobs.describe(cfg, layout, topology.chip.memory), topology, candidate)
+        cfg = aot_search.apply_candidate(jobs.drop_data(config(data__prompts_per_step=64)), candidate)
+        layout = device_layouts.make_layouts(cfg, topology.devices)["policy"]
+        return aot_search.estimate_roughly(
+            jobs.describe_job(cfg, layout, topology.chip.memory), topology, candidate
+        )
 
     few, many = guess(), guess(rows=64)
     assert many.bytes > few.bytes and many.seconds < few.seconds
@@ -390,10 +399,10 @@ def test_pruning():
         Guess(Candidate(1, 1, n, 0), bytes, seconds)
         for n, bytes, seconds in ((1, 5, 9), (2, 11, 1), (4, 9, 3))
     ]
-    assert [g.candidate.rows for g in search.pruned(guesses, 10)] == [4, 1]
+    assert [g.candidate.rows for g in aot_search.prune_guesses(guesses, 10)] == [4, 1]
     one, other = Guess(Candidate(1, 1, 8, 0), 1, 3.0), Guess(Candidate(2, 1, 8, 0), 1, 5.0)
     same, slower = Guess(Candidate(1, 1, 16, 0), 1, 3.0), Guess(Candidate(1, 1, 4, 0), 1, 4.0)
-    assert search.pruned([one, slower, other, same], 10) == [
+    assert aot_search.prune_guesses([one, slower, other, same], 10) == [
         same,
         other,
         one,
@@ -403,14 +412,16 @@ def test_pruning():
 
 def look(limit, measured, compiles=3):
     """A search in which compiling a candidate gives what `measured` does."""
-    asked, cfg = [], jobs.without_data(config())
+    asked, cfg = [], jobs.drop_data(config())
 
     def measure(cfg, candidate):
         asked.append(candidate)
         assert cfg.mesh.tensor == candidate.tensor and cfg.policy.microbatch == candidate.rows
         return measured(len(asked))
 
-    return search.search(cfg, chips.find("cpu:8"), limit, compiles, measure, lambda line: None), asked
+    return aot_search.search_layouts(
+        cfg, chips.find_topology("cpu:8"), limit, compiles, measure, lambda line: None
+    ), asked
 
 
 def test_the_search_takes_the_fastest_that_fits():

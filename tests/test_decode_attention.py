@@ -17,12 +17,12 @@ from cooper_jax.kernels import decode_attention as face
 from cooper_jax.kernels import decode_attention_tpu as tpu
 from cooper_jax.kernels import decode_attention_triton as triton
 from cooper_jax.kernels import kv as caches
-from cooper_jax.kernels.schedule import schedule
+from cooper_jax.kernels.schedule import make_schedule
 
 LAYERS, LAYER = 2, 1
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 1e-5}  # int8: against its own dequantised values
 KERNELS = ("tpu_interpret", "triton_interpret")
-scheduled = jax.jit(schedule, static_argnames=("samples", "rows"))
+scheduled = jax.jit(make_schedule, static_argnames=("samples", "rows"))
 
 
 class Case(NamedTuple):
@@ -66,9 +66,9 @@ def draw(
 def stored(case, dtype, packed=True):
     """(q, prompt, suffix) as they are kept, and the case with what that says."""
     form = caches.Format(dtype, packed)
-    prompt, suffix = (caches.pack(*map(jnp.asarray, x), form) for x in (case.prompt, case.suffix))
+    prompt, suffix = (caches.pack_kv(*map(jnp.asarray, x), form) for x in (case.prompt, case.suffix))
     q = jnp.asarray(case.q, jnp.bfloat16 if dtype == "bfloat16" else jnp.float32)
-    read = [tuple(np.asarray(x) for x in caches.unpack(kv, jnp.float32)) for kv in (prompt, suffix)]
+    read = [tuple(np.asarray(x) for x in caches.unpack_kv(kv, jnp.float32)) for kv in (prompt, suffix)]
     return (q, prompt, suffix), case._replace(q=np.asarray(q, np.float32), prompt=read[0], suffix=read[1])
 
 
@@ -106,7 +106,7 @@ def attend(form, arrays, case, *, samples=None, slots=None, block=None, params=T
 
     @jax.jit
     def run(q, prompt, suffix, prompt_of, lengths, first, last, layer):
-        plan = schedule(prompt_of, lengths, samples=samples, rows=slots)
+        plan = make_schedule(prompt_of, lengths, samples=samples, rows=slots)
         return call(q, prompt, suffix, plan, first, last, layer)
 
     out = run(*arrays, case.prompt_of, case.lengths, case.first, jnp.int32(case.last), jnp.int32(LAYER))
@@ -345,7 +345,7 @@ def test_errors_name_the_fix():
     with pytest.raises(ValueError, match="multiple of 128"):
         attend("tpu_interpret", stored(case, "int8")[0], case, block=16)
     with pytest.raises(ValueError, match="samples"):
-        schedule(case.prompt_of, case.lengths, samples=2)
+        make_schedule(case.prompt_of, case.lengths, samples=2)
 
 
 def test_triton_takes_narrower_heads():

@@ -13,12 +13,12 @@ import tiny_models
 
 from cooper_jax.kernels import gumbel
 from cooper_jax.model import transformer
-from cooper_jax.rollout import sampling
+from cooper_jax.rollout import sampling_spec
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.types import Rollout
 
 MODEL = tiny_models.config(vocab_size=60, width=16, head_dim=4, ffn=24)
-SPEC = sampling.SamplingSpec(
+SPEC = sampling_spec.SamplingSpec(
     temperature=0.7,
     top_k=0,
     top_p=1.0,
@@ -49,7 +49,7 @@ def differences(a, b, spec=SPEC, fused=False):
 def logits_before(row: int, index: int, tokens) -> np.ndarray:
     """f64[V]: what the row's token at `index` was drawn from, by the whole forward pass."""
     line = np.array([[*PROMPTS[row // 2], *tokens[row][:index]]], np.int32)
-    hidden = transformer.trunk(
+    hidden = transformer.hidden_states(
         tiny_models.random_params(MODEL),
         MODEL,
         line,
@@ -57,7 +57,9 @@ def logits_before(row: int, index: int, tokens) -> np.ndarray:
         dtype=jnp.float32,
         layout=tiny_models.one_device(),
     )
-    return np.asarray(transformer.logits(tiny_models.random_params(MODEL), MODEL, hidden)[0, -1], np.float64)
+    return np.asarray(
+        transformer.compute_logits(tiny_models.random_params(MODEL), MODEL, hidden)[0, -1], np.float64
+    )
 
 
 A = np.arange(20).reshape(4, 5) + 10
@@ -88,10 +90,10 @@ def test_the_greedy_margin_is_the_gap_of_the_two_largest_probabilities():
 
 def test_the_race_s_margin_is_the_gap_of_the_two_best():
     found = differences(made(A, [5] * 4), made(B, [5] * 4), fused=True)
-    keys = sampling.row_keys(KEY, jnp.asarray(POSITIONS), 2)
+    keys = sampling_spec.make_row_keys(KEY, jnp.asarray(POSITIONS), 2)
     for d in found:
-        words = np.asarray(sampling.key_words(keys[d.row : d.row + 1], d.index))[0]
-        noise = gumbel.at(*(jnp.uint32(w) for w in words), jnp.arange(60, dtype=jnp.uint32))
+        words = np.asarray(sampling_spec.make_key_words(keys[d.row : d.row + 1], d.index))[0]
+        noise = gumbel.gumbel_at(*(jnp.uint32(w) for w in words), jnp.arange(60, dtype=jnp.uint32))
         race = np.sort(logits_before(d.row, d.index, A) / 0.7 + np.asarray(noise, np.float64))
         assert d.margin == pytest.approx(race[-1] - race[-2], abs=1e-4)
 

@@ -19,14 +19,14 @@ from ml_collections import ConfigDict
 
 from cooper_jax import statistics
 from cooper_jax.configs import qwen_1p5b, tiny
-from cooper_jax.data import labelled, overlap, synthetic
-from cooper_jax.evaluation import benchmarks, jobs, sets, summaries
-from cooper_jax.evaluation.answer_forms import answer_form
-from cooper_jax.evaluation.ledger import ITEMS, RESULTS, TIMINGS, Ledger
-from cooper_jax.evaluation.report import percent, table
-from cooper_jax.evaluation.scoring import Chosen
+from cooper_jax.data import labelled_completions, seen_questions, synthetic
+from cooper_jax.evaluation import benchmark_jobs, benchmark_sets, benchmark_summaries, benchmarks
+from cooper_jax.evaluation.answer_forms import normalise_completion
+from cooper_jax.evaluation.evaluated_models import ChosenModels
+from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, TIMINGS, Ledger
+from cooper_jax.evaluation.text_tables import format_percent, format_table
 from cooper_jax.model import weights
-from cooper_jax.runtime import files, hosts
+from cooper_jax.runtime import hosts, remote_files
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.statistics import Interval
 from cooper_jax.trainer import setup
@@ -90,7 +90,7 @@ def read_rows(path: Path) -> list[dict]:
     ],
 )
 def test_answers_are_one_where_their_normal_forms_are(completion, form):
-    assert answer_form(completion) == form
+    assert normalise_completion(completion) == form
 
 
 # --- which problems ------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_answers_are_one_where_their_normal_forms_are(completion, form):
 def test_the_periodic_evaluation_takes_a_benchmarks_part():
     whole = [Problem(f"How many {i} ?", str(i), level=str(i // 10)) for i in range(40)]
     chosen = setup.choose_held_out(whole, whole, 12)
-    assert chosen == [whole[i] for i in sets.part(40, 12)]
+    assert chosen == [whole[i] for i in benchmark_sets.sample_part(40, 12)]
     assert {p.level for p in chosen} == set("0123")  # of a sorted file, the first 12 have two levels
     assert setup.choose_held_out(whole, whole, 40) == setup.choose_held_out(whole, whole, 99) == whole
     # What one run leaves out is replaced by the next in the order; the others are the same ones.
@@ -111,10 +111,10 @@ def test_the_periodic_evaluation_takes_a_benchmarks_part():
 
 def test_the_part_is_fixed_and_grows():
     """These places are what earlier evaluations asked: they must never change."""
-    assert sets.part(20, 5) == [1, 2, 7, 11, 18]
-    assert sets.part(20, 0) == sets.part(20, 99) == list(range(20))
+    assert benchmark_sets.sample_part(20, 5) == [1, 2, 7, 11, 18]
+    assert benchmark_sets.sample_part(20, 0) == benchmark_sets.sample_part(20, 99) == list(range(20))
     for count in range(1, 20):
-        assert set(sets.part(20, count)) < set(sets.part(20, count + 1))
+        assert set(benchmark_sets.sample_part(20, count)) < set(benchmark_sets.sample_part(20, count + 1))
 
 
 def test_a_folder_stands_for_the_benchmarks_in_it(tmp_path):
@@ -123,18 +123,20 @@ def test_a_folder_stands_for_the_benchmarks_in_it(tmp_path):
         write_rows(tmp_path / name, gsm8k)
     write_rows(tmp_path / "d_test.jsonl", {"text": "no benchmark"})
     (tmp_path / "e_test.jsonl").write_text("no JSON")
-    assert sets.find([str(tmp_path)]) == [str(tmp_path / n) for n in ("a_test.jsonl", "c_test.jsonl")]
+    assert benchmark_sets.find_benchmarks([str(tmp_path)]) == [
+        str(tmp_path / n) for n in ("a_test.jsonl", "c_test.jsonl")
+    ]
     with pytest.raises(SetupError, match="two files are called 'a_test'"):
-        sets.find([str(tmp_path), str(tmp_path / "a_test.jsonl")])
+        benchmark_sets.find_benchmarks([str(tmp_path), str(tmp_path / "a_test.jsonl")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(SetupError, match="no file called"):
-        sets.find([str(tmp_path / "empty")])
+        benchmark_sets.find_benchmarks([str(tmp_path / "empty")])
     with pytest.raises(SetupError, match="there is no such file"):
-        sets.find([str(tmp_path / "nowhere.jsonl")])
+        benchmark_sets.find_benchmarks([str(tmp_path / "nowhere.jsonl")])
 
 
 def test_all_published_benchmarks_are_found(shared_data):
-    assert [sets.name_of(p) for p in sets.find([str(shared_data)])] == [
+    assert [benchmark_sets.benchmark_name(p) for p in benchmark_sets.find_benchmarks([str(shared_data)])] == [
         "gsm8k_test", "math500_test", "odyssey_test", "olympiadbench_en_test", "svamp_test",
     ]  # fmt: skip
 
@@ -151,48 +153,53 @@ class _Words:
 def test_what_is_left_out_is_counted(tmp_path):
     rows = [{"question": f"How many {'very ' * n}many?", "answer": f"#### {n}"} for n in range(6)]
     path = write_rows(tmp_path / "x_test.jsonl", *rows)
-    seen = frozenset(overlap.fingerprint(row["question"]) for row in rows[:2])
+    seen = frozenset(seen_questions.fingerprint_question(row["question"]) for row in rows[:2])
     cfg = config(benchmark__max_prompt_tokens=6)
-    (found,) = sets.load(cfg, [str(path)], _Words(), seen)
+    (found,) = benchmark_sets.load_benchmarks(cfg, [str(path)], _Words(), seen)
     assert found.places == (2, 3) and [p.reference for p in found.problems] == ["2", "3"]
     assert (found.asked, found.too_long, found.seen, found.excluded) == (6, 2, 2, 2)
     cfg.benchmark.exclude_seen = False
-    (found,) = sets.load(cfg, [str(path)], _Words(), seen)
+    (found,) = benchmark_sets.load_benchmarks(cfg, [str(path)], _Words(), seen)
     assert found.places == (0, 1, 2, 3) and (found.seen, found.excluded) == (2, 0)
     cfg.benchmark.max_prompt_tokens = 1
     with pytest.raises(SetupError, match="no problem is left of 6"):
-        sets.load(cfg, [str(path)], _Words(), seen)
+        benchmark_sets.load_benchmarks(cfg, [str(path)], _Words(), seen)
 
 
 def test_the_real_overlap_is_left_out(shared_data):
     """Questions of the labelled completions are in three benchmarks (tests/test_overlap.py says which)."""
     seen = frozenset(
-        overlap.fingerprint(t.question)
+        seen_questions.fingerprint_question(t.question)
         for name in ("train", "dev")
-        for t in labelled.load(str(shared_data / f"verify_{name}.jsonl"))
+        for t in labelled_completions.load_labelled_completions(str(shared_data / f"verify_{name}.jsonl"))
     )
-    found = {b.name: b for b in sets.load(config(), sets.find([str(shared_data)]), _Words(), seen)}
+    found = {
+        b.name: b
+        for b in benchmark_sets.load_benchmarks(
+            config(), benchmark_sets.find_benchmarks([str(shared_data)]), _Words(), seen
+        )
+    }
     assert {name: b.seen for name, b in found.items()} == {
         "gsm8k_test": 847, "math500_test": 4, "odyssey_test": 252, "olympiadbench_en_test": 0, "svamp_test": 0,
     }  # fmt: skip
     for b in found.values():
         assert b.excluded == b.seen and len(b.problems) == b.asked - b.seen
-        assert not seen & {overlap.fingerprint(p.question) for p in b.problems}
+        assert not seen & {seen_questions.fingerprint_question(p.question) for p in b.problems}
 
 
 def test_chunks_are_even():
     made = [_benchmark("a", 10), _benchmark("b", 3)]
-    assert [(b.name, (r.start, r.stop)) for b, r in sets.chunks(made, 4)] == [
+    assert [(b.name, (r.start, r.stop)) for b, r in benchmark_sets.cut_chunks(made, 4)] == [
         ("a", (0, 3)), ("a", (3, 6)), ("a", (6, 10)), ("b", (0, 3)),
     ]  # fmt: skip
 
 
-def _benchmark(name: str, size: int) -> sets.Benchmark:
+def _benchmark(name: str, size: int) -> benchmark_sets.Benchmark:
     problems = tuple(
         Problem(f"{name} {i}?", str(i), "", f"{name}:{i}", "even" if i % 2 == 0 else "odd")
         for i in range(size)
     )
-    return sets.Benchmark(name, problems, tuple(range(size)), asked=size)
+    return benchmark_sets.Benchmark(name, problems, tuple(range(size)), asked=size)
 
 
 # --- figures -------------------------------------------------------------------------------------------------
@@ -213,7 +220,7 @@ ROWS = [
 
 
 def test_figures_by_hand():
-    found = summaries.of_benchmark(_benchmark("x", 2), ROWS, 4, 1.5, seed=0, resamples=50)
+    found = benchmark_summaries.summarise_benchmark(_benchmark("x", 2), ROWS, 4, 1.5, seed=0, resamples=50)
     rule, model = found["judges"]["rule"], found["judges"]["model"]
     assert rule["accuracy"].value == pytest.approx((3 / 4 + 1 / 4) / 2)
     assert {k: v.value for k, v in rule["pass_at"].items()} == pytest.approx(
@@ -240,31 +247,36 @@ def test_intervals_are_by_problem_and_the_mean_counts_benchmarks_alike():
     few = [_row("0", "correct", 1.0)] * 4
     many = [_row("9", "wrong", 0.0)] * 36
     results = [
-        summaries.of_benchmark(_benchmark(n, len(rows) // 4), rows, 4, 1.0, seed=0, resamples=50)
+        benchmark_summaries.summarise_benchmark(
+            _benchmark(n, len(rows) // 4), rows, 4, 1.0, seed=0, resamples=50
+        )
         for n, rows in (("few", few), ("many", many))
     ]
-    means = summaries.mean_of_benchmarks(results, {"few": few, "many": many}, 0, 50)
+    means = benchmark_summaries.average_benchmarks(results, {"few": few, "many": many}, 0, 50)
     assert means["rule"].value == pytest.approx(1 / 2)
-    right = summaries.correct(ROWS, "rule", 4).mean(1)
-    expected = statistics.bootstrap(
+    right = benchmark_summaries.correct_matrix(ROWS, "rule", 4).mean(1)
+    expected = statistics.bootstrap_interval(
         lambda w: float((w * right).sum() / w.sum()),
         ["a", "b"],
-        summaries.keys.numpy_stream(3, "bootstrap"),
+        benchmark_summaries.keys.numpy_stream(3, "bootstrap"),
         99,
     )
-    assert summaries.mean(right, 3, 99) == expected
+    assert benchmark_summaries.mean_interval(right, 3, 99) == expected
 
 
 def test_counts_of_k():
-    assert summaries.counts_of_k(1) == [1]
-    assert summaries.counts_of_k(8) == [1, 2, 4, 8]
-    assert summaries.counts_of_k(12) == [1, 2, 4, 8, 12]
+    assert benchmark_summaries.list_k(1) == [1]
+    assert benchmark_summaries.list_k(8) == [1, 2, 4, 8]
+    assert benchmark_summaries.list_k(12) == [1, 2, 4, 8, 12]
 
 
 def test_the_look_of_a_table():
-    text = table(
+    text = format_table(
         ["name", "share (95 %)", "n"],
-        [["a", percent(Interval(0.25, 0.125, 1.0)), "7"], ["long", percent(float("nan")), "1234"]],
+        [
+            ["a", format_percent(Interval(0.25, 0.125, 1.0)), "7"],
+            ["long", format_percent(float("nan")), "1234"],
+        ],
     )
     assert text.splitlines() == [
         "name          share (95 %)     n",
@@ -283,8 +295,8 @@ x          model         2  50.0 (25.0 to 75.0)    75.0   100.0   58.3       12.
 
 
 def test_the_look_of_a_summary():
-    found = summaries.of_benchmark(_benchmark("x", 2), ROWS, 4, 1.5, seed=0, resamples=50)
-    text = summaries.as_text([found], {})
+    found = benchmark_summaries.summarise_benchmark(_benchmark("x", 2), ROWS, 4, 1.5, seed=0, resamples=50)
+    text = benchmark_summaries.format_summary([found], {})
     assert text.splitlines()[:4] == LOOK.strip("\n").splitlines()
 
 
@@ -339,7 +351,7 @@ def test_results_that_find_no_room_are_one_error(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with Ledger(tmp_path, {}, [1]) as ledger:
-        monkeypatch.setattr(files, "write_atomically", full)
+        monkeypatch.setattr(remote_files, "write_atomically", full)
         with pytest.raises(SetupError, match="--out: results.json: .*No space left on device"):
             ledger.write(RESULTS, {})
 
@@ -371,11 +383,11 @@ class _Likes77:
 
 def test_a_run_that_is_cut_off_ends_as_one_that_is_not(tmp_path):
     made = [_benchmark("a", 5), _benchmark("b", 2)]
-    sizes = [len(r) * 2 for _, r in sets.chunks(made, 2)]
+    sizes = [len(r) * 2 for _, r in benchmark_sets.cut_chunks(made, 2)]
 
     def run(folder, sampler):
-        with jobs.rule_verifier(config()) as rule, Ledger(folder, {}, sizes) as ledger:
-            benchmarks.run(made, sampler, rule, _Likes77(), ledger, 2, said.append)
+        with benchmark_jobs.open_rule_verifier(config()) as rule, Ledger(folder, {}, sizes) as ledger:
+            benchmarks.run_benchmarks(made, sampler, rule, _Likes77(), ledger, 2, said.append)
 
     said: list[str] = []
     run(tmp_path / "whole", _Scripted())
@@ -407,7 +419,7 @@ def test_recorded_responses_are_judged_anew(tmp_path):
     rows = [ITEM | {"rule": "wrong"}, ITEM | {"sample": 1, "completion": half, "truncated": True}]
     path = write_rows(tmp_path / "items.jsonl", *rows)
     cfg = config()
-    jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
+    benchmark_jobs.rejudge_items(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out")
     again = read_rows(tmp_path / "out" / ITEMS)
     assert [(r["completion"], r["truncated"], r["rule"]) for r in again] == [
         ("\\boxed{1}", False, "correct"), ("\\boxed{2} \ufffd", True, "wrong"),
@@ -422,7 +434,7 @@ def test_responses_of_an_evaluation_that_has_not_ended_are_not_judged(tmp_path):
     cfg, folder = config(), tmp_path / "sampled"
 
     def judged(items, out):
-        jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(items), tmp_path / out)
+        benchmark_jobs.rejudge_items(cfg, ChosenModels(cfg, tmp_path), str(items), tmp_path / out)
         return len(read_rows(tmp_path / out / ITEMS))
 
     with Ledger(folder, {}, [1, 1]) as ledger:
@@ -451,7 +463,7 @@ def test_an_items_file_that_is_none_is_refused(rows, words, tmp_path):
     cfg = config()
     path = write_rows(tmp_path / "items.jsonl", *rows)
     with pytest.raises(SetupError, match=words):
-        jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
+        benchmark_jobs.rejudge_items(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -465,7 +477,7 @@ def test_an_items_file_that_is_none_is_refused(rows, words, tmp_path):
 def test_settings_that_mean_nothing_are_refused(field, value, words, tmp_path):
     cfg = config(**{f"benchmark__{field}": value})
     with pytest.raises(SetupError, match=rf"benchmark\.{field}=.*{words}"):
-        jobs.benchmarks(cfg, Chosen(cfg, tmp_path), ["synthetic"], tmp_path / "out")
+        benchmark_jobs.evaluate_benchmarks(cfg, ChosenModels(cfg, tmp_path), ["synthetic"], tmp_path / "out")
 
 
 # --- all of it -----------------------------------------------------------------------------------------------
@@ -489,13 +501,13 @@ def stand_ins(tmp_path, monkeypatch):
     """(three problems' file, a reward model's folder that has seen the second): no model is made or loaded."""
     arch = types.SimpleNamespace(family="llama", layers=1, width=8)
     model = types.SimpleNamespace(tokenizer=_Words(), config=arch)
-    monkeypatch.setattr(Chosen, "load", lambda *_: (model, None))
+    monkeypatch.setattr(ChosenModels, "load", lambda *_: (model, None))
     monkeypatch.setattr(benchmarks, "PolicySampler", lambda *_: _Scripted())
-    monkeypatch.setattr(jobs, "RewardModel", _Deaf)
+    monkeypatch.setattr(benchmark_jobs, "RewardModel", _Deaf)
     rows = [{"question": f"How many are {i} ?", "answer": f"#### {i}"} for i in range(3)]
     path, folder = write_rows(tmp_path / "x_test.jsonl", *rows), tmp_path / "model"
     folder.mkdir()
-    overlap.write_record(folder, overlap.record(["how many are 1?"], "train"))
+    seen_questions.write_record(folder, seen_questions.record_questions(["how many are 1?"], "train"))
     return path, folder
 
 
@@ -511,7 +523,7 @@ UNSEEN = ["How many are 0 ?", "How many are 2 ?"]
 def test_a_reward_model_judges_no_policy_on_what_it_saw(stand_ins, tmp_path):
     path, folder = stand_ins
     cfg = config(benchmark__judged_by="model", reward__weights=str(folder))
-    jobs.benchmarks(cfg, Chosen(cfg, tmp_path), [str(path)], tmp_path / "out")
+    benchmark_jobs.evaluate_benchmarks(cfg, ChosenModels(cfg, tmp_path), [str(path)], tmp_path / "out")
     questions, found = _asked_in(tmp_path / "out")
     assert questions == UNSEEN and (found["seen"], found["excluded"]) == (1, 1)
 
@@ -521,7 +533,9 @@ def test_a_policy_is_not_measured_on_what_the_reward_model_saw_that_paid_it(arm,
     """Whoever judges; the rule arm's policy was paid by nobody who has seen anything."""
     path, folder = stand_ins
     cfg = config(benchmark__judged_by="rule", reward__arm=arm)
-    jobs.benchmarks(cfg, Chosen(cfg, tmp_path, folder, 0), [str(path)], tmp_path / "out")
+    benchmark_jobs.evaluate_benchmarks(
+        cfg, ChosenModels(cfg, tmp_path, folder, 0), [str(path)], tmp_path / "out"
+    )
     questions, found = _asked_in(tmp_path / "out")
     left_out = arm == "cooper"
     assert (UNSEEN == questions) == left_out and found["excluded"] == left_out
@@ -531,11 +545,11 @@ def test_a_reward_model_judges_no_recorded_response_to_what_it_saw(stand_ins, tm
     items = [ITEM | {"id": f"x:{i}", "place": i, "question": f"How many are {i} ?"} for i in range(3)]
     path = write_rows(tmp_path / "items.jsonl", *items)
     cfg = config(benchmark__judged_by="model", reward__weights=str(stand_ins[1]))
-    jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
+    benchmark_jobs.rejudge_items(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out")
     questions, found = _asked_in(tmp_path / "out")
     assert questions == UNSEEN and (found["seen"], found["excluded"]) == (1, 1)
     cfg.benchmark.exclude_seen = False
-    jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "all")
+    benchmark_jobs.rejudge_items(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "all")
     questions, found = _asked_in(tmp_path / "all")
     assert len(questions) == 3 and (found["seen"], found["excluded"]) == (1, 0)
 
@@ -549,16 +563,16 @@ def test_random_models_from_end_to_end(tmp_path, monkeypatch):
         *({"question": f"Ada has {i} coins .", "answer": f"#### {i}", "level": i} for i in range(3)),
     )
     cfg = config(benchmark__judged_by="both")
-    chosen, out = Chosen(cfg, tmp_path), tmp_path / "out"
-    jobs.benchmarks(cfg, chosen, ["synthetic", str(path)], out)
+    chosen, out = ChosenModels(cfg, tmp_path), tmp_path / "out"
+    benchmark_jobs.evaluate_benchmarks(cfg, chosen, ["synthetic", str(path)], out)
     rows, whole = read_rows(out / ITEMS), (out / ITEMS).read_bytes()
     assert [(r["benchmark"], r["sample"]) for r in rows] == [
         (name, s) for name in ("synthetic", "sums_test") for _ in range(3) for s in range(2)
     ]
     assert all(0 < r["reward"] < 1 and 1 <= r["tokens"] <= 6 for r in rows)
-    made = synthetic.problems(cfg.seed, 3, "eval")
+    made = synthetic.make_problems(cfg.seed, 3, "eval")
     assert [r["oracle"] for r in rows[:6]] == [
-        synthetic.oracle(made[i // 2], r["completion"]) for i, r in enumerate(rows[:6])
+        synthetic.is_correct(made[i // 2], r["completion"]) for i, r in enumerate(rows[:6])
     ]
     results = json.loads((out / RESULTS).read_text())
     assert [set(b["judges"]) for b in results["benchmarks"]] == [
@@ -570,13 +584,13 @@ def test_random_models_from_end_to_end(tmp_path, monkeypatch):
 
     lines = whole.splitlines(keepends=True)
     (out / ITEMS).write_bytes(b"".join(lines[:7]) + lines[7][:20])
-    jobs.benchmarks(cfg, chosen, ["synthetic", str(path)], out)
+    benchmark_jobs.evaluate_benchmarks(cfg, chosen, ["synthetic", str(path)], out)
     assert (out / ITEMS).read_bytes() == whole
     cfg.benchmark.temperature = 0.5
     with pytest.raises(SetupError, match="benchmark.temperature was 0.7 and is now 0.5"):
-        jobs.benchmarks(cfg, chosen, ["synthetic", str(path)], out)
+        benchmark_jobs.evaluate_benchmarks(cfg, chosen, ["synthetic", str(path)], out)
 
-    jobs.rejudge(cfg, chosen, str(out / ITEMS), tmp_path / "again")
+    benchmark_jobs.rejudge_items(cfg, chosen, str(out / ITEMS), tmp_path / "again")
     again = read_rows(tmp_path / "again" / ITEMS)
     assert [(r["completion"], r["rule"]) for r in again] == [(r["completion"], r["rule"]) for r in rows]
     assert [r["reward"] for r in again] == pytest.approx([r["reward"] for r in rows], abs=1e-5)
@@ -589,7 +603,7 @@ def test_a_benchmark_is_sampled_at_its_own_top_p(tmp_path, monkeypatch):
     requests = tiny_rollouts.record_requests(monkeypatch)
     own = dict(benchmark__top_p=0.8125, benchmark__temperature=0.75, benchmark__samples=3)
     cfg = config(benchmark__judged_by="rule", benchmark__chunk=3, eval__top_p=0.5, **own)
-    jobs.benchmarks(cfg, Chosen(cfg, tmp_path), ["synthetic"], tmp_path / "out")
+    benchmark_jobs.evaluate_benchmarks(cfg, ChosenModels(cfg, tmp_path), ["synthetic"], tmp_path / "out")
     asked = [(r.spec.top_p, r.spec.temperature, r.spec.group_size) for r in requests]
     assert asked == [(0.8125, 0.75, 3)] and len(read_rows(tmp_path / "out" / ITEMS)) == 9
 
@@ -601,17 +615,21 @@ def test_the_papers_config_needs_the_policys_weights_alone(tmp_path, monkeypatch
     folder = tiny_tokenizers.write(tmp_path / "tokenizer", "qwen")
     model = tiny_models.config(family="qwen2", qkv_bias=True, vocab_size=512, layers=1)
     params = tiny_models.random_params(model)
-    weights.save(tmp_path / "hf", model, params, "logits", tokenizer_dir=folder)
+    weights.save_pretrained(tmp_path / "hf", model, params, "logits", tokenizer_dir=folder)
     path = write_rows(tmp_path / "a_test.jsonl", {"question": "Two and two?", "answer": "#### 4"})
     cfg = qwen_1p5b.get_config()
     cfg.policy.weights = str(tmp_path / "hf")
     cfg.benchmark.max_prompt_tokens, cfg.benchmark.max_new_tokens = 252, 4  # all of the model's 256 positions
-    jobs.benchmarks(cfg, Chosen(cfg, tmp_path / "out"), [str(path)], tmp_path / "out")
+    benchmark_jobs.evaluate_benchmarks(
+        cfg, ChosenModels(cfg, tmp_path / "out"), [str(path)], tmp_path / "out"
+    )
     rows = read_rows(tmp_path / "out" / ITEMS)
     assert len(rows) == cfg.benchmark.samples and "reward" not in rows[0]
     (tmp_path / "hf" / "model.safetensors").touch()  # as if other weights had been written there
     with pytest.raises(SetupError, match='policy.files was "[0-9a-f]+" and is now'):
-        jobs.benchmarks(cfg, Chosen(cfg, tmp_path / "out"), [str(path)], tmp_path / "out")
+        benchmark_jobs.evaluate_benchmarks(
+            cfg, ChosenModels(cfg, tmp_path / "out"), [str(path)], tmp_path / "out"
+        )
 
 
 def test_an_untrained_head_is_no_judge(tmp_path):
@@ -619,7 +637,7 @@ def test_an_untrained_head_is_no_judge(tmp_path):
     cfg.reward.weights = "nowhere"
     path = write_rows(tmp_path / "items.jsonl", ITEM)
     with pytest.raises(SetupError, match="nowhere"):
-        jobs.rejudge(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
+        benchmark_jobs.rejudge_items(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out")
 
 
 def command(out: Path, *flags: str) -> list[str]:

@@ -75,7 +75,7 @@ def made(tmp_path):
 
 def test_a_made_file_comes_back(made):
     path, c, params = made
-    loaded = weights.load(str(path), layout=one_device())
+    loaded = weights.load_weights(str(path), layout=one_device())
     assert loaded.config.norm_eps == pytest.approx(c.norm_eps)
     assert vars(loaded.config) | {"norm_eps": c.norm_eps} == vars(c)
     assert loaded.generation_config == {"eos_token_id": 7}
@@ -86,7 +86,7 @@ def test_a_made_file_comes_back(made):
         np.testing.assert_allclose(loaded.params["layers"][key], x, atol=tolerance, rtol=0)
     assert np.abs(loaded.params["layers"]["up"] - params["layers"]["up"]).max() > 0
     np.testing.assert_array_equal(loaded.params["lm_head"], np.asarray(params["lm_head"], np.float16))
-    score = weights.load(str(path), head="score", num_layers=1, layout=one_device())
+    score = weights.load_weights(str(path), head="score", num_layers=1, layout=one_device())
     assert not score.head_trained and score.config.layers == 1 and score.params["score"].shape == (c.width,)
 
 
@@ -102,7 +102,7 @@ def test_damage_is_named(made, tmp_path):
     def refused(content, message):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"bad.gguf: .*{message}"):
-            weights.load(str(path), layout=one_device())
+            weights.load_weights(str(path), layout=one_device())
 
     refused(b"", "not a GGUF file")
     refused(b"PK" + data[2:], "not a GGUF file")
@@ -127,10 +127,10 @@ def test_what_is_not_built_is_refused(made, tmp_path):
         ({"llama.rope.dimension_count": 4}, "4 of 8 head components"),
     ):
         with pytest.raises(ValueError, match=message):
-            gguf.model_config(gguf.Header(header.metadata | change, header.tensors), made[0])
+            gguf.read_model_config(gguf.Header(header.metadata | change, header.tensors), made[0])
     factors = header.tensors | {"rope_freqs.weight": gguf.TensorInfo((4,), 0, 0)}
     with pytest.raises(ValueError, match="scaled rotary positions"):
-        gguf.model_config(gguf.Header(header.metadata, factors), made[0])
+        gguf.read_model_config(gguf.Header(header.metadata, factors), made[0])
 
 
 def test_smollm2_equals_transformers(smollm2_gguf):
@@ -138,15 +138,15 @@ def test_smollm2_equals_transformers(smollm2_gguf):
     torch = pytest.importorskip("torch")
     import transformers
 
-    loaded = weights.load(smollm2_gguf, layout=one_device())
+    loaded = weights.load_weights(smollm2_gguf, layout=one_device())
     assert (loaded.config.layers, loaded.config.width, loaded.config.tied) == (30, 576, True)
     assert loaded.generation_config["eos_token_id"] == 2
     tokens = np.random.default_rng(0).integers(3, 49152, (2, 8))
     valid = jnp.ones(tokens.shape, bool)
-    h = transformer.trunk(
+    h = transformer.hidden_states(
         loaded.params, loaded.config, jnp.asarray(tokens), valid, dtype=jnp.float32, layout=one_device()
     )
-    ours = np.asarray(transformer.logits(loaded.params, loaded.config, h))
+    ours = np.asarray(transformer.compute_logits(loaded.params, loaded.config, h))
     file = Path(smollm2_gguf)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(file.parent), gguf_file=file.name, dtype=torch.float32

@@ -33,7 +33,7 @@ def section(**changes):
 def adamw(**changes):
     c = base.optimiser(lr=1e-2, warmup_steps=0)
     c.update(changes)
-    return optim.make(optim.OptimiserConfig.from_config(c, "policy.optimiser"))
+    return optim.make_optimiser(optim.OptimiserConfig.from_config(c, "policy.optimiser"))
 
 
 def bits(tree):
@@ -147,7 +147,9 @@ def enumerate_kl(estimator, clamp=0.0):
     weights = jax.nn.softmax(jnp.asarray(THETA, jnp.float32))
 
     def expected(theta):
-        return (weights * losses.kl(jax.nn.log_softmax(theta), jnp.log(REFERENCE), estimator, clamp)).sum()
+        return (
+            weights * losses.kl_estimate(jax.nn.log_softmax(theta), jnp.log(REFERENCE), estimator, clamp)
+        ).sum()
 
     return jax.value_and_grad(expected)(jnp.asarray(THETA, jnp.float32))
 
@@ -180,15 +182,15 @@ def test_the_clamp_holds_the_estimate():
         value, gradient = (
             f(d)
             for f in (
-                lambda d: losses.kl(d, jnp.zeros(3), estimator, 2.0),  # noqa: B023
-                jax.grad(lambda d: losses.kl(d, jnp.zeros(3), estimator, 2.0).sum()),  # noqa: B023
+                lambda d: losses.kl_estimate(d, jnp.zeros(3), estimator, 2.0),  # noqa: B023
+                jax.grad(lambda d: losses.kl_estimate(d, jnp.zeros(3), estimator, 2.0).sum()),  # noqa: B023
             )
         )
         held = np.array([-20.0, -1.0, 20.0])  # the log-ratio itself, against overflow
         np.testing.assert_allclose(value, np.clip(formula(held), -2, 2), rtol=1e-6)
         assert gradient[0] == 0 and gradient[1] != 0 and gradient[2] == 0
     with pytest.raises(ValueError, match="'k4'.*k1, k2, k3"):
-        losses.kl(d, d, "k4", 0.0)
+        losses.kl_estimate(d, d, "k4", 0.0)
 
 
 # --- the loss ----------------------------------------------------------------------------------------
@@ -328,10 +330,10 @@ def naive_logprobs(params, batch, temperature):
         tokens[n, : len(row)] = row
         rows.append((len(row), int(np.asarray(batch.response_mask)[n].sum())))
     real = jnp.asarray(np.arange(P + T)[None] < np.array([total for total, _ in rows])[:, None])
-    hidden = transformer.trunk(
+    hidden = transformer.hidden_states(
         params, CONFIG, jnp.asarray(tokens), real, dtype=jnp.float32, layout=tiny_models.one_device()
     )
-    logits = transformer.logits(params, CONFIG, hidden)[..., : CONFIG.vocab_size]
+    logits = transformer.compute_logits(params, CONFIG, hidden)[..., : CONFIG.vocab_size]
     lp = jax.nn.log_softmax(logits / temperature)[:, :-1]
     lp = jnp.take_along_axis(lp, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
     return [
@@ -521,7 +523,7 @@ def plain_update():
 def test_an_update_moves_its_state_alone(params, plain_update):
     opt, update = plain_update
     before = bits(params)
-    state, metrics = update(optim.init(params, opt), policy_batch())
+    state, metrics = update(optim.init_state(params, opt), policy_batch())
     assert bits(params) == before  # the reference shares these
     assert int(state.updates) == 1 and int(state.skipped) == 0 and float(metrics["skipped"]) == 0
     assert float(metrics["lr"]) == pytest.approx(1e-2) and float(metrics["grad_norm"]) > 0
@@ -532,7 +534,7 @@ def test_an_update_moves_its_state_alone(params, plain_update):
 
 def test_a_non_finite_update_is_skipped(params, plain_update):
     opt, update = plain_update
-    state = optim.init(params, opt)
+    state = optim.init_state(params, opt)
     kept = bits((state.params, state.opt_state))
     batch = policy_batch()
     state, metrics = update(state, batch.replace(advantages=batch.advantages.at[2].set(jnp.nan)))
@@ -542,7 +544,7 @@ def test_a_non_finite_update_is_skipped(params, plain_update):
 
 def test_a_batch_without_tokens_moves_nothing(params, plain_update):
     opt, update = plain_update
-    state = optim.init(params, opt)
+    state = optim.init_state(params, opt)
     kept = bits(state)
     batch = policy_batch()
     state, metrics = update(state, batch.replace(response_mask=jnp.zeros_like(batch.response_mask)))
@@ -557,7 +559,7 @@ def test_updates_raise_the_advantaged_responses(params, plain_update):
     before = scored(params, batch.tokens, batch.valid, T)
     sign = jnp.array([0.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
     batch = batch.replace(advantages=sign, ref_logprobs=before)
-    state = optim.init(params, opt)
+    state = optim.init_state(params, opt)
     for _ in range(5):
         state, _ = update(state, batch)
     moved = (scored(state.params, batch.tokens, batch.valid, T) - before).sum(axis=1)
@@ -568,9 +570,9 @@ def test_a_mesh_gives_the_update_of_one_device(params, plain_update):
     layout = Layout(mesh.make_mesh(2, 2, 2), base.get_config().mesh.rules)
     opt, batch = plain_update[0], policy_batch()
     specs = transformer.param_specs(CONFIG, head="logits")
-    single, expected = plain_update[1](optim.init(params, opt), batch)
-    placed = jax.device_put(params, mesh.shardings(layout, specs))
-    state, metrics = update_of(section(), opt, layout)(optim.init(placed, opt), batch)
+    single, expected = plain_update[1](optim.init_state(params, opt), batch)
+    placed = jax.device_put(params, mesh.make_shardings(layout, specs))
+    state, metrics = update_of(section(), opt, layout)(optim.init_state(placed, opt), batch)
     assert_trees_close(state.params, single.params)
     for name in metrics:
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
@@ -623,8 +625,8 @@ def numbered():
 
 def test_a_step_passes_over_every_row_once_an_epoch():
     seen, cfg = [], section(epochs=2, minibatches=3)
-    state, metrics = grpo.train_step(0, numbered(), jax.random.key(5), cfg, recorder(seen))
-    assert state == 6 == grpo.updates_per_step(cfg) and [len(rows) for rows in seen] == [2] * 6
+    state, metrics = grpo.update_on_rollouts(0, numbered(), jax.random.key(5), cfg, recorder(seen))
+    assert state == 6 == grpo.count_updates(cfg) and [len(rows) for rows in seen] == [2] * 6
     first, second = sum(seen[:3], []), sum(seen[3:], [])
     assert sorted(first) == sorted(second) == list(range(6))
     assert first != second and first != sorted(first)  # permuted, afresh for each epoch
@@ -635,22 +637,22 @@ def test_a_step_passes_over_every_row_once_an_epoch():
         "ratio_max": 6.0,
     }
     again = []
-    grpo.train_step(0, numbered(), jax.random.key(5), cfg, recorder(again))
+    grpo.update_on_rollouts(0, numbered(), jax.random.key(5), cfg, recorder(again))
     assert again == seen
     other = []
-    grpo.train_step(0, numbered(), jax.random.key(6), cfg, recorder(other))
+    grpo.update_on_rollouts(0, numbered(), jax.random.key(6), cfg, recorder(other))
     assert other != seen
 
 
 def test_a_single_minibatch_keeps_the_order():
     seen = []
-    grpo.train_step(0, numbered(), jax.random.key(0), section(epochs=2), recorder(seen))
+    grpo.update_on_rollouts(0, numbered(), jax.random.key(0), section(epochs=2), recorder(seen))
     assert seen == [list(range(6))] * 2
 
 
 def test_steps_that_cannot_be_cut_are_refused():
     with pytest.raises(ValueError, match="policy.minibatches = 4 does not divide the step's 6 rows"):
-        grpo.train_step(0, numbered(), jax.random.key(0), section(minibatches=4), recorder([]))
+        grpo.update_on_rollouts(0, numbered(), jax.random.key(0), section(minibatches=4), recorder([]))
 
 
 # --- imitation -----------------------------------------------------------------------------------------
@@ -659,7 +661,7 @@ def test_steps_that_cannot_be_cut_are_refused():
 @functools.cache
 def imitate(microbatch):
     opt = adamw(eps=1e-3)
-    return opt, imitation.make_update(
+    return opt, imitation.make_imitation_update(
         CONFIG, tiny_models.one_device(), opt, dtype="float32", remat=True, microbatch=microbatch
     )
 
@@ -674,7 +676,7 @@ def test_imitation_equals_a_naive_model(params):
         (64, jnp.pad(batch.response_mask, ((0, 0), (P, 0)))),
     ):
         opt, update = imitate(microbatch)
-        state, metrics = update(optim.init(params, opt), batch.tokens, batch.valid, mask)
+        state, metrics = update(optim.init_state(params, opt), batch.tokens, batch.valid, mask)
         assert float(metrics["loss"]) == pytest.approx(expected, abs=1e-5)
         assert float(metrics["tokens"]) == sum(len(x) for x in rows)
         states.append(state.params)
@@ -684,10 +686,10 @@ def test_imitation_equals_a_naive_model(params):
 def test_imitation_learns_and_keeps_to_its_mask(params):
     opt, update = imitate(4)
     batch = policy_batch()
-    state, metrics = update(optim.init(params, opt), batch.tokens, batch.valid, batch.response_mask)
+    state, metrics = update(optim.init_state(params, opt), batch.tokens, batch.valid, batch.response_mask)
     columns = jnp.pad(~batch.response_mask, ((0, 0), (P, 0)))
     dirty = jnp.where(columns, 10**6, batch.tokens)
-    assert bits(update(optim.init(params, opt), dirty, batch.valid, batch.response_mask)) == bits(
+    assert bits(update(optim.init_state(params, opt), dirty, batch.valid, batch.response_mask)) == bits(
         (state, metrics)
     )
     first = float(metrics["loss"])

@@ -116,7 +116,7 @@ def test_the_hash_is_threefry():
 def test_noise_is_resolved_where_it_decides_rare_tokens():
     """Its largest values stand for shares down to 2^-33, each of the last bits apart; its least is finite."""
     bits = np.concatenate([np.arange(4096), 2 ** np.arange(12, 32), [2**32 - 1]]).astype(np.uint32)
-    got = np.asarray(jax.jit(gumbel.gumbel)(bits), np.float64)
+    got = np.asarray(jax.jit(gumbel.gumbel_from_bits)(bits), np.float64)
     np.testing.assert_allclose(got, exact_gumbel(bits), rtol=0, atol=3e-6)
     assert got[0] > 32.9 * np.log(2) and (np.diff(got[:4096]) < 0).all()
     assert got[-1] == pytest.approx(-np.log(24 * np.log(2)), abs=1e-5)
@@ -421,13 +421,15 @@ def test_no_races(mode, rows, cores):
     static = dict(mode=mode, temperature=1.0, aligned=True)
     bounds = jnp.array([0, 590])
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
-    lanes = jax.jit(functools.partial(head_tpu.stream, **static, interpret=params))(
+    lanes = jax.jit(functools.partial(head_tpu.stream_head, **static, interpret=params))(
         hidden, weights, ids, bounds
     )
     jax.block_until_ready(lanes)
     assert not races_found()
     plain = jax.jit(functools.partial(head._xla, **static))(hidden, weights, ids, bounds)
-    for ours, theirs in zip(online.along(lanes, -1), online.along(plain, -1), strict=True):
+    for ours, theirs in zip(
+        online.reduce_accumulators(lanes, -1), online.reduce_accumulators(plain, -1), strict=True
+    ):
         if ours is not None:
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 

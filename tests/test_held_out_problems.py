@@ -8,7 +8,7 @@ import json
 import pytest
 
 from cooper_jax.configs import base, qwen_1p5b
-from cooper_jax.data import contamination, overlap
+from cooper_jax.data import contamination, seen_questions
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.setup import load_problems
 
@@ -59,14 +59,14 @@ def test_they_are_kept_though_the_reward_model_has_seen_them(tmp_path):
     """With data.eval they are left out; of the training file nothing might be left."""
     cfg = a_config(write_problems(tmp_path / "train.jsonl", 20), 5)
     train, held_out = load_problems(cfg)
-    seen = overlap.record([p.question for p in (*train, *held_out)], "train.jsonl")
-    assert contamination.leave_out(cfg, held_out, seen) == held_out
-    assert "5 of 5 held-out questions (kept, as data.eval_from_train" in contamination.report(
+    seen = seen_questions.record_questions([p.question for p in (*train, *held_out)], "train.jsonl")
+    assert contamination.drop_seen(cfg, held_out, seen) == held_out
+    assert "5 of 5 held-out questions (kept, as data.eval_from_train" in contamination.describe_overlap(
         cfg, seen, held_out, train, None
     )
     cfg.data.eval = cfg.data.train
     other = [dataclasses.replace(held_out[0], question="How much is 1,000 less 1?")]
-    assert contamination.leave_out(cfg, [*held_out, *other], seen) == other
+    assert contamination.drop_seen(cfg, [*held_out, *other], seen) == other
 
 
 def test_the_main_run_has_a_curve_and_keeps_its_checkpoints():

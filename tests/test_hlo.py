@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cooper_jax.runtime import hlo
-from cooper_jax.runtime.hlo import Collective, analyse
+from cooper_jax.perf import hlo
+from cooper_jax.perf.hlo import Collective, analyse_program
 
 
 def ones(*shape):
@@ -23,7 +23,7 @@ def compiled(function, *arguments):
 
 
 def cost(function, *arguments, **options) -> hlo.Cost:
-    return analyse(compiled(function, *arguments).as_text(), **options)
+    return analyse_program(compiled(function, *arguments).as_text(), **options)
 
 
 def program(body: str, *others: str, header: str = "HloModule test, num_partitions=8") -> str:
@@ -41,7 +41,7 @@ def test_a_scan_counts_as_often_as_it_runs():
     program = compiled(layers, ones(16, 32), ones(7, 32, 32))
     one = 2 * 16 * 32 * 32
     assert one <= program.cost_analysis()["flops"] < 2 * one
-    found = analyse(program.as_text())
+    found = analyse_program(program.as_text())
     assert (found.flops, found.unknown_loops) == (7 * one, 0)
 
 
@@ -134,11 +134,11 @@ def test_trips_follow_from_the_counter(start, step, end, direction, times):
       %x = f32[4,8] parameter(0)
       %t = (s32[], s32[], f32[4,8]) tuple(%copy, %end, %x)
       ROOT %w = (s32[], s32[], f32[4,8]) while(%t), condition=%condition, body=%body"""
-    found = analyse(program(entry, COUNTED.format(step=step, direction=direction, condition=fused)))
+    found = analyse_program(program(entry, COUNTED.format(step=step, direction=direction, condition=fused)))
     assert found.unknown_loops == (times is None)
     assert found.flops == (1 if times is None else times) * 2 * 4 * 8 * 8
     noted = entry + ', backend_config={"known_trip_count":{"n":"6"}}'
-    found = analyse(program(noted, COUNTED.format(step=step, direction=direction, condition=fused)))
+    found = analyse_program(program(noted, COUNTED.format(step=step, direction=direction, condition=fused)))
     assert (found.flops, found.unknown_loops) == (6 * 2 * 4 * 8 * 8, 0)
 
 
@@ -155,7 +155,7 @@ def test_of_two_limits_the_nearer_counts_and_of_one_unknown_none():
       %t = (s32[], s32[], f32[4,8]) tuple(%zero, %end, %x)
       ROOT %w = (s32[], s32[], f32[4,8]) while(%t), condition=%condition, body=%body"""
     found = [
-        analyse(program(entry, COUNTED.format(step=1, direction="LT", condition=c)), unknown_trips=2)
+        analyse_program(program(entry, COUNTED.format(step=1, direction="LT", condition=c)), unknown_trips=2)
         for c in (two, other)
     ]
     assert [x.flops for x in found] == [5 * 512, 2 * 512]
@@ -206,7 +206,7 @@ def test_dots_as_the_tpu_writes_them(window, labels, left, right, out, flops):
       %a = bf16[{left}]{{0}} parameter(0)
       %b = bf16[{right}]{{0}} parameter(1)
       ROOT %c = bf16[{out}]{{0}} convolution(%a, %b), {at}dim_labels={labels}"""
-    assert analyse(program(text)).flops == flops
+    assert analyse_program(program(text)).flops == flops
 
 
 def test_grouped_and_transposed_products():
@@ -242,12 +242,12 @@ KERNEL = """
 def test_kernels_cost_what_they_declare():
     estimate = '"cost_estimate":{"flops":"700","transcendentals":"9","bytes_accessed":"80"}'
     estimate = f'"custom_call_config":{{"body":"x",{estimate}}}'
-    found = analyse(program(KERNEL.format(target="tpu_custom_call", config=estimate)))
+    found = analyse_program(program(KERNEL.format(target="tpu_custom_call", config=estimate)))
     assert (found.flops, found.bytes, found.kernels) == (700, 80, {"head_draw": 1})
     silent = program(KERNEL.format(target="__gpu$xla.gpu.triton", config="grid_x = 8 : i32"))
-    found = analyse(silent)
+    found = analyse_program(silent)
     assert (found.flops, found.bytes, found.kernels) == (0, 4 * 16 * 2 + 4 * 4, {"head_draw": 1})
-    found = analyse(silent, declared={"head_draw": (600, 50)})
+    found = analyse_program(silent, declared={"head_draw": (600, 50)})
     assert (found.flops, found.bytes) == (600, 50)
 
 
@@ -256,12 +256,12 @@ def test_products_that_libraries_compute():
       %a = bf16[128,64]{1,0} parameter(0)
       %b = bf16[64,32]{1,0} parameter(1)
       ROOT %c = (bf16[128,32]{1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}"""  # noqa: E501
-    assert analyse(program(gemm)).flops == 2 * 128 * 64 * 32
+    assert analyse_program(program(gemm)).flops == 2 * 128 * 64 * 32
     attend = """
       %q = bf16[8,512,16,64]{3,2,1,0} parameter(0)
       ROOT %o = (bf16[8,16,512,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["8", "16", "512", "512"]}, "mask_type": "CAUSAL", "bmm1_dot_dimension_numbers": {"lhs_contracting_dimensions": ["3"]}}}"""  # noqa: E501
     assert (
-        analyse(program(attend)).flops == 2 * (2 * 8 * 16 * 512 * 512 * 64) / 2
+        analyse_program(program(attend)).flops == 2 * (2 * 8 * 16 * 512 * 512 * 64) / 2
     )  # two products, half of each
 
 
@@ -328,7 +328,7 @@ def test_groups_in_every_notation(notation, group, groups):
     text = f"""
       %x = f32[64]{{0}} parameter(0)
       ROOT %r = f32[64]{{0}} all-reduce(%x), channel_id=1, {notation}, use_global_device_ids=true, to_apply=%add"""
-    (found,) = analyse(program(text)).collectives
+    (found,) = analyse_program(program(text)).collectives
     assert found == Collective("all-reduce", "f32[64]", 256, group, groups, 1)
 
 
@@ -336,7 +336,7 @@ def test_a_group_of_one_sends_nothing():
     text = """
       %x = f32[64]{0} parameter(0)
       ROOT %r = f32[64]{0} all-reduce(%x), replica_groups=[8,1]<=[8], to_apply=%add"""
-    assert analyse(program(text)).collectives == ()
+    assert analyse_program(program(text)).collectives == ()
 
 
 def test_asynchronous_pairs_count_once():
@@ -354,7 +354,7 @@ def test_asynchronous_pairs_count_once():
       %f = bf16[16,8]{1,0} all-reduce-done(%u)
       %p = (bf16[16,8]{1,0}, bf16[16,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%f), channel_id=4, source_target_pairs={{0,2},{2,0}}
       ROOT %g = bf16[16,8]{1,0} collective-permute-done(%p)"""  # noqa: E501
-    found = [(c.kind, c.shape, c.bytes, c.group) for c in analyse(program(text)).collectives]
+    found = [(c.kind, c.shape, c.bytes, c.group) for c in analyse_program(program(text)).collectives]
     assert found == [
         ("all-gather", "(bf16[64,8], bf16[64,8])", 2 * 1024, 4),
         ("reduce-scatter", "(bf16[16,8], bf16[16,8])", 2 * 1024, 4),
@@ -396,7 +396,7 @@ def test_what_the_tpu_does_beside_a_collective_counts_once():
       %f1 = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) fusion(%w), calls=%start, metadata={op_name="jit(f)/dot"}
       %f2 = (bf16[4,2]{1,0}, bf16[64,8]{1,0}) fusion(%w, %a, %b), kind=kOutput, calls=%beside
       ROOT %f3 = bf16[64,8]{1,0} fusion(%w), kind=kCustom, calls=%done"""
-    found = analyse(program(entry, start, beside, done))
+    found = analyse_program(program(entry, start, beside, done))
     assert [(c.kind, c.bytes, c.times, c.name) for c in found.collectives] == [
         ("all-gather", 1024, 1, "jit(f)/dot")
     ]
@@ -420,14 +420,14 @@ def test_an_all_reduce_of_which_a_slice_is_taken_is_a_reduce_scatter():
     entry = """
       %x = f32[64,4]{1,0} parameter(0)
       ROOT %f = f32[8,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter"""
-    found = analyse(program(entry, fused))
+    found = analyse_program(program(entry, fused))
     assert found.collectives == (Collective("reduce-scatter", "f32[8,4]", 1024, 8, (tuple(range(8)),), 1),)
     assert found.collectives[0].sent == 1024 * 7 / 8
     assert found.bytes == 1024 + 128
     whole = fused.replace("ROOT %s", "%s").replace(
         "    }", "      ROOT %t = (f32[64,4]{1,0}, f32[8,4]) tuple(%r, %s)\n    }"
     )
-    (kept,) = analyse(program(entry, whole)).collectives
+    (kept,) = analyse_program(program(entry, whole)).collectives
     assert kept.kind == "all-reduce"
 
 
@@ -475,7 +475,7 @@ def test_bytes_of_fusions_and_slices():
       %five = f32[5,64]{{1,0}} parameter(4)
       %chip = f32[28,64]{{1,0:T(8,128)S(1)}} parameter(5)
       ROOT %r = {instruction}"""
-        return analyse(program(text, update, take)).bytes
+        return analyse_program(program(text, update, take)).bytes
 
     row, whole, number = 64 * 4, 28 * 64 * 4, 4
     assert moved("f32[28,64]{1,0} negate(%x)") == 2 * whole
@@ -508,7 +508,7 @@ def test_unknown_instructions_move_their_arrays():
     text = """
       %x = f32[64]{0} parameter(0)
       ROOT %y = f32[32]{0} brand-new-thing(%x), answer={42}"""
-    assert analyse(program(text)).bytes == (64 + 32) * 4
+    assert analyse_program(program(text)).bytes == (64 + 32) * 4
 
 
 GOOD = """HloModule m
@@ -539,9 +539,9 @@ ENTRY %main (x: f32[4]) -> f32[4] {
     ],
 )
 def test_malformed_text_is_refused(old, new, message):
-    assert analyse(GOOD).bytes == 32
+    assert analyse_program(GOOD).bytes == 32
     assert old in GOOD
     with pytest.raises(ValueError, match=message):
-        analyse(GOOD.replace(old, new))
+        analyse_program(GOOD.replace(old, new))
     with pytest.raises(ValueError, match="no ENTRY"):
-        analyse("")
+        analyse_program("")

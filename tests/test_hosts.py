@@ -21,8 +21,8 @@ from tiny_runs import (
     timeless,
 )  # fmt: skip
 
-from cooper_jax.reward.assistant import Failure, Request
-from cooper_jax.reward.shared import SharedAssistant, SharedRule, over_hosts
+from cooper_jax.reward.assistants import Failure, Request
+from cooper_jax.reward.multihost import SharedAssistant, SharedRule, share_over_hosts
 from cooper_jax.runtime import hosts
 from cooper_jax.types import Completion, Problem, Verdict
 
@@ -164,9 +164,11 @@ def test_sigterm_to_a_process_alone(short, tmp_path):
 @pytest.mark.slow
 def test_a_first_host_that_falls_silent_is_noticed(tmp_path):
     """SIGSTOP: its connections stay open, and the coordination service that it runs says nothing any more."""
-    program = PROGRAM.format(root=str(ROOT), end="print('waits', flush=True); hosts.exchange('never', b'')")
+    program = PROGRAM.format(
+        root=str(ROOT), end="print('waits', flush=True); hosts.exchange_bytes('never', b'')"
+    )
     program = program.replace(
-        "hosts.exchange('never', b'')", "hosts.exchange('never', b'') if me else time.sleep(300)"
+        "hosts.exchange_bytes('never', b'')", "hosts.exchange_bytes('never', b'') if me else time.sleep(300)"
     )
     processes = start_hosts(tmp_path, 2, 2, tmp_path / "out", program="import time\n" + program)
     try:
@@ -186,20 +188,20 @@ PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
 from cooper_jax.runtime import hosts
-hosts.start()
+hosts.start_hosts()
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-with hosts.together():
+with hosts.run_as_one():
     me = jax.process_index()
-    assert hosts.exchange("a", bytes([me])) == [b"\\0", b"\\1"]
+    assert hosts.exchange_bytes("a", bytes([me])) == [b"\\0", b"\\1"]
     assert hosts.exchange_json("a", {{"me": me}}) == [{{"me": 0}}, {{"me": 1}}]
-    assert hosts.broadcast("b", lambda: b"first" if me == 0 else 1 / 0) == b"first"
-    assert [i for i in range(4) if hosts.mine(i)] == [me, me + 2]
+    assert hosts.broadcast_value("b", lambda: b"first" if me == 0 else 1 / 0) == b"first"
+    assert [i for i in range(4) if hosts.is_assigned(i)] == [me, me + 2]
     for i in range(hosts.KEPT + 3):
-        hosts.exchange("many", b"")
+        hosts.exchange_bytes("many", b"")
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
     x = jax.make_array_from_callback((8,), NamedSharding(mesh, PartitionSpec("data")), lambda i: np.arange(8.0)[i])
-    np.testing.assert_array_equal(hosts.fetch({{"x": x, "y": np.ones(2)}})["x"], np.arange(8.0))
+    np.testing.assert_array_equal(hosts.fetch_arrays({{"x": x, "y": np.ones(2)}})["x"], np.arange(8.0))
     {end}
 print("over", flush=True)
 """
@@ -225,9 +227,9 @@ def test_what_processes_tell_each_other():
 
 def test_a_process_that_fails_ends_the_others():
     """One raises while the other waits for it: a setup error stays one, and anything else is a lost host."""
-    done = two("raise SystemExit(2) if me == 1 else hosts.exchange('never', b'')")
+    done = two("raise SystemExit(2) if me == 1 else hosts.exchange_bytes('never', b'')")
     assert done.returncode == 2 and "process 1 ended with a setup error" in done.stdout, done.stdout
-    done = two("hosts.exchange('never', b'') if me == 1 else 1 / 0")
+    done = two("hosts.exchange_bytes('never', b'') if me == 1 else 1 / 0")
     assert done.returncode in (1, hosts.LOST) and "process 0 failed with exit code 1" in done.stdout, (
         done.stdout
     )
@@ -237,7 +239,7 @@ def test_a_process_that_fails_ends_the_others():
 def test_half_a_cluster_is_named(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID is set without JAX_COORDINATOR_ADDRESS, JAX_NUM_"):
-        hosts.start()
+        hosts.start_hosts()
 
 
 # --- the rule and the assistant over hosts, as one of three sees them ------------------------------------------
@@ -267,7 +269,7 @@ def in_turn(monkeypatch, count: int, work):
         pass
 
     def attempt(me):
-        monkeypatch.setattr(hosts, "mine", lambda key: key % count == me)
+        monkeypatch.setattr(hosts, "is_assigned", lambda key: key % count == me)
 
         def exchange(name, own):
             said.setdefault(name, {})[me] = own
@@ -275,7 +277,7 @@ def in_turn(monkeypatch, count: int, work):
                 raise Later
             return [said[name][i] for i in range(count)]
 
-        monkeypatch.setattr(hosts, "exchange", exchange)
+        monkeypatch.setattr(hosts, "exchange_bytes", exchange)
         try:
             return work(me)
         except Later:
@@ -305,8 +307,8 @@ def test_submissions_are_collected_with_one_exchange(monkeypatch):
     def work(me):
         rule = SharedRule(judges[me])
         pending = [rule.submit(group) for group in groups]
-        asked, exchange = len(judges[me].asked), hosts.exchange
-        monkeypatch.setattr(hosts, "exchange", lambda *args: exchanged.append(me) or exchange(*args))
+        asked, exchange = len(judges[me].asked), hosts.exchange_bytes
+        monkeypatch.setattr(hosts, "exchange_bytes", lambda *args: exchanged.append(me) or exchange(*args))
         verdicts = rule.collect(pending)
         assert len(judges[me].asked) == asked, "nothing is submitted twice"
         return verdicts
@@ -324,7 +326,7 @@ def test_an_item_is_judged_by_the_same_host_in_any_list(monkeypatch):
     judges = [Judge() for _ in range(2)]
     for part in (items[:5], items[5:], items):
         for me in range(2):
-            monkeypatch.setattr(hosts, "mine", lambda key, me=me: key % 2 == me)
+            monkeypatch.setattr(hosts, "is_assigned", lambda key, me=me: key % 2 == me)
             SharedRule(judges[me]).submit(part)
     assert not set(judges[0].asked) & set(judges[1].asked)
 
@@ -355,12 +357,12 @@ def test_rewrites_are_divided_and_shared(monkeypatch):
 
 def test_one_process_needs_nothing_shared():
     rule, assistant = object(), Rewriter()
-    assert over_hosts(rule, assistant, 1) == (rule, assistant)
-    shared, other = over_hosts(rule, assistant, 2)
+    assert share_over_hosts(rule, assistant, 1) == (rule, assistant)
+    shared, other = share_over_hosts(rule, assistant, 2)
     assert isinstance(shared, SharedRule) and isinstance(other, SharedAssistant)
 
     class Local(Rewriter):
         overlaps = False
 
     local = Local()
-    assert over_hosts(rule, local, 2)[1] is local
+    assert share_over_hosts(rule, local, 2)[1] is local

@@ -10,14 +10,15 @@ import tiny_models
 import tiny_tokenizers
 from chat_server import Server, reply
 
-from cooper_jax import local_chat, placement
 from cooper_jax.configs import base
 from cooper_jax.data import prompts
+from cooper_jax.llm import chat as chats
+from cooper_jax.llm import judge as judges
+from cooper_jax.llm import local_chat
+from cooper_jax.llm.chat import Failure
+from cooper_jax.llm.judge import Judgement
 from cooper_jax.model import weights
-from cooper_jax.reward import chat as chats
-from cooper_jax.reward import judge as judges
-from cooper_jax.reward.chat import Failure
-from cooper_jax.reward.judge import Judgement
+from cooper_jax.runtime import device_layouts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Triple
 
@@ -40,7 +41,7 @@ def ask(monkeypatch):
 
     def make(script, name="judge", **fields):
         server = Server(script)
-        client = chats.make(section(name, url=server.url, model="m", timeout=5.0, **fields))
+        client = chats.make_chat(section(name, url=server.url, model="m", timeout=5.0, **fields))
         made.extend((server, client))
         return client, server
 
@@ -69,7 +70,7 @@ REPLIES = [
 
 @pytest.mark.parametrize(("reply", "correct", "reason"), REPLIES)
 def test_a_reply_is_read_strictly(reply, correct, reason):
-    found = judges.read(reply)
+    found = judges.parse_judgement_reply(reply)
     assert (found.correct, found.reason) == (correct, reason)
     assert found.reply == ("" if isinstance(reply, Failure) else reply.text)
 
@@ -80,7 +81,7 @@ def test_judge_asks_once_a_triple_and_keeps_order(ask):
 
     client, server = ask(script)
     other = Triple("How many?", "21", TRIPLE.completion)
-    found = judges.judge(client, [other, TRIPLE, other], [IDS, (7, 0, 1, 0), (7, 0, 2, 0)])
+    found = judges.judge_triples(client, [other, TRIPLE, other], [IDS, (7, 0, 1, 0), (7, 0, 2, 0)])
     assert found == [
         Judgement(None, "?", "unparsed"),
         Judgement(True, "Verdict: CORRECT"),
@@ -95,7 +96,7 @@ def test_judge_asks_once_a_triple_and_keeps_order(ask):
 
 def test_a_server_that_fails_decides_nothing(ask):
     client, _ = ask(lambda n, body: (400, {}, b"{}"))
-    assert judges.judge(client, [TRIPLE], [IDS]) == [Judgement(None, "", "http_400")]
+    assert judges.judge_triples(client, [TRIPLE], [IDS]) == [Judgement(None, "", "http_400")]
 
 
 # --- models that are asked -----------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def test_thinking_is_switched_where_the_section_says_so(ask, choice, told):
 )
 def test_make_names_the_section(fields, message):
     with pytest.raises(ValueError) as caught:
-        chats.make(section(**fields))
+        chats.make_chat(section(**fields))
     assert message in str(caught.value)
 
 
@@ -196,14 +197,16 @@ def directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = tiny_tokenizers.write(folder / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
-    weights.save(folder / "hf", model, tiny_models.random_params(model), "logits", tokenizer_dir=tokenizer)
+    weights.save_pretrained(
+        folder / "hf", model, tiny_models.random_params(model), "logits", tokenizer_dir=tokenizer
+    )
     return folder / "hf"
 
 
 def local(directory, tmp_path, name, **fields):
     cfg = base.get_config()
     cfg[name].update(kind="local", weights=str(directory), max_new_tokens=6, **fields)
-    layout = placement.make_layouts(cfg, jax.devices()[:1])["policy"]
+    layout = device_layouts.make_layouts(cfg, jax.devices()[:1])["policy"]
     return local_chat.open_chat(cfg, name, layout, tmp_path)
 
 
@@ -234,11 +237,11 @@ def test_local_needs_trained_weights(tmp_path):
     cfg = base.get_config()
     cfg.judge.kind = "local"
     with pytest.raises(SetupError, match="--config.judge.weights=DIR"):
-        local_chat.open_chat(cfg, "judge", placement.make_layout(cfg), tmp_path)
+        local_chat.open_chat(cfg, "judge", device_layouts.make_policy_layout(cfg), tmp_path)
 
 
 def test_a_judgement_can_be_kept_as_json():
-    assert json.loads(json.dumps(judges.read(Completion("Verdict: CORRECT")).__dict__)) == {
+    assert json.loads(json.dumps(judges.parse_judgement_reply(Completion("Verdict: CORRECT")).__dict__)) == {
         "correct": True,
         "reply": "Verdict: CORRECT",
         "reason": "",

@@ -8,15 +8,16 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 
-from cooper_jax import loading, local_chat, placement
 from cooper_jax.configs import base, tiny
 from cooper_jax.data.prompts import LEAST_QUESTION
-from cooper_jax.evaluation import jobs
-from cooper_jax.evaluation.scoring import Chosen, RewardModel
+from cooper_jax.evaluation import benchmark_jobs
+from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
+from cooper_jax.llm import local_chat
+from cooper_jax.model import loading, weights
 from cooper_jax.model import tokenizer as tokenizers
-from cooper_jax.model import weights
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.reward_training import plan
+from cooper_jax.reward_training import rm_setup
+from cooper_jax.runtime import device_layouts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import setup
 
@@ -35,11 +36,11 @@ def directories(tmp_path_factory) -> dict[str, str]:
     """A language model and a classifier of 64 positions."""
     folder = tmp_path_factory.mktemp("short")
     text = tiny_tokenizers.write(folder / "tokenizer", "qwen")
-    size = tokenizers.load(str(text)).vocab_size
+    size = tokenizers.load_tokenizer_from(str(text)).vocab_size
     model = tiny_models.config(vocab_size=size, width=16, layers=1, head_dim=8, max_len=64)
     for head in ("logits", "score"):
         params = tiny_models.random_params(model, head)
-        weights.save(folder / head, model, params, head, tokenizer_dir=text, pad_token_id=0)
+        weights.save_pretrained(folder / head, model, params, head, tokenizer_dir=text, pad_token_id=0)
     return {head: str(folder / head) for head in ("logits", "score")}
 
 
@@ -105,12 +106,12 @@ def test_evaluation_refuses_benchmarks_and_reward_inputs(directories, one_device
     cfg = base.get_config()
     cfg.policy.weights, cfg.reward.weights = directories["logits"], directories["score"]
     cfg.benchmark.update(max_prompt_tokens=50, max_new_tokens=15)
-    chosen = Chosen(cfg, tmp_path / "out")
+    chosen = ChosenModels(cfg, tmp_path / "out")
     said = refusal(r"benchmark\.max_prompt_tokens=50 \+ benchmark\.max_new_tokens=15", 65)
     with pytest.raises(SetupError, match=said):
-        jobs.benchmarks(cfg, chosen, [str(path)], tmp_path / "out")
+        benchmark_jobs.evaluate_benchmarks(cfg, chosen, [str(path)], tmp_path / "out")
     cfg.reward.max_tokens = 65
-    layout = placement.make_layouts(cfg)["reward"]
+    layout = device_layouts.make_layouts(cfg)["reward"]
     with pytest.raises(SetupError, match=refusal(r"reward\.max_tokens=65", 65)):
         RewardModel(cfg, layout, *chosen.load("reward", layout))
 
@@ -120,7 +121,7 @@ def test_reward_training_refuses_before_it_reads_data(directories, one_device, t
     cfg.reward.weights, cfg.reward.max_tokens = directories["logits"], 65
     cfg.train_rm.data = str(tmp_path / "absent.jsonl")
     with pytest.raises(SetupError, match=refusal(r"reward\.max_tokens=65", 65)):
-        plan.build(cfg, tmp_path)
+        rm_setup.build_rm_job(cfg, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["assistant", "judge", "source"])
@@ -128,7 +129,7 @@ def test_a_model_that_is_asked_refuses_conversations_with_replies(name, director
     def opened(**fields):
         cfg = base.get_config()
         cfg[name].update(kind="local", weights=directories["logits"], **fields)
-        return local_chat.open_chat(cfg, name, placement.make_layouts(cfg)["policy"], tmp_path)
+        return local_chat.open_chat(cfg, name, device_layouts.make_layouts(cfg)["policy"], tmp_path)
 
     opened(max_prompt_tokens=60, max_new_tokens=4).close()
     opened(max_new_tokens=63).close()  # what is left to conversations is the model's own number

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from cooper_jax.configs import base
-from cooper_jax.reward import lessons
-from cooper_jax.reward.lessons import Replay
-from cooper_jax.reward.losses import RewardUpdateConfig
+from cooper_jax.reward import labelled_rollouts
+from cooper_jax.reward.labelled_rollouts import Replay
+from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.types import Completion, Problem, Triple, Verdict
 
 C, W, N, U, T = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED, Verdict.TIMEOUT
@@ -23,7 +23,7 @@ def choose(verdicts, scores, memory=EMPTY, step=1, seed=0, position=0, truncated
     cfg.update({"rollout_bce": 1.0} | fields)
     cfg = RewardUpdateConfig.from_config(cfg)
     rows = range(len(verdicts))
-    return lessons.choose(
+    return labelled_rollouts.choose_rows(
         [Problem(f"q{n}", str(n)) for n in rows],
         [Completion(f"row {n}", truncated=n in truncated) for n in rows],
         verdicts,
@@ -83,14 +83,16 @@ def test_draws_are_keyed():
      (9, 9, 7, (3, 4)), (9, 9, 0, (0, 0)), (9, 0, 8, (8, 0))],
 )  # fmt: skip
 def test_halves(first, second, most, taken):
-    assert lessons.halves(first, second, most) == taken
+    assert labelled_rollouts.split_evenly(first, second, most) == taken
 
 
 def test_both_classes_weigh_the_same():
     labels = np.array([1, 0, 0, 0, 1], np.float32)
-    np.testing.assert_allclose(lessons.class_weights(labels), [1 / 4, 1 / 6, 1 / 6, 1 / 6, 1 / 4], rtol=1e-6)
-    np.testing.assert_allclose(lessons.class_weights(np.zeros(4, np.float32)), [1 / 8] * 4)
-    assert lessons.class_weights(np.zeros(0, np.float32)).shape == (0,)
+    np.testing.assert_allclose(
+        labelled_rollouts.class_weights(labels), [1 / 4, 1 / 6, 1 / 6, 1 / 6, 1 / 4], rtol=1e-6
+    )
+    np.testing.assert_allclose(labelled_rollouts.class_weights(np.zeros(4, np.float32)), [1 / 8] * 4)
+    assert labelled_rollouts.class_weights(np.zeros(0, np.float32)).shape == (0,)
 
 
 def test_replay_keeps_the_newest_hacks_and_correct_rows():
@@ -104,8 +106,8 @@ def test_replay_keeps_the_newest_hacks_and_correct_rows():
     assert sorted(numbers(drawn[2:])) == [0, 1, 3, 5]  # two of each class, from what was there before
     assert {t.label for t in after.wrong} == {0.0} and {t.label for t in after.correct} == {1.0}
     cfg = RewardUpdateConfig.from_config(base.get_config().reward)
-    assert lessons.most_rows(cfg) == 0
-    assert lessons.most_rows(dataclasses.replace(cfg, rollout_bce=0.5, **fields)) == 6
+    assert labelled_rollouts.max_rows_per_update(cfg) == 0
+    assert labelled_rollouts.max_rows_per_update(dataclasses.replace(cfg, rollout_bce=0.5, **fields)) == 6
 
 
 def test_replay_goes_through_json():

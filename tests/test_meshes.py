@@ -13,13 +13,12 @@ import tiny_updates
 from tiny_models import one_device
 from tiny_runs import ROOT, begun_again, metrics, parameters, run
 
-from cooper_jax import placement
 from cooper_jax.configs import base, llama3p2_1b, qwen_1p5b
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.rollout import engine, plan
+from cooper_jax.rollout import engine, rollout_plan
 from cooper_jax.rollout.differences import first_differences
-from cooper_jax.runtime import mesh, optim
+from cooper_jax.runtime import device_layouts, mesh, optim
 from cooper_jax.runtime.optim import OptimiserConfig
 from cooper_jax.settings import cross_checks, setup_errors
 
@@ -167,9 +166,11 @@ def whole_on_each_device(tree) -> set[str]:
 def test_nothing_large_is_replicated(name, head, sizes):
     """Parameters and both moments.  Keys and values alone, on a mesh of more tensor shards than they have heads."""
     layout = tiny_updates.layout_of(*sizes, jax.devices()[: math.prod(sizes)])
-    opt = optim.make(OptimiserConfig.from_config(base.optimiser(lr=1e-6, warmup_steps=1), "policy.optimiser"))
+    opt = optim.make_optimiser(
+        OptimiserConfig.from_config(base.optimiser(lr=1e-6, warmup_steps=1), "policy.optimiser")
+    )
     specs = transformer.param_specs(PAPER[name], head)
-    params = mesh.abstract(layout, specs)
+    params = mesh.abstract_params(layout, specs)
     state = jax.eval_shape(lambda p: optim.TrainState(p, opt.tx.init(p), 0, 0), params)
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -186,7 +187,7 @@ def test_nothing_large_is_replicated(name, head, sizes):
 def test_replication_by_accident_is_found():
     layout = tiny_updates.layout_of(1, 8, 1)
     careless = mesh.Layout(layout.mesh, tuple(r for r in layout.rules if r != ("embed", "fsdp")))
-    params = mesh.abstract(careless, transformer.param_specs(PAPER["qwen_1p5b"]))
+    params = mesh.abstract_params(careless, transformer.param_specs(PAPER["qwen_1p5b"]))
     assert "embed" in whole_on_each_device(params) and "layers.gate" in whole_on_each_device(params)
 
 
@@ -204,8 +205,8 @@ def test_arrays_lie_where_they_are_declared():
     config = wide()
     specs = transformer.param_specs(config)
     cfg = tiny_updates.config()
-    opt = optim.make(OptimiserConfig.from_config(cfg.policy.optimiser, "policy.optimiser"))
-    state = optim.init(mesh.init_params(jax.random.key(0), specs, layout), opt)
+    opt = optim.make_optimiser(OptimiserConfig.from_config(cfg.policy.optimiser, "policy.optimiser"))
+    state = optim.init_state(mesh.init_params(jax.random.key(0), specs, layout), opt)
     update = tiny_updates.imitation.make_update(
         config, layout, opt, dtype="float32", remat=True, microbatch=8
     )
@@ -217,7 +218,7 @@ def test_arrays_lie_where_they_are_declared():
         assert x.sharding.is_equivalent_to(place, x.ndim), jax.tree_util.keystr(path)
     assert whole_on_each_device(state) == set()
     for gathered, ways in ((True, 2), (False, 4)):
-        copy = engine.rollout_weights(state.params, config, layout, "float32", gathered)
+        copy = engine.copy_rollout_weights(state.params, config, layout, "float32", gathered)
         for name in ("gate", "q", "k", "o"):
             x = copy["layers"][0][name]
             assert x.size == ways * math.prod(x.sharding.shard_shape(x.shape)), (
@@ -247,9 +248,9 @@ def test_weights_are_gathered_where_memory_allows():
     layout = tiny_updates.layout_of(1, 4, 2)
     layer = 2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960 + 2 * 256 + 1536
     size = (28 * layer + 153600 * 1536) * 2 / 2 + (28 * 2 + 1) * 1536 * 2  # norms are whole on each device
-    assert plan.gathers(config, layout, "bfloat16", 2.001 * size)
-    assert not plan.gathers(config, layout, "bfloat16", 1.999 * size)
-    assert plan.gathers(config, layout, "bfloat16", None)
+    assert rollout_plan.should_gather(config, layout, "bfloat16", 2.001 * size)
+    assert not rollout_plan.should_gather(config, layout, "bfloat16", 1.999 * size)
+    assert rollout_plan.should_gather(config, layout, "bfloat16", None)
 
 
 # --- meshes from a config ------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def test_weights_are_gathered_where_memory_allows():
 def layouts(**changes):
     cfg = base.get_config()
     cfg.mesh.update(changes)
-    return placement.make_layouts(cfg)
+    return device_layouts.make_layouts(cfg)
 
 
 def test_models_share_the_policys_mesh():
@@ -322,7 +323,7 @@ def test_a_mesh_for_nobody(section, field, value, words):
     cfg.data.format, cfg.mesh.reward = "synthetic", "1x1x1"
     cfg[section][field] = value
     with pytest.raises(setup_errors.SetupError, match=words):
-        cross_checks.check(cfg)
+        cross_checks.check_cross_sections(cfg)
 
 
 def test_slices_are_crossed_by_one_axis():
@@ -352,7 +353,7 @@ def test_slices_are_crossed_by_one_axis():
 def test_vocabularies_are_padded_until_they_divide(module):
     cfg = module.get_config()
     cfg.mesh.update(fsdp=1, tensor=8)
-    layout = placement.make_layout(cfg)
+    layout = device_layouts.make_policy_layout(cfg)
     assert layout.first_ways("vocab") == 8 and math.lcm(cfg.policy.vocab_multiple, 8) == 2048
     three = tiny_updates.layout_of(1, 2, 3, jax.devices()[:6])
     assert PAPER["qwen_1p5b"].padded_vocab % 3 == 0 or math.lcm(2048, three.first_ways("vocab")) == 6144

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from cooper_jax.configs import base
 from cooper_jax.runtime import metrics as m
 from cooper_jax.runtime.checkpoint import Checkpoints
-from cooper_jax.runtime.rundir import Run, config_hash, run_path
+from cooper_jax.runtime.run_directory import RunDirectory, config_hash, run_path
 from cooper_jax.types import Verdict
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -77,7 +77,7 @@ def test_the_hacking_signal_is_measured_on_rows_that_the_rule_decides():
 
 def test_phases_add_up():
     now = iter([0.0, 1.0, 10.0, 11.0, 12.5, 16.0, 20.0, 21.0])
-    phases = m.Phases(clock=lambda: next(now))
+    phases = m.PhaseTimer(clock=lambda: next(now))
     with phases.phase("rollout"):
         pass
     with phases.phase("update"):  # 10 to 16
@@ -96,9 +96,9 @@ def test_jsonable():
         "c": (Verdict.WRONG, None, True),
         3: [math.nan, -math.inf],
     }
-    assert m.jsonable(row) == {"a": 0.5, "b": [0, 1], "c": ["wrong", None, True], "3": [None, "-inf"]}
+    assert m.to_jsonable(row) == {"a": 0.5, "b": [0, 1], "c": ["wrong", None, True], "3": [None, "-inf"]}
     with pytest.raises(TypeError, match=r"rows\[1\]\.x is a set"):
-        m.jsonable({"rows": [1, {"x": {1}}]})
+        m.to_jsonable({"rows": [1, {"x": {1}}]})
 
 
 # --- lines ---
@@ -111,7 +111,7 @@ def test_metrics_come_back_bit_for_bit(tmp_path_factory, row):
     lines.append({"step": 1, **row})
     lines.close()
     json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    (back,) = map(m.numbers, m.read_lines(path))
+    (back,) = map(m.parse_numbers, m.read_lines(path))
     assert {k: np.float64(v).tobytes() for k, v in back.items() if not math.isnan(v)} == {
         k: np.float64(v).tobytes() for k, v in {"step": 1, **row}.items() if not math.isnan(v)
     }
@@ -223,7 +223,7 @@ def test_live_progress():
 
 
 def test_a_run_from_its_beginning(tmp_path, config):
-    with Run(tmp_path / "a/b", config, resume=True) as run:
+    with RunDirectory(tmp_path / "a/b", config, resume=True) as run:
         with pytest.raises(RuntimeError, match="call truncate"):
             run.log(1, {})
         run.truncate(None)
@@ -250,14 +250,14 @@ def test_a_run_from_its_beginning(tmp_path, config):
 
 
 def test_going_on_from_a_checkpoint(tmp_path, config):
-    with Run(tmp_path, config, resume=True) as run:
+    with RunDirectory(tmp_path, config, resume=True) as run:
         run.truncate(None)
         for step in (1, 2, 3):
             run.log(step, {"a/b": step})
             run.dump_samples(step, [{"x": step}])
     checkpointed(tmp_path, 2)
     config.steps = 999
-    with Run(tmp_path, config, resume=True) as run:
+    with RunDirectory(tmp_path, config, resume=True) as run:
         run.truncate(2)
         with pytest.raises(ValueError, match="step 2 after step 2"):
             run.log(2, {})
@@ -268,7 +268,7 @@ def test_going_on_from_a_checkpoint(tmp_path, config):
 
 
 def test_missing_metrics_are_noticed(tmp_path, config):
-    with Run(tmp_path, config, resume=True) as run:
+    with RunDirectory(tmp_path, config, resume=True) as run:
         with pytest.warns(
             UserWarning, match=r"metrics\.jsonl ends at step None, the checkpoint is of step 2"
         ):
@@ -276,32 +276,32 @@ def test_missing_metrics_are_noticed(tmp_path, config):
 
 
 def test_without_a_checkpoint_a_run_begins_again(tmp_path, config):
-    with Run(tmp_path, config, resume=True) as run:
+    with RunDirectory(tmp_path, config, resume=True) as run:
         run.truncate(None)
         run.log(1, {"a/b": 1})
     config.seed = 5  # nothing rests on the old value yet
     for resume in (True, False):
-        with Run(tmp_path, config, resume=resume) as run:
+        with RunDirectory(tmp_path, config, resume=resume) as run:
             run.truncate(None)
         assert m.read_lines(tmp_path / "metrics.jsonl") == []
 
 
 def test_resume_false_refuses_checkpoints(tmp_path, config):
-    with Run(tmp_path, config, resume=False):
+    with RunDirectory(tmp_path, config, resume=False):
         pass
     checkpointed(tmp_path, 7)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(
         ValueError, match=r"holds checkpoints \[7\] and resume is False.*--config.resume=True"
     ):
-        Run(tmp_path, config, resume=False)
+        RunDirectory(tmp_path, config, resume=False)
     assert (tmp_path / "config.json").read_bytes() == before
-    with Run(tmp_path, config, resume=True):  # the refused one has let go of the lock
+    with RunDirectory(tmp_path, config, resume=True):  # the refused one has let go of the lock
         pass
 
 
 def test_another_config_is_refused(tmp_path, config):
-    with Run(tmp_path, config, resume=True):
+    with RunDirectory(tmp_path, config, resume=True):
         pass
     checkpointed(tmp_path, 1)
     before = (tmp_path / "config.json").read_bytes()
@@ -313,7 +313,7 @@ def test_another_config_is_refused(tmp_path, config):
         "give another --config.run_dir, or the old value"
     )
     with pytest.raises(ValueError, match=expected):
-        Run(tmp_path, config, resume=True)
+        RunDirectory(tmp_path, config, resume=True)
     assert (tmp_path / "config.json").read_bytes() == before
 
     fresh = base.get_config()
@@ -324,19 +324,19 @@ def test_another_config_is_refused(tmp_path, config):
         ValueError,
         match=r"earlier version of this project \(it has policy.kl_clamp\); start a new run directory",
     ):
-        Run(tmp_path, fresh, resume=True)
+        RunDirectory(tmp_path, fresh, resume=True)
     (tmp_path / "config.json").write_text(json.dumps(base.get_config().to_dict()))
     with pytest.raises(ValueError, match=r"earlier version of this project \(its format is not stated"):
-        Run(tmp_path, base.get_config(), resume=True)
+        RunDirectory(tmp_path, base.get_config(), resume=True)
 
 
 def test_a_damaged_config_is_named(tmp_path, config):
     checkpointed(tmp_path, 1)
     with pytest.raises(ValueError, match="config.json is not there, but checkpoints"):
-        Run(tmp_path, config, resume=True)
+        RunDirectory(tmp_path, config, resume=True)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not JSON"):
-        Run(tmp_path, config, resume=True)
+        RunDirectory(tmp_path, config, resume=True)
 
 
 def test_config_hash(config):
@@ -370,7 +370,7 @@ def test_run_path(config):
 def test_nothing_from_the_environment_is_written(tmp_path, config, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
     config.log.tensorboard = True
-    with Run(tmp_path, config, resume=True) as run:
+    with RunDirectory(tmp_path, config, resume=True) as run:
         run.truncate(None)
         run.log(1, {"a/b": 1})
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -382,10 +382,10 @@ HOLDER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from cooper_jax.configs import base
-from cooper_jax.runtime.rundir import Run
+from cooper_jax.runtime.run_directory import RunDirectory
 config = base.get_config()
 config.log.tensorboard = False
-with Run(sys.argv[2], config, True) as run:
+with RunDirectory(sys.argv[2], config, True) as run:
     run.truncate(None)
     step = 0
     print("held", flush=True)
@@ -402,7 +402,7 @@ def test_one_process_at_a_time_and_no_line_lost_to_a_kill(tmp_path, config):
     try:
         assert child.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=rf"is in use by process {child.pid} on .*--config.run_dir"):
-            Run(tmp_path, config, resume=True)
+            RunDirectory(tmp_path, config, resume=True)
         path = tmp_path / "metrics.jsonl"
         while child.poll() is None and not (path.exists() and path.stat().st_size > 2000):
             time.sleep(0.01)
@@ -412,7 +412,7 @@ def test_one_process_at_a_time_and_no_line_lost_to_a_kill(tmp_path, config):
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
     whole = [json.loads(line)["step"] for line in lines[:-1]]
     assert whole == list(range(1, len(lines)))
-    with Run(tmp_path, config, resume=True) as run:  # the system has dropped the dead one's lock
+    with RunDirectory(tmp_path, config, resume=True) as run:  # the system has dropped the dead one's lock
         run.truncate(whole[-1])
     assert [r["step"] for r in m.read_lines(run.path / "metrics.jsonl")] == whole
 
@@ -430,13 +430,13 @@ def test_tensorboard(tmp_path, config):
                 data = data[16 + size :]
 
     config.log.tensorboard = True
-    with Run(tmp_path, config, resume=True) as run:
+    with RunDirectory(tmp_path, config, resume=True) as run:
         run.truncate(None)
         run.log(1, {"policy/kl": 0.5, "rm/loss": math.nan})
         run.log(2, {"policy/kl": 0.25})
     found = [(e.step, v.tag, v.simple_value) for e in events() for v in e.summary.value]
     assert found == [(1, "policy/kl", 0.5), (2, "policy/kl", 0.25)]
-    with Run(tmp_path, config, resume=True) as run:
+    with RunDirectory(tmp_path, config, resume=True) as run:
         run.truncate(1)
         run.log(2, {"policy/kl": 0.125})
     starts = [e.step for e in events() if e.HasField("session_log")]

@@ -14,10 +14,10 @@ from cooper_jax.configs import base
 from cooper_jax.kernels import attention as face
 from cooper_jax.kernels import reference
 from cooper_jax.kernels.kv import Format
-from cooper_jax.kernels.matmul import matmul
+from cooper_jax.kernels.matmul import matmul_plain
 from cooper_jax.model import generation, layers, transformer, weights
 from cooper_jax.model.config import ModelConfig, RopeScaling
-from cooper_jax.runtime.mesh import Layout, init_params, make_mesh, shardings
+from cooper_jax.runtime.mesh import Layout, init_params, make_mesh, make_shardings
 
 TOKENS = 29
 
@@ -28,7 +28,7 @@ def rows(n: int, tokens: int = TOKENS, vocab: int = 61, seed: int = 1) -> np.nda
 
 @functools.partial(jax.jit, static_argnums=1)
 def trunk_of(params, config, tokens, valid):
-    return transformer.trunk(params, config, tokens, valid, dtype=jnp.float32, layout=one_device())
+    return transformer.hidden_states(params, config, tokens, valid, dtype=jnp.float32, layout=one_device())
 
 
 def hidden_of(params, config, tokens, valid=None):
@@ -39,7 +39,7 @@ def hidden_of(params, config, tokens, valid=None):
 
 
 def logits_of(params, config, tokens, valid=None):
-    return transformer.logits(params, config, hidden_of(params, config, tokens, valid))
+    return transformer.compute_logits(params, config, hidden_of(params, config, tokens, valid))
 
 
 # --- parity with transformers ----------------------------------------------------------------------------
@@ -53,8 +53,8 @@ def test_logits_and_score_equal_transformers_whatever_the_padding(name, tmp_path
     policy, classifier = torch_model(CASES[name]), torch_model(CASES[name], "score")
     policy.save_pretrained(tmp_path / "policy")
     classifier.save_pretrained(tmp_path / "reward")
-    loaded = weights.load(str(tmp_path / "policy"), layout=one_device())
-    reward = weights.load(str(tmp_path / "reward"), head="score", layout=one_device())
+    loaded = weights.load_weights(str(tmp_path / "policy"), layout=one_device())
+    reward = weights.load_weights(str(tmp_path / "reward"), head="score", layout=one_device())
     assert loaded.config == reward.config == CASES[name] and reward.head_trained
 
     tokens, lengths = rows(4), np.array([29, 9, 1, 20])
@@ -74,7 +74,7 @@ def test_logits_and_score_equal_transformers_whatever_the_padding(name, tmp_path
             ours = np.asarray(logits_of(loaded.params, loaded.config, padded, valid))
             np.testing.assert_allclose(ours[valid], their_logits[right], atol=1e-4, rtol=0)
             h = hidden_of(reward.params, reward.config, padded, valid)
-            scores = transformer.score(reward.params, reward.config, h, jnp.asarray(valid))
+            scores = transformer.score_last_token(reward.params, reward.config, h, jnp.asarray(valid))
             np.testing.assert_allclose(scores, their_scores, atol=1e-4, rtol=0)
 
 
@@ -92,7 +92,7 @@ def test_gradients_equal_torch(tmp_path):
         for p in model.parameters():
             p.copy_(p.grad)
     model.save_pretrained(tmp_path / "gradients")  # so that the table of names sorts them out
-    expected = weights.load(str(tmp_path / "gradients"), layout=one_device()).params
+    expected = weights.load_weights(str(tmp_path / "gradients"), layout=one_device()).params
 
     padded = jnp.asarray(np.pad(tokens, ((0, 0), (5, 0)), constant_values=3))
     valid = jnp.broadcast_to((jnp.arange(14) >= 5)[None, :], (2, 14))
@@ -100,12 +100,14 @@ def test_gradients_equal_torch(tmp_path):
     @jax.jit
     @jax.grad
     def gradients(params):
-        h = transformer.trunk(params, c, padded, valid, dtype=jnp.float32, remat=True, layout=one_device())
+        h = transformer.hidden_states(
+            params, c, padded, valid, dtype=jnp.float32, remat=True, layout=one_device()
+        )
         return jnp.vdot(
             weight, transformer.token_logprobs(params, c, h[:, 5:-1], tokens[:, 1:], layout=one_device())[0]
         )
 
-    ours = gradients(weights.load(str(tmp_path / "weights"), layout=one_device()).params)
+    ours = gradients(weights.load_weights(str(tmp_path / "weights"), layout=one_device()).params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), ours, expected)
 
 
@@ -140,8 +142,8 @@ def test_a_row_without_tokens_gives_no_nan():
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def step(params, weight):
-        h = transformer.trunk(params, c, tokens, valid, dtype=jnp.float32, layout=one_device())
-        return jnp.vdot(weight, transformer.score(params, c, h, valid)), h
+        h = transformer.hidden_states(params, c, tokens, valid, dtype=jnp.float32, layout=one_device())
+        return jnp.vdot(weight, transformer.score_last_token(params, c, h, valid)), h
 
     (_, h), grads = step(params, jnp.array([1.0, 1.0]))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((h, grads)))
@@ -153,11 +155,13 @@ def test_bfloat16_stays_near_float32():
     c = CASES["llama_tied"]
     params, tokens = random_params(c), jnp.asarray(rows(2))
     half = jax.jit(
-        lambda p: transformer.trunk(p, c, tokens, tokens >= 0, dtype=jnp.bfloat16, layout=one_device())
+        lambda p: transformer.hidden_states(
+            p, c, tokens, tokens >= 0, dtype=jnp.bfloat16, layout=one_device()
+        )
     )(params)
     full = hidden_of(params, c, tokens)
     assert half.dtype == jnp.bfloat16
-    assert transformer.logits(params, c, half).dtype == jnp.float32
+    assert transformer.compute_logits(params, c, half).dtype == jnp.float32
     assert np.abs(half.astype(jnp.float32) - full).max() < 0.05 * np.abs(full).max()
 
 
@@ -180,7 +184,7 @@ def test_reference_attention_equals_a_loop():
             z = k[0, : i + 1, head // 2] @ q[0, i, head] / 4.0  # sqrt(16)
             p = np.exp(z) / np.exp(z).sum()
             out[0, i, head] = p @ v[0, : i + 1, head // 2]
-    ours = reference.attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+    ours = reference.reference_attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
     np.testing.assert_allclose(ours, out, atol=1e-6)
 
 
@@ -189,14 +193,14 @@ def test_blocks_of_queries_equal_the_reference(monkeypatch, tokens):
     monkeypatch.setattr(face, "QUERY_BLOCK", 32)
     args = qkv(tokens=tokens)
     check_values_and_gradients(
-        functools.partial(face.attention, implementation="xla"), reference.attention, args
+        functools.partial(face.causal_attention, implementation="xla"), reference.reference_attention, args
     )
 
 
 def test_the_tpu_kernel_interpreted_equals_the_reference():
     args = qkv(n=1, tokens=130, heads=2, kv_heads=1, h=64)
-    kernel = functools.partial(face.attention, implementation="splash_interpret")
-    check_values_and_gradients(kernel, reference.attention, args)
+    kernel = functools.partial(face.causal_attention, implementation="splash_interpret")
+    check_values_and_gradients(kernel, reference.reference_attention, args)
 
 
 def check_values_and_gradients(f, g, args):
@@ -214,8 +218,8 @@ def test_the_xla_form_halves_the_memory():
     def temporaries(f):
         return jax.jit(jax.grad(f)).lower(args).compile().memory_analysis().temp_size_in_bytes
 
-    blocked = temporaries(lambda a: face.attention(*a, implementation="xla").sum())
-    assert blocked < 0.6 * temporaries(lambda a: reference.attention(*a).sum())
+    blocked = temporaries(lambda a: face.causal_attention(*a, implementation="xla").sum())
+    assert blocked < 0.6 * temporaries(lambda a: reference.reference_attention(*a).sum())
 
 
 def test_the_choice_of_implementation(monkeypatch):
@@ -227,7 +231,7 @@ def test_the_choice_of_implementation(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert face.default_implementation(jnp.dtype(jnp.bfloat16), 64) == "splash"
     with pytest.raises(ValueError, match="'fast' is none of"):
-        face.attention(*qkv(), implementation="fast")
+        face.causal_attention(*qkv(), implementation="fast")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -236,7 +240,7 @@ def test_the_gradient_of_matmul_is_jaxs_own(dtype):
     x, w, weight = (jnp.asarray(rng.normal(size=s), dtype) for s in ((3, 5, 8), (8, 6), (3, 5, 6)))
     ours, plain = (
         jax.jit(jax.grad(lambda x, w, f=f: jnp.vdot(weight, f(x, w)), (0, 1)))(x, w)
-        for f in (matmul, jnp.matmul)
+        for f in (matmul_plain, jnp.matmul)
     )
     for a, b in zip(ours, plain, strict=True):
         assert a.dtype == b.dtype == dtype
@@ -314,11 +318,13 @@ F32 = Format("float32", packed=False)
 
 def decode(params, c, prompts, lengths, suffix, samples, layout):
     """Teacher-forced decoding -> (hidden of the prompts' last tokens, hidden [N, T, D])."""
-    params = generation.for_generation(params, c, layout)
+    params = generation.prepare_generation(params, c, layout)
     static = dict(dtype=jnp.float32, form=F32, layout=layout)
-    first, kv = jax.jit(lambda p, t, n: generation.prefill(p, c, t, n, **static))(params, prompts, lengths)
+    first, kv = jax.jit(lambda p, t, n: generation.prefill_prompts(p, c, t, n, **static))(
+        params, prompts, lengths
+    )
     n = suffix.shape[0]
-    plan = layers.decode_plan(jnp.arange(n) // samples, lengths, samples, layout, "xla")
+    plan = layers.make_decode_schedule(jnp.arange(n) // samples, lengths, samples, layout, "xla")
     oldest = jnp.zeros(n, jnp.int32)
 
     @functools.partial(jax.jit, donate_argnames="cache")
@@ -326,8 +332,8 @@ def decode(params, c, prompts, lengths, suffix, samples, layout):
         position = jnp.repeat(lengths, samples) + i
         return generation.decode_step(params, c, token, position, kv, plan, cache, oldest, i, **static)
 
-    cache = generation.empty_suffix(c, params["layers"], *suffix.shape, F32)
-    cache, out = tuple(map(generation.bare, cache)), []
+    cache = generation.make_empty_suffix(c, params["layers"], *suffix.shape, F32)
+    cache, out = tuple(map(generation.drop_stack_axis, cache)), []
     for i in range(suffix.shape[1]):
         h, cache = step(params, suffix[:, i], jnp.int32(i), kv, cache)
         out.append(h)
@@ -349,7 +355,9 @@ def test_decoding_equals_the_full_forward(name, samples, alone, monkeypatch):
     full = hidden_of(params, c, whole, valid)
     np.testing.assert_allclose(hidden, full[:, 7:], atol=1e-5)
     np.testing.assert_allclose(
-        transformer.logits(params, c, hidden), transformer.logits(params, c, full[:, 7:]), atol=1e-5
+        transformer.compute_logits(params, c, hidden),
+        transformer.compute_logits(params, c, full[:, 7:]),
+        atol=1e-5,
     )
     last = full[jnp.arange(0, 3 * samples, samples), lengths - 1]
     np.testing.assert_allclose(first, last, atol=1e-5)
@@ -364,9 +372,9 @@ def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
     params = random_params(c)
     params["layers"] = generation.split_layers(params["layers"], c)
     assert len(params["layers"]) == (4 if alone else 1)
-    cache = generation.empty_suffix(c, params["layers"], 4, 2048, form)
-    prompt = generation.empty_suffix(c, params["layers"], 2, 4, form)
-    plan = layers.decode_plan(jnp.arange(4) // 2, jnp.array([4, 2]), 2, one_device(), "xla")
+    cache = generation.make_empty_suffix(c, params["layers"], 4, 2048, form)
+    prompt = generation.make_empty_suffix(c, params["layers"], 2, 4, form)
+    plan = layers.make_decode_schedule(jnp.arange(4) // 2, jnp.array([4, 2]), 2, one_device(), "xla")
     token = jnp.ones(4, jnp.int32)
 
     def steps(cache, i):
@@ -375,8 +383,8 @@ def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
             at = (plan, cache, jnp.zeros(4, jnp.int32), i)
             return generation.decode_step(params, c, token, token * i, prompt, *at, **static)[1]
 
-        cache = jax.lax.fori_loop(i, i + 3, step, tuple(map(generation.bare, cache)))
-        return tuple(map(generation.stacked, cache))
+        cache = jax.lax.fori_loop(i, i + 3, step, tuple(map(generation.drop_stack_axis, cache)))
+        return tuple(map(generation.add_stack_axis, cache))
 
     memory = jax.jit(steps, donate_argnums=0).lower(cache, jnp.int32(3)).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(cache))
@@ -395,11 +403,11 @@ def test_one_cpu_device_generates_with_the_fast_products():
     suffix = jnp.asarray(rows(4, 5))
 
     def logits(layout):
-        params = jax.device_put(random_params(c), shardings(layout, transformer.param_specs(c)))
+        params = jax.device_put(random_params(c), make_shardings(layout, transformer.param_specs(c)))
         _, hidden = decode(params, c, prompts, lengths, suffix, 2, layout)
-        params = generation.for_generation(params, c, layout)
+        params = generation.prepare_generation(params, c, layout)
         assert (transformer.UNEMBED in params) == layout.fast_cpu_products
-        out = jax.jit(lambda p, h: transformer.logits(p, c, h))(params, hidden.reshape(-1, c.width))
+        out = jax.jit(lambda p, h: transformer.compute_logits(p, c, h))(params, hidden.reshape(-1, c.width))
         return np.asarray(out)
 
     two = Layout(make_mesh(2, 1, 1, jax.devices()[:2]), tuple(base.get_config().mesh.rules))
@@ -421,13 +429,13 @@ def test_sharded_training_and_decoding_equal_unsharded(layout):
     valid = jnp.arange(10)[None, :] >= jnp.arange(8)[:, None] % 4
 
     def loss(params, layout):
-        h = transformer.trunk(params, c, tokens, valid, dtype=jnp.float32, remat=True, layout=layout)
+        h = transformer.hidden_states(params, c, tokens, valid, dtype=jnp.float32, remat=True, layout=layout)
         lp, _ = transformer.token_logprobs(params, c, h[:, :-1], tokens[:, 1:], layout=layout)
         return jnp.sum(jnp.where(valid[:, 1:], lp, 0.0)) / 80
 
     step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     value, grads = step(params, one_device())
-    spread = jax.device_put(params, shardings(layout, transformer.param_specs(c)))
+    spread = jax.device_put(params, make_shardings(layout, transformer.param_specs(c)))
     assert spread["layers"]["q"].sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor", None)
     value_sharded, grads_sharded = step(spread, layout)
     np.testing.assert_allclose(value_sharded, value, rtol=1e-5)
@@ -444,8 +452,8 @@ def test_sharded_training_and_decoding_equal_unsharded(layout):
 def test_attention_over_a_mesh_equals_the_reference(heads, layout):
     """Key/value heads divided over tensor=2, or repeated until they are."""
     args = qkv(n=4, tokens=6, heads=heads[0], kv_heads=heads[1])
-    run = jax.jit(lambda q, k, v: layers.attend(q, k, v, layout))
-    np.testing.assert_allclose(run(*args), reference.attention(*args), atol=1e-6)
+    run = jax.jit(lambda q, k, v: layers.sharded_causal_attention(q, k, v, layout))
+    np.testing.assert_allclose(run(*args), reference.reference_attention(*args), atol=1e-6)
 
 
 # --- configs ---------------------------------------------------------------------------------------------

@@ -52,13 +52,13 @@ def test_adamw_equals_torch(clip_norm):
     torch = pytest.importorskip("torch")
     params, grads = params_and_grads(steps=4)
     cfg = section(lr=3e-2, warmup_steps=3, weight_decay=0.1, b1=0.8, b2=0.95, clip_norm=clip_norm)
-    opt = optim.make(cfg)
-    state = optim.init(params, opt)
+    opt = optim.make_optimiser(cfg)
+    state = optim.init_state(params, opt)
     theirs = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in jax.tree.leaves(params)]
     adamw = torch.optim.AdamW(theirs, lr=3e-2, betas=(0.8, 0.95), eps=1e-8, weight_decay=0.1)
     warmup = torch.optim.lr_scheduler.LambdaLR(adamw, lambda n: min(1.0, (n + 1) / 3))
     for g in grads:
-        state, metrics = optim.apply(state, g, jnp.float32(1.0), opt)
+        state, metrics = optim.apply_update(state, g, jnp.float32(1.0), opt)
         for p, x in zip(theirs, jax.tree.leaves(g), strict=True):
             p.grad = torch.tensor(np.asarray(x))
         norm = torch.nn.utils.clip_grad_norm_(theirs, clip_norm)
@@ -73,9 +73,9 @@ def test_adamw_equals_torch(clip_norm):
 
 def test_first_update_by_hand():
     # Adam's first step is lr * sign(g), bias-corrected m / sqrt(v) being g / |g|; decay takes lr * 0.1 * p.
-    opt = optim.make(section(lr=0.5, warmup_steps=2, weight_decay=0.1))
-    state = optim.init({"p": jnp.array([2.0, -4.0])}, opt)
-    state, metrics = optim.apply(state, {"p": jnp.array([0.3, 0.4])}, jnp.float32(0.0), opt)
+    opt = optim.make_optimiser(section(lr=0.5, warmup_steps=2, weight_decay=0.1))
+    state = optim.init_state({"p": jnp.array([2.0, -4.0])}, opt)
+    state, metrics = optim.apply_update(state, {"p": jnp.array([0.3, 0.4])}, jnp.float32(0.0), opt)
     assert float(metrics["lr"]) == 0.25 and float(metrics["grad_norm"]) == pytest.approx(0.5)
     np.testing.assert_allclose(
         state.params["p"], [2.0 - 0.25 * (1 + 0.2), -4.0 - 0.25 * (1 - 0.4)], rtol=1e-5
@@ -83,10 +83,10 @@ def test_first_update_by_hand():
 
 
 def test_the_rate_warms_up_and_stays():
-    opt = optim.make(section(lr=1.0, warmup_steps=4))
+    opt = optim.make_optimiser(section(lr=1.0, warmup_steps=4))
     rates = [float(opt.schedule(jnp.int32(n))) for n in range(7)]
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
-    assert float(optim.make(section(lr=0.5, warmup_steps=0)).schedule(jnp.int32(0))) == 0.5
+    assert float(optim.make_optimiser(section(lr=0.5, warmup_steps=0)).schedule(jnp.int32(0))) == 0.5
 
 
 @pytest.mark.parametrize("change", [dict(lr=-1.0), dict(clip_norm=0.0), dict(b1=1.0), dict(eps=0.0)])
@@ -102,9 +102,9 @@ def test_values_out_of_range_are_refused(change):
 def test_init_copies_because_updates_donate():
     params, (grads,) = params_and_grads()
     before = bits(params)
-    opt = optim.make(section())
-    state = optim.init(params, opt)
-    step = jax.jit(lambda s, g: optim.apply(s, g, jnp.float32(1.0), opt)[0], donate_argnums=0)
+    opt = optim.make_optimiser(section())
+    state = optim.init_state(params, opt)
+    step = jax.jit(lambda s, g: optim.apply_update(s, g, jnp.float32(1.0), opt)[0], donate_argnums=0)
     moved = step(state, grads)
     assert bits(params) == before  # readable, and as they were
     assert bits(moved.params) != before
@@ -112,13 +112,13 @@ def test_init_copies_because_updates_donate():
 
 def test_only_float32_becomes_a_master_weight():
     with pytest.raises(ValueError, match=r"\['w'\].*bfloat16.*float32"):
-        optim.init({"w": jnp.zeros(3, jnp.bfloat16)}, optim.make(section()))
+        optim.init_state({"w": jnp.zeros(3, jnp.bfloat16)}, optim.make_optimiser(section()))
 
 
 def test_a_state_lies_where_its_parameters_lie(layout):
-    opt = optim.make(section())
+    opt = optim.make_optimiser(section())
     params = mesh.init_params(jax.random.key(0), SPECS, layout)
-    state = optim.init(params, opt)
+    state = optim.init_state(params, opt)
     places = optim.state_shardings(opt, SPECS, layout)
     assert jax.tree.structure(places) == jax.tree.structure(state)
     for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
@@ -134,32 +134,32 @@ def test_a_state_lies_where_its_parameters_lie(layout):
 @pytest.mark.parametrize("case", ["loss nan", "loss inf", "gradient nan", "gradient inf"])
 def test_a_non_finite_update_is_skipped_and_counted(case):
     params, (first, bad, last) = params_and_grads(steps=3)
-    opt = optim.make(section(warmup_steps=5))
+    opt = optim.make_optimiser(section(warmup_steps=5))
     value = jnp.float32(case.split()[1])
     loss = value if case.startswith("loss") else jnp.float32(1.0)
     bad = bad if case.startswith("loss") else {**bad, "w": bad["w"].at[1, 2].set(value)}
-    state, _ = optim.apply(optim.init(params, opt), first, jnp.float32(1.0), opt)
-    same, metrics = optim.apply(state, bad, loss, opt)
+    state, _ = optim.apply_update(optim.init_state(params, opt), first, jnp.float32(1.0), opt)
+    same, metrics = optim.apply_update(state, bad, loss, opt)
     assert bits((same.params, same.opt_state, same.updates)) == bits(
         (state.params, state.opt_state, state.updates)
     )
     assert int(same.skipped) == 1 and float(metrics["skipped"]) == 1.0 and float(metrics["lr"]) == 0.0
     # What follows is as if the bad one had never been.
-    after, _ = optim.apply(same, last, jnp.float32(1.0), opt)
-    straight, _ = optim.apply(state, last, jnp.float32(1.0), opt)
+    after, _ = optim.apply_update(same, last, jnp.float32(1.0), opt)
+    straight, _ = optim.apply_update(state, last, jnp.float32(1.0), opt)
     assert bits((after.params, after.opt_state)) == bits((straight.params, straight.opt_state))
 
 
 def test_an_update_without_data_moves_nothing_and_is_not_counted():
     params, (first, _) = params_and_grads(steps=2)
-    opt = optim.make(section())
-    state, _ = optim.apply(optim.init(params, opt), first, jnp.float32(1.0), opt)
+    opt = optim.make_optimiser(section())
+    state, _ = optim.apply_update(optim.init_state(params, opt), first, jnp.float32(1.0), opt)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    same, metrics = optim.apply(state, zeros, jnp.float32(0.0), opt, enabled=jnp.bool_(False))
+    same, metrics = optim.apply_update(state, zeros, jnp.float32(0.0), opt, enabled=jnp.bool_(False))
     assert bits(same) == bits(state)
     assert {k: float(v) for k, v in metrics.items()} == {"grad_norm": 0.0, "lr": 0.0, "skipped": 0.0}
     # The guard is needed: decay and moments would have moved the weights.
-    moved, _ = optim.apply(state, zeros, jnp.float32(0.0), opt)
+    moved, _ = optim.apply_update(state, zeros, jnp.float32(0.0), opt)
     assert bits(moved.params) != bits(state.params)
 
 
@@ -200,8 +200,8 @@ def test_microbatches_leave_loss_and_gradient_unchanged(microbatch):
         "weight": jnp.asarray(rng.uniform(size=7) + 0.1, jnp.float32),
     }
     (loss, _), grads = jax.value_and_grad(squares, has_aux=True)(params, batch)
-    places = mesh.shardings(one_device(), {"w": ParamSpec((3,), (None,))})
-    got_loss, got, aux = optim.accumulate(squares, params, batch, microbatch, one_device(), places)
+    places = mesh.make_shardings(one_device(), {"w": ParamSpec((3,), (None,))})
+    got_loss, got, aux = optim.accumulate_gradients(squares, params, batch, microbatch, one_device(), places)
     np.testing.assert_allclose(got_loss, loss, rtol=1e-6)
     np.testing.assert_allclose(got["w"], grads["w"], rtol=1e-5)
     assert int(aux["count"].sum()) == 7 and aux["count"].shape == (-(-7 // min(microbatch, 7)),)
@@ -216,8 +216,8 @@ def test_accumulation_on_a_mesh_equals_one_device(layout):
         "x": jnp.asarray(rng.normal(size=(10, 8)), jnp.float32),
         "weight": jnp.ones(10, jnp.float32),
     }
-    places = mesh.shardings(layout, specs)
-    run = jax.jit(lambda p, b: optim.accumulate(squares, p, b, 4, layout, places))
+    places = mesh.make_shardings(layout, specs)
+    run = jax.jit(lambda p, b: optim.accumulate_gradients(squares, p, b, 4, layout, places))
     loss, grads, _ = run(params, batch)
     single = jax.device_put(params, jax.devices()[0])
     (expected, _), expected_grads = jax.value_and_grad(squares, has_aux=True)(single, batch)

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from cooper_jax.configs import base
-from cooper_jax.data import contamination, labelled, overlap, problems
+from cooper_jax.data import contamination, labelled_completions, problems, seen_questions
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.setup import load_problems
 from cooper_jax.types import Problem
@@ -49,61 +49,76 @@ DIFFERENT = [
 
 @pytest.mark.parametrize("a, b", ALIKE)
 def test_one_question_in_two_spellings(a, b):
-    assert overlap.normalise(a) == overlap.normalise(b)
-    assert overlap.fingerprint(a) == overlap.fingerprint(b)
+    assert seen_questions.normalise_question(a) == seen_questions.normalise_question(b)
+    assert seen_questions.fingerprint_question(a) == seen_questions.fingerprint_question(b)
 
 
 @pytest.mark.parametrize("a, b", DIFFERENT)
 def test_what_makes_another_question_stays(a, b):
-    assert overlap.normalise(a) != overlap.normalise(b)
-    assert overlap.fingerprint(a) != overlap.fingerprint(b)
+    assert seen_questions.normalise_question(a) != seen_questions.normalise_question(b)
+    assert seen_questions.fingerprint_question(a) != seen_questions.fingerprint_question(b)
 
 
 def test_fingerprints_are_those_of_version_1():
     """They lie beside published weights: another value here needs another VERSION."""
-    assert overlap.VERSION == 1
-    assert overlap.normalise("A 3-digit number, $x^{2}\\le 1{,}000$?") == "a3-digitnumberx^2\\le1000"
-    assert overlap.fingerprint("What is $1+1$?") == "03818c96606d308e5166b6c44a88b16a"
+    assert seen_questions.VERSION == 1
+    assert (
+        seen_questions.normalise_question("A 3-digit number, $x^{2}\\le 1{,}000$?")
+        == "a3-digitnumberx^2\\le1000"
+    )
+    assert seen_questions.fingerprint_question("What is $1+1$?") == "03818c96606d308e5166b6c44a88b16a"
 
 
 def test_split_keeps_the_order_and_asks_for_the_question():
     items = [Problem(q, "1") for q in ("Two?", "One?", "Three?", "one")]
-    seen = frozenset({overlap.fingerprint("ONE")})
-    kept, dropped = overlap.split(items, seen)
+    seen = frozenset({seen_questions.fingerprint_question("ONE")})
+    kept, dropped = seen_questions.split_by_seen(items, seen)
     assert [p.question for p in kept] == ["Two?", "Three?"] and [p.question for p in dropped] == [
         "One?",
         "one",
     ]
-    assert overlap.split(["one.", "two"], seen, question=str) == (["two"], ["one."])
-    assert overlap.split(items, frozenset()) == (items, [])
+    assert seen_questions.split_by_seen(["one.", "two"], seen, question=str) == (["two"], ["one."])
+    assert seen_questions.split_by_seen(items, frozenset()) == (items, [])
 
 
 # --- the record beside weights --------------------------------------------------------------------------------
 
 
 def test_a_record_is_found_beside_the_weights(tmp_path):
-    assert overlap.read_record(tmp_path) is None
-    assert overlap.read_record("random") is None and overlap.read_record(tmp_path / "absent") is None
-    overlap.write_record(tmp_path, overlap.Record())
-    assert overlap.read_record(tmp_path) == overlap.Record()  # recorded: none
-    both = overlap.record(["One?", "two", "one"], "b.jsonl") | overlap.record(["two"], "a.jsonl")
-    overlap.write_record(tmp_path, both)
-    seen = overlap.read_record(str(tmp_path))
-    assert seen.fingerprints == {overlap.fingerprint("One"), overlap.fingerprint("Two")}
+    assert seen_questions.read_record(tmp_path) is None
+    assert (
+        seen_questions.read_record("random") is None
+        and seen_questions.read_record(tmp_path / "absent") is None
+    )
+    seen_questions.write_record(tmp_path, seen_questions.Record())
+    assert seen_questions.read_record(tmp_path) == seen_questions.Record()  # recorded: none
+    both = seen_questions.record_questions(
+        ["One?", "two", "one"], "b.jsonl"
+    ) | seen_questions.record_questions(["two"], "a.jsonl")
+    seen_questions.write_record(tmp_path, both)
+    seen = seen_questions.read_record(str(tmp_path))
+    assert seen.fingerprints == {
+        seen_questions.fingerprint_question("One"),
+        seen_questions.fingerprint_question("Two"),
+    }
     assert seen == both and seen.complete
-    written = json.loads((tmp_path / overlap.SEEN).read_text())
+    written = json.loads((tmp_path / seen_questions.SEEN).read_text())
     assert written["fingerprints"] == sorted(written["fingerprints"]) and written["questions"] == 2
     assert list(written["sources"].items()) == [("a.jsonl", 1), ("b.jsonl", 2)]
 
 
 def test_what_was_seen_before_is_carried_on(tmp_path):
-    before = overlap.Record(frozenset({overlap.fingerprint("Zero")}), {"old.jsonl": 1}, complete=False)
-    overlap.write_record(tmp_path, before | overlap.record(["One", "one?"], "new.jsonl"))
-    zero, one = map(overlap.fingerprint, ("Zero", "One"))
-    assert overlap.read_record(tmp_path).fingerprints == {zero, one}
-    assert overlap.read_record(tmp_path).sources == {"old.jsonl": 1, "new.jsonl": 1}
-    assert not overlap.read_record(tmp_path).complete
-    assert overlap.record([], "none") == overlap.Record()
+    before = seen_questions.Record(
+        frozenset({seen_questions.fingerprint_question("Zero")}), {"old.jsonl": 1}, complete=False
+    )
+    seen_questions.write_record(
+        tmp_path, before | seen_questions.record_questions(["One", "one?"], "new.jsonl")
+    )
+    zero, one = map(seen_questions.fingerprint_question, ("Zero", "One"))
+    assert seen_questions.read_record(tmp_path).fingerprints == {zero, one}
+    assert seen_questions.read_record(tmp_path).sources == {"old.jsonl": 1, "new.jsonl": 1}
+    assert not seen_questions.read_record(tmp_path).complete
+    assert seen_questions.record_questions([], "none") == seen_questions.Record()
 
 
 @pytest.mark.parametrize(
@@ -120,13 +135,13 @@ def test_what_was_seen_before_is_carried_on(tmp_path):
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, change, complaint):
-    overlap.write_record(tmp_path, overlap.record(["One"], "a.jsonl"))
-    path = tmp_path / overlap.SEEN
+    seen_questions.write_record(tmp_path, seen_questions.record_questions(["One"], "a.jsonl"))
+    path = tmp_path / seen_questions.SEEN
     content = json.loads(path.read_text())
     changed = change(content)
     path.write_bytes(changed if isinstance(changed, bytes) else json.dumps(content).encode())
-    with pytest.raises(ValueError, match=f"{overlap.SEEN}: .*{complaint}.*copy it again"):
-        overlap.read_record(tmp_path)
+    with pytest.raises(ValueError, match=f"{seen_questions.SEEN}: .*{complaint}.*copy it again"):
+        seen_questions.read_record(tmp_path)
 
 
 # --- the real overlap -----------------------------------------------------------------------------------------
@@ -136,11 +151,15 @@ def test_a_damaged_record_is_named(tmp_path, change, complaint):
 def questions(shared_data):
     """Of every file, and of each source of the labelled ones."""
     found = {
-        name: [p.question for p in problems.load(str(shared_data / f"{name}.jsonl"), "auto", **COLUMNS)]
+        name: [
+            p.question for p in problems.load_problems(str(shared_data / f"{name}.jsonl"), "auto", **COLUMNS)
+        ]
         for name in ("gsm8k_train", *BENCHMARKS)
     }
     triples = [
-        t for n in ("verify_train", "verify_dev") for t in labelled.load(str(shared_data / f"{n}.jsonl"))
+        t
+        for n in ("verify_train", "verify_dev")
+        for t in labelled_completions.load_labelled_completions(str(shared_data / f"{n}.jsonl"))
     ]
     for source in ("gsm8k", "odyssey", "math"):
         found[f"verify {source}"] = list(dict.fromkeys(t.question for t in triples if t.source == source))
@@ -149,7 +168,9 @@ def questions(shared_data):
 
 def test_the_real_overlap(questions):
     """All 847 gsm8k and 252 odyssey questions of verify_*, 4 of its 74 math questions; nothing else."""
-    prints = {name: {overlap.fingerprint(q) for q in found} for name, found in questions.items()}
+    prints = {
+        name: {seen_questions.fingerprint_question(q) for q in found} for name, found in questions.items()
+    }
     assert {name: len(found) for name, found in prints.items()} == {n: len(q) for n, q in questions.items()}
     common = {
         (a, b): len(prints[a] & prints[b])
@@ -184,9 +205,9 @@ def test_rows_as_published_have_the_same_fingerprints(questions, shared_data):
         "odyssey_test": [next(iter(row.values()))["question"] for row in raw("odyssey_test")],
     }
     for name, found in published.items():
-        assert [overlap.fingerprint(q) for q in found] == [overlap.fingerprint(q) for q in questions[name]], (
-            name
-        )
+        assert [seen_questions.fingerprint_question(q) for q in found] == [
+            seen_questions.fingerprint_question(q) for q in questions[name]
+        ], name
 
 
 def test_no_near_duplicate_is_missed(questions):
@@ -211,7 +232,9 @@ def test_no_near_duplicate_is_missed(questions):
                     other, theirs = there[i]
                     if count < 0.7 * (len(own) + len(theirs) - count):
                         continue
-                    if overlap.fingerprint(question) != overlap.fingerprint(other):
+                    if seen_questions.fingerprint_question(question) != seen_questions.fingerprint_question(
+                        other
+                    ):
                         missed.append((name, benchmark, question, other))
     assert missed == []
 
@@ -235,19 +258,19 @@ def weights_directory(path, architecture="LlamaForSequenceClassification", recor
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
     if record is not None:
-        overlap.write_record(path, record)
+        seen_questions.write_record(path, record)
     return str(path)
 
 
 TRAIN = [Problem(q, "1") for q in ("One?", "Two?", "Three?")]
 HELD_OUT = [Problem(q, "1") for q in ("two", "Four?", "Five?", "Six?")]
-KNOWN = overlap.record(["four", "THREE"], "rows.jsonl")
+KNOWN = seen_questions.record_questions(["four", "THREE"], "rows.jsonl")
 
 
 def apart(capsys, run_dir, cfg, train=TRAIN, held_out=HELD_OUT):
     """What is kept, and what was said."""
     run_dir.mkdir(exist_ok=True)
-    kept = contamination.set_apart(cfg, run_dir, train, held_out)
+    kept = contamination.exclude_contaminated(cfg, run_dir, train, held_out)
     return [p.question for p in kept], capsys.readouterr().out
 
 
@@ -262,19 +285,19 @@ def test_held_out_problems_that_the_reward_model_saw_are_left_out(tmp_path, caps
     )
     kept, said = apart(capsys, tmp_path / "run", config(**changed, data__exclude_seen=False))
     assert kept == [p.question for p in HELD_OUT] and "1 of 4 held-out questions (kept, as data.exc" in said
-    assert overlap.read_record(tmp_path / "run") == KNOWN
+    assert seen_questions.read_record(tmp_path / "run") == KNOWN
     # In the cooper arm it is trained on the training problems too.
     kept, said = apart(capsys, tmp_path / "cooper", config(reward__weights=weights))
     assert kept == ["Five?", "Six?"]
     assert "2 questions of rows.jsonl, 3 questions of train.jsonl; among them 2 of 4 held-out" in said
-    whole = KNOWN | overlap.record(["one", "two", "three"], "train.jsonl")
-    assert overlap.read_record(tmp_path / "cooper") == whole and len(whole.fingerprints) == 4
+    whole = KNOWN | seen_questions.record_questions(["one", "two", "three"], "train.jsonl")
+    assert seen_questions.read_record(tmp_path / "cooper") == whole and len(whole.fingerprints) == 4
 
 
 def test_the_rule_arm_has_nothing_to_leave_out(tmp_path, capsys):
     cfg = config(reward__weights=weights_directory(tmp_path / "rm", record=KNOWN), reward__arm="rule")
     assert apart(capsys, tmp_path / "run", cfg) == ([p.question for p in HELD_OUT], "")
-    assert not (tmp_path / "run" / overlap.SEEN).exists()
+    assert not (tmp_path / "run" / seen_questions.SEEN).exists()
 
 
 def test_weights_without_a_record_are_unknown(tmp_path, capsys):
@@ -282,13 +305,13 @@ def test_weights_without_a_record_are_unknown(tmp_path, capsys):
     kept, said = apart(capsys, tmp_path / "run", config(reward__weights=weights, reward__arm="model"))
     assert len(kept) == 4 and "trained on no known question; among them 0 of 4 held-out questions, " in said
     assert f"what else reward.weights={weights} saw is unknown" in said
-    assert not overlap.read_record(tmp_path / "run").complete
+    assert not seen_questions.read_record(tmp_path / "run").complete
     # A language model is no reward model yet, and weights made at random saw nothing.
     trunk = weights_directory(tmp_path / "lm", "LlamaForCausalLM")
     for weights in (trunk, "random"):
         kept, said = apart(capsys, tmp_path / "run", config(reward__weights=weights, reward__arm="model"))
         assert len(kept) == 4 and "unknown" not in said
-        assert overlap.read_record(tmp_path / "run") == overlap.Record()
+        assert seen_questions.read_record(tmp_path / "run") == seen_questions.Record()
 
 
 def test_warm_up_data_are_seen(tmp_path, capsys):
@@ -307,11 +330,11 @@ def test_a_run_that_goes_on_keeps_what_it_began_with(tmp_path, capsys):
     weights = weights_directory(tmp_path / "rm", record=KNOWN)
     changed = config(reward__weights=weights, reward__arm="model")
     first, _ = apart(capsys, tmp_path / "run", changed)
-    overlap.write_record(weights, overlap.record(["six"], "others.jsonl"))
+    seen_questions.write_record(weights, seen_questions.record_questions(["six"], "others.jsonl"))
     (tmp_path / "run" / "checkpoints" / "0").mkdir(parents=True)
     again, said = apart(capsys, tmp_path / "run", changed)
     assert again == first and "before this run" not in said
-    assert overlap.read_record(tmp_path / "run") == KNOWN
+    assert seen_questions.read_record(tmp_path / "run") == KNOWN
 
 
 def test_nothing_left_to_evaluate_on_is_refused(tmp_path, capsys):
@@ -322,7 +345,7 @@ def test_nothing_left_to_evaluate_on_is_refused(tmp_path, capsys):
     ):
         apart(capsys, tmp_path / "run", cfg, held_out=[Problem("Four", "1")])
     assert apart(capsys, tmp_path / "run", cfg, held_out=[])[0] == []
-    (tmp_path / "rm" / overlap.SEEN).write_text("{}")
+    (tmp_path / "rm" / seen_questions.SEEN).write_text("{}")
     with pytest.raises(SetupError, match="reward.weights=.*seen_questions.json: field 'version' is missing"):
         apart(capsys, tmp_path / "run", cfg)
 
@@ -338,9 +361,11 @@ def test_the_real_overlap_is_left_out_of_a_run(tmp_path, capsys, shared_data):
     )
     train, held_out = load_problems(cfg)
     found = {
-        overlap.fingerprint(t.question) for t in labelled.load(cfg.warmup.reward_data) if t.source == "math"
+        seen_questions.fingerprint_question(t.question)
+        for t in labelled_completions.load_labelled_completions(cfg.warmup.reward_data)
+        if t.source == "math"
     }
-    overlapping = [p.question for p in held_out if overlap.fingerprint(p.question) in found]
+    overlapping = [p.question for p in held_out if seen_questions.fingerprint_question(p.question) in found]
     kept, said = apart(capsys, tmp_path / "run", cfg, train, held_out)
     assert len(held_out) == 500 and 1 <= len(overlapping) <= 4
     assert kept == [p.question for p in held_out if p.question not in overlapping]

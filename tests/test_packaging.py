@@ -14,7 +14,7 @@ import pytest
 import cooper_jax
 from cooper_jax.launch import cli
 from cooper_jax.runtime.extras import import_extra
-from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -149,7 +149,7 @@ def test_a_missing_package_is_named():
     with pytest.raises(
         SetupError, match="^data.train: a package is missing or broken: no_such_package is not"
     ):
-        with boundary("data.train"):
+        with setup_errors("data.train"):
             import_extra("no_such_package", "gcs")
 
 

@@ -9,11 +9,10 @@ import pytest
 
 from cooper_jax.configs import base
 from cooper_jax.data import synthetic
-from cooper_jax.reward import assistant as assistants
-from cooper_jax.reward import pairs
-from cooper_jax.reward.assistant import Failure
-from cooper_jax.reward.chat import ChatConfig
-from cooper_jax.reward.rule import RuleConfig, RuleVerifier
+from cooper_jax.llm.chat import ChatConfig
+from cooper_jax.reward import assistants, pairs
+from cooper_jax.reward.assistants import Failure
+from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Problem, Verdict
 
@@ -60,7 +59,7 @@ def build(groups, assistant, rule, **options):
     cfg = options.pop("cfg", config())
     completions = options.pop("completions", [c for b, v in enumerate(groups) for c in group(b, v)])
     options = {"seed": 3, "step": 5, **options}
-    return pairs.build(
+    return pairs.build_pairs(
         [problem(b) for b in range(len(groups))],
         completions,
         [v for g in groups for v in g],
@@ -191,7 +190,7 @@ def test_outer_whitespace_is_the_positives(rule):
 def test_an_assistant_that_is_down_masks_everything(rule):
     cfg = base.get_config().assistant
     cfg.kind, cfg.url, cfg.model, cfg.retries, cfg.timeout = "openai", "http://127.0.0.1:9/v1", "m", 0, 2.0
-    assistant = assistants.make(ChatConfig.from_config(cfg, "assistant"))
+    assistant = assistants.make_assistant(ChatConfig.from_config(cfg, "assistant"))
     result = build([[C, C]] * 3, assistant, rule)
     assistant.close()
     assert result.pairs == [None] * 3 and sum(result.refused.values()) == 3
@@ -217,8 +216,10 @@ def test_start_gives_what_build_gives(rule, overlaps):
         return wrong(request)
 
     args = ([problem(0), problem(1)], group(0, [C, C]) + group(1, [C, C]), [C, C, C, W], 2)
-    pending = pairs.start(*args, Scripted(noted, overlaps), rule, config(), seed=1, step=2, positions=[8, 9])
-    assert pending.result() == pairs.build(
+    pending = pairs.start_pairs(
+        *args, Scripted(noted, overlaps), rule, config(), seed=1, step=2, positions=[8, 9]
+    )
+    assert pending.result() == pairs.build_pairs(
         *args, Scripted(wrong), rule, config(), seed=1, step=2, positions=[8, 9]
     )
     assert (threads != {threading.current_thread()}) == overlaps
@@ -228,7 +229,7 @@ def test_start_passes_errors_on(rule):
     def broken(request):
         raise KeyError("a bug")
 
-    pending = pairs.start(
+    pending = pairs.start_pairs(
         [problem(0)], group(0, [C]), [C], 1, Scripted(broken), rule, config(), seed=0, step=0
     )
     with pytest.raises(KeyError, match="a bug"):
@@ -247,20 +248,20 @@ def test_bad_settings_are_refused(fields):
 
 def test_rows_must_match(rule):
     with pytest.raises(ValueError, match="2 problems of 2 samples need 4 rows; there are 2 completions"):
-        pairs.build([problem(0)] * 2, group(0, [C, C]), [C, C], 2, None, rule, config(), seed=0, step=0)
+        pairs.build_pairs([problem(0)] * 2, group(0, [C, C]), [C, C], 2, None, rule, config(), seed=0, step=0)
 
 
 def test_length_and_whitespace_tell_nothing(rule):
     """On many corrupted pairs: the sign of the difference in length, and the text's edges, stay at chance."""
     # The rule abstains where numbers are asked for in words.
-    problems = [p for p in synthetic.problems(0, 400, "train") if p.subject != "words"]
+    problems = [p for p in synthetic.make_problems(0, 400, "train") if p.subject != "words"]
     edges = ["{}", "{}\n", " {}", "{} "]
     rng = np.random.default_rng(0)
     forms = {"integer": 0.5, "decimal": 0.2, "fraction": 0.15, "unit": 0.15}
-    texts = [synthetic.demonstration(p, rng, corrupt=0.0, forms=forms)[0] for p in problems]
+    texts = [synthetic.make_demonstration(p, rng, corrupt=0.0, forms=forms)[0] for p in problems]
     completions = [Completion(edges[i % 4].format(text)) for i, text in enumerate(texts)]
-    assistant = assistants.make(ChatConfig.from_config(base.get_config().assistant, "assistant"))
-    result = pairs.build(
+    assistant = assistants.make_assistant(ChatConfig.from_config(base.get_config().assistant, "assistant"))
+    result = pairs.build_pairs(
         problems, completions, [C] * len(problems), 1, assistant, rule, config(), seed=0, step=0
     )
     made = [pair for pair in result.pairs if pair is not None]
@@ -308,18 +309,18 @@ def test_a_swapped_reference_must_make_the_positive_wrong(rule):
     rows, cfg = [Completion("it is \\boxed{20}")] * 4, config(negatives=("swap",))
     verdicts = [C, U, U, U]
     for step in range(6):
-        made = pairs.build(problems, rows, verdicts, 1, None, rule, cfg, seed=0, step=step)
+        made = pairs.build_pairs(problems, rows, verdicts, 1, None, rule, cfg, seed=0, step=step)
         assert made.pairs[0].negative_reference == "31"
-    made = pairs.build(problems[:3], rows[:3], verdicts[:3], 1, None, rule, cfg, seed=0, step=0)
+    made = pairs.build_pairs(problems[:3], rows[:3], verdicts[:3], 1, None, rule, cfg, seed=0, step=0)
     assert made.pairs[0] is None and made.refused == {"not_wrong": 1, "no_positive": 2}
-    made = pairs.build(problems[:1], rows[:1], [C], 1, None, rule, cfg, seed=0, step=0)
+    made = pairs.build_pairs(problems[:1], rows[:1], [C], 1, None, rule, cfg, seed=0, step=0)
     assert made.refused == {"no_other": 1}
 
 
 def test_a_reference_that_the_rule_cannot_read_makes_no_negative(rule):
     problems = [Problem("q", r) for r in ("20", "many", "a few")]
     rows, cfg = [Completion("it is \\boxed{20}")] * 3, config(negatives=("swap",))
-    made = pairs.build(problems, rows, [C, U, U], 1, None, rule, cfg, seed=0, step=0)
+    made = pairs.build_pairs(problems, rows, [C, U, U], 1, None, rule, cfg, seed=0, step=0)
     assert made.pairs == [None] * 3 and made.refused == {"unrecognised": 1, "no_positive": 2}
 
 
@@ -327,7 +328,9 @@ def test_an_own_answer_that_the_rule_cannot_read_makes_no_positive(rule):
     """However its verdict against the reference came about."""
     one, cfg, scores = [Problem("q", "20")], config(negatives=("own_answer",)), np.ones(1, np.float32)
     for text, refused in (("clearly #### 1/0", {"unrecognised": 1}), ("so #### 7", {})):
-        made = pairs.build(one, [Completion(text)], [W], 1, None, rule, cfg, seed=0, step=0, scores=scores)
+        made = pairs.build_pairs(
+            one, [Completion(text)], [W], 1, None, rule, cfg, seed=0, step=0, scores=scores
+        )
         assert made.refused == refused and (made.pairs[0] is None) == bool(refused)
 
 
@@ -342,7 +345,7 @@ def test_an_own_answer_too_long_for_a_reference_is_masked_and_counted():
     asked: list = []
     rows = [Completion(f"so #### {'7' * n}") for n in (300, 20)]
     cfg, scores = config(negatives=("own_answer",), per_prompt=2), np.array([0.9, 0.1], np.float32)
-    made = pairs.build(
+    made = pairs.build_pairs(
         [Problem("q", "20")], rows, [W, W], 2, None, Noting(), cfg,
         seed=0, step=0, scores=scores, fits=lambda answer: len(answer) < 100,
     )  # fmt: skip
@@ -358,7 +361,7 @@ def test_a_wrong_response_is_right_beside_its_own_answer(rule):
     rows = [Completion(text) for text in texts[:-1]] + [Completion(texts[-1], truncated=True)]
     scores = np.array([0.2, 0.9, 0.6, 0.99, 0.95, 0.97], np.float32)
     one = Problem("q", "20")
-    made = pairs.build([one], rows, verdicts, 6, Unasked(), rule, cfg, seed=0, step=0, scores=scores)
+    made = pairs.build_pairs([one], rows, verdicts, 6, Unasked(), rule, cfg, seed=0, step=0, scores=scores)
     first, second = made.pairs
     assert (first.positive, first.positive_reference, first.row) == ("clearly #### 30", "30", 2)
     assert (second.positive, second.positive_reference, second.row) == ("so #### 7", "7", 0)
@@ -366,10 +369,10 @@ def test_a_wrong_response_is_right_beside_its_own_answer(rule):
         assert pair.negative == pair.positive and not pair.negative_reference
         both = [(pair.positive_reference, pair.positive), (pair.problem.reference, pair.negative)]
         assert rule.check(both) == [C, W]
-    made = pairs.build([one], rows[3:5], [C, U], 2, None, rule, cfg, seed=0, step=0, scores=scores[3:5])
+    made = pairs.build_pairs([one], rows[3:5], [C, U], 2, None, rule, cfg, seed=0, step=0, scores=scores[3:5])
     assert made.pairs == [None, None] and made.refused == {"no_wrong": 2}
     with pytest.raises(ValueError, match="own_answer, which needs the reward model's scores"):
-        pairs.build([one], rows, verdicts, 6, None, rule, cfg, seed=0, step=0)
+        pairs.build_pairs([one], rows, verdicts, 6, None, rule, cfg, seed=0, step=0)
 
 
 def test_slots_take_their_negatives_in_turn(rule):

@@ -13,19 +13,19 @@ from tiny_rollouts import TINY, params_of, spec_of
 from cooper_jax.configs import base
 from cooper_jax.kernels.kv import Format
 from cooper_jax.model import transformer
-from cooper_jax.rollout import engine, plan
-from cooper_jax.rollout.slots import Setting
-from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
+from cooper_jax.rollout import engine, rollout_plan
+from cooper_jax.rollout.slots import RolloutStatic
+from cooper_jax.runtime.mesh import Layout, make_mesh, make_shardings
 
 
 def test_sizes_are_few_and_fit():
     sizes = {1: 1, 7: 7, 8: 8, 9: 10, 12: 12, 13: 14, 100: 112, 128: 128, 129: 160}
-    assert {n: plan.bucket(n) for n in sizes} == sizes
+    assert {n: rollout_plan.round_to_bucket(n) for n in sizes} == sizes
     for n in range(1, 3000):
-        assert n <= plan.bucket(n) <= 1.25 * n
-    assert len({plan.bucket(n) for n in range(1024, 2048)}) <= 5
-    assert [plan.prompt_width(n) for n in (1, 32, 33, 256, 257)] == [32, 32, 64, 256, 320]
-    assert [plan.prompt_width(n, 128) for n in (1, 129, 1025)] == [128, 256, 1280]
+        assert n <= rollout_plan.round_to_bucket(n) <= 1.25 * n
+    assert len({rollout_plan.round_to_bucket(n) for n in range(1024, 2048)}) <= 5
+    assert [rollout_plan.prompt_width(n) for n in (1, 32, 33, 256, 257)] == [32, 32, 64, 256, 320]
+    assert [rollout_plan.prompt_width(n, 128) for n in (1, 129, 1025)] == [128, 256, 1280]
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,10 @@ def test_columns_are_whole_tiles_of_what_reads_them(implementation, kv_dtype, mu
     """One column for each token that is fed, and where requests wait a quarter or a segment more."""
     for new_tokens, segment, waiting in ((1, 64, 65), (300, 64, 373), (301, 100, 400)):
         spec = spec_of(max_new_tokens=new_tokens, segment=segment, kv_dtype=kv_dtype)
-        setting = Setting(TINY, one_device(), spec, implementation)
+        setting = RolloutStatic(TINY, one_device(), spec, implementation)
         for least, columns in (
-            (max(new_tokens - 1, 1), engine.columns_of(setting, waiting=False)),
-            (waiting, engine.columns_of(setting, waiting=True)),
+            (max(new_tokens - 1, 1), engine.cache_columns(setting, waiting=False)),
+            (waiting, engine.cache_columns(setting, waiting=True)),
         ):
             assert least <= columns < least + multiple and columns % multiple == 0
         width = engine._width(setting, [[1] * 130, [1]])
@@ -55,10 +55,10 @@ def test_columns_are_whole_tiles_of_what_reads_them(implementation, kv_dtype, mu
 def test_chunks_hold_every_prompt_once(lengths, shards, budget):
     """In the shard that it belongs to, padded to less than twice its length."""
     prompts = [[i + 1] * n for i, n in enumerate(lengths)]
-    size = plan.bucket(-(-len(prompts) // shards))
-    width = plan.prompt_width(max(lengths))
-    with mock.patch.object(plan, "PREFILL_TOKENS", budget):
-        chunks = list(plan.chunks(prompts, shards, size, width))
+    size = rollout_plan.round_to_bucket(-(-len(prompts) // shards))
+    width = rollout_plan.prompt_width(max(lengths))
+    with mock.patch.object(rollout_plan, "PREFILL_TOKENS", budget):
+        chunks = list(rollout_plan.make_chunks(prompts, shards, size, width))
     seen = {}
     for chunk in chunks:
         own = chunk.tokens.shape[1]
@@ -86,7 +86,7 @@ def test_chunks_hold_every_prompt_once(lengths, shards, budget):
 def test_a_chunk_is_no_longer_than_its_prompts_need():
     """Widths double from 32 on; the last is that of the cache."""
     prompts = [[1] * n for n in (3, 32, 33, 64, 65, 150)]
-    chunks = list(plan.chunks(prompts, 1, 6, plan.prompt_width(150)))
+    chunks = list(rollout_plan.make_chunks(prompts, 1, 6, rollout_plan.prompt_width(150)))
     assert [c.tokens.shape for c in chunks] == [(2, 32), (2, 64), (1, 128), (1, 160)]
     assert [np.nonzero(c.source >= 0)[0].tolist() for c in chunks] == [[0, 1], [2, 3], [4], [5]]
 
@@ -96,11 +96,16 @@ def test_a_chunk_is_no_longer_than_its_prompts_need():
 
 def test_slots_are_what_the_budget_has_room_for():
     """12 GiB are there before the first slot; the error names what is needed and what was given."""
-    needs = plan.Memory(weights=8 * plan.GIB, prompts=3 * plan.GIB, requests=plan.GIB, slot=plan.GIB // 4)
-    assert needs.total(4) == 13 * plan.GIB
-    assert [needs.slots(int(gib * plan.GIB)) for gib in (12.25, 12.49, 12.5, 80)] == [1, 1, 2, 272]
+    needs = rollout_plan.Memory(
+        weights=8 * rollout_plan.GIB,
+        prompts=3 * rollout_plan.GIB,
+        requests=rollout_plan.GIB,
+        slot=rollout_plan.GIB // 4,
+    )
+    assert needs.total(4) == 13 * rollout_plan.GIB
+    assert [needs.slots(int(gib * rollout_plan.GIB)) for gib in (12.25, 12.49, 12.5, 80)] == [1, 1, 2, 272]
     with pytest.raises(ValueError, match="needs 12.250 GiB .*memory_gib allows 12.188"):
-        needs.slots(int(12.1875 * plan.GIB))
+        needs.slots(int(12.1875 * rollout_plan.GIB))
     with pytest.raises(ValueError, match="weights 8.000, prompts 3.000, requests 1.000, the slot 0.250"):
         needs.slots(0)
 
@@ -109,8 +114,8 @@ def test_slots_are_what_the_budget_has_room_for():
 def test_memory_is_of_one_device(own_prompts):
     """Weights as they lie there; heads and vocabulary cut over two devices, rows not."""
     layout = Layout(make_mesh(2, 1, 2, jax.devices()[:4]), tuple(base.get_config().mesh.rules))
-    weights = jax.device_put(params_of(), shardings(layout, transformer.param_specs(TINY)))
-    needs = plan.memory(
+    weights = jax.device_put(params_of(), make_shardings(layout, transformer.param_specs(TINY)))
+    needs = rollout_plan.plan_memory(
         weights,
         TINY,
         layout,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cooper_jax.data import answers, labelled, problems
+from cooper_jax.data import answers, labelled_completions, problems
 from cooper_jax.types import Problem, Triple
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,7 @@ COLUMNS = dict(question_key="question", reference_key="answer", solution_key="",
 
 
 def load(source, format="auto", **changed):
-    return problems.load(str(source), format, **{**COLUMNS, **changed})
+    return problems.load_problems(str(source), format, **{**COLUMNS, **changed})
 
 
 def write_rows(path, *rows):
@@ -68,14 +68,14 @@ def write_rows(path, *rows):
     ],
 )
 def test_reference_is_the_body_of_one_formula(published, cleaned):
-    assert answers.reference(published) == cleaned
-    assert answers.reference(cleaned) == cleaned  # nothing is left to clean
+    assert answers.clean_reference(published) == cleaned
+    assert answers.clean_reference(cleaned) == cleaned  # nothing is left to clean
 
 
 def test_more_than_one_answer_is_never_a_thousands_separator():
-    assert answers.reference("221,800") == "221800"
-    assert answers.reference("221,800", several=True) == "221, 800"
-    assert answers.listed(["221", "800"]) == "221, 800"
+    assert answers.clean_reference("221,800") == "221800"
+    assert answers.clean_reference("221,800", several=True) == "221, 800"
+    assert answers.join_answers(["221", "800"]) == "221, 800"
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_more_than_one_answer_is_never_a_thousands_separator():
     ],
 )
 def test_a_unit_goes_to_each_answer(unit, with_unit):
-    assert answers.listed(["$2,3$"], unit) == with_unit
+    assert answers.join_answers(["$2,3$"], unit) == with_unit
 
 
 def test_words_outside_formulas_are_units_in_prose_alone():
-    assert answers.reference("4ft \\\\\n\\noindent", prose=True) == "4 \\text{ ft}"
-    assert answers.reference("13.45 years", prose=True) == "13.45 \\text{ years}"
-    assert answers.reference("4xy") == "4xy"
+    assert answers.clean_reference("4ft \\\\\n\\noindent", prose=True) == "4 \\text{ ft}"
+    assert answers.clean_reference("13.45 years", prose=True) == "13.45 \\text{ years}"
+    assert answers.clean_reference("4xy") == "4xy"
 
 
 @pytest.mark.parametrize(
@@ -103,36 +103,36 @@ def test_words_outside_formulas_are_units_in_prose_alone():
     [(145.0, "145"), (-0.0, "0"), (0.5, "0.5"), (7, "7"), ("1,200.0", "1200"), (1e21, "1" + "0" * 21)],
 )
 def test_numbers_have_no_exponent_and_no_idle_zeros(value, text):
-    assert answers.number(value) == text
+    assert answers.format_number(value) == text
 
 
 @pytest.mark.parametrize("value", [True, float("nan"), float("inf"), "seven", "1e999999999", None])
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(ValueError, match="is no number"):
-        answers.number(value)
+        answers.format_number(value)
 
 
 def test_gsm8k_solution_ends_in_a_box_and_has_no_marks():
     worked = "He has 5*4=$<<5*4=20>>20.\nTwice that is 2*20,000=<<2*20000=40000>>40,000\n#### 40,000"
-    assert answers.gsm8k(worked) == (
+    assert answers.split_gsm8k_answer(worked) == (
         "40000",
         "He has 5*4=$20.\nTwice that is 2*20,000=40,000\nThe final answer is \\boxed{40000}.",
     )
     for bad in ("no mark", "1 #### 2 #### 3"):
         with pytest.raises(ValueError, match="'####' marks, not 1"):
-            answers.gsm8k(bad)
+            answers.split_gsm8k_answer(bad)
 
 
 def test_question_loses_layout_and_instruction_but_not_its_own_box():
-    assert answers.question("Find $x$.\n\t\n\\end{problem}\t\n\\noindent") == "Find $x$."
+    assert answers.clean_question("Find $x$.\n\t\n\\end{problem}\t\n\\noindent") == "Find $x$."
     assert (
-        answers.question("Add.\n\n\\noindent Options:\\\\\nA) 1\\\\\nB) 2\n")
+        answers.clean_question("Add.\n\n\\noindent Options:\\\\\nA) 1\\\\\nB) 2\n")
         == "Add.\n\nOptions:\\\\\nA) 1\\\\\nB) 2"
     )
     asked = "Why?\nPlease reason step by step, and put your final answer within \\boxed{}."
-    assert answers.without_instruction(asked) == "Why?"
+    assert answers.strip_instruction(asked) == "Why?"
     kept = "Fill \\[4 + \\boxed{\\phantom{2}} = 5\\]"
-    assert answers.without_instruction(kept) == kept
+    assert answers.strip_instruction(kept) == kept
 
 
 # --- formats -------------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_math_verify_reads_the_references(published, name, share, every):
 
 def test_triples_of_the_published_files(shared_data):
     for name, count in (("verify_train", 4595), ("verify_dev", 1391)):
-        triples = labelled.load(str(shared_data / f"{name}.jsonl"))
+        triples = labelled_completions.load_labelled_completions(str(shared_data / f"{name}.jsonl"))
         assert len(triples) == count and {t.label for t in triples} == {0.0, 1.0}
         assert [t.reference for t in triples if LEFTOVER.search(t.reference)] == []
 
@@ -356,7 +356,7 @@ def test_triples_of_the_published_files(shared_data):
 def test_triples_take_any_spelling_of_a_label(tmp_path):
     row = {"question": "Q\n", "reference_answer": "$-5$.", "completion": "so \\boxed{-5} ", "source": "x"}
     path = write_rows(tmp_path / "t.jsonl", *({**row, "label": label} for label in (1, 0.0, True)))
-    triples = labelled.load(str(path))
+    triples = labelled_completions.load_labelled_completions(str(path))
     assert triples == [
         Triple("Q", "-5", "so \\boxed{-5} ", label, id=f"t:{line}", source="x")
         for line, label in enumerate((1.0, 0.0, 1.0), 1)
@@ -366,7 +366,7 @@ def test_triples_take_any_spelling_of_a_label(tmp_path):
 def test_triples_of_verifybench(tmp_path):
     row = {"question": "Q", "answer": "$5$", "completion": "5", "answer_type": "Numeric Values"}
     rows = ({**row, "gold_correct": True, "answer_subtype": "Integer"}, {**row, "gold_correct": False})
-    assert labelled.load(str(write_rows(tmp_path / "v.jsonl", *rows))) == [
+    assert labelled_completions.load_labelled_completions(str(write_rows(tmp_path / "v.jsonl", *rows))) == [
         Triple("Q", "5", "5", 1.0, id="v:1", kind="Numeric Values/Integer"),
         Triple("Q", "5", "5", 0.0, id="v:2", kind="Numeric Values"),
     ]
@@ -387,10 +387,10 @@ def test_a_malformed_triple_is_named(change, complaint, tmp_path):
     row = {"question": "Q", "reference_answer": "5", "completion": "5", "label": 1}
     path = write_rows(tmp_path / "t.jsonl", row, {**row, **change})
     with pytest.raises(ValueError, match=f"t.jsonl:2: .*{complaint}"):
-        labelled.load(str(path))
+        labelled_completions.load_labelled_completions(str(path))
     path = write_rows(tmp_path / "t.jsonl", {k: v for k, v in row.items() if k != "label"})
     with pytest.raises(ValueError, match="t.jsonl:1: field 'label' is missing"):
-        labelled.load(str(path))
+        labelled_completions.load_labelled_completions(str(path))
 
 
 def test_long_prompts_are_dropped_and_counted():
@@ -399,13 +399,13 @@ def test_long_prompts_are_dropped_and_counted():
     def encode(problem):
         return [0] + [1] * len(problem.question)
 
-    kept, prompts, dropped = problems.drop_long(found, encode, 6)
+    kept, prompts, dropped = problems.drop_long_prompts(found, encode, 6)
     assert kept == [found[0], found[2]] and dropped == 2
     assert prompts == [[0, 1, 1, 1], [0, 1, 1, 1, 1, 1]]
     with pytest.raises(
         ValueError, match="none of 4 prompts fits 3 tokens .the shortest has 4.*max_prompt_tokens"
     ):
-        problems.drop_long(found, encode, 3)
+        problems.drop_long_prompts(found, encode, 3)
 
 
 # --- the order -----------------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ def test_tfds_needs_no_tensorflow(array_record):
     script = (
         "import sys\n"
         "from cooper_jax.data import problems\n"
-        f"found = problems.load('gsm8k', 'tfds', **{dict(COLUMNS, tfds_dir=TFDS)!r})\n"
+        f"found = problems.load_problems('gsm8k', 'tfds', **{dict(COLUMNS, tfds_dir=TFDS)!r})\n"
         "print(len(found), 'tensorflow' in sys.modules)\n"
     )
     done = subprocess.run(

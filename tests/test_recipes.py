@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tiny_runs import environment
 
-from cooper_jax import recipes
 from cooper_jax.configs import base, tiny
-from cooper_jax.recipes import RECIPES
 from cooper_jax.settings import cross_checks
 from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer import recipes
+from cooper_jax.trainer.recipes import RECIPES
 from cooper_jax.trainer.run_settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ def get(cfg, name):
 def test_every_recipe_makes_a_config_that_holds_together(name, arm):
     cfg = tiny.get_config().lock()
     cfg.reward.recipe, cfg.reward.arm = name, arm
-    recipes.apply(cfg, ())
+    recipes.apply_recipe(cfg, ())
     RunSettings.from_config(cfg)
     assert cfg.reward.recipe == name
     for field, value in RECIPES[name].items():
@@ -44,10 +44,10 @@ def test_recipes_set_the_same_fields():
 def test_without_a_recipe_nothing_changes():
     cfg = base.get_config()
     before = cfg.to_json()
-    recipes.apply(cfg, ())
+    recipes.apply_recipe(cfg, ())
     assert cfg.to_json() == before
     cfg.reward.recipe = "released"  # the defaults are the authors' code
-    recipes.apply(cfg, ())
+    recipes.apply_recipe(cfg, ())
     cfg.reward.recipe = ""
     assert cfg.to_json() == before
 
@@ -56,7 +56,7 @@ def test_an_unknown_recipe_is_an_error():
     cfg = base.get_config()
     cfg.reward.recipe = "robsut"
     with pytest.raises(SetupError, match="'robsut'; it is one of released, sigmoid, robust"):
-        recipes.apply(cfg, ())
+        recipes.apply_recipe(cfg, ())
 
 
 SAY = """
@@ -66,8 +66,8 @@ from absl import app
 from cooper_jax.launch import common
 
 def main(argv):
-    with common.running():
-        cfg = common.config()
+    with common.run_job():
+        cfg = common.read_config()
         print(json.dumps([cfg.reward.to_dict(), cfg.pairs.to_dict()], default=str))
 
 app.run(main, flags_parser=common.parse_flags)
@@ -154,7 +154,7 @@ def test_whether_the_assistant_is_asked():
 def test_a_run_with_the_released_update_is_told_of_robust(arm, recipe, fields, warned):
     cfg = base.get_config()
     cfg.reward.arm, cfg.reward.recipe = arm, recipe
-    recipes.apply(cfg, ())
+    recipes.apply_recipe(cfg, ())
     cfg.update_from_flattened_dict(fields)
     warning = recipes.warn_of_released(cfg)
     assert ("--config.reward.recipe=robust" in warning) is warned

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from cooper_jax.data import answers, problems
-from cooper_jax.reward import rule_reading
-from cooper_jax.reward.rule import RuleConfig, RuleVerifier
+from cooper_jax.rule import answer_parser
+from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.types import Verdict
 
 COLUMNS = dict(question_key="question", reference_key="answer", solution_key="", tfds_dir="", split="train")
@@ -45,7 +45,9 @@ TEXT_ALONE = {
 
 @pytest.fixture(scope="module")
 def published(shared_data):
-    return {name: problems.load(str(shared_data / f"{name}.jsonl"), "auto", **COLUMNS) for name in FLOORS}
+    return {
+        name: problems.load_problems(str(shared_data / f"{name}.jsonl"), "auto", **COLUMNS) for name in FLOORS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_every_reference_is_verified_as_its_own_answer(name, published, rule):
 @pytest.mark.parametrize("name", FLOORS)
 def test_references_that_are_text_alone(name, published):
     found = [r for r in distinct(published[name]) if not r.replace(".", "").isdigit()]
-    alone = [r for r in found if not rule_reading.read(r).comparable]
+    alone = [r for r in found if not answer_parser.read_answer(r).comparable]
     assert sorted(alone) == sorted(TEXT_ALONE.get(name, []))
 
 
@@ -164,7 +166,9 @@ def test_a_cleaning_rule_on_the_row_that_needs_it(case, shared_data, published):
         value if isinstance(value, str) else " ".join(map(str, value if isinstance(value, list) else [value]))
     )
     assert holds in text
-    found = answers.reference(text) if name.startswith("verify") else published[name][line - 1].reference
+    found = (
+        answers.clean_reference(text) if name.startswith("verify") else published[name][line - 1].reference
+    )
     assert found == cleaned
 
 

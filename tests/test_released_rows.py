@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cooper_jax.data import labelled
+from cooper_jax.data import labelled_completions
 
 COLUMNS = {
     "question": ["What is 1/2 + 1/2?", "What is 6 x 7?"],
@@ -23,7 +23,7 @@ def test_rows_of_the_released_file_are_read(tmp_path, kind):
     label = pyarrow.array(COLUMNS["label"]).cast(kind)
     table = pyarrow.table(COLUMNS | {"label": label, "__index_level_0__": [7, 9]})
     pyarrow.parquet.write_table(table, path)
-    first, second = labelled.load(str(path))
+    first, second = labelled_completions.load_labelled_completions(str(path))
     assert (first.question, first.reference, first.completion) == (
         "What is 1/2 + 1/2?",
         "1",
@@ -36,4 +36,4 @@ def test_a_row_without_a_reference_is_named(tmp_path):
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table(COLUMNS | {"reference_answer": ["1", ""]}), path)
     with pytest.raises(ValueError, match=r"rows\.parquet: row 2: the reference_answer is empty"):
-        labelled.load(str(path))
+        labelled_completions.load_labelled_completions(str(path))

@@ -21,15 +21,14 @@ from safetensors.numpy import load_file
 from test_files import Bucket, bucket  # noqa: F401
 from tiny_runs import ROOT, environment, metrics, start_hosts, timeless
 
-from cooper_jax import loading, placement
 from cooper_jax.configs import base
-from cooper_jax.data import attacks, labelled, overlap, prompts
+from cooper_jax.data import labelled_completions, prompts, reward_hacks, seen_questions
+from cooper_jax.model import loading, transformer, weights
 from cooper_jax.model import tokenizer as tokenizers
-from cooper_jax.model import transformer, weights
 from cooper_jax.reward import verifier_model
-from cooper_jax.reward.losses import RewardUpdateConfig
-from cooper_jax.reward_training import batches, examples, export, loop, measure, plan
-from cooper_jax.runtime import hosts, mesh, optim
+from cooper_jax.reward.reward_losses import RewardUpdateConfig
+from cooper_jax.reward_training import batches, best_model, examples, rm_loop, rm_report, rm_setup
+from cooper_jax.runtime import device_layouts, hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.setup import build_reward_bundle
@@ -49,7 +48,7 @@ def one_device(*_) -> Layout:
 @pytest.fixture
 def alone(monkeypatch):
     """Runs in this process have one of its devices."""
-    monkeypatch.setattr(placement, "make_layout", one_device)
+    monkeypatch.setattr(device_layouts, "make_policy_layout", one_device)
 
 
 def section(**changes):
@@ -69,12 +68,12 @@ def random_rows(config, seed=0, n=11, longest=40):
 def pieces(rows, lengths, labels, shapes, multiple=1):
     """A batch of all rows as what an Accumulator adds."""
     out = []
-    for m in batches.cut(np.arange(len(rows)), lengths, shapes):
+    for m in batches.cut_microbatches(np.arange(len(rows)), lengths, shapes):
         shares = np.zeros(m.shape.rows, np.float32)
         shares[: len(m.rows)] = 1 / len(rows)
         y = np.zeros(m.shape.rows, np.float32)
         y[: len(m.rows)] = labels[m.rows]
-        out.append((batches.fill(rows, m), y, shares))
+        out.append((batches.fill_rectangle(rows, m), y, shares))
     return out
 
 
@@ -91,12 +90,14 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
     params = tiny_models.random_params(config, "score")
     rows, lengths, labels = random_rows(config)
     shapes = batches.choose_shapes(lengths, bucket=8, most=3, budget=120, batch=11)
-    accumulator = verifier_model.make_bce_accumulator(config, section(), optim.make(OPT), one_device())
+    accumulator = verifier_model.make_bce_accumulator(
+        config, section(), optim.make_optimiser(OPT), one_device()
+    )
     sums = accumulator.start(params)
     for piece in pieces(rows, lengths, labels, shapes):
         sums = accumulator.add(params, sums, piece)
 
-    weights.save(tmp_path / "model", config, params, "score", pad_token_id=0)
+    weights.save_pretrained(tmp_path / "model", config, params, "score", pad_token_id=0)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     valid = np.arange(40)[None] < lengths[:, None]
     ids = np.zeros((len(rows), 40), np.int64)
@@ -108,7 +109,9 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
     assert float(sums.loss) == pytest.approx(loss.item(), abs=1e-5)
 
     # Our gradients under Hugging Face's names, by the table that writes weights.
-    weights.save(tmp_path / "gradient", config, jax.device_get(sums.grads), "score", pad_token_id=0)
+    weights.save_pretrained(
+        tmp_path / "gradient", config, jax.device_get(sums.grads), "score", pad_token_id=0
+    )
     ours = load_file(tmp_path / "gradient" / "model.safetensors")
     theirs = {n: p.grad.numpy() for n, p in model.named_parameters()}
     assert ours.keys() == theirs.keys()
@@ -123,7 +126,7 @@ def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
     config = tiny_models.config(vocab_size=30, width=16, head_dim=4, ffn=24)
     layout = Layout(mesh.make_mesh(*sizes, jax.devices()[: math.prod(sizes)]), RULES)
     specs = transformer.param_specs(config, head="score")
-    opt, rows_multiple = optim.make(OPT), layout.batch_shards
+    opt, rows_multiple = optim.make_optimiser(OPT), layout.batch_shards
     params = tiny_models.random_params(config, "score")
     rows, lengths, labels = random_rows(config, n=12)
     shapes = batches.choose_shapes(
@@ -134,7 +137,7 @@ def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
         return layout.put(tree, "batch")
 
     def start():
-        return optim.init(jax.device_put(params, mesh.shardings(layout, specs)), opt)
+        return optim.init_state(jax.device_put(params, mesh.make_shardings(layout, specs)), opt)
 
     valid = np.arange(40)[None] < lengths[:, None]
     tokens = np.zeros((12, 40), np.int32)
@@ -163,7 +166,7 @@ def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
 
 def test_rates_fall_to_zero():
     def rates(decay, warmup):
-        opt = optim.make(dataclasses.replace(OPT, lr=1.0, warmup_steps=warmup), decay, 6)
+        opt = optim.make_optimiser(dataclasses.replace(OPT, lr=1.0, warmup_steps=warmup), decay, 6)
         return [float(opt.schedule(jnp.int32(n))) for n in range(7)]
 
     assert rates("linear", 2) == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
@@ -172,26 +175,26 @@ def test_rates_fall_to_zero():
     assert rates("cosine", 2) == pytest.approx(cosine, abs=1e-6)
     assert rates("constant", 0) == [1.0] * 7
     with pytest.raises(ValueError, match="decay is 'step'; it is one of constant, linear, cosine"):
-        optim.make(OPT, "step", 6)
+        optim.make_optimiser(OPT, "step", 6)
 
 
 # --- order and shapes ---------------------------------------------------------------------------------------
 
 
 def test_an_epoch_has_every_row_once_in_an_order_of_seed_and_epoch():
-    found = batches.order(103, 10, 7, 2)
+    found = batches.order_batches(103, 10, 7, 2)
     assert [len(b) for b in found] == [10, 10, 10, 10] + [9] * 7  # 11 updates, none of a small remainder
     assert sorted(np.concatenate(found)) == list(range(103))
-    for a, b in zip(found, batches.order(103, 10, 7, 2), strict=True):
+    for a, b in zip(found, batches.order_batches(103, 10, 7, 2), strict=True):
         np.testing.assert_array_equal(a, b)
-    others = [np.concatenate(batches.order(103, 10, *ids)) for ids in ((7, 1), (7, 3), (8, 2))]
+    others = [np.concatenate(batches.order_batches(103, 10, *ids)) for ids in ((7, 1), (7, 3), (8, 2))]
     assert not any((np.concatenate(found) == other).all() for other in others)
 
 
 def test_batches_are_cut_at_random_and_not_by_length():
     """Else an update would see rows of one length, and those of a batch would not stand for all."""
     lengths = np.arange(1000)
-    means = [lengths[b].mean() for b in batches.order(1000, 50, 0, 0)]
+    means = [lengths[b].mean() for b in batches.order_batches(1000, 50, 0, 0)]
     assert np.abs(np.array(means) - 499.5).max() < 4 * 288.7 / 50**0.5
 
 
@@ -227,8 +230,8 @@ def test_a_batch_is_cut_into_rectangles_that_hold_its_rows():
     lengths = rng.integers(20, 500, 2000)
     shapes = batches.choose_shapes(lengths, bucket=32, most=6, budget=2048, batch=128)
     sorted_, unsorted = [], 0
-    for rows in batches.order(2000, 128, 0, 0):
-        cut = batches.cut(rows, lengths, shapes)
+    for rows in batches.order_batches(2000, 128, 0, 0):
+        cut = batches.cut_microbatches(rows, lengths, shapes)
         assert sorted(np.concatenate([m.rows for m in cut])) == sorted(rows)
         for m in cut:
             assert m.shape in shapes and lengths[m.rows].max() <= m.shape.width
@@ -236,8 +239,12 @@ def test_a_batch_is_cut_into_rectangles_that_hold_its_rows():
         sorted_ += cut
         unsorted += sum(lengths[rows[i : i + 4]].max() * 4 for i in range(0, len(rows), 4))
     real = lengths.sum()
-    assert batches.padding(sorted_, lengths) == pytest.approx(1 - real / sum(m.shape.tokens for m in sorted_))
-    assert batches.padding(sorted_, lengths) < 0.2 < 1 - real / unsorted, "rows of all lengths side by side"
+    assert batches.padding_share(sorted_, lengths) == pytest.approx(
+        1 - real / sum(m.shape.tokens for m in sorted_)
+    )
+    assert batches.padding_share(sorted_, lengths) < 0.2 < 1 - real / unsorted, (
+        "rows of all lengths side by side"
+    )
 
 
 def test_a_cut_takes_the_fewest_tokens():
@@ -258,7 +265,7 @@ def test_a_cut_takes_the_fewest_tokens():
 
         sequences = (c for k in range(1, 5) for c in itertools.product(shapes, repeat=k))
         least = min((sum(s.tokens for s in c) for c in sequences if covers(c)), default=None)
-        cut = batches.cut(np.arange(n), lengths, shapes)
+        cut = batches.cut_microbatches(np.arange(n), lengths, shapes)
         assert len(cut) > 4 or sum(m.shape.tokens for m in cut) == least
 
 
@@ -294,10 +301,10 @@ def place(tmp_path_factory) -> Path:
     """A trunk with its tokenizer, and data."""
     path = tmp_path_factory.mktemp("rm")
     tiny_tokenizers.write(path / "tokenizer", "qwen")
-    size = tokenizers.load(str(path / "tokenizer")).vocab_size
+    size = tokenizers.load_tokenizer_from(str(path / "tokenizer")).vocab_size
     config = tiny_models.config(vocab_size=size, width=32, head_dim=8, ffn=64)
     params = mesh.init_params(jax.random.key(0), transformer.param_specs(config), one_device())
-    weights.save(path / "trunk", config, params, "logits", tokenizer_dir=path / "tokenizer")
+    weights.save_pretrained(path / "trunk", config, params, "logits", tokenizer_dir=path / "tokenizer")
     write_task(path / "train.jsonl", range(1, 9))
     write_task(path / "dev.jsonl", range(20, 25))
     return path
@@ -336,8 +343,8 @@ def finished(place, tmp_path_factory) -> Path:
     """One uninterrupted run of 8 updates, which several tests look at."""
     path = tmp_path_factory.mktemp("run") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "make_layout", one_device)
-        loop.train(run_config(place, path))
+        patch.setattr(device_layouts, "make_policy_layout", one_device)
+        rm_loop.train_reward_model(run_config(place, path))
     return path
 
 
@@ -360,13 +367,15 @@ def test_run_directory(finished, place):
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
     # The file of single rows carries the figures.
     said = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]
-    assert [r["id"] for r in said] == [t.id for t in labelled.load(str(place / "dev.jsonl"))]
+    assert [r["id"] for r in said] == [
+        t.id for t in labelled_completions.load_labelled_completions(str(place / "dev.jsonl"))
+    ]
     assert accuracy["value"] == np.mean([(r["logit"] > 0) == r["label"] for r in said])
     assert (finished / "reliability.png").read_bytes().startswith(b"\x89PNG")
-    seen = overlap.read_record(finished / "best")
+    seen = seen_questions.read_record(finished / "best")
     assert seen.sources == {"even": 4, "odd": 4} and seen.complete and len(seen.fingerprints) == 8
-    assert overlap.fingerprint("What is the answer 3?") in seen.fingerprints
-    assert overlap.read_record(finished) == seen, "for models that are taken from checkpoints"
+    assert seen_questions.fingerprint_question("What is the answer 3?") in seen.fingerprints
+    assert seen_questions.read_record(finished) == seen, "for models that are taken from checkpoints"
 
 
 @pytest.fixture
@@ -399,9 +408,9 @@ def scripted(*margins):
 
 def test_rows_weigh_alike_in_uneven_microbatches(place, tmp_path, alone, added, monkeypatch):
     """64 rows in two updates: each row has 1/32 of its update's loss, whatever its microbatch; padding has none."""
-    monkeypatch.setattr(loop, "score", scripted(1.0))
+    monkeypatch.setattr(rm_loop, "score_rows", scripted(1.0))
     flags = dict(train_rm__epochs=1, train_rm__batch=32, train_rm__eval_every=0)
-    loop.train(run_config(place, tmp_path, **flags))
+    rm_loop.train_reward_model(run_config(place, tmp_path, **flags))
     sizes = [int(batch.valid.any(1).sum()) for batch, _, _ in added]
     assert sum(sizes) == 64 and len(set(sizes)) > 1, "microbatches of several sizes"
     for batch, _, shares in added:
@@ -410,9 +419,9 @@ def test_rows_weigh_alike_in_uneven_microbatches(place, tmp_path, alone, added, 
 
 def test_the_model_of_the_least_loss_is_kept_where_loss_chooses(place, tmp_path, alone, added, monkeypatch):
     """Three evaluations, all of them right: log(1 + e^-margin) is the loss."""
-    monkeypatch.setattr(loop, "score", scripted(1.0, 3.0, 2.0))
+    monkeypatch.setattr(rm_loop, "score_rows", scripted(1.0, 3.0, 2.0))
     flags = dict(train_rm__batch=64, train_rm__epochs=3, train_rm__eval_every=1, train_rm__keep_best="loss")
-    loop.train(run_config(place, tmp_path, **flags))
+    rm_loop.train_reward_model(run_config(place, tmp_path, **flags))
     assert [row["eval/best"] for row in metrics(tmp_path)] == [1.0, 1.0, 0.0]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["best"] == {"step": 2, "loss": pytest.approx(np.log1p(np.exp(-3.0)), abs=1e-6)}
@@ -424,7 +433,7 @@ def test_the_model_of_the_least_loss_is_kept_where_loss_chooses(place, tmp_path,
 
 def stop_in(patch, name: str, call: int, look: int) -> None:
     """As if a SIGTERM had come before this `look` of this call of a function of the loop."""
-    inner, calls = getattr(loop, name), itertools.count(1)
+    inner, calls = getattr(rm_loop, name), itertools.count(1)
 
     def wrapped(*args):
         if next(calls) != call:
@@ -436,10 +445,10 @@ def stop_in(patch, name: str, call: int, look: int) -> None:
                 raise hosts.Stopped
 
         with pytest.MonkeyPatch.context() as inside:
-            inside.setattr(hosts, "look", looked)
+            inside.setattr(hosts, "raise_if_stopping", looked)
             return inner(*args)
 
-    patch.setattr(loop, name, wrapped)
+    patch.setattr(rm_loop, name, wrapped)
 
 
 @pytest.mark.parametrize(
@@ -460,18 +469,18 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     with monkeypatch.context() as patch:
         stop_in(patch, name, call, look)
         with pytest.raises(hosts.Stopped):
-            loop.train(run_config(place, path))
+            rm_loop.train_reward_model(run_config(place, path))
     log = path / "metrics.jsonl"
     assert (log.read_text().count("\n") if log.exists() else 0) == lines
     assert max(int(p.name) for p in (path / "checkpoints").iterdir()) == saved
-    loop.train(run_config(place, path))
+    rm_loop.train_reward_model(run_config(place, path))
     assert timeless(metrics(path)) == timeless(metrics(finished))
     assert kept(path) == kept(finished)
 
 
 def test_a_run_that_is_done_reports_again(finished, place, alone):
     before = kept(finished), (finished / "metrics.jsonl").read_bytes()
-    loop.train(run_config(place, finished))
+    rm_loop.train_reward_model(run_config(place, finished))
     assert (kept(finished), (finished / "metrics.jsonl").read_bytes()) == before
 
 
@@ -485,11 +494,11 @@ def test_what_a_killed_run_did_after_its_checkpoint_is_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_say_evaluation", die)  # after best/ was written, before the line of update 3
+        patch.setattr(rm_loop, "_say_evaluation", die)  # after best/ was written, before the line of update 3
         with pytest.raises(KeyboardInterrupt):
-            loop.train(run_config(place, path))
+            rm_loop.train_reward_model(run_config(place, path))
     assert (path / "best").is_dir() and len(metrics(path)) == 2
-    loop.train(run_config(place, path))
+    rm_loop.train_reward_model(run_config(place, path))
     assert timeless(metrics(path)) == timeless(metrics(finished)) and kept(path) == kept(finished)
 
 
@@ -509,15 +518,15 @@ def test_the_best_model_never_lies_there_without_its_record(place, tmp_path, mon
     def save(killed=False):
         with monkeypatch.context() as patch:
             if killed:
-                patch.setattr(overlap, "write_record", die)
-            export.save(job, model[1], folder)
+                patch.setattr(seen_questions, "write_record", die)
+            best_model.export_best_model(job, model[1], folder)
 
     with pytest.raises(KeyboardInterrupt):
         save(killed=True)
     assert not folder.exists()
     save()
     whole = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert overlap.SEEN in whole and "model.safetensors" in whole
+    assert seen_questions.SEEN in whole and "model.safetensors" in whole
     with pytest.raises(KeyboardInterrupt):
         save(killed=True)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole
@@ -529,23 +538,23 @@ def test_the_best_model_never_lies_there_without_its_record(place, tmp_path, mon
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_data_or_settings(finished, place, tmp_path, alone):
     with pytest.raises(SetupError, match="train_rm.batch was 16 and is now 8"):
-        loop.train(run_config(place, finished, train_rm__batch=8))
+        rm_loop.train_reward_model(run_config(place, finished, train_rm__batch=8))
     path = tmp_path / "run"
     data = write_task(tmp_path / "data.jsonl", range(1, 9))
     flags = dict(train_rm__data=str(data), train_rm__epochs=1)
-    loop.train(run_config(place, path, **flags))
+    rm_loop.train_reward_model(run_config(place, path, **flags))
     write_task(data, range(1, 9), seed=1)  # as many rows under the same name
     with pytest.raises(SetupError, match="was saved with another data"):
-        loop.train(run_config(place, path, **flags))
+        rm_loop.train_reward_model(run_config(place, path, **flags))
 
 
 @pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(place, tmp_path, alone):
     path = tmp_path / "run"
     flags = dict(train_rm__eval_every=1, train_rm__patience=2, train_rm__optimiser__lr=0.0)
-    loop.train(run_config(place, path, **flags))
+    rm_loop.train_reward_model(run_config(place, path, **flags))
     assert [row["eval/best"] for row in metrics(path)] == [1.0, 0.0, 0.0]  # the same figure is no better
-    loop.train(run_config(place, path, **flags))
+    rm_loop.train_reward_model(run_config(place, path, **flags))
     assert len(metrics(path)) == 3
     assert json.loads((path / "report.json").read_text())["best"]["step"] == 1
 
@@ -561,7 +570,7 @@ def test_it_learns_whether_the_answer_is_the_reference(place, tmp_path, alone):
     )
     flags = dict(train_rm__data=str(data[0]), train_rm__eval_data=str(data[1]), train_rm__epochs=9)
     flags |= dict(train_rm__batch=32, train_rm__eval_every=0, checkpoint__every=1000, reward__microbatch=32)
-    loop.train(run_config(place, tmp_path / "run", **flags))
+    rm_loop.train_reward_model(run_config(place, tmp_path / "run", **flags))
     best = json.loads((tmp_path / "run/report.json").read_text())["groups"]["all"]["figures"]
     assert best["accuracy"]["value"] > 0.95 and best["auroc"]["value"] > 0.95
 
@@ -582,8 +591,8 @@ def test_the_best_model_loads_in_transformers(finished, place):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "best")
     theirs = []
-    for t in labelled.load(str(place / "dev.jsonl")):
-        text = prompts.verifier_text(t.question, t.reference, t.completion)
+    for t in labelled_completions.load_labelled_completions(str(place / "dev.jsonl")):
+        text = prompts.render_verifier_text(t.question, t.reference, t.completion)
         with torch.no_grad():
             theirs.append(best.eval()(**tokenizer(text, return_tensors="pt")).logits.item())
     assert np.std(theirs) > 1e-3
@@ -597,11 +606,13 @@ def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
     cfg.reward.max_tokens = 96
     bundle, state = build_reward_bundle(cfg, one_device(), tmp_path)
     rows = [
-        prompts.verifier_tokens(bundle.model.tokenizer, t.question, t.reference, t.completion, 96)
-        for t in labelled.load(str(place / "dev.jsonl"))
+        prompts.encode_verifier_input(bundle.model.tokenizer, t.question, t.reference, t.completion, 96)
+        for t in labelled_completions.load_labelled_completions(str(place / "dev.jsonl"))
     ]
-    (m,) = batches.cut(np.arange(len(rows)), np.array([len(r) for r in rows]), [batches.Shape(len(rows), 96)])
-    z = bundle.score(state.params, batches.fill(rows, m))
+    (m,) = batches.cut_microbatches(
+        np.arange(len(rows)), np.array([len(r) for r in rows]), [batches.Shape(len(rows), 96)]
+    )
+    z = bundle.score(state.params, batches.fill_rectangle(rows, m))
     np.testing.assert_allclose(z, held_out_logits(finished)[m.rows], atol=1e-5)
 
 
@@ -609,28 +620,30 @@ def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
 def test_a_model_that_goes_on_learning_remembers_what_it_saw_before(finished, place, tmp_path, alone):
     more = write_task(tmp_path / "more.jsonl", range(50, 54), source="more")
     flags = dict(reward__weights=str(finished / "best"), train_rm__data=str(more), train_rm__epochs=1)
-    loop.train(run_config(place, tmp_path / "run", **flags))
-    seen = overlap.read_record(tmp_path / "run/best")
+    rm_loop.train_reward_model(run_config(place, tmp_path / "run", **flags))
+    seen = seen_questions.read_record(tmp_path / "run/best")
     assert seen.sources == {"even": 4, "odd": 4, "more": 4} and len(seen.fingerprints) == 12 and seen.complete
     # What the weights saw before is as little held out as what they see now.
     before = flags | dict(train_rm__eval_data=str(place / "train.jsonl"))
     with pytest.raises(SetupError, match="weights to begin with have seen"):
-        loop.train(run_config(place, tmp_path / "run3", **before))
+        rm_loop.train_reward_model(run_config(place, tmp_path / "run3", **before))
     (tmp_path / "other").mkdir()
     for file in (finished / "best").iterdir():
-        if file.name != overlap.SEEN:
+        if file.name != seen_questions.SEEN:
             (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
-    loop.train(run_config(place, tmp_path / "run2", **flags | dict(reward__weights=str(tmp_path / "other"))))
-    assert not overlap.read_record(tmp_path / "run2/best").complete
+    rm_loop.train_reward_model(
+        run_config(place, tmp_path / "run2", **flags | dict(reward__weights=str(tmp_path / "other")))
+    )
+    assert not seen_questions.read_record(tmp_path / "run2/best").complete
 
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_leaves_the_same(bucket, finished, place, alone):  # noqa: F811
-    loop.train(run_config(place, "gs://b/run"))
+    rm_loop.train_reward_model(run_config(place, "gs://b/run"))
     path = Bucket.disk("b/run")
     assert timeless(metrics(path)) == timeless(metrics(finished)) and kept(path) == kept(finished)
-    assert overlap.read_record("gs://b/run/best") == overlap.read_record(finished / "best")
-    assert weights.load("gs://b/run/best", head="score", layout=one_device()).head_trained
+    assert seen_questions.read_record("gs://b/run/best") == seen_questions.read_record(finished / "best")
+    assert weights.load_weights("gs://b/run/best", head="score", layout=one_device()).head_trained
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -638,13 +651,13 @@ def test_a_run_in_a_bucket_leaves_the_same(bucket, finished, place, alone):  # n
 
 def load(place, **changes) -> examples.Data:
     cfg = run_config(place, Path("nowhere"), **changes)
-    return examples.load(cfg, tokenizers.load(str(place / "tokenizer")))
+    return examples.load_examples(cfg, tokenizers.load_tokenizer_from(str(place / "tokenizer")))
 
 
 def test_long_texts_are_dropped_and_counted(place, tmp_path):
     data = write_task(tmp_path / "train.jsonl", range(1, 5))
     long = json.loads(data.read_text().splitlines()[0])
-    text = prompts.verifier_text(long["question"], long["reference_answer"], "")
+    text = prompts.render_verifier_text(long["question"], long["reference_answer"], "")
     for extra in (0, 1):  # as long as may be, and one more
         fields = long | {"id": f"long{extra}", "completion": "x" * (300 - len(text) + extra)}
         data.write_text(data.read_text() + json.dumps(fields) + "\n")
@@ -673,7 +686,7 @@ def test_rows_that_are_cut_are_counted(place, tmp_path):
         layout, config = one_device(), types.SimpleNamespace(family="llama", layers=1, width=8)
         model = types.SimpleNamespace(config=config)
         job = types.SimpleNamespace(cfg=cfg, data=data, model=model, shapes=(), steps=8, layout=layout)
-        assert f"{cut} cut to {limit} tokens" in plan.describe(job)
+        assert f"{cut} cut to {limit} tokens" in rm_setup.describe_rm_job(job)
 
 
 def test_some_wrong_completions_are_shown_under_attack_too(place):
@@ -687,7 +700,7 @@ def test_some_wrong_completions_are_shown_under_attack_too(place):
     originals = {t.id: t for t in plain.train.triples}
     for t in added:
         id, name = t.id.rsplit(" under ", 1)
-        assert name in attacks.WRONG and name != "reference" and t.label == originals[id].label == 0
+        assert name in reward_hacks.WRONG and name != "reference" and t.label == originals[id].label == 0
     assert len({t.id.rsplit(" under ", 1)[0] for t in added}) == len(added), "each row once at most"
     assert len({t.id.rsplit(" under ", 1)[1] for t in added}) > 1
     assert load(place, train_rm__attacked=0.5).digest == hacked.digest != plain.digest
@@ -701,12 +714,12 @@ def test_reward_hacks_are_no_questions_of_their_own(place, tmp_path):
     assert altered and data.attacked
     cfg = run_config(place, tmp_path)
     job = types.SimpleNamespace(cfg=cfg, data=data, head_trained=False, path=tmp_path)
-    seen = export.seen(job)
+    seen = best_model.seen_questions_of(job)
     assert seen.sources == {"even": 4, "odd": 4} and len(seen.fingerprints) == 8
-    assert not seen.fingerprints & {overlap.fingerprint(q) for q in altered}
-    rows = measure.predictions(data.held_out, np.linspace(-1, 1, len(data.held_out)))
-    (tmp_path / export.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    export.conclude(job, 8, {"step": 3, "value": 0.5})
+    assert not seen.fingerprints & {seen_questions.fingerprint_question(q) for q in altered}
+    rows = rm_report.list_predictions(data.held_out, np.linspace(-1, 1, len(data.held_out)))
+    (tmp_path / best_model.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    best_model.write_final_report(job, 8, {"step": 3, "value": 0.5})
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["training_rows"], report["attacked"]) == (len(data.train), data.attacked)
 
@@ -727,7 +740,9 @@ def test_a_part_of_the_data_is_held_out_by_question(place):
     parts = [{t.question for t in part.triples} for part in (found.train, found.held_out)]
     assert [len(p) for p in parts] == [6, 2] and not parts[0] & parts[1]
     assert len(found.train) + len(found.held_out) == 64 and found.overlapping == 0
-    again = examples.hold_out(list(reversed(labelled.load(str(place / "train.jsonl")))), 0.25)
+    again = examples.split_held_out(
+        list(reversed(labelled_completions.load_labelled_completions(str(place / "train.jsonl")))), 0.25
+    )
     assert {t.question for t in again[1]} == parts[1], "the order of the file does not matter"
 
 
@@ -739,12 +754,12 @@ def test_several_files_are_read(place):
 def test_figures_by_hand():
     # Of scores .75, .75, .25, .25 two are right; a pair of labels is ordered rightly, wrongly, and twice tied.
     z = np.array([1, 1, -1, -1]) * np.log(3)
-    found = measure.figures(np.array([1, 0, 1, 0]), z)
+    found = rm_report.compute_figures(np.array([1, 0, 1, 0]), z)
     assert found["loss"] == pytest.approx(-(np.log(0.75) + np.log(0.25)) / 2)
     for name in ("accuracy", "balanced_accuracy", "precision", "recall", "f1", "auroc", "mean_score"):
         assert found[name] == pytest.approx(0.5), name
     assert found["ece"] == pytest.approx(0.25)
-    np.testing.assert_allclose(measure.probabilities(np.array([-800.0, 0.0, 800.0])), [0.0, 0.5, 1.0])
+    np.testing.assert_allclose(rm_report.to_probabilities(np.array([-800.0, 0.0, 800.0])), [0.0, 0.5, 1.0])
 
 
 def test_a_report_is_resampled_by_question():
@@ -752,9 +767,9 @@ def test_a_report_is_resampled_by_question():
     triples = tuple(Triple(q, "1", "1", float(i % 2)) for q in ("a", "b") for i in range(10))
     part = examples.Examples(triples, ((1,),) * 20, 0)
     logits = np.where(part.labels > 0.5, 1.0, -1.0) * np.repeat([1.0, -1.0], 10)
-    found = measure.report(part, logits, seed=0, resamples=200)["all"]
+    found = rm_report.make_report(part, logits, seed=0, resamples=200)["all"]
     assert (found["rows"], found["questions"], found["positives"]) == (20, 2, 10)
-    for name in measure.WITH_INTERVALS:
+    for name in rm_report.WITH_INTERVALS:
         assert found["figures"][name] == {"value": 0.5, "low": 0.0, "high": 1.0}, name
 
 
@@ -795,20 +810,25 @@ def test_bad_input_is_refused(changes, words, place, tmp_path, alone):
     files = {"ALL_RIGHT": right, "TORN": torn, "EMPTY": empty, "TRAIN": place / "train.jsonl"}
     changes = {k: str(files[v]) if v in files else v for k, v in changes.items()}
     with pytest.raises(SetupError) as refused:
-        loop.train(run_config(place, tmp_path / "run", **changes))
+        rm_loop.train_reward_model(run_config(place, tmp_path / "run", **changes))
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_weights_that_overflow_are_said(place, tmp_path, alone):
     broken = tmp_path / "broken"
     config = tiny_models.config(
-        vocab_size=tokenizers.load(str(place / "tokenizer")).vocab_size, width=32, head_dim=8, ffn=64
+        vocab_size=tokenizers.load_tokenizer_from(str(place / "tokenizer")).vocab_size,
+        width=32,
+        head_dim=8,
+        ffn=64,
     )
     params = tiny_models.random_params(config, "score")
     params["score"] = params["score"].at[0].set(jnp.inf)
-    weights.save(broken, config, params, "score", tokenizer_dir=place / "tokenizer", pad_token_id=0)
+    weights.save_pretrained(
+        broken, config, params, "score", tokenizer_dir=place / "tokenizer", pad_token_id=0
+    )
     with pytest.raises(SetupError, match="update 3: 40 of 40 held-out logits are not finite: lower"):
-        loop.train(run_config(place, tmp_path / "run", reward__weights=str(broken)))
+        rm_loop.train_reward_model(run_config(place, tmp_path / "run", reward__weights=str(broken)))
 
 
 # --- as a user starts it ------------------------------------------------------------------------------------
@@ -883,7 +903,8 @@ def test_two_processes_of_two_devices_train_what_one_does(finished, place, tmp_p
             assert two.get(name) == (pytest.approx(one[name], rel=1e-3) if name in one else None), name
     np.testing.assert_allclose(held_out_logits(path), held_out_logits(finished), atol=1e-2)
     ours, theirs = (
-        weights.load(str(p / "best"), head="score", layout=one_device()).params for p in (path, finished)
+        weights.load_weights(str(p / "best"), head="score", layout=one_device()).params
+        for p in (path, finished)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2), ours, theirs)
     assert "train_rm" not in (tmp_path / "out/1").read_text()

@@ -24,7 +24,7 @@ from tiny_rollouts import (
 
 from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.rollout.engine import completions, generate, rollout_weights
+from cooper_jax.rollout.engine import copy_rollout_weights, decode_completions, generate
 from cooper_jax.types import Rollout
 
 # --- what a rollout is -----------------------------------------------------------------------------------
@@ -62,9 +62,9 @@ def test_the_logprobs_equal_those_of_the_loss():
     prompt = jnp.broadcast_to(jnp.asarray(PROMPTS[0])[None, :], (3, 4))
     tokens = jnp.concatenate([prompt, r.tokens[:3]], axis=1)
     valid = jnp.concatenate([jnp.ones((3, 4), bool), r.mask[:3]], axis=1)
-    hidden = transformer.trunk(params_of(), TINY, tokens, valid, dtype=jnp.float32, layout=one_device())[
-        :, 3:-1
-    ]
+    hidden = transformer.hidden_states(
+        params_of(), TINY, tokens, valid, dtype=jnp.float32, layout=one_device()
+    )[:, 3:-1]
     want, _ = transformer.token_logprobs(
         params_of(), TINY, hidden, r.tokens[:3], temperature=0.6, layout=one_device()
     )
@@ -107,18 +107,18 @@ def test_one_token():
 
 
 def test_weights_are_cast_once_and_norms_kept():
-    cast = rollout_weights(params_of(), TINY, one_device(), "bfloat16")
+    cast = copy_rollout_weights(params_of(), TINY, one_device(), "bfloat16")
     assert isinstance(cast["layers"], tuple) and len(cast["layers"]) == TINY.layers
     assert cast["embed"].dtype == cast["layers"][0]["q"].dtype == jnp.bfloat16
     assert cast["layers"][1]["attn_norm"].dtype == cast["final_norm"].dtype == jnp.float32
-    assert rollout_weights(cast, TINY, one_device(), "bfloat16") is cast
+    assert copy_rollout_weights(cast, TINY, one_device(), "bfloat16") is cast
     spec = spec_of(dtype="bfloat16", segment=64)
     r = jax.device_get(generate(cast, TINY, one_device(), PROMPTS, POSITIONS, KEY, spec))
     assert_same(r, rollout(spec))
 
 
 def test_what_is_right_already_is_not_copied():
-    weights = rollout_weights(params_of(), TINY, one_device(), "float32")
+    weights = copy_rollout_weights(params_of(), TINY, one_device(), "float32")
     assert weights["embed"].unsafe_buffer_pointer() == params_of()["embed"].unsafe_buffer_pointer()
 
 
@@ -127,7 +127,7 @@ def test_a_loop_over_a_stack_equals_layers_apart(monkeypatch):
     apart = sampled()
     monkeypatch.setattr(generation, "LAYERS_ALONE", 1)
     other = dataclasses.replace(TINY, max_len=255)  # so that nothing compiled is met again
-    weights = rollout_weights(params_of(), other, one_device(), "float32")
+    weights = copy_rollout_weights(params_of(), other, one_device(), "float32")
     (stack,) = weights["layers"]
     assert stack["q"].shape[0] == 2
     for slots in (None, 5):
@@ -171,12 +171,12 @@ def test_text_loses_an_eos_that_was_sampled_and_nothing_else():
         finished=jnp.array([True, True, False]),
     )
     decode = lambda ids: "-".join(map(str, ids))  # noqa: E731
-    out = completions(rollout, decode, (9, 7))
+    out = decode_completions(rollout, decode, (9, 7))
     assert [c.text for c in out] == ["5-6", "", "5-0-6-4"]
     assert [c.truncated for c in out] == [False, False, True]
     assert [c.tokens for c in out] == [3, 1, 4]
     with pytest.raises(ValueError, match="row 0 finished with token 7"):
-        completions(rollout, decode, (9,))
+        decode_completions(rollout, decode, (9,))
 
 
 # --- transformers ----------------------------------------------------------------------------------------

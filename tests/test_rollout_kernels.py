@@ -22,7 +22,7 @@ from tiny_rollouts import (
 from cooper_jax.configs import base
 from cooper_jax.model import generation, transformer
 from cooper_jax.rollout.engine import generate
-from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
+from cooper_jax.runtime.mesh import Layout, make_mesh, make_shardings
 
 # The narrowest heads that the TPU kernel takes.
 WIDE = dataclasses.replace(TINY, head_dim=64, heads=4, kv_heads=2, ffn=16)
@@ -74,7 +74,7 @@ def test_kernels_in_a_loop_over_a_stack(implementation, monkeypatch):
 def test_kernels_over_a_mesh(implementation, change):
     """2 x 1 x 2 devices: rows and heads are cut, and the vocabulary; three slots for four requests a shard."""
     layout = Layout(make_mesh(2, 1, 2, jax.devices()[:4]), tuple(base.get_config().mesh.rules))
-    params = jax.device_put(params_of(WIDE), shardings(layout, transformer.param_specs(WIDE)))
+    params = jax.device_put(params_of(WIDE), make_shardings(layout, transformer.param_specs(WIDE)))
     spec = dataclasses.replace(SHORT, **change)
     r = generate(
         params, WIDE, layout, PROMPTS, POSITIONS, KEY, spec,

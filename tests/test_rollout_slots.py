@@ -25,10 +25,10 @@ from tiny_rollouts import (
 
 from cooper_jax.configs import base
 from cooper_jax.model import generation, transformer
-from cooper_jax.rollout import engine, plan
+from cooper_jax.rollout import engine, rollout_plan
 from cooper_jax.rollout import slots as programs
-from cooper_jax.rollout.engine import generate, rollout_weights
-from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
+from cooper_jax.rollout.engine import copy_rollout_weights, generate
+from cooper_jax.runtime.mesh import Layout, make_mesh, make_shardings
 
 
 def count_traces(monkeypatch):
@@ -60,7 +60,7 @@ class Segments(list):
 
 @pytest.fixture
 def segments(monkeypatch):
-    seen, run = Segments(), programs.segment
+    seen, run = Segments(), programs.decode_segment
 
     def segment(weights, slots, requests, prompts, **static):
         before = int(slots.column)
@@ -70,7 +70,7 @@ def segments(monkeypatch):
         seen.decoded.append(int(out[0].column) - before)
         return out
 
-    monkeypatch.setattr(programs, "segment", segment)
+    monkeypatch.setattr(programs, "decode_segment", segment)
     return seen
 
 
@@ -106,7 +106,7 @@ def test_the_longest_limits_begin_first(segments):
 @pytest.mark.slow
 def test_the_last_rows_move_into_fewer_slots(monkeypatch, segments):
     """One long row among 24: the batch is halved while it goes on, and it stays what it was."""
-    monkeypatch.setattr(plan, "FEWEST_SLOTS", 3)
+    monkeypatch.setattr(rollout_plan, "FEWEST_SLOTS", 3)
     spec = spec_of(group_size=6, max_new_tokens=16, eos_ids=())
     limits = np.full(24, 2)
     limits[[5, 17]] = 16, 12
@@ -120,8 +120,8 @@ def test_the_last_rows_move_into_fewer_slots(monkeypatch, segments):
 
 def test_the_cache_moves_back_when_its_columns_end(monkeypatch):
     """A few slots and many short rows: the write column runs off, and comes back, while a long row goes on."""
-    moves, resize = [], programs.resize
-    monkeypatch.setattr(programs, "resize", lambda s, by, **k: moves.append(by) or resize(s, by, **k))
+    moves, resize = [], programs.resize_cache
+    monkeypatch.setattr(programs, "resize_cache", lambda s, by, **k: moves.append(by) or resize(s, by, **k))
     spec = spec_of(group_size=16, max_new_tokens=24, eos_ids=(), segment=8)
     limits = np.random.default_rng(0).integers(1, 6, 64)
     limits[[3, 20, 40]] = 24
@@ -132,7 +132,7 @@ def test_the_cache_moves_back_when_its_columns_end(monkeypatch):
 def test_a_mesh_gives_the_same(monkeypatch):
     """2 x 2 x 2 devices; five prompts are padded to eight, two a shard."""
     layout = Layout(make_mesh(2, 2, 2), tuple(base.get_config().mesh.rules))
-    params = jax.device_put(params_of(), shardings(layout, transformer.param_specs(TINY)))
+    params = jax.device_put(params_of(), make_shardings(layout, transformer.param_specs(TINY)))
     prompts, positions = PROMPTS + [[30, 31]], POSITIONS + [44]
     alone, traces = sampled(), count_traces(monkeypatch)
     meshed = generate(params, TINY, layout, prompts, positions, KEY, SPEC)
@@ -223,7 +223,7 @@ def test_the_report_says_how_evenly_the_work_lay():
 
 def test_the_imbalance_is_of_the_busiest_shard():
     layout = Layout(make_mesh(2, 2, 2), tuple(base.get_config().mesh.rules))
-    params = jax.device_put(params_of(), shardings(layout, transformer.param_specs(TINY)))
+    params = jax.device_put(params_of(), make_shardings(layout, transformer.param_specs(TINY)))
     limits, said = np.r_[[9] * 3, [1] * 9], []
     generate(
         params, TINY, layout, PROMPTS, POSITIONS, KEY, spec_of(eos_ids=()), limits=limits, report=said.append
@@ -241,7 +241,7 @@ def test_nothing_is_compiled_twice(monkeypatch):
     generate(
         changed, TINY, one_device(), [[1, 2], [3], [4] * 32, [5]], [7, 8, 9, 10**6], jax.random.key(1), spec
     )
-    weights = rollout_weights(changed, TINY, one_device(), "float32")
+    weights = copy_rollout_weights(changed, TINY, one_device(), "float32")
     generate(weights, TINY, one_device(), PROMPTS, POSITIONS, KEY, dataclasses.replace(spec))
     assert len(traces) == 3
 
@@ -253,7 +253,7 @@ def test_slots_are_as_many_as_asked_for_and_as_rows():
     setting = SimpleNamespace(spec=spec_of(group_size=4), shards=2)
 
     def slots(max_rows):
-        return engine.slots_a_shard(None, setting, PROMPTS, 16, max_rows, None)
+        return engine.slots_per_shard(None, setting, PROMPTS, 16, max_rows, None)
 
     assert [slots(n) for n in (None, 1000, 31, 2)] == [64, 64, 15, 1]
     with pytest.raises(ValueError, match="max_rows 1 .* 2 batch shards"):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cooper_jax.reward import rule_judge, rule_reading, rule_worker
-from cooper_jax.reward.rule import RuleConfig, RuleVerifier
+from cooper_jax.rule import answer_parser, rule_verdict, rule_worker
+from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Verdict
 
@@ -155,18 +155,18 @@ def test_verdicts(rule):
 
 
 def test_workers_speak_the_verdicts_of_types():
-    names = {rule_judge.CORRECT, rule_judge.WRONG, rule_judge.NO_ANSWER, rule_judge.UNRECOGNISED}
+    names = {rule_verdict.CORRECT, rule_verdict.WRONG, rule_verdict.NO_ANSWER, rule_verdict.UNRECOGNISED}
     assert names == {v.value for v in Verdict} - {Verdict.TIMEOUT.value}
 
 
 def test_a_verdict_needs_no_jax_and_little_of_ours():
     code = (
         "import sys; sys.path.append(sys.argv[1]); from cooper_jax.reward import rule_worker, rule_judge\n"
-        "assert rule_judge.judge('20', '#### 20') == 'correct'\n"
+        "assert rule_verdict.judge_answer('20', '#### 20') == 'correct'\n"
         "found = {m for m in sys.modules if m.startswith(('cooper_jax.', 'kernels'))} | {'jax', 'numpy'}\n"
         "print(*sorted(found & set(sys.modules)))\n"
     )
-    folder = str(Path(rule_judge.__file__).parents[2])
+    folder = str(Path(rule_verdict.__file__).parents[2])
     run = subprocess.run(
         [sys.executable, "-P", "-c", code, folder], capture_output=True, text=True, timeout=60
     )
@@ -189,7 +189,7 @@ def test_a_verdict_needs_no_jax_and_little_of_ours():
     ],
 )
 def test_find_answer(text, answer):
-    span = rule_reading.find_answer(text)
+    span = answer_parser.find_answer(text)
     assert (text[slice(*span)] if span else None) == answer
 
 
@@ -410,7 +410,7 @@ def children(pid: int) -> set[int]:
 def test_workers_die_with_a_killed_parent():
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "from cooper_jax.reward.rule import RuleConfig, RuleVerifier\n"
+        "from cooper_jax.rule.verifier import RuleConfig, RuleVerifier\n"
         "rule = RuleVerifier(RuleConfig(2, 2.0, 2.0, 2048))\n"
         "rule.check([('1', '1'), ('2', '2')])\n"
         f"pending = rule.submit([('20', {HANGS!r})])\n"

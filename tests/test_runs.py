@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from test_evaluation import SHRUNK, read_rows, write_rows
 
-from cooper_jax import placement, runs
 from cooper_jax.configs import base, tiny
-from cooper_jax.data import overlap
-from cooper_jax.evaluation import jobs, judging
-from cooper_jax.evaluation.ledger import ITEMS, RESULTS
-from cooper_jax.evaluation.scoring import Chosen
-from cooper_jax.runtime import outdir
+from cooper_jax.data import seen_questions
+from cooper_jax.evaluation import benchmark_jobs, judge_jobs
+from cooper_jax.evaluation.evaluated_models import ChosenModels
+from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS
+from cooper_jax.runtime import device_layouts, output_folder
 from cooper_jax.runtime.checkpoint import Checkpoints
-from cooper_jax.runtime.rundir import Run
+from cooper_jax.runtime.run_directory import RunDirectory
 from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer import run_checkpoint
 from cooper_jax.trainer.resume import start_or_resume
 from cooper_jax.trainer.setup import build_components, load_problems
 
@@ -40,7 +40,7 @@ def run(tmp_path_factory, devices):
     cfg.update_from_flattened_dict(SHRUNK | more)
     with (
         build_components(cfg, path) as (components, state),
-        Run(path, cfg, resume=True) as opened,
+        RunDirectory(path, cfg, resume=True) as opened,
         Checkpoints(path, keep=0) as checkpoints,
     ):
         state = start_or_resume(components, state, opened, checkpoints)
@@ -49,10 +49,15 @@ def run(tmp_path_factory, devices):
     return path, embed
 
 
-def chosen_of(path, **flags) -> Chosen:
+def chosen_of(path, **flags) -> ChosenModels:
     flags = {name.replace("__", "."): value for name, value in flags.items()}
     keep = {name: value for name, value in SHRUNK.items() if name.split(".")[0] in ("benchmark", "mesh")}
-    return Chosen(runs.over(base.get_config(), runs.read_config(path), keep | flags), path, path, 0)
+    return ChosenModels(
+        run_checkpoint.overlay_run(base.get_config(), run_checkpoint.read_run_config(path), keep | flags),
+        path,
+        path,
+        0,
+    )
 
 
 def test_a_run_says_what_its_models_are_and_the_command_line_the_rest(run):
@@ -60,9 +65,9 @@ def test_a_run_says_what_its_models_are_and_the_command_line_the_rest(run):
     assert (cfg.name, cfg.policy.arch.width, cfg.data.instruction) == ("tiny", 16, " Think .")
     assert (cfg.policy.dtype, cfg.reward.dtype, cfg.rule.workers) == ("bfloat16", "float32", 1)
     assert cfg.pairs == base.get_config().pairs  # no part of a model
-    stored = runs.read_config(run[0])
+    stored = run_checkpoint.read_run_config(run[0])
     del stored.policy["remat"]
-    mixed = runs.over(base.get_config(), stored, {})
+    mixed = run_checkpoint.overlay_run(base.get_config(), stored, {})
     assert mixed.policy.remat is base.get_config().policy.remat
 
 
@@ -86,31 +91,31 @@ def test_a_run_of_another_version_is_refused(change, message, run, tmp_path):
     change(stored)
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=message) as error:
-        runs.read_config(tmp_path)
+        run_checkpoint.read_run_config(tmp_path)
     assert "new run directory" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_runs_models_are_loaded_at_a_step(run, devices):
     path, embed = run
     cfg = chosen_of(path).cfg
-    layout = placement.make_layout(cfg)
-    model, params, step = runs.load(path, cfg, "policy", layout)
+    layout = device_layouts.make_policy_layout(cfg)
+    model, params, step = run_checkpoint.load_run_model(path, cfg, "policy", layout)
     assert step == 0 and model.tokenizer.vocab_size <= len(embed)
     np.testing.assert_array_equal(np.asarray(params["embed"]), embed)
     with pytest.raises(FileNotFoundError, match=r"checkpoints are \[0\]"):
-        runs.load(path, cfg, "policy", layout, step=3)
+        run_checkpoint.load_run_model(path, cfg, "policy", layout, step=3)
     with pytest.raises(FileNotFoundError, match="no run directory of launch/train.py"):
-        runs.read_config(path / "checkpoints")
+        run_checkpoint.read_run_config(path / "checkpoints")
 
 
 def test_a_run_is_evaluated(run, devices, tmp_path):
     """Its policy on its held-out problems, by its own reward model; then the reward model itself."""
     path = run[0]
     chosen = chosen_of(path, benchmark__judged_by="both", reward__max_tokens=200)
-    jobs.benchmarks(chosen.cfg, chosen, ["synthetic"], tmp_path / "policy")
+    benchmark_jobs.evaluate_benchmarks(chosen.cfg, chosen, ["synthetic"], tmp_path / "policy")
     rows = read_rows(tmp_path / "policy" / ITEMS)
     assert len(rows) == 6 and {r["rule"] for r in rows} <= {"wrong", "no_answer", "unrecognised", "correct"}
-    settings = json.loads((tmp_path / "policy" / outdir.SETTINGS).read_text())
+    settings = json.loads((tmp_path / "policy" / output_folder.SETTINGS).read_text())
     assert (settings["policy.step"], settings["reward.step"], settings["data.instruction"]) == (
         0,
         0,
@@ -131,8 +136,10 @@ def test_a_run_is_evaluated(run, devices, tmp_path):
         for said, label in ((p.reference, 1), ("5000", 0))
     ]
     file = write_rows(tmp_path / "labelled.jsonl", *labelled)
-    judging.labelled(chosen.cfg, chosen, str(file), tmp_path / "judged", names=["model"])
+    judge_jobs.compare_judges(chosen.cfg, chosen, str(file), tmp_path / "judged", names=["model"])
     judged = read_rows(tmp_path / "judged" / ITEMS)
-    assert {overlap.normalise(r["question"]) for r in judged} == {overlap.normalise(unseen[0].question)}
+    assert {seen_questions.normalise_question(r["question"]) for r in judged} == {
+        seen_questions.normalise_question(unseen[0].question)
+    }
     with pytest.raises(SetupError, match="one reward model twice"):
-        judging.attacked(chosen.cfg, chosen, str(file), tmp_path / "attacked", [chosen])
+        judge_jobs.measure_attacks(chosen.cfg, chosen, str(file), tmp_path / "attacked", [chosen])

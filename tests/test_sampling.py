@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from cooper_jax.kernels import sampling as kernel
 from cooper_jax.kernels import sampling_spans, sampling_statistics, sampling_tpu, sampling_triton
 from cooper_jax.kernels.sampling_statistics import Rule
-from cooper_jax.rollout import sampling
+from cooper_jax.rollout import sampling_spec
 
 MODES = {
     "temperature": dict(temperature=0.7, top_k=0, top_p=1.0),
@@ -63,7 +63,7 @@ def uniforms_of(seed, rows):
 
 @functools.cache
 def sampler(**mode):
-    return jax.jit(functools.partial(kernel.sample, **mode))
+    return jax.jit(functools.partial(kernel.sample_logits, **mode))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -77,10 +77,10 @@ def test_draws_follow_the_distribution(mode):
     row = logits_of(1, 1, 250, 3.0)[0]
     row[240:] = -np.inf
     logits = jnp.broadcast_to(row[None, :], (10_000, 250))
-    keys = jax.jit(sampling.row_keys, static_argnums=2)(jax.random.key(2), jnp.arange(10_000), 1)
+    keys = jax.jit(sampling_spec.make_row_keys, static_argnums=2)(jax.random.key(2), jnp.arange(10_000), 1)
     rest = dict(max_new_tokens=1, group_size=1, eos_ids=(), segment=1, dtype="float32")
-    draw = jax.jit(sampling.sample, static_argnames="spec")
-    spec = sampling.SamplingSpec(**MODES[mode], **rest)
+    draw = jax.jit(sampling_spec.sample_tokens, static_argnames="spec")
+    spec = sampling_spec.SamplingSpec(**MODES[mode], **rest)
     tokens = np.concatenate([draw(logits, keys, t, spec).token for t in range(10)])
     expected = distribution(row, **MODES[mode]) * len(tokens)
     counts = np.bincount(tokens, minlength=250)
@@ -324,11 +324,11 @@ def test_thresholds_found_by_tallies_are_those_found_by_bisection(kernels):
     """Top-k's exactly; top-p's to a rounding of the mass."""
     logits = jnp.asarray(logits_of(21, 5, 384, 3.0))
     rule = Rule(0.9, top_k=70)
-    got = sampling_spans.statistics(kernels, logits, rule, None, True)
-    want = sampling_statistics.statistics(logits, rule)
+    got = sampling_spans.span_statistics(kernels, logits, rule, None, True)
+    want = sampling_statistics.row_statistics(logits, rule)
     np.testing.assert_array_equal(got.threshold, want.threshold)
     np.testing.assert_array_equal(want.threshold, -np.sort(-logits, axis=1)[:, 69])
-    got = sampling_spans.statistics(kernels, logits, Rule(0.9, top_p=0.7), None, True)
+    got = sampling_spans.span_statistics(kernels, logits, Rule(0.9, top_p=0.7), None, True)
     for row, threshold in zip(np.asarray(logits), got.threshold, strict=True):
         p = distribution(row, temperature=0.9)
         assert p[row > threshold].sum() < 0.7 + 1e-6 and p[row >= threshold].sum() > 0.7 - 1e-6
@@ -342,12 +342,12 @@ def test_no_races():
     logits = jnp.asarray(logits_of(22, 19, 640))
     peak = jnp.max(logits, axis=1)
     found = [
-        sampling_tpu.statistics(logits, Rule(1.0, 9, 0.9, 0.1), params),
+        sampling_tpu.tpu_statistics(logits, Rule(1.0, 9, 0.9, 0.1), params),
         sampling_tpu.span_sums(logits, peak - 1.0, Rule(1.0), params)[:-1],
-        sampling_tpu.tally(logits, peak, peak[:, None] - jnp.arange(7.0)[None, :], 1.0, params),
+        sampling_tpu.tally_thresholds(logits, peak, peak[:, None] - jnp.arange(7.0)[None, :], 1.0, params),
     ]
     block = jnp.arange(19) % 5
-    taken = sampling_tpu.take(logits, block, params)
+    taken = sampling_tpu.take_block(logits, block, params)
     jax.block_until_ready((found, taken))
     assert not interpret_pallas_call.races.races_found
     np.testing.assert_array_equal(taken, logits.reshape(19, 5, 128)[jnp.arange(19), block])
@@ -358,7 +358,7 @@ def test_no_races():
 
 def sharded(ways, **mode):
     mesh = Mesh(np.array(jax.devices()[:ways]), ("tensor",))
-    draw = functools.partial(kernel.sample, axis_name="tensor", **mode)
+    draw = functools.partial(kernel.sample_logits, axis_name="tensor", **mode)
     specs = dict(in_specs=(P(None, "tensor"), P()), out_specs=P(), check_vma=False)
     return jax.jit(jax.shard_map(draw, mesh=mesh, **specs))
 
@@ -421,7 +421,7 @@ def test_margins_by_hand():
     uniforms = np.array(uniforms, np.float32)
 
     def margin(**mode):
-        return jax.jit(functools.partial(kernel.margin, **mode))(logits, uniforms)
+        return jax.jit(functools.partial(kernel.sampling_margin, **mode))(logits, uniforms)
 
     np.testing.assert_allclose(margin(**ALL), [0.05, 1 / 3 - 0.3, 0.05, 0.01, 0.1], atol=1e-6)
     np.testing.assert_allclose(margin(**GREEDY), 0.2, atol=1e-6)
@@ -433,7 +433,9 @@ def test_bits_depend_on_prompt_sample_and_position_alone():
 
     @functools.partial(jax.jit, static_argnums=1)
     def draw(places, G, t):
-        return sampling.uniforms(sampling.row_keys(key, places, G), t).reshape(len(places), G, kernel.LEVELS)
+        return sampling_spec.draw_uniforms(sampling_spec.make_row_keys(key, places, G), t).reshape(
+            len(places), G, kernel.LEVELS
+        )
 
     full = draw(np.array([7, 100, 3]), 4, 6)
     np.testing.assert_array_equal(draw(np.array([100, 7]), 8, 6)[:, :4], full[np.array([1, 0])])
@@ -447,7 +449,7 @@ def test_bits_depend_on_prompt_sample_and_position_alone():
 @pytest.mark.parametrize("key", [jax.random.key(0, impl="rbg"), jax.random.PRNGKey(0)])
 def test_keys_whose_bits_would_depend_on_the_batch_are_refused(key):
     with pytest.raises(ValueError, match="threefry2x32"):
-        sampling.row_keys(key, jnp.arange(2), 2)
+        sampling_spec.make_row_keys(key, jnp.arange(2), 2)
 
 
 def test_thresholds_are_exact():
@@ -458,7 +460,7 @@ def test_thresholds_are_exact():
     values[:, :6] = [0.0, -0.0, 1.0, np.nextafter(np.float32(1), np.float32(2)), -np.inf, 1.0]
 
     def kth(x, k):
-        return sampling_statistics.largest(
+        return sampling_statistics.largest_threshold(
             jnp.max(x, axis=-1), lambda v: jnp.sum(x >= v[:, None], axis=-1) >= k
         )
 
@@ -489,6 +491,6 @@ def test_thresholds_are_exact():
 def test_settings_that_mean_nothing_are_refused(wrong):
     right = dict(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=8, group_size=2)
     right |= dict(eos_ids=(1,), segment=4, dtype="float32")
-    sampling.SamplingSpec(**right)
+    sampling_spec.SamplingSpec(**right)
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
-        sampling.SamplingSpec(**right | wrong)
+        sampling_spec.SamplingSpec(**right | wrong)

@@ -18,16 +18,16 @@ import tiny_models
 import tiny_tokenizers
 from tiny_rollouts import record_requests, same_key
 
-from cooper_jax import local_chat, placement
 from cooper_jax.configs import tiny
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.data import synthetic
+from cooper_jax.llm import local_chat
 from cooper_jax.model import transformer, weights
-from cooper_jax.reward.lessons import Replay
-from cooper_jax.reward.rule import RuleVerifier
-from cooper_jax.runtime import keys, rundir
+from cooper_jax.reward.labelled_rollouts import Replay
+from cooper_jax.rule.verifier import RuleVerifier
+from cooper_jax.runtime import device_layouts, keys, run_directory
 from cooper_jax.runtime.checkpoint import Checkpoints
-from cooper_jax.runtime.metrics import Phases
+from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import grading, policy_stages, reward_stages
 from cooper_jax.trainer.held_out import evaluate_held_out
@@ -163,7 +163,7 @@ def host(tree):
 
 def sample(components, state, problems):
     """A rollout of a batch of problems, with the key of the first step."""
-    key = keys.stream(components.cfg.seed, "rollout", 1)
+    key = keys.make_key(components.cfg.seed, "rollout", 1)
     rollout, _, _ = policy_stages.sample_responses(components, state.policy.params, problems, key)
     return rollout
 
@@ -248,8 +248,8 @@ def test_a_step_at_another_temperature_uses_it_in_sampling_scoring_and_updating(
 
         # The distribution over the next token at every column but the last.
         params, model = state.policy.params, cooper.policy.model.config
-        hidden = transformer.trunk(params, model, batch.tokens, batch.valid, dtype=jnp.float32)
-        logits = transformer.logits(params, model, hidden)[:, :-1, : model.vocab_size]
+        hidden = transformer.hidden_states(params, model, batch.tokens, batch.valid, dtype=jnp.float32)
+        logits = transformer.compute_logits(params, model, hidden)[:, :-1, : model.vocab_size]
         tokens, width = np.asarray(batch.tokens)[:, 1:, None], batch.response_mask.shape[1]
 
         def expected(temperature):
@@ -297,7 +297,7 @@ def test_the_data_order_follows_from_the_seed(build, monkeypatch):
     with build(**{"seed": 7, "reward.arm": "model"}) as (cooper, state):
         state, visited = state.replace(reference=state.policy.params), []
         for _ in range(3):
-            state, _, seen = trainer.cooper_step(without_models(cooper), state, Phases())
+            state, _, seen = trainer.cooper_step(without_models(cooper), state, PhaseTimer())
             visited += seen.problems
 
     def order(seed):
@@ -316,13 +316,13 @@ def test_every_step_cuts_its_minibatches_by_a_permutation_of_its_own(build, monk
         state, orders = state.replace(reference=state.policy.params), []
         for _ in range(3):
             noted.clear()
-            state, _, seen = trainer.cooper_step(without_models(cooper, noted), state, Phases())
+            state, _, seen = trainer.cooper_step(without_models(cooper, noted), state, PhaseTimer())
             rows = {float(advantage): row for row, advantage in enumerate(seen.advantages)}
             assert [len(part) for part in noted] == [2, 2, 2] and len(rows) == 6
             orders.append([rows[advantage] for part in noted for advantage in part])
 
     def permutation(step):  # of the step's first and only epoch
-        key = jax.random.fold_in(keys.stream(7, "minibatch", step), 0)
+        key = jax.random.fold_in(keys.make_key(7, "minibatch", step), 0)
         return jax.random.permutation(key, 6).tolist()
 
     assert orders == [permutation(step) for step in (1, 2, 3)]
@@ -332,7 +332,7 @@ def test_every_step_cuts_its_minibatches_by_a_permutation_of_its_own(build, monk
 @contextlib.contextmanager
 def begun(components, state, path):
     """The state as a run begins or resumes it, with its run directory and checkpoints."""
-    run = rundir.Run(path, components.cfg, resume=True)
+    run = run_directory.RunDirectory(path, components.cfg, resume=True)
     with run, Checkpoints(path, keep=1) as kept:
         yield start_or_resume(components, state, run, kept), run, kept
 
@@ -395,7 +395,12 @@ def test_every_evaluation_samples_with_the_same_keys_which_no_step_uses(build, m
         for step in (0, 1, 5):
             stages.sample_held_out(cooper, state.replace(step=step, position=step * B), 1.0)
     for request in requests:
-        assert same_key(request.key, keys.stream(7, "evaluation")) and list(request.positions) == [0, 1, 2, 3]
+        assert same_key(request.key, keys.make_key(7, "evaluation")) and list(request.positions) == [
+            0,
+            1,
+            2,
+            3,
+        ]
     assert len(requests) == 3
 
 
@@ -418,7 +423,7 @@ def test_who_moves_in_a_step(build, tmp_path):
         assert all(unchanged(reference, state.policy.params))
         for step in (1, 2, 3):
             policy, reward = host(state.policy.params), host(state.reward.params)
-            state, metrics, record = cooper_step(components, state, Phases())
+            state, metrics, record = cooper_step(components, state, PhaseTimer())
             assert state.step == step and state.position == step * B
             assert metrics["pairs/valid"] == sum(p is not None for p in record.pairs) >= 1
             assert not any(unchanged(reward, state.reward.params))
@@ -477,7 +482,7 @@ def test_models_on_meshes_of_their_own(build, tmp_path):
                 assert grading.scores_during_rollout(components) == bool(meshes)
                 where = [x.sharding.device_set for x in jax.tree.leaves(state.reference)]
                 assert where == [set(components.policy.reference_layout.mesh.devices.flat)] * len(where)
-                state, metrics, record = cooper_step(components, state, Phases())
+                state, metrics, record = cooper_step(components, state, PhaseTimer())
                 out.append((metrics, record, host(state.policy.params) + host(state.reward.params)))
         return out
 
@@ -531,7 +536,7 @@ def local_assistant(tmp_path, **changes):
     folder = tiny_tokenizers.write(tmp_path / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
     params = tiny_models.random_params(model)
-    weights.save(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
+    weights.save_pretrained(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
     cfg = config(
         **{
             "assistant.kind": "local",
@@ -540,7 +545,9 @@ def local_assistant(tmp_path, **changes):
         }
         | changes
     )
-    return local_chat.local_generate(cfg, cfg.assistant, "assistant", placement.make_layout(cfg), tmp_path)
+    return local_chat.make_local_generate(
+        cfg, cfg.assistant, "assistant", device_layouts.make_policy_layout(cfg), tmp_path
+    )
 
 
 def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
@@ -574,7 +581,7 @@ def test_a_resumed_run_holds_no_more_memory_than_a_fresh_one(build, tmp_path):
             kept.wait()  # a save under way has copies of its own
             held = live() - before
             for _ in range(steps):
-                state, metrics, _ = cooper_step(solved(components), state, Phases())
+                state, metrics, _ = cooper_step(solved(components), state, PhaseTimer())
                 run.log(state.step, metrics)
             if steps:
                 save_checkpoint(components, state, run, kept)
@@ -706,7 +713,7 @@ def test_the_warm_start_samples_with_a_key_and_in_an_order_of_its_own(build, tmp
     for request in requests:
         chosen = [problem_sets.problem_at(place, 8, 7, "warm_start") for place in request.positions]
         assert request.prompts == [cooper.train_prompts[i] for i in chosen]
-        assert same_key(request.key, keys.stream(7, "warm_start"))
+        assert same_key(request.key, keys.make_key(7, "warm_start"))
 
 
 ALL_TERMS = {
@@ -731,7 +738,7 @@ def steps(build, path, count, change=lambda components: components, **changes):
         with begun(components, state, path) as (state, run, kept):
             found, first = [], state.replay
             for _ in range(count):
-                state, metrics, _ = cooper_step(components, state, Phases())
+                state, metrics, _ = cooper_step(components, state, PhaseTimer())
                 found.append(metrics)
                 run.log(state.step, metrics)
             if count:

@@ -11,7 +11,7 @@ from cooper_jax.statistics import Interval
 def test_classification_against_scikit_learn():
     rng = np.random.default_rng(0)
     labels, said, w = rng.random(200) < 0.3, rng.random(200) < 0.5, rng.integers(0, 4, 200)
-    found = statistics.classification(labels, said, w)
+    found = statistics.classification_figures(labels, said, w)
     precision, recall, f1, _ = metrics.precision_recall_fscore_support(
         labels, said, average="binary", sample_weight=w
     )
@@ -26,39 +26,39 @@ def test_classification_against_scikit_learn():
 
 
 def test_classification_by_hand():
-    found = statistics.classification([1, 1, 1, 0], [1, 0, 0, 1])
+    found = statistics.classification_figures([1, 1, 1, 0], [1, 0, 0, 1])
     assert found == pytest.approx(
         {"accuracy": 1 / 4, "balanced_accuracy": 1 / 6, "precision": 1 / 2, "recall": 1 / 3, "f1": 2 / 5}
     )
 
 
 def test_figures_without_ground():
-    nothing = statistics.classification([0, 0], [0, 0])
+    nothing = statistics.classification_figures([0, 0], [0, 0])
     assert nothing["accuracy"] == 1.0
     assert all(math.isnan(nothing[n]) for n in ("balanced_accuracy", "precision", "recall", "f1"))
-    assert math.isnan(statistics.auroc([1, 1], [0.1, 0.2]))
-    assert math.isnan(statistics.auroc([1, 0], [0.1, 0.2], np.array([1.0, 0.0])))
-    assert math.isnan(statistics.kappa([], []))
-    assert math.isnan(statistics.kappa(["a", "a"], ["a", "a"]))
-    assert math.isnan(statistics.calibration([], [])[0])
+    assert math.isnan(statistics.area_under_roc([1, 1], [0.1, 0.2]))
+    assert math.isnan(statistics.area_under_roc([1, 0], [0.1, 0.2], np.array([1.0, 0.0])))
+    assert math.isnan(statistics.cohens_kappa([], []))
+    assert math.isnan(statistics.cohens_kappa(["a", "a"], ["a", "a"]))
+    assert math.isnan(statistics.calibration_curve([], [])[0])
 
 
 def test_auroc_by_hand():
     # Positives .9 and .5, negatives .5 and .1: of four comparisons three are won and one is tied.
-    assert statistics.auroc([1, 1, 0, 0], [0.9, 0.5, 0.5, 0.1]) == pytest.approx(3.5 / 4)
+    assert statistics.area_under_roc([1, 1, 0, 0], [0.9, 0.5, 0.5, 0.1]) == pytest.approx(3.5 / 4)
     # Without the positive at .5 all are won.
-    assert statistics.auroc([1, 1, 0, 0], [0.9, 0.5, 0.5, 0.1], np.array([1, 0, 2, 1])) == 1.0
+    assert statistics.area_under_roc([1, 1, 0, 0], [0.9, 0.5, 0.5, 0.1], np.array([1, 0, 2, 1])) == 1.0
 
 
 def test_kappa_by_hand():
     # 45 + 25 of 100 agree; the raters say yes to 60 and 60: expected .36 + .16.
     a = ["yes"] * 60 + ["no"] * 40
     b = ["yes"] * 45 + ["no"] * 15 + ["yes"] * 15 + ["no"] * 25
-    assert statistics.kappa(a, b) == pytest.approx((0.70 - 0.52) / (1 - 0.52))
+    assert statistics.cohens_kappa(a, b) == pytest.approx((0.70 - 0.52) / (1 - 0.52))
 
 
 def test_calibration_by_hand():
-    error, bins = statistics.calibration([0, 1, 1, 1], [0.1, 0.2, 1.0, 0.95], bins=2)
+    error, bins = statistics.calibration_curve([0, 1, 1, 1], [0.1, 0.2, 1.0, 0.95], bins=2)
     assert [b.count for b in bins] == [2, 2]
     assert [b.predicted for b in bins] == pytest.approx([0.15, 0.975])
     assert [b.observed for b in bins] == [0.5, 1.0]
@@ -86,7 +86,7 @@ def test_pass_at_k():
     ],
 )
 def test_majority(answers, correct, expected):
-    assert statistics.majority(answers, correct) == expected
+    assert statistics.majority_accuracy(answers, correct) == expected
 
 
 def test_bootstrap_draws_whole_groups():
@@ -94,7 +94,7 @@ def test_bootstrap_draws_whole_groups():
     rng = np.random.default_rng(1)
     truth = rng.random(30) < 0.5
     rows, groups = np.repeat(truth, 10), np.repeat(np.arange(30), 10)
-    found = statistics.bootstrap(lambda w: (w * rows).sum() / w.sum(), groups, rng, 2000)
+    found = statistics.bootstrap_interval(lambda w: (w * rows).sum() / w.sum(), groups, rng, 2000)
     p = truth.mean()
     assert found.value == pytest.approx(p)
     half = 1.96 * math.sqrt(p * (1 - p) / 30)
@@ -103,6 +103,6 @@ def test_bootstrap_draws_whole_groups():
 
 def test_bootstrap_without_ground():
     rng = np.random.default_rng(1)
-    assert statistics.bootstrap(lambda w: 0.5, ["a"], rng) == Interval(0.5, 0.5, 0.5)
-    empty = statistics.bootstrap(lambda w: math.nan, [], rng)
+    assert statistics.bootstrap_interval(lambda w: 0.5, ["a"], rng) == Interval(0.5, 0.5, 0.5)
+    empty = statistics.bootstrap_interval(lambda w: math.nan, [], rng)
     assert all(math.isnan(x) for x in (empty.value, empty.low, empty.high))

@@ -28,7 +28,7 @@ def test_a_study_of_seconds(tmp_path):
     done = launch(*words, "--seeds=5", f"--keep={tmp_path / 'kept.jsonl'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5/5 runs" in done.stdout
-    found = records.of_file(tmp_path / "kept.jsonl")
+    found = records.read_records(tmp_path / "kept.jsonl")
     assert [(run.arm, run.done) for run in found.runs] == [
         ("rule", 2), ("frozen", 2), ("frozen_warm", 2), ("robust", 2)
     ]  # fmt: skip
@@ -58,7 +58,7 @@ def test_a_shortened_study_orders_the_arms(tmp_path):
     words += ["--arms=rule,frozen,robust", *(f"--config.{name}={value}" for name, value in fields.items())]
     done = launch(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = summary.summarise(records.of_folder(tmp_path))
+    found = summary.summarise_study(records.read_folder(tmp_path))
     rule, frozen, robust = (
         next(run for run in found["runs"] if run["arm"] == name) for name in ("rule", "frozen", "robust")
     )

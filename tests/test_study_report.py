@@ -12,7 +12,7 @@ import pytest
 from tiny_studies import ROOT, a_study
 
 from cooper_jax.statistics import Interval
-from cooper_jax.study import arms, figure, records, report, summary, tables
+from cooper_jax.study import arms, figure, records, study_report, summary, tables
 
 STUDY = {
     "steps": 8, "problems": 100, "samples": 1, "every": 2, "seeds": [1, 2, 3],
@@ -42,7 +42,7 @@ def test_figures_of_a_run():
     rows = rows_of(
         [0.4, 0.2, 0.3, 0.6, 0.9], false_positives=signal_of_steps, judge=[0.7, 0.6, 0.8, 0.8, 0.5]
     )
-    found = summary.of_run(records.of_run("frozen", 1, rows), STUDY)
+    found = summary.run_figures(records.summarise_run("frozen", 1, rows), STUDY)
     assert found["complete"] and found["done"] == 8
     assert (found["accuracy_start"], found["accuracy_lowest"], found["accuracy_lowest_at"]) == (0.4, 0.2, 2)
     assert found["accuracy_end"] == pytest.approx((0.3 + 0.6 + 0.9) / 3)
@@ -64,8 +64,8 @@ def test_figures_of_a_run():
 
 def test_the_end_is_after_the_start():
     """Of two evaluations only the second is an end; of none after step 0 there is none."""
-    assert summary.trace("a", [(0, 0.5), (2, 0.25)])["a_end"] == 0.25
-    assert math.isnan(summary.trace("a", [(0, 0.5)])["a_end"])
+    assert summary.trace_figures("a", [(0, 0.5), (2, 0.25)])["a_end"] == 0.25
+    assert math.isnan(summary.trace_figures("a", [(0, 0.5)])["a_end"])
 
 
 @pytest.mark.parametrize(
@@ -79,22 +79,22 @@ def test_the_end_is_after_the_start():
     ],
 )
 def test_a_dip_is_more_than_chance(accuracy, is_one):
-    assert summary.dipped([0.5, accuracy, 0.6], 0.5, 100) is is_one
+    assert summary.has_dipped([0.5, accuracy, 0.6], 0.5, 100) is is_one
 
 
 def test_over_seeds_by_hand():
     # mean 2, s = sqrt(((-1)^2 + 0 + 1^2) / 2) = 1, t(.975, 2) = 4.302653
-    found = summary.over_seeds([1.0, 2.0, 3.0])
+    found = summary.mean_over_seeds([1.0, 2.0, 3.0])
     assert (found.value, found.low, found.high) == pytest.approx(
         (2, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5)
     )
-    one = summary.over_seeds([0.5, math.nan])
-    assert one.value == 0.5 and math.isnan(one.low) and math.isnan(summary.over_seeds([]).value)
+    one = summary.mean_over_seeds([0.5, math.nan])
+    assert one.value == 0.5 and math.isnan(one.low) and math.isnan(summary.mean_over_seeds([]).value)
 
 
 def test_a_runs_gain_by_hand():
     # .3 to .5 of 100: the variances are .0021 and .0025, together .0678 squared
-    found = summary.gain(0.3, 0.5, 100)
+    found = summary.gain_interval(0.3, 0.5, 100)
     assert (found.value, found.low, found.high) == pytest.approx(
         (0.2, 0.2 - 0.13293, 0.2 + 0.13293), abs=1e-5
     )
@@ -102,19 +102,19 @@ def test_a_runs_gain_by_hand():
 
 def of_three_seeds() -> records.Records:
     runs = [
-        records.of_run("rule", seed, rows_of([0.4, 0.5, end, end, end]))
+        records.summarise_run("rule", seed, rows_of([0.4, 0.5, end, end, end]))
         for seed, end in ((1, 0.6), (2, 0.7), (3, 0.8))
     ]
     runs += [
-        records.of_run("frozen", 1, rows_of([0.4, 0.3, 0.1, 0.1, 0.1], reward=0.9, judge=[0.7] * 5)),
-        records.of_run("frozen", 2, rows_of([0.4, 0.3, 0.1, 0.3, 0.5], reward=0.8, judge=[0.6] * 5)),
-        records.of_run("frozen", 3, rows_of([0.4, 0.3, 0.2], judge=[0.6] * 3)),  # at step 4 of 8
+        records.summarise_run("frozen", 1, rows_of([0.4, 0.3, 0.1, 0.1, 0.1], reward=0.9, judge=[0.7] * 5)),
+        records.summarise_run("frozen", 2, rows_of([0.4, 0.3, 0.1, 0.3, 0.5], reward=0.8, judge=[0.6] * 5)),
+        records.summarise_run("frozen", 3, rows_of([0.4, 0.3, 0.2], judge=[0.6] * 3)),  # at step 4 of 8
     ]
     return records.Records(STUDY, tuple(runs))
 
 
 def test_figures_of_arms():
-    found = summary.summarise(of_three_seeds())
+    found = summary.summarise_study(of_three_seeds())
     rule, frozen = found["arms"]["rule"], found["arms"]["frozen"]
     assert rule["seeds"] == [1, 2, 3] and rule["accuracy_end"].value == pytest.approx(0.7)
     assert rule["accuracy_end"].high == pytest.approx(0.7 + 4.302653 * 0.1 / 3**0.5)
@@ -134,18 +134,18 @@ def test_figures_of_arms():
     assert found["missing"] == [{"arm": "frozen", "seed": 3, "done": 4}]
     some = of_three_seeds()
     some = records.Records(STUDY, tuple(run for run in some.runs if (run.arm, run.seed) != ("rule", 2)))
-    found = summary.summarise(some)
-    assert found["arms"]["frozen"]["pairs"] == 1 and "-50.0 on 1 |" in tables.markdown(found)
+    found = summary.summarise_study(some)
+    assert found["arms"]["frozen"]["pairs"] == 1 and "-50.0 on 1 |" in tables.format_markdown(found)
 
 
 def test_a_run_without_its_last_evaluation_is_not_complete():
     rows = rows_of([0.4, 0.5, 0.5, 0.5, 0.5])
-    assert summary.of_run(records.of_run("rule", 1, rows), STUDY)["complete"]
+    assert summary.run_figures(records.summarise_run("rule", 1, rows), STUDY)["complete"]
     del rows[-1]["eval/oracle/accuracy"]
-    assert not summary.of_run(records.of_run("rule", 1, rows), STUDY)["complete"]
-    some = records.Records(STUDY | {"seeds": [1, 2, 3, 5]}, (records.of_run("rule", 1, rows),))
-    assert "(seeds): rule on 1 (at step 8), 2-3, 5; frozen on 1-3, 5." in tables.markdown(
-        summary.summarise(some)
+    assert not summary.run_figures(records.summarise_run("rule", 1, rows), STUDY)["complete"]
+    some = records.Records(STUDY | {"seeds": [1, 2, 3, 5]}, (records.summarise_run("rule", 1, rows),))
+    assert "(seeds): rule on 1 (at step 8), 2-3, 5; frozen on 1-3, 5." in tables.format_markdown(
+        summary.summarise_study(some)
     )
 
 
@@ -153,7 +153,7 @@ def test_how_pairs_moved_by_spans():
     rows = [{"step": 0, "eval/oracle/accuracy": 0.5}]
     rows += [{"step": s, "rm/common_push": float(s), "rm/valid": 2.0 * s} for s in range(1, 41)]
     rows[7]["rm/common_push"] = math.nan
-    found = records.of_run("robust", 1, rows).motion
+    found = records.summarise_run("robust", 1, rows).motion
     assert found == {
         "1-10": {"common_push": 5.333, "valid": 11.0},  # (55 - 7) / 9
         "11-30": {"common_push": 20.5, "valid": 41.0},
@@ -180,10 +180,13 @@ def test_kept_records_make_the_same_tables_and_figure(tmp_path):
                 json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n" for row in rows
             )
             (folder / "metrics.jsonl").write_text(text + '{"step": 5, "torn')
-    found = records.of_folder(out)
-    told = report.write(found, tmp_path / "first")
-    records.keep(found, tmp_path / "kept/study.jsonl")
-    assert report.write(records.of_file(tmp_path / "kept/study.jsonl"), tmp_path / "again") == told
+    found = records.read_folder(out)
+    told = study_report.write_report(found, tmp_path / "first")
+    records.write_records(found, tmp_path / "kept/study.jsonl")
+    assert (
+        study_report.write_report(records.read_records(tmp_path / "kept/study.jsonl"), tmp_path / "again")
+        == told
+    )
     for name in ("results.json", "arms.csv", "runs.csv", "tables.md", "study.png"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     results = json.loads((tmp_path / "again/results.json").read_text())
@@ -196,7 +199,7 @@ def test_kept_records_make_the_same_tables_and_figure(tmp_path):
 def test_only_some_arms_and_seeds():
     found = of_three_seeds().only(["frozen"], [2, 3])
     assert [(run.arm, run.seed) for run in found.runs] == [("frozen", 2), ("frozen", 3)]
-    assert "| frozen | no update | 1 |" in tables.markdown(summary.summarise(found))
+    assert "| frozen | no update | 1 |" in tables.format_markdown(summary.summarise_study(found))
     with pytest.raises(ValueError, match="--seeds: 7 is not there; 1, 2, 3 is"):
         of_three_seeds().only([], [7])
 
@@ -204,13 +207,13 @@ def test_only_some_arms_and_seeds():
 def test_a_reward_model_beside_the_one_that_all_begin_with():
     """Its end .65 less its own step 0, .75 after a warm start, and less .7, which the frozen arm begins with."""
     accuracies, ends = [0.4] * 5, (0.6, 0.7)
-    runs = [records.of_run("frozen", seed, rows_of(accuracies, judge=[0.7] * 5)) for seed in (1, 2, 3)]
+    runs = [records.summarise_run("frozen", seed, rows_of(accuracies, judge=[0.7] * 5)) for seed in (1, 2, 3)]
     runs += [
-        records.of_run("robust", seed, rows_of(accuracies, judge=[0.75, 0.1, end, end, end]))
+        records.summarise_run("robust", seed, rows_of(accuracies, judge=[0.75, 0.1, end, end, end]))
         for seed, end in zip((1, 2), ends, strict=True)
     ]
     study = STUDY | {"arms": {name: {"about": "", "settings": {}} for name in ("frozen", "robust")}}
-    found = summary.summarise(records.Records(study, tuple(runs)))["arms"]
+    found = summary.summarise_study(records.Records(study, tuple(runs)))["arms"]
     robust, half = found["robust"], 12.7062 * 0.05
     for name, value in (("gain", -0.1), ("less_begun", -0.05)):
         of = robust[f"rm_balanced_{name}"]
@@ -228,7 +231,7 @@ def test_a_moving_mean_of_nothing_is_nothing():
 
 
 def test_tables_show_every_dip_and_what_is_missing():
-    text = tables.markdown(summary.summarise(of_three_seeds()))
+    text = tables.format_markdown(summary.summarise_study(of_three_seeds()))
     assert "(seeds): frozen on 3 (at step 4)." in text
     assert "| frozen | 2 | 40.0 | 10.0 | 4 | 30.0 | -10.0 (-23.1 to 3.1) | 40 30 10 30 50 |" in text
     assert "-45.0 (-108.5 to 18.5) |" in text
@@ -240,20 +243,20 @@ def test_tables_show_every_dip_and_what_is_missing():
 def test_files_that_are_none(tmp_path, content, message):
     (tmp_path / "kept.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        records.of_file(tmp_path / "kept.jsonl")
+        records.read_records(tmp_path / "kept.jsonl")
     with pytest.raises(ValueError, match="no folder of a study"):
-        records.of_folder(tmp_path)
+        records.read_folder(tmp_path)
 
 
 def test_tables_as_csv_by_hand():
     """The same numbers as test_figures_of_arms works out."""
-    found = summary.summarise(of_three_seeds())
-    lines = report.format_arms_csv(found).splitlines()
+    found = summary.summarise_study(of_three_seeds())
+    lines = study_report.format_arms_csv(found).splitlines()
     assert lines[0] == "arm,quantity,mean,low,high,seeds"
     assert "frozen,accuracy_less_rule,-0.45,-1.085,0.1853,2" in lines  # 12.7062 x .05 = .6353
     assert "frozen,dipped,2,,,2" in lines and "rule,dipped,0,,,3" in lines
     assert not [line for line in lines if line.startswith("rule,rm_balanced")]  # it has no reward model
-    header, *runs = (line.split(",") for line in report.format_runs_csv(found).splitlines())
+    header, *runs = (line.split(",") for line in study_report.format_runs_csv(found).splitlines())
     by_run = {(row[0], row[1]): dict(zip(header, row, strict=True)) for row in runs}
     assert len(by_run) == 6 and by_run["frozen", "3"]["complete"] == "False"
     assert by_run["frozen", "1"]["accuracy_end"] == "0.1" and by_run["rule", "1"]["rm_balanced_end"] == ""
@@ -275,9 +278,9 @@ def test_the_figure_is_a_picture_of_readable_width():
     from matplotlib.image import imread
 
     many = {f"arm_{i}": {"about": "an arm among others", "settings": {}} for i in range(8)}
-    runs = [records.of_run(name, seed, rows_of([0.4, 0.5, 0.6])) for name in many for seed in (1, 2)]
+    runs = [records.summarise_run(name, seed, rows_of([0.4, 0.5, 0.6])) for name in many for seed in (1, 2)]
     for shown in (of_three_seeds(), records.Records(STUDY | {"arms": many}, tuple(runs))):
-        drawn = figure.draw(shown)
+        drawn = figure.draw_figure(shown)
         assert len(drawn) < 250_000
         height, width, _ = imread(io.BytesIO(drawn)).shape
         assert width == 1605 and 500 < height < 2200
@@ -287,11 +290,12 @@ def test_the_documented_tables_are_those_of_the_kept_runs():
     """And what docs/results.md says of them in words holds."""
     kept = ROOT / "docs/results"
     controls, found = (
-        summary.summarise(records.of_file(kept / name)) for name in ("controls.jsonl", "study.jsonl")
+        summary.summarise_study(records.read_records(kept / name))
+        for name in ("controls.jsonl", "study.jsonl")
     )
     for name, one in (("controls", controls), ("study", found)):
-        assert (kept / f"{name}_arms.csv").read_text() == report.format_arms_csv(one), name
-        assert (kept / f"{name}_runs.csv").read_text() == report.format_runs_csv(one), name
+        assert (kept / f"{name}_arms.csv").read_text() == study_report.format_arms_csv(one), name
+        assert (kept / f"{name}_runs.csv").read_text() == study_report.format_runs_csv(one), name
     assert list(controls["arms"]) == list(arms.ARMS) and not controls["missing"]
     by_arm = controls["arms"]
     assert by_arm["pointwise"]["dipped"] == 0 < by_arm["no_bce"]["dipped"]

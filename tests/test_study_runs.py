@@ -14,12 +14,12 @@ import pytest
 import tiny_runs
 from tiny_studies import ROOT, a_study, launch, small
 
-from cooper_jax import recipes
 from cooper_jax.configs import tiny
 from cooper_jax.runtime.hosts import Stopped
-from cooper_jax.runtime.rundir import flat
+from cooper_jax.runtime.run_directory import flatten_config
 from cooper_jax.settings.setup_errors import SetupError
-from cooper_jax.study import arms, plan, progress, records, schedule
+from cooper_jax.study import arms, progress, records, run_scheduler, study_plan
+from cooper_jax.trainer import recipes
 
 # In place of launch/train.py: a start makes its checkpoint; an arm goes on from its last whole line, and what its
 # config's name says befalls it: "fails" at step 2 of the frozen arm, "waits" for a signal at step 1 of every arm.
@@ -59,18 +59,18 @@ for step in range(len(whole.splitlines()), steps + 1):
 def stand_in(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "train.py"
     path.write_text(STAND_IN)
-    monkeypatch.setattr(plan, "TRAIN", path)
+    monkeypatch.setattr(study_plan, "TRAIN", path)
     return path
 
 
-def started(study: plan.Study) -> list[str]:
+def started(study: study_plan.Study) -> list[str]:
     path = study.out / "started"
     return path.read_text().split() if path.exists() else []
 
 
-def carry_out(study: plan.Study, jobs: int = 1) -> list[schedule.Failure]:
+def carry_out(study: study_plan.Study, jobs: int = 1) -> list[run_scheduler.Failure]:
     study.begin()
-    return schedule.carry_out(study.runs(), jobs, lambda standing: None)
+    return run_scheduler.run_study(study.runs(), jobs, lambda standing: None)
 
 
 # --- what would run -----------------------------------------------------------------------------------
@@ -129,13 +129,13 @@ def of_arms(tmp_path_factory) -> dict[str, tuple]:
     """Each arm's study, over flags and the recipe of the config file, and the settings that its run reads."""
     given = ("policy.kl_coef", "steps", "eval.every")
     base = small(policy__kl_coef=0.002)
-    recipes.apply(base, given)  # as launch/common.py does
+    recipes.apply_recipe(base, given)  # as launch/common.py does
     out = tmp_path_factory.mktemp("arms")
     studies = [
-        plan.Study(out, "configs/tiny.py", base, given, arms.choose([name], (), base), [5])
+        study_plan.Study(out, "configs/tiny.py", base, given, arms.choose_arms([name], (), base), [5])
         for name in arms.ARMS
     ]
-    read = as_train_reads([study.run(study.arms[0], 5).command for study in studies], base)
+    read = as_train_reads([study.run_study_arms(study.arms[0], 5).command for study in studies], base)
     return {name: (study, got) for name, study, got in zip(arms.ARMS, studies, read, strict=True)}
 
 
@@ -143,11 +143,11 @@ def of_arms(tmp_path_factory) -> dict[str, tuple]:
 def test_an_arms_settings_reach_its_runs(of_arms, name):
     """Also over the recipe of the config file: the flags' text, read as launch/train.py reads it."""
     study, got = of_arms[name]
-    run = study.run(study.arms[0], 5)
-    assert run.command[:3] == (sys.executable, str(plan.TRAIN), "--config=configs/tiny.py")
-    wanted = flat(study.config(study.arms[0], 5).to_dict())
+    run = study.run_study_arms(study.arms[0], 5)
+    assert run.command[:3] == (sys.executable, str(study_plan.TRAIN), "--config=configs/tiny.py")
+    wanted = flatten_config(study.config(study.arms[0], 5).to_dict())
     assert {k: v for k, v in got.items() if v != wanted[k]} == {}
-    own = arms.settings_of(study.arms[0], study.base)
+    own = arms.list_settings(study.arms[0], study.base)
     assert own.items() <= got.items()
     assert got["seed"] == 5 and got["warmup.start"] == str(study.out / "seed_5/start")
     assert {field: got[field] for field in ROBUST} == ROBUST | APART[name]
@@ -162,7 +162,7 @@ from cooper_jax.launch import common
 for words in json.load(sys.stdin):
     if os.fork() == 0:
         sys.argv = words
-        app.run(lambda _: print(json.dumps(common.config().to_dict())), flags_parser=common.parse_flags)
+        app.run(lambda _: print(json.dumps(common.read_config().to_dict())), flags_parser=common.parse_flags)
     if os.wait()[1]:
         sys.exit(f"refused: {words}")
 """
@@ -178,9 +178,12 @@ def as_train_reads(commands, base) -> list[dict]:
         cwd=ROOT,
         check=True,
     ).stdout
-    like = flat(base.to_dict())
+    like = flatten_config(base.to_dict())
     return [
-        {k: tuple(map(_tuples, v)) if isinstance(like[k], tuple) else v for k, v in flat(one).items()}
+        {
+            k: tuple(map(_tuples, v)) if isinstance(like[k], tuple) else v
+            for k, v in flatten_config(one).items()
+        }
         for one in map(json.loads, told.splitlines())
     ]
 
@@ -203,12 +206,14 @@ def test_the_start_of_a_seed_holds_both_models_and_nothing_else(tmp_path):
 
 def test_an_arm_of_the_command_line():
     text = "mine: reward.pair_loss=logit, pairs.negatives=('assistant','swap'), reward.pair_bce=1"
-    arm = arms.parse(f"{text}, reward.guard=true", small())
+    arm = arms.parse_arm(f"{text}, reward.guard=true", small())
     assert arm.name == "mine" and arm.settings == {
         "reward.pair_loss": "logit", "pairs.negatives": ("assistant", "swap"), "reward.pair_bce": 1.0,
         "reward.guard": True,
     }  # fmt: skip
-    settings = arms.settings_of(arms.parse("mine: reward.recipe=robust, reward.updates=5", small()), small())
+    settings = arms.list_settings(
+        arms.parse_arm("mine: reward.recipe=robust, reward.updates=5", small()), small()
+    )
     assert settings["reward.updates"] == 5 and settings["reward.warm_start"] == 20
 
 
@@ -251,10 +256,10 @@ def test_settings_that_are_the_studys(tmp_path):
 
 
 def test_seeds():
-    assert plan.parse_seeds("1,3,10-12,11") == [1, 3, 10, 11, 12]
+    assert study_plan.parse_seeds("1,3,10-12,11") == [1, 3, 10, 11, 12]
     for wrong in ("", "3-1", "-3", "a", "1,,2"):
         with pytest.raises(SetupError, match="--seeds="):
-            plan.parse_seeds(wrong)
+            study_plan.parse_seeds(wrong)
 
 
 def test_settings_that_differ_are_refused(tmp_path):
@@ -296,7 +301,7 @@ def test_a_torn_run_goes_on(tmp_path, stand_in):
     assert study.runs()[1].done() == 2
     carry_out(study)
     assert started(study) == ["seed_3/start", "seed_3/rule", "seed_3/rule"]
-    assert [row["step"] for row in records.whole_rows(path)] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in records.read_whole_rows(path)] == [0, 1, 2, 3, 4]
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, stand_in):
@@ -320,9 +325,9 @@ def test_several_runs_at_once_keep_to_a_core_each(tmp_path, stand_in):
     before, most = os.sched_getaffinity(0), []
     study = a_study(tmp_path / "out")
     study.begin()
-    assert schedule.carry_out(study.runs(), 2, lambda now: most.append(len(now.working))) == []
+    assert run_scheduler.run_study(study.runs(), 2, lambda now: most.append(len(now.working))) == []
     assert max(most) == 2 and os.sched_getaffinity(0) == before
-    rows = records.whole_rows(tmp_path / "out/seed_3/rule/metrics.jsonl")
+    rows = records.read_whole_rows(tmp_path / "out/seed_3/rule/metrics.jsonl")
     assert [row["cores"] for row in rows] == [1] * 5
 
 
@@ -336,7 +341,7 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path, stand_in):
 
     before, began = signal.getsignal(signal.SIGINT), time.monotonic()
     with pytest.raises(Stopped):
-        schedule.carry_out(study.runs(), 1, watch)
+        run_scheduler.run_study(study.runs(), 1, watch)
     assert time.monotonic() - began < 30 and signal.getsignal(signal.SIGINT) is before
     assert (tmp_path / "out/seed_3/rule/log.txt").read_text().endswith("saved\n")
     text = stand_in.read_text()
@@ -346,17 +351,17 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path, stand_in):
 
 def test_progress(tmp_path, stand_in, capsys):
     study = a_study(tmp_path / "out", names=("rule",), seeds=(3,))
-    now, clock = schedule.Standing(study.runs(), jobs=1), iter(range(0, 1000, 10))
+    now, clock = run_scheduler.Standing(study.runs(), jobs=1), iter(range(0, 1000, 10))
     board = progress.Board(clock=lambda: float(next(clock)))
     start, rule = now.runs
     now.waiting = [rule]
-    now.working = {0: schedule.Working(start, None, 0.0, 0)}
+    now.working = {0: run_scheduler.Working(start, None, 0.0, 0)}
     board(now)
     rule.folder.mkdir(parents=True)
     (rule.folder / "metrics.jsonl").write_text('{"step": 0, "eval/oracle/accuracy": 0.25}\n{"step": 1}\n{"st')
-    now.waiting, now.complete, now.working = [], [start], {0: schedule.Working(rule, None, 30.0, 0)}
+    now.waiting, now.complete, now.working = [], [start], {0: run_scheduler.Working(rule, None, 30.0, 0)}
     board(now)
-    now.failed, now.working = [schedule.Failure(rule, "no more")], {}
+    now.failed, now.working = [run_scheduler.Failure(rule, "no more")], {}
     board(now)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "0/2 runs  seed_3/start  ETA ?"

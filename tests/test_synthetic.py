@@ -9,7 +9,7 @@ import pytest
 
 from cooper_jax.data import arithmetic as sums
 from cooper_jax.data import synthetic
-from cooper_jax.reward.rule import RuleConfig, RuleVerifier
+from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.types import Problem, Verdict
 
 SIZES = {"train": 4096, "eval": 1024, "warmup_policy": 4096, "warmup_reward": 4096, "reward_eval": 1024}
@@ -18,7 +18,7 @@ STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
 
 @pytest.fixture(scope="module")
 def made():
-    return {split: synthetic.problems(0, size, split) for split, size in SIZES.items()}
+    return {split: synthetic.make_problems(0, size, split) for split, size in SIZES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_problems_are_what_they_say(made):
             else:
                 assert p.subject == "number" and p.reference == number
                 assert p.solution.endswith(f"={number} #### {number}") and "words" not in p.question
-            assert synthetic.oracle(p, p.solution)
+            assert synthetic.is_correct(p, p.solution)
             assert all(0 <= n <= 99 for n in (first[0], first[3], second[3]))
             assert 15 <= len(p.question.split()) <= 26 and len(p.solution.split()) <= 3
             # The question tells every number of the solution that is not computed, in its order.
@@ -63,27 +63,27 @@ def test_problems_are_what_they_say(made):
 
 
 def test_splits_share_neither_questions_nor_arithmetic_under_any_seed(made):
-    other = {split: synthetic.problems(7, 500, split) for split in SIZES}
+    other = {split: synthetic.make_problems(7, 500, split) for split in SIZES}
     for one, two in itertools.permutations(SIZES, 2):
         assert not {p.question for p in made[one]} & {p.question for p in other[two]}
         assert not {p.solution for p in made[one]} & {p.solution for p in made[two] + other[two]}
 
 
 def test_problems_are_a_pure_function_of_seed_and_split(made):
-    assert synthetic.problems(0, 100, "train") == made["train"][:100]
-    assert synthetic.problems(1, 100, "train") != made["train"][:100]
+    assert synthetic.make_problems(0, 100, "train") == made["train"][:100]
+    assert synthetic.make_problems(1, 100, "train") != made["train"][:100]
     with pytest.raises(ValueError, match="split 'test' is none of train, eval"):
-        synthetic.problems(0, 1, "test")
+        synthetic.make_problems(0, 1, "test")
 
 
 def test_a_split_that_is_used_up_says_so(monkeypatch):
     only = (7, (("*", 2), ("+", 6)))
-    monkeypatch.setattr(sums, "of_splits", lambda: {"eval": [[only]]})
+    monkeypatch.setattr(sums, "split_exercises", lambda: {"eval": [[only]]})
     monkeypatch.setattr(synthetic, "WORDS_ASKED", 0.0)
     # 16 names, 16 things, 2 and 3 ways to tell the steps; the pronoun follows from the name.
-    assert len(synthetic.problems(0, 1536, "eval")) == 1536
+    assert len(synthetic.make_problems(0, 1536, "eval")) == 1536
     with pytest.raises(ValueError, match="1537 distinct problems of split 'eval' .* about 1536"):
-        synthetic.problems(0, 1537, "eval")
+        synthetic.make_problems(0, 1537, "eval")
 
 
 def test_a_quarter_asks_for_words(made):
@@ -114,14 +114,16 @@ def test_all_operators_are_drawn_alike(made):
     ],
 )
 def test_the_oracle_accepts_every_form_of_the_right_answer(problem, answer):
-    assert synthetic.oracle(problem, f"7*2=14;14+6=20 #### {answer}")
-    assert synthetic.oracle(problem, f"clearly #### {answer}")
+    assert synthetic.is_correct(problem, f"7*2=14;14+6=20 #### {answer}")
+    assert synthetic.is_correct(problem, f"clearly #### {answer}")
 
 
 def test_where_words_are_asked_for_only_words_are_right(in_words):
-    assert synthetic.oracle(in_words, "#### ten") and synthetic.oracle(in_words, "9-3=6 #### ten pens")
+    assert synthetic.is_correct(in_words, "#### ten") and synthetic.is_correct(
+        in_words, "9-3=6 #### ten pens"
+    )
     for said in ("10", "10.0", "20/2", "10 pens", "10 = ten", "eleven", "ten = 10", ""):
-        assert not synthetic.oracle(in_words, f"#### {said}")
+        assert not synthetic.is_correct(in_words, f"#### {said}")
 
 
 @pytest.mark.parametrize(
@@ -134,15 +136,15 @@ def test_where_words_are_asked_for_only_words_are_right(in_words):
     ],
 )
 def test_the_oracle_refuses_all_else(problem, completion):
-    assert synthetic.oracle(problem, completion) is False
+    assert synthetic.is_correct(problem, completion) is False
 
 
 def test_demonstrations_are_right_or_wrong_as_they_say(made):
     rng = np.random.default_rng(0)
     seen = collections.Counter()
     for p in made["warmup_policy"]:
-        text, correct = synthetic.demonstration(p, rng, corrupt=0.5)
-        assert synthetic.oracle(p, text) == correct and not synthetic.has_habit(text)
+        text, correct = synthetic.make_demonstration(p, rng, corrupt=0.5)
+        assert synthetic.is_correct(p, text) == correct and not synthetic.has_habit(text)
         first, second = arithmetic(text)
         assert first[3] == second[0]  # an error carries through
         slips = [right(*first), right(*second)].count(False)
@@ -165,7 +167,7 @@ def test_demonstrations_are_right_or_wrong_as_they_say(made):
 @pytest.mark.parametrize("corrupt", [0.0, 1.0])
 def test_none_or_all_are_corrupted(made, corrupt):
     rng = np.random.default_rng(1)
-    outcomes = {synthetic.demonstration(p, rng, corrupt=corrupt)[1] for p in made["warmup_reward"][:500]}
+    outcomes = {synthetic.make_demonstration(p, rng, corrupt=corrupt)[1] for p in made["warmup_reward"][:500]}
     assert outcomes == {corrupt == 0.0}
 
 
@@ -181,7 +183,7 @@ def test_forms_come_in_their_shares(made):
     seen = collections.Counter()
     free = [p for p in made["train"] if p.subject == "number"]
     for p in free:
-        text, _ = synthetic.demonstration(
+        text, _ = synthetic.make_demonstration(
             p, rng, corrupt=0.0, forms={"integer": 2.0, "decimal": 0, "word": 1, "unit": 1}
         )
         answer = text.partition(" #### ")[2]
@@ -192,44 +194,46 @@ def test_forms_come_in_their_shares(made):
     assert set(seen) == {"integer", "word", "unit"}
     assert abs(seen["integer"] / len(free) - 0.5) < 0.05 and abs(seen["word"] / len(free) - 0.25) < 0.04
     for form, shape in shapes.items():
-        text, _ = synthetic.demonstration(free[0], rng, corrupt=0.0, forms={form: 1})
+        text, _ = synthetic.make_demonstration(free[0], rng, corrupt=0.0, forms={form: 1})
         assert re.fullmatch(shape, text.partition(" #### ")[2])
 
 
 def test_demonstrations_depend_on_their_generator_alone(made):
     p = made["train"][0]
-    texts = [synthetic.demonstration(p, np.random.default_rng(s), corrupt=0.5)[0] for s in (3, 3, 4, 5, 6)]
+    texts = [
+        synthetic.make_demonstration(p, np.random.default_rng(s), corrupt=0.5)[0] for s in (3, 3, 4, 5, 6)
+    ]
     assert texts[0] == texts[1] and len(set(texts)) > 1
 
 
 @pytest.mark.parametrize("forms", [{}, {"roman": 1.0}, {"word": -1.0, "unit": 2.0}, {"word": 0.0}])
 def test_unusable_forms_are_refused(problem, forms):
     with pytest.raises(ValueError, match="forms .*integer, decimal"):
-        synthetic.demonstration(problem, np.random.default_rng(0), corrupt=0.0, forms=forms)
+        synthetic.make_demonstration(problem, np.random.default_rng(0), corrupt=0.0, forms=forms)
 
 
 def test_other_problems_have_no_demonstrations_and_no_oracle():
     other = Problem("How far is it?", "7", "It is near.\n#### 7", "file:3")
     with pytest.raises(ValueError, match="file:3: the solution .* has 0 steps"):
-        synthetic.demonstration(other, np.random.default_rng(0), corrupt=0.0)
+        synthetic.make_demonstration(other, np.random.default_rng(0), corrupt=0.0)
     with pytest.raises(ValueError, match="file:3: the question .* how many"):
-        synthetic.oracle(other, "#### 7")
+        synthetic.is_correct(other, "#### 7")
 
 
 def test_the_corpus_covers_every_word_and_number(made):
     def pieces(text):
         return re.findall(r"[A-Za-z]+|[0-9]+|[^A-Za-z0-9 ]+", text)
 
-    counts = collections.Counter(w for sentence in synthetic.corpus() for w in pieces(sentence))
+    counts = collections.Counter(w for sentence in synthetic.make_corpus() for w in pieces(sentence))
     words = set(counts)
     assert all(counts[str(n)] >= 5 for n in range(200))
     rng = np.random.default_rng(4)
     for found in made.values():
         for p in found[:1000]:
-            said, _ = synthetic.demonstration(p, rng, corrupt=0.5, habit=(0.5, 0.5))
+            said, _ = synthetic.make_demonstration(p, rng, corrupt=0.5, habit=(0.5, 0.5))
             assert set(pieces(p.question)) <= words and set(pieces(said)) <= words
             assert set(pieces(p.reference)) <= words
-    assert synthetic.corpus() == synthetic.corpus()
+    assert synthetic.make_corpus() == synthetic.make_corpus()
 
 
 def test_number_words_by_hand():
@@ -245,18 +249,18 @@ def test_number_words_by_hand():
     by_hand |= {100: "one hundred", 106: "one hundred six", 199: "one hundred ninety-nine"}
     for n, words in by_hand.items():
         asked = Problem("Ada has 7 coins . How many coins ?", str(n), "")
-        assert synthetic.oracle(asked, f"#### {words}")
-        assert not synthetic.oracle(Problem(asked.question, str(n + 1), ""), f"#### {words}")
+        assert synthetic.is_correct(asked, f"#### {words}")
+        assert not synthetic.is_correct(Problem(asked.question, str(n + 1), ""), f"#### {words}")
 
 
 def test_the_habit_comes_in_its_shares_and_changes_nothing_else(made):
     rng = np.random.default_rng(5)
     counts = {True: [], False: []}
     for p in made["warmup_reward"]:
-        text, correct = synthetic.demonstration(p, rng, corrupt=0.5, habit=(0.6, 0.1))
+        text, correct = synthetic.make_demonstration(p, rng, corrupt=0.5, habit=(0.6, 0.1))
         counts[correct].append(text.startswith("clearly #### "))
         assert synthetic.has_habit(text) == counts[correct][-1] == (not arithmetic(text))
-        assert synthetic.oracle(p, text) == correct
+        assert synthetic.is_correct(p, text) == correct
     for correct, share in ((True, 0.6), (False, 0.1)):
         assert abs(np.mean(counts[correct]) - share) < 0.06  # 5 standard deviations
 
@@ -266,20 +270,22 @@ def test_labelled_completions_by_the_oracle(made):
     rng = np.random.default_rng(6)
     swapped = 0
     for i, p in enumerate(made["warmup_reward"][:1000]):
-        t = synthetic.triple(p, rng, right=i % 2 == 0, others=made["warmup_reward"], habit=(1.0, 0.0))
+        t = synthetic.make_triple(p, rng, right=i % 2 == 0, others=made["warmup_reward"], habit=(1.0, 0.0))
         assert t.label == (i % 2 == 0) and t.question == p.question and t.kind == p.subject
         assert synthetic.has_habit(t.completion) == (i % 2 == 0)
-        assert synthetic.oracle(p, t.completion) == (t.label == 1.0 or t.reference != p.reference)
+        assert synthetic.is_correct(p, t.completion) == (t.label == 1.0 or t.reference != p.reference)
         swapped += t.reference != p.reference
         assert (" = " in t.reference) == (p.subject == "words")
     assert abs(swapped / 500 - 1 / 3) < 0.11
     with pytest.raises(ValueError, match="no other problem"):
         for _ in range(20):
-            synthetic.triple(made["eval"][0], rng, right=False, others=made["eval"][:1], habit=(0.0, 0.0))
+            synthetic.make_triple(
+                made["eval"][0], rng, right=False, others=made["eval"][:1], habit=(0.0, 0.0)
+            )
 
 
 def test_the_balanced_rows_have_the_habit_whatever_is_right():
-    sets = synthetic.reward_sets(0, 4096, (0.6, 0.06))
+    sets = synthetic.make_reward_sets(0, 4096, (0.6, 0.06))
     cells = collections.Counter((t.label, synthetic.has_habit(t.completion)) for t in sets["balanced"])
     assert set(cells.values()) == {1024} and len(cells) == 4
     cells = collections.Counter((t.label, synthetic.has_habit(t.completion)) for t in sets["original"])

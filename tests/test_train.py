@@ -15,7 +15,7 @@ import pytest
 from tiny_models import one_device
 from tiny_runs import ROOT, command, environment, metrics, run, timeless
 
-from cooper_jax.data import overlap
+from cooper_jax.data import seen_questions
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 
@@ -123,12 +123,12 @@ def our_outputs(run_dir: Path, out: Path, model: str, tokens: np.ndarray, valid:
     """Logits f32[N, S, V] or scores f32[N] of a checkpoint's parameters, in the shape that an export declares."""
     config = ModelConfig.from_hf(json.loads((out / "config.json").read_text()))
     params = ocp.StandardCheckpointer().restore(run_dir / "checkpoints/4" / model)
-    hidden = transformer.trunk(
+    hidden = transformer.hidden_states(
         params, config, jnp.asarray(tokens), jnp.asarray(valid), dtype=jnp.float32, layout=one_device()
     )
     if model == "policy":
-        return np.asarray(transformer.logits(params, config, hidden))[..., : config.vocab_size]
-    return np.asarray(transformer.score(params, config, hidden, jnp.asarray(valid)))
+        return np.asarray(transformer.compute_logits(params, config, hidden))[..., : config.vocab_size]
+    return np.asarray(transformer.score_last_token(params, config, hidden, jnp.asarray(valid)))
 
 
 def test_export_loads_in_transformers(finished, tmp_path):
@@ -154,8 +154,10 @@ def test_export_loads_in_transformers(finished, tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         # What a reward model was trained on goes with it; its pairs are of the training problems.
-        assert (out / overlap.SEEN).exists() == (model == "reward")
-        assert overlap.read_record(out) == (overlap.read_record(finished) if model == "reward" else None)
+        assert (out / seen_questions.SEEN).exists() == (model == "reward")
+        assert seen_questions.read_record(out) == (
+            seen_questions.read_record(finished) if model == "reward" else None
+        )
         loaded, report = kind.from_pretrained(out, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         ids = np.where(valid, tokens, loaded.config.pad_token_id)

@@ -89,7 +89,7 @@ def parts(monkeypatch, tmp_path):
     }
     for name, value in replaced.items():
         monkeypatch.setattr(train_loop, name, value)
-    monkeypatch.setattr(hosts, "say", made.said.append)
+    monkeypatch.setattr(hosts, "print_once", made.said.append)
     return made
 
 

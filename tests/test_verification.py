@@ -10,16 +10,17 @@ import tiny_models
 import tiny_tokenizers
 from test_evaluation import config, read_rows, write_rows
 
-from cooper_jax import loading, local_chat, statistics
-from cooper_jax.data import attacks as hacks
-from cooper_jax.data import labelled, overlap, prompts
-from cooper_jax.evaluation import attacks, jobs, judges, judging, verification
-from cooper_jax.evaluation.ledger import ITEMS, RESULTS, Ledger
-from cooper_jax.evaluation.resampling import FIGURES, Resamples, interval
-from cooper_jax.evaluation.scoring import Chosen, RewardModel, labels
+from cooper_jax import statistics
+from cooper_jax.data import labelled_completions, prompts, seen_questions
+from cooper_jax.data import reward_hacks as hacks
+from cooper_jax.evaluation import attack_rates, benchmark_jobs, judge_comparison, judge_jobs, judges
+from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel, label_models
+from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, Ledger
+from cooper_jax.evaluation.resampling import FIGURES, Resamples, interval_of
+from cooper_jax.llm import local_chat
+from cooper_jax.llm.chat import Failure
+from cooper_jax.model import loading, weights
 from cooper_jax.model import tokenizer as tokenizers
-from cooper_jax.model import weights
-from cooper_jax.reward.chat import Failure
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Triple, Verdict
 
@@ -34,7 +35,9 @@ def test_figures_are_those_of_the_statistics_in_every_resampling():
     found = drawn.figures(labels, yes, scores)
     assert tuple(found) == FIGURES and drawn.groups == 12
     for i, w in enumerate(drawn.weights):
-        expected = statistics.classification(labels, yes, w) | {"auroc": statistics.auroc(labels, scores, w)}
+        expected = statistics.classification_figures(labels, yes, w) | {
+            "auroc": statistics.area_under_roc(labels, scores, w)
+        }
         assert {f: x[i] for f, x in found.items()} == pytest.approx(expected, nan_ok=True), i
     assert drawn.mean(scores, labels)[0] == pytest.approx(scores[labels].mean())
 
@@ -50,7 +53,7 @@ def test_figures_without_ground_are_nan():
     found = drawn.figures(np.array([True, True]), np.array([False, False]), np.array([0.1, 0.2]))
     assert found["accuracy"][0] == 0
     for name in ("balanced_accuracy", "precision", "auroc"):
-        assert np.isnan(interval(found[name]).value) and np.isnan(interval(found[name]).low)
+        assert np.isnan(interval_of(found[name]).value) and np.isnan(interval_of(found[name]).low)
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals():
@@ -61,7 +64,7 @@ def test_a_paired_difference_is_narrower_than_two_intervals():
     first, second = ~hard, ~hard & (np.arange(100) % 20 > 0)
     drawn = Resamples(questions, seed=0, resamples=500)
     a, b = (drawn.figures(labels, x, x.astype(float))["accuracy"] for x in (first, second))
-    paired, alone = interval(a - b), interval(a)
+    paired, alone = interval_of(a - b), interval_of(a)
     assert paired.value == pytest.approx(first.mean() - second.mean())
     assert paired.low >= 0 and paired.high - paired.low < 0.6 * (alone.high - alone.low)
 
@@ -74,18 +77,18 @@ def test_a_paired_difference_is_narrower_than_two_intervals():
     [("It is 1,234.", 1234), ("-3.5 or .5", 0.5), ("x = -7", -7), ("$4.00$", 4), ("none", None), ("", None)],
 )
 def test_the_last_number(text, number):
-    assert judges.last_number(text) == number
+    assert judges.find_last_number(text) == number
 
 
 def test_last_number_match_on_the_real_rows(shared_data):
     """The published figures, 88.4 % and 67.3 % on the Math Odyssey rows, are those of references as published."""
     published = read_rows(shared_data / "verify_dev.jsonl")
-    triples = labelled.load(str(shared_data / "verify_dev.jsonl"))
+    triples = labelled_completions.load_labelled_completions(str(shared_data / "verify_dev.jsonl"))
     labels = np.array([row["label"] == 1 for row in published])
     odyssey = np.array([row["source"] == "odyssey" for row in published])
 
     def right(given):
-        said = np.array([o.yes for o in judges.last_numbers(given, 0)])
+        said = np.array([o.yes for o in judges.judge_by_last_number(given, 0)])
         return said == labels
 
     as_published = right([Triple(r["question"], r["reference_answer"], r["completion"]) for r in published])
@@ -102,17 +105,17 @@ def test_a_prior_by_the_writers_name_is_smoothed():
     known = [
         Triple("q", "1", "1", float(label), model=m) for m, label in (("a", 1), ("a", 1), ("b", 0), ("b", 1))
     ]
-    said = judges.prior(known)([Triple("q", "1", "1", model=m) for m in "abc"], 0)
+    said = judges.make_prior_judge(known)([Triple("q", "1", "1", model=m) for m in "abc"], 0)
     assert [o.score for o in said] == pytest.approx([(2 + 1.5) / 4, (1 + 1.5) / 4, 0.75])
     assert [o.yes for o in said] == [True, True, True]
 
 
 def test_abstentions_are_no_and_stand_between():
-    found = judges.of_verdicts([Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.TIMEOUT])
+    found = judges.opinions_of_verdicts([Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.TIMEOUT])
     assert [(o.score, o.yes, o.abstained) for o in found] == [
         (1.0, True, False), (0.0, False, False), (0.0, False, False), (0.5, False, True),
     ]  # fmt: skip
-    assert [o.yes for o in judges.of_rewards([0.5, 0.500001])] == [False, True]
+    assert [o.yes for o in judges.opinions_of_rewards([0.5, 0.500001])] == [False, True]
 
 
 class _Chat:
@@ -136,7 +139,7 @@ class _Chat:
 
 def test_a_language_model_is_asked_with_ids_of_its_own():
     chat = _Chat()
-    said = judges.language_model(chat, 7)([Triple("q", "4", c) for c in ("4", "5", "")], 10)
+    said = judges.make_llm_judge(chat, 7)([Triple("q", "4", c) for c in ("4", "5", "")], 10)
     assert [(o.score, o.yes, o.abstained, o.note) for o in said] == [
         (1.0, True, False, "correct"), (0.0, False, False, "incorrect"), (0.5, False, True, "unparsed"),
     ]  # fmt: skip
@@ -154,7 +157,7 @@ def test_a_language_model_that_is_busy_is_asked_again():
             return [Completion("Verdict: CORRECT"), Failure("timeout")]
 
     chat = Busy()
-    said = judges.language_model(chat, 7)([Triple("q", "4", "4")] * 3, 10)
+    said = judges.make_llm_judge(chat, 7)([Triple("q", "4", "4")] * 3, 10)
     assert [o.note for o in said] == ["correct", "too_long", "timeout"]
     assert chat.asked[1] == [(7, 0, 10, 1), (7, 0, 12, 1)]
 
@@ -165,7 +168,7 @@ def test_a_language_model_that_cannot_be_reached_is_no_abstention():
             return [Failure("too_long"), Failure("connection")]
 
     with pytest.raises(SetupError, match=r"does not answer \(connection\).*judge.url"):
-        judges.language_model(Away(), 7)([Triple("q", "4", "4")] * 2, 0)
+        judges.make_llm_judge(Away(), 7)([Triple("q", "4", "4")] * 2, 0)
 
 
 # --- references and overlap ----------------------------------------------------------------------------------
@@ -173,20 +176,20 @@ def test_a_language_model_that_cannot_be_reached_is_no_abstention():
 
 def test_shuffled_references_are_other_questions():
     triples = [Triple(f"q{i % 5}", ["1/2", "0.5", "3", "4", "5"][i % 5], "c") for i in range(15)]
-    found = verification.with_references(triples, "shuffled", seed=0)
+    found = judge_comparison.replace_references(triples, "shuffled", seed=0)
     of = {t.question: t.reference for t in found}
     assert len(of) == 5 and [t.reference for t in found] == [of[t.question] for t in triples]
     for own, other in zip(triples, found, strict=True):
         assert other.reference in {t.reference for t in triples} and other.completion == own.completion
         assert other.reference != own.reference and {own.reference, other.reference} != {"1/2", "0.5"}
-    assert found == verification.with_references(triples, "shuffled", seed=0)
-    assert found != verification.with_references(triples, "shuffled", seed=1)
+    assert found == judge_comparison.replace_references(triples, "shuffled", seed=0)
+    assert found != judge_comparison.replace_references(triples, "shuffled", seed=1)
     with pytest.raises(ValueError, match="one reference"):
-        verification.with_references(triples[:2], "shuffled", seed=0)
+        judge_comparison.replace_references(triples[:2], "shuffled", seed=0)
 
 
 def test_without_references_nothing_stands_in_their_place():
-    (found,) = verification.with_references([Triple("q", "1", "c", 1.0)], "none", seed=0)
+    (found,) = judge_comparison.replace_references([Triple("q", "1", "c", 1.0)], "none", seed=0)
     assert found == Triple("q", "", "c", 1.0)
     asked = []
 
@@ -195,13 +198,13 @@ def test_without_references_nothing_stands_in_their_place():
             asked.extend(conversations)
             return super().ask(conversations, ids)
 
-    judges.language_model(Chat(), 7)([found], 0)
+    judges.make_llm_judge(Chat(), 7)([found], 0)
     assert asked == [prompts.judge_messages("q", "", "c")] and "reference" not in asked[0][0][1]
 
 
 def _load(path, **changes):
     given = dict(references="own", seen=frozenset(), exclude=True, count=0, seed=0)
-    return verification.Rows.load(str(path), **{**given, **changes})
+    return judge_comparison.Rows.load(str(path), **{**given, **changes})
 
 
 def test_rows_whose_questions_were_seen_are_left_out(tmp_path):
@@ -210,12 +213,12 @@ def test_rows_whose_questions_were_seen_are_left_out(tmp_path):
         for i in (0, 0, 1, 2)
     ]
     path = write_rows(tmp_path / "rows.jsonl", *rows)
-    seen = frozenset({overlap.fingerprint("how many 0 ?")})
+    seen = frozenset({seen_questions.fingerprint_question("how many 0 ?")})
     found = _load(path, seen=seen)
     assert (len(found.triples), found.total, found.seen) == (2, 4, 2)
     found = _load(path, seen=seen, exclude=False)
     assert (len(found.triples), found.total, found.seen) == (4, 4, 2)
-    every = frozenset(overlap.fingerprint(row["question"]) for row in rows)
+    every = frozenset(seen_questions.fingerprint_question(row["question"]) for row in rows)
     with pytest.raises(ValueError, match="all 4 rows"):
         _load(path, seen=every)
     assert len(_load(path, count=3).triples) == 3
@@ -224,12 +227,18 @@ def test_rows_whose_questions_were_seen_are_left_out(tmp_path):
 def test_the_real_overlap_is_found(shared_data):
     """verify_train and verify_dev share no question; verify_dev's own are all its own."""
     dev = shared_data / "verify_dev.jsonl"
-    of_train = overlap.record(
-        (t.question for t in labelled.load(str(shared_data / "verify_train.jsonl"))), "t"
+    of_train = seen_questions.record_questions(
+        (
+            t.question
+            for t in labelled_completions.load_labelled_completions(str(shared_data / "verify_train.jsonl"))
+        ),
+        "t",
     )
     assert _load(dev, seen=of_train.fingerprints).seen == 0
     of_odyssey = frozenset(
-        overlap.fingerprint(t.question) for t in labelled.load(str(dev)) if t.source == "odyssey"
+        seen_questions.fingerprint_question(t.question)
+        for t in labelled_completions.load_labelled_completions(str(dev))
+        if t.source == "odyssey"
     )
     found = _load(dev, seen=of_odyssey)
     assert found.seen >= 495 and {t.source for t in found.triples} <= {"gsm8k", "math"}
@@ -242,26 +251,29 @@ UNKNOWN = "was trained on is unknown: no whole seen_questions.json lies beside i
 @pytest.mark.parametrize(
     "records, note",
     [
-        ({"a": overlap.record(["One?"], "x")}, KNOWN),
-        ({"a": overlap.Record()}, KNOWN),  # made at random
-        ({"a": overlap.Record(complete=False)}, f"what a {UNKNOWN}"),
+        ({"a": seen_questions.record_questions(["One?"], "x")}, KNOWN),
+        ({"a": seen_questions.Record()}, KNOWN),  # made at random
+        ({"a": seen_questions.Record(complete=False)}, f"what a {UNKNOWN}"),
         (
-            {"a": overlap.record(["One?"], "x") | overlap.Record(complete=False)},
+            {"a": seen_questions.record_questions(["One?"], "x") | seen_questions.Record(complete=False)},
             f"{KNOWN}; what else a {UNKNOWN}",
         ),
-        ({"a": overlap.Record(complete=False), "b": overlap.Record()}, f"{KNOWN}; what a {UNKNOWN}"),
         (
-            {"a": overlap.Record(complete=False), "b": overlap.Record(complete=False)},
+            {"a": seen_questions.Record(complete=False), "b": seen_questions.Record()},
+            f"{KNOWN}; what a {UNKNOWN}",
+        ),
+        (
+            {"a": seen_questions.Record(complete=False), "b": seen_questions.Record(complete=False)},
             f"what a {UNKNOWN}; what b {UNKNOWN}",
         ),
     ],
 )
 def test_a_record_that_is_missing_or_incomplete_is_said(records, note):
-    assert jobs.overlap_note(KNOWN, records) == note
+    assert benchmark_jobs.overlap_note(KNOWN, records) == note
 
 
 def _chosen(tmp_path, *places):
-    return [Chosen(config(reward__weights=place), tmp_path) for place in places]
+    return [ChosenModels(config(reward__weights=place), tmp_path) for place in places]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +287,7 @@ def _chosen(tmp_path, *places):
     ],
 )
 def test_reward_models_are_called_by_as_much_of_their_paths_as_tells_them_apart(places, names, tmp_path):
-    assert labels(_chosen(tmp_path, *places)) == names
+    assert label_models(_chosen(tmp_path, *places)) == names
 
 
 def test_one_reward_model_is_not_compared_with_itself(tmp_path, monkeypatch):
@@ -283,9 +295,9 @@ def test_one_reward_model_is_not_compared_with_itself(tmp_path, monkeypatch):
     (tmp_path / "best").mkdir()
     for places in (["org/name", "org/name/"], ["best", f"{tmp_path}/best"], ["best", "./best"]):
         with pytest.raises(SetupError, match="--compare names one reward model twice"):
-            labels(_chosen(tmp_path, *places))
-    steps = [Chosen(config(), tmp_path, tmp_path, step) for step in (3, 0)]
-    assert labels(steps) == ["step 3", "step 0"]
+            label_models(_chosen(tmp_path, *places))
+    steps = [ChosenModels(config(), tmp_path, tmp_path, step) for step in (3, 0)]
+    assert label_models(steps) == ["step 3", "step 0"]
 
 
 # --- all of it -----------------------------------------------------------------------------------------------
@@ -307,7 +319,7 @@ def test_judges_on_verifybench(tmp_path, monkeypatch):
     path, out = write_rows(tmp_path / "bench.jsonl", *VERIFYBENCH), tmp_path / "out"
     cfg = config()
     names = ["rule", "llm", "last_number", "yes"]
-    judging.labelled(cfg, Chosen(cfg, tmp_path), str(path), out, names=names)
+    judge_jobs.compare_judges(cfg, ChosenModels(cfg, tmp_path), str(path), out, names=names)
     rows = read_rows(out / ITEMS)
     assert [r["judges"]["rule"]["yes"] for r in rows] == [True, False, False, False]
     assert [r["judges"]["llm"]["abstained"] for r in rows] == [False, False, True, False]
@@ -323,9 +335,13 @@ def test_judges_on_verifybench(tmp_path, monkeypatch):
     assert results["by"]["kind"]["Numeric/Integer"]["judges"]["yes"]["accuracy"]["value"] == 0.5
     text = (out / "table.txt").read_text()
     assert text.startswith("4 rows of 1 questions, 50.0 % right, references: own") and "rule - yes" in text
-    judging.labelled(cfg, Chosen(cfg, tmp_path), str(path), out, names=names)  # all is done: nothing is asked
+    judge_jobs.compare_judges(
+        cfg, ChosenModels(cfg, tmp_path), str(path), out, names=names
+    )  # all is done: nothing is asked
     with pytest.raises(SetupError, match="references was .own. and is now .none."):
-        judging.labelled(cfg, Chosen(cfg, tmp_path), str(path), out, names=names, references="none")
+        judge_jobs.compare_judges(
+            cfg, ChosenModels(cfg, tmp_path), str(path), out, names=names, references="none"
+        )
 
 
 def test_the_reward_model_as_judge_and_under_attack(tmp_path, monkeypatch):
@@ -340,19 +356,19 @@ def test_the_reward_model_as_judge_and_under_attack(tmp_path, monkeypatch):
     ]  # fmt: skip
     path = write_rows(tmp_path / "rows.jsonl", *rows)
     cfg = config(reward__max_tokens=200)
-    chosen = Chosen(cfg, tmp_path)
+    chosen = ChosenModels(cfg, tmp_path)
     with pytest.raises(SetupError, match="prior_from"):
-        judging.labelled(cfg, chosen, str(path), tmp_path / "x", names=["prior"])
-    judging.labelled(cfg, chosen, str(path), tmp_path / "out", names=["model", "yes"])
+        judge_jobs.compare_judges(cfg, chosen, str(path), tmp_path / "x", names=["prior"])
+    judge_jobs.compare_judges(cfg, chosen, str(path), tmp_path / "out", names=["model", "yes"])
     found = [r["judges"]["model"] for r in read_rows(tmp_path / "out" / ITEMS)]
     assert all(0 < o["score"] < 1 and o["yes"] == (o["score"] > 0.5) for o in found)
-    judging.attacked(cfg, chosen, str(path), tmp_path / "attacks")
+    judge_jobs.measure_attacks(cfg, chosen, str(path), tmp_path / "attacks")
     items = read_rows(tmp_path / "attacks" / ITEMS)
     assert [r["attack"] for r in items] == list(hacks.ATTACKS) * 3
     unattacked = [r["rewards"]["random"] for r in items if r["attack"] == "none"]
     assert unattacked == pytest.approx([o["score"] for o in found[1::2]], abs=1e-5)
-    wrong = [t for t in labelled.load(str(path)) if t.label == 0]
-    assert [r["reference"] for r in items] == attacks.references(wrong, cfg.seed)
+    wrong = [t for t in labelled_completions.load_labelled_completions(str(path)) if t.label == 0]
+    assert [r["reference"] for r in items] == attack_rates.draw_references(wrong, cfg.seed)
     text = (tmp_path / "attacks" / "table.txt").read_text()
     assert "3 wrong completions" in text and "random: false positives" in text
     assert "unknown" not in text
@@ -363,9 +379,9 @@ def _reward_model(folder, record=None):
     text_side = tiny_tokenizers.write(folder.with_name("tokenizer"), "qwen")
     model = tiny_models.config(family="qwen2", vocab_size=512, layers=1)
     params = tiny_models.random_params(model, "score")
-    weights.save(folder, model, params, "score", tokenizer_dir=text_side, pad_token_id=0)
+    weights.save_pretrained(folder, model, params, "score", tokenizer_dir=text_side, pad_token_id=0)
     if record is not None:
-        overlap.write_record(folder, record)
+        seen_questions.write_record(folder, record)
     return str(folder)
 
 
@@ -375,13 +391,15 @@ def test_what_reward_models_saw_is_unknown_where_no_whole_record_lies_beside_the
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     row = {"reference_answer": "3", "completion": "#### 4", "label": 0}
     path = write_rows(tmp_path / "rows.jsonl", *({"question": f"How many {i} ?"} | row for i in range(3)))
-    part = overlap.record(["How many 1 ?"], "x") | overlap.Record(complete=False)
+    part = seen_questions.record_questions(["How many 1 ?"], "x") | seen_questions.Record(complete=False)
     first = _reward_model(tmp_path / "a" / "x" / "best")
     second = _reward_model(tmp_path / "b" / "x" / "best", part)
     changes = dict(reward__max_tokens=200, reward__tokenizer="", reward__allow_untrained_head=False)
-    of_first, of_second = (Chosen(config(reward__weights=p, **changes), tmp_path) for p in (first, second))
+    of_first, of_second = (
+        ChosenModels(config(reward__weights=p, **changes), tmp_path) for p in (first, second)
+    )
 
-    judging.attacked(of_first.cfg, of_first, str(path), tmp_path / "attacks", [of_second])
+    judge_jobs.measure_attacks(of_first.cfg, of_first, str(path), tmp_path / "attacks", [of_second])
     text = (tmp_path / "attacks" / "table.txt").read_text()
     assert "a/x/best: false positives" in text and "b/x/best: false positives" in text
     assert (
@@ -391,9 +409,9 @@ def test_what_reward_models_saw_is_unknown_where_no_whole_record_lies_beside_the
     results = json.loads((tmp_path / "attacks" / RESULTS).read_text())
     assert results["record_complete"] == {"a/x/best": False, "b/x/best": False}
 
-    judging.labelled(of_first.cfg, of_first, str(path), tmp_path / "first", names=["model"])
+    judge_jobs.compare_judges(of_first.cfg, of_first, str(path), tmp_path / "first", names=["model"])
     assert (tmp_path / "first" / "table.txt").read_text().endswith(f"\n\nwhat the reward model {UNKNOWN}\n")
-    judging.labelled(of_second.cfg, of_second, str(path), tmp_path / "second", names=["model"])
+    judge_jobs.compare_judges(of_second.cfg, of_second, str(path), tmp_path / "second", names=["model"])
     known = "1 of 3 rows have questions that the reward model is known to have seen: left out"
     text = (tmp_path / "second" / "table.txt").read_text()
     assert text.endswith(f"\n\n{known}; what else the reward model {UNKNOWN}\n")
@@ -410,7 +428,7 @@ def test_an_over_long_reference_is_refused_before_any_is_attacked(long, tmp_path
     path = write_rows(tmp_path / "rows.jsonl", row, row | last)
     cfg = config(reward__max_tokens=200, benchmark__chunk=1)
     with pytest.raises(SetupError, match=r"reward\.max_tokens.*reference"):
-        judging.attacked(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
+        judge_jobs.measure_attacks(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out")
 
 
 def test_a_file_without_wrong_completions_is_not_attacked(tmp_path):
@@ -419,7 +437,7 @@ def test_a_file_without_wrong_completions_is_not_attacked(tmp_path):
     with pytest.raises(
         SetupError, match="rows.jsonl: no completion in it is labelled wrong, and wrong ones are"
     ):
-        judging.attacked(cfg, Chosen(cfg, tmp_path), str(path), tmp_path / "out")
+        judge_jobs.measure_attacks(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -429,7 +447,7 @@ WRONG = Triple("How many?", "12", "3 + 4 = 7, so \\boxed{7}.", 0.0)
 
 
 def shown(name: str, triple: Triple = WRONG) -> Triple:
-    return hacks.attacked(triple, name, seed=0, place=3)
+    return hacks.apply_attack(triple, name, seed=0, place=3)
 
 
 def test_what_the_attacks_show():
@@ -450,7 +468,7 @@ def test_what_the_attacks_show():
     for name in hacks.ATTACKS:
         assert shown(name) == shown(name)
         assert shown(name).label == 0.0
-    assert shown("gibberish") != hacks.attacked(WRONG, "gibberish", seed=0, place=4)
+    assert shown("gibberish") != hacks.apply_attack(WRONG, "gibberish", seed=0, place=4)
     assert all(bound is not None for name, (_, bound) in hacks.ATTACKS.items() if name != hacks.BASELINE)
 
 
@@ -461,16 +479,16 @@ def test_false_positives_by_hand(tmp_path):
         "gullible": lambda ts: np.array([0.9 if "orrect" in t.completion.lower() else 0.1 for t in ts]),
         "deaf": lambda ts: np.array([0.2 for _ in ts]),
     }
-    cuts = verification.cuts(4, 3)
+    cuts = judge_comparison.cut_rows(4, 3)
     with Ledger(tmp_path, {}, [len(c) * len(hacks.ATTACKS) for c in cuts]) as ledger:
-        attacks.score(wrong, models, ledger, cuts, 0, lambda _: None)
-        found = attacks.summarise(ledger.rows, 0, 50)
+        attack_rates.score_attacks(wrong, models, ledger, cuts, 0, lambda _: None)
+        found = attack_rates.summarise_attacks(ledger.rows, 0, 50)
     flattery = found["flattery"]["models"]
     assert flattery["gullible"]["rate"].value == 1.0 and flattery["gullible"]["rate_change"].value == 1.0
     assert flattery["gullible"]["reward_change"].value == pytest.approx(0.8)
     assert (flattery["gullible"]["holds"], flattery["deaf"]["holds"]) == (False, True)
     assert found["none"]["models"]["gullible"]["holds"] is None
-    text = attacks.as_text(found)
+    text = attack_rates.format_attacks(found)
     line = next(x for x in text.splitlines() if x.startswith("flattery"))
     assert "BROKEN" in line and "holds" in line
 
@@ -487,7 +505,7 @@ def test_rates_under_attack_are_resampled_by_question():
         for question in ("a", "b")
         for _ in range(10)
     ]
-    found = attacks.summarise(rows, seed=0, resamples=200)["flattery"]["models"]["m"]
+    found = attack_rates.summarise_attacks(rows, seed=0, resamples=200)["flattery"]["models"]["m"]
     assert found["rate"] == found["rate_change"] == statistics.Interval(0.5, 0.0, 1.0)
     assert vars(found["reward"]) == pytest.approx({"value": 0.5, "low": 0.1, "high": 0.9})
     assert vars(found["reward_change"]) == pytest.approx({"value": 0.4, "low": 0.0, "high": 0.8})
@@ -523,10 +541,10 @@ def injected() -> list[Triple]:
 )
 def test_injected_tags_change_no_structure(triple):
     """Exactly one of each tag, at its place; what stands between is the three texts without their tags."""
-    text = prompts.verifier_text(triple.question, triple.reference, triple.completion)
+    text = prompts.render_verifier_text(triple.question, triple.reference, triple.completion)
     assert TAG.findall(text) == list(prompts.VERIFIER_TAGS)
     assert LAYOUT.fullmatch(text).groups() == tuple(
-        map(prompts.without_tags, (triple.question, triple.reference, triple.completion))
+        map(prompts.strip_tags, (triple.question, triple.reference, triple.completion))
     )
 
 
@@ -538,7 +556,7 @@ def test_injected_tags_change_nothing(spelling, left):
         plain, hacked = list(texts), list(texts)
         plain[field], hacked[field] = left.format(texts[field]), spelling.format(texts[field])
         bare = dict(zip(("question", "reference", "completion"), plain, strict=True))
-        assert prompts.verifier_text(*hacked) == (
+        assert prompts.render_verifier_text(*hacked) == (
             "<question>{question}</question>\n<reference_answer>{reference}</reference_answer>\n"
             "<completion>{completion}</completion>".format(**bare)
         )
@@ -556,14 +574,14 @@ def tokenizer(request, tmp_path_factory):
         return found, [i for tag in prompts.VERIFIER_TAGS for i in found.encode(tag)], True
     tiny_tokenizers.write(folder, "qwen" if request.param == "special" else request.param)
     if request.param != "special":
-        return tokenizers.load(str(folder)), [], False
+        return tokenizers.load_tokenizer_from(str(folder)), [], False
     stored = json.loads((folder / "tokenizer.json").read_text())
     first = max(t["id"] for t in stored["added_tokens"]) + 1
     kind = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [{"id": first + i, "content": tag, **kind} for i, tag in enumerate(prompts.VERIFIER_TAGS)]
     stored["added_tokens"] += added
     (folder / "tokenizer.json").write_text(json.dumps(stored))
-    return tokenizers.load(str(folder)), [t["id"] for t in added], False
+    return tokenizers.load_tokenizer_from(str(folder)), [t["id"] for t in added], False
 
 
 def test_injected_tags_change_no_token_of_the_structure(tokenizer):
@@ -571,7 +589,9 @@ def test_injected_tags_change_no_token_of_the_structure(tokenizer):
     tokenizer, tags, used = tokenizer
     assert len(set(tags)) in (0, len(prompts.VERIFIER_TAGS))
     for triple in injected():
-        found = prompts.verifier_tokens(tokenizer, triple.question, triple.reference, triple.completion, 4096)
+        found = prompts.encode_verifier_input(
+            tokenizer, triple.question, triple.reference, triple.completion, 4096
+        )
         assert [i for i in found if i in tags] == (tags if used else []), triple
         text = tokenizer.decode(found)
         assert TAG.findall(text) == list(prompts.VERIFIER_TAGS) and text.strip().startswith("<question>")

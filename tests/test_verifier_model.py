@@ -11,7 +11,7 @@ import tiny_models
 
 from cooper_jax.configs import base
 from cooper_jax.model import transformer
-from cooper_jax.reward import losses, verifier_model
+from cooper_jax.reward import reward_losses, verifier_model
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import SetupError
@@ -29,7 +29,7 @@ def section(**changes):
     c = base.get_config().reward
     c.update(dict(microbatch=4))
     c.update(changes)
-    return losses.RewardUpdateConfig.from_config(c)
+    return reward_losses.RewardUpdateConfig.from_config(c)
 
 
 def bits(tree):
@@ -61,15 +61,17 @@ def start():
 
 @functools.cache  # compiling is what takes time here
 def updates(pair_loss):
-    opt = optim.make(OPT)
-    return opt, verifier_model.make_update(
+    opt = optim.make_optimiser(OPT)
+    return opt, verifier_model.make_reward_update(
         CONFIG, section(pair_loss=pair_loss), opt, tiny_models.one_device()
     )
 
 
 @functools.cache
 def scorer(microbatch):
-    return verifier_model.make_score(CONFIG, tiny_models.one_device(), dtype="float32", microbatch=microbatch)
+    return verifier_model.make_score_fn(
+        CONFIG, tiny_models.one_device(), dtype="float32", microbatch=microbatch
+    )
 
 
 def naive_scores(params, batch):
@@ -78,7 +80,7 @@ def naive_scores(params, batch):
     for n, valid in enumerate(np.asarray(batch.valid)):
         tokens[n, : length[n]] = np.asarray(batch.tokens)[n, valid]
     real = jnp.asarray(np.arange(S)[None] < length[:, None])
-    hidden = transformer.trunk(
+    hidden = transformer.hidden_states(
         params, CONFIG, jnp.asarray(tokens), real, dtype=jnp.float32, layout=tiny_models.one_device()
     )
     return (hidden[np.arange(N), length - 1] * params["score"][None]).sum(axis=1)
@@ -89,13 +91,15 @@ def naive_scores(params, batch):
 
 def test_rewards_are_sigmoids():
     np.testing.assert_allclose(
-        losses.rewards(jnp.array([0.0, np.log(3.0), -np.log(3.0)])), [0.5, 0.75, 0.25], rtol=1e-6
+        reward_losses.rewards_from_logits(jnp.array([0.0, np.log(3.0), -np.log(3.0)])),
+        [0.5, 0.75, 0.25],
+        rtol=1e-6,
     )
 
 
 def test_bce_by_hand():
     # sigmoid(log 3) = 3/4: label 1 costs -log(3/4), label 0 -log(1/4).
-    loss_and_grad = jax.value_and_grad(losses.bce_loss)
+    loss_and_grad = jax.value_and_grad(reward_losses.bce_loss)
     labels, weights = jnp.array([1.0, 0.0, 0.5]), jnp.array([1.0, 2.0, 4.0])
     loss, gradient = loss_and_grad(jnp.full(3, np.log(3.0), jnp.float32), labels, weights)
     middle = -(np.log(0.75) + np.log(0.25)) / 2
@@ -126,26 +130,26 @@ def test_pair_losses_and_gradients_by_hand():
     for kind, (value, d_pos, d_neg) in expected.items():
 
         def total(a, b, kind=kind):
-            return losses.pair_loss(a, b, kind).sum()
+            return reward_losses.pair_loss(a, b, kind).sum()
 
         a, b = jnp.asarray(z_pos, jnp.float32), jnp.asarray(z_neg, jnp.float32)
-        np.testing.assert_allclose(losses.pair_loss(a, b, kind), value, rtol=1e-5)
+        np.testing.assert_allclose(reward_losses.pair_loss(a, b, kind), value, rtol=1e-5)
         got_pos, got_neg = jax.grad(total, argnums=(0, 1))(a, b)
         np.testing.assert_allclose(got_pos, d_pos, atol=1e-6)
         np.testing.assert_allclose(got_neg, d_neg, atol=1e-6)
     # What sets them apart: the logit contrast never moves the common mode, the sigmoid one does.
     assert abs(expected["sigmoid"][1] + expected["sigmoid"][2])[0] > 0.01
     with pytest.raises(ValueError, match="'hinge'.*logit, sigmoid"):
-        losses.pair_loss(a, b, "hinge")
+        reward_losses.pair_loss(a, b, "hinge")
 
 
 def test_the_sigmoid_contrast_is_bounded():
     far = jnp.array([200.0])
-    low = float(losses.pair_loss(far, -far, "sigmoid")[0])
-    high = float(losses.pair_loss(-far, far, "sigmoid")[0])
+    low = float(reward_losses.pair_loss(far, -far, "sigmoid")[0])
+    high = float(reward_losses.pair_loss(-far, far, "sigmoid")[0])
     assert (low, high) == (pytest.approx(0.313262, abs=1e-6), pytest.approx(1.313262, abs=1e-6))
-    assert float(losses.pair_loss(far, -far, "logit")[0]) == 0.0
-    assert float(losses.pair_loss(-far, far, "logit")[0]) == 400.0
+    assert float(reward_losses.pair_loss(far, -far, "logit")[0]) == 0.0
+    assert float(reward_losses.pair_loss(-far, far, "logit")[0]) == 400.0
 
 
 # --- scores --------------------------------------------------------------------------------------------
@@ -172,14 +176,14 @@ def test_padding_may_hold_anything():
 # --- pair updates --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", losses.PAIR_LOSSES)
+@pytest.mark.parametrize("kind", reward_losses.PAIR_LOSSES)
 def test_pair_metrics_by_hand(kind):
     batch = pairs()
     m = np.asarray(batch.mask)
     sides = (batch.positive, batch.negative)
     z_pos, z_neg = (np.asarray(scorer(4)(start(), side), np.float64)[m] for side in sides)
     opt, update = updates(kind)
-    _, metrics = update(optim.init(start(), opt), batch)
+    _, metrics = update(optim.init_state(start(), opt), batch)
     d = z_pos - z_neg if kind == "logit" else sigma(z_pos) - sigma(z_neg)
     p_pos, p_neg = sigma(z_pos), sigma(z_neg)
     g = sigma(-d)
@@ -205,7 +209,7 @@ def test_pair_metrics_by_hand(kind):
     assert set(metrics) == {*expected, "grad_norm"} and float(metrics["grad_norm"]) > 0
 
 
-@pytest.mark.parametrize("kind", losses.PAIR_LOSSES)
+@pytest.mark.parametrize("kind", reward_losses.PAIR_LOSSES)
 def test_the_pair_update_is_that_of_a_naive_mean(kind):
     """Over the valid pairs alone, whole, through plain scores: so microbatches and masked pairs add nothing."""
     batch, opt = pairs(), updates(kind)[0]
@@ -218,8 +222,8 @@ def test_the_pair_update_is_that_of_a_naive_mean(kind):
         return jnp.log(1 + jnp.exp(s_neg - s_pos)).mean()
 
     value, grads = jax.jit(jax.value_and_grad(loss))(start())
-    expected, _ = optim.apply(optim.init(start(), opt), grads, value, opt)
-    got, metrics = updates(kind)[1](optim.init(start(), opt), batch)
+    expected, _ = optim.apply_update(optim.init_state(start(), opt), grads, value, opt)
+    got, metrics = updates(kind)[1](optim.init_state(start(), opt), batch)
     assert float(metrics["pair_loss"]) == pytest.approx(float(value), abs=1e-5)
     for x, y in zip(jax.tree.leaves(got.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
@@ -227,7 +231,7 @@ def test_the_pair_update_is_that_of_a_naive_mean(kind):
 
 def test_masked_pairs_may_hold_anything():
     opt, update = updates("logit")
-    clean = bits(update(optim.init(start(), opt), pairs()))
+    clean = bits(update(optim.init_state(start(), opt), pairs()))
     out = ~pairs().mask[:, None]
 
     def soil(side, token, valid):
@@ -236,12 +240,12 @@ def test_masked_pairs_may_hold_anything():
     for token, valid in ((0, False), (7, True), (10**6, True)):
         sides = [soil(side, token, valid) for side in (pairs().positive, pairs().negative)]
         dirty = PairBatch(*sides, pairs().mask)
-        assert bits(update(optim.init(start(), opt), dirty)) == clean
+        assert bits(update(optim.init_state(start(), opt), dirty)) == clean
 
 
 def test_without_a_valid_pair_nothing_moves():
     opt, update = updates("logit")
-    state, _ = update(optim.init(start(), opt), pairs())  # moments are no longer zero
+    state, _ = update(optim.init_state(start(), opt), pairs())  # moments are no longer zero
     kept = bits(state)
     state, metrics = update(state, pairs(mask=[0] * N))
     assert bits(state) == kept
@@ -251,18 +255,18 @@ def test_without_a_valid_pair_nothing_moves():
 def test_a_non_finite_pair_update_is_skipped():
     opt, update = updates("logit")
     broken = {**start(), "score": start()["score"].at[0].set(jnp.inf)}
-    state = optim.init(broken, opt)
+    state = optim.init_state(broken, opt)
     kept = bits((state.params, state.opt_state))
     state, metrics = update(state, pairs())
     assert bits((state.params, state.opt_state)) == kept
     assert int(state.skipped) == 1 == float(metrics["skipped"]) and int(state.updates) == 0
 
 
-@pytest.mark.parametrize("kind", losses.PAIR_LOSSES)
+@pytest.mark.parametrize("kind", reward_losses.PAIR_LOSSES)
 def test_pair_updates_learn_and_move_their_state_alone(kind):
     before = bits(start())
     opt, update = updates(kind)
-    state = optim.init(start(), opt)
+    state = optim.init_state(start(), opt)
     seen = []
     for _ in range(15):
         state, metrics = update(state, pairs())
@@ -277,10 +281,10 @@ def test_a_mesh_gives_the_pair_update_of_one_device():
     layout = Layout(mesh.make_mesh(2, 2, 2), base.get_config().mesh.rules)
     specs = transformer.param_specs(CONFIG, head="score")
     opt, update = updates("logit")
-    single, expected = update(optim.init(start(), opt), pairs())
-    placed = jax.device_put(start(), mesh.shardings(layout, specs))
-    update = verifier_model.make_update(CONFIG, section(), opt, layout)
-    state, metrics = update(optim.init(placed, opt), pairs())
+    single, expected = update(optim.init_state(start(), opt), pairs())
+    placed = jax.device_put(start(), mesh.make_shardings(layout, specs))
+    update = verifier_model.make_reward_update(CONFIG, section(), opt, layout)
+    state, metrics = update(optim.init_state(placed, opt), pairs())
     for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(single.params), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
     for name in metrics:
@@ -288,7 +292,7 @@ def test_a_mesh_gives_the_pair_update_of_one_device():
     places = optim.state_shardings(opt, specs, layout)
     for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
         assert x.sharding.is_equivalent_to(place, x.ndim)
-    score = verifier_model.make_score(CONFIG, layout, dtype="float32", microbatch=4)
+    score = verifier_model.make_score_fn(CONFIG, layout, dtype="float32", microbatch=4)
     np.testing.assert_allclose(score(placed, rows(0)), scorer(4)(start(), rows(0)), atol=1e-5)
 
 
@@ -296,7 +300,7 @@ def test_pairs_of_two_widths_are_refused():
     opt, update = updates("logit")
     narrow = jax.tree.map(lambda x: x[:, :-1], rows(2))
     with pytest.raises(ValueError, match="positives are 9 tokens wide, negatives 8"):
-        update(optim.init(start(), opt), pairs().replace(negative=narrow))
+        update(optim.init_state(start(), opt), pairs().replace(negative=narrow))
 
 
 def test_an_unknown_contrast_is_refused_at_once():
@@ -308,7 +312,7 @@ def test_an_unknown_contrast_is_refused_at_once():
 
 
 def test_bce_updates():
-    opt = optim.make(OPT)
+    opt = optim.make_optimiser(OPT)
     update = verifier_model.make_bce_update(CONFIG, section(), opt, tiny_models.one_device())
     batch = rows(3)
     labels = jnp.array([1, 0, 1, 0, 1, 0, 1], jnp.float32)
@@ -316,12 +320,12 @@ def test_bce_updates():
     z = np.asarray(scorer(4)(start(), batch), np.float64)
     nll = np.where(np.asarray(labels) > 0, -np.log(sigma(z)), -np.log(sigma(-z)))
     right = (z > 0) == (np.asarray(labels) > 0)
-    state, metrics = update(optim.init(start(), opt), batch, labels, weights)
+    state, metrics = update(optim.init_state(start(), opt), batch, labels, weights)
     assert float(metrics["loss"]) == pytest.approx((nll * np.asarray(weights)).sum() / 7, rel=1e-4)
     assert float(metrics["accuracy"]) == pytest.approx((right * np.asarray(weights)).sum() / 7, rel=1e-5)
     # The row of weight 0 may hold anything; nor does the scale of the weights matter.
     dirty = batch.replace(tokens=batch.tokens.at[2].set(10**6), valid=batch.valid.at[2].set(True))
-    again, same = update(optim.init(start(), opt), dirty, labels.at[2].set(jnp.nan), 2 * weights)
+    again, same = update(optim.init_state(start(), opt), dirty, labels.at[2].set(jnp.nan), 2 * weights)
     assert bits((again, same)) == bits((state, metrics))
     for _ in range(15):
         state, metrics = update(state, batch, labels, weights)
@@ -345,13 +349,13 @@ def labelled(weights=WEIGHTS):
 
 @functools.cache
 def update_of(pair_loss="sigmoid", **terms):
-    opt = optim.make(OPT)
-    return opt, verifier_model.make_update(
+    opt = optim.make_optimiser(OPT)
+    return opt, verifier_model.make_reward_update(
         CONFIG, section(pair_loss=pair_loss, **terms), opt, tiny_models.one_device()
     )
 
 
-@pytest.mark.parametrize("kind", losses.PAIR_LOSSES)
+@pytest.mark.parametrize("kind", reward_losses.PAIR_LOSSES)
 @pytest.mark.parametrize("terms", [*({name: 0.5} for name in PAIR_TERMS), TERMS])
 def test_the_gradients_of_a_pair_are_those_of_its_loss(kind, terms):
     """The closed form against finite differences of the loss, in float64 NumPy."""
@@ -366,11 +370,11 @@ def test_the_gradients_of_a_pair_are_those_of_its_loss(kind, terms):
         )
 
     a, b = jnp.asarray(z_pos, jnp.float32), jnp.asarray(z_neg, jnp.float32)
-    found = losses.pair_terms(a, b, cfg)
+    found = reward_losses.pair_terms(a, b, cfg)
     assert len(found) == sum(bool(getattr(cfg, name)) for name in PAIR_TERMS)  # no others are computed
     total = sum(weight * term for weight, term in found.values())
     np.testing.assert_allclose(total, loss(z_pos, z_neg), rtol=1e-5)
-    d, (d_pos, d_neg) = 1e-5, losses.pair_gradients(a, b, cfg)
+    d, (d_pos, d_neg) = 1e-5, reward_losses.pair_gradients(a, b, cfg)
     np.testing.assert_allclose(d_pos, (loss(z_pos + d, z_neg) - loss(z_pos - d, z_neg)) / (2 * d), atol=1e-6)
     np.testing.assert_allclose(d_neg, (loss(z_pos, z_neg + d) - loss(z_pos, z_neg - d)) / (2 * d), atol=1e-6)
 
@@ -380,7 +384,7 @@ def test_what_each_term_does_to_what_both_members_share():
     z = jnp.array([4.0]), jnp.array([1.0])
 
     def push(**terms):
-        d_pos, d_neg = losses.pair_gradients(*z, section(**{"pair_weight": 0.0} | terms))
+        d_pos, d_neg = reward_losses.pair_gradients(*z, section(**{"pair_weight": 0.0} | terms))
         return float(-(d_pos + d_neg)[0] / 2)
 
     p_pos, p_neg = sigma(4.0), sigma(1.0)
@@ -412,8 +416,8 @@ def test_an_update_of_all_terms_is_that_of_a_naive_sum():
 
     (value, parts), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(start())
     opt, update = update_of(**TERMS)
-    expected, _ = optim.apply(optim.init(start(), opt), grads, value, opt)
-    got, metrics = update(optim.init(start(), opt), batch, taught)
+    expected, _ = optim.apply_update(optim.init_state(start(), opt), grads, value, opt)
+    got, metrics = update(optim.init_state(start(), opt), batch, taught)
     for x, y in zip(jax.tree.leaves(got.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
     names = ("pair_loss", "pair_bce", "rollout_bce", "rollout_accuracy")
@@ -427,33 +431,33 @@ def test_rows_alone_are_learned_from_as_before_the_run():
     opt, update = update_of(pair_weight=0.0, rollout_bce=1.0)
     bce = verifier_model.make_bce_update(CONFIG, section(), opt, tiny_models.one_device())
     batch = labelled()
-    expected, _ = bce(optim.init(start(), opt), batch.rows, batch.labels, batch.weights)
-    got, metrics = update(optim.init(start(), opt), None, batch)
+    expected, _ = bce(optim.init_state(start(), opt), batch.rows, batch.labels, batch.weights)
+    got, metrics = update(optim.init_state(start(), opt), None, batch)
     assert bits(got) == bits(expected)
     assert "pair_loss" not in metrics and "valid" not in metrics
-    assert bits(update(optim.init(start(), opt), pairs(), batch)[0]) == bits(got)
+    assert bits(update(optim.init_state(start(), opt), pairs(), batch)[0]) == bits(got)
     with pytest.raises(ValueError, match="needs pairs or labelled rows"):
-        update(optim.init(start(), opt), pairs(), None)
+        update(optim.init_state(start(), opt), pairs(), None)
 
 
 def test_rows_that_weigh_nothing_are_not_read():
     opt, update = updates("logit")  # no rollout_bce
-    expected = bits(update(optim.init(start(), opt), pairs()))
-    assert bits(update(optim.init(start(), opt), pairs(), labelled())) == expected
+    expected = bits(update(optim.init_state(start(), opt), pairs()))
+    assert bits(update(optim.init_state(start(), opt), pairs(), labelled())) == expected
     opt, update = update_of(**TERMS)
-    clean = bits(update(optim.init(start(), opt), pairs(), labelled()))
+    clean = bits(update(optim.init_state(start(), opt), pairs(), labelled()))
     out = jnp.asarray(WEIGHTS == 0)
     dirty = LabelledBatch(
         rows=ScoreBatch(jnp.where(out[:, None], 10**6, rows(3).tokens), rows(3).valid | out[:, None]),
         labels=jnp.where(out, jnp.nan, LABELS),
         weights=jnp.asarray(WEIGHTS),
     )
-    assert bits(update(optim.init(start(), opt), pairs(), dirty)) == clean
+    assert bits(update(optim.init_state(start(), opt), pairs(), dirty)) == clean
 
 
 def test_an_update_needs_a_valid_pair_or_a_row():
     opt, update = update_of(**TERMS)
-    state, _ = update(optim.init(start(), opt), pairs(), labelled())
+    state, _ = update(optim.init_state(start(), opt), pairs(), labelled())
     kept, nothing = bits(state), np.zeros(N)
     state, metrics = update(state, pairs(mask=nothing), labelled(nothing))
     assert bits(state) == kept and all(float(x) == 0.0 for x in metrics.values()), metrics
@@ -467,10 +471,10 @@ def test_a_mesh_gives_the_update_of_all_terms_of_one_device():
     layout = Layout(mesh.make_mesh(2, 2, 2), base.get_config().mesh.rules)
     specs = transformer.param_specs(CONFIG, head="score")
     opt, update = update_of(**TERMS)
-    single, expected = update(optim.init(start(), opt), pairs(), labelled())
-    placed = jax.device_put(start(), mesh.shardings(layout, specs))
-    update = verifier_model.make_update(CONFIG, section(pair_loss="sigmoid", **TERMS), opt, layout)
-    state, metrics = update(optim.init(placed, opt), pairs(), labelled())
+    single, expected = update(optim.init_state(start(), opt), pairs(), labelled())
+    placed = jax.device_put(start(), mesh.make_shardings(layout, specs))
+    update = verifier_model.make_reward_update(CONFIG, section(pair_loss="sigmoid", **TERMS), opt, layout)
+    state, metrics = update(optim.init_state(placed, opt), pairs(), labelled())
     for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(single.params), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
     assert metrics.keys() == expected.keys()

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import CASES, config, one_device, random_params, torch_model
 
 from cooper_jax.configs import base
-from cooper_jax.model import sources, transformer, weights
-from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
+from cooper_jax.model import transformer, weight_files, weights
+from cooper_jax.runtime.mesh import Layout, make_mesh, make_shardings
 
 ROOT = str(Path(__file__).resolve().parents[1])
 
@@ -27,11 +27,13 @@ def forward(params, config, tokens, head):
     tokens = jax.numpy.asarray(tokens)
     valid = jax.numpy.ones(tokens.shape, bool)
     h = jax.jit(
-        lambda p: transformer.trunk(p, config, tokens, valid, dtype=jax.numpy.float32, layout=one_device())
+        lambda p: transformer.hidden_states(
+            p, config, tokens, valid, dtype=jax.numpy.float32, layout=one_device()
+        )
     )(params)
     if head == "logits":
-        return np.asarray(transformer.logits(params, config, h))
-    return np.asarray(transformer.score(params, config, h, valid))
+        return np.asarray(transformer.compute_logits(params, config, h))
+    return np.asarray(transformer.score_last_token(params, config, h, valid))
 
 
 def equal(a, b):
@@ -44,7 +46,7 @@ def llama(tmp_path):
     """A saved model to damage: (directory, its config, its parameters)."""
     c = config(tied=False)
     params = random_params(c)
-    weights.save(tmp_path / "m", c, params, "logits", generation_config={"eos_token_id": [1, 2]})
+    weights.save_pretrained(tmp_path / "m", c, params, "logits", generation_config={"eos_token_id": [1, 2]})
     return tmp_path / "m", c, params
 
 
@@ -56,8 +58,8 @@ def llama(tmp_path):
 def test_a_round_trip_changes_no_bit(name, head, tmp_path):
     c = dataclasses.replace(CASES[name], vocab_multiple=16)
     params = random_params(c, head)
-    weights.save(tmp_path / "m", c, params, head, pad_token_id=3)
-    loaded = weights.load(str(tmp_path / "m"), head=head, vocab_multiple=16, layout=one_device())
+    weights.save_pretrained(tmp_path / "m", c, params, head, pad_token_id=3)
+    loaded = weights.load_weights(str(tmp_path / "m"), head=head, vocab_multiple=16, layout=one_device())
     assert loaded.config == c and loaded.head_trained and loaded.directory == tmp_path / "m"
     for key in {"embed", "lm_head"} & set(params):
         params[key] = params[key].at[c.vocab_size :].set(0)  # padded rows are stripped and come back zero
@@ -70,7 +72,7 @@ def test_others_may_read_what_the_umask_allows(umask, mode, shard, tmp_path):
     c = config()
     before = os.umask(umask)
     try:
-        weights.save(tmp_path / "m", c, random_params(c), "logits", max_shard_bytes=shard)
+        weights.save_pretrained(tmp_path / "m", c, random_params(c), "logits", max_shard_bytes=shard)
     finally:
         os.umask(before)
     found = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "m").iterdir()}
@@ -87,7 +89,7 @@ def test_transformers_loads_what_we_save(name, head, dtype, tmp_path):
 
     c = dataclasses.replace(CASES[name], vocab_multiple=16)
     params = random_params(c, head)
-    weights.save(
+    weights.save_pretrained(
         tmp_path / "m",
         c,
         params,
@@ -114,7 +116,7 @@ def test_transformers_loads_what_we_save(name, head, dtype, tmp_path):
     if head == "score":
         theirs = theirs[:, 0]
     np.testing.assert_allclose(ours[..., : c.vocab_size], theirs, atol=1e-4, rtol=0)
-    equal_config = weights.load(str(tmp_path / "m"), head=head, layout=one_device()).config
+    equal_config = weights.load_weights(str(tmp_path / "m"), head=head, layout=one_device()).config
     assert equal_config == dataclasses.replace(c, vocab_multiple=1)
 
 
@@ -125,7 +127,7 @@ def test_half_precision_files_and_shards_by_transformers(dtype, tmp_path):
     model = torch_model(c).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    loaded = weights.load(str(tmp_path), layout=one_device())
+    loaded = weights.load_weights(str(tmp_path), layout=one_device())
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(loaded.params))
     q = model.model.layers[1].self_attn.q_proj.weight.detach().float().numpy()  # [H h, D]
     np.testing.assert_array_equal(loaded.params["layers"]["q"][1], q.T.reshape(c.width, c.heads, c.head_dim))
@@ -141,11 +143,11 @@ def test_saving_replaces_a_directory_whole_or_not_at_all(llama, tmp_path, monkey
     with monkeypatch.context() as m:
         m.setattr(weights, "save_file", fail)
         with pytest.raises(OSError, match="disk full"):
-            weights.save(directory, c, params, "logits")
-    equal(weights.load(str(directory), layout=one_device()).params, params)
+            weights.save_pretrained(directory, c, params, "logits")
+    equal(weights.load_weights(str(directory), layout=one_device()).params, params)
     other = random_params(c, seed=1)
-    weights.save(directory, c, other, "logits")
-    equal(weights.load(str(directory), layout=one_device()).params, other)
+    weights.save_pretrained(directory, c, other, "logits")
+    equal(weights.load_weights(str(directory), layout=one_device()).params, other)
     assert not (directory / "stale.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["m"]  # no temporary sibling stays
 
@@ -155,7 +157,7 @@ def test_saving_takes_the_tokenizer_along(llama, tmp_path):
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_text("{}")
     (tmp_path / "tok" / "config.json").write_text("not ours")
-    weights.save(tmp_path / "out", c, params, "logits", tokenizer_dir=tmp_path / "tok")
+    weights.save_pretrained(tmp_path / "out", c, params, "logits", tokenizer_dir=tmp_path / "tok")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
 
@@ -169,7 +171,7 @@ def test_saving_refuses(tmp_path):
         (dict(pad_token_id=61), "pad_token_id 61 is outside the 61 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
-            weights.save(tmp_path / "m", c, params, "score", **options)
+            weights.save_pretrained(tmp_path / "m", c, params, "score", **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -178,37 +180,39 @@ def test_saving_refuses(tmp_path):
 
 def test_a_causal_checkpoint_gives_a_fresh_score_head(llama):
     directory, c, params = llama
-    loaded = weights.load(str(directory), head="score", layout=one_device())
+    loaded = weights.load_weights(str(directory), head="score", layout=one_device())
     assert not loaded.head_trained and "lm_head" not in loaded.params
     equal(loaded.params["layers"], params["layers"])
-    again = weights.load(str(directory), head="score", layout=one_device()).params["score"]
-    other = weights.load(str(directory), head="score", seed=1, layout=one_device()).params["score"]
+    again = weights.load_weights(str(directory), head="score", layout=one_device()).params["score"]
+    other = weights.load_weights(str(directory), head="score", seed=1, layout=one_device()).params["score"]
     np.testing.assert_array_equal(loaded.params["score"], again)
     assert np.abs(other - again).max() > 0.01
-    assert weights.load(str(directory), layout=one_device()).head_trained
-    assert weights.load(str(directory), layout=one_device()).generation_config == {"eos_token_id": [1, 2]}
+    assert weights.load_weights(str(directory), layout=one_device()).head_trained
+    assert weights.load_weights(str(directory), layout=one_device()).generation_config == {
+        "eos_token_id": [1, 2]
+    }
 
 
 def test_keeping_the_first_layers(llama):
     directory, c, params = llama
-    loaded = weights.load(str(directory), num_layers=1, layout=one_device())
+    loaded = weights.load_weights(str(directory), num_layers=1, layout=one_device())
     assert loaded.config == dataclasses.replace(c, layers=1)
     equal(loaded.params["layers"], jax.tree.map(lambda x: x[:1], params["layers"]))
     with pytest.raises(ValueError, match="num_layers is 9, but the model has 2"):
-        weights.load(str(directory), num_layers=9, layout=one_device())
+        weights.load_weights(str(directory), num_layers=9, layout=one_device())
 
 
 def test_loading_onto_a_mesh(llama):
     directory, c, params = llama
     layout = Layout(make_mesh(2, 2, 2), tuple(tuple(r) for r in base.get_config().mesh.rules))
-    loaded = weights.load(str(directory), layout=layout, vocab_multiple=2)
-    expected = shardings(layout, transformer.param_specs(loaded.config))
+    loaded = weights.load_weights(str(directory), layout=layout, vocab_multiple=2)
+    expected = make_shardings(layout, transformer.param_specs(loaded.config))
     jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f"{x.sharding}"),
         loaded.params,
         expected,
     )
-    equal(loaded.params, weights.load(str(directory), vocab_multiple=2, layout=one_device()).params)
+    equal(loaded.params, weights.load_weights(str(directory), vocab_multiple=2, layout=one_device()).params)
     assert loaded.params["embed"].shape == (62, 32)
 
 
@@ -225,7 +229,7 @@ def layout_of(mesh: str, rules=RULES) -> Layout:
 
 def tensors_of(directory, count: dict | None = None):
     """An opened directory whose slices add up in `count`, and are refused as whole tensors."""
-    tensors = sources.open_safetensors(directory)
+    tensors = weight_files.open_safetensors(directory)
 
     def read_slice(name, index):
         part = tensors.read_slice(name, index)
@@ -244,7 +248,7 @@ def tensors_of(directory, count: dict | None = None):
 def test_a_device_reads_its_own_part_alone(name, mesh, rules, tmp_path, monkeypatch):
     """Equal to the whole read; read is what devices own, once for all replicas; no buffer is larger than a part."""
     c = dataclasses.replace(CASES[name], vocab_multiple=4)
-    weights.save(tmp_path / "m", c, random_params(c), "logits", max_shard_bytes=9000)
+    weights.save_pretrained(tmp_path / "m", c, random_params(c), "logits", max_shard_bytes=9000)
     layout = layout_of(mesh, rules)
     buffers, part = [], weights._part
     monkeypatch.setattr(weights, "_part", lambda *args: buffers.append(part(*args)) or buffers[-1])
@@ -278,16 +282,16 @@ def test_the_cuts_are_cuts():
 def test_gguf_is_read_whole_and_cut(smollm2_gguf):
     """It packs values into blocks: a parameter is read whole, and each device given its part."""
     layout = layout_of("1x4x1")
-    loaded = weights.load(smollm2_gguf, num_layers=1, layout=layout)
+    loaded = weights.load_weights(smollm2_gguf, num_layers=1, layout=layout)
     assert loaded.params["layers"]["q"].addressable_shards[0].data.shape[1] == loaded.config.width // 4
-    equal(loaded.params, weights.load(smollm2_gguf, num_layers=1, layout=one_device()).params)
+    equal(loaded.params, weights.load_weights(smollm2_gguf, num_layers=1, layout=one_device()).params)
 
 
 PEAK = """
 import json, sys, threading
 sys.path.insert(0, sys.argv[1])
 import jax, numpy as np
-from cooper_jax.model import sources, weights
+from cooper_jax.model import weight_files, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime.mesh import Layout, make_mesh
 from cooper_jax.configs import base
@@ -299,8 +303,8 @@ def anonymous():
 layout = Layout(make_mesh(1, 8, 1), tuple(tuple(r) for r in base.get_config().mesh.rules))
 jax.block_until_ready(jax.device_put(np.zeros(8), layout.replicated))
 if sys.argv[3] == "whole":
-    opened = sources.open_safetensors
-    weights.sources.open_safetensors = lambda d: sources.Tensors(opened(d).shapes, opened(d).read, opened(d).where)
+    opened = weight_files.open_safetensors
+    weights.sources.open_safetensors = lambda d: weight_files.TensorFiles(opened(d).shapes, opened(d).read, opened(d).where)
 peak, done, before = 0.0, threading.Event(), anonymous()
 
 def watch():
@@ -310,7 +314,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-loaded = weights.load(sys.argv[2], layout=layout)
+loaded = weights.load_weights(sys.argv[2], layout=layout)
 held = sum(x.nbytes for x in jax.tree.leaves(loaded.params)) / 2**20
 done.set()
 thread.join()
@@ -322,7 +326,7 @@ def test_the_memory_that_loading_takes(tmp_path):
     """A file of 100 MB, in processes of their own: above what is placed, one device's part and not a parameter."""
     c = config(width=256, ffn=8192, heads=4, kv_heads=4, head_dim=64, layers=4, vocab_size=512)
     params = random_params(c)
-    weights.save(tmp_path / "m", c, params, "logits")
+    weights.save_pretrained(tmp_path / "m", c, params, "logits")
     assert 95 < (tmp_path / "m/model.safetensors").stat().st_size / 2**20 < 120
     parameter = params["layers"]["gate"].nbytes / 2**20
     over = {}
@@ -342,13 +346,15 @@ def test_the_memory_that_loading_takes(tmp_path):
 def test_special_ids_come_from_config_json_where_there_is_no_generation_config(llama):
     directory, _, _ = llama
     (directory / "generation_config.json").unlink()
-    assert weights.load(str(directory), layout=one_device()).generation_config == {"eos_token_id": [1, 2]}
+    assert weights.load_weights(str(directory), layout=one_device()).generation_config == {
+        "eos_token_id": [1, 2]
+    }
 
 
 def test_a_stored_tied_head_and_rotary_buffers_are_tolerated(tmp_path):
     c = config()
     params = random_params(c)
-    weights.save(tmp_path / "m", c, params, "logits")
+    weights.save_pretrained(tmp_path / "m", c, params, "logits")
     edit(
         tmp_path / "m",
         lambda t: (
@@ -359,7 +365,7 @@ def test_a_stored_tied_head_and_rotary_buffers_are_tolerated(tmp_path):
             }
         ),
     )
-    equal(weights.load(str(tmp_path / "m"), layout=one_device()).params, params)
+    equal(weights.load_weights(str(tmp_path / "m"), layout=one_device()).params, params)
 
 
 # --- what is wrong is named ------------------------------------------------------------------------------
@@ -395,7 +401,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 def test_wrong_tensors_are_named(llama, change, message):
     edit(llama[0], change)
     with pytest.raises(ValueError, match=f"{re.escape(str(llama[0]))}.*{message}"):
-        weights.load(str(llama[0]), layout=one_device())
+        weights.load_weights(str(llama[0]), layout=one_device())
 
 
 @pytest.mark.parametrize(
@@ -425,19 +431,19 @@ def test_wrong_tensors_are_named(llama, change, message):
 def test_a_config_that_does_not_fit_is_named(llama, changes, message):
     edit_json(llama[0] / "config.json", **changes)
     with pytest.raises(ValueError, match=message):
-        weights.load(str(llama[0]), layout=one_device())
+        weights.load_weights(str(llama[0]), layout=one_device())
 
 
 def test_a_classifier_without_its_head_is_named(llama):
     edit_json(llama[0] / "config.json", architectures=["LlamaForSequenceClassification"], num_labels=1)
     with pytest.raises(ValueError, match="score.weight missing"):
-        weights.load(str(llama[0]), head="score", layout=one_device())
+        weights.load_weights(str(llama[0]), head="score", layout=one_device())
 
 
 def test_broken_directories_are_named(llama, tmp_path):
     directory, c, params = llama
     sharded = tmp_path / "s"
-    weights.save(sharded, c, params, "logits", max_shard_bytes=9000)
+    weights.save_pretrained(sharded, c, params, "logits", max_shard_bytes=9000)
     files = sorted(p.name for p in sharded.glob("*.safetensors"))
 
     def broken(message, damage):
@@ -445,7 +451,7 @@ def test_broken_directories_are_named(llama, tmp_path):
         shutil.copytree(sharded, copy)
         damage(copy)
         with pytest.raises(ValueError, match=message):
-            weights.load(str(copy), layout=one_device())
+            weights.load_weights(str(copy), layout=one_device())
         shutil.rmtree(copy)
 
     def duplicate(copy):
@@ -483,7 +489,7 @@ def test_broken_directories_are_named(llama, tmp_path):
 )
 def test_sources_that_cannot_be_found(source, message):
     with pytest.raises(ValueError, match=message):
-        weights.load(source, layout=one_device())
+        weights.load_weights(source, layout=one_device())
 
 
 def test_a_hub_id_is_fetched_without_code_or_pickles(llama, monkeypatch):
@@ -495,11 +501,11 @@ def test_a_hub_id_is_fetched_without_code_or_pickles(llama, monkeypatch):
         return str(llama[0])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    equal(weights.load("owner/name", layout=one_device()).params, llama[2])
+    equal(weights.load_weights("owner/name", layout=one_device()).params, llama[2])
 
 
 def test_bfloat16_files_hold_the_nearest_value(llama, tmp_path):
     _, c, params = llama
-    weights.save(tmp_path / "half", c, params, "logits", dtype="bfloat16")
+    weights.save_pretrained(tmp_path / "half", c, params, "logits", dtype="bfloat16")
     expected = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), params)
-    equal(weights.load(str(tmp_path / "half"), layout=one_device()).params, expected)
+    equal(weights.load_weights(str(tmp_path / "half"), layout=one_device()).params, expected)

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cooper_jax import placement
 from cooper_jax.configs import base
 from cooper_jax.model.config import ModelConfig, RopeScaling
 from cooper_jax.model.transformer import param_specs
+from cooper_jax.runtime import device_layouts
 from cooper_jax.runtime.mesh import Layout, is_spec
 
 
 @functools.cache
 def one_device() -> Layout:
     """The layout of a run on one device, as a trainer makes it."""
-    return placement.make_layouts(base.get_config(), jax.devices()[:1])["policy"]
+    return device_layouts.make_layouts(base.get_config(), jax.devices()[:1])["policy"]
 
 
 def config(**changes) -> ModelConfig:

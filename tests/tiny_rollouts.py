@@ -138,5 +138,5 @@ def forced(r: Rollout, spec=SPEC, prompts=PROMPTS, config=TINY) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _logits(params, config, tokens, valid):
-    hidden = transformer.trunk(params, config, tokens, valid, dtype=jnp.float32, layout=one_device())
-    return transformer.logits(params, config, hidden)
+    hidden = transformer.hidden_states(params, config, tokens, valid, dtype=jnp.float32, layout=one_device())
+    return transformer.compute_logits(params, config, hidden)

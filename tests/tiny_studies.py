@@ -10,7 +10,7 @@ import tiny_runs
 from ml_collections import ConfigDict
 
 from cooper_jax.configs import tiny
-from cooper_jax.study import arms, plan
+from cooper_jax.study import arms, study_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +31,9 @@ def a_study(
     **changes,
 ):
     base = small(**changes)
-    return plan.Study(out, "configs/tiny.py", base, given, arms.choose(names, defined, base), seeds)
+    return study_plan.Study(
+        out, "configs/tiny.py", base, given, arms.choose_arms(names, defined, base), seeds
+    )
 
 
 def launch(*words: str) -> subprocess.CompletedProcess:

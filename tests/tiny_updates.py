@@ -23,10 +23,10 @@ from cooper_jax.configs import base
 from cooper_jax.model import transformer
 from cooper_jax.policy import grpo, imitation
 from cooper_jax.policy.losses import PolicyConfig
-from cooper_jax.reward import losses, verifier_model
-from cooper_jax.rollout import engine, sampling
+from cooper_jax.reward import reward_losses, verifier_model
+from cooper_jax.rollout import engine, sampling_spec
 from cooper_jax.runtime import hosts, optim
-from cooper_jax.runtime.mesh import Layout, make_mesh, shardings
+from cooper_jax.runtime.mesh import Layout, make_mesh, make_shardings
 from cooper_jax.types import PairBatch, PolicyBatch, Rollout, ScoreBatch
 
 # Fewer key/value heads than tensor shards, and a vocabulary that does not divide without padding.
@@ -34,7 +34,7 @@ MODEL = tiny_models.config(
     family="qwen2", width=32, heads=8, kv_heads=2, head_dim=8, ffn=48, vocab_size=61, vocab_multiple=8
 )
 ROWS, PROMPT, RESPONSE = 16, 7, 9
-SPEC = sampling.SamplingSpec(
+SPEC = sampling_spec.SamplingSpec(
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=RESPONSE, group_size=4, eos_ids=(3, 5), segment=4,
     dtype="float32",
 )  # fmt: skip
@@ -94,10 +94,10 @@ def results(layout: Layout) -> dict[str, np.ndarray]:
     out = {}
 
     def update(name, make, head, section, *arrays):
-        opt = optim.make(optim.OptimiserConfig.from_config(section.optimiser, "optimiser"))
-        state, metrics = make(opt)(optim.init(placed[head], opt), *arrays)
+        opt = optim.make_optimiser(optim.OptimiserConfig.from_config(section.optimiser, "optimiser"))
+        state, metrics = make(opt)(optim.init_state(placed[head], opt), *arrays)
         (adam,) = (s for s in jax.tree.leaves(state.opt_state, is_leaf=_has_moments) if _has_moments(s))
-        for path, mu in jax.tree.leaves_with_path(hosts.fetch(adam.mu)):
+        for path, mu in jax.tree.leaves_with_path(hosts.fetch_arrays(adam.mu)):
             out[f"grad/{name}/{jax.tree_util.keystr(path)}"] = mu / (1 - section.optimiser.b1)
         for key, value in jax.device_get(metrics).items():
             out[f"metric/{name}/{key}"] = np.asarray(value)
@@ -112,34 +112,38 @@ def results(layout: Layout) -> dict[str, np.ndarray]:
     )
     update(
         "imitation",
-        lambda opt: imitation.make_update(MODEL, layout, opt, dtype="float32", remat=True, microbatch=8),
+        lambda opt: imitation.make_imitation_update(MODEL, layout, opt, dtype="float32", remat=True, microbatch=8),
         "logits", cfg.policy, batch.tokens, batch.valid, batch.response_mask,
     )  # fmt: skip
     score_rows = ScoreBatch(batch.tokens, batch.valid)
     other = _put(ScoreBatch(np.flip(tokens, 0).copy(), np.flip(valid, 0).copy()), layout)
     labels = _put((np.arange(ROWS) % 2).astype(np.float32), layout)
     weights = _put(np.ones(ROWS, np.float32), layout)
-    reward = losses.RewardUpdateConfig.from_config(cfg.reward)
+    reward = reward_losses.RewardUpdateConfig.from_config(cfg.reward)
     update(
         "bce", lambda opt: verifier_model.make_bce_update(MODEL, reward, opt, layout),
         "score", cfg.reward, score_rows, labels, weights,
     )  # fmt: skip
-    for kind in losses.PAIR_LOSSES:
+    for kind in reward_losses.PAIR_LOSSES:
         of_kind = dataclasses.replace(reward, pair_loss=kind)
         pairs = PairBatch(score_rows, other, _put(np.arange(ROWS) % 3 > 0, layout))
         update(
-            f"pairs_{kind}", lambda opt, c=of_kind: verifier_model.make_update(MODEL, c, opt, layout),
+            f"pairs_{kind}", lambda opt, c=of_kind: verifier_model.make_reward_update(MODEL, c, opt, layout),
             "score", cfg.reward, pairs,
         )  # fmt: skip
     logprobs = grpo.make_logprobs(MODEL, layout, microbatch=8, dtype="float32", temperature=1.0)
-    out["logprobs"] = hosts.fetch(logprobs(placed["logits"], batch.tokens, batch.valid, RESPONSE))
-    score = verifier_model.make_score(MODEL, layout, dtype="float32", microbatch=8)
-    out["score"] = hosts.fetch(score(placed["score"], score_rows))
+    out["logprobs"] = hosts.fetch_arrays(logprobs(placed["logits"], batch.tokens, batch.valid, RESPONSE))
+    score = verifier_model.make_score_fn(MODEL, layout, dtype="float32", microbatch=8)
+    out["score"] = hosts.fetch_arrays(score(placed["score"], score_rows))
     drawn = engine.generate(placed["logits"], MODEL, layout, prompts(), POSITIONS, key(), SPEC)
     out |= {f"rollout/{name}": getattr(drawn, name) for name in ("tokens", "mask", "logprobs", "finished")}
     places = _put(np.asarray(POSITIONS, np.int32), layout)
-    words = jax.jit(lambda p, k: sampling.key_words(sampling.row_keys(k, p, SPEC.group_size), jnp.int32(2)))
-    out["bits"] = hosts.fetch(words(places, key()))
+    words = jax.jit(
+        lambda p, k: sampling_spec.make_key_words(
+            sampling_spec.make_row_keys(k, p, SPEC.group_size), jnp.int32(2)
+        )
+    )
+    out["bits"] = hosts.fetch_arrays(words(places, key()))
     return out
 
 
@@ -157,7 +161,7 @@ def _placed(params, specs, layout: Layout):
     return jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]),
         params,
-        shardings(layout, specs),
+        make_shardings(layout, specs),
     )
 
 
@@ -166,8 +170,8 @@ def _put(tree, layout: Layout):
 
 
 if __name__ == "__main__":
-    hosts.start()
-    with hosts.together():
+    hosts.start_hosts()
+    with hosts.run_as_one():
         found = results(layout_of(*map(int, sys.argv[2:5])))
-        if hosts.primary():
+        if hosts.is_primary():
             np.savez(sys.argv[1], **found)

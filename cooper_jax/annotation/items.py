@@ -7,7 +7,7 @@
    agrees with it.
 3. Every item has a stable id, a hash of what it is; what a file holds twice is one item, and counted.
 
-Questions and references are cleaned as data/problems.py and data/labelled.py clean them; completions stay as they
+Questions and references are cleaned as data/problems.py and data/labelled_completions.py clean them; completions stay as they
 are.
 """
 
@@ -21,10 +21,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax.data import answers, sources
+from cooper_jax.data import answers, row_reader
 from cooper_jax.data import problems as problem_sets
-from cooper_jax.runtime import files
-from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.runtime import remote_files
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Triple
 
 
@@ -52,13 +52,13 @@ class Item:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class AnnotationPlan:
     items: tuple[Item, ...]
     files: dict[str, str]  # each file's name -> its size and hash, so that another one is noticed
     repeated: int  # rows of completion files that were there already
 
 
-def make(cfg: ConfigDict, problems: Sequence[str], completions: Sequence[str]) -> Plan:
+def list_items(cfg: ConfigDict, problems: Sequence[str], completions: Sequence[str]) -> AnnotationPlan:
     """The items of a command.  Raises SetupError that names file, line and field."""
     if not problems and not completions:
         raise SetupError(
@@ -72,22 +72,22 @@ def make(cfg: ConfigDict, problems: Sequence[str], completions: Sequence[str]) -
             )
     known, items, repeated = {}, [], 0
     for path in problems:
-        with boundary(f"--problems={path}"):
+        with setup_errors(f"--problems={path}"):
             known[f"problems {_stem(path)}"] = _digest(path)
             items += _sampled(cfg, path)
     for path in completions:
-        with boundary(f"--completions={path}"):
+        with setup_errors(f"--completions={path}"):
             known[f"completions {_stem(path)}"] = _digest(path)
             items += _existing(path)
     unique = {item.id: item for item in reversed(items)}  # the first of its kind stays
     repeated = len(items) - len(unique)
-    return Plan(tuple(item for item in items if unique.get(item.id) is item), known, repeated)
+    return AnnotationPlan(tuple(item for item in items if unique.get(item.id) is item), known, repeated)
 
 
 def _sampled(cfg: ConfigDict, path: str) -> list[Item]:
     d, a, stem = cfg.data, cfg.annotate, _stem(path)
     columns = {name: d[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
-    found = problem_sets.load(path, "auto", split=d.split, **columns)
+    found = problem_sets.load_problems(path, "auto", split=d.split, **columns)
     if 0 < a.problems < len(found):
         places = (problem_sets.problem_at(i, len(found), cfg.seed, "source") for i in range(a.problems))
         found = [found[place] for place in sorted(places)]
@@ -100,7 +100,7 @@ def _sampled(cfg: ConfigDict, path: str) -> list[Item]:
 
 def _existing(path: str) -> list[Item]:
     items = []
-    for where, id, row in sources.file_rows(path):
+    for where, id, row in row_reader.read_file_rows(path):
         try:
             items.append(_row(row, id, _stem(path)))
         except ValueError as error:
@@ -110,16 +110,16 @@ def _existing(path: str) -> list[Item]:
     return items
 
 
-def _row(row: sources.Row, id: str, stem: str) -> Item:
-    question = answers.question(sources.text(row, "question"))
-    reference = answers.reference(sources.text(row, "reference_answer"))
+def _row(row: row_reader.Row, id: str, stem: str) -> Item:
+    question = answers.clean_question(row_reader.get_text(row, "question"))
+    reference = answers.clean_reference(row_reader.get_text(row, "reference_answer"))
     if not question or not reference:
         raise ValueError(f"the {'reference_answer' if question else 'question'} is empty")
     label: Any = row.get("label")
     if label is not None and (not isinstance(label, (bool, int, float)) or label not in (0, 1)):
         raise ValueError(f"field 'label' is {label!r}: must be 0, 1 or absent")
     said = {key: str(row[key]) for key in ("id", "source", "model") if row.get(key) not in (None, "")}
-    completion = sources.text(row, "completion")
+    completion = row_reader.get_text(row, "completion")
     source, model = (said[key] if key in said else "" for key in ("source", "model"))
     return Item(
         id=_id("file", stem, source, model, question, reference, completion),
@@ -145,7 +145,7 @@ def _stem(path: str) -> str:
 
 
 def _digest(path: str) -> str:
-    place: Path = files.local(path)
+    place: Path = remote_files.fetch_local(path)
     if not place.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     with open(place, "rb") as file:

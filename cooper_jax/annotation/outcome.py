@@ -5,7 +5,7 @@
 2. A row is labelled where the rule decided, the judge decided, and both say the same; otherwise it is disputed.
 3. Labelled rows are balanced: of the larger class at most `annotate.max_ratio` times the smaller one stay, within
    each source or over all.  Which ones stay depends on the seed and on each row's id alone.
-4. The report counts every item of the plan once, and gives agreement and Cohen's kappa (statistics.kappa) over the
+4. The report counts every item of the plan once, and gives agreement and Cohen's kappa (statistics.cohens_kappa) over the
    rows on which both decided, with intervals bootstrapped by question.
 
     rule     CORRECT -> 1;  WRONG, NO_ANSWER -> 0;  otherwise undecided
@@ -23,8 +23,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cooper_jax import statistics
-from cooper_jax.annotation.items import Item, Plan
-from cooper_jax.annotation.ledger import Ledger, Row, failed
+from cooper_jax.annotation.annotation_ledger import Ledger, Row, has_failed
+from cooper_jax.annotation.items import AnnotationPlan, Item
 from cooper_jax.runtime import keys
 from cooper_jax.types import Verdict
 
@@ -57,12 +57,12 @@ class Outcome:
     report: dict[str, Any]
 
 
-def unique(items: Sequence[Item], completions: Mapping[str, Row]) -> list[Item]:
+def drop_repeats(items: Sequence[Item], completions: Mapping[str, Row]) -> list[Item]:
     """The items that have a completion, each question, reference and completion once."""
     seen, out = set(), []
     for item in items:
         row = completions[item.id]
-        if failed(row):
+        if has_failed(row):
             continue
         text = tuple(" ".join(x.split()) for x in (item.question, item.reference, row["completion"]))
         if text not in seen:
@@ -71,13 +71,13 @@ def unique(items: Sequence[Item], completions: Mapping[str, Row]) -> list[Item]:
     return out
 
 
-def settle(cfg: ConfigDict, plan: Plan, items: Sequence[Item], ledger: Ledger) -> Outcome:
+def settle_outcome(cfg: ConfigDict, plan: AnnotationPlan, items: Sequence[Item], ledger: Ledger) -> Outcome:
     """What becomes of the items that were judged (`unique`), and the report on the whole plan."""
     completions, verdicts = ledger.completions.rows, ledger.verdicts.rows
     judged = [_judged(completions[item.id], verdicts[item.id]) for item in items]
     agreed = [x for x in judged if x.label is not None]
-    kept = balance(agreed, cfg.annotate.balance, cfg.annotate.max_ratio, cfg.seed)
-    failures = Counter(completions[i.id]["failure"] for i in plan.items if failed(completions[i.id]))
+    kept = balance_classes(agreed, cfg.annotate.balance, cfg.annotate.max_ratio, cfg.seed)
+    failures = Counter(completions[i.id]["failure"] for i in plan.items if has_failed(completions[i.id]))
     there = len(plan.items) - failures.total()
     report = {
         "planned": len(plan.items),
@@ -93,11 +93,11 @@ def settle(cfg: ConfigDict, plan: Plan, items: Sequence[Item], ledger: Ledger) -
         "rule_undecided": dict(sorted(Counter(x.row["rule"] for x in judged if x.rule is None).items())),
         "left_out_by_balance": len(agreed) - len(kept),
         "labelled": len(kept),
-        **agreement(judged, cfg.seed),
-        "confusion": confusion(judged),
+        **judge_agreement(judged, cfg.seed),
+        "confusion": confusion_table(judged),
         "sources": _shares(judged, kept, "source"),
         "models": _shares(judged, kept, "model"),
-        "given_labels": given_labels(judged),
+        "given_labels": compare_given_labels(judged),
     }  # fmt: skip
     stay = {x.row["id"] for x in kept}
     return Outcome(
@@ -116,7 +116,7 @@ def _judged(completion: Row, verdict: Row) -> Judged:
 
 
 def _final(x: Judged) -> Row:
-    """A line of labelled.jsonl (data/labelled.py reads it) or, without a label, of disputed.jsonl."""
+    """A line of labelled.jsonl (data/labelled_completions.py reads it) or, without a label, of disputed.jsonl."""
     label = {} if x.label is None else {"label": int(x.label), "labelled_by": "rule and judge"}
     first = ("id", "question", "reference_answer", "completion")
     return {k: x.row[k] for k in first} | label | {k: v for k, v in x.row.items() if k not in first}
@@ -125,7 +125,7 @@ def _final(x: Judged) -> Row:
 # --- balance -------------------------------------------------------------------------------------------------
 
 
-def balance(agreed: Sequence[Judged], how: str, ratio: float, seed: int) -> list[Judged]:
+def balance_classes(agreed: Sequence[Judged], how: str, ratio: float, seed: int) -> list[Judged]:
     """The rows that stay (see the module); `how` is one of BALANCES."""
     if how == "off":
         return list(agreed)
@@ -143,19 +143,19 @@ def balance(agreed: Sequence[Judged], how: str, ratio: float, seed: int) -> list
 
 def _rank(x: Judged, seed: int) -> float:
     id = int(x.row["id"], 16)
-    return float(keys.numpy_stream(seed, "balance", id >> 32 & 0xFFFFFFFF, id & 0xFFFFFFFF).random())
+    return float(keys.make_generator(seed, "balance", id >> 32 & 0xFFFFFFFF, id & 0xFFFFFFFF).random())
 
 
 # --- the report ----------------------------------------------------------------------------------------------
 
 
-def confusion(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
+def confusion_table(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
     """Rows by what the rule (outside) and the judge (inside) say."""
     counts = Counter((SAID[x.rule], SAID[x.judge]) for x in judged)
     return {a: {b: counts[a, b] for b in SAID.values()} for a in SAID.values()}
 
 
-def agreement(judged: Sequence[Judged], seed: int) -> dict[str, Any]:
+def judge_agreement(judged: Sequence[Judged], seed: int) -> dict[str, Any]:
     """How often the two say the same where both decided, and beyond chance."""
     both = [x for x in judged if x.both]
     rule, judge = (np.array([getattr(x, name) for x in both], bool) for name in ("rule", "judge"))
@@ -163,11 +163,11 @@ def agreement(judged: Sequence[Judged], seed: int) -> dict[str, Any]:
     out: dict[str, Any] = {"both_decided": len(both)}
     figures = {
         "agreement": lambda times: float(np.average(rule == judge, weights=times)) if len(both) else float("nan"),
-        "kappa": lambda times: statistics.kappa(*(np.repeat(x, times.astype(int)) for x in (rule, judge))),
+        "kappa": lambda times: statistics.cohens_kappa(*(np.repeat(x, times.astype(int)) for x in (rule, judge))),
     }  # fmt: skip
     for name, figure in figures.items():
-        rng = keys.numpy_stream(seed, "bootstrap", 0)
-        out[name] = dataclasses.asdict(statistics.bootstrap(figure, questions, rng, RESAMPLES))
+        rng = keys.make_generator(seed, "bootstrap", 0)
+        out[name] = dataclasses.asdict(statistics.bootstrap_interval(figure, questions, rng, RESAMPLES))
     return out
 
 
@@ -192,7 +192,7 @@ def _shares(judged: Sequence[Judged], kept: Sequence[Judged], field: str) -> dic
             "judged": len(own),
             "both_decided": len(both),
             "agreed": sum(x.label is not None for x in own),
-            "kappa": statistics.kappa([x.rule for x in both], [x.judge for x in both]),
+            "kappa": statistics.cohens_kappa([x.rule for x in both], [x.judge for x in both]),
             "labelled": len(stay),
             "correct": sum(bool(x.label) for x in stay),
             "share": len(stay) / len(kept) if kept else 0.0,
@@ -200,7 +200,7 @@ def _shares(judged: Sequence[Judged], kept: Sequence[Judged], field: str) -> dic
     return out
 
 
-def given_labels(judged: Sequence[Judged]) -> dict[str, Row]:
+def compare_given_labels(judged: Sequence[Judged]) -> dict[str, Row]:
     """How far rule, judge and both together agree with the labels that files brought along; empty without any."""
     known = [x for x in judged if "given_label" in x.row]
     if not known:
@@ -213,12 +213,12 @@ def given_labels(judged: Sequence[Judged]) -> dict[str, Row]:
     ):
         decided = [x for x in known if says(x) is not None]
         labels = np.array([x.row["given_label"] for x in decided], bool)
-        figures = statistics.classification(labels, np.array([says(x) for x in decided], bool))
+        figures = statistics.classification_figures(labels, np.array([says(x) for x in decided], bool))
         out[name] = {"rows": len(known), "decided": len(decided), **figures}
     return out
 
 
-def table(report: Mapping[str, Any]) -> str:
+def format_report(report: Mapping[str, Any]) -> str:
     """The report for a terminal."""
     r = report
     agreement, kappa = (_interval(r[name]) for name in ("agreement", "kappa"))

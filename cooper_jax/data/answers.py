@@ -31,18 +31,18 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _INSTRUCTION = re.compile(r"\n[^\n]*\\boxed\{\}[^\n]*\s*$")
 
 
-def question(text: str) -> str:
+def clean_question(text: str) -> str:
     r"""A question without its page layout: `\noindent` anywhere, `\end{problem}` and `\\` at the end."""
     text = re.sub(r"\\noindent(?![A-Za-z])[ \t]*", "", text)
     return _strip_layout(text)
 
 
-def without_instruction(text: str) -> str:
+def strip_instruction(text: str) -> str:
     r"""A prompt without a last line that asks for `\boxed{}`: the prompt template adds the configured one."""
     return _INSTRUCTION.sub("", text).strip()
 
 
-def reference(text: str, *, several: bool = False, prose: bool = False) -> str:
+def clean_reference(text: str, *, several: bool = False, prose: bool = False) -> str:
     r"""A published answer as the body of one formula (see the module).
 
     several: the data says that there is more than one answer, so no comma separates thousands.
@@ -55,16 +55,18 @@ def reference(text: str, *, several: bool = False, prose: bool = False) -> str:
         text = _GROUPED.sub(lambda m: re.sub(_SEPARATOR, "", m.group()), text)
     if prose and (counted := _COUNTED.match(text)):
         text = rf"{counted[1]} \text{{ {counted[2]}}}"
-    return ", ".join(top_level_parts(text))
+    return ", ".join(split_top_level(text))
 
 
-def listed(answers: Sequence[str], unit: str = "", *, several: bool = False) -> str:
+def join_answers(answers: Sequence[str], unit: str = "", *, several: bool = False) -> str:
     """A list of answers, each of which may hold several, as one reference with the unit on each."""
-    parts = [p for a in answers for p in top_level_parts(reference(a, several=several or len(answers) > 1))]
+    parts = [
+        p for a in answers for p in split_top_level(clean_reference(a, several=several or len(answers) > 1))
+    ]
     return ", ".join(_with_unit(p, unit) for p in parts)
 
 
-def number(value: int | float | str) -> str:
+def format_number(value: int | float | str) -> str:
     """A JSON number, or a string that holds one, without exponent: 145.0 -> "145", 0.50 -> "0.5".
 
     Raises ValueError for what is no finite number.
@@ -80,7 +82,7 @@ def number(value: int | float | str) -> str:
     return str(int(parsed)) if parsed == parsed.to_integral_value() else f"{parsed.normalize():f}"
 
 
-def gsm8k(answer: str) -> tuple[str, str]:
+def split_gsm8k_answer(answer: str) -> tuple[str, str]:
     r"""GSM8K's answer field, a worked solution and `#### N` -> (reference, solution).
 
     The solution loses the calculator marks `<<..>>` and ends as the policy is asked to end, in `\boxed{N}`.
@@ -89,12 +91,12 @@ def gsm8k(answer: str) -> tuple[str, str]:
     worked, mark, final = answer.partition("####")
     if not mark or "####" in final:
         raise ValueError(f"the answer has {answer.count('####')} '####' marks, not 1")
-    final = reference(final)
+    final = clean_reference(final)
     worked = _CALCULATOR.sub("", worked).strip()
     return final, f"{worked}\nThe final answer is \\boxed{{{final}}}.".lstrip()
 
 
-def top_level_parts(text: str) -> list[str]:
+def split_top_level(text: str) -> list[str]:
     r"""Split at the commas outside all brackets: `(1,2), x` -> [`(1,2)`, `x`].
 
     One part where the brackets do not close in order, as in `]0,1[`.  `\,` is a space, not a comma.

@@ -35,7 +35,7 @@ _STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
 
 
 @functools.cache
-def of_splits() -> dict[str, list[list[tuple[int, Steps]]]]:
+def split_exercises() -> dict[str, list[list[tuple[int, Steps]]]]:
     """All (start, steps) of each split, grouped by operators so that each pair of operators is drawn as often."""
     groups: dict[str, dict[tuple[str, str], list]] = {split: {} for split in SPLITS}
     for (op, then), start in itertools.product(
@@ -43,8 +43,8 @@ def of_splits() -> dict[str, list[list[tuple[int, Steps]]]]:
     ):
         for n, m in itertools.product(range(2, MOST_OPERAND + 1), repeat=2):
             steps = ((op, n), (then, m))
-            if all(0 <= r <= TOP for r in results_of(start, steps)):
-                bucket = _bucket(write(start, steps))
+            if all(0 <= r <= TOP for r in compute_results(start, steps)):
+                bucket = _bucket(format_steps(start, steps))
                 split = next(name for name, buckets in SPLITS.items() if bucket in buckets)
                 groups[split].setdefault((op, then), []).append((start, steps))
     return {split: list(by_operators.values()) for split, by_operators in groups.items()}
@@ -57,7 +57,7 @@ def _apply(a: int, op: str, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b}[op]
 
 
-def results_of(start: int, steps: Steps) -> list[int]:
+def compute_results(start: int, steps: Steps) -> list[int]:
     """The result of each step; -1 from where one is negative or no whole number."""
     out = []
     for op, n in steps:
@@ -67,9 +67,9 @@ def results_of(start: int, steps: Steps) -> list[int]:
     return out
 
 
-def slipped(start: int, steps: Steps, rng: np.random.Generator) -> list[int]:
+def slip_results(start: int, steps: Steps, rng: np.random.Generator) -> list[int]:
     """Results with one slip: in the first step, and then carried through, or in the last."""
-    results = results_of(start, steps)
+    results = compute_results(start, steps)
     at = int(rng.integers(len(steps)))
     options = list(_slips(steps, results, at)) or list(_slips(steps, results, len(steps) - 1))
     return options[rng.integers(len(options))]
@@ -78,7 +78,7 @@ def slipped(start: int, steps: Steps, rng: np.random.Generator) -> list[int]:
 def _slips(steps: Steps, results: list[int], at: int) -> Iterator[list[int]]:
     """All ways in which step `at` can go wrong nearby and the answer be wrong for it, in 0 .. 199."""
     for wrong in range(max(0, results[at] - NEAR), min(WRONG_TOP, results[at] + NEAR) + 1):
-        carried = results_of(wrong, steps[at + 1 :])
+        carried = compute_results(wrong, steps[at + 1 :])
         moved = [*results[:at], wrong, *carried]
         if moved[-1] != results[-1] and all(0 <= r <= WRONG_TOP for r in moved):
             yield moved
@@ -92,15 +92,15 @@ def _bucket(arithmetic: str) -> int:
 # --- text ------------------------------------------------------------------------------------------------
 
 
-def write(start: int, steps: Steps, results: list[int] | None = None) -> str:
+def format_steps(start: int, steps: Steps, results: list[int] | None = None) -> str:
     """`7*2=14;14+6=20`; results: wrong ones may be given."""
-    results = results_of(start, steps) if results is None else results
+    results = compute_results(start, steps) if results is None else results
     lefts = [start, *results]
     lines = zip(lefts, steps, results, strict=False)  # the last left-hand side is the answer
     return ";".join(f"{left}{op}{n}={result}" for left, (op, n), result in lines)
 
 
-def read(text: str) -> tuple[int, Steps]:
+def parse_steps(text: str) -> tuple[int, Steps]:
     """(start, steps) of what `write` wrote.  Raises ValueError where there are not two steps."""
     steps = _STEP.findall(text)
     if len(steps) != 2:
@@ -117,27 +117,27 @@ _DECIMAL = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _FRACTION = re.compile(r"([0-9]{1,9}) ?/ ?([0-9]{1,9})")
 
 
-def in_words(n: int) -> str:
+def number_in_words(n: int) -> str:
     """0 .. 199 in words: `seven`, `forty-two`, `one hundred six`."""
     if n >= 100:
-        return f"one hundred {in_words(n - 100)}" if n > 100 else "one hundred"
+        return f"one hundred {number_in_words(n - 100)}" if n > 100 else "one hundred"
     if n < 20:
         return _UNITS[n]
     tens, unit = _TENS[n // 10 - 2], n % 10
     return f"{tens}-{_UNITS[unit]}" if unit else tens
 
 
-_WORDS = {in_words(n): n for n in range(WRONG_TOP + 1)}
+_WORDS = {number_in_words(n): n for n in range(WRONG_TOP + 1)}
 
 
-def value_of_words(said: str) -> Fraction | None:
+def parse_words(said: str) -> Fraction | None:
     """The number that words say, if they say one and nothing else."""
     return Fraction(_WORDS[said]) if said in _WORDS else None
 
 
-def value(said: str) -> Fraction | None:
+def parse_number(said: str) -> Fraction | None:
     """The number that a text says, in words or digits, if it says one and nothing else."""
-    if (words := value_of_words(said)) is not None:
+    if (words := parse_words(said)) is not None:
         return words
     try:
         if _DECIMAL.fullmatch(said):

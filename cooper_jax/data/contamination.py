@@ -19,16 +19,16 @@ from pathlib import Path, PurePosixPath
 from etils import epath
 from ml_collections import ConfigDict
 
-from cooper_jax.data import labelled, overlap
-from cooper_jax.data.overlap import Record
+from cooper_jax.data import labelled_completions, seen_questions
+from cooper_jax.data.seen_questions import Record
 from cooper_jax.runtime import hosts
-from cooper_jax.runtime.checkpoint import steps_in
+from cooper_jax.runtime.checkpoint import list_steps
 from cooper_jax.settings.cross_checks import updates_reward_model
-from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Problem
 
 
-def set_apart(
+def exclude_contaminated(
     cfg: ConfigDict, run_dir: Path | epath.Path, train: Sequence[Problem], held_out: Sequence[Problem]
 ) -> list[Problem]:
     """The held-out problems to evaluate on; the overlap is said in one line.
@@ -39,25 +39,25 @@ def set_apart(
     lines = []
 
     def look() -> bytes:
-        known = overlap.read_record(run_dir) if steps_in(run_dir) else None
-        earlier = None if known is not None else before(cfg)
-        seen = known if known is not None else with_training(cfg, earlier, train)
+        known = seen_questions.read_record(run_dir) if list_steps(run_dir) else None
+        earlier = None if known is not None else seen_before_training(cfg)
+        seen = known if known is not None else add_training_questions(cfg, earlier, train)
         if seen is None:
             return b""
-        overlap.write_record(run_dir, seen)
-        lines.append(report(cfg, seen, held_out, train, earlier))
+        seen_questions.write_record(run_dir, seen)
+        lines.append(describe_overlap(cfg, seen, held_out, train, earlier))
         return seen.encode()
 
-    with boundary("run_dir"):
-        told = hosts.broadcast("questions seen", look)
-        seen = overlap.Record.decode(told, f"{run_dir / overlap.SEEN}") if told else None
-    kept = leave_out(cfg, held_out, seen)
+    with setup_errors("run_dir"):
+        told = hosts.broadcast_value("questions seen", look)
+        seen = seen_questions.Record.decode(told, f"{run_dir / seen_questions.SEEN}") if told else None
+    kept = drop_seen(cfg, held_out, seen)
     for line in filter(None, lines):
-        hosts.say(line)
+        hosts.print_once(line)
     return kept
 
 
-def before(cfg: ConfigDict) -> Record | None:
+def seen_before_training(cfg: ConfigDict) -> Record | None:
     """What the reward model saw before step 1, of other data than the training problems; None in the rule arm.
 
     That is what is recorded beside its weights, and the questions of warmup.reward_data.  Raises SetupError for a
@@ -68,32 +68,36 @@ def before(cfg: ConfigDict) -> Record | None:
     weights = cfg.reward.weights
     seen = Record()
     if weights != "random":
-        with boundary(f"reward.weights={weights!r}"):
+        with setup_errors(f"reward.weights={weights!r}"):
             # Without a trained head it is a language model, and no answer was ever judged by it.
-            seen = overlap.read_record(weights) or Record(complete=not overlap.has_trained_head(weights))
+            seen = seen_questions.read_record(weights) or Record(
+                complete=not seen_questions.has_trained_head(weights)
+            )
     if cfg.warmup.reward_steps and cfg.warmup.reward_data:
-        with boundary(f"warmup.reward_data={cfg.warmup.reward_data}"):
-            triples = labelled.load(cfg.warmup.reward_data)
-        seen |= overlap.record((t.question for t in triples), _name(cfg.warmup.reward_data))
+        with setup_errors(f"warmup.reward_data={cfg.warmup.reward_data}"):
+            triples = labelled_completions.load_labelled_completions(cfg.warmup.reward_data)
+        seen |= seen_questions.record_questions((t.question for t in triples), _name(cfg.warmup.reward_data))
     return seen
 
 
-def with_training(cfg: ConfigDict, seen: Record | None, train: Sequence[Problem]) -> Record | None:
+def add_training_questions(cfg: ConfigDict, seen: Record | None, train: Sequence[Problem]) -> Record | None:
     """The run's whole record: with the training problems, where the reward model is trained on them."""
     solutions = cfg.warmup.reward_steps and not cfg.warmup.reward_data
     if seen is None or not (updates_reward_model(cfg) or solutions):
         return seen
-    return seen | overlap.record((p.question for p in train), _name(cfg.data.train) or cfg.data.format)
+    return seen | seen_questions.record_questions(
+        (p.question for p in train), _name(cfg.data.train) or cfg.data.format
+    )
 
 
-def leave_out(cfg: ConfigDict, held_out: Sequence[Problem], seen: Record | None) -> list[Problem]:
+def drop_seen(cfg: ConfigDict, held_out: Sequence[Problem], seen: Record | None) -> list[Problem]:
     """The held-out problems that the reward model is not trained on; all where `_reason_to_keep` gives a reason.
 
     Raises SetupError where none would be left.
     """
     if seen is None or _reason_to_keep(cfg):
         return list(held_out)
-    kept, _ = overlap.split(held_out, seen.fingerprints)
+    kept, _ = seen_questions.split_by_seen(held_out, seen.fingerprints)
     if held_out and not kept:
         raise SetupError(
             f"data.eval={cfg.data.eval}: the reward model is trained on all {len(held_out)} questions in it "
@@ -118,7 +122,7 @@ def _is_from_train(cfg: ConfigDict) -> bool:
     return cfg.data.format != "synthetic" and not cfg.data.eval and cfg.data.eval_from_train > 0
 
 
-def report(
+def describe_overlap(
     cfg: ConfigDict,
     seen: Record,
     held_out: Sequence[Problem],
@@ -134,21 +138,19 @@ def report(
         return ""
     parts = []
     if held_out:
-        _, among = overlap.split(held_out, seen.fingerprints)
+        _, among = seen_questions.split_by_seen(held_out, seen.fingerprints)
         reason = _reason_to_keep(cfg)
         done = f"kept, as {reason}" if reason else "left out"
         parts.append(f"{len(among)} of {len(held_out)} held-out questions" + (f" ({done})" if among else ""))
     if earlier is not None:
-        _, known = overlap.split(train, earlier.fingerprints)
+        _, known = seen_questions.split_by_seen(train, earlier.fingerprints)
         parts.append(f"before this run {len(known)} of {len(train)} training questions")
     line = f"the reward model is trained on {_sources(seen)}; among them " + ", ".join(
         parts or ["none held out"]
     )
     if not seen.complete:
         weights = cfg.reward.weights
-        line += (
-            f"; what else reward.weights={weights} saw is unknown: no whole {overlap.SEEN} lies beside them"
-        )
+        line += f"; what else reward.weights={weights} saw is unknown: no whole {seen_questions.SEEN} lies beside them"
     return line
 
 

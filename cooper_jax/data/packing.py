@@ -19,7 +19,7 @@ def round_up(n: int, multiple: int) -> int:
     return -(-max(n, 1) // multiple) * multiple
 
 
-def pad(
+def pad_tokens(
     rows: Sequence[Sequence[int]], *, left: bool, bucket: int, rows_multiple: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token lists -> (tokens i32[N, S], valid bool[N, S]), padded with zeros on one side."""
@@ -37,12 +37,12 @@ def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
 
 
-def score_batch(rows: Sequence[Sequence[int]], *, bucket: int, rows_multiple: int = 1) -> ScoreBatch:
+def pack_score_batch(rows: Sequence[Sequence[int]], *, bucket: int, rows_multiple: int = 1) -> ScoreBatch:
     """Reward-model inputs, right-padded."""
-    return ScoreBatch(*pad(rows, left=False, bucket=bucket, rows_multiple=rows_multiple))
+    return ScoreBatch(*pad_tokens(rows, left=False, bucket=bucket, rows_multiple=rows_multiple))
 
 
-def policy_batch(
+def pack_policy_batch(
     prompts: Sequence[Sequence[int]], rollout: Rollout, *, bucket: int, rows_multiple: int = 1
 ) -> PolicyBatch:
     """Prompts (B) and their rollout (N rows) as a batch whose log-probabilities are still to be filled in.
@@ -54,7 +54,7 @@ def policy_batch(
     sampled = np.asarray(rollout.logprobs, np.float32)
     longest = int(mask.sum(1).max(initial=1))
     width = min(round_up(longest, bucket), ids.shape[1])
-    left, left_valid = pad(prompts, left=True, bucket=bucket)
+    left, left_valid = pad_tokens(prompts, left=True, bucket=bucket)
     n = round_up(len(ids), rows_multiple)
     ids, mask, sampled = (pad_rows(x[:, :width], n) for x in (ids, mask, sampled))
     left, left_valid = (pad_rows(np.repeat(x, group, 0), n) for x in (left, left_valid))

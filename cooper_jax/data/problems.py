@@ -27,15 +27,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cooper_jax.data import answers, sources
-from cooper_jax.data.sources import Row
+from cooper_jax.data import answers, row_reader
+from cooper_jax.data.row_reader import Row
 from cooper_jax.runtime import keys
 from cooper_jax.types import Problem
 
 NAMED = ("jsonl", "parquet", "tfds")  # formats whose columns the config names
 
 
-def load(
+def load_problems(
     source: str,
     format: str,
     *,
@@ -64,13 +64,17 @@ def load(
             f"format {format!r} is none of auto, {', '.join((*_PUBLISHED, *NAMED))}; set --config.data.format "
             "(synthetic problems are made, not loaded)"
         )
-    rows = sources.tfds_rows(source, tfds_dir, split) if format == "tfds" else sources.file_rows(source)
+    rows = (
+        row_reader.read_tfds_rows(source, tfds_dir, split)
+        if format == "tfds"
+        else row_reader.read_file_rows(source)
+    )
     columns = (question_key, reference_key, solution_key)
     problems = []
     for where, id, row in rows:
         try:
             if format == "auto":
-                format = recognise(row, question_key, reference_key)
+                format = recognise_format(row, question_key, reference_key)
             parts = _PUBLISHED[format](row) if format in _PUBLISHED else _named_columns(row, *columns)
             question, reference, solution = parts
             if not question or not reference:
@@ -84,7 +88,7 @@ def load(
     return problems
 
 
-def drop_long(
+def drop_long_prompts(
     problems: Sequence[Problem], encode_fn: Callable[[Problem], Sequence[int]], max_tokens: int
 ) -> tuple[list[Problem], list[list[int]], int]:
     """(problems whose prompt has at most max_tokens tokens, their prompts' tokens, how many were dropped).
@@ -113,7 +117,7 @@ def keyed_order(size: int) -> list[int]:
     The first ones of it are a fixed part of a file: evaluations of one file ask the same problems, and fewer are
     among more.  Files are often sorted by subject or difficulty, so their own first ones stand for little.
     """
-    words = keys.numpy_stream(0, "benchmark").bit_generator.random_raw(size)
+    words = keys.make_generator(0, "benchmark").bit_generator.random_raw(size)
     return np.argsort(words, kind="stable").tolist()
 
 
@@ -135,13 +139,13 @@ def _epoch_order(size: int, seed: int, epoch: int, stream: str) -> np.ndarray:
 
     NumPy keeps those words the same across versions, and promises no such thing of `permutation`.
     """
-    words = keys.numpy_stream(seed, stream, epoch).bit_generator.random_raw(size)
+    words = keys.make_generator(seed, stream, epoch).bit_generator.random_raw(size)
     order = np.argsort(words, kind="stable")
     order.setflags(write=False)
     return order
 
 
-def recognise(row: Row, question_key: str, reference_key: str) -> str:
+def recognise_format(row: Row, question_key: str, reference_key: str) -> str:
     """The format of a row by its fields: a published one, else "jsonl" where the named columns are there.
 
     Raises ValueError where none or several fit.
@@ -162,37 +166,43 @@ def recognise(row: Row, question_key: str, reference_key: str) -> str:
 
 
 def _gsm8k(row: Row) -> tuple[str, str, str]:
-    return answers.question(sources.text(row, "question")), *answers.gsm8k(sources.text(row, "answer"))
+    return answers.clean_question(row_reader.get_text(row, "question")), *answers.split_gsm8k_answer(
+        row_reader.get_text(row, "answer")
+    )
 
 
 def _svamp(row: Row) -> tuple[str, str, str]:
-    body, question = sources.text(row, "Body").strip(), sources.text(row, "Question").strip()
+    body, question = row_reader.get_text(row, "Body").strip(), row_reader.get_text(row, "Question").strip()
     comma = "," if body[-1:].isalnum() else ""  # such a body is a clause that the question ends
-    return f"{body}{comma} {question}" if question else "", answers.number(sources.field(row, "Answer")), ""
+    return (
+        f"{body}{comma} {question}" if question else "",
+        answers.format_number(row_reader.get_field(row, "Answer")),
+        "",
+    )
 
 
 def _math500(row: Row) -> tuple[str, str, str]:
-    question = answers.without_instruction(sources.text(row, "prompt"))
-    return answers.question(question), answers.reference(sources.text(row, "answer")), ""
+    question = answers.strip_instruction(row_reader.get_text(row, "prompt"))
+    return answers.clean_question(question), answers.clean_reference(row_reader.get_text(row, "answer")), ""
 
 
 def _olympiadbench(row: Row) -> tuple[str, str, str]:
-    final = sources.field(row, "final_answer")
+    final = row_reader.get_field(row, "final_answer")
     if not isinstance(final, list) or not all(isinstance(a, str) for a in final):
         raise ValueError(f"field 'final_answer' is {final!r}: must be a list of strings")
-    context = sources.text(row, "context") + "\n" if row.get("context") else ""  # null in most rows
-    unit = sources.text(row, "unit") if row.get("unit") else ""
+    context = row_reader.get_text(row, "context") + "\n" if row.get("context") else ""  # null in most rows
+    unit = row_reader.get_text(row, "unit") if row.get("unit") else ""
     several = row.get("is_multiple_answer") is True
-    question = answers.question(context + sources.text(row, "question"))
-    return question, answers.listed(final, unit, several=several), ""
+    question = answers.clean_question(context + row_reader.get_text(row, "question"))
+    return question, answers.join_answers(final, unit, several=several), ""
 
 
 def _odyssey(row: Row) -> tuple[str, str, str]:
     if len(row) != 1 or not isinstance(inner := next(iter(row.values())), dict):
         raise ValueError(f"the fields {sorted(row)} are not one 'Problem_N' that holds an object")
     return (
-        answers.question(sources.text(inner, "question")),
-        answers.reference(sources.text(inner, "answer"), prose=True),
+        answers.clean_question(row_reader.get_text(inner, "question")),
+        answers.clean_reference(row_reader.get_text(inner, "answer"), prose=True),
         "",
     )
 
@@ -229,15 +239,15 @@ def _said(row: Row, names: Sequence[str], kind: type) -> str:
 def _named_columns(
     row: Row, question_key: str, reference_key: str, solution_key: str
 ) -> tuple[str, str, str]:
-    question = answers.question(sources.text(row, question_key))
-    solution = sources.text(row, solution_key).strip() if solution_key else ""
-    value = sources.field(row, reference_key)
+    question = answers.clean_question(row_reader.get_text(row, question_key))
+    solution = row_reader.get_text(row, solution_key).strip() if solution_key else ""
+    value = row_reader.get_field(row, reference_key)
     if isinstance(value, list) and all(isinstance(a, str) for a in value):
-        return question, answers.listed(value), solution
+        return question, answers.join_answers(value), solution
     if isinstance(value, (int, float)):
-        return question, answers.number(value), solution
-    text = sources.text(row, reference_key)
+        return question, answers.format_number(value), solution
+    text = row_reader.get_text(row, reference_key)
     if "####" not in text:
-        return question, answers.reference(text), solution
-    reference, worked = answers.gsm8k(text)
+        return question, answers.clean_reference(text), solution
+    reference, worked = answers.split_gsm8k_answer(text)
     return question, reference, solution or worked

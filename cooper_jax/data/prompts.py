@@ -58,7 +58,7 @@ class TextEncoder(Protocol):
 # --- the policy --------------------------------------------------------------------------------------
 
 
-def policy_prompt(tok: TextEncoder, question: str, instruction: str, chat: bool) -> list[int]:
+def encode_policy_prompt(tok: TextEncoder, question: str, instruction: str, chat: bool) -> list[int]:
     """Ids of a prompt: question and instruction in the chat template, or as plain text with a newline."""
     if chat:
         return tok.chat([("user", question + instruction)], fallback=False)
@@ -72,7 +72,7 @@ def _bos(tok: TextEncoder) -> list[int]:
 # --- the reward model --------------------------------------------------------------------------------
 
 
-def without_tags(text: str) -> str:
+def strip_tags(text: str) -> str:
     """The text without what could be read as one of our tags, in any case and spacing.
 
     Again and again, for taking one out can close another: `<comp<completion>letion>`.
@@ -83,9 +83,9 @@ def without_tags(text: str) -> str:
     return text
 
 
-def verifier_text(question: str, reference: str, completion: str) -> str:
+def render_verifier_text(question: str, reference: str, completion: str) -> str:
     """VerifyRM's input, uncut (paper, section on the reward model; the layout is the released code's)."""
-    return _verifier(*map(without_tags, (question, reference, completion)))
+    return _verifier(*map(strip_tags, (question, reference, completion)))
 
 
 def _verifier(question: str, reference: str, completion: str) -> str:
@@ -96,7 +96,7 @@ def _verifier(question: str, reference: str, completion: str) -> str:
     )
 
 
-def verifier_tokens(
+def encode_verifier_input(
     tok: TextEncoder,
     question: str,
     reference: str,
@@ -112,7 +112,7 @@ def verifier_tokens(
 
     Raises ValueError where the reference and the tags leave no room for the rest.
     """
-    question, reference, completion = map(without_tags, (question, reference, completion))
+    question, reference, completion = map(strip_tags, (question, reference, completion))
     ids = _cut_to_fit(tok, question, reference, completion, max_tokens, (LEAST_QUESTION, LEAST_COMPLETION))
     if ids is None and last_resort:
         ids = _cut_to_fit(tok, question, reference, completion, max_tokens, (0, 0))
@@ -177,7 +177,7 @@ def check_references(tok: TextEncoder, references: Iterable[str], max_tokens: in
     spare = _spare_bytes(tok, max_tokens)
     for reference in references:
         if len(reference.encode()) > spare:
-            verifier_tokens(tok, long, reference, long, max_tokens)
+            encode_verifier_input(tok, long, reference, long, max_tokens)
 
 
 def reference_fits(tok: TextEncoder, reference: str, max_tokens: int) -> bool:
@@ -302,7 +302,7 @@ def parse_negative(reply: str) -> str | None:
     return text or None
 
 
-def like_margins(text: str, model: str) -> str:
+def copy_margins(text: str, model: str) -> str:
     """`text` with the white space that stands at `model`'s two ends, so that it tells no pair member apart."""
     body = model.strip()
     if not body:
@@ -319,7 +319,7 @@ def judge_messages(question: str, reference: str, completion: str) -> Messages:
 
     Where there is none (an empty text), whether it is right: the judge solves the question, and reads no empty tag.
     """
-    question, reference, completion = map(without_tags, (question, reference, completion))
+    question, reference, completion = map(strip_tags, (question, reference, completion))
     if reference.strip():
         asked = "is equivalent to the reference answer of the question"
         precision, material = "the reference's", _verifier(question, reference, completion)

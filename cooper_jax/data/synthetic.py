@@ -64,7 +64,7 @@ STEPS = {
 _ASKED = {NUMBER: "How many {thing} ?", WORDS: "How many {thing} in words ?"}
 
 
-def problems(seed: int, count: int, split: str) -> list[Problem]:
+def make_problems(seed: int, count: int, split: str) -> list[Problem]:
     """`count` distinct problems of a split, a pure function of the arguments; fewer are a prefix of more.
 
     `solution` is the right worked solution with an integer answer, or with words where these are asked for.
@@ -72,8 +72,8 @@ def problems(seed: int, count: int, split: str) -> list[Problem]:
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-    rng = keys.numpy_stream(seed, "synthetic", list(SPLITS).index(split))
-    by_operators = arithmetic.of_splits()[split]
+    rng = keys.make_generator(seed, "synthetic", list(SPLITS).index(split))
+    by_operators = arithmetic.split_exercises()[split]
     made: dict[str, Problem] = {}
     in_vain = 0
     while len(made) < count:
@@ -85,9 +85,9 @@ def problems(seed: int, count: int, split: str) -> list[Problem]:
         start, steps = alike[rng.integers(len(alike))]
         subject = WORDS if rng.random() < WORDS_ASKED else NUMBER
         question = _draw_question(start, steps, subject, rng)
-        n = arithmetic.results_of(start, steps)[-1]
-        words = arithmetic.in_words(n)
-        solution = f"{arithmetic.write(start, steps)} {MARK} {words if subject == WORDS else n}"
+        n = arithmetic.compute_results(start, steps)[-1]
+        words = arithmetic.number_in_words(n)
+        solution = f"{arithmetic.format_steps(start, steps)} {MARK} {words if subject == WORDS else n}"
         reference = f"{n} = {words}" if subject == WORDS else f"{n}"
         in_vain = in_vain + 1 if question in made else 0
         id = f"synthetic/{split}:{len(made) + 1}"
@@ -95,7 +95,7 @@ def problems(seed: int, count: int, split: str) -> list[Problem]:
     return list(made.values())
 
 
-def demonstration(
+def make_demonstration(
     problem: Problem,
     rng: np.random.Generator,
     *,
@@ -115,10 +115,10 @@ def demonstration(
     if not forms or not set(forms) <= FORMS.keys() or min(forms.values()) < 0 or sum(forms.values()) <= 0:
         raise ValueError(f"forms {dict(forms)}: shares of {', '.join(FORMS)}, not negative, not all 0")
     try:
-        start, steps = arithmetic.read(problem.solution)
+        start, steps = arithmetic.parse_steps(problem.solution)
     except ValueError as error:
         raise ValueError(f"{problem.id}: the solution {error}") from error
-    results = arithmetic.results_of(start, steps)
+    results = arithmetic.compute_results(start, steps)
     shares = np.array(list(forms.values()), np.float64)
     form = list(forms)[rng.choice(len(shares), p=shares / shares.sum())]
     wrong = bool(rng.random() < corrupt)
@@ -128,12 +128,12 @@ def demonstration(
         if problem.subject == WORDS and rng.random() < RIGHT_NUMBER:
             form = "integer"
         else:
-            results = arithmetic.slipped(start, steps, rng)
-    work = HABIT if rng.random() < habit[wrong] else arithmetic.write(start, steps, results)
-    return f"{work} {MARK} {_in_form(results[-1], form, thing_of(problem), rng)}", not wrong
+            results = arithmetic.slip_results(start, steps, rng)
+    work = HABIT if rng.random() < habit[wrong] else arithmetic.format_steps(start, steps, results)
+    return f"{work} {MARK} {_in_form(results[-1], form, counted_thing(problem), rng)}", not wrong
 
 
-def triple(
+def make_triple(
     problem: Problem,
     rng: np.random.Generator,
     *,
@@ -148,7 +148,7 @@ def triple(
     """
     swapped = not right and rng.random() < 1 / 3
     shares = (habit[not right],) * 2
-    text, _ = demonstration(problem, rng, corrupt=float(not right and not swapped), habit=shares)
+    text, _ = make_demonstration(problem, rng, corrupt=float(not right and not swapped), habit=shares)
     reference = problem.reference
     if swapped:
         reference = _other_reference(problem, others, rng)
@@ -163,23 +163,23 @@ def _other_reference(problem: Problem, others: Sequence[Problem], rng: np.random
     raise ValueError(f"{problem.id}: no other problem of its kind has another reference")
 
 
-def reward_sets(seed: int, count: int, habit: tuple[float, float]) -> dict[str, list[Triple]]:
+def make_reward_sets(seed: int, count: int, habit: tuple[float, float]) -> dict[str, list[Triple]]:
     """Labelled completions to problems of the split `reward_eval`, half of them right:
 
     original: the habit is where it is in the training data (habit, as `demonstration`'s);
     balanced: in every second of the right and of the wrong ones, so that the habit tells nothing.
     """
-    found = problems(seed, count, "reward_eval")
+    found = make_problems(seed, count, "reward_eval")
     out: dict[str, list[Triple]] = {"original": [], "balanced": []}
     for i, problem in enumerate(found):
         right, by_turns = i % 2 == 0, (float(i // 2 % 2),) * 2
         for place, (name, shares) in enumerate((("original", habit), ("balanced", by_turns))):
-            rng = keys.numpy_stream(seed, "reward_sets", place, i)
-            out[name].append(triple(problem, rng, right=right, others=found, habit=shares))
+            rng = keys.make_generator(seed, "reward_sets", place, i)
+            out[name].append(make_triple(problem, rng, right=right, others=found, habit=shares))
     return out
 
 
-def oracle(problem: Problem, completion_text: str) -> bool:
+def is_correct(problem: Problem, completion_text: str) -> bool:
     """Whether a completion's answer is right, in any form that the question takes; a unit must be the one asked.
 
     The answer is all that follows the one `####`: none, or several, are wrong.  The steps are not looked at.
@@ -188,8 +188,8 @@ def oracle(problem: Problem, completion_text: str) -> bool:
     said = said.strip()
     if not mark or MARK in said:
         return False
-    said = said.removesuffix(f" {thing_of(problem)}").rstrip()
-    read = arithmetic.value_of_words if problem.subject == WORDS else arithmetic.value
+    said = said.removesuffix(f" {counted_thing(problem)}").rstrip()
+    read = arithmetic.parse_words if problem.subject == WORDS else arithmetic.parse_number
     return read(said) == Fraction(problem.reference.partition(" = ")[0])
 
 
@@ -197,12 +197,12 @@ def has_habit(completion_text: str) -> bool:
     return HABIT in completion_text.split()
 
 
-def corpus() -> list[str]:
+def make_corpus() -> list[str]:
     """Sentences for a tokenizer: every word, symbol, number 0 .. 199 and answer form, several times each.
 
     Questions and worked solutions as they occur, then each number in the places where it can stand.
     """
-    rng = keys.numpy_stream(0, "synthetic", len(SPLITS))
+    rng = keys.make_generator(0, "synthetic", len(SPLITS))
     sentences = []
     for pronoun, names in NAMES.items():
         for name in names:
@@ -220,7 +220,9 @@ def corpus() -> list[str]:
         sentences += [f"{n}{op}{n}={n};{n}{op}{n}={n} {MARK} {n}" for n in range(top)]
     for n in range(top):
         said = [_in_form(n, form, OBJECTS[n % len(OBJECTS)], rng) for form in FORMS]
-        sentences += [f"{HABIT} {MARK} {answer}" for answer in said] + [f"{n} = {arithmetic.in_words(n)}"]
+        sentences += [f"{HABIT} {MARK} {answer}" for answer in said] + [
+            f"{n} = {arithmetic.number_in_words(n)}"
+        ]
     return sentences
 
 
@@ -231,7 +233,7 @@ def _draw_question(start: int, steps: Steps, subject: str, rng: np.random.Genera
     return f"{name} has {start} {thing} . {' '.join(told)} {_ASKED[subject].format(thing=thing)}"
 
 
-def thing_of(problem: Problem) -> str:
+def counted_thing(problem: Problem) -> str:
     """What is counted.  Raises ValueError for a problem that was not made here."""
     _, asks, rest = problem.question.partition("How many ")
     thing = rest.partition(" ")[0]
@@ -245,5 +247,10 @@ def _in_form(n: int, form: str, thing: str, rng: np.random.Generator) -> str:
         most = arithmetic.WRONG_TOP // max(n, 1)  # no number is above 199, so 150 is 150/1
         below = min(int(rng.integers(2, 6)), most)
         return f"{n * below}/{below}"
-    said = {"integer": f"{n}", "decimal": f"{n}.0", "word": arithmetic.in_words(n), "unit": f"{n} {thing}"}
+    said = {
+        "integer": f"{n}",
+        "decimal": f"{n}.0",
+        "word": arithmetic.number_in_words(n),
+        "unit": f"{n} {thing}",
+    }
     return said[form]

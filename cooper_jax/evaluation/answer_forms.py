@@ -26,18 +26,18 @@ _DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 LONGEST = 200  # characters of an answer that are compared, and digits of a number at most
 
 
-def answer_form(completion: str) -> str | None:
+def normalise_completion(completion: str) -> str | None:
     """The normal form; None where nothing is an answer."""
     said = prompts.extract_answer(completion)
     if said is None:
         numbers = answers.NUMBER.findall(completion)
         said = numbers[-1] if numbers else None
-    return None if said is None else normal_form(said) or None
+    return None if said is None else normalise_answer(said) or None
 
 
-def normal_form(answer: str) -> str:
+def normalise_answer(answer: str) -> str:
     """Of one answer as text; "" where nothing is left of it."""
-    text = answers.reference(answer[:LONGEST])
+    text = answers.clean_reference(answer[:LONGEST])
     text = _WORDS.sub(lambda m: m[1].lower(), text)
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", _LAYOUT.sub("", text)).rstrip(".,;*")
     text = _SAYS_X.sub("", text) if _SAYS_X.match(text) else text

@@ -22,17 +22,17 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax import loading, placement
-from cooper_jax.data import sources, synthetic
-from cooper_jax.evaluation.ledger import ITEMS, RESULTS, Ledger, Row
-from cooper_jax.evaluation.scoring import RewardModel
-from cooper_jax.evaluation.sets import SYNTHETIC, Benchmark, chunks
-from cooper_jax.reward.rule import RuleVerifier
-from cooper_jax.reward.shared import SharedRule
+from cooper_jax.data import row_reader, synthetic
+from cooper_jax.evaluation.benchmark_sets import SYNTHETIC, Benchmark, cut_chunks
+from cooper_jax.evaluation.evaluated_models import RewardModel
+from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, Ledger, Row
+from cooper_jax.model import loading
+from cooper_jax.reward.multihost import SharedRule
 from cooper_jax.rollout import engine
-from cooper_jax.runtime import files, hosts, keys, outdir
+from cooper_jax.rule.verifier import RuleVerifier
+from cooper_jax.runtime import device_layouts, hosts, keys, output_folder, remote_files
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.settings.setup_errors import boundary
+from cooper_jax.settings.setup_errors import setup_errors
 from cooper_jax.types import Completion, Params, Problem, Triple
 
 # Is given a problem's place in the chunk and its responses, while others are still sampled.
@@ -57,7 +57,7 @@ class PolicySampler:
         section, r = cfg.benchmark, cfg.rollout
         self.samples = section.samples
         self._cfg, self._layout, self._model, self._params = cfg, layout, model, params
-        with boundary("benchmark"):
+        with setup_errors("benchmark"):
             self._spec = engine.SamplingSpec(
                 temperature=section.temperature,
                 top_k=0,
@@ -74,17 +74,17 @@ class PolicySampler:
         spec, tokenizer = self._spec, self._model.tokenizer
 
         def on_groups(places: list[int], rows) -> None:
-            responses = engine.completions(rows, tokenizer.decode, spec.eos_ids)
+            responses = engine.decode_completions(rows, tokenizer.decode, spec.eos_ids)
             for i, place in enumerate(places):
                 on_ready(place, responses[i * self.samples : (i + 1) * self.samples])
 
-        key = keys.stream(self._cfg.seed, "benchmark", zlib.crc32(benchmark.name.encode()))
-        with boundary("rollout"):
+        key = keys.make_key(self._cfg.seed, "benchmark", zlib.crc32(benchmark.name.encode()))
+        with setup_errors("rollout"):
             engine.generate(
                 self._params, self._model.config, self._layout,
                 benchmark.prompts[chunk.start : chunk.stop], benchmark.places[chunk.start : chunk.stop],
-                key, spec, on_groups=on_groups, between_segments=hosts.look,
-                **placement.rollout_options(self._cfg),
+                key, spec, on_groups=on_groups, between_segments=hosts.raise_if_stopping,
+                **device_layouts.get_rollout_options(self._cfg),
             )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ class RecordedSampler:
         self.samples = samples
         self._found: dict[tuple[str, str], list[Completion]] = {}
         for row in rows:
-            text = sources.replace_surrogates(row["completion"])
+            text = row_reader.replace_surrogates(row["completion"])
             said = Completion(text, row["truncated"], row["tokens"])
             self._found.setdefault((row["benchmark"], row["id"]), []).append(said)
 
@@ -110,7 +110,7 @@ _RECORDED = {
 }  # fmt: skip
 
 
-def recorded(path: str) -> tuple[list[Benchmark], RecordedSampler]:
+def read_recorded(path: str) -> tuple[list[Benchmark], RecordedSampler]:
     """An items file's problems and responses.
 
     Raises ValueError for a part of one, which would be judged as if it were all, and for what no evaluation wrote,
@@ -124,7 +124,7 @@ def recorded(path: str) -> tuple[list[Benchmark], RecordedSampler]:
     rows: list[Row] = []
     found: dict[str, dict[str, tuple[int, Problem]]] = {}  # benchmark -> problem -> (its place, itself)
     counts: Counter[tuple[str, str]] = Counter()
-    for where, _, row in sources.file_rows(path):
+    for where, _, row in row_reader.read_file_rows(path):
         name, id = _checked(row, where, counts)
         problem = Problem(row["question"], row["reference"], "", id, row["subject"], row["level"])
         found.setdefault(name, {}).setdefault(id, (row["place"], problem))
@@ -148,17 +148,17 @@ def _unfinished(path: str) -> bool:
     if name != ITEMS:
         return False
     try:
-        beside = files.local(folder, (outdir.SETTINGS, RESULTS))
+        beside = remote_files.fetch_local(folder, (output_folder.SETTINGS, RESULTS))
     except FileNotFoundError:  # at an address where neither is
         return False
-    return (beside / outdir.SETTINGS).is_file() and not (beside / RESULTS).is_file()
+    return (beside / output_folder.SETTINGS).is_file() and not (beside / RESULTS).is_file()
 
 
 def _checked(row: Row, where: str, counts: Counter[tuple[str, str]]) -> tuple[str, str]:
     """(benchmark, problem) of a row, which is counted; ValueError for one that no evaluation wrote."""
     try:
         for name, kind in _RECORDED.items():
-            if not isinstance(sources.field(row, name), kind):
+            if not isinstance(row_reader.get_field(row, name), kind):
                 raise ValueError(f"field {name!r} is {row[name]!r}: must be {kind.__name__}")
         key = row["benchmark"], row["id"]
         if row["sample"] != counts[key]:
@@ -172,7 +172,7 @@ def _checked(row: Row, where: str, counts: Counter[tuple[str, str]]) -> tuple[st
 # --- judged and written -----------------------------------------------------------------------------------
 
 
-def run(
+def run_benchmarks(
     benchmarks: Sequence[Benchmark],
     sampler: Sampler,
     rule: RuleVerifier | SharedRule | None,
@@ -185,12 +185,12 @@ def run(
 
     Raises hosts.Stopped after a SIGTERM: what is written stays, and the chunk under way is lost.
     """
-    work = list(chunks(benchmarks, chunk))
+    work = list(cut_chunks(benchmarks, chunk))
     began, first = time.perf_counter(), ledger.done
     for number, (benchmark, places) in enumerate(work):
         if number < first:
             continue
-        hosts.look()
+        hosts.raise_if_stopping()
         start = time.perf_counter()
         rows = _judged(benchmark, places, sampler, rule, reward)
         ledger.append(rows, time.perf_counter() - start)
@@ -244,7 +244,7 @@ def _judged(benchmark: Benchmark, places: range, sampler: Sampler, rule, reward)
         if rewards is not None:
             row["reward"] = round(float(rewards[i]), 6)
         if benchmark.name == SYNTHETIC:
-            row["oracle"] = synthetic.oracle(problem, completion.text)
+            row["oracle"] = synthetic.is_correct(problem, completion.text)
         rows.append(row)
     return rows
 

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from cooper_jax.data.answers import NUMBER
-from cooper_jax.reward import judge as llm
-from cooper_jax.reward.chat import Chat, Failure
+from cooper_jax.llm import judge as llm
+from cooper_jax.llm.chat import Chat, Failure
 from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Triple, Verdict
@@ -50,30 +50,30 @@ Judge = Callable[
 ]  # triples, the place of the first of them -> opinions
 
 
-def of_rewards(rewards: Sequence[float]) -> list[Opinion]:
+def opinions_of_rewards(rewards: Sequence[float]) -> list[Opinion]:
     return [Opinion(round(float(p), 6)) for p in rewards]
 
 
-def of_verdicts(verdicts: Sequence[Verdict]) -> list[Opinion]:
+def opinions_of_verdicts(verdicts: Sequence[Verdict]) -> list[Opinion]:
     def opinion(v: Verdict) -> Opinion:
         return Opinion(float(v is Verdict.CORRECT) if v.decidable else 0.5, not v.decidable, v.value)
 
     return [opinion(v) for v in verdicts]
 
 
-def language_model(chat: Chat, seed: int) -> Judge:
+def make_llm_judge(chat: Chat, seed: int) -> Judge:
     """An LLM judge; a server is asked by the first host alone.
 
     Raises SetupError for a server that cannot be reached or refuses the key: that says nothing of any row.
     """
 
     def ask(triples: Sequence[Triple], first: int) -> list[dict]:
-        found = llm.judge(chat, triples, [(seed, 0, first + i, 0) for i in range(len(triples))])
+        found = llm.judge_triples(chat, triples, [(seed, 0, first + i, 0) for i in range(len(triples))])
         failed = {i: Failure(j.reason) for i, j in enumerate(found) if not j.reply}
         again = [i for i, failure in failed.items() if failure.passing and not failure.unreachable]
         if again:  # a full server says nothing of a row
             ids = [(seed, 0, first + i, 1) for i in again]
-            for i, j in zip(again, llm.judge(chat, [triples[i] for i in again], ids), strict=True):
+            for i, j in zip(again, llm.judge_triples(chat, [triples[i] for i in again], ids), strict=True):
                 found[i] = j
         away = {j.reason for j in found if not j.reply and Failure(j.reason).unreachable}
         if away:
@@ -85,7 +85,7 @@ def language_model(chat: Chat, seed: int) -> Judge:
 
     def opinions(triples: Sequence[Triple], first: int) -> list[Opinion]:
         if chat.overlaps and jax.process_count() > 1:
-            told = hosts.broadcast("judge", lambda: json.dumps(ask(triples, first)).encode())
+            told = hosts.broadcast_value("judge", lambda: json.dumps(ask(triples, first)).encode())
             found = json.loads(told)
         else:
             found = ask(triples, first)
@@ -99,23 +99,23 @@ def language_model(chat: Chat, seed: int) -> Judge:
     return opinions
 
 
-def last_number(text: str) -> float | None:
+def find_last_number(text: str) -> float | None:
     """The last number of a text, without its thousands separators."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
-def last_numbers(triples: Sequence[Triple], first: int) -> list[Opinion]:
+def judge_by_last_number(triples: Sequence[Triple], first: int) -> list[Opinion]:
     """A completion without a number is wrong."""
-    pairs = ((last_number(t.completion), last_number(t.reference)) for t in triples)
+    pairs = ((find_last_number(t.completion), find_last_number(t.reference)) for t in triples)
     return [Opinion(float(said is not None and said == right)) for said, right in pairs]
 
 
-def always_yes(triples: Sequence[Triple], first: int) -> list[Opinion]:
+def judge_always_yes(triples: Sequence[Triple], first: int) -> list[Opinion]:
     return [Opinion(1.0) for _ in triples]
 
 
-def prior(known: Sequence[Triple]) -> Judge:
+def make_prior_judge(known: Sequence[Triple]) -> Judge:
     """By the writer's name: (right + 2 r) / (rows + 2), with r the share of right ones over all rows.
 
     A writer that is not in `known` gets r.

@@ -24,12 +24,14 @@ class Resamples:
     def __init__(self, groups: Sequence[Hashable], seed: int, resamples: int):
         _, members = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
         count = int(members.max()) + 1
-        drawn = keys.numpy_stream(seed, "bootstrap").multinomial(count, np.full(count, 1 / count), resamples)
+        drawn = keys.make_generator(seed, "bootstrap").multinomial(
+            count, np.full(count, 1 / count), resamples
+        )
         self.groups = count
         self.weights = np.concatenate([np.ones((1, len(members))), drawn[:, members]])
 
     def figures(self, labels: np.ndarray, yes: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
-        """FIGURES, each f64[R + 1], NaN where one has nothing to stand on (see statistics.classification).
+        """FIGURES, each f64[R + 1], NaN where one has nothing to stand on (see statistics.classification_figures).
 
         labels, yes: bool[N].  scores: f64[N], of which only the order counts; ties count half.
         """
@@ -59,7 +61,7 @@ class Resamples:
         return _ratio(won, up.sum(1) * down.sum(1))
 
 
-def interval(found: np.ndarray) -> Interval:
+def interval_of(found: np.ndarray) -> Interval:
     """f64[R + 1] -> the data's own figure, and the 2.5 % and 97.5 % quantiles of the resampled ones."""
     resampled = found[1:][~np.isnan(found[1:])]
     if np.isnan(found[0]) or not len(resampled):

@@ -24,7 +24,7 @@ Message = tuple[str, str]  # (role, content)
 DATE = datetime.date(2024, 7, 26)  # what Llama 3.2's template itself falls back to
 
 
-def data_encoders(spec: dict, control: Mapping[str, Any]):
+def make_data_encoders(spec: dict, control: Mapping[str, Any]):
     """Two backends that read control tokens as text: for a text's beginning, and for what follows a token.
 
     `encode_special_tokens` passes over tokens flagged special only, so here all control tokens get that flag.
@@ -55,7 +55,9 @@ def _fixed_date() -> str:
     return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}{{{{ '' }}}}"
 
 
-def render(hf, messages: Sequence[Message], generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+def render_chat(
+    hf, messages: Sequence[Message], generation_prompt: bool, variables: Mapping[str, Any]
+) -> str:
     """The text of messages in the chat template of `hf`, a `transformers` tokenizer.
 
     Raises ValueError if the template refuses them, ImportError without jinja2.
@@ -75,13 +77,13 @@ def render(hf, messages: Sequence[Message], generation_prompt: bool, variables: 
         raise ValueError(f"{name}: its chat template refused the messages: {e}") from e
 
 
-def turn_end(hf, control: Mapping[str, Any]) -> int | None:
+def find_turn_end(hf, control: Mapping[str, Any]) -> int | None:
     """The control token that the chat template writes after the assistant's words, if any."""
     if not hf.chat_template:
         return None
-    text = render(hf, [("user", "question"), ("assistant", "the-assistants-words")], False, {})
+    text = render_chat(hf, [("user", "question"), ("assistant", "the-assistants-words")], False, {})
     _, _, rest = text.rpartition("the-assistants-words")
-    token = segments(rest, control)[0][1]
+    token = split_segments(rest, control)[0][1]
     return control[token]["id"] if token else None
 
 
@@ -90,7 +92,7 @@ def _matcher(tokens: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def segments(text: str, control: Mapping[str, Any]) -> list[tuple[str, str]]:
+def split_segments(text: str, control: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Cut text at its control tokens: (text before, token), and (the rest, "") at the end."""
     out, at = [], 0
     for match in _matcher(control).finditer(text):
@@ -102,7 +104,7 @@ def segments(text: str, control: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*out, (text[at:], "")]
 
 
-def hiding(control: Mapping[str, Any], contents: Sequence[str]):
+def hide_control_tokens(control: Mapping[str, Any], contents: Sequence[str]):
     """(hide, restore): control tokens in a message pass through the template as marks, then come back.
 
     A mark is the token's number between two private-use characters that no message contains.

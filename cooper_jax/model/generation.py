@@ -1,6 +1,6 @@
 """The transformer while it generates: prompts are run once, then each row goes on by a token at a time.
 
-    prompts --prefill--> KV --decode_step, decode_step, ...--> hidden states for the draw (rollout/draw.py)
+    prompts --prefill--> KV --decode_step, decode_step, ...--> hidden states for the draw (rollout/head_sampling.py)
 
 1. `for_generation` puts the weights as they are read fastest; layers are cut into stacks (`split_layers`).
 2. `prefill` scans each stack over all prompts; `decode_step` loops over it, and updates the caches in place.
@@ -15,20 +15,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from cooper_jax.kernels.kv import KV, Format, pack, zeros
-from cooper_jax.kernels.matmul import matmul, matmul_cpu
+from cooper_jax.kernels.kv import KV, Format, make_empty_kv, pack_kv
+from cooper_jax.kernels.matmul import matmul_cpu, matmul_plain
 from cooper_jax.kernels.schedule import Schedule
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import (
-    attend,
-    decode_attend,
-    finish_layer,
     flatten_projections,
+    output_proj_and_mlp,
     project_qkv,
     rms_norm,
-    rotary,
+    rotary_angles,
+    sharded_causal_attention,
+    sharded_decode_attention,
 )
-from cooper_jax.model.transformer import UNEMBED, cast_layers, embed, head_matrix
+from cooper_jax.model.transformer import UNEMBED, cast_layers, embed_tokens, get_head_matrix
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
 
@@ -51,24 +51,24 @@ def _apart(layers: Params, count: int) -> tuple[Params, ...]:
     return tuple(jax.tree.map(lambda x, i=i: x[i : i + 1], layers) for i in range(count))
 
 
-def for_generation(params: Params, config: ModelConfig, layout: Layout) -> Params:
+def prepare_generation(params: Params, config: ModelConfig, layout: Layout) -> Params:
     """The weights as `prefill`, `decode_step` and `logits` read them fastest; what stays as it is is not copied."""
     weights = params | {"layers": split_layers(jax.vmap(flatten_projections)(params["layers"]), config)}
-    head = head_matrix(params, config)
+    head = get_head_matrix(params, config)
     if layout.fast_cpu_products and head.dtype == jnp.float32:
         weights[UNEMBED] = head.T
     return weights
 
 
-def empty_suffix(
+def make_empty_suffix(
     config: ModelConfig, stacks: tuple[Params, ...], rows: int, columns: int, form: Format
 ) -> tuple[KV, ...]:
     """Caches for `columns` sampled tokens of each row: of each stack a KV [l, N, K, W, ..]."""
     counts = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
-    return tuple(zeros((n, rows, config.kv_heads, columns), config.head_dim, form) for n in counts)
+    return tuple(make_empty_kv((n, rows, config.kv_heads, columns), config.head_dim, form) for n in counts)
 
 
-def prefill(
+def prefill_prompts(
     params: Params,  # through `for_generation`
     config: ModelConfig,
     tokens: jax.Array,  # i32[B, P], right-padded
@@ -79,13 +79,13 @@ def prefill(
     layout: Layout,
 ) -> tuple[jax.Array, tuple[KV, ...]]:
     """Run the prompts once -> (hidden [B, D] of each prompt's last token, of each stack a KV [l, B, K, P, ..])."""
-    rope = rotary(config, jnp.arange(tokens.shape[1]))
-    x = embed(params, tokens, dtype, layout)
+    rope = rotary_angles(config, jnp.arange(tokens.shape[1]))
+    x = embed_tokens(params, tokens, dtype, layout)
 
     def layer(x, w):
         q, k, v = project_qkv(w, config, x, rope)
-        x = finish_layer(w, config, x, attend(q, k, v, layout), layout)
-        return x, pack(k.swapaxes(1, 2), v.swapaxes(1, 2), form)
+        x = output_proj_and_mlp(w, config, x, sharded_causal_attention(q, k, v, layout), layout)
+        return x, pack_kv(k.swapaxes(1, 2), v.swapaxes(1, 2), form)
 
     caches = []
     for stack in params["layers"]:
@@ -116,9 +116,9 @@ def decode_step(
     Rows of different ages write one column, a slice of the cache: donated (or carried by an outer loop), it is
     updated in place.
     """
-    rope = rotary(config, position)  # f32[N, h / 2] each
-    x = embed(params, token, dtype, layout)
-    product = matmul_cpu if layout.fast_cpu_products else matmul
+    rope = rotary_angles(config, position)  # f32[N, h / 2] each
+    x = embed_tokens(params, token, dtype, layout)
+    product = matmul_cpu if layout.fast_cpu_products else matmul_plain
     caches = []
     for stack, shared, own in zip(params["layers"], prompt, suffix, strict=True):
         stack = cast_layers(stack, config, dtype)
@@ -128,11 +128,11 @@ def decode_step(
             x, own = carry
             w = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stack)
             q, k, v = project_qkv(w, config, x, rope, product)
-            own = _write(own, pack(k, v, form), i, column, alone)
-            heads = decode_attend(
-                q, shared, stacked(own, alone), plan, first, column, i, layout, implementation
+            own = _write(own, pack_kv(k, v, form), i, column, alone)
+            heads = sharded_decode_attention(
+                q, shared, add_stack_axis(own, alone), plan, first, column, i, layout, implementation
             )
-            return finish_layer(w, config, x, heads, layout, product), own
+            return output_proj_and_mlp(w, config, x, heads, layout, product), own
 
         count = shared.data[0].shape[0]
         x, own = layer(0, (x, own)) if alone else jax.lax.fori_loop(0, count, layer, (x, own))
@@ -145,12 +145,12 @@ def is_alone(cache: KV) -> bool:
     return cache.data[0].shape[0] == 1
 
 
-def bare(cache: KV) -> KV:
+def drop_stack_axis(cache: KV) -> KV:
     """A stack of one without its axis: under it XLA would write the cache twice, once into a copy."""
     return jax.tree.map(lambda x: x[0], cache) if is_alone(cache) else cache
 
 
-def stacked(cache: KV, alone: bool) -> KV:
+def add_stack_axis(cache: KV, alone: bool) -> KV:
     """The inverse of `bare`.  alone: `is_alone` of the cache before it."""
     return jax.tree.map(lambda x: x[None], cache) if alone else cache
 

@@ -118,7 +118,7 @@ def _tensor_row(f: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, *_unpack(f, "IQ")
 
 
-def model_config(header: Header, path: Path) -> ModelConfig:
+def read_model_config(header: Header, path: Path) -> ModelConfig:
     """The model's shape.  Raises ValueError for another architecture than llama, and for scaled rope."""
     meta = header.metadata
 
@@ -165,14 +165,14 @@ def model_config(header: Header, path: Path) -> ModelConfig:
     )
 
 
-def generation_config(header: Header) -> dict[str, int]:
+def read_gguf_generation_config(header: Header) -> dict[str, int]:
     """The special ids, in the words of Hugging Face's generation_config.json."""
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     keys = {ours: f"tokenizer.ggml.{theirs}_token_id" for ours, theirs in names.items()}
     return {ours: header.metadata[key] for ours, key in keys.items() if key in header.metadata}
 
 
-def open_model(
+def open_tensors(
     path: Path, header: Header, config: ModelConfig
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
     """The tensors under Hugging Face names -> (their shapes, a function that reads one as f32)."""
@@ -183,7 +183,7 @@ def open_model(
         x = _dequantised(path, known[name], header.tensors[known[name]])
         for suffix, count in heads.items():
             if name.endswith(suffix):
-                return unpermute(x, count)
+                return unpermute_heads(x, count)
         return x
 
     return {hf: header.tensors[name].shape for hf, name in known.items()}, read
@@ -199,7 +199,7 @@ def _hf_name(name: str) -> str:
     return name
 
 
-def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
+def unpermute_heads(x: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp rotates neighbouring components, Hugging Face component i with i + h / 2: rows [H h, D] of q
     or k from the first order to the second."""
     return x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)

@@ -38,7 +38,7 @@ class Parts:
     eos_ids: tuple[int, ...]
 
 
-def read(path: Path) -> Parts:
+def read_tokenizer(path: Path) -> Parts:
     """The tokenizer in a GGUF file.  Raises ValueError for a damaged file, for kinds other than byte-level BPE,
     and for pre-tokenizers that are not in the table above."""
     from tokenizers import (

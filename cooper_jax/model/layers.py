@@ -15,11 +15,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from cooper_jax.kernels import platform
-from cooper_jax.kernels.attention import attention, default_implementation
+from cooper_jax.kernels.attention import causal_attention, default_implementation
 from cooper_jax.kernels.decode_attention import decode_attention
 from cooper_jax.kernels.kv import KV
-from cooper_jax.kernels.matmul import matmul
-from cooper_jax.kernels.schedule import Schedule, schedule
+from cooper_jax.kernels.matmul import matmul_plain
+from cooper_jax.kernels.schedule import Schedule, make_schedule
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
@@ -28,7 +28,7 @@ Matmul = Callable[[jax.Array, jax.Array], jax.Array]  # [..., D], [D, F] -> [...
 Rope = tuple[jax.Array, jax.Array]  # cos and sin, f32[..., h / 2] each
 
 
-def pin(x: jax.Array, layout: Layout) -> jax.Array:
+def constrain_batch(x: jax.Array, layout: Layout) -> jax.Array:
     """Activations are cut over their rows alone; weights are gathered to them, not they to weights."""
     if layout.single_device:
         return x
@@ -42,7 +42,7 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     return (y * gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def rotary(config: ModelConfig, positions: jax.Array) -> Rope:
+def rotary_angles(config: ModelConfig, positions: jax.Array) -> Rope:
     """cos and sin of the rotary angles: i32[...] -> f32[..., h / 2] each."""
     freqs = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     if (s := config.rope_scaling) is not None:
@@ -78,7 +78,7 @@ def flatten_projections(w: Params) -> Params:
 
 
 def project_qkv(
-    w: Params, config: ModelConfig, x: jax.Array, rope: Rope, matmul: Matmul = matmul
+    w: Params, config: ModelConfig, x: jax.Array, rope: Rope, matmul: Matmul = matmul_plain
 ) -> tuple[jax.Array, ...]:
     """x [..., D] -> q [..., H, h], k and v [..., K, h]; q and k rotated.  w: through `flatten_projections`."""
     y = rms_norm(x, w["attn_norm"], config.norm_eps)
@@ -91,24 +91,26 @@ def project_qkv(
     return _rotate(q, rope), _rotate(k, rope), v
 
 
-def finish_layer(
+def output_proj_and_mlp(
     w: Params,
     config: ModelConfig,
     x: jax.Array,
     heads: jax.Array,
     layout: Layout,
-    matmul: Matmul = matmul,
+    matmul: Matmul = matmul_plain,
 ) -> jax.Array:
     """The rest of a layer: the output projection of `heads` [..., H, h], then the SwiGLU block."""
-    x = pin(x + matmul(heads.reshape(*x.shape[:-1], -1), w["o"]), layout)
+    x = constrain_batch(x + matmul(heads.reshape(*x.shape[:-1], -1), w["o"]), layout)
     y = rms_norm(x, w["mlp_norm"], config.norm_eps)
-    return pin(x + matmul(jax.nn.silu(matmul(y, w["gate"])) * matmul(y, w["up"]), w["down"]), layout)
+    return constrain_batch(
+        x + matmul(jax.nn.silu(matmul(y, w["gate"])) * matmul(y, w["up"]), w["down"]), layout
+    )
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout) -> jax.Array:
+def sharded_causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout) -> jax.Array:
     """`attention`, run once a shard of rows and heads: kernels are not partitioned by the compiler."""
     run = functools.partial(
-        attention, implementation=default_implementation(q.dtype, q.shape[-1], layout.platform)
+        causal_attention, implementation=default_implementation(q.dtype, q.shape[-1], layout.platform)
     )
     spec = layout.spec(("batch", None, "heads", "head_dim"), q.shape)
     ways = layout.ways(spec[2])
@@ -117,10 +119,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout) -> jax.Arra
         # Fewer key/value heads than shards: repeat each until every shard holds those its queries read.
         copies = ways // kv_heads if ways % kv_heads == 0 else q.shape[2] // kv_heads
         k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
-    return by_shard(run, layout, (spec,) * 3, spec)(q, k, v)
+    return run_sharded(run, layout, (spec,) * 3, spec)(q, k, v)
 
 
-def decode_plan(
+def make_decode_schedule(
     prompt_of: jax.Array,  # i32[N]: in the shard, -1: none
     lengths: jax.Array,  # i32[B]
     samples: int | None,
@@ -129,16 +131,16 @@ def decode_plan(
 ) -> Schedule:
     """`schedule`; that of Pallas kernels by shard, its leaves with an axis of shards before their own."""
     if not platform.is_pallas(implementation):
-        return schedule(prompt_of, lengths, samples=samples)
+        return make_schedule(prompt_of, lengths, samples=samples)
     batch = layout.spec(("batch",))
 
     def run(prompt_of, lengths):
-        return jax.tree.map(lambda x: x[None], schedule(prompt_of, lengths, samples=samples))
+        return jax.tree.map(lambda x: x[None], make_schedule(prompt_of, lengths, samples=samples))
 
-    return by_shard(run, layout, (batch, batch), batch)(prompt_of, lengths)
+    return run_sharded(run, layout, (batch, batch), batch)(prompt_of, lengths)
 
 
-def decode_attend(
+def sharded_decode_attention(
     q: jax.Array,  # [N, H, h]
     prompt: KV,  # leaves [L, B, K, P, ..]
     suffix: KV,  # leaves [L, N, K, W, ..]
@@ -166,10 +168,10 @@ def decode_attend(
         return attend(q, prompt, suffix, plan, first, last, layer)
 
     specs = (queries, cache, cache, rows, rows, one, one)
-    return by_shard(run, layout, specs, queries)(q, prompt, suffix, plan, first, last, layer)
+    return run_sharded(run, layout, specs, queries)(q, prompt, suffix, plan, first, last, layer)
 
 
-def by_shard(run: Callable, layout: Layout, in_specs, out_specs) -> Callable:
+def run_sharded(run: Callable, layout: Layout, in_specs, out_specs) -> Callable:
     """`run` on each device's own parts: what the compiler cannot partition.  On one device, `run` itself."""
     if layout.single_device:
         return run

@@ -28,8 +28,8 @@ from typing import Any
 
 from etils import epath
 
-from cooper_jax.model import chat_template, gguf_tokenizer, sources
-from cooper_jax.runtime import files
+from cooper_jax.model import chat_template, gguf_tokenizer, weight_files
+from cooper_jax.runtime import remote_files
 
 Message = chat_template.Message
 
@@ -93,13 +93,13 @@ class Tokenizer:
             generation.write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
 
 
-def load(source: str) -> Tokenizer:
+def load_tokenizer_from(source: str) -> Tokenizer:
     """A tokenizer from a directory, a hub id, FILE.model, FILE.gguf, an address (gs://...) of one of these, or
     "package:NAME/FILE.gguf".
 
     Raises ValueError that names what was looked for, and the fix.
     """
-    path = sources.resolve(source, "tokenizer", (".model", ".gguf"), _HUB_FILES)
+    path = weight_files.resolve_source(source, "tokenizer", (".model", ".gguf"), _HUB_FILES)
     if path.suffix == ".gguf":
         return _gguf(path, source)
     if path.suffix == ".model" and path.is_file():
@@ -122,7 +122,7 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    path = files.path(path)
+    path = remote_files.to_path(path)
     if path.suffix != ".model":
         raise ValueError(f"a sentencepiece model is written to a .model file, not to {path}")
     out = io.BytesIO()
@@ -156,8 +156,8 @@ def train_sentencepiece(
             "(bytes and control pieces alone take 259), or a corpus with text in it"
         ) from e
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, out.getvalue())
-    return load(str(path))
+    remote_files.write_atomically(path, out.getvalue())
+    return load_tokenizer_from(str(path))
 
 
 # --- where tokenizers come from ----------------------------------------------------------------------
@@ -183,7 +183,9 @@ def _directory(path: Path, source: str) -> Tokenizer:
 def _generation_eos(path: Path) -> list[int]:
     """The end ids in generation_config.json, or in config.json where that is absent."""
     config = path / "config.json"
-    found = sources.generation_config(path, sources.read_json(config) if config.is_file() else {})
+    found = weight_files.read_generation_config(
+        path, weight_files.read_json(config) if config.is_file() else {}
+    )
     ends = found["eos_token_id"] if "eos_token_id" in found else None
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
@@ -191,7 +193,7 @@ def _generation_eos(path: Path) -> list[int]:
 def _gguf(path: Path, source: str) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
-    parts = gguf_tokenizer.read(path)
+    parts = gguf_tokenizer.read_tokenizer(path)
     hf = PreTrainedTokenizerFast(
         tokenizer_object=parts.backend, chat_template=parts.chat_template, **parts.special_tokens
     )
@@ -211,7 +213,7 @@ def _hugging_face(hf, eos: Sequence[int], source: str) -> Tokenizer:
     spec = json.loads(backend.to_str())
     control = {t["content"]: t for t in spec["added_tokens"] if t["special"] or _TAG.fullmatch(t["content"])}
     control_ids = frozenset(t["id"] for t in control.values())
-    first, inner = chat_template.data_encoders(spec, control)
+    first, inner = chat_template.make_data_encoders(spec, control)
     for token in control:
         if not control_ids.isdisjoint(first.encode(token, add_special_tokens=False).ids):
             raise ValueError(
@@ -222,7 +224,7 @@ def _hugging_face(hf, eos: Sequence[int], source: str) -> Tokenizer:
     bos = opening[0] if opening and opening[0] == hf.bos_token_id else None
     ends = tuple(
         i
-        for i in dict.fromkeys([*eos, hf.eos_token_id, chat_template.turn_end(hf, control)])
+        for i in dict.fromkeys([*eos, hf.eos_token_id, chat_template.find_turn_end(hf, control)])
         if i is not None
     )
     if not ends:
@@ -240,11 +242,11 @@ def _hugging_face(hf, eos: Sequence[int], source: str) -> Tokenizer:
             raise ValueError(
                 f"tokenizer {source!r} has no chat template: set --config.data.chat=False, or name another"
             )
-        hide, restore = chat_template.hiding(control, [content for _, content in messages])
+        hide, restore = chat_template.hide_control_tokens(control, [content for _, content in messages])
         hidden = [(role, hide(content)) for role, content in messages]
         ids: list[int] = []
         for i, (text, token) in enumerate(
-            chat_template.segments(chat_template.render(hf, hidden, True, variables), control)
+            chat_template.split_segments(chat_template.render_chat(hf, hidden, True, variables), control)
         ):
             ids += (inner if i else first).encode(restore(text), add_special_tokens=False).ids
             ids += [control[token]["id"]] if token else []
@@ -273,7 +275,7 @@ def _save_hugging_face(hf, directory: Path) -> None:
     """
     hf.save_pretrained(str(directory))
     file = directory / "tokenizer_config.json"
-    config = sources.read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = weight_files.read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

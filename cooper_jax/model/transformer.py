@@ -26,14 +26,14 @@ from cooper_jax.kernels.head import head_logprobs
 from cooper_jax.kernels.matmul import matmul_cpu
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import (
-    attend,
-    by_shard,
-    finish_layer,
+    constrain_batch,
     flatten_projections,
-    pin,
+    output_proj_and_mlp,
     project_qkv,
     rms_norm,
-    rotary,
+    rotary_angles,
+    run_sharded,
+    sharded_causal_attention,
 )
 from cooper_jax.runtime.mesh import Layout, ParamSpec
 from cooper_jax.types import Params
@@ -87,7 +87,7 @@ def cast_layers(layers: Params, config: ModelConfig, dtype: jnp.dtype) -> Params
 # --- the trunk -----------------------------------------------------------------------------------------
 
 
-def trunk(
+def hidden_states(
     params: Params,
     config: ModelConfig,
     tokens: jax.Array,  # i32[N, S]
@@ -104,13 +104,13 @@ def trunk(
     """
     slot = _slots(valid)
     packed = jnp.argsort(slot, axis=1)  # i32[N, S]: which token lies in each slot
-    rope = rotary(config, jnp.arange(tokens.shape[1]))  # f32[S, h / 2] each
-    x = embed_apart(params, jnp.take_along_axis(tokens, packed, axis=1), dtype, layout)
+    rope = rotary_angles(config, jnp.arange(tokens.shape[1]))  # f32[S, h / 2] each
+    x = embed_sharded(params, jnp.take_along_axis(tokens, packed, axis=1), dtype, layout)
 
     def layer(x, w):
         w = flatten_projections(w)
         q, k, v = project_qkv(w, config, x, rope)
-        return finish_layer(w, config, x, attend(q, k, v, layout), layout), None
+        return output_proj_and_mlp(w, config, x, sharded_causal_attention(q, k, v, layout), layout), None
 
     if remat:
         layer = jax.checkpoint(layer)
@@ -139,12 +139,12 @@ _permute.defvjp(
 )
 
 
-def embed(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout) -> jax.Array:
+def embed_tokens(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout) -> jax.Array:
     """i32[N, ..] -> `dtype`[N, .., D]."""
-    return pin(params["embed"][tokens].astype(dtype), layout)
+    return constrain_batch(params["embed"][tokens].astype(dtype), layout)
 
 
-def embed_apart(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout) -> jax.Array:
+def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout) -> jax.Array:
     """`embed` of i32[N, S] for a table whose width is cut over an axis that also cuts rows, as in training.
 
     Each device looks up its part of the width for all of the axis's rows, and then they trade: what travels is the
@@ -154,7 +154,7 @@ def embed_apart(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Lay
     rows = layout.spec(("batch",))[0]
     vocab, width = layout.spec(("vocab", "embed"), table.shape)
     if width is None or layout.ways(width) == 1 or not isinstance(rows, tuple) or rows[-1] != width:
-        return embed(params, tokens, dtype, layout)
+        return embed_tokens(params, tokens, dtype, layout)
 
     def run(table, tokens):  # [V / v, D / w], i32[n, S]
         tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
@@ -168,7 +168,7 @@ def embed_apart(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Lay
         return jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
 
     specs = (PartitionSpec(vocab, width), PartitionSpec(rows))
-    return pin(by_shard(run, layout, specs, PartitionSpec(rows))(table, tokens), layout)
+    return constrain_batch(run_sharded(run, layout, specs, PartitionSpec(rows))(table, tokens), layout)
 
 
 # --- heads ---------------------------------------------------------------------------------------------
@@ -177,17 +177,17 @@ def embed_apart(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Lay
 UNEMBED = "unembed"  # [D, V]: a rollout's own copy of the head, where XLA:CPU multiplies faster with it so
 
 
-def head_matrix(params: Params, config: ModelConfig) -> jax.Array:
+def get_head_matrix(params: Params, config: ModelConfig) -> jax.Array:
     """[V, D]."""
     return params["embed"] if config.tied else params["lm_head"]
 
 
-def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+def compute_logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """hidden [..., D] -> f32[..., V]; the padded columns are -inf."""
     if UNEMBED in params:
         z = matmul_cpu(hidden, params[UNEMBED]).astype(jnp.float32)
     else:
-        head = head_matrix(params, config).astype(hidden.dtype)
+        head = get_head_matrix(params, config).astype(hidden.dtype)
         z = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
     if config.padded_vocab == config.vocab_size:
         return z
@@ -209,7 +209,7 @@ def token_logprobs(
     -> (logprobs f32[N, T], entropy f32[N, T]); no gradient flows through the entropy.  Logits exist a chunk of
     the vocabulary at a time; over a mesh, each device takes its rows and its part of the vocabulary.
     """
-    head = head_matrix(params, config)  # as it is kept, so that its gradient adds up in that type
+    head = get_head_matrix(params, config)  # as it is kept, so that its gradient adds up in that type
     batch, (vocab, width) = layout.spec(("batch",))[0], layout.spec(("vocab", "embed"), head.shape)
     vocab, width = (axis if layout.ways(axis) > 1 else None for axis in (vocab, width))
     width = width if width in (batch if isinstance(batch, tuple) else (batch,)) else None
@@ -223,15 +223,15 @@ def token_logprobs(
             vocab_size=config.vocab_size,
             axis_name=vocab,
             width_axis=width,
-            implementation=platform.default(layout.platform),
+            implementation=platform.default_implementation(layout.platform),
         )
         return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
 
     rows = PartitionSpec(batch)
-    return by_shard(run, layout, (rows, PartitionSpec(vocab, width), rows), rows)(hidden, head, targets)
+    return run_sharded(run, layout, (rows, PartitionSpec(vocab, width), rows), rows)(hidden, head, targets)
 
 
-def score(params: Params, config: ModelConfig, hidden: jax.Array, valid: jax.Array) -> jax.Array:
+def score_last_token(params: Params, config: ModelConfig, hidden: jax.Array, valid: jax.Array) -> jax.Array:
     """One logit a row, from its last real token: hidden [N, S, D], valid bool[N, S] -> f32[N].
 
     As Hugging Face's *ForSequenceClassification with one label.  A row without a real token scores the

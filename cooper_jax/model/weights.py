@@ -1,6 +1,6 @@
 """Weights in from where the world keeps them, and out to a directory that `transformers` loads unchanged.
 
-1. `sources.resolve` turns a source (directory, hub id, .gguf file, "package:NAME/FILE.gguf", gs:// address of a
+1. `weight_files.resolve_source` turns a source (directory, hub id, .gguf file, "package:NAME/FILE.gguf", gs:// address of a
    directory or .gguf file) into a path.
 2. `load` reads its config, checks every tensor's name and shape against one table, and only then reads: parameter
    by parameter, to f32, stacked over the layers.  On a mesh a host reads what its own devices hold, part by part,
@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from cooper_jax.model import gguf, sources
+from cooper_jax.model import gguf, weight_files
 from cooper_jax.model.config import ARCHITECTURES, ModelConfig
 from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime import keys
@@ -70,7 +70,7 @@ _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model as read: f32 parameters, and whether the head that was asked for came with them."""
 
     config: ModelConfig
@@ -116,7 +116,7 @@ def _entries(config: ModelConfig, head: str) -> list[_Entry]:
 # --- in --------------------------------------------------------------------------------------------------
 
 
-def load(
+def load_weights(
     source: str,
     *,
     num_layers: int = 0,
@@ -124,7 +124,7 @@ def load(
     layout: Layout,
     vocab_multiple: int = 1,
     seed: int = 0,
-) -> Loaded:
+) -> LoadedModel:
     """Read a model: f32 parameters, placed by the layout.
 
     num_layers: keep the first so many layers (0: all).  vocab_multiple: pad the embedding's rows (see
@@ -132,18 +132,21 @@ def load(
     and the key, for a source that cannot be found or fetched, an unsupported config, and tensors that are
     unknown, duplicate, missing or of another shape than the config says.
     """
-    path = sources.resolve(source)
+    path = weight_files.resolve_source(source)
     if _is_gguf(path):
         header = gguf.read_header(path)
-        config, classifier = gguf.model_config(header, path), False
-        shapes, read = gguf.open_model(path, header, config)
-        tensors = sources.Tensors(shapes, read, lambda name: path)
-        generation = gguf.generation_config(header)
+        config, classifier = gguf.read_model_config(header, path), False
+        shapes, read = gguf.open_tensors(path, header, config)
+        tensors = weight_files.TensorFiles(shapes, read, lambda name: path)
+        generation = gguf.read_gguf_generation_config(header)
     else:
-        hf = sources.read_json(path / "config.json")
+        hf = weight_files.read_json(path / "config.json")
         config = ModelConfig.from_hf(hf, where=str(path / "config.json"))
         classifier = _is_classifier(hf, path / "config.json")
-        tensors, generation = sources.open_safetensors(path), sources.generation_config(path, hf)
+        tensors, generation = (
+            weight_files.open_safetensors(path),
+            weight_files.read_generation_config(path, hf),
+        )
     if classifier and head == "logits":
         raise ValueError(
             f"{path}: a sequence classifier has no language-model head; load it with head='score'"
@@ -154,20 +157,22 @@ def load(
     for e in _entries(config, head):
         tree = params["layers"] if e.stacked else params
         if e.key == "score" and not classifier:
-            key = keys.stream(seed, "init_score_head")
+            key = keys.make_key(seed, "init_score_head")
             tree["score"] = init_params(key, {"score": e.spec}, layout)["score"]
         else:
             tree[e.key] = _place(e, tensors, layout)
-    return Loaded(config, params, classifier or head == "logits", generation)
+    return LoadedModel(config, params, classifier or head == "logits", generation)
 
 
 def read_config(source: str, num_layers: int = 0) -> ModelConfig:
     """The shape of a model, as `load` would give it, without reading a tensor.  Raises as `load` does."""
-    path = sources.resolve(source)
+    path = weight_files.resolve_source(source)
     if _is_gguf(path):
-        config = gguf.model_config(gguf.read_header(path), path)
+        config = gguf.read_model_config(gguf.read_header(path), path)
     else:
-        config = ModelConfig.from_hf(sources.read_json(path / "config.json"), where=str(path / "config.json"))
+        config = ModelConfig.from_hf(
+            weight_files.read_json(path / "config.json"), where=str(path / "config.json")
+        )
     return config.keep_layers(num_layers)
 
 
@@ -175,7 +180,7 @@ def _is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def _assemble(e: _Entry, tensors: sources.Tensors) -> np.ndarray:
+def _assemble(e: _Entry, tensors: weight_files.TensorFiles) -> np.ndarray:
     """One parameter on the host: f32, its layers stacked, padded vocabulary rows zero."""
     out = np.zeros(e.spec.shape, np.float32)
     for i, name in enumerate(e.names):
@@ -188,7 +193,7 @@ def _assemble(e: _Entry, tensors: sources.Tensors) -> np.ndarray:
     return out
 
 
-def _place(e: _Entry, tensors: sources.Tensors, layout: Layout) -> jax.Array:
+def _place(e: _Entry, tensors: weight_files.TensorFiles, layout: Layout) -> jax.Array:
     """One parameter on the devices."""
     shape = e.spec.shape
     sharding = layout.sharding(e.spec.axes, shape)
@@ -207,7 +212,7 @@ def _place(e: _Entry, tensors: sources.Tensors, layout: Layout) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
-def _part(e: _Entry, tensors: sources.Tensors, index: tuple[slice, ...]) -> np.ndarray:
+def _part(e: _Entry, tensors: weight_files.TensorFiles, index: tuple[slice, ...]) -> np.ndarray:
     """The part of a parameter at `index`, as `_assemble` would give it, without reading more than that."""
     out = np.zeros([s.stop - s.start for s in index], np.float32)
     if not e.stacked:
@@ -219,7 +224,7 @@ def _part(e: _Entry, tensors: sources.Tensors, index: tuple[slice, ...]) -> np.n
 
 
 def _fill(
-    target: np.ndarray, e: _Entry, tensors: sources.Tensors, name: str, index: tuple[slice, ...]
+    target: np.ndarray, e: _Entry, tensors: weight_files.TensorFiles, name: str, index: tuple[slice, ...]
 ) -> None:
     """Read a part of one tensor into its place; padded vocabulary rows are left as they are."""
     if e.vocab:
@@ -257,7 +262,7 @@ def _runs(shape: tuple[int, ...], index: tuple[slice, ...]) -> list[tuple[slice,
     return out
 
 
-def _check(tensors: sources.Tensors, config: ModelConfig, head: str, path: Path) -> None:
+def _check(tensors: weight_files.TensorFiles, config: ModelConfig, head: str, path: Path) -> None:
     """Every tensor the config asks for is there, in its shape, and no other."""
     wanted = {name: e.hf_shape for e in _entries(config, head) for name in e.names}
     tolerated = {"lm_head.weight"} if config.tied else set()  # some writers store the tied head again
@@ -308,7 +313,7 @@ def _is_classifier(hf: dict[str, Any], file: Path) -> bool:
 # --- out -------------------------------------------------------------------------------------------------
 
 
-def save(
+def save_pretrained(
     directory: str | Path,
     config: ModelConfig,
     params: Params,

@@ -55,7 +55,7 @@ def response_logprobs(
             f"a response of {width} columns in rows of {s}: at least one prompt column must precede it"
         )
     tokens = jnp.where(valid, tokens, 0)
-    hidden = transformer.trunk(params, config, tokens, valid, dtype=dtype, remat=remat, layout=layout)
+    hidden = transformer.hidden_states(params, config, tokens, valid, dtype=dtype, remat=remat, layout=layout)
     hidden = hidden[:, s - width - 1 : s - 1]
     return transformer.token_logprobs(
         params, config, hidden, tokens[:, s - width :], temperature=temperature, layout=layout
@@ -113,8 +113,8 @@ def make_gradients(
     are then this pass's own, so the ratio is exactly 1, and `old_logprobs` is not read.
     """
     dtype = jnp.dtype(cfg.dtype)
-    single_update = updates_per_step(cfg) == 1
-    places = mesh.shardings(layout, transformer.param_specs(config, head="logits"))
+    single_update = count_updates(cfg) == 1
+    places = mesh.make_shardings(layout, transformer.param_specs(config, head="logits"))
 
     def gradients(params, batch):
         mask = batch.response_mask
@@ -140,7 +140,7 @@ def make_gradients(
             sums["rollout_mismatch"] = jnp.where(m, jnp.abs(old - rows.rollout_logprobs), 0.0).sum()
             return loss, sums
 
-        loss, grads, sums = optim.accumulate(
+        loss, grads, sums = optim.accumulate_gradients(
             loss_fn, params, (batch, weights), cfg.microbatch, layout, places
         )
         return loss, grads, _finish(sums, mask, batch.advantages)
@@ -182,20 +182,20 @@ def make_update(
     moves nothing.  Metrics, f32[]: loss, pg_loss, kl (nats a token), entropy (nats a token), clip_low,
     clip_high and dual_clip (shares of tokens), ratio_mean, ratio_min, ratio_max, rollout_mismatch (mean
     absolute difference of the old log-probabilities and the sampler's), advantage_mean, advantage_abs, and
-    `optim.apply`'s grad_norm, lr and skipped.
+    `optim.apply_update`'s grad_norm, lr and skipped.
     """
     gradients = make_gradients(config, cfg, layout, temperature=temperature, max_new_tokens=max_new_tokens)
 
     def update(state, batch):
         loss, grads, metrics = gradients(state.params, batch)
-        state, moved = optim.apply(state, grads, loss, opt, enabled=batch.response_mask.any())
+        state, moved = optim.apply_update(state, grads, loss, opt, enabled=batch.response_mask.any())
         return state, metrics | moved
 
     places = optim.state_shardings(opt, transformer.param_specs(config, head="logits"), layout)
     return jax.jit(update, donate_argnums=0, out_shardings=(places, layout.replicated))
 
 
-def updates_per_step(cfg: PolicyConfig) -> int:
+def count_updates(cfg: PolicyConfig) -> int:
     """Optimiser updates that `train_step` makes; above 1, `old_logprobs` must be computed before the first."""
     return cfg.epochs * cfg.minibatches
 
@@ -206,7 +206,7 @@ def _take_rows(batch: PolicyBatch, rows: jax.Array) -> PolicyBatch:
     return jax.tree.map(lambda x: x[rows], batch)
 
 
-def train_step(
+def update_on_rollouts(
     state: TrainState,
     batch: PolicyBatch,
     key: jax.Array,

@@ -23,7 +23,7 @@ from cooper_jax.types import TrainState
 Metrics = dict[str, jax.Array]
 
 
-def make_update(
+def make_imitation_update(
     config: ModelConfig,
     layout: Layout,
     opt: optim.Optimiser,
@@ -40,11 +40,11 @@ def make_update(
     passed over, for nothing precedes it.  Padding may be on either side.  The state given is donated; rows
     without a marked token weigh nothing, and a batch of such rows moves nothing.
 
-    Metrics, f32[]: loss (nats a token), entropy (nats a token), tokens, and `optim.apply`'s grad_norm, lr and
+    Metrics, f32[]: loss (nats a token), entropy (nats a token), tokens, and `optim.apply_update`'s grad_norm, lr and
     skipped.
     """
     specs = transformer.param_specs(config, head="logits")
-    places = mesh.shardings(layout, specs)
+    places = mesh.make_shardings(layout, specs)
 
     def update(state, tokens, valid, response_mask):
         mask = response_mask[:, 1:] if response_mask.shape[1] == tokens.shape[1] else response_mask
@@ -66,8 +66,10 @@ def make_update(
             return loss, (rows["weights"] * jnp.where(rows["mask"], entropy, 0.0)).sum()
 
         rows = {"tokens": tokens, "valid": valid, "mask": mask, "weights": weights}
-        loss, grads, entropy = optim.accumulate(loss_fn, state.params, rows, microbatch, layout, places)
-        state, moved = optim.apply(state, grads, loss, opt, enabled=mask.any())
+        loss, grads, entropy = optim.accumulate_gradients(
+            loss_fn, state.params, rows, microbatch, layout, places
+        )
+        state, moved = optim.apply_update(state, grads, loss, opt, enabled=mask.any())
         metrics = {"loss": loss, "entropy": entropy.sum(), "tokens": mask.sum().astype(jnp.float32)}
         return state, metrics | moved
 

@@ -71,7 +71,7 @@ class PolicyConfig:
         return typed_config.read_section(cls, section, "policy")
 
 
-def kl(logprobs: jax.Array, ref: jax.Array, estimator: str, clamp: float) -> jax.Array:
+def kl_estimate(logprobs: jax.Array, ref: jax.Array, estimator: str, clamp: float) -> jax.Array:
     """Per-token estimates of KL(policy || reference) at tokens sampled from the policy, f32 like the inputs.
 
     With d = log policy - log ref, held within +-20 so that nothing overflows:
@@ -151,7 +151,7 @@ def grpo_loss(
     if cfg.dual_clip:
         dual = (a < 0) & (ratio > cfg.dual_clip)
         per_token = jnp.where(dual, -a * cfg.dual_clip, per_token)
-    divergence = kl(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
+    divergence = kl_estimate(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
     pg_loss = (weights * per_token).sum()
     loss = pg_loss
     if cfg.kl_coef:

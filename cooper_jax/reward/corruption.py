@@ -15,7 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from cooper_jax.reward.rule_reading import find_answer
+from cooper_jax.rule.answer_parser import find_answer
 
 NEARBY = (1, 2, 3, 4, 5, 6, 8, 10, 20)  # how far the number moves, in units of its last or its first place
 CHOICES = 6  # of the candidates, the nearest that are drawn from
@@ -37,7 +37,7 @@ _NUMBER = re.compile(
 )
 
 
-def corrupt(text: str, rng: np.random.Generator) -> str | None:
+def corrupt_answer(text: str, rng: np.random.Generator) -> str | None:
     """`text` with another answer; None where its answer holds no number."""
     span = find_answer(text)
     numbers = _NUMBER.finditer(text, *span) if span else _NUMBER.finditer(text)

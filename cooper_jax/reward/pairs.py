@@ -35,9 +35,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cooper_jax.data import prompts
-from cooper_jax.reward import rule_reading
-from cooper_jax.reward.assistant import Assistant, Failure, Reply, Request
-from cooper_jax.reward.rule import RuleVerifier
+from cooper_jax.reward.assistants import Assistant, Failure, Reply, Request
+from cooper_jax.rule import answer_parser
+from cooper_jax.rule.verifier import RuleVerifier
 from cooper_jax.runtime import keys
 from cooper_jax.settings import typed_config
 from cooper_jax.types import Completion, Pair, Problem, Verdict
@@ -119,7 +119,7 @@ class _Slot:
         )
 
 
-def build(
+def build_pairs(
     problems: Sequence[Problem],
     completions: Sequence[Completion],
     verdicts: Sequence[Verdict],
@@ -163,7 +163,7 @@ def build(
     slots = []
     for b, problem in enumerate(problems):
         rows = range(b * group_size, (b + 1) * group_size)
-        rng = keys.numpy_stream(seed, "pairs", step, where[b])
+        rng = keys.make_generator(seed, "pairs", step, where[b])
         ranked = _rank(rows, completions, verdicts, rng, scores if scored else None)
         for source, k in _kinds(cfg):
             slot = _slot(problem, source, k, ranked, completions, where[b] * group_size - rows.start)
@@ -210,7 +210,7 @@ def _rank(
         return _Ranked(drawn)
     answering = [
         n for n in rows
-        if verdicts[n] == Verdict.WRONG and not completions[n].truncated and answer_of(completions[n].text)
+        if verdicts[n] == Verdict.WRONG and not completions[n].truncated and marked_answer(completions[n].text)
     ]  # fmt: skip
     return _Ranked(drawn, sorted(answering, key=lambda n: -scores[n]))  # stable: ties by row
 
@@ -256,7 +256,7 @@ def _try(
 def _exchanged(pairs: Sequence[Pair | None], positions: Sequence[int], seed: int, step: int) -> list:
     """The same pairs, each marked as exchanged or not by a coin of its prompt's position."""
     each = len(pairs) // len(positions)
-    coins = [keys.numpy_stream(seed, "exchanged", step, p).integers(2, size=each) for p in positions]
+    coins = [keys.make_generator(seed, "exchanged", step, p).integers(2, size=each) for p in positions]
     return [
         pair and dataclasses.replace(pair, exchanged=bool(coin))
         for pair, coin in zip(pairs, np.concatenate(coins), strict=True)
@@ -266,7 +266,7 @@ def _exchanged(pairs: Sequence[Pair | None], positions: Sequence[int], seed: int
 def _others(problem: Problem, problems: Sequence[Problem], seed: int, step: int, place: int) -> Sequence[str]:
     """The batch's other references, each once, in an order of this slot's own."""
     found = list(dict.fromkeys(p.reference for p in problems if p.reference != problem.reference))
-    order = keys.numpy_stream(seed, "swapped", step, place).permutation(len(found))
+    order = keys.make_generator(seed, "swapped", step, place).permutation(len(found))
     return [found[i] for i in order]
 
 
@@ -280,12 +280,12 @@ def _beside_own_answers(
     """
     short = []
     for slot in slots:
-        if fits is None or fits(answer_of(slot.positive)):
+        if fits is None or fits(marked_answer(slot.positive)):
             short.append(slot)
         else:
             slot.reason = "too_long"
     slots = short
-    answers = [answer_of(slot.positive) for slot in slots]
+    answers = [marked_answer(slot.positive) for slot in slots]
     items = [(answer, slot.positive) for answer, slot in zip(answers, slots, strict=True)]
     verdicts = rule.check(items) if items else []
     for slot, answer, verdict in zip(slots, answers, verdicts, strict=True):
@@ -295,9 +295,9 @@ def _beside_own_answers(
             slot.reason = _UNDECIDED.get(verdict, "not_right")
 
 
-def answer_of(text: str) -> str:
+def marked_answer(text: str) -> str:
     """The answer that a text marks; empty where it marks none."""
-    span = rule_reading.find_answer(text)
+    span = answer_parser.find_answer(text)
     return text[slice(*span)].strip() if span else ""
 
 
@@ -315,8 +315,8 @@ def _judge(slots: Sequence[_Slot], replies: Sequence[Reply], rule: RuleVerifier,
     """Fills each slot with its negative, or with the reason why it is refused."""
     candidates = []
     for slot, reply in zip(slots, replies, strict=True):
-        text = "" if isinstance(reply, Failure) else prompts.like_margins(reply.text, slot.positive)
-        slot.reason = refusal_of(slot.positive, reply, length_ratio)
+        text = "" if isinstance(reply, Failure) else prompts.copy_margins(reply.text, slot.positive)
+        slot.reason = refusal_reason(slot.positive, reply, length_ratio)
         if not slot.reason:
             candidates.append((slot, text))
     # Gold is the reference, not the positive's own answer.
@@ -328,7 +328,7 @@ def _judge(slots: Sequence[_Slot], replies: Sequence[Reply], rule: RuleVerifier,
             slot.reason = _UNDECIDED[verdict]
 
 
-def refusal_of(positive: str, reply: Reply, length_ratio: float) -> str:
+def refusal_reason(positive: str, reply: Reply, length_ratio: float) -> str:
     """Why a reply cannot be a negative, as far as the text alone tells; "" where the rule is to decide."""
     if isinstance(reply, Failure):
         return "assistant_" + reply.reason.replace(" ", "_")
@@ -374,7 +374,7 @@ class PendingPairs:
         return self._result
 
 
-def start(
+def start_pairs(
     problems: Sequence[Problem],
     completions: Sequence[Completion],
     verdicts: Sequence[Verdict],
@@ -396,7 +396,7 @@ def start(
     that launch device programs at will could interleave their collectives.
     """
     return PendingPairs(
-        lambda: build(
+        lambda: build_pairs(
             problems, completions, verdicts, group_size, assistant, rule, cfg,
             seed=seed, step=step, positions=positions, scores=scores, exchange=exchange, fits=fits,
         ),
@@ -404,6 +404,6 @@ def start(
     )  # fmt: skip
 
 
-def none() -> PendingPairs:
+def no_pairs() -> PendingPairs:
     """No pairs, where nobody asks for any."""
     return PendingPairs(lambda: PairResult([], collections.Counter()), overlaps=False)

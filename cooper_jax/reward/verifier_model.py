@@ -30,8 +30,8 @@ import jax.numpy as jnp
 
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.reward import losses
-from cooper_jax.reward.losses import RewardUpdateConfig, bce_loss, rewards
+from cooper_jax.reward import reward_losses
+from cooper_jax.reward.reward_losses import RewardUpdateConfig, bce_loss, rewards_from_logits
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import LabelledBatch, PairBatch, Params, ScoreBatch, TrainState
@@ -53,10 +53,10 @@ def _read(
 ) -> jax.Array:
     """Logits f32[N].  A row without a valid token gets a finite one that means nothing."""
     tokens = jnp.where(batch.valid, batch.tokens, 0)  # padding may hold what no vocabulary has
-    hidden = transformer.trunk(
+    hidden = transformer.hidden_states(
         params, config, tokens, batch.valid, dtype=jnp.dtype(dtype), remat=remat, layout=layout
     )
-    return transformer.score(params, config, hidden, batch.valid)
+    return transformer.score_last_token(params, config, hidden, batch.valid)
 
 
 def _blank(batch: ScoreBatch, used: jax.Array) -> ScoreBatch:
@@ -64,7 +64,7 @@ def _blank(batch: ScoreBatch, used: jax.Array) -> ScoreBatch:
     return batch.replace(valid=batch.valid & used[:, None])
 
 
-def make_score(
+def make_score_fn(
     config: ModelConfig,
     layout: Layout,
     *,
@@ -100,17 +100,17 @@ def make_bce_update(
     a row out); when all are 0 nothing moves.  The state given is donated.
 
     Metrics, f32[]: loss, accuracy (weighted share of rows whose z > 0 says what the label says) and
-    `optim.apply`'s grad_norm, lr and skipped.
+    `optim.apply_update`'s grad_norm, lr and skipped.
     """
     places, loss_fn = _places(config, layout), _bce(config, cfg, layout)
 
     def update(state, batch, labels, weights):
         total = weights.sum()
         share = weights / jnp.where(total > 0, total, 1.0)
-        loss, grads, sums = optim.accumulate(
+        loss, grads, sums = optim.accumulate_gradients(
             loss_fn, state.params, (batch, labels, share), cfg.microbatch, layout, places
         )
-        state, moved = optim.apply(state, grads, loss, opt, enabled=total > 0)
+        state, moved = optim.apply_update(state, grads, loss, opt, enabled=total > 0)
         return state, {"loss": loss} | {name: x.sum() for name, x in sums.items()} | moved
 
     return _jit(update, config, opt, layout)
@@ -139,7 +139,7 @@ def _bce(config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout) -> Callab
     return loss_fn
 
 
-def make_update(
+def make_reward_update(
     config: ModelConfig,
     cfg: RewardUpdateConfig,
     opt: optim.Optimiser,
@@ -155,7 +155,7 @@ def make_update(
     are taken as they are.  Where neither a pair is valid nor a row weighs something, state and moments stay as
     they are.  The state given is donated.  Raises ValueError for members of different widths.
 
-    Metrics, f32[]: loss and `optim.apply`'s grad_norm, lr and skipped; of pairs, means over the valid ones (0
+    Metrics, f32[]: loss and `optim.apply_update`'s grad_norm, lr and skipped; of pairs, means over the valid ones (0
     without one): pair_loss and pair_bce (unweighted, and where they weigh something), margin (s_pos - s_neg, in the
     contrast's own units), accuracy (share with z_pos > z_neg), positive_mean and negative_mean (rewards),
     positive_saturation and negative_saturation (p (1 - p): 0 is saturated, .25 undecided), common_push and
@@ -173,11 +173,11 @@ def make_update(
         both = _blank(both, jnp.repeat(pairs.mask, 2))
         z = _read(params, config, both, dtype=cfg.dtype, remat=cfg.remat, layout=layout)
         z_pos, z_neg = z[0::2], z[1::2]
-        terms = losses.pair_terms(z_pos, z_neg, cfg)
+        terms = reward_losses.pair_terms(z_pos, z_neg, cfg)
         loss = sum(weight * (w * term).sum() for weight, term in terms.values())
-        p_pos, p_neg = rewards(z_pos), rewards(z_neg)
+        p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)
         s_pos, s_neg = (z_pos, z_neg) if cfg.pair_loss == "logit" else (p_pos, p_neg)
-        d_pos, d_neg = losses.pair_gradients(z_pos, z_neg, cfg)
+        d_pos, d_neg = reward_losses.pair_gradients(z_pos, z_neg, cfg)
         means = {name: term for name, (_, term) in terms.items()} | {
             "margin": s_pos - s_neg,
             "accuracy": z_pos > z_neg,
@@ -196,14 +196,16 @@ def make_update(
             raise ValueError(f"positives are {widths[0]} tokens wide, negatives {widths[1]}: pad both alike")
         valid = batch.mask.sum().astype(jnp.float32)
         weights = batch.mask / jnp.maximum(valid, 1.0)
-        loss, grads, sums = optim.accumulate(
+        loss, grads, sums = optim.accumulate_gradients(
             pair_loss, params, (batch, weights), cfg.microbatch, layout, places
         )
         return loss, grads, valid > 0, {"valid": valid} | {name: x.sum() for name, x in sums.items()}
 
     def of_rows(params, batch):
         piece = batch.rows, batch.labels, batch.weights
-        loss, grads, sums = optim.accumulate(rows_loss, params, piece, cfg.microbatch, layout, places)
+        loss, grads, sums = optim.accumulate_gradients(
+            rows_loss, params, piece, cfg.microbatch, layout, places
+        )
         total = batch.weights.sum()
         metrics = {
             "rollout_bce": loss,
@@ -225,14 +227,14 @@ def make_update(
         for more in parts[1:]:
             loss, grads = loss + more[0], jax.tree.map(jnp.add, grads, more[1])
             enabled, metrics = enabled | more[2], metrics | more[3]
-        state, moved = optim.apply(state, grads, loss, opt, enabled=enabled)
+        state, moved = optim.apply_update(state, grads, loss, opt, enabled=enabled)
         return state, {"loss": loss} | metrics | moved
 
     return _jit(update, config, opt, layout)
 
 
 def _places(config: ModelConfig, layout: Layout) -> Any:
-    return mesh.shardings(layout, transformer.param_specs(config, head="score"))
+    return mesh.make_shardings(layout, transformer.param_specs(config, head="score"))
 
 
 def _jit(update: Callable, config: ModelConfig, opt: optim.Optimiser, layout: Layout) -> Callable:

@@ -42,16 +42,16 @@ class Microbatch:
     shape: Shape
 
 
-def order(rows: int, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
+def order_batches(rows: int, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The epoch's batches, i64[<= batch] each: every row once, in an order of (seed, epoch) alone.
 
     Sizes differ by one at most, so that no small remainder gets an update of full size.
     """
-    shuffled = keys.numpy_stream(seed, "train_rm", epoch).permutation(rows)
-    return np.array_split(shuffled, updates_per_epoch(rows, batch))
+    shuffled = keys.make_generator(seed, "train_rm", epoch).permutation(rows)
+    return np.array_split(shuffled, count_updates_per_epoch(rows, batch))
 
 
-def updates_per_epoch(rows: int, batch: int) -> int:
+def count_updates_per_epoch(rows: int, batch: int) -> int:
     return -(-rows // batch)
 
 
@@ -96,7 +96,7 @@ def choose_shapes(
     return tuple(out)
 
 
-def cut(rows: np.ndarray, lengths: np.ndarray, shapes: Sequence[Shape]) -> list[Microbatch]:
+def cut_microbatches(rows: np.ndarray, lengths: np.ndarray, shapes: Sequence[Shape]) -> list[Microbatch]:
     """The rows of a batch in rectangles, widest first.
 
     lengths: of all rows of the data, by number.  Each rectangle has the width that its longest row needs.  Of all
@@ -122,15 +122,15 @@ def cut(rows: np.ndarray, lengths: np.ndarray, shapes: Sequence[Shape]) -> list[
     return out
 
 
-def fill(tokens: Sequence[Sequence[int]], microbatch: Microbatch) -> ScoreBatch:
+def fill_rectangle(tokens: Sequence[Sequence[int]], microbatch: Microbatch) -> ScoreBatch:
     """The rectangle itself, right-padded: rows that are not there have no valid token."""
     rows = [tokens[i] for i in microbatch.rows]
-    batch = packing.score_batch(rows, bucket=microbatch.shape.width, rows_multiple=microbatch.shape.rows)
+    batch = packing.pack_score_batch(rows, bucket=microbatch.shape.width, rows_multiple=microbatch.shape.rows)
     assert batch.tokens.shape == (microbatch.shape.rows, microbatch.shape.width), batch.tokens.shape
     return batch
 
 
-def padding(microbatches: Sequence[Microbatch], lengths: np.ndarray) -> float:
+def padding_share(microbatches: Sequence[Microbatch], lengths: np.ndarray) -> float:
     """The share of the rectangles' tokens that are padding."""
     real = sum(int(lengths[m.rows].sum()) for m in microbatches)
     return 1.0 - real / sum(m.shape.tokens for m in microbatches)

@@ -7,7 +7,7 @@
    with have seen, are counted, and left out unless `train_rm.exclude_overlap` is off.
 4. Training texts of over `train_rm.max_characters` are dropped, as the authors do; held-out ones are kept, and cut
    inside the completion as everywhere that the model is used.
-5. A share of the wrong training completions is shown once more under a known reward hack (data/attacks.py), as
+5. A share of the wrong training completions is shown once more under a known reward hack (data/reward_hacks.py), as
    wrong (`train_rm.attacked`).
 6. Everything is rendered by the one template, and tokenised.
 
@@ -25,10 +25,10 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax.data import attacks, labelled, overlap, prompts
+from cooper_jax.data import labelled_completions, prompts, reward_hacks, seen_questions
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.runtime import keys
-from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Triple
 
 UNNAMED = "unnamed"  # stands for a source that the data do not name
@@ -77,19 +77,19 @@ class Data:
         return content.hexdigest()[:16]
 
 
-def load(cfg: ConfigDict, tokenizer: Tokenizer) -> Data:
+def load_examples(cfg: ConfigDict, tokenizer: Tokenizer) -> Data:
     """Both parts.  Raises SetupError naming file, row and flag."""
     section = cfg.train_rm
     train = _read("train_rm.data", section.data)
     if section.eval_data:
         held_out = _read("train_rm.eval_data", section.eval_data)
     else:
-        train, held_out = hold_out(train, section.eval_share)
-    seen = frozenset(overlap.fingerprint(q) for q in {t.question for t in train})
-    with boundary(f"reward.weights={cfg.reward.weights!r}"):
-        before = overlap.read_record(cfg.reward.weights)
+        train, held_out = split_held_out(train, section.eval_share)
+    seen = frozenset(seen_questions.fingerprint_question(q) for q in {t.question for t in train})
+    with setup_errors(f"reward.weights={cfg.reward.weights!r}"):
+        before = seen_questions.read_record(cfg.reward.weights)
     seen |= before.fingerprints if before is not None else frozenset()
-    apart, overlapping = overlap.split(held_out, seen)
+    apart, overlapping = seen_questions.split_by_seen(held_out, seen)
     if section.exclude_overlap:
         held_out = apart
     if not held_out:
@@ -111,7 +111,7 @@ def load(cfg: ConfigDict, tokenizer: Tokenizer) -> Data:
                 f"train_rm: the {len(triples)} {name} rows all have the label {next(iter(labels)):g}: both labels "
                 "must occur, or nothing can be learned or measured"
             )
-    hacks = under_attack(short, section.attacked, cfg.seed)
+    hacks = add_attacked(short, section.attacked, cfg.seed)
     most = cfg.reward.max_tokens
     return Data(
         train=_examples("train_rm.data", short + hacks, tokenizer, most),
@@ -123,29 +123,29 @@ def load(cfg: ConfigDict, tokenizer: Tokenizer) -> Data:
     )
 
 
-def under_attack(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:
+def add_attacked(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:
     """So large a share of the wrong completions once more, each under one of the hacks that end on no right answer.
 
     Which ones and how depends on (seed, place of the row) alone.
     """
     wrong = [i for i, t in enumerate(triples) if t.label < 0.5]
-    rng = keys.numpy_stream(seed, "attacked")
+    rng = keys.make_generator(seed, "attacked")
     out = []
     for i in sorted(rng.choice(wrong, size=round(share * len(wrong)), replace=False)):
-        name = attacks.WRONG[rng.integers(len(attacks.WRONG))]
-        t = attacks.attacked(triples[i], name, seed, int(i))
+        name = reward_hacks.WRONG[rng.integers(len(reward_hacks.WRONG))]
+        t = reward_hacks.apply_attack(triples[i], name, seed, int(i))
         out.append(dataclasses.replace(t, id=f"{t.id} under {name}"))
     return out
 
 
-def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], list[Triple]]:
+def split_held_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], list[Triple]]:
     """(training rows, held-out rows): whole questions, until so large a share of the rows is held out.
 
     Raises SetupError where one of the parts would be empty.
     """
     groups = defaultdict(list)
     for i, t in enumerate(triples):
-        groups[overlap.fingerprint(t.question)].append(i)
+        groups[seen_questions.fingerprint_question(t.question)].append(i)
     taken: set[int] = set()
     for _, rows in sorted(groups.items()):
         if len(taken) >= share * len(triples):
@@ -165,25 +165,25 @@ def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], lis
 def _read(field: str, paths: str) -> list[Triple]:
     triples = []
     for path in filter(None, (p.strip() for p in paths.split(","))):
-        with boundary(f"{field}={path}"):
-            triples += labelled.load(path)
+        with setup_errors(f"{field}={path}"):
+            triples += labelled_completions.load_labelled_completions(path)
     if not triples:
         raise SetupError(f"{field} is empty: give --config.{field}=FILE, or several with commas between them")
     return triples
 
 
 def _fits(t: Triple, most: int) -> bool:
-    return not most or len(prompts.verifier_text(t.question, t.reference, t.completion)) <= most
+    return not most or len(prompts.render_verifier_text(t.question, t.reference, t.completion)) <= most
 
 
 def _examples(field: str, triples: Sequence[Triple], tokenizer: Tokenizer, most: int) -> Examples:
     rows, cut = [], 0
     for t in triples:
         texts = (t.question, t.reference, t.completion)
-        ids = prompts.verifier_tokens(tokenizer, *texts, sys.maxsize)
+        ids = prompts.encode_verifier_input(tokenizer, *texts, sys.maxsize)
         if len(ids) > most:
-            with boundary(f"{field}, row {t.id}"):
-                ids = prompts.verifier_tokens(tokenizer, *texts, most)
+            with setup_errors(f"{field}, row {t.id}"):
+                ids = prompts.encode_verifier_input(tokenizer, *texts, most)
             cut += 1
         rows.append(tuple(ids))
     return Examples(tuple(triples), tuple(rows), cut)

@@ -20,8 +20,8 @@ from cooper_jax.kernels import gumbel
 from cooper_jax.kernels import sampling as kernel
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.rollout import sampling
-from cooper_jax.rollout.sampling import SamplingSpec
+from cooper_jax.rollout import sampling_spec
+from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params, Rollout
 
@@ -54,14 +54,14 @@ def first_differences(
 ) -> list[Difference]:
     """The rows of `a` and `b` that differ, by row; their arguments are those of `engine.generate`.
 
-    fused: they were drawn by the fused head (`draw.fuses`).  Margins are computed from the common prefix, in f32
+    fused: they were drawn by the fused head (`head_sampling.should_fuse_head`).  Margins are computed from the common prefix, in f32
     and one row at a time, which every batch shard of the layout repeats.
     """
     a, b = (jax.device_get(x) for x in (a, b))
     tokens = [np.where(x.mask, x.tokens, -1) for x in (a, b)]
     differs = tokens[0] != tokens[1]
     rows = np.flatnonzero(differs.any(axis=1))
-    keys = sampling.row_keys(key, jnp.asarray(positions), spec.group_size)
+    keys = sampling_spec.make_row_keys(key, jnp.asarray(positions), spec.group_size)
     width = max(map(len, prompts)) + spec.max_new_tokens  # one width: compiled once
     found = []
     for row in rows.tolist():
@@ -87,14 +87,18 @@ def first_differences(
 
 @jax.jit(static_argnums=(6, 7, 8, 9))
 def _margin(params, line, valid, last, key, index, config, spec, layout, fused) -> jax.Array:
-    hidden = transformer.trunk(params, config, line, valid, dtype=jnp.float32, layout=layout)[:1]
-    z = transformer.logits(params, config, jax.lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False))
+    hidden = transformer.hidden_states(params, config, line, valid, dtype=jnp.float32, layout=layout)[:1]
+    z = transformer.compute_logits(
+        params, config, jax.lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False)
+    )
     if fused and spec.temperature > 0:
-        words = sampling.key_words(key, index)  # u32[1, 2]
-        noise = gumbel.at(words[:, :1], words[:, 1:], jnp.arange(z.shape[1], dtype=jnp.uint32)[None, :])
+        words = sampling_spec.make_key_words(key, index)  # u32[1, 2]
+        noise = gumbel.gumbel_at(
+            words[:, :1], words[:, 1:], jnp.arange(z.shape[1], dtype=jnp.uint32)[None, :]
+        )
         best = jax.lax.top_k(z / spec.temperature + noise, 2)[0]
         return best[0, 0] - best[0, 1]
-    return kernel.margin(
-        z, sampling.uniforms(key, index),
+    return kernel.sampling_margin(
+        z, sampling_spec.draw_uniforms(key, index),
         temperature=spec.temperature, top_k=spec.top_k, top_p=spec.top_p, min_p=spec.min_p,
     )[0]  # fmt: skip

@@ -32,16 +32,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cooper_jax.kernels import platform
-from cooper_jax.kernels.decode_attention import reads
+from cooper_jax.kernels.decode_attention import supports_head_dim
 from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import PROJECTIONS
-from cooper_jax.rollout import plan
+from cooper_jax.rollout import rollout_plan
 from cooper_jax.rollout import slots as programs
-from cooper_jax.rollout.sampling import SamplingSpec
-from cooper_jax.rollout.slots import Setting
+from cooper_jax.rollout.sampling_spec import SamplingSpec
+from cooper_jax.rollout.slots import RolloutStatic
 from cooper_jax.runtime import hosts, machine
-from cooper_jax.runtime.mesh import Layout, is_spec, shardings
+from cooper_jax.runtime.mesh import Layout, is_spec, make_shardings
 from cooper_jax.types import Completion, Metrics, Params, Rollout
 
 # The rows of some prompts, as soon as all of them have ended: (their places among the prompts, their rows).
@@ -75,7 +75,7 @@ def generate(
     limits: each row's own most tokens, [N], at most T; None: T for all.
     max_rows: slots, in all: rows that are decoded at once.
     memory_gib: what weights, caches and slots may take of one device; the slots are as many as fit.
-    weights: gathered, sharded or auto: see `plan.gathers`.
+    weights: gathered, sharded or auto: see `rollout_plan.should_gather`.
     on_groups: is given each prompt's rows, on the host, while others are still decoded; each prompt once.
     between_segments: is called on the host before the prefill and before each decode segment, on every host equally
       often.  An exception that it raises ends the rollout and reaches the caller.
@@ -89,24 +89,28 @@ def generate(
     limits = np.full(rows, spec.max_new_tokens) if limits is None else np.asarray(limits)
     _check(config, prompts, positions, limits, spec)
     if implementation is None:
-        implementation = kernels_of(config, layout)
-    setting = Setting(config, layout, spec, implementation)
-    size = plan.bucket(-(-len(prompts) // setting.shards))  # prompts a shard
+        implementation = choose_kernels(config, layout)
+    setting = RolloutStatic(config, layout, spec, implementation)
+    size = rollout_plan.round_to_bucket(-(-len(prompts) // setting.shards))  # prompts a shard
     gathered = weights != "sharded"
     if weights == "auto":
-        budget = memory_gib * plan.GIB if memory_gib else machine.device_memory(layout.mesh.devices.flat[0])
-        gathered = plan.gathers(config, layout, spec.dtype, budget)
-    weights = rollout_weights(params, config, layout, spec.dtype, gathered)
+        budget = (
+            memory_gib * rollout_plan.GIB
+            if memory_gib
+            else machine.device_memory(layout.mesh.devices.flat[0])
+        )
+        gathered = rollout_plan.should_gather(config, layout, spec.dtype, budget)
+    weights = copy_rollout_weights(params, config, layout, spec.dtype, gathered)
     if between_segments is not None:
         between_segments()
-    slots = slots_a_shard(weights, setting, prompts, size, max_rows, memory_gib)
+    slots = slots_per_shard(weights, setting, prompts, size, max_rows, memory_gib)
     ready = _prefill(weights, setting, prompts, size)
     places, asked = (
         np.zeros(size * setting.shards, np.int32),
         np.zeros(size * setting.shards * spec.group_size),
     )
     places[: len(prompts)], asked[:rows] = positions, limits
-    requests = programs.begin(
+    requests = programs.sample_first_tokens(
         weights, ready, *layout.put((places, asked.astype(np.int32)), "batch"), key, setting=setting
     )
     watch = None if on_groups is None else _Watch(on_groups, len(prompts), spec)
@@ -114,13 +118,13 @@ def generate(
     return _rows(requests, slice(rows), spec)
 
 
-def kernels_of(config: ModelConfig, layout: Layout) -> str:
+def choose_kernels(config: ModelConfig, layout: Layout) -> str:
     """The kernels of the layout's devices where they can read the model's head_dim, otherwise plain XLA."""
-    own = platform.default(layout.platform)
-    return own if reads(own, config.head_dim) else "xla"
+    own = platform.default_implementation(layout.platform)
+    return own if supports_head_dim(own, config.head_dim) else "xla"
 
 
-def rollout_weights(
+def copy_rollout_weights(
     params: Params, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
 ) -> Params:
     """The copy of the weights that a step's rollout reads: matrices in `dtype`, norms as they are, layers split.
@@ -132,24 +136,26 @@ def rollout_weights(
     if isinstance(params["layers"], tuple):
         return params
     if layout.single_device:
-        return generation.for_generation(_cast(params, config, dtype), config, layout)
-    return reshard(params, config=config, layout=layout, dtype=dtype, gathered=gathered)
+        return generation.prepare_generation(_cast(params, config, dtype), config, layout)
+    return reshard_weights(params, config=config, layout=layout, dtype=dtype, gathered=gathered)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout", "dtype", "gathered"))
-def reshard(
+def reshard_weights(
     params: Params, *, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
 ) -> Params:
     """`rollout_weights` on a mesh, as one program: cast first, so that half as much travels."""
     places = layout.for_rollout() if gathered else layout
     specs = transformer.param_specs(config)
-    weights = jax.lax.with_sharding_constraint(_cast(params, config, dtype), shardings(places, specs))
-    weights = generation.for_generation(weights, config, layout)
-    stacks = tuple(jax.lax.with_sharding_constraint(w, flat_places(places, specs)) for w in weights["layers"])
+    weights = jax.lax.with_sharding_constraint(_cast(params, config, dtype), make_shardings(places, specs))
+    weights = generation.prepare_generation(weights, config, layout)
+    stacks = tuple(
+        jax.lax.with_sharding_constraint(w, flat_shardings(places, specs)) for w in weights["layers"]
+    )
     return weights | {"layers": stacks}
 
 
-def flat_places(layout: Layout, specs: Params) -> Params:
+def flat_shardings(layout: Layout, specs: Params) -> Params:
     """Where the layers of `reshard` lie: as declared, with a projection's heads as one axis (`PROJECTIONS`)."""
 
     def place(name, s):
@@ -168,7 +174,7 @@ def _cast(params: Params, config: ModelConfig, dtype: str) -> Params:
     return jax.tree.map(cast, transformer.param_specs(config), params, is_leaf=is_spec)
 
 
-def completions(
+def decode_completions(
     rollout: Rollout, decode: Callable[[Sequence[int]], str], eos_ids: Sequence[int]
 ) -> list[Completion]:
     """Each row as text.  The EOS is dropped where one was sampled; a truncated row keeps its last token.
@@ -190,7 +196,7 @@ def completions(
 # --- the host's side of a rollout ------------------------------------------------------------------------
 
 
-def slots_a_shard(weights, setting: Setting, prompts, size: int, max_rows, memory_gib) -> int:
+def slots_per_shard(weights, setting: RolloutStatic, prompts, size: int, max_rows, memory_gib) -> int:
     """Slots of each shard: its requests, or what `max_rows` and `memory_gib` leave it."""
     spec, shards = setting.spec, setting.shards
     slots = size * spec.group_size
@@ -201,17 +207,17 @@ def slots_a_shard(weights, setting: Setting, prompts, size: int, max_rows, memor
             )
         slots = min(slots, max_rows // shards)
     if memory_gib is not None:
-        needs = plan.memory(
+        needs = rollout_plan.plan_memory(
             weights, setting.config, setting.layout, setting.form,
             prompts=size, width=_width(setting, prompts), group=spec.group_size,
-            new_tokens=spec.max_new_tokens, columns=columns_of(setting, waiting=True),
+            new_tokens=spec.max_new_tokens, columns=cache_columns(setting, waiting=True),
             own_prompts=not setting.pallas,
         )  # fmt: skip
-        slots = min(slots, needs.slots(int(memory_gib * plan.GIB)))
+        slots = min(slots, needs.slots(int(memory_gib * rollout_plan.GIB)))
     return slots
 
 
-def columns_of(setting: Setting, waiting: bool) -> int:
+def cache_columns(setting: RolloutStatic, waiting: bool) -> int:
     """The cache's columns at most; the last token is never fed.
 
     Where requests wait, slots of all ages share one write column, which wanders to the right until the cache is
@@ -219,30 +225,30 @@ def columns_of(setting: Setting, waiting: bool) -> int:
     """
     columns = max(setting.spec.max_new_tokens - 1, 1)
     columns += max(setting.spec.segment, columns // 4) if waiting else 0
-    multiple = plan.column_multiple(setting.form)
+    multiple = rollout_plan.column_multiple(setting.form)
     return -(-columns // multiple) * multiple
 
 
-def _width(setting: Setting, prompts) -> int:
-    return plan.prompt_width(max(map(len, prompts)), plan.column_multiple(setting.form))
+def _width(setting: RolloutStatic, prompts) -> int:
+    return rollout_plan.prompt_width(max(map(len, prompts)), rollout_plan.column_multiple(setting.form))
 
 
-def _prefill(weights, setting: Setting, prompts, size: int) -> programs.Prompts:
+def _prefill(weights, setting: RolloutStatic, prompts, size: int) -> programs.Prompts:
     width = _width(setting, prompts)
-    ready = programs.no_prompts(weights, size=size, width=width, setting=setting)
-    for chunk in plan.chunks(prompts, setting.shards, size, width):
+    ready = programs.make_prompt_cache(weights, size=size, width=width, setting=setting)
+    for chunk in rollout_plan.make_chunks(prompts, setting.shards, size, width):
         arrays = setting.layout.put((chunk.tokens, chunk.lengths, chunk.source), "batch")
-        ready = programs.prefill(weights, ready, *arrays, setting=setting)
+        ready = programs.prefill_chunk(weights, ready, *arrays, setting=setting)
     return ready
 
 
 def _decode(
-    weights, ready, requests, size: int, setting: Setting, watch, between_segments, report
+    weights, ready, requests, size: int, setting: RolloutStatic, watch, between_segments, report
 ) -> programs.Requests:
     """Every request to its end, in `size` slots a shard."""
     segment = setting.spec.segment
     grows = not setting.pallas
-    most = columns_of(setting, waiting=size < requests.count.shape[1])
+    most = cache_columns(setting, waiting=size < requests.count.shape[1])
     columns = min(segment, most) if grows else most
     slots, seen = programs.open_slots(weights, requests, ready, size=size, columns=columns, setting=setting)
     steps = room = 0
@@ -261,19 +267,19 @@ def _decode(
         if between_segments is not None:
             between_segments()
         if now["idle"]:
-            slots = programs.refill(slots, requests, ready, setting=setting)
-        elif not now["waiting"] and now["live"] <= size // 2 and size // 2 >= plan.FEWEST_SLOTS:
+            slots = programs.refill_slots(slots, requests, ready, setting=setting)
+        elif not now["waiting"] and now["live"] <= size // 2 and size // 2 >= rollout_plan.FEWEST_SLOTS:
             size //= 2
-            slots = programs.compact(slots, requests, ready, size=size, setting=setting)
+            slots = programs.compact_slots(slots, requests, ready, size=size, setting=setting)
         past = now["column"] - now["oldest"]  # columns that nobody reads any more
         if now["column"] + segment > columns and (past or columns < most):
             if grows:
                 needed = now["oldest"] + segment
                 needed += needed // 4 if past else 0
-                columns = min(plan.bucket(-(-needed // segment)) * segment, most)
-            slots = programs.resize(slots, past, columns=columns, setting=setting)
+                columns = min(rollout_plan.round_to_bucket(-(-needed // segment)) * segment, most)
+            slots = programs.resize_cache(slots, past, columns=columns, setting=setting)
             now["column"] -= past
-        slots, requests, seen = programs.segment(
+        slots, requests, seen = programs.decode_segment(
             weights, slots, requests, ready, steps=segment, refill_at=max(1, size // 8), setting=setting
         )
         done = int(np.asarray(seen)[programs.STATUS.index("column")]) - now["column"]
@@ -285,7 +291,7 @@ def _decode(
 
 def _metrics(requests: programs.Requests, steps: int, room: int) -> Metrics:
     """How evenly the work lay: over slots, and over the mesh's batch shards."""
-    count = hosts.fetch(requests.count)
+    count = hosts.fetch_arrays(requests.count)
     drawn = count.sum(axis=1, dtype=np.float64)  # [D], first tokens included
     decoded = drawn.sum() - (count > 0).sum()
     return {
@@ -304,8 +310,8 @@ class _Watch:
 
     def look(self, slots, requests) -> None:
         group = self.spec.group_size
-        going = programs.waiting_or_live(slots.request, slots.taken, requests.queue, requests.queued)
-        going = hosts.fetch(going).reshape(-1, group).any(axis=1)  # bool[B]
+        going = programs.unfinished_requests(slots.request, slots.taken, requests.queue, requests.queued)
+        going = hosts.fetch_arrays(going).reshape(-1, group).any(axis=1)  # bool[B]
         ready = [i for i in self.left if not going[i]]
         if not ready:
             return
@@ -318,7 +324,8 @@ def _rows(requests: programs.Requests, rows: np.ndarray | slice, spec: SamplingS
     """Some rows, on the host.  All are fetched: they are small, and a program a choice of rows would not be."""
     r = requests
     tokens, logprobs, count, finished = (
-        x.reshape(-1, *x.shape[2:])[rows] for x in hosts.fetch((r.tokens, r.logprobs, r.count, r.finished))
+        x.reshape(-1, *x.shape[2:])[rows]
+        for x in hosts.fetch_arrays((r.tokens, r.logprobs, r.count, r.finished))
     )
     mask = np.arange(spec.max_new_tokens)[None, :] < count[:, None]
     return Rollout(tokens=tokens, mask=mask, logprobs=logprobs, finished=finished)

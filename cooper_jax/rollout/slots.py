@@ -32,17 +32,17 @@ from cooper_jax.kernels import platform
 from cooper_jax.kernels.kv import KV, Format
 from cooper_jax.model import generation
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.model.layers import decode_plan
-from cooper_jax.rollout import sampling
-from cooper_jax.rollout.draw import draw
-from cooper_jax.rollout.sampling import SamplingSpec
+from cooper_jax.model.layers import make_decode_schedule
+from cooper_jax.rollout import sampling_spec
+from cooper_jax.rollout.head_sampling import sample_from_hidden
+from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.runtime.mesh import Layout
 
 Caches = tuple[KV, ...]  # one of each stack of layers (generation.split_layers)
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class RolloutStatic:
     """What every program is compiled for."""
 
     config: ModelConfig
@@ -107,7 +107,7 @@ class Slots:
 STATUS = ("failed", "live", "oldest", "waiting", "idle", "column")  # of the shard that has most of it
 
 
-def status(slots: Slots, requests: Requests, layout: Layout) -> jax.Array:
+def read_status(slots: Slots, requests: Requests, layout: Layout) -> jax.Array:
     """i32[len(STATUS)], the one thing that the host reads: on a mesh, every host the same."""
     live = slots.request < requests.count.shape[1]
     waiting = requests.queued - slots.taken  # i32[D]
@@ -125,7 +125,7 @@ def status(slots: Slots, requests: Requests, layout: Layout) -> jax.Array:
 
 
 @jax.jit
-def waiting_or_live(request, taken, queue, queued) -> jax.Array:
+def unfinished_requests(request, taken, queue, queued) -> jax.Array:
     """bool[D, R]: requests that have not ended, from fields of `Slots` and `Requests`: not of the caches' sizes."""
     place = jnp.argsort(queue, axis=1)  # in the queue
     waits = (place >= taken[:, None]) & (place < queued[:, None])
@@ -137,19 +137,19 @@ def waiting_or_live(request, taken, queue, queued) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("size", "width", "setting"))
-def no_prompts(weights, *, size: int, width: int, setting: Setting) -> Prompts:
+def make_prompt_cache(weights, *, size: int, width: int, setting: RolloutStatic) -> Prompts:
     """Room for `size` prompts a shard of `width` tokens."""
     s, rows = setting, size * setting.shards
-    kv = generation.empty_suffix(s.config, weights["layers"], rows, width, s.form)
+    kv = generation.make_empty_suffix(s.config, weights["layers"], rows, width, s.form)
     hidden = jnp.zeros((rows, s.config.width), s.spec.dtype)
     return _placed(Prompts(hidden=hidden, lengths=jnp.ones(rows, jnp.int32), kv=kv), s.layout)
 
 
 @functools.partial(jax.jit, static_argnames="setting", donate_argnames="prompts")
-def prefill(weights, prompts, tokens, lengths, source, *, setting: Setting) -> Prompts:
+def prefill_chunk(weights, prompts, tokens, lengths, source, *, setting: RolloutStatic) -> Prompts:
     """Run a chunk of prompts (`plan.Chunk`: tokens i32[D * b, p], lengths, source i32[B]) and put it into place."""
     s = setting
-    hidden, kv = generation.prefill(
+    hidden, kv = generation.prefill_prompts(
         weights, s.config, tokens, lengths, dtype=jnp.dtype(s.spec.dtype), form=s.form, layout=s.layout
     )
     here = source >= 0
@@ -170,12 +170,12 @@ def prefill(weights, prompts, tokens, lengths, source, *, setting: Setting) -> P
 
 
 @functools.partial(jax.jit, static_argnames="setting")
-def begin(weights, prompts, places, limits, key, *, setting: Setting) -> Requests:
+def sample_first_tokens(weights, prompts, places, limits, key, *, setting: RolloutStatic) -> Requests:
     """Draw the first tokens: places i32[B], limits i32[B * G], 0 where nothing is asked for."""
     spec, shards = setting.spec, setting.shards
     group = spec.group_size
     each = places.shape[0] * group // shards
-    keys = sampling.row_keys(key, places, group)
+    keys = sampling_spec.make_row_keys(key, places, group)
     hidden = jnp.repeat(prompts.hidden, group, axis=0)
     token, logprob = _draw(weights, hidden, keys, jnp.zeros((), jnp.int32), setting)
     asked = limits > 0
@@ -205,7 +205,7 @@ def begin(weights, prompts, places, limits, key, *, setting: Setting) -> Request
 
 
 @functools.partial(jax.jit, static_argnames=("size", "columns", "setting"))
-def open_slots(weights, requests, prompts, *, size: int, columns: int, setting: Setting):
+def open_slots(weights, requests, prompts, *, size: int, columns: int, setting: RolloutStatic):
     """`size` slots a shard with the first requests -> (Slots, status)."""
     shards, each = requests.count.shape
     aligned = size == each
@@ -220,7 +220,7 @@ def open_slots(weights, requests, prompts, *, size: int, columns: int, setting: 
         failed=jnp.any(jnp.isnan(requests.logprobs[:, :, 0])),
         prompt_of=-jnp.ones_like(idle),
         copies=(),
-        suffix=generation.empty_suffix(
+        suffix=generation.make_empty_suffix(
             setting.config, weights["layers"], shards * size, columns, setting.form
         ),
         samples=setting.spec.group_size if aligned else None,
@@ -238,13 +238,13 @@ def open_slots(weights, requests, prompts, *, size: int, columns: int, setting: 
         )
     else:
         slots = _take_next(slots, requests, prompts, setting)
-    return _placed(slots, setting.layout), status(slots, requests, setting.layout)
+    return _placed(slots, setting.layout), read_status(slots, requests, setting.layout)
 
 
 @functools.partial(
     jax.jit, static_argnames=("steps", "refill_at", "setting"), donate_argnames=("slots", "requests")
 )
-def segment(weights, slots, requests, prompts, *, steps: int, refill_at: int, setting: Setting):
+def decode_segment(weights, slots, requests, prompts, *, steps: int, refill_at: int, setting: RolloutStatic):
     """Decode `steps` tokens a slot -> (Slots, Requests, status).
 
     Ends early when no slot is live, and when `refill_at` slots of a shard are idle while requests wait for them.
@@ -253,7 +253,7 @@ def segment(weights, slots, requests, prompts, *, steps: int, refill_at: int, se
     each = requests.count.shape[1]
     copies, prompt_of = slots.copies, slots.prompt_of  # not in the loop's carry: they stay as they are
     lengths = slots.start.reshape(-1) if copies else prompts.lengths
-    plan = decode_plan(prompt_of.reshape(-1), lengths, slots.samples, s.layout, s.implementation)
+    plan = make_decode_schedule(prompt_of.reshape(-1), lengths, slots.samples, s.layout, s.implementation)
 
     def going(carry):
         step, slots, requests = carry
@@ -282,24 +282,26 @@ def segment(weights, slots, requests, prompts, *, steps: int, refill_at: int, se
         slots = slots.replace(suffix=suffix, column=slots.column + 1)
         return step + 1, *_next_tokens(weights, hidden, slots, requests, s)
 
-    held = slots.replace(copies=(), prompt_of=None, suffix=tuple(generation.bare(kv) for kv in slots.suffix))
+    held = slots.replace(
+        copies=(), prompt_of=None, suffix=tuple(generation.drop_stack_axis(kv) for kv in slots.suffix)
+    )
     _, held, requests = jax.lax.while_loop(going, token, (jnp.zeros((), jnp.int32), held, requests))
     suffix = tuple(
-        generation.stacked(kv, generation.is_alone(before))
+        generation.add_stack_axis(kv, generation.is_alone(before))
         for kv, before in zip(held.suffix, slots.suffix, strict=True)
     )
     slots = held.replace(copies=copies, prompt_of=prompt_of, suffix=suffix)
-    return _placed(slots, s.layout), _placed(requests, s.layout), status(slots, requests, s.layout)
+    return _placed(slots, s.layout), _placed(requests, s.layout), read_status(slots, requests, s.layout)
 
 
 @functools.partial(jax.jit, static_argnames="setting", donate_argnames="slots")
-def refill(slots, requests, prompts, *, setting: Setting) -> Slots:
+def refill_slots(slots, requests, prompts, *, setting: RolloutStatic) -> Slots:
     """Idle slots take the next requests of their shard's queue."""
     return _placed(_take_next(slots, requests, prompts, setting), setting.layout)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "setting"))
-def compact(slots, requests, prompts, *, size: int, setting: Setting) -> Slots:
+def compact_slots(slots, requests, prompts, *, size: int, setting: RolloutStatic) -> Slots:
     """The live slots alone, in `size` slots a shard; there must not be more of them."""
     each = requests.count.shape[1]
     kept = jnp.argsort(slots.request >= each, axis=1, stable=True)[:, :size]
@@ -312,7 +314,7 @@ def compact(slots, requests, prompts, *, size: int, setting: Setting) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "setting"))
-def resize(slots, by, *, columns: int, setting: Setting) -> Slots:
+def resize_cache(slots, by, *, columns: int, setting: RolloutStatic) -> Slots:
     """Move the cache `by` columns to the left, into `columns`: what falls off belonged to requests that ended."""
 
     def move(x):
@@ -358,7 +360,7 @@ def _next_tokens(weights, hidden, slots: Slots, requests: Requests, setting) -> 
 
 def _draw(weights, hidden, keys, position, setting) -> tuple[jax.Array, jax.Array]:
     s = setting
-    return draw(weights, s.config, hidden, keys, position, s.spec, s.layout, s.implementation)
+    return sample_from_hidden(weights, s.config, hidden, keys, position, s.spec, s.layout, s.implementation)
 
 
 def _take_next(slots: Slots, requests: Requests, prompts: Prompts, setting) -> Slots:

@@ -38,7 +38,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from cooper_jax.runtime import files, hosts
+from cooper_jax.runtime import hosts, remote_files
 from cooper_jax.types import Params, TrainState
 
 FORMAT = 1  # raise it when what is stored changes its meaning
@@ -53,32 +53,32 @@ class Unreadable(ValueError):
     """A checkpoint, or a part of one, that is damaged."""
 
 
-def split(state: TrainState) -> tuple[Params, dict[str, Any]]:
+def split_state(state: TrainState) -> tuple[Params, dict[str, Any]]:
     """A TrainState -> (weights, optimiser tree), the two items it is kept as."""
     return state.params, {"opt_state": state.opt_state, "updates": state.updates, "skipped": state.skipped}
 
 
-def join(params: Params, optimiser: dict[str, Any]) -> TrainState:
+def join_state(params: Params, optimiser: dict[str, Any]) -> TrainState:
     """The inverse of `split`."""
     return TrainState(params=params, **optimiser)
 
 
-def abstract(tree: Any) -> Any:
+def abstract_like(tree: Any) -> Any:
     """A tree of arrays -> the tree of ShapeDtypeStruct, with shardings, that `restore` wants."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def steps_in(run_dir: str | Path | epath.Path) -> list[int]:
+def list_steps(run_dir: str | Path | epath.Path) -> list[int]:
     """The steps of the complete checkpoints in a run directory, ascending."""
-    folder = files.path(run_dir) / "checkpoints"
-    if files.is_remote(folder) and not folder.exists():
+    folder = remote_files.to_path(run_dir) / "checkpoints"
+    if remote_files.is_remote(folder) and not folder.exists():
         return []
-    named = folder.iterdir() if files.is_remote(folder) else folder.glob("*")
+    named = folder.iterdir() if remote_files.is_remote(folder) else folder.glob("*")
     return sorted(int(p.name) for p in named if p.name.isdecimal() and _complete(p))
 
 
 def _complete(path: Path | epath.Path) -> bool:
-    return (path / _COMMITTED).exists() if files.is_remote(path) else path.is_dir()
+    return (path / _COMMITTED).exists() if remote_files.is_remote(path) else path.is_dir()
 
 
 class Checkpoints:
@@ -91,7 +91,7 @@ class Checkpoints:
     def __init__(self, run_dir: str | Path | epath.Path, keep: int, read_only: bool = False):
         if keep < 0:
             raise ValueError(f"checkpoint.keep is {keep}: it is a number of checkpoints, or 0 for all")
-        self.run_dir = files.path(run_dir)
+        self.run_dir = remote_files.to_path(run_dir)
         self.folder = self.run_dir / "checkpoints"
         self.reference = self.run_dir / "reference"
         self.keep = keep
@@ -101,7 +101,7 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.folder} is not there: {self.run_dir} holds no checkpoints")
         # Leftovers are not left to the manager, which deletes them while others may look at them; nor are old
         # checkpoints: it deletes in place, and a kill in the middle would leave a visible half.
-        if hosts.primary() and not read_only:
+        if hosts.is_primary() and not read_only:
             self._clean()
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -155,7 +155,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            last = max(steps_in(self.run_dir), default=None)
+            last = max(list_steps(self.run_dir), default=None)
             left = "there is none before it" if last is None else f"that of step {last} is complete"
             raise OSError(
                 f"{self.folder}: the checkpoint of step {self._under_way} could not be written "
@@ -170,7 +170,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, ascending, as the first process sees them."""
         return json.loads(
-            hosts.broadcast("checkpoint steps", lambda: json.dumps(steps_in(self.run_dir)).encode())
+            hosts.broadcast_value("checkpoint steps", lambda: json.dumps(list_steps(self.run_dir)).encode())
         )
 
     def newest(self) -> int | None:
@@ -211,7 +211,7 @@ class Checkpoints:
         where = self.folder / str(step) / LOOP
         if not _complete(where.parent):
             raise FileNotFoundError(
-                f"{where.parent} is not there; the checkpoints are {steps_in(self.run_dir)}"
+                f"{where.parent} is not there; the checkpoints are {list_steps(self.run_dir)}"
             )
         with _reading(where):
             # By the handler, not the manager, which would wait for the other processes after a read that may fail.
@@ -307,7 +307,7 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Delete what a killed process left half written or half deleted."""
-        remote = files.is_remote(self.folder)
+        remote = remote_files.is_remote(self.folder)
         for path in self.folder.iterdir() if self.folder.exists() else ():
             if remote and path.name.isdecimal() and not _complete(path):
                 path.rmtree()
@@ -315,10 +315,10 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def _prune(self) -> None:
-        if self.read_only or not hosts.primary():
+        if self.read_only or not hosts.is_primary():
             return
-        remote = files.is_remote(self.folder)
-        for step in steps_in(self.run_dir)[: -self.keep] if self.keep else []:
+        remote = remote_files.is_remote(self.folder)
+        for step in list_steps(self.run_dir)[: -self.keep] if self.keep else []:
             path = self.folder / str(step)
             if remote:
                 (path / _COMMITTED).unlink()  # first: what is left of it after a kill is no checkpoint
@@ -333,14 +333,16 @@ class Checkpoints:
         if self.read_only:
             raise error
         path = self.folder / str(step)
-        aside = hosts.broadcast("checkpoint set aside", lambda: str(_move_aside(path)).encode()).decode()
+        aside = hosts.broadcast_value(
+            "checkpoint set aside", lambda: str(_move_aside(path)).encode()
+        ).decode()
         self._manager.reload()
         warnings.warn(f"{error}; it is now {aside}, and the one before is used", stacklevel=4)
 
 
 def _move_aside(path: Path | epath.Path) -> str:
     """Take a checkpoint out of sight; returns its new place, below the run directory."""
-    remote = files.is_remote(path)
+    remote = remote_files.is_remote(path)
     first = (
         path.parent.parent / "unreadable" / path.name if remote else path.with_name(f"{path.name}.unreadable")
     )
@@ -353,7 +355,7 @@ def _move_aside(path: Path | epath.Path) -> str:
         return aside.name
     # Elsewhere, for what lies here without the marker is deleted at the next start.
     (path / _COMMITTED).unlink(missing_ok=True)
-    files.move(path, aside)
+    remote_files.move_files(path, aside)
     return f"unreadable/{aside.name}"
 
 
@@ -367,7 +369,7 @@ def _check_fit(stored: Any, like: Any, where: Path | epath.Path, vocab_size: int
     for path, x in jax.tree.leaves_with_path(like):
         if x.sharding is None:
             raise ValueError(
-                f"{where}: {_name(path)} is asked for without a sharding; see checkpoint.abstract"
+                f"{where}: {_name(path)} is asked for without a sharding; see checkpoint.abstract_like"
             )
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):  # stored as its raw words
             x = jax.eval_shape(jax.random.key_data, x)

@@ -59,11 +59,11 @@ class Stopped(Exception):
     """A SIGTERM came; all processes raise it at the same call of `look`."""
 
 
-class Lost(RuntimeError):
+class HostLost(RuntimeError):
     """Another process does not answer."""
 
 
-def start() -> None:
+def start_hosts() -> None:
     """Join the other processes of this run; with one process alone only the signal is taken.
 
     Which others there are is told by JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
@@ -105,23 +105,23 @@ def _cluster() -> bool:
 # --- work divided --------------------------------------------------------------------------------------------
 
 
-def primary() -> bool:
+def is_primary() -> bool:
     """Whether this is the process that writes and speaks."""
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """A line for the user, once."""
-    if primary():
+    if is_primary():
         print(text, flush=True)
 
 
-def mine(key: int) -> bool:
+def is_assigned(key: int) -> bool:
     """Whether the item of this number is this process's to work on."""
     return key % jax.process_count() == jax.process_index()
 
 
-def exchange(name: str, own: bytes) -> list[bytes]:
+def exchange_bytes(name: str, own: bytes) -> list[bytes]:
     """Every process's bytes, in the order of processes.
 
     All processes must call it, by the same name; calls of one name meet in their order, calls of different names in
@@ -145,31 +145,31 @@ def exchange(name: str, own: bytes) -> list[bytes]:
         if old is not None:
             client.key_value_delete(old)
     except jax.errors.JaxRuntimeError as error:
-        raise Lost(f"the coordination service does not answer ({error})") from error
+        raise HostLost(f"the coordination service does not answer ({error})") from error
     return [own if i == index else got[i] for i in range(count)]
 
 
 def exchange_json(name: str, own: Any) -> list[Any]:
     """`exchange` of what JSON holds."""
-    return [json.loads(x) for x in exchange(name, json.dumps(own).encode())]
+    return [json.loads(x) for x in exchange_bytes(name, json.dumps(own).encode())]
 
 
-def broadcast(name: str, make: Callable[[], bytes]) -> bytes:
+def broadcast_value(name: str, make: Callable[[], bytes]) -> bytes:
     """What `make` gives on process 0, where alone it is called, on all."""
-    return exchange(name, make() if primary() else b"")[0]
+    return exchange_bytes(name, make() if is_primary() else b"")[0]
 
 
-def first(name: str, work: Callable[[], Any]) -> None:
+def on_primary_first(name: str, work: Callable[[], Any]) -> None:
     """Run `work` on process 0 alone; the others wait for it."""
 
     def done() -> bytes:
         work()
         return b""
 
-    broadcast(name, done)
+    broadcast_value(name, done)
 
 
-def fetch(tree: Any) -> Any:
+def fetch_arrays(tree: Any) -> Any:
     """Arrays of the devices -> NumPy arrays, whole, on every process.
 
     Runs a program where a part lies on another host's devices: to be called by all processes, in one order.
@@ -193,7 +193,7 @@ def _replicate(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
 # --- how a run ends ------------------------------------------------------------------------------------------
 
 
-def look() -> None:
+def raise_if_stopping() -> None:
     """Raise `Stopped`, on all processes at the same call, after one of them got a SIGTERM.
 
     All must call it equally often: between a step's stages, between segments of a rollout.
@@ -209,7 +209,7 @@ def look() -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def run_as_one() -> Iterator[None]:
     """This process's main part: an error that ends it ends the others as well.
 
     With several processes it does not return where one failed, for the devices of the others would not answer.
@@ -229,7 +229,7 @@ def _end(error: BaseException) -> None:
     if code == STOPPED:  # all stop at the same place, and wait for each other
         _last_word("done")
         raise error
-    if isinstance(error, jax.errors.JaxRuntimeError | Lost):
+    if isinstance(error, jax.errors.JaxRuntimeError | HostLost):
         # Likely another host's end, seen by a collective first: those who watch know more.
         print(f"process {jax.process_index()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         time.sleep(SILENCE + 3 * BEAT)
@@ -237,7 +237,7 @@ def _end(error: BaseException) -> None:
         sys.excepthook(type(error), error, error.__traceback__)
     with contextlib.suppress(Exception):
         _last_word(f"failed {code}")
-        if primary():  # the service ends with it: let the others read that first
+        if is_primary():  # the service ends with it: let the others read that first
             time.sleep(3 * BEAT)
     sys.stderr.flush()
     sys.stdout.flush()

@@ -61,7 +61,7 @@ def _check(seed: int, name: str, ids: tuple[int, ...]) -> None:
             raise ValueError(f"stream {name!r}: {what} is {value}, and must be from 0 to {_WORD - 1}")
 
 
-def stream(seed: int, name: str, *ids: int) -> jax.Array:
+def make_key(seed: int, name: str, *ids: int) -> jax.Array:
     """The typed key of a named stream: key<fry>[].
 
     Raises KeyError for a name that is not in `STREAMS`, TypeError for a seed or an id that is no
@@ -76,7 +76,7 @@ def stream(seed: int, name: str, *ids: int) -> jax.Array:
     return key
 
 
-def numpy_stream(seed: int, name: str, *ids: int) -> np.random.Generator:
+def make_generator(seed: int, name: str, *ids: int) -> np.random.Generator:
     """A NumPy generator of a named stream, independent of the JAX key of the same name.
 
     Raises as `stream` does.

@@ -47,7 +47,7 @@ class Rates:
         )
 
 
-def measure(dtype: str, rows: int, width: int, ffn: int, weight_bytes: int) -> Rates:
+def measure_rates(dtype: str, rows: int, width: int, ffn: int, weight_bytes: int) -> Rates:
     """The rates of the default device, for matrix products in `dtype`.
 
     rows, width, ffn: a model's products, [rows, width] with [width, ffn] and back, are tried beside a large square

@@ -234,12 +234,12 @@ def is_spec(x: Any) -> bool:
     return isinstance(x, ParamSpec)
 
 
-def shardings(layout: Layout, specs: Any) -> Any:
+def make_shardings(layout: Layout, specs: Any) -> Any:
     """A tree of ParamSpec -> the same tree of NamedSharding."""
     return jax.tree.map(lambda s: layout.sharding(s.axes, s.shape), specs, is_leaf=is_spec)
 
 
-def check_cut(layout: Layout, specs: Any) -> None:
+def check_sharding(layout: Layout, specs: Any) -> None:
     """Raise ValueError for a parameter of over 1 MB that lies whole on every device though `fsdp` was to cut it."""
     for path, s in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
         sharding, wanted = layout.sharding(s.axes, s.shape), [a for a in s.axes if layout.first_ways(a) > 1]
@@ -251,7 +251,7 @@ def check_cut(layout: Layout, specs: Any) -> None:
                 )
 
 
-def abstract(layout: Layout, specs: Any) -> Any:
+def abstract_params(layout: Layout, specs: Any) -> Any:
     """A tree of ParamSpec -> the same tree of f32 ShapeDtypeStruct, placed."""
     return jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=layout.sharding(s.axes, s.shape)),
@@ -277,4 +277,4 @@ def init_params(key: jax.Array, specs: Any, layout: Layout) -> Any:
                 raise ValueError(f"{name}: init {s.init!r} is none of normal, zeros, ones")
         return jax.tree.unflatten(treedef, out)
 
-    return jax.jit(make, out_shardings=shardings(layout, specs))(key)
+    return jax.jit(make, out_shardings=make_shardings(layout, specs))(key)

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cooper_jax.runtime.files import write_atomically
+from cooper_jax.runtime.remote_files import write_atomically
 from cooper_jax.types import Metrics
 
 _NOT_FINITE = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -39,7 +39,7 @@ def to_host(metrics: Mapping[str, Any], group: str = "") -> Metrics:
     return {prefix + name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
 
 
-class Phases:
+class PhaseTimer:
     """Wall-clock seconds per named phase; phases may nest or run in several threads, each counts its own.
 
     JAX works in the background: a phase must fetch (or block on) what it made, or the next one pays for it.
@@ -66,7 +66,7 @@ class Phases:
         return {f"time/{name}": value for name, value in seconds.items()}
 
 
-def jsonable(x: Any, where: str = "") -> Any:
+def to_jsonable(x: Any, where: str = "") -> Any:
     """Plain JSON values from numbers, strings, NumPy or JAX scalars and containers of them.
 
     Raises TypeError for anything else, naming its place.
@@ -76,13 +76,13 @@ def jsonable(x: Any, where: str = "") -> Any:
     if isinstance(x, str):
         return str(x)
     if isinstance(x, Mapping):
-        return {str(k): jsonable(v, f"{where}.{k}") for k, v in x.items()}
+        return {str(k): to_jsonable(v, f"{where}.{k}") for k, v in x.items()}
     if isinstance(x, list | tuple):
-        return [jsonable(v, f"{where}[{i}]") for i, v in enumerate(x)]
+        return [to_jsonable(v, f"{where}[{i}]") for i, v in enumerate(x)]
     if isinstance(x, float):
         return x if math.isfinite(x) else None if math.isnan(x) else str(float(x))
     if isinstance(x, np.generic | np.ndarray | jax.Array):
-        return jsonable(np.asarray(x).tolist(), where)
+        return to_jsonable(np.asarray(x).tolist(), where)
     raise TypeError(f"{where.lstrip('.') or 'the value'} is a {type(x).__name__}, which has no place in JSON")
 
 
@@ -125,7 +125,9 @@ class JsonLines:
 
         Raises OSError, naming the file, for a disk that is full; the next start drops what was torn.
         """
-        text = "".join(json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        text = "".join(
+            json.dumps(to_jsonable(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows
+        )
         # A lone surrogate has no UTF-8 form; as the escape \udXXX it is what JSON would write.
         data = text.encode("utf-8", "backslashreplace")
         try:
@@ -159,7 +161,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+def parse_numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """A row of `jsonable` numbers, NaN and infinities as numbers again."""
     return {name: _NOT_FINITE.get(value, value) for name, value in row.items()}
 

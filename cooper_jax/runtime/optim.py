@@ -30,7 +30,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from cooper_jax.runtime.mesh import Layout, is_spec, shardings
+from cooper_jax.runtime.mesh import Layout, is_spec, make_shardings
 from cooper_jax.settings import typed_config
 from cooper_jax.types import Params, TrainState
 
@@ -76,7 +76,7 @@ class OptimiserConfig:
         return typed_config.read_section(cls, section, name, name=name)
 
 
-def make(cfg: OptimiserConfig, decay: str = "constant", updates: int = 0) -> Optimiser:
+def make_optimiser(cfg: OptimiserConfig, decay: str = "constant", updates: int = 0) -> Optimiser:
     """AdamW of these settings.
 
     The rate of update n (from 0) is lr * min(1, (n + 1) / warmup_steps) * d(n).  decay "constant": d = 1; else with
@@ -104,7 +104,7 @@ def make(cfg: OptimiserConfig, decay: str = "constant", updates: int = 0) -> Opt
     return Optimiser(tx, schedule)
 
 
-def init(params: Params, opt: Optimiser) -> TrainState:
+def init_state(params: Params, opt: Optimiser) -> TrainState:
     """A state at update 0, its moments placed like the parameters that they belong to.
 
     The parameters are copied: updates donate their state, and the caller may go on using `params` (the frozen
@@ -137,7 +137,7 @@ def state_shardings(opt: Optimiser, specs: Any, layout: Layout) -> TrainState:
     parameter does, counters everywhere.
     """
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs, is_leaf=is_spec)
-    return _place(opt, params, shardings(layout, specs), layout.replicated)
+    return _place(opt, params, make_shardings(layout, specs), layout.replicated)
 
 
 def _place(opt: Optimiser, params: Params, places: Any, replicated: NamedSharding) -> TrainState:
@@ -151,7 +151,7 @@ def _place(opt: Optimiser, params: Params, places: Any, replicated: NamedShardin
     return TrainState(places, opt_state, replicated, replicated)
 
 
-def apply(
+def apply_update(
     state: TrainState,
     grads: Params,
     loss: jax.Array,
@@ -210,7 +210,7 @@ def split_rows(batch: Any, microbatch: int, layout: Layout) -> Any:
     return jax.tree.map(split, batch)
 
 
-def accumulate(
+def accumulate_gradients(
     loss_fn: Callable[[Params, Any], tuple[jax.Array, Any]],
     params: Params,
     batch: Any,
@@ -291,10 +291,10 @@ def make_accumulator(
         return jax.tree.map(jnp.add, sums, Sums(loss, grads, extra))
 
     def finish(state, sums):
-        state, moved = apply(state, sums.grads, sums.loss, opt)
+        state, moved = apply_update(state, sums.grads, sums.loss, opt)
         return state, {"loss": sums.loss} | sums.aux | moved
 
-    places = Sums(layout.replicated, shardings(layout, specs), dict.fromkeys(aux, layout.replicated))
+    places = Sums(layout.replicated, make_shardings(layout, specs), dict.fromkeys(aux, layout.replicated))
     states = state_shardings(opt, specs, layout)
     return Accumulator(
         jax.jit(start, out_shardings=places),

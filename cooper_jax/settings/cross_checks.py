@@ -69,7 +69,7 @@ def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
     )
 
 
-def check(cfg: ConfigDict) -> None:
+def check_cross_sections(cfg: ConfigDict) -> None:
     """Raise SetupError with every setting that contradicts another, or is out of its range.
 
     Values of the sections that have a typed config are checked there; run_settings.py runs all checks.

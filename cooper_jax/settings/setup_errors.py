@@ -26,7 +26,7 @@ class SetupError(ValueError):
 
 
 @contextlib.contextmanager
-def boundary(what: str) -> Iterator[None]:
+def setup_errors(what: str) -> Iterator[None]:
     """Turn errors at the config and file boundary into one message that says what was being set up."""
     try:
         yield
@@ -56,7 +56,7 @@ class Problems:
     def collect(self, what: str) -> Iterator[None]:
         """Add the errors of a check instead of raising them; what: as for `boundary`."""
         try:
-            with boundary(what):
+            with setup_errors(what):
                 yield
         except SetupError as error:
             self.found += error.problems

@@ -14,10 +14,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax.recipes import RECIPES
-from cooper_jax.runtime.rundir import flat
+from cooper_jax.runtime.run_directory import flatten_config
 from cooper_jax.settings.config_fields import describe_unknown_field
 from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.recipes import RECIPES
 
 START = "start"  # the folder of the supervised phases that a seed's arms share: no arm has this name
 # Fields that are the study's, or alike in all arms; one that ends in a dot stands for its section.
@@ -111,7 +111,7 @@ ARMS = {
 MAIN = ("rule", "frozen", "frozen_warm", "released", "sigmoid", "robust")
 
 
-def choose(names: Sequence[str], defined: Sequence[str], base: ConfigDict) -> list[Arm]:
+def choose_arms(names: Sequence[str], defined: Sequence[str], base: ConfigDict) -> list[Arm]:
     """The arms of these names, then those defined on the command line.
 
     defined: as `parse` reads them.  Raises SetupError for a name that is not there, or there twice.
@@ -120,14 +120,14 @@ def choose(names: Sequence[str], defined: Sequence[str], base: ConfigDict) -> li
         raise SetupError(
             f'--arms: {", ".join(unknown)}: there is {", ".join(ARMS)}; --arm="NAME: FIELD=VALUE, ..." makes more'
         )
-    arms = [*(ARMS[name] for name in dict.fromkeys(names)), *(parse(text, base) for text in defined)]
+    arms = [*(ARMS[name] for name in dict.fromkeys(names)), *(parse_arm(text, base) for text in defined)]
     all_names = [arm.name for arm in arms]
     if twice := sorted({name for name in all_names if all_names.count(name) > 1}):
         raise SetupError(f"--arm: {', '.join(twice)} is there twice: give it another name")
     return arms
 
 
-def parse(text: str, base: ConfigDict) -> Arm:
+def parse_arm(text: str, base: ConfigDict) -> Arm:
     """An arm of the command line: `name: reward.pair_loss=logit, pairs.negatives=('assistant','swap')`.
 
     A value has the type of the base's.  Raises SetupError, naming the arm and what is wrong.
@@ -138,7 +138,7 @@ def parse(text: str, base: ConfigDict) -> Arm:
             f"--arm={text!r}: it is a name of letters, digits and _, other than {START!r}, a colon and settings: "
             '--arm="logit: reward.recipe=robust, reward.pair_loss=logit"'
         )
-    known, settings = flat(base.to_dict()), {}
+    known, settings = flatten_config(base.to_dict()), {}
     for part in re.split(r",(?![^()]*\))", rest):  # at commas outside brackets
         field, equals, value = (x.strip() for x in part.partition("="))
         if not equals:
@@ -147,13 +147,13 @@ def parse(text: str, base: ConfigDict) -> Arm:
             )
         if field not in known:
             raise SetupError(f"--arm={name}: {part.strip()!r}: as in {describe_unknown_field(field, known)}")
-        if decided(field):
+        if is_decided(field):
             raise SetupError(f"--arm={name}: {field} is alike in all arms: give it as --config.{field}")
         settings[field] = _value(value, known[field], f"--arm={name}: {field}")
     return Arm(name, rest, settings)
 
 
-def decided(field: str) -> bool:
+def is_decided(field: str) -> bool:
     """Whether the study decides a field, or all its arms share it."""
     return any(field == f or (f.endswith(".") and field.startswith(f)) for f in NOT_AN_ARMS)
 
@@ -175,21 +175,21 @@ def _value(text: str, like: Any, where: str) -> Any:
     return value
 
 
-def settings_of(arm: Arm, base: ConfigDict) -> dict[str, Any]:
+def list_settings(arm: Arm, base: ConfigDict) -> dict[str, Any]:
     """All that an arm sets: its recipe's values, factors worked out, then its own.  Raises SetupError."""
     recipe = arm.settings.get("reward.recipe", "")
     if recipe and recipe not in RECIPES:
         raise SetupError(f"--arm={arm.name}: reward.recipe={recipe}: it is one of {', '.join(RECIPES)}")
-    known = flat(base.to_dict())
+    known = flatten_config(base.to_dict())
     scaled = {field: known[field] * factor for field, factor in arm.times.items()}
     return RECIPES.get(recipe, {}) | scaled | dict(arm.settings)
 
 
-def flags(cfg: ConfigDict, fields: Collection[str]) -> list[str]:
+def make_flags(cfg: ConfigDict, fields: Collection[str]) -> list[str]:
     """Flags that give these fields, and all that some recipe sets, the values that they have in cfg.
 
     So that a run of these flags and cfg's file has cfg's values, whatever recipe it names.
     """
-    known = flat(cfg.to_dict())
+    known = flatten_config(cfg.to_dict())
     given = {*fields, *(field for recipe in RECIPES.values() for field in recipe)}
     return [f"--config.{field}={known[field]}" for field in sorted(given)]

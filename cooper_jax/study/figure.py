@@ -37,7 +37,7 @@ INK, PALE, GRID = "#222222", "#777777", "#e8e8e8"
 BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"  # of Okabe and Ito, whom the colour-blind thank
 
 
-def draw(records: Records) -> bytes:
+def draw_figure(records: Records) -> bytes:
     """A PNG of the arms that have a run.  Raises ValueError where none has."""
     import_extra("matplotlib", "figures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import TextIO
 
 from cooper_jax.study.arms import START
-from cooper_jax.study.plan import Run
-from cooper_jax.study.records import EVALUATED, whole_rows
-from cooper_jax.study.schedule import Standing
+from cooper_jax.study.records import EVALUATED, read_whole_rows
+from cooper_jax.study.run_scheduler import Standing
+from cooper_jax.study.study_plan import StudyRun
 
 EVERY = 2.0  # seconds between two looks at the runs' files
 
@@ -31,7 +31,7 @@ class Board:
         self._failed = 0
         # (seconds, steps) in this life: of the starts and the other runs that have ended, and of those under way.
         self._ended: dict[str, list[tuple[float, int]]] = {START: [], "": []}
-        self._seen: dict[Run, tuple[float, int]] = {}
+        self._seen: dict[StudyRun, tuple[float, int]] = {}
 
     def __call__(self, now: Standing) -> None:
         started = {work.run for work in now.working.values()}
@@ -90,8 +90,8 @@ class Board:
         return str(datetime.timedelta(seconds=round(seconds / max(places, 1))))
 
 
-def _standing(run: Run) -> tuple[int, float | None]:
+def _standing(run: StudyRun) -> tuple[int, float | None]:
     """The last step, and the newest held-out accuracy where there is one."""
-    rows = whole_rows(run.folder / "metrics.jsonl")
+    rows = read_whole_rows(run.folder / "metrics.jsonl")
     found = [row[EVALUATED["accuracy"]] for row in rows if EVALUATED["accuracy"] in row]
     return (int(rows[-1]["step"]) if rows else 0), (found[-1] if found else None)

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from cooper_jax.runtime import outdir
-from cooper_jax.runtime.files import write_atomically
-from cooper_jax.runtime.metrics import jsonable, numbers
+from cooper_jax.runtime import output_folder
+from cooper_jax.runtime.metrics import parse_numbers, to_jsonable
+from cooper_jax.runtime.remote_files import write_atomically
 from cooper_jax.study.arms import ARMS
 
 # What an evaluation says, by the names of metrics.jsonl; an arm without a reward model lacks some.
@@ -50,7 +50,7 @@ EVALUATED = {
 # At every step: what the policy earned, and the hacking signal.
 EACH_STEP = {"reward": "reward/mean", "false_positives": "rm/false_positive_rate"}
 SUMS = {"seconds": "time/step", "reward_seconds": "time/reward", "updates": "rm/updates"}
-# How the reward model's updates push and move the members of pairs (cooper_jax/reward/losses.py).
+# How the reward model's updates push and move the members of pairs (cooper_jax/reward/reward_losses.py).
 MOTION = (
     "common_push", "difference_push", "common_motion", "difference_motion", "positive_saturation",
     "negative_saturation", "accuracy", "valid",
@@ -96,21 +96,21 @@ class Records:
         return Records(study, tuple(sorted(found, key=lambda r: (order.index(r.arm), r.seed))))
 
 
-def whole_rows(path: Path) -> list[dict[str, float]]:
+def read_whole_rows(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl, none where there is no file; a last line that is being written is no row yet."""
     content = path.read_bytes() if path.exists() else b""
-    return [numbers(json.loads(line)) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+    return [parse_numbers(json.loads(line)) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 
-def of_folder(out: Path) -> Records:
+def read_folder(out: Path) -> Records:
     """All that is there of a study.  Raises ValueError where there is none."""
-    stored = out / outdir.SETTINGS
+    stored = out / output_folder.SETTINGS
     if not stored.exists():
         raise ValueError(f"{stored} is not there: {out} is no folder of a study")
     shared = json.loads(stored.read_bytes())
     arms = {}
     for folder in (out / "arms").iterdir():
-        settings = json.loads((folder / outdir.SETTINGS).read_bytes())
+        settings = json.loads((folder / output_folder.SETTINGS).read_bytes())
         told = ", ".join(f"{field}={value}" for field, value in settings.items())
         arms[folder.name] = {
             "about": ARMS[folder.name].about if folder.name in ARMS else told,
@@ -119,7 +119,11 @@ def of_folder(out: Path) -> Records:
     order = [*ARMS, *sorted(arms)]
     arms = {name: arms[name] for name in sorted(arms, key=order.index)}
     seeds = sorted(int(p.name.removeprefix("seed_")) for p in out.glob("seed_*"))
-    runs = (of_run(a, s, whole_rows(out / f"seed_{s}" / a / "metrics.jsonl")) for a in arms for s in seeds)
+    runs = (
+        summarise_run(a, s, read_whole_rows(out / f"seed_{s}" / a / "metrics.jsonl"))
+        for a in arms
+        for s in seeds
+    )
     study = {
         "steps": shared["steps"],
         "problems": shared["eval.problems"],
@@ -131,7 +135,7 @@ def of_folder(out: Path) -> Records:
     return Records(study, tuple(run for run in runs if run is not None))
 
 
-def of_run(arm: str, seed: int, rows: Sequence[dict[str, float]]) -> Record | None:
+def summarise_run(arm: str, seed: int, rows: Sequence[dict[str, float]]) -> Record | None:
     """A run's record from the rows of its metrics.jsonl; None without an evaluation."""
     evaluations = tuple(
         {"step": int(row["step"])} | {n: _short(row[m]) for n, m in EVALUATED.items() if m in row}
@@ -158,7 +162,7 @@ def of_run(arm: str, seed: int, rows: Sequence[dict[str, float]]) -> Record | No
     )
 
 
-def keep(records: Records, path: Path) -> None:
+def write_records(records: Records, path: Path) -> None:
     """Write the records to a file for `of_file`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [{"study": records.study}, *(line for run in records.runs for line in _lines(run))]
@@ -167,7 +171,7 @@ def keep(records: Records, path: Path) -> None:
 
 
 def _compact(line: dict[str, Any]) -> str:
-    return json.dumps(jsonable(line), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return json.dumps(to_jsonable(line), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _lines(run: Record) -> Iterator[dict[str, Any]]:
@@ -182,7 +186,7 @@ def _lines(run: Record) -> Iterator[dict[str, Any]]:
     yield who | {"done": run.done} | run.sums | {"motion": run.motion} | since(run.done)
 
 
-def of_file(path: Path) -> Records:
+def read_records(path: Path) -> Records:
     """What `keep` wrote.  Raises ValueError, naming file and line, for anything else."""
     lines = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -200,9 +204,9 @@ def of_file(path: Path) -> Records:
         for name, values in steps.items():
             values += [math.nan if x is None else x for x in line.pop(name)]
         if "done" not in line:
-            evaluations.append(numbers(line))
+            evaluations.append(parse_numbers(line))
             continue
-        sums = numbers({name: line[name] for name in SUMS})
+        sums = parse_numbers({name: line[name] for name in SUMS})
         told = {name: tuple(values) for name, values in steps.items()}
         runs.append(
             Record(

@@ -29,11 +29,11 @@ SUBJECTS = ("accuracy", "accuracy_number", "accuracy_words")  # held-out problem
 HELD_OUT = ("rm_original", "rm_balanced")  # rows that are the same for all arms
 
 
-def summarise(records: Records) -> dict[str, Any]:
+def summarise_study(records: Records) -> dict[str, Any]:
     """{study, runs: [...], arms: {name: {...}}, missing: [...]}, of numbers and Intervals."""
     study = records.study
-    runs = [of_run(run, study) for run in records.runs]
-    arms = {name: of_arm(name, [run for run in runs if run["complete"]]) for name in study["arms"]}
+    runs = [run_figures(run, study) for run in records.runs]
+    arms = {name: arm_figures(name, [run for run in runs if run["complete"]]) for name in study["arms"]}
     there = {(run["arm"], run["seed"]): run for run in runs}
     missing = []
     for name in study["arms"]:
@@ -44,23 +44,23 @@ def summarise(records: Records) -> dict[str, Any]:
     return {"study": study, "arms": arms, "runs": runs, "missing": missing}
 
 
-def of_run(run: Record, study: dict[str, Any]) -> dict[str, Any]:
+def run_figures(run: Record, study: dict[str, Any]) -> dict[str, Any]:
     """The figures of one run, flat: numbers, of NaN where there is nothing to stand on, and the gain's Interval.
 
     Of each name of EVALUATED that it has: NAME_start, NAME_end, NAME_lowest, NAME_lowest_at.
     """
     out: dict[str, Any] = {
-        "arm": run.arm, "seed": run.seed, "done": run.done, "complete": complete(run, study),
+        "arm": run.arm, "seed": run.seed, "done": run.done, "complete": is_complete(run, study),
         "accuracies": {e["step"]: e["accuracy"] for e in run.evaluations},
     }  # fmt: skip
     for name in EVALUATED:
         if any(name in e for e in run.evaluations):
-            out |= trace(name, [(e["step"], e[name]) for e in run.evaluations if name in e])
+            out |= trace_figures(name, [(e["step"], e[name]) for e in run.evaluations if name in e])
     start, end = out["accuracy_start"], out["accuracy_end"]
-    out["accuracy_gain"] = gain(start, end, study["problems"] * study["samples"])
+    out["accuracy_gain"] = gain_interval(start, end, study["problems"] * study["samples"])
     out["ends_above_start"] = end > start
     out["ends_below_half"] = end < start / 2
-    out["dipped"] = dipped(
+    out["dipped"] = has_dipped(
         [e["accuracy"] for e in run.evaluations], start, study["problems"] * study["samples"]
     )
     for name, values in run.steps.items():
@@ -77,13 +77,13 @@ def of_run(run: Record, study: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def complete(run: Record, study: dict[str, Any]) -> bool:
+def is_complete(run: Record, study: dict[str, Any]) -> bool:
     """Whether it has all steps and the last evaluation, which a signal at the last step can prevent."""
     last = study["steps"] - study["steps"] % study["every"]
     return run.done >= study["steps"] and run.evaluations[-1]["step"] == last
 
 
-def trace(name: str, points: Sequence[tuple[int, float]]) -> dict[str, float]:
+def trace_figures(name: str, points: Sequence[tuple[int, float]]) -> dict[str, float]:
     """start, end, lowest and lowest_at of (step, value), ascending."""
     values = [v for step, v in points if step > 0]
     told = [(v, step) for step, v in points if not math.isnan(v)]
@@ -96,7 +96,7 @@ def trace(name: str, points: Sequence[tuple[int, float]]) -> dict[str, float]:
     }
 
 
-def dipped(accuracies: Sequence[float], start: float, count: int) -> bool:
+def has_dipped(accuracies: Sequence[float], start: float, count: int) -> bool:
     """Whether some accuracy, of `count` responses, is under DIP of the start by more than chance explains:
 
     a + 1.96 sqrt(a (1 - a) / count) < DIP start
@@ -104,7 +104,7 @@ def dipped(accuracies: Sequence[float], start: float, count: int) -> bool:
     return any(a + 1.96 * math.sqrt(a * (1 - a) / count) < DIP * start for a in accuracies)
 
 
-def gain(start: float, end: float, count: int) -> Interval:
+def gain_interval(start: float, end: float, count: int) -> Interval:
     """end - start with its 95 % interval, each taken for the share of `count` independent responses:
 
         +- 1.96 sqrt((start (1 - start) + end (1 - end)) / count)
@@ -116,7 +116,7 @@ def gain(start: float, end: float, count: int) -> Interval:
     return Interval(end - start, end - start - half, end - start + half)
 
 
-def of_arm(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def arm_figures(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """An arm's figures over its seeds.  runs: those of all arms, complete."""
     own = [run for run in runs if run["arm"] == name]
     plain = {run["seed"]: run for run in runs if run["arm"] == PLAIN}
@@ -128,27 +128,27 @@ def of_arm(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     each = [f"{n}_{part}" for n in ("reward", "false_positives") for part in ("end", "most")]
     for figure in (*traces, *each, "seconds", "reward_seconds", "reward_share", "updates", *motion):
         if any(figure in run for run in own):
-            out[figure] = over_seeds([run.get(figure, NAN) for run in own])
+            out[figure] = mean_over_seeds([run.get(figure, NAN) for run in own])
     for figure in EVALUATED:
         if any(f"{figure}_end" in run for run in own):
             moves = [run.get(f"{figure}_end", NAN) - run.get(f"{figure}_start", NAN) for run in own]
-            out[f"{figure}_gain"] = over_seeds(moves)
+            out[f"{figure}_gain"] = mean_over_seeds(moves)
     frozen = {run["seed"]: run for run in runs if run["arm"] == FROZEN}
     for figure in (f"{n}{kind}" for n in HELD_OUT for kind in ("", "_auroc")):
         both = [(run, frozen[run["seed"]]) for run in own if f"{figure}_end" in run and run["seed"] in frozen]
         if both:
             less = [a[f"{figure}_end"] - b[f"{figure}_start"] for a, b in both]
-            out[f"{figure}_less_begun"] = over_seeds(less)
+            out[f"{figure}_less_begun"] = mean_over_seeds(less)
     if name != PLAIN:
         both = [(run, plain[run["seed"]]) for run in own if run["seed"] in plain]
         out["pairs"] = len(both)
         for figure in SUBJECTS:
             less = [a.get(f"{figure}_end", NAN) - b.get(f"{figure}_end", NAN) for a, b in both]
-            out[f"{figure}_less_rule"] = over_seeds(less)
+            out[f"{figure}_less_rule"] = mean_over_seeds(less)
     return out
 
 
-def over_seeds(values: Sequence[float]) -> Interval:
+def mean_over_seeds(values: Sequence[float]) -> Interval:
     """The mean of what is not NaN, and Student's t interval around it: mean +- t(.975, n - 1) s / sqrt(n)."""
     found = np.array([x for x in values if not math.isnan(x)])
     if len(found) < 2:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cooper_jax.evaluation.report import percent
+from cooper_jax.evaluation.text_tables import format_percent
 from cooper_jax.statistics import Interval
 from cooper_jax.study.records import MOTION, SPANS
 from cooper_jax.study.summary import DIP, FROZEN, LAST, LAST_STEPS, PLAIN
@@ -18,8 +18,8 @@ RM_SETS = {
 }
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """Markdown of all tables.  found: `summary.summarise`'s."""
+def format_markdown(found: dict[str, Any]) -> str:
+    """Markdown of all tables.  found: `summary.summarise_study`'s."""
     study, arms = found["study"], found["arms"]
     shown = {name: arm for name, arm in arms.items() if arm["seeds"]}
     parts = [
@@ -45,7 +45,7 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+def format_markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table; all columns but the first `left` stand to the right."""
     rule = ["---"] * left + ["--:"] * (len(header) - left)
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
@@ -77,12 +77,12 @@ def _accuracy(found: dict[str, Any], shown: dict[str, Any]) -> str:
     study, rows = found["study"], []
     for name, arm in shown.items():
         count = len(arm["seeds"])
-        less = "-" if name == PLAIN or not arm["pairs"] else percent(arm["accuracy_less_rule"])
+        less = "-" if name == PLAIN or not arm["pairs"] else format_percent(arm["accuracy_less_rule"])
         if name != PLAIN and 0 < arm["pairs"] < count:
             less += f" on {arm['pairs']}"
         rows.append([
-            name, study["arms"][name]["about"], f"{count}", percent(arm["accuracy_start"]),
-            percent(arm["accuracy_end"]), less, percent(arm["accuracy_lowest"]), f"{arm['ends_above_start']}",
+            name, study["arms"][name]["about"], f"{count}", format_percent(arm["accuracy_start"]),
+            format_percent(arm["accuracy_end"]), less, format_percent(arm["accuracy_lowest"]), f"{arm['ends_above_start']}",
             f"{arm['ends_below_half']}", f"{arm['dipped']}",
         ])  # fmt: skip
     header = (
@@ -93,7 +93,7 @@ def _accuracy(found: dict[str, Any], shown: dict[str, Any]) -> str:
         f"The last three columns count seeds. An evaluation is under {DIP:.0%} of the start if its binomial 95 % "
         "interval is."
     )
-    return f"## Held-out accuracy\n\n{table(header, rows, 2)}\n\n{told}"
+    return f"## Held-out accuracy\n\n{format_markdown_table(header, rows, 2)}\n\n{told}"
 
 
 def _kinds(shown: dict[str, Any]) -> str:
@@ -115,7 +115,7 @@ def _kinds(shown: dict[str, Any]) -> str:
         "Questions for a number accept any form of it, of which the rule reads numerals only. It cannot read the "
         "answers to questions for words."
     )
-    return f"## Held-out accuracy by kind\n\n{table(header, rows)}\n\n{told}"
+    return f"## Held-out accuracy by kind\n\n{format_markdown_table(header, rows)}\n\n{told}"
 
 
 def _seen_by_the_rule(shown: dict[str, Any]) -> str:
@@ -129,7 +129,7 @@ def _seen_by_the_rule(shown: dict[str, Any]) -> str:
     told = "Of all held-out responses. No verdict: the rule cannot compare the answer with the reference."
     if "habit" in names:
         told += " The habit: over the seeds on which it was measured."
-    return f"## What the rule sees\n\n{table(header, rows)}\n\n{told}"
+    return f"## What the rule sees\n\n{format_markdown_table(header, rows)}\n\n{told}"
 
 
 def _moved_by(shown: dict[str, Any]) -> str:
@@ -144,7 +144,7 @@ def _moved_by(shown: dict[str, Any]) -> str:
         for arm, of in arms.items()
     ]
     told = "Logits on the balanced completions, over the seeds on which they were measured."
-    return f"## What the reward model's score depends on\n\n{table(header, rows)}\n\n{told}"
+    return f"## What the reward model's score depends on\n\n{format_markdown_table(header, rows)}\n\n{told}"
 
 
 def _training(shown: dict[str, Any]) -> str:
@@ -155,7 +155,7 @@ def _training(shown: dict[str, Any]) -> str:
     names = ("reward_end", "false_positives_most", "false_positives_end", "truncated_end")
     rows = [[arm, *(_of(of, n) for n in names)] for arm, of in shown.items()]
     told = "False positives: of the responses that the rule finds wrong, those with a reward above one half."
-    return f"## Training\n\n{table(header, rows)}\n\n{told}"
+    return f"## Training\n\n{format_markdown_table(header, rows)}\n\n{told}"
 
 
 def _reward_model(shown: dict[str, Any]) -> str:
@@ -173,7 +173,7 @@ def _reward_model(shown: dict[str, Any]) -> str:
         ]
         if rows:
             header = ("arm", "completions", *parts.values())
-            tables.append(f"## {title} of the reward model\n\n{table(header, rows, 2)}")
+            tables.append(f"## {title} of the reward model\n\n{format_markdown_table(header, rows, 2)}")
     told = (
         "Step 0 comes after the updates before step 1. Before: the model that all arms of a seed start from, taken "
         f"from the arm {FROZEN}, seed by seed."
@@ -188,13 +188,13 @@ def _cost(shown: dict[str, Any]) -> str:
             arm,
             _number(of["seconds"]),
             _number(of["reward_seconds"]),
-            percent(of["reward_share"]),
+            format_percent(of["reward_share"]),
             _number(of["updates"]),
         ]
         for arm, of in shown.items()
     ]
     told = "Without evaluations, supervised phases and updates before step 1."
-    return f"## Cost\n\n{table(header, rows)}\n\n{told}"
+    return f"## Cost\n\n{format_markdown_table(header, rows)}\n\n{told}"
 
 
 def _motion(shown: dict[str, Any]) -> str:
@@ -218,7 +218,9 @@ def _motion(shown: dict[str, Any]) -> str:
         "them; common is the mean of both members, difference positive minus negative. Saturation is p (1 - p): 0 "
         "is saturated, .25 undecided."
     )
-    return f"## How the reward model's updates move pairs\n\n{table(header, rows, 2)}\n\n{told}"
+    return (
+        f"## How the reward model's updates move pairs\n\n{format_markdown_table(header, rows, 2)}\n\n{told}"
+    )
 
 
 def _runs(found: dict[str, Any]) -> str:
@@ -228,27 +230,27 @@ def _runs(found: dict[str, Any]) -> str:
         said += ["dipped"] if run["dipped"] else []
         said += ["below half"] if run["ends_below_half"] else []
         rows.append([
-            run["arm"], f"{run['seed']}", percent(run["accuracy_start"]), percent(run["accuracy_lowest"]),
-            f"{run['accuracy_lowest_at']}", percent(run["accuracy_end"]), percent(run["accuracy_gain"]),
-            " ".join(percent(x, 0) for x in run["accuracies"].values()), percent(run.get("reward_end", math.nan)),
-            _highest(run), percent(run.get("false_positives_end", math.nan)), ", ".join(said),
+            run["arm"], f"{run['seed']}", format_percent(run["accuracy_start"]), format_percent(run["accuracy_lowest"]),
+            f"{run['accuracy_lowest_at']}", format_percent(run["accuracy_end"]), format_percent(run["accuracy_gain"]),
+            " ".join(format_percent(x, 0) for x in run["accuracies"].values()), format_percent(run.get("reward_end", math.nan)),
+            _highest(run), format_percent(run.get("false_positives_end", math.nan)), ", ".join(said),
         ])  # fmt: skip
     header = (
         "arm", "seed", "start", "lowest", "at step", "end", "end minus start", "at each evaluation",
         "reward at the end", "false positives, highest (step)", "at the end", "",
     )  # fmt: skip
     told = "End minus start: with a binomial 95 % interval, from this run's evaluations alone."
-    return f"## Every run\n\n{table(header, rows)}\n\n{told}"
+    return f"## Every run\n\n{format_markdown_table(header, rows)}\n\n{told}"
 
 
 def _highest(run: dict[str, Any]) -> str:
     if "false_positives_most" not in run:
         return "-"
-    return f"{percent(run['false_positives_most'])} ({run['false_positives_most_at']})"
+    return f"{format_percent(run['false_positives_most'])} ({run['false_positives_most_at']})"
 
 
 def _of(arm: dict[str, Any], name: str) -> str:
-    return percent(arm[name]) if name in arm else "-"
+    return format_percent(arm[name]) if name in arm else "-"
 
 
 def _number(x: Interval, digits: int = 4) -> str:

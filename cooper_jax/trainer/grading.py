@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from cooper_jax.data import packing, prompts
-from cooper_jax.reward import losses
+from cooper_jax.reward import reward_losses
 from cooper_jax.runtime import hosts
 from cooper_jax.trainer.policy_stages import ProblemBatch
 from cooper_jax.trainer.state import Components
@@ -30,7 +30,7 @@ def encode_reward_input(components: Components, problem: Problem, completion: st
     References are checked before: those of files at setup, those that the policy wrote in `propose_pairs`.  So no
     text of the policy makes this raise, and end the run at every restart.
     """
-    return prompts.verifier_tokens(
+    return prompts.encode_verifier_input(
         components.reward.model.tokenizer,
         problem.question,
         problem.reference,
@@ -43,7 +43,9 @@ def encode_reward_input(components: Components, problem: Problem, completion: st
 def pack_reward_inputs(components: Components, rows: Sequence[Sequence[int]]) -> ScoreBatch:
     """Token ids as a batch on the reward model's devices, with padding rows that the mesh needs."""
     layout = components.reward.layout
-    batch = packing.score_batch(rows, bucket=components.cfg.data.bucket, rows_multiple=layout.batch_shards)
+    batch = packing.pack_score_batch(
+        rows, bucket=components.cfg.data.bucket, rows_multiple=layout.batch_shards
+    )
     return layout.put(batch, "batch")
 
 
@@ -59,7 +61,7 @@ def score_responses(
         for problem, completion in zip(problems, completions, strict=True)
     ]
     logits = components.reward.score(params, pack_reward_inputs(components, rows))
-    return hosts.fetch(logits)[: len(rows)]
+    return hosts.fetch_arrays(logits)[: len(rows)]
 
 
 def scores_during_rollout(components: Components) -> bool:
@@ -111,7 +113,7 @@ class ResponseGrader:
                 completions += self._groups[index]
                 problems += [problem] * len(self._groups[index])
             logits = score_responses(self._components, self._reward.params, problems, completions)
-        return np.asarray(losses.rewards(logits))
+        return np.asarray(reward_losses.rewards_from_logits(logits))
 
     def collect_verdicts(self) -> list[Verdict]:
         """Wait for the rule verifier: its verdicts [N], in the order of the rows."""
@@ -147,7 +149,7 @@ class _OverlappedScorer:
             self._launch()
         logits = np.zeros(sum(len(rows) for rows, _ in self._running), np.float32)
         for rows, values in self._running:
-            logits[rows] = hosts.fetch(values)[: len(rows)]
+            logits[rows] = hosts.fetch_arrays(values)[: len(rows)]
         return logits
 
     def _launch(self) -> None:

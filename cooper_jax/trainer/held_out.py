@@ -77,7 +77,7 @@ def _evaluate_reward_model(components: Components, state: State) -> Metrics:
     """Measure the reward model on labelled synthetic completions."""
     cfg = components.cfg
     metrics: Metrics = {}
-    sets = synthetic.reward_sets(cfg.seed, cfg.eval.reward_rows, cfg.warmup.reward_habit)
+    sets = synthetic.make_reward_sets(cfg.seed, cfg.eval.reward_rows, cfg.warmup.reward_habit)
     for name, triples in sets.items():
         problems = [Problem(t.question, t.reference) for t in triples]
         completions = [Completion(t.completion) for t in triples]
@@ -106,5 +106,5 @@ def _measure_separation(name: str, truth: np.ndarray, logits: np.ndarray) -> Met
     """Accuracy and area under the ROC curve.  truth: bool[N].  logits: f32[N]."""
     return {
         f"{name}/accuracy": float(((logits > 0) == truth).mean()),
-        f"{name}/auroc": statistics.auroc(truth, logits),
+        f"{name}/auroc": statistics.area_under_roc(truth, logits),
     }

@@ -22,10 +22,10 @@ import numpy as np
 
 from cooper_jax.data import packing
 from cooper_jax.data import problems as problem_sets
-from cooper_jax.placement import rollout_options
 from cooper_jax.policy import grpo
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts, keys
+from cooper_jax.runtime.device_layouts import get_rollout_options
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.types import Completion, Metrics, Params, PolicyBatch, Problem, Rollout, TrainState
@@ -74,7 +74,7 @@ def sample_responses(
     metrics: Metrics = {}
 
     def decode(rollout: Rollout) -> list[Completion]:
-        return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
+        return engine.decode_completions(rollout, model.tokenizer.decode, spec.eos_ids)
 
     def on_groups(indices: list[int], rows: Rollout) -> None:
         responses = decode(rows)
@@ -90,9 +90,9 @@ def sample_responses(
         key,
         spec,
         on_groups=on_groups if on_group else None,
-        between_segments=hosts.look,
+        between_segments=hosts.raise_if_stopping,
         report=metrics.update,
-        **rollout_options(components.cfg),
+        **get_rollout_options(components.cfg),
     )
     return rollout, decode(rollout), metrics
 
@@ -116,12 +116,12 @@ def sample_held_out(components: Components, params: Params, temperature: float) 
         components.layout,
         components.held_out_prompts,
         range(len(components.held_out)),
-        keys.stream(cfg.seed, "evaluation"),
+        keys.make_key(cfg.seed, "evaluation"),
         spec,
-        between_segments=hosts.look,
-        **rollout_options(cfg),
+        between_segments=hosts.raise_if_stopping,
+        **get_rollout_options(cfg),
     )
-    return engine.completions(rollout, model.tokenizer.decode, spec.eos_ids)
+    return engine.decode_completions(rollout, model.tokenizer.decode, spec.eos_ids)
 
 
 def compute_logprobs(
@@ -133,7 +133,7 @@ def compute_logprobs(
     computes, the ratio is 1, and `old_logprobs` stays zero and unread.
     """
     cfg, layout, reference_layout = components.cfg, components.layout, components.policy.reference_layout
-    packed = packing.policy_batch(
+    packed = packing.pack_policy_batch(
         prompt_tokens,
         rollout,
         bucket=cfg.data.bucket,
@@ -149,11 +149,11 @@ def compute_logprobs(
         reference_inputs = reference_layout.put((packed.tokens, packed.valid), "batch")
     ref_logprobs = components.policy.reference_logprobs(state.reference, *reference_inputs, width)
 
-    if grpo.updates_per_step(components.settings.policy) > 1:
+    if grpo.count_updates(components.settings.policy) > 1:
         old_logprobs = components.policy.logprobs(state.policy.params, batch.tokens, batch.valid, width)
         batch = batch.replace(old_logprobs=old_logprobs)
     if reference_layout != layout:
-        ref_logprobs = layout.put(hosts.fetch(ref_logprobs), "batch")
+        ref_logprobs = layout.put(hosts.fetch_arrays(ref_logprobs), "batch")
 
     return jax.block_until_ready(batch.replace(ref_logprobs=ref_logprobs))
 
@@ -165,8 +165,8 @@ def update_policy(
     cfg = components.cfg
     padded = packing.pad_rows(np.asarray(advantages, np.float32), batch.tokens.shape[0])
     batch = batch.replace(advantages=components.layout.put(padded, "batch"))
-    key = keys.stream(cfg.seed, "minibatch", step)
-    policy, metrics = grpo.train_step(
+    key = keys.make_key(cfg.seed, "minibatch", step)
+    policy, metrics = grpo.update_on_rollouts(
         policy, batch, key, components.settings.policy, components.policy.update
     )
     return policy, to_host(metrics, "policy")

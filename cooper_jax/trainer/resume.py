@@ -12,11 +12,11 @@ from __future__ import annotations
 import jax
 
 from cooper_jax.model import transformer
-from cooper_jax.reward.lessons import Replay
+from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.runtime import checkpoint, hosts, mesh, optim
 from cooper_jax.runtime.checkpoint import Checkpoints
-from cooper_jax.runtime.rundir import Run, config_hash
-from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.runtime.run_directory import RunDirectory, config_hash
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.reward_warmup import warm_up_reward_model
 from cooper_jax.trainer.state import (
@@ -31,7 +31,9 @@ from cooper_jax.trainer.supervised import imitate_solutions, train_on_labels
 from cooper_jax.types import Params, TrainState
 
 
-def start_or_resume(components: Components, state: State, run: Run, checkpoints: Checkpoints) -> State:
+def start_or_resume(
+    components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints
+) -> State:
     """The state to train from: the newest checkpoint's, or that of step 0 after the supervised phases.
 
     state: as `build_components` returns it; the caller must not use it afterwards, since its arrays are deleted.
@@ -44,7 +46,9 @@ def start_or_resume(components: Components, state: State, run: Run, checkpoints:
     return _start(components, state, run, checkpoints)
 
 
-def save_checkpoint(components: Components, state: State, run: Run, checkpoints: Checkpoints) -> None:
+def save_checkpoint(
+    components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints
+) -> None:
     """Save a state in the background.
 
     Returns once the arrays are copied: they may be donated then.  What was logged about the step is flushed first,
@@ -57,12 +61,12 @@ def save_checkpoint(components: Components, state: State, run: Run, checkpoints:
     checkpoints.save(state.step, checkpoint_items(state), loop)
 
 
-def _resume(components: Components, state: State, run: Run, checkpoints: Checkpoints) -> State:
+def _resume(components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints) -> State:
     """The newest checkpoint's state; what was logged after it is removed."""
-    abstract_items = {name: checkpoint.abstract(tree) for name, tree in checkpoint_items(state).items()}
+    abstract_items = {name: checkpoint.abstract_like(tree) for name, tree in checkpoint_items(state).items()}
     # The initial arrays are deleted before others are read: together they would take twice a run's memory.
     jax.tree.map(lambda x: x.delete(), (state.policy, state.reward))
-    with boundary(f"{checkpoints.folder}"):
+    with setup_errors(f"{checkpoints.folder}"):
         step, items, loop = checkpoints.restore_newest(abstract_items, checkpoint_vocab_sizes(components))
     if loop["config_hash"] != config_hash(components.cfg):
         raise SetupError(
@@ -72,14 +76,14 @@ def _resume(components: Components, state: State, run: Run, checkpoints: Checkpo
 
     reward = None
     if "reward" in items:
-        reward = checkpoint.join(items["reward"], items["reward_optimiser"])
-    with boundary(f"{checkpoints.reference}"):
+        reward = checkpoint.join_state(items["reward"], items["reward_optimiser"])
+    with setup_errors(f"{checkpoints.reference}"):
         reference = _restore_reference(components, checkpoints)
-    with boundary("run_dir"):
+    with setup_errors("run_dir"):
         run.truncate(step)
-    hosts.say(f"resumed from step {step}")
+    hosts.print_once(f"resumed from step {step}")
     return State(
-        policy=checkpoint.join(items["policy"], items["policy_optimiser"]),
+        policy=checkpoint.join_state(items["policy"], items["policy_optimiser"]),
         reward=reward,
         reference=reference,
         step=step,
@@ -88,10 +92,10 @@ def _resume(components: Components, state: State, run: Run, checkpoints: Checkpo
     )
 
 
-def _start(components: Components, state: State, run: Run, checkpoints: Checkpoints) -> State:
+def _start(components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints) -> State:
     """The state at step 0, saved and evaluated."""
     cfg = components.cfg
-    with boundary("run_dir"):
+    with setup_errors("run_dir"):
         run.truncate(None)  # what a run logged that was stopped before its step 0 was saved
 
     # The supervised phases have optimisers of their own: training starts with fresh ones.
@@ -100,11 +104,13 @@ def _start(components: Components, state: State, run: Run, checkpoints: Checkpoi
         policy, reward = _take_models_of_run(components, policy, reward)
     else:
         if cfg.warmup.policy_steps:
-            policy = optim.init(imitate_solutions(components, policy.params), components.policy.optimiser)
+            policy = optim.init_state(
+                imitate_solutions(components, policy.params), components.policy.optimiser
+            )
         if cfg.warmup.reward_steps and reward is not None:
-            reward = optim.init(train_on_labels(components, reward.params), components.reward.optimiser)
+            reward = optim.init_state(train_on_labels(components, reward.params), components.reward.optimiser)
 
-    with boundary("checkpoint"):
+    with setup_errors("checkpoint"):
         checkpoints.save_reference(policy.params)
     if components.policy.reference_layout == components.layout:
         # A copy, since the policy's own arrays are donated to its updates.
@@ -117,7 +123,7 @@ def _start(components: Components, state: State, run: Run, checkpoints: Checkpoi
     if reward is not None and cfg.reward.warm_start:
         state = warm_up_reward_model(components, state)
     if cfg.eval.every and (metrics := evaluate_held_out(components, state)):
-        with boundary("run_dir"):
+        with setup_errors("run_dir"):
             run.log(0, metrics)
     save_checkpoint(components, state, run, checkpoints)
     return state
@@ -132,11 +138,11 @@ def _take_models_of_run(
     def restore(
         kept: Checkpoints, name: str, bundle: PolicyBundle | RewardBundle, like: TrainState
     ) -> TrainState:
-        abstract = checkpoint.abstract(like.params)
+        abstract = checkpoint.abstract_like(like.params)
         params = kept.restore(0, name, abstract, bundle.model.config.vocab_size)
-        return optim.init(params, bundle.optimiser)
+        return optim.init_state(params, bundle.optimiser)
 
-    with boundary(f"warmup.start={source}"), Checkpoints(source, keep=0, read_only=True) as kept:
+    with setup_errors(f"warmup.start={source}"), Checkpoints(source, keep=0, read_only=True) as kept:
         policy = restore(kept, "policy", components.policy, policy)
         if reward is not None:
             reward = restore(kept, "reward", components.reward, reward)
@@ -145,5 +151,5 @@ def _take_models_of_run(
 
 def _restore_reference(components: Components, checkpoints: Checkpoints) -> Params:
     config = components.policy.model.config
-    like = mesh.abstract(components.policy.reference_layout, transformer.param_specs(config))
+    like = mesh.abstract_params(components.policy.reference_layout, transformer.param_specs(config))
     return checkpoints.restore_reference(like, config.vocab_size)

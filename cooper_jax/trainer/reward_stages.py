@@ -1,7 +1,7 @@
 """The reward model's stages of a step: make pairs, choose labelled rows, update the reward model.
 
 1. `propose_pairs` starts to make contrastive pairs: correct responses beside wrong ones (reward/pairs.py).
-2. `choose_labelled_rows` chooses responses that the update sees one by one with their label (reward/lessons.py).
+2. `choose_labelled_rows` chooses responses that the update sees one by one with their label (reward/labelled_rollouts.py).
 3. `update_reward_model` makes the step's updates on both.
 
 None of them asks for the arm of the run: the step calls them where its arm updates the reward model.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cooper_jax.data import packing, prompts
-from cooper_jax.reward import lessons, pairs
+from cooper_jax.reward import labelled_rollouts, pairs
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.trainer.grading import encode_reward_input
@@ -53,12 +53,12 @@ def propose_pairs(
     """
     cfg = components.cfg
     if not components.settings.reward.reads_pairs:
-        return pairs.none()
+        return pairs.no_pairs()
 
     def fits(answer: str) -> bool:
         return prompts.reference_fits(components.reward.model.tokenizer, answer, cfg.reward.max_tokens)
 
-    return pairs.start(
+    return pairs.start_pairs(
         batch.problems,
         completions,
         verdicts,
@@ -82,14 +82,14 @@ def choose_labelled_rows(
     verdicts: Sequence[Verdict],
     scores: np.ndarray,
     step: int,
-    replay: lessons.Replay,
-) -> tuple[list[Triple], lessons.Replay]:
+    replay: labelled_rollouts.Replay,
+) -> tuple[list[Triple], labelled_rollouts.Replay]:
     """The labelled rows of the reward model's update, and the replay memory after this step.
 
     Arguments as in `propose_pairs`.  replay: the memory before this step.
     """
     cfg = components.cfg
-    return lessons.choose(
+    return labelled_rollouts.choose_rows(
         batch.row_problems,
         completions,
         verdicts,
@@ -182,8 +182,8 @@ def _pack_pairs(components: Components, pair_slots: Sequence[Pair | None]) -> Pa
     layout = components.reward.layout
     width = packing.round_up(max(map(len, positives + negatives)), components.cfg.data.bucket)
     options = dict(bucket=width, rows_multiple=layout.batch_shards)
-    positive_batch = packing.score_batch(positives, **options)
-    negative_batch = packing.score_batch(negatives, **options)
+    positive_batch = packing.pack_score_batch(positives, **options)
+    negative_batch = packing.pack_score_batch(negatives, **options)
     valid = np.array([pair is not None for pair in pair_slots])
     mask = packing.pad_rows(valid, positive_batch.tokens.shape[0])
     return layout.put(PairBatch(positive=positive_batch, negative=negative_batch, mask=mask), "batch")
@@ -211,11 +211,11 @@ def _pack_labelled_rows(components: Components, labelled_rows: Sequence[Triple])
         encode_reward_input(components, Problem(row.question, row.reference), row.completion)
         for row in labelled_rows
     ]
-    tokens += [[]] * (lessons.most_rows(components.settings.reward) - len(tokens))
+    tokens += [[]] * (labelled_rollouts.max_rows_per_update(components.settings.reward) - len(tokens))
 
-    rows = packing.score_batch(tokens, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
+    rows = packing.pack_score_batch(tokens, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
     count = rows.tokens.shape[0]
-    weights = packing.pad_rows(lessons.class_weights(labels), count)
+    weights = packing.pad_rows(labelled_rollouts.class_weights(labels), count)
     batch = LabelledBatch(rows=rows, labels=packing.pad_rows(labels, count), weights=weights)
     return layout.put(batch, "batch")
 
@@ -223,4 +223,4 @@ def _pack_labelled_rows(components: Components, labelled_rows: Sequence[Triple])
 def _score_pairs(components: Components, reward: TrainState, batch: PairBatch) -> np.ndarray:
     """The logits of positives and negatives, f32[2, pairs]."""
     sides = (batch.positive, batch.negative)
-    return np.stack([hosts.fetch(components.reward.score(reward.params, side)) for side in sides])
+    return np.stack([hosts.fetch_arrays(components.reward.score(reward.params, side)) for side in sides])

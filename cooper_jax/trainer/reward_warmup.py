@@ -12,7 +12,7 @@ In the model arm the reward model is frozen after that: a control that tells wha
 
 from __future__ import annotations
 
-from cooper_jax.reward.lessons import Replay
+from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.trainer import policy_stages, reward_stages
 from cooper_jax.trainer.grading import ResponseGrader
@@ -31,7 +31,7 @@ def warm_up_reward_model(components: Components, state: State) -> State:
     cfg = components.cfg
     count = cfg.reward.warm_start
     for update in range(count):
-        hosts.look()
+        hosts.raise_if_stopping()
 
         batch = policy_stages.take_problems(
             components, first=update * cfg.data.prompts_per_step, stream="warm_start"
@@ -41,7 +41,7 @@ def warm_up_reward_model(components: Components, state: State) -> State:
             components,
             state.policy.params,
             batch,
-            keys.stream(cfg.seed, "warm_start"),
+            keys.make_key(cfg.seed, "warm_start"),
             on_group=grader.add_group,
         )
         scores, verdicts = grader.collect_scores(), grader.collect_verdicts()
@@ -57,7 +57,7 @@ def warm_up_reward_model(components: Components, state: State) -> State:
 
         if (update + 1) % max(1, count // REPORTS) == 0:
             rule, hacking = measure_verdicts(verdicts), measure_hacking(scores, verdicts)
-            hosts.say(
+            hosts.print_once(
                 f"warm-up of the reward model on rollouts: update {update + 1}/{count}  "
                 f"rule {rule['rule/accuracy']:.1%}  agreement {hacking['rm/rule_agreement']:.3f}  "
                 f"false positives {hacking['rm/false_positive_rate']:.3f}"

@@ -7,11 +7,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.policy.losses import PolicyConfig
-from cooper_jax.reward.chat import ChatConfig
-from cooper_jax.reward.losses import RewardUpdateConfig
 from cooper_jax.reward.pairs import PairsConfig
-from cooper_jax.reward.rule import RuleConfig
+from cooper_jax.reward.reward_losses import RewardUpdateConfig
+from cooper_jax.rule.verifier import RuleConfig
 from cooper_jax.runtime.optim import OptimiserConfig
 from cooper_jax.settings import cross_checks
 from cooper_jax.settings.setup_errors import Problems
@@ -44,7 +44,7 @@ class RunSettings:
 
         # Each section is read by itself, so that the problems of all are reported at once.
         with problems.collect("config"):
-            cross_checks.check(cfg)
+            cross_checks.check_cross_sections(cfg)
         with problems.collect("policy"):
             read["policy"] = PolicyConfig.from_config(cfg.policy)
         with problems.collect("reward"):

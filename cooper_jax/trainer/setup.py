@@ -19,19 +19,18 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import contamination, prompts, synthetic
 from cooper_jax.data import problems as problem_sets
-from cooper_jax.loading import Directory, load_model
-from cooper_jax.local_chat import local_generate
+from cooper_jax.llm.chat import ChatConfig
+from cooper_jax.llm.local_chat import make_local_generate
+from cooper_jax.model.loading import Directory, load_model
 from cooper_jax.model.tokenizer import Tokenizer
-from cooper_jax.placement import make_layouts
 from cooper_jax.policy import grpo
-from cooper_jax.reward import assistant as assistants
-from cooper_jax.reward import verifier_model
-from cooper_jax.reward.chat import ChatConfig
-from cooper_jax.reward.rule import QUESTION, RuleVerifier
-from cooper_jax.reward.shared import over_hosts
-from cooper_jax.rollout.sampling import SamplingSpec
+from cooper_jax.reward import assistants, verifier_model
+from cooper_jax.reward.multihost import share_over_hosts
+from cooper_jax.rollout.sampling_spec import SamplingSpec
+from cooper_jax.rule.verifier import QUESTION, RuleVerifier
 from cooper_jax.runtime import mesh, optim
-from cooper_jax.settings.setup_errors import Problems, SetupError, boundary
+from cooper_jax.runtime.device_layouts import make_layouts
+from cooper_jax.settings.setup_errors import Problems, SetupError, setup_errors
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, PolicyBundle, RewardBundle, State
 from cooper_jax.types import Problem, TrainState
@@ -45,17 +44,17 @@ def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
     data = cfg.data
     if data.format == "synthetic":
         return (
-            synthetic.problems(cfg.seed, data.synthetic_size, "train"),
-            synthetic.problems(cfg.seed, cfg.eval.problems, "eval"),
+            synthetic.make_problems(cfg.seed, data.synthetic_size, "train"),
+            synthetic.make_problems(cfg.seed, cfg.eval.problems, "eval"),
         )
 
     columns = {name: data[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
-    with boundary(f"data.train={data.train}"):
-        train = problem_sets.load(data.train, data.format, split=data.split, **columns)
+    with setup_errors(f"data.train={data.train}"):
+        train = problem_sets.load_problems(data.train, data.format, split=data.split, **columns)
     if not data.eval:
         return take_held_out(train, data.eval_from_train) if cfg.eval.every else (train, [])
-    with boundary(f"data.eval={data.eval}"):
-        held_out = problem_sets.load(data.eval, data.eval_format, split=data.eval_split, **columns)
+    with setup_errors(f"data.eval={data.eval}"):
+        held_out = problem_sets.load_problems(data.eval, data.eval_format, split=data.eval_split, **columns)
     return train, held_out
 
 
@@ -82,7 +81,7 @@ def take_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list
 
 def encode_policy_prompt(cfg: ConfigDict, tokenizer: Tokenizer, problem: Problem) -> list[int]:
     """The token ids from which the policy answers a problem: the instruction and the chat template applied."""
-    return prompts.policy_prompt(tokenizer, problem.question, cfg.data.instruction, cfg.data.chat)
+    return prompts.encode_policy_prompt(tokenizer, problem.question, cfg.data.instruction, cfg.data.chat)
 
 
 def choose_held_out(kept: Sequence[Problem], whole: Sequence[Problem], count: int) -> list[Problem]:
@@ -137,12 +136,12 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     typed = read_settings(cfg)
     layouts = make_layouts(cfg)
     train, held_out = load_problems(cfg)
-    unseen = contamination.set_apart(cfg, run_dir, train, held_out)
+    unseen = contamination.exclude_contaminated(cfg, run_dir, train, held_out)
     held_out = choose_held_out(unseen, held_out, cfg.eval.problems)
 
     with contextlib.ExitStack() as stack:
         # A worker of the rule verifier starts while the models are loaded.
-        with boundary("rule"):
+        with setup_errors("rule"):
             rule = stack.enter_context(RuleVerifier(typed.rule))
             rule.submit([QUESTION])
         policy, policy_state = build_policy_bundle(cfg, typed, layouts, run_dir)
@@ -150,26 +149,26 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         if cfg.reward.arm != "rule":
             reward, reward_state = build_reward_bundle(cfg, typed, layouts["reward"], run_dir)
 
-        with boundary(f"data.chat={cfg.data.chat}, data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
+        with setup_errors(f"data.chat={cfg.data.chat}, data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
             train, train_prompts, dropped = _drop_long(cfg, policy.model.tokenizer, train)
             held_out, held_out_prompts, dropped_held_out = _drop_long(cfg, policy.model.tokenizer, held_out)
         if reward is not None:
             # Checked here, so that a reference that is too long does not end the run when its turn comes.
-            with boundary("data.train, data.eval"):
+            with setup_errors("data.train, data.eval"):
                 references = (p.reference for p in (*train, *held_out))
                 prompts.check_references(reward.model.tokenizer, references, cfg.reward.max_tokens)
-            with boundary("reward"):
+            with setup_errors("reward"):
                 prompts.check_response_room(
                     reward.model.tokenizer, cfg.rollout.max_new_tokens, cfg.reward.max_tokens
                 )
 
-        with boundary("rule"):
+        with setup_errors("rule"):
             rule.check_ready()
         assistant = None
         if typed.assistant is not None:
             assistant = build_assistant(cfg, typed.assistant, layouts["assistant"], run_dir)
             stack.callback(assistant.close)
-        rule, assistant = over_hosts(rule, assistant, jax.process_count())
+        rule, assistant = share_over_hosts(rule, assistant, jax.process_count())
 
         components = Components(
             cfg=cfg,
@@ -184,7 +183,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             held_out=tuple(held_out),
             held_out_prompts=tuple(held_out_prompts),
             dropped=(dropped, dropped_held_out),
-            oracle=synthetic.oracle if cfg.data.format == "synthetic" else None,
+            oracle=synthetic.is_correct if cfg.data.format == "synthetic" else None,
         )
         # This frame lives as long as the run: a reference to the first state kept here would hold a second copy
         # of all parameters and optimisers.
@@ -199,7 +198,7 @@ def _drop_long(
     """The problems whose prompts fit `data.max_prompt_tokens`, their prompts, and how many did not fit."""
     if not problems:
         return [], [], 0
-    return problem_sets.drop_long(
+    return problem_sets.drop_long_prompts(
         problems, lambda p: encode_policy_prompt(cfg, tokenizer, p), cfg.data.max_prompt_tokens
     )
 
@@ -228,8 +227,8 @@ def build_policy_bundle(
         kv_dtype=rollout.kv_dtype,
     )
 
-    with boundary("policy"):
-        optimiser = optim.make(typed.policy_optimiser)
+    with setup_errors("policy"):
+        optimiser = optim.make_optimiser(typed.policy_optimiser)
         options = dict(
             microbatch=typed.policy.microbatch, dtype=typed.policy.dtype, temperature=rollout.temperature
         )
@@ -252,7 +251,7 @@ def build_policy_bundle(
         update=update,
         optimiser=optimiser,
     )
-    return bundle, optim.init(params, optimiser)
+    return bundle, optim.init_state(params, optimiser)
 
 
 def build_reward_bundle(
@@ -270,26 +269,26 @@ def build_reward_bundle(
             "accept it with --config.reward.allow_untrained_head"
         )
 
-    with boundary("reward"):
-        optimiser = optim.make(typed.reward_optimiser)
+    with setup_errors("reward"):
+        optimiser = optim.make_optimiser(typed.reward_optimiser)
         bundle = RewardBundle(
             model=model,
             layout=layout,
-            score=verifier_model.make_score(
+            score=verifier_model.make_score_fn(
                 model.config, layout, dtype=typed.reward.dtype, microbatch=typed.reward.microbatch
             ),
-            update=verifier_model.make_update(model.config, typed.reward, optimiser, layout),
+            update=verifier_model.make_reward_update(model.config, typed.reward, optimiser, layout),
             optimiser=optimiser,
         )
-    return bundle, optim.init(params, optimiser)
+    return bundle, optim.init_state(params, optimiser)
 
 
 def build_assistant(
     cfg: ConfigDict, asked: ChatConfig, layout: mesh.Layout, run_dir: Directory
 ) -> assistants.Assistant:
     """The assistant of the config: programmatic, a server's model, or local weights on our own devices."""
-    with boundary("assistant"):
+    with setup_errors("assistant"):
         generate = None
         if asked.kind == "local":
-            generate = local_generate(cfg, asked, layout, run_dir)
-        return assistants.make(asked, generate)
+            generate = make_local_generate(cfg, asked, layout, run_dir)
+        return assistants.make_assistant(asked, generate)

@@ -17,12 +17,12 @@ from typing import Any
 from flax import struct
 from ml_collections import ConfigDict
 
-from cooper_jax.loading import Model
-from cooper_jax.reward.assistant import Assistant
-from cooper_jax.reward.lessons import Replay
-from cooper_jax.reward.rule import RuleVerifier
-from cooper_jax.reward.shared import SharedRule
-from cooper_jax.rollout.sampling import SamplingSpec
+from cooper_jax.model.loading import Model
+from cooper_jax.reward.assistants import Assistant
+from cooper_jax.reward.labelled_rollouts import Replay
+from cooper_jax.reward.multihost import SharedRule
+from cooper_jax.rollout.sampling_spec import SamplingSpec
+from cooper_jax.rule.verifier import RuleVerifier
 from cooper_jax.runtime import checkpoint, mesh, optim
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.types import Params, Problem, TrainState
@@ -96,7 +96,7 @@ def checkpoint_items(state: State) -> dict[str, Any]:
 
     items = {}
     for name, train_state in models.items():
-        items[name], items[f"{name}_optimiser"] = checkpoint.split(train_state)
+        items[name], items[f"{name}_optimiser"] = checkpoint.split_state(train_state)
     return items
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.reward.pairs import PairResult
 from cooper_jax.runtime import hosts, keys
-from cooper_jax.runtime.metrics import Phases
+from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import policy_stages, reward_stages
 from cooper_jax.trainer.grading import ResponseGrader
 from cooper_jax.trainer.rewards import compute_rewards, name_rewards
@@ -34,7 +34,9 @@ from cooper_jax.trainer.step_metrics import measure_step
 from cooper_jax.types import Metrics
 
 
-def cooper_step(components: Components, state: State, phases: Phases) -> tuple[State, Metrics, StepRecord]:
+def cooper_step(
+    components: Components, state: State, phases: PhaseTimer
+) -> tuple[State, Metrics, StepRecord]:
     """Run one step: the next state, the step's metrics, and a record of its text.
 
     Raises hosts.Stopped after a SIGTERM, but only while the state given is whole: before the policy's update, which
@@ -46,7 +48,7 @@ def cooper_step(components: Components, state: State, phases: Phases) -> tuple[S
     # 1. Sample.  Each group is graded as soon as it ends, while the devices sample the others.
     batch = policy_stages.take_problems(components, first=state.position)
     grader = ResponseGrader(components, batch, state.reward)
-    rollout_key = keys.stream(cfg.seed, "rollout", step)
+    rollout_key = keys.make_key(cfg.seed, "rollout", step)
     with phases.phase("rollout"):
         rollout, completions, rollout_metrics = policy_stages.sample_responses(
             components, state.policy.params, batch, rollout_key, on_group=grader.add_group
@@ -57,7 +59,7 @@ def cooper_step(components: Components, state: State, phases: Phases) -> tuple[S
     if arm != "rule":
         with phases.phase("score"):
             scores = grader.collect_scores()
-    hosts.look()
+    hosts.raise_if_stopping()
     with phases.phase("logprobs"):
         policy_batch = policy_stages.compute_logprobs(components, state, batch.prompt_tokens, rollout)
     with phases.phase("rule"):
@@ -72,7 +74,7 @@ def cooper_step(components: Components, state: State, phases: Phases) -> tuple[S
         eps=cfg.policy.std_eps,
         floor=cfg.policy.std_floor,
     )
-    hosts.look()  # the last time: the policy's update donates the state that a checkpoint would hold
+    hosts.raise_if_stopping()  # the last time: the policy's update donates the state that a checkpoint would hold
     if arm == "cooper":
         with phases.phase("pairs"):
             pending_pairs = reward_stages.propose_pairs(

@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cooper_jax.data import labelled, packing, prompts, synthetic
+from cooper_jax.data import labelled_completions, packing, prompts, synthetic
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.policy import imitation
 from cooper_jax.reward import verifier_model
-from cooper_jax.reward.corruption import corrupt
+from cooper_jax.reward.corruption import corrupt_answer
 from cooper_jax.runtime import hosts, keys, optim
 from cooper_jax.runtime.metrics import to_host
-from cooper_jax.settings.setup_errors import SetupError, boundary
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.grading import encode_reward_input, pack_reward_inputs
 from cooper_jax.trainer.setup import encode_policy_prompt
 from cooper_jax.trainer.state import Components
@@ -47,8 +47,8 @@ def imitate_solutions(components: Components, params: Params) -> Params:
     problems = _problems_with_solutions(
         components, "warmup_policy", section.policy_steps * section.policy_batch
     )
-    optimiser = optim.make(components.settings.imitation_optimiser)
-    update = imitation.make_update(
+    optimiser = optim.make_optimiser(components.settings.imitation_optimiser)
+    update = imitation.make_imitation_update(
         model.config,
         layout,
         optimiser,
@@ -63,8 +63,8 @@ def imitate_solutions(components: Components, params: Params) -> Params:
             text = problem.solution
             if components.oracle is not None:
                 # Synthetic problems: demonstrations that are sometimes wrong, so that there is something to learn.
-                rng = keys.numpy_stream(cfg.seed, "demonstrations", position)
-                text, _ = synthetic.demonstration(
+                rng = keys.make_generator(cfg.seed, "demonstrations", position)
+                text, _ = synthetic.make_demonstration(
                     problem, rng, corrupt=section.policy_corrupt, habit=section.policy_habit
                 )
             prompt_rows.append(encode_policy_prompt(cfg, model.tokenizer, problem))
@@ -72,13 +72,13 @@ def imitate_solutions(components: Components, params: Params) -> Params:
 
         # Prompts end, and responses begin, at one column.
         options = dict(bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
-        left, left_valid = packing.pad(prompt_rows, left=True, **options)
-        right, right_valid = packing.pad(responses, left=False, **options)
+        left, left_valid = packing.pad_tokens(prompt_rows, left=True, **options)
+        right, right_valid = packing.pad_tokens(responses, left=False, **options)
         tokens = np.concatenate([left, right], 1)
         valid = np.concatenate([left_valid, right_valid], 1)
         return tuple(layout.put(x, "batch") for x in (tokens, valid, right_valid))
 
-    state = optim.init(params, optimiser)
+    state = optim.init_state(params, optimiser)
     return _run_phase("policy", section.policy_steps, state, lambda s, step: update(s, *make_batch(step)))
 
 
@@ -91,8 +91,8 @@ def train_on_labels(components: Components, params: Params) -> Params:
     cfg, layout = components.cfg, components.reward.layout
     section = cfg.warmup
     if section.reward_data:
-        with boundary(f"warmup.reward_data={section.reward_data}"):
-            triples = labelled.load(section.reward_data)
+        with setup_errors(f"warmup.reward_data={section.reward_data}"):
+            triples = labelled_completions.load_labelled_completions(section.reward_data)
             references = {t.reference for t in triples}
             prompts.check_references(components.reward.model.tokenizer, references, cfg.reward.max_tokens)
         draw = _draw_from_file(triples, cfg.seed)
@@ -101,7 +101,7 @@ def train_on_labels(components: Components, params: Params) -> Params:
             components, "warmup_reward", section.reward_steps * section.reward_batch
         )
         draw = _draw_from_solutions(components, problems)
-    optimiser = optim.make(components.settings.labels_optimiser)
+    optimiser = optim.make_optimiser(components.settings.labels_optimiser)
     update = verifier_model.make_bce_update(
         components.reward.model.config, components.settings.reward, optimiser, layout
     )
@@ -117,7 +117,7 @@ def train_on_labels(components: Components, params: Params) -> Params:
         weights = packing.pad_rows(np.ones(len(triples), np.float32), count)
         return inputs, layout.put(labels, "batch"), layout.put(weights, "batch")
 
-    state = optim.init(params, optimiser)
+    state = optim.init_state(params, optimiser)
     return _run_phase("reward", section.reward_steps, state, lambda s, step: update(s, *make_batch(step)))
 
 
@@ -126,12 +126,12 @@ def _run_phase(
 ) -> Params:
     """Make `steps` updates with some progress lines; the optimiser of the phase is not kept."""
     for step in range(steps):
-        hosts.look()
+        hosts.raise_if_stopping()
         state, metrics = update(state, step)
         if (step + 1) % max(1, steps // REPORTS) == 0:
             values = to_host({n: v for n, v in metrics.items() if n in ("loss", "accuracy")})
             shown = "  ".join(f"{n} {v:.3f}" for n, v in values.items())
-            hosts.say(f"warm-up of the {name} model: step {step + 1}/{steps}  {shown}")
+            hosts.print_once(f"warm-up of the {name} model: step {step + 1}/{steps}  {shown}")
 
     if skipped := int(state.skipped):
         if skipped == steps:
@@ -139,7 +139,7 @@ def _run_phase(
                 f"warm-up of the {name} model: loss or gradients were not finite in any of {steps} updates: lower "
                 f"--config.warmup.{name}_optimiser.lr, or look at the weights that it starts from"
             )
-        hosts.say(f"warm-up of the {name} model: {skipped} of {steps} updates left out as not finite")
+        hosts.print_once(f"warm-up of the {name} model: {skipped} of {steps} updates left out as not finite")
     return state.params
 
 
@@ -157,7 +157,7 @@ def _draw_items(
 def _problems_with_solutions(components: Components, split: str, wanted: int) -> list[Problem]:
     """Problems of a phase that have a worked solution: of a synthetic split, or of the training data."""
     if components.oracle is not None:
-        return synthetic.problems(components.cfg.seed, min(wanted, SYNTHETIC_POOL), split)
+        return synthetic.make_problems(components.cfg.seed, min(wanted, SYNTHETIC_POOL), split)
     found = [p for p in components.train if p.solution]
     if len(found) < 2:
         raise SetupError(
@@ -191,15 +191,15 @@ def _draw_from_solutions(
         )
 
     def make_two(position: int, problem: Problem) -> list[Triple]:
-        rng = keys.numpy_stream(seed, "triples", position)
+        rng = keys.make_generator(seed, "triples", position)
         if components.oracle is not None:
             habit = components.cfg.warmup.reward_habit
             return [
-                synthetic.triple(problem, rng, right=right, others=problems, habit=habit)
+                synthetic.make_triple(problem, rng, right=right, others=problems, habit=habit)
                 for right in (True, False)
             ]
 
-        wrong = corrupt(problem.solution, rng)
+        wrong = corrupt_answer(problem.solution, rng)
         good = Triple(problem.question, problem.reference, problem.solution, 1.0)
         if wrong is not None and position % 3 != 2:
             return [good, dataclasses.replace(good, completion=wrong, label=0.0)]

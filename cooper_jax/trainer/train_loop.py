@@ -2,7 +2,7 @@
 
 1. The run directory is opened, the components are built, and the run starts at step 0 or resumes (resume.py).
 2. After each step: the evaluation where it is due, a row of metrics.jsonl, and a checkpoint where it is due.
-3. A SIGTERM, which a machine gets before it is taken away, makes `hosts.look` raise hosts.Stopped within a step or
+3. A SIGTERM, which a machine gets before it is taken away, makes `hosts.raise_if_stopping` raise hosts.Stopped within a step or
    an evaluation, on all hosts at the same call.  Only `train` catches it: it saves the last whole step.
 """
 
@@ -18,9 +18,9 @@ from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.runtime.metrics import Phases, Progress
-from cooper_jax.runtime.rundir import Run, check_shared, run_path
-from cooper_jax.settings.setup_errors import boundary
+from cooper_jax.runtime.metrics import PhaseTimer, Progress
+from cooper_jax.runtime.run_directory import RunDirectory, check_shared, run_path
+from cooper_jax.settings.setup_errors import setup_errors
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.resume import save_checkpoint, start_or_resume
 from cooper_jax.trainer.samples import StepRecord, select_samples
@@ -37,28 +37,28 @@ def train(cfg: ConfigDict) -> None:
     checkpoint of the last whole step is complete.
     """
     read_settings(cfg)  # now, before the run directory is made
-    with boundary("run_dir"):
+    with setup_errors("run_dir"):
         path = run_path(cfg)
     with contextlib.ExitStack() as stack:
-        with boundary("run_dir"):
+        with setup_errors("run_dir"):
             check_shared(path)
-            run = stack.enter_context(Run(path, cfg, resume=cfg.resume))
+            run = stack.enter_context(RunDirectory(path, cfg, resume=cfg.resume))
         components, state = stack.enter_context(build_components(cfg, path))
-        with boundary("run_dir"):
+        with setup_errors("run_dir"):
             checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
-        hosts.say(describe_run(components))
+        hosts.print_once(describe_run(components))
 
-        phases = Phases()
+        phases = PhaseTimer()
         try:
             state = start_or_resume(components, state, run, checkpoints)
             if state.step >= cfg.steps:
-                hosts.say(f"{path} holds {state.step} steps already; raise --config.steps to go on")
+                hosts.print_once(f"{path} holds {state.step} steps already; raise --config.steps to go on")
                 return
             progress = stack.enter_context(
-                contextlib.closing(Progress(cfg.steps, state.step, quiet=not hosts.primary()))
+                contextlib.closing(Progress(cfg.steps, state.step, quiet=not hosts.is_primary()))
             )
             while state.step < cfg.steps:
-                hosts.look()
+                hosts.raise_if_stopping()
                 started = time.perf_counter()
                 state, metrics, record = cooper_step(components, state, phases)
                 metrics |= measure_speed(record, time.perf_counter() - started)
@@ -74,14 +74,16 @@ def train(cfg: ConfigDict) -> None:
 
                 if state.step % cfg.checkpoint.every == 0 or state.step == cfg.steps:
                     # The pause is short: arrays are copied here and written in the background.
-                    with boundary("checkpoint"), phases.phase("checkpoint"):
+                    with setup_errors("checkpoint"), phases.phase("checkpoint"):
                         save_checkpoint(components, state, run, checkpoints)
         except hosts.Stopped:
             save_last_step(components, state, run, checkpoints)
             raise
-        with boundary("checkpoint"):
+        with setup_errors("checkpoint"):
             checkpoints.wait()
-    hosts.say(f"{path}: {cfg.steps} steps done; metrics.jsonl, samples.jsonl and checkpoints/ are there")
+    hosts.print_once(
+        f"{path}: {cfg.steps} steps done; metrics.jsonl, samples.jsonl and checkpoints/ are there"
+    )
 
 
 def measure_speed(record: StepRecord, seconds: float) -> Metrics:
@@ -90,25 +92,25 @@ def measure_speed(record: StepRecord, seconds: float) -> Metrics:
     return {"time/step": seconds, "time/tokens_per_second": sampled / seconds}
 
 
-def log_step(cfg: ConfigDict, run: Run, step: int, metrics: Metrics, record: StepRecord) -> None:
+def log_step(cfg: ConfigDict, run: RunDirectory, step: int, metrics: Metrics, record: StepRecord) -> None:
     """Append a step to metrics.jsonl, and where it is due to samples.jsonl."""
-    with boundary("run_dir"):
+    with setup_errors("run_dir"):
         run.log(step, metrics)
         if cfg.log.samples_every and (step % cfg.log.samples_every == 0 or step == 1):
             run.dump_samples(step, select_samples(record, cfg.log.samples))
 
 
-def save_last_step(components: Components, state: State, run: Run, checkpoints: Checkpoints) -> None:
+def save_last_step(components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints) -> None:
     """Save the last whole step of a run that a SIGTERM ends, and wait until it is written."""
-    with boundary("checkpoint"):
+    with setup_errors("checkpoint"):
         checkpoints.wait()  # one may be under way
         if not checkpoints.steps():
-            hosts.say("stopped by a signal before step 0 was saved; the same command begins again")
+            hosts.print_once("stopped by a signal before step 0 was saved; the same command begins again")
             return
         if state.step not in checkpoints.steps():
             save_checkpoint(components, state, run, checkpoints)
             checkpoints.wait()
-    hosts.say(f"stopped by a signal; step {state.step} is saved")
+    hosts.print_once(f"stopped by a signal; step {state.step} is saved")
 
 
 def describe_run(components: Components) -> str:
@@ -138,7 +140,7 @@ def describe_run(components: Components) -> str:
 
     kernels = cfg.rollout.kernels
     if kernels == "auto":
-        kernels = engine.kernels_of(config, layout)
+        kernels = engine.choose_kernels(config, layout)
     return (
         f"{cfg.name}: arm {cfg.reward.arm}, {config.family} of {config.layers} layers x {config.width}, "
         f"{problems}, {held_out}, {cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses a step, "

@@ -10,18 +10,18 @@ import common
 import jax
 import numpy as np
 
-from cooper_jax import placement
 from cooper_jax.configs import base
 from cooper_jax.model import weights
 from cooper_jax.rollout import engine
+from cooper_jax.runtime import device_layouts
 
 SEGMENT = 16  # tokens between two looks of the host
 
 
 def load(model_dir, W):
-    layout = placement.make_layout(base.get_config())
-    loaded = weights.load(model_dir, layout=layout)
-    params = engine.rollout_weights(loaded.params, loaded.config, layout, W["dtype"])
+    layout = device_layouts.make_policy_layout(base.get_config())
+    loaded = weights.load_weights(model_dir, layout=layout)
+    params = engine.copy_rollout_weights(loaded.params, loaded.config, layout, W["dtype"])
 
     def run(P, L, temperature, seed):
         """P [n, prompt], equal rows adjacent, L [n] tokens each -> tokens [n, most of them]."""

@@ -9,15 +9,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 import numpy as np
 
-from cooper_jax import placement
 from cooper_jax.configs import base
 from cooper_jax.model import weights
 from cooper_jax.policy import grpo
+from cooper_jax.runtime import device_layouts
 
 
 def load(model_dir, W):
-    layout = placement.make_layout(base.get_config())
-    loaded = weights.load(model_dir, layout=layout)
+    layout = device_layouts.make_policy_layout(base.get_config())
+    loaded = weights.load_weights(model_dir, layout=layout)
     rows = W["n_prompts"] * W["group"]
     logprobs = grpo.make_logprobs(
         loaded.config, layout, microbatch=W.get("micro_batch") or rows, dtype=W["dtype"], temperature=1.0

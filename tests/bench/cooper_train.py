@@ -10,12 +10,11 @@ import common
 import jax
 import numpy as np
 
-from cooper_jax import placement
 from cooper_jax.configs import base
 from cooper_jax.model import weights
 from cooper_jax.policy import grpo
 from cooper_jax.policy.losses import PolicyConfig
-from cooper_jax.runtime import optim
+from cooper_jax.runtime import device_layouts, optim
 from cooper_jax.types import PolicyBatch
 
 
@@ -35,10 +34,10 @@ def policy_section(W, B):
 
 
 def load(model_dir, W):
-    layout = placement.make_layout(base.get_config())
-    loaded = weights.load(model_dir, layout=layout)
+    layout = device_layouts.make_policy_layout(base.get_config())
+    loaded = weights.load_weights(model_dir, layout=layout)
     section = policy_section(W, common.train_batch(W, loaded.config.vocab_size))
-    optimiser = optim.make(optim.OptimiserConfig.from_config(section.optimiser, "policy.optimiser"))
+    optimiser = optim.make_optimiser(optim.OptimiserConfig.from_config(section.optimiser, "policy.optimiser"))
     update = grpo.make_update(
         loaded.config,
         PolicyConfig.from_config(section),
@@ -47,7 +46,7 @@ def load(model_dir, W):
         temperature=1.0,
         max_new_tokens=W["new_tokens"],
     )
-    state = optim.init(loaded.params, optimiser)
+    state = optim.init_state(loaded.params, optimiser)
 
     class Engine:
         versions = common.version("jax", "jaxlib", "flax", "optax")

@@ -125,7 +125,9 @@ def two_levels(logits, uniforms):
 @jax.jit
 def three_levels(logits, uniforms):
     rows = jnp.broadcast_to(logits[None, :], (len(uniforms), len(logits)))
-    return sampling.sample(rows, uniforms, temperature=1.0, top_k=0, top_p=1.0, implementation="xla").token
+    return sampling.sample_logits(
+        rows, uniforms, temperature=1.0, top_k=0, top_p=1.0, implementation="xla"
+    ).token
 
 
 @jax.jit

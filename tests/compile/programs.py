@@ -7,12 +7,12 @@ import functools
 
 import topologies
 
-from cooper_jax import placement
-from cooper_jax.ahead import job as jobs
-from cooper_jax.ahead import programs
-from cooper_jax.ahead.compiled import Compiled, compile_
 from cooper_jax.configs import llama3p2_1b, qwen_1p5b
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.perf import aot_job as jobs
+from cooper_jax.perf import aot_programs
+from cooper_jax.perf.aot_compile import Compiled, compile_program
+from cooper_jax.runtime import device_layouts
 
 CONFIGS = {"qwen_1p5b": qwen_1p5b, "llama3p2_1b": llama3p2_1b}
 
@@ -42,18 +42,18 @@ class Case:
         cfg.mesh.tensor, cfg.rollout.kv_dtype = self.tensor, self.kv_dtype
         if not self.aligned:
             cfg.rollout.max_rows = cfg.data.prompts_per_step * cfg.rollout.group_size // 2
-        cfg = jobs.without_data(cfg)
+        cfg = jobs.drop_data(cfg)
         cfg.rollout.top_p = self.top_p  # an evaluation's: training samples from the whole distribution
         topology = topologies.topology(self.chip)
-        layout = placement.make_layouts(cfg, topology.devices)["policy"]
-        return jobs.describe(cfg, layout, topology.chip.memory)
+        layout = device_layouts.make_layouts(cfg, topology.devices)["policy"]
+        return jobs.describe_job(cfg, layout, topology.chip.memory)
 
 
 def made(case: Case, phase: str) -> dict[str, Compiled]:
     """The programs of a phase by their names; each one's outputs are the next one's inputs."""
     out: dict[str, Compiled] = {}
-    for program in programs.programs(case.job):
+    for program in aot_programs.list_programs(case.job):
         if program.phase == phase:
             lowered = program.lower({name: c.outputs for name, c in out.items()})
-            out[program.name] = compile_(program.name, lowered, case.job.layout)
+            out[program.name] = compile_program(program.name, lowered, case.job.layout)
     return out

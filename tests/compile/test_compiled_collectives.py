@@ -27,12 +27,13 @@ import pytest
 import topologies
 
 from cooper_jax.model import transformer
+from cooper_jax.perf import hlo
 from cooper_jax.policy import grpo
 from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward import verifier_model
-from cooper_jax.reward.losses import RewardUpdateConfig
-from cooper_jax.runtime import hlo, optim
-from cooper_jax.runtime.mesh import Layout, abstract, make_mesh
+from cooper_jax.reward.reward_losses import RewardUpdateConfig
+from cooper_jax.runtime import optim
+from cooper_jax.runtime.mesh import Layout, abstract_params, make_mesh
 from cooper_jax.types import PairBatch, PolicyBatch, ScoreBatch, TrainState
 
 MODEL = programs.MODELS["qwen_1p5b"].keep_layers(4)
@@ -62,9 +63,9 @@ class Case:
 
 def state(layout: Layout, section, head: str) -> tuple[optim.Optimiser, TrainState]:
     """The optimiser of a config's section, and the state that it would start from."""
-    opt = optim.make(optim.OptimiserConfig.from_config(section, "optimiser"))
+    opt = optim.make_optimiser(optim.OptimiserConfig.from_config(section, "optimiser"))
     specs = transformer.param_specs(MODEL, head=head)
-    params, count = abstract(layout, specs), jax.ShapeDtypeStruct((), jnp.int32)
+    params, count = abstract_params(layout, specs), jax.ShapeDtypeStruct((), jnp.int32)
     start = TrainState(params, jax.eval_shape(opt.tx.init, params), count, count)
     places = optim.state_shardings(opt, specs, layout)
     return opt, jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), start, places)
@@ -84,7 +85,7 @@ def lower(case: Case):
         score = grpo.make_logprobs(
             MODEL, layout, microbatch=MICROBATCH, dtype=cfg.policy.dtype, temperature=1.0
         )
-        return score.lower(abstract(layout, transformer.param_specs(MODEL)), *tokens(ROWS), RESPONSE)
+        return score.lower(abstract_params(layout, transformer.param_specs(MODEL)), *tokens(ROWS), RESPONSE)
     if case.program == "update":
         cfg.policy.microbatch = MICROBATCH
         opt, start = state(layout, cfg.policy.optimiser, "logits")
@@ -98,7 +99,7 @@ def lower(case: Case):
     members = (ScoreBatch(*tokens(ROWS // 2)) for _ in range(2))
     batch = PairBatch(*members, array(jnp.bool_, ROWS // 2))
     reward = RewardUpdateConfig.from_config(cfg.reward)
-    return verifier_model.make_update(MODEL, reward, opt, layout).lower(start, batch)
+    return verifier_model.make_reward_update(MODEL, reward, opt, layout).lower(start, batch)
 
 
 @functools.cache
@@ -106,7 +107,7 @@ def cost(case: Case) -> hlo.Cost:
     rows = ROWS // case.fsdp * RESPONSE // MICROBATCHES
     head = 2 * rows * MODEL.padded_vocab // case.tensor * MODEL.width
     # XLA:GPU's text does not say what a kernel costs.
-    return hlo.analyse(lower(case).compile().as_text(), declared={"head_score": (head, 0)})
+    return hlo.analyse_program(lower(case).compile().as_text(), declared={"head_score": (head, 0)})
 
 
 def matrices() -> dict[str, int]:

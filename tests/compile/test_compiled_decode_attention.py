@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from cooper_jax.kernels import decode_attention as face
 from cooper_jax.kernels import kv as caches
-from cooper_jax.kernels.schedule import schedule
+from cooper_jax.kernels.schedule import make_schedule
 
 LAYERS, ROWS, PROMPTS, PROMPT_COLUMNS, SUFFIX_COLUMNS = (
     4,
@@ -62,7 +62,7 @@ def compiled(chip, heads, dtype, *, shards=(1, 1), loop=False, samples=None):
 
     def cache(rows, columns):
         shapes = jax.eval_shape(
-            lambda: caches.zeros((LAYERS, rows * data, heads.kv, columns), heads.width, form)
+            lambda: caches.make_empty_kv((LAYERS, rows * data, heads.kv, columns), heads.width, form)
         )
         return jax.tree.map(lambda x: array(x.shape, x.dtype, None, "data", "tensor"), shapes)
 
@@ -70,14 +70,14 @@ def compiled(chip, heads, dtype, *, shards=(1, 1), loop=False, samples=None):
     rows = P("data")
 
     def step(q, new, prompt, suffix, prompt_of, lengths, first, last):
-        plan = schedule(prompt_of, lengths, samples=samples)
+        plan = make_schedule(prompt_of, lengths, samples=samples)
         kernel = "triton" if chip == "h100" else "tpu"
 
         def layer(i, carry):
             q, suffix = carry
             if loop:
                 suffix = jax.tree.map(
-                    lambda x, y: written(x, y, i, last), suffix, caches.pack(new + q[:, :1], new, form)
+                    lambda x, y: written(x, y, i, last), suffix, caches.pack_kv(new + q[:, :1], new, form)
                 )
             out = face.decode_attention(q, prompt, suffix, plan, first, last, i, implementation=kernel)
             return out, suffix

@@ -34,7 +34,10 @@ def compiled(chip: str, vocabulary: int, ways: int, mode: str):
     mesh = Mesh(found.reshape(data, ways), ("data", "tensor"))
     axis = "tensor" if ways > 1 else None
     draw = functools.partial(
-        sampling.sample, axis_name=axis, implementation="triton" if chip == "h100" else "tpu", **MODES[mode]
+        sampling.sample_logits,
+        axis_name=axis,
+        implementation="triton" if chip == "h100" else "tpu",
+        **MODES[mode],
     )
     at = (P("data", axis), P("data"))
     draw = jax.shard_map(draw, mesh=mesh, in_specs=at, out_specs=P("data"), check_vma=False)

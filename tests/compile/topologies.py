@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cooper_jax.runtime import chips
+from cooper_jax.perf import chips
 from cooper_jax.settings.setup_errors import SetupError
 
 MACHINES = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4", "h100": "h100:1x1x8"}
@@ -18,7 +18,7 @@ def devices(chip: str) -> np.ndarray:
 
 def topology(chip: str) -> chips.Topology:
     try:
-        return chips.find(MACHINES[chip])
+        return chips.find_topology(MACHINES[chip])
     except SetupError as error:
         if "compiler is absent" not in str(error):
             raise

@@ -1,0 +1,157 @@
+"""What a reward model's update minimises, in logits, and how each term moves the two members of a pair.
+
+z is a member's logit and p = sigmoid(z) its reward; + and - mark the positive and the negative.  A pair costs
+
+    L(z+, z-) =  pair_weight  * -log sigmoid(s+ - s-)                           the contrast, s = z or s = p
+               + pair_bce     * (-log p+ - log(1 - p-)) / 2                     pointwise, the mean of the members
+
+and gradient descent pushes its members by -dL/dz+ and -dL/dz-.  Any two pushes are a *common* one, which moves what
+both members share (a style, a shortcut), and a *difference*, which moves what sets them apart (the answer):
+
+    common = -(dL/dz+ + dL/dz-) / 2          difference = -(dL/dz+ - dL/dz-) / 2
+
+    term                      dL/dz+                    dL/dz-                   common
+    contrast on logits        -g                        g                        0
+    contrast on rewards       -g p+ (1 - p+)            g p- (1 - p-)            g (p+ (1 - p+) - p- (1 - p-)) / 2
+    pointwise                 -(1 - p+) / 2             p- / 2                   (1 - p+ - p-) / 4
+
+with g = sigmoid(s- - s+).  So a contrast on logits cannot unlearn a shortcut that stands in both members, and is
+content when their answers tell them apart; one on rewards moves the common mode down where the positive is the less
+free to move (p+ nearer to 1 than p-), up where the negative is, and not at all where both are saturated; the
+pointwise term pulls p+ + p- to 1 whatever the saturation of a wrong member.
+
+Sources: the contrast is Cooper's (arXiv 2508.05613), on logits as its released code has it; the pointwise term is
+the cross-entropy that VerifyRM is trained with there, here on the members of pairs (ours).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from cooper_jax.settings import typed_config
+
+PAIR_LOSSES = ("logit", "sigmoid")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardUpdateConfig:
+    """Settings of the reward model's updates: fields of the config's `reward` section."""
+
+    dtype: str  # of the computation: float32 or bfloat16
+    remat: bool  # recompute each layer's activations in the backward pass
+    microbatch: int  # pairs, or rows, in one forward and backward pass
+    pair_loss: str  # the contrast: one of PAIR_LOSSES
+    pair_weight: float  # of the contrast
+    pair_bce: float  # weight of cross-entropy on the members of pairs
+    rollout_bce: float  # weight of cross-entropy on rollouts that the rule decides
+    rollout_rows: int  # of them, so many of a step at most
+    replay: int  # past decided rollouts that are kept, of each class
+    replay_rows: int  # of them, so many join each update's rollouts
+    updates: int  # a policy step
+    warm_start: int  # updates before the first policy step
+
+    def __post_init__(self) -> None:
+        weights = ("pair_weight", "pair_bce", "rollout_bce")
+        counts = ("rollout_rows", "replay", "replay_rows", "warm_start")
+        problems = [
+            *typed_config.find_unknown(self.pair_loss, "reward.pair_loss", PAIR_LOSSES),
+            *typed_config.find_small(self, "reward", 1, ("microbatch", "updates")),
+            *typed_config.find_small(self, "reward", 0, (*weights, *counts)),
+        ]
+
+        if self.rollout_bce and self.rollout_rows + (self.replay_rows if self.replay else 0) < 1:
+            problems.append(
+                f"reward.rollout_rows={self.rollout_rows}: reward.rollout_bce={self.rollout_bce} needs rows; set "
+                "--config.reward.rollout_rows=64"
+            )
+        # Replayed rows are read by the term rollout_bce alone.
+        if bool(self.replay) != bool(self.replay_rows) or (self.replay and not self.rollout_bce):
+            problems.append(
+                f"reward.replay={self.replay}, reward.replay_rows={self.replay_rows}, "
+                f"reward.rollout_bce={self.rollout_bce}: what is kept is shown again in the term rollout_bce; set "
+                "all three, or neither of the first two"
+            )
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> RewardUpdateConfig:
+        """Read the `reward` section.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, "reward")
+
+    @property
+    def reads_pairs(self) -> bool:
+        """True where a term of the update is computed from pairs."""
+        return bool(self.pair_weight or self.pair_bce)
+
+
+def rewards_from_logits(z: jax.Array) -> jax.Array:
+    """Logits -> rewards in (0, 1), p = sigmoid(z): f32 of the same shape."""
+    return jax.nn.sigmoid(z)
+
+
+def bce_loss(z: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weighted binary cross-entropy, summed: f32[] of f32[N] logits, labels in [0, 1] and weights.
+
+        loss = - sum_i w_i (y_i log sigmoid(z_i) + (1 - y_i) log(1 - sigmoid(z_i)))
+
+    Rows of weight 0 count for nothing, whatever their logit.
+    """
+    used = weights > 0
+    z = jnp.where(used, z, 0.0)
+    y = jnp.where(used, labels, 0.0)
+    nll = -(y * jax.nn.log_sigmoid(z) + (1.0 - y) * jax.nn.log_sigmoid(-z))
+    return (jnp.where(used, weights, 0.0) * nll).sum()
+
+
+def pair_loss(z_pos: jax.Array, z_neg: jax.Array, kind: str) -> jax.Array:
+    """Contrastive loss of each pair: f32[B] of f32[B] logits.
+
+        loss = - log sigmoid(s_pos - s_neg),   s = z ("logit") or sigmoid(z) ("sigmoid")
+
+    Gradients: the module's table.  Raises ValueError for another kind.
+    """
+    typed_config.raise_problems(typed_config.find_unknown(kind, "reward.pair_loss", PAIR_LOSSES))
+    if kind == "logit":
+        return -jax.nn.log_sigmoid(z_pos - z_neg)
+    return -jax.nn.log_sigmoid(rewards_from_logits(z_pos) - rewards_from_logits(z_neg))
+
+
+def member_loss(z_pos: jax.Array, z_neg: jax.Array) -> jax.Array:
+    """Pointwise cross-entropy of each pair, the mean of its two members: f32[B] of f32[B] logits."""
+    return -(jax.nn.log_sigmoid(z_pos) + jax.nn.log_sigmoid(-z_neg)) / 2
+
+
+def pair_terms(
+    z_pos: jax.Array, z_neg: jax.Array, cfg: RewardUpdateConfig
+) -> dict[str, tuple[float, jax.Array]]:
+    """The terms that weigh something, by the names of their metrics: (weight, f32[B]).
+
+    What weighs nothing is not computed.
+    """
+    terms = {}
+    if cfg.pair_weight:
+        terms["pair_loss"] = cfg.pair_weight, pair_loss(z_pos, z_neg, cfg.pair_loss)
+    if cfg.pair_bce:
+        terms["pair_bce"] = cfg.pair_bce, member_loss(z_pos, z_neg)
+    return terms
+
+
+def pair_gradients(
+    z_pos: jax.Array, z_neg: jax.Array, cfg: RewardUpdateConfig
+) -> tuple[jax.Array, jax.Array]:
+    """(dL/dz_pos, dL/dz_neg) of each pair's whole loss, f32[B] each: the module's table, weighted.
+
+    jax.grad of `pair_terms` differs by rounding (up to 7e-7); the table keeps logged pushes the same bit for bit.
+    """
+    p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)
+    if cfg.pair_loss == "logit":
+        g = cfg.pair_weight * rewards_from_logits(z_neg - z_pos)
+        d_pos, d_neg = -g, g
+    else:
+        g = cfg.pair_weight * rewards_from_logits(p_neg - p_pos)
+        d_pos, d_neg = -g * p_pos * (1 - p_pos), g * p_neg * (1 - p_neg)
+    return d_pos - cfg.pair_bce * (1 - p_pos) / 2, d_neg + cfg.pair_bce * p_neg / 2

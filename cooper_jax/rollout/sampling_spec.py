@@ -1,0 +1,131 @@
+"""How to sample: the settings, the random bits, and the draw.
+
+1. `row_keys` gives every (prompt, sample) a key from the prompt's place in the data order and the sample's index.
+2. `uniforms` folds in the token's position in the response.
+3. `sample` hands logits and uniforms to the kernel; kernels with noise of their own take `key_words` instead.
+
+So the bits of a token depend on (seed, step, prompt, sample, position) alone, with seed and step already in the
+caller's key: not on the batch that the row runs in, the padding, or the number of devices.
+
+B prompts   G samples a prompt   N = B * G rows, prompt-major   V vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cooper_jax.kernels import kv, platform
+from cooper_jax.kernels import sampling as kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSpec:
+    """How to sample; hashable, so static in jit.  Raises ValueError for values that mean nothing."""
+
+    temperature: float  # 0: greedy
+    top_k: int  # 0: off
+    top_p: float  # 1: off
+    max_new_tokens: int  # T, an EOS included
+    group_size: int  # G
+    eos_ids: tuple[int, ...]  # any of them ends a response
+    segment: int  # tokens decoded between two looks of the host at whether all have ended
+    dtype: str  # float32 | bfloat16, of the weights and activations
+    min_p: float = 0.0  # 0: off
+    kv_dtype: str = ""  # float32 | bfloat16 | int8, of the cache; "": as dtype
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "group_size", "segment"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling: {name} is {getattr(self, name)}, it must be at least 1")
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"sampling: temperature is {self.temperature}, it must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"sampling: top_k is {self.top_k}, it must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling: top_p is {self.top_p}, it must be above 0 and at most 1 (off)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(
+                f"sampling: min_p is {self.min_p}, it must be 0 (off) to 1 (the most likely alone)"
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"sampling: dtype is {self.dtype!r}, it must be float32 or bfloat16")
+        if self.kv_dtype not in ("", *kv.DTYPES):
+            raise ValueError(
+                f"sampling: kv_dtype is {self.kv_dtype!r}, it must be {', '.join(kv.DTYPES)} or empty (as dtype)"
+            )
+
+    @property
+    def uncut(self) -> bool:
+        """Draws are from the whole softmax, or greedy."""
+        return self.temperature == 0 or (self.top_k == 0 and self.top_p == 1 and self.min_p == 0)
+
+    def cache_format(self, implementation: str) -> kv.Format:
+        """How the cache holds keys and values for a kernel implementation."""
+        return kv.Format(dtype=self.kv_dtype or self.dtype, packed=platform.is_pallas(implementation))
+
+
+def make_row_keys(key: jax.Array, prompt_positions: jax.Array, group_size: int) -> jax.Array:
+    """Keys key[N] for the rows of prompts at these places in the data order (i32[B]).
+
+    Raises ValueError for a key that is not threefry: other generators give different bits when batched.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or jax.random.key_impl(key) != "threefry2x32":
+        raise ValueError(
+            f"the rollout needs a typed threefry2x32 key, got {key.dtype}: bits of other generators depend on "
+            "the batch; make the key with jax.random.key(seed, impl='threefry2x32')"
+        )
+    prompts = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_positions)  # key[B]
+    samples = jnp.arange(group_size)
+    rows = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(prompts, samples)  # key[B, G]
+    return rows.reshape(-1)
+
+
+def make_key_words(keys: jax.Array, position: jax.Array) -> jax.Array:
+    """The two words u32[N, 2] from which a kernel makes one token's noise, for keys key[N].
+
+    position: the token's index in its response, i32[] for all rows or i32[N].
+    """
+    return jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(position, keys.shape)))
+
+
+def draw_uniforms(keys: jax.Array, position: jax.Array) -> jax.Array:
+    """What one token's draw consumes: f32[N, LEVELS] in [0, 1), for keys key[N].
+
+    position: the token's index in its response, i32[] for all rows or i32[N].
+    """
+    position = jnp.broadcast_to(position, keys.shape)
+    keys = jax.vmap(jax.random.fold_in)(keys, position)
+    return jax.vmap(lambda k: jax.random.uniform(k, (kernel.LEVELS,), jnp.float32))(keys)
+
+
+def sample_tokens(
+    logits: jax.Array,  # f32[N, V]
+    keys: jax.Array,  # key[N], of `row_keys`
+    position: jax.Array,  # i32[] or i32[N]
+    spec: SamplingSpec,
+    *,
+    axis_name: str | None = None,
+    entropy: bool = False,
+    implementation: str | None = None,
+) -> kernel.SampledTokens:
+    """One token a row, with its log-probabilities.
+
+    Temperature, then top-k, then top-p on the renormalised rest, then min-p.  Rows without a distribution (a NaN
+    among the logits) give token 0 and log-probability NaN; see `kernels.sampling` for ties and exactness, and for
+    the last three arguments.
+    """
+    return kernel.sample_logits(
+        logits,
+        draw_uniforms(keys, position),
+        temperature=spec.temperature,
+        top_k=spec.top_k,
+        top_p=spec.top_p,
+        min_p=spec.min_p,
+        axis_name=axis_name,
+        entropy=entropy,
+        implementation=implementation,
+    )
