@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import packing, prompts
 from cooper_jax.model.loading import Directory, Model, check_length, load_model
-from cooper_jax.reward import verifier_model
+from cooper_jax.reward import reward_losses, verifier_model
 from cooper_jax.rollout import rollout_plan
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.mesh import Layout
@@ -143,7 +143,7 @@ class RewardModel:
                 f"the reward model's logits are not finite for {lost} of {len(logits)} rows: look at its weights, "
                 "or at --config.reward.dtype"
             )
-        return np.asarray(verifier_model.rewards(logits), np.float32)
+        return np.asarray(reward_losses.rewards_from_logits(logits), np.float32)
 
     def _send(self, rows: Sequence[Sequence[int]]) -> jax.Array:
         """Logits on their way."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from cooper_jax import statistics
 from cooper_jax.data import synthetic
-from cooper_jax.reward import verifier_model
+from cooper_jax.reward import reward_losses
 from cooper_jax.trainer import policy_stages
 from cooper_jax.trainer.grading import score_responses
 from cooper_jax.trainer.state import Components, State
@@ -63,7 +63,7 @@ def _evaluate_responses(components: Components, state: State, temperature: float
     metrics = measure_responses(completions) | measure_oracle(oracle, problems, completions)
     if components.reward is not None:
         logits = score_responses(components, state.reward.params, problems, completions)
-        scores = np.asarray(verifier_model.rewards(logits))
+        scores = np.asarray(reward_losses.rewards_from_logits(logits))
         metrics |= measure_hacking(scores, pending_verdicts.result())
         if oracle is not None:
             truth = np.array([oracle(p, c.text) for p, c in zip(problems, completions, strict=True)])
