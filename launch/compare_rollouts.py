@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.perf import bench_programs
 from cooper_jax.rollout import engine
-from cooper_jax.rollout.differences import first_differences
+from cooper_jax.rollout.differences import find_first_differences
 from cooper_jax.rollout.head_sampling import should_fuse_head
 from cooper_jax.runtime import device_layouts, keys
 from cooper_jax.settings.config_fields import describe_unknown_field, flatten_config
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
         b, _, _ = run_rollout(second, key)
     except SetupError as error:
         print_setup_error(error)
-    found = first_differences(*inputs, a, b, fused=fused)
+    found = find_first_differences(*inputs, a, b, fused=fused)
     rows, mask = len(a.finished), np.asarray(a.mask) & np.asarray(b.mask)
     same = mask & (np.cumsum(np.asarray(a.tokens) != np.asarray(b.tokens), axis=1) == 0)
     gap = np.abs(np.asarray(a.logprobs) - np.asarray(b.logprobs))[same].max(initial=0.0)

@@ -24,7 +24,8 @@ from cooper_jax.configs import base
 from cooper_jax.data.packing import round_up
 from cooper_jax.model import transformer, weight_files, weights
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.rollout import engine, rollout_plan, slots
+from cooper_jax.rollout import engine, rollout_plan
+from cooper_jax.rollout.rollout_state import RolloutStatic
 from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.runtime.mesh import Layout, abstract_params
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
@@ -39,7 +40,7 @@ class Job:
     layout: Layout
     policy: ModelConfig
     reward: ModelConfig | None  # None in the rule arm
-    setting: slots.RolloutStatic
+    setting: RolloutStatic
     gathered: bool  # the rollout's weights
     size: int  # prompts a shard, as the rollout pads them
     slots: int  # a shard
@@ -176,7 +177,7 @@ def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> Job:
             kv_dtype=r.kv_dtype, eos_ids=(0, 1),  # which they are changes no program
         )  # fmt: skip
         kernels = engine.choose_kernels(policy, layout) if r.kernels == "auto" else r.kernels
-        setting = slots.RolloutStatic(policy, layout, spec, kernels)
+        setting = RolloutStatic(policy, layout, spec, kernels)
         size = rollout_plan.round_to_bucket(-(-cfg.data.prompts_per_step // shards))
         budget = r.memory_gib * rollout_plan.GIB or memory
         gathered = r.weights == "gathered"
@@ -187,5 +188,5 @@ def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> Job:
             abstract_params(places, transformer.param_specs(policy)),
         )
         prompts = [[0] * cfg.data.max_prompt_tokens]
-        count = engine.slots_per_shard(copy, setting, prompts, size, r.max_rows or None, r.memory_gib or None)
+        count = engine.count_slots(copy, setting, prompts, size, r.max_rows or None, r.memory_gib or None)
     return Job(cfg, layout, policy, reward, setting, gathered, size, count, tuple(notes))

@@ -99,11 +99,13 @@ def _state(job: Job, name: str) -> tuple[optim.Optimiser, TrainState]:
 def _rollout(job: Job) -> list[Program]:
     cfg, layout, setting, spec = job.cfg, job.layout, job.setting, job.setting.spec
     i32, shards = jnp.int32, job.layout.batch_shards
-    width = rollout_plan.prompt_width(cfg.data.max_prompt_tokens, rollout_plan.column_multiple(setting.form))
+    width = rollout_plan.prompt_width(
+        cfg.data.max_prompt_tokens, rollout_plan.column_multiple(setting.kv_format)
+    )
     texts = [[0] * cfg.data.max_prompt_tokens] * cfg.data.prompts_per_step
     chunks = list(rollout_plan.make_chunks(texts, shards, job.size, width))
     rows, own = chunks[0].tokens.shape
-    columns, count = engine.cache_columns(setting, waiting=not job.aligned), job.slots
+    columns, count = engine.count_cache_columns(setting, waiting=not job.aligned), job.slots
     # Keys and responses, both halfway: what a step of decoding reads on the average.
     keys = cfg.data.max_prompt_tokens, spec.max_new_tokens / 2
     waves = -(-job.requests // count)
@@ -128,14 +130,16 @@ def _rollout(job: Job) -> list[Program]:
         ),
         program(
             "no_prompts", 1,
-            lambda made: slots.make_prompt_cache.lower(made["reshard"], size=job.size, width=width, setting=setting),
+            lambda made: slots.make_prompt_cache.lower(
+                made["reshard"], prompts_per_shard=job.size, width=width, static=setting
+            ),
             (weights_,), makes=prompts,
         ),
         program(
             "prefill", len(chunks),
             lambda made: slots.prefill_chunk.lower(
                 made["reshard"], made["no_prompts"], _array(job, i32, rows, own), _array(job, i32, rows),
-                _array(job, i32, job.size * shards), setting=setting,
+                _array(job, i32, job.size * shards), static=setting,
             ),
             (weights_, prompts), declared=kernel_costs.attention_cost(job, job.policy, rows // shards, own, spec.dtype),
         ),
@@ -143,14 +147,14 @@ def _rollout(job: Job) -> list[Program]:
             "begin", 1,
             lambda made: slots.sample_first_tokens.lower(
                 made["reshard"], made["prefill"], _array(job, i32, job.size * shards),
-                _array(job, i32, job.requests * shards), key, setting=setting,
+                _array(job, i32, job.requests * shards), key, static=setting,
             ),
             (weights_, prompts), makes=requests, declared=draw,
         ),
         program(
             "open_slots", 1,
             lambda made: slots.open_slots.lower(
-                made["reshard"], made["begin"], made["prefill"], size=count, columns=columns, setting=setting
+                made["reshard"], made["begin"], made["prefill"], slots_per_shard=count, columns=columns, static=setting
             ),
             (weights_, prompts, requests), makes="slots",
         ),
@@ -158,7 +162,7 @@ def _rollout(job: Job) -> list[Program]:
             "segment", segments,
             lambda made: slots.decode_segment.lower(
                 made["reshard"], first_slots(made), made["begin"], made["prefill"], steps=spec.segment,
-                refill_at=max(1, count // 8), setting=setting,
+                refill_at=max(1, count // 8), static=setting,
             ),
             ROLLOUT, trips=max(1, round(job.steps / max(segments, 1))),
             declared=kernel_costs.decode_cost(job, keys) | kernel_costs.head_cost(job, job.policy, count, "head_draw"),
@@ -172,17 +176,17 @@ def _rollout(job: Job) -> list[Program]:
         return first_slots(made), made["begin"], made["prefill"]
 
     out += [
-        program("refill", waves - 1, lambda made: slots.refill_slots.lower(*state(made), setting=setting), ROLLOUT),
+        program("refill", waves - 1, lambda made: slots.refill_slots.lower(*state(made), static=setting), ROLLOUT),
         program(
             "resize", waves - 1,
-            lambda made: slots.resize_cache.lower(first_slots(made), by, columns=columns, setting=setting), ROLLOUT,
+            lambda made: slots.resize_cache.lower(first_slots(made), by, columns=columns, static=setting), ROLLOUT,
         ),
     ]  # fmt: skip
     if count // 2 >= rollout_plan.FEWEST_SLOTS:
         out.append(
             program(
                 "compact", 1,
-                lambda made: slots.compact_slots.lower(*state(made), size=count // 2, setting=setting), ROLLOUT,
+                lambda made: slots.compact_slots.lower(*state(made), slots_per_shard=count // 2, static=setting), ROLLOUT,
             )
         )  # fmt: skip
     return out

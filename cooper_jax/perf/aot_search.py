@@ -136,13 +136,13 @@ def _rollout(job: Job) -> tuple[float, float]:
         abstract_params(places, transformer.param_specs(job.policy)),
     )
     width = job.cfg.data.max_prompt_tokens
-    columns = engine.cache_columns(job.setting, waiting=not job.aligned)
+    columns = engine.count_cache_columns(job.setting, waiting=not job.aligned)
     needs = rollout_plan.plan_memory(
-        copy, job.policy, layout, job.setting.form, prompts=job.size, width=width, group=spec.group_size,
+        copy, job.policy, layout, job.setting.kv_format, prompts=job.size, width=width, group=spec.group_size,
         new_tokens=spec.max_new_tokens, columns=columns, own_prompts=not job.setting.pallas,
     )  # fmt: skip
     ways = layout.ways(layout.spec(("kv_heads",), (job.policy.kv_heads,))[0])
-    token = job.setting.form.bytes_per_token(
+    token = job.setting.kv_format.bytes_per_token(
         job.policy.layers, job.policy.kv_heads // ways, job.policy.head_dim
     )
     copied = 0 if job.aligned else job.slots * columns * token  # only caches that move are there twice

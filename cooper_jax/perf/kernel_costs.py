@@ -41,9 +41,9 @@ def decode_cost(job: Job, keys: tuple[float, float]) -> Costs:
 
     A prompt's are read once for all its samples.
     """
-    config, form = job.policy, job.setting.form
+    config, kv_format = job.policy, job.setting.kv_format
     ways = job.layout.ways(job.layout.spec(("kv_heads",), (config.kv_heads,))[0])
-    token = form.bytes_per_token(1, config.kv_heads // ways, config.head_dim)
+    token = kv_format.bytes_per_token(1, config.kv_heads // ways, config.head_dim)
     flops = 4.0 * job.slots * config.heads // ways * config.head_dim
     prompt = flops * keys[0], float(min(job.size, job.slots) * keys[0] * token)
     suffix = flops * keys[1], job.slots * keys[1] * token
