@@ -344,8 +344,8 @@ def _make_prompt_stream(
             copy.wait()
         column = index * cache.block + _iota((1, 1, cache.block))
         queries = q[...].astype(jnp.float32).reshape(kv_heads, rows * padded, -1)
-        kv, *scales = (buffer[half] for buffer in cache.buffers)
-        scales = [x[:, None, :] for x in scales]
+        kv, *by_column = (buffer[half] for buffer in cache.buffers)
+        scales = [x[:, None, :] for x in by_column]
         mask = _mask_bias(column < tile_length[tile])
         new = update(queries, kv, scales, mask, [ref[...] for ref in accumulators])
         for ref, value in zip(accumulators, new, strict=True):
@@ -387,8 +387,8 @@ def _make_suffix_stream(
                     skipped = pl.multiple_of(before_first & -cache.tile, cache.tile)
                     size = pl.multiple_of(block - skipped, cache.tile)
                 columns = pl.ds(begin(t, index) + skipped, size)
-                data, *scales = cache.buffers
-                targets = [data.at[half, :, r], *(x.at[half, r] for x in scales)]
+                data, *scale_refs = cache.buffers
+                targets = [data.at[half, :, r], *(x.at[half, r] for x in scale_refs)]
                 for source, target in zip(cache.source, targets, strict=True):
                     source = source.at[cursor[0], row_of[t * rows + r], :, columns]
                     target = target.at[:, pl.ds(skipped, size)]
@@ -410,18 +410,17 @@ def _make_suffix_stream(
 
             @pl.when(functools.reduce(jnp.logical_or, (has_columns(tile, r, index) for r in members)))
             def update_rows():
-                data, *scales = cache.buffers
+                data, *scale_refs = cache.buffers
                 places = pl.ds(i * together, together)
                 lines = pl.ds(pl.multiple_of(i * together * padded, SUBLANES), together * padded)
                 queries = q[:, places].reshape(kv_heads * together, padded, -1)
                 kv = data[half, :, places].reshape(kv_heads * together, block, -1)
-                scales = [
-                    jnp.stack([x[half, r][:, None, :] for r in members], axis=1).reshape(-1, 1, block)
-                    for x in scales
-                ]
-                mask = jnp.stack(
-                    [_mask_bias(in_block & (column >= row_first[tile * rows + r])) for r in members]
-                )
+                scales = []
+                for ref in scale_refs:
+                    by_row = [ref[half, r][:, None, :] for r in members]
+                    scales.append(jnp.stack(by_row, axis=1).reshape(-1, 1, block))
+                masks = [_mask_bias(in_block & (column >= row_first[tile * rows + r])) for r in members]
+                mask = jnp.stack(masks)
                 mask = jnp.broadcast_to(mask[None], (kv_heads, *mask.shape)).reshape(-1, padded, block)
                 old = [ref[:, lines, :].reshape(kv_heads * together, padded, -1) for ref in accumulators]
                 for ref, value in zip(accumulators, update(queries, kv, scales, mask, old), strict=True):

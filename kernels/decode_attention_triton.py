@@ -123,7 +123,7 @@ def _prompt_kernel(
     tile, head = pl.program_id(0), pl.program_id(1)
     queries, h = q.shape[2:]
     line, lane = _pad_queries(0, queries), pl.ds(0, h)
-    shape = (line.at.size, h)  # [J, h]
+    shape = (line.mask.size, h)  # [J, h]
     start = (
         jnp.zeros(shape, jnp.float32),
         jnp.full(shape[:1], LOWEST, jnp.float32),

@@ -185,6 +185,7 @@ def _should_gather(
 ) -> bool:
     if weight_placement != "auto":
         return weight_placement != "sharded"
+    budget: float | None
     if memory_gib:
         budget = memory_gib * rollout_plan.GIB
     else:

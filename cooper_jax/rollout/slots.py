@@ -249,7 +249,7 @@ def decode_segment(
     carried = dataclasses.replace(
         slots,
         prompt_copies=(),
-        prompt_of=None,
+        prompt_of=None,  # type: ignore[arg-type]  # not carried: put back after the loop
         suffix=tuple(generation.drop_stack_axis(kv) for kv in slots.suffix),
     )
     start = (jnp.zeros((), jnp.int32), carried, requests)
