@@ -1,1 +1,1 @@
-"""Numerical kernels, the lowest layer: imports jax only; each has a plain jnp implementation for any platform."""
+"""Numerical kernels, the lowest layer: imports jax only; each has a plain jnp version for any platform."""

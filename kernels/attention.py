@@ -1,15 +1,15 @@
-"""Causal attention over right-padded rows (training, scoring, prefill), with an implementation for each platform.
+"""Causal attention over right-padded rows (training, scoring, prefill), by platform.
 
 `implementation` is chosen when the function is traced, by `jax.default_backend()` unless it is given:
 
-    xla                any platform: blocks of queries, each against the keys up to its own end and recomputed in the
-                       backward pass; nearly half of the [S, S] scores are never computed, and half the memory is saved
+    xla                any platform: blocks of queries, each against the keys up to its own end and recomputed in
+                       the backward pass; saves nearly half of the [S, S] scores and half the memory
     cudnn              GPU, float16 and bfloat16, head_dim a multiple of 8 up to 128: flash attention
     splash             TPU: jax's own Pallas flash kernel, with grouped queries
     splash_interpret   the same, interpreted: for tests on the CPU
 
-The compiler does not partition kernels: on a mesh, call `causal_attention` under `jax.shard_map`, one shard of rows
-and heads each.
+The compiler does not partition kernels: on a mesh, call `causal_attention` under `jax.shard_map`, one shard
+of rows and heads each.
 
 N rows   S tokens   H query heads   K key/value heads   h head_dim
 """
@@ -24,9 +24,9 @@ import jax.numpy as jnp
 
 from cooper_jax.kernels import reference
 
-# Most blocks of queries in the xla implementation, and the fewest queries of one.  They are unrolled, not scanned: a
-# scan would hold one block's scores where XLA:CPU now holds several, but all its steps would need keys of one length,
-# which computes the upper triangle too.
+# Most blocks of queries in the xla implementation, and the fewest queries of one.  They are unrolled, not
+# scanned: a scan would hold one block's scores where XLA:CPU now holds several, but all its steps would need
+# keys of one length, which computes the upper triangle too.
 BLOCKS, QUERY_BLOCK = 8, 64
 LANES = 128  # a TPU vector register's width; splash needs token counts in multiples of it
 
@@ -49,8 +49,8 @@ def causal_attention(
 ) -> jax.Array:
     """Compute softmax(q k^T / sqrt(h)) v with a causal mask -> [N, S, H, h].
 
-    Rows must be right-padded; outputs at padding are finite and mean nothing.  Raises ValueError for an unknown
-    implementation.
+    Rows must be right-padded; outputs at padding are finite and mean nothing.  Raises ValueError for an
+    unknown implementation.
     """
     chosen = implementation or default_implementation(q.dtype, q.shape[-1])
     if chosen not in _IMPLEMENTATIONS:

@@ -3,14 +3,14 @@
     o = (sum_p e^(z_p - m) v_p + sum_s e^(z_s - m) v_s) / (sum_p e^(z_p - m) + sum_s e^(z_s - m))
     z = q k / sqrt(h)    m = max z    p prompt keys    s suffix keys
 
-1. `make_schedule` (schedule.py), once while rows keep their prompts: rows of one prompt are put side by side in
-   tiles, so that a tile reads its prompt's keys once.
-2. `decode_attention`, for every token and layer: takes the stacked caches whole and the layer as an index, so that
-   no layer is ever copied out.
+1. `make_schedule` (schedule.py), once while rows keep their prompts: rows of one prompt are put side by side
+   in tiles, so that a tile reads its prompt's keys once.
+2. `decode_attention`, for every token and layer: takes the stacked caches whole and the layer as an index, so
+   that no layer is ever copied out.
 
-Backends: xla here, tpu and triton in the files of that name.  Those two read packed caches (see kv.py), and of them
-only what lies within a prompt's length and between `first` and `last`: to the column on GPUs, to whole tiles of 8
-columns on TPUs (in int8 of 128), whose entries must all be finite.
+Backends: xla here, tpu and triton in the files of that name.  Those two read packed caches (see kv.py), and
+of them only what lies within a prompt's length and between `first` and `last`: to the column on GPUs, to
+whole tiles of 8 columns on TPUs (in int8 of 128), whose entries must all be finite.
 
 The compiler does not partition kernels: on a mesh, call both functions under `jax.shard_map`.
 
@@ -52,10 +52,10 @@ def decode_attention(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Attend with each row's query to its prompt's keys and its suffix columns `first` to `last` -> [N, H, h].
+    """Attend from each row's query to its prompt and its suffix columns `first` to `last` -> [N, H, h].
 
-    A row that has neither gets zeros.  The xla backend reads all columns, the others only those that they need.
-    Raises ValueError for shapes or cache formats that the implementation cannot read.
+    A row that has neither gets zeros.  The xla backend reads all columns, the others only those that they
+    need.  Raises ValueError for shapes or cache formats that the implementation cannot read.
     """
     backend, interpret = platform.resolve_implementation(implementation)
     if backend != "xla" and not (prompt.packed and suffix.packed):
@@ -89,8 +89,8 @@ def _xla(
 ) -> jax.Array:
     """Attend in plain jnp.
 
-    The prompt part multiplies all queries that share a prompt with one copy of its keys, the suffix part each row's
-    own; both exponentials are relative to the larger of the two maxima, so their sums add.
+    The prompt part multiplies all queries that share a prompt with one copy of its keys, the suffix part each
+    row's own; both exponentials are relative to the larger of the two maxima, so their sums add.
     """
     n, heads, h = q.shape
     prompt, suffix = (
@@ -139,8 +139,8 @@ _BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "tpu": _tpu, "tri
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Multiply q [N, K, J, h] with k [N, K, W, h] -> f32[N, K, J, W].
 
-    XLA:CPU packs the right side of a product, here the keys: at 256 of them and two queries that is six times the
-    work (one core: 1,484 us as written, 244 query by query, 316 with the keys on the left).
+    XLA:CPU packs the right side of a product, here the keys: at 256 of them and two queries that is six times
+    the work (one core: 1,484 us as written, 244 query by query, 316 with the keys on the left).
     """
     queries, f32 = q.shape[2], jnp.float32
     if queries <= 2:

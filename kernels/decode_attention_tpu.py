@@ -3,20 +3,20 @@
     grid (2, Y / 2)   one tile per step: its R rows read one prompt.  The two cores of a chip alternate tiles.
     q, out            (K, R, g', w) VMEM, pipelined.  g' = g rounded up to 8 sublanes
     prompt blocks     (2, K, C, 2 h) VMEM: [layer, prompt, :, C columns] in one copy for all rows of the tile
-    suffix blocks     (2, K, R, C, 2 h) VMEM: [layer, row, :, C columns], a copy for each row that has such columns
+    suffix blocks     (2, K, R, C, 2 h) VMEM: [layer, row, :, C columns], a copy for each row that has any
     scales            (2, .., K, C) f32 VMEM, in int8
     m, l, acc         (K, J, 128 or w) f32 VMEM: max z, sum e^(z - m) and sum e^(z - m) v so far; J = R * g'
 
-While a block is processed the next one arrives, and during a tile's last blocks the next tile's first ones: copies
-never wait for a grid step.  Suffix blocks are counted back from `last`.  What no row needs is not copied: prompts up
-to their length, suffixes from `first` to `last`, to whole tiles of 8 columns (in int8 of 128, the lanes of their
-scales); the rest of a block holds older data, and its probabilities are 0.
+While a block is processed the next one arrives, and during a tile's last blocks the next tile's first ones:
+copies never wait for a grid step.  Suffix blocks are counted back from `last`.  What no row needs is not
+copied: prompts up to their length, suffixes from `first` to `last`, to whole tiles of 8 columns (in int8 of
+128, the lanes of their scales); the rest of a block holds older data, and its probabilities are 0.
 
-At head_dim 64 a token's [k | v] fills the 128 lanes: with zeros beside q, [q | 0] . [k | v] = q . k, and
-p @ [k | v] holds o in its second half; nothing is sliced.  At multiples of 128 the halves are whole registers.
+At head_dim 64 a token's [k | v] fills the 128 lanes: with zeros beside q, [q | 0] . [k | v] = q . k, and p @
+[k | v] holds o in its second half; nothing is sliced.  At multiples of 128 the halves are whole registers.
 
-Y tiles   R rows of a tile   J queries of a tile (R * g')   K key/value heads   g queries for each   h head_dim
-w width of q   C columns of a block   L layers
+Y tiles   R rows of a tile   J queries of a tile (R * g')   K key/value heads   g queries for each
+h head_dim   w width of q   C columns of a block   L layers
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Blocks(NamedTuple):
 
 
 def _block_columns(kv: KV, block: int, rows: int, name: str) -> int:
-    """Return C for a block that `rows` rows copy.  Raises ValueError if copies could not keep to whole tiles."""
+    """Return C for a block that `rows` rows copy.  Raises ValueError if copies cannot be whole tiles."""
     (*_, kv_heads, columns, both), itemsize = kv.data[0].shape, kv.data[0].dtype.itemsize
     tile = _tile_columns(kv)
     while block % (2 * tile) == 0 and 2 * kv_heads * rows * block * both * itemsize > BUFFERS:
@@ -163,7 +163,7 @@ def _block_columns(kv: KV, block: int, rows: int, name: str) -> int:
 
 
 def _tile_columns(kv: KV) -> int:
-    """Return the number that a copy's columns are a multiple of: the columns of int8's scales lie along lanes."""
+    """Return the number that a copy's columns are a multiple of: int8's scales lie along lanes."""
     return LANES if kv.scales else SUBLANES
 
 
@@ -206,7 +206,7 @@ class CacheRefs(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """The blocks of one cache that a tile's rows need.  Blocks alternate between the two halves of the buffers."""
+    """The blocks of one cache that a tile's rows need, which alternate between two halves of the buffers."""
 
     num_blocks: Callable  # (tile) -> i32[]
     start_copies: Callable  # (tile, index of the block, half)
@@ -280,9 +280,10 @@ def _kernel(
 
 
 def _process_tile(stream: Stream, tile, before, next_tile, has_next) -> None:
-    """Process a tile's blocks; the copy of each one, and then of the next tile's first, overlaps the one before.
+    """Process a tile's blocks; the copy of each one, or of the next tile's first, overlaps the one before.
 
-    before: number of blocks processed before these: its parity is the half of the buffers that the first one is in.
+    before: number of blocks processed before these: its parity is the half of the buffers that the first one
+      is in.
     """
     count = stream.num_blocks(tile)
 
@@ -314,7 +315,7 @@ def _process_tile(stream: Stream, tile, before, next_tile, has_next) -> None:
 def _make_prompt_stream(
     cache: CacheRefs, tile, cursor, tile_prompt, tile_length, q, accumulators, update
 ) -> Stream:
-    """Stream the blocks of a tile's one prompt, for all its rows together; the last one ends with the prompt."""
+    """Stream the blocks of a tile's one prompt, for all its rows; the last one ends with the prompt."""
     kv_heads, rows, padded, _ = q.shape
 
     def num_blocks(t):
@@ -357,7 +358,7 @@ def _make_prompt_stream(
 def _make_suffix_stream(
     cache: CacheRefs, tile, cursor, suffix_blocks, row_of, row_first, q, accumulators, update
 ) -> Stream:
-    """Stream the blocks of a tile's rows, each row's own from its first column on; the last one ends at cursor[2]."""
+    """Stream the blocks of a tile's rows, each from the row's first column on, up to cursor[2]."""
     kv_heads, rows, padded, _ = q.shape
     block = cache.block
     most = min(rows, max(1, CHAINS // kv_heads))
@@ -466,7 +467,7 @@ def _iota(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _fit_lanes(x: jax.Array, width: int) -> jax.Array:
-    """Repeat x [.., 128], whose lanes are equal, to what broadcasts with [.., width]: whole registers, no shuffle."""
+    """Repeat x [.., 128], whose lanes are equal, so that it broadcasts with [.., width], without a shuffle."""
     if width % LANES:
         return x[..., :1]
     return jnp.concatenate([x] * (width // LANES), axis=-1)

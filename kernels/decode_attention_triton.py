@@ -1,17 +1,17 @@
 """Decode attention on a CUDA GPU, through Triton: two calls per layer, on the stacked caches.
 
-    prompt   program (tile, KV head)   R rows' g queries against their one prompt, each block read once per tile
+    prompt   program (tile, KV head)   R rows' g queries against their prompt, each block read once per tile
              -> m = max z, l = sum e^(z - m): f32[Y, K, R * g]; acc = sum e^(z - m) v: f32[Y, K, R * g, h]
     suffix   program (row, KV head)    continues from its row's m, l and acc over columns `first` to `last`
 
-Columns outside a row's range, and those past a prompt's length, are masked loads: never read.  Queries are padded to
-the 16 rows that a tensor core takes.
+Columns outside a row's range, and those past a prompt's length, are masked loads: never read.  Queries are
+padded to the 16 rows that a tensor core takes.
 
-jax's own Pallas decode kernel does not fit: it takes one layer's k and v apart and without a head axis, vmaps over
-rows (so each row would read its own copy of the prompt), and supports neither int8 nor an oldest column.
+jax's own Pallas decode kernel does not fit: it takes one layer's k and v apart and without a head axis, vmaps
+over rows (so each row would read its own copy of the prompt), and supports neither int8 nor an oldest column.
 
-Y tiles   R rows of a tile   J queries of a program   N rows   K key/value heads   g queries for each   h head_dim
-C columns of a block   L layers
+Y tiles   R rows of a tile   J queries of a program   N rows   K key/value heads   g queries for each
+h head_dim   C columns of a block   L layers
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def decode_attention(
 def _make_addressable(cache: KV, layer: jax.Array) -> tuple[KV, jax.Array]:
     """Return a cache whose elements Triton's offsets can all reach, and the layer's index in it: i32[1].
 
-    The lowering counts elements in signed 32 bits for arrays up to 4 GiB, and in 64 bits above that: of int8 the
-    second half is out of reach, and the layer has to be copied out.
+    The lowering counts elements in signed 32 bits for arrays up to 4 GiB, and in 64 bits above that: of int8
+    the second half is out of reach, and the layer has to be copied out.
     """
     if cache.scales and 2**31 < cache.data[0].size <= 2**32:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer), cache), jnp.zeros(1, jnp.int32)
@@ -180,7 +180,7 @@ def _suffix_kernel(
 
 
 def _attend(q, cache, where, accumulators, *, begin, end, block, h):
-    """Add columns `begin` to `end` - 1 of cache[where] to (acc [J, h], m [J], l [J]): the online softmax.  q [J, h]."""
+    """Add columns `begin` to `end` - 1 of cache[where] to (acc [J, h], m [J], l [J]) for queries q [J, h]."""
     data, *scale_refs = cache
     dtype = q.dtype if data.dtype == jnp.int8 else data.dtype
     q = q.astype(dtype)
@@ -221,7 +221,7 @@ def _pad_queries(start: jax.Array | int, size: int) -> MaskedSlice:
 
 
 def _view(ref, index):
-    """Return the view of an index and its mask.  index: scalars, one MaskedSlice, and at most one slice behind it."""
+    """Return the view and the mask of an index: scalars, one MaskedSlice, at most one slice behind it."""
     *_, masked = (i for i in index if isinstance(i, MaskedSlice))
     mask = masked.mask if index[-1] is masked else masked.mask[:, None]
     return ref.at[tuple(i.at if isinstance(i, MaskedSlice) else i for i in index)], mask

@@ -1,13 +1,13 @@
 """Gumbel noise from a counter: a function of (a row's key words, a vocabulary index) and of nothing else.
 
-1. `threefry2x32` hashes a counter under a key (Salmon et al. 2011, 20 rounds), in operations that every kernel
-   backend supports.
-2. One hash gives two words, for two vocabulary entries: v and v + 128, where v lies in the first half of a PAIR of
-   256.  Vector registers have 128 lanes, so the two words go to two registers and are not shuffled.
+1. `threefry2x32` hashes a counter under a key (Salmon et al. 2011, 20 rounds), in operations that every
+   kernel backend supports.
+2. One hash gives two words, for two vocabulary entries: v and v + 128, where v lies in the first half of a
+   PAIR of 256.  Vector registers have 128 lanes, so the two words go to two registers and are not shuffled.
 3. `gumbel_from_bits` turns a word into noise.  The token with the largest z + g is a draw from softmax(z).
 
-Rare tokens are decided by the largest noise, so large values are resolved finely: g goes up to 33 ln 2 = 22.9, and a
-token of probability 2^-30 can be drawn.
+Rare tokens are decided by the largest noise, so large values are resolved finely: g goes up to 33 ln 2 =
+22.9, and a token of probability 2^-30 can be drawn.
 """
 
 from __future__ import annotations

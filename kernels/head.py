@@ -1,15 +1,17 @@
 """Output head fused with sampling or scoring: the vocabulary streams past the rows, logits are never written.
 
     head_sample      hidden, head, key words -> a token per row, its log-probability, the entropy
-    head_logprobs    hidden, head, targets   -> log-probabilities of given tokens and the entropy, with a gradient
+    head_logprobs    hidden, head, targets   -> log-probabilities of given tokens, with a gradient, and the entropy
 
-1. A backend of `stream_head` passes over the head in pieces: `xla` here (chunks of the vocabulary, any platform),
-   `head_tpu` (Mosaic), `head_triton` (CUDA GPUs).  Each keeps `online.Accumulators`, and no logits.
-2. Lanes, splits and, under `shard_map`, shards of the vocabulary merge by one rule, `online.reduce_accumulators`.
-3. Tokens are drawn by the Gumbel-max trick: argmax z / T + g, with g a function of (key words, vocabulary index)
-   alone.  So a token does not depend on tiles, shards or the batch, except through the rounding of z.
-4. The gradient of `head_logprobs` recomputes logits a chunk of the vocabulary at a time, in plain XLA: each entry's
-   gradient is then summed over all rows by one matmul, in f32, and written once.
+1. A backend of `stream_head` passes over the head in pieces: `xla` here (chunks of the vocabulary, any
+   platform), `head_tpu` (Mosaic), `head_triton` (CUDA GPUs).  Each keeps `online.Accumulators`, and no
+   logits.
+2. Lanes, splits and, under `shard_map`, shards of the vocabulary merge by one rule,
+   `online.reduce_accumulators`.
+3. Tokens are drawn by the Gumbel-max trick: argmax z / T + g, with g a function of (key words, vocabulary
+   index) alone.  So a token does not depend on tiles, shards or the batch, except through the rounding of z.
+4. The gradient of `head_logprobs` recomputes logits a chunk of the vocabulary at a time, in plain XLA: each
+   entry's gradient is then summed over all rows by one matmul, in f32, and written once.
 
 N rows   D width   V vocabulary entries (of this shard, under `shard_map`)   C entries of a chunk
 """
@@ -25,15 +27,15 @@ import jax.numpy as jnp
 
 from cooper_jax.kernels import gumbel, online, platform
 
-# Logits that exist at a time.  Those of plain XLA fit into a core's cache.  Accelerators add each chunk's part of
-# d_hidden [N, D] to the rest in memory, which takes less of the time the larger the chunks are.
+# Logits that exist at a time.  Those of plain XLA fit into a core's cache.  Accelerators add each chunk's
+# part of d_hidden [N, D] to the rest in memory, which takes less of the time the larger the chunks are.
 CHUNK, LARGE_CHUNK = 2**19, 2**25
 MOST_ENTRIES = 2**13  # of a chunk: its part of d_head is held in f32
 Carry = TypeVar("Carry")
 
 
 class HeadSampledTokens(NamedTuple):
-    """One draw per row.  A row with a NaN or +inf among its logits, or without a finite one, gives 0, NaN, NaN."""
+    """One draw per row.  A row with a NaN or +inf among its logits, or only -inf, gives 0, NaN, NaN."""
 
     token: jax.Array  # i32[N]
     logprob: jax.Array  # f32[N], natural, under softmax(z / temperature); greedy: 0
@@ -53,8 +55,8 @@ def head_sample(
     """Draw a token per row from softmax(z / temperature), z = hidden head^T in f32.
 
     temperature (0: greedy, the first of the largest) and vocab_size are static.  Entries from vocab_size on,
-    counted over all shards, are padding: never drawn, and of probability 0.  axis_name: the mesh axis over which the
-    vocabulary is sharded, in equal parts.  Raises ValueError for a temperature below 0.
+    counted over all shards, are padding: never drawn, and of probability 0.  axis_name: the mesh axis over
+    which the vocabulary is sharded, in equal parts.  Raises ValueError for a temperature below 0.
     """
     if not temperature >= 0.0:
         raise ValueError(f"head_sample: temperature is {temperature}, it must be 0 (greedy) or more")
@@ -90,15 +92,16 @@ def head_logprobs(
     width_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute log softmax(z / temperature) at the targets and that distribution's entropy in nats: f32[N] each.
+    """Compute log softmax(z / temperature) at the targets, and the entropy in nats: f32[N] each.
 
     Differentiable in hidden and head through the log-probability; the entropy has no gradient.  The head is
-    multiplied in hidden's dtype, and its gradient accumulated in f32.  A target outside the vocabulary scores -inf;
-    a row with a NaN or +inf among its logits, NaN.
+    multiplied in hidden's dtype, and its gradient accumulated in f32.  A target outside the vocabulary scores
+    -inf; a row with a NaN or +inf among its logits, NaN.
 
-    axis_name: the mesh axis over which the vocabulary is sharded; differentiate the `shard_map`, not inside of it.
-    width_axis: the mesh axis, which also shards the rows, over which the head's columns are sharded: [V, D / w].
-      They are all-gathered in hidden's dtype, and their gradients reduce-scattered over that axis.
+    axis_name: the mesh axis over which the vocabulary is sharded; differentiate the `shard_map`, not inside
+      of it.
+    width_axis: the mesh axis, which also shards the rows, over which the head's columns are sharded: [V, D /
+      w].  They are all-gathered in hidden's dtype, and their gradients reduce-scattered over that axis.
 
     Raises ValueError for a temperature that is not above 0.
     """
@@ -272,7 +275,7 @@ def _noise(words: jax.Array, first: jax.Array, size: int, aligned: bool) -> jax.
 def _loop_over_chunks(
     vocabulary: int, wanted: int, add_chunk: Callable[[jax.Array | int, int, Carry], Carry], carry: Carry
 ) -> Carry:
-    """Run add_chunk(start, size, carry) over the vocabulary, in sizes of about `wanted`; the rest comes last."""
+    """Run add_chunk(start, size, carry) over the vocabulary in sizes of about `wanted`, the rest last."""
     size = min(max(min(wanted, MOST_ENTRIES) // gumbel.PAIR, 1) * gumbel.PAIR, vocabulary)
     whole, rest = divmod(vocabulary, size)
     carry = jax.lax.fori_loop(0, whole, lambda i, c: add_chunk(i * size, size, c), carry)

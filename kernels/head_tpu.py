@@ -4,12 +4,13 @@
     hidden        [R, D]                  stays while the vocabulary passes
     head          [C, D]                  streams, double-buffered by the pipeline: read once per row tile
     logits        [C / 128, R, 128] f32   scratch, twice
-    Accumulators  [R, 128]                in the output's block: an online softmax and an argmax of each lane's own
+    Accumulators  [R, 128]                in the output's block: an online softmax and an argmax per lane
 
-1. A step multiplies its own tile on the matrix unit, and accumulates the logits of the tile before on the vector
-   unit, where a logit's hash and softmax take as long as a product of 2,000 terms takes on the other.  Both lie in
-   one loop's body, which the compiler schedules as one; the two scratch buffers alternate.
-2. For each 8 rows the C columns are C / 128 registers: hashed, compared and summed lane by lane, in registers.
+1. A step multiplies its own tile on the matrix unit, and accumulates the logits of the tile before on the
+   vector unit, where a logit's hash and softmax take as long as a product of 2,000 terms takes on the other.
+   Both lie in one loop's body, which the compiler schedules as one; the two scratch buffers alternate.
+2. For each 8 rows the C columns are C / 128 registers: hashed, compared and summed lane by lane, in
+   registers.
 3. The 128 lanes of a row are merged once, by the caller (`online.reduce_accumulators`).
 
 With one row tile the vocabulary is split in two, for chips whose two cores share a grid's parallel axes.
@@ -51,7 +52,8 @@ def stream_head(
     (n, width), vocabulary = hidden.shape, head.shape[0]
     columns = _tile_columns(vocabulary, width * head.dtype.itemsize)
 
-    # Rows are a multiple of `share`: then each turn of the kernel's loop accumulates as many groups as the others.
+    # Rows are a multiple of `share`: then each turn of the kernel's loop accumulates as many groups as the
+    # others.
     share = columns // LANES * GROUP
     most = max(min(ROWS, HIDDEN_BYTES // (width * hidden.dtype.itemsize)) // share, 1)
     rows = min(most, pl.cdiv(n, share)) * share
@@ -60,7 +62,8 @@ def stream_head(
     per_split = pl.cdiv(tiles, splits)
 
     def head_block(split, row_tile, step, _):
-        # The last step only accumulates, and the last split may end early: a tile read twice there counts once.
+        # The last step only accumulates, and the last split may end early: a tile read twice there counts
+        # once.
         return jnp.minimum(split * per_split + jnp.minimum(step, per_split - 1), tiles - 1), 0
 
     dtypes = [jnp.float32] * (4 if mode == "score" else 5) + [jnp.int32] * (mode != "score")

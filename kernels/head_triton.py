@@ -1,7 +1,7 @@
 """Output head fused with sampling or scoring on a CUDA GPU: logits stay in registers.
 
-    grid (row tiles, E splits)     row tiles innermost: those of one split read the same part of the head at about
-                                   the same time, so all but one find it in the L2 cache
+    grid (row tiles, E splits)     row tiles innermost: those of one split read the same part of the head at
+                                   about the same time, so all but one find it in the L2 cache
     a program, for each 256 columns of its split:
         z [R, 2 x 128] = hidden [R, D] head[columns]^T, a part of D at a time, on the tensor cores in f32
         one hash gives the noise of two columns, 128 apart

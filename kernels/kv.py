@@ -3,12 +3,12 @@
     apart    data = (k [.., h], v [.., h])    XLA's own dots read it without a copy
     packed   data = (kv [.., 2 h],)           keys in the first half of the last axis, values in the second
 
-A TPU stores the last axis in tiles of 128 lanes.  At head_dim 64 an array [.., 64] would be padded to twice its
-size, or laid out with another axis last and copied before every kernel; side by side, keys and values fill the
-lanes exactly.  At 128 they are two tiles that a kernel separates at no cost.
+A TPU stores the last axis in tiles of 128 lanes.  At head_dim 64 an array [.., 64] would be padded to twice
+its size, or laid out with another axis last and copied before every kernel; side by side, keys and values
+fill the lanes exactly.  At 128 they are two tiles that a kernel separates at no cost.
 
-In int8 each token and head has one f32 scale for its key and one for its value, max |x| / 127: the value read is
-data * scale.
+In int8 each token and head has one f32 scale for its key and one for its value, max |x| / 127: the value read
+is data * scale.
 
 L layers   N rows (prompts or slots)   K key/value heads   W tokens   h head_dim
 """
@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 
 class KV(NamedTuple):
-    """Keys and values.  Leaves share their leading axes: [L, N, K, W] in a cache, [N, K] or [N, W, K] for new ones."""
+    """Keys and values.  Leaves share leading axes: [L, N, K, W] in a cache, [N, K] or [N, W, K] for new ones."""
 
     data: tuple[jax.Array, ...]  # (k, v) [.., h] each, or (kv,) [.., 2 h]
     scales: tuple[jax.Array, ...]  # () or, in int8, f32[..] of k and of v

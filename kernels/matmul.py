@@ -1,15 +1,16 @@
 """Matrix products x w in the form that XLA:CPU runs fast; on other platforms they are plain products.
 
-`matmul_plain`, for training: jax writes the gradient of w as (g^T x)^T.  For that XLA:CPU copies g transposed,
-element by element, which takes as long as the product; it multiplies x^T g without a copy.  Measured on one core, a
-whole GRPO update (4 layers of width 256, float32): 2.6 against 3.1 s.  On other platforms transposes are layouts,
-and the two are the same.  A bfloat16 product rounded from float32 takes XLA:CPU half as long as one with a bfloat16
+`matmul_plain`, for training: jax writes the gradient of w as (g^T x)^T.  For that XLA:CPU copies g
+transposed, element by element, which takes as long as the product; it multiplies x^T g without a copy.
+Measured on one core, a whole GRPO update (4 layers of width 256, float32): 2.6 against 3.1 s.  On other
+platforms transposes are layouts, and the two are the same.  A bfloat16 product rounded from float32 takes
+XLA:CPU half as long as one with a bfloat16
 result: 4.2 against 5.6 CPU seconds for a forward and backward pass (8 layers of width 576, 2,048 tokens).
 
-`matmul_cpu`, for the few rows of a decode step: XLA:CPU gives a dot to YNNPACK, which packs the weights again at
-every call: for a few dozen rows, more work than the product.  A convolution of width 1 becomes the same dot later
-and goes to Eigen, which does not.  Measured on one core through a whole step's matrices of width 256, float32:
-101 against 79 GFLOP/s at 64 rows, 82 against 66 at 32 rows, 50 against 39 at 8 rows.
+`matmul_cpu`, for the few rows of a decode step: XLA:CPU gives a dot to YNNPACK, which packs the weights again
+at every call: for a few dozen rows, more work than the product.  A convolution of width 1 becomes the same
+dot later and goes to Eigen, which does not.  Measured on one core through a whole step's matrices of width
+256, float32:  101 against 79 GFLOP/s at 64 rows, 82 against 66 at 32 rows, 50 against 39 at 8 rows.
 
 N rows   D width of x   F width of the result
 """
@@ -51,7 +52,7 @@ matmul_plain.defvjp(lambda x, w: (matmul_plain(x, w), (x, w)), _backward)
 
 
 def matmul_cpu(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply x [N, D] with w [D, F] on one CPU device: the partitioner would all-gather a convolution's operands.
+    """Multiply x [N, D] with w [D, F] on one CPU device: a mesh would all-gather a convolution's operands.
 
     In other dtypes than float32 it is `matmul_plain`.
     """

@@ -4,15 +4,16 @@
     merge_accumulators    Accumulators of some columns and of later ones -> Accumulators of both
     reduce_accumulators   Accumulators of many pieces, side by side on an axis -> one
 
-Every implementation of the head's kernels is made of these three; pieces are chunks, tiles, lanes, splits or shards
-of the vocabulary.  With z the logits, already divided by the temperature, a piece holds
+Every implementation of the head's kernels is made of these three; pieces are chunks, tiles, lanes, splits or
+shards of the vocabulary.  With z the logits, already divided by the temperature, a piece holds
 
     m = max z    l = sum e^(z - m)    moment = sum e^(z - m) (z - m)
 
-so that logsumexp = m + log l and the entropy is log l - moment / l.  A NaN or +inf among the logits makes l NaN, for
-good; if all logits are -inf, l stays 0.  So a row has a distribution exactly where l > 0.
+so that logsumexp = m + log l and the entropy is log l - moment / l.  A NaN or +inf among the logits makes l
+NaN, for good; if all logits are -inf, l stays 0.  So a row has a distribution exactly where l > 0.
 
-Sampling takes the argmax of scores z + g that no piece has rescaled, so the token does not depend on the pieces.
+Sampling takes the argmax of scores z + g that no piece has rescaled, so the token does not depend on the
+pieces.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def accumulate_logits(
     """Reduce the logits of one piece over `axis`.
 
     z: f32; -inf: not in the vocabulary.  index: i32, the entries' vocabulary indices; it broadcasts with z.
-    score: sampling: the scores whose argmax is the token.  target: scoring: each row's target, which broadcasts too.
+    score: sampling: the scores whose argmax is the token.  target: scoring: each row's target, which
+      broadcasts too.
     """
     m = jnp.maximum(jnp.max(z, axis=axis), LOWEST)
     centred = z - jnp.expand_dims(m, axis)

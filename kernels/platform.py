@@ -30,7 +30,7 @@ _OF_PLATFORM = {"tpu": "tpu", "gpu": "triton", "cuda": "triton"}
 
 
 def default_implementation(platform: str | None = None) -> str:
-    """Return the implementation for a platform ("cpu", "gpu", "tpu"); None: the default backend's platform."""
+    """Return the implementation for a platform ("cpu", "gpu", "tpu"); None: the default backend's."""
     platform = jax.default_backend() if platform is None else platform
     return _OF_PLATFORM.get(platform, "xla")
 
@@ -38,8 +38,9 @@ def default_implementation(platform: str | None = None) -> str:
 def is_pallas(implementation: str | None) -> bool:
     """Tell Pallas kernels from plain jnp.
 
-    Pallas kernels read packed caches (kv.py), only the columns of them that they need, and a prompt's keys through
-    an index; the compiler does not partition them over a mesh.  Raises ValueError as `resolve_implementation` does.
+    Pallas kernels read packed caches (kv.py), only the columns of them that they need, and a prompt's keys
+    through an index; the compiler does not partition them over a mesh.  Raises ValueError as
+    `resolve_implementation` does.
     """
     return resolve_implementation(implementation).backend != "xla"
 

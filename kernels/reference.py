@@ -1,7 +1,7 @@
 """Causal attention in plain jnp: the reference that every kernel of it is tested against.
 
-Rows are right-padded (their real tokens come first), so the causal mask alone hides the padding from every real
-query; the output of padded queries is finite and means nothing.
+Rows are right-padded (their real tokens come first), so the causal mask alone hides the padding from every
+real query; the output of padded queries is finite and means nothing.
 
 N rows   S query tokens   S_kv key tokens   H query heads   K key/value heads   g = H / K   h head_dim
 """
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, first: int = 0) -> jax.Array:
     """Compute causal grouped-query attention: softmax(q k^T / sqrt(h)) v, the softmax in f32.
 
-    q [N, S, H, h], k and v [N, S_kv, K, h] -> [N, S, H, h].  Query i is token `first` + i of its row and attends to
-    keys 0 to first + i.
+    q [N, S, H, h], k and v [N, S_kv, K, h] -> [N, S, H, h].  Query i is token `first` + i of its row and
+    attends to keys 0 to first + i.
     """
     n, s, heads, h = q.shape
     kv_heads = k.shape[2]

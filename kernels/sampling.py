@@ -3,26 +3,28 @@
 In: logits and three uniforms per row.  Out: a token and its log-probabilities per row.
 
 1. Divide by the temperature (0 is greedy: the first of the largest logits).
-2. Filter: top-k, then top-p on what top-k left, renormalised, then min-p: the tokens whose probability is at least
-   min_p times the largest one's.  (`transformers` filters in this order.  vLLM applies min-p before the other two,
-   so its top-p sees a smaller, renormalised rest; without top-p the two agree.)
-3. Inverse CDF in three levels: a group of 128 blocks by its sum, a block of 128 tokens within the group, a token
-   within the block, each with a uniform of its own.  One uniform for all three would not be enough: it has steps of
-   2^-23, so rarer tokens could not be drawn, and a change of 1e-5 in the logits would change about fifty times as
-   many draws.  A vocabulary of one group leaves the first uniform unused.
+2. Filter: top-k, then top-p on what top-k left, renormalised, then min-p: the tokens whose probability is at
+   least min_p times the largest one's.  (`transformers` filters in this order.  vLLM applies min-p before the
+   other two, so its top-p sees a smaller, renormalised rest; without top-p the two agree.)
+3. Inverse CDF in three levels: a group of 128 blocks by its sum, a block of 128 tokens within the group, a
+   token within the block, each with a uniform of its own.  One uniform for all three would not be enough: it
+   has steps of 2^-23, so rarer tokens could not be drawn, and a change of 1e-5 in the logits would change
+   about fifty times as many draws.  A vocabulary of one group leaves the first uniform unused.
 
-`implementation` chooses the backend of the passes over the vocabulary: sampling_statistics.py, which defines the
-statistics, sampling_tpu.py or sampling_triton.py.  The draw is plain jnp on block sums and one block of logits.
+`implementation` chooses the backend of the passes over the vocabulary: sampling_statistics.py, which defines
+the statistics, sampling_tpu.py or sampling_triton.py.  The draw is plain jnp on block sums and one block of
+logits.
 
 Ties.  Top-k keeps every token whose logit equals the k-th largest; top-p keeps every token whose logit equals
 that of the last one it needs.  So what is kept never depends on the order of the vocabulary.
 
-Not finite.  A row with a NaN or +inf among its logits, or with nothing but -inf, has no distribution: its token is 0
-and its log-probabilities and entropy are NaN, for the caller to check.
+Not finite.  A row with a NaN or +inf among its logits, or with nothing but -inf, has no distribution: its
+token is 0 and its log-probabilities and entropy are NaN, for the caller to check.
 
-Batch independence.  A row's result is a function of that row alone; and, in the xla backend, the same to the last
-bit whether its columns lie on one device or on several (`axis_name`).  One exception: a vocabulary of 128 blocks
-that shards pad to more, and so to a second group, may differ in the last bit of log-probabilities and entropy.
+Batch independence.  A row's result is a function of that row alone; and, in the xla backend, the same to the
+last bit whether its columns lie on one device or on several (`axis_name`).  One exception: a vocabulary of
+128 blocks that shards pad to more, and so to a second group, may differ in the last bit of log-probabilities
+and entropy.
 
 N rows   V vocabulary (columns of -inf are never drawn)   M blocks of 128 tokens
 """
@@ -69,9 +71,10 @@ def sample_logits(
 ) -> SampledTokens:
     """Draw one token per row.
 
-    temperature, top_k (0: off), top_p (1: off) and min_p (0: off) are Python numbers, static under jit.  Inside
-    shard_map, `axis_name` names the mesh axis over which the vocabulary is sharded; all its shards get the result.
-    A vocabulary, or a shard, that is not whole blocks of 128 costs copies of the logits: pad the head's rows.
+    temperature, top_k (0: off), top_p (1: off) and min_p (0: off) are Python numbers, static under jit.
+    Inside shard_map, `axis_name` names the mesh axis over which the vocabulary is sharded; all its shards get
+    the result.  A vocabulary, or a shard, that is not whole blocks of 128 costs copies of the logits: pad the
+    head's rows.
     """
     rule = Rule(temperature, top_k, top_p, min_p, entropy)
     return _sample(logits, uniforms, rule, axis_name, implementation)[0]
@@ -86,12 +89,12 @@ def sampling_margin(
     top_p: float,
     min_p: float = 0.0,
 ) -> jax.Array:
-    """Compute how close each row's draw was to another token, f32[N]: to judge draws that differ between programs.
+    """Compute how close each row's draw was to another token, f32[N], to judge draws of two programs.
 
-    The smallest, over the three levels, of the distances from the uniform to the borders of the interval that it
-    fell into, as a share of the probability at that level (of all groups, of the group, of the block).  Infinite
-    where nothing else could be drawn.  Greedy: the difference in probability between the two largest.  Tokens that
-    almost pass a filter are not considered.
+    The smallest, over the three levels, of the distances from the uniform to the borders of the interval that
+    it fell into, as a share of the probability at that level (of all groups, of the group, of the block).
+    Infinite where nothing else could be drawn.  Greedy: the difference in probability between the two
+    largest.  Tokens that almost pass a filter are not considered.
     """
     return _sample(logits, uniforms, Rule(temperature, top_k, top_p, min_p), None, "xla")[1]
 
@@ -138,7 +141,8 @@ def _sample_greedy(
 ) -> tuple[SampledTokens, jax.Array]:
     """Take the first of the largest logits.
 
-    The other probabilities need one more pass over the logits, which is dropped under jit if they are not used.
+    The other probabilities need one more pass over the logits, which is dropped under jit if they are not
+    used.
     """
     max_logit = jnp.max(logits, axis=-1)  # XLA:CPU's maximum ignores NaN
     if axis_name is not None:
@@ -194,7 +198,7 @@ _STATISTICS: dict[str, Callable[..., Statistics]] = {
 
 
 def _get_block(logits: jax.Array, column: jax.Array, implementation: str | None) -> jax.Array:
-    """Take each row's block that begins at `column` i32[N] -> f32[N, 128]; any block where it is on another shard."""
+    """Take each row's block at `column` i32[N] -> f32[N, 128]; any block where it is on another shard."""
     column = jnp.clip(column, 0, logits.shape[1] - BLOCK)
     backend, interpret = platform.resolve_implementation(implementation)
     if backend == "tpu":
@@ -203,7 +207,7 @@ def _get_block(logits: jax.Array, column: jax.Array, implementation: str | None)
 
 
 def _draw_block(block_sums: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draw a group of 128 blocks, then a block within it, from sums f32[N, M]: block i32[N] and margin f32[N]."""
+    """Draw a group of 128 blocks, then a block in it, from sums f32[N, M]: block i32[N], margin f32[N]."""
     if block_sums.shape[1] <= BLOCK:
         return _draw_index(block_sums, uniforms[:, 1])
     block_sums = jnp.pad(block_sums, ((0, 0), (0, -block_sums.shape[1] % BLOCK)))
@@ -218,10 +222,10 @@ def _draw_block(block_sums: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, 
 
 
 def _draw_index(p: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draw an index in proportion to p f32[N, M] by the inverse CDF, uniform f32[N]: index i32[N], margin f32[N].
+    """Draw an index from p f32[N, M] by the inverse CDF, uniform f32[N]: index i32[N], margin f32[N].
 
-    The index is the first whose running sum exceeds uniform * total.  Rounding of the running sums can neither select
-    an index of probability 0 nor go past the end.
+    The index is the first whose running sum exceeds uniform * total.  Rounding of the running sums can
+    neither select an index of probability 0 nor go past the end.
     """
     cdf = jnp.cumsum(p, axis=-1)
     total = cdf[:, -1]
@@ -241,8 +245,8 @@ def _draw_index(p: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]
 def _pad_to_blocks(logits: jax.Array, axis_name: str | None) -> jax.Array:
     """Append columns of -inf until the vocabulary is whole blocks, the same number of them on each shard.
 
-    Shards whose columns are not whole blocks drop the beginning of their columns, which belongs to a block of the
-    shard before them, and get the beginning of the next one's.
+    Shards whose columns are not whole blocks drop the beginning of their columns, which belongs to a block of
+    the shard before them, and get the beginning of the next one's.
     """
     rows, columns = logits.shape
     if columns % BLOCK == 0:
@@ -257,8 +261,8 @@ def _pad_to_blocks(logits: jax.Array, axis_name: str | None) -> jax.Array:
 
     if shards * more > columns:
         raise ValueError(
-            f"a vocabulary of {columns * shards} columns is too small for {shards} shards: pad the head's rows to a "
-            f"multiple of {shards * BLOCK}"
+            f"a vocabulary of {columns * shards} columns is too small for {shards} shards: pad the head's rows "
+            f"to a multiple of {shards * BLOCK}"
         )
     shard = jax.lax.axis_index(axis_name)
     to_shard_before = [(i + 1, i) for i in range(shards - 1)]

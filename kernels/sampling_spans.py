@@ -1,10 +1,10 @@
 """Sampling statistics from kernels that keep no row: for rows too long for fast memory, or sharded.
 
-1. `span_sums`: each span of a row (what a program holds at a time; at most a shard's columns) gives its own largest
-   logit and its sums relative to that.  They are rescaled to the whole row's here, on [N, M]: the logits are read
-   once.
-2. Top-k and top-p: `tally_thresholds` tries X thresholds per pass over the logits, which leaves 1 / (X + 1) of the
-   interval: 11 passes for X = 7, 8 for X = 15, each with one small psum.
+1. `span_sums`: each span of a row (what a program holds at a time; at most a shard's columns) gives its own
+   largest logit and its sums relative to that.  They are rescaled to the whole row's here, on [N, M]: the
+   logits are read once.
+2. Top-k and top-p: `tally_thresholds` tries X thresholds per pass over the logits, which leaves 1 / (X + 1)
+   of the interval: 11 passes for X = 7, 8 for X = 15, each with one small psum.
 3. `span_sums` again, at the threshold.
 
 N rows   V vocabulary, or a shard's contiguous columns of it: whole blocks   M blocks of 128 tokens   E spans
@@ -46,7 +46,7 @@ class SpanKernels(Protocol):
         temperature: float | None,
         interpret: Any,
     ) -> jax.Array:
-        """Sum the probabilities (temperature None: count the tokens) at or above each threshold: f32[N, E, X]."""
+        """Sum probabilities (temperature None: count tokens) at or above each threshold: f32[N, E, X]."""
 
 
 def span_statistics(

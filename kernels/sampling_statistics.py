@@ -1,14 +1,16 @@
 """Statistics of whole rows of logits that a draw needs: the definitions, and plain jnp for any platform.
 
-1. The largest logit, and probabilities relative to its token's: exp((logit - max) / temperature), between 0 and 1.
-2. A threshold on the logits, the highest of up to three: top-k's, top-p's on what top-k left, renormalised, and
-   min-p's.  The first two are found by bisection over the bit patterns of f32: at most 32 passes over the row.
+1. The largest logit, and probabilities relative to its token's: exp((logit - max) / temperature), between 0
+   and 1.
+2. A threshold on the logits, the highest of up to three: top-k's, top-p's on what top-k left, renormalised,
+   and min-p's.  The first two are found by bisection over the bit patterns of f32: at most 32 passes over the
+   row.
 3. The relative probabilities at or above the threshold, summed over blocks of 128 tokens.
 
-Sums must not depend on how a batch or a vocabulary is sharded.  Within a block they have 128 terms: XLA splits
-longer sums differently for different batch sizes, which changes their last bit.  Over blocks, either every shard has
-all blocks' sums and adds them in one order (`sum_pairwise`), or they are whole numbers: counts (top-k) and shares of
-the total in steps of 2^-30 (top-p), whose sum is exact in any order.
+Sums must not depend on how a batch or a vocabulary is sharded.  Within a block they have 128 terms: XLA
+splits longer sums differently for different batch sizes, which changes their last bit.  Over blocks, either
+every shard has all blocks' sums and adds them in one order (`sum_pairwise`), or they are whole numbers:
+counts (top-k) and shares of the total in steps of 2^-30 (top-p), whose sum is exact in any order.
 
 N rows   V vocabulary, or a shard's contiguous columns of it: whole blocks   M blocks of 128 tokens   E spans
 """
@@ -81,9 +83,9 @@ def row_statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) 
     if axis_name is not None:
         max_logit = jax.lax.pmax(max_logit, axis_name)
 
-    # Thresholds are found on the logits as they came and the temperature enters only here, after a subtraction: a
-    # scaled copy would be computed anew in each fusion, with or without a fused multiply-add, and its ties and
-    # thresholds would disagree in the last bit.
+    # Thresholds are found on the logits as they came and the temperature enters only here, after a
+    # subtraction: a scaled copy would be computed anew in each fusion, with or without a fused multiply-add,
+    # and its ties and thresholds would disagree in the last bit.
     z = (logits - max_logit[:, None]) * (1.0 / rule.temperature)
     p = jnp.exp(z)  # f32[N, V]
     plogp_sum = None
@@ -125,9 +127,9 @@ def row_statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) 
 def largest_threshold(max_logit: jax.Array, keeps_enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Find the largest v at which keeps_enough(v) holds, exactly: f32, of the shape of `max_logit`.
 
-    keeps_enough tells whether the values at or above v suffice: it holds at -inf, fails above the row's largest
-    value and never turns from False to True as v grows.  So v is one of the row's values (a denormal equals 0 where
-    the platform compares them so).
+    keeps_enough tells whether the values at or above v suffice: it holds at -inf, fails above the row's
+    largest value and never turns from False to True as v grows.  So v is one of the row's values (a denormal
+    equals 0 where the platform compares them so).
     """
     low = float_to_order(jnp.full_like(max_logit, -jnp.inf))
     high = float_to_order(max_logit) + 1
@@ -162,8 +164,8 @@ def gather_shards(block_sums: jax.Array, axis_name: str | None) -> jax.Array:
 def sum_pairwise(x: jax.Array) -> jax.Array:
     """Sum [.., M] -> [..] by adding one half to the other until one number is left.
 
-    The order of XLA:CPU's own reduction depends on the number of rows; additions of arrays have one order.  The
-    barriers keep the levels apart: fused, each would compute all those below it again.
+    The order of XLA:CPU's own reduction depends on the number of rows; additions of arrays have one order.
+    The barriers keep the levels apart: fused, each would compute all those below it again.
     """
     length = 1 << (x.shape[-1] - 1).bit_length()
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])

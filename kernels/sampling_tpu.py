@@ -7,14 +7,14 @@
     given        (8, 1)       a threshold found elsewhere
     block_sums   (8, M')      out: M' is M rounded up to registers of 128 lanes
     scalars      (8, 128)     out: max_logit, threshold, full_sum and plogp_sum in the first lanes
-    p            (8, V)       scratch, with top-p alone: exponentials are not computed again in each of its passes
+    p            (8, V)       scratch, with top-p alone: its passes do not compute exponentials again
 
-Passes over the row (maximum, 32 for top-k and 32 for top-p, block sums) go to VMEM.  A pass is one or two loads and
-2 to 5 vector operations for a register of 8 x 128 logits: without a search they should hide behind the next rows'
-copy from HBM; two searches take longer than it.
+Passes over the row (maximum, 32 for top-k and 32 for top-p, block sums) go to VMEM.  A pass is one or two
+loads and 2 to 5 vector operations for a register of 8 x 128 logits: without a search they should hide behind
+the next rows' copy from HBM; two searches take longer than it.
 
-    tally        logits (8, V), max_logit (8, 1) and thresholds (8, 7) in, sums (8, 7) out: a search over shards
-                 reads the logits once for 3 bits of its answer
+    tally        logits (8, V), max_logit (8, 1) and thresholds (8, 7) in, sums (8, 7) out: a search over
+                 shards reads the logits once for 3 bits of its answer
     take         one block of 128 logits per row.  XLA's gather is a loop over rows on a TPU.
 
 N rows   V vocabulary, or a shard of it: whole blocks   M blocks of 128 tokens   X candidate thresholds
@@ -41,7 +41,7 @@ Interpret = bool | pltpu.InterpretParams
 
 
 def tpu_statistics(logits: jax.Array, rule: Rule, interpret: Interpret) -> Statistics:
-    """Compute what sampling_statistics.row_statistics does; sums in another order differ in their last bits."""
+    """Do sampling_statistics.row_statistics; sums in another order differ in their last bits."""
     block_sums, scalars = _call(logits, None, rule, interpret)
     max_logit, threshold, full_sum, plogp_sum = (scalars[:, i] for i in range(_SCALARS))
     return Statistics(
@@ -273,7 +273,7 @@ def _take(
 
 
 def _loop_over_blocks(step: Callable[..., Any], carry: Any, first: int, end: int) -> Any:
-    """Run carry = step(block, columns, carry) over blocks `first` to `end`: STRIDE at a time, the last ones singly."""
+    """Run carry = step(block, columns, carry) over blocks `first` to `end`, STRIDE at a time, the rest singly."""
     whole = (end - first) // STRIDE
 
     def several(i, carry):

@@ -2,12 +2,13 @@
 
     grid              (N, E), E = ceil(M / 64)
     logits            64 blocks of 128 tokens: 32 kB, 64 registers for each thread of 4 warps
-    span_sums         reads the logits once: a span's largest logit and, relative to it, its blocks' sums.  Spans are
-                      rescaled to the row's largest logit afterwards, on [N, M] (see sampling_spans.py)
-    tally_thresholds  reads the logits once: for 15 thresholds, the tokens at or above them or their probability
+    span_sums         reads the logits once: a span's largest logit and, relative to it, its blocks' sums.  Spans
+                      are rescaled to the row's largest logit afterwards, on [N, M] (see sampling_spans.py)
+    tally_thresholds  reads the logits once: tokens at or above 15 thresholds, or their probability
 
-A row of 152K tokens is 608 kB, more than a multiprocessor's registers, and 256 rows are three times the L2 cache.
-So a search cannot pass over fast memory; it takes 4 bits of its answer from each of 8 passes instead of one.
+A row of 152K tokens is 608 kB, more than a multiprocessor's registers, and 256 rows are three times the L2
+cache.  So a search cannot pass over fast memory; it takes 4 bits of its answer from each of 8 passes instead
+of one.
 
 N rows   V vocabulary, whole blocks   M blocks of 128 tokens   E spans   X candidate thresholds
 """

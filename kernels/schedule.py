@@ -1,4 +1,4 @@
-"""Schedule of decode attention: which row reads which prompt's keys, computed once while rows keep their prompts.
+"""Schedule of decode attention: which row reads which prompt, computed once while rows keep their prompts.
 
 Rows of one prompt are put side by side in tiles, so that a tile reads its prompt's keys once for all of them.
 
@@ -45,14 +45,15 @@ def make_schedule(
 ) -> Schedule:
     """Make the schedule, which stays valid until a row gets another prompt.
 
-    samples: promises that row n reads prompt n // samples.  rows: R, for tests.  Raises ValueError if the number of
-    rows is not samples times the number of prompts.
+    samples: promises that row n reads prompt n // samples.  rows: R, for tests.  Raises ValueError if the
+    number of rows is not samples times the number of prompts.
     """
     n, prompts = prompt_of.shape[0], lengths.shape[0]
     prompt_of, lengths = prompt_of.astype(jnp.int32), lengths.astype(jnp.int32)
     if samples is None:
         size = rows or ROWS
-        # Each class of rows (a prompt's, or the idle ones) fills its tiles except for at most size - 1 places.
+        # Each class of rows (a prompt's, or the idle ones) fills its tiles except for at most size - 1
+        # places.
         tiles = min(n, (n + (prompts + 1) * (size - 1)) // size)
     else:
         if n != prompts * samples:

@@ -1,8 +1,9 @@
 """First differing token of each row between two rollouts of the same requests, with the margin of its draw.
 
-With the same keys and weights, rollouts in other slots, segments or meshes differ only where the last bits of the
-logits change which token is drawn.  `find_first_differences` finds each row's first such token and its margin: how close
-the draw was to another token.  A small margin means rounding; a large one means that something else differs.
+With the same keys and weights, rollouts in other slots, segments or meshes differ only where the last bits of
+the logits change which token is drawn.  `find_first_differences` finds each row's first such token and its
+margin: how close the draw was to another token.  A small margin means rounding; a large one means that
+something else differs.
 
 N rows   P prompt tokens   T response tokens   V vocabulary
 """
@@ -33,8 +34,8 @@ class Difference:
     index: int  # in the response
     tokens: tuple[int, int]  # -1: the row had ended
     logprobs: tuple[float, float]
-    # Sampled from logits: a share of probability, see `kernels.sampling.sampling_margin`.  Sampled by the fused head:
-    # the difference of the two largest z / T + Gumbel noise, in nats.
+    # Sampled from logits: a share of probability, see `kernels.sampling.sampling_margin`.  Sampled by the
+    # fused head: the difference of the two largest z / T + Gumbel noise, in nats.
     margin: float
 
 
@@ -53,8 +54,8 @@ def find_first_differences(
 ) -> list[Difference]:
     """List the rows of `a` and `b` that differ, by row; the other arguments are those of `engine.generate`.
 
-    fused: they were sampled by the fused head (`head_sampling.should_fuse_head`).  Margins are computed from the
-    common prefix, in f32 and one row at a time, which every batch shard of the layout repeats.
+    fused: they were sampled by the fused head (`head_sampling.should_fuse_head`).  Margins are computed from
+    the common prefix, in f32 and one row at a time, which every batch shard of the layout repeats.
     """
     a, b = (jax.device_get(x) for x in (a, b))
     tokens = [np.where(x.mask, x.tokens, -1) for x in (a, b)]  # i32[N, T] each

@@ -1,24 +1,26 @@
 """Sample G responses to each prompt with continuous batching: token ids in, a `Rollout` of arrays out.
 
-1. The weights are cast once (`copy_rollout_weights`) and resharded for decoding: all-gathered from the mesh axis
-   that shards them in training, where the memory allows it.
-2. Each prompt is prefilled once, in chunks of similar length (rollout_plan.py), and its G samples share its keys and
-   values.  Every (prompt, sample) is a request; its first token is drawn from its prompt's last hidden state.
-3. Requests are decoded in slots: `max_rows` of them, as many as `memory_gib` has room for, or one per request.  A
-   slot whose request has finished takes the next one without a prefill (slots.py), so a long response holds up
-   nobody.
-4. Decoding runs in jitted segments of at most `spec.segment` tokens with donated state.  After each one the host
-   reads one small array and refills idle slots, compacts the last live slots into half as many, or stops.
+1. The weights are cast once (`copy_rollout_weights`) and resharded for decoding: all-gathered from the mesh
+   axis that shards them in training, where the memory allows it.
+2. Each prompt is prefilled once, in chunks of similar length (rollout_plan.py), and its G samples share its
+   keys and values.  Every (prompt, sample) is a request; its first token is drawn from its prompt's last
+   hidden state.
+3. Requests are decoded in slots: `max_rows` of them, as many as `memory_gib` has room for, or one per
+   request.  A slot whose request has finished takes the next one without a prefill (slots.py), so a long
+   response holds up nobody.
+4. Decoding runs in jitted segments of at most `spec.segment` tokens with donated state.  After each one the
+   host reads one small array and refills idle slots, compacts the last live slots into half as many, or
+   stops.
 
-Compilation: shapes are rounded up so that few programs are compiled.  Prompts are padded to a multiple of 32 tokens
-and their number to three significant bits (1 to 8, 10, 12, 14, 16, 20, ...) times the layout's batch shards.  Plain
-XLA reads the whole suffix cache, so its cache grows with the longest response, in sizes that are rounded the same
-way; Pallas kernels read only what they need, so their cache has all columns from the start and one program decodes.
-Padding prompts request nothing and are cropped.
+Compilation: shapes are rounded up so that few programs are compiled.  Prompts are padded to a multiple of 32
+tokens and their number to three significant bits (1 to 8, 10, 12, 14, 16, 20, ...) times the layout's batch
+shards.  Plain XLA reads the whole suffix cache, so its cache grows with the longest response, in sizes that
+are rounded the same way; Pallas kernels read only what they need, so their cache has all columns from the
+start and one program decodes.  Padding prompts request nothing and are cropped.
 
-Results: an EOS that was sampled is inside the mask and nothing follows it; truncated rows have no EOS.  A row's
-random bits depend on the key, its prompt's position in the data order, its sample index and the token's index alone:
-not on its slot, nor on when the slot took it.
+Results: an EOS that was sampled is inside the mask and nothing follows it; truncated rows have no EOS.  A
+row's random bits depend on the key, its prompt's position in the data order, its sample index and the token's
+index alone: not on its slot, nor on when the slot took it.
 
 B prompts   G samples per prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens
 Z batch shards   U slots per shard   W columns of the suffix cache
@@ -71,22 +73,22 @@ def generate(
 ) -> Rollout:
     """Sample spec.group_size responses to each prompt -> Rollout of N = B * G rows, T = spec.max_new_tokens.
 
-    params: as trained, or already through `copy_rollout_weights` (then nothing is cast again).  On a mesh, prompts,
-      positions, key and limits are the same on every host, and so is the Rollout: NumPy arrays.
-    positions: each prompt's position in the data order; with `key` (of this step's rollout stream) they decide the
-      random bits.
+    params: as trained, or already through `copy_rollout_weights` (then nothing is cast again).  On a mesh,
+      prompts, positions, key and limits are the same on every host, and so is the Rollout: NumPy arrays.
+    positions: each prompt's position in the data order; with `key` (of this step's rollout stream) they
+      decide the random bits.
     limits: most tokens of each row, [N], from 1 to T; None: T for all.
     max_rows: slots on all shards together, which are the rows decoded at a time.
     memory_gib: GiB of one device that weights, caches and slots may take; as many slots are opened as fit.
     weight_placement: gathered, sharded or auto: see `rollout_plan.should_gather`.
     on_groups: receives each prompt's rows on the host, once, while other prompts are still decoded.
-    between_segments: called on the host before the prefill and before each decode segment, equally often on every
-      host.  An exception that it raises ends the rollout and reaches the caller.
+    between_segments: called on the host before the prefill and before each decode segment, equally often on
+      every host.  An exception that it raises ends the rollout and reaches the caller.
     report: receives `rollout/*` metrics at the end: slot use and load balance over the batch shards.
     implementation: of the kernels (kernels/platform.py); None: `choose_kernels`.
 
-    Raises ValueError for prompts that are missing, empty or outside the vocabulary and for memory in which no slot
-    fits, and FloatingPointError when a live row's logits are not finite.
+    Raises ValueError for prompts that are missing, empty or outside the vocabulary and for memory in which no
+    slot fits, and FloatingPointError when a live row's logits are not finite.
     """
     num_rows = len(prompts) * spec.group_size
     row_limits = np.full(num_rows, spec.max_new_tokens) if limits is None else np.asarray(limits)
@@ -122,7 +124,7 @@ def generate(
 
 
 def choose_kernels(config: ModelConfig, layout: Layout) -> str:
-    """Choose the kernels of the layout's devices if they support the model's head_dim, otherwise plain XLA."""
+    """Choose the kernels of the layout's devices if they support the head_dim, otherwise plain XLA."""
     native = platform.default_implementation(layout.platform)
     return native if supports_head_dim(native, config.head_dim) else "xla"
 
@@ -133,11 +135,11 @@ def choose_kernels(config: ModelConfig, layout: Layout) -> str:
 def copy_rollout_weights(
     params: Params, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
 ) -> Params:
-    """Make the copy of the weights that a step's rollout reads: matrices in `dtype`, norms as they are, layers split.
+    """Copy the weights for a step's rollout: matrices in `dtype`, norms as they are, layers split.
 
     On a mesh they are all-gathered here once if `gathered`, and not at every token: laid out by
-    `layout.for_rollout()`.  On one device, arrays that are right already are passed through without a copy: do not
-    donate them while the result is in use.
+    `layout.for_rollout()`.  On one device, arrays that are right already are passed through without a copy:
+    do not donate them while the result is in use.
     """
     if isinstance(params["layers"], tuple):
         return params
@@ -150,7 +152,7 @@ def copy_rollout_weights(
 def reshard_weights(
     params: Params, *, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
 ) -> Params:
-    """Do `copy_rollout_weights` on a mesh, as one program: weights are cast first, which halves what is sent."""
+    """Do `copy_rollout_weights` on a mesh, in one program that casts first, which halves what is sent."""
     target = layout.for_rollout() if gathered else layout
     specs = transformer.param_specs(config)
     weights = jax.lax.with_sharding_constraint(_cast(params, config, dtype), make_shardings(target, specs))
@@ -161,7 +163,7 @@ def reshard_weights(
 
 
 def make_layer_shardings(layout: Layout, specs: Params) -> Params:
-    """Make the shardings of a stack of layers: as declared, with a projection's heads as one axis (`PROJECTIONS`)."""
+    """Make a stack of layers' shardings: as declared, a projection's heads as one axis (`PROJECTIONS`)."""
 
     def make_sharding(name, declared):
         spec = layout.spec(declared.axes, declared.shape)
@@ -199,10 +201,10 @@ def _should_gather(
 def decode_completions(
     rollout: Rollout, decode: Callable[[Sequence[int]], str], eos_ids: Sequence[int]
 ) -> list[Completion]:
-    """Decode each row to text.  The EOS is dropped where one was sampled; a truncated row keeps its last token.
+    """Decode each row to text without its EOS, if one was sampled; a truncated row keeps its last token.
 
-    `Completion.tokens` counts sampled tokens, the EOS included.  Raises ValueError when a finished row ends with no
-    id of eos_ids: the rollout was sampled with others.
+    `Completion.tokens` counts sampled tokens, the EOS included.  Raises ValueError when a finished row ends
+    with no id of eos_ids: the rollout was sampled with others.
     """
     tokens, mask, finished = (np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.finished))
     completions = []
@@ -210,8 +212,8 @@ def decode_completions(
         ids = tokens[n][mask[n]].tolist()
         if finished[n] and ids[-1] not in eos_ids:
             raise ValueError(
-                f"row {n} finished with token {ids[-1]}, which is none of the EOS ids {eos_ids}: pass the ids that "
-                "the rollout was sampled with"
+                f"row {n} finished with token {ids[-1]}, which is none of the EOS ids {eos_ids}: pass the "
+                "ids that the rollout was sampled with"
             )
         text = decode(ids[:-1] if finished[n] else ids)
         completions.append(Completion(text=text, truncated=not finished[n], tokens=len(ids)))
@@ -259,10 +261,10 @@ def count_slots(
 
 
 def count_cache_columns(static: RolloutStatic, waiting: bool) -> int:
-    """Count the columns that the suffix cache may need: one per response token but the last, which is never fed.
+    """Count the columns that the suffix cache may need: one per response token but the last, never fed.
 
-    waiting: requests wait for slots.  Then slots of all ages share one write column, which moves to the right until
-    the cache is shifted back; a quarter more columns make shifts rare.
+    waiting: requests wait for slots.  Then slots of all ages share one write column, which moves to the right
+    until the cache is shifted back; a quarter more columns make shifts rare.
     """
     columns = max(static.spec.max_new_tokens - 1, 1)
     if waiting:
@@ -360,7 +362,7 @@ def _decode(
 
 
 def _load_metrics(requests: Requests, steps: int, slot_steps: int) -> Metrics:
-    """Measure load balance: the share of slot steps that gave a token, and the busiest shard over the mean."""
+    """Measure load balance: the share of slot steps that gave a token; the busiest shard over the mean."""
     num_tokens = hosts.fetch_arrays(requests.num_tokens)  # i32[Z, Q]
     by_shard = num_tokens.sum(axis=1, dtype=np.float64)  # f64[Z], first tokens included
     decoded = by_shard.sum() - (num_tokens > 0).sum()  # the prefill gave the first tokens
@@ -395,7 +397,8 @@ class _GroupWatch:
 def _fetch_rows(requests: Requests, rows: np.ndarray | slice, spec: SamplingSpec) -> Rollout:
     """Fetch some rows to the host.
 
-    All rows are fetched and then indexed: they are small, and a program for each choice of rows would be compiled.
+    All rows are fetched and then indexed: they are small, and a program for each choice of rows would be
+    compiled.
     """
     arrays = (requests.tokens, requests.logprobs, requests.num_tokens, requests.finished)
     fetched = hosts.fetch_arrays(arrays)

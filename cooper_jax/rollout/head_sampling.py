@@ -3,8 +3,8 @@
     xla kernels, or top-k, top-p or min-p is on         logits [N, V], then `sampling_spec.sample_tokens`
     TPU and GPU kernels, temperature alone or greedy    `kernels.head`: logits are never written
 
-On a mesh, rows are sampled on the shard that decodes them; a vocabulary that is sharded over a mesh axis is reduced
-by small collectives.
+On a mesh, rows are sampled on the shard that decodes them; a vocabulary that is sharded over a mesh axis is
+reduced by small collectives.
 
 N rows   D width   V vocabulary
 """

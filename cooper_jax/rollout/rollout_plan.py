@@ -1,7 +1,8 @@
 """Sizes of a rollout: few of them, so that few programs are compiled, and such that they fit into memory.
 
-1. Prompts are grouped into prefill chunks of one width and at most `PREFILL_TOKENS` tokens per shard (`make_chunks`).
-2. `plan_memory` counts the bytes that a device holds; `Memory.slots` is how many slots a budget has room for.
+1. Prompts are grouped into prefill chunks of one width and at most `PREFILL_TOKENS` tokens per shard
+(`make_chunks`).  2. `plan_memory` counts the bytes that a device holds; `Memory.slots` is how many slots a
+budget has room for.
 
 Z batch shards   B prompts   G samples per prompt   P prompt tokens   W columns of the suffix cache
 """
@@ -45,7 +46,7 @@ def column_multiple(kv_format: Format) -> int:
 
 
 def prompt_width(longest: int, multiple: int = 1) -> int:
-    """Return the padded length of prompts: a bucket of multiples of 32, or of `multiple` where that is more."""
+    """Return the padded length of prompts: a bucket of multiples of 32, or of `multiple` if that is more."""
     multiple = max(PROMPT_MULTIPLE, multiple)
     return round_to_bucket(-(-longest // multiple)) * multiple
 
@@ -64,7 +65,8 @@ def make_chunks(
 ) -> Iterator[Chunk]:
     """Group all prompts into chunks by length: chunk widths double from 32 tokens on, up to `width`.
 
-    Prompt i lies on shard i // prompts_per_shard.  A shard with fewer prompts in a chunk than another is padded.
+    Prompt i lies on shard i // prompts_per_shard.  A shard with fewer prompts in a chunk than another is
+    padded.
     """
     by_width: dict[int, list[list[int]]] = {}  # width -> for each shard, the indices of its prompts
     for i, prompt in enumerate(prompts):
@@ -103,7 +105,8 @@ def _fill_chunk(
 class Memory:
     """Bytes on one device while a rollout decodes, with the peak of its programs' temporaries.
 
-    Caches count as they are laid out on a device: not divided by `tensor` where it does not divide their heads.
+    Caches count as they are laid out on a device: not divided by `tensor` where it does not divide their
+    heads.
     """
 
     weights: int  # the rollout's own copy
@@ -115,7 +118,7 @@ class Memory:
         return self.weights + self.prompts + self.requests + slots * self.slot
 
     def slots(self, budget: int) -> int:
-        """Count the slots that `budget` bytes have room for.  Raises ValueError, with both numbers, if that is 0."""
+        """Count the slots that `budget` bytes have room for.  Raises ValueError if that is 0."""
         room = (budget - self.total(0)) // self.slot
         if room < 1:
             raise ValueError(

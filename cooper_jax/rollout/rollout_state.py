@@ -1,17 +1,18 @@
 """Arrays of a rollout in flight: prefilled prompts, requests, and the slots that decode them.
 
-A request is one sample of one prompt.  A slot is one row of the decode batch: it works on one request at a time and
-takes the next one of its shard's queue when that request has finished (continuous batching).
+A request is one sample of one prompt.  A slot is one row of the decode batch: it works on one request at a
+time and takes the next one of its shard's queue when that request has finished (continuous batching).
 
-All slots write the same column of the suffix cache in one step, whatever the length of their responses, so a write
-is one slice that is updated in place.  A slot's own keys are the `generated` columns before that column.
+All slots write the same column of the suffix cache in one step, whatever the length of their responses, so a
+write is one slice that is updated in place.  A slot's own keys are the `generated` columns before that
+column.
 
 Prompt keys that a slot reads (`Slots.samples`, static under jit):
 
     G      one slot per request, in the requests' order: a prompt's samples share its keys and values
     None   any order, through the index `Slots.prompt_of`: for Pallas kernels, which read through it
-    1      any order, each slot with a copy of its prompt's keys and values: for plain XLA, which would otherwise
-           gather them at every token
+    1      any order, each slot with a copy of its prompt's keys and values: for plain XLA, which would
+           otherwise gather them at every token
 
 Z batch shards   B prompts   G samples per prompt   Q requests per shard (Z * Q = B * G, prompt-major)
 U slots per shard   P prompt tokens   T response tokens   W columns of the suffix cache   D width
@@ -51,7 +52,7 @@ class RolloutStatic:
 
     @property
     def pallas(self) -> bool:
-        """True if decode attention is a Pallas kernel, which reads only what it needs of caches in any order."""
+        """True if decode attention is a Pallas kernel, which reads only what it needs of the caches."""
         return platform.is_pallas(self.implementation)
 
     @property
@@ -100,7 +101,7 @@ class Slots:
 
 
 class Status(NamedTuple):
-    """Progress as the host reads it after each program: of every number, the largest over the batch shards."""
+    """Progress as the host reads it after each segment: every number is the largest over the batch shards."""
 
     failed: int  # 1: the logits of a live row were not finite
     live: int  # slots with a request
@@ -137,8 +138,8 @@ def find_unfinished(
 ) -> jax.Array:
     """Mark requests that wait or are being decoded: bool[Z, Q].
 
-    Takes fields of `Slots` and `Requests` and not the whole of them, so that it is not compiled anew for each size
-    of the cache.
+    Takes fields of `Slots` and `Requests` and not the whole of them, so that it is not compiled anew for each
+    size of the cache.
     """
     position = jnp.argsort(queue, axis=1)  # i32[Z, Q]: each request's position in the queue
     waiting = (position >= started[:, None]) & (position < queue_length[:, None])

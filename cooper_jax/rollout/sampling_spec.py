@@ -1,12 +1,13 @@
 """Sampling settings, the random bits of each token, and the draw from logits.
 
-1. `make_row_keys` gives every (prompt, sample) a key, from the prompt's position in the data order and the sample's
-   index.
+1. `make_row_keys` gives every (prompt, sample) a key, from the prompt's position in the data order and the
+   sample's index.
 2. `draw_uniforms` folds in the token's position in the response.
-3. `sample_tokens` passes logits and uniforms to the kernel; kernels that make their own noise take `make_key_words`.
+3. `sample_tokens` passes logits and uniforms to the kernel; kernels that make their own noise take
+   `make_key_words`.
 
-So a token's random bits depend on (seed, step, prompt, sample, position) alone, with seed and step already in the
-caller's key: not on the batch that the row runs in, its padding, or the number of devices.
+So a token's random bits depend on (seed, step, prompt, sample, position) alone, with seed and step already in
+the caller's key: not on the batch that the row runs in, its padding, or the number of devices.
 
 B prompts   G samples per prompt   N = B * G rows, prompt-major   V vocabulary
 """
@@ -115,9 +116,9 @@ def sample_tokens(
 ) -> kernel.SampledTokens:
     """Sample one token per row, with its log-probabilities.
 
-    Filters apply in this order: temperature, top-k, top-p on the renormalised rest, min-p.  Rows whose logits are not
-    finite give token 0 and log-probability NaN; see `kernels.sampling` for ties and exactness, and for the last three
-    arguments.
+    Filters apply in this order: temperature, top-k, top-p on the renormalised rest, min-p.  Rows whose logits
+    are not finite give token 0 and log-probability NaN; see `kernels.sampling` for ties and exactness, and
+    for the last three arguments.
     """
     return kernel.sample_logits(
         logits,

@@ -3,12 +3,13 @@
     make_prompt_cache -> prefill_chunk, ... -> sample_first_tokens -> Requests
     open_slots -> Slots -> decode_segment, decode_segment, ...
 
-1. `prefill_chunk` runs each prompt once; a prompt's samples share its keys and values.  `sample_first_tokens` draws
-   every request's first token from its prompt's last hidden state.
+1. `prefill_chunk` runs each prompt once; a prompt's samples share its keys and values.  `sample_first_tokens`
+   draws every request's first token from its prompt's last hidden state.
 2. `decode_segment` decodes some tokens in every slot.
-3. `refill_slots` gives idle slots the next requests of their shard's queue by changing an index: the prompts' keys
-   are there already, so nothing is prefilled.
-4. `compact_slots` moves the last live slots into a smaller batch; `resize_cache` changes the number of columns.
+3. `refill_slots` gives idle slots the next requests of their shard's queue by changing an index: the prompts'
+   keys are there already, so nothing is prefilled.
+4. `compact_slots` moves the last live slots into a smaller batch; `resize_cache` changes the number of
+   columns.
 
 The arrays are described in rollout_state.py.  Padding and idle slots are masked, so every shape is static.
 
@@ -77,7 +78,7 @@ def prefill_chunk(
     rows = jnp.maximum(source, 0).reshape(static.shards, -1)  # i32[Z, B / Z]
 
     def write(cached, fresh):
-        """Leaves with the prompts on axis 1; tokens, padded to the cache's width, on axis 3 of keys and values."""
+        """Write leaves with prompts on axis 1, and on axis 3 tokens, padded to the cache's width."""
         fresh = _take_rows(fresh, rows)
         missing = [size - have for size, have in zip(cached.shape, fresh.shape, strict=True)]
         fresh = jnp.pad(fresh, [(0, missing[axis] if axis == 3 else 0) for axis in range(fresh.ndim)])
@@ -205,7 +206,8 @@ def decode_segment(
 ) -> tuple[Slots, Requests, jax.Array]:
     """Decode up to `steps` tokens in every slot -> (Slots, Requests, packed Status).
 
-    Ends early when no slot is live, and when `refill_at` slots of a shard are idle while requests wait for them.
+    Ends early when no slot is live, and when `refill_at` slots of a shard are idle while requests wait for
+    them.
     """
     requests_per_shard = requests.num_tokens.shape[1]
 
@@ -364,7 +366,8 @@ def _start_requests(slots: Slots, requests: Requests, prompts: PromptCache, stat
     requests_per_shard = requests.num_tokens.shape[1]
     is_idle = slots.request >= requests_per_shard
 
-    # The first idle slot of a shard takes the request at `started` in the queue, the second the one behind it.
+    # The first idle slot of a shard takes the request at `started` in the queue, the second the one behind
+    # it.
     position = slots.started[:, None] + jnp.cumsum(is_idle, axis=1, dtype=jnp.int32) - 1
     starts = is_idle & (position < requests.queue_length[:, None])
     request = _take(requests.queue, jnp.minimum(position, requests_per_shard - 1))
@@ -415,7 +418,7 @@ def _is_eos(token: jax.Array, spec: SamplingSpec) -> jax.Array:
 
 
 def _constrain(state: State, layout: Layout) -> State:
-    """Constrain the sharding of every array, so that each program finds its input where the last one left it."""
+    """Constrain every array's sharding, so that a program finds its input where the last one left it."""
 
     def constrain(x):
         if isinstance(x, KV):
