@@ -2,8 +2,8 @@
 
 `implementation` is chosen when the function is traced, by `jax.default_backend()` unless it is given:
 
-    xla                any platform: blocks of queries, each against the keys up to its own end and recomputed in
-                       the backward pass; saves nearly half of the [S, S] scores and half the memory
+    xla                any platform: blocks of queries, each against the keys up to its own end and recomputed
+                       in the backward pass; saves nearly half of the [S, S] scores and half the memory
     cudnn              GPU, float16 and bfloat16, head_dim a multiple of 8 up to 128: flash attention
     splash             TPU: jax's own Pallas flash kernel, with grouped queries
     splash_interpret   the same, interpreted: for tests on the CPU

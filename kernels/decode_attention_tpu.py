@@ -467,7 +467,7 @@ def _iota(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _fit_lanes(x: jax.Array, width: int) -> jax.Array:
-    """Repeat x [.., 128], whose lanes are equal, so that it broadcasts with [.., width], without a shuffle."""
+    """Repeat x [.., 128], whose lanes are equal, to broadcast with [.., width], without a shuffle."""
     if width % LANES:
         return x[..., :1]
     return jnp.concatenate([x] * (width // LANES), axis=-1)

@@ -1,7 +1,7 @@
 """Output head fused with sampling or scoring: the vocabulary streams past the rows, logits are never written.
 
     head_sample      hidden, head, key words -> a token per row, its log-probability, the entropy
-    head_logprobs    hidden, head, targets   -> log-probabilities of given tokens, with a gradient, and the entropy
+    head_logprobs    hidden, head, targets   -> log-probabilities of the targets, with a gradient; the entropy
 
 1. A backend of `stream_head` passes over the head in pieces: `xla` here (chunks of the vocabulary, any
    platform), `head_tpu` (Mosaic), `head_triton` (CUDA GPUs).  Each keeps `online.Accumulators`, and no

@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 
 class KV(NamedTuple):
-    """Keys and values.  Leaves share leading axes: [L, N, K, W] in a cache, [N, K] or [N, W, K] for new ones."""
+    """Keys and values; leading axes [L, N, K, W] in a cache, [N, K] or [N, W, K] for new ones."""
 
     data: tuple[jax.Array, ...]  # (k, v) [.., h] each, or (kv,) [.., 2 h]
     scales: tuple[jax.Array, ...]  # () or, in int8, f32[..] of k and of v

@@ -261,8 +261,8 @@ def _pad_to_blocks(logits: jax.Array, axis_name: str | None) -> jax.Array:
 
     if shards * more > columns:
         raise ValueError(
-            f"a vocabulary of {columns * shards} columns is too small for {shards} shards: pad the head's rows "
-            f"to a multiple of {shards * BLOCK}"
+            f"a vocabulary of {columns * shards} columns is too small for {shards} shards: pad the head's "
+            f"rows to a multiple of {shards * BLOCK}"
         )
     shard = jax.lax.axis_index(axis_name)
     to_shard_before = [(i + 1, i) for i in range(shards - 1)]

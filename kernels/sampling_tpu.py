@@ -273,7 +273,7 @@ def _take(
 
 
 def _loop_over_blocks(step: Callable[..., Any], carry: Any, first: int, end: int) -> Any:
-    """Run carry = step(block, columns, carry) over blocks `first` to `end`, STRIDE at a time, the rest singly."""
+    """Run carry = step(block, columns, carry) over blocks `first` to `end`, STRIDE at a time, then singly."""
     whole = (end - first) // STRIDE
 
     def several(i, carry):

@@ -2,8 +2,8 @@
 
     grid              (N, E), E = ceil(M / 64)
     logits            64 blocks of 128 tokens: 32 kB, 64 registers for each thread of 4 warps
-    span_sums         reads the logits once: a span's largest logit and, relative to it, its blocks' sums.  Spans
-                      are rescaled to the row's largest logit afterwards, on [N, M] (see sampling_spans.py)
+    span_sums         reads the logits once: a span's largest logit and, relative to it, its blocks' sums.
+                      Spans are rescaled to the row's largest logit afterwards, on [N, M] (see sampling_spans.py)
     tally_thresholds  reads the logits once: tokens at or above 15 thresholds, or their probability
 
 A row of 152K tokens is 608 kB, more than a multiprocessor's registers, and 256 rows are three times the L2

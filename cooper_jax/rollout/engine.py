@@ -315,8 +315,8 @@ def _decode(
     while True:
         if status.failed:
             raise FloatingPointError(
-                "the policy's logits are not finite: there is nothing to sample from; the weights hold NaN or "
-                "overflow in " + static.spec.dtype
+                "the policy's logits are not finite: there is nothing to sample from; the weights hold NaN "
+                "or overflow in " + static.spec.dtype
             )
         if watch is not None:
             watch.report_finished(slots, requests)
