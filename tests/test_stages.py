@@ -29,7 +29,7 @@ from cooper_jax.runtime import device_layouts, keys, run_directory
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.settings.setup_errors import SetupError
-from cooper_jax.trainer import grading, policy_stages, reward_stages
+from cooper_jax.trainer import grading, policy_stages, reward_stages, setup
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.resume import save_checkpoint, start_or_resume
 from cooper_jax.trainer.rewards import REWARDS, compute_rewards, name_rewards
@@ -125,19 +125,17 @@ def test_an_answer_of_hundreds_of_digits_costs_its_own_pair_alone(build):
             return [Verdict.CORRECT for _ in items]
 
     changes = {"pairs.negatives": ("own_answer",), "pairs.per_prompt": 1, "reward.recipe": ""}
-    with build(**changes) as (cooper, state):
-        cooper = dataclasses.replace(cooper, rule=BesideItself(), assistant=None)
-        problems, long = list(cooper.train[:B]), "9" * 400
-        rows = [p for p in problems for _ in range(G)]
+    with build(**changes) as (components, state):
+        components = dataclasses.replace(components, rule=BesideItself(), assistant=None)
+        batch, long = policy_stages.take_problems(components, first=0), "9" * 400
         texts = [Completion(f"it is {t} #### {t}") for t in (long, "8", "7", "6", long, long)]
-        scores = stages.score(cooper, state, rows, texts)
-        assert np.isfinite(scores).all()
+        assert np.isfinite(score(components, state.reward, batch.row_problems, texts)).all()
         wrong = [Verdict.WRONG] * (B * G)
         ranked = np.array([0.9, 0.1, 0.2, 0.1, 0.9, 0.8], np.float32)
-        made = stages.propose_pairs(cooper, problems, texts, wrong, range(B), 1, ranked).result()
+        made = reward_stages.propose_pairs(components, batch, texts, wrong, ranked, 1).result()
         assert made.refused == {"too_long": 2}
         assert [p and p.positive_reference for p in made.pairs] == [None, "7", None]
-        _, metrics = stages.update_reward_model(cooper, state, made.pairs)
+        _, metrics = reward_stages.update_reward_model(components, state.reward, made.pairs)
         assert metrics["rm/valid"] == 1
 
 
@@ -147,8 +145,8 @@ def test_the_periodic_evaluation_samples_a_sorted_file(build, tmp_path):
     (tmp_path / "eval.jsonl").write_text("\n".join(lines))
     files = {f"data.{name}": str(tmp_path / f"{name}.jsonl") for name in ("train", "eval")}
     changes = {"data.format": "auto", "eval.problems": 5, "reward.arm": "rule", "pairs.negatives": ("swap",)}
-    with build(**files, **changes, **{"data.max_prompt_tokens": 64}) as (cooper, _):
-        assert [p.reference for p in cooper.held_out] == ["1", "2", "7", "11", "18"]
+    with build(**files, **changes, **{"data.max_prompt_tokens": 64}) as (components, _):
+        assert [p.reference for p in components.held_out] == ["1", "2", "7", "11", "18"]
 
 
 def test_a_reward_input_without_room_for_a_response_is_a_setup_error(build):
@@ -239,16 +237,18 @@ def test_several_updates_a_step(build):
 def test_a_step_at_another_temperature_uses_it_in_sampling_scoring_and_updating(build, monkeypatch):
     """All see softmax(logits / 0.5): computed here from the whole logits of made-up responses."""
     temperature, requests = 0.5, record_requests(monkeypatch)
-    with build(**{"rollout.temperature": temperature}) as (cooper, state):
+    with build(**{"rollout.temperature": temperature}) as (components, state):
         state = state.replace(reference=state.policy.params)
-        prompts = cooper.train_prompts[:B]
-        rollout, _ = stages.sample(cooper, state, prompts, range(B))
+        problems = policy_stages.take_problems(components, first=0)
+        rollout = sample(components, state, problems)
         assert requests[0].spec.temperature == temperature
-        batch = stages.logprobs(cooper, state, prompts, rollout)
+        batch = policy_stages.compute_logprobs(components, state, problems.prompt_tokens, rollout)
 
         # The distribution over the next token at every column but the last.
-        params, model = state.policy.params, cooper.policy.model.config
-        hidden = transformer.hidden_states(params, model, batch.tokens, batch.valid, dtype=jnp.float32)
+        params, model = state.policy.params, components.policy.model.config
+        hidden = transformer.hidden_states(
+            params, model, batch.tokens, batch.valid, dtype=jnp.float32, layout=components.layout
+        )
         logits = transformer.compute_logits(params, model, hidden)[:, :-1, : model.vocab_size]
         tokens, width = np.asarray(batch.tokens)[:, 1:, None], batch.response_mask.shape[1]
 
@@ -262,11 +262,12 @@ def test_a_step_at_another_temperature_uses_it_in_sampling_scoring_and_updating(
 
         # The update's own log-probabilities, too, are those of a sampler and of a reference at 0.5.
         batch = batch.replace(rollout_logprobs=jnp.asarray(expected(temperature)))
-        _, metrics = stages.update_policy(cooper, state, batch, np.array([1, -1] * B, np.float32), 1)
+        advantages = np.array([1, -1] * B, np.float32)
+        _, metrics = policy_stages.update_policy(components, state.policy, batch, advantages, 1)
         assert metrics["policy/rollout_mismatch"] < 1e-5 and abs(metrics["policy/kl"]) < 1e-5
 
 
-def without_models(cooper, noted=None):
+def without_models(components, noted=None):
     """The same step with no model in it: rewards that count up; minibatches are noted by their advantages.
 
     noted: the list to which each minibatch's advantages are added.
@@ -286,24 +287,28 @@ def without_models(cooper, noted=None):
     def update_reward(state, *_):
         return state, {"lr": jnp.zeros(()), "skipped": jnp.zeros(())}
 
-    policy = dataclasses.replace(cooper.policy, update=update, logprobs=logprobs, reference_logprobs=logprobs)
-    reward = dataclasses.replace(cooper.reward, score=score, update=update_reward)
-    return dataclasses.replace(cooper, policy=policy, reward=reward, rule=AlwaysRight(), assistant=Rewrites())
+    policy = dataclasses.replace(
+        components.policy, update=update, logprobs=logprobs, reference_logprobs=logprobs
+    )
+    reward = dataclasses.replace(components.reward, score=score, update=update_reward)
+    return dataclasses.replace(
+        components, policy=policy, reward=reward, rule=AlwaysRight(), assistant=Rewrites()
+    )
 
 
 def test_the_data_order_follows_from_the_seed(build, monkeypatch):
     """Three steps of three problems of eight: the first epoch in the order of seed 7, and into the second."""
     requests = record_requests(monkeypatch)
-    with build(**{"seed": 7, "reward.arm": "model"}) as (cooper, state):
+    with build(**{"seed": 7, "reward.arm": "model"}) as (components, state):
         state, visited = state.replace(reference=state.policy.params), []
         for _ in range(3):
-            state, _, seen = trainer.cooper_step(without_models(cooper), state, PhaseTimer())
+            state, _, seen = cooper_step(without_models(components), state, PhaseTimer())
             visited += seen.problems
 
     def order(seed):
         return [problem_sets.problem_at(place, 8, seed) for place in range(9)]
 
-    assert visited == [cooper.train[i] for i in order(7)] and order(7) != order(0)
+    assert visited == [components.train[i] for i in order(7)] and order(7) != order(0)
     assert [list(request.positions) for request in requests] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
@@ -311,12 +316,12 @@ def test_every_step_cuts_its_minibatches_by_a_permutation_of_its_own(build, monk
     """Six responses to one prompt, known by their advantages, in three minibatches of two."""
     record_requests(monkeypatch)
     shape = {"data.prompts_per_step": 1, "rollout.group_size": 6, "policy.minibatches": 3}
-    with build(**{"seed": 7, "reward.arm": "model"} | shape) as (cooper, state):
+    with build(**{"seed": 7, "reward.arm": "model"} | shape) as (components, state):
         noted: list[list[float]] = []
         state, orders = state.replace(reference=state.policy.params), []
         for _ in range(3):
             noted.clear()
-            state, _, seen = trainer.cooper_step(without_models(cooper, noted), state, PhaseTimer())
+            state, _, seen = cooper_step(without_models(components, noted), state, PhaseTimer())
             rows = {float(advantage): row for row, advantage in enumerate(seen.advantages)}
             assert [len(part) for part in noted] == [2, 2, 2] and len(rows) == 6
             orders.append([rows[advantage] for part in noted for advantage in part])
@@ -391,26 +396,23 @@ def test_what_an_evaluation_measures(build, monkeypatch):
 
 def test_every_evaluation_samples_with_the_same_keys_which_no_step_uses(build, monkeypatch):
     requests = record_requests(monkeypatch)
-    with build(**{"seed": 7}) as (cooper, state):
+    with build(**{"seed": 7, "eval.greedy": True}) as (components, state):
+        components = dataclasses.replace(without_models(components), rule=components.rule)
         for step in (0, 1, 5):
-            stages.sample_held_out(cooper, state.replace(step=step, position=step * B), 1.0)
+            evaluate_held_out(components, state.replace(step=step, position=step * B))
     for request in requests:
-        assert same_key(request.key, keys.make_key(7, "evaluation")) and list(request.positions) == [
-            0,
-            1,
-            2,
-            3,
-        ]
-    assert len(requests) == 3
+        assert same_key(request.key, keys.make_key(7, "evaluation"))
+        assert list(request.positions) == [0, 1, 2, 3]
+    assert len(requests) == 6
 
 
 def test_an_evaluation_samples_at_its_own_top_p(build, monkeypatch):
     """At its own number of samples and the temperature that it is given, too; training keeps to its own."""
     requests = record_requests(monkeypatch)
-    with build(**{"eval.top_p": 0.8125, "eval.samples": 5}) as (cooper, state):
-        stages.sample_held_out(cooper, state, 0.75)
-        stages.sample_held_out(cooper, state, 0.0)
-        stages.sample(cooper, state, cooper.train_prompts[:1], range(1))
+    with build(**{"eval.top_p": 0.8125, "eval.samples": 5}) as (components, state):
+        policy_stages.sample_held_out(components, state.policy.params, 0.75)
+        policy_stages.sample_held_out(components, state.policy.params, 0.0)
+        sample(components, state, policy_stages.take_problems(components, first=0))
     asked = [(r.spec.top_p, r.spec.temperature, r.spec.group_size) for r in requests]
     assert asked == [(0.8125, 0.75, 5), (0.8125, 0.0, 1), (1.0, 1.0, G)]
 
@@ -545,9 +547,8 @@ def local_assistant(tmp_path, **changes):
         }
         | changes
     )
-    return local_chat.make_local_generate(
-        cfg, cfg.assistant, "assistant", device_layouts.make_policy_layout(cfg), tmp_path
-    )
+    asked = local_chat.read_chat_config(cfg, "assistant")
+    return local_chat.make_local_generate(cfg, asked, device_layouts.make_policy_layout(cfg), tmp_path)
 
 
 def test_the_local_assistant_answers_each_request_by_itself(tmp_path):
@@ -706,13 +707,13 @@ class Undecided:
 def test_the_warm_start_samples_with_a_key_and_in_an_order_of_its_own(build, tmp_path, monkeypatch):
     """Two updates on three prompts each: which they are, their places in that order, and the key."""
     requests = record_requests(monkeypatch)
-    with build(**{"seed": 7, "reward.warm_start": 2}) as (cooper, state):
-        with begun(without_models(cooper), state, tmp_path):
+    with build(**{"seed": 7, "reward.warm_start": 2}) as (components, state):
+        with begun(without_models(components), state, tmp_path):
             pass
     assert [list(request.positions) for request in requests] == [[0, 1, 2], [3, 4, 5]]
     for request in requests:
         chosen = [problem_sets.problem_at(place, 8, 7, "warm_start") for place in request.positions]
-        assert request.prompts == [cooper.train_prompts[i] for i in chosen]
+        assert request.prompts == [components.train_prompts[i] for i in chosen]
         assert same_key(request.key, keys.make_key(7, "warm_start"))
 
 

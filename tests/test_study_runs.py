@@ -393,9 +393,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from absl import app
-from cooper_jax.study import plan
+from cooper_jax.study import study_plan
 from cooper_jax.launch import study
-plan.TRAIN = Path({stand_in!r})
+study_plan.TRAIN = Path({stand_in!r})
 app.run(study.main, flags_parser=study.parse_flags)
 """
 

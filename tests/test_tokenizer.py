@@ -207,9 +207,9 @@ def test_a_missing_template_engine_is_named(tmp_path):
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['jinja2'] = None\n"
         "from cooper_jax.model import tokenizer\n"
-        "from cooper_jax.settings.setup_errors import SetupError, boundary\n"
+        "from cooper_jax.settings.setup_errors import SetupError, setup_errors\n"
         "try:\n"
-        "    with boundary('policy'):\n"
+        "    with setup_errors('policy'):\n"
         "        tokenizer.load_tokenizer_from(sys.argv[2]).chat([('user', 'x')], fallback=False)\n"
         "except SetupError as error:\n"
         "    print(error)\n"

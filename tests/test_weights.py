@@ -304,7 +304,12 @@ layout = Layout(make_mesh(1, 8, 1), tuple(tuple(r) for r in base.get_config().me
 jax.block_until_ready(jax.device_put(np.zeros(8), layout.replicated))
 if sys.argv[3] == "whole":
     opened = weight_files.open_safetensors
-    weights.sources.open_safetensors = lambda d: weight_files.TensorFiles(opened(d).shapes, opened(d).read, opened(d).where)
+
+    def open_whole(directory):
+        files = opened(directory)
+        return weight_files.TensorFiles(files.shapes, files.read, files.where)
+
+    weight_files.open_safetensors = open_whole
 peak, done, before = 0.0, threading.Event(), anonymous()
 
 def watch():
