@@ -258,7 +258,7 @@ def test_intervals_are_by_problem_and_the_mean_counts_benchmarks_alike():
     expected = statistics.bootstrap_interval(
         lambda w: float((w * right).sum() / w.sum()),
         ["a", "b"],
-        benchmark_summaries.keys.numpy_stream(3, "bootstrap"),
+        benchmark_summaries.keys.make_generator(3, "bootstrap"),
         99,
     )
     assert benchmark_summaries.mean_interval(right, 3, 99) == expected

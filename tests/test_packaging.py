@@ -107,7 +107,7 @@ def test_the_help_lists_every_subcommand(monkeypatch, capsys):
 
 def test_every_script_is_a_subcommand():
     scripts = {file.stem for file in (ROOT / "launch").glob("*.py")}
-    assert scripts - set(cli.COMMANDS) == {"__init__", "cli", "common", "local_hosts"}
+    assert scripts - set(cli.COMMANDS) == {"__init__", "cli", "command_line", "common", "local_hosts"}
 
 
 @pytest.mark.parametrize(
