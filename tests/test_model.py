@@ -442,7 +442,7 @@ def test_sharded_training_and_decoding_equal_unsharded(layout):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), grads_sharded, grads)
 
     prompts, suffix, lengths = tokens[:4, :5], tokens[:, 5:8], jnp.array([5, 2, 3, 1])
-    alone = decode(params, c, prompts, lengths, suffix, 2)
+    alone = decode(params, c, prompts, lengths, suffix, 2, one_device())
     together = decode(spread, c, prompts, lengths, suffix, 2, layout)
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5)
