@@ -53,7 +53,7 @@ def test_every_field_is_documented_once_with_its_comment():
     found = {f.name: f for f in fields}
     # A trailing comment, one above, one of a function that builds a section, one inside brackets, none.
     assert found["rollout.group_size"].comment == "G"
-    assert found["rollout.max_rows"].comment.startswith("Slots: rows decoded at once")
+    assert found["rollout.max_rows"].comment.startswith("Number of slots, that is of rows decoded at once")
     assert found["assistant.arch.tied"].comment == "the output head is the embedding, transposed"
     assert found["steps"].comment.startswith("Cooper steps in all")
     assert found["mesh.data"].comment == "", "a heading is no field's comment"
@@ -235,8 +235,8 @@ def test_all_setup_errors_are_reported_at_once(monkeypatch):
         setup.read_settings(cfg)
     said = error.value.problems
     wanted = [
-        "rollout.top_p=0.9", "steps=-1: it must be at least 0", "policy.kl_estimator is 'k9'",
-        "reward.pair_loss is 'hinge'", "policy.optimiser: optimiser.lr is -1.0", "--config.assistant.model",
+        "rollout.top_p=0.9", "steps=-1: it must be at least 0", "policy.kl_estimator='k9'",
+        "reward.pair_loss='hinge'", "policy.optimiser.lr=-1.0", "--config.assistant.model",
         "environment variable NO_SUCH_KEY holds no key", "rollout.max_rows=3",
     ]  # fmt: skip
     assert len(said) == len(wanted) and not any("\n" in line for line in said), said
