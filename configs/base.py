@@ -141,7 +141,7 @@ def get_config() -> ConfigDict:
     # The rollout's copy of the weights.  gathered: by mesh.rollout_rules; sharded: as in training, each layer
     # gathered at every token, for models that do not fit otherwise; auto: gathered if that takes at most half of
     # memory_gib, or of the device's memory.
-    c.rollout.weights = "auto"
+    c.rollout.weight_placement = "auto"
     c.rollout.kv_dtype = ""  # of the KV cache: float32, bfloat16 or int8; "": as dtype
 
     # --- policy ---
@@ -179,12 +179,12 @@ def get_config() -> ConfigDict:
     c.reward.rollout_rows = 64  # of them, so many of a step at most
     c.reward.updates = 1  # per policy step, on the same pairs and rows
     # Updates before the first policy step, each on fresh rollouts; in the arm `model` it is frozen after them.
-    c.reward.warm_start = 0
+    c.reward.warmup_updates = 0
     c.reward.replay = 0  # past rollouts with a verdict that are kept, of each class
     c.reward.replay_rows = 0  # so many of them join each update's rollouts
     # Controls.
-    c.reward.either = False  # reward 1 where the rule finds it correct, else the reward model's score
-    c.reward.guard = False  # reward 0 where it is truncated, or the rule finds no answer
+    c.reward.rule_or_model = False  # reward 1 where the rule finds it correct, else the reward model's score
+    c.reward.answer_required = False  # reward 0 where it is truncated, or the rule finds no answer
     c.reward.shuffle_labels = False  # a pair's members are exchanged with probability 1/2
     c.reward.allow_untrained_head = False  # let launch/train.py start from an untrained score head
 
@@ -212,21 +212,21 @@ def get_config() -> ConfigDict:
     c.source = asked_model("openai", max_new_tokens=512, temperature=0.7, top_p=0.95)
 
     # --- supervised phases before step 1 ---
-    c.warmup = ConfigDict()
+    c.supervised = ConfigDict()
     # A run directory: start from its models at step 0 instead of running the supervised phases.
-    c.warmup.start = ""
-    c.warmup.policy_steps = 0  # imitation of worked solutions
-    c.warmup.policy_batch = 64
-    c.warmup.policy_corrupt = 0.0  # share of demonstrations with a corrupted step (synthetic problems)
+    c.supervised.start_from = ""
+    c.supervised.policy_steps = 0  # imitation of worked solutions
+    c.supervised.policy_batch = 64
+    c.supervised.policy_corrupt = 0.0  # share of demonstrations with a corrupted step (synthetic problems)
     # Synthetic problems: shares of right and of wrong solutions with the habit (cooper_jax/data/synthetic.py).
-    c.warmup.policy_habit = (0.0, 0.0)
-    c.warmup.reward_habit = (0.0, 0.0)
-    c.warmup.policy_optimiser = optimiser(lr=1e-3, warmup_steps=50)
-    c.warmup.reward_steps = 0  # binary cross-entropy on labelled triples
-    c.warmup.reward_batch = 64
+    c.supervised.policy_habit = (0.0, 0.0)
+    c.supervised.reward_habit = (0.0, 0.0)
+    c.supervised.policy_optimiser = optimiser(lr=1e-3, warmup_steps=50)
+    c.supervised.reward_steps = 0  # binary cross-entropy on labelled triples
+    c.supervised.reward_batch = 64
     # JSONL of question, reference_answer, completion, label; "" builds triples from worked solutions
-    c.warmup.reward_data = ""
-    c.warmup.reward_optimiser = optimiser(lr=1e-3, warmup_steps=50)
+    c.supervised.reward_data = ""
+    c.supervised.reward_optimiser = optimiser(lr=1e-3, warmup_steps=50)
 
     # --- launch/annotate.py: completions are labelled where the rule and the judge agree ---
     c.annotate = ConfigDict()

@@ -152,17 +152,17 @@ def test_all_wrong_flags_are_reported(own):
 
 def test_a_renamed_flag_fails_with_its_new_name(own):
     table = {
-        "reward.guardian": "reward.guard",
+        "reward.guardian": "reward.answer_required",
         "pairs.mined": REMOVED + "it changed no result",
         "old.": "policy.",
     }
     given = ["--config.reward.guardian=1", "--config.pairs.mined=1", "--config.old.clip_low=1"]
     assert errors(own, *given, renamed=table) == [
-        "--config.reward.guardian is now --config.reward.guard",
+        "--config.reward.guardian is now --config.reward.answer_required",
         "--config.pairs.mined was removed: it changed no result",
         "--config.old.clip_low is now --config.policy.clip_low",
     ]
-    assert describe_rename("reward.guard", table) is None
+    assert describe_rename("reward.answer_required", table) is None
 
 
 def test_the_table_of_renamed_flags_leads_to_fields_that_exist():

@@ -63,12 +63,16 @@ def test_a_typed_config_is_read_from_its_section():
 def test_all_problems_of_all_sections_are_reported_at_once():
     cfg = tiny.get_config()
     cfg.reward.arm, cfg.pairs.tries, cfg.pairs.negatives = "copper", 0, ("swop",)
-    cfg.policy.clip_low, cfg.policy.optimiser.lr, cfg.warmup.reward_optimiser.eps = float("nan"), -1.0, 0.0
+    cfg.policy.clip_low, cfg.policy.optimiser.lr, cfg.supervised.reward_optimiser.eps = (
+        float("nan"),
+        -1.0,
+        0.0,
+    )
     with pytest.raises(SetupError) as caught:
         RunSettings.from_config(cfg)
     begun = (
         "reward.arm is 'copper'", "policy.clip_low=nan: it must be at least 0", "pairs.tries=0: it must be",
-        "pairs.negatives=('swop',)", "policy.optimiser.lr=-1.0", "warmup.reward_optimiser.eps=0.0",
+        "pairs.negatives=('swop',)", "policy.optimiser.lr=-1.0", "supervised.reward_optimiser.eps=0.0",
     )  # fmt: skip
     problems = caught.value.problems
     assert len(problems) == len(begun)

@@ -35,8 +35,8 @@ def run(tmp_path_factory, devices):
     """(a run's directory with step 0, its policy's embedding)."""
     path = tmp_path_factory.mktemp("run")
     cfg = tiny.get_config()
-    more = {"data.synthetic_size": 8, "data.instruction": " Think .", "warmup.policy_steps": 0,
-            "warmup.reward_steps": 0, "log.tensorboard": False, "policy.microbatch": 4}  # fmt: skip
+    more = {"data.synthetic_size": 8, "data.instruction": " Think .", "supervised.policy_steps": 0,
+            "supervised.reward_steps": 0, "log.tensorboard": False, "policy.microbatch": 4}  # fmt: skip
     cfg.update_from_flattened_dict(SHRUNK | more)
     with (
         build_components(cfg, path) as (components, state),

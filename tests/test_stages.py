@@ -55,8 +55,8 @@ def config(**changes):
             "policy.microbatch": 4,
             "reward.microbatch": 4,
             "reward.allow_untrained_head": True,
-            "warmup.policy_steps": 0,
-            "warmup.reward_steps": 0,
+            "supervised.policy_steps": 0,
+            "supervised.reward_steps": 0,
             "eval.every": 0,
             "eval.problems": 4,
             "mesh.data": -1,
@@ -343,7 +343,7 @@ def test_what_an_evaluation_measures(build, monkeypatch):
         "eval.greedy": True,
         "eval.reward_rows": 8,
         "eval.samples": 2,
-        "warmup.reward_habit": (0.7, 0.05),
+        "supervised.reward_habit": (0.7, 0.05),
     }
     with build(**changes) as (components, state):
         found = evaluate_held_out(components, state)
@@ -614,11 +614,11 @@ def test_what_the_policy_is_rewarded_with():
     assert compute_rewards(["rule"], None, verdicts, texts).tolist() == [1, 1, 0, 0, 0]
     assert rewards(arm="rule") == [1, 1, 0, 0, 0]
     assert rewards() == rewards(arm="model") == scores.tolist()
-    assert rewards(either=True) == [1, 1, *scores[2:].tolist()]
-    assert rewards(guard=True) == [scores[0].item(), 0, scores[2].item(), 0, scores[4].item()]
-    assert rewards(either=True, guard=True) == [1, 0, scores[2].item(), 0, scores[4].item()]
+    assert rewards(rule_or_model=True) == [1, 1, *scores[2:].tolist()]
+    assert rewards(answer_required=True) == [scores[0].item(), 0, scores[2].item(), 0, scores[4].item()]
+    assert rewards(rule_or_model=True, answer_required=True) == [1, 0, scores[2].item(), 0, scores[4].item()]
     named = REWARDS["answer_required"](scores, verdicts, texts)
-    assert named.tolist() == rewards(guard=True)
+    assert named.tolist() == rewards(answer_required=True)
 
 
 def a_pair(problem):
@@ -703,17 +703,17 @@ class Undecided:
         return [verdict for verdicts in pending for verdict in verdicts]
 
 
-def test_the_warm_start_samples_with_a_key_and_in_an_order_of_its_own(build, tmp_path, monkeypatch):
+def test_the_reward_warmup_samples_with_a_key_and_in_an_order_of_its_own(build, tmp_path, monkeypatch):
     """Two updates on three prompts each: which they are, their places in that order, and the key."""
     requests = record_requests(monkeypatch)
-    with build(**{"seed": 7, "reward.warm_start": 2}) as (cooper, state):
+    with build(**{"seed": 7, "reward.warmup_updates": 2}) as (cooper, state):
         with begun(without_models(cooper), state, tmp_path):
             pass
     assert [list(request.positions) for request in requests] == [[0, 1, 2], [3, 4, 5]]
     for request in requests:
-        chosen = [problem_sets.problem_at(place, 8, 7, "warm_start") for place in request.positions]
+        chosen = [problem_sets.problem_at(place, 8, 7, "reward_warmup") for place in request.positions]
         assert request.prompts == [cooper.train_prompts[i] for i in chosen]
-        assert same_key(request.key, keys.make_key(7, "warm_start"))
+        assert same_key(request.key, keys.make_key(7, "reward_warmup"))
 
 
 ALL_TERMS = {
@@ -723,7 +723,7 @@ ALL_TERMS = {
     "reward.rollout_bce": 1.0,
     "reward.rollout_rows": 6,
     "reward.updates": 2,
-    "reward.warm_start": 2,
+    "reward.warmup_updates": 2,
     "reward.replay": 5,
     "reward.replay_rows": 4,
     "pairs.per_prompt": 2,
@@ -748,7 +748,7 @@ def steps(build, path, count, change=lambda components: components, **changes):
 
 @pytest.mark.slow
 def test_a_resumed_run_remembers_what_it_would_have(build, tmp_path):
-    """One step, a restart and another are two steps, bit for bit: warm start, replay and all terms included."""
+    """One step, a restart and another are two steps, bit for bit: warm-up, replay and all terms included."""
     whole, metrics, replay, warm = steps(build, tmp_path / "whole", 2)
     steps(build, tmp_path / "parts", 1)
     parts, second, again, first = steps(build, tmp_path / "parts", 1)
@@ -778,7 +778,7 @@ def test_rows_without_pairs_need_no_assistant(build, tmp_path):
     def alone(components):
         return dataclasses.replace(components, assistant=None)
 
-    changes = {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0, "reward.warm_start": 0}
+    changes = {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0, "reward.warmup_updates": 0}
     with build(**ALL_TERMS | changes) as (components, _):
         assert components.assistant is None
     _, (metrics,), _, _ = steps(build, tmp_path, 1, change=alone, **changes)

@@ -46,6 +46,6 @@ def get_rollout_options(cfg: ConfigDict) -> dict[str, float | str | None]:
     return dict(
         max_rows=r.max_rows or None,
         memory_gib=r.memory_gib or None,
-        weights=r.weights,
+        weight_placement=r.weight_placement,
         implementation=implementation,
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from cooper_jax.settings.renamed_flags import describe_removed_values
 from cooper_jax.settings.setup_errors import Problems
 
 ARMS = ("rule", "model", "cooper")
@@ -17,10 +18,10 @@ AT_LEAST_1 = (
     "data.prompts_per_step", "data.max_prompt_tokens", "data.bucket", "data.synthetic_size",
     "rollout.group_size", "rollout.max_new_tokens", "rollout.segment", "reward.max_tokens",
     "policy.vocab_multiple", "reward.vocab_multiple", "assistant.vocab_multiple",
-    "warmup.policy_batch", "warmup.reward_batch", "checkpoint.every", "eval.problems", "eval.samples",
+    "supervised.policy_batch", "supervised.reward_batch", "checkpoint.every", "eval.problems", "eval.samples",
 )  # fmt: skip
 AT_LEAST_0 = (
-    "seed", "steps", "rollout.max_rows", "rollout.memory_gib", "warmup.policy_steps", "warmup.reward_steps",
+    "seed", "steps", "rollout.max_rows", "rollout.memory_gib", "supervised.policy_steps", "supervised.reward_steps",
     "checkpoint.keep", "data.eval_from_train", "eval.every", "eval.reward_rows", "log.samples", "log.samples_every",
 )  # fmt: skip
 
@@ -31,8 +32,8 @@ def weighs_pairs(reward: ConfigDict) -> bool:
 
 
 def updates_reward_model(cfg: ConfigDict) -> bool:
-    """Whether a run ever updates its reward model: at its steps, or by a warm start before it is frozen."""
-    return cfg.reward.arm == "cooper" or (cfg.reward.arm == "model" and cfg.reward.warm_start > 0)
+    """Whether a run ever updates its reward model: at its steps, or in a warm-up before it is frozen."""
+    return cfg.reward.arm == "cooper" or (cfg.reward.arm == "model" and cfg.reward.warmup_updates > 0)
 
 
 def makes_pairs(cfg: ConfigDict) -> bool:
@@ -49,7 +50,7 @@ def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
     """What contradicts itself in the reward model's update."""
     r, negatives = cfg.reward, tuple(cfg.pairs.negatives)
     if r.arm == "rule":
-        given = [name for name in ("either", "guard") if r[name]]
+        given = [name for name in ("rule_or_model", "answer_required") if r[name]]
         need(
             not given,
             f"reward.{' and reward.'.join(given)}: the rule arm has no reward model whose rewards could be "
@@ -60,7 +61,7 @@ def _check_update(cfg: ConfigDict, need: Callable[[bool, str], None]) -> None:
     need(
         weighs_pairs(r) or bool(r.rollout_bce),
         "reward.pair_weight=0 and no other term: the reward model's update has nothing to learn from; set "
-        "--config.reward.rollout_bce, or freeze it: --config.reward.arm=model --config.reward.warm_start=0",
+        "--config.reward.rollout_bce, or freeze it: --config.reward.arm=model --config.reward.warmup_updates=0",
     )
     need(
         not weighs_pairs(r) or len(negatives) <= cfg.pairs.per_prompt,
@@ -84,8 +85,12 @@ def check_cross_sections(cfg: ConfigDict) -> None:
         "probabilities over the whole vocabulary, so training samples from it too; set top_k=0, top_p=1.0 and "
         "min_p=0.0 (evaluation has its own)",
     )
-    weights = ("auto", "gathered", "sharded")
-    need(r.weights in weights, f"rollout.weights={r.weights!r}: it is one of {', '.join(weights)}")
+    problems.found += describe_removed_values("pairs.negatives", cfg.pairs.negatives)
+    placements = ("auto", "gathered", "sharded")
+    need(
+        r.weight_placement in placements,
+        f"rollout.weight_placement={r.weight_placement!r}: it is one of {', '.join(placements)}",
+    )
     need(
         not cfg.mesh.reward or cfg.reward.arm != "rule",
         f"mesh.reward={cfg.mesh.reward!r}: the rule arm has no reward model; leave it empty",
@@ -104,8 +109,8 @@ def check_cross_sections(cfg: ConfigDict) -> None:
         need(value >= 0, f"{name}={value}: it must be at least 0")
     _check_update(cfg, need)
     need(
-        cfg.warmup.reward_batch % 2 == 0,
-        f"warmup.reward_batch={cfg.warmup.reward_batch}: it must be even, for right and wrong come in pairs",
+        cfg.supervised.reward_batch % 2 == 0,
+        f"supervised.reward_batch={cfg.supervised.reward_batch}: it must be even: right and wrong come in pairs",
     )
     need(
         cfg.data.format != "synthetic" or not (cfg.data.train or cfg.data.eval),

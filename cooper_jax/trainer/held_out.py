@@ -77,7 +77,7 @@ def _evaluate_reward_model(components: Components, state: State) -> Metrics:
     """Measure the reward model on labelled synthetic completions."""
     cfg = components.cfg
     metrics: Metrics = {}
-    sets = synthetic.make_reward_sets(cfg.seed, cfg.eval.reward_rows, cfg.warmup.reward_habit)
+    sets = synthetic.make_reward_sets(cfg.seed, cfg.eval.reward_rows, cfg.supervised.reward_habit)
     for name, triples in sets.items():
         problems = [Problem(t.question, t.reference) for t in triples]
         completions = [Completion(t.completion) for t in triples]

@@ -18,7 +18,7 @@ _PAPER = {
     "reward.pair_bce": 0.0,
     "reward.rollout_bce": 0.0,
     "reward.updates": 1,
-    "reward.warm_start": 0,
+    "reward.warmup_updates": 0,
     "reward.replay": 0,
     "reward.replay_rows": 0,
     "pairs.per_prompt": 1,
@@ -32,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     | {
         "reward.pair_loss": "sigmoid",
         "reward.pair_bce": 2.0,
-        "reward.warm_start": 20,
+        "reward.warmup_updates": 20,
         "reward.updates": 2,
         "pairs.per_prompt": 3,
         "pairs.negatives": ("assistant", "swap", "own_answer"),

@@ -2,7 +2,7 @@
 
 1. `start_or_resume` restores the newest checkpoint where there is one.
 2. Otherwise it runs the supervised phases (supervised.py), or takes the models of another run's step 0
-   (`warmup.start`).  The policy as it then stands is the frozen reference.
+   (`supervised.start_from`).  The policy as it then stands is the frozen reference.
 3. The reward model is warmed up on the policy's rollouts where the config asks for it (reward_warmup.py).
 4. The policy is evaluated and everything is saved as step 0, so that a run killed later need not repeat it.
 """
@@ -100,14 +100,14 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
 
     # The supervised phases have optimisers of their own: training starts with fresh ones.
     policy, reward = state.policy, state.reward
-    if cfg.warmup.start:
+    if cfg.supervised.start_from:
         policy, reward = _take_models_of_run(components, policy, reward)
     else:
-        if cfg.warmup.policy_steps:
+        if cfg.supervised.policy_steps:
             policy = optim.init_state(
                 imitate_solutions(components, policy.params), components.policy.optimiser
             )
-        if cfg.warmup.reward_steps and reward is not None:
+        if cfg.supervised.reward_steps and reward is not None:
             reward = optim.init_state(train_on_labels(components, reward.params), components.reward.optimiser)
 
     with setup_errors("checkpoint"):
@@ -120,7 +120,7 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
         reference = _restore_reference(components, checkpoints)
 
     state = State(policy=policy, reward=reward, reference=reference, step=0, position=0)
-    if reward is not None and cfg.reward.warm_start:
+    if reward is not None and cfg.reward.warmup_updates:
         state = warm_up_reward_model(components, state)
     if cfg.eval.every and (metrics := evaluate_held_out(components, state)):
         with setup_errors("run_dir"):
@@ -132,8 +132,8 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
 def _take_models_of_run(
     components: Components, policy: TrainState, reward: TrainState | None
 ) -> tuple[TrainState, TrainState | None]:
-    """The models of the step 0 of the run directory `warmup.start`, with fresh optimisers."""
-    source = components.cfg.warmup.start
+    """The models of the step 0 of the run directory `supervised.start_from`, with fresh optimisers."""
+    source = components.cfg.supervised.start_from
 
     def restore(
         kept: Checkpoints, name: str, bundle: PolicyBundle | RewardBundle, like: TrainState
@@ -142,7 +142,7 @@ def _take_models_of_run(
         params = kept.restore(0, name, abstract, bundle.model.config.vocab_size)
         return optim.init_state(params, bundle.optimiser)
 
-    with setup_errors(f"warmup.start={source}"), Checkpoints(source, keep=0, read_only=True) as kept:
+    with setup_errors(f"supervised.start_from={source}"), Checkpoints(source, keep=0, read_only=True) as kept:
         policy = restore(kept, "policy", components.policy, policy)
         if reward is not None:
             reward = restore(kept, "reward", components.reward, reward)

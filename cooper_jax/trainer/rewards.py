@@ -5,10 +5,10 @@ applies the functions that the config names in their order, each to what the one
 
     rule              1 for what the rule verifier finds correct, 0 for everything else; it reads no score
     model             the reward model's score, sigmoid of its logit
-    either            the greater of the score so far and the rule's reward
+    rule_or_model     the greater of the score so far and the rule's reward
     answer_required   the score so far, but 0 where a response is truncated or has no answer
 
-The paper's arms are `rule` alone and `model` alone.  `either` and `answer_required` are controls (ours).
+The paper's arms are `rule` alone and `model` alone.  `rule_or_model` and `answer_required` are controls (ours).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def reward_model(
     return scores
 
 
-def reward_either(
+def reward_rule_or_model(
     scores: np.ndarray, verdicts: Sequence[Verdict], completions: Sequence[Completion]
 ) -> np.ndarray:
     """1 where the rule verifier finds the response correct, the score elsewhere."""
@@ -56,7 +56,7 @@ def require_answer(
 REWARDS: dict[str, RewardFunction] = {
     "rule": reward_rule,
     "model": reward_model,
-    "either": reward_either,
+    "rule_or_model": reward_rule_or_model,
     "answer_required": require_answer,
 }
 
@@ -69,9 +69,9 @@ def name_rewards(cfg: ConfigDict) -> list[str]:
     if cfg.arm == "rule":
         return ["rule"]
     names = ["model"]
-    if cfg.either:
-        names.append("either")
-    if cfg.guard:
+    if cfg.rule_or_model:
+        names.append("rule_or_model")
+    if cfg.answer_required:
         names.append("answer_required")
     return names
 

@@ -32,7 +32,7 @@ def read_run_config(run_dir: Directory) -> ConfigDict:
 
 
 # What a run says of its models and of how they are asked; the rest of a config is how a job is done.
-_OF_A_RUN = ("name", "seed", "data", "policy", "reward", "rollout", "warmup", "eval")
+_OF_A_RUN = ("name", "seed", "data", "policy", "reward", "rollout", "supervised", "eval")
 
 
 def overlay_run(cfg: ConfigDict, run: ConfigDict, flags: Mapping[str, Any]) -> ConfigDict:

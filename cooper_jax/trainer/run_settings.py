@@ -59,8 +59,8 @@ class RunSettings:
         for field, section, name in (
             ("policy_optimiser", cfg.policy.optimiser, "policy.optimiser"),
             ("reward_optimiser", cfg.reward.optimiser, "reward.optimiser"),
-            ("imitation_optimiser", cfg.warmup.policy_optimiser, "warmup.policy_optimiser"),
-            ("labels_optimiser", cfg.warmup.reward_optimiser, "warmup.reward_optimiser"),
+            ("imitation_optimiser", cfg.supervised.policy_optimiser, "supervised.policy_optimiser"),
+            ("labels_optimiser", cfg.supervised.reward_optimiser, "supervised.reward_optimiser"),
         ):
             with problems.collect(name):
                 read[field] = OptimiserConfig.from_config(section, name)

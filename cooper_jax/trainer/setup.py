@@ -262,10 +262,10 @@ def build_reward_bundle(
     model, params, head_trained = load_model(
         cfg.reward, "reward", "score", layout, run_dir, cfg.seed, lengths
     )
-    if not (head_trained or cfg.warmup.reward_steps or cfg.reward.allow_untrained_head):
+    if not (head_trained or cfg.supervised.reward_steps or cfg.reward.allow_untrained_head):
         raise SetupError(
             f"reward.weights={cfg.reward.weights!r} brings no trained score head, so its rewards would be noise: "
-            "give a *ForSequenceClassification directory, train one with --config.warmup.reward_steps=N, or "
+            "give a *ForSequenceClassification directory, train one with --config.supervised.reward_steps=N, or "
             "accept it with --config.reward.allow_untrained_head"
         )
 
