@@ -13,6 +13,7 @@ from cooper_jax.settings import cross_checks
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import recipes
 from cooper_jax.trainer.recipes import RECIPES
+from cooper_jax.trainer.rewards import ARMS
 from cooper_jax.trainer.run_settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +26,7 @@ def get(cfg, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("arm", cross_checks.ARMS)
+@pytest.mark.parametrize("arm", ARMS)
 def test_every_recipe_makes_a_config_that_holds_together(name, arm):
     cfg = tiny.get_config().lock()
     cfg.reward.recipe, cfg.reward.arm = name, arm

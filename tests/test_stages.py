@@ -163,7 +163,7 @@ def host(tree):
 
 def sample(components, state, problems):
     """A rollout of a batch of problems, with the key of the first step."""
-    key = keys.make_key(components.cfg.seed, "rollout", 1)
+    key = keys.make_key(components.settings.seed, "rollout", 1)
     rollout, _, _ = policy_stages.sample_responses(components, state.policy.params, problems, key)
     return rollout
 
@@ -332,7 +332,7 @@ def test_every_step_cuts_its_minibatches_by_a_permutation_of_its_own(build, monk
 @contextlib.contextmanager
 def begun(components, state, path):
     """The state as a run begins or resumes it, with its run directory and checkpoints."""
-    run = run_directory.RunDirectory(path, components.cfg, resume=True)
+    run = run_directory.RunDirectory(path, config(), resume=True)
     with run, Checkpoints(path, keep=1) as kept:
         yield start_or_resume(components, state, run, kept), run, kept
 
@@ -515,7 +515,7 @@ def test_samples_name_the_pairs_of_their_own_prompt(build):
         texts = [Completion(str(i)) for i in range(B * G)]
         verdicts = [Verdict.CORRECT] * (B * G)
         record = StepRecord(problems, texts, verdicts, rows, -rows, pairs, Counter())
-        first, second = select_samples(record, components.cfg.log.samples)
+        first, second = select_samples(record, components.settings.log.samples)
     assert (first["id"], second["question"]) == (problems[1].id, problems[2].question)
     reference = first["reference"]
     assert first["pairs"] == [

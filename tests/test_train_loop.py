@@ -78,7 +78,7 @@ def parts(monkeypatch, tmp_path):
     replaced = {
         "run_path": lambda cfg: tmp_path,
         "check_shared": lambda path: None,
-        "Run": lambda *_, **__: made.run,
+        "RunDirectory": lambda *_, **__: made.run,
         "Checkpoints": lambda *_, **__: made.checkpoints,
         "build_components": build,
         "describe_run": lambda components: "a run",

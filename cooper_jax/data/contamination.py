@@ -3,7 +3,8 @@
 `set_apart` is the way in:
 
 1. `before` and `with_training` add up a run's record: what the reward model's weights saw before,
-   what supervised training shows them, and in the cooper arm the training problems, on whose answers the reward model is updated.
+   what supervised training shows them, and in the cooper arm the training problems, on whose answers the reward
+   model is updated.
 2. `leave_out` takes the held-out problems among them out of the evaluation.
 3. `report` says how many there are, in one line.
 
