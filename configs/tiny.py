@@ -52,7 +52,6 @@ def get_config():
     c.reward.optimiser.lr = 5e-4
     c.reward.max_tokens = 96
     c.reward.recipe = "robust"  # ours; or released, sigmoid: docs/reward_updates.md
-    c.assistant.kind = "corrupt"
 
     c.supervised.policy_steps = 1000
     c.supervised.policy_batch = 32
@@ -63,7 +62,6 @@ def get_config():
     c.supervised.reward_batch = 32
     c.supervised.reward_habit = (0.5, 0.05)
 
-    c.eval.every = 20
     c.eval.problems = 1024
     c.eval.greedy = True
     c.eval.reward_rows = 4096

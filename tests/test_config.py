@@ -1,5 +1,6 @@
 """Configs: sections as typed settings; files change declared fields alone; a misspelt flag is an error."""
 
+import ast
 import dataclasses
 import importlib
 import re
@@ -22,6 +23,7 @@ from cooper_jax.rule.verifier import RuleConfig
 from cooper_jax.runtime.device_layouts import MeshConfig
 from cooper_jax.runtime.optim import OptimiserConfig
 from cooper_jax.settings import typed_config
+from cooper_jax.settings.config_fields import flatten_config
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.loop_config import CheckpointConfig, EvalConfig, LogConfig, SupervisedConfig
 from cooper_jax.trainer.rewards import RewardConfig
@@ -197,6 +199,29 @@ def test_files_change_declared_fields_alone(name):
         assert default is not None and type(value) is type(default), path
     assert name == ours.name, "a run directory is named after its config"
     assert importlib.import_module(f"cooper_jax.configs.{name}").__doc__
+
+
+def find_repeated_values(name: str) -> list[str]:
+    """The fields that a config file sets to the value that they have already."""
+    tree = ast.parse((ROOT / "configs" / f"{name}.py").read_text())
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    assignments = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
+    # The first line is `c = PARENT.get_config()`.
+    parent = ast.unparse(assignments[0].value).partition(".")[0]
+    values = flatten_config(importlib.import_module(f"cooper_jax.configs.{parent}").get_config())
+
+    found = []
+    for node in assignments[1:]:
+        fields = [ast.unparse(target).removeprefix("c.") for target in node.targets]
+        if isinstance(node.value, ast.Constant | ast.Tuple):
+            value = ast.literal_eval(node.value)
+            found += [f"{field} = {value!r}" for field in fields if values.get(field, ...) == value]
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "base"])
+def test_files_set_only_what_differs(name):
+    assert find_repeated_values(name) == []
 
 
 def test_sections_are_not_shared():
