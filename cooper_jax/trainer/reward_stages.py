@@ -190,7 +190,11 @@ def _pack_pairs(components: Components, pair_slots: Sequence[Pair | None]) -> Pa
     negative_batch = packing.pack_score_batch(negatives, **options)
     valid = np.array([pair is not None for pair in pair_slots])
     mask = packing.pad_rows(valid, positive_batch.tokens.shape[0])
-    return layout.put(PairBatch(positive=positive_batch, negative=negative_batch, mask=mask), "batch")
+    return PairBatch(
+        positive=layout.put(positive_batch, "batch"),
+        negative=layout.put(negative_batch, "batch"),
+        mask=layout.put(mask, "batch"),
+    )
 
 
 def _encode_members(components: Components, pair: Pair) -> tuple[list[int], list[int]]:
@@ -220,8 +224,11 @@ def _pack_labelled_rows(components: Components, labelled_rows: Sequence[Triple])
     rows = packing.pack_score_batch(tokens, bucket=settings.data.bucket, rows_multiple=layout.batch_shards)
     count = rows.tokens.shape[0]
     weights = packing.pad_rows(labelled_rollouts.class_weights(labels), count)
-    batch = LabelledBatch(rows=rows, labels=packing.pad_rows(labels, count), weights=weights)
-    return layout.put(batch, "batch")
+    return LabelledBatch(
+        rows=layout.put(rows, "batch"),
+        labels=layout.put(packing.pad_rows(labels, count), "batch"),
+        weights=layout.put(weights, "batch"),
+    )
 
 
 def _score_pairs(components: Components, reward: TrainState, batch: PairBatch) -> np.ndarray:
