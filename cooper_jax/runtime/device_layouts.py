@@ -74,7 +74,7 @@ def lay_out_models(config: MeshConfig, devices: Sequence[jax.Device] | None = No
 
 
 def make_layouts(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -> dict[str, mesh.Layout]:
-    """As `lay_out_models`, for a whole config."""
+    """Lay out the models of a whole config, as `lay_out_models` does."""
     return lay_out_models(MeshConfig.from_config(cfg.mesh), devices)
 
 

@@ -3,7 +3,8 @@
 1. `take_problems` takes the next problems of the data order.
 2. `sample_responses` samples G responses to each, as arrays and as text.
 3. `compute_logprobs` packs them into a `PolicyBatch` with the reference's log-probabilities.
-4. `update_policy` makes the step's GRPO updates.
+4. `compute_advantages` compares each reward with those of its group.
+5. `update_policy` makes the step's GRPO updates.
 
 Every process runs the same calls on the same text.  Arrays are placed by the layout of the model that reads them;
 rows are padded to a multiple of the mesh's batch shards, and padding rows weigh nothing.
@@ -18,14 +19,17 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cooper_jax.data import packing
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.policy import grpo
+from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import to_host
+from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.types import Completion, Metrics, Params, PolicyBatch, Problem, Rollout, TrainState
 
@@ -156,6 +160,21 @@ def compute_logprobs(
         ref_logprobs = layout.put(hosts.fetch_arrays(ref_logprobs), "batch")
 
     return jax.block_until_ready(dataclasses.replace(batch, ref_logprobs=ref_logprobs))
+
+
+def compute_advantages(settings: RunSettings, rewards: np.ndarray) -> tuple[np.ndarray, float]:
+    """The responses' advantages within their groups, f32[N], and the share of groups without any signal.
+
+    rewards: f32[N].
+    """
+    advantages, zero_variance_groups = group_advantages(
+        jnp.asarray(rewards),
+        settings.rollout.group_size,
+        std_normalise=settings.policy.std_normalise,
+        eps=settings.policy.std_eps,
+        floor=settings.policy.std_floor,
+    )
+    return np.asarray(advantages), float(zero_variance_groups)
 
 
 def update_policy(

@@ -140,10 +140,12 @@ def update_reward_model(
         each_update.append(update_metrics)
 
     metrics = to_host(each_update[0], "rm")
-    later = [to_host({name: m[name] for name in ("lr", "skipped")}, "rm") for m in each_update[1:]]
     # An update that does not take place reports a learning rate of 0.
-    metrics["rm/updates"] = float(sum(m["rm/lr"] > 0 for m in (metrics, *later)))
-    metrics["rm/skipped"] += sum(m["rm/skipped"] for m in later)
+    metrics["rm/updates"] = float(metrics["rm/lr"] > 0)
+    for update_metrics in each_update[1:]:
+        later = to_host({name: update_metrics[name] for name in ("lr", "skipped")}, "rm")
+        metrics["rm/updates"] += float(later["rm/lr"] > 0)
+        metrics["rm/skipped"] += later["rm/skipped"]
 
     if measured_pairs is not None:
         valid = [i for i, pair in enumerate(pair_slots) if pair is not None]

@@ -20,10 +20,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-import jax.numpy as jnp
-import numpy as np
-
-from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.reward.pairs import PairResult
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import PhaseTimer
@@ -68,14 +64,7 @@ def cooper_step(
     rewards = compute_rewards(name_rewards(settings.reward), scores, verdicts, completions)
 
     # 3. GRPO.  Advantages first.  The assistant is asked (4) before the update, so that the two overlap.
-    group_relative, zero_variance_groups = group_advantages(
-        jnp.asarray(rewards),
-        settings.rollout.group_size,
-        std_normalise=settings.policy.std_normalise,
-        eps=settings.policy.std_eps,
-        floor=settings.policy.std_floor,
-    )
-    advantages = np.asarray(group_relative)
+    advantages, zero_variance_groups = policy_stages.compute_advantages(settings, rewards)
     hosts.raise_if_stopping()  # the last time: the policy's update donates the state that a checkpoint would hold
     if settings.reward.updates_at_steps:
         assert scores is not None  # this arm has a reward model, which has scored above
@@ -119,7 +108,7 @@ def cooper_step(
     metrics = {
         "data/position": float(batch.positions.stop),
         "data/epoch": batch.positions.stop / len(components.train),
-        "reward/zero_variance_groups": float(zero_variance_groups),
+        "reward/zero_variance_groups": zero_variance_groups,
         **rollout_metrics,
         **measure_step(record, scores, components.oracle),
         **policy_metrics,
