@@ -30,7 +30,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cooper_jax.perf import bench_programs
-from cooper_jax.rollout import engine
+from cooper_jax.rollout import engine, rollout_config
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.rollout.head_sampling import should_fuse_head
 from cooper_jax.runtime import device_layouts, keys
@@ -63,7 +63,7 @@ def run_rollout(cfg: ConfigDict, key):
     config, params = bench_programs.make_bench_model(cfg.policy, "policy", "logits", layout, cfg.seed)
     load = bench_programs.make_load(cfg, config.vocab_size, cfg.data.max_prompt_tokens, ragged=False)
     prompts, spec = load.prompts.tolist(), bench_programs.make_bench_sampling(cfg)
-    options = device_layouts.get_rollout_options(cfg)
+    options = rollout_config.get_engine_options(cfg)
     with setup_errors("rollout"):
         drawn = engine.generate(params, config, layout, prompts, range(len(prompts)), key, spec, **options)
     fused = should_fuse_head(options["implementation"] or engine.choose_kernels(config, layout), spec)

@@ -740,7 +740,9 @@ def test_two_hosts_write_what_one_does(tmp_path):
 @pytest.mark.slow
 def test_a_run_before_and_after(tmp_path):
     """launch/train.py, then its policy on its own problems, and its reward models of two steps under attack."""
-    few = dict(steps=1, warmup__policy_steps=2, warmup__reward_steps=2, eval__every=0, checkpoint__every=1)
+    few = dict(
+        steps=1, supervised__policy_steps=2, supervised__reward_steps=2, eval__every=0, checkpoint__every=1
+    )
     done = tiny_runs.run(tmp_path / "run", **few)
     assert done.returncode == 0, done.stderr
     of_run = f"--run_dir={tmp_path / 'run'}"

@@ -2,8 +2,9 @@
 
 `set_apart` is the way in:
 
-1. `before` and `with_training` add up a run's record: what the reward model's weights saw before, what the warm-up
-   shows them, and in the cooper arm the training problems, on whose answers the reward model is updated.
+1. `before` and `with_training` add up a run's record: what the reward model's weights saw before,
+   what supervised training shows them, and in the cooper arm the training problems, on whose answers the reward
+   model is updated.
 2. `leave_out` takes the held-out problems among them out of the evaluation.
 3. `report` says how many there are, in one line.
 
@@ -60,8 +61,8 @@ def exclude_contaminated(
 def seen_before_training(cfg: ConfigDict) -> Record | None:
     """What the reward model saw before step 1, of other data than the training problems; None in the rule arm.
 
-    That is what is recorded beside its weights, and the questions of warmup.reward_data.  Raises SetupError for a
-    damaged record or file.
+    That is what is recorded beside its weights, and the questions of supervised.reward_data.  Raises SetupError
+    for a damaged record or file.
     """
     if cfg.reward.arm == "rule":
         return None
@@ -73,16 +74,18 @@ def seen_before_training(cfg: ConfigDict) -> Record | None:
             seen = seen_questions.read_record(weights) or Record(
                 complete=not seen_questions.has_trained_head(weights)
             )
-    if cfg.warmup.reward_steps and cfg.warmup.reward_data:
-        with setup_errors(f"warmup.reward_data={cfg.warmup.reward_data}"):
-            triples = labelled_completions.load_labelled_completions(cfg.warmup.reward_data)
-        seen |= seen_questions.record_questions((t.question for t in triples), _name(cfg.warmup.reward_data))
+    if cfg.supervised.reward_steps and cfg.supervised.reward_data:
+        with setup_errors(f"supervised.reward_data={cfg.supervised.reward_data}"):
+            triples = labelled_completions.load_labelled_completions(cfg.supervised.reward_data)
+        seen |= seen_questions.record_questions(
+            (t.question for t in triples), _name(cfg.supervised.reward_data)
+        )
     return seen
 
 
 def add_training_questions(cfg: ConfigDict, seen: Record | None, train: Sequence[Problem]) -> Record | None:
     """The run's whole record: with the training problems, where the reward model is trained on them."""
-    solutions = cfg.warmup.reward_steps and not cfg.warmup.reward_data
+    solutions = cfg.supervised.reward_steps and not cfg.supervised.reward_data
     if seen is None or not (updates_reward_model(cfg) or solutions):
         return seen
     return seen | seen_questions.record_questions(

@@ -28,9 +28,9 @@ from cooper_jax.evaluation.evaluated_models import RewardModel
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, Ledger, Row
 from cooper_jax.model import loading
 from cooper_jax.reward.multihost import SharedRule
-from cooper_jax.rollout import engine
+from cooper_jax.rollout import engine, rollout_config
 from cooper_jax.rule.verifier import RuleVerifier
-from cooper_jax.runtime import device_layouts, hosts, keys, output_folder, remote_files
+from cooper_jax.runtime import hosts, keys, output_folder, remote_files
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import setup_errors
 from cooper_jax.types import Completion, Params, Problem, Triple
@@ -84,7 +84,7 @@ class PolicySampler:
                 self._params, self._model.config, self._layout,
                 benchmark.prompts[chunk.start : chunk.stop], benchmark.places[chunk.start : chunk.stop],
                 key, spec, on_groups=on_groups, between_segments=hosts.raise_if_stopping,
-                **device_layouts.get_rollout_options(self._cfg),
+                **rollout_config.get_engine_options(self._cfg),
             )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from cooper_jax.llm import chat as chats
 from cooper_jax.model.loading import Directory, load_model
 from cooper_jax.rollout import engine
+from cooper_jax.rollout.rollout_config import get_engine_options
 from cooper_jax.runtime import hosts, keys, mesh
-from cooper_jax.runtime.device_layouts import get_rollout_options
 from cooper_jax.settings.setup_errors import Problems, setup_errors
 
 
@@ -88,7 +88,7 @@ def make_local_generate(
             rollout = engine.generate(
                 params, model.config, layout, [rows[i] for i in members], [ids[i][2] for i in members],
                 keys.make_key(seed, name, step, attempt), spec,
-                between_segments=hosts.raise_if_stopping, **get_rollout_options(cfg),
+                between_segments=hosts.raise_if_stopping, **get_engine_options(cfg),
             )  # fmt: skip
             for i, text in zip(
                 members, engine.decode_completions(rollout, model.tokenizer.decode, spec.eos_ids), strict=True

@@ -179,8 +179,10 @@ def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> Job:
         setting = slots.RolloutStatic(policy, layout, spec, kernels)
         size = rollout_plan.round_to_bucket(-(-cfg.data.prompts_per_step // shards))
         budget = r.memory_gib * rollout_plan.GIB or memory
-        gathered = r.weights == "gathered"
-        gathered |= r.weights == "auto" and rollout_plan.should_gather(policy, layout, r.dtype, budget)
+        gathered = r.weight_placement == "gathered"
+        gathered |= r.weight_placement == "auto" and rollout_plan.should_gather(
+            policy, layout, r.dtype, budget
+        )
         places = layout.for_rollout() if gathered else layout
         copy = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, r.dtype, sharding=x.sharding),

@@ -31,8 +31,8 @@ from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward import labelled_rollouts, verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.rollout import engine
+from cooper_jax.rollout.rollout_config import get_engine_options
 from cooper_jax.runtime import keys, mesh, optim
-from cooper_jax.runtime.device_layouts import get_rollout_options
 from cooper_jax.settings.setup_errors import setup_errors
 from cooper_jax.types import LabelledBatch, PairBatch, Params, PolicyBatch, Rollout, ScoreBatch
 
@@ -166,7 +166,7 @@ def _rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: b
     def generate(repetition, spec, limits):
         rollout = engine.generate(
             params, config, layout, prompts, range(len(prompts)), keys.make_key(cfg.seed, "rollout", repetition),
-            spec, limits=limits, **get_rollout_options(cfg),
+            spec, limits=limits, **get_engine_options(cfg),
         )  # fmt: skip
         jax.block_until_ready(rollout)
 

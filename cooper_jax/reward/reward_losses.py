@@ -52,11 +52,11 @@ class RewardUpdateConfig:
     replay: int  # past decided rollouts that are kept, of each class
     replay_rows: int  # of them, so many join each update's rollouts
     updates: int  # a policy step
-    warm_start: int  # updates before the first policy step
+    warmup_updates: int  # updates before the first policy step
 
     def __post_init__(self) -> None:
         weights = ("pair_weight", "pair_bce", "rollout_bce")
-        counts = ("rollout_rows", "replay", "replay_rows", "warm_start")
+        counts = ("rollout_rows", "replay", "replay_rows", "warmup_updates")
         problems = [
             *typed_config.find_unknown(self.pair_loss, "reward.pair_loss", PAIR_LOSSES),
             *typed_config.find_small(self, "reward", 1, ("microbatch", "updates")),

@@ -60,7 +60,7 @@ def generate(
     limits: Sequence[int] | None = None,
     max_rows: int | None = None,
     memory_gib: float | None = None,
-    weights: str = "auto",
+    weight_placement: str = "auto",
     on_groups: OnGroups | None = None,
     between_segments: Callable[[], None] | None = None,
     report: Callable[[Metrics], None] | None = None,
@@ -75,7 +75,7 @@ def generate(
     limits: each row's own most tokens, [N], at most T; None: T for all.
     max_rows: slots, in all: rows that are decoded at once.
     memory_gib: what weights, caches and slots may take of one device; the slots are as many as fit.
-    weights: gathered, sharded or auto: see `rollout_plan.should_gather`.
+    weight_placement: gathered, sharded or auto: see `rollout_plan.should_gather`.
     on_groups: is given each prompt's rows, on the host, while others are still decoded; each prompt once.
     between_segments: is called on the host before the prefill and before each decode segment, on every host equally
       often.  An exception that it raises ends the rollout and reaches the caller.
@@ -92,8 +92,8 @@ def generate(
         implementation = choose_kernels(config, layout)
     setting = RolloutStatic(config, layout, spec, implementation)
     size = rollout_plan.round_to_bucket(-(-len(prompts) // setting.shards))  # prompts a shard
-    gathered = weights != "sharded"
-    if weights == "auto":
+    gathered = weight_placement != "sharded"
+    if weight_placement == "auto":
         budget = (
             memory_gib * rollout_plan.GIB
             if memory_gib

@@ -30,8 +30,8 @@ STREAMS = {
     "init_reward": 11,
     "init_assistant": 12,
     "init_score_head": 13,
-    "warmup_policy": 14,  # ids: epoch (the phase's order)
-    "warmup_reward": 15,  # ids: epoch (the phase's order)
+    "supervised_policy": 14,  # ids: epoch (the phase's order)
+    "supervised_reward": 15,  # ids: epoch (the phase's order)
     "demonstrations": 16,  # ids: position in the phase's order (forms and corrupted steps)
     "triples": 17,  # ids: position in the phase's order (corruptions, swapped references)
     "train_rm": 18,  # ids: epoch (the order of batches)
@@ -44,7 +44,7 @@ STREAMS = {
     "attacks": 25,  # ids: attack, row (wording of a reward hack)
     "reward_sets": 40,  # ids: set, row (labelled completions on which a reward model is measured)
     "attacked": 26,  # no ids: which training rows are shown under a reward hack, and under which
-    "warm_start": 27,  # ids: epoch (its order of problems); none (its rollouts: then position, sample, token)
+    "reward_warmup": 27,  # ids: epoch (its order of problems); none (its rollouts: then position, sample, token)
     "lessons": 28,  # ids: step, first position (which decided rollouts a reward model learns from)
     "swapped": 29,  # ids: step, row (the order in which other references are tried)
     "exchanged": 30,  # ids: step, prompt position (which pairs are exchanged, as a control)

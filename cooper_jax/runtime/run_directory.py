@@ -63,7 +63,7 @@ HARMLESS = (
     "reward.microbatch",
     "rollout.max_rows",
     "rollout.memory_gib",
-    "rollout.weights",
+    "rollout.weight_placement",
     "rollout.kernels",
     "rollout.segment",
     "rule.workers",
