@@ -26,7 +26,7 @@ from cooper_jax.configs import base
 from cooper_jax.data import labelled_completions
 from cooper_jax.llm import chat as chats
 from cooper_jax.llm.chat import Failure
-from cooper_jax.model import weights
+from cooper_jax.model import weight_export
 from cooper_jax.runtime import device_layouts, hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Verdict
@@ -362,7 +362,7 @@ def local(tmp_path, monkeypatch):
     """A config whose source and judge are a random model of one layer, on one device."""
     tokenizer = tiny_tokenizers.write(tmp_path / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8, max_len=2048)
-    weights.save_pretrained(
+    weight_export.save_pretrained(
         tmp_path / "hf", model, tiny_models.random_params(model), "logits", tokenizer_dir=tokenizer
     )
     layouts = device_layouts.make_layouts

@@ -22,7 +22,7 @@ from cooper_jax.configs import tiny
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.data import synthetic
 from cooper_jax.llm import local_chat
-from cooper_jax.model import transformer, weights
+from cooper_jax.model import transformer, weight_export
 from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.rule.verifier import RuleVerifier
 from cooper_jax.runtime import device_layouts, keys, run_directory
@@ -536,7 +536,7 @@ def local_assistant(tmp_path, **changes):
     folder = tiny_tokenizers.write(tmp_path / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
     params = tiny_models.random_params(model)
-    weights.save_pretrained(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
+    weight_export.save_pretrained(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
     cfg = config(
         **{
             "assistant.kind": "local",
