@@ -374,7 +374,7 @@ def test_a_failed_upload_is_raised_and_nothing_is_lost(bucket, uploads):
     bucket.fails["run/a"] = ConnectionResetError("by peer")
     uploads.changed("a")
     with pytest.raises(
-        OSError, match=r"gs://b/run/a cannot be reached.*by peer.*what was to be there is in .*staged"
+        OSError, match=r"gs://b/run/a cannot be reached.*by peer.*the files to upload are in .*staged"
     ):
         uploads.flush()
     append(uploads.folder, "a", "a")

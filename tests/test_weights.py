@@ -143,7 +143,7 @@ def test_saving_replaces_a_directory_whole_or_not_at_all(llama, tmp_path, monkey
         raise OSError("disk full")
 
     with monkeypatch.context() as m:
-        m.setattr(weights, "save_file", fail)
+        m.setattr(weight_export, "save_file", fail)
         with pytest.raises(OSError, match="disk full"):
             weight_export.save_pretrained(directory, c, params, "logits")
     equal(weights.load_weights(str(directory), layout=one_device()).params, params)

@@ -1,14 +1,14 @@
 """Chat templates for untrusted messages: control tokens in a message's text are encoded as data.
 
-1. `hide_control_tokens` replaces control tokens in the messages by placeholders, so that they cannot be mistaken
-   for those that the template writes.
+1. `hide_control_tokens` replaces control tokens in the messages by placeholders, so that they cannot be
+   mistaken for those that the template writes.
 2. `render_chat` runs the template.
 3. `split_segments` splits the rendered text at its control tokens; all of these were written by the template.
 4. The caller restores the placeholders in the text between them, and encodes it with one of the
    `make_data_encoders`, which never return a control token.
 
-Templates that print today's date (Llama 3.2's) get a fixed one, `DATE`: a run resumed tomorrow must see the prompts
-that it saw today.
+Templates that print today's date (Llama 3.2's) get a fixed one, `DATE`: a run resumed tomorrow must see the
+prompts that it saw today.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ DATE = datetime.date(2024, 7, 26)  # the default of Llama 3.2's own template
 def make_data_encoders(spec: dict[str, Any], control: Mapping[str, Any]) -> tuple[Any, Any]:
     """Make two `tokenizers` backends that encode control tokens as ordinary text.
 
-    The first is for the beginning of a text, the second for text after a control token.  They differ for tokenizers
-    that prepend a space to the first word only.
+    The first is for the beginning of a text, the second for text after a control token.  They differ for
+    tokenizers that prepend a space to the first word only.
 
     Args:
       spec: the original backend's JSON.
@@ -86,7 +86,7 @@ def render_chat(
 
 
 def find_turn_end(hf: Any, control: Mapping[str, Any]) -> int | None:
-    """Return the id of the control token that the chat template writes after the assistant's message, if any."""
+    """Return the id of the control token that the template writes after the assistant's message, if any."""
     if not hf.chat_template:
         return None
     marker = "the-assistants-words"
@@ -97,7 +97,7 @@ def find_turn_end(hf: Any, control: Mapping[str, Any]) -> int | None:
 
 
 def _make_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds tokens leftmost, then longest, as the tokenizers library does; none match nothing."""
+    """A pattern that finds tokens leftmost, then longest, as the tokenizers library does."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
@@ -121,7 +121,8 @@ def hide_control_tokens(
 ) -> tuple[Callable[[str], str], Callable[[str], str]]:
     """Make (hide, restore): they replace control tokens by placeholders, and placeholders by control tokens.
 
-    A placeholder is the token's number between two copies of a private-use character that no message contains.
+    A placeholder is the token's number between two copies of a private-use character that no message
+    contains.
     """
     delimiter = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if not any(c in text for text in contents))
     tokens = list(control)

@@ -1,8 +1,8 @@
 """The shape of a transformer, read from and written to Hugging Face's `config.json`.
 
-Two families share one architecture (RMSNorm, rotary embeddings, grouped-query attention, SwiGLU): "llama", and
-"qwen2", which adds biases to q, k and v.  Settings that would change the computation and are not supported (a sliding
-window, another activation, another RoPE scaling, quantised weights) raise ValueError.
+Two families share one architecture (RMSNorm, rotary embeddings, grouped-query attention, SwiGLU): "llama",
+and "qwen2", which adds biases to q, k and v.  Settings that would change the computation and are not
+supported (a sliding window, another activation, another RoPE scaling, quantised weights) raise ValueError.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class RopeScaling:
 class ModelConfig:
     """A model's architecture and sizes; hashable, so that it can be a static argument of jit.
 
-    `vocab_multiple` pads the embedding's rows to a multiple, so that they divide over a mesh.  The padded columns are
-    -inf in every softmax, and are stripped on export.
+    `vocab_multiple` pads the embedding's rows to a multiple, so that they divide over a mesh.  The padded
+    columns are -inf in every softmax, and are stripped on export.
     """
 
     family: str  # llama | qwen2
@@ -122,8 +122,8 @@ class ModelConfig:
     def from_hf(cls, hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
         """Convert Hugging Face's config.json, as written by transformers 4 or 5.
 
-        Raises ValueError, naming `where` (the file) and the key, for an unknown model type, a missing key, or an
-        unsupported setting.
+        Raises ValueError, naming `where` (the file) and the key, for an unknown model type, a missing key, or
+        an unsupported setting.
         """
         family = hf.get("model_type")
         if family not in _HF_DEFAULTS:
@@ -210,7 +210,7 @@ class ModelConfig:
 
 
 def _rope_from_hf(hf: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """RoPE's base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    """RoPE's base and scaling, from `rope_parameters` (transformers 5) or from the two keys of version 4."""
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         if key in hf and hf[key] is not None:

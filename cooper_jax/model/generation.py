@@ -1,10 +1,13 @@
 """The transformer's forward pass in generation: prefill once, then decode one token per row and step.
 
-    prompts --prefill_prompts--> KV --decode_step, decode_step, ...--> hidden states, sampled by rollout/head_sampling.py
+    prompts --prefill_prompts--> KV --decode_step, decode_step, ...--> hidden states
 
-1. `prepare_generation` lays the weights out as they are read fastest; layers are split into stacks (`split_layers`).
-2. `prefill_prompts` scans over each stack for all prompts; `decode_step` loops over it and updates the caches in
-   place.
+The hidden states are sampled by rollout/head_sampling.py.
+
+1. `prepare_generation` lays the weights out as they are read fastest; layers are split into stacks
+   (`split_layers`).
+2. `prefill_prompts` scans over each stack for all prompts; `decode_step` loops over it and updates the caches
+   in place.
 
 Axis legend: see transformer.py; W columns of the suffix cache, l layers of one stack.
 """
@@ -39,8 +42,8 @@ LAYERS_ALONE = 8  # models of up to this many layers keep each layer in a stack 
 def split_layers(layers: Params, config: ModelConfig) -> tuple[Params, ...]:
     """Split the stacked layers into stacks that are each run by one loop.
 
-    A model of many layers keeps one stack: unrolling it would take minutes to compile.  A model of few layers gets
-    stacks of one layer, because XLA:CPU copies a layer's matrices out of a larger stack at every token.
+    A model of many layers keeps one stack: unrolling it would take minutes to compile.  A model of few layers
+    gets stacks of one layer, because XLA:CPU copies a layer's matrices out of a larger stack at every token.
     """
     if config.layers > LAYERS_ALONE:
         return (layers,)
@@ -85,7 +88,7 @@ def prefill_prompts(
     kv_format: Format,
     layout: Layout,
 ) -> tuple[jax.Array, tuple[KV, ...]]:
-    """Run the prompts once -> (hidden [B, D] of each prompt's last token, one KV [l, B, K, P, ..] per stack)."""
+    """Run the prompts -> (hidden [B, D] of each prompt's last token, one KV [l, B, K, P, ..] per stack)."""
     rope = rotary_angles(config, jnp.arange(tokens.shape[1]))
     x = embed_tokens(params, tokens, dtype, layout)
 
@@ -120,10 +123,12 @@ def decode_step(
     layout: Layout,
     implementation: str = "xla",
 ) -> tuple[jax.Array, tuple[KV, ...]]:
-    """Decode one token per row -> (hidden [N, D], the suffix caches with its keys and values at `write_column`).
+    """Decode one token per row -> (hidden [N, D], suffix caches).
 
-    All rows write the same column, however many tokens each has generated: the write is one slice, which XLA does in
-    place if the cache is donated or carried by an outer loop.
+    The caches are the given ones with the token's keys and values written at `write_column`.
+
+    All rows write the same column, however many tokens each has generated: the write is one slice, which XLA
+    does in place if the cache is donated or carried by an outer loop.
     """
     rope = rotary_angles(config, position)  # f32[N, h / 2] each
     x = embed_tokens(params, token, dtype, layout)
@@ -168,7 +173,7 @@ def is_alone(cache: KV) -> bool:
 
 
 def drop_stack_axis(cache: KV) -> KV:
-    """Drop the leading axis of a stack of one layer: with it, XLA would write the cache twice, once into a copy."""
+    """Drop the leading axis of a stack of one layer: with it, XLA would write the cache into a copy, too."""
     return jax.tree.map(lambda x: x[0], cache) if is_alone(cache) else cache
 
 

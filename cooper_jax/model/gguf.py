@@ -1,10 +1,10 @@
 """GGUF files (llama.cpp's format): metadata, and a Llama model's tensors under their Hugging Face names.
 
-1. `read_header` parses the key-value section and the tensor table without reading a tensor.  The `gguf` package has
-   a reader, which takes ten times as long: it makes an array of every string of the vocabulary.
+1. `read_header` parses the key-value section and the tensor table without reading a tensor.  The `gguf`
+   package has a reader, which takes ten times as long: it makes an array of every string of the vocabulary.
 2. `read_model_config` derives the model's shape from the header.
-3. `open_tensors` returns each tensor's shape and a function that reads one: dequantised (`gguf.quants`) to f32, with
-   llama.cpp's reordering of the rows of q and k undone.
+3. `open_tensors` returns each tensor's shape and a function that reads one: dequantised (`gguf.quants`) to
+   f32, with llama.cpp's reordering of the rows of q and k undone.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

@@ -14,7 +14,7 @@ from cooper_jax.model.gguf import read_metadata
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 
-# Pre-tokenizers by the name in the file: (normaliser, single digits, regex that splits text before the merges).
+# Name in the file -> (normaliser, single digits, regex that splits text before the merges).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TIKTOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -41,8 +41,8 @@ class Parts:
 def read_tokenizer(path: Path) -> Parts:
     """Read the tokenizer of a GGUF file.
 
-    Raises ValueError for a damaged file, for kinds other than byte-level BPE, and for a pre-tokenizer that is not in
-    the table above.
+    Raises ValueError for a damaged file, for kinds other than byte-level BPE, and for a pre-tokenizer that is
+    not in the table above.
     """
     from tokenizers import (
         AddedToken,
@@ -81,7 +81,7 @@ def read_tokenizer(path: Path) -> Parts:
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
     if normaliser is not None:
         backend.normalizer = getattr(normalizers, normaliser)()
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
     steps.append(pre_tokenizers.Split(Regex(regex), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)

@@ -1,7 +1,7 @@
 """Parts of one transformer layer: RMSNorm, rotary embeddings, projections, attention over a mesh, SwiGLU.
 
-`x` is [N, S, D] in a full forward pass and [N, D] in decoding; `w` holds one layer's parameters, matrices and biases
-in the compute dtype.  Axis legend: see transformer.py.
+`x` is [N, S, D] in a full forward pass and [N, D] in decoding; `w` holds one layer's parameters, matrices and
+biases in the compute dtype.  Axis legend: see transformer.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Rope = tuple[jax.Array, jax.Array]  # cos and sin, f32[..., h / 2] each
 
 
 def constrain_batch(x: jax.Array, layout: Layout) -> jax.Array:
-    """Shard activations over the batch only, so that weights are all-gathered (FSDP) and activations are not."""
+    """Shard activations over the batch only, so that weights are all-gathered (FSDP), not activations."""
     if layout.single_device:
         return x
     return layout.constrain(x, "batch", *(None,) * (x.ndim - 1))
@@ -59,7 +59,7 @@ def rotary_angles(config: ModelConfig, positions: jax.Array) -> Rope:
 
 
 def _rotate(x: jax.Array, rope: Rope) -> jax.Array:
-    """Rotate x [N, ..., heads, h] in f32; component i is paired with i + h / 2, as in Hugging Face's models."""
+    """Rotate x [N, ..., heads, h] in f32; component i is paired with i + h / 2, as in Hugging Face."""
     cos, sin = (r[..., None, :] for r in rope)  # over heads
     cos, sin = (r.reshape((1,) * (x.ndim - r.ndim) + r.shape) for r in (cos, sin))
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -103,7 +103,7 @@ def output_proj_and_mlp(
     layout: Layout,
     matmul: Matmul = matmul_plain,
 ) -> jax.Array:
-    """Apply the output projection to attention's result `heads` [..., H, h], then the SwiGLU block; -> [..., D]."""
+    """Apply the output projection to `heads` [..., H, h], then the SwiGLU block -> [..., D]."""
     x = constrain_batch(x + matmul(heads.reshape(*x.shape[:-1], -1), w["o"]), layout)
     y = rms_norm(x, w["mlp_norm"], config.norm_eps)
     gated = jax.nn.silu(matmul(y, w["gate"])) * matmul(y, w["up"])  # [..., F]
@@ -122,7 +122,7 @@ def sharded_causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: L
     ways = layout.ways(spec[2])
     kv_heads = k.shape[2]
     if kv_heads % ways:
-        # Fewer key/value heads than shards: repeat each, so that every shard holds the heads its queries read.
+        # Fewer key/value heads than shards: repeat each, so that every shard has those its queries read.
         copies = ways // kv_heads if ways % kv_heads == 0 else q.shape[2] // kv_heads
         k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
     return run_sharded(run, layout, (spec,) * 3, spec)(q, k, v)
@@ -135,7 +135,7 @@ def make_decode_schedule(
     layout: Layout,
     implementation: str,
 ) -> Schedule:
-    """Make the decode schedule.  For Pallas kernels it is made per shard, its leaves with a leading shard axis."""
+    """Make the decode schedule; for Pallas kernels one per shard, with a leading shard axis on all leaves."""
     if not platform.is_pallas(implementation):
         return make_schedule(prompt_of, lengths, samples=samples)
     batch = layout.spec(("batch",))
@@ -153,18 +153,18 @@ def sharded_decode_attention(
     schedule: Schedule,
     first: jax.Array,  # i32[N]: each row's oldest column in the suffix
     last: jax.Array,  # i32[]: the newest column
-    layer: jax.Array | int,  # i32[]
+    layer: jax.Array | int,  # i32[]; the int 0 for a stack of one layer
     layout: Layout,
     implementation: str,
 ) -> jax.Array:  # [N, H, h]
     """Decode attention; Pallas kernels run on each device's shard of rows and key/value heads."""
-    attend = functools.partial(decode_attention, implementation=implementation)
+    attend: Callable[..., jax.Array] = functools.partial(decode_attention, implementation=implementation)
     if not platform.is_pallas(implementation):
         return attend(q, prompt, suffix, schedule, first, last, layer)
 
-    last, layer = jnp.asarray(last), jnp.asarray(layer)  # for a stack of one layer, `layer` is the int 0
+    last, layer = jnp.asarray(last), jnp.asarray(layer)  # shard_map takes arrays only
     batch = layout.spec(("batch",))[0]
-    # Query heads are sharded like the cache's heads.  If those do not divide, every device computes all heads.
+    # Query heads are sharded like the cache's heads.  If those do not divide, every device has all heads.
     heads = layout.spec(("kv_heads",), (suffix.data[0].shape[2],))[0]
     queries = PartitionSpec(batch, heads, None)
     cache = PartitionSpec(None, batch, heads)

@@ -5,9 +5,10 @@
     load_model        parameters too, sharded over a mesh
     check_length      checks that rows of so many tokens fit a model's context length
 
-`section` is a section of the config (`cfg.policy`) and `name` its name, for messages.  `section.weights` is a Hugging
-Face directory, a hub id, a .gguf file, or "random": a model of the shape `section.arch`, with a tokenizer that is
-trained on the synthetic corpus and stored in the run directory.  All functions raise SetupError if that fails.
+`section` is a section of the config (`cfg.policy`) and `name` its name, for messages.  `section.weights` is a
+Hugging Face directory, a hub id, a .gguf file, or "random": a model of the shape `section.arch`, with a
+tokenizer that is trained on the synthetic corpus and stored in the run directory.  All functions raise
+SetupError if that fails.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def describe_model(section: ConfigDict, name: str, run_dir: Directory, layout: m
 def check_length(config: ModelConfig, name: str, lengths: Mapping[str, int]) -> None:
     """Raise SetupError if rows are longer than the context length that the model `name` was trained for.
 
-    Longer rows would run without an error, at positions for which the model was not trained.  With scaled RoPE the
-    limit is the scaled length, as in Hugging Face's configs.
+    Longer rows would run without an error, at positions for which the model was not trained.  With scaled
+    RoPE the limit is the scaled length, as in Hugging Face's configs.
 
     Args:
       lengths: flag -> tokens; a row is their sum.

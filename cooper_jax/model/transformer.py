@@ -3,9 +3,10 @@
     tokens --hidden_states--> hidden --compute_logits | token_logprobs--> the policy
                                      --score_last_token-----------------> the reward model
 
-1. `hidden_states` moves each row's real tokens to its front, so padding may be on either side or in a gap.  Then
-   positions count real tokens only, all rows share one rotary table, and the causal mask also hides the padding:
-   attention kernels need no other mask.  The hidden states are moved back to the places of their tokens.
+1. `hidden_states` moves each row's real tokens to its front, so padding may be on either side or in a gap.
+   Then positions count real tokens only, all rows share one rotary table, and the causal mask also hides the
+   padding: attention kernels need no other mask.  The hidden states are moved back to the places of their
+   tokens.
 2. Layers are stacked on a leading axis and scanned.
 3. Master weights are f32 and cast once per call; norms, rotations, softmax, logsumexp and scores are f32.
 
@@ -43,9 +44,9 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
     """Declare every parameter of the model once: shape, logical axes, initialiser.
 
     head: "logits" (an untied model has an `lm_head`), or "score" (a vector `score` [D], no `lm_head`).
-    Matrices are initialised with standard deviation 1 / sqrt(inputs), and those that write to the residual stream
-    with 1 / sqrt(2 L) of that: with the usual 0.02, models about a hundred wide learn too slowly in a few hundred
-    steps.  Raises ValueError for another head.
+    Matrices are initialised with standard deviation 1 / sqrt(inputs), and those that write to the residual
+    stream with 1 / sqrt(2 L) of that: with the usual 0.02, models about a hundred wide learn too slowly in a
+    few hundred steps.  Raises ValueError for another head.
     """
     if head not in ("logits", "score"):
         raise ValueError(f"head {head!r} is none of logits, score")
@@ -133,7 +134,7 @@ def _packed_index(valid: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _permute(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x[n, index[n, s]].  The transpose of a permutation is its inverse, so the backward pass is a gather, too."""
+    """x[n, index[n, s]].  A permutation's transpose is its inverse, so the backward pass is a gather, too."""
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
 
@@ -149,10 +150,11 @@ def embed_tokens(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: La
 
 
 def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout) -> jax.Array:
-    """Look tokens i32[N, S] up in a table whose width is sharded over an axis that also shards the rows (FSDP).
+    """Look tokens i32[N, S] up in a table whose width is sharded over a mesh axis of the batch (FSDP).
 
-    Each device looks up its part of the width for all rows of that axis, and an all-to-all redistributes the result:
-    the traffic is the result's size.  Without this the compiler gathers the table, or all rows, on every device.
+    Each device looks up its part of the width for all rows of that axis, and an all-to-all redistributes the
+    result: the traffic is the result's size.  Without this the compiler gathers the table, or all rows, on
+    every device.
     """
     table = params["embed"]
     rows = layout.spec(("batch",))[0]
@@ -165,7 +167,7 @@ def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: L
         if vocab is None:
             x = table[tokens].astype(dtype)
         else:
-            # The vocabulary is sharded, too: one device of its axis has the token's row, the others add zeros.
+            # The vocabulary is sharded, too: one device has the token's row, the others of its axis add zeros.
             row = tokens - jax.lax.axis_index(vocab) * table.shape[0]
             is_local = (row >= 0) & (row < table.shape[0])
             x = jnp.where(is_local[:, :, None], table[jnp.where(is_local, row, 0)], 0).astype(dtype)
@@ -211,13 +213,13 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute log softmax(logits / temperature) at the targets, and the distribution's entropy in nats.
 
-    -> (logprobs f32[N, T], entropy f32[N, T]); the entropy has no gradient.  Logits are computed one chunk of the
-    vocabulary at a time; on a mesh each device computes its rows and its part of the vocabulary.
+    -> (logprobs f32[N, T], entropy f32[N, T]); the entropy has no gradient.  Logits are computed one chunk of
+    the vocabulary at a time; on a mesh each device computes its rows and its part of the vocabulary.
     """
     head = get_head_matrix(params, config)  # not cast: its gradient accumulates in the dtype it is stored in
     batch, (vocab, width) = layout.spec(("batch",))[0], layout.spec(("vocab", "embed"), head.shape)
     vocab, width = (axis if layout.ways(axis) > 1 else None for axis in (vocab, width))
-    # A width sharded like the batch (FSDP) is gathered by the kernel; any other sharding is left to the compiler.
+    # The kernel gathers a width sharded like the batch (FSDP); other shardings are left to the compiler.
     width = width if width in (batch if isinstance(batch, tuple) else (batch,)) else None
 
     def run(hidden, head, targets):
@@ -240,8 +242,8 @@ def token_logprobs(
 def score_last_token(params: Params, config: ModelConfig, hidden: jax.Array, valid: jax.Array) -> jax.Array:
     """Compute one logit per row from its last real token: hidden [N, S, D], valid bool[N, S] -> f32[N].
 
-    Equals Hugging Face's *ForSequenceClassification with one label.  A row without a real token gets the logit of its
-    first column: finite and meaningless.
+    Equals Hugging Face's *ForSequenceClassification with one label.  A row without a real token gets the
+    logit of its first column: finite and meaningless.
     """
     last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1])[None, :], 0), axis=1)  # i32[N]
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]  # [N, D]

@@ -1,7 +1,7 @@
-"""Export of a model to a directory that `transformers` loads unchanged: config.json, safetensors, tokenizer files.
+"""Export of a model to a directory that `transformers` loads: config.json, safetensors, tokenizer files.
 
-The directory is written under a temporary name and renamed at the end, so an interrupted export leaves the previous
-one in place.
+The directory is written under a temporary name and renamed at the end, so an interrupted export leaves the
+previous one in place.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def save_pretrained(
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write a directory for AutoModelForCausalLM (head "logits") or AutoModelForSequenceClassification ("score").
+    """Write a model for AutoModelForCausalLM ("logits") or AutoModelForSequenceClassification ("score").
 
-    The directory appears complete or not at all, and replaces an existing one.  Every array must be addressable from
-    this host.
+    The directory appears complete or not at all, and replaces an existing one.  Every array must be
+    addressable from this host.
 
     Args:
       tokenizer_dir: directory whose tokenizer files are copied.
       generation_config: its contents; its special ids also go to config.json.
-      pad_token_id: required with a score head, because transformers scores the last token that differs from it.
+      pad_token_id: required with a score head: transformers scores the last token that differs from it.
       dtype: "float32" or "bfloat16".
       max_shard_bytes: limit for one safetensors file, unless a single tensor is larger.
 
@@ -84,7 +84,7 @@ def save_pretrained(
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     new, old = (directory.with_name(f".{directory.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    # A directory cannot be replaced in one step: the old one is renamed first, and renamed back after an error.
+    # Directories cannot be replaced atomically: the old one is renamed, and renamed back after an error.
     try:
         new.mkdir()
         (new / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")

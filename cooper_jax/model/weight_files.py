@@ -1,7 +1,7 @@
 """Files of weights: the path of a source, and the tensors of a safetensors directory.
 
-`resolve_source` turns a source into a local path.  `open_safetensors` lists a directory's tensors without reading
-them, so that names and shapes can be checked before any weight is read.
+`resolve_source` turns a source into a local path.  `open_safetensors` lists a directory's tensors without
+reading them, so that names and shapes can be checked before any weight is read.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class TensorFiles:
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]  # one tensor, as f32
     where: Callable[[str], Path]  # the file that holds it
-    # Part of a tensor as f32; the index has a slice with bounds for each dimension.  None where the format can only
-    # be read whole (GGUF quantises in blocks).
+    # Part of a tensor as f32; the index has a slice with bounds for each dimension.  None where the format
+    # can only be read whole (GGUF quantises in blocks).
     read_slice: Callable[[str, tuple[slice, ...]], np.ndarray] | None = None
 
 
@@ -94,7 +94,8 @@ def _resolve_package_file(source: str, what: str) -> Path:
 def open_safetensors(directory: Path) -> TensorFiles:
     """Open model.safetensors, or the shards that model.safetensors.index.json names; no tensor is read.
 
-    Raises ValueError for missing or damaged files, a tensor in two files, and an index that does not match them.
+    Raises ValueError for missing or damaged files, a tensor in two files, and an index that does not match
+    them.
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():

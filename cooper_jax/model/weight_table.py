@@ -1,4 +1,4 @@
-"""The table that maps parameters to Hugging Face tensors, used by reading (weights.py) and writing (weight_export.py)."""
+"""The table of parameters and their Hugging Face tensors, for reading (weights.py) and weight_export.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime.mesh import ParamSpec
 
-# (Hugging Face's name, ours, number of leading axes of ours that are the matrix's inputs).  A matrix is [out, in] in
-# torch and [in, out] here; with 0 the order of axes is kept.  {} is the layer.
+# (Hugging Face's name, ours, number of leading axes of ours that are the matrix's inputs).  Matrices are
+# [out, in] in torch and [in, out] here; with 0 the order of axes is kept.  {} is the layer.
 _LAYER = "model.layers.{}."
 TABLE: tuple[tuple[str, str, int], ...] = (
     ("model.embed_tokens.weight", "embed", 0),
@@ -34,7 +34,7 @@ TABLE: tuple[tuple[str, str, int], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row of TABLE for one model: a parameter, and the tensor or tensors (one per layer) that it is stored as."""
+    """One row of TABLE for one model: a parameter, and its tensor or tensors (one per layer)."""
 
     key: str
     names: tuple[str, ...]  # of the tensors

@@ -1,14 +1,15 @@
 """Weights read from Hugging Face directories and GGUF files into sharded f32 parameters.
 
-1. `weight_files.resolve_source` turns a source (directory, hub id, .gguf file, "package:NAME/FILE.gguf", gs:// address
-   of a directory or .gguf file) into a path.
-2. `load_weights` reads its config and checks every tensor's name and shape against weight_table.py before it reads
-   any weight.
-3. Parameters are read one by one, converted to f32 and stacked over the layers.  On a mesh a host reads only what its
-   own devices hold, and has one device's part of one parameter in memory at a time (GGUF: one whole parameter).
+1. `weight_files.resolve_source` turns a source (directory, hub id, .gguf file, "package:NAME/FILE.gguf",
+   gs:// address of a directory or .gguf file) into a path.
+2. `load_weights` reads its config and checks every tensor's name and shape against weight_table.py before it
+   reads any weight.
+3. Parameters are read one by one, converted to f32 and stacked over the layers.  On a mesh a host reads only
+   what its own devices hold, and has one device's part of one parameter in memory at a time (GGUF: one whole
+   parameter).
 
-A causal-LM checkpoint opened with head "score" gives its layers and a fresh score vector (`head_trained` is then
-False); a *ForSequenceClassification checkpoint with one label has its own.
+A causal-LM checkpoint opened with head "score" gives its layers and a fresh score vector (`head_trained` is
+then False); a *ForSequenceClassification checkpoint with one label has its own.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def load_weights(
       vocab_multiple: pads the embedding's rows (see ModelConfig).
       seed: of the score vector's initial values, if the source has none.
 
-    Raises ValueError, naming the file and the key, for a source that cannot be found or downloaded, an unsupported
-    config, and tensors that are unknown, duplicate, missing or of another shape than the config says.
+    Raises ValueError, naming the file and the key, for a source that cannot be found or downloaded, an
+    unsupported config, and tensors that are unknown, duplicate, missing or of another shape than the config
+    says.
     """
     # Only the header and the config are read here, no tensor.
     path = weight_files.resolve_source(source)
@@ -187,7 +189,7 @@ def _fill(
 
 
 def _runs(shape: tuple[int, ...], index: Index) -> list[tuple[slice, slice]]:
-    """The contiguous runs of a box within a flattened array: [(slice of the array, slice of the flattened box)]."""
+    """The contiguous runs of a box within an array, as slices of (the flat array, the flat box)."""
     # Dimensions from `whole_from` on are covered completely, so a run spans all of them.
     whole_from = len(shape)
     while whole_from and index[whole_from - 1] == slice(0, shape[whole_from - 1]):
@@ -210,7 +212,7 @@ def _runs(shape: tuple[int, ...], index: Index) -> list[tuple[slice, slice]]:
 
 def _check_tensors(tensors: weight_files.TensorFiles, config: ModelConfig, head: str, path: Path) -> None:
     """Raise ValueError unless the tensors are exactly those that the config asks for, in their shapes."""
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for entry in make_entries(config, head):
         expected |= dict.fromkeys(entry.names, entry.hf_shape)
 

@@ -1,7 +1,7 @@
 """Measured rates of this machine for the roofline: matrix products, memory bandwidth, and peak memory use.
 
-Each rate is the best of several trials: a roofline must not be lower than what the machine can reach.  One device is
-measured; `Rates.times` scales the result to several.
+Each rate is the best of several trials: a roofline must not be lower than what the machine can reach.  One
+device is measured; `Rates.times` scales the result to several.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def measure_rates(dtype: str, rows: int, width: int, ffn: int, weight_bytes: int
     """Measure the default device: matrix products in `dtype`, and memory bandwidth.
 
     Args:
-      rows, width, ffn: a model's matrix products, [rows, width] @ [width, ffn] and back, are timed in addition to a
-        large square one; the faster counts.
-      weight_bytes: bytes read by one forward pass.  If they fit in the CPU's last-level cache, the cache's bandwidth
-        counts, too.
+      rows, width, ffn: a model's matrix products, [rows, width] @ [width, ffn] and back, are timed in
+        addition to a large square one; the faster counts.
+      weight_bytes: bytes read by one forward pass.  If they fit in the CPU's last-level cache, the cache's
+        bandwidth counts, too.
     """
     platform = "cpu" if jax.default_backend() == "cpu" else "other"
     side, repeats = SQUARE_SIDE[platform], REPEATS[platform]

@@ -1,4 +1,4 @@
-"""Sizes of the memories that programs are planned for: an accelerator's memory and the CPU's largest cache."""
+"""Memory sizes for which programs are planned: an accelerator's memory and the CPU's largest cache."""
 
 from __future__ import annotations
 

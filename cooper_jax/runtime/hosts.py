@@ -1,19 +1,20 @@
 """One run on several hosts: joining processes, exchanging host data, and ending together.
 
-Every process runs the same program and takes the same decisions (multi-controller).  Data that one process alone
-has is shared by `exchange_bytes` over the coordination service of `jax.distributed`: bytes on the host, from any
-thread, without a device program (two threads could enqueue those in different orders).
+Every process runs the same program and takes the same decisions (multi-controller).  Data that one process
+alone has is shared by `exchange_bytes` over the coordination service of `jax.distributed`: bytes on the host,
+from any thread, without a device program (two threads could enqueue those in different orders).
 
 1. `start_hosts` joins the processes, if there are several.
-2. `is_assigned` divides work; `exchange_bytes`, `broadcast_value` and `fetch_arrays` give results to all processes.
+2. `is_assigned` divides work; `exchange_bytes`, `broadcast_value` and `fetch_arrays` give results to all
+   processes.
 3. `raise_if_stopping` is called where a step may be abandoned.  After one process received a SIGTERM (sent to
    machines that are about to be preempted), it raises `Stopped` on all processes at the same call.
-4. `run_as_one` wraps a process's main part.  A process that fails reports it to the others; one that is lost stops
-   its heartbeat.  Either ends all of them, with a message, within SILENCE_LIMIT and a few seconds.
+4. `run_as_one` wraps a process's main part.  A process that fails reports it to the others; one that is lost
+   stops its heartbeat.  Either ends all of them, with a message, within SILENCE_LIMIT and a few seconds.
 
-Exit codes:  0 done   2 setup error   69 another host was lost   75 stopped after a checkpoint.  After 69 and 75 the
-same command resumes the run.  The first host runs the coordination service: if it is lost, JAX itself aborts the
-others at once, with 134.
+Exit codes:  0 done   2 setup error   69 another host was lost   75 stopped after a checkpoint.  After 69 and
+75 the same command resumes the run.  The first host runs the coordination service: if it is lost, JAX itself
+aborts the others at once, with 134.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 SETUP_ERROR, LOST, STOPPED = 2, 69, 75  # exit codes
 HEARTBEAT_INTERVAL = 2.0  # seconds
 SILENCE_LIMIT = 40.0  # seconds without a heartbeat, after which a process counts as lost
-# Long, because the others may be compiling or loading weights.  Lost processes are detected by their heartbeat.
+# Long, because others may be compiling or loading weights.  Lost processes are detected by heartbeat.
 EXCHANGE_TIMEOUT_MS = 24 * 3600 * 1000
 KEPT_EXCHANGES = 256  # own messages that stay in the service before the oldest is deleted
 # Longer than SILENCE_LIMIT, so that our message and exit code come before JAX's.
@@ -67,8 +68,8 @@ class HostLost(RuntimeError):
 def start_hosts() -> None:
     """Join the other processes of this run; a process without peers only installs its SIGTERM handler.
 
-    The peers are given by JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found by JAX
-    on TPU VMs, under SLURM and under Open MPI.  Must be called before any device is used.
+    The peers are given by JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found
+    by JAX on TPU VMs, under SLURM and under Open MPI.  Must be called before any device is used.
 
     Raises ValueError if only some of the three variables are set.
     """
@@ -81,7 +82,7 @@ def start_hosts() -> None:
             raise ValueError(f"{', '.join(given)} is set without {', '.join(missing)}: set all three")
         address, count, index = given.values()
         options |= dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
-        # Otherwise JAX would look for a cluster to find out which local devices are this process's: all of them.
+        # Otherwise JAX looks for a cluster to find out which local devices this process has: all of them.
         options["cluster_detection_method"] = "deactivate"
     elif not _can_find_peers():
         signal.signal(signal.SIGTERM, lambda *_: _sigterm_received.set())
@@ -104,7 +105,7 @@ def _can_find_peers() -> bool:
     return chips and "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
 
 
-# --- dividing work and sharing results -----------------------------------------------------------------------
+# --- dividing work and sharing results -----------------------------------------------------------------
 
 
 def is_primary() -> bool:
@@ -126,8 +127,8 @@ def is_assigned(key: int) -> bool:
 def exchange_bytes(name: str, own: bytes) -> list[bytes]:
     """Return every process's bytes, ordered by process index.
 
-    All processes must call it with the same name.  Calls of one name are matched in their order; calls of different
-    names may come in any order.  Raises HostLost if the coordination service does not answer.
+    All processes must call it with the same name.  Calls of one name are matched in their order; calls of
+    different names may come in any order.  Raises HostLost if the coordination service does not answer.
     """
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
@@ -145,8 +146,8 @@ def exchange_bytes(name: str, own: bytes) -> list[bytes]:
             for i in range(count)
             if i != index
         }
-        # Messages would pile up in the service.  All processes have long read one this old: they have made later
-        # calls since.
+        # Delete old messages, which would pile up in the service.  One this old has been read by all
+        # processes: they have made later calls.
         with _lock:
             oldest = _own_keys.popleft() if len(_own_keys) == KEPT_EXCHANGES else None
             _own_keys.append(f"{prefix}/{index}")
@@ -180,11 +181,13 @@ def on_primary_first(name: str, work: Callable[[], Any]) -> None:
 def fetch_arrays(tree: Any) -> Any:
     """Copy device arrays to NumPy arrays: the global arrays, on every process.
 
-    Runs an all-gather for arrays with shards on other hosts, so all processes must call it, in the same order.
+    Runs an all-gather for arrays with shards on other hosts, so all processes must call it, in the same
+    order.
     """
     leaves, treedef = jax.tree.flatten(tree)
     for i, x in enumerate(leaves):
         if isinstance(x, jax.Array) and not _is_local(x):
+            assert isinstance(x.sharding, NamedSharding), f"an array over several hosts has {x.sharding}"
             leaves[i] = _make_replicate(x.sharding.mesh)(x)
     return jax.tree.unflatten(treedef, jax.device_get(leaves))
 
@@ -200,7 +203,7 @@ def _make_replicate(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-# --- ending a run --------------------------------------------------------------------------------------------
+# --- ending a run --------------------------------------------------------------------------------------
 
 
 def raise_if_stopping() -> None:
@@ -242,8 +245,8 @@ def _exit_after_error(error: BaseException) -> None:
         raise error
 
     if isinstance(error, jax.errors.JaxRuntimeError | HostLost):
-        # Probably a collective noticed another host's end first.  Leave the watching threads the time to find out
-        # which host it was; they exit with the better message.
+        # Probably a collective noticed another host's end first.  Leave the watching threads the time to find
+        # out which host it was; they exit with the better message.
         print(f"process {jax.process_index()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         time.sleep(SILENCE_LIMIT + 3 * HEARTBEAT_INTERVAL)
 
@@ -294,7 +297,7 @@ def _watch_peers() -> None:
 
 
 def _watch_service() -> None:
-    """Watch the coordination service: if its host hangs, `_watch_peers` blocks in a call and cannot notice."""
+    """Watch the coordination service: if its host hangs, `_watch_peers` blocks and cannot notice."""
     while not _finished.wait(HEARTBEAT_INTERVAL):
         if time.monotonic() - _last_answer[0] > SILENCE_LIMIT:
             _exit_now(LOST, f"the first host does not answer for {SILENCE_LIMIT:.0f} s{_RESTART_HINT}")
