@@ -48,7 +48,7 @@ class Completion:
 
 
 class Verdict(enum.StrEnum):
-    """The rule verifier's verdict.  Only decidable ones may be used as labels; with the others it abstains."""
+    """The rule verifier's verdict.  Only decidable ones may be used as labels; the others abstain."""
 
     CORRECT = "correct"
     WRONG = "wrong"  # an answer of a recognised form that differs from the reference

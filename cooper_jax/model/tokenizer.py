@@ -154,8 +154,8 @@ def train_sentencepiece(
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # As in Qwen2.5's and SmolLM2's tokenizers: ten digits instead of hundreds of numbers.  Numbers have
-            # the same tokens at the start of a text and within it, so a small model can learn to compare them.
+            # As in Qwen2.5's and SmolLM2's tokenizers: ten digits instead of hundreds of numbers.  A number's
+            # tokens are the same everywhere in a text, so a small model can learn to compare two.
             split_digits=True,
             byte_fallback=True,
             character_coverage=1.0,

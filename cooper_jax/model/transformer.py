@@ -167,7 +167,7 @@ def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: L
         if vocab is None:
             x = table[tokens].astype(dtype)
         else:
-            # The vocabulary is sharded, too: one device has the token's row, the others of its axis add zeros.
+            # The vocabulary is sharded, too: one device has the token's row, the others add zeros.
             row = tokens - jax.lax.axis_index(vocab) * table.shape[0]
             is_local = (row >= 0) & (row < table.shape[0])
             x = jnp.where(is_local[:, :, None], table[jnp.where(is_local, row, 0)], 0).astype(dtype)

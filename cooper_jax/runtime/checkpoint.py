@@ -123,7 +123,7 @@ class Checkpoints:
     # --- saving ---
 
     def save(self, step: int, items: dict[str, Any], loop: dict[str, Any]) -> float:
-        """Save named pytrees and the loop's JSON in the background; return the seconds waited for the last save.
+        """Save named pytrees and the loop's JSON in the background; return the seconds of the first wait.
 
         Waits for the previous save first, so that the host holds only one copy of the arrays, and then until
         the arrays are copied to the host: they may be donated as soon as this returns.  If writing fails, the
@@ -164,8 +164,8 @@ class Checkpoints:
             left = "there is none before it" if last is None else f"that of step {last} is complete"
             raise OSError(
                 f"{self.folder}: the checkpoint of step {self._pending_step} could not be written "
-                f"({shorten_error(find_first_cause(error))}); {left}.  Free disk space or fix the cause, and start the "
-                "same command again"
+                f"({shorten_error(find_first_cause(error))}); {left}.  Free disk space or fix the cause, "
+                "and start the same command again"
             ) from error
         self._pending_step = None
         self._delete_old()

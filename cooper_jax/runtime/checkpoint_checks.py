@@ -53,8 +53,8 @@ def check_fit(stored: Any, like: Any, where: Path | epath.Path, vocab_size: int 
     if wrong:
         more = f" (and {len(wrong) - _MAX_REPORTED} more)" if len(wrong) > _MAX_REPORTED else ""
         raise ValueError(
-            f"{where} does not fit this config's model or optimiser: {'; '.join(wrong[:_MAX_REPORTED])}{more}: use "
-            "the config that it was saved with, or a new run_dir"
+            f"{where} does not fit this config's model or optimiser: {'; '.join(wrong[:_MAX_REPORTED])}{more}: "
+            "use the config that it was saved with, or a new run_dir"
         )
     return differs_in_padding
 

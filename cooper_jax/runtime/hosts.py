@@ -290,10 +290,8 @@ def _watch_peers() -> None:
                     _exit_now(code, f"process {i} ended with a setup error: see its own messages")
                 _exit_now(LOST, f"process {i} failed with exit code {code}: see its own messages")
             if state != "done" and now - since > SILENCE_LIMIT:
-                _exit_now(
-                    LOST,
-                    f"process {i} has sent no heartbeat for {SILENCE_LIMIT:.0f} s: its host is lost{_RESTART_HINT}",
-                )
+                reason = f"process {i} has sent no heartbeat for {SILENCE_LIMIT:.0f} s: its host is lost"
+                _exit_now(LOST, reason + _RESTART_HINT)
 
 
 def _watch_service() -> None:

@@ -155,7 +155,7 @@ class JsonLines:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSON-lines file.  Raises ValueError, naming file and line, if one is malformed."""
+    """Read the objects of a JSON-lines file.  Raises ValueError, naming file and line, for a bad line."""
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

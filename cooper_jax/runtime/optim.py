@@ -15,8 +15,8 @@ microbatches add up to the gradient of the batch.
 
 Departures from the released code: master weights and both moments are float32 (there bfloat16, in which an
 update of relative size 1e-5 is rounded away), and the first update of the warm-up has the rate
-lr / warmup_steps instead of 0.  As in the authors' RL code, weight decay applies to every parameter, including
-norms and biases; their VerifyRM training excludes norms and biases.
+lr / warmup_steps instead of 0.  As in the authors' RL code, weight decay applies to every parameter, norms and
+biases included; their VerifyRM training excludes these.
 
     N  rows of a batch   m  rows of a microbatch   M  microbatches
 """
@@ -84,7 +84,7 @@ def make_optimiser(cfg: OptimiserConfig, decay: str = "constant", updates: int =
     """Make AdamW with these settings.
 
     The learning rate of update n (from 0) is lr * min(1, (n + 1) / warmup_steps) * d(n).  With
-    t = clip((n - warmup_steps) / (updates - warmup_steps), 0, 1), which reaches 1 after the last of `updates`,
+    t = clip((n - warmup_steps) / (updates - warmup_steps), 0, 1), which is 1 after the last of `updates`,
 
         decay "constant": d = 1    "linear": d = 1 - t    "cosine": d = (1 + cos(pi t)) / 2
 

@@ -166,7 +166,7 @@ class RunDirectory:
                     self._lock = None
 
     def truncate(self, step: int | None) -> None:
-        """Prepare to continue after the newest checkpoint's `step` (None: from step 0), before the first `log`.
+        """Prepare to continue after the newest checkpoint's `step` (None: step 0), before the first `log`.
 
         Drops metrics and samples of later steps, and an incomplete last line.  Warns if metrics up to `step`
         are missing.  Raises ValueError for a malformed line.
