@@ -214,7 +214,7 @@ class RunDirectory:
         """Tell the uploading thread that these files, or the files of these folders, have changed."""
         if self._uploads is None:
             return
-        changed = []
+        changed: list[Path] = []
         for path in (self._folder / name for name in names):
             changed += [path] if path.is_file() else path.glob("*")
         self._uploads.changed(*(str(path.relative_to(self._folder)) for path in changed))
