@@ -124,7 +124,8 @@ def hide_control_tokens(
     A placeholder is the token's number between two copies of a private-use character that no message
     contains.
     """
-    delimiter = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if not any(c in text for text in contents))
+    used_characters = set("".join(contents))
+    delimiter = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in used_characters)
     tokens = list(control)
     numbers = {token: i for i, token in enumerate(tokens)}
     token_pattern = _make_pattern(tokens)

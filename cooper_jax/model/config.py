@@ -138,6 +138,7 @@ class ModelConfig:
         if kinds - {"full_attention"}:
             raise ValueError(f"{where}: layer_types holds {sorted(kinds)}; only full_attention is supported")
 
+        # Keys that config.json leaves out have the defaults of transformers.
         full = {**_HF_COMMON, **_HF_DEFAULTS[family], **hf}
         heads, kv_heads, head_dim = full["num_attention_heads"], full["num_key_value_heads"], full["head_dim"]
         if head_dim is None and full["hidden_size"] % heads:
@@ -211,6 +212,7 @@ class ModelConfig:
 
 def _rope_from_hf(hf: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """RoPE's base and scaling, from `rope_parameters` (transformers 5) or from the two keys of version 4."""
+    # Version 5 keeps everything, the base included, in one dict; version 4 keeps the base at the top level.
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         if key in hf and hf[key] is not None:

@@ -231,6 +231,7 @@ def _dequantise(path: Path, name: str, info: TensorInfo) -> np.ndarray:
     except (ValueError, KeyError) as e:
         raise ValueError(f"{path}: the tensor {name} is of the unknown type {info.kind}") from e
 
+    # Values are quantised in blocks along the last axis; a row is a whole number of blocks.
     row_bytes = info.shape[-1] // block_values * block_bytes
     total = math.prod(info.shape[:-1]) * row_bytes
     if info.offset + total > path.stat().st_size:

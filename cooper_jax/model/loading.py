@@ -114,6 +114,8 @@ def load_model(
     lengths: for `check_length`, which is called before parameters are read.
     """
     model = describe_model(section, name, run_dir, layout)
+
+    # Find wrong settings before the weights are read, which may take minutes.
     check_length(model.config, name, lengths or {})
     with setup_errors("mesh"):
         mesh.check_sharding(layout, transformer.param_specs(model.config, head))

@@ -56,6 +56,8 @@ def resolve_source(
     path = remote_files.fetch_local(source, hub_files)
     if path.is_dir() or (path.is_file() and path.suffix in suffixes):
         return path
+
+    # Not a local path: a hub id, unless the name looks like a file that does not exist.
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix not in suffixes
     if path.exists() or not is_hub_id:
         raise ValueError(

@@ -57,6 +57,7 @@ def make_entries(config: ModelConfig, head: str) -> list[Entry]:
             continue
         shape = tree[key].shape[1:] if stacked else tree[key].shape
 
+        # torch keeps matrices as [out, in] with all heads on one axis, and vectors flat.
         hf_shape: tuple[int, ...]
         if inputs:
             hf_shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))

@@ -135,10 +135,12 @@ class Checkpoints:
         if taken := sorted(set(loop) & set(_RESERVED)):
             raise ValueError(f"the fields {taken} of the loop are written by save itself: leave them out")
 
+        # Long if the previous checkpoint is still being written: a slow disk shows here.
         start = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - start
 
+        # Orbax would silently skip a step that is not newer.
         newest = max(self.steps(), default=-1)
         if step <= newest:
             raise ValueError(f"step {step} is not newer than {self.folder / str(newest)}: nothing was saved")

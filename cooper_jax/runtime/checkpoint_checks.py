@@ -38,6 +38,7 @@ def check_fit(stored: Any, like: Any, where: Path | epath.Path, vocab_size: int 
             x = jax.eval_shape(jax.random.key_data, x)
         want[_dotted_name(path)] = (tuple(x.shape), str(x.dtype))
 
+    # Collect all differences: one alone rarely tells what is wrong with the config.
     wrong = [f"{name} is not stored" for name in sorted(want.keys() - have.keys())]
     wrong += [f"{name} is stored but not asked for" for name in sorted(have.keys() - want.keys())]
     differs_in_padding = False

@@ -30,6 +30,7 @@ def make_layouts(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -
             if section[name]:
                 sizes[name] = mesh.parse_sizes(section[name])
 
+    # The policy's mesh takes what is left after the other models' devices.
     with setup_errors("mesh"):
         remaining, own_devices = mesh.split_devices(jax.devices() if devices is None else devices, sizes)
         shared = make_layout(remaining, section.data, section.fsdp, section.tensor)

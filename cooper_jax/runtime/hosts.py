@@ -278,6 +278,7 @@ def _watch_peers() -> None:
             _exit_now(LOST, f"the first host does not answer ({str(error).splitlines()[0]}){_RESTART_HINT}")
 
         now = _last_answer[0] = time.monotonic()
+        # A heartbeat is a state that has changed; clocks of different hosts are never compared.
         for key, state in states:
             i = int(key.rsplit("/", 1)[1])
             if last[i][0] != state:

@@ -291,6 +291,7 @@ def init_params(key: jax.Array, specs: Any, layout: Layout) -> Any:
         params = []
         for path, spec in leaves:
             name = jax.tree_util.keystr(path)
+            # Keyed by the path: parameters keep their values if others are added or reordered.
             path_key = jax.random.fold_in(key, int.from_bytes(name.encode(), "little") % (2**31 - 1))
             if spec.init == "normal":
                 params.append(spec.scale * jax.random.normal(path_key, spec.shape, jnp.float32))

@@ -122,6 +122,7 @@ class JsonLines:
                 kept.append(line.rstrip(b"\n") + b"\n")
                 last_step = line_step
 
+        # Leave an unchanged file alone, so that its modification time stays.
         after = b"".join(kept)
         if after != before:
             write_atomically(self.path, after)

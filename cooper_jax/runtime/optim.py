@@ -105,6 +105,7 @@ def make_optimiser(cfg: OptimiserConfig, decay: str = "constant", updates: int =
             return rate * (1.0 - t)
         return rate * ((1.0 + jnp.cos(jnp.pi * t)) / 2)
 
+    # Clip before AdamW, so that the moments see clipped gradients.
     tx = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay),
@@ -319,6 +320,7 @@ def make_accumulator(
         state, metrics = apply_update(state, sums.grads, sums.loss, opt)
         return state, {"loss": sums.loss} | sums.aux | metrics
 
+    # Fixed output shardings, so that the sums can be donated from call to call.
     replicated: Any = layout.replicated  # a leaf of Sums, which is typed as an array
     sums = Sums(replicated, make_shardings(layout, specs), dict.fromkeys(aux, replicated))
     states = state_shardings(opt, specs, layout)

@@ -56,6 +56,7 @@ def check_same_settings(
     def show(values: Mapping[str, Any], name: str) -> str:
         return json.dumps(values[name], ensure_ascii=False) if name in values else "(absent)"
 
+    # A setting may change as long as no output depends on it.
     changed = []
     for name in sorted(old.keys() | new.keys()):
         is_same = name in old and name in new and old[name] == new[name]

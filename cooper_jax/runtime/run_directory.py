@@ -126,6 +126,7 @@ class RunDirectory:
         self._lock = lock_folder(self._folder / "lock", self.path, "--config.run_dir")
         try:
             self._check_resume(resume)
+            # Stored at every start, so that config.json shows the fields of the latest one.
             text = json.dumps({"format": FORMAT} | to_plain_config(config), indent=2, allow_nan=False)
             write_atomically(self.path / "config.json", text.encode() + b"\n")
         except BaseException:
@@ -234,6 +235,7 @@ class RunDirectory:
                 "ascending order"
             )
 
+        # All processes convert the values, so that all fail on a bad one; process 0 alone writes.
         row: dict[str, Any] = {"step": step}
         for name, value in metrics.items():
             if "/" not in name:
@@ -269,6 +271,8 @@ class RunDirectory:
                 f"{self.path} holds checkpoints {steps} and resume is False: give another --config.run_dir, or "
                 "resume with --config.resume=True"
             )
+
+        # Compare with the config that the checkpoints were made with.
         stored = self.path / "config.json"
         if not stored.exists():
             raise ValueError(

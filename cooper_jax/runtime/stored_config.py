@@ -76,6 +76,7 @@ def read_stored_config(run_dir: Path | epath.Path, known: ConfigDict) -> dict[st
             f"{run_dir} was made by a later version of this project (format {number}, this one reads {FORMAT}): "
             "use that version, or start a new run directory"
         )
+    # Fields that no longer exist show an older version, too, even if the format is the same.
     unknown = sorted(flatten_config(config).keys() - flatten_config(to_plain_config(known)).keys())
     if unknown or number != FORMAT:
         reason = f"its format is {number or 'not stated'}, this one reads {FORMAT}"
