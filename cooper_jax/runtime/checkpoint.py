@@ -140,7 +140,7 @@ class Checkpoints:
         self.wait()
         waited = time.perf_counter() - start
 
-        # Orbax would silently skip a step that is not newer.
+        # Refused here, because Orbax skips such a save instead of raising.
         newest = max(self.steps(), default=-1)
         if step <= newest:
             raise ValueError(f"step {step} is not newer than {self.folder / str(newest)}: nothing was saved")

@@ -132,7 +132,7 @@ def _arrange(devices: list[jax.Device], sizes: list[int], across: int) -> np.nda
 
 
 def _is_box(devices: Sequence[jax.Device]) -> bool:
-    """Tell whether TPU chips fill a box: `create_device_mesh` takes no other set of chips."""
+    """Tell whether TPU chips fill a box; a part of a host's chips keeps its own order instead."""
     coords = np.asarray([d.coords for d in devices])
     cores = len({d.core_on_chip for d in devices})
     return int(np.prod(coords.max(0) - coords.min(0) + 1)) * cores == len(devices)

@@ -122,7 +122,7 @@ class JsonLines:
                 kept.append(line.rstrip(b"\n") + b"\n")
                 last_step = line_step
 
-        # Leave an unchanged file alone, so that its modification time stays.
+        # Rewrite the file only if something was dropped.
         after = b"".join(kept)
         if after != before:
             write_atomically(self.path, after)
