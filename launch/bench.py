@@ -39,8 +39,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax.perf import bench_programs, roofline
-from cooper_jax.runtime import device_layouts, machine
+from cooper_jax.perf import bench_programs, machine, roofline
+from cooper_jax.runtime import device_layouts
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.run_settings import RunSettings
 

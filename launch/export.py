@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
 
     from cooper_jax.data import seen_questions
-    from cooper_jax.model import weights
+    from cooper_jax.model import weight_export
     from cooper_jax.runtime import device_layouts, remote_files
     from cooper_jax.settings import setup_errors
     from cooper_jax.trainer import run_checkpoint
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         command_line.exit_with_errors(error.problems)
     with tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save(folder)
-        weights.save_pretrained(
+        weight_export.save_pretrained(
             OUT.value,
             model.config,
             params,

@@ -13,9 +13,8 @@ import pytest
 from cooper_jax.configs import base
 from cooper_jax.launch import bench as command
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.perf import bench_programs, roofline
-from cooper_jax.runtime import machine
-from cooper_jax.runtime.machine import Rates
+from cooper_jax.perf import bench_programs, machine, roofline
+from cooper_jax.perf.machine import Rates
 from cooper_jax.settings.setup_errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,10 +97,10 @@ def test_the_better_rates_of_two_measurements_times_the_devices():
 
 def test_measured_rates(monkeypatch):
     """A cache's bandwidth counts where it holds the weights, the memory's where it does not."""
-    monkeypatch.setattr(machine, "TRY_SECONDS", 0.0)
-    monkeypatch.setattr(machine, "SQUARE", {"cpu": 64})
-    monkeypatch.setattr(machine, "ARRAY", {"cpu": 2**20})
-    monkeypatch.setattr(machine, "last_level_cache", lambda: 2**16)
+    monkeypatch.setattr(machine, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(machine, "SQUARE_SIDE", {"cpu": 64})
+    monkeypatch.setattr(machine, "ARRAY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(machine, "read_last_level_cache", lambda: 2**16)
     found = {"read_dram": 3.0, "read_cache": 7.0}
     monkeypatch.setattr(
         machine, "_host_bandwidth", lambda name, size: {f"read_{name}": found[f"read_{name}"]}
@@ -113,7 +112,7 @@ def test_measured_rates(monkeypatch):
 
 
 def test_host_bandwidth_is_measured(monkeypatch):
-    monkeypatch.setattr(machine, "TRY_SECONDS", 0.0)
+    monkeypatch.setattr(machine, "TRIAL_SECONDS", 0.0)
     found = machine._host_bandwidth("cache", 2**16)
     assert set(found) == {"read_cache", "copy_cache"} and min(found.values()) > 0
 

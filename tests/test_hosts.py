@@ -197,7 +197,7 @@ with hosts.run_as_one():
     assert hosts.exchange_json("a", {{"me": me}}) == [{{"me": 0}}, {{"me": 1}}]
     assert hosts.broadcast_value("b", lambda: b"first" if me == 0 else 1 / 0) == b"first"
     assert [i for i in range(4) if hosts.is_assigned(i)] == [me, me + 2]
-    for i in range(hosts.KEPT + 3):
+    for i in range(hosts.KEPT_EXCHANGES + 3):
         hosts.exchange_bytes("many", b"")
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
     x = jax.make_array_from_callback((8,), NamedSharding(mesh, PartitionSpec("data")), lambda i: np.arange(8.0)[i])

@@ -23,7 +23,7 @@ from tiny_runs import ROOT, environment, metrics, start_hosts, timeless
 
 from cooper_jax.configs import base
 from cooper_jax.data import labelled_completions, prompts, reward_hacks, seen_questions
-from cooper_jax.model import loading, transformer, weights
+from cooper_jax.model import loading, transformer, weight_export, weights
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
@@ -98,7 +98,7 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
     for piece in pieces(rows, lengths, labels, shapes):
         sums = accumulator.add(params, sums, piece)
 
-    weights.save_pretrained(tmp_path / "model", config, params, "score", pad_token_id=0)
+    weight_export.save_pretrained(tmp_path / "model", config, params, "score", pad_token_id=0)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     valid = np.arange(40)[None] < lengths[:, None]
     ids = np.zeros((len(rows), 40), np.int64)
@@ -110,7 +110,7 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
     assert float(sums.loss) == pytest.approx(loss.item(), abs=1e-5)
 
     # Our gradients under Hugging Face's names, by the table that writes weights.
-    weights.save_pretrained(
+    weight_export.save_pretrained(
         tmp_path / "gradient", config, jax.device_get(sums.grads), "score", pad_token_id=0
     )
     ours = load_file(tmp_path / "gradient" / "model.safetensors")
@@ -305,7 +305,7 @@ def place(tmp_path_factory) -> Path:
     size = tokenizers.load_tokenizer_from(str(path / "tokenizer")).vocab_size
     config = tiny_models.config(vocab_size=size, width=32, head_dim=8, ffn=64)
     params = mesh.init_params(jax.random.key(0), transformer.param_specs(config), one_device())
-    weights.save_pretrained(path / "trunk", config, params, "logits", tokenizer_dir=path / "tokenizer")
+    weight_export.save_pretrained(path / "trunk", config, params, "logits", tokenizer_dir=path / "tokenizer")
     write_task(path / "train.jsonl", range(1, 9))
     write_task(path / "dev.jsonl", range(20, 25))
     return path
@@ -825,7 +825,7 @@ def test_weights_that_overflow_are_said(place, tmp_path, alone):
     )
     params = tiny_models.random_params(config, "score")
     params["score"] = params["score"].at[0].set(jnp.inf)
-    weights.save_pretrained(
+    weight_export.save_pretrained(
         broken, config, params, "score", tokenizer_dir=place / "tokenizer", pad_token_id=0
     )
     with pytest.raises(SetupError, match="update 3: 40 of 40 held-out logits are not finite: lower"):

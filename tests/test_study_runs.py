@@ -16,7 +16,7 @@ from tiny_studies import ROOT, a_study, launch, small
 
 from cooper_jax.configs import tiny
 from cooper_jax.runtime.hosts import Stopped
-from cooper_jax.runtime.run_directory import flatten_config
+from cooper_jax.runtime.stored_config import flatten_config
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.study import arms, progress, records, run_scheduler, study_plan
 from cooper_jax.trainer import recipes

@@ -156,7 +156,7 @@ def a_pair(problem):
 @contextlib.contextmanager
 def begun(components, state, path):
     """The state as a run begins or resumes it, with its run directory and checkpoints."""
-    run = run_directory.RunDirectory(path, components.cfg, resume=True)
+    run = run_directory.RunDirectory(path, config(), resume=True)
     with run, Checkpoints(path, keep=1) as kept:
         yield start_or_resume(components, state, run, kept), run, kept
 

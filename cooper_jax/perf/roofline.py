@@ -5,7 +5,7 @@ that of the optimiser.  Softmaxes, norms, draws, activations and whatever small 
 
 1. `rollout`, `score`, `update` and `pair_update` count a model's work -> {part: Work}; parts run one after the
    other.
-2. `seconds` of a part at a machine's rates (runtime/machine.py): the longer of its products and its traffic.
+2. `seconds` of a part at a machine's rates (perf/machine.py): the longer of its products and its traffic.
 
 Assumed: a prompt is computed once for all its samples; a slot whose row has ended is refilled at once; a causal
 query meets only the keys before it; the head runs only where a logit is needed; nothing is computed twice.  In
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.runtime.machine import Rates
+from cooper_jax.perf.machine import Rates
 
 MASTER_BYTES = 4  # parameters, gradients and both moments are float32
 ADAM_ACCESSES = 7  # reads parameter, gradient and two moments; writes all but the gradient

@@ -40,7 +40,7 @@ from cooper_jax.rollout import rollout_plan
 from cooper_jax.rollout import slots as programs
 from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.rollout.slots import RolloutStatic
-from cooper_jax.runtime import hosts, machine
+from cooper_jax.runtime import device_memory, hosts
 from cooper_jax.runtime.mesh import Layout, is_spec, make_shardings
 from cooper_jax.types import Completion, Metrics, Params, Rollout
 
@@ -97,7 +97,7 @@ def generate(
         budget = (
             memory_gib * rollout_plan.GIB
             if memory_gib
-            else machine.device_memory(layout.mesh.devices.flat[0])
+            else device_memory.read_device_memory(layout.mesh.devices.flat[0])
         )
         gathered = rollout_plan.should_gather(config, layout, spec.dtype, budget)
     weights = copy_rollout_weights(params, config, layout, spec.dtype, gathered)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax.runtime.run_directory import flatten_config
+from cooper_jax.runtime.stored_config import flatten_config
 from cooper_jax.settings.config_fields import describe_unknown_field
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.recipes import RECIPES

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.runtime import output_folder
 from cooper_jax.runtime.checkpoint import list_steps
-from cooper_jax.runtime.run_directory import flatten_config, must_stay
+from cooper_jax.runtime.stored_config import flatten_config, must_stay
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.study import arms as study_arms
 from cooper_jax.study.arms import START, Arm

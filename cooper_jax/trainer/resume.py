@@ -15,7 +15,8 @@ from cooper_jax.model import transformer
 from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.runtime import checkpoint, hosts, mesh, optim
 from cooper_jax.runtime.checkpoint import Checkpoints
-from cooper_jax.runtime.run_directory import RunDirectory, config_hash
+from cooper_jax.runtime.run_directory import RunDirectory
+from cooper_jax.runtime.stored_config import config_hash
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.reward_warmup import warm_up_reward_model

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from cooper_jax.configs import base
 from cooper_jax.model.loading import Directory, Model, describe_model
 from cooper_jax.model.transformer import param_specs
-from cooper_jax.runtime import mesh, run_directory
+from cooper_jax.runtime import mesh, stored_config
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.types import Params
 
@@ -28,7 +28,7 @@ def read_run_config(run_dir: Directory) -> ConfigDict:
 
     Raises FileNotFoundError where there is none, ValueError for a run of another version of this project.
     """
-    return ConfigDict(run_directory.read_stored_config(run_dir, base.get_config()))
+    return ConfigDict(stored_config.read_stored_config(run_dir, base.get_config()))
 
 
 # Sections that belong to a run's models and to how they are prompted; the others say how a job is done.
