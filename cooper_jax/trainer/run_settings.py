@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.policy.losses import PolicyConfig
-from cooper_jax.reward.pairs import PairsConfig
+from cooper_jax.reward.pairs.build_pairs import PairsConfig
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.rule.verifier import RuleConfig
 from cooper_jax.runtime.optim import OptimiserConfig

@@ -22,7 +22,7 @@ from collections import Counter
 import numpy as np
 
 from cooper_jax.policy.advantages import group_advantages
-from cooper_jax.reward.pairs import PairResult
+from cooper_jax.reward.pairs.build_pairs import PairResult
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import policy_stages, reward_stages
