@@ -1,9 +1,10 @@
 """Seeded corruption of a solution's answer: "14 + 6 = 20 #### 20" becomes "14 + 6 = 22 #### 22".
 
 1. The answer is where `find_answer` sees it, else the text's last number.
-2. Its number (integer, decimal, fraction, number word; a unit stays) is moved to a nearby value.  The new text has
-   the old one's length, so that neither length nor layout tells which of a pair is which.
-3. Where the solution computed that value ("= 20" before), the last such result and all its later mentions follow.
+2. Its number (integer, decimal, fraction, number word; a unit stays) is moved to a nearby value.  The new
+   text has the old one's length, so that neither length nor layout tells which of a pair is which.
+3. Where the solution computed that value ("= 20" before), the last such result and all its later mentions
+   follow.
 """
 
 from __future__ import annotations

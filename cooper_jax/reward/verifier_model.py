@@ -96,8 +96,8 @@ def make_bce_update(
 ) -> Callable[[TrainState, ScoreBatch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """The jitted (state, ScoreBatch [N, S], labels f32[N], weights f32[N]) -> (state, metrics).
 
-    Of cfg, dtype, remat and microbatch are read.  The loss is the mean weighted by `weights` (at least 0; 0 leaves
-    a row out); when all are 0 nothing moves.  The state given is donated.
+    Of cfg, dtype, remat and microbatch are read.  The loss is the mean weighted by `weights` (at least 0; 0
+    leaves a row out); when all are 0 nothing moves.  The state given is donated.
 
     Metrics, f32[]: loss, accuracy (weighted share of rows whose z > 0 says what the label says) and
     `optim.apply_update`'s grad_norm, lr and skipped.
@@ -121,8 +121,9 @@ def make_bce_accumulator(
 ) -> optim.Accumulator:
     """The same update in pieces, for batches whose microbatches differ in width.
 
-    Rows are (ScoreBatch [N, S], labels f32[N], shares f32[N]); the shares of all microbatches of a batch add up to
-    1, or its loss is not the mean.  cfg and metrics: as `make_bce_update`'s; of cfg.microbatch nothing is read.
+    Rows are (ScoreBatch [N, S], labels f32[N], shares f32[N]); the shares of all microbatches of a batch add
+    up to 1, or its loss is not the mean.  cfg and metrics: as `make_bce_update`'s; of cfg.microbatch nothing
+    is read.
     """
     specs = transformer.param_specs(config, head="score")
     return optim.make_accumulator(_bce(config, cfg, layout), ("accuracy",), opt, specs, layout)
@@ -149,18 +150,18 @@ def make_reward_update(
 
         loss = mean over the valid pairs of losses.pair_terms  +  rollout_bce * losses.bce_loss of the rows
 
-    Pairs and rows are read where their terms weigh something, and cost nothing elsewhere; cfg.microbatch counts
-    pairs in the one and rows in the other.  The mean is over the whole
-    batch's valid pairs; masked pairs and rows of weight 0 count for nothing, whatever they hold; the rows' weights
-    are taken as they are.  Where neither a pair is valid nor a row weighs something, state and moments stay as
-    they are.  The state given is donated.  Raises ValueError for members of different widths.
+    Pairs and rows are read where their terms weigh something, and cost nothing elsewhere; cfg.microbatch
+    counts pairs in the one and rows in the other.  The mean is over the whole batch's valid pairs; masked
+    pairs and rows of weight 0 count for nothing, whatever they hold; the rows' weights are taken as they are.
+    Where neither a pair is valid nor a row weighs something, state and moments stay as they are.  The state
+    given is donated.  Raises ValueError for members of different widths.
 
-    Metrics, f32[]: loss and `optim.apply_update`'s grad_norm, lr and skipped; of pairs, means over the valid ones (0
-    without one): pair_loss and pair_bce (unweighted, and where they weigh something), margin (s_pos - s_neg, in the
-    contrast's own units), accuracy (share with z_pos > z_neg), positive_mean and negative_mean (rewards),
-    positive_saturation and negative_saturation (p (1 - p): 0 is saturated, .25 undecided), common_push and
-    difference_push (losses.py), valid (pairs); of rows: rollout_bce, rollout_accuracy (weighted share of rows whose
-    z > 0 says what the label says), rollout_rows.
+    Metrics, f32[]: loss and `optim.apply_update`'s grad_norm, lr and skipped; of pairs, means over the valid
+    ones (0 without one): pair_loss and pair_bce (unweighted, and where they weigh something), margin (s_pos -
+    s_neg, in the contrast's own units), accuracy (share with z_pos > z_neg), positive_mean and negative_mean
+    (rewards), positive_saturation and negative_saturation (p (1 - p): 0 is saturated, .25 undecided),
+    common_push and difference_push (losses.py), valid (pairs); of rows: rollout_bce, rollout_accuracy
+    (weighted share of rows whose z > 0 says what the label says), rollout_rows.
     """
     places, rows_loss = _places(config, layout), _bce(config, cfg, layout)
 

@@ -1,16 +1,16 @@
 """Contrastive pairs of a step: a verified positive and a negative of the same problem.
 
 1. A prompt has `per_prompt` slots.  `pairs.negatives` names the sources of their negatives, in turn.
-2. Each slot takes a positive: for most sources a row that is verified correct and not truncated, drawn without
-   replacement by (seed, step, the prompt's position in the data order) alone.
+2. Each slot takes a positive: for most sources a row that is verified correct and not truncated, drawn
+   without replacement by (seed, step, the prompt's position in the data order) alone.
 3. Each source fills its slots:
 
        assistant    an assistant rewrites the positive into a wrong solution       rewrites.py (the paper's)
        swap         the positive's text beside another problem's reference         swapped_references.py (ours)
        own_answer   a wrong response, whose positive is beside its own answer      own_answers.py (ours)
 
-4. Every negative passes the checks of pair_checks.py; the last is the rule verifier's.  A slot that no attempt fills
-   is masked, and its last reason counted.
+4. Every negative passes the checks of pair_checks.py; the last is the rule verifier's.  A slot that no
+   attempt fills is masked, and its last reason counted.
 
 `start_pairs` does all this in a thread, so that devices work while an assistant on a server is asked.
 
@@ -99,9 +99,10 @@ def build_pairs(
       assistant: None gives no pairs at all where `cfg.negatives` names it.
       positions: [B], each prompt's position in the data order; by default its index in the batch.
       scores: f32[N], the reward model's rewards; `own_answer` takes the highest first.
-      exchange: mark a random half of the pairs as exchanged (a control: the update takes each member for the other).
-      fits: returns True for an answer that, as a reference, leaves the reward model's input room for question and
-        completion; by default any does.
+      exchange: mark each pair as exchanged or not, by a coin; in an exchanged pair the update takes each
+        member for the other (a control).
+      fits: returns True for an answer that, as a reference, leaves the reward model's input room for question
+        and completion; by default any does.
 
     Raises ValueError where the numbers of rows disagree, and for `own_answer` without scores.
     """
@@ -240,9 +241,9 @@ def start_pairs(
 ) -> PendingPairs:
     """Run `build_pairs` in a thread, so that devices need not wait for the assistant; the pairs are the same.
 
-    With an assistant that computes on our own devices (`overlaps` is False), or none, it runs here before this
-    returns: two threads that launch device programs could interleave their collectives in different orders on
-    different hosts.
+    With an assistant that computes on our own devices (`overlaps` is False), or none, it runs before this
+    function returns.  Two threads that launch device programs could interleave their collectives in different
+    orders on different hosts.
     """
 
     def build() -> PairResult:

@@ -1,8 +1,8 @@
 """Pairs of a wrong response with its own answer (ours).
 
-The negative is a wrong response as the policy wrote it; the positive is the same text beside the answer that it gives
-itself.  Both members then contain whatever raised the response's reward, and only the match with the reference sets
-them apart.  Such pairs exist even where no response is correct.
+The negative is a wrong response as the policy wrote it; the positive is the same text beside the answer that
+it gives itself.  Both members then contain whatever raised the response's reward, and only the match with the
+reference sets them apart.  Such pairs exist even where no response is correct.
 """
 
 from __future__ import annotations

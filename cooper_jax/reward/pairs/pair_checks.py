@@ -1,10 +1,12 @@
 """Checks that every negative passes, whatever its source.
 
 1. `find_text_refusal` looks at a rewrite's text: truncation, refusals, length.  It needs no verdict.
-2. The rule verifier decides the rest.  `REFUSAL_BY_VERDICT` names the verdicts that refuse a negative: all but WRONG.
+2. The rule verifier decides the rest.  `REFUSAL_BY_VERDICT` names the verdicts that refuse a negative: all
+   but WRONG.
 
-Departures from the released code: there, a negative from which nothing can be parsed passes as wrong, and neither
-length nor truncation nor refusals are checked, so a reward model can learn style in place of correctness.
+Departures from the released code: there, a negative from which nothing can be parsed passes as wrong, and
+neither length nor truncation nor refusals are checked, so a reward model can learn style in place of
+correctness.
 """
 
 from __future__ import annotations

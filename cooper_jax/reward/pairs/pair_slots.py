@@ -1,7 +1,8 @@
 """Slots: the places for a step's pairs, each with its positive before its negative is known.
 
-A prompt has `per_prompt` slots.  Each takes its negative from one source; the k-th slot of a source takes the k-th row
-that the source can use, in the order of `rank_rows`.  A source fills a slot, or states why it could not.
+A prompt has `per_prompt` slots.  Each takes its negative from one source; the k-th slot of a source takes the
+k-th row that the source can use, in the order of `rank_rows`.  A source fills a slot, or states why it could
+not.
 
     B  prompts   G  samples a prompt   N = B * G  rows, prompt-major
 """

@@ -1,9 +1,10 @@
-"""Negatives that the assistant writes: a verified solution, rewritten into a plausible wrong one (arXiv 2508.05613).
+"""Negatives by the assistant: a verified solution, rewritten into a plausible wrong one (arXiv 2508.05613).
 
 All open slots are asked in one batch; those whose rewrite is refused are asked again, with other random bits.
 
-Departures from the released code: the rule compares a rewrite with the *reference* (there: with the positive's own
-answer, gold and prediction exchanged), and the assistant is not asked about prompts without a positive.
+Departures from the released code: the rule compares a rewrite with the *reference* (there: with the
+positive's own answer, gold and prediction exchanged), and the assistant is not asked about prompts without a
+positive.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def _check_rewrites(
     for slot, reply in zip(slots, replies, strict=True):
         slot.refusal = find_text_refusal(slot.positive, reply, length_ratio)
         if not slot.refusal and not isinstance(reply, Failure):
-            # The members must render alike but for their text, so the rewrite takes the positive's outer white space.
+            # The members must render alike but for their text, so the rewrite takes the positive's outer
+            # white space.
             candidates.append((slot, prompts.copy_margins(reply.text, slot.positive)))
 
     verdicts = rule.check([(slot.problem.reference, text) for slot, text in candidates])

@@ -1,7 +1,7 @@
 """Negatives with a swapped reference (ours): the positive's text beside another problem's reference.
 
-Nothing but the reference sets the members apart, so a reward model that ignores it cannot tell them.  No assistant is
-asked.
+Nothing but the reference sets the members apart, so a reward model that ignores it cannot tell them.  No
+assistant is asked.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ def fill_with_swapped_references(
 ) -> None:
     """Fill slots with their positive beside another reference, of which up to `tries` are tried.
 
-    problems: [B], the batch, whose other references are taken in an order of each slot's own.  The rule must find the
-    text WRONG beside the other reference: one that is equal in value (20 and 40/2) makes no negative.
+    The rule must find the text WRONG beside the other reference: one that is equal in value (20 and 40/2)
+    makes no negative.
+
+    Args:
+      problems: [B], the batch, whose other references are tried in an order of each slot's own.
     """
     references_by_slot = [_shuffle_other_references(slot, problems, seed, step) for slot in slots]
     for slot in slots:
