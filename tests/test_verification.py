@@ -199,7 +199,7 @@ def test_without_references_nothing_stands_in_their_place():
             return super().ask(conversations, ids)
 
     judges.make_llm_judge(Chat(), 7)([found], 0)
-    assert asked == [prompts.judge_messages("q", "", "c")] and "reference" not in asked[0][0][1]
+    assert asked == [prompts.make_judge_messages("q", "", "c")] and "reference" not in asked[0][0][1]
 
 
 def _load(path, **changes):

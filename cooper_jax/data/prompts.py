@@ -12,8 +12,8 @@ r"""Every template there is: the words around questions, references and completi
   3. What is too long is cut between tokens inside C, and only then inside Q; the string that is left is
      encoded like any other.  C keeps its head, its tail (at least half of what is kept) and its final answer
      wherever that stands.  A and the tags are never cut.
-* `negative_messages`, `parse_negative`: the assistant's rewriting of a correct solution into a wrong one.
-* `judge_messages`, `parse_judgement`: the LLM judge of hybrid annotation.
+* `make_negative_messages`, `parse_negative`: the assistant's rewriting of a correct solution into a wrong one.
+* `make_judge_messages`, `parse_judgement`: the LLM judge of hybrid annotation.
 * `extract_answer`: the final answer of a completion, for gates and logs; the rule verifier has its own parser.
 
 Nothing here strips or adds white space inside a text: two completions render alike but for themselves.
@@ -240,7 +240,7 @@ def _shorten(text: str, spans: Sequence[tuple[int, int]], count: int, keep: tupl
 # --- the assistant -----------------------------------------------------------------------------------
 
 
-def negative_messages(question: str, reference: str, positive: str) -> Messages:
+def make_negative_messages(question: str, reference: str, positive: str) -> Messages:
     """Ask for a wrong version of a correct solution (paper: the assistant's negatives; our wording).
 
     One user message: some templates refuse a system role.
@@ -314,7 +314,7 @@ def copy_margins(text: str, model: str) -> str:
 # --- the judge ---------------------------------------------------------------------------------------
 
 
-def judge_messages(question: str, reference: str, completion: str) -> Messages:
+def make_judge_messages(question: str, reference: str, completion: str) -> Messages:
     """Ask whether a completion's final answer equals the reference (hybrid annotation; wording ours).
 
     Where there is none (an empty text), whether it is right: the judge solves the question, and reads no empty tag.
