@@ -55,8 +55,10 @@ def make_local_generate(
 ) -> chats.Generate:
     """Load the weights of the section `chat_cfg.name`, and return (conversations, ids) -> replies.
 
-    ids are (seed, step, row, attempt), row below 2^31.  Requests that share all but the row are one batch.  A conversation that is too long gets Failure("too_long").  Raises ValueError where replies leave
-    no room for a conversation, and what load_model raises.
+    ids are (seed, step, row, attempt), row below 2^31.  Requests that share all but the row are one batch.
+    A conversation that is too long gets Failure("too_long").
+
+    Raises ValueError where replies leave no room for a conversation, and what load_model raises.
     """
     name = chat_cfg.name
     section = cfg[name]
