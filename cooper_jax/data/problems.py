@@ -84,7 +84,7 @@ def load_problems(
         said = _said(row, _SUBJECT, str), _said(row, _LEVEL, str | int)
         problems.append(Problem(question, reference, solution, id, *said))
     if not problems:
-        raise ValueError(f"{source}: there is no row in it")
+        raise ValueError(f"{source}: the file has no rows")
     return problems
 
 

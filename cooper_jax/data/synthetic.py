@@ -86,7 +86,7 @@ def make_problems(seed: int, count: int, split: str) -> list[Problem]:
         subject = WORDS if rng.random() < WORDS_ASKED else NUMBER
         question = _draw_question(start, steps, subject, rng)
         n = arithmetic.compute_results(start, steps)[-1]
-        words = arithmetic.number_in_words(n)
+        words = arithmetic.spell_number(n)
         solution = f"{arithmetic.format_steps(start, steps)} {MARK} {words if subject == WORDS else n}"
         reference = f"{n} = {words}" if subject == WORDS else f"{n}"
         in_vain = in_vain + 1 if question in made else 0
@@ -214,15 +214,13 @@ def make_corpus() -> list[str]:
                 ]
                 asked = list(_ASKED.values())[i % 2].format(thing=thing)
                 sentences.append(f"{name} has {i + 2} {thing} . {tell[0]} {tell[1]} {asked}")
-    top = arithmetic.WRONG_TOP + 1
+    top = arithmetic.MAX_WRONG_RESULT + 1
     for op, ways in STEPS.items():
         sentences += [way.format(who=who, n=n) for way in ways for who in NAMES for n in range(2, 10)]
         sentences += [f"{n}{op}{n}={n};{n}{op}{n}={n} {MARK} {n}" for n in range(top)]
     for n in range(top):
         said = [_in_form(n, form, OBJECTS[n % len(OBJECTS)], rng) for form in FORMS]
-        sentences += [f"{HABIT} {MARK} {answer}" for answer in said] + [
-            f"{n} = {arithmetic.number_in_words(n)}"
-        ]
+        sentences += [f"{HABIT} {MARK} {answer}" for answer in said] + [f"{n} = {arithmetic.spell_number(n)}"]
     return sentences
 
 
@@ -244,13 +242,13 @@ def counted_thing(problem: Problem) -> str:
 
 def _in_form(n: int, form: str, thing: str, rng: np.random.Generator) -> str:
     if form == "fraction":
-        most = arithmetic.WRONG_TOP // max(n, 1)  # no number is above 199, so 150 is 150/1
+        most = arithmetic.MAX_WRONG_RESULT // max(n, 1)  # no number is above 199, so 150 is 150/1
         below = min(int(rng.integers(2, 6)), most)
         return f"{n * below}/{below}"
     said = {
         "integer": f"{n}",
         "decimal": f"{n}.0",
-        "word": arithmetic.number_in_words(n),
+        "word": arithmetic.spell_number(n),
         "unit": f"{n} {thing}",
     }
     return said[form]
