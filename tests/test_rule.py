@@ -161,7 +161,7 @@ def test_workers_speak_the_verdicts_of_types():
 
 def test_a_verdict_needs_no_jax_and_little_of_ours():
     code = (
-        "import sys; sys.path.append(sys.argv[1]); from cooper_jax.reward import rule_worker, rule_judge\n"
+        "import sys; sys.path.append(sys.argv[1]); from cooper_jax.rule import rule_worker, rule_verdict\n"
         "assert rule_verdict.judge_answer('20', '#### 20') == 'correct'\n"
         "found = {m for m in sys.modules if m.startswith(('cooper_jax.', 'kernels'))} | {'jax', 'numpy'}\n"
         "print(*sorted(found & set(sys.modules)))\n"
@@ -170,7 +170,7 @@ def test_a_verdict_needs_no_jax_and_little_of_ours():
     run = subprocess.run(
         [sys.executable, "-P", "-c", code, folder], capture_output=True, text=True, timeout=60
     )
-    ours = [f"cooper_jax.reward{name}" for name in ("", ".rule_judge", ".rule_reading", ".rule_worker")]
+    ours = [f"cooper_jax.rule{name}" for name in ("", ".answer_parser", ".rule_verdict", ".rule_worker")]
     assert run.stdout.split() == ours, run.stderr
 
 
