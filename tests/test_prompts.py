@@ -232,7 +232,7 @@ def test_the_last_resort_changes_no_row_that_the_strict_cut_can_make(toks):
 def test_a_reward_input_has_room_for_a_response(toks):
     tok = toks["scratch"]
     bare = len(tok.encode(prompts.render_verifier_text("", "", "")))
-    least = bare + prompts.LEAST_QUESTION + 50
+    least = bare + prompts.MIN_QUESTION + 50
     prompts.check_response_room(tok, 50, least)
     message = (
         f"reward.max_tokens={least - 1}: .*{bare} tokens.*max_new_tokens=50, .*reward.max_tokens={least} or"
