@@ -250,7 +250,7 @@ def _find_label(row: Row, fields: Sequence[str], types: tuple[type, ...]) -> str
 def _parse_named_columns(
     row: Row, question_key: str, reference_key: str, solution_key: str
 ) -> tuple[str, str, str]:
-    """(question, reference, solution) of named columns; the reference may be text, a number or a list of texts."""
+    """(question, reference, solution) of named columns; a reference is text, a number or a list of texts."""
     question = answers.clean_question(row_reader.get_text(row, question_key))
     solution = row_reader.get_text(row, solution_key).strip() if solution_key else ""
     value = row_reader.get_field(row, reference_key)

@@ -144,7 +144,7 @@ def _truncate_to_fit(
     min_question: int,
     min_completion: int,
 ) -> list[int] | None:
-    """Token ids of texts without tags, truncated to max_tokens; None where less than the minimum would be left.
+    """Token ids of texts without tags, at most max_tokens; None where less than the minimum would be left.
 
     min_question, min_completion: tokens that are kept of each, if it has as many.
     """

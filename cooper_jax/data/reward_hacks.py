@@ -110,7 +110,7 @@ WRONG = tuple(name for name in ATTACKS if name not in (BASELINE, "reference"))
 
 
 def apply_attack(triple: Triple, name: str, seed: int, index: int) -> Triple:
-    """The triple under an attack.  name: a key of ATTACKS.  Random choices depend on (seed, name, index) alone."""
+    """The triple under an attack of ATTACKS; random choices depend on (seed, name, index) alone."""
     rng = keys.make_generator(seed, "attacks", list(ATTACKS).index(name), index)
     attack, _ = ATTACKS[name]
     return attack(triple, rng)

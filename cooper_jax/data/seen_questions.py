@@ -70,7 +70,7 @@ _SUPERSCRIPTS = {ord(c): f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸
 
 
 def normalise_question(question: str) -> str:
-    """The question without layout, case and punctuation, and without white space except between two digits."""
+    """The question without layout, case, punctuation and white space, except a space between digits."""
     text = unicodedata.normalize("NFKC", question.translate(_SUPERSCRIPTS)).casefold()
     # Category Cf: soft hyphens, byte order marks.
     text = "".join(c for c in text if unicodedata.category(c) != "Cf").strip()
@@ -154,7 +154,7 @@ class Record:
 
     @classmethod
     def _from_json(cls, content: Any) -> Record:
-        """The record in a file's JSON.  Raises ValueError for missing fields, wrong types and wrong counts."""
+        """The record in a file's JSON.  Raises ValueError for missing fields, wrong types and counts."""
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
         fields = {"version": int, "complete": bool, "sources": dict, "questions": int, "fingerprints": list}
