@@ -90,7 +90,7 @@ def test_judge_asks_once_a_triple_and_keeps_order(ask):
     assert len(server.requests) == 3
     sent = server.bodies[0]
     assert sent["temperature"] == 0.0 and "chat_template_kwargs" not in sent
-    wanted = [prompts.judge_messages(t.question, t.reference, t.completion) for t in (other, TRIPLE)]
+    wanted = [prompts.make_judge_messages(t.question, t.reference, t.completion) for t in (other, TRIPLE)]
     assert {b["messages"][0]["content"] for b in server.bodies} == {m[0][1] for m in wanted}
 
 

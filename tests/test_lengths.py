@@ -9,7 +9,7 @@ import tiny_models
 import tiny_tokenizers
 
 from cooper_jax.configs import base, tiny
-from cooper_jax.data.prompts import LEAST_QUESTION
+from cooper_jax.data.prompts import MIN_QUESTION
 from cooper_jax.evaluation import benchmark_jobs
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
 from cooper_jax.llm import local_chat
@@ -154,7 +154,7 @@ def test_the_shipped_configs_fit_the_models_that_they_name(name):
         assert cfg.reward.max_tokens <= TRAINED_FOR[reward]
     if not name.startswith("verifyrm"):  # those train a reward model on files: nothing is rolled out
         # Tags take some 40 tokens of a tokenizer that does not know them, as the shipped reward models' do.
-        assert cfg.reward.max_tokens >= 40 + LEAST_QUESTION + cfg.rollout.max_new_tokens
+        assert cfg.reward.max_tokens >= 40 + MIN_QUESTION + cfg.rollout.max_new_tokens
     for chat in (cfg.assistant, cfg.judge, cfg.source):
         if chat.kind == "local":
             assert chat.max_prompt_tokens + chat.max_new_tokens <= TRAINED_FOR[chat.weights]

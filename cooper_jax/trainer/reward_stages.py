@@ -1,6 +1,6 @@
 """The reward model's stages of a step: make pairs, choose labelled rows, update the reward model.
 
-1. `propose_pairs` starts to make contrastive pairs: correct responses beside wrong ones (reward/pairs.py).
+1. `propose_pairs` starts to make contrastive pairs: correct responses beside wrong ones (reward/pairs/).
 2. `choose_labelled_rows` chooses responses that the update sees one by one, each with its label
    (reward/labelled_rollouts.py).
 3. `update_reward_model` makes the step's updates on both.
@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from cooper_jax.data import packing, prompts
-from cooper_jax.reward import labelled_rollouts, pairs
+from cooper_jax.reward import labelled_rollouts
+from cooper_jax.reward.pairs.build_pairs import PendingPairs, no_pairs, start_pairs
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.trainer.grading import encode_reward_input
@@ -46,7 +47,7 @@ def propose_pairs(
     verdicts: Sequence[Verdict],
     scores: np.ndarray,
     step: int,
-) -> pairs.PendingPairs:
+) -> PendingPairs:
     """Start to make the step's pairs; the assistant's calls go on while devices work.
 
     completions, verdicts, scores: [N]; scores are the reward model's, before its update.  step: keys the random
@@ -54,14 +55,14 @@ def propose_pairs(
     """
     settings = components.settings
     if not settings.reward_update.reads_pairs:
-        return pairs.no_pairs()
+        return no_pairs()
 
     def fits(answer: str) -> bool:
         return prompts.reference_fits(
             components.reward_bundle.model.tokenizer, answer, settings.reward.max_tokens
         )
 
-    return pairs.start_pairs(
+    return start_pairs(
         batch.problems,
         completions,
         verdicts,

@@ -27,7 +27,7 @@ from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
 from cooper_jax.reward.multihost import share_over_hosts
-from cooper_jax.rule.verifier import QUESTION, RuleVerifier
+from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import Problems, SetupError, setup_errors
@@ -154,7 +154,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         # A worker of the rule verifier starts while the models are loaded.
         with setup_errors("rule"):
             local_rule = stack.enter_context(RuleVerifier(settings.rule))
-            local_rule.submit([QUESTION])
+            local_rule.submit([READY_ITEM])
         policy, policy_state = build_policy_bundle(settings, layouts, run_dir)
         reward, reward_state = None, None
         if settings.reward.has_model:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from cooper_jax.reward.pairs import PairResult
+from cooper_jax.reward.pairs.build_pairs import PairResult
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import policy_stages, reward_stages
