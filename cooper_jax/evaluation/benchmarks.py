@@ -54,20 +54,17 @@ class PolicySampler:
     """The rollout engine, at the benchmark section's own temperature, top-p and length."""
 
     def __init__(self, cfg: ConfigDict, layout: Layout, model: loading.Model, params: Params):
-        section, r = cfg.benchmark, cfg.rollout
+        section = cfg.benchmark
         self.samples = section.samples
         self._cfg, self._layout, self._model, self._params = cfg, layout, model, params
         with setup_errors("benchmark"):
-            self._spec = engine.SamplingSpec(
+            self._spec = engine.SamplingSpec.for_nucleus(
+                cfg.rollout,
+                model.tokenizer.eos_ids,
                 temperature=section.temperature,
-                top_k=0,
                 top_p=section.top_p,
                 max_new_tokens=section.max_new_tokens,
                 group_size=section.samples,
-                eos_ids=model.tokenizer.eos_ids,
-                segment=r.segment,
-                dtype=r.dtype,
-                kv_dtype=r.kv_dtype,
             )
 
     def __call__(self, benchmark: Benchmark, chunk: range, on_ready: OnReady) -> None:

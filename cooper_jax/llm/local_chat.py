@@ -58,16 +58,14 @@ def make_local_generate(
         lengths = {f"{name}.max_prompt_tokens": asked.max_prompt_tokens, **lengths}
     model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed, lengths)
     params = engine.copy_rollout_weights(params, model.config, layout, section.dtype)
-    spec = engine.SamplingSpec(
+    spec = engine.SamplingSpec.for_nucleus(
+        cfg.rollout,
+        model.tokenizer.eos_ids,
         temperature=asked.temperature,
-        top_k=0,
         top_p=asked.top_p,
         max_new_tokens=asked.max_new_tokens,
         group_size=1,
-        eos_ids=model.tokenizer.eos_ids,
-        segment=cfg.rollout.segment,
         dtype=section.dtype,
-        kv_dtype=cfg.rollout.kv_dtype,
     )
     room = sys.maxsize if model.config.max_len is None else model.config.max_len - asked.max_new_tokens
     most = asked.max_prompt_tokens or room

@@ -13,6 +13,8 @@ B prompts   G samples a prompt   N = B * G rows, prompt-major   V vocabulary
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ import numpy as np
 
 from cooper_jax.kernels import kv, platform
 from cooper_jax.kernels import sampling as kernel
+from cooper_jax.settings.typed_config import read_section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,40 @@ class SamplingSpec:
     dtype: str  # float32 | bfloat16, of the weights and activations
     min_p: float = 0.0  # 0: off
     kv_dtype: str = ""  # float32 | bfloat16 | int8, of the cache; "": as dtype
+
+    @classmethod
+    def from_config(cls, rollout: Mapping[str, Any], eos_ids: tuple[int, ...]) -> SamplingSpec:
+        """Sampling of a run's rollouts; rollout: the config's section of that name."""
+        return read_section(cls, rollout, "rollout", eos_ids=eos_ids)
+
+    @classmethod
+    def for_nucleus(
+        cls,
+        rollout: Mapping[str, Any],
+        eos_ids: tuple[int, ...],
+        *,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        group_size: int,
+        dtype: str | None = None,
+    ) -> SamplingSpec:
+        """Temperature and top-p sampling with settings of its own, as evaluations and language models have.
+
+        rollout: the config's section of that name, which decides the segment, the cache's dtype and, where `dtype`
+        is None, the dtype.
+        """
+        return cls(
+            temperature=temperature,
+            top_k=0,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            group_size=group_size,
+            eos_ids=eos_ids,
+            segment=rollout["segment"],
+            dtype=rollout["dtype"] if dtype is None else dtype,
+            kv_dtype=rollout["kv_dtype"],
+        )
 
     def __post_init__(self):
         for name in ("max_new_tokens", "group_size", "segment"):

@@ -214,18 +214,7 @@ def build_policy_bundle(
         "rollout.max_new_tokens": rollout.max_new_tokens,
     }
     model, params, _ = load_model(cfg.policy, "policy", "logits", layout, run_dir, cfg.seed, lengths)
-    sampling = SamplingSpec(
-        temperature=rollout.temperature,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        min_p=rollout.min_p,
-        max_new_tokens=rollout.max_new_tokens,
-        group_size=rollout.group_size,
-        eos_ids=model.tokenizer.eos_ids,
-        segment=rollout.segment,
-        dtype=rollout.dtype,
-        kv_dtype=rollout.kv_dtype,
-    )
+    sampling = SamplingSpec.from_config(rollout, model.tokenizer.eos_ids)
 
     with setup_errors("policy"):
         optimiser = optim.make_optimiser(typed.policy_optimiser)
