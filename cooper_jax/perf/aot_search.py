@@ -204,8 +204,8 @@ def _estimate_update_bytes(job: CompileJob, config: ModelConfig, has_head: bool)
 def prune_estimates(estimates: Iterable[RoughEstimate], limit: float) -> list[RoughEstimate]:
     """The candidates that may fit into `limit` bytes, in the order in which to compile them.
 
-    First comes the fastest of each (mesh, number of slots), then the others; each part is sorted by seconds.  Of two
-    equally fast ones the one with the larger microbatch comes first: it has fewer and larger matrix products.
+    First comes the fastest of each (mesh, number of slots), then the others; each part is sorted by seconds.  Of
+    two equally fast ones the one with the larger microbatch comes first: it has fewer and larger matrix products.
     """
     fitting = [e for e in estimates if e.bytes <= limit]
     best: list[RoughEstimate] = []
