@@ -9,9 +9,9 @@
         --labelled=verify_dev.jsonl --judge=model --judge=rule --judge=last_number --references=own
     python launch/evaluate.py --run_dir=runs/tiny --attacks=verify_dev.jsonl --compare=0 --out=runs/attacks
 
---benchmark evaluates a policy, --rejudge judges its recorded responses again, --labelled evaluates judges on labelled
-completions, --attacks tests a reward model with known hacks.  A folder stands for the benchmarks in its *_test files.
-With --run_dir the models and prompts are those of a run of launch/train.py, the other settings those of
+--benchmark evaluates a policy, --rejudge judges its recorded responses again, --labelled evaluates judges on
+labelled completions, --attacks tests a reward model with known hacks.  A folder stands for the benchmarks in its
+*_test files.  With --run_dir the models and prompts are those of a run of launch/train.py, the other settings those of
 configs/base.py; a --config.FIELD of the command line overrides both.  The same command resumes after an
 interruption.  docs/evaluation.md explains files and figures.
 

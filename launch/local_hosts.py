@@ -4,8 +4,8 @@
     python launch/local_hosts.py -n 2 --devices=4 -- python launch/train.py --config=configs/tiny.py
 
 Each process gets JAX_COORDINATOR_ADDRESS (on the loopback interface), JAX_NUM_PROCESSES and JAX_PROCESS_ID, which
-launch/train.py reads.  Output lines are prefixed with the process's number.  SIGTERM and SIGINT are forwarded to all
-processes.  The exit code is that of the first process that failed, or 0; it comes when all have ended.
+launch/train.py reads.  Output lines are prefixed with the process's number.  SIGTERM and SIGINT are forwarded to
+all processes.  The exit code is that of the first process that failed, or 0; it comes when all have ended.
 """
 
 import argparse

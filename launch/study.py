@@ -7,8 +7,8 @@
     python launch/study.py --from=docs/results/study.jsonl --report --out=runs/again
 
 The supervised phases run once per seed, and every arm starts from their models.  --config flags apply to all arms;
-one that contradicts an arm's settings (cooper_jax/study/arms.py) is refused.  The same command resumes a study, also
-with more seeds or arms.  --report runs nothing: it writes results.json, arms.csv, runs.csv, tables.md and study.png
+one that contradicts an arm's settings (cooper_jax/study/arms.py) is refused.  The same command resumes a study,
+also with more seeds or arms.  --report runs nothing: it writes results.json, arms.csv, runs.csv, tables.md and study.png
 in --out again, from the runs in --out or from the file of --from.
 
 Exit codes: 0 done; 1 a run failed and the others are done; 2 an error in the settings or files; 75 stopped by a
@@ -81,7 +81,7 @@ def run_study_arms() -> list[Failure]:
     from cooper_jax.study.progress import Board
 
     base, out = common.read_config(), Path(OUT.value).absolute()
-    names = ARMS.value
+    names = tuple(ARMS.value)
     if not names and not ARM.value:
         names = arms.MAIN
     given = config_flags.get_override_values(flags.FLAGS["config"])

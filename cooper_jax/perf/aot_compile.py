@@ -26,7 +26,7 @@ from cooper_jax.runtime.mesh import Layout
 from cooper_jax.runtime.remote_files import write_atomically
 from cooper_jax.settings.setup_errors import SetupError
 
-# XLA's memory analysis, in the order of CompiledProgram's fields.
+# Fields of XLA's memory analysis.
 MEMORY_FIELDS = ("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes", "temp_size_in_bytes",
                  "generated_code_size_in_bytes")  # fmt: skip
 SIZE = r"([\d.]+[KMGT]i?B?)"
@@ -74,12 +74,16 @@ def compile_program(
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(layout.mesh, _spec_from_json(spec)))
         for x, spec in zip(leaves, report["output_specs"], strict=True)
     ]
-    memory = report["memory"]
+    arguments, outputs, aliased, temporaries, code = (report["memory"][field] for field in MEMORY_FIELDS)
     return CompiledProgram(
-        report["text"],
-        report["seconds"],
-        *(memory[field] for field in MEMORY_FIELDS),
-        jax.tree.unflatten(tree, output_arrays),
+        text=report["text"],
+        seconds=report["seconds"],
+        arguments=arguments,
+        outputs=outputs,
+        aliased=aliased,
+        temporaries=temporaries,
+        code=code,
+        output_arrays=jax.tree.unflatten(tree, output_arrays),
     )
 
 

@@ -167,10 +167,12 @@ def _make_rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragg
     slots = min(cfg.rollout.max_rows or rows, rows)
     prompts = workload.prompts.tolist()
 
-    def generate(repetition: int, spec: engine.SamplingSpec, limits: np.ndarray) -> None:
+    options: dict[str, Any] = get_rollout_options(cfg)
+
+    def generate(repetition: int, spec: engine.SamplingSpec, limits: Any) -> None:
         rollout = engine.generate(
             params, config, layout, prompts, range(len(prompts)), keys.make_key(cfg.seed, "rollout", repetition),
-            spec, limits=limits, **get_rollout_options(cfg),
+            spec, limits=limits, **options,
         )  # fmt: skip
         jax.block_until_ready(rollout)
 

@@ -120,7 +120,7 @@ class Topology:
         return device.process_index
 
     def rate(self, group: tuple[jax.Device, ...]) -> float:
-        """byte/s that a device sends within its island, over the links of all axes on which the group extends.
+        """byte/s that a device sends within its island, over the links of all axes that the group spans.
 
         An axis is used in both directions if the group covers all of it and it closes to a ring.
         """

@@ -1,7 +1,7 @@
 """Typed settings: frozen dataclasses that are read from sections of the config.
 
 1. ml_collections declares the flags and applies overrides; until the job's setup a section is a ConfigDict.
-2. The setup calls `X.from_config(section)`, which makes a frozen dataclass.  X is defined in the module that uses it.
+2. The setup calls `X.from_config(section)`, which makes a frozen dataclass X.  The module that uses it defines X.
 3. `X.__post_init__` checks the values of that section alone and raises one SetupError with all problems.
    cross_checks.py checks what depends on several sections.
 
