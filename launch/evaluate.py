@@ -11,8 +11,8 @@
 
 --benchmark evaluates a policy, --rejudge judges its recorded responses again, --labelled evaluates judges on
 labelled completions, --attacks tests a reward model with known hacks.  A folder stands for the benchmarks in its
-*_test files.  With --run_dir the models and prompts are those of a run of launch/train.py, the other settings those of
-configs/base.py; a --config.FIELD of the command line overrides both.  The same command resumes after an
+*_test files.  With --run_dir the models and prompts are those of a run of launch/train.py, the other settings those
+of configs/base.py; a --config.FIELD of the command line overrides both.  The same command resumes after an
 interruption.  docs/evaluation.md explains files and figures.
 
 Exit codes are those of launch/common.py.

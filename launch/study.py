@@ -8,8 +8,8 @@
 
 The supervised phases run once per seed, and every arm starts from their models.  --config flags apply to all arms;
 one that contradicts an arm's settings (cooper_jax/study/arms.py) is refused.  The same command resumes a study,
-also with more seeds or arms.  --report runs nothing: it writes results.json, arms.csv, runs.csv, tables.md and study.png
-in --out again, from the runs in --out or from the file of --from.
+also with more seeds or arms.  --report runs nothing: it writes results.json, arms.csv, runs.csv, tables.md and
+study.png in --out again, from the runs in --out or from the file of --from.
 
 Exit codes: 0 done; 1 a run failed and the others are done; 2 an error in the settings or files; 75 stopped by a
 signal, with checkpoints, from which the same command resumes.

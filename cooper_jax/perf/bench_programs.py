@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -133,19 +133,24 @@ def make_bench_batch(
     rng = np.random.default_rng(cfg.seed + 1)
     n, max_new_tokens = len(workload.lengths), cfg.rollout.max_new_tokens
     responses = Rollout(
-        tokens=rng.integers(config.vocab_size, size=(n, max_new_tokens), dtype=np.int32),
-        mask=np.arange(max_new_tokens)[None, :] < workload.lengths[:, None],
-        logprobs=np.full((n, max_new_tokens), -np.log(config.vocab_size), np.float32),
-        finished=np.zeros(n, bool),
+        tokens=_as_array(rng.integers(config.vocab_size, size=(n, max_new_tokens), dtype=np.int32)),
+        mask=_as_array(np.arange(max_new_tokens)[None, :] < workload.lengths[:, None]),
+        logprobs=_as_array(np.full((n, max_new_tokens), -np.log(config.vocab_size), np.float32)),
+        finished=_as_array(np.zeros(n, bool)),
     )
     batch = packing.pack_policy_batch(
         workload.prompts.tolist(), responses, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards
     )
 
     sampled = batch.rollout_logprobs
-    advantages = packing.pad_rows(rng.standard_normal(n).astype(np.float32), len(sampled))
+    advantages = _as_array(packing.pad_rows(rng.standard_normal(n).astype(np.float32), len(sampled)))
     batch = dataclasses.replace(batch, advantages=advantages, old_logprobs=sampled, ref_logprobs=sampled)
     return layout.put(batch, "batch")
+
+
+def _as_array(x: np.ndarray) -> jax.Array:
+    """A NumPy array under the type that batches declare; `layout.put` moves it to the devices."""
+    return cast(jax.Array, x)
 
 
 # --- programs --------------------------------------------------------------------------------------------
@@ -291,7 +296,7 @@ def _make_reward_update(
         pairs = cfg.data.prompts_per_step * cfg.pairs.per_prompt
         lengths = make_lengths(pairs)
         positive, negative = make_rows(lengths), make_rows(lengths)
-        mask = packing.pad_rows(np.ones(pairs, bool), len(positive.tokens))
+        mask = _as_array(packing.pad_rows(np.ones(pairs, bool), len(positive.tokens)))
         pair_batch = layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
         row_lengths += [lengths, lengths]
         largest_product = 2 * min(reward.microbatch, pairs) * positive.tokens.shape[1]
@@ -301,8 +306,10 @@ def _make_reward_update(
         lengths = make_lengths(labelled)
         rows = make_rows(lengths)
         labels = packing.pad_rows(np.arange(labelled, dtype=np.float32) % 2, len(rows.tokens))
-        weights = packing.pad_rows(np.full(labelled, 1 / labelled, np.float32), len(rows.tokens))
-        labelled_batch = layout.put(LabelledBatch(rows=rows, labels=labels, weights=weights), "batch")
+        row_weights = packing.pad_rows(np.full(labelled, 1 / labelled, np.float32), len(rows.tokens))
+        labelled_batch = layout.put(
+            LabelledBatch(rows=rows, labels=_as_array(labels), weights=_as_array(row_weights)), "batch"
+        )
         row_lengths.append(lengths)
         largest_product = max(largest_product, min(reward.microbatch, labelled) * rows.tokens.shape[1])
 

@@ -142,7 +142,10 @@ class Topology:
 
 @functools.cache
 def find_topology(name: str) -> Topology:
-    """The topology of that name.  Raises SetupError for an unknown name and for a compiler that is not installed."""
+    """The topology of that name.
+
+    Raises SetupError for an unknown name and for a compiler that is not installed.
+    """
     found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
     if not found or found.group(1) not in CHIPS:
         raise SetupError(
