@@ -47,7 +47,7 @@ class CompileJob:
 
     @property
     def slot_per_request(self) -> bool:
-        """Whether all responses are decoded at once, so that no slot is refilled."""
+        """True if all responses are decoded at once, so that no slot is refilled."""
         return self.slots == self.requests
 
     @property

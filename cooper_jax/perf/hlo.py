@@ -232,7 +232,7 @@ class _CostCounter:
             if not any(user.target == "AsyncCollectiveStart" for user, _ in x.users):
                 return
 
-        operands, result = [a for y in x.operands for a in y.result], x.result
+        operands, result = x.inputs, x.result
         if x.op != kind and kind != "all-reduce":
             result = result[len(operands) : 2 * len(operands)]  # of (operands, results, ..)
         total.bytes += sum(a.bytes_moved(a.elements) for a in operands)
@@ -264,8 +264,7 @@ class _CostCounter:
         if name in self.declared:
             flops, moved = self.declared[name]
         else:
-            arrays = [*x.result, *(a for y in x.operands for a in y.result)]
-            flops, moved = 0.0, sum(a.bytes_moved(a.elements) for a in arrays)
+            flops, moved = 0.0, sum(a.bytes_moved(a.elements) for a in (*x.result, *x.inputs))
 
         # Costs in the text go before declared ones: Pallas's own, cuDNN's attention, and library matrix products.
         contracted = x.attribute(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]')
@@ -318,7 +317,7 @@ def _find_slices(x: Instruction) -> list[Array]:
 
 def _count_bytes(x: Instruction) -> float:
     """Bytes that an unfused instruction reads and writes."""
-    base, sources = x.op.removesuffix("-start"), [a for y in x.operands for a in y.result]
+    base, sources = x.op.removesuffix("-start"), x.inputs
     result = x.result
     if (
         base != x.op

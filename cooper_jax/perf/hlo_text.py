@@ -53,6 +53,11 @@ class Instruction:
     operands: list[Instruction] = field(default_factory=list, repr=False)
     users: list[tuple[Instruction, int]] = field(default_factory=list, repr=False)  # (user, operand's index)
 
+    @property
+    def inputs(self) -> list[Array]:
+        """The arrays of all operands."""
+        return list(itertools.chain.from_iterable(operand.result for operand in self.operands))
+
     def attribute(self, pattern: str) -> str:
         """The first group of a regular expression that is searched in the attributes; "" if it is not found."""
         found = re.search(pattern, self.rest)
