@@ -418,7 +418,7 @@ def start(stand_in: Path, out: Path, name: str) -> subprocess.Popen:
 def test_exit_codes(tmp_path, stand_in):
     failing = start(stand_in, tmp_path / "fails", "fails")
     said, errors = failing.communicate(timeout=120)
-    assert failing.returncode == 1 and "failed: seed_0/frozen: log.txt" in errors, said + errors
+    assert failing.returncode == 1 and "failed: seed_0/frozen: see log.txt" in errors, said + errors
     assert "it was the second step" in said and "| rule | the rule's verdict is the reward | 1 |" in said
     waiting = start(stand_in, tmp_path / "waits", "waits")
     until = time.monotonic() + 120

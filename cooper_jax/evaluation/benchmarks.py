@@ -54,20 +54,19 @@ class PolicySampler:
     """The rollout engine, at the benchmark section's own temperature, top-p and length."""
 
     def __init__(self, cfg: ConfigDict, layout: Layout, model: loading.Model, params: Params):
-        section, r = cfg.benchmark, cfg.rollout
+        section = cfg.benchmark
         self.samples = section.samples
         self._cfg, self._layout, self._model, self._params = cfg, layout, model, params
+        self._rollout = rollout_config.RolloutConfig.from_config(cfg.rollout)
         with setup_errors("benchmark"):
-            self._spec = engine.SamplingSpec(
+            self._spec = self._rollout.make_sampling_spec(
+                model.tokenizer.eos_ids,
                 temperature=section.temperature,
                 top_k=0,
                 top_p=section.top_p,
+                min_p=0.0,
                 max_new_tokens=section.max_new_tokens,
                 group_size=section.samples,
-                eos_ids=model.tokenizer.eos_ids,
-                segment=r.segment,
-                dtype=r.dtype,
-                kv_dtype=r.kv_dtype,
             )
 
     def __call__(self, benchmark: Benchmark, chunk: range, on_ready: OnReady) -> None:
@@ -84,7 +83,7 @@ class PolicySampler:
                 self._params, self._model.config, self._layout,
                 benchmark.prompts[chunk.start : chunk.stop], benchmark.places[chunk.start : chunk.stop],
                 key, spec, on_groups=on_groups, between_segments=hosts.raise_if_stopping,
-                **rollout_config.get_engine_options(self._cfg),
+                **self._rollout.make_engine_options(),
             )  # fmt: skip
 
 

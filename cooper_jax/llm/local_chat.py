@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from cooper_jax.llm import chat as chats
 from cooper_jax.model.loading import Directory, load_model
 from cooper_jax.rollout import engine
-from cooper_jax.rollout.rollout_config import get_engine_options
+from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.runtime import hosts, keys, mesh
 from cooper_jax.settings.setup_errors import Problems, setup_errors
 
@@ -68,16 +68,16 @@ def make_local_generate(
         lengths = {f"{name}.max_prompt_tokens": chat_cfg.max_prompt_tokens, **lengths}
     model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed, lengths)
     params = engine.copy_rollout_weights(params, model.config, layout, section.dtype)
-    spec = engine.SamplingSpec(
+    rollout = RolloutConfig.from_config(cfg.rollout)
+    spec = rollout.make_sampling_spec(
+        model.tokenizer.eos_ids,
         temperature=chat_cfg.temperature,
         top_k=0,
         top_p=chat_cfg.top_p,
+        min_p=0.0,
         max_new_tokens=chat_cfg.max_new_tokens,
         group_size=1,
-        eos_ids=model.tokenizer.eos_ids,
-        segment=cfg.rollout.segment,
         dtype=section.dtype,
-        kv_dtype=cfg.rollout.kv_dtype,
     )
 
     room = sys.maxsize
@@ -91,7 +91,7 @@ def make_local_generate(
         )
 
     variables = chat_cfg.template_variables
-    options = get_engine_options(cfg)
+    options = rollout.make_engine_options()
 
     def generate(conversations: Sequence[chats.Messages], ids: Sequence[chats.Ids]) -> list[chats.Reply]:
         prompts = [model.tokenizer.chat(c, fallback=True, variables=variables) for c in conversations]

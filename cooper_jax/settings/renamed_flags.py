@@ -1,6 +1,6 @@
 """Configuration fields that earlier versions had under another name.
 
-A flag that uses an old name fails with the new one; nothing is translated silently.
+A flag with an old name fails with a message that gives the new name; nothing is translated silently.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def describe_removed_values(field: str, values: Iterable[str]) -> list[str]:
 def describe_rename(name: str, table: Mapping[str, str] = RENAMED_FLAGS) -> str | None:
     """Say what became of a configuration field: "is now ..." or "was removed: ..."; None for an unknown name.
 
-    name: dotted, without `config.`.  The longest entry that covers it counts.
+    name: dotted, without `config.`.  The longest entry that covers it is used.
     """
     old = _find_entry(name, table)
     if old is None:
