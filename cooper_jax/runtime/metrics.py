@@ -173,7 +173,8 @@ class Progress:
     nothing, as a run's further processes do.
     """
 
-    SHOWN = (  # label, metric, format; a metric that an arm does not have is left out
+    # (label, metric, format); a metric that an arm does not have is left out.
+    SHOWN: tuple[tuple[str, str, str], ...] = (
         ("reward", "reward/mean", ".3f"),
         ("rule", "rule/accuracy", ".1%"),
         ("kl", "policy/kl", ".2e"),
