@@ -121,7 +121,7 @@ def test_reward_training_refuses_before_it_reads_data(directories, one_device, t
     cfg.reward.weights, cfg.reward.max_tokens = directories["logits"], 65
     cfg.train_rm.data = str(tmp_path / "absent.jsonl")
     with pytest.raises(SetupError, match=refusal(r"reward\.max_tokens=65", 65)):
-        rm_setup.build_rm_job(cfg, tmp_path)
+        rm_setup.build_rm_job(cfg, rm_setup.RmSettings.from_config(cfg), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["assistant", "judge", "source"])

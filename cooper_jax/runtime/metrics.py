@@ -183,7 +183,8 @@ class Progress:
       quiet: print nothing (processes other than the primary one).
     """
 
-    SHOWN = (  # label, metric, format; metrics that an arm does not have are left out
+    # (label, metric, format); a metric that an arm does not have is left out.
+    SHOWN: tuple[tuple[str, str, str], ...] = (
         ("reward", "reward/mean", ".3f"),
         ("rule", "rule/accuracy", ".1%"),
         ("kl", "policy/kl", ".2e"),
