@@ -44,7 +44,7 @@ from cooper_jax.rollout import rollout_plan, rollout_state
 from cooper_jax.rollout import slots as programs
 from cooper_jax.rollout.rollout_state import PromptCache, Requests, RolloutStatic, Slots, Status
 from cooper_jax.rollout.sampling_spec import SamplingSpec
-from cooper_jax.runtime import hosts, machine
+from cooper_jax.runtime import device_memory, hosts
 from cooper_jax.runtime.mesh import Layout, is_spec, make_shardings
 from cooper_jax.types import Completion, Metrics, Params, Rollout
 
@@ -191,7 +191,7 @@ def _should_gather(
     if memory_gib:
         budget = memory_gib * rollout_plan.GIB
     else:
-        budget = machine.device_memory(layout.mesh.devices.flat[0])
+        budget = device_memory.read_device_memory(layout.mesh.devices.flat[0])
     return rollout_plan.should_gather(config, layout, spec.dtype, budget)
 
 

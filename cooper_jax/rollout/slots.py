@@ -71,7 +71,7 @@ def prefill_chunk(
         tokens,
         lengths,
         dtype=jnp.dtype(static.spec.dtype),
-        form=static.kv_format,
+        kv_format=static.kv_format,
         layout=static.layout,
     )
     in_chunk = source >= 0
@@ -241,7 +241,7 @@ def decode_segment(
             first.reshape(-1),
             slots.write_column,
             dtype=jnp.dtype(static.spec.dtype),
-            form=static.kv_format,
+            kv_format=static.kv_format,
             layout=static.layout,
             implementation=static.implementation,
         )
