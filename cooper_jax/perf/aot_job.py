@@ -25,8 +25,8 @@ from cooper_jax.data.packing import round_up
 from cooper_jax.model import transformer, weight_files, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine, rollout_plan
-from cooper_jax.rollout.rollout_state import RolloutStatic
 from cooper_jax.rollout.rollout_config import RolloutConfig
+from cooper_jax.rollout.rollout_state import RolloutStatic
 from cooper_jax.runtime.mesh import Layout, abstract_params
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.run_settings import RunSettings
