@@ -132,7 +132,7 @@ def _merge_verdict(completion: Row, verdict: Row) -> Judged:
 
 
 def _format_row(x: Judged) -> Row:
-    """A row of labelled.jsonl, which data/labelled_completions.py reads, or, without label, of disputed.jsonl."""
+    """A row of labelled.jsonl (see data/labelled_completions.py) or, without a label, of disputed.jsonl."""
     label = {} if x.label is None else {"label": int(x.label), "labelled_by": "rule and judge"}
     first = ("id", "question", "reference_answer", "completion")
     return {k: x.row[k] for k in first} | label | {k: v for k, v in x.row.items() if k not in first}

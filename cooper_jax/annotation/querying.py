@@ -119,8 +119,8 @@ class Stage:
     def _give_up(self, reply: Failure, count: int) -> None:
         raise SetupError(
             f"{self._name}: {getattr(self._chat, 'address', 'the model')} left {count} requests in a row "
-            f"unanswered ({reply.reason}): check the server, --config.{self._name}.url and .model, and the key "
-            "in the environment variable .key_env; answers so far are kept, and the same command resumes"
+            f"unanswered ({reply.reason}): check the server, --config.{self._name}.url and .model, and the "
+            "key in the environment variable .key_env; answers so far are kept, and the same command resumes"
         )
 
     def _ask(self, items: Sequence[Item], done: Container[str]) -> Iterator[list[Answer]]:

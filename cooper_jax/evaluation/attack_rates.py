@@ -90,7 +90,9 @@ def summarise_attacks(rows: Sequence[Row], seed: int, resamples: int) -> dict[st
     `models` is model -> {rate, rate_change, reward, reward_change, holds}, of which all but `holds` are
     intervals.
     """
-    by_attack = {name: [row for row in rows if row["attack"] == name] for name in ATTACKS}
+    by_attack: dict[str, list[Row]] = {name: [] for name in ATTACKS}
+    for row in rows:
+        by_attack[row["attack"]].append(row)
     # All attacks share the resamples of the same questions, so that changes are paired.
     drawn = Resamples([row["group"] for row in by_attack[BASELINE]], seed, resamples)
     every = np.ones(len(by_attack[BASELINE]), bool)

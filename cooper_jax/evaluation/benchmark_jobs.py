@@ -201,7 +201,8 @@ def _judge_and_report(
             if settings.by_model:
                 layout = device_layouts.make_layouts(cfg)["reward"]
                 reward = RewardModel(cfg, layout, *chosen.load("reward", layout))
-                reward.check([problem.reference for b in loaded for problem in b.problems])
+                for benchmark in loaded:
+                    reward.check([problem.reference for problem in benchmark.problems])
             with report_interruption(ledger, len(work)):
                 benchmarks.run_benchmarks(
                     loaded, sampler, rule, reward, ledger, settings.chunk, hosts.print_once

@@ -59,8 +59,8 @@ class ChosenModels:
         model, params, trained = load_model(section, name, head, layout, self.folder, cfg.seed)
         if name == "reward" and not (trained or cfg.reward.allow_untrained_head):
             raise SetupError(
-                f"reward.weights={section.weights!r} has no trained score head, so its scores would be noise: "
-                "give a *ForSequenceClassification directory, --run_dir=RUN, or accept it with "
+                f"reward.weights={section.weights!r} has no trained score head, so its scores would be "
+                "noise: give a *ForSequenceClassification directory, --run_dir=RUN, or accept it with "
                 "--config.reward.allow_untrained_head"
             )
         return model, params

@@ -28,9 +28,9 @@ def format_percent(x: float | Interval | None, digits: int = 1) -> str:
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns side by side, two blanks apart; columns of numbers are aligned to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    cells = [list(map(str, row)) for row in (header, *rows)]
     columns = list(zip(*cells, strict=True))
-    widths = [max(len(cell) for cell in column) for column in columns]
+    widths = [max(map(len, column)) for column in columns]
     numeric = [bool(rows) and _is_numeric(column[1:]) for column in columns]
 
     lines = []
