@@ -260,7 +260,7 @@ def test_intervals_are_by_problem_and_the_mean_counts_benchmarks_alike():
     expected = statistics.bootstrap_interval(
         lambda w: float((w * right).sum() / w.sum()),
         ["a", "b"],
-        benchmark_summaries.keys.numpy_stream(3, "bootstrap"),
+        benchmark_summaries.keys.make_generator(3, "bootstrap"),
         99,
     )
     assert benchmark_summaries.bootstrap_mean(right, 3, 99) == expected
@@ -501,7 +501,7 @@ class _Deaf:
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
     """(three problems' file, a reward model's folder that has seen the second): no model is made or loaded."""
-    arch = types.SimpleNamespace(family="llama", layers=1, width=8)
+    arch = types.SimpleNamespace(family="llama", layers=1, width=8, max_len=None)
     model = types.SimpleNamespace(tokenizer=_Words(), config=arch)
     monkeypatch.setattr(ChosenModels, "load", lambda *_: (model, None))
     monkeypatch.setattr(benchmarks, "PolicySampler", lambda *_: _Scripted())
