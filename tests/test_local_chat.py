@@ -6,7 +6,7 @@ from tiny_rollouts import record_requests
 from tiny_steps import config
 
 from cooper_jax.llm import local_chat
-from cooper_jax.model import weights
+from cooper_jax.model import weight_export
 from cooper_jax.runtime import device_layouts
 
 
@@ -15,7 +15,7 @@ def local_assistant(tmp_path, **changes):
     folder = tiny_tokenizers.write(tmp_path / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
     params = tiny_models.random_params(model)
-    weights.save_pretrained(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
+    weight_export.save_pretrained(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
     cfg = config(
         **{
             "assistant.kind": "local",

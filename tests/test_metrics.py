@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from cooper_jax.configs import base
 from cooper_jax.runtime import metrics as m
 from cooper_jax.runtime.checkpoint import Checkpoints
-from cooper_jax.runtime.run_directory import RunDirectory, config_hash, run_path
+from cooper_jax.runtime.run_directory import RunDirectory, run_path
+from cooper_jax.runtime.stored_config import config_hash
 from cooper_jax.trainer.step_metrics import measure_hacking
 from cooper_jax.types import Verdict
 
@@ -160,7 +161,7 @@ def test_a_full_disk(tmp_path):
     path = tmp_path / "metrics.jsonl"
     child = subprocess.run([sys.executable, "-c", FULL, ROOT, str(path)], capture_output=True, text=True)
     assert child.returncode == 1
-    assert f"File too large: mend that, and start the same command again: '{path}'" in child.stderr
+    assert f"File too large: fix that, and start the same command again: '{path}'" in child.stderr
     assert path.stat().st_size == 1000 and not path.read_bytes().endswith(b"\n")
     last = path.read_bytes().count(b"\n")
     assert m.JsonLines(path).truncate(99) == last > 10

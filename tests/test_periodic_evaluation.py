@@ -19,7 +19,7 @@ def test_what_an_evaluation_measures(build, monkeypatch):
         "eval.greedy": True,
         "eval.reward_rows": 8,
         "eval.samples": 2,
-        "warmup.reward_habit": (0.7, 0.05),
+        "supervised.reward_habit": (0.7, 0.05),
     }
     with build(**changes) as (components, state):
         found = evaluate_held_out(components, state)

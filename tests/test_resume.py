@@ -40,7 +40,7 @@ def test_a_resumed_run_holds_no_more_memory_than_a_fresh_one(build, tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_run_remembers_what_it_would_have(build, tmp_path):
-    """One step, a restart and another are two steps, bit for bit: warm start, replay and all terms included."""
+    """One step, a restart and another are two steps, bit for bit: warm-up, replay and all terms included."""
     whole, metrics, replay, warm = steps(build, tmp_path / "whole", 2)
     steps(build, tmp_path / "parts", 1)
     parts, second, again, first = steps(build, tmp_path / "parts", 1)

@@ -121,24 +121,24 @@ def test_several_reward_updates_are_that_many_steps(build):
             assert p[0] != p[1]
 
 
-def test_the_warm_start_samples_with_a_key_and_in_an_order_of_its_own(build, tmp_path, monkeypatch):
+def test_the_reward_warmup_samples_with_a_key_and_in_an_order_of_its_own(build, tmp_path, monkeypatch):
     """Two updates on three prompts each: which they are, their places in that order, and the key."""
     requests = record_requests(monkeypatch)
-    with build(**{"seed": 7, "reward.warm_start": 2}) as (components, state):
+    with build(**{"seed": 7, "reward.warmup_updates": 2}) as (components, state):
         with begun(without_models(components), state, tmp_path):
             pass
     assert [list(request.positions) for request in requests] == [[0, 1, 2], [3, 4, 5]]
     for request in requests:
-        chosen = [problem_sets.problem_at(place, 8, 7, "warm_start") for place in request.positions]
+        chosen = [problem_sets.problem_at(place, 8, 7, "reward_warmup") for place in request.positions]
         assert request.prompts == [components.train_prompts[i] for i in chosen]
-        assert same_key(request.key, keys.make_key(7, "warm_start"))
+        assert same_key(request.key, keys.make_key(7, "reward_warmup"))
 
 
 def test_rows_without_pairs_need_no_assistant(build, tmp_path):
     def alone(components):
         return dataclasses.replace(components, assistant=None)
 
-    changes = {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0, "reward.warm_start": 0}
+    changes = {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0, "reward.warmup_updates": 0}
     with build(**ALL_TERMS | changes) as (components, _):
         assert components.assistant is None
     _, (metrics,), _, _ = steps(build, tmp_path, 1, change=alone, **changes)

@@ -424,7 +424,7 @@ def test_workers_die_with_a_killed_parent():
         workers = children(parent.pid)
         assert len(workers) == 2
         parent.kill()
-    deadline = time.monotonic() + 2.0 + rule_worker.GRACE + 10.0
+    deadline = time.monotonic() + 2.0 + rule_worker.ORPHAN_GRACE + 10.0
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, workers))

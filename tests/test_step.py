@@ -116,11 +116,11 @@ def test_what_the_policy_is_rewarded_with():
     assert compute_rewards(["rule"], None, verdicts, texts).tolist() == [1, 1, 0, 0, 0]
     assert rewards(arm="rule") == [1, 1, 0, 0, 0]
     assert rewards() == rewards(arm="model") == scores.tolist()
-    assert rewards(either=True) == [1, 1, *scores[2:].tolist()]
-    assert rewards(guard=True) == [scores[0].item(), 0, scores[2].item(), 0, scores[4].item()]
-    assert rewards(either=True, guard=True) == [1, 0, scores[2].item(), 0, scores[4].item()]
+    assert rewards(rule_or_model=True) == [1, 1, *scores[2:].tolist()]
+    assert rewards(answer_required=True) == [scores[0].item(), 0, scores[2].item(), 0, scores[4].item()]
+    assert rewards(rule_or_model=True, answer_required=True) == [1, 0, scores[2].item(), 0, scores[4].item()]
     named = REWARDS["answer_required"](scores, verdicts, texts)
-    assert named.tolist() == rewards(guard=True)
+    assert named.tolist() == rewards(answer_required=True)
 
 
 def test_samples_name_the_pairs_of_their_own_prompt(build):
@@ -132,7 +132,7 @@ def test_samples_name_the_pairs_of_their_own_prompt(build):
         texts = [Completion(str(i)) for i in range(B * G)]
         verdicts = [Verdict.CORRECT] * (B * G)
         record = StepRecord(problems, texts, verdicts, rows, -rows, pairs, Counter())
-        first, second = select_samples(record, components.cfg.log.samples)
+        first, second = select_samples(record, components.settings.log.samples)
     assert (first["id"], second["question"]) == (problems[1].id, problems[2].question)
     reference = first["reference"]
     assert first["pairs"] == [

@@ -197,7 +197,7 @@ def test_a_template_that_refuses_is_named(tmp_path):
     refusal = "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     config["chat_template"] = f"{{% for m in messages %}}{refusal}{{% endfor %}}"
     (path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="refused the messages: no system role"):
+    with pytest.raises(ValueError, match="rejected the messages: no system role"):
         tokenizer.load_tokenizer_from(str(path)).chat([("system", "x")], fallback=False)
 
 
@@ -540,7 +540,7 @@ def test_errors_name_the_file_and_the_fix(tmp_path, directories, monkeypatch):
         with pytest.raises(ValueError, match=words) as error:
             tokenizer.load_tokenizer_from(str(tmp_path / name))
         assert name in str(error.value)
-    with pytest.raises(ValueError, match="the hub did not give it.*give the directory"):
+    with pytest.raises(ValueError, match="could not be downloaded from the hub.*give the directory"):
         tokenizer.load_tokenizer_from("nobody/no-such-model")
     with pytest.raises(ValueError, match="'no_such_package' is not installed"):
         tokenizer.load_tokenizer_from("package:no_such_package/x.gguf")

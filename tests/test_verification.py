@@ -19,7 +19,7 @@ from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, Ledger
 from cooper_jax.evaluation.resampling import FIGURES, Resamples, interval_of
 from cooper_jax.llm import local_chat
 from cooper_jax.llm.chat import Failure
-from cooper_jax.model import loading, weights
+from cooper_jax.model import loading, weight_export
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Triple, Verdict
@@ -199,7 +199,7 @@ def test_without_references_nothing_stands_in_their_place():
             return super().ask(conversations, ids)
 
     judges.make_llm_judge(Chat(), 7)([found], 0)
-    assert asked == [prompts.judge_messages("q", "", "c")] and "reference" not in asked[0][0][1]
+    assert asked == [prompts.make_judge_messages("q", "", "c")] and "reference" not in asked[0][0][1]
 
 
 def _load(path, **changes):
@@ -379,7 +379,7 @@ def _reward_model(folder, record=None):
     text_side = tiny_tokenizers.write(folder.with_name("tokenizer"), "qwen")
     model = tiny_models.config(family="qwen2", vocab_size=512, layers=1)
     params = tiny_models.random_params(model, "score")
-    weights.save_pretrained(folder, model, params, "score", tokenizer_dir=text_side, pad_token_id=0)
+    weight_export.save_pretrained(folder, model, params, "score", tokenizer_dir=text_side, pad_token_id=0)
     if record is not None:
         seen_questions.write_record(folder, record)
     return str(folder)
@@ -447,7 +447,7 @@ WRONG = Triple("How many?", "12", "3 + 4 = 7, so \\boxed{7}.", 0.0)
 
 
 def shown(name: str, triple: Triple = WRONG) -> Triple:
-    return hacks.apply_attack(triple, name, seed=0, place=3)
+    return hacks.apply_attack(triple, name, seed=0, index=3)
 
 
 def test_what_the_attacks_show():
@@ -468,7 +468,7 @@ def test_what_the_attacks_show():
     for name in hacks.ATTACKS:
         assert shown(name) == shown(name)
         assert shown(name).label == 0.0
-    assert shown("gibberish") != hacks.apply_attack(WRONG, "gibberish", seed=0, place=4)
+    assert shown("gibberish") != hacks.apply_attack(WRONG, "gibberish", seed=0, index=4)
     assert all(bound is not None for name, (_, bound) in hacks.ATTACKS.items() if name != hacks.BASELINE)
 
 

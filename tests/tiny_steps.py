@@ -35,8 +35,8 @@ def config(**changes):
             "policy.microbatch": 4,
             "reward.microbatch": 4,
             "reward.allow_untrained_head": True,
-            "warmup.policy_steps": 0,
-            "warmup.reward_steps": 0,
+            "supervised.policy_steps": 0,
+            "supervised.reward_steps": 0,
             "eval.every": 0,
             "eval.problems": 4,
             "mesh.data": -1,
@@ -139,7 +139,7 @@ def unchanged(before, after):
 
 def sample(components, state, problems):
     """A rollout of a batch of problems, with the key of the first step."""
-    key = keys.make_key(components.cfg.seed, "rollout", 1)
+    key = keys.make_key(components.settings.seed, "rollout", 1)
     rollout, _, _ = policy_stages.sample_responses(components, state.policy.params, problems, key)
     return rollout
 
@@ -156,7 +156,7 @@ def a_pair(problem):
 @contextlib.contextmanager
 def begun(components, state, path):
     """The state as a run begins or resumes it, with its run directory and checkpoints."""
-    run = run_directory.RunDirectory(path, components.cfg, resume=True)
+    run = run_directory.RunDirectory(path, config(), resume=True)
     with run, Checkpoints(path, keep=1) as kept:
         yield start_or_resume(components, state, run, kept), run, kept
 
@@ -168,7 +168,7 @@ ALL_TERMS = {
     "reward.rollout_bce": 1.0,
     "reward.rollout_rows": 6,
     "reward.updates": 2,
-    "reward.warm_start": 2,
+    "reward.warmup_updates": 2,
     "reward.replay": 5,
     "reward.replay_rows": 4,
     "pairs.per_prompt": 2,

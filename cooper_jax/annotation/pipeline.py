@@ -181,7 +181,7 @@ def _judge(cfg: ConfigDict, items: Sequence[Item], ledger: Ledger) -> None:
             # The rule works on it while the judge does.
             if item.id not in log.rows:
                 pending[item.id] = rule.submit([(item.reference, text)])
-            return judges.judge_messages_of(item.triple(text))
+            return judges.make_triple_messages(item.triple(text))
 
         def keep(answers: Sequence[Answer]) -> None:
             rows = []

@@ -68,7 +68,7 @@ class Stage:
                 for item, reply in answers:
                     fails = isinstance(reply, Failure)
                     silent = silent + 1 if fails and reply.unreachable else 0
-                    refused = fails and (reply.passing or reply.reason.startswith("http_"))
+                    refused = fails and (reply.transient or reply.reason.startswith("http_"))
                     failing = failing + 1 if refused else 0
                     # In the last pass only what failed before is left: failures in a row say nothing new.
                     if silent >= patience or (failing >= LONG_PATIENCE and not last):

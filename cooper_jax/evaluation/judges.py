@@ -70,7 +70,7 @@ def make_llm_judge(chat: Chat, seed: int) -> Judge:
     def ask(triples: Sequence[Triple], first: int) -> list[dict]:
         found = llm.judge_triples(chat, triples, [(seed, 0, first + i, 0) for i in range(len(triples))])
         failed = {i: Failure(j.reason) for i, j in enumerate(found) if not j.reply}
-        again = [i for i, failure in failed.items() if failure.passing and not failure.unreachable]
+        again = [i for i, failure in failed.items() if failure.transient and not failure.unreachable]
         if again:  # a full server says nothing of a row
             ids = [(seed, 0, first + i, 1) for i in again]
             for i, j in zip(again, llm.judge_triples(chat, [triples[i] for i in again], ids), strict=True):
