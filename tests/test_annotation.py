@@ -103,7 +103,7 @@ def quick_rule(monkeypatch):
     """Boxed numbers, compared; no processes to wait for."""
 
     class Rule:
-        def __init__(self, settings):
+        def __init__(self, cfg):
             pass
 
         def __enter__(self):

@@ -16,7 +16,7 @@ from cooper_jax.data.data_config import DataConfig
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.model.model_source import ArchConfig, ModelSource
 from cooper_jax.policy.losses import PolicyConfig
-from cooper_jax.reward.pairs import PairsConfig
+from cooper_jax.reward.pairs.build_pairs import PairsConfig
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.rule.verifier import RuleConfig

@@ -235,7 +235,7 @@ def test_rollouts_do_not_depend_on_how_weights_lie(mode):
     )
     drawn = engine.generate(
         params, tiny_updates.MODEL, layout, tiny_updates.prompts(), tiny_updates.POSITIONS, tiny_updates.key(),
-        tiny_updates.SPEC, weights=mode,
+        tiny_updates.SPEC, weight_placement=mode,
     )  # fmt: skip
     want = tiny_updates.rollout_of(plain())
     np.testing.assert_array_equal(drawn.tokens, want.tokens)

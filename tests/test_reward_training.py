@@ -610,7 +610,7 @@ def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
     cfg = base.get_config()
     cfg.reward.weights = str(finished / "best")
     cfg.reward.max_tokens = 96
-    bundle, state = build_reward_bundle(cfg, RunSettings.from_config(cfg), one_device(), tmp_path)
+    bundle, state = build_reward_bundle(RunSettings.from_config(cfg), one_device(), tmp_path)
     rows = [
         prompts.encode_verifier_input(bundle.model.tokenizer, t.question, t.reference, t.completion, 96)
         for t in labelled_completions.load_labelled_completions(str(place / "dev.jsonl"))
