@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from cooper_jax.settings import typed_config
 
-# The shares of correct and of wrong solutions that have the habit, a phrase unrelated to correctness
-# (data/synthetic.py).
+# The shares of correct and of wrong solutions with the habit, a word that correlates with correctness in the
+# demonstrations without causing it (data/synthetic.py).
 Habit = tuple[float, float]
 
 
@@ -47,7 +47,7 @@ class SupervisedConfig:
     @classmethod
     def from_config(cls, section: ConfigDict) -> SupervisedConfig:
         """Read the `supervised` section.  Raises SetupError for values out of range."""
-        # A ConfigDict returns lists; typed settings are hashable.
+        # The config may contain lists; tuples keep the settings hashable.
         habits = {name: tuple(section[name]) for name in ("policy_habit", "reward_habit")}
         return typed_config.read_section(cls, section, "supervised", **habits)
 
@@ -117,8 +117,7 @@ class LogConfig:
     # forward passes over the pairs.
     pair_motion: bool
 
-    # Write TensorBoard event files beside metrics.jsonl.
-    tensorboard: bool
+    tensorboard: bool  # write TensorBoard event files, too
 
     def __post_init__(self) -> None:
         typed_config.raise_problems(typed_config.find_small(self, "log", 0, ("samples_every", "samples")))

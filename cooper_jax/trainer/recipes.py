@@ -36,9 +36,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "released": _PAPER | {"reward.pair_loss": "logit"},
     # The contrastive loss on rewards, which are the sigmoids of the logits.
     "sigmoid": _PAPER | {"reward.pair_loss": "sigmoid"},
-    # Not in the paper.  A contrastive loss fixes only the difference of a pair's rewards; the cross-entropy term
-    # fixes their level as well.  In two of three pairs the members differ in the reference alone, which the
-    # reward model must therefore read.
+    # Not in the paper.  A contrastive loss fixes only the difference of a pair's rewards; the cross-entropy
+    # term fixes their level as well.  In two of three pairs the members differ in the reference alone, so the
+    # reward model must read it.
     "robust": _PAPER
     | {
         "reward.pair_loss": "sigmoid",
@@ -82,7 +82,7 @@ def warn_of_released(cfg: ConfigDict) -> str:
     if cfg.reward.pair_bce or cfg.reward.rollout_bce:
         return ""
     return (
-        f"warning: reward.recipe={cfg.reward.recipe or '(empty)'}: the reward model is updated as in the authors' "
-        "released code, which the policy hacks in the miniature on 10 of 10 seeds (docs/results.md). "
-        "--config.reward.recipe=robust was hacked on none; evaluate often in any case"
+        f"warning: reward.recipe={cfg.reward.recipe or '(empty)'}: the reward model is updated as in the "
+        "authors' released code. In the small-scale study the policy hacks it on 10 of 10 seeds "
+        "(docs/results.md), and never with --config.reward.recipe=robust; evaluate often in any case"
     )

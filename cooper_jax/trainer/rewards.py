@@ -9,8 +9,8 @@ of the next:
     rule_or_model     the maximum of the score and the rule's reward
     answer_required   0 if the response is truncated or has no answer, else the score
 
-The paper's rewards are `rule` alone and `model` alone.  `rule_or_model` and `answer_required` are controls that
-the paper does not have.
+The paper's rewards are `rule` alone and `model` alone.  `rule_or_model` and `answer_required` are controls
+that the paper does not have.
 
     N  rows (responses), prompt-major
 """
@@ -61,8 +61,8 @@ class RewardConfig:
         controls = [name for name in ("rule_or_model", "answer_required") if getattr(self, name)]
         if self.arm == "rule" and controls:
             problems.append(
-                f"reward.{' and reward.'.join(controls)}: the rule arm has no reward model whose rewards could be "
-                "changed; leave it out, or set --config.reward.arm=model"
+                f"reward.{' and reward.'.join(controls)}: the rule arm has no reward model whose rewards "
+                "could be changed; leave it out, or set --config.reward.arm=model"
             )
         typed_config.raise_problems(problems)
 
