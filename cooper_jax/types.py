@@ -1,10 +1,10 @@
 """Data passed between the stages of a Cooper step.  No container mixes text with arrays.
 
-Axis legend of the whole project:
+Axis legend of the project:
 
     B  prompts in a step               P  prompt tokens
     G  samples per prompt              T  response (completion) tokens
-    N  = B * G rows, prompt-major      S  tokens of a whole row (P + T, or a reward model's input)
+    N  = B * G rows, prompt-major      S  tokens of a row (P + T, or a reward model's input)
     D  width   H  query heads   K  key/value heads   h  head_dim   F  feed-forward width
     L  layers  V  vocabulary (padded)
 
@@ -25,7 +25,7 @@ Metrics = dict[str, float]  # "group/name" -> a Python float, as in metrics.json
 
 # --- text: frozen dataclasses, on the host only -----------------------------------------------------
 #
-# Every process holds the same text, so none of it is sharded or transferred.
+# Every process has the same text, so none of it is sharded or transferred.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -219,8 +219,8 @@ def make_update(
         state, update_metrics = optim.apply_update(state, grads, loss, opt, enabled=batch.response_mask.any())
         return state, metrics | update_metrics
 
-    # Donation saves a second copy of parameters and optimiser state.  It needs an output state with the
-    # shardings of the input, so they are given.
+    # Donation saves a second copy of parameters and optimiser state.  It works only if the output state has
+    # the shardings of the input, so they are stated.
     shardings = optim.state_shardings(opt, transformer.param_specs(config, head="logits"), layout)
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, layout.replicated))
 

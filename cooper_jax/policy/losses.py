@@ -41,7 +41,7 @@ class PolicyConfig:
     remat: bool  # recompute each layer's activations in the backward pass
     microbatch: int  # rows in one forward and backward pass
 
-    # Updates: a step makes epochs * minibatches of them.
+    # Updates: epochs * minibatches per step.
     epochs: int  # passes over a step's rollouts
     minibatches: int  # optimiser updates per pass
 
@@ -145,7 +145,7 @@ def grpo_loss(
     mask: jax.Array,  # bool[N, T]: response tokens
     cfg: PolicyConfig,
 ) -> tuple[jax.Array, Metrics]:
-    """The clipped surrogate plus the KL penalty, summed over tokens with the given weights.
+    """The clipped surrogate plus the KL penalty, as a weighted sum over tokens.
 
         r_t  = exp(log pi(y_t) - log pi_old(y_t))
         l_t  = max(-A r_t, -A clip(r_t, 1 - clip_low, 1 + clip_high))

@@ -25,14 +25,16 @@ HEADS = {"policy": "logits", "reward": "score"}
 
 
 def read_run_config(run_dir: Directory) -> ConfigDict:
-    """The config that a run was last started with.
+    """The config with which a run was last started.
 
-    Raises FileNotFoundError where there is none, ValueError for a run of another version of this project.
+    Raises FileNotFoundError if the directory has none, ValueError for a run of another version of this
+    project.
     """
     return ConfigDict(stored_config.read_stored_config(run_dir, base.get_config()))
 
 
-# Sections that belong to a run's models and to how they are prompted; the others say how a job is done.
+# Sections that define a run's models and their prompts.  The other sections, such as `mesh`, configure the
+# job that loads them.
 _RUN_SECTIONS = ("name", "seed", "data", "policy", "reward", "rollout", "supervised", "eval")
 
 
@@ -48,7 +50,7 @@ def overlay_run(cfg: ConfigDict, run: ConfigDict, flags: Mapping[str, Any]) -> C
     """
     cfg = cfg.copy_and_resolve_references()
 
-    # Not ConfigDict.update, so that a section of the run never replaces one of the job whole.
+    # Merged field by field, since a section of the run's config may lack fields of the job's.
     def merge(target: ConfigDict, source: ConfigDict) -> None:
         for name, value in source.items():
             if isinstance(value, ConfigDict) and isinstance(target[name], ConfigDict):
@@ -63,7 +65,10 @@ def overlay_run(cfg: ConfigDict, run: ConfigDict, flags: Mapping[str, Any]) -> C
 
 
 def use_any_mesh(cfg: ConfigDict) -> ConfigDict:
-    """Change cfg to a mesh over all devices at hand, whatever mesh the run was trained on; returns it."""
+    """Set cfg's mesh, in place, to one FSDP axis over all devices, and return cfg.
+
+    A checkpoint can be restored on another mesh than the one that it was trained on.
+    """
     cfg.mesh.update(data=1, fsdp=-1, tensor=1, reward="", reference="", assistant="")
     return cfg
 

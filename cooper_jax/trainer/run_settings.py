@@ -80,7 +80,7 @@ class RunSettings:
         Raises SetupError that lists every setting that is out of range or contradicts another.
         """
         problems = Problems()
-        read: dict[str, Any] = {name: cfg[name] for name in ("name", "seed", "steps", "run_dir", "resume")}
+        values: dict[str, Any] = {name: cfg[name] for name in ("name", "seed", "steps", "run_dir", "resume")}
         with problems.collect("config"):
             cross_checks.check_cross_sections(cfg)
 
@@ -104,12 +104,12 @@ class RunSettings:
         }
         for field, read_section in sections.items():
             with problems.collect(field):
-                read[field] = read_section()
+                values[field] = read_section()
 
         # The assistant's address and key are required only by runs that ask it.
         with problems.collect("assistant"):
             asked = with_assistant and cross_checks.asks_assistant(cfg)
-            read["assistant"] = ChatConfig.from_config(cfg.assistant, "assistant") if asked else None
+            values["assistant"] = ChatConfig.from_config(cfg.assistant, "assistant") if asked else None
 
         # Optimisers share one dataclass, so messages get the name of the section that each was read from.
         for field, section, name in (
@@ -119,7 +119,7 @@ class RunSettings:
             ("labels_optimiser", cfg.supervised.reward_optimiser, "supervised.reward_optimiser"),
         ):
             with problems.collect(name):
-                read[field] = OptimiserConfig.from_config(section, name)
+                values[field] = OptimiserConfig.from_config(section, name)
 
         problems.raise_if_any()
-        return cls(**read)
+        return cls(**values)

@@ -72,7 +72,7 @@ def _describe_response(record: StepRecord, row: int) -> dict[str, Any]:
 
 
 def _describe_pair(pair: Pair) -> dict[str, str]:
-    # The references are written out even if they are the problem's, so that a reader sees both inputs whole.
+    # Both references are written even if they are the problem's, so that each input is complete by itself.
     return {
         "positive": pair.positive,
         "positive_reference": pair.positive_reference or pair.problem.reference,

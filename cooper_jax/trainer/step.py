@@ -51,8 +51,8 @@ def cooper_step(
             components, state.policy.params, batch, rollout_key, on_group=grader.add_group
         )
 
-    # 2. Reward.  The rule's workers finish while the devices compute log-probabilities for point 3.  Scores are
-    # those of the reward model before its update in point 5.
+    # 2. Reward.  The rule's workers finish while the devices compute log-probabilities for point 3.  The
+    # reward model scores before its update in point 5.
     scores = None
     if settings.reward.has_model:
         with phases.phase("score"):
@@ -112,7 +112,7 @@ def cooper_step(
         refused=pair_result.refused,
     )
     metrics = {
-        # A share of an epoch is known from the position: problems are consumed in order.
+        # Problems consumed so far, and the same in epochs.
         "data/position": float(batch.positions.stop),
         "data/epoch": batch.positions.stop / len(components.train),
         "reward/zero_variance_groups": zero_variance_groups,

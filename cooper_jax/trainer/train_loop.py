@@ -3,8 +3,8 @@
 1. The run directory is opened, the components are built, and the run starts at step 0 or resumes (resume.py).
 2. After each step the loop evaluates (every `eval.every` steps), appends a row to metrics.jsonl, and saves a
    checkpoint (every `checkpoint.every` steps).
-3. A preempted machine gets a SIGTERM.  `hosts.raise_if_stopping` then raises hosts.Stopped within a step or an
-   evaluation, on all hosts at the same call.  Only `train` catches it, and saves the last complete step.
+3. A preempted machine gets a SIGTERM.  `hosts.raise_if_stopping` then raises hosts.Stopped within a step or
+   an evaluation, on all hosts at the same call.  Only `train` catches it, and saves the last complete step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def train(cfg: ConfigDict) -> None:
     with setup_errors("run_dir"):
         path = run_path(cfg)
 
-    # The stack closes everything in reverse order: the rule's workers, the assistant, the run directory's lock.
+    # The stack closes its parts in reverse order; the run directory's lock is released last.
     with contextlib.ExitStack() as stack:
         with setup_errors("run_dir"):
             check_shared(path)
@@ -71,7 +71,7 @@ def train(cfg: ConfigDict) -> None:
                 state, metrics, record = cooper_step(components, state, phases)
                 metrics |= measure_speed(record, time.perf_counter() - start_time)
 
-                # The step is complete and will be saved, so it is logged even if a SIGTERM ends its evaluation.
+                # The step is complete and will be saved: it is logged even if a SIGTERM ends the evaluation.
                 try:
                     if settings.eval.every and state.step % settings.eval.every == 0:
                         with phases.phase("eval"):
@@ -161,7 +161,8 @@ def describe_run(components: Components) -> str:
     if kernels == "auto":
         kernels = engine.choose_kernels(config, layout)
     return (
-        f"{settings.name}: arm {settings.reward.arm}, {config.family} of {config.layers} layers x {config.width}, "
+        f"{settings.name}: arm {settings.reward.arm}, "
+        f"{config.family} of {config.layers} layers x {config.width}, "
         f"{problems}, {held_out}, "
         f"{settings.data.prompts_per_step} x {settings.rollout.group_size} responses a step, "
         f"mesh {mesh}, kernels {kernels}"
