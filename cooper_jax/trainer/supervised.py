@@ -148,8 +148,9 @@ def _run_phase(
     if skipped := int(state.skipped):
         if skipped == steps:
             raise SetupError(
-                f"supervised training of the {name} model: loss or gradients were not finite in any of {steps}"
-                f" updates: lower --config.supervised.{name}_optimiser.lr, or check the initial weights"
+                f"supervised training of the {name} model: loss or gradients were not finite in any of "
+                f"{steps} updates: lower --config.supervised.{name}_optimiser.lr, or check the initial "
+                "weights"
             )
         hosts.print_once(
             f"supervised training of the {name} model: {skipped} of {steps} updates were skipped, "
