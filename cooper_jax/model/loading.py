@@ -5,10 +5,10 @@
     load_model        parameters too, sharded over a mesh
     check_length      checks that rows of so many tokens fit a model's context length
 
-`section` is a section of the config (`cfg.policy`) and `name` its name, for messages.  `section.weights` is a
-Hugging Face directory, a hub id, a .gguf file, or "random": a model of the shape `section.arch`, with a
-tokenizer that is trained on the synthetic corpus and stored in the run directory.  All functions raise
-SetupError if that fails.
+`section` is a section of the config (`cfg.policy`), typed or not, and `name` its name, for messages.
+`section.weights` is a Hugging Face directory, a hub id, a .gguf file, or "random": a model of the shape
+`section.arch`, with a tokenizer that is trained on the synthetic corpus and stored in the run directory.
+All functions raise SetupError if that fails.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cooper_jax.data import prompts, synthetic
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.model_source import ModelSource
 from cooper_jax.runtime import hosts, keys, mesh
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Params
@@ -41,7 +42,7 @@ class Model:
     tokenizer: tokenizers.Tokenizer
 
 
-def load_tokenizer(section: ConfigDict, name: str, run_dir: Directory) -> tokenizers.Tokenizer:
+def load_tokenizer(section: ConfigDict | ModelSource, name: str, run_dir: Directory) -> tokenizers.Tokenizer:
     """Load the tokenizer that `section` names; for random weights, train one on the synthetic corpus."""
     source = section.tokenizer or section.weights
     with setup_errors(f"{name}.tokenizer={section.tokenizer!r}, {name}.weights={section.weights!r}"):
@@ -60,7 +61,9 @@ def load_tokenizer(section: ConfigDict, name: str, run_dir: Directory) -> tokeni
         return tokenizers.load_tokenizer_from(str(path))
 
 
-def describe_model(section: ConfigDict, name: str, run_dir: Directory, layout: mesh.Layout) -> Model:
+def describe_model(
+    section: ConfigDict | ModelSource, name: str, run_dir: Directory, layout: mesh.Layout
+) -> Model:
     """Read a model's shape and tokenizer; the vocabulary is padded so that it divides over the mesh."""
     tokenizer = load_tokenizer(section, name, run_dir)
     multiple = math.lcm(section.vocab_multiple, layout.first_ways("vocab"))
@@ -101,7 +104,7 @@ def check_length(config: ModelConfig, name: str, lengths: Mapping[str, int]) -> 
 
 
 def load_model(
-    section: ConfigDict,
+    section: ConfigDict | ModelSource,
     name: str,
     head: str,
     layout: mesh.Layout,

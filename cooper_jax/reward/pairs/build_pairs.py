@@ -11,8 +11,8 @@
        own_answer   a wrong response; the positive is the same text with its   own_answers.py (ours)
                     own answer as the reference
 
-4. Every negative must pass the checks of its source, the last of which is the rule verifier's.  A slot that no
-   attempt fills is masked, and the reason of its last attempt is counted.
+4. Every negative must pass the checks of its source, the last of which is the rule verifier's.  A slot that
+   no attempt fills is masked, and the reason of its last attempt is counted.
 
 `start_pairs` runs all of this in a thread, so that devices can work while a server answers the requests.
 
