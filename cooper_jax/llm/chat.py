@@ -134,8 +134,8 @@ class ChatConfig:
         if not key and self.key_env and self.url.startswith("https://"):
             problems.append(
                 f"{self.name}.url={self.url}: the environment variable {self.key_env} contains no key: "
-                f"set it, name another with --config.{self.name}.key_env, or declare that the server needs none with "
-                f'--config.{self.name}.key_env=""'
+                f"set it, name another with --config.{self.name}.key_env, or declare that the server needs "
+                f'none with --config.{self.name}.key_env=""'
             )
         return problems
 
@@ -151,8 +151,8 @@ class ChatConfig:
         if not address.host:
             return [f"{setting}: it names no host"]
 
-        # Addresses are printed and stored with a run's settings, so they must contain no secret.  This message
-        # does not repeat it either.
+        # Addresses are printed and stored with a run's settings, so they must contain no secret.  For the
+        # same reason this message does not repeat the URL.
         if address.userinfo:
             return [
                 f"{self.name}.url contains a name or a password: give the key in the environment variable "
@@ -333,11 +333,11 @@ class OpenAIChat:
             reply, may_retry, retry_after = self._post(body)
             if not may_retry or attempt == self._cfg.retries:
                 break
+
+            # The jitter spreads out requests that failed together; `close` ends the wait.
             wait = retry_after
             if wait is None:
-                wait = (
-                    BACK_OFF * 2**attempt * (1.0 + rng.random())
-                )  # jitter spreads requests that failed together
+                wait = BACK_OFF * 2**attempt * (1.0 + rng.random())
             if self._closing.wait(min(wait, MAX_WAIT)):
                 break
         return reply

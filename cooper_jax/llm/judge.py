@@ -20,6 +20,7 @@ from cooper_jax.types import Triple
 class Judgement:
     """The judge's decision on one triple."""
 
+    # Decision and evidence; `reason` is set if and only if `correct` is None.
     correct: bool | None  # None if the judge did not decide
     reply: str = ""  # full text of the model's reply
     reason: str = ""  # why the judge did not decide: truncated, unparsed, or a Failure's reason

@@ -68,6 +68,7 @@ def parse_reply(completion: Completion) -> Reply:
     if not completion.text.strip():
         return Failure("empty")
 
+    # Thinking, a preface, a heading or a code fence around the solution is removed.
     solution = prompts.parse_negative(completion.text)
     if solution is None:
         return Failure("malformed")
@@ -93,6 +94,7 @@ class CorruptingAssistant:
         return [self._corrupt(request) for request in requests]
 
     def _corrupt(self, request: Request) -> Reply:
+        # A stream of its own for each request: the result depends on no other request.
         seed, *ids = request.ids
         rng = keys.make_generator(seed, "corruption", *ids)
         try:

@@ -39,6 +39,7 @@ class Replay:
     wrong: tuple[Triple, ...] = ()  # each had a reward above one half at its own step
     correct: tuple[Triple, ...] = ()
 
+    # A new object, and not a change in place: a checkpoint of the state before the step stays valid.
     def append(self, wrong: Sequence[Triple], correct: Sequence[Triple], capacity: int) -> Replay:
         """A new memory with these rows added, cut to the newest `capacity` rows of each class."""
         return Replay(
@@ -103,7 +104,7 @@ def choose_rows(
     def label_rows(rows: Sequence[int], label: float) -> list[Triple]:
         return [Triple(problems[n].question, problems[n].reference, completions[n].text, label) for n in rows]
 
-    # A truncated response may state a correct answer, but it is not a correct solution.
+    # A truncated response may contain the correct answer, but it has no label: it is not a complete solution.
     correct = [n for n, v in enumerate(verdicts) if v is Verdict.CORRECT and not completions[n].truncated]
     wrong = [n for n, v in enumerate(verdicts) if v.decidable and v is not Verdict.CORRECT]
 
@@ -127,6 +128,7 @@ def choose_rows(
         chosen += _choose_random(replay.wrong, wrong_count, rng)
         chosen += _choose_random(replay.correct, correct_count, rng)
 
+        # Of the wrong responses, only those that fool the reward model are worth replaying.
         rewarded_wrong = [n for n in wrong if scores[n] > 0.5]
         replay = replay.append(label_rows(rewarded_wrong, 0.0), label_rows(correct, 1.0), cfg.replay)
     return chosen, replay
@@ -137,12 +139,14 @@ def split_evenly(first_size: int, second_size: int, total: int) -> tuple[int, in
 
     Each class gives half of `total`.  If one class is smaller than that, the other fills the rest.
     """
+    # The first class takes its half, plus what the second one cannot fill.
     first_count = min(first_size, max(total // 2, total - second_size))
     return first_count, min(second_size, total - first_count)
 
 
 def class_weights(labels: np.ndarray) -> np.ndarray:
     """Labels f32[n] -> weights f32[n]; each class's weights sum to one half, even if the other is absent."""
+    # The size of each row's own class, f32[n]; the maximum guards against no rows at all.
     counts = np.where(labels > 0.5, (labels > 0.5).sum(), (labels <= 0.5).sum())
     return (0.5 / np.maximum(counts, 1)).astype(np.float32)
 

@@ -149,6 +149,7 @@ def share_over_hosts(
     """
     if processes == 1:
         return rule, assistant
+    # `overlaps` is True for assistants on a server and for those that compute on the host.
     if assistant is not None and assistant.overlaps:
         assistant = SharedAssistant(assistant)
     return SharedRule(rule), assistant

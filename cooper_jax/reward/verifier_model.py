@@ -85,6 +85,7 @@ def make_score_fn(
     Rows run in microbatches whose composition depends only on N, not on the order in which responses ended.
     """
 
+    # The forward pass alone needs no rematerialisation; microbatches bound its activation memory.
     def score(params: Params, batch: ScoreBatch) -> jax.Array:
         def score_rows(rows: ScoreBatch) -> jax.Array:
             return _compute_logits(params, config, rows, dtype=dtype, remat=False, layout=layout)
@@ -126,6 +127,8 @@ def make_bce_update(
         loss, grads, sums = optim.accumulate_gradients(
             loss_fn, state.params, (batch, labels, shares), cfg.microbatch, layout, shardings
         )
+
+        # Without a row that counts, the update is switched off on the device: no host synchronisation.
         state, update_metrics = optim.apply_update(state, grads, loss, opt, enabled=total > 0)
         row_metrics = {name: x.sum() for name, x in sums.items()}  # [M] microbatches -> f32[]
         return state, {"loss": loss} | row_metrics | update_metrics
@@ -155,9 +158,12 @@ def _make_bce_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: Layo
     """
 
     def loss_fn(params: Params, piece: tuple[ScoreBatch, jax.Array, jax.Array]) -> tuple[jax.Array, Metrics]:
-        rows, labels, shares = piece
+        rows, labels, shares = piece  # [m, S], f32[m], f32[m]
+
+        # Padding rows have share 0; they must not reach the gradient even as NaN.
         rows = _mask_rows(rows, shares > 0)
         z = _compute_logits(params, config, rows, dtype=cfg.dtype, remat=cfg.remat, layout=layout)  # f32[m]
+        # z > 0 is a reward above one half.
         correct = (z > 0) == (labels > 0.5)
         return bce_loss(z, labels, shares), {"accuracy": (shares * correct).sum()}
 
@@ -221,6 +227,7 @@ def make_reward_update(
         if width != negative_width:
             raise ValueError(f"positives are {width} tokens wide, negatives {negative_width}: pad both alike")
 
+        # The mean over the valid pairs; the maximum avoids 0 / 0 if there are none.
         valid = batch.mask.sum().astype(jnp.float32)
         weights = batch.mask / jnp.maximum(valid, 1.0)  # f32[B]
         loss, grads, sums = optim.accumulate_gradients(
@@ -321,5 +328,6 @@ def _param_shardings(config: ModelConfig, layout: Layout) -> Any:
 
 def _jit_update(update: Callable, config: ModelConfig, opt: optim.Optimiser, layout: Layout) -> Callable:
     """Jit an update; the input state is donated, and the new one has the same shardings."""
+    # Donation halves the memory of parameters and optimiser state, which are by far the largest arrays.
     shardings = optim.state_shardings(opt, transformer.param_specs(config, head="score"), layout)
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, layout.replicated))

@@ -102,6 +102,7 @@ class PendingVerdicts:
 
         Raises RuntimeError if no worker process starts, or if the verifier is closed before a verdict.
         """
+        # Jobs finish in any order; waiting for them in turn returns when the last one is done.
         verdicts: list[Verdict] = []
         for job in self._jobs:
             job.done.wait()
@@ -194,6 +195,7 @@ class RuleVerifier:
         if no worker starts, if the verdict does not arrive, or if it is not CORRECT.
         """
         try:
+            # The item goes through the same queue and the same limits as all others.
             (verdict,) = self.check([READY_ITEM])
         except RuntimeError as error:
             # Of a traceback, keep only the last line, which names the exception.
@@ -288,6 +290,7 @@ class RuleVerifier:
                 key = _hash_item(job.item)
                 job.verdict = Verdict(reply or Verdict.TIMEOUT)
                 job.done.set()
+
                 # The job is missing if another thread's process failed to start in the meantime.
                 self._unfinished.pop(key, None)
 

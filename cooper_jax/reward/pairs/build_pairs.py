@@ -53,6 +53,7 @@ class PairsConfig:
     length_ratio: float  # maximum ratio of characters between a rewrite and its positive, either way
 
     def __post_init__(self) -> None:
+        # A length_ratio below 1 would refuse every rewrite.
         problems = typed_config.find_small(self, "pairs", 1, ("per_prompt", "tries", "length_ratio"))
         if not self.negatives or not set(self.negatives) <= set(NEGATIVE_SOURCES):
             problems.append(
@@ -85,9 +86,11 @@ def build_pairs(
     rule: RuleVerifier | SharedRule,
     cfg: PairsConfig,
     *,
+    # The key of all random draws.
     seed: int,
     step: int,
     positions: Sequence[int] | None = None,
+    # Options of own_answer and of the control.
     scores: np.ndarray | None = None,
     exchange: bool = False,
     fits: Callable[[str], bool] | None = None,
@@ -108,6 +111,7 @@ def build_pairs(
 
     Raises ValueError if the numbers of rows disagree, and for `own_answer` without scores.
     """
+    # Without this check, missing rows would silently assign responses to the wrong prompts.
     if not len(completions) == len(verdicts) == len(problems) * group_size:
         raise ValueError(
             f"{len(problems)} problems of {group_size} samples need {len(problems) * group_size} rows; "
@@ -115,10 +119,12 @@ def build_pairs(
         )
     if "own_answer" in cfg.negatives and scores is None:
         raise ValueError("--config.pairs.negatives names own_answer, which needs the reward model's scores")
+
+    # A run without its assistant makes no pairs at all, rather than pairs from the other sources only.
     if assistant is None and "assistant" in cfg.negatives:
         return PairResult([], collections.Counter())
 
-    # Positives.
+    # Positives: a prompt without a row that qualifies gets slots that stay masked.
     order_positions = list(positions) if positions is not None else list(range(len(problems)))
     slots = _make_slots(
         problems, completions, verdicts, scores, order_positions, group_size, cfg, seed=seed, step=step
@@ -175,6 +181,8 @@ def _make_slots(
         ranked = rank_rows(rows, completions, verdicts, ranking_scores, rng)
         for source, k in sources:
             slot = _make_slot(problem, source, k, ranked, completions)
+
+            # The row's index in the data order does not depend on how the data are divided into batches.
             if slot.row is not None:
                 slot.order_row = position * group_size + slot.row - rows.start
             slots.append(slot)
@@ -192,6 +200,7 @@ def _group_by_source(slots: Sequence[PairSlot]) -> dict[str, list[PairSlot]]:
 
 def _list_slot_sources(cfg: PairsConfig) -> list[tuple[str, int]]:
     """(source, k) of each of a prompt's slots, which is the k-th slot of that source, counted from 0."""
+    # For example ("assistant", "swap") with 3 slots: (assistant, 0), (swap, 0), (assistant, 1).
     sources = [cfg.negatives[i % len(cfg.negatives)] for i in range(cfg.per_prompt)]
     return [(source, sources[:i].count(source)) for i, source in enumerate(sources)]
 
@@ -217,6 +226,7 @@ def _mark_exchanged(
     The draws are keyed by (seed, step, the prompt's position).  Masked pairs take a draw too, so the mark
     of a pair does not depend on its neighbours.
     """
+    # One generator per prompt, which draws for all its slots.
     per_prompt = len(pairs) // len(positions)
     coins: list[int] = []
     for position in positions:
@@ -257,6 +267,8 @@ class PendingPairs:
         """Wait for the pairs.  Raises the exception that ended their construction, if any."""
         if self._thread is not None:
             self._thread.join()
+
+        # Either the error or the result is set once the thread has ended.
         if self._error is not None:
             raise self._error
         assert self._result is not None
@@ -288,6 +300,7 @@ def start_pairs(
     Args and errors: as in `build_pairs`.
     """
 
+    # The thread holds references to the arguments; the caller must not change them before `result` returns.
     def build() -> PairResult:
         return build_pairs(
             problems,

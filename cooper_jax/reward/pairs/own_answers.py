@@ -32,6 +32,7 @@ def fill_with_own_answers(
     candidates: list[tuple[PairSlot, str]] = []
     for slot in slots:
         answer = find_marked_answer(slot.positive)
+        # `rank_rows` only takes texts that mark an answer, so it is never empty here.
         if fits is None or fits(answer):
             candidates.append((slot, answer))
         else:

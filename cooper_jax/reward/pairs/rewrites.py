@@ -70,6 +70,7 @@ def _check_rewrites(
             # Leading and trailing white space must not distinguish the members: copy the positive's.
             candidates.append((slot, prompts.copy_margins(reply.text, slot.positive)))
 
+    # One batch for all slots, so that the rule's worker processes run in parallel.
     verdicts = rule.check([(slot.problem.reference, text) for slot, text in candidates])
     for (slot, text), verdict in zip(candidates, verdicts, strict=True):
         if verdict == Verdict.WRONG:

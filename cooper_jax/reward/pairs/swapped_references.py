@@ -34,12 +34,14 @@ def fill_with_swapped_references(
       slots: open slots with a positive.
       problems: [B], the batch that the other references come from, in a random order for each slot.
     """
+    # The order of each slot is its own, so that one odd reference is not tried for all of them.
     references_by_slot = [_shuffle_other_references(slot, problems, seed, step) for slot in slots]
     for slot in slots:
         slot.refusal = "no_other"  # overwritten below unless the batch has no other reference
 
     # Each round tries one reference per open slot, so that one batch of verdicts serves all slots.
     for attempt in range(tries):
+        # Slots that are still open and have a reference left to try.
         candidates = [
             (slot, references[attempt])
             for slot, references in zip(slots, references_by_slot, strict=True)
@@ -58,6 +60,7 @@ def fill_with_swapped_references(
 
 def _shuffle_other_references(slot: PairSlot, problems: Sequence[Problem], seed: int, step: int) -> list[str]:
     """The batch's distinct references other than the slot's own, shuffled with the key (seed, step, row)."""
+    # Distinct references only: the rule would judge equal ones alike, which wastes a try.
     others = [p.reference for p in problems if p.reference != slot.problem.reference]
     distinct = list(dict.fromkeys(others))
     order = keys.make_generator(seed, "swapped", step, slot.order_row).permutation(len(distinct))
