@@ -72,7 +72,7 @@ def run_study_arms() -> list:
     """Carry out what is not complete.  Returns the failures."""
     from cooper_jax.runtime import run_directory
     from cooper_jax.study import arms, run_scheduler, study_plan
-    from cooper_jax.study.progress import Board
+    from cooper_jax.study.progress import ProgressBoard
 
     base, out = common.read_config(), Path(OUT.value).absolute()
     names = ARMS.value or (() if ARM.value else arms.MAIN)
@@ -89,9 +89,9 @@ def run_study_arms() -> list:
     handle = run_directory.lock_folder(out / "lock", out, "--out")
     try:
         study.begin()
-        board = Board()
+        board = ProgressBoard()
         try:
-            return run_scheduler.run_study(study.runs(), JOBS.value, board)
+            return run_scheduler.run_study(study.list_runs(), JOBS.value, board)
         finally:
             board.close()
     finally:

@@ -2,9 +2,8 @@
 
 1. `order_batches` shuffles an epoch and splits it into batches of equal size.  The split does not depend on
    the rows' lengths, so every batch is an unbiased sample.
-2. `choose_shapes` picks a few widths that pad the given lengths least.  Each width has microbatches of two
-   row
-   counts: as many rows as a token budget holds, and half as many.  Few shapes mean few programs to compile.
+2. `choose_shapes` picks a few widths that pad the given lengths least.  Each width has microbatches of
+   two row counts: as many rows as a token budget holds, and half as many.  Few shapes mean few programs to compile.
 3. `split_microbatches` sorts a batch by length and splits it into microbatches with the fewest tokens.  The
    order of rows within a batch has no effect, because the gradients of its microbatches are summed.
 

@@ -143,8 +143,8 @@ def write_final_report(job: rm_setup.Job, step: int, best: BestEvaluation) -> st
     title = f"{job.cfg.name}, update {best.step}: {len(held_out)} held-out rows"
     write_atomically(job.path / "reliability.png", rm_report.plot_reliability(held_out, logits, title))
     return (
-        f"{rm_report.format_report_table(groups)}\n{job.path}: {step} updates done; {BEST}/ is the model of update "
-        f"{best.step} ({selection} {best.value:.4f}), with report.json, reliability.png and {PREDICTIONS}"
+        f"{rm_report.format_report_table(groups)}\n{job.path}: {step} updates done; {BEST}/ is the model of "
+        f"update {best.step} ({selection} {best.value:.4f}), with report.json, reliability.png and {PREDICTIONS}"
     )
 
 

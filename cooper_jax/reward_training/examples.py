@@ -195,7 +195,7 @@ def _read_files(field: str, paths: str) -> list[Triple]:
 def _find_overlap(
     train: Sequence[Triple], held_out: Sequence[Triple], weights: str
 ) -> tuple[list[Triple], list[Triple]]:
-    """Held-out rows whose question was trained on, here or for the initial weights, and those whose was not."""
+    """Held-out rows whose question was trained on, here or by the initial weights, and all others."""
     seen = frozenset(seen_questions.fingerprint_question(q) for q in {t.question for t in train})
     with setup_errors(f"reward.weights={weights!r}"):
         record = seen_questions.read_record(weights)
@@ -217,8 +217,8 @@ def _check_labels(part: str, triples: Sequence[Triple]) -> None:
     labels = {t.label for t in triples}
     if len(labels) < 2:
         raise SetupError(
-            f"train_rm: the {len(triples)} {part} rows all have the label {next(iter(labels)):g}: both labels "
-            "must occur, or nothing can be learned or measured"
+            f"train_rm: the {len(triples)} {part} rows all have the label {next(iter(labels)):g}: both "
+            "labels must occur, or nothing can be learned or measured"
         )
 
 
