@@ -1,7 +1,7 @@
 """The arms of a study: named settings that are compared with each other.
 
-All arms share a base: the config file with its --config flags.  An arm's settings, those of its recipe included,
-take precedence over the file's.  A flag that contradicts them is refused.
+All arms share a base: the config file with its --config flags.  An arm's settings, those of its recipe
+included, take precedence over the file's.  A flag that contradicts them is refused.
 """
 
 from __future__ import annotations

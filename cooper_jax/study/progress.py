@@ -32,8 +32,8 @@ class ProgressBoard:
         self._last_read = -EVERY
         self._printed: tuple = ()
         self._failures_printed = 0
-        # (seconds, steps) of processes that have ended, starts apart from other runs, and of those still running.
-        # Only this process's own are known: earlier ones may have run on another machine.
+        # (seconds, steps) of processes that have ended, starts apart from other runs, and of those still
+        # running.  Only this process's own are known: earlier ones may have run on another machine.
         self._ended: dict[str, list[tuple[float, int]]] = {START: [], "": []}
         self._running: dict[StudyRun, tuple[float, int]] = {}
 

@@ -7,9 +7,9 @@ Numbers have four significant digits in both cases, so that tables made from eit
 
 A file holds JSON lines: one for the study, then for each run one per evaluation and one at its end:
 
-    {"study": {"steps": 100, "problems": 1024, ..., "arms": {"rule": {"about": "...", "settings": {...}}, ...}}}
-    {"arm": "rule", "seed": 10, "step": 20, "accuracy": 0.47, ..., "reward": [...], "false_positives": [...]}
-    {"arm": "rule", "seed": 10, "done": 100, "seconds": 81.2, ..., "reward": [], "false_positives": []}
+    {"study": {"steps": 100, "problems": 1024, ..., "arms": {"rule": {"about": "...", "settings": {...}},
+    ...}}} {"arm": "rule", "seed": 10, "step": 20, "accuracy": 0.47, ..., "reward": [...], "false_positives":
+    [...]} {"arm": "rule", "seed": 10, "done": 100, "seconds": 81.2, ..., "reward": [], "false_positives": []}
 
 `reward` and `false_positives` hold a number for each step since the line before.
 """
@@ -198,7 +198,7 @@ def _summarise_motion(steps: Sequence[dict[str, float]]) -> dict[str, dict[str, 
 def write_records(records: Records, path: Path) -> None:
     """Write the records to a file for `read_records`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"study": records.study}]
+    lines: list[dict[str, Any]] = [{"study": records.study}]
     for run in records.runs:
         lines += _make_lines(run)
     text = "".join(f"{_encode(line)}\n" for line in lines)

@@ -7,7 +7,8 @@
 
 1. `Study` resolves and checks every arm's config before anything is started.
 2. `begin` writes the settings, or compares them with those that the folder was begun with.
-3. `list_runs` lists the runs seed by seed, so that an unfinished study has complete seeds, which can be compared.
+3. `list_runs` lists the runs seed by seed, so that an unfinished study has complete seeds, which can be
+   compared.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ class StudyRun:
 class Study:
     """A study's arms and seeds, and the config that they share.
 
-    Raises SetupError where a flag sets a field that belongs to the study or to an arm, for a config without exact
-    truth, and for settings of an arm that contradict each other.
+    Raises SetupError where a flag sets a field that belongs to the study or to an arm, for a config without
+    exact truth, and for settings of an arm that contradict each other.
     """
 
     out: Path

@@ -1,4 +1,5 @@
-"""A study's results as files, all made from its records: results.json, arms.csv, runs.csv, tables.md and study.png.
+"""A study's results as files, all made from its records: results.json, arms.csv, runs.csv, tables.md and
+study.png.
 
     arms.csv   one line per arm and quantity: its mean over the seeds with Student's 95 % interval
     runs.csv   one line per run, one column per quantity; an empty cell is a quantity that was not measured
