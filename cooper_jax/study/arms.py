@@ -124,7 +124,8 @@ def choose_arms(names: Sequence[str], defined: Sequence[str], base: ConfigDict) 
     """
     if unknown := [name for name in names if name not in ARMS]:
         raise SetupError(
-            f'--arms: {", ".join(unknown)}: there is {", ".join(ARMS)}; --arm="NAME: FIELD=VALUE, ..." defines more'
+            f"--arms: {', '.join(unknown)}: there is {', '.join(ARMS)}; "
+            '--arm="NAME: FIELD=VALUE, ..." defines more'
         )
     arms = [*(ARMS[name] for name in dict.fromkeys(names)), *(parse_arm(text, base) for text in defined)]
     counts = Counter(arm.name for arm in arms)
@@ -141,8 +142,8 @@ def parse_arm(text: str, base: ConfigDict) -> Arm:
     name, colon, rest = (part.strip() for part in text.partition(":"))
     if not colon or not re.fullmatch(r"\w+", name) or name == START:
         raise SetupError(
-            f"--arm={text!r}: it is a name of letters, digits and _, other than {START!r}, a colon and settings: "
-            '--arm="logit: reward.recipe=robust, reward.pair_loss=logit"'
+            f"--arm={text!r}: it is a name of letters, digits and _, other than {START!r}, a colon and "
+            'settings: --arm="logit: reward.recipe=robust, reward.pair_loss=logit"'
         )
 
     known = flatten_config(base.to_dict())

@@ -173,7 +173,7 @@ def _draw_steps(axes: Any, runs: Sequence[Record]) -> None:
 
 
 def _draw_reward_model(axes: Any, runs: Sequence[Record]) -> None:
-    """Draw the reward model's accuracy on the policy's responses, or a note where there is no reward model."""
+    """Draw the reward model's accuracy on the policy's responses, or a note that there is none."""
     axes.set_yticks([0, 0.5, 1])
     if any("rm_policy" in evaluation for run in runs for evaluation in run.evaluations):
         _draw_runs(axes, runs, "rm_policy", GREEN)
@@ -244,7 +244,7 @@ def _make_explanation(records: Records) -> str:
         text = f"Thick lines: mean of {seeds} seeds. Thin lines and bands: the single seeds and their range. "
     text += (
         "The number in a panel is the end of its mean curve. False positives: of the responses that the rule "
-        "finds wrong, the share with a reward above one half. Reward model accuracy: on the policy's own held-out "
-        "responses."
+        "finds wrong, the share with a reward above one half. Reward model accuracy: on the policy's own "
+        "held-out responses."
     )
     return textwrap.fill(text, 165)

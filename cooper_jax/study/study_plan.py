@@ -104,8 +104,9 @@ class Study:
         # Arms are compared by exact truth, over the steps.
         if self.base.data.format != "synthetic" or not self.base.eval.every or not self.base.steps:
             raise SetupError(
-                f"data.format={self.base.data.format}, eval.every={self.base.eval.every}, steps={self.base.steps}: "
-                "a study compares exact truth over steps: --config=configs/tiny.py, and neither of the latter 0"
+                f"data.format={self.base.data.format}, eval.every={self.base.eval.every}, "
+                f"steps={self.base.steps}: a study compares exact truth over steps: use --config=configs/tiny.py, "
+                "and set neither of the latter to 0"
             )
         for arm in self.arms:
             self._refuse_overruled(arm)
@@ -120,8 +121,8 @@ class Study:
         for field in self.given:
             if field in own and own[field] != base[field] and field not in arm.factors:
                 raise SetupError(
-                    f"--config.{field}={base[field]}: the arm {arm.name} sets it to {own[field]}: leave the flag "
-                    f'out, or define another arm: --arm="NAME: {field}={base[field]}, ..."'
+                    f"--config.{field}={base[field]}: the arm {arm.name} sets it to {own[field]}: leave the "
+                    f'flag out, or define another arm: --arm="NAME: {field}={base[field]}, ..."'
                 )
 
     def run_folder(self, name: str, seed: int) -> Path:

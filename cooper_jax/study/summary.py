@@ -176,7 +176,7 @@ def _compare_with_begun(own: Sequence[dict[str, Any]], runs: Sequence[dict[str, 
 
 
 def _compare_with_plain(own: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The number of seeds that the arm shares with the rule arm, and its end minus that arm's, seed by seed."""
+    """The number of seeds shared with the rule arm, and the arm's end minus that arm's, seed by seed."""
     plain = {run["seed"]: run for run in runs if run["arm"] == PLAIN}
     pairs = [(run, plain[run["seed"]]) for run in own if run["seed"] in plain]
     out: dict[str, Any] = {"pairs": len(pairs)}

@@ -28,8 +28,8 @@ def format_markdown(results: dict[str, Any]) -> str:
     shown = {name: arm for name, arm in results["arms"].items() if arm["seeds"]}
     parts = [
         "# Arms compared over seeds",
-        f"{study['steps']} steps; evaluated every {study['every']} on {study['problems']:,} held-out problems, "
-        f"{study['samples']} response(s) each, judged by exact truth. Numbers are percentages unless stated "
+        f"{study['steps']} steps; evaluated every {study['every']} on {study['problems']:,} held-out "
+        f"problems, {study['samples']} response(s) each, judged by exact truth. Numbers are percentages unless stated "
         f"otherwise, means over seeds with Student's 95 % interval. The end is the mean of the last {LAST} "
         "evaluations.",
         _list_missing(results),
@@ -100,8 +100,8 @@ def _format_accuracy(study: dict[str, Any], shown: dict[str, Any]) -> str:
         "end below half of it", f"ever under {DIP:.0%} of it",
     )  # fmt: skip
     note = (
-        f"The last three columns count seeds. An evaluation is under {DIP:.0%} of the start if its binomial 95 % "
-        "interval is."
+        f"The last three columns count seeds. An evaluation is under {DIP:.0%} of the start if its binomial "
+        "95 % interval is."
     )
     return f"## Held-out accuracy\n\n{format_markdown_table(header, rows, 2)}\n\n{note}"
 
@@ -128,8 +128,8 @@ def _format_kinds(shown: dict[str, Any]) -> str:
         for row, arm in zip(rows, shown.values(), strict=True):
             row.append(_format_share(arm, f"{quantity}_less_rule") if arm.get("pairs") else "-")
     note = (
-        "Questions for a number accept any form of it, of which the rule reads numerals only. It cannot read the "
-        "answers to questions for words."
+        "Questions for a number accept any form of it, of which the rule reads numerals only. It cannot read "
+        "the answers to questions for words."
     )
     return f"## Held-out accuracy by kind\n\n{format_markdown_table(header, rows)}\n\n{note}"
 
@@ -206,8 +206,8 @@ def _format_reward_model(shown: dict[str, Any]) -> str:
             header = ("arm", "completions", *parts.values())
             tables.append(f"## {title} of the reward model\n\n{format_markdown_table(header, rows, 2)}")
     note = (
-        "Step 0 comes after the updates before step 1. Before: the model that all arms of a seed start from, taken "
-        f"from the arm {FROZEN}, seed by seed."
+        "Step 0 comes after the updates before step 1. Before: the model that all arms of a seed start from, "
+        f"taken from the arm {FROZEN}, seed by seed."
     )
     return "\n\n".join([*tables, note]) if tables else ""
 
@@ -242,9 +242,9 @@ def _format_motion(shown: dict[str, Any]) -> str:
         return ""
     header = ("arm", "", *(f"steps {span}" for span in SPANS))
     note = (
-        "A push is what the gradient of a pair's loss asks of its logits, a motion what the step's updates made of "
-        "them; common is the mean of both members, difference positive minus negative. Saturation is p (1 - p): 0 "
-        "is saturated, .25 undecided."
+        "A push is what the gradient of a pair's loss asks of its logits, a motion what the step's updates made "
+        "of them; common is the mean of both members, difference positive minus negative. Saturation is p (1 - p): "
+        "0 is saturated, .25 undecided."
     )
     return (
         f"## How the reward model's updates move pairs\n\n{format_markdown_table(header, rows, 2)}\n\n{note}"
