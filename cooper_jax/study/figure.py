@@ -13,6 +13,7 @@ quantities of every step have a band that spans the seeds.
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -89,7 +90,10 @@ def _draw_arm(panels: Sequence[Any], records: Records, name: str) -> None:
         _style_axes(axes, records.study["steps"])
 
     # One scale in all columns: the highest accuracy of any run, rounded up to the next 10 % with some room.
-    highest = max(max(e["accuracy"] for e in run.evaluations) for run in records.runs)
+    accuracies: list[float] = []
+    for run in records.runs:
+        accuracies += [evaluation["accuracy"] for evaluation in run.evaluations]
+    highest = max(accuracies)
     above.set_ylim(0, min(1, np.ceil(highest * 10 + 0.5) / 10))
     below.set_ylim(0, 1.02)
     below.set_xlabel("step", fontsize=8.5, color=INK)
@@ -130,8 +134,7 @@ def _draw_accuracy(axes: Any, runs: Sequence[Record], plain: Sequence[Record]) -
     own, mean = _average_runs(runs, "accuracy"), _average_runs(plain, "accuracy")
     if mean:
         axes.plot(*mean, color=PALE, lw=1.1, ls=(0, (4, 2)), zorder=1)
-        # The label is under the end of the line where the arm's own curve ends above it, else above the
-        # middle.
+        # The label is under the line's end where the arm's own curve ends higher, else above its middle.
         if own is not None and own[1][-1] > mean[1][-1]:
             at, offset, side = -1, (-2, -6), "top"
         else:
@@ -175,7 +178,8 @@ def _draw_steps(axes: Any, runs: Sequence[Record]) -> None:
 def _draw_reward_model(axes: Any, runs: Sequence[Record]) -> None:
     """Draw the reward model's accuracy on the policy's responses, or a note that there is none."""
     axes.set_yticks([0, 0.5, 1])
-    if any("rm_policy" in evaluation for run in runs for evaluation in run.evaluations):
+    evaluations = itertools.chain.from_iterable(run.evaluations for run in runs)
+    if any("rm_policy" in evaluation for evaluation in evaluations):
         _draw_runs(axes, runs, "rm_policy", GREEN)
     else:
         axes.text(0.5, 0.5, "no reward model", transform=axes.transAxes, ha="center", fontsize=8, color=PALE)
@@ -202,8 +206,10 @@ def _average_runs(runs: Sequence[Record], name: str) -> tuple[list[int], list[fl
             values.append({int(e["step"]): e[name] for e in run.evaluations if name in e})
     if not values:
         return None
-    steps = [step for step in values[0] if all(step in of_run for of_run in values)]
-    means = [float(np.mean([of_run[step] for of_run in values])) for step in steps]
+    steps = sorted(set(values[0]).intersection(*values))
+    means = []
+    for step in steps:
+        means.append(float(np.mean([of_run[step] for of_run in values])))
     return (steps, means) if steps else None
 
 

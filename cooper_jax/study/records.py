@@ -164,7 +164,7 @@ def summarise_run(arm: str, seed: int, rows: Sequence[dict[str, float]]) -> Reco
         done=int(steps[-1]["step"]) if steps else 0,
         evaluations=evaluations,
         steps={name: _read_series(steps, metric) for name, metric in EACH_STEP.items()},
-        sums={name: _round(sum(row.get(metric, 0.0) for row in steps)) for name, metric in SUMS.items()},
+        sums={name: _sum_over_steps(steps, metric) for name, metric in SUMS.items()},
         motion=_summarise_motion(steps),
     )
 
@@ -178,6 +178,11 @@ def _read_evaluation(row: dict[str, float]) -> dict[str, float]:
 def _read_series(steps: Sequence[dict[str, float]], metric: str) -> tuple[float, ...]:
     """A metric at every step; NaN where it is missing."""
     return tuple(_round(row.get(metric, math.nan)) for row in steps)
+
+
+def _sum_over_steps(steps: Sequence[dict[str, float]], metric: str) -> float:
+    """The sum of a metric over the steps that have it."""
+    return _round(sum(row.get(metric, 0.0) for row in steps))
 
 
 def _summarise_motion(steps: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -1,8 +1,8 @@
 """Scheduler of a study's runs: several processes at a time, until all have ended.
 
 1. A free slot takes the first run in the order that can start.  Complete runs are not started again.
-2. A run's output goes to log.txt in its folder.  If it fails, the last lines are reported, and the others
-   continue.
+2. A run's output goes to log.txt in its folder.  If it fails, its last lines are reported, and the
+   other runs continue.
 3. A signal is forwarded as SIGTERM, at which runs save their last complete step.
 
 With several slots each run is pinned to one core: that has more throughput than runs that compete for all

@@ -7,8 +7,8 @@
 
 1. `Study` resolves and checks every arm's config before anything is started.
 2. `begin` writes the settings, or compares them with those that the folder was begun with.
-3. `list_runs` lists the runs seed by seed, so that an unfinished study has complete seeds, which can be
-   compared.
+3. `list_runs` lists the runs seed by seed, so that the arms of an unfinished study can be compared on its
+   complete seeds.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Study:
         if self.base.data.format != "synthetic" or not self.base.eval.every or not self.base.steps:
             raise SetupError(
                 f"data.format={self.base.data.format}, eval.every={self.base.eval.every}, "
-                f"steps={self.base.steps}: a study compares exact truth over steps: use --config=configs/tiny.py, "
-                "and set neither of the latter to 0"
+                f"steps={self.base.steps}: a study compares exact truth over steps: use "
+                "--config=configs/tiny.py, and set neither of the latter to 0"
             )
         for arm in self.arms:
             self._refuse_overruled(arm)

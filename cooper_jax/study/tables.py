@@ -29,8 +29,8 @@ def format_markdown(results: dict[str, Any]) -> str:
     parts = [
         "# Arms compared over seeds",
         f"{study['steps']} steps; evaluated every {study['every']} on {study['problems']:,} held-out "
-        f"problems, {study['samples']} response(s) each, judged by exact truth. Numbers are percentages unless stated "
-        f"otherwise, means over seeds with Student's 95 % interval. The end is the mean of the last {LAST} "
+        f"problems, {study['samples']} response(s) each, judged by exact truth. Numbers are percentages unless "
+        f"stated otherwise, means over seeds with Student's 95 % interval. The end is the mean of the last {LAST} "
         "evaluations.",
         _list_missing(results),
     ]
@@ -242,9 +242,9 @@ def _format_motion(shown: dict[str, Any]) -> str:
         return ""
     header = ("arm", "", *(f"steps {span}" for span in SPANS))
     note = (
-        "A push is what the gradient of a pair's loss asks of its logits, a motion what the step's updates made "
-        "of them; common is the mean of both members, difference positive minus negative. Saturation is p (1 - p): "
-        "0 is saturated, .25 undecided."
+        "A push is what the gradient of a pair's loss asks of its logits, a motion what the step's updates "
+        "made of them; common is the mean of both members, difference positive minus negative. Saturation is "
+        "p (1 - p): 0 is saturated, .25 undecided."
     )
     return (
         f"## How the reward model's updates move pairs\n\n{format_markdown_table(header, rows, 2)}\n\n{note}"
