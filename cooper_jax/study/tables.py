@@ -29,9 +29,9 @@ def format_markdown(results: dict[str, Any]) -> str:
     parts = [
         "# Arms compared over seeds",
         f"{study['steps']} steps; evaluated every {study['every']} on {study['problems']:,} held-out "
-        f"problems, {study['samples']} response(s) each, judged by exact truth. Numbers are percentages unless "
-        f"stated otherwise, means over seeds with Student's 95 % interval. The end is the mean of the last {LAST} "
-        "evaluations.",
+        f"problems, {study['samples']} response(s) each, judged by exact truth. Numbers are percentages "
+        "unless stated otherwise, means over seeds with Student's 95 % interval. The end is the mean of the "
+        f"last {LAST} evaluations.",
         _list_missing(results),
     ]
     if shown:
