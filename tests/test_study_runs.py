@@ -135,7 +135,7 @@ def of_arms(tmp_path_factory) -> dict[str, tuple]:
         study_plan.Study(out, "configs/tiny.py", base, given, arms.choose_arms([name], (), base), [5])
         for name in arms.ARMS
     ]
-    read = as_train_reads([study.run_study_arms(study.arms[0], 5).command for study in studies], base)
+    read = as_train_reads([study.make_run(study.arms[0], 5).command for study in studies], base)
     return {name: (study, got) for name, study, got in zip(arms.ARMS, studies, read, strict=True)}
 
 
@@ -143,7 +143,7 @@ def of_arms(tmp_path_factory) -> dict[str, tuple]:
 def test_an_arms_settings_reach_its_runs(of_arms, name):
     """Also over the recipe of the config file: the flags' text, read as launch/train.py reads it."""
     study, got = of_arms[name]
-    run = study.run_study_arms(study.arms[0], 5)
+    run = study.make_run(study.arms[0], 5)
     assert run.command[:3] == (sys.executable, str(study_plan.TRAIN), "--config=configs/tiny.py")
     wanted = flatten_config(study.make_config(study.arms[0], 5).to_dict())
     assert {k: v for k, v in got.items() if v != wanted[k]} == {}
