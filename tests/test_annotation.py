@@ -26,7 +26,7 @@ from cooper_jax.configs import base
 from cooper_jax.data import labelled_completions
 from cooper_jax.llm import chat as chats
 from cooper_jax.llm.chat import Failure
-from cooper_jax.model import weights
+from cooper_jax.model import weight_export
 from cooper_jax.runtime import device_layouts, hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Verdict
@@ -103,7 +103,7 @@ def quick_rule(monkeypatch):
     """Boxed numbers, compared; no processes to wait for."""
 
     class Rule:
-        def __init__(self, **_):
+        def __init__(self, settings):
             pass
 
         def __enter__(self):
@@ -217,7 +217,7 @@ def test_agreement_is_resampled_by_question():
         for question, agree in (("a", True), ("b", False))
         for rule in [True, False] * 5
     ]
-    found = outcome.judge_agreement(rows, seed=0)
+    found = outcome.measure_agreement(rows, seed=0)
     assert found["both_decided"] == 20
     assert found["agreement"] == {"value": 0.5, "low": 0.0, "high": 1.0}
     assert found["kappa"] == {"value": 0.0, "low": -1.0, "high": 1.0}
@@ -335,7 +335,9 @@ def test_two_kills_lose_and_double_nothing(serve, tmp_path):
     process = start(problems, out, server.url)
     said, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
-    assert f"verdicts.jsonl:{counted[2] + 1}: a kill tore this line (12 bytes)" in said and "kappa" in said
+    assert (
+        f"verdicts.jsonl:{counted[2] + 1}: removed an incomplete line (12 bytes)" in said and "kappa" in said
+    )
 
     undisturbed = tmp_path / "undisturbed"
     pipeline.annotate_completions(
@@ -362,7 +364,7 @@ def local(tmp_path, monkeypatch):
     """A config whose source and judge are a random model of one layer, on one device."""
     tokenizer = tiny_tokenizers.write(tmp_path / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8, max_len=2048)
-    weights.save_pretrained(
+    weight_export.save_pretrained(
         tmp_path / "hf", model, tiny_models.random_params(model), "logits", tokenizer_dir=tokenizer
     )
     layouts = device_layouts.make_layouts
@@ -567,22 +569,24 @@ def test_balance_may_change_without_asking_again(serve, quick_rule, tmp_path):
 # --- plans, files and flags ----------------------------------------------------------------------------------
 
 
+def list_items(cfg, problems, completions) -> items.AnnotationPlan:
+    return items.list_items(cfg, items.AnnotateConfig.from_config(cfg.annotate), problems, completions)
+
+
 def test_a_plan_has_stable_ids_and_takes_a_fixed_part(tmp_path):
     path = sums(tmp_path / "sums.jsonl", 30)
     cfg = config(**{"annotate.samples": 3})
-    plan = items.list_items(cfg, [path], [])
+    plan = list_items(cfg, [path], [])
     assert len({i.id for i in plan.items}) == 90 and len({i.number for i in plan.items}) == 90
     assert all(0 <= i.number < 2**31 for i in plan.items)
-    part = items.list_items(config(**{"annotate.samples": 2, "annotate.problems": 7}), [path], [])
+    part = list_items(config(**{"annotate.samples": 2, "annotate.problems": 7}), [path], [])
     assert {i.id for i in part.items} < {i.id for i in plan.items} and len(part.items) == 14
     assert [i.sample for i in part.items] == [0, 1] * 7
 
 
 def test_published_sets_are_recognised(shared_data):
     paths = [str(shared_data / f"{name}.jsonl") for name in ("gsm8k_test", "svamp_test", "math500_test")]
-    plan = items.list_items(
-        config(**{"annotate.problems": 5}), paths, [str(shared_data / "verify_dev.jsonl")]
-    )
+    plan = list_items(config(**{"annotate.problems": 5}), paths, [str(shared_data / "verify_dev.jsonl")])
     counts = Counter(i.source for i in plan.items)
     assert [counts[n] for n in ("gsm8k_test", "svamp_test", "math500_test")] == [5] * 3
     given = [i for i in plan.items if i.completion is not None]
@@ -601,7 +605,7 @@ BAD = [
 def test_a_bad_row_is_named(change, message, tmp_path):
     path = write(tmp_path / "bad.jsonl", existing(1) + existing(1, **change))
     with pytest.raises(SetupError) as caught:
-        items.list_items(config(), [], [path])
+        list_items(config(), [], [path])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -701,7 +705,7 @@ def test_a_full_disk_is_one_error_and_the_same_command_goes_on(serve, quick_rule
     server = serve(lambda n, body: reply("Verdict: INCORRECT"))
     with (
         no_large_files(),
-        pytest.raises(SetupError, match="--out: .*File too large: mend that.*completions.jsonl"),
+        pytest.raises(SetupError, match="--out: .*File too large: fix that.*completions.jsonl"),
     ):
         pipeline.annotate_completions(config(server.url), [], files, str(out))
     cfg = config(server.url, **{"annotate.balance": "off"})
@@ -748,7 +752,7 @@ def test_a_ledger_mends_its_last_line_alone(tmp_path, capsys):
     )
     log = annotation_ledger.LedgerFile(path)
     assert log.rows["1"]["judge"] and log.rows["2"]["judge"] is False and set(log.rows) == {"1", "2"}
-    assert "verdicts.jsonl:4: a kill tore this line (9 bytes)" in capsys.readouterr().out
+    assert "verdicts.jsonl:4: removed an incomplete line (9 bytes)" in capsys.readouterr().out
     log.append([{"id": "3", "judge": None}])
     assert [row["id"] for row in lines(path)] == ["1", "2", "2", "3"]
     log.close()

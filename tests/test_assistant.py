@@ -176,7 +176,7 @@ def test_local_parses_replies_and_keeps_truncation():
         Failure("empty"),
     ]
     assert got["ids"] == [(7, 3, row, 0) for row in range(3)]
-    assert got["messages"][0] == prompts.negative_messages("How many?", "20", "14 + 6 = 20 #### 20")
+    assert got["messages"][0] == prompts.make_negative_messages("How many?", "20", "14 + 6 = 20 #### 20")
     with pytest.raises(ValueError, match="2 completions to 1"):
         assistants.make_assistant(config("local"), lambda m, i: [Completion("a")] * 2).rewrite([request()])
 
@@ -213,7 +213,7 @@ def test_openai_sends_what_it_should(openai):
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer sk-secret"
     assert (body["model"], body["temperature"], body["top_p"], body["max_tokens"]) == ("m", 0.5, 0.9, 17)
     sent = [(m["role"], m["content"]) for m in body["messages"]]
-    assert sent == prompts.negative_messages("How many?", "20", "14 + 6 = 20 #### 20")
+    assert sent == prompts.make_negative_messages("How many?", "20", "14 + 6 = 20 #### 20")
     seeds = [body["seed"] for _, _, body in server.requests]
     assert seeds[0] == seeds[1] != seeds[2]
 

@@ -9,11 +9,11 @@ import tiny_models
 import tiny_tokenizers
 
 from cooper_jax.configs import base, tiny
-from cooper_jax.data.prompts import LEAST_QUESTION
+from cooper_jax.data.prompts import MIN_QUESTION
 from cooper_jax.evaluation import benchmark_jobs
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
 from cooper_jax.llm import local_chat
-from cooper_jax.model import loading, weights
+from cooper_jax.model import loading, weight_export
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.reward_training import rm_setup
@@ -40,7 +40,7 @@ def directories(tmp_path_factory) -> dict[str, str]:
     model = tiny_models.config(vocab_size=size, width=16, layers=1, head_dim=8, max_len=64)
     for head in ("logits", "score"):
         params = tiny_models.random_params(model, head)
-        weights.save_pretrained(folder / head, model, params, head, tokenizer_dir=text, pad_token_id=0)
+        weight_export.save_pretrained(folder / head, model, params, head, tokenizer_dir=text, pad_token_id=0)
     return {head: str(folder / head) for head in ("logits", "score")}
 
 
@@ -154,7 +154,7 @@ def test_the_shipped_configs_fit_the_models_that_they_name(name):
         assert cfg.reward.max_tokens <= TRAINED_FOR[reward]
     if not name.startswith("verifyrm"):  # those train a reward model on files: nothing is rolled out
         # Tags take some 40 tokens of a tokenizer that does not know them, as the shipped reward models' do.
-        assert cfg.reward.max_tokens >= 40 + LEAST_QUESTION + cfg.rollout.max_new_tokens
+        assert cfg.reward.max_tokens >= 40 + MIN_QUESTION + cfg.rollout.max_new_tokens
     for chat in (cfg.assistant, cfg.judge, cfg.source):
         if chat.kind == "local":
             assert chat.max_prompt_tokens + chat.max_new_tokens <= TRAINED_FOR[chat.weights]

@@ -10,8 +10,9 @@ import pytest
 from cooper_jax.configs import base
 from cooper_jax.data import synthetic
 from cooper_jax.llm.chat import ChatConfig
-from cooper_jax.reward import assistants, pairs
+from cooper_jax.reward import assistants
 from cooper_jax.reward.assistants import Failure
+from cooper_jax.reward.pairs import build_pairs as pairs
 from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Problem, Verdict

@@ -244,7 +244,7 @@ def test_blank_lines_count_and_an_empty_file_is_refused(tmp_path):
         (b'{"question": "\xff", "answer": "#### 1"}', "byte 14 is not UTF-8"),
         (b'{"question": "\\ud800", "answer": "#### 1"}', "surrogate"),
         (b'{"answer": "#### 1"}', "'question' is missing; the row has \\['answer'\\]"),
-        (b'{"question": 7, "answer": "#### 1"}', "'question' is int 7: must be text"),
+        (b'{"question": 7, "answer": "#### 1"}', "'question' is int 7: it must be text"),
         (b'{"question": " ", "answer": "#### 1"}', "the question is empty"),
         (b'{"question": "Q", "answer": "so #### "}', "the reference answer is empty"),
         (b'{"question": "Q", "answer": "1"}', "0 '####' marks"),
@@ -375,7 +375,7 @@ def test_triples_of_verifybench(tmp_path):
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        ({"label": 0.5}, "'label' is 0.5: must be 0 or 1"),
+        ({"label": 0.5}, "'label' is 0.5: it must be 0 or 1"),
         ({"label": "1"}, "'label' is '1'"),
         ({"label": None}, "'label' is None"),
         ({"completion": None}, "'completion' is NoneType"),
@@ -423,7 +423,7 @@ def test_orders_differ_by_epoch_and_seed_and_never_change():
         return [problems.problem_at(epoch * 100 + i, 100, seed) for i in range(100)]
 
     assert order(0, 0) != order(0, 1) != order(1, 1) != order(1, 0) and order(0, 1) != order(1, 0)
-    assert [problems.problem_at(p, 100, 0, "warmup_reward") for p in range(100)] != order(0, 0)
+    assert [problems.problem_at(p, 100, 0, "supervised_reward") for p in range(100)] != order(0, 0)
     # Recorded: another order under the same seed would break every run that is resumed.
     assert [problems.problem_at(p, 10, 0) for p in range(20)] == RECORDED
 

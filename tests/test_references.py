@@ -78,7 +78,7 @@ def test_every_reference_is_verified_as_its_own_answer(name, published, rule):
 @pytest.mark.parametrize("name", FLOORS)
 def test_references_that_are_text_alone(name, published):
     found = [r for r in distinct(published[name]) if not r.replace(".", "").isdigit()]
-    alone = [r for r in found if not answer_parser.read_answer(r).comparable]
+    alone = [r for r in found if not answer_parser.parse_answer(r).comparable]
     assert sorted(alone) == sorted(TEXT_ALONE.get(name, []))
 
 

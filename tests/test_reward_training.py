@@ -23,7 +23,7 @@ from tiny_runs import ROOT, environment, metrics, start_hosts, timeless
 
 from cooper_jax.configs import base
 from cooper_jax.data import labelled_completions, prompts, reward_hacks, seen_questions
-from cooper_jax.model import loading, transformer, weights
+from cooper_jax.model import loading, transformer, weight_export, weights
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
@@ -32,6 +32,7 @@ from cooper_jax.reward_training.rm_config import TrainRmConfig
 from cooper_jax.runtime import device_layouts, hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.setup import build_reward_bundle
 from cooper_jax.types import ScoreBatch, Triple
 
@@ -98,7 +99,7 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
     for piece in pieces(rows, lengths, labels, shapes):
         sums = accumulator.add(params, sums, piece)
 
-    weights.save_pretrained(tmp_path / "model", config, params, "score", pad_token_id=0)
+    weight_export.save_pretrained(tmp_path / "model", config, params, "score", pad_token_id=0)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     valid = np.arange(40)[None] < lengths[:, None]
     ids = np.zeros((len(rows), 40), np.int64)
@@ -110,7 +111,7 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
     assert float(sums.loss) == pytest.approx(loss.item(), abs=1e-5)
 
     # Our gradients under Hugging Face's names, by the table that writes weights.
-    weights.save_pretrained(
+    weight_export.save_pretrained(
         tmp_path / "gradient", config, jax.device_get(sums.grads), "score", pad_token_id=0
     )
     ours = load_file(tmp_path / "gradient" / "model.safetensors")
@@ -307,7 +308,7 @@ def place(tmp_path_factory) -> Path:
     size = tokenizers.load_tokenizer_from(str(path / "tokenizer")).vocab_size
     config = tiny_models.config(vocab_size=size, width=32, head_dim=8, ffn=64)
     params = mesh.init_params(jax.random.key(0), transformer.param_specs(config), one_device())
-    weights.save_pretrained(path / "trunk", config, params, "logits", tokenizer_dir=path / "tokenizer")
+    weight_export.save_pretrained(path / "trunk", config, params, "logits", tokenizer_dir=path / "tokenizer")
     write_task(path / "train.jsonl", range(1, 9))
     write_task(path / "dev.jsonl", range(20, 25))
     return path
@@ -609,7 +610,7 @@ def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
     cfg = base.get_config()
     cfg.reward.weights = str(finished / "best")
     cfg.reward.max_tokens = 96
-    bundle, state = build_reward_bundle(cfg, one_device(), tmp_path)
+    bundle, state = build_reward_bundle(cfg, RunSettings.from_config(cfg), one_device(), tmp_path)
     rows = [
         prompts.encode_verifier_input(bundle.model.tokenizer, t.question, t.reference, t.completion, 96)
         for t in labelled_completions.load_labelled_completions(str(place / "dev.jsonl"))
@@ -790,7 +791,7 @@ BAD = [
     (dict(train_rm__data=""), "train_rm.data is empty"),
     (dict(train_rm__data="nowhere.jsonl"), "nowhere.jsonl"),
     (dict(train_rm__data=" , "), "train_rm.data is empty"),
-    (dict(train_rm__eval_data="EMPTY"), "there is no row in it"),
+    (dict(train_rm__eval_data="EMPTY"), "the file has no rows"),
     (dict(train_rm__eval_data="ALL_RIGHT"), "held-out rows all have the label 1: both labels must occur"),
     (dict(train_rm__data="ALL_RIGHT"), "training rows all have the label 1"),
     (dict(train_rm__data="TORN"), "torn.jsonl:2"),
@@ -835,7 +836,7 @@ def test_weights_that_overflow_are_said(place, tmp_path, alone):
     )
     params = tiny_models.random_params(config, "score")
     params["score"] = params["score"].at[0].set(jnp.inf)
-    weights.save_pretrained(
+    weight_export.save_pretrained(
         broken, config, params, "score", tokenizer_dir=place / "tokenizer", pad_token_id=0
     )
     with pytest.raises(SetupError, match="update 3: 40 of 40 held-out logits are not finite: lower"):

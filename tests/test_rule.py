@@ -161,7 +161,7 @@ def test_workers_speak_the_verdicts_of_types():
 
 def test_a_verdict_needs_no_jax_and_little_of_ours():
     code = (
-        "import sys; sys.path.append(sys.argv[1]); from cooper_jax.reward import rule_worker, rule_judge\n"
+        "import sys; sys.path.append(sys.argv[1]); from cooper_jax.rule import rule_verdict, rule_worker\n"
         "assert rule_verdict.judge_answer('20', '#### 20') == 'correct'\n"
         "found = {m for m in sys.modules if m.startswith(('cooper_jax.', 'kernels'))} | {'jax', 'numpy'}\n"
         "print(*sorted(found & set(sys.modules)))\n"
@@ -170,7 +170,7 @@ def test_a_verdict_needs_no_jax_and_little_of_ours():
     run = subprocess.run(
         [sys.executable, "-P", "-c", code, folder], capture_output=True, text=True, timeout=60
     )
-    ours = [f"cooper_jax.reward{name}" for name in ("", ".rule_judge", ".rule_reading", ".rule_worker")]
+    ours = [f"cooper_jax.rule{name}" for name in ("", ".answer_parser", ".rule_verdict", ".rule_worker")]
     assert run.stdout.split() == ours, run.stderr
 
 
@@ -354,14 +354,14 @@ def test_the_first_question_finds_a_verifier_that_does_not_work(tmp_path, rule):
     rule.check_ready()
     path = tmp_path / "broken.py"
     path.write_text("import math_verify_is_not_here\n")
-    with RuleVerifier(2, 1.0, 2.0, 0, command=(sys.executable, str(path))) as broken:
+    with RuleVerifier(RuleConfig(2, 1.0, 2.0, 0), command=(sys.executable, str(path))) as broken:
         with pytest.raises(
             ValueError, match="does not work: a rule worker did not start.*not_here'$"
         ) as caught:
             broken.check_ready()
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
     path.write_text(SCRIPT.replace('request["reference"]}', '"wrong"}'))
-    with RuleVerifier(1, 1.0, 2.0, 0, command=(sys.executable, str(path))) as mistaken:
+    with RuleVerifier(RuleConfig(1, 1.0, 2.0, 0), command=(sys.executable, str(path))) as mistaken:
         with pytest.raises(ValueError, match="says 'wrong'"):
             mistaken.check_ready()
 
@@ -381,7 +381,7 @@ def test_works_off_the_main_thread(rule):
 )
 def test_bad_settings_name_the_flag(field):
     ((name, value),) = field.items()
-    with pytest.raises(SetupError, match=rf"rule\.{name}={value}: "):
+    with pytest.raises(SetupError, match=rf"rule\.{name}={value}\b"):
         RuleConfig(**{"workers": 1, "timeout": 1.0, "retry_timeout": 2.0, "memory_mb": 0, **field})
 
 
@@ -424,7 +424,7 @@ def test_workers_die_with_a_killed_parent():
         workers = children(parent.pid)
         assert len(workers) == 2
         parent.kill()
-    deadline = time.monotonic() + 2.0 + rule_worker.GRACE + 10.0
+    deadline = time.monotonic() + 2.0 + rule_worker.ORPHAN_GRACE + 10.0
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, workers))
@@ -483,7 +483,7 @@ def test_workers_run_without_a_limit_that_the_platform_refuses_and_say_so_once(t
         f"runpy.run_path({rule_worker.__file__!r}, run_name='__main__')\n"
     )
     command = (sys.executable, "-P", str(path))
-    with RuleVerifier(2, 20.0, 40.0, 2048, command=command) as rule:
+    with RuleVerifier(RuleConfig(2, 20.0, 40.0, 2048), command=command) as rule:
         rule.check_ready()
         items = [(str(n), f"\\boxed{{{n}}}") for n in range(40)]
         assert rule.check(items) == [Verdict.CORRECT] * 40  # enough for both workers

@@ -1,107 +1,113 @@
-r"""Questions and answers as published -> as the models and the rule verifier read them.
+r"""Cleaning of published questions and answers for the models and the rule verifier.
 
-A reference leaves here as the body of one formula, which math-verify reads as `\boxed{reference}`:
+A reference becomes the body of one formula, which math-verify reads as `\boxed{reference}`:
 
-  1. Left-overs of the page go: `\noindent`, `\end{problem}`, a closing `\\`, a full stop.
-  2. `$` signs go; words that stood between formulas move into `\text{}`.  An answer that is only words
-     (`Yes`, `D`) stays bare.
+  1. Page layout is removed: `\noindent`, `\end{problem}`, a closing `\\`, a full stop.
+  2. `$` signs are removed; words between formulas move into `\text{}`.  An answer of words alone (`Yes`, `D`)
+     stays bare.
   3. Numbers lose currency signs and thousands separators (`\$32,\!348` -> `32348`); `%` becomes `\%`.
-  4. Several answers are joined by a comma and a blank (`69, 84`), which math-verify compares as a set; the
-     blank matters, for it reads `221,8` as one number.  Tuples, intervals and matrices keep their brackets.
-  5. A unit stays where the data has it.  Where it has a column of its own (OlympiadBench), it is appended to
-     each answer: `\frac{41}{12} \text{ km}`, `4.2\%`.  math-verify looks past units, but not past percent signs.
+  4. Several answers are joined by a comma and a space (`69, 84`), which math-verify compares as a set.  The
+     space
+     matters: it reads `221,8` as one number.  Tuples, intervals and matrices keep their brackets.
+  5. A unit stays where the data have it.  A unit in a column of its own (OlympiadBench) is appended to each
+     answer: `\frac{41}{12} \text{ km}`, `4.2\%`.  math-verify ignores units, but not percent signs.
 
-Everything is a pure function from text to text.
+All functions here are pure, from text to text.
 """
 
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")  # as text has them
+NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")  # in prose
 _LAYOUT = re.compile(r"(?:\s|\\noindent(?![A-Za-z])|\\end\{problem\}|\\\\|\\quad(?![A-Za-z]))+")
 _DOLLAR = re.compile(r"(?<!\\)\$+")
 _CONJUNCTION = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
 _CURRENCY = re.compile(r"^(-?)\\?\$\s*(?=[\d.])")
 _SEPARATOR = r"(?:,\\!\s?|\{,\}|,)"
-_GROUPED = re.compile(rf"^-?\d{{1,3}}(?:{_SEPARATOR}\d{{3}})+(?![\d,])")
-_COUNTED = re.compile(r"^(-?\d[\d.]*)\s*([A-Za-z]{2,}(?: [A-Za-z]+)*)$")  # 13.45 years
+_THOUSANDS = re.compile(rf"^-?\d{{1,3}}(?:{_SEPARATOR}\d{{3}})+(?![\d,])")
+_COUNT_OF_WORDS = re.compile(r"^(-?\d[\d.]*)\s*([A-Za-z]{2,}(?: [A-Za-z]+)*)$")  # 13.45 years
 _UNIT = re.compile(r"([A-Za-z][A-Za-z/ ]*)(\^.+)?")
-_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 _INSTRUCTION = re.compile(r"\n[^\n]*\\boxed\{\}[^\n]*\s*$")
 
 
 def clean_question(text: str) -> str:
-    r"""A question without its page layout: `\noindent` anywhere, `\end{problem}` and `\\` at the end."""
+    r"""Remove a question's page layout: `\noindent` anywhere, `\end{problem}` and `\\` at the end."""
     text = re.sub(r"\\noindent(?![A-Za-z])[ \t]*", "", text)
     return _strip_layout(text)
 
 
 def strip_instruction(text: str) -> str:
-    r"""A prompt without a last line that asks for `\boxed{}`: the prompt template adds the configured one."""
+    r"""Remove a last line that asks for `\boxed{}`; the prompt template adds the configured instruction."""
     return _INSTRUCTION.sub("", text).strip()
 
 
 def clean_reference(text: str, *, several: bool = False, prose: bool = False) -> str:
-    r"""A published answer as the body of one formula (see the module).
+    r"""A published answer as the body of one formula, by the rules in the module's docstring.
 
-    several: the data says that there is more than one answer, so no comma separates thousands.
-    prose: what stands outside `$` is words: `4ft` is a length (in a formula, `4xy` is a product).
+    several: the data say that there is more than one answer, so no comma separates thousands.
+    prose: text outside `$` is words: `4ft` is a length (in a formula, `4xy` is a product).
     """
-    text = _without_dollars(_without_stop(_strip_layout(text)))
-    text = _CURRENCY.sub(r"\1", _without_stop(_strip_layout(text)))
+    # Layout and a full stop may stand outside the `$` signs and inside them.
+    text = _strip_dollars(_strip_full_stop(_strip_layout(text)))
+    text = _CURRENCY.sub(r"\1", _strip_full_stop(_strip_layout(text)))
     text = re.sub(r"(?<!\\)%", r"\\%", text)
     if not several:
-        text = _GROUPED.sub(lambda m: re.sub(_SEPARATOR, "", m.group()), text)
-    if prose and (counted := _COUNTED.match(text)):
+        text = _THOUSANDS.sub(lambda m: re.sub(_SEPARATOR, "", m.group()), text)
+    if prose and (counted := _COUNT_OF_WORDS.match(text)):
         text = rf"{counted[1]} \text{{ {counted[2]}}}"
     return ", ".join(split_top_level(text))
 
 
 def join_answers(answers: Sequence[str], unit: str = "", *, several: bool = False) -> str:
-    """A list of answers, each of which may hold several, as one reference with the unit on each."""
-    parts = [
-        p for a in answers for p in split_top_level(clean_reference(a, several=several or len(answers) > 1))
-    ]
-    return ", ".join(_with_unit(p, unit) for p in parts)
+    """Join a list of answers, each of which may hold several, into one reference with the unit on each."""
+    several = several or len(answers) > 1
+    parts: list[str] = []
+    for answer in answers:
+        parts += split_top_level(clean_reference(answer, several=several))
+    return ", ".join(_append_unit(part, unit) for part in parts)
 
 
 def format_number(value: int | float | str) -> str:
-    """A JSON number, or a string that holds one, without exponent: 145.0 -> "145", 0.50 -> "0.5".
+    """Write a JSON number, or a string that holds one, without exponent: 145.0 -> "145", 0.50 -> "0.5".
 
-    Raises ValueError for what is no finite number.
+    Raises ValueError for anything that is not a finite number of a reasonable size.
     """
     text = str(value).strip().replace(",", "")
     try:
-        parsed = Decimal(text)
-        finite = parsed.is_finite() and abs(parsed.adjusted()) < 400
+        number = Decimal(text)
+        finite = number.is_finite() and abs(number.adjusted()) < 400
     except InvalidOperation:
         finite = False
     if isinstance(value, bool) or not finite:
         raise ValueError(f"{value!r} is no number")
-    return str(int(parsed)) if parsed == parsed.to_integral_value() else f"{parsed.normalize():f}"
+    if number == number.to_integral_value():
+        return str(int(number))
+    return f"{number.normalize():f}"
 
 
 def split_gsm8k_answer(answer: str) -> tuple[str, str]:
-    r"""GSM8K's answer field, a worked solution and `#### N` -> (reference, solution).
+    r"""Split GSM8K's answer field, a worked solution and `#### N`, into (reference, solution).
 
-    The solution loses the calculator marks `<<..>>` and ends as the policy is asked to end, in `\boxed{N}`.
-    Raises ValueError unless exactly one `####` follows some text.
+    The solution loses its calculator marks `<<..>>`, and ends in `\boxed{N}` as the policy's responses
+    should.  Raises ValueError unless exactly one `####` follows some text.
     """
     worked, mark, final = answer.partition("####")
     if not mark or "####" in final:
         raise ValueError(f"the answer has {answer.count('####')} '####' marks, not 1")
     final = clean_reference(final)
-    worked = _CALCULATOR.sub("", worked).strip()
+    worked = _CALCULATOR_MARK.sub("", worked).strip()
     return final, f"{worked}\nThe final answer is \\boxed{{{final}}}.".lstrip()
 
 
 def split_top_level(text: str) -> list[str]:
     r"""Split at the commas outside all brackets: `(1,2), x` -> [`(1,2)`, `x`].
 
-    One part where the brackets do not close in order, as in `]0,1[`.  `\,` is a space, not a comma.
+    Gives one part where the brackets do not close in order, as in `]0,1[`.  `\,` is a space, not a comma.
     """
-    parts, depth, start = [], 0, 0
+    parts: list[str] = []
+    depth, start = 0, 0
     for i, char in enumerate(text):
         depth += (char in "([{") - (char in ")]}")
         if depth < 0:
@@ -110,46 +116,54 @@ def split_top_level(text: str) -> list[str]:
             parts.append(text[start:i].strip())
             start = i + 1
     parts.append(text[start:].strip())
-    return [p for p in parts if p] if depth == 0 else [text]
+    if depth != 0:
+        return [text]
+    return [part for part in parts if part]
 
 
 def _strip_layout(text: str) -> str:
-    """Without page layout at either end.  A `\\` inside, as in a matrix, stays."""
-    start = m.end() if (m := _LAYOUT.match(text)) else 0
+    """Remove page layout at both ends.  A `\\` inside, as in a matrix, stays."""
+    leading = _LAYOUT.match(text)
+    start = leading.end() if leading else 0
     end = len(text)
-    for m in _LAYOUT.finditer(text, start):
-        if m.end() == len(text):
-            end = m.start()
+    for layout in _LAYOUT.finditer(text, start):
+        if layout.end() == len(text):
+            end = layout.start()
     return text[start:end]
 
 
-def _without_stop(text: str) -> str:
-    return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
+def _strip_full_stop(text: str) -> str:
+    """Remove a full stop at the end; an ellipsis stays."""
+    if text.endswith(".") and not text.endswith(".."):
+        return text[:-1].rstrip()
+    return text
 
 
-def _without_dollars(text: str) -> str:
-    """Formulas in `$` and the words between them as one formula."""
+def _strip_dollars(text: str) -> str:
+    """Make one formula of the formulas in `$` and the words between them."""
     pieces = _DOLLAR.split(text)
-    if len(pieces) % 2 == 0:  # a `$` too many or too few: nothing says which, so what is left is one formula
+    if len(pieces) % 2 == 0:  # an odd number of `$`: nothing tells which is wrong, so the rest is one formula
         return "".join(pieces)
     if len(pieces) == 1:
         return text
-    out = []
+
+    formula = []
     for i, piece in enumerate(pieces):
-        if i % 2:
-            out.append(piece.strip())
+        if i % 2:  # pieces alternate: words, formula, words, ..
+            formula.append(piece.strip())
         elif not piece.strip():
             continue
         elif _CONJUNCTION.fullmatch(piece):
-            out.append(", ")
+            formula.append(", ")
         elif re.search(r"[A-Za-z]{2}", piece) and "\\" not in piece:
-            out.append(rf"\text{{{piece}}}")
+            formula.append(rf"\text{{{piece}}}")
         else:
-            out.append(piece)
-    return "".join(out)
+            formula.append(piece)
+    return "".join(formula)
 
 
-def _with_unit(answer: str, unit: str) -> str:
+def _append_unit(answer: str, unit: str) -> str:
+    """The answer followed by a unit, which may be words, a percent sign or a formula; "" appends nothing."""
     unit = unit.strip().strip("$").strip()
     if not unit:
         return answer

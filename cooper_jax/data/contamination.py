@@ -1,14 +1,16 @@
-"""What a run's reward model is trained on, against what the run is evaluated on.
+"""Contamination of evaluations: held-out problems that the reward model is trained on.
 
-`set_apart` is the way in:
+`exclude_contaminated` is the entry point:
 
-1. `before` and `with_training` add up a run's record: what the reward model's weights saw before, what the warm-up
-   shows them, and in the cooper arm the training problems, on whose answers the reward model is updated.
-2. `leave_out` takes the held-out problems among them out of the evaluation.
-3. `report` says how many there are, in one line.
+1. `record_earlier_questions` and `add_training_questions` collect the questions that the reward model sees:
+   those its weights were trained on, those of the supervised phase, and in the cooper arm the training
+   problems, on whose responses the reward model is updated.
+2. `drop_seen` removes the held-out problems among them from the evaluation.
+3. `describe_overlap` counts them in one line.
 
-The rule arm has no reward model, and no record.  Evaluations that are to be compared between arms want held-out
-problems that no arm's reward model has seen, so that none is left out.
+The rule arm has no reward model and no record.  To compare arms, use held-out problems that no arm's reward
+model has
+seen: then no arm drops any.
 """
 
 from __future__ import annotations
@@ -31,17 +33,21 @@ from cooper_jax.types import Problem
 def exclude_contaminated(
     cfg: ConfigDict, run_dir: Path | epath.Path, train: Sequence[Problem], held_out: Sequence[Problem]
 ) -> list[Problem]:
-    """The held-out problems to evaluate on; the overlap is said in one line.
+    """The held-out problems to evaluate on; the overlap is printed in one line.
 
-    What the reward model is trained on is written into the run directory, by the first host.  It goes from there
-    with an exported reward model, and holds for the whole run: one that goes on reads it.  Raises SetupError.
+    The first host writes the record of what the reward model is trained on into the run directory.  An
+    exported reward model takes it along, and a run that resumes reads it.  Raises SetupError for a damaged
+    record and for weights or files that cannot be read.
     """
     lines = []
 
-    def look() -> bytes:
-        known = seen_questions.read_record(run_dir) if list_steps(run_dir) else None
-        earlier = None if known is not None else seen_before_training(cfg)
-        seen = known if known is not None else add_training_questions(cfg, earlier, train)
+    def make_record() -> bytes:
+        # A run with a checkpoint has its record already; what was known before it is then no longer at hand.
+        earlier = None
+        seen = seen_questions.read_record(run_dir) if list_steps(run_dir) else None
+        if seen is None:
+            earlier = record_earlier_questions(cfg)
+            seen = add_training_questions(cfg, earlier, train)
         if seen is None:
             return b""
         seen_questions.write_record(run_dir, seen)
@@ -49,19 +55,21 @@ def exclude_contaminated(
         return seen.encode()
 
     with setup_errors("run_dir"):
-        told = hosts.broadcast_value("questions seen", look)
-        seen = seen_questions.Record.decode(told, f"{run_dir / seen_questions.SEEN}") if told else None
+        encoded = hosts.broadcast_value("questions seen", make_record)
+        seen = None
+        if encoded:
+            seen = seen_questions.Record.decode(encoded, f"{run_dir / seen_questions.SEEN}")
     kept = drop_seen(cfg, held_out, seen)
     for line in filter(None, lines):
         hosts.print_once(line)
     return kept
 
 
-def seen_before_training(cfg: ConfigDict) -> Record | None:
-    """What the reward model saw before step 1, of other data than the training problems; None in the rule arm.
+def record_earlier_questions(cfg: ConfigDict) -> Record | None:
+    """The questions that the reward model sees before step 1, the training problems not included.
 
-    That is what is recorded beside its weights, and the questions of warmup.reward_data.  Raises SetupError for a
-    damaged record or file.
+    They are those recorded beside its weights and those of supervised.reward_data.  None in the rule arm.  Raises
+    SetupError for a damaged record or file.
     """
     if cfg.reward.arm == "rule":
         return None
@@ -69,57 +77,56 @@ def seen_before_training(cfg: ConfigDict) -> Record | None:
     seen = Record()
     if weights != "random":
         with setup_errors(f"reward.weights={weights!r}"):
-            # Without a trained head it is a language model, and no answer was ever judged by it.
-            seen = seen_questions.read_record(weights) or Record(
-                complete=not seen_questions.has_trained_head(weights)
-            )
-    if cfg.warmup.reward_steps and cfg.warmup.reward_data:
-        with setup_errors(f"warmup.reward_data={cfg.warmup.reward_data}"):
-            triples = labelled_completions.load_labelled_completions(cfg.warmup.reward_data)
-        seen |= seen_questions.record_questions((t.question for t in triples), _name(cfg.warmup.reward_data))
+            # Weights without a trained head are a language model's: they have judged no answer yet.
+            no_record = Record(complete=not seen_questions.has_trained_head(weights))
+            seen = seen_questions.read_record(weights) or no_record
+    if cfg.supervised.reward_steps and cfg.supervised.reward_data:
+        with setup_errors(f"supervised.reward_data={cfg.supervised.reward_data}"):
+            triples = labelled_completions.load_labelled_completions(cfg.supervised.reward_data)
+        questions = (triple.question for triple in triples)
+        seen |= seen_questions.record_questions(questions, _name_file(cfg.supervised.reward_data))
     return seen
 
 
 def add_training_questions(cfg: ConfigDict, seen: Record | None, train: Sequence[Problem]) -> Record | None:
-    """The run's whole record: with the training problems, where the reward model is trained on them."""
-    solutions = cfg.warmup.reward_steps and not cfg.warmup.reward_data
-    if seen is None or not (updates_reward_model(cfg) or solutions):
+    """The run's record: `seen`, and the training problems where the reward model is trained on them."""
+    learns_from_solutions = cfg.supervised.reward_steps and not cfg.supervised.reward_data
+    if seen is None or not (updates_reward_model(cfg) or learns_from_solutions):
         return seen
-    return seen | seen_questions.record_questions(
-        (p.question for p in train), _name(cfg.data.train) or cfg.data.format
-    )
+    source = _name_file(cfg.data.train) or cfg.data.format
+    return seen | seen_questions.record_questions((p.question for p in train), source)
 
 
 def drop_seen(cfg: ConfigDict, held_out: Sequence[Problem], seen: Record | None) -> list[Problem]:
-    """The held-out problems that the reward model is not trained on; all where `_reason_to_keep` gives a reason.
+    """The held-out problems that the reward model is not trained on, or all with a reason to keep them.
 
-    Raises SetupError where none would be left.
+    The reasons are those of `_find_reason_to_keep`.  Raises SetupError where none would be left.
     """
-    if seen is None or _reason_to_keep(cfg):
+    if seen is None or _find_reason_to_keep(cfg):
         return list(held_out)
     kept, _ = seen_questions.split_by_seen(held_out, seen.fingerprints)
     if held_out and not kept:
         raise SetupError(
             f"data.eval={cfg.data.eval}: the reward model is trained on all {len(held_out)} questions in it "
-            f"({_sources(seen)}), so nothing is left to evaluate on: give another file, or evaluate on them with "
-            "--config.data.exclude_seen=False"
+            f"({_list_sources(seen)}), so nothing is left to evaluate on: give another file, or evaluate on "
+            "them with --config.data.exclude_seen=False"
         )
     return kept
 
 
-def _reason_to_keep(cfg: ConfigDict) -> str:
+def _find_reason_to_keep(cfg: ConfigDict) -> str:
     """The reason for evaluating on held-out problems that the reward model has seen; "" if they are left out.
 
-    A reward model that was trained on the training file has seen all problems of data.eval_from_train.  They are
-    kept, because the evaluation would otherwise be empty: it shows how the run goes, and compares no two runs.
+    A reward model that was trained on the training file has seen all problems of data.eval_from_train.  They
+    are kept, because the evaluation would be empty without them: it shows a run's progress, and compares no
+    two runs.
     """
     if not cfg.data.exclude_seen:
         return "data.exclude_seen=False"
-    return "data.eval_from_train takes them from the training file" if _is_from_train(cfg) else ""
-
-
-def _is_from_train(cfg: ConfigDict) -> bool:
-    return cfg.data.format != "synthetic" and not cfg.data.eval and cfg.data.eval_from_train > 0
+    is_from_train = cfg.data.format != "synthetic" and not cfg.data.eval and cfg.data.eval_from_train > 0
+    if is_from_train:
+        return "data.eval_from_train takes them from the training file"
+    return ""
 
 
 def describe_overlap(
@@ -129,38 +136,40 @@ def describe_overlap(
     train: Sequence[Problem],
     earlier: Record | None,
 ) -> str:
-    """One line on the overlap; "" for made problems, which no file holds.
+    """One line on the overlap; "" for synthetic problems, which no file holds.
 
-    earlier: what the reward model saw before this run, against which the training problems are held; None where
-    that is not known any more.
+    earlier: the questions that the reward model saw before this run, with which the training problems are
+    compared; None where they are no longer known.
     """
     if cfg.data.format == "synthetic":
         return ""
     parts = []
     if held_out:
-        _, among = seen_questions.split_by_seen(held_out, seen.fingerprints)
-        reason = _reason_to_keep(cfg)
-        done = f"kept, as {reason}" if reason else "left out"
-        parts.append(f"{len(among)} of {len(held_out)} held-out questions" + (f" ({done})" if among else ""))
+        _, overlap = seen_questions.split_by_seen(held_out, seen.fingerprints)
+        part = f"{len(overlap)} of {len(held_out)} held-out questions"
+        if overlap:
+            reason = _find_reason_to_keep(cfg)
+            part += f" (kept, as {reason})" if reason else " (left out)"
+        parts.append(part)
     if earlier is not None:
         _, known = seen_questions.split_by_seen(train, earlier.fingerprints)
         parts.append(f"before this run {len(known)} of {len(train)} training questions")
-    line = f"the reward model is trained on {_sources(seen)}; among them " + ", ".join(
-        parts or ["none held out"]
-    )
+
+    overlaps = ", ".join(parts or ["none held out"])
+    line = f"the reward model is trained on {_list_sources(seen)}; among them {overlaps}"
     if not seen.complete:
-        weights = cfg.reward.weights
-        line += f"; what else reward.weights={weights} saw is unknown: no whole {seen_questions.SEEN} lies beside them"
+        line += (
+            f"; what else reward.weights={cfg.reward.weights} saw is unknown: no whole {seen_questions.SEEN} "
+            "lies beside them"
+        )
     return line
 
 
-def _name(path: str) -> str:
-    """Of a file, without this machine's folders: records are published with weights."""
+def _name_file(path: str) -> str:
+    """A file's name without this machine's folders, since records are published with weights."""
     return PurePosixPath(path).name
 
 
-def _sources(seen: Record) -> str:
-    return (
-        ", ".join(f"{count} questions of {name}" for name, count in seen.sources.items())
-        or "no known question"
-    )
+def _list_sources(seen: Record) -> str:
+    sources = [f"{count} questions of {name}" for name, count in seen.sources.items()]
+    return ", ".join(sources) or "no known question"

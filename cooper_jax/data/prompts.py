@@ -1,50 +1,51 @@
-r"""Every template there is: the words around questions, references and completions.
+r"""All prompt templates: the text around questions, references and completions.
 
-* `policy_prompt`: what the policy reads.
-* `verifier_text`, `verifier_tokens`: what the reward model reads, in its training, in scoring and in pairs,
+* `encode_policy_prompt`: the policy's input.
+* `render_verifier_text`, `encode_verifier_input`: the reward model's input, in its training, in scoring and
+  in pairs,
 
       <question>Q</question>\n<reference_answer>A</reference_answer>\n<completion>C</completion>
 
-  1. Our own tags inside Q, A and C are taken out, in any case and spacing, until none is left: putting them in
-     changes nothing.  `<` in an inequality and other tags stay as they are.
-  2. The whole string is encoded at once, as data, behind the model's bos if it has one.  So the ids are
-     those of `transformers`' tokenizer(verifier_text(...)) for text without control tokens.
-  3. What is too long is cut between tokens inside C, and only then inside Q; the string that is left is
-     encoded like any other.  C keeps its head, its tail (at least half of what is kept) and its final answer
-     wherever that stands.  A and the tags are never cut.
-* `negative_messages`, `parse_negative`: the assistant's rewriting of a correct solution into a wrong one.
-* `judge_messages`, `parse_judgement`: the LLM judge of hybrid annotation.
-* `extract_answer`: the final answer of a completion, for gates and logs; the rule verifier has its own parser.
+  1. Our own tags inside Q, A and C are removed, in any case and spacing, until none is left, so a policy
+     gains nothing by writing them.  `<` in an inequality and other tags stay.
+  2. The whole string is encoded at once, as data, after the model's bos if it has one.  So the ids are those
+     of `transformers`' tokenizer(render_verifier_text(...)) for text without control tokens.
+  3. An input that is too long is truncated between tokens inside C, and only then inside Q; the remaining
+     string is encoded like any other.  C keeps its head, its tail (at least half of the kept tokens) and its
+     final answer wherever that is.  A and the tags are never truncated.
+* `make_negative_messages`, `parse_negative`: the assistant's rewriting of a correct solution.
+* `make_judge_messages`, `parse_judgement`: the LLM judge of hybrid annotation.
+* `extract_answer`: the final answer of a completion, for truncation; the rule verifier has its own parser.
 
-Nothing here strips or adds white space inside a text: two completions render alike but for themselves.
+Nothing here strips or adds white space inside a text, so two completions render alike but for their own text.
 
-Departures from the authors' code: it cuts by characters, in RL but not in training, and from the right, which
-takes the final answer and the closing tag first; and it leaves tags in.  The assistant's prompt is ours: theirs
-(recipe/cooper/collaborate.py) asks for a response that is wrong throughout, and does not show the reference answer.
-The judge's prompt is ours too; theirs is not published.
+Departures from the authors' code: it truncates by characters, in RL but not in training, and from the right,
+which removes the final answer and the closing tag first; and it leaves tags in.  The assistant's prompt is
+ours: theirs (recipe/cooper/collaborate.py) asks for a response that is wrong throughout, and does not show
+the reference answer.  The judge's prompt is ours too; theirs is not published.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 Messages = list[tuple[str, str]]  # (role, content)
 
-VERIFIER_TAGS = tuple(
-    f"<{slash}{name}>" for name in ("question", "reference_answer", "completion") for slash in ("", "/")
-)
-CUT = "\n...\n"  # stands where tokens were left out
-LEAST_COMPLETION = 64  # tokens of a completion that are kept at the question's expense ...
-LEAST_QUESTION = 16  # ... down to this many tokens of the question
+VERIFIER_TAGS = (
+    "<question>", "</question>", "<reference_answer>", "</reference_answer>", "<completion>", "</completion>",
+)  # fmt: skip
+CUT = "\n...\n"  # in place of tokens that were left out
+MIN_COMPLETION = 64  # tokens of a completion that are kept even if the question must be truncated for it
+MIN_QUESTION = 16  # tokens of a question that are kept in any case
 
 _NAMES = r"(?:question|reference_answer|completion)"
 _TAG = re.compile(rf"<\s*(?:/\s*)?{_NAMES}\s*(?:/\s*)?>", re.IGNORECASE)
 
 
 class TextEncoder(Protocol):
-    """What this module needs of a tokenizer; `cooper_jax.model.tokenizer.Tokenizer` has it."""
+    """The part of a tokenizer that this module uses; `cooper_jax.model.tokenizer.Tokenizer` has it."""
 
     bos_id: int | None
 
@@ -59,13 +60,17 @@ class TextEncoder(Protocol):
 
 
 def encode_policy_prompt(tok: TextEncoder, question: str, instruction: str, chat: bool) -> list[int]:
-    """Ids of a prompt: question and instruction in the chat template, or as plain text with a newline."""
+    """Token ids of a prompt: question and instruction in the chat template, or as plain text with a newline.
+
+    chat: use the tokenizer's chat template.
+    """
     if chat:
         return tok.chat([("user", question + instruction)], fallback=False)
-    return _bos(tok) + tok.encode(question + instruction + "\n")
+    return _get_bos(tok) + tok.encode(question + instruction + "\n")
 
 
-def _bos(tok: TextEncoder) -> list[int]:
+def _get_bos(tok: TextEncoder) -> list[int]:
+    """The ids that begin every input: the model's bos, or none."""
     return [] if tok.bos_id is None else [tok.bos_id]
 
 
@@ -73,9 +78,9 @@ def _bos(tok: TextEncoder) -> list[int]:
 
 
 def strip_tags(text: str) -> str:
-    """The text without what could be read as one of our tags, in any case and spacing.
+    """The text without anything that could be read as one of our tags, in any case and spacing.
 
-    Again and again, for taking one out can close another: `<comp<completion>letion>`.
+    Repeated until nothing changes, since removing one tag can form another: `<comp<completion>letion>`.
     """
     before = None
     while text != before:
@@ -84,11 +89,12 @@ def strip_tags(text: str) -> str:
 
 
 def render_verifier_text(question: str, reference: str, completion: str) -> str:
-    """VerifyRM's input, uncut (paper, section on the reward model; the layout is the released code's)."""
-    return _verifier(*map(strip_tags, (question, reference, completion)))
+    """VerifyRM's input, not truncated (paper: section on the reward model; layout: the released code)."""
+    return _fill_template(strip_tags(question), strip_tags(reference), strip_tags(completion))
 
 
-def _verifier(question: str, reference: str, completion: str) -> str:
+def _fill_template(question: str, reference: str, completion: str) -> str:
+    """The template around three texts without tags."""
     return (
         f"<question>{question}</question>\n"
         f"<reference_answer>{reference}</reference_answer>\n"
@@ -105,21 +111,22 @@ def encode_verifier_input(
     *,
     last_resort: bool = False,
 ) -> list[int]:
-    """Ids of VerifyRM's input, at most `max_tokens` of them (see the module, steps 1 to 3).
+    """Token ids of VerifyRM's input, at most `max_tokens` (steps 1 to 3 of the module's docstring).
 
-    last_resort: keep less of question and completion than the least, down to nothing, before raising; for a row in
-    mid-run, whose reference was found to fit (`reference_fits`) and whose text the policy wrote.
+    last_resort: keep less of question and completion than the minimum, down to nothing, before raising.  For
+    rows during training, whose reference is known to fit (`reference_fits`) and whose text the policy wrote.
 
     Raises ValueError where the reference and the tags leave no room for the rest.
     """
     question, reference, completion = map(strip_tags, (question, reference, completion))
-    ids = _cut_to_fit(tok, question, reference, completion, max_tokens, (LEAST_QUESTION, LEAST_COMPLETION))
+    ids = _truncate_to_fit(tok, question, reference, completion, max_tokens, MIN_QUESTION, MIN_COMPLETION)
     if ids is None and last_resort:
-        ids = _cut_to_fit(tok, question, reference, completion, max_tokens, (0, 0))
-        bare = _bos(tok) + tok.encode(_verifier("", reference, ""))
-        ids = bare if ids is None and len(bare) <= max_tokens else ids
+        ids = _truncate_to_fit(tok, question, reference, completion, max_tokens, 0, 0)
+    if ids is None and last_resort:
+        bare = _get_bos(tok) + tok.encode(_fill_template("", reference, ""))
+        ids = bare if len(bare) <= max_tokens else None
     if ids is None:
-        bare = _bos(tok) + tok.encode(_verifier("", reference, ""))
+        bare = _get_bos(tok) + tok.encode(_fill_template("", reference, ""))
         raise ValueError(
             f"the reward model's input has {len(bare)} tokens before question and completion are in it "
             f"(the reference, {reference[:60]!r}, is never cut) and at most {max_tokens} in all: raise "
@@ -128,26 +135,30 @@ def encode_verifier_input(
     return ids
 
 
-def _cut_to_fit(
+def _truncate_to_fit(
     tok: TextEncoder,
     question: str,
     reference: str,
     completion: str,
     max_tokens: int,
-    kept: tuple[int, int],
+    min_question: int,
+    min_completion: int,
 ) -> list[int] | None:
-    """`verifier_tokens` of texts without tags; None where it would cut more than it may.
+    """Token ids of texts without tags, at most max_tokens; None where less than the minimum would be left.
 
-    kept: tokens of the question, and of the completion, that are kept at least.
+    min_question, min_completion: tokens that are kept of each, if it has as many.
     """
 
     def encode(question: str, completion: str) -> list[int]:
-        return _bos(tok) + tok.encode(_verifier(question, reference, completion))
+        return _get_bos(tok) + tok.encode(_fill_template(question, reference, completion))
 
-    def fit(room: int, least: int, cut) -> list[int] | None:
-        """`cut(n)` with the largest n <= room that fits; the marker and merges at the seams cost some more."""
+    def find_fit(room: int, least: int, encode_kept: Callable[[int], list[int]]) -> list[int] | None:
+        """The ids with the most kept tokens, from `room` down to `least`, that fit; None where none does.
+
+        The marker CUT, and other token boundaries beside it, cost some more tokens than `room` allows for.
+        """
         while room >= least:
-            ids = cut(room)
+            ids = encode_kept(room)
             if len(ids) <= max_tokens:
                 return ids
             room -= len(ids) - max_tokens
@@ -156,32 +167,37 @@ def _cut_to_fit(
     ids = encode(question, completion)
     if len(ids) <= max_tokens:
         return ids
-    words, spans = tok.offsets(question), tok.offsets(completion)
+
+    # First the completion.  It keeps at most a quarter of a small limit, which leaves room for the question.
+    question_spans, completion_spans = tok.offsets(question), tok.offsets(completion)
     answer = _find_answer(completion)
-    keep = None if answer is None else answer[1:]
-    # A quarter, where the limit is so small that 64 tokens would leave nothing to the question.
-    least = min(len(spans), kept[1], max_tokens // 4)
+    answer_span = None if answer is None else (answer.start, answer.end)
+    least = min(len(completion_spans), min_completion, max_tokens // 4)
     room = max_tokens - len(encode(question, ""))
-    ids = fit(room, least, lambda n: encode(question, _shorten(completion, spans, n, keep)))
-    if ids is None:
-        short = _shorten(completion, spans, least, keep)
-        room = min(len(words), max_tokens - len(encode("", short)))
-        least = min(len(words), kept[0])
-        ids = fit(room, least, lambda n: encode(_shorten(question, words, n, None), short))
-    return ids
+    ids_or_none = find_fit(
+        room, least, lambda n: encode(question, _shorten(completion, completion_spans, n, answer_span))
+    )
+    if ids_or_none is not None:
+        return ids_or_none
+
+    # Then the question, beside the shortest completion.
+    short = _shorten(completion, completion_spans, least, answer_span)
+    room = min(len(question_spans), max_tokens - len(encode("", short)))
+    least = min(len(question_spans), min_question)
+    return find_fit(room, least, lambda n: encode(_shorten(question, question_spans, n, None), short))
 
 
 def check_references(tok: TextEncoder, references: Iterable[str], max_tokens: int) -> None:
-    """Raise ValueError for a reference beside which a long question and completion would not fit, however cut."""
+    """Raise ValueError for a reference that leaves no room for the minimum of question and completion."""
     long = "0 " * max_tokens  # at least max_tokens tokens in any tokenizer
-    spare = _spare_bytes(tok, max_tokens)
+    certain_bytes = _count_certain_bytes(tok, max_tokens)
     for reference in references:
-        if len(reference.encode()) > spare:
+        if len(reference.encode()) > certain_bytes:  # only these must be encoded, which is slow
             encode_verifier_input(tok, long, reference, long, max_tokens)
 
 
 def reference_fits(tok: TextEncoder, reference: str, max_tokens: int) -> bool:
-    """Whether `check_references` lets a reference pass."""
+    """True where `check_references` does not raise for a reference."""
     try:
         check_references(tok, (reference,), max_tokens)
     except ValueError:
@@ -189,58 +205,69 @@ def reference_fits(tok: TextEncoder, reference: str, max_tokens: int) -> bool:
     return True
 
 
-def _spare_bytes(tok: TextEncoder, max_tokens: int) -> int:
-    """Bytes of a reference that fits beside any question and completion; a token holds a byte or more."""
-    bare = len(_bos(tok) + tok.encode(_verifier("", "", "")))
-    return max_tokens - bare - LEAST_COMPLETION - LEAST_QUESTION - 8 * len(CUT)
+def _count_certain_bytes(tok: TextEncoder, max_tokens: int) -> int:
+    """Bytes of a reference that surely fits, since a token has at least one byte."""
+    bare = len(_get_bos(tok) + tok.encode(_fill_template("", "", "")))
+    return max_tokens - bare - MIN_COMPLETION - MIN_QUESTION - 8 * len(CUT)
 
 
 def check_response_room(tok: TextEncoder, max_new_tokens: int, max_tokens: int) -> None:
-    """Raise ValueError where the longest response does not fit into the reward model's input uncut.
+    """Raise ValueError where the longest response does not fit into the reward model's input.
 
-    The policy's tokens are taken for as many of the reward model's, which holds where both share a tokenizer.
+    The policy's tokens are counted as the reward model's, which is exact where both share a tokenizer.
     """
-    bare = len(_bos(tok) + tok.encode(_verifier("", "", "")))
-    least = bare + LEAST_QUESTION + max_new_tokens
+    bare = len(_get_bos(tok) + tok.encode(_fill_template("", "", "")))
+    least = bare + MIN_QUESTION + max_new_tokens
     if least > max_tokens:
         raise ValueError(
-            f"reward.max_tokens={max_tokens}: the tags take {bare} tokens, a question {LEAST_QUESTION} or more, "
-            f"and a response up to rollout.max_new_tokens={max_new_tokens}, which are {least}: set "
+            f"reward.max_tokens={max_tokens}: the tags take {bare} tokens, a question {MIN_QUESTION} or "
+            f"more, and a response up to rollout.max_new_tokens={max_new_tokens}, which are {least}: set "
             f"--config.reward.max_tokens={least} or more, or lower --config.rollout.max_new_tokens"
         )
 
 
 def _shorten(text: str, spans: Sequence[tuple[int, int]], count: int, keep: tuple[int, int] | None) -> str:
-    """`count` of the text's tokens, from its head and its tail, with CUT where others were.
+    """The text with only `count` of its tokens, from its head and its tail, and CUT in place of the others.
 
-    keep: characters that stay too, at the head's expense, as far as the head's half has room for them.
+    spans: the characters [start, end) of each token.  keep: characters [start, end) that are kept too, at the
+    head's expense, if they fit into the head's half.
     """
     total = len(spans)
     if count >= total:
         return text
     tail = (count + 1) // 2
     head = count - tail
-    parts = [(0, head), (total - tail, total)]
+    parts = [(0, head), (total - tail, total)]  # ranges of tokens
     if keep is not None:
-        inside = [
-            i for i, (start, end) in enumerate(spans[: total - tail]) if start < keep[1] and end > keep[0]
-        ]
+        keep_start, keep_end = keep
+        inside = []
+        for i, (start, end) in enumerate(spans[: total - tail]):
+            if start < keep_end and end > keep_start:
+                inside.append(i)
         if inside and inside[-1] >= head and len(inside) <= head:
             parts = [(0, head - len(inside)), (inside[0], inside[-1] + 1), parts[1]]
+
     merged: list[list[int]] = []
     for start, end in sorted(parts):
         if merged and start <= merged[-1][1]:
             merged[-1][1] = max(end, merged[-1][1])
         elif start < end:
             merged.append([start, end])
-    out = CUT.join(text[spans[a][0] : len(text) if b == total else spans[b - 1][1]] for a, b in merged)
-    return out if merged and merged[0][0] == 0 else CUT + out
+
+    pieces = []
+    for first, last in merged:
+        text_end = len(text) if last == total else spans[last - 1][1]
+        pieces.append(text[spans[first][0] : text_end])
+    shortened = CUT.join(pieces)
+    if merged and merged[0][0] == 0:
+        return shortened
+    return CUT + shortened
 
 
 # --- the assistant -----------------------------------------------------------------------------------
 
 
-def negative_messages(question: str, reference: str, positive: str) -> Messages:
+def make_negative_messages(question: str, reference: str, positive: str) -> Messages:
     """Ask for a wrong version of a correct solution (paper: the assistant's negatives; our wording).
 
     One user message: some templates refuse a system role.
@@ -262,17 +289,19 @@ def negative_messages(question: str, reference: str, positive: str) -> Messages:
     return [("user", text)]
 
 
-_THINKING = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
-_OPEN_THINKING = re.compile(r"<think>", re.IGNORECASE)
-_END_THINKING = re.compile(r"^.*</think>", re.DOTALL | re.IGNORECASE)
+_THINKING_BLOCK = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
+_THINKING_START = re.compile(r"<think>", re.IGNORECASE)
+_THINKING_END = re.compile(r"^.*</think>", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"^```[^\n`]*\n(.*?)\n?```$", re.DOTALL)
-_SURE = re.compile(
+_AGREEMENT = re.compile(
     r"^(?:sure|certainly|of course|okay|ok|absolutely|understood)[.!,]+[ \t]*(?:\n+|(?=here\b|below\b))",
     re.IGNORECASE,
 )
-_KINDS = r"(?:solution|version|answer|rewrite|rewritten|incorrect|wrong|modified|altered|flawed|mistake)"
+_REWRITE_NOUN = (
+    r"(?:solution|version|answer|rewrite|rewritten|incorrect|wrong|modified|altered|flawed|mistake)"
+)
 _PREFACE = re.compile(
-    rf"^(?:here(?:'s|\u2019s| is| are)|below is)\b[^\n]*?\b{_KINDS}\b[^\n]*?:\**[ \t]*(?:\n+|(?=```)|$)",
+    rf"^(?:here(?:'s|\u2019s| is| are)|below is)\b[^\n]*?\b{_REWRITE_NOUN}\b[^\n]*?:\**[ \t]*(?:\n+|(?=```)|$)",
     re.IGNORECASE,
 )
 _HEADING = re.compile(
@@ -281,29 +310,29 @@ _HEADING = re.compile(
 )
 
 
-def _without_thinking(reply: str) -> str:
-    """A reply without its thinking blocks; "" if one is still open (the reply ran out of tokens)."""
-    reply = _THINKING.sub("", reply)
-    reply = _END_THINKING.sub("", reply)  # the template had opened the block
-    return "" if _OPEN_THINKING.search(reply) else reply.strip()
+def _strip_thinking(reply: str) -> str:
+    """The reply without thinking blocks; "" if one is still open (the reply ran out of tokens)."""
+    reply = _THINKING_BLOCK.sub("", reply)
+    reply = _THINKING_END.sub("", reply)  # a block that the chat template opened
+    return "" if _THINKING_START.search(reply) else reply.strip()
 
 
 def parse_negative(reply: str) -> str | None:
-    """The solution in an assistant's reply: no thinking, preface, heading or code fence.  None if empty.
+    """The solution in an assistant's reply, without thinking, preface, heading and code fence; None if empty.
 
-    The outcome has no white space at its ends; `like_margins` gives it those of the positive.
+    It has no white space at its ends; `copy_margins` adds the positive's.
     """
-    text, before = _without_thinking(reply), None
-    while text != before:  # a preface may stand before a fence, and inside it
+    text, before = _strip_thinking(reply), None
+    while text != before:  # a preface may occur before a fence, and inside it
         before = text
-        for pattern in (_SURE, _PREFACE, _HEADING):
+        for pattern in (_AGREEMENT, _PREFACE, _HEADING):
             text = pattern.sub("", text).strip()
         text = _FENCE.sub(r"\1", text).strip()
     return text or None
 
 
 def copy_margins(text: str, model: str) -> str:
-    """`text` with the white space that stands at `model`'s two ends, so that it tells no pair member apart."""
+    """`text` with the white space of `model`'s two ends, so that it does not tell a pair's members apart."""
     body = model.strip()
     if not body:
         return text.strip()
@@ -314,15 +343,17 @@ def copy_margins(text: str, model: str) -> str:
 # --- the judge ---------------------------------------------------------------------------------------
 
 
-def judge_messages(question: str, reference: str, completion: str) -> Messages:
+def make_judge_messages(question: str, reference: str, completion: str) -> Messages:
     """Ask whether a completion's final answer equals the reference (hybrid annotation; wording ours).
 
-    Where there is none (an empty text), whether it is right: the judge solves the question, and reads no empty tag.
+    Without a reference (an empty text), ask whether it is right: the judge solves the question, and no empty
+    tag is shown.
     """
     question, reference, completion = map(strip_tags, (question, reference, completion))
     if reference.strip():
         asked = "is equivalent to the reference answer of the question"
-        precision, material = "the reference's", _verifier(question, reference, completion)
+        precision = "the reference's"
+        material = _fill_template(question, reference, completion)
     else:
         asked = (
             "answers the question rightly. No answer to compare with is known: solve the question yourself"
@@ -345,43 +376,62 @@ _VERDICT = re.compile(r"^[\s*_#>`]*(?:verdict[\s*_:]*)?(correct|incorrect)[\s*_.
 
 
 def parse_judgement(reply: str) -> bool | None:
-    """True or False from the one line of a judge's reply that is a verdict; None if there are none or several."""
-    found = [m[1].lower() for line in _without_thinking(reply).splitlines() if (m := _VERDICT.match(line))]
-    return found[0] == "correct" if len(found) == 1 else None
+    """The verdict in a judge's reply: True for correct, None unless exactly one line is a verdict."""
+    verdicts = []
+    for line in _strip_thinking(reply).splitlines():
+        if match := _VERDICT.match(line):
+            verdicts.append(match[1].lower())
+    if len(verdicts) != 1:
+        return None
+    return verdicts[0] == "correct"
 
 
 # --- answers -----------------------------------------------------------------------------------------
 
 _BOXED = re.compile(r"\\boxed\s*\{")
-_HASHES = re.compile(r"####[ \t]*(\S[^\n]*)")
-_SAYS = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*]*([^\s*][^\n]*?)(?=[.*]*(?:\n|$)|\.\**\s)", re.IGNORECASE)
+_HASH_MARK = re.compile(r"####[ \t]*(\S[^\n]*)")
+_ANSWER_PHRASE = re.compile(
+    r"\banswer(?:\s+is|\s*:)[\s:*]*([^\s*][^\n]*?)(?=[.*]*(?:\n|$)|\.\**\s)", re.IGNORECASE
+)
 
 
 def extract_answer(completion: str) -> str | None:
-    r"""The final answer that a completion states: the last `\boxed{..}` whose braces close, else the last
-    `#### x`, else the last "the answer is x" (or "Answer: x").  None if it states none."""
+    r"""The final answer that a completion states; None if it states none.
+
+    It is the last `\boxed{..}` whose braces close, else the last `#### x`, else the last "the answer is x"
+    (or "Answer: x").
+    """
     found = _find_answer(completion)
-    return None if found is None else found[0]
+    return None if found is None else found.answer
 
 
-def _find_answer(text: str) -> tuple[str, int, int] | None:
-    """(answer, start, end): the characters [start, end) state the answer."""
-    for match in reversed(list(_BOXED.finditer(text))):
-        end = _closing(text, match.end())
-        if end is not None and (answer := text[match.end() : end].strip()):
-            return answer, match.start(), end + 1
-    for pattern in (_HASHES, _SAYS):
+class _StatedAnswer(NamedTuple):
+    """An answer and the characters [start, end) that state it."""
+
+    answer: str
+    start: int
+    end: int
+
+
+def _find_answer(text: str) -> _StatedAnswer | None:
+    """The answer that `extract_answer` returns, with its position."""
+    for box in reversed(list(_BOXED.finditer(text))):
+        end = _find_closing_brace(text, box.end())
+        if end is not None and (answer := text[box.end() : end].strip()):
+            return _StatedAnswer(answer, box.start(), end + 1)
+    for pattern in (_HASH_MARK, _ANSWER_PHRASE):
         matches = [m for m in pattern.finditer(text) if m[1].strip()]
         if matches:
-            return matches[-1][1].strip().strip("$").strip(), matches[-1].start(), matches[-1].end()
+            last = matches[-1]
+            return _StatedAnswer(last[1].strip().strip("$").strip(), last.start(), last.end())
     return None
 
 
-def _closing(text: str, at: int) -> int | None:
-    """Where the brace closes that was opened before `at`; escaped braces do not count."""
+def _find_closing_brace(text: str, start: int) -> int | None:
+    """The position of the brace that closes the one opened before `start`; escaped braces do not count."""
     depth = 1
-    for match in re.finditer(r"\\.|[{}]", text[at:], re.DOTALL):
+    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return at + match.start()
+            return start + match.start()
     return None

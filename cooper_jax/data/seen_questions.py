@@ -1,13 +1,13 @@
-r"""Which questions a reward model has seen, and which of an evaluation set are among them.
+r"""Records of the questions that a reward model has seen, and their overlap with evaluation sets.
 
-  1. `normalise` reduces a question to what makes it that question: layout, white space, case, LaTeX spacing and
-     the punctuation of prose go; numbers, operators and words stay.  A hash of that is its `fingerprint`.
-  2. `write_record` keeps beside a reward model's weights the fingerprints of all questions that it was trained
-     on; `read_record` finds them there.
-  3. `split` takes the questions that were seen out of an evaluation set.
+  1. `normalise_question` removes layout, white space, case, LaTeX spacing and the punctuation of prose from a
+     question; numbers, operators and words stay.  `fingerprint_question` is a hash of the result.
+  2. `write_record` stores the fingerprints of all questions that a reward model was trained on beside its
+     weights; `read_record` reads them.
+  3. `split_by_seen` separates the questions of an evaluation set that were seen from the others.
 
-Two questions are one where their normalised texts are equal.  On the data sets that this was measured on nothing
-closer than that is left to find (tests/test_overlap.py): what shares most of its words is another question.
+Two questions are the same where their normalised texts are equal.  On the data sets of tests/test_overlap.py
+a looser comparison finds no more: questions that share most of their words are different ones.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any, TypeVar
 from cooper_jax.runtime import remote_files
 
 SEEN = "seen_questions.json"
-# Of the file and of `normalise` together: fingerprints of another version cannot be compared, so whoever changes
-# what `normalise` gives raises this.
+# Of the file format and of `normalise_question` together.  Fingerprints of different versions cannot be
+# compared, so a change of what `normalise_question` returns needs a new number.
 VERSION = 1
-_BYTES = 16  # of a fingerprint
+_FINGERPRINT_BYTES = 16
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 _INSTRUCTION = re.compile(
     r"(?:\b(?:please|let's) (?:think|reason) step by step[.,]?)?[^\n.?!]*\banswer\b[^\n.?!]*\\boxed\{\s*\}[^\n]*\Z"
 )
-_RESPELLED = (
+_SPELLINGS = (
     (re.compile(r"[‐‑‒–—―−]"), "-"),
     (re.compile(r"[‘’′`]"), "'"),
     (re.compile(r'[“”"]|\'\''), ""),
@@ -70,60 +70,67 @@ _SUPERSCRIPTS = {ord(c): f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸
 
 
 def normalise_question(question: str) -> str:
-    """What makes a question that question, as text without white space (but between two digits)."""
+    """The question without layout, case, punctuation and white space, except a space between digits."""
     text = unicodedata.normalize("NFKC", question.translate(_SUPERSCRIPTS)).casefold()
-    text = "".join(
-        c for c in text if unicodedata.category(c) != "Cf"
-    ).strip()  # soft hyphens, byte order marks
+    # Category Cf: soft hyphens, byte order marks.
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf").strip()
     text = _INSTRUCTION.sub("", text) or text
-    out = text
-    for pattern, instead in _RESPELLED:
-        out = pattern.sub(instead, out)
-    return out or text  # nothing but punctuation
+
+    normalised = text
+    for pattern, replacement in _SPELLINGS:
+        normalised = pattern.sub(replacement, normalised)
+    return normalised or text  # a question of punctuation alone stays as it is
 
 
-@functools.lru_cache(maxsize=1 << 16)  # a data set is counted, split and recorded
+@functools.lru_cache(maxsize=1 << 16)  # a data set is counted, split and recorded: three calls a question
 def fingerprint_question(question: str) -> str:
-    """32 hex digits: a hash of the normalised question."""
-    return hashlib.blake2b(
-        normalise_question(question).encode("utf-8", "surrogatepass"), digest_size=_BYTES
-    ).hexdigest()
+    """A hash of the normalised question: 32 hex digits."""
+    content = normalise_question(question).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(content, digest_size=_FINGERPRINT_BYTES).hexdigest()
+
+
+def _get_question(item: Any) -> str:
+    return item.question
 
 
 def split_by_seen(
-    items: Sequence[T], seen: frozenset[str], question: Callable[[T], str] = lambda x: x.question
+    items: Sequence[T], seen: frozenset[str], question: Callable[[T], str] = _get_question
 ) -> tuple[list[T], list[T]]:
-    """(items whose question was not seen, items whose question was), each in the order given."""
-    kept: list[T] = []
-    dropped: list[T] = []
+    """Split items into (those with an unseen question, those with a seen one), each in the order given.
+
+    seen: fingerprints.  question: returns an item's question; by default its attribute `question`.
+    """
+    unseen_items: list[T] = []
+    seen_items: list[T] = []
     for item in items:
-        (dropped if seen and fingerprint_question(question(item)) in seen else kept).append(item)
-    return kept, dropped
+        if seen and fingerprint_question(question(item)) in seen:
+            seen_items.append(item)
+        else:
+            unseen_items.append(item)
+    return unseen_items, seen_items
 
 
-# --- 2. what a reward model saw -----------------------------------------------------------------------------
+# --- 2. records of a reward model
+# ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Questions that a reward model was trained on."""
+    """The questions that a reward model was trained on."""
 
     fingerprints: frozenset[str] = frozenset()
     sources: Mapping[str, int] = dataclasses.field(default_factory=dict)  # name -> distinct questions from it
-    complete: bool = True  # False: it was trained on others too, of which nothing is known
+    complete: bool = True  # False: it was trained on unknown questions too
 
     def __or__(self, other: Record) -> Record:
-        return Record(
-            self.fingerprints | other.fingerprints,
-            {
-                name: max(r.sources[name] for r in (self, other) if name in r.sources)
-                for name in (*self.sources, *other.sources)
-            },
-            self.complete and other.complete,
-        )
+        """Both records together.  A source in both counts once, with the greater number."""
+        sources = dict(self.sources)
+        for name, count in other.sources.items():
+            sources[name] = max(count, sources.get(name, count))
+        return Record(self.fingerprints | other.fingerprints, sources, self.complete and other.complete)
 
     def encode(self) -> bytes:
-        """The file's contents."""
+        """The contents of the record's file."""
         content = {
             "version": VERSION,
             "what": "questions that this reward model was trained on: hashes of their normalised texts",
@@ -136,17 +143,18 @@ class Record:
 
     @classmethod
     def decode(cls, content: bytes, where: str) -> Record:
-        """Raises ValueError, beginning with `where`, for what `encode` did not write."""
+        """Read what `encode` wrote.  Raises ValueError, beginning with `where`, for anything else."""
         try:
-            return cls._checked(json.loads(content))
+            return cls._from_json(json.loads(content))
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{where}: {error}; copy it again from where the weights came from (without the file, what the "
-                "reward model saw is unknown)"
+                f"{where}: {error}; copy it again from where the weights came from (without the file, the "
+                "questions that the reward model saw are unknown)"
             ) from error
 
     @classmethod
-    def _checked(cls, content: Any) -> Record:
+    def _from_json(cls, content: Any) -> Record:
+        """The record in a file's JSON.  Raises ValueError for missing fields, wrong types and counts."""
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
         fields = {"version": int, "complete": bool, "sources": dict, "questions": int, "fingerprints": list}
@@ -160,41 +168,46 @@ class Record:
         for name, count in content["sources"].items():
             if not isinstance(count, int) or count < 0:
                 raise ValueError(f"source {name!r} has the count {count!r}")
-        found = content["fingerprints"]
-        for i, x in enumerate(found):
-            if not (isinstance(x, str) and re.fullmatch(rf"[0-9a-f]{{{2 * _BYTES}}}", x)):
-                raise ValueError(f"fingerprint {i} is {x!r}, not {2 * _BYTES} hex digits")
-        if len(set(found)) != content["questions"]:
+
+        digits = 2 * _FINGERPRINT_BYTES
+        for i, fingerprint in enumerate(content["fingerprints"]):
+            if not (isinstance(fingerprint, str) and re.fullmatch(rf"[0-9a-f]{{{digits}}}", fingerprint)):
+                raise ValueError(f"fingerprint {i} is {fingerprint!r}, not {digits} hex digits")
+        fingerprints = frozenset(content["fingerprints"])
+        if len(fingerprints) != content["questions"]:
             raise ValueError(
-                f"it holds {len(set(found))} fingerprints, and says that there are {content['questions']}"
+                f"it holds {len(fingerprints)} fingerprints, and says that there are {content['questions']}"
             )
-        return cls(frozenset(found), content["sources"], content["complete"])
+        return cls(fingerprints, content["sources"], content["complete"])
 
 
 def record_questions(questions: Iterable[str], source: str) -> Record:
-    """Of the questions of one source, which may name some of them many times."""
-    found = frozenset(fingerprint_question(q) for q in dict.fromkeys(questions))
-    return Record(found, {source: len(found)} if found else {})
+    """Record the questions of one source, which may contain duplicates.  source: its name."""
+    fingerprints = frozenset(fingerprint_question(q) for q in dict.fromkeys(questions))
+    return Record(fingerprints, {source: len(fingerprints)} if fingerprints else {})
 
 
 def write_record(directory: str | os.PathLike, seen: Record) -> None:
-    """Write the record of a reward model's training beside its weights."""
+    """Write a record into the directory of a reward model's weights."""
     remote_files.write_atomically(remote_files.to_path(directory) / SEEN, seen.encode())
 
 
 def read_record(weights: str | os.PathLike) -> Record | None:
-    """The record beside weights: a directory, here or at an address, or a hub id.
+    """Read the record beside weights, which are a local or remote directory or a hub id.
 
-    None where there is none: what such weights saw is unknown (or, for weights made at random, nothing).  Raises
-    ValueError for a damaged record, naming the file.
+    None where there is none: then the questions are unknown (or, for random weights, there are none).  Raises
+    ValueError with the file's name for a damaged record.
     """
-    path = _find(os.fspath(weights), SEEN)
+    path = _find_file(os.fspath(weights), SEEN)
     return None if path is None else Record.decode(path.read_bytes(), str(path))
 
 
 def has_trained_head(weights: str | os.PathLike) -> bool:
-    """Whether weights are a sequence classifier's, by their config.json; what is damaged is another's to report."""
-    path = _find(os.fspath(weights), "config.json")
+    """True where the config.json of weights names a sequence classifier.
+
+    A missing or damaged file gives False; the loader of the weights reports it.
+    """
+    path = _find_file(os.fspath(weights), "config.json")
     try:
         config = json.loads(path.read_bytes()) if path is not None else {}
         return any("ForSequenceClassification" in name for name in config["architectures"])
@@ -202,8 +215,8 @@ def has_trained_head(weights: str | os.PathLike) -> bool:
         return False
 
 
-def _find(weights: str, name: str) -> Path | None:
-    """A file of a weights directory; None where it has no such file, or there is no such directory."""
+def _find_file(weights: str, name: str) -> Path | None:
+    """A local copy of a file beside weights; None where there is no such file or no such directory."""
     if remote_files.is_remote(weights):
         try:
             path = remote_files.fetch_local(weights, (name,))
@@ -213,11 +226,13 @@ def _find(weights: str, name: str) -> Path | None:
         path = Path(weights).expanduser()
     if (path / name).is_file():
         return path / name
+
+    # Neither a local file nor a directory without one: what is left may be a hub id, owner/name.
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", weights):
         return None
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.hf_hub_download(weights, name))
-    except Exception:  # a dozen kinds: no such file, no such id, offline; the weights' own loader says which
+    except Exception:  # a dozen kinds: no such file, no such id, offline; the weights' loader reports which
         return None

@@ -1,15 +1,15 @@
-"""Language models that are asked: conversations in, one reply each out.
+"""Chat with language models: conversations in, one reply each out.
 
-A reply is a `Completion`, or a `Failure` that says why there is none.  A server that is down or answers nonsense,
-or a conversation that is too long, is a Failure, never an exception.
+A reply is a `Completion`, or a `Failure` with the reason why there is none.  A server that is down or answers
+nonsense, or a conversation that is too long, is a Failure, never an exception.
 
-    openai    any server that speaks OpenAI's chat completions
-    local     weights of our own, through a `generate` that the caller built on the rollout engine
+    openai    any server with OpenAI's chat completions API
+    local     our own weights, through a `generate` that the caller built on the rollout engine
 
-The assistant that rewrites, the judge and the source of completions are such models; `name` (assistant, judge or
-source) is the section of the config and the stream of random bits.  What is random depends on a request's ids
-(seed, step, row, attempt) alone: not on its neighbours, nor on who answers first.  (A server's own sampling is its
-affair; it is given a seed.)
+The assistant that rewrites, the judge and the source of completions are such models; `name` (assistant, judge
+or source) is the section of the config and the stream of random bits.  Random choices depend on a request's
+ids (seed, step, row, attempt) alone: not on its neighbours, nor on the order of replies.  (A server samples
+by itself; it is sent a seed.)
 """
 
 from __future__ import annotations
@@ -42,35 +42,35 @@ Messages = Sequence[tuple[str, str]]  # (role, text)
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why there is no reply: `connection`, `timeout`, `http_500`, `nonsense`, `empty`, `too_long`, ..."""
+    """The absence of a reply."""
 
-    reason: str
+    reason: str  # connection, timeout, http_500, nonsense, empty, too_long, ...
 
     @property
-    def passing(self) -> bool:
-        """Whether the same request may well be answered another time."""
+    def transient(self) -> bool:
+        """True where the same request may succeed at another time."""
         return self.reason in ("connection", "timeout", "http_429") or self.reason.startswith("http_5")
 
     @property
     def unreachable(self) -> bool:
-        """Whether it lies with the server, its address or the key, not with this request."""
+        """True where the cause is the server, its address or the key, not this request."""
         return self.reason in ("connection", "http_401", "http_403", "http_404")
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatConfig:
-    """Settings of a language model that is asked: the config's section `assistant`, `judge` or `source`."""
+    """Settings of a chat model: the config's section `assistant`, `judge` or `source`."""
 
-    name: str  # the section's; also the stream of random bits
+    name: str  # of the section; also of the stream of random bits
     kind: str  # openai or local; the assistant's may be corrupt
     url: str  # openai: the server's base address
     model: str  # openai: the model's name there
-    key_env: str  # the environment variable that holds the key; "": none
-    concurrency: int  # requests at a time
-    timeout: float  # seconds a request
-    retries: int
-    thinking: str  # on, off or ""
-    max_prompt_tokens: int  # local: longer conversations are refused; 0: as many as the model was trained for
+    key_env: str  # the environment variable that holds the API key; "": no key
+    concurrency: int  # openai: requests at a time
+    timeout: float  # openai: seconds a request
+    retries: int  # openai: further tries of a request
+    thinking: str  # on, off, or "" for the chat template's default
+    max_prompt_tokens: int  # local: longer conversations are refused; 0: the model's own limit
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -106,7 +106,7 @@ class ChatConfig:
         return os.environ.get(self.key_env, "").strip() if self.key_env else ""
 
     def _find_server_problems(self) -> list[str]:
-        """Messages for the settings of a server that cannot be asked."""
+        """Messages for settings with which no server can be asked."""
         problems = [
             f"{self.name}.kind=openai: set --config.{self.name}.{field}"
             for field, value in (("url", self.url), ("model", self.model))
@@ -120,19 +120,19 @@ class ChatConfig:
             problems += self._find_url_problems()
 
         key = self.read_key()
-        if not (key.isascii() and key.isprintable()) and key:
+        if key and not (key.isascii() and key.isprintable()):
             problems.append(f"the environment variable {self.key_env} holds characters that no key has")
-        # A server on one's own machine or network mostly has no key; one behind TLS has.
+        # A server on the local machine or network mostly needs no key; one behind TLS does.
         if not key and self.key_env and self.url.startswith("https://"):
             problems.append(
-                f"{self.name}.url={self.url}: the environment variable {self.key_env} holds no key: set it, name "
-                f"another with --config.{self.name}.key_env, or say that the server needs none with "
+                f"{self.name}.url={self.url}: the environment variable {self.key_env} holds no key: set it, "
+                f"name another with --config.{self.name}.key_env, or say that the server needs none with "
                 f'--config.{self.name}.key_env=""'
             )
         return problems
 
     def _find_url_problems(self) -> list[str]:
-        """A message for an address that cannot be asked."""
+        """A message for an address that is not one of a server."""
         where = f"{self.name}.url={self.url!r}"
         if not self.url.startswith(("http://", "https://")):
             return [f"{where}: it must begin with http:// or https://"]
@@ -142,7 +142,7 @@ class ChatConfig:
             return [f"{where}: {error}"]
         if not address.host:
             return [f"{where}: it names no host"]
-        if address.userinfo:  # addresses are printed, and kept in settings
+        if address.userinfo:  # addresses are printed, and written into settings files
             return [
                 f"{self.name}.url holds a name or a password: give the key in the environment variable that "
                 f"--config.{self.name}.key_env names"
@@ -160,7 +160,9 @@ Generate = Callable[[Sequence[Messages], Sequence[Ids]], list[Reply]]
 
 
 class Chat(Protocol):
-    overlaps: bool  # it computes away from our devices, so a thread may ask it while they work
+    """A language model that answers conversations."""
+
+    overlaps: bool  # True where it uses none of our devices, so that a thread may ask it while they work
 
     def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
         """One reply a conversation, in their order."""
@@ -169,7 +171,7 @@ class Chat(Protocol):
 
 
 def make_chat(cfg: ChatConfig, generate: Generate | None = None) -> Chat:
-    """The language model of these settings.
+    """The chat model that a section of the config describes.
 
     Args:
       generate: for `local`: conversations and their ids -> replies.
@@ -182,7 +184,7 @@ def make_chat(cfg: ChatConfig, generate: Generate | None = None) -> Chat:
         if generate is None:
             raise ValueError(f"{cfg.name}.kind=local: this program has no rollout engine to run it on")
         return LocalChat(generate, cfg.name)
-    raise ValueError(f"{cfg.name}.kind={cfg.kind!r}: it is no language model")
+    raise ValueError(f"{cfg.name}.kind={cfg.kind!r} is not a language model: set it to openai or local")
 
 
 # --- local -------------------------------------------------------------------------------------------------
@@ -190,13 +192,14 @@ def make_chat(cfg: ChatConfig, generate: Generate | None = None) -> Chat:
 
 @dataclasses.dataclass(frozen=True)
 class LocalChat:
-    """Weights of our own, on our devices."""
+    """Our own weights on our own devices."""
 
     generate: Generate
-    name: str
+    name: str  # of the section, for messages
     overlaps = False
 
     def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
+        """One reply a conversation, in their order.  Raises ValueError where their number differs."""
         if not conversations:
             return []
         replies = self.generate(conversations, ids)
@@ -212,18 +215,19 @@ class LocalChat:
 
 # --- openai ------------------------------------------------------------------------------------------------
 
-BACK_OFF = 0.5  # seconds before the first retry; doubles each time
-LONGEST_WAIT = 60.0  # seconds between two tries at most, whatever Retry-After asks for
-LARGEST_BODY = 8 << 20  # bytes of a response
+BACK_OFF = 0.5  # seconds before the first retry; doubles with each retry
+MAX_WAIT = 60.0  # seconds between two tries, whatever Retry-After asks for
+MAX_BODY = 8 << 20  # bytes of a response
 
 
 class OpenAIChat:
-    """A server that speaks OpenAI's chat completions.
+    """A server with OpenAI's chat completions API.
 
-    At most `concurrency` requests are under way at a time.  Connection errors, 429 and 5xx are tried again up to
-    `retries` times, after the server's Retry-After or an exponential back-off with jitter; a request that takes
-    longer than `timeout` seconds is not, for somebody waits for it.  The key is read from the environment variable
-    `key_env` and goes nowhere but into the Authorization header; a local server may need none.
+    At most `concurrency` requests are in flight.  Connection errors, 429 and 5xx are tried again up to
+    `retries` times, after the server's Retry-After or an exponential back-off with jitter.  A request that
+    takes longer than `timeout` seconds is not tried again, because the training step waits for it.  The key
+    is read from the environment variable `key_env` and used in the Authorization header only; a local server
+    may need none.
     """
 
     overlaps = True
@@ -235,9 +239,9 @@ class OpenAIChat:
 
         key = cfg.read_key()
 
-        # Servers that do not know the field may refuse it, so it is sent only where it says something.
-        told = cfg.template_variables
-        self._extra = {"chat_template_kwargs": told} if told else {}
+        # Servers that do not know the field may refuse it, so it is sent only where it is needed.
+        variables = cfg.template_variables
+        self._extra_fields = {"chat_template_kwargs": variables} if variables else {}
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=cfg.timeout,
@@ -247,7 +251,8 @@ class OpenAIChat:
         self._closing = threading.Event()
 
     def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
-        replies = list(self._threads.map(self._one, conversations, ids))
+        """One reply a conversation, in their order; failures are logged in one line."""
+        replies = list(self._threads.map(self._ask_one, conversations, ids))
         reasons = sorted({reply.reason for reply in replies if isinstance(reply, Failure)})
         if reasons:
             failed = sum(isinstance(reply, Failure) for reply in replies)
@@ -257,35 +262,39 @@ class OpenAIChat:
         return replies
 
     def stream(self, requests: Iterable[tuple[Messages, Ids]]) -> Iterator[tuple[int, Reply]]:
-        """(place among the requests, reply), as they come.
+        """(index among the requests, reply) in the order in which replies arrive.
 
-        Requests are taken while others are under way, so the iterable may end them when it likes: those that it
-        gave are answered still.
+        Requests are taken from the iterable while others are in flight, so it may stop at any time; those
+        that it gave are still answered.
         """
-        waiting: dict[concurrent.futures.Future, int] = {}
-        ahead = 2 * self._cfg.concurrency  # so that no thread waits for the caller
-        requests, place, more = iter(requests), 0, True
+        in_flight: dict[concurrent.futures.Future[Reply], int] = {}
+        max_in_flight = 2 * self._cfg.concurrency  # so that no thread waits for the caller
+        numbered = enumerate(requests)
+        exhausted = False
         try:
-            while more or waiting:
-                while more and len(waiting) < ahead:
-                    request = next(requests, None)
-                    more = request is not None
-                    if more:
-                        waiting[self._threads.submit(self._one, *request)] = place
-                        place += 1
-                done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+            while not exhausted or in_flight:
+                while not exhausted and len(in_flight) < max_in_flight:
+                    following = next(numbered, None)
+                    if following is None:
+                        exhausted = True
+                    else:
+                        index, (messages, ids) = following
+                        in_flight[self._threads.submit(self._ask_one, messages, ids)] = index
+                done, _ = concurrent.futures.wait(in_flight, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in done:
-                    yield waiting.pop(future), future.result()
+                    yield in_flight.pop(future), future.result()
         finally:
-            for future in waiting:
+            for future in in_flight:
                 future.cancel()
 
     def close(self) -> None:
+        """End retries, drop requests that have not started, and close all connections."""
         self._closing.set()
         self._threads.shutdown(cancel_futures=True)
         self._client.close()
 
-    def _one(self, messages: Messages, ids: Ids) -> Reply:
+    def _ask_one(self, messages: Messages, ids: Ids) -> Reply:
+        """The reply to one conversation, with retries."""
         seed, *rest = ids
         rng = keys.make_generator(seed, self.name, *rest)
         body = {
@@ -295,29 +304,33 @@ class OpenAIChat:
             "temperature": self._cfg.temperature,
             "top_p": self._cfg.top_p,
             "seed": int(rng.integers(2**31)),
-            **self._extra,
+            **self._extra_fields,
         }
+
         for attempt in range(self._cfg.retries + 1):
-            reply, again, asked = self._post(body)
-            if not again or attempt == self._cfg.retries:
+            reply, may_retry, retry_after = self._post(body)
+            if not may_retry or attempt == self._cfg.retries:
                 break
-            wait = asked if asked is not None else BACK_OFF * 2**attempt * (1.0 + rng.random())
-            if self._closing.wait(min(wait, LONGEST_WAIT)):
+            wait = retry_after
+            if wait is None:
+                wait = BACK_OFF * 2**attempt * (1.0 + rng.random())
+            if self._closing.wait(min(wait, MAX_WAIT)):
                 break
         return reply
 
     def _post(self, body: dict[str, Any]) -> tuple[Reply, bool, float | None]:
-        """(reply, whether to try again, the seconds that the server asks to be left alone)."""
+        """Send one request: (reply, True if it may be tried again, seconds of the server's Retry-After)."""
         deadline = time.monotonic() + self._cfg.timeout
         try:
             with self._client.stream("POST", self.address, json=body) as response:
                 content = bytearray()
                 for chunk in response.iter_bytes():
                     content += chunk
-                    # httpx times single reads: a server that trickles would never be late.
+                    # httpx limits the time of single reads: a server that sends byte by byte would never be
+                    # late.
                     if time.monotonic() > deadline:
                         return Failure("timeout"), False, None
-                    if len(content) > LARGEST_BODY:
+                    if len(content) > MAX_BODY:
                         return Failure("nonsense"), False, None
         except httpx.TimeoutException:
             return Failure("timeout"), False, None
@@ -325,20 +338,22 @@ class OpenAIChat:
             return Failure("connection"), True, None
         except httpx.HTTPError:  # a body that does not decode
             return Failure("nonsense"), False, None
+
         status = response.status_code
         if status == 200:
-            return _read_chat(bytes(content)), False, None
-        asked = _retry_after(response.headers.get("Retry-After", ""))
-        return Failure(f"http_{status}"), status == 429 or status >= 500, asked
+            return _parse_chat(bytes(content)), False, None
+        retry_after = _parse_retry_after(response.headers.get("Retry-After", ""))
+        return Failure(f"http_{status}"), status == 429 or status >= 500, retry_after
 
 
-def _read_chat(content: bytes) -> Reply:
-    """The first choice of a chat completion."""
+def _parse_chat(content: bytes) -> Reply:
+    """The first choice of a chat completion's JSON; Failure("nonsense") where it has another shape."""
     try:
         chat = json.loads(content)
         choice = chat["choices"][0]
         text, truncated = choice["message"]["content"], choice["finish_reason"] == "length"
-        tokens = chat["usage"]["completion_tokens"] if "usage" in chat and chat["usage"] else 0
+        usage = chat.get("usage")
+        tokens = usage["completion_tokens"] if usage else 0
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return Failure("nonsense")
     if text is None:
@@ -349,8 +364,8 @@ def _read_chat(content: bytes) -> Reply:
     return Completion(replace_surrogates(text), truncated, tokens)
 
 
-def _retry_after(header: str) -> float | None:
-    """Seconds from now, of a Retry-After in seconds or as a date."""
+def _parse_retry_after(header: str) -> float | None:
+    """Seconds from now of a Retry-After header, given in seconds or as a date; None for anything else."""
     if re.fullmatch(r"\d+(\.\d+)?", header.strip()):
         return float(header)
     try:

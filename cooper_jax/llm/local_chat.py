@@ -1,7 +1,8 @@
-"""Conversations with language models, weights of our own among them: the rollout engine behind llm/chat.py.
+"""Chat models of a config, among them our own weights on the rollout engine.
 
-`open_chat` opens the assistant, judge or source of a config, a server or local; `local_generate` loads a local one
-and samples its replies, many at a time.
+1. `read_chat_config` reads and checks the section of the assistant, judge or source.
+2. `open_chat` opens the model: a server, or local weights.
+3. `make_local_generate` loads local weights and samples their replies in batches.
 """
 
 from __future__ import annotations
@@ -14,86 +15,109 @@ from ml_collections import ConfigDict
 from cooper_jax.llm import chat as chats
 from cooper_jax.model.loading import Directory, load_model
 from cooper_jax.rollout import engine
+from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.runtime import hosts, keys, mesh
-from cooper_jax.runtime.device_layouts import get_rollout_options
 from cooper_jax.settings.setup_errors import Problems, setup_errors
 
 
 def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory) -> chats.Chat:
-    """The language model of the config's section `name`: assistant, judge or source.
+    """The chat model of the config's section `name`: assistant, judge or source.  The caller closes it.
 
-    A local one is loaded onto `layout`.  Raises SetupError; the caller closes it.
+    A local one is loaded onto `layout`.  Raises SetupError for settings and weights that cannot be used.
     """
-    asked = read_chat_config(cfg, name)
+    chat_cfg = read_chat_config(cfg, name)
     with setup_errors(name):
-        generate = make_local_generate(cfg, asked, layout, run_dir) if asked.kind == "local" else None
-        return chats.make_chat(asked, generate)
+        generate = None
+        if chat_cfg.kind == "local":
+            generate = make_local_generate(cfg, chat_cfg, layout, run_dir)
+        return chats.make_chat(chat_cfg, generate)
 
 
 def read_chat_config(cfg: ConfigDict, name: str) -> chats.ChatConfig:
-    """Read the section of a language model; nothing is loaded.  Raises SetupError with all that is wrong."""
-    section, problems = cfg[name], Problems()
+    """Read the section of a chat model; nothing is loaded.  Raises SetupError with all that is wrong."""
+    section = cfg[name]
+    problems = Problems()
     problems.need(
         section.kind != "local" or section.weights not in ("", "random"),
         f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "
-        f"--config.{name}.weights=DIR, a hub id or a .gguf file, or ask a server (--config.{name}.kind=openai)",
+        f"--config.{name}.weights=DIR, a hub id or a .gguf file, or use a server "
+        f"(--config.{name}.kind=openai)",
     )
     with problems.collect(name):
-        asked = chats.ChatConfig.from_config(section, name)
+        chat_cfg = chats.ChatConfig.from_config(section, name)
     problems.raise_if_any()
-    return asked
+    return chat_cfg
 
 
 def make_local_generate(
-    cfg: ConfigDict, asked: chats.ChatConfig, layout: mesh.Layout, run_dir: Directory
+    cfg: ConfigDict, chat_cfg: chats.ChatConfig, layout: mesh.Layout, run_dir: Directory
 ) -> chats.Generate:
-    """Sampling from the weights of a section, `asked.name`: (messages of each request, their ids) -> replies.
+    """Load the weights of the section `chat_cfg.name`, and return (conversations, ids) -> replies.
 
-    ids are (seed, step, row, attempt), row below 2^31; requests that share all but the row are sampled together.
-    Conversations that are too long are refused: Failure("too_long").
+    ids are (seed, step, row, attempt), row below 2^31.  Requests that share all but the row are one batch.
+    A conversation that is too long gets Failure("too_long").
+
+    Raises ValueError where replies leave no room for a conversation, and what load_model raises.
     """
-    section, name, told = cfg[asked.name], asked.name, asked.template_variables
-    lengths = {f"{name}.max_new_tokens": asked.max_new_tokens}
-    if asked.max_prompt_tokens:
-        lengths = {f"{name}.max_prompt_tokens": asked.max_prompt_tokens, **lengths}
+    name = chat_cfg.name
+    section = cfg[name]
+
+    # load_model checks these lengths against the model's positions.
+    lengths = {f"{name}.max_new_tokens": chat_cfg.max_new_tokens}
+    if chat_cfg.max_prompt_tokens:
+        lengths = {f"{name}.max_prompt_tokens": chat_cfg.max_prompt_tokens, **lengths}
     model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed, lengths)
     params = engine.copy_rollout_weights(params, model.config, layout, section.dtype)
-    spec = engine.SamplingSpec(
-        temperature=asked.temperature,
+    rollout = RolloutConfig.from_config(cfg.rollout)
+    spec = rollout.make_sampling_spec(
+        model.tokenizer.eos_ids,
+        temperature=chat_cfg.temperature,
         top_k=0,
-        top_p=asked.top_p,
-        max_new_tokens=asked.max_new_tokens,
+        top_p=chat_cfg.top_p,
+        min_p=0.0,
+        max_new_tokens=chat_cfg.max_new_tokens,
         group_size=1,
-        eos_ids=model.tokenizer.eos_ids,
-        segment=cfg.rollout.segment,
         dtype=section.dtype,
-        kv_dtype=cfg.rollout.kv_dtype,
     )
-    room = sys.maxsize if model.config.max_len is None else model.config.max_len - asked.max_new_tokens
-    most = asked.max_prompt_tokens or room
-    if most < 1:
+
+    room = sys.maxsize
+    if model.config.max_len is not None:
+        room = model.config.max_len - chat_cfg.max_new_tokens
+    max_prompt_tokens = chat_cfg.max_prompt_tokens or room
+    if max_prompt_tokens < 1:
         raise ValueError(
-            f"--config.{name}.max_new_tokens={asked.max_new_tokens} leaves no room for a conversation: the model "
-            f"was trained for {model.config.max_len} tokens in all"
+            f"--config.{name}.max_new_tokens={chat_cfg.max_new_tokens} leaves no room for a conversation: "
+            f"the model was trained for {model.config.max_len} tokens in all"
         )
 
-    def generate(messages: Sequence[chats.Messages], ids: Sequence[chats.Ids]) -> list[chats.Reply]:
-        rows = [model.tokenizer.chat(m, fallback=True, variables=told) for m in messages]
-        replies: list[chats.Reply] = [chats.Failure("too_long")] * len(rows)
-        together: dict[tuple[int, int, int], list[int]] = {}
+    variables = chat_cfg.template_variables
+    options = rollout.make_engine_options()
+
+    def generate(conversations: Sequence[chats.Messages], ids: Sequence[chats.Ids]) -> list[chats.Reply]:
+        prompts = [model.tokenizer.chat(c, fallback=True, variables=variables) for c in conversations]
+        replies: list[chats.Reply] = [chats.Failure("too_long")] * len(prompts)
+
+        # One rollout has one random key, so each batch shares seed, step and attempt.
+        batches: dict[tuple[int, int, int], list[int]] = {}
         for i, (seed, step, _, attempt) in enumerate(ids):
-            if len(rows[i]) <= most:
-                together.setdefault((seed, step, attempt), []).append(i)
-        for (seed, step, attempt), members in together.items():
+            if len(prompts[i]) <= max_prompt_tokens:
+                batches.setdefault((seed, step, attempt), []).append(i)
+
+        for (seed, step, attempt), members in batches.items():
             rollout = engine.generate(
-                params, model.config, layout, [rows[i] for i in members], [ids[i][2] for i in members],
-                keys.make_key(seed, name, step, attempt), spec,
-                between_segments=hosts.raise_if_stopping, **get_rollout_options(cfg),
-            )  # fmt: skip
-            for i, text in zip(
-                members, engine.decode_completions(rollout, model.tokenizer.decode, spec.eos_ids), strict=True
-            ):
-                replies[i] = text
+                params,
+                model.config,
+                layout,
+                [prompts[i] for i in members],
+                [ids[i][2] for i in members],
+                keys.make_key(seed, name, step, attempt),
+                spec,
+                between_segments=hosts.raise_if_stopping,
+                **options,
+            )
+            completions = engine.decode_completions(rollout, model.tokenizer.decode, spec.eos_ids)
+            for i, completion in zip(members, completions, strict=True):
+                replies[i] = completion
         return replies
 
     return generate

@@ -1,4 +1,4 @@
-"""Rewards to advantages: how much better a sample did than its group.
+"""Group advantages: the reward of each sample relative to its group.
 
 N = B * G rows, prompt-major: B prompts, G samples a prompt
 """
@@ -17,7 +17,7 @@ def group_advantages(
     eps: float,
     floor: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Advantages of the rows within their prompt's group, and the share of groups that teach nothing.
+    """Advantages of the rows within their prompt's group, and the share of groups without a signal.
 
         A_i = (r_i - mean(r)) / (max(std(r), floor) + eps)        GRPO: DeepSeekMath (arXiv 2402.03300), 4.1.2
         A_i =  r_i - mean(r)                                      std_normalise False: Dr. GRPO (2503.20783)
@@ -37,15 +37,18 @@ def group_advantages(
             f"{rewards.shape[0]} rewards do not split into groups of {group_size}: rows are prompt-major, "
             "rollout.group_size to a prompt"
         )
+
     r = rewards.astype(jnp.float32).reshape(-1, group_size)  # [B, G]
     ok = jnp.isfinite(r)
     r = jnp.where(ok, r, 0.0)
     n = ok.sum(axis=1, keepdims=True).astype(jnp.float32)  # [B, 1]
     mean = r.sum(axis=1, keepdims=True) / jnp.maximum(n, 1.0)
     centred = jnp.where(ok, r - mean, 0.0)
+
     lowest = jnp.where(ok, r, jnp.inf).min(axis=1, keepdims=True)
     highest = jnp.where(ok, r, -jnp.inf).max(axis=1, keepdims=True)
     flat = lowest >= highest  # also true of a group without a finite reward
+
     scale = jnp.ones_like(mean)
     if std_normalise:
         std = jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / jnp.maximum(n - 1.0, 1.0))

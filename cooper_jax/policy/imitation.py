@@ -1,8 +1,8 @@
-"""The policy's short supervised phase before step 1: likelihood of worked solutions.
+"""The policy's short supervised phase before step 1: maximum likelihood of worked solutions.
 
-Not in the paper, whose policies are instruction-tuned already; a model made from scratch needs it.
+Not in the paper, whose policies are instruction-tuned; a randomly initialised model needs it.
 
-    N  rows   S  tokens of a row   T  its last columns, those that may be imitated
+    N  rows   S  tokens of a row   T  its last columns, which may be imitated
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cooper_jax.policy.grpo import response_logprobs
 from cooper_jax.policy.losses import token_weights
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.types import TrainState
+from cooper_jax.types import Params, TrainState
 
 Metrics = dict[str, jax.Array]
 
@@ -36,21 +36,23 @@ def make_imitation_update(
 
         loss = - sum_t m_t log pi(y_t | y_<t) / sum_t m_t        over all rows: a token mean
 
-    response_mask marks, among the last T <= S columns, the tokens to imitate; with T = S its first column is
-    passed over, for nothing precedes it.  Padding may be on either side.  The state given is donated; rows
-    without a marked token weigh nothing, and a batch of such rows moves nothing.
+    response_mask marks, among the last T <= S columns, the tokens to imitate.  With T = S its first column is
+    ignored, since nothing precedes it.  Padding may be on either side.  The state given is donated.  Rows
+    without a marked token have no weight, and a batch of such rows changes nothing.
 
-    Metrics, f32[]: loss (nats a token), entropy (nats a token), tokens, and `optim.apply_update`'s grad_norm, lr and
-    skipped.
+    Metrics, f32[]: loss (nats a token), entropy (nats a token), tokens, and `optim.apply_update`'s grad_norm,
+    lr and skipped.
     """
     specs = transformer.param_specs(config, head="logits")
-    places = mesh.make_shardings(layout, specs)
+    shardings = mesh.make_shardings(layout, specs)
 
-    def update(state, tokens, valid, response_mask):
+    def update(
+        state: TrainState, tokens: jax.Array, valid: jax.Array, response_mask: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         mask = response_mask[:, 1:] if response_mask.shape[1] == tokens.shape[1] else response_mask
         weights = token_weights(mask, "token_mean", mask.shape[1])
 
-        def loss_fn(params, rows):
+        def loss_fn(params: Params, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             logprobs, entropy = response_logprobs(
                 params,
                 config,
@@ -67,11 +69,11 @@ def make_imitation_update(
 
         rows = {"tokens": tokens, "valid": valid, "mask": mask, "weights": weights}
         loss, grads, entropy = optim.accumulate_gradients(
-            loss_fn, state.params, rows, microbatch, layout, places
+            loss_fn, state.params, rows, microbatch, layout, shardings
         )
-        state, moved = optim.apply_update(state, grads, loss, opt, enabled=mask.any())
+        state, update_metrics = optim.apply_update(state, grads, loss, opt, enabled=mask.any())
         metrics = {"loss": loss, "entropy": entropy.sum(), "tokens": mask.sum().astype(jnp.float32)}
-        return state, metrics | moved
+        return state, metrics | update_metrics
 
     return jax.jit(
         update,

@@ -1,10 +1,10 @@
 """GRPO's loss as pure functions of log-probabilities: the clipped surrogate with a KL term.
 
-1. `token_weights` says what each response token counts, normalised over the whole minibatch.
-2. `kl` estimates the divergence from the reference at each token.
-3. `grpo_loss` puts them together: a weighted sum, so microbatches just add up.
+1. `token_weights` gives each response token's weight in the loss, normalised over the whole minibatch.
+2. `kl_estimate` estimates the divergence from the reference at each token.
+3. `grpo_loss` combines them into a weighted sum, so that the losses of microbatches add up.
 
-What lies outside the response mask is cut off with `where`, never multiplied by 0: garbage there, NaN
+Values outside the response mask are removed by `where`, never multiplied by 0: whatever is there, NaN
 included, reaches neither loss nor gradient.
 
 Departure: the released code averages over each rank's microbatch where we normalise over the minibatch.
@@ -74,15 +74,15 @@ class PolicyConfig:
 def kl_estimate(logprobs: jax.Array, ref: jax.Array, estimator: str, clamp: float) -> jax.Array:
     """Per-token estimates of KL(policy || reference) at tokens sampled from the policy, f32 like the inputs.
 
-    With d = log policy - log ref, held within +-20 so that nothing overflows:
+    With d = log policy - log ref, clipped to +-20 so that nothing overflows:
 
         k1 = d                     value unbiased;   gradient 0 in expectation: no penalty at all
         k2 = d^2 / 2               value biased;     gradient that of KL(policy || ref)
         k3 = exp(-d) - 1 + d       value unbiased;   gradient that of KL(ref || policy)
                                    never negative, low variance
 
-    The estimate is held within +-clamp (0: as it is), as released; beyond, its gradient is 0.
-    "Gradient" above is the expected one of the estimate as a loss term, samples held fixed.  Source: Schulman 2020,
+    The estimate is clipped to +-clamp (0: not at all), as released; beyond, its gradient is 0.  "Gradient"
+    above is the expected one of the estimate as a loss term, samples held fixed.  Source: Schulman 2020,
     "Approximating KL divergence", http://joschu.net/blog/kl-approx.html; k3 in GRPO: arXiv 2402.03300, eq. 4.
     Raises ValueError for another estimator.
     """
@@ -94,9 +94,9 @@ def kl_estimate(logprobs: jax.Array, ref: jax.Array, estimator: str, clamp: floa
 
 
 def token_weights(mask: jax.Array, aggregation: str, max_new_tokens: int) -> jax.Array:
-    """What each response token counts in the loss: f32[N, T] from bool[N, T].
+    """The weight of each response token in the loss: f32[N, T] from bool[N, T].
 
-    Normalised over all N rows at hand, to be called before they are cut into microbatches:
+    Normalised over all N rows, so call it before they are split into microbatches:
 
         token_mean      1 / tokens of all rows                  as released; DAPO (arXiv 2503.14476)
         sequence_mean   1 / (the row's tokens * rows)           GRPO (arXiv 2402.03300, eq. 3)
@@ -140,8 +140,10 @@ def grpo_loss(
     """
     logprobs, old, ref = (jnp.where(mask, x, 0.0) for x in (logprobs, old, ref))
     weights = jnp.where(mask, weights, 0.0)
-    # A row without a token may carry any advantage, NaN included.
+
+    # A row without a response token may have any advantage, NaN included.
     a = jnp.broadcast_to(jnp.where(mask.any(axis=1), advantages, 0.0)[:, None], mask.shape)
+
     log_ratio = jnp.clip(logprobs - jax.lax.stop_gradient(old), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = jnp.exp(log_ratio)
     plain = -a * ratio
@@ -151,6 +153,7 @@ def grpo_loss(
     if cfg.dual_clip:
         dual = (a < 0) & (ratio > cfg.dual_clip)
         per_token = jnp.where(dual, -a * cfg.dual_clip, per_token)
+
     divergence = kl_estimate(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
     pg_loss = (weights * per_token).sum()
     loss = pg_loss

@@ -1,13 +1,13 @@
-"""Assistants: who rewrites a verified solution into a plausible wrong one.
+"""Assistants: they rewrite a verified solution into a plausible wrong one.
 
-Requests in, one reply each out: a `Completion` (the rewritten solution, bare), or a `Failure` that says why there
-is none.  A server that is down or answers nonsense is a Failure, never an exception: its pair is masked, the run
-goes on.
+Requests in, one reply each out: a `Completion` (the rewritten solution and nothing else), or a `Failure` with
+the reason.  A server that is down or answers nonsense is a Failure, never an exception: its pair is masked,
+and training continues.
 
-    corrupt         edits the answer's number, seeded; no model, for tests and `tiny`
-    openai, local   asks a language model (chat.py)
+    corrupt         changes the number in the answer at random; no model, for tests and `tiny`
+    openai, local   asks a language model (llm/chat.py)
 
-What is random depends on a request's ids (seed, step, row, attempt) alone.
+Random choices depend on a request's ids (seed, step, row, attempt) alone.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from cooper_jax.types import Completion, Problem
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A solution to be rewritten.  `ids`: seed, step, row in the data order, attempt."""
+    """A solution to be rewritten."""
 
     problem: Problem
-    positive: str
-    ids: Ids
+    positive: str  # the solution's text
+    ids: Ids  # seed, step, row in the data order, attempt
 
 
 class Assistant(Protocol):
-    overlaps: bool  # it computes away from our devices, so a thread may ask it while they work
+    """Anything that answers rewrite requests."""
+
+    overlaps: bool  # True where it uses none of our devices, so that a thread may ask it while they work
 
     def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
         """One reply a request, in their order."""
@@ -43,49 +45,57 @@ class Assistant(Protocol):
 
 
 def make_assistant(cfg: ChatConfig, generate: Generate | None = None) -> Assistant:
-    """The assistant of these settings.
+    """The assistant that the config's `assistant` section describes.
 
     Args:
-      generate: for `local`: conversations and their ids -> completions.
+      generate: for `local`: conversations and their ids -> replies.
 
-    Raises what chat.make_chat does.
+    Raises what chat.make_chat raises.
     """
-    return CorruptingAssistant() if cfg.kind == "corrupt" else ChatAssistant(chats.make_chat(cfg, generate))
+    if cfg.kind == "corrupt":
+        return CorruptingAssistant()
+    return ChatAssistant(chats.make_chat(cfg, generate))
 
 
 def parse_reply(completion: Completion) -> Reply:
-    """The solution inside a model's reply.  A truncated one stays as it is, for the caller to refuse."""
+    """The solution inside a model's reply.  A truncated reply stays as it is; the caller refuses it."""
     if completion.truncated:
         return completion
     if not completion.text.strip():
         return Failure("empty")
     solution = prompts.parse_negative(completion.text)
-    return Failure("malformed") if solution is None else dataclasses.replace(completion, text=solution)
+    if solution is None:
+        return Failure("malformed")
+    return dataclasses.replace(completion, text=solution)
 
 
-def rewrite_messages(request: Request) -> Messages:
+def make_rewrite_messages(request: Request) -> Messages:
+    """The conversation that asks a language model for a rewrite."""
     problem = request.problem
-    return prompts.negative_messages(problem.question, problem.reference, request.positive)
+    return prompts.make_negative_messages(problem.question, problem.reference, request.positive)
 
 
 # --- corrupt -----------------------------------------------------------------------------------------------
 
 
 class CorruptingAssistant:
-    """Changes the answer's number; `corruption.corrupt_answer` has the rules."""
+    """Changes the answer's number by the rules of `corruption.corrupt_answer`."""
 
     overlaps = True
 
     def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
-        return [self._one(request) for request in requests]
+        """One reply a request, in their order."""
+        return [self._corrupt(request) for request in requests]
 
-    def _one(self, request: Request) -> Reply:
+    def _corrupt(self, request: Request) -> Reply:
         seed, *ids = request.ids
         try:
             text = corruption.corrupt_answer(request.positive, keys.make_generator(seed, "corruption", *ids))
-        except ValueError:  # Python reads no integer of over 4,300 digits, and the policy may write one
+        except ValueError:  # Python parses no integer of over 4,300 digits, and the policy may write one
             text = None
-        return Failure("nothing to change") if text is None else Completion(text)
+        if text is None:
+            return Failure("nothing to change")
+        return Completion(text)
 
     def close(self) -> None:
         pass
@@ -102,8 +112,10 @@ class ChatAssistant:
         self.overlaps = chat.overlaps
 
     def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
-        replies = self._chat.ask([rewrite_messages(r) for r in requests], [r.ids for r in requests])
-        return [r if isinstance(r, Failure) else parse_reply(r) for r in replies]
+        """One reply a request, in their order."""
+        conversations = [make_rewrite_messages(request) for request in requests]
+        replies = self._chat.ask(conversations, [request.ids for request in requests])
+        return [reply if isinstance(reply, Failure) else parse_reply(reply) for reply in replies]
 
     def close(self) -> None:
         self._chat.close()

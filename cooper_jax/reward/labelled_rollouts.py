@@ -1,21 +1,24 @@
-"""Labelled rows for the reward model: this step's rollouts that the rule decides, and past ones.
+"""Labelled rollouts: responses of this and earlier steps, labelled by the rule verifier.
 
-1. Label 1: the rule finds the response correct, and it is not truncated.  Label 0: it finds it wrong, or finds no
-   answer in it.  Where the rule abstains, no row is made.  Exact truth is never asked.
-2. At most `rollout_rows` of a step are drawn, half of each class; where one has fewer, the other fills the rest.
-   Of the wrong ones half are those that the reward model likes best, ties by row; the rest, and the correct ones,
-   are any.
-3. With `replay`, wrong ones that the reward model liked (reward above one half) and correct ones are remembered, so
-   many of each class, first in first out; `replay_rows` of what was remembered *before* this step join its rows.
-4. Both classes weigh the same: each class's weights sum to one half.
+1. Label 1: the rule finds the response correct, and it is not truncated.  Label 0: the rule finds it wrong,
+   or finds no answer in it.  Where the rule abstains, no row is made.  The exact truth of synthetic problems
+   is never used.
+2. At most `rollout_rows` of a step are chosen, half of each class; where one class has fewer, the other fills
+   the rest.  Half of the wrong ones are those with the highest reward; the remaining rows are random.
+3. With `replay`, wrong responses with a reward above one half and correct responses are kept, up to `replay`
+   of each class, first in first out.  `replay_rows` of those kept *before* this step join its rows.
+4. Both classes have the same weight: each class's weights sum to one half.
 
-All draws are keyed by (seed, step, first position).  All of this is ours; see docs/reward_updates.md.
+All random draws are keyed by (seed, step, first position).  All of this is ours; see docs/reward_updates.md.
+
+    N  rows of a step, prompt-major   n  labelled rows
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,36 +26,49 @@ from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.runtime import keys
 from cooper_jax.types import Completion, Problem, Triple, Verdict
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """Past decided rollouts, oldest first; an immutable value, and part of a run's state."""
+    """Labelled rollouts of earlier steps, oldest first; immutable, and part of a run's state."""
 
-    wrong: tuple[Triple, ...] = ()  # and liked by the reward model of their step
+    wrong: tuple[Triple, ...] = ()  # each with a reward above one half in its own step
     correct: tuple[Triple, ...] = ()
 
-    def with_more(self, wrong: Sequence[Triple], correct: Sequence[Triple], capacity: int) -> Replay:
-        """The newest `capacity` of each class."""
+    def append(self, wrong: Sequence[Triple], correct: Sequence[Triple], capacity: int) -> Replay:
+        """A memory with these rows too, of which the newest `capacity` of each class are kept."""
         return Replay(
-            *((*old, *new)[-capacity:] for old, new in ((self.wrong, wrong), (self.correct, correct)))
+            wrong=(*self.wrong, *wrong)[-capacity:],
+            correct=(*self.correct, *correct)[-capacity:],
         )
 
     def to_json(self) -> dict[str, list[list[str]]]:
-        return {
-            name: [[t.question, t.reference, t.completion] for t in triples]
-            for name, triples in (("wrong", self.wrong), ("correct", self.correct))
-        }
+        """Class -> [question, reference, completion] of each row."""
+        return {"wrong": _triples_to_json(self.wrong), "correct": _triples_to_json(self.correct)}
 
     @classmethod
     def from_json(cls, found: dict[str, list[list[str]]]) -> Replay:
+        """The memory that `to_json` wrote."""
         return cls(
-            *(tuple(Triple(*t, label) for t in found[n]) for n, label in (("wrong", 0.0), ("correct", 1.0)))
+            wrong=_triples_from_json(found["wrong"], label=0.0),
+            correct=_triples_from_json(found["correct"], label=1.0),
         )
 
 
+def _triples_to_json(triples: Sequence[Triple]) -> list[list[str]]:
+    return [[t.question, t.reference, t.completion] for t in triples]
+
+
+def _triples_from_json(rows: Sequence[Sequence[str]], label: float) -> tuple[Triple, ...]:
+    return tuple(Triple(question, reference, text, label) for question, reference, text in rows)
+
+
 def max_rows_per_update(cfg: RewardUpdateConfig) -> int:
-    """The number of rows that an update reads at most; 0 without the term."""
-    return cfg.rollout_rows + (cfg.replay_rows if cfg.replay else 0) if cfg.rollout_bce else 0
+    """The most labelled rows that an update reads; 0 where its loss has no term of them."""
+    if not cfg.rollout_bce:
+        return 0
+    return cfg.rollout_rows + (cfg.replay_rows if cfg.replay else 0)
 
 
 def choose_rows(
@@ -67,44 +83,64 @@ def choose_rows(
     step: int,
     position: int,
 ) -> tuple[list[Triple], Replay]:
-    """The labelled rows of a step, and what is remembered after it.
+    """The labelled rows of a step, and the replay memory after it.
 
-    problems, completions, verdicts, scores: [N], each row's own; scores are the reward model's rewards f32[N]
-    before its update.  position: the step's first.  Without `rollout_bce` there is no row.
+    Args:
+      problems, completions, verdicts: [N], each row's own.
+      scores: f32[N], the reward model's rewards before its update.
+      replay: the memory before this step.
+      position: the step's first position in the data order.
+
+    Without `rollout_bce` there are no rows, and the memory stays as it is.
     """
     if not cfg.rollout_bce:
         return [], replay
     rng = keys.make_generator(seed, "lessons", step, position)
+
+    def label_rows(rows: Sequence[int], label: float) -> list[Triple]:
+        return [Triple(problems[n].question, problems[n].reference, completions[n].text, label) for n in rows]
+
     correct = [n for n, v in enumerate(verdicts) if v is Verdict.CORRECT and not completions[n].truncated]
     wrong = [n for n, v in enumerate(verdicts) if v.decidable and v is not Verdict.CORRECT]
 
-    def triples(rows: Sequence[int], label: float) -> list[Triple]:
-        return [Triple(problems[n].question, problems[n].reference, completions[n].text, label) for n in rows]
+    # This step's rows.  The wrong ones with the highest reward are those that the reward model most needs to
+    # unlearn; random others keep the rows representative.
+    wrong_count, correct_count = split_evenly(len(wrong), len(correct), cfg.rollout_rows)
+    by_reward = sorted(wrong, key=lambda n: -scores[n])  # stable: ties by row
+    half = -(-wrong_count // 2)
+    highest_reward_wrong, other_wrong = by_reward[:half], by_reward[half:]
+    chosen_wrong = [
+        *highest_reward_wrong,
+        *_choose_random(other_wrong, wrong_count - len(highest_reward_wrong), rng),
+    ]
+    chosen = label_rows(chosen_wrong, 0.0)
+    chosen += label_rows(_choose_random(correct, correct_count, rng), 1.0)
 
-    of_wrong, of_correct = split_evenly(len(wrong), len(correct), cfg.rollout_rows)
-    liked_first = sorted(wrong, key=lambda n: -scores[n])  # stable: ties by row
-    liked, others = liked_first[: -(-of_wrong // 2)], liked_first[-(-of_wrong // 2) :]
-    drawn = triples([*liked, *_any(others, of_wrong - len(liked), rng)], 0.0)
-    drawn += triples(_any(correct, of_correct, rng), 1.0)
+    # Rows of earlier steps, from the memory as it was before this step.
     if cfg.replay:
-        of_wrong, of_correct = split_evenly(len(replay.wrong), len(replay.correct), cfg.replay_rows)
-        drawn += [*_any(replay.wrong, of_wrong, rng), *_any(replay.correct, of_correct, rng)]
-        hacks = [n for n in wrong if scores[n] > 0.5]
-        replay = replay.with_more(triples(hacks, 0.0), triples(correct, 1.0), cfg.replay)
-    return drawn, replay
+        wrong_count, correct_count = split_evenly(len(replay.wrong), len(replay.correct), cfg.replay_rows)
+        chosen += _choose_random(replay.wrong, wrong_count, rng)
+        chosen += _choose_random(replay.correct, correct_count, rng)
+        rewarded_wrong = [n for n in wrong if scores[n] > 0.5]
+        replay = replay.append(label_rows(rewarded_wrong, 0.0), label_rows(correct, 1.0), cfg.replay)
+    return chosen, replay
 
 
 def split_evenly(first: int, second: int, most: int) -> tuple[int, int]:
-    """How many to take of two classes of so many: half of `most` each, and more where the other has fewer."""
+    """The numbers to take from two classes of so many members: half of `most` each.
+
+    Where one class has fewer than half, the other fills the rest.
+    """
     taken = min(first, max(most // 2, most - second))
     return taken, min(second, most - taken)
 
 
 def class_weights(labels: np.ndarray) -> np.ndarray:
-    """labels f32[n] -> weights f32[n]: those of each class sum to one half, whether or not the other is there."""
+    """Labels f32[n] -> weights f32[n]; those of each class sum to one half, whether or not the other occurs."""
     counts = np.where(labels > 0.5, (labels > 0.5).sum(), (labels <= 0.5).sum())
     return (0.5 / np.maximum(counts, 1)).astype(np.float32)
 
 
-def _any(items: Sequence, count: int, rng: np.random.Generator) -> list:
+def _choose_random(items: Sequence[T], count: int, rng: np.random.Generator) -> list[T]:
+    """`count` of the items in random order, all where there are fewer."""
     return [items[i] for i in rng.permutation(len(items))[:count]]

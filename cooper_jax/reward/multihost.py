@@ -1,7 +1,11 @@
-"""The rule and a remote assistant over several hosts: each does its part, and all learn every answer.
+"""The rule verifier and a remote assistant on several hosts: each host does a part, and all get every result.
 
-Who works on what depends on the item alone, so that an item which has been judged once is known where it is asked
-for again.  With one process nothing of this is in the way (`over_hosts`).
+1. An item is assigned to a host by its content alone, so the host that judged it before has its verdict at
+   hand when it occurs again.
+2. Each host works on its own items.
+3. `result` exchanges the results as JSON between the hosts; all hosts must call it, in the same order.
+
+A run of one process uses neither class (`share_over_hosts`).
 """
 
 from __future__ import annotations
@@ -16,37 +20,44 @@ from cooper_jax.runtime import hosts
 from cooper_jax.types import Completion, Verdict
 
 
-def _digest(*parts: str) -> int:
-    """A number that is the same on every host."""
-    text = "\0".join(f"{len(p)}:{p}" for p in parts).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "big")
+def _hash_texts(*texts: str) -> int:
+    """A 128-bit number that is the same on every host, unlike Python's own hash."""
+    joined = "\0".join(f"{len(text)}:{text}" for text in texts).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(joined, digest_size=16).digest(), "big")
 
 
 class SharedPendingVerdicts:
-    """Verdicts on their way, on this host and on others."""
+    """Verdicts that are being computed on this host and on others."""
 
     def __init__(self, items: Sequence[Item], own: list[int], pending: Sequence[PendingVerdicts]):
-        """own: indices of the items that this host judges; pending: their verdicts, in that order, in parts."""
-        self._items, self._own, self._pending = items, own, pending
+        """own: indices of the items that this host judges; pending: their verdicts, in that order."""
+        self._items = items
+        self._own = own
+        self._pending = pending
         self._verdicts: list[Verdict] | None = None
 
     def result(self) -> list[Verdict]:
-        """As `Pending.result`, on every host the same; all hosts must ask."""
+        """All verdicts in the order of the items, the same on every host.  All hosts must call this."""
         if self._verdicts is None:
-            judged = []
+            own_verdicts: list[Verdict] = []
             for part in self._pending:
-                judged += part.result()
-            own = dict(zip(self._own, judged, strict=True))
-            name = f"verdicts/{_digest(*(text for item in self._items for text in item)):x}"
-            found: dict[str, str] = {}
-            for part in hosts.exchange_json(name, own):
-                found |= part
-            self._verdicts = [Verdict(found[str(i)]) for i in range(len(self._items))]
+                own_verdicts += part.result()
+
+            # The name of the exchange is a hash of the items: hosts that disagree on them do not mix results.
+            texts: list[str] = []
+            for item in self._items:
+                texts += item
+            name = f"verdicts/{_hash_texts(*texts):x}"
+            own = dict(zip(self._own, own_verdicts, strict=True))
+            verdict_of: dict[str, str] = {}
+            for verdicts in hosts.exchange_json(name, own):
+                verdict_of |= verdicts
+            self._verdicts = [Verdict(verdict_of[str(i)]) for i in range(len(self._items))]
         return self._verdicts
 
     @classmethod
     def join(cls, parts: Sequence[SharedPendingVerdicts]) -> SharedPendingVerdicts:
-        """Several submissions as one, in their order: hosts then exchange their verdicts once, not once a part."""
+        """Several submissions as one, in their order: hosts then exchange verdicts once, not once a part."""
         items: list[Item] = []
         own: list[int] = []
         pending: list[PendingVerdicts] = []
@@ -58,26 +69,27 @@ class SharedPendingVerdicts:
 
 
 class SharedRule:
-    """A RuleVerifier on each host, each for its part of the pairs; otherwise like one."""
+    """A RuleVerifier on each host, each for its part of the items, with the same methods."""
 
     def __init__(self, local: RuleVerifier):
         self._local = local
 
     def submit(self, items: Sequence[Item]) -> SharedPendingVerdicts:
-        """As `RuleVerifier.submit`; without a call of `result` nothing is exchanged."""
-        own = [i for i, item in enumerate(items) if hosts.is_assigned(_digest(*item))]
+        """Start to judge (reference, completion text) items and return at once; nothing is exchanged yet."""
+        own = [i for i, item in enumerate(items) if hosts.is_assigned(_hash_texts(*item))]
         return SharedPendingVerdicts(items, own, [self._local.submit([items[i] for i in own])])
 
     def collect(self, pending: Sequence[SharedPendingVerdicts]) -> list[Verdict]:
-        """As `RuleVerifier.collect`; all hosts must ask, for the same submissions in the same order."""
+        """The verdicts of several submissions, in order.  All hosts must call this with the same ones."""
         return SharedPendingVerdicts.join(pending).result()
 
     def check(self, items: Sequence[Item]) -> list[Verdict]:
+        """Judge items and wait for the verdicts.  All hosts must call this with the same items."""
         return self.submit(items).result()
 
 
 class SharedAssistant:
-    """An assistant on a server, asked by each host for its part of the rewrites; otherwise like it."""
+    """An assistant on a server, asked by each host for its part of the rewrites, with the same methods."""
 
     overlaps = True
 
@@ -85,28 +97,39 @@ class SharedAssistant:
         self._local = local
 
     def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
+        """One reply a request, in their order.  All hosts must call this with the same requests."""
         own = [i for i in range(len(requests)) if hosts.is_assigned(i)]
-        replies = self._local.rewrite([requests[i] for i in own])
-        said = {
-            i: {"failure": r.reason} if isinstance(r, Failure) else dataclasses.asdict(r)
-            for i, r in zip(own, replies, strict=True)
-        }
-        found: dict[str, dict] = {}
-        for part in hosts.exchange_json(f"replies/{_digest(*(str(r.ids) for r in requests)):x}", said):
-            found |= part
-        answers = (found[str(i)] for i in range(len(requests)))
-        return [Failure(a["failure"]) if "failure" in a else Completion(**a) for a in answers]
+        own_replies = self._local.rewrite([requests[i] for i in own])
+        encoded = {i: _encode_reply(reply) for i, reply in zip(own, own_replies, strict=True)}
+
+        reply_of: dict[str, dict] = {}
+        name = f"replies/{_hash_texts(*(str(request.ids) for request in requests)):x}"
+        for replies in hosts.exchange_json(name, encoded):
+            reply_of |= replies
+        return [_decode_reply(reply_of[str(i)]) for i in range(len(requests))]
 
     def close(self) -> None:
         self._local.close()
 
 
+def _encode_reply(reply: Reply) -> dict:
+    if isinstance(reply, Failure):
+        return {"failure": reply.reason}
+    return dataclasses.asdict(reply)
+
+
+def _decode_reply(encoded: dict) -> Reply:
+    if "failure" in encoded:
+        return Failure(encoded["failure"])
+    return Completion(**encoded)
+
+
 def share_over_hosts(
     rule: RuleVerifier, assistant: Assistant | None, processes: int
 ) -> tuple[RuleVerifier | SharedRule, Assistant | None]:
-    """Rule and assistant for a run of so many processes.
+    """Rule verifier and assistant for a run of so many processes; unchanged for one.
 
-    An assistant on our own devices is one program of all hosts, and stays as it is.
+    An assistant on our own devices runs as one program of all hosts, and stays as it is.
     """
     if processes == 1:
         return rule, assistant

@@ -1,27 +1,32 @@
-"""What a reward model's update minimises, in logits, and how each term moves the two members of a pair.
+"""Losses of the reward model's update, in logits, and how each term moves the two members of a pair.
 
-z is a member's logit and p = sigmoid(z) its reward; + and - mark the positive and the negative.  A pair costs
+z is a member's logit and p = sigmoid(z) its reward; + and - mark the positive and the negative.  The loss of
+a pair is
 
-    L(z+, z-) =  pair_weight  * -log sigmoid(s+ - s-)                           the contrast, s = z or s = p
-               + pair_bce     * (-log p+ - log(1 - p-)) / 2                     pointwise, the mean of the members
+    L(z+, z-) =  pair_weight  * -log sigmoid(s+ - s-)                the contrast, s = z or s = p
+               + pair_bce     * (-log p+ - log(1 - p-)) / 2          pointwise, the mean of the members
 
-and gradient descent pushes its members by -dL/dz+ and -dL/dz-.  Any two pushes are a *common* one, which moves what
-both members share (a style, a shortcut), and a *difference*, which moves what sets them apart (the answer):
+and gradient descent moves its members by -dL/dz+ and -dL/dz-.  Any two pushes are a *common* one, which
+moves what both members share (a style, a shortcut), and a *difference*, which moves what sets them apart (the
+answer):
 
     common = -(dL/dz+ + dL/dz-) / 2          difference = -(dL/dz+ - dL/dz-) / 2
 
-    term                      dL/dz+                    dL/dz-                   common
-    contrast on logits        -g                        g                        0
-    contrast on rewards       -g p+ (1 - p+)            g p- (1 - p-)            g (p+ (1 - p+) - p- (1 - p-)) / 2
-    pointwise                 -(1 - p+) / 2             p- / 2                   (1 - p+ - p-) / 4
+    term                  dL/dz+              dL/dz-             common
+    contrast on logits    -g                  g                  0
+    contrast on rewards   -g p+ (1 - p+)      g p- (1 - p-)      g (p+ (1 - p+) - p- (1 - p-)) / 2
+    pointwise             -(1 - p+) / 2       p- / 2             (1 - p+ - p-) / 4
 
-with g = sigmoid(s- - s+).  So a contrast on logits cannot unlearn a shortcut that stands in both members, and is
-content when their answers tell them apart; one on rewards moves the common mode down where the positive is the less
-free to move (p+ nearer to 1 than p-), up where the negative is, and not at all where both are saturated; the
-pointwise term pulls p+ + p- to 1 whatever the saturation of a wrong member.
+with g = sigmoid(s- - s+).  Three consequences:
 
-Sources: the contrast is Cooper's (arXiv 2508.05613), on logits as its released code has it; the pointwise term is
-the cross-entropy that VerifyRM is trained with there, here on the members of pairs (ours).
+* A contrast on logits cannot unlearn a shortcut that both members contain: its common push is 0, and its loss
+  falls to 0 once their answers tell them apart.
+* A contrast on rewards moves the common mode down where the positive is the more saturated member, up where
+  the negative is, and not at all where both are.
+* The pointwise term pulls p+ + p- to 1, however saturated a wrong member is.
+
+Sources: the contrast is Cooper's (arXiv 2508.05613), on logits as its released code has it; the pointwise
+term is the cross-entropy that VerifyRM is trained with there, here on the members of pairs (ours).
 """
 
 from __future__ import annotations
@@ -45,35 +50,36 @@ class RewardUpdateConfig:
     remat: bool  # recompute each layer's activations in the backward pass
     microbatch: int  # pairs, or rows, in one forward and backward pass
     pair_loss: str  # the contrast: one of PAIR_LOSSES
-    pair_weight: float  # of the contrast
+    pair_weight: float  # weight of the contrast
     pair_bce: float  # weight of cross-entropy on the members of pairs
-    rollout_bce: float  # weight of cross-entropy on rollouts that the rule decides
-    rollout_rows: int  # of them, so many of a step at most
-    replay: int  # past decided rollouts that are kept, of each class
-    replay_rows: int  # of them, so many join each update's rollouts
-    updates: int  # a policy step
-    warm_start: int  # updates before the first policy step
+    rollout_bce: float  # weight of cross-entropy on rollouts that the rule labels
+    rollout_rows: int  # labelled rollouts of a step, at most
+    replay: int  # labelled rollouts of earlier steps that are kept, of each class
+    replay_rows: int  # kept rollouts that join each update's rows, at most
+    updates: int  # updates a policy step
+    warmup_updates: int  # updates before the first policy step
 
     def __post_init__(self) -> None:
         weights = ("pair_weight", "pair_bce", "rollout_bce")
-        counts = ("rollout_rows", "replay", "replay_rows", "warm_start")
+        counts = ("rollout_rows", "replay", "replay_rows", "warmup_updates")
         problems = [
             *typed_config.find_unknown(self.pair_loss, "reward.pair_loss", PAIR_LOSSES),
             *typed_config.find_small(self, "reward", 1, ("microbatch", "updates")),
             *typed_config.find_small(self, "reward", 0, (*weights, *counts)),
         ]
 
-        if self.rollout_bce and self.rollout_rows + (self.replay_rows if self.replay else 0) < 1:
+        rows = self.rollout_rows + (self.replay_rows if self.replay else 0)
+        if self.rollout_bce and rows < 1:
             problems.append(
-                f"reward.rollout_rows={self.rollout_rows}: reward.rollout_bce={self.rollout_bce} needs rows; set "
-                "--config.reward.rollout_rows=64"
+                f"reward.rollout_rows={self.rollout_rows}: reward.rollout_bce={self.rollout_bce} needs rows; "
+                "set --config.reward.rollout_rows=64"
             )
-        # Replayed rows are read by the term rollout_bce alone.
+        # Only the term rollout_bce reads replayed rows.
         if bool(self.replay) != bool(self.replay_rows) or (self.replay and not self.rollout_bce):
             problems.append(
                 f"reward.replay={self.replay}, reward.replay_rows={self.replay_rows}, "
-                f"reward.rollout_bce={self.rollout_bce}: what is kept is shown again in the term rollout_bce; set "
-                "all three, or neither of the first two"
+                f"reward.rollout_bce={self.rollout_bce}: only the term rollout_bce reads the rows that are kept; "
+                "set all three, or neither of the first two"
             )
         typed_config.raise_problems(problems)
 
@@ -98,8 +104,9 @@ def bce_loss(z: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
 
         loss = - sum_i w_i (y_i log sigmoid(z_i) + (1 - y_i) log(1 - sigmoid(z_i)))
 
-    Rows of weight 0 count for nothing, whatever their logit.
+    Rows of weight 0 reach neither loss nor gradient, whatever their logit, NaN included.
     """
+    # `where` on the inputs too: 0 * NaN is NaN, also in the backward pass.
     used = weights > 0
     z = jnp.where(used, z, 0.0)
     y = jnp.where(used, labels, 0.0)
@@ -112,7 +119,7 @@ def pair_loss(z_pos: jax.Array, z_neg: jax.Array, kind: str) -> jax.Array:
 
         loss = - log sigmoid(s_pos - s_neg),   s = z ("logit") or sigmoid(z) ("sigmoid")
 
-    Gradients: the module's table.  Raises ValueError for another kind.
+    Gradients: the table in the module's docstring.  Raises SetupError, a ValueError, for another kind.
     """
     typed_config.raise_problems(typed_config.find_unknown(kind, "reward.pair_loss", PAIR_LOSSES))
     if kind == "logit":
@@ -120,32 +127,36 @@ def pair_loss(z_pos: jax.Array, z_neg: jax.Array, kind: str) -> jax.Array:
     return -jax.nn.log_sigmoid(rewards_from_logits(z_pos) - rewards_from_logits(z_neg))
 
 
-def member_loss(z_pos: jax.Array, z_neg: jax.Array) -> jax.Array:
-    """Pointwise cross-entropy of each pair, the mean of its two members: f32[B] of f32[B] logits."""
+def pointwise_pair_loss(z_pos: jax.Array, z_neg: jax.Array) -> jax.Array:
+    """Pointwise cross-entropy of each pair, the mean over its two members: f32[B] of f32[B] logits.
+
+    loss = -(log sigmoid(z_pos) + log(1 - sigmoid(z_neg))) / 2
+    """
     return -(jax.nn.log_sigmoid(z_pos) + jax.nn.log_sigmoid(-z_neg)) / 2
 
 
 def pair_terms(
     z_pos: jax.Array, z_neg: jax.Array, cfg: RewardUpdateConfig
 ) -> dict[str, tuple[float, jax.Array]]:
-    """The terms that weigh something, by the names of their metrics: (weight, f32[B]).
+    """The pair loss's terms with a weight other than 0: name of the metric -> (weight, unweighted f32[B]).
 
-    What weighs nothing is not computed.
+    The other terms are not computed.
     """
     terms = {}
     if cfg.pair_weight:
         terms["pair_loss"] = cfg.pair_weight, pair_loss(z_pos, z_neg, cfg.pair_loss)
     if cfg.pair_bce:
-        terms["pair_bce"] = cfg.pair_bce, member_loss(z_pos, z_neg)
+        terms["pair_bce"] = cfg.pair_bce, pointwise_pair_loss(z_pos, z_neg)
     return terms
 
 
 def pair_gradients(
     z_pos: jax.Array, z_neg: jax.Array, cfg: RewardUpdateConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """(dL/dz_pos, dL/dz_neg) of each pair's whole loss, f32[B] each: the module's table, weighted.
+    """The gradients (dL/dz_pos, dL/dz_neg) of each pair's whole loss, f32[B] each, for metrics.
 
-    jax.grad of `pair_terms` differs by rounding (up to 7e-7); the table keeps logged pushes the same bit for bit.
+    Computed by the weighted table in the module's docstring.  jax.grad of `pair_terms` differs by rounding
+    (up to 7e-7).
     """
     p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)
     if cfg.pair_loss == "logit":

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from cooper_jax.data import seen_questions
-from cooper_jax.model import weights
+from cooper_jax.model import weight_export
 from cooper_jax.reward_training import rm_report, rm_setup
 from cooper_jax.reward_training.examples import UNNAMED
 from cooper_jax.runtime import hosts, remote_files
@@ -77,7 +77,7 @@ def export_best_model(job: rm_setup.Job, params: Any, folder: Path) -> None:
     staged, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("staged", "old"))
     with tempfile.TemporaryDirectory() as tokenizer:
         model.tokenizer.save(tokenizer)
-        weights.save_pretrained(
+        weight_export.save_pretrained(
             staged,
             model.config,
             params,

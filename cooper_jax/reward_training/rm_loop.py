@@ -36,7 +36,8 @@ from cooper_jax.runtime import checkpoint, hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.extras import import_extra
 from cooper_jax.runtime.metrics import Progress, parse_numbers, to_host, to_jsonable
-from cooper_jax.runtime.run_directory import RunDirectory, check_shared, config_hash, run_path
+from cooper_jax.runtime.run_directory import RunDirectory, check_shared, run_path
+from cooper_jax.runtime.stored_config import config_hash
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Metrics, Params, TrainState
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax.runtime.run_directory import flatten_config
+from cooper_jax.runtime.stored_config import flatten_config
 from cooper_jax.settings.config_fields import describe_unknown_field
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.recipes import RECIPES
@@ -23,7 +23,7 @@ from cooper_jax.trainer.recipes import RECIPES
 START = "start"  # the folder of the supervised phases that a seed's arms share; no arm may have this name
 
 # Fields that the study sets or that are the same in all arms.  One that ends in a dot stands for a section.
-NOT_AN_ARMS = ("name", "seed", "steps", "run_dir", "resume", "warmup.", "eval.")
+NOT_AN_ARMS = ("name", "seed", "steps", "run_dir", "resume", "supervised.", "eval.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Arm:
     )  # dotted field -> factor on the base's
 
 
-_FROZEN = {"reward.arm": "model", "reward.recipe": "", "reward.warm_start": 0}
+_FROZEN = {"reward.arm": "model", "reward.recipe": "", "reward.warmup_updates": 0}
 _ROBUST = {"reward.arm": "cooper", "reward.recipe": "robust"}
 _REWRITES = {"reward.arm": "cooper", "pairs.per_prompt": 3}  # as many pairs as robust has
 # Cross-entropy on rollouts, with the rule's verdicts as labels.
@@ -63,7 +63,9 @@ ARMS = {
         ),
         Arm("robust", "Cooper with our recipe: cross-entropy on the pairs as well", _ROBUST),
         # Controls: simpler remedies than updating the reward model.
-        Arm("frozen_guard", "frozen; no reward without an answer", _FROZEN | {"reward.guard": True}),
+        Arm(
+            "frozen_guard", "frozen; no reward without an answer", _FROZEN | {"reward.answer_required": True}
+        ),
         Arm("frozen_kl10", "frozen; KL coefficient x 10", _FROZEN, {"policy.kl_coef": 10.0}),
         Arm("frozen_kl100", "frozen; KL coefficient x 100", _FROZEN, {"policy.kl_coef": 100.0}),
         Arm(
@@ -71,7 +73,9 @@ ARMS = {
             "frozen; group standard deviation at least 0.1",
             _FROZEN | {"policy.std_floor": 0.1},
         ),
-        Arm("either", "frozen; reward 1 where the rule says correct", _FROZEN | {"reward.either": True}),
+        Arm(
+            "either", "frozen; reward 1 where the rule says correct", _FROZEN | {"reward.rule_or_model": True}
+        ),
         # Ablations: the parts of robust.
         Arm(
             "bce",
@@ -90,7 +94,7 @@ ARMS = {
             _REWRITES | {"reward.recipe": "sigmoid", "reward.pair_bce": 2.0},
         ),
         Arm("no_bce", "robust without its cross-entropy term", _ROBUST | {"reward.pair_bce": 0.0}),
-        Arm("no_warm", "robust without its updates before step 1", _ROBUST | {"reward.warm_start": 0}),
+        Arm("no_warm", "robust without its updates before step 1", _ROBUST | {"reward.warmup_updates": 0}),
         Arm(
             "no_swap",
             "robust without reference swaps",

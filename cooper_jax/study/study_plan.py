@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.runtime import output_folder
 from cooper_jax.runtime.checkpoint import list_steps
-from cooper_jax.runtime.run_directory import flatten_config, must_stay
+from cooper_jax.runtime.stored_config import flatten_config, must_stay
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.study import arms as study_arms
 from cooper_jax.study.arms import START, Arm
@@ -94,7 +94,7 @@ class Study:
         owners = {
             "seed": "--seeds",
             "run_dir": "--out",
-            "warmup.start": "each seed's own start",
+            "supervised.start_from": "each seed's own start",
             "resume": "single runs",
         }
         for field in self.given:
@@ -139,7 +139,7 @@ class Study:
         if arm is None:
             own |= {"steps": 0, "eval.every": 0}
         else:
-            own["warmup.start"] = str(self.run_folder(START, seed))
+            own["supervised.start_from"] = str(self.run_folder(START, seed))
         if "log.tensorboard" not in self.given:
             own["log.tensorboard"] = False  # nobody reads the event files of so many runs
         cfg.update_from_flattened_dict(own)
@@ -167,7 +167,7 @@ class Study:
         shared = {
             f: v
             for f, v in known.items()
-            if f == "steps" or (must_stay(f) and f not in ("seed", "warmup.start"))
+            if f == "steps" or (must_stay(f) and f not in ("seed", "supervised.start_from"))
         }
         self.out.mkdir(parents=True, exist_ok=True)
         output_folder.check_same_settings(self.out, shared, begun=any(self.out.glob("seed_*")))

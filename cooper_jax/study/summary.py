@@ -26,7 +26,7 @@ LAST = 3  # evaluations whose mean is the end
 LAST_STEPS = 10  # steps whose mean is the end of a quantity of every step
 DIP = 0.8  # share of the start below which a run has dipped
 PLAIN = "rule"  # the arm that the others are compared with
-FROZEN = "frozen"  # the arm whose reward model is the one that all begin with, before any warm start
+FROZEN = "frozen"  # the arm whose reward model is the one that all begin with, before any warm-up
 SUBJECTS = ("accuracy", "accuracy_number", "accuracy_words")  # held-out problems: all, and by kind
 HELD_OUT = ("rm_original", "rm_balanced")  # labelled completions that are the same for all arms
 
