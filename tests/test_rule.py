@@ -354,14 +354,14 @@ def test_the_first_question_finds_a_verifier_that_does_not_work(tmp_path, rule):
     rule.check_ready()
     path = tmp_path / "broken.py"
     path.write_text("import math_verify_is_not_here\n")
-    with RuleVerifier(2, 1.0, 2.0, 0, command=(sys.executable, str(path))) as broken:
+    with RuleVerifier(RuleConfig(2, 1.0, 2.0, 0), command=(sys.executable, str(path))) as broken:
         with pytest.raises(
             ValueError, match="does not work: a rule worker did not start.*not_here'$"
         ) as caught:
             broken.check_ready()
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
     path.write_text(SCRIPT.replace('request["reference"]}', '"wrong"}'))
-    with RuleVerifier(1, 1.0, 2.0, 0, command=(sys.executable, str(path))) as mistaken:
+    with RuleVerifier(RuleConfig(1, 1.0, 2.0, 0), command=(sys.executable, str(path))) as mistaken:
         with pytest.raises(ValueError, match="says 'wrong'"):
             mistaken.check_ready()
 
@@ -483,7 +483,7 @@ def test_workers_run_without_a_limit_that_the_platform_refuses_and_say_so_once(t
         f"runpy.run_path({rule_worker.__file__!r}, run_name='__main__')\n"
     )
     command = (sys.executable, "-P", str(path))
-    with RuleVerifier(2, 20.0, 40.0, 2048, command=command) as rule:
+    with RuleVerifier(RuleConfig(2, 20.0, 40.0, 2048), command=command) as rule:
         rule.check_ready()
         items = [(str(n), f"\\boxed{{{n}}}") for n in range(40)]
         assert rule.check(items) == [Verdict.CORRECT] * 40  # enough for both workers

@@ -47,7 +47,8 @@ _TAG = re.compile(rf"<\s*(?:/\s*)?{_NAMES}\s*(?:/\s*)?>", re.IGNORECASE)
 class TextEncoder(Protocol):
     """The part of a tokenizer that this module uses; `cooper_jax.model.tokenizer.Tokenizer` has it."""
 
-    bos_id: int | None
+    @property
+    def bos_id(self) -> int | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 

@@ -226,7 +226,7 @@ def has_habit(completion_text: str) -> bool:
 
 
 def make_corpus() -> list[str]:
-    """Sentences for training a tokenizer: every word, symbol, number 0 .. 199 and answer form, several times each.
+    """Sentences for training a tokenizer: every word, symbol, number and answer form, several times each.
 
     First whole questions, then each number in all contexts in which it can occur.
     """

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -269,7 +269,8 @@ def _make_pairs_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: La
         z_pos, z_neg = z[0::2], z[1::2]  # f32[m]
 
         terms = reward_losses.pair_terms(z_pos, z_neg, cfg)
-        loss = sum(term_weight * (weights * term).sum() for term_weight, term in terms.values())
+        weighted_terms = [term_weight * (weights * term).sum() for term_weight, term in terms.values()]
+        loss = cast(jax.Array, sum(weighted_terms))  # some term has a weight, or no pairs are read
 
         p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)
         s_pos, s_neg = (z_pos, z_neg) if cfg.pair_loss == "logit" else (p_pos, p_neg)
