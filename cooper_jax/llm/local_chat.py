@@ -69,6 +69,8 @@ def make_local_generate(
         lengths = {f"{name}.max_prompt_tokens": chat_cfg.max_prompt_tokens, **lengths}
     model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed, lengths)
     params = engine.copy_rollout_weights(params, model.config, layout, section.dtype)
+
+    # One reply a conversation, without top-k; further tries have random keys of their own.
     spec = engine.SamplingSpec(
         temperature=chat_cfg.temperature,
         top_k=0,
