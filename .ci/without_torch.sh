@@ -29,9 +29,9 @@ PROBLEMS
 "$python" launch/train.py --config=configs/smollm2_135m.py --config.data.train="$out/problems.jsonl" \
     --config.steps=1 --config.run_dir="$out/smollm2" --config.data.prompts_per_step=2 --config.rollout.group_size=4 \
     --config.policy.num_layers=2 --config.assistant.num_layers=2 --config.reward.num_layers=2 \
-    --config.warmup.reward_steps=2 --config.warmup.reward_batch=4 --config.pairs.tries=2
+    --config.supervised.reward_steps=2 --config.supervised.reward_batch=4 --config.pairs.tries=2
 "$python" launch/train.py --config=configs/tiny.py --config.steps=2 --config.run_dir="$out/tiny" \
-    --config.warmup.policy_steps=5 --config.warmup.reward_steps=5 --config.reward.warm_start=1
+    --config.supervised.policy_steps=5 --config.supervised.reward_steps=5 --config.reward.warmup_updates=1
 
 for run in smollm2:1 tiny:2; do # each wrote a row of metrics for every step
     last=$(tail -n 1 "$out/${run%:*}/metrics.jsonl")

@@ -13,7 +13,21 @@ Without a recipe the reward model is updated as in the authors' released code, w
 miniature; a run says so in one line.  `robust` is our recipe.  docs/method.md says which of the two to take.
 
 Comments name the source of each value: "paper"; "released" (the authors' code, github.com/zju-real/cooper); "ours"
-(neither of them gives it, or gives another one).
+(neither of them gives it, or gives another one).  Values that stay as in configs/base.py:
+
+    paper      rollout: group_size = 16, temperature = 1
+    released   data.max_prompt_tokens = 512, rollout.max_new_tokens = 512
+               policy: lr = 1e-6, warmup_steps = 20, aggregation = token_mean, dual_clip = 3, kl_coef = 0.001,
+               kl_clamp = 10, epochs = 1, minibatches = 1 (the minibatch is the whole batch)
+               reward: lr = 1e-5, pair_loss = logit; weight_decay = 0.01 of both optimisers
+               assistant.temperature = 0.7, pairs.tries = 3
+    ours       steps = 180: the authors' published curves end there; the released example trains for 15 epochs
+               data.prompts_per_step = 128; the released example, for one GPU, has 4
+               data.instruction, policy.microbatch = 64, reward.max_tokens = 2048
+               reward.optimiser.warmup_steps = 0; released: 1 % of the run's steps
+               assistant.top_p = 0.95; released: not set
+               assistant.max_new_tokens = 512; released: the positive's number of words + 500
+               eval.every = 20 steps, on eval.problems = 256
 """
 
 from cooper_jax.configs import base
@@ -35,44 +49,21 @@ SHAPE = dict(
 def get_config():
     c = base.get_config()
     c.name = "qwen_1p5b"
-    c.steps = 180  # ours: the authors' published curves end here; the released example trains for 15 epochs
-
-    # Unchanged from base.py and released: weight_decay = 0.01 of both optimisers, assistant.temperature = 0.7 and
-    # pairs.tries = 3.  Unchanged and ours: data.instruction; reward.optimiser.warmup_steps = 0 (released: 1 % of
-    # the run's steps); assistant.top_p = 0.95 (released: not set) and assistant.max_new_tokens = 512 (released: the
-    # positive's number of words + 500); eval.every = 20 steps on eval.problems = 256.
 
     # The training file is ours to choose: GSM8K's training problems, as in the released example.
-    c.data.prompts_per_step = 128  # ours; the released example, for one GPU, has 4
     # Without --config.data.eval=FILE these are held out of the training file, so that a run always has a curve.
     c.data.eval_from_train = 256  # ours
-    c.data.max_prompt_tokens = 512  # released
 
-    c.rollout.group_size = 16  # paper
-    c.rollout.temperature = 1.0  # paper
-    c.rollout.max_new_tokens = 512  # released
     c.rollout.dtype = "bfloat16"  # ours
 
-    c.policy.weights = "Qwen/Qwen2.5-1.5B-Instruct"
+    c.policy.weights = "Qwen/Qwen2.5-1.5B-Instruct"  # paper
     c.policy.arch.update(SHAPE, rope_theta=1e6)
     c.policy.vocab_multiple = 2048  # for mesh.tensor up to 8
     c.policy.dtype = "bfloat16"
-    c.policy.optimiser.lr = 1e-6  # released, like the next five
-    c.policy.optimiser.warmup_steps = 20
-    c.policy.aggregation = "token_mean"
-    c.policy.dual_clip = 3.0
-    c.policy.kl_coef = 0.001
-    c.policy.kl_clamp = 10.0
-    c.policy.epochs = 1  # released
-    c.policy.minibatches = 1  # released example: the minibatch is the whole batch
-    c.policy.microbatch = 64
 
     c.reward.weights = ""  # a VerifyRM directory; no default, because an untrained head must not go unnoticed
-    c.reward.arch.update(SHAPE, rope_theta=1e4)  # Qwen2.5-Math-1.5B's trunk
+    c.reward.arch.update(SHAPE, rope_theta=1e4)  # of Qwen2.5-Math-1.5B
     c.reward.dtype = "bfloat16"
-    c.reward.optimiser.lr = 1e-5  # released
-    c.reward.max_tokens = 2048  # ours
-    c.reward.pair_loss = "logit"  # released
 
     c.eval.samples = 8  # paper, like the next two
     c.eval.temperature = 0.7

@@ -54,10 +54,10 @@ def get_config():
     c.annotate.batch = 16
     c.annotate.balance = "off"  # one of the two classes is almost empty
 
-    c.warmup.reward_steps = 20
-    c.warmup.reward_batch = 16
-    c.warmup.reward_optimiser.lr = 1e-4
-    c.warmup.reward_optimiser.warmup_steps = 5
+    c.supervised.reward_steps = 20
+    c.supervised.reward_batch = 16
+    c.supervised.reward_optimiser.lr = 1e-4
+    c.supervised.reward_optimiser.warmup_steps = 5
 
     c.eval.every = 0
     c.checkpoint.every = 3

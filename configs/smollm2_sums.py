@@ -6,9 +6,9 @@ two CPU cores (docs/results.md, "Real text").
     R=--config.reward.weights=runs/verifyrm_smollm2/best        # configs/verifyrm_smollm2.py makes it
     python launch/train.py --config=configs/smollm2_sums.py $R --config.steps=0 \\
         --config.data.train=sums/imitate.jsonl --config.reward.arm=model --config.run_dir=runs/sums/start
-    python launch/train.py --config=configs/smollm2_sums.py $R --config.warmup.start=runs/sums/start \\
+    python launch/train.py --config=configs/smollm2_sums.py $R --config.supervised.start_from=runs/sums/start \\
         --config.reward.recipe=robust --config.run_dir=runs/sums/robust
-    python launch/train.py --config=configs/smollm2_sums.py $R --config.warmup.start=runs/sums/start \\
+    python launch/train.py --config=configs/smollm2_sums.py $R --config.supervised.start_from=runs/sums/start \\
         --config.reward.arm=model --config.run_dir=runs/sums/frozen
 
 The first run imitates worked solutions of one line, 600 draws of 260, after which the policy answers one problem in
@@ -44,11 +44,11 @@ def get_config():
     c.assistant.kind = "corrupt"
     c.pairs.tries = 3
 
-    c.warmup.policy_steps = 75
-    c.warmup.policy_batch = 8
-    c.warmup.policy_optimiser.lr = 1e-4
-    c.warmup.policy_optimiser.warmup_steps = 10
-    c.warmup.reward_steps = 0
+    c.supervised.policy_steps = 75
+    c.supervised.policy_batch = 8
+    c.supervised.policy_optimiser.lr = 1e-4
+    c.supervised.policy_optimiser.warmup_steps = 10
+    c.supervised.reward_steps = 0
 
     c.eval.every = 5
     c.eval.problems = 64

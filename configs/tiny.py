@@ -52,18 +52,16 @@ def get_config():
     c.reward.optimiser.lr = 5e-4
     c.reward.max_tokens = 96
     c.reward.recipe = "robust"  # ours; or released, sigmoid: docs/reward_updates.md
-    c.assistant.kind = "corrupt"
 
-    c.warmup.policy_steps = 1000
-    c.warmup.policy_batch = 32
-    c.warmup.policy_optimiser.lr = 2e-3
-    c.warmup.policy_corrupt = 0.4
-    c.warmup.policy_habit = (0.1, 0.1)
-    c.warmup.reward_steps = 2000
-    c.warmup.reward_batch = 32
-    c.warmup.reward_habit = (0.5, 0.05)
+    c.supervised.policy_steps = 1000
+    c.supervised.policy_batch = 32
+    c.supervised.policy_optimiser.lr = 2e-3
+    c.supervised.policy_corrupt = 0.4
+    c.supervised.policy_habit = (0.1, 0.1)
+    c.supervised.reward_steps = 2000
+    c.supervised.reward_batch = 32
+    c.supervised.reward_habit = (0.5, 0.05)
 
-    c.eval.every = 20
     c.eval.problems = 1024
     c.eval.greedy = True
     c.eval.reward_rows = 4096

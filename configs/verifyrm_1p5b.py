@@ -8,7 +8,13 @@ completions of 7 data sets by 11 models, kept where a rule verifier and a langua
 makes such data anew.  The paper reports 89.42 % on VerifyBench.
 
 Comments name the source of each value: "paper"; "released" (the authors' train_VerifyRM/train.py, with the defaults
-of the transformers Trainer that it relies on); "ours" (another value, or one that they need not give).
+of the transformers Trainer that it relies on); "ours" (another value, or one that they need not give).  Values that
+stay as in configs/base.py:
+
+    released   train_rm: epochs = 3, lr = 2e-5, weight_decay = 0.01, max_characters = 8000, decay = linear.  The
+               Trainer leaves biases and norms out of weight decay; this project decays all parameters.
+    ours       reward.max_tokens = 2048, about 8,000 characters of mathematics; released: 8192
+               train_rm.optimiser.warmup_steps = 20; released: none
 """
 
 from cooper_jax.configs import base
@@ -23,18 +29,10 @@ def get_config():
     c.reward.arch.update(SHAPE, rope_theta=1e4)
     c.reward.vocab_multiple = 2048  # for mesh.tensor up to 8
     c.reward.dtype = "bfloat16"  # released; master weights are float32
-    c.reward.max_tokens = 2048  # ours: about 8,000 characters of mathematics; released: 8192
     c.reward.microbatch = 16  # ours: 32,768 tokens in one pass, over all devices
     c.data.bucket = 128
 
-    c.train_rm.epochs = 3  # released, like the next three values
-    c.train_rm.optimiser.lr = 2e-5
-    # The Trainer leaves biases and norms out of weight decay; this project decays all parameters.
-    c.train_rm.optimiser.weight_decay = 0.01
-    c.train_rm.max_characters = 8000
     c.train_rm.batch = 512  # ours: 344 updates of 58.7K rows; the released 16,384 would make 11
-    c.train_rm.optimiser.warmup_steps = 20  # ours; released: none
-    c.train_rm.decay = "linear"  # released: the Trainer's default
     c.train_rm.widths = 8
     c.train_rm.eval_every = 50  # ours; released: no evaluation
 

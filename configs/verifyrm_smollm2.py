@@ -24,7 +24,6 @@ def get_config():
     c.reward.dtype = "bfloat16"  # three quarters of float32's time on CPUs with bfloat16 instructions
     c.reward.max_tokens = 384
     c.reward.microbatch = 4  # 1,536 tokens keep two cores busy; more rows would mean more padding
-    c.data.bucket = 64
 
     c.train_rm.attacked = 0.15
     c.train_rm.batch = 16

@@ -1,9 +1,9 @@
-"""What flows between the stages of a Cooper step.  Text and arrays never share a container.
+"""Data passed between the stages of a Cooper step.  Text and arrays never share a container.
 
 Axis legend, for the whole project:
 
     B  prompts in a step               P  prompt tokens
-    G  samples a prompt                T  response (completion) tokens
+    G  samples per prompt              T  response (completion) tokens
     N  = B * G rows, prompt-major      S  tokens of a whole row (P + T, or a reward model's input)
     D  width   H  query heads   K  key/value heads   h  head_dim   F  feed-forward width
     L  layers  V  vocabulary (padded)
@@ -28,76 +28,69 @@ Metrics = dict[str, float]  # slash-grouped names -> host floats
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A question with its reference answer.
-
-    `solution` is a worked solution where the data has one (GSM8K, the synthetic problems); it feeds the
-    short supervised phases and never the reward.  `id` says where the row came from, for messages.  `subject` and
-    `level` are the data's own, "" where they have none: evaluations are broken down by them.
-    """
+    """A question with its reference answer."""
 
     question: str
     reference: str
-    solution: str = ""
-    id: str = ""
-    subject: str = ""
+    solution: str = ""  # worked solution, if the data has one; for supervised phases, never for the reward
+    id: str = ""  # origin of the row, for messages
+    subject: str = ""  # evaluations are broken down by subject and level, if the data has them
     level: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One sampled response as text.  `truncated`: it hit the length limit, no EOS was sampled."""
+    """One sampled response as text."""
 
     text: str
-    truncated: bool = False
+    truncated: bool = False  # the length limit was reached before an EOS was sampled
     tokens: int = 0
 
 
 class Verdict(enum.StrEnum):
-    """The rule verifier's answer.  Only the decidable ones may label anything; the rest abstain."""
+    """The rule verifier's verdict.  Only decidable ones may be used as labels; the others abstain."""
 
     CORRECT = "correct"
-    WRONG = "wrong"  # an answer of a recognised form that is unequal to the reference
+    WRONG = "wrong"  # an answer of a recognised form that differs from the reference
     NO_ANSWER = "no_answer"
-    UNRECOGNISED = "unrecognised"  # an answer (or a reference) of a form the rule cannot compare
+    UNRECOGNISED = "unrecognised"  # an answer or a reference of a form that the rule cannot compare
     TIMEOUT = "timeout"
 
     @property
     def decidable(self) -> bool:
+        """True if the verdict may be used as a label."""
         return self in (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER)
 
 
 @dataclasses.dataclass(frozen=True)
 class Triple:
-    """What the reward model reads, with the label that it should give (1.0 correct, 0.0 not).
-
-    The rest says where it comes from, "" where the data do not: `id` of the row, `source` (a data set), `model`
-    (who wrote the completion), `kind` (of answer).
-    """
+    """A reward-model input (question, reference, completion) with its label and origin ("" if unknown)."""
 
     question: str
     reference: str
     completion: str
-    label: float = 0.0
-    id: str = ""
-    source: str = ""
-    model: str = ""
-    kind: str = ""
+    label: float = 0.0  # 1.0 correct, 0.0 not
+    id: str = ""  # of the row
+    source: str = ""  # data set
+    model: str = ""  # that wrote the completion
+    kind: str = ""  # of answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A contrastive pair: both members answer the same problem and render alike but for what sets them apart.
+    """A contrastive pair: a correct and a wrong completion of one problem, rendered by the same template.
 
-    That is their text; or, where one of the references below is not empty, the reference beside one text.
+    The members differ in their text.  If one of the references below is not empty, they have the same text
+    and differ in the reference.
     """
 
     problem: Problem
     positive: str
     negative: str
-    row: int  # the rollout row that the positive came from
-    positive_reference: str = ""  # beside the positive, in place of the problem's own
-    negative_reference: str = ""  # beside the negative, likewise
-    exchanged: bool = False  # a control: the update takes each member for the other
+    row: int  # rollout row of the positive
+    positive_reference: str = ""  # replaces the problem's reference in the positive
+    negative_reference: str = ""  # replaces the problem's reference in the negative
+    exchanged: bool = False  # a control: the update swaps the members
 
 
 # --- arrays: pytrees ---------------------------------------------------------------------------------
@@ -109,21 +102,21 @@ class Rollout:
 
     tokens: jax.Array  # i32[N, T]
     mask: jax.Array  # bool[N, T]: sampled tokens, the EOS included
-    logprobs: jax.Array  # f32[N, T]: under the distribution sampled from (after T, top-k, top-p)
+    logprobs: jax.Array  # f32[N, T]: under the distribution sampled from (after temperature, top-k, top-p)
     finished: jax.Array  # bool[N]: an EOS was sampled; False means truncated
 
 
 @struct.dataclass
 class PolicyBatch:
-    """The rows that a GRPO update reads.  Prompts are left-padded, so responses start at the same column P."""
+    """Rows of a GRPO update.  Prompts are left-padded, so that all responses start at column P."""
 
     tokens: jax.Array  # i32[N, P + T]
     valid: jax.Array  # bool[N, P + T]
     response_mask: jax.Array  # bool[N, T]
     advantages: jax.Array  # f32[N]
-    old_logprobs: jax.Array  # f32[N, T]: the policy's before this step; read where a step has several updates
-    ref_logprobs: jax.Array  # f32[N, T]: the frozen reference's
-    rollout_logprobs: jax.Array  # f32[N, T]: the sampler's own, for the mismatch metric
+    old_logprobs: jax.Array  # f32[N, T]: of the policy before this step; used if a step has several updates
+    ref_logprobs: jax.Array  # f32[N, T]: of the frozen reference
+    rollout_logprobs: jax.Array  # f32[N, T]: of the rollout engine, for the mismatch metric
 
 
 @struct.dataclass
@@ -136,7 +129,7 @@ class ScoreBatch:
 
 @struct.dataclass
 class PairBatch:
-    """Contrastive pairs; masked rows weigh nothing."""
+    """Contrastive pairs; masked rows have no weight."""
 
     positive: ScoreBatch
     negative: ScoreBatch
@@ -145,7 +138,7 @@ class PairBatch:
 
 @struct.dataclass
 class LabelledBatch:
-    """Rows with the label that the reward model should give; rows of weight 0 count for nothing."""
+    """Labelled reward-model inputs; rows of weight 0 are padding."""
 
     rows: ScoreBatch
     labels: jax.Array  # f32[N]: 1 correct, 0 not
@@ -154,9 +147,9 @@ class LabelledBatch:
 
 @struct.dataclass
 class TrainState:
-    """f32 master weights with their optimiser."""
+    """f32 master weights and optimiser state."""
 
     params: Params
     opt_state: Any
     updates: jax.Array  # i32[]: updates applied
-    skipped: jax.Array  # i32[]: updates left out because loss or gradients were not finite
+    skipped: jax.Array  # i32[]: updates skipped because the loss or gradients were not finite

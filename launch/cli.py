@@ -1,6 +1,6 @@
-"""The console script `cooper-jax`: runs one of the launch scripts, with a shipped config by its bare name.
+"""Console script `cooper-jax`, which runs the launch scripts as subcommands.
 
-cooper-jax train --config=tiny --config.steps=2       as python launch/train.py --config=configs/tiny.py ...
+cooper-jax train --config=tiny --config.steps=2       as python launch/train.py --config=tiny ...
 cooper-jax train --config=path/to/mine.py
 cooper-jax train --help
 """
@@ -8,9 +8,7 @@ cooper-jax train --help
 import ast
 import runpy
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from cooper_jax import __version__
 
@@ -39,9 +37,10 @@ def main() -> None:
         return
 
     if words[0] not in COMMANDS:
-        fail(f"{words[0]}: not a subcommand; there are {', '.join(COMMANDS)}")
-    sys.argv = [f"cooper-jax {words[0]}", *resolve_configs(words[1:])]
-    # As __main__, for that is how the scripts tell absl which flags are theirs.
+        print(f"error: {words[0]}: not a subcommand; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"cooper-jax {words[0]}", *words[1:]]
+    # Run as __main__: the scripts define some flags, and absl finds the script's own, by that name.
     runpy.run_module(f"cooper_jax.launch.{words[0]}", run_name="__main__", alter_sys=True)
 
 
@@ -53,49 +52,10 @@ def describe_commands() -> str:
         tree = ast.parse((PACKAGE / "launch" / f"{name}.py").read_text(encoding="utf-8"))
         lines.append(f"  {name:18}{(ast.get_docstring(tree) or '').splitlines()[0]}")
 
-    shipped = ", ".join(list_configs())
+    configs = sorted(file.stem for file in (PACKAGE / "configs").glob("*.py") if file.stem != "__init__")
     lines += [
         "",
-        f"--config takes a path, or the name of a shipped config: {shipped}.",
+        f"--config takes a path, or the name of a shipped config: {', '.join(configs)}.",
         "`cooper-jax SUBCOMMAND --help` lists the flags of a subcommand.",
     ]
     return "\n".join(lines)
-
-
-def list_configs() -> list[str]:
-    """The names of the shipped configs."""
-    return sorted(file.stem for file in (PACKAGE / "configs").glob("*.py") if file.stem != "__init__")
-
-
-def resolve_configs(words: Sequence[str]) -> list[str]:
-    """The command line with the path of a shipped config in place of its bare name.
-
-    A name without a slash and without `.py` is a shipped config's; any other is a path and stays as it is.
-    """
-    resolved = []
-    awaits_value = False
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if awaits_value:  # `--config tiny`
-            resolved.append(resolve_config(word))
-        elif equals and flag in ("--config", "-config"):
-            resolved.append(f"{flag}={resolve_config(value)}")
-        else:
-            resolved.append(word)
-        awaits_value = not awaits_value and word in ("--config", "-config")
-    return resolved
-
-
-def resolve_config(name: str) -> str:
-    """The path of the config that --config names."""
-    if not name or "/" in name or name.endswith(".py"):
-        return name
-    if name not in list_configs():
-        fail(f"--config={name}: no shipped config has this name; there are {', '.join(list_configs())}")
-    return str(PACKAGE / "configs" / f"{name}.py")
-
-
-def fail(message: str) -> NoReturn:
-    """Print one line and exit with code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)

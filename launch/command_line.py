@@ -2,9 +2,10 @@
 
 1. `answer_help` answers --help and -h: the script's description, its own flags, and the fields of the configuration
    with their types, values and comments.
-2. `find_flag_errors` checks flags before absl parses them, so that all errors are reported at once, one line each.
+2. `resolve_configs` replaces the bare name of a shipped config (--config=tiny) by its path.
+3. `find_flag_errors` checks flags before absl parses them, so that all errors are reported at once, one line each.
 
-Nothing here imports jax: help must be fast.
+This module does not import jax, so that help is fast.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import re
 import shutil
 import sys
@@ -61,7 +63,7 @@ def parse_own_flags(argv: list[str], description: str, own: flags.FlagValues) ->
 
 
 def describe_absl_errors(error: flags.Error) -> list[str]:
-    """One line for each flag that absl refuses: those that are required and absent, above all."""
+    """One line for each flag that absl refuses, such as a required flag that is missing."""
     lines = []
     for line in str(error).splitlines():
         missing = re.search(r"Flag (--\w+) must have a value other than None", line)
@@ -77,24 +79,54 @@ def list_shipped_configs() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
 
 
+def resolve_config(name: str) -> str:
+    """The path of the config that --config names.
+
+    name: the bare name of a shipped config, which has neither a slash nor `.py`; anything else is taken for a path
+    and returned as it is.  An ARGUMENT of the file (NAME:ARGUMENT) stays behind the path.
+    """
+    stem, colon, argument = name.partition(":")
+    if stem not in list_shipped_configs():
+        return name
+    return f"{CONFIGS / stem}.py{colon}{argument}"
+
+
+def resolve_configs(argv: Sequence[str]) -> list[str]:
+    """The arguments with the path of a shipped config where --config gives its bare name."""
+    resolved = []
+    awaits_value = False
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        if awaits_value:  # `--config tiny`
+            resolved.append(resolve_config(argument))
+        elif equals and flag in ("--config", "-config"):
+            resolved.append(f"{flag}={resolve_config(value)}")
+        else:
+            resolved.append(argument)
+        awaits_value = not awaits_value and argument in ("--config", "-config")
+    return resolved
+
+
 def load_config(path: str) -> ConfigDict:
     """The config that a file's get_config() returns.
 
-    path: FILE or FILE:ARGUMENT, as ml_collections reads it.  Raises SetupError with one line that names the file
-    and, for an error in the file, the line and the error.
+    path: FILE, FILE:ARGUMENT as ml_collections reads it, or the bare name of a shipped config.  Raises SetupError
+    with one line that names the file and, for an error in the file, the line and the error.
     """
-    name, *argument = path.split(":", 1)
+    name, *argument = resolve_config(path).split(":", 1)
     file = Path(name)
     if not file.is_file():
         shipped = ", ".join(list_shipped_configs())
         raise SetupError(
             f"--config={path}: No such file or directory: {name!r}; the shipped configs are {shipped}, as in "
-            f"--config={CONFIGS / 'tiny.py'}"
+            "--config=tiny"
         )
+
+    # A config file is the user's code: any exception it raises is an error in the setup.
     try:
         spec = importlib.util.spec_from_file_location("checked_config", file)
         if spec is None or spec.loader is None:
-            raise SetupError(f"--config={path}: it is no Python file")
+            raise SetupError(f"--config={path}: not a Python file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = module.get_config(*argument)
@@ -104,6 +136,7 @@ def load_config(path: str) -> ConfigDict:
         raise SetupError(f"--config={path}: {_locate_error(error, file)}") from error
     if not isinstance(config, ConfigDict):
         raise SetupError(f"--config={path}: get_config() returns {type(config).__name__}, not a ConfigDict")
+
     declared = flatten_config(base.get_config())
     unknown = [
         describe_unknown_field(name, declared) for name in flatten_config(config) if name not in declared
@@ -129,7 +162,7 @@ def _locate_error(error: Exception, file: Path) -> str:
 
 
 def find_flag(argv: Sequence[str], name: str) -> str | None:
-    """The value of a flag among the arguments, in one argument or in two; the last one counts."""
+    """The value of a flag among the arguments (`--name=value` or `--name value`); the last one wins."""
     value = None
     for i, argument in enumerate(argv[1:], 1):
         if argument == "--":
@@ -152,8 +185,9 @@ def find_flag_errors(
 ) -> list[str]:
     """One line for each flag that is misspelt, renamed or has a value of another type.
 
-    own: the flags that the script defines.  config: None where the script takes no config or none could be loaded;
-    then flags of its fields are not checked.  renamed: in place of the table in renamed_flags.py, for tests.
+    own: the flags that the script defines.
+    config: None where the script takes no config or none could be loaded; its fields' flags are then not checked.
+    renamed: the table of renamed fields; tests give their own.
     """
     fields = None if config is None else flatten_config(config)
     errors = []
@@ -171,7 +205,7 @@ def find_flag_errors(
             errors.append(str(error.args[0]))
             continue
 
-        # Without `=` the value is the next argument, but for booleans.
+        # Without `=` the value is the next argument; a boolean flag needs none.
         if not equals and (negated or reader.boolean):
             continue
         text = value if equals else next(arguments, None)
@@ -184,9 +218,9 @@ def find_flag_errors(
 
 @dataclasses.dataclass(frozen=True)
 class _ValueReader:
-    """What reads a flag's value: absl's parser, or None where the value is not checked here."""
+    """Parser of a flag's value, to find values of another type."""
 
-    parser: flags.ArgumentParser | None = None
+    parser: flags.ArgumentParser | None = None  # None: the value is not checked here
     type_name: str = ""
     boolean: bool = False
 
@@ -217,7 +251,7 @@ def _find_reader(
     if field in fields:
         kind = type(fields[field])
         return _ValueReader(PARSERS.get(kind), kind.__name__, kind is bool)
-    # `--config.mesh.rules[0]=...` sets an element of a tuple, `--config.policy={...}` a section: absl reads them.
+    # `--config.mesh.rules[0]=...` sets an element of a tuple, `--config.policy={...}` a section: absl checks those.
     whole = field.partition("[")[0]
     if whole in fields or any(known.startswith(f"{whole}.") for known in fields):
         return _ValueReader()
@@ -246,7 +280,7 @@ def _describe_unknown_flag(name: str, own: flags.FlagValues, fields: Mapping[str
 
 
 def find_help_request(argv: Sequence[str]) -> str | None:
-    """None without --help or -h; otherwise the section that is asked for (--help=reward), "" for everything."""
+    """The section that --help=SECTION asks for: "" for plain --help or -h, None where no help is asked for."""
     for argument in argv[1:]:
         name, _, section = argument.removeprefix("-").removeprefix("-").partition("=")
         if argument.startswith("-") and name in HELP_NAMES:
@@ -257,7 +291,7 @@ def find_help_request(argv: Sequence[str]) -> str | None:
 def answer_help(
     argv: Sequence[str], description: str, own: flags.FlagValues, takes_config: bool = True
 ) -> None:
-    """Print the help and exit with 0 where --help or -h is among the arguments.
+    """Print the help and exit with code 0 if --help or -h is among the arguments.
 
     Fields are shown with the values of the file that --config names.
     """
@@ -273,10 +307,11 @@ def answer_help(
 
 
 def print_help(description: str, own: flags.FlagValues, config_path: str | None, section: str) -> None:
-    """Print a script's description, its flags and the configuration's fields; of one section where one is named.
+    """Print a script's description, its flags and the configuration's fields.
 
     config_path: the file whose values are shown; None: those of configs/base.py; "": the script takes no config.
-    Raises SetupError for a file that cannot be loaded and for a section that is not there.
+    section: print the fields of this section alone; "": print everything.
+    Raises SetupError for a file that cannot be loaded and for an unknown section.
     """
     width = max(60, min(100, shutil.get_terminal_size().columns))
     blocks = []
@@ -295,10 +330,11 @@ def _format_own_flags(own: flags.FlagValues, width: int) -> str:
     lines = ["Flags:"]
     modules = own.flags_by_module_dict()
     ours = [m for m in modules if m == sys.argv[0] or m == "__main__" or m.startswith(f"{package}.")]
-    for flag in (flag for module in ours for flag in modules[module]):
+
+    for flag in itertools.chain.from_iterable(modules[module] for module in ours):
         shown = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
         default = f", {flag.default!r}" if flag.default not in (None, []) else ""
-        text = flag.help.partition(";\n")[0]  # absl adds to a repeatable flag's help that it may be repeated
+        text = flag.help.partition(";\n")[0]  # without absl's remark that a flag is repeatable
         lines.append(_wrap(f"{shown} ({flag.flag_type()}{default}): {text}", width))
     lines.append(
         _wrap("--help, -h: This text; --help=SECTION: one section of the configuration alone.", width)
@@ -308,6 +344,7 @@ def _format_own_flags(own: flags.FlagValues, width: int) -> str:
 
 def _format_fields(fields: Sequence[Field], source: str, section: str, width: int) -> str:
     """The fields under headings, one for each section of the configuration."""
+    # `policy.optimiser` is a section, too, and a single field may be asked for.
     if section:
         prefix = section.removeprefix("config.").rstrip(".")
         fields = [f for f in fields if f.name == prefix or f.name.startswith(f"{prefix}.")]
@@ -316,6 +353,7 @@ def _format_fields(fields: Sequence[Field], source: str, section: str, width: in
             raise SetupError(
                 f"--help={section}: there is no such section; it is one of {', '.join(sorted(names))}"
             )
+
     lines = [f"Fields of the configuration (type, value in {source}): each is a flag."]
     heading = None
     for field in fields:

@@ -1,4 +1,4 @@
-"""What the launchers share: the --config flag, one line for what is wrong, and the exit codes.
+"""Setup that the launch scripts share: the --config flag, setup errors in one line each, and the exit codes.
 
     def main(argv):
         common.begin_job(argv)
@@ -7,8 +7,14 @@
 
     app.run(main, flags_parser=common.make_flags_parser(__doc__))
 
-Exit codes: 0 done; 2 an error in the flags, settings or files; 75 stopped by SIGTERM, with a checkpoint; 69 another
-host was lost (134: the first one).  After 75, 69 and 134 the same command goes on.
+Exit codes:
+
+    0    done
+    2    an error in the flags, settings or files
+    75   stopped by SIGTERM, with a checkpoint
+    69   another host was lost (134 where it was the first host)
+
+After 75, 69 and 134 the same command resumes from the newest checkpoint.
 """
 
 import contextlib
@@ -22,20 +28,23 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cooper_jax.launch import command_line
-from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    f"A config file; shipped: {', '.join(command_line.list_shipped_configs())}.",
+    f"A config file, or the name of a shipped one: {', '.join(command_line.list_shipped_configs())}.",
     lock_config=True,
 )
-TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where in the code a configuration error was found.")
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the code that found a setup error.")
 flags.mark_flag_as_required("config")
 
 
 def begin_job(argv: list[str]) -> None:
-    """Before anything of ours is imported: no stray arguments, quiet libraries, kept programs."""
+    """Refuse stray arguments, silence the libraries' messages and enable the compilation cache.
+
+    Call this before the package's modules are imported.
+    """
     if len(argv) > 1:
         exit_with_error(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
     logging.set_verbosity(logging.WARNING)
@@ -43,9 +52,9 @@ def begin_job(argv: list[str]) -> None:
 
 
 def read_config() -> ConfigDict:
-    """The config with the flags applied, and the recipe where no flag says otherwise.
+    """The config with the flags applied, and with its recipe where no flag says otherwise.
 
-    Raises SetupError for a recipe that is not there.
+    Raises SetupError for an unknown recipe.
     """
     from cooper_jax.trainer import recipes
 
@@ -56,37 +65,41 @@ def read_config() -> ConfigDict:
 
 @contextlib.contextmanager
 def run_job() -> Iterator[None]:
-    """A job, on one host or several: setup errors become one line and exit code 2, a signal exit code 75."""
+    """Context of a job on one host or several: a setup error exits with code 2, a SIGTERM with code 75."""
     from cooper_jax.runtime import hosts
-    from cooper_jax.settings import setup_errors
 
     try:
-        with setup_errors.setup_errors("several hosts"):
+        with setup_errors("several hosts"):
             hosts.start_hosts()
-    except setup_errors.SetupError as error:
+    except SetupError as error:
         print_setup_error(error)
+
     with hosts.run_as_one():
         try:
             yield
-        except setup_errors.SetupError as error:
+        except SetupError as error:
             print_setup_error(error)
         except hosts.Stopped:
             sys.exit(hosts.STOPPED)
 
 
-def print_setup_error(error: Exception) -> NoReturn:
-    """One line for each problem and exit code 2; --traceback shows where it was found."""
+def print_setup_error(error: SetupError) -> NoReturn:
+    """Print one line for each problem and exit with code 2; with --traceback, raise the error."""
     if TRACEBACK.value:
         raise error
-    exit_with_error(*(error.problems if isinstance(error, SetupError) else [str(error)]))
+    exit_with_error(*error.problems)
 
 
 def exit_with_error(*messages: str) -> NoReturn:
+    """Print one line for each message and exit with code 2."""
     command_line.exit_with_errors(messages)
 
 
 def enable_compilation_cache() -> None:
-    """XLA's programs are kept on the disk, with several hosts on the first's: a second start compiles nothing."""
+    """Keep compiled programs on disk, so that the next start of the same job compiles nothing.
+
+    The folder is $JAX_COMPILATION_CACHE_DIR, or ~/.cache/cooper_jax/xla.  With several hosts the first one writes.
+    """
     import jax  # here, because --help must not wait for it
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "cooper_jax" / "xla"))
@@ -100,12 +113,18 @@ def make_flags_parser(description: str) -> Callable[[list[str]], list[str]]:
 
 
 def parse_flags(argv: list[str], description: str = "") -> list[str]:
-    """Parse the flags with absl; all errors in flags and in the config file are reported, one line each."""
+    """Parse the flags with absl; all errors in flags and in the config file are reported, one line each.
+
+    --config takes a path or the bare name of a shipped config.  Returns the arguments that are no flags.
+    """
     command_line.answer_help(argv, description, flags.FLAGS)
     try:
         expanded = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
     except flags.Error as error:
         exit_with_error(" ".join(str(error).split()))
+    expanded = command_line.resolve_configs(expanded)
+
+    # Our own checks come first, because absl stops at the first error.
     path, config, errors = command_line.find_flag(expanded, CONFIG.name), None, []
     if path is None:
         shipped = ", ".join(command_line.list_shipped_configs())
@@ -119,11 +138,11 @@ def parse_flags(argv: list[str], description: str = "") -> list[str]:
     if errors:
         exit_with_error(*errors)
 
-    # What the checks above do not know, absl and ml_collections refuse.
+    # absl and ml_collections find the errors that the checks above do not know.
     try:
-        left = flags.FLAGS(argv)
-        _ = CONFIG.value.name  # a config file that could not be read says so when it is first used
-        return left
+        positional = flags.FLAGS(expanded)
+        _ = CONFIG.value.name  # ml_collections reports an unreadable config file when it is first used
+        return positional
     except flags.Error as error:
         exit_with_error(*command_line.describe_absl_errors(error))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

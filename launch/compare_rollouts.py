@@ -1,18 +1,19 @@
-"""Draws one rollout twice, the second time with some fields changed, and lists where the two part.
+"""Samples one rollout twice, the second time with changed fields, and lists the first token in which rows differ.
 
     python launch/compare_rollouts.py --config=configs/tiny.py --other=rollout.max_rows=24 --other=rollout.segment=5
     python launch/compare_rollouts.py --config=configs/tiny.py --other=mesh.data=2 --other=mesh.fsdp=2
 
-Random bits depend on (seed, step, prompt, sample, position) alone, but logits change in their last bits with the
-batch and the mesh, so a draw that was near another token may fall on it, and the row goes on otherwise.  Each line
-is a row's first such token with its margin (cooper_jax/rollout/differences.py): small ones are rounding.  Prompts
-are random tokens, as in launch/bench.py.
+Random bits depend on (seed, step, prompt, sample, position) alone, but the last bits of logits depend on the batch
+and the mesh.  A token that was close to another one may therefore change, and the rest of its row with it.  Each
+line is a row's first changed token with its margin (cooper_jax/rollout/differences.py); a small margin means that
+rounding explains the change.  Prompts are random tokens, as in launch/bench.py.
 """
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-if not __package__:  # run as a file: the checkout it lies in comes first
+if not __package__:  # run as a file: put its checkout first on the import path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ast
@@ -26,17 +27,33 @@ OTHER = flags.DEFINE_multi_string("other", [], "A field of the second rollout's 
 if __name__ == "__main__":
     command_line.answer_help(sys.argv, __doc__, flags.FLAGS)  # before the imports below, which take seconds
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from cooper_jax.model.config import ModelConfig
 from cooper_jax.perf import bench_programs
-from cooper_jax.rollout import engine
+from cooper_jax.rollout import engine, rollout_config
 from cooper_jax.rollout.differences import first_differences
 from cooper_jax.rollout.head_sampling import should_fuse_head
 from cooper_jax.runtime import device_layouts, keys
+from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.config_fields import describe_unknown_field, flatten_config
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.run_settings import RunSettings
+from cooper_jax.types import Params, Rollout
+
+
+class SampledRollout(NamedTuple):
+    """A rollout with the inputs that it was sampled from."""
+
+    rollout: Rollout
+    params: Params
+    config: ModelConfig
+    layout: Layout
+    prompts: list[list[int]]
+    spec: engine.SamplingSpec
+    fused_head: bool
 
 
 def change_config(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
@@ -47,46 +64,57 @@ def change_config(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
         if name not in (fields := flatten_config(cfg)):
             raise SetupError(f"--other={assignment}: as in {describe_unknown_field(name, fields)}")
         with setup_errors(f"--other={assignment}"):
-            *path, leaf = name.split(".")
-            section = cfg
-            for part in path:
-                section = section[part]
-            kind = type(section[leaf])
-            section[leaf] = value if kind is str else kind(ast.literal_eval(value))
+            kind = type(fields[name])
+            new_value = value if kind is str else kind(ast.literal_eval(value))
+            cfg.update_from_flattened_dict({name: new_value})
     return cfg
 
 
-def run_rollout(cfg: ConfigDict, key):
+def sample_rollout(cfg: ConfigDict, key: jax.Array) -> SampledRollout:
     """One step's rollout under cfg, with its inputs."""
-    RunSettings.from_config(cfg, with_assistant=False)
+    RunSettings.from_config(cfg, with_assistant=False)  # checks the settings
     layout = device_layouts.make_policy_layout(cfg)
     config, params = bench_programs.make_bench_model(cfg.policy, "policy", "logits", layout, cfg.seed)
-    load = bench_programs.make_load(cfg, config.vocab_size, cfg.data.max_prompt_tokens, ragged=False)
-    prompts, spec = load.prompts.tolist(), bench_programs.make_bench_sampling(cfg)
-    options = device_layouts.get_rollout_options(cfg)
+    workload = bench_programs.make_workload(cfg, config.vocab_size, cfg.data.max_prompt_tokens, ragged=False)
+    prompts, spec = workload.prompts.tolist(), bench_programs.make_bench_sampling(cfg)
+
+    options = rollout_config.get_engine_options(cfg)
     with setup_errors("rollout"):
-        drawn = engine.generate(params, config, layout, prompts, range(len(prompts)), key, spec, **options)
-    fused = should_fuse_head(options["implementation"] or engine.choose_kernels(config, layout), spec)
-    return drawn, (params, config, layout, prompts, range(len(prompts)), key, spec), fused
+        rollout = engine.generate(params, config, layout, prompts, range(len(prompts)), key, spec, **options)
+    implementation = options["implementation"] or engine.choose_kernels(config, layout)
+    fused_head = should_fuse_head(implementation, spec)
+    return SampledRollout(rollout, params, config, layout, prompts, spec, fused_head)
 
 
 def main(argv: list[str]) -> None:
+    """Compare the rollouts of --config and of --config changed by --other."""
     if len(argv) > 1:
         exit_with_error(f"unexpected arguments {argv[1:]}; flags look like --other=rollout.segment=5")
     logging.set_verbosity(logging.WARNING)
     try:
-        first, second = CONFIG.value, change_config(CONFIG.value, OTHER.value)
-        key = keys.make_key(first.seed, "rollout", 1)
-        a, inputs, fused = run_rollout(first, key)
-        b, _, _ = run_rollout(second, key)
+        first_cfg, second_cfg = CONFIG.value, change_config(CONFIG.value, OTHER.value)
+        key = keys.make_key(first_cfg.seed, "rollout", 1)
+        first = sample_rollout(first_cfg, key)
+        second = sample_rollout(second_cfg, key)
     except SetupError as error:
         print_setup_error(error)
-    found = first_differences(*inputs, a, b, fused=fused)
-    rows, mask = len(a.finished), np.asarray(a.mask) & np.asarray(b.mask)
-    same = mask & (np.cumsum(np.asarray(a.tokens) != np.asarray(b.tokens), axis=1) == 0)
-    gap = np.abs(np.asarray(a.logprobs) - np.asarray(b.logprobs))[same].max(initial=0.0)
-    print(f"{len(found)} of {rows} rows differ; log-probabilities before that by at most {gap:.1e}")
-    for d in found:
+
+    a, b = first.rollout, second.rollout
+    differences = first_differences(
+        first.params, first.config, first.layout, first.prompts, range(len(first.prompts)), key, first.spec,
+        a, b, fused=first.fused_head,
+    )  # fmt: skip
+    # Log-probabilities are comparable up to a row's first difference.
+    same_prefix = np.cumsum(np.asarray(a.tokens) != np.asarray(b.tokens), axis=1) == 0  # bool[N, T]
+    comparable = np.asarray(a.mask) & np.asarray(b.mask) & same_prefix
+    gaps = np.abs(np.asarray(a.logprobs) - np.asarray(b.logprobs))  # f32[N, T]
+    largest_gap = gaps[comparable].max(initial=0.0)
+
+    print(
+        f"{len(differences)} of {len(a.finished)} rows differ; before that, log-probabilities differ by at most "
+        f"{largest_gap:.1e}"
+    )
+    for d in differences:
         print(
             f"row {d.row} token {d.index}: {d.tokens[0]} ({d.logprobs[0]:.4f}) or {d.tokens[1]} "
             f"({d.logprobs[1]:.4f}), margin {d.margin:.1e}"

@@ -1,4 +1,4 @@
-"""Compiles every program of a run for hardware that need not be there: does it fit, and what bounds it?
+"""Compiles every program of a run for hardware that is not at hand, to see whether it fits and what bounds it.
 
     python launch/compile.py --config=configs/qwen_1p5b.py --topology=v5e:4x4
     python launch/compile.py --config=configs/qwen_7b.py --topology=v5e:16x16 --config.mesh.tensor=4 --out=7b.json
@@ -6,16 +6,16 @@
 
 Any field of configs/base.py is a flag, as for launch/train.py.  It needs XLA's TPU or GPU compiler
 (requirements-tpu.txt, requirements-cuda.txt; both run without the hardware), and neither problems nor weights:
-shapes come from the weights' config.json where it is at hand, otherwise from the config's `arch`.
+shapes come from the weights' config.json if it is at hand, otherwise from the config's `arch`.
 
-1. Each program is compiled (cooper_jax/perf/aot_programs.py).  The compiler says what memory it takes; its text says
-   what it computes, moves and sends.
-2. From public peaks of the chip (cooper_jax/perf/chips.py) follow the least time it can take, and what bounds
-   it.  That is an estimate of ours, and so are the step's seconds: nothing was run.
-3. The largest program, with all that a run holds meanwhile, must leave --reserve of the memory alone.
+1. Each program is compiled (cooper_jax/perf/aot_programs.py).  The compiler reports its memory; its text shows what
+   it computes, moves and sends.
+2. The chip's public peaks (cooper_jax/perf/chips.py) give a lower bound on its time (the roofline) and the resource
+   that bounds it.  These are our estimates, as are the step's seconds: nothing is run.
+3. The largest program, with all that a run holds meanwhile, must leave --reserve of the memory free.
 
---search tries meshes, microbatches and slots, most of them on paper, --search_compiles of them by the compiler, and
-prints the flags of the best.  What was compiled is kept in --keep; the same program is not compiled twice.
+--search tries meshes, microbatches and slots: all by arithmetic, the best --search_compiles with the compiler.  It
+prints the flags of the best.  The compiler's reports are cached in --keep, so that no program is compiled twice.
 
 Exit codes: 0 it fits; 2 it does not, or an error in the settings.
 """
@@ -23,9 +23,11 @@ Exit codes: 0 it fits; 2 it does not, or an error in the settings.
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-if not __package__:  # run as a file: the checkout it lies in comes first
+if not __package__:  # run as a file: put its checkout first on the import path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # programs are compiled for devices that no backend here has
 
@@ -38,43 +40,60 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", "", "The machine: v5e:4x4, v5p:4x4x4, v5e:16x16*2, h100:1x2x8, ..."
 )
 OUT = flags.DEFINE_string("out", "", "A JSON file to write.", allow_override=True)
-RESERVE = flags.DEFINE_float("reserve", 0.08, "Share of a device's memory that is left alone.")
-SEARCH = flags.DEFINE_bool("search", False, "Look for a mesh, microbatches and slots.")
-SEARCH_COMPILES = flags.DEFINE_integer("search_compiles", 3, "How many of them are compiled.")
+RESERVE = flags.DEFINE_float("reserve", 0.08, "Share of a device's memory that must stay free.")
+SEARCH = flags.DEFINE_bool("search", False, "Search for a mesh, microbatches and slots.")
+SEARCH_COMPILES = flags.DEFINE_integer("search_compiles", 3, "Number of candidates that are compiled.")
 KEEP = flags.DEFINE_string(
     "keep",
     str(Path.home() / ".cache" / "cooper_jax" / "ahead"),
-    "Where what was compiled is kept; '': nowhere.",
+    "A folder for the compiler's reports; '': none.",
 )
 if __name__ == "__main__":
     command_line.answer_help(sys.argv, __doc__, flags.FLAGS)  # before the imports below, which take seconds
 
 from ml_collections import ConfigDict
 
-from cooper_jax.perf import aot_estimate, aot_search, chips
-from cooper_jax.perf import aot_job as jobs
-from cooper_jax.perf.aot_compile import TooLarge
-from cooper_jax.perf.aot_estimate import Figures, Step
+from cooper_jax.perf import aot_estimate, aot_job, aot_search, chips
+from cooper_jax.perf.aot_compile import CompiledProgram, TooLarge
+from cooper_jax.perf.aot_estimate import CollectiveTotal, ProgramEstimate, StepEstimate
+from cooper_jax.perf.aot_programs import StepProgram
+from cooper_jax.perf.aot_search import LayoutCandidate
 from cooper_jax.perf.chips import GIB, Topology
 from cooper_jax.runtime import device_layouts
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
 
-def measure_config(cfg: ConfigDict, topology: Topology, reserve: float, keep: Path | None, said=None) -> Step:
-    """Compiles a config's programs.  Raises TooLarge for one that the compiler refuses, SetupError for others."""
+def measure_config(
+    cfg: ConfigDict,
+    topology: Topology,
+    reserve: float,
+    cache: Path | None,
+    on_compiled: Callable[[StepProgram, CompiledProgram], None] | None = None,
+) -> StepEstimate:
+    """Compile a config's programs and estimate its step.
+
+    Raises TooLarge for a program that the compiler refuses for its memory, SetupError for other errors.
+    """
     layout = device_layouts.make_layouts(cfg, topology.devices)["policy"]
-    job = jobs.describe_job(cfg, layout, topology.chip.memory)
+    job = aot_job.describe_job(cfg, layout, topology.chip.memory)
     print(format_headline(job, topology), flush=True)
-    return aot_estimate.estimate_step(job, topology, aot_estimate.compile_programs(job, keep, said), reserve)
+    compiled = aot_estimate.compile_programs(job, cache, on_compiled)
+    return aot_estimate.estimate_step(job, topology, compiled, reserve)
 
 
 def compile_and_report(
-    cfg: ConfigDict, name: str, *, reserve: float = 0.08, look: bool = False, compiles: int = 3,
-    keep: Path | None = None, out: str = "",
-) -> Step:  # fmt: skip
-    """Compiles, prints and writes; the arguments are the flags.
+    cfg: ConfigDict,
+    name: str,
+    *,
+    reserve: float = 0.08,
+    search: bool = False,
+    compiles: int = 3,
+    cache: Path | None = None,
+    out: str = "",
+) -> StepEstimate:
+    """Compile a config for the topology `name`, print the estimates and write them; the arguments are the flags.
 
-    Raises SetupError for what cannot be compiled, and for what does not fit (then with both numbers).
+    Raises SetupError for what cannot be compiled, and, with both numbers, for what does not fit.
     """
     if not 0 <= reserve < 1:
         raise SetupError(f"--reserve={reserve}: it is a share, from 0 to below 1")
@@ -82,128 +101,160 @@ def compile_and_report(
         raise SetupError(f"--search_compiles={compiles}: it must be at least 1")
     if out and not Path(out).parent.is_dir():
         raise SetupError(f"--out={out}: there is no directory {Path(out).parent}")
-    cfg, topology = jobs.drop_data(cfg), chips.find_topology(name)
-    written = {"config": cfg.name, "topology": name, "devices": len(topology.devices)}
+    cfg, topology = aot_job.drop_data(cfg), chips.find_topology(name)
+    report: dict[str, Any] = {"config": cfg.name, "topology": name, "devices": len(topology.devices)}
 
-    def progress(program, compiled):
+    def print_progress(program: StepProgram, compiled: CompiledProgram) -> None:
         print(f"  {program.name}: compiled in {compiled.seconds:.1f} s", file=sys.stderr, flush=True)
 
-    def attempt(cfg, candidate):
+    def measure_candidate(cfg: ConfigDict, candidate: LayoutCandidate) -> StepEstimate | None:
         try:
-            return measure_config(cfg, topology, reserve, keep, progress)
+            return measure_config(cfg, topology, reserve, cache, print_progress)
         except TooLarge as error:
             print(f"  {candidate.flags}: {error}", flush=True)
             return None
 
-    if look:
+    if search:
         limit = topology.chip.memory * (1 - reserve)
-        chosen, step = aot_search.search_layouts(cfg, topology, limit, compiles, attempt, print)
-        written["flags"] = chosen.flags
+        chosen, step = aot_search.search_layouts(cfg, topology, limit, compiles, measure_candidate, print)
+        report["flags"] = chosen.flags
     else:
-        step = measure_config(cfg, topology, reserve, keep, progress)
+        step = measure_config(cfg, topology, reserve, cache, print_progress)
     print(format_step(step, topology))
-    if look:
-        print(f"best of those compiled: {chosen.flags}")
+    if search:
+        print(f"best of those compiled: {report['flags']}")
     if out:
         with setup_errors(f"--out={out}"):
-            Path(out).write_text(json.dumps(written | aot_estimate.step_to_json(step), indent=1) + "\n")
+            Path(out).write_text(json.dumps(report | aot_estimate.step_to_json(step), indent=1) + "\n")
     if not step.fits:
-        raise SetupError(f"{name}: {step.refusal()}")
+        raise SetupError(f"{name}: {step.describe_excess()}")
     return step
 
 
-COLUMNS = (("", 15), ("compiled", 9), ("args", 8), ("temps", 8), ("outputs", 8), ("code", 7), ("else", 8),
-           ("total", 8), ("of it", 7))  # fmt: skip
+# --- tables for people -----------------------------------------------------------------------------------
+
+# Headings of the memory table with their widths.
+COLUMNS = (("", 15), ("compiled", 9), ("args", 8), ("temps", 8), ("outputs", 8), ("code", 7), ("other", 8),
+           ("total", 8), ("share", 7))  # fmt: skip
 
 
-# --- for people ------------------------------------------------------------------------------------------
-
-
-def format_headline(job: jobs.Job, topology: Topology) -> str:
-    cfg, mesh = job.cfg, job.layout.mesh.shape
+def format_headline(job: aot_job.CompileJob, topology: Topology) -> str:
+    """The run's sizes: devices, mesh, responses, slots and microbatches."""
+    cfg, rollout_weights = job.cfg, "gathered" if job.gathers_weights else "as in training"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in job.layout.mesh.shape.items())
     lines = [
-        f"{cfg.name} on {topology.name}: {len(topology.devices)} devices, mesh "
-        + " x ".join(f"{axis} {size}" for axis, size in mesh.items())
-        + f", {cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses of {cfg.data.max_prompt_tokens} + "
+        f"{cfg.name} on {topology.name}: {len(topology.devices)} devices, mesh {mesh}, "
+        f"{cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses of {cfg.data.max_prompt_tokens} + "
         f"{cfg.rollout.max_new_tokens} tokens",
-        f"  a device: {job.size} prompts, {job.slots} slots for {job.requests} responses, rollout weights "
-        f"{'gathered' if job.gathered else 'as in training'}, microbatches {cfg.policy.microbatch} and "
-        f"{cfg.reward.microbatch}, kernels {job.setting.implementation}",
+        f"  per shard: {job.prompts} prompts, {job.slots} slots for {job.requests} responses; rollout weights "
+        f"{rollout_weights}, microbatches {cfg.policy.microbatch} and {cfg.reward.microbatch}, kernels "
+        f"{job.rollout.implementation}",
     ]
     return "\n".join(lines + [f"  {note}" for note in job.notes])
 
 
-def format_step(step: Step, topology: Topology) -> str:
-    """GiB and seconds a device."""
-    lines = [
-        "memory, GiB a device: args, temps, outputs, code by the compiler; what else the run holds, total: ours",
-        "".join(f"{name:>{n}}" for name, n in COLUMNS),
+def format_step(step: StepEstimate, topology: Topology) -> str:
+    """Tables of memory, work and collectives, seconds of the phases, and whether the step fits."""
+    sections = [
+        _format_memory(step),
+        _format_work(step, topology),
+        _format_all_collectives(step),
+        _format_phases(step, len(topology.devices)),
     ]
-    for f in step.programs:
-        sizes = (f.arguments, f.temporaries, f.outputs)
+    largest, verdict = step.largest, "fits" if step.fits else "DOES NOT FIT"
+    summary = (
+        f"{verdict}: {largest.name} is the largest, {largest.total / GIB:.2f} GiB of {step.memory / GIB:.2f}, of "
+        f"which {step.limit / GIB:.2f} may be used (reserve {step.reserve:.0%})"
+    )
+    return "\n\n".join(sections) + "\n" + summary
+
+
+def _format_memory(step: StepEstimate) -> str:
+    lines = [
+        "memory, GiB per device: args, temps, outputs, code from the compiler; other (what else the run holds) and "
+        "total are estimates",
+        "".join(f"{name:>{width}}" for name, width in COLUMNS),
+    ]
+    for p in step.programs:
+        sizes = "".join(f"{size / GIB:8.2f}" for size in (p.arguments, p.temporaries, p.outputs))
         lines.append(
-            f"{f.name:15}{f.compile_seconds:7.1f} s"
-            + "".join(f"{x / GIB:8.2f}" for x in sizes)
-            + f"{f.code / GIB:7.2f}{f.others / GIB:8.2f}{f.total / GIB:8.2f}{f.total / step.memory:7.0%}"
+            f"{p.name:15}{p.compile_seconds:7.1f} s{sizes}{p.code / GIB:7.2f}{p.others / GIB:8.2f}"
+            f"{p.total / GIB:8.2f}{p.total / step.memory:7.0%}"
         )
-    peaks = topology.chip
-    lines += [
-        "",
-        f"work a device, of one run: TFLOP, GB and GB sent by the compiled text; seconds at peaks of {peaks.name} "
-        f"({peaks.flops / 1e12:,.0f} TFLOP/s, {peaks.bandwidth / 1e9:,.0f} GB/s)"
-        + (": nominal figures" if peaks.nominal else ""),
+    return "\n".join(lines)
+
+
+def _format_work(step: StepEstimate, topology: Topology) -> str:
+    chip = topology.chip
+    peaks = f"{chip.flops / 1e12:,.0f} TFLOP/s, {chip.bandwidth / 1e9:,.0f} GB/s"
+    nominal = ": nominal figures" if chip.nominal else ""
+    lines = [
+        "work per device in one run: TFLOP, GB and GB sent from the compiled text; seconds at the peaks of "
+        f"{chip.name} ({peaks}){nominal}",
         f"{'':15}{'runs':>6}{'TFLOP':>10}{'GB':>9}{'sent':>8}{'compute':>10}{'memory':>10}{'network':>10}  bound",
     ]
-    for f in step.programs:
+    for p in step.programs:
+        sent = sum(c.bytes for c in p.sent)
+        seconds = "".join(f"{p.seconds[resource]:10.4f}" for resource in aot_estimate.RESOURCES)
         lines.append(
-            f"{f.name:15}{f.times:6g}{f.flops / 1e12:10.3f}{f.bytes / 1e9:9.2f}"
-            + f"{sum(s.bytes for s in f.sent) / 1e9:8.2f}"
-            + "".join(f"{f.seconds[side]:10.4f}" for side in aot_estimate.SIDES)
-            + f"  {f.bound}"
+            f"{p.name:15}{p.times:6g}{p.flops / 1e12:10.3f}{p.bytes / 1e9:9.2f}{sent / 1e9:8.2f}"
+            f"{seconds}  {p.bound}"
         )
-    lines += ["", "collectives: times, GB sent by a device, seconds (estimate)"]
-    for f in step.programs:
-        lines += [f"{f.name:15}{line}" for line in format_collectives(f)]
-    lines += ["", "a step (estimate: every program at its bound, nothing else takes time)"]
+    return "\n".join(lines)
+
+
+def _format_all_collectives(step: StepEstimate) -> str:
+    lines = ["collectives: runs, GB sent per device, seconds (estimate)"]
+    for p in step.programs:
+        lines += [f"{p.name:15}{line}" for line in format_collectives(p)]
+    return "\n".join(lines)
+
+
+def format_collectives(program: ProgramEstimate, most: int = 3) -> list[str]:
+    """A line for each of the `most` slowest collectives, and one for each kind of the others."""
+    lines = [
+        f"{c.kind} of {c.group}, {c.shape}: {c.times:g}, {c.bytes / 1e9:.3f}, {c.seconds:.4f}"
+        for c in program.sent[:most]
+    ]
+    others: dict[str, list[CollectiveTotal]] = {}
+    for c in program.sent[most:]:
+        others.setdefault(c.kind, []).append(c)
+    for kind, same in others.items():
+        times, sent, seconds = (
+            sum(c.times for c in same),
+            sum(c.bytes for c in same),
+            sum(c.seconds for c in same),
+        )
+        lines.append(f"{kind}, {len(same)} other shapes: {times:g}, {sent / 1e9:.3f}, {seconds:.4f}")
+    return lines
+
+
+def _format_phases(step: StepEstimate, devices: int) -> str:
+    lines = ["a step (roofline: every program at its bound, nothing else takes time)"]
     for phase, seconds in step.phases.items():
         lines.append(f"{phase:15}{seconds:9.3f} s{seconds / step.seconds:7.0%}")
     lines.append(
         f"{'in all':15}{step.seconds:9.3f} s, {step.tokens:,} sampled tokens: "
-        f"{step.tokens_per_second:,.0f} tokens/s, {step.tokens_per_second / len(topology.devices):,.0f} a device"
-    )
-    verdict = "fits" if step.fits else "DOES NOT FIT"
-    lines.append(
-        f"{verdict}: {step.largest.name} is the largest, {step.largest.total / GIB:.2f} GiB of "
-        f"{step.memory / GIB:.2f}, of which {step.limit / GIB:.2f} may be used (reserve {step.reserve:.0%})"
+        f"{step.tokens_per_second:,.0f} tokens/s, {step.tokens_per_second / devices:,.0f} per device"
     )
     return "\n".join(lines)
 
 
-def format_collectives(f: Figures, most: int = 3) -> list[str]:
-    """The largest by seconds, and the others of a kind together."""
-    named = list(f.sent[:most])
-    lines = [
-        f"{s.kind} of {s.group}, {s.shape}: {s.times:g}, {s.bytes / 1e9:.3f}, {s.seconds:.4f}" for s in named
-    ]
-    rest: dict[str, list] = {}
-    for s in f.sent[most:]:
-        rest.setdefault(s.kind, []).append(s)
-    for kind, others in rest.items():
-        times, sent, seconds = (sum(getattr(s, n) for s in others) for n in ("times", "bytes", "seconds"))
-        lines.append(f"{kind}, {len(others)} other shapes: {times:g}, {sent / 1e9:.3f}, {seconds:.4f}")
-    return lines
-
-
 def main(argv: list[str]) -> None:
+    """Compile the config for the topology that the flags name."""
     if len(argv) > 1:
         exit_with_error(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
     logging.set_verbosity(logging.WARNING)
-    keep = Path(KEEP.value) if KEEP.value else None
     try:
         compile_and_report(
-            common.read_config(), TOPOLOGY.value, reserve=RESERVE.value, look=SEARCH.value,
-            compiles=SEARCH_COMPILES.value, keep=keep, out=OUT.value,
-        )  # fmt: skip
+            common.read_config(),
+            TOPOLOGY.value,
+            reserve=RESERVE.value,
+            search=SEARCH.value,
+            compiles=SEARCH_COMPILES.value,
+            cache=Path(KEEP.value) if KEEP.value else None,
+            out=OUT.value,
+        )
     except SetupError as error:
         print_setup_error(error)
 

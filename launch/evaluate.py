@@ -1,4 +1,4 @@
-"""Measures a policy on benchmarks, and the judges of its answers on labelled completions.
+"""Evaluates a policy on benchmarks, and the judges of its answers on labelled completions.
 
     python launch/evaluate.py --config=configs/qwen_1p5b.py --config.policy.weights=DIR --out=runs/eval \\
         --benchmark=gsm8k_test.jsonl --benchmark=svamp_test.jsonl --benchmark=FOLDER
@@ -9,32 +9,37 @@
         --labelled=verify_dev.jsonl --judge=model --judge=rule --judge=last_number --references=own
     python launch/evaluate.py --run_dir=runs/tiny --attacks=verify_dev.jsonl --compare=0 --out=runs/attacks
 
---benchmark measures a policy, --rejudge judges its recorded responses anew, --labelled measures judges on labelled
-completions, --attacks shows a reward model known hacks.  A folder stands for the benchmarks among its *_test files.
-With --run_dir the models and prompts are those of a run of launch/train.py; the other settings are those of
-configs/base.py, and any --config.FIELD of the command line goes before both.  The same command goes on where it was
-stopped.  docs/evaluation.md explains files and figures.
+--benchmark evaluates a policy, --rejudge judges its recorded responses again, --labelled evaluates judges on
+labelled completions, --attacks tests a reward model with known hacks.  A folder stands for the benchmarks in its
+*_test files.  With --run_dir the models and prompts are those of a run of launch/train.py, the other settings those
+of configs/base.py; a --config.FIELD of the command line overrides both.  The same command resumes after an
+interruption.  docs/evaluation.md explains files and figures.
 
 Exit codes are those of launch/common.py.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-if not __package__:  # run as a file: the checkout it lies in comes first
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: put its checkout first on the import path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cooper_jax.launch import common
 
+if TYPE_CHECKING:  # at run time it is imported after the flags are parsed
+    from cooper_jax.evaluation.evaluated_models import ChosenModels
+
 BENCHMARK = flags.DEFINE_multi_string(
     "benchmark", [], "A file of problems, a folder, or synthetic; repeatable."
 )
-REJUDGE = flags.DEFINE_string("rejudge", "", "An items.jsonl whose responses are judged anew.")
+REJUDGE = flags.DEFINE_string("rejudge", "", "An items.jsonl whose responses are judged again.")
 LABELLED = flags.DEFINE_string("labelled", "", "Labelled completions, on which judges are measured.")
 JUDGE = flags.DEFINE_multi_enum(
     "judge", [], ["model", "rule", "llm", "last_number", "yes", "prior"],
@@ -45,7 +50,7 @@ REFERENCES = flags.DEFINE_enum(
     "references",
     "own",
     ["own", "none", "shuffled"],
-    "The references that the judges of --labelled are shown.",
+    "The references that the judges of --labelled see.",
 )
 ATTACKS = flags.DEFINE_string("attacks", "", "Labelled completions, of which the wrong ones are attacked.")
 COMPARE = flags.DEFINE_multi_string(
@@ -57,6 +62,7 @@ STEP = flags.DEFINE_integer("step", -1, "The checkpoint's step; -1 is the newest
 
 
 def main(argv: list[str]) -> None:
+    """Carry out the one evaluation that the flags ask for."""
     common.begin_job(argv)
     from cooper_jax.evaluation import benchmark_jobs, judge_jobs
     from cooper_jax.settings.setup_errors import SetupError
@@ -64,16 +70,16 @@ def main(argv: list[str]) -> None:
     with common.run_job():
         modes = [f for f in (BENCHMARK, REJUDGE, LABELLED, ATTACKS) if f.value]
         if len(modes) != 1:
-            given = " and ".join(f"--{f.name}" for f in modes) or "nothing"
+            given = " and ".join(f"--{f.name}" for f in modes) or "no evaluation"
             raise SetupError(
                 f"{given} is asked for: give one of --benchmark, --rejudge, --labelled and --attacks"
             )
-        needless = ((JUDGE, LABELLED), (PRIOR_FROM, LABELLED), (COMPARE, ATTACKS))
-        for flag, of in needless:
-            if flag.value and not of.value:
-                raise SetupError(f"--{flag.name} belongs to --{of.name}")
+        for flag, mode in ((JUDGE, LABELLED), (PRIOR_FROM, LABELLED), (COMPARE, ATTACKS)):
+            if flag.value and not mode.value:
+                raise SetupError(f"--{flag.name} belongs to --{mode.name}")
         if REFERENCES.value != "own" and not LABELLED.value:
             raise SetupError(f"--references={REFERENCES.value} belongs to --labelled")
+
         chosen, out = choose_models(STEP.value), Path(OUT.value)
         if BENCHMARK.value:
             benchmark_jobs.evaluate_benchmarks(chosen.cfg, chosen, BENCHMARK.value, out)
@@ -91,8 +97,12 @@ def main(argv: list[str]) -> None:
             )
 
 
-def choose_models(step: int):
-    """Where the models come from, with the config that holds for them.  Raises SetupError."""
+def choose_models(step: int) -> ChosenModels:
+    """The models to evaluate with their config: those of --config, or those of --run_dir at `step`.
+
+    step: -1 for the newest checkpoint.  Raises SetupError for flags that contradict each other, and for a run or a
+    step that does not exist.
+    """
     from cooper_jax.evaluation.evaluated_models import ChosenModels
     from cooper_jax.runtime import remote_files
     from cooper_jax.runtime.checkpoint import list_steps
@@ -106,19 +116,21 @@ def choose_models(step: int):
     cfg = common.read_config()
     if not RUN_DIR.value:
         if step != -1:
-            raise SetupError(f"--step={step} is of a run: give --run_dir=RUN too")
+            raise SetupError(f"--step={step} is a step of a run: give --run_dir=RUN, too")
         return ChosenModels(cfg, Path(OUT.value).expanduser().absolute())
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is only read is only read
+
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of every checkpoint that is opened for reading alone
     with setup_errors(f"--run_dir={RUN_DIR.value}"):
         run_dir = remote_files.to_path(RUN_DIR.value)
         given = config_flags.get_override_values(flags.FLAGS["config"])
         for name in ("policy.weights", "reward.weights"):
             if name in given:
                 raise ValueError(
-                    f"--config.{name} names other weights than the run's: leave one of them out (another reward "
-                    "model judges a run's responses by --rejudge=ITEMS --config.reward.weights=DIR)"
+                    f"--config.{name} names other weights than the run's: leave one of them out (to judge a run's "
+                    "responses with another reward model: --rejudge=ITEMS --config.reward.weights=DIR)"
                 )
         cfg = run_checkpoint.overlay_run(cfg, run_checkpoint.read_run_config(run_dir), given)
+
         steps = list_steps(run_dir)
         if not steps:
             raise ValueError("it holds no checkpoint yet")
@@ -128,8 +140,8 @@ def choose_models(step: int):
     return ChosenModels(cfg, run_dir, run_dir, step)
 
 
-def parse_compared(chosen, named: str):
-    """The reward model of a --compare: weights, or a step of the same run."""
+def parse_compared(chosen: ChosenModels, named: str) -> ChosenModels:
+    """The reward model that a --compare names: weights, or a step of the same run."""
     if chosen.run_dir is not None and named.isdecimal():
         return choose_models(int(named))
     cfg = chosen.cfg.copy_and_resolve_references()
@@ -138,14 +150,13 @@ def parse_compared(chosen, named: str):
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """The launchers' own; --run_dir needs no --config, and brooks none."""
+    """Parse the flags; --run_dir takes the place of --config."""
     named = {a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-")}
     if "run_dir" in named:
         if "config" in named:
             common.exit_with_error("--config and --run_dir both say what is evaluated: leave one out")
-        extra = f"--config={ROOT / 'configs/base.py'}"
-        argv = [argv[0], extra, *argv[1:]]
-        sys.argv = argv  # where the config's own fields are looked for
+        argv = [argv[0], "--config=base", *argv[1:]]
+        sys.argv = argv  # ml_collections reads the config's fields from sys.argv
     return common.parse_flags(argv, __doc__)
 
 

@@ -4,14 +4,14 @@
     python launch/export.py --run_dir=runs/tiny --model=reward --out=exported/verifyrm --step=100
 
 The policy loads as AutoModelForCausalLM, the reward model as AutoModelForSequenceClassification with one label.
-Either can be the `weights` of a later run.
+Either directory can be the `weights` of a later run.
 """
 
 import sys
 import tempfile
 from pathlib import Path
 
-if not __package__:  # run as a file: the checkout it lies in comes first
+if not __package__:  # run as a file: put its checkout first on the import path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging
@@ -22,16 +22,17 @@ RUN_DIR = flags.DEFINE_string("run_dir", None, "A run directory.", required=True
 OUT = flags.DEFINE_string("out", None, "The directory to write.", required=True)
 MODEL = flags.DEFINE_enum("model", "policy", ["policy", "reward"], "Which model.")
 STEP = flags.DEFINE_integer("step", -1, "The checkpoint's step; -1 is the newest.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the written weights.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the written weights.")
 
 
 def main(argv: list[str]) -> None:
+    """Write the model that the flags name."""
     if len(argv) > 1:
         command_line.exit_with_errors([f"unexpected arguments {argv[1:]}; flags look like --model=policy"])
     logging.set_verbosity(logging.WARNING)
 
     from cooper_jax.data import seen_questions
-    from cooper_jax.model import weights
+    from cooper_jax.model import weight_export
     from cooper_jax.runtime import device_layouts, remote_files
     from cooper_jax.settings import setup_errors
     from cooper_jax.trainer import run_checkpoint
@@ -46,14 +47,16 @@ def main(argv: list[str]) -> None:
         with setup_errors.setup_errors(f"--run_dir={run_dir}"):
             cfg = run_checkpoint.use_any_mesh(run_checkpoint.read_run_config(run_dir))
             layout = device_layouts.make_policy_layout(cfg)
-            asked = None if STEP.value < 0 else STEP.value
-            model, params, step = run_checkpoint.load_run_model(run_dir, cfg, MODEL.value, layout, asked)
+            wanted = None if STEP.value < 0 else STEP.value
+            model, params, step = run_checkpoint.load_run_model(run_dir, cfg, MODEL.value, layout, wanted)
+            # Evaluations with the exported reward model leave out the questions that it was trained on.
             seen = seen_questions.read_record(run_dir) if MODEL.value == "reward" else None
     except setup_errors.SetupError as error:
         command_line.exit_with_errors(error.problems)
+
     with tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save(folder)
-        weights.save_pretrained(
+        weight_export.save_pretrained(
             OUT.value,
             model.config,
             params,
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> None:
             pad_token_id=model.tokenizer.pad_id,
             dtype=DTYPE.value,
         )
-    if seen is not None:  # the questions that it was trained on, for whoever evaluates with it
+    if seen is not None:
         seen_questions.write_record(OUT.value, seen)
     print(f"{OUT.value}: the {MODEL.value} model of step {step}")
 

@@ -1,11 +1,11 @@
-"""Starts a command several times on this machine, as the processes of one run: several hosts in small.
+"""Starts a command several times on this machine, as the processes of one run: a test of several hosts.
 
     python launch/local_hosts.py -n 2 -- python launch/train.py --config=configs/tiny.py
     python launch/local_hosts.py -n 2 --devices=4 -- python launch/train.py --config=configs/tiny.py
 
-Each process gets JAX_COORDINATOR_ADDRESS (on the loopback), JAX_NUM_PROCESSES and JAX_PROCESS_ID, the three that
-launch/train.py reads; lines come out with the process's number in front.  SIGTERM and SIGINT go on to all.  The
-exit code is that of the first process that failed, when all have ended; 0 if none did.
+Each process gets JAX_COORDINATOR_ADDRESS (on the loopback interface), JAX_NUM_PROCESSES and JAX_PROCESS_ID, which
+launch/train.py reads.  Output lines are prefixed with the process's number.  SIGTERM and SIGINT are forwarded to
+all processes.  The exit code is that of the first process that failed, or 0; it comes when all have ended.
 """
 
 import argparse
@@ -17,14 +17,17 @@ import sys
 import threading
 from collections.abc import Sequence
 
-GRACE = 90.0  # seconds that the others have, after one failed, to notice and to end by themselves
+# Seconds that the other processes have, after one failed, to notice it and to exit by themselves.
+GRACE = 90.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Start the processes and wait for them; returns the exit code."""
     options = parse_arguments(argv)
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", 0))  # a free port
         address = f"127.0.0.1:{probe.getsockname()[1]}"
+
     processes = []
     for i in range(options.n):
         environment = os.environ | {
@@ -39,70 +42,79 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={options.devices}".strip(),
             }
-        processes.append(
-            subprocess.Popen(
-                options.command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
+        process = subprocess.Popen(
+            options.command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
+        processes.append(process)
     return wait_for_processes(processes)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line: n, devices and command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-n", type=int, default=2, help="processes")
+    parser.add_argument("-n", type=int, default=2, help="number of processes")
     parser.add_argument(
-        "--devices", type=int, default=0, help="virtual CPU devices each; 0: those of the machine"
+        "--devices", type=int, default=0, help="virtual CPU devices of each process; 0: the machine's devices"
     )
-    parser.add_argument("command", nargs="+", help="what to run, after --")
+    parser.add_argument("command", nargs="+", help="the command to run, after --")
     options = parser.parse_args(argv)
     if options.n < 1 or options.devices < 0:
         parser.error(
-            f"-n {options.n} --devices {options.devices}: at least one process, and no fewer devices than 0"
+            f"-n {options.n} --devices {options.devices}: -n must be at least 1 and --devices at least 0"
         )
     return options
 
 
-def wait_for_processes(processes: list[subprocess.Popen]) -> int:
-    """Pass lines and signals on until all have ended."""
+def wait_for_processes(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Relay output lines and signals until all processes have ended; returns the exit code.
+
+    SIGKILL ends the processes that are still running GRACE seconds after one failed.
+    """
     readers = [
-        threading.Thread(target=relay_lines, args=(i, p), daemon=True) for i, p in enumerate(processes)
+        threading.Thread(target=relay_lines, args=(i, process), daemon=True)
+        for i, process in enumerate(processes)
     ]
     for thread in readers:
         thread.start()
 
-    def forward(number, _):
+    def forward_signal(number: int, _frame: object) -> None:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
+        signal.signal(number, forward_signal)
+
+    # One thread per process waits for it, so that the first failure is noticed whichever process it is.
     ended = threading.Semaphore(0)
     failed: list[int] = []
 
-    def watch(process):
+    def watch_process(process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
         if code:
-            failed.append(128 - code if code < 0 else code)  # as a shell tells of a signal
+            failed.append(128 - code if code < 0 else code)  # a shell's code for a process ended by a signal
         ended.release()
 
     for process in processes:
-        threading.Thread(target=watch, args=(process,), daemon=True).start()
-    left = len(processes)
-    while left:
+        threading.Thread(target=watch_process, args=(process,), daemon=True).start()
+    running = len(processes)
+    while running:
         if ended.acquire(timeout=GRACE if failed else None):
-            left -= 1
+            running -= 1
         else:
-            print(f"{left} processes did not end {GRACE:.0f} s after one failed: killed", file=sys.stderr)
-            forward(signal.SIGKILL, None)
+            print(f"{running} processes did not end {GRACE:.0f} s after one failed: killed", file=sys.stderr)
+            forward_signal(signal.SIGKILL, None)
+
     for thread in readers:
         thread.join(timeout=5)
     return failed[0] if failed else 0
 
 
-def relay_lines(index: int, process: subprocess.Popen) -> None:
+def relay_lines(index: int, process: subprocess.Popen[bytes]) -> None:
+    """Copy a process's output to ours, each line prefixed with its number; process: started with stdout=PIPE."""
+    assert process.stdout is not None
     for line in process.stdout:
         sys.stdout.buffer.write(f"[{index}] ".encode() + line)
         sys.stdout.buffer.flush()

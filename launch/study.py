@@ -1,4 +1,4 @@
-"""Compares ways to reward a policy over several seeds, in the miniature: runs, tables and a figure.
+"""Compares ways to reward a policy over several seeds on a small task: runs, tables and a figure.
 
     python launch/study.py --config=configs/tiny.py --arms=rule,frozen,robust --seeds=0
     python launch/study.py --config=configs/tiny.py --out=runs/study --seeds=10-19 --jobs=2
@@ -6,45 +6,49 @@
     python launch/study.py --out=runs/study --report --keep=docs/results/study.jsonl
     python launch/study.py --from=docs/results/study.jsonl --report --out=runs/again
 
-Of each seed the supervised phases run once, and every arm begins with their models.  --config flags hold for all
-arms, and one that contradicts an arm's settings (cooper_jax/study/arms.py) is refused.  The same command goes on
-where it was stopped, also with more seeds or arms.  --report runs nothing: it makes results.json, arms.csv,
-runs.csv, tables.md and study.png in --out again, from the runs that are there or from the file of --from.
+The supervised phases run once per seed, and every arm starts from their models.  --config flags apply to all arms;
+one that contradicts an arm's settings (cooper_jax/study/arms.py) is refused.  The same command resumes a study,
+also with more seeds or arms.  --report runs nothing: it writes results.json, arms.csv, runs.csv, tables.md and
+study.png in --out again, from the runs in --out or from the file of --from.
 
-Exit codes: 0 done; 1 a run failed, and the others are done; 2 an error in the settings or files; 75 stopped by a
-signal, with checkpoints: the same command goes on.
+Exit codes: 0 done; 1 a run failed and the others are done; 2 an error in the settings or files; 75 stopped by a
+signal, with checkpoints, from which the same command resumes.
 """
+
+from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-if not __package__:  # run as a file: the checkout it lies in comes first
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: put its checkout first on the import path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from cooper_jax.launch import common
 
+if TYPE_CHECKING:  # at run time it is imported after the flags are parsed
+    from cooper_jax.study.run_scheduler import Failure
+
 OUT = flags.DEFINE_string("out", "runs/study", "The study's directory.")
 ARMS = flags.DEFINE_list(
-    "arms", [], "Names of cooper_jax/study/arms.py; the main ones where no --arm is given."
+    "arms", [], "Arms of cooper_jax/study/arms.py; without --arms and --arm: the main ones."
 )
-ARM = flags.DEFINE_multi_string("arm", [], 'An arm of one\'s own, "NAME: FIELD=VALUE, ..."; repeatable.')
-SEEDS = flags.DEFINE_string("seeds", "", "As in 0, 10-19 or 1,3,10-12; 0 where nothing is given.")
-JOBS = flags.DEFINE_integer("jobs", 1, "Runs at once; several keep to a core each.", lower_bound=1)
-REPORT = flags.DEFINE_bool(
-    "report", False, "Run nothing: write tables and figure of the runs that are there."
-)
+ARM = flags.DEFINE_multi_string("arm", [], 'An arm of your own, "NAME: FIELD=VALUE, ..."; repeatable.')
+SEEDS = flags.DEFINE_string("seeds", "", "Seeds, as in 0, 10-19 or 1,3,10-12; empty: 0.")
+JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time; several use one core each.", lower_bound=1)
+REPORT = flags.DEFINE_bool("report", False, "Run nothing: write the tables and the figure of existing runs.")
 KEEP = flags.DEFINE_string(
-    "keep", "", "A file to write the records to from which tables and figure are made."
+    "keep", "", "A file to write the records to, from which the tables and the figure can be made again."
 )
 FROM = flags.DEFINE_string("from", "", "With --report: a file that --keep wrote, used instead of the runs.")
 
 
 def main(argv: list[str]) -> None:
+    """Run the study's arms unless --report is given, then write its tables and figure."""
     common.begin_job(argv)
     from cooper_jax.runtime import hosts
     from cooper_jax.runtime.extras import import_extra
@@ -53,7 +57,8 @@ def main(argv: list[str]) -> None:
     try:
         if FROM.value and not REPORT.value:
             raise SetupError(f"--from={FROM.value} belongs to --report")
-        with setup_errors("study.png"):  # drawn when all runs are over: too late to find a package missing
+        with setup_errors("study.png"):
+            # The figure is drawn after all runs, which would be a late moment to miss a package.
             import_extra("matplotlib", "figures")
         with setup_errors(f"--out={OUT.value}"):
             failed = [] if REPORT.value else run_study_arms()
@@ -61,21 +66,24 @@ def main(argv: list[str]) -> None:
     except SetupError as error:
         common.print_setup_error(error)
     except hosts.Stopped:
-        print("stopped by a signal; the same command goes on")
+        print("stopped by a signal; the same command resumes")
         sys.exit(hosts.STOPPED)
     if failed:
-        print(f"failed: {', '.join(f.run.label for f in failed)}: log.txt there says why", file=sys.stderr)
+        labels = ", ".join(failure.run.label for failure in failed)
+        print(f"failed: {labels}: see log.txt in each run's directory", file=sys.stderr)
         sys.exit(1)
 
 
-def run_study_arms() -> list:
-    """Carry out what is not complete.  Returns the failures."""
+def run_study_arms() -> list[Failure]:
+    """Run the arms and seeds that are not complete.  Returns the runs that failed."""
     from cooper_jax.runtime import run_directory
     from cooper_jax.study import arms, run_scheduler, study_plan
     from cooper_jax.study.progress import Board
 
     base, out = common.read_config(), Path(OUT.value).absolute()
-    names = ARMS.value or (() if ARM.value else arms.MAIN)
+    names = tuple(ARMS.value)
+    if not names and not ARM.value:
+        names = arms.MAIN
     given = config_flags.get_override_values(flags.FLAGS["config"])
     study = study_plan.Study(
         out=out,
@@ -85,6 +93,8 @@ def run_study_arms() -> list:
         arms=arms.choose_arms(names, ARM.value, base),
         seeds=study_plan.parse_seeds(SEEDS.value or "0"),
     )
+
+    # The lock keeps a second command from running the same study.
     out.mkdir(parents=True, exist_ok=True)
     handle = run_directory.lock_folder(out / "lock", out, "--out")
     try:
@@ -98,10 +108,10 @@ def run_study_arms() -> list:
         os.close(handle)
 
 
-def report_study(failed: list) -> None:
-    """Tables and figure of what is there, and what they are made of where --keep says so."""
+def report_study(failed: list[Failure]) -> None:
+    """Write the tables and the figure of all complete runs, and with --keep the records they are made from."""
     from cooper_jax.study import records, study_plan
-    from cooper_jax.study import study_report as files
+    from cooper_jax.study import study_report as report_files
 
     out = Path(OUT.value).absolute()
     found = records.read_records(Path(FROM.value)) if FROM.value else records.read_folder(out)
@@ -109,22 +119,22 @@ def report_study(failed: list) -> None:
         found = found.only(ARMS.value, study_plan.parse_seeds(SEEDS.value) if SEEDS.value else ())
     if failed and not found.runs:
         return
-    tables = files.write_report(found, out)
+
+    tables = report_files.write_report(found, out)
     if KEEP.value:
         records.write_records(found, Path(KEEP.value))
-    print(tables.split("\n## ")[0] + "\n## " + tables.split("\n## ")[1])
-    print(
-        f"{out}: results.json, arms.csv, runs.csv, tables.md, study.png"
-        + (f"; {KEEP.value}" if KEEP.value else "")
-    )
+    heading, first_table = tables.split("\n## ")[:2]
+    print(f"{heading}\n## {first_table}")
+    kept = f"; {KEEP.value}" if KEEP.value else ""
+    print(f"{out}: results.json, arms.csv, runs.csv, tables.md, study.png{kept}")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """The launchers' own; --report needs no --config."""
+    """Parse the flags; --report needs no --config."""
     named = {a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-")}
     if "report" in named and "config" not in named:
-        argv = [argv[0], f"--config={ROOT / 'configs/base.py'}", *argv[1:]]
-        sys.argv = argv  # where the config's own fields are looked for
+        argv = [argv[0], "--config=base", *argv[1:]]
+        sys.argv = argv  # ml_collections reads the config's fields from sys.argv
     return common.parse_flags(argv, __doc__)
 
 

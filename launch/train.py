@@ -3,18 +3,18 @@
     python launch/train.py --config=configs/tiny.py
     python launch/train.py --config=configs/qwen_1p5b.py --config.policy.weights=/weights/Qwen2.5-1.5B-Instruct ...
 
-Any field of configs/base.py is a flag: --config.steps=20 --config.reward.arm=rule.  A run directory that holds
-a checkpoint is continued; its config must not have changed in anything that matters.
+Any field of configs/base.py is a flag: --config.steps=20 --config.reward.arm=rule.  If the run directory holds a
+checkpoint, the run resumes from it; a changed setting that its results depend on is refused.
 
-On several hosts the same command runs on each (cooper_jax/runtime/hosts.py says how they find each other).  Exit
+On several hosts run the same command on each (cooper_jax/runtime/hosts.py says how they find each other).  Exit
 codes: 0 done; 2 an error in the settings or files; 75 stopped by SIGTERM, with a checkpoint; 69 another host was
-lost (134 where it was the first one).  After 75, 69 and 134 the same command goes on from the newest checkpoint.
+lost (134 where it was the first one).  After 75, 69 and 134 the same command resumes from the newest checkpoint.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file: the checkout it lies in comes first
+if not __package__:  # run as a file: put its checkout first on the import path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app
@@ -23,6 +23,7 @@ from cooper_jax.launch import common
 
 
 def main(argv: list[str]) -> None:
+    """Train with the config that the flags name."""
     common.begin_job(argv)
     from cooper_jax.runtime import hosts
     from cooper_jax.trainer import recipes

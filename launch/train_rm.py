@@ -1,21 +1,20 @@
-"""Trains a reward model on labelled completions, and measures it while it learns.
+"""Trains a reward model on labelled completions, with evaluations on held-out ones.
 
     python launch/train_rm.py --config=configs/verifyrm_smollm2.py \\
         --config.train_rm.data=verify_train.jsonl --config.train_rm.eval_data=verify_dev.jsonl
 
-The model is that of the config's `reward` section: a trunk whose score head may be new.  <run_dir>/best/ is the
-best model by `train_rm.keep_best` on the held-out rows, a Hugging Face *ForSequenceClassification directory, and
-goes straight into `launch/train.py --config.reward.weights`.  docs/verifyrm.md says what else the run directory
-holds.
+The config's `reward` section names the model; its score head may be new.  <run_dir>/best/ is the best model by
+`train_rm.keep_best` on the held-out rows: a Hugging Face *ForSequenceClassification directory, which
+`launch/train.py` takes as --config.reward.weights.  docs/verifyrm.md lists the other files of the run directory.
 
-The same command goes on from the newest checkpoint.  On several hosts it runs on each, and exit codes are those of
+The same command resumes from the newest checkpoint.  On several hosts run it on each.  Exit codes are those of
 launch/common.py.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file: the checkout it lies in comes first
+if not __package__:  # run as a file: put its checkout first on the import path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app
@@ -24,6 +23,7 @@ from cooper_jax.launch import common
 
 
 def main(argv: list[str]) -> None:
+    """Train the reward model of the config that the flags name."""
     common.begin_job(argv)
     from cooper_jax.reward_training import rm_loop
 

@@ -55,6 +55,14 @@ def clear_compilation_caches():
     gc.collect()
 
 
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """(devices, **changes) -> (Components, State) of the tiny config on the first so many virtual devices."""
+    import tiny_steps
+
+    return tiny_steps.make_builder(monkeypatch, tmp_path)
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -26,7 +26,7 @@ from cooper_jax.configs import base
 from cooper_jax.data import labelled_completions
 from cooper_jax.llm import chat as chats
 from cooper_jax.llm.chat import Failure
-from cooper_jax.model import weights
+from cooper_jax.model import weight_export
 from cooper_jax.runtime import device_layouts, hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Verdict
@@ -335,7 +335,9 @@ def test_two_kills_lose_and_double_nothing(serve, tmp_path):
     process = start(problems, out, server.url)
     said, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
-    assert f"verdicts.jsonl:{counted[2] + 1}: a kill tore this line (12 bytes)" in said and "kappa" in said
+    assert (
+        f"verdicts.jsonl:{counted[2] + 1}: removed an incomplete line (12 bytes)" in said and "kappa" in said
+    )
 
     undisturbed = tmp_path / "undisturbed"
     pipeline.annotate_completions(
@@ -362,7 +364,7 @@ def local(tmp_path, monkeypatch):
     """A config whose source and judge are a random model of one layer, on one device."""
     tokenizer = tiny_tokenizers.write(tmp_path / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8, max_len=2048)
-    weights.save_pretrained(
+    weight_export.save_pretrained(
         tmp_path / "hf", model, tiny_models.random_params(model), "logits", tokenizer_dir=tokenizer
     )
     layouts = device_layouts.make_layouts
@@ -701,7 +703,7 @@ def test_a_full_disk_is_one_error_and_the_same_command_goes_on(serve, quick_rule
     server = serve(lambda n, body: reply("Verdict: INCORRECT"))
     with (
         no_large_files(),
-        pytest.raises(SetupError, match="--out: .*File too large: mend that.*completions.jsonl"),
+        pytest.raises(SetupError, match="--out: .*File too large: fix that.*completions.jsonl"),
     ):
         pipeline.annotate_completions(config(server.url), [], files, str(out))
     cfg = config(server.url, **{"annotate.balance": "off"})
@@ -748,7 +750,7 @@ def test_a_ledger_mends_its_last_line_alone(tmp_path, capsys):
     )
     log = annotation_ledger.LedgerFile(path)
     assert log.rows["1"]["judge"] and log.rows["2"]["judge"] is False and set(log.rows) == {"1", "2"}
-    assert "verdicts.jsonl:4: a kill tore this line (9 bytes)" in capsys.readouterr().out
+    assert "verdicts.jsonl:4: removed an incomplete line (9 bytes)" in capsys.readouterr().out
     log.append([{"id": "3", "judge": None}])
     assert [row["id"] for row in lines(path)] == ["1", "2", "2", "3"]
     log.close()

@@ -1,4 +1,4 @@
-"""The benchmark command: the floor by hand, what it writes, what it says to bad arguments."""
+"""The benchmark command: the roofline by hand, what it writes, what it says to bad arguments."""
 
 import importlib
 import json
@@ -13,9 +13,8 @@ import pytest
 from cooper_jax.configs import base
 from cooper_jax.launch import bench as command
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.perf import bench_programs, roofline
-from cooper_jax.runtime import machine
-from cooper_jax.runtime.machine import Rates
+from cooper_jax.perf import bench_programs, machine, roofline
+from cooper_jax.perf.machine import Rates
 from cooper_jax.settings.setup_errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,14 +38,14 @@ def config() -> ModelConfig:
     return ModelConfig.from_arch(arch, vocab_size=10)
 
 
-# --- the floor -------------------------------------------------------------------------------------------
+# --- the roofline ---------------------------------------------------------------------------------------
 
 
 def test_weights_by_hand(config):
     assert roofline.count_weights(config) == (288, 40)
 
 
-def test_rollout_floor_by_hand(config):
+def test_rollout_roofline_by_hand(config):
     """One prompt of 3 tokens, two samples of 2 and 4 tokens, two slots, float32.
 
     Prefill: 3 tokens through 288 weights, one through the head, 1 + 2 + 3 keys: 2 * 288 * 3 + 2 * 40 + 32 * 6.
@@ -69,7 +68,7 @@ def test_fewer_slots_than_rows_read_the_weights_more_often(config):
     assert one.flops == two.flops
 
 
-def test_score_and_update_floors_by_hand(config):
+def test_score_and_update_rooflines_by_hand(config):
     """Rows of 3 + 2 and 3 + 4 tokens: 12 tokens, 6 with a logit, 15 + 28 keys.
 
     2 * 288 * 12 + 2 * 40 * 6 + 32 * 43 flops.
@@ -85,7 +84,7 @@ def test_score_and_update_floors_by_hand(config):
     assert twice["passes"].flops == 2 * 3 * 8768 and twice["optimiser"].bytes == 4 * 7 * 328 * 4
 
 
-def test_pair_floor_has_no_head(config):
+def test_pair_roofline_has_no_head(config):
     work = roofline.pair_update_work(config, [5, 7])
     assert work["passes"].flops == 3 * (2 * 288 * 12 + 32 * 43)
 
@@ -98,10 +97,10 @@ def test_the_better_rates_of_two_measurements_times_the_devices():
 
 def test_measured_rates(monkeypatch):
     """A cache's bandwidth counts where it holds the weights, the memory's where it does not."""
-    monkeypatch.setattr(machine, "TRY_SECONDS", 0.0)
-    monkeypatch.setattr(machine, "SQUARE", {"cpu": 64})
-    monkeypatch.setattr(machine, "ARRAY", {"cpu": 2**20})
-    monkeypatch.setattr(machine, "last_level_cache", lambda: 2**16)
+    monkeypatch.setattr(machine, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(machine, "SQUARE_SIDE", {"cpu": 64})
+    monkeypatch.setattr(machine, "ARRAY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(machine, "read_last_level_cache", lambda: 2**16)
     found = {"read_dram": 3.0, "read_cache": 7.0}
     monkeypatch.setattr(
         machine, "_host_bandwidth", lambda name, size: {f"read_{name}": found[f"read_{name}"]}
@@ -113,28 +112,30 @@ def test_measured_rates(monkeypatch):
 
 
 def test_host_bandwidth_is_measured(monkeypatch):
-    monkeypatch.setattr(machine, "TRY_SECONDS", 0.0)
+    monkeypatch.setattr(machine, "TRIAL_SECONDS", 0.0)
     found = machine._host_bandwidth("cache", 2**16)
     assert set(found) == {"read_cache", "copy_cache"} and min(found.values()) > 0
 
 
-# --- the load --------------------------------------------------------------------------------------------
+# --- the workload --------------------------------------------------------------------------------------------
 
 
 def test_ragged_lengths_are_seeded_and_within_their_limits():
     cfg = base.get_config()
     cfg.data.prompts_per_step, cfg.rollout.group_size, cfg.rollout.max_new_tokens = 64, 16, 200
-    load = bench_programs.make_load(cfg, 50, prompt_tokens=5, ragged=True)
-    again = bench_programs.make_load(cfg, 50, prompt_tokens=5, ragged=True)
-    assert load.prompts.shape == (64, 5) and load.prompts.max() < 50
-    assert (load.lengths == again.lengths).all() and load.lengths.shape == (1024,)
+    workload = bench_programs.make_workload(cfg, 50, prompt_tokens=5, ragged=True)
+    again = bench_programs.make_workload(cfg, 50, prompt_tokens=5, ragged=True)
+    assert workload.prompts.shape == (64, 5) and workload.prompts.max() < 50
+    assert (workload.lengths == again.lengths).all() and workload.lengths.shape == (1024,)
     # P(l >= x) = 10 / x from 10 on: half are below 20, and a twentieth is cut off at 200.
-    assert load.lengths.min() >= 10 and load.lengths.max() == 200
-    assert abs((load.lengths < 20).mean() - 0.5) < 0.05
-    assert abs((load.lengths == 200).mean() - 0.05) < 0.03
+    assert workload.lengths.min() >= 10 and workload.lengths.max() == 200
+    assert abs((workload.lengths < 20).mean() - 0.5) < 0.05
+    assert abs((workload.lengths == 200).mean() - 0.05) < 0.03
     cfg.seed = 1
-    assert (bench_programs.make_load(cfg, 50, prompt_tokens=5, ragged=True).lengths != load.lengths).any()
-    even = bench_programs.make_load(cfg, 50, prompt_tokens=5, ragged=False)
+    assert (
+        bench_programs.make_workload(cfg, 50, prompt_tokens=5, ragged=True).lengths != workload.lengths
+    ).any()
+    even = bench_programs.make_workload(cfg, 50, prompt_tokens=5, ragged=False)
     assert (even.lengths == 200).all() and even.tokens == 1024 * 205
 
 
@@ -180,11 +181,11 @@ def test_the_command(kind, options, programs, devices, tmp_path):
         assert len(result["seconds"]) == 2 and result["median_seconds"] == np.median(result["seconds"])
         assert result["tokens_per_second"] == result["tokens"] / result["median_seconds"]
         assert result["first_call_seconds"] > 0 and result["memory"]["host_peak_bytes"] > 2**20
-        least = result["floor"]
-        assert least["seconds"] == pytest.approx(sum(part["seconds"] for part in least["parts"].values()))
-        assert least["share"] == pytest.approx(least["seconds"] / result["median_seconds"])
-        assert least["devices"] == 1, "virtual devices share the cores"
-        assert {"gemm_model", "read_dram", "copy_dram", "read_cache"} <= set(least["measured"])
+        bound = result["roofline"]
+        assert bound["seconds"] == pytest.approx(sum(part["seconds"] for part in bound["parts"].values()))
+        assert bound["share"] == pytest.approx(bound["seconds"] / result["median_seconds"])
+        assert bound["devices"] == 1, "virtual devices share the cores"
+        assert {"gemm_model", "read_dram", "copy_dram", "read_cache"} <= set(bound["measured"])
     first = written["results"][0]
     if kind == "rollout":
         assert 4 <= first["tokens"] <= 24 and set(first["phase_seconds"]) == {"prefill", "decode"}

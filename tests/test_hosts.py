@@ -61,7 +61,7 @@ def short(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("hosts") / "start"
     done = run(path, **SHORT | dict(steps=0))
     assert done.returncode == 0, done.stderr
-    return SHORT | dict(warmup__start=path)
+    return SHORT | dict(supervised__start_from=path)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,9 @@ def whole(short, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_supervised_phases_of_two_processes(tmp_path):
     """The models at step 0 are those of one process with the same mesh, and moved."""
-    few = SHORT | dict(steps=0, warmup__policy_steps=3, warmup__reward_steps=3)
+    few = SHORT | dict(steps=0, supervised__policy_steps=3, supervised__reward_steps=3)
     none = SHORT | dict(
-        steps=0, warmup__policy_steps=0, warmup__reward_steps=0, reward__allow_untrained_head=True
+        steps=0, supervised__policy_steps=0, supervised__reward_steps=0, reward__allow_untrained_head=True
     )
     assert finish(start_hosts(tmp_path / "two", 2, 2, tmp_path / "out", **few)) == [0, 0]
     for name, changes in (("one", few), ("none", none)):
@@ -197,7 +197,7 @@ with hosts.run_as_one():
     assert hosts.exchange_json("a", {{"me": me}}) == [{{"me": 0}}, {{"me": 1}}]
     assert hosts.broadcast_value("b", lambda: b"first" if me == 0 else 1 / 0) == b"first"
     assert [i for i in range(4) if hosts.is_assigned(i)] == [me, me + 2]
-    for i in range(hosts.KEPT + 3):
+    for i in range(hosts.KEPT_EXCHANGES + 3):
         hosts.exchange_bytes("many", b"")
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
     x = jax.make_array_from_callback((8,), NamedSharding(mesh, PartitionSpec("data")), lambda i: np.arange(8.0)[i])

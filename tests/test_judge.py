@@ -17,7 +17,7 @@ from cooper_jax.llm import judge as judges
 from cooper_jax.llm import local_chat
 from cooper_jax.llm.chat import Failure
 from cooper_jax.llm.judge import Judgement
-from cooper_jax.model import weights
+from cooper_jax.model import weight_export
 from cooper_jax.runtime import device_layouts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Triple
@@ -197,7 +197,7 @@ def directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = tiny_tokenizers.write(folder / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
-    weights.save_pretrained(
+    weight_export.save_pretrained(
         folder / "hf", model, tiny_models.random_params(model), "logits", tokenizer_dir=tokenizer
     )
     return folder / "hf"

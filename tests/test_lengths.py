@@ -13,7 +13,7 @@ from cooper_jax.data.prompts import MIN_QUESTION
 from cooper_jax.evaluation import benchmark_jobs
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
 from cooper_jax.llm import local_chat
-from cooper_jax.model import loading, weights
+from cooper_jax.model import loading, weight_export
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.reward_training import rm_setup
@@ -40,7 +40,7 @@ def directories(tmp_path_factory) -> dict[str, str]:
     model = tiny_models.config(vocab_size=size, width=16, layers=1, head_dim=8, max_len=64)
     for head in ("logits", "score"):
         params = tiny_models.random_params(model, head)
-        weights.save_pretrained(folder / head, model, params, head, tokenizer_dir=text, pad_token_id=0)
+        weight_export.save_pretrained(folder / head, model, params, head, tokenizer_dir=text, pad_token_id=0)
     return {head: str(folder / head) for head in ("logits", "score")}
 
 
@@ -121,7 +121,7 @@ def test_reward_training_refuses_before_it_reads_data(directories, one_device, t
     cfg.reward.weights, cfg.reward.max_tokens = directories["logits"], 65
     cfg.train_rm.data = str(tmp_path / "absent.jsonl")
     with pytest.raises(SetupError, match=refusal(r"reward\.max_tokens=65", 65)):
-        rm_setup.build_rm_job(cfg, tmp_path)
+        rm_setup.build_rm_job(cfg, rm_setup.RmSettings.from_config(cfg), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["assistant", "judge", "source"])

@@ -207,7 +207,7 @@ def test_arrays_lie_where_they_are_declared():
     cfg = tiny_updates.config()
     opt = optim.make_optimiser(OptimiserConfig.from_config(cfg.policy.optimiser, "policy.optimiser"))
     state = optim.init_state(mesh.init_params(jax.random.key(0), specs, layout), opt)
-    update = tiny_updates.imitation.make_update(
+    update = tiny_updates.imitation.make_imitation_update(
         config, layout, opt, dtype="float32", remat=True, microbatch=8
     )
     rows = layout.put((np.ones((8, 12), np.int32), np.ones((8, 12), bool), np.ones((8, 6), bool)), "batch")

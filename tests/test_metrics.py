@@ -13,14 +13,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cooper_jax.signals import hacking_metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cooper_jax.configs import base
 from cooper_jax.runtime import metrics as m
 from cooper_jax.runtime.checkpoint import Checkpoints
-from cooper_jax.runtime.run_directory import RunDirectory, config_hash, run_path
+from cooper_jax.runtime.run_directory import RunDirectory, run_path
+from cooper_jax.runtime.stored_config import config_hash
+from cooper_jax.trainer.step_metrics import measure_hacking
 from cooper_jax.types import Verdict
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -60,7 +61,7 @@ def test_the_hacking_signal_is_measured_on_rows_that_the_rule_decides():
         (Verdict.TIMEOUT, 0.25),
     ]
     rewards = np.array([reward for _, reward in seen], np.float32)
-    assert hacking_metrics(rewards, [verdict for verdict, _ in seen]) == pytest.approx(
+    assert measure_hacking(rewards, [verdict for verdict, _ in seen]) == pytest.approx(
         {
             "rm/false_positive_rate": 1 / 4,
             "rm/false_negative_rate": 1 / 2,
@@ -71,7 +72,7 @@ def test_the_hacking_signal_is_measured_on_rows_that_the_rule_decides():
         }
     )
     # Where the rule decides nothing, there is no rate.
-    undecided = hacking_metrics(np.ones(2, np.float32), [Verdict.TIMEOUT, Verdict.UNRECOGNISED])
+    undecided = measure_hacking(np.ones(2, np.float32), [Verdict.TIMEOUT, Verdict.UNRECOGNISED])
     assert math.isnan(undecided["rm/false_positive_rate"]) and math.isnan(undecided["rm/rule_agreement"])
 
 
@@ -160,7 +161,7 @@ def test_a_full_disk(tmp_path):
     path = tmp_path / "metrics.jsonl"
     child = subprocess.run([sys.executable, "-c", FULL, ROOT, str(path)], capture_output=True, text=True)
     assert child.returncode == 1
-    assert f"File too large: mend that, and start the same command again: '{path}'" in child.stderr
+    assert f"File too large: fix that, and start the same command again: '{path}'" in child.stderr
     assert path.stat().st_size == 1000 and not path.read_bytes().endswith(b"\n")
     last = path.read_bytes().count(b"\n")
     assert m.JsonLines(path).truncate(99) == last > 10

@@ -319,7 +319,7 @@ F32 = Format("float32", packed=False)
 def decode(params, c, prompts, lengths, suffix, samples, layout):
     """Teacher-forced decoding -> (hidden of the prompts' last tokens, hidden [N, T, D])."""
     params = generation.prepare_generation(params, c, layout)
-    static = dict(dtype=jnp.float32, form=F32, layout=layout)
+    static = dict(dtype=jnp.float32, kv_format=F32, layout=layout)
     first, kv = jax.jit(lambda p, t, n: generation.prefill_prompts(p, c, t, n, **static))(
         params, prompts, lengths
     )
@@ -379,7 +379,7 @@ def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
 
     def steps(cache, i):
         def step(i, cache):
-            static = dict(dtype=jnp.float32, form=form)
+            static = dict(dtype=jnp.float32, kv_format=form)
             at = (plan, cache, jnp.zeros(4, jnp.int32), i)
             return generation.decode_step(params, c, token, token * i, prompt, *at, **static)[1]
 
@@ -442,7 +442,7 @@ def test_sharded_training_and_decoding_equal_unsharded(layout):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), grads_sharded, grads)
 
     prompts, suffix, lengths = tokens[:4, :5], tokens[:, 5:8], jnp.array([5, 2, 3, 1])
-    alone = decode(params, c, prompts, lengths, suffix, 2)
+    alone = decode(params, c, prompts, lengths, suffix, 2, one_device())
     together = decode(spread, c, prompts, lengths, suffix, 2, layout)
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5)
@@ -502,7 +502,7 @@ def test_config_reads_both_generations_of_config_json():
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"layer_types": ["sliding_attention"]}, "only full_attention"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not built"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor"),
         ({"num_key_value_heads": 5}, "12 query heads do not divide over 5"),
         ({"hidden_size": 1537}, "hidden_size 1537 does not divide over 12"),

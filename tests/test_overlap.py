@@ -9,6 +9,7 @@ import pytest
 from cooper_jax.configs import base
 from cooper_jax.data import contamination, labelled_completions, problems, seen_questions
 from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.setup import load_problems
 from cooper_jax.types import Problem
 
@@ -317,12 +318,12 @@ def test_weights_without_a_record_are_unknown(tmp_path, capsys):
 def test_warm_up_data_are_seen(tmp_path, capsys):
     row = {"question": "Five?", "reference_answer": "1", "completion": "1", "label": 1}
     (tmp_path / "warm.jsonl").write_text(json.dumps(row) + "\n")
-    changed = dict(reward__arm="model", warmup__reward_data=str(tmp_path / "warm.jsonl"))
-    kept, said = apart(capsys, tmp_path / "run", config(**changed, warmup__reward_steps=5))
+    changed = dict(reward__arm="model", supervised__reward_data=str(tmp_path / "warm.jsonl"))
+    kept, said = apart(capsys, tmp_path / "run", config(**changed, supervised__reward_steps=5))
     assert kept == ["two", "Four?", "Six?"] and "1 questions of warm.jsonl; among them 1 of 4" in said
     kept, _ = apart(capsys, tmp_path / "run", config(**changed))  # no step of it
     assert len(kept) == 4
-    kept, _ = apart(capsys, tmp_path / "run", config(reward__arm="model", warmup__reward_steps=5))
+    kept, _ = apart(capsys, tmp_path / "run", config(reward__arm="model", supervised__reward_steps=5))
     assert kept == ["Four?", "Five?", "Six?"]  # worked solutions of the training problems
 
 
@@ -355,14 +356,14 @@ def test_the_real_overlap_is_left_out_of_a_run(tmp_path, capsys, shared_data):
     cfg = config(
         data__train=str(shared_data / "gsm8k_train.jsonl"),
         data__eval=str(shared_data / "math500_test.jsonl"),
-        warmup__reward_data=str(shared_data / "verify_train.jsonl"),
-        warmup__reward_steps=1,
+        supervised__reward_data=str(shared_data / "verify_train.jsonl"),
+        supervised__reward_steps=1,
         reward__arm="model",
     )
-    train, held_out = load_problems(cfg)
+    train, held_out = load_problems(RunSettings.from_config(cfg))
     found = {
         seen_questions.fingerprint_question(t.question)
-        for t in labelled_completions.load_labelled_completions(cfg.warmup.reward_data)
+        for t in labelled_completions.load_labelled_completions(cfg.supervised.reward_data)
         if t.source == "math"
     }
     overlapping = [p.question for p in held_out if seen_questions.fingerprint_question(p.question) in found]
@@ -375,7 +376,7 @@ def test_the_real_overlap_is_left_out_of_a_run(tmp_path, capsys, shared_data):
     )
     assert "before this run 0 of 7473 training questions" in said
     cfg.data.eval = str(shared_data / "odyssey_test.jsonl")
-    held_out = load_problems(cfg)[1]
+    held_out = load_problems(RunSettings.from_config(cfg))[1]
     kept, said = apart(capsys, tmp_path / "run", cfg, train, held_out)
     assert f"among them {387 - len(kept)} of 387 held-out questions (left out)" in said
     assert 387 - 252 < len(kept) < 387

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cooper_jax
-from cooper_jax.launch import cli
+from cooper_jax.launch import cli, command_line
 from cooper_jax.runtime.extras import import_extra
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
@@ -107,7 +107,7 @@ def test_the_help_lists_every_subcommand(monkeypatch, capsys):
 
 def test_every_script_is_a_subcommand():
     scripts = {file.stem for file in (ROOT / "launch").glob("*.py")}
-    assert scripts - set(cli.COMMANDS) == {"__init__", "cli", "common", "local_hosts"}
+    assert scripts - set(cli.COMMANDS) == {"__init__", "cli", "command_line", "common", "local_hosts"}
 
 
 @pytest.mark.parametrize(
@@ -116,29 +116,39 @@ def test_every_script_is_a_subcommand():
         (["trian"], "error: trian: not a subcommand; there are train, train_rm"),
         (
             ["train", "--config=tinny"],
-            "error: --config=tinny: no shipped config has this name; there are base",
+            "error: --config=tinny: No such file or directory: 'tinny'; the shipped configs are base",
         ),
     ],
 )
-def test_unknown_names_are_one_line(monkeypatch, capsys, words, message):
-    monkeypatch.setattr(sys, "argv", ["cooper-jax", *words])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith(message) and error.count("\n") == 1
+def test_unknown_names_are_one_line(words, message):
+    command = [sys.executable, "-c", "from cooper_jax.launch import cli; cli.main()", *words]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 2 and ran.stderr.startswith(message) and ran.stderr.count("\n") == 1, ran.stderr
 
 
 def test_bare_names_are_shipped_configs():
-    tiny = str(Path(cooper_jax.__file__).parent / "configs" / "tiny.py")
-    assert cli.resolve_configs(["--config=tiny", "--config.steps=2"]) == [
+    tiny = str(command_line.CONFIGS / "tiny.py")
+    assert command_line.resolve_configs(["--config=tiny", "--config.steps=2"]) == [
         f"--config={tiny}",
         "--config.steps=2",
     ]
-    assert cli.resolve_configs(["--config", "tiny", "--out", "tiny"]) == ["--config", tiny, "--out", "tiny"]
-    assert cli.resolve_configs(["--config=./tiny", "--config=tiny.py"]) == [
+    assert command_line.resolve_configs(["--config", "tiny", "--out", "tiny"]) == [
+        "--config",
+        tiny,
+        "--out",
+        "tiny",
+    ]
+    assert command_line.resolve_configs(["--config=tiny:2"]) == [f"--config={tiny}:2"]
+    assert command_line.resolve_configs(["--config=./tiny", "--config=tiny.py"]) == [
         "--config=./tiny",
         "--config=tiny.py",
     ]
+
+
+def test_scripts_take_bare_names():
+    command = [sys.executable, "launch/train.py", "--config=tiny", "--config.reward.arm=ruel"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 2 and "reward.arm" in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
 
 
 def test_a_missing_package_is_named():

@@ -423,7 +423,7 @@ def test_orders_differ_by_epoch_and_seed_and_never_change():
         return [problems.problem_at(epoch * 100 + i, 100, seed) for i in range(100)]
 
     assert order(0, 0) != order(0, 1) != order(1, 1) != order(1, 0) and order(0, 1) != order(1, 0)
-    assert [problems.problem_at(p, 100, 0, "warmup_reward") for p in range(100)] != order(0, 0)
+    assert [problems.problem_at(p, 100, 0, "supervised_reward") for p in range(100)] != order(0, 0)
     # Recorded: another order under the same seed would break every run that is resumed.
     assert [problems.problem_at(p, 10, 0) for p in range(20)] == RECORDED
 

@@ -300,7 +300,9 @@ def test_policy_prompts(toks):
 
 
 def test_negative_messages_hold_all_three_texts():
-    ((role, text),) = prompts.make_negative_messages("What is 2 < 3?", "\\frac{1}{2}", "Step 1.\nSo \\boxed{1}. ")
+    ((role, text),) = prompts.make_negative_messages(
+        "What is 2 < 3?", "\\frac{1}{2}", "Step 1.\nSo \\boxed{1}. "
+    )
     assert role == "user"
     for part in ("[Problem]\nWhat is 2 < 3?\n", "\n\\frac{1}{2}\n", "\nStep 1.\nSo \\boxed{1}. \n"):
         assert part in text

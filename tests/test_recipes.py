@@ -13,6 +13,7 @@ from cooper_jax.settings import cross_checks
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import recipes
 from cooper_jax.trainer.recipes import RECIPES
+from cooper_jax.trainer.rewards import ARMS
 from cooper_jax.trainer.run_settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +26,7 @@ def get(cfg, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("arm", cross_checks.ARMS)
+@pytest.mark.parametrize("arm", ARMS)
 def test_every_recipe_makes_a_config_that_holds_together(name, arm):
     cfg = tiny.get_config().lock()
     cfg.reward.recipe, cfg.reward.arm = name, arm
@@ -88,12 +89,12 @@ def flags(*given):
 
 def test_an_explicit_flag_wins():
     done = flags(
-        "--config.reward.recipe=robust", "--config.reward.pair_bce=0.25", "--config.reward.warm_start=0",
+        "--config.reward.recipe=robust", "--config.reward.pair_bce=0.25", "--config.reward.warmup_updates=0",
         "--config.pairs.negatives=('own_answer','swap')",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     reward, pairs = json.loads(done.stdout)
-    assert (reward["recipe"], reward["pair_bce"], reward["warm_start"]) == ("robust", 0.25, 0)
+    assert (reward["recipe"], reward["pair_bce"], reward["warmup_updates"]) == ("robust", 0.25, 0)
     assert reward["updates"] == RECIPES["robust"]["reward.updates"]
     assert pairs["negatives"] == ["own_answer", "swap"]
     done = flags("--config.reward.recipe=paper")
@@ -105,6 +106,7 @@ def test_an_explicit_flag_wins():
     "fields, message",
     [
         ({"pairs.negatives": ("assistant", "swop")}, "pairs.negatives=.*assistant, own_answer, swap"),
+        ({"pairs.negatives": ("mined",)}, "pairs.negatives: 'mined' was removed: "),
         ({"pairs.negatives": ()}, "pairs.negatives="),
         ({"pairs.negatives": ("assistant", "swap"), "pairs.per_prompt": 1}, "--config.pairs.per_prompt=2"),
         ({"reward.pair_weight": 0.0}, "nothing to learn from"),
@@ -114,8 +116,8 @@ def test_an_explicit_flag_wins():
         ({"reward.rollout_bce": 1.0, "reward.replay_rows": 8}, "set all three"),
         ({"reward.updates": 0}, "reward.updates=0: it must be at least 1"),
         (
-            {"reward.arm": "rule", "reward.guard": True, "reward.either": True},
-            "reward.either and reward.guard",
+            {"reward.arm": "rule", "reward.answer_required": True, "reward.rule_or_model": True},
+            "reward.rule_or_model and reward.answer_required",
         ),
     ],
 )

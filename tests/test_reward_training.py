@@ -23,14 +23,16 @@ from tiny_runs import ROOT, environment, metrics, start_hosts, timeless
 
 from cooper_jax.configs import base
 from cooper_jax.data import labelled_completions, prompts, reward_hacks, seen_questions
-from cooper_jax.model import loading, transformer, weights
+from cooper_jax.model import loading, transformer, weight_export, weights
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, best_model, examples, rm_loop, rm_report, rm_setup
+from cooper_jax.reward_training.rm_config import TrainRmConfig
 from cooper_jax.runtime import device_layouts, hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.setup import build_reward_bundle
 from cooper_jax.types import ScoreBatch, Triple
 
@@ -68,12 +70,12 @@ def random_rows(config, seed=0, n=11, longest=40):
 def pieces(rows, lengths, labels, shapes, multiple=1):
     """A batch of all rows as what an Accumulator adds."""
     out = []
-    for m in batches.cut_microbatches(np.arange(len(rows)), lengths, shapes):
+    for m in batches.split_microbatches(np.arange(len(rows)), lengths, shapes):
         shares = np.zeros(m.shape.rows, np.float32)
         shares[: len(m.rows)] = 1 / len(rows)
         y = np.zeros(m.shape.rows, np.float32)
         y[: len(m.rows)] = labels[m.rows]
-        out.append((batches.fill_rectangle(rows, m), y, shares))
+        out.append((batches.pack_microbatch(rows, m), y, shares))
     return out
 
 
@@ -89,7 +91,7 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
     config = dataclasses.replace(tiny_models.CASES[name], vocab_multiple=16)
     params = tiny_models.random_params(config, "score")
     rows, lengths, labels = random_rows(config)
-    shapes = batches.choose_shapes(lengths, bucket=8, most=3, budget=120, batch=11)
+    shapes = batches.choose_shapes(lengths, bucket=8, max_widths=3, token_budget=120, batch_size=11)
     accumulator = verifier_model.make_bce_accumulator(
         config, section(), optim.make_optimiser(OPT), one_device()
     )
@@ -97,7 +99,7 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
     for piece in pieces(rows, lengths, labels, shapes):
         sums = accumulator.add(params, sums, piece)
 
-    weights.save_pretrained(tmp_path / "model", config, params, "score", pad_token_id=0)
+    weight_export.save_pretrained(tmp_path / "model", config, params, "score", pad_token_id=0)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     valid = np.arange(40)[None] < lengths[:, None]
     ids = np.zeros((len(rows), 40), np.int64)
@@ -109,7 +111,7 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
     assert float(sums.loss) == pytest.approx(loss.item(), abs=1e-5)
 
     # Our gradients under Hugging Face's names, by the table that writes weights.
-    weights.save_pretrained(
+    weight_export.save_pretrained(
         tmp_path / "gradient", config, jax.device_get(sums.grads), "score", pad_token_id=0
     )
     ours = load_file(tmp_path / "gradient" / "model.safetensors")
@@ -130,7 +132,7 @@ def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
     params = tiny_models.random_params(config, "score")
     rows, lengths, labels = random_rows(config, n=12)
     shapes = batches.choose_shapes(
-        lengths, bucket=8, most=3, budget=80, batch=12, rows_multiple=rows_multiple
+        lengths, bucket=8, max_widths=3, token_budget=80, batch_size=12, rows_multiple=rows_multiple
     )
 
     def put(tree):
@@ -202,7 +204,9 @@ def test_batches_are_cut_at_random_and_not_by_length():
 def test_widths_pad_least(most):
     """Against all choices of widths."""
     lengths = np.random.default_rng(most).integers(1, 97, 60)
-    shapes = batches.choose_shapes(lengths, bucket=16, most=most, budget=256, batch=11, rows_multiple=2)
+    shapes = batches.choose_shapes(
+        lengths, bucket=16, max_widths=most, token_budget=256, batch_size=11, rows_multiple=2
+    )
     widths = sorted({s.width for s in shapes})
     assert len(widths) <= most and not any(w % 16 for w in widths)
     assert widths[-1] == -(-lengths.max() // 16) * 16
@@ -228,10 +232,10 @@ def test_widths_pad_least(most):
 def test_a_batch_is_cut_into_rectangles_that_hold_its_rows():
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 500, 2000)
-    shapes = batches.choose_shapes(lengths, bucket=32, most=6, budget=2048, batch=128)
+    shapes = batches.choose_shapes(lengths, bucket=32, max_widths=6, token_budget=2048, batch_size=128)
     sorted_, unsorted = [], 0
     for rows in batches.order_batches(2000, 128, 0, 0):
-        cut = batches.cut_microbatches(rows, lengths, shapes)
+        cut = batches.split_microbatches(rows, lengths, shapes)
         assert sorted(np.concatenate([m.rows for m in cut])) == sorted(rows)
         for m in cut:
             assert m.shape in shapes and lengths[m.rows].max() <= m.shape.width
@@ -239,10 +243,10 @@ def test_a_batch_is_cut_into_rectangles_that_hold_its_rows():
         sorted_ += cut
         unsorted += sum(lengths[rows[i : i + 4]].max() * 4 for i in range(0, len(rows), 4))
     real = lengths.sum()
-    assert batches.padding_share(sorted_, lengths) == pytest.approx(
+    assert batches.compute_padding_share(sorted_, lengths) == pytest.approx(
         1 - real / sum(m.shape.tokens for m in sorted_)
     )
-    assert batches.padding_share(sorted_, lengths) < 0.2 < 1 - real / unsorted, (
+    assert batches.compute_padding_share(sorted_, lengths) < 0.2 < 1 - real / unsorted, (
         "rows of all lengths side by side"
     )
 
@@ -265,7 +269,7 @@ def test_a_cut_takes_the_fewest_tokens():
 
         sequences = (c for k in range(1, 5) for c in itertools.product(shapes, repeat=k))
         least = min((sum(s.tokens for s in c) for c in sequences if covers(c)), default=None)
-        cut = batches.cut_microbatches(np.arange(n), lengths, shapes)
+        cut = batches.split_microbatches(np.arange(n), lengths, shapes)
         assert len(cut) > 4 or sum(m.shape.tokens for m in cut) == least
 
 
@@ -304,7 +308,7 @@ def place(tmp_path_factory) -> Path:
     size = tokenizers.load_tokenizer_from(str(path / "tokenizer")).vocab_size
     config = tiny_models.config(vocab_size=size, width=32, head_dim=8, ffn=64)
     params = mesh.init_params(jax.random.key(0), transformer.param_specs(config), one_device())
-    weights.save_pretrained(path / "trunk", config, params, "logits", tokenizer_dir=path / "tokenizer")
+    weight_export.save_pretrained(path / "trunk", config, params, "logits", tokenizer_dir=path / "tokenizer")
     write_task(path / "train.jsonl", range(1, 9))
     write_task(path / "dev.jsonl", range(20, 25))
     return path
@@ -456,9 +460,9 @@ def stop_in(patch, name: str, call: int, look: int) -> None:
     [
         pytest.param("_update", 1, 1, 0, 0, marks=pytest.mark.slow),
         ("_update", 6, 2, 5, 5),
-        pytest.param("score", 1, 3, 2, 3, marks=pytest.mark.slow),
+        pytest.param("score_rows", 1, 3, 2, 3, marks=pytest.mark.slow),
         # where a checkpoint is due as well
-        pytest.param("score", 2, 1, 5, 6, marks=pytest.mark.slow),
+        pytest.param("score_rows", 2, 1, 5, 6, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
@@ -494,7 +498,9 @@ def test_what_a_killed_run_did_after_its_checkpoint_is_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(rm_loop, "_say_evaluation", die)  # after best/ was written, before the line of update 3
+        patch.setattr(
+            rm_loop, "_print_evaluation", die
+        )  # after best/ was written, before the line of update 3
         with pytest.raises(KeyboardInterrupt):
             rm_loop.train_reward_model(run_config(place, path))
     assert (path / "best").is_dir() and len(metrics(path)) == 2
@@ -604,15 +610,15 @@ def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
     cfg = base.get_config()
     cfg.reward.weights = str(finished / "best")
     cfg.reward.max_tokens = 96
-    bundle, state = build_reward_bundle(cfg, one_device(), tmp_path)
+    bundle, state = build_reward_bundle(cfg, RunSettings.from_config(cfg), one_device(), tmp_path)
     rows = [
         prompts.encode_verifier_input(bundle.model.tokenizer, t.question, t.reference, t.completion, 96)
         for t in labelled_completions.load_labelled_completions(str(place / "dev.jsonl"))
     ]
-    (m,) = batches.cut_microbatches(
+    (m,) = batches.split_microbatches(
         np.arange(len(rows)), np.array([len(r) for r in rows]), [batches.Shape(len(rows), 96)]
     )
-    z = bundle.score(state.params, batches.fill_rectangle(rows, m))
+    z = bundle.score(state.params, batches.pack_microbatch(rows, m))
     np.testing.assert_allclose(z, held_out_logits(finished)[m.rows], atol=1e-5)
 
 
@@ -625,7 +631,7 @@ def test_a_model_that_goes_on_learning_remembers_what_it_saw_before(finished, pl
     assert seen.sources == {"even": 4, "odd": 4, "more": 4} and len(seen.fingerprints) == 12 and seen.complete
     # What the weights saw before is as little held out as what they see now.
     before = flags | dict(train_rm__eval_data=str(place / "train.jsonl"))
-    with pytest.raises(SetupError, match="weights to begin with have seen"):
+    with pytest.raises(SetupError, match="initial weights were trained on"):
         rm_loop.train_reward_model(run_config(place, tmp_path / "run3", **before))
     (tmp_path / "other").mkdir()
     for file in (finished / "best").iterdir():
@@ -649,9 +655,11 @@ def test_a_run_in_a_bucket_leaves_the_same(bucket, finished, place, alone):  # n
 # --- data ---------------------------------------------------------------------------------------------------
 
 
-def load(place, **changes) -> examples.Data:
+def load(place, **changes) -> examples.RewardData:
     cfg = run_config(place, Path("nowhere"), **changes)
-    return examples.load_examples(cfg, tokenizers.load_tokenizer_from(str(place / "tokenizer")))
+    return examples.load_examples(
+        cfg, TrainRmConfig.from_config(cfg.train_rm), tokenizers.load_tokenizer_from(str(place / "tokenizer"))
+    )
 
 
 def test_long_texts_are_dropped_and_counted(place, tmp_path):
@@ -682,10 +690,13 @@ def test_rows_that_are_cut_are_counted(place, tmp_path):
     for limit, cut in ((most, 0), (most - 1, 1)):
         flags |= dict(reward__max_tokens=limit)
         cfg, data = run_config(place, tmp_path, **flags), load(place, **flags)
-        assert data.train.cut == cut and data.train.lengths.max() <= limit
+        assert data.train.truncated == cut and data.train.lengths.max() <= limit
         layout, config = one_device(), types.SimpleNamespace(family="llama", layers=1, width=8)
         model = types.SimpleNamespace(config=config)
-        job = types.SimpleNamespace(cfg=cfg, data=data, model=model, shapes=(), steps=8, layout=layout)
+        settings = rm_setup.RmSettings.from_config(cfg)
+        job = types.SimpleNamespace(
+            cfg=cfg, settings=settings, data=data, model=model, shapes=(), steps=8, layout=layout
+        )
         assert f"{cut} cut to {limit} tokens" in rm_setup.describe_rm_job(job)
 
 
@@ -713,13 +724,14 @@ def test_reward_hacks_are_no_questions_of_their_own(place, tmp_path):
     altered = {t.question for t in data.train.triples} - {f"What is the answer {q}?" for q in range(1, 9)}
     assert altered and data.attacked
     cfg = run_config(place, tmp_path)
-    job = types.SimpleNamespace(cfg=cfg, data=data, head_trained=False, path=tmp_path)
-    seen = best_model.seen_questions_of(job)
+    settings = rm_setup.RmSettings.from_config(cfg)
+    job = types.SimpleNamespace(cfg=cfg, settings=settings, data=data, head_trained=False, path=tmp_path)
+    seen = best_model.make_seen_record(job)
     assert seen.sources == {"even": 4, "odd": 4} and len(seen.fingerprints) == 8
     assert not seen.fingerprints & {seen_questions.fingerprint_question(q) for q in altered}
     rows = rm_report.list_predictions(data.held_out, np.linspace(-1, 1, len(data.held_out)))
     (tmp_path / best_model.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    best_model.write_final_report(job, 8, {"step": 3, "value": 0.5})
+    best_model.write_final_report(job, 8, best_model.BestEvaluation(3, 0.5))
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["training_rows"], report["attacked"]) == (len(data.train), data.attacked)
 
@@ -729,10 +741,10 @@ def test_held_out_rows_whose_question_was_trained_on_are_left_out(place, tmp_pat
     dev = write_task(tmp_path / "dev.jsonl", range(8, 12))
     dev.write_text(dev.read_text().replace("What is the answer 8?", "what  is the ANSWER 8 ?"))
     found = load(place, train_rm__eval_data=str(dev))
-    assert found.overlapping == 8 and found.excluded and len(found.held_out) == 24
+    assert found.overlapping == 8 and found.overlap_excluded and len(found.held_out) == 24
     assert {t.question for t in found.held_out.triples} == {f"What is the answer {q}?" for q in (9, 10, 11)}
     every = load(place, train_rm__eval_data=str(dev), train_rm__exclude_overlap=False)
-    assert every.overlapping == 8 and not every.excluded and len(every.held_out) == 32
+    assert every.overlapping == 8 and not every.overlap_excluded and len(every.held_out) == 32
 
 
 def test_a_part_of_the_data_is_held_out_by_question(place):
@@ -754,7 +766,7 @@ def test_several_files_are_read(place):
 def test_figures_by_hand():
     # Of scores .75, .75, .25, .25 two are right; a pair of labels is ordered rightly, wrongly, and twice tied.
     z = np.array([1, 1, -1, -1]) * np.log(3)
-    found = rm_report.compute_figures(np.array([1, 0, 1, 0]), z)
+    found = rm_report.compute_metrics(np.array([1, 0, 1, 0]), z)
     assert found["loss"] == pytest.approx(-(np.log(0.75) + np.log(0.25)) / 2)
     for name in ("accuracy", "balanced_accuracy", "precision", "recall", "f1", "auroc", "mean_score"):
         assert found[name] == pytest.approx(0.5), name
@@ -793,7 +805,7 @@ BAD = [
     (dict(train_rm__eval_share=1.0), "train_rm.eval_share=1.0"),
     (dict(train_rm__batch=0), "train_rm.batch=0: it must be at least 1"),
     (dict(train_rm__keep_best="f1"), "train_rm.keep_best='f1': it is one of auroc, accuracy, loss"),
-    (dict(train_rm__decay="step"), "decay is 'step'"),
+    (dict(train_rm__decay="step"), "train_rm.decay='step': it is one of constant, linear, cosine"),
     (dict(train_rm__optimiser__lr=-1.0), "train_rm.optimiser.lr=-1.0"),
     (dict(reward__weights=""), "reward.weights is empty"),
     (dict(reward__dtype="float16"), "reward.dtype='float16'"),
@@ -824,7 +836,7 @@ def test_weights_that_overflow_are_said(place, tmp_path, alone):
     )
     params = tiny_models.random_params(config, "score")
     params["score"] = params["score"].at[0].set(jnp.inf)
-    weights.save_pretrained(
+    weight_export.save_pretrained(
         broken, config, params, "score", tokenizer_dir=place / "tokenizer", pad_token_id=0
     )
     with pytest.raises(SetupError, match="update 3: 40 of 40 held-out logits are not finite: lower"):

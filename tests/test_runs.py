@@ -18,6 +18,7 @@ from cooper_jax.runtime.run_directory import RunDirectory
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import run_checkpoint
 from cooper_jax.trainer.resume import start_or_resume
+from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.setup import build_components, load_problems
 
 
@@ -35,8 +36,8 @@ def run(tmp_path_factory, devices):
     """(a run's directory with step 0, its policy's embedding)."""
     path = tmp_path_factory.mktemp("run")
     cfg = tiny.get_config()
-    more = {"data.synthetic_size": 8, "data.instruction": " Think .", "warmup.policy_steps": 0,
-            "warmup.reward_steps": 0, "log.tensorboard": False, "policy.microbatch": 4}  # fmt: skip
+    more = {"data.synthetic_size": 8, "data.instruction": " Think .", "supervised.policy_steps": 0,
+            "supervised.reward_steps": 0, "log.tensorboard": False, "policy.microbatch": 4}  # fmt: skip
     cfg.update_from_flattened_dict(SHRUNK | more)
     with (
         build_components(cfg, path) as (components, state),
@@ -124,7 +125,7 @@ def test_a_run_is_evaluated(run, devices, tmp_path):
     saw = json.loads((tmp_path / "policy" / RESULTS).read_text())["reward_model_saw"]
     assert saw == {"synthetic": 8}  # in the cooper arm, its training problems
 
-    seen, unseen = load_problems(chosen.cfg)
+    seen, unseen = load_problems(RunSettings.from_config(chosen.cfg))
     labelled = [
         {
             "question": p.question,

@@ -16,7 +16,7 @@ def test_a_study_of_seconds(tmp_path):
         "steps": 2,
         "eval.every": 1,
         "eval.reward_rows": 8,
-        "warmup.policy_steps": 100,
+        "supervised.policy_steps": 100,
     }
     del fields["reward.recipe"]  # an arm's to say
     words = [

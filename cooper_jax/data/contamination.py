@@ -69,7 +69,7 @@ def exclude_contaminated(
 def record_earlier_questions(cfg: ConfigDict) -> Record | None:
     """The questions that the reward model sees before step 1, the training problems not included.
 
-    They are those recorded beside its weights and those of warmup.reward_data.  None in the rule arm.  Raises
+    They are those recorded beside its weights and those of supervised.reward_data.  None in the rule arm.  Raises
     SetupError for a damaged record or file.
     """
     if cfg.reward.arm == "rule":
@@ -81,17 +81,17 @@ def record_earlier_questions(cfg: ConfigDict) -> Record | None:
             # Weights without a trained head are a language model's: they have judged no answer yet.
             no_record = Record(complete=not seen_questions.has_trained_head(weights))
             seen = seen_questions.read_record(weights) or no_record
-    if cfg.warmup.reward_steps and cfg.warmup.reward_data:
-        with setup_errors(f"warmup.reward_data={cfg.warmup.reward_data}"):
-            triples = labelled_completions.load_labelled_completions(cfg.warmup.reward_data)
+    if cfg.supervised.reward_steps and cfg.supervised.reward_data:
+        with setup_errors(f"supervised.reward_data={cfg.supervised.reward_data}"):
+            triples = labelled_completions.load_labelled_completions(cfg.supervised.reward_data)
         questions = (triple.question for triple in triples)
-        seen |= seen_questions.record_questions(questions, _name_file(cfg.warmup.reward_data))
+        seen |= seen_questions.record_questions(questions, _name_file(cfg.supervised.reward_data))
     return seen
 
 
 def add_training_questions(cfg: ConfigDict, seen: Record | None, train: Sequence[Problem]) -> Record | None:
     """The run's record: `seen`, and the training problems where the reward model is trained on them."""
-    learns_from_solutions = cfg.warmup.reward_steps and not cfg.warmup.reward_data
+    learns_from_solutions = cfg.supervised.reward_steps and not cfg.supervised.reward_data
     if seen is None or not (updates_reward_model(cfg) or learns_from_solutions):
         return seen
     source = _name_file(cfg.data.train) or cfg.data.format

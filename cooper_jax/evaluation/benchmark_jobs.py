@@ -228,7 +228,7 @@ def check_settings(cfg: ConfigDict) -> None:
         "policy.dtype": (cfg.policy.dtype, ("float32", "bfloat16")),
         "reward.dtype": (cfg.reward.dtype, ("float32", "bfloat16")),
         "rollout.kernels": (cfg.rollout.kernels, ("auto", "xla")),
-        "rollout.weights": (cfg.rollout.weights, ("auto", "gathered", "sharded")),
+        "rollout.weight_placement": (cfg.rollout.weight_placement, ("auto", "gathered", "sharded")),
     }
     for field, (value, choices) in one_of.items():
         problems.need(value in choices, f"{field}={value!r}: it is one of {', '.join(choices)}")

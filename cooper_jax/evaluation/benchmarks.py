@@ -28,9 +28,9 @@ from cooper_jax.evaluation.evaluated_models import RewardModel
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, Ledger, Row
 from cooper_jax.model import loading
 from cooper_jax.reward.multihost import SharedRule
-from cooper_jax.rollout import engine
+from cooper_jax.rollout import engine, rollout_config
 from cooper_jax.rule.verifier import RuleVerifier
-from cooper_jax.runtime import device_layouts, hosts, keys, output_folder, remote_files
+from cooper_jax.runtime import hosts, keys, output_folder, remote_files
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import setup_errors
 from cooper_jax.types import Completion, Params, Problem, Triple
@@ -54,20 +54,19 @@ class PolicySampler:
     """The rollout engine, at the benchmark section's own temperature, top-p and length."""
 
     def __init__(self, cfg: ConfigDict, layout: Layout, model: loading.Model, params: Params):
-        section, r = cfg.benchmark, cfg.rollout
+        section = cfg.benchmark
         self.samples = section.samples
         self._cfg, self._layout, self._model, self._params = cfg, layout, model, params
+        self._rollout = rollout_config.RolloutConfig.from_config(cfg.rollout)
         with setup_errors("benchmark"):
-            self._spec = engine.SamplingSpec(
+            self._spec = self._rollout.make_sampling_spec(
+                model.tokenizer.eos_ids,
                 temperature=section.temperature,
                 top_k=0,
                 top_p=section.top_p,
+                min_p=0.0,
                 max_new_tokens=section.max_new_tokens,
                 group_size=section.samples,
-                eos_ids=model.tokenizer.eos_ids,
-                segment=r.segment,
-                dtype=r.dtype,
-                kv_dtype=r.kv_dtype,
             )
 
     def __call__(self, benchmark: Benchmark, chunk: range, on_ready: OnReady) -> None:
@@ -84,7 +83,7 @@ class PolicySampler:
                 self._params, self._model.config, self._layout,
                 benchmark.prompts[chunk.start : chunk.stop], benchmark.places[chunk.start : chunk.stop],
                 key, spec, on_groups=on_groups, between_segments=hosts.raise_if_stopping,
-                **device_layouts.get_rollout_options(self._cfg),
+                **self._rollout.make_engine_options(),
             )  # fmt: skip
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from cooper_jax.llm import chat as chats
 from cooper_jax.model.loading import Directory, load_model
 from cooper_jax.rollout import engine
+from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.runtime import hosts, keys, mesh
-from cooper_jax.runtime.device_layouts import get_rollout_options
 from cooper_jax.settings.setup_errors import Problems, setup_errors
 
 
@@ -71,16 +70,16 @@ def make_local_generate(
     params = engine.copy_rollout_weights(params, model.config, layout, section.dtype)
 
     # One reply a conversation, without top-k; further tries have random keys of their own.
-    spec = engine.SamplingSpec(
+    rollout_cfg = RolloutConfig.from_config(cfg.rollout)
+    spec = rollout_cfg.make_sampling_spec(
+        model.tokenizer.eos_ids,
         temperature=chat_cfg.temperature,
         top_k=0,
         top_p=chat_cfg.top_p,
+        min_p=0.0,
         max_new_tokens=chat_cfg.max_new_tokens,
         group_size=1,
-        eos_ids=model.tokenizer.eos_ids,
-        segment=cfg.rollout.segment,
         dtype=section.dtype,
-        kv_dtype=cfg.rollout.kv_dtype,
     )
 
     room = sys.maxsize
@@ -94,7 +93,7 @@ def make_local_generate(
         )
 
     variables = chat_cfg.template_variables
-    options: dict[str, Any] = get_rollout_options(cfg)
+    options = rollout_cfg.make_engine_options()
 
     def generate(conversations: Sequence[chats.Messages], ids: Sequence[chats.Ids]) -> list[chats.Reply]:
         prompts = [model.tokenizer.chat(c, fallback=True, variables=variables) for c in conversations]

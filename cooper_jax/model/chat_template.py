@@ -1,14 +1,14 @@
-"""Chat templates with untrusted messages: which control tokens are the template's own, and which are data.
+"""Chat templates for untrusted messages: control tokens in a message's text are encoded as data.
 
-1. `hiding` replaces control tokens in the messages by marks, so that the template cannot mix them up with
-   those that it writes itself.
-2. `render` runs the template.
-3. `segments` cuts the outcome at its control tokens; all of them are the template's.
-4. The text between them gets its marks resolved and is encoded by one of the `data_encoders`, which know
-   no control tokens.
+1. `hide_control_tokens` replaces control tokens in the messages by placeholders, so that they cannot be
+   mistaken for those that the template writes.
+2. `render_chat` runs the template.
+3. `split_segments` splits the rendered text at its control tokens; all of these were written by the template.
+4. The caller restores the placeholders in the text between them, and encodes it with one of the
+   `make_data_encoders`, which never return a control token.
 
 Templates that print today's date (Llama 3.2's) get a fixed one, `DATE`: a run resumed tomorrow must see the
-prompts it saw today.
+prompts that it saw today.
 """
 
 from __future__ import annotations
@@ -16,39 +16,47 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Message = tuple[str, str]  # (role, content)
 
-DATE = datetime.date(2024, 7, 26)  # what Llama 3.2's template itself falls back to
+DATE = datetime.date(2024, 7, 26)  # the default of Llama 3.2's own template
 
 
-def make_data_encoders(spec: dict, control: Mapping[str, Any]):
-    """Two backends that read control tokens as text: for a text's beginning, and for what follows a token.
+def make_data_encoders(spec: dict[str, Any], control: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Make two `tokenizers` backends that encode control tokens as ordinary text.
 
-    `encode_special_tokens` passes over tokens flagged special only, so here all control tokens get that flag.
-    The two differ where a space is put before the first word and before no other.
+    The first is for the beginning of a text, the second for text after a control token.  They differ for
+    tokenizers that prepend a space to the first word only.
+
+    Args:
+      spec: the original backend's JSON.
+      control: the control tokens, by content.
     """
     from tokenizers import Tokenizer as Backend
 
+    # `encode_special_tokens` applies only to tokens flagged special, so all control tokens get that flag.
     added = [{**t, "special": True} if t["content"] in control else t for t in spec["added_tokens"]]
-    text = json.dumps({**spec, "added_tokens": added, "truncation": None, "padding": None})
-    first = Backend.from_str(text)
+    first_spec = json.dumps({**spec, "added_tokens": added, "truncation": None, "padding": None})
+    first = Backend.from_str(first_spec)
     first.encode_special_tokens = True
-    pre = json.dumps(spec["pre_tokenizer"])
-    if '"prepend_scheme": "first"' not in pre:
+
+    pre_tokenizer = json.dumps(spec["pre_tokenizer"])
+    if '"prepend_scheme": "first"' not in pre_tokenizer:
         return first, first
-    pre = pre.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-    inner = Backend.from_str(json.dumps({**json.loads(text), "pre_tokenizer": json.loads(pre)}))
-    inner.encode_special_tokens = True
-    return first, inner
+    pre_tokenizer = pre_tokenizer.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    later = Backend.from_str(
+        json.dumps({**json.loads(first_spec), "pre_tokenizer": json.loads(pre_tokenizer)})
+    )
+    later.encode_special_tokens = True
+    return first, later
 
 
-def _fixed_date() -> str:
-    """A Jinja macro that stands before a template and hides transformers' strftime_now.
+def _fixed_date_macro() -> str:
+    """A Jinja macro to prepend to a template: it overrides transformers' strftime_now.
 
-    The empty expression at its end keeps Jinja from taking the template's first newline for the macro's.
+    Without the empty expression at its end, Jinja would drop a newline at the beginning of the template.
     """
     codes = ("%Y", "%y", "%m", "%d", "%j", "%B", "%b", "%A", "%a", "%H", "%I", "%M", "%S", "%p")
     filters = "".join(f" | replace({code!r}, {DATE.strftime(code)!r})" for code in codes)
@@ -56,64 +64,77 @@ def _fixed_date() -> str:
 
 
 def render_chat(
-    hf, messages: Sequence[Message], generation_prompt: bool, variables: Mapping[str, Any]
+    hf: Any, messages: Sequence[Message], generation_prompt: bool, variables: Mapping[str, Any]
 ) -> str:
-    """The text of messages in the chat template of `hf`, a `transformers` tokenizer.
+    """Render messages with the chat template of `hf`, a `transformers` tokenizer.
 
-    Raises ValueError if the template refuses them, ImportError without jinja2.
+    Raises ValueError if the template rejects them, ImportError without jinja2.
     """
     try:
         return hf.apply_chat_template(
             [{"role": role, "content": content} for role, content in messages],
-            chat_template=_fixed_date() + hf.get_chat_template(),
+            chat_template=_fixed_date_macro() + hf.get_chat_template(),
             tokenize=False,
             add_generation_prompt=generation_prompt,
             **variables,
         )
-    except ImportError:  # jinja2 is missing: that is not the template's fault
+    except ImportError:  # jinja2 is missing, which is not the template's fault
         raise
-    except Exception as e:  # a template may refuse a role with an error of its own, or be broken in any way
+    except Exception as e:  # templates raise errors of their own, and may be broken in any way
         name = hf.name_or_path or "this tokenizer"
-        raise ValueError(f"{name}: its chat template refused the messages: {e}") from e
+        raise ValueError(f"{name}: its chat template rejected the messages: {e}") from e
 
 
-def find_turn_end(hf, control: Mapping[str, Any]) -> int | None:
-    """The control token that the chat template writes after the assistant's words, if any."""
+def find_turn_end(hf: Any, control: Mapping[str, Any]) -> int | None:
+    """Return the id of the control token that the template writes after the assistant's message, if any."""
     if not hf.chat_template:
         return None
-    text = render_chat(hf, [("user", "question"), ("assistant", "the-assistants-words")], False, {})
-    _, _, rest = text.rpartition("the-assistants-words")
-    token = split_segments(rest, control)[0][1]
+    marker = "the-assistants-words"
+    text = render_chat(hf, [("user", "question"), ("assistant", marker)], False, {})
+    _, _, after = text.rpartition(marker)
+    token = split_segments(after, control)[0][1]
     return control[token]["id"] if token else None
 
 
-def _matcher(tokens: Iterable[str]) -> re.Pattern:
-    """Leftmost, then longest, as the tokenizers library finds its added tokens."""
+def _make_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds tokens leftmost, then longest, as the tokenizers library does."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def split_segments(text: str, control: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Cut text at its control tokens: (text before, token), and (the rest, "") at the end."""
-    out, at = [], 0
-    for match in _matcher(control).finditer(text):
-        before = text[at : match.start()]
-        out.append((before.rstrip() if control[match.group()]["lstrip"] else before, match.group()))
-        at = match.end()
-        if control[match.group()]["rstrip"]:  # the token swallows the spaces behind it
-            at += len(text[at:]) - len(text[at:].lstrip())
-    return [*out, (text[at:], "")]
+    """Split text at its control tokens -> [(text before, token), ..., (text after the last, "")]."""
+    segments, position = [], 0
+    for match in _make_pattern(control).finditer(text):
+        token = match.group()
+        before = text[position : match.start()]
+        if control[token]["lstrip"]:  # the token absorbs the spaces before it
+            before = before.rstrip()
+        segments.append((before, token))
+        position = match.end()
+        if control[token]["rstrip"]:  # the token absorbs the spaces after it
+            position += len(text[position:]) - len(text[position:].lstrip())
+    return [*segments, (text[position:], "")]
 
 
-def hide_control_tokens(control: Mapping[str, Any], contents: Sequence[str]):
-    """(hide, restore): control tokens in a message pass through the template as marks, then come back.
+def hide_control_tokens(
+    control: Mapping[str, Any], contents: Sequence[str]
+) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """Make (hide, restore): they replace control tokens by placeholders, and placeholders by control tokens.
 
-    A mark is the token's number between two private-use characters that no message contains.
+    A placeholder is the token's number between two copies of a private-use character that no message
+    contains.
     """
-    fence = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if not any(c in text for text in contents))
-    names = list(control)
-    numbers = {name: i for i, name in enumerate(names)}
-    find, mark = _matcher(names), re.compile(f"{fence}([0-9]+){fence}")
-    return (
-        lambda text: find.sub(lambda m: f"{fence}{numbers[m.group()]}{fence}", text),
-        lambda text: mark.sub(lambda m: names[int(m.group(1))], text),
-    )
+    used_characters = set("".join(contents))
+    delimiter = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in used_characters)
+    tokens = list(control)
+    numbers = {token: i for i, token in enumerate(tokens)}
+    token_pattern = _make_pattern(tokens)
+    placeholder_pattern = re.compile(f"{delimiter}([0-9]+){delimiter}")
+
+    def hide(text: str) -> str:
+        return token_pattern.sub(lambda m: f"{delimiter}{numbers[m.group()]}{delimiter}", text)
+
+    def restore(text: str) -> str:
+        return placeholder_pattern.sub(lambda m: tokens[int(m.group(1))], text)
+
+    return hide, restore

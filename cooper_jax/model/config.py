@@ -1,8 +1,8 @@
-"""The shape of a transformer, and Hugging Face's `config.json` in and out.
+"""The shape of a transformer, read from and written to Hugging Face's `config.json`.
 
-Two families share one architecture (RMSNorm, rotary positions, grouped-query attention, SwiGLU): "llama",
-and "qwen2", which adds biases to q, k and v.  A setting that would change the computation and that is not
-built (a sliding window, another activation, another rope scaling, quantised weights) raises.
+Two families share one architecture (RMSNorm, rotary embeddings, grouped-query attention, SwiGLU): "llama",
+and "qwen2", which adds biases to q, k and v.  Settings that would change the computation and are not
+supported (a sliding window, another activation, another RoPE scaling, quantised weights) raise ValueError.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-# What transformers takes for a key that config.json leaves out; None: derived from the others.
+# Defaults of transformers for keys that config.json leaves out; None: derived from other keys.
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": dict(num_key_value_heads=None, max_position_embeddings=2048),
     "qwen2": dict(num_key_value_heads=32, max_position_embeddings=32768),
 }
 _HF_COMMON = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=None)
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# Settings that change the computation, with the only values that are built.
+# Settings that change the computation, with the supported values.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -26,7 +26,7 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1.0),
 }
-_UNLIMITED = 32768  # written for a model made from scratch: rotary positions have no table to outgrow
+_NO_MAX_LEN = 32768  # max_position_embeddings written for models made from scratch, which have no limit
 ARCHITECTURES = {
     ("llama", "logits"): "LlamaForCausalLM",
     ("llama", "score"): "LlamaForSequenceClassification",
@@ -37,7 +37,7 @@ ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of the slow rotary frequencies (Hugging Face: rope_type "llama3")."""
+    """Llama 3's scaling of low rotary frequencies to longer contexts (Hugging Face: rope_type "llama3")."""
 
     factor: float
     low_freq_factor: float
@@ -47,10 +47,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A model's shape: static in jit, equal when the computation is.
+    """A model's architecture and sizes; hashable, so that it can be a static argument of jit.
 
-    `vocab_multiple` pads the embedding's rows to a multiple, so that they divide over a mesh; the padded
-    columns are -inf in every softmax and are stripped on export.
+    `vocab_multiple` pads the embedding's rows to a multiple, so that they divide over a mesh.  The padded
+    columns are -inf in every softmax, and are stripped on export.
     """
 
     family: str  # llama | qwen2
@@ -66,9 +66,7 @@ class ModelConfig:
     norm_eps: float
     qkv_bias: bool
     tied: bool
-    max_len: (
-        int | None
-    )  # positions that it was trained for (Hugging Face: max_position_embeddings); None: no limit
+    max_len: int | None  # trained context length (Hugging Face: max_position_embeddings); None: no limit
     vocab_multiple: int = 1
 
     def __post_init__(self):
@@ -84,15 +82,15 @@ class ModelConfig:
                 "heads must be a multiple of kv_heads"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}: rotary positions need an even one")
+            raise ValueError(f"head_dim is {self.head_dim}: rotary embeddings need an even one")
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding: vocab_size, rounded up to a multiple of vocab_multiple."""
+        """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def keep_layers(self, n: int) -> ModelConfig:
-        """The same model cut to its first n layers; 0 keeps all.  Raises ValueError where it has fewer."""
+        """The config of the model's first n layers; 0 keeps all.  Raises ValueError if there are fewer."""
         if n < 0 or n > self.layers:
             raise ValueError(
                 f"num_layers is {n}, but the model has {self.layers} layers: use 0 to {self.layers}"
@@ -101,7 +99,7 @@ class ModelConfig:
 
     @classmethod
     def from_arch(cls, arch: Any, vocab_size: int, vocab_multiple: int = 1) -> ModelConfig:
-        """A model made from scratch: `arch` is the section of that name in configs/base.py."""
+        """The config of a model made from scratch; `arch` is a section of that name in configs/base.py."""
         return cls(
             family=arch.family,
             vocab_size=vocab_size,
@@ -122,10 +120,10 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
-        """Hugging Face's config.json, as transformers 4 or 5 writes it.
+        """Convert Hugging Face's config.json, as written by transformers 4 or 5.
 
-        Raises ValueError, naming `where` and the key, for another model type, a missing key, or a setting
-        that would change the computation and is not built.
+        Raises ValueError, naming `where` (the file) and the key, for an unknown model type, a missing key, or
+        an unsupported setting.
         """
         family = hf.get("model_type")
         if family not in _HF_DEFAULTS:
@@ -135,10 +133,12 @@ class ModelConfig:
             raise ValueError(f"{where}: missing {', '.join(missing)}")
         for key, allowed in _HF_FIXED.items():
             if key in hf and hf[key] not in allowed:
-                raise ValueError(f"{where}: {key} is {hf[key]!r}; only {allowed[0]!r} is built")
+                raise ValueError(f"{where}: {key} is {hf[key]!r}; only {allowed[0]!r} is supported")
         kinds = set(hf["layer_types"] or ()) if "layer_types" in hf else set()
         if kinds - {"full_attention"}:
-            raise ValueError(f"{where}: layer_types holds {sorted(kinds)}; only full_attention is built")
+            raise ValueError(f"{where}: layer_types holds {sorted(kinds)}; only full_attention is supported")
+
+        # Keys that config.json leaves out have the defaults of transformers.
         full = {**_HF_COMMON, **_HF_DEFAULTS[family], **hf}
         heads, kv_heads, head_dim = full["num_attention_heads"], full["num_key_value_heads"], full["head_dim"]
         if head_dim is None and full["hidden_size"] % heads:
@@ -146,6 +146,7 @@ class ModelConfig:
                 f"{where}: hidden_size {full['hidden_size']} does not divide over {heads} heads; give head_dim"
             )
         theta, scaling = _rope_from_hf(hf, where)
+
         try:
             return cls(
                 family=family,
@@ -167,7 +168,10 @@ class ModelConfig:
             raise ValueError(f"{where}: {e}") from e
 
     def to_hf(self, architecture: str) -> dict[str, Any]:
-        """config.json for `transformers`; rope is written in the older keys, which both 4 and 5 read."""
+        """Convert to config.json for `transformers`.
+
+        RoPE is written under the keys of version 4, which version 5 reads, too.
+        """
         scaling = None
         if self.rope_scaling is not None:
             scaling = {
@@ -177,6 +181,7 @@ class ModelConfig:
                 "high_freq_factor": self.rope_scaling.high_freq_factor,
                 "original_max_position_embeddings": self.rope_scaling.original_max_len,
             }
+
         out = {
             "architectures": [architecture],
             "model_type": self.family,
@@ -192,10 +197,12 @@ class ModelConfig:
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
             "tie_word_embeddings": self.tied,
-            "max_position_embeddings": _UNLIMITED if self.max_len is None else self.max_len,
+            "max_position_embeddings": _NO_MAX_LEN if self.max_len is None else self.max_len,
             "initializer_range": 0.02,
             "use_cache": True,
         }
+
+        # The settings of _HF_FIXED that this family has.
         if self.family == "llama":
             out |= {"attention_bias": False, "mlp_bias": False}
         else:
@@ -204,19 +211,28 @@ class ModelConfig:
 
 
 def _rope_from_hf(hf: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """The rope base and its scaling, from transformers 5's `rope_parameters` or the older two keys."""
+    """RoPE's base and scaling, from `rope_parameters` (transformers 5) or from the two keys of version 4."""
+    # Version 5 keeps everything, the base included, in one dict; version 4 keeps the base at the top level.
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         if key in hf and hf[key] is not None:
             rope |= hf[key]
     flat = {"rope_theta": 10000.0, "type": "default", **hf, **rope}
-    theta, kind = flat["rope_theta"], rope["rope_type"] if "rope_type" in rope else flat["type"]
+    theta = float(flat["rope_theta"])
+    kind = rope["rope_type"] if "rope_type" in rope else flat["type"]
     if kind == "default":
-        return float(theta), None
+        return theta, None
+
     if kind != "llama3":
-        raise ValueError(f"{where}: rope type {kind!r} is not built; default and llama3 are")
+        raise ValueError(f"{where}: rope type {kind!r} is not supported; default and llama3 are")
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     missing = [k for k in keys if k not in rope]
     if missing:
         raise ValueError(f"{where}: the llama3 rope scaling lacks {', '.join(missing)}")
-    return float(theta), RopeScaling(*(float(rope[k]) for k in keys[:3]), int(rope[keys[3]]))
+    scaling = RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_len=int(rope["original_max_position_embeddings"]),
+    )
+    return theta, scaling

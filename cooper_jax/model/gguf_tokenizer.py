@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer rebuilt from the metadata of a GGUF file.
 
-`read` makes a `tokenizers` backend of the tokens, their types, the merges and the name of the pre-tokenizer,
-and hands on the special tokens, the chat template and the end ids.
+`read_tokenizer` makes a `tokenizers` backend from the tokens, their types, the merges and the name of the
+pre-tokenizer, and returns it with the special tokens, the chat template and the end-of-sequence ids.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cooper_jax.model.gguf import read_metadata
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 
-# How text is cut before the merges, by the name that the file gives.  (normaliser, digits one by one, regex)
+# Name in the file -> (normaliser, single digits, regex that splits text before the merges).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TIKTOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -30,17 +30,20 @@ _PRE = {
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a GGUF file says about its tokenizer."""
+    """The tokenizer of a GGUF file, in the parts that a `transformers` tokenizer is made of."""
 
     backend: Any  # tokenizers.Tokenizer
-    special_tokens: dict[str, str]  # bos_token, eos_token, ... as transformers calls them
+    special_tokens: dict[str, str]  # by transformers' names: bos_token, eos_token, ...
     chat_template: str | None
     eos_ids: tuple[int, ...]
 
 
 def read_tokenizer(path: Path) -> Parts:
-    """The tokenizer in a GGUF file.  Raises ValueError for a damaged file, for kinds other than byte-level BPE,
-    and for pre-tokenizers that are not in the table above."""
+    """Read the tokenizer of a GGUF file.
+
+    Raises ValueError for a damaged file, for kinds other than byte-level BPE, and for a pre-tokenizer that is
+    not in the table above.
+    """
     from tokenizers import (
         AddedToken,
         Regex,
@@ -55,47 +58,51 @@ def read_tokenizer(path: Path) -> Parts:
     meta = {k.removeprefix("tokenizer.ggml."): v for k, v in read_metadata(path).items()}
     missing = {"model", "pre", "tokens", "token_type", "merges"} - meta.keys()
     if missing or meta["model"] != "gpt2" or meta["pre"] not in _PRE:
-        found = (
-            f"no {', '.join(sorted(missing))}" if missing else f"model {meta['model']!r}, pre {meta['pre']!r}"
-        )
+        if missing:
+            found = f"no {', '.join(sorted(missing))}"
+        else:
+            found = f"model {meta['model']!r}, pre {meta['pre']!r}"
         raise ValueError(
             f"{path}: its tokenizer metadata hold {found}; this reader knows model 'gpt2' with pre one of "
             f"{', '.join(map(repr, _PRE))}: name a directory with a tokenizer.json instead"
         )
+
     tokens, types = meta["tokens"], meta["token_type"]
-    normaliser, digits, regex = _PRE[meta["pre"]]
+    normaliser, single_digits, regex = _PRE[meta["pre"]]
     merges = [tuple(m.split(" ", 1)) for m in meta["merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens) or len(types) != len(tokens):
         raise ValueError(
             f"{path}: {len(tokens)} tokens, {len(vocab)} different, {len(types)} types: must be equal"
         )
-    # Llama 3 takes a whole word that the vocabulary knows without merging it.
+
+    # Llama 3 does not apply merges to words that are in the vocabulary as a whole.
     whole_words = meta["pre"] == "llama-bpe"
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
     if normaliser is not None:
         backend.normalizer = getattr(normalizers, normaliser)()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        ([pre_tokenizers.Digits(individual_digits=True)] if digits else [])
-        + [
-            pre_tokenizers.Split(Regex(regex), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
+    steps.append(pre_tokenizers.Split(Regex(regex), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
+
     for token, kind in zip(tokens, types, strict=True):
         if kind in (_CONTROL, _USER_DEFINED):
             backend.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
-    named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    special = {
-        f"{k}_token": tokens[meta[f"{v}_token_id"]] for k, v in named.items() if f"{v}_token_id" in meta
-    }
-    bos = "bos_token" in special and (meta["add_bos_token"] if "add_bos_token" in meta else whole_words)
-    if bos:
+
+    special = {}
+    for name, gguf_name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        if f"{gguf_name}_token_id" in meta:
+            special[f"{name}_token"] = tokens[meta[f"{gguf_name}_token_id"]]
+
+    add_bos = meta["add_bos_token"] if "add_bos_token" in meta else whole_words
+    if add_bos and "bos_token" in special:
         first = special["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, vocab[first])]
         )
+
     template = "tokenizer.chat_template"
-    ends = tuple(meta[k] for k in ("eos_token_id", "eot_token_id") if k in meta)
-    return Parts(backend, special, meta[template] if template in meta else None, ends)
+    eos_ids = tuple(meta[k] for k in ("eos_token_id", "eot_token_id") if k in meta)
+    return Parts(backend, special, meta[template] if template in meta else None, eos_ids)

@@ -1,13 +1,14 @@
-"""The parts of one layer: norm, rotary positions, projections, attention over a mesh, SwiGLU.
+"""Parts of one transformer layer: RMSNorm, rotary embeddings, projections, attention over a mesh, SwiGLU.
 
-`x` is [..., D]: rows and tokens in the trunk, rows alone in decoding.  `w` is one layer's parameters, matrices
-and biases in the compute type.  Axis legend: see transformer.py.
+`x` is [N, S, D] in a full forward pass and [N, D] in decoding; `w` holds one layer's parameters, matrices and
+biases in the compute dtype.  Axis legend: see transformer.py.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,25 +30,25 @@ Rope = tuple[jax.Array, jax.Array]  # cos and sin, f32[..., h / 2] each
 
 
 def constrain_batch(x: jax.Array, layout: Layout) -> jax.Array:
-    """Activations are cut over their rows alone; weights are gathered to them, not they to weights."""
+    """Shard activations over the batch only, so that weights are all-gathered (FSDP), not activations."""
     if layout.single_device:
         return x
     return layout.constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis, in f32."""
+    """RMSNorm over the last axis, computed in f32: x [..., D], gain [D] -> [..., D] in x's dtype."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def rotary_angles(config: ModelConfig, positions: jax.Array) -> Rope:
-    """cos and sin of the rotary angles: i32[...] -> f32[..., h / 2] each."""
+    """Compute (cos, sin) of the rotary angles: positions i32[...] -> f32[..., h / 2] each."""
     freqs = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     if (s := config.rope_scaling) is not None:
-        # Llama 3: waves longer than the original context / low_freq_factor are stretched by `factor`,
-        # those shorter than it / high_freq_factor are kept, and between them the two are blended.
+        # Llama 3: wavelengths above original context / low_freq_factor are stretched by `factor`, those below
+        # original context / high_freq_factor are kept, and between the two bounds the two are interpolated.
         turns = s.original_max_len * freqs / (2 * np.pi)
         kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
         freqs = freqs * (kept + (1 - kept) / s.factor)
@@ -58,18 +59,18 @@ def rotary_angles(config: ModelConfig, positions: jax.Array) -> Rope:
 
 
 def _rotate(x: jax.Array, rope: Rope) -> jax.Array:
-    """x [N, ..., heads, h]; the rotation pairs component i with i + h / 2, in f32."""
+    """Rotate x [N, ..., heads, h] in f32; component i is paired with i + h / 2, as in Hugging Face."""
     cos, sin = (r[..., None, :] for r in rope)  # over heads
     cos, sin = (r.reshape((1,) * (x.ndim - r.ndim) + r.shape) for r in (cos, sin))
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 0}  # where the heads [.., H, h, ..] of one layer's begin
+PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 0}  # name -> first of the two axes H, h in one layer's matrix
 
 
 def flatten_projections(w: Params) -> Params:
-    """One layer with the heads of its projections as one axis, as they are multiplied."""
+    """Merge the axes H and h of one layer's projections, so that each is a matrix."""
 
     def flatten(x: jax.Array, axis: int) -> jax.Array:
         return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
@@ -80,14 +81,17 @@ def flatten_projections(w: Params) -> Params:
 def project_qkv(
     w: Params, config: ModelConfig, x: jax.Array, rope: Rope, matmul: Matmul = matmul_plain
 ) -> tuple[jax.Array, ...]:
-    """x [..., D] -> q [..., H, h], k and v [..., K, h]; q and k rotated.  w: through `flatten_projections`."""
+    """Norm, project and rotate: x [..., D] -> q [..., H, h], k and v [..., K, h], q and k rotated.
+
+    w: one layer after `flatten_projections`.
+    """
     y = rms_norm(x, w["attn_norm"], config.norm_eps)
     q, k, v = (matmul(y, w[name]).reshape(*x.shape[:-1], -1, config.head_dim) for name in "qkv")
     if config.qkv_bias:
-        q, k, v = (
-            z + w[f"{name}_bias"].reshape((1,) * (x.ndim - 1) + z.shape[-2:])
-            for z, name in ((q, "q"), (k, "k"), (v, "v"))
-        )
+        lead = (1,) * (x.ndim - 1)
+        q = q + w["q_bias"].reshape(lead + q.shape[-2:])
+        k = k + w["k_bias"].reshape(lead + k.shape[-2:])
+        v = v + w["v_bias"].reshape(lead + v.shape[-2:])
     return _rotate(q, rope), _rotate(k, rope), v
 
 
@@ -99,16 +103,18 @@ def output_proj_and_mlp(
     layout: Layout,
     matmul: Matmul = matmul_plain,
 ) -> jax.Array:
-    """The rest of a layer: the output projection of `heads` [..., H, h], then the SwiGLU block."""
+    """Apply the output projection to `heads` [..., H, h], then the SwiGLU block -> [..., D]."""
     x = constrain_batch(x + matmul(heads.reshape(*x.shape[:-1], -1), w["o"]), layout)
     y = rms_norm(x, w["mlp_norm"], config.norm_eps)
-    return constrain_batch(
-        x + matmul(jax.nn.silu(matmul(y, w["gate"])) * matmul(y, w["up"]), w["down"]), layout
-    )
+    gated = jax.nn.silu(matmul(y, w["gate"])) * matmul(y, w["up"])  # [..., F]
+    return constrain_batch(x + matmul(gated, w["down"]), layout)
 
 
 def sharded_causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout) -> jax.Array:
-    """`attention`, run once a shard of rows and heads: kernels are not partitioned by the compiler."""
+    """Causal attention on each device's shard of rows and heads: the compiler cannot partition kernels.
+
+    q [N, S, H, h], k and v [N, S, K, h] -> [N, S, H, h].
+    """
     run = functools.partial(
         causal_attention, implementation=default_implementation(q.dtype, q.shape[-1], layout.platform)
     )
@@ -116,20 +122,20 @@ def sharded_causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: L
     ways = layout.ways(spec[2])
     kv_heads = k.shape[2]
     if kv_heads % ways:
-        # Fewer key/value heads than shards: repeat each until every shard holds those its queries read.
+        # Fewer key/value heads than shards: repeat each, so that every shard has those its queries read.
         copies = ways // kv_heads if ways % kv_heads == 0 else q.shape[2] // kv_heads
         k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
     return run_sharded(run, layout, (spec,) * 3, spec)(q, k, v)
 
 
 def make_decode_schedule(
-    prompt_of: jax.Array,  # i32[N]: in the shard, -1: none
+    prompt_of: jax.Array,  # i32[N]: index of each row's prompt within the shard; -1: none
     lengths: jax.Array,  # i32[B]
     samples: int | None,
     layout: Layout,
     implementation: str,
 ) -> Schedule:
-    """`schedule`; that of Pallas kernels by shard, its leaves with an axis of shards before their own."""
+    """Make the decode schedule; for Pallas kernels one per shard, with a leading shard axis on all leaves."""
     if not platform.is_pallas(implementation):
         return make_schedule(prompt_of, lengths, samples=samples)
     batch = layout.spec(("batch",))
@@ -144,36 +150,37 @@ def sharded_decode_attention(
     q: jax.Array,  # [N, H, h]
     prompt: KV,  # leaves [L, B, K, P, ..]
     suffix: KV,  # leaves [L, N, K, W, ..]
-    plan: Schedule,
-    first: jax.Array,  # i32[N]
-    last: jax.Array,  # i32[]
-    layer: jax.Array,  # i32[]
+    schedule: Schedule,
+    first: jax.Array,  # i32[N]: each row's oldest column in the suffix
+    last: jax.Array,  # i32[]: the newest column
+    layer: jax.Array | int,  # i32[]; the int 0 for a stack of one layer
     layout: Layout,
     implementation: str,
-) -> jax.Array:
-    """`decode_attention`, its kernels run once a shard of rows and key/value heads."""
-    attend = functools.partial(decode_attention, implementation=implementation)
+) -> jax.Array:  # [N, H, h]
+    """Decode attention; Pallas kernels run on each device's shard of rows and key/value heads."""
+    attend: Callable[..., jax.Array] = functools.partial(decode_attention, implementation=implementation)
     if not platform.is_pallas(implementation):
-        return attend(q, prompt, suffix, plan, first, last, layer)
-    last, layer = jnp.asarray(last), jnp.asarray(layer)  # of a stack of one, the layer is a plain 0
+        return attend(q, prompt, suffix, schedule, first, last, layer)
+
+    last, layer = jnp.asarray(last), jnp.asarray(layer)  # shard_map takes arrays only
     batch = layout.spec(("batch",))[0]
-    # Heads are cut where the cache's are; where those do not divide, each shard computes all of them.
+    # Query heads are sharded like the cache's heads.  If those do not divide, every device has all heads.
     heads = layout.spec(("kv_heads",), (suffix.data[0].shape[2],))[0]
     queries = PartitionSpec(batch, heads, None)
     cache = PartitionSpec(None, batch, heads)
-    rows, one = PartitionSpec(batch), PartitionSpec()
+    rows, replicated = PartitionSpec(batch), PartitionSpec()
 
-    def run(q, prompt, suffix, plan, first, last, layer):
-        plan = jax.tree.map(lambda x: x[0], plan)
-        return attend(q, prompt, suffix, plan, first, last, layer)
+    def run(q, prompt, suffix, schedule, first, last, layer):
+        schedule = jax.tree.map(lambda x: x[0], schedule)  # this shard's own
+        return attend(q, prompt, suffix, schedule, first, last, layer)
 
-    specs = (queries, cache, cache, rows, rows, one, one)
-    return run_sharded(run, layout, specs, queries)(q, prompt, suffix, plan, first, last, layer)
+    specs = (queries, cache, cache, rows, rows, replicated, replicated)
+    return run_sharded(run, layout, specs, queries)(q, prompt, suffix, schedule, first, last, layer)
 
 
-def run_sharded(run: Callable, layout: Layout, in_specs, out_specs) -> Callable:
-    """`run` on each device's own parts: what the compiler cannot partition.  On one device, `run` itself."""
+def run_sharded(run: Callable, layout: Layout, in_specs: Any, out_specs: Any) -> Callable:
+    """Map `run` over the devices' shards (shard_map); on one device, `run` itself."""
     if layout.single_device:
         return run
-    # check_vma: Pallas calls do not declare over which mesh axes their outputs vary.
+    # check_vma=False: Pallas calls do not declare over which mesh axes their outputs vary.
     return jax.shard_map(run, mesh=layout.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

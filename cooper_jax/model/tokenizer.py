@@ -1,19 +1,19 @@
-"""Text to token ids and back: one small face over two kinds of tokenizer.
+"""Tokenizers: one interface to Hugging Face, GGUF and sentencepiece tokenizers.
 
-1. `load(source)` finds a tokenizer: a Hugging Face directory or hub id, a GGUF file (its metadata hold the
-   whole tokenizer), or a sentencepiece `.model`; `train_sentencepiece` makes one for a model from scratch.
-2. `encode` reads **data**.  Whatever the text says, no control id comes out: "<|im_end|>" in a problem or a
-   completion is ten ordinary characters.  Nothing is added in front or behind.
-3. `chat` reads messages.  Control tokens that the *template* writes are real ids; those that stand in a
-   message are data.  What lies between two real ones is encoded in one go, so for harmless messages the ids
-   equal `transformers`' apply_chat_template.
-4. `decode` returns text and leaves special tokens out.
+1. `load_tokenizer_from` loads a tokenizer from a Hugging Face directory or hub id, a GGUF file (whose
+   metadata contain the whole tokenizer), or a sentencepiece `.model`.  `train_sentencepiece` trains one for a
+   model made from scratch.
+2. `encode` encodes **data** and never returns a control id: "<|im_end|>" in a problem or a completion is ten
+   ordinary characters.  No token is added before or after.
+3. `chat` encodes messages.  Control tokens that the *template* writes become control ids; those in a message
+   are data.  Text between two control ids is encoded in one piece, so that for messages without control
+   tokens the ids equal those of transformers' apply_chat_template.
+4. `decode` returns text without special tokens.
 
-Which added tokens are control tokens: all that are flagged special, and those that are spelt like a tag
-(`<|im_end|>`, `<tool_call>`, `[INST]`).  Others (runs of spaces, say) are ordinary
-vocabulary and stay in use.
+Control tokens are the added tokens that are flagged special or spelt like a tag (`<|im_end|>`, `<tool_call>`,
+`[INST]`).  Other added tokens (for example runs of spaces) are ordinary vocabulary.
 
-Code that comes with a tokenizer is never run; templates run in Jinja's sandbox.
+Code that comes with a tokenizer is never executed; templates run in Jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -34,55 +34,68 @@ from cooper_jax.runtime import remote_files
 Message = chat_template.Message
 
 _TAG = re.compile(r"[<\[]\S+[>\]]")
-_HUB_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-_HUB_FILES += ("chat_template*", "config.json", "generation_config.json")
+_HUB_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "config.json",
+    "generation_config.json",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """An immutable tokenizer; make one with `load` or `train_sentencepiece`."""
+    """An immutable tokenizer, made by `load_tokenizer_from` or `train_sentencepiece`."""
 
     source: str
     vocab_size: int  # highest id + 1; a model's embedding may have more rows
     pad_id: int
-    bos_id: int | None  # only where the model wants it in front of plain text
+    bos_id: int | None  # only if the model expects it before plain text
     eos_ids: tuple[int, ...]  # every id that ends a response
-    control_ids: frozenset[int]  # never the outcome of `encode`
+    control_ids: frozenset[int]  # never returned by `encode`
     _encode: Callable[[str], list[int]]
     _offsets: Callable[[str], list[tuple[int, int]]]
     _decode: Callable[[list[int]], str]
     _chat: Callable[[Sequence[Message], bool, Mapping[str, Any]], list[int]]
-    _save: Callable[[Path], None]
+    _save: Callable[[Path], object]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a piece of data: no control id, no bos, no eos."""
+        """Encode a piece of data: no control id, no bos, no eos."""
         return self._encode(text)
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """The [start, end) characters of each token of `encode(text)`, ascending; a token that is only part
-        of a character has the whole character's span, and a leading space may belong to no token."""
+        """Return the [start, end) characters of each token of `encode(text)`, ascending.
+
+        A token that is only part of a character has the whole character's span.  A leading space may belong
+        to no token.
+        """
         return self._offsets(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """Decode ids to text without special tokens; invalid UTF-8 becomes U+FFFD."""
         return self._decode([int(i) for i in ids])
 
     def chat(
         self, messages: Sequence[Message], fallback: bool, variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Ids of (role, content) messages in the model's chat template, ready for the assistant's turn.
+        """Encode (role, content) messages with the model's chat template, up to the assistant's next turn.
 
-        `variables` go to the template (`{"enable_thinking": False}`).  A sentencepiece model knows no roles:
-        its format is each content followed by a newline.  A Hugging Face tokenizer without a template takes
-        the same plain format, after its bos, if `fallback`; else ValueError.
+        Args:
+          fallback: for a Hugging Face tokenizer without a template.  True: its bos, then every content
+            followed by a newline (the format of sentencepiece models, which have no roles); False: raises
+            ValueError.
+          variables: passed to the template, for example `{"enable_thinking": False}`.
         """
         return self._chat(messages, fallback, {} if variables is None else variables)
 
     def save(self, directory: str | Path) -> None:
-        """Write the tokenizer's files; `load(directory)` gives the same one.
+        """Write the tokenizer's files, from which `load_tokenizer_from(directory)` loads an equal one.
 
-        Hugging Face kinds leave what `transformers` reads, sentencepiece leaves `tokenizer.model`.  The end
-        ids go to generation_config.json, unless the directory already has one.
+        Hugging Face tokenizers write the files of `transformers`, sentencepiece ones `tokenizer.model`.  The
+        end-of-sequence ids are written to generation_config.json, unless the directory has one.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -94,19 +107,19 @@ class Tokenizer:
 
 
 def load_tokenizer_from(source: str) -> Tokenizer:
-    """A tokenizer from a directory, a hub id, FILE.model, FILE.gguf, an address (gs://...) of one of these, or
-    "package:NAME/FILE.gguf".
+    """Load a tokenizer from a source.
 
-    Raises ValueError that names what was looked for, and the fix.
+    source: a directory, a hub id, FILE.model, FILE.gguf, the gs:// address of one of these, or
+    "package:NAME/FILE.gguf".  Raises ValueError that names the source and the fix.
     """
     path = weight_files.resolve_source(source, "tokenizer", (".model", ".gguf"), _HUB_FILES)
     if path.suffix == ".gguf":
-        return _gguf(path, source)
+        return _load_gguf(path, source)
     if path.suffix == ".model" and path.is_file():
-        return _sentencepiece(path.read_bytes(), source)
+        return _wrap_sentencepiece(path.read_bytes(), source)
     if (path / "tokenizer.model").is_file() and not any(path.glob("tokenizer*.json")):
-        return _sentencepiece((path / "tokenizer.model").read_bytes(), source)
-    return _directory(path, source)
+        return _wrap_sentencepiece((path / "tokenizer.model").read_bytes(), source)
+    return _load_directory(path, source)
 
 
 def train_sentencepiece(
@@ -114,22 +127,26 @@ def train_sentencepiece(
 ) -> Tokenizer:
     """Train a byte-pair sentencepiece model on `corpus`, write it to `path` (a `.model` file), and load it.
 
-    The result depends on the arguments alone.  `symbols` are one piece each wherever they occur (our tags,
-    "\\n"); a symbol " " keeps spaces apart from words; digits are always pieces of their own.  Text is taken as
-    it is (no normalisation, no dummy prefix, unseen characters as bytes), so decoding gives it back exactly;
-    the one exception is U+2581, which sentencepiece cannot tell from a space.  `vocab_size` is an upper
-    bound: a small corpus may not have that many merges.  Ids: 0 pad, 1 eos, 2 unk (never used); no bos.
+    The result depends only on the arguments.  Digits are always separate pieces.  Text is not changed (no
+    normalisation, no dummy prefix, unseen characters as bytes), so decoding returns it exactly, except for
+    U+2581, which sentencepiece cannot tell from a space.  Ids: 0 pad, 1 eos, 2 unk (never used); no bos.
+
+    Args:
+      vocab_size: an upper bound; a small corpus may not have that many merges.
+      symbols: strings that are always one piece (our tags, "\\n"); " " keeps spaces separate from words.
+
+    Raises ValueError for a path that is not a .model file, and for a vocabulary that is too small.
     """
     import sentencepiece
 
     path = remote_files.to_path(path)
     if path.suffix != ".model":
         raise ValueError(f"a sentencepiece model is written to a .model file, not to {path}")
-    out = io.BytesIO()
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(corpus),
-            model_writer=out,
+            model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
@@ -137,12 +154,12 @@ def train_sentencepiece(
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # As Qwen2.5's and SmolLM2's tokenizers do: ten symbols in place of hundreds of numbers, and a number
-            # is spelt alike at the start of a text and within it, so that a small model learns to compare two.
+            # As in Qwen2.5's and SmolLM2's tokenizers: ten digits instead of hundreds of numbers.  A number's
+            # tokens are the same everywhere in a text, so a small model can learn to compare two.
             split_digits=True,
             byte_fallback=True,
             character_coverage=1.0,
-            max_sentence_length=1 << 20,  # bytes; the default silently drops whatever is longer than 4,192
+            max_sentence_length=1 << 20,  # bytes; the default silently drops sentences longer than 4,192
             pad_id=0,
             eos_id=1,
             unk_id=2,
@@ -155,15 +172,16 @@ def train_sentencepiece(
             f"{path}: cannot train {vocab_size} pieces with {len(symbols)} symbols: {e}; give a larger vocab_size "
             "(bytes and control pieces alone take 259), or a corpus with text in it"
         ) from e
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    remote_files.write_atomically(path, out.getvalue())
+    remote_files.write_atomically(path, model.getvalue())
     return load_tokenizer_from(str(path))
 
 
-# --- where tokenizers come from ----------------------------------------------------------------------
+# --- sources of Hugging Face tokenizers --------------------------------------------------------------
 
 
-def _directory(path: Path, source: str) -> Tokenizer:
+def _load_directory(path: Path, source: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
@@ -173,105 +191,109 @@ def _directory(path: Path, source: str) -> Tokenizer:
         )
     try:
         hf = AutoTokenizer.from_pretrained(str(path), use_fast=True, trust_remote_code=False)
-    except ImportError:  # a package is missing: that is not the directory's fault
+    except ImportError:  # a package is missing, which is not the directory's fault
         raise
-    except Exception as e:  # whatever a damaged or foreign file makes it raise
+    except Exception as e:  # damaged or foreign files raise errors of many types
         raise ValueError(f"tokenizer {source!r}: transformers cannot read {path}: {e}") from e
-    return _hugging_face(hf, _generation_eos(path), source)
+    return _wrap_hugging_face(hf, _read_eos_ids(path), source)
 
 
-def _generation_eos(path: Path) -> list[int]:
-    """The end ids in generation_config.json, or in config.json where that is absent."""
+def _read_eos_ids(path: Path) -> list[int]:
+    """Read the end-of-sequence ids from generation_config.json, or from config.json if there is none."""
     config = path / "config.json"
-    found = weight_files.read_generation_config(
-        path, weight_files.read_json(config) if config.is_file() else {}
-    )
-    ends = found["eos_token_id"] if "eos_token_id" in found else None
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    hf_config = weight_files.read_json(config) if config.is_file() else {}
+    generation_config = weight_files.read_generation_config(path, hf_config)
+    eos = generation_config["eos_token_id"] if "eos_token_id" in generation_config else None
+    if eos is None:
+        return []
+    return [eos] if isinstance(eos, int) else list(eos)
 
 
-def _gguf(path: Path, source: str) -> Tokenizer:
+def _load_gguf(path: Path, source: str) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
     parts = gguf_tokenizer.read_tokenizer(path)
     hf = PreTrainedTokenizerFast(
         tokenizer_object=parts.backend, chat_template=parts.chat_template, **parts.special_tokens
     )
-    return _hugging_face(hf, parts.eos_ids, source)
+    return _wrap_hugging_face(hf, parts.eos_ids, source)
 
 
 # --- Hugging Face ------------------------------------------------------------------------------------
 
 
-def _hugging_face(hf, eos: Sequence[int], source: str) -> Tokenizer:
-    """The face of a `transformers` fast tokenizer; `eos` are end ids known from elsewhere."""
+def _wrap_hugging_face(hf: Any, eos_ids: Sequence[int], source: str) -> Tokenizer:
+    """Wrap a `transformers` fast tokenizer; `eos_ids` are additional end-of-sequence ids of the model."""
     if not hf.is_fast:
         raise ValueError(
             f"tokenizer {source!r} is a {type(hf).__name__}, not a fast one: give a tokenizer.json"
         )
     backend = hf.backend_tokenizer
     spec = json.loads(backend.to_str())
+
+    # Control tokens, and encoders that treat them as text.
     control = {t["content"]: t for t in spec["added_tokens"] if t["special"] or _TAG.fullmatch(t["content"])}
     control_ids = frozenset(t["id"] for t in control.values())
-    first, inner = chat_template.make_data_encoders(spec, control)
+    first_encoder, later_encoder = chat_template.make_data_encoders(spec, control)
     for token in control:
-        if not control_ids.isdisjoint(first.encode(token, add_special_tokens=False).ids):
+        if not control_ids.isdisjoint(first_encoder.encode(token, add_special_tokens=False).ids):
             raise ValueError(
                 f"tokenizer {source!r} reads {token!r} in data as a control token, since its model "
                 "holds it as an ordinary piece: use a byte-pair tokenizer"
             )
-    opening = backend.encode("", add_special_tokens=True).ids
-    bos = opening[0] if opening and opening[0] == hf.bos_token_id else None
-    ends = tuple(
-        i
-        for i in dict.fromkeys([*eos, hf.eos_token_id, chat_template.find_turn_end(hf, control)])
-        if i is not None
-    )
-    if not ends:
+
+    # The special ids: bos only if the tokenizer itself prepends it; every end of a response, without repeats.
+    prefix = backend.encode("", add_special_tokens=True).ids
+    bos = prefix[0] if prefix and prefix[0] == hf.bos_token_id else None
+    candidates = dict.fromkeys([*eos_ids, hf.eos_token_id, chat_template.find_turn_end(hf, control)])
+    all_eos_ids = tuple(i for i in candidates if i is not None)
+    if not all_eos_ids:
         raise ValueError(
             f"tokenizer {source!r} names no end token: set eos_token in its tokenizer_config.json"
         )
 
     def encode(text: str) -> list[int]:
-        return first.encode(text, add_special_tokens=False).ids
+        return first_encoder.encode(text, add_special_tokens=False).ids
 
     def chat(messages: Sequence[Message], fallback: bool, variables: Mapping[str, Any]) -> list[int]:
         if not hf.chat_template:
             if fallback:
-                return ([] if bos is None else [bos]) + encode(_plain(messages))
+                return ([] if bos is None else [bos]) + encode(_join_messages(messages))
             raise ValueError(
                 f"tokenizer {source!r} has no chat template: set --config.data.chat=False, or name another"
             )
+
         hide, restore = chat_template.hide_control_tokens(control, [content for _, content in messages])
         hidden = [(role, hide(content)) for role, content in messages]
+        rendered = chat_template.render_chat(hf, hidden, True, variables)
         ids: list[int] = []
-        for i, (text, token) in enumerate(
-            chat_template.split_segments(chat_template.render_chat(hf, hidden, True, variables), control)
-        ):
-            ids += (inner if i else first).encode(restore(text), add_special_tokens=False).ids
-            ids += [control[token]["id"]] if token else []
+        for i, (text, token) in enumerate(chat_template.split_segments(rendered, control)):
+            encoder = later_encoder if i else first_encoder
+            ids += encoder.encode(restore(text), add_special_tokens=False).ids
+            if token:
+                ids.append(control[token]["id"])
         return ids
 
     return Tokenizer(
         source=source,
         vocab_size=max(hf.get_vocab().values()) + 1,
-        pad_id=ends[0] if hf.pad_token_id is None else hf.pad_token_id,
+        pad_id=all_eos_ids[0] if hf.pad_token_id is None else hf.pad_token_id,
         bos_id=bos,
-        eos_ids=ends,
+        eos_ids=all_eos_ids,
         control_ids=control_ids,
         _encode=encode,
-        _offsets=lambda text: first.encode(text, add_special_tokens=False).offsets,
+        _offsets=lambda text: first_encoder.encode(text, add_special_tokens=False).offsets,
         _decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
         _chat=chat,
         _save=lambda directory: _save_hugging_face(hf, directory),
     )
 
 
-def _save_hugging_face(hf, directory: Path) -> None:
-    """What transformers 4 and 5 both load.
+def _save_hugging_face(hf: Any, directory: Path) -> None:
+    """Write files that both transformers 4 and 5 load.
 
-    tokenizer.json holds the whole tokenizer, so the general class reads it.  Version 5 calls that class by a name
-    that version 4 does not know, and lists further special tokens under a key that version 4 takes for a mapping.
+    tokenizer.json holds the whole tokenizer, so the general class can load it.  Version 5 writes a class name
+    that version 4 does not know, and lists further special tokens under a key that is a mapping in version 4.
     """
     hf.save_pretrained(str(directory))
     file = directory / "tokenizer_config.json"
@@ -284,18 +306,20 @@ def _save_hugging_face(hf, directory: Path) -> None:
 # --- sentencepiece -----------------------------------------------------------------------------------
 
 
-def _plain(messages: Sequence[Message]) -> str:
-    """Messages for a model that knows no roles."""
+def _join_messages(messages: Sequence[Message]) -> str:
+    """Join the contents of messages, for a model without roles."""
     return "".join(content + "\n" for _, content in messages)
 
 
-def _sentencepiece(blob: bytes, source: str) -> Tokenizer:
+def _wrap_sentencepiece(blob: bytes, source: str) -> Tokenizer:
+    """Wrap the contents of a .model file made by `train_sentencepiece`."""
     import sentencepiece
 
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=blob)
     except RuntimeError as e:
         raise ValueError(f"tokenizer {source!r} is not a sentencepiece model: {e}") from e
+    # Reject models that change text, as published ones do.
     probe = " a  \u4e00\n "
     if sp.decode(sp.encode(probe)) != probe or sp.eos_id() < 0 or sp.pad_id() < 0:
         raise ValueError(
@@ -304,15 +328,17 @@ def _sentencepiece(blob: bytes, source: str) -> Tokenizer:
         )
 
     def offsets(text: str) -> list[tuple[int, int]]:
-        text = text.replace(
-            "\u2581", " "
-        )  # sentencepiece takes the two for one, and their bytes must count alike
-        chars = [i for i, c in enumerate(text) for _ in c.encode()]  # byte -> character
-        spans, at = [], 0
+        # sentencepiece treats U+2581 as a space, but the two have different numbers of bytes.
+        text = text.replace("\u2581", " ")
+        char_of_byte: list[int] = []
+        for i, char in enumerate(text):
+            char_of_byte += [i] * len(char.encode())
+
+        spans, position = [], 0  # in bytes
         for i in sp.encode(text):
             size = 1 if sp.is_byte(i) else len(sp.id_to_piece(i).replace("\u2581", " ").encode())
-            spans.append((chars[at], chars[at + size - 1] + 1))
-            at += size
+            spans.append((char_of_byte[position], char_of_byte[position + size - 1] + 1))
+            position += size
         return spans
 
     return Tokenizer(
@@ -325,6 +351,6 @@ def _sentencepiece(blob: bytes, source: str) -> Tokenizer:
         _encode=sp.encode,
         _offsets=offsets,
         _decode=sp.decode,
-        _chat=lambda messages, fallback, variables: sp.encode(_plain(messages)),
+        _chat=lambda messages, fallback, variables: sp.encode(_join_messages(messages)),
         _save=lambda directory: (directory / "tokenizer.model").write_bytes(blob),
     )

@@ -1,13 +1,14 @@
 """One transformer for Llama and Qwen2: pure functions over a nested dict of arrays.
 
-    tokens --trunk--> hidden --logits | token_logprobs--> the policy
-                             --score------------------> the reward model
+    tokens --hidden_states--> hidden --compute_logits | token_logprobs--> the policy
+                                     --score_last_token-----------------> the reward model
 
-1. `trunk` moves each row's real tokens to its front.  Padding may then lie left, right or in a gap: positions
-   count real tokens alone, one rotary table serves all rows, and the causal mask alone hides the padding,
-   so that no attention kernel needs another.  The hidden states go back to where their tokens came from.
+1. `hidden_states` moves each row's real tokens to its front, so padding may be on either side or in a gap.
+   Then positions count real tokens only, all rows share one rotary table, and the causal mask also hides the
+   padding: attention kernels need no other mask.  The hidden states are moved back to the places of their
+   tokens.
 2. Layers are stacked on a leading axis and scanned.
-3. Master weights are f32 and cast once a call; norms, rotations, softmax, logsumexp and scores are f32.
+3. Master weights are f32 and cast once per call; norms, rotations, softmax, logsumexp and scores are f32.
 
 Axis legend: N rows, S tokens, T response tokens, D width, H query heads, K key/value heads, h head_dim,
 F feed-forward width, L layers, V padded vocabulary.
@@ -40,19 +41,22 @@ from cooper_jax.types import Params
 
 
 def param_specs(config: ModelConfig, head: str = "logits") -> Params:
-    """Every parameter of the model, declared once: shape, logical axes, initial values.
+    """Declare every parameter of the model once: shape, logical axes, initialiser.
 
     head: "logits" (an untied model has an `lm_head`), or "score" (a vector `score` [D], no `lm_head`).
-    Matrices start with a deviation of 1 / sqrt(inputs), those that write to the residual stream smaller by
-    sqrt(2 L): at widths of a hundred the customary .02 starts too small to learn in a few hundred steps.
+    Matrices are initialised with standard deviation 1 / sqrt(inputs), and those that write to the residual
+    stream with 1 / sqrt(2 L) of that: with the usual 0.02, models about a hundred wide learn too slowly in a
+    few hundred steps.  Raises ValueError for another head.
     """
     if head not in ("logits", "score"):
         raise ValueError(f"head {head!r} is none of logits, score")
+
     c = config
     L, D, H, K, h, F = c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn
     wide, depth = D**-0.5, (2 * L) ** -0.5
-    is_head = head == "logits" and c.tied
-    vocab = ParamSpec((c.padded_vocab, D), ("vocab", "embed"), scale=wide if is_head else 0.5)
+    # A tied embedding is the head's matrix, too.
+    embed_is_head = head == "logits" and c.tied
+    vocab = ParamSpec((c.padded_vocab, D), ("vocab", "embed"), scale=wide if embed_is_head else 0.5)
     q_axes, kv_axes = ("heads", "head_dim"), ("kv_heads", "head_dim")
     layers = {
         "attn_norm": ParamSpec((L, D), ("layers", None), "ones", keep_f32=True),
@@ -69,6 +73,7 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
         layers["q_bias"] = ParamSpec((L, H, h), ("layers", *q_axes), "zeros")
         layers["k_bias"] = ParamSpec((L, K, h), ("layers", *kv_axes), "zeros")
         layers["v_bias"] = ParamSpec((L, K, h), ("layers", *kv_axes), "zeros")
+
     final_norm = ParamSpec((D,), (None,), "ones", keep_f32=True)
     specs: Params = {"embed": vocab, "layers": layers, "final_norm": final_norm}
     if head == "score":
@@ -79,12 +84,12 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
 
 
 def cast_layers(layers: Params, config: ModelConfig, dtype: jnp.dtype) -> Params:
-    """The layers' parameters in the compute type, but for those declared to stay float32."""
+    """Cast the layers' parameters to the compute dtype, except those declared to stay float32."""
     specs = param_specs(config)["layers"]
     return {name: w if specs[name].keep_f32 else w.astype(dtype) for name, w in layers.items()}
 
 
-# --- the trunk -----------------------------------------------------------------------------------------
+# --- hidden states -------------------------------------------------------------------------------------
 
 
 def hidden_states(
@@ -97,15 +102,15 @@ def hidden_states(
     remat: bool = False,
     layout: Layout,
 ) -> jax.Array:
-    """Hidden states after the final norm -> `dtype`[N, S, D].
+    """Compute the hidden states after the final norm -> `dtype`[N, S, D].
 
-    Those of padding are finite and mean nothing; nothing that a padding token holds reaches another.
-    `remat` recomputes each layer in the backward pass, keeping one [N, S, D] a layer.
+    At padding they are finite and meaningless; padding tokens do not influence other positions.
+    `remat` recomputes each layer in the backward pass, storing one [N, S, D] per layer.
     """
-    slot = _slots(valid)
-    packed = jnp.argsort(slot, axis=1)  # i32[N, S]: which token lies in each slot
+    packed_index = _packed_index(valid)
+    token_index = jnp.argsort(packed_index, axis=1)  # i32[N, S]: the inverse permutation
     rope = rotary_angles(config, jnp.arange(tokens.shape[1]))  # f32[S, h / 2] each
-    x = embed_sharded(params, jnp.take_along_axis(tokens, packed, axis=1), dtype, layout)
+    x = embed_sharded(params, jnp.take_along_axis(tokens, token_index, axis=1), dtype, layout)
 
     def layer(x, w):
         w = flatten_projections(w)
@@ -116,11 +121,11 @@ def hidden_states(
         layer = jax.checkpoint(layer)
     x, _ = jax.lax.scan(layer, x, cast_layers(params["layers"], config, dtype))
     x = rms_norm(x, params["final_norm"], config.norm_eps)
-    return _permute(x, slot, packed)
+    return _permute(x, packed_index, token_index)
 
 
-def _slots(valid: jax.Array) -> jax.Array:
-    """i32[N, S]: where each token goes when the real ones are moved to the front, in order."""
+def _packed_index(valid: jax.Array) -> jax.Array:
+    """Each token's index when the real tokens are moved to the front, in order: bool[N, S] -> i32[N, S]."""
     real = valid.astype(jnp.int32)
     before = jnp.cumsum(real, axis=1) - real
     padding_before = jnp.arange(valid.shape[1])[None, :] - before
@@ -129,7 +134,7 @@ def _slots(valid: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _permute(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x[n, index[n, s]].  A permutation's transpose is its inverse: a gather in the backward pass too."""
+    """x[n, index[n, s]].  A permutation's transpose is its inverse, so the backward pass is a gather, too."""
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
 
@@ -140,15 +145,16 @@ _permute.defvjp(
 
 
 def embed_tokens(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout) -> jax.Array:
-    """i32[N, ..] -> `dtype`[N, .., D]."""
+    """Look tokens up in the embedding table: i32[N, ..] -> `dtype`[N, .., D]."""
     return constrain_batch(params["embed"][tokens].astype(dtype), layout)
 
 
 def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout) -> jax.Array:
-    """`embed` of i32[N, S] for a table whose width is cut over an axis that also cuts rows, as in training.
+    """Look tokens i32[N, S] up in a table whose width is sharded over a mesh axis of the batch (FSDP).
 
-    Each device looks up its part of the width for all of the axis's rows, and then they trade: what travels is the
-    result's size.  Left to itself the compiler gathers the table, or all rows, on every device.
+    Each device looks up its part of the width for all rows of that axis, and an all-to-all redistributes the
+    result: the traffic is the result's size.  Without this the compiler gathers the table, or all rows, on
+    every device.
     """
     table = params["embed"]
     rows = layout.spec(("batch",))[0]
@@ -156,14 +162,15 @@ def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: L
     if width is None or layout.ways(width) == 1 or not isinstance(rows, tuple) or rows[-1] != width:
         return embed_tokens(params, tokens, dtype, layout)
 
-    def run(table, tokens):  # [V / v, D / w], i32[n, S]
+    def run(table, tokens):  # one device's shards: [V / v, D / w], i32[N / n, S]
         tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
         if vocab is None:
             x = table[tokens].astype(dtype)
         else:
-            own = tokens - jax.lax.axis_index(vocab) * table.shape[0]
-            here = (own >= 0) & (own < table.shape[0])
-            x = jnp.where(here[:, :, None], table[jnp.where(here, own, 0)], 0).astype(dtype)
+            # The vocabulary is sharded, too: one device has the token's row, the others add zeros.
+            row = tokens - jax.lax.axis_index(vocab) * table.shape[0]
+            is_local = (row >= 0) & (row < table.shape[0])
+            x = jnp.where(is_local[:, :, None], table[jnp.where(is_local, row, 0)], 0).astype(dtype)
             x = jax.lax.psum(x, vocab)
         return jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
 
@@ -174,16 +181,16 @@ def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: L
 # --- heads ---------------------------------------------------------------------------------------------
 
 
-UNEMBED = "unembed"  # [D, V]: a rollout's own copy of the head, where XLA:CPU multiplies faster with it so
+UNEMBED = "unembed"  # [D, V]: a rollout's transposed copy of the head, with which XLA:CPU multiplies faster
 
 
 def get_head_matrix(params: Params, config: ModelConfig) -> jax.Array:
-    """[V, D]."""
+    """Return the matrix [V, D] of the language-model head: the embedding if tied."""
     return params["embed"] if config.tied else params["lm_head"]
 
 
 def compute_logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """hidden [..., D] -> f32[..., V]; the padded columns are -inf."""
+    """Compute logits: hidden [..., D] -> f32[..., V]; padded vocabulary columns are -inf."""
     if UNEMBED in params:
         z = matmul_cpu(hidden, params[UNEMBED]).astype(jnp.float32)
     else:
@@ -204,14 +211,15 @@ def token_logprobs(
     temperature: float = 1.0,
     layout: Layout,
 ) -> tuple[jax.Array, jax.Array]:
-    """log softmax(logits / temperature) at the targets, and that distribution's entropy in nats.
+    """Compute log softmax(logits / temperature) at the targets, and the distribution's entropy in nats.
 
-    -> (logprobs f32[N, T], entropy f32[N, T]); no gradient flows through the entropy.  Logits exist a chunk of
-    the vocabulary at a time; over a mesh, each device takes its rows and its part of the vocabulary.
+    -> (logprobs f32[N, T], entropy f32[N, T]); the entropy has no gradient.  Logits are computed one chunk of
+    the vocabulary at a time; on a mesh each device computes its rows and its part of the vocabulary.
     """
-    head = get_head_matrix(params, config)  # as it is kept, so that its gradient adds up in that type
+    head = get_head_matrix(params, config)  # not cast: its gradient accumulates in the dtype it is stored in
     batch, (vocab, width) = layout.spec(("batch",))[0], layout.spec(("vocab", "embed"), head.shape)
     vocab, width = (axis if layout.ways(axis) > 1 else None for axis in (vocab, width))
+    # The kernel gathers a width sharded like the batch (FSDP); other shardings are left to the compiler.
     width = width if width in (batch if isinstance(batch, tuple) else (batch,)) else None
 
     def run(hidden, head, targets):
@@ -232,10 +240,10 @@ def token_logprobs(
 
 
 def score_last_token(params: Params, config: ModelConfig, hidden: jax.Array, valid: jax.Array) -> jax.Array:
-    """One logit a row, from its last real token: hidden [N, S, D], valid bool[N, S] -> f32[N].
+    """Compute one logit per row from its last real token: hidden [N, S, D], valid bool[N, S] -> f32[N].
 
-    As Hugging Face's *ForSequenceClassification with one label.  A row without a real token scores the
-    hidden state of its first column: finite, and meaningless.
+    Equals Hugging Face's *ForSequenceClassification with one label.  A row without a real token gets the
+    logit of its first column: finite and meaningless.
     """
     last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1])[None, :], 0), axis=1)  # i32[N]
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]  # [N, D]

@@ -1,7 +1,8 @@
-"""Lowered programs to compiled ones: what XLA says of each, kept on the disk where a folder is given.
+"""Compilation of one lowered program: what XLA reports about it, cached on disk if a folder is given.
 
-XLA's own cache of programs needs the devices that they run on; here a program is found again by its text before
-optimisation, its devices and the compiler's version, and what is kept is what it said.
+JAX's own compilation cache needs the devices that a program runs on.  This one finds a program by a hash of its
+text before optimisation, its devices and the compiler's version.  It stores the compiler's report, not the
+executable.
 """
 
 from __future__ import annotations
@@ -25,93 +26,120 @@ from cooper_jax.runtime.mesh import Layout
 from cooper_jax.runtime.remote_files import write_atomically
 from cooper_jax.settings.setup_errors import SetupError
 
-SAID = ("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes", "temp_size_in_bytes",
-        "generated_code_size_in_bytes")  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """Bytes are those of one device."""
-
-    text: str  # optimised
-    seconds: float  # of compiling; of the first time, where it was kept
-    arguments: int
-    made: int  # outputs
-    aliased: int  # of them: in the place of arguments
-    temporaries: int
-    code: int
-    outputs: Any  # as the next program's inputs
-
-
+# Fields of XLA's memory analysis.
+MEMORY_FIELDS = ("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes", "temp_size_in_bytes",
+                 "generated_code_size_in_bytes")  # fmt: skip
 SIZE = r"([\d.]+[KMGT]i?B?)"
+REPORT_FORMAT = "2"  # part of the hash: a change makes the cached reports of earlier versions unused
 COMPILERS = ("jaxlib", "libtpu", "jax-cuda13-plugin")
 
 
+@dataclasses.dataclass(frozen=True)
+class CompiledProgram:
+    """The compiler's report on a program; bytes are those of one device."""
+
+    text: str  # optimised HLO
+    seconds: float  # of compiling, when it was really compiled
+    arguments: int  # bytes
+    outputs: int
+    aliased: int  # bytes of outputs that lie in the place of arguments
+    temporaries: int
+    code: int
+    output_arrays: Any  # abstract arrays with shardings, to lower the next program with
+
+
 class TooLarge(SetupError):
-    """A program that the compiler refuses because it alone takes more memory than a device has."""
+    """A program that the compiler refuses because it alone needs more memory than a device has."""
 
 
 def compile_program(
-    name: str, lowered: jax.stages.Lowered, layout: Layout, keep: Path | None = None
-) -> Compiled:
-    """Raises TooLarge with both numbers, where the compiler gives them, and SetupError for its other refusals."""
-    path = None if keep is None else keep / f"{_key(lowered, layout)}.gz"
-    if path is None or not path.exists():
-        found = _compile(name, lowered)
-        if path is not None:
-            keep.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, gzip.compress(json.dumps(found).encode()))
+    name: str, lowered: jax.stages.Lowered, layout: Layout, cache: Path | None = None
+) -> CompiledProgram:
+    """Compile a program, or read the report of an earlier compilation from the folder `cache`.
+
+    Raises TooLarge, with both numbers where the compiler gives them, and SetupError if the compiler refuses the
+    program for another reason.
+    """
+    path = None if cache is None else cache / f"{_hash_program(lowered, layout)}.gz"
+    if path is not None and path.exists():
+        report = json.loads(gzip.decompress(path.read_bytes()))
     else:
-        found = json.loads(gzip.decompress(path.read_bytes()))
+        report = _compile(name, lowered)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, gzip.compress(json.dumps(report).encode()))
+
     leaves, tree = jax.tree.flatten(lowered.out_info)
-    outputs = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(layout.mesh, _spec(place)))
-        for x, place in zip(leaves, found["places"], strict=True)
+    output_arrays = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(layout.mesh, _spec_from_json(spec)))
+        for x, spec in zip(leaves, report["output_specs"], strict=True)
     ]
-    arguments, made, aliased, temporaries, code = (found["said"][name] for name in SAID)
-    return Compiled(
-        found["text"], found["seconds"], arguments, made, aliased, temporaries, code, tree.unflatten(outputs)
+    arguments, outputs, aliased, temporaries, code = (report["memory"][field] for field in MEMORY_FIELDS)
+    return CompiledProgram(
+        text=report["text"],
+        seconds=report["seconds"],
+        arguments=arguments,
+        outputs=outputs,
+        aliased=aliased,
+        temporaries=temporaries,
+        code=code,
+        output_arrays=jax.tree.unflatten(tree, output_arrays),
     )
 
 
-def _compile(name: str, lowered: jax.stages.Lowered) -> dict:
+def _compile(name: str, lowered: jax.stages.Lowered) -> dict[str, Any]:
+    """The compiler's report as JSON values."""
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
-    except Exception as error:  # those of XLA, Mosaic and Triton have no other base in common
-        said = str(error)
-        if "RESOURCE_EXHAUSTED" not in said and "Ran out of memory" not in said:
-            raise SetupError(f"{name}: the compiler refuses it: {said.splitlines()[0]}") from error
-        numbers = re.search(rf"[Uu]sed {SIZE} of {SIZE}|\({SIZE}\) exceeds available HBM \({SIZE}\)", said)
-        numbers = [x for x in numbers.groups() if x] if numbers else []
-        numbers = " of a device's ".join(numbers) or said.splitlines()[0]
-        raise TooLarge(f"{name}: by itself it takes {numbers}") from error
-    seconds, said = time.perf_counter() - start, compiled.memory_analysis()
+    except Exception as error:  # the errors of XLA, Mosaic and Triton have no narrower base class in common
+        message = str(error)
+        first_line = message.splitlines()[0]
+        if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+            raise SetupError(f"{name}: the compiler refuses it: {first_line}") from error
+        # The TPU's and the GPU's compilers word this differently.
+        match = re.search(rf"[Uu]sed {SIZE} of {SIZE}|\({SIZE}\) exceeds available HBM \({SIZE}\)", message)
+        sizes = [size for size in match.groups() if size] if match else []
+        needed = " of a device's ".join(sizes) or first_line
+        raise TooLarge(f"{name}: by itself it takes {needed}") from error
+
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     return {
         "seconds": seconds,
-        "said": {name: getattr(said, name) for name in SAID},
-        "places": [_written(name, x) for x in jax.tree.leaves(compiled.output_shardings)],
+        "memory": {field: getattr(memory, field) for field in MEMORY_FIELDS},
+        "output_specs": [_spec_to_json(name, x) for x in jax.tree.leaves(compiled.output_shardings)],
         "text": compiled.as_text(),
     }
 
 
-def _key(lowered: jax.stages.Lowered, layout: Layout) -> str:
+def _hash_program(lowered: jax.stages.Lowered, layout: Layout) -> str:
+    """A hash of everything that decides what the compiler makes of a program."""
     devices = layout.mesh.devices.flat
-    where = [layout.platform, devices[0].device_kind, [str(getattr(d, "coords", d.id)) for d in devices]]
-    names = (str(x.sharding) for x in jax.tree.leaves(lowered.in_avals) if getattr(x, "sharding", None))
-    there = [p for p in COMPILERS if importlib.util.find_spec(p.replace("-", "_"))]
-    versions = [f"{p} {metadata.version(p)}" for p in there]
+    coordinates = [str(getattr(d, "coords", d.id)) for d in devices]
+    machine = [layout.platform, devices[0].device_kind, coordinates]
+    shardings = (str(x.sharding) for x in jax.tree.leaves(lowered.in_avals) if getattr(x, "sharding", None))
+
+    installed = [p for p in COMPILERS if importlib.util.find_spec(p.replace("-", "_"))]
+    versions = [f"{p} {metadata.version(p)}" for p in installed]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    parts = (jax.__version__, *versions, *flags, *map(str, where), *names, lowered.as_text())
+    parts = (
+        REPORT_FORMAT,
+        jax.__version__,
+        *versions,
+        *flags,
+        *map(str, machine),
+        *shardings,
+        lowered.as_text(),
+    )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def _written(name: str, place: jax.sharding.Sharding) -> list:
-    """A PartitionSpec for JSON."""
-    if not isinstance(place, NamedSharding):
-        raise SetupError(f"{name}: an output lies by {place}, which no mesh axes describe")
-    return [list(x) if isinstance(x, tuple) else x for x in place.spec]
+def _spec_to_json(name: str, sharding: jax.sharding.Sharding) -> list:
+    """The PartitionSpec of an output as lists and strings."""
+    if not isinstance(sharding, NamedSharding):
+        raise SetupError(f"{name}: the sharding of an output, {sharding}, is not one over mesh axes")
+    return [list(axes) if isinstance(axes, tuple) else axes for axes in sharding.spec]
 
 
-def _spec(written: list) -> PartitionSpec:
-    return PartitionSpec(*(tuple(x) if isinstance(x, list) else x for x in written))
+def _spec_from_json(written: list) -> PartitionSpec:
+    return PartitionSpec(*(tuple(axes) if isinstance(axes, list) else axes for axes in written))

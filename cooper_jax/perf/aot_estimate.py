@@ -1,14 +1,15 @@
-"""What a run costs on devices that need not be there: of each program, and of a whole step.
+"""Memory and time of a step on devices that are not at hand, from its compiled programs.
 
-    Job --compile_all--> Compiled of each program --figures--> Figures --step--> Step: fits or not, seconds
+    CompileJob --compile_programs--> CompiledProgram of each --estimate_program--> ProgramEstimate
+               --estimate_step--> StepEstimate: whether it fits, and seconds
 
-From the compiler: bytes of a program's arguments, outputs and temporaries, and its optimised text.  From that text,
-by `perf/hlo.py`: FLOPs, bytes of device memory, what is sent.  Estimates of ours, as far as the words go:
+The compiler gives the bytes of a program's arguments, outputs and temporaries, and its optimised text.
+`perf/hlo.py` counts FLOPs, bytes of device memory and bytes sent in that text.  Our own estimates are:
 
-    seconds     the longest of FLOPs, bytes and sent bytes, each at the chip's public peak: nothing is slower than
-                its peak, each hides behind the longest, the host takes no time.  A bound, then, not a forecast.
-    attention   FLOPs and bytes of kernels whose text tells nothing of them (costs.py)
-    total       a program's own bytes with those of all else that a run holds at that time
+    seconds     the largest of computing, memory traffic and communication, each at the chip's public peak.  A lower
+                bound (roofline), not a forecast: it assumes peak rates, perfect overlap and no time on the host.
+    attention   FLOPs and bytes of kernels whose text does not show them (kernel_costs.py)
+    total       a program's own bytes, and those of everything else that a run holds at that time
 """
 
 from __future__ import annotations
@@ -22,75 +23,83 @@ from typing import Any
 import jax
 
 from cooper_jax.perf import aot_programs, hlo
-from cooper_jax.perf.aot_compile import Compiled, TooLarge, compile_program
-from cooper_jax.perf.aot_programs import Job, Program
+from cooper_jax.perf.aot_compile import CompiledProgram, TooLarge, compile_program
+from cooper_jax.perf.aot_job import CompileJob
+from cooper_jax.perf.aot_programs import StepProgram
 from cooper_jax.perf.chips import GIB, Topology
 from cooper_jax.runtime.mesh import Layout
 
-SIDES = ("compute", "memory", "network")
-# Their cost in the text is that of full caches: what is read is known only as they run.
+RESOURCES = ("compute", "memory", "network")
+# Kernels whose declared cost is that of full caches, although they read only a part: kernel_costs.py replaces it.
 READ_IN_PART = ("decode_attention",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sent:
-    """Collectives of one kind and shape, in all runs of a program's loops."""
+class CollectiveTotal:
+    """Collectives of one kind and shape, summed over all iterations of a program's loops."""
 
     kind: str
     shape: str
-    group: int
+    group: int  # devices
     times: float
     bytes: float  # that a device sends, in all
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
-class Figures:
-    """A program on one device; bytes and seconds of one run."""
+class ProgramEstimate:
+    """One run of a program on one device: bytes in memory, work, and seconds at the chip's peaks."""
 
     name: str
     phase: str
-    times: float  # a step
+    times: float  # runs per step
     compile_seconds: float
-    arguments: int  # the compiler's, like the next three
+    arguments: int  # bytes, from the compiler, like the next three
     temporaries: int
-    outputs: int  # but those in the place of arguments
+    outputs: int  # without those that lie in the place of arguments
     code: int
-    others: int  # what else of the run is in memory
+    others: int  # bytes of what else the run holds in memory
     flops: float
     bytes: float
-    sent: tuple[Sent, ...]  # most seconds first
-    seconds: dict[str, float]  # of each of SIDES
+    sent: tuple[CollectiveTotal, ...]  # most seconds first
+    seconds: dict[str, float]  # for each of RESOURCES
     unknown_loops: int
     kernels: dict[str, float]
 
     @property
     def total(self) -> int:
+        """Bytes in memory while the program runs."""
         return self.arguments + self.temporaries + self.outputs + self.code + self.others
 
     @property
     def bound(self) -> str:
-        return max(SIDES, key=lambda side: self.seconds[side])
+        """The resource that takes longest."""
+        return max(RESOURCES, key=lambda resource: self.seconds[resource])
 
     @property
-    def longest(self) -> float:
+    def roofline_seconds(self) -> float:
+        """Seconds of the resource that takes longest."""
         return self.seconds[self.bound]
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    programs: tuple[Figures, ...]
+class StepEstimate:
+    """A step: all its programs, and the device's memory."""
+
+    programs: tuple[ProgramEstimate, ...]
     memory: int  # bytes of a device
-    reserve: float  # share of them that is left alone
+    reserve: float  # share of them that must stay free
     tokens: int  # sampled in a step
 
     @property
     def limit(self) -> int:
+        """Bytes that may be used."""
         return int(self.memory * (1 - self.reserve))
 
     @property
-    def largest(self) -> Figures:
-        return max(self.programs, key=lambda f: f.total)
+    def largest(self) -> ProgramEstimate:
+        """The program that needs most memory."""
+        return max(self.programs, key=lambda program: program.total)
 
     @property
     def fits(self) -> bool:
@@ -100,8 +109,8 @@ class Step:
     def phases(self) -> dict[str, float]:
         """Seconds of each phase, in the order of a step."""
         out: dict[str, float] = {}
-        for f in self.programs:
-            out[f.phase] = out.get(f.phase, 0.0) + f.times * f.longest
+        for program in self.programs:
+            out[program.phase] = out.get(program.phase, 0.0) + program.times * program.roofline_seconds
         return out
 
     @property
@@ -112,18 +121,18 @@ class Step:
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
-    def refusal(self) -> str:
-        """Why it does not fit, with both numbers and what would help."""
-        f = self.largest
+    def describe_excess(self) -> str:
+        """An error message for a step that does not fit, with both numbers and flags that may help."""
+        p = self.largest
         return (
-            f"{f.name} needs {f.total / GIB:.2f} GiB of a device (arguments {f.arguments / GIB:.2f}, temporaries "
-            f"{f.temporaries / GIB:.2f}, outputs {f.outputs / GIB:.2f}, else of the run {f.others / GIB:.2f}), but "
-            f"{self.limit / GIB:.2f} of its {self.memory / GIB:.2f} GiB may be used: {suggest_flags(f.phase)}"
+            f"{p.name} needs {p.total / GIB:.2f} GiB of a device (arguments {p.arguments / GIB:.2f}, temporaries "
+            f"{p.temporaries / GIB:.2f}, outputs {p.outputs / GIB:.2f}, rest of the run {p.others / GIB:.2f}), but "
+            f"{self.limit / GIB:.2f} of its {self.memory / GIB:.2f} GiB may be used: {suggest_flags(p.phase)}"
         )
 
 
 def suggest_flags(phase: str) -> str:
-    """Flags that make a phase smaller."""
+    """Flags that reduce the memory of a phase."""
     own = {
         "rollout": "a smaller --config.rollout.max_rows, --config.rollout.kv_dtype=int8",
         "score": "a smaller --config.reward.microbatch",
@@ -134,111 +143,147 @@ def suggest_flags(phase: str) -> str:
     return f"try more chips, a larger --config.mesh.tensor, {own[phase]}, or --search"
 
 
-# --- from programs to figures ----------------------------------------------------------------------------
+# --- from programs to estimates --------------------------------------------------------------------------
 
 
 def compile_programs(
-    job: Job, keep: Path | None = None, said: Callable[[Program, Compiled], None] | None = None
-) -> list[tuple[Program, Compiled]]:
-    """Every program of a job; said: is given each as soon as it is there.  Raises as `compile_`."""
-    out, made = [], {}
+    job: CompileJob,
+    cache: Path | None = None,
+    on_compiled: Callable[[StepProgram, CompiledProgram], None] | None = None,
+) -> list[tuple[StepProgram, CompiledProgram]]:
+    """Compile every program of a job, each with the outputs of those before it.
+
+    cache: a folder for the compiler's reports.  on_compiled: called after each program.
+    Raises TooLarge and SetupError like `compile_program`.
+    """
+    compiled: list[tuple[StepProgram, CompiledProgram]] = []
+    outputs: aot_programs.Outputs = {}
     for program in aot_programs.list_programs(job):
         try:
-            compiled = compile_program(program.name, program.lower(made), job.layout, keep)
+            result = compile_program(program.name, program.lower(outputs), job.layout, cache)
         except TooLarge as error:
             raise TooLarge(f"{error}: {suggest_flags(program.phase)}") from error
-        made[program.name] = compiled.outputs
-        out.append((program, compiled))
-        if said is not None:
-            said(program, compiled)
-    return out
+        outputs[program.name] = result.output_arrays
+        compiled.append((program, result))
+        if on_compiled is not None:
+            on_compiled(program, result)
+    return compiled
 
 
 def estimate_step(
-    job: Job, topology: Topology, compiled: list[tuple[Program, Compiled]], reserve: float
-) -> Step:
-    held = list_sizes(aot_programs.resident_bytes(job), compiled)
-    found = tuple(program_figures(p, c, held, job.layout, topology) for p, c in compiled)
+    job: CompileJob, topology: Topology, compiled: list[tuple[StepProgram, CompiledProgram]], reserve: float
+) -> StepEstimate:
+    """Memory and time of a step; reserve: share of a device's memory that must stay free."""
+    sizes = list_sizes(aot_programs.resident_bytes(job), compiled)
+    programs = tuple(
+        estimate_program(program, result, sizes, job.layout, topology) for program, result in compiled
+    )
     data, rollout = job.cfg.data, job.cfg.rollout
     tokens = data.prompts_per_step * rollout.group_size * rollout.max_new_tokens
-    return Step(found, topology.chip.memory, reserve, tokens)
+    return StepEstimate(programs, topology.chip.memory, reserve, tokens)
 
 
-def list_sizes(held: dict[str, int], compiled: list[tuple[Program, Compiled]]) -> dict[str, int]:
-    """Bytes of whatever lies in memory, by its name: the compiler's figure where a program makes it.
+def list_sizes(
+    resident: dict[str, int], compiled: list[tuple[StepProgram, CompiledProgram]]
+) -> dict[str, int]:
+    """Bytes of each thing in memory by its name: the compiler's figure if a program makes it.
 
-    The reference is padded as the policy is.
+    resident: bytes from the arrays' shapes, of what a run always holds.
     """
-    out = held | {p.makes: c.made for p, c in compiled if p.makes}
-    out["reference"] = held["reference"] * out["policy"] // held["policy"]
-    return out
+    sizes = resident | {p.makes: result.outputs for p, result in compiled if p.makes}
+    # No program makes the reference.  The compiler pads it as it pads the policy.
+    sizes["reference"] = resident["reference"] * sizes["policy"] // resident["policy"]
+    return sizes
 
 
-def program_figures(
-    program: Program, compiled: Compiled, held: dict[str, int], layout: Layout, topology: Topology
-) -> Figures:
+def estimate_program(
+    program: StepProgram,
+    compiled: CompiledProgram,
+    sizes: dict[str, int],
+    layout: Layout,
+    topology: Topology,
+) -> ProgramEstimate:
+    """Memory, work and seconds of one run of a program; sizes: as from `list_sizes`."""
     cost = hlo.analyse_program(
-        strip_cost_notes(compiled.text, READ_IN_PART), unknown_trips=program.trips, declared=program.declared
+        remove_cost_estimates(compiled.text, READ_IN_PART),
+        unknown_trips=program.trips,
+        declared=program.declared,
     )
-    chip, devices = topology.chip, layout.mesh.devices.reshape(-1)
-    sent: dict[tuple, Sent] = {}
-    for c in cost.collectives:
-        seconds = topology.seconds(c.kind, c.sent, tuple(devices[i] for i in _group(c)))
-        key = c.kind, c.shape, c.group
-        one = sent.get(key, Sent(*key, 0, 0.0, 0.0))
-        sent[key] = dataclasses.replace(
-            one, times=one.times + c.times, bytes=one.bytes + c.sent, seconds=one.seconds + seconds
-        )
-    network = sum(s.seconds for s in sent.values())
-    sides = cost.flops / chip.flops, cost.bytes / chip.bandwidth, network
-    live = sum(held[name] for name in program.live if name in held)
-    return Figures(
+    collectives = _sum_collectives(cost.collectives, layout, topology)
+    network_seconds = sum(c.seconds for c in collectives)
+    chip = topology.chip
+    seconds = cost.flops / chip.flops, cost.bytes / chip.bandwidth, network_seconds
+
+    # `live` includes the arguments, which the compiler has counted already.
+    live = sum(sizes[name] for name in program.live if name in sizes)
+    return ProgramEstimate(
         name=program.name,
         phase=program.phase,
         times=program.times,
         compile_seconds=compiled.seconds,
         arguments=compiled.arguments,
         temporaries=compiled.temporaries,
-        outputs=compiled.made - compiled.aliased,
+        outputs=compiled.outputs - compiled.aliased,
         code=compiled.code,
         others=max(live - compiled.arguments, 0),
         flops=cost.flops,
         bytes=cost.bytes,
-        sent=tuple(sorted(sent.values(), key=lambda s: -s.seconds)),
-        seconds=dict(zip(SIDES, sides, strict=True)),
+        sent=tuple(sorted(collectives, key=lambda c: -c.seconds)),
+        seconds=dict(zip(RESOURCES, seconds, strict=True)),
         unknown_loops=cost.unknown_loops,
         kernels=cost.kernels,
     )
 
 
-def strip_cost_notes(text: str, kernels: tuple[str, ...]) -> str:
-    """A program's text without what these kernels say that they cost."""
+def _sum_collectives(
+    collectives: tuple[hlo.Collective, ...], layout: Layout, topology: Topology
+) -> list[CollectiveTotal]:
+    """Sum collectives of the same kind, shape and group size, with their seconds on the topology's network."""
+    devices = layout.mesh.devices.reshape(-1)
+    totals: dict[tuple[str, str, int], CollectiveTotal] = {}
+    for c in collectives:
+        group = tuple(devices[i] for i in _find_group(c))
+        seconds = topology.seconds(c.kind, c.sent, group)
+        key = c.kind, c.shape, c.group
+        total = totals.get(key, CollectiveTotal(*key, times=0, bytes=0.0, seconds=0.0))
+        totals[key] = dataclasses.replace(
+            total,
+            times=total.times + c.times,
+            bytes=total.bytes + c.sent,
+            seconds=total.seconds + seconds,
+        )
+    return list(totals.values())
 
-    def quiet(line: str) -> str:
-        named = any(f"{kernel}/pallas_call" in line for kernel in kernels)
-        return re.sub(r'"cost_estimate":\{[^{}]*\},?', "", line) if named else line
 
-    return "\n".join(map(quiet, text.split("\n")))
+def remove_cost_estimates(text: str, kernels: tuple[str, ...]) -> str:
+    """A program's text without the costs that these kernels declare."""
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        if any(f"{kernel}/pallas_call" in line for kernel in kernels):
+            lines[i] = re.sub(r'"cost_estimate":\{[^{}]*\},?', "", line)
+    return "\n".join(lines)
 
 
-def _group(c: hlo.Collective) -> list[int]:
-    """Places on the mesh of the devices of one of a collective's groups; neighbours where it does not tell."""
+def _find_group(c: hlo.Collective) -> list[int]:
+    """Indices on the mesh of the devices of one of a collective's groups; neighbours if the text does not tell."""
     if c.groups is None:
         return list(range(c.group))
     if c.kind != "collective-permute":
         return list(c.groups[0])
-    joined, links = {c.groups[0][0]}, list(c.groups)
-    while more := [link for link in links if joined & set(link)]:
-        joined |= {i for link in more for i in link}
-        links = [link for link in links if link not in more]
-    return sorted(joined)
+
+    # A permutation lists (source, target) pairs: collect the devices connected to the first one.
+    group, links = {c.groups[0][0]}, list(c.groups)
+    while connected := [link for link in links if group & set(link)]:
+        group.update(*connected)
+        links = [link for link in links if link not in connected]
+    return sorted(group)
 
 
-def step_to_json(step: Step) -> dict[str, Any]:
-    """For JSON."""
-    programs_ = [
-        dataclasses.asdict(f) | {"total": f.total, "bound": f.bound, "roofline_seconds": f.longest}
-        for f in step.programs
+def step_to_json(step: StepEstimate) -> dict[str, Any]:
+    """A step as JSON values, with lists of which figures are the compiler's and which are estimates."""
+    programs = [
+        dataclasses.asdict(p) | {"total": p.total, "bound": p.bound, "roofline_seconds": p.roofline_seconds}
+        for p in step.programs
     ]
     return {
         "fits": step.fits,
@@ -263,5 +308,5 @@ def step_to_json(step: Step) -> dict[str, Any]:
             "tokens_per_second",
         ],
         "jax": jax.__version__,
-        "programs": programs_,
+        "programs": programs,
     }

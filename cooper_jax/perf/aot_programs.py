@@ -1,7 +1,9 @@
-"""Every program of a run, in the order of a step: how it is lowered, how often a step runs it, what memory holds.
+"""The programs of a step, in order: how each is lowered, how often a step runs it, what is in memory meanwhile.
 
-A program's compiled outputs, shapes and shardings, are the next one's inputs: what compiles here fits together.
-Those of the supervised phases and of the evaluation are left out.
+A program is lowered with the compiled outputs (shapes and shardings) of the programs before it, as in a run, so
+that the memory of the whole step is estimated with the compiler's own layouts.
+
+Not included: the supervised phases and evaluation.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import jax.numpy as jnp
 
 from cooper_jax.data.packing import round_up
 from cooper_jax.model import transformer
+from cooper_jax.model.config import ModelConfig
 from cooper_jax.perf import kernel_costs
-from cooper_jax.perf.aot_job import Job
+from cooper_jax.perf.aot_job import CompileJob
 from cooper_jax.policy import grpo
 from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward import labelled_rollouts, verifier_model
@@ -28,251 +31,326 @@ from cooper_jax.runtime.mesh import abstract_params
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import LabelledBatch, PairBatch, PolicyBatch, ScoreBatch, TrainState
 
-# What a run holds in memory all the time.
+# Names of what is in memory: during the whole run, and during decoding.
 ALWAYS = ("policy", "reference", "reward model")
 ROLLOUT = ("rollout weights", "prompts", "requests", "slots")
 
+# The outputs of the programs compiled so far, by the programs' names.
+Outputs = dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class StepProgram:
+    """One of a step's programs, not yet lowered."""
+
     name: str
     phase: str  # as in the metrics' time/*
-    times: float  # how often a step runs it
-    lower: Callable[
-        [dict[str, Any]], jax.stages.Lowered
-    ]  # from the outputs of those before it, by their names
-    live: tuple[str, ...]  # what lies in memory meanwhile, its arguments included
-    makes: str = ""  # what its output is then called
-    trips: int = 1  # of its loops whose end is decided as they run
+    times: float  # runs per step
+    lower: Callable[[Outputs], jax.stages.Lowered]
+    live: tuple[str, ...]  # names of what is in memory while it runs, its arguments included
+    makes: str = ""  # name of its output, if that stays in memory
+    trips: int = 1  # iterations of loops whose end is decided at run time
     declared: kernel_costs.Costs = dataclasses.field(default_factory=dict)
 
 
-def list_programs(job: Job) -> list[Program]:
-    """In the order of a step."""
-    found = _rollout(job)
+def list_programs(job: CompileJob) -> list[StepProgram]:
+    """The programs of a step, in the order in which it runs them."""
+    programs = _list_rollout(job)
     if job.reward is not None:
-        found.append(_score(job))
-    found += [_logprobs(job), _policy_update(job)]
-    if job.cfg.reward.arm == "cooper":
-        found.append(_pair_update(job))
-    return found
+        programs.append(_make_score(job, job.reward))
+    programs += [_make_logprobs(job), _make_policy_update(job)]
+    if job.reward is not None and job.cfg.reward.arm == "cooper":
+        programs.append(_make_reward_update(job, job.reward))
+    return programs
 
 
-def resident_bytes(job: Job) -> dict[str, int]:
-    """Bytes on a device of what a run holds all the time, as its shards add up (compilers pad some)."""
-    trees = {"policy": _state(job, "policy")[1], "reference": _params(job, "policy")}
+def resident_bytes(job: CompileJob) -> dict[str, int]:
+    """Bytes per device of what a run always holds in memory, from the arrays' shapes (compilers pad some)."""
+    trees = {"policy": _make_state(job, "policy", job.policy, "logits")[1], "reference": _policy_params(job)}
     if job.reward is not None:
-        trees["reward model"] = _state(job, "reward")[1]
+        trees["reward model"] = _make_state(job, "reward", job.reward, "score")[1]
     return {name: device_bytes(tree) for name, tree in trees.items()}
 
 
 def device_bytes(tree: Any) -> int:
-    """Of a tree of abstract arrays, on one device."""
+    """Bytes of a tree of abstract arrays on one device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
         for x in jax.tree.leaves(tree)
     )
 
 
-def _array(job: Job, kind: Any, *shape: int) -> jax.ShapeDtypeStruct:
+# --- abstract inputs -------------------------------------------------------------------------------------
+
+
+# Typed Any, because abstract arrays take the place of arrays in our dataclasses.
+def _array(job: CompileJob, dtype: Any, *shape: int) -> Any:
+    """An abstract array, sharded over its first axis."""
     axes = ("batch", *(None,) * (len(shape) - 1)) if shape else ()
-    return jax.ShapeDtypeStruct(shape, kind, sharding=job.layout.sharding(axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=job.layout.sharding(axes))
 
 
-def _params(job: Job, name: str) -> Any:
-    config, head = (job.policy, "logits") if name == "policy" else (job.reward, "score")
-    return abstract_params(job.layout, transformer.param_specs(config, head))
+def _tokens(job: CompileJob, rows: int, tokens: int) -> tuple[Any, Any]:
+    """Abstract token ids and their mask: (i32[rows, tokens], bool[rows, tokens])."""
+    return _array(job, jnp.int32, rows, tokens), _array(job, jnp.bool_, rows, tokens)
 
 
-def _state(job: Job, name: str) -> tuple[optim.Optimiser, TrainState]:
-    """The optimiser of a model, and the state that it starts from."""
-    config, head = (job.policy, "logits") if name == "policy" else (job.reward, "score")
-    with setup_errors(name):
-        section = optim.OptimiserConfig.from_config(job.cfg[name].optimiser, f"{name}.optimiser")
-        opt = optim.make_optimiser(section)
-    params, count = _params(job, name), jax.ShapeDtypeStruct((), jnp.int32)
-    start = TrainState(params, jax.eval_shape(opt.tx.init, params), count, count)
-    places = optim.state_shardings(opt, transformer.param_specs(config, head), job.layout)
-    return opt, jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), start, places)
+def _policy_params(job: CompileJob) -> Any:
+    return abstract_params(job.layout, transformer.param_specs(job.policy, "logits"))
 
 
-def _rollout(job: Job) -> list[Program]:
-    cfg, layout, setting, spec = job.cfg, job.layout, job.setting, job.setting.spec
-    i32, shards = jnp.int32, job.layout.batch_shards
-    width = rollout_plan.prompt_width(cfg.data.max_prompt_tokens, rollout_plan.column_multiple(setting.form))
-    texts = [[0] * cfg.data.max_prompt_tokens] * cfg.data.prompts_per_step
-    chunks = list(rollout_plan.make_chunks(texts, shards, job.size, width))
-    rows, own = chunks[0].tokens.shape
-    columns, count = engine.cache_columns(setting, waiting=not job.aligned), job.slots
-    # Keys and responses, both halfway: what a step of decoding reads on the average.
-    keys = cfg.data.max_prompt_tokens, spec.max_new_tokens / 2
-    waves = -(-job.requests // count)
-    segments = -(-(job.steps // waves) // spec.segment) * waves
-    draw = kernel_costs.head_cost(job, job.policy, job.requests, "head_draw")
-    key = jax.ShapeDtypeStruct((), jax.random.key(0, impl="threefry2x32").dtype, sharding=layout.replicated)
+def _make_state(
+    job: CompileJob, section: str, config: ModelConfig, head: str
+) -> tuple[optim.Optimiser, TrainState]:
+    """A model's optimiser, and its abstract training state."""
+    with setup_errors(section):
+        settings = optim.OptimiserConfig.from_config(job.cfg[section].optimiser, f"{section}.optimiser")
+        optimiser = optim.make_optimiser(settings)
 
-    def program(name, times, lower, live, **more):
-        return Program(name, "rollout", times, lower, (*ALWAYS, *live), **more)
+    specs = transformer.param_specs(config, head)
+    params: Any = abstract_params(job.layout, specs)
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(params, jax.eval_shape(optimiser.tx.init, params), count, count)
+    shardings = optim.state_shardings(optimiser, specs, job.layout)
+    sharded = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings
+    )
+    return optimiser, sharded
 
-    def first_slots(made):
-        return made["open_slots"][0]
 
-    weights_, prompts, requests, _ = ROLLOUT
-    out = [
-        program(
-            "reshard", 1,
-            lambda made: engine.reshard_weights.lower(
-                _params(job, "policy"), config=job.policy, layout=layout, dtype=spec.dtype, gathered=job.gathered
-            ),
-            (), makes=weights_,
-        ),
-        program(
-            "no_prompts", 1,
-            lambda made: slots.make_prompt_cache.lower(made["reshard"], size=job.size, width=width, setting=setting),
-            (weights_,), makes=prompts,
-        ),
-        program(
-            "prefill", len(chunks),
-            lambda made: slots.prefill_chunk.lower(
-                made["reshard"], made["no_prompts"], _array(job, i32, rows, own), _array(job, i32, rows),
-                _array(job, i32, job.size * shards), setting=setting,
-            ),
-            (weights_, prompts), declared=kernel_costs.attention_cost(job, job.policy, rows // shards, own, spec.dtype),
-        ),
-        program(
-            "begin", 1,
-            lambda made: slots.sample_first_tokens.lower(
-                made["reshard"], made["prefill"], _array(job, i32, job.size * shards),
-                _array(job, i32, job.requests * shards), key, setting=setting,
-            ),
-            (weights_, prompts), makes=requests, declared=draw,
-        ),
-        program(
-            "open_slots", 1,
-            lambda made: slots.open_slots.lower(
-                made["reshard"], made["begin"], made["prefill"], size=count, columns=columns, setting=setting
-            ),
-            (weights_, prompts, requests), makes="slots",
-        ),
-        program(
-            "segment", segments,
-            lambda made: slots.decode_segment.lower(
-                made["reshard"], first_slots(made), made["begin"], made["prefill"], steps=spec.segment,
-                refill_at=max(1, count // 8), setting=setting,
-            ),
-            ROLLOUT, trips=max(1, round(job.steps / max(segments, 1))),
-            declared=kernel_costs.decode_cost(job, keys) | kernel_costs.head_cost(job, job.policy, count, "head_draw"),
-        ),
-    ]  # fmt: skip
-    if job.aligned:
-        return out
-    by = jax.ShapeDtypeStruct((), i32, sharding=layout.replicated)
+# --- rollout ---------------------------------------------------------------------------------------------
 
-    def state(made):
-        return first_slots(made), made["begin"], made["prefill"]
 
-    out += [
-        program("refill", waves - 1, lambda made: slots.refill_slots.lower(*state(made), setting=setting), ROLLOUT),
-        program(
-            "resize", waves - 1,
-            lambda made: slots.resize_cache.lower(first_slots(made), by, columns=columns, setting=setting), ROLLOUT,
-        ),
-    ]  # fmt: skip
-    if count // 2 >= rollout_plan.FEWEST_SLOTS:
-        out.append(
-            program(
-                "compact", 1,
-                lambda made: slots.compact_slots.lower(*state(made), size=count // 2, setting=setting), ROLLOUT,
-            )
+def _list_rollout(job: CompileJob) -> list[StepProgram]:
+    """The rollout's programs, from the copy of the weights to the decode segments and, if needed, refills."""
+    cfg, layout, static, spec = job.cfg, job.layout, job.rollout, job.rollout.spec
+    shards, slot_count = layout.batch_shards, job.slots
+
+    # Prompts are prefilled in chunks of equal shape.
+    kv_format = static.form
+    width = rollout_plan.prompt_width(cfg.data.max_prompt_tokens, rollout_plan.column_multiple(kv_format))
+    prompt_ids = [[0] * cfg.data.max_prompt_tokens] * cfg.data.prompts_per_step
+    chunks = list(rollout_plan.make_chunks(prompt_ids, shards, job.prompts, width))
+    chunk_rows, chunk_tokens = chunks[0].tokens.shape
+
+    # Each slot decodes `waves` responses one after the other, in segments of spec.segment steps.
+    waves = -(-job.requests // slot_count)
+    segments = -(-(job.decode_steps // waves) // spec.segment) * waves
+    columns = engine.cache_columns(static, waiting=not job.slot_per_request)
+    # Averages over decoding: all of the prompt's keys, and half of the response's.
+    keys_read = cfg.data.max_prompt_tokens, spec.max_new_tokens / 2
+
+    prompt_indices = _array(job, jnp.int32, job.prompts * shards)
+    request_indices = _array(job, jnp.int32, job.requests * shards)
+    chunk = _array(job, jnp.int32, chunk_rows, chunk_tokens), _array(job, jnp.int32, chunk_rows)
+    key_dtype = jax.random.key(0, impl="threefry2x32").dtype
+    key = jax.ShapeDtypeStruct((), key_dtype, sharding=layout.replicated)
+
+    def lower_reshard(outputs: Outputs) -> jax.stages.Lowered:
+        return engine.reshard_weights.lower(
+            _policy_params(job),
+            config=job.policy,
+            layout=layout,
+            dtype=spec.dtype,
+            gathered=job.gathers_weights,
+        )
+
+    def lower_no_prompts(outputs: Outputs) -> jax.stages.Lowered:
+        return slots.make_prompt_cache.lower(
+            outputs["reshard"], size=job.prompts, width=width, setting=static
+        )
+
+    def lower_prefill(outputs: Outputs) -> jax.stages.Lowered:
+        return slots.prefill_chunk.lower(
+            outputs["reshard"], outputs["no_prompts"], *chunk, prompt_indices, setting=static
+        )
+
+    def lower_begin(outputs: Outputs) -> jax.stages.Lowered:
+        return slots.sample_first_tokens.lower(
+            outputs["reshard"], outputs["prefill"], prompt_indices, request_indices, key, setting=static
+        )
+
+    def lower_open_slots(outputs: Outputs) -> jax.stages.Lowered:
+        return slots.open_slots.lower(
+            outputs["reshard"], outputs["begin"], outputs["prefill"],
+            size=slot_count, columns=columns, setting=static,
         )  # fmt: skip
-    return out
+
+    def lower_segment(outputs: Outputs) -> jax.stages.Lowered:
+        return slots.decode_segment.lower(
+            outputs["reshard"], outputs["open_slots"][0], outputs["begin"], outputs["prefill"],
+            steps=spec.segment, refill_at=max(1, slot_count // 8), setting=static,
+        )  # fmt: skip
+
+    weights_name, prompts_name, requests_name, slots_name = ROLLOUT
+    attention = kernel_costs.attention_cost(job, job.policy, chunk_rows // shards, chunk_tokens, spec.dtype)
+    first_head = kernel_costs.head_cost(job, job.policy, job.requests, "head_draw")
+    decode = kernel_costs.decode_cost(job, keys_read)
+    segment_costs = decode | kernel_costs.head_cost(job, job.policy, slot_count, "head_draw")
+    programs = [
+        _rollout_program("reshard", 1, lower_reshard, (), makes=weights_name),
+        _rollout_program("no_prompts", 1, lower_no_prompts, ROLLOUT[:1], makes=prompts_name),
+        _rollout_program("prefill", len(chunks), lower_prefill, ROLLOUT[:2], declared=attention),
+        _rollout_program("begin", 1, lower_begin, ROLLOUT[:2], makes=requests_name, declared=first_head),
+        _rollout_program("open_slots", 1, lower_open_slots, ROLLOUT[:3], makes=slots_name),
+        _rollout_program(
+            "segment", segments, lower_segment, ROLLOUT,
+            trips=max(1, round(job.decode_steps / max(segments, 1))), declared=segment_costs,
+        ),
+    ]  # fmt: skip
+    if not job.slot_per_request:
+        programs += _list_refills(job, waves, columns)
+    return programs
 
 
-def _score(job: Job) -> Program:
-    c = RewardUpdateConfig.from_config(job.cfg.reward)
-    score = verifier_model.make_score_fn(job.reward, job.layout, dtype=c.dtype, microbatch=c.microbatch)
+def _list_refills(job: CompileJob, waves: int, columns: int) -> list[StepProgram]:
+    """The programs that move slots, which only a rollout with more requests than slots runs."""
+    static = job.rollout
+    shift = jax.ShapeDtypeStruct((), jnp.int32, sharding=job.layout.replicated)
+
+    def lower_refill(outputs: Outputs) -> jax.stages.Lowered:
+        state = outputs["open_slots"][0], outputs["begin"], outputs["prefill"]
+        return slots.refill_slots.lower(*state, setting=static)
+
+    def lower_resize(outputs: Outputs) -> jax.stages.Lowered:
+        return slots.resize_cache.lower(outputs["open_slots"][0], shift, columns=columns, setting=static)
+
+    def lower_compact(outputs: Outputs) -> jax.stages.Lowered:
+        state = outputs["open_slots"][0], outputs["begin"], outputs["prefill"]
+        return slots.compact_slots.lower(*state, size=job.slots // 2, setting=static)
+
+    programs = [
+        _rollout_program("refill", waves - 1, lower_refill, ROLLOUT),
+        _rollout_program("resize", waves - 1, lower_resize, ROLLOUT),
+    ]
+    if job.slots // 2 >= rollout_plan.FEWEST_SLOTS:
+        programs.append(_rollout_program("compact", 1, lower_compact, ROLLOUT))
+    return programs
+
+
+def _rollout_program(
+    name: str,
+    times: float,
+    lower: Callable[[Outputs], jax.stages.Lowered],
+    live: tuple[str, ...],
+    **options: Any,
+) -> StepProgram:
+    return StepProgram(name, "rollout", times, lower, (*ALWAYS, *live), **options)
+
+
+# --- scores and updates ----------------------------------------------------------------------------------
+
+
+def _make_score(job: CompileJob, reward: ModelConfig) -> StepProgram:
+    """The reward model's scores of all responses."""
+    settings = RewardUpdateConfig.from_config(job.cfg.reward)
+    score: Any = verifier_model.make_score_fn(
+        reward, job.layout, dtype=settings.dtype, microbatch=settings.microbatch
+    )
+    params = abstract_params(job.layout, transformer.param_specs(reward, "score"))
     batch = ScoreBatch(*_tokens(job, job.rows, job.reward_tokens))
-    n = job.microbatch(job.rows, c.microbatch)
-    return Program(
-        "score", "score", 1, lambda made: score.lower(_params(job, "reward"), batch), ALWAYS,
-        declared=kernel_costs.attention_cost(job, job.reward, n, job.reward_tokens, c.dtype),
+    n = job.count_microbatch_rows(job.rows, settings.microbatch)
+    return StepProgram(
+        "score", "score", 1, lambda outputs: score.lower(params, batch), ALWAYS,
+        declared=kernel_costs.attention_cost(job, reward, n, job.reward_tokens, settings.dtype),
     )  # fmt: skip
 
 
-def _logprobs(job: Job) -> Program:
-    c, (p, t) = PolicyConfig.from_config(job.cfg.policy), job.tokens
-    logprobs = grpo.make_logprobs(
+def _make_logprobs(job: CompileJob) -> StepProgram:
+    """Log-probabilities under the reference, and under the policy where a step has several updates."""
+    settings, (prompt, response) = PolicyConfig.from_config(job.cfg.policy), job.row_tokens
+    logprobs: Any = grpo.make_logprobs(
         job.policy,
         job.layout,
-        microbatch=c.microbatch,
-        dtype=c.dtype,
+        microbatch=settings.microbatch,
+        dtype=settings.dtype,
         temperature=job.cfg.rollout.temperature,
     )
-    n = job.microbatch(job.rows, c.microbatch)
-    times = 1 if grpo.count_updates(c) == 1 else 2  # the reference; the policy before its updates
-    return Program(
-        "logprobs", "logprobs", times,
-        lambda made: logprobs.lower(_params(job, "policy"), *_tokens(job, job.rows, p + t), t), ALWAYS,
-        declared=kernel_costs.attention_cost(job, job.policy, n, p + t, c.dtype)
-        | kernel_costs.head_cost(job, job.policy, n * t, "head_score"),
-    )  # fmt: skip
+    inputs = _tokens(job, job.rows, prompt + response)
+    n = job.count_microbatch_rows(job.rows, settings.microbatch)
+    return StepProgram(
+        "logprobs",
+        "logprobs",
+        1 if grpo.count_updates(settings) == 1 else 2,
+        lambda outputs: logprobs.lower(_policy_params(job), *inputs, response),
+        ALWAYS,
+        declared=_policy_costs(job, n, settings.dtype),
+    )
 
 
-def _policy_update(job: Job) -> Program:
-    c, (p, t) = PolicyConfig.from_config(job.cfg.policy), job.tokens
-    if job.rows % c.minibatches:
+def _make_policy_update(job: CompileJob) -> StepProgram:
+    """One update of the policy on one minibatch."""
+    settings, (prompt, response) = PolicyConfig.from_config(job.cfg.policy), job.row_tokens
+    if job.rows % settings.minibatches:
         raise SetupError(
-            f"policy.minibatches={c.minibatches} does not divide a step's {job.rows} rows: change it"
+            f"policy.minibatches={settings.minibatches} does not divide a step's {job.rows} rows: change it"
         )
-    rows = job.rows // c.minibatches
-    opt, state = _state(job, "policy")
+    rows = job.rows // settings.minibatches
+    optimiser, state = _make_state(job, "policy", job.policy, "logits")
     with setup_errors("policy"):
-        update = grpo.make_update(
-            job.policy, c, opt, job.layout, temperature=job.cfg.rollout.temperature,
+        update: Any = grpo.make_update(
+            job.policy, settings, optimiser, job.layout, temperature=job.cfg.rollout.temperature,
             max_new_tokens=job.cfg.rollout.max_new_tokens,
         )  # fmt: skip
-    reals = [_array(job, jnp.float32, rows, t)] * 3
+
+    tokens, valid = _tokens(job, rows, prompt + response)
+    per_token = _array(job, jnp.float32, rows, response)
     batch = PolicyBatch(
-        *_tokens(job, rows, p + t),
-        _array(job, jnp.bool_, rows, t),
-        _array(job, jnp.float32, rows),
-        *reals,
+        tokens=tokens,
+        valid=valid,
+        response_mask=_array(job, jnp.bool_, rows, response),
+        advantages=_array(job, jnp.float32, rows),
+        old_logprobs=per_token,
+        ref_logprobs=per_token,
+        rollout_logprobs=per_token,
     )
-    n = job.microbatch(rows, c.microbatch)
-    return Program(
-        "policy update", "policy", grpo.count_updates(c), lambda made: update.lower(state, batch), ALWAYS,
+    n = job.count_microbatch_rows(rows, settings.microbatch)
+    return StepProgram(
+        "policy update",
+        "policy",
+        grpo.count_updates(settings),
+        lambda outputs: update.lower(state, batch),
+        ALWAYS,
         makes="policy",
-        declared=kernel_costs.attention_cost(job, job.policy, n, p + t, c.dtype)
-        | kernel_costs.head_cost(job, job.policy, n * t, "head_score"),
-    )  # fmt: skip
-
-
-def _pair_update(job: Job) -> Program:
-    """The reward model's update: over pairs, and over labelled rows where it reads them."""
-    c, shards, wide = (
-        RewardUpdateConfig.from_config(job.cfg.reward),
-        job.layout.batch_shards,
-        job.reward_tokens,
+        declared=_policy_costs(job, n, settings.dtype),
     )
-    opt, state = _state(job, "reward")
+
+
+def _policy_costs(job: CompileJob, n: int, dtype: str) -> kernel_costs.Costs:
+    """Costs of the policy's attention and head over n rows of prompt and response."""
+    prompt, response = job.row_tokens
+    attention = kernel_costs.attention_cost(job, job.policy, n, prompt + response, dtype)
+    return attention | kernel_costs.head_cost(job, job.policy, n * response, "head_score")
+
+
+def _make_reward_update(job: CompileJob, reward: ModelConfig) -> StepProgram:
+    """One update of the reward model: on pairs, and on labelled rows if the config has any."""
+    settings, tokens = RewardUpdateConfig.from_config(job.cfg.reward), job.reward_tokens
+    optimiser, state = _make_state(job, "reward", reward, "score")
     with setup_errors("reward"):
-        update = verifier_model.make_reward_update(job.reward, c, opt, job.layout)
+        update: Any = verifier_model.make_reward_update(reward, settings, optimiser, job.layout)
+
     pairs = labelled = None
-    n = 0
-    if c.reads_pairs:
+    n = 0  # rows of the largest microbatch
+    shards = job.layout.batch_shards
+    if settings.reads_pairs:
         count = round_up(job.cfg.data.prompts_per_step * job.cfg.pairs.per_prompt, shards)
-        members = (ScoreBatch(*_tokens(job, count, wide)) for _ in range(2))
-        pairs = PairBatch(*members, _array(job, jnp.bool_, count))
-        n = 2 * job.microbatch(count, c.microbatch)
-    if rows := round_up(labelled_rollouts.max_rows_per_update(c), shards):
-        reals = (_array(job, jnp.float32, rows) for _ in range(2))
-        labelled = LabelledBatch(ScoreBatch(*_tokens(job, rows, wide)), *reals)
-        n = max(n, job.microbatch(rows, c.microbatch))
-    return Program(
-        "pair update", "reward", c.updates, lambda made: update.lower(state, pairs, labelled), ALWAYS,
-        makes="reward model", declared=kernel_costs.attention_cost(job, job.reward, n, wide, c.dtype),
-    )  # fmt: skip
+        member = ScoreBatch(*_tokens(job, count, tokens))
+        pairs = PairBatch(positive=member, negative=member, mask=_array(job, jnp.bool_, count))
+        n = 2 * job.count_microbatch_rows(count, settings.microbatch)
+    if rows := round_up(labelled_rollouts.max_rows_per_update(settings), shards):
+        per_row = _array(job, jnp.float32, rows)
+        labelled = LabelledBatch(
+            rows=ScoreBatch(*_tokens(job, rows, tokens)), labels=per_row, weights=per_row
+        )
+        n = max(n, job.count_microbatch_rows(rows, settings.microbatch))
 
-
-def _tokens(job: Job, rows: int, tokens: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    return _array(job, jnp.int32, rows, tokens), _array(job, jnp.bool_, rows, tokens)
+    return StepProgram(
+        "pair update",
+        "reward",
+        settings.updates,
+        lambda outputs: update.lower(state, pairs, labelled),
+        ALWAYS,
+        makes="reward model",
+        declared=kernel_costs.attention_cost(job, reward, n, tokens, settings.dtype),
+    )

@@ -1,14 +1,16 @@
-"""Meshes, microbatches and slots for a machine: many weighed by arithmetic, the best few compiled.
+"""Search for a mesh, microbatches and slots: all candidates are estimated by arithmetic, the best few compiled.
 
-1. `candidates`: every fsdp x tensor of the devices over which the heads divide, microbatches of 1 to 8 rows a
-   shard, all rows at once or a half, a quarter of them in slots.
-2. `guess`: bytes and seconds of each, coarse, by the model below.  It only sorts and prunes.
-3. `search` compiles the best few, and takes the fastest that fits by what the compiler says of it.
+1. `list_candidates`: every fsdp x tensor mesh over which the heads divide, microbatches of 1 to 8 rows per shard,
+   slots for all rows, a half or a quarter of them.
+2. `estimate_roughly`: bytes and seconds of each, by the model below.  This only sorts and prunes.
+3. `search_layouts` compiles the best few and returns the fastest that fits by the compiler's own figures.
 
-The model.  Memory: the three models' masters and moments over all devices; beside them the rollout's weights,
-caches and slots (rollout/rollout_plan.py), or an update's gradients, head, saved activations and one layer's.  Time:
-products at half the peak, or the gathering of weights for each microbatch over one axis of links if that is longer;
-decoding reads weights and caches at the full bandwidth.
+The model of memory: the masters and moments of the models, sharded over all devices, and beside them the larger of
+two: the rollout's weights, caches and slots (rollout/rollout_plan.py), or an update's gradients, head, saved
+activations and one layer's activations.
+
+The model of time: matrix products at half the peak, or the all-gather of weights for each microbatch over one axis
+of links if that takes longer; decoding reads weights and caches at full bandwidth.
 """
 
 from __future__ import annotations
@@ -16,40 +18,38 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.perf import aot_job as jobs
-from cooper_jax.perf import aot_programs, roofline
-from cooper_jax.perf.aot_estimate import Step
-from cooper_jax.perf.aot_programs import Job
-from cooper_jax.perf.chips import Topology
+from cooper_jax.perf import aot_job, aot_programs, roofline
+from cooper_jax.perf.aot_estimate import StepEstimate
+from cooper_jax.perf.aot_job import CompileJob
+from cooper_jax.perf.chips import GIB, Topology
 from cooper_jax.rollout import engine, rollout_plan
 from cooper_jax.runtime import device_layouts
-from cooper_jax.runtime.mesh import abstract_params
 from cooper_jax.settings.setup_errors import SetupError
 
-ROWS_A_SHARD = (1, 2, 4, 8)  # of a microbatch
-SLOTS = (1, 2, 4)  # all rows, a half, a quarter of them
-HALF = 0.5  # of the peak, in updates
-SLACK = 1.25  # what the compiler takes beyond the arrays that are counted
+ROWS_PER_SHARD = (1, 2, 4, 8)  # of a microbatch
+SLOT_DIVISORS = (1, 2, 4)  # slots for all rows, a half, a quarter of them
+PEAK_SHARE = 0.5  # of the chip's FLOP/s, in updates
+MEMORY_SLACK = 1.25  # the compiler needs more than the arrays that are counted
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
+class LayoutCandidate:
+    """Settings of one candidate: the mesh's axes, the microbatches and the slots."""
+
     tensor: int
     data: int
     rows: int  # of a microbatch
-    max_rows: int  # 0: all
+    max_rows: int  # slots; 0: all rows
 
     @property
     def fields(self) -> dict[str, int]:
-        """What it changes in a config."""
+        """The config's fields that the candidate sets."""
         return {
             "mesh.data": self.data,
             "mesh.fsdp": -1,
@@ -61,121 +61,164 @@ class Candidate:
 
     @property
     def flags(self) -> str:
+        """The same as command-line flags."""
         return " ".join(f"--config.{name}={value}" for name, value in self.fields.items())
 
 
 @dataclasses.dataclass(frozen=True)
-class Guess:
-    candidate: Candidate
-    bytes: float
-    seconds: float
+class RoughEstimate:
+    """A candidate's memory and time by the arithmetic model."""
+
+    candidate: LayoutCandidate
+    bytes: float  # of a device
+    seconds: float  # of a step
 
 
 def list_candidates(
     cfg: ConfigDict, heads: tuple[int, ...], devices: int, slices: int = 1
-) -> list[Candidate]:
-    """heads: of every model; a mesh whose tensor axis does not divide them is none.  Data spans the slices."""
+) -> list[LayoutCandidate]:
+    """All candidates whose tensor axis divides the heads and whose batch shards each get a prompt.
+
+    heads: those of every model.  The data axis spans the slices, so that only gradients cross between them.
+    """
     rows = cfg.data.prompts_per_step * cfg.rollout.group_size
-    out = []
+    candidates = []
     for tensor in range(1, devices // slices + 1):
-        if devices // slices % tensor or any(h % tensor for h in heads):
-            continue
+        divides = devices // slices % tensor == 0 and all(h % tensor == 0 for h in heads)
         shards = devices // tensor
-        if shards > cfg.data.prompts_per_step:
-            continue  # shards without a prompt
-        for each, part in itertools.product(ROWS_A_SHARD, SLOTS):
-            if each * shards <= rows and rows // part >= shards:
-                out.append(Candidate(tensor, slices, each * shards, 0 if part == 1 else rows // part))
-    return out
+        if not divides or shards > cfg.data.prompts_per_step:
+            continue
+        for rows_per_shard, divisor in itertools.product(ROWS_PER_SHARD, SLOT_DIVISORS):
+            if rows_per_shard * shards <= rows and rows // divisor >= shards:
+                max_rows = 0 if divisor == 1 else rows // divisor
+                candidates.append(LayoutCandidate(tensor, slices, rows_per_shard * shards, max_rows))
+    return candidates
 
 
-def apply_candidate(cfg: ConfigDict, candidate: Candidate) -> ConfigDict:
+def apply_candidate(cfg: ConfigDict, candidate: LayoutCandidate) -> ConfigDict:
+    """A copy of the config with the candidate's settings."""
     cfg = cfg.copy_and_resolve_references()
     cfg.update_from_flattened_dict(candidate.fields)
     return cfg
 
 
-def estimate_roughly(job: Job, topology: Topology, candidate: Candidate) -> Guess:
-    """Coarse: it sorts candidates, and drops what is far too large."""
+# --- the arithmetic model --------------------------------------------------------------------------------
+
+
+def estimate_roughly(job: CompileJob, topology: Topology, candidate: LayoutCandidate) -> RoughEstimate:
+    """Bytes and seconds of a candidate, accurate enough to sort candidates and to drop those far too large."""
     chip, layout = topology.chip, job.layout
-    held = sum(aot_programs.resident_bytes(job).values())
-    memory, decode = _rollout(job)
-    update = max(_update_bytes(job, c, head) for c, head in _trained(job))
-    total = held + max(memory, update)
-    ring = chip.link * (2 if chip.torus else 1)
-    seconds = decode / chip.bandwidth
-    tokens = job.rows / layout.batch_shards * sum(job.tokens)
-    turns = math.ceil(job.rows / candidate.rows)
-    tensor = layout.mesh.shape["tensor"]
-    for config, passes in _passes(job):
-        body, head = roofline.count_weights(config)
-        products = 2 * passes * tokens * (body + head / 2) / tensor / chip.flops / HALF
-        gathered = min(passes, 3) * turns * 2 * (body + head) / tensor / ring
-        summed = passes * 2 * config.layers * tokens * config.width * 2 * 2 * (tensor - 1) / tensor / ring
-        seconds += max(products, gathered + summed)
-    return Guess(candidate, total, seconds)
-
-
-def _trained(job: Job) -> list[tuple[ModelConfig, bool]]:
-    """The models that are updated, and whether over the vocabulary."""
-    return [(job.policy, True), *([(job.reward, False)] if job.cfg.reward.arm == "cooper" else [])]
-
-
-def _passes(job: Job) -> list[tuple[ModelConfig, float]]:
-    """Forward passes' worth of products over a step's rows: a backward is two, recomputing one more."""
-    policy = 1 + (3 + job.cfg.policy.remat) * job.cfg.policy.epochs
-    return [(job.policy, policy), *([(job.reward, 1)] if job.reward else [])]
-
-
-def _rollout(job: Job) -> tuple[float, float]:
-    """Bytes that it holds; bytes that its decoding reads."""
-    spec, layout = job.setting.spec, job.layout
-    places = layout.for_rollout() if job.gathered else layout
-    copy = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, spec.dtype, sharding=x.sharding),
-        abstract_params(places, transformer.param_specs(job.policy)),
+    resident = sum(aot_programs.resident_bytes(job).values())
+    rollout_bytes, bytes_read = _estimate_rollout(job)
+    update_bytes = max(
+        _estimate_update_bytes(job, config, has_head) for config, has_head in _list_trained(job)
     )
+    total = resident + max(rollout_bytes, update_bytes)
+
+    # One axis of links, used both ways in a torus.
+    link_rate = chip.link * (2 if chip.torus else 1)
+    tensor = layout.mesh.shape["tensor"]
+    tokens = job.rows / layout.batch_shards * sum(job.row_tokens)  # of a shard
+    microbatches = math.ceil(job.rows / candidate.rows)
+    seconds = bytes_read / chip.bandwidth
+    for config, passes in _list_passes(job):
+        body, head = roofline.count_weights(config)
+        products = 2 * passes * tokens * (body + head / 2) / tensor / chip.flops / PEAK_SHARE
+        # FSDP gathers the weights for each microbatch, in two bytes; tensor parallelism sums activations twice a
+        # layer.
+        gathered = min(passes, 3) * microbatches * 2 * (body + head) / tensor / link_rate
+        summed = (
+            passes * 2 * config.layers * tokens * config.width * 2 * 2 * (tensor - 1) / tensor / link_rate
+        )
+        seconds += max(products, gathered + summed)
+    return RoughEstimate(candidate, total, seconds)
+
+
+def _list_trained(job: CompileJob) -> list[tuple[ModelConfig, bool]]:
+    """The models that are updated, each with whether it has a head over the vocabulary."""
+    trained = [(job.policy, True)]
+    if job.reward is not None and job.cfg.reward.arm == "cooper":
+        trained.append((job.reward, False))
+    return trained
+
+
+def _list_passes(job: CompileJob) -> list[tuple[ModelConfig, float]]:
+    """Each model's work over a step's rows, in forward passes.
+
+    A backward pass counts as two, rematerialisation as one more.
+    """
+    policy_passes = 1 + (3 + job.cfg.policy.remat) * job.cfg.policy.epochs
+    passes = [(job.policy, policy_passes)]
+    if job.reward is not None:
+        passes.append((job.reward, 1))
+    return passes
+
+
+def _estimate_rollout(job: CompileJob) -> tuple[float, float]:
+    """(bytes in memory during the rollout, bytes that its decoding reads), on one device."""
+    static, layout = job.rollout, job.layout
+    spec, kv_format = static.spec, static.form
+    weights = aot_job.abstract_rollout_weights(job.policy, layout, spec.dtype, job.gathers_weights)
     width = job.cfg.data.max_prompt_tokens
-    columns = engine.cache_columns(job.setting, waiting=not job.aligned)
-    needs = rollout_plan.plan_memory(
-        copy, job.policy, layout, job.setting.form, prompts=job.size, width=width, group=spec.group_size,
-        new_tokens=spec.max_new_tokens, columns=columns, own_prompts=not job.setting.pallas,
+    columns = engine.cache_columns(static, waiting=not job.slot_per_request)
+    plan = rollout_plan.plan_memory(
+        weights, job.policy, layout, kv_format, prompts=job.prompts, width=width, group=spec.group_size,
+        new_tokens=spec.max_new_tokens, columns=columns, own_prompts=not static.pallas,
     )  # fmt: skip
+
     ways = layout.ways(layout.spec(("kv_heads",), (job.policy.kv_heads,))[0])
-    token = job.setting.form.bytes_per_token(
+    token_bytes = kv_format.bytes_per_token(
         job.policy.layers, job.policy.kv_heads // ways, job.policy.head_dim
     )
-    copied = 0 if job.aligned else job.slots * columns * token  # only caches that move are there twice
-    held = needs.total(0) + job.slots * (needs.slot - columns * token) + copied
-    read = job.size * width * token + job.slots * columns / 2 * token
-    return held, job.steps * (needs.weights + read)
+    # Caches are in memory twice only where slots are moved.
+    moved = 0 if job.slot_per_request else job.slots * columns * token_bytes
+    held = plan.total(0) + job.slots * (plan.slot - columns * token_bytes) + moved
+    # A decode step reads all prompts, and on average half of each slot's own columns.
+    cache_read = job.prompts * width * token_bytes + job.slots * columns / 2 * token_bytes
+    return held, job.decode_steps * (plan.weights + cache_read)
 
 
-def _update_bytes(job: Job, c: ModelConfig, head: bool) -> float:
-    """Of an update, beside the state: f32 gradients twice, the head gathered with its gradient, activations."""
+def _estimate_update_bytes(job: CompileJob, config: ModelConfig, has_head: bool) -> float:
+    """Bytes of an update beside the training state, on one device."""
     shards = job.layout.batch_shards
     tensor = job.layout.mesh.shape["tensor"]
-    section = job.cfg.policy if head else job.cfg.reward
-    rows = math.ceil(section.microbatch / shards) * (1 if head else 2)
-    tokens = rows * (sum(job.tokens) if head else job.reward_tokens)
-    body, vocabulary = roofline.count_weights(c)
-    gradients = 2 * 4 * (body + vocabulary) / (shards / job.layout.mesh.shape["data"]) / tensor
-    saved = 2 * c.layers * tokens * c.width
-    layer = 4 * tokens * (8 * c.width + 8 * c.ffn / tensor)
-    return SLACK * (gradients + head * 10 * vocabulary / tensor + saved + layer)
+    section = job.cfg.policy if has_head else job.cfg.reward
+    # The reward model reads both members of a pair at once.
+    rows = math.ceil(section.microbatch / shards) * (1 if has_head else 2)
+    tokens = rows * (sum(job.row_tokens) if has_head else job.reward_tokens)
+
+    body, vocabulary = roofline.count_weights(config)
+    # f32 gradients, twice: the microbatch's and their sum.
+    fsdp = shards / job.layout.mesh.shape["data"]
+    gradients = 2 * 4 * (body + vocabulary) / fsdp / tensor
+    # The gathered head with its gradient: 10 bytes per weight.
+    head = has_head * 10 * vocabulary / tensor
+    saved = 2 * config.layers * tokens * config.width  # bf16 activations between layers
+    layer = 4 * tokens * (8 * config.width + 8 * config.ffn / tensor)
+    return MEMORY_SLACK * (gradients + head + saved + layer)
 
 
-def prune_guesses(guesses: list[Guess], limit: float) -> list[Guess]:
-    """Those that may fit: the best of each mesh and number of slots, the fastest first; then the others alike.
+# --- the search ------------------------------------------------------------------------------------------
 
-    Of two equals the one with the larger microbatch: it starts fewer programs, and multiplies larger matrices.
+
+def prune_estimates(estimates: Iterable[RoughEstimate], limit: float) -> list[RoughEstimate]:
+    """The candidates that may fit into `limit` bytes, in the order in which to compile them.
+
+    First comes the fastest of each (mesh, number of slots), then the others; each part is sorted by seconds.  Of
+    two equally fast ones the one with the larger microbatch comes first: it has fewer and larger matrix products.
     """
-    first, others, seen = [], [], set()
-    for g in sorted((g for g in guesses if g.bytes <= limit), key=lambda g: (g.seconds, -g.candidate.rows)):
-        kind = g.candidate.tensor, g.candidate.max_rows
-        (others if kind in seen else first).append(g)
+    fitting = [e for e in estimates if e.bytes <= limit]
+    best: list[RoughEstimate] = []
+    others: list[RoughEstimate] = []
+    seen = set()
+    for estimate in sorted(fitting, key=lambda e: (e.seconds, -e.candidate.rows)):
+        kind = estimate.candidate.tensor, estimate.candidate.max_rows
+        if kind in seen:
+            others.append(estimate)
+        else:
+            best.append(estimate)
         seen.add(kind)
-    return first + others
+    return best + others
 
 
 def search_layouts(
@@ -183,43 +226,62 @@ def search_layouts(
     topology: Topology,
     limit: float,
     compiles: int,
-    measure: Callable[[ConfigDict, Candidate], Step | None],
-    say: Callable[[str], Any],
-) -> tuple[Candidate, Step]:
-    """The best of `compiles` candidates that are compiled.
+    measure: Callable[[ConfigDict, LayoutCandidate], StepEstimate | None],
+    report: Callable[[str], Any],
+) -> tuple[LayoutCandidate, StepEstimate]:
+    """The fastest of the `compiles` most promising candidates, by what the compiler says of them.
 
-    measure: compiles one, or gives None where the compiler refuses it.  Raises SetupError where none fits.
+    Args:
+      limit: bytes of a device that may be used.
+      measure: compiles a candidate; returns None if the compiler refuses it.
+      report: is given lines for people.
+
+    Raises SetupError if no candidate fits.
     """
-    slices = len({topology.island(d) for d in topology.devices})
-    shared = device_layouts.make_layouts(cfg, topology.devices[:1])["policy"]
-    models = [jobs.read_model_shape(cfg.policy, "policy", shared)[0]]
-    if cfg.reward.arm != "rule":
-        models.append(jobs.read_model_shape(cfg.reward, "reward", shared)[0])
-    found, shaped = list_candidates(cfg, tuple(m.heads for m in models), len(topology.devices), slices), {}
-    for c in found:
-        own = apply_candidate(cfg, c)
-        layout = device_layouts.make_layouts(own, topology.devices)["policy"]
-        shaped[c] = jobs.describe_job(own, layout, topology.chip.memory)
-    guesses = [estimate_roughly(job, topology, c) for c, job in shaped.items()]
-    best = prune_guesses(guesses, limit)[:compiles]
+    estimates = _estimate_candidates(cfg, topology)
+    best = prune_estimates(estimates, limit)[:compiles]
     if not best:
-        least = min(guesses, key=lambda g: g.bytes, default=None)
-        need = (
-            f"the smallest of {len(found)} meshes takes about {least.bytes / rollout_plan.GIB:.2f} GiB of a device"
-            if least
-            else "no mesh"
-        )
+        least = min(estimates, key=lambda e: e.bytes, default=None)
+        need = "no mesh divides the models' heads and the prompts"
+        if least is not None:
+            gib = f"{least.bytes / GIB:.2f} GiB of a device"
+            need = f"the smallest of {len(estimates)} candidates takes about {gib}"
         raise SetupError(
-            f"topology {topology.name!r}: {need}, and {limit / rollout_plan.GIB:.2f} may be used: more chips"
+            f"topology {topology.name!r}: {need}, and {limit / GIB:.2f} GiB may be used: give more chips"
         )
-    say(f"{len(found)} candidates, {sum(g.bytes <= limit for g in guesses)} may fit; compiled are")
-    for g in best:
-        say(f"  {g.candidate.flags}  (guess: {g.bytes / rollout_plan.GIB:.1f} GiB, {g.seconds:.1f} s)")
-    steps = {g.candidate: measure(apply_candidate(cfg, g.candidate), g.candidate) for g in best}
-    good = {c: s for c, s in steps.items() if s is not None and s.fits}
-    if not good:
+
+    fitting = sum(e.bytes <= limit for e in estimates)
+    report(f"{len(estimates)} candidates, of which {fitting} may fit; these are compiled:")
+    for e in best:
+        report(f"  {e.candidate.flags}  (rough estimate: {e.bytes / GIB:.1f} GiB, {e.seconds:.1f} s)")
+    steps: dict[LayoutCandidate, StepEstimate] = {}
+    for e in best:
+        step = measure(apply_candidate(cfg, e.candidate), e.candidate)
+        if step is not None and step.fits:
+            steps[e.candidate] = step
+    if not steps:
         raise SetupError(
-            f"topology {topology.name!r}: none of the {len(best)} that were compiled fits; raise --search_compiles"
+            f"topology {topology.name!r}: none of the {len(best)} candidates that were compiled fits; raise "
+            "--search_compiles"
         )
-    chosen = min(good, key=lambda c: good[c].seconds)
-    return chosen, good[chosen]
+    chosen = min(steps, key=lambda candidate: steps[candidate].seconds)
+    return chosen, steps[chosen]
+
+
+def _estimate_candidates(cfg: ConfigDict, topology: Topology) -> list[RoughEstimate]:
+    """The rough estimates of all candidates for a topology."""
+    slices = len({topology.island(d) for d in topology.devices})
+    # Heads do not depend on the layout, so one device is enough to read the shapes.
+    one_device = device_layouts.make_layouts(cfg, topology.devices[:1])["policy"]
+    models = [aot_job.read_model_shape(cfg.policy, "policy", one_device)[0]]
+    if cfg.reward.arm != "rule":
+        models.append(aot_job.read_model_shape(cfg.reward, "reward", one_device)[0])
+
+    heads = tuple(model.heads for model in models)
+    estimates = []
+    for candidate in list_candidates(cfg, heads, len(topology.devices), slices):
+        candidate_cfg = apply_candidate(cfg, candidate)
+        layout = device_layouts.make_layouts(candidate_cfg, topology.devices)["policy"]
+        job = aot_job.describe_job(candidate_cfg, layout, topology.chip.memory)
+        estimates.append(estimate_roughly(job, topology, candidate))
+    return estimates

@@ -1,11 +1,11 @@
-"""What the benchmark measures: a config's programs, each on a load of the size that a step gives it.
+"""Programs of the benchmark: a config's rollout, scoring and updates, on batches of a step's size.
 
-    rollout   data.prompts_per_step prompts x rollout.group_size samples of rollout.max_new_tokens tokens: no EOS
+    rollout   data.prompts_per_step prompts x rollout.group_size samples of rollout.max_new_tokens tokens, no EOS
     score     the reference's log-probabilities of such responses
-    train     a step's updates of the policy on them; in the cooper arm also one of the reward model, on pairs
+    train     a step's updates of the policy on them; in the cooper arm also one update of the reward model
 
-Prompts and responses are random tokens, and a "random" model has the vocab_size of its `arch` as it stands: neither
-problems nor tokenizers nor a network are needed.
+Prompts and responses are random tokens, and a "random" model has the vocab_size of its `arch`, so no problems,
+tokenizers or network are needed.
 
 B prompts   G samples a prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens at most
 """
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,18 +31,18 @@ from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward import labelled_rollouts, verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.rollout import engine
+from cooper_jax.rollout.rollout_config import RolloutConfig, get_engine_options
 from cooper_jax.runtime import keys, mesh, optim
-from cooper_jax.runtime.device_layouts import get_rollout_options
 from cooper_jax.settings.setup_errors import setup_errors
 from cooper_jax.types import LabelledBatch, PairBatch, Params, PolicyBatch, Rollout, ScoreBatch
 
 KINDS = ("rollout", "score", "train")
-SHORTEST = 0.05  # of max_new_tokens: where the lengths of a ragged load begin
+SHORTEST_SHARE = 0.05  # the shortest response of a ragged workload, as a share of max_new_tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
-    """What is worked on: every prompt has P tokens, row n has lengths[n] response tokens."""
+class Workload:
+    """Prompts of P tokens each, and the number of response tokens of each row."""
 
     prompts: np.ndarray  # i32[B, P]
     lengths: np.ndarray  # i32[N]
@@ -54,34 +54,39 @@ class Load:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """One thing to measure."""
+class BenchProgram:
+    """A program to measure, with its roofline."""
 
     name: str
-    call: Callable[[int], None]  # runs it to its end; the number is the repetition's
-    tokens: int  # those that count for tokens a second
-    counted: str  # what they are
+    call: Callable[[int], None]  # takes the number of the repetition; returns when the devices are done
+    tokens: int  # the numerator of tokens per second
+    counted: str  # a description of these tokens
     work: dict[str, roofline.Work]
     config: ModelConfig
     dtype: str  # of its matrix products
     rows: int  # of its matrix products
-    prefill: Callable[[int], None] | None = None  # runs the part of it that comes before decoding
+    prefill: Callable[[int], None] | None = None  # the part before decoding, where it is timed by itself
 
 
-def list_bench_programs(kind: str, cfg: ConfigDict, layout: mesh.Layout, *, prompt_tokens: int, ragged: bool):
-    """The programs of a kind, one after the other, so that only one holds its arrays: an iterator of Program.
+def list_bench_programs(
+    kind: str, cfg: ConfigDict, layout: mesh.Layout, *, prompt_tokens: int, ragged: bool
+) -> Iterator[BenchProgram]:
+    """Yield the programs of a kind (KINDS); lazily, so that only one at a time holds its arrays.
 
-    prompt_tokens: P.  ragged: draw the lengths from a Pareto distribution of exponent 1, cut off at T.  Raises
-    SetupError for a config that cannot be run, and for weights that cannot be had.
+    Args:
+      prompt_tokens: P.
+      ragged: draw the response lengths from a Pareto distribution of exponent 1, truncated at T; else all are T.
+
+    Raises SetupError for a config that cannot be run, and for weights that cannot be loaded.
     """
     if kind == "rollout":
-        yield _rollout(cfg, layout, prompt_tokens, ragged)
+        yield _make_rollout(cfg, layout, prompt_tokens, ragged)
     elif kind == "score":
-        yield _score(cfg, layout, prompt_tokens, ragged)
+        yield _make_score(cfg, layout, prompt_tokens, ragged)
     else:
-        yield _policy_update(cfg, layout, prompt_tokens, ragged)
+        yield _make_policy_update(cfg, layout, prompt_tokens, ragged)
         if cfg.reward.arm == "cooper":
-            yield _reward_update(cfg, layout, prompt_tokens, ragged)
+            yield _make_reward_update(cfg, layout, prompt_tokens, ragged)
 
 
 def time_call(call: Callable[[int], None], repetition: int) -> float:
@@ -91,24 +96,24 @@ def time_call(call: Callable[[int], None], repetition: int) -> float:
     return time.perf_counter() - start
 
 
-# --- loads and models ------------------------------------------------------------------------------------
+# --- workloads and models --------------------------------------------------------------------------------
 
 
-def make_load(cfg: ConfigDict, vocab_size: int, prompt_tokens: int, ragged: bool) -> Load:
-    """Drawn from the config's seed."""
+def make_workload(cfg: ConfigDict, vocab_size: int, prompt_tokens: int, ragged: bool) -> Workload:
+    """A random workload of a step's size, drawn from the config's seed."""
     rng = np.random.default_rng(cfg.seed)
-    prompts, most = cfg.data.prompts_per_step, cfg.rollout.max_new_tokens
-    lengths = np.full(prompts * cfg.rollout.group_size, most, np.int32)
+    prompts, max_new_tokens = cfg.data.prompts_per_step, cfg.rollout.max_new_tokens
+    lengths = np.full(prompts * cfg.rollout.group_size, max_new_tokens, np.int32)  # i32[N]
     if ragged:
-        pareto = max(1.0, SHORTEST * most) / (1.0 - rng.random(lengths.shape))
-        lengths = np.minimum(pareto, most).astype(np.int32)
-    return Load(rng.integers(vocab_size, size=(prompts, prompt_tokens), dtype=np.int32), lengths)
+        pareto = max(1.0, SHORTEST_SHARE * max_new_tokens) / (1.0 - rng.random(lengths.shape))
+        lengths = np.minimum(pareto, max_new_tokens).astype(np.int32)
+    return Workload(rng.integers(vocab_size, size=(prompts, prompt_tokens), dtype=np.int32), lengths)
 
 
 def make_bench_model(
     section: ConfigDict, name: str, head: str, layout: mesh.Layout, seed: int
 ) -> tuple[ModelConfig, Params]:
-    """The model of a section, without a tokenizer."""
+    """The model of a config section, random or loaded, without a tokenizer."""
     with setup_errors(f"{name}.weights={section.weights!r} cannot be had"):
         if section.weights == "random":
             config = ModelConfig.from_arch(section.arch, section.arch.vocab_size, section.vocab_multiple)
@@ -121,106 +126,123 @@ def make_bench_model(
         return loaded.config, loaded.params
 
 
-def make_bench_batch(cfg: ConfigDict, config: ModelConfig, load: Load, layout: mesh.Layout) -> PolicyBatch:
-    """Random responses, packed and placed as the trainer does it."""
+def make_bench_batch(
+    cfg: ConfigDict, config: ModelConfig, workload: Workload, layout: mesh.Layout
+) -> PolicyBatch:
+    """A batch of random responses with random advantages, packed and placed as in training."""
     rng = np.random.default_rng(cfg.seed + 1)
-    n, most = len(load.lengths), cfg.rollout.max_new_tokens
+    n, max_new_tokens = len(workload.lengths), cfg.rollout.max_new_tokens
     responses = Rollout(
-        tokens=rng.integers(config.vocab_size, size=(n, most), dtype=np.int32),
-        mask=np.arange(most)[None, :] < load.lengths[:, None],
-        logprobs=np.full((n, most), -np.log(config.vocab_size), np.float32),
-        finished=np.zeros(n, bool),
+        tokens=_as_array(rng.integers(config.vocab_size, size=(n, max_new_tokens), dtype=np.int32)),
+        mask=_as_array(np.arange(max_new_tokens)[None, :] < workload.lengths[:, None]),
+        logprobs=_as_array(np.full((n, max_new_tokens), -np.log(config.vocab_size), np.float32)),
+        finished=_as_array(np.zeros(n, bool)),
     )
     batch = packing.pack_policy_batch(
-        load.prompts.tolist(), responses, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards
+        workload.prompts.tolist(), responses, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards
     )
+
     sampled = batch.rollout_logprobs
-    advantages = packing.pad_rows(rng.standard_normal(n).astype(np.float32), len(sampled))
-    batch = batch.replace(advantages=advantages, old_logprobs=sampled, ref_logprobs=sampled)
+    advantages = _as_array(packing.pad_rows(rng.standard_normal(n).astype(np.float32), len(sampled)))
+    batch = dataclasses.replace(batch, advantages=advantages, old_logprobs=sampled, ref_logprobs=sampled)
     return layout.put(batch, "batch")
+
+
+def _as_array(x: np.ndarray) -> jax.Array:
+    """A NumPy array under the type that batches declare; `layout.put` moves it to the devices."""
+    return cast(jax.Array, x)
 
 
 # --- programs --------------------------------------------------------------------------------------------
 
 
 def make_bench_sampling(cfg: ConfigDict) -> engine.SamplingSpec:
-    """The config's sampling, but that no token ends a response.  Raises SetupError for settings out of range."""
-    r = cfg.rollout
+    """The config's sampling without EOS tokens, so that every response has its full length.
+
+    Raises SetupError for settings out of range.
+    """
     with setup_errors("rollout"):
-        return engine.SamplingSpec(
-            temperature=r.temperature, top_k=r.top_k, top_p=r.top_p, min_p=r.min_p,
-            max_new_tokens=r.max_new_tokens, group_size=r.group_size, eos_ids=(), segment=r.segment,
-            dtype=r.dtype, kv_dtype=r.kv_dtype,
-        )  # fmt: skip
+        return RolloutConfig.from_config(cfg.rollout).make_sampling_spec(eos_ids=())
 
 
-def _rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> Program:
-    r = cfg.rollout
+def _make_rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> BenchProgram:
     config, params = make_bench_model(cfg.policy, "policy", "logits", layout, cfg.seed)
-    load = make_load(cfg, config.vocab_size, prompt_tokens, ragged)
-    rows = len(load.lengths)
-    slots = min(r.max_rows or rows, rows)
-    spec = make_bench_sampling(cfg)
-    prompts = load.prompts.tolist()
+    workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
+    rows = len(workload.lengths)
+    slots = min(cfg.rollout.max_rows or rows, rows)
+    prompts = workload.prompts.tolist()
 
-    def generate(repetition, spec, limits):
+    options = get_engine_options(cfg)
+
+    def generate(repetition: int, spec: engine.SamplingSpec, limits: Any) -> None:
         rollout = engine.generate(
             params, config, layout, prompts, range(len(prompts)), keys.make_key(cfg.seed, "rollout", repetition),
-            spec, limits=limits, **get_rollout_options(cfg),
+            spec, limits=limits, **options,
         )  # fmt: skip
         jax.block_until_ready(rollout)
 
-    first = dataclasses.replace(spec, max_new_tokens=1)
-    return Program(
+    spec = make_bench_sampling(cfg)
+    # Prefill cannot be timed inside a rollout, so it is timed as a rollout of one token per row.
+    one_token = dataclasses.replace(spec, max_new_tokens=1)
+    work = roofline.rollout_work(
+        config,
+        len(prompts),
+        prompt_tokens,
+        workload.lengths,
+        slots,
+        weight_bytes=jnp.dtype(spec.dtype).itemsize,
+        cache_bytes=jnp.dtype(spec.kv_dtype or spec.dtype).itemsize,
+    )
+    return BenchProgram(
         name="rollout",
-        call=lambda repetition: generate(repetition, spec, load.lengths),
-        tokens=int(load.lengths.sum()),
+        call=lambda repetition: generate(repetition, spec, workload.lengths),
+        tokens=int(workload.lengths.sum()),
         counted="sampled tokens",
-        work=roofline.rollout_work(
-            config,
-            len(prompts),
-            prompt_tokens,
-            load.lengths,
-            slots,
-            weight_bytes=jnp.dtype(r.dtype).itemsize,
-            cache_bytes=jnp.dtype(r.kv_dtype or r.dtype).itemsize,
-        ),  # fmt: skip
+        work=work,
         config=config,
-        dtype=r.dtype,
+        dtype=spec.dtype,
         rows=slots,
-        prefill=lambda repetition: generate(repetition, first, np.ones(rows, np.int32)),
+        prefill=lambda repetition: generate(repetition, one_token, np.ones(rows, np.int32)),
     )
 
 
-def _score(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> Program:
+def _make_score(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> BenchProgram:
     config, params = make_bench_model(cfg.policy, "policy", "logits", layout, cfg.seed)
-    load = make_load(cfg, config.vocab_size, prompt_tokens, ragged)
-    batch = make_bench_batch(cfg, config, load, layout)
+    workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
+    batch = make_bench_batch(cfg, config, workload, layout)
+
     logprobs = grpo.make_logprobs(
         config, layout,
         microbatch=cfg.policy.microbatch, dtype=cfg.policy.dtype, temperature=cfg.rollout.temperature,
     )  # fmt: skip
-    width = batch.response_mask.shape[1]
-    return Program(
+    response_tokens = batch.response_mask.shape[1]
+
+    def score(_repetition: int) -> None:
+        jax.block_until_ready(logprobs(params, batch.tokens, batch.valid, response_tokens))
+
+    return BenchProgram(
         name="score",
-        call=lambda _: jax.block_until_ready(logprobs(params, batch.tokens, batch.valid, width)),
-        tokens=load.tokens,
+        call=score,
+        tokens=workload.tokens,
         counted="prompt and response tokens",
-        work=roofline.score_work(config, prompt_tokens, load.lengths),
+        work=roofline.score_work(config, prompt_tokens, workload.lengths),
         config=config,
         dtype=cfg.policy.dtype,
         rows=cfg.policy.microbatch * batch.tokens.shape[1],
     )
 
 
-def _policy_update(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> Program:
+def _make_policy_update(
+    cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool
+) -> BenchProgram:
     config, params = make_bench_model(cfg.policy, "policy", "logits", layout, cfg.seed)
-    load = make_load(cfg, config.vocab_size, prompt_tokens, ragged)
-    batch = make_bench_batch(cfg, config, load, layout)
+    workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
+    batch = make_bench_batch(cfg, config, workload, layout)
+
     with setup_errors("policy"):
         policy = PolicyConfig.from_config(cfg.policy)
-        section = optim.OptimiserConfig.from_config(cfg.policy.optimiser, "policy.optimiser")
-        optimiser = optim.make_optimiser(section)
+        settings = optim.OptimiserConfig.from_config(cfg.policy.optimiser, "policy.optimiser")
+        optimiser = optim.make_optimiser(settings)
         update = grpo.make_update(
             config, policy, optimiser, layout,
             temperature=cfg.rollout.temperature, max_new_tokens=cfg.rollout.max_new_tokens,
@@ -231,77 +253,86 @@ def _policy_update(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, rag
         return grpo.update_on_rollouts(state, batch, key, policy, update)
 
     epochs, updates = policy.epochs, grpo.count_updates(policy)
-    return Program(
+    return BenchProgram(
         name="policy update",
-        call=_held(step, optim.init_state(params, optimiser)),
-        tokens=load.tokens * epochs,
+        call=_carry_state(step, optim.init_state(params, optimiser)),
+        tokens=workload.tokens * epochs,
         counted="prompt and response tokens",
-        work=roofline.update_work(config, prompt_tokens, load.lengths, epochs, updates),
+        work=roofline.update_work(config, prompt_tokens, workload.lengths, epochs, updates),
         config=config,
         dtype=cfg.policy.dtype,
         rows=cfg.policy.microbatch * batch.tokens.shape[1],
     )
 
 
-def _reward_update(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> Program:
-    """pairs.per_prompt pairs a prompt, both members as long as a prompt with its response, and labelled rows alike.
+def _make_reward_update(
+    cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool
+) -> BenchProgram:
+    """One update on pairs.per_prompt pairs per prompt and on labelled rows, each if the config's update reads them.
 
-    Each where the update reads them.
+    Both members of a pair, and a labelled row, are as long as a prompt with its response.
     """
     config, params = make_bench_model(cfg.reward, "reward", "score", layout, cfg.seed)
-    load = make_load(cfg, config.vocab_size, prompt_tokens, ragged)
+    workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
     rng = np.random.default_rng(cfg.seed + 2)
 
-    def lengths_of(rows: int) -> np.ndarray:
-        return np.minimum(np.resize(load.lengths, rows) + prompt_tokens, cfg.reward.max_tokens)
+    with setup_errors("reward"):
+        reward = RewardUpdateConfig.from_config(cfg.reward)
+        settings = optim.OptimiserConfig.from_config(cfg.reward.optimiser, "reward.optimiser")
+        optimiser = optim.make_optimiser(settings)
+        update = verifier_model.make_reward_update(config, reward, optimiser, layout)
 
-    def batch_of(lengths: np.ndarray) -> ScoreBatch:
+    def make_lengths(rows: int) -> np.ndarray:
+        return np.minimum(np.resize(workload.lengths, rows) + prompt_tokens, cfg.reward.max_tokens)
+
+    def make_rows(lengths: np.ndarray) -> ScoreBatch:
         rows = [rng.integers(config.vocab_size, size=n).tolist() for n in lengths]
         return packing.pack_score_batch(rows, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
 
-    batch: list[PairBatch | LabelledBatch | None] = [None, None]
-    tokens, widest = [], 0
-    with setup_errors("reward"):
-        reward = RewardUpdateConfig.from_config(cfg.reward)
+    pair_batch, labelled_batch = None, None
+    row_lengths: list[np.ndarray] = []
+    largest_product = 0  # rows x tokens of the largest microbatch
     if reward.reads_pairs:
         pairs = cfg.data.prompts_per_step * cfg.pairs.per_prompt
-        lengths = lengths_of(pairs)
-        positive, negative = batch_of(lengths), batch_of(lengths)
-        mask = packing.pad_rows(np.ones(pairs, bool), len(positive.tokens))
-        batch[0] = layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
-        tokens += [lengths, lengths]
-        widest = 2 * min(reward.microbatch, pairs) * positive.tokens.shape[1]
-    if count := labelled_rollouts.max_rows_per_update(reward):
-        lengths = lengths_of(count)
-        rows = batch_of(lengths)
-        labels = packing.pad_rows(np.arange(count, dtype=np.float32) % 2, len(rows.tokens))
-        weights = packing.pad_rows(np.full(count, 1 / count, np.float32), len(rows.tokens))
-        batch[1] = layout.put(LabelledBatch(rows=rows, labels=labels, weights=weights), "batch")
-        tokens.append(lengths)
-        widest = max(widest, min(reward.microbatch, count) * rows.tokens.shape[1])
-    tokens = np.concatenate(tokens)
-    with setup_errors("reward"):
-        section = optim.OptimiserConfig.from_config(cfg.reward.optimiser, "reward.optimiser")
-        optimiser = optim.make_optimiser(section)
-        update = verifier_model.make_reward_update(config, reward, optimiser, layout)
-    return Program(
+        lengths = make_lengths(pairs)
+        positive, negative = make_rows(lengths), make_rows(lengths)
+        mask = _as_array(packing.pad_rows(np.ones(pairs, bool), len(positive.tokens)))
+        pair_batch = layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
+        row_lengths += [lengths, lengths]
+        largest_product = 2 * min(reward.microbatch, pairs) * positive.tokens.shape[1]
+
+    labelled = labelled_rollouts.max_rows_per_update(reward)
+    if labelled:
+        lengths = make_lengths(labelled)
+        rows = make_rows(lengths)
+        labels = packing.pad_rows(np.arange(labelled, dtype=np.float32) % 2, len(rows.tokens))
+        row_weights = packing.pad_rows(np.full(labelled, 1 / labelled, np.float32), len(rows.tokens))
+        labelled_batch = layout.put(
+            LabelledBatch(rows=rows, labels=_as_array(labels), weights=_as_array(row_weights)), "batch"
+        )
+        row_lengths.append(lengths)
+        largest_product = max(largest_product, min(reward.microbatch, labelled) * rows.tokens.shape[1])
+
+    def step(state, _repetition):
+        return update(state, pair_batch, labelled_batch)
+
+    all_lengths = np.concatenate(row_lengths)
+    return BenchProgram(
         name="reward-model update",
-        call=_held(lambda state, _: update(state, *batch), optim.init_state(params, optimiser)),
-        tokens=int(tokens.sum()),
-        counted="tokens of pairs and labelled rows"
-        if labelled_rollouts.max_rows_per_update(reward)
-        else "tokens of pairs",
-        work=roofline.pair_update_work(config, tokens),
+        call=_carry_state(step, optim.init_state(params, optimiser)),
+        tokens=int(all_lengths.sum()),
+        counted="tokens of pairs and labelled rows" if labelled else "tokens of pairs",
+        work=roofline.pair_update_work(config, all_lengths),
         config=config,
         dtype=cfg.reward.dtype,
-        rows=widest,
+        rows=largest_product,
     )
 
 
-def _held(step: Callable[[Any, int], tuple[Any, Any]], state: Any) -> Callable[[int], None]:
-    """A call that moves a state on: an update donates the one before."""
+def _carry_state(step: Callable[[Any, int], tuple[Any, Any]], state: Any) -> Callable[[int], None]:
+    """A call that replaces the state by each update's result, because an update donates the state it is given."""
 
-    def call(repetition):
+    def call(repetition: int) -> None:
         nonlocal state
         state, metrics = step(state, repetition)
         jax.block_until_ready((state, metrics))

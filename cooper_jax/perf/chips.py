@@ -1,17 +1,17 @@
-"""Chips that need not be there: what they hold and how fast they are, and devices to compile for.
+"""Chips and topologies to compile for, none of which need be at hand: memory, peak rates, abstract devices.
 
-`find("v5e:4x4")` gives a `Topology`, whose devices a mesh can be laid over; XLA's TPU and GPU compilers run without
-the hardware.  Written are
+`find_topology("v5e:4x4")` returns a `Topology`, over whose devices a mesh can be laid; XLA's TPU and GPU compilers
+run without the hardware.  Names are
 
     v5e:4x4  v5p:4x4x4  v6e:16x16  tpu7x:4x4x4     chips of a TPU slice
-    v5e:16x16*4                                    four such slices, which the data-centre network joins
+    v5e:16x16*4                                    four such slices, joined by the data-centre network
     h100:1x2x8                                     slices x hosts x GPUs
-    cpu:8                                          devices of this machine's CPU, for trying things out
+    cpu:8                                          devices of this machine's CPU, to try things out
 
 Figures are public peaks of one device as JAX counts them (half a chip of tpu7x), not measurements.  Sources:
 Google Cloud's pages on each TPU (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x) for memory, compute and the
-data-centre network; "How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter "TPUs") for links, which it
-gives a tenth below the pages' figures; NVIDIA's data sheet of the H100 SXM (dense, without sparsity).
+data-centre network; "How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter "TPUs") for links, whose
+figures there are a tenth below Google's pages; NVIDIA's data sheet of the H100 SXM (dense, without sparsity).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device, as JAX counts them."""
+    """Peak figures of one device, as JAX counts devices."""
 
     name: str
     memory: int  # bytes of HBM
-    flops: float  # flop/s in bfloat16, dense
+    flops: float  # FLOP/s in bfloat16, dense
     bandwidth: float  # byte/s of HBM
-    link: float  # byte/s of one link one way; of GPUs: of all NVLinks together, one way
-    outside: float  # byte/s of its share of the data-centre network, one way
+    link: float  # byte/s of one link in one direction; GPUs: all NVLinks together
+    outside: float  # byte/s of its share of the data-centre network, in one direction
     torus: int  # dimensions of the links' torus; 0: a switch
-    wraps: int  # an axis of a multiple of so many chips closes to a ring; 0: none does
-    nominal: bool = False  # the figures stand for no product
+    wraps: int  # an axis whose length is a multiple of this closes to a ring; 0: no axis does
+    nominal: bool = False  # the figures are not those of a product
 
 
 CHIPS = {
@@ -86,54 +86,66 @@ class Topology:
     devices: tuple[jax.Device, ...]
 
     def seconds(self, kind: str, sent: float, group: tuple[jax.Device, ...]) -> float:
-        """Seconds in which each device of a group sends `sent` bytes around it, links in use both ways.
+        """Seconds in which each device of a group sends `sent` bytes by a ring collective, using links both ways.
 
-        Over several slices (GPUs: hosts) each first does with its own neighbours what it can, and then sends its
-        share, a part of one n-th where the slice has n of the group, over the data-centre network.
+        An island is a set of devices joined by fast links: a TPU slice, or the GPUs of a host.  If a group spans
+        several islands, the collective first runs within each island, and then each device exchanges its share, one
+        n-th where the island has n devices of the group, over the data-centre network.
         """
-        islands = {}
+        islands: dict[int, list[jax.Device]] = {}
         for device in group:
             islands.setdefault(self.island(device), []).append(device)
-        inside = max(map(len, islands.values()))
-        total, n = 0.0, len(group)
+        largest = max(islands.values(), key=lambda island: len(island))
+
+        size, inside = len(group), len(largest)
         if kind in ("collective-permute", "collective-broadcast"):
-            share, across = (1.0, 0.0) if len(islands) == 1 else (0.0, 1.0)
-        else:  # of (n - 1) / n of the whole: what a ring of the island's own sends, and what leaves it
-            share = (inside - 1) / inside * n / (n - 1)
-            across = (len(islands) - 1) / len(islands) / inside * n / (n - 1)
-        if share and sent:
-            total += share * sent / self.rate(tuple(max(islands.values(), key=len)))
-        if across and sent:
-            total += across * sent / self.chip.outside
+            # The slowest device decides: one that sends to another island, if there is one.
+            inner_share, outer_share = (1.0, 0.0) if len(islands) == 1 else (0.0, 1.0)
+        else:
+            # `sent` is (size - 1) / size of the whole array.
+            inner_share = (inside - 1) / inside * size / (size - 1)
+            outer_share = (len(islands) - 1) / len(islands) / inside * size / (size - 1)
+
+        total = 0.0
+        if inner_share and sent:
+            total += inner_share * sent / self.rate(tuple(largest))
+        if outer_share and sent:
+            total += outer_share * sent / self.chip.outside
         return total
 
     def island(self, device: jax.Device) -> int:
-        """What fast links join: a slice, or a host's GPUs."""
+        """The number of a device's island: its slice, or its host for GPUs."""
         if self.chip.torus:
             return getattr(device, "slice_index", None) or 0
         return device.process_index
 
     def rate(self, group: tuple[jax.Device, ...]) -> float:
-        """byte/s that a device sends within its island: over the links of every axis on which the group extends.
+        """byte/s that a device sends within its island, over the links of all axes that the group spans.
 
-        An axis that the group covers, and that closes to a ring, is used in both directions.
+        An axis is used in both directions if the group covers all of it and it closes to a ring.
         """
         if not self.chip.torus:
             return self.chip.link
-        here, whole = (np.asarray([d.coords for d in devices]) for devices in (group, self.devices))
+        group_coords = np.asarray([d.coords for d in group])  # i32[devices, 3]
+        all_coords = np.asarray([d.coords for d in self.devices])
+
         links = 0
         for axis in range(self.chip.torus):
-            length = int(whole[:, axis].max()) + 1
-            covered = len(set(here[:, axis].tolist()))
-            closed = self.chip.wraps and length % self.chip.wraps == 0 and covered == length
-            links += (covered > 1) * (2 if closed else 1)
-        # Devices of one chip alone: their own link is no slower than another.
+            length = int(all_coords[:, axis].max()) + 1
+            covered = len(set(group_coords[:, axis].tolist()))
+            is_ring = self.chip.wraps and length % self.chip.wraps == 0 and covered == length
+            if covered > 1:
+                links += 2 if is_ring else 1
+        # A group within one chip uses that chip's own link, which is taken to be no slower.
         return self.chip.link * max(links, 1)
 
 
 @functools.cache
 def find_topology(name: str) -> Topology:
-    """The topology of that name.  Raises SetupError for a name that is none, and where a compiler is missing."""
+    """The topology of that name.
+
+    Raises SetupError for an unknown name and for a compiler that is not installed.
+    """
     found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
     if not found or found.group(1) not in CHIPS:
         raise SetupError(
@@ -142,29 +154,34 @@ def find_topology(name: str) -> Topology:
         )
     chip, sizes = CHIPS[found.group(1)], tuple(map(int, found.group(2).split("x")))
     slices = int(found.group(3) or 1)
-    wanted = {0: (3,) if chip.name == "h100" else (1,)}.get(chip.torus, (chip.torus,))
-    if len(sizes) not in wanted or 0 in (*sizes, slices) or (slices > 1 and not chip.torus):
-        raise SetupError(
-            f"topology {name!r}: {chip.name} takes {wanted[0]} sizes of at least 1"
-            + ("" if chip.torus else ", and no *slices")
-        )
-    return Topology(name, chip, _devices(name, chip, sizes, slices))
+
+    dimensions = chip.torus
+    if not chip.torus:
+        dimensions = 3 if chip.name == "h100" else 1
+    if len(sizes) != dimensions or 0 in (*sizes, slices) or (slices > 1 and not chip.torus):
+        no_slices = "" if chip.torus else ", and no *slices"
+        raise SetupError(f"topology {name!r}: {chip.name} takes {dimensions} sizes of at least 1{no_slices}")
+    return Topology(name, chip, _list_devices(name, chip, sizes, slices))
 
 
-def _devices(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> tuple[jax.Device, ...]:
+def _list_devices(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> tuple[jax.Device, ...]:
+    """This machine's CPU devices, or abstract devices of XLA's TPU or GPU compiler."""
     if chip.name == "cpu":
-        there = jax.devices("cpu")
-        if sizes[0] > len(there):
+        available = jax.devices("cpu")
+        if sizes[0] > len(available):
             raise SetupError(
-                f"topology {name!r}: this process has {len(there)} CPU devices; set "
+                f"topology {name!r}: this process has {len(available)} CPU devices; set "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={sizes[0]}"
             )
-        return tuple(there[: sizes[0]])
+        return tuple(available[: sizes[0]])
+
     from jax.experimental import topologies
 
     if chip.name == "h100":
-        _need("jax_cuda13_plugin", "GPU", "requirements-cuda.txt")
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver to be too old
+        _require_compiler("jax_cuda13_plugin", "GPU", "requirements-cuda.txt")
+        os.environ.setdefault(
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1"
+        )  # no driver whose version could be checked
         make = functools.partial(
             topologies.get_topology_desc,
             platform="cuda",
@@ -172,11 +189,11 @@ def _devices(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> tupl
             topology="x".join(map(str, sizes)),
         )
     else:
-        _need("libtpu", "TPU", "requirements-tpu.txt")
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU VM's metadata to ask
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip to have for oneself
-        options = {"num_slices": slices} if slices > 1 else {}
-        if math.prod(sizes) < 4:  # a part of a host
+        _require_compiler("libtpu", "TPU", "requirements-tpu.txt")
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU VM whose metadata could be asked for
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip that processes would contend for
+        options: dict[str, int | list[int]] = {"num_slices": slices} if slices > 1 else {}
+        if math.prod(sizes) < 4:  # less than a host
             options["chips_per_host_bounds"] = [*sizes, 1, 1][:3]
         make = functools.partial(
             topologies.get_topology_desc,
@@ -184,6 +201,7 @@ def _devices(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> tupl
             topology_name=f"{chip.name}:{'x'.join(map(str, sizes))}",
             **options,
         )
+
     try:
         return tuple(make().devices)
     except (RuntimeError, ValueError) as error:
@@ -192,8 +210,9 @@ def _devices(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> tupl
         ) from error
 
 
-def _need(module: str, what: str, requirements: str) -> None:
+def _require_compiler(module: str, kind: str, requirements: str) -> None:
+    """Raise SetupError if the package with XLA's compiler for TPUs or GPUs is not installed."""
     if importlib.util.find_spec(module) is None:
         raise SetupError(
-            f"XLA's {what} compiler is absent: pip install -r {requirements} (no {what} is needed)"
+            f"XLA's {kind} compiler is absent: pip install -r {requirements} (no {kind} is needed)"
         )

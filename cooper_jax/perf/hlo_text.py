@@ -1,6 +1,6 @@
-"""The text of a compiled program: computations, instructions, arrays, groups of devices.
+"""Parser of compiled programs' text: computations, instructions, arrays, groups of devices.
 
-`parse(compiled.as_text())` reads what XLA prints for CPUs, GPUs and TPUs; hlo.py says what it costs to run.
+`parse_program(compiled.as_text())` reads what XLA prints for CPUs, GPUs and TPUs; hlo.py computes its cost.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Array:
-    """A shape, as an instruction's result has it."""
+    """Element type, dimensions and memory of an instruction's result."""
 
     kind: str  # f32, bf16, ..
     dims: tuple[int, ...]
-    chip: bool = False  # in a TPU's on-chip memory
+    on_chip: bool = False  # in a TPU's on-chip memory
 
     @property
     def elements(self) -> int:
         return math.prod(self.dims)
 
-    def moved(self, elements: float) -> float:
-        """Bytes of device memory that so many of its elements take."""
-        return 0.0 if self.chip else elements * item_bytes(self.kind)
+    def bytes_moved(self, elements: float) -> float:
+        """Bytes of device memory that reading or writing so many of its elements moves."""
+        return 0.0 if self.on_chip else elements * item_bytes(self.kind)
 
     def __str__(self) -> str:
         return f"{self.kind}[{','.join(map(str, self.dims))}]"
@@ -36,38 +36,47 @@ class Array:
 
 @functools.cache
 def item_bytes(kind: str) -> float:
-    """Bytes of an element."""
+    """Bytes of an element of a type such as f32."""
     bits = re.search(r"\d+", kind)
     return {"pred": 1.0}.get(kind, int(bits.group()) / 8 if bits else 0.0)
 
 
 @dataclass(eq=False)
 class Instruction:
+    """An instruction: NAME = RESULT OP(INSIDE), REST."""
+
     name: str
     op: str
-    result: list[Array]  # of a tuple, its leaves
-    inside: str  # what stands between the parentheses
-    rest: str  # what stands after them
+    result: list[Array]  # the leaves, if it is a tuple
+    inside: str  # the text between the parentheses
+    rest: str  # the text after them: attributes and metadata
     operands: list[Instruction] = field(default_factory=list, repr=False)
-    users: list[tuple[Instruction, int]] = field(default_factory=list, repr=False)  # and which operand it is
+    users: list[tuple[Instruction, int]] = field(default_factory=list, repr=False)  # (user, operand's index)
+
+    @property
+    def inputs(self) -> list[Array]:
+        """The arrays of all operands."""
+        return list(itertools.chain.from_iterable(operand.result for operand in self.operands))
 
     def attribute(self, pattern: str) -> str:
-        """The first group of a regular expression where it is found in the attributes, or nothing."""
+        """The first group of a regular expression that is searched in the attributes; "" if it is not found."""
         found = re.search(pattern, self.rest)
         return found.group(1) if found else ""
 
     def computation(self, name: str) -> str:
-        """The computation that an attribute names, or nothing."""
+        """The name of the computation that an attribute refers to; "" without such an attribute."""
         return self.attribute(rf"\b{name}=%?([\w.\-$]+)")
 
     @property
     def target(self) -> str:
-        """Of a custom call."""
+        """The target of a custom call; "" for other instructions."""
         return self.attribute(r'custom_call_target="([^"]*)"') if self.op == "custom-call" else ""
 
 
 @dataclass(eq=False)
 class Computation:
+    """A named list of instructions: the entry, a loop's body or condition, a fusion."""
+
     name: str
     instructions: list[Instruction]
     root: Instruction
@@ -78,14 +87,16 @@ class Computation:
 
 
 @dataclass
-class Program:
+class HloProgram:
+    """All computations of a compiled program."""
+
     computations: dict[str, Computation]
     entry: str
     devices: int
 
     def __getitem__(self, name: str) -> Computation:
         if name not in self.computations:
-            raise ValueError(f"a computation {name!r} is called, but there is none")
+            raise ValueError(f"the program calls a computation {name!r}, which it does not have")
         return self.computations[name]
 
 
@@ -97,10 +108,12 @@ _END = re.compile(r"\}(, execution_thread=.*)?$")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 
 
-def parse_program(text: str) -> Program:
-    """Raises ValueError for text that is no compiled program, or not all of one."""
-    computations, entry, name = {}, "", ""
-    statements: list[list[str]] = []  # of one computation: (whether it is the root, a name, the rest)
+def parse_program(text: str) -> HloProgram:
+    """Parse a compiled program.  Raises ValueError for other text, and for an incomplete program."""
+    computations: dict[str, Computation] = {}
+    entry, name = "", ""
+    # The current computation's instructions: [ROOT or None, name, text].
+    statements: list[list[str]] = []
     for line in text.splitlines():
         if not name:
             if header := _HEADER.match(line):
@@ -109,44 +122,49 @@ def parse_program(text: str) -> Program:
         elif start := _START.match(line):
             statements.append(list(start.groups()))
         elif _END.match(line):
-            computations[name], name = _computation(name, statements), ""
+            computations[name], name = _make_computation(name, statements), ""
         elif statements and statements[-1][2].count("{") > statements[-1][2].count("}"):
-            statements[-1][2] += "\n" + line  # attributes of kernels may run over several lines
+            statements[-1][2] += "\n" + line  # a kernel's attributes may have several lines
         elif line.strip():
             raise ValueError(f"not an instruction of HLO: {line[:120]}")
     if name or not entry:
         raise ValueError(f"the computation {name} does not end" if name else "no ENTRY computation")
+
+    # The first line holds the numbers of partitions and replicas.
     counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", text.lstrip().split("\n", 1)[0])
-    return Program(computations, entry, math.prod(map(int, counts)))
+    return HloProgram(computations, entry, math.prod(map(int, counts)))
 
 
-def _computation(name: str, statements: list[list[str]]) -> Computation:
-    made = {x: _instruction(x, body) for _, x, body in statements}
-    for x in made.values():
-        for i, operand in enumerate(_names(x)):
-            if operand not in made:
+def _make_computation(name: str, statements: list[list[str]]) -> Computation:
+    """A computation with its instructions linked to their operands and users."""
+    instructions = {x: _parse_instruction(x, body) for _, x, body in statements}
+    for x in instructions.values():
+        for i, operand in enumerate(_list_operands(x)):
+            if operand not in instructions:
                 raise ValueError(f"{name}: {x.name} reads {operand}, which is not there")
-            x.operands.append(made[operand])
-            made[operand].users.append((x, i))
-    roots = [made[x] for root, x, _ in statements if root]
+            x.operands.append(instructions[operand])
+            instructions[operand].users.append((x, i))
+
+    roots = [instructions[x] for root, x, _ in statements if root]
     if len(roots) != 1:
         raise ValueError(f"the computation {name} has {len(roots)} roots")
-    return Computation(name, list(made.values()), roots[0])
+    return Computation(name, list(instructions.values()), roots[0])
 
 
-def _instruction(name: str, text: str) -> Instruction:
-    end = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
+def _parse_instruction(name: str, text: str) -> Instruction:
+    """Parse `RESULT OP(INSIDE), REST`; RESULT may be a tuple in parentheses."""
+    end = _find_closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
     head = re.compile(r"\s*([\w\-]+)\(").match(text, max(end, 0))
     if end < 0 or not head:
         raise ValueError(f"not an instruction of HLO: {name} = {text[:120]}")
-    close = _closing(text, head.end() - 1)
+    close = _find_closing(text, head.end() - 1)
     return Instruction(
-        name, head.group(1), _arrays(text[:end]), text[head.end() : close].strip(), text[close + 1 :]
+        name, head.group(1), _parse_arrays(text[:end]), text[head.end() : close].strip(), text[close + 1 :]
     )
 
 
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis at `start` is closed."""
+def _find_closing(text: str, start: int) -> int:
+    """The index of the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found.group() == "(" else -1
@@ -155,17 +173,17 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"a parenthesis is not closed: {text[:120]}")
 
 
-def _arrays(text: str) -> list[Array]:
-    out = []
+def _parse_arrays(text: str) -> list[Array]:
+    arrays = []
     for kind, dims, layout in _SHAPE.findall(text):
-        # S(1) is a GPU's device memory too, but a TPU's layouts have tiles.
-        chip = "S(" in layout and "T(" in layout
-        out.append(Array(kind, tuple(int(d) for d in re.findall(r"\d+", dims)), chip))
-    return out
+        # S(1) marks a TPU's on-chip memory, but also a GPU's device memory; only a TPU's layouts have tiles.
+        on_chip = "S(" in layout and "T(" in layout
+        arrays.append(Array(kind, tuple(_parse_numbers(dims)), on_chip))
+    return arrays
 
 
-def _names(x: Instruction) -> list[str]:
-    """Of the operands, with or without their shapes before them."""
+def _list_operands(x: Instruction) -> list[str]:
+    """Names of the operands, which the text may give with or without their shapes."""
     if x.op in ("constant", "parameter"):
         return []
     if "%" in x.inside:
@@ -180,17 +198,23 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def parse_groups(x: Instruction, devices: int) -> tuple[int, Groups | None]:
-    """Of a collective: devices in a group, and the groups' ids in whatever notation, or None.
+    """The number of devices in a collective's group, and the device ids of all groups (None if unknown).
 
-    Of a permutation: the devices that take part, and (source, target) pairs.
+    For a permutation: the number of devices that take part, and (source, target) pairs.
+    devices: in all, the group of a collective that names none.
     """
+    # {{0,1},{2,3}}
     if pairs := x.attribute(r"source_target_pairs=\{(\{.*?\})\}"):
-        return len(set(itertools.chain(*_listed(pairs)))), _listed(pairs)
+        return len(set(itertools.chain(*_parse_lists(pairs)))), _parse_lists(pairs)
     if listed := x.attribute(r"replica_groups=\{(\{.*?\})\}"):
-        return len(_listed(listed)[0]), _listed(listed)
+        return len(_parse_lists(listed)[0]), _parse_lists(listed)
+
+    # [2,4]<=[4,2]T(1,0)
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", x.rest):
-        ids = _iota(iota.group(2)).reshape(_numbers(iota.group(1)))
+        ids = _parse_iota(iota.group(2)).reshape(_parse_numbers(iota.group(1)))
         return ids.shape[-1], tuple(map(tuple, ids.tolist()))
+
+    # mesh['data'=2,'fsdp'=4] {'fsdp'}; an axis may be split: 'fsdp':(1)2
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", x.rest)
     if not mesh:
         return devices, (tuple(range(devices)),)
@@ -198,23 +222,24 @@ def parse_groups(x: Instruction, devices: int) -> tuple[int, Groups | None]:
     used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(3))
     size = math.prod(int(part) if part else sizes[name] for name, part in used)
     if any(part for _, part in used):
-        return size, None  # a part of an axis
+        return size, None
+
     shape, axes = list(sizes.values()), list(sizes)
-    ids = _iota(mesh.group(2) or str(shape)).reshape(shape)
+    ids = _parse_iota(mesh.group(2) or str(shape)).reshape(shape)
     ids = np.moveaxis(ids, [axes.index(name) for name, _ in used], range(-len(used), 0))
     return size, tuple(map(tuple, ids.reshape(-1, size).tolist()))
 
 
-def _numbers(text: str) -> list[int]:
+def _parse_numbers(text: str) -> list[int]:
     return [int(i) for i in re.findall(r"\d+", text)]
 
 
-def _listed(text: str) -> Groups:
-    return tuple(tuple(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", text))
+def _parse_lists(text: str) -> Groups:
+    return tuple(tuple(_parse_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", text))
 
 
-def _iota(text: str) -> np.ndarray:
-    """[4,2]T(1,0): the numbers from 0 on as 4 x 2, transposed."""
+def _parse_iota(text: str) -> np.ndarray:
+    """An array in XLA's iota notation; [4,2]T(1,0) is arange(8) reshaped to 4 x 2 and transposed."""
     shape, _, order = text.partition("T")
-    ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
-    return ids.transpose(_numbers(order)) if order else ids
+    ids = np.arange(math.prod(_parse_numbers(shape))).reshape(_parse_numbers(shape))
+    return ids.transpose(_parse_numbers(order)) if order else ids

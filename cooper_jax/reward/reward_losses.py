@@ -58,11 +58,11 @@ class RewardUpdateConfig:
     replay: int  # labelled rollouts of earlier steps that are kept, of each class
     replay_rows: int  # kept rollouts that join each update's rows, at most
     updates: int  # updates a policy step
-    warm_start: int  # updates before the first policy step
+    warmup_updates: int  # updates before the first policy step
 
     def __post_init__(self) -> None:
         weights = ("pair_weight", "pair_bce", "rollout_bce")
-        counts = ("rollout_rows", "replay", "replay_rows", "warm_start")
+        counts = ("rollout_rows", "replay", "replay_rows", "warmup_updates")
         problems = [
             *typed_config.find_unknown(self.pair_loss, "reward.pair_loss", PAIR_LOSSES),
             *typed_config.find_small(self, "reward", 1, ("microbatch", "updates")),

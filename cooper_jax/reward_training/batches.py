@@ -1,13 +1,14 @@
-"""Which rows an update reads, in which order, and in which rectangles.
+"""Batches of rows of uneven length, packed into microbatches of few shapes.
 
-1. `order` shuffles an epoch and cuts it at random into equal batches: each is an unbiased sample, whatever the
-   lengths of its rows.
-2. `choose_shapes` picks few widths for the lengths at hand (least padding for that number of widths), each with as
-   many rows as a budget of tokens holds, and with half as many: few programs to compile.
-3. `cut` sorts a batch by length, so that a row lies beside rows of its own length, and cuts it into such rectangles
-   of the fewest tokens.  Within a batch order means nothing: its microbatches are summed.
+1. `order_batches` shuffles an epoch and splits it into batches of equal size.  The split does not depend on
+   the rows' lengths, so every batch is an unbiased sample.
+2. `choose_shapes` picks a few widths that pad the given lengths least.  Each width has microbatches of two
+   row
+   counts: as many rows as a token budget holds, and half as many.  Few shapes mean few programs to compile.
+3. `split_microbatches` sorts a batch by length and splits it into microbatches with the fewest tokens.  The
+   order of rows within a batch has no effect, because the gradients of its microbatches are summed.
 
-    N  rows   S  width
+    N  rows   S  width (tokens per row)
 """
 
 from __future__ import annotations
@@ -24,113 +25,156 @@ from cooper_jax.types import ScoreBatch
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A rectangle of tokens."""
+    """The shape of a microbatch."""
 
     rows: int
     width: int
 
     @property
     def tokens(self) -> int:
+        """Tokens of a microbatch, padding included."""
         return self.rows * self.width
 
 
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-    """Rows by their numbers, at most `shape.rows` of them; what is left of the rectangle is padding."""
+    """Row indices, at most `shape.rows` of them; padding rows fill the rest."""
 
     rows: np.ndarray  # i64[n]
     shape: Shape
 
 
-def order_batches(rows: int, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The epoch's batches, i64[<= batch] each: every row once, in an order of (seed, epoch) alone.
+def order_batches(num_rows: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Row indices of an epoch's batches, i64[<= batch_size] each; every row occurs once.
 
-    Sizes differ by one at most, so that no small remainder gets an update of full size.
+    The order depends on (seed, epoch) only.  Batch sizes differ by at most one, so that no update of full
+    size is made from a small remainder.
     """
-    shuffled = keys.make_generator(seed, "train_rm", epoch).permutation(rows)
-    return np.array_split(shuffled, count_updates_per_epoch(rows, batch))
+    shuffled = keys.make_generator(seed, "train_rm", epoch).permutation(num_rows)
+    return np.array_split(shuffled, count_updates_per_epoch(num_rows, batch_size))
 
 
-def count_updates_per_epoch(rows: int, batch: int) -> int:
-    return -(-rows // batch)
+def count_updates_per_epoch(num_rows: int, batch_size: int) -> int:
+    """Updates of an epoch: ceil(num_rows / batch_size)."""
+    return -(-num_rows // batch_size)
 
 
 def choose_shapes(
-    lengths: Sequence[int], *, bucket: int, most: int, budget: int, batch: int, rows_multiple: int = 1
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    bucket: int,
+    max_widths: int,
+    token_budget: int,
+    batch_size: int,
+    rows_multiple: int = 1,
 ) -> tuple[Shape, ...]:
-    """Rectangles of at most `most` widths, narrowest first, the widest of which holds the longest row.
+    """Microbatch shapes that pad rows of the given lengths least.
 
-    Of each width a whole one, and a half one for what is left of a batch; whole ones first.
+    Args:
+      lengths: tokens of each row, [N]; the widest shape holds the longest row.
+      bucket: widths are multiples of it.
+      max_widths: number of different widths, at most.
+      token_budget: tokens of a microbatch, at most.
+      batch_size: rows of a microbatch, at most.
+      rows_multiple: row counts are multiples of it, even where that exceeds the two limits above.
 
-    Widths are multiples of `bucket`; of all such choices the one that pads the given lengths least (dynamic
-    programming over the widths that occur).  budget: tokens of a rectangle, at most; batch: rows of one, at most.
-    Rows are a multiple of `rows_multiple`, which goes before both.
+    Returns shapes of ascending width.  Each width has a full shape first, then one of half the tokens, for
+    what is left of a batch.
     """
     rounded = -(-np.maximum(np.asarray(lengths), 1) // bucket) * bucket
     widths, counts = np.unique(rounded, return_counts=True)
-    before = np.concatenate([[0], np.cumsum(counts)])
+    max_rows = packing.round_up(batch_size, rows_multiple)
+
+    def fit_rows(tokens: int, width: int) -> int:
+        return min(max(tokens // width // rows_multiple, 1) * rows_multiple, max_rows)
+
+    shapes = []
+    for width in _choose_widths(widths, counts, max_widths):
+        full = fit_rows(token_budget, width)
+        half = fit_rows(full * width // 2, width)
+        # Both are the same where a full microbatch has the fewest rows that are possible.
+        shapes += [Shape(rows, width) for rows in dict.fromkeys((full, half))]
+    return tuple(shapes)
+
+
+def _choose_widths(widths: np.ndarray, counts: np.ndarray, max_widths: int) -> list[int]:
+    """The widths, ascending and at most `max_widths` of them, that pad rows of these widths least.
+
+    widths: ascending; counts: rows of each width.  Dynamic programming over the widths: O(max_widths *
+    len^2).
+    """
     n = len(widths)
-    # cost[k][j]: tokens of the first j widths' rows in k chosen widths, the last of which is widths[j - 1].
-    cost = np.full((min(most, n) + 1, n + 1), np.inf)
-    last = np.zeros_like(cost, int)
+    rows_before = np.concatenate([[0], np.cumsum(counts)])
+
+    # cost[k, j]: tokens of the rows of the first j widths with k widths chosen, the last of them widths[j -
+    # 1].  previous[k, j]: the j of the width chosen before that one.
+    cost = np.full((min(max_widths, n) + 1, n + 1), np.inf)
+    previous = np.zeros_like(cost, int)
     cost[0, 0] = 0
     for k in range(1, len(cost)):
         for j in range(1, n + 1):
-            tried = cost[k - 1, :j] + widths[j - 1] * (before[j] - before[:j])
-            last[k, j] = tried.argmin()
-            cost[k, j] = tried.min()
+            candidates = cost[k - 1, :j] + widths[j - 1] * (rows_before[j] - rows_before[:j])
+            previous[k, j] = candidates.argmin()
+            cost[k, j] = candidates.min()
+
+    # Follow the choices back from the largest width, which is always chosen.
     k, j = int(cost[:, n].argmin()), n
     chosen = []
     while k:
         chosen.append(int(widths[j - 1]))
-        k, j = k - 1, int(last[k, j])
-    whole = packing.round_up(batch, rows_multiple)
-
-    def rows(tokens: int, width: int) -> int:
-        return min(max(tokens // width // rows_multiple, 1) * rows_multiple, whole)
-
-    out = []
-    for width in reversed(chosen):
-        full = rows(budget, width)
-        out += [Shape(n, width) for n in dict.fromkeys((full, rows(full * width // 2, width)))]
-    return tuple(out)
+        k, j = k - 1, int(previous[k, j])
+    return chosen[::-1]
 
 
-def cut_microbatches(rows: np.ndarray, lengths: np.ndarray, shapes: Sequence[Shape]) -> list[Microbatch]:
-    """The rows of a batch in rectangles, widest first.
+def split_microbatches(rows: np.ndarray, lengths: np.ndarray, shapes: Sequence[Shape]) -> list[Microbatch]:
+    """Split a batch into microbatches of these shapes, widest first, with the fewest tokens in all.
 
-    lengths: of all rows of the data, by number.  Each rectangle has the width that its longest row needs.  Of all
-    cuts of the sorted rows the one of the fewest tokens, with whole rectangles where that is the same (dynamic
-    programming over where a rectangle begins).
+    Args:
+      rows: row indices of the batch, i64[n].
+      lengths: tokens of every row of the data, i64[N].
+      shapes: as from `choose_shapes`; where two give equally many tokens, the first is used.
+
+    A microbatch has the narrowest width that holds its longest row.  Dynamic programming over the row at
+    which a microbatch begins.
     """
     ordered = np.asarray(rows)[np.argsort(-lengths[rows], kind="stable")]
-    n, widths = len(ordered), sorted({s.width for s in shapes})
-    options = {w: [s for s in shapes if s.width == w] for w in widths}
-    needed = [widths[k] for k in np.searchsorted(widths, lengths[ordered])]
-    tokens, chosen = (
-        [0] * (n + 1),
-        [shapes[0]] * n,
-    )  # from each row on: tokens at least, and its first rectangle
+    n = len(ordered)
+    widths = sorted({shape.width for shape in shapes})
+    shapes_by_width = {width: [s for s in shapes if s.width == width] for width in widths}
+    needed_widths = [widths[k] for k in np.searchsorted(widths, lengths[ordered])]
+
+    # From each row on: the fewest tokens of the remaining rows, and the shape that their first microbatch
+    # has.
+    tokens = [0] * (n + 1)
+    first_shapes = [shapes[0]] * n
     for i in reversed(range(n)):
-        costs = [s.tokens + tokens[min(i + s.rows, n)] for s in options[needed[i]]]
+        candidates = shapes_by_width[needed_widths[i]]
+        costs = [s.tokens + tokens[min(i + s.rows, n)] for s in candidates]
         tokens[i] = min(costs)
-        chosen[i] = options[needed[i]][costs.index(tokens[i])]
-    out, i = [], 0
+        first_shapes[i] = candidates[costs.index(tokens[i])]
+
+    microbatches = []
+    i = 0
     while i < n:
-        out.append(Microbatch(ordered[i : i + chosen[i].rows], chosen[i]))
-        i += chosen[i].rows
-    return out
+        shape = first_shapes[i]
+        microbatches.append(Microbatch(ordered[i : i + shape.rows], shape))
+        i += shape.rows
+    return microbatches
 
 
-def fill_rectangle(tokens: Sequence[Sequence[int]], microbatch: Microbatch) -> ScoreBatch:
-    """The rectangle itself, right-padded: rows that are not there have no valid token."""
+def pack_microbatch(tokens: Sequence[Sequence[int]], microbatch: Microbatch) -> ScoreBatch:
+    """The tokens of a microbatch [rows, S], padded on the right; padding rows have no valid token.
+
+    tokens: ids of every row of the data.
+    """
+    shape = microbatch.shape
     rows = [tokens[i] for i in microbatch.rows]
-    batch = packing.pack_score_batch(rows, bucket=microbatch.shape.width, rows_multiple=microbatch.shape.rows)
-    assert batch.tokens.shape == (microbatch.shape.rows, microbatch.shape.width), batch.tokens.shape
+    batch = packing.pack_score_batch(rows, bucket=shape.width, rows_multiple=shape.rows)
+    assert batch.tokens.shape == (shape.rows, shape.width), batch.tokens.shape
     return batch
 
 
-def padding_share(microbatches: Sequence[Microbatch], lengths: np.ndarray) -> float:
-    """The share of the rectangles' tokens that are padding."""
-    real = sum(int(lengths[m.rows].sum()) for m in microbatches)
-    return 1.0 - real / sum(m.shape.tokens for m in microbatches)
+def compute_padding_share(microbatches: Sequence[Microbatch], lengths: np.ndarray) -> float:
+    """The share of the microbatches' tokens that are padding.  lengths: of every row of the data, i64[N]."""
+    valid = sum(int(lengths[m.rows].sum()) for m in microbatches)
+    return 1.0 - valid / sum(m.shape.tokens for m in microbatches)

@@ -1,12 +1,14 @@
-"""The best model of a training, as others use it, and what is said about it.
+"""The best model of a reward model's training, stored for use elsewhere, and the report on it.
 
-1. `keep` writes best/ (weights as transformers and `reward.weights` read them, the tokenizer, the fingerprints of
-   the questions that it was trained on) and its logits on the held-out rows.
-2. `conclude` turns those logits into report.json, reliability.png and a table.
+1. `keep_best_model` writes best/ and the model's logits on the held-out rows.  best/ holds the weights in the
+   form that transformers and `reward.weights` read, the tokenizer, and fingerprints of the training
+   questions.
+2. `write_final_report` turns those logits into report.json, reliability.png and a table.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -19,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from cooper_jax.data import seen_questions
-from cooper_jax.model import weights
+from cooper_jax.model import weight_export
 from cooper_jax.reward_training import rm_report, rm_setup
 from cooper_jax.reward_training.examples import UNNAMED
 from cooper_jax.runtime import hosts, remote_files
@@ -30,17 +32,31 @@ BEST = "best"
 PREDICTIONS = "predictions.jsonl"
 
 
+@dataclasses.dataclass(frozen=True)
+class BestEvaluation:
+    """The best evaluation so far."""
+
+    step: int  # updates done then
+    value: float  # of the metric train_rm.keep_best
+
+
 def keep_best_model(job: rm_setup.Job, params: Any, step: int, value: float, logits: np.ndarray) -> None:
-    """Replace what is kept of the best model.  All processes must call it; the first one writes."""
+    """Replace the stored best model.  All processes must call it; the first one writes.
+
+    Args:
+      step: updates done.
+      value: of the metric train_rm.keep_best.
+      logits: of the held-out rows, f32[N].
+    """
     if jax.process_count() > 1:
-        params = hosts.fetch_arrays(params)  # whole, on every host's memory
+        params = hosts.fetch_arrays(params)  # all shards, into the memory of every host
 
     def write() -> None:
         remote = remote_files.is_remote(job.path)
         folder = (remote_files.staging_dir(job.path) if remote else Path(job.path)) / BEST
         export_best_model(job, params, folder)
         if remote:
-            # The record first: weights without it say nothing of what they saw.
+            # The record first: without it, weights would count as trained on unknown questions.
             for file in sorted(folder.iterdir(), key=lambda f: f.name != seen_questions.SEEN):
                 epath.Path(file).copy(job.path / BEST / file.name, overwrite=True)
             shutil.rmtree(folder)
@@ -52,15 +68,16 @@ def keep_best_model(job: rm_setup.Job, params: Any, step: int, value: float, log
 
 
 def export_best_model(job: rm_setup.Job, params: Any, folder: Path) -> None:
-    """A directory that AutoModelForSequenceClassification and `reward.weights` load.
+    """Write a directory that AutoModelForSequenceClassification and `reward.weights` load.
 
-    It appears whole, with the record of what its model saw; one that is there is replaced.
+    It is written under another name and then renamed, so it is always complete and includes the record of the
+    training questions.  An existing directory is replaced.
     """
     model = job.model
     staged, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("staged", "old"))
     with tempfile.TemporaryDirectory() as tokenizer:
         model.tokenizer.save(tokenizer)
-        weights.save_pretrained(
+        weight_export.save_pretrained(
             staged,
             model.config,
             params,
@@ -69,63 +86,78 @@ def export_best_model(job: rm_setup.Job, params: Any, folder: Path) -> None:
             generation_config={"eos_token_id": list(model.tokenizer.eos_ids)},
             pad_token_id=model.tokenizer.pad_id,
         )
-    seen_questions.write_record(staged, seen_questions_of(job))
-    shutil.rmtree(old, ignore_errors=True)  # a killed run's
+    seen_questions.write_record(staged, make_seen_record(job))
+
+    shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed
     if folder.exists():
         folder.rename(old)
     staged.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def seen_questions_of(job: rm_setup.Job) -> seen_questions.Record:
-    """The questions that this run's model is trained on, and what the weights to begin with had seen."""
+def make_seen_record(job: rm_setup.Job) -> seen_questions.Record:
+    """The questions that this run trains on, added to those that the initial weights were trained on."""
     data, questions = job.data, defaultdict(set)
-    for t in data.train.triples[: len(data.train) - data.attacked]:  # some hacks alter the question
+    # Without the rows added under reward hacks, some of which alter the question.
+    for t in data.train.triples[: len(data.train) - data.attacked]:
         questions[t.source or UNNAMED].add(t.question)
-    # Without a trained head they are a language model's; with one, somebody's, trained on we do not know what.
-    found = seen_questions.read_record(job.cfg.reward.weights) or seen_questions.Record(
+
+    # Initial weights with a trained score head and no record were trained on unknown questions.
+    record = seen_questions.read_record(job.cfg.reward.weights) or seen_questions.Record(
         complete=not job.head_trained
     )
     for source, asked in sorted(questions.items()):
-        found |= seen_questions.record_questions(asked, source)
-    return found
+        record |= seen_questions.record_questions(asked, source)
+    return record
 
 
 def write_seen_record(job: rm_setup.Job) -> None:
-    """Lay that record into the run directory as well, where those look who take a model from its checkpoints."""
+    """Write that record into the run directory too, for models that are loaded from its checkpoints."""
     hosts.on_primary_first(
-        "questions seen", lambda: seen_questions.write_record(job.path, seen_questions_of(job))
+        "questions seen", lambda: seen_questions.write_record(job.path, make_seen_record(job))
     )
 
 
-def write_final_report(job: rm_setup.Job, step: int, best: dict[str, float]) -> str:
-    """report.json and reliability.png of the best model; returns the table, for the terminal."""
-    held_out, section = job.data.held_out, job.cfg.train_rm
-    path = job.path / PREDICTIONS
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / PREDICTIONS
-        copy.write_bytes(path.read_bytes())
-        rows = read_lines(copy)
-    logits = np.array([row["logit"] for row in rows])
-    if [row["id"] for row in rows] != [t.id for t in held_out.triples]:
-        raise ValueError(f"{path} is of other held-out rows than this run's: begin again in a new run_dir")
+def write_final_report(job: rm_setup.Job, step: int, best: BestEvaluation) -> str:
+    """Write report.json and reliability.png of the best model; returns a table for the terminal.
+
+    step: updates done in all.  Raises ValueError where predictions.jsonl has other rows than the held-out
+    ones.
+    """
+    held_out, selection = job.data.held_out, job.settings.train_rm.keep_best
+    logits = _read_logits(job)
     groups = rm_report.make_report(held_out, logits, job.cfg.seed)
-    found = {
+    report = {
         "name": job.cfg.name,
-        "best": {"step": int(best["step"]), section.keep_best: best["value"]},
+        "best": {"step": best.step, selection: best.value},
         "updates": step,
         "training_rows": len(job.data.train),
         "attacked": job.data.attacked,
         "too_long": job.data.too_long,
         "overlapping": job.data.overlapping,
-        "overlap_excluded": job.data.excluded,
+        "overlap_excluded": job.data.overlap_excluded,
         "groups": groups,
     }
-    write_atomically(job.path / "report.json", json.dumps(to_jsonable(found), indent=2).encode() + b"\n")
-    title = f"{job.cfg.name}, update {best['step']:.0f}: {len(held_out)} held-out rows"
+    write_atomically(job.path / "report.json", json.dumps(to_jsonable(report), indent=2).encode() + b"\n")
+
+    title = f"{job.cfg.name}, update {best.step}: {len(held_out)} held-out rows"
     write_atomically(job.path / "reliability.png", rm_report.plot_reliability(held_out, logits, title))
     return (
         f"{rm_report.format_report_table(groups)}\n{job.path}: {step} updates done; {BEST}/ is the model of update "
-        f"{best['step']:.0f} ({section.keep_best} {best['value']:.4f}), with report.json, reliability.png and "
-        f"{PREDICTIONS}"
+        f"{best.step} ({selection} {best.value:.4f}), with report.json, reliability.png and {PREDICTIONS}"
     )
+
+
+def _read_logits(job: rm_setup.Job) -> np.ndarray:
+    """The best model's logits f64[N] from predictions.jsonl.
+
+    Raises ValueError where the file has other rows than the held-out ones.
+    """
+    path = job.path / PREDICTIONS
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / PREDICTIONS  # the run directory may be in a bucket
+        local.write_bytes(path.read_bytes())
+        rows = read_lines(local)
+    if [row["id"] for row in rows] != [t.id for t in job.data.held_out.triples]:
+        raise ValueError(f"{path} holds other rows than this run's held-out ones: use a new --config.run_dir")
+    return np.array([row["logit"] for row in rows])

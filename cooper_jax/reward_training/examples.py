@@ -1,17 +1,20 @@
-"""Labelled completions as a reward model is trained and measured on them: text, ids, and what was left out.
+"""Labelled completions that a reward model is trained and measured on.
 
 1. The files of `train_rm.data` are read one after the other.
-2. Without `train_rm.eval_data` a part of them is held out, by whole questions: by the order of the questions'
-   fingerprints, which knows nothing of seed or file order, so that runs can be compared.
-3. Held-out rows whose normalised question is in the training data, or in the record of what the weights to begin
-   with have seen, are counted, and left out unless `train_rm.exclude_overlap` is off.
-4. Training texts of over `train_rm.max_characters` are dropped, as the authors do; held-out ones are kept, and cut
-   inside the completion as everywhere that the model is used.
-5. A share of the wrong training completions is shown once more under a known reward hack (data/reward_hacks.py), as
-   wrong (`train_rm.attacked`).
-6. Everything is rendered by the one template, and tokenised.
+2. Without `train_rm.eval_data`, a share of them is held out by whole questions, in the order of the
+   questions' fingerprints.  The choice depends neither on the seed nor on the order of files, so runs can be
+   compared.
+3. Held-out rows whose normalised question is in the training data, or in the record of the questions that the
+   initial weights were trained on, are counted.  They are left out unless `train_rm.exclude_overlap` is off.
+4. Training texts longer than `train_rm.max_characters` are dropped, as in the authors' code.  Held-out ones
+   are kept and truncated inside the completion, as everywhere that the model is used.
+5. A share of the wrong training completions (`train_rm.attacked`) is added again under a known reward hack
+   (data/reward_hacks.py), still labelled wrong.
+6. All rows are rendered by the one template and tokenised.
 
-A reward model learns which of two classes a completion is in: both must occur in each part.
+A reward model learns to tell two classes apart, so both labels must occur in each part.
+
+    N  rows
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,49 +30,55 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import labelled_completions, prompts, reward_hacks, seen_questions
 from cooper_jax.model.tokenizer import Tokenizer
+from cooper_jax.reward_training.rm_config import TrainRmConfig
 from cooper_jax.runtime import keys
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Triple
 
-UNNAMED = "unnamed"  # stands for a source that the data do not name
+UNNAMED = "unnamed"  # the source of rows that name none
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Rows of one part, in the order of the files."""
+    """Rows of one part (training or held out), in the order of the files."""
 
     triples: tuple[Triple, ...]
     tokens: tuple[tuple[int, ...], ...]
-    cut: int  # rows that were longer than reward.max_tokens
+    truncated: int  # rows that were longer than reward.max_tokens
 
     def __len__(self) -> int:
         return len(self.triples)
 
     @property
-    def lengths(self) -> np.ndarray:  # i64[N]
-        return np.array([len(x) for x in self.tokens], np.int64)
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, i64[N]."""
+        return np.array([len(row) for row in self.tokens], np.int64)
 
     @property
-    def labels(self) -> np.ndarray:  # f32[N]
+    def labels(self) -> np.ndarray:
+        """1 for a correct completion, 0 for a wrong one, f32[N]."""
         return np.array([t.label for t in self.triples], np.float32)
 
     @property
     def sources(self) -> list[str]:
+        """The data source of each row, [N]."""
         return [t.source or UNNAMED for t in self.triples]
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class RewardData:
+    """Training and held-out rows, with the counts of rows that were dropped, added or left out."""
+
     train: Examples
     held_out: Examples
     too_long: int  # training rows dropped for their characters
-    attacked: int  # training rows that are reward hacks: the last ones
-    overlapping: int  # held-out rows whose question is in the training data
-    excluded: bool  # whether those were left out
+    attacked: int  # training rows that were added under a reward hack; they are the last ones
+    overlapping: int  # held-out rows whose question was trained on
+    overlap_excluded: bool  # True where those were left out
 
     @property
     def digest(self) -> str:
-        """16 hex digits over all that is trained and measured on: ids and labels."""
+        """16 hex digits of a hash of the token ids and labels of both parts."""
         content = hashlib.sha256()
         for part in (self.train, self.held_out):
             for tokens, triple in zip(part.tokens, part.triples, strict=True):
@@ -77,92 +86,103 @@ class Data:
         return content.hexdigest()[:16]
 
 
-def load_examples(cfg: ConfigDict, tokenizer: Tokenizer) -> Data:
-    """Both parts.  Raises SetupError naming file, row and flag."""
-    section = cfg.train_rm
-    train = _read("train_rm.data", section.data)
-    if section.eval_data:
-        held_out = _read("train_rm.eval_data", section.eval_data)
-    else:
-        train, held_out = split_held_out(train, section.eval_share)
-    seen = frozenset(seen_questions.fingerprint_question(q) for q in {t.question for t in train})
-    with setup_errors(f"reward.weights={cfg.reward.weights!r}"):
-        before = seen_questions.read_record(cfg.reward.weights)
-    seen |= before.fingerprints if before is not None else frozenset()
-    apart, overlapping = seen_questions.split_by_seen(held_out, seen)
-    if section.exclude_overlap:
+def load_examples(cfg: ConfigDict, settings: TrainRmConfig, tokenizer: Tokenizer) -> RewardData:
+    """Read, split, filter and tokenise the labelled completions.
+
+    Args:
+      cfg: the whole config, of which `reward` and `seed` are read.
+      settings: its `train_rm` section.
+
+    Raises SetupError, naming file, row and flag, for files that cannot be read and for parts that lack a
+    label.
+    """
+    train, held_out = _read_parts(settings)
+
+    # Overlap is judged by the questions of all training rows, those dropped below included.
+    overlapping, apart = _find_overlap(train, held_out, cfg.reward.weights)
+    if settings.exclude_overlap:
         held_out = apart
     if not held_out:
         raise SetupError(
-            f"train_rm.eval_data={section.eval_data!r}: all of its {len(overlapping)} rows have a question that is "
-            "in the training data, or that the weights to begin with have seen: give other data, or "
+            f"train_rm.eval_data={settings.eval_data!r}: all of its {len(overlapping)} rows have a question "
+            "that is in the training data, or that the initial weights were trained on: give other data, or "
             "--config.train_rm.exclude_overlap=False"
         )
-    short = [t for t in train if _fits(t, section.max_characters)]
-    if not short:
+
+    kept = [t for t in train if _has_allowed_length(t, settings.max_characters)]
+    if not kept:
         raise SetupError(
-            f"train_rm.max_characters={section.max_characters}: all of the {len(train)} training texts are longer: "
-            "raise it, or set 0 to keep all"
+            f"train_rm.max_characters={settings.max_characters}: all of the {len(train)} training texts are "
+            "longer: raise it, or set 0 to keep all"
         )
-    for name, triples in (("training", short), ("held-out", held_out)):
-        labels = Counter(t.label for t in triples)
-        if len(labels) < 2:
-            raise SetupError(
-                f"train_rm: the {len(triples)} {name} rows all have the label {next(iter(labels)):g}: both labels "
-                "must occur, or nothing can be learned or measured"
-            )
-    hacks = add_attacked(short, section.attacked, cfg.seed)
-    most = cfg.reward.max_tokens
-    return Data(
-        train=_examples("train_rm.data", short + hacks, tokenizer, most),
-        held_out=_examples("train_rm.eval_data", held_out, tokenizer, most),
-        too_long=len(train) - len(short),
-        attacked=len(hacks),
+    _check_labels("training", kept)
+    _check_labels("held-out", held_out)
+
+    attacked = make_attacked_copies(kept, settings.attacked, cfg.seed)
+    max_tokens = cfg.reward.max_tokens
+    return RewardData(
+        train=_tokenize("train_rm.data", kept + attacked, tokenizer, max_tokens),
+        held_out=_tokenize("train_rm.eval_data", held_out, tokenizer, max_tokens),
+        too_long=len(train) - len(kept),
+        attacked=len(attacked),
         overlapping=len(overlapping),
-        excluded=section.exclude_overlap,
+        overlap_excluded=settings.exclude_overlap,
     )
 
 
-def add_attacked(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:
-    """So large a share of the wrong completions once more, each under one of the hacks that end on no right answer.
+def make_attacked_copies(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:
+    """Copies of a share of the wrong completions, each under a reward hack that ends on no right answer.
 
-    Which ones and how depends on (seed, place of the row) alone.
+    The choice of rows and hacks depends on `seed` and the rows' positions only.
     """
     wrong = [i for i, t in enumerate(triples) if t.label < 0.5]
     rng = keys.make_generator(seed, "attacked")
-    out = []
-    for i in sorted(rng.choice(wrong, size=round(share * len(wrong)), replace=False)):
+    chosen = sorted(rng.choice(wrong, size=round(share * len(wrong)), replace=False))
+
+    copies = []
+    for i in chosen:
         name = reward_hacks.WRONG[rng.integers(len(reward_hacks.WRONG))]
-        t = reward_hacks.apply_attack(triples[i], name, seed, int(i))
-        out.append(dataclasses.replace(t, id=f"{t.id} under {name}"))
-    return out
+        attacked = reward_hacks.apply_attack(triples[i], name, seed, int(i))
+        copies.append(dataclasses.replace(attacked, id=f"{attacked.id} under {name}"))
+    return copies
 
 
 def split_held_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], list[Triple]]:
-    """(training rows, held-out rows): whole questions, until so large a share of the rows is held out.
+    """Split rows into (training, held out): whole questions are held out until `share` of the rows is
+    reached.
 
     Raises SetupError where one of the parts would be empty.
     """
-    groups = defaultdict(list)
+    rows_by_question = defaultdict(list)
     for i, t in enumerate(triples):
-        groups[seen_questions.fingerprint_question(t.question)].append(i)
+        rows_by_question[seen_questions.fingerprint_question(t.question)].append(i)
+
     taken: set[int] = set()
-    for _, rows in sorted(groups.items()):
+    for _, rows in sorted(rows_by_question.items()):
         if len(taken) >= share * len(triples):
             break
         taken.update(rows)
+
     if not 0 < len(taken) < len(triples):
         raise SetupError(
-            f"train_rm.eval_share={share} of {len(triples)} rows of {len(groups)} questions leaves nothing to "
-            "train on, or nothing held out: change it, or give --config.train_rm.eval_data"
+            f"train_rm.eval_share={share} of {len(triples)} rows of {len(rows_by_question)} questions leaves "
+            "nothing to train on, or nothing held out: change it, or give --config.train_rm.eval_data"
         )
-    return (
-        [t for i, t in enumerate(triples) if i not in taken],
-        [t for i, t in enumerate(triples) if i in taken],
-    )
+    train = [t for i, t in enumerate(triples) if i not in taken]
+    held_out = [t for i, t in enumerate(triples) if i in taken]
+    return train, held_out
 
 
-def _read(field: str, paths: str) -> list[Triple]:
+def _read_parts(settings: TrainRmConfig) -> tuple[list[Triple], list[Triple]]:
+    """All (training, held-out) rows."""
+    train = _read_files("train_rm.data", settings.data)
+    if settings.eval_data:
+        return train, _read_files("train_rm.eval_data", settings.eval_data)
+    return split_held_out(train, settings.eval_share)
+
+
+def _read_files(field: str, paths: str) -> list[Triple]:
+    """The rows of several files.  paths: separated by commas; field: of the config, for messages."""
     triples = []
     for path in filter(None, (p.strip() for p in paths.split(","))):
         with setup_errors(f"{field}={path}"):
@@ -172,18 +192,46 @@ def _read(field: str, paths: str) -> list[Triple]:
     return triples
 
 
-def _fits(t: Triple, most: int) -> bool:
-    return not most or len(prompts.render_verifier_text(t.question, t.reference, t.completion)) <= most
+def _find_overlap(
+    train: Sequence[Triple], held_out: Sequence[Triple], weights: str
+) -> tuple[list[Triple], list[Triple]]:
+    """Held-out rows whose question was trained on, here or for the initial weights, and those whose was not."""
+    seen = frozenset(seen_questions.fingerprint_question(q) for q in {t.question for t in train})
+    with setup_errors(f"reward.weights={weights!r}"):
+        record = seen_questions.read_record(weights)
+    if record is not None:
+        seen |= record.fingerprints
+    apart, overlapping = seen_questions.split_by_seen(held_out, seen)
+    return overlapping, apart
 
 
-def _examples(field: str, triples: Sequence[Triple], tokenizer: Tokenizer, most: int) -> Examples:
-    rows, cut = [], 0
+def _has_allowed_length(t: Triple, max_characters: int) -> bool:
+    """True if the rendered text has at most `max_characters`; 0 allows any length."""
+    if not max_characters:
+        return True
+    return len(prompts.render_verifier_text(t.question, t.reference, t.completion)) <= max_characters
+
+
+def _check_labels(part: str, triples: Sequence[Triple]) -> None:
+    """Raise SetupError unless both labels occur."""
+    labels = {t.label for t in triples}
+    if len(labels) < 2:
+        raise SetupError(
+            f"train_rm: the {len(triples)} {part} rows all have the label {next(iter(labels)):g}: both labels "
+            "must occur, or nothing can be learned or measured"
+        )
+
+
+def _tokenize(field: str, triples: Sequence[Triple], tokenizer: Tokenizer, max_tokens: int) -> Examples:
+    """Render and tokenise rows, truncated to `max_tokens`.  field: of the config, for messages."""
+    rows, truncated = [], 0
     for t in triples:
         texts = (t.question, t.reference, t.completion)
+        # Without a limit first: truncation has to render and tokenise again, and few rows need it.
         ids = prompts.encode_verifier_input(tokenizer, *texts, sys.maxsize)
-        if len(ids) > most:
+        if len(ids) > max_tokens:
             with setup_errors(f"{field}, row {t.id}"):
-                ids = prompts.encode_verifier_input(tokenizer, *texts, most)
-            cut += 1
+                ids = prompts.encode_verifier_input(tokenizer, *texts, max_tokens)
+            truncated += 1
         rows.append(tuple(ids))
-    return Examples(tuple(triples), tuple(rows), cut)
+    return Examples(tuple(triples), tuple(rows), truncated)

@@ -1,8 +1,8 @@
-"""What a reward model's logits on held-out rows say: figures, their intervals, and how much a probability means.
+"""Held-out evaluation of a reward model: metrics with intervals, calibration, tables and a figure.
 
-1. `figures` of rows, and `by_source` of each source and all together: during training.
-2. `report` adds 95 % intervals, resampling whole questions, and the calibration's bins: at the end.
-3. `table` and `plot` show it.
+1. `compute_evaluation_metrics` measures all rows and each source during training.
+2. `make_report` adds 95 % intervals, which resample whole questions, and the calibration bins at the end.
+3. `format_report_table` and `plot_reliability` show the result.
 
     N  rows
 """
@@ -19,22 +19,27 @@ from cooper_jax import statistics
 from cooper_jax.reward_training.examples import Examples
 from cooper_jax.runtime import keys
 from cooper_jax.runtime.extras import import_extra
+from cooper_jax.statistics import Interval
 from cooper_jax.types import Metrics
 
 ALL = "all"
-LEAST_SHOWN = 10  # rows of a source's bin that is drawn: fewer tell nothing
+MIN_ROWS_SHOWN = 10  # rows of a source's calibration bin that is drawn: fewer say nothing
 WITH_INTERVALS = ("accuracy", "balanced_accuracy", "auroc", "precision", "recall", "f1")
-BETTER = {"auroc": 1, "accuracy": 1, "loss": -1}  # what may choose the best model, and which way is better
+INK, GREY, GRID, BLUE, ORANGE = "#333333", "#999999", "#eeeeee", "#2b6cb0", "#dd7733"
 
 
 def to_probabilities(logits: np.ndarray) -> np.ndarray:
-    """f64[N] in (0, 1)."""
+    """The sigmoid of logits [N] without overflow, f64[N]."""
     z = np.asarray(logits, np.float64)
     return np.where(z >= 0, 1.0, np.exp(-np.abs(z))) / (1.0 + np.exp(-np.abs(z)))
 
 
-def compute_figures(labels: np.ndarray, logits: np.ndarray) -> Metrics:
-    """loss (binary cross-entropy), accuracy and its kin at p = 1/2, auroc, ece, mean_score; NaN where undefined."""
+def compute_metrics(labels: np.ndarray, logits: np.ndarray) -> Metrics:
+    """Metrics of logits [N] against labels [N]; NaN where a metric is undefined.
+
+    loss (binary cross-entropy in nats), accuracy, balanced_accuracy, precision, recall and f1 at p = 1/2,
+    auroc, ece (expected calibration error) and mean_score.
+    """
     z, y = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
     p = to_probabilities(z)
     return {
@@ -47,68 +52,101 @@ def compute_figures(labels: np.ndarray, logits: np.ndarray) -> Metrics:
 
 
 def group_by_source(examples: Examples) -> dict[str, np.ndarray]:
-    """Rows bool[N] of all, then of each source by its name (where there is more than one)."""
+    """Masks bool[N]: of all rows, then of each source by name where there are several."""
     sources = np.array(examples.sources)
-    named = sorted(set(examples.sources))
-    out = {ALL: np.ones(len(sources), bool)}
-    return out | ({name: sources == name for name in named} if len(named) > 1 else {})
+    masks = {ALL: np.ones(len(sources), bool)}
+    names = sorted(set(examples.sources))
+    if len(names) > 1:
+        masks |= {name: sources == name for name in names}
+    return masks
 
 
-def evaluation_metrics(examples: Examples, logits: np.ndarray) -> Metrics:
-    """`eval/NAME` of all rows, `eval/SOURCE/NAME` of each source's."""
-    out = {}
+def compute_evaluation_metrics(examples: Examples, logits: np.ndarray) -> Metrics:
+    """Metrics `eval/NAME` of all rows and `eval/SOURCE/NAME` of each source.  logits: f32[N]."""
+    metrics: Metrics = {}
     for group, rows in group_by_source(examples).items():
         prefix = "eval" if group == ALL else f"eval/{group}"
-        found = compute_figures(examples.labels[rows], logits[rows])
-        out |= {f"{prefix}/{name}": value for name, value in found.items()}
-    return out
+        of_group = compute_metrics(examples.labels[rows], logits[rows])
+        metrics |= {f"{prefix}/{name}": value for name, value in of_group.items()}
+    return metrics
 
 
 def make_report(examples: Examples, logits: np.ndarray, seed: int, resamples: int = 1000) -> dict[str, Any]:
-    """Each group's figures as {name: {value, low, high}} with its rows, positives and calibration bins."""
+    """Each group's row counts, metrics {name: {value, low, high}} and calibration bins.
+
+    Args:
+      logits: f32[N].
+      seed: of the bootstrap, whose 95 % intervals resample whole questions.
+    """
     questions = np.array([t.question for t in examples.triples])
-    out = {}
-    for place, (group, rows) in enumerate(group_by_source(examples).items()):
+    report: dict[str, Any] = {}
+    for index, (group, rows) in enumerate(group_by_source(examples).items()):
         y, z = examples.labels[rows] > 0.5, np.asarray(logits)[rows]
-        found: dict[str, Any] = {name: {"value": value} for name, value in compute_figures(y, z).items()}
+        metrics = {name: {"value": value} for name, value in compute_metrics(y, z).items()}
         for k, name in enumerate(WITH_INTERVALS):
+            rng = keys.make_generator(seed, "bootstrap", index, k)
+            interval = _bootstrap_metric(name, y, z, questions[rows], rng, resamples)
+            metrics[name] |= {"low": interval.low, "high": interval.high}
 
-            def statistic(weights, y=y, z=z, name=name):
-                if name == "auroc":
-                    return statistics.area_under_roc(y, z, weights)
-                return statistics.classification_figures(y, z > 0, weights)[name]
-
-            rng = keys.make_generator(seed, "bootstrap", place, k)
-            interval = statistics.bootstrap_interval(statistic, questions[rows], rng, resamples)
-            found[name] |= {"low": interval.low, "high": interval.high}
         _, bins = statistics.calibration_curve(y, to_probabilities(z))
-        out[group] = {
+        report[group] = {
             "rows": int(rows.sum()),
             "questions": len(set(questions[rows])),
             "positives": int(y.sum()),
-            "figures": found,
+            "figures": metrics,
             "reliability": [vars(b) for b in bins],
         }
-    return out
+    return report
 
 
-def format_report_table(found: dict[str, Any]) -> str:
-    """A report's groups as lines for a terminal."""
+def _bootstrap_metric(
+    name: str,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    questions: np.ndarray,
+    rng: np.random.Generator,
+    resamples: int,
+) -> Interval:
+    """A metric's 95 % interval.  labels: bool[N]; logits, questions: [N]."""
+
+    def compute_weighted(weights: np.ndarray) -> float:
+        if name == "auroc":
+            return statistics.area_under_roc(labels, logits, weights)
+        return statistics.classification_figures(labels, logits > 0, weights)[name]
+
+    return statistics.bootstrap_interval(compute_weighted, questions, rng, resamples)
+
+
+def format_report_table(report: dict[str, Any]) -> str:
+    """A table of a report's groups for a terminal; the last line is that of all rows."""
     shown = ("accuracy", "balanced_accuracy", "auroc", "precision", "recall", "ece")
-    rows = [["source", "rows", "positive", *(name.replace("_", " ") for name in shown)]]
-    for group, part in [*((g, p) for g, p in found.items() if g != ALL), (ALL, found[ALL])]:
-        cells = [group, str(part["rows"]), f"{part['positives'] / part['rows']:.1%}"]
-        for name in shown:
-            figure = part["figures"][name]
-            text = f"{figure['value']:.3f}"
-            cells.append(f"{text} [{figure['low']:.3f}, {figure['high']:.3f}]" if "low" in figure else text)
-        rows.append(cells)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    table = [["source", "rows", "positive", *(name.replace("_", " ") for name in shown)]]
+    groups = [*(name for name in report if name != ALL), ALL]
+    for group in groups:
+        of_group = report[group]
+        positive = of_group["positives"] / of_group["rows"]
+        cells = [group, str(of_group["rows"]), f"{positive:.1%}"]
+        cells += [_format_metric(of_group["figures"][name]) for name in shown]
+        table.append(cells)
+
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def _format_metric(metric: dict[str, float]) -> str:
+    """A metric as `value [low, high]`, or its value alone where it has no interval."""
+    text = f"{metric['value']:.3f}"
+    if "low" in metric:
+        text += f" [{metric['low']:.3f}, {metric['high']:.3f}]"
+    return text
 
 
 def plot_reliability(examples: Examples, logits: np.ndarray, title: str) -> bytes:
-    """A PNG: what a score promises beside what comes true, and how often each score is given."""
+    """A PNG with a reliability diagram, and a histogram of scores by label.  logits: f32[N]."""
     import_extra("matplotlib", "figures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -116,51 +154,70 @@ def plot_reliability(examples: Examples, logits: np.ndarray, title: str) -> byte
     figure = Figure(figsize=(10.5, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    p, y = to_probabilities(logits), examples.labels > 0.5
-    ink, blue, orange = "#333333", "#2b6cb0", "#dd7733"
-    left.plot([0, 1], [0, 1], color="#999999", lw=1, ls="--", zorder=1, label="calibrated")
-    for group, rows in group_by_source(examples).items():
-        error, bins = statistics.calibration_curve(y[rows], p[rows])
-        x, seen = [b.predicted for b in bins], [b.observed for b in bins]
-        if group == ALL:
-            left.plot(x, seen, color=blue, lw=2, zorder=3, label=f"all rows, ECE {error:.3f}")
-            left.scatter(x, seen, s=[20 + 160 * b.count / len(p) for b in bins], color=blue, zorder=4)
-            for b in bins:
-                left.annotate(
-                    f"{b.count}", (b.predicted, b.observed), (0, -13), textcoords="offset points",
-                    ha="center", fontsize=7, color=ink, zorder=5,
-                )  # fmt: skip
-        else:
-            told = [b for b in bins if b.count >= LEAST_SHOWN]
-            left.plot(
-                [b.predicted for b in told], [b.observed for b in told],
-                ls="none", marker="o", ms=4, alpha=0.75, zorder=2, label=f"{group}, ECE {error:.3f}",
-            )  # fmt: skip
-    left.set(
-        xlim=(-0.02, 1.02), ylim=(-0.08, 1.04), xlabel="mean score of a bin", ylabel="share labelled correct"
-    )
-    left.set_title("Reliability (numbers: rows of a bin)", fontsize=10, color=ink)
-    left.legend(fontsize=8, frameon=False, loc="lower right")
-    edges = np.linspace(0, 1, 21)
-    right.hist(
-        [p[~y], p[y]], edges, stacked=True, color=[orange, blue], label=["labelled wrong", "labelled correct"]
-    )
-    right.set(xlim=(0, 1), xlabel="score", ylabel="rows")
-    right.set_title("Scores by label", fontsize=10, color=ink)
-    right.legend(fontsize=8, frameon=False, loc="upper center")
+    scores, labels = to_probabilities(logits), examples.labels > 0.5
+
+    _draw_reliability(left, scores, labels, group_by_source(examples))
+    _draw_score_histogram(right, scores, labels)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#eeeeee", lw=0.8)
+        axes.grid(color=GRID, lw=0.8)
         axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8, colors=ink)
-    figure.suptitle(title, fontsize=11, color=ink)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+        axes.tick_params(labelsize=8, colors=INK)
+    figure.suptitle(title, fontsize=11, color=INK)
+
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
 
 
-def list_predictions(examples: Examples, logits: Sequence[float]) -> list[dict[str, Any]]:
-    """One object a row: whoever doubts a figure can count again."""
+def _draw_reliability(
+    axes: Any, scores: np.ndarray, labels: np.ndarray, groups: dict[str, np.ndarray]
+) -> None:
+    """Draw the share of correct rows against the mean score, bin by bin.
+
+    scores: f64[N]; labels: bool[N]; groups: masks bool[N], as from `group_by_source`.
+    """
+    axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--", zorder=1, label="calibrated")
+    for group, rows in groups.items():
+        error, bins = statistics.calibration_curve(labels[rows], scores[rows])
+        label = f"{'all rows' if group == ALL else group}, ECE {error:.3f}"
+        if group == ALL:
+            x, y = [b.predicted for b in bins], [b.observed for b in bins]
+            axes.plot(x, y, color=BLUE, lw=2, zorder=3, label=label)
+            axes.scatter(x, y, s=[20 + 160 * b.count / len(scores) for b in bins], color=BLUE, zorder=4)
+            for b in bins:
+                axes.annotate(
+                    f"{b.count}", (b.predicted, b.observed), (0, -13), textcoords="offset points",
+                    ha="center", fontsize=7, color=INK, zorder=5,
+                )  # fmt: skip
+        else:
+            shown = [b for b in bins if b.count >= MIN_ROWS_SHOWN]
+            axes.plot(
+                [b.predicted for b in shown], [b.observed for b in shown],
+                ls="none", marker="o", ms=4, alpha=0.75, zorder=2, label=label,
+            )  # fmt: skip
+
+    axes.set(
+        xlim=(-0.02, 1.02), ylim=(-0.08, 1.04), xlabel="mean score of a bin", ylabel="share labelled correct"
+    )
+    axes.set_title("Reliability (numbers: rows of a bin)", fontsize=10, color=INK)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+
+
+def _draw_score_histogram(axes: Any, scores: np.ndarray, labels: np.ndarray) -> None:
+    """Draw the counts of scores f64[N], stacked by label bool[N]."""
+    edges = np.linspace(0, 1, 21)
+    axes.hist(
+        [scores[~labels], scores[labels]], edges, stacked=True, color=[ORANGE, BLUE],
+        label=["labelled wrong", "labelled correct"],
+    )  # fmt: skip
+    axes.set(xlim=(0, 1), xlabel="score", ylabel="rows")
+    axes.set_title("Scores by label", fontsize=10, color=INK)
+    axes.legend(fontsize=8, frameon=False, loc="upper center")
+
+
+def list_predictions(examples: Examples, logits: Sequence[float] | np.ndarray) -> list[dict[str, Any]]:
+    """One JSON object a row, from which every metric can be computed again.  logits: [N]."""
     return [
         {
             "id": t.id,

@@ -1,9 +1,10 @@
-"""What a reward-model training is built from: checked settings, data, shapes, programs, the state at update 0."""
+"""Setup of a reward model's training: checked settings, data, shapes, programs and the initial state."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,87 +14,125 @@ from cooper_jax.data import packing
 from cooper_jax.model import loading
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
-from cooper_jax.reward_training import batches, examples, rm_report
+from cooper_jax.reward_training import batches, examples
+from cooper_jax.reward_training.rm_config import TrainRmConfig
 from cooper_jax.runtime import device_layouts, mesh, optim
-from cooper_jax.settings.setup_errors import Problems, setup_errors
+from cooper_jax.settings.setup_errors import Problems
 from cooper_jax.types import TrainState
+
+# A batch for the scoring program is one microbatch already, and must not be split again.
+_NO_SPLIT = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class RmSettings:
+    """Typed settings of a reward model's training, section by section."""
+
+    train_rm: TrainRmConfig
+    optimiser: optim.OptimiserConfig
+    update: RewardUpdateConfig
+
+    @classmethod
+    def from_config(cls, cfg: ConfigDict) -> RmSettings:
+        """Read and check a whole config.
+
+        Raises SetupError with every setting that is out of its range or contradicts another.
+        """
+        problems = Problems()
+        read: dict[str, Any] = {}
+
+        # Each section is read by itself, so that the problems of all are reported at once.
+        with problems.collect("train_rm"):
+            read["train_rm"] = TrainRmConfig.from_config(cfg.train_rm)
+        with problems.collect("train_rm.optimiser"):
+            read["optimiser"] = optim.OptimiserConfig.from_config(
+                cfg.train_rm.optimiser, "train_rm.optimiser"
+            )
+        with problems.collect("reward"):
+            read["update"] = RewardUpdateConfig.from_config(cfg.reward)
+        _check_shared_sections(cfg, problems)
+        _check_mesh(cfg, problems)
+
+        problems.raise_if_any()
+        return cls(**read)
+
+
+def _check_shared_sections(cfg: ConfigDict, problems: Problems) -> None:
+    """Check the settings of sections that other jobs read too."""
+    need, reward = problems.need, cfg.reward
+    need(
+        bool(reward.weights),
+        "reward.weights is empty: give --config.reward.weights=DIR, a hub id or a .gguf file",
+    )
+    need(reward.dtype in ("float32", "bfloat16"), f"reward.dtype={reward.dtype!r}; it is float32 or bfloat16")
+    need(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
+    for name, value in (
+        ("reward.microbatch", reward.microbatch),
+        ("reward.max_tokens", reward.max_tokens),
+        ("reward.vocab_multiple", reward.vocab_multiple),
+        ("data.bucket", cfg.data.bucket),
+        ("checkpoint.every", cfg.checkpoint.every),
+    ):
+        need(value >= 1, f"{name}={value}: it must be at least 1")
+
+
+def _check_mesh(cfg: ConfigDict, problems: Problems) -> None:
+    """Check that one mesh holds all devices, and that it fits them."""
+    for name in ("reward", "reference", "assistant"):
+        problems.need(
+            not cfg.mesh[name],
+            f"mesh.{name}={cfg.mesh[name]!r}: a reward model that is trained alone uses all devices, by mesh.data, "
+            ".fsdp and .tensor; leave it empty",
+        )
+    with problems.collect("mesh"):
+        device_layouts.make_policy_layout(cfg)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The machinery of a run; nothing in it changes from update to update."""
+    """Everything that an update needs and does not change."""
 
     cfg: ConfigDict
-    path: loading.Directory
+    settings: RmSettings
+    path: loading.Directory  # the run directory
     layout: mesh.Layout
     model: loading.Model
-    head_trained: bool  # the score head came with the weights
-    data: examples.Data
-    lengths: np.ndarray  # i64[N], of the training rows
-    labels: np.ndarray  # f32[N]
+    head_trained: bool  # True where the score head came with the weights
+    data: examples.RewardData
+    lengths: np.ndarray  # i64[N], tokens of the training rows
+    labels: np.ndarray  # f32[N], of the training rows
     shapes: tuple[batches.Shape, ...]
     accumulator: optim.Accumulator
-    score: Callable  # (params, ScoreBatch) -> f32[N], logits
+    score: Callable  # (params, ScoreBatch) -> logits f32[N]
     steps: int  # updates in all
-    eval_every: int
+    eval_every: int  # updates
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return self.steps // self.settings.train_rm.epochs
 
 
-def check_rm_settings(cfg: ConfigDict) -> None:
-    """Raise SetupError with every setting that is out of its range or contradicts another."""
-    problems = Problems()
-    need = problems.need
-    s, r = cfg.train_rm, cfg.reward
-    need(bool(s.data), "train_rm.data is empty: give --config.train_rm.data=FILE")
-    need(
-        bool(r.weights), "reward.weights is empty: give --config.reward.weights=DIR, a hub id or a .gguf file"
-    )
-    for section, names in (
-        ("train_rm", ("epochs", "batch", "widths")),
-        ("reward", ("microbatch", "max_tokens", "vocab_multiple")),
-        ("data", ("bucket",)),
-        ("checkpoint", ("every",)),
-    ):
-        for name in names:
-            value = cfg[section][name]
-            need(value >= 1, f"{section}.{name}={value}: it must be at least 1")
-    for name in ("max_characters", "eval_every", "patience"):
-        need(s[name] >= 0, f"train_rm.{name}={s[name]}: it must be at least 0")
-    need(0 < s.eval_share < 1, f"train_rm.eval_share={s.eval_share}: it is a share, above 0 and below 1")
-    need(0 <= s.attacked <= 1, f"train_rm.attacked={s.attacked}: it is a share, from 0 to 1")
-    kinds = ", ".join(rm_report.BETTER)
-    need(s.keep_best in rm_report.BETTER, f"train_rm.keep_best={s.keep_best!r}: it is one of {kinds}")
-    need(r.dtype in ("float32", "bfloat16"), f"reward.dtype={r.dtype!r}; it is float32 or bfloat16")
-    need(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
-    for name in ("reward", "reference", "assistant"):
-        need(
-            not cfg.mesh[name],
-            f"mesh.{name}={cfg.mesh[name]!r}: a reward model that is trained alone has all devices, laid out by "
-            "mesh.data, .fsdp and .tensor; leave it empty",
-        )
-    with problems.collect("mesh"):
-        device_layouts.make_policy_layout(cfg)
-    with problems.collect("train_rm"):
-        optim.make_optimiser(s.optimiser, s.decay, updates=1)
-    problems.raise_if_any()
+def build_rm_job(cfg: ConfigDict, settings: RmSettings, path: loading.Directory) -> tuple[Job, TrainState]:
+    """Build the job and the state at update 0.  path: the run directory.
 
-
-def build_rm_job(cfg: ConfigDict, path: loading.Directory) -> tuple[Job, TrainState]:
-    """The machinery and the state at update 0.  Data are read first, for they are what is wrong most often."""
+    Raises SetupError for data and weights that cannot be used.
+    """
     layout = device_layouts.make_policy_layout(cfg)
+    train_rm = settings.train_rm
+
+    # Data come before the weights: errors are most frequent there, and loading weights takes long.
     described = loading.describe_model(cfg.reward, "reward", path, layout)
     loading.check_length(described.config, "reward", {"reward.max_tokens": cfg.reward.max_tokens})
-    data = examples.load_examples(cfg, described.tokenizer)
-    s = cfg.train_rm
-    per_epoch = batches.count_updates_per_epoch(len(data.train), s.batch)
-    steps = s.epochs * per_epoch
-    with setup_errors("train_rm"):
-        section = optim.OptimiserConfig.from_config(s.optimiser, "train_rm.optimiser")
-        optimiser = optim.make_optimiser(section, s.decay, steps)
-        updates = RewardUpdateConfig.from_config(cfg.reward)
-    model, params, head_trained = loading.load_model(cfg.reward, "reward", "score", layout, path, cfg.seed)
+    data = examples.load_examples(cfg, train_rm, described.tokenizer)
     lengths = data.train.lengths
+    updates_per_epoch = batches.count_updates_per_epoch(len(data.train), train_rm.batch)
+    steps = train_rm.epochs * updates_per_epoch
+
+    optimiser = optim.make_optimiser(settings.optimiser, train_rm.decay, steps)
+    model, params, head_trained = loading.load_model(cfg.reward, "reward", "score", layout, path, cfg.seed)
     job = Job(
         cfg=cfg,
+        settings=settings,
         path=path,
         layout=layout,
         model=model,
@@ -101,43 +140,48 @@ def build_rm_job(cfg: ConfigDict, path: loading.Directory) -> tuple[Job, TrainSt
         data=data,
         lengths=lengths,
         labels=data.train.labels,
+        # Held-out rows are scored in the same shapes, so they count in the choice.
         shapes=batches.choose_shapes(
             np.concatenate([lengths, data.held_out.lengths]),
             bucket=cfg.data.bucket,
-            most=s.widths,
-            budget=cfg.reward.microbatch * cfg.reward.max_tokens,
-            batch=s.batch,
+            max_widths=train_rm.widths,
+            token_budget=cfg.reward.microbatch * cfg.reward.max_tokens,
+            batch_size=train_rm.batch,
             rows_multiple=layout.batch_shards,
         ),
-        accumulator=verifier_model.make_bce_accumulator(model.config, updates, optimiser, layout),
-        # A rectangle is one microbatch already.
-        score=verifier_model.make_score_fn(model.config, layout, dtype=cfg.reward.dtype, microbatch=2**30),
+        accumulator=verifier_model.make_bce_accumulator(model.config, settings.update, optimiser, layout),
+        score=verifier_model.make_score_fn(
+            model.config, layout, dtype=cfg.reward.dtype, microbatch=_NO_SPLIT
+        ),
         steps=steps,
-        eval_every=s.eval_every or per_epoch,
+        eval_every=train_rm.eval_every or updates_per_epoch,
     )
     return job, optim.init_state(params, optimiser)
 
 
-def place_microbatch(job: Job, m: batches.Microbatch, share: float) -> tuple[jax.Array, ...]:
-    """A microbatch on the devices: (ScoreBatch, labels, shares), a share for each row that is there."""
-    labels = packing.pad_rows(job.labels[m.rows], m.shape.rows)
-    shares = packing.pad_rows(np.full(len(m.rows), share, np.float32), m.shape.rows)
-    return job.layout.put((batches.fill_rectangle(job.data.train.tokens, m), labels, shares), "batch")
+def place_microbatch(job: Job, microbatch: batches.Microbatch, weight: float) -> tuple[jax.Array, ...]:
+    """A microbatch of training rows on the devices: (ScoreBatch, labels f32[rows], weights f32[rows]).
+
+    weight: of each row in the update's loss; padding rows have weight 0.
+    """
+    num_rows = microbatch.shape.rows
+    labels = packing.pad_rows(job.labels[microbatch.rows], num_rows)
+    weights = packing.pad_rows(np.full(len(microbatch.rows), weight, np.float32), num_rows)
+    batch = batches.pack_microbatch(job.data.train.tokens, microbatch)
+    return job.layout.put((batch, labels, weights), "batch")
 
 
 def describe_rm_job(job: Job) -> str:
-    """What is about to run."""
-    data, config, s = job.data, job.model.config, job.cfg.train_rm
-    share = data.train.labels.mean()
-    shapes = ", ".join(f"{x.rows} x {x.width}" for x in job.shapes)
-    left = "left out" if data.excluded else "kept"
-    lines = [
+    """A summary of model, data, mesh and microbatch shapes, for the terminal."""
+    data, config, train_rm = job.data, job.model.config, job.settings.train_rm
+    shapes = ", ".join(f"{shape.rows} x {shape.width}" for shape in job.shapes)
+    mesh_sizes = " x ".join(f"{name} {size}" for name, size in job.layout.mesh.shape.items())
+    overlap = "left out" if data.overlap_excluded else "kept"
+    return (
         f"{job.cfg.name}: {config.family} of {config.layers} layers x {config.width}, {len(data.train)} rows "
-        f"({share:.1%} correct; {data.too_long} dropped: over {s.max_characters} characters; "
-        f"{data.train.cut} cut to {job.cfg.reward.max_tokens} tokens; {data.attacked} are reward hacks), "
-        f"{len(data.held_out)} held out ({data.overlapping} with a training question {left}), "
-        f"{s.epochs} epochs of {job.steps // s.epochs} updates, mesh "
-        + " x ".join(f"{name} {size}" for name, size in job.layout.mesh.shape.items()),
-        f"microbatches of {shapes} tokens: a program each",
-    ]
-    return "\n".join(lines)
+        f"({data.train.labels.mean():.1%} correct; {data.too_long} dropped: over {train_rm.max_characters} "
+        f"characters; {data.train.truncated} cut to {job.cfg.reward.max_tokens} tokens; {data.attacked} are reward "
+        f"hacks), {len(data.held_out)} held out ({data.overlapping} with a training question {overlap}), "
+        f"{train_rm.epochs} epochs of {job.steps // train_rm.epochs} updates, mesh {mesh_sizes}\n"
+        f"microbatches of {shapes} tokens: a program each"
+    )

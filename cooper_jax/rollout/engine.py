@@ -40,7 +40,7 @@ from cooper_jax.rollout import rollout_plan
 from cooper_jax.rollout import slots as programs
 from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.rollout.slots import RolloutStatic
-from cooper_jax.runtime import hosts, machine
+from cooper_jax.runtime import device_memory, hosts
 from cooper_jax.runtime.mesh import Layout, is_spec, make_shardings
 from cooper_jax.types import Completion, Metrics, Params, Rollout
 
@@ -60,7 +60,7 @@ def generate(
     limits: Sequence[int] | None = None,
     max_rows: int | None = None,
     memory_gib: float | None = None,
-    weights: str = "auto",
+    weight_placement: str = "auto",
     on_groups: OnGroups | None = None,
     between_segments: Callable[[], None] | None = None,
     report: Callable[[Metrics], None] | None = None,
@@ -75,7 +75,7 @@ def generate(
     limits: each row's own most tokens, [N], at most T; None: T for all.
     max_rows: slots, in all: rows that are decoded at once.
     memory_gib: what weights, caches and slots may take of one device; the slots are as many as fit.
-    weights: gathered, sharded or auto: see `rollout_plan.should_gather`.
+    weight_placement: gathered, sharded or auto: see `rollout_plan.should_gather`.
     on_groups: is given each prompt's rows, on the host, while others are still decoded; each prompt once.
     between_segments: is called on the host before the prefill and before each decode segment, on every host equally
       often.  An exception that it raises ends the rollout and reaches the caller.
@@ -92,12 +92,12 @@ def generate(
         implementation = choose_kernels(config, layout)
     setting = RolloutStatic(config, layout, spec, implementation)
     size = rollout_plan.round_to_bucket(-(-len(prompts) // setting.shards))  # prompts a shard
-    gathered = weights != "sharded"
-    if weights == "auto":
+    gathered = weight_placement != "sharded"
+    if weight_placement == "auto":
         budget = (
             memory_gib * rollout_plan.GIB
             if memory_gib
-            else machine.device_memory(layout.mesh.devices.flat[0])
+            else device_memory.read_device_memory(layout.mesh.devices.flat[0])
         )
         gathered = rollout_plan.should_gather(config, layout, spec.dtype, budget)
     weights = copy_rollout_weights(params, config, layout, spec.dtype, gathered)

@@ -150,7 +150,7 @@ def prefill_chunk(weights, prompts, tokens, lengths, source, *, setting: Rollout
     """Run a chunk of prompts (`plan.Chunk`: tokens i32[D * b, p], lengths, source i32[B]) and put it into place."""
     s = setting
     hidden, kv = generation.prefill_prompts(
-        weights, s.config, tokens, lengths, dtype=jnp.dtype(s.spec.dtype), form=s.form, layout=s.layout
+        weights, s.config, tokens, lengths, dtype=jnp.dtype(s.spec.dtype), kv_format=s.form, layout=s.layout
     )
     here = source >= 0
     index = jnp.maximum(source, 0).reshape(s.shards, -1)
@@ -275,7 +275,7 @@ def decode_segment(weights, slots, requests, prompts, *, steps: int, refill_at: 
             first.reshape(-1),
             slots.column,
             dtype=jnp.dtype(s.spec.dtype),
-            form=s.form,
+            kv_format=s.form,
             layout=s.layout,
             implementation=s.implementation,
         )

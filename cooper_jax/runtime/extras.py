@@ -1,19 +1,19 @@
-"""Packages that only some jobs need: extras of the installed package, all of them in requirements.txt."""
+"""Import of optional packages, which only some jobs need (the extras of the installed package)."""
 
 import importlib
 from types import ModuleType
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """Import a module of a package that the base installation leaves out.
+    """Import a module of a package that the base installation does not include.
 
-    Raises ImportError that names the package and the extra that installs it.
+    Raises ImportError, naming the package and the extra that installs it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
-        if error.name != package:  # the package is there, and something that it needs is not
+        if error.name != package:  # the package is installed, but one of its dependencies is not
             raise
         raise ImportError(
             f"{package} is not installed: pip install 'cooper-jax[{extra}]'", name=package

@@ -1,18 +1,20 @@
-"""One run on several hosts: how its processes meet, what they tell each other, and how they end together.
+"""One run on several hosts: joining processes, exchanging host data, and ending together.
 
-Every process runs the same program and takes the same decisions (multi-controller).  What one alone knows goes
-round by `exchange`, over the coordination service of `jax.distributed`: bytes on the host, from any thread, without
-a program on the devices, which two threads could enqueue in different orders.
+Every process runs the same program and takes the same decisions (multi-controller).  Data that one process
+alone has is shared by `exchange_bytes` over the coordination service of `jax.distributed`: bytes on the host,
+from any thread, without a device program (two threads could enqueue those in different orders).
 
-1. `start` joins the processes, where there are several.
-2. `share`, `exchange`, `broadcast`, `fetch`: work divided, results on every process.
-3. `look` is called where a step may be given up: it raises `Stopped` on all processes at the same call once one has
-   got a SIGTERM, as machines that are about to be taken away send it.
-4. `together` wraps a process's main part.  A process that fails says so to the others, and one that is lost falls
-   silent: either ends them all, with a message, within `SILENCE` and a few seconds.
+1. `start_hosts` joins the processes, if there are several.
+2. `is_assigned` divides work; `exchange_bytes`, `broadcast_value` and `fetch_arrays` give results to all
+   processes.
+3. `raise_if_stopping` is called where a step may be abandoned.  After one process received a SIGTERM (sent to
+   machines that are about to be preempted), it raises `Stopped` on all processes at the same call.
+4. `run_as_one` wraps a process's main part.  A process that fails reports it to the others; one that is lost
+   stops its heartbeat.  Either ends all of them, with a message, within SILENCE_LIMIT and a few seconds.
 
-Exit codes:  0 done   2 a setup error   75 stopped after a checkpoint   69 another host was lost; after the last two
-the same command goes on.  (The first host runs the service: when it is lost, JAX aborts the others at once: 134.)
+Exit codes:  0 done   2 setup error   69 another host was lost   75 stopped after a checkpoint.  After 69 and
+75 the same command resumes the run.  The first host runs the coordination service: if it is lost, JAX itself
+aborts the others at once, with 134.
 """
 
 from __future__ import annotations
@@ -35,28 +37,28 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-SETUP_ERROR, LOST, STOPPED = 2, 69, 75
-BEAT = 2.0  # seconds between two signs of life
-SILENCE = 40.0  # seconds without one, after which a process is taken for lost
-# ms that `exchange` waits: others may compile, or load; those who are lost are found by their silence.
-PATIENCE = 24 * 3600 * 1000
-KEPT = 256  # calls of `exchange` whose bytes stay in the service
-# Beyond our own limit, so that our message and exit code come first.
-_HEARTBEAT_TIMEOUT = 90
-_PREFIX = "cooper"
-_AGAIN = "; start the same command again on all hosts, it resumes by itself"
+SETUP_ERROR, LOST, STOPPED = 2, 69, 75  # exit codes
+HEARTBEAT_INTERVAL = 2.0  # seconds
+SILENCE_LIMIT = 40.0  # seconds without a heartbeat, after which a process counts as lost
+# Long, because others may be compiling or loading weights.  Lost processes are detected by heartbeat.
+EXCHANGE_TIMEOUT_MS = 24 * 3600 * 1000
+KEPT_EXCHANGES = 256  # own messages that stay in the service before the oldest is deleted
+# Longer than SILENCE_LIMIT, so that our message and exit code come before JAX's.
+_JAX_HEARTBEAT_TIMEOUT = 90
+_KEY_PREFIX = "cooper"
+_RESTART_HINT = "; start the same command again on all hosts, it resumes by itself"
 
-_counts: Counter[str] = Counter()  # how often `exchange` was called by each name
-_own_keys: deque[str] = deque()  # of the last calls
+_exchange_counts: Counter[str] = Counter()  # calls of `exchange_bytes` by name
+_own_keys: deque[str] = deque()  # keys of this process's latest messages
 _lock = threading.Lock()
-_looks = 0
-_heard = [time.monotonic()]  # when the service last answered
-_signalled = threading.Event()
+_stop_checks = 0  # calls of `raise_if_stopping`
+_last_answer = [time.monotonic()]  # time of the coordination service's last answer
+_sigterm_received = threading.Event()  # with one process only: otherwise JAX handles the signal
 _finished = threading.Event()
 
 
 class Stopped(Exception):
-    """A SIGTERM came; all processes raise it at the same call of `look`."""
+    """A SIGTERM was received; all processes raise this at the same call of `raise_if_stopping`."""
 
 
 class HostLost(RuntimeError):
@@ -64,37 +66,38 @@ class HostLost(RuntimeError):
 
 
 def start_hosts() -> None:
-    """Join the other processes of this run; with one process alone only the signal is taken.
+    """Join the other processes of this run; a process without peers only installs its SIGTERM handler.
 
-    Which others there are is told by JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
-    found by JAX itself on TPU VMs, under SLURM and under Open MPI.  To be called before any device is touched.
+    The peers are given by JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found
+    by JAX on TPU VMs, under SLURM and under Open MPI.  Must be called before any device is used.
 
-    Raises ValueError where some of the three variables are missing.
+    Raises ValueError if only some of the three variables are set.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
-    options: dict[str, Any] = {"heartbeat_timeout_seconds": _HEARTBEAT_TIMEOUT}
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": _JAX_HEARTBEAT_TIMEOUT}
     if given:
         if len(given) < len(names):
             missing = [n for n in names if n not in given]
             raise ValueError(f"{', '.join(given)} is set without {', '.join(missing)}: set all three")
         address, count, index = given.values()
         options |= dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
-        # Without this JAX would look for a cluster to learn which devices are this process's: all of this host's.
+        # Otherwise JAX looks for a cluster to find out which local devices this process has: all of them.
         options["cluster_detection_method"] = "deactivate"
-    elif not _cluster():
-        signal.signal(signal.SIGTERM, lambda *_: _signalled.set())
+    elif not _can_find_peers():
+        signal.signal(signal.SIGTERM, lambda *_: _sigterm_received.set())
         return
+
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(**options)  # which takes the signal
+    jax.distributed.initialize(**options)  # installs JAX's own SIGTERM handler
     if jax.process_count() > 1:
-        _heard[0] = time.monotonic()
-        for work in (_watch, _watch_the_watch):
-            threading.Thread(target=work, daemon=True).start()
+        _last_answer[0] = time.monotonic()
+        for target in (_watch_peers, _watch_service):
+            threading.Thread(target=target, daemon=True).start()
 
 
-def _cluster() -> bool:
-    """Whether JAX can find this process's peers by itself."""
+def _can_find_peers() -> bool:
+    """Tell whether JAX can find this process's peers without being told."""
     if any(int(os.environ.get(n, 1)) > 1 for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
         return True
     platforms = os.environ.get("JAX_PLATFORMS") or "tpu"
@@ -102,206 +105,226 @@ def _cluster() -> bool:
     return chips and "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
 
 
-# --- work divided --------------------------------------------------------------------------------------------
+# --- dividing work and sharing results -----------------------------------------------------------------
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Tell whether this is process 0, which writes files and prints messages."""
     return jax.process_index() == 0
 
 
 def print_once(text: str) -> None:
-    """A line for the user, once."""
+    """Print a line for the user on process 0 alone."""
     if is_primary():
         print(text, flush=True)
 
 
 def is_assigned(key: int) -> bool:
-    """Whether the item of this number is this process's to work on."""
+    """Tell whether the work item with this number belongs to this process."""
     return key % jax.process_count() == jax.process_index()
 
 
 def exchange_bytes(name: str, own: bytes) -> list[bytes]:
-    """Every process's bytes, in the order of processes.
+    """Return every process's bytes, ordered by process index.
 
-    All processes must call it, by the same name; calls of one name meet in their order, calls of different names in
-    any.  Raises Lost where the service is gone.
+    All processes must call it with the same name.  Calls of one name are matched in their order; calls of
+    different names may come in any order.  Raises HostLost if the coordination service does not answer.
     """
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
         return [own]
     with _lock:
-        number = _counts[name]
-        _counts[name] += 1
-    place = f"{_PREFIX}/exchange/{name}"
-    client = _client()
+        number = _exchange_counts[name]
+        _exchange_counts[name] += 1
+    prefix = f"{_KEY_PREFIX}/exchange/{name}/{number}"
+    client = _get_client()
+
     try:
-        client.key_value_set_bytes(f"{place}/{number}/{index}", own)
-        others = {i: f"{place}/{number}/{i}" for i in range(count) if i != index}
-        got = {i: client.blocking_key_value_get_bytes(key, PATIENCE) for i, key in others.items()}
-        with _lock:  # what is so old has been read by all: they have come to later calls
-            old = _own_keys.popleft() if len(_own_keys) == KEPT else None
-            _own_keys.append(f"{place}/{number}/{index}")
-        if old is not None:
-            client.key_value_delete(old)
+        client.key_value_set_bytes(f"{prefix}/{index}", own)
+        received = {
+            i: client.blocking_key_value_get_bytes(f"{prefix}/{i}", EXCHANGE_TIMEOUT_MS)
+            for i in range(count)
+            if i != index
+        }
+        # Delete old messages, which would pile up in the service.  One this old has been read by all
+        # processes: they have made later calls.
+        with _lock:
+            oldest = _own_keys.popleft() if len(_own_keys) == KEPT_EXCHANGES else None
+            _own_keys.append(f"{prefix}/{index}")
+        if oldest is not None:
+            client.key_value_delete(oldest)
     except jax.errors.JaxRuntimeError as error:
         raise HostLost(f"the coordination service does not answer ({error})") from error
-    return [own if i == index else got[i] for i in range(count)]
+    return [own if i == index else received[i] for i in range(count)]
 
 
 def exchange_json(name: str, own: Any) -> list[Any]:
-    """`exchange` of what JSON holds."""
+    """Return every process's JSON value, ordered by process index; see `exchange_bytes`."""
     return [json.loads(x) for x in exchange_bytes(name, json.dumps(own).encode())]
 
 
 def broadcast_value(name: str, make: Callable[[], bytes]) -> bytes:
-    """What `make` gives on process 0, where alone it is called, on all."""
+    """Return the bytes that `make` returns on process 0; the other processes do not call it."""
     return exchange_bytes(name, make() if is_primary() else b"")[0]
 
 
 def on_primary_first(name: str, work: Callable[[], Any]) -> None:
-    """Run `work` on process 0 alone; the others wait for it."""
+    """Run `work` on process 0 alone, while the others wait for it."""
 
-    def done() -> bytes:
+    def run() -> bytes:
         work()
         return b""
 
-    broadcast_value(name, done)
+    broadcast_value(name, run)
 
 
 def fetch_arrays(tree: Any) -> Any:
-    """Arrays of the devices -> NumPy arrays, whole, on every process.
+    """Copy device arrays to NumPy arrays: the global arrays, on every process.
 
-    Runs a program where a part lies on another host's devices: to be called by all processes, in one order.
+    Runs an all-gather for arrays with shards on other hosts, so all processes must call it, in the same
+    order.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    away = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and not _at_hand(x)]
-    for i in away:
-        leaves[i] = _replicate(leaves[i].sharding.mesh)(leaves[i])
+    for i, x in enumerate(leaves):
+        if isinstance(x, jax.Array) and not _is_local(x):
+            assert isinstance(x.sharding, NamedSharding), f"an array over several hosts has {x.sharding}"
+            leaves[i] = _make_replicate(x.sharding.mesh)(x)
     return jax.tree.unflatten(treedef, jax.device_get(leaves))
 
 
-def _at_hand(x: jax.Array) -> bool:
+def _is_local(x: jax.Array) -> bool:
+    """Tell whether this process can read the whole array."""
     return x.is_fully_addressable or x.is_fully_replicated
 
 
 @functools.cache
-def _replicate(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+def _make_replicate(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+    """An all-gather onto every device of the mesh, cached so that it compiles once per shape."""
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-# --- how a run ends ------------------------------------------------------------------------------------------
+# --- ending a run --------------------------------------------------------------------------------------
 
 
 def raise_if_stopping() -> None:
-    """Raise `Stopped`, on all processes at the same call, after one of them got a SIGTERM.
+    """Raise `Stopped`, on all processes at the same call, after one of them received a SIGTERM.
 
-    All must call it equally often: between a step's stages, between segments of a rollout.
+    All processes must call it equally often: between the stages of a step, between segments of a rollout.
     """
-    global _looks
-    _looks += 1
-    if _client() is None:
-        stopped = _signalled.is_set()
+    global _stop_checks
+    _stop_checks += 1
+    if _get_client() is None:
+        stopping = _sigterm_received.is_set()
     else:
-        stopped = multihost_utils.reached_preemption_sync_point(_looks)
-    if stopped:
+        stopping = multihost_utils.reached_preemption_sync_point(_stop_checks)
+    if stopping:
         raise Stopped
 
 
 @contextlib.contextmanager
 def run_as_one() -> Iterator[None]:
-    """This process's main part: an error that ends it ends the others as well.
+    """Wrap this process's main part: an error that ends it ends the other processes, too.
 
-    With several processes it does not return where one failed, for the devices of the others would not answer.
+    With several processes, an error does not propagate to the caller: the process exits, because the other
+    processes' devices would never answer.
     """
     try:
         yield
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        _end(error)
-    _last_word("done")
+        _exit_after_error(error)
+    _send_final_state("done")
 
 
-def _end(error: BaseException) -> None:
-    """Report what ended this process, and leave without waiting for anybody."""
+def _exit_after_error(error: BaseException) -> None:
+    """Report the error that ended this process, and exit without waiting for the other processes."""
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    if code == STOPPED:  # all stop at the same place, and wait for each other
-        _last_word("done")
+    if code == STOPPED:  # raised at the same call on all processes: each ends normally
+        _send_final_state("done")
         raise error
+
     if isinstance(error, jax.errors.JaxRuntimeError | HostLost):
-        # Likely another host's end, seen by a collective first: those who watch know more.
+        # Probably a collective noticed another host's end first.  Leave the watching threads the time to find
+        # out which host it was; they exit with the better message.
         print(f"process {jax.process_index()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        time.sleep(SILENCE + 3 * BEAT)
+        time.sleep(SILENCE_LIMIT + 3 * HEARTBEAT_INTERVAL)
+
     if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
     with contextlib.suppress(Exception):
-        _last_word(f"failed {code}")
-        if is_primary():  # the service ends with it: let the others read that first
-            time.sleep(3 * BEAT)
+        _send_final_state(f"failed {code}")
+        if is_primary():  # the service ends with this process: let the others read the state first
+            time.sleep(3 * HEARTBEAT_INTERVAL)
     sys.stderr.flush()
     sys.stdout.flush()
     os._exit(code)
 
 
-def _watch() -> None:
-    """Show signs of life, and look for the others': runs in a thread of its own."""
-    last = {i: ("", time.monotonic()) for i in range(jax.process_count())}  # what each said, and since when
-    number = 0
-    while not _finished.wait(BEAT):
-        number += 1
+def _watch_peers() -> None:
+    """Send heartbeats and watch those of the other processes; runs in a thread of its own."""
+    # Process -> its last state, and the time at which the state last changed.
+    last = {i: ("", time.monotonic()) for i in range(jax.process_count())}
+    beat = 0
+    while not _finished.wait(HEARTBEAT_INTERVAL):
+        beat += 1
         try:
             with _lock:
                 if _finished.is_set():
                     return
-                _beat(str(number))
-            found = _client().key_value_dir_get(f"{_PREFIX}/beat/")
-        except Exception as error:  # whatever the service raises: without it nobody can go on
-            _leave(LOST, f"the first host does not answer ({str(error).splitlines()[0]}){_AGAIN}")
-        now = _heard[0] = time.monotonic()
-        for key, said in found:
+                _send_state(str(beat))
+            states = _get_client().key_value_dir_get(f"{_KEY_PREFIX}/beat/")
+        except Exception as error:  # any error of the service: no process can continue without it
+            _exit_now(LOST, f"the first host does not answer ({str(error).splitlines()[0]}){_RESTART_HINT}")
+
+        now = _last_answer[0] = time.monotonic()
+        # A heartbeat is a state that has changed; clocks of different hosts are never compared.
+        for key, state in states:
             i = int(key.rsplit("/", 1)[1])
-            last[i] = last[i] if last[i][0] == said else (said, now)
-        for i, (said, since) in last.items():
-            if said.startswith("failed"):
-                code = int(said.split()[1])
-                why = "ended with a setup error" if code == SETUP_ERROR else f"failed with exit code {code}"
-                _leave(code if code == SETUP_ERROR else LOST, f"process {i} {why}: see its own messages")
-            if said != "done" and now - since > SILENCE:
-                _leave(
-                    LOST,
-                    f"process {i} has shown no sign of life for {SILENCE:.0f} s: its host is lost{_AGAIN}",
-                )
+            if last[i][0] != state:
+                last[i] = (state, now)
+
+        for i, (state, since) in last.items():
+            if state.startswith("failed"):
+                code = int(state.split()[1])
+                if code == SETUP_ERROR:
+                    _exit_now(code, f"process {i} ended with a setup error: see its own messages")
+                _exit_now(LOST, f"process {i} failed with exit code {code}: see its own messages")
+            if state != "done" and now - since > SILENCE_LIMIT:
+                reason = f"process {i} has sent no heartbeat for {SILENCE_LIMIT:.0f} s: its host is lost"
+                _exit_now(LOST, reason + _RESTART_HINT)
 
 
-def _watch_the_watch() -> None:
-    """A first host that falls silent leaves `_watch` waiting for the service: somebody must look at the clock."""
-    while not _finished.wait(BEAT):
-        if time.monotonic() - _heard[0] > SILENCE:
-            _leave(LOST, f"the first host does not answer for {SILENCE:.0f} s{_AGAIN}")
+def _watch_service() -> None:
+    """Watch the coordination service: if its host hangs, `_watch_peers` blocks and cannot notice."""
+    while not _finished.wait(HEARTBEAT_INTERVAL):
+        if time.monotonic() - _last_answer[0] > SILENCE_LIMIT:
+            _exit_now(LOST, f"the first host does not answer for {SILENCE_LIMIT:.0f} s{_RESTART_HINT}")
 
 
-def _leave(code: int, why: str) -> None:
+def _exit_now(code: int, reason: str) -> None:
+    """Exit the process from a watching thread, unless its main part has already finished."""
     if _finished.is_set():
         return
-    print(f"process {jax.process_index()} stops: {why}", file=sys.stderr, flush=True)
+    print(f"process {jax.process_index()} stops: {reason}", file=sys.stderr, flush=True)
     os._exit(code)
 
 
-def _last_word(state: str) -> None:
+def _send_final_state(state: str) -> None:
+    """Publish "done" or "failed CODE", and end this process's heartbeats."""
     with _lock:
         _finished.set()
-        _beat(state)
+        _send_state(state)
 
 
-def _beat(state: str) -> None:
-    client = _client()
+def _send_state(state: str) -> None:
+    client = _get_client()
     if client is not None:
-        client.key_value_set(f"{_PREFIX}/beat/{jax.process_index()}", state, allow_overwrite=True)
+        client.key_value_set(f"{_KEY_PREFIX}/beat/{jax.process_index()}", state, allow_overwrite=True)
 
 
-def _client():
-    """The coordination service's client; JAX has no public name for it.  None with one process."""
+def _get_client() -> Any:
+    """The coordination service's client, None with one process.  JAX has no public name for it."""
     from jax._src import distributed
 
     return distributed.global_state.client

@@ -1,12 +1,12 @@
 """Random keys: every draw in the project starts from one table of named streams.
 
-1. `stream(seed, name, *ids)` is a typed JAX key, for arrays.
-2. `numpy_stream(seed, name, *ids)` is a NumPy generator, for choices made on the host.
+1. `make_key(seed, name, *ids)` returns a typed JAX key, for arrays.
+2. `make_generator(seed, name, *ids)` returns a NumPy generator, for choices made on the host.
 
-A key is a pure function of (seed, stream, ids): it knows nothing of the batch, the device count, the
-process or what was drawn before, so a restarted run draws what the uninterrupted one would have drawn.
-`ids` go from coarse to fine (step, prompt position, sample, token); a caller may also take the key of the
-coarse ids and fold the finer ones in under jit: `stream(s, n, a, b) == fold_in(stream(s, n, a), b)`.
+A key is a pure function of (seed, stream, ids).  It does not depend on the batch, the number of devices, the
+process or earlier draws, so a resumed run draws what the uninterrupted one would have drawn.  `ids` go from
+coarse to fine (step, prompt position, sample, token).  A caller may also make the key of the coarse ids and
+fold the finer ones in under jit: `make_key(s, n, a, b) == fold_in(make_key(s, n, a), b)`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import operator
 import jax
 import numpy as np
 
-# The numbers are part of every run's record: never renumber or reuse one, only append.
+# The numbers decide what every run draws: never renumber or reuse one, only append.
 STREAMS = {
     "rollout": 1,  # ids: step (then position, sample, token, folded in by the engine)
     "shuffle": 2,  # ids: epoch (the data order)
@@ -30,30 +30,30 @@ STREAMS = {
     "init_reward": 11,
     "init_assistant": 12,
     "init_score_head": 13,
-    "warmup_policy": 14,  # ids: epoch (the phase's order)
-    "warmup_reward": 15,  # ids: epoch (the phase's order)
+    "supervised_policy": 14,  # ids: epoch (the phase's order)
+    "supervised_reward": 15,  # ids: epoch (the phase's order)
     "demonstrations": 16,  # ids: position in the phase's order (forms and corrupted steps)
     "triples": 17,  # ids: position in the phase's order (corruptions, swapped references)
     "train_rm": 18,  # ids: epoch (the order of batches)
     "source": 19,  # ids: try (completions that are to be annotated; then problem, sample, token)
     "judge": 20,  # ids: try (verdicts of a language model)
-    "benchmark": 21,  # ids: CRC of the data set's name (then problem, sample, token); none: which part is taken
+    "benchmark": 21,  # ids: CRC of the data set's name (then problem, sample, token); none: the part taken
     "bootstrap": 22,  # no ids: every figure is resampled alike
     "references": 23,  # no ids: which question's reference replaces a row's own
     "balance": 24,  # ids: two words of a row's id (which annotated rows stay)
     "attacks": 25,  # ids: attack, row (wording of a reward hack)
     "reward_sets": 40,  # ids: set, row (labelled completions on which a reward model is measured)
     "attacked": 26,  # no ids: which training rows are shown under a reward hack, and under which
-    "warm_start": 27,  # ids: epoch (its order of problems); none (its rollouts: then position, sample, token)
+    "reward_warmup": 27,  # ids: epoch (its order of problems); none (its rollouts: then position, sample, token)
     "lessons": 28,  # ids: step, first position (which decided rollouts a reward model learns from)
     "swapped": 29,  # ids: step, row (the order in which other references are tried)
     "exchanged": 30,  # ids: step, prompt position (which pairs are exchanged, as a control)
 }
 
-_WORD = 2**32  # ids and seeds are 32-bit words: what fold_in takes, and what SeedSequence does not regroup
+_WORD = 2**32  # ids and seeds are 32-bit words: fold_in takes no others, and SeedSequence would split them
 
 
-def _check(seed: int, name: str, ids: tuple[int, ...]) -> None:
+def _check_arguments(seed: int, name: str, ids: tuple[int, ...]) -> None:
     if name not in STREAMS:
         raise KeyError(f"no random stream is called {name!r}; there are {', '.join(sorted(STREAMS))}")
     for what, value in (("seed", seed), *((f"ids[{i}]", v) for i, v in enumerate(ids))):
@@ -62,14 +62,14 @@ def _check(seed: int, name: str, ids: tuple[int, ...]) -> None:
 
 
 def make_key(seed: int, name: str, *ids: int) -> jax.Array:
-    """The typed key of a named stream: key<fry>[].
+    """Make the typed key of a named stream: key<fry>[].
 
-    Raises KeyError for a name that is not in `STREAMS`, TypeError for a seed or an id that is no
-    integer, ValueError for one outside 32 bits.
+    Raises KeyError for a name that is not in `STREAMS`, TypeError for a seed or an id that is not an integer,
+    ValueError for one outside 32 bits.
     """
-    _check(seed, name, ids)
-    # The generator is named: the default may change, and a run must draw alike under every jax.  The seed is
-    # folded in as well, since key() itself would refuse seeds of 2^31 and more without 64-bit types.
+    _check_arguments(seed, name, ids)
+    # The implementation is explicit, so that draws do not change with JAX's default.  The seed is folded in,
+    # because key() rejects seeds of 2^31 and above without 64-bit types.
     key = jax.random.key(0, impl="threefry2x32")
     for word in (seed, STREAMS[name], *ids):
         key = jax.random.fold_in(key, np.uint32(word))
@@ -77,12 +77,12 @@ def make_key(seed: int, name: str, *ids: int) -> jax.Array:
 
 
 def make_generator(seed: int, name: str, *ids: int) -> np.random.Generator:
-    """A NumPy generator of a named stream, independent of the JAX key of the same name.
+    """Make the NumPy generator of a named stream, independent of the JAX key of the same name.
 
-    Raises as `stream` does.
+    Raises the same errors as `make_key`.
     """
-    _check(seed, name, ids)
-    # With a spawn key NumPy pads the entropy to a fixed width, so seed and ids cannot run into each other.
+    _check_arguments(seed, name, ids)
+    # Given a spawn key, NumPy pads the entropy to a fixed width, so that seed and ids stay separate.
     spawn_key = (STREAMS[name], *(operator.index(i) for i in ids))
     return np.random.Generator(
         np.random.PCG64(np.random.SeedSequence(operator.index(seed), spawn_key=spawn_key))

@@ -1,20 +1,22 @@
-"""Devices, axes, and the rules that place arrays on them.
+"""Device meshes, and the rules that shard arrays over them.
 
-1. `split_devices` sets devices aside for models that do not share the policy's mesh, some of every host's.
-2. `make_mesh` lays devices out on the axes data x fsdp x tensor.  Over several slices (TPU pods that a data-centre
-   network joins, or hosts of GPUs) one axis alone crosses from slice to slice; the others stay on fast links.
-3. A `Layout` is such a mesh with a table of rules: a logical axis ("embed", "heads", ...) to a mesh axis; and a
-   second one, tried before it, for a rollout's copy of the weights.
-4. A parameter is declared once, as a `ParamSpec`: shape, logical axes and initialiser.  Shapes, shardings
-   and initial values all derive from it.
+1. `split_devices` reserves devices on every host for models that do not share the policy's mesh.
+2. `make_mesh` arranges devices on the axes data x fsdp x tensor.  With several slices (TPU pods joined by a
+   data-centre network, or hosts of GPUs), only one axis crosses slices; the others stay on fast links.
+3. A `Layout` is such a mesh with a table of rules that maps a logical axis ("embed", "heads", ...) to a mesh
+   axis.  A second table is tried before it for a rollout's copy of the weights.
+4. A parameter is declared once, as a `ParamSpec`: shape, logical axes and initialiser.  Abstract values,
+   shardings and initial values derive from it.
 
-A dimension that its mesh axis does not divide falls to the next rule of that logical axis, or raises.  There is no
-axis over a row's tokens: rows of the paper's length (1,024) are many and short, and cut over `data` and `fsdp`.
+If a mesh axis does not divide a dimension, the next rule of that logical axis is tried; without one this is
+an error.  The tokens of a row are not sharded: rows of the paper's length (1,024) are many and short, and
+sharded over `data` and `fsdp`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,10 +33,10 @@ Rules = tuple[tuple[str, Any], ...]
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """A parameter: shape, one logical axis name (or None) a dimension, and how it starts.
+    """Declaration of a parameter: shape, one logical axis name (or None) per dimension, initialiser.
 
     init: "normal" (standard deviation `scale`), "zeros" or "ones".
-    keep_f32: it computes in float32, as norms do; the other parameters are cast to the compute type.
+    keep_f32: used in float32 (norms); other parameters are cast to the compute dtype.
     """
 
     shape: tuple[int, ...]
@@ -45,20 +47,21 @@ class ParamSpec:
 
 
 def parse_sizes(text: str) -> tuple[int, int, int]:
-    """ "1x2x1" -> (1, 2, 1), data x fsdp x tensor.  Raises ValueError for anything else."""
+    """Parse "1x2x1" into (1, 2, 1): data x fsdp x tensor.  Raises ValueError for anything else."""
     parts = text.split("x")
     if len(parts) != len(AXES) or not all(p.isdecimal() and int(p) for p in parts):
         raise ValueError(f"{text!r} is no mesh: write {' x '.join(AXES)} as in 1x2x1")
-    return tuple(int(p) for p in parts)
+    data, fsdp, tensor = map(int, parts)
+    return data, fsdp, tensor
 
 
 def split_devices(
     devices: Sequence[jax.Device], aside: Mapping[str, tuple[int, int, int]]
 ) -> tuple[list[jax.Device], dict[str, list[jax.Device]]]:
-    """Devices that are left, and those set aside under each name for a mesh of so many.
+    """Reserve devices for meshes of the given sizes -> (remaining devices, reserved devices by name).
 
-    Every host gives the same number, its last ones: all hosts take part in every program.  Raises ValueError where
-    the hosts cannot give equally many, or nothing would be left.
+    Every host gives the same number of its last devices, because all hosts take part in every program.
+    Raises ValueError if hosts cannot give equally many, or no device would remain.
     """
     by_host: dict[int, list[jax.Device]] = {}
     for device in devices:
@@ -66,16 +69,16 @@ def split_devices(
     taken: dict[str, list[jax.Device]] = {}
     for name, sizes in aside.items():
         count, hosts = math.prod(sizes), len(by_host)
-        each, least = count // hosts, min(map(len, by_host.values()))
-        if count % hosts or each >= least:
+        per_host, fewest = count // hosts, min(map(len, by_host.values()))
+        if count % hosts or per_host >= fewest:
             raise ValueError(
                 f"mesh.{name}={'x'.join(map(str, sizes))} takes {count} devices, as many from each of {hosts} "
-                f"hosts, and must leave some; a host has {least} left: choose another size, or '' to share the "
+                f"hosts, and must leave some; a host has {fewest} left: choose another size, or '' to share the "
                 "policy's mesh"
             )
-        taken[name] = [d for own in by_host.values() for d in own[-each:]]
-        by_host = {host: own[:-each] for host, own in by_host.items()}
-    return [d for own in by_host.values() for d in own], taken
+        taken[name] = list(itertools.chain.from_iterable(own[-per_host:] for own in by_host.values()))
+        by_host = {host: own[:-per_host] for host, own in by_host.items()}
+    return list(itertools.chain.from_iterable(by_host.values())), taken
 
 
 def make_mesh(
@@ -85,11 +88,12 @@ def make_mesh(
     devices: Sequence[jax.Device] | None = None,
     across: str = "data",
 ) -> Mesh:
-    """A data x fsdp x tensor mesh; one axis may be -1 ("all the rest").
+    """Make a data x fsdp x tensor mesh; one axis may be -1, which takes the remaining devices.
 
-    across: the axis that spans slices, where the devices lie in several: neighbours on the others share one.
+    across: the axis that crosses slices, if the devices are in several.
 
-    Raises ValueError when the axes do not multiply to the number of devices, or slices do not divide `across`.
+    Raises ValueError if the axes do not multiply to the number of devices, or the number of slices does not
+    divide `across`.
     """
     devices = list(jax.devices() if devices is None else np.asarray(devices).flat)
     sizes = [data, fsdp, tensor]
@@ -105,12 +109,13 @@ def make_mesh(
         )
     if across not in AXES:
         raise ValueError(f"mesh.across={across!r}: it is one of {', '.join(AXES)}")
+
     axis_types = (AxisType.Auto,) * len(AXES)
     return Mesh(_arrange(devices, sizes, AXES.index(across)), AXES, axis_types=axis_types)
 
 
 def _arrange(devices: list[jax.Device], sizes: list[int], across: int) -> np.ndarray:
-    """The devices as an array of `sizes`: neighbours in it are neighbours on the machine."""
+    """Arrange the devices in an array of `sizes` whose neighbours are connected by fast links."""
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices == 1:
         if devices[0].platform == "tpu" and _is_box(devices):
@@ -127,7 +132,7 @@ def _arrange(devices: list[jax.Device], sizes: list[int], across: int) -> np.nda
 
 
 def _is_box(devices: Sequence[jax.Device]) -> bool:
-    """Whether TPU chips fill a box: a part of a host's is laid out in its own order."""
+    """Tell whether TPU chips fill a box; a part of a host's chips keeps its own order instead."""
     coords = np.asarray([d.coords for d in devices])
     cores = len({d.core_on_chip for d in devices})
     return int(np.prod(coords.max(0) - coords.min(0) + 1)) * cores == len(devices)
@@ -135,61 +140,63 @@ def _is_box(devices: Sequence[jax.Device]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and its rules: everything that decides where an array lives.  Hashable, so static in jit."""
+    """A mesh and its sharding rules.  Hashable, so that it can be a static argument of jit."""
 
     mesh: Mesh
     rules: Rules
     rollout_rules: Rules = (("embed", None),)  # tried before `rules` for a rollout's copy of the weights
 
     def for_rollout(self) -> Layout:
-        """The layout of the weights that a rollout reads."""
+        """The layout of a rollout's copy of the weights."""
         return dataclasses.replace(self, rules=(*self.rollout_rules, *self.rules))
 
     @property
     def single_device(self) -> bool:
-        """Whether nothing is partitioned."""
+        """True if nothing is partitioned."""
         return self.mesh.size == 1
 
     @property
     def fast_cpu_products(self) -> bool:
-        """Whether generation multiplies in the form that XLA:CPU computes fastest (`kernels.matmul.matmul_cpu`).
+        """True if generation uses the product that XLA:CPU computes fastest (`kernels.matmul.matmul_cpu`).
 
-        On one device only: over several, the partitioner would gather the operands of these products.
+        On one device only: over several, the partitioner would gather its operands.
         """
         return self.single_device and self.platform == "cpu"
 
     @property
     def batch_shards(self) -> int:
-        """Into how many parts a batch is cut; batch sizes must be multiples of it."""
+        """Number of shards of a batch; batch sizes must be multiples of it."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     @property
     def platform(self) -> str:
-        """Of the mesh's devices, which need not be the default backend's: cpu, gpu, tpu."""
+        """The platform of the mesh's devices: cpu, gpu or tpu; it may differ from the default backend's."""
         return self.mesh.devices.flat[0].platform
 
     def ways(self, target: Any) -> int:
-        """Into how many parts a PartitionSpec's entry cuts a dimension."""
+        """Number of shards into which an entry of a PartitionSpec splits a dimension."""
         targets = (target,) if isinstance(target, str) else tuple(target or ())
         return math.prod(self.mesh.shape[t] for t in targets)
 
     def first_ways(self, axis: str) -> int:
-        """Into how many parts the first rule of a logical axis cuts it: what its sizes had better divide by."""
+        """Number of shards by the first rule of a logical axis; sizes should be multiples of it."""
         return next((self.ways(target) for name, target in self.rules if name == axis), 1)
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> PartitionSpec:
-        """The PartitionSpec of an array with these logical axes.
+        """Make the PartitionSpec of an array with these logical axes.
 
-        With a shape, rules whose mesh axes do not divide the dimension are passed over.  Raises ValueError
-        for an axis that no rule serves.
+        With a shape, rules whose mesh axes do not divide the dimension are skipped.  Raises ValueError for an
+        axis for which no rule is left.
         """
-        used: set[str] = set()
-        out = []
+        used: set[str] = set()  # mesh axes; each may shard one dimension only
+        entries = []
         for i, axis in enumerate(axes):
-            out.append(None if axis is None else self._place(axis, None if shape is None else shape[i], used))
-        return PartitionSpec(*out)
+            size = None if shape is None else shape[i]
+            entries.append(None if axis is None else self._find_target(axis, size, used))
+        return PartitionSpec(*entries)
 
-    def _place(self, axis: str, size: int | None, used: set[str]) -> Any:
+    def _find_target(self, axis: str, size: int | None, used: set[str]) -> Any:
+        """The first rule's mesh axes that are free and divide the dimension; adds them to `used`."""
         tried = []
         for name, target in self.rules:
             if name != axis:
@@ -208,51 +215,63 @@ class Layout:
         )
 
     def sharding(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
+        """Make the NamedSharding of an array with these logical axes; see `spec`."""
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
     @property
     def replicated(self) -> NamedSharding:
+        """The sharding of an array that every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Inside jit: pin an activation to its place."""
+        """Constrain the sharding of an array inside jit; `axes` are logical axes, one per dimension."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
     def put(self, tree: Any, *axes: str | None) -> Any:
-        """Place arrays that every host holds; `axes` name the leading dimensions, the others are replicated."""
+        """Put arrays that every host holds on the devices.
+
+        `axes` are the logical axes of the leading dimensions; the other dimensions are replicated.
+        """
 
         def place(x):
             x = np.asarray(x)
             sharding = self.sharding(axes[: x.ndim] + (None,) * (x.ndim - len(axes)), x.shape)
-            # By callback: of a batch that every host holds, each copies its own devices' rows alone.
+            # The callback lets each host copy only its own devices' rows.
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
         return jax.tree.map(place, tree)
 
 
 def is_spec(x: Any) -> bool:
+    """Tell whether x is a ParamSpec; `is_leaf` for trees of them."""
     return isinstance(x, ParamSpec)
 
 
 def make_shardings(layout: Layout, specs: Any) -> Any:
-    """A tree of ParamSpec -> the same tree of NamedSharding."""
+    """Make the tree of NamedSharding for a tree of ParamSpec."""
     return jax.tree.map(lambda s: layout.sharding(s.axes, s.shape), specs, is_leaf=is_spec)
 
 
 def check_sharding(layout: Layout, specs: Any) -> None:
-    """Raise ValueError for a parameter of over 1 MB that lies whole on every device though `fsdp` was to cut it."""
-    for path, s in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
-        sharding, wanted = layout.sharding(s.axes, s.shape), [a for a in s.axes if layout.first_ways(a) > 1]
-        if wanted and 4 * math.prod(s.shape) > 2**20 and sharding.shard_shape(s.shape) == s.shape:
-            if layout.mesh.shape["fsdp"] > 1:
-                raise ValueError(
-                    f"mesh {dict(layout.mesh.shape)} does not divide {jax.tree_util.keystr(path)} of shape "
-                    f"{s.shape}, which would lie whole on every device: choose sizes that divide it"
-                )
+    """Raise ValueError if the rules shard a parameter of over 1 MiB, but every device would hold all of it.
+
+    Only meshes with an `fsdp` axis are checked: they are chosen to save memory.
+    """
+    fsdp = layout.mesh.shape["fsdp"]
+    for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
+        sharding = layout.sharding(spec.axes, spec.shape)
+        has_sharded_axis = any(layout.first_ways(axis) > 1 for axis in spec.axes)
+        is_large = 4 * math.prod(spec.shape) > 2**20  # bytes, in f32
+        is_replicated = sharding.shard_shape(spec.shape) == spec.shape
+        if fsdp > 1 and has_sharded_axis and is_large and is_replicated:
+            raise ValueError(
+                f"mesh {dict(layout.mesh.shape)} does not divide {jax.tree_util.keystr(path)} of shape "
+                f"{spec.shape}, which every device would hold whole: choose sizes that divide it"
+            )
 
 
 def abstract_params(layout: Layout, specs: Any) -> Any:
-    """A tree of ParamSpec -> the same tree of f32 ShapeDtypeStruct, placed."""
+    """Make the tree of f32 ShapeDtypeStruct with shardings for a tree of ParamSpec."""
     return jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=layout.sharding(s.axes, s.shape)),
         specs,
@@ -261,20 +280,27 @@ def abstract_params(layout: Layout, specs: Any) -> Any:
 
 
 def init_params(key: jax.Array, specs: Any, layout: Layout) -> Any:
-    """Initial f32 values, placed by the layout; each parameter's bits depend on the key and its own path alone."""
+    """Draw initial f32 values, sharded by the layout.
+
+    Each parameter's bits depend on the key and on the parameter's own path: not on other parameters or the
+    mesh.
+    """
     leaves, treedef = jax.tree.flatten_with_path(specs, is_leaf=is_spec)
 
-    def make(key):
-        out = []
-        for path, s in leaves:
+    def draw(key):
+        params = []
+        for path, spec in leaves:
             name = jax.tree_util.keystr(path)
-            sub = jax.random.fold_in(key, int.from_bytes(name.encode(), "little") % (2**31 - 1))
-            if s.init == "normal":
-                out.append(s.scale * jax.random.normal(sub, s.shape, jnp.float32))
-            elif s.init in ("zeros", "ones"):
-                out.append(getattr(jnp, s.init)(s.shape, jnp.float32))
+            # Keyed by the path: parameters keep their values if others are added or reordered.
+            path_key = jax.random.fold_in(key, int.from_bytes(name.encode(), "little") % (2**31 - 1))
+            if spec.init == "normal":
+                params.append(spec.scale * jax.random.normal(path_key, spec.shape, jnp.float32))
+            elif spec.init == "zeros":
+                params.append(jnp.zeros(spec.shape, jnp.float32))
+            elif spec.init == "ones":
+                params.append(jnp.ones(spec.shape, jnp.float32))
             else:
-                raise ValueError(f"{name}: init {s.init!r} is none of normal, zeros, ones")
-        return jax.tree.unflatten(treedef, out)
+                raise ValueError(f"{name}: init {spec.init!r} is none of normal, zeros, ones")
+        return jax.tree.unflatten(treedef, params)
 
-    return jax.jit(make, out_shardings=make_shardings(layout, specs))(key)
+    return jax.jit(draw, out_shardings=make_shardings(layout, specs))(key)

@@ -1,18 +1,19 @@
-"""What a run tells: numbers per step, seconds per phase, one live line.
+"""Metrics of a run: numbers per step, seconds per phase, JSON lines, and a progress line.
 
-1. `to_host` brings a step's numbers over in one transfer.
-2. `Phases` adds up wall-clock seconds under `time/<phase>`.
-3. `JsonLines` appends one JSON object a line, and is cut back to a step when a run resumes.
-4. `Progress` shows where the run stands.
+1. `to_host` copies a step's numbers from the device in one transfer.
+2. `PhaseTimer` adds up wall-clock seconds under `time/<phase>`.
+3. `JsonLines` appends one JSON object per line, and is truncated to a step when a run resumes.
+4. `Progress` shows how far the run has come.
 
-JSON has no NaN and no infinities: NaN is written as null, the others as the strings "inf" and "-inf", so that
-every line stays valid JSON, and `numbers` turns them back into numbers.
+JSON has no NaN and no infinities: NaN is written as null, infinities as the strings "inf" and "-inf", so that
+every line stays valid JSON.  `parse_numbers` converts them back.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import json
 import math
 import os
@@ -34,15 +35,16 @@ _NOT_FINITE = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def to_host(metrics: Mapping[str, Any], group: str = "") -> Metrics:
-    """Scalars on the device -> host floats, in one transfer, under `group/` where one is given."""
+    """Copy scalars from the device in one transfer, as floats; names get the prefix `group/`, if given."""
     prefix = f"{group}/" if group else ""
     return {prefix + name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
 
 
 class PhaseTimer:
-    """Wall-clock seconds per named phase; phases may nest or run in several threads, each counts its own.
+    """Wall-clock seconds per named phase; phases may nest or run in threads, each is timed separately.
 
-    JAX works in the background: a phase must fetch (or block on) what it made, or the next one pays for it.
+    JAX dispatches asynchronously: a phase must fetch its results (or block on them), or the next phase's time
+    includes their computation.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -52,6 +54,7 @@ class PhaseTimer:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the seconds of a `with` block to a phase."""
         start = self._clock()
         try:
             yield
@@ -60,16 +63,17 @@ class PhaseTimer:
                 self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
 
     def collect(self) -> Metrics:
-        """`time/<phase>` -> seconds since the last call, which begins anew."""
+        """Return `time/<phase>` -> seconds, and reset them."""
         with self._lock:
             seconds, self._seconds = self._seconds, {}
         return {f"time/{name}": value for name, value in seconds.items()}
 
 
 def to_jsonable(x: Any, where: str = "") -> Any:
-    """Plain JSON values from numbers, strings, NumPy or JAX scalars and containers of them.
+    """Convert numbers, strings, NumPy and JAX arrays, and containers of them to JSON values.
 
-    Raises TypeError for anything else, naming its place.
+    NaN becomes None, infinities become "inf" and "-inf".  Raises TypeError for anything else, naming its
+    place.
     """
     if x is None or isinstance(x, bool | int):
         return x
@@ -80,75 +84,79 @@ def to_jsonable(x: Any, where: str = "") -> Any:
     if isinstance(x, list | tuple):
         return [to_jsonable(v, f"{where}[{i}]") for i, v in enumerate(x)]
     if isinstance(x, float):
-        return x if math.isfinite(x) else None if math.isnan(x) else str(float(x))
+        if math.isnan(x):
+            return None
+        return x if math.isfinite(x) else str(float(x))
     if isinstance(x, np.generic | np.ndarray | jax.Array):
         return to_jsonable(np.asarray(x).tolist(), where)
-    raise TypeError(f"{where.lstrip('.') or 'the value'} is a {type(x).__name__}, which has no place in JSON")
+    raise TypeError(f"{where.lstrip('.') or 'the value'} is a {type(x).__name__}, which JSON cannot hold")
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with its `step`; steps never go back."""
+    """A file of JSON objects, one per line, each with a `step`; steps never decrease."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._file = None
+        self._file: io.FileIO | None = None  # opened by the first `append`
 
     def truncate(self, step: int | None) -> int | None:
-        """Drop the lines after `step` (all of them for None) and a torn last one; returns the last step kept.
+        """Drop lines after `step` (None: all) and an incomplete last line; return the last step kept.
 
-        The file is rewritten in one step, so a kill loses nothing.  Raises ValueError for a line before the
-        last that is not an object with a step.
+        The file is replaced atomically, so that SIGKILL loses nothing.  Raises ValueError for a line that is
+        not an object with a step, unless it is the incomplete last one.
         """
         self.close()
         before = self.path.read_bytes() if self.path.exists() else b""
-        kept, last = [], None
+        kept, last_step = [], None
         lines = before.splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
             try:
-                at = int(json.loads(line)["step"])
+                line_step = int(json.loads(line)["step"])
             except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines) and not line.endswith(b"\n"):
-                    break  # torn by a kill
+                    break  # the process was killed while it wrote the line
                 raise ValueError(
-                    f"{self.path}, line {number} is no JSON object with a step ({error}): mend or delete the line"
+                    f"{self.path}, line {number} is no JSON object with a step ({error}): fix or delete the line"
                 ) from error
-            if step is not None and at <= step:
+            if step is not None and line_step <= step:
                 kept.append(line.rstrip(b"\n") + b"\n")
-                last = at
+                last_step = line_step
+
+        # Rewrite the file only if something was dropped.
         after = b"".join(kept)
         if after != before:
             write_atomically(self.path, after)
-        return last
+        return last_step
 
     def append(self, *rows: Mapping[str, Any]) -> None:
-        """Write rows and see them onto the disk; values as `jsonable` takes them.
+        """Append rows and flush them to disk; values may be of any type that `to_jsonable` takes.
 
-        Raises OSError, naming the file, for a disk that is full; the next start drops what was torn.
+        Raises OSError, naming the file, if the disk is full; the next start drops the incomplete line.
         """
-        text = "".join(
-            json.dumps(to_jsonable(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows
-        )
-        # A lone surrogate has no UTF-8 form; as the escape \udXXX it is what JSON would write.
+        lines = [json.dumps(to_jsonable(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+        text = "".join(lines)
+        # A lone surrogate cannot be encoded as UTF-8; the escape \udXXX means the same in JSON.
         data = text.encode("utf-8", "backslashreplace")
         try:
             if self._file is None:
                 self._file = open(self.path, "ab", buffering=0)
             while data:
                 data = data[self._file.write(data) :]
-            os.fsync(self._file.fileno())  # a checkpoint must never be ahead of the lines that it stands for
+            os.fsync(self._file.fileno())  # a checkpoint must never be newer than the lines of its steps
         except OSError as error:
             raise OSError(
-                error.errno, f"{error.strerror}: mend that, and start the same command again", str(self.path)
+                error.errno, f"{error.strerror}: fix that, and start the same command again", str(self.path)
             ) from error
 
     def close(self) -> None:
+        """Close the file; another `append` opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file.  Raises ValueError naming file and line for a malformed one."""
+    """Read the objects of a JSON-lines file.  Raises ValueError, naming file and line, for a bad line."""
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -162,18 +170,21 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def parse_numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """A row of `jsonable` numbers, NaN and infinities as numbers again."""
+    """Undo `to_jsonable` for a row of numbers: NaN and infinities become floats again."""
     return {name: _NOT_FINITE.get(value, value) for name, value in row.items()}
 
 
 class Progress:
-    """One live line on a terminal; elsewhere (a log file, a pipe) one plain line a step.
+    """A progress bar on a terminal; elsewhere (a log file, a pipe) one plain line per step.
 
-    steps: in all.  done: those of an earlier life, which the estimate of the time left does not count.  quiet: say
-    nothing, as a run's further processes do.
+    Args:
+      steps: total number of steps.
+      done: steps done before this start, which the estimate of the remaining time does not count.
+      quiet: print nothing (processes other than the primary one).
     """
 
-    SHOWN = (  # label, metric, format; a metric that an arm does not have is left out
+    # (label, metric, format); a metric that an arm does not have is left out.
+    SHOWN: tuple[tuple[str, str, str], ...] = (
         ("reward", "reward/mean", ".3f"),
         ("rule", "rule/accuracy", ".1%"),
         ("kl", "policy/kl", ".2e"),
@@ -191,22 +202,24 @@ class Progress:
         self._quiet = quiet
         self._out = sys.stdout if out is None else out
         self._clock = clock
-        # The last few steps alone: the first compiles, and evaluations or checkpoints come now and then.
-        self._marks = collections.deque([(done, clock())], maxlen=11)
-        self._bar = None
+        # The last ten steps only: the first step compiles, and evaluations or checkpoints come now and then.
+        self._step_times = collections.deque([(done, clock())], maxlen=11)
+        self._bar: tqdm | None = None
         if self._out.isatty() and not quiet:
             self._bar = tqdm(total=steps, initial=done, file=self._out, unit="step", bar_format=_BAR)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """`step` is done.  ETA is steps left times the mean of the last ten steps' seconds."""
+        """Show that `step` is done.  ETA: the steps left times the mean seconds of the last ten steps."""
         if self._quiet:
             return
-        self._marks.append((step, self._clock()))
-        (first, start), (last, end) = self._marks[0], self._marks[-1]
-        pace = (end - start) / max(last - first, 1)
-        parts = [f"{label} {metrics[name]:{form}}" for label, name, form in self.SHOWN if name in metrics]
-        parts.append(f"{pace:.1f} s/step")
-        parts.append(f"ETA {_clock_time(pace * max(self.steps - step, 0))}")
+
+        self._step_times.append((step, self._clock()))
+        (first, start), (last, end) = self._step_times[0], self._step_times[-1]
+        seconds_per_step = (end - start) / max(last - first, 1)
+        parts = [f"{label} {metrics[name]:{spec}}" for label, name, spec in self.SHOWN if name in metrics]
+        parts.append(f"{seconds_per_step:.1f} s/step")
+        parts.append(f"ETA {_format_duration(seconds_per_step * max(self.steps - step, 0))}")
+
         if self._bar is None:
             print(f"step {step}/{self.steps}  " + "  ".join(parts), file=self._out, flush=True)
         else:
@@ -214,13 +227,14 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def note(self, text: str) -> None:
-        """A line of its own, which does not break the live one."""
+        """Print a line without breaking the progress bar."""
         if self._bar is None:
             print(text, file=self._out, flush=True)
         else:
             self._bar.write(text, file=self._out)
 
     def close(self) -> None:
+        """Finish the progress bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -228,7 +242,7 @@ class Progress:
 _BAR = "step {n_fmt}/{total_fmt} |{bar}| {postfix}"
 
 
-def _clock_time(seconds: float) -> str:
-    """Seconds -> h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+def _format_duration(seconds: float) -> str:
+    """Format seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,18 +1,22 @@
-"""Optimisers, guarded updates, and batches that are worked through in microbatches.
+"""Optimisers, updates that skip non-finite gradients, and gradient accumulation over microbatches.
 
-1. `make` turns an `OptimiserConfig` into AdamW: clipped by the global gradient norm, warmed up linearly.
-2. `init` wraps f32 parameters into a `TrainState`; `state_shardings` says where every part of it lives.
-3. `accumulate` sums loss and gradients over microbatches of one shape, `make_accumulator` over microbatches of any
-   shapes, a call each; `map_rows` runs a forward pass over them.
-4. `apply` moves the state, unless loss or gradients are not finite: then nothing moves, and it is counted.
+1. `make_optimiser` turns an `OptimiserConfig` into AdamW with clipping by the global gradient norm and linear
+   warm-up.
+2. `init_state` makes a `TrainState` from f32 parameters; `state_shardings` gives the sharding of every part
+   of it.
+3. `accumulate_gradients` sums loss and gradients over microbatches of one shape in one program;
+   `make_accumulator` does so over microbatches of any shapes, one call each; `map_rows` runs a forward pass
+   over microbatches.
+4. `apply_update` updates the state, unless the loss or the gradients are not finite: then it only counts the
+   skip.
 
-Losses here are sums whose weights were normalised over the whole batch beforehand, so that a batch cut into
-microbatches has the gradient of the batch itself.
+Losses are sums whose weights are normalised over the whole batch beforehand, so that the gradients of the
+microbatches add up to the gradient of the batch.
 
-Departures from the released code: master weights and both moments are float32 (there: bfloat16, in which an
-update of 1e-5 relative size rounds to nothing), and the warm-up's first update has the rate lr / warmup_steps
-instead of 0.  As in the authors' RL code, weight decay reaches every parameter, norms and biases included; their
-VerifyRM training leaves norms and biases out.
+Departures from the released code: master weights and both moments are float32 (there bfloat16, in which an
+update of relative size 1e-5 is rounded away), and the first update of the warm-up has the rate
+lr / warmup_steps instead of 0.  As in the authors' RL code, weight decay applies to every parameter, norms and
+biases included; their VerifyRM training excludes these.
 
     N  rows of a batch   m  rows of a microbatch   M  microbatches
 """
@@ -37,7 +41,7 @@ from cooper_jax.types import Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Optimiser:
-    """A gradient transformation and the learning rate that it takes at its n-th update, counted from 0."""
+    """A gradient transformation with its schedule: update number (from 0) -> learning rate."""
 
     tx: optax.GradientTransformation
     schedule: Callable[[jax.Array], jax.Array]
@@ -56,8 +60,8 @@ class OptimiserConfig:
     b2: float
     eps: float
     weight_decay: float
-    clip_norm: float  # of the global gradient norm
-    name: str = dataclasses.field(default="optimiser", compare=False)  # the section's, for messages
+    clip_norm: float  # maximum of the global gradient norm
+    name: str = dataclasses.field(default="optimiser", compare=False)  # of the section, for messages
 
     def __post_init__(self) -> None:
         fields = ("lr", "warmup_steps", "b1", "b2", "weight_decay")
@@ -72,31 +76,36 @@ class OptimiserConfig:
 
     @classmethod
     def from_config(cls, section: ConfigDict, name: str) -> OptimiserConfig:
-        """Read a section; name: its dotted name, such as "policy.optimiser".  Raises SetupError."""
+        """Read a section of the config with this dotted name ("policy.optimiser").  Raises SetupError."""
         return typed_config.read_section(cls, section, name, name=name)
 
 
 def make_optimiser(cfg: OptimiserConfig, decay: str = "constant", updates: int = 0) -> Optimiser:
-    """AdamW of these settings.
+    """Make AdamW with these settings.
 
-    The rate of update n (from 0) is lr * min(1, (n + 1) / warmup_steps) * d(n).  decay "constant": d = 1; else with
-    t = clip((n - warmup_steps) / (updates - warmup_steps), 0, 1), which reaches 1 behind the last of `updates`,
-    "linear": d = 1 - t, "cosine": d = (1 + cos(pi t)) / 2.  Weight decay is decoupled (Loshchilov and Hutter 2019,
-    "Decoupled weight decay regularization", algorithm 2) and scaled by the rate.  Raises ValueError for another
-    decay.
+    The learning rate of update n (from 0) is lr * min(1, (n + 1) / warmup_steps) * d(n).  With
+    t = clip((n - warmup_steps) / (updates - warmup_steps), 0, 1), which is 1 after the last of `updates`,
+
+        decay "constant": d = 1    "linear": d = 1 - t    "cosine": d = (1 + cos(pi t)) / 2
+
+    Weight decay is decoupled (Loshchilov and Hutter 2019, "Decoupled weight decay regularization",
+    algorithm 2) and scaled by the rate.  Raises ValueError for another decay.
     """
     if decay not in DECAYS:
         raise ValueError(f"decay is {decay!r}; it is one of {', '.join(DECAYS)}")
     peak, warmup = float(cfg.lr), max(1, int(cfg.warmup_steps))
 
-    def schedule(count):
+    def schedule(count):  # i32[] -> f32[]
         rate = peak * jnp.minimum(1.0, (count + 1).astype(jnp.float32) / warmup)
         if decay == "constant":
             return rate
         first = int(cfg.warmup_steps)
         t = jnp.clip((count - first).astype(jnp.float32) / max(1, updates - first), 0.0, 1.0)
-        return rate * (1.0 - t if decay == "linear" else (1.0 + jnp.cos(jnp.pi * t)) / 2)
+        if decay == "linear":
+            return rate * (1.0 - t)
+        return rate * ((1.0 + jnp.cos(jnp.pi * t)) / 2)
 
+    # Clip before AdamW, so that the moments see clipped gradients.
     tx = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay),
@@ -105,10 +114,10 @@ def make_optimiser(cfg: OptimiserConfig, decay: str = "constant", updates: int =
 
 
 def init_state(params: Params, opt: Optimiser) -> TrainState:
-    """A state at update 0, its moments placed like the parameters that they belong to.
+    """Make the state at update 0, with moments sharded like their parameters.
 
-    The parameters are copied: updates donate their state, and the caller may go on using `params` (the frozen
-    reference is the policy at step 0).  Raises ValueError for a parameter that is not float32.
+    The parameters are copied, because updates donate their state and the caller may still need `params` (the
+    frozen reference is the policy at step 0).  Raises ValueError for a parameter that is not float32.
     """
     for path, x in jax.tree.leaves_with_path(params):
         if x.dtype != jnp.float32:
@@ -121,34 +130,37 @@ def init_state(params: Params, opt: Optimiser) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(jax.tree.map(jnp.copy, params), opt.tx.init(params), zero, zero)
 
-    places = [x.sharding for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
-    if not places or not all(isinstance(s, NamedSharding) for s in places):
+    # Parameters without a mesh (host arrays, or one default device) need no shardings.
+    arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    shardings = [x.sharding for x in arrays if isinstance(x.sharding, NamedSharding)]
+    if not shardings or len(shardings) < len(arrays):
         return jax.jit(start)(params)
-    replicated = NamedSharding(places[0].mesh, PartitionSpec())
-    return jax.jit(
-        start, out_shardings=_place(opt, params, jax.tree.map(lambda x: x.sharding, params), replicated)
-    )(params)
+
+    replicated = NamedSharding(shardings[0].mesh, PartitionSpec())
+    param_shardings = jax.tree.map(lambda x: x.sharding, params)
+    return jax.jit(start, out_shardings=_shard_state(opt, params, param_shardings, replicated))(params)
 
 
 def state_shardings(opt: Optimiser, specs: Any, layout: Layout) -> TrainState:
-    """Where each part of a state lives, for jit's `out_shardings`.
+    """Make the TrainState of NamedSharding for jit's `out_shardings`.
 
-    specs: the parameters' tree of ParamSpec.  Returns a TrainState of NamedSharding: moments lie where their
-    parameter does, counters everywhere.
+    Moments are sharded like their parameters, counters are replicated.  specs: the parameters' tree of
+    ParamSpec.
     """
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs, is_leaf=is_spec)
-    return _place(opt, params, make_shardings(layout, specs), layout.replicated)
+    return _shard_state(opt, params, make_shardings(layout, specs), layout.replicated)
 
 
-def _place(opt: Optimiser, params: Params, places: Any, replicated: NamedSharding) -> TrainState:
+def _shard_state(opt: Optimiser, params: Params, param_shardings: Any, replicated: Any) -> TrainState:
+    """A TrainState whose leaves are shardings (typed Any here: the fields are declared as arrays)."""
     opt_state = optax.tree_utils.tree_map_params(
         opt.tx,
-        lambda _, place: place,
+        lambda _, sharding: sharding,
         jax.eval_shape(opt.tx.init, params),
-        places,
+        param_shardings,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(places, opt_state, replicated, replicated)
+    return TrainState(param_shardings, opt_state, replicated, replicated)
 
 
 def apply_update(
@@ -158,51 +170,59 @@ def apply_update(
     opt: Optimiser,
     enabled: jax.Array | bool = True,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update, or none.
+    """Apply one update, or skip it.
 
-    A loss or a global gradient norm that is not finite leaves parameters and optimiser state as they are, bit
-    for bit, step count included, and adds one to `skipped`.  enabled False (bool[]: the batch held nothing to
-    learn from) leaves them alike without counting: zero gradients would still decay the weights and move them
-    by the moments.
+    If the loss or the global gradient norm is not finite, parameters and optimiser state (with its step
+    count) stay bit-identical, and `skipped` grows by one.
 
-    Metrics, f32[]: grad_norm before clipping, lr of this update (0 where none took place), skipped 0 or 1.
+    Args:
+      enabled: bool[]; False if the batch has nothing to learn from.  The state stays the same without
+        counting as skipped.  Zero gradients would not do: weight decay and the moments would still change the
+        weights.
+
+    Returns the state and metrics, f32[] each: grad_norm before clipping, lr of this update (0 if there was
+    none), skipped (0 or 1).
     """
     enabled = jnp.asarray(enabled)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    go = enabled & finite
+    accept = enabled & finite
+
+    # Compute the update, then select the new state or the old one.
     updates, opt_state = opt.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(go, new, old), (params, opt_state), (state.params, state.opt_state)
+        lambda new, old: jnp.where(accept, new, old), (params, opt_state), (state.params, state.opt_state)
     )
+
     skipped = (enabled & ~finite).astype(jnp.int32)
     metrics = {
         "grad_norm": jnp.where(enabled, norm, 0.0),
-        "lr": jnp.where(go, opt.schedule(state.updates), 0.0),
+        "lr": jnp.where(accept, opt.schedule(state.updates), 0.0),
         "skipped": skipped.astype(jnp.float32),
     }
-    return TrainState(params, opt_state, state.updates + go, state.skipped + skipped), metrics
+    return TrainState(params, opt_state, state.updates + accept, state.skipped + skipped), metrics
 
 
 def split_rows(batch: Any, microbatch: int, layout: Layout) -> Any:
-    """Leaves [N, ...] -> [M, m, ...], rows appended at the end being all zeros.
+    """Split a batch into microbatches: leaves [N, ...] -> [M, m, ...], padded with rows of zeros at the end.
 
-    m is at most `microbatch`, rounded up to a multiple of the layout's batch shards, and no larger than M
-    even parts need.  Row i goes to microbatch i mod M, so that on a mesh, where each shard holds neighbouring
-    rows, every microbatch takes its share from each shard and nothing travels.
+    m is at most `microbatch` rounded up to a multiple of the layout's batch shards, and as small as M equal
+    microbatches allow.  Row i goes to microbatch i mod M: on a mesh, where a shard holds neighbouring rows,
+    every microbatch takes its rows from all shards, and no row is transferred.  Raises ValueError for
+    microbatch < 1.
     """
     if microbatch < 1:
         raise ValueError(f"microbatch is {microbatch} rows; it must be at least 1")
     shards = layout.batch_shards
     n = jax.tree.leaves(batch)[0].shape[0]
-    most = -(-microbatch // shards) * shards
-    m = -(-n // -(-n // most))
+    max_rows = -(-microbatch // shards) * shards
+    m = -(-n // -(-n // max_rows))  # equal microbatches, as few as possible
     m = -(-m // shards) * shards
     count = -(-n // m)
 
     def split(x):
-        assert x.shape[0] == n, f"{x.shape[0]} rows beside {n}"
+        assert x.shape[0] == n, f"a leaf has {x.shape[0]} rows, another {n}"
         x = jnp.pad(x, [(0, m * count - n)] + [(0, 0)] * (x.ndim - 1))
         x = x.reshape(m, count, *x.shape[1:]).swapaxes(0, 1)
         return layout.constrain(x, None, "batch", *[None] * (x.ndim - 2))
@@ -216,38 +236,40 @@ def accumulate_gradients(
     batch: Any,
     microbatch: int,
     layout: Layout,
-    places: Any,
+    shardings: Any,
 ) -> tuple[jax.Array, Params, Any]:
-    """Loss and gradients of a batch, one microbatch at a time.
+    """Compute the loss and gradients of a batch, one microbatch at a time.
 
-    loss_fn(params, rows) -> (loss f32[], aux): a weighted sum over its rows, in which a row of zeros
-    (padding: no token valid, no weight) counts for nothing.  batch: leaves [N, ...].  places: the parameters'
-    tree of shardings, for the running sum of the gradients.
+    Args:
+      loss_fn: (params, rows) -> (loss f32[], aux); the loss is a weighted sum over the rows, to which a row
+        of zeros (padding: no valid token, no weight) adds nothing.
+      batch: leaves [N, ...].
+      shardings: the parameters' tree of shardings, for the running sum of the gradients.
 
-    Returns (loss f32[] summed, gradients summed, aux with a leading axis [M] for the caller to reduce).
+    Returns (summed loss f32[], summed gradients, aux with a leading axis [M] for the caller to reduce).
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     rows = split_rows(batch, microbatch, layout)
-    if jax.tree.leaves(rows)[0].shape[0] == 1:
+    if jax.tree.leaves(rows)[0].shape[0] == 1:  # one microbatch: no second copy of the gradients
         (loss, aux), grads = grad_fn(params, jax.tree.map(lambda x: x[0], rows))
         return loss, grads, jax.tree.map(lambda x: x[None], aux)
 
-    def pin(grads):
-        return jax.lax.with_sharding_constraint(grads, places)
+    def constrain(grads):
+        return jax.lax.with_sharding_constraint(grads, shardings)
 
-    def step(carry, piece):
+    def step(carry, microbatch_rows):
         total, sums = carry
-        (loss, aux), grads = grad_fn(params, piece)
-        return (total + loss, pin(jax.tree.map(jnp.add, sums, grads))), aux
+        (loss, aux), grads = grad_fn(params, microbatch_rows)
+        return (total + loss, constrain(jax.tree.map(jnp.add, sums, grads))), aux
 
-    start = (jnp.zeros((), jnp.float32), pin(jax.tree.map(jnp.zeros_like, params)))
+    start = (jnp.zeros((), jnp.float32), constrain(jax.tree.map(jnp.zeros_like, params)))
     (loss, grads), aux = jax.lax.scan(step, start, rows)
     return loss, grads, aux
 
 
 @struct.dataclass
 class Sums:
-    """What the microbatches of a batch have added up to."""
+    """Sums over the microbatches of a batch so far."""
 
     loss: jax.Array  # f32[]
     grads: Params
@@ -256,14 +278,14 @@ class Sums:
 
 @dataclasses.dataclass(frozen=True)
 class Accumulator:
-    """An update in pieces, each jitted; microbatches may differ in shape, and each shape is compiled once.
+    """Jitted functions for an update whose microbatches may differ in shape; each shape is compiled once.
 
         sums = start(state.params)
         for rows in microbatches:
-            sums = add(state.params, sums, rows)  # the sums given are donated
-        state, metrics = finish(state, sums)  # the state given is donated
+            sums = add(state.params, sums, rows)  # donates sums
+        state, metrics = finish(state, sums)  # donates state
 
-    metrics: loss, the aux, and `apply`'s.
+    metrics: loss, the sums in aux, and the metrics of `apply_update`.
     """
 
     start: Callable[[Params], Sums]
@@ -278,8 +300,12 @@ def make_accumulator(
     specs: Any,
     layout: Layout,
 ) -> Accumulator:
-    """loss_fn: as `accumulate`'s, its aux being sums f32[] under the names `aux`.  specs: the parameters' tree of
-    ParamSpec."""
+    """Make an accumulator.
+
+    Args:
+      loss_fn: as in `accumulate_gradients`; its aux are sums, f32[] each, with the names `aux`.
+      specs: the parameters' tree of ParamSpec.
+    """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def start(params):
@@ -291,22 +317,24 @@ def make_accumulator(
         return jax.tree.map(jnp.add, sums, Sums(loss, grads, extra))
 
     def finish(state, sums):
-        state, moved = apply_update(state, sums.grads, sums.loss, opt)
-        return state, {"loss": sums.loss} | sums.aux | moved
+        state, metrics = apply_update(state, sums.grads, sums.loss, opt)
+        return state, {"loss": sums.loss} | sums.aux | metrics
 
-    places = Sums(layout.replicated, make_shardings(layout, specs), dict.fromkeys(aux, layout.replicated))
+    # Fixed output shardings, so that the sums can be donated from call to call.
+    replicated: Any = layout.replicated  # a leaf of Sums, which is typed as an array
+    sums = Sums(replicated, make_shardings(layout, specs), dict.fromkeys(aux, replicated))
     states = state_shardings(opt, specs, layout)
     return Accumulator(
-        jax.jit(start, out_shardings=places),
-        jax.jit(add, donate_argnums=1, out_shardings=places),
+        jax.jit(start, out_shardings=sums),
+        jax.jit(add, donate_argnums=1, out_shardings=sums),
         jax.jit(finish, donate_argnums=0, out_shardings=(states, layout.replicated)),
     )
 
 
 def map_rows(fn: Callable[[Any], Any], batch: Any, microbatch: int, layout: Layout) -> Any:
-    """fn over the microbatches of a batch, one after the other: leaves [N, ...] -> results [N, ...].
+    """Map fn over the microbatches of a batch in sequence: leaves [N, ...] -> results [N, ...].
 
-    Which rows share a microbatch depends on N, `microbatch` and the layout alone.
+    The assignment of rows to microbatches depends only on N, `microbatch` and the layout.
     """
     n = jax.tree.leaves(batch)[0].shape[0]
     out = jax.lax.map(fn, split_rows(batch, microbatch, layout))

@@ -1,11 +1,14 @@
-"""Files that lie elsewhere: gs://BUCKET/NAME and the other addresses that fsspec opens.
+"""Remote files: gs://BUCKET/NAME, and the other addresses that fsspec can open.
 
-1. `path` turns a place to write to into a path with pathlib's methods, here or there.
-2. `local` fetches a file, or a directory, into a cache on this machine's disk, whole or not at all.
-3. `Uploads` keeps whole copies of growing local files in a remote directory: objects cannot be appended to.
+1. `to_path` converts a local path or gs:// address to an object with pathlib's methods.
+2. `fetch_local` downloads a file or a directory into a cache on this machine's disk, completely or not at
+   all.
+3. `Uploads` keeps copies of growing local files in a remote directory; whole files are uploaded, because
+   objects cannot be appended to.
 
-Cached copies lie in $COOPER_CACHE, or ~/.cache/cooper_jax/files.  A copy's name depends on the address and on what
-the store says of its version, so that one that is in use never changes; delete the directory to free the disk.
+The cache is $COOPER_CACHE, or ~/.cache/cooper_jax/files.  A copy's name depends on the address and on the
+version that the store reports, so a copy in use never changes.  The directory may be deleted to free disk
+space.
 """
 
 from __future__ import annotations
@@ -26,11 +29,12 @@ from typing import Any
 import fsspec
 from etils import epath
 
-# Otherwise a listing is kept for good, and what another host writes is never seen.
+# Otherwise fsspec caches listings forever, and files written by another host are never seen.
 for _scheme in ("gs", "gcs", "s3", "az"):
     fsspec.config.conf.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
 
-_VERSION = (
+# Fields of a store's file information that identify a version.
+_VERSION_FIELDS = (
     "size",
     "etag",
     "ETag",
@@ -44,28 +48,30 @@ _VERSION = (
 
 
 def is_remote(place: str | os.PathLike) -> bool:
-    """Whether a place is an address (SCHEME://...), not a path on this machine."""
+    """Tell whether a place is an address (SCHEME://...) and not a path on this machine."""
     return re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(place)) is not None
 
 
 def to_path(place: str | os.PathLike) -> Path | epath.Path:
-    """A place to write to: an absolute path here, or a gs:// path.
+    """Convert a place to write to into an absolute local path, or a gs:// path.
 
-    Raises ValueError for another kind of address, and where the package that opens it is missing.
+    Raises ValueError for another kind of address, and if the package that opens it is not installed.
     """
     if not is_remote(place):
         return Path(place).expanduser().absolute()
     text = os.fspath(place).rstrip("/")
-    if not text.startswith("gs://"):  # the one kind that TensorStore, which writes checkpoints, is told of
-        raise ValueError(f"{text}: a run can be kept on a local path or under gs://BUCKET/NAME alone")
+    if not text.startswith(
+        "gs://"
+    ):  # checkpoints are written by TensorStore, which is set up for no other store
+        raise ValueError(f"{text}: a run can be kept on a local path or under gs://BUCKET/NAME only")
     _open(text)
     return epath.Path(text)
 
 
 def write_atomically(path: Path | epath.Path, data: bytes) -> None:
-    """Replace a file in one step: a reader, or a kill, sees the old contents or the new."""
+    """Replace a file atomically: readers see the old or the new contents, and SIGKILL leaves one of them."""
     if is_remote(path):
-        path.write_bytes(data)  # an object appears when it is whole
+        path.write_bytes(data)  # stores make an object visible when it is complete
         return
     new = path.with_name(path.name + ".new")
     with open(new, "wb") as file:
@@ -76,101 +82,120 @@ def write_atomically(path: Path | epath.Path, data: bytes) -> None:
 
 
 def cache_dir() -> Path:
-    """Where copies are kept."""
+    """The directory of cached copies."""
     return Path(os.environ.get("COOPER_CACHE") or "~/.cache/cooper_jax/files").expanduser().absolute()
 
 
 def staging_dir(remote: epath.Path) -> Path:
-    """Where files for a remote directory are written first, on this machine's disk."""
+    """The local directory in which files for a remote directory are written before they are uploaded."""
     return cache_dir() / "staging" / hashlib.sha256(os.fspath(remote).encode()).hexdigest()[:20]
 
 
 def download_file(remote: epath.Path, target: Path) -> None:
-    """Make a local file like the remote one; where there is none, there is none here either."""
-    fs, place = _open(os.fspath(remote))
+    """Make a local file equal to the remote one; without a remote file, delete the local one."""
+    fs, remote_path = _open(os.fspath(remote))
     new = target.with_name(target.name + ".new")
-    with _reaching(os.fspath(remote)):
-        if not fs.exists(place):
+    with _wrap_store_errors(os.fspath(remote)):
+        if not fs.exists(remote_path):
             target.unlink(missing_ok=True)
             return
-        fs.get_file(place, str(new))
+        fs.get_file(remote_path, str(new))
     os.replace(new, target)
 
 
 def move_files(source: epath.Path, target: epath.Path) -> None:
-    """Move a remote directory's files, one by one: stores copy on their side, and know no renames."""
-    fs, root = _open(os.fspath(source))
-    _, place = _open(os.fspath(target))
-    with _reaching(os.fspath(source)):
-        for name in fs.find(root):
-            fs.cp_file(name, f"{place}/{name.removeprefix(root).lstrip('/')}")
-        fs.rm(root, recursive=True)
+    """Move a remote directory file by file: object stores can copy, but not rename."""
+    fs, source_root = _open(os.fspath(source))
+    _, target_root = _open(os.fspath(target))
+    with _wrap_store_errors(os.fspath(source)):
+        for name in fs.find(source_root):
+            fs.cp_file(name, f"{target_root}/{name.removeprefix(source_root).lstrip('/')}")
+        fs.rm(source_root, recursive=True)
 
 
 def fetch_local(source: str | os.PathLike, patterns: Sequence[str] = ("*",)) -> Path:
-    """A path on this machine's disk: `source` itself, or a copy of the file or directory at an address.
+    """Return a local path: of `source` itself, or of a cached copy of the file or directory at an address.
 
-    patterns: which files of a directory are wanted, by their names.  A copy is used again while the store gives
-    the same size and version (etag, generation, time of change).  Processes of one machine share it, and wait for
-    the one that fetches.  Raises FileNotFoundError, OSError (access, connection) or ValueError, naming the address.
+    A copy is used again while the store reports the same size and version (etag, generation, time of change).
+    Processes of one machine share it, and wait for the one that downloads it.
+
+    Args:
+      patterns: selects files of a directory by their names.
+
+    Raises FileNotFoundError, OSError (access, connection) or ValueError, naming the address.
     """
     if not is_remote(source):
         return Path(source).expanduser()
     source = os.fspath(source).rstrip("/")
     fs, root = _open(source)
-    with _reaching(source):
-        info = fs.info(root)
-        if info["type"] == "directory":
-            found = {name: x for name, x in fs.find(root, detail=True).items() if x["type"] == "file"}
-            found = {n: x for n, x in found.items() if _wanted(n, patterns)}
-        else:
-            found = {root: info}
-    if not found:
-        raise FileNotFoundError(f"{source}: there is no file in it, or none called {' or '.join(patterns)}")
-    stored = {n.removeprefix(root).lstrip("/"): _version(x) for n, x in found.items()}
-    known = all(version is not None for version in stored.values())
-    text = json.dumps([source, stored if known else None, sorted(patterns)], sort_keys=True)
-    name = source.rsplit("/", 1)[1]
-    entry = cache_dir() / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}"
-    place = entry / name
-    if known and entry.exists():
-        return place
+    files = _list_files(fs, source, root, patterns)
+
+    # The copy's name depends on all versions.  Without versions a copy may be outdated: download again.
+    versions = {_relative_name(name, root): _version(info) for name, info in files.items()}
+    has_versions = all(version is not None for version in versions.values())
+    identity = json.dumps([source, versions if has_versions else None, sorted(patterns)], sort_keys=True)
+    entry = cache_dir() / f"{hashlib.sha256(identity.encode()).hexdigest()[:20]}"
+    copy = entry / source.rsplit("/", 1)[1]
+    if has_versions and entry.exists():
+        return copy
+
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(entry.with_name(entry.name + ".lock")):
-        if known and entry.exists():
-            return place
+    with _lock_file(entry.with_name(entry.name + ".lock")):
+        if has_versions and entry.exists():  # another process has downloaded it in the meantime
+            return copy
         new, old = (entry.with_name(f"{entry.name}.{kind}") for kind in ("new", "old"))
-        for left in (new, old):  # by a kill
-            shutil.rmtree(left, ignore_errors=True)
-        for remote, x in found.items():
-            relative = remote.removeprefix(root).lstrip("/")
-            target = new / name / relative if relative else new / name
+        for leftover in (new, old):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
+
+        for name, info in files.items():
+            relative = _relative_name(name, root)
+            target = new / copy.name / relative if relative else new / copy.name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _reaching(source):
-                fs.get_file(remote, str(target))
-            if target.stat().st_size != x["size"]:
-                raise OSError(
-                    f"{source}: {relative or name} came as {target.stat().st_size} of {x['size']} bytes"
-                )
+            with _wrap_store_errors(source):
+                fs.get_file(name, str(target))
+            size = target.stat().st_size
+            if size != info["size"]:
+                raise OSError(f"{source}: {relative or copy.name} came as {size} of {info['size']} bytes")
+
         if entry.exists():
             entry.rename(old)
         new.rename(entry)
         shutil.rmtree(old, ignore_errors=True)
-    return place
+    return copy
 
 
-def _wanted(name: str, patterns: Sequence[str]) -> bool:
+def _list_files(
+    fs: fsspec.AbstractFileSystem, source: str, root: str, patterns: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """File names -> file information: of the file at `root`, or of the matching files in the directory."""
+    with _wrap_store_errors(source):
+        info = fs.info(root)
+        if info["type"] != "directory":
+            return {root: info}
+        entries = fs.find(root, detail=True)
+    files = {n: x for n, x in entries.items() if x["type"] == "file" and _matches(n, patterns)}
+    if not files:
+        raise FileNotFoundError(f"{source}: there is no file in it, or none called {' or '.join(patterns)}")
+    return files
+
+
+def _relative_name(name: str, root: str) -> str:
+    """A file's name within the directory `root`; "" if it is `root` itself."""
+    return name.removeprefix(root).lstrip("/")
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name.rsplit("/", 1)[1], p) for p in patterns)
 
 
 def _version(info: dict[str, Any]) -> dict[str, str] | None:
-    """What tells one version of a file from another; None where the store says no more than its size."""
-    found = {key: str(info[key]) for key in _VERSION if info.get(key) is not None}
+    """The fields that identify a file's version; None if the store reports only its size."""
+    found = {key: str(info[key]) for key in _VERSION_FIELDS if info.get(key) is not None}
     return found if len(found) > 1 else None
 
 
 def _open(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of an address, and the path in it.  Raises ValueError where there is none."""
+    """The file system of an address, and the path in it.  Raises ValueError if there is none."""
     try:
         return fsspec.url_to_fs(source)
     except ImportError as error:
@@ -183,25 +208,25 @@ def _open(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 @contextlib.contextmanager
-def _reaching(source: str) -> Iterator[None]:
-    """Turn what a store's library raises into one OSError that says what was wanted."""
+def _wrap_store_errors(source: str) -> Iterator[None]:
+    """Turn errors of a store's library into an OSError that names the address and the fix."""
     try:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{source}: there is no such file or directory; check the spelling"
         ) from error
-    except Exception as error:  # each store has kinds of its own: credentials, permissions, network
-        said = (str(error).splitlines() or ["no message"])[0][:300]
+    except Exception as error:  # every library has its own types: credentials, permissions, network
+        reason = (str(error).splitlines() or ["no message"])[0][:300]
         raise OSError(
-            f"{source} cannot be reached ({type(error).__name__}: {said}): see that this machine's account has "
+            f"{source} cannot be reached ({type(error).__name__}: {reason}): check that this machine's account has "
             "access (gs://: `gcloud auth application-default login`, or the VM's service account and its scopes)"
         ) from error
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process of this machine at a time; the lock ends with its process."""
+def _lock_file(path: Path) -> Iterator[None]:
+    """Let one process of this machine in at a time; the lock is released when the process ends."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -211,45 +236,48 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 class Uploads:
-    """Whole copies of the growing files of a local folder, in a remote one.
+    """Copies of the growing files of a local folder in a remote one, uploaded by a thread.
 
-    A thread of its own uploads them, one file at a time, so that a slow one holds nobody up: what changed in the
-    meantime goes with the next.  A file is uploaded as far as it had got when `changed` was called, and thus in
-    whole lines.  It goes whole each time: a file of 1 GB costs 1 GB, at most as often as the last upload took.
+    Files are uploaded one at a time; changes that happen meanwhile go with the next upload.  A file is
+    uploaded up to the size it had when `changed` was called, so the copy ends with a complete line.  Every
+    upload sends the whole file: one of 1 GB costs 1 GB, at most once per duration of an upload.
     """
 
     def __init__(self, folder: Path, remote: epath.Path):
         self.folder, self.remote = folder, remote
         self._fs, self._root = _open(os.fspath(remote))
-        self._due: dict[str, int] = {}  # name -> bytes that are to be there
-        self._busy = False
+        self._pending: dict[str, int] = {}  # name -> bytes to upload
+        self._busy = False  # an upload is in progress
         self._closed = False
-        self._stuck = False
-        self._error: Exception | None = None
+        self._paused = False  # after an error, until the caller has been told
+        self._error: Exception | None = None  # not yet reported to the caller
         self._state = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
         self._thread.start()
 
     def changed(self, *names: str) -> None:
-        """Files, by their paths in the folder, have grown.  Raises what went wrong in an earlier upload."""
+        """Schedule the upload of files that have grown, by their paths in the folder.
+
+        Raises OSError if an earlier upload failed.
+        """
         sizes = {name: (self.folder / name).stat().st_size for name in names}
         with self._state:
-            self._go_on()
-            self._due |= sizes
+            self._report_and_retry()
+            self._pending |= sizes
             self._state.notify_all()
 
     def flush(self) -> None:
-        """Until all that was said to have changed is there; raises OSError for what could not be uploaded.
+        """Wait until all changed files are uploaded; raises OSError if one could not be.
 
-        Such files stay due: another call tries again.
+        Such files stay scheduled: another call tries again.
         """
         with self._state:
-            self._go_on()
-            self._state.wait_for(lambda: self._error is not None or not (self._due or self._busy))
-            self._raise()
+            self._report_and_retry()
+            self._state.wait_for(lambda: self._error is not None or not (self._pending or self._busy))
+            self._raise_error()
 
     def close(self) -> None:
-        """`flush`, and end the thread whatever comes of it."""
+        """Flush, and end the thread even if that fails."""
         try:
             if not self._closed:
                 self.flush()
@@ -259,46 +287,51 @@ class Uploads:
                 self._state.notify_all()
             self._thread.join()
 
-    def _go_on(self) -> None:
-        self._raise()
-        self._stuck = False
+    def _report_and_retry(self) -> None:
+        """Raise an unreported error; without one, let the thread continue."""
+        self._raise_error()
+        self._paused = False
         self._state.notify_all()
 
-    def _raise(self) -> None:
+    def _raise_error(self) -> None:
         error, self._error = self._error, None
         if error is not None:
-            raise OSError(f"{error}; what was to be there is in {self.folder}") from error
+            raise OSError(f"{error}; the files to upload are in {self.folder}") from error
 
-    def _work(self) -> None:
+    def _run(self) -> None:
+        """Upload scheduled files, one at a time, until closed; runs in the thread."""
         while True:
             with self._state:
-                # After an error nothing goes until somebody has heard of it and calls again.
-                self._state.wait_for(lambda: self._closed or (self._due and not self._stuck))
+                # After an error, wait until the caller has been told and calls again.
+                self._state.wait_for(lambda: self._closed or (self._pending and not self._paused))
                 if self._closed:
                     return
-                name, size = next(iter(self._due.items()))
-                del self._due[name]
+                name, size = next(iter(self._pending.items()))
+                del self._pending[name]
                 self._busy = True
-            error = None
+
+            error: Exception | None = None
             try:
                 self._upload(name, size)
             except Exception as raised:
                 error = raised
+
             with self._state:
                 self._busy = False
                 if error is not None:
-                    self._error, self._stuck = error, True
-                    self._due.setdefault(name, size)
+                    self._error, self._paused = error, True
+                    self._pending.setdefault(name, size)  # a newer size stays
                 self._state.notify_all()
 
     def _upload(self, name: str, size: int) -> None:
-        # From a copy: it does not grow, and a failure to read it leaves no half object behind.
+        """Upload the first `size` bytes of a file."""
+        # Upload a copy, which does not grow: a read error in the middle would leave a partial object.
         copy = self.folder / ".uploading"
         with open(self.folder / name, "rb") as source, open(copy, "wb") as target:
-            left = size
-            while left and (block := source.read(min(left, 1 << 20))):
+            remaining = size
+            while remaining and (block := source.read(min(remaining, 1 << 20))):
                 target.write(block)
-                left -= len(block)
-        with _reaching(f"{self.remote}/{name}"):
+                remaining -= len(block)
+        with _wrap_store_errors(f"{self.remote}/{name}"):
             self._fs.put_file(str(copy), f"{self._root}/{name}")
         copy.unlink()

@@ -1,31 +1,30 @@
-"""The run directory: what a run leaves behind, and what it finds there when it goes on.
+"""The run directory: all files of a run, and the checks before it resumes.
 
-    config.json     `format` (FORMAT) and every field of the config, as of the last start
-    metrics.jsonl   one object a step: `step` and slash-grouped names
+    config.json     `format` and every field of the config, as of the last start (stored_config.py)
+    metrics.jsonl   one object per step: `step` and slash-grouped names
     samples.jsonl   prompts with their completions, verdicts, scores
     checkpoints/    see checkpoint.py
-    tensorboard/    the metrics once more, as events
+    tensorboard/    the metrics as TensorBoard events
     lock            held by the process that writes here
 
-1. `check_shared(path)`, with several processes: all must see what one of them writes.
-2. `Run(path, config, resume)` locks the directory and checks that the config may go on from what is there.
-3. `truncate(step)` cuts metrics and samples back to the checkpoint that the run goes on from.
-4. `log` and `dump_samples` append.  A step is to be logged, and `flush` called, *before* its checkpoint is saved:
-   then a kill in between repeats the step, and no line is missing.
+1. `check_shared(path)` checks, with several processes, that all see what process 0 writes.
+2. `RunDirectory(path, config, resume)` locks the directory, and checks that a run with this config may resume
+   there.
+3. `truncate(step)` truncates metrics and samples to the checkpoint from which the run resumes.
+4. `log` and `dump_samples` append.  A step must be logged, and `flush` called, *before* its checkpoint is
+   saved: if the process is killed in between, the step is repeated, and no line is missing.
 
-With several processes the first alone looks, locks, writes and finds fault; the others need not have the directory.
-Nothing is taken from the environment.
+With several processes only process 0 checks, locks and writes; the others need not see the directory.
 
-Under gs:// objects cannot be appended to: lines and events are written into `remote_files.staging_dir` on the first host's
-disk, and uploaded whole in the background; `flush` waits for that.  What counts on a restart is what lies in the
-bucket: the staged files are replaced by it.  The lock is the staging directory's, so it keeps out other processes
-of the same machine alone: that no other machine runs in the same place is for whoever starts runs to see to.
+Objects under gs:// cannot be appended to.  Lines and events are written to `remote_files.staging_dir` on the
+first host's disk, and whole files are uploaded in the background; `flush` waits for that.  On a restart the
+bucket's contents count and replace the staged files.  The lock lies in the staging directory, so it only
+excludes processes of the same machine: nothing stops two machines from using one run directory.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -43,151 +42,68 @@ from ml_collections import ConfigDict
 
 from cooper_jax.runtime import hosts, remote_files
 from cooper_jax.runtime.checkpoint import list_steps
-from cooper_jax.runtime.metrics import JsonLines, to_jsonable
+from cooper_jax.runtime.metrics import JsonLines
 from cooper_jax.runtime.remote_files import write_atomically
-
-# Of run directories, in config.json.  It rises with a change after which older ones cannot be read or resumed.
-FORMAT = 1
-
-# Fields that a resumed run may change; a name that ends in a dot stands for its whole section.  They say how
-# long, how fast or where a run goes, not what it computes (a mesh moves the last bits, no more).
-HARMLESS = (
-    "name",
-    "steps",
-    "run_dir",
-    "resume",
-    "checkpoint.",
-    "log.",
-    "mesh.",
-    "policy.microbatch",
-    "reward.microbatch",
-    "rollout.max_rows",
-    "rollout.memory_gib",
-    "rollout.weights",
-    "rollout.kernels",
-    "rollout.segment",
-    "rule.workers",
-    "rule.timeout",
-    "rule.retry_timeout",
-    "rule.memory_mb",
-    "assistant.url",
-    "assistant.key_env",
-    "assistant.concurrency",
-    "assistant.timeout",
-    "assistant.retries",
-    "judge.",
-    "source.",
-    "annotate.",
-)
+from cooper_jax.runtime.stored_config import FORMAT, describe_changes, read_stored_config, to_plain_config
 
 
 def run_path(config: ConfigDict) -> Path | epath.Path:
-    """Where a config's run lives: its run_dir, or runs/<name>.  Raises ValueError for an address but gs://."""
+    """The path of a config's run: run_dir, or runs/<name>.  Raises ValueError for addresses except gs://."""
     return remote_files.to_path(config.run_dir or f"runs/{config.name}")
 
 
-def read_stored_config(run_dir: Path | epath.Path, known: ConfigDict) -> dict[str, Any]:
-    """The config of a run directory as nested dicts, without `format`.
-
-    known: a config that has all fields there are.  Raises FileNotFoundError without a config.json, ValueError for
-    one that is not JSON, and for a directory that another version of this project made.
-    """
-    stored = run_dir / "config.json"
-    if not stored.exists():
-        raise FileNotFoundError(f"{stored} is not there: {run_dir} is no run directory of launch/train.py")
-    try:
-        config = json.loads(stored.read_bytes())
-    except ValueError as error:
-        raise ValueError(
-            f"{stored} is not JSON ({error}): fix it, or give another --config.run_dir"
-        ) from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{stored} holds no JSON object: fix it, or give another --config.run_dir")
-    number = config.pop("format", None)
-    if isinstance(number, int) and number > FORMAT:
-        raise ValueError(
-            f"{run_dir} was made by a later version of this project (format {number}, this one reads {FORMAT}): "
-            "use that version, or start a new run directory"
-        )
-    unknown = sorted(flatten_config(config).keys() - flatten_config(_plain(known)).keys())
-    if unknown or number != FORMAT:
-        shown = f"it has {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
-        reason = shown if unknown else f"its format is {number or 'not stated'}, this one reads {FORMAT}"
-        raise ValueError(
-            f"{run_dir} was made by an earlier version of this project ({reason}); start a new run directory"
-        )
-    return config
-
-
 def check_shared(path: str | Path | epath.Path) -> None:
-    """Raise ValueError, on all processes alike, unless all see what the first one writes to a directory.
+    """Raise ValueError, on all processes alike, unless all see what process 0 writes to a directory.
 
-    All processes must call it.  The directory is made where it is absent.
+    All processes must call it.  The directory is created if it does not exist.
     """
     if jax.process_count() == 1:
         return
-    place = Path(path) if not remote_files.is_remote(path) else epath.Path(path)
+    folder = epath.Path(path) if remote_files.is_remote(path) else Path(path)
 
-    def write() -> bytes:
-        mark = f".seen_by_all_{secrets.token_hex(8)}"
+    def write_marker() -> bytes:
+        marker = f".seen_by_all_{secrets.token_hex(8)}"
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            (place / mark).write_bytes(b"")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / marker).write_bytes(b"")
         except (OSError, ImportError) as error:
-            return json.dumps({"error": f"{place} cannot be written to ({error})"}).encode()
-        return json.dumps({"mark": mark}).encode()
+            return json.dumps({"error": f"{folder} cannot be written to ({error})"}).encode()
+        return json.dumps({"marker": marker}).encode()
 
-    told = json.loads(hosts.broadcast_value("run_dir mark", write))
-    if "error" in told:
-        raise ValueError(told["error"])
+    # Errors are exchanged, not raised: otherwise the other processes would wait forever.
+    answer = json.loads(hosts.broadcast_value("run_dir mark", write_marker))
+    if "error" in answer:
+        raise ValueError(answer["error"])
     try:
-        trouble = "" if (place / told["mark"]).exists() else "not there"
+        problem = "" if (folder / answer["marker"]).exists() else "not there"
     except (OSError, ImportError) as error:
-        trouble = str(error)
-    found = hosts.exchange_json("run_dir seen", trouble)
+        problem = str(error)
+    problems = hosts.exchange_json("run_dir seen", problem)
     if hosts.is_primary():
-        (place / told["mark"]).unlink()
-    if blind := {i: x for i, x in enumerate(found) if x}:
+        (folder / answer["marker"]).unlink()
+
+    failed = {process: text for process, text in enumerate(problems) if text}
+    if failed:
         raise ValueError(
-            f"{place} is not one directory for all hosts: what process 0 wrote there, process "
-            f"{', '.join(map(str, blind))} did not find ({next(iter(blind.values()))}), and each must write its "
+            f"{folder} is not one directory for all hosts: what process 0 wrote there, process "
+            f"{', '.join(map(str, failed))} did not find ({next(iter(failed.values()))}), and each must write its "
             "part of a checkpoint: give a --config.run_dir on a disk that they share, or gs://BUCKET/NAME"
         )
-
-
-def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings -> dotted names; lists are leaves."""
-    out = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            out.update(flatten_config(value, f"{prefix}{name}."))
-        else:
-            out[prefix + name] = value
-    return out
-
-
-def must_stay(field: str) -> bool:
-    """Whether a resumed run must keep this field."""
-    return not any(field == h or (h.endswith(".") and field.startswith(h)) for h in HARMLESS)
-
-
-def config_hash(config: ConfigDict) -> str:
-    """16 hex digits over the fields that matter: equal for configs that may go on from one another."""
-    fields = {name: value for name, value in flatten_config(_plain(config)).items() if must_stay(name)}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class RunDirectory:
     """An open run directory; a context manager.
 
-        with Run(run_path(config), config, config.resume) as run, Checkpoints(run.path, ...) as kept:
-            step = kept.newest()
-            run.truncate(step)
-            ...
-            run.log(step, metrics)
+        with (
+            RunDirectory(run_path(config), config, config.resume) as run,
+            Checkpoints(run.path, config.checkpoint.keep) as checkpoints,
+        ):
+            run.truncate(checkpoints.newest())
+            for step in ...:
+                run.log(step, metrics)
 
-    Raises ValueError where the config differs, in a field that matters, from the one that the checkpoints
-    there were made with; where `resume` is False and there are checkpoints; where another process holds it.
+    Raises ValueError if the config differs from that of the checkpoints there in a field that must stay, if
+    `resume` is False and there are checkpoints, or if another process holds the lock.
     """
 
     def __init__(self, path: str | Path | epath.Path, config: ConfigDict, resume: bool):
@@ -197,19 +113,21 @@ class RunDirectory:
         self._remote = remote_files.is_remote(self.path)
         self._folder = remote_files.staging_dir(self.path) if self._remote else self.path
         self._uploads: remote_files.Uploads | None = None
-        self._lock = None
-        self._tensorboard = None
+        self._lock: int | None = None  # file descriptor
+        self._tensorboard: Any = None  # tensorboardX.SummaryWriter, which is imported only if it is used
         self._metrics = JsonLines(self._folder / "metrics.jsonl")
         self._samples = JsonLines(self._folder / "samples.jsonl")
-        self._last: int | None = None
-        self._ready = False
+        self._last_step: int | None = None
+        self._ready = False  # `truncate` was called
         if not self.primary:
             return
+
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self._folder / "lock", self.path, "--config.run_dir")
         try:
-            self._check(resume)
-            text = json.dumps({"format": FORMAT} | _plain(config), indent=2, allow_nan=False)
+            self._check_resume(resume)
+            # Stored at every start, so that config.json shows the fields of the latest one.
+            text = json.dumps({"format": FORMAT} | to_plain_config(config), indent=2, allow_nan=False)
             write_atomically(self.path / "config.json", text.encode() + b"\n")
         except BaseException:
             self.close()
@@ -224,13 +142,15 @@ class RunDirectory:
         except OSError as failed:
             if error is None:
                 raise
-            error.add_note(str(failed))  # what ended the run says more
+            error.add_note(str(failed))  # the error that ended the run is more important
 
     def close(self) -> None:
-        """Flush, and let go of the directory.  Raises OSError for what could not be uploaded."""
+        """Flush, and release the lock.  Raises OSError for files that could not be uploaded."""
         self._ready = False
         self._metrics.close()
         self._samples.close()
+
+        # The lock must be released even if an upload fails.
         try:
             if self._tensorboard is not None:
                 self._tensorboard.close()
@@ -243,134 +163,139 @@ class RunDirectory:
             finally:
                 self._uploads = None
                 if self._lock is not None:
-                    os.close(self._lock)  # which also unlocks
+                    os.close(self._lock)  # also unlocks
                     self._lock = None
 
     def truncate(self, step: int | None) -> None:
-        """Go on after `step`, the newest checkpoint's (None: from the beginning); due before the first `log`.
+        """Prepare to continue after the newest checkpoint's `step` (None: step 0), before the first `log`.
 
-        Drops metrics and samples of later steps, and a line torn by a kill.  Warns where metrics up to
-        `step` are missing.  Raises ValueError for a malformed line.
+        Drops metrics and samples of later steps, and an incomplete last line.  Warns if metrics up to `step`
+        are missing.  Raises ValueError for a malformed line.
         """
-        self._last = step
+        self._last_step = step
         self._ready = True
         if not self.primary:
             return
+
         if self._remote:
-            shutil.rmtree(
-                self._folder / "tensorboard", ignore_errors=True
-            )  # of an earlier life, and uploaded
+            # Staged events of an earlier start were uploaded; the bucket's files replace the other ones.
+            shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
             for lines in (self._metrics, self._samples):
                 remote_files.download_file(self.path / lines.path.name, lines.path)
             if self._uploads is None:
                 self._uploads = remote_files.Uploads(self._folder, self.path)
+
         last = self._metrics.truncate(step)
         self._samples.truncate(step)
         self._upload(*(x.path.name for x in (self._metrics, self._samples) if x.path.exists()))
         if step and last != step:  # step 0 has no line
-            where = self.path / "metrics.jsonl"
-            warnings.warn(f"{where} ends at step {last}, the checkpoint is of step {step}", stacklevel=2)
+            file = self.path / "metrics.jsonl"
+            warnings.warn(f"{file} ends at step {last}, the checkpoint is of step {step}", stacklevel=2)
+
         if self.config.log.tensorboard:
-            # The readers of events drop those of an earlier life from purge_step on.
+            from tensorboardX import SummaryWriter  # takes seconds if torch is installed, which it imports
+
+            # TensorBoard ignores events of earlier starts from purge_step on.
             purge_step = 0 if step is None else step + 1
-            from tensorboardX import SummaryWriter  # which imports torch where there is one: seconds
 
             self._tensorboard = SummaryWriter(
                 str(self._folder / "tensorboard"), purge_step=purge_step, filename_suffix=f".{purge_step}"
             )
 
     def flush(self) -> None:
-        """Until what was logged lies in the run directory; to be called before a checkpoint is saved.
+        """Wait until everything logged is in the run directory; to be called before a checkpoint is saved.
 
-        Locally it does at once.  Raises OSError for what could not be uploaded; it is kept, and a later call tries
-        again.
+        On a local disk nothing needs to be done.  Raises OSError for files that could not be uploaded; a
+        later call tries again.
         """
         if self._uploads is not None:
             self._uploads.flush()
 
     def _upload(self, *names: str) -> None:
-        """These files, or the files of these folders, have changed."""
+        """Tell the uploading thread that these files, or the files of these folders, have changed."""
         if self._uploads is None:
             return
-        found = [p for n in names for p in ([self._folder / n] if (self._folder / n).is_file() else [])]
-        found += [p for n in names for p in (self._folder / n).glob("*")]
-        self._uploads.changed(*(str(p.relative_to(self._folder)) for p in found))
+        changed: list[Path] = []
+        for path in (self._folder / name for name in names):
+            changed += [path] if path.is_file() else path.glob("*")
+        self._uploads.changed(*(str(path.relative_to(self._folder)) for path in changed))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one step's metrics: names like `policy/kl`, values that are or become floats.
+        """Append one step's metrics: names like `policy/kl`, values that can be converted to float.
 
-        The line is on the disk when this returns (under gs://, on its way there).  Raises ValueError for a step
-        that is not after the last, or a name without a group; OSError for a line that could not be written.
+        The line is on disk when this returns (under gs://, it is being uploaded).  Raises ValueError for a
+        step that is not after the last one, or a name without a group; OSError for a line that could not be
+        written.
         """
         if not self._ready:
             raise RuntimeError(f"{self.path}: call truncate(step) before the first log")
-        if self._last is not None and step <= self._last:
+        if self._last_step is not None and step <= self._last_step:
             raise ValueError(
-                f"{self.path / 'metrics.jsonl'}: step {step} after step {self._last}; one line a step, forwards"
+                f"{self.path / 'metrics.jsonl'}: step {step} after step {self._last_step}: log each step once, in "
+                "ascending order"
             )
+
+        # All processes convert the values, so that all fail on a bad one; process 0 alone writes.
         row: dict[str, Any] = {"step": step}
         for name, value in metrics.items():
             if "/" not in name:
                 raise ValueError(f"metric {name!r} has no group: call it GROUP/{name}")
             row[name] = float(value)
-        self._last = step
+        self._last_step = step
         if not self.primary:
             return
+
         self._metrics.append(row)
         if self._tensorboard is not None:
             for name, value in row.items():
-                if name != "step" and math.isfinite(value):  # the writer warns at each other one
+                if name != "step" and math.isfinite(value):  # the writer warns about every other value
                     self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
         self._upload("metrics.jsonl", "tensorboard")
 
     def dump_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows (text, numbers, lists and dicts of them) to samples.jsonl, each with its `step`."""
+        """Append rows (text, numbers, lists and dicts of them) to samples.jsonl, each with the `step`."""
         if not self._ready:
             raise RuntimeError(f"{self.path}: call truncate(step) before the first dump")
         if self.primary and rows:
             self._samples.append(*({"step": step, **row} for row in rows))
             self._upload("samples.jsonl")
 
-    def _check(self, resume: bool) -> None:
+    def _check_resume(self, resume: bool) -> None:
+        """Raise ValueError if there are checkpoints from which this config may not resume."""
         steps = list_steps(self.path)
         if not steps:
-            return  # nothing here that a start from the beginning could not make again
+            return  # a start from step 0 would write everything here again
         if not resume:
             raise ValueError(
                 f"{self.path} holds checkpoints {steps} and resume is False: give another --config.run_dir, or "
-                "go on with --config.resume=True"
+                "resume with --config.resume=True"
             )
+
+        # Compare with the config that the checkpoints were made with.
         stored = self.path / "config.json"
         if not stored.exists():
             raise ValueError(
                 f"{stored} is not there, but checkpoints {steps} are: give another --config.run_dir"
             )
-        old = flatten_config(read_stored_config(self.path, self.config))
-        new = flatten_config(_plain(self.config))
-        absent = "(absent)"
-        changed = [
-            f"{name} was {json.dumps(old[name]) if name in old else absent} and is now "
-            f"{json.dumps(new[name]) if name in new else absent}"
-            for name in sorted(old.keys() | new.keys())
-            if must_stay(name) and (name not in old or name not in new or old[name] != new[name])
-        ]
-        if changed:
+        changes = describe_changes(read_stored_config(self.path, self.config), self.config)
+        if changes:
             raise ValueError(
-                f"{self.path} was begun with another config: {'; '.join(changed)}: give another "
+                f"{self.path} was begun with another config: {'; '.join(changes)}: give another "
                 "--config.run_dir, or the old value"
             )
 
 
-def _plain(config: ConfigDict) -> dict[str, Any]:
-    """A config as what its JSON would read back as: dicts, lists, strings, numbers."""
-    return to_jsonable(config.to_dict())
-
-
 def lock_folder(path: Path, folder: Path | epath.Path, flag: str) -> int:
-    """Take the lock of a folder, or raise ValueError with its holder; it goes with the process, however that ends.
+    """Take the lock file of a folder; the lock is released when the process ends, even by SIGKILL.
 
-    flag: names another folder, for the message.  Returns a handle: closing it unlocks.
+    Args:
+      path: the lock file.
+      folder: the locked folder, for messages.
+      flag: the flag that names another folder, for messages.
+
+    Returns a file descriptor: closing it releases the lock.  Raises ValueError, naming the holder, if the
+    folder is locked.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # not inherited by worker processes
     try:
@@ -382,9 +307,9 @@ def lock_folder(path: Path, folder: Path | epath.Path, flag: str) -> int:
             f"{folder} is in use by {holder or 'another process'}: stop it, or give another {flag}"
         ) from None
     except OSError as error:
-        # Some network file systems have no locks, which is no reason not to run there.
+        # Some network file systems have no locks; runs should still be possible there.
         warnings.warn(
-            f"{path} cannot be locked ({error}): see that one process alone runs here", stacklevel=3
+            f"{path} cannot be locked ({error}): make sure that no other process uses {folder}", stacklevel=3
         )
     os.ftruncate(handle, 0)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

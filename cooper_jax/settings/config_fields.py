@@ -41,7 +41,7 @@ class Field:
 
 
 def flatten_config(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Dotted names of the config's leaves and their values."""
+    """Map the dotted name of each leaf of the config to its value."""
     out: dict[str, Any] = {}
     for name in config:
         value = config[name]
@@ -64,7 +64,7 @@ def list_fields(config: ConfigDict) -> list[Field]:
 def describe_unknown_field(
     field: str, fields: Iterable[str], renamed: Mapping[str, str] = RENAMED_FLAGS
 ) -> str:
-    """Say what became of a field that the config does not have, or name the nearest that it has.
+    """An error message for a field that the config does not have: its new name, or the nearest field.
 
     field: dotted, without `config.`.  fields: the names that exist.
     """
@@ -76,48 +76,56 @@ def describe_unknown_field(
 
 
 def find_nearest(field: str, fields: Iterable[str]) -> str | None:
-    """The field whose dotted name is nearest to a misspelt one; None where nothing is near.
+    """The field whose dotted name is nearest to a misspelt one; None where no name is near.
 
     Fields of the section that the misspelt name gives come first, then the same last part in another section
     (`policy.lr` -> `policy.optimiser.lr`), then similar names.
     """
     fields = list(fields)
     section, _, leaf = field.rpartition(".")
+
     siblings = {name.rpartition(".")[2]: name for name in fields if name.rpartition(".")[0] == section}
     if found := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7):
         return siblings[found[0]]
+
     same_leaf = [name for name in fields if name.rpartition(".")[2] == leaf]
     if same_leaf:
         return max(same_leaf, key=lambda name: difflib.SequenceMatcher(None, field, name).ratio())
+
     found = difflib.get_close_matches(field, fields, n=1, cutoff=0.75)
     return found[0] if found else None
 
 
 def read_comments(module: ModuleType, function: str = "get_config") -> dict[str, str]:
-    """Dotted names of the fields and sections that a module's `function` declares -> their comments.
+    """Map the dotted names of the fields and sections that a module's `function` declares to their comments.
 
-    Names come in the order of their declaration; without a comment the text is "".  The comment stands behind the
-    assignment or, where there is none, in the lines directly above it.  A function that builds a section
+    The order is that of the declarations; a field without a comment has the text "".  The comment stands behind
+    the assignment or, where there is none, in the lines directly above it.  A function that builds a section
     (`c.policy = trained_model()`) contributes the comments of its own fields.
     """
     source = inspect.getsource(module)
     tree = ast.parse(source)
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    return _Reader(functions, _comments_by_line(source), source.splitlines()).comments_of(function)
+    reader = _CommentReader(functions, _read_comments_by_line(source), source.splitlines())
+    return reader.read_function(function)
 
 
-def _comments_by_line(source: str) -> dict[int, str]:
+def _read_comments_by_line(source: str) -> dict[int, str]:
+    """Map line numbers to the comments on them, without the leading `#`."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reader:
+class _CommentReader:
+    """Reader of the comments beside the assignments of a source file's functions."""
+
     functions: Mapping[str, ast.FunctionDef]
     comments: Mapping[int, str]  # line number -> text
     lines: list[str]
 
-    def comments_of(self, function: str) -> dict[str, str]:
+    def read_function(self, function: str) -> dict[str, str]:
+        """The comments of the fields that a function assigns, and of the functions that build its sections."""
         out: dict[str, str] = {}
         for node in self.functions[function].body:
             if not isinstance(node, ast.Assign):
@@ -125,7 +133,8 @@ class _Reader:
             # `c` itself is the empty name, `c.policy.lr` is policy.lr.
             name = ast.unparse(node.targets[0]).partition(".")[2]
             if name:
-                out[name] = self._comment_of(node)
+                out[name] = self._read_comment(node)
+
             call = node.value
             if (
                 isinstance(call, ast.Call)
@@ -133,14 +142,16 @@ class _Reader:
                 and call.func.id in self.functions
             ):
                 prefix = f"{name}." if name else ""
-                out |= {prefix + inner: text for inner, text in self.comments_of(call.func.id).items()}
+                out |= {prefix + inner: text for inner, text in self.read_function(call.func.id).items()}
         return out
 
-    def _comment_of(self, node: ast.Assign) -> str:
+    def _read_comment(self, node: ast.Assign) -> str:
+        """The comment on the lines of an assignment, or else the comment lines directly above it."""
         first, last = node.lineno, node.end_lineno or node.lineno
         trailing = [self.comments[n] for n in range(first, last + 1) if n in self.comments]
         if trailing:
             return " ".join(trailing)
+
         above: list[str] = []
         line = first - 1
         while self.lines[line - 1].lstrip().startswith("#"):

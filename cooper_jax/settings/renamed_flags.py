@@ -1,27 +1,67 @@
 """Configuration fields that earlier versions had under another name.
 
-A flag that uses an old name fails with the new one; nothing is translated silently.
+A flag with an old name fails with a message that gives the new name; nothing is translated silently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 REMOVED = "was removed: "
 
 # Old dotted name -> new dotted name, or REMOVED and the reason.  A name that ends in a dot stands for a whole
 # section: {"old_section.": "new_section."}.
-RENAMED_FLAGS: dict[str, str] = {}
+RENAMED_FLAGS: dict[str, str] = {
+    "warmup.start": "supervised.start_from",
+    "warmup.": "supervised.",
+    "reward.warm_start": "reward.warmup_updates",
+    "reward.guard": "reward.answer_required",
+    "reward.either": "reward.rule_or_model",
+    "rollout.weights": "rollout.weight_placement",
+    "reward.common_mode": REMOVED + "a penalty on what a pair's two logits share changed no result",
+    "reward.updates_most": REMOVED + "more updates while the reward model is fooled changed no result; see "
+    "--config.reward.updates for a fixed number",
+    "reward.fp_target": REMOVED + "it belonged to reward.updates_most, which changed no result",
+    "reward.binary": REMOVED + "rewards of 0 or 1 in place of the reward model's score changed no result",
+}
+
+# (field, old value) -> the reason for which a field no longer takes the value.
+REMOVED_VALUES: dict[tuple[str, str], str] = {
+    (
+        "pairs.negatives",
+        "mined",
+    ): "negatives taken from wrong rollouts changed no result; own_answer sets a wrong "
+    "rollout beside its own answer",
+}
+
+
+def describe_removed_values(field: str, values: Iterable[str]) -> list[str]:
+    """Messages for the values of a field that it took in earlier versions only."""
+    reasons = {value: REMOVED_VALUES[field, value] for value in values if (field, value) in REMOVED_VALUES}
+    return [f"{field}: {value!r} {REMOVED}{reason}" for value, reason in reasons.items()]
 
 
 def describe_rename(name: str, table: Mapping[str, str] = RENAMED_FLAGS) -> str | None:
     """Say what became of a configuration field: "is now ..." or "was removed: ..."; None for an unknown name.
 
-    name: dotted, without `config.`.  The longest entry that covers it counts.
+    name: dotted, without `config.`.  The longest entry that covers it is used.
     """
-    covering = [old for old in table if name == old or (old.endswith(".") and name.startswith(old))]
-    if not covering:
+    old = _find_entry(name, table)
+    if old is None:
         return None
-    old = max(covering, key=len)
     new = table[old]
     return new if new.startswith(REMOVED) else f"is now --config.{new}{name.removeprefix(old)}"
+
+
+def translate_name(name: str) -> str:
+    """The present name of a field in files of earlier versions; a field that was removed keeps its old name."""
+    old = _find_entry(name, RENAMED_FLAGS)
+    if old is None or RENAMED_FLAGS[old].startswith(REMOVED):
+        return name
+    return RENAMED_FLAGS[old] + name.removeprefix(old)
+
+
+def _find_entry(name: str, table: Mapping[str, str]) -> str | None:
+    """The longest entry of the table that covers a name."""
+    covering = [old for old in table if name == old or (old.endswith(".") and name.startswith(old))]
+    return max(covering, key=len, default=None)

@@ -27,7 +27,10 @@ class SetupError(ValueError):
 
 @contextlib.contextmanager
 def setup_errors(what: str) -> Iterator[None]:
-    """Turn errors at the config and file boundary into one message that says what was being set up."""
+    """Context that turns the errors of reading settings and files into a SetupError with one message.
+
+    what: the field, flag or file that is being set up; the message begins with it.  A SetupError passes as it is.
+    """
     try:
         yield
     except SetupError:
@@ -54,7 +57,7 @@ class Problems:
 
     @contextlib.contextmanager
     def collect(self, what: str) -> Iterator[None]:
-        """Add the errors of a check instead of raising them; what: as for `boundary`."""
+        """Add the errors of a check instead of raising them; what: as for `setup_errors`."""
         try:
             with setup_errors(what):
                 yield

@@ -1,11 +1,11 @@
 """Typed settings: frozen dataclasses that are read from sections of the config.
 
-1. ml_collections declares the flags and takes overrides; a section stays a ConfigDict as far as the job's setup.
-2. There `X.from_config(section)` makes a frozen dataclass of it, which stands beside the code that reads it.
-3. `X.__post_init__` checks the values of that section alone and raises one SetupError with all that is wrong.
-   What concerns several sections is checked in cross_checks.py.
+1. ml_collections declares the flags and applies overrides; until the job's setup a section is a ConfigDict.
+2. The setup calls `X.from_config(section)`, which makes a frozen dataclass X.  The module that uses it defines X.
+3. `X.__post_init__` checks the values of that section alone and raises one SetupError with all problems.
+   cross_checks.py checks what depends on several sections.
 
-The values are plain Python constants, so a typed config is hashable and may be closed over by a jitted function.
+The values are plain Python constants, so a typed config is hashable, and jitted functions may close over it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def read_section(cls: type[T], section: Mapping[str, Any], name: str, /, **given
 
     Raises SetupError for a field that the section lacks, and what `cls` raises.
     """
+    # A TypeVar cannot be bound to "any dataclass", which is what `fields` takes.
     wanted = [f.name for f in dataclasses.fields(cls) if f.name not in given]  # type: ignore[arg-type]
     if missing := [field for field in wanted if field not in section]:
         raise SetupError(*(f"{name}.{field} is missing: configs/base.py declares it" for field in missing))
@@ -37,17 +38,20 @@ def read_section(cls: type[T], section: Mapping[str, Any], name: str, /, **given
 
 
 def find_small(config: Any, name: str, least: float, fields: Sequence[str]) -> list[str]:
-    """Messages for the fields of a typed config that are below `least`, or NaN; name: its section's."""
+    """A message for each of the `fields` of a typed config that is below `least` or NaN.
+
+    name: the section's dotted name.
+    """
     values = {field: getattr(config, field) for field in fields}
     return [f"{name}.{f}={v}: it must be at least {least}" for f, v in values.items() if not v >= least]
 
 
 def find_unknown(value: str, field: str, choices: Sequence[str]) -> list[str]:
-    """A message where a value is none of the choices; field: its dotted name."""
+    """A message if the value is none of the choices, else no message; field: its dotted name."""
     return [] if value in choices else [f"{field}={value!r}: it is one of {', '.join(choices)}"]
 
 
 def raise_problems(problems: Sequence[str]) -> None:
-    """Raise SetupError with all messages; without one do nothing."""
+    """Raise SetupError with all messages; do nothing if there is none."""
     if problems:
         raise SetupError(*problems)

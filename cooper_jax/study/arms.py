@@ -14,14 +14,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax.runtime.run_directory import flatten_config
+from cooper_jax.runtime.stored_config import flatten_config
 from cooper_jax.settings.config_fields import describe_unknown_field
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.recipes import RECIPES
 
 START = "start"  # the folder of the supervised phases that a seed's arms share: no arm has this name
 # Fields that are the study's, or alike in all arms; one that ends in a dot stands for its section.
-NOT_AN_ARMS = ("name", "seed", "steps", "run_dir", "resume", "warmup.", "eval.")
+NOT_AN_ARMS = ("name", "seed", "steps", "run_dir", "resume", "supervised.", "eval.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Arm:
     )  # dotted field -> factor on the base's
 
 
-_FROZEN = {"reward.arm": "model", "reward.recipe": "", "reward.warm_start": 0}
+_FROZEN = {"reward.arm": "model", "reward.recipe": "", "reward.warmup_updates": 0}
 _ROBUST = {"reward.arm": "cooper", "reward.recipe": "robust"}
 _REWRITES = {"reward.arm": "cooper", "pairs.per_prompt": 3}  # as many pairs as robust has
 _LABELS = {
@@ -62,7 +62,9 @@ ARMS = {
         ),
         Arm("robust", "Cooper with our recipe: cross-entropy on the pairs as well", _ROBUST),
         # Controls.  Would less do?
-        Arm("frozen_guard", "frozen; no reward without an answer", _FROZEN | {"reward.guard": True}),
+        Arm(
+            "frozen_guard", "frozen; no reward without an answer", _FROZEN | {"reward.answer_required": True}
+        ),
         Arm("frozen_kl10", "frozen; KL coefficient x 10", _FROZEN, {"policy.kl_coef": 10.0}),
         Arm("frozen_kl100", "frozen; KL coefficient x 100", _FROZEN, {"policy.kl_coef": 100.0}),
         Arm(
@@ -70,7 +72,9 @@ ARMS = {
             "frozen; group standard deviation at least 0.1",
             _FROZEN | {"policy.std_floor": 0.1},
         ),
-        Arm("either", "frozen; reward 1 where the rule says correct", _FROZEN | {"reward.either": True}),
+        Arm(
+            "either", "frozen; reward 1 where the rule says correct", _FROZEN | {"reward.rule_or_model": True}
+        ),
         # Which part of robust does it?
         Arm(
             "bce",
@@ -89,7 +93,7 @@ ARMS = {
             _REWRITES | {"reward.recipe": "sigmoid", "reward.pair_bce": 2.0},
         ),
         Arm("no_bce", "robust without its cross-entropy term", _ROBUST | {"reward.pair_bce": 0.0}),
-        Arm("no_warm", "robust without its updates before step 1", _ROBUST | {"reward.warm_start": 0}),
+        Arm("no_warm", "robust without its updates before step 1", _ROBUST | {"reward.warmup_updates": 0}),
         Arm(
             "no_swap",
             "robust without reference swaps",

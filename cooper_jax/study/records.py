@@ -26,6 +26,7 @@ import numpy as np
 from cooper_jax.runtime import output_folder
 from cooper_jax.runtime.metrics import parse_numbers, to_jsonable
 from cooper_jax.runtime.remote_files import write_atomically
+from cooper_jax.settings.renamed_flags import translate_name
 from cooper_jax.study.arms import ARMS
 
 # What an evaluation says, by the names of metrics.jsonl; an arm without a reward model lacks some.
@@ -219,7 +220,11 @@ def read_records(path: Path) -> Records:
             )
         )
         evaluations, steps = [], {name: [] for name in EACH_STEP}
-    return Records(lines[0]["study"], tuple(runs))
+    study = lines[0]["study"]
+    for arm in study["arms"].values():
+        # Files of earlier versions have some fields under another name.
+        arm["settings"] = {translate_name(name): value for name, value in arm["settings"].items()}
+    return Records(study, tuple(runs))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.runtime import output_folder
 from cooper_jax.runtime.checkpoint import list_steps
-from cooper_jax.runtime.run_directory import flatten_config, must_stay
+from cooper_jax.runtime.stored_config import flatten_config, must_stay
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.study import arms as study_arms
 from cooper_jax.study.arms import START, Arm
@@ -90,7 +90,7 @@ class Study:
         belongs = {
             "seed": "--seeds",
             "run_dir": "--out",
-            "warmup.start": "each seed's own start",
+            "supervised.start_from": "each seed's own start",
             "resume": "no study",
         }
         for field in self.given:
@@ -128,7 +128,9 @@ class Study:
         name = START if arm is None else arm.name
         own |= {"seed": seed, "run_dir": str(self.folder(name, seed))}
         own |= (
-            {"steps": 0, "eval.every": 0} if arm is None else {"warmup.start": str(self.folder(START, seed))}
+            {"steps": 0, "eval.every": 0}
+            if arm is None
+            else {"supervised.start_from": str(self.folder(START, seed))}
         )
         if "log.tensorboard" not in self.given:
             own["log.tensorboard"] = False  # nobody looks at so many
@@ -156,7 +158,7 @@ class Study:
         shared = {
             f: v
             for f, v in known.items()
-            if f == "steps" or (must_stay(f) and f not in ("seed", "warmup.start"))
+            if f == "steps" or (must_stay(f) and f not in ("seed", "supervised.start_from"))
         }
         self.out.mkdir(parents=True, exist_ok=True)
         output_folder.check_same_settings(self.out, shared, begun=any(self.out.glob("seed_*")))

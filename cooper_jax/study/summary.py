@@ -24,7 +24,7 @@ LAST = 3  # evaluations that make the end
 LAST_STEPS = 10  # steps that make the end of what is known of each step
 DIP = 0.8  # of the start: below it, a run has dipped
 PLAIN = "rule"  # the arm that others are compared with
-FROZEN = "frozen"  # the arm whose reward model is the one that all begin with, before any warm start
+FROZEN = "frozen"  # the arm whose reward model is the one that all begin with, before any warm-up
 SUBJECTS = ("accuracy", "accuracy_number", "accuracy_words")  # held-out problems: all, and by kind
 HELD_OUT = ("rm_original", "rm_balanced")  # rows that are the same for all arms
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cooper_jax.data import packing, prompts
@@ -31,20 +32,20 @@ def encode_reward_input(components: Components, problem: Problem, completion: st
     text of the policy makes this raise, and end the run at every restart.
     """
     return prompts.encode_verifier_input(
-        components.reward.model.tokenizer,
+        components.reward_bundle.model.tokenizer,
         problem.question,
         problem.reference,
         completion,
-        components.cfg.reward.max_tokens,
+        components.settings.reward.max_tokens,
         last_resort=True,
     )
 
 
 def pack_reward_inputs(components: Components, rows: Sequence[Sequence[int]]) -> ScoreBatch:
     """Token ids as a batch on the reward model's devices, with padding rows that the mesh needs."""
-    layout = components.reward.layout
+    layout = components.reward_bundle.layout
     batch = packing.pack_score_batch(
-        rows, bucket=components.cfg.data.bucket, rows_multiple=layout.batch_shards
+        rows, bucket=components.settings.data.bucket, rows_multiple=layout.batch_shards
     )
     return layout.put(batch, "batch")
 
@@ -60,7 +61,7 @@ def score_responses(
         encode_reward_input(components, problem, completion.text)
         for problem, completion in zip(problems, completions, strict=True)
     ]
-    logits = components.reward.score(params, pack_reward_inputs(components, rows))
+    logits = components.reward_bundle.score(params, pack_reward_inputs(components, rows))
     return hosts.fetch_arrays(logits)[: len(rows)]
 
 
@@ -108,12 +109,13 @@ class ResponseGrader:
         if self._scorer is not None:
             logits = self._scorer.collect()
         else:
-            problems, completions = [], []
+            problems: list[Problem] = []
+            completions: list[Completion] = []
             for index, problem in enumerate(self._problems):
                 completions += self._groups[index]
                 problems += [problem] * len(self._groups[index])
             logits = score_responses(self._components, self._reward.params, problems, completions)
-        return np.asarray(reward_losses.rewards_from_logits(logits))
+        return np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)))
 
     def collect_verdicts(self) -> list[Verdict]:
         """Wait for the rule verifier: its verdicts [N], in the order of the rows."""
@@ -130,8 +132,8 @@ class _OverlappedScorer:
 
     def __init__(self, components: Components, params: Params):
         self._components, self._params = components, params
-        shards = components.reward.layout.batch_shards
-        self._batch_rows = packing.round_up(components.cfg.reward.microbatch, shards)
+        shards = components.reward_bundle.layout.batch_shards
+        self._batch_rows = packing.round_up(components.settings.reward_update.microbatch, shards)
         self._waiting: list[tuple[int, list[int]]] = []  # (row, token ids)
         self._running: list[tuple[list[int], jax.Array]] = []  # (rows, their logits, padding at the end)
 
@@ -156,5 +158,7 @@ class _OverlappedScorer:
         taken, self._waiting = self._waiting[: self._batch_rows], self._waiting[self._batch_rows :]
         # Empty rows fill the last microbatch up, so that one compiled program scores all of them.
         tokens = [row for _, row in taken] + [[]] * (self._batch_rows - len(taken))
-        logits = self._components.reward.score(self._params, pack_reward_inputs(self._components, tokens))
+        logits = self._components.reward_bundle.score(
+            self._params, pack_reward_inputs(self._components, tokens)
+        )
         self._running.append(([row for row, _ in taken], logits))

@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 
 from cooper_jax import statistics
@@ -38,7 +39,7 @@ def evaluate_held_out(components: Components, state: State) -> Metrics:
     """Metrics under `eval/`; empty where no problems are held out.  Raises hosts.Stopped after a SIGTERM."""
     if not components.held_out:
         return {}
-    section = components.cfg.eval
+    section = components.settings.eval
     metrics = _evaluate_responses(components, state, section.temperature)
     if section.greedy:
         greedy = _evaluate_responses(components, state, 0.0)
@@ -62,8 +63,8 @@ def _evaluate_responses(components: Components, state: State, temperature: float
     )
     metrics = measure_responses(completions) | measure_oracle(oracle, problems, completions)
     if components.reward is not None:
-        logits = score_responses(components, state.reward.params, problems, completions)
-        scores = np.asarray(reward_losses.rewards_from_logits(logits))
+        logits = score_responses(components, state.reward_state.params, problems, completions)
+        scores = np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)))
         metrics |= measure_hacking(scores, pending_verdicts.result())
         if oracle is not None:
             truth = np.array([oracle(p, c.text) for p, c in zip(problems, completions, strict=True)])
@@ -75,13 +76,15 @@ def _evaluate_responses(components: Components, state: State, temperature: float
 
 def _evaluate_reward_model(components: Components, state: State) -> Metrics:
     """Measure the reward model on labelled synthetic completions."""
-    cfg = components.cfg
+    settings = components.settings
     metrics: Metrics = {}
-    sets = synthetic.make_reward_sets(cfg.seed, cfg.eval.reward_rows, cfg.warmup.reward_habit)
+    sets = synthetic.make_reward_sets(
+        settings.seed, settings.eval.reward_rows, settings.supervised.reward_habit
+    )
     for name, triples in sets.items():
         problems = [Problem(t.question, t.reference) for t in triples]
         completions = [Completion(t.completion) for t in triples]
-        logits = score_responses(components, state.reward.params, problems, completions)
+        logits = score_responses(components, state.reward_state.params, problems, completions)
         truth = np.array([t.label > 0.5 for t in triples])
         metrics |= _measure_separation(f"rm_{name}", truth, logits)
         if name == "balanced":

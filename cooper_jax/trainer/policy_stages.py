@@ -3,7 +3,8 @@
 1. `take_problems` takes the next problems of the data order.
 2. `sample_responses` samples G responses to each, as arrays and as text.
 3. `compute_logprobs` packs them into a `PolicyBatch` with the reference's log-probabilities.
-4. `update_policy` makes the step's GRPO updates.
+4. `compute_advantages` compares each reward with those of its group.
+5. `update_policy` makes the step's GRPO updates.
 
 Every process runs the same calls on the same text.  Arrays are placed by the layout of the model that reads them;
 rows are padded to a multiple of the mesh's batch shards, and padding rows weigh nothing.
@@ -18,15 +19,17 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cooper_jax.data import packing
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.policy import grpo
+from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts, keys
-from cooper_jax.runtime.device_layouts import get_rollout_options
 from cooper_jax.runtime.metrics import to_host
+from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.types import Completion, Metrics, Params, PolicyBatch, Problem, Rollout, TrainState
 
@@ -43,10 +46,10 @@ class ProblemBatch:
 
 def take_problems(components: Components, first: int, stream: str = "shuffle") -> ProblemBatch:
     """The training problems at the places first, first + 1, ... of the order that `stream` shuffles."""
-    cfg = components.cfg
-    positions = range(first, first + cfg.data.prompts_per_step)
-    chosen = [problem_sets.problem_at(p, len(components.train), cfg.seed, stream) for p in positions]
-    group_size = cfg.rollout.group_size
+    settings = components.settings
+    positions = range(first, first + settings.data.prompts_per_step)
+    chosen = [problem_sets.problem_at(p, len(components.train), settings.seed, stream) for p in positions]
+    group_size = settings.rollout.group_size
     return ProblemBatch(
         problems=[components.train[i] for i in chosen],
         prompt_tokens=[components.train_prompts[i] for i in chosen],
@@ -76,7 +79,8 @@ def sample_responses(
     def decode(rollout: Rollout) -> list[Completion]:
         return engine.decode_completions(rollout, model.tokenizer.decode, spec.eos_ids)
 
-    def on_groups(indices: list[int], rows: Rollout) -> None:
+    def split_groups(indices: list[int], rows: Rollout) -> None:
+        assert on_group is not None  # the engine calls this function in that case alone
         responses = decode(rows)
         for i, index in enumerate(indices):
             on_group(index, responses[i * spec.group_size : (i + 1) * spec.group_size])
@@ -89,10 +93,10 @@ def sample_responses(
         batch.positions,
         key,
         spec,
-        on_groups=on_groups if on_group else None,
+        on_groups=None if on_group is None else split_groups,
         between_segments=hosts.raise_if_stopping,
         report=metrics.update,
-        **get_rollout_options(components.cfg),
+        **components.settings.rollout.make_engine_options(),
     )
     return rollout, decode(rollout), metrics
 
@@ -102,13 +106,13 @@ def sample_held_out(components: Components, params: Params, temperature: float) 
 
     The key is the same in every evaluation, so two evaluations of one policy are equal.
     """
-    cfg, model = components.cfg, components.policy.model
+    settings, model = components.settings, components.policy.model
     spec = dataclasses.replace(
         components.policy.sampling,
         temperature=temperature,
-        top_p=cfg.eval.top_p,
+        top_p=settings.eval.top_p,
         top_k=0,
-        group_size=cfg.eval.samples if temperature else 1,
+        group_size=settings.eval.samples if temperature else 1,
     )
     rollout = engine.generate(
         params,
@@ -116,10 +120,10 @@ def sample_held_out(components: Components, params: Params, temperature: float) 
         components.layout,
         components.held_out_prompts,
         range(len(components.held_out)),
-        keys.make_key(cfg.seed, "evaluation"),
+        keys.make_key(settings.seed, "evaluation"),
         spec,
         between_segments=hosts.raise_if_stopping,
-        **get_rollout_options(cfg),
+        **settings.rollout.make_engine_options(),
     )
     return engine.decode_completions(rollout, model.tokenizer.decode, spec.eos_ids)
 
@@ -132,11 +136,11 @@ def compute_logprobs(
     A step with a single update needs no pass for the latter: they are the log-probabilities that the update itself
     computes, the ratio is 1, and `old_logprobs` stays zero and unread.
     """
-    cfg, layout, reference_layout = components.cfg, components.layout, components.policy.reference_layout
+    layout, reference_layout = components.layout, components.policy.reference_layout
     packed = packing.pack_policy_batch(
         prompt_tokens,
         rollout,
-        bucket=cfg.data.bucket,
+        bucket=components.settings.data.bucket,
         rows_multiple=math.lcm(layout.batch_shards, reference_layout.batch_shards),
     )
     batch = layout.put(packed, "batch")
@@ -151,22 +155,35 @@ def compute_logprobs(
 
     if grpo.count_updates(components.settings.policy) > 1:
         old_logprobs = components.policy.logprobs(state.policy.params, batch.tokens, batch.valid, width)
-        batch = batch.replace(old_logprobs=old_logprobs)
+        batch = dataclasses.replace(batch, old_logprobs=old_logprobs)
     if reference_layout != layout:
         ref_logprobs = layout.put(hosts.fetch_arrays(ref_logprobs), "batch")
 
-    return jax.block_until_ready(batch.replace(ref_logprobs=ref_logprobs))
+    return jax.block_until_ready(dataclasses.replace(batch, ref_logprobs=ref_logprobs))
+
+
+def compute_advantages(settings: RunSettings, rewards: np.ndarray) -> tuple[np.ndarray, float]:
+    """The responses' advantages within their groups, f32[N], and the share of groups without any signal.
+
+    rewards: f32[N].
+    """
+    advantages, zero_variance_groups = group_advantages(
+        jnp.asarray(rewards),
+        settings.rollout.group_size,
+        std_normalise=settings.policy.std_normalise,
+        eps=settings.policy.std_eps,
+        floor=settings.policy.std_floor,
+    )
+    return np.asarray(advantages), float(zero_variance_groups)
 
 
 def update_policy(
     components: Components, policy: TrainState, batch: PolicyBatch, advantages: np.ndarray, step: int
 ) -> tuple[TrainState, Metrics]:
     """Make the step's GRPO updates.  advantages: f32[N].  The policy's state given is donated."""
-    cfg = components.cfg
+    settings = components.settings
     padded = packing.pad_rows(np.asarray(advantages, np.float32), batch.tokens.shape[0])
-    batch = batch.replace(advantages=components.layout.put(padded, "batch"))
-    key = keys.make_key(cfg.seed, "minibatch", step)
-    policy, metrics = grpo.update_on_rollouts(
-        policy, batch, key, components.settings.policy, components.policy.update
-    )
+    batch = dataclasses.replace(batch, advantages=components.layout.put(padded, "batch"))
+    key = keys.make_key(settings.seed, "minibatch", step)
+    policy, metrics = grpo.update_on_rollouts(policy, batch, key, settings.policy, components.policy.update)
     return policy, to_host(metrics, "policy")

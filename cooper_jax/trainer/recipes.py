@@ -1,6 +1,6 @@
 """Named settings of the reward model's update: `--config.reward.recipe=NAME` in place of many flags.
 
-A recipe sets the knobs below over what a config file says; a flag that is given on the command line wins over it.
+A recipe sets the fields below over what a config file says; a flag that is given on the command line wins over it.
 `launch/common.py` applies it, so that a run's config.json holds the values themselves beside the recipe's name.
 """
 
@@ -18,7 +18,7 @@ _PAPER = {
     "reward.pair_bce": 0.0,
     "reward.rollout_bce": 0.0,
     "reward.updates": 1,
-    "reward.warm_start": 0,
+    "reward.warmup_updates": 0,
     "reward.replay": 0,
     "reward.replay_rows": 0,
     "pairs.per_prompt": 1,
@@ -26,13 +26,14 @@ _PAPER = {
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "released": _PAPER | {"reward.pair_loss": "logit"},  # the authors' code
-    "sigmoid": _PAPER | {"reward.pair_loss": "sigmoid"},  # the contrast of the rewards themselves
-    # Ours: members are anchored, and in two pairs of three nothing but the reference sets them apart.
+    "sigmoid": _PAPER | {"reward.pair_loss": "sigmoid"},  # the contrastive loss on the rewards themselves
+    # Ours: cross-entropy fixes the level of both rewards, and in two pairs of three the members differ in the
+    # reference alone.
     "robust": _PAPER
     | {
         "reward.pair_loss": "sigmoid",
         "reward.pair_bce": 2.0,
-        "reward.warm_start": 20,
+        "reward.warmup_updates": 20,
         "reward.updates": 2,
         "pairs.per_prompt": 3,
         "pairs.negatives": ("assistant", "swap", "own_answer"),

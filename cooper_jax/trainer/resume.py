@@ -2,7 +2,7 @@
 
 1. `start_or_resume` restores the newest checkpoint where there is one.
 2. Otherwise it runs the supervised phases (supervised.py), or takes the models of another run's step 0
-   (`warmup.start`).  The policy as it then stands is the frozen reference.
+   (`supervised.start_from`).  The policy as it then stands is the frozen reference.
 3. The reward model is warmed up on the policy's rollouts where the config asks for it (reward_warmup.py).
 4. The policy is evaluated and everything is saved as step 0, so that a run killed later need not repeat it.
 """
@@ -15,7 +15,8 @@ from cooper_jax.model import transformer
 from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.runtime import checkpoint, hosts, mesh, optim
 from cooper_jax.runtime.checkpoint import Checkpoints
-from cooper_jax.runtime.run_directory import RunDirectory, config_hash
+from cooper_jax.runtime.run_directory import RunDirectory
+from cooper_jax.runtime.stored_config import config_hash
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.reward_warmup import warm_up_reward_model
@@ -55,8 +56,8 @@ def save_checkpoint(
     so that metrics.jsonl is never behind the newest checkpoint.
     """
     run.flush()
-    loop = {"position": state.position, "config_hash": config_hash(components.cfg)}
-    if components.cfg.reward.replay:
+    loop = {"position": state.position, "config_hash": config_hash(run.config)}
+    if components.settings.reward_update.replay:
         loop["replay"] = state.replay.to_json()
     checkpoints.save(state.step, checkpoint_items(state), loop)
 
@@ -67,8 +68,10 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
     # The initial arrays are deleted before others are read: together they would take twice a run's memory.
     jax.tree.map(lambda x: x.delete(), (state.policy, state.reward))
     with setup_errors(f"{checkpoints.folder}"):
-        step, items, loop = checkpoints.restore_newest(abstract_items, checkpoint_vocab_sizes(components))
-    if loop["config_hash"] != config_hash(components.cfg):
+        restored = checkpoints.restore_newest(abstract_items, checkpoint_vocab_sizes(components))
+        assert restored is not None  # the caller has found a checkpoint
+        step, items, loop = restored
+    if loop["config_hash"] != config_hash(run.config):
         raise SetupError(
             f"{checkpoints.folder / str(step)} was saved under another config than the run directory's "
             "config.json says: give another --config.run_dir"
@@ -94,21 +97,23 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
 
 def _start(components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints) -> State:
     """The state at step 0, saved and evaluated."""
-    cfg = components.cfg
+    settings = components.settings
     with setup_errors("run_dir"):
         run.truncate(None)  # what a run logged that was stopped before its step 0 was saved
 
     # The supervised phases have optimisers of their own: training starts with fresh ones.
     policy, reward = state.policy, state.reward
-    if cfg.warmup.start:
+    if settings.supervised.start_from:
         policy, reward = _take_models_of_run(components, policy, reward)
     else:
-        if cfg.warmup.policy_steps:
+        if settings.supervised.policy_steps:
             policy = optim.init_state(
                 imitate_solutions(components, policy.params), components.policy.optimiser
             )
-        if cfg.warmup.reward_steps and reward is not None:
-            reward = optim.init_state(train_on_labels(components, reward.params), components.reward.optimiser)
+        if settings.supervised.reward_steps and reward is not None:
+            reward = optim.init_state(
+                train_on_labels(components, reward.params), components.reward_bundle.optimiser
+            )
 
     with setup_errors("checkpoint"):
         checkpoints.save_reference(policy.params)
@@ -120,9 +125,9 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
         reference = _restore_reference(components, checkpoints)
 
     state = State(policy=policy, reward=reward, reference=reference, step=0, position=0)
-    if reward is not None and cfg.reward.warm_start:
+    if reward is not None and settings.reward_update.warmup_updates:
         state = warm_up_reward_model(components, state)
-    if cfg.eval.every and (metrics := evaluate_held_out(components, state)):
+    if settings.eval.every and (metrics := evaluate_held_out(components, state)):
         with setup_errors("run_dir"):
             run.log(0, metrics)
     save_checkpoint(components, state, run, checkpoints)
@@ -132,8 +137,8 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
 def _take_models_of_run(
     components: Components, policy: TrainState, reward: TrainState | None
 ) -> tuple[TrainState, TrainState | None]:
-    """The models of the step 0 of the run directory `warmup.start`, with fresh optimisers."""
-    source = components.cfg.warmup.start
+    """The models of the step 0 of the run directory `supervised.start_from`, with fresh optimisers."""
+    source = components.settings.supervised.start_from
 
     def restore(
         kept: Checkpoints, name: str, bundle: PolicyBundle | RewardBundle, like: TrainState
@@ -142,10 +147,10 @@ def _take_models_of_run(
         params = kept.restore(0, name, abstract, bundle.model.config.vocab_size)
         return optim.init_state(params, bundle.optimiser)
 
-    with setup_errors(f"warmup.start={source}"), Checkpoints(source, keep=0, read_only=True) as kept:
+    with setup_errors(f"supervised.start_from={source}"), Checkpoints(source, keep=0, read_only=True) as kept:
         policy = restore(kept, "policy", components.policy, policy)
         if reward is not None:
-            reward = restore(kept, "reward", components.reward, reward)
+            reward = restore(kept, "reward", components.reward_bundle, reward)
     return policy, reward
 
 

@@ -1,7 +1,8 @@
 """The reward model's stages of a step: make pairs, choose labelled rows, update the reward model.
 
 1. `propose_pairs` starts to make contrastive pairs: correct responses beside wrong ones (reward/pairs/).
-2. `choose_labelled_rows` chooses responses that the update sees one by one with their label (reward/labelled_rollouts.py).
+2. `choose_labelled_rows` chooses responses that the update sees one by one, each with its label
+   (reward/labelled_rollouts.py).
 3. `update_reward_model` makes the step's updates on both.
 
 None of them asks for the arm of the run: the step calls them where its arm updates the reward model.
@@ -52,26 +53,28 @@ def propose_pairs(
     completions, verdicts, scores: [N]; scores are the reward model's, before its update.  step: keys the random
     draws.  Where no term of the update's loss reads pairs, none is made and no assistant asked.
     """
-    cfg = components.cfg
-    if not components.settings.reward.reads_pairs:
+    settings = components.settings
+    if not settings.reward_update.reads_pairs:
         return no_pairs()
 
     def fits(answer: str) -> bool:
-        return prompts.reference_fits(components.reward.model.tokenizer, answer, cfg.reward.max_tokens)
+        return prompts.reference_fits(
+            components.reward_bundle.model.tokenizer, answer, settings.reward.max_tokens
+        )
 
     return start_pairs(
         batch.problems,
         completions,
         verdicts,
-        cfg.rollout.group_size,
+        settings.rollout.group_size,
         components.assistant,
         components.rule,
-        components.settings.pairs,
-        seed=cfg.seed,
+        settings.pairs,
+        seed=settings.seed,
         step=step,
         positions=batch.positions,
         scores=scores,
-        exchange=cfg.reward.shuffle_labels,
+        exchange=settings.reward.shuffle_labels,
         fits=fits,
     )
 
@@ -89,15 +92,15 @@ def choose_labelled_rows(
 
     Arguments as in `propose_pairs`.  replay: the memory before this step.
     """
-    cfg = components.cfg
+    settings = components.settings
     return labelled_rollouts.choose_rows(
         batch.row_problems,
         completions,
         verdicts,
         scores,
         replay,
-        components.settings.reward,
-        seed=cfg.seed,
+        settings.reward_update,
+        seed=settings.seed,
         step=step,
         position=batch.positions.start,
     )
@@ -121,29 +124,33 @@ def update_reward_model(
     `rm/skipped`, how many were not because loss or gradients were not finite.  With `log.pair_motion`, two more say
     how far all updates moved the valid pairs' logits: their mean and their difference.
     """
-    cfg = components.cfg
-    pair_batch = _pack_pairs(components, pair_slots) if components.settings.reward.reads_pairs else None
-    labelled_batch = _pack_labelled_rows(components, labelled_rows) if cfg.reward.rollout_bce else None
+    settings = components.settings
+    pair_batch = _pack_pairs(components, pair_slots) if settings.reward_update.reads_pairs else None
+    labelled_batch = None
+    if settings.reward_update.rollout_bce:
+        labelled_batch = _pack_labelled_rows(components, labelled_rows)
 
     # Logits before the update are fetched to the host, since the update donates the parameters.
-    measures_motion = cfg.log.pair_motion and pair_batch is not None
-    if measures_motion:
-        logits_before = _score_pairs(components, reward, pair_batch)
+    measured_pairs = pair_batch if settings.log.pair_motion else None
+    if measured_pairs is not None:
+        logits_before = _score_pairs(components, reward, measured_pairs)
 
     each_update = []
     for _ in range(updates):
-        reward, update_metrics = components.reward.update(reward, pair_batch, labelled_batch)
+        reward, update_metrics = components.reward_bundle.update(reward, pair_batch, labelled_batch)
         each_update.append(update_metrics)
 
     metrics = to_host(each_update[0], "rm")
-    later = [to_host({name: m[name] for name in ("lr", "skipped")}, "rm") for m in each_update[1:]]
     # An update that does not take place reports a learning rate of 0.
-    metrics["rm/updates"] = float(sum(m["rm/lr"] > 0 for m in (metrics, *later)))
-    metrics["rm/skipped"] += sum(m["rm/skipped"] for m in later)
+    metrics["rm/updates"] = float(metrics["rm/lr"] > 0)
+    for update_metrics in each_update[1:]:
+        later = to_host({name: update_metrics[name] for name in ("lr", "skipped")}, "rm")
+        metrics["rm/updates"] += float(later["rm/lr"] > 0)
+        metrics["rm/skipped"] += later["rm/skipped"]
 
-    if measures_motion:
+    if measured_pairs is not None:
         valid = [i for i, pair in enumerate(pair_slots) if pair is not None]
-        moved = (_score_pairs(components, reward, pair_batch) - logits_before)[:, valid]
+        moved = (_score_pairs(components, reward, measured_pairs) - logits_before)[:, valid]
         metrics["rm/common_motion"] = float(moved.mean()) if valid else float("nan")
         metrics["rm/difference_motion"] = float((moved[0] - moved[1]).mean()) if valid else float("nan")
 
@@ -173,21 +180,24 @@ def _pack_pairs(components: Components, pair_slots: Sequence[Pair | None]) -> Pa
     positives: list[list[int]] = []
     negatives: list[list[int]] = []
     for pair in pair_slots:
-        if pair is None:
-            positive, negative = [], []
-        else:
-            positive, negative = _encode_members(components, pair)
-        positives.append(positive)
-        negatives.append(negative)
+        members: tuple[list[int], list[int]] = ([], [])
+        if pair is not None:
+            members = _encode_members(components, pair)
+        positives.append(members[0])
+        negatives.append(members[1])
 
-    layout = components.reward.layout
-    width = packing.round_up(max(map(len, positives + negatives)), components.cfg.data.bucket)
+    layout = components.reward_bundle.layout
+    width = packing.round_up(max(map(len, positives + negatives)), components.settings.data.bucket)
     options = dict(bucket=width, rows_multiple=layout.batch_shards)
     positive_batch = packing.pack_score_batch(positives, **options)
     negative_batch = packing.pack_score_batch(negatives, **options)
     valid = np.array([pair is not None for pair in pair_slots])
     mask = packing.pad_rows(valid, positive_batch.tokens.shape[0])
-    return layout.put(PairBatch(positive=positive_batch, negative=negative_batch, mask=mask), "batch")
+    return PairBatch(
+        positive=layout.put(positive_batch, "batch"),
+        negative=layout.put(negative_batch, "batch"),
+        mask=layout.put(mask, "batch"),
+    )
 
 
 def _encode_members(components: Components, pair: Pair) -> tuple[list[int], list[int]]:
@@ -206,22 +216,27 @@ def _encode_members(components: Components, pair: Pair) -> tuple[list[int], list
 
 def _pack_labelled_rows(components: Components, labelled_rows: Sequence[Triple]) -> LabelledBatch:
     """The labelled rows as the reward model reads them, padded to one number of rows: padding weighs nothing."""
-    layout, cfg = components.reward.layout, components.cfg
+    layout, settings = components.reward_bundle.layout, components.settings
     labels = np.array([row.label for row in labelled_rows], np.float32)
     tokens = [
         encode_reward_input(components, Problem(row.question, row.reference), row.completion)
         for row in labelled_rows
     ]
-    tokens += [[]] * (labelled_rollouts.max_rows_per_update(components.settings.reward) - len(tokens))
+    tokens += [[]] * (labelled_rollouts.max_rows_per_update(settings.reward_update) - len(tokens))
 
-    rows = packing.pack_score_batch(tokens, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
+    rows = packing.pack_score_batch(tokens, bucket=settings.data.bucket, rows_multiple=layout.batch_shards)
     count = rows.tokens.shape[0]
     weights = packing.pad_rows(labelled_rollouts.class_weights(labels), count)
-    batch = LabelledBatch(rows=rows, labels=packing.pad_rows(labels, count), weights=weights)
-    return layout.put(batch, "batch")
+    return LabelledBatch(
+        rows=layout.put(rows, "batch"),
+        labels=layout.put(packing.pad_rows(labels, count), "batch"),
+        weights=layout.put(weights, "batch"),
+    )
 
 
 def _score_pairs(components: Components, reward: TrainState, batch: PairBatch) -> np.ndarray:
     """The logits of positives and negatives, f32[2, pairs]."""
     sides = (batch.positive, batch.negative)
-    return np.stack([hosts.fetch_arrays(components.reward.score(reward.params, side)) for side in sides])
+    return np.stack(
+        [hosts.fetch_arrays(components.reward_bundle.score(reward.params, side)) for side in sides]
+    )

@@ -1,7 +1,7 @@
 """Warm-up of the reward model: updates on rollouts of the policy at step 0, before they earn anything (ours).
 
 A reward model that was trained on other models' completions knows their shortcuts.  Here it meets the policy's own.
-Each of `reward.warm_start` updates
+Each of `reward.warmup_updates` updates
 
 1. takes problems in an order of its own,
 2. samples and grades responses, makes pairs and chooses labelled rows with the stages of a Cooper step,
@@ -11,6 +11,8 @@ In the model arm the reward model is frozen after that: a control that tells wha
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.runtime import hosts, keys
@@ -24,24 +26,24 @@ STEP = 0  # keys the draws of pairs and labelled rows: no Cooper step has this n
 
 
 def warm_up_reward_model(components: Components, state: State) -> State:
-    """The state at step 0 after `reward.warm_start` updates of the reward model, one update a batch of problems.
+    """The state at step 0 after `reward.warmup_updates` updates of the reward model, one a batch of problems.
 
     Raises hosts.Stopped after a SIGTERM.
     """
-    cfg = components.cfg
-    count = cfg.reward.warm_start
+    settings = components.settings
+    count = settings.reward_update.warmup_updates
     for update in range(count):
         hosts.raise_if_stopping()
 
         batch = policy_stages.take_problems(
-            components, first=update * cfg.data.prompts_per_step, stream="warm_start"
+            components, first=update * settings.data.prompts_per_step, stream="reward_warmup"
         )
         grader = ResponseGrader(components, batch, state.reward)
         _, completions, _ = policy_stages.sample_responses(
             components,
             state.policy.params,
             batch,
-            keys.make_key(cfg.seed, "warm_start"),
+            keys.make_key(settings.seed, "reward_warmup"),
             on_group=grader.add_group,
         )
         scores, verdicts = grader.collect_scores(), grader.collect_verdicts()
@@ -51,9 +53,9 @@ def warm_up_reward_model(components: Components, state: State) -> State:
             components, batch, completions, verdicts, scores, STEP, state.replay
         )
         reward, _ = reward_stages.update_reward_model(
-            components, state.reward, pending_pairs.result().pairs, labelled_rows
+            components, state.reward_state, pending_pairs.result().pairs, labelled_rows
         )
-        state = state.replace(reward=reward, replay=replay)
+        state = dataclasses.replace(state, reward=reward, replay=replay)
 
         if (update + 1) % max(1, count // REPORTS) == 0:
             rule, hacking = measure_verdicts(verdicts), measure_hacking(scores, verdicts)
@@ -64,6 +66,6 @@ def warm_up_reward_model(components: Components, state: State) -> State:
             )
 
     # A reward model that is never updated again has no use for past rollouts.
-    if cfg.reward.arm != "cooper":
-        state = state.replace(replay=Replay())
+    if not settings.reward.updates_at_steps:
+        state = dataclasses.replace(state, replay=Replay())
     return state

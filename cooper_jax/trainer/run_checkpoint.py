@@ -1,7 +1,7 @@
 """Models of runs of launch/train.py, read from their checkpoints: for export and evaluation.
 
-1. `read_config` gives the run's knobs.
-2. `load` restores one of its models, the policy or the reward model, at a step, on whatever mesh is asked for.
+1. `read_run_config` reads the run's settings.
+2. `load_run_model` restores one of its models, the policy or the reward model, at a step, on any mesh.
 
 Nothing is written or cleaned up in the run directory: the run may be alive.
 """
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from cooper_jax.configs import base
 from cooper_jax.model.loading import Directory, Model, describe_model
 from cooper_jax.model.transformer import param_specs
-from cooper_jax.runtime import mesh, run_directory
+from cooper_jax.runtime import mesh, stored_config
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.types import Params
 
@@ -28,11 +28,11 @@ def read_run_config(run_dir: Directory) -> ConfigDict:
 
     Raises FileNotFoundError where there is none, ValueError for a run of another version of this project.
     """
-    return ConfigDict(run_directory.read_stored_config(run_dir, base.get_config()))
+    return ConfigDict(stored_config.read_stored_config(run_dir, base.get_config()))
 
 
-# What a run says of its models and of how they are asked; the rest of a config is how a job is done.
-_OF_A_RUN = ("name", "seed", "data", "policy", "reward", "rollout", "warmup", "eval")
+# Sections that belong to a run's models and to how they are prompted; the others say how a job is done.
+_RUN_SECTIONS = ("name", "seed", "data", "policy", "reward", "rollout", "supervised", "eval")
 
 
 def overlay_run(cfg: ConfigDict, run: ConfigDict, flags: Mapping[str, Any]) -> ConfigDict:
@@ -49,14 +49,14 @@ def overlay_run(cfg: ConfigDict, run: ConfigDict, flags: Mapping[str, Any]) -> C
             else:
                 ours[name] = value
 
-    for section in _OF_A_RUN:
+    for section in _RUN_SECTIONS:
         take(cfg, ConfigDict({section: run[section]}))
     cfg.update_from_flattened_dict(dict(flags))
     return cfg
 
 
 def use_any_mesh(cfg: ConfigDict) -> ConfigDict:
-    """Change cfg to a mesh over what is at hand, whatever the run was trained on; returns it."""
+    """Change cfg to a mesh over all devices at hand, whatever mesh the run was trained on; returns it."""
     cfg.mesh.update(data=1, fsdp=-1, tensor=1, reward="", reference="", assistant="")
     return cfg
 

@@ -3,33 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from cooper_jax.data.data_config import DataConfig
 from cooper_jax.llm.chat import ChatConfig
+from cooper_jax.model.model_source import ModelSource
 from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward.pairs.build_pairs import PairsConfig
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
+from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.rule.verifier import RuleConfig
+from cooper_jax.runtime.device_layouts import MeshConfig
 from cooper_jax.runtime.optim import OptimiserConfig
 from cooper_jax.settings import cross_checks
 from cooper_jax.settings.setup_errors import Problems
+from cooper_jax.trainer.loop_config import CheckpointConfig, EvalConfig, LogConfig, SupervisedConfig
+from cooper_jax.trainer.rewards import RewardConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """Typed settings of a training run, section by section."""
+    """Typed settings of a training run, section by section; a section with several readers has several parts."""
 
+    name: str
+    seed: int
+    steps: int
+    run_dir: str  # "": runs/<name>
+    resume: bool
+    data: DataConfig
+    rollout: RolloutConfig
     policy: PolicyConfig
+    policy_model: ModelSource
     policy_optimiser: OptimiserConfig
-    reward: RewardUpdateConfig
+    reward: RewardConfig
+    reward_update: RewardUpdateConfig
+    reward_model: ModelSource
     reward_optimiser: OptimiserConfig
     pairs: PairsConfig
     rule: RuleConfig
     assistant: ChatConfig | None  # None where nobody asks it
+    assistant_model: ModelSource  # read where the assistant is a local one
+    supervised: SupervisedConfig
     imitation_optimiser: OptimiserConfig  # of the policy's supervised phase
     labels_optimiser: OptimiserConfig  # of the reward model's supervised phase
+    mesh: MeshConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
 
     @classmethod
     def from_config(cls, cfg: ConfigDict, *, with_assistant: bool = True) -> RunSettings:
@@ -40,27 +63,40 @@ class RunSettings:
         Raises SetupError with every setting that is out of its range or contradicts another.
         """
         problems = Problems()
-        read: dict[str, Any] = {}
-
-        # Each section is read by itself, so that the problems of all are reported at once.
+        read: dict[str, Any] = {name: cfg[name] for name in ("name", "seed", "steps", "run_dir", "resume")}
         with problems.collect("config"):
             cross_checks.check_cross_sections(cfg)
-        with problems.collect("policy"):
-            read["policy"] = PolicyConfig.from_config(cfg.policy)
-        with problems.collect("reward"):
-            read["reward"] = RewardUpdateConfig.from_config(cfg.reward)
-        with problems.collect("pairs"):
-            read["pairs"] = PairsConfig.from_config(cfg.pairs)
-        with problems.collect("rule"):
-            read["rule"] = RuleConfig.from_config(cfg.rule)
+
+        # Each section is read by itself, so that the problems of all are reported at once.
+        sections: dict[str, Callable[[], Any]] = {
+            "data": lambda: DataConfig.from_config(cfg.data),
+            "rollout": lambda: RolloutConfig.from_config(cfg.rollout),
+            "policy": lambda: PolicyConfig.from_config(cfg.policy),
+            "policy_model": lambda: ModelSource.from_config(cfg.policy, "policy"),
+            "reward": lambda: RewardConfig.from_config(cfg.reward),
+            "reward_update": lambda: RewardUpdateConfig.from_config(cfg.reward),
+            "reward_model": lambda: ModelSource.from_config(cfg.reward, "reward"),
+            "pairs": lambda: PairsConfig.from_config(cfg.pairs),
+            "rule": lambda: RuleConfig.from_config(cfg.rule),
+            "assistant_model": lambda: ModelSource.from_config(cfg.assistant, "assistant"),
+            "supervised": lambda: SupervisedConfig.from_config(cfg.supervised),
+            "mesh": lambda: MeshConfig.from_config(cfg.mesh),
+            "eval": lambda: EvalConfig.from_config(cfg.eval),
+            "checkpoint": lambda: CheckpointConfig.from_config(cfg.checkpoint),
+            "log": lambda: LogConfig.from_config(cfg.log),
+        }
+        for field, read_section in sections.items():
+            with problems.collect(field):
+                read[field] = read_section()
+
         with problems.collect("assistant"):
             asked = with_assistant and cross_checks.asks_assistant(cfg)
             read["assistant"] = ChatConfig.from_config(cfg.assistant, "assistant") if asked else None
         for field, section, name in (
             ("policy_optimiser", cfg.policy.optimiser, "policy.optimiser"),
             ("reward_optimiser", cfg.reward.optimiser, "reward.optimiser"),
-            ("imitation_optimiser", cfg.warmup.policy_optimiser, "warmup.policy_optimiser"),
-            ("labels_optimiser", cfg.warmup.reward_optimiser, "warmup.reward_optimiser"),
+            ("imitation_optimiser", cfg.supervised.policy_optimiser, "supervised.policy_optimiser"),
+            ("labels_optimiser", cfg.supervised.reward_optimiser, "supervised.reward_optimiser"),
         ):
             with problems.collect(name):
                 read[field] = OptimiserConfig.from_config(section, name)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import contamination, prompts, synthetic
 from cooper_jax.data import problems as problem_sets
+from cooper_jax.data.data_config import DataConfig
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
 from cooper_jax.model.loading import Directory, load_model
@@ -26,35 +27,44 @@ from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
 from cooper_jax.reward.multihost import share_over_hosts
-from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
 from cooper_jax.runtime import mesh, optim
-from cooper_jax.runtime.device_layouts import make_layouts
+from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import Problems, SetupError, setup_errors
 from cooper_jax.trainer.run_settings import RunSettings
-from cooper_jax.trainer.state import Components, PolicyBundle, RewardBundle, State
+from cooper_jax.trainer.state import Components, LogprobsFunction, PolicyBundle, RewardBundle, State
 from cooper_jax.types import Problem, TrainState
 
 
-def load_problems(cfg: ConfigDict) -> tuple[list[Problem], list[Problem]]:
+def load_problems(settings: RunSettings) -> tuple[list[Problem], list[Problem]]:
     """The training problems, and all problems held out for evaluation (there may be none).
 
     Raises SetupError for files that cannot be read.
     """
-    data = cfg.data
-    if data.format == "synthetic":
+    data = settings.data
+    if data.is_synthetic:
         return (
-            synthetic.make_problems(cfg.seed, data.synthetic_size, "train"),
-            synthetic.make_problems(cfg.seed, cfg.eval.problems, "eval"),
+            synthetic.make_problems(settings.seed, data.synthetic_size, "train"),
+            synthetic.make_problems(settings.seed, settings.eval.problems, "eval"),
         )
 
-    columns = {name: data[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
+    def load(source: str, format: str, split: str) -> list[Problem]:
+        return problem_sets.load_problems(
+            source,
+            format,
+            question_key=data.question_key,
+            reference_key=data.reference_key,
+            solution_key=data.solution_key,
+            tfds_dir=data.tfds_dir,
+            split=split,
+        )
+
     with setup_errors(f"data.train={data.train}"):
-        train = problem_sets.load_problems(data.train, data.format, split=data.split, **columns)
+        train = load(data.train, data.format, data.split)
     if not data.eval:
-        return take_held_out(train, data.eval_from_train) if cfg.eval.every else (train, [])
+        return take_held_out(train, data.eval_from_train) if settings.eval.every else (train, [])
     with setup_errors(f"data.eval={data.eval}"):
-        held_out = problem_sets.load_problems(data.eval, data.eval_format, split=data.eval_split, **columns)
+        held_out = load(data.eval, data.eval_format, data.eval_split)
     return train, held_out
 
 
@@ -79,9 +89,9 @@ def take_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list
     return rest, [train[i] for i in chosen]
 
 
-def encode_policy_prompt(cfg: ConfigDict, tokenizer: Tokenizer, problem: Problem) -> list[int]:
+def encode_policy_prompt(data: DataConfig, tokenizer: Tokenizer, problem: Problem) -> list[int]:
     """The token ids from which the policy answers a problem: the instruction and the chat template applied."""
-    return prompts.encode_policy_prompt(tokenizer, problem.question, cfg.data.instruction, cfg.data.chat)
+    return prompts.encode_policy_prompt(tokenizer, problem.question, data.instruction, data.chat)
 
 
 def choose_held_out(kept: Sequence[Problem], whole: Sequence[Problem], count: int) -> list[Problem]:
@@ -105,11 +115,12 @@ def read_settings(cfg: ConfigDict) -> RunSettings:
     """
     problems = Problems()
     with problems.collect("settings"):
-        typed = RunSettings.from_config(cfg)
+        settings = RunSettings.from_config(cfg)
+    # Read once more, since a config with errors elsewhere has no RunSettings.
     with problems.collect("mesh"):
         _check_rows(cfg, make_layouts(cfg)["policy"].batch_shards, problems)
     problems.raise_if_any()
-    return typed
+    return settings
 
 
 def _check_rows(cfg: ConfigDict, shards: int, problems: Problems) -> None:
@@ -133,46 +144,39 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
 
     Raises SetupError for settings, files and weights that cannot be used.
     """
-    typed = read_settings(cfg)
-    layouts = make_layouts(cfg)
-    train, held_out = load_problems(cfg)
-    unseen = contamination.exclude_contaminated(cfg, run_dir, train, held_out)
-    held_out = choose_held_out(unseen, held_out, cfg.eval.problems)
+    settings = read_settings(cfg)
+    layouts = lay_out_models(settings.mesh)
+    train, all_held_out = load_problems(settings)
+    unseen = contamination.exclude_contaminated(cfg, run_dir, train, all_held_out)
+    held_out = choose_held_out(unseen, all_held_out, settings.eval.problems)
 
     with contextlib.ExitStack() as stack:
         # A worker of the rule verifier starts while the models are loaded.
         with setup_errors("rule"):
-            rule = stack.enter_context(RuleVerifier(typed.rule))
-            rule.submit([READY_ITEM])
-        policy, policy_state = build_policy_bundle(cfg, typed, layouts, run_dir)
+            local_rule = stack.enter_context(RuleVerifier(settings.rule))
+            local_rule.submit([READY_ITEM])
+        policy, policy_state = build_policy_bundle(settings, layouts, run_dir)
         reward, reward_state = None, None
-        if cfg.reward.arm != "rule":
-            reward, reward_state = build_reward_bundle(cfg, typed, layouts["reward"], run_dir)
+        if settings.reward.has_model:
+            reward, reward_state = build_reward_bundle(settings, layouts["reward"], run_dir)
 
-        with setup_errors(f"data.chat={cfg.data.chat}, data.max_prompt_tokens={cfg.data.max_prompt_tokens}"):
-            train, train_prompts, dropped = _drop_long(cfg, policy.model.tokenizer, train)
-            held_out, held_out_prompts, dropped_held_out = _drop_long(cfg, policy.model.tokenizer, held_out)
+        data = settings.data
+        with setup_errors(f"data.chat={data.chat}, data.max_prompt_tokens={data.max_prompt_tokens}"):
+            train, train_prompts, dropped = _drop_long(data, policy.model.tokenizer, train)
+            held_out, held_out_prompts, dropped_held_out = _drop_long(data, policy.model.tokenizer, held_out)
         if reward is not None:
-            # Checked here, so that a reference that is too long does not end the run when its turn comes.
-            with setup_errors("data.train, data.eval"):
-                references = (p.reference for p in (*train, *held_out))
-                prompts.check_references(reward.model.tokenizer, references, cfg.reward.max_tokens)
-            with setup_errors("reward"):
-                prompts.check_response_room(
-                    reward.model.tokenizer, cfg.rollout.max_new_tokens, cfg.reward.max_tokens
-                )
+            _check_reward_inputs(settings, reward.model.tokenizer, (*train, *held_out))
 
         with setup_errors("rule"):
-            rule.check_ready()
+            local_rule.check_ready()
         assistant = None
-        if typed.assistant is not None:
-            assistant = build_assistant(cfg, typed.assistant, layouts["assistant"], run_dir)
+        if settings.assistant is not None:
+            assistant = build_assistant(cfg, settings.assistant, layouts["assistant"], run_dir)
             stack.callback(assistant.close)
-        rule, assistant = share_over_hosts(rule, assistant, jax.process_count())
+        rule, assistant = share_over_hosts(local_rule, assistant, jax.process_count())
 
         components = Components(
-            cfg=cfg,
-            settings=typed,
+            settings=settings,
             layout=layouts["policy"],
             policy=policy,
             reward=reward,
@@ -183,7 +187,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             held_out=tuple(held_out),
             held_out_prompts=tuple(held_out_prompts),
             dropped=(dropped, dropped_held_out),
-            oracle=synthetic.is_correct if cfg.data.format == "synthetic" else None,
+            oracle=synthetic.is_correct if data.is_synthetic else None,
         )
         # This frame lives as long as the run: a reference to the first state kept here would hold a second copy
         # of all parameters and optimisers.
@@ -192,59 +196,70 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         yield components, state.pop()
 
 
+def _check_reward_inputs(settings: RunSettings, tokenizer: Tokenizer, problems: Sequence[Problem]) -> None:
+    """Raise SetupError where a reference, or a response of full length, does not fit `reward.max_tokens`.
+
+    Checked at setup, so that a reference that is too long does not end the run when its turn comes.
+    """
+    max_tokens = settings.reward.max_tokens
+    with setup_errors("data.train, data.eval"):
+        prompts.check_references(tokenizer, (p.reference for p in problems), max_tokens)
+    with setup_errors("reward"):
+        prompts.check_response_room(tokenizer, settings.rollout.max_new_tokens, max_tokens)
+
+
 def _drop_long(
-    cfg: ConfigDict, tokenizer: Tokenizer, problems: Sequence[Problem]
+    data: DataConfig, tokenizer: Tokenizer, problems: Sequence[Problem]
 ) -> tuple[list[Problem], list[list[int]], int]:
     """The problems whose prompts fit `data.max_prompt_tokens`, their prompts, and how many did not fit."""
     if not problems:
         return [], [], 0
     return problem_sets.drop_long_prompts(
-        problems, lambda p: encode_policy_prompt(cfg, tokenizer, p), cfg.data.max_prompt_tokens
+        problems, lambda p: encode_policy_prompt(data, tokenizer, p), data.max_prompt_tokens
     )
 
 
 def build_policy_bundle(
-    cfg: ConfigDict, typed: RunSettings, layouts: dict[str, mesh.Layout], run_dir: Directory
+    settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir: Directory
 ) -> tuple[PolicyBundle, TrainState]:
     """The policy and its reference: functions that are jitted when first called, and the initial state."""
     layout, reference = layouts["policy"], layouts["reference"]
-    rollout = cfg.rollout
+    rollout = settings.rollout
     lengths = {
-        "data.max_prompt_tokens": cfg.data.max_prompt_tokens,
+        "data.max_prompt_tokens": settings.data.max_prompt_tokens,
         "rollout.max_new_tokens": rollout.max_new_tokens,
     }
-    model, params, _ = load_model(cfg.policy, "policy", "logits", layout, run_dir, cfg.seed, lengths)
-    sampling = SamplingSpec(
-        temperature=rollout.temperature,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        min_p=rollout.min_p,
-        max_new_tokens=rollout.max_new_tokens,
-        group_size=rollout.group_size,
-        eos_ids=model.tokenizer.eos_ids,
-        segment=rollout.segment,
-        dtype=rollout.dtype,
-        kv_dtype=rollout.kv_dtype,
+    model, params, _ = load_model(
+        settings.policy_model, "policy", "logits", layout, run_dir, settings.seed, lengths
     )
 
     with setup_errors("policy"):
-        optimiser = optim.make_optimiser(typed.policy_optimiser)
-        options = dict(
-            microbatch=typed.policy.microbatch, dtype=typed.policy.dtype, temperature=rollout.temperature
-        )
-        logprobs = grpo.make_logprobs(model.config, layout, **options)
+        optimiser = optim.make_optimiser(settings.policy_optimiser)
+
+        def make_logprobs(of: mesh.Layout) -> LogprobsFunction:
+            return grpo.make_logprobs(
+                model.config,
+                of,
+                microbatch=settings.policy.microbatch,
+                dtype=settings.policy.dtype,
+                temperature=rollout.temperature,
+            )
+
         # One compiled function serves both where they share their devices.
-        reference_logprobs = logprobs
-        if reference != layout:
-            reference_logprobs = grpo.make_logprobs(model.config, reference, **options)
+        logprobs = make_logprobs(layout)
+        reference_logprobs = logprobs if reference == layout else make_logprobs(reference)
         update = grpo.make_update(
-            model.config, typed.policy, optimiser, layout,
-            temperature=rollout.temperature, max_new_tokens=rollout.max_new_tokens,
-        )  # fmt: skip
+            model.config,
+            settings.policy,
+            optimiser,
+            layout,
+            temperature=rollout.temperature,
+            max_new_tokens=rollout.max_new_tokens,
+        )
 
     bundle = PolicyBundle(
         model=model,
-        sampling=sampling,
+        sampling=rollout.make_sampling_spec(model.tokenizer.eos_ids),
         logprobs=logprobs,
         reference_layout=reference,
         reference_logprobs=reference_logprobs,
@@ -255,29 +270,33 @@ def build_policy_bundle(
 
 
 def build_reward_bundle(
-    cfg: ConfigDict, typed: RunSettings, layout: mesh.Layout, run_dir: Directory
+    settings: RunSettings, layout: mesh.Layout, run_dir: Directory
 ) -> tuple[RewardBundle, TrainState]:
     """The reward model: functions that are jitted when first called, and the initial state."""
-    lengths = {"reward.max_tokens": cfg.reward.max_tokens}
+    lengths = {"reward.max_tokens": settings.reward.max_tokens}
+    source = settings.reward_model
     model, params, head_trained = load_model(
-        cfg.reward, "reward", "score", layout, run_dir, cfg.seed, lengths
+        source, "reward", "score", layout, run_dir, settings.seed, lengths
     )
-    if not (head_trained or cfg.warmup.reward_steps or cfg.reward.allow_untrained_head):
+    if not (head_trained or settings.supervised.reward_steps or settings.reward.allow_untrained_head):
         raise SetupError(
-            f"reward.weights={cfg.reward.weights!r} brings no trained score head, so its rewards would be noise: "
-            "give a *ForSequenceClassification directory, train one with --config.warmup.reward_steps=N, or "
+            f"reward.weights={source.weights!r} brings no trained score head, so its rewards would be noise: "
+            "give a *ForSequenceClassification directory, train one with --config.supervised.reward_steps=N, or "
             "accept it with --config.reward.allow_untrained_head"
         )
 
     with setup_errors("reward"):
-        optimiser = optim.make_optimiser(typed.reward_optimiser)
+        optimiser = optim.make_optimiser(settings.reward_optimiser)
         bundle = RewardBundle(
             model=model,
             layout=layout,
             score=verifier_model.make_score_fn(
-                model.config, layout, dtype=typed.reward.dtype, microbatch=typed.reward.microbatch
+                model.config,
+                layout,
+                dtype=settings.reward_update.dtype,
+                microbatch=settings.reward_update.microbatch,
             ),
-            update=verifier_model.make_reward_update(model.config, typed.reward, optimiser, layout),
+            update=verifier_model.make_reward_update(model.config, settings.reward_update, optimiser, layout),
             optimiser=optimiser,
         )
     return bundle, optim.init_state(params, optimiser)

@@ -14,8 +14,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from flax import struct
-from ml_collections import ConfigDict
 
 from cooper_jax.model.loading import Model
 from cooper_jax.reward.assistants import Assistant
@@ -27,6 +27,8 @@ from cooper_jax.runtime import checkpoint, mesh, optim
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.types import Params, Problem, TrainState
 
+LogprobsFunction = Callable[..., jax.Array]  # (params, tokens, valid, T) -> f32[N, T]
+
 
 @dataclasses.dataclass(frozen=True)
 class PolicyBundle:
@@ -34,11 +36,9 @@ class PolicyBundle:
 
     model: Model
     sampling: SamplingSpec
-    logprobs: Callable  # (params, tokens, valid, T) -> f32[N, T]
-    reference_layout: (
-        mesh.Layout
-    )  # the policy's own, unless `mesh.reference` gives the reference its own devices
-    reference_logprobs: Callable  # as `logprobs`, on the reference's devices
+    logprobs: LogprobsFunction
+    reference_layout: mesh.Layout  # the policy's, unless `mesh.reference` gives the reference its own devices
+    reference_logprobs: LogprobsFunction  # on the reference's devices
     update: Callable  # (TrainState, PolicyBatch) -> (TrainState, metrics)
     optimiser: optim.Optimiser
 
@@ -58,8 +58,7 @@ class RewardBundle:
 class Components:
     """Everything that a step needs and does not change."""
 
-    cfg: ConfigDict
-    settings: RunSettings  # the same, typed and checked, for the sections that have a dataclass
+    settings: RunSettings
     layout: mesh.Layout  # the policy's
     policy: PolicyBundle
     reward: RewardBundle | None  # None in the rule arm
@@ -72,6 +71,13 @@ class Components:
     dropped: tuple[int, int]  # training and held-out problems left out because their prompts are too long
     oracle: Callable[[Problem, str], bool] | None  # exact truth of synthetic problems; measures, never trains
 
+    @property
+    def reward_bundle(self) -> RewardBundle:
+        """The reward model, for code that runs only where there is one.  Raises ValueError in the rule arm."""
+        if self.reward is None:
+            raise ValueError("there is no reward model in the rule arm")
+        return self.reward
+
 
 @struct.dataclass
 class State:
@@ -83,6 +89,13 @@ class State:
     step: int = struct.field(pytree_node=False)  # Cooper steps done
     position: int = struct.field(pytree_node=False)  # problems consumed, over all epochs
     replay: Replay = struct.field(pytree_node=False, default=Replay())  # past rollouts for the reward model
+
+    @property
+    def reward_state(self) -> TrainState:
+        """The reward model, for code that runs only where there is one.  Raises ValueError in the rule arm."""
+        if self.reward is None:
+            raise ValueError("there is no reward model in the rule arm")
+        return self.reward
 
 
 def checkpoint_items(state: State) -> dict[str, Any]:
@@ -106,11 +119,11 @@ def checkpoint_vocab_sizes(components: Components) -> dict[str, int]:
     A mesh pads the vocabulary to a multiple of its shards, so a checkpoint from another mesh may be padded
     differently; the true size says how much of the stored rows is real.
     """
-    bundles = {"policy": components.policy}
+    bundles: dict[str, PolicyBundle | RewardBundle] = {"policy": components.policy}
     if components.reward is not None:
         bundles["reward"] = components.reward
 
-    sizes = {}
+    sizes: dict[str, int] = {}
     for name, bundle in bundles.items():
         sizes[name] = sizes[f"{name}_optimiser"] = bundle.model.config.vocab_size
     return sizes

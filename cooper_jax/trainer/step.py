@@ -17,11 +17,9 @@ pairs of the step.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
-import numpy as np
-
-from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.reward.pairs.build_pairs import PairResult
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import PhaseTimer
@@ -42,13 +40,12 @@ def cooper_step(
     Raises hosts.Stopped after a SIGTERM, but only while the state given is whole: before the policy's update, which
     donates it.
     """
-    cfg, step = components.cfg, state.step + 1
-    arm = cfg.reward.arm
+    settings, step = components.settings, state.step + 1
 
     # 1. Sample.  Each group is graded as soon as it ends, while the devices sample the others.
     batch = policy_stages.take_problems(components, first=state.position)
     grader = ResponseGrader(components, batch, state.reward)
-    rollout_key = keys.make_key(cfg.seed, "rollout", step)
+    rollout_key = keys.make_key(settings.seed, "rollout", step)
     with phases.phase("rollout"):
         rollout, completions, rollout_metrics = policy_stages.sample_responses(
             components, state.policy.params, batch, rollout_key, on_group=grader.add_group
@@ -56,7 +53,7 @@ def cooper_step(
 
     # 2. Reward.  The last verdicts arrive while the devices compute log-probabilities for point 3.
     scores = None
-    if arm != "rule":
+    if settings.reward.has_model:
         with phases.phase("score"):
             scores = grader.collect_scores()
     hosts.raise_if_stopping()
@@ -64,18 +61,13 @@ def cooper_step(
         policy_batch = policy_stages.compute_logprobs(components, state, batch.prompt_tokens, rollout)
     with phases.phase("rule"):
         verdicts = grader.collect_verdicts()
-    rewards = compute_rewards(name_rewards(cfg.reward), scores, verdicts, completions)
+    rewards = compute_rewards(name_rewards(settings.reward), scores, verdicts, completions)
 
     # 3. GRPO.  Advantages first.  The assistant is asked (4) before the update, so that the two overlap.
-    advantages, zero_variance_groups = group_advantages(
-        rewards,
-        cfg.rollout.group_size,
-        std_normalise=cfg.policy.std_normalise,
-        eps=cfg.policy.std_eps,
-        floor=cfg.policy.std_floor,
-    )
+    advantages, zero_variance_groups = policy_stages.compute_advantages(settings, rewards)
     hosts.raise_if_stopping()  # the last time: the policy's update donates the state that a checkpoint would hold
-    if arm == "cooper":
+    if settings.reward.updates_at_steps:
+        assert scores is not None  # this arm has a reward model, which has scored above
         with phases.phase("pairs"):
             pending_pairs = reward_stages.propose_pairs(
                 components, batch, completions, verdicts, scores, step
@@ -89,36 +81,40 @@ def cooper_step(
         )
 
     # 5. Update the reward model, where the arm does; elsewhere it stays as it is.
-    if arm == "cooper":
+    reward, reward_metrics = state.reward, Metrics()
+    if settings.reward.updates_at_steps:
         with phases.phase("pairs"):
             pair_result = pending_pairs.result()
         with phases.phase("reward"):
             reward, reward_metrics = reward_stages.update_reward_model(
-                components, state.reward, pair_result.pairs, labelled_rows, cfg.reward.updates
+                components,
+                state.reward_state,
+                pair_result.pairs,
+                labelled_rows,
+                settings.reward_update.updates,
             )
     else:
-        pair_result, reward_metrics = PairResult([], Counter()), {}
-        reward, replay = state.reward, state.replay
+        pair_result, replay = PairResult([], Counter()), state.replay
 
     record = StepRecord(
         problems=batch.problems,
         completions=completions,
         verdicts=verdicts,
         rewards=rewards,
-        advantages=np.asarray(advantages),
+        advantages=advantages,
         pairs=pair_result.pairs,
         refused=pair_result.refused,
     )
     metrics = {
         "data/position": float(batch.positions.stop),
         "data/epoch": batch.positions.stop / len(components.train),
-        "reward/zero_variance_groups": float(zero_variance_groups),
+        "reward/zero_variance_groups": zero_variance_groups,
         **rollout_metrics,
         **measure_step(record, scores, components.oracle),
         **policy_metrics,
         **reward_metrics,
     }
-    next_state = state.replace(
-        policy=policy, reward=reward, step=step, position=batch.positions.stop, replay=replay
+    next_state = dataclasses.replace(
+        state, policy=policy, reward=reward, step=step, position=batch.positions.stop, replay=replay
     )
     return next_state, metrics, record

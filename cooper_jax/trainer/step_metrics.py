@@ -86,7 +86,7 @@ def measure_responses(completions: Sequence[Completion]) -> Metrics:
 
 
 def measure_pairs(pairs: Sequence[Pair | None], refused: Counter[str]) -> Metrics:
-    """How many of the pairs asked for are valid, and for which reasons the others were refused."""
+    """Counts of the valid pairs among those asked for, and of the reasons for which others were refused."""
     valid = sum(pair is not None for pair in pairs)
     metrics = {"pairs/valid": float(valid), "pairs/valid_share": valid / max(len(pairs), 1)}
     for reason, count in sorted(refused.items()):

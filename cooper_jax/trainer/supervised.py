@@ -1,10 +1,10 @@
 """Supervised phases before the first Cooper step: imitation for the policy, labelled triples for the reward model.
 
-1. `imitate_solutions`: a policy made from scratch must learn to answer at all.  `warmup.policy_steps` updates raise
-   the likelihood of worked solutions.
-2. `train_on_labels`: `warmup.reward_steps` updates of binary cross-entropy on triples (question, reference,
-   completion) with a label.  They are read from `warmup.reward_data`, or built from worked solutions: a solution
-   (1), a corruption of it (0), a solution beside another problem's reference (0).
+1. `imitate_solutions`: a policy made from scratch must learn to answer at all.  `supervised.policy_steps`
+   updates raise the likelihood of worked solutions.
+2. `train_on_labels`: `supervised.reward_steps` updates of binary cross-entropy on triples (question, reference,
+   completion) with a label.  They are read from `supervised.reward_data`, or built from worked solutions: a
+   solution (1), a corruption of it (0), a solution beside another problem's reference (0).
 
 In the paper VerifyRM is trained on 58.7K annotated completions before RL: launch/train_rm.py.
 """
@@ -42,36 +42,38 @@ def imitate_solutions(components: Components, params: Params) -> Params:
     Raises SetupError where the problems have no worked solutions or no update was finite, hosts.Stopped after a
     SIGTERM.
     """
-    cfg, model, layout = components.cfg, components.policy.model, components.layout
-    section = cfg.warmup
+    settings, model, layout = components.settings, components.policy.model, components.layout
+    section = settings.supervised
     problems = _problems_with_solutions(
-        components, "warmup_policy", section.policy_steps * section.policy_batch
+        components, "supervised_policy", section.policy_steps * section.policy_batch
     )
-    optimiser = optim.make_optimiser(components.settings.imitation_optimiser)
+    optimiser = optim.make_optimiser(settings.imitation_optimiser)
     update = imitation.make_imitation_update(
         model.config,
         layout,
         optimiser,
-        dtype=cfg.policy.dtype,
-        remat=cfg.policy.remat,
+        dtype=settings.policy.dtype,
+        remat=settings.policy.remat,
         microbatch=section.policy_batch,
     )
 
     def make_batch(step: int) -> tuple[Any, ...]:
         prompt_rows, responses = [], []
-        for position, problem in _draw_items(problems, step, section.policy_batch, cfg.seed, "warmup_policy"):
+        for position, problem in _draw_items(
+            problems, step, section.policy_batch, settings.seed, "supervised_policy"
+        ):
             text = problem.solution
             if components.oracle is not None:
                 # Synthetic problems: demonstrations that are sometimes wrong, so that there is something to learn.
-                rng = keys.make_generator(cfg.seed, "demonstrations", position)
+                rng = keys.make_generator(settings.seed, "demonstrations", position)
                 text, _ = synthetic.make_demonstration(
                     problem, rng, corrupt=section.policy_corrupt, habit=section.policy_habit
                 )
-            prompt_rows.append(encode_policy_prompt(cfg, model.tokenizer, problem))
+            prompt_rows.append(encode_policy_prompt(settings.data, model.tokenizer, problem))
             responses.append([*model.tokenizer.encode(text), model.tokenizer.eos_ids[0]])
 
         # Prompts end, and responses begin, at one column.
-        options = dict(bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
+        options = dict(bucket=settings.data.bucket, rows_multiple=layout.batch_shards)
         left, left_valid = packing.pad_tokens(prompt_rows, left=True, **options)
         right, right_valid = packing.pad_tokens(responses, left=False, **options)
         tokens = np.concatenate([left, right], 1)
@@ -88,23 +90,21 @@ def train_on_labels(components: Components, params: Params) -> Params:
     This is VerifyRM's training objective (arXiv 2508.05613).  Raises SetupError where there are no triples or no
     update was finite, hosts.Stopped after a SIGTERM.
     """
-    cfg, layout = components.cfg, components.reward.layout
-    section = cfg.warmup
+    settings, reward = components.settings, components.reward_bundle
+    section, layout = settings.supervised, reward.layout
     if section.reward_data:
-        with setup_errors(f"warmup.reward_data={section.reward_data}"):
+        with setup_errors(f"supervised.reward_data={section.reward_data}"):
             triples = labelled_completions.load_labelled_completions(section.reward_data)
             references = {t.reference for t in triples}
-            prompts.check_references(components.reward.model.tokenizer, references, cfg.reward.max_tokens)
-        draw = _draw_from_file(triples, cfg.seed)
+            prompts.check_references(reward.model.tokenizer, references, settings.reward.max_tokens)
+        draw = _draw_from_file(triples, settings.seed)
     else:
         problems = _problems_with_solutions(
-            components, "warmup_reward", section.reward_steps * section.reward_batch
+            components, "supervised_reward", section.reward_steps * section.reward_batch
         )
         draw = _draw_from_solutions(components, problems)
-    optimiser = optim.make_optimiser(components.settings.labels_optimiser)
-    update = verifier_model.make_bce_update(
-        components.reward.model.config, components.settings.reward, optimiser, layout
-    )
+    optimiser = optim.make_optimiser(settings.labels_optimiser)
+    update = verifier_model.make_bce_update(reward.model.config, settings.reward_update, optimiser, layout)
 
     def make_batch(step: int) -> tuple[Any, ...]:
         triples = draw(step, section.reward_batch)
@@ -131,15 +131,17 @@ def _run_phase(
         if (step + 1) % max(1, steps // REPORTS) == 0:
             values = to_host({n: v for n, v in metrics.items() if n in ("loss", "accuracy")})
             shown = "  ".join(f"{n} {v:.3f}" for n, v in values.items())
-            hosts.print_once(f"warm-up of the {name} model: step {step + 1}/{steps}  {shown}")
+            hosts.print_once(f"supervised training of the {name} model: step {step + 1}/{steps}  {shown}")
 
     if skipped := int(state.skipped):
         if skipped == steps:
             raise SetupError(
-                f"warm-up of the {name} model: loss or gradients were not finite in any of {steps} updates: lower "
-                f"--config.warmup.{name}_optimiser.lr, or look at the weights that it starts from"
+                f"supervised training of the {name} model: loss or gradients were not finite in any of {steps} "
+                f"updates: lower --config.supervised.{name}_optimiser.lr, or look at the initial weights"
             )
-        hosts.print_once(f"warm-up of the {name} model: {skipped} of {steps} updates left out as not finite")
+        hosts.print_once(
+            f"supervised training of the {name} model: {skipped} of {steps} updates left out as not finite"
+        )
     return state.params
 
 
@@ -157,12 +159,13 @@ def _draw_items(
 def _problems_with_solutions(components: Components, split: str, wanted: int) -> list[Problem]:
     """Problems of a phase that have a worked solution: of a synthetic split, or of the training data."""
     if components.oracle is not None:
-        return synthetic.make_problems(components.cfg.seed, min(wanted, SYNTHETIC_POOL), split)
+        return synthetic.make_problems(components.settings.seed, min(wanted, SYNTHETIC_POOL), split)
     found = [p for p in components.train if p.solution]
     if len(found) < 2:
         raise SetupError(
-            f"warmup needs problems with worked solutions, and data.train={components.cfg.data.train} has "
-            f"{len(found)}: set data.solution_key, or warmup.reward_data, or warmup steps to 0"
+            "the section `supervised` needs problems with worked solutions, and "
+            f"data.train={components.settings.data.train} has {len(found)}: set --config.data.solution_key or "
+            "--config.supervised.reward_data, or set supervised.policy_steps and supervised.reward_steps to 0"
         )
     return found
 
@@ -170,7 +173,7 @@ def _problems_with_solutions(components: Components, split: str, wanted: int) ->
 def _draw_from_file(triples: Sequence[Triple], seed: int) -> Callable[[int, int], list[Triple]]:
     """The function (step, count) -> triples of a file."""
     return lambda step, count: [
-        triple for _, triple in _draw_items(triples, step, count, seed, "warmup_reward")
+        triple for _, triple in _draw_items(triples, step, count, seed, "supervised_reward")
     ]
 
 
@@ -183,17 +186,17 @@ def _draw_from_solutions(
     beside another problem's reference.  What the two share cancels in the gradient, so that the model learns first
     the little that decides.
     """
-    seed = components.cfg.seed
+    seed = components.settings.seed
     references = list(dict.fromkeys(p.reference for p in problems))
     if len(references) < 2:
         raise SetupError(
-            "warmup.reward_steps: all problems have one reference answer; set warmup.reward_data"
+            "supervised.reward_steps: all problems have one reference answer; set supervised.reward_data"
         )
 
     def make_two(position: int, problem: Problem) -> list[Triple]:
         rng = keys.make_generator(seed, "triples", position)
         if components.oracle is not None:
-            habit = components.cfg.warmup.reward_habit
+            habit = components.settings.supervised.reward_habit
             return [
                 synthetic.make_triple(problem, rng, right=right, others=problems, habit=habit)
                 for right in (True, False)
@@ -210,7 +213,7 @@ def _draw_from_solutions(
 
     def draw(step: int, count: int) -> list[Triple]:
         triples = []
-        for position, problem in _draw_items(problems, step, count // 2, seed, "warmup_reward"):
+        for position, problem in _draw_items(problems, step, count // 2, seed, "supervised_reward"):
             triples += make_two(position, problem)
         return triples
 

@@ -2,8 +2,9 @@
 
 1. The run directory is opened, the components are built, and the run starts at step 0 or resumes (resume.py).
 2. After each step: the evaluation where it is due, a row of metrics.jsonl, and a checkpoint where it is due.
-3. A SIGTERM, which a machine gets before it is taken away, makes `hosts.raise_if_stopping` raise hosts.Stopped within a step or
-   an evaluation, on all hosts at the same call.  Only `train` catches it: it saves the last whole step.
+3. A SIGTERM, which a machine gets before it is taken away, makes `hosts.raise_if_stopping` raise hosts.Stopped
+   within a step or an evaluation, on all hosts at the same call.  Only `train` catches it: it saves the last whole
+   step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from cooper_jax.runtime.metrics import PhaseTimer, Progress
 from cooper_jax.runtime.run_directory import RunDirectory, check_shared, run_path
 from cooper_jax.settings.setup_errors import setup_errors
 from cooper_jax.trainer.held_out import evaluate_held_out
+from cooper_jax.trainer.loop_config import LogConfig
 from cooper_jax.trainer.resume import save_checkpoint, start_or_resume
 from cooper_jax.trainer.samples import StepRecord, select_samples
 from cooper_jax.trainer.setup import build_components, read_settings
@@ -36,28 +38,28 @@ def train(cfg: ConfigDict) -> None:
     Raises SetupError for settings and files that cannot be used, and hosts.Stopped after a SIGTERM, when a
     checkpoint of the last whole step is complete.
     """
-    read_settings(cfg)  # now, before the run directory is made
+    settings = read_settings(cfg)  # now, before the run directory is made
     with setup_errors("run_dir"):
         path = run_path(cfg)
     with contextlib.ExitStack() as stack:
         with setup_errors("run_dir"):
             check_shared(path)
-            run = stack.enter_context(RunDirectory(path, cfg, resume=cfg.resume))
+            run = stack.enter_context(RunDirectory(path, cfg, resume=settings.resume))
         components, state = stack.enter_context(build_components(cfg, path))
         with setup_errors("run_dir"):
-            checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
+            checkpoints = stack.enter_context(Checkpoints(path, keep=settings.checkpoint.keep))
         hosts.print_once(describe_run(components))
 
         phases = PhaseTimer()
         try:
             state = start_or_resume(components, state, run, checkpoints)
-            if state.step >= cfg.steps:
+            if state.step >= settings.steps:
                 hosts.print_once(f"{path} holds {state.step} steps already; raise --config.steps to go on")
                 return
             progress = stack.enter_context(
-                contextlib.closing(Progress(cfg.steps, state.step, quiet=not hosts.is_primary()))
+                contextlib.closing(Progress(settings.steps, state.step, quiet=not hosts.is_primary()))
             )
-            while state.step < cfg.steps:
+            while state.step < settings.steps:
                 hosts.raise_if_stopping()
                 started = time.perf_counter()
                 state, metrics, record = cooper_step(components, state, phases)
@@ -65,14 +67,14 @@ def train(cfg: ConfigDict) -> None:
 
                 # The step is whole, so it is logged even where a SIGTERM ends its evaluation.
                 try:
-                    if cfg.eval.every and state.step % cfg.eval.every == 0:
+                    if settings.eval.every and state.step % settings.eval.every == 0:
                         with phases.phase("eval"):
                             metrics |= evaluate_held_out(components, state)
                 finally:
-                    log_step(cfg, run, state.step, metrics | phases.collect(), record)
+                    log_step(settings.log, run, state.step, metrics | phases.collect(), record)
                     progress.update(state.step, metrics)
 
-                if state.step % cfg.checkpoint.every == 0 or state.step == cfg.steps:
+                if state.step % settings.checkpoint.every == 0 or state.step == settings.steps:
                     # The pause is short: arrays are copied here and written in the background.
                     with setup_errors("checkpoint"), phases.phase("checkpoint"):
                         save_checkpoint(components, state, run, checkpoints)
@@ -82,7 +84,7 @@ def train(cfg: ConfigDict) -> None:
         with setup_errors("checkpoint"):
             checkpoints.wait()
     hosts.print_once(
-        f"{path}: {cfg.steps} steps done; metrics.jsonl, samples.jsonl and checkpoints/ are there"
+        f"{path}: {settings.steps} steps done; metrics.jsonl, samples.jsonl and checkpoints/ are there"
     )
 
 
@@ -92,12 +94,12 @@ def measure_speed(record: StepRecord, seconds: float) -> Metrics:
     return {"time/step": seconds, "time/tokens_per_second": sampled / seconds}
 
 
-def log_step(cfg: ConfigDict, run: RunDirectory, step: int, metrics: Metrics, record: StepRecord) -> None:
+def log_step(settings: LogConfig, run: RunDirectory, step: int, metrics: Metrics, record: StepRecord) -> None:
     """Append a step to metrics.jsonl, and where it is due to samples.jsonl."""
     with setup_errors("run_dir"):
         run.log(step, metrics)
-        if cfg.log.samples_every and (step % cfg.log.samples_every == 0 or step == 1):
-            run.dump_samples(step, select_samples(record, cfg.log.samples))
+        if settings.samples_every and (step % settings.samples_every == 0 or step == 1):
+            run.dump_samples(step, select_samples(record, settings.samples))
 
 
 def save_last_step(components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints) -> None:
@@ -115,7 +117,7 @@ def save_last_step(components: Components, state: State, run: RunDirectory, chec
 
 def describe_run(components: Components) -> str:
     """One line about the run that starts: arm, policy, data, mesh, kernels."""
-    cfg, layout = components.cfg, components.layout
+    settings, layout = components.settings, components.layout
     config = components.policy.model.config
 
     # The policy's mesh, and those of models that have devices of their own.
@@ -130,20 +132,21 @@ def describe_run(components: Components) -> str:
         mesh += f" on {jax.process_count()} hosts"
 
     dropped_train, dropped_held_out = components.dropped
-    limit = cfg.data.max_prompt_tokens
+    limit = settings.data.max_prompt_tokens
     problems = _describe_problems(len(components.train), "problems", dropped_train, limit)
     held_out = _describe_problems(len(components.held_out), "held out", dropped_held_out, limit)
-    if not cfg.eval.every:
+    if not settings.eval.every:
         held_out = "no evaluation"
     elif not components.held_out:
         held_out = "no evaluation (give --config.data.eval=FILE or --config.data.eval_from_train=N)"
 
-    kernels = cfg.rollout.kernels
+    kernels = settings.rollout.kernels
     if kernels == "auto":
         kernels = engine.choose_kernels(config, layout)
     return (
-        f"{cfg.name}: arm {cfg.reward.arm}, {config.family} of {config.layers} layers x {config.width}, "
-        f"{problems}, {held_out}, {cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses a step, "
+        f"{settings.name}: arm {settings.reward.arm}, {config.family} of {config.layers} layers x {config.width}, "
+        f"{problems}, {held_out}, "
+        f"{settings.data.prompts_per_step} x {settings.rollout.group_size} responses a step, "
         f"mesh {mesh}, kernels {kernels}"
     )
 

@@ -9,9 +9,8 @@ import topologies
 
 from cooper_jax.configs import llama3p2_1b, qwen_1p5b
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.perf import aot_job as jobs
-from cooper_jax.perf import aot_programs
-from cooper_jax.perf.aot_compile import Compiled, compile_program
+from cooper_jax.perf import aot_job, aot_programs
+from cooper_jax.perf.aot_compile import CompiledProgram, compile_program
 from cooper_jax.runtime import device_layouts
 
 CONFIGS = {"qwen_1p5b": qwen_1p5b, "llama3p2_1b": llama3p2_1b}
@@ -37,23 +36,23 @@ class Case:
     top_p: float = 1.0
 
     @functools.cached_property
-    def job(self) -> jobs.Job:
+    def job(self) -> aot_job.CompileJob:
         cfg = CONFIGS[self.name].get_config()
         cfg.mesh.tensor, cfg.rollout.kv_dtype = self.tensor, self.kv_dtype
         if not self.aligned:
             cfg.rollout.max_rows = cfg.data.prompts_per_step * cfg.rollout.group_size // 2
-        cfg = jobs.drop_data(cfg)
+        cfg = aot_job.drop_data(cfg)
         cfg.rollout.top_p = self.top_p  # an evaluation's: training samples from the whole distribution
         topology = topologies.topology(self.chip)
         layout = device_layouts.make_layouts(cfg, topology.devices)["policy"]
-        return jobs.describe_job(cfg, layout, topology.chip.memory)
+        return aot_job.describe_job(cfg, layout, topology.chip.memory)
 
 
-def made(case: Case, phase: str) -> dict[str, Compiled]:
+def made(case: Case, phase: str) -> dict[str, CompiledProgram]:
     """The programs of a phase by their names; each one's outputs are the next one's inputs."""
-    out: dict[str, Compiled] = {}
+    out: dict[str, CompiledProgram] = {}
     for program in aot_programs.list_programs(case.job):
         if program.phase == phase:
-            lowered = program.lower({name: c.outputs for name, c in out.items()})
+            lowered = program.lower({name: c.output_arrays for name, c in out.items()})
             out[program.name] = compile_program(program.name, lowered, case.job.layout)
     return out

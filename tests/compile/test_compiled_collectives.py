@@ -103,7 +103,7 @@ def lower(case: Case):
 
 
 @functools.cache
-def cost(case: Case) -> hlo.Cost:
+def cost(case: Case) -> hlo.ProgramCost:
     rows = ROWS // case.fsdp * RESPONSE // MICROBATCHES
     head = 2 * rows * MODEL.padded_vocab // case.tensor * MODEL.width
     # XLA:GPU's text does not say what a kernel costs.

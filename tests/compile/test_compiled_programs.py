@@ -40,10 +40,10 @@ def copies(text: str, ends: set[str]) -> list[str]:
 
 
 def check_segment(case: Case) -> None:
-    setting = case.job.setting
+    setting = case.job.rollout
     config, spec = setting.config, setting.spec
     rollout = made(case, "rollout")
-    segment, opened = rollout["segment"], rollout["open_slots"].outputs[0]
+    segment, opened = rollout["segment"], rollout["open_slots"].output_arrays[0]
     rows = opened.request.shape[1]
     layer = config.width * config.ffn * 2 // case.tensor  # bytes of a layer's largest matrix, bfloat16
     # A row's activations in f32, all of a layer's side by side; a matrix on its way in, twice.
@@ -53,7 +53,7 @@ def check_segment(case: Case) -> None:
     if spec.top_p < 1:
         bound += 4 * rows * 4 * config.padded_vocab // case.tensor
     assert segment.temporaries < bound, f"{segment.temporaries} bytes of temporaries, expected under {bound}"
-    caches = [x for kv in (*opened.suffix, *rollout["prefill"].outputs.kv) for x in kv.data]
+    caches = [x for kv in (*opened.suffix, *rollout["prefill"].output_arrays.kv) for x in kv.data]
     # Heads, tokens and both halves of a cache, as a device has them.
     ends = {",".join(map(str, (x.shape[2] // case.tensor, *x.shape[3:]))) for x in caches}
     assert copies(segment.text, ends) == [], "the caches should be read and written in place"

@@ -1,0 +1,58 @@
+"""Typed settings of the problems: the config's `data` section."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from cooper_jax.settings import typed_config
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Settings of the problems and of their prompts: the config's `data` section."""
+
+    train: str  # a file or a tensorflow-datasets name; "" with format synthetic
+    format: str
+    eval: str  # a file of problems for the evaluation; "": eval_from_train decides
+    eval_from_train: int  # problems of the training file that are held out
+    eval_format: str
+    exclude_seen: bool  # leave out evaluation problems on which the reward model is trained
+    question_key: str  # column names for jsonl, parquet and tfds
+    reference_key: str
+    solution_key: str
+    tfds_dir: str
+    split: str  # of tensorflow-datasets
+    eval_split: str
+    instruction: str  # follows each question
+    chat: bool  # wrap prompts in the chat template
+    prompts_per_step: int  # B
+    max_prompt_tokens: int  # longer prompts are dropped
+    bucket: int  # widths of batches are multiples of this
+    synthetic_size: int  # distinct synthetic training problems
+
+    def __post_init__(self) -> None:
+        at_least_1 = ("prompts_per_step", "max_prompt_tokens", "bucket", "synthetic_size")
+        problems = [
+            *typed_config.find_small(self, "data", 1, at_least_1),
+            *typed_config.find_small(self, "data", 0, ("eval_from_train",)),
+        ]
+        if self.is_synthetic and (self.train or self.eval):
+            problems.append(
+                f"data.train={self.train!r}, data.eval={self.eval!r}: data.format=synthetic reads no file; set "
+                "--config.data.format=auto"
+            )
+        if not self.is_synthetic and not self.train:
+            problems.append("data.train is empty: give --config.data.train=FILE")
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> DataConfig:
+        """Read the `data` section.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, "data")
+
+    @property
+    def is_synthetic(self) -> bool:
+        """True where problems are made from the seed instead of read from a file."""
+        return self.format == "synthetic"

@@ -1,0 +1,55 @@
+"""Typed settings of a model's origin: weights, tokenizer and compute type, as `policy` and others declare them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from cooper_jax.settings import typed_config
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchConfig:
+    """The shape of a model made from scratch: a model section's `arch`."""
+
+    family: str  # llama or qwen2
+    layers: int
+    vocab_size: int  # pieces of the sentencepiece model that is trained for it
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    rope_theta: float
+    tied: bool  # the output head is the embedding, transposed
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model's weights, tokenizer and compute type: fields of a model's section, such as `policy`."""
+
+    weights: str  # a directory, a hub id, a .gguf file, package:NAME/FILE.gguf, or "random" for the shape in `arch`
+    tokenizer: str  # "": the one that comes with the weights
+    num_layers: int  # keep only the first layers; 0 keeps all
+    vocab_multiple: int  # the vocabulary is padded to a multiple of this
+    dtype: str  # of the computation: float32 or bfloat16
+    arch: ArchConfig
+    name: str = dataclasses.field(compare=False)  # the section's, for messages
+
+    def __post_init__(self) -> None:
+        typed_config.raise_problems(
+            [
+                *typed_config.find_small(self, self.name, 1, ("vocab_multiple",)),
+                *typed_config.find_small(self, self.name, 0, ("num_layers",)),
+                *typed_config.find_unknown(self.dtype, f"{self.name}.dtype", DTYPES),
+            ]
+        )
+
+    @classmethod
+    def from_config(cls, section: ConfigDict, name: str) -> ModelSource:
+        """Read a section; name: policy, reward or another model's.  Raises SetupError for values out of range."""
+        arch = typed_config.read_section(ArchConfig, section.arch, f"{name}.arch")
+        return typed_config.read_section(cls, section, name, name=name, arch=arch)

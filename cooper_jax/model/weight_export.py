@@ -1,0 +1,158 @@
+"""Export of a model to a directory that `transformers` loads: config.json, safetensors, tokenizer files.
+
+The directory is written under a temporary name and renamed at the end, so an interrupted export leaves the
+previous one in place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from cooper_jax.model.config import ARCHITECTURES, ModelConfig
+from cooper_jax.model.weight_table import Entry, make_entries
+from cooper_jax.types import Params
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+def save_pretrained(
+    directory: str | Path,
+    config: ModelConfig,
+    params: Params,
+    head: str,
+    *,
+    tokenizer_dir: str | Path | None = None,
+    generation_config: dict[str, Any] | None = None,
+    pad_token_id: int | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a model for AutoModelForCausalLM ("logits") or AutoModelForSequenceClassification ("score").
+
+    The directory appears complete or not at all, and replaces an existing one.  Every array must be
+    addressable from this host.
+
+    Args:
+      tokenizer_dir: directory whose tokenizer files are copied.
+      generation_config: its contents; its special ids also go to config.json.
+      pad_token_id: required with a score head: transformers scores the last token that differs from it.
+      dtype: "float32" or "bfloat16".
+      max_shard_bytes: limit for one safetensors file, unless a single tensor is larger.
+
+    Raises ValueError for another dtype, and for a pad_token_id that is missing or outside the vocabulary.
+    """
+    directory = Path(directory)
+    if dtype not in _DTYPES:
+        raise ValueError(f"{directory}: dtype {dtype!r} is none of {sorted(_DTYPES)}")
+    if head == "score" and pad_token_id is None:
+        raise ValueError(
+            f"{directory}: a score head needs pad_token_id, or transformers cannot find the last token"
+        )
+    if pad_token_id is not None and not 0 <= pad_token_id < config.vocab_size:
+        raise ValueError(
+            f"{directory}: pad_token_id {pad_token_id} is outside the {config.vocab_size} tokens"
+        )
+
+    architecture = ARCHITECTURES[config.family, head]
+    hf = config.to_hf(architecture) | {"torch_dtype": dtype}
+    hf |= {k: v for k, v in (generation_config or {}).items() if k in ("bos_token_id", "eos_token_id")}
+    if pad_token_id is not None:
+        hf["pad_token_id"] = pad_token_id
+    if head == "score":
+        hf |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (directory.with_name(f".{directory.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    # Directories cannot be replaced atomically: the old one is renamed, and renamed back after an error.
+    try:
+        new.mkdir()
+        (new / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+        if generation_config:
+            text = json.dumps(generation_config, indent=2) + "\n"
+            (new / "generation_config.json").write_text(text, encoding="utf-8")
+        for name in _TOKENIZER_FILES:
+            if tokenizer_dir is not None and (Path(tokenizer_dir) / name).is_file():
+                shutil.copyfile(Path(tokenizer_dir) / name, new / name)
+        _write_shards(new, make_entries(config, head), params, _DTYPES[dtype], max_shard_bytes)
+
+        if directory.exists():
+            directory.rename(old)
+        new.rename(directory)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_shards(
+    directory: Path, entries: list[Entry], params: Params, dtype: Any, max_shard_bytes: int
+) -> None:
+    """Write the tensors in the table's order, in as few files as the limit allows.
+
+    Host memory holds one file's tensors and one whole parameter at a time.
+    """
+    # Assign tensors to files.
+    shards: list[list[str]] = [[]]
+    shard_bytes = total_bytes = 0
+    for entry in entries:
+        tensor_bytes = math.prod(entry.hf_shape) * np.dtype(dtype).itemsize
+        for name in entry.names:
+            if shards[-1] and shard_bytes + tensor_bytes > max_shard_bytes:
+                shards.append([])
+                shard_bytes = 0
+            shards[-1].append(name)
+            shard_bytes += tensor_bytes
+            total_bytes += tensor_bytes
+
+    tensors = _iterate_tensors(entries, params, dtype)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            file = "model.safetensors"
+        save_file(dict(next(tensors) for _ in names), directory / file, metadata={"format": "pt"})
+        # safetensors writes files that only their owner can read: give them the mode that the umask allows.
+        shutil.copymode(directory / "config.json", directory / file)
+        weight_map |= dict.fromkeys(names, file)
+
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _iterate_tensors(entries: list[Entry], params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """(Hugging Face name, tensor) of every entry, in order; one parameter is fetched at a time."""
+    for entry in entries:
+        tree = params["layers"] if entry.stacked else params
+        parameter = np.asarray(jax.device_get(tree[entry.key]))
+        for i, name in enumerate(entry.names):
+            x = parameter[i] if entry.stacked else parameter
+            if entry.vocab:
+                x = x[: entry.hf_shape[0]]  # without the padding
+            elif entry.inputs:
+                x = x.reshape(entry.hf_shape[::-1]).T  # [in, out] -> [out, in]
+            yield name, np.ascontiguousarray(x.reshape(entry.hf_shape).astype(dtype))

@@ -1,0 +1,73 @@
+"""The table of parameters and their Hugging Face tensors, for reading (weights.py) and weight_export.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.transformer import param_specs
+from cooper_jax.runtime.mesh import ParamSpec
+
+# (Hugging Face's name, ours, number of leading axes of ours that are the matrix's inputs).  Matrices are
+# [out, in] in torch and [in, out] here; with 0 the order of axes is kept.  {} is the layer.
+_LAYER = "model.layers.{}."
+TABLE: tuple[tuple[str, str, int], ...] = (
+    ("model.embed_tokens.weight", "embed", 0),
+    ("model.norm.weight", "final_norm", 0),
+    ("lm_head.weight", "lm_head", 0),
+    ("score.weight", "score", 0),
+    (_LAYER + "input_layernorm.weight", "attn_norm", 0),
+    (_LAYER + "self_attn.q_proj.weight", "q", 1),
+    (_LAYER + "self_attn.k_proj.weight", "k", 1),
+    (_LAYER + "self_attn.v_proj.weight", "v", 1),
+    (_LAYER + "self_attn.q_proj.bias", "q_bias", 0),
+    (_LAYER + "self_attn.k_proj.bias", "k_bias", 0),
+    (_LAYER + "self_attn.v_proj.bias", "v_bias", 0),
+    (_LAYER + "self_attn.o_proj.weight", "o", 2),
+    (_LAYER + "post_attention_layernorm.weight", "mlp_norm", 0),
+    (_LAYER + "mlp.gate_proj.weight", "gate", 1),
+    (_LAYER + "mlp.up_proj.weight", "up", 1),
+    (_LAYER + "mlp.down_proj.weight", "down", 1),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of TABLE for one model: a parameter, and its tensor or tensors (one per layer)."""
+
+    key: str
+    names: tuple[str, ...]  # of the tensors
+    shape: tuple[int, ...]  # of the parameter, without the layer axis
+    hf_shape: tuple[int, ...]  # of each tensor
+    inputs: int
+    spec: ParamSpec
+    stacked: bool  # the parameter has a leading layer axis
+    vocab: bool  # rows are tokens: the parameter's are padded to a multiple, the tensor's are not
+
+
+def make_entries(config: ModelConfig, head: str) -> list[Entry]:
+    """The rows of TABLE that a model with this head ("logits" or "score") has."""
+    specs = param_specs(config, head)
+    entries = []
+    for name, key, inputs in TABLE:
+        stacked, vocab = "{}" in name, key in ("embed", "lm_head")
+        tree = specs["layers"] if stacked else specs
+        if key not in tree:
+            continue
+        shape = tree[key].shape[1:] if stacked else tree[key].shape
+
+        # torch keeps matrices as [out, in] with all heads on one axis, and vectors flat.
+        hf_shape: tuple[int, ...]
+        if inputs:
+            hf_shape = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+        elif vocab:
+            hf_shape = (config.vocab_size, config.width)
+        elif key == "score":
+            hf_shape = (1, config.width)
+        else:
+            hf_shape = (math.prod(shape),)
+
+        names = tuple(name.format(i) for i in range(config.layers)) if stacked else (name,)
+        entries.append(Entry(key, names, shape, hf_shape, inputs, tree[key], stacked, vocab))
+    return entries

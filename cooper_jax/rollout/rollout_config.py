@@ -1,0 +1,96 @@
+"""Typed settings of the rollout: the config's `rollout` section.
+
+`make_sampling_spec` says how to sample, `make_engine_options` how the engine may run on the devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypedDict
+
+from ml_collections import ConfigDict
+
+from cooper_jax.kernels import kv
+from cooper_jax.rollout.sampling_spec import SamplingSpec
+from cooper_jax.settings import typed_config
+
+KERNELS = ("auto", "xla")
+WEIGHT_PLACEMENTS = ("auto", "gathered", "sharded")
+DTYPES = ("float32", "bfloat16")
+
+
+class EngineOptions(TypedDict):
+    """Keyword arguments of `engine.generate` that are the same for every rollout of a run."""
+
+    max_rows: int | None
+    memory_gib: float | None
+    weight_placement: str
+    implementation: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Settings of the rollout: the config's `rollout` section."""
+
+    group_size: int  # G, responses a prompt
+    max_new_tokens: int  # T, an EOS included
+    temperature: float
+    top_k: int  # 0: off
+    top_p: float  # 1: off
+    min_p: float  # 0: off
+    max_rows: int  # rows decoded at a time; 0: all rows of a step
+    memory_gib: float  # of one device, for weights, caches and slots; 0: no limit
+    segment: int  # tokens decoded between two checks for finished rows
+    dtype: str  # of the rollout's weights and activations
+    kernels: str  # auto or xla
+    weight_placement: str  # of the rollout's copy of the weights: auto, gathered or sharded
+    kv_dtype: str  # of the KV cache; "": as dtype
+
+    def __post_init__(self) -> None:
+        typed_config.raise_problems(
+            [
+                *typed_config.find_small(self, "rollout", 1, ("group_size", "max_new_tokens", "segment")),
+                *typed_config.find_small(self, "rollout", 0, ("temperature", "max_rows", "memory_gib")),
+                *typed_config.find_unknown(self.dtype, "rollout.dtype", DTYPES),
+                *typed_config.find_unknown(self.kernels, "rollout.kernels", KERNELS),
+                *typed_config.find_unknown(
+                    self.weight_placement, "rollout.weight_placement", WEIGHT_PLACEMENTS
+                ),
+                *typed_config.find_unknown(self.kv_dtype or self.dtype, "rollout.kv_dtype", kv.DTYPES),
+            ]
+        )
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> RolloutConfig:
+        """Read the `rollout` section.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, "rollout")
+
+    def make_sampling_spec(self, eos_ids: tuple[int, ...], **changes: Any) -> SamplingSpec:
+        """The sampling of a training step; changes: fields in which other sampling differs from it."""
+        spec = SamplingSpec(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            max_new_tokens=self.max_new_tokens,
+            group_size=self.group_size,
+            eos_ids=eos_ids,
+            segment=self.segment,
+            dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
+        )
+        return dataclasses.replace(spec, **changes)
+
+    def make_engine_options(self) -> EngineOptions:
+        """Limits of the slots, the placement of the weights and the kernels, as `engine.generate` takes them."""
+        return EngineOptions(
+            max_rows=self.max_rows or None,
+            memory_gib=self.memory_gib or None,
+            weight_placement=self.weight_placement,
+            implementation=None if self.kernels == "auto" else self.kernels,
+        )
+
+
+def get_engine_options(cfg: ConfigDict) -> EngineOptions:
+    """The engine's options of a whole config.  Raises SetupError for values of `rollout` out of range."""
+    return RolloutConfig.from_config(cfg.rollout).make_engine_options()

@@ -1,0 +1,130 @@
+"""The config stored in a run directory, and which of its fields a resumed run may change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from cooper_jax.runtime.metrics import to_jsonable
+
+# Format of run directories, stored in config.json.  To be raised with a change after which older ones cannot
+# be read or resumed.
+FORMAT = 1
+
+# Fields that a resumed run may change; a name that ends in a dot stands for its whole section.  They decide
+# how long, how fast or where a run computes, but not what (a mesh only changes the last bits of sums).
+CHANGEABLE_FIELDS = (
+    "name",
+    "steps",
+    "run_dir",
+    "resume",
+    "checkpoint.",
+    "log.",
+    "mesh.",
+    "policy.microbatch",
+    "reward.microbatch",
+    "rollout.max_rows",
+    "rollout.memory_gib",
+    "rollout.weight_placement",
+    "rollout.kernels",
+    "rollout.segment",
+    "rule.workers",
+    "rule.timeout",
+    "rule.retry_timeout",
+    "rule.memory_mb",
+    "assistant.url",
+    "assistant.key_env",
+    "assistant.concurrency",
+    "assistant.timeout",
+    "assistant.retries",
+    "judge.",
+    "source.",
+    "annotate.",
+)
+
+
+def read_stored_config(run_dir: Path | epath.Path, known: ConfigDict) -> dict[str, Any]:
+    """Read the config of a run directory as nested dicts, without `format`.
+
+    Args:
+      known: a config with all fields that exist.
+
+    Raises FileNotFoundError without a config.json, and ValueError if it is not JSON, or was made by another
+    version of this project.
+    """
+    stored = run_dir / "config.json"
+    if not stored.exists():
+        raise FileNotFoundError(f"{stored} is not there: {run_dir} is no run directory of launch/train.py")
+    try:
+        config = json.loads(stored.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{stored} is not JSON ({error}): fix it, or give another --config.run_dir"
+        ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{stored} holds no JSON object: fix it, or give another --config.run_dir")
+
+    number = config.pop("format", None)
+    if isinstance(number, int) and number > FORMAT:
+        raise ValueError(
+            f"{run_dir} was made by a later version of this project (format {number}, this one reads {FORMAT}): "
+            "use that version, or start a new run directory"
+        )
+    # Fields that no longer exist show an older version, too, even if the format is the same.
+    unknown = sorted(flatten_config(config).keys() - flatten_config(to_plain_config(known)).keys())
+    if unknown or number != FORMAT:
+        reason = f"its format is {number or 'not stated'}, this one reads {FORMAT}"
+        if unknown:
+            reason = f"it has {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
+        raise ValueError(
+            f"{run_dir} was made by an earlier version of this project ({reason}); start a new run directory"
+        )
+    return config
+
+
+def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted names; lists are leaves."""
+    fields = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            fields.update(flatten_config(value, f"{prefix}{name}."))
+        else:
+            fields[prefix + name] = value
+    return fields
+
+
+def to_plain_config(config: ConfigDict) -> dict[str, Any]:
+    """Convert a config to what its JSON would be read back as: dicts, lists, strings, numbers."""
+    return to_jsonable(config.to_dict())
+
+
+def must_stay(field: str) -> bool:
+    """Tell whether a resumed run must keep the value of this field."""
+    return not any(field == f or (f.endswith(".") and field.startswith(f)) for f in CHANGEABLE_FIELDS)
+
+
+def config_hash(config: ConfigDict) -> str:
+    """16 hex digits over the fields that must stay: equal if a run may resume with the other config."""
+    fields = {name: v for name, v in flatten_config(to_plain_config(config)).items() if must_stay(name)}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe_changes(stored: Mapping[str, Any], config: ConfigDict) -> list[str]:
+    """Describe the fields that must stay but differ from the stored config, each with both values."""
+    old, new = flatten_config(stored), flatten_config(to_plain_config(config))
+
+    def show(fields: Mapping[str, Any], name: str) -> str:
+        return json.dumps(fields[name]) if name in fields else "(absent)"
+
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        is_same = name in old and name in new and old[name] == new[name]
+        if must_stay(name) and not is_same:
+            changes.append(f"{name} was {show(old, name)} and is now {show(new, name)}")
+    return changes
