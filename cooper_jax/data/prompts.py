@@ -170,17 +170,17 @@ def _truncate_to_fit(
     if len(ids) <= max_tokens:
         return ids
 
-    # First the completion.  It keeps at most a quarter of a small limit, which leaves room for the question.
+    # First the completion.  Its minimum is a quarter of the limit at most, which leaves room for the question.
     question_spans, completion_spans = tok.offsets(question), tok.offsets(completion)
     answer = _find_answer(completion)
     answer_span = None if answer is None else (answer.start, answer.end)
     least = min(len(completion_spans), min_completion, max_tokens // 4)
     room = max_tokens - len(encode(question, ""))
-    ids_or_none = find_fit(
+    truncated = find_fit(
         room, least, lambda n: encode(question, _shorten(completion, completion_spans, n, answer_span))
     )
-    if ids_or_none is not None:
-        return ids_or_none
+    if truncated is not None:
+        return truncated
 
     # Then the question, beside the shortest completion.
     short = _shorten(completion, completion_spans, least, answer_span)
