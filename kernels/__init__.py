@@ -1,1 +1,1 @@
-"""Floor 0: numerical kernels.  Imports jax only; each has a plain-jnp form that runs on every platform."""
+"""Numerical kernels, the lowest layer: imports jax only; each has a plain jnp version for any platform."""

@@ -1,46 +1,43 @@
-"""Causal attention over right-padded rows (training, scoring, prefill), and what runs it on each platform.
+"""Causal attention over right-padded rows (training, scoring, prefill), by platform.
 
 `implementation` is chosen when the function is traced, by `jax.default_backend()` unless it is given:
 
-    xla      everywhere: blocks of queries, each against the keys up to its own end and recomputed in the
-             backward pass: nearly half of the [S, S] scores are never computed, and half the memory goes
-    cudnn    GPU, float16 and bfloat16, head_dim a multiple of 8 up to 128: flash attention
-    splash   TPU: jax's own Pallas flash kernel, with grouped queries
+    xla                any platform: blocks of queries, each against the keys up to its own end and recomputed
+                       in the backward pass; saves nearly half of the [S, S] scores and half the memory
+    cudnn              GPU, float16 and bfloat16, head_dim a multiple of 8 up to 128: flash attention
+    splash             TPU: jax's own Pallas flash kernel, with grouped queries
     splash_interpret   the same, interpreted: for tests on the CPU
 
-Kernels are not partitioned by the compiler: over a mesh, call `attention` under `jax.shard_map`, one shard
-of rows and heads each.  Axis legend: see reference.py.
+The compiler does not partition kernels: on a mesh, call `causal_attention` under `jax.shard_map`, one shard
+of rows and heads each.
+
+N rows   S tokens   H query heads   K key/value heads   h head_dim
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from cooper_jax.kernels import reference
 
-# Blocks of queries of the xla form, at most, and the least queries in one.  They are unrolled, not scanned: a scan
-# would hold one block's scores where XLA:CPU now holds several, but its keys must have one length, which computes
-# the upper triangle too.
+# Most blocks of queries in the xla implementation, and the fewest queries of one.  They are unrolled, not
+# scanned: a scan would hold one block's scores where XLA:CPU now holds several, but all its steps would need
+# keys of one length, which computes the upper triangle too.
 BLOCKS, QUERY_BLOCK = 8, 64
-LANES = 128  # a TPU vector register's width; splash wants token counts in multiples of it
+LANES = 128  # a TPU vector register's width; splash needs token counts in multiples of it
 
 
 def default_implementation(dtype: jnp.dtype, head_dim: int, platform: str | None = None) -> str:
-    """What `attention` runs on a platform (None: the default backend's): "xla", "cudnn" or "splash"."""
+    """Return what runs on a platform (None: the default backend's): "xla", "cudnn" or "splash"."""
     platform = jax.default_backend() if platform is None else platform
     if platform == "tpu":
         return "splash"
-    if (
-        platform in ("gpu", "cuda")
-        and dtype in (jnp.bfloat16, jnp.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 128
-    ):
-        return "cudnn"
-    return "xla"
+    fits_cudnn = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if platform in ("gpu", "cuda") and fits_cudnn else "xla"
 
 
 def causal_attention(
@@ -50,15 +47,15 @@ def causal_attention(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(h)) v, causal -> [N, S, H, h].
+    """Compute softmax(q k^T / sqrt(h)) v with a causal mask -> [N, S, H, h].
 
     Rows must be right-padded; outputs at padding are finite and mean nothing.  Raises ValueError for an
-    implementation that there is not.
+    unknown implementation.
     """
     chosen = implementation or default_implementation(q.dtype, q.shape[-1])
-    if chosen not in _FORMS:
-        raise ValueError(f"attention implementation {chosen!r} is none of {', '.join(_FORMS)}")
-    return _FORMS[chosen](q, k, v)
+    if chosen not in _IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {chosen!r} is none of {', '.join(_IMPLEMENTATIONS)}")
+    return _IMPLEMENTATIONS[chosen](q, k, v)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -66,7 +63,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The oracle, a block of queries at a time."""
+    """Run the reference a block of queries at a time."""
     tokens = q.shape[1]
     size = max(QUERY_BLOCK, -(-tokens // BLOCKS))
     if tokens <= size:
@@ -80,15 +77,13 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
-    """jax's splash attention.  Rows are padded on the right to whole lanes, which causality hides."""
+    """Run jax's splash attention.  Rows are right-padded to whole lanes, which the causal mask hides."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # pulls in Pallas: TPU only
 
     _, tokens, heads, h = q.shape
     padded = -(-tokens // LANES) * LANES
-    q, k, v = (
-        jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padded - tokens), (0, 0)))  # [N, heads, S', h]
-        for x in (q * h**-0.5, k, v)
-    )
+    padding = ((0, 0), (0, 0), (0, padded - tokens), (0, 0))
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), padding) for x in (q * h**-0.5, k, v))  # [N, heads, S', h]
     block = next(b for b in (512, 384, 256, 128) if padded % b == 0)
     sizes = splash.BlockSizes(
         block_q=block,
@@ -109,7 +104,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -
     return jax.vmap(kernel)(q, k, v)[:, :, :tokens].swapaxes(1, 2)
 
 
-_FORMS = {
+_IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "xla": _blocked,
     "cudnn": _cudnn,
     "splash": _splash,

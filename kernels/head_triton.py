@@ -1,15 +1,15 @@
-"""The head's matmul with a race or a score behind it, for CUDA GPUs: logits live and die in registers.
+"""Output head fused with sampling or scoring on a CUDA GPU: logits stay in registers.
 
-    grid (row tiles, S splits)     row tiles innermost: those of one split read the same part of the head at about
-                                   the same time, so all but one find it in the L2 cache
+    grid (row tiles, E splits)     row tiles innermost: those of one split read the same part of the head at
+                                   about the same time, so all but one find it in the L2 cache
     a program, for each 256 columns of its split:
-        z [R, 2 x 128] = hidden [R, D] head[columns]^T, DEPTH of D at a time, on the tensor cores in f32
-        a hash gives the noise of two columns, 128 apart
-        a softmax and a race of each row: Seen [R]
+        z [R, 2 x 128] = hidden [R, D] head[columns]^T, a part of D at a time, on the tensor cores in f32
+        one hash gives the noise of two columns, 128 apart
+        an online softmax and an argmax of each row: Accumulators [R]
 
-What the S splits of a row hold is merged by the caller (`online.reduce_accumulators`), once.
+The E splits of a row are merged once, by the caller (`online.reduce_accumulators`).
 
-N rows, R of them in a tile   V vocabulary entries here   D width
+N rows   R rows of a tile   V vocabulary entries (of this shard)   D width
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from cooper_jax.kernels import gumbel, online
 
-ROWS = {"draw": 64, "greedy": 64, "score": 128}  # hashing wants registers
-DEPTH_BYTES = 128  # of a row of a factor, loaded at a time
-PROGRAMS = 528  # about: four for each of an H100's multiprocessors, which even out at the end
+ROWS = {"draw": 64, "greedy": 64, "score": 128}  # most rows of a tile; hashing needs registers
+DEPTH_BYTES = 128  # of each row of hidden and head, loaded at a time
+PROGRAMS = 528  # about: four for each of an H100's multiprocessors, so that they end at about the same time
 WARPS = 8
 
 
@@ -40,7 +40,7 @@ def stream_head(
     aligned: bool,  # bounds[0] is a multiple of gumbel.PAIR
     interpret: bool = False,
 ) -> online.Accumulators:
-    """What every split saw: arrays [N, S]."""
+    """Accumulate each split's share of the vocabulary: arrays [N, E]."""
     (n, width), vocabulary = hidden.shape, head.shape[0]
     rows = min(ROWS[mode], max(16, pl.next_power_of_2(n)))
     row_tiles, tiles = pl.cdiv(n, rows), pl.cdiv(vocabulary, gumbel.PAIR)
@@ -73,11 +73,13 @@ def stream_head(
 
 
 def _kernel(
-    hidden,  # inputs: [N, D]
+    # inputs
+    hidden,  # [N, D]
     head,  # [V, D]
     ids,  # [N, 2] or [N, 1]
     bounds,  # i32[2]
-    *out,  # outputs: Seen's arrays, [N, S] each
+    # outputs: the arrays of Accumulators, [N, E] each
+    *acc_refs,
     mode: str,
     scale: float,
     aligned: bool,
@@ -91,46 +93,53 @@ def _kernel(
     base, count = bounds[0], bounds[1]
     lane = jnp.arange(gumbel.HALF)[None, :]
 
-    def tile(i, seen):
+    def add_pair(i, acc):
+        """Accumulate 256 columns, in two halves of 128 that share their hashes."""
         first = (split * per_split + i) * gumbel.PAIR
-        noise = (0.0, 0.0)
+        pair_noise = None
         if mode == "draw" and aligned:
-            noise = gumbel.gumbel_pair(*words, (((base + first) >> 1) + lane).astype(jnp.uint32))
+            hash_count = (((base + first) >> 1) + lane).astype(jnp.uint32)
+            pair_noise = gumbel.gumbel_pair(words[0], words[1], hash_count)
+
         logits = _logits(hidden, head, at, real, first)
         for half, z in enumerate(logits):
             column = first + half * gumbel.HALF + lane  # i32[1, 128]
             index = jnp.broadcast_to(base + column, z.shape)
             z = jnp.where(column < count, z * scale, -jnp.inf)
             if mode == "score":
-                new = online.update_accumulator(z, 1, index=index, score=None, target=words[0])
+                piece = online.accumulate_logits(z, 1, index=index, score=None, target=words[0])
             else:
-                if mode == "draw" and not aligned:
-                    noise = 2 * (gumbel.gumbel_at(*words, index.astype(jnp.uint32)),)
-                new = online.update_accumulator(z, 1, index=index, score=z + noise[half], target=None)
-            seen = online.merge_accumulators(seen, new)
-        return seen
+                noise: jax.Array | float = 0.0
+                if pair_noise is not None:
+                    noise = pair_noise[half]
+                elif mode == "draw":
+                    noise = gumbel.gumbel_at(words[0], words[1], index.astype(jnp.uint32))
+                piece = online.accumulate_logits(z, 1, index=index, score=z + noise, target=None)
+            acc = online.merge_accumulators(acc, piece)
+        return acc
 
-    seen = jax.lax.fori_loop(0, per_split, tile, online.init_accumulator((rows,), mode != "score"))
-    for ref, value in zip(out, seen, strict=False):
+    acc = jax.lax.fori_loop(0, per_split, add_pair, online.init_accumulators((rows,), mode != "score"))
+    for ref, value in zip(acc_refs, acc, strict=False):
         plgpu.store(ref.at[at, pl.ds(split, 1)], value[:, None], mask=real[:, None])
 
 
 def _logits(hidden, head, at, real, first) -> tuple[jax.Array, jax.Array]:
-    """hidden head^T for the columns from `first` on, in two halves: f32[R, 128] each."""
+    """Multiply rows `at` of hidden with the 256 columns from `first` on, in two halves: f32[R, 128] each."""
     width, dtype = hidden.shape[1], hidden.dtype
     depth = DEPTH_BYTES // dtype.itemsize
-    here = first + jnp.arange(gumbel.HALF)
+    column = first + jnp.arange(gumbel.HALF)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
-    def step(k, z):
-        deep = pl.ds(k * depth, depth)
-        inside = (k * depth + jnp.arange(depth) < width)[None, :]
-        a = plgpu.load(hidden.at[at, deep], mask=real[:, None] & inside, other=0.0)  # [R, depth]
+    def add_product(k, z):
+        """Add the part of the product that `depth` entries of the width give."""
+        part = pl.ds(k * depth, depth)
+        in_width = (k * depth + jnp.arange(depth) < width)[None, :]
+        a = plgpu.load(hidden.at[at, part], mask=real[:, None] & in_width, other=0.0)  # [R, depth]
         out = []
         for half in range(2):
             columns = pl.ds(first + half * gumbel.HALF, gumbel.HALF)
-            there = (here + half * gumbel.HALF < head.shape[0])[:, None] & inside
-            w = plgpu.load(head.at[columns, deep], mask=there, other=0.0)  # [128, depth]
+            mask = (column + half * gumbel.HALF < head.shape[0])[:, None] & in_width
+            w = plgpu.load(head.at[columns, part], mask=mask, other=0.0)  # [128, depth]
             product = jax.lax.dot_general(
                 a, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
             )
@@ -138,4 +147,4 @@ def _logits(hidden, head, at, real, first) -> tuple[jax.Array, jax.Array]:
         return tuple(out)
 
     zero = jnp.zeros((real.shape[0], gumbel.HALF), jnp.float32)
-    return jax.lax.fori_loop(0, pl.cdiv(width, depth), step, (zero, zero))
+    return jax.lax.fori_loop(0, pl.cdiv(width, depth), add_product, (zero, zero))

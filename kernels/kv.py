@@ -1,16 +1,16 @@
-"""Keys and values as a cache holds them.
+"""Key/value caches: two layouts and three dtypes.
 
-    apart    data = (k [.., h], v [.., h])    what XLA's own dots read without a copy
+    apart    data = (k [.., h], v [.., h])    XLA's own dots read it without a copy
     packed   data = (kv [.., 2 h],)           keys in the first half of the last axis, values in the second
 
-A TPU stores the last axis in tiles of 128 lanes.  At head_dim 64 an array [.., 64] would be padded to twice its
-size, or laid out with another axis last and copied before every kernel; side by side, keys and values fill the
-lanes exactly.  At 128 they are two tiles that a kernel takes apart for nothing.
+A TPU stores the last axis in tiles of 128 lanes.  At head_dim 64 an array [.., 64] would be padded to twice
+its size, or laid out with another axis last and copied before every kernel; side by side, keys and values
+fill the lanes exactly.  At 128 they are two tiles that a kernel separates at no cost.
 
-In int8 each token and head has one f32 scale for its key and one for its value, max |x| / 127: what is read is
-data * scale.
+In int8 each token and head has one f32 scale for its key and one for its value, max |x| / 127: the value read
+is data * scale.
 
-Axis legend: L layers, R rows (prompts or slots), K key/value heads, W tokens, h head_dim.
+L layers   N rows (prompts or slots)   K key/value heads   W tokens   h head_dim
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 
 class KV(NamedTuple):
-    """Leaves share their leading axes, [L, R, K, W] in a cache and [R, K] or [R, W, K] for what goes into it."""
+    """Keys and values; leading axes [L, N, K, W] in a cache, [N, K] or [N, W, K] for new ones."""
 
     data: tuple[jax.Array, ...]  # (k, v) [.., h] each, or (kv,) [.., 2 h]
     scales: tuple[jax.Array, ...]  # () or, in int8, f32[..] of k and of v
@@ -35,30 +35,32 @@ class KV(NamedTuple):
 
 
 class Format(NamedTuple):
-    """How a cache holds keys and values; static under jit.  dtype: float32, bfloat16 or int8."""
+    """Format of a cache; static under jit.  dtype: float32, bfloat16 or int8."""
 
     dtype: str
     packed: bool
 
     def bytes_per_token(self, layers: int, kv_heads: int, head_dim: int) -> int:
-        """Of keys and values together, over all layers and heads; padding to tiles not counted."""
+        """Count the bytes of keys and values of all layers and heads, without padding to tiles."""
         scales = 2 * 4 if self.dtype == "int8" else 0
         return layers * kv_heads * (2 * head_dim * jnp.dtype(self.dtype).itemsize + scales)
 
 
-def pack_kv(k: jax.Array, v: jax.Array, form: Format) -> KV:
-    """k and v [.., h], of any float type, as `form` holds them."""
+def pack_kv(k: jax.Array, v: jax.Array, kv_format: Format) -> KV:
+    """Store k and v [.., h], of any float dtype, in a cache's format."""
     scales: tuple[jax.Array, ...] = ()
-    if form.dtype == "int8":
+    if kv_format.dtype == "int8":
         (k, k_scale), (v, v_scale) = _quantise(k), _quantise(v)
         scales = (k_scale, v_scale)
     else:
-        k, v = k.astype(form.dtype), v.astype(form.dtype)
-    return KV((jnp.concatenate([k, v], axis=-1),) if form.packed else (k, v), scales)
+        k, v = k.astype(kv_format.dtype), v.astype(kv_format.dtype)
+    if kv_format.packed:
+        return KV((jnp.concatenate([k, v], axis=-1),), scales)
+    return KV((k, v), scales)
 
 
 def unpack_kv(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """k and v [.., h] in `dtype`, scales applied: the inverse of `pack`, for tests."""
+    """Restore k and v [.., h] in `dtype`, scales applied: inverts `pack_kv`, for tests."""
     k, v = jnp.split(kv.data[0], 2, axis=-1) if kv.packed else kv.data
     if not kv.scales:
         return k.astype(dtype), v.astype(dtype)
@@ -66,18 +68,20 @@ def unpack_kv(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return k.astype(dtype), v.astype(dtype)
 
 
-def make_empty_kv(shape: tuple[int, ...], head_dim: int, form: Format) -> KV:
-    """An empty cache with leading axes `shape`."""
-    if form.packed:
-        data = (jnp.zeros((*shape, 2 * head_dim), form.dtype),)
+def make_empty_kv(shape: tuple[int, ...], head_dim: int, kv_format: Format) -> KV:
+    """Make a cache of zeros with leading axes `shape`."""
+    data: tuple[jax.Array, ...]
+    if kv_format.packed:
+        data = (jnp.zeros((*shape, 2 * head_dim), kv_format.dtype),)
     else:
-        data = (jnp.zeros((*shape, head_dim), form.dtype), jnp.zeros((*shape, head_dim), form.dtype))
-    scales = (jnp.zeros(shape, jnp.float32),) * 2 if form.dtype == "int8" else ()
+        k, v = (jnp.zeros((*shape, head_dim), kv_format.dtype) for _ in range(2))
+        data = (k, v)
+    scales = (jnp.zeros(shape, jnp.float32),) * 2 if kv_format.dtype == "int8" else ()
     return KV(data, scales)
 
 
 def _quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x [.., h] -> int8 [.., h] and f32 [..]."""
+    """Quantise x [.., h] -> int8 [.., h] and its scales f32 [..]."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / 127.0
     safe = jnp.where(scale > 0, scale, 1.0)

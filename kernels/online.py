@@ -1,18 +1,19 @@
-"""What has been seen of a row's logits: a softmax and a race, over columns that arrive in pieces.
+"""Online softmax with Gumbel-max sampling or target scoring, over logits that arrive in pieces.
 
-    look    logits of one piece -> Seen
-    join    Seen of some columns, Seen of later ones -> Seen of both
-    along   Seen of many pieces, side by side on an axis -> one Seen
+    accumulate_logits     the logits of one piece -> Accumulators
+    merge_accumulators    Accumulators of some columns and of later ones -> Accumulators of both
+    reduce_accumulators   Accumulators of many pieces, side by side on an axis -> one
 
-Every form of the head's kernels is made of these three: pieces are chunks, tiles, lanes, splits or shards of the
-vocabulary.  The race compares numbers that no piece has rescaled, so its winner does not depend on the pieces.
+Every implementation of the head's kernels is made of these three; pieces are chunks, tiles, lanes, splits or
+shards of the vocabulary.  With z the logits, already divided by the temperature, a piece holds
 
-With z the logits, already divided by the temperature, a piece holds
+    m = max z    l = sum e^(z - m)    moment = sum e^(z - m) (z - m)
 
-    peak = max z    mass = sum e^(z - peak)    moment = sum e^(z - peak) (z - peak)
+so that logsumexp = m + log l and the entropy is log l - moment / l.  A NaN or +inf among the logits makes l
+NaN, for good; if all logits are -inf, l stays 0.  So a row has a distribution exactly where l > 0.
 
-so that logsumexp = peak + log mass and the entropy is log mass - moment / mass.  A NaN or +inf among the logits
-makes the mass NaN, for good; nothing but -inf leaves it 0: a row has a distribution where mass > 0.
+Sampling takes the argmax of scores z + g that no piece has rescaled, so the token does not depend on the
+pieces.
 """
 
 from __future__ import annotations
@@ -22,77 +23,90 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-LOWEST = -1e38  # the least peak: differences of two stay finite, and e^(-inf - peak) is 0
-NOWHERE = 2**31 - 1  # the index before there is one
+LOWEST = -1e38  # the least m: differences of two stay finite, and e^(-inf - m) is 0
+NO_TOKEN = 2**31 - 1  # the token before any logit
 
 
 class Accumulators(NamedTuple):
-    """Arrays of one shape, f32 but for the index."""
+    """Arrays of one shape, f32 but for the token."""
 
-    peak: jax.Array
-    mass: jax.Array
+    m: jax.Array
+    l: jax.Array
     moment: jax.Array
-    chosen: jax.Array  # z of the race's winner, or of the row's target; -inf: not among the columns seen
-    score: jax.Array | None = None  # the race's best; None where a target is scored
-    index: jax.Array | None = None  # i32, the first entry that reached it
+    logit: jax.Array  # z of the best token, or of the row's target; -inf: not among the columns so far
+    score: jax.Array | None = None  # sampling: the best z + g; None where a target is scored
+    token: jax.Array | None = None  # sampling: i32, the first token with that score
 
 
-def init_accumulator(shape: tuple[int, ...], race: bool) -> Accumulators:
-    """No column yet: what `join` starts from."""
+def init_accumulators(shape: tuple[int, ...], sampling: bool) -> Accumulators:
+    """Make the accumulators of no columns: the neutral element of `merge_accumulators`."""
     zero, low = jnp.zeros(shape, jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32)
-    seen = Accumulators(jnp.full(shape, LOWEST, jnp.float32), zero, zero, low)
-    return seen._replace(score=low, index=jnp.full(shape, NOWHERE, jnp.int32)) if race else seen
+    acc = Accumulators(m=jnp.full(shape, LOWEST, jnp.float32), l=zero, moment=zero, logit=low)
+    if sampling:
+        acc = acc._replace(score=low, token=jnp.full(shape, NO_TOKEN, jnp.int32))
+    return acc
 
 
-def update_accumulator(
+def accumulate_logits(
     z: jax.Array, axis: int, *, index: jax.Array, score: jax.Array | None, target: jax.Array | None
 ) -> Accumulators:
-    """Logits f32 (-inf: not there), reduced over `axis`.
+    """Reduce the logits of one piece over `axis`.
 
-    A race has scores, which decide; scoring has the row's `target`, which the index i32 (both broadcast with z)
-    is compared with.
+    z: f32; -inf: not in the vocabulary.  index: i32, the entries' vocabulary indices; it broadcasts with z.
+    score: sampling: the scores whose argmax is the token.  target: scoring: each row's target, which
+      broadcasts too.
     """
-    peak = jnp.maximum(jnp.max(z, axis=axis), LOWEST)
-    below = z - jnp.expand_dims(peak, axis)
-    e = jnp.exp(below)
-    mass = jnp.sum(e, axis=axis)
-    moment = jnp.sum(jnp.where(e > 0.0, e * below, 0.0), axis=axis)  # 0 and not NaN at -inf
+    m = jnp.maximum(jnp.max(z, axis=axis), LOWEST)
+    centred = z - jnp.expand_dims(m, axis)
+    e = jnp.exp(centred)
+    l = jnp.sum(e, axis=axis)
+    moment = jnp.sum(jnp.where(e > 0.0, e * centred, 0.0), axis=axis)  # 0 and not NaN at -inf
     if score is None:
-        return Accumulators(peak, mass, moment, jnp.max(jnp.where(index == target, z, -jnp.inf), axis=axis))
-    return Accumulators(peak, mass, moment, *_winner(z, score, jnp.broadcast_to(index, z.shape), axis))
+        return Accumulators(m, l, moment, jnp.max(jnp.where(index == target, z, -jnp.inf), axis=axis))
+    return Accumulators(m, l, moment, *_argmax(z, score, jnp.broadcast_to(index, z.shape), axis))
 
 
 def merge_accumulators(a: Accumulators, b: Accumulators) -> Accumulators:
-    """b's columns come after a's: of equal scores the first wins."""
-    peak = jnp.maximum(a.peak, b.peak)
-    (mass_a, moment_a), (mass_b, moment_b) = _to(peak, a), _to(peak, b)
-    mass, moment = mass_a + mass_b, moment_a + moment_b
-    if a.score is None:
-        return Accumulators(peak, mass, moment, jnp.maximum(a.chosen, b.chosen))
+    """Merge two pieces of which b's columns come after a's: of equal scores the first wins."""
+    m = jnp.maximum(a.m, b.m)
+    (l_a, moment_a), (l_b, moment_b) = _rescale(a, m), _rescale(b, m)
+    l, moment = l_a + l_b, moment_a + moment_b
+    if a.score is None or b.score is None:
+        return Accumulators(m, l, moment, jnp.maximum(a.logit, b.logit))
+
+    assert a.token is not None and b.token is not None  # sampling has both fields
     wins = b.score > a.score
-    picked = (jnp.where(wins, y, x) for x, y in zip(a[3:], b[3:], strict=True))
-    return Accumulators(peak, mass, moment, *picked)
+    return Accumulators(
+        m,
+        l,
+        moment,
+        logit=jnp.where(wins, b.logit, a.logit),
+        score=jnp.where(wins, b.score, a.score),
+        token=jnp.where(wins, b.token, a.token),
+    )
 
 
-def reduce_accumulators(seen: Accumulators, axis: int) -> Accumulators:
-    """Pieces on an axis, in any order -> one."""
-    peak = jnp.max(seen.peak, axis=axis)
-    mass, moment = (jnp.sum(x, axis=axis) for x in _to(jnp.expand_dims(peak, axis), seen))
-    if seen.score is None:
-        return Accumulators(peak, mass, moment, jnp.max(seen.chosen, axis=axis))
-    return Accumulators(peak, mass, moment, *_winner(seen.chosen, seen.score, seen.index, axis))
+def reduce_accumulators(acc: Accumulators, axis: int) -> Accumulators:
+    """Merge pieces that lie along an axis, in any order."""
+    m = jnp.max(acc.m, axis=axis)
+    l, moment = (jnp.sum(x, axis=axis) for x in _rescale(acc, jnp.expand_dims(m, axis)))
+    if acc.score is None or acc.token is None:
+        return Accumulators(m, l, moment, jnp.max(acc.logit, axis=axis))
+    return Accumulators(m, l, moment, *_argmax(acc.logit, acc.score, acc.token, axis))
 
 
-def _to(peak: jax.Array, seen: Accumulators) -> tuple[jax.Array, jax.Array]:
-    """Mass and moment about a higher peak."""
-    below = seen.peak - peak
-    scale = jnp.exp(below)
-    return scale * seen.mass, scale * (seen.moment + seen.mass * below)
+def _rescale(acc: Accumulators, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return l and moment relative to a larger m."""
+    shift = acc.m - m
+    scale = jnp.exp(shift)
+    return scale * acc.l, scale * (acc.moment + acc.l * shift)
 
 
-def _winner(chosen, score, index, axis):
-    """(chosen, score, index) of the largest score, the least index among equals."""
+def _argmax(
+    logit: jax.Array, score: jax.Array, token: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (logit, score, token) of the largest score; of equal scores, the least token's."""
     best = jnp.max(score, axis=axis)
-    first = jnp.min(jnp.where(score == jnp.expand_dims(best, axis), index, NOWHERE), axis=axis)
-    won = index == jnp.expand_dims(first, axis)
-    return jnp.max(jnp.where(won, chosen, -jnp.inf), axis=axis), best, first
+    first = jnp.min(jnp.where(score == jnp.expand_dims(best, axis), token, NO_TOKEN), axis=axis)
+    is_first = token == jnp.expand_dims(first, axis)
+    return jnp.max(jnp.where(is_first, logit, -jnp.inf), axis=axis), best, first

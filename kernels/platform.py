@@ -1,7 +1,7 @@
-"""Which form of a kernel runs: chosen when a program is traced.
+"""Choice of a kernel implementation by platform, made when a program is traced.
 
-xla                              plain jnp, everywhere; the CPU's form
-tpu, tpu_interpret               Pallas through Mosaic; interpreted, with its copies and semaphores, on a CPU
+xla                              plain jnp, on any platform; the CPU's default
+tpu, tpu_interpret               Pallas through Mosaic; interpreted on a CPU, with its copies and semaphores
 triton, triton_interpret         Pallas through Triton, for CUDA GPUs; interpreted on a CPU
 """
 
@@ -13,10 +13,10 @@ import jax
 
 
 class Implementation(NamedTuple):
-    """One implementation of the kernels, taken apart."""
+    """Parts of an implementation's name."""
 
-    form: str  # xla, tpu or triton: the key of an operation's table of forms
-    interpret: bool  # a Pallas kernel is interpreted, on a CPU
+    backend: str  # xla, tpu or triton: the key of an operation's table of backends
+    interpret: bool  # the Pallas kernel is interpreted on a CPU
 
 
 IMPLEMENTATIONS = {
@@ -30,22 +30,23 @@ _OF_PLATFORM = {"tpu": "tpu", "gpu": "triton", "cuda": "triton"}
 
 
 def default_implementation(platform: str | None = None) -> str:
-    """The implementation for devices of a platform ("cpu", "gpu", "tpu"); None: of the default backend."""
+    """Return the implementation for a platform ("cpu", "gpu", "tpu"); None: the default backend's."""
     platform = jax.default_backend() if platform is None else platform
-    return _OF_PLATFORM[platform] if platform in _OF_PLATFORM else "xla"
+    return _OF_PLATFORM.get(platform, "xla")
 
 
 def is_pallas(implementation: str | None) -> bool:
     """Tell Pallas kernels from plain jnp.
 
-    Pallas kernels read packed caches (kv.py), of them only the columns that they need, and a prompt's keys through
-    an index; the compiler does not partition them over a mesh.  Raises ValueError as `resolve` does.
+    Pallas kernels read packed caches (kv.py), only the columns of them that they need, and a prompt's keys
+    through an index; the compiler does not partition them over a mesh.  Raises ValueError as
+    `resolve_implementation` does.
     """
-    return resolve_implementation(implementation).form != "xla"
+    return resolve_implementation(implementation).backend != "xla"
 
 
 def resolve_implementation(implementation: str | None) -> Implementation:
-    """The implementation of a name; None: the default backend's.  Raises ValueError for an unknown name."""
+    """Look up an implementation; None: the default backend's.  Raises ValueError for an unknown name."""
     chosen = default_implementation() if implementation is None else implementation
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {chosen!r} is none of {', '.join(IMPLEMENTATIONS)}")

@@ -1,36 +1,38 @@
 """Draw tokens from logits without sorting the vocabulary.
 
-What flows through: logits and three uniforms a row in; a token and its log-probabilities a row out.
+In: logits and three uniforms per row.  Out: a token and its log-probabilities per row.
 
 1. Divide by the temperature (0 is greedy: the first of the largest logits).
-2. Keep: top-k, then top-p on what top-k left, renormalised, then min-p: the tokens whose probability is at least
-   min_p times the largest one's.  (`transformers` cuts in this order.  vLLM applies min-p before the other two, so
-   that its top-p sees a smaller, renormalised rest; without top-p the two agree.)
-3. Inverse CDF in three levels: a group of 128 blocks by its sum, a block of 128 tokens within the group, a token
-   within the block, each with a uniform of its own.  One uniform for all would not do: it moves on a grid of 2^-23,
-   so rarer tokens would be out of reach, and a change of 1e-5 in the logits would move some fifty times as many
-   draws.  A vocabulary of one group leaves the first uniform unused.
+2. Filter: top-k, then top-p on what top-k left, renormalised, then min-p: the tokens whose probability is at
+   least min_p times the largest one's.  (`transformers` filters in this order.  vLLM applies min-p before the
+   other two, so its top-p sees a smaller, renormalised rest; without top-p the two agree.)
+3. Inverse CDF in three levels: a group of 128 blocks by its sum, a block of 128 tokens within the group, a
+   token within the block, each with a uniform of its own.  One uniform for all three would not be enough: it
+   has steps of 2^-23, so rarer tokens could not be drawn, and a change of 1e-5 in the logits would change
+   about fifty times as many draws.  A vocabulary of one group leaves the first uniform unused.
 
-`implementation` chooses who makes the passes over the vocabulary: sampling_statistics.py, which defines what
-they find out, sampling_tpu.py or sampling_triton.py.  The draw is plain jnp on block sums and one block of logits.
+`implementation` chooses the backend of the passes over the vocabulary: sampling_statistics.py, which defines
+the statistics, sampling_tpu.py or sampling_triton.py.  The draw is plain jnp on block sums and one block of
+logits.
 
 Ties.  Top-k keeps every token whose logit equals the k-th largest; top-p keeps every token whose logit equals
 that of the last one it needs.  So what is kept never depends on the order of the vocabulary.
 
-Not a number.  A row with a NaN or +inf among its logits, or with nothing but -inf, has no distribution: its
-token is 0 and its log-probabilities and entropy are NaN, for the caller to see.
+Not finite.  A row with a NaN or +inf among its logits, or with nothing but -inf, has no distribution: its
+token is 0 and its log-probabilities and entropy are NaN, for the caller to check.
 
-Batch independence.  A row's result is a function of that row alone; and, in the xla form, the same to the last bit
-whether its columns lie on one device or on several (`axis_name`).  One exception: a vocabulary of 128 blocks that
-shards pad to more, and so to a second group, may differ in the last bit of log-probabilities and entropy.
+Batch independence.  A row's result is a function of that row alone; and, in the xla backend, the same to the
+last bit whether its columns lie on one device or on several (`axis_name`).  One exception: a vocabulary of
+128 blocks that shards pad to more, and so to a second group, may differ in the last bit of log-probabilities
+and entropy.
 
-N rows   V vocabulary (columns of -inf are never drawn)   M blocks   W = 128 tokens in a block
-G groups of 128 blocks
+N rows   V vocabulary (columns of -inf are never drawn)   M blocks of 128 tokens
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -44,7 +46,10 @@ _NO_TOKEN = jnp.iinfo(jnp.int32).max
 
 
 class SampledTokens(NamedTuple):
-    """Natural logarithms.  The full softmax is that of logits / temperature, nothing cut; greedy: of the logits."""
+    """One draw per row, with natural logarithms.
+
+    The full softmax is that of logits / temperature with nothing filtered; greedy: of the logits.
+    """
 
     token: jax.Array  # i32[N]
     logprob: jax.Array  # f32[N], under the distribution drawn from; greedy: 0, for it has one token
@@ -53,7 +58,7 @@ class SampledTokens(NamedTuple):
 
 
 def sample_logits(
-    logits: jax.Array,  # f32[N, V]; with axis_name: this shard's contiguous columns [N, V / ways]
+    logits: jax.Array,  # f32[N, V]; with axis_name: this shard's contiguous columns [N, V / shards]
     uniforms: jax.Array,  # f32[N, LEVELS], in [0, 1)
     *,
     temperature: float,
@@ -64,11 +69,12 @@ def sample_logits(
     entropy: bool = False,
     implementation: str | None = None,
 ) -> SampledTokens:
-    """One token a row.
+    """Draw one token per row.
 
-    temperature, top_k (0: off), top_p (1: off) and min_p (0: off) are Python numbers, static under jit.  Inside
-    shard_map, `axis_name` names the mesh axis over which the vocabulary is sharded; all its shards get the result.
-    A vocabulary, or a shard, that is not whole blocks of 128 costs copies of the logits: pad the head's rows.
+    temperature, top_k (0: off), top_p (1: off) and min_p (0: off) are Python numbers, static under jit.
+    Inside shard_map, `axis_name` names the mesh axis over which the vocabulary is sharded; all its shards get
+    the result.  A vocabulary, or a shard, that is not whole blocks of 128 costs copies of the logits: pad the
+    head's rows.
     """
     rule = Rule(temperature, top_k, top_p, min_p, entropy)
     return _sample(logits, uniforms, rule, axis_name, implementation)[0]
@@ -83,162 +89,183 @@ def sampling_margin(
     top_p: float,
     min_p: float = 0.0,
 ) -> jax.Array:
-    """How near a row came to another token, f32[N]: for judging draws that differ between two programs.
+    """Compute how close each row's draw was to another token, f32[N], to judge draws of two programs.
 
-    The smallest, over all levels, of the distances from the uniform to the borders of what it fell on; a share of
-    the probability at that level (of all groups, of the group, of the block).  Infinite where there was nothing
-    else to draw.  Greedy: the difference in probability between the two largest.  A token at the edge of what is
-    kept is not seen.
+    The smallest, over the three levels, of the distances from the uniform to the borders of the interval that
+    it fell into, as a share of the probability at that level (of all groups, of the group, of the block).
+    Infinite where nothing else could be drawn.  Greedy: the difference in probability between the two
+    largest.  Tokens that almost pass a filter are not considered.
     """
     return _sample(logits, uniforms, Rule(temperature, top_k, top_p, min_p), None, "xla")[1]
 
 
-def _sample(logits, uniforms, rule, axis_name, implementation) -> tuple[SampledTokens, jax.Array]:
-    """The draw and its margin; what is not used of them costs nothing under jit."""
-    logits = _whole_blocks(logits.astype(jnp.float32), axis_name)
+def _sample(
+    logits: jax.Array, uniforms: jax.Array, rule: Rule, axis_name: str | None, implementation: str | None
+) -> tuple[SampledTokens, jax.Array]:
+    """Return the draw and its margin; under jit, the one that is not used costs nothing."""
+    logits = _pad_to_blocks(logits.astype(jnp.float32), axis_name)
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * logits.shape[1]
     if rule.temperature == 0.0:
-        return _greedy(logits, first, rule, axis_name, implementation)
-    s = _statistics(logits, rule, axis_name, implementation)
-    block, gap = _draw_block(s.blocks, uniforms)
-    column = block * BLOCK - first  # i32[N]: where the block begins, if it is here
-    x = _block_of(logits, column, implementation)  # f32[N, W]
-    z = (x - s.peak[:, None]) * (1.0 / rule.temperature)
-    lane, inner_gap = _draw(jnp.where(x >= s.threshold[:, None], jnp.exp(z), 0.0), uniforms[:, 2])
+        return _sample_greedy(logits, first, rule, axis_name, implementation)
+
+    stats = _compute_statistics(logits, rule, axis_name, implementation)
+    block, block_margin = _draw_block(stats.block_sums, uniforms)
+    column = block * BLOCK - first  # i32[N]: the block's first column, if this shard has it
+    x = _get_block(logits, column, implementation)  # f32[N, 128]
+    z = (x - stats.max_logit[:, None]) * (1.0 / rule.temperature)
+    kept = jnp.where(x >= stats.threshold[:, None], jnp.exp(z), 0.0)
+    lane, lane_margin = _draw_index(kept, uniforms[:, 2])
     z = jnp.take_along_axis(z, lane[:, None], axis=1)[:, 0]
-    if axis_name is not None:  # the shard that has the block tells the others
+    if axis_name is not None:  # the shard that has the block sends its result to the others
         has = (column >= 0) & (column < logits.shape[1])
         lane, z = (jax.lax.psum(jnp.where(has, value, 0), axis_name) for value in (lane, z))
 
-    total = sum_pairwise(s.blocks)
-    full = total if s.full is None else s.full
-    valid = full > 0.0  # False for NaN, which any mass carries here (XLA:CPU's maximum passes over it)
-    drawn = SampledTokens(
+    kept_sum = sum_pairwise(stats.block_sums)
+    full_sum = kept_sum if stats.full_sum is None else stats.full_sum
+    valid = full_sum > 0.0  # False for NaN, which a sum carries (XLA:CPU's maximum ignores it)
+    sampled = SampledTokens(
         token=jnp.where(valid, block * BLOCK + lane, 0),
-        logprob=jnp.where(valid, z - jnp.log(total), jnp.nan),
-        full_logprob=jnp.where(valid, z - jnp.log(full), jnp.nan),
-        entropy=_entropy(full, s.weighted),
+        logprob=jnp.where(valid, z - jnp.log(kept_sum), jnp.nan),
+        full_logprob=jnp.where(valid, z - jnp.log(full_sum), jnp.nan),
+        entropy=_entropy(full_sum, stats.plogp_sum),
     )
-    return drawn, jnp.minimum(gap, inner_gap)
+    return sampled, jnp.minimum(block_margin, lane_margin)
 
 
-def _greedy(logits, first, rule, axis_name, implementation) -> tuple[SampledTokens, jax.Array]:
-    """The probabilities beside the token need one more pass, which nobody makes who does not use them."""
-    peak = jnp.max(logits, axis=-1)  # XLA:CPU's maximum passes over NaN
+def _sample_greedy(
+    logits: jax.Array,
+    first: jax.Array | int,  # the vocabulary index of the first column
+    rule: Rule,
+    axis_name: str | None,
+    implementation: str | None,
+) -> tuple[SampledTokens, jax.Array]:
+    """Take the first of the largest logits.
+
+    The other probabilities need one more pass over the logits, which is dropped under jit if they are not
+    used.
+    """
+    max_logit = jnp.max(logits, axis=-1)  # XLA:CPU's maximum ignores NaN
     if axis_name is not None:
-        peak = jax.lax.pmax(peak, axis_name)
+        max_logit = jax.lax.pmax(max_logit, axis_name)
+
     # XLA:CPU's argmax takes ten times as long as this.
     column = first + jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :]
-    column = jnp.where(logits == peak[:, None], column, _NO_TOKEN)
+    column = jnp.where(logits == max_logit[:, None], column, _NO_TOKEN)
     token = jnp.min(jnp.where(jnp.isnan(logits), -1, column), axis=-1)
     if axis_name is not None:
         token = jax.lax.pmin(token, axis_name)
-    valid = (token >= 0) & (token < _NO_TOKEN) & (jnp.abs(peak) < jnp.inf)
-    s = _statistics(logits, Rule(1.0, entropy=rule.entropy), axis_name, implementation)
-    full = sum_pairwise(s.blocks)
-    drawn = SampledTokens(
+
+    valid = (token >= 0) & (token < _NO_TOKEN) & (jnp.abs(max_logit) < jnp.inf)
+    stats = _compute_statistics(logits, Rule(1.0, entropy=rule.entropy), axis_name, implementation)
+    full_sum = sum_pairwise(stats.block_sums)
+    sampled = SampledTokens(
         token=jnp.where(valid, token, 0),
         logprob=jnp.where(valid, 0.0, jnp.nan),
-        full_logprob=jnp.where(valid, -jnp.log(full), jnp.nan),
-        entropy=_entropy(full, s.weighted),
+        full_logprob=jnp.where(valid, -jnp.log(full_sum), jnp.nan),
+        entropy=_entropy(full_sum, stats.plogp_sum),
     )
     two = jax.lax.top_k(logits, 2)[0]
-    return drawn, -jnp.expm1(two[:, 1] - two[:, 0]) / full
+    return sampled, -jnp.expm1(two[:, 1] - two[:, 0]) / full_sum
 
 
-def _entropy(full: jax.Array, weighted: jax.Array | None) -> jax.Array | None:
-    """log(full) - weighted / full, NaN where full is."""
-    return None if weighted is None else jnp.log(full) - weighted / full
+def _entropy(full_sum: jax.Array, plogp_sum: jax.Array | None) -> jax.Array | None:
+    """Compute log(full_sum) - plogp_sum / full_sum, NaN where full_sum is."""
+    return None if plogp_sum is None else jnp.log(full_sum) - plogp_sum / full_sum
 
 
-def _statistics(logits, rule, axis_name, implementation) -> Statistics:
-    form, interpret = platform.resolve_implementation(implementation)
-    return _STATISTICS[form](logits, rule, axis_name, interpret)
+def _compute_statistics(
+    logits: jax.Array, rule: Rule, axis_name: str | None, implementation: str | None
+) -> Statistics:
+    backend, interpret = platform.resolve_implementation(implementation)
+    return _STATISTICS[backend](logits, rule, axis_name, interpret)
 
 
-def _statistics_tpu(logits, rule, axis_name, interpret) -> Statistics:
+def _xla_statistics(logits: jax.Array, rule: Rule, axis_name: str | None, interpret: bool) -> Statistics:
+    return row_statistics(logits, rule, axis_name)
+
+
+def _tpu_statistics(logits: jax.Array, rule: Rule, axis_name: str | None, interpret: bool) -> Statistics:
     if axis_name is None:
         return sampling_tpu.tpu_statistics(logits, rule, interpret)
     return sampling_spans.span_statistics(sampling_tpu, logits, rule, axis_name, interpret)
 
 
-_STATISTICS = {
-    "xla": lambda logits, rule, axis_name, interpret: row_statistics(logits, rule, axis_name),
-    "tpu": _statistics_tpu,
+_STATISTICS: dict[str, Callable[..., Statistics]] = {
+    "xla": _xla_statistics,
+    "tpu": _tpu_statistics,
     "triton": functools.partial(sampling_spans.span_statistics, sampling_triton),
 }
 
 
-def _block_of(logits: jax.Array, column: jax.Array, implementation: str | None) -> jax.Array:
-    """f32[N, BLOCK]: each row's block that begins at `column` i32[N]; any block where it is not here."""
+def _get_block(logits: jax.Array, column: jax.Array, implementation: str | None) -> jax.Array:
+    """Take each row's block at `column` i32[N] -> f32[N, 128]; any block where it is on another shard."""
     column = jnp.clip(column, 0, logits.shape[1] - BLOCK)
-    form, interpret = platform.resolve_implementation(implementation)
-    return _TAKE_BLOCK[form](logits, column, interpret)
-
-
-def _slice_block(logits: jax.Array, column: jax.Array, interpret: bool) -> jax.Array:
+    backend, interpret = platform.resolve_implementation(implementation)
+    if backend == "tpu":
+        return sampling_tpu.take_block(logits, column // BLOCK, interpret)
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (BLOCK,)))(logits, column)
 
 
-_TAKE_BLOCK = {
-    "xla": _slice_block,
-    "tpu": lambda logits, column, interpret: sampling_tpu.take_block(logits, column // BLOCK, interpret),
-    "triton": _slice_block,
-}
+def _draw_block(block_sums: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draw a group of 128 blocks, then a block in it, from sums f32[N, M]: block i32[N], margin f32[N]."""
+    if block_sums.shape[1] <= BLOCK:
+        return _draw_index(block_sums, uniforms[:, 1])
+    block_sums = jnp.pad(block_sums, ((0, 0), (0, -block_sums.shape[1] % BLOCK)))
+    block_sums = block_sums.reshape(block_sums.shape[0], -1, BLOCK)  # f32[N, groups, 128]
+    group, group_margin = _draw_index(sum_pairwise(block_sums), uniforms[:, 0])
 
-
-def _draw_block(blocks: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A group, then a block within it: the block i32[N] and the margin f32[N], of masses f32[N, M]."""
-    if blocks.shape[1] <= BLOCK:
-        return _draw(blocks, uniforms[:, 1])
-    blocks = jnp.pad(blocks, ((0, 0), (0, -blocks.shape[1] % BLOCK)))
-    blocks = blocks.reshape(blocks.shape[0], -1, BLOCK)  # f32[N, G, 128]
-    group, gap = _draw(sum_pairwise(blocks), uniforms[:, 0])
     # A gather would be a loop over rows on a TPU; a sum of one term and zeros is exact.
-    here = jnp.arange(blocks.shape[1])[None, :] == group[:, None]
-    block, inner_gap = _draw(jnp.sum(jnp.where(here[:, :, None], blocks, 0.0), axis=1), uniforms[:, 1])
-    return group * BLOCK + block, jnp.minimum(gap, inner_gap)
+    is_drawn = jnp.arange(block_sums.shape[1])[None, :] == group[:, None]
+    in_group = jnp.sum(jnp.where(is_drawn[:, :, None], block_sums, 0.0), axis=1)
+    block, block_margin = _draw_index(in_group, uniforms[:, 1])
+    return group * BLOCK + block, jnp.minimum(group_margin, block_margin)
 
 
-def _draw(mass: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first index whose running sum exceeds uniform * total, i32[N]; and the margin, f32[N].
+def _draw_index(p: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draw an index from p f32[N, M] by the inverse CDF, uniform f32[N]: index i32[N], margin f32[N].
 
-    mass f32[N, M] is not negative, uniform f32[N].  Rounding of the running sums can neither select an index
-    without mass nor run off the end.
+    The index is the first whose running sum exceeds uniform * total.  Rounding of the running sums can
+    neither select an index of probability 0 nor go past the end.
     """
-    running = jnp.cumsum(mass, axis=-1)
-    total = running[:, -1]
+    cdf = jnp.cumsum(p, axis=-1)
+    total = cdf[:, -1]
     target = uniform * total
-    some = mass > 0.0
-    hit = some & (running > target[:, None])
-    last = mass.shape[-1] - 1 - jnp.argmax(some[:, ::-1], axis=-1)
+    possible = p > 0.0
+    hit = possible & (cdf > target[:, None])
+    last = p.shape[-1] - 1 - jnp.argmax(possible[:, ::-1], axis=-1)
     index = jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), last)
-    upper = jnp.take_along_axis(running, index[:, None], axis=1)[:, 0]
-    lower = upper - jnp.take_along_axis(mass, index[:, None], axis=1)[:, 0]
+
+    upper = jnp.take_along_axis(cdf, index[:, None], axis=1)[:, 0]
+    lower = upper - jnp.take_along_axis(p, index[:, None], axis=1)[:, 0]
     above = jnp.where(upper < total, upper - target, jnp.inf)
     below = jnp.where(lower > 0.0, target - lower, jnp.inf)
     return index.astype(jnp.int32), jnp.maximum(jnp.minimum(above, below), 0.0) / total
 
 
-def _whole_blocks(logits: jax.Array, axis_name: str | None) -> jax.Array:
-    """Columns of -inf until the vocabulary is whole blocks, and as many of them on each shard.
+def _pad_to_blocks(logits: jax.Array, axis_name: str | None) -> jax.Array:
+    """Append columns of -inf until the vocabulary is whole blocks, the same number of them on each shard.
 
-    Shards whose columns are not whole blocks drop the beginning of their columns, which belongs to a block of the
-    shard before them, and get the beginning of the next one's.
+    Shards whose columns are not whole blocks drop the beginning of their columns, which belongs to a block of
+    the shard before them, and get the beginning of the next one's.
     """
     rows, columns = logits.shape
     if columns % BLOCK == 0:
         return logits
-    ways = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    blocks = -(-columns * ways // BLOCK)
-    width = -(-blocks // ways) * BLOCK  # of a shard that has whole blocks
+    shards = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    blocks = -(-columns * shards // BLOCK)
+    width = -(-blocks // shards) * BLOCK  # of a shard that has whole blocks
     more = width - columns  # shard i begins i * more columns further on and ends (i + 1) * more further on
-    behind = jnp.full((rows, ways * more), -jnp.inf, jnp.float32)
-    if ways == 1:
-        return jnp.concatenate([logits, behind], axis=1)
-    if ways * more > columns:
-        raise ValueError(f"a vocabulary of {columns * ways} columns is too small for {ways} shards: pad it")
+    padding = jnp.full((rows, shards * more), -jnp.inf, jnp.float32)
+    if axis_name is None or shards == 1:
+        return jnp.concatenate([logits, padding], axis=1)
+
+    if shards * more > columns:
+        raise ValueError(
+            f"a vocabulary of {columns * shards} columns is too small for {shards} shards: pad the head's "
+            f"rows to a multiple of {shards * BLOCK}"
+        )
     shard = jax.lax.axis_index(axis_name)
-    sent = jax.lax.ppermute(logits[:, : ways * more], axis_name, [(i + 1, i) for i in range(ways - 1)])
-    longer = jnp.concatenate([logits, jnp.where(shard == ways - 1, behind, sent)], axis=1)
+    to_shard_before = [(i + 1, i) for i in range(shards - 1)]
+    received = jax.lax.ppermute(logits[:, : shards * more], axis_name, to_shard_before)
+    longer = jnp.concatenate([logits, jnp.where(shard == shards - 1, padding, received)], axis=1)
     return jax.lax.dynamic_slice_in_dim(longer, shard * more, width, axis=1)

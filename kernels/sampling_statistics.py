@@ -1,16 +1,18 @@
-"""What a draw needs to know about whole rows of logits: the definitions, and the plain-jnp form for every platform.
+"""Statistics of whole rows of logits that a draw needs: the definitions, and plain jnp for any platform.
 
-1. The peak, and masses exp((logit - peak) / temperature): between 0 and 1, the largest is 1.
-2. A threshold on the logits, the highest of up to three: top-k's, top-p's on what top-k left, renormalised, and
-   min-p's.  The first two are found by bisection over the bit patterns of f32: at most 32 passes over the row.
-3. The masses at or above the threshold, summed over blocks of 128 tokens.
+1. The largest logit, and probabilities relative to its token's: exp((logit - max) / temperature), between 0
+   and 1.
+2. A threshold on the logits, the highest of up to three: top-k's, top-p's on what top-k left, renormalised,
+   and min-p's.  The first two are found by bisection over the bit patterns of f32: at most 32 passes over the
+   row.
+3. The relative probabilities at or above the threshold, summed over blocks of 128 tokens.
 
-Sums must not depend on how a batch or a vocabulary is cut.  Within a block they have 128 terms: XLA cuts longer
-ones differently for different batch sizes, which changes their last bit.  Over blocks, either every shard has all
-blocks' sums and adds them up in steps of 128, or they are whole numbers: counts (top-k) and shares of the total in
-steps of 2^-30 (top-p), whose sum is exact in any order.
+Sums must not depend on how a batch or a vocabulary is sharded.  Within a block they have 128 terms: XLA
+splits longer sums differently for different batch sizes, which changes their last bit.  Over blocks, either
+every shard has all blocks' sums and adds them in one order (`sum_pairwise`), or they are whole numbers:
+counts (top-k) and shares of the total in steps of 2^-30 (top-p), whose sum is exact in any order.
 
-N rows   V vocabulary, or a shard's contiguous columns of it: whole blocks   M blocks   W = 128 tokens in a block
+N rows   V vocabulary, or a shard's contiguous columns of it: whole blocks   M blocks of 128 tokens   E spans
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 128
-_ONE = 2**30  # the total, as integer shares count it
+_ONE = 2**30  # a probability of 1 in the integers that top-p adds up
 
 
 class Rule(NamedTuple):
-    """What is asked for; static under jit."""
+    """Temperature and filters of a draw; static under jit."""
 
     temperature: float  # above 0
     top_k: int = 0  # 0: off
@@ -36,121 +38,134 @@ class Rule(NamedTuple):
     entropy: bool = False
 
     @property
-    def cuts(self) -> bool:
+    def filters(self) -> bool:
+        """True if some tokens may be filtered out."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     @property
-    def depth(self) -> float:
-        """How far below the peak min-p's threshold lies."""
+    def min_p_depth(self) -> float:
+        """Distance of min-p's threshold below the largest logit."""
         return -self.temperature * math.log(self.min_p)
 
 
 class Statistics(NamedTuple):
-    """Masses are relative to the peak's: exp((logit - peak) / temperature)."""
+    """Statistics of each row.  Probabilities are relative: exp((logit - max_logit) / temperature)."""
 
-    peak: jax.Array  # f32[N]: the largest logit
+    max_logit: jax.Array  # f32[N]
     threshold: jax.Array  # f32[N]: a token is kept where its logit is not below this
-    blocks: jax.Array  # f32[N, M]: the kept masses, over all shards
-    full: jax.Array | None  # f32[N]: all masses, NaN where a logit is NaN or +inf; None: nothing is cut
-    weighted: jax.Array | None  # f32[N]: the sum of mass * log(mass) over all tokens; None: not asked for
+    block_sums: jax.Array  # f32[N, M]: sums of the kept probabilities, over all shards
+    full_sum: (
+        jax.Array | None
+    )  # f32[N]: sum of all, NaN where a logit is NaN or +inf; None: nothing is filtered
+    plogp_sum: (
+        jax.Array | None
+    )  # f32[N]: sum of p log p over all tokens, for the entropy; None: not asked for
 
 
 class Spans(NamedTuple):
-    """What a kernel finds out about spans of columns; masses are relative to the span's peak."""
+    """Statistics of spans of columns, relative to the span's own largest logit."""
 
-    peak: jax.Array  # f32[N, S]
-    blocks: jax.Array  # f32[N, S, M']: the kept masses; behind the last block of all, zeros
-    full: jax.Array  # f32[N, S]: all masses
-    weighted: jax.Array  # f32[N, S]: the sum of mass * log(mass) over all tokens; only with Rule.entropy
-    count: int  # M
+    max_logit: jax.Array  # f32[N, E]
+    block_sums: (
+        jax.Array
+    )  # f32[N, E, blocks of a span]: sums of the kept probabilities; 0 behind the last block
+    full_sum: jax.Array  # f32[N, E]: sum of all
+    plogp_sum: jax.Array  # f32[N, E]: sum of p log p over all tokens; only with Rule.entropy
+    num_blocks: int  # M
 
 
 def row_statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) -> Statistics:
-    """Of logits f32[N, V]; with `axis_name`, of the rows whose shards of columns lie along that axis."""
-    peak = jnp.max(logits, axis=-1)
-    if axis_name is not None:
-        peak = jax.lax.pmax(peak, axis_name)
-    # Thresholds are found on the logits as they came and the temperature enters only here, after a subtraction: a
-    # scaled copy would be computed anew in each fusion, with or without a fused multiply-add, and its ties and
-    # thresholds would disagree in the last bit.
-    z = (logits - peak[:, None]) * (1.0 / rule.temperature)
-    mass = jnp.exp(z)  # f32[N, V]
-    weighted = None
-    if rule.entropy:
-        weighted = sum_pairwise(gather_shards(_block_sums(jnp.where(mass > 0.0, mass * z, 0.0)), axis_name))
-    if not rule.cuts:
-        blocks = gather_shards(_block_sums(mass), axis_name)
-        return Statistics(peak, jnp.full_like(peak, -jnp.inf), blocks, None, weighted)
+    """Compute the statistics of logits f32[N, V].
 
-    def over_shards(x):
+    axis_name: the mesh axis over which the rows' columns are sharded.
+    """
+    max_logit = jnp.max(logits, axis=-1)
+    if axis_name is not None:
+        max_logit = jax.lax.pmax(max_logit, axis_name)
+
+    # Thresholds are found on the logits as they came and the temperature enters only here, after a
+    # subtraction: a scaled copy would be computed anew in each fusion, with or without a fused multiply-add,
+    # and its ties and thresholds would disagree in the last bit.
+    z = (logits - max_logit[:, None]) * (1.0 / rule.temperature)
+    p = jnp.exp(z)  # f32[N, V]
+    plogp_sum = None
+    if rule.entropy:
+        plogp_sum = sum_pairwise(gather_shards(_sum_blocks(jnp.where(p > 0.0, p * z, 0.0)), axis_name))
+    if not rule.filters:
+        block_sums = gather_shards(_sum_blocks(p), axis_name)
+        return Statistics(max_logit, jnp.full_like(max_logit, -jnp.inf), block_sums, None, plogp_sum)
+
+    def sum_over_shards(x):
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
-    full = sum_pairwise(gather_shards(_block_sums(mass), axis_name))
-    threshold = jnp.full_like(peak, -jnp.inf)
+    full_sum = sum_pairwise(gather_shards(_sum_blocks(p), axis_name))
+    threshold = jnp.full_like(max_logit, -jnp.inf)
     if rule.top_k:
 
-        def enough(v):  # a sum of ones is exact below 2^24
-            count = jnp.sum(_block_sums((logits >= v[:, None]).astype(jnp.float32)), axis=-1)
-            return over_shards(count) >= rule.top_k
+        def keeps_k(v):
+            count = jnp.sum(_sum_blocks((logits >= v[:, None]).astype(jnp.float32)), axis=-1)
+            return sum_over_shards(count) >= rule.top_k  # a sum of ones is exact below 2^24
 
-        threshold = largest_threshold(peak, enough)
-        mass = jnp.where(logits >= threshold[:, None], mass, 0.0)
+        threshold = largest_threshold(max_logit, keeps_k)
+        p = jnp.where(logits >= threshold[:, None], p, 0.0)
     if rule.top_p < 1.0:
-        total = sum_pairwise(gather_shards(_block_sums(mass), axis_name))
-        grid = _ONE / total  # f32[N]
+        total = sum_pairwise(gather_shards(_sum_blocks(p), axis_name))
+        scale = _ONE / total  # f32[N]
 
-        def enough(v):
-            kept = _block_sums(jnp.where(logits >= v[:, None], mass, 0.0))
-            shares = jnp.round(kept * grid[:, None]).astype(jnp.int32)
-            return over_shards(jnp.sum(shares, axis=-1)) >= math.ceil(rule.top_p * _ONE)
+        def keeps_p(v):
+            kept = _sum_blocks(jnp.where(logits >= v[:, None], p, 0.0))
+            shares = jnp.round(kept * scale[:, None]).astype(jnp.int32)
+            return sum_over_shards(jnp.sum(shares, axis=-1)) >= math.ceil(rule.top_p * _ONE)
 
-        threshold = jnp.maximum(threshold, largest_threshold(peak, enough))
+        threshold = jnp.maximum(threshold, largest_threshold(max_logit, keeps_p))
     if rule.min_p > 0.0:
-        threshold = jnp.maximum(threshold, peak - rule.depth)
-    kept = _block_sums(jnp.where(logits >= threshold[:, None], mass, 0.0))
-    return Statistics(peak, threshold, gather_shards(kept, axis_name), full, weighted)
+        threshold = jnp.maximum(threshold, max_logit - rule.min_p_depth)
+    kept = _sum_blocks(jnp.where(logits >= threshold[:, None], p, 0.0))
+    return Statistics(max_logit, threshold, gather_shards(kept, axis_name), full_sum, plogp_sum)
 
 
-def largest_threshold(peak: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest v at which enough(v) holds, found exactly: f32, of the shape of `peak`, the row's largest value.
+def largest_threshold(max_logit: jax.Array, keeps_enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Find the largest v at which keeps_enough(v) holds, exactly: f32, of the shape of `max_logit`.
 
-    enough says whether the values at or above v suffice: it holds at -inf, fails above the peak and never turns
-    from False to True as v grows.  So v is one of the row's values (a denormal equals 0 where the platform compares
-    them so).
+    keeps_enough tells whether the values at or above v suffice: it holds at -inf, fails above the row's
+    largest value and never turns from False to True as v grows.  So v is one of the row's values (a denormal
+    equals 0 where the platform compares them so).
     """
-    low = float_to_order(jnp.full_like(peak, -jnp.inf))
-    high = float_to_order(peak) + 1
+    low = float_to_order(jnp.full_like(max_logit, -jnp.inf))
+    high = float_to_order(max_logit) + 1
 
     def halve(_, bounds):
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
-        holds = enough(order_to_float(middle))
+        holds = keeps_enough(order_to_float(middle))
         return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
 
     return order_to_float(jax.lax.fori_loop(0, 32, halve, (low, high))[0])
 
 
 def float_to_order(x: jax.Array) -> jax.Array:
-    """f32 -> i32 in the same order: comparing the integers compares the numbers."""
+    """Map f32 to i32 in the same order: comparing the integers compares the numbers."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFF_FFFF, bits)
 
 
 def order_to_float(order: jax.Array) -> jax.Array:
-    """The inverse of `order`."""
+    """Invert `float_to_order`."""
     return jax.lax.bitcast_convert_type(jnp.where(order < 0, order ^ 0x7FFF_FFFF, order), jnp.float32)
 
 
-def gather_shards(blocks: jax.Array, axis_name: str | None) -> jax.Array:
-    """A shard's [N, M / ways] -> [N, M], on each of them."""
-    return blocks if axis_name is None else jax.lax.all_gather(blocks, axis_name, axis=1, tiled=True)
+def gather_shards(block_sums: jax.Array, axis_name: str | None) -> jax.Array:
+    """All-gather the shards' [N, M / shards] -> [N, M], on each of them."""
+    if axis_name is None:
+        return block_sums
+    return jax.lax.all_gather(block_sums, axis_name, axis=1, tiled=True)
 
 
 def sum_pairwise(x: jax.Array) -> jax.Array:
-    """[.., M] -> [..]: halves are added until one is left.
+    """Sum [.., M] -> [..] by adding one half to the other until one number is left.
 
-    A reduction of few rows XLA:CPU orders by their number; additions of arrays have one order.  The barriers keep
-    the levels apart: fused, each would compute all those below it again.
+    The order of XLA:CPU's own reduction depends on the number of rows; additions of arrays have one order.
+    The barriers keep the levels apart: fused, each would compute all those below it again.
     """
     length = 1 << (x.shape[-1] - 1).bit_length()
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
@@ -160,6 +175,6 @@ def sum_pairwise(x: jax.Array) -> jax.Array:
     return x[..., 0]
 
 
-def _block_sums(x: jax.Array) -> jax.Array:
-    """[N, V] -> [N, M]."""
+def _sum_blocks(x: jax.Array) -> jax.Array:
+    """Sum the tokens of each block: [N, V] -> [N, M]."""
     return jnp.sum(x.reshape(x.shape[0], -1, BLOCK), axis=-1)

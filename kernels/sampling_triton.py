@@ -1,15 +1,16 @@
-"""The statistics of a draw on a CUDA GPU: a row is cut into spans that as many programs hold in registers.
+"""Sampling statistics on a CUDA GPU: each program holds one span of a row in registers.
 
-    grid       (N, S), S = ceil(M / 64)
-    logits     64 blocks of 128: 32 kB, 64 registers a thread of 4 warps
-    span_sums  reads the logits once: a span's own peak and, relative to it, its blocks' sums.  Spans are put in
-               terms of the row's peak afterwards, on [N, M] (see sampling_spans.py)
-    tally      reads the logits once: for 15 thresholds, how many tokens reach them, or what mass
+    grid              (N, E), E = ceil(M / 64)
+    logits            64 blocks of 128 tokens: 32 kB, 64 registers for each thread of 4 warps
+    span_sums         reads the logits once: a span's largest logit and, relative to it, its blocks' sums.
+                      Spans are rescaled to the row's largest logit afterwards, on [N, M] (see sampling_spans.py)
+    tally_thresholds  reads the logits once: tokens at or above 15 thresholds, or their probability
 
-A row of 152K tokens is 608 kB, more than a multiprocessor's registers, and 256 rows are three times the L2 cache.
-So a search, which cannot pass over fast memory, takes 4 bits of its answer from each of 8 readings instead of one.
+A row of 152K tokens is 608 kB, more than a multiprocessor's registers, and 256 rows are three times the L2
+cache.  So a search cannot pass over fast memory; it takes 4 bits of its answer from each of 8 passes instead
+of one.
 
-N rows   V vocabulary, whole blocks   M blocks   S spans   C thresholds
+N rows   V vocabulary, whole blocks   M blocks of 128 tokens   E spans   X candidate thresholds
 """
 
 from __future__ import annotations
@@ -23,25 +24,34 @@ from jax.experimental.pallas import triton as plgpu
 
 from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Spans
 
-SPAN = 64  # blocks
-CANDIDATES = 15  # thresholds that one reading of the logits tries
+SPAN = 64  # blocks of a span
+CANDIDATES = 15  # X: thresholds that one pass over the logits tries
 _PARAMETERS = plgpu.CompilerParams(num_warps=4, num_stages=1)
 
 
 def span_sums(
     logits: jax.Array,  # f32[N, V]
-    threshold: jax.Array | None,  # f32[N]; None: nothing is cut
+    threshold: jax.Array | None,  # f32[N]; None: nothing is filtered
     rule: Rule,
     interpret: bool,
 ) -> Spans:
-    """Blocks' sums of kept masses, and sums over all tokens, relative to each span's peak."""
+    """Sum each block's kept probabilities and each span's, relative to the span's largest logit."""
     rows, vocabulary = logits.shape
     spans = pl.cdiv(vocabulary, SPAN * BLOCK)
-    each = jax.ShapeDtypeStruct((rows, spans), jnp.float32)
-    blocks, peak, full, weighted = pl.pallas_call(
-        functools.partial(_span_sums, rule=rule, cut=threshold is not None),
+    per_span = jax.ShapeDtypeStruct((rows, spans), jnp.float32)
+    if threshold is None:
+        filtered, threshold = False, jnp.zeros((rows,), jnp.float32)
+    else:
+        filtered = True
+    block_sums, max_logit, full_sum, plogp_sum = pl.pallas_call(
+        functools.partial(_span_sums, rule=rule, filtered=filtered),
         grid=(rows, spans),
-        out_shape=[jax.ShapeDtypeStruct((rows, spans * SPAN), jnp.float32), each, each, each],
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, spans * SPAN), jnp.float32),
+            per_span,
+            per_span,
+            per_span,
+        ],
         compiler_params=_PARAMETERS,
         cost_estimate=pl.CostEstimate(
             flops=6 * rows * vocabulary,
@@ -50,41 +60,49 @@ def span_sums(
         ),
         interpret=interpret,
         name="sampling_span_sums",
-    )(_by_block(logits), jnp.zeros((rows,), jnp.float32) if threshold is None else threshold)
-    return Spans(peak, blocks.reshape(rows, spans, SPAN), full, weighted, vocabulary // BLOCK)
+    )(_by_block(logits), threshold)
+    return Spans(
+        max_logit=max_logit,
+        block_sums=block_sums.reshape(rows, spans, SPAN),
+        full_sum=full_sum,
+        plogp_sum=plogp_sum,
+        num_blocks=vocabulary // BLOCK,
+    )
 
 
 def _span_sums(
-    logits,  # inputs: f32[N, M, W]
+    # inputs
+    logits,  # f32[N, M, 128]
     threshold,  # f32[N]
-    blocks,  # outputs: f32[N, S * SPAN]
-    peak,  # f32[N, S]
-    full,  # f32[N, S]
-    weighted,  # f32[N, S]
+    # outputs
+    block_sums,  # f32[N, E * SPAN]
+    max_logit,  # f32[N, E]
+    full_sum,  # f32[N, E]
+    plogp_sum,  # f32[N, E]
     *,
     rule: Rule,
-    cut: bool,
+    filtered: bool,
 ):
     row, span = pl.program_id(0), pl.program_id(1)
-    x = _span(logits, row, span)  # f32[SPAN, W]
-    top = jnp.max(x)
-    z = (x - jnp.where(top == -jnp.inf, 0.0, top)) * (1.0 / rule.temperature)
-    mass = jnp.exp(z)
-    kept = jnp.where(x >= threshold[row], mass, 0.0) if cut else mass
-    blocks[row, pl.ds(span * SPAN, SPAN)] = jnp.sum(kept, axis=1)
-    peak[row, span] = top
-    full[row, span] = jnp.sum(mass)
-    weighted[row, span] = jnp.sum(jnp.where(mass > 0.0, mass * z, 0.0)) if rule.entropy else 0.0
+    x = _load_span(logits, row, span)  # f32[SPAN, 128]
+    m = jnp.max(x)
+    z = (x - jnp.where(m == -jnp.inf, 0.0, m)) * (1.0 / rule.temperature)  # a span without tokens: not NaN
+    p = jnp.exp(z)
+    kept = jnp.where(x >= threshold[row], p, 0.0) if filtered else p
+    block_sums[row, pl.ds(span * SPAN, SPAN)] = jnp.sum(kept, axis=1)
+    max_logit[row, span] = m
+    full_sum[row, span] = jnp.sum(p)
+    plogp_sum[row, span] = jnp.sum(jnp.where(p > 0.0, p * z, 0.0)) if rule.entropy else 0.0
 
 
 def tally_thresholds(
     logits: jax.Array,  # f32[N, V]
-    peak: jax.Array,  # f32[N]
-    thresholds: jax.Array,  # f32[N, CANDIDATES]
+    max_logit: jax.Array,  # f32[N]
+    thresholds: jax.Array,  # f32[N, X]
     temperature: float | None,  # None: count
     interpret: bool,
 ) -> jax.Array:
-    """By span, the mass or the number of the tokens that reach each threshold: f32[N, S, CANDIDATES]."""
+    """Sum the probabilities, or count the tokens, at or above each threshold, by span: f32[N, E, X]."""
     rows, vocabulary = logits.shape
     spans = pl.cdiv(vocabulary, SPAN * BLOCK)
     return pl.pallas_call(
@@ -99,31 +117,36 @@ def tally_thresholds(
         ),
         interpret=interpret,
         name="sampling_tally",
-    )(_by_block(logits), peak, thresholds)
+    )(_by_block(logits), max_logit, thresholds)
 
 
 def _tally(
-    logits,  # inputs: f32[N, M, W]
-    peak,  # f32[N]
-    thresholds,  # f32[N, C]
-    sums,  # outputs: f32[N, S, C]
+    # inputs
+    logits,  # f32[N, M, 128]
+    max_logit,  # f32[N]
+    thresholds,  # f32[N, X]
+    # outputs
+    sums,  # f32[N, E, X]
     *,
     temperature: float | None,
 ):
     row, span = pl.program_id(0), pl.program_id(1)
-    x = _span(logits, row, span)  # f32[SPAN, W]
-    mass = jnp.ones_like(x) if temperature is None else jnp.exp((x - peak[row]) * (1.0 / temperature))
+    x = _load_span(logits, row, span)  # f32[SPAN, 128]
+    if temperature is None:
+        p = jnp.ones_like(x)
+    else:
+        p = jnp.exp((x - max_logit[row]) * (1.0 / temperature))
     for i in range(CANDIDATES):
-        sums[row, span, i] = jnp.sum(jnp.where(x >= thresholds[row, i], mass, 0.0))
+        sums[row, span, i] = jnp.sum(jnp.where(x >= thresholds[row, i], p, 0.0))
 
 
-def _span(logits, row, span) -> jax.Array:
-    """[SPAN, W], -inf behind the end of the vocabulary."""
+def _load_span(logits, row, span) -> jax.Array:
+    """Load a span f32[SPAN, 128], -inf behind the end of the vocabulary."""
     block = span * SPAN + jnp.arange(SPAN)
-    here = jnp.broadcast_to((block < logits.shape[1])[:, None], (SPAN, BLOCK))
-    return plgpu.load(logits.at[row, pl.ds(span * SPAN, SPAN), :], mask=here, other=-jnp.inf)
+    mask = jnp.broadcast_to((block < logits.shape[1])[:, None], (SPAN, BLOCK))
+    return plgpu.load(logits.at[row, pl.ds(span * SPAN, SPAN), :], mask=mask, other=-jnp.inf)
 
 
 def _by_block(logits: jax.Array) -> jax.Array:
-    """[N, M, W]: no copy where rows are contiguous."""
+    """Reshape to [N, M, 128], which copies nothing where rows are contiguous."""
     return logits.reshape(logits.shape[0], -1, BLOCK)

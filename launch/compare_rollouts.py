@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.perf import bench_programs
 from cooper_jax.rollout import engine, rollout_config
-from cooper_jax.rollout.differences import first_differences
+from cooper_jax.rollout.differences import find_first_differences
 from cooper_jax.rollout.head_sampling import should_fuse_head
 from cooper_jax.runtime import device_layouts, keys
 from cooper_jax.runtime.mesh import Layout
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
         print_setup_error(error)
 
     a, b = first.rollout, second.rollout
-    differences = first_differences(
+    differences = find_first_differences(
         first.params, first.config, first.layout, first.prompts, range(len(first.prompts)), key, first.spec,
         a, b, fused=first.fused_head,
     )  # fmt: skip

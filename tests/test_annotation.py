@@ -217,7 +217,7 @@ def test_agreement_is_resampled_by_question():
         for question, agree in (("a", True), ("b", False))
         for rule in [True, False] * 5
     ]
-    found = outcome.judge_agreement(rows, seed=0)
+    found = outcome.measure_agreement(rows, seed=0)
     assert found["both_decided"] == 20
     assert found["agreement"] == {"value": 0.5, "low": 0.0, "high": 1.0}
     assert found["kappa"] == {"value": 0.0, "low": -1.0, "high": 1.0}
@@ -569,22 +569,24 @@ def test_balance_may_change_without_asking_again(serve, quick_rule, tmp_path):
 # --- plans, files and flags ----------------------------------------------------------------------------------
 
 
+def list_items(cfg, problems, completions) -> items.AnnotationPlan:
+    return items.list_items(cfg, items.AnnotateConfig.from_config(cfg.annotate), problems, completions)
+
+
 def test_a_plan_has_stable_ids_and_takes_a_fixed_part(tmp_path):
     path = sums(tmp_path / "sums.jsonl", 30)
     cfg = config(**{"annotate.samples": 3})
-    plan = items.list_items(cfg, [path], [])
+    plan = list_items(cfg, [path], [])
     assert len({i.id for i in plan.items}) == 90 and len({i.number for i in plan.items}) == 90
     assert all(0 <= i.number < 2**31 for i in plan.items)
-    part = items.list_items(config(**{"annotate.samples": 2, "annotate.problems": 7}), [path], [])
+    part = list_items(config(**{"annotate.samples": 2, "annotate.problems": 7}), [path], [])
     assert {i.id for i in part.items} < {i.id for i in plan.items} and len(part.items) == 14
     assert [i.sample for i in part.items] == [0, 1] * 7
 
 
 def test_published_sets_are_recognised(shared_data):
     paths = [str(shared_data / f"{name}.jsonl") for name in ("gsm8k_test", "svamp_test", "math500_test")]
-    plan = items.list_items(
-        config(**{"annotate.problems": 5}), paths, [str(shared_data / "verify_dev.jsonl")]
-    )
+    plan = list_items(config(**{"annotate.problems": 5}), paths, [str(shared_data / "verify_dev.jsonl")])
     counts = Counter(i.source for i in plan.items)
     assert [counts[n] for n in ("gsm8k_test", "svamp_test", "math500_test")] == [5] * 3
     given = [i for i in plan.items if i.completion is not None]
@@ -603,7 +605,7 @@ BAD = [
 def test_a_bad_row_is_named(change, message, tmp_path):
     path = write(tmp_path / "bad.jsonl", existing(1) + existing(1, **change))
     with pytest.raises(SetupError) as caught:
-        items.list_items(config(), [], [path])
+        list_items(config(), [], [path])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

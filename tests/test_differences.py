@@ -14,7 +14,7 @@ import tiny_models
 from cooper_jax.kernels import gumbel
 from cooper_jax.model import transformer
 from cooper_jax.rollout import sampling_spec
-from cooper_jax.rollout.differences import first_differences
+from cooper_jax.rollout.differences import find_first_differences
 from cooper_jax.types import Rollout
 
 MODEL = tiny_models.config(vocab_size=60, width=16, head_dim=4, ffn=24)
@@ -41,7 +41,7 @@ def made(tokens, lengths) -> Rollout:
 
 def differences(a, b, spec=SPEC, fused=False):
     params = tiny_models.random_params(MODEL)
-    return first_differences(
+    return find_first_differences(
         params, MODEL, tiny_models.one_device(), PROMPTS, POSITIONS, KEY, spec, a, b, fused=fused
     )
 

@@ -136,9 +136,14 @@ def test_a_folder_stands_for_the_benchmarks_in_it(tmp_path):
 
 
 def test_all_published_benchmarks_are_found(shared_data):
-    assert [benchmark_sets.benchmark_name(p) for p in benchmark_sets.find_benchmarks([str(shared_data)])] == [
+    assert [benchmark_sets.get_benchmark_name(p) for p in benchmark_sets.find_benchmarks([str(shared_data)])] == [
         "gsm8k_test", "math500_test", "odyssey_test", "olympiadbench_en_test", "svamp_test",
     ]  # fmt: skip
+
+
+def load_benchmarks(cfg, places, seen) -> list[benchmark_sets.Benchmark]:
+    settings = benchmark_sets.BenchmarkConfig.from_config(cfg.benchmark)
+    return benchmark_sets.load_benchmarks(cfg, settings, places, _Words(), seen)
 
 
 class _Words:
@@ -155,15 +160,15 @@ def test_what_is_left_out_is_counted(tmp_path):
     path = write_rows(tmp_path / "x_test.jsonl", *rows)
     seen = frozenset(seen_questions.fingerprint_question(row["question"]) for row in rows[:2])
     cfg = config(benchmark__max_prompt_tokens=6)
-    (found,) = benchmark_sets.load_benchmarks(cfg, [str(path)], _Words(), seen)
+    (found,) = load_benchmarks(cfg, [str(path)], seen)
     assert found.places == (2, 3) and [p.reference for p in found.problems] == ["2", "3"]
     assert (found.asked, found.too_long, found.seen, found.excluded) == (6, 2, 2, 2)
     cfg.benchmark.exclude_seen = False
-    (found,) = benchmark_sets.load_benchmarks(cfg, [str(path)], _Words(), seen)
+    (found,) = load_benchmarks(cfg, [str(path)], seen)
     assert found.places == (0, 1, 2, 3) and (found.seen, found.excluded) == (2, 0)
     cfg.benchmark.max_prompt_tokens = 1
     with pytest.raises(SetupError, match="no problem is left of 6"):
-        benchmark_sets.load_benchmarks(cfg, [str(path)], _Words(), seen)
+        load_benchmarks(cfg, [str(path)], seen)
 
 
 def test_the_real_overlap_is_left_out(shared_data):
@@ -174,10 +179,7 @@ def test_the_real_overlap_is_left_out(shared_data):
         for t in labelled_completions.load_labelled_completions(str(shared_data / f"verify_{name}.jsonl"))
     )
     found = {
-        b.name: b
-        for b in benchmark_sets.load_benchmarks(
-            config(), benchmark_sets.find_benchmarks([str(shared_data)]), _Words(), seen
-        )
+        b.name: b for b in load_benchmarks(config(), benchmark_sets.find_benchmarks([str(shared_data)]), seen)
     }
     assert {name: b.seen for name, b in found.items()} == {
         "gsm8k_test": 847, "math500_test": 4, "odyssey_test": 252, "olympiadbench_en_test": 0, "svamp_test": 0,
@@ -189,7 +191,7 @@ def test_the_real_overlap_is_left_out(shared_data):
 
 def test_chunks_are_even():
     made = [_benchmark("a", 10), _benchmark("b", 3)]
-    assert [(b.name, (r.start, r.stop)) for b, r in benchmark_sets.cut_chunks(made, 4)] == [
+    assert [(b.name, (r.start, r.stop)) for b, r in benchmark_sets.split_chunks(made, 4)] == [
         ("a", (0, 3)), ("a", (3, 6)), ("a", (6, 10)), ("b", (0, 3)),
     ]  # fmt: skip
 
@@ -254,14 +256,14 @@ def test_intervals_are_by_problem_and_the_mean_counts_benchmarks_alike():
     ]
     means = benchmark_summaries.average_benchmarks(results, {"few": few, "many": many}, 0, 50)
     assert means["rule"].value == pytest.approx(1 / 2)
-    right = benchmark_summaries.correct_matrix(ROWS, "rule", 4).mean(1)
+    right = benchmark_summaries.make_correct_matrix(ROWS, "rule", 4).mean(1)
     expected = statistics.bootstrap_interval(
         lambda w: float((w * right).sum() / w.sum()),
         ["a", "b"],
         benchmark_summaries.keys.make_generator(3, "bootstrap"),
         99,
     )
-    assert benchmark_summaries.mean_interval(right, 3, 99) == expected
+    assert benchmark_summaries.bootstrap_mean(right, 3, 99) == expected
 
 
 def test_counts_of_k():
@@ -383,7 +385,7 @@ class _Likes77:
 
 def test_a_run_that_is_cut_off_ends_as_one_that_is_not(tmp_path):
     made = [_benchmark("a", 5), _benchmark("b", 2)]
-    sizes = [len(r) * 2 for _, r in benchmark_sets.cut_chunks(made, 2)]
+    sizes = [len(r) * 2 for _, r in benchmark_sets.split_chunks(made, 2)]
 
     def run(folder, sampler):
         with benchmark_jobs.open_rule_verifier(config()) as rule, Ledger(folder, {}, sizes) as ledger:
@@ -499,7 +501,7 @@ class _Deaf:
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
     """(three problems' file, a reward model's folder that has seen the second): no model is made or loaded."""
-    arch = types.SimpleNamespace(family="llama", layers=1, width=8)
+    arch = types.SimpleNamespace(family="llama", layers=1, width=8, max_len=None)
     model = types.SimpleNamespace(tokenizer=_Words(), config=arch)
     monkeypatch.setattr(ChosenModels, "load", lambda *_: (model, None))
     monkeypatch.setattr(benchmarks, "PolicySampler", lambda *_: _Scripted())

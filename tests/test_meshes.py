@@ -17,7 +17,7 @@ from cooper_jax.configs import base, llama3p2_1b, qwen_1p5b
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout import engine, rollout_plan
-from cooper_jax.rollout.differences import first_differences
+from cooper_jax.rollout.differences import find_first_differences
 from cooper_jax.runtime import device_layouts, mesh, optim
 from cooper_jax.runtime.optim import OptimiserConfig
 from cooper_jax.settings import cross_checks, setup_errors
@@ -80,7 +80,7 @@ def test_losses_gradients_and_scores(found):
 def test_free_running_tokens(found):
     """The rollout's tool lists the rows that part; each did so at a draw that lay within rounding of another."""
     a, b = (tiny_updates.rollout_of(x) for x in (plain(), found))
-    parted = first_differences(
+    parted = find_first_differences(
         tiny_updates.params_of("logits"), tiny_updates.MODEL, one_device(), tiny_updates.prompts(),
         tiny_updates.POSITIONS, tiny_updates.key(), tiny_updates.SPEC, a, b, fused=False,
     )  # fmt: skip
@@ -96,7 +96,7 @@ def test_a_wrong_draw_would_be_found():
     a = tiny_updates.rollout_of(plain())
     tokens = a.tokens.copy()
     tokens[0, 0] = (tokens[0, 0] + 1) % 61
-    (parted,) = first_differences(
+    (parted,) = find_first_differences(
         tiny_updates.params_of("logits"), tiny_updates.MODEL, one_device(), tiny_updates.prompts(),
         tiny_updates.POSITIONS, tiny_updates.key(), tiny_updates.SPEC, a, a.replace(tokens=tokens), fused=False,
     )  # fmt: skip

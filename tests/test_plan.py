@@ -14,7 +14,7 @@ from cooper_jax.configs import base
 from cooper_jax.kernels.kv import Format
 from cooper_jax.model import transformer
 from cooper_jax.rollout import engine, rollout_plan
-from cooper_jax.rollout.slots import RolloutStatic
+from cooper_jax.rollout.rollout_state import RolloutStatic
 from cooper_jax.runtime.mesh import Layout, make_mesh, make_shardings
 
 
@@ -38,11 +38,11 @@ def test_columns_are_whole_tiles_of_what_reads_them(implementation, kv_dtype, mu
         spec = spec_of(max_new_tokens=new_tokens, segment=segment, kv_dtype=kv_dtype)
         setting = RolloutStatic(TINY, one_device(), spec, implementation)
         for least, columns in (
-            (max(new_tokens - 1, 1), engine.cache_columns(setting, waiting=False)),
-            (waiting, engine.cache_columns(setting, waiting=True)),
+            (max(new_tokens - 1, 1), engine.count_cache_columns(setting, waiting=False)),
+            (waiting, engine.count_cache_columns(setting, waiting=True)),
         ):
             assert least <= columns < least + multiple and columns % multiple == 0
-        width = engine._width(setting, [[1] * 130, [1]])
+        width = engine._prompt_width(setting, [[1] * 130, [1]])
         assert width == (256 if multiple == 128 else 160)
 
 

@@ -63,11 +63,11 @@ def segments(monkeypatch):
     seen, run = Segments(), programs.decode_segment
 
     def segment(weights, slots, requests, prompts, **static):
-        before = int(slots.column)
+        before = int(slots.write_column)
         seen.requests.append(np.asarray(slots.request))
         seen.append((slots.request.size, slots.suffix[0].data[0].shape[3]))
         out = run(weights, slots, requests, prompts, **static)
-        seen.decoded.append(int(out[0].column) - before)
+        seen.decoded.append(int(out[0].write_column) - before)
         return out
 
     monkeypatch.setattr(programs, "decode_segment", segment)
@@ -253,7 +253,7 @@ def test_slots_are_as_many_as_asked_for_and_as_rows():
     setting = SimpleNamespace(spec=spec_of(group_size=4), shards=2)
 
     def slots(max_rows):
-        return engine.slots_per_shard(None, setting, PROMPTS, 16, max_rows, None)
+        return engine.count_slots(None, setting, PROMPTS, 16, max_rows, None)
 
     assert [slots(n) for n in (None, 1000, 31, 2)] == [64, 64, 15, 1]
     with pytest.raises(ValueError, match="max_rows 1 .* 2 batch shards"):

@@ -16,7 +16,7 @@ from cooper_jax.data import reward_hacks as hacks
 from cooper_jax.evaluation import attack_rates, benchmark_jobs, judge_comparison, judge_jobs, judges
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel, label_models
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, Ledger
-from cooper_jax.evaluation.resampling import FIGURES, Resamples, interval_of
+from cooper_jax.evaluation.resampling import FIGURES, Resamples, compute_interval
 from cooper_jax.llm import local_chat
 from cooper_jax.llm.chat import Failure
 from cooper_jax.model import loading, weight_export
@@ -53,7 +53,7 @@ def test_figures_without_ground_are_nan():
     found = drawn.figures(np.array([True, True]), np.array([False, False]), np.array([0.1, 0.2]))
     assert found["accuracy"][0] == 0
     for name in ("balanced_accuracy", "precision", "auroc"):
-        assert np.isnan(interval_of(found[name]).value) and np.isnan(interval_of(found[name]).low)
+        assert np.isnan(compute_interval(found[name]).value) and np.isnan(compute_interval(found[name]).low)
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals():
@@ -64,7 +64,7 @@ def test_a_paired_difference_is_narrower_than_two_intervals():
     first, second = ~hard, ~hard & (np.arange(100) % 20 > 0)
     drawn = Resamples(questions, seed=0, resamples=500)
     a, b = (drawn.figures(labels, x, x.astype(float))["accuracy"] for x in (first, second))
-    paired, alone = interval_of(a - b), interval_of(a)
+    paired, alone = compute_interval(a - b), compute_interval(a)
     assert paired.value == pytest.approx(first.mean() - second.mean())
     assert paired.low >= 0 and paired.high - paired.low < 0.6 * (alone.high - alone.low)
 
@@ -111,11 +111,11 @@ def test_a_prior_by_the_writers_name_is_smoothed():
 
 
 def test_abstentions_are_no_and_stand_between():
-    found = judges.opinions_of_verdicts([Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.TIMEOUT])
+    found = judges.make_verdict_opinions([Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.TIMEOUT])
     assert [(o.score, o.yes, o.abstained) for o in found] == [
         (1.0, True, False), (0.0, False, False), (0.0, False, False), (0.5, False, True),
     ]  # fmt: skip
-    assert [o.yes for o in judges.opinions_of_rewards([0.5, 0.500001])] == [False, True]
+    assert [o.yes for o in judges.make_reward_opinions([0.5, 0.500001])] == [False, True]
 
 
 class _Chat:
@@ -204,7 +204,7 @@ def test_without_references_nothing_stands_in_their_place():
 
 def _load(path, **changes):
     given = dict(references="own", seen=frozenset(), exclude=True, count=0, seed=0)
-    return judge_comparison.Rows.load(str(path), **{**given, **changes})
+    return judge_comparison.LabelledRows.load(str(path), **{**given, **changes})
 
 
 def test_rows_whose_questions_were_seen_are_left_out(tmp_path):
@@ -269,7 +269,7 @@ UNKNOWN = "was trained on is unknown: no whole seen_questions.json lies beside i
     ],
 )
 def test_a_record_that_is_missing_or_incomplete_is_said(records, note):
-    assert benchmark_jobs.overlap_note(KNOWN, records) == note
+    assert benchmark_jobs.describe_overlap(KNOWN, records) == note
 
 
 def _chosen(tmp_path, *places):
@@ -368,7 +368,7 @@ def test_the_reward_model_as_judge_and_under_attack(tmp_path, monkeypatch):
     unattacked = [r["rewards"]["random"] for r in items if r["attack"] == "none"]
     assert unattacked == pytest.approx([o["score"] for o in found[1::2]], abs=1e-5)
     wrong = [t for t in labelled_completions.load_labelled_completions(str(path)) if t.label == 0]
-    assert [r["reference"] for r in items] == attack_rates.draw_references(wrong, cfg.seed)
+    assert [r["reference"] for r in items] == attack_rates.list_attack_references(wrong, cfg.seed)
     text = (tmp_path / "attacks" / "table.txt").read_text()
     assert "3 wrong completions" in text and "random: false positives" in text
     assert "unknown" not in text
@@ -479,7 +479,7 @@ def test_false_positives_by_hand(tmp_path):
         "gullible": lambda ts: np.array([0.9 if "orrect" in t.completion.lower() else 0.1 for t in ts]),
         "deaf": lambda ts: np.array([0.2 for _ in ts]),
     }
-    cuts = judge_comparison.cut_rows(4, 3)
+    cuts = judge_comparison.split_rows(4, 3)
     with Ledger(tmp_path, {}, [len(c) * len(hacks.ATTACKS) for c in cuts]) as ledger:
         attack_rates.score_attacks(wrong, models, ledger, cuts, 0, lambda _: None)
         found = attack_rates.summarise_attacks(ledger.rows, 0, 50)

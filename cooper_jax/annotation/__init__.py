@@ -1,1 +1,1 @@
-"""Hybrid annotation: completions labelled where a rule and a language model agree."""
+"""Hybrid annotation: completions are labelled where the rule verifier and a language model agree."""

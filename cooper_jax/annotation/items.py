@@ -1,14 +1,15 @@
-"""What is to be annotated: problem sets and files of completions in, a list of `Item`s in a fixed order out.
+"""Annotation plan: problem sets and files of completions in, a list of `Item`s in a fixed order out.
 
-1. Problems of each set (the formats of data/problems.py), `annotate.samples` completions each, to be written by
-   the `source` model: samples of one problem stand together.
-2. Completions that exist already: rows of question, reference_answer, completion, and where there are any id,
-   source, model and label, in JSON lines or parquet.  A label is no input: the report says how far the outcome
-   agrees with it.
-3. Every item has a stable id, a hash of what it is; what a file holds twice is one item, and counted.
+1. Problem sets (the formats of data/problems.py): the `source` model writes `annotate.samples` completions of
+   each problem.  Samples of one problem are adjacent in the plan.
+2. Existing completions: rows with question, reference_answer and completion, and optionally id, source, model
+   and label, as JSON lines or parquet.  A given label does not influence the outcome; the report compares it
+   with the outcome.
+3. Every item has a stable id, a hash of its contents.  Rows that repeat an earlier one are dropped and
+   counted.
 
-Questions and references are cleaned as data/problems.py and data/labelled_completions.py clean them; completions stay as they
-are.
+Questions and references are cleaned as in data/problems.py and data/labelled_completions.py; completions are
+kept as they are.
 """
 
 from __future__ import annotations
@@ -24,85 +25,138 @@ from ml_collections import ConfigDict
 from cooper_jax.data import answers, row_reader
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.runtime import remote_files
+from cooper_jax.settings import typed_config
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Triple
+
+BALANCES = ("off", "source", "overall")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnotateConfig:
+    """Settings of an annotation: the config's section `annotate`."""
+
+    problems: int  # at most this many of each problem set; 0: all
+    samples: int  # completions per problem
+    batch: int  # conversations that a local model answers together
+    balance: str  # off, source or overall: the groups within which classes are balanced
+    max_ratio: float  # the larger class keeps at most max_ratio times as many rows as the smaller
+    ask_again: bool  # repeat requests that failed in earlier starts
+
+    def __post_init__(self) -> None:
+        problems = typed_config.find_small(self, "annotate", 0, ("problems",))
+        problems += typed_config.find_small(self, "annotate", 1, ("samples", "batch"))
+        problems += typed_config.find_unknown(self.balance, "annotate.balance", BALANCES)
+        if not self.max_ratio >= 1:
+            problems.append(
+                f"annotate.max_ratio={self.max_ratio}: it must be at least 1 (as many rows of each class)"
+            )
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> AnnotateConfig:
+        """Read the section.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, "annotate")
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A completion that is there, or is to be sampled (`completion` is None)."""
+    """One completion to label: an existing one, or one to be sampled (`completion` is None)."""
 
-    id: str
+    id: str  # 20 hex digits
     question: str
     reference: str
-    source: str  # the problem set, or what the row of a file says
-    problem: str  # the row that it comes from
-    sample: int = 0
+    source: str  # the problem set's name, or the `source` of a file's row
+    problem: str  # id of the row that the question comes from
+    sample: int = 0  # index among the samples of one problem
     completion: str | None = None
-    model: str = ""  # of a file's row
-    label: int | None = None  # a file's own
+    model: str = ""  # who wrote an existing completion
+    label: int | None = None  # given by the file
 
     @property
     def number(self) -> int:
-        """31 bits of the id, which decide its random bits: they do not depend on the other items."""
+        """The id's leading 31 bits; they seed the item's sampling, so it does not depend on other items."""
         return int(self.id, 16) >> (4 * len(self.id) - 31)
 
-    def triple(self, completion: str) -> Triple:
+    def make_triple(self, completion: str) -> Triple:
+        """The item with a completion, as judges read it."""
         return Triple(self.question, self.reference, completion)
 
 
 @dataclasses.dataclass(frozen=True)
 class AnnotationPlan:
+    """All items of a command, in their order."""
+
     items: tuple[Item, ...]
-    files: dict[str, str]  # each file's name -> its size and hash, so that another one is noticed
-    repeated: int  # rows of completion files that were there already
+    files: dict[str, str]  # each file's name -> its size and hash, which detect that a file was replaced
+    repeated: int  # rows that repeat an earlier row of the same file
 
 
-def list_items(cfg: ConfigDict, problems: Sequence[str], completions: Sequence[str]) -> AnnotationPlan:
-    """The items of a command.  Raises SetupError that names file, line and field."""
+def list_items(
+    cfg: ConfigDict, settings: AnnotateConfig, problems: Sequence[str], completions: Sequence[str]
+) -> AnnotationPlan:
+    """Read the files of a command into a plan.
+
+    Args:
+      cfg: the whole config, of which `data` and `seed` are read.
+      problems: problem sets; completions of them are to be sampled.
+      completions: files of existing completions.
+
+    Raises SetupError that names file, line and field.
+    """
     if not problems and not completions:
         raise SetupError(
             "there is nothing to annotate: give --problems=FILE, --completions=FILE, or several of them"
         )
-    stems = [_stem(path) for path in (*problems, *completions)]
+    stems = [_get_stem(path) for path in (*problems, *completions)]
     for stem in stems:
         if stems.count(stem) > 1:
             raise SetupError(
                 f"two of the files are called {stem!r}, and ids begin with that name: rename one of them"
             )
-    known, items, repeated = {}, [], 0
+
+    digests: dict[str, str] = {}
+    items: list[Item] = []
     for path in problems:
         with setup_errors(f"--problems={path}"):
-            known[f"problems {_stem(path)}"] = _digest(path)
-            items += _sampled(cfg, path)
+            digests[f"problems {_get_stem(path)}"] = _describe_contents(path)
+            items += _plan_samples(cfg, settings, path)
     for path in completions:
         with setup_errors(f"--completions={path}"):
-            known[f"completions {_stem(path)}"] = _digest(path)
-            items += _existing(path)
-    unique = {item.id: item for item in reversed(items)}  # the first of its kind stays
-    repeated = len(items) - len(unique)
-    return AnnotationPlan(tuple(item for item in items if unique.get(item.id) is item), known, repeated)
+            digests[f"completions {_get_stem(path)}"] = _describe_contents(path)
+            items += _read_completions(path)
+
+    # The dict is filled from the end, so the first item of each id is the one that remains.
+    unique = {item.id: item for item in reversed(items)}
+    kept = tuple(item for item in items if unique.get(item.id) is item)
+    return AnnotationPlan(kept, digests, repeated=len(items) - len(unique))
 
 
-def _sampled(cfg: ConfigDict, path: str) -> list[Item]:
-    d, a, stem = cfg.data, cfg.annotate, _stem(path)
-    columns = {name: d[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
-    found = problem_sets.load_problems(path, "auto", split=d.split, **columns)
-    if 0 < a.problems < len(found):
-        places = (problem_sets.problem_at(i, len(found), cfg.seed, "source") for i in range(a.problems))
-        found = [found[place] for place in sorted(places)]
-    return [
-        Item(_id("sampled", stem, p.id, p.question, p.reference, str(n)), p.question, p.reference, stem, p.id, n)
-        for p in found
-        for n in range(a.samples)
-    ]  # fmt: skip
+def _plan_samples(cfg: ConfigDict, settings: AnnotateConfig, path: str) -> list[Item]:
+    """Items of a problem set, without completions."""
+    columns = {name: cfg.data[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
+    problems = problem_sets.load_problems(path, "auto", split=cfg.data.split, **columns)
+    if 0 < settings.problems < len(problems):
+        chosen = [
+            problem_sets.problem_at(i, len(problems), cfg.seed, "source") for i in range(settings.problems)
+        ]
+        problems = [problems[index] for index in sorted(chosen)]
+
+    stem = _get_stem(path)
+    items = []
+    for problem in problems:
+        for sample in range(settings.samples):
+            id = _make_id("sampled", stem, problem.id, problem.question, problem.reference, str(sample))
+            items.append(Item(id, problem.question, problem.reference, stem, problem.id, sample))
+    return items
 
 
-def _existing(path: str) -> list[Item]:
+def _read_completions(path: str) -> list[Item]:
+    """Items of a file of existing completions."""
     items = []
     for where, id, row in row_reader.read_file_rows(path):
         try:
-            items.append(_row(row, id, _stem(path)))
+            items.append(_read_row(row, id, _get_stem(path)))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     if not items:
@@ -110,7 +164,8 @@ def _existing(path: str) -> list[Item]:
     return items
 
 
-def _row(row: row_reader.Row, id: str, stem: str) -> Item:
+def _read_row(row: row_reader.Row, row_id: str, stem: str) -> Item:
+    """The item of a row.  row_id: the reader's own, for rows without an `id`."""
     question = answers.clean_question(row_reader.get_text(row, "question"))
     reference = answers.clean_reference(row_reader.get_text(row, "reference_answer"))
     if not question or not reference:
@@ -118,35 +173,39 @@ def _row(row: row_reader.Row, id: str, stem: str) -> Item:
     label: Any = row.get("label")
     if label is not None and (not isinstance(label, (bool, int, float)) or label not in (0, 1)):
         raise ValueError(f"field 'label' is {label!r}: must be 0, 1 or absent")
-    said = {key: str(row[key]) for key in ("id", "source", "model") if row.get(key) not in (None, "")}
+
+    given = {key: str(row[key]) for key in ("id", "source", "model") if row.get(key) not in (None, "")}
+    source, model = given.get("source", ""), given.get("model", "")
     completion = row_reader.get_text(row, "completion")
-    source, model = (said[key] if key in said else "" for key in ("source", "model"))
     return Item(
-        id=_id("file", stem, source, model, question, reference, completion),
+        id=_make_id("file", stem, source, model, question, reference, completion),
         question=question,
         reference=reference,
         source=source or stem,
-        problem=said["id"] if "id" in said else id,
+        problem=given.get("id", row_id),
         completion=completion,
         model=model,
         label=None if label is None else int(label),
     )
 
 
-def _id(*parts: str) -> str:
+def _make_id(*parts: str) -> str:
+    """A hash of the parts, each with its length, so that moving text between parts changes it."""
     text = "".join(f"{len(part)}:{part}" for part in parts)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
 
 
-def _stem(path: str) -> str:
-    """gsm8k_train of .../gsm8k_train.jsonl.gz"""
+def _get_stem(path: str) -> str:
+    """A file's name without folder and suffixes: gsm8k_train for .../gsm8k_train.jsonl.gz."""
     name = path.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gz")
     return name.rsplit(".", 1)[0]
 
 
-def _digest(path: str) -> str:
-    place: Path = remote_files.fetch_local(path)
-    if not place.is_file():
+def _describe_contents(path: str) -> str:
+    """A file's size and hash."""
+    local: Path = remote_files.fetch_local(path)
+    if not local.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    with open(place, "rb") as file:
-        return f"{place.stat().st_size} bytes, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    with open(local, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return f"{local.stat().st_size} bytes, sha256 {digest}"

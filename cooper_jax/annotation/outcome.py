@@ -1,35 +1,34 @@
-"""What comes of a ledger: labelled rows, disputed rows, and a report.
+"""Outcome of an annotation, computed from its ledger: labelled rows, disputed rows, and a report.
 
-1. `unique`: of items with the same question, reference and completion, but for white space, the first of the plan
-   stays.
-2. A row is labelled where the rule decided, the judge decided, and both say the same; otherwise it is disputed.
-3. Labelled rows are balanced: of the larger class at most `annotate.max_ratio` times the smaller one stay, within
-   each source or over all.  Which ones stay depends on the seed and on each row's id alone.
-4. The report counts every item of the plan once, and gives agreement and Cohen's kappa (statistics.cohens_kappa) over the
-   rows on which both decided, with intervals bootstrapped by question.
+1. `drop_repeats`: of items with the same question, reference and completion, up to white space, the first of
+   the plan is kept.
+2. A row is labelled where both the rule and the judge decided and agree; otherwise it is disputed.
+3. `balance_classes`: the larger class keeps at most `annotate.max_ratio` times as many labelled rows as the
+   smaller one, within each source or overall.  Which rows remain depends on the seed and on each row's id
+   alone.
+4. The report counts every item of the plan once.  It gives agreement and Cohen's kappa
+   (statistics.cohens_kappa) over the rows on which both decided, with intervals bootstrapped by question.
 
     rule     CORRECT -> 1;  WRONG, NO_ANSWER -> 0;  otherwise undecided
-    judge    the verdict in its reply;  unparsed, cut off or failed: undecided
+    judge    the verdict in its reply;  unparsed, truncated or failed: undecided
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from cooper_jax import statistics
 from cooper_jax.annotation.annotation_ledger import Ledger, Row, has_failed
-from cooper_jax.annotation.items import AnnotationPlan, Item
+from cooper_jax.annotation.items import AnnotateConfig, AnnotationPlan, Item
 from cooper_jax.runtime import keys
 from cooper_jax.types import Verdict
 
-BALANCES = ("off", "source", "overall")
-SAID = {True: "correct", False: "wrong", None: "undecided"}
+DECISIONS = {True: "correct", False: "wrong", None: "undecided"}
 RESAMPLES = 500
 
 
@@ -37,236 +36,294 @@ RESAMPLES = 500
 class Judged:
     """A row with both verdicts; None is undecided."""
 
-    row: Row  # its line of completions.jsonl, and that of verdicts.jsonl
+    row: Row  # its lines of completions.jsonl and verdicts.jsonl, merged
     rule: bool | None
     judge: bool | None
 
     @property
     def both(self) -> bool:
+        """True if both decided."""
         return self.rule is not None and self.judge is not None
 
     @property
     def label(self) -> bool | None:
+        """The decision on which both agree; None for a disputed row."""
         return self.rule if self.both and self.rule == self.judge else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
+    """Contents of labelled.jsonl, disputed.jsonl and report.json."""
+
     labelled: list[Row]
     disputed: list[Row]
     report: dict[str, Any]
 
 
 def drop_repeats(items: Sequence[Item], completions: Mapping[str, Row]) -> list[Item]:
-    """The items that have a completion, each question, reference and completion once."""
-    seen, out = set(), []
+    """The items that have a completion, each question, reference and completion once.
+
+    completions: by the item's id.
+    """
+    seen, unique = set(), []
     for item in items:
         row = completions[item.id]
         if has_failed(row):
             continue
-        text = tuple(" ".join(x.split()) for x in (item.question, item.reference, row["completion"]))
-        if text not in seen:
-            seen.add(text)
-            out.append(item)
-    return out
+        texts = (item.question, item.reference, row["completion"])
+        key = tuple(" ".join(text.split()) for text in texts)
+        if key not in seen:
+            seen.add(key)
+            unique.append(item)
+    return unique
 
 
-def settle_outcome(cfg: ConfigDict, plan: AnnotationPlan, items: Sequence[Item], ledger: Ledger) -> Outcome:
-    """What becomes of the items that were judged (`unique`), and the report on the whole plan."""
+def settle_outcome(
+    settings: AnnotateConfig, seed: int, plan: AnnotationPlan, items: Sequence[Item], ledger: Ledger
+) -> Outcome:
+    """Label rows or dispute them, and write the report on the whole plan.
+
+    items: those that were judged, from `drop_repeats`.
+    """
     completions, verdicts = ledger.completions.rows, ledger.verdicts.rows
-    judged = [_judged(completions[item.id], verdicts[item.id]) for item in items]
+    judged = [_merge_verdict(completions[item.id], verdicts[item.id]) for item in items]
     agreed = [x for x in judged if x.label is not None]
-    kept = balance_classes(agreed, cfg.annotate.balance, cfg.annotate.max_ratio, cfg.seed)
+    kept = balance_classes(agreed, settings.balance, settings.max_ratio, seed)
+
     failures = Counter(completions[i.id]["failure"] for i in plan.items if has_failed(completions[i.id]))
-    there = len(plan.items) - failures.total()
+    completed = len(plan.items) - failures.total()
     report = {
         "planned": len(plan.items),
         "repeated_in_files": plan.repeated,
         "failed": dict(sorted(failures.items())),
-        "completions": there,
+        "completions": completed,
         "truncated": sum(bool(x.row["truncated"]) for x in judged if "truncated" in x.row),
-        "duplicates": there - len(judged),
+        "duplicates": completed - len(judged),
         "judged": len(judged),
         "agreed": len(agreed),
-        "disputed": _disputes(judged),
-        "judge_undecided": dict(sorted(Counter(x.row["judge_reason"] for x in judged if x.judge is None).items())),
-        "rule_undecided": dict(sorted(Counter(x.row["rule"] for x in judged if x.rule is None).items())),
+        "disputed": _count_disputes(judged),
+        "judge_undecided": _count_sorted([x.row["judge_reason"] for x in judged if x.judge is None]),
+        "rule_undecided": _count_sorted([x.row["rule"] for x in judged if x.rule is None]),
         "left_out_by_balance": len(agreed) - len(kept),
         "labelled": len(kept),
-        **judge_agreement(judged, cfg.seed),
-        "confusion": confusion_table(judged),
-        "sources": _shares(judged, kept, "source"),
-        "models": _shares(judged, kept, "model"),
+        **measure_agreement(judged, seed),
+        "confusion": count_confusion(judged),
+        "sources": _break_down(judged, kept, "source"),
+        "models": _break_down(judged, kept, "model"),
         "given_labels": compare_given_labels(judged),
-    }  # fmt: skip
-    stay = {x.row["id"] for x in kept}
+    }
+
+    # Rows keep the order of the plan, not that of the balanced classes.
+    kept_ids = {x.row["id"] for x in kept}
     return Outcome(
-        labelled=[_final(x) for x in agreed if x.row["id"] in stay],
-        disputed=[_final(x) for x in judged if x.label is None],
+        labelled=[_format_row(x) for x in agreed if x.row["id"] in kept_ids],
+        disputed=[_format_row(x) for x in judged if x.label is None],
         report=report,
     )
 
 
-def _judged(completion: Row, verdict: Row) -> Judged:
+def _merge_verdict(completion: Row, verdict: Row) -> Judged:
+    """Join a row of completions.jsonl with its row of verdicts.jsonl."""
     rule = Verdict(verdict["rule"])
-    decided = rule == Verdict.CORRECT if rule.decidable else None
-    return Judged(
-        completion | {k: v for k, v in verdict.items() if k != "failure"}, decided, verdict["judge"]
-    )
+    decision = rule == Verdict.CORRECT if rule.decidable else None
+    # A failure of the judge's request is an undecided verdict; the completion itself has not failed.
+    merged = completion | {k: v for k, v in verdict.items() if k != "failure"}
+    return Judged(merged, decision, verdict["judge"])
 
 
-def _final(x: Judged) -> Row:
-    """A line of labelled.jsonl (data/labelled_completions.py reads it) or, without a label, of disputed.jsonl."""
+def _format_row(x: Judged) -> Row:
+    """A row of labelled.jsonl (see data/labelled_completions.py) or, without a label, of disputed.jsonl."""
     label = {} if x.label is None else {"label": int(x.label), "labelled_by": "rule and judge"}
     first = ("id", "question", "reference_answer", "completion")
     return {k: x.row[k] for k in first} | label | {k: v for k, v in x.row.items() if k not in first}
 
 
-# --- balance -------------------------------------------------------------------------------------------------
+# --- balance ------------------------------------------------------------------------------------------------
 
 
 def balance_classes(agreed: Sequence[Judged], how: str, ratio: float, seed: int) -> list[Judged]:
-    """The rows that stay (see the module); `how` is one of BALANCES."""
+    """The labelled rows that remain, grouped by source and class.
+
+    Args:
+      how: one of items.BALANCES.
+      ratio: the larger class keeps at most this many times the rows of the smaller.
+    """
     if how == "off":
         return list(agreed)
     groups: dict[str, dict[bool, list[Judged]]] = {}
     for x in agreed:
         name = x.row["source"] if how == "source" else ""
-        groups.setdefault(name, {True: [], False: []})[x.label].append(x)
-    out = []
+        classes = groups.setdefault(name, {True: [], False: []})
+        classes[bool(x.label)].append(x)
+
+    kept = []
     for classes in groups.values():
-        most = int(ratio * min(len(rows) for rows in classes.values()))
+        limit = int(ratio * min(len(rows) for rows in classes.values()))
         for rows in classes.values():
-            out += sorted(rows, key=lambda x: _rank(x, seed))[:most]
-    return out
+            kept += sorted(rows, key=lambda x: _draw_rank(x, seed))[:limit]
+    return kept
 
 
-def _rank(x: Judged, seed: int) -> float:
+def _draw_rank(x: Judged, seed: int) -> float:
+    """A number in [0, 1) that depends on the seed and the row's id alone."""
     id = int(x.row["id"], 16)
     return float(keys.make_generator(seed, "balance", id >> 32 & 0xFFFFFFFF, id & 0xFFFFFFFF).random())
 
 
-# --- the report ----------------------------------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------------------
 
 
-def confusion_table(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
-    """Rows by what the rule (outside) and the judge (inside) say."""
-    counts = Counter((SAID[x.rule], SAID[x.judge]) for x in judged)
-    return {a: {b: counts[a, b] for b in SAID.values()} for a in SAID.values()}
+def count_confusion(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
+    """Confusion matrix: the rule's decision -> the judge's decision -> rows."""
+    counts = Counter((DECISIONS[x.rule], DECISIONS[x.judge]) for x in judged)
+    matrix = {}
+    for rule in DECISIONS.values():
+        matrix[rule] = {judge: counts[rule, judge] for judge in DECISIONS.values()}
+    return matrix
 
 
-def judge_agreement(judged: Sequence[Judged], seed: int) -> dict[str, Any]:
-    """How often the two say the same where both decided, and beyond chance."""
+def measure_agreement(judged: Sequence[Judged], seed: int) -> dict[str, Any]:
+    """Agreement and Cohen's kappa over the rows on which both decided, with 95 % intervals."""
     both = [x for x in judged if x.both]
-    rule, judge = (np.array([getattr(x, name) for x in both], bool) for name in ("rule", "judge"))
+    rule = np.array([x.rule for x in both], bool)  # bool[N]
+    judge = np.array([x.judge for x in both], bool)  # bool[N]
     questions = [x.row["question"] for x in both]
-    out: dict[str, Any] = {"both_decided": len(both)}
-    figures = {
-        "agreement": lambda times: float(np.average(rule == judge, weights=times)) if len(both) else float("nan"),
-        "kappa": lambda times: statistics.cohens_kappa(*(np.repeat(x, times.astype(int)) for x in (rule, judge))),
-    }  # fmt: skip
-    for name, figure in figures.items():
+
+    def compute_agreement(weights: np.ndarray) -> float:
+        return float(np.average(rule == judge, weights=weights)) if both else float("nan")
+
+    def compute_kappa(weights: np.ndarray) -> float:
+        times = weights.astype(int)
+        return statistics.cohens_kappa(np.repeat(rule, times).tolist(), np.repeat(judge, times).tolist())
+
+    measured: dict[str, Any] = {"both_decided": len(both)}
+    for name, statistic in (("agreement", compute_agreement), ("kappa", compute_kappa)):
+        # Both figures see the same resamples.
         rng = keys.make_generator(seed, "bootstrap", 0)
-        out[name] = dataclasses.asdict(statistics.bootstrap_interval(figure, questions, rng, RESAMPLES))
-    return out
+        interval = statistics.bootstrap_interval(statistic, questions, rng, RESAMPLES)
+        measured[name] = dataclasses.asdict(interval)
+    return measured
 
 
-def _disputes(judged: Sequence[Judged]) -> dict[str, int]:
-    counts = Counter(
-        "both decided, and differ" if x.both
-        else "neither decided" if x.rule is x.judge
-        else "rule undecided" if x.rule is None
-        else "judge undecided"
-        for x in judged if x.label is None
-    )  # fmt: skip
-    return dict(sorted(counts.items()))
+def _count_sorted(values: Sequence[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items()))
 
 
-def _shares(judged: Sequence[Judged], kept: Sequence[Judged], field: str) -> dict[str, Row]:
-    """Of each source, or model: its rows, how the two agree there, and its part of what is labelled."""
-    out = {}
+def _count_disputes(judged: Sequence[Judged]) -> dict[str, int]:
+    """Disputed rows by the reason why they have no label."""
+    return _count_sorted([_explain_dispute(x) for x in judged if x.label is None])
+
+
+def _explain_dispute(x: Judged) -> str:
+    if x.both:
+        return "both decided, and differ"
+    if x.rule is None and x.judge is None:
+        return "neither decided"
+    return "rule undecided" if x.rule is None else "judge undecided"
+
+
+def _break_down(judged: Sequence[Judged], kept: Sequence[Judged], field: str) -> dict[str, Row]:
+    """Figures per source or model: its rows, the agreement there, and its share of the labelled rows.
+
+    field: `source` or `model`.
+    """
+    out: dict[str, Row] = {}
     for name in sorted({x.row[field] for x in judged}):
-        own, stay = ([x for x in rows if x.row[field] == name] for rows in (judged, kept))
+        own = [x for x in judged if x.row[field] == name]
+        own_kept = [x for x in kept if x.row[field] == name]
         both = [x for x in own if x.both]
         out[name] = {
             "judged": len(own),
             "both_decided": len(both),
             "agreed": sum(x.label is not None for x in own),
             "kappa": statistics.cohens_kappa([x.rule for x in both], [x.judge for x in both]),
-            "labelled": len(stay),
-            "correct": sum(bool(x.label) for x in stay),
-            "share": len(stay) / len(kept) if kept else 0.0,
+            "labelled": len(own_kept),
+            "correct": sum(bool(x.label) for x in own_kept),
+            "share": len(own_kept) / len(kept) if kept else 0.0,
         }
     return out
 
 
 def compare_given_labels(judged: Sequence[Judged]) -> dict[str, Row]:
-    """How far rule, judge and both together agree with the labels that files brought along; empty without any."""
+    """Accuracy of rule, judge and their agreement against the labels that files gave; empty without any."""
     known = [x for x in judged if "given_label" in x.row]
     if not known:
         return {}
     out: dict[str, Row] = {}
-    for name, says in (
-        ("rule", lambda x: x.rule),
-        ("judge", lambda x: x.judge),
-        ("agreed", lambda x: x.label),
-    ):
-        decided = [x for x in known if says(x) is not None]
+    decisions: dict[str, Callable[[Judged], bool | None]] = {
+        "rule": lambda x: x.rule,
+        "judge": lambda x: x.judge,
+        "agreed": lambda x: x.label,
+    }
+    for name, decide in decisions.items():
+        decided = [x for x in known if decide(x) is not None]
         labels = np.array([x.row["given_label"] for x in decided], bool)
-        figures = statistics.classification_figures(labels, np.array([says(x) for x in decided], bool))
+        predictions = np.array([decide(x) for x in decided], bool)
+        figures = statistics.classification_figures(labels, predictions)
         out[name] = {"rows": len(known), "decided": len(decided), **figures}
     return out
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """The report for a terminal."""
+    """The report as text for a terminal."""
     r = report
-    agreement, kappa = (_interval(r[name]) for name in ("agreement", "kappa"))
+    agreement, kappa = (_format_interval(r[name]) for name in ("agreement", "kappa"))
     lines = [
         "",
-        f"completions   {r['completions']} of {r['planned']}; failed {_counts(r['failed'])}; "
-        f"cut off {r['truncated']}",
+        f"completions   {r['completions']} of {r['planned']}; failed {_format_counts(r['failed'])}; "
+        f"truncated {r['truncated']}",
         f"duplicates    {r['duplicates']}, and {r['repeated_in_files']} rows within files",
-        f"judged        {r['judged']}; both decided {r['both_decided']}; "
-        f"rule undecided {_counts(r['rule_undecided'])}; judge undecided {_counts(r['judge_undecided'])}",
+        f"judged        {r['judged']}; both decided {r['both_decided']}; rule undecided "
+        f"{_format_counts(r['rule_undecided'])}; judge undecided {_format_counts(r['judge_undecided'])}",
         f"agreement     {agreement}   Cohen's kappa {kappa}   (95 % by question)",
-        f"disputed      {_counts(r['disputed'])}",
+        f"disputed      {_format_counts(r['disputed'])}",
         f"labelled      {r['labelled']} of {r['agreed']} on which both agree; left out by balance "
         f"{r['left_out_by_balance']}",
         "",
-        f"{'rule / judge':<14}" + "".join(f"{name:>11}" for name in SAID.values()),
     ]
+
+    # Confusion matrix: rows are the rule's decisions, columns the judge's.
+    lines.append(f"{'rule / judge':<14}" + "".join(f"{name:>11}" for name in DECISIONS.values()))
     for name, row in r["confusion"].items():
-        lines.append(f"{name:<14}" + "".join(f"{row[other]:>11}" for other in SAID.values()))
-    head = ("judged", "both", "agreed", "kappa", "labelled", "correct", "share")
-    for field in ("sources", "models"):
-        wide = max([12, *(len(name) for name in r[field])])
-        lines += ["", f"{field[:-1]:<{wide}}" + "".join(f"{h:>10}" for h in head)]
-        for name, x in r[field].items():
-            figures = (x["judged"], x["both_decided"], x["agreed"], x["kappa"], x["labelled"], x["correct"])
-            lines.append(
-                f"{name or '(not said)':<{wide}}" + "".join(f"{_number(f):>10}" for f in figures)
-                + f"{x['share']:>10.1%}"
-            )  # fmt: skip
+        lines.append(f"{name:<14}" + "".join(f"{row[other]:>11}" for other in DECISIONS.values()))
+
+    lines += _format_breakdown("source", r["sources"])
+    lines += _format_breakdown("model", r["models"])
     if r["given_labels"]:
         lines += ["", f"{'given labels':<14}{'decided':>11}{'accuracy':>11}{'precision':>11}{'recall':>11}"]
         for name, x in r["given_labels"].items():
-            lines.append(
-                f"{name:<14}{x['decided']:>11}"
-                + "".join(f"{_number(x[f]):>11}" for f in ("accuracy", "precision", "recall"))
-            )
+            figures = "".join(f"{_format_number(x[f]):>11}" for f in ("accuracy", "precision", "recall"))
+            lines.append(f"{name:<14}{x['decided']:>11}{figures}")
     return "\n".join([*lines, ""])
 
 
-def _number(x: float) -> str:
-    return str(x) if isinstance(x, int) else "-" if np.isnan(x) else f"{x:.3f}"
+def _format_breakdown(title: str, rows: Mapping[str, Row]) -> list[str]:
+    """The lines of a table with one row per source or model."""
+    width = max([12, *(len(name) for name in rows)])
+    header = ("judged", "both", "agreed", "kappa", "labelled", "correct", "share")
+    fields = ("judged", "both_decided", "agreed", "kappa", "labelled", "correct")
+    lines = ["", f"{title:<{width}}" + "".join(f"{name:>10}" for name in header)]
+    for name, x in rows.items():
+        figures = "".join(f"{_format_number(x[field]):>10}" for field in fields)
+        lines.append(f"{name or '(not said)':<{width}}{figures}{x['share']:>10.1%}")
+    return lines
 
 
-def _interval(x: Mapping[str, float]) -> str:
-    return f"{_number(x['value'])} [{_number(x['low'])}, {_number(x['high'])}]"
+def _format_number(x: float) -> str:
+    """A count as it is, a figure with three digits, "-" for NaN."""
+    if isinstance(x, int):
+        return str(x)
+    return "-" if np.isnan(x) else f"{x:.3f}"
 
 
-def _counts(counts: Mapping[str, int]) -> str:
-    return f"{sum(counts.values())}" + (
-        f" ({', '.join(f'{name} {n}' for name, n in counts.items())})" if counts else ""
-    )
+def _format_interval(x: Mapping[str, float]) -> str:
+    return f"{_format_number(x['value'])} [{_format_number(x['low'])}, {_format_number(x['high'])}]"
+
+
+def _format_counts(counts: Mapping[str, int]) -> str:
+    """The sum and, in brackets, its parts."""
+    total = str(sum(counts.values()))
+    if not counts:
+        return total
+    parts = ", ".join(f"{name} {n}" for name, n in counts.items())
+    return f"{total} ({parts})"

@@ -1,24 +1,24 @@
 """Hybrid annotation (arXiv 2508.05613, the reward model's data): completions labelled where two judges agree.
 
-1. `items.list_items`: the problems and the completions that there are become a plan, a list of items with stable ids.
-2. The source writes what is to be sampled; completions from files are taken as they are.
-3. What stands there twice (the same question, reference and completion but for white space) is left out from here
-   on.
-4. The rule verifier and, beside it, the LLM judge label each completion, neither knowing of the other.
-5. `outcome.settle_outcome`: rows on which both decided and agree are labelled, the rest is disputed; classes are balanced.
+1. `items.list_items` makes a plan of the problems and of the existing completions: items with stable ids.
+2. The source writes the completions that are to be sampled; those from files are taken as they are.
+3. `outcome.drop_repeats` drops items that repeat another's question, reference and completion.
+4. The rule verifier and, at the same time, the LLM judge label each completion independently.
+5. `outcome.settle_outcome` labels the rows on which both decided and agree, and balances the classes; the
+   rest is disputed.
 
-Everything that was asked is in the ledger (ledger.py) as soon as it is answered; what is written at the end
-(labelled.jsonl, disputed.jsonl, report.json) is made from the ledger alone.
+Every answer is in the ledger (annotation_ledger.py) as soon as it arrives; the files written at the end
+(labelled.jsonl, disputed.jsonl, report.json) are computed from the ledger alone.
 
-Departures from the paper: the rule abstains where it cannot show that an answer is wrong (rule/verifier.py), and such
-rows are disputed; the judge's prompt is ours.
+Departures from the paper: the rule abstains where it cannot show that an answer is wrong (rule/verifier.py),
+and such rows are disputed; the judge's prompt is ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -28,131 +28,134 @@ from cooper_jax.annotation import annotation_ledger as ledgers
 from cooper_jax.annotation import items as plans
 from cooper_jax.annotation import outcome
 from cooper_jax.annotation.annotation_ledger import Ledger, Row
-from cooper_jax.annotation.items import Item
+from cooper_jax.annotation.items import AnnotateConfig, Item
 from cooper_jax.annotation.querying import Answer, Progress, Stage
 from cooper_jax.llm import judge as judges
 from cooper_jax.llm import local_chat
-from cooper_jax.llm.chat import Failure
+from cooper_jax.llm.chat import Chat, Failure, Messages, Reply
 from cooper_jax.rule.verifier import PendingVerdicts, RuleConfig, RuleVerifier
 from cooper_jax.runtime import device_layouts, hosts
 from cooper_jax.settings.setup_errors import Problems, setup_errors
 
-COPIED = 1000  # rows of a completions file that are taken into the ledger at once
+COPIED_ROWS = 1000  # rows of a completions file that are appended to the ledger at once
 
 
 def annotate_completions(
     cfg: ConfigDict, problems: Sequence[str], completions: Sequence[str], out: str
 ) -> None:
-    """Annotate problem sets and files of completions into the folder `out`, or go on with it.
+    """Annotate problem sets and files of completions into the folder `out`, or resume there.
 
-    Raises SetupError for settings, files and servers that cannot be used, and hosts.Stopped after a SIGTERM.
+    Args:
+      problems: problem sets; the source writes completions of them.
+      completions: files of existing completions.
+
+    Raises SetupError for settings, files and servers that cannot be used, and hosts.Stopped after SIGTERM.
     """
-    check_annotation_settings(cfg)
-    plan = plans.list_items(cfg, problems, completions)
+    settings = read_annotate_config(cfg)
+    plan = plans.list_items(cfg, settings, problems, completions)
     sampled = any(item.completion is None for item in plan.items)
-    settings = ledgers.outcome_settings(cfg, plan.files, sampled)
+    outcome_settings = ledgers.list_outcome_settings(cfg, settings, plan.files, sampled)
+
     with contextlib.ExitStack() as stack:
         with setup_errors("--out"):
-            ledger = stack.enter_context(Ledger(out, settings))
+            ledger = stack.enter_context(Ledger(out, outcome_settings))
         hosts.print_once(
             f"{len(plan.items)} completions to annotate, of {len(problems)} problem sets and "
             f"{len(completions)} files of completions, into {ledger.folder}"
         )
-        _complete(cfg, plan, ledger)
+        _collect_completions(cfg, settings, plan, ledger)
         unique = outcome.drop_repeats(plan.items, ledger.completions.rows)
-        _judge(cfg, unique, ledger)
-        found = outcome.settle_outcome(cfg, plan, unique, ledger)
-        ledger.write("disputed.jsonl", found.disputed)
-        ledger.write("labelled.jsonl", found.labelled)
-        ledger.write("report.json", found.report)
-        hosts.print_once(outcome.format_report(found.report))
-        hosts.print_once(f"{len(found.labelled)} labelled rows: {ledger.folder / 'labelled.jsonl'}")
+        _collect_verdicts(cfg, settings, unique, ledger)
+
+        settled = outcome.settle_outcome(settings, cfg.seed, plan, unique, ledger)
+        ledger.write("disputed.jsonl", settled.disputed)
+        ledger.write("labelled.jsonl", settled.labelled)
+        ledger.write("report.json", settled.report)
+        hosts.print_once(outcome.format_report(settled.report))
+        hosts.print_once(f"{len(settled.labelled)} labelled rows: {ledger.folder / 'labelled.jsonl'}")
 
 
-def check_annotation_settings(cfg: ConfigDict) -> None:
-    """Raise SetupError with every setting that is out of its range or contradicts another."""
-    a, problems = cfg.annotate, Problems()
-    for name, least in (("problems", 0), ("samples", 1), ("batch", 1)):
-        problems.need(a[name] >= least, f"annotate.{name}={a[name]}: it must be at least {least}")
-    problems.need(
-        a.balance in outcome.BALANCES,
-        f"annotate.balance={a.balance!r}: it is one of {', '.join(outcome.BALANCES)}",
-    )
-    problems.need(
-        a.max_ratio >= 1, f"annotate.max_ratio={a.max_ratio}: it must be at least 1 (as many of each class)"
-    )
+def read_annotate_config(cfg: ConfigDict) -> AnnotateConfig:
+    """Read the section `annotate`.  Raises SetupError for values out of range, and in a multi-process job."""
+    problems = Problems()
+    with problems.collect("annotate"):
+        settings = AnnotateConfig.from_config(cfg.annotate)
     problems.need(
         jax.process_count() == 1,
         f"annotation runs in one process, and this is one of {jax.process_count()}: start it on one host, or "
-        "several with a part of the problems and an --out each",
+        "on several with a part of the problems and an --out each",
     )
     problems.raise_if_any()
+    return settings
 
 
-def _now() -> str:
+def _get_time() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def model_name(section: ConfigDict) -> str:
-    """What rows call a model that was asked."""
+def _name_model(section: ConfigDict) -> str:
+    """The name of a language model in rows.  section: `source` or `judge`."""
     if section.kind == "openai":
         return section.model
     return section.weights + (f" (first {section.num_layers} layers)" if section.num_layers else "")
 
 
-def sampling_settings(section: ConfigDict) -> Row:
-    return {name: section[name] for name in ("temperature", "top_p", "max_new_tokens", "thinking")}
+# --- 2. completions -----------------------------------------------------------------------------------------
 
 
-# --- 2. completions ------------------------------------------------------------------------------------------
+def _collect_completions(
+    cfg: ConfigDict, settings: AnnotateConfig, plan: plans.AnnotationPlan, ledger: Ledger
+) -> None:
+    """Copy the existing completions into the ledger, and sample the others."""
+    file = ledger.completions
+    if settings.ask_again:
+        file.forget_failures()
+    existing = [i for i in plan.items if i.completion is not None and i.id not in file.rows]
+    for start in range(0, len(existing), COPIED_ROWS):
+        file.append([_make_existing_row(item) for item in existing[start : start + COPIED_ROWS]])
 
-
-def _complete(cfg: ConfigDict, plan: plans.AnnotationPlan, ledger: Ledger) -> None:
-    log = ledger.completions
-    if cfg.annotate.ask_again:
-        log.forget_failures()
-    given = [i for i in plan.items if i.completion is not None and i.id not in log.rows]
-    for start in range(0, len(given), COPIED):
-        log.append([_given(item) for item in given[start : start + COPIED]])
-    wanted = [item for item in plan.items if item.completion is None]
-    left = sum(item.id not in log.rows for item in wanted)
+    to_sample = [item for item in plan.items if item.completion is None]
+    left = sum(item.id not in file.rows for item in to_sample)
     if not left:
         return
-    # The judge follows when all completions are there: hours may have gone by.
+    # Check the judge's settings too: it is opened only after all completions are sampled, maybe hours later.
     for name in ("source", "judge"):
         local_chat.read_chat_config(cfg, name)
-    common = {"model": model_name(cfg.source), "sampling": sampling_settings(cfg.source), "seed": cfg.seed}
 
-    def keep(answers: Sequence[Answer]) -> None:
-        log.append([_completed(item, reply, common) for item, reply in answers])
+    source = cfg.source
+    sampling = {name: source[name] for name in ("temperature", "top_p", "max_new_tokens", "thinking")}
+    common = {"model": _name_model(source), "sampling": sampling, "seed": cfg.seed}
 
-    with _asked(cfg, "source", ledger.folder) as chat, _progress("completions", wanted, left) as bar:
-        stage = Stage(
-            chat,
-            "source",
-            cfg.seed,
-            cfg.annotate.batch,
-            lambda item: [("user", item.question + cfg.data.instruction)],
-            keep,
-        )
-        stage.run(wanted, log.rows, bar)
+    def make_messages(item: Item) -> Messages:
+        return [("user", item.question + cfg.data.instruction)]
+
+    def keep_answers(answers: Sequence[Answer]) -> None:
+        file.append([_make_sampled_row(item, reply, common) for item, reply in answers])
+
+    with (
+        _open_chat(cfg, "source", ledger.folder) as chat,
+        _show_progress("completions", to_sample, left) as bar,
+    ):
+        stage = Stage(chat, "source", cfg.seed, settings.batch, make_messages, keep_answers)
+        stage.run(to_sample, file.rows, bar)
 
 
-def _given(item: Item) -> Row:
-    """A completion of a file."""
+def _make_existing_row(item: Item) -> Row:
+    """The row of completions.jsonl for a completion from a file."""
     label = {} if item.label is None else {"given_label": item.label}
-    return _head(item) | {"completion": item.completion, "model": item.model, **label}
+    return _make_row(item) | {"completion": item.completion, "model": item.model, **label}
 
 
-def _completed(item: Item, reply, common: Row) -> Row:
-    row = _head(item) | {"sample": item.sample}
+def _make_sampled_row(item: Item, reply: Reply, common: Row) -> Row:
+    """The row of completions.jsonl for a reply of the source.  common: fields that all such rows share."""
+    row = _make_row(item) | {"sample": item.sample}
     if isinstance(reply, Failure):
-        return row | {"failure": reply.reason, **common, "completed": _now()}
+        return row | {"failure": reply.reason, **common, "completed": _get_time()}
     text = {"completion": reply.text, "truncated": reply.truncated, "tokens": reply.tokens}
-    return row | text | common | {"completed": _now()}
+    return row | text | common | {"completed": _get_time()}
 
 
-def _head(item: Item) -> Row:
+def _make_row(item: Item) -> Row:
     return {
         "id": item.id,
         "source": item.source,
@@ -162,48 +165,54 @@ def _head(item: Item) -> Row:
     }
 
 
-# --- 4. verdicts ---------------------------------------------------------------------------------------------
+# --- 4. verdicts --------------------------------------------------------------------------------------------
 
 
-def _judge(cfg: ConfigDict, items: Sequence[Item], ledger: Ledger) -> None:
-    log, texts = ledger.verdicts, ledger.completions.rows
-    if cfg.annotate.ask_again:
-        log.forget_failures()
-    left = sum(item.id not in log.rows for item in items)
+def _collect_verdicts(
+    cfg: ConfigDict, settings: AnnotateConfig, items: Sequence[Item], ledger: Ledger
+) -> None:
+    """Ask the rule and the judge about the items that have no verdict yet."""
+    file, completions = ledger.verdicts, ledger.completions.rows
+    if settings.ask_again:
+        file.forget_failures()
+    left = sum(item.id not in file.rows for item in items)
     if not left:
         return
-    common = {"judge_model": model_name(cfg.judge), "versions": ledgers.verdict_versions()}
-    pending: dict[str, PendingVerdicts] = {}
-    with _asked(cfg, "judge", ledger.folder) as chat, _rule(cfg) as rule:
+    common = {"judge_model": _name_model(cfg.judge), "versions": ledgers.read_versions()}
+    pending: dict[str, PendingVerdicts] = {}  # the rule's, by the item's id
 
-        def talk(item: Item):
-            text = texts[item.id]["completion"]
-            # The rule works on it while the judge does.
-            if item.id not in log.rows:
+    with _open_chat(cfg, "judge", ledger.folder) as chat, _open_rule_verifier(cfg) as rule:
+
+        def make_messages(item: Item) -> Messages:
+            text = completions[item.id]["completion"]
+            # The rule's processes work while the judge does.
+            if item.id not in file.rows:
                 pending[item.id] = rule.submit([(item.reference, text)])
-            return judges.make_triple_messages(item.triple(text))
+            return judges.make_triple_messages(item.make_triple(text))
 
-        def keep(answers: Sequence[Answer]) -> None:
+        def keep_answers(answers: Sequence[Answer]) -> None:
             rows = []
             for item, reply in answers:
                 (verdict,) = pending.pop(item.id).result()
-                judged = judges.parse_judgement_reply(reply)
-                row = {"id": item.id, "rule": str(verdict), "judge": judged.correct}
-                row |= {"judge_reply": judged.reply}
-                if judged.reason:
-                    row |= {"judge_reason": judged.reason}
+                judgement = judges.parse_judgement_reply(reply)
+                row: Row = {"id": item.id, "rule": str(verdict), "judge": judgement.correct}
+                row["judge_reply"] = judgement.reply
+                if judgement.reason:
+                    row["judge_reason"] = judgement.reason
                 if isinstance(reply, Failure):
-                    row |= {"failure": reply.reason}
-                rows.append(row | common | {"judged": _now()})
-            log.append(rows)
+                    row["failure"] = reply.reason
+                rows.append(row | common | {"judged": _get_time()})
+            file.append(rows)
 
-        with _progress("verdicts", items, left) as bar:
-            Stage(chat, "judge", cfg.seed, cfg.annotate.batch, talk, keep).run(items, log.rows, bar)
+        with _show_progress("verdicts", items, left) as bar:
+            stage = Stage(chat, "judge", cfg.seed, settings.batch, make_messages, keep_answers)
+            stage.run(items, file.rows, bar)
 
 
 @contextlib.contextmanager
-def _progress(what: str, items: Sequence[Item], left: int):
-    bar = Progress(what, len(items), len(items) - left)
+def _show_progress(title: str, items: Sequence[Item], left: int) -> Iterator[Progress]:
+    """Progress of a stage.  left: items that have no answer yet."""
+    bar = Progress(title, len(items), len(items) - left)
     try:
         yield bar
     finally:
@@ -211,7 +220,8 @@ def _progress(what: str, items: Sequence[Item], left: int):
 
 
 @contextlib.contextmanager
-def _asked(cfg: ConfigDict, name: str, folder: Path):
+def _open_chat(cfg: ConfigDict, name: str, folder: Path) -> Iterator[Chat]:
+    """The language model of a section, closed on exit.  folder: for a tokenizer made for random weights."""
     chat = local_chat.open_chat(cfg, name, device_layouts.make_layouts(cfg)["policy"], folder)
     try:
         yield chat
@@ -220,7 +230,8 @@ def _asked(cfg: ConfigDict, name: str, folder: Path):
 
 
 @contextlib.contextmanager
-def _rule(cfg: ConfigDict):
+def _open_rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier]:
+    """The rule verifier's processes, ended on exit.  Raises SetupError if they cannot answer."""
     with setup_errors("rule"):
         rule = RuleVerifier(RuleConfig.from_config(cfg.rule))
     with rule:

@@ -1,20 +1,21 @@
-"""A language model is asked about many items; each reply is kept as it comes.
+"""Requests to a language model about many items; each reply is kept as soon as it arrives.
 
-1. A server is asked about as many items at a time as it may (`concurrency`), and each reply is handed on when it
-   is there.  Weights of our own answer in batches, cut from the whole list on a fixed grid: a batch of which a kill
-   left some is sampled again as a whole, so its tokens do not depend on kills.
-2. What failed is asked once more at the end where it may well pass (a timeout, a full server) or where the server
-   refused it, then kept as a failure.
-3. A server that cannot be reached, or that fails or refuses many requests in a row, ends the stage with an error:
-   nothing is kept of those requests.
-4. After a SIGTERM no new request is sent; those under way are answered and kept.
+1. A server works on up to `concurrency` requests at a time, and each reply is handed on as it arrives.  A
+   local model answers in batches, cut from the whole list on a fixed grid: a batch that SIGKILL left
+   incomplete is sampled again as a whole, so its tokens do not depend on interruptions.
+2. A request is repeated once at the end if it may succeed then (a timeout, a full server) or if the server
+   refused it; after that it is kept as a failure.
+3. A server that cannot be reached, or that fails or refuses many requests in a row, ends the stage with an
+   error.  Nothing is kept of those requests.
+4. After SIGTERM no new request is sent; those in progress are answered and kept.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import Protocol, cast
 
 from tqdm import tqdm
 
@@ -23,20 +24,30 @@ from cooper_jax.llm.chat import Chat, Failure, Ids, Messages, Reply
 from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError
 
-PATIENCE = 8  # requests in a row that a server which is not there may leave unanswered ...
-LONG_PATIENCE = 64  # ... and that one may which is there, and fails
-EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+UNREACHABLE_LIMIT = 8  # consecutive requests that an unreachable server may leave unanswered
+FAILURE_LIMIT = 64  # consecutive requests that a reachable server may fail or refuse
+PROGRESS_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 Answer = tuple[Item, Reply]
 
 
+class StreamingChat(Protocol):
+    """The part of a chat with `overlaps` that a stage uses: replies in the order of their arrival."""
+
+    def stream(self, requests: Iterable[tuple[Messages, Ids]]) -> Iterator[tuple[int, Reply]]:
+        """Yield (index of the request, its reply)."""
+
+
 class Stage:
-    """Asks `chat`, the model of the config's section `name`, about items.
+    """Asks one language model about items.
 
     Args:
-      talk: item -> the conversation.
-      keep: is given replies as they come, to be written down.
-      batch: items that weights of our own answer together.
+      chat: the model.
+      name: its section of the config, for messages.
+      seed: decides, with each item's id, the random bits of its reply.
+      batch: items that a local model answers together.
+      make_messages: item -> the conversation.
+      keep_answers: called with replies as they arrive, to write them down.
     """
 
     def __init__(
@@ -45,83 +56,112 @@ class Stage:
         name: str,
         seed: int,
         batch: int,
-        talk: Callable[[Item], Messages],
-        keep: Callable[[Sequence[Answer]], None],
+        make_messages: Callable[[Item], Messages],
+        keep_answers: Callable[[Sequence[Answer]], None],
     ):
         self._chat, self._name, self._seed, self._batch = chat, name, seed, batch
-        self._talk, self._keep = talk, keep
+        self._make_messages, self._keep_answers = make_messages, keep_answers
 
     def run(self, items: Sequence[Item], done: Container[str], bar: Progress) -> None:
-        """Ask about the items that are not `done`, a live view of what was kept.
+        """Ask about the items that are not done.
 
-        Raises SetupError for a server that cannot be reached, and hosts.Stopped after a SIGTERM.
+        Args:
+          done: ids of items that have an answer; `keep_answers` adds to it.
+
+        Raises SetupError for a server that cannot be reached, and hosts.Stopped after SIGTERM.
         """
-        lost = None  # a request of the last pass that found no server
-        for last in (False, True):
+        unreachable: Failure | None = None  # a reply of the last pass that reached no server
+        for last_pass in (False, True):
             left = sum(item.id not in done for item in items)
             if not left:
                 return
-            patience = min(PATIENCE, left)
-            silent = failing = 0
-            for answers in self._answers(items, done):
-                kept = []
-                for item, reply in answers:
-                    fails = isinstance(reply, Failure)
-                    silent = silent + 1 if fails and reply.unreachable else 0
-                    refused = fails and (reply.transient or reply.reason.startswith("http_"))
-                    failing = failing + 1 if refused else 0
-                    # In the last pass only what failed before is left: failures in a row say nothing new.
-                    if silent >= patience or (failing >= LONG_PATIENCE and not last):
-                        self._give_up(reply, max(silent, failing))
-                    if not (fails and reply.unreachable) and (last or not refused):
-                        kept.append((item, reply))
-                    elif last:
-                        lost = reply
-                self._keep(kept)
-                bar.add(len(kept))
+            unreachable = self._run_pass(items, done, bar, min(UNREACHABLE_LIMIT, left), last_pass)
             hosts.raise_if_stopping()
-        if lost is not None:
-            self._give_up(lost, 1)
+        if unreachable is not None:
+            self._give_up(unreachable, 1)
+
+    def _run_pass(
+        self, items: Sequence[Item], done: Container[str], bar: Progress, limit: int, last_pass: bool
+    ) -> Failure | None:
+        """Ask once about each item that is not done.
+
+        limit: consecutive unreachable replies that end the stage.
+
+        Returns a reply of the last pass that reached no server; None without one.
+        """
+        unreachable: Failure | None = None
+        consecutive_unreachable = consecutive_failures = 0
+        for answers in self._ask(items, done):
+            kept: list[Answer] = []
+            for item, reply in answers:
+                if not isinstance(reply, Failure):
+                    consecutive_unreachable = consecutive_failures = 0
+                    kept.append((item, reply))
+                    continue
+
+                # Failures of the request itself (too long, nonsense) say nothing about the server.
+                repeatable = reply.transient or reply.reason.startswith("http_")
+                consecutive_unreachable = consecutive_unreachable + 1 if reply.unreachable else 0
+                consecutive_failures = consecutive_failures + 1 if repeatable else 0
+                # The last pass consists of earlier failures, so that many in a row are no news there.
+                too_many = consecutive_failures >= FAILURE_LIMIT and not last_pass
+                if consecutive_unreachable >= limit or too_many:
+                    self._give_up(reply, max(consecutive_unreachable, consecutive_failures))
+
+                if not reply.unreachable and (last_pass or not repeatable):
+                    kept.append((item, reply))
+                elif last_pass:
+                    unreachable = reply
+            self._keep_answers(kept)
+            bar.add(len(kept))
+        return unreachable
 
     def _give_up(self, reply: Failure, count: int) -> None:
         raise SetupError(
             f"{self._name}: {getattr(self._chat, 'address', 'the model')} left {count} requests in a row "
-            f"unanswered ({reply.reason}): see to the server, to --config.{self._name}.url and .model, and to the "
-            "key in the variable .key_env; what was answered is kept, and the same command goes on"
+            f"unanswered ({reply.reason}): check the server, --config.{self._name}.url and .model, and the "
+            "key in the environment variable .key_env; answers so far are kept, and the same command resumes"
         )
 
-    def _answers(self, items: Sequence[Item], done: Container[str]) -> Iterator[list[Answer]]:
+    def _ask(self, items: Sequence[Item], done: Container[str]) -> Iterator[list[Answer]]:
+        """Answers as they arrive, one or a batch at a time."""
         if not self._chat.overlaps:
-            yield from self._batches(items, done)
+            yield from self._ask_batches(items, done)
             return
+        chat = cast(StreamingChat, self._chat)  # a chat that overlaps is a server, which streams
         asked: list[Item] = []
 
-        def requests() -> Iterator[tuple[Messages, Ids]]:
+        def make_requests() -> Iterator[tuple[Messages, Ids]]:
             for item in items:
                 if item.id in done:
                     continue
-                if _stopping():
+                # Ending the requests lets the replies in progress arrive before the stage stops.
+                if _is_stopping():
                     return
                 asked.append(item)
-                yield self._talk(item), self._ids(item)
+                yield self._make_messages(item), self._make_ids(item)
 
-        for place, reply in self._chat.stream(requests()):
-            yield [(asked[place], reply)]
+        for index, reply in chat.stream(make_requests()):
+            yield [(asked[index], reply)]
 
-    def _batches(self, items: Sequence[Item], done: Container[str]) -> Iterator[list[Answer]]:
+    def _ask_batches(self, items: Sequence[Item], done: Container[str]) -> Iterator[list[Answer]]:
+        """Answers of a local model, a batch at a time."""
         for start in range(0, len(items), self._batch):
             members = items[start : start + self._batch]
             if all(item.id in done for item in members):
                 continue
             hosts.raise_if_stopping()
-            replies = self._chat.ask([self._talk(i) for i in members], [self._ids(i) for i in members])
-            yield [(i, r) for i, r in zip(members, replies, strict=True) if i.id not in done]
+            # The whole batch is sampled even if some are done, so that its shapes are always the same.
+            conversations = [self._make_messages(item) for item in members]
+            replies = self._chat.ask(conversations, [self._make_ids(item) for item in members])
+            answers = zip(members, replies, strict=True)
+            yield [(item, reply) for item, reply in answers if item.id not in done]
 
-    def _ids(self, item: Item) -> Ids:
+    def _make_ids(self, item: Item) -> Ids:
         return self._seed, 0, item.number, 0
 
 
-def _stopping() -> bool:
+def _is_stopping() -> bool:
     try:
         hosts.raise_if_stopping()
     except hosts.Stopped:
@@ -130,29 +170,32 @@ def _stopping() -> bool:
 
 
 class Progress:
-    """How far a stage is: a bar on a terminal, elsewhere a line now and then."""
+    """Progress of a stage: a bar on a terminal, elsewhere a line every PROGRESS_SECONDS."""
 
-    def __init__(self, what: str, total: int, done: int):
-        self._what, self._total, self._done = what, total, done
-        self._start, self._said, self._first = time.monotonic(), time.monotonic(), done
+    def __init__(self, title: str, total: int, done: int):
+        """total: rows in all.  done: of these, rows of earlier starts."""
+        self._title, self._total, self._done, self._done_before = title, total, done, done
+        self._start = self._last_line = time.monotonic()
         self._bar = None
         if sys.stdout.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=what, unit="row", file=sys.stdout)
+            self._bar = tqdm(total=total, initial=done, desc=title, unit="row", file=sys.stdout)
         else:
-            hosts.print_once(f"{what}: {done} of {total} are there")
+            hosts.print_once(f"{title}: {done} of {total} are done")
 
     def add(self, count: int) -> None:
+        """Count rows that are done."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._said >= EVERY:
-            self._said = time.monotonic()
-            pace = (self._done - self._first) / (self._said - self._start)
-            hosts.print_once(f"{self._what}: {self._done} of {self._total}, {pace:.1f} a second")
+        elif time.monotonic() - self._last_line >= PROGRESS_SECONDS:
+            self._last_line = time.monotonic()
+            rate = (self._done - self._done_before) / (self._last_line - self._start)
+            hosts.print_once(f"{self._title}: {self._done} of {self._total}, {rate:.1f} per second")
 
     def close(self) -> None:
+        """Close the bar, or print the last line."""
         seconds = time.monotonic() - self._start
         if self._bar is not None:
             self._bar.close()
-        elif self._done > self._first:
-            hosts.print_once(f"{self._what}: {self._done} of {self._total} after {seconds:.0f} s")
+        elif self._done > self._done_before:
+            hosts.print_once(f"{self._title}: {self._done} of {self._total} after {seconds:.0f} s")

@@ -1,12 +1,12 @@
-r"""The answer of a completion in a normal form: samples with one form gave one answer (maj@k).
+r"""Normal form of a completion's answer: samples with one form gave the same answer (maj@k).
 
-1. The answer is what the completion states (the last `\boxed{..}`, `#### x`, "the answer is x"), else its last
-   number.
-2. Layout goes: `$`, white space, `\left`, `\,`, `\text{..}` around words, thousands separators, `x =`.
+1. The answer is the stated one (the last `\boxed{..}`, `#### x`, "the answer is x"), else the last number.
+2. Layout is removed: `$`, white space, `\left`, `\,`, `\text{..}` around words, thousands separators, `x =`.
 3. A number is written as a fraction in lowest terms: 0.5, 1/2 and \frac{1}{2} are one answer.
 
-Two different forms may be equal as mathematics (x+1, 1+x): they are then counted apart, for all models alike.
-Neither the reference nor any verdict is looked at, or correct answers would find each other more easily than wrong.
+Different forms may be mathematically equal (x+1, 1+x); they count as different answers, for all models alike.
+Neither the reference nor a verdict is used: otherwise correct answers would match each other more easily than
+wrong ones.
 """
 
 from __future__ import annotations
@@ -20,30 +20,34 @@ _LAYOUT = re.compile(
     r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:! ]|\\?\$|~|\s|\\\(|\\\)|\\\[|\\\]"
 )
 _WORDS = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
-_SAYS_X = re.compile(r"[A-Za-z]=(?=[^=]+$)")
+_VARIABLE = re.compile(r"[A-Za-z]=(?=[^=]+$)")
 _FRACTION = re.compile(r"(-?)\\frac\{?(-?\d+)\}?\{?(\d+)\}?|(-?)(\d+)/(\d+)")
 _DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
-LONGEST = 200  # characters of an answer that are compared, and digits of a number at most
+MAX_CHARACTERS = 200  # of an answer; the rest is ignored, which also bounds the digits of a number
 
 
 def normalise_completion(completion: str) -> str | None:
-    """The normal form; None where nothing is an answer."""
-    said = prompts.extract_answer(completion)
-    if said is None:
+    """The normal form of a completion's answer; None without an answer."""
+    answer = prompts.extract_answer(completion)
+    if answer is None:
         numbers = answers.NUMBER.findall(completion)
-        said = numbers[-1] if numbers else None
-    return None if said is None else normalise_answer(said) or None
+        answer = numbers[-1] if numbers else None
+    return None if answer is None else normalise_answer(answer) or None
 
 
 def normalise_answer(answer: str) -> str:
-    """Of one answer as text; "" where nothing is left of it."""
-    text = answers.clean_reference(answer[:LONGEST])
+    """The normal form of an answer; "" if nothing but layout is in it."""
+    text = answers.clean_reference(answer[:MAX_CHARACTERS])
     text = _WORDS.sub(lambda m: m[1].lower(), text)
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", _LAYOUT.sub("", text)).rstrip(".,;*")
-    text = _SAYS_X.sub("", text) if _SAYS_X.match(text) else text
-    if found := _FRACTION.fullmatch(text):
-        sign, top, below = found.groups()[:3] if found[2] else found.groups()[3:]
-        return str(Fraction(int(sign + "1") * int(top), int(below))) if int(below) else text
+    text = _VARIABLE.sub("", text) if _VARIABLE.match(text) else text
+
+    # \frac{a}{b} fills the first three groups, a/b the others: sign, numerator, denominator.
+    if match := _FRACTION.fullmatch(text):
+        sign, numerator, denominator = match.groups()[:3] if match[2] else match.groups()[3:]
+        if not int(denominator):
+            return text
+        return str(Fraction(int(sign + "1") * int(numerator), int(denominator)))
     if _DECIMAL.fullmatch(text):
         return str(Fraction(text))
     return text

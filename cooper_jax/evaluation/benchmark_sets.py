@@ -1,10 +1,11 @@
-"""The problems that a policy is measured on: which files, which part of them, and what is left out.
+"""Benchmarks: which problems a policy is measured on, and which are left out.
 
-1. `find` turns files and folders into files; `load` reads them, and the synthetic problems.
-2. A fixed part may be taken, the same in every evaluation (`part`).
-3. Problems whose prompts are too long, or whose questions the judging reward model was trained on, are left out and
+1. `find_benchmarks` turns files and folders into files; `load_benchmarks` reads them, and the synthetic
+   problems.
+2. `sample_part` may choose a fixed part, the same in every evaluation.
+3. Problems with too long prompts, or with questions from the reward model's training data, are left out and
    counted.
-4. `chunks` cuts the work.
+4. `split_chunks` splits the problems into chunks.
 """
 
 from __future__ import annotations
@@ -21,71 +22,123 @@ from cooper_jax.data import prompts as prompt_texts
 from cooper_jax.data import row_reader, seen_questions, synthetic
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.runtime import remote_files
+from cooper_jax.settings import typed_config
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Problem
 
 SYNTHETIC = "synthetic"  # as a --benchmark: held-out problems of configs/tiny.py, with their oracle
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+# Value of judged_by -> (by the rule, by the reward model).
+JUDGED_BY = {"rule": (True, False), "model": (False, True), "both": (True, True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """Settings of an evaluation: the config's section `benchmark`.
+
+    Temperature and top-p are checked by SamplingSpec, since only some evaluations sample.
+    """
+
+    samples: int  # responses per problem
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    max_prompt_tokens: int  # problems with longer prompts are left out
+    problems: int  # of each benchmark: a fixed part; 0: all
+    judged_by: str  # rule, model or both
+    chunk: int  # problems sampled at once
+    bootstrap: int  # resamples behind each 95 % interval
+    exclude_seen: bool  # leave out questions from the reward model's training data
+
+    def __post_init__(self) -> None:
+        at_least_1 = ("samples", "max_new_tokens", "max_prompt_tokens", "chunk", "bootstrap")
+        problems = typed_config.find_small(self, "benchmark", 1, at_least_1)
+        problems += typed_config.find_small(self, "benchmark", 0, ("problems",))
+        problems += typed_config.find_unknown(self.judged_by, "benchmark.judged_by", tuple(JUDGED_BY))
+        typed_config.raise_problems(problems)
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> BenchmarkConfig:
+        """Read the section.  Raises SetupError for values out of range."""
+        return typed_config.read_section(cls, section, "benchmark")
+
+    @property
+    def by_rule(self) -> bool:
+        """True if the rule verifier judges responses."""
+        return JUDGED_BY[self.judged_by][0]
+
+    @property
+    def by_model(self) -> bool:
+        """True if the reward model judges responses."""
+        return JUDGED_BY[self.judged_by][1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Problems of one benchmark, and how many were left out."""
+    """Problems of one benchmark, and the numbers of those left out."""
 
     name: str
     problems: tuple[Problem, ...]
-    places: tuple[int, ...]  # of each in its file: they decide its random bits
-    prompts: tuple[tuple[int, ...], ...] = ()  # token ids; none where responses are recorded
+    places: tuple[int, ...]  # each problem's index in its file, which seeds its sampling
+    prompts: tuple[tuple[int, ...], ...] = ()  # token ids; empty where responses are recorded
     asked: int = 0  # problems of the part that was asked for
     too_long: int = 0
-    seen: int = 0  # questions that the reward model was trained on, whether left out or not
-    excluded: int = 0  # those of them that are left out
+    seen: int = 0  # problems with questions from the reward model's training data, left out or not
+    excluded: int = 0  # of these, problems that are left out
 
     def digest(self) -> str:
-        """A hash of what is asked, so that another file of the same name is noticed."""
+        """A hash of the problems, which detects another file of the same name."""
         text = "\0".join(f"{p.id}\1{p.question}\1{p.reference}" for p in self.problems)
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def find_benchmarks(given: Sequence[str]) -> list[str]:
-    """Files, and the recognised benchmarks among a folder's *_test files, in the order of their names.
+    """Files of the given places; a folder stands for the published benchmarks among its *_test files.
 
-    Raises SetupError for a folder without any, and for two of one name.
+    given: files, addresses, folders, or SYNTHETIC.
+
+    Raises SetupError for a place that does not exist, a folder without benchmarks, and two files of one name.
     """
     found: list[str] = []
     for place in given:
-        with setup_errors("--benchmark"):
-            if (
-                place != SYNTHETIC
-                and not remote_files.is_remote(place)
-                and not Path(place).expanduser().exists()
-            ):
-                raise FileNotFoundError(f"{place}: there is no such file or folder")
-        if place == SYNTHETIC or remote_files.is_remote(place) or not Path(place).expanduser().is_dir():
+        if place == SYNTHETIC or remote_files.is_remote(place):
             found.append(place)
             continue
-        inside = sorted(p for p in Path(place).expanduser().iterdir() if p.name.endswith(SUFFIXES))
-        tests = [str(p) for p in inside if benchmark_name(p.name).endswith("_test") and _published(str(p))]
-        if not tests:
-            raise SetupError(
-                f"--benchmark={place}: no file called *_test.jsonl (or .jsonl.gz, .parquet) in it holds a "
-                "published benchmark"
-            )
-        found += tests
-    names = [benchmark_name(p) for p in found]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise SetupError(f"--benchmark: two files are called {twice[0]!r}: rename one, or leave it out")
+        path = Path(place).expanduser()
+        with setup_errors("--benchmark"):
+            if not path.exists():
+                raise FileNotFoundError(f"{place}: there is no such file or folder")
+        found += _list_test_files(place) if path.is_dir() else [place]
+
+    names = [get_benchmark_name(place) for place in found]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise SetupError(f"--benchmark: two files are called {repeated[0]!r}: rename one, or leave it out")
     return found
 
 
-def benchmark_name(place: str) -> str:
+def _list_test_files(folder: str) -> list[str]:
+    """The recognised benchmarks in a folder.  Raises SetupError without any."""
+    files = sorted(p for p in Path(folder).expanduser().iterdir() if p.name.endswith(SUFFIXES))
+    named_test = [str(p) for p in files if get_benchmark_name(p.name).endswith("_test")]
+    tests = [path for path in named_test if _is_published(path)]
+    if not tests:
+        raise SetupError(
+            f"--benchmark={folder}: no file called *_test.jsonl (or .jsonl.gz, .parquet) in it holds a "
+            "published benchmark"
+        )
+    return tests
+
+
+def get_benchmark_name(place: str) -> str:
+    """A file's name without folder and suffix."""
     name = place.rstrip("/").rsplit("/", 1)[-1]
     for suffix in (*SUFFIXES, ".json"):
         name = name.removesuffix(suffix)
     return name
 
 
-def _published(path: str) -> bool:
+def _is_published(path: str) -> bool:
+    """True if the first row has the format of a published benchmark."""
     try:
         _, _, row = next(iter(row_reader.read_file_rows(path)))
         return problem_sets.recognise_format(row, "", "") != "jsonl"
@@ -94,72 +147,88 @@ def _published(path: str) -> bool:
 
 
 def load_benchmarks(
-    cfg: ConfigDict, places: Sequence[str], tokenizer: Tokenizer, seen: frozenset[str] = frozenset()
+    cfg: ConfigDict,
+    settings: BenchmarkConfig,
+    places: Sequence[str],
+    tokenizer: Tokenizer,
+    seen: frozenset[str] = frozenset(),
 ) -> list[Benchmark]:
-    """The benchmarks with their prompts.  seen: fingerprints of the questions that the reward model saw.
+    """The benchmarks with their prompts.
+
+    Args:
+      cfg: the whole config, of which `data`, `seed` and `eval` are read.
+      places: files, or SYNTHETIC.
+      seen: fingerprints of the questions in the reward model's training data.
 
     Raises SetupError, naming file, line and field.
     """
-    section, out = cfg.benchmark, []
+    loaded = []
     for place in places:
         with setup_errors(f"--benchmark={place}"):
-            problems = _read(cfg, place)
-            chosen = sample_part(len(problems), section.problems)
-            kept, known = _split(chosen, problems, seen)
-            taken = kept if section.exclude_seen else chosen
-            prompts = {
-                i: prompt_texts.encode_policy_prompt(
-                    tokenizer, problems[i].question, cfg.data.instruction, cfg.data.chat
-                )
-                for i in taken
-            }
-            fit = [i for i in taken if len(prompts[i]) <= section.max_prompt_tokens]
-            if not fit:
-                raise ValueError(
-                    f"no problem is left of {len(chosen)}: {len(chosen) - len(taken)} were seen by the reward "
-                    f"model, {len(taken)} prompts have more than {section.max_prompt_tokens} tokens "
-                    "(--config.benchmark.max_prompt_tokens)"
-                )
-        out.append(
-            Benchmark(
-                name=benchmark_name(place),
-                problems=tuple(problems[i] for i in fit),
-                places=tuple(fit),
-                prompts=tuple(tuple(prompts[i]) for i in fit),
-                asked=len(chosen),
-                too_long=len(taken) - len(fit),
-                seen=len(known),
-                excluded=len(chosen) - len(taken),
-            )
+            loaded.append(_load_benchmark(cfg, settings, place, tokenizer, seen))
+    return loaded
+
+
+def _load_benchmark(
+    cfg: ConfigDict, settings: BenchmarkConfig, place: str, tokenizer: Tokenizer, seen: frozenset[str]
+) -> Benchmark:
+    problems = _read_problems(cfg, settings, place)
+    chosen = sample_part(len(problems), settings.problems)
+    kept, known = _split_by_seen(chosen, problems, seen)
+    remaining = kept if settings.exclude_seen else chosen
+
+    instruction, chat = cfg.data.instruction, cfg.data.chat
+    prompts: dict[int, list[int]] = {}  # by the problem's index
+    for i in remaining:
+        prompts[i] = prompt_texts.encode_policy_prompt(tokenizer, problems[i].question, instruction, chat)
+    fitting = [i for i in remaining if len(prompts[i]) <= settings.max_prompt_tokens]
+    if not fitting:
+        raise ValueError(
+            f"no problem is left of {len(chosen)}: {len(chosen) - len(remaining)} were seen by the reward "
+            f"model, {len(remaining)} prompts have more than {settings.max_prompt_tokens} tokens "
+            "(--config.benchmark.max_prompt_tokens)"
         )
-    return out
+    return Benchmark(
+        name=get_benchmark_name(place),
+        problems=tuple(problems[i] for i in fitting),
+        places=tuple(fitting),
+        prompts=tuple(tuple(prompts[i]) for i in fitting),
+        asked=len(chosen),
+        too_long=len(remaining) - len(fitting),
+        seen=len(known),
+        excluded=len(chosen) - len(remaining),
+    )
 
 
-def _read(cfg: ConfigDict, place: str) -> list[Problem]:
+def _read_problems(cfg: ConfigDict, settings: BenchmarkConfig, place: str) -> list[Problem]:
     if place == SYNTHETIC:
-        return synthetic.make_problems(cfg.seed, cfg.benchmark.problems or cfg.eval.problems, "eval")
-    d = cfg.data
-    columns = {name: d[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
+        return synthetic.make_problems(cfg.seed, settings.problems or cfg.eval.problems, "eval")
+    columns = {name: cfg.data[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
     return problem_sets.load_problems(place, "auto", split="", **columns)
 
 
 def sample_part(size: int, count: int) -> list[int]:
-    """Places, ascending, of a fixed part of `count` of `size` problems (`keyed_order`); 0 is all."""
+    """Indices, ascending, of a fixed part of `count` of `size` rows (`keyed_order`); 0 is all."""
     if not count or count >= size:
         return list(range(size))
     return sorted(problem_sets.keyed_order(size)[:count])
 
 
-def _split(
-    chosen: Sequence[int], problems: Sequence[Problem], seen: frozenset[str]
+def _split_by_seen(
+    indices: Sequence[int], problems: Sequence[Problem], seen: frozenset[str]
 ) -> tuple[list[int], list[int]]:
-    return seen_questions.split_by_seen(chosen, seen, question=lambda i: problems[i].question)
+    """(indices of problems that were not seen, indices of those that were)."""
+    return seen_questions.split_by_seen(indices, seen, question=lambda i: problems[i].question)
 
 
 def drop_seen_problems(benchmark: Benchmark, seen: frozenset[str], exclude: bool) -> Benchmark:
-    """Recorded problems without those that the reward model saw.  Raises ValueError where none is left."""
-    kept, known = _split(range(len(benchmark.problems)), benchmark.problems, seen)
-    kept = kept if exclude else list(range(len(benchmark.problems)))
+    """Count the recorded problems in the reward model's training data, and leave them out with `exclude`.
+
+    Raises ValueError if none is left.
+    """
+    every = list(range(len(benchmark.problems)))
+    kept, known = _split_by_seen(every, benchmark.problems, seen)
+    kept = kept if exclude else every
     if not kept:
         raise ValueError(f"{benchmark.name}: the reward model was trained on all {len(known)} questions")
     return dataclasses.replace(
@@ -171,10 +240,10 @@ def drop_seen_problems(benchmark: Benchmark, seen: frozenset[str], exclude: bool
     )
 
 
-def cut_chunks(benchmarks: Sequence[Benchmark], size: int) -> Iterator[tuple[Benchmark, range]]:
-    """The work in its order: each benchmark in ranges of at most `size` problems, as even as can be.
+def split_chunks(benchmarks: Sequence[Benchmark], size: int) -> Iterator[tuple[Benchmark, range]]:
+    """Split each benchmark, in order, into ranges of at most `size` problems, as even as possible.
 
-    Ranges of one size are decoded by one program.
+    Ranges of one length share a compiled decoding program.
     """
     for benchmark in benchmarks:
         problems = len(benchmark.problems)

@@ -1,18 +1,24 @@
 """Figures of a policy's judged responses, by benchmark and judge, and their table.
 
-Of each judge (`rule`: verdict correct; `model`: reward above 0.5; `oracle`: synthetic problems' exact truth):
+For each judge (`rule`: verdict correct; `model`: reward above 0.5; `oracle`: exact truth of synthetic
+problems):
 
     accuracy   mean over problems and samples, which is pass@1
-    pass@k     the chance that k samples hold a correct one, unbiased (statistics.pass_at_k), for 1, 2, 4, ... and n
-    maj@n      whether the most frequent answer is correct; answers are one by their normal form (answer_forms.py)
+    pass@k     probability that k samples contain a correct one, unbiased (statistics.pass_at_k), for k = 1,
+               2, 4, ... and the number of samples n
+    maj@n      whether the most frequent answer is correct; answers are compared by normal form
+               (answer_forms.py)
 
-each with a 95 % interval bootstrapped by problem.  Of the responses: truncated (no end was sampled), no_answer and
-undecided (the rule found none, or could not compare it: it abstains, and the sample counts as wrong), mean tokens.
+each with a 95 % interval bootstrapped by problem.  Also, for the responses: truncated (no EOS was sampled),
+no_answer and undecided (the rule found no answer, or could not compare it: it abstains, and the sample counts
+as wrong), and mean tokens.
+
+    B  problems   G  samples per problem   rows are problem-major
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,37 +40,45 @@ _FIELD = {"rule": "rule", "model": "reward", "oracle": "oracle"}
 
 
 def list_judges(rows: Sequence[Row]) -> list[str]:
-    """Those whose say the rows hold."""
+    """Names of the judges that judged the rows."""
     return [name for name in JUDGES if rows and _FIELD[name] in rows[0]]
 
 
-def correct_matrix(rows: Sequence[Row], judge: str, samples: int) -> np.ndarray:
-    """bool[problems, samples]"""
+def make_correct_matrix(rows: Sequence[Row], judge: str, samples: int) -> np.ndarray:
+    """One judge's decisions, bool[B, G]."""
     return np.array([JUDGES[judge](row) for row in rows], bool).reshape(-1, samples)
 
 
-def mean_interval(values: np.ndarray, seed: int, resamples: int) -> Interval:
-    """The mean over problems, f64[problems]; every figure is resampled alike."""
+def bootstrap_mean(values: np.ndarray, seed: int, resamples: int) -> Interval:
+    """The mean over problems of f64[B], with its interval.  All figures of one size share their resamples."""
 
-    def statistic(w: np.ndarray) -> float:
-        return float((w * values).sum() / w.sum())
+    def compute_mean(weights: np.ndarray) -> float:
+        return float((weights * values).sum() / weights.sum())
 
     rng = keys.make_generator(seed, "bootstrap")
-    return statistics.bootstrap_interval(statistic, [f"{i:09d}" for i in range(len(values))], rng, resamples)
+    groups = [f"{i:09d}" for i in range(len(values))]  # of equal width, so that they sort by number
+    return statistics.bootstrap_interval(compute_mean, groups, rng, resamples)
 
 
 def list_k(samples: int) -> list[int]:
-    """1, 2, 4, ... and the number of samples."""
+    """Values of k for pass@k: 1, 2, 4, ... and the number of samples."""
     return sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
 
 
 def summarise_benchmark(
     benchmark: Benchmark, rows: Sequence[Row], samples: int, seconds: float, seed: int, resamples: int
 ) -> dict[str, Any]:
-    """All figures of one benchmark; rows problem by problem."""
-    found = {name: correct_matrix(rows, name, samples) for name in list_judges(rows)}
-    forms = [normalise_completion(row["completion"]) for row in rows]
-    out: dict[str, Any] = {
+    """All figures of one benchmark.
+
+    Args:
+      rows: B * G rows, problem-major.
+      samples: G.
+      seconds: spent on sampling and judging.
+      resamples: behind each interval.
+    """
+    correct = {name: make_correct_matrix(rows, name, samples) for name in list_judges(rows)}
+    answers = [normalise_completion(row["completion"]) for row in rows]
+    summary: dict[str, Any] = {
         "benchmark": benchmark.name,
         "problems": len(benchmark.problems),
         "asked": benchmark.asked,
@@ -80,138 +94,196 @@ def summarise_benchmark(
     }
     if "rule" in rows[0]:
         verdicts = [row["rule"] for row in rows]
-        out["no_answer"] = float(np.mean([v == "no_answer" for v in verdicts]))
-        out["undecided"] = float(np.mean([v in ("unrecognised", "timeout") for v in verdicts]))
-    for name, right in found.items():
-        totals = right.sum(1)
-        groups = [forms[i * samples : (i + 1) * samples] for i in range(len(right))]
-        most = np.array([statistics.majority_accuracy(g, r) for g, r in zip(groups, right, strict=True)])
-        passes = {
-            k: np.array([statistics.pass_at_k(samples, int(c), k) for c in totals]) for k in list_k(samples)
-        }
-        out["judges"][name] = {
-            "accuracy": mean_interval(right.mean(1), seed, resamples),
-            "pass_at": {k: mean_interval(v, seed, resamples) for k, v in passes.items()},
-            "majority": mean_interval(most, seed, resamples),
-        }
-    out["agreement"] = pairwise_agreement(found)
-    for by in ("subject", "level"):
-        said = np.array([getattr(p, by) for p in benchmark.problems])
-        if any(said):
-            out["by"][by] = {
-                str(value): {
-                    "problems": int((said == value).sum()),
-                    "accuracy": {
-                        n: mean_interval(r[said == value].mean(1), seed, resamples) for n, r in found.items()
-                    },
-                }
-                for value in sorted(set(said))
-            }
-    return out
+        summary["no_answer"] = float(np.mean([v == "no_answer" for v in verdicts]))
+        summary["undecided"] = float(np.mean([v in ("unrecognised", "timeout") for v in verdicts]))
+
+    for name, matrix in correct.items():
+        summary["judges"][name] = _summarise_judge(matrix, answers, seed, resamples)
+    summary["agreement"] = measure_pairwise_agreement(correct)
+    for field in ("subject", "level"):
+        values = np.array([getattr(problem, field) for problem in benchmark.problems])
+        if any(values):
+            summary["by"][field] = _break_down(values, correct, seed, resamples)
+    return summary
 
 
-def pairwise_agreement(found: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Of each two judges, over all samples: how often they agree, Cohen's kappa, and who says yes alone."""
-    names = list(found)
-    out = {}
+def _summarise_judge(
+    correct: np.ndarray, answers: Sequence[str | None], seed: int, resamples: int
+) -> dict[str, Any]:
+    """accuracy, pass@k and maj@n by one judge.  correct: bool[B, G].  answers: normal forms, [B * G]."""
+    samples = correct.shape[1]
+    totals = correct.sum(1)  # i64[B]: correct samples of each problem
+    majority = []
+    for i, decisions in enumerate(correct):
+        own = answers[i * samples : (i + 1) * samples]
+        majority.append(statistics.majority_accuracy(own, decisions))
+
+    pass_at = {}
+    for k in list_k(samples):
+        values = np.array([statistics.pass_at_k(samples, int(total), k) for total in totals])
+        pass_at[k] = bootstrap_mean(values, seed, resamples)
+    return {
+        "accuracy": bootstrap_mean(correct.mean(1), seed, resamples),
+        "pass_at": pass_at,
+        "majority": bootstrap_mean(np.array(majority), seed, resamples),
+    }
+
+
+def _break_down(
+    values: np.ndarray, correct: Mapping[str, np.ndarray], seed: int, resamples: int
+) -> dict[str, dict[str, Any]]:
+    """Accuracy by each judge, per value.  values: str[B].  correct: judge -> bool[B, G]."""
+    groups: dict[str, dict[str, Any]] = {}
+    for value in sorted(set(values)):
+        members = values == value  # bool[B]
+        accuracy = {}
+        for name, matrix in correct.items():
+            accuracy[name] = bootstrap_mean(matrix[members].mean(1), seed, resamples)
+        groups[str(value)] = {"problems": int(members.sum()), "accuracy": accuracy}
+    return groups
+
+
+def measure_pairwise_agreement(correct: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Agreement of each two judges over all samples, Cohen's kappa, and the share that only one accepts.
+
+    correct: judge -> bool[B, G].
+    """
+    names = list(correct)
+    agreement = {}
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            x, y = found[a].ravel(), found[b].ravel()
-            out[f"{a} and {b}"] = {
+            x, y = correct[a].ravel(), correct[b].ravel()  # bool[B * G]
+            agreement[f"{a} and {b}"] = {
                 "agreement": float((x == y).mean()),
                 "kappa": statistics.cohens_kappa(x.tolist(), y.tolist()),
                 f"only {a}": float((x & ~y).mean()),
                 f"only {b}": float((~x & y).mean()),
             }
-    return out
+    return agreement
 
 
 def average_benchmarks(
-    results: Sequence[dict], rows: dict[str, Sequence[Row]], seed: int, resamples: int
+    summaries: Sequence[Mapping[str, Any]], rows: Mapping[str, Sequence[Row]], seed: int, resamples: int
 ) -> dict[str, Interval]:
-    """Of each judge of all benchmarks: the mean of their accuracies, every benchmark counting alike."""
-    shared = [n for n in JUDGES if all(n in r["judges"] for r in results)]
-    out = {}
+    """The mean accuracy over benchmarks, each with equal weight, by every judge that judged all of them.
+
+    rows: each benchmark's, by name.
+    """
+    shared = [name for name in JUDGES if all(name in summary["judges"] for summary in summaries)]
+    means = {}
     for name in shared:
-        values, of = [], []
-        for place, result in enumerate(results):
-            right = correct_matrix(rows[result["benchmark"]], name, result["samples"]).mean(1)
-            values.append(right)
-            of.append(np.full(len(right), place))
-        flat, of = np.concatenate(values), np.concatenate(of)
+        accuracies, indices = [], []  # per benchmark: f64[B], i64[B]
+        for index, summary in enumerate(summaries):
+            matrix = make_correct_matrix(rows[summary["benchmark"]], name, summary["samples"])
+            accuracies.append(matrix.mean(1))
+            indices.append(np.full(len(matrix), index))
+        values, members = np.concatenate(accuracies), np.concatenate(indices)  # problems of all benchmarks
 
-        def statistic(w: np.ndarray, flat=flat, of=of) -> float:
-            weights = np.bincount(of, w)
-            return float(np.mean(np.bincount(of, w * flat)[weights > 0] / weights[weights > 0]))
+        def compute_mean(weights: np.ndarray, values=values, members=members) -> float:
+            counts = np.bincount(members, weights)
+            sums = np.bincount(members, weights * values)
+            # A resample may hold no problem of a small benchmark.
+            return float(np.mean(sums[counts > 0] / counts[counts > 0]))
 
-        groups = [f"{b} {i:09d}" for i, b in enumerate(of)]
-        out[name] = statistics.bootstrap_interval(
-            statistic, groups, keys.make_generator(seed, "bootstrap"), resamples
-        )
-    return out
-
-
-# --- the table -----------------------------------------------------------------------------------------------
+        groups = [f"{member} {i:09d}" for i, member in enumerate(members)]
+        rng = keys.make_generator(seed, "bootstrap")
+        means[name] = statistics.bootstrap_interval(compute_mean, groups, rng, resamples)
+    return means
 
 
-def format_summary(results: Sequence[dict], means: dict[str, Interval]) -> str:
-    """The tables of a terminal: benchmarks by judges, agreement, subjects and levels."""
-    ks = sorted({k for r in results for j in r["judges"].values() for k in j["pass_at"] if k > 1})
-    samples = {r["samples"] for r in results}
-    header = ["benchmark", "judge", "problems", "accuracy % (95 %)", *(f"pass@{k}" for k in ks)]
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def format_summary(summaries: Sequence[Mapping[str, Any]], means: Mapping[str, Interval]) -> str:
+    """The tables for a terminal: benchmarks by judges, agreement, subjects and levels; then notes."""
+    parts = [
+        _format_accuracies(summaries, means),
+        _format_agreement(summaries),
+        _format_breakdown(summaries),
+        _format_left_out(summaries),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _format_accuracies(summaries: Sequence[Mapping[str, Any]], means: Mapping[str, Interval]) -> str:
+    """One row per benchmark and judge; with several benchmarks also their means."""
+    ks: set[int] = set()
+    for summary in summaries:
+        for judged in summary["judges"].values():
+            ks |= {k for k in judged["pass_at"] if k > 1}
+    columns = sorted(ks)
+    samples = {summary["samples"] for summary in summaries}
+    header = ["benchmark", "judge", "problems", "accuracy % (95 %)", *(f"pass@{k}" for k in columns)]
     header += [f"maj@{min(samples)}", "truncated", "no answer", "undecided", "tokens", "seconds"]
+
     rows = []
-    for r in results:
-        for name, judged in r["judges"].items():
-            passes = [
-                format_percent(judged["pass_at"][k].value) if k in judged["pass_at"] else "" for k in ks
-            ]
-            rule = [
-                format_percent(r[x]) if name == "rule" else "" for x in ("no_answer", "undecided") if x in r
-            ]
-            rows.append(
-                [r["benchmark"], name, str(r["problems"]), format_percent(judged["accuracy"]), *passes]
-                + [
-                    format_percent(judged["majority"].value),
-                    format_percent(r["truncated"]),
-                    *(rule or ["", ""]),
-                ]
-                + [f"{r['tokens']:.0f}", f"{r['seconds']:.0f}"]
-            )
-    for name, interval in means.items() if len(results) > 1 else ():
-        problems, seconds = sum(r["problems"] for r in results), sum(r["seconds"] for r in results)
-        rows.append(
-            ["mean", name, str(problems), format_percent(interval), *[""] * (len(ks) + 5), f"{seconds:.0f}"]
-        )
-    parts = [format_table(header, rows)]
-    apart = [
-        [r["benchmark"], pair, *(format_percent(x) for x in said.values())]
-        for r in results
-        for pair, said in r["agreement"].items()
+    for summary in summaries:
+        for name, judged in summary["judges"].items():
+            rows.append(_format_judge_row(summary, name, judged, columns))
+    if len(summaries) > 1:
+        problems = str(sum(summary["problems"] for summary in summaries))
+        seconds = f"{sum(summary['seconds'] for summary in summaries):.0f}"
+        empty = [""] * (len(columns) + 5)
+        for name, interval in means.items():
+            rows.append(["mean", name, problems, format_percent(interval), *empty, seconds])
+    return format_table(header, rows)
+
+
+def _format_judge_row(
+    summary: Mapping[str, Any], name: str, judged: Mapping[str, Any], columns: Sequence[int]
+) -> list[str]:
+    """Cells of one benchmark and judge.  columns: values of k of the table."""
+    pass_at = judged["pass_at"]
+    passes = [format_percent(pass_at[k].value) if k in pass_at else "" for k in columns]
+    # Only the rule abstains.
+    abstentions = ["", ""]
+    if name == "rule":
+        abstentions = [format_percent(summary["no_answer"]), format_percent(summary["undecided"])]
+    return [
+        summary["benchmark"],
+        name,
+        str(summary["problems"]),
+        format_percent(judged["accuracy"]),
+        *passes,
+        format_percent(judged["majority"].value),
+        format_percent(summary["truncated"]),
+        *abstentions,
+        f"{summary['tokens']:.0f}",
+        f"{summary['seconds']:.0f}",
     ]
-    if apart:
-        parts.append(
-            format_table(
-                ["benchmark", "judges", "agreement", "kappa x 100", "only first", "only second"], apart
+
+
+def _format_agreement(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """One row per benchmark and pair of judges; "" with one judge."""
+    rows = []
+    for summary in summaries:
+        for pair, figures in summary["agreement"].items():
+            rows.append([summary["benchmark"], pair, *(format_percent(x) for x in figures.values())])
+    header = ["benchmark", "judges", "agreement", "kappa x 100", "only first", "only second"]
+    return format_table(header, rows) if rows else ""
+
+
+def _format_breakdown(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """One row per benchmark and subject or level; "" without any."""
+    judges = [name for name in JUDGES if any(name in summary["judges"] for summary in summaries)]
+    rows = []
+    for summary in summaries:
+        for field, groups in summary["by"].items():
+            for value, group in groups.items():
+                accuracy = group["accuracy"]
+                cells = [format_percent(accuracy[name]) if name in accuracy else "" for name in judges]
+                rows.append([summary["benchmark"], field, value or "(none)", str(group["problems"]), *cells])
+    header = ["benchmark", "by", "value", "problems", *(f"{name}, accuracy %" for name in judges)]
+    return format_table(header, rows) if rows else ""
+
+
+def _format_left_out(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """A line per benchmark with too long prompts."""
+    notes = []
+    for summary in summaries:
+        if summary["too_long"]:
+            notes.append(
+                f"{summary['benchmark']}: {summary['too_long']} of {summary['asked']} problems left out, for "
+                "their prompts are too long"
             )
-        )
-    judges = [n for n in JUDGES if any(n in r["judges"] for r in results)]
-    groups = [
-        [r["benchmark"], by, value or "(none)", str(g["problems"])]
-        + [format_percent(g["accuracy"][n]) if n in g["accuracy"] else "" for n in judges]
-        for r in results
-        for by, values in r["by"].items()
-        for value, g in values.items()
-    ]
-    if groups:
-        parts.append(
-            format_table(
-                ["benchmark", "by", "value", "problems", *(f"{n}, accuracy %" for n in judges)], groups
-            )
-        )
-    notes = [
-        f"{r['benchmark']}: {r['too_long']} of {r['asked']} problems left out, for their prompts are too long"
-        for r in results
-        if r["too_long"]
-    ]
-    return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
+    return "\n".join(notes)

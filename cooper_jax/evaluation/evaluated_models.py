@@ -1,8 +1,11 @@
-"""The models of an evaluation: from weights, or from a run of launch/train.py; and the reward model's scores.
+"""Models of an evaluation, from weights or from a run of launch/train.py, and the reward model's scores.
 
-1. `Chosen` says where the models come from; `Chosen.load` brings one onto the mesh.
-2. `RewardModel.rewards` gives p = sigmoid(z) of triples, read by the one template (data/prompts.py): rows of like
-   length share a batch, of one number of rows and few widths, so that little is padding and few programs are made.
+1. `ChosenModels` names where the models come from; `ChosenModels.load` loads one onto the mesh.
+2. `RewardModel.rewards` gives p = sigmoid(z) of triples, rendered with the one template (data/prompts.py).
+   Rows of similar length share a batch; all batches have the same number of rows and one of few widths, so
+   that there is little padding and few programs are compiled.
+
+    N  triples   S  tokens of a reward model's input
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -29,87 +33,100 @@ from cooper_jax.types import Params, Triple
 
 @dataclasses.dataclass(frozen=True)
 class ChosenModels:
-    """Where the models come from: a run's checkpoint, or (run_dir None) the config's weights."""
+    """Source of the models: a run's checkpoint or, if run_dir is None, the config's weights."""
 
     cfg: ConfigDict
-    folder: Directory  # where a tokenizer made for random weights is kept
+    folder: Directory  # for a tokenizer made for random weights
     run_dir: Directory | None = None
-    step: int | None = None  # None: the newest
+    step: int | None = None  # of the checkpoint; None: the newest
 
     def load(self, name: str, layout: Layout) -> tuple[Model, Params]:
-        """policy or reward.  Raises SetupError, also for a score head that nobody has trained."""
+        """Load a model onto a layout.  name: policy or reward.
+
+        Raises SetupError for weights that cannot be loaded, and for a reward model without a trained score
+        head.
+        """
         cfg = self.cfg
         if self.run_dir is not None:
             with setup_errors(f"--run_dir={self.run_dir}"):
                 model, params, _ = run_checkpoint.load_run_model(self.run_dir, cfg, name, layout, self.step)
             return model, params
+
         section = cfg.policy if name == "policy" else cfg.reward
         if not section.weights:
             raise SetupError(f"{name}.weights is empty: give --config.{name}.weights=DIR, or --run_dir=RUN")
-        model, params, trained = load_model(
-            section, name, run_checkpoint.HEADS[name], layout, self.folder, cfg.seed
-        )
+        head = run_checkpoint.HEADS[name]
+        model, params, trained = load_model(section, name, head, layout, self.folder, cfg.seed)
         if name == "reward" and not (trained or cfg.reward.allow_untrained_head):
             raise SetupError(
-                f"reward.weights={section.weights!r} brings no trained score head, so its scores would be noise: "
-                "give a *ForSequenceClassification directory, --run_dir=RUN, or accept it with "
+                f"reward.weights={section.weights!r} has no trained score head, so its scores would be "
+                "noise: give a *ForSequenceClassification directory, --run_dir=RUN, or accept it with "
                 "--config.reward.allow_untrained_head"
             )
         return model, params
 
-    def settings(self, name: str) -> dict[str, str | int | bool]:
-        """What decides what a model computes, by the knobs' names."""
+    def settings(self, name: str) -> dict[str, str | int | bool | None]:
+        """Settings that decide what a model computes, by dotted names.  name: policy or reward."""
         section = self.cfg.policy if name == "policy" else self.cfg.reward
+        out: dict[str, str | int | bool | None] = {}
         if self.run_dir is not None:
             out = {f"{name}.run_dir": str(self.run_dir), f"{name}.step": self.step}
         else:
             out = {f"{name}.weights": section.weights, f"{name}.tokenizer": section.tokenizer}
-            out |= {f"{name}.num_layers": section.num_layers} | _files(section.weights, name)
+            out |= {f"{name}.num_layers": section.num_layers} | _describe_weights(section.weights, name)
             if section.weights == "random":
                 out |= {f"{name}.arch.{k}": v for k, v in section.arch.items()}
         return out | {f"{name}.dtype": section.dtype}
 
 
 def label_models(models: Sequence[ChosenModels]) -> list[str]:
-    """What reward models are called in tables: a run's step, or the end of a path.
+    """Names of reward models in tables: a run's step, or the last parts of a path.
 
-    Of paths there are as many parts as tell all of them apart, two at least.  Raises SetupError for a model that is
-    there twice.
+    Paths are shortened to the fewest parts that tell all of them apart, two at least.
+
+    Raises SetupError for a model that is named twice.
     """
     names = [c.cfg.reward.weights.rstrip("/") if c.run_dir is None else f"step {c.step}" for c in models]
     paths = [Path(name).expanduser() for name in names]
-    places = [str(p.resolve()) if p.exists() else name for name, p in zip(names, paths, strict=True)]
-    if twice := next((n for n, p in zip(names, places, strict=True) if places.count(p) > 1), None):
-        raise SetupError(
-            f"--compare names one reward model twice, or the one that is compared with: {twice!r}; leave it out"
-        )
+    resolved = [str(p.resolve()) if p.exists() else name for name, p in zip(names, paths, strict=True)]
+    for name, path in zip(names, resolved, strict=True):
+        if resolved.count(path) > 1:
+            raise SetupError(
+                f"--compare names one reward model twice, or the one that is compared with: {name!r}; "
+                "leave it out"
+            )
+
     parts = [name.split("/") for name in names]
-    found = names
+    labels = names
     for count in range(2, max(map(len, parts)) + 1):
-        found = ["/".join(p[-count:]) for p in parts]
-        if len(set(found)) == len(found):
+        labels = ["/".join(p[-count:]) for p in parts]
+        if len(set(labels)) == len(labels):
             break
-    return found
+    return labels
 
 
-def _files(weights: str, name: str) -> dict[str, str]:
-    """Which version of a directory's weights there is: training may write others into the same place."""
+def _describe_weights(weights: str, name: str) -> dict[str, str | int | bool | None]:
+    """A hash of the files' names, sizes and times: training may write other weights into the same directory.
+
+    Empty for weights that are no local directory.
+    """
     folder = Path(weights).expanduser()
     if not weights or not folder.is_dir():
         return {}
-    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
-    return {f"{name}.files": hashlib.sha256(repr(found).encode()).hexdigest()[:16]}
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
+    return {f"{name}.files": hashlib.sha256(repr(files).encode()).hexdigest()[:16]}
 
 
 class RewardModel:
-    """A reward model that is asked for scores alone."""
+    """A reward model that only scores."""
 
     def __init__(self, cfg: ConfigDict, layout: Layout, model: Model, params: Params):
+        """cfg: the whole config, of which `reward` and `data.bucket` are read."""
         section = cfg.reward
         check_length(model.config, "reward", {"reward.max_tokens": section.max_tokens})
         self._layout, self._tokenizer, self._params = layout, model.tokenizer, params
         self._bucket, self.max_tokens = cfg.data.bucket, section.max_tokens
-        self._rows = packing.round_up(section.microbatch, layout.batch_shards)
+        self._batch_rows = packing.round_up(section.microbatch, layout.batch_shards)
         with setup_errors("reward"):
             self._score = verifier_model.make_score_fn(
                 model.config, layout, dtype=section.dtype, microbatch=section.microbatch
@@ -121,7 +138,10 @@ class RewardModel:
             prompts.check_references(self._tokenizer, references, self.max_tokens)
 
     def rewards(self, triples: Sequence[Triple]) -> np.ndarray:
-        """f32[N], in (0, 1)."""
+        """Scores f32[N], in (0, 1).
+
+        Raises SetupError for scores that are not finite, and hosts.Stopped after SIGTERM.
+        """
         with setup_errors("reward.max_tokens"):
             rows = [
                 prompts.encode_verifier_input(
@@ -129,25 +149,31 @@ class RewardModel:
                 )
                 for t in triples
             ]
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # the largest first: memory fails early
-        logits = np.zeros(len(rows), np.float32)
-        under_way: list[tuple[list[int], jax.Array]] = []
-        for start in range(0, len(order), self._rows):
-            hosts.raise_if_stopping()
-            taken = order[start : start + self._rows]
-            under_way.append((taken, self._send([rows[i] for i in taken])))
-        for taken, found in under_way:
-            logits[taken] = hosts.fetch_arrays(found)[: len(taken)]
-        if lost := int((~np.isfinite(logits)).sum()):
-            raise SetupError(
-                f"the reward model's logits are not finite for {lost} of {len(logits)} rows: look at its weights, "
-                "or at --config.reward.dtype"
-            )
-        return np.asarray(reward_losses.rewards_from_logits(logits), np.float32)
 
-    def _send(self, rows: Sequence[Sequence[int]]) -> jax.Array:
-        """Logits on their way."""
-        width = rollout_plan.round_to_bucket(-(-max(map(len, rows)) // self._bucket)) * self._bucket
-        padded = [*rows, *[[]] * (self._rows - len(rows))]
-        batch = packing.pack_score_batch(padded, bucket=width, rows_multiple=self._rows)
+        # The longest rows come first: if memory is too small, that shows at once.
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        running: list[tuple[list[int], jax.Array]] = []  # (indices, their logits, padding at the end)
+        for start in range(0, len(order), self._batch_rows):
+            hosts.raise_if_stopping()
+            indices = order[start : start + self._batch_rows]
+            running.append((indices, self._launch([rows[i] for i in indices])))
+
+        # Results are fetched after all batches are launched, so that devices never wait for the host.
+        logits = np.zeros(len(rows), np.float32)
+        for indices, values in running:
+            logits[indices] = hosts.fetch_arrays(values)[: len(indices)]
+        if not_finite := int((~np.isfinite(logits)).sum()):
+            raise SetupError(
+                f"the reward model's logits are not finite for {not_finite} of {len(logits)} rows: check its "
+                "weights, or --config.reward.dtype"
+            )
+        return np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)), np.float32)
+
+    def _launch(self, rows: Sequence[Sequence[int]]) -> jax.Array:
+        """Logits of a batch, still being computed.  rows: token ids, at most `_batch_rows`."""
+        longest = max(map(len, rows))
+        width = rollout_plan.round_to_bucket(-(-longest // self._bucket)) * self._bucket
+        # Empty rows fill the batch up, so that one compiled program serves every batch of this width.
+        padded = [*rows, *[[]] * (self._batch_rows - len(rows))]
+        batch = packing.pack_score_batch(padded, bucket=width, rows_multiple=self._batch_rows)
         return self._score(self._params, self._layout.put(batch, "batch"))

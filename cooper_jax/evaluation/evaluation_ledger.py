@@ -1,14 +1,14 @@
-"""What an evaluation has done so far, so that the same command goes on after a kill.
+"""Ledger of an evaluation: its rows so far, so that the same command resumes after SIGKILL.
 
-    settings.json   what decides the results; once there are items a later start must agree with it
-    items.jsonl     one object an item, in the order of the work
+    settings.json   settings that decide the results; once there are items a later start must agree with them
+    items.jsonl     one object per item, in the order of the work
     timings.jsonl   seconds of each chunk
     results.json    written at the end, by the caller
 
-1. The work is cut into chunks of known sizes, in a fixed order.  A chunk's rows are written at once and seen
-   onto the disk; what a kill tore, a line or a chunk, is cut off at the next start and done again.  As no draw
-   depends on what was drawn before, the file ends up as without the kill.
-2. With several processes the first alone locks, reads and writes; all learn how many chunks are done.
+1. The work is split into chunks of known sizes, in a fixed order.  A chunk's rows are written together and
+   flushed to disk.  An incomplete line or chunk, left by SIGKILL, is dropped at the next start and computed
+   again.  Since no random draw depends on earlier ones, the file ends up as without the interruption.
+2. With several processes only the first locks, reads and writes; all learn how many chunks are done.
 """
 
 from __future__ import annotations
@@ -29,23 +29,27 @@ ITEMS, TIMINGS, RESULTS = "items.jsonl", "timings.jsonl", "results.json"
 
 
 class Ledger:
-    """An open folder; a context manager.
+    """An open ledger folder; a context manager.
 
-    Args:
-      folder: on this machine's disk.
-      settings: flat names -> JSON values.
-      sizes: rows of each chunk.
-
-    Raises ValueError where the folder was begun with other settings (naming both values), is in use, or holds what
-    was not written here; and for an address.
+    Raises ValueError for a folder that was begun with other settings (naming both values), is in use, or
+    holds files that no evaluation wrote, and for a remote address.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any], sizes: Sequence[int]):
+        """Open a folder, or begin it.
+
+        Args:
+          folder: on a local disk.
+          settings: flat names -> JSON values that decide the results.
+          sizes: rows of each chunk.
+        """
         if remote_files.is_remote(folder):
-            raise ValueError(f"{folder}: results are written to a local path, to be copied from there")
+            raise ValueError(
+                f"{folder}: results are written to a local path; give one, and copy it afterwards"
+            )
         self.folder = Path(folder).expanduser().absolute()
-        self.rows: list[Row] = []  # of whole chunks; on the first process alone
-        self.seconds: list[float] = []  # likewise
+        self.rows: list[Row] = []  # of complete chunks; empty on all processes but the first
+        self.seconds: list[float] = []  # of each complete chunk; likewise
         self._lock: int | None = None
         self._items, self._timings = (JsonLines(self.folder / name) for name in (ITEMS, TIMINGS))
         try:
@@ -53,15 +57,16 @@ class Ledger:
         except BaseException:
             self.close()
             raise
-        self.done = int(opened)  # whole chunks
+        self.done = int(opened)  # complete chunks
 
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
+        """Close the files and release the lock."""
         self._items.close()
         self._timings.close()
         if self._lock is not None:
@@ -69,12 +74,15 @@ class Ledger:
             self._lock = None
 
     def append(self, rows: Sequence[Row], seconds: float) -> None:
-        """The next chunk's rows; on the disk when this returns.  Raises SetupError for a full one."""
+        """Write the next chunk's rows and flush them to disk.  Raises SetupError for a full disk.
+
+        seconds: how long the chunk took.
+        """
         self.done += 1
         if not hosts.is_primary():
             return
         rows = [to_jsonable(row) for row in rows]
-        # The time first: a chunk without its rows is none, and its time goes with it.
+        # The time first: a chunk without its rows is dropped at the next start, and its time with it.
         with setup_errors("--out"):
             self._timings.append({"chunk": self.done - 1, "seconds": round(seconds, 3)})
             self._items.append(*rows)
@@ -82,37 +90,42 @@ class Ledger:
         self.seconds.append(seconds)
 
     def write(self, name: str, content: Any) -> None:
-        """A file of JSON, or of text, beside the others.  Raises SetupError for a full disk."""
+        """Write a file of text, or of one JSON value, atomically.  Raises SetupError for a full disk."""
         if hosts.is_primary():
             text = content if isinstance(content, str) else json.dumps(to_jsonable(content), indent=1)
+            encoded = f"{text}\n".encode("utf-8", "backslashreplace")
             with setup_errors(f"--out: {name}"):
-                remote_files.write_atomically(
-                    self.folder / name, f"{text}\n".encode("utf-8", "backslashreplace")
-                )
+                remote_files.write_atomically(self.folder / name, encoded)
 
     def _open(self, settings: Mapping[str, Any], sizes: Sequence[int]) -> int:
+        """Lock the folder and read it, on the first process; returns the number of complete chunks."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self.folder / "lock", self.folder, "--out")
         output_folder.check_same_settings(self.folder, settings)
+
         lines = output_folder.read_whole_lines(self._items.path)
-        done = rows = 0
+        chunks = rows = 0
         for size in sizes:
             if rows + size > len(lines):
                 break
-            done, rows = done + 1, rows + size
+            chunks, rows = chunks + 1, rows + size
         if len(lines) > rows == sum(sizes):
             raise ValueError(
-                f"{self._items.path} holds {len(lines)} rows and there are {rows}: give another --out"
+                f"{self._items.path} holds {len(lines)} rows and this evaluation has {rows}: give another "
+                "--out"
             )
+
+        # Rows of an incomplete chunk are dropped.
         self.rows = [json.loads(line) for line in lines[:rows]]
-        _cut(self._items.path, lines[:rows])
-        timings = output_folder.read_whole_lines(self._timings.path)[:done]
+        _rewrite_lines(self._items.path, lines[:rows])
+        timings = output_folder.read_whole_lines(self._timings.path)[:chunks]
         self.seconds = [json.loads(line)["seconds"] for line in timings]
-        _cut(self._timings.path, timings)
-        return done
+        _rewrite_lines(self._timings.path, timings)
+        return chunks
 
 
-def _cut(path: Path, lines: Sequence[bytes]) -> None:
+def _rewrite_lines(path: Path, lines: Sequence[bytes]) -> None:
+    """Make a file hold these lines only; a file that does so already is left alone."""
     content = b"".join(lines)
     if path.exists() and path.read_bytes() != content:
         remote_files.write_atomically(path, content)

@@ -1,20 +1,24 @@
-"""Judges of answers on labelled completions: the reward model beside the rule, a language model and baselines.
+"""Judges compared on labelled completions: the reward model, the rule, a language model and baselines.
 
-1. `Rows.load` reads labelled rows (data/labelled_completions.py: ours and VerifyBench's), leaves out those whose questions
-   the judging reward model was trained on, and treats the references as asked: `own`; `none`, where an empty text
-   stands in the reference's place, and an LLM judge solves the question (VerifyBench's mode without references);
-   `shuffled`, where every question gets another question's, so that a judge that reads the reference must say no
-   to what was right.
-2. `judge` asks every judge, a chunk of rows at a time, into the ledger.
-3. `summarise` makes figures with 95 % intervals resampled by question: of all rows, by source, kind and model; and
-   paired differences between judges.
+1. `LabelledRows.load` reads labelled rows (data/labelled_completions.py: ours and VerifyBench's) and leaves
+   out those with questions from the reward model's training data.  It gives the judges one of three kinds of
+   references:
+
+       own       each question's own
+       none      an empty text, with which an LLM judge solves the question (VerifyBench's mode without
+                 references)
+       shuffled  another question's, so that a judge that reads the reference must reject correct completions
+
+2. `judge_rows` asks every judge, a chunk of rows at a time, and writes the opinions into the ledger.
+3. `summarise_judges` computes figures with 95 % intervals bootstrapped by question, for all rows and by
+   source, kind and model, and paired differences between judges.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +27,8 @@ from cooper_jax.data import labelled_completions, seen_questions
 from cooper_jax.evaluation.answer_forms import normalise_answer
 from cooper_jax.evaluation.benchmark_sets import sample_part
 from cooper_jax.evaluation.evaluation_ledger import Ledger, Row
-from cooper_jax.evaluation.judges import Judge
-from cooper_jax.evaluation.resampling import FIGURES, Resamples, interval_of
+from cooper_jax.evaluation.judges import Judge, Opinion
+from cooper_jax.evaluation.resampling import FIGURES, Resamples, compute_interval
 from cooper_jax.evaluation.text_tables import format_percent, format_table
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.types import Triple
@@ -35,72 +39,96 @@ COMPARED = ("accuracy", "balanced_accuracy", "auroc")  # figures whose differenc
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Labelled rows as the judges are to read them."""
+class LabelledRows:
+    """Labelled rows as the judges read them."""
 
     triples: tuple[Triple, ...]
     total: int  # rows of the part that was asked for
-    seen: int  # of them with questions that the reward model was trained on, whether left out or not
+    seen: int  # of these, rows with questions from the reward model's training data, left out or not
 
     @classmethod
     def load(
         cls, path: str, *, references: str, seen: frozenset[str], exclude: bool, count: int, seed: int
-    ) -> Rows:
-        """count: of the rows, a fixed part; 0: all.  Raises ValueError and OSError, naming file, line and field."""
+    ) -> LabelledRows:
+        """Read a file.
+
+        Args:
+          references: one of REFERENCES.
+          seen: fingerprints of the questions in the reward model's training data.
+          exclude: leave rows with such questions out.
+          count: rows of a fixed part; 0: all.
+          seed: for shuffled references.
+
+        Raises ValueError and OSError, naming file, line and field.
+        """
         triples = labelled_completions.load_labelled_completions(path)
         triples = [triples[i] for i in sample_part(len(triples), count)]
         kept, known = seen_questions.split_by_seen(triples, seen)
-        taken = kept if exclude else triples
-        if not taken:
+        remaining = kept if exclude else triples
+        if not remaining:
             raise ValueError(
-                f"{path}: the reward model was trained on the questions of all {len(triples)} rows: give others, "
-                "or measure on them with --config.benchmark.exclude_seen=False"
+                f"{path}: the reward model was trained on the questions of all {len(triples)} rows: give "
+                "others, or measure on them with --config.benchmark.exclude_seen=False"
             )
-        return cls(tuple(replace_references(taken, references, seed)), len(triples), len(known))
+        return cls(tuple(replace_references(remaining, references, seed)), len(triples), len(known))
 
 
 def replace_references(triples: Sequence[Triple], mode: str, seed: int) -> list[Triple]:
-    """The triples with the references that `mode` asks for (see the module).
+    """The triples with the references of a mode, one of REFERENCES.
 
-    Raises ValueError where all questions have one answer, so that none can be exchanged.
+    Raises ValueError if all questions have one answer, so that there is no other to give.
     """
     if mode == "own":
         return list(triples)
     if mode == "none":
         return [dataclasses.replace(t, reference="") for t in triples]
-    of = {t.question: t.reference for t in triples}
-    words = keys.make_generator(seed, "references").bit_generator.random_raw(len(of))
-    questions = list(of)
-    circle = [questions[i] for i in np.argsort(words, kind="stable")]
-    forms = {q: normalise_answer(r) for q, r in of.items()}
+
+    references = {t.question: t.reference for t in triples}
+    forms = {question: normalise_answer(reference) for question, reference in references.items()}
     if len(set(forms.values())) < 2:
         raise ValueError("all rows have one reference: there is none to exchange it for")
+
+    # Questions stand in a random circle; each takes the next reference that is a different answer.
+    draws = keys.make_generator(seed, "references").bit_generator.random_raw(len(references))
+    questions = list(references)
+    circle = [questions[i] for i in np.argsort(draws, kind="stable")]
     given = {}
     for i, question in enumerate(circle):
         others = (circle[(i + step) % len(circle)] for step in range(1, len(circle)))
-        given[question] = of[next(other for other in others if forms[other] != forms[question])]
+        given[question] = references[next(other for other in others if forms[other] != forms[question])]
     return [dataclasses.replace(t, reference=given[t.question]) for t in triples]
 
 
-# --- 2. judging ----------------------------------------------------------------------------------------------
+# --- 2. judging ---------------------------------------------------------------------------------------------
 
 
-def cut_rows(count: int, size: int) -> list[range]:
-    """The rows in chunks."""
+def split_rows(count: int, size: int) -> list[range]:
+    """Indices of `count` rows in chunks of `size`."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def judge_rows(
-    rows: Rows, judges: dict[str, Judge], ledger: Ledger, size: int, tell: Callable[[str], Any]
+    rows: LabelledRows,
+    judges: Mapping[str, Judge],
+    ledger: Ledger,
+    size: int,
+    print_line: Callable[[str], Any],
 ) -> None:
-    """All that the ledger does not hold yet.  Raises hosts.Stopped after a SIGTERM."""
-    work = cut_rows(len(rows.triples), size)
-    for places in work[ledger.done :]:
+    """Judge all chunks that the ledger does not hold yet.
+
+    Args:
+      size: rows in a chunk.
+      print_line: called with a line of progress after each chunk.
+
+    Raises hosts.Stopped after SIGTERM.
+    """
+    for places in split_rows(len(rows.triples), size)[ledger.done :]:
         hosts.raise_if_stopping()
         start = time.perf_counter()
         triples = rows.triples[places.start : places.stop]
-        said = {name: ask(triples, places.start) for name, ask in judges.items()}
-        out: list[Row] = []
+        opinions = {name: judge(triples, places.start) for name, judge in judges.items()}
+
+        judged: list[Row] = []
         for i, t in enumerate(triples):
             row: Row = {
                 "id": t.id,
@@ -111,106 +139,135 @@ def judge_rows(
                 "reference": t.reference,
                 "completion": t.completion,
                 "label": int(t.label),
-                "judges": {},
+                "judges": {name: _format_opinion(own[i]) for name, own in opinions.items()},
             }
-            for name, opinions in said.items():
-                o = opinions[i]
-                row["judges"][name] = {"score": o.score, "yes": o.yes, "abstained": o.abstained}
-                row["judges"][name] |= {k: v for k, v in (("note", o.note), ("reply", o.reply)) if v}
-            out.append(row)
+            judged.append(row)
+
         seconds = time.perf_counter() - start
-        ledger.append(out, seconds)
-        tell(f"{places.stop}/{len(rows.triples)} rows  {len(triples) / seconds:.1f} rows/s")
+        ledger.append(judged, seconds)
+        print_line(f"{places.stop}/{len(rows.triples)} rows  {len(triples) / seconds:.1f} rows/s")
 
 
-# --- 3. figures ----------------------------------------------------------------------------------------------
+def _format_opinion(opinion: Opinion) -> Row:
+    """An opinion as a row holds it, without empty texts."""
+    texts = {"note": opinion.note, "reply": opinion.reply}
+    row: Row = {"score": opinion.score, "yes": opinion.yes, "abstained": opinion.abstained}
+    return row | {name: text for name, text in texts.items() if text}
+
+
+# --- 3. figures ---------------------------------------------------------------------------------------------
 
 
 def group_rows(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """What the rows are broken down by, where they differ in it: a name -> each row's value."""
-    by = {name: np.array([row[name] for row in rows]) for name in ("source", "kind", "model")}
-    by["type"] = np.array([row["kind"].split("/")[0] for row in rows])
-    if (by["type"] == by["kind"]).all():
-        del by["type"]
-    return {name: values for name, values in by.items() if len(set(values)) > 1}
+    """Fields by which figures are broken down -> each row's value; a field with one value is left out.
+
+    `type` is the first part of `kind`, where kinds have several parts.
+    """
+    fields = {name: np.array([row[name] for row in rows]) for name in ("source", "kind", "model")}
+    fields["type"] = np.array([row["kind"].split("/")[0] for row in rows])
+    if (fields["type"] == fields["kind"]).all():
+        del fields["type"]
+    return {name: values for name, values in fields.items() if len(set(values)) > 1}
 
 
 def summarise_judges(rows: Sequence[Row], seed: int, resamples: int) -> dict[str, Any]:
-    """`all` and, for each grouping and value, figures by judge and the first judge's differences to the others."""
-    out: dict[str, Any] = {"all": _figures(rows, seed, resamples), "by": {}}
-    for name, values in group_rows(rows).items():
-        out["by"][name] = {
-            str(value): _figures(
-                [r for r, v in zip(rows, values, strict=True) if v == value], seed, resamples
-            )
-            for value in sorted(set(values))
-        }
-    return out
+    """Figures by judge, and the first judge's differences to the others.
+
+    `all` is over all rows; `by` is field -> value -> the same over the rows with that value.
+    """
+    summary: dict[str, Any] = {"all": _compute_figures(rows, seed, resamples), "by": {}}
+    for field, values in group_rows(rows).items():
+        groups = {}
+        for value in sorted(set(values)):
+            own = [row for row, v in zip(rows, values, strict=True) if v == value]
+            groups[str(value)] = _compute_figures(own, seed, resamples)
+        summary["by"][field] = groups
+    return summary
 
 
-def _figures(rows: Sequence[Row], seed: int, resamples: int) -> dict[str, Any]:
+def _compute_figures(rows: Sequence[Row], seed: int, resamples: int) -> dict[str, Any]:
+    """Figures of some rows, with intervals."""
     drawn = Resamples([row["question"] for row in rows], seed, resamples)
-    labels = np.array([row["label"] == 1 for row in rows])
-    found, judged = {}, {}
+    labels = np.array([row["label"] == 1 for row in rows])  # bool[N]
+    figures: dict[str, dict[str, np.ndarray]] = {}  # judge -> figure -> f64[R + 1]
+    judged: dict[str, dict[str, Any]] = {}
     for name in rows[0]["judges"]:
-        said = [row["judges"][name] for row in rows]
-        scores = np.array([o["score"] for o in said], float)
-        found[name] = drawn.figures(labels, np.array([o["yes"] for o in said]), scores)
-        judged[name] = {figure: interval_of(x) for figure, x in found[name].items()}
+        opinions = [row["judges"][name] for row in rows]
+        scores = np.array([opinion["score"] for opinion in opinions], float)  # f64[N]
+        yes = np.array([opinion["yes"] for opinion in opinions])  # bool[N]
+        figures[name] = drawn.figures(labels, yes, scores)
+        judged[name] = {figure: compute_interval(values) for figure, values in figures[name].items()}
         judged[name] |= {
-            "mean_score_of_right": interval_of(drawn.mean(scores, labels)),
-            "mean_score_of_wrong": interval_of(drawn.mean(scores, ~labels)),
-            "abstained": float(np.mean([o["abstained"] for o in said])),
+            "mean_score_of_right": compute_interval(drawn.mean(scores, labels)),
+            "mean_score_of_wrong": compute_interval(drawn.mean(scores, ~labels)),
+            "abstained": float(np.mean([opinion["abstained"] for opinion in opinions])),
         }
-    first, *others = found
+
+    # Differences are taken within each resample (paired bootstrap).
+    first, *others = figures
+    differences = {}
+    for other in others:
+        differences[f"{first} - {other}"] = {
+            figure: compute_interval(figures[first][figure] - figures[other][figure]) for figure in FIGURES
+        }
     return {
         "rows": len(rows),
         "questions": drawn.groups,
         "right": float(labels.mean()),
         "judges": judged,
-        "differences": {
-            f"{first} - {other}": {f: interval_of(found[first][f] - found[other][f]) for f in FIGURES}
-            for other in others
-        },
+        "differences": differences,
     }
 
 
-def format_judges(summary: dict[str, Any], references: str) -> str:
-    """The tables of a terminal; figures in percent.  references: those that the judges were shown."""
+_FIGURE_TITLES = {
+    "accuracy": "accuracy % (95 %)",
+    "balanced_accuracy": "balanced (95 %)",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "auroc": "AUROC (95 %)",
+}
+_SCORE_TITLES = ("abstained", "score of right", "score of wrong")
+
+
+def format_judges(summary: Mapping[str, Any], references: str) -> str:
+    """The tables for a terminal; figures in percent.  references: those that the judges read."""
     overall = summary["all"]
-    names = ["accuracy", "balanced_accuracy", "precision", "recall", "f1", "auroc"]
-    shown = ["accuracy % (95 %)", "balanced (95 %)", "precision", "recall", "F1", "AUROC (95 %)"]
-    long = {"accuracy", "balanced_accuracy", "auroc"}
-    scores = ["abstained", "score of right", "score of wrong"]
-
-    def line(judged: dict[str, Any]) -> list[str]:
-        cells = [format_percent(judged[n] if n in long else judged[n].value) for n in names]
-        means = (judged[f"mean_score_of_{x}"].value for x in ("right", "wrong"))
-        return [*cells, format_percent(judged["abstained"]), *(format_percent(x) for x in means)]
-
+    header = [*_FIGURE_TITLES.values(), *_SCORE_TITLES]
+    rows = [[name, *_format_judge(judged)] for name, judged in overall["judges"].items()]
     parts = [
-        f"{overall['rows']} rows of {overall['questions']} questions, {format_percent(overall['right'])} % right, "
-        f"references: {references}",
-        format_table(["judge", *shown, *scores], [[n, *line(j)] for n, j in overall["judges"].items()]),
+        f"{overall['rows']} rows of {overall['questions']} questions, "
+        f"{format_percent(overall['right'])} % right, references: {references}",
+        format_table(["judge", *header], rows),
     ]
-    for by, values in summary["by"].items():
-        if by == "model":  # many: they are in the results
+    for field, groups in summary["by"].items():
+        # There are many models; their figures are in results.json only.
+        if field == "model":
             continue
-        body = [
-            [value or "(none)", str(g["rows"]), name, *line(judged)]
-            for value, g in values.items()
-            for name, judged in g["judges"].items()
-        ]
-        parts.append(format_table([by, "rows", "judge", *shown, *scores], body))
-    pieces = [
-        ("all", overall),
-        *(x for by in ("source",) if by in summary["by"] for x in summary["by"][by].items()),
-    ]
-    body = [
-        [value or "(none)", pair, *(format_percent(d[f]) for f in COMPARED)]
-        for value, g in pieces
-        for pair, d in g["differences"].items()
-    ]
-    if body:
-        parts.append(format_table(["rows of", "difference", "accuracy", "balanced", "AUROC"], body))
-    return "\n\n".join(parts)
+        rows = []
+        for value, group in groups.items():
+            for name, judged in group["judges"].items():
+                rows.append([value or "(none)", str(group["rows"]), name, *_format_judge(judged)])
+        parts.append(format_table([field, "rows", "judge", *header], rows))
+
+    groups = [("all", overall), *summary["by"].get("source", {}).items()]
+    differences = _format_differences(groups)
+    return "\n\n".join([*parts, differences] if differences else parts)
+
+
+def _format_judge(judged: Mapping[str, Any]) -> list[str]:
+    """Cells of one judge; figures whose title names 95 % come with their interval."""
+    cells = []
+    for name, title in _FIGURE_TITLES.items():
+        cells.append(format_percent(judged[name] if "95 %" in title else judged[name].value))
+    cells.append(format_percent(judged["abstained"]))
+    return cells + [format_percent(judged[f"mean_score_of_{x}"].value) for x in ("right", "wrong")]
+
+
+def _format_differences(groups: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """One row per group and pair of judges; "" with one judge.  groups: (title, figures)."""
+    rows = []
+    for value, group in groups:
+        for pair, figures in group["differences"].items():
+            rows.append([value or "(none)", pair, *(format_percent(figures[name]) for name in COMPARED)])
+    return format_table(["rows of", "difference", "accuracy", "balanced", "AUROC"], rows) if rows else ""

@@ -1,6 +1,7 @@
-"""Measurements of judges as launch/evaluate.py starts them.
+"""Measurements of judges, as launch/evaluate.py starts them.
 
-`labelled`: judges on labelled completions.   `attacked`: reward models under known hacks.
+compare_judges   judges on labelled completions
+measure_attacks  reward models under known hacks
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cooper_jax.data import seen_questions
-from cooper_jax.data.labelled_completions import load_labelled_completions as read_labelled
+from cooper_jax.data.labelled_completions import load_labelled_completions
 from cooper_jax.data.reward_hacks import ATTACKS
 from cooper_jax.evaluation import attack_rates, benchmark_jobs, benchmark_sets, judge_comparison, judges
+from cooper_jax.evaluation.benchmark_sets import BenchmarkConfig
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel, label_models
 from cooper_jax.evaluation.evaluation_ledger import Ledger
 from cooper_jax.llm import local_chat
@@ -35,72 +37,105 @@ def compare_judges(
     references: str = "own",
     prior_from: str = "",
 ) -> None:
-    """Judges, by name, on labelled completions.  Raises SetupError, and hosts.Stopped after a SIGTERM."""
-    benchmark_jobs.check_settings(cfg)
-    record = benchmark_jobs.seen_by_reward_model(chosen) if "model" in names else None
+    """Compare judges on labelled completions.
+
+    Args:
+      path: the file of labelled completions.
+      out: the folder of the results.
+      names: of judges.NAMES; the first judge is compared with each of the others.
+      references: one of judge_comparison.REFERENCES.
+      prior_from: labelled completions for the judge `prior`.
+
+    Raises SetupError, and hosts.Stopped after SIGTERM.
+    """
+    settings = benchmark_jobs.read_benchmark_config(cfg)
+    record = benchmark_jobs.read_seen_questions(chosen) if "model" in names else None
     with setup_errors(f"--labelled={path}"):
-        rows = judge_comparison.Rows.load(
+        rows = judge_comparison.LabelledRows.load(
             path,
             references=references,
             seen=record.fingerprints if record else frozenset(),
-            exclude=cfg.benchmark.exclude_seen,
-            count=cfg.benchmark.problems,
+            exclude=settings.exclude_seen,
+            count=settings.problems,
             seed=cfg.seed,
         )
-    settings = {"labelled": f"{len(rows.triples)} rows, {_digest(rows.triples)}", "judges": list(names)}
-    settings |= {"references": references, "benchmark.chunk": cfg.benchmark.chunk, "seed": cfg.seed}
-    known: list[Triple] = []
+
+    outcome_settings: dict[str, Any] = {
+        "labelled": f"{len(rows.triples)} rows, {_digest(rows.triples)}",
+        "judges": list(names),
+        "references": references,
+        "benchmark.chunk": settings.chunk,
+        "seed": cfg.seed,
+    }
+    prior_triples: list[Triple] = []
     if "prior" in names:
         if not prior_from:
             raise SetupError("--judge=prior needs --prior_from=FILE: labelled rows of the same models")
         with setup_errors(f"--prior_from={prior_from}"):
-            known = read_labelled(prior_from)
-        settings |= {"prior_from": f"{len(known)} rows, {_digest(known)}"}
+            prior_triples = load_labelled_completions(prior_from)
+        outcome_settings["prior_from"] = f"{len(prior_triples)} rows, {_digest(prior_triples)}"
     if "model" in names:
-        settings |= benchmark_jobs.reward_settings(cfg, chosen)
+        outcome_settings |= benchmark_jobs.list_reward_settings(cfg, chosen)
     if "llm" in names:
-        settings |= judge_settings(cfg)
-    size = cfg.benchmark.chunk * judge_comparison.CHUNK
-    work = judge_comparison.cut_rows(len(rows.triples), size)
+        outcome_settings |= list_judge_settings(cfg.judge)
+
+    size = settings.chunk * judge_comparison.CHUNK
+    work = judge_comparison.split_rows(len(rows.triples), size)
     with contextlib.ExitStack() as stack:
         with setup_errors("--out"):
-            ledger = stack.enter_context(Ledger(out, settings, [len(x) for x in work]))
+            ledger = stack.enter_context(Ledger(out, outcome_settings, [len(places) for places in work]))
+        # Judges are loaded only if there is work for them.
         if ledger.done < len(work):
-            asked = _open_judges(cfg, chosen, names, rows.triples, known, stack)
-            with benchmark_jobs.progress_printer(ledger, len(work)):
-                judge_comparison.judge_rows(rows, asked, ledger, size, hosts.print_once)
+            opened = _open_judges(cfg, chosen, names, rows.triples, prior_triples, stack)
+            with benchmark_jobs.report_interruption(ledger, len(work)):
+                judge_comparison.judge_rows(rows, opened, ledger, size, hosts.print_once)
         if hosts.is_primary():
-            summary = judge_comparison.summarise_judges(ledger.rows, cfg.seed, cfg.benchmark.bootstrap)
-            found = {"references": references, "rows": rows.total, "seen": rows.seen}
+            summary = judge_comparison.summarise_judges(ledger.rows, cfg.seed, settings.bootstrap)
+            results: dict[str, Any] = {"references": references, "rows": rows.total, "seen": rows.seen}
             text = judge_comparison.format_judges(summary, references)
             if record is not None:
-                found["record_complete"] = record.complete
-                seen = (
+                results["record_complete"] = record.complete
+                known = (
                     f"{rows.seen} of {rows.total} rows have questions that the reward model is known to have "
+                    f"seen{_say_whether_excluded(settings, rows.seen)}"
                 )
-                seen += f"seen{_left_out(cfg, rows.seen)}"
-                text += f"\n\n{benchmark_jobs.overlap_note(seen, {'the reward model': record})}"
-            benchmark_jobs.write_results(ledger, settings, found | summary, text)
+                text += f"\n\n{benchmark_jobs.describe_overlap(known, {'the reward model': record})}"
+            benchmark_jobs.write_results(ledger, outcome_settings, results | summary, text)
 
 
-def _open_judges(cfg, chosen, names, triples, known, stack) -> dict[str, judges.Judge]:
-    """The judges by name; what they hold open closes with the stack."""
+def _open_judges(
+    cfg: ConfigDict,
+    chosen: ChosenModels,
+    names: Sequence[str],
+    triples: Sequence[Triple],
+    prior_triples: Sequence[Triple],
+    stack: contextlib.ExitStack,
+) -> dict[str, judges.Judge]:
+    """The judges by name.
+
+    Args:
+      triples: those that will be judged.
+      prior_triples: labelled triples for the judge `prior`.
+      stack: closes the processes and models of the judges.
+    """
     opened: dict[str, judges.Judge] = {
         "last_number": judges.judge_by_last_number,
         "yes": judges.judge_always_yes,
     }
     if "prior" in names:
-        opened["prior"] = judges.make_prior_judge(known)
+        opened["prior"] = judges.make_prior_judge(prior_triples)
     if "rule" in names:
         rule = stack.enter_context(benchmark_jobs.open_rule_verifier(cfg))
-        opened["rule"] = lambda t, first: judges.opinions_of_verdicts(
-            rule.check([(x.reference, x.completion) for x in t])
+        opened["rule"] = lambda triples, first: judges.make_verdict_opinions(
+            rule.check([(t.reference, t.completion) for t in triples])
         )
+
+    # Both the reward model and a local language model need devices; the other judges do not.
     layouts = device_layouts.make_layouts(cfg) if {"model", "llm"} & set(names) else {}
     if "model" in names:
         reward = RewardModel(cfg, layouts["reward"], *chosen.load("reward", layouts["reward"]))
         reward.check([t.reference for t in triples])
-        opened["model"] = lambda t, first: judges.opinions_of_rewards(reward.rewards(t))
+        opened["model"] = lambda triples, first: judges.make_reward_opinions(reward.rewards(triples))
     if "llm" in names:
         chat = local_chat.open_chat(cfg, "judge", layouts["assistant"], chosen.folder)
         stack.callback(chat.close)
@@ -108,72 +143,91 @@ def _open_judges(cfg, chosen, names, triples, known, stack) -> dict[str, judges.
     return {name: opened[name] for name in names}
 
 
-def judge_settings(cfg: ConfigDict) -> dict[str, Any]:
-    """What decides an LLM judge's verdicts."""
-    j = cfg.judge
-    out = {"judge.kind": j.kind, "judge.temperature": j.temperature, "judge.top_p": j.top_p}
-    out |= {"judge.max_new_tokens": j.max_new_tokens, "judge.thinking": j.thinking}
-    out |= {"judge.tokenizer": j.tokenizer, "judge.max_prompt_tokens": j.max_prompt_tokens}
-    if j.kind == "local":
-        return out | {"judge.weights": j.weights, "judge.num_layers": j.num_layers, "judge.dtype": j.dtype}
-    return out | {"judge.model": j.model}
+def list_judge_settings(section: ConfigDict) -> dict[str, Any]:
+    """Settings that decide an LLM judge's verdicts, by dotted names.  section: the config's `judge`."""
+    names = ["kind", "temperature", "top_p", "max_new_tokens", "thinking", "tokenizer", "max_prompt_tokens"]
+    names += ["weights", "num_layers", "dtype"] if section.kind == "local" else ["model"]
+    return {f"judge.{name}": section[name] for name in names}
 
 
 def measure_attacks(
     cfg: ConfigDict, chosen: ChosenModels, path: str, out: Path, compare: Sequence[ChosenModels] = ()
 ) -> None:
-    """The attack set on the wrong completions of a labelled file, for one or several reward models."""
-    benchmark_jobs.check_settings(cfg)
-    asked = (chosen, *compare)
-    columns = dict(zip(label_models(asked), asked, strict=True))
-    records = {label: benchmark_jobs.seen_by_reward_model(c) for label, c in columns.items()}
-    fingerprints = frozenset().union(*(r.fingerprints for r in records.values()))
+    """Measure one or several reward models on the wrong completions of a labelled file, under known hacks.
+
+    Args:
+      chosen: the first reward model.
+      compare: others, each with its own config.
+      path: the file of labelled completions.
+      out: the folder of the results.
+
+    Raises SetupError, and hosts.Stopped after SIGTERM.
+    """
+    settings = benchmark_jobs.read_benchmark_config(cfg)
+    models = (chosen, *compare)
+    labelled_models = dict(zip(label_models(models), models, strict=True))
+    records = {label: benchmark_jobs.read_seen_questions(c) for label, c in labelled_models.items()}
+    fingerprints = frozenset().union(*(record.fingerprints for record in records.values()))
     with setup_errors(f"--attacks={path}"):
-        triples = [t for t in read_labelled(path) if t.label < 0.5]
+        triples = [t for t in load_labelled_completions(path) if t.label < 0.5]
         if not triples:
             raise ValueError("no completion in it is labelled wrong, and wrong ones are what is attacked")
-        triples = [triples[i] for i in benchmark_sets.sample_part(len(triples), cfg.benchmark.problems)]
+        triples = [triples[i] for i in benchmark_sets.sample_part(len(triples), settings.problems)]
         kept, known = seen_questions.split_by_seen(triples, fingerprints)
-        wrong = kept if cfg.benchmark.exclude_seen else triples
+        wrong = kept if settings.exclude_seen else triples
         if not wrong:
             raise ValueError(
                 f"no wrong completion is left of {len(triples)}: the reward model saw the questions of "
                 f"{len(known)}"
             )
-    settings: dict[str, Any] = {"attacks": list(ATTACKS), "seed": cfg.seed}
-    settings |= {"rows": f"{len(wrong)}, {_digest(wrong)}", "benchmark.chunk": cfg.benchmark.chunk}
-    for label, c in columns.items():
-        settings |= {f"{label}: {name}": x for name, x in benchmark_jobs.reward_settings(c.cfg, c).items()}
-    work = judge_comparison.cut_rows(len(wrong), cfg.benchmark.chunk)
+
+    outcome_settings: dict[str, Any] = {
+        "attacks": list(ATTACKS),
+        "seed": cfg.seed,
+        "rows": f"{len(wrong)}, {_digest(wrong)}",
+        "benchmark.chunk": settings.chunk,
+    }
+    for label, c in labelled_models.items():
+        reward_settings = benchmark_jobs.list_reward_settings(c.cfg, c)
+        outcome_settings |= {f"{label}: {name}": value for name, value in reward_settings.items()}
+
+    work = judge_comparison.split_rows(len(wrong), settings.chunk)
     with contextlib.ExitStack() as stack:
         with setup_errors("--out"):
-            ledger = stack.enter_context(Ledger(out, settings, [len(x) * len(ATTACKS) for x in work]))
+            sizes = [len(places) * len(ATTACKS) for places in work]
+            ledger = stack.enter_context(Ledger(out, outcome_settings, sizes))
         if ledger.done < len(work):
-            models = {}
-            for label, c in columns.items():
-                layout = device_layouts.make_layouts(c.cfg)["reward"]
-                reward = RewardModel(c.cfg, layout, *c.load("reward", layout))
-                reward.check(attack_rates.draw_references(wrong, cfg.seed))
-                models[label] = reward.rewards
-            with benchmark_jobs.progress_printer(ledger, len(work)):
-                attack_rates.score_attacks(wrong, models, ledger, work, cfg.seed, hosts.print_once)
+            scorers = {label: _open_scorer(c, wrong, cfg.seed) for label, c in labelled_models.items()}
+            with benchmark_jobs.report_interruption(ledger, len(work)):
+                attack_rates.score_attacks(wrong, scorers, ledger, work, cfg.seed, hosts.print_once)
         if hosts.is_primary():
-            summary = attack_rates.summarise_attacks(ledger.rows, cfg.seed, cfg.benchmark.bootstrap)
+            summary = attack_rates.summarise_attacks(ledger.rows, cfg.seed, settings.bootstrap)
             seen = f"the reward models are known to have seen the questions of {len(known)} of {len(triples)}"
-            note = benchmark_jobs.overlap_note(seen + _left_out(cfg, len(known)), records)
+            seen += _say_whether_excluded(settings, len(known))
+            note = benchmark_jobs.describe_overlap(seen, records)
             text = f"{attack_rates.format_attacks(summary)}\n\n{len(wrong)} wrong completions; {note}"
             complete = {label: record.complete for label, record in records.items()}
-            benchmark_jobs.write_results(
-                ledger, settings, {"attacks": summary, "seen": len(known), "record_complete": complete}, text
-            )
+            results = {"attacks": summary, "seen": len(known), "record_complete": complete}
+            benchmark_jobs.write_results(ledger, outcome_settings, results, text)
 
 
-def _left_out(cfg: ConfigDict, seen: int) -> str:
-    """What became of questions that were seen; "" where there are none."""
-    return (": left out" if cfg.benchmark.exclude_seen else ": not left out") if seen else ""
+def _open_scorer(chosen: ChosenModels, wrong: Sequence[Triple], seed: int) -> attack_rates.Score:
+    """Load a reward model that has room for all references of the attacks on `wrong`."""
+    layout = device_layouts.make_layouts(chosen.cfg)["reward"]
+    reward = RewardModel(chosen.cfg, layout, *chosen.load("reward", layout))
+    reward.check(attack_rates.list_attack_references(wrong, seed))
+    return reward.rewards
+
+
+def _say_whether_excluded(settings: BenchmarkConfig, seen: int) -> str:
+    """The end of a note on questions in the training data; "" if there are none."""
+    if not seen:
+        return ""
+    return ": left out" if settings.exclude_seen else ": not left out"
 
 
 def _digest(triples: Sequence[Triple]) -> str:
+    """A hash of the rows, which detects another file of the same name."""
     text = "\0".join(
         f"{t.id}\1{t.question}\1{t.reference}\1{t.completion}\1{t.label}\1{t.model}" for t in triples
     )

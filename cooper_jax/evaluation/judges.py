@@ -1,13 +1,13 @@
-"""Who says whether a completion is right: each judge gives triples a score, a yes or no, and may abstain.
+"""Judges of completions: each gives triples a score and a yes or no, and may abstain.
 
     model        the reward model: yes above 0.5
-    rule         the rule verifier: yes for CORRECT; what it cannot decide is an abstention
-    llm          the language model of the config's `judge` section; no readable verdict is an abstention
-    last_number  whether the last numbers of completion and reference are equal
+    rule         the rule verifier: yes for CORRECT; it abstains where it cannot decide
+    llm          the language model of the config's `judge` section; it abstains without a readable verdict
+    last_number  yes if the last numbers of completion and reference are equal
     yes          always yes
-    prior        the share of right completions of the one who wrote this one, in other data (smoothed)
+    prior        the accuracy of the model that wrote the completion, measured on other data (smoothed)
 
-An abstention counts as no.  As a score it stands between no and yes.
+An abstention counts as no.  Its score, 0.5, lies between no and yes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,96 +34,120 @@ THRESHOLD = 0.5  # a reward above it says that the completion is right
 
 @dataclasses.dataclass(frozen=True)
 class Opinion:
-    """What a judge says of one triple.  `note`: its verdict or why there is none; `reply`: its text, if any."""
+    """A judge's opinion of one triple."""
 
     score: float
     abstained: bool = False
-    note: str = ""
-    reply: str = ""
+    note: str = ""  # the verdict, or why there is none
+    reply: str = ""  # a language model's text
 
     @property
     def yes(self) -> bool:
+        """True if the judge calls the completion correct."""
         return self.score > THRESHOLD and not self.abstained
 
 
-Judge = Callable[
-    [Sequence[Triple], int], list[Opinion]
-]  # triples, the place of the first of them -> opinions
+# (triples, index of the first of them among all rows) -> their opinions.
+Judge = Callable[[Sequence[Triple], int], list[Opinion]]
 
 
-def opinions_of_rewards(rewards: Sequence[float]) -> list[Opinion]:
+def make_reward_opinions(rewards: Iterable[float]) -> list[Opinion]:
+    """Opinions of the reward model, from its scores."""
     return [Opinion(round(float(p), 6)) for p in rewards]
 
 
-def opinions_of_verdicts(verdicts: Sequence[Verdict]) -> list[Opinion]:
-    def opinion(v: Verdict) -> Opinion:
-        return Opinion(float(v is Verdict.CORRECT) if v.decidable else 0.5, not v.decidable, v.value)
-
-    return [opinion(v) for v in verdicts]
-
-
-def make_llm_judge(chat: Chat, seed: int) -> Judge:
-    """An LLM judge; a server is asked by the first host alone.
-
-    Raises SetupError for a server that cannot be reached or refuses the key: that says nothing of any row.
-    """
-
-    def ask(triples: Sequence[Triple], first: int) -> list[dict]:
-        found = llm.judge_triples(chat, triples, [(seed, 0, first + i, 0) for i in range(len(triples))])
-        failed = {i: Failure(j.reason) for i, j in enumerate(found) if not j.reply}
-        again = [i for i, failure in failed.items() if failure.transient and not failure.unreachable]
-        if again:  # a full server says nothing of a row
-            ids = [(seed, 0, first + i, 1) for i in again]
-            for i, j in zip(again, llm.judge_triples(chat, [triples[i] for i in again], ids), strict=True):
-                found[i] = j
-        away = {j.reason for j in found if not j.reply and Failure(j.reason).unreachable}
-        if away:
-            raise SetupError(
-                f"judge: the server does not answer ({', '.join(sorted(away))}): see --config.judge.url, .model "
-                "and .key_env; the same command goes on"
-            )
-        return [dataclasses.asdict(j) for j in found]
-
-    def opinions(triples: Sequence[Triple], first: int) -> list[Opinion]:
-        if chat.overlaps and jax.process_count() > 1:
-            told = hosts.broadcast_value("judge", lambda: json.dumps(ask(triples, first)).encode())
-            found = json.loads(told)
-        else:
-            found = ask(triples, first)
-        return [
-            Opinion(0.5, True, j["reason"], j["reply"])
-            if j["correct"] is None
-            else Opinion(float(j["correct"]), False, "correct" if j["correct"] else "incorrect", j["reply"])
-            for j in found
-        ]
-
+def make_verdict_opinions(verdicts: Sequence[Verdict]) -> list[Opinion]:
+    """Opinions of the rule verifier, from its verdicts."""
+    opinions = []
+    for verdict in verdicts:
+        score = float(verdict is Verdict.CORRECT) if verdict.decidable else 0.5
+        opinions.append(Opinion(score, not verdict.decidable, verdict.value))
     return opinions
 
 
+def make_llm_judge(chat: Chat, seed: int) -> Judge:
+    """A judge that asks a language model; a server is asked by the first host only.
+
+    The judge raises SetupError for a server that cannot be reached or refuses the key, since that says
+    nothing about a row.
+    """
+
+    def ask(triples: Sequence[Triple], first: int) -> list[dict[str, Any]]:
+        """Judgements as dictionaries, which hosts can exchange."""
+        judgements = llm.judge_triples(chat, triples, [(seed, 0, first + i, 0) for i in range(len(triples))])
+
+        # A failure that may pass (a full server) says nothing about a row either: ask once more.
+        failures = {i: Failure(j.reason) for i, j in enumerate(judgements) if not j.reply}
+        repeated = [i for i, failure in failures.items() if failure.transient and not failure.unreachable]
+        if repeated:
+            ids = [(seed, 0, first + i, 1) for i in repeated]
+            answers = llm.judge_triples(chat, [triples[i] for i in repeated], ids)
+            for i, judgement in zip(repeated, answers, strict=True):
+                judgements[i] = judgement
+
+        unreachable = {j.reason for j in judgements if not j.reply and Failure(j.reason).unreachable}
+        if unreachable:
+            raise SetupError(
+                f"judge: the server does not answer ({', '.join(sorted(unreachable))}): check "
+                "--config.judge.url, .model and .key_env; the same command resumes"
+            )
+        return [dataclasses.asdict(j) for j in judgements]
+
+    def judge(triples: Sequence[Triple], first: int) -> list[Opinion]:
+        if chat.overlaps and jax.process_count() > 1:
+            answer = hosts.broadcast_value("judge", lambda: json.dumps(ask(triples, first)).encode())
+            judgements = json.loads(answer)
+        else:
+            judgements = ask(triples, first)
+        return [_make_llm_opinion(judgement) for judgement in judgements]
+
+    return judge
+
+
+def _make_llm_opinion(judgement: Mapping[str, Any]) -> Opinion:
+    """The opinion of a judgement's fields."""
+    correct, reply = judgement["correct"], judgement["reply"]
+    if correct is None:
+        return Opinion(0.5, True, judgement["reason"], reply)
+    return Opinion(float(correct), False, "correct" if correct else "incorrect", reply)
+
+
 def find_last_number(text: str) -> float | None:
-    """The last number of a text, without its thousands separators."""
+    """The last number of a text, without its thousands separators; None without a number."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def judge_by_last_number(triples: Sequence[Triple], first: int) -> list[Opinion]:
-    """A completion without a number is wrong."""
-    pairs = ((find_last_number(t.completion), find_last_number(t.reference)) for t in triples)
-    return [Opinion(float(said is not None and said == right)) for said, right in pairs]
+    """A `Judge`: yes if completion and reference end in the same number; without a number, no."""
+    opinions = []
+    for triple in triples:
+        answer = find_last_number(triple.completion)
+        correct = answer is not None and answer == find_last_number(triple.reference)
+        opinions.append(Opinion(float(correct)))
+    return opinions
 
 
 def judge_always_yes(triples: Sequence[Triple], first: int) -> list[Opinion]:
+    """A `Judge` that calls every completion correct."""
     return [Opinion(1.0) for _ in triples]
 
 
-def make_prior_judge(known: Sequence[Triple]) -> Judge:
-    """By the writer's name: (right + 2 r) / (rows + 2), with r the share of right ones over all rows.
+def make_prior_judge(labelled: Sequence[Triple]) -> Judge:
+    """A judge by the name of the model that wrote the completion.
 
-    A writer that is not in `known` gets r.
+    labelled: other triples, with labels.
+
+    The score is (correct + 2 r) / (rows + 2) over the labelled rows of that model, with r the accuracy over
+    all rows; a model without labelled rows gets r.
     """
-    overall = float(np.mean([t.label > 0.5 for t in known]))
+    overall = float(np.mean([t.label > 0.5 for t in labelled]))
     labels = defaultdict(list)
-    for t in known:
+    for t in labelled:
         labels[t.model].append(t.label > 0.5)
-    rates = {m: (sum(found) + 2 * overall) / (len(found) + 2) for m, found in labels.items()}
-    return lambda triples, first: [Opinion(rates[t.model] if t.model in rates else overall) for t in triples]
+    rates = {model: (sum(own) + 2 * overall) / (len(own) + 2) for model, own in labels.items()}
+
+    def judge(triples: Sequence[Triple], first: int) -> list[Opinion]:
+        return [Opinion(rates.get(t.model, overall)) for t in triples]
+
+    return judge

@@ -1,9 +1,10 @@
-"""Figures of a judge on labelled rows, over resamplings of whole questions, all at once.
+"""Figures of a judge on labelled rows over all bootstrap resamples at once; whole questions are resampled.
 
-The weights of R resamplings are one matrix, so that a figure of all of them is a few sums, and the difference of
-two judges is taken within each resampling: rows that both find hard do not widen it (paired bootstrap).
+The weights of R resamples are one matrix, so that a figure of all resamples takes a few matrix products.  The
+difference of two judges is taken within each resample: rows that are hard for both do not widen its interval
+(paired bootstrap).
 
-    N  rows   R  resamplings; row 0 is the data themselves
+    N  rows   R  resamples; row 0 of the matrix is the data themselves
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ FIGURES = ("accuracy", "balanced_accuracy", "precision", "recall", "f1", "auroc"
 
 
 class Resamples:
-    """How often each row is drawn, f64[R + 1, N]; groups are drawn with replacement, as many as there are."""
+    """Bootstrap resamples of whole groups, drawn with replacement, as many as there are.
+
+    `weights` f64[R + 1, N] says how often each row is drawn; `groups` is the number of groups.
+    """
 
     def __init__(self, groups: Sequence[Hashable], seed: int, resamples: int):
+        """groups: each row's, [N].  resamples: R."""
         _, members = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
         count = int(members.max()) + 1
         drawn = keys.make_generator(seed, "bootstrap").multinomial(
@@ -31,44 +36,54 @@ class Resamples:
         self.weights = np.concatenate([np.ones((1, len(members))), drawn[:, members]])
 
     def figures(self, labels: np.ndarray, yes: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
-        """FIGURES, each f64[R + 1], NaN where one has nothing to stand on (see statistics.classification_figures).
+        """All FIGURES, each f64[R + 1]; NaN where undefined (see statistics.classification_figures).
 
-        labels, yes: bool[N].  scores: f64[N], of which only the order counts; ties count half.
+        labels, yes: bool[N].  scores: f64[N], of which only the order matters; ties count half.
         """
         w = self.weights
-        hits, said, positive, all_rows = (w @ x for x in (labels & yes, yes, labels, np.ones(len(labels))))
-        negative, rejected = all_rows - positive, w @ (~labels & ~yes)
-        recall = _ratio(hits, positive)
+        true_positives, predicted, positives = (w @ x for x in (labels & yes, yes, labels))
+        rows = w @ np.ones(len(labels))
+        negatives, true_negatives = rows - positives, w @ (~labels & ~yes)
+        recall = _divide(true_positives, positives)
         return {
-            "accuracy": _ratio(hits + rejected, all_rows),
-            "balanced_accuracy": (recall + _ratio(rejected, negative)) / 2,
-            "precision": _ratio(hits, said),
+            "accuracy": _divide(true_positives + true_negatives, rows),
+            "balanced_accuracy": (recall + _divide(true_negatives, negatives)) / 2,
+            "precision": _divide(true_positives, predicted),
             "recall": recall,
-            "f1": np.where(positive > 0, _ratio(2 * hits, said + positive), np.nan),
-            "auroc": self._auroc(labels, scores),
+            "f1": np.where(positives > 0, _divide(2 * true_positives, predicted + positives), np.nan),
+            "auroc": self._compute_auroc(labels, scores),
         }
 
-    def mean(self, values: np.ndarray, of: np.ndarray) -> np.ndarray:
-        """f64[R + 1]: the mean of values f64[N] over the rows of bool[N]."""
-        return _ratio(self.weights @ np.where(of, values, 0.0), self.weights @ of)
+    def mean(self, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The mean of values f64[N] over the rows of a mask bool[N], in each resample: f64[R + 1]."""
+        return _divide(self.weights @ np.where(mask, values, 0.0), self.weights @ mask)
 
-    def _auroc(self, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    def _compute_auroc(self, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """f64[R + 1]: share of (positive, negative) pairs in which the positive scores higher; ties half."""
         order = np.argsort(scores, kind="stable")
+        w, sorted_labels = self.weights[:, order], labels[order]
+        # Rows of one score are a group: within it, positives and negatives tie.
         starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])
-        w, positive = self.weights[:, order], labels[order]
-        up, down = (np.add.reduceat(w * x, starts, axis=1) for x in (positive, ~positive))
-        won = (up * (np.cumsum(down, axis=1) - down / 2)).sum(1)
-        return _ratio(won, up.sum(1) * down.sum(1))
+        positives, negatives = (
+            np.add.reduceat(w * x, starts, axis=1) for x in (sorted_labels, ~sorted_labels)
+        )  # f64[R + 1, distinct scores]
+        lower = np.cumsum(negatives, axis=1) - negatives / 2
+        won = (positives * lower).sum(1)
+        return _divide(won, positives.sum(1) * negatives.sum(1))
 
 
-def interval_of(found: np.ndarray) -> Interval:
-    """f64[R + 1] -> the data's own figure, and the 2.5 % and 97.5 % quantiles of the resampled ones."""
-    resampled = found[1:][~np.isnan(found[1:])]
-    if np.isnan(found[0]) or not len(resampled):
-        return Interval(float(found[0]), float("nan"), float("nan"))
+def compute_interval(values: np.ndarray) -> Interval:
+    """A figure with its 95 % interval, from its values f64[R + 1] on the data and on the resamples.
+
+    The interval is NaN where the figure is, or if no resample defines it.
+    """
+    resampled = values[1:][~np.isnan(values[1:])]
+    if np.isnan(values[0]) or not len(resampled):
+        return Interval(float(values[0]), float("nan"), float("nan"))
     low, high = np.quantile(resampled, (0.025, 0.975))
-    return Interval(float(found[0]), float(low), float(high))
+    return Interval(float(values[0]), float(low), float(high))
 
 
-def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, NaN where b is 0."""
     return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=b > 0)

@@ -297,6 +297,8 @@ class OpenAIChat:
         """The reply to one conversation, with retries."""
         seed, *rest = ids
         rng = keys.make_generator(seed, self.name, *rest)
+
+        # The seed differs between the tries of a pair (attempt), not between the retries of one request.
         body = {
             "model": self._cfg.model,
             "messages": [{"role": role, "content": replace_surrogates(text)} for role, text in messages],
@@ -311,6 +313,7 @@ class OpenAIChat:
             reply, may_retry, retry_after = self._post(body)
             if not may_retry or attempt == self._cfg.retries:
                 break
+            # Jitter, so that requests that failed together are not all sent again together.
             wait = retry_after
             if wait is None:
                 wait = BACK_OFF * 2**attempt * (1.0 + rng.random())
@@ -320,14 +323,14 @@ class OpenAIChat:
 
     def _post(self, body: dict[str, Any]) -> tuple[Reply, bool, float | None]:
         """Send one request: (reply, True if it may be tried again, seconds of the server's Retry-After)."""
+        # Read in pieces, so that time and size are limited while the body arrives.
         deadline = time.monotonic() + self._cfg.timeout
         try:
             with self._client.stream("POST", self.address, json=body) as response:
                 content = bytearray()
                 for chunk in response.iter_bytes():
                     content += chunk
-                    # httpx limits the time of single reads: a server that sends byte by byte would never be
-                    # late.
+                    # httpx limits the time of one read: a server that sends byte by byte is never late.
                     if time.monotonic() > deadline:
                         return Failure("timeout"), False, None
                     if len(content) > MAX_BODY:

@@ -68,8 +68,10 @@ def make_local_generate(
         lengths = {f"{name}.max_prompt_tokens": chat_cfg.max_prompt_tokens, **lengths}
     model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed, lengths)
     params = engine.copy_rollout_weights(params, model.config, layout, section.dtype)
-    rollout = RolloutConfig.from_config(cfg.rollout)
-    spec = rollout.make_sampling_spec(
+
+    # One reply a conversation, without top-k; further tries have random keys of their own.
+    rollout_cfg = RolloutConfig.from_config(cfg.rollout)
+    spec = rollout_cfg.make_sampling_spec(
         model.tokenizer.eos_ids,
         temperature=chat_cfg.temperature,
         top_k=0,
@@ -91,7 +93,7 @@ def make_local_generate(
         )
 
     variables = chat_cfg.template_variables
-    options = rollout.make_engine_options()
+    options = rollout_cfg.make_engine_options()
 
     def generate(conversations: Sequence[chats.Messages], ids: Sequence[chats.Ids]) -> list[chats.Reply]:
         prompts = [model.tokenizer.chat(c, fallback=True, variables=variables) for c in conversations]

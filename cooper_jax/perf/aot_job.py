@@ -24,8 +24,9 @@ from cooper_jax.configs import base
 from cooper_jax.data.packing import round_up
 from cooper_jax.model import transformer, weight_files, weights
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.rollout import engine, rollout_plan, slots
+from cooper_jax.rollout import engine, rollout_plan
 from cooper_jax.rollout.rollout_config import RolloutConfig
+from cooper_jax.rollout.rollout_state import RolloutStatic
 from cooper_jax.runtime.mesh import Layout, abstract_params
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.run_settings import RunSettings
@@ -39,7 +40,7 @@ class CompileJob:
     layout: Layout
     policy: ModelConfig
     reward: ModelConfig | None  # None in the rule arm
-    rollout: slots.RolloutStatic
+    rollout: RolloutStatic
     gathers_weights: bool  # the rollout's weights are all-gathered, not sharded as in training
     prompts: int  # per shard, as the rollout pads them
     slots: int  # per shard
@@ -178,7 +179,7 @@ def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> CompileJob:
         # No program depends on which tokens end a response.
         spec = RolloutConfig.from_config(section).make_sampling_spec(eos_ids=(0, 1))
         kernels = engine.choose_kernels(policy, layout) if section.kernels == "auto" else section.kernels
-        rollout = slots.RolloutStatic(policy, layout, spec, kernels)
+        rollout = RolloutStatic(policy, layout, spec, kernels)
         prompts = rollout_plan.round_to_bucket(-(-cfg.data.prompts_per_step // shards))
         gathers = section.weight_placement == "gathered"
         if section.weight_placement == "auto":
@@ -187,7 +188,7 @@ def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> CompileJob:
 
         rollout_weights = abstract_rollout_weights(policy, layout, spec.dtype, gathers)
         longest = [[0] * cfg.data.max_prompt_tokens]
-        count = engine.slots_per_shard(
+        count = engine.count_slots(
             rollout_weights, rollout, longest, prompts, section.max_rows or None, section.memory_gib or None
         )
     return CompileJob(cfg, layout, policy, reward, rollout, gathers, prompts, count, tuple(notes))

@@ -127,7 +127,7 @@ def _list_rollout(job: CompileJob) -> list[StepProgram]:
     shards, slot_count = layout.batch_shards, job.slots
 
     # Prompts are prefilled in chunks of equal shape.
-    kv_format = static.form
+    kv_format = static.kv_format
     width = rollout_plan.prompt_width(cfg.data.max_prompt_tokens, rollout_plan.column_multiple(kv_format))
     prompt_ids = [[0] * cfg.data.max_prompt_tokens] * cfg.data.prompts_per_step
     chunks = list(rollout_plan.make_chunks(prompt_ids, shards, job.prompts, width))
@@ -136,7 +136,7 @@ def _list_rollout(job: CompileJob) -> list[StepProgram]:
     # Each slot decodes `waves` responses one after the other, in segments of spec.segment steps.
     waves = -(-job.requests // slot_count)
     segments = -(-(job.decode_steps // waves) // spec.segment) * waves
-    columns = engine.cache_columns(static, waiting=not job.slot_per_request)
+    columns = engine.count_cache_columns(static, waiting=not job.slot_per_request)
     # Averages over decoding: all of the prompt's keys, and half of the response's.
     keys_read = cfg.data.max_prompt_tokens, spec.max_new_tokens / 2
 
@@ -157,29 +157,29 @@ def _list_rollout(job: CompileJob) -> list[StepProgram]:
 
     def lower_no_prompts(outputs: Outputs) -> jax.stages.Lowered:
         return slots.make_prompt_cache.lower(
-            outputs["reshard"], size=job.prompts, width=width, setting=static
+            outputs["reshard"], prompts_per_shard=job.prompts, width=width, static=static
         )
 
     def lower_prefill(outputs: Outputs) -> jax.stages.Lowered:
         return slots.prefill_chunk.lower(
-            outputs["reshard"], outputs["no_prompts"], *chunk, prompt_indices, setting=static
+            outputs["reshard"], outputs["no_prompts"], *chunk, prompt_indices, static=static
         )
 
     def lower_begin(outputs: Outputs) -> jax.stages.Lowered:
         return slots.sample_first_tokens.lower(
-            outputs["reshard"], outputs["prefill"], prompt_indices, request_indices, key, setting=static
+            outputs["reshard"], outputs["prefill"], prompt_indices, request_indices, key, static=static
         )
 
     def lower_open_slots(outputs: Outputs) -> jax.stages.Lowered:
         return slots.open_slots.lower(
             outputs["reshard"], outputs["begin"], outputs["prefill"],
-            size=slot_count, columns=columns, setting=static,
+            slots_per_shard=slot_count, columns=columns, static=static,
         )  # fmt: skip
 
     def lower_segment(outputs: Outputs) -> jax.stages.Lowered:
         return slots.decode_segment.lower(
             outputs["reshard"], outputs["open_slots"][0], outputs["begin"], outputs["prefill"],
-            steps=spec.segment, refill_at=max(1, slot_count // 8), setting=static,
+            steps=spec.segment, refill_at=max(1, slot_count // 8), static=static,
         )  # fmt: skip
 
     weights_name, prompts_name, requests_name, slots_name = ROLLOUT
@@ -210,14 +210,14 @@ def _list_refills(job: CompileJob, waves: int, columns: int) -> list[StepProgram
 
     def lower_refill(outputs: Outputs) -> jax.stages.Lowered:
         state = outputs["open_slots"][0], outputs["begin"], outputs["prefill"]
-        return slots.refill_slots.lower(*state, setting=static)
+        return slots.refill_slots.lower(*state, static=static)
 
     def lower_resize(outputs: Outputs) -> jax.stages.Lowered:
-        return slots.resize_cache.lower(outputs["open_slots"][0], shift, columns=columns, setting=static)
+        return slots.resize_cache.lower(outputs["open_slots"][0], shift, columns=columns, static=static)
 
     def lower_compact(outputs: Outputs) -> jax.stages.Lowered:
         state = outputs["open_slots"][0], outputs["begin"], outputs["prefill"]
-        return slots.compact_slots.lower(*state, size=job.slots // 2, setting=static)
+        return slots.compact_slots.lower(*state, slots_per_shard=job.slots // 2, static=static)
 
     programs = [
         _rollout_program("refill", waves - 1, lower_refill, ROLLOUT),

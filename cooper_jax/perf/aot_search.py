@@ -157,10 +157,10 @@ def _list_passes(job: CompileJob) -> list[tuple[ModelConfig, float]]:
 def _estimate_rollout(job: CompileJob) -> tuple[float, float]:
     """(bytes in memory during the rollout, bytes that its decoding reads), on one device."""
     static, layout = job.rollout, job.layout
-    spec, kv_format = static.spec, static.form
+    spec, kv_format = static.spec, static.kv_format
     weights = aot_job.abstract_rollout_weights(job.policy, layout, spec.dtype, job.gathers_weights)
     width = job.cfg.data.max_prompt_tokens
-    columns = engine.cache_columns(static, waiting=not job.slot_per_request)
+    columns = engine.count_cache_columns(static, waiting=not job.slot_per_request)
     plan = rollout_plan.plan_memory(
         weights, job.policy, layout, kv_format, prompts=job.prompts, width=width, group=spec.group_size,
         new_tokens=spec.max_new_tokens, columns=columns, own_prompts=not static.pallas,

@@ -49,7 +49,7 @@ def decode_cost(job: CompileJob, keys: tuple[float, float]) -> Costs:
     keys: how many keys each row reads, on average: (its prompt's, its own).  A prompt's keys are read once for all
     its samples.
     """
-    config, kv_format = job.policy, job.rollout.form
+    config, kv_format = job.policy, job.rollout.kv_format
     ways = job.layout.ways(job.layout.spec(("kv_heads",), (config.kv_heads,))[0])
     token_bytes = kv_format.bytes_per_token(1, config.kv_heads // ways, config.head_dim)
     flops_per_key = 4.0 * job.slots * config.heads // ways * config.head_dim

@@ -59,6 +59,7 @@ def corrupt_answer(text: str, rng: np.random.Generator) -> str | None:
     if number is None:
         return None
 
+    # A value of another length would tell which member of a pair is the negative.
     value, write = _parse_number(number)
     mentions = _find_result_mentions(text[: number.start()], value)
     candidates = [v for v in _iterate_nearby(number, value) if len(write(v)) == len(number[0])]

@@ -100,6 +100,7 @@ def choose_rows(
     def label_rows(rows: Sequence[int], label: float) -> list[Triple]:
         return [Triple(problems[n].question, problems[n].reference, completions[n].text, label) for n in rows]
 
+    # A truncated response is never an example of a correct one, whatever answer the rule finds in it.
     correct = [n for n, v in enumerate(verdicts) if v is Verdict.CORRECT and not completions[n].truncated]
     wrong = [n for n, v in enumerate(verdicts) if v.decidable and v is not Verdict.CORRECT]
 
@@ -136,7 +137,7 @@ def split_evenly(first: int, second: int, most: int) -> tuple[int, int]:
 
 
 def class_weights(labels: np.ndarray) -> np.ndarray:
-    """Labels f32[n] -> weights f32[n]; those of each class sum to one half, whether or not the other occurs."""
+    """Labels f32[n] -> weights f32[n]; those of each class sum to one half, even without the other class."""
     counts = np.where(labels > 0.5, (labels > 0.5).sum(), (labels <= 0.5).sum())
     return (0.5 / np.maximum(counts, 1)).astype(np.float32)
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +117,7 @@ def make_bce_update(
     def update(
         state: TrainState, batch: ScoreBatch, labels: jax.Array, weights: jax.Array
     ) -> tuple[TrainState, Metrics]:
+        # Shares of the whole batch, so that the losses of microbatches add up to the mean.
         total = weights.sum()
         shares = weights / jnp.where(total > 0, total, 1.0)
         loss, grads, sums = optim.accumulate_gradients(
@@ -205,6 +206,8 @@ def make_reward_update(
         widths = batch.positive.tokens.shape[1], batch.negative.tokens.shape[1]
         if widths[0] != widths[1]:
             raise ValueError(f"positives are {widths[0]} tokens wide, negatives {widths[1]}: pad both alike")
+
+        # The mean over the whole batch's valid pairs: each has the same weight in whichever microbatch it is.
         valid = batch.mask.sum().astype(jnp.float32)
         weights = batch.mask / jnp.maximum(valid, 1.0)  # f32[B]
         loss, grads, sums = optim.accumulate_gradients(
@@ -269,9 +272,11 @@ def _make_pairs_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: La
         z_pos, z_neg = z[0::2], z[1::2]  # f32[m]
 
         terms = reward_losses.pair_terms(z_pos, z_neg, cfg)
-        loss = sum(term_weight * (weights * term).sum() for term_weight, term in terms.values())
+        weighted_terms = [term_weight * (weights * term).sum() for term_weight, term in terms.values()]
+        loss = cast(jax.Array, sum(weighted_terms))  # some term has a weight, or no pairs are read
 
         p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)
+        # The contrast's own scores: logits, or rewards.
         s_pos, s_neg = (z_pos, z_neg) if cfg.pair_loss == "logit" else (p_pos, p_neg)
         d_pos, d_neg = reward_losses.pair_gradients(z_pos, z_neg, cfg)
         each_pair = {name: term for name, (_, term) in terms.items()} | {

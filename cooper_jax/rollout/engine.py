@@ -1,25 +1,29 @@
-"""Sample G responses to each prompt: prompts in as token ids, a `Rollout` of arrays out.
+"""Sample G responses to each prompt with continuous batching: token ids in, a `Rollout` of arrays out.
 
-1. The weights are cast once (`rollout_weights`) and laid out by the layout's rules for rollouts: gathered from the
-   axis that shards them for training, where the memory is there.
-2. Prompts are prefilled once each, in chunks of like length (plan.py); every (prompt, sample) is a request, and
-   its first token is drawn from its prompt's last hidden state.
-3. Requests are decoded in slots: `max_rows` of them, as many as `memory_gib` has room for, or one each.  A slot
-   whose request has ended takes the next by an index (slots.py): long responses hold up nobody.
-4. Decoding runs in jitted segments of at most `spec.segment` tokens whose state is donated.  After each, the host
-   reads one small array and refills idle slots, moves the last live ones into half as many, or stops.
+1. The weights are cast once (`copy_rollout_weights`) and resharded for decoding: all-gathered from the mesh
+   axis that shards them in training, where the memory allows it.
+2. Each prompt is prefilled once, in chunks of similar length (rollout_plan.py), and its G samples share its
+   keys and values.  Every (prompt, sample) is a request; its first token is drawn from its prompt's last
+   hidden state.
+3. Requests are decoded in slots: `max_rows` of them, as many as `memory_gib` has room for, or one per
+   request.  A slot whose request has finished takes the next one without a prefill (slots.py), so a long
+   response holds up nobody.
+4. Decoding runs in jitted segments of at most `spec.segment` tokens with donated state.  After each one the
+   host reads one small array and refills idle slots, compacts the last live slots into half as many, or
+   stops.
 
-Compiled once for each size: prompts are padded to a multiple of 32 tokens and their number to three significant
-bits (1 to 8, 10, 12, 14, 16, 20, ...) times the layout's batch shards; so are the columns of the cache, which
-plain XLA reads whole and which therefore grow with the oldest response.  Kernels read what they need: theirs have
-all columns from the start, and one program decodes them all.  Padding prompts ask for nothing and are cropped.
+Compilation: shapes are rounded up so that few programs are compiled.  Prompts are padded to a multiple of 32
+tokens and their number to three significant bits (1 to 8, 10, 12, 14, 16, 20, ...) times the layout's batch
+shards.  Plain XLA reads the whole suffix cache, so its cache grows with the longest response, in sizes that
+are rounded the same way; Pallas kernels read only what they need, so their cache has all columns from the
+start and one program decodes.  Padding prompts request nothing and are cropped.
 
-An EOS is inside the mask when it was sampled, nothing after it is; truncated rows have no EOS.  A row's random bits
-depend on the key, its prompt's position in the data order, its sample index and the token's index alone: not on
-its slot, nor on when it got it.
+Results: an EOS that was sampled is inside the mask and nothing follows it; truncated rows have no EOS.  A
+row's random bits depend on the key, its prompt's position in the data order, its sample index and the token's
+index alone: not on its slot, nor on when the slot took it.
 
-B prompts   G samples a prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens
-D batch shards   S slots a shard   W columns of the cache
+B prompts   G samples per prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens
+Z batch shards   U slots per shard   W columns of the suffix cache
 """
 
 from __future__ import annotations
@@ -36,28 +40,29 @@ from cooper_jax.kernels.decode_attention import supports_head_dim
 from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import PROJECTIONS
-from cooper_jax.rollout import rollout_plan
+from cooper_jax.rollout import rollout_plan, rollout_state
 from cooper_jax.rollout import slots as programs
+from cooper_jax.rollout.rollout_state import PromptCache, Requests, RolloutStatic, Slots, Status
 from cooper_jax.rollout.sampling_spec import SamplingSpec
-from cooper_jax.rollout.slots import RolloutStatic
 from cooper_jax.runtime import device_memory, hosts
 from cooper_jax.runtime.mesh import Layout, is_spec, make_shardings
 from cooper_jax.types import Completion, Metrics, Params, Rollout
 
-# The rows of some prompts, as soon as all of them have ended: (their places among the prompts, their rows).
+# Called with some prompts as soon as all their rows have finished: (indices of the prompts, their rows).
 OnGroups = Callable[[list[int], Rollout], None]
+Prompts = Sequence[Sequence[int]]
 
 
 def generate(
     params: Params,
     config: ModelConfig,
     layout: Layout,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     positions: Sequence[int],
     key: jax.Array,
     spec: SamplingSpec,
     *,
-    limits: Sequence[int] | None = None,
+    limits: Sequence[int] | np.ndarray | None = None,
     max_rows: int | None = None,
     memory_gib: float | None = None,
     weight_placement: str = "auto",
@@ -68,70 +73,73 @@ def generate(
 ) -> Rollout:
     """Sample spec.group_size responses to each prompt -> Rollout of N = B * G rows, T = spec.max_new_tokens.
 
-    params: as trained, or already through `rollout_weights` (then nothing is cast again).  On a mesh, prompts,
-      positions, key and limits are the same on every host, and so is the Rollout: NumPy arrays.
-    positions: each prompt's place in the data order; with `key` (of this step's rollout stream) they decide
-      the random bits.
-    limits: each row's own most tokens, [N], at most T; None: T for all.
-    max_rows: slots, in all: rows that are decoded at once.
-    memory_gib: what weights, caches and slots may take of one device; the slots are as many as fit.
+    params: as trained, or already through `copy_rollout_weights` (then nothing is cast again).  On a mesh,
+      prompts, positions, key and limits are the same on every host, and so is the Rollout: NumPy arrays.
+    positions: each prompt's position in the data order; with `key` (of this step's rollout stream) they
+      decide the random bits.
+    limits: most tokens of each row, [N], from 1 to T; None: T for all.
+    max_rows: slots on all shards together, which are the rows decoded at a time.
+    memory_gib: GiB of one device that weights, caches and slots may take; as many slots are opened as fit.
     weight_placement: gathered, sharded or auto: see `rollout_plan.should_gather`.
-    on_groups: is given each prompt's rows, on the host, while others are still decoded; each prompt once.
-    between_segments: is called on the host before the prefill and before each decode segment, on every host equally
-      often.  An exception that it raises ends the rollout and reaches the caller.
-    report: is given `rollout/*` metrics at the end: how evenly the work lay on slots and shards.
-    implementation: of the kernels (kernels/platform.py); None: `kernels_of`.
+    on_groups: receives each prompt's rows on the host, once, while other prompts are still decoded.
+    between_segments: called on the host before the prefill and before each decode segment, equally often on
+      every host.  An exception that it raises ends the rollout and reaches the caller.
+    report: receives `rollout/*` metrics at the end: slot use and load balance over the batch shards.
+    implementation: of the kernels (kernels/platform.py); None: `choose_kernels`.
 
-    Raises ValueError for prompts that are missing, empty or outside the vocabulary and for memory in which no slot
-    fits, and FloatingPointError when a live row's logits are not finite.
+    Raises ValueError for prompts that are missing, empty or outside the vocabulary and for memory in which no
+    slot fits, and FloatingPointError when a live row's logits are not finite.
     """
-    rows = len(prompts) * spec.group_size
-    limits = np.full(rows, spec.max_new_tokens) if limits is None else np.asarray(limits)
-    _check(config, prompts, positions, limits, spec)
+    num_rows = len(prompts) * spec.group_size
+    row_limits = np.full(num_rows, spec.max_new_tokens) if limits is None else np.asarray(limits)
+    _check_inputs(config, prompts, positions, row_limits, spec)
     if implementation is None:
         implementation = choose_kernels(config, layout)
-    setting = RolloutStatic(config, layout, spec, implementation)
-    size = rollout_plan.round_to_bucket(-(-len(prompts) // setting.shards))  # prompts a shard
-    gathered = weight_placement != "sharded"
-    if weight_placement == "auto":
-        budget = (
-            memory_gib * rollout_plan.GIB
-            if memory_gib
-            else device_memory.read_device_memory(layout.mesh.devices.flat[0])
-        )
-        gathered = rollout_plan.should_gather(config, layout, spec.dtype, budget)
+    static = RolloutStatic(config, layout, spec, implementation)
+    prompts_per_shard = rollout_plan.round_to_bucket(-(-len(prompts) // static.shards))
+
+    gathered = _should_gather(config, layout, spec, weight_placement, memory_gib)
     weights = copy_rollout_weights(params, config, layout, spec.dtype, gathered)
     if between_segments is not None:
         between_segments()
-    slots = slots_per_shard(weights, setting, prompts, size, max_rows, memory_gib)
-    ready = _prefill(weights, setting, prompts, size)
-    places, asked = (
-        np.zeros(size * setting.shards, np.int32),
-        np.zeros(size * setting.shards * spec.group_size),
-    )
-    places[: len(prompts)], asked[:rows] = positions, limits
+
+    # Count slots first: a budget that is too small is refused before the caches are allocated.
+    slots_per_shard = count_slots(weights, static, prompts, prompts_per_shard, max_rows, memory_gib)
+    prompt_cache = _prefill(weights, static, prompts, prompts_per_shard)
+
+    # Padding prompts get a limit of 0: they request nothing.
+    padded_positions = np.zeros(prompts_per_shard * static.shards, np.int32)
+    padded_limits = np.zeros(prompts_per_shard * static.shards * spec.group_size, np.int32)
+    padded_positions[: len(prompts)] = positions
+    padded_limits[:num_rows] = row_limits
     requests = programs.sample_first_tokens(
-        weights, ready, *layout.put((places, asked.astype(np.int32)), "batch"), key, setting=setting
+        weights, prompt_cache, *layout.put((padded_positions, padded_limits), "batch"), key, static=static
     )
-    watch = None if on_groups is None else _Watch(on_groups, len(prompts), spec)
-    requests = _decode(weights, ready, requests, slots, setting, watch, between_segments, report)
-    return _rows(requests, slice(rows), spec)
+
+    watch = None if on_groups is None else _GroupWatch(on_groups, len(prompts), spec)
+    requests = _decode(
+        weights, prompt_cache, requests, slots_per_shard, static, watch, between_segments, report
+    )
+    return _fetch_rows(requests, slice(num_rows), spec)
 
 
 def choose_kernels(config: ModelConfig, layout: Layout) -> str:
-    """The kernels of the layout's devices where they can read the model's head_dim, otherwise plain XLA."""
-    own = platform.default_implementation(layout.platform)
-    return own if supports_head_dim(own, config.head_dim) else "xla"
+    """Choose the kernels of the layout's devices if they support the head_dim, otherwise plain XLA."""
+    native = platform.default_implementation(layout.platform)
+    return native if supports_head_dim(native, config.head_dim) else "xla"
+
+
+# --- weights ---------------------------------------------------------------------------------------------
 
 
 def copy_rollout_weights(
     params: Params, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
 ) -> Params:
-    """The copy of the weights that a step's rollout reads: matrices in `dtype`, norms as they are, layers split.
+    """Copy the weights for a step's rollout: matrices in `dtype`, norms as they are, layers split.
 
-    On a mesh they are `gathered`, once here and not at every token: laid out by `layout.for_rollout()`.  On one
-    device, arrays that are right already are passed through without a copy: do not donate them while the result
-    lives.
+    On a mesh they are all-gathered here once if `gathered`, and not at every token: laid out by
+    `layout.for_rollout()`.  On one device, arrays that are right already are passed through without a copy:
+    do not donate them while the result is in use.
     """
     if isinstance(params["layers"], tuple):
         return params
@@ -144,27 +152,27 @@ def copy_rollout_weights(
 def reshard_weights(
     params: Params, *, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
 ) -> Params:
-    """`rollout_weights` on a mesh, as one program: cast first, so that half as much travels."""
-    places = layout.for_rollout() if gathered else layout
+    """Do `copy_rollout_weights` on a mesh, in one program that casts first, which halves what is sent."""
+    target = layout.for_rollout() if gathered else layout
     specs = transformer.param_specs(config)
-    weights = jax.lax.with_sharding_constraint(_cast(params, config, dtype), make_shardings(places, specs))
+    weights = jax.lax.with_sharding_constraint(_cast(params, config, dtype), make_shardings(target, specs))
     weights = generation.prepare_generation(weights, config, layout)
-    stacks = tuple(
-        jax.lax.with_sharding_constraint(w, flat_shardings(places, specs)) for w in weights["layers"]
-    )
+    shardings = make_layer_shardings(target, specs)
+    stacks = tuple(jax.lax.with_sharding_constraint(w, shardings) for w in weights["layers"])
     return weights | {"layers": stacks}
 
 
-def flat_shardings(layout: Layout, specs: Params) -> Params:
-    """Where the layers of `reshard` lie: as declared, with a projection's heads as one axis (`PROJECTIONS`)."""
+def make_layer_shardings(layout: Layout, specs: Params) -> Params:
+    """Make a stack of layers' shardings: as declared, a projection's heads as one axis (`PROJECTIONS`)."""
 
-    def place(name, s):
-        spec = layout.spec(s.axes, s.shape)
+    def make_sharding(name, declared):
+        spec = layout.spec(declared.axes, declared.shape)
         if name in PROJECTIONS:
-            spec = PartitionSpec(*(p for p, axis in zip(spec, s.axes, strict=True) if axis != "head_dim"))
+            parts = zip(spec, declared.axes, strict=True)
+            spec = PartitionSpec(*(part for part, axis in parts if axis != "head_dim"))
         return NamedSharding(layout.mesh, spec)
 
-    return {name: place(name, s) for name, s in specs["layers"].items()}
+    return {name: make_sharding(name, declared) for name, declared in specs["layers"].items()}
 
 
 def _cast(params: Params, config: ModelConfig, dtype: str) -> Params:
@@ -174,32 +182,61 @@ def _cast(params: Params, config: ModelConfig, dtype: str) -> Params:
     return jax.tree.map(cast, transformer.param_specs(config), params, is_leaf=is_spec)
 
 
+def _should_gather(
+    config: ModelConfig, layout: Layout, spec: SamplingSpec, weight_placement: str, memory_gib: float | None
+) -> bool:
+    if weight_placement != "auto":
+        return weight_placement != "sharded"
+    budget: float | None
+    if memory_gib:
+        budget = memory_gib * rollout_plan.GIB
+    else:
+        budget = device_memory.read_device_memory(layout.mesh.devices.flat[0])
+    return rollout_plan.should_gather(config, layout, spec.dtype, budget)
+
+
+# --- text ------------------------------------------------------------------------------------------------
+
+
 def decode_completions(
     rollout: Rollout, decode: Callable[[Sequence[int]], str], eos_ids: Sequence[int]
 ) -> list[Completion]:
-    """Each row as text.  The EOS is dropped where one was sampled; a truncated row keeps its last token.
+    """Decode each row to text without its EOS, if one was sampled; a truncated row keeps its last token.
 
-    `Completion.tokens` counts sampled tokens, the EOS included.  Raises ValueError when a finished row ends with
-    no id of eos_ids: the rollout was sampled with others.
+    `Completion.tokens` counts sampled tokens, the EOS included.  Raises ValueError when a finished row ends
+    with no id of eos_ids: the rollout was sampled with others.
     """
     tokens, mask, finished = (np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.finished))
-    out = []
-    for n, (row, real, done) in enumerate(zip(tokens, mask, finished, strict=True)):
-        ids = row[real].tolist()
-        if done and ids[-1] not in eos_ids:
-            raise ValueError(f"row {n} finished with token {ids[-1]}, which is none of the EOS ids {eos_ids}")
-        text = decode(ids[:-1] if done else ids)
-        out.append(Completion(text=text, truncated=not done, tokens=len(ids)))
-    return out
+    completions = []
+    for n in range(len(tokens)):
+        ids = tokens[n][mask[n]].tolist()
+        if finished[n] and ids[-1] not in eos_ids:
+            raise ValueError(
+                f"row {n} finished with token {ids[-1]}, which is none of the EOS ids {eos_ids}: pass the "
+                "ids that the rollout was sampled with"
+            )
+        text = decode(ids[:-1] if finished[n] else ids)
+        completions.append(Completion(text=text, truncated=not finished[n], tokens=len(ids)))
+    return completions
 
 
-# --- the host's side of a rollout ------------------------------------------------------------------------
+# --- sizes -----------------------------------------------------------------------------------------------
 
 
-def slots_per_shard(weights, setting: RolloutStatic, prompts, size: int, max_rows, memory_gib) -> int:
-    """Slots of each shard: its requests, or what `max_rows` and `memory_gib` leave it."""
-    spec, shards = setting.spec, setting.shards
-    slots = size * spec.group_size
+def count_slots(
+    weights: Params,
+    static: RolloutStatic,
+    prompts: Prompts,
+    prompts_per_shard: int,
+    max_rows: int | None,
+    memory_gib: float | None,
+) -> int:
+    """Count the slots of each shard: one per request, or as many as `max_rows` and `memory_gib` allow.
+
+    Raises ValueError where that is none.
+    """
+    spec, shards = static.spec, static.shards
+    slots = prompts_per_shard * spec.group_size
     if max_rows is not None:
         if max_rows < shards:
             raise ValueError(
@@ -207,140 +244,186 @@ def slots_per_shard(weights, setting: RolloutStatic, prompts, size: int, max_row
             )
         slots = min(slots, max_rows // shards)
     if memory_gib is not None:
-        needs = rollout_plan.plan_memory(
-            weights, setting.config, setting.layout, setting.form,
-            prompts=size, width=_width(setting, prompts), group=spec.group_size,
-            new_tokens=spec.max_new_tokens, columns=cache_columns(setting, waiting=True),
-            own_prompts=not setting.pallas,
-        )  # fmt: skip
-        slots = min(slots, needs.slots(int(memory_gib * rollout_plan.GIB)))
+        memory = rollout_plan.plan_memory(
+            weights,
+            static.config,
+            static.layout,
+            static.kv_format,
+            prompts=prompts_per_shard,
+            width=_prompt_width(static, prompts),
+            group=spec.group_size,
+            new_tokens=spec.max_new_tokens,
+            columns=count_cache_columns(static, waiting=True),
+            own_prompts=not static.pallas,
+        )
+        slots = min(slots, memory.slots(int(memory_gib * rollout_plan.GIB)))
     return slots
 
 
-def cache_columns(setting: RolloutStatic, waiting: bool) -> int:
-    """The cache's columns at most; the last token is never fed.
+def count_cache_columns(static: RolloutStatic, waiting: bool) -> int:
+    """Count the columns that the suffix cache may need: one per response token but the last, never fed.
 
-    Where requests wait, slots of all ages share one write column, which wanders to the right until the cache is
-    moved back: a quarter more columns make that rare.
+    waiting: requests wait for slots.  Then slots of all ages share one write column, which moves to the right
+    until the cache is shifted back; a quarter more columns make shifts rare.
     """
-    columns = max(setting.spec.max_new_tokens - 1, 1)
-    columns += max(setting.spec.segment, columns // 4) if waiting else 0
-    multiple = rollout_plan.column_multiple(setting.form)
+    columns = max(static.spec.max_new_tokens - 1, 1)
+    if waiting:
+        columns += max(static.spec.segment, columns // 4)
+    multiple = rollout_plan.column_multiple(static.kv_format)
     return -(-columns // multiple) * multiple
 
 
-def _width(setting: RolloutStatic, prompts) -> int:
-    return rollout_plan.prompt_width(max(map(len, prompts)), rollout_plan.column_multiple(setting.form))
+def _prompt_width(static: RolloutStatic, prompts: Prompts) -> int:
+    longest = max(map(len, prompts))
+    return rollout_plan.prompt_width(longest, rollout_plan.column_multiple(static.kv_format))
 
 
-def _prefill(weights, setting: RolloutStatic, prompts, size: int) -> programs.Prompts:
-    width = _width(setting, prompts)
-    ready = programs.make_prompt_cache(weights, size=size, width=width, setting=setting)
-    for chunk in rollout_plan.make_chunks(prompts, setting.shards, size, width):
-        arrays = setting.layout.put((chunk.tokens, chunk.lengths, chunk.source), "batch")
-        ready = programs.prefill_chunk(weights, ready, *arrays, setting=setting)
-    return ready
+# --- the host's side of a rollout ------------------------------------------------------------------------
+
+
+def _prefill(weights: Params, static: RolloutStatic, prompts: Prompts, prompts_per_shard: int) -> PromptCache:
+    width = _prompt_width(static, prompts)
+    cache = programs.make_prompt_cache(
+        weights, prompts_per_shard=prompts_per_shard, width=width, static=static
+    )
+    for chunk in rollout_plan.make_chunks(prompts, static.shards, prompts_per_shard, width):
+        arrays = static.layout.put((chunk.tokens, chunk.lengths, chunk.source), "batch")
+        cache = programs.prefill_chunk(weights, cache, *arrays, static=static)
+    return cache
 
 
 def _decode(
-    weights, ready, requests, size: int, setting: RolloutStatic, watch, between_segments, report
-) -> programs.Requests:
-    """Every request to its end, in `size` slots a shard."""
-    segment = setting.spec.segment
-    grows = not setting.pallas
-    most = cache_columns(setting, waiting=size < requests.count.shape[1])
-    columns = min(segment, most) if grows else most
-    slots, seen = programs.open_slots(weights, requests, ready, size=size, columns=columns, setting=setting)
-    steps = room = 0
+    weights: Params,
+    prompts: PromptCache,
+    requests: Requests,
+    slots_per_shard: int,
+    static: RolloutStatic,
+    watch: _GroupWatch | None,
+    between_segments: Callable[[], None] | None,
+    report: Callable[[Metrics], None] | None,
+) -> Requests:
+    """Decode every request to its end, in `slots_per_shard` slots."""
+    segment = static.spec.segment
+    grows = not static.pallas  # plain XLA reads every column of the cache: it starts small
+    max_columns = count_cache_columns(static, waiting=slots_per_shard < requests.num_tokens.shape[1])
+    columns = min(segment, max_columns) if grows else max_columns
+    slots, packed = programs.open_slots(
+        weights, requests, prompts, slots_per_shard=slots_per_shard, columns=columns, static=static
+    )
+    status = Status.read(packed)
+    steps = slot_steps = 0
     while True:
-        now = dict(zip(programs.STATUS, np.asarray(seen).tolist(), strict=True))
-        if now["failed"]:
+        if status.failed:
             raise FloatingPointError(
-                "the policy's logits are not finite: there is nothing to sample from; the weights hold NaN or "
-                "overflow in " + setting.spec.dtype
+                "the policy's logits are not finite: there is nothing to sample from; the weights hold NaN "
+                "or overflow in " + static.spec.dtype
             )
-        over = not now["live"] and not now["waiting"]
         if watch is not None:
-            watch.look(slots, requests)
-        if over:
+            watch.report_finished(slots, requests)
+        if not status.live and not status.waiting:
             break
         if between_segments is not None:
             between_segments()
-        if now["idle"]:
-            slots = programs.refill_slots(slots, requests, ready, setting=setting)
-        elif not now["waiting"] and now["live"] <= size // 2 and size // 2 >= rollout_plan.FEWEST_SLOTS:
-            size //= 2
-            slots = programs.compact_slots(slots, requests, ready, size=size, setting=setting)
-        past = now["column"] - now["oldest"]  # columns that nobody reads any more
-        if now["column"] + segment > columns and (past or columns < most):
+
+        # Refill idle slots; once nothing waits, halve the batch when half of it is enough.
+        half = slots_per_shard // 2
+        if status.idle:
+            slots = programs.refill_slots(slots, requests, prompts, static=static)
+        elif not status.waiting and status.live <= half and half >= rollout_plan.FEWEST_SLOTS:
+            slots_per_shard = half
+            slots = programs.compact_slots(
+                slots, requests, prompts, slots_per_shard=slots_per_shard, static=static
+            )
+
+        # Make room for the next segment: drop the columns that no slot reads any more, and grow the cache.
+        write_column = status.write_column
+        unread = write_column - status.longest
+        if write_column + segment > columns and (unread or columns < max_columns):
             if grows:
-                needed = now["oldest"] + segment
-                needed += needed // 4 if past else 0
-                columns = min(rollout_plan.round_to_bucket(-(-needed // segment)) * segment, most)
-            slots = programs.resize_cache(slots, past, columns=columns, setting=setting)
-            now["column"] -= past
-        slots, requests, seen = programs.decode_segment(
-            weights, slots, requests, ready, steps=segment, refill_at=max(1, size // 8), setting=setting
+                needed = status.longest + segment
+                needed += needed // 4 if unread else 0
+                segments = rollout_plan.round_to_bucket(-(-needed // segment))
+                columns = min(segments * segment, max_columns)
+            slots = programs.resize_cache(slots, unread, columns=columns, static=static)
+            write_column -= unread
+
+        # A segment ends early when an eighth of the slots is idle while requests wait.
+        refill_at = max(1, slots_per_shard // 8)
+        slots, requests, packed = programs.decode_segment(
+            weights, slots, requests, prompts, steps=segment, refill_at=refill_at, static=static
         )
-        done = int(np.asarray(seen)[programs.STATUS.index("column")]) - now["column"]
-        steps, room = steps + done, room + done * size * setting.shards
+        status = Status.read(packed)  # the one transfer of a segment: the host waits here for the device
+        done = status.write_column - write_column
+        steps += done
+        slot_steps += done * slots_per_shard * static.shards
     if report is not None:
-        report(_metrics(requests, steps, room))
+        report(_load_metrics(requests, steps, slot_steps))
     return requests
 
 
-def _metrics(requests: programs.Requests, steps: int, room: int) -> Metrics:
-    """How evenly the work lay: over slots, and over the mesh's batch shards."""
-    count = hosts.fetch_arrays(requests.count)
-    drawn = count.sum(axis=1, dtype=np.float64)  # [D], first tokens included
-    decoded = drawn.sum() - (count > 0).sum()
+def _load_metrics(requests: Requests, steps: int, slot_steps: int) -> Metrics:
+    """Measure load balance: the share of slot steps that gave a token; the busiest shard over the mean."""
+    num_tokens = hosts.fetch_arrays(requests.num_tokens)  # i32[Z, Q]
+    by_shard = num_tokens.sum(axis=1, dtype=np.float64)  # f64[Z], first tokens included
+    decoded = by_shard.sum() - (num_tokens > 0).sum()  # the prefill gave the first tokens
     return {
         "rollout/steps": float(steps),
-        "rollout/slot_use": float(decoded / room) if room else 1.0,
-        "rollout/imbalance": float(drawn.max() / drawn.mean()),
+        "rollout/slot_use": float(decoded / slot_steps) if slot_steps else 1.0,
+        "rollout/imbalance": float(by_shard.max() / by_shard.mean()),
     }
 
 
-class _Watch:
-    """Hands each prompt's rows to the caller once, when all of them have ended."""
+class _GroupWatch:
+    """Passes each prompt's rows to `on_groups` once, when all of them have finished."""
 
-    def __init__(self, on_groups: OnGroups, prompts: int, spec: SamplingSpec):
+    def __init__(self, on_groups: OnGroups, num_prompts: int, spec: SamplingSpec):
         self.on_groups, self.spec = on_groups, spec
-        self.left = list(range(prompts))
+        self.pending = list(range(num_prompts))
 
-    def look(self, slots, requests) -> None:
+    def report_finished(self, slots: Slots, requests: Requests) -> None:
+        unfinished = rollout_state.find_unfinished(
+            slots.request, slots.started, requests.queue, requests.queue_length
+        )
         group = self.spec.group_size
-        going = programs.unfinished_requests(slots.request, slots.taken, requests.queue, requests.queued)
-        going = hosts.fetch_arrays(going).reshape(-1, group).any(axis=1)  # bool[B]
-        ready = [i for i in self.left if not going[i]]
+        unfinished = hosts.fetch_arrays(unfinished).reshape(-1, group).any(axis=1)  # bool[B]
+        ready = [i for i in self.pending if not unfinished[i]]
         if not ready:
             return
-        self.left = [i for i in self.left if going[i]]
+        self.pending = [i for i in self.pending if unfinished[i]]
         rows = np.asarray(ready)[:, None] * group + np.arange(group)[None, :]
-        self.on_groups(ready, _rows(requests, rows.reshape(-1), self.spec))
+        self.on_groups(ready, _fetch_rows(requests, rows.reshape(-1), self.spec))
 
 
-def _rows(requests: programs.Requests, rows: np.ndarray | slice, spec: SamplingSpec) -> Rollout:
-    """Some rows, on the host.  All are fetched: they are small, and a program a choice of rows would not be."""
-    r = requests
-    tokens, logprobs, count, finished = (
-        x.reshape(-1, *x.shape[2:])[rows]
-        for x in hosts.fetch_arrays((r.tokens, r.logprobs, r.count, r.finished))
-    )
-    mask = np.arange(spec.max_new_tokens)[None, :] < count[:, None]
+def _fetch_rows(requests: Requests, rows: np.ndarray | slice, spec: SamplingSpec) -> Rollout:
+    """Fetch some rows to the host.
+
+    All rows are fetched and then indexed: they are small, and a program for each choice of rows would be
+    compiled.
+    """
+    arrays = (requests.tokens, requests.logprobs, requests.num_tokens, requests.finished)
+    fetched = hosts.fetch_arrays(arrays)
+    tokens, logprobs, num_tokens, finished = (x.reshape(-1, *x.shape[2:])[rows] for x in fetched)
+    mask = np.arange(spec.max_new_tokens)[None, :] < num_tokens[:, None]  # bool[N, T]
     return Rollout(tokens=tokens, mask=mask, logprobs=logprobs, finished=finished)
 
 
-def _check(config: ModelConfig, prompts, positions, limits, spec: SamplingSpec) -> None:
+def _check_inputs(
+    config: ModelConfig,
+    prompts: Prompts,
+    positions: Sequence[int],
+    limits: np.ndarray,
+    spec: SamplingSpec,
+) -> None:
+    """Raise ValueError for inputs of `generate` that cannot be used."""
     if not prompts or len(prompts) != len(positions):
         raise ValueError(
             f"{len(prompts)} prompts with {len(positions)} positions: give one position a prompt"
         )
-    rows = len(prompts) * spec.group_size
-    if limits.shape != (rows,) or limits.min() < 1 or limits.max() > spec.max_new_tokens:
+    num_rows = len(prompts) * spec.group_size
+    if limits.shape != (num_rows,) or limits.min() < 1 or limits.max() > spec.max_new_tokens:
         raise ValueError(
             f"limits of shape {limits.shape} from {limits.min(initial=0)} to {limits.max(initial=0)}: give each of "
-            f"{rows} rows one from 1 to max_new_tokens = {spec.max_new_tokens}"
+            f"{num_rows} rows one from 1 to max_new_tokens = {spec.max_new_tokens}"
         )
     for i, prompt in enumerate(prompts):
         if not len(prompt):

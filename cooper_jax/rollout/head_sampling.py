@@ -1,10 +1,10 @@
-"""From hidden states to tokens: the head and the draw, fused where that pays.
+"""Sample a token from each row's hidden state: the output head and the draw, fused where that pays.
 
-    xla kernels, or anything is cut away (top-k, top-p, min-p)    logits [N, V], then `sampling_spec.sample_tokens`
-    TPU and GPU kernels, temperature alone or greedy              `kernels.head`: logits are never written
+    xla kernels, or top-k, top-p or min-p is on         logits [N, V], then `sampling_spec.sample_tokens`
+    TPU and GPU kernels, temperature alone or greedy    `kernels.head`: logits are never written
 
-Over a mesh rows are drawn where they are decoded, and a vocabulary that is cut over an axis is reduced by small
-collectives.
+On a mesh, rows are sampled on the shard that decodes them; a vocabulary that is sharded over a mesh axis is
+reduced by small collectives.
 
 N rows   D width   V vocabulary
 """
@@ -28,8 +28,8 @@ from cooper_jax.types import Params
 
 
 def should_fuse_head(implementation: str, spec: SamplingSpec) -> bool:
-    """Whether `draw` samples in the head's kernel, without writing logits."""
-    return platform.is_pallas(implementation) and spec.uncut
+    """Decide whether `sample_from_hidden` samples in the head's kernel, without writing logits."""
+    return platform.is_pallas(implementation) and spec.full_softmax
 
 
 def sample_from_hidden(
@@ -42,38 +42,46 @@ def sample_from_hidden(
     layout: Layout,
     implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """One token a row: i32[N] and its log-probability f32[N] under the distribution drawn from.
+    """Sample one token per row: i32[N], and its log-probability f32[N] under the distribution sampled from.
 
-    A row without a distribution gives token 0 and NaN.
+    A row whose logits are not finite gives token 0 and NaN.
     """
     head = transformer.get_head_matrix(weights, config)
-    batch, vocab = layout.spec(("batch",))[0], layout.spec(("vocab",), head.shape)[0]
-    vocab = vocab if layout.ways(vocab) > 1 else None
-    rows = PartitionSpec(batch)
+    batch_axis = layout.spec(("batch",))[0]
+    vocab_axis = layout.spec(("vocab",), head.shape)[0]
+    if layout.ways(vocab_axis) == 1:
+        vocab_axis = None
+    rows = PartitionSpec(batch_axis)
 
     if should_fuse_head(implementation, spec):
 
-        def fused(hidden, head, words):
-            drawn = head_sample(
-                hidden, head, words,
-                temperature=spec.temperature, vocab_size=config.vocab_size,
-                axis_name=vocab, implementation=implementation,
-            )  # fmt: skip
-            return drawn.token, drawn.logprob
+        def sample_fused(hidden, head, words):
+            sampled = head_sample(
+                hidden,
+                head,
+                words,
+                temperature=spec.temperature,
+                vocab_size=config.vocab_size,
+                axis_name=vocab_axis,
+                implementation=implementation,
+            )
+            return sampled.token, sampled.logprob
 
         words = sampling_spec.make_key_words(keys, position)
-        places = rows, PartitionSpec(vocab), rows
-        return run_sharded(fused, layout, places, rows)(hidden, head.astype(hidden.dtype), words)
+        in_specs = rows, PartitionSpec(vocab_axis), rows
+        return run_sharded(sample_fused, layout, in_specs, rows)(hidden, head.astype(hidden.dtype), words)
 
-    def from_logits(logits, keys, position):
-        drawn = sampling_spec.sample_tokens(
-            logits, keys, position, spec, axis_name=vocab, implementation=implementation
+    # Shards too small to exchange blocks of the vocabulary: the compiler gathers their logits instead.
+    if vocab_axis is not None and head.shape[0] < layout.ways(vocab_axis) ** 2 * BLOCK:
+        vocab_axis = None
+
+    def sample_logits(logits, keys, position):
+        sampled = sampling_spec.sample_tokens(
+            logits, keys, position, spec, axis_name=vocab_axis, implementation=implementation
         )
-        return drawn.token, drawn.logprob
+        return sampled.token, sampled.logprob
 
-    if vocab is not None and head.shape[0] < layout.ways(vocab) ** 2 * BLOCK:
-        vocab = None  # shards too small to trade blocks: such logits are gathered
     logits = transformer.compute_logits(weights, config, hidden)
     position = jnp.broadcast_to(position, keys.shape)
-    places = PartitionSpec(batch, vocab), rows, rows
-    return run_sharded(from_logits, layout, places, rows)(logits, keys, position)
+    in_specs = PartitionSpec(batch_axis, vocab_axis), rows, rows
+    return run_sharded(sample_logits, layout, in_specs, rows)(logits, keys, position)

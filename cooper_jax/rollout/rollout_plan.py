@@ -1,9 +1,10 @@
-"""The sizes that a rollout runs at: few of them, so that programs are compiled once, and such that they fit.
+"""Sizes of a rollout: few of them, so that few programs are compiled, and such that they fit into memory.
 
-1. Prompts are cut into chunks of one length and at most `PREFILL_TOKENS` tokens a shard (`chunks`).
-2. `Memory` says what a shard's device holds, and how many slots a budget has room for.
+1. Prompts are grouped into prefill chunks of one width and at most `PREFILL_TOKENS` tokens per shard
+(`make_chunks`).  2. `plan_memory` counts the bytes that a device holds; `Memory.slots` is how many slots a
+budget has room for.
 
-D batch shards   B prompts a shard   G samples a prompt   P prompt tokens   W columns of the suffix cache
+Z batch shards   B prompts   G samples per prompt   P prompt tokens   W columns of the suffix cache
 """
 
 from __future__ import annotations
@@ -22,128 +23,162 @@ from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime.mesh import Layout, abstract_params
 from cooper_jax.types import Params
 
-PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of so many tokens
-PREFILL_TOKENS = 4096  # of one prefill, a shard
-FEWEST_SLOTS = 8  # a shard's slots are not halved below this many
+PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this many tokens
+PREFILL_TOKENS = 4096  # most tokens of one prefill chunk on a shard
+FEWEST_SLOTS = 8  # a shard's slots are not halved below this number
 GIB = 2**30
 
 
 def round_to_bucket(n: int) -> int:
-    """n rounded up to three significant bits: at most a quarter more, four sizes an octave."""
+    """Round n up to three significant bits: at most a quarter more, four sizes for each power of two."""
     step = 1 << max(0, n.bit_length() - 3)
     return -(-n // step) * step
 
 
-def column_multiple(form: Format) -> int:
-    """What a cache's columns are a multiple of: kernels copy whole tiles, and int8's scales lie along 128 lanes."""
-    return 1 if not form.packed else 128 if form.dtype == "int8" else 32
+def column_multiple(kv_format: Format) -> int:
+    """Return the number that a cache's columns are a multiple of.
+
+    Kernels copy whole tiles of packed caches, and int8's scales lie along 128 lanes.
+    """
+    if not kv_format.packed:
+        return 1
+    return 128 if kv_format.dtype == "int8" else 32
 
 
 def prompt_width(longest: int, multiple: int = 1) -> int:
-    """Tokens that every prompt has room for: a bucket of multiples of 32, or of `multiple` where that is more."""
+    """Return the padded length of prompts: a bucket of multiples of 32, or of `multiple` if that is more."""
     multiple = max(PROMPT_MULTIPLE, multiple)
     return round_to_bucket(-(-longest // multiple)) * multiple
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Prompts that are prefilled together: on each of D shards b rows of p tokens."""
+    """Prompts that are prefilled together: b rows of p tokens on each shard."""
 
-    tokens: np.ndarray  # i32[D * b, p], right-padded
-    lengths: np.ndarray  # i32[D * b]
-    source: np.ndarray  # i32[D * B]: of each prompt of a shard, its row here; -1: it is not here
+    tokens: np.ndarray  # i32[Z * b, p], right-padded
+    lengths: np.ndarray  # i32[Z * b]; 1 in rows without a prompt
+    source: np.ndarray  # i32[B]: each prompt's row in the chunk, within its shard; -1: not in it
 
 
-def make_chunks(prompts: Sequence[Sequence[int]], shards: int, size: int, width: int) -> Iterator[Chunk]:
-    """All prompts, `size` of them on each shard, by length: widths double from 32 tokens on, up to `width`.
+def make_chunks(
+    prompts: Sequence[Sequence[int]], shards: int, prompts_per_shard: int, width: int
+) -> Iterator[Chunk]:
+    """Group all prompts into chunks by length: chunk widths double from 32 tokens on, up to `width`.
 
-    Prompt i lies on shard i // size; a shard that has fewer in a chunk than another is padded.
+    Prompt i lies on shard i // prompts_per_shard.  A shard with fewer prompts in a chunk than another is
+    padded.
     """
-    by_width: dict[int, list[list[int]]] = {}
+    by_width: dict[int, list[list[int]]] = {}  # width -> for each shard, the indices of its prompts
     for i, prompt in enumerate(prompts):
-        own = min(width, PROMPT_MULTIPLE << max(0, math.ceil(math.log2(len(prompt) / PROMPT_MULTIPLE))))
-        by_width.setdefault(own, [[] for _ in range(shards)])[i // size].append(i)
-    for own, rows in sorted(by_width.items()):
-        most = max(map(len, rows))
-        rows_at_once = min(round_to_bucket(most), max(1, PREFILL_TOKENS // own))
-        for first in range(0, most, rows_at_once):
-            tokens = np.zeros((shards, rows_at_once, own), np.int32)
-            lengths = np.ones((shards, rows_at_once), np.int32)
-            source = np.full((shards, size), -1, np.int32)
-            for shard in range(shards):
-                for row, i in enumerate(rows[shard][first : first + rows_at_once]):
-                    tokens[shard, row, : len(prompts[i])] = prompts[i]
-                    lengths[shard, row] = len(prompts[i])
-                    source[shard, i % size] = row
-            yield Chunk(tokens.reshape(-1, own), lengths.reshape(-1), source.reshape(-1))
+        doublings = max(0, math.ceil(math.log2(len(prompt) / PROMPT_MULTIPLE)))
+        chunk_width = min(width, PROMPT_MULTIPLE << doublings)
+        by_shard = by_width.setdefault(chunk_width, [[] for _ in range(shards)])
+        by_shard[i // prompts_per_shard].append(i)
+
+    for chunk_width, by_shard in sorted(by_width.items()):
+        most = max(map(len, by_shard))
+
+        # One number of rows for all chunks of a width: one program prefills them.
+        rows = min(round_to_bucket(most), max(1, PREFILL_TOKENS // chunk_width))
+        for first in range(0, most, rows):
+            members = [indices[first : first + rows] for indices in by_shard]
+            yield _fill_chunk(prompts, members, rows, chunk_width, prompts_per_shard)
+
+
+def _fill_chunk(
+    prompts: Sequence[Sequence[int]], members: list[list[int]], rows: int, width: int, prompts_per_shard: int
+) -> Chunk:
+    """Copy prompts into the arrays of a chunk.  members: for each shard, the indices of its prompts."""
+    shards = len(members)
+    tokens = np.zeros((shards, rows, width), np.int32)
+    lengths = np.ones((shards, rows), np.int32)
+    source = np.full((shards, prompts_per_shard), -1, np.int32)
+    for shard, indices in enumerate(members):
+        for row, i in enumerate(indices):
+            tokens[shard, row, : len(prompts[i])] = prompts[i]
+            lengths[shard, row] = len(prompts[i])
+            source[shard, i % prompts_per_shard] = row
+    return Chunk(tokens.reshape(-1, width), lengths.reshape(-1), source.reshape(-1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device while a rollout decodes, with the most that its programs need beside them.
+    """Bytes on one device while a rollout decodes, with the peak of its programs' temporaries.
 
-    Caches are counted as they are laid out on a device, not cut over `tensor` where their heads do not divide.
+    Caches count as they are laid out on a device: not divided by `tensor` where it does not divide their
+    heads.
     """
 
     weights: int  # the rollout's own copy
     prompts: int  # keys and values of a shard's prompts, and a prefill's activations
     requests: int  # tokens and log-probabilities of a shard's requests, and the draw of their first tokens
-    slot: int  # one slot: its suffix cache, twice for it is moved by a copy, activations and logits
+    slot: int  # one slot: activations, logits and its suffix cache, twice because a copy moves it
 
     def total(self, slots: int) -> int:
         return self.weights + self.prompts + self.requests + slots * self.slot
 
     def slots(self, budget: int) -> int:
-        """How many slots a shard has room for.  Raises ValueError, with both numbers, where none fits."""
+        """Count the slots that `budget` bytes have room for.  Raises ValueError if that is 0."""
         room = (budget - self.total(0)) // self.slot
         if room < 1:
             raise ValueError(
                 f"one slot needs {self.total(1) / GIB:.3f} GiB of a device (weights {self.weights / GIB:.3f}, "
                 f"prompts {self.prompts / GIB:.3f}, requests {self.requests / GIB:.3f}, the slot "
                 f"{self.slot / GIB:.3f}), but rollout.memory_gib allows {budget / GIB:.3f}: raise it, shorten "
-                "rollout.max_new_tokens, set rollout.kv_dtype=int8, or lay the model over more devices"
+                "rollout.max_new_tokens, set rollout.kv_dtype=int8, or shard the model over more devices"
             )
         return room
 
 
 def should_gather(config: ModelConfig, layout: Layout, dtype: str, budget: float | None) -> bool:
-    """Whether a rollout's weights are gathered by `layout.for_rollout()`, or stay cut as training cuts them.
+    """Decide whether `layout.for_rollout()` all-gathers the weights, or they stay sharded as in training.
 
-    budget: bytes of a device for the rollout, or None for no bound.  Gathered, they may take half of it.  Otherwise
-    each layer is gathered when it is used, at every token: slow, but a model of any size decodes.
+    budget: bytes of a device for the rollout, or None for no bound.  Gathered weights may take half of it.
+    Otherwise each layer is gathered when it is used, at every token: slow, but a model of any size decodes.
     """
     if budget is None:
         return True
-    places = jax.tree.leaves(abstract_params(layout.for_rollout(), param_specs(config)))
-    size = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in places) * jnp.dtype(dtype).itemsize
-    return size <= budget / 2
+    params = jax.tree.leaves(abstract_params(layout.for_rollout(), param_specs(config)))
+    numbers = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in params)
+    return numbers * jnp.dtype(dtype).itemsize <= budget / 2
 
 
 def plan_memory(
     weights: Params,
     config: ModelConfig,
     layout: Layout,
-    form: Format,
+    kv_format: Format,
     *,
-    prompts: int,  # a shard
+    prompts: int,
     width: int,
     group: int,
     new_tokens: int,
     columns: int,
-    own_prompts: bool,  # each slot holds a copy of its prompt's keys and values
+    own_prompts: bool,
 ) -> Memory:
-    ways = layout.ways(layout.spec(("kv_heads",), (config.kv_heads,))[0])
-    vocab_ways = layout.ways(layout.spec(("vocab",), (config.padded_vocab,))[0])
-    token = form.bytes_per_token(config.layers, config.kv_heads // ways, config.head_dim)
+    """Count the bytes of a rollout on one device.
+
+    weights: arrays, or abstract ones with shardings, as the rollout reads them.
+    prompts: prompts per shard, of `width` tokens, with `group` samples of at most `new_tokens` tokens each.
+    columns: of the suffix cache.  own_prompts: each slot holds a copy of its prompt's keys and values.
+    """
+    kv_shards = layout.ways(layout.spec(("kv_heads",), (config.kv_heads,))[0])
+    vocab_shards = layout.ways(layout.spec(("vocab",), (config.padded_vocab,))[0])
     f32 = 4
-    logits = 3 * f32 * config.padded_vocab // vocab_ways  # of a row, with what is made of them
+
+    token_kv = kv_format.bytes_per_token(config.layers, config.kv_heads // kv_shards, config.head_dim)
+    # A row's logits and two arrays of their size that sampling makes of them.
+    logits = 3 * f32 * config.padded_vocab // vocab_shards
     # A row's activations: hidden states and the projections of one layer.
-    row = f32 * (4 * config.width + 3 * config.ffn + 4 * config.heads * config.head_dim)
+    activations = f32 * (4 * config.width + 3 * config.ffn + 4 * config.heads * config.head_dim)
+
+    prefill_tokens = min(max(PREFILL_TOKENS, width), prompts * width)
+    slot_columns = columns + (width if own_prompts else 0)
     return Memory(
         weights=sum(_device_bytes(x) for x in jax.tree.leaves(weights)),
-        prompts=prompts * width * token + min(max(PREFILL_TOKENS, width), prompts * width) * row,
+        prompts=prompts * width * token_kv + prefill_tokens * activations,
         requests=prompts * group * (new_tokens * 2 * f32 + logits),
-        slot=2 * (columns + (width if own_prompts else 0)) * token + row + logits,
+        slot=2 * slot_columns * token_kv + activations + logits,
     )
 
 

@@ -1,13 +1,15 @@
-"""How to sample: the settings, the random bits, and the draw.
+"""Sampling settings, the random bits of each token, and the draw from logits.
 
-1. `row_keys` gives every (prompt, sample) a key from the prompt's place in the data order and the sample's index.
-2. `uniforms` folds in the token's position in the response.
-3. `sample` hands logits and uniforms to the kernel; kernels with noise of their own take `key_words` instead.
+1. `make_row_keys` gives every (prompt, sample) a key, from the prompt's position in the data order and the
+   sample's index.
+2. `draw_uniforms` folds in the token's position in the response.
+3. `sample_tokens` passes logits and uniforms to the kernel; kernels that make their own noise take
+   `make_key_words`.
 
-So the bits of a token depend on (seed, step, prompt, sample, position) alone, with seed and step already in the
-caller's key: not on the batch that the row runs in, the padding, or the number of devices.
+So a token's random bits depend on (seed, step, prompt, sample, position) alone, with seed and step already in
+the caller's key: not on the batch that the row runs in, its padding, or the number of devices.
 
-B prompts   G samples a prompt   N = B * G rows, prompt-major   V vocabulary
+B prompts   G samples per prompt   N = B * G rows, prompt-major   V vocabulary
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from cooper_jax.kernels import sampling as kernel
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSpec:
-    """How to sample; hashable, so static in jit.  Raises ValueError for values that mean nothing."""
+    """Sampling settings; hashable, so static in jit.  Raises ValueError for values out of range."""
 
     temperature: float  # 0: greedy
     top_k: int  # 0: off
@@ -32,7 +34,7 @@ class SamplingSpec:
     max_new_tokens: int  # T, an EOS included
     group_size: int  # G
     eos_ids: tuple[int, ...]  # any of them ends a response
-    segment: int  # tokens decoded between two looks of the host at whether all have ended
+    segment: int  # most tokens decoded between two reads of the status by the host
     dtype: str  # float32 | bfloat16, of the weights and activations
     min_p: float = 0.0  # 0: off
     kv_dtype: str = ""  # float32 | bfloat16 | int8, of the cache; "": as dtype
@@ -59,17 +61,17 @@ class SamplingSpec:
             )
 
     @property
-    def uncut(self) -> bool:
-        """Draws are from the whole softmax, or greedy."""
+    def full_softmax(self) -> bool:
+        """True if tokens are drawn from the whole softmax (no top-k, top-p or min-p), or greedily."""
         return self.temperature == 0 or (self.top_k == 0 and self.top_p == 1 and self.min_p == 0)
 
     def cache_format(self, implementation: str) -> kv.Format:
-        """How the cache holds keys and values for a kernel implementation."""
+        """Return the KV cache format for a kernel implementation."""
         return kv.Format(dtype=self.kv_dtype or self.dtype, packed=platform.is_pallas(implementation))
 
 
 def make_row_keys(key: jax.Array, prompt_positions: jax.Array, group_size: int) -> jax.Array:
-    """Keys key[N] for the rows of prompts at these places in the data order (i32[B]).
+    """Make the rows' keys key[N], from the prompts' positions in the data order (i32[B]).
 
     Raises ValueError for a key that is not threefry: other generators give different bits when batched.
     """
@@ -85,7 +87,7 @@ def make_row_keys(key: jax.Array, prompt_positions: jax.Array, group_size: int) 
 
 
 def make_key_words(keys: jax.Array, position: jax.Array) -> jax.Array:
-    """The two words u32[N, 2] from which a kernel makes one token's noise, for keys key[N].
+    """Make the two words u32[N, 2] from which a kernel makes one token's noise, for keys key[N].
 
     position: the token's index in its response, i32[] for all rows or i32[N].
     """
@@ -93,7 +95,7 @@ def make_key_words(keys: jax.Array, position: jax.Array) -> jax.Array:
 
 
 def draw_uniforms(keys: jax.Array, position: jax.Array) -> jax.Array:
-    """What one token's draw consumes: f32[N, LEVELS] in [0, 1), for keys key[N].
+    """Draw the uniforms of one token's inverse CDF: f32[N, LEVELS] in [0, 1), for keys key[N].
 
     position: the token's index in its response, i32[] for all rows or i32[N].
     """
@@ -104,7 +106,7 @@ def draw_uniforms(keys: jax.Array, position: jax.Array) -> jax.Array:
 
 def sample_tokens(
     logits: jax.Array,  # f32[N, V]
-    keys: jax.Array,  # key[N], of `row_keys`
+    keys: jax.Array,  # key[N], of `make_row_keys`
     position: jax.Array,  # i32[] or i32[N]
     spec: SamplingSpec,
     *,
@@ -112,11 +114,11 @@ def sample_tokens(
     entropy: bool = False,
     implementation: str | None = None,
 ) -> kernel.SampledTokens:
-    """One token a row, with its log-probabilities.
+    """Sample one token per row, with its log-probabilities.
 
-    Temperature, then top-k, then top-p on the renormalised rest, then min-p.  Rows without a distribution (a NaN
-    among the logits) give token 0 and log-probability NaN; see `kernels.sampling` for ties and exactness, and for
-    the last three arguments.
+    Filters apply in this order: temperature, top-k, top-p on the renormalised rest, min-p.  Rows whose logits
+    are not finite give token 0 and log-probability NaN; see `kernels.sampling` for ties and exactness, and
+    for the last three arguments.
     """
     return kernel.sample_logits(
         logits,

@@ -19,18 +19,21 @@ from typing import Any
 # An unmarked answer is looked for in so many last characters: math-verify's regular expressions are slow.
 TAIL = 2000
 
-# --- 1. the position of the answer
-# ---------------------------------------------------------------------------
+# --- 1. the position of the answer -------------------------------------------------------------------
 
+# "#### 5", GSM8K's mark; and "so # 5" within a line, but not a heading "# 5".
 _HASH_MARK = re.compile(r"(?:####|(?<=\S[ \t])#(?=[ \t]))[ \t]*(\S[^\n]*)")
+# "the answer to the question is: 5", "Answer: 5", "**answer** = 5", and lines "A: 5".
 _ANSWER_PHRASE = re.compile(
     r"(?:\banswer\b[\"*]*(?:[ \t]+to[^.:\n]{0,60})?[ \t]*(?:\bis\b[ \t]*:?|[:=])|^[ \t]*A:)[*\s]*(\S[^\n]*)",
     re.IGNORECASE | re.MULTILINE,
 )
+# The answer ends where its sentence does, or where a reason begins.
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|,?\s+(?:because|since|which|so|as|hence|therefore)\b")
 _NUMBER_WORDS = re.compile(
     r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
-    r"|(?:thir|four|fif|six|seven|eigh|nine)teen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|half)\b",
+    r"|(?:thir|four|fif|six|seven|eigh|nine)teen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
+    r"|hundred|thousand|half)\b",
     re.IGNORECASE,
 )
 
@@ -40,6 +43,7 @@ def find_answer(text: str) -> tuple[int, int] | None:
 
     A boxed answer wins over everything after it.  The span may be empty (`\\boxed{}`).
     """
+    # The last box that closes, by counting braces: a regular expression does not match nested ones.
     for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
         depth = 1
         for i in range(box.end(), len(text)):
@@ -59,16 +63,18 @@ def find_answer(text: str) -> tuple[int, int] | None:
     return start, start + len(text[start:end].rstrip())
 
 
-# --- 2. the value of the answer
-# ------------------------------------------------------------------------------
+# --- 2. the value of the answer ----------------------------------------------------------------------
 
 _WORD = re.compile(r"[A-Za-z]{2,}")
+# Words inside formulas; an answer with any other word is prose, and cannot be compared.
 _MATHS_WORDS = frozenset(
     "sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp mod gcd lcm max min "
     "and or in".split()
 )
+# A choice: B, (B), "option B", "B) the text of the choice".
 _LETTER = re.compile(r"(?i:(?:option|choice)\s+)?\(?([A-H])(?:\)(?:\s.*)?|\.\s.*)?", re.DOTALL)
 _NUMERAL = r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?"
+# A number followed by words: 20 km/h, $5 per hour.
 _WITH_UNIT = re.compile(rf"({_NUMERAL})[\s-]*([A-Za-z][A-Za-z\s./^²³0-9]*)")
 # A number in LaTeX, followed by a unit that is marked as text: \frac{41}{12} \text{ km/h}, \text{cm}^2.
 _LATEX_NUMBER = r"(?:[-+\d.,{}()^*/\s]|\\[dt]?frac|\\sqrt|\\pi|\\cdot)+"  # one way to match: linear time
@@ -81,6 +87,7 @@ _EQUATION = re.compile(r"(?:^|=)(?=[^=]*[a-z])(?=[^=]*[-+^])[^=]+=\s*0\s*$")
 _PRODUCT = re.compile(
     r"(?<![A-Za-z\\])(?<!_\{)(?:[xyz]{2,3}|ab|bc|ac|abc|mn|pq|[A-Za-z]e(?=\s*\^))(?![A-Za-z])"
 )
+# Two capitals, a product in a formula: AB + 1.
 _CAPITALS = re.compile(r"(?<![A-Za-z\\])(?<!_\{)[A-Z]{2}(?![A-Za-z])")
 _COMMAND = re.compile(r"\\(?:begin|end)\{[A-Za-z*]+\}|\\[A-Za-z]+")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
@@ -107,6 +114,7 @@ def tidy_answer(answer: str) -> str:
     s = answer.strip().strip("\"'`*").strip()
     if "\\\\" in s and "\\begin" not in s:
         s = s.replace("\\\\", "\\")  # LaTeX inside JSON
+    # Twice: "$5.$" has a full stop inside the dollars, "$5$." behind them.
     for _ in range(2):
         s = s.rstrip(" .,;:\"'*\n\t}" if s.count("}") > s.count("{") else " .,;:\"'*\n\t")
         for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
@@ -134,7 +142,7 @@ def parse_answer(answer: str) -> ParsedAnswer:
     s = tidy_answer(answer)
     if not s:
         return ParsedAnswer("empty", s)
-    plain = _TEXT.sub(r" \1 ", s).strip()
+    plain = _TEXT.sub(r" \1 ", s).strip()  # without \text{..} around words
     if letter := _LETTER.fullmatch(plain):
         return ParsedAnswer("letter", letter[1])
     if "\\text" not in s and s == plain:

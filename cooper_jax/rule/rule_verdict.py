@@ -70,12 +70,15 @@ def judge_answer(reference: str, completion: str) -> str:
             return CORRECT
         if {gold.text, _find_yes_or_no(answer.text)} == {"yes", "no"}:
             return WRONG
+
     if not gold.comparable:
         return UNRECOGNISED
     if answer.kind == "empty":
         return NO_ANSWER
     if not answer.comparable:
         return UNRECOGNISED
+
+    # Choices are compared by their letter alone.
     if "letter" in (gold.kind, answer.kind):
         if gold.kind != answer.kind:
             return UNRECOGNISED  # a choice against its value
@@ -84,6 +87,7 @@ def judge_answer(reference: str, completion: str) -> str:
     gold_unit, answer_unit = _find_unit_name(gold), _find_unit_name(answer)
     if gold_unit and answer_unit and gold_unit != answer_unit:
         return UNRECOGNISED  # 20 cm against 0.2 m, and against 20 m
+
     # Gold first: verify is not symmetric (it follows the gold's format).
     if verify(gold.value, answer.value, timeout_seconds=None):
         return CORRECT

@@ -60,6 +60,7 @@ def main() -> None:
     rule_verdict.judge_answer("4a", "\\boxed{2(a+a)}")
     print(json.dumps({"verdict": "ready", "unlimited": unlimited}), file=replies, flush=True)
 
+    # The loop ends when the parent closes the pipe, or dies.
     for line in sys.stdin.buffer:
         request = json.loads(line)
         # The parent kills this process at the limit.  If the parent is gone, the kernel does, even inside a C

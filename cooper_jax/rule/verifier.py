@@ -146,6 +146,8 @@ class RuleVerifier:
         with self._state:
             if self._closed:
                 raise RuntimeError("the rule verifier is closed")
+
+            # A small policy repeats itself: each distinct item is judged once.
             for item in items:
                 key = _hash_item(item)
                 if key in self._cache:
@@ -158,6 +160,8 @@ class RuleVerifier:
                     job = self._open[key] = _Job(item)
                     self._first_tries.append(job)
                 jobs.append(job)
+
+            # Threads start with the first items, so that a verifier that is never used costs nothing.
             if self._first_tries and not self._started:
                 self._started = True
                 for thread in self._threads:
@@ -229,6 +233,7 @@ class RuleVerifier:
                 except RuntimeError as cause:
                     error = cause
 
+                # A process that is late may still be busy with this item, so it cannot take the next one.
                 if worker is not None and reply is None:
                     worker.kill()
                     worker = None
@@ -244,6 +249,7 @@ class RuleVerifier:
                 if self._first_tries and not self._retrying:
                     self._running += 1
                     return self._first_tries.popleft(), False
+                # Alone: an item may have failed because others used up the processor or the memory.
                 if self._retries and not self._running:
                     self._running, self._retrying = 1, True
                     return self._retries.popleft(), True
@@ -260,12 +266,13 @@ class RuleVerifier:
             if error is not None:  # no process starts, so no verdict will arrive
                 self._fail(error)
             elif reply is None and not is_retry:
-                self._retries.append(job)
+                self._retries.append(job)  # its last try, after everything else
             else:
                 key = _hash_item(job.item)
                 job.verdict = Verdict(reply or Verdict.TIMEOUT)
                 job.done.set()
                 self._open.pop(key, None)  # it is gone where another process failed to start meanwhile
+                # A timeout is not cached: on a less busy machine the item may get a verdict.
                 if reply is not None:
                     self._cache[key] = job.verdict
                     while len(self._cache) > CACHED_VERDICTS:

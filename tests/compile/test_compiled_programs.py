@@ -62,7 +62,7 @@ def check_segment(case: Case) -> None:
     whole = max(math.prod(x.shape) for x in caches) // (setting.shards * case.tensor)
     assert max(seen.values()) <= max(whole, config.padded_vocab * config.width)  # the cache, or the head
     assert rows * vocab * spec.max_new_tokens > 2 * whole, "else the line above says nothing of logits"
-    if spec.uncut:  # the head is fused with the draw: not even one token's logits are there
+    if spec.full_softmax:  # the head is fused with the draw: not even one token's logits are there
         logits = (f"{rows},{vocab}", f"{vocab},{rows}")
         assert not [shape for shape in seen if shape.endswith(logits)]
 

@@ -5,9 +5,9 @@
    without replacement by (seed, step, the prompt's position in the data order) alone.
 3. Each source fills its slots:
 
-       assistant    an assistant rewrites the positive into a wrong solution       rewrites.py (the paper's)
-       swap         the positive's text beside another problem's reference         swapped_references.py (ours)
-       own_answer   a wrong response, whose positive is beside its own answer      own_answers.py (ours)
+       assistant    an assistant rewrites the positive into a wrong solution    rewrites.py (the paper's)
+       swap         the positive's text beside another problem's reference      swapped_references.py (ours)
+       own_answer   a wrong response, whose positive is beside its own answer   own_answers.py (ours)
 
 4. Every negative passes the checks of pair_checks.py; the last is the rule verifier's.  A slot that no
    attempt fills is masked, and its last reason counted.
@@ -54,8 +54,8 @@ class PairsConfig:
         problems = typed_config.find_small(self, "pairs", 1, ("per_prompt", "tries", "length_ratio"))
         if not self.negatives or not set(self.negatives) <= set(NEGATIVE_SOURCES):
             problems.append(
-                f"pairs.negatives={self.negatives}: it names one or more of {', '.join(NEGATIVE_SOURCES)}, as in "
-                "--config.pairs.negatives=\"('assistant','swap')\""
+                f"pairs.negatives={self.negatives}: it names one or more of {', '.join(NEGATIVE_SOURCES)}, as "
+                "in --config.pairs.negatives=\"('assistant','swap')\""
             )
         typed_config.raise_problems(problems)
 
@@ -108,8 +108,8 @@ def build_pairs(
     """
     if not len(completions) == len(verdicts) == len(problems) * group_size:
         raise ValueError(
-            f"{len(problems)} problems of {group_size} samples need {len(problems) * group_size} rows; there are "
-            f"{len(completions)} completions and {len(verdicts)} verdicts"
+            f"{len(problems)} problems of {group_size} samples need {len(problems) * group_size} rows; there "
+            f"are {len(completions)} completions and {len(verdicts)} verdicts"
         )
     ranks_by_score = "own_answer" in cfg.negatives
     if ranks_by_score and scores is None:
@@ -117,7 +117,8 @@ def build_pairs(
     if assistant is None and "assistant" in cfg.negatives:
         return PairResult([], collections.Counter())
 
-    # Slots with their positives.
+    # Slots with their positives.  Random draws are keyed by the position in the data order, not by the place
+    # in the batch, so that a resumed run draws the same.
     order_positions = list(positions) if positions is not None else list(range(len(problems)))
     slots: list[PairSlot] = []
     for b, (problem, position) in enumerate(zip(problems, order_positions, strict=True)):
@@ -130,7 +131,7 @@ def build_pairs(
                 slot.order_row = position * group_size + slot.row - rows.start
             slots.append(slot)
 
-    # Negatives, source by source.
+    # Negatives, source by source.  A slot without a positive is not tried, so no assistant is asked about it.
     open_slots: dict[str, list[PairSlot]] = {source: [] for source in NEGATIVE_SOURCES}
     for slot in slots:
         if slot.row is not None:
@@ -157,7 +158,7 @@ def build_pairs(
 
 
 def _list_slot_sources(cfg: PairsConfig) -> list[tuple[str, int]]:
-    """The source of each of a prompt's slots, with the number of slots before it that have the same source."""
+    """The source of each of a prompt's slots, and its index among the slots of that source."""
     sources = [cfg.negatives[i % len(cfg.negatives)] for i in range(cfg.per_prompt)]
     return [(source, sources[:i].count(source)) for i, source in enumerate(sources)]
 
@@ -178,7 +179,7 @@ def _make_slot(
 def _mark_exchanged(
     pairs: Sequence[Pair | None], positions: Sequence[int], seed: int, step: int
 ) -> list[Pair | None]:
-    """The same pairs, each marked as exchanged or not by a coin keyed by (seed, step, its prompt's position)."""
+    """The same pairs, each marked as exchanged or not by a coin keyed by (seed, step, position)."""
     per_prompt = len(pairs) // len(positions)
     coins: list[int] = []
     for position in positions:
