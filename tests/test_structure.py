@@ -78,8 +78,9 @@ def test_imports_go_down():
     [
         ("cooper_jax.kernels.attention", "from cooper_jax.types import Params"),
         ("cooper_jax.types", "from cooper_jax.runtime import keys"),
-        ("cooper_jax.policy.grpo", "from cooper_jax.rule import verifier"),
-        ("cooper_jax.rule.verifier", "def f():\n    from cooper_jax.policy import losses"),
+        ("cooper_jax.rule.verifier", "from cooper_jax.policy import losses"),
+        ("cooper_jax.policy.grpo", "from cooper_jax.reward.pairs import build_pairs"),
+        ("cooper_jax.reward.pairs.build_pairs", "def f():\n    from cooper_jax.policy import losses"),
         ("cooper_jax.rollout.engine", "from cooper_jax.policy.grpo import make_update"),
         ("cooper_jax.runtime.mesh", "from cooper_jax.data import problems"),
         ("cooper_jax.trainer.train_loop", "from cooper_jax.launch import train"),
