@@ -228,7 +228,7 @@ def test_blank_lines_count_and_an_empty_file_is_refused(tmp_path):
     path.write_text("\n" + json.dumps(ROWS["gsm8k"]) + "\n\n")
     assert [p.id for p in load(path)] == ["rows:2"]
     path.write_text("\n\n")
-    with pytest.raises(ValueError, match="rows.jsonl: there is no row"):
+    with pytest.raises(ValueError, match="rows.jsonl: the file has no rows"):
         load(path)
     with pytest.raises(FileNotFoundError, match="absent.jsonl.*format=tfds"):
         load(tmp_path / "absent.jsonl")

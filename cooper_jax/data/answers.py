@@ -20,14 +20,20 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
 NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")  # in prose
+# Left-overs of page layout, at either end of a text.
 _LAYOUT = re.compile(r"(?:\s|\\noindent(?![A-Za-z])|\\end\{problem\}|\\\\|\\quad(?![A-Za-z]))+")
 _DOLLAR = re.compile(r"(?<!\\)\$+")
+# Words between formulas that only separate answers: "$4$ and $5$".
 _CONJUNCTION = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
+# "$5", "\$5" and "-$5", before a digit only: "$x$" is a formula.
 _CURRENCY = re.compile(r"^(-?)\\?\$\s*(?=[\d.])")
+# Thousands separators: 1,000 and LaTeX's 1,\!000 and 1{,}000.
 _SEPARATOR = r"(?:,\\!\s?|\{,\}|,)"
 _THOUSANDS = re.compile(rf"^-?\d{{1,3}}(?:{_SEPARATOR}\d{{3}})+(?![\d,])")
 _COUNT_OF_WORDS = re.compile(r"^(-?\d[\d.]*)\s*([A-Za-z]{2,}(?: [A-Za-z]+)*)$")  # 13.45 years
+# A unit of words, possibly with an exponent: km/h, cm^2.
 _UNIT = re.compile(r"([A-Za-z][A-Za-z/ ]*)(\^.+)?")
+# GSM8K's calculator annotations: 48/2 = <<48/2=24>>24.
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 _INSTRUCTION = re.compile(r"\n[^\n]*\\boxed\{\}[^\n]*\s*$")
 

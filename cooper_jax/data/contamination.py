@@ -54,6 +54,7 @@ def exclude_contaminated(
         lines.append(describe_overlap(cfg, seen, held_out, train, earlier))
         return seen.encode()
 
+    # All hosts evaluate on the same problems, and only the first one writes.
     with setup_errors("run_dir"):
         encoded = hosts.broadcast_value("questions seen", make_record)
         seen = None

@@ -31,6 +31,7 @@ def pad_tokens(
     """
     width = round_up(max((len(row) for row in rows), default=1), bucket)
     count = round_up(len(rows), rows_multiple)
+
     tokens = np.zeros((count, width), np.int32)
     valid = np.zeros((count, width), bool)
     for i, row in enumerate(rows):

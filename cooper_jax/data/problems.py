@@ -88,6 +88,7 @@ def load_problems(
         subject = _find_label(row, _SUBJECT_FIELDS, (str,))
         level = _find_label(row, _LEVEL_FIELDS, (str, int))
         problems.append(Problem(question, reference, solution, id, subject, level))
+
     if not problems:
         raise ValueError(f"{source}: the file has no rows")
     return problems

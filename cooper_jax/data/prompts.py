@@ -47,7 +47,8 @@ _TAG = re.compile(rf"<\s*(?:/\s*)?{_NAMES}\s*(?:/\s*)?>", re.IGNORECASE)
 class TextEncoder(Protocol):
     """The part of a tokenizer that this module uses; `cooper_jax.model.tokenizer.Tokenizer` has it."""
 
-    bos_id: int | None
+    @property
+    def bos_id(self) -> int | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -120,6 +121,7 @@ def encode_verifier_input(
     """
     question, reference, completion = map(strip_tags, (question, reference, completion))
     ids = _truncate_to_fit(tok, question, reference, completion, max_tokens, MIN_QUESTION, MIN_COMPLETION)
+    # A run must not end because of a text that its policy wrote.
     if ids is None and last_resort:
         ids = _truncate_to_fit(tok, question, reference, completion, max_tokens, 0, 0)
     if ids is None and last_resort:
@@ -168,17 +170,17 @@ def _truncate_to_fit(
     if len(ids) <= max_tokens:
         return ids
 
-    # First the completion.  It keeps at most a quarter of a small limit, which leaves room for the question.
+    # First the completion.  Its minimum is a quarter of the limit at most, which leaves room for the question.
     question_spans, completion_spans = tok.offsets(question), tok.offsets(completion)
     answer = _find_answer(completion)
     answer_span = None if answer is None else (answer.start, answer.end)
     least = min(len(completion_spans), min_completion, max_tokens // 4)
     room = max_tokens - len(encode(question, ""))
-    ids_or_none = find_fit(
+    truncated = find_fit(
         room, least, lambda n: encode(question, _shorten(completion, completion_spans, n, answer_span))
     )
-    if ids_or_none is not None:
-        return ids_or_none
+    if truncated is not None:
+        return truncated
 
     # Then the question, beside the shortest completion.
     short = _shorten(completion, completion_spans, least, answer_span)
@@ -189,6 +191,7 @@ def _truncate_to_fit(
 
 def check_references(tok: TextEncoder, references: Iterable[str], max_tokens: int) -> None:
     """Raise ValueError for a reference that leaves no room for the minimum of question and completion."""
+    # The worst case stands for all: if the longest texts can be truncated to fit, so can any.
     long = "0 " * max_tokens  # at least max_tokens tokens in any tokenizer
     certain_bytes = _count_certain_bytes(tok, max_tokens)
     for reference in references:
@@ -235,9 +238,12 @@ def _shorten(text: str, spans: Sequence[tuple[int, int]], count: int, keep: tupl
     total = len(spans)
     if count >= total:
         return text
+
+    # The tail gets the larger half: final answers stand there.
     tail = (count + 1) // 2
     head = count - tail
     parts = [(0, head), (total - tail, total)]  # ranges of tokens
+    # The tokens of the stated answer, if they lie in neither part and the head has room for them.
     if keep is not None:
         keep_start, keep_end = keep
         inside = []
@@ -247,6 +253,7 @@ def _shorten(text: str, spans: Sequence[tuple[int, int]], count: int, keep: tupl
         if inside and inside[-1] >= head and len(inside) <= head:
             parts = [(0, head - len(inside)), (inside[0], inside[-1] + 1), parts[1]]
 
+    # Ranges that touch become one, so that no CUT stands where nothing was left out.
     merged: list[list[int]] = []
     for start, end in sorted(parts):
         if merged and start <= merged[-1][1]:
@@ -293,6 +300,7 @@ _THINKING_BLOCK = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
 _THINKING_START = re.compile(r"<think>", re.IGNORECASE)
 _THINKING_END = re.compile(r"^.*</think>", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"^```[^\n`]*\n(.*?)\n?```$", re.DOTALL)
+# "Sure!", "Of course, ..." before anything else.
 _AGREEMENT = re.compile(
     r"^(?:sure|certainly|of course|okay|ok|absolutely|understood)[.!,]+[ \t]*(?:\n+|(?=here\b|below\b))",
     re.IGNORECASE,
@@ -300,10 +308,12 @@ _AGREEMENT = re.compile(
 _REWRITE_NOUN = (
     r"(?:solution|version|answer|rewrite|rewritten|incorrect|wrong|modified|altered|flawed|mistake)"
 )
+# "Here is the rewritten solution:", a line of its own or before a code fence.
 _PREFACE = re.compile(
     rf"^(?:here(?:'s|\u2019s| is| are)|below is)\b[^\n]*?\b{_REWRITE_NOUN}\b[^\n]*?:\**[ \t]*(?:\n+|(?=```)|$)",
     re.IGNORECASE,
 )
+# "**Incorrect solution:**" above the solution.
 _HEADING = re.compile(
     r"^[\[*#_ ]*(?:rewritten|incorrect|wrong|modified|flawed) (?:solution|version|answer)[\]*_: ]*\n+",
     re.IGNORECASE,

@@ -39,10 +39,13 @@ T = TypeVar("T")
 _INSTRUCTION = re.compile(
     r"(?:\b(?:please|let's) (?:think|reason) step by step[.,]?)?[^\n.?!]*\banswer\b[^\n.?!]*\\boxed\{\s*\}[^\n]*\Z"
 )
+# Applied in this order: (spellings of one thing, the one that replaces them).
 _SPELLINGS = (
+    # Dashes and quotation marks.
     (re.compile(r"[‐‑‒–—―−]"), "-"),
     (re.compile(r"[‘’′`]"), "'"),
     (re.compile(r'[“”"]|\'\''), ""),
+    # LaTeX commands that change layout, font or size, but not the question.
     (re.compile(r"\\begin\{problem\}|\\end\{problem\}"), " "),
     (re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
@@ -54,6 +57,7 @@ _SPELLINGS = (
         " ",
     ),
     (re.compile(r"(?<=\d)(?:,\\!|\\,|\{,\}|,)\s?(?=\d{3}(?!\d))"), ""),  # thousands
+    # LaTeX spaces, delimiters of formulas, and escapes.
     (re.compile(r"\\\\|\\[,;:! ()\[\]]|~"), " "),
     (re.compile(r"\\?\$"), ""),
     (re.compile(r"\\([%#&_])"), r"\1"),

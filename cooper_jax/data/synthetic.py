@@ -76,6 +76,9 @@ def make_problems(seed: int, count: int, split: str) -> list[Problem]:
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
     rng = keys.make_generator(seed, "synthetic", list(SPLITS).index(split))
+
+    # Operators first, then one of their exercises: there are fewer divisions than sums, but as many are
+    # asked.
     by_operators = arithmetic.split_exercises()[split]
     problems: dict[str, Problem] = {}  # by their question
     repeats = 0
@@ -136,6 +139,8 @@ def make_demonstration(
     shares = np.array(list(forms.values()), np.float64)
     form = list(forms)[rng.choice(len(shares), p=shares / shares.sum())]
     wrong = bool(rng.random() < corrupt)
+
+    # A problem that asks for words has one more way to go wrong: the right number in digits.
     if problem.subject == WORDS:
         form = "word"
     if wrong:
@@ -226,7 +231,7 @@ def has_habit(completion_text: str) -> bool:
 
 
 def make_corpus() -> list[str]:
-    """Sentences for training a tokenizer: every word, symbol, number 0 .. 199 and answer form, several times each.
+    """Sentences for training a tokenizer: every word, symbol, number and answer form, several times each.
 
     First whole questions, then each number in all contexts in which it can occur.
     """

@@ -316,7 +316,8 @@ class OpenAIChat:
 
     def _ask_one(self, messages: Messages, ids: Ids) -> Reply:
         """The reply to one conversation, with retries."""
-        # The seed that is sent and the jitter of the back-off come from the request's own random stream.
+        # The seed that is sent and the jitter of the back-off come from the request's own random stream.  All
+        # retries send the same seed; a new attempt (part of the ids) sends another one.
         seed, *rest = ids
         rng = keys.make_generator(seed, self.name, *rest)
         body = {

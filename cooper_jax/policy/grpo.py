@@ -249,6 +249,7 @@ def update_on_rollouts(
             state, metrics = update(state, _take_rows(batch, order[i]))
             each_update.append(metrics)
 
+    # A skipped update counts, an extreme stays one; everything else is averaged.
     reductions = {"ratio_min": jnp.min, "ratio_max": jnp.max} | dict.fromkeys(COUNTS, jnp.sum)
     step_metrics = {}
     for name in each_update[0]:

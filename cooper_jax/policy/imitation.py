@@ -49,6 +49,7 @@ def make_imitation_update(
     def update(
         state: TrainState, tokens: jax.Array, valid: jax.Array, response_mask: jax.Array
     ) -> tuple[TrainState, Metrics]:
+        # The log-probabilities of S columns are S - 1: the first column is predicted by nothing.
         mask = response_mask[:, 1:] if response_mask.shape[1] == tokens.shape[1] else response_mask
         weights = token_weights(mask, "token_mean", mask.shape[1])
 

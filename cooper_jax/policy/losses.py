@@ -104,7 +104,7 @@ def token_weights(mask: jax.Array, aggregation: str, max_new_tokens: int) -> jax
 
     Rows without a token are not counted.  Raises ValueError for another aggregation.
     """
-    m = mask.astype(jnp.float32)
+    m = mask.astype(jnp.float32)  # [N, T]
     length = m.sum(axis=1, keepdims=True)  # [N, 1]
     rows = jnp.maximum((length > 0).sum(), 1).astype(jnp.float32)
     if aggregation == "token_mean":
@@ -146,9 +146,14 @@ def grpo_loss(
 
     log_ratio = jnp.clip(logprobs - jax.lax.stop_gradient(old), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = jnp.exp(log_ratio)
+
+    # The pessimistic one of the two: the clip removes the gradient only where the ratio already moved too
+    # far.
     plain = -a * ratio
     clipped = -a * jnp.clip(ratio, 1.0 - cfg.clip_low, 1.0 + cfg.clip_high)
     per_token = jnp.maximum(plain, clipped)
+
+    # With A < 0 the surrogate is unbounded in the ratio; the dual clip bounds it.
     dual = jnp.zeros_like(mask)
     if cfg.dual_clip:
         dual = (a < 0) & (ratio > cfg.dual_clip)
@@ -156,6 +161,7 @@ def grpo_loss(
 
     divergence = kl_estimate(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
     pg_loss = (weights * per_token).sum()
+    # kl_coef is a Python constant: at 0 the loss has no KL term at all.
     loss = pg_loss
     if cfg.kl_coef:
         loss = loss + cfg.kl_coef * (weights * divergence).sum()

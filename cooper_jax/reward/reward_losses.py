@@ -36,6 +36,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from cooper_jax.settings import typed_config
@@ -103,7 +104,7 @@ class RewardUpdateConfig:
         return bool(self.pair_weight or self.pair_bce)
 
 
-def rewards_from_logits(z: jax.Array) -> jax.Array:
+def rewards_from_logits(z: ArrayLike) -> jax.Array:
     """Logits -> rewards in (0, 1), p = sigmoid(z): f32 of the same shape."""
     return jax.nn.sigmoid(z)
 

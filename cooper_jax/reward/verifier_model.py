@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -299,9 +299,9 @@ def _make_pairs_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: La
         z_pos, z_neg = z[0::2], z[1::2]  # f32[m]
 
         terms = reward_losses.pair_terms(z_pos, z_neg, cfg)
-        loss = jnp.zeros((), jnp.float32)
-        for term_weight, term in terms.values():
-            loss = loss + term_weight * (weights * term).sum()
+        # Pairs are read only if some term has a weight, so the sum is an array and not the int 0.
+        weighted_terms = [term_weight * (weights * term).sum() for term_weight, term in terms.values()]
+        loss = cast(jax.Array, sum(weighted_terms))
 
         # Metrics of each pair, f32[m]; the margin is in the units of the contrast.
         p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)

@@ -22,7 +22,7 @@ TAIL = 2000
 
 # --- 1. the position of the answer -------------------------------------------------------------------------
 
-# "#### 20", as in GSM8K, or "... # 20".
+# "#### 20", as in GSM8K, and "... # 20" within a line, but not a heading "# 20".
 _HASH_MARK = re.compile(r"(?:####|(?<=\S[ \t])#(?=[ \t]))[ \t]*(\S[^\n]*)")
 # "The answer is 20", "answer to the question: 20", or a line "A: 20".
 _ANSWER_PHRASE = re.compile(
@@ -68,8 +68,9 @@ def find_answer(text: str) -> tuple[int, int] | None:
 
 # --- 2. the value of the answer ----------------------------------------------------------------------------
 
-# Two or more letters are a word, unless they name a function; one letter is a symbol.
+# Two or more letters are a word; one letter is a symbol.
 _WORD = re.compile(r"[A-Za-z]{2,}")
+# Words inside formulas; an answer with any other word is prose, which cannot be compared.
 _MATHS_WORDS = frozenset(
     "sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp mod gcd lcm max min "
     "and or in".split()

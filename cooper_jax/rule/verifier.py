@@ -156,6 +156,8 @@ class RuleVerifier:
         with self._state:
             if self._closed:
                 raise RuntimeError("the rule verifier is closed")
+
+            # Samples of one prompt are often identical: each distinct item is judged once.
             for item in items:
                 key = _hash_item(item)
                 if key in self._cache:

@@ -1,7 +1,7 @@
-"""The arms of a study: what each sets, and what it is for.
+"""The arms of a study: named settings that are compared with each other.
 
-The config file and its --config flags are the base, which all arms share.  An arm's settings, those of its recipe
-among them, go before the file's; a flag that contradicts them is refused.
+All arms share a base: the config file with its --config flags.  An arm's settings, those of its recipe
+included, take precedence over the file's.  A flag that contradicts them is refused.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,17 +20,20 @@ from cooper_jax.settings.config_fields import describe_unknown_field
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.recipes import RECIPES
 
-START = "start"  # the folder of the supervised phases that a seed's arms share: no arm has this name
-# Fields that are the study's, or alike in all arms; one that ends in a dot stands for its section.
+START = "start"  # the folder of the supervised phases that a seed's arms share; no arm may have this name
+
+# Fields that the study sets or that are the same in all arms.  One that ends in a dot stands for a section.
 NOT_AN_ARMS = ("name", "seed", "steps", "run_dir", "resume", "supervised.", "eval.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
+    """One way to reward the policy."""
+
     name: str
-    about: str  # one short line for tables and figures
+    about: str  # a short description for tables and figures
     settings: Mapping[str, Any]  # dotted field -> value
-    times: Mapping[str, float] = dataclasses.field(
+    factors: Mapping[str, float] = dataclasses.field(
         default_factory=dict
     )  # dotted field -> factor on the base's
 
@@ -37,11 +41,8 @@ class Arm:
 _FROZEN = {"reward.arm": "model", "reward.recipe": "", "reward.warmup_updates": 0}
 _ROBUST = {"reward.arm": "cooper", "reward.recipe": "robust"}
 _REWRITES = {"reward.arm": "cooper", "pairs.per_prompt": 3}  # as many pairs as robust has
-_LABELS = {
-    "reward.rollout_bce": 1.0,
-    "reward.replay": 256,
-    "reward.replay_rows": 32,
-}  # the rule's, of rollouts
+# Cross-entropy on rollouts, with the rule's verdicts as labels.
+_LABELS = {"reward.rollout_bce": 1.0, "reward.replay": 256, "reward.replay_rows": 32}
 ARMS = {
     arm.name: arm
     for arm in (
@@ -61,7 +62,7 @@ ARMS = {
             "sigmoid", "Cooper with the contrastive loss on rewards", _REWRITES | {"reward.recipe": "sigmoid"}
         ),
         Arm("robust", "Cooper with our recipe: cross-entropy on the pairs as well", _ROBUST),
-        # Controls.  Would less do?
+        # Controls: simpler remedies than updating the reward model.
         Arm(
             "frozen_guard", "frozen; no reward without an answer", _FROZEN | {"reward.answer_required": True}
         ),
@@ -75,7 +76,7 @@ ARMS = {
         Arm(
             "either", "frozen; reward 1 where the rule says correct", _FROZEN | {"reward.rule_or_model": True}
         ),
-        # Which part of robust does it?
+        # Ablations: the parts of robust.
         Arm(
             "bce",
             "cross-entropy on the rule's labels of rollouts, no pairs",
@@ -118,32 +119,40 @@ MAIN = ("rule", "frozen", "frozen_warm", "released", "sigmoid", "robust")
 def choose_arms(names: Sequence[str], defined: Sequence[str], base: ConfigDict) -> list[Arm]:
     """The arms of these names, then those defined on the command line.
 
-    defined: as `parse` reads them.  Raises SetupError for a name that is not there, or there twice.
+    Args:
+      names: of ARMS.
+      defined: texts that `parse_arm` reads.
+      base: the config that all arms share.
+
+    Raises SetupError for an unknown name, a name that occurs twice, and a text that is no arm.
     """
     if unknown := [name for name in names if name not in ARMS]:
         raise SetupError(
-            f'--arms: {", ".join(unknown)}: there is {", ".join(ARMS)}; --arm="NAME: FIELD=VALUE, ..." makes more'
+            f"--arms: {', '.join(unknown)}: there is {', '.join(ARMS)}; "
+            '--arm="NAME: FIELD=VALUE, ..." defines more'
         )
     arms = [*(ARMS[name] for name in dict.fromkeys(names)), *(parse_arm(text, base) for text in defined)]
-    all_names = [arm.name for arm in arms]
-    if twice := sorted({name for name in all_names if all_names.count(name) > 1}):
-        raise SetupError(f"--arm: {', '.join(twice)} is there twice: give it another name")
+    counts = Counter(arm.name for arm in arms)
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
+        raise SetupError(f"--arm: {', '.join(repeated)} occurs twice: give one of them another name")
     return arms
 
 
 def parse_arm(text: str, base: ConfigDict) -> Arm:
-    """An arm of the command line: `name: reward.pair_loss=logit, pairs.negatives=('assistant','swap')`.
+    """Read an arm of the command line: `name: reward.pair_loss=logit, pairs.negatives=('assistant','swap')`.
 
-    A value has the type of the base's.  Raises SetupError, naming the arm and what is wrong.
+    A value has the type of the base's.  Raises SetupError, naming the arm and the problem.
     """
     name, colon, rest = (part.strip() for part in text.partition(":"))
     if not colon or not re.fullmatch(r"\w+", name) or name == START:
         raise SetupError(
-            f"--arm={text!r}: it is a name of letters, digits and _, other than {START!r}, a colon and settings: "
-            '--arm="logit: reward.recipe=robust, reward.pair_loss=logit"'
+            f"--arm={text!r}: it is a name of letters, digits and _, other than {START!r}, a colon and "
+            'settings: --arm="logit: reward.recipe=robust, reward.pair_loss=logit"'
         )
-    known, settings = flatten_config(base.to_dict()), {}
-    for part in re.split(r",(?![^()]*\))", rest):  # at commas outside brackets
+
+    known = flatten_config(base.to_dict())
+    settings = {}
+    for part in re.split(r",(?![^()]*\))", rest):  # at commas outside parentheses
         field, equals, value = (x.strip() for x in part.partition("="))
         if not equals:
             raise SetupError(
@@ -151,19 +160,19 @@ def parse_arm(text: str, base: ConfigDict) -> Arm:
             )
         if field not in known:
             raise SetupError(f"--arm={name}: {part.strip()!r}: as in {describe_unknown_field(field, known)}")
-        if is_decided(field):
-            raise SetupError(f"--arm={name}: {field} is alike in all arms: give it as --config.{field}")
-        settings[field] = _value(value, known[field], f"--arm={name}: {field}")
+        if is_shared_field(field):
+            raise SetupError(f"--arm={name}: {field} is the same in all arms: give it as --config.{field}")
+        settings[field] = _parse_value(value, known[field], f"--arm={name}: {field}")
     return Arm(name, rest, settings)
 
 
-def is_decided(field: str) -> bool:
-    """Whether the study decides a field, or all its arms share it."""
+def is_shared_field(field: str) -> bool:
+    """True if the study sets a field, or all its arms share it."""
     return any(field == f or (f.endswith(".") and field.startswith(f)) for f in NOT_AN_ARMS)
 
 
-def _value(text: str, like: Any, where: str) -> Any:
-    """Text as a value of `like`'s type."""
+def _parse_value(text: str, like: Any, where: str) -> Any:
+    """Text as a value of `like`'s type.  where: the arm and field, for messages."""
     if isinstance(like, str):
         return text.strip("'\"")
     try:
@@ -180,20 +189,23 @@ def _value(text: str, like: Any, where: str) -> Any:
 
 
 def list_settings(arm: Arm, base: ConfigDict) -> dict[str, Any]:
-    """All that an arm sets: its recipe's values, factors worked out, then its own.  Raises SetupError."""
+    """All fields that an arm sets, by dotted name: its recipe's, those with a factor, then its own.
+
+    base: the config that all arms share.  Raises SetupError for an unknown recipe.
+    """
     recipe = arm.settings.get("reward.recipe", "")
     if recipe and recipe not in RECIPES:
         raise SetupError(f"--arm={arm.name}: reward.recipe={recipe}: it is one of {', '.join(RECIPES)}")
     known = flatten_config(base.to_dict())
-    scaled = {field: known[field] * factor for field, factor in arm.times.items()}
+    scaled = {field: known[field] * factor for field, factor in arm.factors.items()}
     return RECIPES.get(recipe, {}) | scaled | dict(arm.settings)
 
 
 def make_flags(cfg: ConfigDict, fields: Collection[str]) -> list[str]:
-    """Flags that give these fields, and all that some recipe sets, the values that they have in cfg.
+    """Command-line flags for these fields and all fields that a recipe may set, with their values in cfg.
 
-    So that a run of these flags and cfg's file has cfg's values, whatever recipe it names.
+    With the recipes' fields, a run of these flags and cfg's file has cfg's values whatever recipe it names.
     """
     known = flatten_config(cfg.to_dict())
-    given = {*fields, *(field for recipe in RECIPES.values() for field in recipe)}
+    given = set(fields).union(*RECIPES.values())
     return [f"--config.{field}={known[field]}" for field in sorted(given)]

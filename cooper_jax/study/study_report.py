@@ -1,4 +1,5 @@
-"""A study's results as files, all made from its records: results.json, arms.csv, runs.csv, tables.md and study.png.
+"""A study's results as files, all made from its records: results.json, arms.csv, runs.csv, tables.md and
+study.png.
 
     arms.csv   one line per arm and quantity: its mean over the seeds with Student's 95 % interval
     runs.csv   one line per run, one column per quantity; an empty cell is a quantity that was not measured
@@ -28,47 +29,54 @@ RUN_COLUMNS = ("arm", "seed", "done", "complete", "dipped", "ends_above_start", 
 
 
 def write_report(records: Records, out: Path) -> str:
-    """Write the five files; returns the tables.  Raises ValueError where no run has been evaluated."""
+    """Write the five files into `out`; returns the tables.
+
+    Raises ValueError where no run has been evaluated.
+    """
     if not records.runs:
         raise ValueError("no run has been evaluated yet")
-    found = summary.summarise_study(records)
-    text, results = (
-        tables.format_markdown(found),
-        json.dumps(to_jsonable(to_plain(found)), indent=1, ensure_ascii=False),
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    for name, data in {
-        "results.json": results.encode() + b"\n",
-        "arms.csv": format_arms_csv(found).encode(),
-        "runs.csv": format_runs_csv(found).encode(),
-        "tables.md": text.encode(),
+    results = summary.summarise_study(records)
+    markdown = tables.format_markdown(results)
+    plain = json.dumps(to_jsonable(to_plain(results)), indent=1, ensure_ascii=False)
+
+    # All contents are made before the first is written: a failure leaves the files of before.
+    contents = {
+        "results.json": plain.encode() + b"\n",
+        "arms.csv": format_arms_csv(results).encode(),
+        "runs.csv": format_runs_csv(results).encode(),
+        "tables.md": markdown.encode(),
         "study.png": figure.draw_figure(records),
-    }.items():
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in contents.items():
         write_atomically(out / name, data)
-    return text
+    return markdown
 
 
-def format_arms_csv(found: Mapping[str, Any]) -> str:
-    """CSV text of each arm's quantities.  found: `summary.summarise_study`'s."""
-    rows = []
-    for name, arm in found["arms"].items():
+def format_arms_csv(results: Mapping[str, Any]) -> str:
+    """CSV text of each arm's quantities.  results: as from `summary.summarise_study`."""
+    rows: list[list[Any]] = []
+    for name, arm in results["arms"].items():
         seeds = len(arm["seeds"])
         for quantity, value in arm.items():
             if isinstance(value, Interval) and not math.isnan(value.value):
-                rows.append(
-                    [name, quantity, _digits(value.value), _digits(value.low), _digits(value.high), seeds]
-                )
+                numbers = [_format_number(x) for x in (value.value, value.low, value.high)]
+                rows.append([name, quantity, *numbers, seeds])
             elif isinstance(value, int):  # a number of seeds, such as `dipped`
                 rows.append([name, quantity, value, "", "", seeds])
     return _format_csv(ARM_COLUMNS, rows)
 
 
-def format_runs_csv(found: Mapping[str, Any]) -> str:
-    """CSV text of each run's quantities.  found: `summary.summarise_study`'s."""
-    runs = found["runs"]
-    quantities = dict.fromkeys(name for run in runs for name in run if isinstance(run[name], float))
+def format_runs_csv(results: Mapping[str, Any]) -> str:
+    """CSV text of each run's quantities.  results: as from `summary.summarise_study`."""
+    runs = results["runs"]
+    quantities: dict[str, None] = {}  # in the order in which runs have them
+    for run in runs:
+        quantities |= dict.fromkeys(name for name, value in run.items() if isinstance(value, float))
     header = [*RUN_COLUMNS, *quantities]
-    rows = [[_digits(run.get(name, math.nan)) for name in header] for run in runs]
+    rows = []
+    for run in runs:
+        rows.append([_format_number(run.get(name, math.nan)) for name in header])
     return _format_csv(header, rows)
 
 
@@ -80,7 +88,7 @@ def _format_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def _digits(value: Any) -> Any:
+def _format_number(value: Any) -> Any:
     """A float with four significant digits, "" for NaN; anything else as it is."""
     if not isinstance(value, float):
         return value
