@@ -83,8 +83,8 @@ def make_problems(seed: int, count: int, split: str) -> list[Problem]:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
     rng = keys.make_generator(seed, "synthetic", list(SPLITS).index(split))
 
-    # Operators are drawn first, then an exercise with them, so that divisions are as frequent as sums although
-    # fewer divisions exist.
+    # Operators are drawn first, then an exercise with them, so that divisions are as frequent as sums
+    # although fewer divisions exist.
     by_operators = arithmetic.split_exercises()[split]
     problems: dict[str, Problem] = {}  # question -> problem
     repeats = 0  # consecutive draws of a question that exists already
@@ -94,7 +94,7 @@ def make_problems(seed: int, count: int, split: str) -> list[Problem]:
                 f"{count} distinct problems of split {split!r} asked for: there are about {len(problems)}"
             )
 
-        # The order of these draws decides every synthetic problem, and with it all results of configs/tiny.py.
+        # The order of these draws decides every synthetic problem and all results of configs/tiny.py.
         exercises = by_operators[rng.integers(len(by_operators))]
         start, steps = exercises[rng.integers(len(exercises))]
         subject = WORDS if rng.random() < WORDS_ASKED else NUMBER
@@ -167,7 +167,7 @@ def make_demonstration(
         else:
             results = arithmetic.slip_results(start, steps, rng)
 
-    # With the habit the steps are left out, but the answer is still theirs.
+    # The habit leaves out the steps; the answer is the same as with them.
     work = HABIT if rng.random() < habit[wrong] else arithmetic.format_steps(start, steps, results)
     answer = _write_answer(results[-1], form, find_counted_thing(problem), rng)
     return f"{work} {MARK} {answer}", not wrong
@@ -258,7 +258,10 @@ def has_habit(completion_text: str) -> bool:
 
 
 def make_corpus() -> list[str]:
-    """Make sentences for training a tokenizer, with every word, symbol, number and answer form several times."""
+    """Make sentences for training a tokenizer.
+
+    They contain every word, symbol, number and form of an answer several times.
+    """
     # The streams 0 .. len(SPLITS) - 1 belong to the splits.
     rng = keys.make_generator(0, "synthetic", len(SPLITS))
     sentences = []
