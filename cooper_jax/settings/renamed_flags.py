@@ -42,7 +42,7 @@ def describe_removed_values(field: str, values: Iterable[str]) -> list[str]:
 
 
 def describe_rename(name: str, table: Mapping[str, str] = RENAMED_FLAGS) -> str | None:
-    """Describe a field's change: "is now ..." or "was removed: ..."; None for a name that is not in the table.
+    """Describe a field's change: "is now ..." or "was removed: ..."; None for a name outside the table.
 
     name: the dotted name, without `config.`.
     """
