@@ -1,7 +1,7 @@
 """The paper's second policy: Llama-3.2-1B-Instruct (arXiv 2508.05613).
 
-    python launch/train.py --config=configs/llama3p2_1b.py --config.reward.recipe=robust \
-        --config.data.train=gsm8k_train.jsonl --config.data.eval=gsm8k_test.jsonl \
+    python launch/train.py --config=configs/llama3p2_1b.py --config.reward.recipe=robust \\
+        --config.data.train=gsm8k_train.jsonl --config.data.eval=gsm8k_test.jsonl \\
         --config.reward.weights=VERIFYRM_DIR --config.assistant.url=http://HOST:8000/v1
 
 Everything else is as in configs/qwen_1p5b.py: the reward model stays VerifyRM-1.5B, with its own tokenizer.

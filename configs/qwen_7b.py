@@ -1,7 +1,7 @@
 """A larger policy than the paper's: Qwen2.5-7B-Instruct, with the paper's reward model.
 
-    python launch/train.py --config=configs/qwen_7b.py --config.mesh.tensor=4 --config.reward.recipe=robust \
-        --config.data.train=gsm8k_train.jsonl --config.data.eval=gsm8k_test.jsonl \
+    python launch/train.py --config=configs/qwen_7b.py --config.mesh.tensor=4 --config.reward.recipe=robust \\
+        --config.data.train=gsm8k_train.jsonl --config.data.eval=gsm8k_test.jsonl \\
         --config.reward.weights=VERIFYRM_DIR --config.assistant.url=http://HOST:8000/v1
 
 Everything else is as in configs/qwen_1p5b.py, the reward model VerifyRM-1.5B included, and has not been tuned

@@ -36,6 +36,7 @@ def get_config():
     # Ours: three epochs of 58.7K rows are 344 updates.  With the released batch of 16,384 they would be 11.
     c.train_rm.batch = 512
     c.train_rm.widths = 8
+    # Without evaluations the best model could not be chosen.
     c.train_rm.eval_every = 50  # ours; released: no evaluation
 
     c.checkpoint.every = 50
