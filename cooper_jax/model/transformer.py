@@ -46,8 +46,8 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
     head: "logits" (an untied model has an `lm_head`), or "score" (a vector `score` [D], no `lm_head`).
 
     Matrices are initialised with standard deviation 1 / sqrt(inputs).  Those that write to the residual
-    stream have 1 / sqrt(2 L) of that.  With the usual 0.02, models of a width of about 100 learn too little in
-    a few hundred steps.  Raises ValueError for another head.
+    stream have 1 / sqrt(2 L) of that.  With the usual 0.02, models of a width of about 100 learn too little
+    in a few hundred steps.  Raises ValueError for another head.
     """
     if head not in ("logits", "score"):
         raise ValueError(f"head {head!r} is none of logits, score")
