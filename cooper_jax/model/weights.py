@@ -136,7 +136,7 @@ def _place(entry: Entry, tensors: weight_files.TensorFiles, layout: Layout) -> j
     # Devices with the same part (replicas) share one read.
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None, "every addressable device holds a part"
+        assert index is not None, "every addressable device has a part"
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         holders.setdefault(bounds, []).append(device)
 
@@ -146,7 +146,7 @@ def _place(entry: Entry, tensors: weight_files.TensorFiles, layout: Layout) -> j
         index = tuple(slice(*b) for b in bounds)
         part = _part(entry, tensors, index) if whole is None else whole[index]
         copies = [jax.device_put(part, device) for device in devices]
-        # Wait, so that the host does not hold this part while it reads the next one.
+        # Wait, so that this part can be freed before the next one is read.
         placed += jax.block_until_ready(copies)
         del part
     return jax.make_array_from_single_device_arrays(shape, sharding, placed)

@@ -129,7 +129,7 @@ class Checkpoints:
     def save(self, step: int, items: dict[str, Any], loop: dict[str, Any]) -> float:
         """Save named pytrees and the loop's JSON in the background; return the seconds of the first wait.
 
-        Waits for the previous save first, so that the host holds only one copy of the arrays, and then until
+        Waits for the previous save first, so that the host has only one copy of the arrays, and then until
         the arrays are copied to the host: they may be donated as soon as this returns.  If writing fails, the
         next `save`, `wait` or exit raises.  Raises ValueError for a step that is not newer than the newest,
         and for a reserved name.

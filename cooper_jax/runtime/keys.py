@@ -41,7 +41,7 @@ STREAMS = {
     # Annotation and evaluation.
     "source": 19,  # ids: try (completions that are to be annotated; then problem, sample, token)
     "judge": 20,  # ids: try (verdicts of a language model)
-    "benchmark": 21,  # ids: CRC of the data set's name (then problem, sample, token); none: choice of a subset
+    "benchmark": 21,  # ids: CRC of the data set's name (then problem, sample, token); none: the subset
     "bootstrap": 22,  # no ids: every figure is resampled alike
     "references": 23,  # no ids: choice of the question whose reference replaces a row's own
     "balance": 24,  # ids: two words of a row's id (choice of the annotated rows that are kept)

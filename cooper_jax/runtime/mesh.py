@@ -9,8 +9,8 @@
    shardings and initial values derive from it.
 
 If a mesh axis does not divide a dimension, the next rule of that logical axis is tried; if there is no other
-rule, this is an error.  The tokens of a row are not sharded: with rows as short as the paper's (1,024 tokens),
-sharding the rows over `data` and `fsdp` is enough.
+rule, this is an error.  The tokens of a row are not sharded: with rows as short as the paper's (1,024
+tokens), sharding the rows over `data` and `fsdp` is enough.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def split_devices(
         if count % hosts or per_host >= fewest:
             raise ValueError(
                 f"mesh.{name}={'x'.join(map(str, sizes))} takes {count} devices, as many from each of "
-                f"{hosts} hosts, and must leave some; a host has {fewest} left: choose another size, or '' to "
-                "share the policy's mesh"
+                f"{hosts} hosts, and must leave some; a host has {fewest} left: choose another size, "
+                "or '' to share the policy's mesh"
             )
         reserved[name] = list(itertools.chain.from_iterable(own[-per_host:] for own in by_host.values()))
         by_host = {host: own[:-per_host] for host, own in by_host.items()}
@@ -212,9 +212,9 @@ class Layout:
         return PartitionSpec(*entries)
 
     def _find_target(self, axis: str, size: int | None, used: set[str]) -> Any:
-        """Return the mesh axes of the first rule that are unused and divide the dimension; add them to `used`.
+        """Return the mesh axes of the first rule that fits, and add them to `used`.
 
-        With size None, every size counts as divisible.
+        A rule fits if its mesh axes are not in `used` and divide the size; None is a size that all divide.
         """
         tried = []
         for name, target in self.rules:

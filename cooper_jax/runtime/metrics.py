@@ -74,10 +74,9 @@ class PhaseTimer:
 def to_jsonable(x: Any, where: str = "") -> Any:
     """Convert numbers, strings, NumPy and JAX arrays, and containers of them to JSON values.
 
-    NaN becomes None, infinities become "inf" and "-inf".  Raises TypeError for a value of another type, naming
-    its place (`where`, a dotted path).
+    NaN becomes None, infinities become "inf" and "-inf".  Raises TypeError for a value of another type,
+    naming its place (`where`, a dotted path).
     """
-    # Subclasses become plain: NumPy's float64 is a float, an enumeration of strings a str.
     if x is None or isinstance(x, bool | int):
         return x
     if isinstance(x, str):
@@ -90,6 +89,7 @@ def to_jsonable(x: Any, where: str = "") -> Any:
         if math.isnan(x):
             return None
         return x if math.isfinite(x) else str(float(x))
+    # NumPy's float64 is a float, and was handled above with its NaN; other types of scalars become Python's.
     if isinstance(x, np.generic | np.ndarray | jax.Array):
         return to_jsonable(np.asarray(x).tolist(), where)
     raise TypeError(f"{where.lstrip('.') or 'the value'} is a {type(x).__name__}, which JSON cannot hold")

@@ -191,8 +191,8 @@ def apply_update(
 
     Args:
       enabled: bool[]; False if no row of the batch has a gradient.  The state then stays the same, and the
-        update does not count as skipped.  With zero gradients instead, weight decay and the moments would still
-        change the weights.
+        update does not count as skipped.  With zero gradients instead, weight decay and the moments would
+        still change the weights.
 
     Returns the state and metrics, f32[] each: grad_norm before clipping, lr of this update (0 if there was
     none), skipped (0 or 1).
@@ -203,8 +203,8 @@ def apply_update(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     accept = enabled & finite
 
-    # Compute the update, then select the new state or the old one: both fit the donated buffers, and a branch
-    # would need every host to take the same one.
+    # Compute the update, then select the new state or the old one: skips are rare,
+    # so a branch would save nothing.
     updates, opt_state = opt.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(
@@ -224,7 +224,7 @@ def split_rows(batch: Any, microbatch: int, layout: Layout) -> Any:
     """Split a batch into microbatches: leaves [N, ...] -> [M, m, ...], padded with rows of zeros at the end.
 
     m is at most `microbatch` rounded up to a multiple of the layout's batch shards, and as small as M equal
-    microbatches allow.  Row i goes to microbatch i mod M: on a mesh, where a shard holds neighbouring rows,
+    microbatches allow.  Row i goes to microbatch i mod M: on a mesh, where a shard has neighbouring rows,
     every microbatch takes its rows from all shards, and no row is transferred.  Raises ValueError for
     microbatch < 1.
     """
