@@ -158,7 +158,7 @@ class ModelConfig:
         layer_types = set(hf["layer_types"] or ()) if "layer_types" in hf else set()
         if layer_types - {"full_attention"}:
             raise ValueError(
-                f"{where}: layer_types holds {sorted(layer_types)}; only full_attention is supported"
+                f"{where}: layer_types has {sorted(layer_types)}; only full_attention is supported"
             )
 
         # Keys that config.json leaves out have the defaults of transformers.

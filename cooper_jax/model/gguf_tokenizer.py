@@ -67,7 +67,7 @@ def read_tokenizer(path: Path) -> Parts:
         else:
             found = f"model {meta['model']!r}, pre {meta['pre']!r}"
         raise ValueError(
-            f"{path}: its tokenizer metadata hold {found}; this reader knows model 'gpt2' with pre one of "
+            f"{path}: its tokenizer metadata have {found}; this reader knows model 'gpt2' with pre one of "
             f"{', '.join(map(repr, _PRE))}: name a directory with a tokenizer.json instead"
         )
 

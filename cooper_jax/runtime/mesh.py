@@ -138,7 +138,7 @@ def _arrange(devices: list[jax.Device], sizes: list[int], across: int) -> np.nda
     # Several slices: the axis `across` is split into (slices, devices per slice), the others stay in a slice.
     if sizes[across] % slices:
         raise ValueError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))}: the devices lie in {slices} slices, which do not "
+            f"mesh {dict(zip(AXES, sizes, strict=True))}: the devices are in {slices} slices, which do not "
             f"divide {AXES[across]}={sizes[across]}, the axis that spans them: change its size or "
             "--config.mesh.across"
         )
@@ -288,7 +288,7 @@ def check_sharding(layout: Layout, specs: Any) -> None:
         if fsdp > 1 and has_sharded_axis and is_large and is_replicated:
             raise ValueError(
                 f"mesh {dict(layout.mesh.shape)} does not divide {jax.tree_util.keystr(path)} of shape "
-                f"{spec.shape}, which every device would hold whole: choose sizes that divide it"
+                f"{spec.shape}, of which every device would have a full copy: choose sizes that divide it"
             )
 
 

@@ -92,7 +92,9 @@ def to_jsonable(x: Any, where: str = "") -> Any:
     # NumPy's float64 is a float, and was handled above with its NaN; other types of scalars become Python's.
     if isinstance(x, np.generic | np.ndarray | jax.Array):
         return to_jsonable(np.asarray(x).tolist(), where)
-    raise TypeError(f"{where.lstrip('.') or 'the value'} is a {type(x).__name__}, which JSON cannot hold")
+    raise TypeError(
+        f"{where.lstrip('.') or 'the value'} is a {type(x).__name__}, which JSON cannot represent"
+    )
 
 
 class JsonLines:

@@ -256,8 +256,8 @@ class Uploads:
     """Remote copies of the growing files of a local folder, which a thread uploads.
 
     Files are uploaded one at a time; changes during an upload are part of the next one.  A file is uploaded
-    up to the size it had when `changed` was called, so the copy ends with a complete line.  Every upload sends
-    the whole file: uploads of a file of 1 GB send 1 GB each, one after the other.
+    up to the size it had when `changed` was called, so the copy ends with a complete line.  Every upload
+    sends the whole file: uploads of a file of 1 GB send 1 GB each, one after the other.
     """
 
     def __init__(self, folder: Path, remote: epath.Path):

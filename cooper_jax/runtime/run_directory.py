@@ -93,7 +93,8 @@ def check_shared(path: str | Path | epath.Path) -> None:
         raise ValueError(
             f"{folder} is not one directory for all hosts: what process 0 wrote there, process "
             f"{', '.join(map(str, failed))} did not find ({next(iter(failed.values()))}), and each must "
-            "write its part of a checkpoint: give a --config.run_dir on a disk that they share, or gs://BUCKET/NAME"
+            "write its part of a checkpoint: give a --config.run_dir on a disk that they share, or "
+            "gs://BUCKET/NAME"
         )
 
 

@@ -72,7 +72,7 @@ def read_stored_config(run_dir: Path | epath.Path, known: ConfigDict) -> dict[st
             f"{stored} is not JSON ({error}): fix it, or give another --config.run_dir"
         ) from None
     if not isinstance(config, dict):
-        raise ValueError(f"{stored} holds no JSON object: fix it, or give another --config.run_dir")
+        raise ValueError(f"{stored} is not a JSON object: fix it, or give another --config.run_dir")
 
     # Later and earlier versions need different advice.
     number = config.pop("format", None)
