@@ -1,6 +1,6 @@
 """Causal attention over right-padded rows (training, scoring, prefill), by platform.
 
-`implementation` is chosen when the function is traced; None stands for the default of `jax.default_backend()`:
+`implementation` is chosen when the function is traced; None selects the default of `jax.default_backend()`:
 
     xla                any platform: blocks of queries, each against the keys up to its own end and recomputed
                        in the backward pass.  Skips nearly half of the [S, S] scores and halves the memory

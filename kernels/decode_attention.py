@@ -166,7 +166,7 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _split_kv(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Return k and v [.., h] in the dtype that they are multiplied in: int8 in `dtype`, scales not applied."""
+    """Return k and v [.., h] in the dtype of their products: int8 in `dtype`, with scales not applied."""
     k, v = jnp.split(kv.data[0], 2, axis=-1) if kv.packed else kv.data
     return (k.astype(dtype), v.astype(dtype)) if kv.scales else (k, v)
 

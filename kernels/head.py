@@ -149,7 +149,7 @@ def _backward(temperature, vocab_size, axis_name, width_axis, implementation, sa
     hidden, head, own_head, targets, logsumexp = saved
     slope = cotangents[0] / temperature
     if axis_name is not None:
-        # Every shard returns the same log-probabilities; their cotangent is the sum of the shards' cotangents.
+        # All shards return the same log-probabilities, whose cotangent is the sum of the shards' cotangents.
         slope = jax.lax.psum(slope, axis_name)
     first, _ = _shard_bounds(head, vocab_size, axis_name)
 

@@ -6,10 +6,10 @@
     logits        [C / 128, R, 128] f32   scratch, two buffers
     Accumulators  [R, 128]                the output block: an online softmax and an argmax per lane
 
-1. A step multiplies its own tile on the matrix unit, and accumulates the logits of the previous step's tile on
-   the vector unit.  There, the hash and the softmax of a logit take as long as a product of 2,000 terms on the
-   matrix unit.  Both are in the body of one loop, so that the compiler overlaps them; the two scratch buffers
-   alternate.
+1. A step multiplies its own tile on the matrix unit, and accumulates the logits of the previous step's tile
+   on the vector unit.  There, the hash and the softmax of a logit take as long as a product of 2,000 terms
+   takes on the matrix unit.  Both are in the body of one loop, so that the compiler overlaps them; the two
+   scratch buffers alternate.
 2. The logits of 8 rows are C / 128 registers, which are hashed, compared and summed lane by lane.
 3. The caller merges the 128 lanes of a row once (`online.reduce_accumulators`).
 
@@ -32,8 +32,8 @@ from cooper_jax.kernels import gumbel, online
 
 LANES = 128
 GROUP = 8  # rows whose logits are accumulated in registers at a time
-# Upper bounds on a tile.  1024 rows are 2 x 1024 flops per head element of 2 bytes, more than any chip's ratio
-# of flops to bytes, so the product and not the head's copy takes the time.
+# Upper bounds on a tile.  1024 rows are 2 x 1024 flops per head element of 2 bytes, above any chip's ratio of
+# flops to bytes, so the product and not the head's copy takes the time.
 ROWS = 1024
 COLUMNS = 1024  # vocabulary entries
 HIDDEN_BYTES, HEAD_BYTES = 8 * 2**20, 4 * 2**20  # of one of two buffers
@@ -66,8 +66,8 @@ def stream_head(
     per_split = pl.cdiv(tiles, splits)
 
     def head_block(split, row_tile, step, _):
-        # The last step only accumulates, and the last split may have fewer tiles.  There a tile is read again,
-        # but accumulated once.
+        # The last step only accumulates, and the last split may have fewer tiles.  There a tile is read
+        # again, but accumulated once.
         return jnp.minimum(split * per_split + jnp.minimum(step, per_split - 1), tiles - 1), 0
 
     # The fields of Accumulators: four f32, and for sampling f32 `score` and i32 `token`.
@@ -177,7 +177,7 @@ def _kernel(
 
         jax.lax.fori_loop(0, pieces, multiply_and_accumulate, None)
 
-    # The two buffers are separate refs, so that the two halves of the loop's body visibly use different memory.
+    # The buffers are separate refs, so that the two halves of the loop's body visibly use different memory.
     pl.when(step % 2 == 0)(lambda: run_step(even_logits, odd_logits))
     pl.when(step % 2 == 1)(lambda: run_step(odd_logits, even_logits))
 

@@ -41,7 +41,7 @@ class Format(NamedTuple):
     packed: bool
 
     def bytes_per_token(self, layers: int, kv_heads: int, head_dim: int) -> int:
-        """Count the bytes of one token's keys and values in all layers and heads, without padding to tiles."""
+        """Count the bytes of a token's keys and values in all layers and heads, without padding to tiles."""
         # int8 adds two f32 scales per head.
         scales = 2 * 4 if self.dtype == "int8" else 0
         return layers * kv_heads * (2 * head_dim * jnp.dtype(self.dtype).itemsize + scales)

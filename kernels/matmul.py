@@ -13,8 +13,8 @@
 `matmul_cpu` is for the few rows of a decode step.  XLA:CPU gives a dot to YNNPACK, which packs the weights
 again at every call; for a few dozen rows that is more work than the product.  A convolution of width 1 is
 lowered to the same dot at a later stage and goes to Eigen, which does not pack them.  Measured on one core
-with all matrices of a decode step of width 256 in float32: 101 instead of 79 GFLOP/s at 64 rows, 82 instead of
-66 at 32 rows, 50 instead of 39 at 8 rows.
+with all matrices of a decode step of width 256 in float32: 101 instead of 79 GFLOP/s at 64 rows, 82 instead
+of 66 at 32 rows, 50 instead of 39 at 8 rows.
 
 N rows   D width of x   F width of the result
 """

@@ -106,7 +106,7 @@ def reduce_accumulators(acc: Accumulators, axis: int) -> Accumulators:
 
 
 def _rescale(acc: Accumulators, m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return l and moment relative to a larger maximum m: each e^(z - acc.m) is multiplied by e^(acc.m - m)."""
+    """Return l and moment relative to a larger maximum m: e^(z - m) = e^(acc.m - m) e^(z - acc.m)."""
     shift = acc.m - m
     scale = jnp.exp(shift)
     return scale * acc.l, scale * (acc.moment + acc.l * shift)

@@ -72,7 +72,7 @@ def sample_logits(
     """Sample one token per row.
 
     temperature, top_k (0: off), top_p (1: off), min_p (0: off): Python numbers, static under jit.
-    axis_name: inside shard_map, the mesh axis over which the vocabulary is sharded; all shards get the result.
+    axis_name: in shard_map, the mesh axis over which the vocabulary is sharded; all shards get the result.
     entropy: compute `SampledTokens.entropy` too.
 
     A vocabulary, or a shard of it, that is not a multiple of 128 tokens costs a copy of the logits: pad the

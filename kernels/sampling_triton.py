@@ -8,8 +8,8 @@
                       probabilities
 
 A row of 152K tokens has 608 kB, more than the registers of a multiprocessor, and 256 rows have three times
-the size of the L2 cache.  So every pass of a search reads slow memory.  To need fewer of them, each pass gives
-4 bits of the threshold instead of one: 8 passes instead of 32.
+the size of the L2 cache.  So every pass of a search reads slow memory, and a pass with 15 thresholds gives
+4 bits of the result instead of one: 8 passes instead of 32.
 
 N rows   V vocabulary, whole blocks   M blocks of 128 tokens   E spans   X candidate thresholds
 """

@@ -57,7 +57,7 @@ def make_schedule(
     n, prompts = prompt_of.shape[0], lengths.shape[0]
     prompt_of, lengths = prompt_of.astype(jnp.int32), lengths.astype(jnp.int32)
 
-    # The number of tiles Y is static: an upper bound if rows are in any order, exact if they are prompt-major.
+    # The number of tiles is static: an upper bound if rows are in any order, exact if they are prompt-major.
     if samples is None:
         size = rows or ROWS
         # Each class of rows (those of one prompt, or the idle rows) leaves at most size - 1 places empty.
