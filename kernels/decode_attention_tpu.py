@@ -138,8 +138,8 @@ def _make_scalars(
     has_columns = (schedule.rows >= 0) & (row_first <= last)
     row_first = jnp.where(has_columns, jnp.maximum(row_first, 0), NO_COLUMN)
 
-    # The last block ends with the tile of columns that contains `last`.  Blocks are counted back from that end
-    # to the oldest column of a tile's rows.
+    # The last block ends with the tile of columns that contains `last`.  Blocks are counted back from that
+    # end to the oldest column of a tile's rows.
     tile_first = row_first.min(axis=1)
     end = jnp.minimum(_round_up(last + 1, _tile_columns(suffix)), suffix.data[0].shape[3])
     suffix_blocks = jnp.where(tile_first == NO_COLUMN, 0, pl.cdiv(end - tile_first, block))

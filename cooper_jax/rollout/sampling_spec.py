@@ -85,8 +85,8 @@ def make_row_keys(key: jax.Array, prompt_positions: jax.Array, group_size: int) 
     # Other generators may give other bits under vmap, and so make them depend on the batch.
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or jax.random.key_impl(key) != "threefry2x32":
         raise ValueError(
-            f"the rollout needs a typed threefry2x32 key, got {key.dtype}: bits of other generators depend on "
-            "the batch; make the key with jax.random.key(seed, impl='threefry2x32')"
+            f"the rollout needs a typed threefry2x32 key, got {key.dtype}: bits of other generators depend "
+            "on the batch; make the key with jax.random.key(seed, impl='threefry2x32')"
         )
 
     # First the prompt's position, then the sample's index: prompt-major rows.
