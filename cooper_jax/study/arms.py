@@ -23,7 +23,7 @@ from cooper_jax.trainer.recipes import RECIPES
 START = "start"  # the folder of the supervised phases that a seed's arms share; no arm may have this name
 
 # Fields that the study sets or that are the same in all arms.  One that ends in a dot stands for a section.
-NOT_AN_ARMS = ("name", "seed", "steps", "run_dir", "resume", "supervised.", "eval.")
+SHARED_FIELDS = ("name", "seed", "steps", "run_dir", "resume", "supervised.", "eval.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ def parse_arm(text: str, base: ConfigDict) -> Arm:
 
 def is_shared_field(field: str) -> bool:
     """True if the study sets a field, or all its arms share it."""
-    return any(field == f or (f.endswith(".") and field.startswith(f)) for f in NOT_AN_ARMS)
+    return any(field == f or (f.endswith(".") and field.startswith(f)) for f in SHARED_FIELDS)
 
 
 def _parse_value(text: str, like: Any, where: str) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 
 from cooper_jax.runtime.extras import import_extra
 from cooper_jax.study.records import Record, Records
-from cooper_jax.study.summary import PLAIN
+from cooper_jax.study.summary import BASELINE
 
 WIDTH = 10.7  # inches
 ROW_HEIGHTS = (2.3, 1.6, 1.3)  # inches, of the three panels of a column
@@ -83,7 +83,7 @@ def draw_figure(records: Records) -> bytes:
 def _draw_arm(panels: Sequence[Any], records: Records, name: str) -> None:
     """Draw an arm's three panels."""
     above, middle, below = panels
-    _draw_accuracy(above, records.of(name), records.of(PLAIN) if name != PLAIN else ())
+    _draw_accuracy(above, records.of(name), records.of(BASELINE) if name != BASELINE else ())
     _draw_steps(middle, records.of(name))
     _draw_reward_model(below, records.of(name))
     for axes in panels:
@@ -140,7 +140,7 @@ def _draw_accuracy(axes: Any, runs: Sequence[Record], plain: Sequence[Record]) -
         else:
             at, offset, side = len(mean[0]) // 2, (-2, 4), "baseline"
         axes.annotate(
-            PLAIN, (mean[0][at], mean[1][at]), offset, textcoords="offset points", ha="right", va=side,
+            BASELINE, (mean[0][at], mean[1][at]), offset, textcoords="offset points", ha="right", va=side,
             fontsize=7.5, color=PALE, zorder=1,
         )  # fmt: skip
 

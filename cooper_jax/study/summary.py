@@ -25,7 +25,7 @@ from cooper_jax.study.records import EVALUATED, MOTION, SPANS, Record, Records, 
 LAST = 3  # evaluations whose mean is the end
 LAST_STEPS = 10  # steps whose mean is the end of a quantity of every step
 DIP = 0.8  # share of the start below which a run has dipped
-PLAIN = "rule"  # the arm that the others are compared with
+BASELINE = "rule"  # the arm that the others are compared with
 FROZEN = "frozen"  # the arm whose reward model is the one that all begin with, before any warm-up
 SUBJECTS = ("accuracy", "accuracy_number", "accuracy_words")  # held-out problems: all, and by kind
 HELD_OUT = ("rm_original", "rm_balanced")  # labelled completions that are the same for all arms
@@ -143,9 +143,9 @@ def summarise_arm(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if any(f"{quantity}_end" in run for run in own):
             gains = [run.get(f"{quantity}_end", NAN) - run.get(f"{quantity}_start", NAN) for run in own]
             out[f"{quantity}_gain"] = mean_over_seeds(gains)
-    out |= _compare_with_begun(own, runs)
-    if name != PLAIN:
-        out |= _compare_with_plain(own, runs)
+    out |= _compare_with_initial_model(own, runs)
+    if name != BASELINE:
+        out |= _compare_with_baseline(own, runs)
     return out
 
 
@@ -159,7 +159,9 @@ def _list_quantities() -> list[str]:
     return [*traces, *steps, "seconds", "reward_seconds", "reward_share", "updates", *motion]
 
 
-def _compare_with_begun(own: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> dict[str, Interval]:
+def _compare_with_initial_model(
+    own: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
+) -> dict[str, Interval]:
     """The reward model's end minus its begin, before any update: the frozen arm's start, seed by seed."""
     frozen = {run["seed"]: run for run in runs if run["arm"] == FROZEN}
     out = {}
@@ -175,9 +177,9 @@ def _compare_with_begun(own: Sequence[dict[str, Any]], runs: Sequence[dict[str, 
     return out
 
 
-def _compare_with_plain(own: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _compare_with_baseline(own: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The number of seeds shared with the rule arm, and the arm's end minus that arm's, seed by seed."""
-    plain = {run["seed"]: run for run in runs if run["arm"] == PLAIN}
+    plain = {run["seed"]: run for run in runs if run["arm"] == BASELINE}
     pairs = [(run, plain[run["seed"]]) for run in own if run["seed"] in plain]
     out: dict[str, Any] = {"pairs": len(pairs)}
     for quantity in SUBJECTS:

@@ -13,7 +13,7 @@ from typing import Any
 from cooper_jax.evaluation.text_tables import format_percent
 from cooper_jax.statistics import Interval
 from cooper_jax.study.records import MOTION, SPANS
-from cooper_jax.study.summary import DIP, FROZEN, LAST, LAST_STEPS, PLAIN
+from cooper_jax.study.summary import DIP, FROZEN, LAST, LAST_STEPS, BASELINE
 
 RM_SETS = {
     "rm_original": "as in its training data",
@@ -96,7 +96,7 @@ def _format_accuracy(study: dict[str, Any], shown: dict[str, Any]) -> str:
             f"{arm['dipped']}",
         ])  # fmt: skip
     header = (
-        "arm", "", "seeds", "start", "end", f"end minus {PLAIN}'s, seed by seed", "lowest", "end above start",
+        "arm", "", "seeds", "start", "end", f"end minus {BASELINE}'s, seed by seed", "lowest", "end above start",
         "end below half of it", f"ever under {DIP:.0%} of it",
     )  # fmt: skip
     note = (
@@ -108,7 +108,7 @@ def _format_accuracy(study: dict[str, Any], shown: dict[str, Any]) -> str:
 
 def _format_difference(name: str, arm: dict[str, Any]) -> str:
     """The arm's accuracy minus the rule arm's, with the number of seeds where that is not all of them."""
-    if name == PLAIN or not arm["pairs"]:
+    if name == BASELINE or not arm["pairs"]:
         return "-"
     text = format_percent(arm["accuracy_less_rule"])
     if arm["pairs"] < len(arm["seeds"]):
@@ -124,7 +124,7 @@ def _format_kinds(shown: dict[str, Any]) -> str:
     }
     header, rows = _make_start_end_rows(names, shown)
     for quantity, kind in (("accuracy_number", "number"), ("accuracy_words", "words")):
-        header.append(f"{kind}: end minus {PLAIN}'s")
+        header.append(f"{kind}: end minus {BASELINE}'s")
         for row, arm in zip(rows, shown.values(), strict=True):
             row.append(_format_share(arm, f"{quantity}_less_rule") if arm.get("pairs") else "-")
     note = (
