@@ -125,7 +125,7 @@ def _hash_program(lowered: jax.stages.Lowered, layout: Layout) -> str:
     devices = layout.mesh.devices.flat
     coordinates = [str(getattr(d, "coords", d.id)) for d in devices]
     machine = [layout.platform, devices[0].device_kind, coordinates]
-    # The text of a lowered program does not contain the shardings of all arguments.
+    # The text of a lowered program may leave out shardings of arguments, so they are hashed as well.
     shardings = (str(x.sharding) for x in jax.tree.leaves(lowered.in_avals) if getattr(x, "sharding", None))
 
     installed = [p for p in COMPILERS if importlib.util.find_spec(p.replace("-", "_"))]

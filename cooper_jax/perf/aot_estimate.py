@@ -140,7 +140,7 @@ class StepEstimate:
 
 def suggest_flags(phase: str) -> str:
     """Name the flags that reduce the memory of a phase."""
-    # The first two pieces of advice shrink the shards of every phase; these shrink the phase's own batches.
+    # More chips and a larger tensor axis help in every phase; these flags shrink the phase's own batches.
     own = {
         "rollout": "a smaller --config.rollout.max_rows, --config.rollout.kv_dtype=int8",
         "score": "a smaller --config.reward.microbatch",

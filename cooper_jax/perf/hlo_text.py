@@ -146,7 +146,7 @@ def parse_program(text: str) -> HloProgram:
 def _make_computation(name: str, statements: list[list[str]]) -> Computation:
     """A computation with its instructions linked to their operands and users."""
     instructions = {own_name: _parse_instruction(own_name, body) for _, own_name, body in statements}
-    # All instructions are parsed first, because a schedule may print a reader before its operand.
+    # All instructions are parsed before they are linked, so that their order in the text does not matter.
     for reader in instructions.values():
         for i, operand in enumerate(_list_operands(reader)):
             if operand not in instructions:
