@@ -1,8 +1,8 @@
 """Compilation of one lowered program to the compiler's report on it, cached on disk if a folder is given.
 
-JAX's own compilation cache needs the devices that a program runs on.  This cache does not: its key is a hash of the
-program's text before optimisation, the devices and the compiler's version.  It stores the compiler's report, not
-the executable.
+JAX's own compilation cache needs the devices that a program runs on.  This cache does not: its key is a hash
+of the program's text before optimisation, the devices and the compiler's version.  It stores the compiler's
+report, not the executable.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ from cooper_jax.runtime.remote_files import write_atomically
 from cooper_jax.settings.setup_errors import SetupError
 
 # Fields of XLA's memory analysis, in the order of CompiledProgram's.
-MEMORY_FIELDS = ("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes", "temp_size_in_bytes",
-                 "generated_code_size_in_bytes")  # fmt: skip
+MEMORY_FIELDS = (
+    "argument_size_in_bytes",
+    "output_size_in_bytes",
+    "alias_size_in_bytes",
+    "temp_size_in_bytes",
+    "generated_code_size_in_bytes",
+)
 # A size in the compilers' error messages, such as 17.25G or 80.00GiB.
 SIZE = r"([\d.]+[KMGT]i?B?)"
 # Part of the hash: change it with the format of reports, so that reports of earlier versions are not read.
@@ -61,8 +66,8 @@ def compile_program(
 ) -> CompiledProgram:
     """Compile a program, or read the report of an earlier compilation from the folder `cache`.
 
-    Raises TooLarge, with both numbers where the compiler gives them, and SetupError if the compiler refuses the
-    program for another reason.
+    Raises TooLarge, with both numbers where the compiler gives them, and SetupError if the compiler refuses
+    the program for another reason.
     """
     path = None if cache is None else cache / f"{_hash_program(lowered, layout)}.gz"
     if path is not None and path.exists():

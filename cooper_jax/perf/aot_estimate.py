@@ -7,9 +7,9 @@
 The compiler gives the bytes of a program's arguments, outputs and temporaries, and its optimised text.
 `perf/hlo.py` counts FLOPs, bytes of device memory and bytes sent in that text.  This module estimates:
 
-    seconds     the largest of the times for computing, memory traffic and communication, each at the chip's public
-                peak.  A lower bound (roofline), not a forecast: it assumes peak rates, perfect overlap and no time
-                on the host.
+    seconds     the largest of the times for computing, memory traffic and communication, each at the chip's
+                public peak.  A lower bound (roofline), not a forecast: it assumes peak rates, perfect overlap
+                and no time on the host.
     attention   FLOPs and bytes of kernels that the compiled text does not show (kernel_costs.py)
     total       a program's own bytes, and the bytes of everything else that is in memory while it runs
 """
@@ -32,8 +32,8 @@ from cooper_jax.perf.chips import GIB, Topology
 from cooper_jax.runtime.mesh import Layout
 
 RESOURCES = ("compute", "memory", "network")
-# Kernels that declare the cost of reading full caches, but read only a part of them.  Their declaration is removed
-# from the text, so that the cost of kernel_costs.py counts instead.
+# Kernels that declare the cost of reading full caches, but read only a part of them.  Their declaration is
+# removed from the text, so that the cost of kernel_costs.py counts instead.
 READ_IN_PART = ("decode_attention",)
 
 
@@ -132,9 +132,10 @@ class StepEstimate:
         """Write the error message for a step that does not fit, with both numbers and flags that may help."""
         p = self.largest
         return (
-            f"{p.name} needs {p.total / GIB:.2f} GiB of a device (arguments {p.arguments / GIB:.2f}, temporaries "
-            f"{p.temporaries / GIB:.2f}, outputs {p.outputs / GIB:.2f}, rest of the run {p.others / GIB:.2f}), but "
-            f"{self.limit / GIB:.2f} of its {self.memory / GIB:.2f} GiB may be used: {suggest_flags(p.phase)}"
+            f"{p.name} needs {p.total / GIB:.2f} GiB of a device (arguments {p.arguments / GIB:.2f}, "
+            f"temporaries {p.temporaries / GIB:.2f}, outputs {p.outputs / GIB:.2f}, rest of the run "
+            f"{p.others / GIB:.2f}), but {self.limit / GIB:.2f} of its {self.memory / GIB:.2f} GiB may be "
+            f"used: {suggest_flags(p.phase)}"
         )
 
 
@@ -253,7 +254,7 @@ def estimate_program(
 def _sum_collectives(
     collectives: tuple[hlo.Collective, ...], layout: Layout, topology: Topology
 ) -> list[CollectiveTotal]:
-    """Sum collectives of the same kind, shape and group size, with their seconds on the topology's network."""
+    """Sum collectives of the same kind, shape and group size, with their seconds on the network."""
     # The ids in the compiled text are positions on the mesh, not device ids.
     devices = layout.mesh.devices.reshape(-1)
     totals: dict[tuple[str, str, int], CollectiveTotal] = {}
@@ -300,7 +301,7 @@ def _find_group(c: hlo.Collective) -> list[int]:
 
 
 def step_to_json(step: StepEstimate) -> dict[str, Any]:
-    """Convert a step to JSON values, with lists of the figures by source: the compiler, its text, or estimates."""
+    """Convert a step to JSON values, with lists of its figures by their source."""
     programs = [
         dataclasses.asdict(p) | {"total": p.total, "bound": p.bound, "roofline_seconds": p.roofline_seconds}
         for p in step.programs

@@ -1,7 +1,9 @@
-"""Static description of a run, from its config and layout alone: no weights are loaded and no device is needed.
+"""Static description of a run from its config and layout.
 
-`describe_job` reads the models' shapes, from their config.json if it is on this machine, otherwise from `arch`.
-It then makes the decisions that a run makes when it starts: slots, padded widths, microbatches.
+No weights are loaded, and no device is needed.
+
+`describe_job` reads the models' shapes, from their config.json if it is on this machine, otherwise from
+`arch`.  It then makes the decisions that a run makes when it starts: slots, padded widths, microbatches.
 
 Sizes are the largest that a step can have: every prompt has data.max_prompt_tokens, every response
 rollout.max_new_tokens, and every prompt all its pairs.  The reward model's inputs are assumed to be one
@@ -93,7 +95,7 @@ class CompileJob:
 
 
 def drop_data(cfg: ConfigDict) -> ConfigDict:
-    """Remove from the config the files that compiling does not need: problems, and the reward model's weights.
+    """Remove from the config the files that compiling does not need: problems and the reward model's weights.
 
     Raises SetupError for settings out of range, and for models with meshes of their own.
     """
@@ -137,8 +139,8 @@ def read_model_shape(section: ConfigDict, name: str, layout: Layout) -> tuple[Mo
         # An unchanged `arch` is that of the tiny model, not that of the weights which the config names.
         if section.weights != "random" and section.arch.to_dict() == base.arch().to_dict():
             raise ValueError(
-                f"they are not on this machine, and --config.{name}.arch is that of configs/base.py: give a folder "
-                f"with a config.json, or the shape in --config.{name}.arch.layers, .width, ..."
+                f"they are not on this machine, and --config.{name}.arch is that of configs/base.py: give a "
+                f"folder with a config.json, or the shape in --config.{name}.arch.layers, .width, ..."
             )
         arch = ModelConfig.from_arch(section.arch, section.arch.vocab_size, multiple)
         reason = "weights are random" if section.weights == "random" else "weights are not on this machine"
@@ -162,7 +164,8 @@ def _find_local_config(source: str) -> Path | None:
 def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> CompileJob:
     """Describe a run of this config on this layout.  memory: bytes of a device.
 
-    Raises SetupError if the models or batches do not divide over the mesh, and if no slot fits into the memory.
+    Raises SetupError if the models or batches do not divide over the mesh, and if no slot fits into the
+    memory.
     """
     # Models: the heads must divide over the tensor axis.
     policy, note = read_model_shape(cfg.policy, "policy", layout)
@@ -179,12 +182,13 @@ def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> CompileJob:
     shards = layout.batch_shards
     if cfg.data.prompts_per_step % shards:
         notes.append(
-            f"{cfg.data.prompts_per_step} prompts do not divide over {shards} batch shards: a rollout pads them"
+            f"{cfg.data.prompts_per_step} prompts do not divide over {shards} batch shards: a rollout pads "
+            "them"
         )
     if cfg.assistant.kind == "local" and cfg.reward.arm == "cooper":
         notes.append("the local assistant's weights and programs are not counted")
 
-    # Rollout: the same decisions as at the start of a run, with the device's memory in place of a measured one.
+    # Rollout: the decisions that a run makes at its start, for the memory of the given device.
     section = cfg.rollout
     with setup_errors("rollout"):
         # No program depends on which tokens end a response.

@@ -1,7 +1,10 @@
-"""The programs of a step, in order.  Each has its lowering, its runs per step, and the arrays in memory meanwhile.
+"""The programs of a step, in order.
 
-A program is lowered with the compiled outputs (shapes and shardings) of the programs before it, as in a run.  The
-memory of the whole step is therefore estimated with the compiler's own layouts.
+Each has a function that lowers it, its number of runs per step, and the arrays that are in memory while it
+runs.
+
+A program is lowered with the compiled outputs (shapes and shardings) of the programs before it, as in a run.
+The memory of the whole step is therefore estimated with the compiler's own layouts.
 
 The supervised phases and evaluation are not included.
 """
@@ -151,8 +154,8 @@ def _list_rollout(job: CompileJob) -> list[StepProgram]:
     key_dtype = jax.random.key(0, impl="threefry2x32").dtype
     key = jax.ShapeDtypeStruct((), key_dtype, sharding=layout.replicated)
 
-    # Each function lowers one program, in the order in which the engine runs them.  The arguments are those of
-    # the engine's own calls, since other static arguments would compile other programs.
+    # Each function lowers one program, in the order in which the engine runs them.  The arguments are those
+    # of the engine's own calls, since other static arguments would compile other programs.
     def lower_reshard(outputs: Outputs) -> jax.stages.Lowered:
         return engine.reshard_weights.lower(
             _policy_params(job),
@@ -189,8 +192,8 @@ def _list_rollout(job: CompileJob) -> list[StepProgram]:
             steps=spec.segment, refill_at=max(1, slot_count // 8), static=static,
         )  # fmt: skip
 
-    # Costs of the kernels, and the programs with the arrays that are in memory while each runs: ROLLOUT[:k] are
-    # the trees that exist by then.
+    # Costs of the kernels, and the programs with the arrays that are in memory while each runs: ROLLOUT[:k]
+    # are the trees that exist by then.
     weights_name, prompts_name, requests_name, slots_name = ROLLOUT
     attention = kernel_costs.attention_cost(job, job.policy, chunk_rows // shards, chunk_tokens, spec.dtype)
     first_head = kernel_costs.head_cost(job, job.policy, job.requests, "head_draw")
@@ -228,7 +231,7 @@ def _list_refills(job: CompileJob, waves: int, columns: int) -> list[StepProgram
         state = outputs["open_slots"][0], outputs["begin"], outputs["prefill"]
         return slots.compact_slots.lower(*state, slots_per_shard=job.slots // 2, static=static)
 
-    # An estimate of their runs: one refill and one resize per wave after the first, and one compaction at the end.
+    # Assumed runs: one refill and one resize per wave after the first, and one compaction at the end.
     programs = [
         _rollout_program("refill", waves - 1, lower_refill, ROLLOUT),
         _rollout_program("resize", waves - 1, lower_resize, ROLLOUT),
@@ -267,8 +270,9 @@ def _make_score(job: CompileJob, reward: ModelConfig) -> StepProgram:
 
 
 def _make_logprobs(job: CompileJob) -> StepProgram:
-    """Make the program of log-probabilities, which runs on the reference and, with several updates, on the policy.
+    """Make the program of log-probabilities.
 
+    It runs on the reference, and on the policy as well if a step has several updates of the policy.
     With a single update the policy's own log-probabilities come from the update's forward pass.
     """
     settings, (prompt, response) = PolicyConfig.from_config(job.cfg.policy), job.row_tokens
@@ -338,7 +342,7 @@ def _policy_costs(job: CompileJob, n: int, dtype: str) -> kernel_costs.Costs:
 
 
 def _make_reward_update(job: CompileJob, reward: ModelConfig) -> StepProgram:
-    """Make the program of one update of the reward model: on pairs, and on labelled rows if the config has any."""
+    """Make the program of one reward-model update: on pairs, and on labelled rows if the config has any."""
     settings, tokens = RewardUpdateConfig.from_config(job.cfg.reward), job.reward_tokens
     optimiser, state = _make_state(job, "reward", reward, "score")
     with setup_errors("reward"):

@@ -1,17 +1,18 @@
-"""Search for a mesh, microbatches and slots: all candidates are estimated by arithmetic, the best few compiled.
+"""Search for a mesh, microbatches and slots.  All candidates are estimated by arithmetic, the best compiled.
 
-1. `list_candidates` lists every fsdp x tensor mesh over which the heads divide, with microbatches of 1 to 8 rows per
-   shard, and with slots for all rows, a half or a quarter of them.
-2. `estimate_roughly` computes bytes and seconds of each candidate by the two models below.  They are used only to
-   sort and to prune candidates.
+1. `list_candidates` lists every fsdp x tensor mesh over which the heads divide, with microbatches of 1 to 8
+   rows per shard, and with slots for all rows, a half or a quarter of them.
+2. `estimate_roughly` computes bytes and seconds of each candidate by the two models below.  They are used
+   only to sort and to prune candidates.
 3. `search_layouts` compiles the best few and returns the fastest that fits by the compiler's own figures.
 
-The model of memory is a sum of two terms.  The first is the models' float32 parameters and moments, sharded over all
-devices.  The second is the larger of the rollout's memory (weights, caches and slots: rollout/rollout_plan.py) and an
-update's memory (gradients, head, saved activations and one layer's activations).
+The model of memory is a sum of two terms.  The first is the models' float32 parameters and moments, sharded
+over all devices.  The second is the larger of the rollout's memory (weights, caches and slots:
+rollout/rollout_plan.py) and an update's memory (gradients, head, saved activations and one layer's
+activations).
 
-The model of time: matrix products at half the peak, or the all-gather of weights for each microbatch over one axis
-of links if that takes longer; decoding reads weights and caches at full bandwidth.
+The model of time: matrix products at half the peak, or the all-gather of weights for each microbatch over one
+axis of links if that takes longer; decoding reads weights and caches at full bandwidth.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def apply_candidate(cfg: ConfigDict, candidate: LayoutCandidate) -> ConfigDict:
 
 
 def estimate_roughly(job: CompileJob, topology: Topology, candidate: LayoutCandidate) -> RoughEstimate:
-    """Estimate a candidate's bytes and seconds, closely enough to sort candidates and to drop those far too large."""
+    """Estimate a candidate's bytes and seconds, closely enough to sort candidates and to drop large ones."""
     # Memory: rollout and update do not overlap, so only the larger counts beside the training states.
     chip, layout = topology.chip, job.layout
     resident = sum(aot_programs.resident_bytes(job).values())
@@ -131,8 +132,8 @@ def estimate_roughly(job: CompileJob, topology: Topology, candidate: LayoutCandi
     for config, passes in _list_passes(job):
         body, head = roofline.count_weights(config)
         products = 2 * passes * tokens * (body + head / 2) / tensor / chip.flops / PEAK_SHARE
-        # FSDP gathers the weights for each microbatch, in two bytes; tensor parallelism all-reduces activations
-        # twice per layer and pass.
+        # FSDP gathers the weights for each microbatch, in two bytes; tensor parallelism all-reduces
+        # activations twice per layer and pass.
         gathered = min(passes, 3) * microbatches * 2 * (body + head) / tensor / link_rate
         summed = (
             passes * 2 * config.layers * tokens * config.width * 2 * 2 * (tensor - 1) / tensor / link_rate
@@ -154,8 +155,8 @@ def _list_passes(job: CompileJob) -> list[tuple[ModelConfig, float]]:
 
     A backward pass counts as two, rematerialisation as one more.
     """
-    # The first pass of the policy stands for the reference's log-probabilities.  The reward model's updates are
-    # left out: their cost is the same for all meshes of a size.
+    # The first pass of the policy stands for the reference's log-probabilities.  The reward model's updates
+    # are not counted, only its scores.
     policy_passes = 1 + (3 + job.cfg.policy.remat) * job.cfg.policy.epochs
     passes = [(job.policy, policy_passes)]
     if job.reward is not None:
@@ -180,8 +181,8 @@ def _estimate_rollout(job: CompileJob) -> tuple[float, float]:
     token_bytes = kv_format.bytes_per_token(
         job.policy.layers, job.policy.kv_heads // ways, job.policy.head_dim
     )
-    # The plan counts each slot's cache twice, as is needed while slots are moved to a new cache.  With a slot for
-    # each request none are moved, and the cache is in memory once.
+    # The plan counts each slot's cache twice, as is needed while slots are moved to a new cache.  With a slot
+    # for each request none are moved, and the cache is in memory once.
     second_copy = 0 if job.slot_per_request else job.slots * columns * token_bytes
     total = plan.total(0) + job.slots * (plan.slot - columns * token_bytes) + second_copy
     # A decode step reads all prompts, and on average half of each slot's own columns.
@@ -214,11 +215,11 @@ def _estimate_update_bytes(job: CompileJob, config: ModelConfig, has_head: bool)
 
 
 def prune_estimates(estimates: Iterable[RoughEstimate], limit: float) -> list[RoughEstimate]:
-    """Drop the candidates that cannot fit into `limit` bytes, and sort the others by the order of compilation.
+    """Drop the candidates that cannot fit into `limit` bytes; the others are sorted for compilation.
 
     First come the fastest candidates of each (mesh, number of slots), then all others; each part is sorted by
-    seconds.  Of two equally fast candidates the one with the larger microbatch comes first, because its matrix
-    products are fewer and larger.
+    seconds.  Of two equally fast candidates the one with the larger microbatch comes first, because its
+    matrix products are fewer and larger.
     """
     fitting = [e for e in estimates if e.bytes <= limit]
     # The rough order of meshes is uncertain, so that a few compilations should cover several of them.

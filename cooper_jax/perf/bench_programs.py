@@ -1,12 +1,13 @@
 """Programs of the benchmark: a config's rollout, scoring and updates, on batches of a step's size.
 
-    rollout   rollout.group_size samples for each of data.prompts_per_step prompts, without EOS: each sample has
-              rollout.max_new_tokens tokens
+    rollout   rollout.group_size samples for each of data.prompts_per_step prompts, without EOS, so that each
+              sample has rollout.max_new_tokens tokens
     score     the reference's log-probabilities of such samples
-    train     a step's updates of the policy on such samples; in the cooper arm also one update of the reward model
+    train     a step's updates of the policy on such samples; in the cooper arm also one update of the reward
+              model
 
-Prompts and responses are random tokens, and a "random" model has the vocab_size of its `arch`, so no problems,
-tokenizers or network are needed.
+Prompts and responses are random tokens, and a "random" model has the vocab_size of its `arch`, so no
+problems, tokenizers or network are needed.
 
 B prompts   G samples a prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens at most
 """
@@ -75,12 +76,12 @@ class BenchProgram:
 def list_bench_programs(
     kind: str, cfg: ConfigDict, layout: mesh.Layout, *, prompt_tokens: int, ragged: bool
 ) -> Iterator[BenchProgram]:
-    """Yield the programs of a kind (KINDS) one by one, so that only one program's arrays are in memory at a time.
+    """Yield the programs of a kind (KINDS), so that only one program's arrays are in memory at a time.
 
     Args:
       prompt_tokens: P.
-      ragged: draw the response lengths from a Pareto distribution of exponent 1, truncated at T.  If False, all
-        lengths are T.
+      ragged: draw the response lengths from a Pareto distribution of exponent 1, truncated at T.  If False,
+        all lengths are T.
 
     Raises SetupError for a config that cannot be run, and for weights that cannot be loaded.
     """
@@ -159,7 +160,7 @@ def make_bench_batch(
 
 
 def _as_array(x: np.ndarray) -> jax.Array:
-    """Declare a NumPy array as the type of the batches' fields; `layout.put` moves it to the devices later."""
+    """Declare a NumPy array as a jax.Array, the type of the batches' fields; `layout.put` converts it."""
     return cast(jax.Array, x)
 
 
@@ -186,8 +187,8 @@ def _make_rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragg
     # limits: the response length of each row, i32[N], in place of EOS tokens.
     def generate(repetition: int, spec: engine.SamplingSpec, limits: Any) -> None:
         rollout = engine.generate(
-            params, config, layout, prompts, range(len(prompts)), keys.make_key(cfg.seed, "rollout", repetition),
-            spec, limits=limits, **options,
+            params, config, layout, prompts, range(len(prompts)),
+            keys.make_key(cfg.seed, "rollout", repetition), spec, limits=limits, **options,
         )  # fmt: skip
         jax.block_until_ready(rollout)
 
@@ -218,6 +219,7 @@ def _make_rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragg
 
 def _make_score(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> BenchProgram:
     config, params = make_bench_model(cfg.policy, "policy", "logits", layout, cfg.seed)
+    # The policy stands for the reference, which has the same shape.
     workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
     batch = make_bench_batch(cfg, config, workload, layout)
 
@@ -249,6 +251,7 @@ def _make_policy_update(
     workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
     batch = make_bench_batch(cfg, config, workload, layout)
 
+    # The same jitted update as in training, over all minibatches and epochs of a step.
     with setup_errors("policy"):
         policy = PolicyConfig.from_config(cfg.policy)
         settings = optim.OptimiserConfig.from_config(cfg.policy.optimiser, "policy.optimiser")
@@ -279,14 +282,16 @@ def _make_policy_update(
 def _make_reward_update(
     cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool
 ) -> BenchProgram:
-    """Make one update on pairs.per_prompt pairs per prompt and on labelled rows, each if the config's update reads them.
+    """Make one update of the reward model, on the kinds of rows that the config's update reads.
 
+    These are pairs.per_prompt pairs per prompt, and labelled rows.
     Both members of a pair, and a labelled row, are as long as a prompt with its response.
     """
     config, params = make_bench_model(cfg.reward, "reward", "score", layout, cfg.seed)
     workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
     rng = np.random.default_rng(cfg.seed + 2)
 
+    # The same jitted update as in training.
     with setup_errors("reward"):
         reward = RewardUpdateConfig.from_config(cfg.reward)
         settings = optim.OptimiserConfig.from_config(cfg.reward.optimiser, "reward.optimiser")
@@ -343,7 +348,7 @@ def _make_reward_update(
 
 
 def _carry_state(step: Callable[[Any, int], tuple[Any, Any]], state: Any) -> Callable[[int], None]:
-    """Make a call that passes each update's new state to the next: an update donates the state that it receives."""
+    """Make a call that passes each update's new state to the next, since an update donates its old state."""
 
     def call(repetition: int) -> None:
         # Blocks until the devices are done, since JAX returns from the update before that.

@@ -1,14 +1,16 @@
-"""FLOPs, memory traffic and collectives of a compiled program on one device: `analyse_program(compiled.as_text())`.
+"""FLOPs, memory traffic and collectives of a compiled program on one device.
+
+Use: `analyse_program(compiled.as_text())`.
 
 XLA's own `cost_analysis()` counts the body of a loop once; this module counts it once per iteration.
 
 FLOPs: dots and convolutions (a multiplication with its addition is 2), and the FLOPs that kernels declare by
-`pl.CostEstimate`.  XLA:GPU drops that estimate and some kernels have none; their costs are given in `declared`.
-Elementwise operations are not counted.
+`pl.CostEstimate`.  XLA:GPU drops that estimate and some kernels have none; their costs are given in
+`declared`.  Elementwise operations are not counted.
 
-Bytes: device memory read and written by the operands and results of every instruction outside a fusion.  A slice
-counts only the elements that it reads, an update in place only the elements that it writes.  A TPU's on-chip memory
-is not counted.
+Bytes: device memory read and written by the operands and results of every instruction outside a fusion.  A
+slice counts only the elements that it reads, an update in place only the elements that it writes.  A TPU's
+on-chip memory is not counted.
 """
 
 from __future__ import annotations
@@ -44,10 +46,15 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 # Instructions and custom calls that neither read nor write memory.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "domain",
-        "opt-barrier", "partition-id", "replica-id"}  # fmt: skip
-FREE_CALLS = {"AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding",
-              "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "ConcatBitcast"}  # fmt: skip
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "domain",
+    "opt-barrier", "partition-id", "replica-id",
+}  # fmt: skip
+FREE_CALLS = {
+    "AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding",
+    "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "ConcatBitcast",
+}  # fmt: skip
+# Instructions that read only a part of their first operand.
 SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -69,7 +76,7 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that a device sends in all runs, by ring algorithms."""
-        # A ring of n devices sends (n - 1) / n of the array; an all-reduce is a reduce-scatter and an all-gather.
+        # In a ring of n devices each sends (n - 1) / n of the array, in an all-reduce twice.
         whole = self.kind in ("collective-permute", "collective-broadcast")
         share = 1.0 if whole else (self.group - 1) / self.group
         return self.times * self.bytes * share * (2 if self.kind == "all-reduce" else 1)
@@ -93,9 +100,9 @@ def analyse_program(
 
     Args:
       unknown_trips: iterations of the loops whose trip count is not in the text.
-      declared: (FLOPs, bytes) of one run of a kernel, by its name in `ProgramCost.kernels`, for kernels whose cost
-        is not in the text.  A kernel without any cost counts as no FLOPs and the bytes of all its operands and
-        results.
+      declared: (FLOPs, bytes) of one run of a kernel, by its name in `ProgramCost.kernels`, for kernels whose
+        cost is not in the text.  A kernel without any cost counts as no FLOPs and the bytes of all its
+        operands and results.
 
     Raises ValueError for text that is not a program.
     """
@@ -319,7 +326,7 @@ def _count_plain_instruction(total: _CostSum, instruction: Instruction, fused: b
 
 
 def _count_library_flops(instruction: Instruction, otherwise: float) -> float:
-    """Count the FLOPs of a call of cuDNN's attention or of a library's matrix product, else return `otherwise`."""
+    """Count the FLOPs of cuDNN's attention or of a library's matrix product; other calls: `otherwise`."""
     scores = instruction.attribute(r'"dimensions":\s*\[([^\]]*)\]')
     if "fmha" in instruction.target and scores:
         # Over scores [.., S, S]: two products forward, five backward; causal attention does half of each.
@@ -345,7 +352,7 @@ def _get_source(instruction: Instruction) -> str:
 
 
 def _skip_reshapes(instruction: Instruction) -> Instruction:
-    """Follow reshapes back to the instruction that makes the bytes; any other instruction is returned itself."""
+    """Follow reshapes back to the first instruction that is no reshape."""
     return _skip_reshapes(instruction.operands[0]) if instruction.op in RESHAPES else instruction
 
 

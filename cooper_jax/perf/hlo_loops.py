@@ -1,7 +1,8 @@
 """Trip counts of a compiled program's loops.
 
-On CPUs and GPUs XLA writes them into the program's text.  Its TPU compiler does not.  There the trip count follows
-from the counter that the loop's condition compares with a number: from its start, its step and that number.
+On CPUs and GPUs XLA writes them into the program's text.  Its TPU compiler does not.  There the trip count
+follows from the counter that the loop's condition compares with a number: from its start, its step and that
+number.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}  # a < b is b > a
 Element = tuple[int, int]
 Known = tuple[Element, ...]  # (i, number): entries of a tuple whose values are known
 LOOP = "loop"  # a loop's whole tuple, whose i-th entry is the Element (i, 0)
-# The known part of an instruction's value: a number, an Element, {i: number} for a tuple, or LOOP; None if unknown.
+# An instruction's value as far as known: a number, an Element, {i: number} for a tuple, LOOP, or None.
 Value = int | Element | dict[int, int] | str | None
 Parameters = dict[int, Value]  # values of a computation's parameters, by their numbers
 
@@ -33,7 +34,7 @@ class _Loop:
 
 
 def follow_loop(program: HloProgram, instruction: Instruction, known: Known) -> tuple[int | None, Known]:
-    """Find a loop's trip count, None if it is unknown, and the numbers that are in its tuple in every iteration.
+    """Find a loop's trip count (None if unknown), and the numbers in its tuple that no iteration changes.
 
     known: such numbers of the enclosing loop, from which an inner loop's bound may come.
     """
@@ -66,7 +67,7 @@ def _evaluate_next(program: HloProgram, body: Computation, i: int) -> Value:
 def _count_trips(
     program: HloProgram, condition: Instruction, parameters: Parameters, loop: _Loop
 ) -> int | None:
-    """Count the iterations for which a condition is true; None if it is not a counter compared with a number."""
+    """Count the iterations for which a loop's condition is true; None if that cannot be derived."""
     if condition.op in ELEMENTWISE_COPIES:
         return _count_trips(program, condition.operands[0], parameters, loop)
     if condition.op in ("fusion", "call"):
@@ -86,7 +87,7 @@ def _count_trips(
 def _count_trips_of_comparison(
     program: HloProgram, comparison: Instruction, parameters: Parameters, loop: _Loop
 ) -> int | None:
-    """Count the iterations for which a comparison is true; None if it is not a counter compared with a number."""
+    """Count the iterations for which a counter's comparison with a number is true; None for others."""
     # Bring the comparison into the form: counter DIRECTION number.
     counter, end = (
         _resolve_fixed(_evaluate(program, operand, parameters), loop) for operand in comparison.operands
@@ -106,7 +107,10 @@ def _count_trips_of_comparison(
 
 
 def _count_steps(first: int, end: int, step: int, direction: str) -> int | None:
-    """Count the values first, first + step, .. before the comparison with `end` is false; None if it never is."""
+    """Count the values first, first + step, .. up to the first for which `value DIRECTION end` is false.
+
+    Returns None if that never happens, and for a direction of EQ.
+    """
     # Counting down is counting up with the opposite signs.
     if direction in ("GT", "GE"):
         first, end, step = -first, -end, -step

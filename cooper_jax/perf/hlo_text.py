@@ -1,7 +1,7 @@
 """Parser of compiled programs' text: computations, instructions, arrays, groups of devices.
 
-`parse_program(compiled.as_text())` reads the text that XLA prints for CPUs, GPUs and TPUs.  hlo.py computes its
-cost.
+`parse_program(compiled.as_text())` reads the text that XLA prints for CPUs, GPUs and TPUs.  hlo.py computes
+its cost.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def parse_groups(instruction: Instruction, devices: int) -> tuple[int, Groups | None]:
-    """Parse the number of devices in a collective's group, and the device ids of all groups (None if unknown).
+    """Parse the number of devices in a collective's group, and all groups' device ids (None if unknown).
 
     For a permutation they are the number of devices that send or receive, and the (source, target) pairs.
 

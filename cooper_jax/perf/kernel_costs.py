@@ -1,7 +1,8 @@
-"""Costs of kernels that a compiled program's text does not show: {kernel: (FLOPs, bytes) of one run on a device}.
+"""Costs of kernels that a compiled program's text does not show.
 
-XLA:GPU drops the cost that a Pallas kernel declares, and the TPU's flash attention declares none.  Decode attention
-declares the cost of reading full caches, because the part that is read is known only at run time.
+A cost is {kernel: (FLOPs, bytes)} of one run on one device.
+XLA:GPU drops the cost that a Pallas kernel declares, and the TPU's flash attention declares none.  Decode
+attention declares the cost of reading full caches, because the part that is read is known only at run time.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from cooper_jax.perf.aot_job import CompileJob
 
 Costs = dict[str, tuple[float, float]]
 
-# jax's flash attention on a TPU: forward, forward that saves residuals, backward (all three gradients in one).
+# JAX's flash attention on a TPU.  Its backward kernel computes all three gradients.
 FORWARD = ("splash_mha_fwd_no_residuals", "splash_mha_fwd_residuals")
 BACKWARD = "splash_mha_dkv_no_residuals"
 
 
 def attention_cost(job: CompileJob, config: ModelConfig, rows: int, tokens: int, dtype: str) -> Costs:
-    """Estimate causal attention in one layer: two products forward and five backward, each over half of the scores.
+    """Estimate causal attention in one layer, with half of the scores in each product.
 
+    The forward pass has two products, the backward pass five.
     rows: the number of rows on one device, each of `tokens` tokens.
     """
     # Heads are sharded; a device with fewer than one key/value head holds a copy of a whole one.
@@ -46,8 +48,8 @@ def head_cost(job: CompileJob, config: ModelConfig, rows: int, name: str) -> Cos
 def decode_cost(job: CompileJob, keys: tuple[float, float]) -> Costs:
     """Estimate one layer's decode attention.
 
-    keys: the average numbers of keys that a row reads: (its prompt's, its own).  A prompt's keys are read once for
-    all its samples.
+    keys: the average numbers of keys that a row reads: (its prompt's, its own).  A prompt's keys are read
+    once for all its samples.
     """
     config, kv_format = job.policy, job.rollout.kv_format
     ways = job.layout.ways(job.layout.spec(("kv_heads",), (config.kv_heads,))[0])
