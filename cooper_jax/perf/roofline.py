@@ -100,7 +100,7 @@ def rollout_work(
 
 
 def score_work(config: ModelConfig, prompt_tokens: int, lengths: Lengths) -> dict[str, Work]:
-    """Count the work of a forward pass over N rows of P + `lengths` [N] tokens, with the responses' logits."""
+    """Count the work of a forward pass over N rows of P + `lengths` [N] tokens, with response logits."""
     return {"forward": Work(flops=_count_forward_flops(config, prompt_tokens, lengths))}
 
 

@@ -167,7 +167,7 @@ def parse_arm(text: str, base: ConfigDict) -> Arm:
                 f"--arm={name}: {part.strip()!r}: write FIELD=VALUE, with a field of configs/base.py"
             )
         if field not in known:
-            raise SetupError(f"--arm={name}: {part.strip()!r}: as in {describe_unknown_field(field, known)}")
+            raise SetupError(f"--arm={name}: {part.strip()!r}: {describe_unknown_field(field, known)}")
         if is_shared_field(field):
             raise SetupError(f"--arm={name}: {field} is the same in all arms: give it as --config.{field}")
         settings[field] = _parse_value(value, known[field], f"--arm={name}: {field}")

@@ -227,7 +227,7 @@ def _average_runs(runs: Sequence[Record], name: str) -> tuple[list[int], list[fl
 
 
 def _moving_mean(values: np.ndarray) -> np.ndarray:
-    """Compute the mean over a window of SMOOTH steps, without NaN; NaN if all values in the window are NaN."""
+    """Compute the mean over windows of SMOOTH steps, ignoring NaN; NaN if a window has nothing else."""
     # Windows are centred, and shorter at both ends.
     half = SMOOTH // 2
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
