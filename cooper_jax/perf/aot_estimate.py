@@ -293,6 +293,7 @@ def _find_group(c: hlo.Collective) -> list[int]:
         return list(c.groups[0])
 
     # A permutation lists (source, target) pairs: collect the devices connected to the first one.
+    # Repeat until no further pair touches the set.
     group, links = {c.groups[0][0]}, list(c.groups)
     while connected := [link for link in links if group & set(link)]:
         group.update(*connected)
@@ -306,6 +307,7 @@ def step_to_json(step: StepEstimate) -> dict[str, Any]:
         dataclasses.asdict(p) | {"total": p.total, "bound": p.bound, "roofline_seconds": p.roofline_seconds}
         for p in step.programs
     ]
+    # The three lists name the source of every figure: compiler, compiled text, or this module.
     return {
         "fits": step.fits,
         "largest_program": step.largest.name,

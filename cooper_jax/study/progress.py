@@ -87,7 +87,7 @@ class ProgressBoard:
         self._failures_printed = len(status.failed)
 
     def _estimate_time_left(self, status: StudyStatus) -> str:
-        """Estimate the time left as h:mm:ss from the mean pace of starts and steps; "?" before there is one."""
+        """Estimate the time left as h:mm:ss from the mean pace of starts and steps; "?" if it is unknown."""
         starts_left, steps_left = 0, 0
         for run in (*status.waiting, *(running.run for running in status.running.values())):
             if run.arm == START:

@@ -38,7 +38,7 @@ TRAIN = PACKAGE / "launch" / "train.py"
 
 
 def train_command() -> tuple[str, ...]:
-    """Return the first words of a training command: a checkout's script, or the installed package's module."""
+    """Return the command that trains: a checkout's script, or the installed package's module."""
     if (PACKAGE / "launch").is_symlink():
         return (sys.executable, str(TRAIN))
     # Run as a file, the installed script would put cooper_jax/ on the path, whose types.py would then hide

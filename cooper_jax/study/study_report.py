@@ -2,7 +2,7 @@
 
     results.json   all statistics
     arms.csv       one line per arm and quantity: its mean over the seeds with Student's 95 % interval
-    runs.csv       one line per run, one column per quantity; a quantity that was not measured is an empty cell
+    runs.csv       one line per run, one column per quantity; quantities that were not measured are empty
     tables.md      Markdown tables
     study.png      the figure
 
@@ -26,6 +26,7 @@ from cooper_jax.statistics import Interval
 from cooper_jax.study import figure, summary, tables
 from cooper_jax.study.records import Records
 
+# The first columns of the CSV files; runs.csv has a column for each quantity after them.
 ARM_COLUMNS = ("arm", "quantity", "mean", "low", "high", "seeds")
 RUN_COLUMNS = ("arm", "seed", "done", "complete", "dipped", "ends_above_start", "ends_below_half")
 

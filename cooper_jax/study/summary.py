@@ -35,8 +35,9 @@ HELD_OUT = ("rm_original", "rm_balanced")  # labelled completions that are the s
 
 
 def summarise_study(records: Records) -> dict[str, Any]:
-    """Compute all statistics: {study, runs: [...], arms: {name: {...}}, missing: [...]}, of numbers and Intervals.
+    """Compute all statistics, which are numbers and Intervals.
 
+    The result is {study, runs: [...], arms: {name: {...}}, missing: [...]}.
     `missing` lists {arm, seed, done} of every run that is not complete; `done` is None without an evaluation.
     """
     study = records.study

@@ -76,6 +76,7 @@ def _list_missing(results: dict[str, Any]) -> str:
 
 def _format_ranges(numbers: Sequence[int]) -> list[str]:
     """1, 2, 3, 7 -> "1-3", "7"."""
+    # Each entry is a list of consecutive numbers.
     ranges: list[list[int]] = []
     for n in sorted(numbers):
         if ranges and n == ranges[-1][-1] + 1:
@@ -106,6 +107,7 @@ def _format_accuracy(study: dict[str, Any], shown: dict[str, Any]) -> str:
         "arm", "", "seeds", "start", "end", f"end minus {BASELINE}'s, seed by seed", "lowest",
         "end above start", "end below half of it", f"ever under {DIP:.0%} of it",
     )  # fmt: skip
+    # A single evaluation may be low by chance, so the table's last column counts only dips beyond chance.
     note = (
         f"The last three columns count seeds. An evaluation is under {DIP:.0%} of the start if its binomial "
         "95 % interval is."
@@ -114,7 +116,7 @@ def _format_accuracy(study: dict[str, Any], shown: dict[str, Any]) -> str:
 
 
 def _format_difference(name: str, arm: dict[str, Any]) -> str:
-    """Format the arm's accuracy minus the rule arm's; the number of seeds is added if it is not all of them."""
+    """Format the arm's accuracy minus the rule arm's, and the number of seeds if not all are compared."""
     if name == BASELINE or not arm["pairs"]:
         return "-"
     text = format_percent(arm["accuracy_less_rule"])
@@ -164,6 +166,7 @@ def _format_rule_view(shown: dict[str, Any]) -> str:
     if any("habit_end" in arm for arm in shown.values()):
         names["habit"] = "with the habit"
     header, rows = _make_start_end_rows(names, shown)
+    # An answer that the rule cannot parse is neither right nor wrong.
     note = "Of all held-out responses. No verdict: the rule cannot compare the answer with the reference."
     if "habit" in names:
         note += " The habit: over the seeds on which it was measured."
@@ -231,6 +234,7 @@ def _format_reward_model(shown: dict[str, Any]) -> str:
 
 def _format_cost(shown: dict[str, Any]) -> str:
     """Format the seconds of the steps, and the part of the reward model's updates."""
+    # The share is that of the reward model's updates in the seconds of the steps.
     header = ("arm", "seconds of the steps", "reward-model update", "share", "updates")
     rows = [
         [
