@@ -61,8 +61,7 @@ def measure_rates(dtype: str, rows: int, width: int, ffn: int, weight_bytes: int
       weight_bytes: bytes read by one forward pass.  If they fit in the CPU's last-level cache, its bandwidth
         may be the peak.
     """
-    # Compute: the square product is the machine's peak, but a model's can be faster on CPUs whose caches it
-    # fits.
+    # Compute.  On a CPU a model's product can be faster than the square one, if its weights fit in a cache.
     platform = "cpu" if jax.default_backend() == "cpu" else "other"
     side, repeats = SQUARE_SIDE[platform], REPEATS[platform]
     measured = {
@@ -139,8 +138,7 @@ def _host_bandwidth(name: str, size: int) -> dict[str, float]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     source, target = (np.array_split(np.ones(size // 8, np.float32), cores) for _ in range(2))
 
-    # Threads are enough, because NumPy releases the GIL in these operations.  A copy reads and writes its
-    # bytes.
+    # NumPy releases the GIL in these operations.  A copy both reads and writes `size` / 2 bytes.
     with ThreadPoolExecutor(cores) as pool:
 
         def time_on_all_cores(fn, *parts):

@@ -23,8 +23,7 @@ from cooper_jax.trainer.recipes import RECIPES
 # The folder of the supervised phases, which are run once per seed for all arms.  No arm may have this name.
 START = "start"
 
-# Fields that the study sets or that are the same in all arms.  A name that ends in a dot stands for a
-# section.
+# Fields that the study sets or that are the same in all arms.  A final dot stands for a whole section.
 SHARED_FIELDS = ("name", "seed", "steps", "run_dir", "resume", "supervised.", "eval.")
 
 

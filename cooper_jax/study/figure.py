@@ -144,8 +144,7 @@ def _draw_accuracy(axes: Any, runs: Sequence[Record], baseline: Sequence[Record]
     own, mean = _average_runs(runs, "accuracy"), _average_runs(baseline, "accuracy")
     if mean:
         axes.plot(*mean, color=PALE, lw=1.1, ls=(0, (4, 2)), zorder=1)
-        # The baseline's label is below its end if the arm's own curve ends higher, otherwise above its
-        # middle.
+        # The label is below the baseline's end if the arm's curve ends higher, else above its middle.
         if own is not None and own[1][-1] > mean[1][-1]:
             at, offset, side = -1, (-2, -6), "top"
         else:

@@ -27,10 +27,10 @@ class ProgressBoard:
     """
 
     def __init__(self, out: TextIO | None = None, clock: Callable[[], float] = time.perf_counter):
-        # Output.
         self._out = sys.stdout if out is None else out
         self._clock = clock
         self._last_read = -EVERY
+        # The last printed status, so that a log gets a line only for a change.
         self._printed: tuple = ()
         self._failures_printed = 0
         # (seconds, steps) of processes that have ended, by START for starts and "" for other runs, and of

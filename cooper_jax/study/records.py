@@ -229,7 +229,7 @@ def _encode(line: dict[str, Any]) -> str:
 
 def _make_lines(run: Record) -> Iterator[dict[str, Any]]:
     """Make a run's lines: one per evaluation, and one for its end."""
-    # Each line has the steps since the previous one, so that a change of a run changes few lines of the file.
+    # Each line has the steps since the previous one, so that no step is written twice.
     identity = {"arm": run.arm, "seed": run.seed}
     written = 0  # steps of the lines so far
 

@@ -120,8 +120,7 @@ def _start_process(run: StudyRun, slot: int, jobs: int) -> subprocess.Popen:
             # A child process inherits the affinity of the thread that starts it.
             if pinned:
                 os.sched_setaffinity(0, {sorted(cores)[slot % len(cores)]})
-            # A new session keeps the terminal's Ctrl-C from the run, which gets SIGTERM from this process
-            # only.
+            # In a session of its own the run does not receive the terminal's Ctrl-C, only SIGTERM from here.
             return subprocess.Popen(
                 run.command,
                 stdout=log,

@@ -115,8 +115,7 @@ class Study:
                 "--config=configs/tiny.py, and set neither of the latter to 0"
             )
 
-        # Every arm is checked on one seed, since configs of different seeds differ in nothing that is
-        # checked.
+        # One seed is enough: configs of different seeds differ only in the seed and in folders.
         for arm in self.arms:
             self._refuse_overruled(arm)
             try:

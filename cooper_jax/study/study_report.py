@@ -42,8 +42,7 @@ def write_report(records: Records, out: Path) -> str:
     markdown = tables.format_markdown(results)
     plain = json.dumps(to_jsonable(to_plain(results)), indent=1, ensure_ascii=False)
 
-    # All contents are made before the first is written, so that a failure leaves the previous files as they
-    # were.
+    # All contents are made before the first is written, so that a failure changes no file.
     contents = {
         "results.json": plain.encode() + b"\n",
         "arms.csv": format_arms_csv(results).encode(),

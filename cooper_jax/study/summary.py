@@ -157,7 +157,7 @@ def summarise_arm(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if any(quantity in run for run in own):
             out[quantity] = mean_over_seeds([run.get(quantity, NAN) for run in own])
 
-    # Gains are computed per seed before they are averaged, which gives a narrower interval.
+    # Gains are computed per seed, because the start and the end of a seed are correlated.
     for quantity in EVALUATED:
         if any(f"{quantity}_end" in run for run in own):
             gains = [run.get(f"{quantity}_end", NAN) - run.get(f"{quantity}_start", NAN) for run in own]

@@ -1,7 +1,6 @@
 """Markdown tables of a study's statistics.
 
-Functions for tables of arms have the argument `shown`: the statistics, by name, of the arms with a complete
-run.
+`shown` is the statistics, by name, of the arms that have a complete run.
 """
 
 from __future__ import annotations
