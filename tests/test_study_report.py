@@ -200,7 +200,7 @@ def test_only_some_arms_and_seeds():
     found = of_three_seeds().only(["frozen"], [2, 3])
     assert [(run.arm, run.seed) for run in found.runs] == [("frozen", 2), ("frozen", 3)]
     assert "| frozen | no update | 1 |" in tables.format_markdown(summary.summarise_study(found))
-    with pytest.raises(ValueError, match="--seeds: 7 is not there; 1, 2, 3 is"):
+    with pytest.raises(ValueError, match="--seeds: 7 is not in the study, which has 1, 2, 3"):
         of_three_seeds().only([], [7])
 
 
@@ -244,7 +244,7 @@ def test_files_that_are_none(tmp_path, content, message):
     (tmp_path / "kept.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         records.read_records(tmp_path / "kept.jsonl")
-    with pytest.raises(ValueError, match="no folder of a study"):
+    with pytest.raises(ValueError, match="not the folder of a study"):
         records.read_folder(tmp_path)
 
 

@@ -226,11 +226,14 @@ def test_an_arm_of_the_command_line():
     [
         ("mine reward.updates=3", "a colon and settings"),
         ("start: reward.updates=3", "other than 'start'"),
-        ("mine: reward.updats=3", "'reward.updats=3': it is FIELD=VALUE"),
+        (
+            "mine: reward.updats=3",
+            "'reward.updats=3': --config.reward.updats: the config does not have this field",
+        ),
         ("mine: reward.updates=3.5", "reward.updates=3.5: it takes a int like 1"),
         ("mine: reward.pair_bce=much", "takes a float"),
         ("mine: supervised.reward_steps=3", "supervised.reward_steps is the same in all arms"),
-        ("mine: reward.recipe=sturdy", "reward.recipe=sturdy: it is one of released"),
+        ("mine: reward.recipe=sturdy", "reward.recipe=sturdy: the recipes are released"),
         ("mine: reward.pair_weight=0", "arm mine: reward.pair_weight=0"),
         ("rule: reward.updates=3", "rule occurs twice"),
     ],
@@ -255,7 +258,7 @@ def test_settings_that_are_the_studys(tmp_path):
         given=("reward.pair_bce", "policy.kl_coef"),
         reward__pair_bce=2.0,
     )
-    with pytest.raises(SetupError, match="--arms: rul: there is rule, frozen"):
+    with pytest.raises(SetupError, match="--arms: rul: the arms are rule, frozen"):
         a_study(tmp_path, names=("rul",))
 
 
@@ -385,10 +388,10 @@ def test_progress(tmp_path, stand_in, capsys):
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["--config=configs/tiny.py", "--arms=rull"], "error: --arms: rull: there is rule"),
+        (["--config=configs/tiny.py", "--arms=rull"], "error: --arms: rull: the arms are rule"),
         (["--config=configs/tiny.py", "--from=x"], "error: --from=x belongs to --report"),
         (["--config=configs/tiny.py", "--config.seed=3"], "error: --config.seed: it belongs to --seeds"),
-        (["--report"], "no folder of a study"),
+        (["--report"], "not the folder of a study"),
     ],
 )
 def test_bad_flags_give_one_line(tmp_path, words, says):

@@ -1,7 +1,7 @@
 """The arms of a study: named settings that are compared with each other.
 
-All arms share a base: the config file with its --config flags.  An arm's settings, those of its recipe
-included, take precedence over the file's.  A flag that contradicts them is refused.
+All arms share a base config: the config file with its --config flags.  The settings of an arm and of its
+recipe take precedence over the file's.  A flag that contradicts them is an error.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from cooper_jax.settings.config_fields import describe_unknown_field
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.recipes import RECIPES
 
-START = "start"  # the folder of the supervised phases that a seed's arms share; no arm may have this name
+# The folder of the supervised phases, which are run once per seed for all arms.  No arm may have this name.
+START = "start"
 
-# Fields that the study sets or that are the same in all arms.  One that ends in a dot stands for a section.
-NOT_AN_ARMS = ("name", "seed", "steps", "run_dir", "resume", "supervised.", "eval.")
+# Fields that the study sets or that are the same in all arms.  A final dot stands for a whole section.
+SHARED_FIELDS = ("name", "seed", "steps", "run_dir", "resume", "supervised.", "eval.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,19 +34,21 @@ class Arm:
     name: str
     about: str  # a short description for tables and figures
     settings: Mapping[str, Any]  # dotted field -> value
-    factors: Mapping[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # dotted field -> factor on the base's
+    # dotted field -> factor by which the base config's value is multiplied
+    factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
+# Settings that several arms share.  An empty recipe sets no field.
 _FROZEN = {"reward.arm": "model", "reward.recipe": "", "reward.warmup_updates": 0}
 _ROBUST = {"reward.arm": "cooper", "reward.recipe": "robust"}
-_REWRITES = {"reward.arm": "cooper", "pairs.per_prompt": 3}  # as many pairs as robust has
+# As many pairs per prompt as `robust` has, all of them rewrites by the assistant.
+_REWRITES = {"reward.arm": "cooper", "pairs.per_prompt": 3}
 # Cross-entropy on rollouts, with the rule's verdicts as labels.
 _LABELS = {"reward.rollout_bce": 1.0, "reward.replay": 256, "reward.replay_rows": 32}
 ARMS = {
     arm.name: arm
     for arm in (
+        # The main comparison: no reward model, a frozen one, and three recipes that update it.
         Arm("rule", "reward: the rule verifier's verdict", {"reward.arm": "rule", "reward.recipe": ""}),
         Arm("frozen", "reward: a frozen reward model", _FROZEN),
         Arm(
@@ -62,7 +65,7 @@ ARMS = {
             "sigmoid", "Cooper with the contrastive loss on rewards", _REWRITES | {"reward.recipe": "sigmoid"}
         ),
         Arm("robust", "Cooper with our recipe: cross-entropy on the pairs as well", _ROBUST),
-        # Controls: simpler remedies than updating the reward model.
+        # Controls: remedies against reward hacking that are simpler than updating the reward model.
         Arm(
             "frozen_guard", "frozen; no reward without an answer", _FROZEN | {"reward.answer_required": True}
         ),
@@ -76,7 +79,7 @@ ARMS = {
         Arm(
             "either", "frozen; reward 1 where the rule says correct", _FROZEN | {"reward.rule_or_model": True}
         ),
-        # Ablations: the parts of robust.
+        # Ablations of robust: one of its parts replaced, left out or used alone.
         Arm(
             "bce",
             "cross-entropy on the rule's labels of rollouts, no pairs",
@@ -113,25 +116,27 @@ ARMS = {
         ),
     )
 }
+# The arms of a study that names none.
 MAIN = ("rule", "frozen", "frozen_warm", "released", "sigmoid", "robust")
 
 
 def choose_arms(names: Sequence[str], defined: Sequence[str], base: ConfigDict) -> list[Arm]:
-    """The arms of these names, then those defined on the command line.
+    """Choose arms by name, and add the arms that are defined on the command line.
 
     Args:
-      names: of ARMS.
-      defined: texts that `parse_arm` reads.
+      names: names in ARMS; repetitions are dropped.
+      defined: definitions in the format of `parse_arm`.
       base: the config that all arms share.
 
-    Raises SetupError for an unknown name, a name that occurs twice, and a text that is no arm.
+    Raises SetupError for an unknown name, for two arms of the same name, and for an invalid definition.
     """
     if unknown := [name for name in names if name not in ARMS]:
         raise SetupError(
-            f"--arms: {', '.join(unknown)}: there is {', '.join(ARMS)}; "
+            f"--arms: {', '.join(unknown)}: the arms are {', '.join(ARMS)}; "
             '--arm="NAME: FIELD=VALUE, ..." defines more'
         )
     arms = [*(ARMS[name] for name in dict.fromkeys(names)), *(parse_arm(text, base) for text in defined)]
+    # Two arms of one name would share their folders.
     counts = Counter(arm.name for arm in arms)
     if repeated := sorted(name for name, count in counts.items() if count > 1):
         raise SetupError(f"--arm: {', '.join(repeated)} occurs twice: give one of them another name")
@@ -139,27 +144,29 @@ def choose_arms(names: Sequence[str], defined: Sequence[str], base: ConfigDict) 
 
 
 def parse_arm(text: str, base: ConfigDict) -> Arm:
-    """Read an arm of the command line: `name: reward.pair_loss=logit, pairs.negatives=('assistant','swap')`.
+    """Parse an arm's definition: `name: reward.pair_loss=logit, pairs.negatives=('assistant','swap')`.
 
-    A value has the type of the base's.  Raises SetupError, naming the arm and the problem.
+    Each value must have the type of the base config's value.  Raises SetupError, naming the arm and the
+    problem.
     """
     name, colon, rest = (part.strip() for part in text.partition(":"))
     if not colon or not re.fullmatch(r"\w+", name) or name == START:
         raise SetupError(
-            f"--arm={text!r}: it is a name of letters, digits and _, other than {START!r}, a colon and "
+            f"--arm={text!r}: give a name of letters, digits and _, other than {START!r}, a colon and "
             'settings: --arm="logit: reward.recipe=robust, reward.pair_loss=logit"'
         )
 
+    # The settings are separated by commas, but a tuple in parentheses contains commas of its own.
     known = flatten_config(base.to_dict())
     settings = {}
-    for part in re.split(r",(?![^()]*\))", rest):  # at commas outside parentheses
+    for part in re.split(r",(?![^()]*\))", rest):
         field, equals, value = (x.strip() for x in part.partition("="))
         if not equals:
             raise SetupError(
-                f"--arm={name}: {part.strip()!r}: it is FIELD=VALUE, with a field of configs/base.py"
+                f"--arm={name}: {part.strip()!r}: write FIELD=VALUE, with a field of configs/base.py"
             )
         if field not in known:
-            raise SetupError(f"--arm={name}: {part.strip()!r}: as in {describe_unknown_field(field, known)}")
+            raise SetupError(f"--arm={name}: {part.strip()!r}: {describe_unknown_field(field, known)}")
         if is_shared_field(field):
             raise SetupError(f"--arm={name}: {field} is the same in all arms: give it as --config.{field}")
         settings[field] = _parse_value(value, known[field], f"--arm={name}: {field}")
@@ -167,16 +174,18 @@ def parse_arm(text: str, base: ConfigDict) -> Arm:
 
 
 def is_shared_field(field: str) -> bool:
-    """True if the study sets a field, or all its arms share it."""
-    return any(field == f or (f.endswith(".") and field.startswith(f)) for f in NOT_AN_ARMS)
+    """Return True if the study sets the field, or all its arms have the same value of it."""
+    return any(field == name or (name.endswith(".") and field.startswith(name)) for name in SHARED_FIELDS)
 
 
 def _parse_value(text: str, like: Any, where: str) -> Any:
-    """Text as a value of `like`'s type.  where: the arm and field, for messages."""
+    """Parse text as a value of `like`'s type.  where: the arm and the field, for messages."""
+    # Strings need no quotes, as in --config flags.
     if isinstance(like, str):
         return text.strip("'\"")
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        # 1 is accepted for a float; otherwise types must be equal, so that True is no number.
         if type(value) is int and isinstance(like, float):
             value = float(value)
         if type(value) is not type(like):
@@ -189,22 +198,24 @@ def _parse_value(text: str, like: Any, where: str) -> Any:
 
 
 def list_settings(arm: Arm, base: ConfigDict) -> dict[str, Any]:
-    """All fields that an arm sets, by dotted name: its recipe's, those with a factor, then its own.
+    """List all fields that an arm sets, by dotted name.
 
+    The arm's own settings take precedence over its scaled fields, and these over the recipe's.
     base: the config that all arms share.  Raises SetupError for an unknown recipe.
     """
     recipe = arm.settings.get("reward.recipe", "")
     if recipe and recipe not in RECIPES:
-        raise SetupError(f"--arm={arm.name}: reward.recipe={recipe}: it is one of {', '.join(RECIPES)}")
+        raise SetupError(f"--arm={arm.name}: reward.recipe={recipe}: the recipes are {', '.join(RECIPES)}")
     known = flatten_config(base.to_dict())
     scaled = {field: known[field] * factor for field, factor in arm.factors.items()}
     return RECIPES.get(recipe, {}) | scaled | dict(arm.settings)
 
 
 def make_flags(cfg: ConfigDict, fields: Collection[str]) -> list[str]:
-    """Command-line flags for these fields and all fields that a recipe may set, with their values in cfg.
+    """Make command-line flags for these fields and for all fields that a recipe may set, with cfg's values.
 
-    With the recipes' fields, a run of these flags and cfg's file has cfg's values whatever recipe it names.
+    A run applies its recipe to every field without a flag.  With flags for all such fields, the run has cfg's
+    values for any recipe that it names.
     """
     known = flatten_config(cfg.to_dict())
     given = set(fields).union(*RECIPES.values())

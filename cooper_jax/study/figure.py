@@ -1,13 +1,13 @@
 """A study's figure: a column for each arm, with three panels.
 
-1. Held-out accuracy by exact truth; the dashed line is the rule arm's mean.  The number at the end of a curve
-   is the mean curve's last value.
+1. Held-out accuracy by exact truth.  The dashed line is the rule arm's mean.  The number at the end of the
+   curve is the mean curve's last value.
 2. Mean reward of the policy at each step, and the share of false positives (the hacking signal).
-3. Accuracy of the reward model on the policy's own held-out responses, which is what the policy exploits.
+3. Accuracy of the reward model on the policy's own held-out responses, where the policy exploits its errors.
    Its accuracy on a fixed set of completions hardly changes in any arm, and is in the tables only.
 
-A thick line is the mean over the seeds.  Quantities of evaluations have a thin line for each seed behind it;
-quantities of every step have a band that spans the seeds.
+A thick line is the mean over the seeds.  Quantities measured at evaluations also have a thin line for each
+seed.  Quantities measured at every step have a band from the lowest to the highest seed.
 """
 
 from __future__ import annotations
@@ -22,25 +22,30 @@ import numpy as np
 
 from cooper_jax.runtime.extras import import_extra
 from cooper_jax.study.records import Record, Records
-from cooper_jax.study.summary import PLAIN
+from cooper_jax.study.summary import BASELINE
 
+# Sizes.
 WIDTH = 10.7  # inches
-ROW_HEIGHTS = (2.3, 1.6, 1.3)  # inches, of the three panels of a column
-TEXT_HEIGHT = 1.0  # inches, of a block's titles and of the explanation
+ROW_HEIGHTS = (2.3, 1.6, 1.3)  # inches: the three panels of a column
+TEXT_HEIGHT = 1.0  # inches: a block's titles and the explanation
 DPI = 150  # the figure is 1,605 pixels wide
-MAX_COLUMNS = 6  # further arms are in a block of their own below
-LINE_LETTERS = 140  # letters of the arms' descriptions in a line across the figure
-PALETTE = 96  # colours of the PNG
-SMOOTH = 5  # steps of the moving mean in the second row
+MAX_COLUMNS = 6  # further arms are in another block below
+LINE_LETTERS = 140  # characters in a line of text across the whole figure, in the descriptions' font
+SMOOTH = 5  # steps of the moving mean in the second panel
+# Colours.
+PALETTE = 96  # number of colours of the PNG
 INK, PALE, GRID = "#222222", "#777777", "#e8e8e8"
 BLUE, VERMILION, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito's, for readers with colour blindness
 
 
 def draw_figure(records: Records) -> bytes:
-    """A PNG of the arms that have a run.  Raises ValueError where none has.
+    """Draw the arms that have an evaluated run as a PNG.
 
-    Arms fill a grid of at most MAX_COLUMNS columns; a block of it has the three panels of each of its arms.
+    Arms are in blocks of at most MAX_COLUMNS columns; each block has three rows of panels.
+
+    Raises ValueError if no run has been evaluated.
     """
+    # The figure is drawn without pyplot, which would keep it in a global list and choose a window system.
     import_extra("matplotlib", "figures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,6 +53,8 @@ def draw_figure(records: Records) -> bytes:
     arms = [name for name in records.study["arms"] if records.of(name)]
     if not arms:
         raise ValueError("no run has been evaluated yet: there is nothing to draw")
+
+    # Arms are spread evenly over the blocks: 7 arms are 4 and 3, not 6 and 1.
     blocks = -(-len(arms) // MAX_COLUMNS)
     columns = -(-len(arms) // blocks)
     height = blocks * (sum(ROW_HEIGHTS) + TEXT_HEIGHT)
@@ -58,6 +65,7 @@ def draw_figure(records: Records) -> bytes:
         3 * blocks, columns, squeeze=False, sharex=True, height_ratios=ROW_HEIGHTS * blocks
     )
 
+    # Labels are at the first column only; the others share its axes.
     letters = LINE_LETTERS // columns
     abouts = [textwrap.wrap(records.study["arms"][a]["about"], letters, break_on_hyphens=False) for a in arms]
     about_lines = max(map(len, abouts))
@@ -83,13 +91,14 @@ def draw_figure(records: Records) -> bytes:
 def _draw_arm(panels: Sequence[Any], records: Records, name: str) -> None:
     """Draw an arm's three panels."""
     above, middle, below = panels
-    _draw_accuracy(above, records.of(name), records.of(PLAIN) if name != PLAIN else ())
+    # The rule arm is every other arm's baseline.
+    _draw_accuracy(above, records.of(name), records.of(BASELINE) if name != BASELINE else ())
     _draw_steps(middle, records.of(name))
     _draw_reward_model(below, records.of(name))
     for axes in panels:
         _style_axes(axes, records.study["steps"])
 
-    # One scale in all columns: the highest accuracy of any run, rounded up to the next 10 % with some room.
+    # One scale in all columns: the highest accuracy of any run plus 5 %, rounded up to a multiple of 10 %.
     accuracies: list[float] = []
     for run in records.runs:
         accuracies += [evaluation["accuracy"] for evaluation in run.evaluations]
@@ -101,7 +110,7 @@ def _draw_arm(panels: Sequence[Any], records: Records, name: str) -> None:
 
 
 def _save_png(figure: Any) -> bytes:
-    """A figure as a PNG with a palette, which is a third of the size of one without."""
+    """Save a figure as a PNG with a palette, which has a third of the size of one without."""
     from PIL import Image
 
     full, reduced = io.BytesIO(), io.BytesIO()
@@ -114,8 +123,9 @@ def _save_png(figure: Any) -> bytes:
 def _draw_title(axes: Any, name: str, about: Sequence[str], lines: int) -> None:
     """Draw an arm's name above its description.
 
-    lines: of the longest description, so that the names of all arms are at one height.
+    lines: the number of lines of the longest description, so that the names of all arms are at one height.
     """
+    # Shorter descriptions are filled up with blank lines.
     padded = "\n".join([*about, *[" "] * (lines - len(about))])
     axes.set_title(padded, fontsize=7.5, color=PALE, linespacing=1.2)
     axes.annotate(
@@ -124,29 +134,29 @@ def _draw_title(axes: Any, name: str, about: Sequence[str], lines: int) -> None:
     )  # fmt: skip
 
 
-def _draw_accuracy(axes: Any, runs: Sequence[Record], plain: Sequence[Record]) -> None:
+def _draw_accuracy(axes: Any, runs: Sequence[Record], baseline: Sequence[Record]) -> None:
     """Draw held-out accuracy, with the rule arm's mean behind it.
 
-    plain: the rule arm's runs; none in the rule arm's own panel.
+    baseline: the rule arm's runs; empty in the rule arm's own panel.
     """
     from matplotlib.patheffects import withStroke
 
-    own, mean = _average_runs(runs, "accuracy"), _average_runs(plain, "accuracy")
+    own, mean = _average_runs(runs, "accuracy"), _average_runs(baseline, "accuracy")
     if mean:
         axes.plot(*mean, color=PALE, lw=1.1, ls=(0, (4, 2)), zorder=1)
-        # The label is under the line's end where the arm's own curve ends higher, else above its middle.
+        # The label is below the baseline's end if the arm's curve ends higher, else above its middle.
         if own is not None and own[1][-1] > mean[1][-1]:
             at, offset, side = -1, (-2, -6), "top"
         else:
             at, offset, side = len(mean[0]) // 2, (-2, 4), "baseline"
         axes.annotate(
-            PLAIN, (mean[0][at], mean[1][at]), offset, textcoords="offset points", ha="right", va=side,
+            BASELINE, (mean[0][at], mean[1][at]), offset, textcoords="offset points", ha="right", va=side,
             fontsize=7.5, color=PALE, zorder=1,
         )  # fmt: skip
 
     _draw_runs(axes, runs, "accuracy", BLUE)
     if own:
-        # Between the two curves the number would cover one of them.
+        # Above its curve, the number would cover a baseline that ends higher, so it is written below then.
         under = mean is not None and 0.12 < own[1][-1] < mean[1][-1]
         axes.annotate(
             f"{own[1][-1]:.0%}", (own[0][-1], own[1][-1]), (-1, -14 if under else 5),
@@ -161,11 +171,12 @@ def _draw_steps(axes: Any, runs: Sequence[Record]) -> None:
         measured = [np.array(run.steps[name]) for run in runs if not np.isnan(run.steps[name]).all()]
         if not measured:
             continue
-        # [runs, steps]; NaN at steps that a run has not reached, or at which nothing was measured.
+        # f64[runs, steps]; NaN at steps that a run has not reached, or at which nothing was measured.
         smooth = np.full((len(measured), max(map(len, measured))), np.nan)
         for row, values in zip(smooth, measured, strict=True):
             row[: len(values)] = _moving_mean(values)
 
+        # np.nanmean and the like warn at steps without any value, so missing values are masked by hand.
         valid = ~np.isnan(smooth)
         steps, any_valid = range(1, smooth.shape[1] + 1), valid.any(0)
         lowest, highest = np.where(valid, smooth, np.inf).min(0), np.where(valid, smooth, -np.inf).max(0)
@@ -195,33 +206,35 @@ def _draw_runs(axes: Any, runs: Sequence[Record], name: str, colour: str) -> Non
 
 
 def _average_runs(runs: Sequence[Record], name: str) -> tuple[list[int], list[float]] | None:
-    """(steps, means) of a quantity at the evaluations that all runs have; None without one.
+    """Compute (steps, means) of a quantity at the evaluations that all runs have; None if there is none.
 
-    Runs that have fewer steps than the longest are left out.
+    Runs with fewer steps than the longest are left out.
     """
     last = max((run.done for run in runs), default=0)
-    values = []  # of each run, by step
+    values = []  # for each run: step -> value
     for run in runs:
         if run.done == last:
             values.append({int(e["step"]): e[name] for e in run.evaluations if name in e})
     if not values:
         return None
+    # Only common steps are averaged: at others the mean would jump with the set of runs.
     steps = sorted(set(values[0]).intersection(*values))
     means = []
     for step in steps:
-        means.append(float(np.mean([of_run[step] for of_run in values])))
+        means.append(float(np.mean([values_of_run[step] for values_of_run in values])))
     return (steps, means) if steps else None
 
 
 def _moving_mean(values: np.ndarray) -> np.ndarray:
-    """The mean over SMOOTH steps of the values that are not NaN, fewer at both ends; NaN if all are NaN."""
+    """Compute the mean over windows of SMOOTH steps, ignoring NaN; NaN if a window has nothing else."""
+    # Windows are centred, and shorter at both ends.
     half = SMOOTH // 2
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return np.array([np.nan if np.isnan(x).all() else np.nanmean(x) for x in windows])
 
 
 def _style_axes(axes: Any, steps: int) -> None:
-    """Set limits, grid and ticks of a panel.  steps: of the study."""
+    """Set limits, grid and ticks of a panel.  steps: the study's number of steps."""
     axes.set_xlim(0, steps)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")
@@ -232,7 +245,8 @@ def _style_axes(axes: Any, steps: int) -> None:
 
 
 def _label_curves(axes: Any, *names: tuple[str, str]) -> None:
-    """Write (name, colour) of a panel's curves beside it, in place of an axis label."""
+    """Write the (name, colour) of a panel's curves beside it, in place of an axis label."""
+    # An axis label has only one colour.  An empty one reserves the space for the names.
     axes.set_ylabel(" ", fontsize=8.5, labelpad=4 + 11 * (len(names) - 1))
     for i, (name, colour) in enumerate(names):
         axes.annotate(
@@ -243,7 +257,8 @@ def _label_curves(axes: Any, *names: tuple[str, str]) -> None:
 
 
 def _make_explanation(records: Records) -> str:
-    """The text under the figure."""
+    """Write the text under the figure."""
+    # With a single seed the thick line hides the thin one.
     seeds = len({run.seed for run in records.runs})
     text = ""
     if seeds > 1:

@@ -1,4 +1,4 @@
-"""Progress of a study: a live line on a terminal, elsewhere a line at every change.
+"""Progress of a study: a line that is updated on a terminal, or a new line at every change in a log.
 
 7/12 runs  seed_10/robust 40/100 48%  seed_11/rule 20/100 52%  ETA 0:41:10
 """
@@ -21,33 +21,38 @@ EVERY = 2.0  # seconds between two reads of the runs' files
 
 
 class ProgressBoard:
-    """Prints the status of a study; `close` ends the live line.
+    """Printer of a study's status, called at every poll; `close` ends the updated line.
 
-    out: stdout if None.  clock: seconds.
+    out: the stream to print to; stdout if None.  clock: a function that returns seconds.
     """
 
     def __init__(self, out: TextIO | None = None, clock: Callable[[], float] = time.perf_counter):
         self._out = sys.stdout if out is None else out
         self._clock = clock
         self._last_read = -EVERY
+        # The last printed status, so that a log gets a line only for a change.
         self._printed: tuple = ()
         self._failures_printed = 0
-        # (seconds, steps) of processes that have ended, starts apart from other runs, and of those still
-        # running.  Only this process's own are known: earlier ones may have run on another machine.
+        # (seconds, steps) of processes that have ended, by START for starts and "" for other runs, and of
+        # those still running.  Earlier invocations do not count: they may have been on another machine.
         self._ended: dict[str, list[tuple[float, int]]] = {START: [], "": []}
         self._running: dict[StudyRun, tuple[float, int]] = {}
 
     def __call__(self, status: StudyStatus) -> None:
         """Print the status if the runs have changed or EVERY seconds have passed."""
+        # Reading the runs' files at every poll would cost more than the poll itself.
         started = {running.run for running in status.running.values()}
         recent = self._clock() < self._last_read + EVERY
         if status.running and recent and started == set(self._running):
             return
         self._last_read = self._clock()
+
+        # Processes that have ended since the last call keep their pace for the estimate.
         for run in set(self._running) - started:
             self._ended[START if run.arm == START else ""].append(self._running.pop(run))
         self._print_failures(status)
 
+        # A part of the line for each running process.
         shown: list[str] = []
         accuracies: list[tuple[StudyRun, float | None]] = []
         for running in status.running.values():
@@ -58,13 +63,14 @@ class ProgressBoard:
             shown.append(text if accuracy is None else f"{text} {accuracy:.0%}")
             accuracies.append((run, accuracy))
 
+        # A terminal's line is overwritten: return to its start and clear it.
         counts = f"{len(status.complete)}/{len(status.runs)} runs"
         line = "  ".join([counts, *shown, f"ETA {self._estimate_time_left(status)}"])
         changes = (len(status.complete), len(status.failed), tuple(accuracies))
         if self._out.isatty():
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[K{line[:width]}", end="", file=self._out, flush=True)
-        elif changes != self._printed:  # steps alone are no change: a log would have a line for each
+        elif changes != self._printed:  # a new step alone is no change, to keep logs short
             print(line, file=self._out, flush=True)
         self._printed = changes
 
@@ -81,7 +87,7 @@ class ProgressBoard:
         self._failures_printed = len(status.failed)
 
     def _estimate_time_left(self, status: StudyStatus) -> str:
-        """The time left as h:mm:ss, by the mean pace of starts and steps so far; ? before it is known."""
+        """Estimate the time left as h:mm:ss from the mean pace of starts and steps; "?" if it is unknown."""
         starts_left, steps_left = 0, 0
         for run in (*status.waiting, *(running.run for running in status.running.values())):
             if run.arm == START:
@@ -89,6 +95,7 @@ class ProgressBoard:
             else:
                 steps_left += run.steps - run.count_done()
 
+        # Seconds of all remaining work, if it ran in one slot.
         seconds = 0.0
         if starts_left:
             ended = [spent for spent, _ in self._ended[START]]
@@ -102,12 +109,13 @@ class ProgressBoard:
                 return "?"
             seconds += steps_left * sum(spent for spent, _ in paces) / steps_done
 
+        # The work is shared by the slots, of which some stay free at the end.
         slots = min(status.jobs, len(status.waiting) + len(status.running))
         return str(datetime.timedelta(seconds=round(seconds / max(slots, 1))))
 
 
 def _read_progress(run: StudyRun) -> tuple[int, float | None]:
-    """The last step of a run, and its newest held-out accuracy, if any."""
+    """Read the last step of a run, and its newest held-out accuracy, if any."""
     rows = read_whole_rows(run.folder / "metrics.jsonl")
     accuracies = [row[EVALUATED["accuracy"]] for row in rows if EVALUATED["accuracy"] in row]
     step = int(rows[-1]["step"]) if rows else 0

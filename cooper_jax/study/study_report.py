@@ -1,8 +1,10 @@
-"""A study's results as files, all made from its records: results.json, arms.csv, runs.csv, tables.md and
-study.png.
+"""A study's results as files, all made from its records.
 
-    arms.csv   one line per arm and quantity: its mean over the seeds with Student's 95 % interval
-    runs.csv   one line per run, one column per quantity; an empty cell is a quantity that was not measured
+    results.json   all statistics
+    arms.csv       one line per arm and quantity: its mean over the seeds with Student's 95 % interval
+    runs.csv       one line per run, one column per quantity; quantities that were not measured are empty
+    tables.md      Markdown tables
+    study.png      the figure
 
 `summary.py` defines the quantities.  Shares are in [0, 1] and are written with four significant digits.
 """
@@ -24,6 +26,7 @@ from cooper_jax.statistics import Interval
 from cooper_jax.study import figure, summary, tables
 from cooper_jax.study.records import Records
 
+# The first columns of the CSV files; runs.csv has a column for each quantity after them.
 ARM_COLUMNS = ("arm", "quantity", "mean", "low", "high", "seeds")
 RUN_COLUMNS = ("arm", "seed", "done", "complete", "dipped", "ends_above_start", "ends_below_half")
 
@@ -31,7 +34,7 @@ RUN_COLUMNS = ("arm", "seed", "done", "complete", "dipped", "ends_above_start", 
 def write_report(records: Records, out: Path) -> str:
     """Write the five files into `out`; returns the tables.
 
-    Raises ValueError where no run has been evaluated.
+    Raises ValueError if no run has been evaluated.
     """
     if not records.runs:
         raise ValueError("no run has been evaluated yet")
@@ -39,7 +42,7 @@ def write_report(records: Records, out: Path) -> str:
     markdown = tables.format_markdown(results)
     plain = json.dumps(to_jsonable(to_plain(results)), indent=1, ensure_ascii=False)
 
-    # All contents are made before the first is written: a failure leaves the files of before.
+    # All contents are made before the first is written, so that a failure changes no file.
     contents = {
         "results.json": plain.encode() + b"\n",
         "arms.csv": format_arms_csv(results).encode(),
@@ -54,7 +57,8 @@ def write_report(records: Records, out: Path) -> str:
 
 
 def format_arms_csv(results: Mapping[str, Any]) -> str:
-    """CSV text of each arm's quantities.  results: as from `summary.summarise_study`."""
+    """Format each arm's quantities as CSV.  results: the result of `summary.summarise_study`."""
+    # An arm's other entries, such as its list of seeds, are no quantities.
     rows: list[list[Any]] = []
     for name, arm in results["arms"].items():
         seeds = len(arm["seeds"])
@@ -68,11 +72,13 @@ def format_arms_csv(results: Mapping[str, Any]) -> str:
 
 
 def format_runs_csv(results: Mapping[str, Any]) -> str:
-    """CSV text of each run's quantities.  results: as from `summary.summarise_study`."""
+    """Format each run's quantities as CSV.  results: the result of `summary.summarise_study`."""
+    # Arms measure different quantities, so the columns are the union over all runs.
     runs = results["runs"]
-    quantities: dict[str, None] = {}  # in the order in which runs have them
+    quantities: dict[str, None] = {}  # an ordered set
     for run in runs:
         quantities |= dict.fromkeys(name for name, value in run.items() if isinstance(value, float))
+
     header = [*RUN_COLUMNS, *quantities]
     rows = []
     for run in runs:
@@ -81,6 +87,8 @@ def format_runs_csv(results: Mapping[str, Any]) -> str:
 
 
 def _format_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Format a table as CSV."""
+    # The csv module ends lines with CR LF by default, which version control would show as a change.
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -89,7 +97,7 @@ def _format_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _format_number(value: Any) -> Any:
-    """A float with four significant digits, "" for NaN; anything else as it is."""
+    """Format a float with four significant digits, "" for NaN; other values are returned unchanged."""
     if not isinstance(value, float):
         return value
     return "" if math.isnan(value) else f"{value:.4g}"

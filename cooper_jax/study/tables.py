@@ -1,6 +1,6 @@
 """Markdown tables of a study's statistics.
 
-Tables of arms take `shown`: the statistics of the arms that have a complete run, by name.
+`shown` is the statistics, by name, of the arms that have a complete run.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 from cooper_jax.evaluation.text_tables import format_percent
 from cooper_jax.statistics import Interval
 from cooper_jax.study.records import MOTION, SPANS
-from cooper_jax.study.summary import DIP, FROZEN, LAST, LAST_STEPS, PLAIN
+from cooper_jax.study.summary import BASELINE, DIP, FROZEN, LAST, LAST_STEPS
 
+# Sets of labelled completions on which reward models are evaluated, with their names in tables.
 RM_SETS = {
     "rm_original": "as in its training data",
     "rm_balanced": "balanced",
@@ -23,8 +24,9 @@ RM_SETS = {
 
 
 def format_markdown(results: dict[str, Any]) -> str:
-    """Markdown of all tables.  results: as from `summary.summarise_study`."""
+    """Format all tables as Markdown.  results: the result of `summary.summarise_study`."""
     study = results["study"]
+    # An arm whose runs are all incomplete has no statistics; `_list_missing` names it.
     shown = {name: arm for name, arm in results["arms"].items() if arm["seeds"]}
     parts = [
         "# Arms compared over seeds",
@@ -34,6 +36,7 @@ def format_markdown(results: dict[str, Any]) -> str:
         f"last {LAST} evaluations.",
         _list_missing(results),
     ]
+    # From the main result to the details; a table without any row is an empty string.
     if shown:
         parts += [
             _format_accuracy(study, shown),
@@ -50,13 +53,14 @@ def format_markdown(results: dict[str, Any]) -> str:
 
 
 def format_markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; all columns but the first `left` are aligned to the right."""
+    """Format a Markdown table; all columns but the first `left` are aligned to the right."""
     rule = ["---"] * left + ["--:"] * (len(header) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
 def _list_missing(results: dict[str, Any]) -> str:
-    """A sentence on the runs that are not complete; "" where there are none."""
+    """Write a sentence that lists the runs that are not complete; "" without any."""
+    # For each arm: runs that have begun with their step, and ranges of the seeds on which it has not begun.
     arms = []
     for name in results["arms"]:
         own = [run for run in results["missing"] if run["arm"] == name]
@@ -71,6 +75,7 @@ def _list_missing(results: dict[str, Any]) -> str:
 
 def _format_ranges(numbers: Sequence[int]) -> list[str]:
     """1, 2, 3, 7 -> "1-3", "7"."""
+    # Each entry is a list of consecutive numbers.
     ranges: list[list[int]] = []
     for n in sorted(numbers):
         if ranges and n == ranges[-1][-1] + 1:
@@ -81,6 +86,7 @@ def _format_ranges(numbers: Sequence[int]) -> list[str]:
 
 
 def _format_accuracy(study: dict[str, Any], shown: dict[str, Any]) -> str:
+    """Format the accuracy by exact truth, the main result."""
     rows = []
     for name, arm in shown.items():
         rows.append([
@@ -95,10 +101,12 @@ def _format_accuracy(study: dict[str, Any], shown: dict[str, Any]) -> str:
             f"{arm['ends_below_half']}",
             f"{arm['dipped']}",
         ])  # fmt: skip
+    # The arms' descriptions need no title.
     header = (
-        "arm", "", "seeds", "start", "end", f"end minus {PLAIN}'s, seed by seed", "lowest", "end above start",
-        "end below half of it", f"ever under {DIP:.0%} of it",
+        "arm", "", "seeds", "start", "end", f"end minus {BASELINE}'s, seed by seed", "lowest",
+        "end above start", "end below half of it", f"ever under {DIP:.0%} of it",
     )  # fmt: skip
+    # A single evaluation may be low by chance, so the table's last column counts only dips beyond chance.
     note = (
         f"The last three columns count seeds. An evaluation is under {DIP:.0%} of the start if its binomial "
         "95 % interval is."
@@ -107,8 +115,8 @@ def _format_accuracy(study: dict[str, Any], shown: dict[str, Any]) -> str:
 
 
 def _format_difference(name: str, arm: dict[str, Any]) -> str:
-    """The arm's accuracy minus the rule arm's, with the number of seeds where that is not all of them."""
-    if name == PLAIN or not arm["pairs"]:
+    """Format the arm's accuracy minus the rule arm's, and the number of seeds if not all are compared."""
+    if name == BASELINE or not arm["pairs"]:
         return "-"
     text = format_percent(arm["accuracy_less_rule"])
     if arm["pairs"] < len(arm["seeds"]):
@@ -117,14 +125,16 @@ def _format_difference(name: str, arm: dict[str, Any]) -> str:
 
 
 def _format_kinds(shown: dict[str, Any]) -> str:
+    """Format the accuracy of greedy decoding, and by the kind of answer that a question asks for."""
     names = {
         "greedy": "most likely response",
         "accuracy_number": "questions for a number",
         "accuracy_words": "for words",
     }
     header, rows = _make_start_end_rows(names, shown)
+    # Columns of differences from the rule arm are added at the right; the rule arm itself has none.
     for quantity, kind in (("accuracy_number", "number"), ("accuracy_words", "words")):
-        header.append(f"{kind}: end minus {PLAIN}'s")
+        header.append(f"{kind}: end minus {BASELINE}'s")
         for row, arm in zip(rows, shown.values(), strict=True):
             row.append(_format_share(arm, f"{quantity}_less_rule") if arm.get("pairs") else "-")
     note = (
@@ -135,7 +145,8 @@ def _format_kinds(shown: dict[str, Any]) -> str:
 
 
 def _make_start_end_rows(names: dict[str, str], shown: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table with the start and the end of quantities.  names: quantity -> its title."""
+    """Make header and rows of a table with the start and the end of quantities.  names: quantity -> title."""
+    # Two columns per quantity, and one row per arm.
     header, rows = ["arm"], []
     for title in names.values():
         header += [f"{title}: start", f"{title}: end"]
@@ -148,10 +159,13 @@ def _make_start_end_rows(names: dict[str, str], shown: dict[str, Any]) -> tuple[
 
 
 def _format_rule_view(shown: dict[str, Any]) -> str:
+    """Format the rule verifier's verdicts beside the exact truth."""
     names = {"accuracy": "right", "rule": "right by the rule", "unrecognised": "no verdict by the rule"}
+    # Only studies with a habit in their responses measure it.
     if any("habit_end" in arm for arm in shown.values()):
         names["habit"] = "with the habit"
     header, rows = _make_start_end_rows(names, shown)
+    # An answer that the rule cannot parse is neither right nor wrong.
     note = "Of all held-out responses. No verdict: the rule cannot compare the answer with the reference."
     if "habit" in names:
         note += " The habit: over the seeds on which it was measured."
@@ -159,11 +173,12 @@ def _format_rule_view(shown: dict[str, Any]) -> str:
 
 
 def _format_score_effects(shown: dict[str, Any]) -> str:
-    """A table of the effects of truth and habit on the reward model's score, where they were measured."""
+    """Format the effects of truth and habit on the reward model's score; "" if they were not measured."""
     names = {"rm_by_truth": "being right adds", "rm_by_habit": "the habit adds"}
     header, rows = ["arm"], []
     for title in names.values():
         header += [f"{title}: step 0", f"{title}: end"]
+    # Logits instead of percentages, and only arms with a reward model.
     for arm_name, arm in shown.items():
         if "rm_by_habit_start" not in arm:
             continue
@@ -178,6 +193,7 @@ def _format_score_effects(shown: dict[str, Any]) -> str:
 
 
 def _format_training(shown: dict[str, Any]) -> str:
+    """Format reward, false positives (the hacking signal) and truncation during training."""
     header = (
         "arm", f"reward, last {LAST_STEPS} steps", "false positives, highest of a step",
         f"false positives, last {LAST_STEPS} steps", "truncated at the end",
@@ -191,12 +207,15 @@ def _format_training(shown: dict[str, Any]) -> str:
 
 
 def _format_reward_model(shown: dict[str, Any]) -> str:
+    """Format two tables of the reward model: its accuracy and its AUROC; "" without a reward model."""
+    # Suffixes of the statistics' names, and titles of their columns.
     parts = {
         "start": "at step 0", "end": "end", "gain": "end minus step 0", "less_begun": "end minus before",
         "lowest": "lowest",
     }  # fmt: skip
     tables = []
     for kind, title in (("", "Accuracy"), ("_auroc", "AUROC")):
+        # One row per arm and set of completions.
         rows = []
         for (arm_name, arm), (set_name, about) in itertools.product(shown.items(), RM_SETS.items()):
             if f"{set_name}_start" in arm:
@@ -213,6 +232,8 @@ def _format_reward_model(shown: dict[str, Any]) -> str:
 
 
 def _format_cost(shown: dict[str, Any]) -> str:
+    """Format the seconds of the steps, and the part of the reward model's updates."""
+    # The share is that of the reward model's updates in the seconds of the steps.
     header = ("arm", "seconds of the steps", "reward-model update", "share", "updates")
     rows = [
         [
@@ -229,9 +250,12 @@ def _format_cost(shown: dict[str, Any]) -> str:
 
 
 def _format_motion(shown: dict[str, Any]) -> str:
+    """Format the effects of the reward model's updates on pairs; "" if they were not measured."""
+    # Other quantities have their own names as titles.
     titles = {"accuracy": "pairs whose positive scores higher", "valid": "pairs per step"}
     rows = []
     for (arm_name, arm), quantity in itertools.product(shown.items(), MOTION):
+        # A short run has no steps in the later spans.
         cells = []
         for span in SPANS:
             name = f"{quantity}_{span}"
@@ -252,8 +276,10 @@ def _format_motion(shown: dict[str, Any]) -> str:
 
 
 def _format_runs(runs: Sequence[dict[str, Any]]) -> str:
+    """Format every run, complete or not, on a row of its own."""
     rows = []
     for run in runs:
+        # The last column, for readers who look for the runs that went wrong.
         remarks = [] if run["complete"] else [f"at step {run['done']}"]
         remarks += ["dipped"] if run["dipped"] else []
         remarks += ["below half"] if run["ends_below_half"] else []
@@ -280,19 +306,20 @@ def _format_runs(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _format_highest(run: dict[str, Any]) -> str:
-    """The highest share of false positives, with its step."""
+    """Format the highest share of false positives, with its step."""
     if "false_positives_most" not in run:
         return "-"
     return f"{format_percent(run['false_positives_most'])} ({run['false_positives_most_at']})"
 
 
 def _format_share(arm: dict[str, Any], name: str) -> str:
-    """A share in percent; "-" where it was not measured."""
+    """Format a share in percent; "-" if it was not measured."""
     return format_percent(arm[name]) if name in arm else "-"
 
 
 def _format_number(x: Interval, digits: int = 4) -> str:
-    """A number with its interval where it has one; "-" for NaN."""
+    """Format a number, with its interval if it has one; "-" for NaN."""
+    # Only numbers over several seeds have an interval.
     if math.isnan(x.value):
         return "-"
     value, low, high = (f"{y:.{digits}g}" for y in (x.value, x.low, x.high))
