@@ -1,11 +1,11 @@
 """Statistics of labels, scores and samples for evaluations.
 
-1. `classification_figures`, `area_under_roc`, `cohens_kappa`: scikit-learn's definitions, NaN where
-   undefined.
-2. `calibration_curve`: predicted probabilities against observed frequencies.
-3. `pass_at_k` and `majority_accuracy` of a problem's samples.
-4. `bootstrap_interval`: a 95 % interval of any of these.  It resamples whole groups (questions, problems),
-   because rows of one question are not independent.
+1. `classification_figures`, `area_under_roc` and `cohens_kappa` follow scikit-learn's definitions and return
+   NaN where those are undefined.
+2. `calibration_curve` compares predicted probabilities with observed frequencies.
+3. `pass_at_k` and `majority_accuracy` summarise the samples of one problem.
+4. `bootstrap_interval` computes a 95 % interval of any statistic.  It resamples whole groups (questions,
+   problems), because rows of one question are not independent.
 
     N  rows
 """
@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from sklearn import metrics
 
+# Undefined statistics are NaN, not 0 or an error: metrics.jsonl stores NaN as null and plots leave a gap.
 NAN = float("nan")
 
 
@@ -37,25 +38,29 @@ def classification_figures(
 ) -> dict[str, float]:
     """Compute accuracy, balanced_accuracy, precision, recall and f1.
 
-    balanced_accuracy is NaN if one class is missing, precision if nothing is predicted positive, recall and
-    f1 if nothing is positive.
+    accuracy is NaN if all weights are 0, balanced_accuracy if a class is missing, precision if no row is
+    predicted positive, recall and f1 if no label is positive.
 
     Args:
       labels, predictions: bool[N].
       weights: f64[N], one per row; None: all 1.
     """
     labels, predictions = np.asarray(labels, bool), np.asarray(predictions, bool)
-    w = np.ones(len(labels)) if weights is None else np.asarray(weights, float)
-    true_positive = w[labels & predictions].sum()
-    predicted_positive = w[predictions].sum()
-    positive = w[labels].sum()
-    negative = w.sum() - positive
-    true_negative = w[~labels & ~predictions].sum()
+    row_weights = np.ones(len(labels)) if weights is None else np.asarray(weights, float)  # f64[N]
 
+    # The weighted confusion matrix: the bootstrap's weights are the number of times that a row was drawn.
+    true_positive = row_weights[labels & predictions].sum()
+    predicted_positive = row_weights[predictions].sum()
+    positive = row_weights[labels].sum()
+    negative = row_weights.sum() - positive
+    true_negative = row_weights[~labels & ~predictions].sum()
+    agreeing = row_weights[labels == predictions].sum()
+
+    # A ratio whose denominator is 0 is NaN; F1 is 2 TP / (predicted positives + positives).
     recall = true_positive / positive if positive else NAN
     balanced = (recall + true_negative / negative) / 2 if positive and negative else NAN
     return {
-        "accuracy": float(w[labels == predictions].sum() / w.sum()) if w.sum() else NAN,
+        "accuracy": float(agreeing / row_weights.sum()) if row_weights.sum() else NAN,
         "balanced_accuracy": float(balanced),
         "precision": float(true_positive / predicted_positive) if predicted_positive else NAN,
         "recall": float(recall),
@@ -64,7 +69,9 @@ def classification_figures(
 
 
 def area_under_roc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """The probability that a positive scores above a negative, ties counting half; NaN without both classes.
+    """The probability that a random positive scores above a random negative; a tie counts one half.
+
+    NaN unless both classes occur in rows of positive weight.
 
     Args:
       labels: bool[N].
@@ -72,7 +79,9 @@ def area_under_roc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray |
       weights: f64[N], one per row; None: all 1.
     """
     labels = np.asarray(labels, bool)
-    used = np.ones(len(labels), bool) if weights is None else np.asarray(weights) > 0
+
+    # A bootstrap resample gives weight 0 to rows that it did not draw; scikit-learn would count their class.
+    used = np.ones(len(labels), bool) if weights is None else np.asarray(weights) > 0  # bool[N]
     if labels[used].all() or not labels[used].any():
         return NAN
     weights = None if weights is None else weights[used]
@@ -82,8 +91,9 @@ def area_under_roc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray |
 def cohens_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
     """Cohen's kappa of two raters: (observed - expected agreement) / (1 - expected agreement).
 
-    NaN without rows, and if both raters give one and the same rating to all rows.
+    a, b: the raters' ratings, [N] each.  NaN without rows, and if both raters give one rating to all rows.
     """
+    # With a single rating the expected agreement is 1, and kappa is 0 / 0.
     if not len(a) or (len(set(a)) == 1 and set(a) == set(b)):
         return NAN
     return float(metrics.cohen_kappa_score(list(a), list(b)))
@@ -91,68 +101,80 @@ def cohens_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-    """The rows whose predicted probability lies in [low, high)."""
+    """One bin of a calibration curve: the rows whose predicted probability is in [low, high)."""
 
     low: float
     high: float
-    count: int
-    predicted: float  # mean probability
+    count: int  # rows
+    predicted: float  # mean predicted probability
     observed: float  # share of positive labels
 
 
 def calibration_curve(
     labels: np.ndarray, probabilities: np.ndarray, bins: int = 10
 ) -> tuple[float, tuple[Bin, ...]]:
-    """Compute (expected calibration error, non-empty bins of equal width).
+    """Compute the expected calibration error (ECE) and the non-empty bins of equal width.
 
-    ECE = sum_b n_b / N |observed_b - predicted_b| (Guo et al. 2017, arXiv 1706.04599, eq. 3); NaN without
-    rows.
+        ECE = sum_b n_b / N |observed_b - predicted_b|        (Guo et al. 2017, arXiv 1706.04599, eq. 3)
+
+    ECE is NaN without rows.
 
     Args:
       labels: bool[N].
-      probabilities: f64[N].
+      probabilities: f64[N], predicted probabilities of a positive label.
+      bins: the number of bins that divide [0, 1].
     """
-    labels, p = np.asarray(labels, float), np.asarray(probabilities, float)
-    bin_of_row = np.minimum((p * bins).astype(int), bins - 1)  # i64[N]; a probability of 1 is in the last bin
-    curve = []
-    for b in range(bins):
-        rows = bin_of_row == b
-        if rows.any():
-            predicted, observed = float(p[rows].mean()), float(labels[rows].mean())
-            curve.append(Bin(b / bins, (b + 1) / bins, int(rows.sum()), predicted, observed))
+    labels, probabilities = np.asarray(labels, float), np.asarray(probabilities, float)
 
-    if not len(p):
+    # The last bin is closed: it includes a probability of exactly 1.
+    bin_of_row = np.minimum((probabilities * bins).astype(int), bins - 1)  # i64[N]
+    curve = []
+    for index in range(bins):
+        rows = bin_of_row == index  # bool[N]
+        if rows.any():
+            predicted, observed = float(probabilities[rows].mean()), float(labels[rows].mean())
+            curve.append(Bin(index / bins, (index + 1) / bins, int(rows.sum()), predicted, observed))
+
+    if not len(probabilities):
         return NAN, ()
-    error = sum(b.count * abs(b.observed - b.predicted) for b in curve) / len(p)
+    error = sum(b.count * abs(b.observed - b.predicted) for b in curve) / len(probabilities)
     return float(error), tuple(curve)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The probability that k samples, drawn without replacement from n, contain one of the c correct ones.
+    """The probability that k of a problem's samples, drawn without replacement, include a correct one.
 
-    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1).  Raises ValueError if k or c is
-    above n.
+        pass@k = 1 - C(n - c, k) / C(n, k)        n samples, c of them correct (arXiv 2107.03374, eq. 1)
+
+    Raises ValueError unless 1 <= k <= n and 0 <= c <= n.
     """
     if not 1 <= k <= samples or not 0 <= correct <= samples:
         raise ValueError(f"pass@{k} of {samples} samples with {correct} correct: k is from 1 to {samples}")
+
+    # math.comb is exact for integers and 0 where k > n - c, so that pass@k is then exactly 1.
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def majority_accuracy(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> float:
-    """Correctness of the most frequent answer (maj@k), in [0, 1].
+    """The correctness of the most frequent answer (maj@k), in [0, 1]; 0 if no sample has an answer.
 
-    Ties are averaged.  None stands for no answer and never wins.  An answer's correctness is the mean over
-    the samples that gave it.
+    Answers with equally many samples are averaged.
+
+    Args:
+      answers: one per sample; None for a sample without an answer, which has no vote.
+      correct: one per sample.
     """
-    counts = Counter(a for a in answers if a is not None)
-    if not counts:
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
         return 0.0
-    most = max(counts.values())
-    winners = [answer for answer, count in counts.items() if count == most]
+    highest_count = max(votes.values())
+    winners = [answer for answer, count in votes.items() if count == highest_count]
+
+    # Samples with equal answers may be judged differently (one may time out), so each answer is averaged.
     correctness = []
     for winner in winners:
-        own = [c for answer, c in zip(answers, correct, strict=True) if answer == winner]
-        correctness.append(np.mean(own))
+        winner_correct = [c for answer, c in zip(answers, correct, strict=True) if answer == winner]
+        correctness.append(np.mean(winner_correct))
     return float(np.mean(correctness))
 
 
@@ -162,21 +184,27 @@ def bootstrap_interval(
     rng: np.random.Generator,
     resamples: int = 1000,
 ) -> Interval:
-    """Compute the 2.5 % and 97.5 % quantiles of a statistic over resampled groups (cluster bootstrap).
+    """Compute a statistic with its 95 % interval over resampled groups (percentile cluster bootstrap).
 
     Args:
-      statistic: f64[N] weights, the number of times that each row was drawn -> the statistic.  Resamples in
-        which it is NaN are ignored.
-      groups: the group of each row; groups are drawn with replacement, as many as there are.
+      statistic: a function of row weights f64[N], the number of times that each row was drawn.  Resamples
+        for which it returns NaN are ignored.
+      groups: the group of each row, [N].  A resample draws as many groups as exist, with replacement.
+      rng: the source of the draws.
+      resamples: the number of resamples.
     """
-    _, members = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
-    value = float(statistic(np.ones(len(members))))
-    count = members.max() + 1 if len(members) else 0
-    if not count:
+    _, group_of_row = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)  # i64[N]
+    value = float(statistic(np.ones(len(group_of_row))))
+    group_count = group_of_row.max() + 1 if len(group_of_row) else 0
+    if not group_count:
         return Interval(value, NAN, NAN)
 
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=resamples)  # i64[resamples, groups]
-    values = np.array([statistic(times[members].astype(float)) for times in draws])
+    # A resample is kept as the number of times that each group was drawn: all rows of a group share it.
+    uniform = np.full(group_count, 1 / group_count)
+    resample_counts = rng.multinomial(group_count, uniform, size=resamples)  # i64[resamples, groups]
+    values = np.array([statistic(counts[group_of_row].astype(float)) for counts in resample_counts])
+
+    # The 2.5 % and 97.5 % quantiles of the resamples in which the statistic is defined.
     values = values[~np.isnan(values)]
     if not len(values):
         return Interval(value, NAN, NAN)

@@ -1,14 +1,14 @@
-"""Data passed between the stages of a Cooper step.  Text and arrays never share a container.
+"""Data passed between the stages of a Cooper step.  No container mixes text with arrays.
 
-Axis legend, for the whole project:
+Axis legend of the project:
 
     B  prompts in a step               P  prompt tokens
     G  samples per prompt              T  response (completion) tokens
-    N  = B * G rows, prompt-major      S  tokens of a whole row (P + T, or a reward model's input)
+    N  = B * G rows, prompt-major      S  tokens of a row (P + T, or a reward model's input)
     D  width   H  query heads   K  key/value heads   h  head_dim   F  feed-forward width
     L  layers  V  vocabulary (padded)
 
-Rows are prompt-major: row n belongs to prompt n // G and is its sample n % G.
+Rows are prompt-major: row n is sample n % G of prompt n // G.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import Any
 import jax
 from flax import struct
 
-Params = dict[str, Any]  # a nested dict of arrays with stable paths
-Metrics = dict[str, float]  # slash-grouped names -> host floats
+Params = dict[str, Any]  # a nested dict of arrays with stable paths, by which checkpoints name them
+Metrics = dict[str, float]  # "group/name" -> a Python float, as in metrics.jsonl
 
-# --- text: frozen dataclasses, host only ------------------------------------------------------------
+# --- text: frozen dataclasses, on the host only -----------------------------------------------------
+#
+# Every process has the same text, so none of it is sharded or transferred.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +34,15 @@ class Problem:
 
     question: str
     reference: str
-    solution: str = ""  # worked solution, if the data has one; for supervised phases, never for the reward
-    id: str = ""  # origin of the row, for messages
-    subject: str = ""  # evaluations are broken down by subject and level, if the data has them
+
+    # A worked solution, if the data has one.  Supervised phases imitate it; the reward never reads it.
+    solution: str = ""
+
+    # The row's origin, for messages.
+    id: str = ""
+
+    # Evaluations report results by subject and by level, if the data has them.
+    subject: str = ""
     level: str = ""
 
 
@@ -48,52 +56,65 @@ class Completion:
 
 
 class Verdict(enum.StrEnum):
-    """The rule verifier's verdict.  Only decidable ones may be used as labels; the others abstain."""
+    """The rule verifier's verdict on a response: decidable (usable as a label) or an abstention."""
 
+    # Decidable.
     CORRECT = "correct"
     WRONG = "wrong"  # an answer of a recognised form that differs from the reference
     NO_ANSWER = "no_answer"
+
+    # Abstentions: the response may be correct, so using them as labels would teach errors of the rule.
     UNRECOGNISED = "unrecognised"  # an answer or a reference of a form that the rule cannot compare
     TIMEOUT = "timeout"
 
     @property
     def decidable(self) -> bool:
-        """True if the verdict may be used as a label."""
+        """True for verdicts that may be used as labels."""
         return self in (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER)
 
 
 @dataclasses.dataclass(frozen=True)
 class Triple:
-    """A reward-model input (question, reference, completion) with its label and origin ("" if unknown)."""
+    """A reward-model input (question, reference, completion) with its label and its origin."""
 
+    # The input.  One template (data/prompts.py) renders it for training and for scoring.
     question: str
     reference: str
     completion: str
+
     label: float = 0.0  # 1.0 correct, 0.0 not
-    id: str = ""  # of the row
-    source: str = ""  # data set
-    model: str = ""  # that wrote the completion
-    kind: str = ""  # of answer
+
+    # The origin, for splits and for reports by group; "" if unknown.
+    id: str = ""  # the row's id in its data set
+    source: str = ""  # the data set
+    model: str = ""  # the model that wrote the completion
+    kind: str = ""  # the data set's type of answer, or a synthetic problem's subject
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """A contrastive pair: a correct and a wrong completion of one problem, rendered by the same template.
 
-    The members differ in their text.  If one of the references below is not empty, they have the same text
-    and differ in the reference.
+    The members differ in their text alone, unless one of the references below is not empty: then they have
+    the same text and differ in the reference alone.
     """
 
     problem: Problem
     positive: str
     negative: str
     row: int  # rollout row of the positive
-    positive_reference: str = ""  # replaces the problem's reference in the positive
-    negative_reference: str = ""  # replaces the problem's reference in the negative
-    exchanged: bool = False  # a control: the update swaps the members
+
+    # If not empty, it replaces the problem's reference in that member.
+    positive_reference: str = ""
+    negative_reference: str = ""
+
+    # A control experiment with shuffled labels: the update swaps the members.
+    exchanged: bool = False
 
 
 # --- arrays: pytrees ---------------------------------------------------------------------------------
+#
+# flax.struct registers these frozen dataclasses as pytrees, so jit and donation take them as arguments.
 
 
 @struct.dataclass
@@ -101,22 +122,27 @@ class Rollout:
     """Sampled responses, right-padded with zeros."""
 
     tokens: jax.Array  # i32[N, T]
-    mask: jax.Array  # bool[N, T]: sampled tokens, the EOS included
-    logprobs: jax.Array  # f32[N, T]: under the distribution sampled from (after temperature, top-k, top-p)
-    finished: jax.Array  # bool[N]: an EOS was sampled; False means truncated
+    mask: jax.Array  # bool[N, T]: True at sampled tokens, the EOS included
+    logprobs: jax.Array  # f32[N, T]: under the sampling distribution (after temperature, top-k, top-p)
+    finished: jax.Array  # bool[N]: True if an EOS was sampled, False if the response was truncated
 
 
 @struct.dataclass
 class PolicyBatch:
-    """Rows of a GRPO update.  Prompts are left-padded, so that all responses start at column P."""
+    """Rows of a GRPO update.  Prompts are left-padded, so all responses start at column P."""
 
+    # The model's input.
     tokens: jax.Array  # i32[N, P + T]
-    valid: jax.Array  # bool[N, P + T]
+    valid: jax.Array  # bool[N, P + T]: False at padding
+
+    # The loss.
     response_mask: jax.Array  # bool[N, T]
     advantages: jax.Array  # f32[N]
-    old_logprobs: jax.Array  # f32[N, T]: of the policy before this step; used if a step has several updates
-    ref_logprobs: jax.Array  # f32[N, T]: of the frozen reference
-    rollout_logprobs: jax.Array  # f32[N, T]: of the rollout engine, for the mismatch metric
+
+    # Log-probabilities of the response tokens, f32[N, T], by the model that they are from.
+    old_logprobs: jax.Array  # the policy before this step; read only if a step has several updates
+    ref_logprobs: jax.Array  # the frozen reference
+    rollout_logprobs: jax.Array  # the rollout engine, for the mismatch metric
 
 
 @struct.dataclass
@@ -129,11 +155,11 @@ class ScoreBatch:
 
 @struct.dataclass
 class PairBatch:
-    """Contrastive pairs; masked rows have no weight."""
+    """Contrastive pairs: row i of `positive` and row i of `negative` are one pair."""
 
     positive: ScoreBatch
     negative: ScoreBatch
-    mask: jax.Array  # bool[B]
+    mask: jax.Array  # bool[B]: False at rows without a valid pair, which have no weight
 
 
 @struct.dataclass
@@ -142,14 +168,16 @@ class LabelledBatch:
 
     rows: ScoreBatch
     labels: jax.Array  # f32[N]: 1 correct, 0 not
-    weights: jax.Array  # f32[N]
+    weights: jax.Array  # f32[N]: each row's factor in the summed loss
 
 
 @struct.dataclass
 class TrainState:
-    """f32 master weights and optimiser state."""
+    """A model's f32 master weights and its optimiser's state."""
 
     params: Params
-    opt_state: Any
+    opt_state: Any  # the optax state; its type depends on the optimiser
+
+    # Arrays, not ints: they change inside the jitted update.
     updates: jax.Array  # i32[]: updates applied
-    skipped: jax.Array  # i32[]: updates skipped because the loss or gradients were not finite
+    skipped: jax.Array  # i32[]: updates skipped because the loss or a gradient was not finite

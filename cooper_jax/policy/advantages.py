@@ -1,6 +1,6 @@
-"""Group advantages: the reward of each sample relative to its group.
+"""Group advantages: each sample's reward relative to the other samples of the same prompt.
 
-N = B * G rows, prompt-major: B prompts, G samples a prompt
+B  prompts   G  samples per prompt   N = B * G  rows, prompt-major
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ def group_advantages(
     eps: float,
     floor: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Advantages of the rows within their prompt's group, and the share of groups without a signal.
+    """Advantages within each prompt's group, and the share of groups without a learning signal.
 
         A_i = (r_i - mean(r)) / (max(std(r), floor) + eps)        GRPO: DeepSeekMath (arXiv 2402.03300), 4.1.2
         A_i =  r_i - mean(r)                                      std_normalise False: Dr. GRPO (2503.20783)
 
-    The standard deviation is the sample's (divided by G - 1), as in the released code; `floor` is ours:
-    sigmoid rewards of .998 and .999 would otherwise become advantages of full size.
+    std is the sample standard deviation (divided by G - 1), as in the released code.  `floor` is a departure:
+    without it sigmoid rewards of .998 and .999 would get advantages as large as rewards of 0 and 1.
 
-    A reward that is not finite is left out of its group's mean and deviation, and its row gets advantage 0.
-    A group whose finite rewards are all equal, or fewer than two (so any group when G = 1), gets exact zeros:
-    rounding in the mean is not a signal.
+    A reward that is not finite is left out of its group's mean and std, and its row gets advantage 0.  A
+    group has zero variance if its finite rewards are all equal or fewer than two (any group if G = 1).  Its
+    advantages are exactly 0, because rounding in the mean is not a signal.
 
-    Returns (advantages f32[N], zero_variance_share f32[]: such groups over all groups).  Raises ValueError
-    when N is not a multiple of the group size.
+    Returns (advantages f32[N], the share of zero-variance groups f32[]).  Raises ValueError if N is not a
+    multiple of the group size.
     """
     if group_size < 1 or rewards.shape[0] % group_size:
         raise ValueError(
@@ -38,21 +38,24 @@ def group_advantages(
             "rollout.group_size to a prompt"
         )
 
-    r = rewards.astype(jnp.float32).reshape(-1, group_size)  # [B, G]
-    ok = jnp.isfinite(r)
-    r = jnp.where(ok, r, 0.0)
-    n = ok.sum(axis=1, keepdims=True).astype(jnp.float32)  # [B, 1]
-    mean = r.sum(axis=1, keepdims=True) / jnp.maximum(n, 1.0)
-    centred = jnp.where(ok, r - mean, 0.0)
+    # The mean is over finite rewards only; f32 even if rewards are bf16, since differences can be small.
+    grouped = rewards.astype(jnp.float32).reshape(-1, group_size)  # [B, G]
+    finite = jnp.isfinite(grouped)
+    grouped = jnp.where(finite, grouped, 0.0)
+    finite_count = finite.sum(axis=1, keepdims=True).astype(jnp.float32)  # [B, 1]
+    mean = grouped.sum(axis=1, keepdims=True) / jnp.maximum(finite_count, 1.0)
+    centred = jnp.where(finite, grouped - mean, 0.0)
 
-    lowest = jnp.where(ok, r, jnp.inf).min(axis=1, keepdims=True)
-    highest = jnp.where(ok, r, -jnp.inf).max(axis=1, keepdims=True)
-    flat = lowest >= highest  # also true of a group without a finite reward
+    # Equal rewards are found by comparison, not by std == 0, which rounding in the mean would defeat.
+    lowest = jnp.where(finite, grouped, jnp.inf).min(axis=1, keepdims=True)
+    highest = jnp.where(finite, grouped, -jnp.inf).max(axis=1, keepdims=True)
+    zero_variance = lowest >= highest  # bool[B, 1]; inf >= -inf in a group without a finite reward
 
     scale = jnp.ones_like(mean)
     if std_normalise:
-        std = jnp.sqrt((centred**2).sum(axis=1, keepdims=True) / jnp.maximum(n - 1.0, 1.0))
-        scale = jnp.maximum(std, floor) + eps
-    # A flat group's scale can be 0 (eps = floor = 0): the division must not see it.
-    advantages = jnp.where(flat, 0.0, centred / jnp.where(flat, 1.0, scale))
-    return advantages.reshape(-1), flat.mean(dtype=jnp.float32)
+        sum_of_squares = (centred**2).sum(axis=1, keepdims=True)
+        scale = jnp.maximum(jnp.sqrt(sum_of_squares / jnp.maximum(finite_count - 1.0, 1.0)), floor) + eps
+
+    # With eps = floor = 0 the scale of a zero-variance group is 0: it is replaced before the division.
+    advantages = jnp.where(zero_variance, 0.0, centred / jnp.where(zero_variance, 1.0, scale))
+    return advantages.reshape(-1), zero_variance.mean(dtype=jnp.float32)

@@ -1,15 +1,15 @@
 """GRPO: the policy's update (arXiv 2402.03300).
 
-1. `make_logprobs` computes the log-probabilities of a step's responses under a policy: the reference, or the
-   policy before the updates.
-2. `make_update` differentiates the loss (losses.py) over a minibatch, in microbatches, and applies the
-   optimiser.
+1. `make_logprobs` makes the function that computes log-probabilities of a step's responses, under the
+   reference or under the policy before the step's updates.
+2. `make_update` makes the update on one minibatch: the gradient of the loss (losses.py), accumulated over
+   microbatches, and the optimiser.
 3. `update_on_rollouts` runs a step's epochs and minibatches.
 
-Responses start at column P = S - T (prompts are left-padded), so the hidden states of columns P-1 .. S-2
+Prompts are left-padded, so responses start at column P = S - T, and the hidden states of columns P-1 .. S-2
 predict them.  Old, reference and current log-probabilities are all those of softmax(logits / temperature).
 
-    N  rows (prompt-major)   P  prompt tokens   T  response tokens   S = P + T   D  width
+    N  rows, prompt-major   P  prompt tokens   T  response tokens   S = P + T   D  width
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params, PolicyBatch, TrainState
 
-COUNTS = ("skipped",)  # metrics that are summed over a step's updates; the others are averaged
+# Metrics that are summed over a step's updates; ratio_min and ratio_max are extremes, the others averages.
+COUNTS = ("skipped",)
 
 Metrics = dict[str, jax.Array]
 
@@ -48,18 +49,21 @@ def response_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy (nats) of the last `width` tokens of each row, each f32[N, width].
 
-    Both are those of softmax(logits / temperature).  At invalid tokens, which are read as token 0 (they may
-    be outside the vocabulary), they are finite and mean nothing.  Raises ValueError unless 0 < width < S.
+    Both are those of softmax(logits / temperature).  At invalid tokens they are finite but meaningless.
+    Raises ValueError unless 0 < width < S.
     """
     total = tokens.shape[1]
     if not 0 < width < total:
         raise ValueError(
             f"a response of {width} columns in rows of {total}: at least one prompt column must precede it"
         )
+
+    # Padding ids may be outside the vocabulary; token 0 is a safe index into the embedding.
     tokens = jnp.where(valid, tokens, 0)
     hidden = transformer.hidden_states(params, config, tokens, valid, dtype=dtype, remat=remat, layout=layout)
 
-    # The hidden state of a column predicts the next one, so the response's are shifted by one to the left.
+    # A column's hidden state predicts the next column's token, so the slice is shifted left by one.  Slicing
+    # before the output head saves the logits of the prompt, [N, P, V].
     hidden = hidden[:, total - width - 1 : total - 1]  # [N, width, D]
     return transformer.token_logprobs(
         params, config, hidden, tokens[:, total - width :], temperature=temperature, layout=layout
@@ -74,13 +78,14 @@ def make_logprobs(
     dtype: str,
     temperature: float,
 ) -> Callable[[Params, jax.Array, jax.Array, int], jax.Array]:
-    """The jitted (params, tokens i32[N, S], valid bool[N, S], width) -> f32[N, width].
+    """The jitted (params, tokens i32[N, S], valid bool[N, S], width) -> log-probabilities f32[N, width].
 
-    Log-probabilities of each row's last `width` tokens under softmax(logits / temperature), 0 at invalid
-    tokens.  Rows run in microbatches whose composition depends on N alone.
+    It computes the log-probabilities of each row's last `width` tokens under softmax(logits / temperature),
+    and 0 at invalid tokens.  Rows are computed in microbatches whose composition depends on N alone.
     """
 
     def logprobs(params: Params, tokens: jax.Array, valid: jax.Array, width: int) -> jax.Array:
+        # Microbatches bound the memory of activations; no gradient is taken, so remat would save nothing.
         def compute_rows(rows: dict[str, jax.Array]) -> jax.Array:
             row_logprobs, _ = response_logprobs(
                 params,
@@ -97,6 +102,7 @@ def make_logprobs(
 
         return optim.map_rows(compute_rows, {"tokens": tokens, "valid": valid}, microbatch, layout)
 
+    # `width` sets the output's shape, so each width is compiled once.
     return jax.jit(logprobs, static_argnums=3)
 
 
@@ -111,11 +117,11 @@ def make_gradients(
     temperature: float,
     max_new_tokens: int,
 ) -> Callable[[Params, PolicyBatch], tuple[jax.Array, Params, Metrics]]:
-    """A function (params, minibatch) -> (loss f32[], gradients, metrics f32[] each), for use inside jit.
+    """A function (params, minibatch) -> (loss f32[], gradients, metrics f32[] each), to be called inside jit.
 
-    With a single update a step, the policy that sampled is the one that is differentiated.  The old
-    log-probabilities are then those of this forward pass, so the ratio is exactly 1 and `old_logprobs` is not
-    read.
+    If a step has a single update, the policy that sampled the responses is the one that is differentiated.
+    The old log-probabilities are then those of this forward pass: the ratio is exactly 1, and `old_logprobs`
+    is not read.
     """
     dtype = jnp.dtype(cfg.dtype)
     single_update = count_updates(cfg) == 1
@@ -123,11 +129,12 @@ def make_gradients(
 
     def gradients(params: Params, batch: PolicyBatch) -> tuple[jax.Array, Params, Metrics]:
         mask = batch.response_mask  # bool[N, T]
-        # Over the whole minibatch, before it is split into microbatches.
-        weights = token_weights(mask, cfg.aggregation, max_new_tokens)
 
-        def loss_fn(params: Params, piece: tuple[PolicyBatch, jax.Array]) -> tuple[jax.Array, Metrics]:
-            rows, row_weights = piece
+        # Normalised over the whole minibatch, before it is split into microbatches.
+        weights = token_weights(mask, cfg.aggregation, max_new_tokens)  # f32[N, T]
+
+        def loss_fn(params: Params, microbatch: tuple[PolicyBatch, jax.Array]) -> tuple[jax.Array, Metrics]:
+            rows, row_weights = microbatch
             logprobs, entropy = response_logprobs(
                 params,
                 config,
@@ -140,11 +147,16 @@ def make_gradients(
                 layout=layout,
             )
 
-            m = rows.response_mask
+            row_mask = rows.response_mask
             old = jax.lax.stop_gradient(logprobs) if single_update else rows.old_logprobs
-            loss, sums = grpo_loss(logprobs, old, rows.ref_logprobs, rows.advantages, row_weights, m, cfg)
-            sums["entropy"] = jnp.where(m, entropy, 0.0).sum()
-            sums["rollout_mismatch"] = jnp.where(m, jnp.abs(old - rows.rollout_logprobs), 0.0).sum()
+            loss, sums = grpo_loss(
+                logprobs, old, rows.ref_logprobs, rows.advantages, row_weights, row_mask, cfg
+            )
+
+            # Metrics only.  A growing mismatch means that the rollout engine samples from another policy.
+            mismatch = jnp.abs(old - rows.rollout_logprobs)
+            sums["entropy"] = jnp.where(row_mask, entropy, 0.0).sum()
+            sums["rollout_mismatch"] = jnp.where(row_mask, mismatch, 0.0).sum()
             return loss, sums
 
         loss, grads, sums = optim.accumulate_gradients(
@@ -156,20 +168,24 @@ def make_gradients(
 
 
 def _reduce_metrics(sums: Metrics, mask: jax.Array, advantages: jax.Array) -> Metrics:
-    """A minibatch's metrics, f32[] each, from those of its microbatches, [M] each."""
+    """Combine the microbatches' sums, f32[microbatches] each, into the minibatch's metrics, f32[] each."""
     tokens = mask.sum().astype(jnp.float32)
-    used_rows = mask.any(axis=1)  # bool[N]
+    used_rows = mask.any(axis=1)  # bool[N]: False at padding rows
     row_count = jnp.maximum(used_rows.sum(), 1).astype(jnp.float32)
 
     metrics = {}
-    for name, x in sums.items():
-        if name in ("loss", "pg_loss"):  # weighted sums
-            metrics[name] = x.sum()
+    for name, values in sums.items():
+        if name in ("loss", "pg_loss"):
+            # The token weights are normalised over the minibatch already.
+            metrics[name] = values.sum()
         elif name in ("ratio_min", "ratio_max"):
-            extreme = x.min() if name == "ratio_min" else x.max()
+            # Without any token the extremes are infinite; 1 is the ratio of a policy that has not moved.
+            extreme = values.min() if name == "ratio_min" else values.max()
             metrics[name] = jnp.where(tokens > 0, extreme, 1.0)
-        else:  # sums over tokens
-            metrics[name] = x.sum() / jnp.maximum(tokens, 1.0)
+        else:
+            metrics[name] = values.sum() / jnp.maximum(tokens, 1.0)
+
+    # Advantages are one per row, so their means are over rows, not over tokens.
     metrics["advantage_mean"] = jnp.where(used_rows, advantages, 0.0).sum() / row_count
     metrics["advantage_abs"] = jnp.where(used_rows, jnp.abs(advantages), 0.0).sum() / row_count
     return metrics
@@ -184,16 +200,16 @@ def make_update(
     temperature: float,
     max_new_tokens: int,
 ) -> Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]]:
-    """The jitted (state, minibatch) -> (state, metrics); the state given is donated.
+    """The jitted (state, minibatch) -> (state, metrics); the input state is donated.
 
-    A minibatch without any response token changes nothing.
+    A minibatch without any response token leaves the state unchanged.
 
     Args:
-      temperature, max_new_tokens: the rollout's.
+      temperature, max_new_tokens: those of the rollout.
 
-    Metrics, f32[]: loss, pg_loss, kl (nats a token), entropy (nats a token), clip_low, clip_high and
-    dual_clip (shares of tokens), ratio_mean, ratio_min, ratio_max, rollout_mismatch (mean absolute difference
-    of the old log-probabilities and the sampler's), advantage_mean, advantage_abs, and `optim.apply_update`'s
+    Metrics, f32[] each: loss, pg_loss, kl and entropy (nats per token), clip_low, clip_high and dual_clip
+    (shares of tokens), ratio_mean, ratio_min, ratio_max, rollout_mismatch (mean absolute difference between
+    the old log-probabilities and the sampler's), advantage_mean, advantage_abs, and `optim.apply_update`'s
     grad_norm, lr and skipped.
     """
     gradients = make_gradients(config, cfg, layout, temperature=temperature, max_new_tokens=max_new_tokens)
@@ -203,18 +219,23 @@ def make_update(
         state, update_metrics = optim.apply_update(state, grads, loss, opt, enabled=batch.response_mask.any())
         return state, metrics | update_metrics
 
+    # Donation saves a second copy of parameters and optimiser state.  It works only if the output state has
+    # the shardings of the input, so they are stated.
     shardings = optim.state_shardings(opt, transformer.param_specs(config, head="logits"), layout)
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, layout.replicated))
 
 
 def count_updates(cfg: PolicyConfig) -> int:
-    """The optimiser updates of a step; above 1, `old_logprobs` must be computed before the first."""
+    """The number of optimiser updates in a step.
+
+    If it is above 1, `old_logprobs` must be computed before the first update.
+    """
     return cfg.epochs * cfg.minibatches
 
 
 @jax.jit
 def _take_rows(batch: PolicyBatch, rows: jax.Array) -> PolicyBatch:
-    """The batch's rows at positions i32[n]."""
+    """Select rows of a batch.  rows: i32[n], their indices."""
     return jax.tree.map(lambda x: x[rows], batch)
 
 
@@ -225,13 +246,14 @@ def update_on_rollouts(
     cfg: PolicyConfig,
     update: Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]],
 ) -> tuple[TrainState, Metrics]:
-    """Make cfg.epochs passes over a step's rows in cfg.minibatches minibatches, with an update each.
+    """Make cfg.epochs passes over a step's rows, each with one update per minibatch.
 
-    Minibatches are taken from a permutation of the rows, keyed by (key, epoch).  Rows of one prompt may be
-    separated, since advantages are known by now.  With one minibatch the rows stay in order.  Metrics are
-    averaged over the updates, except counts (summed) and ratio_min and ratio_max (extremes).
+    Minibatches are slices of a permutation of the rows that is keyed by (key, epoch).  They may separate rows
+    of one prompt, since advantages are computed beforehand.  With a single minibatch the rows keep their
+    order.  Metrics are averaged over the updates, except counts (summed) and ratio_min and ratio_max
+    (extremes).
 
-    Raises ValueError where cfg.minibatches does not divide the rows.
+    Raises ValueError if cfg.minibatches does not divide the number of rows.
     """
     rows = batch.tokens.shape[0]
     if rows % cfg.minibatches:
@@ -239,17 +261,19 @@ def update_on_rollouts(
 
     each_update: list[Metrics] = []
     for epoch in range(cfg.epochs):
+        # A permutation would only change the order of the sum, and cost a copy of the batch.
         if cfg.minibatches == 1:
             state, metrics = update(state, batch)
             each_update.append(metrics)
             continue
+
+        # Minibatches are selected one at a time: all of them at once would be a second copy of the batch.
         order = jax.random.permutation(jax.random.fold_in(key, epoch), rows).reshape(cfg.minibatches, -1)
-        # One minibatch is taken at a time: together they would hold the batch a second time.
         for i in range(cfg.minibatches):
             state, metrics = update(state, _take_rows(batch, order[i]))
             each_update.append(metrics)
 
-    # A skipped update counts, an extreme stays one; everything else is averaged.
+    # On the device: reading each update's metrics on the host would wait for it before the next one starts.
     reductions = {"ratio_min": jnp.min, "ratio_max": jnp.max} | dict.fromkeys(COUNTS, jnp.sum)
     step_metrics = {}
     for name in each_update[0]:

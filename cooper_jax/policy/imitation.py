@@ -1,8 +1,9 @@
-"""The policy's short supervised phase before step 1: maximum likelihood of worked solutions.
+"""The policy's supervised phase before step 1: maximum likelihood of worked solutions.
 
-Not in the paper, whose policies are instruction-tuned; a randomly initialised model needs it.
+The paper has no such phase, because its policies are instruction-tuned.  A randomly initialised model needs
+one: without it hardly any response would be correct, and GRPO would have no signal.
 
-    N  rows   S  tokens of a row   T  its last columns, which may be imitated
+    N  rows   S  tokens of a row   T  last columns of a row, which may contain tokens to imitate
 """
 
 from __future__ import annotations
@@ -34,26 +35,30 @@ def make_imitation_update(
 ) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """The jitted (state, tokens i32[N, S], valid bool[N, S], response_mask bool[N, T]) -> (state, metrics).
 
-        loss = - sum_t m_t log pi(y_t | y_<t) / sum_t m_t        over all rows: a token mean
+        loss = - sum_t m_t log pi(y_t | y_<t) / sum_t m_t        m the response_mask, sums over all rows
 
-    response_mask marks, among the last T <= S columns, the tokens to imitate.  With T = S its first column is
-    ignored, since nothing precedes it.  Padding may be on either side.  The state given is donated.  Rows
-    without a marked token have no weight, and a batch of such rows changes nothing.
+    response_mask marks the tokens to imitate among the last T <= S columns.  If T = S its first column is
+    ignored, since no token precedes it.  Padding may be on either side.  The input state is donated.  Rows
+    without a marked token have no weight; a batch without any marked token leaves the state unchanged.
 
     Metrics, f32[]: loss (nats a token), entropy (nats a token), tokens, and `optim.apply_update`'s grad_norm,
     lr and skipped.
     """
+    # Gradients are accumulated in the sharding of the parameters.
     specs = transformer.param_specs(config, head="logits")
     shardings = mesh.make_shardings(layout, specs)
 
     def update(
         state: TrainState, tokens: jax.Array, valid: jax.Array, response_mask: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        # The log-probabilities of S columns are S - 1: the first column is predicted by nothing.
+        # The first column of a row has no predecessor that could predict it.
         mask = response_mask[:, 1:] if response_mask.shape[1] == tokens.shape[1] else response_mask
+
+        # Normalised over the whole batch, so that the losses of microbatches add up to the token mean.
         weights = token_weights(mask, "token_mean", mask.shape[1])
 
         def loss_fn(params: Params, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            # `where` comes before the product: 0 * NaN at a padding token would be NaN.
             logprobs, entropy = response_logprobs(
                 params,
                 config,
@@ -69,11 +74,11 @@ def make_imitation_update(
             return loss, (rows["weights"] * jnp.where(rows["mask"], entropy, 0.0)).sum()
 
         rows = {"tokens": tokens, "valid": valid, "mask": mask, "weights": weights}
-        loss, grads, entropy = optim.accumulate_gradients(
+        loss, grads, entropies = optim.accumulate_gradients(
             loss_fn, state.params, rows, microbatch, layout, shardings
         )
         state, update_metrics = optim.apply_update(state, grads, loss, opt, enabled=mask.any())
-        metrics = {"loss": loss, "entropy": entropy.sum(), "tokens": mask.sum().astype(jnp.float32)}
+        metrics = {"loss": loss, "entropy": entropies.sum(), "tokens": mask.sum().astype(jnp.float32)}
         return state, metrics | update_metrics
 
     return jax.jit(

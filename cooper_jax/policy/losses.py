@@ -1,15 +1,15 @@
 """GRPO's loss as pure functions of log-probabilities: the clipped surrogate with a KL term.
 
-1. `token_weights` gives each response token's weight in the loss, normalised over the whole minibatch.
-2. `kl_estimate` estimates the divergence from the reference at each token.
-3. `grpo_loss` combines them into a weighted sum, so that the losses of microbatches add up.
+1. `token_weights` computes each response token's weight in the loss, normalised over the whole minibatch.
+2. `kl_estimate` estimates the KL divergence from the reference at each token.
+3. `grpo_loss` combines them into a weighted sum, so the losses of microbatches add up to the minibatch's.
 
-Values outside the response mask are removed by `where`, never multiplied by 0: whatever is there, NaN
-included, reaches neither loss nor gradient.
+Values outside the response mask are removed by `where`, not multiplied by 0, so a NaN at such a position
+reaches neither the loss nor a gradient.
 
-Departure: the released code averages over each rank's microbatch where we normalise over the minibatch.
+Departure: the released code normalises over each rank's microbatch, this code over the minibatch.
 
-    N  rows (prompt-major)   T  response tokens
+    N  rows, prompt-major   T  response tokens
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from cooper_jax.settings import typed_config
 ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
 
-# exp of a larger log-ratio is beyond every clip, and at 88 it overflows: inf * 0 in the backward pass.
+# Log-ratios are clipped to +-20, far beyond every clip range.  Without a bound exp overflows in f32 above 88,
+# and the backward pass multiplies inf by 0.
 LOG_RATIO_BOUND = 20.0
 
 Metrics = dict[str, jax.Array]
@@ -35,21 +36,28 @@ Metrics = dict[str, jax.Array]
 class PolicyConfig:
     """Settings of the policy's update: the config's `policy` section."""
 
-    dtype: str  # of the computation: float32 or bfloat16
+    # Computation: these trade memory for time and do not change the loss.
+    dtype: str  # of activations: float32 or bfloat16
     remat: bool  # recompute each layer's activations in the backward pass
     microbatch: int  # rows in one forward and backward pass
+
+    # Updates: epochs * minibatches per step.
     epochs: int  # passes over a step's rollouts
-    minibatches: int  # optimiser updates a pass
+    minibatches: int  # optimiser updates per pass
+
+    # Advantages (advantages.py).
     std_normalise: bool  # divide advantages by the group's standard deviation
-    std_eps: float
-    std_floor: float
-    aggregation: str
-    clip_low: float
+    std_eps: float  # added to the standard deviation
+    std_floor: float  # the least standard deviation to divide by
+
+    # Loss.
+    aggregation: str  # one of AGGREGATIONS
+    clip_low: float  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float
-    dual_clip: float  # 0: off
-    kl_coef: float
-    kl_estimator: str
-    kl_clamp: float  # 0: off
+    dual_clip: float  # bounds the loss at negative advantages; 0: off
+    kl_coef: float  # weight of the KL term; 0: no KL term
+    kl_estimator: str  # one of ESTIMATORS
+    kl_clamp: float  # bound of a token's KL estimate; 0: off
 
     def __post_init__(self) -> None:
         problems = [
@@ -58,6 +66,7 @@ class PolicyConfig:
             *typed_config.find_small(self, "policy", 1, ("epochs", "minibatches", "microbatch")),
             *typed_config.find_small(self, "policy", 0, ("clip_low", "clip_high", "kl_coef", "kl_clamp")),
         ]
+        # A smaller bound would remove the gradient inside the clip range as well.
         if self.dual_clip and not self.dual_clip > 1.0 + self.clip_high:
             problems.append(
                 f"policy.dual_clip={self.dual_clip}: it must exceed 1 + policy.clip_high = "
@@ -72,111 +81,123 @@ class PolicyConfig:
 
 
 def kl_estimate(logprobs: jax.Array, ref: jax.Array, estimator: str, clamp: float) -> jax.Array:
-    """Per-token estimates of KL(policy || reference) at tokens sampled from the policy, f32 like the inputs.
+    """Per-token estimates of KL(policy || reference) at tokens sampled from the policy, f32[N, T].
 
-    With d = log policy - log ref, clipped to +-20 so that nothing overflows:
+    With d = log policy - log reference, clipped to +-20 against overflow:
 
         k1 = d                     value unbiased;   gradient 0 in expectation: no penalty at all
-        k2 = d^2 / 2               value biased;     gradient that of KL(policy || ref)
-        k3 = exp(-d) - 1 + d       value unbiased;   gradient that of KL(ref || policy)
+        k2 = d^2 / 2               value biased;     gradient that of KL(policy || reference)
+        k3 = exp(-d) - 1 + d       value unbiased;   gradient that of KL(reference || policy)
                                    never negative, low variance
 
-    The estimate is clipped to +-clamp (0: not at all), as released; beyond, its gradient is 0.  "Gradient"
-    above is the expected one of the estimate as a loss term, samples held fixed.  Source: Schulman 2020,
-    "Approximating KL divergence", http://joschu.net/blog/kl-approx.html; k3 in GRPO: arXiv 2402.03300, eq. 4.
+    "Gradient" means the expected gradient of the estimate as a loss term, with the samples held fixed.
+
+    The estimate is clipped to +-clamp (0: no clipping), as in the released code; where it is clipped, its
+    gradient is 0.  Sources: Schulman 2020, "Approximating KL divergence",
+    http://joschu.net/blog/kl-approx.html; k3 in GRPO: arXiv 2402.03300, eq. 4.
+
+    Args:
+      logprobs, ref: log-probabilities under the policy and under the reference, f32[N, T].
+      estimator: one of ESTIMATORS.
+
     Raises ValueError for another estimator.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"policy.kl_estimator is {estimator!r}; it is one of {', '.join(ESTIMATORS)}")
     d = jnp.clip(logprobs - ref, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+    # expm1 keeps precision near d = 0, where exp(-d) - 1 would cancel.
     estimate = {"k1": d, "k2": 0.5 * d**2, "k3": jnp.expm1(-d) + d}[estimator]
     return jnp.clip(estimate, -clamp, clamp) if clamp > 0 else estimate
 
 
 def token_weights(mask: jax.Array, aggregation: str, max_new_tokens: int) -> jax.Array:
-    """The weight of each response token in the loss: f32[N, T] from bool[N, T].
+    """The weight of each response token in the loss: f32[N, T] from the response mask bool[N, T].
 
-    Normalised over all N rows, so call it before they are split into microbatches:
-
-        token_mean      1 / tokens of all rows                  as released; DAPO (arXiv 2503.14476)
+        token_mean      1 / tokens of all rows                  released code; DAPO (arXiv 2503.14476)
         sequence_mean   1 / (the row's tokens * rows)           GRPO (arXiv 2402.03300, eq. 3)
         sequence_sum    1 / (rows * max_new_tokens)             Dr. GRPO (arXiv 2503.20783): no length bias
 
-    Rows without a token are not counted.  Raises ValueError for another aggregation.
+    The weights are normalised over all N rows, so they are computed before the rows are split into
+    microbatches.  Rows without a response token do not count as rows.  Raises ValueError for another
+    aggregation.
     """
-    m = mask.astype(jnp.float32)  # [N, T]
-    length = m.sum(axis=1, keepdims=True)  # [N, 1]
-    rows = jnp.maximum((length > 0).sum(), 1).astype(jnp.float32)
+    ones = mask.astype(jnp.float32)  # [N, T]: 1 at response tokens, 0 elsewhere
+    lengths = ones.sum(axis=1, keepdims=True)  # [N, 1]
+
+    # Padding rows have no token.  The lower bounds avoid 0 / 0 in a batch without any token.
+    rows = jnp.maximum((lengths > 0).sum(), 1).astype(jnp.float32)
     if aggregation == "token_mean":
-        return m / jnp.maximum(m.sum(), 1.0)
+        return ones / jnp.maximum(ones.sum(), 1.0)
     if aggregation == "sequence_mean":
-        return m / (jnp.maximum(length, 1.0) * rows)
+        return ones / (jnp.maximum(lengths, 1.0) * rows)
     if aggregation == "sequence_sum":
-        return m / (rows * max_new_tokens)
+        return ones / (rows * max_new_tokens)
     raise ValueError(f"policy.aggregation is {aggregation!r}; it is one of {', '.join(AGGREGATIONS)}")
 
 
 def grpo_loss(
-    logprobs: jax.Array,  # f32[N, T], the only argument that a gradient reaches
-    old: jax.Array,  # f32[N, T]
-    ref: jax.Array,  # f32[N, T]
+    logprobs: jax.Array,  # f32[N, T]: under the policy; the only argument that is differentiated
+    old: jax.Array,  # f32[N, T]: under the policy before the step's first update
+    ref: jax.Array,  # f32[N, T]: under the reference
     advantages: jax.Array,  # f32[N]
-    weights: jax.Array,  # f32[N, T]
-    mask: jax.Array,  # bool[N, T]
+    weights: jax.Array,  # f32[N, T]: from token_weights
+    mask: jax.Array,  # bool[N, T]: response tokens
     cfg: PolicyConfig,
 ) -> tuple[jax.Array, Metrics]:
-    """The clipped surrogate with the KL to the reference, summed with the given weights.
+    """The clipped surrogate plus the KL penalty, as a weighted sum over tokens.
 
         r_t  = exp(log pi(y_t) - log pi_old(y_t))
         l_t  = max(-A r_t, -A clip(r_t, 1 - clip_low, 1 + clip_high))
         l_t  = min(l_t, -A dual_clip)   where A < 0      (PPO's dual clip: Ye et al. 2020, arXiv 1912.09729)
         loss = sum_t w_t (l_t + kl_coef KL_t)            (arXiv 2402.03300, eq. 3, negated)
 
-    kl_coef 0 leaves the reference out of the loss altogether.
+    With kl_coef 0 the reference does not enter the loss.
 
-    Returns (loss f32[], sums over the masked tokens): loss and pg_loss are weighted sums; kl, ratio,
-    clip_low, clip_high and dual_clip plain ones (the clips count tokens whose clipped branch is the one in
-    the loss); ratio_min and ratio_max are extremes (infinities where no token is).
+    Returns (loss f32[], sums f32[] each).  In the sums, loss and pg_loss are weighted sums over the response
+    tokens; kl, ratio_mean, clip_low, clip_high and dual_clip are unweighted sums, which the caller divides by
+    the number of tokens; ratio_min and ratio_max are extremes (+-inf without any token).  The clip metrics
+    count the tokens at which the clipped branch is the loss, so that their gradient is 0.
     """
+    # Masked before any arithmetic: if x is NaN, the gradient of where(mask, f(x), 0) is NaN, too.
     logprobs, old, ref = (jnp.where(mask, x, 0.0) for x in (logprobs, old, ref))
     weights = jnp.where(mask, weights, 0.0)
 
     # A row without a response token may have any advantage, NaN included.
-    a = jnp.broadcast_to(jnp.where(mask.any(axis=1), advantages, 0.0)[:, None], mask.shape)
+    row_advantages = jnp.where(mask.any(axis=1), advantages, 0.0)
+    token_advantages = jnp.broadcast_to(row_advantages[:, None], mask.shape)  # [N, T]
 
+    # The clipped surrogate, negated: the maximum of the losses is the pessimistic bound of PPO.
     log_ratio = jnp.clip(logprobs - jax.lax.stop_gradient(old), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = jnp.exp(log_ratio)
+    unclipped = -token_advantages * ratio
+    clipped = -token_advantages * jnp.clip(ratio, 1.0 - cfg.clip_low, 1.0 + cfg.clip_high)
+    token_loss = jnp.maximum(unclipped, clipped)
 
-    # The pessimistic one of the two: the clip removes the gradient only where the ratio already moved too
-    # far.
-    plain = -a * ratio
-    clipped = -a * jnp.clip(ratio, 1.0 - cfg.clip_low, 1.0 + cfg.clip_high)
-    per_token = jnp.maximum(plain, clipped)
-
-    # With A < 0 the surrogate is unbounded in the ratio; the dual clip bounds it.
-    dual = jnp.zeros_like(mask)
+    # At negative advantages the clipped surrogate has no upper bound in the ratio; the dual clip adds one.
+    dual_clipped = jnp.zeros_like(mask)
     if cfg.dual_clip:
-        dual = (a < 0) & (ratio > cfg.dual_clip)
-        per_token = jnp.where(dual, -a * cfg.dual_clip, per_token)
+        dual_clipped = (token_advantages < 0) & (ratio > cfg.dual_clip)
+        token_loss = jnp.where(dual_clipped, -token_advantages * cfg.dual_clip, token_loss)
 
+    # The KL is computed even with kl_coef 0, as a metric.
     divergence = kl_estimate(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
-    pg_loss = (weights * per_token).sum()
-    # kl_coef is a Python constant: at 0 the loss has no KL term at all.
+    pg_loss = (weights * token_loss).sum()
     loss = pg_loss
     if cfg.kl_coef:
         loss = loss + cfg.kl_coef * (weights * divergence).sum()
 
-    def total(x):
-        return jnp.where(mask, x, 0.0).astype(jnp.float32).sum()
+    def sum_tokens(values: jax.Array) -> jax.Array:
+        return jnp.where(mask, values, 0.0).astype(jnp.float32).sum()
 
     return loss, {
         "loss": loss,
         "pg_loss": pg_loss,
-        "kl": total(divergence),
-        "ratio_mean": total(ratio),
+        "kl": sum_tokens(divergence),
+        "ratio_mean": sum_tokens(ratio),
         "ratio_min": jnp.where(mask, ratio, jnp.inf).min(),
         "ratio_max": jnp.where(mask, ratio, -jnp.inf).max(),
-        "clip_low": total((a < 0) & (ratio < 1.0 - cfg.clip_low)),
-        "clip_high": total((a > 0) & (ratio > 1.0 + cfg.clip_high)),
-        "dual_clip": total(dual),
+        "clip_low": sum_tokens((token_advantages < 0) & (ratio < 1.0 - cfg.clip_low)),
+        "clip_high": sum_tokens((token_advantages > 0) & (ratio > 1.0 + cfg.clip_high)),
+        "dual_clip": sum_tokens(dual_clipped),
     }

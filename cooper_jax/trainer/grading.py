@@ -1,11 +1,11 @@
 """Grades of responses: the rule verifier's verdicts and the reward model's scores.
 
-1. `encode_reward_input` renders a problem and a response with the one template that the reward model reads: for
-   scoring, for pairs, for labelled rows and in supervised training.
-2. `score_responses` computes the reward model's logits of many responses.
-3. `ResponseGrader` grades the responses of a step while others are still sampled.
+1. `encode_reward_input` renders a problem and a response with the reward model's template, the same for
+   scoring, for pairs, for labelled rows and for supervised training.
+2. `score_responses` computes the reward model's logits for many responses.
+3. `ResponseGrader` grades a step's responses group by group, while other groups are still being sampled.
 
-    B  prompts   G  samples a prompt   N = B * G  rows, prompt-major
+    B  prompts   G  samples per prompt   N = B * G  rows, prompt-major
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from cooper_jax.types import Completion, Params, Problem, ScoreBatch, TrainState
 
 
 def encode_reward_input(components: Components, problem: Problem, completion: str) -> list[int]:
-    """The reward model's input as token ids.
+    """The reward model's input as token ids, at most `reward.max_tokens` of them.
 
-    References are checked before: those of files at setup, those that the policy wrote in `propose_pairs`.  So no
-    text of the policy makes this raise, and end the run at every restart.
+    Only a reference that does not fit raises ValueError, and references are checked beforehand: those of data
+    files at setup, those that the policy wrote in `propose_pairs`.  Otherwise one response could end the run,
+    and end it again after every restart.
     """
     return prompts.encode_verifier_input(
         components.reward_bundle.model.tokenizer,
@@ -37,12 +38,12 @@ def encode_reward_input(components: Components, problem: Problem, completion: st
         problem.reference,
         completion,
         components.settings.reward.max_tokens,
-        last_resort=True,
+        last_resort=True,  # shorten question and completion as far as necessary instead of raising
     )
 
 
 def pack_reward_inputs(components: Components, rows: Sequence[Sequence[int]]) -> ScoreBatch:
-    """Token ids as a batch on the reward model's devices, with padding rows that the mesh needs."""
+    """Pack token ids into a batch on the reward model's devices, padded to a multiple of the batch shards."""
     layout = components.reward_bundle.layout
     batch = packing.pack_score_batch(
         rows, bucket=components.settings.data.bucket, rows_multiple=layout.batch_shards
@@ -56,41 +57,53 @@ def score_responses(
     problems: Sequence[Problem],
     completions: Sequence[Completion],
 ) -> np.ndarray:
-    """The reward model's logits f32[N], one a response.  problems: [N], each response's own."""
+    """The reward model's logits f32[N].
+
+    Args:
+      params: the reward model's parameters.
+      problems: [N], the problem of each completion.
+      completions: [N].
+    """
     rows = [
         encode_reward_input(components, problem, completion.text)
         for problem, completion in zip(problems, completions, strict=True)
     ]
     logits = components.reward_bundle.score(params, pack_reward_inputs(components, rows))
+
+    # Every process gets all logits; the padding rows are at the end.
     return hosts.fetch_arrays(logits)[: len(rows)]
 
 
 def scores_during_rollout(components: Components) -> bool:
-    """True where the reward model has devices of its own, which are idle while the policy samples."""
+    """True if the reward model has its own devices, which would be idle while the policy samples."""
     return components.reward is not None and components.reward.layout != components.layout
 
 
 class ResponseGrader:
-    """Rule verdicts and reward-model scores of a step's responses, requested group by group as they end.
+    """Rule verdicts and reward-model scores of a step's responses.
 
-    The rule verifier's processes work while the devices sample the remaining groups.  So does a reward model with
-    devices of its own; one that shares the policy's devices scores all responses after the rollout, since its
-    programs would only delay the decoding.
+    `add_group` starts the grading of a group as soon as its responses have ended.  The rule verifier's worker
+    processes then run while the devices sample the remaining groups.  So does a reward model with its own
+    devices.  A reward model that shares the policy's devices scores all responses after the rollout, since
+    scoring earlier would only delay the decoding.
     """
 
     def __init__(self, components: Components, batch: ProblemBatch, reward: TrainState | None):
-        """reward: the reward model that scores; None in the rule arm, which has none."""
+        """reward: the reward model's state; None in the rule arm."""
         self._components = components
         self._problems = batch.problems
         self._reward = reward
-        self._groups: dict[int, Sequence[Completion]] = {}  # by the problem's index in the batch
-        self._pending_verdicts: dict[int, Any] = {}  # likewise; in the form of the rule verifier
+
+        # Both are keyed by the problem's index in the batch, since groups end in any order.
+        self._groups: dict[int, Sequence[Completion]] = {}
+        self._pending_verdicts: dict[int, Any] = {}  # handles of `rule.submit`, for `rule.collect`
+
         self._scorer = None
         if reward is not None and scores_during_rollout(components):
             self._scorer = _OverlappedScorer(components, reward.params)
 
     def add_group(self, index: int, responses: Sequence[Completion]) -> None:
-        """Take the responses to problem `index`, which have all ended, and return at once."""
+        """Start to grade the G responses to problem `index`, and return without waiting."""
         problem = self._problems[index]
         self._groups[index] = responses
         self._pending_verdicts[index] = self._components.rule.submit(
@@ -100,15 +113,16 @@ class ResponseGrader:
             self._scorer.add(index * len(responses), problem, responses)
 
     def collect_scores(self) -> np.ndarray:
-        """The reward model's scores sigmoid(z), f32[N], by the parameters given at the start.
+        """The reward model's scores sigmoid(logit), f32[N], in row order.
 
-        Raises ValueError without a reward model.
+        Raises ValueError in the rule arm.
         """
         if self._reward is None:
             raise ValueError("there is no reward model: in the rule arm responses have verdicts only")
         if self._scorer is not None:
             logits = self._scorer.collect()
         else:
+            # Groups ended in any order; rows are in the order of the problems.
             problems: list[Problem] = []
             completions: list[Completion] = []
             for index, problem in enumerate(self._problems):
@@ -118,27 +132,31 @@ class ResponseGrader:
         return np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)))
 
     def collect_verdicts(self) -> list[Verdict]:
-        """Wait for the rule verifier: its verdicts [N], in the order of the rows."""
+        """Wait for the rule verifier and return its verdicts [N], in row order."""
         pending = [self._pending_verdicts[index] for index in range(len(self._problems))]
         return self._components.rule.collect(pending)
 
 
 class _OverlappedScorer:
-    """Logits of responses as they end, a microbatch at a time, on devices of the reward model's own.
+    """Scores responses one microbatch at a time, as they end, on the reward model's own devices.
 
-    Which responses share a microbatch depends on the order in which groups end, and that on what was sampled alone:
-    never on the time that anything took.
+    Microbatches are filled in the order in which groups end.  That order depends on the sampled tokens alone,
+    not on timing, so logits are reproducible.
     """
 
     def __init__(self, components: Components, params: Params):
         self._components, self._params = components, params
         shards = components.reward_bundle.layout.batch_shards
         self._batch_rows = packing.round_up(components.settings.reward_update.microbatch, shards)
-        self._waiting: list[tuple[int, list[int]]] = []  # (row, token ids)
-        self._running: list[tuple[list[int], jax.Array]] = []  # (rows, their logits, padding at the end)
+
+        # Responses that do not fill a microbatch yet: (row, token ids).
+        self._waiting: list[tuple[int, list[int]]] = []
+
+        # Launched microbatches: (rows, logits f32[batch_rows], of which those beyond `rows` are padding).
+        self._running: list[tuple[list[int], jax.Array]] = []
 
     def add(self, first_row: int, problem: Problem, completions: Sequence[Completion]) -> None:
-        """Take responses to one problem, rows from `first_row` on, and return at once."""
+        """Add the responses to one problem, rows `first_row` onwards; launch full microbatches."""
         for i, completion in enumerate(completions):
             tokens = encode_reward_input(self._components, problem, completion.text)
             self._waiting.append((first_row + i, tokens))
@@ -146,19 +164,22 @@ class _OverlappedScorer:
             self._launch()
 
     def collect(self) -> np.ndarray:
-        """The logits f32[N] of all responses, in the order of the rows."""
+        """Wait for the logits f32[N] of all responses, in row order."""
         while self._waiting:
             self._launch()
+
         logits = np.zeros(sum(len(rows) for rows, _ in self._running), np.float32)
         for rows, values in self._running:
             logits[rows] = hosts.fetch_arrays(values)[: len(rows)]
         return logits
 
     def _launch(self) -> None:
-        taken, self._waiting = self._waiting[: self._batch_rows], self._waiting[self._batch_rows :]
-        # Empty rows fill the last microbatch up, so that one compiled program scores all of them.
-        tokens = [row for _, row in taken] + [[]] * (self._batch_rows - len(taken))
+        """Score the first waiting responses.  JAX dispatches the computation and returns without waiting."""
+        batch, self._waiting = self._waiting[: self._batch_rows], self._waiting[self._batch_rows :]
+
+        # The last microbatch is filled with empty rows, so that no other batch size is compiled.
+        inputs = [tokens for _, tokens in batch] + [[]] * (self._batch_rows - len(batch))
         logits = self._components.reward_bundle.score(
-            self._params, pack_reward_inputs(self._components, tokens)
+            self._params, pack_reward_inputs(self._components, inputs)
         )
-        self._running.append(([row for row, _ in taken], logits))
+        self._running.append(([row for row, _ in batch], logits))

@@ -1,16 +1,17 @@
-"""Evaluation of the policy on held-out problems, by the rule, the reward model and exact truth.
+"""Evaluation of the policy on held-out problems, by the rule, by the reward model and by exact truth.
 
-1. `eval.samples` responses are sampled to each problem at the evaluation's own temperature and top-p, with fixed
-   keys: two evaluations of one policy are equal.
-2. Each gets the rule's verdict, the reward model's score, and exact truth where the problems have it.
-3. With `eval.greedy`, the same is measured of the most likely responses, under `eval/greedy/`.
-4. Synthetic problems tell more: the share of responses with the habit that the reward model wrongly likes
-   (data/synthetic.py), `eval/response/habit`; and how well the reward model separates right from wrong,
+1. `eval.samples` responses to each problem are sampled at the evaluation's own temperature and top-p, with
+   fixed keys, so two evaluations of one policy are equal.
+2. Each response gets the rule's verdict, the reward model's score and, for synthetic problems, exact truth.
+3. With `eval.greedy` the same metrics of greedy responses are added under `eval/greedy/`.
+4. Synthetic problems have more metrics.  `eval/response/habit` is the share of responses with the habit that
+   the reward model has learnt to reward (data/synthetic.py).  Accuracy and AUROC of the reward model are
+   measured on three sets of completions:
 
-       eval/rm_policy/     on the sampled responses,
-       eval/rm_original/   on labelled completions like its training data,
-       eval/rm_balanced/   on labelled completions balanced over correctness and habit; `by_habit` and `by_truth`
-                           say how many logits the habit adds to a score, and how many being right adds.
+       eval/rm_policy/     the sampled responses
+       eval/rm_original/   labelled completions like its training data
+       eval/rm_balanced/   labelled completions balanced over correctness and habit; `by_habit` and `by_truth`
+                           are the logits that the habit and correctness add on average
 
     N  responses
 """
@@ -36,11 +37,16 @@ from cooper_jax.types import Completion, Metrics, Problem
 
 
 def evaluate_held_out(components: Components, state: State) -> Metrics:
-    """Metrics under `eval/`; empty where no problems are held out.  Raises hosts.Stopped after a SIGTERM."""
+    """Evaluate the policy and return metrics under `eval/`; empty if no problems are held out.
+
+    Raises hosts.Stopped after a SIGTERM.
+    """
     if not components.held_out:
         return {}
     section = components.settings.eval
     metrics = _evaluate_responses(components, state, section.temperature)
+
+    # Greedy responses are a second evaluation at temperature 0, with one response per problem.
     if section.greedy:
         greedy = _evaluate_responses(components, state, 0.0)
         metrics |= {f"greedy/{name}": value for name, value in greedy.items()}
@@ -57,7 +63,7 @@ def _evaluate_responses(components: Components, state: State, temperature: float
     samples = len(completions) // len(components.held_out)
     problems = [components.held_out[n // samples] for n in range(len(completions))]
 
-    # The rule's processes work while the reward model scores.
+    # The rule's worker processes run while the reward model scores on the devices.
     pending_verdicts = components.rule.submit(
         [(p.reference, c.text) for p, c in zip(problems, completions, strict=True)]
     )
@@ -69,24 +75,28 @@ def _evaluate_responses(components: Components, state: State, temperature: float
         if oracle is not None:
             truth = np.array([oracle(p, c.text) for p, c in zip(problems, completions, strict=True)])
             metrics |= _measure_separation("rm_policy", truth, logits)
+
+    # Only synthetic problems have the habit.
     if oracle is not None:
         metrics["response/habit"] = float(np.mean([synthetic.has_habit(c.text) for c in completions]))
     return metrics | measure_verdicts(pending_verdicts.result())
 
 
 def _evaluate_reward_model(components: Components, state: State) -> Metrics:
-    """Measure the reward model on labelled synthetic completions."""
+    """Measure the reward model on labelled synthetic completions, the same ones at every evaluation."""
     settings = components.settings
     metrics: Metrics = {}
-    sets = synthetic.make_reward_sets(
+    reward_sets = synthetic.make_reward_sets(
         settings.seed, settings.eval.reward_rows, settings.supervised.reward_habit
     )
-    for name, triples in sets.items():
+    for name, triples in reward_sets.items():
         problems = [Problem(t.question, t.reference) for t in triples]
         completions = [Completion(t.completion) for t in triples]
         logits = score_responses(components, state.reward_state.params, problems, completions)
         truth = np.array([t.label > 0.5 for t in triples])
         metrics |= _measure_separation(f"rm_{name}", truth, logits)
+
+        # In the balanced set habit and correctness are independent, so each one's effect can be separated.
         if name == "balanced":
             habit = np.array([synthetic.has_habit(t.completion) for t in triples])
             metrics[f"rm_{name}/by_habit"] = _compute_main_effect(logits, habit, truth)
@@ -95,7 +105,7 @@ def _evaluate_reward_model(components: Components, state: State) -> Metrics:
 
 
 def _compute_main_effect(logits: np.ndarray, factor: np.ndarray, other: np.ndarray) -> float:
-    """The difference of mean logits with and without `factor`, averaged over both levels of `other`.
+    """The mean logit with `factor` minus the mean logit without it, averaged over both levels of `other`.
 
     logits: f32[N].  factor, other: bool[N].
     """
@@ -106,7 +116,10 @@ def _compute_main_effect(logits: np.ndarray, factor: np.ndarray, other: np.ndarr
 
 
 def _measure_separation(name: str, truth: np.ndarray, logits: np.ndarray) -> Metrics:
-    """Accuracy and area under the ROC curve.  truth: bool[N].  logits: f32[N]."""
+    """Accuracy (a logit above 0 predicts `correct`) and area under the ROC curve.
+
+    truth: bool[N].  logits: f32[N].
+    """
     return {
         f"{name}/accuracy": float(((logits > 0) == truth).mean()),
         f"{name}/auroc": statistics.area_under_roc(truth, logits),

@@ -1,4 +1,4 @@
-"""Typed settings of what surrounds the steps: supervised phases, evaluation, checkpoints and logs."""
+"""Typed settings of the training loop around the steps: supervised phases, evaluation, checkpoints, logs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ from ml_collections import ConfigDict
 
 from cooper_jax.settings import typed_config
 
-Habit = tuple[float, float]  # shares of right and of wrong solutions with the habit (data/synthetic.py)
+# The shares of correct and of wrong solutions with the habit, a word that correlates with correctness in the
+# demonstrations without causing it (data/synthetic.py).
+Habit = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedConfig:
-    """Settings of the supervised phases before step 1: the config's `supervised` section without its optimisers."""
+    """Settings of the supervised phases before step 1: the `supervised` section without its optimisers."""
 
-    start_from: str  # a run directory whose models at step 0 are taken instead; "": run the phases
-    policy_steps: int  # updates on worked solutions
-    policy_batch: int
+    # A run directory from which the models at step 0 are loaded instead; "": run the phases.
+    start_from: str
+
+    # The policy's phase: imitation of worked solutions.
+    policy_steps: int  # updates; 0: skip the phase
+    policy_batch: int  # solutions per update
     policy_corrupt: float  # share of demonstrations with a corrupted step (synthetic problems)
-    policy_habit: Habit
-    reward_habit: Habit
-    reward_steps: int  # updates of binary cross-entropy on labelled triples
-    reward_batch: int
+    policy_habit: Habit  # in demonstrations (synthetic problems)
+
+    # The reward model's phase: binary cross-entropy on labelled triples.
+    reward_habit: Habit  # in labelled completions (synthetic problems)
+    reward_steps: int  # updates; 0: skip the phase
+    reward_batch: int  # triples per update
     reward_data: str  # a file of triples; "": they are built from worked solutions
 
     def __post_init__(self) -> None:
@@ -32,13 +39,15 @@ class SupervisedConfig:
         ]
         if self.reward_batch % 2:
             problems.append(
-                f"supervised.reward_batch={self.reward_batch}: it must be even: right and wrong come in pairs"
+                f"supervised.reward_batch={self.reward_batch}: it must be even, since each correct triple is "
+                "followed by a wrong one"
             )
         typed_config.raise_problems(problems)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> SupervisedConfig:
         """Read the `supervised` section.  Raises SetupError for values out of range."""
+        # The config may contain lists; tuples keep the settings hashable.
         habits = {name: tuple(section[name]) for name in ("policy_habit", "reward_habit")}
         return typed_config.read_section(cls, section, "supervised", **habits)
 
@@ -47,13 +56,18 @@ class SupervisedConfig:
 class EvalConfig:
     """Settings of the periodic evaluation: the config's `eval` section."""
 
-    every: int  # steps; 0: never
-    problems: int  # of data.eval, at most
-    samples: int  # responses a problem
+    # Schedule and size.
+    every: int  # steps between evaluations; 0: never
+    problems: int  # held-out problems, at most
+    samples: int  # responses per problem
+
+    # Sampling, independent of the rollout's so that evaluations of different runs are comparable.
     temperature: float
-    top_p: float
+    top_p: float  # 1: off
     greedy: bool  # evaluate greedy responses as well
-    reward_rows: int  # synthetic problems: labelled rows on which the reward model is measured; 0: none
+
+    # Labelled rows on which the reward model is measured (synthetic problems); 0: none.
+    reward_rows: int
 
     def __post_init__(self) -> None:
         problems = [
@@ -74,8 +88,8 @@ class EvalConfig:
 class CheckpointConfig:
     """Settings of checkpoints: the config's `checkpoint` section."""
 
-    every: int  # steps
-    keep: int  # newest ones; 0 keeps all
+    every: int  # steps between checkpoints; the last step is always saved
+    keep: int  # number of newest checkpoints that are kept; 0: all
 
     def __post_init__(self) -> None:
         typed_config.raise_problems(
@@ -95,10 +109,15 @@ class CheckpointConfig:
 class LogConfig:
     """Settings of logs: the config's `log` section."""
 
+    # samples.jsonl.
     samples_every: int  # steps between dumps of samples; 0: never
-    samples: int  # problems in a dump
-    pair_motion: bool  # measure how far each update of the reward model moves its pairs' logits
-    tensorboard: bool
+    samples: int  # problems per dump
+
+    # Measure how far a step's updates of the reward model move the logits of its pairs.  This costs two more
+    # forward passes over the pairs.
+    pair_motion: bool
+
+    tensorboard: bool  # write TensorBoard event files, too
 
     def __post_init__(self) -> None:
         typed_config.raise_problems(typed_config.find_small(self, "log", 0, ("samples_every", "samples")))

@@ -1,15 +1,15 @@
 """The policy's stages of a step: sample responses, compute log-probabilities, update the policy.
 
 1. `take_problems` takes the next problems of the data order.
-2. `sample_responses` samples G responses to each, as arrays and as text.
-3. `compute_logprobs` packs them into a `PolicyBatch` with the reference's log-probabilities.
-4. `compute_advantages` compares each reward with those of its group.
+2. `sample_responses` samples G responses to each problem, as arrays and as text.
+3. `compute_logprobs` packs the responses into a `PolicyBatch` with the reference's log-probabilities.
+4. `compute_advantages` compares each reward with the others of its group.
 5. `update_policy` makes the step's GRPO updates.
 
-Every process runs the same calls on the same text.  Arrays are placed by the layout of the model that reads them;
-rows are padded to a multiple of the mesh's batch shards, and padding rows weigh nothing.
+Every process runs the same calls on the same text.  Arrays have the layout of the model that reads them.
+Rows are padded to a multiple of the mesh's batch shards; padding rows have no weight in any loss or metric.
 
-    B  prompts   G  samples a prompt   N = B * G  rows, prompt-major   P  prompt tokens   T  response tokens
+    B  prompts   G  samples per prompt   N = B * G  rows, prompt-major   P  prompt tokens   T  response tokens
 """
 
 from __future__ import annotations
@@ -40,12 +40,19 @@ class ProblemBatch:
 
     problems: list[Problem]  # [B]
     prompt_tokens: list[Sequence[int]]  # [B]
-    positions: range  # [B], places in the endless order of epochs; random draws are keyed by them
+
+    # [B], positions in the sequence of all epochs.  Random draws are keyed by them, so a response does not
+    # depend on the other problems of its batch.
+    positions: range
+
     row_problems: list[Problem]  # [N], each problem G times
 
 
 def take_problems(components: Components, first: int, stream: str = "shuffle") -> ProblemBatch:
-    """The training problems at the places first, first + 1, ... of the order that `stream` shuffles."""
+    """Take the training problems at positions first, first + 1, ... of a shuffled order.
+
+    stream: the random stream that shuffles each epoch.  A batch may cross the end of an epoch.
+    """
     settings = components.settings
     positions = range(first, first + settings.data.prompts_per_step)
     chosen = [problem_sets.problem_at(p, len(components.train), settings.seed, stream) for p in positions]
@@ -66,21 +73,22 @@ def sample_responses(
     *,
     on_group: Callable[[int, list[Completion]], None] | None = None,
 ) -> tuple[Rollout, list[Completion], Metrics]:
-    """Sample G responses to each problem: as arrays, as text, and metrics of the sampling itself.
+    """Sample G responses to each problem; return them as arrays and as text, with metrics of the sampling.
 
-    on_group: is called with a problem's index in the batch and its G responses once all of them have ended, while
-      other groups are still sampled; once for each problem.
+    on_group: called once per problem, with its index in the batch and its G responses, as soon as all of them
+      have ended and while other groups are still being sampled.
 
-    Raises hosts.Stopped between two decode segments after a SIGTERM.
+    Raises hosts.Stopped after a SIGTERM, between two decode segments.
     """
     model, spec = components.policy.model, components.policy.sampling
-    metrics: Metrics = {}
+    metrics: Metrics = {}  # filled by the engine
 
     def decode(rollout: Rollout) -> list[Completion]:
         return engine.decode_completions(rollout, model.tokenizer.decode, spec.eos_ids)
 
     def split_groups(indices: list[int], rows: Rollout) -> None:
-        assert on_group is not None  # the engine calls this function in that case alone
+        # The engine reports several groups that ended in the same decode segment together.
+        assert on_group is not None  # otherwise the engine does not get this function
         responses = decode(rows)
         for i, index in enumerate(indices):
             on_group(index, responses[i * spec.group_size : (i + 1) * spec.group_size])
@@ -102,11 +110,14 @@ def sample_responses(
 
 
 def sample_held_out(components: Components, params: Params, temperature: float) -> list[Completion]:
-    """Sample the evaluation's responses to the held-out problems; at temperature 0 the most likely ones.
+    """Sample the evaluation's responses to the held-out problems; greedy ones at temperature 0.
 
     The key is the same in every evaluation, so two evaluations of one policy are equal.
     """
     settings, model = components.settings, components.policy.model
+
+    # The rollout's spec with the evaluation's distribution.  Greedy responses to one prompt are all equal, so
+    # one is enough.
     spec = dataclasses.replace(
         components.policy.sampling,
         temperature=temperature,
@@ -114,6 +125,7 @@ def sample_held_out(components: Components, params: Params, temperature: float) 
         top_k=0,
         group_size=settings.eval.samples if temperature else 1,
     )
+
     rollout = engine.generate(
         params,
         model.config,
@@ -131,12 +143,14 @@ def sample_held_out(components: Components, params: Params, temperature: float) 
 def compute_logprobs(
     components: Components, state: State, prompt_tokens: Sequence[Sequence[int]], rollout: Rollout
 ) -> PolicyBatch:
-    """The policy's batch with the log-probabilities of the reference, and of the policy before its first update.
+    """Pack the policy's batch, with log-probabilities under the reference and under the current policy.
 
-    A step with a single update needs no pass for the latter: they are the log-probabilities that the update itself
-    computes, the ratio is 1, and `old_logprobs` stays zero and unread.
+    If a step makes a single update, the current policy's log-probabilities are those that the update computes
+    itself.  The forward pass is then skipped, and `old_logprobs` stays zero and unread.
     """
     layout, reference_layout = components.layout, components.policy.reference_layout
+
+    # One packing for both meshes: the number of rows divides over the batch shards of each.
     packed = packing.pack_policy_batch(
         prompt_tokens,
         rollout,
@@ -146,7 +160,8 @@ def compute_logprobs(
     batch = layout.put(packed, "batch")
     width = batch.response_mask.shape[1]
 
-    # The reference first: where it has devices of its own, its inputs and outputs cross through the host.
+    # The reference is dispatched first, so that on its own devices it runs beside the policy's pass below.
+    # Inputs and outputs then pass through the host.
     if reference_layout == layout:
         reference_inputs = (batch.tokens, batch.valid)
     else:
@@ -159,11 +174,12 @@ def compute_logprobs(
     if reference_layout != layout:
         ref_logprobs = layout.put(hosts.fetch_arrays(ref_logprobs), "batch")
 
+    # Waiting here attributes the time to this phase in the metrics.
     return jax.block_until_ready(dataclasses.replace(batch, ref_logprobs=ref_logprobs))
 
 
 def compute_advantages(settings: RunSettings, rewards: np.ndarray) -> tuple[np.ndarray, float]:
-    """The responses' advantages within their groups, f32[N], and the share of groups without any signal.
+    """The advantages of the responses within their groups, f32[N], and the share of zero-variance groups.
 
     rewards: f32[N].
     """
@@ -180,8 +196,10 @@ def compute_advantages(settings: RunSettings, rewards: np.ndarray) -> tuple[np.n
 def update_policy(
     components: Components, policy: TrainState, batch: PolicyBatch, advantages: np.ndarray, step: int
 ) -> tuple[TrainState, Metrics]:
-    """Make the step's GRPO updates.  advantages: f32[N].  The policy's state given is donated."""
+    """Make the step's GRPO updates.  advantages: f32[N].  The policy's input state is donated."""
     settings = components.settings
+
+    # Padding rows get advantage 0; they have no response token, so the loss does not read it.
     padded = packing.pad_rows(np.asarray(advantages, np.float32), batch.tokens.shape[0])
     batch = dataclasses.replace(batch, advantages=components.layout.put(padded, "batch"))
     key = keys.make_key(settings.seed, "minibatch", step)

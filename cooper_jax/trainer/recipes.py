@@ -1,7 +1,8 @@
 """Named settings of the reward model's update: `--config.reward.recipe=NAME` in place of many flags.
 
-A recipe sets the fields below over what a config file says; a flag that is given on the command line wins over it.
-`launch/common.py` applies it, so that a run's config.json holds the values themselves beside the recipe's name.
+A recipe overrides the config file's values of the fields below, and command-line flags override the recipe.
+`launch/common.py` applies it before the run starts, so a run's config.json contains the values that were used
+as well as the recipe's name.
 """
 
 from __future__ import annotations
@@ -13,22 +14,31 @@ from ml_collections import ConfigDict
 
 from cooper_jax.settings.setup_errors import SetupError
 
+# The update of the paper (arXiv 2508.05613), without the choice of the pair loss.
 _PAPER = {
+    # Loss: the contrastive term alone.
     "reward.pair_weight": 1.0,
     "reward.pair_bce": 0.0,
     "reward.rollout_bce": 0.0,
+    # Updates: one per step, from step 1 on.
     "reward.updates": 1,
     "reward.warmup_updates": 0,
+    # No labelled rows from earlier steps.
     "reward.replay": 0,
     "reward.replay_rows": 0,
+    # Pairs: one per prompt, whose negative the assistant writes.
     "pairs.per_prompt": 1,
     "pairs.negatives": ("assistant",),
 }
+
 RECIPES: dict[str, dict[str, Any]] = {
-    "released": _PAPER | {"reward.pair_loss": "logit"},  # the authors' code
-    "sigmoid": _PAPER | {"reward.pair_loss": "sigmoid"},  # the contrastive loss on the rewards themselves
-    # Ours: cross-entropy fixes the level of both rewards, and in two pairs of three the members differ in the
-    # reference alone.
+    # The contrastive loss on logits, as in the authors' released code.
+    "released": _PAPER | {"reward.pair_loss": "logit"},
+    # The contrastive loss on rewards, which are the sigmoids of the logits.
+    "sigmoid": _PAPER | {"reward.pair_loss": "sigmoid"},
+    # Not in the paper.  A contrastive loss fixes only the difference of a pair's rewards; the cross-entropy
+    # term fixes their level as well.  In two of three pairs the members differ in the reference alone, so the
+    # reward model must read it.
     "robust": _PAPER
     | {
         "reward.pair_loss": "sigmoid",
@@ -42,7 +52,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def apply_recipe(cfg: ConfigDict, explicit: Collection[str]) -> None:
-    """Set the recipe's values in cfg, but for those of the `explicit` fields (dotted names).
+    """Set the recipe's values in cfg, except those of the `explicit` fields.
+
+    explicit: dotted names of the fields that were set on the command line.
 
     Raises SetupError for a recipe that is not in RECIPES.
     """
@@ -54,20 +66,23 @@ def apply_recipe(cfg: ConfigDict, explicit: Collection[str]) -> None:
             f"reward.recipe is {name!r}; it is one of {', '.join(RECIPES)}, or empty: --config.reward.recipe="
             f"{next(iter(RECIPES))}"
         )
-    cfg.update_from_flattened_dict({k: v for k, v in RECIPES[name].items() if k not in explicit})
+    values = {field: value for field, value in RECIPES[name].items() if field not in explicit}
+    cfg.update_from_flattened_dict(values)
 
 
 def warn_of_released(cfg: ConfigDict) -> str:
-    """A warning for runs that update the reward model as the authors' code does; "" for all others.
+    """A warning for runs that update the reward model as the authors' released code does; else "".
 
-    In the miniature of docs/results.md such a run is hacked on 10 of 10 seeds.
+    In the small-scale study of docs/results.md the policy hacks such a reward model on 10 of 10 seeds.
     """
     if cfg.reward.arm != "cooper" or cfg.reward.recipe not in ("", "released"):
         return ""
+
+    # Without a recipe, a cross-entropy term is the user's own protection.
     if cfg.reward.pair_bce or cfg.reward.rollout_bce:
-        return ""  # a recipe of the user's own, with a cross-entropy term
+        return ""
     return (
-        f"warning: reward.recipe={cfg.reward.recipe or '(empty)'}: the reward model is updated as in the authors' "
-        "released code, which the policy hacks in the miniature on 10 of 10 seeds (docs/results.md). "
-        "--config.reward.recipe=robust was hacked on none; evaluate often in any case"
+        f"warning: reward.recipe={cfg.reward.recipe or '(empty)'}: the reward model is updated as in the "
+        "authors' released code. In the small-scale study the policy hacks it on 10 of 10 seeds "
+        "(docs/results.md), and never with --config.reward.recipe=robust; evaluate often in any case"
     )

@@ -1,10 +1,10 @@
 """The start of a run and its checkpoints.
 
-1. `start_or_resume` restores the newest checkpoint where there is one.
-2. Otherwise it runs the supervised phases (supervised.py), or takes the models of another run's step 0
-   (`supervised.start_from`).  The policy as it then stands is the frozen reference.
-3. The reward model is warmed up on the policy's rollouts where the config asks for it (reward_warmup.py).
-4. The policy is evaluated and everything is saved as step 0, so that a run killed later need not repeat it.
+1. `start_or_resume` restores the newest checkpoint, if the run has one, and is done.
+2. Otherwise it runs the supervised phases (supervised.py), or loads the models of another run's step 0
+   (`supervised.start_from`).  A copy of the resulting policy is the frozen reference.
+3. It warms the reward model up on the policy's rollouts, if the config says so (reward_warmup.py).
+4. It evaluates the policy and saves everything as step 0, so that a restart does not repeat these phases.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ from cooper_jax.types import Params, TrainState
 def start_or_resume(
     components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints
 ) -> State:
-    """The state to train from: the newest checkpoint's, or that of step 0 after the supervised phases.
+    """Return the state to train from: the newest checkpoint's, or step 0 after the supervised phases.
 
-    state: as `build_components` returns it; the caller must not use it afterwards, since its arrays are deleted.
+    state: as `build_components` yields it.  Its arrays are deleted or donated, so the caller must not use it
+      afterwards.
 
-    Raises SetupError for a checkpoint that does not fit the config, hosts.Stopped after a SIGTERM before step 0 is
-    saved.
+    Raises SetupError for a checkpoint that does not fit the config.  Raises hosts.Stopped after a SIGTERM
+    before step 0 is saved.
     """
     if checkpoints.steps():
         return _resume(components, state, run, checkpoints)
@@ -50,12 +51,11 @@ def start_or_resume(
 def save_checkpoint(
     components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints
 ) -> None:
-    """Save a state in the background.
-
-    Returns once the arrays are copied: they may be donated then.  What was logged about the step is flushed first,
-    so that metrics.jsonl is never behind the newest checkpoint.
-    """
+    """Save a state in the background; return once its arrays are copied and may be donated."""
+    # Flushed first: a resumed run would never write metrics that are missing before its checkpoint.
     run.flush()
+
+    # The state's Python values, and a hash that ties the checkpoint to the run's config.
     loop = {"position": state.position, "config_hash": config_hash(run.config)}
     if components.settings.reward_update.replay:
         loop["replay"] = state.replay.to_json()
@@ -63,18 +63,21 @@ def save_checkpoint(
 
 
 def _resume(components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints) -> State:
-    """The newest checkpoint's state; what was logged after it is removed."""
+    """Restore the newest checkpoint's state, and remove metrics and samples of later steps."""
     abstract_items = {name: checkpoint.abstract_like(tree) for name, tree in checkpoint_items(state).items()}
-    # The initial arrays are deleted before others are read: together they would take twice a run's memory.
+
+    # The initial arrays are deleted before the checkpoint is read: both together would need twice the memory.
     jax.tree.map(lambda x: x.delete(), (state.policy, state.reward))
     with setup_errors(f"{checkpoints.folder}"):
         restored = checkpoints.restore_newest(abstract_items, checkpoint_vocab_sizes(components))
         assert restored is not None  # the caller has found a checkpoint
         step, items, loop = restored
+
+    # The run directory has checked its own config.json already; this finds a mixture of two runs.
     if loop["config_hash"] != config_hash(run.config):
         raise SetupError(
-            f"{checkpoints.folder / str(step)} was saved under another config than the run directory's "
-            "config.json says: give another --config.run_dir"
+            f"{checkpoints.folder / str(step)} was saved with another config than the run directory's "
+            "config.json: give another --config.run_dir"
         )
 
     reward = None
@@ -96,15 +99,17 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
 
 
 def _start(components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints) -> State:
-    """The state at step 0, saved and evaluated."""
+    """Make the state at step 0, evaluate it and save it."""
     settings = components.settings
-    with setup_errors("run_dir"):
-        run.truncate(None)  # what a run logged that was stopped before its step 0 was saved
 
-    # The supervised phases have optimisers of their own: training starts with fresh ones.
+    # An earlier start may have been stopped before step 0 was saved: its metrics are removed.
+    with setup_errors("run_dir"):
+        run.truncate(None)
+
+    # The supervised phases use optimisers of their own, so training starts with fresh optimiser states.
     policy, reward = state.policy, state.reward
     if settings.supervised.start_from:
-        policy, reward = _take_models_of_run(components, policy, reward)
+        policy, reward = _load_models_of_run(components, policy, reward)
     else:
         if settings.supervised.policy_steps:
             policy = optim.init_state(
@@ -115,15 +120,17 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
                 train_on_labels(components, reward.params), components.reward_bundle.optimiser
             )
 
+    # The reference is saved once.  Checkpoints do not include it, since it never changes.
     with setup_errors("checkpoint"):
         checkpoints.save_reference(policy.params)
     if components.policy.reference_layout == components.layout:
-        # A copy, since the policy's own arrays are donated to its updates.
+        # A copy, since the policy's own arrays are donated to the first update.
         reference = jax.tree.map(lambda x: x.copy(), policy.params)
     else:
-        # Devices that share none with the policy's read it from the disk.
+        # The reference has its own devices, and reads its parameters from the file just saved.
         reference = _restore_reference(components, checkpoints)
 
+    # Warm-up, evaluation, checkpoint.  In this order step 0 shows the reward model that step 1 uses.
     state = State(policy=policy, reward=reward, reference=reference, step=0, position=0)
     if reward is not None and settings.reward_update.warmup_updates:
         state = warm_up_reward_model(components, state)
@@ -134,27 +141,35 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
     return state
 
 
-def _take_models_of_run(
+def _load_models_of_run(
     components: Components, policy: TrainState, reward: TrainState | None
 ) -> tuple[TrainState, TrainState | None]:
-    """The models of the step 0 of the run directory `supervised.start_from`, with fresh optimisers."""
-    source = components.settings.supervised.start_from
+    """Load both models from step 0 of the run directory `supervised.start_from`, with fresh optimisers.
+
+    policy, reward: the initial states, for the shapes and shardings of the parameters.
+    """
+    start_from = components.settings.supervised.start_from
 
     def restore(
-        kept: Checkpoints, name: str, bundle: PolicyBundle | RewardBundle, like: TrainState
+        source: Checkpoints, name: str, bundle: PolicyBundle | RewardBundle, like: TrainState
     ) -> TrainState:
         abstract = checkpoint.abstract_like(like.params)
-        params = kept.restore(0, name, abstract, bundle.model.config.vocab_size)
+        params = source.restore(0, name, abstract, bundle.model.config.vocab_size)
         return optim.init_state(params, bundle.optimiser)
 
-    with setup_errors(f"supervised.start_from={source}"), Checkpoints(source, keep=0, read_only=True) as kept:
-        policy = restore(kept, "policy", components.policy, policy)
+    # Read-only, since the other run may still be training.
+    with (
+        setup_errors(f"supervised.start_from={start_from}"),
+        Checkpoints(start_from, keep=0, read_only=True) as source,
+    ):
+        policy = restore(source, "policy", components.policy, policy)
         if reward is not None:
-            reward = restore(kept, "reward", components.reward_bundle, reward)
+            reward = restore(source, "reward", components.reward_bundle, reward)
     return policy, reward
 
 
 def _restore_reference(components: Components, checkpoints: Checkpoints) -> Params:
+    """Read the reference's parameters onto its devices."""
     config = components.policy.model.config
-    like = mesh.abstract_params(components.policy.reference_layout, transformer.param_specs(config))
-    return checkpoints.restore_reference(like, config.vocab_size)
+    abstract = mesh.abstract_params(components.policy.reference_layout, transformer.param_specs(config))
+    return checkpoints.restore_reference(abstract, config.vocab_size)

@@ -1,13 +1,12 @@
 """The reward model's stages of a step: make pairs, choose labelled rows, update the reward model.
 
-1. `propose_pairs` starts to make contrastive pairs: correct responses beside wrong ones (reward/pairs/).
-2. `choose_labelled_rows` chooses responses that the update sees one by one, each with its label
-   (reward/labelled_rollouts.py).
+1. `propose_pairs` starts to make contrastive pairs of a correct and a wrong response (reward/pairs/).
+2. `choose_labelled_rows` chooses single responses with their labels (reward/labelled_rollouts.py).
 3. `update_reward_model` makes the step's updates on both.
 
-None of them asks for the arm of the run: the step calls them where its arm updates the reward model.
+These functions do not depend on the run's arm.  The step calls them only if the arm updates the reward model.
 
-    B  prompts   G  samples a prompt   N = B * G  rows, prompt-major   S  reward-model input tokens
+    B  prompts   G  samples per prompt   N = B * G  rows, prompt-major   S  reward-model input tokens
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from cooper_jax.types import (
     Verdict,
 )
 
-# --- what the reward model learns from ---------------------------------------------------------------
+# --- training data of an update ----------------------------------------------------------------------
 
 
 def propose_pairs(
@@ -48,15 +47,21 @@ def propose_pairs(
     scores: np.ndarray,
     step: int,
 ) -> PendingPairs:
-    """Start to make the step's pairs; the assistant's calls go on while devices work.
+    """Start to make the step's pairs, and return without waiting for the assistant.
 
-    completions, verdicts, scores: [N]; scores are the reward model's, before its update.  step: keys the random
-    draws.  Where no term of the update's loss reads pairs, none is made and no assistant asked.
+    If no term of the update's loss reads pairs, none is made and the assistant is not asked.
+
+    Args:
+      completions, verdicts: [N].
+      scores: f32[N], the reward model's, before its update.
+      step: keys the random draws.
     """
     settings = components.settings
     if not settings.reward_update.reads_pairs:
         return no_pairs()
 
+    # A pair may take an answer that the policy wrote as its reference.  The reward model's input never
+    # truncates a reference, so one that is too long is refused here.
     def fits(answer: str) -> bool:
         return prompts.reference_fits(
             components.reward_bundle.model.tokenizer, answer, settings.reward.max_tokens
@@ -88,9 +93,9 @@ def choose_labelled_rows(
     step: int,
     replay: labelled_rollouts.Replay,
 ) -> tuple[list[Triple], labelled_rollouts.Replay]:
-    """The labelled rows of the reward model's update, and the replay memory after this step.
+    """Choose the labelled rows of the reward model's update; return them and the next replay memory.
 
-    Arguments as in `propose_pairs`.  replay: the memory before this step.
+    Arguments as in `propose_pairs`.  replay: the replay memory before the step.
     """
     settings = components.settings
     return labelled_rollouts.choose_rows(
@@ -116,15 +121,20 @@ def update_reward_model(
     labelled_rows: Sequence[Triple] = (),
     updates: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """Make `updates` updates on the same valid pairs and labelled rows; without any, nothing moves.
+    """Make `updates` updates of the reward model on the same valid pairs and labelled rows.
 
-    pair_slots: the pairs asked for, None where none was valid.  The reward model's state given is donated.
+    Without any pair or row the parameters do not change.  The reward model's input state is donated.
 
-    Metrics (`rm/...`) are those of the first update, except `rm/updates`, how many updates were applied, and
-    `rm/skipped`, how many were not because loss or gradients were not finite.  With `log.pair_motion`, two more say
-    how far all updates moved the valid pairs' logits: their mean and their difference.
+    pair_slots: the requested pairs; None for a pair that could not be made.
+
+    Metrics (`rm/...`) are those of the first update, with two exceptions: `rm/updates` is the number of
+    updates that were applied, and `rm/skipped` the number skipped because the loss or a gradient was not
+    finite.  With `log.pair_motion`, `rm/common_motion` and `rm/difference_motion` are the changes of the
+    valid pairs' mean logit and of their logit difference over all updates.
     """
     settings = components.settings
+
+    # A term of the loss that is off gets no batch, so its forward pass is not compiled.
     pair_batch = _pack_pairs(components, pair_slots) if settings.reward_update.reads_pairs else None
     labelled_batch = None
     if settings.reward_update.rollout_bce:
@@ -135,13 +145,15 @@ def update_reward_model(
     if measured_pairs is not None:
         logits_before = _score_pairs(components, reward, measured_pairs)
 
+    # Metrics stay on the device until all updates are dispatched.
     each_update = []
     for _ in range(updates):
         reward, update_metrics = components.reward_bundle.update(reward, pair_batch, labelled_batch)
         each_update.append(update_metrics)
 
+    # Losses and accuracies are the first update's, since later updates see the same data again.  An update
+    # that was not applied reports a learning rate of 0.
     metrics = to_host(each_update[0], "rm")
-    # An update that does not take place reports a learning rate of 0.
     metrics["rm/updates"] = float(metrics["rm/lr"] > 0)
     for update_metrics in each_update[1:]:
         later = to_host({name: update_metrics[name] for name in ("lr", "skipped")}, "rm")
@@ -157,26 +169,28 @@ def update_reward_model(
     return reward, metrics | dict.fromkeys(_means_over_nothing(metrics), float("nan"))
 
 
-# Metrics that are counts, or the optimiser's: they are 0 where others are a mean over nothing.
+# Counts, and the optimiser's metrics.  Without data they are 0, and every other metric is undefined.
 _COUNTS = ("valid", "rollout_rows", "loss", "grad_norm", "lr", "skipped", "updates")
 
 
 def _means_over_nothing(metrics: Metrics) -> list[str]:
-    """The metrics that are means over no pair or over no labelled row, and therefore no numbers."""
+    """The names of metrics that are means over no pair or over no labelled row, and therefore undefined."""
     means = [name for name in metrics if name.removeprefix("rm/") not in _COUNTS]
     over_rows = [name for name in means if name.startswith("rm/rollout_")]
     over_pairs = [name for name in means if name not in over_rows]
 
-    found = []
+    # `get`, since each count is reported only if its term of the loss is on.
+    undefined = []
     if metrics.get("rm/valid") == 0:
-        found += over_pairs
+        undefined += over_pairs
     if metrics.get("rm/rollout_rows") == 0:
-        found += over_rows
-    return found
+        undefined += over_rows
+    return undefined
 
 
 def _pack_pairs(components: Components, pair_slots: Sequence[Pair | None]) -> PairBatch:
-    """The pairs as the reward model reads them, both members of equal width; a masked slot is an empty row."""
+    """Pack pairs into the reward model's inputs.  A pair that could not be made becomes two empty rows."""
+    # Empty rows keep the number of rows equal at all steps; each new number would compile another program.
     positives: list[list[int]] = []
     negatives: list[list[int]] = []
     for pair in pair_slots:
@@ -186,11 +200,14 @@ def _pack_pairs(components: Components, pair_slots: Sequence[Pair | None]) -> Pa
         positives.append(members[0])
         negatives.append(members[1])
 
+    # Both members get the width of the longest, since the update scores them in one pass.
     layout = components.reward_bundle.layout
     width = packing.round_up(max(map(len, positives + negatives)), components.settings.data.bucket)
     options = dict(bucket=width, rows_multiple=layout.batch_shards)
     positive_batch = packing.pack_score_batch(positives, **options)
     negative_batch = packing.pack_score_batch(negatives, **options)
+
+    # The mask drops the empty rows, and the rows that pad the batch to the mesh.
     valid = np.array([pair is not None for pair in pair_slots])
     mask = packing.pad_rows(valid, positive_batch.tokens.shape[0])
     return PairBatch(
@@ -201,7 +218,7 @@ def _pack_pairs(components: Components, pair_slots: Sequence[Pair | None]) -> Pa
 
 
 def _encode_members(components: Components, pair: Pair) -> tuple[list[int], list[int]]:
-    """A pair's positive and negative as token ids, each beside its own reference where it has one."""
+    """A pair's positive and negative as token ids, each with its own reference if it has one."""
     sides = []
     for text, reference in (
         (pair.positive, pair.positive_reference),
@@ -209,21 +226,24 @@ def _encode_members(components: Components, pair: Pair) -> tuple[list[int], list
     ):
         problem = dataclasses.replace(pair.problem, reference=reference or pair.problem.reference)
         sides.append(encode_reward_input(components, problem, text))
-    if pair.exchanged:  # a control: each member stands in the other's place
+
+    # The control `reward.shuffle_labels`: the loss sees the negative as the positive, and vice versa.
+    if pair.exchanged:
         sides.reverse()
     return sides[0], sides[1]
 
 
 def _pack_labelled_rows(components: Components, labelled_rows: Sequence[Triple]) -> LabelledBatch:
-    """The labelled rows as the reward model reads them, padded to one number of rows: padding weighs nothing."""
+    """Pack labelled rows into the reward model's inputs.  Padding rows have weight 0."""
     layout, settings = components.reward_bundle.layout, components.settings
     labels = np.array([row.label for row in labelled_rows], np.float32)
     tokens = [
         encode_reward_input(components, Problem(row.question, row.reference), row.completion)
         for row in labelled_rows
     ]
-    tokens += [[]] * (labelled_rollouts.max_rows_per_update(settings.reward_update) - len(tokens))
 
+    # Padded to the maximum, since each new number of rows would compile another program.
+    tokens += [[]] * (labelled_rollouts.max_rows_per_update(settings.reward_update) - len(tokens))
     rows = packing.pack_score_batch(tokens, bucket=settings.data.bucket, rows_multiple=layout.batch_shards)
     count = rows.tokens.shape[0]
     weights = packing.pad_rows(labelled_rollouts.class_weights(labels), count)
@@ -235,7 +255,7 @@ def _pack_labelled_rows(components: Components, labelled_rows: Sequence[Triple])
 
 
 def _score_pairs(components: Components, reward: TrainState, batch: PairBatch) -> np.ndarray:
-    """The logits of positives and negatives, f32[2, pairs]."""
+    """The logits of the positives and of the negatives, f32[2, rows]."""
     sides = (batch.positive, batch.negative)
     return np.stack(
         [hosts.fetch_arrays(components.reward_bundle.score(reward.params, side)) for side in sides]

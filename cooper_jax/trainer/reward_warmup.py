@@ -1,13 +1,13 @@
-"""Warm-up of the reward model: updates on rollouts of the policy at step 0, before they earn anything (ours).
+"""Warm-up of the reward model: updates on rollouts of the policy at step 0 (not in the paper).
 
-A reward model that was trained on other models' completions knows their shortcuts.  Here it meets the policy's own.
-Each of `reward.warmup_updates` updates
+A reward model that was trained on completions of other models has not seen this policy's errors.  The warm-up
+trains it on them before its scores reward the policy.  Each of `reward.warmup_updates` updates
 
-1. takes problems in an order of its own,
+1. takes the next problems of an order of its own,
 2. samples and grades responses, makes pairs and chooses labelled rows with the stages of a Cooper step,
-3. updates the reward model; the policy stays as it is.
+3. updates the reward model and leaves the policy unchanged.
 
-In the model arm the reward model is frozen after that: a control that tells what the updates at the steps add.
+In the model arm the reward model is frozen afterwards.  That is the control for the updates at the steps.
 """
 
 from __future__ import annotations
@@ -21,20 +21,24 @@ from cooper_jax.trainer.grading import ResponseGrader
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.trainer.step_metrics import measure_hacking, measure_verdicts
 
-REPORTS = 8  # progress lines, at most
-STEP = 0  # keys the draws of pairs and labelled rows: no Cooper step has this number
+# The number of progress lines, at most.
+REPORTS = 8
+
+# The step number that keys the random draws of pairs and labelled rows.  Cooper steps start at 1.
+STEP = 0
 
 
 def warm_up_reward_model(components: Components, state: State) -> State:
-    """The state at step 0 after `reward.warmup_updates` updates of the reward model, one a batch of problems.
+    """Make `reward.warmup_updates` updates of the reward model, each on a new batch; return the new state.
 
-    Raises hosts.Stopped after a SIGTERM.
+    The reward model's input state is donated.  Raises hosts.Stopped after a SIGTERM.
     """
     settings = components.settings
     count = settings.reward_update.warmup_updates
     for update in range(count):
         hosts.raise_if_stopping()
 
+        # Sample and grade.  One key serves all updates: draws are keyed by the problems' positions as well.
         batch = policy_stages.take_problems(
             components, first=update * settings.data.prompts_per_step, stream="reward_warmup"
         )
@@ -48,6 +52,7 @@ def warm_up_reward_model(components: Components, state: State) -> State:
         )
         scores, verdicts = grader.collect_scores(), grader.collect_verdicts()
 
+        # Update.  There is no policy update to overlap with, so the pairs are awaited at once.
         pending_pairs = reward_stages.propose_pairs(components, batch, completions, verdicts, scores, STEP)
         labelled_rows, replay = reward_stages.choose_labelled_rows(
             components, batch, completions, verdicts, scores, STEP, state.replay

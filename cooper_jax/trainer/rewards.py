@@ -1,14 +1,18 @@
-"""The policy's rewards: a table of named functions.
+"""The policy's rewards: a table of named reward functions.
 
-Each function takes (scores f32[N], verdicts [N], completions [N]) and returns rewards f32[N].  `compute_rewards`
-applies the functions that the config names in their order, each to what the one before returned:
+Each function takes (scores f32[N], verdicts [N], completions [N]) and returns rewards f32[N].
+`compute_rewards` applies the functions that the config selects, in order; the rewards of one are the scores
+of the next:
 
-    rule              1 for what the rule verifier finds correct, 0 for everything else; it reads no score
-    model             the reward model's score, sigmoid of its logit
-    rule_or_model     the greater of the score so far and the rule's reward
-    answer_required   the score so far, but 0 where a response is truncated or has no answer
+    rule              1 if the rule verifier's verdict is `correct`, else 0; it reads no scores
+    model             the reward model's score, the sigmoid of its logit
+    rule_or_model     the maximum of the score and the rule's reward
+    answer_required   0 if the response is truncated or has no answer, else the score
 
-The paper's arms are `rule` alone and `model` alone.  `rule_or_model` and `answer_required` are controls (ours).
+The paper's rewards are `rule` alone and `model` alone.  `rule_or_model` and `answer_required` are controls
+that the paper does not have.
+
+    N  rows (responses), prompt-major
 """
 
 from __future__ import annotations
@@ -22,35 +26,43 @@ from ml_collections import ConfigDict
 from cooper_jax.settings import typed_config
 from cooper_jax.types import Completion, Verdict
 
+# The arms of the paper's comparison: rewards of the rule, of a frozen reward model, of an updated one.
 ARMS = ("rule", "model", "cooper")
 
+# (scores f32[N], verdicts [N], completions [N]) -> rewards f32[N]
 RewardFunction = Callable[[np.ndarray, Sequence[Verdict], Sequence[Completion]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """Settings of the rewards and of the reward model's inputs: fields of the config's `reward` section.
+    """Settings of the rewards and of the reward model's inputs: part of the config's `reward` section.
 
-    Those of its updates are in reward/reward_losses.py.
+    The settings of the reward model's updates are in reward/reward_losses.py.
     """
 
     arm: str  # one of ARMS
     recipe: str  # a name in RECIPES (recipes.py), whose values are in the config already; "": none
-    max_tokens: int  # of a reward-model input
-    rule_or_model: bool
+    max_tokens: int  # longest reward-model input
+
+    # Controls.
+    rule_or_model: bool  # see the module's docstring
     answer_required: bool
-    shuffle_labels: bool  # a pair's members are exchanged with probability 1/2
+    shuffle_labels: bool  # exchange a pair's members with probability 1/2
+
+    # Accept weights without a trained score head, whose rewards are noise.
     allow_untrained_head: bool
 
     def __post_init__(self) -> None:
         problems = typed_config.find_small(self, "reward", 1, ("max_tokens",))
         if self.arm not in ARMS:
             problems.append(f"reward.arm is {self.arm!r}; it is one of {', '.join(ARMS)}")
+
+        # Both controls change a reward model's rewards.  In the rule arm they would have no effect.
         controls = [name for name in ("rule_or_model", "answer_required") if getattr(self, name)]
         if self.arm == "rule" and controls:
             problems.append(
-                f"reward.{' and reward.'.join(controls)}: the rule arm has no reward model whose rewards could be "
-                "changed; leave it out, or set --config.reward.arm=model"
+                f"reward.{' and reward.'.join(controls)}: the rule arm has no reward model whose rewards "
+                "could be changed; leave it out, or set --config.reward.arm=model"
             )
         typed_config.raise_problems(problems)
 
@@ -70,31 +82,36 @@ class RewardConfig:
         return self.arm == "cooper"
 
 
+# --- reward functions --------------------------------------------------------------------------------
+#
+# All have one signature, so that any of them can follow any other; most ignore an argument.
+
+
 def reward_rule(
     scores: np.ndarray | None, verdicts: Sequence[Verdict], completions: Sequence[Completion]
 ) -> np.ndarray:
-    """1 for a response that is verified correct, 0 for every other; an abstention of the rule earns nothing."""
+    """1 for a response whose verdict is `correct`, else 0.  Responses on which the rule abstains get 0."""
     return np.array([v is Verdict.CORRECT for v in verdicts], np.float32)
 
 
 def reward_model(
     scores: np.ndarray, verdicts: Sequence[Verdict], completions: Sequence[Completion]
 ) -> np.ndarray:
-    """The reward model's scores as they are."""
+    """The reward model's scores, unchanged."""
     return scores
 
 
 def reward_rule_or_model(
     scores: np.ndarray, verdicts: Sequence[Verdict], completions: Sequence[Completion]
 ) -> np.ndarray:
-    """1 where the rule verifier finds the response correct, the score elsewhere."""
+    """1 for a response whose verdict is `correct`, else the score (a score is at most 1)."""
     return np.maximum(scores, reward_rule(None, verdicts, completions))
 
 
 def require_answer(
     scores: np.ndarray, verdicts: Sequence[Verdict], completions: Sequence[Completion]
 ) -> np.ndarray:
-    """0 for a response that is truncated or in which the rule verifier finds no answer, the score elsewhere."""
+    """0 for a response that is truncated or whose verdict is `no_answer`, else the score."""
     rows = zip(verdicts, completions, strict=True)
     unanswered = [c.truncated or v is Verdict.NO_ANSWER for v, c in rows]
     return np.where(unanswered, np.float32(0), scores)
@@ -108,8 +125,11 @@ REWARDS: dict[str, RewardFunction] = {
 }
 
 
+# --- selection and application -----------------------------------------------------------------------
+
+
 def name_rewards(config: RewardConfig) -> list[str]:
-    """The names in REWARDS that a config asks for, in the order of their application."""
+    """The names in REWARDS that a config selects, in the order in which they are applied."""
     if config.arm == "rule":
         return ["rule"]
     names = ["model"]
@@ -128,16 +148,20 @@ def compute_rewards(
 ) -> np.ndarray:
     """The rewards f32[N] of a step's responses.
 
-    names: keys of REWARDS, applied in turn.  scores: the reward model's, f32[N]; None in the rule arm, whose reward
-    reads none.
+    Args:
+      names: keys of REWARDS, applied in order.
+      scores: the reward model's, f32[N]; None in the rule arm.
+      verdicts, completions: [N] each.
 
-    Raises ValueError for a reward that needs scores where there are none.
+    Raises ValueError if a reward needs scores and `scores` is None.
     """
     first, *others = names
+
+    # `rule` is the only reward function that accepts None as scores.
     if first == "rule":
         rewards = reward_rule(scores, verdicts, completions)
     elif scores is None:
-        raise ValueError(f"the reward {first} needs a reward model's scores, and there are none")
+        raise ValueError(f"the reward {first} needs the scores of a reward model, and scores is None")
     else:
         rewards = REWARDS[first](scores, verdicts, completions)
     for name in others:

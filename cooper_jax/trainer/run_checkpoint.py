@@ -1,9 +1,9 @@
-"""Models of runs of launch/train.py, read from their checkpoints: for export and evaluation.
+"""Models from checkpoints of training runs, for export and evaluation.
 
-1. `read_run_config` reads the run's settings.
-2. `load_run_model` restores one of its models, the policy or the reward model, at a step, on any mesh.
+1. `read_run_config` reads the run's config.
+2. `load_run_model` restores the run's policy or reward model at a given step, on any mesh.
 
-Nothing is written or cleaned up in the run directory: the run may be alive.
+The run directory is opened read-only, since the run may still be training.
 """
 
 from __future__ import annotations
@@ -20,43 +20,55 @@ from cooper_jax.runtime import mesh, stored_config
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.types import Params
 
+# The output head of each model of a run.
 HEADS = {"policy": "logits", "reward": "score"}
 
 
 def read_run_config(run_dir: Directory) -> ConfigDict:
-    """The config that a run was last started with.
+    """The config with which a run was last started.
 
-    Raises FileNotFoundError where there is none, ValueError for a run of another version of this project.
+    Raises FileNotFoundError if the directory has none, ValueError for a run of another version of this
+    project.
     """
     return ConfigDict(stored_config.read_stored_config(run_dir, base.get_config()))
 
 
-# Sections that belong to a run's models and to how they are prompted; the others say how a job is done.
+# Sections that define a run's models and their prompts.  The other sections, such as `mesh`, configure the
+# job that loads them.
 _RUN_SECTIONS = ("name", "seed", "data", "policy", "reward", "rollout", "supervised", "eval")
 
 
 def overlay_run(cfg: ConfigDict, run: ConfigDict, flags: Mapping[str, Any]) -> ConfigDict:
-    """cfg with a run's models, prompts and rollout in it, and the command line's own fields over both.
+    """A copy of cfg with a run's models, prompts and rollout; command-line flags override both.
 
-    Fields that the run's config does not have keep cfg's values.  flags: dotted names -> values.
+    Fields that the run's config does not have keep cfg's values.
+
+    Args:
+      cfg: the job's config.
+      run: the run's config.
+      flags: dotted names of the fields that were set on the command line -> values.
     """
     cfg = cfg.copy_and_resolve_references()
 
-    def take(ours: ConfigDict, theirs: ConfigDict) -> None:
-        for name, value in theirs.items():
-            if isinstance(value, ConfigDict) and isinstance(ours[name], ConfigDict):
-                take(ours[name], value)
+    # Merged field by field, since a section of the run's config may lack fields of the job's.
+    def merge(target: ConfigDict, source: ConfigDict) -> None:
+        for name, value in source.items():
+            if isinstance(value, ConfigDict) and isinstance(target[name], ConfigDict):
+                merge(target[name], value)
             else:
-                ours[name] = value
+                target[name] = value
 
     for section in _RUN_SECTIONS:
-        take(cfg, ConfigDict({section: run[section]}))
+        merge(cfg, ConfigDict({section: run[section]}))
     cfg.update_from_flattened_dict(dict(flags))
     return cfg
 
 
 def use_any_mesh(cfg: ConfigDict) -> ConfigDict:
-    """Change cfg to a mesh over all devices at hand, whatever mesh the run was trained on; returns it."""
+    """Set cfg's mesh, in place, to one FSDP axis over all devices, and return cfg.
+
+    A checkpoint can be restored on another mesh than the one that it was trained on.
+    """
     cfg.mesh.update(data=1, fsdp=-1, tensor=1, reward="", reference="", assistant="")
     return cfg
 
@@ -64,15 +76,21 @@ def use_any_mesh(cfg: ConfigDict) -> ConfigDict:
 def load_run_model(
     run_dir: Directory, cfg: ConfigDict, name: str, layout: mesh.Layout, step: int | None = None
 ) -> tuple[Model, Params, int]:
-    """(model, its parameters, the step that they are of).
+    """Load one of a run's models: (model, its parameters, the step of the checkpoint).
 
-    name: policy or reward.  step: None is the newest.  Raises ValueError where there is no checkpoint, KeyError
-    where it has no such model (in the rule arm there is no reward model), FileNotFoundError for another step.
+    Args:
+      name: policy or reward.
+      step: the checkpoint's step; None for the newest.
+
+    Raises ValueError if the run has no checkpoint, FileNotFoundError if it has none of that step, KeyError if
+    the checkpoint has no such model (a run of the rule arm has no reward model).
     """
-    with Checkpoints(run_dir, keep=0, read_only=True) as kept:
-        step = kept.newest() if step is None else step
+    with Checkpoints(run_dir, keep=0, read_only=True) as checkpoints:
+        step = checkpoints.newest() if step is None else step
         if step is None:
-            raise ValueError(f"{run_dir} holds no checkpoint yet")
+            raise ValueError(f"{run_dir} has no checkpoint yet")
+
+        # Abstract arrays carry shape, dtype and sharding: parameters are read straight onto the mesh.
         model = describe_model(cfg[name], name, run_dir, layout)
-        like = mesh.abstract_params(layout, param_specs(model.config, HEADS[name]))
-        return model, kept.restore(step, name, like, model.config.vocab_size), step
+        abstract = mesh.abstract_params(layout, param_specs(model.config, HEADS[name]))
+        return model, checkpoints.restore(step, name, abstract, model.config.vocab_size), step

@@ -1,4 +1,4 @@
-"""Typed settings of a training run; reading them checks the whole config before anything is loaded."""
+"""Typed settings of a training run.  Reading them checks the whole config before any file is loaded."""
 
 from __future__ import annotations
 
@@ -26,29 +26,45 @@ from cooper_jax.trainer.rewards import RewardConfig
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-    """Typed settings of a training run, section by section; a section with several readers has several parts."""
+    """Typed settings of a training run.
 
+    A config section that several modules read is split into one dataclass per module.
+    """
+
+    # The run.
     name: str
     seed: int
     steps: int
     run_dir: str  # "": runs/<name>
     resume: bool
+
+    # Problems and their responses.
     data: DataConfig
     rollout: RolloutConfig
+
+    # The config's `policy` section.
     policy: PolicyConfig
     policy_model: ModelSource
     policy_optimiser: OptimiserConfig
+
+    # The config's `reward` section.
     reward: RewardConfig
     reward_update: RewardUpdateConfig
     reward_model: ModelSource
     reward_optimiser: OptimiserConfig
+
+    # Contrastive pairs, verdicts, and the assistant that writes negatives.
     pairs: PairsConfig
     rule: RuleConfig
-    assistant: ChatConfig | None  # None where nobody asks it
-    assistant_model: ModelSource  # read where the assistant is a local one
+    assistant: ChatConfig | None  # None if the run asks no assistant
+    assistant_model: ModelSource  # used by an assistant of kind `local`
+
+    # Supervised phases before step 1.
     supervised: SupervisedConfig
-    imitation_optimiser: OptimiserConfig  # of the policy's supervised phase
-    labels_optimiser: OptimiserConfig  # of the reward model's supervised phase
+    imitation_optimiser: OptimiserConfig  # of the policy's phase
+    labels_optimiser: OptimiserConfig  # of the reward model's phase
+
+    # Devices, and the training loop around the steps.
     mesh: MeshConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
@@ -58,16 +74,17 @@ class RunSettings:
     def from_config(cls, cfg: ConfigDict, *, with_assistant: bool = True) -> RunSettings:
         """Read and check a whole config.
 
-        with_assistant: False for a job that asks no assistant, whose section need not be complete then.
+        with_assistant: False for a job that asks no assistant.  The config's `assistant` section may then be
+          incomplete.
 
-        Raises SetupError with every setting that is out of its range or contradicts another.
+        Raises SetupError that lists every setting that is out of range or contradicts another.
         """
         problems = Problems()
-        read: dict[str, Any] = {name: cfg[name] for name in ("name", "seed", "steps", "run_dir", "resume")}
+        values: dict[str, Any] = {name: cfg[name] for name in ("name", "seed", "steps", "run_dir", "resume")}
         with problems.collect("config"):
             cross_checks.check_cross_sections(cfg)
 
-        # Each section is read by itself, so that the problems of all are reported at once.
+        # Sections are read one by one, each under its own `collect`, so that one error reports all problems.
         sections: dict[str, Callable[[], Any]] = {
             "data": lambda: DataConfig.from_config(cfg.data),
             "rollout": lambda: RolloutConfig.from_config(cfg.rollout),
@@ -87,11 +104,14 @@ class RunSettings:
         }
         for field, read_section in sections.items():
             with problems.collect(field):
-                read[field] = read_section()
+                values[field] = read_section()
 
+        # The assistant's address and key are required only by runs that ask it.
         with problems.collect("assistant"):
             asked = with_assistant and cross_checks.asks_assistant(cfg)
-            read["assistant"] = ChatConfig.from_config(cfg.assistant, "assistant") if asked else None
+            values["assistant"] = ChatConfig.from_config(cfg.assistant, "assistant") if asked else None
+
+        # Optimisers share one dataclass, so messages get the name of the section that each was read from.
         for field, section, name in (
             ("policy_optimiser", cfg.policy.optimiser, "policy.optimiser"),
             ("reward_optimiser", cfg.reward.optimiser, "reward.optimiser"),
@@ -99,7 +119,7 @@ class RunSettings:
             ("labels_optimiser", cfg.supervised.reward_optimiser, "supervised.reward_optimiser"),
         ):
             with problems.collect(name):
-                read[field] = OptimiserConfig.from_config(section, name)
+                values[field] = OptimiserConfig.from_config(section, name)
 
         problems.raise_if_any()
-        return cls(**read)
+        return cls(**values)

@@ -1,4 +1,7 @@
-"""Samples of a step for samples.jsonl: what was asked, answered, judged and paired."""
+"""Records of a step's text, and the samples of it that are written to samples.jsonl.
+
+B  prompts   G  samples per prompt   N = B * G  rows, prompt-major
+"""
 
 from __future__ import annotations
 
@@ -13,56 +16,63 @@ from cooper_jax.types import Completion, Pair, Problem, Verdict
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """A step on the host; rows are prompt-major."""
+    """The text and the rewards of one step, on the host."""
 
     problems: list[Problem]  # [B]
+
+    # One per response.
     completions: list[Completion]  # [N]
     verdicts: list[Verdict]  # [N]
     rewards: np.ndarray  # f32[N]
     advantages: np.ndarray  # f32[N]
-    pairs: list[Pair | None]  # [B * per_prompt], prompt-major; empty in arms that make no pairs
-    refused: Counter[str]  # why the others are None
+
+    # Contrastive pairs; both are empty in arms that make no pairs.
+    pairs: list[Pair | None]  # [B * per_prompt], prompt-major; None if no valid pair was found
+    refused: Counter[str]  # reason -> number of pairs that are None for it
 
 
 def select_samples(record: StepRecord, count: int) -> list[dict[str, Any]]:
-    """`count` problems of a step as JSON objects: those with a valid pair first, then the others."""
-    problems = len(record.problems)
-    group_size = len(record.completions) // problems
-    per_prompt = len(record.pairs) // problems
+    """Describe `count` problems of a step as JSON objects: problems with a valid pair first, then others."""
+    problem_count = len(record.problems)
+    group_size = len(record.completions) // problem_count
+    per_prompt = len(record.pairs) // problem_count
 
-    valid_pairs: list[list[Pair]] = []
-    for b in range(problems):
-        slots = record.pairs[b * per_prompt : (b + 1) * per_prompt]
+    valid_pairs: list[list[Pair]] = []  # [B]
+    for index in range(problem_count):
+        slots = record.pairs[index * per_prompt : (index + 1) * per_prompt]
         valid_pairs.append([pair for pair in slots if pair is not None])
 
-    order = sorted(range(problems), key=lambda b: not valid_pairs[b])  # stable
-    out = []
-    for b in order[:count]:
-        problem = record.problems[b]
-        rows = range(b * group_size, (b + 1) * group_size)
-        out.append(
+    # False sorts before True, and sorting is stable: both parts keep the order of the step.
+    order = sorted(range(problem_count), key=lambda index: not valid_pairs[index])
+    samples = []
+    for index in order[:count]:
+        problem = record.problems[index]
+        rows = range(index * group_size, (index + 1) * group_size)
+        samples.append(
             {
                 "id": problem.id,
                 "question": problem.question,
                 "reference": problem.reference,
-                "responses": [_describe_response(record, n) for n in rows],
-                "pairs": [_describe_pair(pair) for pair in valid_pairs[b]],
+                "responses": [_describe_response(record, row) for row in rows],
+                "pairs": [_describe_pair(pair) for pair in valid_pairs[index]],
             }
         )
-    return out
+    return samples
 
 
-def _describe_response(record: StepRecord, n: int) -> dict[str, Any]:
+def _describe_response(record: StepRecord, row: int) -> dict[str, Any]:
+    # NumPy scalars are not JSON values, so they are converted to Python floats.
     return {
-        "text": record.completions[n].text,
-        "truncated": record.completions[n].truncated,
-        "verdict": record.verdicts[n].value,
-        "reward": float(record.rewards[n]),
-        "advantage": float(record.advantages[n]),
+        "text": record.completions[row].text,
+        "truncated": record.completions[row].truncated,
+        "verdict": record.verdicts[row].value,
+        "reward": float(record.rewards[row]),
+        "advantage": float(record.advantages[row]),
     }
 
 
 def _describe_pair(pair: Pair) -> dict[str, str]:
+    # Both references are written even if they are the problem's, so that each input is complete by itself.
     return {
         "positive": pair.positive,
         "positive_reference": pair.positive_reference or pair.problem.reference,

@@ -1,12 +1,12 @@
 """Setup of a run: from a config to the components and the state at step 0.
 
-1. `read_settings` checks the config and gives typed settings; everything that is wrong is reported at once.
-2. `load_problems` reads the training problems and those held out.  Held-out problems that the reward model is
-   trained on are left out (data/contamination.py), and `choose_held_out` takes a keyed sample of the others.
-   Prompts that are too long are dropped and counted.
-3. `build_components` loads both models with their tokenizers, starts the rule verifier's workers and opens the
-   assistant.  Nothing is compiled yet.
-4. It returns `Components`, which never change, apart from the `State`, which every step replaces (state.py).
+1. `read_settings` checks the config and returns typed settings, or reports all errors of the config at once.
+2. `load_problems` reads the training and the held-out problems.  Held-out problems on which the reward model
+   is trained are excluded (data/contamination.py), and `choose_held_out` samples from the others.  Problems
+   with too long prompts are dropped and counted.
+3. `build_components` loads both models with their tokenizers, starts the rule verifier's workers and the
+   assistant, and yields `Components`, which never change, and `State`, which every step replaces (state.py).
+   Nothing is compiled yet.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ from cooper_jax.types import Problem, TrainState
 
 
 def load_problems(settings: RunSettings) -> tuple[list[Problem], list[Problem]]:
-    """The training problems, and all problems held out for evaluation (there may be none).
+    """Load the training problems and all problems held out for evaluation (possibly none).
 
     Raises SetupError for files that cannot be read.
     """
     data = settings.data
+
+    # Synthetic splits are disjoint by construction.
     if data.is_synthetic:
         return (
             synthetic.make_problems(settings.seed, data.synthetic_size, "train"),
@@ -61,6 +63,8 @@ def load_problems(settings: RunSettings) -> tuple[list[Problem], list[Problem]]:
 
     with setup_errors(f"data.train={data.train}"):
         train = load(data.train, data.format, data.split)
+
+    # Without an evaluation file, problems of the training file are held out, unless the run never evaluates.
     if not data.eval:
         return take_held_out(train, data.eval_from_train) if settings.eval.every else (train, [])
     with setup_errors(f"data.eval={data.eval}"):
@@ -69,54 +73,59 @@ def load_problems(settings: RunSettings) -> tuple[list[Problem], list[Problem]]:
 
 
 def take_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
-    """Split off `count` problems for evaluation: (the others, those), both in the file's order.
+    """Split off `count` problems for evaluation: (remaining problems, held-out ones), in the file's order.
 
-    The choice depends on the number of problems alone, so runs with other seeds are evaluated on the same ones.
-    A question that occurs more than once goes to one side as a whole.  Raises SetupError where none would be left
-    to train on.
+    The choice depends on the number of problems alone, so runs with other seeds are evaluated on the same
+    problems.  All copies of a held-out question leave the training set.  Raises SetupError if no problem
+    would be left to train on.
     """
     if not count:
         return train, []
     if count >= len(train):
         raise SetupError(
-            f"data.eval_from_train={count}: the training file has {len(train)} problems, and some must be left to "
-            "train on; take fewer, or name an evaluation file with --config.data.eval=FILE"
+            f"data.eval_from_train={count}: the training file has {len(train)} problems, and some must be "
+            "left to train on; hold out fewer, or name an evaluation file with --config.data.eval=FILE"
         )
 
-    chosen = sorted(problem_sets.keyed_order(len(train))[:count])
-    questions = {train[i].question for i in chosen}
-    rest = [problem for problem in train if problem.question not in questions]
-    return rest, [train[i] for i in chosen]
+    held_out = sorted(problem_sets.keyed_order(len(train))[:count])
+    held_out_questions = {train[i].question for i in held_out}
+    remaining = [problem for problem in train if problem.question not in held_out_questions]
+    return remaining, [train[i] for i in held_out]
 
 
 def encode_policy_prompt(data: DataConfig, tokenizer: Tokenizer, problem: Problem) -> list[int]:
-    """The token ids from which the policy answers a problem: the instruction and the chat template applied."""
+    """The policy's prompt for a problem as token ids, with the instruction and the chat template."""
     return prompts.encode_policy_prompt(tokenizer, problem.question, data.instruction, data.chat)
 
 
 def choose_held_out(kept: Sequence[Problem], whole: Sequence[Problem], count: int) -> list[Problem]:
-    """At most `count` of the kept problems, in the order of their file: a sample of all of it.
+    """Sample at most `count` problems to evaluate on, in the file's order.
 
-    kept: those of `whole`, the file's problems, that may be evaluated on.  They are taken in the keyed order of the
-    whole file, as benchmarks are, so that two runs which leave out different problems share the others.
+    Args:
+      kept: the problems of `whole` that may be evaluated on.
+      whole: all problems of the file.
     """
     if len(kept) <= count:
         return list(kept)
-    place = {problem: i for i, problem in enumerate(whole)}
-    rank = {i: n for n, i in enumerate(problem_sets.keyed_order(len(whole)))}
-    chosen = sorted(kept, key=lambda p: rank[place[p]])[:count]
-    return sorted(chosen, key=lambda p: place[p])
+
+    # The sample follows a keyed order of the whole file, as in benchmarks.  Two runs that exclude different
+    # problems therefore share most of their samples.
+    index_in_file = {problem: index for index, problem in enumerate(whole)}
+    rank_of_index = {index: rank for rank, index in enumerate(problem_sets.keyed_order(len(whole)))}
+    chosen = sorted(kept, key=lambda p: rank_of_index[index_in_file[p]])[:count]
+    return sorted(chosen, key=lambda p: index_in_file[p])
 
 
 def read_settings(cfg: ConfigDict) -> RunSettings:
-    """The config's typed settings.
+    """Read and check the config's typed settings.
 
-    Raises SetupError with everything that is wrong with the config, as far as no file has to be read for it.
+    Raises SetupError that lists all errors that can be found without reading a file.
     """
     problems = Problems()
     with problems.collect("settings"):
         settings = RunSettings.from_config(cfg)
-    # Read once more, since a config with errors elsewhere has no RunSettings.
+
+    # The mesh is read from cfg, since a config with an error in another section has no RunSettings.
     with problems.collect("mesh"):
         _check_rows(cfg, make_layouts(cfg)["policy"].batch_shards, problems)
     problems.raise_if_any()
@@ -124,25 +133,32 @@ def read_settings(cfg: ConfigDict) -> RunSettings:
 
 
 def _check_rows(cfg: ConfigDict, shards: int, problems: Problems) -> None:
-    """Find rows that do not divide over the mesh.  shards: the number of shards of a batch of the policy."""
-    rows, parts = cfg.data.prompts_per_step * cfg.rollout.group_size, cfg.policy.minibatches
+    """Check that a step's rows divide over the mesh.
+
+    shards: the batch shards of the policy's mesh.  problems: the list to which errors are added.
+    """
+    # A single minibatch is padded to a multiple of the shards.  Several minibatches must divide exactly,
+    # since the permutation would spread the padding rows unevenly.
+    rows, minibatches = cfg.data.prompts_per_step * cfg.rollout.group_size, cfg.policy.minibatches
     problems.need(
-        parts <= 1 or rows % (shards * parts) == 0,
-        f"policy.minibatches={parts}: a step's {rows} rows (data.prompts_per_step x rollout.group_size) must "
-        f"divide into that many parts of a multiple of {shards} rows, the mesh's batch shards",
+        minibatches <= 1 or rows % (shards * minibatches) == 0,
+        f"policy.minibatches={minibatches}: a step's {rows} rows (data.prompts_per_step x "
+        f"rollout.group_size) must divide into {minibatches} minibatches of a multiple of {shards} rows, the "
+        "mesh's batch shards",
     )
     problems.need(
         not 0 < cfg.rollout.max_rows < shards,
-        f"rollout.max_rows={cfg.rollout.max_rows} is less than a row on each of the mesh's {shards} batch shards: "
-        "raise it, or set 0 for no bound",
+        f"rollout.max_rows={cfg.rollout.max_rows} is less than one row on each of the mesh's {shards} batch "
+        "shards: raise it, or set 0 for no bound",
     )
 
 
 @contextlib.contextmanager
 def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Components, State]]:
-    """Components and the state at step 0, before any supervised phase.  Worker processes end on exit.
+    """Build the components and the state at step 0, before any supervised phase.
 
-    Raises SetupError for settings, files and weights that cannot be used.
+    On exit the rule's worker processes end and the assistant is closed.  Raises SetupError for settings,
+    files and weights that cannot be used.
     """
     settings = read_settings(cfg)
     layouts = lay_out_models(settings.mesh)
@@ -151,15 +167,18 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     held_out = choose_held_out(unseen, all_held_out, settings.eval.problems)
 
     with contextlib.ExitStack() as stack:
-        # A worker of the rule verifier starts while the models are loaded.
+        # A first request makes a worker of the rule verifier start while the models are loaded.
         with setup_errors("rule"):
             local_rule = stack.enter_context(RuleVerifier(settings.rule))
             local_rule.submit([READY_ITEM])
+
+        # Models.
         policy, policy_state = build_policy_bundle(settings, layouts, run_dir)
         reward, reward_state = None, None
         if settings.reward.has_model:
             reward, reward_state = build_reward_bundle(settings, layouts["reward"], run_dir)
 
+        # Prompts need the policy's tokenizer, so problems are encoded after the models are loaded.
         data = settings.data
         with setup_errors(f"data.chat={data.chat}, data.max_prompt_tokens={data.max_prompt_tokens}"):
             train, train_prompts, dropped = _drop_long(data, policy.model.tokenizer, train)
@@ -167,6 +186,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         if reward is not None:
             _check_reward_inputs(settings, reward.model.tokenizer, (*train, *held_out))
 
+        # Services.  The rule must have answered by now; a local assistant loads a third model.
         with setup_errors("rule"):
             local_rule.check_ready()
         assistant = None
@@ -189,17 +209,18 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             dropped=(dropped, dropped_held_out),
             oracle=synthetic.is_correct if data.is_synthetic else None,
         )
-        # This frame lives as long as the run: a reference to the first state kept here would hold a second copy
-        # of all parameters and optimisers.
+
+        # This frame lives as long as the run.  If it kept a reference to the first state, a second copy of
+        # all parameters and optimiser states would stay in memory.
         state = [State(policy=policy_state, reward=reward_state, reference=None, step=0, position=0)]
         del policy_state, reward_state
         yield components, state.pop()
 
 
 def _check_reward_inputs(settings: RunSettings, tokenizer: Tokenizer, problems: Sequence[Problem]) -> None:
-    """Raise SetupError where a reference, or a response of full length, does not fit `reward.max_tokens`.
+    """Raise SetupError if a reference, or a response of full length, does not fit `reward.max_tokens`.
 
-    Checked at setup, so that a reference that is too long does not end the run when its turn comes.
+    Without this check a reference that is too long would end the run at the step that scores it.
     """
     max_tokens = settings.reward.max_tokens
     with setup_errors("data.train, data.eval"):
@@ -211,7 +232,7 @@ def _check_reward_inputs(settings: RunSettings, tokenizer: Tokenizer, problems: 
 def _drop_long(
     data: DataConfig, tokenizer: Tokenizer, problems: Sequence[Problem]
 ) -> tuple[list[Problem], list[list[int]], int]:
-    """The problems whose prompts fit `data.max_prompt_tokens`, their prompts, and how many did not fit."""
+    """Drop problems whose prompts exceed `data.max_prompt_tokens`: (problems, prompts, number dropped)."""
     if not problems:
         return [], [], 0
     return problem_sets.drop_long_prompts(
@@ -222,9 +243,11 @@ def _drop_long(
 def build_policy_bundle(
     settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir: Directory
 ) -> tuple[PolicyBundle, TrainState]:
-    """The policy and its reference: functions that are jitted when first called, and the initial state."""
-    layout, reference = layouts["policy"], layouts["reference"]
+    """Load the policy: its bundle, whose functions compile at their first call, and its initial state."""
+    layout, reference_layout = layouts["policy"], layouts["reference"]
     rollout = settings.rollout
+
+    # The longest row must fit the model's positions; a message names both settings.
     lengths = {
         "data.max_prompt_tokens": settings.data.max_prompt_tokens,
         "rollout.max_new_tokens": rollout.max_new_tokens,
@@ -236,18 +259,21 @@ def build_policy_bundle(
     with setup_errors("policy"):
         optimiser = optim.make_optimiser(settings.policy_optimiser)
 
-        def make_logprobs(of: mesh.Layout) -> LogprobsFunction:
+        def make_logprobs(model_layout: mesh.Layout) -> LogprobsFunction:
             return grpo.make_logprobs(
                 model.config,
-                of,
+                model_layout,
                 microbatch=settings.policy.microbatch,
                 dtype=settings.policy.dtype,
                 temperature=rollout.temperature,
             )
 
-        # One compiled function serves both where they share their devices.
+        # If the reference shares the policy's devices, one compiled function serves both.
         logprobs = make_logprobs(layout)
-        reference_logprobs = logprobs if reference == layout else make_logprobs(reference)
+        reference_logprobs = logprobs
+        if reference_layout != layout:
+            reference_logprobs = make_logprobs(reference_layout)
+
         update = grpo.make_update(
             model.config,
             settings.policy,
@@ -261,7 +287,7 @@ def build_policy_bundle(
         model=model,
         sampling=rollout.make_sampling_spec(model.tokenizer.eos_ids),
         logprobs=logprobs,
-        reference_layout=reference,
+        reference_layout=reference_layout,
         reference_logprobs=reference_logprobs,
         update=update,
         optimiser=optimiser,
@@ -272,17 +298,22 @@ def build_policy_bundle(
 def build_reward_bundle(
     settings: RunSettings, layout: mesh.Layout, run_dir: Directory
 ) -> tuple[RewardBundle, TrainState]:
-    """The reward model: functions that are jitted when first called, and the initial state."""
+    """Load the reward model: its bundle, whose functions compile at their first call, and its initial state.
+
+    Raises SetupError for weights without a trained score head, unless the config trains or allows one.
+    """
     lengths = {"reward.max_tokens": settings.reward.max_tokens}
     source = settings.reward_model
     model, params, head_trained = load_model(
         source, "reward", "score", layout, run_dir, settings.seed, lengths
     )
+
+    # Language-model weights have no score head, and a random one gives rewards that look plausible.
     if not (head_trained or settings.supervised.reward_steps or settings.reward.allow_untrained_head):
         raise SetupError(
-            f"reward.weights={source.weights!r} brings no trained score head, so its rewards would be noise: "
-            "give a *ForSequenceClassification directory, train one with --config.supervised.reward_steps=N, or "
-            "accept it with --config.reward.allow_untrained_head"
+            f"reward.weights={source.weights!r} has no trained score head, so rewards would be noise: "
+            "give a *ForSequenceClassification directory, train one with --config.supervised.reward_steps=N, "
+            "or accept it with --config.reward.allow_untrained_head"
         )
 
     with setup_errors("reward"):
@@ -303,11 +334,12 @@ def build_reward_bundle(
 
 
 def build_assistant(
-    cfg: ConfigDict, asked: ChatConfig, layout: mesh.Layout, run_dir: Directory
+    cfg: ConfigDict, chat_config: ChatConfig, layout: mesh.Layout, run_dir: Directory
 ) -> assistants.Assistant:
-    """The assistant of the config: programmatic, a server's model, or local weights on our own devices."""
+    """Make the config's assistant: programmatic, a model behind a server, or a local model on `layout`."""
     with setup_errors("assistant"):
+        # Only a local assistant loads weights here and takes device memory.
         generate = None
-        if asked.kind == "local":
-            generate = make_local_generate(cfg, asked, layout, run_dir)
-        return assistants.make_assistant(asked, generate)
+        if chat_config.kind == "local":
+            generate = make_local_generate(cfg, chat_config, layout, run_dir)
+        return assistants.make_assistant(chat_config, generate)

@@ -1,8 +1,8 @@
-"""The data that a run holds: fixed components on one side, the trained state on the other.
+"""The objects of a run: fixed components on one side, the trained state on the other.
 
-1. `Components` is built once (setup.py) and never changes: models without their parameters, compiled functions,
+1. `Components` is built once (setup.py) and never changes: models without their parameters, jitted functions,
    problems, the rule verifier, the assistant.
-2. `State` holds everything that training changes.  A step takes one `State` and returns the next.
+2. `State` is everything that training changes.  A step takes one `State` and returns the next.
 3. `checkpoint_items` names the parts of a `State` that a checkpoint stores.
 
     N  rows (responses)   T  response tokens
@@ -36,9 +36,14 @@ class PolicyBundle:
 
     model: Model
     sampling: SamplingSpec
+
+    # Log-probabilities of responses.  The reference has the policy's layout, unless `mesh.reference` gives it
+    # devices of its own.
     logprobs: LogprobsFunction
-    reference_layout: mesh.Layout  # the policy's, unless `mesh.reference` gives the reference its own devices
+    reference_layout: mesh.Layout
     reference_logprobs: LogprobsFunction  # on the reference's devices
+
+    # Updates.  The update donates its input state.
     update: Callable  # (TrainState, PolicyBatch) -> (TrainState, metrics)
     optimiser: optim.Optimiser
 
@@ -48,32 +53,43 @@ class RewardBundle:
     """The reward model, without its parameters."""
 
     model: Model
-    layout: mesh.Layout
+    layout: mesh.Layout  # the policy's, unless `mesh.reward` gives the reward model its own devices
     score: Callable  # (params, ScoreBatch) -> logits f32[N]
+
+    # Updates.  The update donates its input state.
     update: Callable  # (TrainState, PairBatch | None, LabelledBatch | None) -> (TrainState, metrics)
     optimiser: optim.Optimiser
 
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Everything that a step needs and does not change."""
+    """Everything that a step reads and does not change."""
 
     settings: RunSettings
     layout: mesh.Layout  # the policy's
+
+    # Models.
     policy: PolicyBundle
     reward: RewardBundle | None  # None in the rule arm
+
+    # The rule verifier's worker processes, and the assistant that writes negatives.
     rule: RuleVerifier | SharedRule
-    assistant: Assistant | None  # None where no negative is written by an assistant
+    assistant: Assistant | None  # None if the run asks no assistant
+
+    # Problems with their prompts as token ids, in the same order.
     train: tuple[Problem, ...]
-    train_prompts: tuple[Sequence[int], ...]  # token ids, one prompt a training problem
+    train_prompts: tuple[Sequence[int], ...]
     held_out: tuple[Problem, ...]
     held_out_prompts: tuple[Sequence[int], ...]
-    dropped: tuple[int, int]  # training and held-out problems left out because their prompts are too long
-    oracle: Callable[[Problem, str], bool] | None  # exact truth of synthetic problems; measures, never trains
+    dropped: tuple[int, int]  # numbers of training and held-out problems dropped for too long prompts
+
+    # (problem, response text) -> correct, exactly; None unless problems are synthetic.  Metrics alone use it:
+    # training on it would hide the errors of the rule and of the reward model.
+    oracle: Callable[[Problem, str], bool] | None
 
     @property
     def reward_bundle(self) -> RewardBundle:
-        """The reward model, for code that runs only where there is one.  Raises ValueError in the rule arm."""
+        """The reward model's bundle, never None.  Raises ValueError in the rule arm."""
         if self.reward is None:
             raise ValueError("there is no reward model in the rule arm")
         return self.reward
@@ -83,23 +99,26 @@ class Components:
 class State:
     """Everything that a step replaces."""
 
+    # Arrays.
     policy: TrainState
     reward: TrainState | None  # None in the rule arm
-    reference: Params | None  # the policy at step 0; None until the supervised phases are over
-    step: int = struct.field(pytree_node=False)  # Cooper steps done
+    reference: Params | None  # the policy at step 0; None until the supervised phases are complete
+
+    # Python values; checkpoints store them as JSON.
+    step: int = struct.field(pytree_node=False)  # Cooper steps completed
     position: int = struct.field(pytree_node=False)  # problems consumed, over all epochs
     replay: Replay = struct.field(pytree_node=False, default=Replay())  # past rollouts for the reward model
 
     @property
     def reward_state(self) -> TrainState:
-        """The reward model, for code that runs only where there is one.  Raises ValueError in the rule arm."""
+        """The reward model's state, never None.  Raises ValueError in the rule arm."""
         if self.reward is None:
             raise ValueError("there is no reward model in the rule arm")
         return self.reward
 
 
 def checkpoint_items(state: State) -> dict[str, Any]:
-    """A state's arrays as named checkpoint items, weights apart from optimisers.
+    """A state's arrays as named checkpoint items.
 
     The reference is not among them: it never changes, so it is stored once, beside the checkpoints.
     """
@@ -107,6 +126,7 @@ def checkpoint_items(state: State) -> dict[str, Any]:
     if state.reward is not None:
         models["reward"] = state.reward
 
+    # Weights and optimiser are separate items, so that export and evaluation read the weights alone.
     items = {}
     for name, train_state in models.items():
         items[name], items[f"{name}_optimiser"] = checkpoint.split_state(train_state)
@@ -114,10 +134,10 @@ def checkpoint_items(state: State) -> dict[str, Any]:
 
 
 def checkpoint_vocab_sizes(components: Components) -> dict[str, int]:
-    """The true vocabulary size of each checkpoint item.
+    """The vocabulary size, without padding, of each checkpoint item's model.
 
-    A mesh pads the vocabulary to a multiple of its shards, so a checkpoint from another mesh may be padded
-    differently; the true size says how much of the stored rows is real.
+    The vocabulary is padded to a multiple of the mesh's shards, so a checkpoint from another mesh may have
+    another padding.  The unpadded size tells which stored rows to read.
     """
     bundles: dict[str, PolicyBundle | RewardBundle] = {"policy": components.policy}
     if components.reward is not None:

@@ -1,18 +1,18 @@
 """One step of Cooper (arXiv 2508.05613).
 
 1. Sample G responses to each prompt from the policy.
-2. Reward each with the sigmoid of the reward model's logit before its update; the rule verifies it, too.
-3. Update the policy with GRPO, while
-4. the assistant rewrites positives, responses that the rule finds correct, into wrong negatives.
-5. Update the reward model with the contrastive loss over the valid pairs, and on labelled responses where the
-   config asks for them.
+2. Reward each response with the sigmoid of the reward model's logit, and verify it with the rule.
+3. Update the policy with GRPO.
+4. Meanwhile, the assistant rewrites positives (responses that the rule finds correct) into wrong negatives.
+5. Update the reward model with the contrastive loss over the valid pairs and, if the config says so, on
+   labelled responses.
 
-The arms of the paper's comparison differ in points 2, 4 and 5 alone: `rule` rewards with the verdict and has no
+The arms of the paper's comparison differ in points 2, 4 and 5: `rule` rewards with the verdict and has no
 reward model, `model` keeps its reward model frozen, `cooper` updates it.
 
 Departures from the released code: every random draw is keyed by (seed, step, position); a negative is checked
-against the reference and rendered by the same template as its positive; the pair loss is normalised over all valid
-pairs of the step.
+against the reference and rendered with the template of its positive; the pair loss is normalised over all
+valid pairs of the step.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from cooper_jax.types import Metrics
 def cooper_step(
     components: Components, state: State, phases: PhaseTimer
 ) -> tuple[State, Metrics, StepRecord]:
-    """Run one step: the next state, the step's metrics, and a record of its text.
+    """Run one step and return the next state, the step's metrics and a record of its text.
 
-    Raises hosts.Stopped after a SIGTERM, but only while the state given is whole: before the policy's update, which
-    donates it.
+    The input state is donated.  Raises hosts.Stopped after a SIGTERM, but only before the first donation, so
+    that the caller can still save the input state.
     """
     settings, step = components.settings, state.step + 1
 
@@ -51,7 +51,8 @@ def cooper_step(
             components, state.policy.params, batch, rollout_key, on_group=grader.add_group
         )
 
-    # 2. Reward.  The last verdicts arrive while the devices compute log-probabilities for point 3.
+    # 2. Reward.  The rule's workers finish while the devices compute log-probabilities for point 3.  The
+    # reward model scores before its update in point 5.
     scores = None
     if settings.reward.has_model:
         with phases.phase("score"):
@@ -63,11 +64,14 @@ def cooper_step(
         verdicts = grader.collect_verdicts()
     rewards = compute_rewards(name_rewards(settings.reward), scores, verdicts, completions)
 
-    # 3. GRPO.  Advantages first.  The assistant is asked (4) before the update, so that the two overlap.
     advantages, zero_variance_groups = policy_stages.compute_advantages(settings, rewards)
-    hosts.raise_if_stopping()  # the last time: the policy's update donates the state that a checkpoint would hold
+
+    # The last check for a SIGTERM in this step, since the policy's update below donates the input state.
+    hosts.raise_if_stopping()
+
+    # 4. Request negatives.  This comes before the policy's update, so that the assistant works during it.
     if settings.reward.updates_at_steps:
-        assert scores is not None  # this arm has a reward model, which has scored above
+        assert scores is not None  # only the rule arm has no scores, and it updates no reward model
         with phases.phase("pairs"):
             pending_pairs = reward_stages.propose_pairs(
                 components, batch, completions, verdicts, scores, step
@@ -75,12 +79,14 @@ def cooper_step(
             labelled_rows, replay = reward_stages.choose_labelled_rows(
                 components, batch, completions, verdicts, scores, step, state.replay
             )
+
+    # 3. GRPO.
     with phases.phase("policy"):
         policy, policy_metrics = policy_stages.update_policy(
             components, state.policy, policy_batch, advantages, step
         )
 
-    # 5. Update the reward model, where the arm does; elsewhere it stays as it is.
+    # 5. Update the reward model.  The other arms leave it unchanged and make no pairs.
     reward, reward_metrics = state.reward, Metrics()
     if settings.reward.updates_at_steps:
         with phases.phase("pairs"):
@@ -106,6 +112,7 @@ def cooper_step(
         refused=pair_result.refused,
     )
     metrics = {
+        # Problems consumed so far, and the same in epochs.
         "data/position": float(batch.positions.stop),
         "data/epoch": batch.positions.stop / len(components.train),
         "reward/zero_variance_groups": zero_variance_groups,

@@ -1,10 +1,10 @@
 """Metrics of a step's responses: rewards, verdicts, lengths, pairs, and the signal of reward hacking.
 
-The hacking signal compares the reward model with the rule verifier on *decidable* rows, those whose verdict is
-correct, wrong or no_answer.  A rising false-positive rate means that the policy has found responses that its reward
-model takes for correct and that are not.
+The hacking signal compares the reward model with the rule verifier on *decidable* rows, those whose verdict
+is correct, wrong or no_answer.  A rising false-positive rate means that the policy has found wrong responses
+that the reward model scores as correct.
 
-A share over no rows is NaN (null in metrics.jsonl).
+A share of an empty set of rows is NaN (null in metrics.jsonl).
 
     N  rows (responses), prompt-major
 """
@@ -19,11 +19,15 @@ import numpy as np
 from cooper_jax.trainer.samples import StepRecord
 from cooper_jax.types import Completion, Metrics, Pair, Problem, Verdict
 
-Oracle = Callable[[Problem, str], bool]
+Oracle = Callable[[Problem, str], bool]  # (problem, response text) -> correct
 
 
 def measure_step(record: StepRecord, scores: np.ndarray | None, oracle: Oracle | None) -> Metrics:
-    """All metrics below of one step.  scores: the reward model's, f32[N]; None in the rule arm."""
+    """Compute all metrics of a step's responses.
+
+    scores: the reward model's, f32[N], before the step's update; None in the rule arm.
+    """
+    # Rows are prompt-major, so row n belongs to problem n // G.
     group_size = len(record.completions) // len(record.problems)
     row_problems = [record.problems[n // group_size] for n in range(len(record.completions))]
     metrics = {
@@ -40,13 +44,15 @@ def measure_step(record: StepRecord, scores: np.ndarray | None, oracle: Oracle |
 
 
 def compute_share(hits: np.ndarray, among: np.ndarray) -> float:
-    """The share of rows `among` that are `hits`, both bool[N]; NaN when there are none."""
+    """The share of the rows in `among` that are also in `hits`, both bool[N]; NaN if `among` is empty."""
     return float((hits & among).sum() / among.sum()) if among.any() else float("nan")
 
 
 def measure_verdicts(verdicts: Sequence[Verdict]) -> Metrics:
-    """The share of rows with each verdict; that of the correct ones is `rule/accuracy`."""
+    """The share of rows with each verdict; the share of correct rows is called `rule/accuracy`."""
     counts, rows = Counter(verdicts), max(len(verdicts), 1)
+
+    # Abstentions count as not correct, so accuracy is a lower bound where the rule cannot decide.
     metrics = {f"rule/{v.value}": counts[v] / rows for v in Verdict if v is not Verdict.CORRECT}
     metrics["rule/accuracy"] = counts[Verdict.CORRECT] / rows
     metrics["rule/decidable"] = sum(counts[v] for v in Verdict if v.decidable) / rows
@@ -54,17 +60,19 @@ def measure_verdicts(verdicts: Sequence[Verdict]) -> Metrics:
 
 
 def measure_hacking(scores: np.ndarray, verdicts: Sequence[Verdict]) -> Metrics:
-    """The reward model (positive: a score above one half) against the rule, on decidable rows.
+    """Compare the reward model's scores with the rule's verdicts, on decidable rows.
 
-    scores: f32[N], sigmoid of the reward model's logits, before this step's update.
+    scores: f32[N], sigmoid of the reward model's logits, before this step's update.  A score above 1/2 is a
+      positive.
     """
-    decidable = np.array([v.decidable for v in verdicts])
+    decidable = np.array([v.decidable for v in verdicts])  # bool[N]
     correct = np.array([v is Verdict.CORRECT for v in verdicts])
     positive, wrong = scores > 0.5, decidable & ~correct
 
     def mean(rows: np.ndarray) -> float:
         return float(scores[rows].mean()) if rows.any() else float("nan")
 
+    # The rates are those of a confusion matrix in which the rule is the truth.
     return {
         "rm/false_positive_rate": compute_share(positive, wrong),
         "rm/false_negative_rate": compute_share(~positive, correct),
@@ -76,7 +84,7 @@ def measure_hacking(scores: np.ndarray, verdicts: Sequence[Verdict]) -> Metrics:
 
 
 def measure_responses(completions: Sequence[Completion]) -> Metrics:
-    """Lengths in sampled tokens, and the share of responses that hit the length limit."""
+    """Lengths in sampled tokens, and the share of responses that reached the length limit."""
     lengths = np.array([c.tokens for c in completions])
     return {
         "response/tokens_mean": float(lengths.mean()),
@@ -86,7 +94,7 @@ def measure_responses(completions: Sequence[Completion]) -> Metrics:
 
 
 def measure_pairs(pairs: Sequence[Pair | None], refused: Counter[str]) -> Metrics:
-    """Counts of the valid pairs among those asked for, and of the reasons for which others were refused."""
+    """Count the valid pairs among those requested, and the reasons for which the others were refused."""
     valid = sum(pair is not None for pair in pairs)
     metrics = {"pairs/valid": float(valid), "pairs/valid_share": valid / max(len(pairs), 1)}
     for reason, count in sorted(refused.items()):
@@ -97,14 +105,16 @@ def measure_pairs(pairs: Sequence[Pair | None], refused: Counter[str]) -> Metric
 def measure_oracle(
     oracle: Oracle | None, problems: Sequence[Problem], completions: Sequence[Completion]
 ) -> Metrics:
-    """Accuracy by exact truth, also by subject, where the problems have it (synthetic ones).
+    """Accuracy by exact truth, over all responses and by subject; empty if oracle is None.
 
-    problems: [N], each response's own.  The oracle measures and never trains.
+    problems: [N], the problem of each completion.
     """
     if oracle is None:
         return {}
-    correct = np.array([oracle(p, c.text) for p, c in zip(problems, completions, strict=True)])
+    correct = np.array([oracle(p, c.text) for p, c in zip(problems, completions, strict=True)])  # bool[N]
     subjects = np.array([p.subject for p in problems])
+
+    # Beside `rule/accuracy` this shows how often the rule itself errs.
     metrics = {"oracle/accuracy": float(correct.mean())}
     for subject in sorted({*subjects} - {""}):
         metrics[f"oracle/accuracy_{subject}"] = compute_share(correct, subjects == subject)

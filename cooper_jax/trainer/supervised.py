@@ -1,12 +1,12 @@
-"""Supervised phases before the first Cooper step: imitation for the policy, labelled triples for the reward model.
+"""Supervised phases before step 1: imitation for the policy, labelled triples for the reward model.
 
-1. `imitate_solutions`: a policy made from scratch must learn to answer at all.  `supervised.policy_steps`
-   updates raise the likelihood of worked solutions.
-2. `train_on_labels`: `supervised.reward_steps` updates of binary cross-entropy on triples (question, reference,
-   completion) with a label.  They are read from `supervised.reward_data`, or built from worked solutions: a
-   solution (1), a corruption of it (0), a solution beside another problem's reference (0).
+1. `imitate_solutions` makes `supervised.policy_steps` updates on the likelihood of worked solutions.  A
+   randomly initialised policy needs them to give any answer.
+2. `train_on_labels` makes `supervised.reward_steps` updates of binary cross-entropy on triples (question,
+   reference, completion) with a label.  They are read from `supervised.reward_data`, or built from worked
+   solutions: a solution (label 1), a corruption of it (0), a solution with another problem's reference (0).
 
-In the paper VerifyRM is trained on 58.7K annotated completions before RL: launch/train_rm.py.
+The paper trains VerifyRM on 58.7K annotated completions before RL; launch/train_rm.py does that.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ from cooper_jax.trainer.setup import encode_policy_prompt
 from cooper_jax.trainer.state import Components
 from cooper_jax.types import Params, Problem, TrainState, Triple
 
-REPORTS = 8  # progress lines of a phase, at most
-SYNTHETIC_POOL = 16384  # distinct synthetic problems that a phase draws from, at most
+# The number of progress lines of a phase, at most.
+REPORTS = 8
+
+# The number of distinct synthetic problems of a phase, at most.  Longer phases repeat them in another order.
+SYNTHETIC_POOL = 16384
 
 Item = TypeVar("Item")
 
 
 def imitate_solutions(components: Components, params: Params) -> Params:
-    """The policy's parameters after updates on the likelihood of worked solutions, their EOS included.
+    """Train the policy on the likelihood of worked solutions, the EOS included; return its parameters.
 
-    Raises SetupError where the problems have no worked solutions or no update was finite, hosts.Stopped after a
+    Raises SetupError if the problems have no worked solutions or no update was finite, hosts.Stopped after a
     SIGTERM.
     """
     settings, model, layout = components.settings, components.policy.model, components.layout
@@ -64,15 +67,16 @@ def imitate_solutions(components: Components, params: Params) -> Params:
         ):
             text = problem.solution
             if components.oracle is not None:
-                # Synthetic problems: demonstrations that are sometimes wrong, so that there is something to learn.
+                # Some synthetic demonstrations are wrong, so that RL has something to improve.
                 rng = keys.make_generator(settings.seed, "demonstrations", position)
                 text, _ = synthetic.make_demonstration(
                     problem, rng, corrupt=section.policy_corrupt, habit=section.policy_habit
                 )
+
             prompt_rows.append(encode_policy_prompt(settings.data, model.tokenizer, problem))
             responses.append([*model.tokenizer.encode(text), model.tokenizer.eos_ids[0]])
 
-        # Prompts end, and responses begin, at one column.
+        # Prompts are left-padded and responses right-padded: all responses start at the same column.
         options = dict(bucket=settings.data.bucket, rows_multiple=layout.batch_shards)
         left, left_valid = packing.pad_tokens(prompt_rows, left=True, **options)
         right, right_valid = packing.pad_tokens(responses, left=False, **options)
@@ -85,32 +89,37 @@ def imitate_solutions(components: Components, params: Params) -> Params:
 
 
 def train_on_labels(components: Components, params: Params) -> Params:
-    """The reward model's parameters after updates of binary cross-entropy on labelled triples.
+    """Train the reward model with binary cross-entropy on labelled triples; return its parameters.
 
-    This is VerifyRM's training objective (arXiv 2508.05613).  Raises SetupError where there are no triples or no
+    This is VerifyRM's training objective (arXiv 2508.05613).  Raises SetupError if there are no triples or no
     update was finite, hosts.Stopped after a SIGTERM.
     """
     settings, reward = components.settings, components.reward_bundle
     section, layout = settings.supervised, reward.layout
+
+    # The triples.  References are never truncated in the model's input, so their lengths are checked here.
     if section.reward_data:
         with setup_errors(f"supervised.reward_data={section.reward_data}"):
             triples = labelled_completions.load_labelled_completions(section.reward_data)
             references = {t.reference for t in triples}
             prompts.check_references(reward.model.tokenizer, references, settings.reward.max_tokens)
-        draw = _draw_from_file(triples, settings.seed)
+        draw_triples = _draw_from_file(triples, settings.seed)
     else:
         problems = _problems_with_solutions(
             components, "supervised_reward", section.reward_steps * section.reward_batch
         )
-        draw = _draw_from_solutions(components, problems)
+        draw_triples = _draw_from_solutions(components, problems)
+
     optimiser = optim.make_optimiser(settings.labels_optimiser)
     update = verifier_model.make_bce_update(reward.model.config, settings.reward_update, optimiser, layout)
 
     def make_batch(step: int) -> tuple[Any, ...]:
-        triples = draw(step, section.reward_batch)
+        triples = draw_triples(step, section.reward_batch)
         rows = [
             encode_reward_input(components, Problem(t.question, t.reference), t.completion) for t in triples
         ]
+
+        # Packing may add padding rows; their weight is 0.
         inputs = pack_reward_inputs(components, rows)
         count = inputs.tokens.shape[0]
         labels = packing.pad_rows(np.array([t.label for t in triples], np.float32), count)
@@ -124,23 +133,27 @@ def train_on_labels(components: Components, params: Params) -> Params:
 def _run_phase(
     name: str, steps: int, state: TrainState, update: Callable[[TrainState, int], tuple]
 ) -> Params:
-    """Make `steps` updates with some progress lines; the optimiser of the phase is not kept."""
+    """Make `steps` updates and print progress; return the parameters and drop the optimiser's state."""
     for step in range(steps):
         hosts.raise_if_stopping()
         state, metrics = update(state, step)
+
+        # Metrics are fetched for progress lines alone: fetching waits for the devices.
         if (step + 1) % max(1, steps // REPORTS) == 0:
             values = to_host({n: v for n, v in metrics.items() if n in ("loss", "accuracy")})
-            shown = "  ".join(f"{n} {v:.3f}" for n, v in values.items())
-            hosts.print_once(f"supervised training of the {name} model: step {step + 1}/{steps}  {shown}")
+            formatted = "  ".join(f"{n} {v:.3f}" for n, v in values.items())
+            hosts.print_once(f"supervised training of the {name} model: step {step + 1}/{steps}  {formatted}")
 
+    # A few skipped updates do no harm.  If all were skipped, the model is as it was.
     if skipped := int(state.skipped):
         if skipped == steps:
             raise SetupError(
-                f"supervised training of the {name} model: loss or gradients were not finite in any of {steps} "
-                f"updates: lower --config.supervised.{name}_optimiser.lr, or look at the initial weights"
+                f"supervised training of the {name} model: loss or gradients were not finite in any of {steps}"
+                f" updates: lower --config.supervised.{name}_optimiser.lr, or check the initial weights"
             )
         hosts.print_once(
-            f"supervised training of the {name} model: {skipped} of {steps} updates left out as not finite"
+            f"supervised training of the {name} model: {skipped} of {steps} updates were skipped, "
+            "since loss or gradients were not finite"
         )
     return state.params
 
@@ -151,27 +164,33 @@ def _run_phase(
 def _draw_items(
     items: Sequence[Item], step: int, count: int, seed: int, stream: str
 ) -> list[tuple[int, Item]]:
-    """The step's items with their places in the phase's own order."""
+    """Take the `count` items of a step from the phase's own shuffled order, with their positions in it."""
     positions = range(step * count, (step + 1) * count)
     return [(p, items[problem_sets.problem_at(p, len(items), seed, stream)]) for p in positions]
 
 
-def _problems_with_solutions(components: Components, split: str, wanted: int) -> list[Problem]:
-    """Problems of a phase that have a worked solution: of a synthetic split, or of the training data."""
+def _problems_with_solutions(components: Components, split: str, count: int) -> list[Problem]:
+    """Collect a phase's problems with worked solutions: up to `count` synthetic ones, or the training data's.
+
+    Raises SetupError if fewer than two training problems have a solution.
+    """
+    # Synthetic problems have a split for each phase, so RL starts on problems that neither model has seen.
     if components.oracle is not None:
-        return synthetic.make_problems(components.settings.seed, min(wanted, SYNTHETIC_POOL), split)
-    found = [p for p in components.train if p.solution]
-    if len(found) < 2:
+        return synthetic.make_problems(components.settings.seed, min(count, SYNTHETIC_POOL), split)
+
+    problems = [p for p in components.train if p.solution]
+    if len(problems) < 2:
         raise SetupError(
             "the section `supervised` needs problems with worked solutions, and "
-            f"data.train={components.settings.data.train} has {len(found)}: set --config.data.solution_key or "
-            "--config.supervised.reward_data, or set supervised.policy_steps and supervised.reward_steps to 0"
+            f"data.train={components.settings.data.train} has {len(problems)}: set "
+            "--config.data.solution_key or --config.supervised.reward_data, or set supervised.policy_steps "
+            "and supervised.reward_steps to 0"
         )
-    return found
+    return problems
 
 
 def _draw_from_file(triples: Sequence[Triple], seed: int) -> Callable[[int, int], list[Triple]]:
-    """The function (step, count) -> triples of a file."""
+    """A function (step, count) -> triples of a file."""
     return lambda step, count: [
         triple for _, triple in _draw_items(triples, step, count, seed, "supervised_reward")
     ]
@@ -180,11 +199,11 @@ def _draw_from_file(triples: Sequence[Triple], seed: int) -> Callable[[int, int]
 def _draw_from_solutions(
     components: Components, problems: Sequence[Problem]
 ) -> Callable[[int, int], list[Triple]]:
-    """The function (step, count) -> triples built from worked solutions, right and wrong side by side.
+    """A function (step, count) -> triples built from worked solutions, correct and wrong ones alternating.
 
-    Each right triple, a solution, is followed by a corruption of it or, every third time, by the same solution
-    beside another problem's reference.  What the two share cancels in the gradient, so that the model learns first
-    the little that decides.
+    Each correct triple is a solution.  It is followed by a corruption of the solution or, every third time,
+    by the same solution with another problem's reference.  The tokens that the two share cancel in the
+    gradient, so the model first learns the few that differ.
     """
     seed = components.settings.seed
     references = list(dict.fromkeys(p.reference for p in problems))
@@ -193,8 +212,10 @@ def _draw_from_solutions(
             "supervised.reward_steps: all problems have one reference answer; set supervised.reward_data"
         )
 
-    def make_two(position: int, problem: Problem) -> list[Triple]:
+    def make_correct_and_wrong(position: int, problem: Problem) -> list[Triple]:
         rng = keys.make_generator(seed, "triples", position)
+
+        # Synthetic problems have a generator of their own, which also adds the habit.
         if components.oracle is not None:
             habit = components.settings.supervised.reward_habit
             return [
@@ -202,19 +223,22 @@ def _draw_from_solutions(
                 for right in (True, False)
             ]
 
-        wrong = corrupt_answer(problem.solution, rng)
-        good = Triple(problem.question, problem.reference, problem.solution, 1.0)
-        if wrong is not None and position % 3 != 2:
-            return [good, dataclasses.replace(good, completion=wrong, label=0.0)]
+        # None if the solution has no answer that can be corrupted.
+        corrupted = corrupt_answer(problem.solution, rng)
+        correct = Triple(problem.question, problem.reference, problem.solution, 1.0)
+        if corrupted is not None and position % 3 != 2:
+            return [correct, dataclasses.replace(correct, completion=corrupted, label=0.0)]
+
+        # References are distinct: if the problem's own is drawn, its neighbour in the list is another one.
         other = references[int(rng.integers(len(references)))]
-        if other == problem.reference:  # references are distinct, so the neighbour is another
+        if other == problem.reference:
             other = references[references.index(other) - 1]
-        return [good, dataclasses.replace(good, reference=other, label=0.0)]
+        return [correct, dataclasses.replace(correct, reference=other, label=0.0)]
 
     def draw(step: int, count: int) -> list[Triple]:
         triples = []
         for position, problem in _draw_items(problems, step, count // 2, seed, "supervised_reward"):
-            triples += make_two(position, problem)
+            triples += make_correct_and_wrong(position, problem)
         return triples
 
     return draw

@@ -1,10 +1,10 @@
 """The training loop: Cooper steps (step.py), evaluation, logs and checkpoints.
 
 1. The run directory is opened, the components are built, and the run starts at step 0 or resumes (resume.py).
-2. After each step: the evaluation where it is due, a row of metrics.jsonl, and a checkpoint where it is due.
-3. A SIGTERM, which a machine gets before it is taken away, makes `hosts.raise_if_stopping` raise hosts.Stopped
-   within a step or an evaluation, on all hosts at the same call.  Only `train` catches it: it saves the last whole
-   step.
+2. After each step the loop evaluates (every `eval.every` steps), appends a row to metrics.jsonl, and saves a
+   checkpoint (every `checkpoint.every` steps).
+3. A preempted machine gets a SIGTERM.  `hosts.raise_if_stopping` then raises hosts.Stopped within a step or
+   an evaluation, on all hosts at the same call.  Only `train` catches it, and saves the last complete step.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ from cooper_jax.types import Metrics
 
 
 def train(cfg: ConfigDict) -> None:
-    """Run `cfg.steps` Cooper steps, or those that are left after the newest checkpoint in the run directory.
+    """Run `cfg.steps` Cooper steps; resume after the newest checkpoint in the run directory if there is one.
 
-    Raises SetupError for settings and files that cannot be used, and hosts.Stopped after a SIGTERM, when a
-    checkpoint of the last whole step is complete.
+    Raises SetupError for settings and files that cannot be used.  Raises hosts.Stopped after a SIGTERM, once
+    the checkpoint of the last complete step is written.
     """
-    settings = read_settings(cfg)  # now, before the run directory is made
+    # Settings are checked first: a faulty config must leave no run directory behind.
+    settings = read_settings(cfg)
     with setup_errors("run_dir"):
         path = run_path(cfg)
+
+    # The stack closes its parts in reverse order; the run directory's lock is released last.
     with contextlib.ExitStack() as stack:
         with setup_errors("run_dir"):
             check_shared(path)
@@ -54,18 +57,21 @@ def train(cfg: ConfigDict) -> None:
         try:
             state = start_or_resume(components, state, run, checkpoints)
             if state.step >= settings.steps:
-                hosts.print_once(f"{path} holds {state.step} steps already; raise --config.steps to go on")
+                hosts.print_once(
+                    f"{path} has {state.step} complete steps already; raise --config.steps to continue"
+                )
                 return
+
             progress = stack.enter_context(
                 contextlib.closing(Progress(settings.steps, state.step, quiet=not hosts.is_primary()))
             )
             while state.step < settings.steps:
                 hosts.raise_if_stopping()
-                started = time.perf_counter()
+                start_time = time.perf_counter()
                 state, metrics, record = cooper_step(components, state, phases)
-                metrics |= measure_speed(record, time.perf_counter() - started)
+                metrics |= measure_speed(record, time.perf_counter() - start_time)
 
-                # The step is whole, so it is logged even where a SIGTERM ends its evaluation.
+                # The step is complete and will be saved: it is logged even if a SIGTERM ends the evaluation.
                 try:
                     if settings.eval.every and state.step % settings.eval.every == 0:
                         with phases.phase("eval"):
@@ -74,40 +80,49 @@ def train(cfg: ConfigDict) -> None:
                     log_step(settings.log, run, state.step, metrics | phases.collect(), record)
                     progress.update(state.step, metrics)
 
+                # The loop waits only for a copy of the arrays; they are written in the background.
                 if state.step % settings.checkpoint.every == 0 or state.step == settings.steps:
-                    # The pause is short: arrays are copied here and written in the background.
                     with setup_errors("checkpoint"), phases.phase("checkpoint"):
                         save_checkpoint(components, state, run, checkpoints)
         except hosts.Stopped:
             save_last_step(components, state, run, checkpoints)
             raise
+
+        # The last checkpoint may still be in the background; a failed write must end the run with an error.
         with setup_errors("checkpoint"):
             checkpoints.wait()
     hosts.print_once(
-        f"{path}: {settings.steps} steps done; metrics.jsonl, samples.jsonl and checkpoints/ are there"
+        f"{path}: {settings.steps} steps complete; see metrics.jsonl, samples.jsonl and checkpoints/ in it"
     )
 
 
 def measure_speed(record: StepRecord, seconds: float) -> Metrics:
-    """The seconds of a step, and its sampled tokens per second of the whole step."""
-    sampled = sum(c.tokens for c in record.completions)
-    return {"time/step": seconds, "time/tokens_per_second": sampled / seconds}
+    """The wall-clock seconds of a step, and its sampled tokens per second.
+
+    The time includes all phases of the step, not only the sampling.
+    """
+    sampled_tokens = sum(c.tokens for c in record.completions)
+    return {"time/step": seconds, "time/tokens_per_second": sampled_tokens / seconds}
 
 
 def log_step(settings: LogConfig, run: RunDirectory, step: int, metrics: Metrics, record: StepRecord) -> None:
-    """Append a step to metrics.jsonl, and where it is due to samples.jsonl."""
+    """Append a step's metrics to metrics.jsonl and, every `samples_every` steps, samples to samples.jsonl."""
     with setup_errors("run_dir"):
         run.log(step, metrics)
+
+        # Step 1 is always dumped: a wrong template or prompt shows in it at once.
         if settings.samples_every and (step % settings.samples_every == 0 or step == 1):
             run.dump_samples(step, select_samples(record, settings.samples))
 
 
 def save_last_step(components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints) -> None:
-    """Save the last whole step of a run that a SIGTERM ends, and wait until it is written."""
+    """Save the last complete step of a run that a SIGTERM ends, and wait until it is written."""
     with setup_errors("checkpoint"):
-        checkpoints.wait()  # one may be under way
+        checkpoints.wait()  # an earlier save may be running in the background
+
+        # Before step 0 is saved, the state may be in the middle of a supervised phase.
         if not checkpoints.steps():
-            hosts.print_once("stopped by a signal before step 0 was saved; the same command begins again")
+            hosts.print_once("stopped by a signal before step 0 was saved; the same command starts again")
             return
         if state.step not in checkpoints.steps():
             save_checkpoint(components, state, run, checkpoints)
@@ -116,11 +131,11 @@ def save_last_step(components: Components, state: State, run: RunDirectory, chec
 
 
 def describe_run(components: Components) -> str:
-    """One line about the run that starts: arm, policy, data, mesh, kernels."""
+    """One line that describes a run: its arm, policy, data, mesh and kernels."""
     settings, layout = components.settings, components.layout
     config = components.policy.model.config
 
-    # The policy's mesh, and those of models that have devices of their own.
+    # The policy's mesh, then the meshes of models with their own devices.
     mesh = _describe_mesh(layout)
     own_layouts = {"reference": components.policy.reference_layout}
     if components.reward is not None:
@@ -131,6 +146,7 @@ def describe_run(components: Components) -> str:
     if jax.process_count() > 1:
         mesh += f" on {jax.process_count()} hosts"
 
+    # Dropped prompts and a missing evaluation are easy to overlook in a config, so the line names them.
     dropped_train, dropped_held_out = components.dropped
     limit = settings.data.max_prompt_tokens
     problems = _describe_problems(len(components.train), "problems", dropped_train, limit)
@@ -140,11 +156,13 @@ def describe_run(components: Components) -> str:
     elif not components.held_out:
         held_out = "no evaluation (give --config.data.eval=FILE or --config.data.eval_from_train=N)"
 
+    # `auto` is resolved as the rollout engine resolves it.
     kernels = settings.rollout.kernels
     if kernels == "auto":
         kernels = engine.choose_kernels(config, layout)
     return (
-        f"{settings.name}: arm {settings.reward.arm}, {config.family} of {config.layers} layers x {config.width}, "
+        f"{settings.name}: arm {settings.reward.arm}, "
+        f"{config.family} of {config.layers} layers x {config.width}, "
         f"{problems}, {held_out}, "
         f"{settings.data.prompts_per_step} x {settings.rollout.group_size} responses a step, "
         f"mesh {mesh}, kernels {kernels}"
