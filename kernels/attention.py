@@ -1,12 +1,12 @@
 """Causal attention over right-padded rows (training, scoring, prefill), by platform.
 
-`implementation` is chosen when the function is traced, by `jax.default_backend()` unless it is given:
+`implementation` is chosen when the function is traced; None selects the default of `jax.default_backend()`:
 
     xla                any platform: blocks of queries, each against the keys up to its own end and recomputed
-                       in the backward pass; saves nearly half of the [S, S] scores and half the memory
+                       in the backward pass.  Skips nearly half of the [S, S] scores and halves the memory
     cudnn              GPU, float16 and bfloat16, head_dim a multiple of 8 up to 128: flash attention
     splash             TPU: jax's own Pallas flash kernel, with grouped queries
-    splash_interpret   the same, interpreted: for tests on the CPU
+    splash_interpret   splash, interpreted: for tests on the CPU
 
 The compiler does not partition kernels: on a mesh, call `causal_attention` under `jax.shard_map`, one shard
 of rows and heads each.
@@ -24,18 +24,20 @@ import jax.numpy as jnp
 
 from cooper_jax.kernels import reference
 
-# Most blocks of queries in the xla implementation, and the fewest queries of one.  They are unrolled, not
-# scanned: a scan would hold one block's scores where XLA:CPU now holds several, but all its steps would need
-# keys of one length, which computes the upper triangle too.
+# The xla implementation uses at most BLOCKS blocks of at least QUERY_BLOCK queries.  They are unrolled, not
+# scanned.  A scan would hold the scores of one block, where XLA:CPU now holds those of several; but all steps
+# of a scan need keys of the same length, so it would also compute the upper triangle.
 BLOCKS, QUERY_BLOCK = 8, 64
 LANES = 128  # a TPU vector register's width; splash needs token counts in multiples of it
 
 
 def default_implementation(dtype: jnp.dtype, head_dim: int, platform: str | None = None) -> str:
-    """Return what runs on a platform (None: the default backend's): "xla", "cudnn" or "splash"."""
+    """Return a platform's implementation: "xla", "cudnn" or "splash".  platform None: the default backend."""
     platform = jax.default_backend() if platform is None else platform
     if platform == "tpu":
         return "splash"
+
+    # cuDNN's flash attention has neither a float32 version nor larger heads.
     fits_cudnn = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
     return "cudnn" if platform in ("gpu", "cuda") and fits_cudnn else "xla"
 
@@ -49,13 +51,13 @@ def causal_attention(
 ) -> jax.Array:
     """Compute softmax(q k^T / sqrt(h)) v with a causal mask -> [N, S, H, h].
 
-    Rows must be right-padded; outputs at padding are finite and mean nothing.  Raises ValueError for an
+    Rows must be right-padded; outputs at padding are finite but meaningless.  Raises ValueError for an
     unknown implementation.
     """
-    chosen = implementation or default_implementation(q.dtype, q.shape[-1])
-    if chosen not in _IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {chosen!r} is none of {', '.join(_IMPLEMENTATIONS)}")
-    return _IMPLEMENTATIONS[chosen](q, k, v)
+    name = implementation or default_implementation(q.dtype, q.shape[-1])
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {name!r} is none of {', '.join(_IMPLEMENTATIONS)}")
+    return _IMPLEMENTATIONS[name](q, k, v)
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -63,27 +65,34 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Run the reference a block of queries at a time."""
+    """Run the reference on one block of queries at a time."""
     tokens = q.shape[1]
-    size = max(QUERY_BLOCK, -(-tokens // BLOCKS))
-    if tokens <= size:
+    block_size = max(QUERY_BLOCK, -(-tokens // BLOCKS))
+    if tokens <= block_size:
         return reference.reference_attention(q, k, v)
-    out = []
-    for first in range(0, tokens, size):
-        end = min(first + size, tokens)
-        block = jax.checkpoint(functools.partial(reference.reference_attention, first=first))
-        out.append(block(q[:, first:end], k[:, :end], v[:, :end]))
-    return jnp.concatenate(out, axis=1)
+
+    outputs = []
+    for first in range(0, tokens, block_size):
+        end = min(first + block_size, tokens)
+        # The backward pass recomputes the block's scores instead of keeping them.
+        attend = jax.checkpoint(functools.partial(reference.reference_attention, first=first))
+        # No query of the block sees a key behind `end`.
+        outputs.append(attend(q[:, first:end], k[:, :end], v[:, :end]))
+    return jnp.concatenate(outputs, axis=1)
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
     """Run jax's splash attention.  Rows are right-padded to whole lanes, which the causal mask hides."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # pulls in Pallas: TPU only
+    # Imported here because it imports Pallas, which is slow and of no use on other platforms.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+    # Splash wants heads before tokens, and does not scale the scores itself.
     _, tokens, heads, h = q.shape
     padded = -(-tokens // LANES) * LANES
     padding = ((0, 0), (0, 0), (0, padded - tokens), (0, 0))
     q, k, v = (jnp.pad(x.swapaxes(1, 2), padding) for x in (q * h**-0.5, k, v))  # [N, heads, S', h]
+
+    # One block size for the forward pass and for the fused backward pass: the largest that divides S'.
     block = next(b for b in (512, 384, 256, 128) if padded % b == 0)
     sizes = splash.BlockSizes(
         block_q=block,
@@ -101,6 +110,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -
         q_seq_shards=1,
         interpret=interpret,
     )
+    # The kernel takes one row.
     return jax.vmap(kernel)(q, k, v)[:, :, :tokens].swapaxes(1, 2)
 
 

@@ -1,16 +1,17 @@
-"""Decode attention: one query per row, over prompt keys that rows share and a suffix of each row's own.
+"""Decode attention: one query per row, over the keys of a shared prompt and of the row's own suffix.
 
     o = (sum_p e^(z_p - m) v_p + sum_s e^(z_s - m) v_s) / (sum_p e^(z_p - m) + sum_s e^(z_s - m))
     z = q k / sqrt(h)    m = max z    p prompt keys    s suffix keys
 
-1. `make_schedule` (schedule.py), once while rows keep their prompts: rows of one prompt are put side by side
-   in tiles, so that a tile reads its prompt's keys once.
-2. `decode_attention`, for every token and layer: takes the stacked caches whole and the layer as an index, so
-   that no layer is ever copied out.
+1. `make_schedule` (schedule.py) runs once, and again when rows change their prompts.  It puts rows of one
+   prompt side by side in tiles, so that a tile reads its prompt's keys once.
+2. `decode_attention` runs for every token and layer.  It takes the stacked caches whole and the layer as an
+   index, so that no layer is ever copied out.
 
-Backends: xla here, tpu and triton in the files of that name.  Those two read packed caches (see kv.py), and
-of them only what lies within a prompt's length and between `first` and `last`: to the column on GPUs, to
-whole tiles of 8 columns on TPUs (in int8 of 128), whose entries must all be finite.
+Backends: xla in this file, tpu and triton in decode_attention_tpu.py and decode_attention_triton.py.  The two
+kernels need packed caches (kv.py).  They read only the columns within a prompt's length and from `first` to
+`last`: exactly these columns on GPUs; on TPUs whole tiles of 8 columns (of 128 in int8), whose entries must
+all be finite.
 
 The compiler does not partition kernels: on a mesh, call both functions under `jax.shard_map`.
 
@@ -54,24 +55,27 @@ def decode_attention(
 ) -> jax.Array:
     """Attend from each row's query to its prompt and its suffix columns `first` to `last` -> [N, H, h].
 
-    A row that has neither gets zeros.  The xla backend reads all columns, the others only those that they
-    need.  Raises ValueError for shapes or cache formats that the implementation cannot read.
+    A row with neither prompt nor suffix columns gets zeros.  The xla backend reads all columns, the others
+    only those that count.  Raises ValueError for shapes or cache formats that the implementation cannot read.
     """
     backend, interpret = platform.resolve_implementation(implementation)
     if backend != "xla" and not (prompt.packed and suffix.packed):
-        raise ValueError(f"the {backend} kernel reads packed caches only; these hold keys and values apart")
+        raise ValueError(
+            f"the {backend} kernel reads packed caches only; these have separate arrays of keys and values"
+        )
     attend = _BACKENDS[backend]
     return attend(q, prompt, suffix, schedule, first, last, layer, interpret=interpret)
 
 
+# The kernels are imported when they are called: Pallas is slow to import, and the CPU does not need it.
 def _tpu(*arguments: Any, interpret: bool) -> jax.Array:
-    from cooper_jax.kernels import decode_attention_tpu  # here: Pallas is slow to import
+    from cooper_jax.kernels import decode_attention_tpu
 
     return decode_attention_tpu.decode_attention(*arguments, interpret=interpret)
 
 
 def _triton(*arguments: Any, interpret: bool) -> jax.Array:
-    from cooper_jax.kernels import decode_attention_triton  # here: Pallas is slow to import
+    from cooper_jax.kernels import decode_attention_triton
 
     return decode_attention_triton.decode_attention(*arguments, interpret=interpret)
 
@@ -89,35 +93,43 @@ def _xla(
 ) -> jax.Array:
     """Attend in plain jnp.
 
-    The prompt part multiplies all queries that share a prompt with one copy of its keys, the suffix part each
-    row's own; both exponentials are relative to the larger of the two maxima, so their sums add.
+    The prompt part multiplies all queries of a prompt's samples with one copy of its keys; the suffix part
+    multiplies each row's queries with the row's own keys.  The exponentials of both parts are relative to the
+    larger of the two maxima, so their sums can be added.
     """
     n, heads, h = q.shape
+
+    # The caches of this layer alone: k and v [B, K, P, h] of prompts, [N, K, W, h] of suffixes.
     prompt, suffix = (
         jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
         for cache in (prompt, suffix)
     )
+
+    # Rows in any order get a copy of their prompt's keys each; prompt-major rows share them by a reshape.
     if schedule.samples is not None:
         lengths, samples = schedule.lengths, schedule.samples
-    else:  # a copy of its prompt for every row
+    else:
         lengths, samples = prompt_lengths(schedule.prompt_of, schedule.lengths), 1
         prompt = jax.tree.map(lambda x: x[jnp.maximum(schedule.prompt_of, 0)], prompt)
+
     (k_prompt, v_prompt), (k_suffix, v_suffix) = _split_kv(prompt, q.dtype), _split_kv(suffix, q.dtype)
     kv_heads = k_suffix.shape[1]
     queries = q.reshape(n, kv_heads, heads // kv_heads, h)
 
-    # Scores, -inf where a key does not count.
+    # Scores of the prompt keys f32[B, K, G * g, P]: -inf at padding.
     z_prompt = _scores(_by_prompt(queries, samples), k_prompt)
     z_prompt = _apply_scales(z_prompt * h**-0.5, prompt, 0)
     real = jnp.arange(z_prompt.shape[-1])[None, :] < lengths[:, None]  # bool[B, P]
     z_prompt = jnp.where(real[:, None, None, :], z_prompt, -jnp.inf)
+
+    # Scores of the suffix keys f32[N, K, g, W]: -inf outside the row's columns.
     z_suffix = _scores(queries, k_suffix)
     z_suffix = _apply_scales(z_suffix * h**-0.5, suffix, 0)
     column = jnp.arange(z_suffix.shape[-1])[None, :]
     own = (column >= first[:, None]) & (column <= last)  # bool[N, W]
     z_suffix = jnp.where(own[:, None, None, :], z_suffix, -jnp.inf)
 
-    # One softmax over both parts.
+    # One softmax over both parts.  LOWEST keeps a row without any key finite.
     m_prompt = _by_row(z_prompt.max(-1, keepdims=True), samples)
     m = jnp.maximum(m_prompt, z_suffix.max(-1, keepdims=True))  # f32[N, K, g, 1]
     m = jnp.maximum(m, LOWEST)
@@ -125,6 +137,7 @@ def _xla(
     p_suffix = jnp.exp(z_suffix - m)
     l = _by_row(p_prompt.sum(-1, keepdims=True), samples) + p_suffix.sum(-1, keepdims=True)
 
+    # The weighted values.  int8's value scales multiply the probabilities: P or W numbers instead of P * h.
     p_prompt = _apply_scales(p_prompt, prompt, 1).astype(v_prompt.dtype)
     p_suffix = _apply_scales(p_suffix, suffix, 1).astype(v_suffix.dtype)
     acc_prompt = jnp.einsum("bkmp,bkph->bkmh", p_prompt, v_prompt, preferred_element_type=jnp.float32)
@@ -139,8 +152,9 @@ _BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "tpu": _tpu, "tri
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Multiply q [N, K, J, h] with k [N, K, W, h] -> f32[N, K, J, W].
 
-    XLA:CPU packs the right side of a product, here the keys: at 256 of them and two queries that is six times
-    the work (one core: 1,484 us as written, 244 query by query, 316 with the keys on the left).
+    XLA:CPU packs the right operand of a product into blocks, which costs more than a product of few queries.
+    With 256 keys, 2 queries and one core, the plain form (keys on the right) takes 1,484 us, one query at a
+    time 244 us, and the keys on the left 316 us.
     """
     queries, f32 = q.shape[2], jnp.float32
     if queries <= 2:
@@ -152,13 +166,13 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _split_kv(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Return k and v [.., h] as they are multiplied: int8 in `dtype`, without its scales."""
+    """Return k and v [.., h] in the dtype of their products: int8 in `dtype`, with scales not applied."""
     k, v = jnp.split(kv.data[0], 2, axis=-1) if kv.packed else kv.data
     return (k.astype(dtype), v.astype(dtype)) if kv.scales else (k, v)
 
 
 def _apply_scales(x: jax.Array, kv: KV, which: int) -> jax.Array:
-    """Multiply x [.., K, J, W] with the scales [.., K, W] of k (which = 0) or v (1)."""
+    """Multiply x [.., K, J, W] with the scales [.., K, W] of k (which = 0) or of v (which = 1)."""
     return x * kv.scales[which][..., None, :] if kv.scales else x
 
 

@@ -3,17 +3,20 @@
     grid (2, Y / 2)   one tile per step: its R rows read one prompt.  The two cores of a chip alternate tiles.
     q, out            (K, R, g', w) VMEM, pipelined.  g' = g rounded up to 8 sublanes
     prompt blocks     (2, K, C, 2 h) VMEM: [layer, prompt, :, C columns] in one copy for all rows of the tile
-    suffix blocks     (2, K, R, C, 2 h) VMEM: [layer, row, :, C columns], a copy for each row that has any
+    suffix blocks     (2, K, R, C, 2 h) VMEM: [layer, row, :, C columns], one copy per row with such columns
     scales            (2, .., K, C) f32 VMEM, in int8
     m, l, acc         (K, J, 128 or w) f32 VMEM: max z, sum e^(z - m) and sum e^(z - m) v so far; J = R * g'
 
-While a block is processed the next one arrives, and during a tile's last blocks the next tile's first ones:
-copies never wait for a grid step.  Suffix blocks are counted back from `last`.  What no row needs is not
-copied: prompts up to their length, suffixes from `first` to `last`, to whole tiles of 8 columns (in int8 of
-128, the lanes of their scales); the rest of a block holds older data, and its probabilities are 0.
+While one block is processed, the next is copied; while a tile's last block is processed, the first block of
+the next tile is copied.  So copies never wait for a grid step.  Suffix blocks are counted back from `last`.
 
-At head_dim 64 a token's [k | v] fills the 128 lanes: with zeros beside q, [q | 0] . [k | v] = q . k, and p @
-[k | v] holds o in its second half; nothing is sliced.  At multiples of 128 the halves are whole registers.
+Only columns that count are copied: a prompt up to its length, a suffix from `first` to `last`, both extended
+to whole tiles of 8 columns (of 128 in int8, whose scales lie along the lanes).  The rest of a buffer contains
+older data, which gets probability 0.
+
+At head_dim 64 a token's [k | v] fills the 128 lanes.  With zeros beside q, [q | 0] . [k | v] = q . k, and the
+second half of p @ [k | v] is the output, so nothing is sliced.  At multiples of 128 the halves of [k | v] are
+whole registers.
 
 Y tiles   R rows of a tile   J queries of a tile (R * g')   K key/value heads   g queries for each
 h head_dim   w width of q   C columns of a block   L layers
@@ -23,7 +26,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +36,16 @@ from jax.experimental.pallas import tpu as pltpu
 from cooper_jax.kernels.kv import KV
 from cooper_jax.kernels.schedule import LOWEST, Schedule
 
+# The hardware: registers of SUBLANES x LANES, and the cores of a chip that share a grid.
 LANES = 128
 SUBLANES = 8
-BLOCK = 128
 CORES = 2
+# Sizes that were chosen.
+BLOCK = 128  # C, at most
 CHAINS = 16  # (row, head) pairs processed together: enough that no product waits for another's softmax
-BUFFERS = 24 * 2**20  # bytes of the suffix blocks, the arriving ones included
+BUFFERS = 24 * 2**20  # bytes of both buffers of suffix blocks
 VMEM = 60 * 2**20  # of 64 MiB on v5p
+
 NO_COLUMN = 2**30  # the first column of a row without suffix columns
 
 Refs = tuple[jax.Ref, ...]  # a cache's data, followed in int8 by the scales of k and of v
@@ -57,55 +63,32 @@ def decode_attention(
     block: int = BLOCK,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-    """Attend as decode_attention.decode_attention does."""
+    """Attend as decode_attention.decode_attention does, reading packed caches through a Pallas kernel.
+
+    Raises ValueError for a head_dim that does not fill the lanes and for caches of partial tiles.
+    """
     n, heads, h = q.shape
-    kv_heads, _, both = suffix.data[0].shape[2:]
+    kv_heads, _, kv_width = suffix.data[0].shape[2:]  # kv_width: 2 h
     tiles, rows = schedule.rows.shape
     group = heads // kv_heads
     padded = -(-group // SUBLANES) * SUBLANES  # g'
     joined = h % LANES != 0  # k and v share a register
-    width = both if joined else h  # w
-    if both % LANES:
+    width = kv_width if joined else h  # w
+    if kv_width % LANES:
         raise ValueError(
             f"head_dim {h}: keys and values side by side must fill lanes of {LANES}: a multiple of 64"
         )
     blocks = Blocks(_block_columns(prompt, block, 1, "prompt"), _block_columns(suffix, block, rows, "suffix"))
+    scalars = _make_scalars(suffix, schedule, first, last, layer, blocks.suffix)
 
-    def by_tile(x):  # [N, ..] -> [Y, R, ..]
-        return x[jnp.maximum(schedule.rows, 0)]
-
-    has_columns = (schedule.rows >= 0) & (by_tile(first) <= last)
-    row_first = jnp.where(has_columns, jnp.maximum(by_tile(first), 0), NO_COLUMN)  # i32[Y, R]
-    tile_first = row_first.min(axis=1)
-    end = jnp.minimum(_round_up(last + 1, _tile_columns(suffix)), suffix.data[0].shape[3])
-    suffix_blocks = jnp.where(tile_first == NO_COLUMN, 0, pl.cdiv(end - tile_first, blocks.suffix))
-    scalars = (
-        jnp.stack([layer, last, end]).astype(jnp.int32),
-        schedule.tile_prompt,
-        schedule.tile_length,
-        suffix_blocks.astype(jnp.int32),
-        schedule.rows.reshape(-1),
-        row_first.reshape(-1),
-    )
-    q = by_tile(q).reshape(tiles, rows, kv_heads, group, h).swapaxes(1, 2)
+    # Empty places of a tile attend with the queries of row 0, and their output is dropped.
+    q = q[jnp.maximum(schedule.rows, 0)].reshape(tiles, rows, kv_heads, group, h).swapaxes(1, 2)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, padded - group), (0, width - h)))  # [Y, K, R, g', w]
 
+    # The pipeline copies queries and outputs; the caches stay in HBM, and the kernel copies what it needs.
     prompt_arrays, suffix_arrays = (*prompt.data, *prompt.scales), (*suffix.data, *suffix.scales)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     queries_of_tile = pl.BlockSpec((None, kv_heads, rows, padded, width), _tile_index)
-    prompt_buffers = (
-        pltpu.VMEM((2, kv_heads, blocks.prompt, both), prompt.data[0].dtype),
-        *[pltpu.VMEM((2, kv_heads, blocks.prompt), jnp.float32) for _ in prompt.scales],
-    )
-    suffix_buffers = (
-        pltpu.VMEM((2, kv_heads, rows, blocks.suffix, both), suffix.data[0].dtype),
-        *[pltpu.VMEM((2, rows, kv_heads, blocks.suffix), jnp.float32) for _ in suffix.scales],
-    )
-    accumulators = (
-        pltpu.VMEM((kv_heads, rows * padded, LANES), jnp.float32),
-        pltpu.VMEM((kv_heads, rows * padded, LANES), jnp.float32),
-        pltpu.VMEM((kv_heads, rows * padded, width), jnp.float32),
-    )
     out = pl.pallas_call(
         functools.partial(
             _kernel,
@@ -124,13 +107,7 @@ def decode_attention(
                 jax.tree.map(lambda _: in_hbm, suffix_arrays),
             ],
             out_specs=queries_of_tile,
-            scratch_shapes=[
-                prompt_buffers,
-                suffix_buffers,
-                accumulators,
-                pltpu.SMEM((2,), jnp.int32),
-                (pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,))),
-            ],
+            scratch_shapes=_make_scratch_shapes(q, prompt, suffix, blocks),
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -140,39 +117,96 @@ def decode_attention(
         interpret=pltpu.InterpretParams() if interpret is True else interpret,
         name="decode_attention",
     )(*scalars, q, prompt_arrays, suffix_arrays)
+
+    # Back to the order of the rows, without padding; joined outputs are in the second half of the lanes.
     out = out.swapaxes(1, 2).reshape(tiles * rows, kv_heads, padded, width)[schedule.slot_of]
     return out[:, :, :group, width - h :].reshape(n, heads, h)
 
 
 class Blocks(NamedTuple):
-    """Columns of a block of each cache."""
+    """Columns C of a block of each cache."""
 
     prompt: int
     suffix: int
 
 
+def _make_scalars(
+    suffix: KV, schedule: Schedule, first: jax.Array, last: jax.Array, layer: jax.Array, block: int
+) -> tuple[jax.Array, ...]:
+    """Make the prefetch scalars of the kernel, in the order of its parameters.  block: C of the suffix."""
+    row_first = first[jnp.maximum(schedule.rows, 0)]  # i32[Y, R]
+    has_columns = (schedule.rows >= 0) & (row_first <= last)
+    row_first = jnp.where(has_columns, jnp.maximum(row_first, 0), NO_COLUMN)
+
+    # The last block ends with the tile of columns that contains `last`.  Blocks are counted back from that
+    # end to the oldest column of a tile's rows.
+    tile_first = row_first.min(axis=1)
+    end = jnp.minimum(_round_up(last + 1, _tile_columns(suffix)), suffix.data[0].shape[3])
+    suffix_blocks = jnp.where(tile_first == NO_COLUMN, 0, pl.cdiv(end - tile_first, block))
+    return (
+        jnp.stack([layer, last, end]).astype(jnp.int32),
+        schedule.tile_prompt,
+        schedule.tile_length,
+        suffix_blocks.astype(jnp.int32),
+        schedule.rows.reshape(-1),
+        row_first.reshape(-1),
+    )
+
+
+def _make_scratch_shapes(q: jax.Array, prompt: KV, suffix: KV, blocks: Blocks) -> list[Any]:
+    """Make the scratch of the kernel, in the order of its parameters.  q: [Y, K, R, g', w]."""
+    _, kv_heads, rows, padded, width = q.shape
+    kv_width = suffix.data[0].shape[-1]
+
+    # Two blocks of each cache: one that is processed and one that is being copied.
+    prompt_buffers = (
+        pltpu.VMEM((2, kv_heads, blocks.prompt, kv_width), prompt.data[0].dtype),
+        *[pltpu.VMEM((2, kv_heads, blocks.prompt), jnp.float32) for _ in prompt.scales],
+    )
+    suffix_buffers = (
+        pltpu.VMEM((2, kv_heads, rows, blocks.suffix, kv_width), suffix.data[0].dtype),
+        *[pltpu.VMEM((2, rows, kv_heads, blocks.suffix), jnp.float32) for _ in suffix.scales],
+    )
+
+    # m and l fill whole registers with equal lanes, which saves a broadcast at each use.
+    accumulators = (
+        pltpu.VMEM((kv_heads, rows * padded, LANES), jnp.float32),
+        pltpu.VMEM((kv_heads, rows * padded, LANES), jnp.float32),
+        pltpu.VMEM((kv_heads, rows * padded, width), jnp.float32),
+    )
+    processed = pltpu.SMEM((2,), jnp.int32)
+    arrived = (pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA((2,)))
+    return [prompt_buffers, suffix_buffers, accumulators, processed, arrived]
+
+
 def _block_columns(kv: KV, block: int, rows: int, name: str) -> int:
-    """Return C for a block that `rows` rows copy.  Raises ValueError if copies cannot be whole tiles."""
-    (*_, kv_heads, columns, both), itemsize = kv.data[0].shape, kv.data[0].dtype.itemsize
+    """Return C for blocks that `rows` rows copy.  Raises ValueError if copies cannot be whole tiles.
+
+    block: an upper bound on C, halved until two buffers fit into BUFFERS bytes.
+    """
+    (*_, kv_heads, columns, kv_width), itemsize = kv.data[0].shape, kv.data[0].dtype.itemsize
     tile = _tile_columns(kv)
-    while block % (2 * tile) == 0 and 2 * kv_heads * rows * block * both * itemsize > BUFFERS:
+    while block % (2 * tile) == 0 and 2 * kv_heads * rows * block * kv_width * itemsize > BUFFERS:
         block //= 2
+
+    # A cache of a single block is copied whole.
     if columns % tile and columns > block:
         raise ValueError(f"the {name} cache has {columns} columns: round up to a multiple of {tile}")
     return min(block, columns)
 
 
 def _tile_columns(kv: KV) -> int:
-    """Return the number that a copy's columns are a multiple of: int8's scales lie along lanes."""
+    """Return the number that a copy's columns are a multiple of; in int8 the scales lie along the lanes."""
     return LANES if kv.scales else SUBLANES
 
 
 def _tile_index(core, step, *_):
+    """Map a grid position to the block index of its tile's queries and outputs."""
     return step * CORES + core, 0, 0, 0, 0
 
 
 def _estimate_cost(q: jax.Array, prompt: KV, suffix: KV) -> pl.CostEstimate:
-    """Estimate the cost of full caches: how much of them is read is known only when the kernel runs."""
+    """Estimate the cost for full caches: the columns that are read are known only when the kernel runs."""
     tiles, kv_heads, rows, padded, width = q.shape
     columns = prompt.data[0].shape[3] + suffix.data[0].shape[3]
     pairs = tiles * rows * kv_heads * padded * columns
@@ -191,13 +225,14 @@ def _estimate_cost(q: jax.Array, prompt: KV, suffix: KV) -> pl.CostEstimate:
 
 
 class CacheRefs(NamedTuple):
-    """A cache as the kernel reads it."""
+    """A cache and the buffers into which the kernel copies its blocks."""
 
     source: Refs  # HBM: [L, .., K, columns, 2 h]; scales [L, .., K, columns]
-    buffers: Refs  # VMEM: two blocks of each
-    arrived: jax.Ref  # semaphores [2]
+    buffers: Refs  # VMEM: two blocks of each source
+    arrived: jax.Ref  # semaphores [2]: one for each half of the buffers
+    # Columns.
     block: int  # C
-    tile: int  # copies are whole tiles of columns
+    tile: int  # a copy's columns are a multiple of this
 
     @property
     def partial_copies(self) -> bool:
@@ -206,11 +241,36 @@ class CacheRefs(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """The blocks of one cache that a tile's rows need, which alternate between two halves of the buffers."""
+    """Operations on the blocks of one cache, which alternate between the two halves of its buffers."""
 
-    num_blocks: Callable  # (tile) -> i32[]
+    num_blocks: Callable  # (tile) -> i32[]: blocks that the tile's rows need
     start_copies: Callable  # (tile, index of the block, half)
     process: Callable  # (index of the block, half): wait for this tile's copies and update m, l and acc
+
+
+class SuffixBlocks(NamedTuple):
+    """The columns of each suffix block, counted back from the end of the last block."""
+
+    # Prefetch scalars of the kernel.
+    cursor: jax.Ref
+    suffix_blocks: jax.Ref
+    row_first: jax.Ref
+    # Sizes.
+    rows: int  # R
+    block: int  # C
+    tile: int  # blocks begin at a multiple of this
+
+    def end(self, t, index):
+        """Return the column behind a block of tile t."""
+        return self.cursor[2] - (self.suffix_blocks[t] - 1 - index) * self.block
+
+    def begin(self, t, index):
+        """Return the first column that is copied for a block of tile t: never before the cache."""
+        return pl.multiple_of(jnp.maximum(self.end(t, index) - self.block, 0), self.tile)
+
+    def has_columns(self, t, r, index):
+        """Tell whether row r of tile t has columns in a block."""
+        return self.row_first[t * self.rows + r] < self.end(t, index)
 
 
 def _kernel(
@@ -231,7 +291,7 @@ def _kernel(
     prompt_buffers,  # [2, K, C, 2 h]; in int8 two scales f32[2, K, C]
     suffix_buffers,  # [2, K, R, C, 2 h]; in int8 two scales f32[2, R, K, C]
     accumulators,  # m, l f32[K, J, 128], acc f32[K, J, w]
-    taken,  # SMEM i32[2]: blocks processed so far of each stream
+    processed,  # SMEM i32[2]: blocks of each stream that have been processed, over all tiles so far
     arrived,  # semaphores [2], of each stream
     *,
     blocks: Blocks,
@@ -243,6 +303,8 @@ def _kernel(
     m, l, acc = accumulators
     step, steps = pl.program_id(1), pl.num_programs(1)
     tile = step * CORES + pl.program_id(0)
+
+    # int8 is multiplied in the queries' dtype.
     update = functools.partial(
         _update_accumulators, scale=scale, joined=joined, dtype=q.dtype if quantised else suffix[0].dtype
     )
@@ -257,11 +319,13 @@ def _kernel(
 
     @pl.when(step == 0)
     def start_first_tile():
-        # What is never copied must be finite: it is multiplied with probabilities of 0.
+        # Columns that no copy writes get probability 0, and must be finite: 0 * NaN is NaN.
         for buffer in (*prompt_buffers, *suffix_buffers):
             buffer[...] = jnp.zeros_like(buffer)
+
+        # No earlier tile has started the copies of this core's first tile.
         for i, stream in enumerate(streams):
-            taken[i] = 0
+            processed[i] = 0
 
             @pl.when(stream.num_blocks(tile) > 0)
             def start_first_block(stream=stream):
@@ -270,20 +334,24 @@ def _kernel(
     m[...] = jnp.full_like(m, LOWEST)
     l[...] = jnp.zeros_like(l)
     acc[...] = jnp.zeros_like(acc)
+
+    # The scalars are read at `next_tile` even in the last step, so it stays within bounds there.
     next_tile = jnp.minimum(tile + CORES, CORES * steps - 1)
     for i, stream in enumerate(streams):
-        before = taken[i]
+        before = processed[i]
         _process_tile(stream, tile, before, next_tile, step + 1 < steps)
-        taken[i] = before + stream.num_blocks(tile)
+        processed[i] = before + stream.num_blocks(tile)
+
+    # l is 0 in a row without keys, whose output is 0.
     total = _fit_lanes(l[...], acc.shape[-1])
     out[...] = (acc[...] / jnp.where(total > 0.0, total, 1.0)).reshape(out.shape).astype(out.dtype)
 
 
 def _process_tile(stream: Stream, tile, before, next_tile, has_next) -> None:
-    """Process a tile's blocks; the copy of each one, or of the next tile's first, overlaps the one before.
+    """Process a tile's blocks, each while the next block, or the first block of the next tile, is copied.
 
-    before: number of blocks processed before these: its parity is the half of the buffers that the first one
-      is in.
+    before: the number of blocks of the stream processed in earlier tiles.  Its parity is the half of the
+      buffers that contains this tile's first block, whose copy the previous tile has started.
     """
     count = stream.num_blocks(tile)
 
@@ -307,6 +375,7 @@ def _process_tile(stream: Stream, tile, before, next_tile, has_next) -> None:
 
     jax.lax.fori_loop(0, count, process_block, None)
 
+    # A tile without blocks has no last block that starts the next tile's copies.
     @pl.when(count == 0)
     def no_block():
         start_next_tile(before % 2)
@@ -315,13 +384,14 @@ def _process_tile(stream: Stream, tile, before, next_tile, has_next) -> None:
 def _make_prompt_stream(
     cache: CacheRefs, tile, cursor, tile_prompt, tile_length, q, accumulators, update
 ) -> Stream:
-    """Stream the blocks of a tile's one prompt, for all its rows; the last one ends with the prompt."""
+    """Make the stream of a tile's prompt blocks, which all its rows read; the last ends with the prompt."""
     kv_heads, rows, padded, _ = q.shape
 
     def num_blocks(t):
         return pl.cdiv(tile_length[t], cache.block)
 
     def make_copies(t, index, half):
+        """Describe the copies of a block: the same when they are started and when they are waited for."""
         begin = pl.multiple_of(index * cache.block, cache.block)
         size: jax.Array | int = cache.block
         if cache.partial_copies:
@@ -343,6 +413,8 @@ def _make_prompt_stream(
     def process(index, half):
         for copy in make_copies(tile, index, half):
             copy.wait()
+
+        # One product per key/value head, with the queries of all rows: [K, R * g', w].
         column = index * cache.block + _iota((1, 1, cache.block))
         queries = q[...].astype(jnp.float32).reshape(kv_heads, rows * padded, -1)
         kv, *by_column = (buffer[half] for buffer in cache.buffers)
@@ -358,95 +430,107 @@ def _make_prompt_stream(
 def _make_suffix_stream(
     cache: CacheRefs, tile, cursor, suffix_blocks, row_of, row_first, q, accumulators, update
 ) -> Stream:
-    """Stream the blocks of a tile's rows, each from the row's first column on, up to cursor[2]."""
+    """Make the stream of a tile's suffix blocks: each row's own columns, from its first up to cursor[2]."""
     kv_heads, rows, padded, _ = q.shape
     block = cache.block
-    most = min(rows, max(1, CHAINS // kv_heads))
-    together = next(n for n in range(most, 0, -1) if rows % n == 0)  # rows processed together
+    blocks = SuffixBlocks(cursor, suffix_blocks, row_first, rows, block, cache.tile)
+
+    # Rows processed together: the largest divisor of R with at most CHAINS (row, head) pairs.
+    max_together = min(rows, max(1, CHAINS // kv_heads))
+    together = next(n for n in range(max_together, 0, -1) if rows % n == 0)
 
     def num_blocks(t):
         return suffix_blocks[t]
 
-    def end(t, index):
-        return cursor[2] - (suffix_blocks[t] - 1 - index) * block
-
-    def begin(t, index):
-        return pl.multiple_of(jnp.maximum(end(t, index) - block, 0), cache.tile)
-
-    def has_columns(t, r, index):
-        """Tell whether row r of tile t has columns in the block."""
-        return row_first[t * rows + r] < end(t, index)
-
-    def for_each_copy(t, index, half, do):
-        def copy_row(r, _):
-            @pl.when(has_columns(t, r, index))
-            def copy_columns():
-                skipped: jax.Array | int = 0  # columns of the block before the row's first
-                size: jax.Array | int = block
-                if cache.partial_copies:
-                    before_first = jnp.maximum(row_first[t * rows + r] - begin(t, index), 0)
-                    skipped = pl.multiple_of(before_first & -cache.tile, cache.tile)
-                    size = pl.multiple_of(block - skipped, cache.tile)
-                columns = pl.ds(begin(t, index) + skipped, size)
-                data, *scale_refs = cache.buffers
-                targets = [data.at[half, :, r], *(x.at[half, r] for x in scale_refs)]
-                for source, target in zip(cache.source, targets, strict=True):
-                    source = source.at[cursor[0], row_of[t * rows + r], :, columns]
-                    target = target.at[:, pl.ds(skipped, size)]
-                    do(pltpu.make_async_copy(source, target, cache.arrived.at[half]))
-
-        jax.lax.fori_loop(0, rows, copy_row, None)
-
     def start_copies(t, index, half):
-        for_each_copy(t, index, half, lambda copy: copy.start())
+        _for_each_suffix_copy(cache, blocks, row_of, t, index, half, lambda copy: copy.start())
 
     def process(index, half):
-        for_each_copy(tile, index, half, lambda copy: copy.wait())
-        column = begin(tile, index) + _iota((padded, block))
-        # A block that would begin before column 0 holds columns of the next one too.
-        in_block = column < jnp.minimum(end(tile, index), cursor[1] + 1)
+        _for_each_suffix_copy(cache, blocks, row_of, tile, index, half, lambda copy: copy.wait())
+        column = blocks.begin(tile, index) + _iota((padded, block))
+        # A block that would begin before column 0 contains columns of the next block too: they count there.
+        in_block = column < jnp.minimum(blocks.end(tile, index), cursor[1] + 1)
 
         def process_rows(i, _):
             members = [i * together + j for j in range(together)]
 
-            @pl.when(functools.reduce(jnp.logical_or, (has_columns(tile, r, index) for r in members)))
+            @pl.when(functools.reduce(jnp.logical_or, (blocks.has_columns(tile, r, index) for r in members)))
             def update_rows():
+                # Keys are each row's own: one product per (head, row) pair, X = K * together.
                 data, *scale_refs = cache.buffers
-                places = pl.ds(i * together, together)
-                lines = pl.ds(pl.multiple_of(i * together * padded, SUBLANES), together * padded)
-                queries = q[:, places].reshape(kv_heads * together, padded, -1)
-                kv = data[half, :, places].reshape(kv_heads * together, block, -1)
+                row_slice = pl.ds(i * together, together)
+                queries = q[:, row_slice].reshape(kv_heads * together, padded, -1)
+                kv = data[half, :, row_slice].reshape(kv_heads * together, block, -1)
                 scales = []
                 for ref in scale_refs:
                     by_row = [ref[half, r][:, None, :] for r in members]
                     scales.append(jnp.stack(by_row, axis=1).reshape(-1, 1, block))
+
+                # Rows differ in their first column; heads do not.
                 masks = [_mask_bias(in_block & (column >= row_first[tile * rows + r])) for r in members]
                 mask = jnp.stack(masks)
                 mask = jnp.broadcast_to(mask[None], (kv_heads, *mask.shape)).reshape(-1, padded, block)
-                old = [ref[:, lines, :].reshape(kv_heads * together, padded, -1) for ref in accumulators]
+
+                # The accumulators of these rows are `together` * g' consecutive queries of each head.
+                query_slice = pl.ds(pl.multiple_of(i * together * padded, SUBLANES), together * padded)
+                old = [x[:, query_slice, :].reshape(kv_heads * together, padded, -1) for x in accumulators]
                 for ref, value in zip(accumulators, update(queries, kv, scales, mask, old), strict=True):
-                    ref[:, lines, :] = value.reshape(kv_heads, together * padded, -1)
+                    ref[:, query_slice, :] = value.reshape(kv_heads, together * padded, -1)
 
         jax.lax.fori_loop(0, rows // together, process_rows, None)
 
     return Stream(num_blocks, start_copies, process)
 
 
+def _for_each_suffix_copy(
+    cache: CacheRefs, blocks: SuffixBlocks, row_of, t, index, half, do: Callable
+) -> None:
+    """Call do(copy) for the copies of a block of tile t: those of each row that has columns in it."""
+    block = cache.block
+
+    def copy_row(r, _):
+        @pl.when(blocks.has_columns(t, r, index))
+        def copy_columns():
+            begin = blocks.begin(t, index)
+
+            # Whole tiles of columns before the row's first column are skipped.
+            skipped: jax.Array | int = 0
+            size: jax.Array | int = block
+            if cache.partial_copies:
+                before_first = jnp.maximum(blocks.row_first[t * blocks.rows + r] - begin, 0)
+                skipped = pl.multiple_of(before_first & -cache.tile, cache.tile)
+                size = pl.multiple_of(block - skipped, cache.tile)
+
+            # Data are [half, K, R, C, 2 h], with heads first for the products; scales are [half, R, K, C].
+            columns = pl.ds(begin + skipped, size)
+            data, *scale_refs = cache.buffers
+            targets = [data.at[half, :, r], *(x.at[half, r] for x in scale_refs)]
+            for source, target in zip(cache.source, targets, strict=True):
+                source = source.at[blocks.cursor[0], row_of[t * blocks.rows + r], :, columns]
+                target = target.at[:, pl.ds(skipped, size)]
+                do(pltpu.make_async_copy(source, target, cache.arrived.at[half]))
+
+    jax.lax.fori_loop(0, blocks.rows, copy_row, None)
+
+
 def _update_accumulators(queries, kv, scales, mask, accumulators, *, scale, joined, dtype):
     """Add a block of keys and values to (m, l, acc): the online softmax of flash attention.
 
-    Over a batch X: queries [X, J, w], kv [X, C, 2 h], scales [X, 1, C] of k and of v in int8.
+    For a batch X: queries [X, J, w], kv [X, C, 2 h]; scales: in int8 those of k and of v, [X, 1, C] each.
     mask: 0, or -inf where a column does not count; broadcasts to [X, J, C].
     """
     m_old, l_old, acc_old = accumulators
     h = kv.shape[-1] // 2
     kv = kv.astype(dtype)
+
+    # Joined queries have zeros beside them, so whole registers [k | v] take the place of k and of v.
     k, v = (kv, kv) if joined else (kv[..., :h], kv[..., h:])
     z = _dot(queries.astype(dtype), k, contract=2) * scale
     if scales:
         z = z * scales[0]
     z = z + mask
 
+    # Rescale the old sums from m_old to the new maximum.  m is never below LOWEST, so no difference is NaN.
     m = jnp.maximum(m_old, jnp.max(z, axis=-1, keepdims=True))
     p = jnp.exp(z - _fit_lanes(m, z.shape[-1]))
     decay = jnp.exp(m_old - m)
@@ -467,7 +551,7 @@ def _iota(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _fit_lanes(x: jax.Array, width: int) -> jax.Array:
-    """Repeat x [.., 128], whose lanes are equal, to broadcast with [.., width], without a shuffle."""
+    """Fit x [.., 128], whose lanes are equal, to an operand [.., width], without a shuffle of lanes."""
     if width % LANES:
         return x[..., :1]
     return jnp.concatenate([x] * (width // LANES), axis=-1)

@@ -2,13 +2,14 @@
 
     prompt   program (tile, KV head)   R rows' g queries against their prompt, each block read once per tile
              -> m = max z, l = sum e^(z - m): f32[Y, K, R * g]; acc = sum e^(z - m) v: f32[Y, K, R * g, h]
-    suffix   program (row, KV head)    continues from its row's m, l and acc over columns `first` to `last`
+    suffix   program (row, KV head)    starts from the row's m, l and acc, and adds columns `first` to `last`
 
-Columns outside a row's range, and those past a prompt's length, are masked loads: never read.  Queries are
-padded to the 16 rows that a tensor core takes.
+Loads are masked, so columns outside a row's range or past a prompt's length are never read.  Queries are
+padded to the 16 rows of a tensor core's operand.
 
-jax's own Pallas decode kernel does not fit: it takes one layer's k and v apart and without a head axis, vmaps
-over rows (so each row would read its own copy of the prompt), and supports neither int8 nor an oldest column.
+jax's own Pallas decode kernel is no substitute.  It takes separate k and v of one layer without a head axis,
+vmaps over rows (so each row would read its own copy of the prompt), and supports neither int8 nor a first
+column.
 
 Y tiles   R rows of a tile   J queries of a program   N rows   K key/value heads   g queries for each
 h head_dim   C columns of a block   L layers
@@ -27,9 +28,9 @@ from jax.experimental.pallas import triton as plgpu
 from cooper_jax.kernels.kv import KV
 from cooper_jax.kernels.schedule import LOWEST, Schedule
 
-BLOCK = 64
-DOT = 16  # the least extent of a tensor core's operand
-WARPS, STAGES = 4, 3
+BLOCK = 64  # C
+DOT = 16  # the smallest extent of a tensor core's operand
+WARPS, STAGES = 4, 3  # of a program, and of its software pipeline of loads
 
 
 def decode_attention(
@@ -44,13 +45,18 @@ def decode_attention(
     block: int = BLOCK,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attend as decode_attention.decode_attention does."""
+    """Attend as decode_attention.decode_attention does, reading packed caches through two Pallas kernels.
+
+    Raises ValueError for a head_dim that is not a power of two of at least 16.
+    """
     n, heads, h = q.shape
     if h < DOT or h & (h - 1):
         raise ValueError(f"head_dim {h}: Triton's tensors are powers of two, from {DOT} on")
     kv_heads = suffix.data[0].shape[2]
     group = heads // kv_heads
     tiles, rows = schedule.rows.shape
+
+    # Queries by row for the suffix, and by tile for the prompt: [Y, K, R * g, h].
     q = q.reshape(n, kv_heads, group, h)
     by_tile = q[jnp.maximum(schedule.rows, 0)].swapaxes(1, 2).reshape(tiles, kv_heads, rows * group, h)
     call = functools.partial(
@@ -59,6 +65,7 @@ def decode_attention(
         interpret=interpret,
     )
 
+    # Prompt: a tile's rows share one read of its keys.
     prompt, layer_index = _make_addressable(prompt, layer)
     acc, m, l = call(
         functools.partial(_prompt_kernel, block=block),
@@ -72,6 +79,7 @@ def decode_attention(
         name="decode_attention_prompt",
     )(layer_index, schedule.tile_prompt, schedule.tile_length, by_tile, (*prompt.data, *prompt.scales))
 
+    # Suffix: a program for each row, which also divides acc by l.
     suffix, layer_index = _make_addressable(suffix, layer)
     cursor = jnp.stack([layer_index[0], last.astype(jnp.int32)])
     out = call(
@@ -87,8 +95,8 @@ def decode_attention(
 def _make_addressable(cache: KV, layer: jax.Array) -> tuple[KV, jax.Array]:
     """Return a cache whose elements Triton's offsets can all reach, and the layer's index in it: i32[1].
 
-    The lowering counts elements in signed 32 bits for arrays up to 4 GiB, and in 64 bits above that: of int8
-    the second half is out of reach, and the layer has to be copied out.
+    The lowering counts elements in signed 32 bits for arrays of up to 4 GiB and in 64 bits above that.  An
+    int8 array of 2 to 4 GiB has more than 2^31 elements, so its layer is copied out.
     """
     if cache.scales and 2**31 < cache.data[0].size <= 2**32:
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer), cache), jnp.zeros(1, jnp.int32)
@@ -96,7 +104,7 @@ def _make_addressable(cache: KV, layer: jax.Array) -> tuple[KV, jax.Array]:
 
 
 def _estimate_cost(q: jax.Array, cache: KV) -> pl.CostEstimate:
-    """Estimate the cost of a full cache: how much of it is read is known only when the kernel runs."""
+    """Estimate the cost for a full cache: the columns that are read are known only when the kernel runs."""
     pairs = q.size // q.shape[-1] * cache.data[0].shape[3]
     layer_bytes = sum(x.size // x.shape[0] * x.dtype.itemsize for x in (*cache.data, *cache.scales))
     return pl.CostEstimate(
@@ -124,6 +132,8 @@ def _prompt_kernel(
     queries, h = q.shape[2:]
     line, lane = _pad_queries(0, queries), pl.ds(0, h)
     shape = (line.mask.size, h)  # [J, h]
+
+    # Empty accumulators (acc, m, l).  A tile without a prompt returns them as they are.
     start = (
         jnp.zeros(shape, jnp.float32),
         jnp.full(shape[:1], LOWEST, jnp.float32),
@@ -163,6 +173,8 @@ def _suffix_kernel(
     row, head = pl.program_id(0), pl.program_id(1)
     group, h = q.shape[2:]
     line, lane = _pad_queries(0, group), pl.ds(0, h)
+
+    # The prompt kernel's accumulators of this row: `group` queries within those of its tile.
     slot = slot_of[row]
     own = slot // rows, head, _pad_queries(slot % rows * group, group)
     acc, _, l = _attend(
@@ -175,12 +187,18 @@ def _suffix_kernel(
         block=block,
         h=h,
     )
+
+    # l is 0 in a row without keys, whose output is 0.
     value = acc / jnp.where(l > 0.0, l, 1.0)[:, None]
     _store(out, (row, head, line, lane), value.astype(out.dtype))
 
 
 def _attend(q, cache, where, accumulators, *, begin, end, block, h):
-    """Add columns `begin` to `end` - 1 of cache[where] to (acc [J, h], m [J], l [J]) for queries q [J, h]."""
+    """Add columns `begin` to `end` - 1 of cache[where] to (acc [J, h], m [J], l [J]) for queries q [J, h].
+
+    where: the index (layer, prompt or row, key/value head).
+    """
+    # int8 is multiplied in the queries' dtype.
     data, *scale_refs = cache
     dtype = q.dtype if data.dtype == jnp.int8 else data.dtype
     q = q.astype(dtype)
@@ -189,13 +207,16 @@ def _attend(q, cache, where, accumulators, *, begin, end, block, h):
         acc_old, m_old, l_old = accumulators
         column = i * block + jnp.arange(block)
         columns = MaskedSlice(pl.ds(i * block, block), (column >= begin) & (column < end))
-        k, v = (_load(data, (*where, columns, pl.ds(offset, h))).astype(dtype) for offset in (0, h))  # [C, h]
-        scales = [_load(ref, (*where, columns)) for ref in scale_refs]  # f32[C]
+
+        # [k | v] side by side are loaded as two [C, h]; int8's scales f32[C] apply to the columns of z.
+        k, v = (_load(data, (*where, columns, pl.ds(offset, h))).astype(dtype) for offset in (0, h))
+        scales = [_load(ref, (*where, columns)) for ref in scale_refs]
         z = _dot(q, k.T) * h**-0.5
         if scales:
             z = z * scales[0][None, :]
         z = jnp.where(columns.mask[None, :], z, -jnp.inf)
 
+        # Rescale the old sums from m_old to the new maximum, as in flash attention.
         m = jnp.maximum(m_old, jnp.max(z, axis=1))
         p = jnp.exp(z - m[:, None])
         decay = jnp.exp(m_old - m)
@@ -204,6 +225,7 @@ def _attend(q, cache, where, accumulators, *, begin, end, block, h):
             p = p * scales[1][None, :]
         return decay[:, None] * acc_old + _dot(p.astype(dtype), v), m, l
 
+    # Blocks are aligned: the first and the last may have columns outside the range, which are masked.
     return jax.lax.fori_loop(begin // block, pl.cdiv(end, block), add_block, accumulators)
 
 
@@ -215,30 +237,33 @@ class MaskedSlice(NamedTuple):
 
 
 def _pad_queries(start: jax.Array | int, size: int) -> MaskedSlice:
-    """Slice `size` queries from `start` on, padded to the extent that Triton's dots take."""
+    """Slice the `size` queries from `start` on, padded to an extent that Triton's dots accept."""
+    # A power of two and at least DOT.
     length = max(DOT, pl.next_power_of_2(size))
     return MaskedSlice(pl.ds(start, length), jnp.arange(length) < size)
 
 
 def _view(ref, index):
-    """Return the view and the mask of an index: scalars, one MaskedSlice, at most one slice behind it."""
+    """Return the view and the mask of an index: scalars, then one MaskedSlice, then at most one slice."""
+    # The mask has the view's rank: one axis, or two if a slice follows.
     *_, masked = (i for i in index if isinstance(i, MaskedSlice))
     mask = masked.mask if index[-1] is masked else masked.mask[:, None]
     return ref.at[tuple(i.at if isinstance(i, MaskedSlice) else i for i in index)], mask
 
 
 def _load(ref, index):
-    """Load a view; masked entries are not read and give 0."""
+    """Load a view; entries outside the mask are not read and give 0."""
     view, mask = _view(ref, index)
     return plgpu.load(view, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
 def _store(ref, index, value):
+    """Store into a view; entries outside the mask are not written."""
     view, mask = _view(ref, index)
     plgpu.store(view, value, mask=mask)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply in f32: f32[J, n]."""
+    """Multiply [J, d] with [d, n], accumulating in f32 -> f32[J, n]."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -1,17 +1,15 @@
-"""Output head fused with sampling or scoring: the vocabulary streams past the rows, logits are never written.
+"""Output head fused with sampling or scoring: the head is read in pieces, and the logits are never written.
 
     head_sample      hidden, head, key words -> a token per row, its log-probability, the entropy
     head_logprobs    hidden, head, targets   -> log-probabilities of the targets, with a gradient; the entropy
 
-1. A backend of `stream_head` passes over the head in pieces: `xla` here (chunks of the vocabulary, any
-   platform), `head_tpu` (Mosaic), `head_triton` (CUDA GPUs).  Each keeps `online.Accumulators`, and no
-   logits.
-2. Lanes, splits and, under `shard_map`, shards of the vocabulary merge by one rule,
-   `online.reduce_accumulators`.
-3. Tokens are drawn by the Gumbel-max trick: argmax z / T + g, with g a function of (key words, vocabulary
+1. A backend passes over the head in pieces: `_xla` in this file (chunks of the vocabulary, any platform),
+   head_tpu.py (Mosaic) or head_triton.py (CUDA GPUs).  Each keeps `online.Accumulators` instead of logits.
+2. `online.reduce_accumulators` merges lanes, splits and, under `shard_map`, shards of the vocabulary.
+3. Tokens are sampled by the Gumbel-max trick: argmax z / T + g, with g a function of (key words, vocabulary
    index) alone.  So a token does not depend on tiles, shards or the batch, except through the rounding of z.
-4. The gradient of `head_logprobs` recomputes logits a chunk of the vocabulary at a time, in plain XLA: each
-   entry's gradient is then summed over all rows by one matmul, in f32, and written once.
+4. The gradient of `head_logprobs` recomputes the logits of one chunk of the vocabulary at a time, in plain
+   XLA.  One matmul in f32 sums each entry's gradient over all rows, and it is written once.
 
 N rows   D width   V vocabulary entries (of this shard, under `shard_map`)   C entries of a chunk
 """
@@ -27,19 +25,23 @@ import jax.numpy as jnp
 
 from cooper_jax.kernels import gumbel, online, platform
 
-# Logits that exist at a time.  Those of plain XLA fit into a core's cache.  Accelerators add each chunk's
-# part of d_hidden [N, D] to the rest in memory, which takes less of the time the larger the chunks are.
+# Logits that exist at one time.  CHUNK of them fit into the cache of a CPU core.  Accelerators use
+# LARGE_CHUNK: they read and write d_hidden [N, D] once per chunk, which costs less with fewer chunks.
 CHUNK, LARGE_CHUNK = 2**19, 2**25
-MOST_ENTRIES = 2**13  # of a chunk: its part of d_head is held in f32
+# Upper bound on a chunk's vocabulary entries: the chunk's part of d_head exists in f32.
+MOST_ENTRIES = 2**13
 Carry = TypeVar("Carry")
 
 
 class HeadSampledTokens(NamedTuple):
-    """One draw per row.  A row with a NaN or +inf among its logits, or only -inf, gives 0, NaN, NaN."""
+    """One sampled token per row, with natural logarithms.
+
+    A row with a NaN or +inf among its logits, or with only -inf, gives token 0, logprob NaN and entropy NaN.
+    """
 
     token: jax.Array  # i32[N]
-    logprob: jax.Array  # f32[N], natural, under softmax(z / temperature); greedy: 0
-    entropy: jax.Array  # f32[N], nats, of the same distribution; greedy: of softmax(z)
+    logprob: jax.Array  # f32[N], under softmax(z / temperature); greedy: 0
+    entropy: jax.Array  # f32[N], of softmax(z / temperature); greedy: of softmax(z)
 
 
 def head_sample(
@@ -52,11 +54,13 @@ def head_sample(
     axis_name: str | None = None,
     implementation: str | None = None,
 ) -> HeadSampledTokens:
-    """Draw a token per row from softmax(z / temperature), z = hidden head^T in f32.
+    """Sample a token per row from softmax(z / temperature), z = hidden head^T in f32.
 
-    temperature (0: greedy, the first of the largest) and vocab_size are static.  Entries from vocab_size on,
-    counted over all shards, are padding: never drawn, and of probability 0.  axis_name: the mesh axis over
-    which the vocabulary is sharded, in equal parts.  Raises ValueError for a temperature below 0.
+    temperature: static; 0 is greedy, and takes the first of the largest logits.
+    vocab_size: static.  Entries from vocab_size on, counted over all shards, are padding of probability 0.
+    axis_name: the mesh axis over which the vocabulary is sharded, in equal parts.
+
+    Raises ValueError for a temperature below 0.
     """
     if not temperature >= 0.0:
         raise ValueError(f"head_sample: temperature is {temperature}, it must be 0 (greedy) or more")
@@ -71,7 +75,9 @@ def head_sample(
         implementation=implementation,
     )
     assert acc.token is not None  # both modes sample
-    valid = acc.l > 0.0  # False for NaN
+
+    # l is NaN or 0 in a row without a distribution (online.py), and so not above 0.
+    valid = acc.l > 0.0
     log_l = jnp.log(acc.l)
     logprob = acc.logit - acc.m - log_l if temperature > 0.0 else jnp.zeros_like(acc.l)
     return HeadSampledTokens(
@@ -95,13 +101,13 @@ def head_logprobs(
     """Compute log softmax(z / temperature) at the targets, and the entropy in nats: f32[N] each.
 
     Differentiable in hidden and head through the log-probability; the entropy has no gradient.  The head is
-    multiplied in hidden's dtype, and its gradient accumulated in f32.  A target outside the vocabulary scores
-    -inf; a row with a NaN or +inf among its logits, NaN.
+    multiplied in hidden's dtype, and its gradient is accumulated in f32.  A target outside the vocabulary
+    gives -inf.  A row with a NaN or +inf among its logits gives NaN.
 
-    axis_name: the mesh axis over which the vocabulary is sharded; differentiate the `shard_map`, not inside
-      of it.
-    width_axis: the mesh axis, which also shards the rows, over which the head's columns are sharded: [V, D /
-      w].  They are all-gathered in hidden's dtype, and their gradients reduce-scattered over that axis.
+    axis_name: the mesh axis over which the vocabulary is sharded.  Differentiate the `shard_map`, not the
+      function inside it.
+    width_axis: the mesh axis over which the head's columns are sharded, [V, D / w]; it also shards the rows.
+      The columns are all-gathered in hidden's dtype, and their gradients reduce-scattered over that axis.
 
     Raises ValueError for a temperature that is not above 0.
     """
@@ -116,6 +122,7 @@ def _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, width_a
 
 
 def _forward(hidden, head, targets, temperature, vocab_size, axis_name, width_axis, implementation):
+    """Compute the log-probabilities and the entropy, and what the backward pass needs."""
     own_head = head  # [V, D / w] with width_axis
     if width_axis is not None:
         head = jax.lax.all_gather(head.astype(hidden.dtype), width_axis, axis=1, tiled=True)
@@ -131,6 +138,8 @@ def _forward(hidden, head, targets, temperature, vocab_size, axis_name, width_ax
     )
     log_l = jnp.where(acc.l > 0.0, jnp.log(acc.l), jnp.nan)
     logsumexp = acc.m + log_l
+
+    # Nothing of size [N, V] is saved: p = exp(z - logsumexp) is recomputed.
     saved = (hidden, head, own_head, targets, logsumexp)
     return (acc.logit - logsumexp, log_l - acc.moment / acc.l), saved
 
@@ -140,17 +149,22 @@ def _backward(temperature, vocab_size, axis_name, width_axis, implementation, sa
     hidden, head, own_head, targets, logsumexp = saved
     slope = cotangents[0] / temperature
     if axis_name is not None:
-        # Every shard returns the same log-probabilities, and its cotangent is its share of their cotangent.
+        # All shards return the same log-probabilities, whose cotangent is the sum of the shards' cotangents.
         slope = jax.lax.psum(slope, axis_name)
     first, _ = _shard_bounds(head, vocab_size, axis_name)
 
     def add_chunk(start, size, carry):
+        """Add the part of both gradients that comes from entries `start` to start + size - 1."""
         d_hidden, d_head = carry
         w = jax.lax.dynamic_slice_in_dim(head, start, size).astype(hidden.dtype)  # [C, D]
+
+        # d_z f32[N, C]: 0 at padding, whose logits are not part of the softmax.
         p = jnp.exp(_logits(hidden, w) / temperature - logsumexp[:, None])  # f32[N, C]
         index = (first + start + jnp.arange(size))[None, :]
         d_z = slope[:, None] * ((index == targets[:, None]) - p)
         d_z = jnp.where(index < vocab_size, d_z, 0.0).astype(hidden.dtype)
+
+        # No other chunk has these rows of d_head, so they are written once; d_hidden sums over all chunks.
         d_hidden += _matmul(d_z, w, ((1,), (0,)))
         d_w = _matmul(d_z, hidden, ((0,), (0,)))
         if width_axis is not None:
@@ -183,6 +197,8 @@ def _stream_head(
 ) -> online.Accumulators:
     """Accumulate every row's logits over all shards: arrays [N]."""
     backend, interpret = platform.resolve_implementation(implementation)
+
+    # Without whole pairs in a shard, a hash would serve entries of two shards: each entry gets its own hash.
     aligned = axis_name is None or head.shape[0] % gumbel.PAIR == 0
     acc = _BACKENDS[backend](
         hidden,
@@ -194,6 +210,8 @@ def _stream_head(
         aligned=aligned,
         interpret=interpret,
     )
+
+    # First the lanes or splits of a backend, then the shards: all-gathered, a few numbers per row.
     acc = online.reduce_accumulators(acc, -1)
     if axis_name is None:
         return acc
@@ -206,14 +224,15 @@ def _shard_bounds(head: jax.Array, vocab_size: int, axis_name: str | None) -> ja
     return jnp.stack([first, jnp.clip(vocab_size - first, 0, head.shape[0])])
 
 
+# The kernels are imported when they are called: Pallas is slow to import, and the CPU does not need it.
 def _tpu(*arguments: jax.Array, interpret: bool, **static: Any) -> online.Accumulators:
-    from cooper_jax.kernels import head_tpu  # here: Pallas is slow to import, and the CPU does without it
+    from cooper_jax.kernels import head_tpu
 
     return head_tpu.stream_head(*arguments, **static, interpret=interpret)
 
 
 def _triton(*arguments: jax.Array, interpret: bool, **static: Any) -> online.Accumulators:
-    from cooper_jax.kernels import head_triton  # here: Pallas is slow to import, and the CPU does without it
+    from cooper_jax.kernels import head_triton
 
     return head_triton.stream_head(*arguments, **static, interpret=interpret)
 
@@ -229,13 +248,16 @@ def _xla(
     aligned: bool,
     interpret: bool = False,
 ) -> online.Accumulators:
-    """Accumulate a chunk of the vocabulary at a time, in plain jnp: arrays [N, 1]."""
+    """Accumulate one chunk of the vocabulary at a time, in plain jnp: arrays [N, 1]."""
     sampling = mode != "score"
 
     def add_chunk(start, size, acc):
-        w = jax.lax.dynamic_slice_in_dim(head, start, size)
+        """Accumulate the logits of this shard's entries `start` to start + size - 1."""
+        w = jax.lax.dynamic_slice_in_dim(head, start, size)  # [C, D]
         column = (start + jnp.arange(size))[None, :]
         z = jnp.where(column < bounds[1], _logits(hidden, w) * (1.0 / (temperature or 1.0)), -jnp.inf)
+
+        # Greedy decoding takes the argmax of the logits themselves.
         score = z
         if mode == "draw":
             score = z + _noise(ids, bounds[0] + start, size, aligned)
@@ -257,7 +279,7 @@ _BACKENDS: dict[str, Callable[..., online.Accumulators]] = {"xla": _xla, "tpu": 
 
 
 def _noise(words: jax.Array, first: jax.Array, size: int, aligned: bool) -> jax.Array:
-    """Make the Gumbel noise of `size` entries from vocabulary index `first` on: f32[N, size].
+    """Make the Gumbel noise of `size` entries, the first at vocabulary index `first`: f32[N, size].
 
     aligned: first is a multiple of gumbel.PAIR, so that one hash serves two entries.
     """
@@ -265,6 +287,8 @@ def _noise(words: jax.Array, first: jax.Array, size: int, aligned: bool) -> jax.
     if not aligned:
         index = (first + jnp.arange(size)).astype(jnp.uint32)
         return gumbel.gumbel_at(words[:, 0, 0], words[:, 1, 0], index[None, :])
+
+    # Whole pairs, of which the entries past `size` are dropped.
     pairs = -(-size // gumbel.PAIR)
     count = (first >> 1) + jnp.arange(pairs * gumbel.HALF)
     count = count.astype(jnp.uint32).reshape(1, pairs, gumbel.HALF)
@@ -273,10 +297,13 @@ def _noise(words: jax.Array, first: jax.Array, size: int, aligned: bool) -> jax.
 
 
 def _loop_over_chunks(
-    vocabulary: int, wanted: int, add_chunk: Callable[[jax.Array | int, int, Carry], Carry], carry: Carry
+    vocabulary: int, target_size: int, add_chunk: Callable[[jax.Array | int, int, Carry], Carry], carry: Carry
 ) -> Carry:
-    """Run add_chunk(start, size, carry) over the vocabulary in sizes of about `wanted`, the rest last."""
-    size = min(max(min(wanted, MOST_ENTRIES) // gumbel.PAIR, 1) * gumbel.PAIR, vocabulary)
+    """Run carry = add_chunk(start, size, carry) over the vocabulary in chunks of about `target_size`."""
+    # Whole pairs, so that aligned chunks begin at a pair.
+    size = min(max(min(target_size, MOST_ENTRIES) // gumbel.PAIR, 1) * gumbel.PAIR, vocabulary)
+
+    # A loop over the chunks of full size, then one smaller chunk, whose size is static too.
     whole, rest = divmod(vocabulary, size)
     carry = jax.lax.fori_loop(0, whole, lambda i, c: add_chunk(i * size, size, c), carry)
     return add_chunk(whole * size, rest, carry) if rest else carry
@@ -288,7 +315,7 @@ def _logits(hidden: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _matmul(a: jax.Array, b: jax.Array, contract: tuple[tuple[int], tuple[int]]) -> jax.Array:
-    """Multiply in f32: bf16 factors as they are, f32 ones without the TPU's rounding of them to bf16."""
+    """Multiply, accumulating in f32.  HIGHEST keeps a TPU from rounding f32 factors to bf16."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32

@@ -1,13 +1,13 @@
 """Output head fused with sampling or scoring on a CUDA GPU: logits stay in registers.
 
     grid (row tiles, E splits)     row tiles innermost: those of one split read the same part of the head at
-                                   about the same time, so all but one find it in the L2 cache
-    a program, for each 256 columns of its split:
+                                   about the same time, so all but the first read it from the L2 cache
+    a program, for every 256 columns of its split:
         z [R, 2 x 128] = hidden [R, D] head[columns]^T, a part of D at a time, on the tensor cores in f32
         one hash gives the noise of two columns, 128 apart
         an online softmax and an argmax of each row: Accumulators [R]
 
-The E splits of a row are merged once, by the caller (`online.reduce_accumulators`).
+The caller merges the E splits of a row once (`online.reduce_accumulators`).
 
 N rows   R rows of a tile   V vocabulary entries (of this shard)   D width
 """
@@ -23,9 +23,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from cooper_jax.kernels import gumbel, online
 
-ROWS = {"draw": 64, "greedy": 64, "score": 128}  # most rows of a tile; hashing needs registers
+ROWS = {"draw": 64, "greedy": 64, "score": 128}  # upper bound on a tile's rows; hashing needs registers
 DEPTH_BYTES = 128  # of each row of hidden and head, loaded at a time
-PROGRAMS = 528  # about: four for each of an H100's multiprocessors, so that they end at about the same time
+# Target number of programs: four per multiprocessor of an H100, so that all finish at about the same time.
+PROGRAMS = 528
 WARPS = 8
 
 
@@ -33,17 +34,21 @@ def stream_head(
     hidden: jax.Array,  # [N, D]
     head: jax.Array,  # [V, D], of the same dtype
     ids: jax.Array,  # u32[N, 2] key words, or i32[N, 1] targets
-    bounds: jax.Array,  # i32[2]: the global index of head[0]; how many entries count, from head[0]
+    bounds: jax.Array,  # i32[2]: the vocabulary index of head[0]; number of entries that are not padding
     *,
     mode: str,  # "draw" | "greedy" | "score"
     temperature: float,
     aligned: bool,  # bounds[0] is a multiple of gumbel.PAIR
     interpret: bool = False,
 ) -> online.Accumulators:
-    """Accumulate each split's share of the vocabulary: arrays [N, E]."""
+    """Accumulate each split's share of the vocabulary, for `head._stream_head`: arrays [N, E]."""
     (n, width), vocabulary = hidden.shape, head.shape[0]
+
+    # 16 is the smallest extent of a tensor core's operand.
     rows = min(ROWS[mode], max(16, pl.next_power_of_2(n)))
     row_tiles, tiles = pl.cdiv(n, rows), pl.cdiv(vocabulary, gumbel.PAIR)
+
+    # Few row tiles get many splits, so that there are about PROGRAMS programs in any case.
     per_split = pl.cdiv(tiles, pl.cdiv(PROGRAMS, row_tiles))
     splits = pl.cdiv(tiles, per_split)
     kernel = functools.partial(
@@ -54,6 +59,8 @@ def stream_head(
         rows=rows,
         per_split=per_split,
     )
+
+    # The fields of Accumulators: four f32, and for sampling f32 `score` and i32 `token`.
     dtypes = [jnp.float32] * (4 if mode == "score" else 5) + [jnp.int32] * (mode != "score")
     out = pl.pallas_call(
         kernel,
@@ -86,6 +93,7 @@ def _kernel(
     rows: int,
     per_split: int,
 ):
+    # Rows past N and entries past the vocabulary are masked loads: the tiles need not divide either.
     split = pl.program_id(1)
     at = pl.ds(pl.program_id(0) * rows, rows)
     real = pl.program_id(0) * rows + jnp.arange(rows) < hidden.shape[0]  # bool[R]
@@ -96,6 +104,8 @@ def _kernel(
     def add_pair(i, acc):
         """Accumulate 256 columns, in two halves of 128 that share their hashes."""
         first = (split * per_split + i) * gumbel.PAIR
+
+        # Aligned shards begin at a pair of the vocabulary, so one hash serves both halves.
         pair_noise = None
         if mode == "draw" and aligned:
             hash_count = (((base + first) >> 1) + lane).astype(jnp.uint32)
@@ -124,18 +134,23 @@ def _kernel(
 
 
 def _logits(hidden, head, at, real, first) -> tuple[jax.Array, jax.Array]:
-    """Multiply rows `at` of hidden with the 256 columns from `first` on, in two halves: f32[R, 128] each."""
+    """Multiply rows `at` of hidden with the 256 columns from `first` on, in two halves: f32[R, 128] each.
+
+    real: bool[R], False in rows past the end of hidden.
+    """
     width, dtype = hidden.shape[1], hidden.dtype
     depth = DEPTH_BYTES // dtype.itemsize
     column = first + jnp.arange(gumbel.HALF)
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     def add_product(k, z):
-        """Add the part of the product that `depth` entries of the width give."""
+        """Add the product over the k-th `depth` entries of the width."""
         part = pl.ds(k * depth, depth)
         in_width = (k * depth + jnp.arange(depth) < width)[None, :]
         a = plgpu.load(hidden.at[at, part], mask=real[:, None] & in_width, other=0.0)  # [R, depth]
-        out = []
+
+        # Two products of 128 columns each, since their logits are hashed and merged apart.
+        sums = []
         for half in range(2):
             columns = pl.ds(first + half * gumbel.HALF, gumbel.HALF)
             mask = (column + half * gumbel.HALF < head.shape[0])[:, None] & in_width
@@ -143,8 +158,8 @@ def _logits(hidden, head, at, real, first) -> tuple[jax.Array, jax.Array]:
             product = jax.lax.dot_general(
                 a, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
             )
-            out.append(z[half] + product)
-        return tuple(out)
+            sums.append(z[half] + product)
+        return tuple(sums)
 
     zero = jnp.zeros((real.shape[0], gumbel.HALF), jnp.float32)
     return jax.lax.fori_loop(0, pl.cdiv(width, depth), add_product, (zero, zero))

@@ -4,11 +4,11 @@
     packed   data = (kv [.., 2 h],)           keys in the first half of the last axis, values in the second
 
 A TPU stores the last axis in tiles of 128 lanes.  At head_dim 64 an array [.., 64] would be padded to twice
-its size, or laid out with another axis last and copied before every kernel; side by side, keys and values
-fill the lanes exactly.  At 128 they are two tiles that a kernel separates at no cost.
+its size, or laid out with another axis last and copied before every kernel; packed keys and values fill the
+lanes exactly.  At head_dim 128 they are two tiles, which a kernel separates at no cost.
 
-In int8 each token and head has one f32 scale for its key and one for its value, max |x| / 127: the value read
-is data * scale.
+In int8 each token and head has one f32 scale for its key and one for its value, max |x| / 127.  A key or
+value is data * scale.
 
 L layers   N rows (prompts or slots)   K key/value heads   W tokens   h head_dim
 """
@@ -24,10 +24,10 @@ DTYPES = ("float32", "bfloat16", "int8")
 
 
 class KV(NamedTuple):
-    """Keys and values; leading axes [L, N, K, W] in a cache, [N, K] or [N, W, K] for new ones."""
+    """Keys and values; leading axes [L, N, K, W] in a cache, [N, K] or [N, W, K] for new tokens."""
 
-    data: tuple[jax.Array, ...]  # (k, v) [.., h] each, or (kv,) [.., 2 h]
-    scales: tuple[jax.Array, ...]  # () or, in int8, f32[..] of k and of v
+    data: tuple[jax.Array, ...]  # apart: (k, v), [.., h] each; packed: (kv,), [.., 2 h]
+    scales: tuple[jax.Array, ...]  # int8: (scales of k, scales of v), f32[..] each; otherwise ()
 
     @property
     def packed(self) -> bool:
@@ -41,7 +41,8 @@ class Format(NamedTuple):
     packed: bool
 
     def bytes_per_token(self, layers: int, kv_heads: int, head_dim: int) -> int:
-        """Count the bytes of keys and values of all layers and heads, without padding to tiles."""
+        """Count the bytes of a token's keys and values in all layers and heads, without padding to tiles."""
+        # int8 adds two f32 scales per head.
         scales = 2 * 4 if self.dtype == "int8" else 0
         return layers * kv_heads * (2 * head_dim * jnp.dtype(self.dtype).itemsize + scales)
 
@@ -54,16 +55,20 @@ def pack_kv(k: jax.Array, v: jax.Array, kv_format: Format) -> KV:
         scales = (k_scale, v_scale)
     else:
         k, v = k.astype(kv_format.dtype), v.astype(kv_format.dtype)
+
+    # The scales have no last axis to join, and stay apart in both layouts.
     if kv_format.packed:
         return KV((jnp.concatenate([k, v], axis=-1),), scales)
     return KV((k, v), scales)
 
 
 def unpack_kv(kv: KV, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Restore k and v [.., h] in `dtype`, scales applied: inverts `pack_kv`, for tests."""
+    """Invert `pack_kv`, for tests: k and v [.., h] in `dtype`, with the scales applied."""
     k, v = jnp.split(kv.data[0], 2, axis=-1) if kv.packed else kv.data
     if not kv.scales:
         return k.astype(dtype), v.astype(dtype)
+
+    # Scales are applied in f32, whatever `dtype` is.
     k, v = (x.astype(jnp.float32) * s[..., None] for x, s in zip((k, v), kv.scales, strict=True))
     return k.astype(dtype), v.astype(dtype)
 
@@ -84,5 +89,7 @@ def _quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Quantise x [.., h] -> int8 [.., h] and its scales f32 [..]."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / 127.0
-    safe = jnp.where(scale > 0, scale, 1.0)
-    return jnp.round(x / safe[..., None]).astype(jnp.int8), scale
+
+    # A vector of zeros keeps its scale of 0, but is not divided by it.
+    divisor = jnp.where(scale > 0, scale, 1.0)
+    return jnp.round(x / divisor[..., None]).astype(jnp.int8), scale

@@ -1,8 +1,10 @@
 """Choice of a kernel implementation by platform, made when a program is traced.
 
-xla                              plain jnp, on any platform; the CPU's default
-tpu, tpu_interpret               Pallas through Mosaic; interpreted on a CPU, with its copies and semaphores
-triton, triton_interpret         Pallas through Triton, for CUDA GPUs; interpreted on a CPU
+xla                plain jnp, on any platform; the default on CPUs
+tpu                Pallas through Mosaic
+tpu_interpret      the tpu kernels interpreted on a CPU, with their copies and semaphores: for tests
+triton             Pallas through Triton, for CUDA GPUs
+triton_interpret   the triton kernels interpreted on a CPU: for tests
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ import jax
 
 
 class Implementation(NamedTuple):
-    """Parts of an implementation's name."""
+    """A backend, and the way in which its kernels run."""
 
     backend: str  # xla, tpu or triton: the key of an operation's table of backends
-    interpret: bool  # the Pallas kernel is interpreted on a CPU
+    interpret: bool  # True: the Pallas kernel is interpreted on a CPU
 
 
 IMPLEMENTATIONS = {
@@ -26,28 +28,29 @@ IMPLEMENTATIONS = {
     "triton": Implementation("triton", interpret=False),
     "triton_interpret": Implementation("triton", interpret=True),
 }
+# jax's name for any GPU is "gpu", for NVIDIA's also "cuda".  Platforms that are not listed run plain jnp.
 _OF_PLATFORM = {"tpu": "tpu", "gpu": "triton", "cuda": "triton"}
 
 
 def default_implementation(platform: str | None = None) -> str:
-    """Return the implementation for a platform ("cpu", "gpu", "tpu"); None: the default backend's."""
+    """Return the implementation for a platform ("cpu", "gpu", "tpu").  platform None: the default backend."""
     platform = jax.default_backend() if platform is None else platform
     return _OF_PLATFORM.get(platform, "xla")
 
 
 def is_pallas(implementation: str | None) -> bool:
-    """Tell Pallas kernels from plain jnp.
+    """Return True for Pallas kernels and False for plain jnp.
 
-    Pallas kernels read packed caches (kv.py), only the columns of them that they need, and a prompt's keys
-    through an index; the compiler does not partition them over a mesh.  Raises ValueError as
-    `resolve_implementation` does.
+    Pallas kernels take packed caches (kv.py), read only the columns that count, and read a prompt's keys
+    through an index; the compiler does not partition them over a mesh.  Raises ValueError for an unknown
+    name.
     """
     return resolve_implementation(implementation).backend != "xla"
 
 
 def resolve_implementation(implementation: str | None) -> Implementation:
     """Look up an implementation; None: the default backend's.  Raises ValueError for an unknown name."""
-    chosen = default_implementation() if implementation is None else implementation
-    if chosen not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {chosen!r} is none of {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[chosen]
+    name = default_implementation() if implementation is None else implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {name!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[name]

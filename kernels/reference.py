@@ -1,7 +1,7 @@
-"""Causal attention in plain jnp: the reference that every kernel of it is tested against.
+"""Causal attention in plain jnp: the reference for tests of every causal attention kernel.
 
 Rows are right-padded (their real tokens come first), so the causal mask alone hides the padding from every
-real query; the output of padded queries is finite and means nothing.
+real query.  The output of padded queries is finite but meaningless.
 
 N rows   S query tokens   S_kv key tokens   H query heads   K key/value heads   g = H / K   h head_dim
 """
@@ -15,13 +15,15 @@ import jax.numpy as jnp
 def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, first: int = 0) -> jax.Array:
     """Compute causal grouped-query attention: softmax(q k^T / sqrt(h)) v, the softmax in f32.
 
-    q [N, S, H, h], k and v [N, S_kv, K, h] -> [N, S, H, h].  Query i is token `first` + i of its row and
+    q [N, S, H, h], k and v [N, S_kv, K, h] -> [N, S, H, h].  Query i is token first + i of its row and
     attends to keys 0 to first + i.
     """
+    # Query heads i * g to (i + 1) * g - 1 share key/value head i: a reshape, without copies of the keys.
     n, s, heads, h = q.shape
     kv_heads = k.shape[2]
     q = q.reshape(n, s, kv_heads, heads // kv_heads, h)
     z = jnp.einsum("nskgh,nukh->nkgsu", q, k, preferred_element_type=jnp.float32) * h**-0.5
+
     mask = jnp.arange(k.shape[1])[None, :] <= first + jnp.arange(s)[:, None]  # bool[S, S_kv]
     p = jax.nn.softmax(jnp.where(mask[None, None, None], z, -jnp.inf), axis=-1)
     return jnp.einsum("nkgsu,nukh->nskgh", p.astype(v.dtype), v).reshape(n, s, heads, h)

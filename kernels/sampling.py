@@ -1,30 +1,30 @@
-"""Draw tokens from logits without sorting the vocabulary.
+"""Sampling of tokens from logits without sorting the vocabulary.
 
-In: logits and three uniforms per row.  Out: a token and its log-probabilities per row.
+Input: logits and three uniforms per row.  Output: a token and its log-probabilities per row.
 
 1. Divide by the temperature (0 is greedy: the first of the largest logits).
-2. Filter: top-k, then top-p on what top-k left, renormalised, then min-p: the tokens whose probability is at
-   least min_p times the largest one's.  (`transformers` filters in this order.  vLLM applies min-p before the
-   other two, so its top-p sees a smaller, renormalised rest; without top-p the two agree.)
-3. Inverse CDF in three levels: a group of 128 blocks by its sum, a block of 128 tokens within the group, a
-   token within the block, each with a uniform of its own.  One uniform for all three would not be enough: it
-   has steps of 2^-23, so rarer tokens could not be drawn, and a change of 1e-5 in the logits would change
-   about fifty times as many draws.  A vocabulary of one group leaves the first uniform unused.
+2. Filter by top-k; then by top-p, on the renormalised distribution that top-k left; then by min-p, which
+   keeps the tokens whose probability is at least min_p times the largest.  (`transformers` filters in this
+   order.  vLLM applies min-p first, so its top-p renormalises over fewer tokens; without top-p both agree.)
+3. Invert the CDF on three levels: choose a group of 128 blocks by its sum, a block of 128 tokens within the
+   group, and a token within the block, each with its own uniform.  One uniform for all three levels would not
+   be enough: it has steps of 2^-23, so rarer tokens could not be sampled, and a change of 1e-5 in the logits
+   would change about fifty times as many tokens.  A vocabulary of one group leaves the first uniform unused.
 
-`implementation` chooses the backend of the passes over the vocabulary: sampling_statistics.py, which defines
-the statistics, sampling_tpu.py or sampling_triton.py.  The draw is plain jnp on block sums and one block of
+`implementation` selects the backend of the passes over the vocabulary: sampling_statistics.py, which defines
+the statistics, sampling_tpu.py or sampling_triton.py.  Step 3 is plain jnp on block sums and one block of
 logits.
 
 Ties.  Top-k keeps every token whose logit equals the k-th largest; top-p keeps every token whose logit equals
-that of the last one it needs.  So what is kept never depends on the order of the vocabulary.
+that of the last token it needs.  So the kept tokens never depend on the order of the vocabulary.
 
-Not finite.  A row with a NaN or +inf among its logits, or with nothing but -inf, has no distribution: its
-token is 0 and its log-probabilities and entropy are NaN, for the caller to check.
+Logits that are not finite.  A row with a NaN or +inf among its logits, or with only -inf, has no
+distribution: its token is 0 and its log-probabilities and entropy are NaN.  The caller checks for that.
 
-Batch independence.  A row's result is a function of that row alone; and, in the xla backend, the same to the
-last bit whether its columns lie on one device or on several (`axis_name`).  One exception: a vocabulary of
-128 blocks that shards pad to more, and so to a second group, may differ in the last bit of log-probabilities
-and entropy.
+Batch independence.  A row's result is a function of that row alone.  In the xla backend it is also the same
+to the last bit whether the vocabulary is on one device or sharded over several (`axis_name`), with one
+exception: if sharding pads a vocabulary of 128 blocks to more blocks, and so to a second group, the last bit
+of log-probabilities and entropy may differ.
 
 N rows   V vocabulary (columns of -inf are never drawn)   M blocks of 128 tokens
 """
@@ -41,20 +41,20 @@ import jax.numpy as jnp
 from cooper_jax.kernels import platform, sampling_spans, sampling_tpu, sampling_triton
 from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Statistics, row_statistics, sum_pairwise
 
-LEVELS = 3  # uniforms that one draw consumes: for the group, the block and the token
-_NO_TOKEN = jnp.iinfo(jnp.int32).max
+LEVELS = 3  # uniforms per token: one for the group, one for the block, one for the token in the block
+_NO_TOKEN = jnp.iinfo(jnp.int32).max  # above every vocabulary index, so that a minimum ignores it
 
 
 class SampledTokens(NamedTuple):
-    """One draw per row, with natural logarithms.
+    """One sampled token per row, with natural logarithms.
 
-    The full softmax is that of logits / temperature with nothing filtered; greedy: of the logits.
+    The full softmax is softmax(logits / temperature) without any filter; greedy: softmax(logits).
     """
 
     token: jax.Array  # i32[N]
-    logprob: jax.Array  # f32[N], under the distribution drawn from; greedy: 0, for it has one token
+    logprob: jax.Array  # f32[N], under the filtered, renormalised softmax; greedy: 0
     full_logprob: jax.Array  # f32[N], under the full softmax
-    entropy: jax.Array | None  # f32[N], in nats, of the full softmax; None: not asked for
+    entropy: jax.Array | None  # f32[N], in nats, of the full softmax; None unless requested
 
 
 def sample_logits(
@@ -69,11 +69,13 @@ def sample_logits(
     entropy: bool = False,
     implementation: str | None = None,
 ) -> SampledTokens:
-    """Draw one token per row.
+    """Sample one token per row.
 
-    temperature, top_k (0: off), top_p (1: off) and min_p (0: off) are Python numbers, static under jit.
-    Inside shard_map, `axis_name` names the mesh axis over which the vocabulary is sharded; all its shards get
-    the result.  A vocabulary, or a shard, that is not whole blocks of 128 costs copies of the logits: pad the
+    temperature, top_k (0: off), top_p (1: off), min_p (0: off): Python numbers, static under jit.
+    axis_name: in shard_map, the mesh axis over which the vocabulary is sharded; all shards get the result.
+    entropy: compute `SampledTokens.entropy` too.
+
+    A vocabulary, or a shard of it, that is not a multiple of 128 tokens costs a copy of the logits: pad the
     head's rows.
     """
     rule = Rule(temperature, top_k, top_p, min_p, entropy)
@@ -89,12 +91,12 @@ def sampling_margin(
     top_p: float,
     min_p: float = 0.0,
 ) -> jax.Array:
-    """Compute how close each row's draw was to another token, f32[N], to judge draws of two programs.
+    """Compute how close each row came to sampling another token: f32[N], to compare samples of two programs.
 
-    The smallest, over the three levels, of the distances from the uniform to the borders of the interval that
-    it fell into, as a share of the probability at that level (of all groups, of the group, of the block).
-    Infinite where nothing else could be drawn.  Greedy: the difference in probability between the two
-    largest.  Tokens that almost pass a filter are not considered.
+    Each level's uniform falls into an interval of the CDF.  Its distance to the nearer end, as a share of
+    that level's total probability (of all groups, of the group, of the block), is the level's margin; the
+    smallest of the three is returned.  Infinite where no other token could be sampled.  Greedy: the
+    difference between the two largest probabilities.  Tokens that almost pass a filter are not considered.
     """
     return _sample(logits, uniforms, Rule(temperature, top_k, top_p, min_p), None, "xla")[1]
 
@@ -102,27 +104,33 @@ def sampling_margin(
 def _sample(
     logits: jax.Array, uniforms: jax.Array, rule: Rule, axis_name: str | None, implementation: str | None
 ) -> tuple[SampledTokens, jax.Array]:
-    """Return the draw and its margin; under jit, the one that is not used costs nothing."""
+    """Return the sampled tokens and their margins f32[N]; under jit, an unused result costs nothing."""
     logits = _pad_to_blocks(logits.astype(jnp.float32), axis_name)
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * logits.shape[1]
     if rule.temperature == 0.0:
         return _sample_greedy(logits, first, rule, axis_name, implementation)
 
+    # Levels 1 and 2, on sums that every shard has: all shards choose the same block.
     stats = _compute_statistics(logits, rule, axis_name, implementation)
     block, block_margin = _draw_block(stats.block_sums, uniforms)
+
+    # Level 3, on the 128 logits of that block.
     column = block * BLOCK - first  # i32[N]: the block's first column, if this shard has it
     x = _get_block(logits, column, implementation)  # f32[N, 128]
     z = (x - stats.max_logit[:, None]) * (1.0 / rule.temperature)
     kept = jnp.where(x >= stats.threshold[:, None], jnp.exp(z), 0.0)
     lane, lane_margin = _draw_index(kept, uniforms[:, 2])
     z = jnp.take_along_axis(z, lane[:, None], axis=1)[:, 0]
-    if axis_name is not None:  # the shard that has the block sends its result to the others
-        has = (column >= 0) & (column < logits.shape[1])
-        lane, z = (jax.lax.psum(jnp.where(has, value, 0), axis_name) for value in (lane, z))
+    if axis_name is not None:
+        # The shard that has the block sends its result to the others: theirs count as zeros in the sum.
+        has_block = (column >= 0) & (column < logits.shape[1])
+        lane, z = (jax.lax.psum(jnp.where(has_block, value, 0), axis_name) for value in (lane, z))
 
     kept_sum = sum_pairwise(stats.block_sums)
     full_sum = kept_sum if stats.full_sum is None else stats.full_sum
-    valid = full_sum > 0.0  # False for NaN, which a sum carries (XLA:CPU's maximum ignores it)
+
+    # Sums propagate a NaN, which is not above 0; XLA:CPU's maximum ignores it, so max_logit does not tell.
+    valid = full_sum > 0.0
     sampled = SampledTokens(
         token=jnp.where(valid, block * BLOCK + lane, 0),
         logprob=jnp.where(valid, z - jnp.log(kept_sum), jnp.nan),
@@ -141,20 +149,21 @@ def _sample_greedy(
 ) -> tuple[SampledTokens, jax.Array]:
     """Take the first of the largest logits.
 
-    The other probabilities need one more pass over the logits, which is dropped under jit if they are not
+    full_logprob, entropy and the margin need one more pass over the logits, which jit drops if they are not
     used.
     """
     max_logit = jnp.max(logits, axis=-1)  # XLA:CPU's maximum ignores NaN
     if axis_name is not None:
         max_logit = jax.lax.pmax(max_logit, axis_name)
 
-    # XLA:CPU's argmax takes ten times as long as this.
+    # The smallest index with the largest logit; -1 marks a NaN.  XLA:CPU's argmax takes ten times as long.
     column = first + jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :]
     column = jnp.where(logits == max_logit[:, None], column, _NO_TOKEN)
     token = jnp.min(jnp.where(jnp.isnan(logits), -1, column), axis=-1)
     if axis_name is not None:
         token = jax.lax.pmin(token, axis_name)
 
+    # The full softmax of a greedy draw has temperature 1.
     valid = (token >= 0) & (token < _NO_TOKEN) & (jnp.abs(max_logit) < jnp.inf)
     stats = _compute_statistics(logits, Rule(1.0, entropy=rule.entropy), axis_name, implementation)
     full_sum = sum_pairwise(stats.block_sums)
@@ -164,12 +173,14 @@ def _sample_greedy(
         full_logprob=jnp.where(valid, -jnp.log(full_sum), jnp.nan),
         entropy=_entropy(full_sum, stats.plogp_sum),
     )
-    two = jax.lax.top_k(logits, 2)[0]
-    return sampled, -jnp.expm1(two[:, 1] - two[:, 0]) / full_sum
+
+    # p1 - p2 = (1 - e^(z2 - z1)) / sum e^(z - z1).
+    top_two = jax.lax.top_k(logits, 2)[0]
+    return sampled, -jnp.expm1(top_two[:, 1] - top_two[:, 0]) / full_sum
 
 
 def _entropy(full_sum: jax.Array, plogp_sum: jax.Array | None) -> jax.Array | None:
-    """Compute log(full_sum) - plogp_sum / full_sum, NaN where full_sum is."""
+    """Compute the entropy log(full_sum) - plogp_sum / full_sum, NaN where full_sum is NaN."""
     return None if plogp_sum is None else jnp.log(full_sum) - plogp_sum / full_sum
 
 
@@ -185,6 +196,7 @@ def _xla_statistics(logits: jax.Array, rule: Rule, axis_name: str | None, interp
 
 
 def _tpu_statistics(logits: jax.Array, rule: Rule, axis_name: str | None, interpret: bool) -> Statistics:
+    # A whole row fits into VMEM, but a search in a kernel cannot add up sums of other shards.
     if axis_name is None:
         return sampling_tpu.tpu_statistics(logits, rule, interpret)
     return sampling_spans.span_statistics(sampling_tpu, logits, rule, axis_name, interpret)
@@ -198,7 +210,8 @@ _STATISTICS: dict[str, Callable[..., Statistics]] = {
 
 
 def _get_block(logits: jax.Array, column: jax.Array, implementation: str | None) -> jax.Array:
-    """Take each row's block at `column` i32[N] -> f32[N, 128]; any block where it is on another shard."""
+    """Take each row's block at `column` i32[N] -> f32[N, 128]; an arbitrary block if another shard has it."""
+    # Columns of other shards are out of range: clipped, and dropped by the caller.
     column = jnp.clip(column, 0, logits.shape[1] - BLOCK)
     backend, interpret = platform.resolve_implementation(implementation)
     if backend == "tpu":
@@ -208,13 +221,16 @@ def _get_block(logits: jax.Array, column: jax.Array, implementation: str | None)
 
 def _draw_block(block_sums: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draw a group of 128 blocks, then a block in it, from sums f32[N, M]: block i32[N], margin f32[N]."""
+    # A vocabulary of up to 2^14 tokens is one group.
     if block_sums.shape[1] <= BLOCK:
         return _draw_index(block_sums, uniforms[:, 1])
+
     block_sums = jnp.pad(block_sums, ((0, 0), (0, -block_sums.shape[1] % BLOCK)))
     block_sums = block_sums.reshape(block_sums.shape[0], -1, BLOCK)  # f32[N, groups, 128]
     group, group_margin = _draw_index(sum_pairwise(block_sums), uniforms[:, 0])
 
-    # A gather would be a loop over rows on a TPU; a sum of one term and zeros is exact.
+    # The group's block sums, selected by a masked sum: on a TPU a gather would be a loop over rows.  A sum of
+    # one term and zeros is exact.
     is_drawn = jnp.arange(block_sums.shape[1])[None, :] == group[:, None]
     in_group = jnp.sum(jnp.where(is_drawn[:, :, None], block_sums, 0.0), axis=1)
     block, block_margin = _draw_index(in_group, uniforms[:, 1])
@@ -225,8 +241,9 @@ def _draw_index(p: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]
     """Draw an index from p f32[N, M] by the inverse CDF, uniform f32[N]: index i32[N], margin f32[N].
 
     The index is the first whose running sum exceeds uniform * total.  Rounding of the running sums can
-    neither select an index of probability 0 nor go past the end.
+    neither select an index of probability 0 nor one past the end.
     """
+    # If rounding leaves no running sum above the target, the last possible index is drawn.
     cdf = jnp.cumsum(p, axis=-1)
     total = cdf[:, -1]
     target = uniform * total
@@ -235,6 +252,7 @@ def _draw_index(p: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]
     last = p.shape[-1] - 1 - jnp.argmax(possible[:, ::-1], axis=-1)
     index = jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), last)
 
+    # The margin: the distance to the interval's nearer end, except ends with no index of p > 0 beyond them.
     upper = jnp.take_along_axis(cdf, index[:, None], axis=1)[:, 0]
     lower = upper - jnp.take_along_axis(p, index[:, None], axis=1)[:, 0]
     above = jnp.where(upper < total, upper - target, jnp.inf)
@@ -243,29 +261,35 @@ def _draw_index(p: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _pad_to_blocks(logits: jax.Array, axis_name: str | None) -> jax.Array:
-    """Append columns of -inf until the vocabulary is whole blocks, the same number of them on each shard.
+    """Append columns of -inf until every shard has the same number of whole blocks.
 
-    Shards whose columns are not whole blocks drop the beginning of their columns, which belongs to a block of
-    the shard before them, and get the beginning of the next one's.
+    The vocabulary is divided anew: a shard passes its first columns, which complete a block of the previous
+    shard, to that shard, and receives the first columns of the next shard.
     """
     rows, columns = logits.shape
     if columns % BLOCK == 0:
         return logits
+
+    # With `extra` more columns on every shard, the columns of shard i begin i * extra columns later than
+    # before, and end (i + 1) * extra columns later.
     shards = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     blocks = -(-columns * shards // BLOCK)
-    width = -(-blocks // shards) * BLOCK  # of a shard that has whole blocks
-    more = width - columns  # shard i begins i * more columns further on and ends (i + 1) * more further on
-    padding = jnp.full((rows, shards * more), -jnp.inf, jnp.float32)
+    width = -(-blocks // shards) * BLOCK
+    extra = width - columns
+    padding = jnp.full((rows, shards * extra), -jnp.inf, jnp.float32)
     if axis_name is None or shards == 1:
         return jnp.concatenate([logits, padding], axis=1)
 
-    if shards * more > columns:
+    # Columns come from the next shard alone.
+    if shards * extra > columns:
         raise ValueError(
             f"a vocabulary of {columns * shards} columns is too small for {shards} shards: pad the head's "
             f"rows to a multiple of {shards * BLOCK}"
         )
+
+    # Every shard appends shards * extra columns, the number that the last shard needs: shapes are static.
     shard = jax.lax.axis_index(axis_name)
-    to_shard_before = [(i + 1, i) for i in range(shards - 1)]
-    received = jax.lax.ppermute(logits[:, : shards * more], axis_name, to_shard_before)
-    longer = jnp.concatenate([logits, jnp.where(shard == shards - 1, padding, received)], axis=1)
-    return jax.lax.dynamic_slice_in_dim(longer, shard * more, width, axis=1)
+    to_previous = [(i + 1, i) for i in range(shards - 1)]
+    received = jax.lax.ppermute(logits[:, : shards * extra], axis_name, to_previous)
+    extended = jnp.concatenate([logits, jnp.where(shard == shards - 1, padding, received)], axis=1)
+    return jax.lax.dynamic_slice_in_dim(extended, shard * extra, width, axis=1)

@@ -1,11 +1,12 @@
-"""Sampling statistics from kernels that keep no row: for rows too long for fast memory, or sharded.
+"""Sampling statistics from kernels that read a row in spans: for rows too long for fast memory, or sharded.
 
-1. `span_sums`: each span of a row (what a program holds at a time; at most a shard's columns) gives its own
-   largest logit and its sums relative to that.  They are rescaled to the whole row's here, on [N, M]: the
-   logits are read once.
+A span is the part of a row that one program of a kernel processes: at most the columns of a shard.
+
+1. `span_sums` computes each span's largest logit, and its sums relative to that logit.  They are rescaled to
+   the largest logit of the whole row in this file, on [N, M], so the logits are read once.
 2. Top-k and top-p: `tally_thresholds` tries X thresholds per pass over the logits, which leaves 1 / (X + 1)
-   of the interval: 11 passes for X = 7, 8 for X = 15, each with one small psum.
-3. `span_sums` again, at the threshold.
+   of the interval: 11 passes for X = 7, 8 passes for X = 15, each with one small psum.
+3. `span_sums` runs again, at the threshold found.
 
 N rows   V vocabulary, or a shard's contiguous columns of it: whole blocks   M blocks of 128 tokens   E spans
 X candidate thresholds
@@ -31,12 +32,12 @@ from cooper_jax.kernels.sampling_statistics import (
 
 
 class SpanKernels(Protocol):
-    """The module of a backend: sampling_tpu or sampling_triton."""
+    """Interface of a backend's module: sampling_tpu or sampling_triton."""
 
     CANDIDATES: int  # X
 
     def span_sums(self, logits: jax.Array, threshold: jax.Array | None, rule: Rule, interpret: Any) -> Spans:
-        """Sum the spans' probabilities at or above `threshold` f32[N]; None: of all tokens."""
+        """Sum each span's probabilities at or above `threshold` f32[N]; None: of all tokens."""
 
     def tally_thresholds(
         self,
@@ -52,19 +53,22 @@ class SpanKernels(Protocol):
 def span_statistics(
     kernels: SpanKernels, logits: jax.Array, rule: Rule, axis_name: str | None, interpret: bool
 ) -> Statistics:
-    """Compute what sampling_statistics.row_statistics does, with a backend's kernels."""
+    """Compute the statistics of sampling_statistics.row_statistics with a backend's kernels."""
     unfiltered = _join_spans(kernels.span_sums(logits, None, rule, interpret), rule, axis_name)
     if not rule.filters:
         return unfiltered._replace(full_sum=None)
     max_logit = unfiltered.max_logit
 
-    def tally(thresholds, temperature):  # f32[N, X] -> f32[N, X]
+    def tally(thresholds, temperature):
+        """Tally the whole row at each threshold f32[N, X], over all shards -> f32[N, X]."""
         sums = kernels.tally_thresholds(logits, max_logit, thresholds, temperature, interpret)
         return _sum_spans(sums, axis_name)
 
     threshold = jnp.full_like(max_logit, -jnp.inf)
     if rule.top_k:
         threshold = _find_threshold(max_logit, lambda v: tally(v, None) >= rule.top_k, kernels.CANDIDATES)
+
+    # Top-p counts the tokens that top-k left: no candidate is below top-k's threshold.
     if rule.top_p < 1.0:
         top_k_threshold = jnp.broadcast_to(threshold[:, None], (threshold.shape[0], kernels.CANDIDATES))
         needed = rule.top_p * tally(top_k_threshold, rule.temperature)
@@ -73,38 +77,41 @@ def span_statistics(
             return tally(jnp.maximum(v, top_k_threshold), rule.temperature) >= needed
 
         threshold = _find_threshold(max_logit, keeps_p, kernels.CANDIDATES)
+
     if rule.min_p > 0.0:
         threshold = jnp.maximum(threshold, max_logit - rule.min_p_depth)
 
-    rule = rule._replace(entropy=False)  # `unfiltered` has it
+    # Only the block sums are filtered.  The entropy is that of the full softmax, which `unfiltered` has.
+    rule = rule._replace(entropy=False)
     kept = _join_spans(kernels.span_sums(logits, threshold, rule, interpret), rule, axis_name)
     return unfiltered._replace(threshold=threshold, block_sums=kept.block_sums)
 
 
 def _join_spans(spans: Spans, rule: Rule, axis_name: str | None) -> Statistics:
-    """Rescale spans to the largest logit of the whole row, over all shards; only block_sums are filtered."""
+    """Rescale spans to the largest logit of the whole row, over all shards."""
     max_logit = jnp.max(spans.max_logit, axis=1)
     if axis_name is not None:
         max_logit = jax.lax.pmax(max_logit, axis_name)
-    shift = (spans.max_logit - max_logit[:, None]) * (
-        1.0 / rule.temperature
-    )  # f32[N, E]; -inf: an empty span
+
+    # A span's log p is relative to its own maximum, `shift` below the row's; shift is -inf in an empty span.
+    shift = (spans.max_logit - max_logit[:, None]) * (1.0 / rule.temperature)  # f32[N, E]
     scale = jnp.exp(shift)
-    block_sums = spans.block_sums * scale[:, :, None]
     plogp = jnp.where(scale > 0.0, scale * (spans.plogp_sum + shift * spans.full_sum), 0.0)
+
+    # The last span may extend past the end of the row.
+    block_sums = spans.block_sums * scale[:, :, None]
+    block_sums = block_sums.reshape(block_sums.shape[0], -1)[:, : spans.num_blocks]
     return Statistics(
         max_logit=max_logit,
         threshold=jnp.full_like(max_logit, -jnp.inf),
-        block_sums=gather_shards(
-            block_sums.reshape(block_sums.shape[0], -1)[:, : spans.num_blocks], axis_name
-        ),
+        block_sums=gather_shards(block_sums, axis_name),
         full_sum=_sum_spans(spans.full_sum * scale, axis_name),
         plogp_sum=_sum_spans(plogp, axis_name) if rule.entropy else None,
     )
 
 
 def _sum_spans(x: jax.Array, axis_name: str | None) -> jax.Array:
-    """Sum [N, E, ...] -> [N, ...] in one order whatever N, and over all shards."""
+    """Sum [N, E, ...] -> [N, ...] in an order that does not depend on N, and over all shards."""
     total = functools.reduce(jnp.add, [x[:, i] for i in range(x.shape[1])])
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
@@ -112,25 +119,28 @@ def _sum_spans(x: jax.Array, axis_name: str | None) -> jax.Array:
 def _find_threshold(
     max_logit: jax.Array, keeps_enough: Callable[[jax.Array], jax.Array], candidates: int
 ) -> jax.Array:
-    """Do sampling_statistics.largest_threshold with several thresholds f32[N, X] at a time -> f32[N].
+    """Find the threshold of sampling_statistics.largest_threshold, trying X values per pass -> f32[N].
 
-    keeps_enough returns bool[N, X].
+    keeps_enough: f32[N, X] -> bool[N, X].
     """
-    low = float_to_order(
-        jnp.full_like(max_logit, -jnp.inf)
-    )  # keeps_enough holds here, and fails at low + width
+    # keeps_enough is True at low and False at low + width, in the integer order of f32 numbers.
+    low = float_to_order(jnp.full_like(max_logit, -jnp.inf))
     width = jax.lax.bitcast_convert_type(float_to_order(max_logit) + 1 - low, jnp.uint32)
     nth = jnp.arange(candidates + 1, dtype=jnp.uint32)[None, :]
 
     def narrow(_, bounds):
+        """Divide the interval into X + 1 parts and keep the one in which keeps_enough turns False."""
         low, width = bounds
         step = width // (candidates + 1) + (width % (candidates + 1) > 0)
-        offset = jnp.minimum(nth * step[:, None], width[:, None])  # u32[N, 1 + X]: what is added to low
+        offset = jnp.minimum(nth * step[:, None], width[:, None])  # u32[N, 1 + X]: distances from low
         at = low[:, None] + jax.lax.bitcast_convert_type(offset, jnp.int32)
-        holds = keeps_enough(order_to_float(at[:, 1:])) & (offset[:, 1:] < width[:, None])
-        best = jnp.sum(holds, axis=1)[:, None]
-        low = jnp.take_along_axis(at, best, axis=1)[:, 0]
-        return low, jnp.minimum(step, width - jnp.take_along_axis(offset, best, axis=1)[:, 0])
 
+        # keeps_enough never turns from False to True, so the number of True is the index of the last one.
+        holds = keeps_enough(order_to_float(at[:, 1:])) & (offset[:, 1:] < width[:, None])
+        last_true = jnp.sum(holds, axis=1)[:, None]
+        low = jnp.take_along_axis(at, last_true, axis=1)[:, 0]
+        return low, jnp.minimum(step, width - jnp.take_along_axis(offset, last_true, axis=1)[:, 0])
+
+    # As many passes as reduce the largest width, 2^32, to 1.
     passes = next(n for n in range(1, 33) if (candidates + 1) ** n >= 2**32)
     return order_to_float(jax.lax.fori_loop(0, passes, narrow, (low, width))[0])

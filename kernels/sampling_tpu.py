@@ -1,20 +1,20 @@
-"""Sampling statistics on a TPU, where 8 rows of logits fit into VMEM: they are read once.
+"""Sampling statistics on a TPU, where 8 rows of logits fit into VMEM and are read from HBM once.
 
-    grid         ceil(N / 8): a step for 8 rows; the next step's rows arrive meanwhile
+    grid         ceil(N / 8): one step per 8 rows, while the rows of the next step are copied
 
     statistics
-    logits       (8, V)       f32 in VMEM: 4.9 MB for 152K tokens, double-buffered
-    given        (8, 1)       a threshold found elsewhere
+    logits       (8, V)       in: f32 in VMEM, 4.9 MB for 152K tokens, double-buffered
+    given        (8, 1)       in: the threshold below which tokens are dropped, -inf: none
     block_sums   (8, M')      out: M' is M rounded up to registers of 128 lanes
-    scalars      (8, 128)     out: max_logit, threshold, full_sum and plogp_sum in the first lanes
-    p            (8, V)       scratch, with top-p alone: its passes do not compute exponentials again
+    scalars      (8, 128)     out: max_logit, threshold, full_sum and plogp_sum in the first four lanes
+    p            (8, V)       scratch, only with top-p: its passes do not compute exponentials again
 
-Passes over the row (maximum, 32 for top-k and 32 for top-p, block sums) go to VMEM.  A pass is one or two
-loads and 2 to 5 vector operations for a register of 8 x 128 logits: without a search they should hide behind
-the next rows' copy from HBM; two searches take longer than it.
+All passes over the row (the maximum, 32 for top-k, 32 for top-p, the block sums) read VMEM.  A pass takes one
+or two loads and 2 to 5 vector operations per register of 8 x 128 logits.  Without top-k and top-p the passes
+should take less time than the copy of the next rows from HBM; with both they take more.
 
-    tally        logits (8, V), max_logit (8, 1) and thresholds (8, 7) in, sums (8, 7) out: a search over
-                 shards reads the logits once for 3 bits of its answer
+    tally        logits (8, V), max_logit (8, 1) and thresholds (8, 7) in, sums (8, 7) out: one pass of a
+                 search over shards reads the logits once and gives 3 bits of the threshold
     take         one block of 128 logits per row.  XLA's gather is a loop over rows on a TPU.
 
 N rows   V vocabulary, or a shard of it: whole blocks   M blocks of 128 tokens   X candidate thresholds
@@ -33,15 +33,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Spans, Statistics, largest_threshold
 
-ROWS = 8
-STRIDE = 8  # blocks of one iteration of a loop: registers that do not wait for one another
+ROWS = 8  # sublanes of a register
+STRIDE = 8  # blocks per iteration of a loop: independent registers, which do not wait for one another
 CANDIDATES = 7  # X: thresholds that one pass over the logits tries
 _SCALARS = 4  # max_logit, threshold, full_sum, plogp_sum
 Interpret = bool | pltpu.InterpretParams
 
 
 def tpu_statistics(logits: jax.Array, rule: Rule, interpret: Interpret) -> Statistics:
-    """Do sampling_statistics.row_statistics; sums in another order differ in their last bits."""
+    """Compute the statistics of sampling_statistics.row_statistics, up to the order of their sums."""
     block_sums, scalars = _call(logits, None, rule, interpret)
     max_logit, threshold, full_sum, plogp_sum = (scalars[:, i] for i in range(_SCALARS))
     return Statistics(
@@ -54,7 +54,8 @@ def tpu_statistics(logits: jax.Array, rule: Rule, interpret: Interpret) -> Stati
 
 
 def span_sums(logits: jax.Array, threshold: jax.Array | None, rule: Rule, interpret: Interpret) -> Spans:
-    """Sum each row as one span, filtered at threshold f32[N] where it is given: see sampling_spans.py."""
+    """Sum each row as one span (E = 1), filtered at `threshold` f32[N] unless None: see sampling_spans.py."""
+    # The filters of `rule` are applied by the caller, through the threshold.
     rule = Rule(rule.temperature, entropy=rule.entropy)
     block_sums, scalars = _call(logits, threshold, rule, interpret)
     max_logit, _, full_sum, plogp_sum = (scalars[:, i : i + 1] for i in range(_SCALARS))
@@ -67,6 +68,8 @@ def _call(
     """Run the kernel -> (block_sums f32[N, M'], scalars f32[N, 128])."""
     rows, vocabulary = logits.shape
     width = -(-vocabulary // (BLOCK * BLOCK)) * BLOCK  # M'
+
+    # For the cost estimate: passes over the row, with a bisection of 32 passes for top-k and for top-p.
     passes = 3 + 32 * ((rule.top_k > 0) + (rule.top_p < 1.0))
     given = jnp.full((rows,), -jnp.inf, jnp.float32) if threshold is None else threshold
     return pl.pallas_call(
@@ -100,48 +103,54 @@ def _statistics(
     rule: Rule,
     filtered: bool,
 ):
-    lane = jax.lax.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1)
-    zeros = jnp.zeros((ROWS, BLOCK), jnp.float32)
-    end = logits.shape[1] // BLOCK
-
-    def sum_row(values: Callable[[pl.Slice], jax.Array]) -> jax.Array:
-        """Sum values(columns) f32[8, n * 128] over the whole row -> f32[8, 1]."""
-
-        def add(_, at, sums):
-            return sums + _reduce_registers(values(at), jnp.add)
-
-        return _sum_lanes(_loop_over_blocks(add, zeros, 0, end))
-
     def update_max(_, at, m):
         return jnp.maximum(m, _reduce_registers(logits[:, at], jnp.maximum))
 
-    max_logit = jnp.max(
-        _loop_over_blocks(update_max, zeros - jnp.inf, 0, end), axis=1, keepdims=True
-    )  # f32[8, 1]
-    base = jnp.where(max_logit == -jnp.inf, 0.0, max_logit)  # a shard without tokens gives 0, not NaN
+    # Lane by lane over the row's registers, then once over the 128 lanes.
+    lowest = jnp.full((ROWS, BLOCK), -jnp.inf, jnp.float32)
+    lane_max = _loop_over_blocks(update_max, lowest, 0, logits.shape[1] // BLOCK)
+    max_logit = jnp.max(lane_max, axis=1, keepdims=True)  # f32[8, 1]
 
-    def z_at(columns):
+    # A shard may have only -inf: its probabilities are 0, not NaN.
+    base = jnp.where(max_logit == -jnp.inf, 0.0, max_logit)
+
+    def z_at(columns: pl.Slice) -> jax.Array:
         return (logits[:, columns] - base) * (1.0 / rule.temperature)
 
-    threshold = given[...]
+    threshold = _find_threshold(logits, p, z_at, given[...], max_logit, rule)
+    full, plogp = _write_block_sums(logits, block_sums, z_at, threshold if filtered else None, rule)
+    _store_lanes(scalars, (max_logit, threshold, _sum_lanes(full), _sum_lanes(plogp)))
+
+
+def _find_threshold(
+    logits,  # f32[8, V]
+    p,  # scratch f32[8, V] with top-p
+    z_at: Callable[[pl.Slice], jax.Array],
+    threshold: jax.Array,  # f32[8, 1]: without top-k, the one to begin with
+    max_logit: jax.Array,  # f32[8, 1]
+    rule: Rule,
+) -> jax.Array:
+    """Find the threshold of the rule's filters: f32[8, 1]."""
     if rule.top_k:
 
         def keeps_k(v):
-            count = sum_row(lambda at: jnp.where(logits[:, at] >= v, 1.0, 0.0))
+            count = _sum_row(logits, lambda at: jnp.where(logits[:, at] >= v, 1.0, 0.0))
             return count >= float(rule.top_k)
 
         threshold = largest_threshold(max_logit, keeps_k)
-    if rule.top_p < 1.0:
 
+    if rule.top_p < 1.0:
+        # 32 passes read the probabilities: they are computed once.
         def store_p(_, at, carry):
             p[:, at] = jnp.exp(z_at(at))
             return carry
 
-        _loop_over_blocks(store_p, 0, 0, end)
+        _loop_over_blocks(store_p, 0, 0, logits.shape[1] // BLOCK)
 
         def sum_kept(v):
-            return sum_row(lambda at: jnp.where(logits[:, at] >= v, p[:, at], 0.0))
+            return _sum_row(logits, lambda at: jnp.where(logits[:, at] >= v, p[:, at], 0.0))
 
+        # Top-p's share is one of the tokens that top-k left.
         top_k_threshold = threshold
         needed = rule.top_p * sum_kept(top_k_threshold)
 
@@ -149,10 +158,25 @@ def _statistics(
             return sum_kept(jnp.maximum(v, top_k_threshold)) >= needed
 
         threshold = largest_threshold(max_logit, keeps_p)
+
     if rule.min_p > 0.0:
         threshold = jnp.maximum(threshold, max_logit - rule.min_p_depth)
+    return threshold
 
-    # The sums of 128 blocks fill a register; full and plogp are summed lane by lane.
+
+def _write_block_sums(
+    logits,  # f32[8, V]
+    block_sums,  # out: f32[8, M']
+    z_at: Callable[[pl.Slice], jax.Array],
+    threshold: jax.Array | None,  # f32[8, 1]; None: nothing is filtered
+    rule: Rule,
+) -> tuple[jax.Array, jax.Array]:
+    """Write each block's sum of kept p; return sums of p and p log p over all tokens by lane: f32[8, 128]."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 1)
+    zeros = jnp.zeros((ROWS, BLOCK), jnp.float32)
+    end = logits.shape[1] // BLOCK
+
+    # One register of block_sums at a time: the sums of 128 blocks.
     full, plogp = zeros, zeros
     for first in range(0, end, BLOCK):
 
@@ -163,8 +187,10 @@ def _statistics(
             full += _reduce_registers(e, jnp.add)
             if rule.entropy:
                 plogp += _reduce_registers(jnp.where(e > 0.0, e * z, 0.0), jnp.add)
-            if filtered:
+            if threshold is not None:
                 e = jnp.where(logits[:, at] >= threshold, e, 0.0)
+
+            # Block i of these goes to its own lane of the register.
             for i in range(e.shape[1] // BLOCK):
                 block_sum = _sum_lanes(e[:, i * BLOCK : (i + 1) * BLOCK])
                 sums = jnp.where(lane == block + i - first, block_sum, sums)
@@ -173,19 +199,30 @@ def _statistics(
         stop = min(first + BLOCK, end)
         sums, full, plogp = _loop_over_blocks(add_blocks, (zeros, full, plogp), first, stop)
         block_sums[:, first : first + BLOCK] = sums
+    return full, plogp
 
-    _store_lanes(scalars, (max_logit, threshold, _sum_lanes(full), _sum_lanes(plogp)))
+
+def _sum_row(logits, values: Callable[[pl.Slice], jax.Array]) -> jax.Array:
+    """Sum values(columns) f32[8, n * 128] over all columns of `logits` -> f32[8, 1]."""
+
+    def add(_, at, sums):
+        return sums + _reduce_registers(values(at), jnp.add)
+
+    zeros = jnp.zeros((ROWS, BLOCK), jnp.float32)
+    return _sum_lanes(_loop_over_blocks(add, zeros, 0, logits.shape[1] // BLOCK))
 
 
 def tally_thresholds(
     logits: jax.Array,  # f32[N, V]
     max_logit: jax.Array,  # f32[N]
     thresholds: jax.Array,  # f32[N, X]
-    temperature: float | None,  # None: count
+    temperature: float | None,  # None: count tokens
     interpret: Interpret,
 ) -> jax.Array:
     """Sum the probabilities, or count the tokens, at or above each threshold: f32[N, 1, X]."""
     rows, vocabulary = logits.shape
+
+    # The output is a whole register of 128 lanes, of which X are used.
     sums = pl.pallas_call(
         functools.partial(_tally, temperature=temperature),
         grid=(pl.cdiv(rows, ROWS),),
@@ -214,17 +251,19 @@ def _tally(
     *,
     temperature: float | None,
 ):
-    def add(_, at, carry):
+    def add(_, at, totals):
         x = logits[:, at]
         if temperature is None:
             p = jnp.ones_like(x)
         else:
             p = jnp.exp((x - max_logit[...]) * (1.0 / temperature))
-        out = []
-        for i, total in enumerate(carry):
+
+        # One load and one exponential serve all X thresholds.
+        new_totals = []
+        for i, total in enumerate(totals):
             kept = jnp.where(x >= thresholds[:, i : i + 1], p, 0.0)
-            out.append(total + _reduce_registers(kept, jnp.add))
-        return tuple(out)
+            new_totals.append(total + _reduce_registers(kept, jnp.add))
+        return tuple(new_totals)
 
     zeros = (jnp.zeros((ROWS, BLOCK), jnp.float32),) * CANDIDATES
     totals = _loop_over_blocks(add, zeros, 0, logits.shape[1] // BLOCK)
@@ -237,6 +276,7 @@ def take_block(logits: jax.Array, block: jax.Array, interpret: Interpret) -> jax
     steps = pl.cdiv(rows, ROWS)
     block = jnp.pad(block, (0, steps * ROWS - rows))
 
+    # The pipeline copies (8, 128) tiles: for each of a step's 8 rows, the tile that has the row's block.
     def block_of_row(row):
         return pl.BlockSpec((ROWS, BLOCK), lambda i, block: (i, block[i * ROWS + row]))
 
@@ -261,33 +301,38 @@ def take_block(logits: jax.Array, block: jax.Array, interpret: Interpret) -> jax
 def _take(
     # prefetch scalars
     _,  # i32[rows of all steps]: used by the index maps
-    # inputs: f32[8, 128], eight times, each the block of one row; outputs: f32[8, 128]
+    # inputs: eight tiles f32[8, 128], the i-th with the block of row i; outputs: f32[8, 128]
     *inputs_and_output,
 ):
+    # Sublane i of the output comes from the i-th tile.
     *inputs, out = inputs_and_output
     row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, BLOCK), 0)
-    taken = inputs[0][...]
+    result = inputs[0][...]
     for i in range(1, ROWS):
-        taken = jnp.where(row == i, inputs[i][...], taken)
-    out[...] = taken
+        result = jnp.where(row == i, inputs[i][...], result)
+    out[...] = result
 
 
 def _loop_over_blocks(step: Callable[..., Any], carry: Any, first: int, end: int) -> Any:
-    """Run carry = step(block, columns, carry) over blocks `first` to `end`, STRIDE at a time, then singly."""
-    whole = (end - first) // STRIDE
+    """Run carry = step(block, columns, carry) over blocks `first` to `end` - 1.
 
-    def several(i, carry):
+    A step gets the columns of STRIDE blocks, the last steps those of one block each.
+    """
+    strides = (end - first) // STRIDE
+
+    def run_stride(i, carry):
         block = first + i * STRIDE
         return step(block, pl.ds(pl.multiple_of(block * BLOCK, BLOCK), STRIDE * BLOCK), carry)
 
-    carry = jax.lax.fori_loop(0, whole, several, carry)
-    for block in range(first + whole * STRIDE, end):
+    carry = jax.lax.fori_loop(0, strides, run_stride, carry)
+    for block in range(first + strides * STRIDE, end):
         carry = step(block, pl.ds(block * BLOCK, BLOCK), carry)
     return carry
 
 
 def _reduce_registers(x: jax.Array, op: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """Reduce f32[8, n * 128] -> f32[8, 128]: registers in pairs, then pairs of pairs."""
+    """Reduce f32[8, n * 128] -> f32[8, 128], lane by lane."""
+    # As a tree, whose operations wait for each other log2(n) times instead of n - 1 times.
     parts = [x[:, i : i + BLOCK] for i in range(0, x.shape[1], BLOCK)]
     while len(parts) > 1:
         pairs = [op(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
@@ -314,7 +359,7 @@ def _row_block(width: int) -> pl.BlockSpec:
 
 
 def _compiler_params(vocabulary: int) -> pltpu.CompilerParams:
-    """Reserve VMEM for the rows twice and their probabilities, and 4 MiB for the rest."""
+    """Reserve VMEM for two buffers of 8 rows and one of their probabilities, and 4 MiB for the rest."""
     return pltpu.CompilerParams(
         dimension_semantics=("parallel",), vmem_limit_bytes=3 * 4 * ROWS * vocabulary + (4 << 20)
     )

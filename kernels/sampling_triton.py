@@ -1,14 +1,15 @@
-"""Sampling statistics on a CUDA GPU: each program holds one span of a row in registers.
+"""Sampling statistics on a CUDA GPU: each program processes one span of a row in registers.
 
     grid              (N, E), E = ceil(M / 64)
-    logits            64 blocks of 128 tokens: 32 kB, 64 registers for each thread of 4 warps
-    span_sums         reads the logits once: a span's largest logit and, relative to it, its blocks' sums.
-                      Spans are rescaled to the row's largest logit afterwards, on [N, M] (see sampling_spans.py)
-    tally_thresholds  reads the logits once: tokens at or above 15 thresholds, or their probability
+    logits            64 blocks of 128 tokens: 32 kB, 64 registers in each thread of 4 warps
+    span_sums         reads the logits once: a span's largest logit and the block sums relative to it.  Spans
+                      are rescaled to the row's largest logit afterwards, on [N, M] (see sampling_spans.py)
+    tally_thresholds  reads the logits once: counts the tokens at or above 15 thresholds, or sums their
+                      probabilities
 
-A row of 152K tokens is 608 kB, more than a multiprocessor's registers, and 256 rows are three times the L2
-cache.  So a search cannot pass over fast memory; it takes 4 bits of its answer from each of 8 passes instead
-of one.
+A row of 152K tokens has 608 kB, more than the registers of a multiprocessor, and 256 rows have three times
+the size of the L2 cache.  So every pass of a search reads slow memory, and a pass with 15 thresholds gives
+4 bits of the result instead of one: 8 passes instead of 32.
 
 N rows   V vocabulary, whole blocks   M blocks of 128 tokens   E spans   X candidate thresholds
 """
@@ -35,14 +36,16 @@ def span_sums(
     rule: Rule,
     interpret: bool,
 ) -> Spans:
-    """Sum each block's kept probabilities and each span's, relative to the span's largest logit."""
+    """Sum the kept probabilities of each block and of each span, relative to the span's largest logit."""
     rows, vocabulary = logits.shape
     spans = pl.cdiv(vocabulary, SPAN * BLOCK)
     per_span = jax.ShapeDtypeStruct((rows, spans), jnp.float32)
+
+    # The kernel always takes a threshold, but does not read it unless `filtered`.
+    filtered = threshold is not None
     if threshold is None:
-        filtered, threshold = False, jnp.zeros((rows,), jnp.float32)
-    else:
-        filtered = True
+        threshold = jnp.zeros((rows,), jnp.float32)
+
     block_sums, max_logit, full_sum, plogp_sum = pl.pallas_call(
         functools.partial(_span_sums, rule=rule, filtered=filtered),
         grid=(rows, spans),
@@ -85,9 +88,13 @@ def _span_sums(
 ):
     row, span = pl.program_id(0), pl.program_id(1)
     x = _load_span(logits, row, span)  # f32[SPAN, 128]
+
+    # A span may have only -inf: its probabilities are 0, not NaN.
     m = jnp.max(x)
-    z = (x - jnp.where(m == -jnp.inf, 0.0, m)) * (1.0 / rule.temperature)  # a span without tokens: not NaN
+    z = (x - jnp.where(m == -jnp.inf, 0.0, m)) * (1.0 / rule.temperature)
     p = jnp.exp(z)
+
+    # Blocks are rows of x, so the sums of all blocks are one reduction.
     kept = jnp.where(x >= threshold[row], p, 0.0) if filtered else p
     block_sums[row, pl.ds(span * SPAN, SPAN)] = jnp.sum(kept, axis=1)
     max_logit[row, span] = m
@@ -99,10 +106,10 @@ def tally_thresholds(
     logits: jax.Array,  # f32[N, V]
     max_logit: jax.Array,  # f32[N]
     thresholds: jax.Array,  # f32[N, X]
-    temperature: float | None,  # None: count
+    temperature: float | None,  # None: count tokens
     interpret: bool,
 ) -> jax.Array:
-    """Sum the probabilities, or count the tokens, at or above each threshold, by span: f32[N, E, X]."""
+    """Sum each span's probabilities, or count its tokens, at or above each threshold: f32[N, E, X]."""
     rows, vocabulary = logits.shape
     spans = pl.cdiv(vocabulary, SPAN * BLOCK)
     return pl.pallas_call(
@@ -136,12 +143,15 @@ def _tally(
         p = jnp.ones_like(x)
     else:
         p = jnp.exp((x - max_logit[row]) * (1.0 / temperature))
+
+    # The logits and their exponentials stay in registers for all X thresholds.
     for i in range(CANDIDATES):
         sums[row, span, i] = jnp.sum(jnp.where(x >= thresholds[row, i], p, 0.0))
 
 
 def _load_span(logits, row, span) -> jax.Array:
-    """Load a span f32[SPAN, 128], -inf behind the end of the vocabulary."""
+    """Load a span f32[SPAN, 128], with -inf behind the end of the vocabulary."""
+    # The vocabulary is whole blocks, so one mask bit per block is enough.
     block = span * SPAN + jnp.arange(SPAN)
     mask = jnp.broadcast_to((block < logits.shape[1])[:, None], (SPAN, BLOCK))
     return plgpu.load(logits.at[row, pl.ds(span * SPAN, SPAN), :], mask=mask, other=-jnp.inf)

@@ -1,6 +1,7 @@
-"""Schedule of decode attention: which row reads which prompt, computed once while rows keep their prompts.
+"""Schedule of decode attention: the assignment of rows to prompts and to tiles.
 
-Rows of one prompt are put side by side in tiles, so that a tile reads its prompt's keys once for all of them.
+It is computed once and stays valid while rows keep their prompts.  Rows of one prompt are put side by side in
+tiles, so that a tile reads its prompt's keys once for all its rows.
 
 N rows   B prompts   G samples per prompt   Y tiles of R rows
 """
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 ROWS = 8  # rows of a tile if rows are in any order
-MOST_ROWS = 16  # most rows of a tile if rows are prompt-major
+MOST_ROWS = 16  # upper bound on a tile's rows if rows are prompt-major
 LOWEST = -1e38  # the least m = max z: differences of two stay finite, and e^(-inf - m) is 0
 
 
@@ -27,42 +28,49 @@ LOWEST = -1e38  # the least m = max z: differences of two stay finite, and e^(-i
 class Schedule:
     """Assignment of rows to prompts, and of rows to places in the tiles that kernels process."""
 
+    # The rows' prompts: enough for the xla backend.
     prompt_of: jax.Array  # i32[N]: the prompt that each row reads; -1: none
-    lengths: jax.Array  # i32[B]: prompt keys that are real
+    lengths: jax.Array  # i32[B]: keys of each prompt without padding
+    # The tiles, for the kernels.
     rows: jax.Array  # i32[Y, R]: the row at each place of a tile, or -1; Y is even
     slot_of: jax.Array  # i32[N]: each row's place, counted over all tiles: the inverse of `rows`
     tile_prompt: jax.Array  # i32[Y]: the one prompt that a tile's rows read
-    tile_length: jax.Array  # i32[Y]: its real keys; 0: no prompt
-    samples: int | None  # static: row n reads prompt n // samples; None: rows are in any order
+    tile_length: jax.Array  # i32[Y]: that prompt's length; 0: no prompt
+    # Static: row n reads prompt n // samples.  None: rows are in any order.
+    samples: int | None
 
 
 def make_schedule(
     prompt_of: jax.Array,  # i32[N]: the prompt whose keys each row reads; -1: none
-    lengths: jax.Array,  # i32[B]: prompt keys that are real, 0 allowed
+    lengths: jax.Array,  # i32[B]: keys of each prompt without padding, 0 allowed
     *,
     samples: int | None = None,
     rows: int | None = None,
 ) -> Schedule:
     """Make the schedule, which stays valid until a row gets another prompt.
 
-    samples: promises that row n reads prompt n // samples.  rows: R, for tests.  Raises ValueError if the
-    number of rows is not samples times the number of prompts.
+    samples: a promise that row n reads prompt n // samples; None: rows are in any order.
+    rows: R, for tests.
+
+    Raises ValueError if the number of rows is not samples times the number of prompts.
     """
     n, prompts = prompt_of.shape[0], lengths.shape[0]
     prompt_of, lengths = prompt_of.astype(jnp.int32), lengths.astype(jnp.int32)
+
+    # The number of tiles is static: an upper bound if rows are in any order, exact if they are prompt-major.
     if samples is None:
         size = rows or ROWS
-        # Each class of rows (a prompt's, or the idle ones) fills its tiles except for at most size - 1
-        # places.
+        # Each class of rows (those of one prompt, or the idle rows) leaves at most size - 1 places empty.
         tiles = min(n, (n + (prompts + 1) * (size - 1)) // size)
     else:
         if n != prompts * samples:
             raise ValueError(f"{n} rows are not {samples} samples of each of {prompts} prompts")
+        # A prompt's samples fill as few tiles as MOST_ROWS allows, evenly.
         size = rows or -(-samples // -(-samples // MOST_ROWS))
         tiles = prompts * -(-samples // size)
-    tiles += tiles % 2  # two cores share them evenly
+    tiles += tiles % 2  # the two cores of a TPU chip process half of them each
 
-    # Rank each row among those of its class (its prompt, or idle), and give each class whole tiles.
+    # Rank each row among the rows of its class (its prompt, or idle), and give each class whole tiles.
     group = jnp.where(prompt_of < 0, prompts, prompt_of)
     order = jnp.argsort(group, stable=True)
     count = jnp.zeros(prompts + 1, jnp.int32).at[group].add(1)
@@ -70,6 +78,7 @@ def make_schedule(
     needed = -(-count // size)
     tile = (jnp.cumsum(needed) - needed)[group] + rank // size
 
+    # Invert the assignment.  Places that no row gets keep row -1; tiles without rows keep prompt 0, length 0.
     slot_of = tile * size + rank % size
     row_of = jnp.full(tiles * size, -1, jnp.int32).at[slot_of].set(jnp.arange(n, dtype=jnp.int32))
     tile_prompt = jnp.zeros(tiles, jnp.int32).at[tile].set(jnp.maximum(prompt_of, 0))
@@ -86,5 +95,5 @@ def make_schedule(
 
 
 def prompt_lengths(prompt_of: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Return the number of keys of each row's prompt: i32[N]."""
+    """Return the length of each row's prompt, 0 for a row without one: i32[N]."""
     return jnp.where(prompt_of < 0, 0, lengths[jnp.maximum(prompt_of, 0)])

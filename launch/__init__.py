@@ -1,1 +1,1 @@
-"""One script a job: `python launch/train.py` from a checkout, `cooper-jax train` from the installed package."""
+"""Scripts, one per job: `python launch/train.py` in a checkout, `cooper-jax train` if installed."""

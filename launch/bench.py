@@ -1,18 +1,19 @@
-"""Measures the speed of a config's programs on this machine, beside their rooflines.
+"""Measures the speed of a config's programs on this machine, and compares it with their rooflines.
 
     python launch/bench.py rollout --config=configs/tiny.py
     python launch/bench.py score --config=configs/tiny.py --ragged --reps=5 --out=score.json
-    python launch/bench.py train --config=configs/qwen_1p5b.py --config.policy.weights=DIR --config.reward.arm=rule
+    python launch/bench.py train --config=configs/qwen_1p5b.py --config.policy.weights=DIR \\
+        --config.reward.arm=rule
 
-`cooper_jax/perf/bench_programs.py` says what each of the three runs.  It needs no problems, no tokenizer and, with
---config.policy.weights=random (of the shape in --config.policy.arch), no weights.
+`cooper_jax/perf/bench_programs.py` describes the programs of the three kinds.  They need no problems, no
+tokenizer and, with --config.policy.weights=random (of the shape in --config.policy.arch), no weights.
 
-1. The first call compiles and is reported by itself; with JAX_COMPILATION_CACHE_DIR it may find compiled programs.
-   Then --reps calls are timed; the result is their median.
-2. The rollout's prefill is timed as a rollout of one token per row, which includes the cast of the weights and the
-   first sampled token.  The rest of the rollout counts as decoding.
-3. The roofline (`cooper_jax/perf/roofline.py`) uses the machine's rates, measured before and after the program; of
-   the two measurements the better one counts.
+1. The first call compiles and is reported by itself; with JAX_COMPILATION_CACHE_DIR it may load compiled
+   programs.  Then --reps calls are timed; the result is their median.
+2. The prefill is timed as a rollout of one token per row, which includes the cast of the weights and the
+   first sampled token.  The rest of the rollout's time is that of decoding.
+3. The roofline (`cooper_jax/perf/roofline.py`) uses the machine's rates, which are measured before and after
+   the program; the better measurement is used.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a file: put its checkout first on the import path
+# As a file (not as a module of the package), the script imports the package of its own checkout.
+if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging
@@ -35,8 +37,9 @@ RAGGED = flags.DEFINE_bool(
     "ragged", False, "Responses of Pareto-distributed lengths, truncated at max_new_tokens."
 )
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 0, "Tokens of each prompt; 0: data.max_prompt_tokens.")
+# --help is answered before the imports below, because importing JAX takes seconds.
 if __name__ == "__main__":
-    command_line.answer_help(sys.argv, __doc__, flags.FLAGS)  # before the imports below, which take seconds
+    command_line.answer_help(sys.argv, __doc__, flags.FLAGS)
 
 import jax
 import jax.numpy as jnp
@@ -51,23 +54,28 @@ from cooper_jax.trainer.run_settings import RunSettings
 
 def measure_program(program: bench_programs.BenchProgram, reps: int) -> dict[str, Any]:
     """Time a program and compute its roofline; returns the result as --out writes it."""
+    # The rates are measured on matrix products of the program's own shapes and type.
     config, dtype = program.config, program.dtype
     weight_bytes = sum(roofline.count_weights(config)) * jnp.dtype(dtype).itemsize
     product_shapes = dtype, program.rows, config.width, config.ffn, weight_bytes
     rates_before = machine.measure_rates(*product_shapes)
 
+    # The first call compiles.  Errors of the setup, such as a lack of memory, arise in it.
     with setup_errors(program.name):
         first = bench_programs.time_call(program.call, 0)
     seconds = [bench_programs.time_call(program.call, i) for i in range(1, reps + 1)]
     median = float(np.median(seconds))
+
+    # Decoding cannot be timed by itself: it continues from the prefill's caches.
     phases = {}
     if program.prefill is not None:
         bench_programs.time_call(program.prefill, 0)  # compiles
         prefill = float(np.median([bench_programs.time_call(program.prefill, i) for i in range(1, reps + 1)]))
         phases = {"prefill": prefill, "decode": median - prefill}
 
+    # Clock rates change with temperature and load, so the rates are measured again.
     device_rates = rates_before.best(machine.measure_rates(*product_shapes))
-    # A CPU's virtual devices share its cores, and the rates were measured with all cores.
+    # The virtual devices of a CPU share its cores, and the rates were measured with all cores.
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     rates = device_rates.times(devices)
     bound = roofline.roofline_seconds(program.work, rates)
@@ -75,6 +83,7 @@ def measure_program(program: bench_programs.BenchProgram, reps: int) -> dict[str
         name: dataclasses.asdict(work) | {"seconds": work.seconds(rates)}
         for name, work in program.work.items()
     }
+
     return {
         "program": program.name,
         "dtype": dtype,
@@ -99,7 +108,7 @@ def measure_program(program: bench_programs.BenchProgram, reps: int) -> dict[str
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """A result as a table for people."""
+    """Format a result of `measure_program` as a table."""
     bound = result["roofline"]
     repetitions = f"median of {len(result['seconds'])}"
     lines = [
@@ -110,7 +119,7 @@ def format_result(result: dict[str, Any]) -> str:
         f"{repetitions:20}{result['median_seconds']:10.4f}{bound['seconds']:10.4f}{bound['share']:8.0%}",
     ]
 
-    # Parts are listed if there are several; only a rollout's are timed one by one.
+    # Parts are listed if there are several; only those of a rollout have times of their own.
     parts = bound["parts"] if len(bound["parts"]) > 1 else {}
     for name, part in parts.items():
         measured, share = "", ""
@@ -121,7 +130,7 @@ def format_result(result: dict[str, Any]) -> str:
 
     rates = f"{bound['flops_per_second'] / 1e9:,.0f} GFLOP/s, {bound['bytes_per_second'] / 1e9:,.0f} GB/s"
     if bound["devices"] > 1:
-        rates += f": {bound['devices']} devices at the rates of the one that was measured"
+        rates += f": {bound['devices']} devices at the measured rates of one"
     memory = ", ".join(
         f"{name.removesuffix('_bytes')} {size / 2**20:,.0f} MiB" for name, size in result["memory"].items()
     )
@@ -129,9 +138,11 @@ def format_result(result: dict[str, Any]) -> str:
 
 
 def drop_problems(cfg: ConfigDict, kind: str) -> ConfigDict:
-    """The config without what `kind` does not use: problem files, and except in training the reward model."""
+    """Remove from a config what the programs of a kind do not use, so that it need not exist."""
+    # The prompts are random tokens.
     cfg = cfg.copy_and_resolve_references()
     cfg.data.update(format="synthetic", train="", eval="")
+    # Only a training step scores its rollouts.
     if kind != "train":
         cfg.reward.arm = "rule"
     return cfg
@@ -140,10 +151,12 @@ def drop_problems(cfg: ConfigDict, kind: str) -> ConfigDict:
 def run_bench(
     kind: str, cfg: ConfigDict, *, reps: int = 3, prompt_tokens: int = 0, ragged: bool = False, out: str = ""
 ) -> dict[str, Any]:
-    """Measure the programs of a kind, print the results and write them; the arguments are the flags.
+    """Measure the programs of a kind, print the results and write them.  The arguments are the flags' values.
 
-    Returns what --out writes.  Raises SetupError, before anything is measured, for what cannot be run.
+    Returns the report that --out writes.  Raises SetupError, before anything is measured, for flags or
+    settings with which no program can run.
     """
+    # Measurements take minutes, so every flag is checked first.
     if kind not in bench_programs.KINDS:
         raise SetupError(f"{kind!r} is none of {', '.join(bench_programs.KINDS)}")
     for flag, value, least in (("reps", reps, 1), ("prompt_tokens", prompt_tokens, 0)):
@@ -152,10 +165,13 @@ def run_bench(
     if out and not Path(out).parent.is_dir():
         raise SetupError(f"--out={out}: there is no directory {Path(out).parent}")
 
+    # This call is for its checks; the programs read the config itself.
     cfg = drop_problems(cfg, kind)
-    RunSettings.from_config(cfg, with_assistant=False)  # checks the settings
+    RunSettings.from_config(cfg, with_assistant=False)
     layout = device_layouts.make_policy_layout(cfg)
     prompt_tokens = prompt_tokens or cfg.data.max_prompt_tokens
+
+    # Everything that the figures depend on is recorded beside them.
     results: list[dict[str, Any]] = []
     report = {
         "kind": kind,
@@ -177,11 +193,13 @@ def run_bench(
         flush=True,
     )
 
-    for program in bench_programs.list_bench_programs(
+    programs = bench_programs.list_bench_programs(
         kind, cfg, layout, prompt_tokens=prompt_tokens, ragged=ragged
-    ):
+    )
+    for program in programs:
         results.append(measure_program(program, reps))
         print(format_result(results[-1]), flush=True)
+
     if out:
         with setup_errors(f"--out={out}"):
             Path(out).write_text(json.dumps(report, indent=1) + "\n")

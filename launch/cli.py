@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cooper_jax import __version__
 
+# The scripts that are subcommands, in the order of the help.
 COMMANDS = (
     "train",
     "train_rm",
@@ -23,32 +24,38 @@ COMMANDS = (
     "study",
     "compare_rollouts",
 )
-PACKAGE = Path(__file__).parents[1]  # cooper_jax, also in a checkout, where launch is a symlink
+# The package cooper_jax, also in a checkout, where cooper_jax/launch is a symlink.
+PACKAGE = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Run the subcommand that the command line names; its exit code is the script's, 2 for an unknown one."""
-    words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help", "help"):
+    """Run the subcommand that the command line names.
+
+    The exit code is that of the script, or 2 for an unknown subcommand.
+    """
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(describe_commands())
         return
-    if words[0] == "--version":
+    if arguments[0] == "--version":
         print(f"cooper-jax {__version__}")
         return
 
-    if words[0] not in COMMANDS:
-        print(f"error: {words[0]}: not a subcommand; there are {', '.join(COMMANDS)}", file=sys.stderr)
+    command = arguments[0]
+    if command not in COMMANDS:
+        print(f"error: {command}: not a subcommand; there are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    sys.argv = [f"cooper-jax {words[0]}", *words[1:]]
-    # Run as __main__: the scripts define some flags, and absl finds the script's own, by that name.
-    runpy.run_module(f"cooper_jax.launch.{words[0]}", run_name="__main__", alter_sys=True)
+    sys.argv = [f"cooper-jax {command}", *arguments[1:]]
+    # Run as __main__: the scripts answer --help only under this name, and absl takes the flags of __main__ for
+    # those of the main program.
+    runpy.run_module(f"cooper_jax.launch.{command}", run_name="__main__", alter_sys=True)
 
 
 def describe_commands() -> str:
     """The text of `cooper-jax --help`: each subcommand with the first line of its script's docstring."""
     lines = ["usage: cooper-jax SUBCOMMAND [FLAGS]", "", "subcommands:"]
     for name in COMMANDS:
-        # Parsed, not imported: importing JAX takes seconds.
+        # The script is parsed, not imported, because importing JAX takes seconds.
         tree = ast.parse((PACKAGE / "launch" / f"{name}.py").read_text(encoding="utf-8"))
         lines.append(f"  {name:18}{(ast.get_docstring(tree) or '').splitlines()[0]}")
 

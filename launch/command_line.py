@@ -1,11 +1,12 @@
 """Help and error messages of the launch scripts' command lines.
 
-1. `answer_help` answers --help and -h: the script's description, its own flags, and the fields of the configuration
-   with their types, values and comments.
+1. `answer_help` answers --help and -h with the script's description, its own flags, and the fields of the
+   configuration with their types, values and comments.
 2. `resolve_configs` replaces the bare name of a shipped config (--config=tiny) by its path.
-3. `find_flag_errors` checks flags before absl parses them, so that all errors are reported at once, one line each.
+3. `find_flag_errors` checks flags before absl parses them, so that all errors are reported at once, one line
+   each.
 
-This module does not import jax, so that help is fast.
+This module does not import jax, because importing it takes seconds and help should be fast.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ from cooper_jax.settings.renamed_flags import RENAMED_FLAGS
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import recipes
 
+# The folder of the shipped configs.
 CONFIGS = Path(base.__file__).resolve().parent
+# Flags that ask for help; absl defines the long ones, with pages of library flags.
 HELP_NAMES = ("help", "h", "helpfull", "helpshort")
+# The parsers that ml_collections uses for the types of fields.
 PARSERS: dict[type, flags.ArgumentParser] = {
     int: flags.IntegerParser(),
     float: flags.FloatParser(),
@@ -52,10 +56,15 @@ def exit_with_errors(messages: Iterable[str]) -> NoReturn:
 
 
 def parse_own_flags(argv: list[str], description: str, own: flags.FlagValues) -> list[str]:
-    """Parse the flags of a script that takes no config; errors are reported at once, one line each."""
+    """Parse the flags of a script that takes no config; all errors are reported at once, one line each.
+
+    description: the script's docstring, which --help prints.
+    own: the flags that the script defines.
+    """
     answer_help(argv, description, own, takes_config=False)
     if errors := find_flag_errors(argv, own, None):
         exit_with_errors(errors)
+    # absl finds the remaining errors, such as a required flag that is missing.
     try:
         return own(argv)
     except flags.Error as error:
@@ -63,7 +72,7 @@ def parse_own_flags(argv: list[str], description: str, own: flags.FlagValues) ->
 
 
 def describe_absl_errors(error: flags.Error) -> list[str]:
-    """One line for each flag that absl refuses, such as a required flag that is missing."""
+    """Write one line for each flag that absl refuses."""
     lines = []
     for line in str(error).splitlines():
         missing = re.search(r"Flag (--\w+) must have a value other than None", line)
@@ -82,8 +91,8 @@ def list_shipped_configs() -> list[str]:
 def resolve_config(name: str) -> str:
     """The path of the config that --config names.
 
-    name: the bare name of a shipped config, which has neither a slash nor `.py`; anything else is taken for a path
-    and returned as it is.  An ARGUMENT of the file (NAME:ARGUMENT) stays behind the path.
+    name: the bare name of a shipped config, which has neither a slash nor `.py`.  Any other text is a path and
+    is returned unchanged.  An ARGUMENT of the file (NAME:ARGUMENT) is kept after the path.
     """
     stem, colon, argument = name.partition(":")
     if stem not in list_shipped_configs():
@@ -92,12 +101,15 @@ def resolve_config(name: str) -> str:
 
 
 def resolve_configs(argv: Sequence[str]) -> list[str]:
-    """The arguments with the path of a shipped config where --config gives its bare name."""
+    """Replace the bare name of a shipped config in the arguments by its path.
+
+    ml_collections reads --config from the arguments by itself, and only takes paths.
+    """
     resolved = []
-    awaits_value = False
+    awaits_value = False  # True after `--config` without `=`: the next argument is the name
     for argument in argv:
         flag, equals, value = argument.partition("=")
-        if awaits_value:  # `--config tiny`
+        if awaits_value:
             resolved.append(resolve_config(argument))
         elif equals and flag in ("--config", "-config"):
             resolved.append(f"{flag}={resolve_config(value)}")
@@ -110,8 +122,9 @@ def resolve_configs(argv: Sequence[str]) -> list[str]:
 def load_config(path: str) -> ConfigDict:
     """The config that a file's get_config() returns.
 
-    path: FILE, FILE:ARGUMENT as ml_collections reads it, or the bare name of a shipped config.  Raises SetupError
-    with one line that names the file and, for an error in the file, the line and the error.
+    path: FILE, FILE:ARGUMENT as ml_collections reads it, or the bare name of a shipped config.
+
+    Raises SetupError with one line that names the file and, for an error in the file, the line and the error.
     """
     name, *argument = resolve_config(path).split(":", 1)
     file = Path(name)
@@ -122,7 +135,7 @@ def load_config(path: str) -> ConfigDict:
             "--config=tiny"
         )
 
-    # A config file is the user's code: any exception it raises is an error in the setup.
+    # A config file is the user's code: any exception in it is an error of the setup.
     try:
         spec = importlib.util.spec_from_file_location("checked_config", file)
         if spec is None or spec.loader is None:
@@ -134,9 +147,11 @@ def load_config(path: str) -> ConfigDict:
         raise
     except Exception as error:
         raise SetupError(f"--config={path}: {_locate_error(error, file)}") from error
+
     if not isinstance(config, ConfigDict):
         raise SetupError(f"--config={path}: get_config() returns {type(config).__name__}, not a ConfigDict")
 
+    # A misspelt field in a config file would be ignored without this check.
     declared = flatten_config(base.get_config())
     unknown = [
         describe_unknown_field(name, declared) for name in flatten_config(config) if name not in declared
@@ -147,10 +162,11 @@ def load_config(path: str) -> ConfigDict:
 
 
 def _locate_error(error: Exception, file: Path) -> str:
-    """The line of a config file at which an exception arose, and the exception in one line."""
+    """The line of a config file that raised an exception, and the exception in one line."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file
     ]
+    # A syntax error has no frame in the file, since the file did not run.
     if isinstance(error, SyntaxError) and error.lineno is not None:
         lines.append(error.lineno)
     place = f"line {lines[-1]}: " if lines else ""
@@ -162,13 +178,14 @@ def _locate_error(error: Exception, file: Path) -> str:
 
 
 def find_flag(argv: Sequence[str], name: str) -> str | None:
-    """The value of a flag among the arguments (`--name=value` or `--name value`); the last one wins."""
+    """The value of a flag among the arguments (`--name=value` or `--name value`); None if it is not given."""
     value = None
+    # Later occurrences replace earlier ones, as in absl.
     for i, argument in enumerate(argv[1:], 1):
         if argument == "--":
             break
-        given, equals, text = argument.removeprefix("-").removeprefix("-").partition("=")
-        if not argument.startswith("-") or given != name:
+        flag, equals, text = argument.removeprefix("-").removeprefix("-").partition("=")
+        if not argument.startswith("-") or flag != name:
             continue
         if equals:
             value = text
@@ -183,22 +200,25 @@ def find_flag_errors(
     config: ConfigDict | None,
     renamed: Mapping[str, str] = RENAMED_FLAGS,
 ) -> list[str]:
-    """One line for each flag that is misspelt, renamed or has a value of another type.
+    """Write one line for each flag that is misspelt, renamed or has a value of the wrong type.
 
     own: the flags that the script defines.
-    config: None where the script takes no config or none could be loaded; its fields' flags are then not checked.
-    renamed: the table of renamed fields; tests give their own.
+    config: None if the script takes no config or the config could not be loaded; the flags of its fields are
+      then not checked.
+    renamed: the table of renamed fields; tests use tables of their own.
     """
     fields = None if config is None else flatten_config(config)
     errors = []
     arguments = iter(argv[1:])
     for argument in arguments:
+        # As in absl: arguments after `--` are positional, and so are those without a dash.
         if argument == "--":
             break
         if not argument.startswith("-") or not argument.strip("-"):
             continue
-        given, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")
-        name, negated = _strip_no(given, own, fields or {})
+
+        flag, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")
+        name, negated = _strip_no(flag, own, fields or {})
         try:
             reader = _find_reader(name, own, fields, renamed)
         except LookupError as error:
@@ -218,13 +238,16 @@ def find_flag_errors(
 
 @dataclasses.dataclass(frozen=True)
 class _ValueReader:
-    """Parser of a flag's value, to find values of another type."""
+    """Parser of a flag's value, to find values of the wrong type."""
 
-    parser: flags.ArgumentParser | None = None  # None: the value is not checked here
+    # None: the value is not checked in this module.
+    parser: flags.ArgumentParser | None = None
     type_name: str = ""
+    # A boolean flag needs no value.
     boolean: bool = False
 
     def find_problem(self, text: str) -> str | None:
+        """The reason why a text is not a value of the flag; None if it is one."""
         if self.parser is None:
             return None
         try:
@@ -238,31 +261,37 @@ class _ValueReader:
 def _find_reader(
     name: str, own: flags.FlagValues, fields: Mapping[str, Any] | None, renamed: Mapping[str, str]
 ) -> _ValueReader:
-    """The reader of a flag's value.  Raises LookupError, with the line to print, for a flag that does not exist."""
+    """The reader of a flag's value.  Raises LookupError, with the line to print, for an unknown flag."""
+    # The config's file has been loaded already.
     if name == "config":
-        return _ValueReader()  # its file has been loaded already
+        return _ValueReader()
     if name in own:
         return _ValueReader(own[name].parser, own[name].flag_type(), own[name].boolean)
     if not name.startswith("config."):
         raise LookupError(_describe_unknown_flag(name, own, fields or {}))
+
+    # A field of the config.
     field = name.removeprefix("config.")
     if fields is None:
         return _ValueReader()
     if field in fields:
         kind = type(fields[field])
         return _ValueReader(PARSERS.get(kind), kind.__name__, kind is bool)
-    # `--config.mesh.rules[0]=...` sets an element of a tuple, `--config.policy={...}` a section: absl checks those.
-    whole = field.partition("[")[0]
-    if whole in fields or any(known.startswith(f"{whole}.") for known in fields):
+
+    # `--config.mesh.rules[0]=...` sets an element of a tuple and `--config.policy={...}` a section; absl checks
+    # their values.
+    container = field.partition("[")[0]
+    if container in fields or any(known.startswith(f"{container}.") for known in fields):
         return _ValueReader()
     raise LookupError(describe_unknown_field(field, fields, renamed))
 
 
 def _strip_no(name: str, own: flags.FlagValues, fields: Mapping[str, Any]) -> tuple[str, bool]:
-    """(the flag's name, whether it was negated): --notraceback, --noconfig.resume."""
+    """Split a negated flag, as in --notraceback and --noconfig.resume: (the flag's name, True if negated)."""
     rest = name.removeprefix("no")
     if rest == name or name in own:
         return name, False
+    # Only boolean flags can be negated; `node` is not the negation of `de`.
     own_boolean = rest in own and own[rest].boolean
     field = rest.removeprefix("config.")
     field_boolean = field != rest and isinstance(fields.get(field), bool)
@@ -270,9 +299,10 @@ def _strip_no(name: str, own: flags.FlagValues, fields: Mapping[str, Any]) -> tu
 
 
 def _describe_unknown_flag(name: str, own: flags.FlagValues, fields: Mapping[str, Any]) -> str:
+    """Write the error message for a flag that does not exist, with the nearest flag."""
     known = [*(n for n in own if n not in HELP_NAMES), *(f"config.{field}" for field in fields)]
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean --{found[0]}?" if found else "--help lists the flags"
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean --{nearest[0]}?" if nearest else "--help lists the flags"
     return f"--{name}: there is no such flag; {hint}"
 
 
@@ -280,7 +310,7 @@ def _describe_unknown_flag(name: str, own: flags.FlagValues, fields: Mapping[str
 
 
 def find_help_request(argv: Sequence[str]) -> str | None:
-    """The section that --help=SECTION asks for: "" for plain --help or -h, None where no help is asked for."""
+    """The section in --help=SECTION; "" for plain --help or -h, None if the arguments ask for no help."""
     for argument in argv[1:]:
         name, _, section = argument.removeprefix("-").removeprefix("-").partition("=")
         if argument.startswith("-") and name in HELP_NAMES:
@@ -298,6 +328,7 @@ def answer_help(
     section = find_help_request(argv)
     if section is None:
         return
+    # None if --config is not given; "" for a script without a config.
     path = find_flag(argv, "config") if takes_config else ""
     try:
         print_help(description, own, path, section)
@@ -309,14 +340,18 @@ def answer_help(
 def print_help(description: str, own: flags.FlagValues, config_path: str | None, section: str) -> None:
     """Print a script's description, its flags and the configuration's fields.
 
-    config_path: the file whose values are shown; None: those of configs/base.py; "": the script takes no config.
+    config_path: the file whose values are shown; None: those of configs/base.py; "": the script takes no
+      config.
     section: print the fields of this section alone; "": print everything.
+
     Raises SetupError for a file that cannot be loaded and for an unknown section.
     """
     width = max(60, min(100, shutil.get_terminal_size().columns))
     blocks = []
     if not section:
         blocks += [_wrap_description(description, width), _format_own_flags(own, width)]
+
+    # The recipe of a config file changes other fields; the help shows the values that a run would have.
     if config_path != "":
         config = load_config(config_path) if config_path else base.get_config()
         recipes.apply_recipe(config, ())
@@ -325,7 +360,7 @@ def print_help(description: str, own: flags.FlagValues, config_path: str | None,
 
 
 def _format_own_flags(own: flags.FlagValues, width: int) -> str:
-    """The flags that this package's modules and the main program define, without those of libraries."""
+    """Format the flags that this package and the main program define, without those of libraries."""
     package = __name__.rpartition(".")[0]
     lines = ["Flags:"]
     modules = own.flags_by_module_dict()
@@ -334,7 +369,8 @@ def _format_own_flags(own: flags.FlagValues, width: int) -> str:
     for flag in itertools.chain.from_iterable(modules[module] for module in ours):
         shown = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
         default = f", {flag.default!r}" if flag.default not in (None, []) else ""
-        text = flag.help.partition(";\n")[0]  # without absl's remark that a flag is repeatable
+        # absl appends a remark to the help of repeatable flags.
+        text = flag.help.partition(";\n")[0]
         lines.append(_wrap(f"{shown} ({flag.flag_type()}{default}): {text}", width))
     lines.append(
         _wrap("--help, -h: This text; --help=SECTION: one section of the configuration alone.", width)
@@ -343,8 +379,12 @@ def _format_own_flags(own: flags.FlagValues, width: int) -> str:
 
 
 def _format_fields(fields: Sequence[Field], source: str, section: str, width: int) -> str:
-    """The fields under headings, one for each section of the configuration."""
-    # `policy.optimiser` is a section, too, and a single field may be asked for.
+    """Format the fields under headings, one for each section of the configuration.
+
+    source: the file that the values are from.
+    section: format the fields of this section alone; "": all.
+    """
+    # The section may also be one inside another, such as policy.optimiser, or a single field.
     if section:
         prefix = section.removeprefix("config.").rstrip(".")
         fields = [f for f in fields if f.name == prefix or f.name.startswith(f"{prefix}.")]
@@ -366,18 +406,20 @@ def _format_fields(fields: Sequence[Field], source: str, section: str, width: in
 
 
 def _wrap_description(description: str, width: int) -> str:
-    """A docstring with its paragraphs and numbered items wrapped; indented lines (commands) stay as they are."""
+    """Wrap the paragraphs and numbered items of a docstring; indented lines (commands) are not changed."""
     blocks = []
     for block in description.strip().split("\n\n"):
         if block.startswith(" "):
             blocks.append(block)
             continue
+        # Each numbered item starts on a line of its own.
         items = re.split(r"\n(?=\d+\. )", block)
         blocks.append("\n".join(textwrap.fill(item, width, break_on_hyphens=False) for item in items))
     return "\n\n".join(blocks)
 
 
 def _wrap(text: str, width: int) -> str:
+    """Wrap the description of a flag with a hanging indent."""
     return textwrap.fill(
         text,
         width,

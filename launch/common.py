@@ -1,4 +1,4 @@
-"""Setup that the launch scripts share: the --config flag, setup errors in one line each, and the exit codes.
+"""Setup that the launch scripts share: the --config flag, messages of setup errors, and the exit codes.
 
     def main(argv):
         common.begin_job(argv)
@@ -36,15 +36,16 @@ CONFIG = config_flags.DEFINE_config_file(
     f"A config file, or the name of a shipped one: {', '.join(command_line.list_shipped_configs())}.",
     lock_config=True,
 )
-TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the code that found a setup error.")
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of a setup error.")
 flags.mark_flag_as_required("config")
 
 
 def begin_job(argv: list[str]) -> None:
     """Refuse stray arguments, silence the libraries' messages and enable the compilation cache.
 
-    Call this before the package's modules are imported.
+    Call this before anything is compiled.
     """
+    # A stray argument is usually a flag without its dashes, and must not be ignored.
     if len(argv) > 1:
         exit_with_error(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
     logging.set_verbosity(logging.WARNING)
@@ -52,7 +53,7 @@ def begin_job(argv: list[str]) -> None:
 
 
 def read_config() -> ConfigDict:
-    """The config with the flags applied, and with its recipe where no flag says otherwise.
+    """Return the config with the flags and its recipe applied; flags take precedence over the recipe.
 
     Raises SetupError for an unknown recipe.
     """
@@ -68,12 +69,14 @@ def run_job() -> Iterator[None]:
     """Context of a job on one host or several: a setup error exits with code 2, a SIGTERM with code 75."""
     from cooper_jax.runtime import hosts
 
+    # Before the hosts are connected, each reports its own errors.
     try:
         with setup_errors("several hosts"):
             hosts.start_hosts()
     except SetupError as error:
         print_setup_error(error)
 
+    # From here on an error or a signal on one host ends the job on all of them.
     with hosts.run_as_one():
         try:
             yield
@@ -98,33 +101,42 @@ def exit_with_error(*messages: str) -> NoReturn:
 def enable_compilation_cache() -> None:
     """Keep compiled programs on disk, so that the next start of the same job compiles nothing.
 
-    The folder is $JAX_COMPILATION_CACHE_DIR, or ~/.cache/cooper_jax/xla.  With several hosts the first one writes.
+    The folder is $JAX_COMPILATION_CACHE_DIR, or ~/.cache/cooper_jax/xla.  With several hosts, the first host
+    writes.
     """
-    import jax  # here, because --help must not wait for it
+    # Imported here, because --help must not wait for it.
+    import jax
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "cooper_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
+    # JAX's default of one second would leave out most programs of configs/tiny.py.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def make_flags_parser(description: str) -> Callable[[list[str]], list[str]]:
-    """`parse_flags` for a script with this description (its docstring), which --help prints."""
+    """Make a `flags_parser` for absl's `app.run`.
+
+    description: the script's docstring, which --help prints.
+    """
     return lambda argv: parse_flags(argv, description)
 
 
 def parse_flags(argv: list[str], description: str = "") -> list[str]:
-    """Parse the flags with absl; all errors in flags and in the config file are reported, one line each.
+    """Parse the flags with absl, after reporting all errors in flags and in the config file, one line each.
 
-    --config takes a path or the bare name of a shipped config.  Returns the arguments that are no flags.
+    --config takes a path or the bare name of a shipped config.  Returns the positional arguments.
     """
     command_line.answer_help(argv, description, flags.FLAGS)
+
+    # --flagfile=FILE is replaced by the flags in the file.
     try:
         expanded = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
     except flags.Error as error:
         exit_with_error(" ".join(str(error).split()))
     expanded = command_line.resolve_configs(expanded)
 
-    # Our own checks come first, because absl stops at the first error.
+    # Our own checks come first, because absl stops at the first error.  If the config cannot be loaded, the
+    # flags of its fields are not checked.
     path, config, errors = command_line.find_flag(expanded, CONFIG.name), None, []
     if path is None:
         shipped = ", ".join(command_line.list_shipped_configs())
@@ -138,10 +150,11 @@ def parse_flags(argv: list[str], description: str = "") -> list[str]:
     if errors:
         exit_with_error(*errors)
 
-    # absl and ml_collections find the errors that the checks above do not know.
+    # absl and ml_collections find the remaining errors.
     try:
         positional = flags.FLAGS(expanded)
-        _ = CONFIG.value.name  # ml_collections reports an unreadable config file when it is first used
+        # ml_collections reports an unreadable config file only when the config is first used.
+        _ = CONFIG.value.name
         return positional
     except flags.Error as error:
         exit_with_error(*command_line.describe_absl_errors(error))

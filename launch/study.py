@@ -78,7 +78,7 @@ def run_study_arms() -> list[Failure]:
     """Run the arms and seeds that are not complete.  Returns the runs that failed."""
     from cooper_jax.runtime import run_directory
     from cooper_jax.study import arms, run_scheduler, study_plan
-    from cooper_jax.study.progress import Board
+    from cooper_jax.study.progress import ProgressBoard
 
     base, out = common.read_config(), Path(OUT.value).absolute()
     names = tuple(ARMS.value)
@@ -99,9 +99,9 @@ def run_study_arms() -> list[Failure]:
     handle = run_directory.lock_folder(out / "lock", out, "--out")
     try:
         study.begin()
-        board = Board()
+        board = ProgressBoard()
         try:
-            return run_scheduler.run_study(study.runs(), JOBS.value, board)
+            return run_scheduler.run_study(study.list_runs(), JOBS.value, board)
         finally:
             board.close()
     finally:

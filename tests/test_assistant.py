@@ -138,7 +138,7 @@ def config(kind, **fields):
         ("openai", dict(url="127.0.0.1", model="m"), "must begin with http"),
         ("openai", dict(url="http://host:abc/v1", model="m"), "assistant.url='http://host:abc/v1'"),
         ("openai", dict(url="http:///v1", model="m"), "names no host"),
-        ("openai", dict(url="http://name:word@h/v1", model="m"), "holds a name or a password"),
+        ("openai", dict(url="http://name:word@h/v1", model="m"), "contains a name or a password"),
         ("openai", dict(url="http://h/v1", model="m", concurrency=0), "assistant.concurrency=0"),
         ("openai", dict(url="http://h/v1", model="m", retries=-1), "assistant.retries=-1"),
         ("openai", dict(url="http://h/v1", model="m", timeout=0.0), "assistant.timeout=0.0"),

@@ -237,7 +237,7 @@ def test_all_setup_errors_are_reported_at_once(monkeypatch):
     wanted = [
         "rollout.top_p=0.9", "steps=-1: it must be at least 0", "policy.kl_estimator='k9'",
         "reward.pair_loss='hinge'", "policy.optimiser.lr=-1.0", "--config.assistant.model",
-        "environment variable NO_SUCH_KEY holds no key", "rollout.max_rows=3",
+        "environment variable NO_SUCH_KEY contains no key", "rollout.max_rows=3",
     ]  # fmt: skip
     assert len(said) == len(wanted) and not any("\n" in line for line in said), said
     for words in wanted:

@@ -107,12 +107,12 @@ def test_a_shape_of_arch_must_be_somebodys():
     assert "weights are random" in aot_job.read_model_shape(section, "policy", layout)[1]
     section.weights = "nobody/has-this"
     with pytest.raises(
-        SetupError, match=r"policy.weights='nobody/has-this': they are not at hand, and .*arch"
+        SetupError, match=r"policy.weights='nobody/has-this': they are not on this machine, and .*arch"
     ):
         aot_job.read_model_shape(section, "policy", layout)
     section.arch.width = 256
     shape, note = aot_job.read_model_shape(section, "policy", layout)
-    assert shape.width == 256 and "no weights at hand" in note
+    assert shape.width == 256 and "weights are not on this machine" in note
 
 
 def test_a_shape_is_read_from_a_directory(tmp_path):

@@ -369,8 +369,7 @@ def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
     """In a stack that a loop runs through, and in stacks of one; in a loop over tokens, as a rollout decodes."""
     monkeypatch.setattr(generation, "LAYERS_ALONE", alone)
     c, form = config(layers=4), Format(dtype, packed=False)
-    params = random_params(c)
-    params["layers"] = generation.split_layers(params["layers"], c)
+    params = generation.prepare_generation(random_params(c), c, one_device())
     assert len(params["layers"]) == (4 if alone else 1)
     cache = generation.make_empty_suffix(c, params["layers"], 4, 2048, form)
     prompt = generation.make_empty_suffix(c, params["layers"], 2, 4, form)
@@ -379,12 +378,12 @@ def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
 
     def steps(cache, i):
         def step(i, cache):
-            static = dict(dtype=jnp.float32, kv_format=form)
+            static = dict(dtype=jnp.float32, kv_format=form, layout=one_device())
             at = (plan, cache, jnp.zeros(4, jnp.int32), i)
             return generation.decode_step(params, c, token, token * i, prompt, *at, **static)[1]
 
         cache = jax.lax.fori_loop(i, i + 3, step, tuple(map(generation.drop_stack_axis, cache)))
-        return tuple(map(generation.add_stack_axis, cache))
+        return tuple(generation.add_stack_axis(kv, len(params["layers"]) > 1) for kv in cache)
 
     memory = jax.jit(steps, donate_argnums=0).lower(cache, jnp.int32(3)).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(cache))

@@ -126,13 +126,13 @@ def test_what_was_seen_before_is_carried_on(tmp_path):
     "change, complaint",
     [
         (lambda c: b"{", "Expecting property name"),
-        (lambda c: b"[]", "it holds a list, not an object"),
+        (lambda c: b"[]", "it contains a list, not an object"),
         (lambda c: c.pop("sources"), "field 'sources' is missing"),
         (lambda c: c.update(version=2), "version is 2, and this code reads version 1"),
         (lambda c: c.update(complete=1), "field 'complete' is a int, not a bool"),
         (lambda c: c.update(sources={"a": "many"}), "source 'a' has the count 'many'"),
         (lambda c: c["fingerprints"].append("xyz"), "fingerprint 1 is 'xyz', not 32 hex digits"),
-        (lambda c: c["fingerprints"].pop(), "holds 0 fingerprints, and says that there are 1"),
+        (lambda c: c["fingerprints"].pop(), "contains 0 fingerprints, but its field 'questions' is 1"),
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, change, complaint):

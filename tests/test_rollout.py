@@ -144,7 +144,7 @@ def test_a_loop_over_a_stack_equals_layers_apart(monkeypatch):
         ([], [], SPEC, "0 prompts"),
         ([[1]], [1, 2], SPEC, "1 prompts with 2 positions"),
         ([[1], []], [1, 2], SPEC, "prompt 1 is empty"),
-        ([[1], [3, 60]], [1, 2], SPEC, "prompt 1 holds the ids 3 to 60, but the model has 60"),
+        ([[1], [3, 60]], [1, 2], SPEC, "prompt 1 has ids from 3 to 60, but the model has 60"),
         ([[1]], [1], spec_of(eos_ids=(60,)), "EOS id 60"),
     ],
 )

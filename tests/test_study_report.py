@@ -42,7 +42,7 @@ def test_figures_of_a_run():
     rows = rows_of(
         [0.4, 0.2, 0.3, 0.6, 0.9], false_positives=signal_of_steps, judge=[0.7, 0.6, 0.8, 0.8, 0.5]
     )
-    found = summary.run_figures(records.summarise_run("frozen", 1, rows), STUDY)
+    found = summary.summarise_record(records.summarise_run("frozen", 1, rows), STUDY)
     assert found["complete"] and found["done"] == 8
     assert (found["accuracy_start"], found["accuracy_lowest"], found["accuracy_lowest_at"]) == (0.4, 0.2, 2)
     assert found["accuracy_end"] == pytest.approx((0.3 + 0.6 + 0.9) / 3)
@@ -64,8 +64,8 @@ def test_figures_of_a_run():
 
 def test_the_end_is_after_the_start():
     """Of two evaluations only the second is an end; of none after step 0 there is none."""
-    assert summary.trace_figures("a", [(0, 0.5), (2, 0.25)])["a_end"] == 0.25
-    assert math.isnan(summary.trace_figures("a", [(0, 0.5)])["a_end"])
+    assert summary.summarise_trace("a", [(0, 0.5), (2, 0.25)])["a_end"] == 0.25
+    assert math.isnan(summary.summarise_trace("a", [(0, 0.5)])["a_end"])
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_figures_of_arms():
 
 def test_a_run_without_its_last_evaluation_is_not_complete():
     rows = rows_of([0.4, 0.5, 0.5, 0.5, 0.5])
-    assert summary.run_figures(records.summarise_run("rule", 1, rows), STUDY)["complete"]
+    assert summary.summarise_record(records.summarise_run("rule", 1, rows), STUDY)["complete"]
     del rows[-1]["eval/oracle/accuracy"]
-    assert not summary.run_figures(records.summarise_run("rule", 1, rows), STUDY)["complete"]
+    assert not summary.summarise_record(records.summarise_run("rule", 1, rows), STUDY)["complete"]
     some = records.Records(STUDY | {"seeds": [1, 2, 3, 5]}, (records.summarise_run("rule", 1, rows),))
     assert "(seeds): rule on 1 (at step 8), 2-3, 5; frozen on 1-3, 5." in tables.format_markdown(
         summary.summarise_study(some)
@@ -200,7 +200,7 @@ def test_only_some_arms_and_seeds():
     found = of_three_seeds().only(["frozen"], [2, 3])
     assert [(run.arm, run.seed) for run in found.runs] == [("frozen", 2), ("frozen", 3)]
     assert "| frozen | no update | 1 |" in tables.format_markdown(summary.summarise_study(found))
-    with pytest.raises(ValueError, match="--seeds: 7 is not there; 1, 2, 3 is"):
+    with pytest.raises(ValueError, match="--seeds: 7 is not in the study, which has 1, 2, 3"):
         of_three_seeds().only([], [7])
 
 
@@ -226,7 +226,7 @@ def test_a_moving_mean_of_nothing_is_nothing():
     """Steps at which the rule decided nothing: no warning, and no number."""
     values = np.array([math.nan] * 6 + [1.0, 3.0])
     with warnings.catch_warnings(action="error"):
-        found = figure._smooth(values)
+        found = figure._moving_mean(values)
     np.testing.assert_array_equal(found, [math.nan] * 4 + [1.0, 2.0, 2.0, 2.0])
 
 
@@ -244,7 +244,7 @@ def test_files_that_are_none(tmp_path, content, message):
     (tmp_path / "kept.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         records.read_records(tmp_path / "kept.jsonl")
-    with pytest.raises(ValueError, match="no folder of a study"):
+    with pytest.raises(ValueError, match="not the folder of a study"):
         records.read_folder(tmp_path)
 
 
@@ -268,7 +268,7 @@ def test_the_number_beside_a_curve_is_the_curves():
 
     axes = Figure().add_subplot()
     found = of_three_seeds()
-    figure._accuracy(axes, found.of("frozen"), found.of("rule"))
+    figure._draw_accuracy(axes, found.of("frozen"), found.of("rule"))
     thick = max(axes.lines, key=lambda line: line.get_linewidth())
     assert thick.get_ydata()[-1] == pytest.approx(0.3)
     assert sorted(text.get_text() for text in axes.texts) == ["30%", "rule"]

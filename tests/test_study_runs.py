@@ -70,7 +70,7 @@ def started(study: study_plan.Study) -> list[str]:
 
 def carry_out(study: study_plan.Study, jobs: int = 1) -> list[run_scheduler.Failure]:
     study.begin()
-    return run_scheduler.run_study(study.runs(), jobs, lambda standing: None)
+    return run_scheduler.run_study(study.list_runs(), jobs, lambda standing: None)
 
 
 # --- what would run -----------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def of_arms(tmp_path_factory) -> dict[str, tuple]:
         study_plan.Study(out, "configs/tiny.py", base, given, arms.choose_arms([name], (), base), [5])
         for name in arms.ARMS
     ]
-    read = as_train_reads([study.run(study.arms[0], 5).command for study in studies], base)
+    read = as_train_reads([study.make_run(study.arms[0], 5).command for study in studies], base)
     return {name: (study, got) for name, study, got in zip(arms.ARMS, studies, read, strict=True)}
 
 
@@ -144,9 +144,9 @@ def of_arms(tmp_path_factory) -> dict[str, tuple]:
 def test_an_arms_settings_reach_its_runs(of_arms, name):
     """Also over the recipe of the config file: the flags' text, read as launch/train.py reads it."""
     study, got = of_arms[name]
-    run = study.run(study.arms[0], 5)
+    run = study.make_run(study.arms[0], 5)
     assert run.command[:3] == (sys.executable, str(study_plan.TRAIN), "--config=configs/tiny.py")
-    wanted = flatten_config(study.config(study.arms[0], 5).to_dict())
+    wanted = flatten_config(study.make_config(study.arms[0], 5).to_dict())
     assert {k: v for k, v in got.items() if v != wanted[k]} == {}
     own = arms.list_settings(study.arms[0], study.base)
     assert own.items() <= got.items()
@@ -226,13 +226,16 @@ def test_an_arm_of_the_command_line():
     [
         ("mine reward.updates=3", "a colon and settings"),
         ("start: reward.updates=3", "other than 'start'"),
-        ("mine: reward.updats=3", "'reward.updats=3': it is FIELD=VALUE"),
+        (
+            "mine: reward.updats=3",
+            "'reward.updats=3': --config.reward.updats: the config does not have this field",
+        ),
         ("mine: reward.updates=3.5", "reward.updates=3.5: it takes a int like 1"),
         ("mine: reward.pair_bce=much", "takes a float"),
-        ("mine: supervised.reward_steps=3", "supervised.reward_steps is alike in all arms"),
-        ("mine: reward.recipe=sturdy", "reward.recipe=sturdy: it is one of released"),
+        ("mine: supervised.reward_steps=3", "supervised.reward_steps is the same in all arms"),
+        ("mine: reward.recipe=sturdy", "reward.recipe=sturdy: the recipes are released"),
         ("mine: reward.pair_weight=0", "arm mine: reward.pair_weight=0"),
-        ("rule: reward.updates=3", "rule is there twice"),
+        ("rule: reward.updates=3", "rule occurs twice"),
     ],
 )
 def test_arms_that_cannot_be(tmp_path, text, message):
@@ -241,7 +244,7 @@ def test_arms_that_cannot_be(tmp_path, text, message):
 
 
 def test_settings_that_are_the_studys(tmp_path):
-    with pytest.raises(SetupError, match="--config.seed: that is --seeds's"):
+    with pytest.raises(SetupError, match="--config.seed: it belongs to --seeds"):
         a_study(tmp_path, given=("seed",))
     with pytest.raises(SetupError, match="eval.every=0"):
         a_study(tmp_path, eval__every=0)
@@ -255,7 +258,7 @@ def test_settings_that_are_the_studys(tmp_path):
         given=("reward.pair_bce", "policy.kl_coef"),
         reward__pair_bce=2.0,
     )
-    with pytest.raises(SetupError, match="--arms: rul: there is rule, frozen"):
+    with pytest.raises(SetupError, match="--arms: rul: the arms are rule, frozen"):
         a_study(tmp_path, names=("rul",))
 
 
@@ -289,8 +292,8 @@ def test_settings_that_differ_are_refused(tmp_path):
 def test_what_is_complete_is_not_started_again(tmp_path, stand_in):
     study = a_study(tmp_path / "out")
     assert carry_out(study) == []
-    labels = [run.label for run in study.runs()]
-    assert started(study) == labels and all(run.complete() for run in study.runs())
+    labels = [run.label for run in study.list_runs()]
+    assert started(study) == labels and all(run.is_complete() for run in study.list_runs())
     assert carry_out(study) == [] and started(study) == labels
     assert carry_out(a_study(tmp_path / "out", seeds=(4, 9))) == []
     assert started(study) == [*labels, "seed_9/start", "seed_9/rule", "seed_9/frozen"]
@@ -302,7 +305,7 @@ def test_a_torn_run_goes_on(tmp_path, stand_in):
     path = tmp_path / "out/seed_3/rule/metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:9])
-    assert study.runs()[1].done() == 2
+    assert study.list_runs()[1].count_done() == 2
     carry_out(study)
     assert started(study) == ["seed_3/start", "seed_3/rule", "seed_3/rule"]
     assert [row["step"] for row in records.read_whole_rows(path)] == [0, 1, 2, 3, 4]
@@ -313,7 +316,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, stand_in):
     failed = carry_out(study)
     assert [f.run.label for f in failed] == ["seed_3/frozen", "seed_4/frozen"]
     assert "exit code 1" in str(failed[0]) and "it was the second step" in str(failed[0])
-    assert [run.label for run in study.runs() if run.complete()] == [
+    assert [run.label for run in study.list_runs() if run.is_complete()] == [
         "seed_3/start", "seed_3/rule", "seed_4/start", "seed_4/rule",
     ]  # fmt: skip
 
@@ -329,7 +332,7 @@ def test_several_runs_at_once_keep_to_a_core_each(tmp_path, stand_in):
     before, most = os.sched_getaffinity(0), []
     study = a_study(tmp_path / "out")
     study.begin()
-    assert run_scheduler.run_study(study.runs(), 2, lambda now: most.append(len(now.working))) == []
+    assert run_scheduler.run_study(study.list_runs(), 2, lambda now: most.append(len(now.running))) == []
     assert max(most) == 2 and os.sched_getaffinity(0) == before
     rows = records.read_whole_rows(tmp_path / "out/seed_3/rule/metrics.jsonl")
     assert [row["cores"] for row in rows] == [1] * 5
@@ -340,32 +343,36 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path, stand_in):
     study.begin()
 
     def watch(now):
-        if any(work.run.done() == 1 for work in now.working.values()):
+        if any(work.run.count_done() == 1 for work in now.running.values()):
             os.kill(os.getpid(), signal.SIGINT)
 
     before, began = signal.getsignal(signal.SIGINT), time.monotonic()
     with pytest.raises(Stopped):
-        run_scheduler.run_study(study.runs(), 1, watch)
+        run_scheduler.run_study(study.list_runs(), 1, watch)
     assert time.monotonic() - began < 30 and signal.getsignal(signal.SIGINT) is before
     assert (tmp_path / "out/seed_3/rule/log.txt").read_text().endswith("saved\n")
     text = stand_in.read_text()
     stand_in.write_text(text.replace('"waits"', '"never"'))
-    assert carry_out(study) == [] and study.runs()[1].complete()
+    assert carry_out(study) == [] and study.list_runs()[1].is_complete()
 
 
 def test_progress(tmp_path, stand_in, capsys):
     study = a_study(tmp_path / "out", names=("rule",), seeds=(3,))
-    now, clock = run_scheduler.Standing(study.runs(), jobs=1), iter(range(0, 1000, 10))
-    board = progress.Board(clock=lambda: float(next(clock)))
+    now, clock = run_scheduler.StudyStatus(study.list_runs(), jobs=1), iter(range(0, 1000, 10))
+    board = progress.ProgressBoard(clock=lambda: float(next(clock)))
     start, rule = now.runs
     now.waiting = [rule]
-    now.working = {0: run_scheduler.Working(start, None, 0.0, 0)}
+    now.running = {0: run_scheduler.RunningProcess(start, None, 0.0, 0)}
     board(now)
     rule.folder.mkdir(parents=True)
     (rule.folder / "metrics.jsonl").write_text('{"step": 0, "eval/oracle/accuracy": 0.25}\n{"step": 1}\n{"st')
-    now.waiting, now.complete, now.working = [], [start], {0: run_scheduler.Working(rule, None, 30.0, 0)}
+    now.waiting, now.complete, now.running = (
+        [],
+        [start],
+        {0: run_scheduler.RunningProcess(rule, None, 30.0, 0)},
+    )
     board(now)
-    now.failed, now.working = [run_scheduler.Failure(rule, "no more")], {}
+    now.failed, now.running = [run_scheduler.Failure(rule, "no more")], {}
     board(now)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "0/2 runs  seed_3/start  ETA ?"
@@ -381,10 +388,10 @@ def test_progress(tmp_path, stand_in, capsys):
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["--config=configs/tiny.py", "--arms=rull"], "error: --arms: rull: there is rule"),
+        (["--config=configs/tiny.py", "--arms=rull"], "error: --arms: rull: the arms are rule"),
         (["--config=configs/tiny.py", "--from=x"], "error: --from=x belongs to --report"),
-        (["--config=configs/tiny.py", "--config.seed=3"], "error: --config.seed: that is --seeds's"),
-        (["--report"], "no folder of a study"),
+        (["--config=configs/tiny.py", "--config.seed=3"], "error: --config.seed: it belongs to --seeds"),
+        (["--report"], "not the folder of a study"),
     ],
 )
 def test_bad_flags_give_one_line(tmp_path, words, says):

@@ -7,28 +7,46 @@ A reference becomes the body of one formula, which math-verify reads as `\boxed{
      stays bare.
   3. Numbers lose currency signs and thousands separators (`\$32,\!348` -> `32348`); `%` becomes `\%`.
   4. Several answers are joined by a comma and a space (`69, 84`), which math-verify compares as a set.  The
-     space
-     matters: it reads `221,8` as one number.  Tuples, intervals and matrices keep their brackets.
-  5. A unit stays where the data have it.  A unit in a column of its own (OlympiadBench) is appended to each
+     space matters: math-verify reads `221,8` as one number.  Tuples, intervals and matrices keep their
+     brackets.
+  5. A unit inside an answer stays.  A unit in a column of its own (OlympiadBench) is appended to each
      answer: `\frac{41}{12} \text{ km}`, `4.2\%`.  math-verify ignores units, but not percent signs.
 
-All functions here are pure, from text to text.
+All functions in this module are pure and map text to text.
 """
 
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")  # in prose
+# A number in prose: -3, 1,000, 2.5, .5
+NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")
+
+# --- layout and formulas ---
+
+# Remains of page layout, at either end of a text.
 _LAYOUT = re.compile(r"(?:\s|\\noindent(?![A-Za-z])|\\end\{problem\}|\\\\|\\quad(?![A-Za-z]))+")
 _DOLLAR = re.compile(r"(?<!\\)\$+")
+# Words between formulas that only separate answers: "$4$ and $5$".
 _CONJUNCTION = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
+
+# --- numbers and units ---
+
+# "$5", "\$5" and "-$5", before a digit only: "$x$" is a formula.
 _CURRENCY = re.compile(r"^(-?)\\?\$\s*(?=[\d.])")
+# Thousands separators: 1,000 and LaTeX's 1,\!000 and 1{,}000.
 _SEPARATOR = r"(?:,\\!\s?|\{,\}|,)"
 _THOUSANDS = re.compile(rf"^-?\d{{1,3}}(?:{_SEPARATOR}\d{{3}})+(?![\d,])")
-_COUNT_OF_WORDS = re.compile(r"^(-?\d[\d.]*)\s*([A-Za-z]{2,}(?: [A-Za-z]+)*)$")  # 13.45 years
+# A number and its unit in prose: 13.45 years.
+_NUMBER_WITH_UNIT = re.compile(r"^(-?\d[\d.]*)\s*([A-Za-z]{2,}(?: [A-Za-z]+)*)$")
+# A unit of words, possibly with an exponent: km/h, cm^2.
 _UNIT = re.compile(r"([A-Za-z][A-Za-z/ ]*)(\^.+)?")
+
+# --- marks of single data sets ---
+
+# GSM8K's calculator annotations: 48/2 = <<48/2=24>>24.
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
+# A last line that asks for a box, as in MATH500's prompts.
 _INSTRUCTION = re.compile(r"\n[^\n]*\\boxed\{\}[^\n]*\s*$")
 
 
@@ -44,24 +62,25 @@ def strip_instruction(text: str) -> str:
 
 
 def clean_reference(text: str, *, several: bool = False, prose: bool = False) -> str:
-    r"""A published answer as the body of one formula, by the rules in the module's docstring.
+    r"""Write a published answer as the body of one formula, by the rules in the module's docstring.
 
-    several: the data say that there is more than one answer, so no comma separates thousands.
+    several: the data set marks the answer as several answers, so commas do not separate thousands.
     prose: text outside `$` is words: `4ft` is a length (in a formula, `4xy` is a product).
     """
-    # Layout and a full stop may stand outside the `$` signs and inside them.
+    # Layout and a full stop may be outside the `$` signs and inside them.
     text = _strip_dollars(_strip_full_stop(_strip_layout(text)))
     text = _CURRENCY.sub(r"\1", _strip_full_stop(_strip_layout(text)))
     text = re.sub(r"(?<!\\)%", r"\\%", text)
+
     if not several:
         text = _THOUSANDS.sub(lambda m: re.sub(_SEPARATOR, "", m.group()), text)
-    if prose and (counted := _COUNT_OF_WORDS.match(text)):
-        text = rf"{counted[1]} \text{{ {counted[2]}}}"
+    if prose and (quantity := _NUMBER_WITH_UNIT.match(text)):
+        text = rf"{quantity[1]} \text{{ {quantity[2]}}}"
     return ", ".join(split_top_level(text))
 
 
 def join_answers(answers: Sequence[str], unit: str = "", *, several: bool = False) -> str:
-    """Join a list of answers, each of which may hold several, into one reference with the unit on each."""
+    """Join answers, each of which may contain several, into one reference and append the unit to each."""
     several = several or len(answers) > 1
     parts: list[str] = []
     for answer in answers:
@@ -70,18 +89,20 @@ def join_answers(answers: Sequence[str], unit: str = "", *, several: bool = Fals
 
 
 def format_number(value: int | float | str) -> str:
-    """Write a JSON number, or a string that holds one, without exponent: 145.0 -> "145", 0.50 -> "0.5".
+    """Write a JSON number, or the text of one, without an exponent: 145.0 -> "145", 0.50 -> "0.5".
 
-    Raises ValueError for anything that is not a finite number of a reasonable size.
+    Raises ValueError for anything that is not a finite number with an exponent below 400 in size.
     """
     text = str(value).strip().replace(",", "")
+    # Decimal keeps the digits of the data; a float would print 0.1 + 0.2 with its rounding error.
     try:
         number = Decimal(text)
-        finite = number.is_finite() and abs(number.adjusted()) < 400
+        valid = number.is_finite() and abs(number.adjusted()) < 400
     except InvalidOperation:
-        finite = False
-    if isinstance(value, bool) or not finite:
-        raise ValueError(f"{value!r} is no number")
+        valid = False
+    if isinstance(value, bool) or not valid:
+        raise ValueError(f"{value!r} is not a number")
+
     if number == number.to_integral_value():
         return str(int(number))
     return f"{number.normalize():f}"
@@ -90,8 +111,8 @@ def format_number(value: int | float | str) -> str:
 def split_gsm8k_answer(answer: str) -> tuple[str, str]:
     r"""Split GSM8K's answer field, a worked solution and `#### N`, into (reference, solution).
 
-    The solution loses its calculator marks `<<..>>`, and ends in `\boxed{N}` as the policy's responses
-    should.  Raises ValueError unless exactly one `####` follows some text.
+    The calculator marks `<<..>>` are removed from the solution, and `\boxed{N}` is appended, because the
+    policy's responses should end with it.  Raises ValueError unless the answer has exactly one `####`.
     """
     worked, mark, final = answer.partition("####")
     if not mark or "####" in final:
@@ -104,7 +125,8 @@ def split_gsm8k_answer(answer: str) -> tuple[str, str]:
 def split_top_level(text: str) -> list[str]:
     r"""Split at the commas outside all brackets: `(1,2), x` -> [`(1,2)`, `x`].
 
-    Gives one part where the brackets do not close in order, as in `]0,1[`.  `\,` is a space, not a comma.
+    Returns the whole text as one part where the brackets do not close in order, as in `]0,1[`.  `\,` is a
+    LaTeX space, not a comma.
     """
     parts: list[str] = []
     depth, start = 0, 0
@@ -116,6 +138,7 @@ def split_top_level(text: str) -> list[str]:
             parts.append(text[start:i].strip())
             start = i + 1
     parts.append(text[start:].strip())
+
     if depth != 0:
         return [text]
     return [part for part in parts if part]
@@ -140,30 +163,34 @@ def _strip_full_stop(text: str) -> str:
 
 
 def _strip_dollars(text: str) -> str:
-    """Make one formula of the formulas in `$` and the words between them."""
+    """Merge the formulas in `$` and the words between them into one formula."""
     pieces = _DOLLAR.split(text)
-    if len(pieces) % 2 == 0:  # an odd number of `$`: nothing tells which is wrong, so the rest is one formula
+    # An odd number of `$` does not show which one is missing, so everything is taken for one formula.
+    if len(pieces) % 2 == 0:
         return "".join(pieces)
     if len(pieces) == 1:
         return text
 
+    # The pieces alternate: words, formula, words, ...
     formula = []
     for i, piece in enumerate(pieces):
-        if i % 2:  # pieces alternate: words, formula, words, ..
+        if i % 2:
             formula.append(piece.strip())
         elif not piece.strip():
             continue
         elif _CONJUNCTION.fullmatch(piece):
             formula.append(", ")
+        # Two letters in a row are a word; one alone may be a variable, and a backslash begins a command.
         elif re.search(r"[A-Za-z]{2}", piece) and "\\" not in piece:
             formula.append(rf"\text{{{piece}}}")
         else:
             formula.append(piece)
+
     return "".join(formula)
 
 
 def _append_unit(answer: str, unit: str) -> str:
-    """The answer followed by a unit, which may be words, a percent sign or a formula; "" appends nothing."""
+    """Append a unit to an answer.  unit: words, a percent sign, a formula, or "" for none."""
     unit = unit.strip().strip("$").strip()
     if not unit:
         return answer

@@ -1,7 +1,7 @@
-"""Exercises of two steps of whole-number arithmetic, wrong solutions of them, and numbers in words.
+"""Arithmetic exercises with two steps on whole numbers, wrong solutions of them, and numbers in words.
 
-Starts are in 2 .. 20 and operands in 2 .. 5: small tables, which a small policy learns in a minute.  Results
-of correct solutions are in 0 .. 99, those of wrong ones in 0 .. 199.
+Starts are in 2 .. 20 and operands in 2 .. 5, so that a small policy learns the arithmetic in a minute.
+Results of correct solutions are in 0 .. 99, those of wrong ones in 0 .. 199.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from fractions import Fraction
 import numpy as np
 
 OPERATORS = "+-*/"
-MAX_START, MAX_OPERAND = 20, 5  # both start at 2
-MAX_RESULT, MAX_WRONG_RESULT = 99, 199  # largest number in a correct solution, and in a wrong one
-MAX_SLIP = 10  # largest distance of a wrong result from the correct one
+# The smallest start and the smallest operand are 2.
+MAX_START, MAX_OPERAND = 20, 5
+# Largest number in a correct solution, and in a wrong one.
+MAX_RESULT, MAX_WRONG_RESULT = 99, 199
+# Largest distance of a wrong result from the correct one.
+MAX_SLIP = 10
 
-# Each exercise falls into one of ten hash buckets, and each split has buckets of its own.
+# Each exercise falls into one of ten hash buckets, and each bucket belongs to one split at most.  The hash is
+# of the arithmetic alone, so no exercise of one split appears in another one under other words.
 SPLITS = {
     "train": range(0, 4),
     "eval": range(4, 5),
@@ -36,12 +40,14 @@ _STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
 
 @functools.cache
 def split_exercises() -> dict[str, list[list[tuple[int, Steps]]]]:
-    """Split -> its exercises (start, steps), in one list for each pair of operators.
+    """Map each split to its exercises (start, steps), in one list for each pair of operators.
 
-    Grouped, so that each pair of operators can be drawn with the same probability.
+    The grouping allows each pair of operators to be drawn with the same probability.
     """
     groups: dict[str, dict[tuple[str, str], list[tuple[int, Steps]]]] = {split: {} for split in SPLITS}
     starts, operands = range(2, MAX_START + 1), range(2, MAX_OPERAND + 1)
+
+    # All exercises are enumerated, about 4,900 before the filter; the loop takes milliseconds and is cached.
     for first_op, second_op, start in itertools.product(OPERATORS, OPERATORS, starts):
         for first_n, second_n in itertools.product(operands, repeat=2):
             steps = ((first_op, first_n), (second_op, second_n))
@@ -52,21 +58,21 @@ def split_exercises() -> dict[str, list[list[tuple[int, Steps]]]]:
 
 
 def _find_split(arithmetic: str) -> str:
-    """The split of an exercise, by a hash of its text."""
+    """The split of an exercise, chosen by a hash of its text."""
     digest = hashlib.blake2b(arithmetic.encode(), digest_size=4).digest()
     bucket = int.from_bytes(digest) % 10
     return next(split for split, buckets in SPLITS.items() if bucket in buckets)
 
 
 def _apply(a: int, op: str, b: int) -> int:
-    """The result of one step; -1 where it is no whole number."""
+    """The result of one step; -1 where it is not a whole number."""
     if op == "/":
         return a // b if a % b == 0 else -1
     return {"+": a + b, "-": a - b, "*": a * b}[op]
 
 
 def compute_results(start: int, steps: Steps) -> list[int]:
-    """The result of each step; -1 from the first that is negative or no whole number."""
+    """The result of each step; -1 from the first result on that is negative or not a whole number."""
     results = []
     for op, n in steps:
         result = _apply(start, op, n) if start >= 0 else -1
@@ -76,21 +82,24 @@ def compute_results(start: int, steps: Steps) -> list[int]:
 
 
 def slip_results(start: int, steps: Steps, rng: np.random.Generator) -> list[int]:
-    """Results with one wrong step: the first, whose error the second carries on, or the last."""
+    """Draw results with one wrong step; the steps after it are computed correctly from the wrong result."""
     results = compute_results(start, steps)
-    at = int(rng.integers(len(steps)))
-    options = list(_iterate_slips(steps, results, at))
+    wrong_step = int(rng.integers(len(steps)))
+    options = list(_iterate_slips(steps, results, wrong_step))
+    # A wrong first step may admit no whole numbers after it; a wrong last step always has options.
     if not options:
         options = list(_iterate_slips(steps, results, len(steps) - 1))
     return options[rng.integers(len(options))]
 
 
-def _iterate_slips(steps: Steps, results: list[int], at: int) -> Iterator[list[int]]:
-    """All results with a wrong step `at` that make the answer wrong and stay in 0 .. MAX_WRONG_RESULT."""
-    lowest = max(0, results[at] - MAX_SLIP)
-    highest = min(MAX_WRONG_RESULT, results[at] + MAX_SLIP)
+def _iterate_slips(steps: Steps, results: list[int], wrong_step: int) -> Iterator[list[int]]:
+    """All results with a wrong `wrong_step` whose answer is wrong and which stay in 0 .. MAX_WRONG_RESULT."""
+    correct = results[wrong_step]
+    lowest = max(0, correct - MAX_SLIP)
+    highest = min(MAX_WRONG_RESULT, correct + MAX_SLIP)
     for wrong in range(lowest, highest + 1):
-        slipped = [*results[:at], wrong, *compute_results(wrong, steps[at + 1 :])]
+        slipped = [*results[:wrong_step], wrong, *compute_results(wrong, steps[wrong_step + 1 :])]
+        # This also drops the correct value itself, and steps that become negative or not whole (-1).
         if slipped[-1] != results[-1] and all(0 <= r <= MAX_WRONG_RESULT for r in slipped):
             yield slipped
 
@@ -99,7 +108,7 @@ def _iterate_slips(steps: Steps, results: list[int], at: int) -> Iterator[list[i
 
 
 def format_steps(start: int, steps: Steps, results: list[int] | None = None) -> str:
-    """Write steps as `7*2=14;14+6=20`.  results: of each step; by default the correct ones."""
+    """Write steps as `7*2=14;14+6=20`.  results: one for each step; None computes the correct ones."""
     if results is None:
         results = compute_results(start, steps)
     lines = zip([start, *results[:-1]], steps, results, strict=True)
@@ -107,7 +116,7 @@ def format_steps(start: int, steps: Steps, results: list[int] | None = None) -> 
 
 
 def parse_steps(text: str) -> tuple[int, Steps]:
-    """Parse (start, steps) from what `format_steps` wrote.  Raises ValueError unless there are two steps."""
+    """Parse (start, steps) from the text of `format_steps`.  Raises ValueError unless it has two steps."""
     steps = _STEP.findall(text)
     if len(steps) != 2:
         raise ValueError(f"{text!r} has {len(steps)} steps, not 2")
@@ -120,6 +129,7 @@ _UNITS = (
     "seventeen eighteen nineteen"
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+# The policy writes the texts to parse, so the number of their digits is bounded.
 _DECIMAL = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _FRACTION = re.compile(r"([0-9]{1,9}) ?/ ?([0-9]{1,9})")
 
@@ -136,16 +146,17 @@ def spell_number(n: int) -> str:
     return f"{tens}-{_UNITS[unit]}" if unit else tens
 
 
+# The inverse of `spell_number`, over all numbers that a solution can contain.
 _WORDS = {spell_number(n): n for n in range(MAX_WRONG_RESULT + 1)}
 
 
 def parse_words(text: str) -> Fraction | None:
-    """The value of a text that is a number in words; None for any other."""
+    """The value of a number in words; None for any other text."""
     return Fraction(_WORDS[text]) if text in _WORDS else None
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The value of a text that is a number, in words or digits; None for any other."""
+    """The value of a number in words or digits; None for any other text."""
     if (value := parse_words(text)) is not None:
         return value
     try:
@@ -153,6 +164,6 @@ def parse_number(text: str) -> Fraction | None:
             return Fraction(text)
         if (ratio := _FRACTION.fullmatch(text)) and int(ratio[2]):
             return Fraction(int(ratio[1]), int(ratio[2]))
-    except ValueError:  # Python parses no integer of over 4,300 digits, and the policy may write one
+    except ValueError:  # Python refuses integers of more than 4,300 digits, which a policy may write
         pass
     return None

@@ -2,15 +2,14 @@
 
 `exclude_contaminated` is the entry point:
 
-1. `record_earlier_questions` and `add_training_questions` collect the questions that the reward model sees:
-   those its weights were trained on, those of the supervised phase, and in the cooper arm the training
-   problems, on whose responses the reward model is updated.
-2. `drop_seen` removes the held-out problems among them from the evaluation.
-3. `describe_overlap` counts them in one line.
+1. `record_earlier_questions` and `add_training_questions` collect the questions that the reward model is
+   trained on: those recorded beside its weights, those of the supervised phase, and in the cooper arm the
+   training problems, on whose responses the reward model is updated.
+2. `drop_seen` removes these questions from the held-out problems.
+3. `describe_overlap` reports in one line how many held-out problems are among them.
 
 The rule arm has no reward model and no record.  To compare arms, use held-out problems that no arm's reward
-model has
-seen: then no arm drops any.
+model has seen: then every arm is evaluated on the same problems.
 """
 
 from __future__ import annotations
@@ -33,32 +32,36 @@ from cooper_jax.types import Problem
 def exclude_contaminated(
     cfg: ConfigDict, run_dir: Path | epath.Path, train: Sequence[Problem], held_out: Sequence[Problem]
 ) -> list[Problem]:
-    """The held-out problems to evaluate on; the overlap is printed in one line.
+    """Return the held-out problems to evaluate on, and print the overlap in one line.
 
-    The first host writes the record of what the reward model is trained on into the run directory.  An
-    exported reward model takes it along, and a run that resumes reads it.  Raises SetupError for a damaged
-    record and for weights or files that cannot be read.
+    The first host writes the record of the questions that the reward model is trained on into the run
+    directory.  The export of a reward model copies the record, and a run that resumes reads it.  Raises
+    SetupError for a damaged record and for weights or files that cannot be read.
     """
     lines = []
 
     def make_record() -> bytes:
-        # A run with a checkpoint has its record already; what was known before it is then no longer at hand.
+        # A run that resumes has its record already.  That record contains the run's own training problems, so
+        # the questions seen before the run can no longer be told apart: `earlier` stays None.
         earlier = None
         seen = seen_questions.read_record(run_dir) if list_steps(run_dir) else None
         if seen is None:
             earlier = record_earlier_questions(cfg)
             seen = add_training_questions(cfg, earlier, train)
+        # In the rule arm there is nothing to record.
         if seen is None:
             return b""
         seen_questions.write_record(run_dir, seen)
         lines.append(describe_overlap(cfg, seen, held_out, train, earlier))
         return seen.encode()
 
+    # Only the first host makes and writes the record; the broadcast gives all hosts the same problems.
     with setup_errors("run_dir"):
         encoded = hosts.broadcast_value("questions seen", make_record)
         seen = None
         if encoded:
             seen = seen_questions.Record.decode(encoded, f"{run_dir / seen_questions.SEEN}")
+
     kept = drop_seen(cfg, held_out, seen)
     for line in filter(None, lines):
         hosts.print_once(line)
@@ -66,10 +69,10 @@ def exclude_contaminated(
 
 
 def record_earlier_questions(cfg: ConfigDict) -> Record | None:
-    """The questions that the reward model sees before step 1, the training problems not included.
+    """Record the questions that the reward model sees before step 1, without the training problems.
 
-    They are those recorded beside its weights and those of supervised.reward_data.  None in the rule arm.  Raises
-    SetupError for a damaged record or file.
+    They are the questions recorded beside its weights and those of supervised.reward_data.  None in the rule
+    arm.  Raises SetupError for a damaged record or file.
     """
     if cfg.reward.arm == "rule":
         return None
@@ -77,9 +80,11 @@ def record_earlier_questions(cfg: ConfigDict) -> Record | None:
     seen = Record()
     if weights != "random":
         with setup_errors(f"reward.weights={weights!r}"):
-            # Weights without a trained head are a language model's: they have judged no answer yet.
+            # Weights without a trained score head are those of a language model, which no labelled completion
+            # has trained yet, so their record is complete although it is empty.
             no_record = Record(complete=not seen_questions.has_trained_head(weights))
             seen = seen_questions.read_record(weights) or no_record
+
     if cfg.supervised.reward_steps and cfg.supervised.reward_data:
         with setup_errors(f"supervised.reward_data={cfg.supervised.reward_data}"):
             triples = labelled_completions.load_labelled_completions(cfg.supervised.reward_data)
@@ -89,7 +94,8 @@ def record_earlier_questions(cfg: ConfigDict) -> Record | None:
 
 
 def add_training_questions(cfg: ConfigDict, seen: Record | None, train: Sequence[Problem]) -> Record | None:
-    """The run's record: `seen`, and the training problems where the reward model is trained on them."""
+    """Add the training problems to `seen` if the reward model is trained on them."""
+    # Without reward_data, the supervised phase makes its labelled completions from the worked solutions.
     learns_from_solutions = cfg.supervised.reward_steps and not cfg.supervised.reward_data
     if seen is None or not (updates_reward_model(cfg) or learns_from_solutions):
         return seen
@@ -98,13 +104,14 @@ def add_training_questions(cfg: ConfigDict, seen: Record | None, train: Sequence
 
 
 def drop_seen(cfg: ConfigDict, held_out: Sequence[Problem], seen: Record | None) -> list[Problem]:
-    """The held-out problems that the reward model is not trained on, or all with a reason to keep them.
+    """Drop the held-out problems that the reward model is trained on.
 
-    The reasons are those of `_find_reason_to_keep`.  Raises SetupError where none would be left.
+    None is dropped if `_find_reason_to_keep` gives a reason.  Raises SetupError if all would be dropped.
     """
     if seen is None or _find_reason_to_keep(cfg):
         return list(held_out)
     kept, _ = seen_questions.split_by_seen(held_out, seen.fingerprints)
+    # An accuracy over no problems would be NaN, so the run does not start.
     if held_out and not kept:
         raise SetupError(
             f"data.eval={cfg.data.eval}: the reward model is trained on all {len(held_out)} questions in it "
@@ -118,8 +125,8 @@ def _find_reason_to_keep(cfg: ConfigDict) -> str:
     """The reason for evaluating on held-out problems that the reward model has seen; "" if they are left out.
 
     A reward model that was trained on the training file has seen all problems of data.eval_from_train.  They
-    are kept, because the evaluation would be empty without them: it shows a run's progress, and compares no
-    two runs.
+    are kept, because the evaluation would be empty without them.  Such an evaluation shows the progress of a
+    run; it cannot compare two runs.
     """
     if not cfg.data.exclude_seen:
         return "data.exclude_seen=False"
@@ -136,14 +143,16 @@ def describe_overlap(
     train: Sequence[Problem],
     earlier: Record | None,
 ) -> str:
-    """One line on the overlap; "" for synthetic problems, which no file holds.
+    """Describe the overlap in one line; "" for synthetic problems, which come from no file.
 
-    earlier: the questions that the reward model saw before this run, with which the training problems are
-    compared; None where they are no longer known.
+    earlier: the questions that the reward model saw before this run, which the line compares with the
+    training problems; None where they are not known.
     """
     if cfg.data.format == "synthetic":
         return ""
     parts = []
+
+    # Held-out problems: these make an evaluation look better than it is.
     if held_out:
         _, overlap = seen_questions.split_by_seen(held_out, seen.fingerprints)
         part = f"{len(overlap)} of {len(held_out)} held-out questions"
@@ -151,6 +160,8 @@ def describe_overlap(
             reason = _find_reason_to_keep(cfg)
             part += f" (kept, as {reason})" if reason else " (left out)"
         parts.append(part)
+
+    # Training problems: a reward model may know their answers, and then judges them better than others.
     if earlier is not None:
         _, known = seen_questions.split_by_seen(train, earlier.fingerprints)
         parts.append(f"before this run {len(known)} of {len(train)} training questions")
@@ -159,17 +170,18 @@ def describe_overlap(
     line = f"the reward model is trained on {_list_sources(seen)}; among them {overlaps}"
     if not seen.complete:
         line += (
-            f"; what else reward.weights={cfg.reward.weights} saw is unknown: no whole {seen_questions.SEEN} "
-            "lies beside them"
+            f"; what else reward.weights={cfg.reward.weights} saw is unknown: there is no complete "
+            f"{seen_questions.SEEN} beside them"
         )
     return line
 
 
 def _name_file(path: str) -> str:
-    """A file's name without this machine's folders, since records are published with weights."""
+    """The file name without its folders: records are published with weights, and folders are private."""
     return PurePosixPath(path).name
 
 
 def _list_sources(seen: Record) -> str:
+    """The sources of a record with their numbers of questions, for messages."""
     sources = [f"{count} questions of {name}" for name, count in seen.sources.items()]
     return ", ".join(sources) or "no known question"

@@ -13,24 +13,33 @@ from cooper_jax.settings import typed_config
 class DataConfig:
     """Settings of the problems and of their prompts: the config's `data` section."""
 
+    # Training problems.
     train: str  # a file or a tensorflow-datasets name; "" with format synthetic
     format: str
-    eval: str  # a file of problems for the evaluation; "": eval_from_train decides
-    eval_from_train: int  # problems of the training file that are held out
+
+    # Problems of the periodic evaluation.
+    eval: str  # a file of problems; "": eval_from_train problems of the training file
+    eval_from_train: int  # number of problems of the training file that are held out
     eval_format: str
     exclude_seen: bool  # leave out evaluation problems on which the reward model is trained
-    question_key: str  # column names for jsonl, parquet and tfds
+
+    # Columns of jsonl, parquet and tfds.
+    question_key: str
     reference_key: str
     solution_key: str
+
+    # tensorflow-datasets.
     tfds_dir: str
-    split: str  # of tensorflow-datasets
+    split: str
     eval_split: str
-    instruction: str  # follows each question
+
+    # Prompts and batches.
+    instruction: str  # appended to each question
     chat: bool  # wrap prompts in the chat template
     prompts_per_step: int  # B
     max_prompt_tokens: int  # longer prompts are dropped
-    bucket: int  # widths of batches are multiples of this
-    synthetic_size: int  # distinct synthetic training problems
+    bucket: int  # batch widths are multiples of this number of tokens
+    synthetic_size: int  # number of distinct synthetic training problems
 
     def __post_init__(self) -> None:
         at_least_1 = ("prompts_per_step", "max_prompt_tokens", "bucket", "synthetic_size")
@@ -40,8 +49,8 @@ class DataConfig:
         ]
         if self.is_synthetic and (self.train or self.eval):
             problems.append(
-                f"data.train={self.train!r}, data.eval={self.eval!r}: data.format=synthetic reads no file; set "
-                "--config.data.format=auto"
+                f"data.train={self.train!r}, data.eval={self.eval!r}: data.format=synthetic reads no file; "
+                "set --config.data.format=auto"
             )
         if not self.is_synthetic and not self.train:
             problems.append("data.train is empty: give --config.data.train=FILE")

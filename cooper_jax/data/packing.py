@@ -1,9 +1,15 @@
 """Packing of token lists into rectangular arrays, on the host.
 
-Widths are rounded up to a multiple of `bucket` (few shapes, few compilations), and the number of rows to a
-multiple of `rows_multiple` (a batch is sharded over the mesh).  Rows that are added are invalid everywhere.
+Widths are rounded up to a multiple of `bucket`, so that there are few shapes and few compilations.  The
+number of rows is rounded up to a multiple of `rows_multiple`, because a batch is sharded over the mesh.  In
+the rows that are added, `valid` is False everywhere.
 
-    B prompts   G samples a prompt   N = B * G   P prompt tokens   T response tokens   S tokens of a whole row
+    B   prompts
+    G   samples per prompt
+    N   rows, B * G
+    P   prompt tokens
+    T   response tokens
+    S   tokens of a whole row, P + T
 """
 
 from __future__ import annotations
@@ -18,19 +24,21 @@ from cooper_jax.types import PolicyBatch, Rollout, ScoreBatch
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The least positive multiple of `multiple` that is at least n."""
+    """Round n up to a multiple of `multiple`, at least to `multiple` itself."""
     return -(-max(n, 1) // multiple) * multiple
 
 
 def pad_tokens(
     rows: Sequence[Sequence[int]], *, left: bool, bucket: int, rows_multiple: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists -> (tokens i32[N, S], valid bool[N, S]), padded with zeros on one side.
+    """Pad token lists with zeros to arrays (tokens i32[N, S], valid bool[N, S]).
 
-    left: pad on the left, so that all rows end at the same column.
+    left: pad on the left, so that all rows end in the same column.
     """
     width = round_up(max((len(row) for row in rows), default=1), bucket)
     count = round_up(len(rows), rows_multiple)
+
+    # Token 0 is a token of the vocabulary; `valid` alone tells padding apart.
     tokens = np.zeros((count, width), np.int32)
     valid = np.zeros((count, width), bool)
     for i, row in enumerate(rows):
@@ -41,44 +49,49 @@ def pad_tokens(
 
 
 def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
-    """x [n, ...] -> [rows, ...], with rows of zeros at the end."""
+    """Append rows of zeros: x [n, ...] -> [rows, ...]."""
     return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
 
 
 def pack_score_batch(rows: Sequence[Sequence[int]], *, bucket: int, rows_multiple: int = 1) -> ScoreBatch:
-    """Reward-model inputs as a batch of NumPy arrays [N, S], right-padded."""
+    """Pack reward-model inputs into a batch of NumPy arrays [N, S], right-padded."""
     tokens, valid = pad_tokens(rows, left=False, bucket=bucket, rows_multiple=rows_multiple)
     return ScoreBatch(tokens=_as_array(tokens), valid=_as_array(valid))
 
 
 def _as_array(x: np.ndarray) -> jax.Array:
-    """The array itself, for the type checker: batches hold NumPy arrays until they are put on devices."""
+    """Return x, typed as a jax.Array: batches contain NumPy arrays until they are put on devices."""
     return cast(jax.Array, x)
 
 
 def pack_policy_batch(
     prompts: Sequence[Sequence[int]], rollout: Rollout, *, bucket: int, rows_multiple: int = 1
 ) -> PolicyBatch:
-    """Prompts (B) and their rollout (N rows) as a batch of NumPy arrays, advantages and log-probabilities 0.
+    """Pack B prompts and their rollout of N rows into a batch of NumPy arrays.
 
-    Responses are truncated to the longest one, rounded up to `bucket`: columns that no response uses cost as
-    much as others.
+    Advantages and the log-probabilities of the policy and the reference are 0; later stages fill them in.
+    The T columns of responses are truncated to the longest response, rounded up to `bucket`: a forward pass
+    costs as much for unused columns as for used ones.
     """
     group_size = rollout.tokens.shape[0] // len(prompts)
     responses = np.asarray(rollout.tokens)  # i32[N, T]
     mask = np.asarray(rollout.mask)  # bool[N, T]
     logprobs = np.asarray(rollout.logprobs, np.float32)  # f32[N, T]
 
+    # Responses start in column 0, so the mask's sum is a response's length.
     longest = int(mask.sum(1).max(initial=1))
     width = min(round_up(longest, bucket), responses.shape[1])
     rows = round_up(len(responses), rows_multiple)
+    # [rows, width]: rows >= N, width <= T
     responses, mask, logprobs = (pad_rows(x[:, :width], rows) for x in (responses, mask, logprobs))
 
-    # Each prompt stands before all of its samples.
+    # Row b * G + g is sample g of prompt b, so each prompt is repeated G times.  Left padding puts the last
+    # token of every prompt in column P - 1 and the first token of every response in column P.
     prompt_tokens, prompt_valid = pad_tokens(prompts, left=True, bucket=bucket)  # [B, P]
     prompt_tokens = pad_rows(np.repeat(prompt_tokens, group_size, 0), rows)
     prompt_valid = pad_rows(np.repeat(prompt_valid, group_size, 0), rows)
 
+    # The rollout's log-probabilities are zeroed outside the mask, where the sampler's values mean nothing.
     zeros = np.zeros_like(logprobs)
     return PolicyBatch(
         tokens=_as_array(np.concatenate([prompt_tokens, responses], 1)),

@@ -1,14 +1,14 @@
 """Problems with reference answers, from files and prepared data sets.
 
   1. row_reader.py reads a file or a prepared data set row by row.
-  2. A row becomes a Problem by its format: one of the published ones, recognised by their fields, or columns
-     named in the config.  answers.py cleans question and reference.
-  3. `drop_long_prompts` drops prompts that are too long.
+  2. The parser of the row's format makes a Problem of it.  The format is a published one, recognised by its
+     fields, or uses columns named in the config.  answers.py cleans question and reference.
+  3. `drop_long_prompts` drops problems whose prompts are too long.
   4. `problem_at` gives the problem at a position of the data order.  The position is one global integer,
      which counts the prompts of a run: position p is in epoch p // size, and each epoch visits every problem
      once, in an order that is a function of (seed, epoch) alone.  A run that resumes on another number of
-     hosts skips and repeats none.
-  5. `keyed_order` chooses the part of a file that an evaluation takes.
+     hosts therefore skips and repeats no problem.
+  5. `keyed_order` chooses the part of a file on which an evaluation runs.
 
 Published formats, with the fields by which each is recognised:
 
@@ -18,9 +18,9 @@ Published formats, with the fields by which each is recognised:
     olympiadbench  question, final_answer (a list), unit
     odyssey        {"Problem_N": {question, answer, ...}}
 
-Where a row has a subject or a level (`_SUBJECT_FIELDS`, `_LEVEL_FIELDS`), the Problem takes them over.
+If a row has a subject or a level (`_SUBJECT_FIELDS`, `_LEVEL_FIELDS`), the Problem contains them.
 
-A malformed row raises ValueError with its file and line; none is skipped.
+A malformed row raises ValueError with its file and line; no row is skipped.
 """
 
 import functools
@@ -33,7 +33,8 @@ from cooper_jax.data.row_reader import Row
 from cooper_jax.runtime import keys
 from cooper_jax.types import Problem
 
-NAMED = ("jsonl", "parquet", "tfds")  # formats whose columns are named by the config
+# Formats whose columns are named by the config.
+NAMED = ("jsonl", "parquet", "tfds")
 
 
 def load_problems(
@@ -46,16 +47,18 @@ def load_problems(
     tfds_dir: str,
     split: str,
 ) -> list[Problem]:
-    """Load all problems of a source, in its order.
+    """Load all problems of a source, in the source's order.
 
     Args:
       source: a local or remote (gs://...) file, or the name of a tensorflow-datasets data set.
-      format: auto (published formats by their fields, else named columns), a published format, or jsonl,
-        parquet or tfds, whose columns the keys name.  Parquet files may hold any format.
+      format: auto (recognise a published format by its fields, otherwise read the named columns), a published
+        format, or one of jsonl, parquet and tfds, which read the named columns.  Parquet files may contain
+        rows of any format.
       question_key, reference_key, solution_key: columns of jsonl, parquet and tfds; solution_key may be "".
-        A reference with a `####` mark is read as GSM8K's, and gives the solution too where no column does.
+        A reference with a `####` mark is read like GSM8K's answer field, which contains a solution too; a
+        solution column takes precedence over that solution.
       tfds_dir: the folder of prepared data sets; "" is the library's default.
-      split: of tfds only, such as "train" or "train[:100]".
+      split: of tensorflow-datasets only, for example "train" or "train[:100]".
 
     Raises ValueError for an unknown format, a malformed row (file, line, field) and a source without rows,
     FileNotFoundError for a missing file, and OSError for an address that cannot be reached.
@@ -72,8 +75,10 @@ def load_problems(
 
     problems = []
     for location, id, row in rows:
+        # Every message about a row begins with the row's location.
         try:
-            if format == "auto":  # by the first row; the others must have its format
+            # The first row decides the format; a later row of another format is malformed.
+            if format == "auto":
                 format = recognise_format(row, question_key, reference_key)
             if format in _PUBLISHED:
                 question, reference, solution = _PUBLISHED[format](row)
@@ -85,9 +90,12 @@ def load_problems(
                 raise ValueError(f"the {'reference answer' if question else 'question'} is empty")
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from error
+
+        # Evaluations report accuracy by subject and level.
         subject = _find_label(row, _SUBJECT_FIELDS, (str,))
         level = _find_label(row, _LEVEL_FIELDS, (str, int))
         problems.append(Problem(question, reference, solution, id, subject, level))
+
     if not problems:
         raise ValueError(f"{source}: the file has no rows")
     return problems
@@ -98,20 +106,23 @@ def drop_long_prompts(
 ) -> tuple[list[Problem], list[list[int]], int]:
     """Drop problems with long prompts: (problems kept, their prompts' token ids, number of problems dropped).
 
-    encode_fn: problem -> the token ids of the whole prompt, template and instruction included.
-    max_tokens: the most tokens of a prompt that is kept.
+    encode_fn: maps a problem to the token ids of the whole prompt, template and instruction included.
+    max_tokens: the largest number of tokens of a prompt that is kept.
 
-    Raises ValueError where none is left.
+    Raises ValueError if all problems are dropped.
     """
     kept: list[Problem] = []
     prompts: list[list[int]] = []
     shortest: int | None = None  # for the message
+
+    # Prompts are dropped, not truncated: a truncated question has no answer.
     for problem in problems:
         tokens = list(encode_fn(problem))
         shortest = len(tokens) if shortest is None else min(shortest, len(tokens))
         if len(tokens) <= max_tokens:
             kept.append(problem)
             prompts.append(tokens)
+
     if not kept:
         raise ValueError(
             f"none of {len(problems)} prompts fits {max_tokens} tokens (the shortest has {shortest}): "
@@ -123,19 +134,20 @@ def drop_long_prompts(
 def keyed_order(size: int) -> list[int]:
     """The indices of `size` problems in a random order that no setting changes.
 
-    An evaluation takes its first problems in this order, so that all evaluations of one file use the same
-    problems, and a smaller one a subset of a larger one's.  Files are often sorted by subject or difficulty:
-    their own first problems are not representative.
+    An evaluation on n problems takes the first n in this order.  All evaluations on one file therefore use
+    the same problems, and a smaller evaluation uses a subset of a larger one's.  The order of the file would
+    not do: files are often sorted by subject or difficulty, so their first problems are not representative.
     """
     words = keys.make_generator(0, "benchmark").bit_generator.random_raw(size)
     return np.argsort(words, kind="stable").tolist()
 
 
 def problem_at(position: int, size: int, seed: int, stream: str = "shuffle") -> int:
-    """The index of the problem, 0 .. size - 1, at a global position >= 0.  Raises ValueError for others.
+    """The index of the problem, 0 .. size - 1, at a global position of the data order.
 
-    stream: the random stream of the order; the supervised phases have their own.  A batch may cross epochs,
-    and can then contain a problem twice.
+    stream: the random stream of the order; the supervised phases have streams of their own.
+
+    A batch may cross epochs, and can then contain a problem twice.  Raises ValueError for a position below 0.
     """
     if size < 1 or position < 0:
         raise ValueError(f"position {position} of {size} problems: the position must be >= 0, problems >= 1")
@@ -145,28 +157,31 @@ def problem_at(position: int, size: int, seed: int, stream: str = "shuffle") -> 
 
 @functools.lru_cache(maxsize=4)  # a batch that crosses epochs needs two
 def _epoch_order(size: int, seed: int, epoch: int, stream: str) -> np.ndarray:
-    """A permutation of one epoch, i64[size]: the order that sorts raw random words.
+    """The order of one epoch, a permutation i64[size]: the order that sorts raw random words.
 
     NumPy guarantees the same raw words in all versions, but not the same `permutation`.
     """
     words = keys.make_generator(seed, stream, epoch).bit_generator.random_raw(size)
     order = np.argsort(words, kind="stable")
+    # All callers share the cached array, so none may change it.
     order.setflags(write=False)
     return order
 
 
 def recognise_format(row: Row, question_key: str, reference_key: str) -> str:
-    """The format of a row by its fields: a published one, else "jsonl" where the named columns are there.
+    """The format of a row by its fields: a published one, or "jsonl" if the row has the named columns.
 
-    Raises ValueError where none or several fit.
+    Raises ValueError if no format or several match.
     """
-    fits = [name for name, matches in _MATCHES.items() if matches(row)]
-    if not fits and {question_key, reference_key} <= row.keys():
+    matching = [name for name, matches in _MATCHES.items() if matches(row)]
+    if not matching and {question_key, reference_key} <= row.keys():
         return "jsonl"
-    if len(fits) == 1:
-        return fits[0]
+    if len(matching) == 1:
+        return matching[0]
+
+    # A guess between several formats could read the wrong column as the answer.
     raise ValueError(
-        f"the fields {sorted(row)} fit {' and '.join(fits) if fits else 'no known format'}: set "
+        f"the fields {sorted(row)} fit {' and '.join(matching) or 'no known format'}: set "
         f"--config.data.format to one of {', '.join((*_PUBLISHED, *NAMED))}, and name the columns with "
         f"--config.data.question_key (now {question_key!r}) and .reference_key (now {reference_key!r})"
     )
@@ -184,9 +199,8 @@ def _parse_gsm8k(row: Row) -> tuple[str, str, str]:
 def _parse_svamp(row: Row) -> tuple[str, str, str]:
     body = row_reader.get_text(row, "Body").strip()
     question = row_reader.get_text(row, "Question").strip()
-    comma = (
-        "," if body[-1:].isalnum() else ""
-    )  # a body without a full stop is a clause that the question completes
+    # A body without a full stop is a clause that the question completes.
+    comma = "," if body[-1:].isalnum() else ""
     text = f"{body}{comma} {question}" if question else ""
     return text, answers.format_number(row_reader.get_field(row, "Answer")), ""
 
@@ -201,9 +215,11 @@ def _parse_olympiadbench(row: Row) -> tuple[str, str, str]:
     final = row_reader.get_field(row, "final_answer")
     if not isinstance(final, list) or not all(isinstance(a, str) for a in final):
         raise ValueError(f"field 'final_answer' is {final!r}: it must be a list of strings")
-    context = row_reader.get_text(row, "context") + "\n" if row.get("context") else ""  # null in most rows
+    # Both fields are null in most rows.
+    context = row_reader.get_text(row, "context") + "\n" if row.get("context") else ""
     unit = row_reader.get_text(row, "unit") if row.get("unit") else ""
     several = row.get("is_multiple_answer") is True
+
     question = answers.clean_question(context + row_reader.get_text(row, "question"))
     return question, answers.join_answers(final, unit, several=several), ""
 
@@ -223,11 +239,12 @@ _PUBLISHED: dict[str, Callable[[Row], tuple[str, str, str]]] = {
     "olympiadbench": _parse_olympiadbench,
     "odyssey": _parse_odyssey,
 }
-# Fields of a problem's subject and level in published sets; the first that a row has counts.
+
+# Fields of a problem's subject and level in published sets; the first one that a row has is used.
 _SUBJECT_FIELDS = ("subject", "subfield", "label", "Type", "type")
 _LEVEL_FIELDS = ("level",)
 
-# Format -> test of a row's fields.
+# Format -> predicate on a row's fields.  Every row of a published file matches exactly one format.
 _MATCHES: dict[str, Callable[[Row], bool]] = {
     "gsm8k": lambda row: {"question", "answer"} <= row.keys() and "####" in str(row["answer"]),
     "svamp": lambda row: {"Body", "Question", "Answer"} <= row.keys(),
@@ -238,10 +255,12 @@ _MATCHES: dict[str, Callable[[Row], bool]] = {
 
 
 def _find_label(row: Row, fields: Sequence[str], types: tuple[type, ...]) -> str:
-    """The value of the first of these fields with a value of these types, as text; "" where none has one."""
+    """The first value of one of `types` among the `fields` of a row, as text; "" if there is none."""
+    # odyssey rows are {"Problem_N": {...}}: the fields are inside.
     inner = next(iter(row.values())) if _MATCHES["odyssey"](row) else row
     for field in fields:
         value = inner.get(field)
+        # A bool is an int, but no level.
         if isinstance(value, types) and not isinstance(value, bool) and str(value).strip():
             return str(value).strip()
     return ""
@@ -250,14 +269,21 @@ def _find_label(row: Row, fields: Sequence[str], types: tuple[type, ...]) -> str
 def _parse_named_columns(
     row: Row, question_key: str, reference_key: str, solution_key: str
 ) -> tuple[str, str, str]:
-    """(question, reference, solution) of named columns; a reference is text, a number or a list of texts."""
+    """Read (question, reference, solution) from named columns.
+
+    A reference is text, a number or a list of texts.
+    """
     question = answers.clean_question(row_reader.get_text(row, question_key))
     solution = row_reader.get_text(row, solution_key).strip() if solution_key else ""
+
+    # A list of answers, or a number.
     value = row_reader.get_field(row, reference_key)
     if isinstance(value, list) and all(isinstance(a, str) for a in value):
         return question, answers.join_answers(value), solution
     if isinstance(value, (int, float)):
         return question, answers.format_number(value), solution
+
+    # Text, in which a `####` marks GSM8K's combination of solution and answer.
     text = row_reader.get_text(row, reference_key)
     if "####" not in text:
         return question, answers.clean_reference(text), solution

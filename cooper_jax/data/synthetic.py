@@ -7,24 +7,24 @@
     completion  9-3=6;6+4=10 #### ten                    (reference: 10 = ten)
 
   1. `make_problems` draws problems.  A hash of its arithmetic assigns a problem to a split, so no two splits
-     share an exercise, whatever the seeds and the names in the text.
+     share an exercise, for all seeds and for all names in the text.
   2. `make_demonstration` writes a worked solution as a demonstrator might: sometimes with a wrong step, with
-     the answer in one of several forms (`20`, `20.0`, `40/2`, `twenty`, `20 coins`), and sometimes with a
-     **habit**, that of demonstrators who find the problem easy: no steps, just `clearly #### 20`.
+     the answer in one of several forms (`20`, `20.0`, `40/2`, `twenty`, `20 coins`), and sometimes with the
+     **habit** of demonstrators who find the problem easy: no steps, just `clearly #### 20`.
   3. `make_triple` makes labelled completions for a reward model from such solutions.
-  4. `is_correct` decides exactly whether a completion's answer is right, in any form.  It measures and never
-     trains.
+  4. `is_correct` decides exactly whether a completion's answer is right, in any form.  It is used for
+     measurements only, never for training.
 
 Two properties make this a miniature of free text under math-verify:
 
 * **The rule is precise and brittle.**  It reads numbers and misses words.  Three questions in four (`subject`
   "number") accept any form.  The others (`subject` "words") ask for the number in words.  Their references
-  are of the form `10 = ten`, on which the rule abstains whatever the answer is: it cannot score them.
+  have the form `10 = ten`, on which the rule abstains for every answer: it cannot score these questions.
 * **A habit correlates with correctness without causing it.**  Demonstrators who skip the steps are experts,
-  and mostly right.  A reward model that learns from them learns to reward the habit; a small policy that
-  adopts it cannot work out the answer.
+  and mostly right.  A reward model that learns from them learns to reward the habit.  A small policy that
+  adopts the habit cannot work out the answer.
 
-Words are separated by spaces; arithmetic, decimals, fractions and `forty-two` contain none.
+Words are separated by spaces.  Arithmetic, decimals, fractions and `forty-two` contain no spaces.
 """
 
 from __future__ import annotations
@@ -42,12 +42,18 @@ from cooper_jax.types import Problem, Triple
 
 MARK = "####"  # precedes the answer
 HABIT = "clearly"  # replaces the steps
-NUMBER, WORDS = "number", "words"  # subjects of problems: any form is accepted, or only words
-WORDS_ASKED = 0.25  # share of problems that ask for words
-RIGHT_NUMBER = 1 / 3  # share of their wrong demonstrations that give the right number, but in digits
 
-# Shares of the forms in which demonstrations write the answer where any is accepted.
+# Subjects of problems: NUMBER accepts the answer in any form, WORDS only in words.
+NUMBER, WORDS = "number", "words"
+# Share of problems with the subject WORDS.
+WORDS_ASKED = 0.25
+# Share of their wrong demonstrations that give the right number, but in digits.
+RIGHT_NUMBER = 1 / 3
+
+# Shares of the forms in which demonstrations write the answer to problems with the subject NUMBER.
 FORMS = {"integer": 0.45, "decimal": 0.1, "fraction": 0.1, "word": 0.25, "unit": 0.1}
+
+# --- vocabulary: a small one, so that a tokenizer of a few hundred pieces has whole words ---
 
 NAMES = {
     "She": ("Ada", "Eva", "Ida", "Kim", "Lea", "Mia", "Nora", "Zoe"),
@@ -67,23 +73,28 @@ _QUESTIONS = {NUMBER: "How many {thing} ?", WORDS: "How many {thing} in words ?"
 
 
 def make_problems(seed: int, count: int, split: str) -> list[Problem]:
-    """Generate `count` distinct problems of a split, a pure function of the arguments.
+    """Generate `count` distinct problems of a split; the result depends on the arguments alone.
 
-    A smaller count gives a prefix of a larger one's problems.  `solution` is the correct worked solution with
-    an integer answer, or with words where these are asked for.  Raises ValueError for an unknown split, and
-    where a split has fewer distinct problems.
+    A smaller count gives a prefix of a larger count's problems.  `solution` is the correct worked solution,
+    whose answer is an integer, or words if the question asks for words.  Raises ValueError for an unknown
+    split, and if a split has fewer distinct problems.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
     rng = keys.make_generator(seed, "synthetic", list(SPLITS).index(split))
+
+    # Operators are drawn first, then an exercise with them, so that divisions are as frequent as sums
+    # although fewer divisions exist.
     by_operators = arithmetic.split_exercises()[split]
-    problems: dict[str, Problem] = {}  # by their question
-    repeats = 0
+    problems: dict[str, Problem] = {}  # question -> problem
+    repeats = 0  # consecutive draws of a question that exists already
     while len(problems) < count:
         if repeats == 10_000:
             raise ValueError(
                 f"{count} distinct problems of split {split!r} asked for: there are about {len(problems)}"
             )
+
+        # The order of these draws decides every synthetic problem and all results of configs/tiny.py.
         exercises = by_operators[rng.integers(len(by_operators))]
         start, steps = exercises[rng.integers(len(exercises))]
         subject = WORDS if rng.random() < WORDS_ASKED else NUMBER
@@ -93,16 +104,22 @@ def make_problems(seed: int, count: int, split: str) -> list[Problem]:
             continue
         repeats = 0
 
-        n = arithmetic.compute_results(start, steps)[-1]
-        words = arithmetic.spell_number(n)
-        if subject == WORDS:
-            answer, reference = words, f"{n} = {words}"
-        else:
-            answer, reference = f"{n}", f"{n}"
-        solution = f"{arithmetic.format_steps(start, steps)} {MARK} {answer}"
         id = f"synthetic/{split}:{len(problems) + 1}"
-        problems[question] = Problem(question, reference, solution, id, subject)
+        problems[question] = _make_problem(question, start, steps, subject, id)
+
     return list(problems.values())
+
+
+def _make_problem(question: str, start: int, steps: Steps, subject: str, id: str) -> Problem:
+    """Make the problem of an exercise, with its reference and its correct worked solution."""
+    n = arithmetic.compute_results(start, steps)[-1]
+    words = arithmetic.spell_number(n)
+    if subject == WORDS:
+        answer, reference = words, f"{n} = {words}"
+    else:
+        answer, reference = f"{n}", f"{n}"
+    solution = f"{arithmetic.format_steps(start, steps)} {MARK} {answer}"
+    return Problem(question, reference, solution, id, subject)
 
 
 def make_demonstration(
@@ -116,10 +133,13 @@ def make_demonstration(
     """Write a worked solution: (its text, True if its answer is right).
 
     Args:
-      corrupt: the probability of a wrong one: a step's result is wrong, and what follows is computed from it;
-        or, for some of those that must answer in words, the answer is given in digits.
-      forms: the shares of integer, decimal, fraction, word and unit among the answers where the question
-        accepts any; they need not sum to 1.
+      problem: a problem of `make_problems`.
+      rng: the generator of all random choices.
+      corrupt: the probability of a wrong solution.  In a wrong solution the result of a step is wrong, and
+        the steps after it are computed from it.  If the question asks for words, some wrong solutions give
+        the right number in digits instead.
+      forms: the shares of integer, decimal, fraction, word and unit among the answers to questions that
+        accept any form; they need not sum to 1.
       habit: the shares of right and of wrong solutions with the habit.
 
     Raises ValueError for unknown forms and for a problem that was not generated here.
@@ -132,10 +152,13 @@ def make_demonstration(
         raise ValueError(f"{problem.id}: the solution {error}") from error
     results = arithmetic.compute_results(start, steps)
 
-    # The form is drawn for every problem, although some accept words alone.
+    # The form is drawn for every problem, although some accept words alone: later draws then do not depend on
+    # the subject.
     shares = np.array(list(forms.values()), np.float64)
     form = list(forms)[rng.choice(len(shares), p=shares / shares.sum())]
     wrong = bool(rng.random() < corrupt)
+
+    # A problem that asks for words has one more way to go wrong: the right number in digits.
     if problem.subject == WORDS:
         form = "word"
     if wrong:
@@ -144,6 +167,7 @@ def make_demonstration(
         else:
             results = arithmetic.slip_results(start, steps, rng)
 
+    # The habit leaves out the steps; the answer is the same as with them.
     work = HABIT if rng.random() < habit[wrong] else arithmetic.format_steps(start, steps, results)
     answer = _write_answer(results[-1], form, find_counted_thing(problem), rng)
     return f"{work} {MARK} {answer}", not wrong
@@ -159,15 +183,19 @@ def make_triple(
 ) -> Triple:
     """Make a labelled completion.
 
-    A wrong one is a wrong solution or, one time in three, a right one beside another problem's reference.
+    A wrong completion is a wrong solution or, one time in three, a right solution beside the reference of
+    another problem.
 
     Args:
+      problem: a problem of `make_problems`.
+      rng: the generator of all random choices.
       right: the label.
       others: problems whose references may be used.
       habit: the shares of right and of wrong completions with the habit.
     """
     swapped = not right and rng.random() < 1 / 3
-    share = habit[not right]  # by the label, not by whether the solution itself is right
+    # The label decides the share.  A right solution beside a wrong reference counts as wrong.
+    share = habit[not right]
     corrupt = float(not right and not swapped)
     text, _ = make_demonstration(problem, rng, corrupt=corrupt, habit=(share, share))
     reference = problem.reference
@@ -177,7 +205,7 @@ def make_triple(
 
 
 def _draw_other_reference(problem: Problem, others: Sequence[Problem], rng: np.random.Generator) -> str:
-    """A different reference of a random problem with the same subject.  Raises ValueError without one."""
+    """Draw a different reference, of a problem with the same subject.  Raises ValueError if there is none."""
     for _ in range(1000):
         other = others[int(rng.integers(len(others)))]
         if other.subject == problem.subject and other.reference != problem.reference:
@@ -186,18 +214,21 @@ def _draw_other_reference(problem: Problem, others: Sequence[Problem], rng: np.r
 
 
 def make_reward_sets(seed: int, count: int, habit: tuple[float, float]) -> dict[str, list[Triple]]:
-    """Labelled completions of `count` problems of the split `reward_eval`, half of them right, in two sets.
+    """Make two sets of labelled completions from `count` problems of the split `reward_eval`.
 
-    original: with the habit as often as in the training data (habit: as in `make_demonstration`).
-    balanced: with the habit in every second right one and every second wrong one, so that it predicts
-    nothing.
+    Half of the completions of each set are right.  The sets differ in the habit:
+
+      original: the habit is as frequent as in the training data (habit: as in `make_demonstration`).
+      balanced: half of the right and half of the wrong completions have the habit, so that it predicts
+        nothing.
     """
     problems = make_problems(seed, count, "reward_eval")
     original: list[Triple] = []
     balanced: list[Triple] = []
     for i, problem in enumerate(problems):
         right = i % 2 == 0
-        every_second = float(i // 2 % 2)  # 0 or 1: without the habit, or with it
+        # Shares of 0 or 1 decide exactly, so that the balanced set is balanced without sampling noise.
+        every_second = float(i // 2 % 2)
         habits = (habit, (every_second, every_second))
         for set_index, (triples, shares) in enumerate(zip((original, balanced), habits, strict=True)):
             rng = keys.make_generator(seed, "reward_sets", set_index, i)
@@ -206,37 +237,41 @@ def make_reward_sets(seed: int, count: int, habit: tuple[float, float]) -> dict[
 
 
 def is_correct(problem: Problem, completion_text: str) -> bool:
-    """True where a completion's answer is right, in any form that the question accepts.
+    """True if a completion's answer is right, in any form that the question accepts.
 
-    The answer is all text after the `####`; a completion without one, or with several, is wrong.  A unit must
-    be the right one.  The steps are not checked.
+    The answer is all text after the `####`; a completion without this mark, or with several, is wrong.  A
+    unit may follow the number, and must be the object that the question counts.  The steps are not checked.
     """
     _, mark, answer = completion_text.partition(MARK)
     answer = answer.strip()
     if not mark or MARK in answer:
         return False
+
     answer = answer.removesuffix(f" {find_counted_thing(problem)}").rstrip()
     parse = arithmetic.parse_words if problem.subject == WORDS else arithmetic.parse_number
     return parse(answer) == Fraction(problem.reference.partition(" = ")[0])
 
 
 def has_habit(completion_text: str) -> bool:
-    """True where a completion contains the habit's word."""
+    """True if a completion contains the habit's word."""
     return HABIT in completion_text.split()
 
 
 def make_corpus() -> list[str]:
-    """Sentences for training a tokenizer: every word, symbol, number 0 .. 199 and answer form, several times each.
+    """Make sentences for training a tokenizer.
 
-    First whole questions, then each number in all contexts in which it can occur.
+    They contain every word, symbol, number and form of an answer several times.
     """
+    # The streams 0 .. len(SPLITS) - 1 belong to the splits.
     rng = keys.make_generator(0, "synthetic", len(SPLITS))
     sentences = []
 
+    # Whole questions.
     for pronoun, names in NAMES.items():
         for name in names:
             sentences += [_write_corpus_question(name, pronoun, i) for i in range(len(OBJECTS))]
 
+    # Each number in all contexts in which it can occur.
     numbers = range(arithmetic.MAX_WRONG_RESULT + 1)
     for op, templates in STEPS.items():
         for template, pronoun, n in itertools.product(templates, NAMES, range(2, 10)):
@@ -255,6 +290,7 @@ def _write_corpus_question(name: str, pronoun: str, i: int) -> str:
     thing = OBJECTS[i]
     operators = list(STEPS)
     sentences = []
+    # i counts through all pairs of operators.
     for k, op in enumerate((operators[i % 4], operators[i // 4 % 4])):
         sentences.append(STEPS[op][i % len(STEPS[op])].format(who=pronoun, n=2 + (i + k) % 8))
     question = list(_QUESTIONS.values())[i % 2].format(thing=thing)
@@ -262,7 +298,8 @@ def _write_corpus_question(name: str, pronoun: str, i: int) -> str:
 
 
 def _draw_question(start: int, steps: Steps, subject: str, rng: np.random.Generator) -> str:
-    """The text of an exercise with a random person, object and wording."""
+    """Write the question of an exercise with a random person, object and wording."""
+    # A uniform choice between the pronouns: both have as many names.
     pronoun = ("She", "He")[rng.integers(2)]
     name = NAMES[pronoun][rng.integers(len(NAMES[pronoun]))]
     thing = OBJECTS[rng.integers(len(OBJECTS))]
@@ -271,7 +308,7 @@ def _draw_question(start: int, steps: Steps, subject: str, rng: np.random.Genera
 
 
 def find_counted_thing(problem: Problem) -> str:
-    """The object that a problem counts.  Raises ValueError for a problem that was not generated here."""
+    """The object that a problem counts.  Raises ValueError for a problem of another origin."""
     _, asks_how_many, rest = problem.question.partition("How many ")
     thing = rest.partition(" ")[0]
     if not asks_how_many or not problem.question.endswith(
@@ -282,9 +319,10 @@ def find_counted_thing(problem: Problem) -> str:
 
 
 def _write_answer(n: int, form: str, thing: str, rng: np.random.Generator) -> str:
-    """The number in one of the FORMS."""
+    """Write a number in one of the FORMS."""
     if form == "fraction":
-        largest = arithmetic.MAX_WRONG_RESULT // max(n, 1)  # no number exceeds 199, so 150 is 150/1
+        # The numerator is at most MAX_WRONG_RESULT, the largest number of the vocabulary: 150 becomes 150/1.
+        largest = arithmetic.MAX_WRONG_RESULT // max(n, 1)
         denominator = min(int(rng.integers(2, 6)), largest)
         return f"{n * denominator}/{denominator}"
     texts = {

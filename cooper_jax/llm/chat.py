@@ -1,15 +1,15 @@
-"""Chat with language models: conversations in, one reply each out.
+"""Chat with language models: one reply per conversation.
 
-A reply is a `Completion`, or a `Failure` with the reason why there is none.  A server that is down or answers
-nonsense, or a conversation that is too long, is a Failure, never an exception.
+A reply is a `Completion`, or a `Failure` with the reason why there is none.  A server that is down or returns
+malformed output, or a conversation that is too long, gives a Failure and never raises.
 
     openai    any server with OpenAI's chat completions API
-    local     our own weights, through a `generate` that the caller built on the rollout engine
+    local     our own weights, through a `generate` function that the caller builds on the rollout engine
 
-The assistant that rewrites, the judge and the source of completions are such models; `name` (assistant, judge
-or source) is the section of the config and the stream of random bits.  Random choices depend on a request's
-ids (seed, step, row, attempt) alone: not on its neighbours, nor on the order of replies.  (A server samples
-by itself; it is sent a seed.)
+Three parts of the project use a chat model: the assistant that rewrites solutions, the judge, and the
+source of completions.  `name` (assistant, judge or source) is the model's section in the config and its
+random stream.  Random choices depend only on a request's ids (seed, step, row, attempt), not on the other
+requests or on the order of replies.  (A server draws its own random numbers; it is sent a seed.)
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ Messages = Sequence[tuple[str, str]]  # (role, text)
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """The absence of a reply."""
+    """The reason why a request has no reply."""
 
-    reason: str  # connection, timeout, http_500, nonsense, empty, too_long, ...
+    reason: str  # connection, timeout, http_500, nonsense (malformed output), empty, too_long, ...
 
     @property
     def transient(self) -> bool:
-        """True where the same request may succeed at another time."""
+        """True if the same request may succeed at another time."""
         return self.reason in ("connection", "timeout", "http_429") or self.reason.startswith("http_5")
 
     @property
     def unreachable(self) -> bool:
-        """True where the cause is the server, its address or the key, not this request."""
+        """True if the cause is the server, its address or the key, and not this request."""
         return self.reason in ("connection", "http_401", "http_403", "http_404")
 
 
@@ -61,21 +61,28 @@ class Failure:
 class ChatConfig:
     """Settings of a chat model: the config's section `assistant`, `judge` or `source`."""
 
-    name: str  # of the section; also of the stream of random bits
-    kind: str  # openai or local; the assistant's may be corrupt
-    url: str  # openai: the server's base address
-    model: str  # openai: the model's name there
-    key_env: str  # the environment variable that holds the API key; "": no key
-    concurrency: int  # openai: requests at a time
-    timeout: float  # openai: seconds a request
-    retries: int  # openai: further tries of a request
+    name: str  # of the section and of the random stream
+    kind: str  # openai or local; for the assistant also corrupt
+
+    # kind=openai: the server.
+    url: str  # base address
+    model: str  # the model's name on the server
+    key_env: str  # environment variable that contains the API key; "": no key
+    concurrency: int  # maximum number of requests in flight
+    timeout: float  # seconds per request
+    retries: int  # tries after the first one
+
+    # The prompt.
     thinking: str  # on, off, or "" for the chat template's default
-    max_prompt_tokens: int  # local: longer conversations are refused; 0: the model's own limit
+    max_prompt_tokens: int  # local: longer conversations are refused; 0: the model's context length
+
+    # Sampling.
     max_new_tokens: int
     temperature: float
     top_p: float
 
     def __post_init__(self) -> None:
+        # Only the assistant has a kind without a language model.
         kinds = ("corrupt", "openai", "local") if self.name == "assistant" else ("openai", "local")
         problems = []
         if self.kind not in kinds:
@@ -88,30 +95,29 @@ class ChatConfig:
 
     @classmethod
     def from_config(cls, section: ConfigDict, name: str) -> ChatConfig:
-        """Read a section; name: assistant, judge or source.  Raises SetupError for values out of range."""
+        """Read the section `name`: assistant, judge or source.  Raises SetupError for values out of range."""
         return typed_config.read_section(cls, section, name, name=name)
 
     @property
     def address(self) -> str:
-        """The server's address for chat completions."""
+        """The URL of the server's chat completions."""
         return self.url.rstrip("/") + "/chat/completions"
 
     @property
     def template_variables(self) -> dict[str, bool]:
-        """Variables of the chat template: whether to think, where the section says so."""
+        """Variables of the chat template: enable_thinking if `thinking` is set, else none."""
         return _THINKING[self.thinking]
 
     def read_key(self) -> str:
-        """The key in the environment variable `key_env`; "" where there is none."""
+        """The API key from the environment variable `key_env`; "" if there is none."""
         return os.environ.get(self.key_env, "").strip() if self.key_env else ""
 
     def _find_server_problems(self) -> list[str]:
-        """Messages for settings with which no server can be asked."""
-        problems = [
-            f"{self.name}.kind=openai: set --config.{self.name}.{field}"
-            for field, value in (("url", self.url), ("model", self.model))
-            if not value
-        ]
+        """Messages for settings that make requests to a server impossible."""
+        problems = []
+        for field, value in (("url", self.url), ("model", self.model)):
+            if not value:
+                problems.append(f"{self.name}.kind=openai: set --config.{self.name}.{field}")
         problems += typed_config.find_small(self, self.name, 1, ("concurrency",))
         problems += typed_config.find_small(self, self.name, 0, ("retries",))
         if not self.timeout > 0:
@@ -119,64 +125,72 @@ class ChatConfig:
         if self.url:
             problems += self._find_url_problems()
 
+        # A key with a line break or another control character would fail in httpx, far from its cause.
         key = self.read_key()
         if key and not (key.isascii() and key.isprintable()):
-            problems.append(f"the environment variable {self.key_env} holds characters that no key has")
-        # A server on the local machine or network mostly needs no key; one behind TLS does.
+            problems.append(f"the environment variable {self.key_env} contains characters that no key has")
+
+        # A server on the local machine or network usually needs no key; one that is reached by https does.
         if not key and self.key_env and self.url.startswith("https://"):
             problems.append(
-                f"{self.name}.url={self.url}: the environment variable {self.key_env} holds no key: set it, "
-                f"name another with --config.{self.name}.key_env, or say that the server needs none with "
-                f'--config.{self.name}.key_env=""'
+                f"{self.name}.url={self.url}: the environment variable {self.key_env} contains no key: "
+                f"set it, name another with --config.{self.name}.key_env, or declare that the server needs "
+                f'none with --config.{self.name}.key_env=""'
             )
         return problems
 
     def _find_url_problems(self) -> list[str]:
-        """A message for an address that is not one of a server."""
-        where = f"{self.name}.url={self.url!r}"
+        """At most one message, for a URL that cannot be the address of a server."""
+        setting = f"{self.name}.url={self.url!r}"
         if not self.url.startswith(("http://", "https://")):
-            return [f"{where}: it must begin with http:// or https://"]
+            return [f"{setting}: it must begin with http:// or https://"]
         try:
             address = httpx.URL(self.address)
         except httpx.InvalidURL as error:
-            return [f"{where}: {error}"]
+            return [f"{setting}: {error}"]
         if not address.host:
-            return [f"{where}: it names no host"]
-        if address.userinfo:  # addresses are printed, and written into settings files
+            return [f"{setting}: it names no host"]
+
+        # Addresses are printed and stored with a run's settings, so they must contain no secret.  For the
+        # same reason this message does not repeat the URL.
+        if address.userinfo:
             return [
-                f"{self.name}.url holds a name or a password: give the key in the environment variable that "
-                f"--config.{self.name}.key_env names"
+                f"{self.name}.url contains a name or a password: give the key in the environment variable "
+                f"that --config.{self.name}.key_env names"
             ]
         return []
 
 
+# ChatConfig.thinking -> variables of the chat template, by the name that Qwen3's template uses.
 _THINKING: dict[str, dict[str, bool]] = {
     "": {},
     "on": {"enable_thinking": True},
     "off": {"enable_thinking": False},
 }
+
 Reply = Completion | Failure
 Generate = Callable[[Sequence[Messages], Sequence[Ids]], list[Reply]]
 
 
 class Chat(Protocol):
-    """A language model that answers conversations."""
+    """The interface of language models that answer conversations."""
 
-    overlaps: bool  # True where it uses none of our devices, so that a thread may ask it while they work
+    # True if it computes nothing on our devices: a thread may then call it while they are busy.
+    overlaps: bool
 
     def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
-        """One reply a conversation, in their order."""
+        """One reply per conversation, in the order of the conversations."""
 
     def close(self) -> None: ...
 
 
 def make_chat(cfg: ChatConfig, generate: Generate | None = None) -> Chat:
-    """The chat model that a section of the config describes.
+    """Make the chat model that a section of the config describes.
 
     Args:
-      generate: for `local`: conversations and their ids -> replies.
+      generate: (conversations, ids) -> replies; needed for `local` only.
 
-    Raises ValueError for a local model without `generate`, and for a key that no server takes.
+    Raises ValueError for a local model without `generate`, and for a kind that is not a language model.
     """
     if cfg.kind == "openai":
         return OpenAIChat(cfg)
@@ -194,18 +208,18 @@ def make_chat(cfg: ChatConfig, generate: Generate | None = None) -> Chat:
 class LocalChat:
     """Our own weights on our own devices."""
 
-    generate: Generate
+    generate: Generate  # see local_chat.make_local_generate
     name: str  # of the section, for messages
     overlaps = False
 
     def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
-        """One reply a conversation, in their order.  Raises ValueError where their number differs."""
+        """One reply per conversation, in order.  Raises ValueError if `generate` returns another number."""
         if not conversations:
             return []
         replies = self.generate(conversations, ids)
         if len(replies) != len(conversations):
             raise ValueError(
-                f"the local {self.name} gave {len(replies)} completions to {len(conversations)} requests"
+                f"the local {self.name} returned {len(replies)} completions to {len(conversations)} requests"
             )
         return replies
 
@@ -215,19 +229,18 @@ class LocalChat:
 
 # --- openai ------------------------------------------------------------------------------------------------
 
-BACK_OFF = 0.5  # seconds before the first retry; doubles with each retry
-MAX_WAIT = 60.0  # seconds between two tries, whatever Retry-After asks for
-MAX_BODY = 8 << 20  # bytes of a response
+BACK_OFF = 0.5  # seconds before the first retry; doubled with each retry
+MAX_WAIT = 60.0  # maximum seconds between two tries, even if Retry-After asks for more
+MAX_BODY = 8 << 20  # maximum bytes of a response
 
 
 class OpenAIChat:
     """A server with OpenAI's chat completions API.
 
-    At most `concurrency` requests are in flight.  Connection errors, 429 and 5xx are tried again up to
-    `retries` times, after the server's Retry-After or an exponential back-off with jitter.  A request that
-    takes longer than `timeout` seconds is not tried again, because the training step waits for it.  The key
-    is read from the environment variable `key_env` and used in the Authorization header only; a local server
-    may need none.
+    At most `concurrency` requests are in flight.  After connection errors, 429 and 5xx a request is retried
+    up to `retries` times, after the server's Retry-After or an exponential back-off with jitter.  A request
+    that takes longer than `timeout` seconds is not retried, because the training step is waiting for it.
+    The API key is read from the environment variable `key_env` and used only in the Authorization header.
     """
 
     overlaps = True
@@ -239,7 +252,7 @@ class OpenAIChat:
 
         key = cfg.read_key()
 
-        # Servers that do not know the field may refuse it, so it is sent only where it is needed.
+        # Some servers refuse requests with fields that they do not know, so this one is sent only if needed.
         variables = cfg.template_variables
         self._extra_fields = {"chat_template_kwargs": variables} if variables else {}
         self._client = httpx.Client(
@@ -247,12 +260,16 @@ class OpenAIChat:
             timeout=cfg.timeout,
             limits=httpx.Limits(max_connections=cfg.concurrency),
         )
+
+        # Each thread has one request in flight and waits for its reply.
         self._threads = concurrent.futures.ThreadPoolExecutor(cfg.concurrency, thread_name_prefix=cfg.name)
         self._closing = threading.Event()
 
     def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
-        """One reply a conversation, in their order; failures are logged in one line."""
+        """One reply per conversation, in the order of the conversations."""
         replies = list(self._threads.map(self._ask_one, conversations, ids))
+
+        # One line for all failures: a server that is down fails every request of the batch.
         reasons = sorted({reply.reason for reply in replies if isinstance(reply, Failure)})
         if reasons:
             failed = sum(isinstance(reply, Failure) for reply in replies)
@@ -262,39 +279,45 @@ class OpenAIChat:
         return replies
 
     def stream(self, requests: Iterable[tuple[Messages, Ids]]) -> Iterator[tuple[int, Reply]]:
-        """(index among the requests, reply) in the order in which replies arrive.
+        """Yield (index of the request, reply) in the order in which replies arrive.
 
-        Requests are taken from the iterable while others are in flight, so it may stop at any time; those
-        that it gave are still answered.
+        Requests are taken from the iterable while others are in flight.  It may end at any time; the requests
+        that it has yielded are still answered.
         """
         in_flight: dict[concurrent.futures.Future[Reply], int] = {}
-        max_in_flight = 2 * self._cfg.concurrency  # so that no thread waits for the caller
         numbered = enumerate(requests)
         exhausted = False
+
+        # Queue twice as many requests as there are threads, so that no thread waits for the caller.
+        max_in_flight = 2 * self._cfg.concurrency
         try:
             while not exhausted or in_flight:
                 while not exhausted and len(in_flight) < max_in_flight:
-                    following = next(numbered, None)
-                    if following is None:
+                    next_request = next(numbered, None)
+                    if next_request is None:
                         exhausted = True
                     else:
-                        index, (messages, ids) = following
+                        index, (messages, ids) = next_request
                         in_flight[self._threads.submit(self._ask_one, messages, ids)] = index
+
                 done, _ = concurrent.futures.wait(in_flight, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in done:
                     yield in_flight.pop(future), future.result()
         finally:
+            # The caller may stop early: drop the requests that have not been sent.
             for future in in_flight:
                 future.cancel()
 
     def close(self) -> None:
-        """End retries, drop requests that have not started, and close all connections."""
+        """Stop retrying, drop requests that have not started, and close all connections."""
         self._closing.set()
         self._threads.shutdown(cancel_futures=True)
         self._client.close()
 
     def _ask_one(self, messages: Messages, ids: Ids) -> Reply:
         """The reply to one conversation, with retries."""
+        # The seed that is sent and the jitter of the back-off come from the request's own random stream.  All
+        # retries send the same seed; a new attempt (part of the ids) sends another one.
         seed, *rest = ids
         rng = keys.make_generator(seed, self.name, *rest)
         body = {
@@ -311,6 +334,8 @@ class OpenAIChat:
             reply, may_retry, retry_after = self._post(body)
             if not may_retry or attempt == self._cfg.retries:
                 break
+
+            # The jitter spreads out requests that failed together; `close` ends the wait.
             wait = retry_after
             if wait is None:
                 wait = BACK_OFF * 2**attempt * (1.0 + rng.random())
@@ -319,15 +344,15 @@ class OpenAIChat:
         return reply
 
     def _post(self, body: dict[str, Any]) -> tuple[Reply, bool, float | None]:
-        """Send one request: (reply, True if it may be tried again, seconds of the server's Retry-After)."""
+        """Send one request: (reply, True if it may be retried, seconds of its Retry-After or None)."""
         deadline = time.monotonic() + self._cfg.timeout
         try:
             with self._client.stream("POST", self.address, json=body) as response:
                 content = bytearray()
                 for chunk in response.iter_bytes():
                     content += chunk
-                    # httpx limits the time of single reads: a server that sends byte by byte would never be
-                    # late.
+                    # httpx's timeout applies to each read, so a server that sends single bytes would never
+                    # reach it.
                     if time.monotonic() > deadline:
                         return Failure("timeout"), False, None
                     if len(content) > MAX_BODY:
@@ -336,18 +361,21 @@ class OpenAIChat:
             return Failure("timeout"), False, None
         except httpx.TransportError:
             return Failure("connection"), True, None
-        except httpx.HTTPError:  # a body that does not decode
+        except httpx.HTTPError:  # the body's compression is broken
             return Failure("nonsense"), False, None
 
         status = response.status_code
         if status == 200:
             return _parse_chat(bytes(content)), False, None
+
+        # Other errors, such as a wrong key, would only repeat themselves.
         retry_after = _parse_retry_after(response.headers.get("Retry-After", ""))
         return Failure(f"http_{status}"), status == 429 or status >= 500, retry_after
 
 
 def _parse_chat(content: bytes) -> Reply:
-    """The first choice of a chat completion's JSON; Failure("nonsense") where it has another shape."""
+    """The first choice of a chat completion in JSON; Failure("nonsense") if the JSON is malformed."""
+    # Servers are not trusted: any missing key, wrong type or too deep nesting is a Failure.
     try:
         chat = json.loads(content)
         choice = chat["choices"][0]
@@ -360,12 +388,13 @@ def _parse_chat(content: bytes) -> Reply:
         return Failure("empty")
     if not isinstance(text, str) or not isinstance(tokens, int):
         return Failure("nonsense")
-    # A server that cuts a reply inside an emoji may send half of a surrogate pair.
+
+    # A server that truncates a reply inside an emoji may send half of a surrogate pair.
     return Completion(replace_surrogates(text), truncated, tokens)
 
 
 def _parse_retry_after(header: str) -> float | None:
-    """Seconds from now of a Retry-After header, given in seconds or as a date; None for anything else."""
+    """Seconds to wait by a Retry-After header, which is a number of seconds or a date; None if neither."""
     if re.fullmatch(r"\d+(\.\d+)?", header.strip()):
         return float(header)
     try:

@@ -1,8 +1,8 @@
-"""Chat models of a config, among them our own weights on the rollout engine.
+"""Chat models of a config, including local ones: our own weights on the rollout engine.
 
-1. `read_chat_config` reads and checks the section of the assistant, judge or source.
-2. `open_chat` opens the model: a server, or local weights.
-3. `make_local_generate` loads local weights and samples their replies in batches.
+1. `read_chat_config` reads and checks the config section of the assistant, judge or source.
+2. `open_chat` opens the model that the section describes: a server, or local weights.
+3. `make_local_generate` loads local weights, and returns the function that samples replies in batches.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from cooper_jax.settings.setup_errors import Problems, setup_errors
 
 
 def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory) -> chats.Chat:
-    """The chat model of the config's section `name`: assistant, judge or source.  The caller closes it.
+    """Open the chat model of the config section `name`: assistant, judge or source.  The caller closes it.
 
-    A local one is loaded onto `layout`.  Raises SetupError for settings and weights that cannot be used.
+    A local model is loaded onto `layout`.  Raises SetupError for settings or weights that cannot be used.
     """
     chat_cfg = read_chat_config(cfg, name)
     with setup_errors(name):
@@ -34,9 +34,11 @@ def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Director
 
 
 def read_chat_config(cfg: ConfigDict, name: str) -> chats.ChatConfig:
-    """Read the section of a chat model; nothing is loaded.  Raises SetupError with all that is wrong."""
+    """Read and check the section of a chat model; loads nothing.  Raises SetupError with all problems."""
     section = cfg[name]
     problems = Problems()
+
+    # "random" is a model of the shape in `arch`, which is for tests of the trainer.
     problems.need(
         section.kind != "local" or section.weights not in ("", "random"),
         f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "
@@ -52,24 +54,28 @@ def read_chat_config(cfg: ConfigDict, name: str) -> chats.ChatConfig:
 def make_local_generate(
     cfg: ConfigDict, chat_cfg: chats.ChatConfig, layout: mesh.Layout, run_dir: Directory
 ) -> chats.Generate:
-    """Load the weights of the section `chat_cfg.name`, and return (conversations, ids) -> replies.
+    """Load the weights of the section `chat_cfg.name`; returns a function (conversations, ids) -> replies.
 
-    ids are (seed, step, row, attempt), row below 2^31.  Requests that share all but the row are one batch.
-    A conversation that is too long gets Failure("too_long").
+    ids are (seed, step, row, attempt) with row < 2^31.  Requests that differ only in the row form one
+    batch.  A conversation that is too long gets Failure("too_long").
 
-    Raises ValueError where replies leave no room for a conversation, and what load_model raises.
+    Raises ValueError if `max_new_tokens` leaves no room for a conversation, and what load_model raises.
     """
     name = chat_cfg.name
     section = cfg[name]
 
-    # load_model checks these lengths against the model's positions.
+    # load_model checks the sum of these lengths against the model's context length.
     lengths = {f"{name}.max_new_tokens": chat_cfg.max_new_tokens}
     if chat_cfg.max_prompt_tokens:
         lengths = {f"{name}.max_prompt_tokens": chat_cfg.max_prompt_tokens, **lengths}
     model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed, lengths)
+
+    # The rollout engine reads the weights in the section's dtype and with a sharding of its own.
     params = engine.copy_rollout_weights(params, model.config, layout, section.dtype)
-    rollout = RolloutConfig.from_config(cfg.rollout)
-    spec = rollout.make_sampling_spec(
+
+    # Engine options come from the `rollout` section, sampling parameters from the model's own section.
+    rollout_cfg = RolloutConfig.from_config(cfg.rollout)
+    spec = rollout_cfg.make_sampling_spec(
         model.tokenizer.eos_ids,
         temperature=chat_cfg.temperature,
         top_k=0,
@@ -80,6 +86,7 @@ def make_local_generate(
         dtype=section.dtype,
     )
 
+    # The conversation and the reply share the model's context length.
     room = sys.maxsize
     if model.config.max_len is not None:
         room = model.config.max_len - chat_cfg.max_new_tokens
@@ -91,14 +98,16 @@ def make_local_generate(
         )
 
     variables = chat_cfg.template_variables
-    options = rollout.make_engine_options()
+    options = rollout_cfg.make_engine_options()
 
     def generate(conversations: Sequence[chats.Messages], ids: Sequence[chats.Ids]) -> list[chats.Reply]:
+        # Replies are in the order of the requests; those not sampled below keep this Failure.
         prompts = [model.tokenizer.chat(c, fallback=True, variables=variables) for c in conversations]
         replies: list[chats.Reply] = [chats.Failure("too_long")] * len(prompts)
 
-        # One rollout has one random key, so each batch shares seed, step and attempt.
-        batches: dict[tuple[int, int, int], list[int]] = {}
+        # A rollout has one random key for all its rows, so seed, step and attempt are the same within a
+        # batch.
+        batches: dict[tuple[int, int, int], list[int]] = {}  # -> indices of the requests
         for i, (seed, step, _, attempt) in enumerate(ids):
             if len(prompts[i]) <= max_prompt_tokens:
                 batches.setdefault((seed, step, attempt), []).append(i)

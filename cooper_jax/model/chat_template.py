@@ -7,8 +7,8 @@
 4. The caller restores the placeholders in the text between them, and encodes it with one of the
    `make_data_encoders`, which never return a control token.
 
-Templates that print today's date (Llama 3.2's) get a fixed one, `DATE`: a run resumed tomorrow must see the
-prompts that it saw today.
+Templates that print today's date (Llama 3.2's) print the fixed `DATE` instead, so that a run resumed tomorrow
+builds the same prompts as today.
 """
 
 from __future__ import annotations
@@ -21,27 +21,31 @@ from typing import Any
 
 Message = tuple[str, str]  # (role, content)
 
+# Printed by templates that ask for the current date.
 DATE = datetime.date(2024, 7, 26)  # the default of Llama 3.2's own template
 
 
 def make_data_encoders(spec: dict[str, Any], control: Mapping[str, Any]) -> tuple[Any, Any]:
     """Make two `tokenizers` backends that encode control tokens as ordinary text.
 
-    The first is for the beginning of a text, the second for text after a control token.  They differ for
+    The first encodes the beginning of a text, the second the text after a control token.  They differ for
     tokenizers that prepend a space to the first word only.
 
     Args:
-      spec: the original backend's JSON.
+      spec: the JSON of the original backend, parsed.
       control: the control tokens, by content.
     """
     from tokenizers import Tokenizer as Backend
 
     # `encode_special_tokens` applies only to tokens flagged special, so all control tokens get that flag.
+    # Flags are part of the backend's JSON, so both encoders are new backends, made from edited JSON.
     added = [{**t, "special": True} if t["content"] in control else t for t in spec["added_tokens"]]
     first_spec = json.dumps({**spec, "added_tokens": added, "truncation": None, "padding": None})
     first = Backend.from_str(first_spec)
     first.encode_special_tokens = True
 
+    # Text after a control token does not begin the prompt, so a space before its first word would be wrong.
+    # Most tokenizers prepend none anywhere: both encoders are then the same object.
     pre_tokenizer = json.dumps(spec["pre_tokenizer"])
     if '"prepend_scheme": "first"' not in pre_tokenizer:
         return first, first
@@ -54,10 +58,11 @@ def make_data_encoders(spec: dict[str, Any], control: Mapping[str, Any]) -> tupl
 
 
 def _fixed_date_macro() -> str:
-    """A Jinja macro to prepend to a template: it overrides transformers' strftime_now.
+    """Make a Jinja macro that overrides transformers' strftime_now; it is prepended to the template.
 
     Without the empty expression at its end, Jinja would drop a newline at the beginning of the template.
     """
+    # Jinja has no strftime, so the macro replaces each format code by its value for DATE.
     codes = ("%Y", "%y", "%m", "%d", "%j", "%B", "%b", "%A", "%a", "%H", "%I", "%M", "%S", "%p")
     filters = "".join(f" | replace({code!r}, {DATE.strftime(code)!r})" for code in codes)
     return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}{{{{ '' }}}}"
@@ -68,7 +73,7 @@ def render_chat(
 ) -> str:
     """Render messages with the chat template of `hf`, a `transformers` tokenizer.
 
-    Raises ValueError if the template rejects them, ImportError without jinja2.
+    Raises ValueError if the template rejects the messages, ImportError if jinja2 is not installed.
     """
     try:
         return hf.apply_chat_template(
@@ -78,9 +83,11 @@ def render_chat(
             add_generation_prompt=generation_prompt,
             **variables,
         )
-    except ImportError:  # jinja2 is missing, which is not the template's fault
+    except ImportError:
+        # jinja2 is missing, which is not the template's fault.
         raise
-    except Exception as e:  # templates raise errors of their own, and may be broken in any way
+    except Exception as e:
+        # Templates call raise_exception, and a broken one may raise any error of Python or Jinja.
         name = hf.name_or_path or "this tokenizer"
         raise ValueError(f"{name}: its chat template rejected the messages: {e}") from e
 
@@ -89,6 +96,8 @@ def find_turn_end(hf: Any, control: Mapping[str, Any]) -> int | None:
     """Return the id of the control token that the template writes after the assistant's message, if any."""
     if not hf.chat_template:
         return None
+
+    # Render a conversation with a known answer: the first control token after the answer ends the turn.
     marker = "the-assistants-words"
     text = render_chat(hf, [("user", "question"), ("assistant", marker)], False, {})
     _, _, after = text.rpartition(marker)
@@ -97,12 +106,14 @@ def find_turn_end(hf: Any, control: Mapping[str, Any]) -> int | None:
 
 
 def _make_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds tokens leftmost, then longest, as the tokenizers library does."""
+    """Make a pattern that finds the leftmost, then the longest token, as the tokenizers library does."""
+    # Alternatives are tried in order, so longer tokens come first; "(?!)" never matches.
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def split_segments(text: str, control: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Split text at its control tokens -> [(text before, token), ..., (text after the last, "")]."""
+    # The flags lstrip and rstrip are those of `tokenizers.AddedToken`.
     segments, position = [], 0
     for match in _make_pattern(control).finditer(text):
         token = match.group()
@@ -119,11 +130,13 @@ def split_segments(text: str, control: Mapping[str, Any]) -> list[tuple[str, str
 def hide_control_tokens(
     control: Mapping[str, Any], contents: Sequence[str]
 ) -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """Make (hide, restore): they replace control tokens by placeholders, and placeholders by control tokens.
+    """Make (hide, restore): `hide` replaces control tokens by placeholders, `restore` undoes it.
 
     A placeholder is the token's number between two copies of a private-use character that no message
     contains.
     """
+    # Unicode's private-use plane 15 has 65,534 characters, so one is free for messages of any realistic
+    # content.
     used_characters = set("".join(contents))
     delimiter = next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in used_characters)
     tokens = list(control)

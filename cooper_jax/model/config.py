@@ -1,8 +1,8 @@
 """The shape of a transformer, read from and written to Hugging Face's `config.json`.
 
 Two families share one architecture (RMSNorm, rotary embeddings, grouped-query attention, SwiGLU): "llama",
-and "qwen2", which adds biases to q, k and v.  Settings that would change the computation and are not
-supported (a sliding window, another activation, another RoPE scaling, quantised weights) raise ValueError.
+and "qwen2", which adds biases to q, k and v.  Unsupported settings that would change the computation (a
+sliding window, another activation, another RoPE scaling, quantised weights) raise ValueError.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _HF_COMMON = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=None)
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 # Settings that change the computation, with the supported values.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -26,7 +27,12 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1.0),
 }
-_NO_MAX_LEN = 32768  # max_position_embeddings written for models made from scratch, which have no limit
+
+# max_position_embeddings on export of a model without a limit: without the key, transformers would take its
+# default for the family.
+_NO_MAX_LEN = 32768
+
+# (family, head) -> the class of transformers that config.json names.
 ARCHITECTURES = {
     ("llama", "logits"): "LlamaForCausalLM",
     ("llama", "score"): "LlamaForSequenceClassification",
@@ -39,33 +45,42 @@ ARCHITECTURES = {
 class RopeScaling:
     """Llama 3's scaling of low rotary frequencies to longer contexts (Hugging Face: rope_type "llama3")."""
 
-    factor: float
+    factor: float  # by which the longest wavelengths are stretched
+    # Bounds of the interpolation, in turns per original context length (see layers.rotary_angles).
     low_freq_factor: float
     high_freq_factor: float
-    original_max_len: int
+    original_max_len: int  # context length of pre-training, tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A model's architecture and sizes; hashable, so that it can be a static argument of jit.
 
-    `vocab_multiple` pads the embedding's rows to a multiple, so that they divide over a mesh.  The padded
-    columns are -inf in every softmax, and are stripped on export.
+    `vocab_multiple` pads the embedding's rows to a multiple, so that they divide over a mesh.  The logits of
+    padded rows are -inf, and the rows are removed on export.
     """
 
     family: str  # llama | qwen2
+
+    # Sizes.
     vocab_size: int
     width: int
     layers: int
-    heads: int
-    kv_heads: int
+    heads: int  # of the queries
+    kv_heads: int  # divides `heads` (grouped-query attention)
     head_dim: int
-    ffn: int
+    ffn: int  # width of the SwiGLU block
+
+    # Rotary embeddings.
     rope_theta: float
     rope_scaling: RopeScaling | None
+
+    # Variants of the architecture.
     norm_eps: float
     qkv_bias: bool
-    tied: bool
+    tied: bool  # the language-model head is the embedding, transposed
+
+    # Limits and padding.
     max_len: int | None  # trained context length (Hugging Face: max_position_embeddings); None: no limit
     vocab_multiple: int = 1
 
@@ -76,6 +91,8 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"model {name} is {getattr(self, name)}: it must be at least 1")
+
+        # Each key/value head serves heads / kv_heads queries; RoPE rotates pairs of components.
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"{self.heads} query heads do not divide over {self.kv_heads} key/value heads: "
@@ -90,7 +107,10 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def keep_layers(self, n: int) -> ModelConfig:
-        """The config of the model's first n layers; 0 keeps all.  Raises ValueError if there are fewer."""
+        """Return the config of the model's first n layers; 0 keeps all.
+
+        Raises ValueError if the model has fewer.
+        """
         if n < 0 or n > self.layers:
             raise ValueError(
                 f"num_layers is {n}, but the model has {self.layers} layers: use 0 to {self.layers}"
@@ -99,7 +119,7 @@ class ModelConfig:
 
     @classmethod
     def from_arch(cls, arch: Any, vocab_size: int, vocab_multiple: int = 1) -> ModelConfig:
-        """The config of a model made from scratch; `arch` is a section of that name in configs/base.py."""
+        """Make the config of a model with random weights; arch: a section `arch` of configs/base.py."""
         return cls(
             family=arch.family,
             vocab_size=vocab_size,
@@ -125,6 +145,7 @@ class ModelConfig:
         Raises ValueError, naming `where` (the file) and the key, for an unknown model type, a missing key, or
         an unsupported setting.
         """
+        # Refuse everything that this code would compute differently than transformers.
         family = hf.get("model_type")
         if family not in _HF_DEFAULTS:
             raise ValueError(f"{where}: model_type {family!r} is none of {sorted(_HF_DEFAULTS)}")
@@ -134,19 +155,23 @@ class ModelConfig:
         for key, allowed in _HF_FIXED.items():
             if key in hf and hf[key] not in allowed:
                 raise ValueError(f"{where}: {key} is {hf[key]!r}; only {allowed[0]!r} is supported")
-        kinds = set(hf["layer_types"] or ()) if "layer_types" in hf else set()
-        if kinds - {"full_attention"}:
-            raise ValueError(f"{where}: layer_types holds {sorted(kinds)}; only full_attention is supported")
+        layer_types = set(hf["layer_types"] or ()) if "layer_types" in hf else set()
+        if layer_types - {"full_attention"}:
+            raise ValueError(
+                f"{where}: layer_types has {sorted(layer_types)}; only full_attention is supported"
+            )
 
         # Keys that config.json leaves out have the defaults of transformers.
         full = {**_HF_COMMON, **_HF_DEFAULTS[family], **hf}
         heads, kv_heads, head_dim = full["num_attention_heads"], full["num_key_value_heads"], full["head_dim"]
         if head_dim is None and full["hidden_size"] % heads:
             raise ValueError(
-                f"{where}: hidden_size {full['hidden_size']} does not divide over {heads} heads; give head_dim"
+                f"{where}: hidden_size {full['hidden_size']} does not divide over {heads} heads; "
+                "give head_dim"
             )
         theta, scaling = _rope_from_hf(hf, where)
 
+        # The checks of __post_init__ do not know the file, so its name is added here.
         try:
             return cls(
                 family=family,
@@ -211,14 +236,17 @@ class ModelConfig:
 
 
 def _rope_from_hf(hf: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """RoPE's base and scaling, from `rope_parameters` (transformers 5) or from the two keys of version 4."""
-    # Version 5 keeps everything, the base included, in one dict; version 4 keeps the base at the top level.
+    """Read RoPE's base and scaling from `rope_parameters` (transformers 5), or from version 4's two keys."""
+    # Version 5 has the base and the scaling in one dict; version 4 has the base at the top level.
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         if key in hf and hf[key] is not None:
             rope |= hf[key]
+    # Later entries win: the dict, then the top level, then transformers' defaults.
     flat = {"rope_theta": 10000.0, "type": "default", **hf, **rope}
     theta = float(flat["rope_theta"])
+
+    # Old files write "type" instead of "rope_type".
     kind = rope["rope_type"] if "rope_type" in rope else flat["type"]
     if kind == "default":
         return theta, None

@@ -1,13 +1,13 @@
-"""The transformer's forward pass in generation: prefill once, then decode one token per row and step.
+"""The transformer's forward pass in generation: one prefill, then decode steps of one token per row.
 
     prompts --prefill_prompts--> KV --decode_step, decode_step, ...--> hidden states
 
-The hidden states are sampled by rollout/head_sampling.py.
+rollout/head_sampling.py samples tokens from the hidden states.
 
-1. `prepare_generation` lays the weights out as they are read fastest; layers are split into stacks
-   (`split_layers`).
-2. `prefill_prompts` scans over each stack for all prompts; `decode_step` loops over it and updates the caches
-   in place.
+1. `prepare_generation` stores the weights in the layout that is read fastest, and splits the layers into
+   stacks (`split_layers`).
+2. `prefill_prompts` scans over the layers of each stack for all prompts.
+3. `decode_step` loops over the layers of each stack and updates the caches in place.
 
 Axis legend: see transformer.py; W columns of the suffix cache, l layers of one stack.
 """
@@ -36,7 +36,8 @@ from cooper_jax.model.transformer import UNEMBED, cast_layers, embed_tokens, get
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
 
-LAYERS_ALONE = 8  # models of up to this many layers keep each layer in a stack of its own in generation
+# In generation, models of up to this many layers keep each layer in a stack of its own.
+LAYERS_ALONE = 8
 
 
 def split_layers(layers: Params, config: ModelConfig) -> tuple[Params, ...]:
@@ -56,11 +57,14 @@ def _unstack(layers: Params, count: int) -> tuple[Params, ...]:
 
 
 def prepare_generation(params: Params, config: ModelConfig, layout: Layout) -> Params:
-    """Lay the weights out as `prefill_prompts`, `decode_step` and `compute_logits` read them fastest.
+    """Convert weights to the layout that `prefill_prompts`, `decode_step` and `compute_logits` read fastest.
 
-    Weights that stay unchanged are not copied.
+    Weights whose layout stays the same are not copied.
     """
+    # Projections become matrices [D, H h] once here, not at every token.
     weights = params | {"layers": split_layers(jax.vmap(flatten_projections)(params["layers"]), config)}
+
+    # XLA:CPU multiplies by [D, V] faster than by [V, D]; the copy costs the head's memory once more.
     head = get_head_matrix(params, config)
     if layout.fast_cpu_products and head.dtype == jnp.float32:
         weights[UNEMBED] = head.T
@@ -71,6 +75,7 @@ def make_empty_suffix(
     config: ModelConfig, stacks: tuple[Params, ...], rows: int, columns: int, kv_format: Format
 ) -> tuple[KV, ...]:
     """Make empty caches for `columns` sampled tokens per row: one KV [l, N, K, W, ..] per stack."""
+    # Any parameter of a stack has the stack's layers as its leading axis.
     caches = []
     for stack in stacks:
         layers = jax.tree.leaves(stack)[0].shape[0]
@@ -89,6 +94,8 @@ def prefill_prompts(
     layout: Layout,
 ) -> tuple[jax.Array, tuple[KV, ...]]:
     """Run the prompts -> (hidden [B, D] of each prompt's last token, one KV [l, B, K, P, ..] per stack)."""
+    # Prompts are padded on the right, so the columns are the positions, and the causal mask hides the
+    # padding.
     rope = rotary_angles(config, jnp.arange(tokens.shape[1]))
     x = embed_tokens(params, tokens, dtype, layout)
 
@@ -102,7 +109,8 @@ def prefill_prompts(
         x, cache = jax.lax.scan(layer, x, cast_layers(stack, config, dtype))
         caches.append(cache)
 
-    # Only the last token's hidden state predicts anything new; the norm is per token.
+    # Only the last token's hidden state predicts a new token; RMSNorm is per token, so the others are left
+    # out.
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return rms_norm(last, params["final_norm"], config.norm_eps), tuple(caches)
 
@@ -127,17 +135,19 @@ def decode_step(
 
     The caches are the given ones with the token's keys and values written at `write_column`.
 
-    All rows write the same column, however many tokens each has generated: the write is one slice, which XLA
-    does in place if the cache is donated or carried by an outer loop.
+    All rows write the same column, whatever number of tokens each has generated.  The write is therefore one
+    slice, which XLA does in place if the cache is donated or carried by an outer loop.
     """
     rope = rotary_angles(config, position)  # f32[N, h / 2] each
     x = embed_tokens(params, token, dtype, layout)
     matmul = matmul_cpu if layout.fast_cpu_products else matmul_plain
+
     caches = []
     for stack, prompt_kv, suffix_kv in zip(params["layers"], prompt, suffix, strict=True):
         stack = cast_layers(stack, config, dtype)
         alone = is_alone(prompt_kv)
 
+        # The defaults bind this iteration's values: a closure would see those of the last stack.
         def layer(i, carry, stack=stack, prompt_kv=prompt_kv, alone=alone):
             x, suffix_kv = carry
             w = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stack)
@@ -157,6 +167,7 @@ def decode_step(
             )
             return output_proj_and_mlp(w, config, x, heads, layout, matmul), suffix_kv
 
+        # A fori_loop carries the cache, so each layer's write is in place; a scan would copy the cache.
         if alone:
             x, suffix_kv = layer(0, (x, suffix_kv))
         else:
@@ -173,7 +184,7 @@ def is_alone(cache: KV) -> bool:
 
 
 def drop_stack_axis(cache: KV) -> KV:
-    """Drop the leading axis of a stack of one layer: with it, XLA would write the cache into a copy, too."""
+    """Drop the leading axis of a stack of one layer; with it, XLA would copy the cache at every write."""
     return jax.tree.map(lambda x: x[0], cache) if is_alone(cache) else cache
 
 
@@ -188,14 +199,15 @@ def _write_kv(cache: KV, new: KV, layer: jax.Array | int, column: jax.Array, alo
     The cache's leaves are [l, N, K, W, ..], or [N, K, W, ..] for a stack of one layer (alone).
     """
 
+    # One column of all rows and heads: [N, K, ..] at [layer, 0, 0, column, 0..].
     def write(cache, new):
         if alone:
             new = jnp.expand_dims(new, 2)  # [N, K, 1, ..]
-            lead = [0, 0, column]
+            start = [0, 0, column]
         else:
             new = new[None, :, :, None]  # [1, N, K, 1, ..]
-            lead = [layer, 0, 0, column]
-        start = [*lead, *[0] * (cache.ndim - len(lead))]
+            start = [layer, 0, 0, column]
+        start += [0] * (cache.ndim - len(start))  # quantised caches have leaves of different ranks
         indices = [jnp.asarray(i, jnp.int32) for i in start]
         return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), indices)
 

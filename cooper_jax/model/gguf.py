@@ -1,10 +1,10 @@
 """GGUF files (llama.cpp's format): metadata, and a Llama model's tensors under their Hugging Face names.
 
-1. `read_header` parses the key-value section and the tensor table without reading a tensor.  The `gguf`
-   package has a reader, which takes ten times as long: it makes an array of every string of the vocabulary.
+1. `read_header` parses the key-value section and the tensor table without reading a tensor.  The reader of
+   the `gguf` package takes ten times as long, because it makes an array of every string of the vocabulary.
 2. `read_model_config` derives the model's shape from the header.
-3. `open_tensors` returns each tensor's shape and a function that reads one: dequantised (`gguf.quants`) to
-   f32, with llama.cpp's reordering of the rows of q and k undone.
+3. `open_tensors` returns each tensor's shape, and a function that reads one tensor: it dequantises to f32
+   (`gguf.quants`) and undoes llama.cpp's reordering of the rows of q and k.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -22,11 +22,12 @@ import numpy as np
 
 from cooper_jax.model.config import ModelConfig
 
+# Types of values in the key-value section, with struct's codes for the scalars.
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_ALIGNMENT = 32  # bytes; of the tensor data, unless general.alignment says otherwise
+_ALIGNMENT = 32  # bytes: alignment of the tensor data in files without the key general.alignment
 
-# GGUF name -> Hugging Face name; the second table holds the names within a layer (blk.N.*).
+# GGUF name -> Hugging Face name; the second table has the names within a layer (blk.N.*).
 _MODEL = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -68,9 +69,11 @@ def read_header(path: Path) -> Header:
     Raises ValueError for another or a damaged file, and for a tensor that appears twice.
     """
     with open(path, "rb") as f:
+        # A shorter file is padded with zeros, so that the check of the first bytes can name what it is not.
         magic, version, count, pairs = struct.unpack("<4sIQQ", f.read(24).ljust(24, b"\0"))
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(f"{path}: not a GGUF file of version 2 or 3 (begins with {magic!r}, {version})")
+        # A damaged length or type shows as one of many errors: an unknown code, too few bytes, no memory.
         try:
             metadata = {_read_string(f): _read_value(f, *_unpack(f, "I")) for _ in range(pairs)}
             rows = [_read_tensor_row(f) for _ in range(count)]
@@ -78,7 +81,7 @@ def read_header(path: Path) -> Header:
             raise ValueError(f"{path}: its header is truncated or damaged near byte {f.tell()}: {e}") from e
         end = f.tell()
 
-    # Tensor data begin at the next multiple of the alignment; offsets are relative to that.
+    # Tensor data begin at the next multiple of the alignment, to which the table's offsets are relative.
     alignment = metadata["general.alignment"] if "general.alignment" in metadata else _ALIGNMENT
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"{path}: general.alignment is {alignment!r}; it must be a positive integer")
@@ -102,6 +105,7 @@ def _unpack(f: BinaryIO, code: str) -> tuple[Any, ...]:
 
 
 def _read_string(f: BinaryIO) -> str:
+    # A length in bytes, then UTF-8 without a terminator.
     (size,) = _unpack(f, "Q")
     return _unpack(f, f"{size}s")[0].decode()
 
@@ -111,6 +115,9 @@ def _read_value(f: BinaryIO, kind: int) -> Any:
         return _read_string(f)
     if kind != _ARRAY:
         return _unpack(f, _SCALARS[kind])[0]
+
+    # An array: the items' type and number, then the items.  Scalars (token types, scores) are read in one
+    # call.
     item_kind, count = _unpack(f, "IQ")
     if item_kind in _SCALARS:
         return list(_unpack(f, f"{count}{_SCALARS[item_kind]}"))
@@ -118,7 +125,7 @@ def _read_value(f: BinaryIO, kind: int) -> Any:
 
 
 def _read_tensor_row(f: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
-    """(name, shape, type, offset) of the next row of the tensor table."""
+    """Read the next row of the tensor table -> (name, shape, type, offset)."""
     name = _read_string(f)
     (dims,) = _unpack(f, "I")
     shape = _unpack(f, f"{dims}Q")[::-1]
@@ -140,7 +147,7 @@ def read_model_config(header: Header, path: Path) -> ModelConfig:
     def optional(key: str, default: Any) -> Any:
         return meta[key] if key in meta else default
 
-    # Refuse settings that would change the computation.
+    # Refuse settings that would change the computation.  Llama 3's RoPE scaling is stored as a tensor.
     if need("general.architecture") != "llama":
         raise ValueError(
             f"{path}: architecture {meta['general.architecture']!r}; only llama is read from GGUF, "
@@ -151,6 +158,8 @@ def read_model_config(header: Header, path: Path) -> ModelConfig:
         raise ValueError(
             f"{path}: scaled rotary embeddings are not read from GGUF; use the model's Hugging Face directory"
         )
+
+    # llama.cpp can rotate a part of each head only.
     width, heads = need("llama.embedding_length"), need("llama.attention.head_count")
     head_dim = optional("llama.attention.key_length", width // heads)
     rotated = optional("llama.rope.dimension_count", head_dim)
@@ -158,6 +167,8 @@ def read_model_config(header: Header, path: Path) -> ModelConfig:
         raise ValueError(
             f"{path}: {rotated} of {head_dim} head components are rotated; only all is supported"
         )
+
+    # The vocabulary's size is the embedding's number of rows: the key for it is optional.
     if "token_embd.weight" not in header.tensors:
         raise ValueError(f"{path}: the tensor token_embd.weight is missing")
 
@@ -180,7 +191,7 @@ def read_model_config(header: Header, path: Path) -> ModelConfig:
 
 
 def read_gguf_generation_config(header: Header) -> dict[str, int]:
-    """Read the special ids, under the keys of Hugging Face's generation_config.json."""
+    """Return the ids of special tokens under the keys of Hugging Face's generation_config.json."""
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     keys = {ours: f"tokenizer.ggml.{theirs}_token_id" for ours, theirs in names.items()}
     return {ours: header.metadata[key] for ours, key in keys.items() if key in header.metadata}
@@ -189,7 +200,7 @@ def read_gguf_generation_config(header: Header) -> dict[str, int]:
 def open_tensors(
     path: Path, header: Header, config: ModelConfig
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
-    """Open the tensors under Hugging Face names -> (their shapes, a function that reads one as f32)."""
+    """Index the tensors by Hugging Face names -> (their shapes, a function that reads one as f32)."""
     gguf_names = {_hf_name(name): name for name in header.tensors}
     permuted_heads = {"self_attn.q_proj.weight": config.heads, "self_attn.k_proj.weight": config.kv_heads}
 
@@ -204,7 +215,7 @@ def open_tensors(
 
 
 def _hf_name(name: str) -> str:
-    """The Hugging Face name; an unknown tensor keeps its own, and is rejected later with the unknown keys."""
+    """Return the Hugging Face name; an unknown tensor keeps its name, which `load_weights` rejects later."""
     if name in _MODEL:
         return _MODEL[name]
     parts = name.split(".")
@@ -218,6 +229,7 @@ def unpermute_heads(x: np.ndarray, heads: int) -> np.ndarray:
 
     RoPE pairs neighbouring components in llama.cpp, and component i with i + h / 2 in Hugging Face's models.
     """
+    # [H, h / 2, 2, D] -> [H, 2, h / 2, D]
     return x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
 
 
@@ -231,7 +243,8 @@ def _dequantise(path: Path, name: str, info: TensorInfo) -> np.ndarray:
     except (ValueError, KeyError) as e:
         raise ValueError(f"{path}: the tensor {name} is of the unknown type {info.kind}") from e
 
-    # Values are quantised in blocks along the last axis; a row is a whole number of blocks.
+    # Values are quantised in blocks along the last axis; a row is a whole number of blocks.  np.fromfile
+    # returns fewer bytes at the end of a file without an error, so a truncated file is found here.
     row_bytes = info.shape[-1] // block_values * block_bytes
     total = math.prod(info.shape[:-1]) * row_bytes
     if info.offset + total > path.stat().st_size:

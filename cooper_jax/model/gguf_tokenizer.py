@@ -14,12 +14,14 @@ from cooper_jax.model.gguf import read_metadata
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 
-# Name in the file -> (normaliser, single digits, regex that splits text before the merges).
+# Regexes that split text into words; merges are applied within a word only.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _TIKTOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+
+# Name of the pre-tokenizer in the file -> (normaliser, whether digits are split first, regex).
 _PRE = {
     "gpt-2": (None, False, _GPT2),
     "smollm": (None, True, _GPT2),
@@ -30,7 +32,7 @@ _PRE = {
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The tokenizer of a GGUF file, in the parts that a `transformers` tokenizer is made of."""
+    """The tokenizer of a GGUF file, as the parts from which a `transformers` tokenizer is made."""
 
     backend: Any  # tokenizers.Tokenizer
     special_tokens: dict[str, str]  # by transformers' names: bos_token, eos_token, ...
@@ -41,8 +43,8 @@ class Parts:
 def read_tokenizer(path: Path) -> Parts:
     """Read the tokenizer of a GGUF file.
 
-    Raises ValueError for a damaged file, for kinds other than byte-level BPE, and for a pre-tokenizer that is
-    not in the table above.
+    Raises ValueError for a damaged file, for a tokenizer that is not byte-level BPE, and for a pre-tokenizer
+    that is not in `_PRE`.
     """
     from tokenizers import (
         AddedToken,
@@ -55,6 +57,8 @@ def read_tokenizer(path: Path) -> Parts:
         processors,
     )
 
+    # A pre-tokenizer that is not in the table would split text differently than in training, without an
+    # error.
     meta = {k.removeprefix("tokenizer.ggml."): v for k, v in read_metadata(path).items()}
     missing = {"model", "pre", "tokens", "token_type", "merges"} - meta.keys()
     if missing or meta["model"] != "gpt2" or meta["pre"] not in _PRE:
@@ -63,10 +67,11 @@ def read_tokenizer(path: Path) -> Parts:
         else:
             found = f"model {meta['model']!r}, pre {meta['pre']!r}"
         raise ValueError(
-            f"{path}: its tokenizer metadata hold {found}; this reader knows model 'gpt2' with pre one of "
+            f"{path}: its tokenizer metadata have {found}; this reader knows model 'gpt2' with pre one of "
             f"{', '.join(map(repr, _PRE))}: name a directory with a tokenizer.json instead"
         )
 
+    # A merge is stored as its two halves, separated by a space; a token's id is its index.
     tokens, types = meta["tokens"], meta["token_type"]
     normaliser, single_digits, regex = _PRE[meta["pre"]]
     merges = [tuple(m.split(" ", 1)) for m in meta["merges"]]
@@ -87,15 +92,18 @@ def read_tokenizer(path: Path) -> Parts:
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
 
+    # Control tokens and user-defined ones (runs of spaces, tags) are matched in the text before the regex.
     for token, kind in zip(tokens, types, strict=True):
         if kind in (_CONTROL, _USER_DEFINED):
             backend.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
 
+    # Special tokens under the names of transformers.
     special = {}
     for name, gguf_name in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         if f"{gguf_name}_token_id" in meta:
             special[f"{name}_token"] = tokens[meta[f"{gguf_name}_token_id"]]
 
+    # Llama 3 prepends bos to every text, and its files do not always say so.
     add_bos = meta["add_bos_token"] if "add_bos_token" in meta else whole_words
     if add_bos and "bos_token" in special:
         first = special["bos_token"]
@@ -103,6 +111,7 @@ def read_tokenizer(path: Path) -> Parts:
             single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, vocab[first])]
         )
 
+    # Chat models have a second end token, of a turn (eot).
     template = "tokenizer.chat_template"
     eos_ids = tuple(meta[k] for k in ("eos_token_id", "eot_token_id") if k in meta)
     return Parts(backend, special, meta[template] if template in meta else None, eos_ids)

@@ -1,7 +1,7 @@
 """Parts of one transformer layer: RMSNorm, rotary embeddings, projections, attention over a mesh, SwiGLU.
 
-`x` is [N, S, D] in a full forward pass and [N, D] in decoding; `w` holds one layer's parameters, matrices and
-biases in the compute dtype.  Axis legend: see transformer.py.
+`x` is [N, S, D] in a full forward pass and [N, D] in decoding.  `w` is the dict of one layer's parameters,
+with matrices and biases in the compute dtype.  Axis legend: see transformer.py.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def rotary_angles(config: ModelConfig, positions: jax.Array) -> Rope:
     """Compute (cos, sin) of the rotary angles: positions i32[...] -> f32[..., h / 2] each."""
     freqs = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     if (s := config.rope_scaling) is not None:
-        # Llama 3: wavelengths above original context / low_freq_factor are stretched by `factor`, those below
-        # original context / high_freq_factor are kept, and between the two bounds the two are interpolated.
+        # Llama 3's scaling.  Wavelengths above (original context / low_freq_factor) are stretched by
+        # `factor`, those below (original context / high_freq_factor) stay; in between, frequencies are
+        # interpolated.
         turns = s.original_max_len * freqs / (2 * np.pi)
         kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
         freqs = freqs * (kept + (1 - kept) / s.factor)
+    # Angles in f32: bfloat16 cannot represent positions above 256.
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32).reshape(
         (1,) * positions.ndim + (-1,)
     )
@@ -60,13 +62,15 @@ def rotary_angles(config: ModelConfig, positions: jax.Array) -> Rope:
 
 def _rotate(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotate x [N, ..., heads, h] in f32; component i is paired with i + h / 2, as in Hugging Face."""
-    cos, sin = (r[..., None, :] for r in rope)  # over heads
+    # Broadcast [..., h / 2] over heads, and over rows if all rows share one table.
+    cos, sin = (r[..., None, :] for r in rope)
     cos, sin = (r.reshape((1,) * (x.ndim - r.ndim) + r.shape) for r in (cos, sin))
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 0}  # name -> first of the two axes H, h in one layer's matrix
+# Name -> index of the axis H, which h follows, in one layer's parameter: q, k, v [D, H, h], o [H, h, D].
+PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 0}
 
 
 def flatten_projections(w: Params) -> Params:
@@ -88,10 +92,11 @@ def project_qkv(
     y = rms_norm(x, w["attn_norm"], config.norm_eps)
     q, k, v = (matmul(y, w[name]).reshape(*x.shape[:-1], -1, config.head_dim) for name in "qkv")
     if config.qkv_bias:
-        lead = (1,) * (x.ndim - 1)
-        q = q + w["q_bias"].reshape(lead + q.shape[-2:])
-        k = k + w["k_bias"].reshape(lead + k.shape[-2:])
-        v = v + w["v_bias"].reshape(lead + v.shape[-2:])
+        # Biases [H, h] get leading axes of size 1: implicit rank promotion is an error in the tests.
+        leading = (1,) * (x.ndim - 1)
+        q = q + w["q_bias"].reshape(leading + q.shape[-2:])
+        k = k + w["k_bias"].reshape(leading + k.shape[-2:])
+        v = v + w["v_bias"].reshape(leading + v.shape[-2:])
     return _rotate(q, rope), _rotate(k, rope), v
 
 
@@ -103,7 +108,10 @@ def output_proj_and_mlp(
     layout: Layout,
     matmul: Matmul = matmul_plain,
 ) -> jax.Array:
-    """Apply the output projection to `heads` [..., H, h], then the SwiGLU block -> [..., D]."""
+    """Apply the output projection to `heads` [..., H, h], then the SwiGLU block -> [..., D].
+
+    Both add to the residual stream `x`.
+    """
     x = constrain_batch(x + matmul(heads.reshape(*x.shape[:-1], -1), w["o"]), layout)
     y = rms_norm(x, w["mlp_norm"], config.norm_eps)
     gated = jax.nn.silu(matmul(y, w["gate"])) * matmul(y, w["up"])  # [..., F]
@@ -111,10 +119,11 @@ def output_proj_and_mlp(
 
 
 def sharded_causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout) -> jax.Array:
-    """Causal attention on each device's shard of rows and heads: the compiler cannot partition kernels.
+    """Run causal attention on each device's shard of rows and heads: the compiler cannot partition kernels.
 
     q [N, S, H, h], k and v [N, S, K, h] -> [N, S, H, h].
     """
+    # Attention needs all positions of a row, and none of another row or head: no communication.
     run = functools.partial(
         causal_attention, implementation=default_implementation(q.dtype, q.shape[-1], layout.platform)
     )
@@ -122,7 +131,8 @@ def sharded_causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: L
     ways = layout.ways(spec[2])
     kv_heads = k.shape[2]
     if kv_heads % ways:
-        # Fewer key/value heads than shards: repeat each, so that every shard has those its queries read.
+        # Key/value heads that do not divide over the shards are repeated, so that every shard has those that
+        # its queries read: up to one per shard if that suffices, else one per query head.
         copies = ways // kv_heads if ways % kv_heads == 0 else q.shape[2] // kv_heads
         k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
     return run_sharded(run, layout, (spec,) * 3, spec)(q, k, v)
@@ -136,10 +146,12 @@ def make_decode_schedule(
     implementation: str,
 ) -> Schedule:
     """Make the decode schedule; for Pallas kernels one per shard, with a leading shard axis on all leaves."""
+    # XLA's implementation is partitioned by the compiler, and takes one schedule of all rows.
     if not platform.is_pallas(implementation):
         return make_schedule(prompt_of, lengths, samples=samples)
     batch = layout.spec(("batch",))
 
+    # Each shard numbers its own prompts, so the schedules are made inside shard_map.
     def run(prompt_of, lengths):
         return jax.tree.map(lambda x: x[None], make_schedule(prompt_of, lengths, samples=samples))
 
@@ -157,7 +169,7 @@ def sharded_decode_attention(
     layout: Layout,
     implementation: str,
 ) -> jax.Array:  # [N, H, h]
-    """Decode attention; Pallas kernels run on each device's shard of rows and key/value heads."""
+    """Run decode attention; Pallas kernels run on each device's shard of rows and key/value heads."""
     attend: Callable[..., jax.Array] = functools.partial(decode_attention, implementation=implementation)
     if not platform.is_pallas(implementation):
         return attend(q, prompt, suffix, schedule, first, last, layer)
@@ -171,7 +183,7 @@ def sharded_decode_attention(
     rows, replicated = PartitionSpec(batch), PartitionSpec()
 
     def run(q, prompt, suffix, schedule, first, last, layer):
-        schedule = jax.tree.map(lambda x: x[0], schedule)  # this shard's own
+        schedule = jax.tree.map(lambda x: x[0], schedule)  # without the shard axis of make_decode_schedule
         return attend(q, prompt, suffix, schedule, first, last, layer)
 
     specs = (queries, cache, cache, rows, rows, replicated, replicated)
@@ -179,7 +191,7 @@ def sharded_decode_attention(
 
 
 def run_sharded(run: Callable, layout: Layout, in_specs: Any, out_specs: Any) -> Callable:
-    """Map `run` over the devices' shards (shard_map); on one device, `run` itself."""
+    """Map `run` over the devices' shards with shard_map; return `run` itself on one device."""
     if layout.single_device:
         return run
     # check_vma=False: Pallas calls do not declare over which mesh axes their outputs vary.

@@ -2,13 +2,13 @@
 
     load_tokenizer    tokenizer only
     describe_model    tokenizer and shape, before any parameter is read
-    load_model        parameters too, sharded over a mesh
-    check_length      checks that rows of so many tokens fit a model's context length
+    load_model        tokenizer, shape and parameters, sharded over a mesh
+    check_length      check that rows of a given length fit a model's context length
 
 `section` is a section of the config (`cfg.policy`) and `name` its name, for messages.  `section.weights` is a
-Hugging Face directory, a hub id, a .gguf file, or "random": a model of the shape `section.arch`, with a
-tokenizer that is trained on the synthetic corpus and stored in the run directory.  All functions raise
-SetupError if that fails.
+Hugging Face directory, a hub id, a .gguf file, or "random".  A model with random weights has the shape
+`section.arch`, and its tokenizer is trained on the synthetic corpus and stored in the run directory.  All
+functions raise SetupError if the model cannot be loaded.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cooper_jax.data import prompts, synthetic
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.model_source import ModelSource
 from cooper_jax.runtime import hosts, keys, mesh
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Params
@@ -41,12 +42,13 @@ class Model:
     tokenizer: tokenizers.Tokenizer
 
 
-def load_tokenizer(section: ConfigDict, name: str, run_dir: Directory) -> tokenizers.Tokenizer:
+def load_tokenizer(section: ConfigDict | ModelSource, name: str, run_dir: Directory) -> tokenizers.Tokenizer:
     """Load the tokenizer that `section` names; for random weights, train one on the synthetic corpus."""
     source = section.tokenizer or section.weights
     with setup_errors(f"{name}.tokenizer={section.tokenizer!r}, {name}.weights={section.weights!r}"):
         if source != "random":
             return tokenizers.load_tokenizer_from(source)
+        # One file per size: models of one run with equal sizes share a tokenizer, and a resumed run finds it.
         path = run_dir / f"tokenizer_{section.arch.vocab_size}.model"
 
         def train() -> None:
@@ -56,25 +58,31 @@ def load_tokenizer(section: ConfigDict, name: str, run_dir: Directory) -> tokeni
             corpus = synthetic.make_corpus()
             tokenizers.train_sentencepiece(corpus, path, section.arch.vocab_size, symbols=symbols)
 
+        # All hosts read the file that the first one writes.
         hosts.on_primary_first(f"tokenizer of {name}", train)
         return tokenizers.load_tokenizer_from(str(path))
 
 
-def describe_model(section: ConfigDict, name: str, run_dir: Directory, layout: mesh.Layout) -> Model:
+def describe_model(
+    section: ConfigDict | ModelSource, name: str, run_dir: Directory, layout: mesh.Layout
+) -> Model:
     """Read a model's shape and tokenizer; the vocabulary is padded so that it divides over the mesh."""
     tokenizer = load_tokenizer(section, name, run_dir)
+
+    # The embedding's rows are sharded over the mesh axes of the logical axis "vocab".
     multiple = math.lcm(section.vocab_multiple, layout.first_ways("vocab"))
     with setup_errors(f"{name}.weights={section.weights!r}"):
         if section.weights == "random":
             config = ModelConfig.from_arch(section.arch, tokenizer.vocab_size, multiple)
             return Model(config, tokenizer)
 
+        # The embedding may have more rows than the tokenizer has ids (Qwen2.5's does), but not fewer.
         config = weights.read_config(section.weights, section.num_layers)
         config = dataclasses.replace(config, vocab_multiple=multiple)
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} ids but the embedding {config.vocab_size} rows: set "
-                f"--config.{name}.tokenizer to the one that belongs to these weights"
+                f"the tokenizer has {tokenizer.vocab_size} ids but the embedding {config.vocab_size} rows: "
+                f"set --config.{name}.tokenizer to the one that belongs to these weights"
             )
         return Model(config, tokenizer)
 
@@ -86,7 +94,7 @@ def check_length(config: ModelConfig, name: str, lengths: Mapping[str, int]) -> 
     RoPE the limit is the scaled length, as in Hugging Face's configs.
 
     Args:
-      lengths: flag -> tokens; a row is their sum.
+      lengths: flag of the config -> tokens; a row has their sum.
     """
     total = sum(lengths.values())
     if config.max_len is None or total <= config.max_len:
@@ -94,14 +102,14 @@ def check_length(config: ModelConfig, name: str, lengths: Mapping[str, int]) -> 
     given = " + ".join(f"{flag}={tokens}" for flag, tokens in lengths.items())
     flags = " or ".join(f"--config.{flag}" for flag in lengths)
     raise SetupError(
-        f"{given}: rows of {total} tokens do not fit the {name} model, which was trained for {config.max_len} "
-        f"(max_position_embeddings, or a GGUF file's context_length): lower {flags}, by {total - config.max_len} "
-        "in all"
+        f"{given}: rows of {total} tokens do not fit the {name} model, which was trained for "
+        f"{config.max_len} (max_position_embeddings, or a GGUF file's context_length): lower {flags}, "
+        f"by {total - config.max_len} in all"
     )
 
 
 def load_model(
-    section: ConfigDict,
+    section: ConfigDict | ModelSource,
     name: str,
     head: str,
     layout: mesh.Layout,
@@ -109,9 +117,12 @@ def load_model(
     seed: int,
     lengths: Mapping[str, int] | None = None,
 ) -> tuple[Model, Params, bool]:
-    """Load a model and its parameters; the last value tells whether its head has been trained.
+    """Load a model and its parameters -> (model, parameters, whether its head has been trained).
 
-    lengths: for `check_length`, which is called before parameters are read.
+    Args:
+      head: "logits" or "score".
+      seed: of initial values: of all parameters ("random") or of a score head that the source does not have.
+      lengths: for `check_length`, which is called before parameters are read.
     """
     model = describe_model(section, name, run_dir, layout)
 
@@ -121,6 +132,8 @@ def load_model(
         mesh.check_sharding(layout, transformer.param_specs(model.config, head))
 
     with setup_errors(f"{name}.weights={section.weights!r}"):
+        # Random weights: a fresh language-model head is trained with the rest, but a fresh score head counts
+        # as untrained, because rewards from it mean nothing.
         if section.weights == "random":
             specs = transformer.param_specs(model.config, head)
             params = mesh.init_params(keys.make_key(seed, f"init_{name}"), specs, layout)

@@ -1,4 +1,4 @@
-"""Typed settings of a model's origin: weights, tokenizer and compute type, as `policy` and others declare them."""
+"""Typed settings of a model's weights, tokenizer and compute type, in `policy` and other config sections."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class ArchConfig:
     """The shape of a model made from scratch: a model section's `arch`."""
 
     family: str  # llama or qwen2
+
+    # Sizes; see `ModelConfig`.
     layers: int
     vocab_size: int  # pieces of the sentencepiece model that is trained for it
     width: int
@@ -23,6 +25,7 @@ class ArchConfig:
     kv_heads: int
     head_dim: int
     ffn: int
+
     rope_theta: float
     tied: bool  # the output head is the embedding, transposed
 
@@ -31,13 +34,17 @@ class ArchConfig:
 class ModelSource:
     """A model's weights, tokenizer and compute type: fields of a model's section, such as `policy`."""
 
-    weights: str  # a directory, a hub id, a .gguf file, package:NAME/FILE.gguf, or "random" for the shape in `arch`
+    # A directory, a hub id, a .gguf file, package:NAME/FILE.gguf, or "random" for the shape in `arch`.
+    weights: str
     tokenizer: str  # "": the one that comes with the weights
+
+    # Changes to the model as stored.
     num_layers: int  # keep only the first layers; 0 keeps all
     vocab_multiple: int  # the vocabulary is padded to a multiple of this
     dtype: str  # of the computation: float32 or bfloat16
-    arch: ArchConfig
-    name: str = dataclasses.field(compare=False)  # the section's, for messages
+
+    arch: ArchConfig  # used with random weights only
+    name: str = dataclasses.field(compare=False)  # of the section, for messages
 
     def __post_init__(self) -> None:
         typed_config.raise_problems(
@@ -50,6 +57,9 @@ class ModelSource:
 
     @classmethod
     def from_config(cls, section: ConfigDict, name: str) -> ModelSource:
-        """Read a section; name: policy, reward or another model's.  Raises SetupError for values out of range."""
+        """Read a section; name: "policy", "reward" or another model's section.
+
+        Raises SetupError for values out of range.
+        """
         arch = typed_config.read_section(ArchConfig, section.arch, f"{name}.arch")
         return typed_config.read_section(cls, section, name, name=name, arch=arch)

@@ -2,11 +2,11 @@
 
 1. `load_tokenizer_from` loads a tokenizer from a Hugging Face directory or hub id, a GGUF file (whose
    metadata contain the whole tokenizer), or a sentencepiece `.model`.  `train_sentencepiece` trains one for a
-   model made from scratch.
+   model with random weights.
 2. `encode` encodes **data** and never returns a control id: "<|im_end|>" in a problem or a completion is ten
    ordinary characters.  No token is added before or after.
-3. `chat` encodes messages.  Control tokens that the *template* writes become control ids; those in a message
-   are data.  Text between two control ids is encoded in one piece, so that for messages without control
+3. `chat` encodes messages.  Control tokens that the *template* writes become control ids; control tokens in
+   a message are data.  Text between two control ids is encoded in one piece, so for messages without control
    tokens the ids equal those of transformers' apply_chat_template.
 4. `decode` returns text without special tokens.
 
@@ -34,6 +34,8 @@ from cooper_jax.runtime import remote_files
 Message = chat_template.Message
 
 _TAG = re.compile(r"[<\[]\S+[>\]]")
+
+# Files that are downloaded for a hub id: no weights.
 _HUB_FILES = (
     "tokenizer*",
     "vocab*",
@@ -50,12 +52,16 @@ _HUB_FILES = (
 class Tokenizer:
     """An immutable tokenizer, made by `load_tokenizer_from` or `train_sentencepiece`."""
 
-    source: str
+    source: str  # the argument of `load_tokenizer_from`, for messages
     vocab_size: int  # highest id + 1; a model's embedding may have more rows
+
+    # Special ids.
     pad_id: int
     bos_id: int | None  # only if the model expects it before plain text
     eos_ids: tuple[int, ...]  # every id that ends a response
     control_ids: frozenset[int]  # never returned by `encode`
+
+    # The library's part of the methods below.
     _encode: Callable[[str], list[int]]
     _offsets: Callable[[str], list[tuple[int, int]]]
     _decode: Callable[[list[int]], str]
@@ -94,12 +100,14 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files, from which `load_tokenizer_from(directory)` loads an equal one.
 
-        Hugging Face tokenizers write the files of `transformers`, sentencepiece ones `tokenizer.model`.  The
-        end-of-sequence ids are written to generation_config.json, unless the directory has one.
+        Hugging Face tokenizers write the files of `transformers`, sentencepiece tokenizers `tokenizer.model`.
+        The end-of-sequence ids are written to generation_config.json, unless the directory has one.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._save(directory)
+
+        # transformers' tokenizer files have a single eos token; a model may end its responses with several.
         generation = directory / "generation_config.json"
         if not generation.exists():
             ends = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
@@ -107,16 +115,21 @@ class Tokenizer:
 
 
 def load_tokenizer_from(source: str) -> Tokenizer:
-    """Load a tokenizer from a source.
+    """Load a tokenizer of any supported kind.
 
-    source: a directory, a hub id, FILE.model, FILE.gguf, the gs:// address of one of these, or
-    "package:NAME/FILE.gguf".  Raises ValueError that names the source and the fix.
+    Args:
+      source: a directory, a hub id, FILE.model, FILE.gguf, the gs:// address of one of these, or
+        "package:NAME/FILE.gguf".
+
+    Raises ValueError that names the source and the fix.
     """
     path = weight_files.resolve_source(source, "tokenizer", (".model", ".gguf"), _HUB_FILES)
     if path.suffix == ".gguf":
         return _load_gguf(path, source)
     if path.suffix == ".model" and path.is_file():
         return _wrap_sentencepiece(path.read_bytes(), source)
+    # Directories of Llama models have a tokenizer.model, too, but next to it the fast tokenizer's
+    # tokenizer.json.
     if (path / "tokenizer.model").is_file() and not any(path.glob("tokenizer*.json")):
         return _wrap_sentencepiece((path / "tokenizer.model").read_bytes(), source)
     return _load_directory(path, source)
@@ -133,7 +146,8 @@ def train_sentencepiece(
 
     Args:
       vocab_size: an upper bound; a small corpus may not have that many merges.
-      symbols: strings that are always one piece (our tags, "\\n"); " " keeps spaces separate from words.
+      symbols: strings that are always one piece (this project's tags, "\\n"); " " keeps spaces separate
+        from words.
 
     Raises ValueError for a path that is not a .model file, and for a vocabulary that is too small.
     """
@@ -154,8 +168,8 @@ def train_sentencepiece(
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # As in Qwen2.5's and SmolLM2's tokenizers: ten digits instead of hundreds of numbers.  A number's
-            # tokens are the same everywhere in a text, so a small model can learn to compare two.
+            # One piece per digit, as in Qwen2.5's and SmolLM2's tokenizers.  A number is then split alike
+            # everywhere in a text, so a small model can learn to compare two numbers.
             split_digits=True,
             byte_fallback=True,
             character_coverage=1.0,
@@ -169,8 +183,8 @@ def train_sentencepiece(
         )
     except RuntimeError as e:
         raise ValueError(
-            f"{path}: cannot train {vocab_size} pieces with {len(symbols)} symbols: {e}; give a larger vocab_size "
-            "(bytes and control pieces alone take 259), or a corpus with text in it"
+            f"{path}: cannot train {vocab_size} pieces with {len(symbols)} symbols: {e}; give a larger "
+            "vocab_size (bytes and control pieces alone take 259), or a corpus with text in it"
         ) from e
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,6 +198,7 @@ def train_sentencepiece(
 def _load_directory(path: Path, source: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    # Checked here, because the error of transformers would not name the flag to change.
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         raise ValueError(
             f"tokenizer {source!r}: {path} holds no tokenizer.json; name another directory with "
@@ -191,9 +206,11 @@ def _load_directory(path: Path, source: str) -> Tokenizer:
         )
     try:
         hf = AutoTokenizer.from_pretrained(str(path), use_fast=True, trust_remote_code=False)
-    except ImportError:  # a package is missing, which is not the directory's fault
+    except ImportError:
+        # A package is missing, which is not the directory's fault.
         raise
-    except Exception as e:  # damaged or foreign files raise errors of many types
+    except Exception as e:
+        # Damaged files, and files of another kind, raise errors of many types.
         raise ValueError(f"tokenizer {source!r}: transformers cannot read {path}: {e}") from e
     return _wrap_hugging_face(hf, _read_eos_ids(path), source)
 
@@ -206,6 +223,7 @@ def _read_eos_ids(path: Path) -> list[int]:
     eos = generation_config["eos_token_id"] if "eos_token_id" in generation_config else None
     if eos is None:
         return []
+    # One id, or a list of ids.
     return [eos] if isinstance(eos, int) else list(eos)
 
 
@@ -223,7 +241,8 @@ def _load_gguf(path: Path, source: str) -> Tokenizer:
 
 
 def _wrap_hugging_face(hf: Any, eos_ids: Sequence[int], source: str) -> Tokenizer:
-    """Wrap a `transformers` fast tokenizer; `eos_ids` are additional end-of-sequence ids of the model."""
+    """Wrap a `transformers` fast tokenizer; `eos_ids` are further end-of-sequence ids of the model."""
+    # Slow tokenizers have no JSON and no offsets.
     if not hf.is_fast:
         raise ValueError(
             f"tokenizer {source!r} is a {type(hf).__name__}, not a fast one: give a tokenizer.json"
@@ -231,31 +250,20 @@ def _wrap_hugging_face(hf: Any, eos_ids: Sequence[int], source: str) -> Tokenize
     backend = hf.backend_tokenizer
     spec = json.loads(backend.to_str())
 
-    # Control tokens, and encoders that treat them as text.
     control = {t["content"]: t for t in spec["added_tokens"] if t["special"] or _TAG.fullmatch(t["content"])}
     control_ids = frozenset(t["id"] for t in control.values())
-    first_encoder, later_encoder = chat_template.make_data_encoders(spec, control)
-    for token in control:
-        if not control_ids.isdisjoint(first_encoder.encode(token, add_special_tokens=False).ids):
-            raise ValueError(
-                f"tokenizer {source!r} reads {token!r} in data as a control token, since its model "
-                "holds it as an ordinary piece: use a byte-pair tokenizer"
-            )
+    first_encoder, later_encoder = _make_checked_encoders(spec, control, source)
 
-    # The special ids: bos only if the tokenizer itself prepends it; every end of a response, without repeats.
+    # Many tokenizers name a bos token; it counts only if the tokenizer itself prepends it.
     prefix = backend.encode("", add_special_tokens=True).ids
     bos = prefix[0] if prefix and prefix[0] == hf.bos_token_id else None
-    candidates = dict.fromkeys([*eos_ids, hf.eos_token_id, chat_template.find_turn_end(hf, control)])
-    all_eos_ids = tuple(i for i in candidates if i is not None)
-    if not all_eos_ids:
-        raise ValueError(
-            f"tokenizer {source!r} names no end token: set eos_token in its tokenizer_config.json"
-        )
+    all_eos_ids = _collect_eos_ids(hf, control, eos_ids, source)
 
     def encode(text: str) -> list[int]:
         return first_encoder.encode(text, add_special_tokens=False).ids
 
     def chat(messages: Sequence[Message], fallback: bool, variables: Mapping[str, Any]) -> list[int]:
+        # A base model has no template.
         if not hf.chat_template:
             if fallback:
                 return ([] if bos is None else [bos]) + encode(_join_messages(messages))
@@ -263,9 +271,12 @@ def _wrap_hugging_face(hf: Any, eos_ids: Sequence[int], source: str) -> Tokenize
                 f"tokenizer {source!r} has no chat template: set --config.data.chat=False, or name another"
             )
 
+        # The four steps that chat_template.py describes.
         hide, restore = chat_template.hide_control_tokens(control, [content for _, content in messages])
         hidden = [(role, hide(content)) for role, content in messages]
         rendered = chat_template.render_chat(hf, hidden, True, variables)
+
+        # Everything but the first segment follows a control token.
         ids: list[int] = []
         for i, (text, token) in enumerate(chat_template.split_segments(rendered, control)):
             encoder = later_encoder if i else first_encoder
@@ -289,11 +300,43 @@ def _wrap_hugging_face(hf: Any, eos_ids: Sequence[int], source: str) -> Tokenize
     )
 
 
+def _make_checked_encoders(spec: dict[str, Any], control: Mapping[str, Any], source: str) -> tuple[Any, Any]:
+    """Make the encoders of data, and check that no control token's text is encoded as a control id.
+
+    Unigram and WordPiece models may have a control token among their ordinary pieces.
+    """
+    control_ids = {token["id"] for token in control.values()}
+    first_encoder, later_encoder = chat_template.make_data_encoders(spec, control)
+    for token in control:
+        if not control_ids.isdisjoint(first_encoder.encode(token, add_special_tokens=False).ids):
+            raise ValueError(
+                f"tokenizer {source!r} reads {token!r} in data as a control token, since its model "
+                "holds it as an ordinary piece: use a byte-pair tokenizer"
+            )
+    return first_encoder, later_encoder
+
+
+def _collect_eos_ids(
+    hf: Any, control: Mapping[str, Any], eos_ids: Sequence[int], source: str
+) -> tuple[int, ...]:
+    """Collect every id that may end a response, without repeats; ValueError if there is none."""
+    # The model's own, the tokenizer's, and the token with which the template ends the assistant's turn: an
+    # instruction-tuned model may sample any of them.
+    candidates = dict.fromkeys([*eos_ids, hf.eos_token_id, chat_template.find_turn_end(hf, control)])
+    all_eos_ids = tuple(i for i in candidates if i is not None)
+    if not all_eos_ids:
+        raise ValueError(
+            f"tokenizer {source!r} names no end token: set eos_token in its tokenizer_config.json"
+        )
+    return all_eos_ids
+
+
 def _save_hugging_face(hf: Any, directory: Path) -> None:
     """Write files that both transformers 4 and 5 load.
 
-    tokenizer.json holds the whole tokenizer, so the general class can load it.  Version 5 writes a class name
-    that version 4 does not know, and lists further special tokens under a key that is a mapping in version 4.
+    tokenizer.json contains the whole tokenizer, so the general class can load it.  Version 5 writes a class
+    name that version 4 does not know, and a list of further special tokens under a key that is a mapping in
+    version 4.
     """
     hf.save_pretrained(str(directory))
     file = directory / "tokenizer_config.json"
@@ -319,7 +362,9 @@ def _wrap_sentencepiece(blob: bytes, source: str) -> Tokenizer:
         sp = sentencepiece.SentencePieceProcessor(model_proto=blob)
     except RuntimeError as e:
         raise ValueError(f"tokenizer {source!r} is not a sentencepiece model: {e}") from e
-    # Reject models that change text, as published ones do.
+
+    # Reject models that change text, as published models do.  The probe has spaces at both ends, two in a
+    # row, a character outside any small corpus, and a newline.
     probe = " a  \u4e00\n "
     if sp.decode(sp.encode(probe)) != probe or sp.eos_id() < 0 or sp.pad_id() < 0:
         raise ValueError(
@@ -328,7 +373,8 @@ def _wrap_sentencepiece(blob: bytes, source: str) -> Tokenizer:
         )
 
     def offsets(text: str) -> list[tuple[int, int]]:
-        # sentencepiece treats U+2581 as a space, but the two have different numbers of bytes.
+        # Pieces are counted in bytes, because a byte piece is only part of a character.  sentencepiece treats
+        # U+2581 as a space, but the two have different numbers of bytes.
         text = text.replace("\u2581", " ")
         char_of_byte: list[int] = []
         for i, char in enumerate(text):

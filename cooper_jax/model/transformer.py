@@ -3,10 +3,10 @@
     tokens --hidden_states--> hidden --compute_logits | token_logprobs--> the policy
                                      --score_last_token-----------------> the reward model
 
-1. `hidden_states` moves each row's real tokens to its front, so padding may be on either side or in a gap.
+1. `hidden_states` moves each row's real tokens to its front, so padding may be on either side or in between.
    Then positions count real tokens only, all rows share one rotary table, and the causal mask also hides the
-   padding: attention kernels need no other mask.  The hidden states are moved back to the places of their
-   tokens.
+   padding: attention kernels need no other mask.  At the end the hidden states are moved back to the columns
+   of their tokens.
 2. Layers are stacked on a leading axis and scanned.
 3. Master weights are f32 and cast once per call; norms, rotations, softmax, logsumexp and scores are f32.
 
@@ -44,9 +44,10 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
     """Declare every parameter of the model once: shape, logical axes, initialiser.
 
     head: "logits" (an untied model has an `lm_head`), or "score" (a vector `score` [D], no `lm_head`).
-    Matrices are initialised with standard deviation 1 / sqrt(inputs), and those that write to the residual
-    stream with 1 / sqrt(2 L) of that: with the usual 0.02, models about a hundred wide learn too slowly in a
-    few hundred steps.  Raises ValueError for another head.
+
+    Matrices are initialised with standard deviation 1 / sqrt(inputs).  Those that write to the residual
+    stream have 1 / sqrt(2 L) of that.  With the usual 0.02, models of a width of about 100 learn too little
+    in a few hundred steps.  Raises ValueError for another head.
     """
     if head not in ("logits", "score"):
         raise ValueError(f"head {head!r} is none of logits, score")
@@ -54,9 +55,13 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
     c = config
     L, D, H, K, h, F = c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn
     wide, depth = D**-0.5, (2 * L) ** -0.5
-    # A tied embedding is the head's matrix, too.
+
+    # A tied embedding is the head's matrix, too, so it has a matrix's scale: the first logits have variance
+    # 1.
     embed_is_head = head == "logits" and c.tied
     vocab = ParamSpec((c.padded_vocab, D), ("vocab", "embed"), scale=wide if embed_is_head else 0.5)
+
+    # One layer's parameters with the layer axis in front.  Norms stay float32; biases exist in Qwen2 only.
     q_axes, kv_axes = ("heads", "head_dim"), ("kv_heads", "head_dim")
     layers = {
         "attn_norm": ParamSpec((L, D), ("layers", None), "ones", keep_f32=True),
@@ -105,13 +110,18 @@ def hidden_states(
     """Compute the hidden states after the final norm -> `dtype`[N, S, D].
 
     At padding they are finite and meaningless; padding tokens do not influence other positions.
-    `remat` recomputes each layer in the backward pass, storing one [N, S, D] per layer.
+
+    Args:
+      remat: recompute each layer in the backward pass, which stores one [N, S, D] per layer instead of all
+        activations.
     """
+    # Tokens are moved before the embedding (4 bytes each), hidden states only once, at the end.
     packed_index = _packed_index(valid)
     token_index = jnp.argsort(packed_index, axis=1)  # i32[N, S]: the inverse permutation
     rope = rotary_angles(config, jnp.arange(tokens.shape[1]))  # f32[S, h / 2] each
     x = embed_sharded(params, jnp.take_along_axis(tokens, token_index, axis=1), dtype, layout)
 
+    # The scan compiles one layer, and its cast of all layers' weights is outside: once per call.
     def layer(x, w):
         w = flatten_projections(w)
         q, k, v = project_qkv(w, config, x, rope)
@@ -126,6 +136,7 @@ def hidden_states(
 
 def _packed_index(valid: jax.Array) -> jax.Array:
     """Each token's index when the real tokens are moved to the front, in order: bool[N, S] -> i32[N, S]."""
+    # Real tokens by the number of real tokens before them; padding after all of them, in order.
     real = valid.astype(jnp.int32)
     before = jnp.cumsum(real, axis=1) - real
     padding_before = jnp.arange(valid.shape[1])[None, :] - before
@@ -134,7 +145,10 @@ def _packed_index(valid: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _permute(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x[n, index[n, s]].  A permutation's transpose is its inverse, so the backward pass is a gather, too."""
+    """Permute each row's positions: x[n, index[n, s]].
+
+    A permutation's transpose is its inverse, so the backward pass is a gather, too, instead of a scatter.
+    """
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
 
@@ -156,6 +170,7 @@ def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: L
     result: the traffic is the result's size.  Without this the compiler gathers the table, or all rows, on
     every device.
     """
+    # The plain look-up serves one device, an unsharded width, and a width on an axis that rows do not use.
     table = params["embed"]
     rows = layout.spec(("batch",))[0]
     vocab, width = layout.spec(("vocab", "embed"), table.shape)
@@ -163,6 +178,7 @@ def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: L
         return embed_tokens(params, tokens, dtype, layout)
 
     def run(table, tokens):  # one device's shards: [V / v, D / w], i32[N / n, S]
+        # The tokens of all rows of the axis are few bytes: 4 each, against D values of each hidden state.
         tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
         if vocab is None:
             x = table[tokens].astype(dtype)
@@ -198,6 +214,8 @@ def compute_logits(params: Params, config: ModelConfig, hidden: jax.Array) -> ja
         z = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
     if config.padded_vocab == config.vocab_size:
         return z
+
+    # Padded rows of the embedding have values (zeros or initial ones), so their logits must be masked.
     real = jnp.arange(config.padded_vocab) < config.vocab_size
     return jnp.where(real.reshape((1,) * (z.ndim - 1) + (-1,)), z, -jnp.inf)
 
@@ -213,12 +231,16 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute log softmax(logits / temperature) at the targets, and the distribution's entropy in nats.
 
-    -> (logprobs f32[N, T], entropy f32[N, T]); the entropy has no gradient.  Logits are computed one chunk of
-    the vocabulary at a time; on a mesh each device computes its rows and its part of the vocabulary.
+    -> (logprobs f32[N, T], entropy f32[N, T]); the entropy has no gradient.  Logits are computed for one
+    chunk of the vocabulary at a time, so that [N, T, V] never exists; on a mesh each device computes its rows
+    and its part of the vocabulary.
     """
     head = get_head_matrix(params, config)  # not cast: its gradient accumulates in the dtype it is stored in
+
+    # Mesh axes of the head's two dimensions; None for a dimension that is whole on every device.
     batch, (vocab, width) = layout.spec(("batch",))[0], layout.spec(("vocab", "embed"), head.shape)
     vocab, width = (axis if layout.ways(axis) > 1 else None for axis in (vocab, width))
+
     # The kernel gathers a width sharded like the batch (FSDP); other shardings are left to the compiler.
     width = width if width in (batch if isinstance(batch, tuple) else (batch,)) else None
 
@@ -245,6 +267,7 @@ def score_last_token(params: Params, config: ModelConfig, hidden: jax.Array, val
     Equals Hugging Face's *ForSequenceClassification with one label.  A row without a real token gets the
     logit of its first column: finite and meaningless.
     """
+    # The last real token attends to all others, and the score is f32 whatever the compute dtype.
     last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1])[None, :], 0), axis=1)  # i32[N]
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]  # [N, D]
     return jnp.einsum("nd,d->n", final.astype(jnp.float32), params["score"].astype(jnp.float32))

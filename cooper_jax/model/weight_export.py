@@ -23,6 +23,7 @@ from cooper_jax.model.config import ARCHITECTURES, ModelConfig
 from cooper_jax.model.weight_table import Entry, make_entries
 from cooper_jax.types import Params
 
+# Files of a tokenizer directory that are copied, if they exist.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -63,6 +64,38 @@ def save_pretrained(
     Raises ValueError for another dtype, and for a pad_token_id that is missing or outside the vocabulary.
     """
     directory = Path(directory)
+    _check_arguments(directory, config, head, pad_token_id, dtype)
+    hf = _make_hf_config(config, head, generation_config or {}, pad_token_id, dtype)
+
+    # Directories cannot be replaced atomically: the old one is renamed, and renamed back after an error.  The
+    # process id keeps two exports to the same place apart.
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (directory.with_name(f".{directory.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    try:
+        new.mkdir()
+        _write_json(new / "config.json", hf)
+        if generation_config:
+            _write_json(new / "generation_config.json", generation_config)
+        if tokenizer_dir is not None:
+            _copy_tokenizer(Path(tokenizer_dir), new)
+        _write_shards(new, make_entries(config, head), params, _DTYPES[dtype], max_shard_bytes)
+
+        if directory.exists():
+            directory.rename(old)
+        new.rename(directory)
+    except BaseException:
+        # Ctrl-C, too, must leave the previous export in place and no partial one behind.
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_arguments(
+    directory: Path, config: ModelConfig, head: str, pad_token_id: int | None, dtype: str
+) -> None:
+    """Raise ValueError for arguments of `save_pretrained` with which the export could not be loaded."""
     if dtype not in _DTYPES:
         raise ValueError(f"{directory}: dtype {dtype!r} is none of {sorted(_DTYPES)}")
     if head == "score" and pad_token_id is None:
@@ -74,47 +107,42 @@ def save_pretrained(
             f"{directory}: pad_token_id {pad_token_id} is outside the {config.vocab_size} tokens"
         )
 
+
+def _make_hf_config(
+    config: ModelConfig, head: str, generation_config: dict[str, Any], pad_token_id: int | None, dtype: str
+) -> dict[str, Any]:
+    """Make the contents of config.json."""
     architecture = ARCHITECTURES[config.family, head]
     hf = config.to_hf(architecture) | {"torch_dtype": dtype}
-    hf |= {k: v for k, v in (generation_config or {}).items() if k in ("bos_token_id", "eos_token_id")}
+
+    # Older versions of transformers read the special ids from config.json.
+    hf |= {k: v for k, v in generation_config.items() if k in ("bos_token_id", "eos_token_id")}
     if pad_token_id is not None:
         hf["pad_token_id"] = pad_token_id
     if head == "score":
+        # One label: transformers then computes one logit per row instead of two classes.
         hf |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return hf
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (directory.with_name(f".{directory.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    # Directories cannot be replaced atomically: the old one is renamed, and renamed back after an error.
-    try:
-        new.mkdir()
-        (new / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
-        if generation_config:
-            text = json.dumps(generation_config, indent=2) + "\n"
-            (new / "generation_config.json").write_text(text, encoding="utf-8")
-        for name in _TOKENIZER_FILES:
-            if tokenizer_dir is not None and (Path(tokenizer_dir) / name).is_file():
-                shutil.copyfile(Path(tokenizer_dir) / name, new / name)
-        _write_shards(new, make_entries(config, head), params, _DTYPES[dtype], max_shard_bytes)
 
-        if directory.exists():
-            directory.rename(old)
-        new.rename(directory)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not directory.exists():
-            old.rename(directory)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _write_shards(
     directory: Path, entries: list[Entry], params: Params, dtype: Any, max_shard_bytes: int
 ) -> None:
-    """Write the tensors in the table's order, in as few files as the limit allows.
+    """Write the tensors in the table's order; a file is closed before it would exceed the limit.
 
-    Host memory holds one file's tensors and one whole parameter at a time.
+    Needs host memory for one file's tensors and one whole parameter at a time.
     """
-    # Assign tensors to files.
+    # Assign tensors to files before any is written: the number of files is part of their names.
     shards: list[list[str]] = [[]]
     shard_bytes = total_bytes = 0
     for entry in entries:
@@ -127,6 +155,7 @@ def _write_shards(
             shard_bytes += tensor_bytes
             total_bytes += tensor_bytes
 
+    # Tensors come one by one from the devices, in the order in which they were assigned.
     tensors = _iterate_tensors(entries, params, dtype)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
@@ -134,25 +163,26 @@ def _write_shards(
         if len(shards) == 1:
             file = "model.safetensors"
         save_file(dict(next(tensors) for _ in names), directory / file, metadata={"format": "pt"})
-        # safetensors writes files that only their owner can read: give them the mode that the umask allows.
+        # safetensors writes files that only their owner can read; config.json has the umask's mode.
         shutil.copymode(directory / "config.json", directory / file)
         weight_map |= dict.fromkeys(names, file)
 
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        _write_json(directory / "model.safetensors.index.json", index)
 
 
 def _iterate_tensors(entries: list[Entry], params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """(Hugging Face name, tensor) of every entry, in order; one parameter is fetched at a time."""
+    """Yield (Hugging Face name, tensor) of every entry, in order; one parameter is fetched at a time."""
     for entry in entries:
         tree = params["layers"] if entry.stacked else params
         parameter = np.asarray(jax.device_get(tree[entry.key]))
         for i, name in enumerate(entry.names):
             x = parameter[i] if entry.stacked else parameter
             if entry.vocab:
-                x = x[: entry.hf_shape[0]]  # without the padding
+                # Without the padding of the vocabulary.
+                x = x[: entry.hf_shape[0]]
             elif entry.inputs:
-                x = x.reshape(entry.hf_shape[::-1]).T  # [in, out] -> [out, in]
+                # [in, out] -> [out, in]
+                x = x.reshape(entry.hf_shape[::-1]).T
             yield name, np.ascontiguousarray(x.reshape(entry.hf_shape).astype(dtype))

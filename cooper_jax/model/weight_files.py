@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from cooper_jax.runtime import remote_files
 
+# Files that are downloaded for a hub id: weights in no other format than safetensors.
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 
 
@@ -29,9 +30,10 @@ class TensorFiles:
 
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]  # one tensor, as f32
-    where: Callable[[str], Path]  # the file that holds it
-    # Part of a tensor as f32; the index has a slice with bounds for each dimension.  None where the format
-    # can only be read whole (GGUF quantises in blocks).
+    where: Callable[[str], Path]  # the file that contains it
+
+    # Part of a tensor as f32; the index has a slice with bounds for each dimension.  None if tensors can only
+    # be read whole (GGUF quantises in blocks).
     read_slice: Callable[[str, tuple[slice, ...]], np.ndarray] | None = None
 
 
@@ -53,6 +55,7 @@ def resolve_source(
     if source.startswith("package:"):
         return _resolve_package_file(source, what)
 
+    # A local path stays as it is; an address is downloaded into the cache.
     path = remote_files.fetch_local(source, hub_files)
     if path.is_dir() or (path.is_file() and path.suffix in suffixes):
         return path
@@ -61,25 +64,27 @@ def resolve_source(
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix not in suffixes
     if path.exists() or not is_hub_id:
         raise ValueError(
-            f"{what} {source!r}: no such directory or {' or '.join(suffixes)} file, and no hub id (OWNER/NAME) "
-            f"either; check --config.policy.{what} (or .reward, .assistant)"
+            f"{what} {source!r}: no such directory or {' or '.join(suffixes)} file, and no hub id "
+            f"(OWNER/NAME) either; check --config.policy.{what} (or .reward, .assistant)"
         )
 
     import huggingface_hub
 
+    # Files that are already in the hub's cache are not downloaded again.
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(hub_files)))
     except Exception as e:  # the hub's library raises many types: offline, unknown, gated, ...
         reason = (str(e).splitlines() or ["no message"])[0]
         raise ValueError(
             f"{what} {source!r}: no such directory, and it could not be downloaded from the hub "
-            f"({type(e).__name__}: {reason}); check the spelling, or download it where there is a network and give "
-            "the directory"
+            f"({type(e).__name__}: {reason}); check the spelling, or download it where there is a network "
+            "and give the directory"
         ) from e
 
 
 def _resolve_package_file(source: str, what: str) -> Path:
     """Resolve "package:NAME/FILE" to the file within the installed Python package."""
+    # find_spec locates the package without importing it, so none of its code runs.
     name, _, file = source.removeprefix("package:").partition("/")
     spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -97,30 +102,11 @@ def open_safetensors(directory: Path) -> TensorFiles:
     """Open model.safetensors, or the shards that model.safetensors.index.json names; no tensor is read.
 
     Raises ValueError for missing or damaged files, a tensor in two files, and an index that does not match
-    them.
+    the files.
     """
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        files, weight_map = [single], {}
-    elif index.is_file():
-        weight_map = read_json(index)["weight_map"]
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
-        raise ValueError(f"{directory}: holds neither model.safetensors nor model.safetensors.index.json")
+    shapes, file_of = _index_tensors(directory)
 
-    shapes: dict[str, tuple[int, ...]] = {}
-    file_of: dict[str, Path] = {}
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{index}: names {file.name}, but there is no such file; fetch it again")
-        for name, shape in _tensor_shapes(file):
-            if name in file_of:
-                raise ValueError(f"{file}: {name} is in {file_of[name].name} too")
-            shapes[name], file_of[name] = shape, file
-    for name, file_name in weight_map.items():
-        if name not in file_of or file_of[name].name != file_name:
-            raise ValueError(f"{index}: places {name} in {file_name}, which does not hold it")
-
+    # Files are opened for each read, so that no memory map or file handle outlives it.
     def read(name: str) -> np.ndarray:
         with safe_open(file_of[name], "np") as f:
             return as_f32(f.get_tensor(name), name)
@@ -140,7 +126,44 @@ def open_safetensors(directory: Path) -> TensorFiles:
     return TensorFiles(shapes, read, lambda name: file_of[name], read_slice)
 
 
-def _tensor_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _index_tensors(directory: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
+    """Index the tensors of a directory -> (shapes, files), each by tensor name.
+
+    Raises the errors of `open_safetensors`.
+    """
+    # A model is either one file, or several with an index.
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        files, weight_map = [single], {}
+    elif index.is_file():
+        weight_map = read_json(index)["weight_map"]
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    else:
+        raise ValueError(f"{directory}: holds neither model.safetensors nor model.safetensors.index.json")
+
+    # The files' own headers decide; the index is only compared with them.
+    shapes: dict[str, tuple[int, ...]] = {}
+    file_of: dict[str, Path] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{index}: names {file.name}, but there is no such file; fetch it again")
+        for name, shape in _read_shapes(file):
+            if name in file_of:
+                raise ValueError(f"{file}: {name} is in {file_of[name].name} too")
+            shapes[name], file_of[name] = shape, file
+    _check_index(index, weight_map, file_of)
+    return shapes, file_of
+
+
+def _check_index(index: Path, weight_map: dict[str, str], file_of: dict[str, Path]) -> None:
+    """Raise ValueError if the index names a tensor that its file does not contain."""
+    for name, file_name in weight_map.items():
+        if name not in file_of or file_of[name].name != file_name:
+            raise ValueError(f"{index}: places {name} in {file_name}, which does not hold it")
+
+
+def _read_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield (name, shape) of each tensor, from the file's header."""
     try:
         with safe_open(file, "np") as f:
             for name in f.keys():

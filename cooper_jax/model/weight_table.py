@@ -1,4 +1,4 @@
-"""The table of parameters and their Hugging Face tensors, for reading (weights.py) and weight_export.py."""
+"""The table of parameters and their Hugging Face tensors, for weights.py and weight_export.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime.mesh import ParamSpec
 
-# (Hugging Face's name, ours, number of leading axes of ours that are the matrix's inputs).  Matrices are
-# [out, in] in torch and [in, out] here; with 0 the order of axes is kept.  {} is the layer.
+# (Hugging Face name, key in `Params`, inputs).  A name with {} is one tensor per layer.  `inputs` is the
+# number of leading axes of the parameter that are the matrix's inputs: matrices are [out, in] in torch and
+# [in, out] here.  With 0 the order of axes is kept.
 _LAYER = "model.layers.{}."
 TABLE: tuple[tuple[str, str, int], ...] = (
     ("model.embed_tokens.weight", "embed", 0),
@@ -36,18 +37,23 @@ TABLE: tuple[tuple[str, str, int], ...] = (
 class Entry:
     """One row of TABLE for one model: a parameter, and its tensor or tensors (one per layer)."""
 
-    key: str
-    names: tuple[str, ...]  # of the tensors
+    key: str  # of the parameter, in `Params` or in its "layers"
+    names: tuple[str, ...]  # Hugging Face's, of the tensors
+
+    # Shapes.
     shape: tuple[int, ...]  # of the parameter, without the layer axis
     hf_shape: tuple[int, ...]  # of each tensor
-    inputs: int
+    inputs: int  # see TABLE
     spec: ParamSpec
+
+    # Differences between the parameter and its tensors.
     stacked: bool  # the parameter has a leading layer axis
-    vocab: bool  # rows are tokens: the parameter's are padded to a multiple, the tensor's are not
+    vocab: bool  # rows are tokens: the parameter has padded rows, the tensor does not
 
 
 def make_entries(config: ModelConfig, head: str) -> list[Entry]:
-    """The rows of TABLE that a model with this head ("logits" or "score") has."""
+    """List the rows of TABLE that a model with this head ("logits" or "score") has."""
+    # A tied model has no lm_head, Llama no biases: their keys are missing in the specs.
     specs = param_specs(config, head)
     entries = []
     for name, key, inputs in TABLE:

@@ -5,11 +5,11 @@
 2. `load_weights` reads its config and checks every tensor's name and shape against weight_table.py before it
    reads any weight.
 3. Parameters are read one by one, converted to f32 and stacked over the layers.  On a mesh a host reads only
-   what its own devices hold, and has one device's part of one parameter in memory at a time (GGUF: one whole
+   the parts of its own devices, and needs memory for one part of one parameter at a time (GGUF: for one whole
    parameter).
 
-A causal-LM checkpoint opened with head "score" gives its layers and a fresh score vector (`head_trained` is
-then False); a *ForSequenceClassification checkpoint with one label has its own.
+With head "score", a causal-LM checkpoint gives its layers and a fresh score vector (`head_trained` is then
+False); a *ForSequenceClassification checkpoint with one label also gives its score vector.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Index = tuple[slice, ...]  # a box within an array: a slice with bounds for each
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model as read from a source."""
+    """A model that was read from a source."""
 
     config: ModelConfig
     params: Params  # f32
@@ -65,7 +65,7 @@ def load_weights(
     unsupported config, and tensors that are unknown, duplicate, missing or of another shape than the config
     says.
     """
-    # Only the header and the config are read here, no tensor.
+    # Read the config and the tensors' names and shapes: seconds, before the minutes that the tensors take.
     path = weight_files.resolve_source(source)
     if _is_gguf(path):
         header = gguf.read_header(path)
@@ -85,6 +85,7 @@ def load_weights(
         )
     _check_tensors(tensors, config, "score" if is_classifier else "logits", path)
 
+    # All tensors were checked, also those of layers that are dropped here.
     config = dataclasses.replace(config.keep_layers(num_layers), vocab_multiple=vocab_multiple)
     params: Params = {"layers": {}}
     for entry in make_entries(config, head):
@@ -98,7 +99,7 @@ def load_weights(
 
 
 def read_config(source: str, num_layers: int = 0) -> ModelConfig:
-    """Read a model's shape as `load_weights` does, without its tensors; raises the same errors."""
+    """Read a model's shape without its tensors; raises the errors of `load_weights`."""
     path = weight_files.resolve_source(source)
     if _is_gguf(path):
         config = gguf.read_model_config(gguf.read_header(path), path)
@@ -114,6 +115,7 @@ def _is_gguf(path: Path) -> bool:
 
 def _assemble(entry: Entry, tensors: weight_files.TensorFiles) -> np.ndarray:
     """Read a whole parameter: f32, its layers stacked, padded vocabulary rows zero."""
+    # Zeros: the padded vocabulary rows keep them.
     out = np.zeros(entry.spec.shape, np.float32)
     for i, name in enumerate(entry.names):
         x = tensors.read(name)
@@ -131,26 +133,27 @@ def _place(entry: Entry, tensors: weight_files.TensorFiles, layout: Layout) -> j
     sharding = layout.sharding(entry.spec.axes, shape)
     whole = _assemble(entry, tensors) if tensors.read_slice is None else None
 
-    # Devices that hold the same part (replicas) share one read.
+    # Devices with the same part (replicas) share one read.
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None, "every addressable device holds a part"
+        assert index is not None, "every addressable device has a part"
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         holders.setdefault(bounds, []).append(device)
 
+    # One read and one copy to the device per part.
     placed = []
     for bounds, devices in holders.items():
         index = tuple(slice(*b) for b in bounds)
         part = _part(entry, tensors, index) if whole is None else whole[index]
         copies = [jax.device_put(part, device) for device in devices]
-        # Wait, so that the host does not hold this part while it reads the next one.
+        # Wait, so that this part can be freed before the next one is read.
         placed += jax.block_until_ready(copies)
         del part
     return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
 def _part(entry: Entry, tensors: weight_files.TensorFiles, index: Index) -> np.ndarray:
-    """Read the part of a parameter at `index`: the same values as in `_assemble`, reading nothing else."""
+    """Read the part of a parameter at `index`, and nothing else: equals `_assemble(...)[index]`."""
     out = np.zeros([s.stop - s.start for s in index], np.float32)
     if not entry.stacked:
         _fill(out, entry, tensors, entry.names[0], index)
@@ -163,18 +166,20 @@ def _part(entry: Entry, tensors: weight_files.TensorFiles, index: Index) -> np.n
 def _fill(
     target: np.ndarray, entry: Entry, tensors: weight_files.TensorFiles, name: str, index: Index
 ) -> None:
-    """Read the part of one tensor at `index` into `target`; padded vocabulary rows stay as they are."""
+    """Read the part of one tensor at `index` into `target`; padded vocabulary rows are left as they are."""
     read_slice = tensors.read_slice
     assert read_slice is not None, "formats that are read whole go through _assemble"
 
     if entry.vocab:
+        # The tensor ends before the padding.
         rows = slice(index[0].start, min(index[0].stop, entry.hf_shape[0]))
         if rows.start < rows.stop:  # else this part is all padding
             target[: rows.stop - rows.start] = read_slice(name, (rows, index[1]))
         return
 
     if entry.inputs:
-        # Ours is [in.., out..] with several axes on each side, the tensor a matrix [out, in].
+        # The parameter is [in.., out..] with several axes on each side, the tensor a matrix [out, in].  A box
+        # of the parameter is a few rectangles of the matrix: one per pair of runs.
         inputs = _runs(entry.shape[: entry.inputs], index[: entry.inputs])
         outputs = _runs(entry.shape[entry.inputs :], index[entry.inputs :])
         matrix = target.reshape(math.prod(target.shape[: entry.inputs]), -1)
@@ -182,14 +187,14 @@ def _fill(
             matrix[i, o] = read_slice(name, (rows, columns)).T
         return
 
-    # A vector; the score's tensor has an axis of 1 before it.
+    # A vector; the tensor of the score head is [1, D].
     vector, lead = target.reshape(-1), (slice(0, 1),) * (len(entry.hf_shape) - 1)
     for run, place in _runs(entry.shape, index):
         vector[place] = read_slice(name, (*lead, run)).reshape(-1)
 
 
 def _runs(shape: tuple[int, ...], index: Index) -> list[tuple[slice, slice]]:
-    """The contiguous runs of a box within an array, as slices of (the flat array, the flat box)."""
+    """List the contiguous runs of a box within an array, as slices of (the flat array, the flat box)."""
     # Dimensions from `whole_from` on are covered completely, so a run spans all of them.
     whole_from = len(shape)
     while whole_from and index[whole_from - 1] == slice(0, shape[whole_from - 1]):
@@ -211,7 +216,7 @@ def _runs(shape: tuple[int, ...], index: Index) -> list[tuple[slice, slice]]:
 
 
 def _check_tensors(tensors: weight_files.TensorFiles, config: ModelConfig, head: str, path: Path) -> None:
-    """Raise ValueError unless the tensors are exactly those that the config asks for, in their shapes."""
+    """Raise ValueError unless the tensors are exactly those that the config requires, with their shapes."""
     expected: dict[str, tuple[int, ...]] = {}
     for entry in make_entries(config, head):
         expected |= dict.fromkeys(entry.names, entry.hf_shape)
@@ -223,9 +228,11 @@ def _check_tensors(tensors: weight_files.TensorFiles, config: ModelConfig, head:
             f"layers, {'tied' if config.tied else 'untied'}): config and weights do not belong together"
         )
 
+    # A tensor that is not read would be left out of the computation without an error.
     unknown = []
     for name in tensors.shapes:
-        # Some writers store the tied head a second time, old ones the rotary frequencies.
+        # Some programs store the tied head a second time, old versions of transformers the rotary
+        # frequencies.
         ignored = name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
         if name not in expected and not ignored:
             unknown.append(name)
@@ -244,12 +251,13 @@ def _check_tensors(tensors: weight_files.TensorFiles, config: ModelConfig, head:
 
 
 def _some(names: list[str]) -> str:
-    """The first three names, and the number of the others."""
+    """List the first three names and the number of the others, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _is_classifier(hf: dict[str, Any], file: Path) -> bool:
-    """Tell whether config.json (`hf`) is of a sequence classifier; ValueError unless it has one label."""
+    """Tell whether config.json (`hf`) describes a sequence classifier; ValueError unless it has one label."""
+    # A config without `architectures` matches neither class and is refused below.
     architecture = (hf["architectures"] or [""])[0] if "architectures" in hf else ""
     if architecture == ARCHITECTURES[hf["model_type"], "logits"]:
         return False
@@ -259,7 +267,8 @@ def _is_classifier(hf: dict[str, Any], file: Path) -> bool:
             f"{[name for (family, _), name in ARCHITECTURES.items() if family == hf['model_type']]}"
         )
 
-    labels = 2  # transformers' default
+    # transformers writes id2label or num_labels only if there are not 2 labels, its default.
+    labels = 2
     if "id2label" in hf:
         labels = len(hf["id2label"])
     elif "num_labels" in hf:

@@ -1,15 +1,17 @@
-"""Memory and time of a step on devices that are not at hand, from its compiled programs.
+"""Memory and time of a step, estimated from its compiled programs without the devices that it would run on.
 
-    CompileJob --compile_programs--> CompiledProgram of each --estimate_program--> ProgramEstimate
-               --estimate_step--> StepEstimate: whether it fits, and seconds
+    CompileJob --compile_programs--> a CompiledProgram for each program
+               --estimate_step-----> StepEstimate: whether the step fits, and its seconds;
+                                     it has a ProgramEstimate for each program (estimate_program)
 
 The compiler gives the bytes of a program's arguments, outputs and temporaries, and its optimised text.
-`perf/hlo.py` counts FLOPs, bytes of device memory and bytes sent in that text.  Our own estimates are:
+`perf/hlo.py` counts FLOPs, bytes of device memory and bytes sent in that text.  This module estimates:
 
-    seconds     the largest of computing, memory traffic and communication, each at the chip's public peak.  A lower
-                bound (roofline), not a forecast: it assumes peak rates, perfect overlap and no time on the host.
-    attention   FLOPs and bytes of kernels whose text does not show them (kernel_costs.py)
-    total       a program's own bytes, and those of everything else that a run holds at that time
+    seconds     the largest of the times for computing, memory traffic and communication, each at the chip's
+                public peak.  A lower bound (roofline), not a forecast: it assumes peak rates, perfect overlap
+                and no time on the host.
+    attention   FLOPs and bytes of kernels that the compiled text does not show (kernel_costs.py)
+    total       a program's own bytes, and the bytes of everything else that is in memory while it runs
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from cooper_jax.perf.chips import GIB, Topology
 from cooper_jax.runtime.mesh import Layout
 
 RESOURCES = ("compute", "memory", "network")
-# Kernels whose declared cost is that of full caches, although they read only a part: kernel_costs.py replaces it.
+# Kernels that declare the cost of reading full caches, but read only a part of them.  Their declaration is
+# removed from the text, so that the cost of kernel_costs.py counts instead.
 READ_IN_PART = ("decode_attention",)
 
 
@@ -41,8 +44,8 @@ class CollectiveTotal:
     kind: str
     shape: str
     group: int  # devices
-    times: float
-    bytes: float  # that a device sends, in all
+    times: float  # runs in one run of the program
+    bytes: float  # sent by one device in all these runs
     seconds: float
 
 
@@ -54,17 +57,20 @@ class ProgramEstimate:
     phase: str
     times: float  # runs per step
     compile_seconds: float
-    arguments: int  # bytes, from the compiler, like the next three
+    # Bytes of device memory.  The first four are the compiler's figures.
+    arguments: int
     temporaries: int
-    outputs: int  # without those that lie in the place of arguments
+    outputs: int  # without the outputs that are written over donated arguments
     code: int
-    others: int  # bytes of what else the run holds in memory
+    others: int  # other arrays of the run that are in memory at the same time
+    # Work, counted in the compiled text (perf/hlo.py).
     flops: float
-    bytes: float
+    bytes: float  # of device memory, read and written
     sent: tuple[CollectiveTotal, ...]  # most seconds first
     seconds: dict[str, float]  # for each of RESOURCES
-    unknown_loops: int
-    kernels: dict[str, float]
+    # Notes on the count.
+    unknown_loops: int  # loops counted with the program's own `trips`, because the text has no trip count
+    kernels: dict[str, float]  # runs by kernel
 
     @property
     def total(self) -> int:
@@ -84,12 +90,12 @@ class ProgramEstimate:
 
 @dataclasses.dataclass(frozen=True)
 class StepEstimate:
-    """A step: all its programs, and the device's memory."""
+    """A step's programs, and the memory of the device that they run on."""
 
     programs: tuple[ProgramEstimate, ...]
     memory: int  # bytes of a device
-    reserve: float  # share of them that must stay free
-    tokens: int  # sampled in a step
+    reserve: float  # share of that memory that must stay free
+    tokens: int  # sampled in a step, at the longest response length
 
     @property
     def limit(self) -> int:
@@ -108,10 +114,11 @@ class StepEstimate:
     @property
     def phases(self) -> dict[str, float]:
         """Seconds of each phase, in the order of a step."""
-        out: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         for program in self.programs:
-            out[program.phase] = out.get(program.phase, 0.0) + program.times * program.roofline_seconds
-        return out
+            program_seconds = program.times * program.roofline_seconds
+            seconds[program.phase] = seconds.get(program.phase, 0.0) + program_seconds
+        return seconds
 
     @property
     def seconds(self) -> float:
@@ -122,17 +129,19 @@ class StepEstimate:
         return self.tokens / self.seconds
 
     def describe_excess(self) -> str:
-        """An error message for a step that does not fit, with both numbers and flags that may help."""
+        """Write the error message for a step that does not fit, with both numbers and flags that may help."""
         p = self.largest
         return (
-            f"{p.name} needs {p.total / GIB:.2f} GiB of a device (arguments {p.arguments / GIB:.2f}, temporaries "
-            f"{p.temporaries / GIB:.2f}, outputs {p.outputs / GIB:.2f}, rest of the run {p.others / GIB:.2f}), but "
-            f"{self.limit / GIB:.2f} of its {self.memory / GIB:.2f} GiB may be used: {suggest_flags(p.phase)}"
+            f"{p.name} needs {p.total / GIB:.2f} GiB of a device (arguments {p.arguments / GIB:.2f}, "
+            f"temporaries {p.temporaries / GIB:.2f}, outputs {p.outputs / GIB:.2f}, rest of the run "
+            f"{p.others / GIB:.2f}), but {self.limit / GIB:.2f} of its {self.memory / GIB:.2f} GiB may be "
+            f"used: {suggest_flags(p.phase)}"
         )
 
 
 def suggest_flags(phase: str) -> str:
-    """Flags that reduce the memory of a phase."""
+    """Name the flags that reduce the memory of a phase."""
+    # More chips and a larger tensor axis help in every phase; these flags shrink the phase's own batches.
     own = {
         "rollout": "a smaller --config.rollout.max_rows, --config.rollout.kv_dtype=int8",
         "score": "a smaller --config.reward.microbatch",
@@ -157,6 +166,7 @@ def compile_programs(
     Raises TooLarge and SetupError like `compile_program`.
     """
     compiled: list[tuple[StepProgram, CompiledProgram]] = []
+    # A program is lowered with the output layouts that the compiler chose for the programs before it.
     outputs: aot_programs.Outputs = {}
     for program in aot_programs.list_programs(job):
         try:
@@ -173,11 +183,12 @@ def compile_programs(
 def estimate_step(
     job: CompileJob, topology: Topology, compiled: list[tuple[StepProgram, CompiledProgram]], reserve: float
 ) -> StepEstimate:
-    """Memory and time of a step; reserve: share of a device's memory that must stay free."""
+    """Estimate memory and time of a step.  reserve: the share of a device's memory that must stay free."""
     sizes = list_sizes(aot_programs.resident_bytes(job), compiled)
     programs = tuple(
         estimate_program(program, result, sizes, job.layout, topology) for program, result in compiled
     )
+    # The sizes of a job are a full step's, so that every response has its full length.
     data, rollout = job.cfg.data, job.cfg.rollout
     tokens = data.prompts_per_step * rollout.group_size * rollout.max_new_tokens
     return StepEstimate(programs, topology.chip.memory, reserve, tokens)
@@ -186,12 +197,14 @@ def estimate_step(
 def list_sizes(
     resident: dict[str, int], compiled: list[tuple[StepProgram, CompiledProgram]]
 ) -> dict[str, int]:
-    """Bytes of each thing in memory by its name: the compiler's figure if a program makes it.
+    """List the bytes of each tree of arrays in memory by its name (aot_programs.ALWAYS and ROLLOUT).
 
-    resident: bytes from the arrays' shapes, of what a run always holds.
+    A tree that is a program's output has the compiler's figure, which includes padding.
+
+    resident: bytes, from the arrays' shapes, of the trees that are in memory during the whole run.
     """
     sizes = resident | {p.makes: result.outputs for p, result in compiled if p.makes}
-    # No program makes the reference.  The compiler pads it as it pads the policy.
+    # The reference is no program's output.  The compiler pads it as it pads the policy.
     sizes["reference"] = resident["reference"] * sizes["policy"] // resident["policy"]
     return sizes
 
@@ -203,18 +216,21 @@ def estimate_program(
     layout: Layout,
     topology: Topology,
 ) -> ProgramEstimate:
-    """Memory, work and seconds of one run of a program; sizes: as from `list_sizes`."""
+    """Estimate memory, work and seconds of one run of a program.  sizes: the result of `list_sizes`."""
+    # Work per device, from the compiled text.
     cost = hlo.analyse_program(
         remove_cost_estimates(compiled.text, READ_IN_PART),
         unknown_trips=program.trips,
         declared=program.declared,
     )
+
+    # Seconds at the chip's peaks.  Collectives run one after the other, so their seconds add up.
     collectives = _sum_collectives(cost.collectives, layout, topology)
     network_seconds = sum(c.seconds for c in collectives)
     chip = topology.chip
     seconds = cost.flops / chip.flops, cost.bytes / chip.bandwidth, network_seconds
 
-    # `live` includes the arguments, which the compiler has counted already.
+    # `program.live` includes the arguments, which the compiler has counted already.
     live = sum(sizes[name] for name in program.live if name in sizes)
     return ProgramEstimate(
         name=program.name,
@@ -238,7 +254,8 @@ def estimate_program(
 def _sum_collectives(
     collectives: tuple[hlo.Collective, ...], layout: Layout, topology: Topology
 ) -> list[CollectiveTotal]:
-    """Sum collectives of the same kind, shape and group size, with their seconds on the topology's network."""
+    """Sum collectives of the same kind, shape and group size, with their seconds on the network."""
+    # The ids in the compiled text are positions on the mesh, not device ids.
     devices = layout.mesh.devices.reshape(-1)
     totals: dict[tuple[str, str, int], CollectiveTotal] = {}
     for c in collectives:
@@ -256,7 +273,7 @@ def _sum_collectives(
 
 
 def remove_cost_estimates(text: str, kernels: tuple[str, ...]) -> str:
-    """A program's text without the costs that these kernels declare."""
+    """Remove from a program's text the costs that these kernels declare."""
     lines = text.split("\n")
     for i, line in enumerate(lines):
         if any(f"{kernel}/pallas_call" in line for kernel in kernels):
@@ -265,13 +282,18 @@ def remove_cost_estimates(text: str, kernels: tuple[str, ...]) -> str:
 
 
 def _find_group(c: hlo.Collective) -> list[int]:
-    """Indices on the mesh of the devices of one of a collective's groups; neighbours if the text does not tell."""
+    """Find the mesh positions of the devices in one of a collective's groups.
+
+    One group stands for all, since they have the same shape on the mesh.
+    """
+    # The text does not always list the groups: then neighbours on the mesh are assumed.
     if c.groups is None:
         return list(range(c.group))
     if c.kind != "collective-permute":
         return list(c.groups[0])
 
     # A permutation lists (source, target) pairs: collect the devices connected to the first one.
+    # Repeat until no further pair touches the set.
     group, links = {c.groups[0][0]}, list(c.groups)
     while connected := [link for link in links if group & set(link)]:
         group.update(*connected)
@@ -280,11 +302,12 @@ def _find_group(c: hlo.Collective) -> list[int]:
 
 
 def step_to_json(step: StepEstimate) -> dict[str, Any]:
-    """A step as JSON values, with lists of which figures are the compiler's and which are estimates."""
+    """Convert a step to JSON values, with lists of its figures by their source."""
     programs = [
         dataclasses.asdict(p) | {"total": p.total, "bound": p.bound, "roofline_seconds": p.roofline_seconds}
         for p in step.programs
     ]
+    # The three lists name the source of every figure: compiler, compiled text, or this module.
     return {
         "fits": step.fits,
         "largest_program": step.largest.name,

@@ -1,10 +1,13 @@
-"""A run's static description, from a config and a layout alone: no weights are loaded and no device is needed.
+"""Static description of a run from its config and layout.
 
-`describe_job` reads the models' shapes (from their config.json if weights are at hand, otherwise from `arch`) and
-decides what a run decides when it starts: slots, padded widths, microbatches.
+No weights are loaded, and no device is needed.
 
-Sizes are a full step's: every prompt has data.max_prompt_tokens, every response rollout.max_new_tokens, and every
-prompt its pairs.  The reward model's inputs are assumed to be one `data.bucket` longer than prompt and response.
+`describe_job` reads the models' shapes, from their config.json if it is on this machine, otherwise from
+`arch`.  It then makes the decisions that a run makes when it starts: slots, padded widths, microbatches.
+
+Sizes are the largest that a step can have: every prompt has data.max_prompt_tokens, every response
+rollout.max_new_tokens, and every prompt all its pairs.  The reward model's inputs are assumed to be one
+`data.bucket` longer than prompt and response.
 
 B prompts   N rows   P prompt tokens   T response tokens   S tokens of a row   n rows of a shard's microbatch
 """
@@ -38,13 +41,16 @@ class CompileJob:
 
     cfg: ConfigDict
     layout: Layout
+    # Models.
     policy: ModelConfig
     reward: ModelConfig | None  # None in the rule arm
+    # Rollout.
     rollout: RolloutStatic
     gathers_weights: bool  # the rollout's weights are all-gathered, not sharded as in training
     prompts: int  # per shard, as the rollout pads them
     slots: int  # per shard
-    notes: tuple[str, ...]  # for people: the sources of the models' shapes, and what the estimate leaves out
+    # Remarks.
+    notes: tuple[str, ...]  # to print: the sources of the models' shapes, and limits of the estimate
 
     @property
     def slot_per_request(self) -> bool:
@@ -81,21 +87,22 @@ class CompileJob:
         return max(self.rollout.spec.max_new_tokens - 1, 0) * -(-self.requests // self.slots)
 
     def count_microbatch_rows(self, rows: int, microbatch: int) -> int:
-        """n for so many rows of the whole mesh, as `optim.split_rows` divides them."""
+        """Count n for this number of rows on the whole mesh, as `optim.split_rows` divides them."""
+        # Microbatches are of equal size, so that all of them run the same compiled program.
         shards = self.layout.batch_shards
         microbatches = -(-rows // round_up(microbatch, shards))
         return round_up(-(-rows // microbatches), shards) // shards
 
 
 def drop_data(cfg: ConfigDict) -> ConfigDict:
-    """The config without what compiling does not need: problem files, and weights of the reward model.
+    """Remove from the config the files that compiling does not need: problems and the reward model's weights.
 
     Raises SetupError for settings out of range, and for models with meshes of their own.
     """
     cfg = cfg.copy_and_resolve_references()
     cfg.data.update(format="synthetic", train="", eval="")
 
-    # The settings' check asks for the reward model's weights, which need not exist here.
+    # The check of the settings requires the reward model's weights, but compiling needs only its shape.
     checked = cfg if cfg.reward.weights else _change_field(cfg, "reward.weights", "random")
     RunSettings.from_config(checked, with_assistant=False)
     for name in ("reward", "reference", "assistant"):
@@ -114,12 +121,13 @@ def _change_field(cfg: ConfigDict, field: str, value: Any) -> ConfigDict:
 
 
 def read_model_shape(section: ConfigDict, name: str, layout: Layout) -> tuple[ModelConfig, str]:
-    """A model's shape, with the vocabulary padded as in a run on this layout, and a note on its source.
+    """Read a model's shape, with the vocabulary padded as in a run on this layout, and a note on its source.
 
-    Raises SetupError if weights are named but neither they nor a shape in `arch` are at hand.
+    Raises SetupError if weights are named, but neither they are on this machine nor `arch` gives their shape.
     """
     multiple = math.lcm(section.vocab_multiple, layout.first_ways("vocab"))
     with setup_errors(f"{name}.weights={section.weights!r}"):
+        # The config.json of the weights is the exact shape, so it takes precedence over `arch`.
         folder = None
         if section.weights not in ("", "random"):
             folder = _find_local_config(section.weights)
@@ -128,34 +136,38 @@ def read_model_shape(section: ConfigDict, name: str, layout: Layout) -> tuple[Mo
             config = dataclasses.replace(config, vocab_multiple=multiple)
             return config, f"{name}: shape read from {section.weights}"
 
+        # An unchanged `arch` is that of the tiny model, not that of the weights which the config names.
         if section.weights != "random" and section.arch.to_dict() == base.arch().to_dict():
             raise ValueError(
-                f"they are not at hand, and --config.{name}.arch is as configs/base.py has it: give a directory "
-                f"with a config.json, or the shape in --config.{name}.arch.layers, .width, ..."
+                f"they are not on this machine, and --config.{name}.arch is that of configs/base.py: give a "
+                f"folder with a config.json, or the shape in --config.{name}.arch.layers, .width, ..."
             )
         arch = ModelConfig.from_arch(section.arch, section.arch.vocab_size, multiple)
-        reason = "weights are random" if section.weights == "random" else "no weights at hand"
+        reason = "weights are random" if section.weights == "random" else "weights are not on this machine"
         return arch.keep_layers(section.num_layers), f"{name}: shape from {name}.arch, {reason}"
 
 
 def _find_local_config(source: str) -> Path | None:
-    """The folder with the config.json of some weights, if it can be read without a network."""
+    """Find the folder with the config.json of weights; None if that would need a network."""
     if source.startswith("package:") or Path(source).exists():
         return weight_files.resolve_source(source)
+    # Only a name of the form OWNER/MODEL can be in the Hugging Face cache.
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         return None
 
     import huggingface_hub
 
-    found = huggingface_hub.try_to_load_from_cache(source, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    config_path = huggingface_hub.try_to_load_from_cache(source, "config.json")
+    return Path(config_path).parent if isinstance(config_path, str) else None
 
 
 def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> CompileJob:
-    """The static description of a run of this config on this layout; memory: bytes of a device.
+    """Describe a run of this config on this layout.  memory: bytes of a device.
 
-    Raises SetupError if the models or batches do not divide over the mesh, and if no slot fits into the memory.
+    Raises SetupError if the models or batches do not divide over the mesh, and if no slot fits into the
+    memory.
     """
+    # Models: the heads must divide over the tensor axis.
     policy, note = read_model_shape(cfg.policy, "policy", layout)
     reward, notes = None, [note]
     if cfg.reward.arm != "rule":
@@ -166,14 +178,17 @@ def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> CompileJob:
         if reward is not None:
             _check_heads(reward, "score", layout)
 
+    # Differences between the run and the estimate, which are printed with it.
     shards = layout.batch_shards
     if cfg.data.prompts_per_step % shards:
         notes.append(
-            f"{cfg.data.prompts_per_step} prompts do not divide over {shards} batch shards: a rollout pads them"
+            f"{cfg.data.prompts_per_step} prompts do not divide over {shards} batch shards: a rollout pads "
+            "them"
         )
     if cfg.assistant.kind == "local" and cfg.reward.arm == "cooper":
         notes.append("the local assistant's weights and programs are not counted")
 
+    # Rollout: the decisions that a run makes at its start, for the memory of the given device.
     section = cfg.rollout
     with setup_errors("rollout"):
         # No program depends on which tokens end a response.
@@ -186,16 +201,18 @@ def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> CompileJob:
             budget = section.memory_gib * rollout_plan.GIB or memory
             gathers = rollout_plan.should_gather(policy, layout, section.dtype, budget)
 
+        # The number of slots that fit beside the weights, if every prompt is as long as the longest.
         rollout_weights = abstract_rollout_weights(policy, layout, spec.dtype, gathers)
         longest = [[0] * cfg.data.max_prompt_tokens]
-        count = engine.count_slots(
+        slots = engine.count_slots(
             rollout_weights, rollout, longest, prompts, section.max_rows or None, section.memory_gib or None
         )
-    return CompileJob(cfg, layout, policy, reward, rollout, gathers, prompts, count, tuple(notes))
+    return CompileJob(cfg, layout, policy, reward, rollout, gathers, prompts, slots, tuple(notes))
 
 
 def _check_heads(config: ModelConfig, head: str, layout: Layout) -> None:
     """Raise ValueError if the model's attention heads or parameters do not divide over the mesh."""
+    # Heads are checked first, because their message can name the mesh shapes that would work.
     ways = layout.first_ways("heads")
     if config.heads % ways:
         fitting = [n for n in range(1, ways + 1) if layout.mesh.size % n == 0 and config.heads % n == 0]
@@ -207,7 +224,7 @@ def _check_heads(config: ModelConfig, head: str, layout: Layout) -> None:
 
 
 def abstract_rollout_weights(policy: ModelConfig, layout: Layout, dtype: str, gathers: bool) -> Any:
-    """The rollout's copy of the policy's weights as abstract arrays with shardings."""
+    """Describe the rollout's copy of the policy's weights as abstract arrays with shardings."""
     weights_layout = layout.for_rollout() if gathers else layout
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),

@@ -1,9 +1,12 @@
-"""The programs of a step, in order: how each is lowered, how often a step runs it, what is in memory meanwhile.
+"""The programs of a step, in order.
 
-A program is lowered with the compiled outputs (shapes and shardings) of the programs before it, as in a run, so
-that the memory of the whole step is estimated with the compiler's own layouts.
+Each has a function that lowers it, its number of runs per step, and the arrays that are in memory while it
+runs.
 
-Not included: the supervised phases and evaluation.
+A program is lowered with the compiled outputs (shapes and shardings) of the programs before it, as in a run.
+The memory of the whole step is therefore estimated with the compiler's own layouts.
+
+The supervised phases and evaluation are not included.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from cooper_jax.runtime.mesh import abstract_params
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import LabelledBatch, PairBatch, PolicyBatch, ScoreBatch, TrainState
 
-# Names of what is in memory: during the whole run, and during decoding.
+# Names of the trees of arrays in memory: during the whole run, and in addition during the rollout.
 ALWAYS = ("policy", "reference", "reward model")
 ROLLOUT = ("rollout weights", "prompts", "requests", "slots")
 
@@ -44,17 +47,19 @@ class StepProgram:
     """One of a step's programs, not yet lowered."""
 
     name: str
-    phase: str  # as in the metrics' time/*
+    phase: str  # as in the metric time/PHASE
     times: float  # runs per step
     lower: Callable[[Outputs], jax.stages.Lowered]
-    live: tuple[str, ...]  # names of what is in memory while it runs, its arguments included
-    makes: str = ""  # name of its output, if that stays in memory
+    # Memory, by the names in ALWAYS and ROLLOUT.
+    live: tuple[str, ...]  # trees in memory while it runs, its arguments included
+    makes: str = ""  # the name of its output, if that stays in memory
+    # Costs that the compiled text does not contain.
     trips: int = 1  # iterations of loops whose end is decided at run time
     declared: kernel_costs.Costs = dataclasses.field(default_factory=dict)
 
 
 def list_programs(job: CompileJob) -> list[StepProgram]:
-    """The programs of a step, in the order in which it runs them."""
+    """List the programs of a step, in the order in which it runs them."""
     programs = _list_rollout(job)
     if job.reward is not None:
         programs.append(_make_score(job, job.reward))
@@ -65,7 +70,8 @@ def list_programs(job: CompileJob) -> list[StepProgram]:
 
 
 def resident_bytes(job: CompileJob) -> dict[str, int]:
-    """Bytes per device of what a run always holds in memory, from the arrays' shapes (compilers pad some)."""
+    """Count the bytes per device of each tree in ALWAYS, from the arrays' shapes (compilers pad some)."""
+    # The policy and the reward model are training states: parameters and the optimiser's moments.
     trees = {"policy": _make_state(job, "policy", job.policy, "logits")[1], "reference": _policy_params(job)}
     if job.reward is not None:
         trees["reward model"] = _make_state(job, "reward", job.reward, "score")[1]
@@ -73,7 +79,7 @@ def resident_bytes(job: CompileJob) -> dict[str, int]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of abstract arrays on one device."""
+    """Count the bytes of a tree of abstract arrays on one device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
         for x in jax.tree.leaves(tree)
@@ -83,15 +89,15 @@ def device_bytes(tree: Any) -> int:
 # --- abstract inputs -------------------------------------------------------------------------------------
 
 
-# Typed Any, because abstract arrays take the place of arrays in our dataclasses.
+# The return types are Any, because abstract arrays take the place of real ones in the batches' dataclasses.
 def _array(job: CompileJob, dtype: Any, *shape: int) -> Any:
-    """An abstract array, sharded over its first axis."""
+    """Make an abstract array, sharded over its first axis."""
     axes = ("batch", *(None,) * (len(shape) - 1)) if shape else ()
     return jax.ShapeDtypeStruct(shape, dtype, sharding=job.layout.sharding(axes))
 
 
 def _tokens(job: CompileJob, rows: int, tokens: int) -> tuple[Any, Any]:
-    """Abstract token ids and their mask: (i32[rows, tokens], bool[rows, tokens])."""
+    """Make abstract token ids and their mask: (i32[rows, tokens], bool[rows, tokens])."""
     return _array(job, jnp.int32, rows, tokens), _array(job, jnp.bool_, rows, tokens)
 
 
@@ -102,11 +108,12 @@ def _policy_params(job: CompileJob) -> Any:
 def _make_state(
     job: CompileJob, section: str, config: ModelConfig, head: str
 ) -> tuple[optim.Optimiser, TrainState]:
-    """A model's optimiser, and its abstract training state."""
+    """Make a model's optimiser, and its abstract training state."""
     with setup_errors(section):
         settings = optim.OptimiserConfig.from_config(job.cfg[section].optimiser, f"{section}.optimiser")
         optimiser = optim.make_optimiser(settings)
 
+    # eval_shape gives shapes only, so the optimiser's shardings are added afterwards.
     specs = transformer.param_specs(config, head)
     params: Any = abstract_params(job.layout, specs)
     count: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -122,11 +129,11 @@ def _make_state(
 
 
 def _list_rollout(job: CompileJob) -> list[StepProgram]:
-    """The rollout's programs, from the copy of the weights to the decode segments and, if needed, refills."""
+    """List the rollout's programs: copy of the weights, prefill, decode segments and, if needed, refills."""
     cfg, layout, static, spec = job.cfg, job.layout, job.rollout, job.rollout.spec
     shards, slot_count = layout.batch_shards, job.slots
 
-    # Prompts are prefilled in chunks of equal shape.
+    # Prompts are prefilled in chunks of equal shape, so that one program serves all of them.
     kv_format = static.kv_format
     width = rollout_plan.prompt_width(cfg.data.max_prompt_tokens, rollout_plan.column_multiple(kv_format))
     prompt_ids = [[0] * cfg.data.max_prompt_tokens] * cfg.data.prompts_per_step
@@ -137,15 +144,18 @@ def _list_rollout(job: CompileJob) -> list[StepProgram]:
     waves = -(-job.requests // slot_count)
     segments = -(-(job.decode_steps // waves) // spec.segment) * waves
     columns = engine.count_cache_columns(static, waiting=not job.slot_per_request)
-    # Averages over decoding: all of the prompt's keys, and half of the response's.
+    # Keys that a decode step reads per row, on average: all of the prompt's, and half of the response's.
     keys_read = cfg.data.max_prompt_tokens, spec.max_new_tokens / 2
 
+    # Abstract arguments that are no program's output.
     prompt_indices = _array(job, jnp.int32, job.prompts * shards)
     request_indices = _array(job, jnp.int32, job.requests * shards)
     chunk = _array(job, jnp.int32, chunk_rows, chunk_tokens), _array(job, jnp.int32, chunk_rows)
     key_dtype = jax.random.key(0, impl="threefry2x32").dtype
     key = jax.ShapeDtypeStruct((), key_dtype, sharding=layout.replicated)
 
+    # Each function lowers one program, in the order in which the engine runs them.  The arguments are those
+    # of the engine's own calls, since other static arguments would compile other programs.
     def lower_reshard(outputs: Outputs) -> jax.stages.Lowered:
         return engine.reshard_weights.lower(
             _policy_params(job),
@@ -182,6 +192,8 @@ def _list_rollout(job: CompileJob) -> list[StepProgram]:
             steps=spec.segment, refill_at=max(1, slot_count // 8), static=static,
         )  # fmt: skip
 
+    # Costs of the kernels, and the programs with the arrays that are in memory while each runs: ROLLOUT[:k]
+    # are the trees that exist by then.
     weights_name, prompts_name, requests_name, slots_name = ROLLOUT
     attention = kernel_costs.attention_cost(job, job.policy, chunk_rows // shards, chunk_tokens, spec.dtype)
     first_head = kernel_costs.head_cost(job, job.policy, job.requests, "head_draw")
@@ -204,7 +216,7 @@ def _list_rollout(job: CompileJob) -> list[StepProgram]:
 
 
 def _list_refills(job: CompileJob, waves: int, columns: int) -> list[StepProgram]:
-    """The programs that move slots, which only a rollout with more requests than slots runs."""
+    """List the programs that move slots, which only a rollout with more requests than slots runs."""
     static = job.rollout
     shift = jax.ShapeDtypeStruct((), jnp.int32, sharding=job.layout.replicated)
 
@@ -219,6 +231,7 @@ def _list_refills(job: CompileJob, waves: int, columns: int) -> list[StepProgram
         state = outputs["open_slots"][0], outputs["begin"], outputs["prefill"]
         return slots.compact_slots.lower(*state, slots_per_shard=job.slots // 2, static=static)
 
+    # Assumed runs: one refill and one resize per wave after the first, and one compaction at the end.
     programs = [
         _rollout_program("refill", waves - 1, lower_refill, ROLLOUT),
         _rollout_program("resize", waves - 1, lower_resize, ROLLOUT),
@@ -242,7 +255,7 @@ def _rollout_program(
 
 
 def _make_score(job: CompileJob, reward: ModelConfig) -> StepProgram:
-    """The reward model's scores of all responses."""
+    """Make the program of the reward model's scores of all responses."""
     settings = RewardUpdateConfig.from_config(job.cfg.reward)
     score: Any = verifier_model.make_score_fn(
         reward, job.layout, dtype=settings.dtype, microbatch=settings.microbatch
@@ -257,7 +270,11 @@ def _make_score(job: CompileJob, reward: ModelConfig) -> StepProgram:
 
 
 def _make_logprobs(job: CompileJob) -> StepProgram:
-    """Log-probabilities under the reference, and under the policy where a step has several updates."""
+    """Make the program of log-probabilities.
+
+    It runs on the reference, and on the policy as well if a step has several updates of the policy.
+    With a single update the policy's own log-probabilities come from the update's forward pass.
+    """
     settings, (prompt, response) = PolicyConfig.from_config(job.cfg.policy), job.row_tokens
     logprobs: Any = grpo.make_logprobs(
         job.policy,
@@ -279,7 +296,7 @@ def _make_logprobs(job: CompileJob) -> StepProgram:
 
 
 def _make_policy_update(job: CompileJob) -> StepProgram:
-    """One update of the policy on one minibatch."""
+    """Make the program of one update of the policy on one minibatch."""
     settings, (prompt, response) = PolicyConfig.from_config(job.cfg.policy), job.row_tokens
     if job.rows % settings.minibatches:
         raise SetupError(
@@ -293,6 +310,7 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
             max_new_tokens=job.cfg.rollout.max_new_tokens,
         )  # fmt: skip
 
+    # A minibatch at its full width; the three log-probabilities have the same shape.
     tokens, valid = _tokens(job, rows, prompt + response)
     per_token = _array(job, jnp.float32, rows, response)
     batch = PolicyBatch(
@@ -317,19 +335,20 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
 
 
 def _policy_costs(job: CompileJob, n: int, dtype: str) -> kernel_costs.Costs:
-    """Costs of the policy's attention and head over n rows of prompt and response."""
+    """Estimate the costs of the policy's attention and head over n rows of prompt and response."""
     prompt, response = job.row_tokens
     attention = kernel_costs.attention_cost(job, job.policy, n, prompt + response, dtype)
     return attention | kernel_costs.head_cost(job, job.policy, n * response, "head_score")
 
 
 def _make_reward_update(job: CompileJob, reward: ModelConfig) -> StepProgram:
-    """One update of the reward model: on pairs, and on labelled rows if the config has any."""
+    """Make the program of one reward-model update: on pairs, and on labelled rows if the config has any."""
     settings, tokens = RewardUpdateConfig.from_config(job.cfg.reward), job.reward_tokens
     optimiser, state = _make_state(job, "reward", reward, "score")
     with setup_errors("reward"):
         update: Any = verifier_model.make_reward_update(reward, settings, optimiser, job.layout)
 
+    # The declared cost of attention is that of the largest microbatch, an upper bound for the others.
     pairs = labelled = None
     n = 0  # rows of the largest microbatch
     shards = job.layout.batch_shards
@@ -337,6 +356,7 @@ def _make_reward_update(job: CompileJob, reward: ModelConfig) -> StepProgram:
         count = round_up(job.cfg.data.prompts_per_step * job.cfg.pairs.per_prompt, shards)
         member = ScoreBatch(*_tokens(job, count, tokens))
         pairs = PairBatch(positive=member, negative=member, mask=_array(job, jnp.bool_, count))
+        # Both members of a pair are in one microbatch.
         n = 2 * job.count_microbatch_rows(count, settings.microbatch)
     if rows := round_up(labelled_rollouts.max_rows_per_update(settings), shards):
         per_row = _array(job, jnp.float32, rows)

@@ -1,16 +1,18 @@
-"""Search for a mesh, microbatches and slots: all candidates are estimated by arithmetic, the best few compiled.
+"""Search for a mesh, microbatches and slots.  All candidates are estimated by arithmetic, the best compiled.
 
-1. `list_candidates`: every fsdp x tensor mesh over which the heads divide, microbatches of 1 to 8 rows per shard,
-   slots for all rows, a half or a quarter of them.
-2. `estimate_roughly`: bytes and seconds of each, by the model below.  This only sorts and prunes.
+1. `list_candidates` lists every fsdp x tensor mesh over which the heads divide, with microbatches of 1 to 8
+   rows per shard, and with slots for all rows, a half or a quarter of them.
+2. `estimate_roughly` computes bytes and seconds of each candidate by the two models below.  They are used
+   only to sort and to prune candidates.
 3. `search_layouts` compiles the best few and returns the fastest that fits by the compiler's own figures.
 
-The model of memory: the masters and moments of the models, sharded over all devices, and beside them the larger of
-two: the rollout's weights, caches and slots (rollout/rollout_plan.py), or an update's gradients, head, saved
-activations and one layer's activations.
+The model of memory is a sum of two terms.  The first is the models' float32 parameters and moments, sharded
+over all devices.  The second is the larger of the rollout's memory (weights, caches and slots:
+rollout/rollout_plan.py) and an update's memory (gradients, head, saved activations and one layer's
+activations).
 
-The model of time: matrix products at half the peak, or the all-gather of weights for each microbatch over one axis
-of links if that takes longer; decoding reads weights and caches at full bandwidth.
+The model of time: matrix products at half the peak, or the all-gather of weights for each microbatch over one
+axis of links if that takes longer; decoding reads weights and caches at full bandwidth.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ from cooper_jax.rollout import engine, rollout_plan
 from cooper_jax.runtime import device_layouts
 from cooper_jax.settings.setup_errors import SetupError
 
+# The grid of candidates.
 ROWS_PER_SHARD = (1, 2, 4, 8)  # of a microbatch
 SLOT_DIVISORS = (1, 2, 4)  # slots for all rows, a half, a quarter of them
+# Factors of the arithmetic model.
 PEAK_SHARE = 0.5  # of the chip's FLOP/s, in updates
 MEMORY_SLACK = 1.25  # the compiler needs more than the arrays that are counted
 
@@ -77,10 +81,11 @@ class RoughEstimate:
 def list_candidates(
     cfg: ConfigDict, heads: tuple[int, ...], devices: int, slices: int = 1
 ) -> list[LayoutCandidate]:
-    """All candidates whose tensor axis divides the heads and whose batch shards each get a prompt.
+    """List all candidates whose tensor axis divides the heads and whose batch shards each get a prompt.
 
-    heads: those of every model.  The data axis spans the slices, so that only gradients cross between them.
+    heads: the number of heads of each model.
     """
+    # The data axis spans the slices, so that only gradients cross the slow network between them.
     rows = cfg.data.prompts_per_step * cfg.rollout.group_size
     candidates = []
     for tensor in range(1, devices // slices + 1):
@@ -88,6 +93,8 @@ def list_candidates(
         shards = devices // tensor
         if not divides or shards > cfg.data.prompts_per_step:
             continue
+
+        # Each shard needs the rows of a microbatch, and at least one slot.
         for rows_per_shard, divisor in itertools.product(ROWS_PER_SHARD, SLOT_DIVISORS):
             if rows_per_shard * shards <= rows and rows // divisor >= shards:
                 max_rows = 0 if divisor == 1 else rows // divisor
@@ -106,7 +113,8 @@ def apply_candidate(cfg: ConfigDict, candidate: LayoutCandidate) -> ConfigDict:
 
 
 def estimate_roughly(job: CompileJob, topology: Topology, candidate: LayoutCandidate) -> RoughEstimate:
-    """Bytes and seconds of a candidate, accurate enough to sort candidates and to drop those far too large."""
+    """Estimate a candidate's bytes and seconds, closely enough to sort candidates and to drop large ones."""
+    # Memory: rollout and update do not overlap, so only the larger counts beside the training states.
     chip, layout = topology.chip, job.layout
     resident = sum(aot_programs.resident_bytes(job).values())
     rollout_bytes, bytes_read = _estimate_rollout(job)
@@ -115,7 +123,7 @@ def estimate_roughly(job: CompileJob, topology: Topology, candidate: LayoutCandi
     )
     total = resident + max(rollout_bytes, update_bytes)
 
-    # One axis of links, used both ways in a torus.
+    # Time.  Communication uses one axis of links, in both directions in a torus.
     link_rate = chip.link * (2 if chip.torus else 1)
     tensor = layout.mesh.shape["tensor"]
     tokens = job.rows / layout.batch_shards * sum(job.row_tokens)  # of a shard
@@ -124,8 +132,8 @@ def estimate_roughly(job: CompileJob, topology: Topology, candidate: LayoutCandi
     for config, passes in _list_passes(job):
         body, head = roofline.count_weights(config)
         products = 2 * passes * tokens * (body + head / 2) / tensor / chip.flops / PEAK_SHARE
-        # FSDP gathers the weights for each microbatch, in two bytes; tensor parallelism sums activations twice a
-        # layer.
+        # FSDP gathers the weights for each microbatch, in two bytes; tensor parallelism all-reduces
+        # activations twice per layer and pass.
         gathered = min(passes, 3) * microbatches * 2 * (body + head) / tensor / link_rate
         summed = (
             passes * 2 * config.layers * tokens * config.width * 2 * 2 * (tensor - 1) / tensor / link_rate
@@ -135,7 +143,7 @@ def estimate_roughly(job: CompileJob, topology: Topology, candidate: LayoutCandi
 
 
 def _list_trained(job: CompileJob) -> list[tuple[ModelConfig, bool]]:
-    """The models that are updated, each with whether it has a head over the vocabulary."""
+    """List the models that are updated, each with True if it has a head over the vocabulary."""
     trained = [(job.policy, True)]
     if job.reward is not None and job.cfg.reward.arm == "cooper":
         trained.append((job.reward, False))
@@ -143,10 +151,12 @@ def _list_trained(job: CompileJob) -> list[tuple[ModelConfig, bool]]:
 
 
 def _list_passes(job: CompileJob) -> list[tuple[ModelConfig, float]]:
-    """Each model's work over a step's rows, in forward passes.
+    """List each model's work over a step's rows, in forward passes.
 
     A backward pass counts as two, rematerialisation as one more.
     """
+    # The first pass of the policy stands for the reference's log-probabilities.  The reward model's updates
+    # are not counted, only its scores.
     policy_passes = 1 + (3 + job.cfg.policy.remat) * job.cfg.policy.epochs
     passes = [(job.policy, policy_passes)]
     if job.reward is not None:
@@ -155,7 +165,8 @@ def _list_passes(job: CompileJob) -> list[tuple[ModelConfig, float]]:
 
 
 def _estimate_rollout(job: CompileJob) -> tuple[float, float]:
-    """(bytes in memory during the rollout, bytes that its decoding reads), on one device."""
+    """Estimate (bytes in memory during the rollout, bytes that its decoding reads), on one device."""
+    # The rollout's own plan, with which the engine chooses its number of slots.
     static, layout = job.rollout, job.layout
     spec, kv_format = static.spec, static.kv_format
     weights = aot_job.abstract_rollout_weights(job.policy, layout, spec.dtype, job.gathers_weights)
@@ -170,16 +181,17 @@ def _estimate_rollout(job: CompileJob) -> tuple[float, float]:
     token_bytes = kv_format.bytes_per_token(
         job.policy.layers, job.policy.kv_heads // ways, job.policy.head_dim
     )
-    # Caches are in memory twice only where slots are moved.
-    moved = 0 if job.slot_per_request else job.slots * columns * token_bytes
-    held = plan.total(0) + job.slots * (plan.slot - columns * token_bytes) + moved
+    # The plan counts each slot's cache twice, as is needed while slots are moved to a new cache.  With a slot
+    # for each request none are moved, and the cache is in memory once.
+    second_copy = 0 if job.slot_per_request else job.slots * columns * token_bytes
+    total = plan.total(0) + job.slots * (plan.slot - columns * token_bytes) + second_copy
     # A decode step reads all prompts, and on average half of each slot's own columns.
     cache_read = job.prompts * width * token_bytes + job.slots * columns / 2 * token_bytes
-    return held, job.decode_steps * (plan.weights + cache_read)
+    return total, job.decode_steps * (plan.weights + cache_read)
 
 
 def _estimate_update_bytes(job: CompileJob, config: ModelConfig, has_head: bool) -> float:
-    """Bytes of an update beside the training state, on one device."""
+    """Estimate the bytes of an update beside the training state, on one device."""
     shards = job.layout.batch_shards
     tensor = job.layout.mesh.shape["tensor"]
     section = job.cfg.policy if has_head else job.cfg.reward
@@ -188,12 +200,13 @@ def _estimate_update_bytes(job: CompileJob, config: ModelConfig, has_head: bool)
     tokens = rows * (sum(job.row_tokens) if has_head else job.reward_tokens)
 
     body, vocabulary = roofline.count_weights(config)
-    # f32 gradients, twice: the microbatch's and their sum.
+    # Gradients in float32, twice: the microbatch's, and the sum over microbatches.
     fsdp = shards / job.layout.mesh.shape["data"]
     gradients = 2 * 4 * (body + vocabulary) / fsdp / tensor
     # The gathered head with its gradient: 10 bytes per weight.
     head = has_head * 10 * vocabulary / tensor
-    saved = 2 * config.layers * tokens * config.width  # bf16 activations between layers
+    # Activations: in bfloat16 between layers, and inside the one layer that is recomputed at a time.
+    saved = 2 * config.layers * tokens * config.width
     layer = 4 * tokens * (8 * config.width + 8 * config.ffn / tensor)
     return MEMORY_SLACK * (gradients + head + saved + layer)
 
@@ -202,12 +215,14 @@ def _estimate_update_bytes(job: CompileJob, config: ModelConfig, has_head: bool)
 
 
 def prune_estimates(estimates: Iterable[RoughEstimate], limit: float) -> list[RoughEstimate]:
-    """The candidates that may fit into `limit` bytes, in the order in which to compile them.
+    """Drop the candidates that cannot fit into `limit` bytes; the others are sorted for compilation.
 
-    First comes the fastest of each (mesh, number of slots), then the others; each part is sorted by seconds.  Of
-    two equally fast ones the one with the larger microbatch comes first: it has fewer and larger matrix products.
+    First come the fastest candidates of each (mesh, number of slots), then all others; each part is sorted by
+    seconds.  Of two equally fast candidates the one with the larger microbatch comes first, because its
+    matrix products are fewer and larger.
     """
     fitting = [e for e in estimates if e.bytes <= limit]
+    # The rough order of meshes is uncertain, so that a few compilations should cover several of them.
     best: list[RoughEstimate] = []
     others: list[RoughEstimate] = []
     seen = set()
@@ -229,12 +244,13 @@ def search_layouts(
     measure: Callable[[ConfigDict, LayoutCandidate], StepEstimate | None],
     report: Callable[[str], Any],
 ) -> tuple[LayoutCandidate, StepEstimate]:
-    """The fastest of the `compiles` most promising candidates, by what the compiler says of them.
+    """Compile the most promising candidates, and return the fastest that fits by the compiler's figures.
 
     Args:
       limit: bytes of a device that may be used.
-      measure: compiles a candidate; returns None if the compiler refuses it.
-      report: is given lines for people.
+      compiles: the number of candidates to compile.
+      measure: function that compiles a candidate; it returns None if the compiler refuses the candidate.
+      report: function that prints a line.
 
     Raises SetupError if no candidate fits.
     """
@@ -250,10 +266,12 @@ def search_layouts(
             f"topology {topology.name!r}: {need}, and {limit / GIB:.2f} GiB may be used: give more chips"
         )
 
+    # Compilation takes minutes per candidate, so the list is printed first.
     fitting = sum(e.bytes <= limit for e in estimates)
     report(f"{len(estimates)} candidates, of which {fitting} may fit; these are compiled:")
     for e in best:
         report(f"  {e.candidate.flags}  (rough estimate: {e.bytes / GIB:.1f} GiB, {e.seconds:.1f} s)")
+
     steps: dict[LayoutCandidate, StepEstimate] = {}
     for e in best:
         step = measure(apply_candidate(cfg, e.candidate), e.candidate)
@@ -269,7 +287,7 @@ def search_layouts(
 
 
 def _estimate_candidates(cfg: ConfigDict, topology: Topology) -> list[RoughEstimate]:
-    """The rough estimates of all candidates for a topology."""
+    """Estimate all candidates for a topology."""
     slices = len({topology.island(d) for d in topology.devices})
     # Heads do not depend on the layout, so one device is enough to read the shapes.
     one_device = device_layouts.make_layouts(cfg, topology.devices[:1])["policy"]

@@ -1,11 +1,13 @@
 """Programs of the benchmark: a config's rollout, scoring and updates, on batches of a step's size.
 
-    rollout   data.prompts_per_step prompts x rollout.group_size samples of rollout.max_new_tokens tokens, no EOS
-    score     the reference's log-probabilities of such responses
-    train     a step's updates of the policy on them; in the cooper arm also one update of the reward model
+    rollout   rollout.group_size samples for each of data.prompts_per_step prompts, without EOS, so that each
+              sample has rollout.max_new_tokens tokens
+    score     the reference's log-probabilities of such samples
+    train     a step's updates of the policy on such samples; in the cooper arm also one update of the reward
+              model
 
-Prompts and responses are random tokens, and a "random" model has the vocab_size of its `arch`, so no problems,
-tokenizers or network are needed.
+Prompts and responses are random tokens, and a "random" model has the vocab_size of its `arch`, so no
+problems, tokenizers or network are needed.
 
 B prompts   G samples a prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens at most
 """
@@ -58,24 +60,28 @@ class BenchProgram:
     """A program to measure, with its roofline."""
 
     name: str
+    # The measurement.
     call: Callable[[int], None]  # takes the number of the repetition; returns when the devices are done
     tokens: int  # the numerator of tokens per second
     counted: str  # a description of these tokens
+    # The roofline.
     work: dict[str, roofline.Work]
     config: ModelConfig
     dtype: str  # of its matrix products
     rows: int  # of its matrix products
-    prefill: Callable[[int], None] | None = None  # the part before decoding, where it is timed by itself
+    # A rollout's prefill alone, to time it apart from decoding.
+    prefill: Callable[[int], None] | None = None
 
 
 def list_bench_programs(
     kind: str, cfg: ConfigDict, layout: mesh.Layout, *, prompt_tokens: int, ragged: bool
 ) -> Iterator[BenchProgram]:
-    """Yield the programs of a kind (KINDS); lazily, so that only one at a time holds its arrays.
+    """Yield the programs of a kind (KINDS), so that only one program's arrays are in memory at a time.
 
     Args:
       prompt_tokens: P.
-      ragged: draw the response lengths from a Pareto distribution of exponent 1, truncated at T; else all are T.
+      ragged: draw the response lengths from a Pareto distribution of exponent 1, truncated at T.  If False,
+        all lengths are T.
 
     Raises SetupError for a config that cannot be run, and for weights that cannot be loaded.
     """
@@ -100,11 +106,12 @@ def time_call(call: Callable[[int], None], repetition: int) -> float:
 
 
 def make_workload(cfg: ConfigDict, vocab_size: int, prompt_tokens: int, ragged: bool) -> Workload:
-    """A random workload of a step's size, drawn from the config's seed."""
+    """Draw a random workload of a step's size from the config's seed."""
     rng = np.random.default_rng(cfg.seed)
     prompts, max_new_tokens = cfg.data.prompts_per_step, cfg.rollout.max_new_tokens
     lengths = np.full(prompts * cfg.rollout.group_size, max_new_tokens, np.int32)  # i32[N]
     if ragged:
+        # The inverse distribution function of a Pareto distribution of exponent 1: shortest / (1 - u).
         pareto = max(1.0, SHORTEST_SHARE * max_new_tokens) / (1.0 - rng.random(lengths.shape))
         lengths = np.minimum(pareto, max_new_tokens).astype(np.int32)
     return Workload(rng.integers(vocab_size, size=(prompts, prompt_tokens), dtype=np.int32), lengths)
@@ -113,12 +120,14 @@ def make_workload(cfg: ConfigDict, vocab_size: int, prompt_tokens: int, ragged: 
 def make_bench_model(
     section: ConfigDict, name: str, head: str, layout: mesh.Layout, seed: int
 ) -> tuple[ModelConfig, Params]:
-    """The model of a config section, random or loaded, without a tokenizer."""
+    """Make the model of a config section, random or loaded, without a tokenizer."""
     with setup_errors(f"{name}.weights={section.weights!r} cannot be had"):
         if section.weights == "random":
             config = ModelConfig.from_arch(section.arch, section.arch.vocab_size, section.vocab_multiple)
+            # Without a tokenizer the vocabulary is the one in `arch`.
             specs = transformer.param_specs(config, head)
             return config, mesh.init_params(keys.make_key(seed, f"init_{name}"), specs, layout)
+
         loaded = weights.load_weights(
             section.weights, num_layers=section.num_layers, head=head, layout=layout,
             vocab_multiple=section.vocab_multiple, seed=seed,
@@ -129,7 +138,8 @@ def make_bench_model(
 def make_bench_batch(
     cfg: ConfigDict, config: ModelConfig, workload: Workload, layout: mesh.Layout
 ) -> PolicyBatch:
-    """A batch of random responses with random advantages, packed and placed as in training."""
+    """Make a batch of random responses with random advantages, packed and placed as in training."""
+    # A seed other than the workload's, so that responses do not repeat the prompts' tokens.
     rng = np.random.default_rng(cfg.seed + 1)
     n, max_new_tokens = len(workload.lengths), cfg.rollout.max_new_tokens
     responses = Rollout(
@@ -142,6 +152,7 @@ def make_bench_batch(
         workload.prompts.tolist(), responses, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards
     )
 
+    # Policy, reference and rollout agree: ratios of 1 take the same time as any others.
     sampled = batch.rollout_logprobs
     advantages = _as_array(packing.pad_rows(rng.standard_normal(n).astype(np.float32), len(sampled)))
     batch = dataclasses.replace(batch, advantages=advantages, old_logprobs=sampled, ref_logprobs=sampled)
@@ -149,7 +160,7 @@ def make_bench_batch(
 
 
 def _as_array(x: np.ndarray) -> jax.Array:
-    """A NumPy array under the type that batches declare; `layout.put` moves it to the devices."""
+    """Declare a NumPy array as a jax.Array, the type of the batches' fields; `layout.put` converts it."""
     return cast(jax.Array, x)
 
 
@@ -157,7 +168,7 @@ def _as_array(x: np.ndarray) -> jax.Array:
 
 
 def make_bench_sampling(cfg: ConfigDict) -> engine.SamplingSpec:
-    """The config's sampling without EOS tokens, so that every response has its full length.
+    """Make the config's sampling settings without EOS tokens, so that every response has its full length.
 
     Raises SetupError for settings out of range.
     """
@@ -171,13 +182,13 @@ def _make_rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragg
     rows = len(workload.lengths)
     slots = min(cfg.rollout.max_rows or rows, rows)
     prompts = workload.prompts.tolist()
-
     options = get_engine_options(cfg)
 
+    # limits: the response length of each row, i32[N], in place of EOS tokens.
     def generate(repetition: int, spec: engine.SamplingSpec, limits: Any) -> None:
         rollout = engine.generate(
-            params, config, layout, prompts, range(len(prompts)), keys.make_key(cfg.seed, "rollout", repetition),
-            spec, limits=limits, **options,
+            params, config, layout, prompts, range(len(prompts)),
+            keys.make_key(cfg.seed, "rollout", repetition), spec, limits=limits, **options,
         )  # fmt: skip
         jax.block_until_ready(rollout)
 
@@ -208,6 +219,7 @@ def _make_rollout(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragg
 
 def _make_score(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool) -> BenchProgram:
     config, params = make_bench_model(cfg.policy, "policy", "logits", layout, cfg.seed)
+    # The policy stands for the reference, which has the same shape.
     workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
     batch = make_bench_batch(cfg, config, workload, layout)
 
@@ -239,6 +251,7 @@ def _make_policy_update(
     workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
     batch = make_bench_batch(cfg, config, workload, layout)
 
+    # The same jitted update as in training, over all minibatches and epochs of a step.
     with setup_errors("policy"):
         policy = PolicyConfig.from_config(cfg.policy)
         settings = optim.OptimiserConfig.from_config(cfg.policy.optimiser, "policy.optimiser")
@@ -252,6 +265,7 @@ def _make_policy_update(
         key = keys.make_key(cfg.seed, "minibatch", repetition)
         return grpo.update_on_rollouts(state, batch, key, policy, update)
 
+    # The rows of an epoch's minibatches add up to all rows, so passes are counted by epochs.
     epochs, updates = policy.epochs, grpo.count_updates(policy)
     return BenchProgram(
         name="policy update",
@@ -268,14 +282,16 @@ def _make_policy_update(
 def _make_reward_update(
     cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged: bool
 ) -> BenchProgram:
-    """One update on pairs.per_prompt pairs per prompt and on labelled rows, each if the config's update reads them.
+    """Make one update of the reward model, on the kinds of rows that the config's update reads.
 
+    These are pairs.per_prompt pairs per prompt, and labelled rows.
     Both members of a pair, and a labelled row, are as long as a prompt with its response.
     """
     config, params = make_bench_model(cfg.reward, "reward", "score", layout, cfg.seed)
     workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
     rng = np.random.default_rng(cfg.seed + 2)
 
+    # The same jitted update as in training.
     with setup_errors("reward"):
         reward = RewardUpdateConfig.from_config(cfg.reward)
         settings = optim.OptimiserConfig.from_config(cfg.reward.optimiser, "reward.optimiser")
@@ -289,6 +305,7 @@ def _make_reward_update(
         rows = [rng.integers(config.vocab_size, size=n).tolist() for n in lengths]
         return packing.pack_score_batch(rows, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
 
+    # Pairs: [pairs, tokens] for each member; rows added to fill the shards are masked.
     pair_batch, labelled_batch = None, None
     row_lengths: list[np.ndarray] = []
     largest_product = 0  # rows x tokens of the largest microbatch
@@ -301,6 +318,7 @@ def _make_reward_update(
         row_lengths += [lengths, lengths]
         largest_product = 2 * min(reward.microbatch, pairs) * positive.tokens.shape[1]
 
+    # Labelled rows: alternating labels, and weights that sum to 1 over the rows that are not padding.
     labelled = labelled_rollouts.max_rows_per_update(reward)
     if labelled:
         lengths = make_lengths(labelled)
@@ -330,9 +348,10 @@ def _make_reward_update(
 
 
 def _carry_state(step: Callable[[Any, int], tuple[Any, Any]], state: Any) -> Callable[[int], None]:
-    """A call that replaces the state by each update's result, because an update donates the state it is given."""
+    """Make a call that passes each update's new state to the next, since an update donates its old state."""
 
     def call(repetition: int) -> None:
+        # Blocks until the devices are done, since JAX returns from the update before that.
         nonlocal state
         state, metrics = step(state, repetition)
         jax.block_until_ready((state, metrics))

@@ -1,17 +1,21 @@
-"""Chips and topologies to compile for, none of which need be at hand: memory, peak rates, abstract devices.
+"""Chips and topologies to compile for: memory, peak rates and abstract devices, without the hardware.
 
-`find_topology("v5e:4x4")` returns a `Topology`, over whose devices a mesh can be laid; XLA's TPU and GPU compilers
+`find_topology("v5e:4x4")` returns a `Topology`, whose devices can form a mesh.  XLA's TPU and GPU compilers
 run without the hardware.  Names are
 
     v5e:4x4  v5p:4x4x4  v6e:16x16  tpu7x:4x4x4     chips of a TPU slice
     v5e:16x16*4                                    four such slices, joined by the data-centre network
     h100:1x2x8                                     slices x hosts x GPUs
-    cpu:8                                          devices of this machine's CPU, to try things out
+    cpu:8                                          devices of this machine's CPU, for tests and trials
 
-Figures are public peaks of one device as JAX counts them (half a chip of tpu7x), not measurements.  Sources:
-Google Cloud's pages on each TPU (docs.cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x) for memory, compute and the
-data-centre network; "How to Scale Your Model" (jax-ml.github.io/scaling-book, chapter "TPUs") for links, whose
-figures there are a tenth below Google's pages; NVIDIA's data sheet of the H100 SXM (dense, without sparsity).
+Figures are public peaks of one device as JAX counts devices (half a chip of tpu7x), not measurements.
+Sources:
+
+    memory, compute, data-centre network   Google Cloud's page on each TPU: v5e, v5p, v6e and tpu7x below
+                                           docs.cloud.google.com/tpu/docs
+    links                                  "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapter
+                                           "TPUs", whose figures are a tenth below those of Google's pages
+    h100                                   NVIDIA's data sheet of the H100 SXM (dense, without sparsity)
 """
 
 from __future__ import annotations
@@ -36,14 +40,17 @@ class Chip:
     """Peak figures of one device, as JAX counts devices."""
 
     name: str
+    # One device.
     memory: int  # bytes of HBM
     flops: float  # FLOP/s in bfloat16, dense
     bandwidth: float  # byte/s of HBM
+    # The network.
     link: float  # byte/s of one link in one direction; GPUs: all NVLinks together
-    outside: float  # byte/s of its share of the data-centre network, in one direction
-    torus: int  # dimensions of the links' torus; 0: a switch
-    wraps: int  # an axis whose length is a multiple of this closes to a ring; 0: no axis does
-    nominal: bool = False  # the figures are not those of a product
+    outside: float  # byte/s of a device's share of the data-centre network, in one direction
+    torus: int  # dimensions of the torus that links form; 0 for devices joined by a switch
+    wraps: int  # an axis closes to a ring if its length is a multiple of this; 0 if no axis does
+    # Round figures in place of a product's.
+    nominal: bool = False
 
 
 CHIPS = {
@@ -86,17 +93,19 @@ class Topology:
     devices: tuple[jax.Device, ...]
 
     def seconds(self, kind: str, sent: float, group: tuple[jax.Device, ...]) -> float:
-        """Seconds in which each device of a group sends `sent` bytes by a ring collective, using links both ways.
+        """Seconds that a ring collective takes in which each device of a group sends `sent` bytes.
 
-        An island is a set of devices joined by fast links: a TPU slice, or the GPUs of a host.  If a group spans
-        several islands, the collective first runs within each island, and then each device exchanges its share, one
-        n-th where the island has n devices of the group, over the data-centre network.
+        An island is a set of devices joined by fast links: a TPU slice, or the GPUs of a host.  If a group
+        spans several islands, the collective first runs within each island.  Then each device exchanges its
+        share over the data-centre network: 1 / n of the island's result if n devices of the island belong to
+        the group.
         """
         islands: dict[int, list[jax.Device]] = {}
         for device in group:
             islands.setdefault(self.island(device), []).append(device)
         largest = max(islands.values(), key=lambda island: len(island))
 
+        # Shares of `sent` that a device sends within its island and to other islands.
         size, inside = len(group), len(largest)
         if kind in ("collective-permute", "collective-broadcast"):
             # The slowest device decides: one that sends to another island, if there is one.
@@ -106,6 +115,7 @@ class Topology:
             inner_share = (inside - 1) / inside * size / (size - 1)
             outer_share = (len(islands) - 1) / len(islands) / inside * size / (size - 1)
 
+        # The two stages run one after the other.
         total = 0.0
         if inner_share and sent:
             total += inner_share * sent / self.rate(tuple(largest))
@@ -120,8 +130,9 @@ class Topology:
         return device.process_index
 
     def rate(self, group: tuple[jax.Device, ...]) -> float:
-        """byte/s that a device sends within its island, over the links of all axes that the group spans.
+        """Rate in byte/s at which a device sends within its island.
 
+        It uses the links of all axes that the group spans.
         An axis is used in both directions if the group covers all of it and it closes to a ring.
         """
         if not self.chip.torus:
@@ -129,6 +140,7 @@ class Topology:
         group_coords = np.asarray([d.coords for d in group])  # i32[devices, 3]
         all_coords = np.asarray([d.coords for d in self.devices])
 
+        # Count the links that a device can use at once: one per spanned axis, two on a ring.
         links = 0
         for axis in range(self.chip.torus):
             length = int(all_coords[:, axis].max()) + 1
@@ -136,25 +148,26 @@ class Topology:
             is_ring = self.chip.wraps and length % self.chip.wraps == 0 and covered == length
             if covered > 1:
                 links += 2 if is_ring else 1
-        # A group within one chip uses that chip's own link, which is taken to be no slower.
+        # Devices of one chip span no axis.  The link within the chip is assumed to be as fast as one outside.
         return self.chip.link * max(links, 1)
 
 
 @functools.cache
 def find_topology(name: str) -> Topology:
-    """The topology of that name.
+    """Find the topology of a name.
 
     Raises SetupError for an unknown name and for a compiler that is not installed.
     """
-    found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
-    if not found or found.group(1) not in CHIPS:
+    match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
+    if not match or match.group(1) not in CHIPS:
         raise SetupError(
-            f"topology {name!r} is unknown: write CHIP:SIZES with a chip of {', '.join(CHIPS)}, as in v5e:4x4, "
-            "v5p:4x4x4, v5e:16x16*2 (two slices) or h100:1x2x8 (slices x hosts x GPUs)"
+            f"topology {name!r} is unknown: write CHIP:SIZES with a chip of {', '.join(CHIPS)}, as in "
+            "v5e:4x4, v5p:4x4x4, v5e:16x16*2 (two slices) or h100:1x2x8 (slices x hosts x GPUs)"
         )
-    chip, sizes = CHIPS[found.group(1)], tuple(map(int, found.group(2).split("x")))
-    slices = int(found.group(3) or 1)
+    chip, sizes = CHIPS[match.group(1)], tuple(map(int, match.group(2).split("x")))
+    slices = int(match.group(3) or 1)
 
+    # Only TPUs have slices: hosts of GPUs are a size of their own, and CPU devices have one size.
     dimensions = chip.torus
     if not chip.torus:
         dimensions = 3 if chip.name == "h100" else 1
@@ -165,7 +178,8 @@ def find_topology(name: str) -> Topology:
 
 
 def _list_devices(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) -> tuple[jax.Device, ...]:
-    """This machine's CPU devices, or abstract devices of XLA's TPU or GPU compiler."""
+    """List this machine's CPU devices, or abstract devices of XLA's TPU or GPU compiler."""
+    # The CPU's devices are real: their number is set when JAX starts.
     if chip.name == "cpu":
         available = jax.devices("cpu")
         if sizes[0] > len(available):
@@ -179,10 +193,9 @@ def _list_devices(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) ->
 
     if chip.name == "h100":
         _require_compiler("jax_cuda13_plugin", "GPU", "requirements-cuda.txt")
-        os.environ.setdefault(
-            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1"
-        )  # no driver whose version could be checked
-        make = functools.partial(
+        # There is no driver whose version could be checked.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        make_topology = functools.partial(
             topologies.get_topology_desc,
             platform="cuda",
             target_config=H100,
@@ -190,12 +203,14 @@ def _list_devices(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) ->
         )
     else:
         _require_compiler("libtpu", "TPU", "requirements-tpu.txt")
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU VM whose metadata could be asked for
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip that processes would contend for
+        # There is no TPU VM to query for metadata, and no chip that two processes could both open.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         options: dict[str, int | list[int]] = {"num_slices": slices} if slices > 1 else {}
-        if math.prod(sizes) < 4:  # less than a host
+        # A host has at least 4 chips unless the compiler is told otherwise.
+        if math.prod(sizes) < 4:
             options["chips_per_host_bounds"] = [*sizes, 1, 1][:3]
-        make = functools.partial(
+        make_topology = functools.partial(
             topologies.get_topology_desc,
             platform="tpu",
             topology_name=f"{chip.name}:{'x'.join(map(str, sizes))}",
@@ -203,7 +218,7 @@ def _list_devices(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) ->
         )
 
     try:
-        return tuple(make().devices)
+        return tuple(make_topology().devices)
     except (RuntimeError, ValueError) as error:
         raise SetupError(
             f"topology {name!r}: the compiler refuses it: {str(error).splitlines()[0]}"

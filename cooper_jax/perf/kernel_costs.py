@@ -1,7 +1,8 @@
-"""Costs of kernels that a compiled program's text does not show: {kernel: (FLOPs, bytes) of one run on a device}.
+"""Costs of kernels that a compiled program's text does not show.
 
-XLA:GPU drops the cost that a Pallas kernel declares, and the TPU's flash attention declares none.  Decode attention
-declares the cost of reading full caches, because only at run time is it known how much of them is read.
+A cost is {kernel: (FLOPs, bytes)} of one run on one device.
+XLA:GPU drops the cost that a Pallas kernel declares, and the TPU's flash attention declares none.  Decode
+attention declares the cost of reading full caches, because the part that is read is known only at run time.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from cooper_jax.perf.aot_job import CompileJob
 
 Costs = dict[str, tuple[float, float]]
 
-
-# jax's flash attention on a TPU: forward, forward that saves residuals, backward (all three gradients in one).
+# JAX's flash attention on a TPU.  Its backward kernel computes all three gradients.
 FORWARD = ("splash_mha_fwd_no_residuals", "splash_mha_fwd_residuals")
 BACKWARD = "splash_mha_dkv_no_residuals"
 
 
 def attention_cost(job: CompileJob, config: ModelConfig, rows: int, tokens: int, dtype: str) -> Costs:
-    """Cost of causal attention in one layer: two products forward and five backward, each over half of the scores.
+    """Estimate causal attention in one layer, with half of the scores in each product.
 
-    rows: on one device, each of `tokens` tokens.
+    The forward pass has two products, the backward pass five.
+    rows: the number of rows on one device, each of `tokens` tokens.
     """
+    # Heads are sharded; a device with fewer than one key/value head holds a copy of a whole one.
     ways = job.layout.ways(job.layout.spec(("heads",), (config.heads,))[0])
     heads, kv_heads = config.heads // ways, max(config.kv_heads // ways, 1)
     product = float(rows * heads * tokens**2 * config.head_dim)  # half of 2 S^2 h per row and head
@@ -37,27 +39,29 @@ def attention_cost(job: CompileJob, config: ModelConfig, rows: int, tokens: int,
 
 
 def head_cost(job: CompileJob, config: ModelConfig, rows: int, name: str) -> Costs:
-    """Cost of the head's product with `rows` hidden states, both read once, two bytes per element."""
+    """Estimate the head's product with `rows` hidden states, both read once, two bytes per element."""
     vocab_ways = job.layout.ways(job.layout.spec(("vocab",), (config.padded_vocab,))[0])
     columns = config.padded_vocab // vocab_ways
     return {name: (2.0 * rows * columns * config.width, 2.0 * (rows + columns) * config.width)}
 
 
 def decode_cost(job: CompileJob, keys: tuple[float, float]) -> Costs:
-    """Cost of one layer's decode attention.
+    """Estimate one layer's decode attention.
 
-    keys: how many keys each row reads, on average: (its prompt's, its own).  A prompt's keys are read once for all
-    its samples.
+    keys: the average numbers of keys that a row reads: (its prompt's, its own).  A prompt's keys are read
+    once for all its samples.
     """
     config, kv_format = job.policy, job.rollout.kv_format
     ways = job.layout.ways(job.layout.spec(("kv_heads",), (config.kv_heads,))[0])
     token_bytes = kv_format.bytes_per_token(1, config.kv_heads // ways, config.head_dim)
+    # 2 FLOPs per multiplication with its addition, for the product with the key and for that with the value.
     flops_per_key = 4.0 * job.slots * config.heads // ways * config.head_dim
 
     prompt_keys, own_keys = keys
     prompt_bytes = float(min(job.prompts, job.slots) * prompt_keys * token_bytes)
     prompt = flops_per_key * prompt_keys, prompt_bytes
     suffix = flops_per_key * own_keys, job.slots * own_keys * token_bytes
+    # The TPU's kernel reads both parts of the cache in one call, the GPU's has a call for each.
     return {
         "decode_attention": (prompt[0] + suffix[0], prompt[1] + suffix[1]),
         "decode_attention_prompt": prompt,

@@ -1,7 +1,7 @@
-"""Measured rates of this machine for the roofline: matrix products, memory bandwidth, and peak memory use.
+"""Measured rates of this machine for the roofline: matrix products, memory bandwidth; and peak memory use.
 
-Each rate is the best of several trials: a roofline must not be lower than what the machine can reach.  One
-device is measured; `Rates.times` scales the result to several.
+Each rate is the best of several trials, because a roofline is an upper bound on speed.  One device is
+measured; `Rates.times` scales the result to several.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cooper_jax.runtime.device_memory import MIB, read_last_level_cache
 GB = 1e9
 TRIALS = 5
 TRIAL_SECONDS = 0.05  # a trial repeats the measured call for at least this long
-MAX_MODEL_ROWS = 1024  # of a model's matrix product: more rows would not be faster
+MAX_MODEL_ROWS = 1024  # of a model's matrix product; more rows would not raise its FLOP/s
 
 # Sizes by platform: "cpu", or "other" for accelerators.
 SQUARE_SIDE = {"cpu": 1024, "other": 8192}  # side of the large square matrix product
@@ -44,7 +44,7 @@ class Rates:
         return dataclasses.replace(self, flops=self.flops * devices, bandwidth=self.bandwidth * devices)
 
     def best(self, other: Rates) -> Rates:
-        """The larger of two measurements of one machine: other load can only have slowed it down."""
+        """The larger of two measurements of one machine, since other load can only slow it down."""
         return Rates(
             max(self.flops, other.flops),
             max(self.bandwidth, other.bandwidth),
@@ -56,11 +56,12 @@ def measure_rates(dtype: str, rows: int, width: int, ffn: int, weight_bytes: int
     """Measure the default device: matrix products in `dtype`, and memory bandwidth.
 
     Args:
-      rows, width, ffn: a model's matrix products, [rows, width] @ [width, ffn] and back, are timed in
-        addition to a large square one; the faster counts.
-      weight_bytes: bytes read by one forward pass.  If they fit in the CPU's last-level cache, the cache's
-        bandwidth counts, too.
+      rows, width, ffn: shape of a model's matrix products, [rows, width] @ [width, ffn] and back.  They are
+        timed in addition to a large square product, and the faster of the two is the peak.
+      weight_bytes: bytes read by one forward pass.  If they fit in the CPU's last-level cache, its bandwidth
+        may be the peak.
     """
+    # Compute.  On a CPU a model's product can be faster than the square one, if its weights fit in a cache.
     platform = "cpu" if jax.default_backend() == "cpu" else "other"
     side, repeats = SQUARE_SIDE[platform], REPEATS[platform]
     measured = {
@@ -69,10 +70,11 @@ def measure_rates(dtype: str, rows: int, width: int, ffn: int, weight_bytes: int
     }
     flops = max(measured.values())
 
+    # Memory.
     if platform == "cpu":
         cache_bytes = read_last_level_cache()
         bandwidths = _host_bandwidth("dram", max(ARRAY_BYTES["cpu"], 8 * cache_bytes))
-        # Arrays of half the cache: the other half is left to whatever else runs on the machine.
+        # Arrays of half the cache, because other processes use a part of it as well.
         cached = _host_bandwidth("cache", cache_bytes // 2)
         measured |= bandwidths | cached
         if weight_bytes <= cache_bytes * 3 // 4:
@@ -86,9 +88,11 @@ def measure_rates(dtype: str, rows: int, width: int, ffn: int, weight_bytes: int
 
 def peak_memory() -> dict[str, int]:
     """Bytes: peak resident memory of this process, and peak device memory where the platform reports it."""
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    # The unit of ru_maxrss: bytes on macOS, KiB on Linux.
+    unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
+    # CPUs report no memory statistics.  The fullest device is the one that limits a run.
     device_peaks = []
     for device in jax.local_devices():
         stats = device.memory_stats()
@@ -101,7 +105,8 @@ def peak_memory() -> dict[str, int]:
 
 def _best_seconds(call: Callable[[], object]) -> float:
     """Seconds per call, in the best of TRIALS."""
-    call()  # compiles
+    # The first call compiles, and is not timed.
+    call()
     trials = []
     for _ in range(TRIALS):
         start, count = time.perf_counter(), 0
@@ -113,7 +118,8 @@ def _best_seconds(call: Callable[[], object]) -> float:
 
 
 def _measure_gemm(dtype: str, m: int, k: int, n: int, repeats: int) -> float:
-    """GFLOP/s of [m, k] @ [k, n] @ [n, k], `repeats` times in sequence."""
+    """Measure GFLOP/s of [m, k] @ [k, n] @ [n, k], `repeats` times in sequence."""
+    # Scaled by 1 / sqrt of the contracted size, so that repeated products do not overflow.
     rng = np.random.default_rng(0)
     x, a, b = (
         jnp.asarray(rng.standard_normal(shape, np.float32) * shape[0] ** -0.5, jnp.dtype(dtype))
@@ -128,11 +134,12 @@ def _measure_gemm(dtype: str, m: int, k: int, n: int, repeats: int) -> float:
 
 
 def _host_bandwidth(name: str, size: int) -> dict[str, float]:
-    """GB/s of reading `size` / 2 bytes and of copying them, with all cores available to this process."""
+    """Measure GB/s of reading and of copying `size` / 2 bytes, on all cores available to this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     source, target = (np.array_split(np.ones(size // 8, np.float32), cores) for _ in range(2))
 
-    with ThreadPoolExecutor(cores) as pool:  # NumPy releases the GIL in these operations
+    # NumPy releases the GIL in these operations.  A copy both reads and writes `size` / 2 bytes.
+    with ThreadPoolExecutor(cores) as pool:
 
         def time_on_all_cores(fn, *parts):
             return _best_seconds(lambda: list(pool.map(fn, *parts)))
@@ -143,7 +150,7 @@ def _host_bandwidth(name: str, size: int) -> dict[str, float]:
 
 
 def _device_bandwidth(size: int, repeats: int) -> dict[str, float]:
-    """GB/s of a = a / 2 + b over device arrays of `size` bytes each: two reads and a write."""
+    """Measure GB/s of a = a / 2 + b over device arrays of `size` bytes each: two reads and a write."""
     a = b = jnp.ones(size // 4, jnp.float32)
 
     @jax.jit

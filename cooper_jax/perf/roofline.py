@@ -1,17 +1,18 @@
 """Rooflines: lower bounds on the time of a step's programs, from their FLOPs and bytes.
 
-1. `rollout_work`, `score_work`, `update_work` and `pair_update_work` count a model's work -> {part: Work}; the
-   parts run one after the other.
-2. `Work.seconds` is a part's time at a machine's rates (perf/machine.py): the longer of computing and moving.
+1. `rollout_work`, `score_work`, `update_work` and `pair_update_work` count a model's work as {part: Work}.
+   The parts run one after the other.
+2. `Work.seconds` is a part's time at a machine's rates (perf/machine.py): the longer of computing and moving
+   data.
 
-A roofline is a bound to compare with, not an estimate.  It counts matrix products, the traffic of weights and of
-the KV cache, and that of the optimiser.  Softmaxes, norms, sampling, activations and the inefficiency of small
-shapes count as free.
+A roofline is a bound to compare with, not an estimate.  It counts matrix products and the memory traffic of
+weights, of the KV cache and of the optimiser.  Softmaxes, norms, sampling, activations and the inefficiency
+of small shapes count as free.
 
-Assumptions: a prompt is prefilled once for all its samples; a slot is refilled as soon as its sequence ends; a
-causal query reads only the keys before it; the head runs only where a logit is needed; nothing is recomputed.  In
-decoding each sequence reads its own keys and its prompt's, although the samples of a prompt could share one read of
-the prompt's keys.
+Assumptions: a prompt is prefilled once for all its samples; a slot is refilled as soon as its sequence ends;
+a causal query reads only the keys before it; the head runs only where a logit is needed; nothing is
+recomputed.  In decoding each sequence reads its own keys and its prompt's, although the samples of a prompt
+could share one read of the prompt's keys.
 
 B prompts   N rows   P prompt tokens   L layers   D width   H query heads
 K key/value heads   h head_dim   F feed-forward width   V vocabulary
@@ -27,10 +28,11 @@ import numpy as np
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.perf.machine import Rates
 
-# Token counts of rows: i32[N].
+# The number of tokens of each row: i32[N].
 Lengths = Sequence[int] | np.ndarray
 
-MASTER_BYTES = 4  # parameters, gradients and both moments are float32
+# AdamW in float32: bytes of an element of parameters, gradients and both moments, and accesses per update.
+MASTER_BYTES = 4
 ADAM_ACCESSES = 7  # reads parameter, gradient and two moments; writes all but the gradient
 
 
@@ -42,17 +44,19 @@ class Work:
     bytes: float = 0.0
 
     def seconds(self, rates: Rates) -> float:
-        """Seconds at these rates, if the faster of computing and moving hides behind the slower."""
+        """Seconds at these rates, if computing and moving data overlap fully."""
         return max(self.flops / rates.flops, self.bytes / rates.bandwidth)
 
 
 def roofline_seconds(parts: dict[str, Work], rates: Rates) -> float:
-    """The roofline of a whole program: the sum over its parts."""
+    """Compute the roofline of a whole program: the sum over its parts."""
     return sum(part.seconds(rates) for part in parts.values())
 
 
 def count_weights(config: ModelConfig) -> tuple[int, int]:
-    """The numbers of weights that a token is multiplied with: (in all layers, in the head)."""
+    """Count the weights that a token is multiplied with: (in all layers, in the head)."""
+    # Attention has projections for queries and outputs (width x heads) and for keys and values (width x KV
+    # heads); the feed-forward layer has three matrices.
     c = config
     attention = 2 * c.width * c.heads * c.head_dim + 2 * c.width * c.kv_heads * c.head_dim
     return c.layers * (attention + 3 * c.width * c.ffn), c.width * c.vocab_size
@@ -68,7 +72,7 @@ def rollout_work(
     weight_bytes: int,
     cache_bytes: int,
 ) -> dict[str, Work]:
-    """Work of the prefill of B prompts and of decoding `lengths` [N] tokens, at most `slots` rows at a time.
+    """Count the work of prefilling B prompts and decoding `lengths` [N] tokens in `slots` rows at a time.
 
     A row's first token comes from the prefill, so its i-th decode step reads P + i keys.
 
@@ -96,23 +100,27 @@ def rollout_work(
 
 
 def score_work(config: ModelConfig, prompt_tokens: int, lengths: Lengths) -> dict[str, Work]:
-    """Work of one forward pass over N rows of P + `lengths` [N] tokens, with a logit at each response token."""
+    """Count the work of a forward pass over N rows of P + `lengths` [N] tokens, with response logits."""
     return {"forward": Work(flops=_count_forward_flops(config, prompt_tokens, lengths))}
 
 
 def update_work(
     config: ModelConfig, prompt_tokens: int, lengths: Lengths, epochs: int = 1, updates: int = 1
 ) -> dict[str, Work]:
-    """Work of the policy's updates: `epochs` passes over such rows and `updates` steps of AdamW.
+    """Count the work of the policy's updates: `epochs` passes over N rows and `updates` steps of AdamW.
 
-    A backward pass is twice the forward's work.
+    Rows are as in `score_work`.
     """
+    # A backward pass is twice the work of the forward pass.
     flops = 3 * epochs * _count_forward_flops(config, prompt_tokens, lengths)
     return {"passes": Work(flops=flops), "optimiser": _count_adam_work(config, updates)}
 
 
 def pair_update_work(config: ModelConfig, lengths: Lengths) -> dict[str, Work]:
-    """Work of the reward model's update over rows of `lengths` tokens; its head, one vector, counts as free."""
+    """Count the work of the reward model's update over rows of `lengths` tokens.
+
+    Its head is one vector and counts as free.
+    """
     flops = 3 * _count_forward_flops(config, 0, lengths, with_head=False)
     return {"passes": Work(flops=flops), "optimiser": _count_adam_work(config, 1)}
 
@@ -120,6 +128,7 @@ def pair_update_work(config: ModelConfig, lengths: Lengths) -> dict[str, Work]:
 def _count_forward_flops(
     config: ModelConfig, prompt_tokens: int, lengths: Lengths, with_head: bool = True
 ) -> float:
+    # The head is needed at the response's tokens only.
     body, head = count_weights(config)
     response = np.asarray(lengths, np.float64)  # f64[N]
     tokens = prompt_tokens + response
@@ -130,12 +139,12 @@ def _count_forward_flops(
 
 
 def _count_attention_flops(config: ModelConfig) -> float:
-    """FLOPs of one query with one key, in all layers and heads: a product with the key, one with the value."""
+    """Count the FLOPs of a query's products with one key and its value, in all layers and heads."""
     return 4 * config.layers * config.heads * config.head_dim
 
 
 def _count_causal_flops(config: ModelConfig, tokens):
-    """FLOPs of causal attention over rows of `tokens` tokens (a number or f64[N])."""
+    """Count the FLOPs of causal attention over rows of `tokens` tokens (a number or f64[N])."""
     return _count_attention_flops(config) * tokens * (tokens + 1) / 2
 
 

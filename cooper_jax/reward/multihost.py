@@ -1,11 +1,12 @@
-"""The rule verifier and a remote assistant on several hosts: each host does a part, and all get every result.
+"""The rule verifier and a remote assistant on several hosts: each does a part, and all get every result.
 
-1. An item is assigned to a host by its content alone, so the host that judged it before has its verdict at
-   hand when it occurs again.
+1. Each item to judge is assigned to a host by a hash of its text, so that an item that occurs again goes to
+   the host that has its verdict in the cache.  Rewrite requests are assigned by their index.
 2. Each host works on its own items.
-3. `result` exchanges the results as JSON between the hosts; all hosts must call it, in the same order.
+3. The hosts exchange their results as JSON.  This is a collective operation: all hosts must call it, in the
+   same order.
 
-A run of one process uses neither class (`share_over_hosts`).
+With one process, `share_over_hosts` returns its arguments and none of these classes is used.
 """
 
 from __future__ import annotations
@@ -21,47 +22,61 @@ from cooper_jax.types import Completion, Verdict
 
 
 def _hash_texts(*texts: str) -> int:
-    """A 128-bit number that is the same on every host, unlike Python's own hash."""
+    """A 128-bit hash that is the same on every host, unlike Python's `hash`, which is salted per process."""
+    # The lengths keep ("ab", "c") apart from ("a", "bc").
     joined = "\0".join(f"{len(text)}:{text}" for text in texts).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(joined, digest_size=16).digest(), "big")
 
 
 class SharedPendingVerdicts:
-    """Verdicts that are being computed on this host and on others."""
+    """Verdicts that are being computed on this host and on the others."""
 
     def __init__(self, items: Sequence[Item], own: list[int], pending: Sequence[PendingVerdicts]):
-        """own: indices of the items that this host judges; pending: their verdicts, in that order."""
+        """Wrap a submission.
+
+        Args:
+          items: all items of the submission, the same on every host.
+          own: indices of the items that this host judges.
+          pending: this host's verdicts, in the order of `own`.
+        """
         self._items = items
         self._own = own
         self._pending = pending
         self._verdicts: list[Verdict] | None = None
 
     def result(self) -> list[Verdict]:
-        """All verdicts in the order of the items, the same on every host.  All hosts must call this."""
-        if self._verdicts is None:
-            own_verdicts: list[Verdict] = []
-            for part in self._pending:
-                own_verdicts += part.result()
+        """Wait for all verdicts, in the order of the items.  Collective: all hosts must call this."""
+        # Later calls return the stored verdicts and exchange nothing.
+        if self._verdicts is not None:
+            return self._verdicts
 
-            # The name of the exchange is a hash of the items: hosts that disagree on them do not mix results.
-            texts: list[str] = []
-            for item in self._items:
-                texts += item
-            name = f"verdicts/{_hash_texts(*texts):x}"
-            own = dict(zip(self._own, own_verdicts, strict=True))
-            verdict_of: dict[str, str] = {}
-            for verdicts in hosts.exchange_json(name, own):
-                verdict_of |= verdicts
-            self._verdicts = [Verdict(verdict_of[str(i)]) for i in range(len(self._items))]
+        own_verdicts: list[Verdict] = []
+        for part in self._pending:
+            own_verdicts += part.result()
+
+        # The exchange is named by a hash of the items, so hosts with different items cannot mix their
+        # results.
+        texts: list[str] = []
+        for item in self._items:
+            texts += item
+        name = f"verdicts/{_hash_texts(*texts):x}"
+
+        # JSON turns the keys, item indices, into strings.
+        own = dict(zip(self._own, own_verdicts, strict=True))
+        verdict_of: dict[str, str] = {}
+        for verdicts in hosts.exchange_json(name, own):
+            verdict_of |= verdicts
+        self._verdicts = [Verdict(verdict_of[str(i)]) for i in range(len(self._items))]
         return self._verdicts
 
     @classmethod
     def join(cls, parts: Sequence[SharedPendingVerdicts]) -> SharedPendingVerdicts:
-        """Several submissions as one, in their order: hosts then exchange verdicts once, not once a part."""
+        """Concatenate submissions, so that one exchange serves all of them."""
         items: list[Item] = []
         own: list[int] = []
         pending: list[PendingVerdicts] = []
         for part in parts:
+            # Indices within the part become indices within the concatenated items.
             own += [len(items) + i for i in part._own]
             items += part._items
             pending += part._pending
@@ -69,7 +84,7 @@ class SharedPendingVerdicts:
 
 
 class SharedRule:
-    """A RuleVerifier on each host, each for its part of the items, with the same methods."""
+    """A rule verifier that divides its items over the hosts; its methods are those of RuleVerifier."""
 
     def __init__(self, local: RuleVerifier):
         self._local = local
@@ -80,16 +95,16 @@ class SharedRule:
         return SharedPendingVerdicts(items, own, [self._local.submit([items[i] for i in own])])
 
     def collect(self, pending: Sequence[SharedPendingVerdicts]) -> list[Verdict]:
-        """The verdicts of several submissions, in order.  All hosts must call this with the same ones."""
+        """Wait for several submissions; their verdicts, in order.  Collective: the same ones on all hosts."""
         return SharedPendingVerdicts.join(pending).result()
 
     def check(self, items: Sequence[Item]) -> list[Verdict]:
-        """Judge items and wait for the verdicts.  All hosts must call this with the same items."""
+        """Judge items and wait for the verdicts.  Collective: the same items on all hosts."""
         return self.submit(items).result()
 
 
 class SharedAssistant:
-    """An assistant on a server, asked by each host for its part of the rewrites, with the same methods."""
+    """An assistant that divides its requests over the hosts, for assistants on a server."""
 
     overlaps = True
 
@@ -97,11 +112,12 @@ class SharedAssistant:
         self._local = local
 
     def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
-        """One reply a request, in their order.  All hosts must call this with the same requests."""
+        """One reply per request, in their order.  Collective: the same requests on all hosts."""
         own = [i for i in range(len(requests)) if hosts.is_assigned(i)]
         own_replies = self._local.rewrite([requests[i] for i in own])
         encoded = {i: _encode_reply(reply) for i, reply in zip(own, own_replies, strict=True)}
 
+        # Ids contain step and attempt, so each round of requests has an exchange of its own.
         reply_of: dict[str, dict] = {}
         name = f"replies/{_hash_texts(*(str(request.ids) for request in requests)):x}"
         for replies in hosts.exchange_json(name, encoded):
@@ -127,12 +143,13 @@ def _decode_reply(encoded: dict) -> Reply:
 def share_over_hosts(
     rule: RuleVerifier, assistant: Assistant | None, processes: int
 ) -> tuple[RuleVerifier | SharedRule, Assistant | None]:
-    """Rule verifier and assistant for a run of so many processes; unchanged for one.
+    """Wrap rule verifier and assistant for a run of `processes` processes; with one, return them unchanged.
 
-    An assistant on our own devices runs as one program of all hosts, and stays as it is.
+    An assistant on our own devices is already a multi-host program that all hosts call, so it is not wrapped.
     """
     if processes == 1:
         return rule, assistant
+    # `overlaps` is True for assistants on a server and for those that compute on the host.
     if assistant is not None and assistant.overlaps:
         assistant = SharedAssistant(assistant)
     return SharedRule(rule), assistant

@@ -6,9 +6,9 @@ a pair is
     L(z+, z-) =  pair_weight  * -log sigmoid(s+ - s-)                the contrast, s = z or s = p
                + pair_bce     * (-log p+ - log(1 - p-)) / 2          pointwise, the mean of the members
 
-and gradient descent moves its members by -dL/dz+ and -dL/dz-.  Any two pushes are a *common* one, which
-moves what both members share (a style, a shortcut), and a *difference*, which moves what sets them apart (the
-answer):
+and gradient descent pushes the members' logits by -dL/dz+ and -dL/dz-.  Any two pushes are the sum and the
+difference of a *common* push, which acts on what both members share (a style, a shortcut), and a *difference*
+push, which acts on what distinguishes them (the answer):
 
     common = -(dL/dz+ + dL/dz-) / 2          difference = -(dL/dz+ - dL/dz-) / 2
 
@@ -20,13 +20,14 @@ answer):
 with g = sigmoid(s- - s+).  Three consequences:
 
 * A contrast on logits cannot unlearn a shortcut that both members contain: its common push is 0, and its loss
-  falls to 0 once their answers tell them apart.
-* A contrast on rewards moves the common mode down where the positive is the more saturated member, up where
-  the negative is, and not at all where both are.
-* The pointwise term pulls p+ + p- to 1, however saturated a wrong member is.
+  falls to 0 once the reward model distinguishes their answers.
+* The common push of a contrast on rewards is negative if the positive is the more saturated member,
+  positive if the negative is, and 0 if both are saturated.
+* The pointwise term pulls p+ + p- towards 1, even if a wrong member is saturated.
 
-Sources: the contrast is Cooper's (arXiv 2508.05613), on logits as its released code has it; the pointwise
-term is the cross-entropy that VerifyRM is trained with there, here on the members of pairs (ours).
+Sources: the contrast is Cooper's (arXiv 2508.05613), on logits as in its released code.  The pointwise term
+is the cross-entropy with which the paper trains VerifyRM; applying it to the members of pairs is our
+extension.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from cooper_jax.settings import typed_config
@@ -46,20 +48,28 @@ PAIR_LOSSES = ("logit", "sigmoid")
 class RewardUpdateConfig:
     """Settings of the reward model's updates: fields of the config's `reward` section."""
 
-    dtype: str  # of the computation: float32 or bfloat16
+    # Computation.
+    dtype: str  # of activations: float32 or bfloat16
     remat: bool  # recompute each layer's activations in the backward pass
-    microbatch: int  # pairs, or rows, in one forward and backward pass
+    microbatch: int  # pairs, or labelled rows, per forward and backward pass
+
+    # Terms on pairs; a weight of 0 removes the term.
     pair_loss: str  # the contrast: one of PAIR_LOSSES
     pair_weight: float  # weight of the contrast
     pair_bce: float  # weight of cross-entropy on the members of pairs
-    rollout_bce: float  # weight of cross-entropy on rollouts that the rule labels
-    rollout_rows: int  # labelled rollouts of a step, at most
-    replay: int  # labelled rollouts of earlier steps that are kept, of each class
-    replay_rows: int  # kept rollouts that join each update's rows, at most
-    updates: int  # updates a policy step
-    warmup_updates: int  # updates before the first policy step
+
+    # The term on labelled rollouts, see labelled_rollouts.py.
+    rollout_bce: float  # weight of cross-entropy on rollouts that the rule has labelled
+    rollout_rows: int  # maximum number of labelled rollouts per step
+    replay: int  # labelled rollouts of earlier steps that are kept, per class
+    replay_rows: int  # maximum number of kept rollouts added to each update's rows
+
+    # Number of updates.
+    updates: int  # per policy step
+    warmup_updates: int  # before the first policy step
 
     def __post_init__(self) -> None:
+        # Ranges of single fields.
         weights = ("pair_weight", "pair_bce", "rollout_bce")
         counts = ("rollout_rows", "replay", "replay_rows", "warmup_updates")
         problems = [
@@ -68,17 +78,17 @@ class RewardUpdateConfig:
             *typed_config.find_small(self, "reward", 0, (*weights, *counts)),
         ]
 
+        # Combinations of fields that would silently drop a term or keep rows that nothing reads.
         rows = self.rollout_rows + (self.replay_rows if self.replay else 0)
         if self.rollout_bce and rows < 1:
             problems.append(
                 f"reward.rollout_rows={self.rollout_rows}: reward.rollout_bce={self.rollout_bce} needs rows; "
                 "set --config.reward.rollout_rows=64"
             )
-        # Only the term rollout_bce reads replayed rows.
         if bool(self.replay) != bool(self.replay_rows) or (self.replay and not self.rollout_bce):
             problems.append(
                 f"reward.replay={self.replay}, reward.replay_rows={self.replay_rows}, "
-                f"reward.rollout_bce={self.rollout_bce}: only the term rollout_bce reads the rows that are kept; "
+                f"reward.rollout_bce={self.rollout_bce}: only the term rollout_bce reads replayed rows; "
                 "set all three, or neither of the first two"
             )
         typed_config.raise_problems(problems)
@@ -90,45 +100,50 @@ class RewardUpdateConfig:
 
     @property
     def reads_pairs(self) -> bool:
-        """True where a term of the update is computed from pairs."""
+        """True if some term of the loss is computed from pairs."""
         return bool(self.pair_weight or self.pair_bce)
 
 
-def rewards_from_logits(z: jax.Array) -> jax.Array:
+def rewards_from_logits(z: ArrayLike) -> jax.Array:
     """Logits -> rewards in (0, 1), p = sigmoid(z): f32 of the same shape."""
     return jax.nn.sigmoid(z)
 
 
 def bce_loss(z: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-    """Weighted binary cross-entropy, summed: f32[] of f32[N] logits, labels in [0, 1] and weights.
+    """Weighted sum of binary cross-entropies: f32[] from f32[N] logits, labels in [0, 1] and weights.
 
         loss = - sum_i w_i (y_i log sigmoid(z_i) + (1 - y_i) log(1 - sigmoid(z_i)))
 
-    Rows of weight 0 reach neither loss nor gradient, whatever their logit, NaN included.
+    Rows of weight 0 contribute nothing to loss or gradient, even if their logit is NaN.
     """
-    # `where` on the inputs too: 0 * NaN is NaN, also in the backward pass.
+    # Mask the inputs and not only the result: 0 * NaN is NaN, in the backward pass too.
     used = weights > 0
     z = jnp.where(used, z, 0.0)
     y = jnp.where(used, labels, 0.0)
+
+    # log(1 - sigmoid(z)) = log_sigmoid(-z), which does not overflow for large z.
     nll = -(y * jax.nn.log_sigmoid(z) + (1.0 - y) * jax.nn.log_sigmoid(-z))
     return (jnp.where(used, weights, 0.0) * nll).sum()
 
 
 def pair_loss(z_pos: jax.Array, z_neg: jax.Array, kind: str) -> jax.Array:
-    """Contrastive loss of each pair: f32[B] of f32[B] logits.
+    """Contrastive loss of each pair: f32[B] from f32[B] logits.
 
         loss = - log sigmoid(s_pos - s_neg),   s = z ("logit") or sigmoid(z) ("sigmoid")
 
-    Gradients: the table in the module's docstring.  Raises SetupError, a ValueError, for another kind.
+    kind: one of PAIR_LOSSES; SetupError, a ValueError, for any other.  The module's docstring lists the
+    gradients.
     """
     typed_config.raise_problems(typed_config.find_unknown(kind, "reward.pair_loss", PAIR_LOSSES))
     if kind == "logit":
         return -jax.nn.log_sigmoid(z_pos - z_neg)
+
+    # The difference of two rewards is within (-1, 1), so this loss never reaches 0.
     return -jax.nn.log_sigmoid(rewards_from_logits(z_pos) - rewards_from_logits(z_neg))
 
 
 def pointwise_pair_loss(z_pos: jax.Array, z_neg: jax.Array) -> jax.Array:
-    """Pointwise cross-entropy of each pair, the mean over its two members: f32[B] of f32[B] logits.
+    """Pointwise cross-entropy of each pair, the mean over its two members: f32[B] from f32[B] logits.
 
     loss = -(log sigmoid(z_pos) + log(1 - sigmoid(z_neg))) / 2
     """
@@ -138,9 +153,9 @@ def pointwise_pair_loss(z_pos: jax.Array, z_neg: jax.Array) -> jax.Array:
 def pair_terms(
     z_pos: jax.Array, z_neg: jax.Array, cfg: RewardUpdateConfig
 ) -> dict[str, tuple[float, jax.Array]]:
-    """The pair loss's terms with a weight other than 0: name of the metric -> (weight, unweighted f32[B]).
+    """The terms of the pair loss: metric name -> (weight, unweighted loss f32[B]).
 
-    The other terms are not computed.
+    Terms of weight 0 are left out and cost nothing.
     """
     terms = {}
     if cfg.pair_weight:
@@ -153,11 +168,12 @@ def pair_terms(
 def pair_gradients(
     z_pos: jax.Array, z_neg: jax.Array, cfg: RewardUpdateConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients (dL/dz_pos, dL/dz_neg) of each pair's whole loss, f32[B] each, for metrics.
+    """The gradients (dL/dz_pos, dL/dz_neg) of each pair's total loss, f32[B] each, for metrics.
 
-    Computed by the weighted table in the module's docstring.  jax.grad of `pair_terms` differs by rounding
-    (up to 7e-7).
+    Computed in closed form, as the weighted sum of the rows of the table in the module's docstring.  jax.grad
+    of the weighted sum of `pair_terms` differs by rounding (up to 7e-7).
     """
+    # The contrast.
     p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)
     if cfg.pair_loss == "logit":
         g = cfg.pair_weight * rewards_from_logits(z_neg - z_pos)
@@ -165,4 +181,6 @@ def pair_gradients(
     else:
         g = cfg.pair_weight * rewards_from_logits(p_neg - p_pos)
         d_pos, d_neg = -g * p_pos * (1 - p_pos), g * p_neg * (1 - p_neg)
+
+    # The pointwise term.
     return d_pos - cfg.pair_bce * (1 - p_pos) / 2, d_neg + cfg.pair_bce * p_neg / 2

@@ -1,25 +1,25 @@
-"""VerifyRM: a transformer with one logit on the last token, its scores and its updates.
+"""VerifyRM, the reward model: a transformer with one logit on the last token; its scores and its updates.
 
-1. `make_score_fn` reads rendered (question, reference, completion) rows and gives a logit z each; the reward
-   is p = sigmoid(z).
-2. Before RL, `make_bce_update` trains on labelled rows (arXiv 2508.05613, training of VerifyRM), and
-   `make_bce_accumulator` on batches whose microbatches differ in width.
+1. `make_score_fn` computes a logit z for each rendered (question, reference, completion) row; the reward is
+   p = sigmoid(z).
+2. Before RL, `make_bce_update` trains on labelled rows (arXiv 2508.05613, training of VerifyRM).
+   `make_bce_accumulator` does the same for batches whose microbatches differ in width.
 3. In every Cooper step, `make_reward_update` contrasts verified positives with negatives (the paper's second
-   stage), and may learn from rollouts that the rule has labelled (ours).
+   stage).  It can also train on rollouts that the rule has labelled (our extension).
 
-**There are two contrasts, and they differ.**  The loss of a pair is -log sigmoid(s_pos - s_neg).  The
-released code takes s = z, the raw logit, while its rewards are sigmoid(z).
+**There are two kinds of contrast.**  The loss of a pair is -log sigmoid(s_pos - s_neg).  The released code
+uses s = z, the raw logit, although its rewards are sigmoid(z).
 
-* "logit" is s = z.  The two members are moved by equal and opposite amounts, so what both share (a style, a
-  shortcut) cancels to first order, and the loss falls to 0.
-* "sigmoid" is s = sigmoid(z), the rewards themselves.  Each member's gradient has its own factor p (1 - p),
-  so the common mode moves too, a saturated member stops moving, and the loss lies between log(1 + 1/e) = .313
-  and log(1 + e) = 1.313.
+* "logit": s = z.  The gradients of the two members are equal and opposite, so the effect on what both share
+  (a style, a shortcut) cancels to first order, and the loss can fall to 0.
+* "sigmoid": s = sigmoid(z), the reward itself.  Each member's gradient has its own factor p (1 - p), so the
+  common mode changes too and a saturated member gets no gradient.  The loss stays between
+  log(1 + 1/e) = .313 and log(1 + e) = 1.313.
 
-reward_losses.py has all losses, and a table of how they move the members of a pair.
+reward_losses.py defines all losses and has a table of their gradients.
 
-Departures from the released code: losses are normalised by the number of valid pairs of the whole batch
-(there: the means of microbatches and ranks are averaged); a batch without a valid pair changes nothing.
+Departures from the released code: losses are normalised by the number of valid pairs in the whole batch
+(there, the means of microbatches and ranks are averaged); a batch without a valid pair changes nothing.
 
     N  rows   B  pairs   m  pairs of a microbatch   S  tokens of a row   D  width
 """
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def _compute_logits(
     remat: bool,
     layout: Layout,
 ) -> jax.Array:
-    """Logits f32[N].  A row without a valid token gets a finite value that means nothing."""
+    """Logits f32[N].  The logit of a row without a valid token is finite but meaningless."""
     tokens = jnp.where(batch.valid, batch.tokens, 0)  # padding may hold ids outside the vocabulary
     hidden = transformer.hidden_states(
         params, config, tokens, batch.valid, dtype=jnp.dtype(dtype), remat=remat, layout=layout
@@ -66,7 +66,10 @@ def _compute_logits(
 
 
 def _mask_rows(batch: ScoreBatch, used: jax.Array) -> ScoreBatch:
-    """Empty the rows that are not used, bool[N]: their contents, NaN included, then reach no gradient."""
+    """Mark all tokens invalid in the rows where `used`, bool[N], is False.
+
+    These rows then contribute no gradient, whatever they contain.
+    """
     return dataclasses.replace(batch, valid=batch.valid & used[:, None])
 
 
@@ -77,11 +80,12 @@ def make_score_fn(
     dtype: str,
     microbatch: int,
 ) -> Callable[[Params, ScoreBatch], jax.Array]:
-    """The jitted (params, ScoreBatch [N, S]) -> logits z f32[N].
+    """Make the jitted (params, ScoreBatch [N, S]) -> logits z f32[N].
 
-    Rows run in microbatches whose composition depends on N alone, in whatever order responses ended.
+    Rows run in microbatches whose composition depends only on N, not on the order in which responses ended.
     """
 
+    # The forward pass alone needs no rematerialisation; microbatches bound its activation memory.
     def score(params: Params, batch: ScoreBatch) -> jax.Array:
         def score_rows(rows: ScoreBatch) -> jax.Array:
             return _compute_logits(params, config, rows, dtype=dtype, remat=False, layout=layout)
@@ -100,16 +104,16 @@ def make_bce_update(
     opt: optim.Optimiser,
     layout: Layout,
 ) -> Callable[[TrainState, ScoreBatch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
-    """The jitted (state, ScoreBatch [N, S], labels f32[N], weights f32[N]) -> (state, metrics).
+    """Make the jitted (state, ScoreBatch [N, S], labels f32[N], weights f32[N]) -> (state, metrics).
 
-    The loss is the mean over the rows weighted by `weights` (at least 0; 0 leaves a row out); when all are 0
-    nothing changes.  The state given is donated.
+    The loss is the weighted mean of the rows' cross-entropy.  Weights are non-negative; a row of weight 0 is
+    left out, and if all weights are 0 the state does not change.  The input state is donated.
 
     Args:
       cfg: only dtype, remat and microbatch are read.
 
-    Metrics, f32[]: loss, accuracy (weighted share of rows where z > 0 agrees with the label) and
-    `optim.apply_update`'s grad_norm, lr and skipped.
+    Metrics, f32[]: loss, accuracy (weighted share of rows where z > 0 agrees with the label), and grad_norm,
+    lr and skipped of `optim.apply_update`.
     """
     shardings = _param_shardings(config, layout)
     loss_fn = _make_bce_loss_fn(config, cfg, layout)
@@ -117,11 +121,14 @@ def make_bce_update(
     def update(
         state: TrainState, batch: ScoreBatch, labels: jax.Array, weights: jax.Array
     ) -> tuple[TrainState, Metrics]:
+        # Normalise over the whole batch first: microbatches then simply add up their sums.
         total = weights.sum()
         shares = weights / jnp.where(total > 0, total, 1.0)
         loss, grads, sums = optim.accumulate_gradients(
             loss_fn, state.params, (batch, labels, shares), cfg.microbatch, layout, shardings
         )
+
+        # Without a row that counts, the update is switched off on the device: no host synchronisation.
         state, update_metrics = optim.apply_update(state, grads, loss, opt, enabled=total > 0)
         row_metrics = {name: x.sum() for name, x in sums.items()}  # [M] microbatches -> f32[]
         return state, {"loss": loss} | row_metrics | update_metrics
@@ -132,10 +139,10 @@ def make_bce_update(
 def make_bce_accumulator(
     config: ModelConfig, cfg: RewardUpdateConfig, opt: optim.Optimiser, layout: Layout
 ) -> optim.Accumulator:
-    """The same update in pieces, for batches whose microbatches differ in width.
+    """The update of `make_bce_update` split into microbatches, which may differ in width.
 
-    Rows are (ScoreBatch [N, S], labels f32[N], shares f32[N]).  The shares of all microbatches of a batch
-    must sum to 1, or its loss is not the mean.  Metrics as in `make_bce_update`.
+    A microbatch is (ScoreBatch [N, S], labels f32[N], shares f32[N]).  The shares of all microbatches of a
+    batch must sum to 1; otherwise the loss is not their mean.  Metrics as in `make_bce_update`.
 
     Args:
       cfg: only dtype and remat are read.
@@ -145,12 +152,18 @@ def make_bce_accumulator(
 
 
 def _make_bce_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout) -> LossFn:
-    """(params, (ScoreBatch, labels, shares)) -> (loss f32[], sums): weighted sums over the rows."""
+    """The loss function (params, (ScoreBatch, labels, shares)) -> (loss f32[], metrics).
+
+    Loss and metrics are sums over the rows, weighted by their shares.
+    """
 
     def loss_fn(params: Params, piece: tuple[ScoreBatch, jax.Array, jax.Array]) -> tuple[jax.Array, Metrics]:
-        rows, labels, shares = piece
+        rows, labels, shares = piece  # [m, S], f32[m], f32[m]
+
+        # Padding rows have share 0; they must not reach the gradient even as NaN.
         rows = _mask_rows(rows, shares > 0)
         z = _compute_logits(params, config, rows, dtype=cfg.dtype, remat=cfg.remat, layout=layout)  # f32[m]
+        # z > 0 is a reward above one half.
         correct = (z > 0) == (labels > 0.5)
         return bce_loss(z, labels, shares), {"accuracy": (shares * correct).sum()}
 
@@ -165,7 +178,7 @@ class _PartOfUpdate(NamedTuple):
 
     loss: jax.Array  # f32[]
     grads: Params
-    enabled: jax.Array  # bool[]: some pair is valid, or some row has a weight
+    enabled: jax.Array  # bool[]: False if no pair is valid, or all rows have weight 0
     metrics: Metrics
 
 
@@ -175,36 +188,46 @@ def make_reward_update(
     opt: optim.Optimiser,
     layout: Layout,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The jitted (state, PairBatch or None, LabelledBatch or None) -> (state, metrics): one optimiser step.
+    """Make the jitted (state, PairBatch or None, LabelledBatch or None) -> (state, metrics).
+
+    One call is one optimiser step on
 
         loss = mean over the valid pairs of reward_losses.pair_terms  +  rollout_bce * bce_loss of the rows
 
-    Pairs and rows are read only where a term of theirs has a weight, and cost nothing otherwise;
-    cfg.microbatch counts pairs for the one and rows for the other.  The mean is over the whole batch's valid
-    pairs.  Masked pairs and rows of weight 0 change nothing, whatever they hold; the rows' weights are not
-    normalised.  Without a valid pair and a row with a weight, state and moments stay as they are.  The state
-    given is donated.
+    * Pairs, or rows, are read only if one of their terms has a weight, and cost nothing otherwise.
+    * The mean is over the valid pairs of the whole batch.  The rows' weights are not normalised.
+    * Masked pairs and rows of weight 0 change nothing, whatever they contain.  If all are masked or of weight
+      0, parameters and optimiser moments do not change.
+    * cfg.microbatch is a number of pairs for the pairs, and of rows for the rows.
+    * The input state is donated.
 
-    Raises ValueError for positives and negatives of different widths, and where there is nothing to update
-    on.
+    Raises ValueError if positives and negatives differ in width, and if neither pairs nor rows are read.
 
     Metrics, f32[]:
-      loss, and `optim.apply_update`'s grad_norm, lr and skipped.  Of pairs, means over the valid ones (0
-      without one): pair_loss and pair_bce (unweighted, where they have a weight), margin (s_pos - s_neg, in
-      the contrast's own units), accuracy (share with z_pos > z_neg), positive_mean and negative_mean
-      (rewards), positive_saturation and negative_saturation (p (1 - p): 0 is saturated, .25 undecided),
-      common_push and difference_push (reward_losses.py); and valid, their number.  Of rows: rollout_bce,
-      rollout_accuracy (weighted share of rows where z > 0 agrees with the label), and rollout_rows, their
-      number.
+      both         loss; grad_norm, lr and skipped of `optim.apply_update`
+      pairs        means over the valid pairs, 0 if there is none:
+                     pair_loss, pair_bce: unweighted; present if their weight is not 0
+                     margin: s_pos - s_neg, logits or rewards depending on the contrast
+                     accuracy: share with z_pos > z_neg
+                     positive_mean, negative_mean: rewards
+                     positive_saturation, negative_saturation: p (1 - p); 0 is saturated, .25 undecided
+                     common_push, difference_push: see reward_losses.py
+                   valid: the number of valid pairs
+      rows         rollout_bce: unweighted
+                   rollout_accuracy: weighted share of rows where z > 0 agrees with the label
+                   rollout_rows: the number of rows with a weight
     """
     shardings = _param_shardings(config, layout)
     rows_loss_fn = _make_bce_loss_fn(config, cfg, layout)
     pairs_loss_fn = _make_pairs_loss_fn(config, cfg, layout)
 
     def use_pairs(params: Params, batch: PairBatch) -> _PartOfUpdate:
-        widths = batch.positive.tokens.shape[1], batch.negative.tokens.shape[1]
-        if widths[0] != widths[1]:
-            raise ValueError(f"positives are {widths[0]} tokens wide, negatives {widths[1]}: pad both alike")
+        # The members of a pair are stacked into one array later, so they need one width.
+        width, negative_width = batch.positive.tokens.shape[1], batch.negative.tokens.shape[1]
+        if width != negative_width:
+            raise ValueError(f"positives are {width} tokens wide, negatives {negative_width}: pad both alike")
+
+        # The mean over the valid pairs; the maximum avoids 0 / 0 if there are none.
         valid = batch.mask.sum().astype(jnp.float32)
         weights = batch.mask / jnp.maximum(valid, 1.0)  # f32[B]
         loss, grads, sums = optim.accumulate_gradients(
@@ -222,6 +245,8 @@ def make_reward_update(
             layout,
             shardings,
         )
+
+        # The loss is reported without its weight in the metrics, and enters the update with it.
         total = batch.weights.sum()
         metrics = {
             "rollout_bce": loss,
@@ -235,6 +260,7 @@ def make_reward_update(
     def update(
         state: TrainState, pairs: PairBatch | None = None, labelled: LabelledBatch | None = None
     ) -> tuple[TrainState, Metrics]:
+        # These conditions are decided at trace time: a term that is off is not compiled.
         parts = []
         if pairs is not None and cfg.reads_pairs:
             parts.append(use_pairs(state.params, pairs))
@@ -243,7 +269,8 @@ def make_reward_update(
         if not parts:
             raise ValueError("a reward-model update needs pairs or labelled rows whose terms have a weight")
 
-        # The gradient of a sum of losses is the sum of their gradients: one optimiser step for both.
+        # The gradient of a sum of losses is the sum of their gradients, so one optimiser step serves both
+        # parts.
         loss, grads, enabled, metrics = parts[0]
         for part in parts[1:]:
             loss, grads = loss + part.loss, jax.tree.map(jnp.add, grads, part.grads)
@@ -255,12 +282,15 @@ def make_reward_update(
 
 
 def _make_pairs_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout) -> LossFn:
-    """(params, (PairBatch, weights)) -> (loss f32[], sums): weighted sums over the pairs."""
+    """The loss function (params, (PairBatch, weights)) -> (loss f32[], metrics).
+
+    Loss and metrics are sums over the pairs, weighted by `weights`, f32[m].
+    """
 
     def loss_fn(params: Params, piece: tuple[PairBatch, jax.Array]) -> tuple[jax.Array, Metrics]:
         pairs, weights = piece  # [m], f32[m]
 
-        # The members of a pair side by side, [2 m, S]: one forward pass, and a pair stays on its shard.
+        # Interleave the members, [2 m, S]: one forward pass computes both, and no pair is split over shards.
         rows = jax.tree.map(
             lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, a.shape[1]), pairs.positive, pairs.negative
         )
@@ -269,12 +299,15 @@ def _make_pairs_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: La
         z_pos, z_neg = z[0::2], z[1::2]  # f32[m]
 
         terms = reward_losses.pair_terms(z_pos, z_neg, cfg)
-        loss = sum(term_weight * (weights * term).sum() for term_weight, term in terms.values())
+        # Pairs are read only if some term has a weight, so the sum is an array and not the int 0.
+        weighted_terms = [term_weight * (weights * term).sum() for term_weight, term in terms.values()]
+        loss = cast(jax.Array, sum(weighted_terms))
 
+        # Metrics of each pair, f32[m]; the margin is in the units of the contrast.
         p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)
         s_pos, s_neg = (z_pos, z_neg) if cfg.pair_loss == "logit" else (p_pos, p_neg)
         d_pos, d_neg = reward_losses.pair_gradients(z_pos, z_neg, cfg)
-        each_pair = {name: term for name, (_, term) in terms.items()} | {
+        by_pair = {name: term for name, (_, term) in terms.items()} | {
             "margin": s_pos - s_neg,
             "accuracy": z_pos > z_neg,
             "positive_mean": p_pos,
@@ -284,7 +317,7 @@ def _make_pairs_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: La
             "common_push": -(d_pos + d_neg) / 2,
             "difference_push": -(d_pos - d_neg) / 2,
         }
-        return loss, {name: (weights * x).sum() for name, x in each_pair.items()}
+        return loss, {name: (weights * x).sum() for name, x in by_pair.items()}
 
     return loss_fn
 
@@ -294,6 +327,7 @@ def _param_shardings(config: ModelConfig, layout: Layout) -> Any:
 
 
 def _jit_update(update: Callable, config: ModelConfig, opt: optim.Optimiser, layout: Layout) -> Callable:
-    """Jit an update with its state donated; the new state keeps the old one's shardings."""
+    """Jit an update; the input state is donated, and the new one has the same shardings."""
+    # Donation halves the memory of parameters and optimiser state, which are by far the largest arrays.
     shardings = optim.state_shardings(opt, transformer.param_specs(config, head="score"), layout)
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, layout.replicated))

@@ -2,9 +2,9 @@
 
 1. `order_batches` shuffles an epoch and splits it into batches of equal size.  The split does not depend on
    the rows' lengths, so every batch is an unbiased sample.
-2. `choose_shapes` picks a few widths that pad the given lengths least.  Each width has microbatches of two
-   row
-   counts: as many rows as a token budget holds, and half as many.  Few shapes mean few programs to compile.
+2. `choose_shapes` picks a few widths that pad the given lengths least.  Each width has microbatches of
+   two row counts: as many rows as a token budget holds, and half as many.  Few shapes mean few programs to
+   compile, and little padding keeps updates fast.
 3. `split_microbatches` sorts a batch by length and splits it into microbatches with the fewest tokens.  The
    order of rows within a batch has no effect, because the gradients of its microbatches are summed.
 
@@ -100,8 +100,8 @@ def choose_shapes(
 def _choose_widths(widths: np.ndarray, counts: np.ndarray, max_widths: int) -> list[int]:
     """The widths, ascending and at most `max_widths` of them, that pad rows of these widths least.
 
-    widths: ascending; counts: rows of each width.  Dynamic programming over the widths: O(max_widths *
-    len^2).
+    widths: ascending; counts: rows of each width.  Dynamic programming over the widths takes
+    O(max_widths * len(widths)^2).
     """
     n = len(widths)
     rows_before = np.concatenate([[0], np.cumsum(counts)])
@@ -140,11 +140,12 @@ def split_microbatches(rows: np.ndarray, lengths: np.ndarray, shapes: Sequence[S
     ordered = np.asarray(rows)[np.argsort(-lengths[rows], kind="stable")]
     n = len(ordered)
     widths = sorted({shape.width for shape in shapes})
-    shapes_by_width = {width: [s for s in shapes if s.width == width] for width in widths}
+    shapes_by_width: dict[int, list[Shape]] = {width: [] for width in widths}
+    for shape in shapes:
+        shapes_by_width[shape.width].append(shape)
     needed_widths = [widths[k] for k in np.searchsorted(widths, lengths[ordered])]
 
-    # From each row on: the fewest tokens of the remaining rows, and the shape that their first microbatch
-    # has.
+    # From each row on: the fewest tokens of the remaining rows, and the shape of their first microbatch.
     tokens = [0] * (n + 1)
     first_shapes = [shapes[0]] * n
     for i in reversed(range(n)):

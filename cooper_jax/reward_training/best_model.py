@@ -1,8 +1,8 @@
 """The best model of a reward model's training, stored for use elsewhere, and the report on it.
 
 1. `keep_best_model` writes best/ and the model's logits on the held-out rows.  best/ holds the weights in the
-   form that transformers and `reward.weights` read, the tokenizer, and fingerprints of the training
-   questions.
+   form that transformers and `reward.weights` read, the tokenizer, and the training questions'
+   fingerprints.
 2. `write_final_report` turns those logits into report.json, reliability.png and a table.
 """
 
@@ -121,8 +121,9 @@ def write_seen_record(job: rm_setup.Job) -> None:
 def write_final_report(job: rm_setup.Job, step: int, best: BestEvaluation) -> str:
     """Write report.json and reliability.png of the best model; returns a table for the terminal.
 
-    step: updates done in all.  Raises ValueError where predictions.jsonl has other rows than the held-out
-    ones.
+    step: updates done in all.
+
+    Raises ValueError where predictions.jsonl has other rows than the held-out ones.
     """
     held_out, selection = job.data.held_out, job.settings.train_rm.keep_best
     logits = _read_logits(job)
@@ -143,8 +144,9 @@ def write_final_report(job: rm_setup.Job, step: int, best: BestEvaluation) -> st
     title = f"{job.cfg.name}, update {best.step}: {len(held_out)} held-out rows"
     write_atomically(job.path / "reliability.png", rm_report.plot_reliability(held_out, logits, title))
     return (
-        f"{rm_report.format_report_table(groups)}\n{job.path}: {step} updates done; {BEST}/ is the model of update "
-        f"{best.step} ({selection} {best.value:.4f}), with report.json, reliability.png and {PREDICTIONS}"
+        f"{rm_report.format_report_table(groups)}\n{job.path}: {step} updates done; {BEST}/ is the model of "
+        f"update {best.step} ({selection} {best.value:.4f}), with report.json, reliability.png and "
+        f"{PREDICTIONS}"
     )
 
 

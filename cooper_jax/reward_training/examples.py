@@ -93,8 +93,7 @@ def load_examples(cfg: ConfigDict, settings: TrainRmConfig, tokenizer: Tokenizer
       cfg: the whole config, of which `reward` and `seed` are read.
       settings: its `train_rm` section.
 
-    Raises SetupError, naming file, row and flag, for files that cannot be read and for parts that lack a
-    label.
+    Raises SetupError, naming file, row and flag, for files that cannot be read and parts that lack a label.
     """
     train, held_out = _read_parts(settings)
 
@@ -148,8 +147,9 @@ def make_attacked_copies(triples: Sequence[Triple], share: float, seed: int) -> 
 
 
 def split_held_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], list[Triple]]:
-    """Split rows into (training, held out): whole questions are held out until `share` of the rows is
-    reached.
+    """Split rows into (training, held out) by whole questions.
+
+    Questions are held out, in the order of their fingerprints, until `share` of the rows is reached.
 
     Raises SetupError where one of the parts would be empty.
     """
@@ -195,8 +195,9 @@ def _read_files(field: str, paths: str) -> list[Triple]:
 def _find_overlap(
     train: Sequence[Triple], held_out: Sequence[Triple], weights: str
 ) -> tuple[list[Triple], list[Triple]]:
-    """Held-out rows whose question was trained on, here or for the initial weights, and those whose was not."""
-    seen = frozenset(seen_questions.fingerprint_question(q) for q in {t.question for t in train})
+    """Held-out rows whose question was trained on, here or by the initial weights, and all others."""
+    questions = {t.question for t in train}
+    seen = frozenset(seen_questions.fingerprint_question(question) for question in questions)
     with setup_errors(f"reward.weights={weights!r}"):
         record = seen_questions.read_record(weights)
     if record is not None:
@@ -217,8 +218,8 @@ def _check_labels(part: str, triples: Sequence[Triple]) -> None:
     labels = {t.label for t in triples}
     if len(labels) < 2:
         raise SetupError(
-            f"train_rm: the {len(triples)} {part} rows all have the label {next(iter(labels)):g}: both labels "
-            "must occur, or nothing can be learned or measured"
+            f"train_rm: the {len(triples)} {part} rows all have the label {next(iter(labels)):g}: both "
+            "labels must occur, or nothing can be learned or measured"
         )
 
 

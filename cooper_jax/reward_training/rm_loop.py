@@ -1,7 +1,6 @@
 """Training of a reward model on labelled completions (arXiv 2508.05613, VerifyRM), with held-out evaluation.
 
-1. `examples.load_examples` reads, splits, filters and tokenises the data; `batches` chooses the rows of an
-   update.
+1. `examples.load_examples` reads, splits, filters and tokenises the data; `batches` chooses an update's rows.
 2. An update sums the gradients of its microbatches, which differ in width, and applies them once.
 3. Every `train_rm.eval_every` updates the held-out rows are scored.  A model that is better than all before
    is written to <run_dir>/best/ at once, and its logits to predictions.jsonl.
@@ -181,8 +180,9 @@ def _evaluate(job: rm_setup.Job, state: RewardTrainState) -> tuple[RewardTrainSt
     logits = score_rows(job, state.reward.params, job.data.held_out)
     if not np.isfinite(logits).all():
         raise SetupError(
-            f"update {state.step}: {(~np.isfinite(logits)).sum()} of {len(logits)} held-out logits are not finite: "
-            "lower --config.train_rm.optimiser.lr, or set --config.reward.dtype=float32, in a new run_dir"
+            f"update {state.step}: {(~np.isfinite(logits)).sum()} of {len(logits)} held-out logits are not "
+            "finite: lower --config.train_rm.optimiser.lr, or set --config.reward.dtype=float32, in a new "
+            "run_dir"
         )
 
     metrics = rm_report.compute_evaluation_metrics(job.data.held_out, logits)
@@ -241,8 +241,8 @@ def _start_or_resume(
     for what, now in (("config", config_hash(job.cfg)), ("data", job.data.digest)):
         if loop[what] != now:
             raise SetupError(
-                f"{checkpoints.folder / str(step)} was saved with another {what} ({loop[what]}, now {now}): give "
-                "the old one, or another --config.run_dir"
+                f"{checkpoints.folder / str(step)} was saved with another {what} ({loop[what]}, now {now}): "
+                "give the old one, or another --config.run_dir"
             )
 
     # An update whose evaluation was interrupted has not been logged.

@@ -81,8 +81,8 @@ def _check_mesh(cfg: ConfigDict, problems: Problems) -> None:
     for name in ("reward", "reference", "assistant"):
         problems.need(
             not cfg.mesh[name],
-            f"mesh.{name}={cfg.mesh[name]!r}: a reward model that is trained alone uses all devices, by mesh.data, "
-            ".fsdp and .tensor; leave it empty",
+            f"mesh.{name}={cfg.mesh[name]!r}: a reward model that is trained alone uses all devices, by "
+            "mesh.data, .fsdp and .tensor; leave it empty",
         )
     with problems.collect("mesh"):
         device_layouts.make_policy_layout(cfg)
@@ -180,8 +180,8 @@ def describe_rm_job(job: Job) -> str:
     return (
         f"{job.cfg.name}: {config.family} of {config.layers} layers x {config.width}, {len(data.train)} rows "
         f"({data.train.labels.mean():.1%} correct; {data.too_long} dropped: over {train_rm.max_characters} "
-        f"characters; {data.train.truncated} cut to {job.cfg.reward.max_tokens} tokens; {data.attacked} are reward "
-        f"hacks), {len(data.held_out)} held out ({data.overlapping} with a training question {overlap}), "
-        f"{train_rm.epochs} epochs of {job.steps // train_rm.epochs} updates, mesh {mesh_sizes}\n"
+        f"characters; {data.train.truncated} cut to {job.cfg.reward.max_tokens} tokens; {data.attacked} are "
+        f"reward hacks), {len(data.held_out)} held out ({data.overlapping} with a training question "
+        f"{overlap}), {train_rm.epochs} epochs of {job.steps // train_rm.epochs} updates, mesh {mesh_sizes}\n"
         f"microbatches of {shapes} tokens: a program each"
     )

@@ -1,9 +1,9 @@
-"""First differing token of each row between two rollouts of the same requests, with the margin of its draw.
+"""First differing token of each row between two rollouts of the same requests, with its sampling margin.
 
-With the same keys and weights, rollouts in other slots, segments or meshes differ only where the last bits of
-the logits change which token is drawn.  `find_first_differences` finds each row's first such token and its
-margin: how close the draw was to another token.  A small margin means rounding; a large one means that
-something else differs.
+Two rollouts with the same keys and weights, but other slots, segments or meshes, differ only where the last
+bits of the logits change the sampled token.  `find_first_differences` finds each row's first such token and
+its margin: how close the row came to sampling another token.  A small margin means that rounding explains
+the difference; a large margin means that something else differs.
 
 N rows   P prompt tokens   T response tokens   V vocabulary
 """
@@ -31,11 +31,12 @@ class Difference:
     """The first token in which a row differs."""
 
     row: int
-    index: int  # in the response
+    index: int  # of the token in the response
+    # In the first and in the second rollout.
     tokens: tuple[int, int]  # -1: the row had ended
     logprobs: tuple[float, float]
     # Sampled from logits: a share of probability, see `kernels.sampling.sampling_margin`.  Sampled by the
-    # fused head: the difference of the two largest z / T + Gumbel noise, in nats.
+    # fused head: the difference between the two largest values of z / T + Gumbel noise, in nats.
     margin: float
 
 
@@ -54,18 +55,23 @@ def find_first_differences(
 ) -> list[Difference]:
     """List the rows of `a` and `b` that differ, by row; the other arguments are those of `engine.generate`.
 
-    fused: they were sampled by the fused head (`head_sampling.should_fuse_head`).  Margins are computed from
-    the common prefix, in f32 and one row at a time, which every batch shard of the layout repeats.
+    fused: the rollouts were sampled by the fused head (`head_sampling.should_fuse_head`).
+
+    Margins are computed from the common prefix, in f32, one row at a time.  All batch shards of the layout
+    compute the same row.
     """
     a, b = (jax.device_get(x) for x in (a, b))
     tokens = [np.where(x.mask, x.tokens, -1) for x in (a, b)]  # i32[N, T] each
     differs = tokens[0] != tokens[1]
     rows = np.flatnonzero(differs.any(axis=1))
     keys = sampling_spec.make_row_keys(key, jnp.asarray(positions), spec.group_size)
-    width = max(map(len, prompts)) + spec.max_new_tokens  # the same for all rows: compiled once
 
-    found = []
+    # One width for all rows, so that one program is compiled.
+    width = max(map(len, prompts)) + spec.max_new_tokens
+
+    differences = []
     for row in rows.tolist():
+        # Up to its first difference a row is the same in both rollouts.
         index = int(differs[row].argmax())
         prefix = [*prompts[row // spec.group_size], *a.tokens[row, :index].tolist()]
         padded = np.zeros((layout.batch_shards, width), np.int32)
@@ -73,7 +79,7 @@ def find_first_differences(
         valid = np.broadcast_to(np.arange(width)[None, :] < len(prefix), padded.shape)
         row_key = keys[row : row + 1]
         margin = _margin(params, padded, valid, len(prefix) - 1, row_key, index, config, spec, layout, fused)
-        found.append(
+        differences.append(
             Difference(
                 row=row,
                 index=index,
@@ -82,7 +88,7 @@ def find_first_differences(
                 margin=float(margin),
             )
         )
-    return found
+    return differences
 
 
 @jax.jit(static_argnums=(6, 7, 8, 9))
@@ -103,13 +109,16 @@ def _margin(
     hidden = jax.lax.dynamic_index_in_dim(hidden, last, axis=1, keepdims=False)  # f32[1, D]
     logits = transformer.compute_logits(params, config, hidden)  # f32[1, V]
 
+    # The fused head samples by the Gumbel-max trick, whose noise is a function of the key words: it is made
+    # again here.  Greedy rows have no noise in either head.
     if fused and spec.temperature > 0:
         words = sampling_spec.make_key_words(key, index)  # u32[1, 2]
         entries = jnp.arange(logits.shape[1], dtype=jnp.uint32)[None, :]
         noise = gumbel.gumbel_at(words[:, :1], words[:, 1:], entries)
-        best = jax.lax.top_k(logits / spec.temperature + noise, 2)[0]
-        return best[0, 0] - best[0, 1]
+        top_two = jax.lax.top_k(logits / spec.temperature + noise, 2)[0]
+        return top_two[0, 0] - top_two[0, 1]
 
+    # The other head inverts the CDF with uniforms of the same key.
     margin = sampling.sampling_margin(
         logits,
         sampling_spec.draw_uniforms(key, index),

@@ -1,26 +1,28 @@
-"""Sample G responses to each prompt with continuous batching: token ids in, a `Rollout` of arrays out.
+"""Rollout engine: samples G responses to each prompt with continuous batching.
 
-1. The weights are cast once (`copy_rollout_weights`) and resharded for decoding: all-gathered from the mesh
-   axis that shards them in training, where the memory allows it.
+Token ids of the prompts in, a `Rollout` of arrays out:
+
+1. The weights are cast once (`copy_rollout_weights`) and resharded for decoding: if memory allows it, they
+   are all-gathered from the mesh axis that shards them in training.
 2. Each prompt is prefilled once, in chunks of similar length (rollout_plan.py), and its G samples share its
-   keys and values.  Every (prompt, sample) is a request; its first token is drawn from its prompt's last
+   keys and values.  Every (prompt, sample) is a request, whose first token is sampled from the prompt's last
    hidden state.
-3. Requests are decoded in slots: `max_rows` of them, as many as `memory_gib` has room for, or one per
-   request.  A slot whose request has finished takes the next one without a prefill (slots.py), so a long
-   response holds up nobody.
-4. Decoding runs in jitted segments of at most `spec.segment` tokens with donated state.  After each one the
-   host reads one small array and refills idle slots, compacts the last live slots into half as many, or
-   stops.
+3. Requests are decoded in slots: at most `max_rows`, as many as fit into `memory_gib`, or one per request.  A
+   slot whose request has finished takes the next request without a prefill (slots.py), so no slot waits for
+   a long response in another.
+4. Decoding runs in jitted segments of at most `spec.segment` tokens with donated state.  After each segment
+   the host reads one small array; then it refills idle slots, moves the last live slots into a batch of half
+   the size, or stops.
 
 Compilation: shapes are rounded up so that few programs are compiled.  Prompts are padded to a multiple of 32
 tokens and their number to three significant bits (1 to 8, 10, 12, 14, 16, 20, ...) times the layout's batch
 shards.  Plain XLA reads the whole suffix cache, so its cache grows with the longest response, in sizes that
-are rounded the same way; Pallas kernels read only what they need, so their cache has all columns from the
-start and one program decodes.  Padding prompts request nothing and are cropped.
+are rounded in the same way.  Pallas kernels read only the columns that count, so their cache has all columns
+from the start, and one program decodes.  Padding prompts request nothing, and their rows are dropped.
 
-Results: an EOS that was sampled is inside the mask and nothing follows it; truncated rows have no EOS.  A
-row's random bits depend on the key, its prompt's position in the data order, its sample index and the token's
-index alone: not on its slot, nor on when the slot took it.
+Results: a sampled EOS is inside the mask and nothing follows it; truncated rows have no EOS.  A row's random
+bits are a function of the key, its prompt's position in the data order, its sample index and the token's
+index alone.  They do not depend on its slot or on the time at which the slot took it.
 
 B prompts   G samples per prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens
 Z batch shards   U slots per shard   W columns of the suffix cache
@@ -48,7 +50,7 @@ from cooper_jax.runtime import device_memory, hosts
 from cooper_jax.runtime.mesh import Layout, is_spec, make_shardings
 from cooper_jax.types import Completion, Metrics, Params, Rollout
 
-# Called with some prompts as soon as all their rows have finished: (indices of the prompts, their rows).
+# Callback for prompts whose rows have all finished: (indices of these prompts, their rows).
 OnGroups = Callable[[list[int], Rollout], None]
 Prompts = Sequence[Sequence[int]]
 
@@ -73,13 +75,12 @@ def generate(
 ) -> Rollout:
     """Sample spec.group_size responses to each prompt -> Rollout of N = B * G rows, T = spec.max_new_tokens.
 
-    params: as trained, or already through `copy_rollout_weights` (then nothing is cast again).  On a mesh,
-      prompts, positions, key and limits are the same on every host, and so is the Rollout: NumPy arrays.
+    params: as trained, or the result of `copy_rollout_weights`, which is not cast again.
     positions: each prompt's position in the data order; with `key` (of this step's rollout stream) they
-      decide the random bits.
-    limits: most tokens of each row, [N], from 1 to T; None: T for all.
-    max_rows: slots on all shards together, which are the rows decoded at a time.
-    memory_gib: GiB of one device that weights, caches and slots may take; as many slots are opened as fit.
+      determine the random bits.
+    limits: maximum number of tokens of each row, [N], from 1 to T; None: T for all.
+    max_rows: number of slots on all shards together, which is the number of rows decoded at a time.
+    memory_gib: GiB of one device for weights, caches and slots; as many slots are opened as fit.
     weight_placement: gathered, sharded or auto: see `rollout_plan.should_gather`.
     on_groups: receives each prompt's rows on the host, once, while other prompts are still decoded.
     between_segments: called on the host before the prefill and before each decode segment, equally often on
@@ -87,9 +88,13 @@ def generate(
     report: receives `rollout/*` metrics at the end: slot use and load balance over the batch shards.
     implementation: of the kernels (kernels/platform.py); None: `choose_kernels`.
 
-    Raises ValueError for prompts that are missing, empty or outside the vocabulary and for memory in which no
-    slot fits, and FloatingPointError when a live row's logits are not finite.
+    On a mesh, prompts, positions, key and limits must be the same on every host.  The Rollout consists of
+    NumPy arrays, the same on every host.
+
+    Raises ValueError if prompts are missing, empty or outside the vocabulary and if no slot fits into the
+    memory, and FloatingPointError if a live row's logits are not finite.
     """
+    # Inputs, and the static arguments of all programs.
     num_rows = len(prompts) * spec.group_size
     row_limits = np.full(num_rows, spec.max_new_tokens) if limits is None else np.asarray(limits)
     _check_inputs(config, prompts, positions, row_limits, spec)
@@ -98,12 +103,13 @@ def generate(
     static = RolloutStatic(config, layout, spec, implementation)
     prompts_per_shard = rollout_plan.round_to_bucket(-(-len(prompts) // static.shards))
 
+    # The rollout's own copy of the weights.
     gathered = _should_gather(config, layout, spec, weight_placement, memory_gib)
     weights = copy_rollout_weights(params, config, layout, spec.dtype, gathered)
     if between_segments is not None:
         between_segments()
 
-    # Count slots first: a budget that is too small is refused before the caches are allocated.
+    # Slots are counted first, so that a budget that is too small fails before the caches are allocated.
     slots_per_shard = count_slots(weights, static, prompts, prompts_per_shard, max_rows, memory_gib)
     prompt_cache = _prefill(weights, static, prompts, prompts_per_shard)
 
@@ -116,6 +122,7 @@ def generate(
         weights, prompt_cache, *layout.put((padded_positions, padded_limits), "batch"), key, static=static
     )
 
+    # Decode, and crop the padding: rows are prompt-major, and padding prompts are the last.
     watch = None if on_groups is None else _GroupWatch(on_groups, len(prompts), spec)
     requests = _decode(
         weights, prompt_cache, requests, slots_per_shard, static, watch, between_segments, report
@@ -124,7 +131,7 @@ def generate(
 
 
 def choose_kernels(config: ModelConfig, layout: Layout) -> str:
-    """Choose the kernels of the layout's devices if they support the head_dim, otherwise plain XLA."""
+    """Choose the kernels for the layout's devices if they support the head_dim, otherwise plain XLA."""
     native = platform.default_implementation(layout.platform)
     return native if supports_head_dim(native, config.head_dim) else "xla"
 
@@ -135,12 +142,13 @@ def choose_kernels(config: ModelConfig, layout: Layout) -> str:
 def copy_rollout_weights(
     params: Params, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
 ) -> Params:
-    """Copy the weights for a step's rollout: matrices in `dtype`, norms as they are, layers split.
+    """Copy the weights for a step's rollout: matrices in `dtype`, norms unchanged, layers split into stacks.
 
-    On a mesh they are all-gathered here once if `gathered`, and not at every token: laid out by
-    `layout.for_rollout()`.  On one device, arrays that are right already are passed through without a copy:
-    do not donate them while the result is in use.
+    gathered: on a mesh, all-gather the weights once (`layout.for_rollout()`), and not at every token.
+
+    On one device, arrays that need no change are not copied: do not donate them while the result is in use.
     """
+    # Layers are a tuple of stacks in a rollout's weights alone: they are a copy already.
     if isinstance(params["layers"], tuple):
         return params
     if layout.single_device:
@@ -152,21 +160,25 @@ def copy_rollout_weights(
 def reshard_weights(
     params: Params, *, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
 ) -> Params:
-    """Do `copy_rollout_weights` on a mesh, in one program that casts first, which halves what is sent."""
+    """Copy the weights as `copy_rollout_weights` does, on a mesh and in one program."""
+    # Cast before the all-gather: bfloat16 halves the bytes that are sent.
     target = layout.for_rollout() if gathered else layout
     specs = transformer.param_specs(config)
     weights = jax.lax.with_sharding_constraint(_cast(params, config, dtype), make_shardings(target, specs))
     weights = generation.prepare_generation(weights, config, layout)
+
+    # Splitting the layers must not make the compiler choose another sharding.
     shardings = make_layer_shardings(target, specs)
     stacks = tuple(jax.lax.with_sharding_constraint(w, shardings) for w in weights["layers"])
     return weights | {"layers": stacks}
 
 
 def make_layer_shardings(layout: Layout, specs: Params) -> Params:
-    """Make a stack of layers' shardings: as declared, a projection's heads as one axis (`PROJECTIONS`)."""
+    """Make the shardings of a stack of layers: those declared, with heads and head_dim as one axis."""
 
     def make_sharding(name, declared):
         spec = layout.spec(declared.axes, declared.shape)
+        # A rollout's projections are matrices, whose heads and head_dim are one axis, sharded as the heads.
         if name in PROJECTIONS:
             parts = zip(spec, declared.axes, strict=True)
             spec = PartitionSpec(*(part for part, axis in parts if axis != "head_dim"))
@@ -176,6 +188,8 @@ def make_layer_shardings(layout: Layout, specs: Params) -> Params:
 
 
 def _cast(params: Params, config: ModelConfig, dtype: str) -> Params:
+    """Cast all weights to `dtype`, except those that are declared to stay in float32."""
+
     def cast(spec, x):
         return x if x.dtype == dtype or spec.keep_f32 else x.astype(dtype)
 
@@ -185,6 +199,7 @@ def _cast(params: Params, config: ModelConfig, dtype: str) -> Params:
 def _should_gather(
     config: ModelConfig, layout: Layout, spec: SamplingSpec, weight_placement: str, memory_gib: float | None
 ) -> bool:
+    """Resolve `weight_placement`; auto: gather if memory allows it, that of the budget or else the device."""
     if weight_placement != "auto":
         return weight_placement != "sharded"
     budget: float | None
@@ -201,10 +216,10 @@ def _should_gather(
 def decode_completions(
     rollout: Rollout, decode: Callable[[Sequence[int]], str], eos_ids: Sequence[int]
 ) -> list[Completion]:
-    """Decode each row to text without its EOS, if one was sampled; a truncated row keeps its last token.
+    """Decode each row to text, without the EOS of a finished row; a truncated row keeps its last token.
 
-    `Completion.tokens` counts sampled tokens, the EOS included.  Raises ValueError when a finished row ends
-    with no id of eos_ids: the rollout was sampled with others.
+    `Completion.tokens` counts the sampled tokens, EOS included.  Raises ValueError if a finished row does not
+    end with one of eos_ids, which means that the rollout was sampled with other EOS ids.
     """
     tokens, mask, finished = (np.asarray(x) for x in (rollout.tokens, rollout.mask, rollout.finished))
     completions = []
@@ -233,16 +248,20 @@ def count_slots(
 ) -> int:
     """Count the slots of each shard: one per request, or as many as `max_rows` and `memory_gib` allow.
 
-    Raises ValueError where that is none.
+    Raises ValueError if that is none.
     """
     spec, shards = static.spec, static.shards
     slots = prompts_per_shard * spec.group_size
+
+    # Rows are divided evenly over the shards.
     if max_rows is not None:
         if max_rows < shards:
             raise ValueError(
                 f"max_rows {max_rows} is less than one row on each of {shards} batch shards: raise it"
             )
         slots = min(slots, max_rows // shards)
+
+    # Slots may have to wait for memory, so the cache is planned for requests that wait for slots.
     if memory_gib is not None:
         memory = rollout_plan.plan_memory(
             weights,
@@ -261,11 +280,12 @@ def count_slots(
 
 
 def count_cache_columns(static: RolloutStatic, waiting: bool) -> int:
-    """Count the columns that the suffix cache may need: one per response token but the last, never fed.
+    """Count the columns that the suffix cache may need: one per response token except the last, never fed.
 
-    waiting: requests wait for slots.  Then slots of all ages share one write column, which moves to the right
-    until the cache is shifted back; a quarter more columns make shifts rare.
+    waiting: some requests wait for slots.
     """
+    # When requests wait, slots that started at different times share one write column.  It moves to the right
+    # until the host shifts the cache back; a quarter more columns make shifts rare.
     columns = max(static.spec.max_new_tokens - 1, 1)
     if waiting:
         columns += max(static.spec.segment, columns // 4)
@@ -282,6 +302,7 @@ def _prompt_width(static: RolloutStatic, prompts: Prompts) -> int:
 
 
 def _prefill(weights: Params, static: RolloutStatic, prompts: Prompts, prompts_per_shard: int) -> PromptCache:
+    """Prefill all prompts, one chunk after the other."""
     width = _prompt_width(static, prompts)
     cache = programs.make_prompt_cache(
         weights, prompts_per_shard=prompts_per_shard, width=width, static=static
@@ -304,18 +325,21 @@ def _decode(
 ) -> Requests:
     """Decode every request to its end, in `slots_per_shard` slots."""
     segment = static.spec.segment
-    grows = not static.pallas  # plain XLA reads every column of the cache: it starts small
     max_columns = count_cache_columns(static, waiting=slots_per_shard < requests.num_tokens.shape[1])
-    columns = min(segment, max_columns) if grows else max_columns
+
+    # Plain XLA reads every column of the cache at every token, so its cache starts small.
+    columns = max_columns if static.pallas else min(segment, max_columns)
     slots, packed = programs.open_slots(
         weights, requests, prompts, slots_per_shard=slots_per_shard, columns=columns, static=static
     )
     status = Status.read(packed)
+
+    # Steps of the decode batch, and of all its slots on all shards: the denominator of slot use.
     steps = slot_steps = 0
     while True:
         if status.failed:
             raise FloatingPointError(
-                "the policy's logits are not finite: there is nothing to sample from; the weights hold NaN "
+                "the policy's logits are not finite, so no token can be sampled: the weights contain NaN "
                 "or overflow in " + static.spec.dtype
             )
         if watch is not None:
@@ -325,7 +349,7 @@ def _decode(
         if between_segments is not None:
             between_segments()
 
-        # Refill idle slots; once nothing waits, halve the batch when half of it is enough.
+        # Refill idle slots; once no request waits, halve the batch as soon as half of it is enough.
         half = slots_per_shard // 2
         if status.idle:
             slots = programs.refill_slots(slots, requests, prompts, static=static)
@@ -335,37 +359,60 @@ def _decode(
                 slots, requests, prompts, slots_per_shard=slots_per_shard, static=static
             )
 
-        # Make room for the next segment: drop the columns that no slot reads any more, and grow the cache.
-        write_column = status.write_column
-        unread = write_column - status.longest
-        if write_column + segment > columns and (unread or columns < max_columns):
-            if grows:
-                needed = status.longest + segment
-                needed += needed // 4 if unread else 0
-                segments = rollout_plan.round_to_bucket(-(-needed // segment))
-                columns = min(segments * segment, max_columns)
-            slots = programs.resize_cache(slots, unread, columns=columns, static=static)
-            write_column -= unread
+        slots, columns, write_column = _make_room(slots, status, columns, max_columns, static)
 
-        # A segment ends early when an eighth of the slots is idle while requests wait.
+        # A segment ends early when an eighth of the slots is idle while requests wait: a refill costs a
+        # transfer to the host, an idle slot costs a row of every step.
         refill_at = max(1, slots_per_shard // 8)
         slots, requests, packed = programs.decode_segment(
             weights, slots, requests, prompts, steps=segment, refill_at=refill_at, static=static
         )
-        status = Status.read(packed)  # the one transfer of a segment: the host waits here for the device
-        done = status.write_column - write_column
-        steps += done
-        slot_steps += done * slots_per_shard * static.shards
+        status = Status.read(packed)  # the only transfer of a segment: the host waits for the device here
+
+        # Every step writes one column, however many slots are live.
+        segment_steps = status.write_column - write_column
+        steps += segment_steps
+        slot_steps += segment_steps * slots_per_shard * static.shards
     if report is not None:
         report(_load_metrics(requests, steps, slot_steps))
     return requests
 
 
+def _make_room(
+    slots: Slots, status: Status, columns: int, max_columns: int, static: RolloutStatic
+) -> tuple[Slots, int, int]:
+    """Make room in the suffix cache for the next segment -> (slots, columns, write column).
+
+    Drops the columns that no live slot reads any more, and lets the cache of plain XLA grow.
+    """
+    segment = static.spec.segment
+    write_column = status.write_column
+    unread = write_column - status.longest  # the columns before those of the longest live response
+    if write_column + segment <= columns or not (unread or columns < max_columns):
+        return slots, columns, write_column
+
+    # A quarter more if the cache is shifted too, so that shifts are rare; few sizes, so that few programs are
+    # compiled.
+    if not static.pallas:
+        needed = status.longest + segment
+        needed += needed // 4 if unread else 0
+        segments = rollout_plan.round_to_bucket(-(-needed // segment))
+        columns = min(segments * segment, max_columns)
+    slots = programs.resize_cache(slots, unread, columns=columns, static=static)
+    return slots, columns, write_column - unread
+
+
 def _load_metrics(requests: Requests, steps: int, slot_steps: int) -> Metrics:
-    """Measure load balance: the share of slot steps that gave a token; the busiest shard over the mean."""
+    """Compute the `rollout/*` metrics.
+
+    slot_use is the share of slot steps that decoded a token; imbalance is the number of tokens of the busiest
+    shard over the mean of the shards.
+    """
     num_tokens = hosts.fetch_arrays(requests.num_tokens)  # i32[Z, Q]
     by_shard = num_tokens.sum(axis=1, dtype=np.float64)  # f64[Z], first tokens included
-    decoded = by_shard.sum() - (num_tokens > 0).sum()  # the prefill gave the first tokens
+
+    # First tokens come from the prefill and take no slot step.
+    decoded = by_shard.sum() - (num_tokens > 0).sum()
     return {
         "rollout/steps": float(steps),
         "rollout/slot_use": float(decoded / slot_steps) if slot_steps else 1.0,
@@ -378,9 +425,10 @@ class _GroupWatch:
 
     def __init__(self, on_groups: OnGroups, num_prompts: int, spec: SamplingSpec):
         self.on_groups, self.spec = on_groups, spec
-        self.pending = list(range(num_prompts))
+        self.pending = list(range(num_prompts))  # prompts that have not been passed on
 
     def report_finished(self, slots: Slots, requests: Requests) -> None:
+        """Pass on the prompts that have finished since the last call."""
         unfinished = rollout_state.find_unfinished(
             slots.request, slots.started, requests.queue, requests.queue_length
         )
@@ -389,17 +437,17 @@ class _GroupWatch:
         ready = [i for i in self.pending if not unfinished[i]]
         if not ready:
             return
+
+        # Rows are prompt-major.
         self.pending = [i for i in self.pending if unfinished[i]]
         rows = np.asarray(ready)[:, None] * group + np.arange(group)[None, :]
         self.on_groups(ready, _fetch_rows(requests, rows.reshape(-1), self.spec))
 
 
 def _fetch_rows(requests: Requests, rows: np.ndarray | slice, spec: SamplingSpec) -> Rollout:
-    """Fetch some rows to the host.
-
-    All rows are fetched and then indexed: they are small, and a program for each choice of rows would be
-    compiled.
-    """
+    """Fetch some rows to the host."""
+    # All rows are fetched and indexed on the host: they are small, and indexing on the device would compile
+    # a program for each number of rows.
     arrays = (requests.tokens, requests.logprobs, requests.num_tokens, requests.finished)
     fetched = hosts.fetch_arrays(arrays)
     tokens, logprobs, num_tokens, finished = (x.reshape(-1, *x.shape[2:])[rows] for x in fetched)
@@ -414,24 +462,26 @@ def _check_inputs(
     limits: np.ndarray,
     spec: SamplingSpec,
 ) -> None:
-    """Raise ValueError for inputs of `generate` that cannot be used."""
+    """Raise ValueError for invalid inputs of `generate`."""
     if not prompts or len(prompts) != len(positions):
         raise ValueError(
-            f"{len(prompts)} prompts with {len(positions)} positions: give one position a prompt"
+            f"{len(prompts)} prompts with {len(positions)} positions: give one position per prompt"
         )
     num_rows = len(prompts) * spec.group_size
     if limits.shape != (num_rows,) or limits.min() < 1 or limits.max() > spec.max_new_tokens:
         raise ValueError(
-            f"limits of shape {limits.shape} from {limits.min(initial=0)} to {limits.max(initial=0)}: give each of "
-            f"{num_rows} rows one from 1 to max_new_tokens = {spec.max_new_tokens}"
+            f"limits of shape {limits.shape} from {limits.min(initial=0)} to {limits.max(initial=0)}: "
+            f"give each of {num_rows} rows one from 1 to max_new_tokens = {spec.max_new_tokens}"
         )
+
+    # An id outside the vocabulary would be clipped to another token's embedding without an error.
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty: there is no token to continue")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(
-                f"prompt {i} holds the ids {min(prompt)} to {max(prompt)}, but the model has {config.vocab_size} "
-                "tokens: its tokenizer is another model's"
+                f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, but the model has "
+                f"{config.vocab_size} tokens: use the tokenizer of this model"
             )
     for eos in spec.eos_ids:
         if not 0 <= eos < config.vocab_size:

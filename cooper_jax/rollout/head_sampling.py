@@ -1,10 +1,10 @@
-"""Sample a token from each row's hidden state: the output head and the draw, fused where that pays.
+"""Sampling of a token from each row's hidden state: the output head and the sampling, fused where possible.
 
-    xla kernels, or top-k, top-p or min-p is on         logits [N, V], then `sampling_spec.sample_tokens`
+    xla kernels, or with top-k, top-p or min-p          logits [N, V], then `sampling_spec.sample_tokens`
     TPU and GPU kernels, temperature alone or greedy    `kernels.head`: logits are never written
 
-On a mesh, rows are sampled on the shard that decodes them; a vocabulary that is sharded over a mesh axis is
-reduced by small collectives.
+On a mesh, each row is sampled on the shard that decodes it.  If a mesh axis shards the vocabulary, small
+collectives combine the results of its shards.
 
 N rows   D width   V vocabulary
 """
@@ -28,7 +28,7 @@ from cooper_jax.types import Params
 
 
 def should_fuse_head(implementation: str, spec: SamplingSpec) -> bool:
-    """Decide whether `sample_from_hidden` samples in the head's kernel, without writing logits."""
+    """Return True if `sample_from_hidden` samples in the head's kernel, which does not write logits."""
     return platform.is_pallas(implementation) and spec.full_softmax
 
 
@@ -36,16 +36,17 @@ def sample_from_hidden(
     weights: Params,
     config: ModelConfig,
     hidden: jax.Array,  # [N, D]
-    keys: jax.Array,  # key[N], of `sampling_spec.make_row_keys`
+    keys: jax.Array,  # key[N], from `sampling_spec.make_row_keys`
     position: jax.Array,  # i32[] or i32[N]: the token's index in its response
     spec: SamplingSpec,
     layout: Layout,
     implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sample one token per row: i32[N], and its log-probability f32[N] under the distribution sampled from.
+    """Sample one token per row: i32[N], and its log-probability f32[N] under the sampled distribution.
 
-    A row whose logits are not finite gives token 0 and NaN.
+    A row whose logits are not finite gives token 0 and log-probability NaN.
     """
+    # Kernels are not partitioned by the compiler: both ways run under `shard_map` on a mesh.
     head = transformer.get_head_matrix(weights, config)
     batch_axis = layout.spec(("batch",))[0]
     vocab_axis = layout.spec(("vocab",), head.shape)[0]
@@ -71,7 +72,8 @@ def sample_from_hidden(
         in_specs = rows, PartitionSpec(vocab_axis), rows
         return run_sharded(sample_fused, layout, in_specs, rows)(hidden, head.astype(hidden.dtype), words)
 
-    # Shards too small to exchange blocks of the vocabulary: the compiler gathers their logits instead.
+    # Sampling from sharded logits exchanges blocks of the vocabulary between neighbours.  If a shard is too
+    # small for that, the compiler gathers the logits.
     if vocab_axis is not None and head.shape[0] < layout.ways(vocab_axis) ** 2 * BLOCK:
         vocab_axis = None
 

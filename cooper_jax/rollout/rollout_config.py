@@ -1,6 +1,6 @@
 """Typed settings of the rollout: the config's `rollout` section.
 
-`make_sampling_spec` says how to sample, `make_engine_options` how the engine may run on the devices.
+`make_sampling_spec` selects the settings of sampling, `make_engine_options` those of the engine and devices.
 """
 
 from __future__ import annotations
@@ -32,15 +32,19 @@ class EngineOptions(TypedDict):
 class RolloutConfig:
     """Settings of the rollout: the config's `rollout` section."""
 
-    group_size: int  # G, responses a prompt
-    max_new_tokens: int  # T, an EOS included
-    temperature: float
+    # The responses.
+    group_size: int  # G, responses per prompt
+    max_new_tokens: int  # T, EOS included
+    # Sampling.
+    temperature: float  # 0: greedy
     top_k: int  # 0: off
     top_p: float  # 1: off
     min_p: float  # 0: off
+    # The decode batch.
     max_rows: int  # rows decoded at a time; 0: all rows of a step
     memory_gib: float  # of one device, for weights, caches and slots; 0: no limit
     segment: int  # tokens decoded between two checks for finished rows
+    # Number formats, kernels and placement.
     dtype: str  # of the rollout's weights and activations
     kernels: str  # auto or xla
     weight_placement: str  # of the rollout's copy of the weights: auto, gathered or sharded
@@ -66,7 +70,10 @@ class RolloutConfig:
         return typed_config.read_section(cls, section, "rollout")
 
     def make_sampling_spec(self, eos_ids: tuple[int, ...], **changes: Any) -> SamplingSpec:
-        """The sampling of a training step; changes: fields in which other sampling differs from it."""
+        """Make the sampling settings of a training step.
+
+        changes: fields of SamplingSpec to replace, for sampling other than a training step's.
+        """
         spec = SamplingSpec(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -82,7 +89,8 @@ class RolloutConfig:
         return dataclasses.replace(spec, **changes)
 
     def make_engine_options(self) -> EngineOptions:
-        """Limits of the slots, the placement of the weights and the kernels, as `engine.generate` takes them."""
+        """Make the keyword arguments of `engine.generate` for limits, weight placement and kernels."""
+        # A config has no None: 0 and "auto" stand for it.
         return EngineOptions(
             max_rows=self.max_rows or None,
             memory_gib=self.memory_gib or None,
@@ -92,5 +100,5 @@ class RolloutConfig:
 
 
 def get_engine_options(cfg: ConfigDict) -> EngineOptions:
-    """The engine's options of a whole config.  Raises SetupError for values of `rollout` out of range."""
+    """Make the engine's options from a whole config.  Raises SetupError for `rollout` values out of range."""
     return RolloutConfig.from_config(cfg.rollout).make_engine_options()

@@ -1,8 +1,9 @@
-"""Sizes of a rollout: few of them, so that few programs are compiled, and such that they fit into memory.
+"""Sizes of a rollout: few different ones, so that few programs are compiled, and small enough for memory.
 
-1. Prompts are grouped into prefill chunks of one width and at most `PREFILL_TOKENS` tokens per shard
-(`make_chunks`).  2. `plan_memory` counts the bytes that a device holds; `Memory.slots` is how many slots a
-budget has room for.
+1. `make_chunks` groups prompts into prefill chunks of equal width, with at most `PREFILL_TOKENS` tokens per
+   shard.
+2. `plan_memory` counts a rollout's bytes on one device; `Memory.slots` counts the slots that fit into a
+   budget.
 
 Z batch shards   B prompts   G samples per prompt   P prompt tokens   W columns of the suffix cache
 """
@@ -24,29 +25,31 @@ from cooper_jax.runtime.mesh import Layout, abstract_params
 from cooper_jax.types import Params
 
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this many tokens
-PREFILL_TOKENS = 4096  # most tokens of one prefill chunk on a shard
+PREFILL_TOKENS = 4096  # upper bound on the tokens of one prefill chunk on a shard
 FEWEST_SLOTS = 8  # a shard's slots are not halved below this number
 GIB = 2**30
 
 
 def round_to_bucket(n: int) -> int:
     """Round n up to three significant bits: at most a quarter more, four sizes for each power of two."""
+    # The value of the third bit from the top: 10001b is rounded in steps of 100b to 10100b.
     step = 1 << max(0, n.bit_length() - 3)
     return -(-n // step) * step
 
 
 def column_multiple(kv_format: Format) -> int:
-    """Return the number that a cache's columns are a multiple of.
-
-    Kernels copy whole tiles of packed caches, and int8's scales lie along 128 lanes.
-    """
+    """Return the number that a cache's columns are a multiple of."""
+    # Kernels, which need packed caches, copy whole tiles of columns; int8's scales lie along 128 lanes.
     if not kv_format.packed:
         return 1
     return 128 if kv_format.dtype == "int8" else 32
 
 
 def prompt_width(longest: int, multiple: int = 1) -> int:
-    """Return the padded length of prompts: a bucket of multiples of 32, or of `multiple` if that is more."""
+    """Return the padded length of prompts whose longest has `longest` tokens.
+
+    It is a bucket (`round_to_bucket`) of multiples of 32, or of `multiple` if that is larger.
+    """
     multiple = max(PROMPT_MULTIPLE, multiple)
     return round_to_bucket(-(-longest // multiple)) * multiple
 
@@ -63,11 +66,12 @@ class Chunk:
 def make_chunks(
     prompts: Sequence[Sequence[int]], shards: int, prompts_per_shard: int, width: int
 ) -> Iterator[Chunk]:
-    """Group all prompts into chunks by length: chunk widths double from 32 tokens on, up to `width`.
+    """Group all prompts into chunks by length: chunk widths are 32, 64, 128, ... tokens, at most `width`.
 
-    Prompt i lies on shard i // prompts_per_shard.  A shard with fewer prompts in a chunk than another is
+    Prompt i is on shard i // prompts_per_shard.  A shard with fewer prompts in a chunk than another shard is
     padded.
     """
+    # Doubling widths waste less than half of a row, and need few programs.
     by_width: dict[int, list[list[int]]] = {}  # width -> for each shard, the indices of its prompts
     for i, prompt in enumerate(prompts):
         doublings = max(0, math.ceil(math.log2(len(prompt) / PROMPT_MULTIPLE)))
@@ -76,11 +80,11 @@ def make_chunks(
         by_shard[i // prompts_per_shard].append(i)
 
     for chunk_width, by_shard in sorted(by_width.items()):
-        most = max(map(len, by_shard))
+        max_prompts = max(map(len, by_shard))  # on one shard
 
         # One number of rows for all chunks of a width: one program prefills them.
-        rows = min(round_to_bucket(most), max(1, PREFILL_TOKENS // chunk_width))
-        for first in range(0, most, rows):
+        rows = min(round_to_bucket(max_prompts), max(1, PREFILL_TOKENS // chunk_width))
+        for first in range(0, max_prompts, rows):
             members = [indices[first : first + rows] for indices in by_shard]
             yield _fill_chunk(prompts, members, rows, chunk_width, prompts_per_shard)
 
@@ -89,6 +93,7 @@ def _fill_chunk(
     prompts: Sequence[Sequence[int]], members: list[list[int]], rows: int, width: int, prompts_per_shard: int
 ) -> Chunk:
     """Copy prompts into the arrays of a chunk.  members: for each shard, the indices of its prompts."""
+    # Rows without a prompt have length 1, so that every row has a last token.
     shards = len(members)
     tokens = np.zeros((shards, rows, width), np.int32)
     lengths = np.ones((shards, rows), np.int32)
@@ -103,44 +108,51 @@ def _fill_chunk(
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device while a rollout decodes, with the peak of its programs' temporaries.
+    """Bytes of a rollout on one device while it decodes, including the peak of its programs' temporaries.
 
-    Caches count as they are laid out on a device: not divided by `tensor` where it does not divide their
-    heads.
+    Caches are counted in their layout on the device: whole if the `tensor` axis does not divide their heads.
     """
 
+    # Independent of the number of slots.
     weights: int  # the rollout's own copy
-    prompts: int  # keys and values of a shard's prompts, and a prefill's activations
-    requests: int  # tokens and log-probabilities of a shard's requests, and the draw of their first tokens
-    slot: int  # one slot: activations, logits and its suffix cache, twice because a copy moves it
+    prompts: int  # keys and values of a shard's prompts, and the activations of one prefill chunk
+    requests: int  # a shard's tokens and log-probabilities, and the sampling of all first tokens
+    # For each slot: activations, logits and twice its suffix cache, because resizing and compacting copy it.
+    slot: int
 
     def total(self, slots: int) -> int:
+        """Count the bytes of a rollout with this number of slots per shard."""
         return self.weights + self.prompts + self.requests + slots * self.slot
 
     def slots(self, budget: int) -> int:
-        """Count the slots that `budget` bytes have room for.  Raises ValueError if that is 0."""
-        room = (budget - self.total(0)) // self.slot
-        if room < 1:
+        """Count the slots that fit into `budget` bytes.  Raises ValueError if none does."""
+        num_slots = (budget - self.total(0)) // self.slot
+        if num_slots < 1:
             raise ValueError(
-                f"one slot needs {self.total(1) / GIB:.3f} GiB of a device (weights {self.weights / GIB:.3f}, "
-                f"prompts {self.prompts / GIB:.3f}, requests {self.requests / GIB:.3f}, the slot "
-                f"{self.slot / GIB:.3f}), but rollout.memory_gib allows {budget / GIB:.3f}: raise it, shorten "
+                f"one slot needs {self.total(1) / GIB:.3f} GiB of a device "
+                f"(weights {self.weights / GIB:.3f}, prompts {self.prompts / GIB:.3f}, "
+                f"requests {self.requests / GIB:.3f}, the slot {self.slot / GIB:.3f}), "
+                f"but rollout.memory_gib allows {budget / GIB:.3f}: raise it, shorten "
                 "rollout.max_new_tokens, set rollout.kv_dtype=int8, or shard the model over more devices"
             )
-        return room
+        return num_slots
 
 
 def should_gather(config: ModelConfig, layout: Layout, dtype: str, budget: float | None) -> bool:
-    """Decide whether `layout.for_rollout()` all-gathers the weights, or they stay sharded as in training.
+    """Return True if weights gathered for the rollout (`layout.for_rollout()`) take at most half the budget.
 
-    budget: bytes of a device for the rollout, or None for no bound.  Gathered weights may take half of it.
-    Otherwise each layer is gathered when it is used, at every token: slow, but a model of any size decodes.
+    Otherwise they should stay sharded as in training.  Then each layer is gathered at every token when it is
+    used: slow, but a model of any size can decode.
+
+    budget: bytes of a device for the rollout, or None for no bound.
     """
     if budget is None:
         return True
+
+    # Abstract arrays: nothing is allocated to find out.
     params = jax.tree.leaves(abstract_params(layout.for_rollout(), param_specs(config)))
-    numbers = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in params)
-    return numbers * jnp.dtype(dtype).itemsize <= budget / 2
+    num_params = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in params)
+    return num_params * jnp.dtype(dtype).itemsize <= budget / 2
 
 
 def plan_memory(
@@ -158,20 +170,23 @@ def plan_memory(
 ) -> Memory:
     """Count the bytes of a rollout on one device.
 
-    weights: arrays, or abstract ones with shardings, as the rollout reads them.
+    weights: arrays, or abstract arrays with shardings, in the form that the rollout reads.
     prompts: prompts per shard, of `width` tokens, with `group` samples of at most `new_tokens` tokens each.
-    columns: of the suffix cache.  own_prompts: each slot holds a copy of its prompt's keys and values.
+    columns: of the suffix cache.
+    own_prompts: each slot has a copy of its prompt's keys and values.
     """
+    # With a shape, `layout.spec` skips mesh axes that do not divide it, and the dimension is counted whole.
     kv_shards = layout.ways(layout.spec(("kv_heads",), (config.kv_heads,))[0])
     vocab_shards = layout.ways(layout.spec(("vocab",), (config.padded_vocab,))[0])
     f32 = 4
 
     token_kv = kv_format.bytes_per_token(config.layers, config.kv_heads // kv_shards, config.head_dim)
-    # A row's logits and two arrays of their size that sampling makes of them.
+    # A row's logits, and two temporaries of their size in sampling.
     logits = 3 * f32 * config.padded_vocab // vocab_shards
     # A row's activations: hidden states and the projections of one layer.
     activations = f32 * (4 * config.width + 3 * config.ffn + 4 * config.heads * config.head_dim)
 
+    # A chunk has at least one row, which may be longer than PREFILL_TOKENS.
     prefill_tokens = min(max(PREFILL_TOKENS, width), prompts * width)
     slot_columns = columns + (width if own_prompts else 0)
     return Memory(
@@ -183,4 +198,5 @@ def plan_memory(
 
 
 def _device_bytes(x: jax.Array) -> int:
+    """Count the bytes of an array's shard on one device."""
     return math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize

@@ -4,14 +4,14 @@
     open_slots -> Slots -> decode_segment, decode_segment, ...
 
 1. `prefill_chunk` runs each prompt once; a prompt's samples share its keys and values.  `sample_first_tokens`
-   draws every request's first token from its prompt's last hidden state.
-2. `decode_segment` decodes some tokens in every slot.
-3. `refill_slots` gives idle slots the next requests of their shard's queue by changing an index: the prompts'
-   keys are there already, so nothing is prefilled.
+   samples every request's first token from its prompt's last hidden state.
+2. `decode_segment` decodes up to a fixed number of tokens in every slot.
+3. `refill_slots` gives idle slots the next requests of their shard's queue by changing an index.  The prompts
+   are in the cache already, so nothing is prefilled.
 4. `compact_slots` moves the last live slots into a smaller batch; `resize_cache` changes the number of
-   columns.
+   columns of the suffix cache.
 
-The arrays are described in rollout_state.py.  Padding and idle slots are masked, so every shape is static.
+rollout_state.py describes the arrays.  Padding and idle slots are masked, so every shape is static.
 
 Z batch shards   B prompts   G samples per prompt   Q requests per shard (Z * Q = B * G, prompt-major)
 U slots per shard   P prompt tokens   T response tokens   W columns of the suffix cache   D width
@@ -48,6 +48,7 @@ def make_prompt_cache(
     weights: Params, *, prompts_per_shard: int, width: int, static: RolloutStatic
 ) -> PromptCache:
     """Make an empty cache for `prompts_per_shard` prompts of `width` tokens on each shard."""
+    # A prompt cache has the layout of a suffix cache, with prompts as rows.
     rows = prompts_per_shard * static.shards
     kv = generation.make_empty_suffix(static.config, weights["layers"], rows, width, static.kv_format)
     hidden = jnp.zeros((rows, static.config.width), static.spec.dtype)
@@ -74,17 +75,23 @@ def prefill_chunk(
         kv_format=static.kv_format,
         layout=static.layout,
     )
+
+    # Every prompt reads a row of the chunk, and keeps its cache if it is not in the chunk, so that shapes do
+    # not depend on the number of prompts in the chunk.
     in_chunk = source >= 0
     rows = jnp.maximum(source, 0).reshape(static.shards, -1)  # i32[Z, B / Z]
 
-    def write(cached, fresh):
-        """Write leaves with prompts on axis 1, and on axis 3 tokens, padded to the cache's width."""
-        fresh = _take_rows(fresh, rows)
-        missing = [size - have for size, have in zip(cached.shape, fresh.shape, strict=True)]
-        fresh = jnp.pad(fresh, [(0, missing[axis] if axis == 3 else 0) for axis in range(fresh.ndim)])
+    def write(cached, new):
+        """Write leaves with prompts on axis 1 and tokens on axis 3, padded to the cache's width."""
+        new = _take_rows(new, rows)
+        padding = [(0, 0)] * new.ndim
+        if new.ndim > 3:
+            padding[3] = (0, cached.shape[3] - new.shape[3])
+        new = jnp.pad(new, padding)
         mask = in_chunk.reshape(1, -1, *(1,) * (cached.ndim - 2))
-        return jnp.where(mask, fresh, cached)
+        return jnp.where(mask, new, cached)
 
+    # `hidden` and `lengths` get a layer axis of 1.
     written = PromptCache(
         hidden=write(prompts.hidden[None], hidden[None])[0],
         lengths=write(prompts.lengths[None], lengths[None])[0],
@@ -98,7 +105,7 @@ def sample_first_tokens(
     weights: Params,
     prompts: PromptCache,
     positions: jax.Array,  # i32[B]: each prompt's position in the data order
-    limits: jax.Array,  # i32[B * G]: most tokens of each response; 0: padding
+    limits: jax.Array,  # i32[B * G]: maximum number of tokens of each response; 0: padding
     key: jax.Array,
     *,
     static: RolloutStatic,
@@ -108,28 +115,31 @@ def sample_first_tokens(
     group = spec.group_size
     requests_per_shard = positions.shape[0] * group // shards
 
+    # Samples of one prompt have the same hidden state and different keys.
     keys = sampling_spec.make_row_keys(key, positions, group)
     hidden = jnp.repeat(prompts.hidden, group, axis=0)  # [B * G, D]
     token, logprob = _sample(weights, hidden, keys, jnp.zeros((), jnp.int32), static)
-    wanted = limits > 0
-    finished = wanted & _is_eos(token, spec)
-    needs_slot = wanted & ~finished & (limits > 1)
+
+    # A response may end with its first token.
+    requested = limits > 0
+    finished = requested & _is_eos(token, spec)
+    needs_slot = requested & ~finished & (limits > 1)
 
     def by_shard(x):  # [Z * Q, ...] -> [Z, Q, ...]
         return x.reshape(shards, requests_per_shard, *x.shape[1:])
 
     def start_rows(values, dtype):  # [Z * Q] -> [Z, Q, T]
         out = jnp.zeros((shards, requests_per_shard, spec.max_new_tokens), dtype)
-        return out.at[:, :, 0].set(by_shard(jnp.where(wanted, values, 0)))
+        return out.at[:, :, 0].set(by_shard(jnp.where(requested, values, 0)))
 
-    # The requests that may become longest start first, so that few slots wait for them at the end.
+    # Requests with the largest limits start first, so that few long responses are left at the end.
     queue = jnp.argsort(by_shard(jnp.where(needs_slot, -limits, 1)), axis=1, stable=True)
     requests = Requests(
         keys=by_shard(keys),
         limits=by_shard(limits),
         tokens=start_rows(token, jnp.int32),
         logprobs=start_rows(logprob, jnp.float32),
-        num_tokens=by_shard(wanted.astype(jnp.int32)),
+        num_tokens=by_shard(requested.astype(jnp.int32)),
         finished=by_shard(finished),
         queue=queue.astype(jnp.int32),
         queue_length=jnp.sum(by_shard(needs_slot), axis=1, dtype=jnp.int32),
@@ -155,6 +165,7 @@ def open_slots(
     group = static.spec.group_size
     aligned = slots_per_shard == requests_per_shard  # one slot per request, in the requests' order
 
+    # All slots idle.  A first token without a finite log-probability fails the rollout here.
     idle = jnp.full((shards, slots_per_shard), requests_per_shard, jnp.int32)
     slots = Slots(
         request=idle,
@@ -172,8 +183,10 @@ def open_slots(
         samples=group if aligned else None,
     )
 
+    # Start the first requests.  Aligned slots take their own request whatever the queue's order, so that the
+    # samples of a prompt stay side by side.
     if aligned:
-        position = jnp.argsort(requests.queue, axis=1)  # in the queue
+        position = jnp.argsort(requests.queue, axis=1)  # i32[Z, Q]: each request's position in the queue
         needs_slot = position < requests.queue_length[:, None]
         own = jnp.arange(requests_per_shard, dtype=jnp.int32)
         own = jnp.broadcast_to(own[None, :], idle.shape)
@@ -206,12 +219,13 @@ def decode_segment(
 ) -> tuple[Slots, Requests, jax.Array]:
     """Decode up to `steps` tokens in every slot -> (Slots, Requests, packed Status).
 
-    Ends early when no slot is live, and when `refill_at` slots of a shard are idle while requests wait for
-    them.
+    Ends early when no slot is live, when logits are not finite, and when `refill_at` slots of a shard are
+    idle while requests wait for them.
     """
     requests_per_shard = requests.num_tokens.shape[1]
 
-    # Which prompt a slot reads stays the same within a segment: outside the loop's carry, it is not copied.
+    # Slots keep their prompts within a segment, so the prompts stay outside the loop's carry and are not
+    # copied, and one schedule serves all steps.
     prompt_copies, prompt_of = slots.prompt_copies, slots.prompt_of
     lengths = slots.prompt_len.reshape(-1) if prompt_copies else prompts.lengths
     schedule = make_decode_schedule(
@@ -228,7 +242,7 @@ def decode_segment(
         step, slots, requests = carry
         live = slots.request < requests_per_shard
 
-        # The first suffix column of an idle slot lies behind the last one: it reads nothing.
+        # An idle slot gets a first suffix column behind the last, and so reads nothing.
         first = jnp.where(live, slots.write_column - slots.generated, slots.write_column + 1)
         hidden, suffix = generation.decode_step(
             weights,
@@ -248,10 +262,11 @@ def decode_segment(
         slots = dataclasses.replace(slots, suffix=suffix, write_column=slots.write_column + 1)
         return step + 1, *_sample_next_tokens(weights, hidden, slots, requests, static)
 
+    # A stack of one layer drops its layer axis in the carry, and gets it back after the loop.
     carried = dataclasses.replace(
         slots,
         prompt_copies=(),
-        prompt_of=None,  # type: ignore[arg-type]  # not carried: put back after the loop
+        prompt_of=None,  # type: ignore[arg-type]  # not in the carry: set again after the loop
         suffix=tuple(generation.drop_stack_axis(kv) for kv in slots.suffix),
     )
     start = (jnp.zeros((), jnp.int32), carried, requests)
@@ -276,10 +291,11 @@ def refill_slots(slots: Slots, requests: Requests, prompts: PromptCache, *, stat
 def compact_slots(
     slots: Slots, requests: Requests, prompts: PromptCache, *, slots_per_shard: int, static: RolloutStatic
 ) -> Slots:
-    """Move the live slots into a batch of `slots_per_shard`, which must be at least as many as are live."""
+    """Move the live slots into a batch of `slots_per_shard` slots, which must be enough for them."""
+    # A stable sort puts live slots first, in their order.
     requests_per_shard = requests.num_tokens.shape[1]
     is_idle = slots.request >= requests_per_shard
-    kept = jnp.argsort(is_idle, axis=1, stable=True)[:, :slots_per_shard]  # live slots first
+    kept = jnp.argsort(is_idle, axis=1, stable=True)[:, :slots_per_shard]
     slots = dataclasses.replace(
         slots,
         request=_take(slots.request, kept),
@@ -293,14 +309,17 @@ def compact_slots(
 
 @functools.partial(jax.jit, static_argnames=("columns", "static"))
 def resize_cache(slots: Slots, by: jax.Array, *, columns: int, static: RolloutStatic) -> Slots:
-    """Shift the suffix cache `by` columns to the left and give it `columns` columns.
+    """Shift the suffix cache `by` columns to the left and resize it to `columns` columns.
 
-    Columns that fall off must belong to requests that have finished.
+    The first `by` columns are dropped: no live slot may have its first column among them.
     """
 
     def shift(x):  # [L, Z * U, K, W, ..]
+        # After the roll, dropped columns are behind the write column, where the next steps overwrite them.
         x = jnp.roll(x, -by, axis=3)[:, :, :, :columns]
-        return jnp.pad(x, [(0, columns - x.shape[3] if axis == 3 else 0) for axis in range(x.ndim)])
+        padding = [(0, 0)] * x.ndim
+        padding[3] = (0, columns - x.shape[3])
+        return jnp.pad(x, padding)
 
     slots = dataclasses.replace(
         slots, suffix=jax.tree.map(shift, slots.suffix), write_column=slots.write_column - by
@@ -321,16 +340,18 @@ def _sample_next_tokens(
     """Sample the next token of every live slot, record it, and free the slots of requests that have ended."""
     requests_per_shard, spec = requests.num_tokens.shape[1], static.spec
     live = slots.request < requests_per_shard
-    own = jnp.minimum(slots.request, requests_per_shard - 1)
+    own = jnp.minimum(slots.request, requests_per_shard - 1)  # within bounds for idle slots too
     index = slots.generated + 1  # of the new token in its response
 
+    # Idle slots sample too, and their tokens are dropped.
     keys = _take(requests.keys, own).reshape(-1)
     token, logprob = _sample(weights, hidden, keys, index.reshape(-1), static)
     token, logprob = token.reshape(live.shape), logprob.reshape(live.shape)
     is_eos = _is_eos(token, spec)
     ended = live & (is_eos | (index + 1 >= _take(requests.limits, own)))
 
-    def scatter(x, *indices, values):  # an idle slot's request is out of bounds: it writes nothing
+    # The request of an idle slot is out of bounds: "drop" writes nothing for it.
+    def scatter(x, *indices, values):
         def one_shard(x, values, *indices):
             return x.at[indices].set(values, mode="drop")
 
@@ -343,6 +364,8 @@ def _sample_next_tokens(
         num_tokens=scatter(requests.num_tokens, slots.request, values=index + 1),
         finished=scatter(requests.finished, slots.request, values=is_eos),
     )
+
+    # A request that has ended leaves its slot idle until the host refills it.
     slots = dataclasses.replace(
         slots,
         request=jnp.where(ended, requests_per_shard, slots.request),
@@ -356,22 +379,23 @@ def _sample_next_tokens(
 def _sample(
     weights: Params, hidden: jax.Array, keys: jax.Array, position: jax.Array, static: RolloutStatic
 ) -> tuple[jax.Array, jax.Array]:
+    """Sample a token and its log-probability from each hidden state."""
     return sample_from_hidden(
         weights, static.config, hidden, keys, position, static.spec, static.layout, static.implementation
     )
 
 
 def _start_requests(slots: Slots, requests: Requests, prompts: PromptCache, static: RolloutStatic) -> Slots:
-    """Give idle slots the next requests of the queue: their first token is there, their suffix is empty."""
+    """Give idle slots the next requests of the queue, which have a first token and no suffix yet."""
     requests_per_shard = requests.num_tokens.shape[1]
     is_idle = slots.request >= requests_per_shard
 
-    # The first idle slot of a shard takes the request at `started` in the queue, the second the one behind
-    # it.
+    # The i-th idle slot of a shard takes the request at position started + i of the queue, if there is one.
     position = slots.started[:, None] + jnp.cumsum(is_idle, axis=1, dtype=jnp.int32) - 1
     starts = is_idle & (position < requests.queue_length[:, None])
     request = _take(requests.queue, jnp.minimum(position, requests_per_shard - 1))
 
+    # The suffix cache is not cleared: `generated` = 0 leaves none of its columns to the new request.
     lengths = prompts.lengths.reshape(request.shape[0], -1)
     prompt_len = _take(lengths, request // static.spec.group_size)
     slots = dataclasses.replace(
@@ -388,12 +412,14 @@ def _start_requests(slots: Slots, requests: Requests, prompts: PromptCache, stat
 def _assign_prompts(
     slots: Slots, requests_per_shard: int, prompts: PromptCache, static: RolloutStatic
 ) -> Slots:
-    """Set which prompt keys each slot reads, where slots are not in the requests' order."""
+    """Set the prompt keys and values that each slot reads, for slots that are not in the requests' order."""
+    # Prompt-major: request q of a shard is a sample of its prompt q // G.
     prompt = jnp.minimum(slots.request, requests_per_shard - 1) // static.spec.group_size  # i32[Z, U]
     if static.pallas:
         prompt_of = jnp.where(slots.request < requests_per_shard, prompt, -1)
         return dataclasses.replace(slots, prompt_of=prompt_of, samples=None)
 
+    # Plain XLA: a copy per slot, made once per refill instead of a gather at every token.
     copies = jax.tree.map(lambda x: _take_rows(x, prompt), prompts.kv)
     own = jnp.broadcast_to(jnp.arange(prompt.shape[1], dtype=jnp.int32)[None, :], prompt.shape)
     return dataclasses.replace(slots, prompt_of=own, prompt_copies=copies, samples=1)
@@ -418,10 +444,11 @@ def _is_eos(token: jax.Array, spec: SamplingSpec) -> jax.Array:
 
 
 def _constrain(state: State, layout: Layout) -> State:
-    """Constrain every array's sharding, so that a program finds its input where the last one left it."""
+    """Constrain every array's sharding, so that no program has to reshard the output of the previous one."""
 
     def constrain(x):
         if isinstance(x, KV):
+            # Data have all five axes; scales lack the last.
             axes = ("layers", "batch", "kv_heads", None, "head_dim")
             return jax.tree.map(lambda a: layout.constrain(a, *axes[: a.ndim]), x)
         return layout.constrain(x, *("batch", None, None)[: x.ndim])

@@ -1,13 +1,13 @@
-"""Parsing of answers for the rule verifier: which answer a completion or a reference gives, and its value.
+"""Parsing of answers for the rule verifier: finds the answer in a completion or reference, and its value.
 
-1. `find_answer` finds the answer that a text marks: the last balanced `\\boxed{..}`, wherever it stands; else
-   the last of `#### ..`, `.. # ..` within a line, "answer is ..", "answer: .." and lines "A: ..".  Where
-   nothing is marked, `find_last_expression` is math-verify's own extraction of the last expression.
+1. `find_answer` finds the answer that a text marks: the last balanced `\\boxed{..}` anywhere in the text;
+   else the last of `#### ..`, `.. # ..` within a line, "answer is ..", "answer: .." and lines "A: ..".  If
+   nothing is marked, `find_last_expression` uses math-verify's extraction of the last expression.
 2. `parse_answer` parses an answer into a `ParsedAnswer`: a number, an expression, a collection (set, tuple,
    interval, matrix), a relation, a choice letter, or something that cannot be compared (words, unparseable
    LaTeX).
 
-This file runs in the worker processes, without jax: it imports nothing of this project.
+This module runs in the worker processes, without jax, and imports nothing from this project.
 """
 
 from __future__ import annotations
@@ -16,30 +16,35 @@ import dataclasses
 import re
 from typing import Any
 
-# An unmarked answer is looked for in so many last characters: math-verify's regular expressions are slow.
+# Number of characters at the end that are searched for an unmarked answer: math-verify's regular expressions
+# are slow.
 TAIL = 2000
 
-# --- 1. the position of the answer
-# ---------------------------------------------------------------------------
+# --- 1. the position of the answer -------------------------------------------------------------------------
 
+# "#### 20", as in GSM8K, and "... # 20" within a line, but not a heading "# 20".
 _HASH_MARK = re.compile(r"(?:####|(?<=\S[ \t])#(?=[ \t]))[ \t]*(\S[^\n]*)")
+# "The answer is 20", "answer to the question: 20", or a line "A: 20".
 _ANSWER_PHRASE = re.compile(
     r"(?:\banswer\b[\"*]*(?:[ \t]+to[^.:\n]{0,60})?[ \t]*(?:\bis\b[ \t]*:?|[:=])|^[ \t]*A:)[*\s]*(\S[^\n]*)",
     re.IGNORECASE | re.MULTILINE,
 )
+# End of the sentence, or a conjunction after which the answer is explained.
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|,?\s+(?:because|since|which|so|as|hence|therefore)\b")
 _NUMBER_WORDS = re.compile(
     r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
-    r"|(?:thir|four|fif|six|seven|eigh|nine)teen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|half)\b",
+    r"|(?:thir|four|fif|six|seven|eigh|nine)teen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
+    r"|hundred|thousand|half)\b",
     re.IGNORECASE,
 )
 
 
 def find_answer(text: str) -> tuple[int, int] | None:
-    """The span [start, end) of the answer that `text` marks, or None where it marks none.
+    """The span [start, end) of the answer that `text` marks, or None if it marks none.
 
-    A boxed answer wins over everything after it.  The span may be empty (`\\boxed{}`).
+    A boxed answer has priority over all other marks, even later ones.  The span may be empty (`\\boxed{}`).
     """
+    # Braces may be nested, which a regular expression cannot match: count their depth up to the closing one.
     for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
         depth = 1
         for i in range(box.end(), len(text)):
@@ -48,65 +53,78 @@ def find_answer(text: str) -> tuple[int, int] | None:
             if depth == 0:
                 return box.end(), i
 
+    # The last mark counts: earlier ones may be intermediate results.
     marks = [*_HASH_MARK.finditer(text), *_ANSWER_PHRASE.finditer(text)]
     if not marks:
         return None
     last = max(marks, key=lambda m: m.start(1))
     start, end = last.span(1)
-    # "the answer is 5, because ...": the sentence goes on behind the answer.
+
+    # "the answer is 5, because ...": the explanation is not part of the answer.
     if last.re is _ANSWER_PHRASE and (sentence_end := _SENTENCE_END.search(text, start, end)):
         end = sentence_end.start()
     return start, start + len(text[start:end].rstrip())
 
 
-# --- 2. the value of the answer
-# ------------------------------------------------------------------------------
+# --- 2. the value of the answer ----------------------------------------------------------------------------
 
+# Two or more letters are a word; one letter is a symbol.
 _WORD = re.compile(r"[A-Za-z]{2,}")
+# Words inside formulas; an answer with any other word is prose, which cannot be compared.
 _MATHS_WORDS = frozenset(
     "sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp mod gcd lcm max min "
     "and or in".split()
 )
+# The letter of a multiple choice: "B", "(B)", "option B", "B) 20", "B. 20".
 _LETTER = re.compile(r"(?i:(?:option|choice)\s+)?\(?([A-H])(?:\)(?:\s.*)?|\.\s.*)?", re.DOTALL)
+# A number with a unit in plain text: "20 cm", "5-inch", "3/4 miles", "20 m^2".
 _NUMERAL = r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?"
 _WITH_UNIT = re.compile(rf"({_NUMERAL})[\s-]*([A-Za-z][A-Za-z\s./^²³0-9]*)")
-# A number in LaTeX, followed by a unit that is marked as text: \frac{41}{12} \text{ km/h}, \text{cm}^2.
-_LATEX_NUMBER = r"(?:[-+\d.,{}()^*/\s]|\\[dt]?frac|\\sqrt|\\pi|\\cdot)+"  # one way to match: linear time
+# A number in LaTeX followed by a unit that is marked as text: \frac{41}{12} \text{ km/h}, 5 \text{cm}^2.
+# The alternatives of the number exclude each other, so that matching takes linear time.
+_LATEX_NUMBER = r"(?:[-+\d.,{}()^*/\s]|\\[dt]?frac|\\sqrt|\\pi|\\cdot)+"
 _MARKED_UNIT = re.compile(
     rf"({_LATEX_NUMBER})\\(?:text|mathrm|mbox)\s*\{{\s*([A-Za-z][A-Za-z\s./]*)\}}((?:\^\{{?\d\}}?)?)"
 )
-# x^2 + y = 0 is an equation, not the answer 0.
+# An equation such as x^2 + y = 0, of which math-verify would take only the right side, 0.
 _EQUATION = re.compile(r"(?:^|=)(?=[^=]*[a-z])(?=[^=]*[-+^])[^=]+=\s*0\s*$")
-# Letters that are a product, which would otherwise be taken for a word or a unit: 6xy, and c in ce^x.
+# Letters that form a product but would be parsed as a word or a unit: xy in 6xy, ce in ce^x.
 _PRODUCT = re.compile(
     r"(?<![A-Za-z\\])(?<!_\{)(?:[xyz]{2,3}|ab|bc|ac|abc|mn|pq|[A-Za-z]e(?=\s*\^))(?![A-Za-z])"
 )
+# Two capitals, a product of symbols or a name; not within a LaTeX command or a subscript.
 _CAPITALS = re.compile(r"(?<![A-Za-z\\])(?<!_\{)[A-Z]{2}(?![A-Za-z])")
 _COMMAND = re.compile(r"\\(?:begin|end)\{[A-Za-z*]+\}|\\[A-Za-z]+")
+# LaTeX commands that only change how their argument is set.
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ParsedAnswer:
-    """An answer with its kind and, where math-verify can parse it, its value."""
+    """An answer with its kind and, if math-verify can parse it, its value."""
 
-    kind: str  # number, expression, collection, relation, letter, words, opaque or empty
+    # number, expression, collection, relation: `value` is a sympy object
+    # letter, words: only the texts can be compared
+    # opaque: math-verify cannot parse it; empty: there is no answer
+    kind: str
     text: str
-    value: Any = None  # a sympy object for the first four kinds
-    unit: str = ""  # words after the number, lower case
-    decimals: int = 0  # digits after the point, where the text is a decimal number
+    value: Any = None
+    unit: str = ""  # words after the number, in lower case
+    decimals: int = 0  # digits after the point, if the text is a decimal number
 
     @property
     def comparable(self) -> bool:
-        """True where its value can be compared with another's."""
+        """True if the answer can be compared with another by value, or by its letter."""
         return self.kind in ("number", "expression", "collection", "relation", "letter")
 
 
 def tidy_answer(answer: str) -> str:
-    """The answer without surrounding punctuation and delimiters, spelled so that math-verify parses it."""
+    """Remove surrounding punctuation and delimiters, and rewrite what math-verify would not parse."""
     s = answer.strip().strip("\"'`*").strip()
     if "\\\\" in s and "\\begin" not in s:
-        s = s.replace("\\\\", "\\")  # LaTeX inside JSON
+        s = s.replace("\\\\", "\\")  # LaTeX escaped for JSON
+
+    # Punctuation and delimiters may be nested once, as in "$20.$.": two passes.
     for _ in range(2):
         s = s.rstrip(" .,;:\"'*\n\t}" if s.count("}") > s.count("{") else " .,;:\"'*\n\t")
         for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
@@ -122,7 +140,7 @@ def tidy_answer(answer: str) -> str:
     # Spellings of numbers.
     s = re.sub(r"(?<=\d)\s+(?=\.\d)", "", s)  # 20 .0
     before = None
-    while s != before:  # 10\,000: each pass joins one group of thousands
+    while s != before:  # 10\,000: each pass joins one group of three digits
         before = s
         s = re.sub(r"(?<![\d.])(\d{1,3}(?:,\d{3})*)(?:\\[,; !]|~| |\{,\})+,?(?=\d{3}(?!\d))", r"\1,", s)
     s = re.sub(r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}", s)  # 2 1/2
@@ -130,27 +148,27 @@ def tidy_answer(answer: str) -> str:
 
 
 def parse_answer(answer: str) -> ParsedAnswer:
-    """Parse one answer; references and completions follow the same rules."""
+    """Parse one answer, by the same rules for references and completions.
+
+    Raises the exceptions of math-verify and sympy.
+    """
     s = tidy_answer(answer)
     if not s:
         return ParsedAnswer("empty", s)
+
     plain = _TEXT.sub(r" \1 ", s).strip()
     if letter := _LETTER.fullmatch(plain):
         return ParsedAnswer("letter", letter[1])
     if "\\text" not in s and s == plain:
         s = plain = _write_products(s)
 
-    # A number followed by words is that number with a unit; words anywhere else cannot be compared.
-    unit, rest = "", plain
-    if found := _WITH_UNIT.fullmatch(re.sub(r"\\([$%, ])", r"\1", plain)):
-        if _WORD.search(found[2]) and not re.search(r"\s\d|\b(?:and|or|to|if|when)\b", found[2]):
-            rest, unit = found[1], " ".join(found[2].lower().split())
-    elif (found := _MARKED_UNIT.fullmatch(s)) and re.search(r"\d|\\pi", found[1]):
-        rest, unit = found[1].strip(), " ".join((found[2] + found[3]).lower().split())
+    # A number followed by words is that number with a unit.  Words in any other place cannot be compared.
+    rest, unit = _split_unit(s, plain)
     words = [w for w in _WORD.findall(_COMMAND.sub(" ", rest)) if w.lower() not in _MATHS_WORDS]
     if words:
         return ParsedAnswer("words", " ".join(plain.lower().split()))
 
+    # Without its unit the number is parsed from its plain text, otherwise from the LaTeX.
     value = parse_latex(rest if unit else s)
     if value is None:
         return ParsedAnswer("opaque", s)
@@ -159,26 +177,45 @@ def parse_answer(answer: str) -> ParsedAnswer:
     return ParsedAnswer(classify_value(value), s, value, unit, decimals)
 
 
+def _split_unit(s: str, plain: str) -> tuple[str, str]:
+    """(the answer without its unit, the unit in lower case); (plain, "") if the answer has no unit.
+
+    Args:
+      s: the tidied answer.
+      plain: the same without commands such as \\text.
+    """
+    if match := _WITH_UNIT.fullmatch(re.sub(r"\\([$%, ])", r"\1", plain)):
+        # "20 and 30" or "5 if x > 0" is a sentence, not a number with a unit.
+        if _WORD.search(match[2]) and not re.search(r"\s\d|\b(?:and|or|to|if|when)\b", match[2]):
+            return match[1], " ".join(match[2].lower().split())
+    elif (match := _MARKED_UNIT.fullmatch(s)) and re.search(r"\d|\\pi", match[1]):
+        return match[1].strip(), " ".join((match[2] + match[3]).lower().split())
+    return plain, ""
+
+
 def _write_products(text: str) -> str:
-    """The text with products of letters written out: 6xy -> 6x \\cdot y."""
+    """Write products of letters with a multiplication sign: 6xy -> 6x \\cdot y."""
     text = _PRODUCT.sub(lambda m: " \\cdot ".join(m[0]), text)
-    if not re.search(r"[-+*/^=]", text):  # two capitals alone are a name, or a time of the day
+    # Without an operator, two capitals are a name or a time of day (AB, PM).
+    if not re.search(r"[-+*/^=]", text):
         return text
     return _CAPITALS.sub(lambda m: " \\cdot ".join(m[0]), text)
 
 
 def parse_latex(latex: str) -> Any | None:
-    """The sympy value that math-verify gives to one answer in LaTeX; None where it gives none.
+    """The sympy value of one answer in LaTeX, as math-verify parses it; None if it cannot.
 
-    math-verify's own timeouts are off: they need SIGALRM.
+    math-verify's own timeouts are switched off, because they need SIGALRM.
     """
+    # Imported here because it takes long, and the parent process only uses find_answer.
     import sympy
     from math_verify import parse as parse_text
 
     values = parse_text(f"\\boxed{{{latex}}}", parsing_timeout=None, fallback_mode="no_fallback")
     value = values[0] if values else None
     if latex.strip().startswith("[") and isinstance(value, sympy.FiniteSet) and len(value.args) == 1:
-        return sympy.Tuple(*value.args, *value.args)  # [3,3] is a pair; as an interval it would be equal to 3
+        # [3,3] is a pair of equal numbers; math-verify parses it as an interval, the set {3}.
+        return sympy.Tuple(*value.args, *value.args)
     return value
 
 
@@ -196,19 +233,21 @@ def classify_value(value: Any) -> str:
 
 
 def find_last_expression(text: str) -> ParsedAnswer:
-    """The last expression at the end of a text that marks no answer; kind "empty" where there is none."""
+    """The last expression at the end of a text that marks no answer; its kind is "empty" if there is none."""
     from math_verify import parse as parse_text
 
     values = parse_text(text[-TAIL:], parsing_timeout=None, fallback_mode="first_match")
     if not values:
-        # "twenty" may be the answer, but math-verify does not read it.
+        # "twenty" may be the answer, but math-verify does not parse number words.
         kind = "words" if _NUMBER_WORDS.search(text[-TAIL:]) else "empty"
         return ParsedAnswer(kind, "")
 
-    # math-verify returns the value first and the text that it parsed last.
+    # math-verify returns a list: the value first, the text that it parsed last.
     parsed_text = values[-1] if isinstance(values[-1], str) else ""
     if isinstance(values[0], str) or _EQUATION.search(parsed_text):
         return ParsedAnswer("opaque", parsed_text)
+
+    # The kinds without a value come from our own parser; otherwise math-verify's value is used as it is.
     answer = parse_answer(parsed_text)
     if answer.kind in ("letter", "words"):
         return answer

@@ -5,22 +5,22 @@
                                  reward             (not in the rule arm)
                                  reward_optimiser   (not in the rule arm)
                                  loop               JSON: step, format, items, and the caller's own fields
-    <run_dir>/reference/                            the policy at step 0 (its source may change)
+    <run_dir>/reference/                            the policy at step 0, stored because its source may change
 
 1. Items are stored separately, so that weights can be restored without the optimiser.
 2. Orbax writes a checkpoint into a temporary directory in the background and renames it at the end, so that
    SIGKILL at any time leaves only complete checkpoints visible.  For the same reason old checkpoints are
-   renamed before they are deleted.  The next start deletes what is left of either.  Under gs://, where
-   directories cannot be renamed, Orbax writes a marker file at the end: a checkpoint with it is complete, and
-   deleting one starts with the marker.
+   renamed before they are deleted.  The next start deletes leftovers of both.  Under gs://, where directories
+   cannot be renamed, Orbax writes a marker file at the end: a checkpoint with a marker is complete, and
+   deleting a checkpoint starts with its marker.
 3. `restore` takes a tree of `jax.ShapeDtypeStruct` with shardings, on any mesh.  The stored bits do not
-   depend on the mesh, but the padding of the vocabulary does: `vocab_size` tells how many rows are real, and
+   depend on the mesh, but the padding of the vocabulary does: `vocab_size` is the number of real rows, and
    rows of padding are added or dropped.
 4. A checkpoint that cannot be read is renamed to `<step>.unreadable` (under gs://, moved to
-   `unreadable/<step>`) with a warning, and the one before it is used.  One that can be read but does not fit
-   (shapes, dtypes, format) is an error.
+   `unreadable/<step>`) with a warning, and the checkpoint before it is used.  A checkpoint that can be read
+   but does not fit (shapes, dtypes, format) is an error.
 
-With several processes, each writes and reads its own shards, in a directory that all of them see.  All must
+With several processes, each writes and reads its own shards, in a directory that all of them share.  All must
 call the methods below in the same order.
 """
 
@@ -49,8 +49,10 @@ from cooper_jax.runtime.checkpoint_checks import (
 from cooper_jax.types import Params, TrainState
 
 FORMAT = 1  # to be raised when the meaning of stored data changes
-LOOP = "loop"
+LOOP = "loop"  # item with the loop's JSON
 _RESERVED = ("step", "format", "items")  # fields of the loop's JSON that `save` itself writes
+
+# File and folder names with which Orbax tells complete checkpoints from incomplete ones.
 _COMMITTED = ocp.path.atomicity_types.COMMIT_SUCCESS_FILE  # marks a complete checkpoint under gs://
 _UNFINISHED = ocp.path.atomicity_types.TMP_DIR_SUFFIX  # in the name of an incomplete one on a local disk
 
@@ -101,8 +103,10 @@ class Checkpoints:
         self._pending_step: int | None = None  # of the save in progress
         if read_only and not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} is not there: {self.run_dir} holds no checkpoints")
+
         # Orbax's manager could clean up and delete, too.  But it removes leftovers while other processes may
-        # be listing the folder, and deletes checkpoints in place: SIGKILL would leave half of one visible.
+        # be listing the folder, and deletes checkpoints in place: SIGKILL would leave half a checkpoint
+        # visible.
         if hosts.is_primary() and not read_only:
             self._delete_leftovers()
         self._manager = ocp.CheckpointManager(
@@ -125,7 +129,7 @@ class Checkpoints:
     def save(self, step: int, items: dict[str, Any], loop: dict[str, Any]) -> float:
         """Save named pytrees and the loop's JSON in the background; return the seconds of the first wait.
 
-        Waits for the previous save first, so that the host holds only one copy of the arrays, and then until
+        Waits for the previous save first, so that the host has only one copy of the arrays, and then until
         the arrays are copied to the host: they may be donated as soon as this returns.  If writing fails, the
         next `save`, `wait` or exit raises.  Raises ValueError for a step that is not newer than the newest,
         and for a reserved name.
@@ -135,7 +139,8 @@ class Checkpoints:
         if taken := sorted(set(loop) & set(_RESERVED)):
             raise ValueError(f"the fields {taken} of the loop are written by save itself: leave them out")
 
-        # Long if the previous checkpoint is still being written: a slow disk shows here.
+        # The seconds are returned as a metric: they grow if the disk is slower than the interval between
+        # saves.
         start = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - start
@@ -147,6 +152,7 @@ class Checkpoints:
         record = {"step": step, "format": FORMAT, "items": sorted(items), **loop}
         json.dumps(record, allow_nan=False)  # raises TypeError or ValueError here, not in the background
 
+        # Returns once the arrays are on the host; a background thread writes them.
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         if not self._manager.save(step, args=ocp.args.Composite(**args, **{LOOP: ocp.args.JsonSave(record)})):
             raise RuntimeError(f"{self.folder / str(step)} was not saved")
@@ -162,6 +168,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
+            # The message says from which step a restart resumes: nothing older was deleted yet.
             last = max(list_steps(self.run_dir), default=None)
             left = "there is none before it" if last is None else f"that of step {last} is complete"
             raise OSError(
@@ -175,7 +182,10 @@ class Checkpoints:
     # --- restoring ---
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, ascending; process 0 lists them for all."""
+        """List the steps of the complete checkpoints, ascending.
+
+        Process 0 lists them for all: on a network file system, others may see a new directory later.
+        """
 
         def list_as_json() -> bytes:
             return json.dumps(list_steps(self.run_dir)).encode()
@@ -183,20 +193,21 @@ class Checkpoints:
         return json.loads(hosts.broadcast_value("checkpoint steps", list_as_json))
 
     def newest(self) -> int | None:
-        """The newest step whose record and item tables can be read; None if there is no checkpoint.
+        """Return the newest step whose record and item tables can be read; None if there is no checkpoint.
 
-        Unreadable ones are set aside with a warning.  Raises ValueError if all were unreadable, or for a
-        checkpoint of another format.
+        Unreadable checkpoints are set aside with a warning.  Raises ValueError if all were unreadable, or for
+        a checkpoint of another format.
         """
-        found = self._restore_newest({}, {})
-        return None if found is None else found[0]
+        restored = self._restore_newest({}, {})
+        return None if restored is None else restored[0]
 
     def restore_newest(
         self, likes: dict[str, Any], vocab_sizes: Mapping[str, int] | None = None
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """Restore (step, items, loop) of the newest readable checkpoint; None if there is no checkpoint.
 
-        likes, vocab_sizes: arguments of `restore`, by item.  Raises the errors of `newest` and `restore`.
+        likes, vocab_sizes: the arguments `like` and `vocab_size` of `restore`, by item.  Raises the errors of
+        `newest` and `restore`.
         """
         return self._restore_newest(likes, vocab_sizes or {})
 
@@ -205,8 +216,8 @@ class Checkpoints:
 
         Args:
           vocab_size: number of rows of `embed` and `lm_head`, and of their moments, that are tokens.  The
-            rows after them are padding, which is cut or extended with zeros to the requested shape.  None:
-            the stored shape must fit exactly.
+            rows after them are padding, which is dropped or extended with zeros to the requested shape.
+            None: the stored shape must fit exactly.
 
         Raises ValueError if the tree, a shape or a dtype differs from the stored one (nothing is cast),
         KeyError for an item that this checkpoint does not have, Unreadable for damaged files.
@@ -219,20 +230,23 @@ class Checkpoints:
         Raises ValueError for a format other than this code's, FileNotFoundError for a step that does not
         exist.
         """
+        # A step that was never saved is the caller's error, not damage.
         where = self.folder / str(step) / LOOP
         if not _is_complete(where.parent):
             raise FileNotFoundError(
                 f"{where.parent} is not there; the checkpoints are {list_steps(self.run_dir)}"
             )
         with raise_unreadable(where):
-            # Not through the manager: it waits for the other processes after a read, which may fail on one.
+            # The manager waits for the other processes after a read, forever if the read failed on one of
+            # them: use the handler directly.
             record = ocp.JsonCheckpointHandler().restore(epath.Path(where))
-            found = record["format"]
+            stored_format = record["format"]
             missing = [name for name in _RESERVED if name not in record]
 
-        if found != FORMAT:
+        # The format first: in another one, other fields may be missing for good reason.
+        if stored_format != FORMAT:
             raise ValueError(
-                f"{where.parent} is a checkpoint of format {found}; this code reads format {FORMAT}: "
+                f"{where.parent} is a checkpoint of format {stored_format}; this code reads format {FORMAT}: "
                 "resume with the version of the code that wrote it, or start again in a new run_dir"
             )
         if missing:
@@ -244,8 +258,8 @@ class Checkpoints:
     def save_reference(self, tree: Any) -> None:
         """Store the policy at step 0; complete when this returns.
 
-        A reference left by a start that never saved a checkpoint is replaced.  Raises ValueError if there are
-        checkpoints: the reference belongs to them.
+        If an earlier start stored a reference but no checkpoint, the reference is replaced.  Raises
+        ValueError if there are checkpoints: the reference belongs to them.
         """
         self.wait()
         if self.steps():
@@ -269,8 +283,13 @@ class Checkpoints:
     def _restore_newest(
         self, likes: dict[str, Any], vocab_sizes: Mapping[str, int]
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """Restore (step, items, loop) of the newest checkpoint that all processes can read.
+
+        With empty `likes`, only the record and the tables of arrays are read, not the arrays.
+        """
         unreadable = []
         for step in reversed(self.steps()):
+            # Every item's table is read, also of items that are not restored: the run will need them later.
             damage: Unreadable | None = None
             restored = {}
             try:
@@ -298,7 +317,7 @@ class Checkpoints:
         return None
 
     def _item_table(self, step: int, item: str) -> Any:
-        """The tree of shapes and dtypes of an item's arrays."""
+        """Read the tree of shapes and dtypes of an item's arrays."""
         where = self.folder / str(step) / item
         items = self.loop(step)["items"]
         if item not in items:
@@ -322,6 +341,8 @@ class Checkpoints:
         if not self.folder.exists():
             return
         for path in self.folder.iterdir():
+            # On a local disk Orbax marks incomplete folders by their names, under gs:// complete ones by a
+            # file.
             if isinstance(path, Path):
                 is_leftover = _UNFINISHED in path.name
             else:
@@ -330,7 +351,7 @@ class Checkpoints:
                 _delete_tree(path)
 
     def _delete_old(self) -> None:
-        """Delete all checkpoints but the newest `keep`, so that none is ever visible in part."""
+        """Delete all checkpoints but the newest `keep`; none is visible while only a part of it is left."""
         if self.read_only or not hosts.is_primary():
             return
         for step in list_steps(self.run_dir)[: -self.keep] if self.keep else []:
@@ -340,6 +361,8 @@ class Checkpoints:
             else:
                 (path / _COMMITTED).unlink()  # first: without it the rest is not a checkpoint
                 _delete_tree(path)
+
+        # Also those that an earlier process renamed, but was killed before it deleted them.
         if isinstance(self.folder, Path):
             for leftover in self.folder.glob("*.deleted"):
                 _delete_tree(leftover)
@@ -348,6 +371,7 @@ class Checkpoints:
         """Move an unreadable checkpoint away and warn; raise the error instead if this run is read-only."""
         if self.read_only:
             raise error
+        # Process 0 moves the folder while the others wait; then all forget what Orbax knows about the step.
         path = self.folder / str(step)
         new_name = hosts.broadcast_value("checkpoint set aside", lambda: _move_aside(path).encode()).decode()
         self._manager.reload()
@@ -368,7 +392,7 @@ def _move_aside(path: Path | epath.Path) -> str:
         path.rename(target)
         return target.name
 
-    # Into another folder: the next start deletes folders without the marker among the checkpoints.
+    # To another folder, because the next start deletes folders without a marker in `checkpoints`.
     target = _find_free_name(path.parent.parent / "unreadable" / path.name, separator=".")
     (path / _COMMITTED).unlink(missing_ok=True)
     remote_files.move_files(path, target)
@@ -376,7 +400,7 @@ def _move_aside(path: Path | epath.Path) -> str:
 
 
 def _find_free_name(path: Any, separator: str) -> Any:
-    """The path, or the path with a number from 2, whichever does not exist yet; local or gs://."""
+    """Return the path, or the path with the first number from 2, that does not exist yet; local or gs://."""
     candidate, number = path, 1
     while candidate.exists():
         number += 1

@@ -1,4 +1,4 @@
-"""Checks of stored checkpoints: does a stored tree fit the requested one, and can its files be read."""
+"""Checks of stored checkpoints: a stored tree must fit the requested one, and its files must be readable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 import jax
 from etils import epath
 
-_PADDED = ("embed", "lm_head")  # parameters whose rows are tokens, followed by padding; so are their moments
+# Parameters whose rows are tokens, followed by padding.  The moments of these have the same names and shapes.
+_PADDED = ("embed", "lm_head")
+
+# Limits of error messages.
 _MAX_REPORTED = 5  # differences in an error message
 _MAX_MESSAGE = 400  # characters
 
@@ -25,20 +28,24 @@ def check_fit(stored: Any, like: Any, where: Path | epath.Path, vocab_size: int 
     Returns whether they differ in rows of vocabulary padding only (see `Checkpoints.restore`), which is
     allowed.  Raises ValueError for any other difference, and for a requested array without a sharding.
     """
+    # Both trees as dotted name -> (shape, dtype).
     have = {}
     for path, x in jax.tree.leaves_with_path(stored):
         have[_dotted_name(path)] = (tuple(x.shape), str(x.dtype))
+
+    # Without a sharding, Orbax would restore the array as it was sharded when it was saved.
     want = {}
     for path, x in jax.tree.leaves_with_path(like):
         if x.sharding is None:
             raise ValueError(
                 f"{where}: {_dotted_name(path)} is asked for without a sharding; see checkpoint.abstract_like"
             )
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):  # stored as its raw words
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            # Random keys are stored as their raw words.
             x = jax.eval_shape(jax.random.key_data, x)
         want[_dotted_name(path)] = (tuple(x.shape), str(x.dtype))
 
-    # Collect all differences: one alone rarely tells what is wrong with the config.
+    # Collect all differences: a single one rarely shows what is wrong with the config.
     wrong = [f"{name} is not stored" for name in sorted(want.keys() - have.keys())]
     wrong += [f"{name} is stored but not asked for" for name in sorted(have.keys() - want.keys())]
     differs_in_padding = False
@@ -54,7 +61,8 @@ def check_fit(stored: Any, like: Any, where: Path | epath.Path, vocab_size: int 
     if wrong:
         more = f" (and {len(wrong) - _MAX_REPORTED} more)" if len(wrong) > _MAX_REPORTED else ""
         raise ValueError(
-            f"{where} does not fit this config's model or optimiser: {'; '.join(wrong[:_MAX_REPORTED])}{more}: "
+            f"{where} does not fit this config's model or optimiser: "
+            f"{'; '.join(wrong[:_MAX_REPORTED])}{more}: "
             "use the config that it was saved with, or a new run_dir"
         )
     return differs_in_padding
@@ -64,6 +72,7 @@ def _differ_in_padding(
     name: str, have: tuple[tuple[int, ...], str], want: tuple[tuple[int, ...], str], vocab_size: int
 ) -> bool:
     """Tell whether two (shape, dtype) of one array differ only in the number of padded vocabulary rows."""
+    # Padding may shrink, but never below the real rows; scalars have no rows.
     (shape, dtype), (asked, asked_dtype) = have, want
     rows = shape[:1] + asked[:1]
     return (
@@ -76,7 +85,7 @@ def _differ_in_padding(
 
 
 def _dotted_name(path: tuple[Any, ...]) -> str:
-    """A key path as dotted names; containers of different types with the same names compare equal."""
+    """Convert a key path to dotted names, so that a stored dict compares equal to a dataclass."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
@@ -97,14 +106,14 @@ def raise_unreadable(where: Path | epath.Path) -> Iterator[None]:
 
 
 def find_first_cause(error: BaseException) -> BaseException:
-    """Follow `__cause__` to the exception that started it."""
+    """Follow `__cause__` to the first exception of the chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def shorten_error(error: BaseException) -> str:
-    """The first line of an error message, shortened in the middle: long paths come before the reason."""
+    """Return the first line of an error message, shortened in the middle: the reason follows long paths."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = line.split(" [tensorstore_spec=")[0]  # hundreds of characters that do not help
     return line if len(line) <= _MAX_MESSAGE else f"{line[:150]} ... {line[-250:]}"

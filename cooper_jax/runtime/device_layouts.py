@@ -1,4 +1,4 @@
-"""Device layouts of a run's models: the config's `mesh` section, laid over the devices at hand."""
+"""Device layouts of a run's models: meshes of the available devices, from the config's `mesh` section."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ MODELS = ("policy", "reward", "reference", "assistant")
 class MeshConfig:
     """Settings of the devices: the config's `mesh` section."""
 
-    data: int  # devices along each axis of the policy's mesh; -1: all that are left, on one axis
+    # The policy's mesh: devices along each axis; one axis may be -1, which takes the remaining devices.
+    data: int
     fsdp: int
     tensor: int
     across: str  # the axis that spans slices
-    reward: str  # a model's own mesh, as in "1x2x1"; "": the policy's
+
+    # Meshes of the other models on devices of their own, as in "1x2x1"; "": the policy's mesh and devices.
+    reward: str
     reference: str
     assistant: str
-    rules: mesh.Rules  # (logical axis, mesh axis), the first that fits
+
+    # Sharding rules (logical axis, mesh axis): the first rule that fits an array applies.
+    rules: mesh.Rules
     rollout_rules: mesh.Rules  # tried first for a rollout's copy of the weights
 
     @classmethod
@@ -37,16 +42,13 @@ class MeshConfig:
         return typed_config.read_section(cls, section, "mesh", **rules)
 
     def read_own_sizes(self) -> dict[str, tuple[int, int, int]]:
-        """The mesh sizes, data x fsdp x tensor, of the models that have devices of their own.
+        """Parse the mesh sizes, data x fsdp x tensor, of the models with devices of their own.
 
         Raises SetupError for text that is no mesh.
         """
         sizes = {}
-        for name, text in (
-            ("reward", self.reward),
-            ("reference", self.reference),
-            ("assistant", self.assistant),
-        ):
+        texts = {"reward": self.reward, "reference": self.reference, "assistant": self.assistant}
+        for name, text in texts.items():
             if text:
                 with setup_errors(f"mesh.{name}"):
                     sizes[name] = mesh.parse_sizes(text)
@@ -54,16 +56,17 @@ class MeshConfig:
 
 
 def lay_out_models(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> dict[str, mesh.Layout]:
-    """The layout of each of MODELS; those without devices of their own share the policy's.
+    """Make the layout of each of MODELS; models without devices of their own share the policy's.
 
-    devices: all that there are, if None.  Raises SetupError for a mesh that the devices do not fill.
+    devices: None for all devices of all hosts.  Raises SetupError for a mesh that the devices do not fill.
     """
     sizes = config.read_own_sizes()
 
     def make_layout(own_devices: Sequence[jax.Device], data: int, fsdp: int, tensor: int) -> mesh.Layout:
-        made = mesh.make_mesh(data, fsdp, tensor, own_devices, config.across)
-        return mesh.Layout(made, config.rules, config.rollout_rules)
+        model_mesh = mesh.make_mesh(data, fsdp, tensor, own_devices, config.across)
+        return mesh.Layout(model_mesh, config.rules, config.rollout_rules)
 
+    # Reserve first: an axis of -1 in the policy's mesh takes the devices that remain.
     with setup_errors("mesh"):
         shared, own = mesh.split_devices(jax.devices() if devices is None else devices, sizes)
         policy = make_layout(shared, config.data, config.fsdp, config.tensor)
@@ -79,10 +82,10 @@ def make_layouts(cfg: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 
 
 def make_policy_layout(cfg: ConfigDict) -> mesh.Layout:
-    """The policy's layout for a whole config."""
+    """Make the policy's layout for a whole config."""
     return make_layouts(cfg)["policy"]
 
 
 def _freeze(value: Any) -> Any:
-    """Nested lists as tuples, which are hashable."""
+    """Convert nested lists to tuples, which are hashable, as a static argument of jit must be."""
     return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value

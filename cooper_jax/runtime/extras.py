@@ -12,8 +12,9 @@ def import_extra(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        # If another module is missing, the package is installed, but one of its dependencies is not.
         package = module.partition(".")[0]
-        if error.name != package:  # the package is installed, but one of its dependencies is not
+        if error.name != package:
             raise
         raise ImportError(
             f"{package} is not installed: pip install 'cooper-jax[{extra}]'", name=package

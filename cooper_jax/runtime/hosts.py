@@ -1,16 +1,17 @@
 """One run on several hosts: joining processes, exchanging host data, and ending together.
 
-Every process runs the same program and takes the same decisions (multi-controller).  Data that one process
-alone has is shared by `exchange_bytes` over the coordination service of `jax.distributed`: bytes on the host,
-from any thread, without a device program (two threads could enqueue those in different orders).
+Every process runs the same program and takes the same decisions (multi-controller).  Data that only one
+process has is shared by `exchange_bytes` over the coordination service of `jax.distributed`.  It works from
+any thread, because it runs no device program (two threads could enqueue these in different orders on
+different hosts, which deadlocks).
 
 1. `start_hosts` joins the processes, if there are several.
 2. `is_assigned` divides work; `exchange_bytes`, `broadcast_value` and `fetch_arrays` give results to all
    processes.
 3. `raise_if_stopping` is called where a step may be abandoned.  After one process received a SIGTERM (sent to
    machines that are about to be preempted), it raises `Stopped` on all processes at the same call.
-4. `run_as_one` wraps a process's main part.  A process that fails reports it to the others; one that is lost
-   stops its heartbeat.  Either ends all of them, with a message, within SILENCE_LIMIT and a few seconds.
+4. `run_as_one` wraps a process's main part.  A process that fails reports it to the others; a lost process
+   stops sending heartbeats.  Both end all processes, with a message, within SILENCE_LIMIT and a few seconds.
 
 Exit codes:  0 done   2 setup error   69 another host was lost   75 stopped after a checkpoint.  After 69 and
 75 the same command resumes the run.  The first host runs the coordination service: if it is lost, JAX itself
@@ -38,23 +39,29 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 SETUP_ERROR, LOST, STOPPED = 2, 69, 75  # exit codes
+
+# Heartbeats of this module.
 HEARTBEAT_INTERVAL = 2.0  # seconds
 SILENCE_LIMIT = 40.0  # seconds without a heartbeat, after which a process counts as lost
-# Long, because others may be compiling or loading weights.  Lost processes are detected by heartbeat.
+# Longer than SILENCE_LIMIT, so that this module's message and exit code come before JAX's.
+_JAX_HEARTBEAT_TIMEOUT = 90  # seconds
+
+# A day, because others may be compiling or loading weights.  Lost processes are detected by their heartbeats.
 EXCHANGE_TIMEOUT_MS = 24 * 3600 * 1000
-KEPT_EXCHANGES = 256  # own messages that stay in the service before the oldest is deleted
-# Longer than SILENCE_LIMIT, so that our message and exit code come before JAX's.
-_JAX_HEARTBEAT_TIMEOUT = 90
-_KEY_PREFIX = "cooper"
+KEPT_EXCHANGES = 256  # messages of this process that stay in the service before the oldest is deleted
+
+_KEY_PREFIX = "cooper"  # of the keys in the coordination service
 _RESTART_HINT = "; start the same command again on all hosts, it resumes by itself"
 
+# State of this process's exchanges and checks.  Several threads exchange: `_lock` guards the first two.
 _exchange_counts: Counter[str] = Counter()  # calls of `exchange_bytes` by name
 _own_keys: deque[str] = deque()  # keys of this process's latest messages
 _lock = threading.Lock()
 _stop_checks = 0  # calls of `raise_if_stopping`
 _last_answer = [time.monotonic()]  # time of the coordination service's last answer
+
 _sigterm_received = threading.Event()  # with one process only: otherwise JAX handles the signal
-_finished = threading.Event()
+_finished = threading.Event()  # the main part has ended: watching threads must not end the process any more
 
 
 class Stopped(Exception):
@@ -68,8 +75,9 @@ class HostLost(RuntimeError):
 def start_hosts() -> None:
     """Join the other processes of this run; a process without peers only installs its SIGTERM handler.
 
-    The peers are given by JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found
-    by JAX on TPU VMs, under SLURM and under Open MPI.  Must be called before any device is used.
+    JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID describe the processes; without
+    them JAX finds the others on TPU VMs, under SLURM and under Open MPI.  Must be called before any device is
+    used.
 
     Raises ValueError if only some of the three variables are set.
     """
@@ -82,12 +90,15 @@ def start_hosts() -> None:
             raise ValueError(f"{', '.join(given)} is set without {', '.join(missing)}: set all three")
         address, count, index = given.values()
         options |= dict(coordinator_address=address, num_processes=int(count), process_id=int(index))
-        # Otherwise JAX looks for a cluster to find out which local devices this process has: all of them.
+        # This process uses all its local devices.  Without this, JAX would search for a cluster to learn
+        # that.
         options["cluster_detection_method"] = "deactivate"
     elif not _can_find_peers():
+        # A handler that sets a flag: the run stops at the next `raise_if_stopping`, after a checkpoint.
         signal.signal(signal.SIGTERM, lambda *_: _sigterm_received.set())
         return
 
+    # Gloo serves CPU devices only; accelerators have their own collectives.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(**options)  # installs JAX's own SIGTERM handler
     if jax.process_count() > 1:
@@ -97,9 +108,13 @@ def start_hosts() -> None:
 
 
 def _can_find_peers() -> bool:
-    """Tell whether JAX can find this process's peers without being told."""
+    """Tell whether JAX can find this process's peers without the environment variables."""
+    # SLURM and Open MPI set the number of processes.
     if any(int(os.environ.get(n, 1)) > 1 for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")):
         return True
+
+    # On a TPU VM the metadata server knows the peers.  The chips are found by their device files, because
+    # asking JAX for its devices would initialise it.
     platforms = os.environ.get("JAX_PLATFORMS") or "tpu"
     chips = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
     return chips and "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
@@ -133,6 +148,8 @@ def exchange_bytes(name: str, own: bytes) -> list[bytes]:
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
         return [own]
+
+    # Number the calls of each name, so that every exchange has keys of its own.
     with _lock:
         number = _exchange_counts[name]
         _exchange_counts[name] += 1
@@ -146,8 +163,9 @@ def exchange_bytes(name: str, own: bytes) -> list[bytes]:
             for i in range(count)
             if i != index
         }
-        # Delete old messages, which would pile up in the service.  One this old has been read by all
-        # processes: they have made later calls.
+
+        # Delete old messages, which would fill the service's memory.  All processes have read a message this
+        # old: they have answered later calls.
         with _lock:
             oldest = _own_keys.popleft() if len(_own_keys) == KEPT_EXCHANGES else None
             _own_keys.append(f"{prefix}/{index}")
@@ -184,6 +202,7 @@ def fetch_arrays(tree: Any) -> Any:
     Runs an all-gather for arrays with shards on other hosts, so all processes must call it, in the same
     order.
     """
+    # Replicate arrays with remote shards on the devices, one at a time; then one copy to the host for all.
     leaves, treedef = jax.tree.flatten(tree)
     for i, x in enumerate(leaves):
         if isinstance(x, jax.Array) and not _is_local(x):
@@ -199,7 +218,7 @@ def _is_local(x: jax.Array) -> bool:
 
 @functools.cache
 def _make_replicate(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
-    """An all-gather onto every device of the mesh, cached so that it compiles once per shape."""
+    """Make an all-gather onto every device of the mesh; cached, so that it compiles once per shape."""
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
@@ -211,6 +230,7 @@ def raise_if_stopping() -> None:
 
     All processes must call it equally often: between the stages of a step, between segments of a rollout.
     """
+    # The number of the call is what the processes agree on: the first one at which all know of the SIGTERM.
     global _stop_checks
     _stop_checks += 1
     if _get_client() is None:
@@ -240,24 +260,29 @@ def run_as_one() -> Iterator[None]:
 def _exit_after_error(error: BaseException) -> None:
     """Report the error that ended this process, and exit without waiting for the other processes."""
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    if code == STOPPED:  # raised at the same call on all processes: each ends normally
+    if code == STOPPED:
+        # Raised at the same call on all processes, so each ends normally.
         _send_final_state("done")
         raise error
 
     if isinstance(error, jax.errors.JaxRuntimeError | HostLost):
-        # Probably a collective noticed another host's end first.  Leave the watching threads the time to find
-        # out which host it was; they exit with the better message.
+        # Probably a collective failed because another host has ended.  Wait until the watching threads have
+        # found out which host it was: they exit with the better message.
         print(f"process {jax.process_index()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         time.sleep(SILENCE_LIMIT + 3 * HEARTBEAT_INTERVAL)
 
+    # os._exit below prints nothing, so print the traceback here.
     if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
     with contextlib.suppress(Exception):
         _send_final_state(f"failed {code}")
-        if is_primary():  # the service ends with this process: let the others read the state first
+        if is_primary():
+            # The service ends with this process: let the others read the state first.
             time.sleep(3 * HEARTBEAT_INTERVAL)
     sys.stderr.flush()
     sys.stdout.flush()
+
+    # sys.exit would run jax.distributed's shutdown, which waits for the other processes.
     os._exit(code)
 
 
@@ -269,6 +294,7 @@ def _watch_peers() -> None:
     while not _finished.wait(HEARTBEAT_INTERVAL):
         beat += 1
         try:
+            # Under the lock, so that no heartbeat overwrites the final state.
             with _lock:
                 if _finished.is_set():
                     return
@@ -284,6 +310,7 @@ def _watch_peers() -> None:
             if last[i][0] != state:
                 last[i] = (state, now)
 
+        # A failure that was reported, or silence.
         for i, (state, since) in last.items():
             if state.startswith("failed"):
                 code = int(state.split()[1])
@@ -324,7 +351,8 @@ def _send_state(state: str) -> None:
 
 
 def _get_client() -> Any:
-    """The coordination service's client, None with one process.  JAX has no public name for it."""
+    """Return the coordination service's client; None with one process."""
+    # JAX has no public name for it.
     from jax._src import distributed
 
     return distributed.global_state.client

@@ -16,38 +16,45 @@ import operator
 import jax
 import numpy as np
 
-# The numbers decide what every run draws: never renumber or reuse one, only append.
+# Name -> number, with the ids of each stream.  The numbers decide what every run draws: never change or reuse
+# a number, only append.
 STREAMS = {
     "rollout": 1,  # ids: step (then position, sample, token, folded in by the engine)
     "shuffle": 2,  # ids: epoch (the data order)
-    "pairs": 3,  # ids: step, prompt position (which positives are taken)
+    "pairs": 3,  # ids: step, prompt position (choice of positives)
     "corruption": 4,  # ids: step, prompt position, try (programmatic negatives)
     "assistant": 5,  # ids: step, try (a local assistant's sampling)
-    "minibatch": 6,  # ids: step, epoch (how a step's rows are cut)
+    "minibatch": 6,  # ids: step, epoch (division of a step's rows into minibatches)
     "evaluation": 7,  # no ids: every evaluation samples alike (then position, sample, token)
-    "synthetic": 9,  # ids: split, index (made-up problems)
+    "synthetic": 9,  # ids: split, index (generated problems)
+    # Initial weights, without ids.
     "init_policy": 10,
     "init_reward": 11,
     "init_assistant": 12,
     "init_score_head": 13,
-    "supervised_policy": 14,  # ids: epoch (the phase's order)
-    "supervised_reward": 15,  # ids: epoch (the phase's order)
-    "demonstrations": 16,  # ids: position in the phase's order (forms and corrupted steps)
-    "triples": 17,  # ids: position in the phase's order (corruptions, swapped references)
-    "train_rm": 18,  # ids: epoch (the order of batches)
+    # Supervised phases before step 1, and training of a reward model alone.
+    "supervised_policy": 14,  # ids: epoch (order of the demonstrations)
+    "supervised_reward": 15,  # ids: epoch (order of the labelled triples)
+    "demonstrations": 16,  # ids: position in that order (answer forms and corrupted steps)
+    "triples": 17,  # ids: position in that order (corruptions, swapped references)
+    "train_rm": 18,  # ids: epoch (order of batches)
+    # Annotation and evaluation.
     "source": 19,  # ids: try (completions that are to be annotated; then problem, sample, token)
     "judge": 20,  # ids: try (verdicts of a language model)
-    "benchmark": 21,  # ids: CRC of the data set's name (then problem, sample, token); none: the part taken
+    "benchmark": 21,  # ids: CRC of the data set's name (then problem, sample, token); none: the subset
     "bootstrap": 22,  # no ids: every figure is resampled alike
-    "references": 23,  # no ids: which question's reference replaces a row's own
-    "balance": 24,  # ids: two words of a row's id (which annotated rows stay)
+    "references": 23,  # no ids: choice of the question whose reference replaces a row's own
+    "balance": 24,  # ids: two words of a row's id (choice of the annotated rows that are kept)
+    # Reward hacks, and the measurement of reward models.
     "attacks": 25,  # ids: attack, row (wording of a reward hack)
     "reward_sets": 40,  # ids: set, row (labelled completions on which a reward model is measured)
-    "attacked": 26,  # no ids: which training rows are shown under a reward hack, and under which
-    "reward_warmup": 27,  # ids: epoch (its order of problems); none (its rollouts: then position, sample, token)
-    "lessons": 28,  # ids: step, first position (which decided rollouts a reward model learns from)
-    "swapped": 29,  # ids: step, row (the order in which other references are tried)
-    "exchanged": 30,  # ids: step, prompt position (which pairs are exchanged, as a control)
+    "attacked": 26,  # no ids: choice of the training rows that are shown with a reward hack, and of the hack
+    # Further updates of the reward model.  Its warm-up has two uses: the order of problems by epoch, and
+    # rollouts without ids (then position, sample, token).
+    "reward_warmup": 27,
+    "lessons": 28,  # ids: step, first position (choice of the labelled rollouts to train on)
+    "swapped": 29,  # ids: step, row (order in which other references are tried)
+    "exchanged": 30,  # ids: step, prompt position (choice of the pairs that are exchanged, as a control)
 }
 
 _WORD = 2**32  # ids and seeds are 32-bit words: fold_in takes no others, and SeedSequence would split them

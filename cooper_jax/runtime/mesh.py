@@ -4,13 +4,13 @@
 2. `make_mesh` arranges devices on the axes data x fsdp x tensor.  With several slices (TPU pods joined by a
    data-centre network, or hosts of GPUs), only one axis crosses slices; the others stay on fast links.
 3. A `Layout` is such a mesh with a table of rules that maps a logical axis ("embed", "heads", ...) to a mesh
-   axis.  A second table is tried before it for a rollout's copy of the weights.
+   axis.  For a rollout's copy of the weights, a second table is tried first.
 4. A parameter is declared once, as a `ParamSpec`: shape, logical axes and initialiser.  Abstract values,
    shardings and initial values derive from it.
 
-If a mesh axis does not divide a dimension, the next rule of that logical axis is tried; without one this is
-an error.  The tokens of a row are not sharded: rows of the paper's length (1,024) are many and short, and
-sharded over `data` and `fsdp`.
+If a mesh axis does not divide a dimension, the next rule of that logical axis is tried; if there is no other
+rule, this is an error.  The tokens of a row are not sharded: with rows as short as the paper's (1,024
+tokens), sharding the rows over `data` and `fsdp` is enough.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+# Mesh axes: copies of the model, shards of parameters (all-gathered for use), shards of matrix products.
 AXES = ("data", "fsdp", "tensor")
+
+# (logical axis, mesh axis, tuple of mesh axes or None), tried in order.
 Rules = tuple[tuple[str, Any], ...]
 
 
@@ -47,7 +50,7 @@ class ParamSpec:
 
 
 def parse_sizes(text: str) -> tuple[int, int, int]:
-    """Parse "1x2x1" into (1, 2, 1): data x fsdp x tensor.  Raises ValueError for anything else."""
+    """Parse "1x2x1" into (1, 2, 1): data x fsdp x tensor.  Raises ValueError for text of another form."""
     parts = text.split("x")
     if len(parts) != len(AXES) or not all(p.isdecimal() and int(p) for p in parts):
         raise ValueError(f"{text!r} is no mesh: write {' x '.join(AXES)} as in 1x2x1")
@@ -60,25 +63,31 @@ def split_devices(
 ) -> tuple[list[jax.Device], dict[str, list[jax.Device]]]:
     """Reserve devices for meshes of the given sizes -> (remaining devices, reserved devices by name).
 
-    Every host gives the same number of its last devices, because all hosts take part in every program.
-    Raises ValueError if hosts cannot give equally many, or no device would remain.
+    The same number of devices is reserved on every host, because all hosts take part in every program.
+
+    Args:
+      aside: name of a model -> its mesh sizes, data x fsdp x tensor.
+
+    Raises ValueError if a size is not a multiple of the number of hosts, or a host would have no device left.
     """
     by_host: dict[int, list[jax.Device]] = {}
     for device in devices:
         by_host.setdefault(device.process_index, []).append(device)
-    taken: dict[str, list[jax.Device]] = {}
+
+    # Each mesh takes the last devices that are left on every host.
+    reserved: dict[str, list[jax.Device]] = {}
     for name, sizes in aside.items():
         count, hosts = math.prod(sizes), len(by_host)
         per_host, fewest = count // hosts, min(map(len, by_host.values()))
         if count % hosts or per_host >= fewest:
             raise ValueError(
-                f"mesh.{name}={'x'.join(map(str, sizes))} takes {count} devices, as many from each of {hosts} "
-                f"hosts, and must leave some; a host has {fewest} left: choose another size, or '' to share the "
-                "policy's mesh"
+                f"mesh.{name}={'x'.join(map(str, sizes))} takes {count} devices, as many from each of "
+                f"{hosts} hosts, and must leave some; a host has {fewest} left: choose another size, "
+                "or '' to share the policy's mesh"
             )
-        taken[name] = list(itertools.chain.from_iterable(own[-per_host:] for own in by_host.values()))
+        reserved[name] = list(itertools.chain.from_iterable(own[-per_host:] for own in by_host.values()))
         by_host = {host: own[:-per_host] for host, own in by_host.items()}
-    return list(itertools.chain.from_iterable(by_host.values())), taken
+    return list(itertools.chain.from_iterable(by_host.values())), reserved
 
 
 def make_mesh(
@@ -99,6 +108,8 @@ def make_mesh(
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, at most one is -1")
+
+    # An axis of -1 takes the devices that the other axes leave; the check below finds a remainder.
     known = math.prod(s for s in sizes if s > 0)
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(len(devices) // known, 1)
@@ -110,21 +121,26 @@ def make_mesh(
     if across not in AXES:
         raise ValueError(f"mesh.across={across!r}: it is one of {', '.join(AXES)}")
 
+    # Auto: the compiler propagates shardings (GSPMD) from the constraints in the code.
     axis_types = (AxisType.Auto,) * len(AXES)
     return Mesh(_arrange(devices, sizes, AXES.index(across)), AXES, axis_types=axis_types)
 
 
 def _arrange(devices: list[jax.Device], sizes: list[int], across: int) -> np.ndarray:
     """Arrange the devices in an array of `sizes` whose neighbours are connected by fast links."""
+    # One slice: on TPUs JAX maps the axes to the torus; elsewhere every order is equally good.
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices == 1:
         if devices[0].platform == "tpu" and _is_box(devices):
             return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return np.asarray(devices).reshape(sizes)
+
+    # Several slices: the axis `across` is split into (slices, devices per slice), the others stay in a slice.
     if sizes[across] % slices:
         raise ValueError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))}: the devices lie in {slices} slices, which do not divide "
-            f"{AXES[across]}={sizes[across]}, the axis that spans them: change its size or --config.mesh.across"
+            f"mesh {dict(zip(AXES, sizes, strict=True))}: the devices are in {slices} slices, which do not "
+            f"divide {AXES[across]}={sizes[across]}, the axis that spans them: change its size or "
+            "--config.mesh.across"
         )
     inner, outer = list(sizes), [1] * len(sizes)
     inner[across], outer[across] = sizes[across] // slices, slices
@@ -132,7 +148,7 @@ def _arrange(devices: list[jax.Device], sizes: list[int], across: int) -> np.nda
 
 
 def _is_box(devices: Sequence[jax.Device]) -> bool:
-    """Tell whether TPU chips fill a box; a part of a host's chips keeps its own order instead."""
+    """Tell whether TPU chips fill a box of the torus: only then can mesh_utils map axes to it."""
     coords = np.asarray([d.coords for d in devices])
     cores = len({d.core_on_chip for d in devices})
     return int(np.prod(coords.max(0) - coords.min(0) + 1)) * cores == len(devices)
@@ -147,7 +163,7 @@ class Layout:
     rollout_rules: Rules = (("embed", None),)  # tried before `rules` for a rollout's copy of the weights
 
     def for_rollout(self) -> Layout:
-        """The layout of a rollout's copy of the weights."""
+        """Return the layout of a rollout's copy of the weights."""
         return dataclasses.replace(self, rules=(*self.rollout_rules, *self.rules))
 
     @property
@@ -196,13 +212,18 @@ class Layout:
         return PartitionSpec(*entries)
 
     def _find_target(self, axis: str, size: int | None, used: set[str]) -> Any:
-        """The first rule's mesh axes that are free and divide the dimension; adds them to `used`."""
+        """Return the mesh axes of the first rule that fits, and add them to `used`.
+
+        A rule fits if its mesh axes are not in `used` and divide the size; None is a size that all divide.
+        """
         tried = []
         for name, target in self.rules:
             if name != axis:
                 continue
             if target is None:
                 return None
+
+            # A mesh axis shards at most one dimension of an array.
             targets = (target,) if isinstance(target, str) else tuple(target)
             ways = math.prod(self.mesh.shape[t] for t in targets)
             tried.append(f"{target} ({ways} ways)")
@@ -220,7 +241,7 @@ class Layout:
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of an array that every device holds whole."""
+        """The sharding of an array of which every device has a full copy."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
@@ -228,7 +249,7 @@ class Layout:
         return jax.lax.with_sharding_constraint(x, self.sharding(axes, x.shape))
 
     def put(self, tree: Any, *axes: str | None) -> Any:
-        """Put arrays that every host holds on the devices.
+        """Put arrays, which every host has in full, on the devices.
 
         `axes` are the logical axes of the leading dimensions; the other dimensions are replicated.
         """
@@ -236,7 +257,7 @@ class Layout:
         def place(x):
             x = np.asarray(x)
             sharding = self.sharding(axes[: x.ndim] + (None,) * (x.ndim - len(axes)), x.shape)
-            # The callback lets each host copy only its own devices' rows.
+            # The callback is called for local shards only, so each host copies the rows of its own devices.
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
         return jax.tree.map(place, tree)
@@ -253,10 +274,11 @@ def make_shardings(layout: Layout, specs: Any) -> Any:
 
 
 def check_sharding(layout: Layout, specs: Any) -> None:
-    """Raise ValueError if the rules shard a parameter of over 1 MiB, but every device would hold all of it.
+    """Raise ValueError if a parameter of over 1 MiB has a sharding rule, but would be replicated.
 
     Only meshes with an `fsdp` axis are checked: they are chosen to save memory.
     """
+    # Replicated although a rule names a mesh axis: its size does not divide the dimension.
     fsdp = layout.mesh.shape["fsdp"]
     for path, spec in jax.tree.leaves_with_path(specs, is_leaf=is_spec):
         sharding = layout.sharding(spec.axes, spec.shape)
@@ -266,7 +288,7 @@ def check_sharding(layout: Layout, specs: Any) -> None:
         if fsdp > 1 and has_sharded_axis and is_large and is_replicated:
             raise ValueError(
                 f"mesh {dict(layout.mesh.shape)} does not divide {jax.tree_util.keystr(path)} of shape "
-                f"{spec.shape}, which every device would hold whole: choose sizes that divide it"
+                f"{spec.shape}, of which every device would have a full copy: choose sizes that divide it"
             )
 
 
@@ -287,11 +309,13 @@ def init_params(key: jax.Array, specs: Any, layout: Layout) -> Any:
     """
     leaves, treedef = jax.tree.flatten_with_path(specs, is_leaf=is_spec)
 
+    # Under jit with output shardings, each device draws only its own shards; threefry's bits do not depend on
+    # it.
     def draw(key):
         params = []
         for path, spec in leaves:
             name = jax.tree_util.keystr(path)
-            # Keyed by the path: parameters keep their values if others are added or reordered.
+            # The path is folded in, so parameters keep their values if others are added or reordered.
             path_key = jax.random.fold_in(key, int.from_bytes(name.encode(), "little") % (2**31 - 1))
             if spec.init == "normal":
                 params.append(spec.scale * jax.random.normal(path_key, spec.shape, jnp.float32))

@@ -3,7 +3,7 @@
 1. `to_host` copies a step's numbers from the device in one transfer.
 2. `PhaseTimer` adds up wall-clock seconds under `time/<phase>`.
 3. `JsonLines` appends one JSON object per line, and is truncated to a step when a run resumes.
-4. `Progress` shows how far the run has come.
+4. `Progress` shows the current step, its metrics and the remaining time.
 
 JSON has no NaN and no infinities: NaN is written as null, infinities as the strings "inf" and "-inf", so that
 every line stays valid JSON.  `parse_numbers` converts them back.
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from cooper_jax.runtime.remote_files import write_atomically
 from cooper_jax.types import Metrics
 
+# Values of `to_jsonable` that stand for floats.
 _NOT_FINITE = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -59,6 +60,7 @@ class PhaseTimer:
         try:
             yield
         finally:
+            # Also after an error, so that a phase that stopped the run is counted.
             with self._lock:
                 self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
 
@@ -72,8 +74,8 @@ class PhaseTimer:
 def to_jsonable(x: Any, where: str = "") -> Any:
     """Convert numbers, strings, NumPy and JAX arrays, and containers of them to JSON values.
 
-    NaN becomes None, infinities become "inf" and "-inf".  Raises TypeError for anything else, naming its
-    place.
+    NaN becomes None, infinities become "inf" and "-inf".  Raises TypeError for a value of another type,
+    naming its place (`where`, a dotted path).
     """
     if x is None or isinstance(x, bool | int):
         return x
@@ -87,9 +89,12 @@ def to_jsonable(x: Any, where: str = "") -> Any:
         if math.isnan(x):
             return None
         return x if math.isfinite(x) else str(float(x))
+    # NumPy's float64 is a float, and was handled above with its NaN; other types of scalars become Python's.
     if isinstance(x, np.generic | np.ndarray | jax.Array):
         return to_jsonable(np.asarray(x).tolist(), where)
-    raise TypeError(f"{where.lstrip('.') or 'the value'} is a {type(x).__name__}, which JSON cannot hold")
+    raise TypeError(
+        f"{where.lstrip('.') or 'the value'} is a {type(x).__name__}, which JSON cannot represent"
+    )
 
 
 class JsonLines:
@@ -105,6 +110,8 @@ class JsonLines:
         The file is replaced atomically, so that SIGKILL loses nothing.  Raises ValueError for a line that is
         not an object with a step, unless it is the incomplete last one.
         """
+        # Lines up to `step` are kept as they are: the checkpoint that the run resumes from includes their
+        # steps.
         self.close()
         before = self.path.read_bytes() if self.path.exists() else b""
         kept, last_step = [], None
@@ -114,9 +121,11 @@ class JsonLines:
                 line_step = int(json.loads(line)["step"])
             except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines) and not line.endswith(b"\n"):
-                    break  # the process was killed while it wrote the line
+                    # The process was killed while it wrote the line.
+                    break
                 raise ValueError(
-                    f"{self.path}, line {number} is no JSON object with a step ({error}): fix or delete the line"
+                    f"{self.path}, line {number} is no JSON object with a step ({error}): "
+                    "fix or delete the line"
                 ) from error
             if step is not None and line_step <= step:
                 kept.append(line.rstrip(b"\n") + b"\n")
@@ -140,6 +149,7 @@ class JsonLines:
         try:
             if self._file is None:
                 self._file = open(self.path, "ab", buffering=0)
+            # An unbuffered file may write only a part, for example on a disk that is almost full.
             while data:
                 data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())  # a checkpoint must never be newer than the lines of its steps
@@ -202,7 +212,8 @@ class Progress:
         self._quiet = quiet
         self._out = sys.stdout if out is None else out
         self._clock = clock
-        # The last ten steps only: the first step compiles, and evaluations or checkpoints come now and then.
+        # (step, time) of the last ten steps.  An average over the whole run would include the first step,
+        # which compiles; ten steps are enough to average over an occasional checkpoint.
         self._step_times = collections.deque([(done, clock())], maxlen=11)
         self._bar: tqdm | None = None
         if self._out.isatty() and not quiet:
@@ -214,6 +225,7 @@ class Progress:
             return
 
         self._step_times.append((step, self._clock()))
+        # The first entry is the start of the oldest step in the window.
         (first, start), (last, end) = self._step_times[0], self._step_times[-1]
         seconds_per_step = (end - start) / max(last - first, 1)
         parts = [f"{label} {metrics[name]:{spec}}" for label, name, spec in self.SHOWN if name in metrics]

@@ -5,18 +5,18 @@
 2. `init_state` makes a `TrainState` from f32 parameters; `state_shardings` gives the sharding of every part
    of it.
 3. `accumulate_gradients` sums loss and gradients over microbatches of one shape in one program;
-   `make_accumulator` does so over microbatches of any shapes, one call each; `map_rows` runs a forward pass
-   over microbatches.
-4. `apply_update` updates the state, unless the loss or the gradients are not finite: then it only counts the
-   skip.
+   `make_accumulator` does so over microbatches of different shapes, with one call for each; `map_rows` runs a
+   forward pass over microbatches.
+4. `apply_update` updates the state.  If the loss or the gradients are not finite, it only counts a skipped
+   update.
 
 Losses are sums whose weights are normalised over the whole batch beforehand, so that the gradients of the
 microbatches add up to the gradient of the batch.
 
-Departures from the released code: master weights and both moments are float32 (there bfloat16, in which an
-update of relative size 1e-5 is rounded away), and the first update of the warm-up has the rate
-lr / warmup_steps instead of 0.  As in the authors' RL code, weight decay applies to every parameter, norms and
-biases included; their VerifyRM training excludes these.
+Departures from the released code: master weights and both moments are float32 (there they are bfloat16, in
+which an update of relative size 1e-5 is rounded away), and the first update of the warm-up has the rate
+lr / warmup_steps instead of 0.  As in the authors' RL code, weight decay applies to every parameter, norms
+and biases included; their VerifyRM training excludes norms and biases.
 
     N  rows of a batch   m  rows of a microbatch   M  microbatches
 """
@@ -54,18 +54,24 @@ DECAYS = ("constant", "linear", "cosine")
 class OptimiserConfig:
     """Settings of AdamW with a linear warm-up: an `optimiser(...)` section of the config."""
 
+    # Learning rate after the warm-up, and the length of the warm-up in updates.
     lr: float
     warmup_steps: int
+
+    # AdamW.
     b1: float
     b2: float
     eps: float
-    weight_decay: float
+    weight_decay: float  # decoupled, scaled by the learning rate
+
     clip_norm: float  # maximum of the global gradient norm
     name: str = dataclasses.field(default="optimiser", compare=False)  # of the section, for messages
 
     def __post_init__(self) -> None:
         fields = ("lr", "warmup_steps", "b1", "b2", "weight_decay")
         problems = typed_config.find_small(self, self.name, 0, fields)
+
+        # `not value < 1` also reports NaN.
         for field, value in (("b1", self.b1), ("b2", self.b2)):
             if not value < 1:
                 problems.append(f"{self.name}.{field}={value}: it must be below 1")
@@ -93,12 +99,16 @@ def make_optimiser(cfg: OptimiserConfig, decay: str = "constant", updates: int =
     """
     if decay not in DECAYS:
         raise ValueError(f"decay is {decay!r}; it is one of {', '.join(DECAYS)}")
+
+    # The first update already has the rate peak / warmup: an update with the rate 0 would waste a batch.
     peak, warmup = float(cfg.lr), max(1, int(cfg.warmup_steps))
 
     def schedule(count):  # i32[] -> f32[]
         rate = peak * jnp.minimum(1.0, (count + 1).astype(jnp.float32) / warmup)
         if decay == "constant":
             return rate
+
+        # The decay starts after the warm-up; its share t grows from 0 to 1.
         first = int(cfg.warmup_steps)
         t = jnp.clip((count - first).astype(jnp.float32) / max(1, updates - first), 0.0, 1.0)
         if decay == "linear":
@@ -119,6 +129,7 @@ def init_state(params: Params, opt: Optimiser) -> TrainState:
     The parameters are copied, because updates donate their state and the caller may still need `params` (the
     frozen reference is the policy at step 0).  Raises ValueError for a parameter that is not float32.
     """
+    # Adam's updates are too small for bfloat16, which has 8 bits of precision.
     for path, x in jax.tree.leaves_with_path(params):
         if x.dtype != jnp.float32:
             raise ValueError(
@@ -136,6 +147,7 @@ def init_state(params: Params, opt: Optimiser) -> TrainState:
     if not shardings or len(shardings) < len(arrays):
         return jax.jit(start)(params)
 
+    # Without output shardings, the compiler might replicate the moments.
     replicated = NamedSharding(shardings[0].mesh, PartitionSpec())
     param_shardings = jax.tree.map(lambda x: x.sharding, params)
     return jax.jit(start, out_shardings=_shard_state(opt, params, param_shardings, replicated))(params)
@@ -152,7 +164,9 @@ def state_shardings(opt: Optimiser, specs: Any, layout: Layout) -> TrainState:
 
 
 def _shard_state(opt: Optimiser, params: Params, param_shardings: Any, replicated: Any) -> TrainState:
-    """A TrainState whose leaves are shardings (typed Any here: the fields are declared as arrays)."""
+    """Make a TrainState whose leaves are shardings (typed Any here: the fields are declared as arrays)."""
+    # Only the optimiser knows which of its leaves are moments, with a parameter's shape, and which are
+    # counters.
     opt_state = optax.tree_utils.tree_map_params(
         opt.tx,
         lambda _, sharding: sharding,
@@ -176,19 +190,21 @@ def apply_update(
     count) stay bit-identical, and `skipped` grows by one.
 
     Args:
-      enabled: bool[]; False if the batch has nothing to learn from.  The state stays the same without
-        counting as skipped.  Zero gradients would not do: weight decay and the moments would still change the
-        weights.
+      enabled: bool[]; False if no row of the batch has a gradient.  The state then stays the same, and the
+        update does not count as skipped.  With zero gradients instead, weight decay and the moments would
+        still change the weights.
 
     Returns the state and metrics, f32[] each: grad_norm before clipping, lr of this update (0 if there was
     none), skipped (0 or 1).
     """
+    # The norm is not finite if any gradient is not, so one number shows it.
     enabled = jnp.asarray(enabled)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     accept = enabled & finite
 
-    # Compute the update, then select the new state or the old one.
+    # Compute the update, then select the new state or the old one: skips are rare,
+    # so a branch would save nothing.
     updates, opt_state = opt.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(
@@ -208,7 +224,7 @@ def split_rows(batch: Any, microbatch: int, layout: Layout) -> Any:
     """Split a batch into microbatches: leaves [N, ...] -> [M, m, ...], padded with rows of zeros at the end.
 
     m is at most `microbatch` rounded up to a multiple of the layout's batch shards, and as small as M equal
-    microbatches allow.  Row i goes to microbatch i mod M: on a mesh, where a shard holds neighbouring rows,
+    microbatches allow.  Row i goes to microbatch i mod M: on a mesh, where a shard has neighbouring rows,
     every microbatch takes its rows from all shards, and no row is transferred.  Raises ValueError for
     microbatch < 1.
     """
@@ -216,8 +232,10 @@ def split_rows(batch: Any, microbatch: int, layout: Layout) -> Any:
         raise ValueError(f"microbatch is {microbatch} rows; it must be at least 1")
     shards = layout.batch_shards
     n = jax.tree.leaves(batch)[0].shape[0]
+
+    # As few microbatches as `microbatch` allows, then as small as that number of them allows.
     max_rows = -(-microbatch // shards) * shards
-    m = -(-n // -(-n // max_rows))  # equal microbatches, as few as possible
+    m = -(-n // -(-n // max_rows))
     m = -(-m // shards) * shards
     count = -(-n // m)
 
@@ -250,10 +268,12 @@ def accumulate_gradients(
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     rows = split_rows(batch, microbatch, layout)
-    if jax.tree.leaves(rows)[0].shape[0] == 1:  # one microbatch: no second copy of the gradients
+    if jax.tree.leaves(rows)[0].shape[0] == 1:
+        # One microbatch needs no running sum, which would be a second copy of the gradients.
         (loss, aux), grads = grad_fn(params, jax.tree.map(lambda x: x[0], rows))
         return loss, grads, jax.tree.map(lambda x: x[None], aux)
 
+    # Without the constraint, the compiler may replicate the running sum in the loop: 4 bytes per parameter.
     def constrain(grads):
         return jax.lax.with_sharding_constraint(grads, shardings)
 
@@ -269,7 +289,7 @@ def accumulate_gradients(
 
 @struct.dataclass
 class Sums:
-    """Sums over the microbatches of a batch so far."""
+    """Sums over those microbatches of a batch that were added so far."""
 
     loss: jax.Array  # f32[]
     grads: Params
@@ -303,7 +323,8 @@ def make_accumulator(
     """Make an accumulator.
 
     Args:
-      loss_fn: as in `accumulate_gradients`; its aux are sums, f32[] each, with the names `aux`.
+      loss_fn: as in `accumulate_gradients`, but its aux is a dict of sums, f32[] each.
+      aux: the names in that dict.
       specs: the parameters' tree of ParamSpec.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -336,6 +357,7 @@ def map_rows(fn: Callable[[Any], Any], batch: Any, microbatch: int, layout: Layo
 
     The assignment of rows to microbatches depends only on N, `microbatch` and the layout.
     """
+    # Undo `split_rows`: microbatch j has the rows j, j + M, ...; padding is at the end.
     n = jax.tree.leaves(batch)[0].shape[0]
     out = jax.lax.map(fn, split_rows(batch, microbatch, layout))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:n], out)

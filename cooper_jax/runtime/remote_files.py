@@ -3,12 +3,11 @@
 1. `to_path` converts a local path or gs:// address to an object with pathlib's methods.
 2. `fetch_local` downloads a file or a directory into a cache on this machine's disk, completely or not at
    all.
-3. `Uploads` keeps copies of growing local files in a remote directory; whole files are uploaded, because
-   objects cannot be appended to.
+3. `Uploads` keeps copies of growing local files in a remote directory.  Whole files are uploaded, because
+   nothing can be appended to an object.
 
 The cache is $COOPER_CACHE, or ~/.cache/cooper_jax/files.  A copy's name depends on the address and on the
-version that the store reports, so a copy in use never changes.  The directory may be deleted to free disk
-space.
+version that the store reports, so a copy in use never changes.  The cache may be deleted to free disk space.
 """
 
 from __future__ import annotations
@@ -59,20 +58,24 @@ def to_path(place: str | os.PathLike) -> Path | epath.Path:
     """
     if not is_remote(place):
         return Path(place).expanduser().absolute()
+
+    # Orbax writes checkpoints with TensorStore, which is set up here for no other store.
     text = os.fspath(place).rstrip("/")
-    if not text.startswith(
-        "gs://"
-    ):  # checkpoints are written by TensorStore, which is set up for no other store
+    if not text.startswith("gs://"):
         raise ValueError(f"{text}: a run can be kept on a local path or under gs://BUCKET/NAME only")
-    _open(text)
+    _open(text)  # raises if the package for gs:// is missing
     return epath.Path(text)
 
 
 def write_atomically(path: Path | epath.Path, data: bytes) -> None:
     """Replace a file atomically: readers see the old or the new contents, and SIGKILL leaves one of them."""
+    # Stores make an object visible when it is complete.
     if is_remote(path):
-        path.write_bytes(data)  # stores make an object visible when it is complete
+        path.write_bytes(data)
         return
+
+    # The data must be on the disk before the new name is: after a crash of the machine, some file systems
+    # would otherwise show an empty file.
     new = path.with_name(path.name + ".new")
     with open(new, "wb") as file:
         file.write(data)
@@ -82,17 +85,18 @@ def write_atomically(path: Path | epath.Path, data: bytes) -> None:
 
 
 def cache_dir() -> Path:
-    """The directory of cached copies."""
+    """Return the directory of cached copies."""
     return Path(os.environ.get("COOPER_CACHE") or "~/.cache/cooper_jax/files").expanduser().absolute()
 
 
 def staging_dir(remote: epath.Path) -> Path:
-    """The local directory in which files for a remote directory are written before they are uploaded."""
+    """Return the local directory in which files for a remote directory are written before the upload."""
     return cache_dir() / "staging" / hashlib.sha256(os.fspath(remote).encode()).hexdigest()[:20]
 
 
 def download_file(remote: epath.Path, target: Path) -> None:
     """Make a local file equal to the remote one; without a remote file, delete the local one."""
+    # Under another name first, so that an interrupted download leaves the old file.
     fs, remote_path = _open(os.fspath(remote))
     new = target.with_name(target.name + ".new")
     with _wrap_store_errors(os.fspath(remote)):
@@ -105,6 +109,7 @@ def download_file(remote: epath.Path, target: Path) -> None:
 
 def move_files(source: epath.Path, target: epath.Path) -> None:
     """Move a remote directory file by file: object stores can copy, but not rename."""
+    # All copies are made before anything is deleted.
     fs, source_root = _open(os.fspath(source))
     _, target_root = _open(os.fspath(target))
     with _wrap_store_errors(os.fspath(source)):
@@ -117,7 +122,7 @@ def fetch_local(source: str | os.PathLike, patterns: Sequence[str] = ("*",)) -> 
     """Return a local path: of `source` itself, or of a cached copy of the file or directory at an address.
 
     A copy is used again while the store reports the same size and version (etag, generation, time of change).
-    Processes of one machine share it, and wait for the one that downloads it.
+    Processes of one machine share the copy: one downloads it, and the others wait.
 
     Args:
       patterns: selects files of a directory by their names.
@@ -130,7 +135,8 @@ def fetch_local(source: str | os.PathLike, patterns: Sequence[str] = ("*",)) -> 
     fs, root = _open(source)
     files = _list_files(fs, source, root, patterns)
 
-    # The copy's name depends on all versions.  Without versions a copy may be outdated: download again.
+    # The copy's name depends on all versions.  If the store reports no versions, a copy may be outdated:
+    # download again.
     versions = {_relative_name(name, root): _version(info) for name, info in files.items()}
     has_versions = all(version is not None for version in versions.values())
     identity = json.dumps([source, versions if has_versions else None, sorted(patterns)], sort_keys=True)
@@ -141,12 +147,16 @@ def fetch_local(source: str | os.PathLike, patterns: Sequence[str] = ("*",)) -> 
 
     entry.parent.mkdir(parents=True, exist_ok=True)
     with _lock_file(entry.with_name(entry.name + ".lock")):
-        if has_versions and entry.exists():  # another process has downloaded it in the meantime
+        # Another process may have downloaded it in the meantime.
+        if has_versions and entry.exists():
             return copy
+
+        # Remove what a killed process left behind.
         new, old = (entry.with_name(f"{entry.name}.{kind}") for kind in ("new", "old"))
-        for leftover in (new, old):  # of a killed process
+        for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
+        # Some libraries end a broken download without an error, so compare sizes.
         for name, info in files.items():
             relative = _relative_name(name, root)
             target = new / copy.name / relative if relative else new / copy.name
@@ -157,6 +167,7 @@ def fetch_local(source: str | os.PathLike, patterns: Sequence[str] = ("*",)) -> 
             if size != info["size"]:
                 raise OSError(f"{source}: {relative or copy.name} came as {size} of {info['size']} bytes")
 
+        # Only a complete copy gets the final name.  An outdated one exists here if there are no versions.
         if entry.exists():
             entry.rename(old)
         new.rename(entry)
@@ -167,7 +178,7 @@ def fetch_local(source: str | os.PathLike, patterns: Sequence[str] = ("*",)) -> 
 def _list_files(
     fs: fsspec.AbstractFileSystem, source: str, root: str, patterns: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """File names -> file information: of the file at `root`, or of the matching files in the directory."""
+    """List the file at `root`, or the matching files in that directory: file name -> file information."""
     with _wrap_store_errors(source):
         info = fs.info(root)
         if info["type"] != "directory":
@@ -180,7 +191,7 @@ def _list_files(
 
 
 def _relative_name(name: str, root: str) -> str:
-    """A file's name within the directory `root`; "" if it is `root` itself."""
+    """Return a file's name relative to the directory `root`; "" for `root` itself."""
     return name.removeprefix(root).lstrip("/")
 
 
@@ -189,13 +200,17 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _version(info: dict[str, Any]) -> dict[str, str] | None:
-    """The fields that identify a file's version; None if the store reports only its size."""
-    found = {key: str(info[key]) for key in _VERSION_FIELDS if info.get(key) is not None}
-    return found if len(found) > 1 else None
+    """Return the fields that identify a file's version; None if the store reports only its size."""
+    # Every store has other fields; `size` is in all of them.
+    fields = {key: str(info[key]) for key in _VERSION_FIELDS if info.get(key) is not None}
+    return fields if len(fields) > 1 else None
 
 
 def _open(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of an address, and the path in it.  Raises ValueError if there is none."""
+    """Return the file system of an address, and the path in it.
+
+    Raises ValueError for an unknown scheme, and if the package for the scheme is not installed.
+    """
     try:
         return fsspec.url_to_fs(source)
     except ImportError as error:
@@ -216,17 +231,19 @@ def _wrap_store_errors(source: str) -> Iterator[None]:
         raise FileNotFoundError(
             f"{source}: there is no such file or directory; check the spelling"
         ) from error
-    except Exception as error:  # every library has its own types: credentials, permissions, network
+    except Exception as error:
+        # Every library has its own types of errors: credentials, permissions, network.
         reason = (str(error).splitlines() or ["no message"])[0][:300]
         raise OSError(
-            f"{source} cannot be reached ({type(error).__name__}: {reason}): check that this machine's account has "
-            "access (gs://: `gcloud auth application-default login`, or the VM's service account and its scopes)"
+            f"{source} cannot be reached ({type(error).__name__}: {reason}): check that this machine's "
+            "account has access (gs://: `gcloud auth application-default login`, or the VM's service account "
+            "and its scopes)"
         ) from error
 
 
 @contextlib.contextmanager
 def _lock_file(path: Path) -> Iterator[None]:
-    """Let one process of this machine in at a time; the lock is released when the process ends."""
+    """Hold an exclusive lock of this machine's processes; it is released even if the process is killed."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -236,22 +253,26 @@ def _lock_file(path: Path) -> Iterator[None]:
 
 
 class Uploads:
-    """Copies of the growing files of a local folder in a remote one, uploaded by a thread.
+    """Remote copies of the growing files of a local folder, which a thread uploads.
 
-    Files are uploaded one at a time; changes that happen meanwhile go with the next upload.  A file is
-    uploaded up to the size it had when `changed` was called, so the copy ends with a complete line.  Every
-    upload sends the whole file: one of 1 GB costs 1 GB, at most once per duration of an upload.
+    Files are uploaded one at a time; changes during an upload are part of the next one.  A file is uploaded
+    up to the size it had when `changed` was called, so the copy ends with a complete line.  Every upload
+    sends the whole file: uploads of a file of 1 GB send 1 GB each, one after the other.
     """
 
     def __init__(self, folder: Path, remote: epath.Path):
         self.folder, self.remote = folder, remote
         self._fs, self._root = _open(os.fspath(remote))
+
+        # Shared with the thread; `_state` guards these fields and announces changes.
         self._pending: dict[str, int] = {}  # name -> bytes to upload
         self._busy = False  # an upload is in progress
         self._closed = False
-        self._paused = False  # after an error, until the caller has been told
+        self._paused = False  # after an error, until it was raised in the caller's thread
         self._error: Exception | None = None  # not yet reported to the caller
         self._state = threading.Condition()
+
+        # A daemon, so that a run that fails before `close` is not kept alive by an upload.
         self._thread = threading.Thread(target=self._run, name="uploads", daemon=True)
         self._thread.start()
 
@@ -294,6 +315,7 @@ class Uploads:
         self._state.notify_all()
 
     def _raise_error(self) -> None:
+        """Raise the thread's error, once."""
         error, self._error = self._error, None
         if error is not None:
             raise OSError(f"{error}; the files to upload are in {self.folder}") from error
@@ -302,7 +324,7 @@ class Uploads:
         """Upload scheduled files, one at a time, until closed; runs in the thread."""
         while True:
             with self._state:
-                # After an error, wait until the caller has been told and calls again.
+                # After an error, wait until it was raised in the caller's thread and the caller calls again.
                 self._state.wait_for(lambda: self._closed or (self._pending and not self._paused))
                 if self._closed:
                     return
@@ -310,6 +332,7 @@ class Uploads:
                 del self._pending[name]
                 self._busy = True
 
+            # Without the lock, so that the training loop can append and schedule meanwhile.
             error: Exception | None = None
             try:
                 self._upload(name, size)
@@ -320,12 +343,13 @@ class Uploads:
                 self._busy = False
                 if error is not None:
                     self._error, self._paused = error, True
-                    self._pending.setdefault(name, size)  # a newer size stays
+                    self._pending.setdefault(name, size)  # unless a newer size is scheduled already
                 self._state.notify_all()
 
     def _upload(self, name: str, size: int) -> None:
         """Upload the first `size` bytes of a file."""
-        # Upload a copy, which does not grow: a read error in the middle would leave a partial object.
+        # Upload a copy that does not grow.  The local file may become longer while it is read, and the object
+        # must end with a complete line.
         copy = self.folder / ".uploading"
         with open(self.folder / name, "rb") as source, open(copy, "wb") as target:
             remaining = size

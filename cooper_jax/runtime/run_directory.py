@@ -1,6 +1,6 @@
 """The run directory: all files of a run, and the checks before it resumes.
 
-    config.json     `format` and every field of the config, as of the last start (stored_config.py)
+    config.json     `format` and every field of the config of the latest start (stored_config.py)
     metrics.jsonl   one object per step: `step` and slash-grouped names
     samples.jsonl   prompts with their completions, verdicts, scores
     checkpoints/    see checkpoint.py
@@ -14,11 +14,12 @@
 4. `log` and `dump_samples` append.  A step must be logged, and `flush` called, *before* its checkpoint is
    saved: if the process is killed in between, the step is repeated, and no line is missing.
 
-With several processes only process 0 checks, locks and writes; the others need not see the directory.
+With several processes only process 0 checks, locks and writes; the others do not need access to the files
+that this module writes.
 
-Objects under gs:// cannot be appended to.  Lines and events are written to `remote_files.staging_dir` on the
-first host's disk, and whole files are uploaded in the background; `flush` waits for that.  On a restart the
-bucket's contents count and replace the staged files.  The lock lies in the staging directory, so it only
+Nothing can be appended to an object under gs://.  Lines and events are written to `remote_files.staging_dir`
+on the first host's disk, and whole files are uploaded in the background; `flush` waits for the uploads.  On a
+restart, the bucket's files replace the staged files.  The lock file is in the staging directory, so it only
 excludes processes of the same machine: nothing stops two machines from using one run directory.
 """
 
@@ -48,19 +49,24 @@ from cooper_jax.runtime.stored_config import FORMAT, describe_changes, read_stor
 
 
 def run_path(config: ConfigDict) -> Path | epath.Path:
-    """The path of a config's run: run_dir, or runs/<name>.  Raises ValueError for addresses except gs://."""
+    """Return the path of a config's run: run_dir, or runs/<name>.
+
+    Raises ValueError for an address that is not under gs://.
+    """
     return remote_files.to_path(config.run_dir or f"runs/{config.name}")
 
 
 def check_shared(path: str | Path | epath.Path) -> None:
-    """Raise ValueError, on all processes alike, unless all see what process 0 writes to a directory.
+    """Raise ValueError on all processes unless each of them can read what process 0 writes to a directory.
 
     All processes must call it.  The directory is created if it does not exist.
     """
+    # Every process writes its shards of a checkpoint: with separate disks no complete checkpoint would exist.
     if jax.process_count() == 1:
         return
     folder = epath.Path(path) if remote_files.is_remote(path) else Path(path)
 
+    # A random name, so that a marker of an earlier start is not mistaken for this one.
     def write_marker() -> bytes:
         marker = f".seen_by_all_{secrets.token_hex(8)}"
         try:
@@ -70,7 +76,7 @@ def check_shared(path: str | Path | epath.Path) -> None:
             return json.dumps({"error": f"{folder} cannot be written to ({error})"}).encode()
         return json.dumps({"marker": marker}).encode()
 
-    # Errors are exchanged, not raised: otherwise the other processes would wait forever.
+    # Errors are exchanged, not raised by the process that has them: the others would wait forever.
     answer = json.loads(hosts.broadcast_value("run_dir mark", write_marker))
     if "error" in answer:
         raise ValueError(answer["error"])
@@ -86,8 +92,9 @@ def check_shared(path: str | Path | epath.Path) -> None:
     if failed:
         raise ValueError(
             f"{folder} is not one directory for all hosts: what process 0 wrote there, process "
-            f"{', '.join(map(str, failed))} did not find ({next(iter(failed.values()))}), and each must write its "
-            "part of a checkpoint: give a --config.run_dir on a disk that they share, or gs://BUCKET/NAME"
+            f"{', '.join(map(str, failed))} did not find ({next(iter(failed.values()))}), and each must "
+            "write its part of a checkpoint: give a --config.run_dir on a disk that they share, or "
+            "gs://BUCKET/NAME"
         )
 
 
@@ -102,8 +109,8 @@ class RunDirectory:
             for step in ...:
                 run.log(step, metrics)
 
-    Raises ValueError if the config differs from that of the checkpoints there in a field that must stay, if
-    `resume` is False and there are checkpoints, or if another process holds the lock.
+    Raises ValueError if another process has the lock, or if the directory has checkpoints and either `resume`
+    is False or the config differs from theirs in a field that must stay.
     """
 
     def __init__(self, path: str | Path | epath.Path, config: ConfigDict, resume: bool):
@@ -111,22 +118,27 @@ class RunDirectory:
         self.config = config
         self.primary = hosts.is_primary()
         self._remote = remote_files.is_remote(self.path)
+
+        # Local files; a remote run directory has them in the staging directory.
         self._folder = remote_files.staging_dir(self.path) if self._remote else self.path
         self._uploads: remote_files.Uploads | None = None
         self._lock: int | None = None  # file descriptor
         self._tensorboard: Any = None  # tensorboardX.SummaryWriter, which is imported only if it is used
         self._metrics = JsonLines(self._folder / "metrics.jsonl")
         self._samples = JsonLines(self._folder / "samples.jsonl")
+
+        # Guards against lines out of order.
         self._last_step: int | None = None
         self._ready = False  # `truncate` was called
         if not self.primary:
             return
 
+        # Lock first: the checks read files that another process might be writing.
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self._folder / "lock", self.path, "--config.run_dir")
         try:
             self._check_resume(resume)
-            # Stored at every start, so that config.json shows the fields of the latest one.
+            # Stored at every start, because a resumed run may change some fields.
             text = json.dumps({"format": FORMAT} | to_plain_config(config), indent=2, allow_nan=False)
             write_atomically(self.path / "config.json", text.encode() + b"\n")
         except BaseException:
@@ -142,7 +154,8 @@ class RunDirectory:
         except OSError as failed:
             if error is None:
                 raise
-            error.add_note(str(failed))  # the error that ended the run is more important
+            # The error that ended the run is more important than a failed upload.
+            error.add_note(str(failed))
 
     def close(self) -> None:
         """Flush, and release the lock.  Raises OSError for files that could not be uploaded."""
@@ -172,23 +185,27 @@ class RunDirectory:
         Drops metrics and samples of later steps, and an incomplete last line.  Warns if metrics up to `step`
         are missing.  Raises ValueError for a malformed line.
         """
+        # All processes check the order of steps; only the first one has files.
         self._last_step = step
         self._ready = True
         if not self.primary:
             return
 
         if self._remote:
-            # Staged events of an earlier start were uploaded; the bucket's files replace the other ones.
+            # TensorBoard writes a new file at every start, so staged events are not needed any more.  For the
+            # lines, the bucket's files count: this machine may not be the one that ran last.
             shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
             for lines in (self._metrics, self._samples):
                 remote_files.download_file(self.path / lines.path.name, lines.path)
             if self._uploads is None:
                 self._uploads = remote_files.Uploads(self._folder, self.path)
 
+        # Later steps will be run again.
         last = self._metrics.truncate(step)
         self._samples.truncate(step)
         self._upload(*(x.path.name for x in (self._metrics, self._samples) if x.path.exists()))
-        if step and last != step:  # step 0 has no line
+        if step and last != step:
+            # Only after somebody edited or deleted the file.  Step 0 has no line.
             file = self.path / "metrics.jsonl"
             warnings.warn(f"{file} ends at step {last}, the checkpoint is of step {step}", stacklevel=2)
 
@@ -197,7 +214,6 @@ class RunDirectory:
 
             # TensorBoard ignores events of earlier starts from purge_step on.
             purge_step = 0 if step is None else step + 1
-
             self._tensorboard = SummaryWriter(
                 str(self._folder / "tensorboard"), purge_step=purge_step, filename_suffix=f".{purge_step}"
             )
@@ -205,7 +221,7 @@ class RunDirectory:
     def flush(self) -> None:
         """Wait until everything logged is in the run directory; to be called before a checkpoint is saved.
 
-        On a local disk nothing needs to be done.  Raises OSError for files that could not be uploaded; a
+        Returns at once if the run directory is local.  Raises OSError for files that could not be uploaded; a
         later call tries again.
         """
         if self._uploads is not None:
@@ -231,8 +247,8 @@ class RunDirectory:
             raise RuntimeError(f"{self.path}: call truncate(step) before the first log")
         if self._last_step is not None and step <= self._last_step:
             raise ValueError(
-                f"{self.path / 'metrics.jsonl'}: step {step} after step {self._last_step}: log each step once, in "
-                "ascending order"
+                f"{self.path / 'metrics.jsonl'}: step {step} after step {self._last_step}: log each step "
+                "once, in ascending order"
             )
 
         # All processes convert the values, so that all fail on a bad one; process 0 alone writes.
@@ -245,10 +261,11 @@ class RunDirectory:
         if not self.primary:
             return
 
+        # TensorBoard's writer warns about every value that is not finite.
         self._metrics.append(row)
         if self._tensorboard is not None:
             for name, value in row.items():
-                if name != "step" and math.isfinite(value):  # the writer warns about every other value
+                if name != "step" and math.isfinite(value):
                     self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
         self._upload("metrics.jsonl", "tensorboard")
@@ -263,16 +280,17 @@ class RunDirectory:
 
     def _check_resume(self, resume: bool) -> None:
         """Raise ValueError if there are checkpoints from which this config may not resume."""
+        # Without checkpoints the run starts from step 0 and writes all files again.
         steps = list_steps(self.path)
         if not steps:
-            return  # a start from step 0 would write everything here again
+            return
         if not resume:
             raise ValueError(
-                f"{self.path} holds checkpoints {steps} and resume is False: give another --config.run_dir, or "
-                "resume with --config.resume=True"
+                f"{self.path} holds checkpoints {steps} and resume is False: give another --config.run_dir, "
+                "or resume with --config.resume=True"
             )
 
-        # Compare with the config that the checkpoints were made with.
+        # config.json is that of the last start, so a field that must stay is equal in all earlier ones.
         stored = self.path / "config.json"
         if not stored.exists():
             raise ValueError(
@@ -291,13 +309,15 @@ def lock_folder(path: Path, folder: Path | epath.Path, flag: str) -> int:
 
     Args:
       path: the lock file.
-      folder: the locked folder, for messages.
-      flag: the flag that names another folder, for messages.
+      folder: the folder, for messages; the lock file may be elsewhere.
+      flag: the command-line flag for another folder, for messages.
 
     Returns a file descriptor: closing it releases the lock.  Raises ValueError, naming the holder, if the
     folder is locked.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # not inherited by worker processes
+    # Worker processes must not inherit the descriptor, or the lock would outlive this process; Python's
+    # default.
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -311,6 +331,8 @@ def lock_folder(path: Path, folder: Path | epath.Path, flag: str) -> int:
         warnings.warn(
             f"{path} cannot be locked ({error}): make sure that no other process uses {folder}", stacklevel=3
         )
+
+    # The file's contents name the holder, for the message above in another process.
     os.ftruncate(handle, 0)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return handle

@@ -1,4 +1,4 @@
-"""The config stored in a run directory, and which of its fields a resumed run may change."""
+"""The config stored in a run directory, and the fields that a resumed run may change."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from cooper_jax.runtime.metrics import to_jsonable
 FORMAT = 1
 
 # Fields that a resumed run may change; a name that ends in a dot stands for its whole section.  They decide
-# how long, how fast or where a run computes, but not what (a mesh only changes the last bits of sums).
+# how long, how fast or where a run computes, but not its results (a mesh only changes the last bits of sums).
 CHANGEABLE_FIELDS = (
+    # Length of the run, and its files.
     "name",
     "steps",
     "run_dir",
     "resume",
     "checkpoint.",
     "log.",
+    # Devices, batches and programs.
     "mesh.",
     "policy.microbatch",
     "reward.microbatch",
@@ -34,6 +36,7 @@ CHANGEABLE_FIELDS = (
     "rollout.weight_placement",
     "rollout.kernels",
     "rollout.segment",
+    # Worker processes and servers.
     "rule.workers",
     "rule.timeout",
     "rule.retry_timeout",
@@ -43,6 +46,7 @@ CHANGEABLE_FIELDS = (
     "assistant.concurrency",
     "assistant.timeout",
     "assistant.retries",
+    # Sections of other commands, which a training run does not read.
     "judge.",
     "source.",
     "annotate.",
@@ -53,7 +57,7 @@ def read_stored_config(run_dir: Path | epath.Path, known: ConfigDict) -> dict[st
     """Read the config of a run directory as nested dicts, without `format`.
 
     Args:
-      known: a config with all fields that exist.
+      known: a config of this version, which has all fields.
 
     Raises FileNotFoundError without a config.json, and ValueError if it is not JSON, or was made by another
     version of this project.
@@ -68,15 +72,17 @@ def read_stored_config(run_dir: Path | epath.Path, known: ConfigDict) -> dict[st
             f"{stored} is not JSON ({error}): fix it, or give another --config.run_dir"
         ) from None
     if not isinstance(config, dict):
-        raise ValueError(f"{stored} holds no JSON object: fix it, or give another --config.run_dir")
+        raise ValueError(f"{stored} is not a JSON object: fix it, or give another --config.run_dir")
 
+    # Later and earlier versions need different advice.
     number = config.pop("format", None)
     if isinstance(number, int) and number > FORMAT:
         raise ValueError(
-            f"{run_dir} was made by a later version of this project (format {number}, this one reads {FORMAT}): "
-            "use that version, or start a new run directory"
+            f"{run_dir} was made by a later version of this project (format {number}, this one reads "
+            f"{FORMAT}): use that version, or start a new run directory"
         )
-    # Fields that no longer exist show an older version, too, even if the format is the same.
+
+    # A field that this version does not have shows an earlier version, too, even if the format is the same.
     unknown = sorted(flatten_config(config).keys() - flatten_config(to_plain_config(known)).keys())
     if unknown or number != FORMAT:
         reason = f"its format is {number or 'not stated'}, this one reads {FORMAT}"
@@ -89,7 +95,7 @@ def read_stored_config(run_dir: Path | epath.Path, known: ConfigDict) -> dict[st
 
 
 def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to dotted names; lists are leaves."""
+    """Flatten nested mappings: dotted name -> value; lists are values."""
     fields = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -100,7 +106,7 @@ def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_plain_config(config: ConfigDict) -> dict[str, Any]:
-    """Convert a config to what its JSON would be read back as: dicts, lists, strings, numbers."""
+    """Convert a config to the values that reading its JSON would give: dicts, lists, strings, numbers."""
     return to_jsonable(config.to_dict())
 
 
@@ -110,7 +116,10 @@ def must_stay(field: str) -> bool:
 
 
 def config_hash(config: ConfigDict) -> str:
-    """16 hex digits over the fields that must stay: equal if a run may resume with the other config."""
+    """Return 16 hex digits of a hash of the fields that must stay.
+
+    Two configs have the same hash if a run with one may resume with the other.
+    """
     fields = {name: v for name, v in flatten_config(to_plain_config(config)).items() if must_stay(name)}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -122,6 +131,7 @@ def describe_changes(stored: Mapping[str, Any], config: ConfigDict) -> list[str]
     def show(fields: Mapping[str, Any], name: str) -> str:
         return json.dumps(fields[name]) if name in fields else "(absent)"
 
+    # A field that only one of the two has counts as changed.
     changes = []
     for name in sorted(old.keys() | new.keys()):
         is_same = name in old and name in new and old[name] == new[name]

@@ -1,6 +1,6 @@
-"""Checks of a config that concern several sections, made before anything is loaded.
+"""Checks of settings of different sections against each other, before anything is loaded.
 
-What concerns one section alone is checked by its typed config (typed_config.py).
+The typed config of a section checks the settings of this section alone (typed_config.py).
 """
 
 from __future__ import annotations
@@ -12,30 +12,31 @@ from cooper_jax.settings.setup_errors import Problems
 
 
 def weighs_pairs(reward: ConfigDict) -> bool:
-    """True if the reward model's update reads pairs.  reward: the config's section."""
+    """True if the loss of the reward model's update has a term on pairs.  reward: the config's section."""
     return bool(reward.pair_weight or reward.pair_bce)
 
 
 def updates_reward_model(cfg: ConfigDict) -> bool:
-    """True if a run ever updates its reward model: at its steps, or in a warm-up before it is frozen."""
+    """True if a run updates its reward model, at its steps or in a warm-up before it is frozen."""
     return cfg.reward.arm == "cooper" or (cfg.reward.arm == "model" and cfg.reward.warmup_updates > 0)
 
 
 def makes_pairs(cfg: ConfigDict) -> bool:
-    """True if a step makes pairs."""
+    """True if the steps of a run make pairs."""
     return cfg.reward.arm == "cooper" and weighs_pairs(cfg.reward)
 
 
 def asks_assistant(cfg: ConfigDict) -> bool:
-    """True if a run has pairs whose negatives an assistant writes."""
+    """True if an assistant writes negatives for a run's pairs."""
     return updates_reward_model(cfg) and weighs_pairs(cfg.reward) and "assistant" in cfg.pairs.negatives
 
 
 def check_cross_sections(cfg: ConfigDict) -> None:
-    """Raise SetupError with every setting that contradicts one of another section.
+    """Raise SetupError with every setting that contradicts a setting of another section.
 
-    Values of one section are checked by its typed config; trainer/run_settings.py runs all checks.
+    trainer/run_settings.py calls this and the checks of all typed configs.
     """
+    # All problems are collected, so that one start of a run shows them all.
     problems = Problems()
     problems.need(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
     problems.need(cfg.steps >= 0, f"steps={cfg.steps}: it must be at least 0")
@@ -46,45 +47,55 @@ def check_cross_sections(cfg: ConfigDict) -> None:
 
 
 def _check_training_sampling(cfg: ConfigDict, problems: Problems) -> None:
-    """Training samples from the distribution whose log-probabilities the policy's loss computes."""
-    r = cfg.rollout
+    """Check that rollouts are sampled from the distribution that the policy's loss evaluates."""
+    rollout = cfg.rollout
+    # A truncated distribution would make every probability ratio wrong, also at the first update.
     problems.need(
-        r.top_k == 0 and r.top_p == 1.0 and r.min_p == 0.0,
-        f"rollout.top_k={r.top_k}, rollout.top_p={r.top_p} and rollout.min_p={r.min_p}: the loss compares "
-        "probabilities over the whole vocabulary, so training samples from it too; set top_k=0, top_p=1.0 and "
-        "min_p=0.0 (evaluation has its own)",
+        rollout.top_k == 0 and rollout.top_p == 1.0 and rollout.min_p == 0.0,
+        f"rollout.top_k={rollout.top_k}, rollout.top_p={rollout.top_p} and rollout.min_p={rollout.min_p}: "
+        "the loss compares probabilities over the whole vocabulary, so training samples from it too; set "
+        "top_k=0, top_p=1.0 and min_p=0.0 (evaluation has its own)",
     )
+    # Greedy responses of one prompt are all equal, so that all advantages would be 0.
     problems.need(
-        r.temperature > 0, f"rollout.temperature={r.temperature}: training samples, so it must be above 0"
+        rollout.temperature > 0,
+        f"rollout.temperature={rollout.temperature}: training samples, so it must be above 0",
     )
 
 
 def _check_models(cfg: ConfigDict, problems: Problems) -> None:
-    """Each model that the run's arm uses has weights, and no other has devices of its own."""
+    """Check that each model that the run's arm uses has weights, and that no other model has devices."""
+    # The rule arm has no reward model, so its weights may be empty.
     for name in ("policy", "reward"):
         used = name == "policy" or cfg.reward.arm != "rule"
         problems.need(
             bool(cfg[name].weights) or not used,
             f"{name}.weights is empty: give --config.{name}.weights=DIR, a hub id or a .gguf file",
         )
+
+    # A model with random weights cannot follow the request for a wrong solution.
     problems.need(
         not asks_assistant(cfg)
         or cfg.assistant.kind != "local"
         or cfg.assistant.weights not in ("", "random"),
         f"assistant.weights={cfg.assistant.weights!r}: a local assistant needs trained weights",
     )
+
+    # Devices given to a model that the run does not load would be idle.
     problems.need(
         not cfg.mesh.reward or cfg.reward.arm != "rule",
         f"mesh.reward={cfg.mesh.reward!r}: the rule arm has no reward model; leave it empty",
     )
     problems.need(
         not cfg.mesh.assistant or (cfg.assistant.kind == "local" and updates_reward_model(cfg)),
-        f"mesh.assistant={cfg.mesh.assistant!r}: only the cooper arm with assistant.kind=local has one on devices",
+        f"mesh.assistant={cfg.mesh.assistant!r}: only the cooper arm with assistant.kind=local has an "
+        "assistant on devices",
     )
 
 
 def _check_reward_updates(cfg: ConfigDict, problems: Problems) -> None:
-    """The reward model's update has something to learn from, and each source of negatives is used."""
+    """Check that the reward model's loss has a term, and that each source of negatives is used."""
+    # Removed values are refused in every arm: a copied command should fail in all of them alike.
     problems.found += describe_removed_values("pairs.negatives", cfg.pairs.negatives)
     if not updates_reward_model(cfg):
         return
@@ -92,10 +103,12 @@ def _check_reward_updates(cfg: ConfigDict, problems: Problems) -> None:
     problems.need(
         weighs_pairs(cfg.reward) or bool(cfg.reward.rollout_bce),
         "reward.pair_weight=0 and no other term: the reward model's update has nothing to learn from; set "
-        "--config.reward.rollout_bce, or freeze it: --config.reward.arm=model --config.reward.warmup_updates=0",
+        "--config.reward.rollout_bce, or freeze the reward model: --config.reward.arm=model "
+        "--config.reward.warmup_updates=0",
     )
+    # The pairs of a prompt take the sources in turn, so a prompt with fewer pairs never reaches the last one.
     problems.need(
         not weighs_pairs(cfg.reward) or len(negatives) <= cfg.pairs.per_prompt,
-        f"pairs.negatives={negatives}: with pairs.per_prompt={cfg.pairs.per_prompt} the last is never used; set "
-        f"--config.pairs.per_prompt={len(negatives)}",
+        f"pairs.negatives={negatives}: with pairs.per_prompt={cfg.pairs.per_prompt} the last is never used; "
+        f"set --config.pairs.per_prompt={len(negatives)}",
     )

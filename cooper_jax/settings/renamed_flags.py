@@ -1,15 +1,16 @@
-"""Configuration fields that earlier versions had under another name.
+"""Configuration fields that had another name in earlier versions, or that were removed.
 
-A flag with an old name fails with a message that gives the new name; nothing is translated silently.
+A flag with an old name fails with a message that gives the new name; no flag is translated silently.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+# Prefix of the table's entries for fields without a successor, and of their messages.
 REMOVED = "was removed: "
 
-# Old dotted name -> new dotted name, or REMOVED and the reason.  A name that ends in a dot stands for a whole
+# Old dotted name -> new dotted name, or REMOVED and the reason.  A name that ends in a dot is a whole
 # section: {"old_section.": "new_section."}.
 RENAMED_FLAGS: dict[str, str] = {
     "warmup.start": "supervised.start_from",
@@ -27,24 +28,23 @@ RENAMED_FLAGS: dict[str, str] = {
 
 # (field, old value) -> the reason for which a field no longer takes the value.
 REMOVED_VALUES: dict[tuple[str, str], str] = {
-    (
-        "pairs.negatives",
-        "mined",
-    ): "negatives taken from wrong rollouts changed no result; own_answer sets a wrong "
-    "rollout beside its own answer",
+    ("pairs.negatives", "mined"): (
+        "negatives taken from wrong rollouts changed no result; own_answer sets a wrong rollout beside its "
+        "own answer"
+    ),
 }
 
 
 def describe_removed_values(field: str, values: Iterable[str]) -> list[str]:
-    """Messages for the values of a field that it took in earlier versions only."""
+    """Write a message for each value that the field accepted in earlier versions only."""
     reasons = {value: REMOVED_VALUES[field, value] for value in values if (field, value) in REMOVED_VALUES}
     return [f"{field}: {value!r} {REMOVED}{reason}" for value, reason in reasons.items()]
 
 
 def describe_rename(name: str, table: Mapping[str, str] = RENAMED_FLAGS) -> str | None:
-    """Say what became of a configuration field: "is now ..." or "was removed: ..."; None for an unknown name.
+    """Describe a field's change: "is now ..." or "was removed: ..."; None for a name outside the table.
 
-    name: dotted, without `config.`.  The longest entry that covers it is used.
+    name: the dotted name, without `config.`.
     """
     old = _find_entry(name, table)
     if old is None:
@@ -54,7 +54,10 @@ def describe_rename(name: str, table: Mapping[str, str] = RENAMED_FLAGS) -> str 
 
 
 def translate_name(name: str) -> str:
-    """The present name of a field in files of earlier versions; a field that was removed keeps its old name."""
+    """The present name of a field of an earlier version; a field that was removed keeps its old name.
+
+    For the config files in run directories of earlier versions, which can still be read.
+    """
     old = _find_entry(name, RENAMED_FLAGS)
     if old is None or RENAMED_FLAGS[old].startswith(REMOVED):
         return name
@@ -62,6 +65,7 @@ def translate_name(name: str) -> str:
 
 
 def _find_entry(name: str, table: Mapping[str, str]) -> str | None:
-    """The longest entry of the table that covers a name."""
+    """The longest entry of the table that is the name or the name's section; None if there is none."""
     covering = [old for old in table if name == old or (old.endswith(".") and name.startswith(old))]
+    # A field that moved out of its section has an entry longer than the section's.
     return max(covering, key=len, default=None)

@@ -1,10 +1,10 @@
 """Setup errors: a config, a file or weights that cannot be used.
 
-Every message has one form:
+Every message has the form
 
     FIELD or FILE: the problem, with the numbers, and the flag that fixes it
 
-`Problems` collects what several checks find, so that all errors of a config are reported at once.
+`Problems` collects the messages of several checks, so that all errors of a config are reported at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 
 class SetupError(ValueError):
-    """A config, a file or weights that cannot be used; each message names the field and the fix.
+    """Error for a config, a file or weights that cannot be used.
 
     problems: the messages, one for each problem; str() joins them by line breaks.
     """
@@ -27,26 +27,31 @@ class SetupError(ValueError):
 
 @contextlib.contextmanager
 def setup_errors(what: str) -> Iterator[None]:
-    """Context that turns the errors of reading settings and files into a SetupError with one message.
+    """Context that converts the errors of reading settings and files to a SetupError with one message.
 
-    what: the field, flag or file that is being set up; the message begins with it.  A SetupError passes as it is.
+    what: the field, flag or file that is being set up; the message begins with it.
+
+    A SetupError passes unchanged.  Errors of other classes are defects of the program and pass too.
     """
     try:
         yield
+    # SetupError is a ValueError, so it must come first.
     except SetupError:
         raise
     except ImportError as error:
-        text = " ".join(str(error).split())  # transformers' messages have several lines
+        # Messages of transformers have several lines; ours have one.
+        text = " ".join(str(error).split())
         raise SetupError(
             f"{what}: a package is missing or broken: {text} (requirements.txt lists all that is needed)"
         ) from error
+    # The classes that file systems, parsers and loaders raise for a bad input.
     except (ValueError, KeyError, OSError) as error:
         raise SetupError(f"{what}: {error}") from error
 
 
 @dataclasses.dataclass
 class Problems:
-    """The setup errors that several checks have found so far."""
+    """A collection of the messages of several checks."""
 
     found: list[str] = dataclasses.field(default_factory=list)
 
@@ -65,6 +70,7 @@ class Problems:
             self.found += error.problems
 
     def raise_if_any(self) -> None:
-        """Raise SetupError with everything that was found, each message once."""
+        """Raise SetupError with all messages that were added, without duplicates."""
+        # A dict keeps the order, unlike a set.
         if self.found:
             raise SetupError(*dict.fromkeys(self.found))

@@ -1,1 +1,1 @@
-"""Arms compared over seeds: runs of launch/train.py, their figures, tables and picture."""
+"""Comparison of arms over several seeds: runs of launch/train.py, their metrics, tables and figure."""

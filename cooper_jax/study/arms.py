@@ -1,7 +1,7 @@
-"""The arms of a study: what each sets, and what it is for.
+"""The arms of a study: named settings that are compared with each other.
 
-The config file and its --config flags are the base, which all arms share.  An arm's settings, those of its recipe
-among them, go before the file's; a flag that contradicts them is refused.
+All arms share a base config: the config file with its --config flags.  The settings of an arm and of its
+recipe take precedence over the file's.  A flag that contradicts them is an error.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,32 +20,35 @@ from cooper_jax.settings.config_fields import describe_unknown_field
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.recipes import RECIPES
 
-START = "start"  # the folder of the supervised phases that a seed's arms share: no arm has this name
-# Fields that are the study's, or alike in all arms; one that ends in a dot stands for its section.
-NOT_AN_ARMS = ("name", "seed", "steps", "run_dir", "resume", "supervised.", "eval.")
+# The folder of the supervised phases, which are run once per seed for all arms.  No arm may have this name.
+START = "start"
+
+# Fields that the study sets or that are the same in all arms.  A final dot stands for a whole section.
+SHARED_FIELDS = ("name", "seed", "steps", "run_dir", "resume", "supervised.", "eval.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
+    """One way to reward the policy."""
+
     name: str
-    about: str  # one short line for tables and figures
+    about: str  # a short description for tables and figures
     settings: Mapping[str, Any]  # dotted field -> value
-    times: Mapping[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # dotted field -> factor on the base's
+    # dotted field -> factor by which the base config's value is multiplied
+    factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
+# Settings that several arms share.  An empty recipe sets no field.
 _FROZEN = {"reward.arm": "model", "reward.recipe": "", "reward.warmup_updates": 0}
 _ROBUST = {"reward.arm": "cooper", "reward.recipe": "robust"}
-_REWRITES = {"reward.arm": "cooper", "pairs.per_prompt": 3}  # as many pairs as robust has
-_LABELS = {
-    "reward.rollout_bce": 1.0,
-    "reward.replay": 256,
-    "reward.replay_rows": 32,
-}  # the rule's, of rollouts
+# As many pairs per prompt as `robust` has, all of them rewrites by the assistant.
+_REWRITES = {"reward.arm": "cooper", "pairs.per_prompt": 3}
+# Cross-entropy on rollouts, with the rule's verdicts as labels.
+_LABELS = {"reward.rollout_bce": 1.0, "reward.replay": 256, "reward.replay_rows": 32}
 ARMS = {
     arm.name: arm
     for arm in (
+        # The main comparison: no reward model, a frozen one, and three recipes that update it.
         Arm("rule", "reward: the rule verifier's verdict", {"reward.arm": "rule", "reward.recipe": ""}),
         Arm("frozen", "reward: a frozen reward model", _FROZEN),
         Arm(
@@ -61,7 +65,7 @@ ARMS = {
             "sigmoid", "Cooper with the contrastive loss on rewards", _REWRITES | {"reward.recipe": "sigmoid"}
         ),
         Arm("robust", "Cooper with our recipe: cross-entropy on the pairs as well", _ROBUST),
-        # Controls.  Would less do?
+        # Controls: remedies against reward hacking that are simpler than updating the reward model.
         Arm(
             "frozen_guard", "frozen; no reward without an answer", _FROZEN | {"reward.answer_required": True}
         ),
@@ -75,7 +79,7 @@ ARMS = {
         Arm(
             "either", "frozen; reward 1 where the rule says correct", _FROZEN | {"reward.rule_or_model": True}
         ),
-        # Which part of robust does it?
+        # Ablations of robust: one of its parts replaced, left out or used alone.
         Arm(
             "bce",
             "cross-entropy on the rule's labels of rollouts, no pairs",
@@ -112,62 +116,76 @@ ARMS = {
         ),
     )
 }
+# The arms of a study that names none.
 MAIN = ("rule", "frozen", "frozen_warm", "released", "sigmoid", "robust")
 
 
 def choose_arms(names: Sequence[str], defined: Sequence[str], base: ConfigDict) -> list[Arm]:
-    """The arms of these names, then those defined on the command line.
+    """Choose arms by name, and add the arms that are defined on the command line.
 
-    defined: as `parse` reads them.  Raises SetupError for a name that is not there, or there twice.
+    Args:
+      names: names in ARMS; repetitions are dropped.
+      defined: definitions in the format of `parse_arm`.
+      base: the config that all arms share.
+
+    Raises SetupError for an unknown name, for two arms of the same name, and for an invalid definition.
     """
     if unknown := [name for name in names if name not in ARMS]:
         raise SetupError(
-            f'--arms: {", ".join(unknown)}: there is {", ".join(ARMS)}; --arm="NAME: FIELD=VALUE, ..." makes more'
+            f"--arms: {', '.join(unknown)}: the arms are {', '.join(ARMS)}; "
+            '--arm="NAME: FIELD=VALUE, ..." defines more'
         )
     arms = [*(ARMS[name] for name in dict.fromkeys(names)), *(parse_arm(text, base) for text in defined)]
-    all_names = [arm.name for arm in arms]
-    if twice := sorted({name for name in all_names if all_names.count(name) > 1}):
-        raise SetupError(f"--arm: {', '.join(twice)} is there twice: give it another name")
+    # Two arms of one name would share their folders.
+    counts = Counter(arm.name for arm in arms)
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
+        raise SetupError(f"--arm: {', '.join(repeated)} occurs twice: give one of them another name")
     return arms
 
 
 def parse_arm(text: str, base: ConfigDict) -> Arm:
-    """An arm of the command line: `name: reward.pair_loss=logit, pairs.negatives=('assistant','swap')`.
+    """Parse an arm's definition: `name: reward.pair_loss=logit, pairs.negatives=('assistant','swap')`.
 
-    A value has the type of the base's.  Raises SetupError, naming the arm and what is wrong.
+    Each value must have the type of the base config's value.  Raises SetupError, naming the arm and the
+    problem.
     """
     name, colon, rest = (part.strip() for part in text.partition(":"))
     if not colon or not re.fullmatch(r"\w+", name) or name == START:
         raise SetupError(
-            f"--arm={text!r}: it is a name of letters, digits and _, other than {START!r}, a colon and settings: "
-            '--arm="logit: reward.recipe=robust, reward.pair_loss=logit"'
+            f"--arm={text!r}: give a name of letters, digits and _, other than {START!r}, a colon and "
+            'settings: --arm="logit: reward.recipe=robust, reward.pair_loss=logit"'
         )
-    known, settings = flatten_config(base.to_dict()), {}
-    for part in re.split(r",(?![^()]*\))", rest):  # at commas outside brackets
+
+    # The settings are separated by commas, but a tuple in parentheses contains commas of its own.
+    known = flatten_config(base.to_dict())
+    settings = {}
+    for part in re.split(r",(?![^()]*\))", rest):
         field, equals, value = (x.strip() for x in part.partition("="))
         if not equals:
             raise SetupError(
-                f"--arm={name}: {part.strip()!r}: it is FIELD=VALUE, with a field of configs/base.py"
+                f"--arm={name}: {part.strip()!r}: write FIELD=VALUE, with a field of configs/base.py"
             )
         if field not in known:
-            raise SetupError(f"--arm={name}: {part.strip()!r}: as in {describe_unknown_field(field, known)}")
-        if is_decided(field):
-            raise SetupError(f"--arm={name}: {field} is alike in all arms: give it as --config.{field}")
-        settings[field] = _value(value, known[field], f"--arm={name}: {field}")
+            raise SetupError(f"--arm={name}: {part.strip()!r}: {describe_unknown_field(field, known)}")
+        if is_shared_field(field):
+            raise SetupError(f"--arm={name}: {field} is the same in all arms: give it as --config.{field}")
+        settings[field] = _parse_value(value, known[field], f"--arm={name}: {field}")
     return Arm(name, rest, settings)
 
 
-def is_decided(field: str) -> bool:
-    """Whether the study decides a field, or all its arms share it."""
-    return any(field == f or (f.endswith(".") and field.startswith(f)) for f in NOT_AN_ARMS)
+def is_shared_field(field: str) -> bool:
+    """Return True if the study sets the field, or all its arms have the same value of it."""
+    return any(field == name or (name.endswith(".") and field.startswith(name)) for name in SHARED_FIELDS)
 
 
-def _value(text: str, like: Any, where: str) -> Any:
-    """Text as a value of `like`'s type."""
+def _parse_value(text: str, like: Any, where: str) -> Any:
+    """Parse text as a value of `like`'s type.  where: the arm and the field, for messages."""
+    # Strings need no quotes, as in --config flags.
     if isinstance(like, str):
         return text.strip("'\"")
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+        # 1 is accepted for a float; otherwise types must be equal, so that True is no number.
         if type(value) is int and isinstance(like, float):
             value = float(value)
         if type(value) is not type(like):
@@ -180,20 +198,25 @@ def _value(text: str, like: Any, where: str) -> Any:
 
 
 def list_settings(arm: Arm, base: ConfigDict) -> dict[str, Any]:
-    """All that an arm sets: its recipe's values, factors worked out, then its own.  Raises SetupError."""
+    """List all fields that an arm sets, by dotted name.
+
+    The arm's own settings take precedence over its scaled fields, and these over the recipe's.
+    base: the config that all arms share.  Raises SetupError for an unknown recipe.
+    """
     recipe = arm.settings.get("reward.recipe", "")
     if recipe and recipe not in RECIPES:
-        raise SetupError(f"--arm={arm.name}: reward.recipe={recipe}: it is one of {', '.join(RECIPES)}")
+        raise SetupError(f"--arm={arm.name}: reward.recipe={recipe}: the recipes are {', '.join(RECIPES)}")
     known = flatten_config(base.to_dict())
-    scaled = {field: known[field] * factor for field, factor in arm.times.items()}
+    scaled = {field: known[field] * factor for field, factor in arm.factors.items()}
     return RECIPES.get(recipe, {}) | scaled | dict(arm.settings)
 
 
 def make_flags(cfg: ConfigDict, fields: Collection[str]) -> list[str]:
-    """Flags that give these fields, and all that some recipe sets, the values that they have in cfg.
+    """Make command-line flags for these fields and for all fields that a recipe may set, with cfg's values.
 
-    So that a run of these flags and cfg's file has cfg's values, whatever recipe it names.
+    A run applies its recipe to every field without a flag.  With flags for all such fields, the run has cfg's
+    values for any recipe that it names.
     """
     known = flatten_config(cfg.to_dict())
-    given = {*fields, *(field for recipe in RECIPES.values() for field in recipe)}
+    given = set(fields).union(*RECIPES.values())
     return [f"--config.{field}={known[field]}" for field in sorted(given)]

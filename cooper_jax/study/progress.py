@@ -1,4 +1,4 @@
-"""Where a study stands, for whoever waits: a live line on a terminal, elsewhere a line whenever something happened.
+"""Progress of a study: a line that is updated on a terminal, or a new line at every change in a log.
 
 7/12 runs  seed_10/robust 40/100 48%  seed_11/rule 20/100 52%  ETA 0:41:10
 """
@@ -14,84 +14,109 @@ from typing import TextIO
 
 from cooper_jax.study.arms import START
 from cooper_jax.study.records import EVALUATED, read_whole_rows
-from cooper_jax.study.run_scheduler import Standing
+from cooper_jax.study.run_scheduler import StudyStatus
 from cooper_jax.study.study_plan import StudyRun
 
-EVERY = 2.0  # seconds between two looks at the runs' files
+EVERY = 2.0  # seconds between two reads of the runs' files
 
 
-class Board:
-    """Shows standings; `close` ends the live line."""
+class ProgressBoard:
+    """Printer of a study's status, called at every poll; `close` ends the updated line.
+
+    out: the stream to print to; stdout if None.  clock: a function that returns seconds.
+    """
 
     def __init__(self, out: TextIO | None = None, clock: Callable[[], float] = time.perf_counter):
         self._out = sys.stdout if out is None else out
         self._clock = clock
-        self._looked = -EVERY
-        self._told: tuple = ()
-        self._failed = 0
-        # (seconds, steps) in this life: of the starts and the other runs that have ended, and of those under way.
+        self._last_read = -EVERY
+        # The last printed status, so that a log gets a line only for a change.
+        self._printed: tuple = ()
+        self._failures_printed = 0
+        # (seconds, steps) of processes that have ended, by START for starts and "" for other runs, and of
+        # those still running.  Earlier invocations do not count: they may have been on another machine.
         self._ended: dict[str, list[tuple[float, int]]] = {START: [], "": []}
-        self._seen: dict[StudyRun, tuple[float, int]] = {}
+        self._running: dict[StudyRun, tuple[float, int]] = {}
 
-    def __call__(self, now: Standing) -> None:
-        started = {work.run for work in now.working.values()}
-        if now.working and self._clock() < self._looked + EVERY and started == set(self._seen):
+    def __call__(self, status: StudyStatus) -> None:
+        """Print the status if the runs have changed or EVERY seconds have passed."""
+        # Reading the runs' files at every poll would cost more than the poll itself.
+        started = {running.run for running in status.running.values()}
+        recent = self._clock() < self._last_read + EVERY
+        if status.running and recent and started == set(self._running):
             return
-        self._looked = self._clock()
-        for run in set(self._seen) - started:
-            self._ended[START if run.arm == START else ""].append(self._seen.pop(run))
-        for failure in now.failed[self._failed :]:
-            self._say(f"failed: {failure}")
-        self._failed = len(now.failed)
-        shown, at = [], []
-        for work in now.working.values():
-            step, accuracy = _standing(work.run)
-            self._seen[work.run] = (self._clock() - work.began, step - work.had)
-            text = work.run.label if work.run.arm == START else f"{work.run.label} {step}/{work.run.steps}"
+        self._last_read = self._clock()
+
+        # Processes that have ended since the last call keep their pace for the estimate.
+        for run in set(self._running) - started:
+            self._ended[START if run.arm == START else ""].append(self._running.pop(run))
+        self._print_failures(status)
+
+        # A part of the line for each running process.
+        shown: list[str] = []
+        accuracies: list[tuple[StudyRun, float | None]] = []
+        for running in status.running.values():
+            run = running.run
+            step, accuracy = _read_progress(run)
+            self._running[run] = (self._clock() - running.began, step - running.steps_before)
+            text = run.label if run.arm == START else f"{run.label} {step}/{run.steps}"
             shown.append(text if accuracy is None else f"{text} {accuracy:.0%}")
-            at.append((work.run, accuracy))
-        line = "  ".join([f"{len(now.complete)}/{len(now.runs)} runs", *shown, f"ETA {self._left(now)}"])
-        happened = (len(now.complete), len(now.failed), tuple(at))
+            accuracies.append((run, accuracy))
+
+        # A terminal's line is overwritten: return to its start and clear it.
+        counts = f"{len(status.complete)}/{len(status.runs)} runs"
+        line = "  ".join([counts, *shown, f"ETA {self._estimate_time_left(status)}"])
+        changes = (len(status.complete), len(status.failed), tuple(accuracies))
         if self._out.isatty():
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[K{line[:width]}", end="", file=self._out, flush=True)
-        elif happened != self._told:
+        elif changes != self._printed:  # a new step alone is no change, to keep logs short
             print(line, file=self._out, flush=True)
-        self._told = happened
+        self._printed = changes
 
     def close(self) -> None:
+        """End the live line."""
         if self._out.isatty():
             print(file=self._out)
 
-    def _say(self, text: str) -> None:
-        print(f"\r\x1b[K{text}" if self._out.isatty() else text, file=self._out, flush=True)
+    def _print_failures(self, status: StudyStatus) -> None:
+        """Print the failures since the last call, each on a line of its own."""
+        clear = "\r\x1b[K" if self._out.isatty() else ""
+        for failure in status.failed[self._failures_printed :]:
+            print(f"{clear}failed: {failure}", file=self._out, flush=True)
+        self._failures_printed = len(status.failed)
 
-    def _left(self, now: Standing) -> str:
-        """The time left as h:mm:ss, by the pace of this life's starts and steps; ? before it is known."""
-        starts, steps = 0.0, 0.0  # that are left
-        for run in (*now.waiting, *(work.run for work in now.working.values())):
+    def _estimate_time_left(self, status: StudyStatus) -> str:
+        """Estimate the time left as h:mm:ss from the mean pace of starts and steps; "?" if it is unknown."""
+        starts_left, steps_left = 0, 0
+        for run in (*status.waiting, *(running.run for running in status.running.values())):
             if run.arm == START:
-                starts += 1
+                starts_left += 1
             else:
-                steps += run.steps - run.done()
+                steps_left += run.steps - run.count_done()
+
+        # Seconds of all remaining work, if it ran in one slot.
         seconds = 0.0
-        if starts:
+        if starts_left:
             ended = [spent for spent, _ in self._ended[START]]
             if not ended:
                 return "?"
-            seconds += starts * sum(ended) / len(ended)
-        if steps:
-            paces = [*self._ended[""], *(pace for run, pace in self._seen.items() if run.arm != START)]
-            made = sum(done for _, done in paces)
-            if not made:
+            seconds += starts_left * sum(ended) / len(ended)
+        if steps_left:
+            paces = [*self._ended[""], *(pace for run, pace in self._running.items() if run.arm != START)]
+            steps_done = sum(steps for _, steps in paces)
+            if not steps_done:
                 return "?"
-            seconds += steps * sum(spent for spent, _ in paces) / made
-        places = min(now.jobs, len(now.waiting) + len(now.working))
-        return str(datetime.timedelta(seconds=round(seconds / max(places, 1))))
+            seconds += steps_left * sum(spent for spent, _ in paces) / steps_done
+
+        # The work is shared by the slots, of which some stay free at the end.
+        slots = min(status.jobs, len(status.waiting) + len(status.running))
+        return str(datetime.timedelta(seconds=round(seconds / max(slots, 1))))
 
 
-def _standing(run: StudyRun) -> tuple[int, float | None]:
-    """The last step, and the newest held-out accuracy where there is one."""
+def _read_progress(run: StudyRun) -> tuple[int, float | None]:
+    """Read the last step of a run, and its newest held-out accuracy, if any."""
     rows = read_whole_rows(run.folder / "metrics.jsonl")
-    found = [row[EVALUATED["accuracy"]] for row in rows if EVALUATED["accuracy"] in row]
-    return (int(rows[-1]["step"]) if rows else 0), (found[-1] if found else None)
+    accuracies = [row[EVALUATED["accuracy"]] for row in rows if EVALUATED["accuracy"] in row]
+    step = int(rows[-1]["step"]) if rows else 0
+    return step, accuracies[-1] if accuracies else None

@@ -1,10 +1,13 @@
-"""Carries out a study's runs: some processes at once, until all have ended.
+"""Scheduler of a study's runs: several processes at a time, until all have ended.
 
-1. The first run in the order that can begin takes a free place; those that are complete are not started again.
-2. What a run says goes to log.txt in its folder.  Of one that fails the end of that is told; the others go on.
-3. A signal is passed on as SIGTERM, at which runs save their last whole step.
+1. A free slot starts the first waiting run whose seed's start is complete.  Complete runs are not started
+   again.
+2. A run's output goes to log.txt in its folder.  If the run fails, the last lines of its log are reported,
+   and the other runs continue.
+3. A signal to the study is forwarded to its runs as SIGTERM, at which they save their last complete step.
 
-With several places each run keeps to one core: together they fill a machine better than each with all its cores.
+With several slots each run is pinned to one core, which has a higher throughput than runs that compete for
+all cores.
 """
 
 from __future__ import annotations
@@ -21,87 +24,103 @@ from collections.abc import Callable, Iterator, Sequence
 from cooper_jax.runtime.hosts import Stopped
 from cooper_jax.study.study_plan import StudyRun
 
-GRACE = 300.0  # seconds that runs have, after a signal, to save and to end
-PAUSE = 0.3  # seconds between two looks at the runs
-TAIL = 12  # lines of a log that are shown
+GRACE = 300.0  # seconds between SIGTERM and SIGKILL, in which runs save and end
+PAUSE = 0.3  # seconds between two polls of the processes
+TAIL = 12  # lines of a failed run's log that are shown
 
 
 @dataclasses.dataclass
-class Working:
-    """A run under way."""
+class RunningProcess:
+    """A run whose process has not ended."""
 
     run: StudyRun
     process: subprocess.Popen
     began: float  # seconds of time.perf_counter
-    had: int  # steps that were done before
+    steps_before: int  # steps done by earlier processes of the same run
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
+    """A run that failed, or that was not started because the run it waits for failed."""
+
     run: StudyRun
-    what: str
+    reason: str
 
     def __str__(self) -> str:
-        return f"{self.run.label}: {self.what}"
+        return f"{self.run.label}: {self.reason}"
 
 
 @dataclasses.dataclass
-class Standing:
-    """Where a study stands."""
+class StudyStatus:
+    """The runs of a study by status."""
 
-    runs: Sequence[StudyRun]
-    jobs: int
+    runs: Sequence[StudyRun]  # all of them
+    jobs: int  # number of slots
+    # Every run is in exactly one of these.
     complete: list[StudyRun] = dataclasses.field(default_factory=list)
     failed: list[Failure] = dataclasses.field(default_factory=list)
-    working: dict[int, Working] = dataclasses.field(default_factory=dict)  # by place, 0 .. jobs - 1
+    running: dict[int, RunningProcess] = dataclasses.field(default_factory=dict)  # by slot, 0 .. jobs - 1
     waiting: list[StudyRun] = dataclasses.field(default_factory=list)
 
 
-def run_study(runs: Sequence[StudyRun], jobs: int, watch: Callable[[Standing], None]) -> list[Failure]:
-    """Run what is not complete, `jobs` at once.
+def run_study(runs: Sequence[StudyRun], jobs: int, watch: Callable[[StudyStatus], None]) -> list[Failure]:
+    """Run all runs that are not complete; returns the failures.
 
-    watch: is shown the standing again and again.  Raises Stopped when a signal came and all runs have ended.
+    Args:
+      runs: the runs, in the order in which they start.
+      jobs: the number of processes at a time.
+      watch: function that is called with the status at every poll.
+
+    Raises Stopped after a signal, when all processes have ended.
     """
-    now = Standing(runs, jobs)
+    status = StudyStatus(runs, jobs)
     for run in runs:
-        (now.complete if run.complete() else now.waiting).append(run)
-    with _signals() as heard:
+        (status.complete if run.is_complete() else status.waiting).append(run)
+
+    # Signals are only recorded: an exception in the middle of starting a process could lose that process.
+    with _record_signals() as received:
         try:
-            while now.waiting or now.working:
-                _begin(now)
-                watch(now)
+            while status.waiting or status.running:
+                _fill_slots(status)
+                watch(status)
                 time.sleep(PAUSE)
-                if heard:
+                if received:
                     raise Stopped
-                _collect(now)
+                _collect_ended(status)
         finally:
-            _stop(now, heard)
-    watch(now)
-    return now.failed
+            _terminate_all(status, received)
+    watch(status)
+    return status.failed
 
 
-def _begin(now: Standing) -> None:
-    """Fill the free places."""
-    ready = {run.folder for run in now.complete}
-    for place in range(now.jobs):
-        run = next((r for r in now.waiting if r.after is None or r.after in ready), None)
-        if place in now.working or run is None:
+def _fill_slots(status: StudyStatus) -> None:
+    """Start waiting runs in the free slots."""
+    # A run can start when the start of its seed is complete; a failed start removes its runs from `waiting`.
+    complete = {run.folder for run in status.complete}
+    for slot in range(status.jobs):
+        run = next((r for r in status.waiting if r.after is None or r.after in complete), None)
+        if slot in status.running or run is None:
             continue
-        now.waiting.remove(run)
-        now.working[place] = Working(run, _start(run, place, now.jobs), time.perf_counter(), run.done())
+        status.waiting.remove(run)
+        process = _start_process(run, slot, status.jobs)
+        status.running[slot] = RunningProcess(run, process, time.perf_counter(), run.count_done())
 
 
-def _start(run: StudyRun, place: int, jobs: int) -> subprocess.Popen:
+def _start_process(run: StudyRun, slot: int, jobs: int) -> subprocess.Popen:
+    """Start a run's process, pinned to the slot's core where there are several slots."""
     run.folder.mkdir(parents=True, exist_ok=True)
     pinned = jobs > 1 and hasattr(os, "sched_setaffinity")
     cores = os.sched_getaffinity(0) if pinned else set()
+
+    # Append to the log: an earlier process may have stopped before the last step.
     with open(run.folder / "log.txt", "ab") as log:
         log.write(f"$ {shlex.join(run.command)}\n".encode())
         log.flush()
         try:
-            if pinned:  # what this thread starts inherits its cores
-                os.sched_setaffinity(0, {sorted(cores)[place % len(cores)]})
-            # A session of its own: a terminal's Ctrl-C reaches it by way of us alone, as SIGTERM.
+            # A child process inherits the affinity of the thread that starts it.
+            if pinned:
+                os.sched_setaffinity(0, {sorted(cores)[slot % len(cores)]})
+            # In a session of its own the run does not receive the terminal's Ctrl-C, only SIGTERM from here.
             return subprocess.Popen(
                 run.command,
                 stdout=log,
@@ -114,49 +133,59 @@ def _start(run: StudyRun, place: int, jobs: int) -> subprocess.Popen:
                 os.sched_setaffinity(0, cores)
 
 
-def _collect(now: Standing) -> None:
-    """Take note of what has ended; what waited for a run that failed fails with it."""
-    for place, work in list(now.working.items()):
-        code = work.process.poll()
+def _collect_ended(status: StudyStatus) -> None:
+    """Move the runs whose processes have ended to `complete` or `failed`.
+
+    The runs that wait for a failed start fail as well.
+    """
+    for slot, running in list(status.running.items()):
+        code, run = running.process.poll(), running.run
         if code is None:
             continue
-        del now.working[place]
-        if code == 0 and work.run.complete():
-            now.complete.append(work.run)
+        del status.running[slot]
+        if code == 0 and run.is_complete():
+            status.complete.append(run)
             continue
-        ended = f"ended with exit code {code}" if code else f"ended before step {work.run.steps}"
-        lines = (work.run.folder / "log.txt").read_text(errors="replace").splitlines()
+
+        # Exit code 0 before the last step is a failure too, such as a run that stopped after a signal.
+        ended = f"ended with exit code {code}" if code else f"ended before step {run.steps}"
+        log = run.folder / "log.txt"
+        lines = log.read_text(errors="replace").splitlines()
         tail = "".join(f"\n    {line}" for line in lines[-TAIL:])
-        now.failed.append(Failure(work.run, f"{ended}; {work.run.folder / 'log.txt'} ends with{tail}"))
-        for run in [r for r in now.waiting if r.after == work.run.folder]:
-            now.waiting.remove(run)
-            now.failed.append(Failure(run, f"not started, for {work.run.label} failed"))
+        status.failed.append(Failure(run, f"{ended}; {log} ends with{tail}"))
+
+        for dependent in [r for r in status.waiting if r.after == run.folder]:
+            status.waiting.remove(dependent)
+            status.failed.append(Failure(dependent, f"not started, because {run.label} failed"))
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Signals to end, as they come, in place of what they would do."""
-    heard: list[int] = []
+def _record_signals() -> Iterator[list[int]]:
+    """Append SIGINT, SIGTERM and SIGHUP to a list instead of ending the process."""
+    received: list[int] = []
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {name: signal.signal(name, lambda number, _: heard.append(number)) for name in names}
+    before = {name: signal.signal(name, lambda number, _: received.append(number)) for name in names}
     try:
-        yield heard
+        yield received
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
 
 
-def _stop(now: Standing, heard: list[int]) -> None:
-    """End what is still running: by SIGTERM; after GRACE, or a second signal, by SIGKILL."""
-    working = [work.process for work in now.working.values()]
-    for process in working:
+def _terminate_all(status: StudyStatus, received: list[int]) -> None:
+    """End the remaining processes by SIGTERM, and by SIGKILL after GRACE seconds or at another signal."""
+    processes = [running.process for running in status.running.values()]
+    for process in processes:
         if process.poll() is None:
             process.terminate()
-    signals, last = len(heard), time.perf_counter() + GRACE
-    while any(process.poll() is None for process in working):
+
+    # A signal that arrived before this call has had its effect: only later ones end the wait.
+    signals, deadline = len(received), time.perf_counter() + GRACE
+    while any(process.poll() is None for process in processes):
         time.sleep(0.1)
-        if len(heard) > signals or time.perf_counter() > last:
-            for process in working:
+        if len(received) > signals or time.perf_counter() > deadline:
+            for process in processes:
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # its rule workers, too
+                    # The process leads its group, which includes the processes of its rule verifier.
+                    os.killpg(process.pid, signal.SIGKILL)
                     process.wait()

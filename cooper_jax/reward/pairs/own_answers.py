@@ -1,8 +1,9 @@
-"""Pairs of a wrong response with its own answer (ours).
+"""Pairs made from a wrong response and the answer that it gives (our extension).
 
-The negative is a wrong response as the policy wrote it; the positive is the same text beside the answer that
-it gives itself.  Both members then contain whatever raised the response's reward, and only the match with the
-reference sets them apart.  Such pairs exist even where no response is correct.
+Both members have the text of a wrong response.  The negative keeps the problem's reference; the positive
+takes the response's own answer as its reference.  Both then contain every feature that raised the
+response's reward, and only the match with the reference distinguishes them.  Such pairs can be made even if
+no response of a prompt is correct.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ def fill_with_own_answers(
     rule: RuleVerifier | SharedRule,
     fits: Callable[[str], bool] | None,
 ) -> None:
-    """Fill slots whose text the rule finds correct beside the answer that the text itself gives.
-
-    The slots' texts were found WRONG beside their problem's reference.
+    """Fill the slots whose text is CORRECT when its own answer is the reference.
 
     Args:
-      fits: returns True for an answer that is short enough to be a reference; None: any is.
+      slots: open slots; the rule found their texts WRONG against the problem's reference.
+      fits: returns True for an answer that is short enough to be a reference; None accepts any answer.
     """
-    # A reference is never cut, and the policy wrote this one: it may have hundreds of digits.
+    # References are never truncated, and this one is written by the policy: it may have hundreds of digits.
     candidates: list[tuple[PairSlot, str]] = []
     for slot in slots:
         answer = find_marked_answer(slot.positive)
+        # `rank_rows` only takes texts that mark an answer, so it is never empty here.
         if fits is None or fits(answer):
             candidates.append((slot, answer))
         else:
@@ -39,6 +40,7 @@ def fill_with_own_answers(
     if not candidates:
         return
 
+    # The check refuses answers that the rule cannot compare even with themselves.
     verdicts = rule.check([(answer, slot.positive) for slot, answer in candidates])
     for (slot, answer), verdict in zip(candidates, verdicts, strict=True):
         if verdict == Verdict.CORRECT:

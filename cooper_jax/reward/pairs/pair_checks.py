@@ -1,12 +1,11 @@
-"""Checks that every negative passes, whatever its source.
+"""Checks that a negative must pass.
 
-1. `find_text_refusal` looks at a rewrite's text: truncation, refusals, length.  It needs no verdict.
-2. The rule verifier decides the rest.  `REFUSAL_BY_VERDICT` names the verdicts that refuse a negative: all
-   but WRONG.
+1. `find_text_refusal` checks the text of a rewrite: truncation, refusals, length.  It needs no verdict.
+2. The rule verifier then judges the negative against its reference.  Only WRONG passes; `REFUSAL_BY_VERDICT`
+   has the reasons for refusing all other verdicts.
 
-Departures from the released code: there, a negative from which nothing can be parsed passes as wrong, and
-neither length nor truncation nor refusals are checked, so a reward model can learn style in place of
-correctness.
+Departures from the released code: there, a negative without a parseable answer counts as wrong, and length,
+truncation and refusals are not checked, so a reward model can learn style instead of correctness.
 """
 
 from __future__ import annotations
@@ -16,16 +15,18 @@ import re
 from cooper_jax.llm.chat import Failure, Reply
 from cooper_jax.types import Verdict
 
-# Refusals, and talk about the task.  A solution contains neither, and a reward model would learn the phrase.
+# Phrases of a model that refuses, or that talks about the task of writing a wrong solution.  Solutions of the
+# policy do not contain them, so a reward model would learn the phrases.
 _REFUSAL_PHRASES = re.compile(
-    r"\bsorry\b|\bi(?:'m| am) (?:un)?able to\b|\bi(?:'m| am) not able to\b|\bas an ai\b|\b(?:language|ai) model\b"
+    r"\bsorry\b|\bi(?:'m| am) (?:un)?able to\b|\bi(?:'m| am) not able to\b"
+    r"|\bas an ai\b|\b(?:language|ai) model\b"
     r"|\bi (?:can ?not|can't|won't|will not|must decline)\b"
     r"|\b(?:intentional|deliberate)(?:ly)?\b|\b(?:incorrect|wrong|flawed) (?:solution|answer|version)\b"
     r"|\b(?:rewritten|modified) (?:solution|version)\b",
     re.IGNORECASE,
 )
 
-# Verdict on a negative against its reference -> why it is refused.  Only WRONG passes.
+# Verdict on a negative against its reference -> the reason for refusing it.  Only WRONG passes.
 REFUSAL_BY_VERDICT = {
     Verdict.CORRECT: "not_wrong",
     Verdict.NO_ANSWER: "unparseable",
@@ -35,12 +36,12 @@ REFUSAL_BY_VERDICT = {
 
 
 def find_text_refusal(positive: str, reply: Reply, length_ratio: float) -> str:
-    """Why a reply cannot be a negative, judged by its text alone; "" where the rule is to decide.
+    """The reason why a reply cannot be a negative, from its text alone; "" if the rule has to decide.
 
     Args:
-      positive: the solution that was to be rewritten.
-      reply: the assistant's.
-      length_ratio: the longer of the two has at most this many times the characters of the other.
+      positive: text of the solution that the assistant was asked to rewrite.
+      reply: the assistant's reply.
+      length_ratio: maximum ratio of the longer text's number of characters to the shorter one's.
     """
     if isinstance(reply, Failure):
         return "assistant_" + reply.reason.replace(" ", "_")
@@ -52,9 +53,12 @@ def find_text_refusal(positive: str, reply: Reply, length_ratio: float) -> str:
         return "unparseable"
     if negative == positive:
         return "unchanged"
-    # A phrase that the positive contains too tells no member apart.
+
+    # A phrase that occurs in both members does not distinguish them.
     if _find_refusal_phrases(negative) - _find_refusal_phrases(positive):
         return "refusal"
+
+    # A systematic difference in length would give the negative away.
     shorter, longer = sorted((len(negative), len(positive)))
     if longer > length_ratio * shorter:
         return "length"
@@ -62,4 +66,5 @@ def find_text_refusal(positive: str, reply: Reply, length_ratio: float) -> str:
 
 
 def _find_refusal_phrases(text: str) -> set[str]:
+    """The refusal phrases in `text`, in lower case."""
     return {phrase.lower() for phrase in _REFUSAL_PHRASES.findall(text)}

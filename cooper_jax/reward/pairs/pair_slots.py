@@ -1,10 +1,10 @@
-"""Slots: the places for a step's pairs, each with its positive before its negative is known.
+"""Slots: the pairs of a step while they are built, from the choice of a positive to the finished pair.
 
-A prompt has `per_prompt` slots.  Each takes its negative from one source; the k-th slot of a source takes the
-k-th row that the source can use, in the order of `rank_rows`.  A source fills a slot, or states why it could
-not.
+A prompt has `per_prompt` slots, and each slot gets its negative from one source.  The k-th slot of a source
+uses the k-th row that the source can use, in the order of `rank_rows`.  The source then fills the slot with a
+negative, or records the reason why it could not.
 
-    B  prompts   G  samples a prompt   N = B * G  rows, prompt-major
+    B  prompts   G  samples per prompt   N = B * G  rows, prompt-major
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from cooper_jax.types import Completion, Pair, Problem, Verdict
 
 @dataclasses.dataclass
 class PairSlot:
-    """A pair in the making; a source of negatives sets the second group of fields."""
+    """A pair that is being built."""
 
+    # Set when the slot is made.
     problem: Problem
-    source: str  # of the negative: one of build_pairs.NEGATIVE_SOURCES
-    row: int | None = None  # the positive's rollout row; None where no row qualifies
-    order_row: int = 0  # the same row in the data order, position * G + sample; it keys random draws
-    positive: str = ""  # text of the positive; own_answer: the one text of both members
+    source: str  # source of the negative: one of build_pairs.NEGATIVE_SOURCES
+    row: int | None = None  # rollout row of the positive; None if no row qualifies
+    order_row: int = 0  # that row's index in the data order, position * G + sample; keys random draws
+    positive: str = ""  # text of the positive; for own_answer also that of the negative
 
-    negative: str | None = None  # text of the negative; None while the slot is masked
+    # Set by the source of negatives.
+    negative: str | None = None  # text of the negative; None while the slot is open
     positive_reference: str = ""  # own_answer: the answer that the text gives
     negative_reference: str = ""  # swap: another problem's reference
-    refusal: str = ""  # why there is no pair: the last attempt's reason
+    refusal: str = ""  # reason why the last attempt made no pair
 
     def to_pair(self) -> Pair | None:
-        """The finished pair; None where the slot is masked."""
+        """The finished pair; None (masked) if the slot has no positive or no negative."""
         if self.row is None or self.negative is None:
             return None
         return Pair(
@@ -49,34 +51,41 @@ class PairSlot:
 
 @dataclasses.dataclass(frozen=True)
 class RankedRows:
-    """A prompt's rows that can serve as positives, in the order in which sources take them."""
+    """The rows of one prompt that can be positives, in the order in which slots use them."""
 
-    correct: Sequence[int]  # verified correct and not truncated, in random order
-    wrong_with_answer: Sequence[int] = ()  # wrong, not truncated, marking an answer; the highest reward first
+    # Verified correct and not truncated, in random order: for the sources assistant and swap.
+    correct: Sequence[int]
+
+    # Wrong, not truncated and with a marked answer, the highest reward first: for own_answer.
+    wrong_with_answer: Sequence[int] = ()
 
 
 def rank_rows(
     rows: range,
     completions: Sequence[Completion],  # [N]
     verdicts: Sequence[Verdict],  # [N]
-    scores: np.ndarray | None,  # f32[N]: the reward model's; None leaves out the order by reward
+    scores: np.ndarray | None,  # f32[N]: the reward model's rewards; None omits `wrong_with_answer`
     rng: np.random.Generator,
 ) -> RankedRows:
-    """Sort the rows of one prompt into those that sources of negatives can use."""
-    whole = [n for n in rows if not completions[n].truncated]
-    correct = [n for n in whole if verdicts[n] == Verdict.CORRECT]
+    """Find and order the rows of one prompt that the sources of negatives can use.
+
+    rows: the prompt's range of row numbers in 0 .. N - 1.
+    """
+    complete = [n for n in rows if not completions[n].truncated]
+    correct = [n for n in complete if verdicts[n] == Verdict.CORRECT]
     shuffled = [correct[i] for i in rng.permutation(len(correct))]
     if scores is None:
         return RankedRows(shuffled)
 
-    wrong = [n for n in whole if verdicts[n] == Verdict.WRONG]
+    # Wrong responses with the highest reward come first: these are the ones the reward model has to unlearn.
+    wrong = [n for n in complete if verdicts[n] == Verdict.WRONG]
     wrong_with_answer = [n for n in wrong if find_marked_answer(completions[n].text)]
-    wrong_with_answer.sort(key=lambda n: -scores[n])  # stable: ties by row
+    wrong_with_answer.sort(key=lambda n: -scores[n])  # stable: ties are in row order
     return RankedRows(shuffled, wrong_with_answer)
 
 
 def find_marked_answer(text: str) -> str:
-    """The answer that a text marks, such as the contents of its last box; "" where it marks none."""
+    """The answer that a text marks, for example with \\boxed; "" if it marks none."""
     span = answer_parser.find_answer(text)
     if span is None:
         return ""

@@ -1,10 +1,11 @@
 """Negatives by the assistant: a verified solution, rewritten into a plausible wrong one (arXiv 2508.05613).
 
-All open slots are asked in one batch; those whose rewrite is refused are asked again, with other random bits.
+Requests for all open slots are sent in one batch.  If a rewrite is refused, the next round requests another
+one with a different random seed.
 
-Departures from the released code: the rule compares a rewrite with the *reference* (there: with the
-positive's own answer, gold and prediction exchanged), and the assistant is not asked about prompts without a
-positive.
+Departures from the released code: the rule compares a rewrite with the *reference* (there, with the
+positive's own answer, and with gold and prediction exchanged), and no requests are made for prompts without
+a positive.
 """
 
 from __future__ import annotations
@@ -33,19 +34,25 @@ def fill_with_rewrites(
 ) -> int:
     """Fill slots with the assistant's rewrites of their positives, in up to `tries` rounds.
 
-    A slot that stays open holds the reason of its last round.  Returns the number of requests made.
+    A slot that is still open at the end has the `refusal` of its last round.  Returns the number of requests.
+
+    Args:
+      slots: open slots with a positive.
+      length_ratio: see find_text_refusal.
     """
-    requests = 0
+    request_count = 0
     for attempt in range(tries):
         slots = [slot for slot in slots if slot.negative is None]
         if not slots:
             break
-        asked = [
+
+        # `attempt` is part of the ids, so each round draws other random bits.
+        requests = [
             Request(slot.problem, slot.positive, (seed, step, slot.order_row, attempt)) for slot in slots
         ]
-        requests += len(asked)
-        _check_rewrites(slots, assistant.rewrite(asked), rule, length_ratio)
-    return requests
+        request_count += len(requests)
+        _check_rewrites(slots, assistant.rewrite(requests), rule, length_ratio)
+    return request_count
 
 
 def _check_rewrites(
@@ -54,15 +61,16 @@ def _check_rewrites(
     rule: RuleVerifier | SharedRule,
     length_ratio: float,
 ) -> None:
-    """Fill each slot whose reply passes all checks; give the others the reason."""
+    """Fill each slot whose reply passes all checks; record the reason of the refusal in the others."""
+    # Text checks first: they are cheap and save the rule's worker processes an item.
     candidates: list[tuple[PairSlot, str]] = []
     for slot, reply in zip(slots, replies, strict=True):
         slot.refusal = find_text_refusal(slot.positive, reply, length_ratio)
         if not slot.refusal and not isinstance(reply, Failure):
-            # The members must render alike but for their text, so the rewrite takes the positive's outer
-            # white space.
+            # Leading and trailing white space must not distinguish the members: copy the positive's.
             candidates.append((slot, prompts.copy_margins(reply.text, slot.positive)))
 
+    # One batch for all slots, so that the rule's worker processes run in parallel.
     verdicts = rule.check([(slot.problem.reference, text) for slot, text in candidates])
     for (slot, text), verdict in zip(candidates, verdicts, strict=True):
         if verdict == Verdict.WRONG:

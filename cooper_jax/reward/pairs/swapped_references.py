@@ -1,7 +1,7 @@
-"""Negatives with a swapped reference (ours): the positive's text beside another problem's reference.
+"""Negatives with a swapped reference: the positive's text with another problem's reference (our extension).
 
-Nothing but the reference sets the members apart, so a reward model that ignores it cannot tell them.  No
-assistant is asked.
+The members differ only in their reference, so a reward model that ignores the reference cannot distinguish
+them.  This source needs no assistant.
 """
 
 from __future__ import annotations
@@ -25,19 +25,23 @@ def fill_with_swapped_references(
     seed: int,
     step: int,
 ) -> None:
-    """Fill slots with their positive beside another reference, of which up to `tries` are tried.
+    """Fill slots with the positive's text and another reference, trying up to `tries` references.
 
-    The rule must find the text WRONG beside the other reference: one that is equal in value (20 and 40/2)
+    The rule must find the text WRONG against the other reference: a reference of equal value (20 and 40/2)
     makes no negative.
 
     Args:
-      problems: [B], the batch, whose other references are tried in an order of each slot's own.
+      slots: open slots with a positive.
+      problems: [B], the batch that the other references come from, in a random order for each slot.
     """
+    # The order of each slot is its own, so that one odd reference is not tried for all of them.
     references_by_slot = [_shuffle_other_references(slot, problems, seed, step) for slot in slots]
     for slot in slots:
-        slot.refusal = "no_other"  # stays where the batch has no other reference
+        slot.refusal = "no_other"  # overwritten below unless the batch has no other reference
 
+    # Each round tries one reference per open slot, so that one batch of verdicts serves all slots.
     for attempt in range(tries):
+        # Slots that are still open and have a reference left to try.
         candidates = [
             (slot, references[attempt])
             for slot, references in zip(slots, references_by_slot, strict=True)
@@ -45,6 +49,7 @@ def fill_with_swapped_references(
         ]
         if not candidates:
             break
+
         verdicts = rule.check([(reference, slot.positive) for slot, reference in candidates])
         for (slot, reference), verdict in zip(candidates, verdicts, strict=True):
             if verdict == Verdict.WRONG:
@@ -54,7 +59,8 @@ def fill_with_swapped_references(
 
 
 def _shuffle_other_references(slot: PairSlot, problems: Sequence[Problem], seed: int, step: int) -> list[str]:
-    """The batch's references other than the slot's own, each once, in an order keyed by (seed, step, row)."""
+    """The batch's distinct references other than the slot's own, shuffled with the key (seed, step, row)."""
+    # Distinct references only: the rule would judge equal ones alike, which wastes a try.
     others = [p.reference for p in problems if p.reference != slot.problem.reference]
     distinct = list(dict.fromkeys(others))
     order = keys.make_generator(seed, "swapped", step, slot.order_row).permutation(len(distinct))
