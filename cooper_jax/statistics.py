@@ -180,7 +180,7 @@ def majority_accuracy(answers: Sequence[Hashable | None], correct: Sequence[bool
 
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], float],
-    groups: Sequence[Hashable],
+    groups: Sequence[Hashable] | np.ndarray,
     rng: np.random.Generator,
     resamples: int = 1000,
 ) -> Interval:
