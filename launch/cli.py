@@ -46,8 +46,8 @@ def main() -> None:
         print(f"error: {command}: not a subcommand; there are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"cooper-jax {command}", *arguments[1:]]
-    # Run as __main__: the scripts answer --help only under this name, and absl takes the flags of __main__ for
-    # those of the main program.
+    # Run as __main__: the scripts answer --help only under this name, and absl takes the flags of __main__
+    # for those of the main program.
     runpy.run_module(f"cooper_jax.launch.{command}", run_name="__main__", alter_sys=True)
 
 

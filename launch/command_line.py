@@ -80,7 +80,7 @@ def describe_absl_errors(error: flags.Error) -> list[str]:
     return [f"{line}; --help lists the flags" for line in lines]
 
 
-# --- config files ----------------------------------------------------------------------------------------------
+# --- config files ---
 
 
 def list_shipped_configs() -> list[str]:
@@ -91,8 +91,8 @@ def list_shipped_configs() -> list[str]:
 def resolve_config(name: str) -> str:
     """The path of the config that --config names.
 
-    name: the bare name of a shipped config, which has neither a slash nor `.py`.  Any other text is a path and
-    is returned unchanged.  An ARGUMENT of the file (NAME:ARGUMENT) is kept after the path.
+    name: the bare name of a shipped config, which has neither a slash nor `.py`.  Any other text is a path
+      and is returned unchanged.  An ARGUMENT of the file (NAME:ARGUMENT) is kept after the path.
     """
     stem, colon, argument = name.partition(":")
     if stem not in list_shipped_configs():
@@ -174,7 +174,7 @@ def _locate_error(error: Exception, file: Path) -> str:
     return f"{place}{type(error).__name__}: {first_line}"
 
 
-# --- errors ----------------------------------------------------------------------------------------------------
+# --- errors ---
 
 
 def find_flag(argv: Sequence[str], name: str) -> str | None:
@@ -278,8 +278,8 @@ def _find_reader(
         kind = type(fields[field])
         return _ValueReader(PARSERS.get(kind), kind.__name__, kind is bool)
 
-    # `--config.mesh.rules[0]=...` sets an element of a tuple and `--config.policy={...}` a section; absl checks
-    # their values.
+    # `--config.mesh.rules[0]=...` sets an element of a tuple and `--config.policy={...}` a section; absl
+    # checks their values.
     container = field.partition("[")[0]
     if container in fields or any(known.startswith(f"{container}.") for known in fields):
         return _ValueReader()
@@ -306,7 +306,7 @@ def _describe_unknown_flag(name: str, own: flags.FlagValues, fields: Mapping[str
     return f"--{name}: there is no such flag; {hint}"
 
 
-# --- help ------------------------------------------------------------------------------------------------------
+# --- help ---
 
 
 def find_help_request(argv: Sequence[str]) -> str | None:

@@ -1,19 +1,21 @@
-"""Samples one rollout twice, the second time with changed fields, and lists the first token in which rows differ.
+"""Samples one rollout twice, the second time with changed fields, and lists the rows that differ.
 
-    python launch/compare_rollouts.py --config=configs/tiny.py --other=rollout.max_rows=24 --other=rollout.segment=5
+    python launch/compare_rollouts.py --config=configs/tiny.py \\
+        --other=rollout.max_rows=24 --other=rollout.segment=5
     python launch/compare_rollouts.py --config=configs/tiny.py --other=mesh.data=2 --other=mesh.fsdp=2
 
-Random bits depend on (seed, step, prompt, sample, position) alone, but the last bits of logits depend on the batch
-and the mesh.  A token that was close to another one may therefore change, and the rest of its row with it.  Each
-line is a row's first changed token with its margin (cooper_jax/rollout/differences.py); a small margin means that
-rounding explains the change.  Prompts are random tokens, as in launch/bench.py.
+Random bits depend on (seed, step, prompt, sample, position) alone, but the last bits of logits depend on the
+batch and the mesh.  A token that won narrowly may therefore change, and the rest of its row with it.  Each
+line is a row's first changed token with its margin (cooper_jax/rollout/differences.py); a small margin means
+that rounding explains the change.  Prompts are random tokens, as in launch/bench.py.
 """
 
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-if not __package__:  # run as a file: put its checkout first on the import path
+# As a file (not as a module of the package), the script imports the package of its own checkout.
+if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ast
@@ -24,8 +26,9 @@ from cooper_jax.launch import command_line, common
 from cooper_jax.launch.common import CONFIG, exit_with_error, print_setup_error
 
 OTHER = flags.DEFINE_multi_string("other", [], "A field of the second rollout's config: rollout.max_rows=24.")
+# --help is answered before the imports below, because importing JAX takes seconds.
 if __name__ == "__main__":
-    command_line.answer_help(sys.argv, __doc__, flags.FLAGS)  # before the imports below, which take seconds
+    command_line.answer_help(sys.argv, __doc__, flags.FLAGS)
 
 import jax
 import numpy as np
@@ -45,7 +48,7 @@ from cooper_jax.types import Params, Rollout
 
 
 class SampledRollout(NamedTuple):
-    """A rollout with the inputs that it was sampled from."""
+    """A rollout and its inputs."""
 
     rollout: Rollout
     params: Params
@@ -57,12 +60,13 @@ class SampledRollout(NamedTuple):
 
 
 def change_config(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
-    """A copy of cfg with `field=value` set.  Raises SetupError for a field that it does not have."""
+    """Copy a config and set its fields by `field=value`.  Raises SetupError for an unknown field."""
     cfg = cfg.copy_and_resolve_references()
     for assignment in assignments:
         name, _, value = assignment.partition("=")
         if name not in (fields := flatten_config(cfg)):
             raise SetupError(f"--other={assignment}: as in {describe_unknown_field(name, fields)}")
+        # Text needs no quotes; values of other types are Python literals.
         with setup_errors(f"--other={assignment}"):
             kind = type(fields[name])
             new_value = value if kind is str else kind(ast.literal_eval(value))
@@ -71,13 +75,15 @@ def change_config(cfg: ConfigDict, assignments: list[str]) -> ConfigDict:
 
 
 def sample_rollout(cfg: ConfigDict, key: jax.Array) -> SampledRollout:
-    """One step's rollout under cfg, with its inputs."""
-    RunSettings.from_config(cfg, with_assistant=False)  # checks the settings
+    """Sample the rollout of one step under a config."""
+    # This call is for its checks.
+    RunSettings.from_config(cfg, with_assistant=False)
     layout = device_layouts.make_policy_layout(cfg)
     config, params = bench_programs.make_bench_model(cfg.policy, "policy", "logits", layout, cfg.seed)
     workload = bench_programs.make_workload(cfg, config.vocab_size, cfg.data.max_prompt_tokens, ragged=False)
     prompts, spec = workload.prompts.tolist(), bench_programs.make_bench_sampling(cfg)
 
+    # The fused head samples without materialising logits, and rounds differently.
     options = rollout_config.get_engine_options(cfg)
     with setup_errors("rollout"):
         rollout = engine.generate(params, config, layout, prompts, range(len(prompts)), key, spec, **options)
@@ -91,6 +97,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         exit_with_error(f"unexpected arguments {argv[1:]}; flags look like --other=rollout.segment=5")
     logging.set_verbosity(logging.WARNING)
+
+    # Both rollouts use the same key, so that they differ by rounding alone.
     try:
         first_cfg, second_cfg = CONFIG.value, change_config(CONFIG.value, OTHER.value)
         key = keys.make_key(first_cfg.seed, "rollout", 1)
@@ -104,6 +112,7 @@ def main(argv: list[str]) -> None:
         first.params, first.config, first.layout, first.prompts, range(len(first.prompts)), key, first.spec,
         a, b, fused=first.fused_head,
     )  # fmt: skip
+
     # Log-probabilities are comparable up to a row's first difference.
     same_prefix = np.cumsum(np.asarray(a.tokens) != np.asarray(b.tokens), axis=1) == 0  # bool[N, T]
     comparable = np.asarray(a.mask) & np.asarray(b.mask) & same_prefix
@@ -111,13 +120,14 @@ def main(argv: list[str]) -> None:
     largest_gap = gaps[comparable].max(initial=0.0)
 
     print(
-        f"{len(differences)} of {len(a.finished)} rows differ; before that, log-probabilities differ by at most "
-        f"{largest_gap:.1e}"
+        f"{len(differences)} of {len(a.finished)} rows differ; before that, log-probabilities differ by at "
+        f"most {largest_gap:.1e}"
     )
-    for d in differences:
+    for difference in differences:
+        (first_token, second_token), (first_logprob, second_logprob) = difference.tokens, difference.logprobs
         print(
-            f"row {d.row} token {d.index}: {d.tokens[0]} ({d.logprobs[0]:.4f}) or {d.tokens[1]} "
-            f"({d.logprobs[1]:.4f}), margin {d.margin:.1e}"
+            f"row {difference.row} token {difference.index}: {first_token} ({first_logprob:.4f}) or "
+            f"{second_token} ({second_logprob:.4f}), margin {difference.margin:.1e}"
         )
 
 

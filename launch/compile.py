@@ -1,23 +1,25 @@
-"""Compiles every program of a run for hardware that is not at hand, to see whether it fits and what bounds it.
+"""Compiles every program of a run for other hardware, to see if the run fits and which resource bounds it.
 
     python launch/compile.py --config=configs/qwen_1p5b.py --topology=v5e:4x4
-    python launch/compile.py --config=configs/qwen_7b.py --topology=v5e:16x16 --config.mesh.tensor=4 --out=7b.json
+    python launch/compile.py --config=configs/qwen_7b.py --topology=v5e:16x16 --config.mesh.tensor=4 \\
+        --out=7b.json
     python launch/compile.py --config=configs/qwen_1p5b.py --topology=h100:1x1x8 --search
 
-Any field of configs/base.py is a flag, as for launch/train.py.  It needs XLA's TPU or GPU compiler
-(requirements-tpu.txt, requirements-cuda.txt; both run without the hardware), and neither problems nor weights:
-shapes come from the weights' config.json if it is at hand, otherwise from the config's `arch`.
+Any field of configs/base.py is a flag, as for launch/train.py.  The script needs XLA's TPU or GPU compiler
+(requirements-tpu.txt, requirements-cuda.txt; both run without the hardware), and neither problems nor
+weights: shapes come from the weights' config.json if it exists, otherwise from the config's `arch`.
 
-1. Each program is compiled (cooper_jax/perf/aot_programs.py).  The compiler reports its memory; its text shows what
-   it computes, moves and sends.
-2. The chip's public peaks (cooper_jax/perf/chips.py) give a lower bound on its time (the roofline) and the resource
-   that bounds it.  These are our estimates, as are the step's seconds: nothing is run.
-3. The largest program, with all that a run holds meanwhile, must leave --reserve of the memory free.
+1. Each program is compiled (cooper_jax/perf/aot_programs.py).  The compiler reports the program's memory; the
+   compiled text shows its FLOPs, its memory traffic and its collectives.
+2. The chip's public peaks (cooper_jax/perf/chips.py) give a lower bound on a program's time (the roofline)
+   and the resource that bounds it.  These figures, and the seconds of a step, are estimates: nothing is run.
+3. The largest program, together with all other arrays of the run, must leave --reserve of the memory free.
 
---search tries meshes, microbatches and slots: all by arithmetic, the best --search_compiles with the compiler.  It
-prints the flags of the best.  The compiler's reports are cached in --keep, so that no program is compiled twice.
+--search tries meshes, microbatches and slots: all candidates by arithmetic, the best --search_compiles of
+them with the compiler.  It prints the flags of the best one.  The compiler's reports are cached in --keep, so
+that no program is compiled twice.
 
-Exit codes: 0 it fits; 2 it does not, or an error in the settings.
+Exit codes: 0 the run fits; 2 it does not fit, or an error in the settings.
 """
 
 import json
@@ -27,9 +29,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a file: put its checkout first on the import path
+# As a file (not as a module of the package), the script imports the package of its own checkout.
+if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # programs are compiled for devices that no backend here has
+# The devices to compile for are described by a topology, so no accelerator of this machine is used.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from absl import app, flags, logging
 
@@ -48,8 +52,9 @@ KEEP = flags.DEFINE_string(
     str(Path.home() / ".cache" / "cooper_jax" / "ahead"),
     "A folder for the compiler's reports; '': none.",
 )
+# --help is answered before the imports below, because importing JAX takes seconds.
 if __name__ == "__main__":
-    command_line.answer_help(sys.argv, __doc__, flags.FLAGS)  # before the imports below, which take seconds
+    command_line.answer_help(sys.argv, __doc__, flags.FLAGS)
 
 from ml_collections import ConfigDict
 
@@ -91,22 +96,20 @@ def compile_and_report(
     cache: Path | None = None,
     out: str = "",
 ) -> StepEstimate:
-    """Compile a config for the topology `name`, print the estimates and write them; the arguments are the flags.
+    """Compile a config for the topology `name`, print the estimates and write them.
 
-    Raises SetupError for what cannot be compiled, and, with both numbers, for what does not fit.
+    The arguments are the flags' values.  Raises SetupError for a config that cannot be compiled, and, with
+    both numbers, for one that does not fit.
     """
-    if not 0 <= reserve < 1:
-        raise SetupError(f"--reserve={reserve}: it is a share, from 0 to below 1")
-    if compiles < 1:
-        raise SetupError(f"--search_compiles={compiles}: it must be at least 1")
-    if out and not Path(out).parent.is_dir():
-        raise SetupError(f"--out={out}: there is no directory {Path(out).parent}")
+    _check_flags(reserve, compiles, out)
     cfg, topology = aot_job.drop_data(cfg), chips.find_topology(name)
     report: dict[str, Any] = {"config": cfg.name, "topology": name, "devices": len(topology.devices)}
 
+    # Large programs compile for minutes.  Progress goes to stderr, because stdout is the report.
     def print_progress(program: StepProgram, compiled: CompiledProgram) -> None:
         print(f"  {program.name}: compiled in {compiled.seconds:.1f} s", file=sys.stderr, flush=True)
 
+    # In a search, a candidate that the compiler refuses is skipped; without one, it ends the job.
     def measure_candidate(cfg: ConfigDict, candidate: LayoutCandidate) -> StepEstimate | None:
         try:
             return measure_config(cfg, topology, reserve, cache, print_progress)
@@ -120,26 +123,38 @@ def compile_and_report(
         report["flags"] = chosen.flags
     else:
         step = measure_config(cfg, topology, reserve, cache, print_progress)
+
     print(format_step(step, topology))
     if search:
         print(f"best of those compiled: {report['flags']}")
     if out:
         with setup_errors(f"--out={out}"):
             Path(out).write_text(json.dumps(report | aot_estimate.step_to_json(step), indent=1) + "\n")
+    # The report is written even if the run does not fit, because it shows why.
     if not step.fits:
         raise SetupError(f"{name}: {step.describe_excess()}")
     return step
 
 
-# --- tables for people -----------------------------------------------------------------------------------
+def _check_flags(reserve: float, compiles: int, out: str) -> None:
+    """Raise SetupError for flags out of range, before a compilation that may take minutes."""
+    if not 0 <= reserve < 1:
+        raise SetupError(f"--reserve={reserve}: it is a share, from 0 to below 1")
+    if compiles < 1:
+        raise SetupError(f"--search_compiles={compiles}: it must be at least 1")
+    if out and not Path(out).parent.is_dir():
+        raise SetupError(f"--out={out}: there is no directory {Path(out).parent}")
 
-# Headings of the memory table with their widths.
+
+# --- printed tables -----------------------------------------------------------------------------------------
+
+# Headings of the memory table with their widths.  The first column names the program.
 COLUMNS = (("", 15), ("compiled", 9), ("args", 8), ("temps", 8), ("outputs", 8), ("code", 7), ("other", 8),
            ("total", 8), ("share", 7))  # fmt: skip
 
 
 def format_headline(job: aot_job.CompileJob, topology: Topology) -> str:
-    """The run's sizes: devices, mesh, responses, slots and microbatches."""
+    """Format the run's sizes: devices, mesh, responses, slots and microbatches."""
     cfg, rollout_weights = job.cfg, "gathered" if job.gathers_weights else "as in training"
     mesh = " x ".join(f"{axis} {size}" for axis, size in job.layout.mesh.shape.items())
     lines = [
@@ -154,56 +169,63 @@ def format_headline(job: aot_job.CompileJob, topology: Topology) -> str:
 
 
 def format_step(step: StepEstimate, topology: Topology) -> str:
-    """Tables of memory, work and collectives, seconds of the phases, and whether the step fits."""
+    """Format the tables of memory, work, collectives and phases, and the verdict on memory."""
     sections = [
         _format_memory(step),
         _format_work(step, topology),
         _format_all_collectives(step),
         _format_phases(step, len(topology.devices)),
     ]
+    # The programs run one after another, so the largest one decides.
     largest, verdict = step.largest, "fits" if step.fits else "DOES NOT FIT"
     summary = (
-        f"{verdict}: {largest.name} is the largest, {largest.total / GIB:.2f} GiB of {step.memory / GIB:.2f}, of "
-        f"which {step.limit / GIB:.2f} may be used (reserve {step.reserve:.0%})"
+        f"{verdict}: {largest.name} is the largest, {largest.total / GIB:.2f} GiB of "
+        f"{step.memory / GIB:.2f}, of which {step.limit / GIB:.2f} may be used (reserve {step.reserve:.0%})"
     )
     return "\n\n".join(sections) + "\n" + summary
 
 
 def _format_memory(step: StepEstimate) -> str:
+    """Format the memory of each program, one row per program."""
     lines = [
-        "memory, GiB per device: args, temps, outputs, code from the compiler; other (what else the run holds) and "
-        "total are estimates",
+        "memory, GiB per device: args, temps, outputs, code from the compiler; other (the run's other arrays) "
+        "and total are estimates",
         "".join(f"{name:>{width}}" for name, width in COLUMNS),
     ]
-    for p in step.programs:
-        sizes = "".join(f"{size / GIB:8.2f}" for size in (p.arguments, p.temporaries, p.outputs))
+    for program in step.programs:
+        from_compiler = (program.arguments, program.temporaries, program.outputs)
+        sizes = "".join(f"{size / GIB:8.2f}" for size in from_compiler)
         lines.append(
-            f"{p.name:15}{p.compile_seconds:7.1f} s{sizes}{p.code / GIB:7.2f}{p.others / GIB:8.2f}"
-            f"{p.total / GIB:8.2f}{p.total / step.memory:7.0%}"
+            f"{program.name:15}{program.compile_seconds:7.1f} s{sizes}{program.code / GIB:7.2f}"
+            f"{program.others / GIB:8.2f}{program.total / GIB:8.2f}{program.total / step.memory:7.0%}"
         )
     return "\n".join(lines)
 
 
 def _format_work(step: StepEstimate, topology: Topology) -> str:
+    """Format the work of each program and its seconds at the chip's peaks, one row per program."""
+    # Chips without public figures have assumed ones, which the heading marks.
     chip = topology.chip
     peaks = f"{chip.flops / 1e12:,.0f} TFLOP/s, {chip.bandwidth / 1e9:,.0f} GB/s"
     nominal = ": nominal figures" if chip.nominal else ""
     lines = [
         "work per device in one run: TFLOP, GB and GB sent from the compiled text; seconds at the peaks of "
         f"{chip.name} ({peaks}){nominal}",
-        f"{'':15}{'runs':>6}{'TFLOP':>10}{'GB':>9}{'sent':>8}{'compute':>10}{'memory':>10}{'network':>10}  bound",
+        f"{'':15}{'runs':>6}{'TFLOP':>10}{'GB':>9}{'sent':>8}{'compute':>10}{'memory':>10}{'network':>10}"
+        "  bound",
     ]
-    for p in step.programs:
-        sent = sum(c.bytes for c in p.sent)
-        seconds = "".join(f"{p.seconds[resource]:10.4f}" for resource in aot_estimate.RESOURCES)
+    for program in step.programs:
+        sent = sum(collective.bytes for collective in program.sent)
+        seconds = "".join(f"{program.seconds[resource]:10.4f}" for resource in aot_estimate.RESOURCES)
         lines.append(
-            f"{p.name:15}{p.times:6g}{p.flops / 1e12:10.3f}{p.bytes / 1e9:9.2f}{sent / 1e9:8.2f}"
-            f"{seconds}  {p.bound}"
+            f"{program.name:15}{program.times:6g}{program.flops / 1e12:10.3f}{program.bytes / 1e9:9.2f}"
+            f"{sent / 1e9:8.2f}{seconds}  {program.bound}"
         )
     return "\n".join(lines)
 
 
 def _format_all_collectives(step: StepEstimate) -> str:
+    """Format the collectives of all programs."""
     lines = ["collectives: runs, GB sent per device, seconds (estimate)"]
     for p in step.programs:
         lines += [f"{p.name:15}{line}" for line in format_collectives(p)]
@@ -211,25 +233,28 @@ def _format_all_collectives(step: StepEstimate) -> str:
 
 
 def format_collectives(program: ProgramEstimate, most: int = 3) -> list[str]:
-    """A line for each of the `most` slowest collectives, and one for each kind of the others."""
+    """Format a line for each of the `most` slowest collectives, and one for each kind of the others."""
+    # `sent` is sorted by seconds, the slowest first.
     lines = [
         f"{c.kind} of {c.group}, {c.shape}: {c.times:g}, {c.bytes / 1e9:.3f}, {c.seconds:.4f}"
         for c in program.sent[:most]
     ]
+
+    # A program may have dozens of small collectives, so the others are added up by kind.
     others: dict[str, list[CollectiveTotal]] = {}
-    for c in program.sent[most:]:
-        others.setdefault(c.kind, []).append(c)
-    for kind, same in others.items():
-        times, sent, seconds = (
-            sum(c.times for c in same),
-            sum(c.bytes for c in same),
-            sum(c.seconds for c in same),
-        )
-        lines.append(f"{kind}, {len(same)} other shapes: {times:g}, {sent / 1e9:.3f}, {seconds:.4f}")
+    for collective in program.sent[most:]:
+        others.setdefault(collective.kind, []).append(collective)
+    for kind, collectives in others.items():
+        times = sum(c.times for c in collectives)
+        sent = sum(c.bytes for c in collectives)
+        seconds = sum(c.seconds for c in collectives)
+        lines.append(f"{kind}, {len(collectives)} other shapes: {times:g}, {sent / 1e9:.3f}, {seconds:.4f}")
     return lines
 
 
 def _format_phases(step: StepEstimate, devices: int) -> str:
+    """Format the seconds of each phase and of the whole step."""
+    # A real step is slower: the host's work and the gaps between programs are left out.
     lines = ["a step (roofline: every program at its bound, nothing else takes time)"]
     for phase, seconds in step.phases.items():
         lines.append(f"{phase:15}{seconds:9.3f} s{seconds / step.seconds:7.0%}")

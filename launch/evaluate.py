@@ -10,10 +10,10 @@
     python launch/evaluate.py --run_dir=runs/tiny --attacks=verify_dev.jsonl --compare=0 --out=runs/attacks
 
 --benchmark evaluates a policy, --rejudge judges its recorded responses again, --labelled evaluates judges on
-labelled completions, --attacks tests a reward model with known hacks.  A folder stands for the benchmarks in its
-*_test files.  With --run_dir the models and prompts are those of a run of launch/train.py, the other settings those
-of configs/base.py; a --config.FIELD of the command line overrides both.  The same command resumes after an
-interruption.  docs/evaluation.md explains files and figures.
+labelled completions, --attacks tests a reward model with known hacks.  A folder is read as the benchmarks in
+its *_test files.  With --run_dir the models and prompts are those of a run of launch/train.py, and the other
+settings are those of configs/base.py; a --config.FIELD of the command line overrides both.  The same command
+resumes after an interruption.  docs/evaluation.md explains files and figures.
 
 Exit codes are those of launch/common.py.
 """
@@ -25,7 +25,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if not __package__:  # run as a file: put its checkout first on the import path
+# As a file (not as a module of the package), the script imports the package of its own checkout.
+if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging
@@ -33,14 +34,19 @@ from ml_collections import config_flags
 
 from cooper_jax.launch import common
 
-if TYPE_CHECKING:  # at run time it is imported after the flags are parsed
+# At run time this is imported after the flags are parsed, because importing JAX takes seconds.
+if TYPE_CHECKING:
     from cooper_jax.evaluation.evaluated_models import ChosenModels
 
+# --- the four kinds of evaluation, of which one must be given ---
 BENCHMARK = flags.DEFINE_multi_string(
     "benchmark", [], "A file of problems, a folder, or synthetic; repeatable."
 )
 REJUDGE = flags.DEFINE_string("rejudge", "", "An items.jsonl whose responses are judged again.")
 LABELLED = flags.DEFINE_string("labelled", "", "Labelled completions, on which judges are measured.")
+ATTACKS = flags.DEFINE_string("attacks", "", "Labelled completions, of which the wrong ones are attacked.")
+
+# --- options of --labelled ---
 JUDGE = flags.DEFINE_multi_enum(
     "judge", [], ["model", "rule", "llm", "last_number", "yes", "prior"],
     "Who judges --labelled; the first is compared with the others.  None: model, rule, last_number and yes.",
@@ -52,40 +58,34 @@ REFERENCES = flags.DEFINE_enum(
     ["own", "none", "shuffled"],
     "The references that the judges of --labelled see.",
 )
-ATTACKS = flags.DEFINE_string("attacks", "", "Labelled completions, of which the wrong ones are attacked.")
+
+# --- options of --attacks ---
 COMPARE = flags.DEFINE_multi_string(
     "compare", [], "--attacks: another reward model's weights, or with --run_dir a step; repeatable."
 )
+
+# --- options of all kinds ---
 OUT = flags.DEFINE_string("out", None, "The directory of the results.", required=True)
 RUN_DIR = flags.DEFINE_string("run_dir", "", "A run of launch/train.py whose models are evaluated.")
 STEP = flags.DEFINE_integer("step", -1, "The checkpoint's step; -1 is the newest.", lower_bound=-1)
 
 
 def main(argv: list[str]) -> None:
-    """Carry out the one evaluation that the flags ask for."""
+    """Run the evaluation that the flags name."""
     common.begin_job(argv)
     from cooper_jax.evaluation import benchmark_jobs, judge_jobs
-    from cooper_jax.settings.setup_errors import SetupError
 
     with common.run_job():
-        modes = [f for f in (BENCHMARK, REJUDGE, LABELLED, ATTACKS) if f.value]
-        if len(modes) != 1:
-            given = " and ".join(f"--{f.name}" for f in modes) or "no evaluation"
-            raise SetupError(
-                f"{given} is asked for: give one of --benchmark, --rejudge, --labelled and --attacks"
-            )
-        for flag, mode in ((JUDGE, LABELLED), (PRIOR_FROM, LABELLED), (COMPARE, ATTACKS)):
-            if flag.value and not mode.value:
-                raise SetupError(f"--{flag.name} belongs to --{mode.name}")
-        if REFERENCES.value != "own" and not LABELLED.value:
-            raise SetupError(f"--references={REFERENCES.value} belongs to --labelled")
-
+        check_modes()
         chosen, out = choose_models(STEP.value), Path(OUT.value)
+
+        # Each job loads the models that it needs and writes its results into `out`.
         if BENCHMARK.value:
             benchmark_jobs.evaluate_benchmarks(chosen.cfg, chosen, BENCHMARK.value, out)
         elif REJUDGE.value:
             benchmark_jobs.rejudge_items(chosen.cfg, chosen, REJUDGE.value, out)
         elif LABELLED.value:
+            # A repeated judge is measured once.
             names = list(dict.fromkeys(JUDGE.value)) or ["model", "rule", "last_number", "yes"]
             judge_jobs.compare_judges(
                 chosen.cfg, chosen, LABELLED.value, out,
@@ -97,11 +97,29 @@ def main(argv: list[str]) -> None:
             )
 
 
-def choose_models(step: int) -> ChosenModels:
-    """The models to evaluate with their config: those of --config, or those of --run_dir at `step`.
+def check_modes() -> None:
+    """Raise SetupError unless the flags name one kind of evaluation, and no option of another kind."""
+    from cooper_jax.settings.setup_errors import SetupError
 
-    step: -1 for the newest checkpoint.  Raises SetupError for flags that contradict each other, and for a run or a
-    step that does not exist.
+    modes = [flag for flag in (BENCHMARK, REJUDGE, LABELLED, ATTACKS) if flag.value]
+    if len(modes) != 1:
+        given = " and ".join(f"--{flag.name}" for flag in modes) or "no evaluation"
+        raise SetupError(
+            f"{given} is asked for: give one of --benchmark, --rejudge, --labelled and --attacks"
+        )
+    for flag, mode in ((JUDGE, LABELLED), (PRIOR_FROM, LABELLED), (COMPARE, ATTACKS)):
+        if flag.value and not mode.value:
+            raise SetupError(f"--{flag.name} belongs to --{mode.name}")
+    if REFERENCES.value != "own" and not LABELLED.value:
+        raise SetupError(f"--references={REFERENCES.value} belongs to --labelled")
+
+
+def choose_models(step: int) -> ChosenModels:
+    """Choose the models to evaluate, with their config: those of --config, or those of --run_dir at `step`.
+
+    step: -1 for the newest checkpoint.
+
+    Raises SetupError for flags that contradict each other, and for a run or a step that does not exist.
     """
     from cooper_jax.evaluation.evaluated_models import ChosenModels
     from cooper_jax.runtime import remote_files
@@ -114,20 +132,23 @@ def choose_models(step: int) -> ChosenModels:
     if remote_files.is_remote(OUT.value):
         raise SetupError(f"--out={OUT.value}: results are written to a local path, to be copied from there")
     cfg = common.read_config()
+
+    # Without a run, the config names the weights.
     if not RUN_DIR.value:
         if step != -1:
             raise SetupError(f"--step={step} is a step of a run: give --run_dir=RUN, too")
         return ChosenModels(cfg, Path(OUT.value).expanduser().absolute())
 
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of every checkpoint that is opened for reading alone
+    # Orbax warns of every checkpoint that is opened for reading only.
+    logging.set_verbosity(logging.ERROR)
     with setup_errors(f"--run_dir={RUN_DIR.value}"):
         run_dir = remote_files.to_path(RUN_DIR.value)
         given = config_flags.get_override_values(flags.FLAGS["config"])
         for name in ("policy.weights", "reward.weights"):
             if name in given:
                 raise ValueError(
-                    f"--config.{name} names other weights than the run's: leave one of them out (to judge a run's "
-                    "responses with another reward model: --rejudge=ITEMS --config.reward.weights=DIR)"
+                    f"--config.{name} names other weights than the run's: leave one of them out (to judge a "
+                    "run's responses with another reward model: --rejudge=ITEMS --config.reward.weights=DIR)"
                 )
         cfg = run_checkpoint.overlay_run(cfg, run_checkpoint.read_run_config(run_dir), given)
 
@@ -141,7 +162,8 @@ def choose_models(step: int) -> ChosenModels:
 
 
 def parse_compared(chosen: ChosenModels, named: str) -> ChosenModels:
-    """The reward model that a --compare names: weights, or a step of the same run."""
+    """Choose the reward model that a --compare names: weights, or a step of the same run."""
+    # With a run, a number is a step; a directory of this name is still reachable as ./NUMBER.
     if chosen.run_dir is not None and named.isdecimal():
         return choose_models(int(named))
     cfg = chosen.cfg.copy_and_resolve_references()
@@ -151,12 +173,13 @@ def parse_compared(chosen: ChosenModels, named: str) -> ChosenModels:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the flags; --run_dir takes the place of --config."""
-    named = {a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-")}
-    if "run_dir" in named:
-        if "config" in named:
+    flag_names = {argument.lstrip("-").split("=")[0] for argument in argv[1:] if argument.startswith("-")}
+    if "run_dir" in flag_names:
+        if "config" in flag_names:
             common.exit_with_error("--config and --run_dir both say what is evaluated: leave one out")
         argv = [argv[0], "--config=base", *argv[1:]]
-        sys.argv = argv  # ml_collections reads the config's fields from sys.argv
+        # ml_collections reads the config's fields from sys.argv.
+        sys.argv = argv
     return common.parse_flags(argv, __doc__)
 
 

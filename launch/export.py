@@ -3,15 +3,16 @@
     python launch/export.py --run_dir=runs/tiny --model=policy --out=exported/policy
     python launch/export.py --run_dir=runs/tiny --model=reward --out=exported/verifyrm --step=100
 
-The policy loads as AutoModelForCausalLM, the reward model as AutoModelForSequenceClassification with one label.
-Either directory can be the `weights` of a later run.
+The policy loads as AutoModelForCausalLM, the reward model as AutoModelForSequenceClassification with one
+label.  Both directories can be the `weights` of a later run.
 """
 
 import sys
 import tempfile
 from pathlib import Path
 
-if not __package__:  # run as a file: put its checkout first on the import path
+# As a file (not as a module of the package), the script imports the package of its own checkout.
+if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app, flags, logging
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> None:
         command_line.exit_with_errors([f"unexpected arguments {argv[1:]}; flags look like --model=policy"])
     logging.set_verbosity(logging.WARNING)
 
+    # Imported after the flags are parsed, because importing JAX takes seconds.
     from cooper_jax.data import seen_questions
     from cooper_jax.model import weight_export
     from cooper_jax.runtime import device_layouts, remote_files
@@ -44,16 +46,21 @@ def main(argv: list[str]) -> None:
             )
         with setup_errors.setup_errors("--run_dir"):
             run_dir = remote_files.to_path(RUN_DIR.value)
+
+        # The mesh of the run may not exist on this machine, so the model is loaded on any devices.
         with setup_errors.setup_errors(f"--run_dir={run_dir}"):
             cfg = run_checkpoint.use_any_mesh(run_checkpoint.read_run_config(run_dir))
             layout = device_layouts.make_policy_layout(cfg)
-            wanted = None if STEP.value < 0 else STEP.value
-            model, params, step = run_checkpoint.load_run_model(run_dir, cfg, MODEL.value, layout, wanted)
+            step_to_load = None if STEP.value < 0 else STEP.value
+            model, params, step = run_checkpoint.load_run_model(
+                run_dir, cfg, MODEL.value, layout, step_to_load
+            )
             # Evaluations with the exported reward model leave out the questions that it was trained on.
             seen = seen_questions.read_record(run_dir) if MODEL.value == "reward" else None
     except setup_errors.SetupError as error:
         command_line.exit_with_errors(error.problems)
 
+    # The tokenizer is part of the exported directory, which is complete without the run.
     with tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save(folder)
         weight_export.save_pretrained(

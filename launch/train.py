@@ -1,20 +1,22 @@
 """Trains a policy and its reward model together.
 
     python launch/train.py --config=configs/tiny.py
-    python launch/train.py --config=configs/qwen_1p5b.py --config.policy.weights=/weights/Qwen2.5-1.5B-Instruct ...
+    python launch/train.py --config=configs/qwen_1p5b.py --config.policy.weights=DIR ...
 
-Any field of configs/base.py is a flag: --config.steps=20 --config.reward.arm=rule.  If the run directory holds a
-checkpoint, the run resumes from it; a changed setting that its results depend on is refused.
+Any field of configs/base.py is a flag: --config.steps=20 --config.reward.arm=rule.  If the run directory
+contains a checkpoint, the run resumes from it; a change of a setting on which its results depend is refused.
 
-On several hosts run the same command on each (cooper_jax/runtime/hosts.py says how they find each other).  Exit
-codes: 0 done; 2 an error in the settings or files; 75 stopped by SIGTERM, with a checkpoint; 69 another host was
-lost (134 where it was the first one).  After 75, 69 and 134 the same command resumes from the newest checkpoint.
+On several hosts, run the same command on each (cooper_jax/runtime/hosts.py explains how they find each
+other).  Exit codes: 0 done; 2 an error in the settings or files; 75 stopped by SIGTERM, with a checkpoint; 69
+another host was lost (134 if it was the first one).  After 75, 69 and 134 the same command resumes from the
+newest checkpoint.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file: put its checkout first on the import path
+# As a file (not as a module of the package), the script imports the package of its own checkout.
+if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app
@@ -25,12 +27,14 @@ from cooper_jax.launch import common
 def main(argv: list[str]) -> None:
     """Train with the config that the flags name."""
     common.begin_job(argv)
+    # Imported after the flags are parsed, because importing JAX takes seconds.
     from cooper_jax.runtime import hosts
     from cooper_jax.trainer import recipes
     from cooper_jax.trainer.train_loop import train
 
     with common.run_job():
         cfg = common.read_config()
+        # The released update is the default, as in the paper, but policies hack it.
         if warning := recipes.warn_of_released(cfg):
             hosts.print_once(warning)
         train(cfg)

@@ -3,18 +3,19 @@
     python launch/train_rm.py --config=configs/verifyrm_smollm2.py \\
         --config.train_rm.data=verify_train.jsonl --config.train_rm.eval_data=verify_dev.jsonl
 
-The config's `reward` section names the model; its score head may be new.  <run_dir>/best/ is the best model by
-`train_rm.keep_best` on the held-out rows: a Hugging Face *ForSequenceClassification directory, which
-`launch/train.py` takes as --config.reward.weights.  docs/verifyrm.md lists the other files of the run directory.
+The config's `reward` section names the model; its score head may be new.  <run_dir>/best/ is the best model
+by `train_rm.keep_best` on the held-out rows: a Hugging Face *ForSequenceClassification directory, which can be
+the --config.reward.weights of `launch/train.py`.  docs/verifyrm.md lists the other files of the run directory.
 
-The same command resumes from the newest checkpoint.  On several hosts run it on each.  Exit codes are those of
-launch/common.py.
+The same command resumes from the newest checkpoint.  On several hosts, run it on each.  Exit codes are those
+of launch/common.py.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file: put its checkout first on the import path
+# As a file (not as a module of the package), the script imports the package of its own checkout.
+if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import app
@@ -25,6 +26,7 @@ from cooper_jax.launch import common
 def main(argv: list[str]) -> None:
     """Train the reward model of the config that the flags name."""
     common.begin_job(argv)
+    # Imported after the flags are parsed, because importing JAX takes seconds.
     from cooper_jax.reward_training import rm_loop
 
     with common.run_job():

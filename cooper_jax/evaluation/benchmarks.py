@@ -270,27 +270,34 @@ def _judge_chunk(
 
     rows = []
     for n, (problem, completion, index, sample) in enumerate(samples):
-        row: Row = {
-            "benchmark": benchmark.name,
-            "id": problem.id,
-            "place": benchmark.places[places[index]],
-            "subject": problem.subject,
-            "level": problem.level,
-            "question": problem.question,
-            "reference": problem.reference,
-            "sample": sample,
-            "completion": completion.text,
-            "tokens": completion.tokens,
-            "truncated": completion.truncated,
-        }
+        row = _make_row(benchmark, places[index], problem, sample, completion)
         if verdicts is not None:
             row["rule"] = verdicts[n].value
         if rewards is not None:
             row["reward"] = round(float(rewards[n]), 6)
-        if benchmark.name == SYNTHETIC:
-            row["oracle"] = synthetic.is_correct(problem, completion.text)
         rows.append(row)
     return rows
+
+
+def _make_row(benchmark: Benchmark, index: int, problem: Problem, sample: int, completion: Completion) -> Row:
+    """The row of one response without its judgements; index: the problem's among the benchmark's problems."""
+    row: Row = {
+        "benchmark": benchmark.name,
+        "id": problem.id,
+        "place": benchmark.places[index],
+        "subject": problem.subject,
+        "level": problem.level,
+        "question": problem.question,
+        "reference": problem.reference,
+        "sample": sample,
+        "completion": completion.text,
+        "tokens": completion.tokens,
+        "truncated": completion.truncated,
+    }
+    # Synthetic problems have an exact truth beside the judges' opinions.
+    if benchmark.name == SYNTHETIC:
+        row["oracle"] = synthetic.is_correct(problem, completion.text)
+    return row
 
 
 def _format_shares(rows: Sequence[Row]) -> str:

@@ -148,10 +148,8 @@ def _evaluate(program: HloProgram, instruction: Instruction, parameters: Paramet
     if instruction.op in ("fusion", "call"):
         return _evaluate(program, *_enter_computation(program, instruction, parameters))
     if instruction.op in ("add", "subtract"):
-        return _add_values(
-            *(_evaluate(program, operand, parameters) for operand in instruction.operands),
-            subtract=instruction.op == "subtract",
-        )
+        left, right = (_evaluate(program, operand, parameters) for operand in instruction.operands)
+        return _add_values(left, right, subtract=instruction.op == "subtract")
     return None
 
 

@@ -114,7 +114,7 @@ def _bootstrap_metric(
             return statistics.area_under_roc(labels, logits, weights)
         return statistics.classification_figures(labels, logits > 0, weights)[name]
 
-    return statistics.bootstrap_interval(compute_weighted, questions, rng, resamples)
+    return statistics.bootstrap_interval(compute_weighted, questions.tolist(), rng, resamples)
 
 
 def format_report_table(report: dict[str, Any]) -> str:

@@ -71,7 +71,7 @@ def draw_figure(records: Records) -> bytes:
     about_lines = max(map(len, abouts))
     for i, (name, about) in enumerate(zip(arms, abouts, strict=True)):
         block, column = divmod(i, columns)
-        panels = grid[3 * block : 3 * block + 3, column]
+        panels = list(grid[3 * block : 3 * block + 3, column])  # accuracy, reward, the reward model
         _draw_title(panels[0], name, about, about_lines)
         _draw_arm(panels, records, name)
         if column == 0:
