@@ -68,7 +68,7 @@ def _compute_logits(
 def _mask_rows(batch: ScoreBatch, used: jax.Array) -> ScoreBatch:
     """Mark all tokens invalid in the rows where `used`, bool[N], is False.
 
-    These rows then contribute no gradient, whatever they contain.
+    These rows then contribute no gradient, even if they contain NaN.
     """
     return dataclasses.replace(batch, valid=batch.valid & used[:, None])
 

@@ -80,7 +80,7 @@ def judge_answer(reference: str, completion: str) -> str:
     if verify(gold.value, answer.value, timeout_seconds=None):
         return CORRECT
 
-    # math-verify said no.  First the cases in which the answers may be equal all the same.
+    # math-verify said no.  Abstain in the cases in which the answers may still be equal.
     if _may_differ_in_units(gold, answer):
         return UNRECOGNISED
     if span is None and _last_line_mentions(completion, gold):
