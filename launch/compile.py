@@ -68,9 +68,6 @@ from cooper_jax.runtime import device_layouts
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
 
-# --- compilation and estimates ---
-
-
 def measure_config(
     cfg: ConfigDict,
     topology: Topology,
@@ -166,9 +163,10 @@ def format_headline(job: aot_job.CompileJob, topology: Topology) -> str:
         f"{cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses of {cfg.data.max_prompt_tokens} + "
         f"{cfg.rollout.max_new_tokens} tokens",
         f"  per shard: {job.prompts} prompts, {job.slots} slots for {job.requests} responses; rollout "
-        f"weights {rollout_weights}, microbatches {cfg.policy.microbatch} and {cfg.reward.microbatch}, kernels "
-        f"{job.rollout.implementation}",
+        f"weights {rollout_weights}, microbatches {cfg.policy.microbatch} and {cfg.reward.microbatch}, "
+        f"kernels {job.rollout.implementation}",
     ]
+    # Notes name the parts of a run that the estimate leaves out or pads.
     return "\n".join(lines + [f"  {note}" for note in job.notes])
 
 
