@@ -79,6 +79,7 @@ def measure_config(
 
     Raises TooLarge for a program that the compiler refuses for its memory, SetupError for other errors.
     """
+    # All models share the policy's mesh in this estimate.
     layout = device_layouts.make_layouts(cfg, topology.devices)["policy"]
     job = aot_job.describe_job(cfg, layout, topology.chip.memory)
     print(format_headline(job, topology), flush=True)
@@ -161,10 +162,11 @@ def format_headline(job: aot_job.CompileJob, topology: Topology) -> str:
         f"{cfg.name} on {topology.name}: {len(topology.devices)} devices, mesh {mesh}, "
         f"{cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses of {cfg.data.max_prompt_tokens} + "
         f"{cfg.rollout.max_new_tokens} tokens",
-        f"  per shard: {job.prompts} prompts, {job.slots} slots for {job.requests} responses; rollout weights "
-        f"{rollout_weights}, microbatches {cfg.policy.microbatch} and {cfg.reward.microbatch}, kernels "
-        f"{job.rollout.implementation}",
+        f"  per shard: {job.prompts} prompts, {job.slots} slots for {job.requests} responses; rollout "
+        f"weights {rollout_weights}, microbatches {cfg.policy.microbatch} and {cfg.reward.microbatch}, "
+        f"kernels {job.rollout.implementation}",
     ]
+    # Notes name the parts of a run that the estimate leaves out or pads.
     return "\n".join(lines + [f"  {note}" for note in job.notes])
 
 
@@ -188,8 +190,8 @@ def format_step(step: StepEstimate, topology: Topology) -> str:
 def _format_memory(step: StepEstimate) -> str:
     """Format the memory of each program, one row per program."""
     lines = [
-        "memory, GiB per device: args, temps, outputs, code from the compiler; other (the run's other arrays) "
-        "and total are estimates",
+        "memory, GiB per device: args, temps, outputs, code from the compiler; other (the run's other "
+        "arrays) and total are estimates",
         "".join(f"{name:>{width}}" for name, width in COLUMNS),
     ]
     for program in step.programs:

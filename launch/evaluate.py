@@ -5,8 +5,8 @@
     python launch/evaluate.py --run_dir=runs/tiny --step=80 --benchmark=synthetic --out=runs/eval_tiny
     python launch/evaluate.py --config=configs/qwen_1p5b.py --config.reward.weights=DIR --out=runs/again \\
         --rejudge=runs/eval/items.jsonl --config.benchmark.judged_by=both
-    python launch/evaluate.py --config=configs/verifyrm_1p5b.py --config.reward.weights=DIR --out=runs/judges \\
-        --labelled=verify_dev.jsonl --judge=model --judge=rule --judge=last_number --references=own
+    python launch/evaluate.py --config=configs/verifyrm_1p5b.py --config.reward.weights=DIR \\
+        --out=runs/judges --labelled=verify_dev.jsonl --judge=model --judge=rule --references=own
     python launch/evaluate.py --run_dir=runs/tiny --attacks=verify_dev.jsonl --compare=0 --out=runs/attacks
 
 --benchmark evaluates a policy, --rejudge judges its recorded responses again, --labelled evaluates judges on

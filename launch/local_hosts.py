@@ -86,10 +86,11 @@ def wait_for_processes(processes: list[subprocess.Popen[bytes]]) -> int:
     def forward_signal(number: int, _frame: object) -> None:
         send_signal(processes, number)
 
+    # Each process decides by itself what a signal means: a run saves a checkpoint and exits.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward_signal)
 
-    # One thread per process waits for it, so that the first failure is noticed in whichever process it occurs.
+    # One thread per process waits for it, so that the first failure is noticed at once.
     ended = threading.Semaphore(0)
     exit_codes: list[int] = []  # of the processes that failed, the first one first
 

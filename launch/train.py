@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
 
     with common.run_job():
         cfg = common.read_config()
-        # The released update is the default, as in the paper, but policies hack it.
+        # By default the reward model is updated as in the released code, which the policy can hack.
         if warning := recipes.warn_of_released(cfg):
             hosts.print_once(warning)
         train(cfg)

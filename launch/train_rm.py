@@ -4,8 +4,9 @@
         --config.train_rm.data=verify_train.jsonl --config.train_rm.eval_data=verify_dev.jsonl
 
 The config's `reward` section names the model; its score head may be new.  <run_dir>/best/ is the best model
-by `train_rm.keep_best` on the held-out rows: a Hugging Face *ForSequenceClassification directory, which can be
-the --config.reward.weights of `launch/train.py`.  docs/verifyrm.md lists the other files of the run directory.
+by `train_rm.keep_best` on the held-out rows: a Hugging Face *ForSequenceClassification directory, which can
+be the --config.reward.weights of `launch/train.py`.  docs/verifyrm.md lists the other files of the run
+directory.
 
 The same command resumes from the newest checkpoint.  On several hosts, run it on each.  Exit codes are those
 of launch/common.py.

@@ -391,6 +391,7 @@ def make_judge_messages(question: str, reference: str, completion: str) -> Messa
     contains no tag for a reference.
     """
     question, reference, completion = map(strip_tags, (question, reference, completion))
+
     if reference.strip():
         criterion = "is equivalent to the reference answer of the question"
         precision = "the reference's"
@@ -412,6 +413,7 @@ def make_judge_messages(question: str, reference: str, completion: str) -> Messa
         f"{material}\n\n"
         "End with one line, 'Verdict: CORRECT' or 'Verdict: INCORRECT', and write that line only once."
     )
+
     return [("user", text)]
 
 
