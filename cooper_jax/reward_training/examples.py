@@ -249,7 +249,7 @@ def _check_labels(part: str, triples: Sequence[Triple]) -> None:
 
 def _tokenize(field: str, triples: Sequence[Triple], tokenizer: Tokenizer, max_tokens: int) -> Examples:
     """Render and tokenise rows, truncated to `max_tokens`.  field: the config's field, for messages."""
-    # A row that cannot be truncated, because its question and reference alone are too long, is an error.
+    # A row whose reference leaves no room for the rest is an error: truncating it would hide the answer.
     rows, truncated = [], 0
     for t in triples:
         texts = (t.question, t.reference, t.completion)

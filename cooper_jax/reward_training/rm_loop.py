@@ -14,8 +14,8 @@
 
 The same command resumes from the newest checkpoint, bit for bit: the rows of an update follow from the seed
 and the update's number, and a checkpoint contains the rest of the state, including the best evaluation and
-the number of evaluations since then.  Updates after the last checkpoint of a killed run are repeated with the same
-result.
+the number of evaluations since then.  Updates after the last checkpoint of a killed run are repeated with
+the same result.
 """
 
 from __future__ import annotations
