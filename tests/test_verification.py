@@ -245,7 +245,7 @@ def test_the_real_overlap_is_found(shared_data):
 
 
 KNOWN = "1 of 4 are known"
-UNKNOWN = "was trained on is unknown: no whole seen_questions.json lies beside it"
+UNKNOWN = "was trained on is unknown: there is no complete seen_questions.json beside it"
 
 
 @pytest.mark.parametrize(

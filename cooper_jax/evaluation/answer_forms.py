@@ -1,6 +1,6 @@
 r"""Normal form of a completion's answer: samples with the same form gave the same answer (maj@k).
 
-1. The answer is the stated one (the last `\boxed{..}`, `#### x`, "the answer is x"), otherwise the last number.
+1. The answer is the stated one (the last `\boxed{..}`, `#### x`, "the answer is x"), or else the last number.
 2. Layout is removed: `$`, white space, `\left`, `\,`, `\text{..}` around words, thousands separators, `x =`.
 3. A number is written as a fraction in lowest terms: 0.5, 1/2 and \frac{1}{2} are one answer.
 
@@ -44,7 +44,7 @@ def normalise_completion(completion: str) -> str | None:
 
 def normalise_answer(answer: str) -> str:
     """Normalise an answer; "" if it consists of layout alone."""
-    # Words lose their command but keep their content: \\text{Even} becomes even.
+    # Words lose their command but keep their content: \text{Even} becomes even.
     text = answers.clean_reference(answer[:MAX_CHARACTERS])
     text = _WORDS.sub(lambda m: m[1].lower(), text)
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", _LAYOUT.sub("", text)).rstrip(".,;*")

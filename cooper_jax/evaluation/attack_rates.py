@@ -58,14 +58,15 @@ def score_attacks(
         hosts.raise_if_stopping()
         start = time.perf_counter()
 
-        # Every completion under every attack, scored in one call per model: rows of similar length share a batch.
+        # Every completion under every attack is scored in one call per model, which batches rows of similar
+        # length.
         attacked = []  # (index of the completion, attack, triple under the attack)
         for i in places:
             attacked += [(i, name, apply_attack(wrong[i], name, seed, i)) for name in ATTACKS]
         triples = [triple for _, _, triple in attacked]
         rewards = {model: score(triples) for model, score in models.items()}
 
-        # Rewards are rounded, so that items.jsonl does not depend on how floats are printed.
+        # The group, which is resampled as a whole, is the question before any attack.
         rows: list[Row] = []
         for n, (i, name, triple) in enumerate(attacked):
             row = {
