@@ -274,7 +274,7 @@ def _format_exclusion(settings: BenchmarkConfig, seen: int) -> str:
 
 def _digest(triples: Sequence[Triple]) -> str:
     """Hash the rows, to detect another file of the same name."""
-    # The separators do not occur in texts, so that moving text between fields changes the hash.
+    # Control characters separate fields and rows, so that moving text between fields changes the hash.
     text = "\0".join(
         f"{t.id}\1{t.question}\1{t.reference}\1{t.completion}\1{t.label}\1{t.model}" for t in triples
     )

@@ -28,6 +28,7 @@ from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Triple, Verdict
 
+# Values of --judge.
 NAMES = ("model", "rule", "llm", "last_number", "yes", "prior")
 THRESHOLD = 0.5  # a reward above it calls the completion correct
 
@@ -55,7 +56,7 @@ Judge = Callable[[Sequence[Triple], int], list[Opinion]]
 
 def make_reward_opinions(rewards: Iterable[float]) -> list[Opinion]:
     """Convert rewards to opinions of the reward model."""
-    # Rounded as in items.jsonl, so that resumed and uninterrupted evaluations have equal figures.
+    # Six decimals, like the rewards in the items files of benchmarks.
     return [Opinion(round(float(p), 6)) for p in rewards]
 
 
@@ -144,8 +145,8 @@ def make_prior_judge(labelled: Sequence[Triple]) -> Judge:
 
     labelled: labelled triples, other than those that will be judged.
 
-    The score is (correct + 2 r) / (rows + 2) over the labelled rows of that model, where r is the accuracy over
-    all labelled rows.  A model without labelled rows has the score r.
+    The score is (correct + 2 r) / (rows + 2) over the labelled rows of that model, where r is the accuracy
+    over all labelled rows.  A model without labelled rows has the score r.
     """
     # Smoothing counts as two more rows with the overall accuracy.
     overall = float(np.mean([t.label > 0.5 for t in labelled]))
