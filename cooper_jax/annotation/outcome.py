@@ -272,7 +272,7 @@ def compare_given_labels(judged: Sequence[Judged]) -> dict[str, Row]:
     if not known:
         return {}
 
-    # Each is measured on the rows that it decided; the number of these is in the report.
+    # Each is measured on the rows that it decided; the report has their number.
     out: dict[str, Row] = {}
     decisions: dict[str, Callable[[Judged], bool | None]] = {
         "rule": lambda x: x.rule,

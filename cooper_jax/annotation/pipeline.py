@@ -10,7 +10,7 @@
 Every answer is in the ledger (annotation_ledger.py) as soon as it arrives; the files written at the end
 (labelled.jsonl, disputed.jsonl, report.json) are computed from the ledger alone.
 
-Departures from the paper: the rule abstains where it cannot show that an answer is wrong (rule/verifier.py),
+Departures from the paper: the rule abstains if it cannot show that an answer is wrong (rule/verifier.py),
 and such rows are disputed; the judge's prompt is ours.
 """
 
