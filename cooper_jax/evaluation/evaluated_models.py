@@ -133,7 +133,7 @@ class RewardModel:
         check_length(model.config, "reward", {"reward.max_tokens": section.max_tokens})
         self._layout, self._tokenizer, self._params = layout, model.tokenizer, params
         self._bucket, self.max_tokens = cfg.data.bucket, section.max_tokens
-        # The scoring program splits rows over the data shards, so their number must be a multiple of the shards.
+        # The scoring program splits rows over the data shards, so it needs a multiple of their number.
         self._batch_rows = packing.round_up(section.microbatch, layout.batch_shards)
         with setup_errors("reward"):
             self._score = verifier_model.make_score_fn(
