@@ -456,7 +456,7 @@ def test_responses_of_an_evaluation_that_has_not_ended_are_not_judged(tmp_path):
     [
         ([{k: v for k, v in ITEM.items() if k != "tokens"}], r"items.jsonl:1: field 'tokens' is missing"),
         ([ITEM | {"sample": "0"}], r"items.jsonl:1: field 'sample' is '0': must be int"),
-        ([ITEM, ITEM], r"items.jsonl:2: sample 0 of x:1 stands where its 1"),
+        ([ITEM, ITEM], r"items.jsonl:2: sample 0 of x:1 is where sample 1 is expected"),
         ([ITEM, ITEM | {"sample": 1}, ITEM | {"id": "x:2"}], "problems have from 1 to 2 samples"),
         ([], "there is no row in it"),
     ],

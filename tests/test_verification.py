@@ -245,7 +245,7 @@ def test_the_real_overlap_is_found(shared_data):
 
 
 KNOWN = "1 of 4 are known"
-UNKNOWN = "was trained on is unknown: no whole seen_questions.json lies beside it"
+UNKNOWN = "was trained on is unknown: there is no complete seen_questions.json beside it"
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_a_file_without_wrong_completions_is_not_attacked(tmp_path):
     row = {"question": "How many ?", "reference_answer": "3", "completion": "#### 3", "label": 1}
     path, cfg = write_rows(tmp_path / "rows.jsonl", row), config()
     with pytest.raises(
-        SetupError, match="rows.jsonl: no completion in it is labelled wrong, and wrong ones are"
+        SetupError, match="rows.jsonl: no completion in it is labelled wrong, and only wrong ones are"
     ):
         judge_jobs.measure_attacks(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out")
     assert not (tmp_path / "out").exists()

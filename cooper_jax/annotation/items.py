@@ -1,4 +1,4 @@
-"""Annotation plan: problem sets and files of completions in, a list of `Item`s in a fixed order out.
+"""Annotation plan: the list of `Item`s, in a fixed order, made from problem sets and files of completions.
 
 1. Problem sets (the formats of data/problems.py): the `source` model writes `annotate.samples` completions of
    each problem.  Samples of one problem are adjacent in the plan.
@@ -36,17 +36,24 @@ BALANCES = ("off", "source", "overall")
 class AnnotateConfig:
     """Settings of an annotation: the config's section `annotate`."""
 
-    problems: int  # at most this many of each problem set; 0: all
+    # Sampling.
+    problems: int  # the maximum number of problems of each problem set; 0: all
     samples: int  # completions per problem
     batch: int  # conversations that a local model answers together
+
+    # Class balance of the labelled rows.
     balance: str  # off, source or overall: the groups within which classes are balanced
     max_ratio: float  # the larger class keeps at most max_ratio times as many rows as the smaller
+
+    # Resuming.
     ask_again: bool  # repeat requests that failed in earlier starts
 
     def __post_init__(self) -> None:
+        # All problems are collected, so that one start reports them together.
         problems = typed_config.find_small(self, "annotate", 0, ("problems",))
         problems += typed_config.find_small(self, "annotate", 1, ("samples", "batch"))
         problems += typed_config.find_unknown(self.balance, "annotate.balance", BALANCES)
+        # Written as a negation, so that NaN is refused too.
         if not self.max_ratio >= 1:
             problems.append(
                 f"annotate.max_ratio={self.max_ratio}: it must be at least 1 (as many rows of each class)"
@@ -64,22 +71,26 @@ class Item:
     """One completion to label: an existing one, or one to be sampled (`completion` is None)."""
 
     id: str  # 20 hex digits
+
+    # The problem.
     question: str
     reference: str
     source: str  # the problem set's name, or the `source` of a file's row
     problem: str  # id of the row that the question comes from
     sample: int = 0  # index among the samples of one problem
+
+    # Only for an existing completion.
     completion: str | None = None
-    model: str = ""  # who wrote an existing completion
-    label: int | None = None  # given by the file
+    model: str = ""  # the model that wrote it
+    label: int | None = None  # the file's own label
 
     @property
     def number(self) -> int:
-        """The id's leading 31 bits; they seed the item's sampling, so it does not depend on other items."""
+        """The id's leading 31 bits; they seed the item's sampling, which is independent of other items."""
         return int(self.id, 16) >> (4 * len(self.id) - 31)
 
     def make_triple(self, completion: str) -> Triple:
-        """The item with a completion, as judges read it."""
+        """Combine the item with a completion into the triple that judges read."""
         return Triple(self.question, self.reference, completion)
 
 
@@ -88,8 +99,8 @@ class AnnotationPlan:
     """All items of a command, in their order."""
 
     items: tuple[Item, ...]
-    files: dict[str, str]  # each file's name -> its size and hash, which detect that a file was replaced
-    repeated: int  # rows that repeat an earlier row of the same file
+    files: dict[str, str]  # file's name -> its size and hash, which detect a replaced file
+    repeated: int  # rows dropped because they repeat an earlier row of the same file
 
 
 def list_items(
@@ -99,7 +110,8 @@ def list_items(
 
     Args:
       cfg: the whole config, of which `data` and `seed` are read.
-      problems: problem sets; completions of them are to be sampled.
+      settings: its section `annotate`.
+      problems: problem sets whose completions will be sampled.
       completions: files of existing completions.
 
     Raises SetupError that names file, line and field.
@@ -108,6 +120,8 @@ def list_items(
         raise SetupError(
             "there is nothing to annotate: give --problems=FILE, --completions=FILE, or several of them"
         )
+
+    # An id is a hash that includes the file's stem, so two files with one stem could share ids.
     stems = [_get_stem(path) for path in (*problems, *completions)]
     for stem in stems:
         if stems.count(stem) > 1:
@@ -115,6 +129,7 @@ def list_items(
                 f"two of the files are called {stem!r}, and ids begin with that name: rename one of them"
             )
 
+    # Problem sets come first, in the order of the command line.
     digests: dict[str, str] = {}
     items: list[Item] = []
     for path in problems:
@@ -126,22 +141,25 @@ def list_items(
             digests[f"completions {_get_stem(path)}"] = _describe_contents(path)
             items += _read_completions(path)
 
-    # The dict is filled from the end, so the first item of each id is the one that remains.
+    # The dict is filled from the end, so it keeps the first item of each id.
     unique = {item.id: item for item in reversed(items)}
     kept = tuple(item for item in items if unique.get(item.id) is item)
     return AnnotationPlan(kept, digests, repeated=len(items) - len(unique))
 
 
 def _plan_samples(cfg: ConfigDict, settings: AnnotateConfig, path: str) -> list[Item]:
-    """Items of a problem set, without completions."""
+    """Make the items of a problem set, without completions."""
     columns = {name: cfg.data[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
     problems = problem_sets.load_problems(path, "auto", split=cfg.data.split, **columns)
+
+    # A subset is drawn by the seed and then put back into the order of the file.
     if 0 < settings.problems < len(problems):
         chosen = [
             problem_sets.problem_at(i, len(problems), cfg.seed, "source") for i in range(settings.problems)
         ]
         problems = [problems[index] for index in sorted(chosen)]
 
+    # The id includes the problem's texts: after a change in the file, old completions do not match its items.
     stem = _get_stem(path)
     items = []
     for problem in problems:
@@ -152,7 +170,7 @@ def _plan_samples(cfg: ConfigDict, settings: AnnotateConfig, path: str) -> list[
 
 
 def _read_completions(path: str) -> list[Item]:
-    """Items of a file of existing completions."""
+    """Make the items of a file of existing completions."""
     items = []
     for where, id, row in row_reader.read_file_rows(path):
         try:
@@ -165,24 +183,32 @@ def _read_completions(path: str) -> list[Item]:
 
 
 def _read_row(row: row_reader.Row, row_id: str, stem: str) -> Item:
-    """The item of a row.  row_id: the reader's own, for rows without an `id`."""
+    """Make the item of a row.
+
+    Args:
+      row_id: the reader's id, for rows without an `id`.
+      stem: the file's, which is the source of rows without a `source`.
+    """
+    # Required fields.
     question = answers.clean_question(row_reader.get_text(row, "question"))
     reference = answers.clean_reference(row_reader.get_text(row, "reference_answer"))
     if not question or not reference:
         raise ValueError(f"the {'reference_answer' if question else 'question'} is empty")
+
+    # Optional fields.
     label: Any = row.get("label")
     if label is not None and (not isinstance(label, (bool, int, float)) or label not in (0, 1)):
         raise ValueError(f"field 'label' is {label!r}: must be 0, 1 or absent")
 
-    given = {key: str(row[key]) for key in ("id", "source", "model") if row.get(key) not in (None, "")}
-    source, model = given.get("source", ""), given.get("model", "")
+    optional = {key: str(row[key]) for key in ("id", "source", "model") if row.get(key) not in (None, "")}
+    source, model = optional.get("source", ""), optional.get("model", "")
     completion = row_reader.get_text(row, "completion")
     return Item(
         id=_make_id("file", stem, source, model, question, reference, completion),
         question=question,
         reference=reference,
         source=source or stem,
-        problem=given.get("id", row_id),
+        problem=optional.get("id", row_id),
         completion=completion,
         model=model,
         label=None if label is None else int(label),
@@ -190,19 +216,22 @@ def _read_row(row: row_reader.Row, row_id: str, stem: str) -> Item:
 
 
 def _make_id(*parts: str) -> str:
-    """A hash of the parts, each with its length, so that moving text between parts changes it."""
+    """Hash the parts into 20 hex digits.
+
+    The length of each part is hashed too, so that moving text between parts changes the id.
+    """
     text = "".join(f"{len(part)}:{part}" for part in parts)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
 
 
 def _get_stem(path: str) -> str:
-    """A file's name without folder and suffixes: gsm8k_train for .../gsm8k_train.jsonl.gz."""
+    """Get a file's name without folder and suffixes: gsm8k_train for .../gsm8k_train.jsonl.gz."""
     name = path.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gz")
     return name.rsplit(".", 1)[0]
 
 
 def _describe_contents(path: str) -> str:
-    """A file's size and hash."""
+    """Describe a file by its size and hash."""
     local: Path = remote_files.fetch_local(path)
     if not local.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")

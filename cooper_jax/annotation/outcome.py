@@ -1,8 +1,8 @@
 """Outcome of an annotation, computed from its ledger: labelled rows, disputed rows, and a report.
 
-1. `drop_repeats`: of items with the same question, reference and completion, up to white space, the first of
-   the plan is kept.
-2. A row is labelled where both the rule and the judge decided and agree; otherwise it is disputed.
+1. `drop_repeats`: among items with the same question, reference and completion, up to white space, the first
+   one of the plan is kept.
+2. A row is labelled if both the rule and the judge decided and agree; otherwise it is disputed.
 3. `balance_classes`: the larger class keeps at most `annotate.max_ratio` times as many labelled rows as the
    smaller one, within each source or overall.  Which rows remain depends on the seed and on each row's id
    alone.
@@ -36,7 +36,7 @@ RESAMPLES = 500
 class Judged:
     """A row with both verdicts; None is undecided."""
 
-    row: Row  # its lines of completions.jsonl and verdicts.jsonl, merged
+    row: Row  # the item's lines of completions.jsonl and verdicts.jsonl, merged
     rule: bool | None
     judge: bool | None
 
@@ -61,19 +61,19 @@ class Outcome:
 
 
 def drop_repeats(items: Sequence[Item], completions: Mapping[str, Row]) -> list[Item]:
-    """The items that have a completion, each question, reference and completion once.
+    """List the items that have a completion, without those that repeat the texts of an earlier one.
 
-    completions: by the item's id.
+    completions: rows of completions.jsonl, by the item's id.
     """
-    seen, unique = set(), []
+    seen_texts, unique = set(), []
     for item in items:
         row = completions[item.id]
         if has_failed(row):
             continue
         texts = (item.question, item.reference, row["completion"])
         key = tuple(" ".join(text.split()) for text in texts)
-        if key not in seen:
-            seen.add(key)
+        if key not in seen_texts:
+            seen_texts.add(key)
             unique.append(item)
     return unique
 
@@ -81,31 +81,37 @@ def drop_repeats(items: Sequence[Item], completions: Mapping[str, Row]) -> list[
 def settle_outcome(
     settings: AnnotateConfig, seed: int, plan: AnnotationPlan, items: Sequence[Item], ledger: Ledger
 ) -> Outcome:
-    """Label rows or dispute them, and write the report on the whole plan.
+    """Label or dispute each row, and make the report on the whole plan.
 
-    items: those that were judged, from `drop_repeats`.
+    items: the judged ones, from `drop_repeats`.
     """
+    # Labels come from agreement; balancing may then leave out some of the labelled rows.
     completions, verdicts = ledger.completions.rows, ledger.verdicts.rows
     judged = [_merge_verdict(completions[item.id], verdicts[item.id]) for item in items]
     agreed = [x for x in judged if x.label is not None]
     kept = balance_classes(agreed, settings.balance, settings.max_ratio, seed)
 
+    # Every item of the plan is counted once: failed, duplicate, disputed, left out by balance, or labelled.
     failures = Counter(completions[i.id]["failure"] for i in plan.items if has_failed(completions[i.id]))
     completed = len(plan.items) - failures.total()
     report = {
+        # Completions.
         "planned": len(plan.items),
         "repeated_in_files": plan.repeated,
         "failed": dict(sorted(failures.items())),
         "completions": completed,
         "truncated": sum(bool(x.row["truncated"]) for x in judged if "truncated" in x.row),
         "duplicates": completed - len(judged),
+        # Verdicts.
         "judged": len(judged),
         "agreed": len(agreed),
         "disputed": _count_disputes(judged),
         "judge_undecided": _count_sorted([x.row["judge_reason"] for x in judged if x.judge is None]),
         "rule_undecided": _count_sorted([x.row["rule"] for x in judged if x.rule is None]),
+        # Labelled rows.
         "left_out_by_balance": len(agreed) - len(kept),
         "labelled": len(kept),
+        # Agreement, in total and by group.
         **measure_agreement(judged, seed),
         "confusion": count_confusion(judged),
         "sources": _break_down(judged, kept, "source"),
@@ -123,7 +129,7 @@ def settle_outcome(
 
 
 def _merge_verdict(completion: Row, verdict: Row) -> Judged:
-    """Join a row of completions.jsonl with its row of verdicts.jsonl."""
+    """Merge a row of completions.jsonl with the item's row of verdicts.jsonl."""
     rule = Verdict(verdict["rule"])
     decision = rule == Verdict.CORRECT if rule.decidable else None
     # A failure of the judge's request is an undecided verdict; the completion itself has not failed.
@@ -132,7 +138,8 @@ def _merge_verdict(completion: Row, verdict: Row) -> Judged:
 
 
 def _format_row(x: Judged) -> Row:
-    """A row of labelled.jsonl (see data/labelled_completions.py) or, without a label, of disputed.jsonl."""
+    """Make a row of labelled.jsonl (data/labelled_completions.py) or, without a label, of disputed.jsonl."""
+    # The fields that a reader looks for first come first, then the label, then all others.
     label = {} if x.label is None else {"label": int(x.label), "labelled_by": "rule and judge"}
     first = ("id", "question", "reference_answer", "completion")
     return {k: x.row[k] for k in first} | label | {k: v for k, v in x.row.items() if k not in first}
@@ -142,20 +149,25 @@ def _format_row(x: Judged) -> Row:
 
 
 def balance_classes(agreed: Sequence[Judged], how: str, ratio: float, seed: int) -> list[Judged]:
-    """The labelled rows that remain, grouped by source and class.
+    """Drop labelled rows of the larger class; returns the others, grouped by source and class.
 
     Args:
+      agreed: the labelled rows.
       how: one of items.BALANCES.
-      ratio: the larger class keeps at most this many times the rows of the smaller.
+      ratio: the larger class keeps at most `ratio` times as many rows as the smaller.
+      seed: decides which rows are dropped.
     """
     if how == "off":
         return list(agreed)
-    groups: dict[str, dict[bool, list[Judged]]] = {}
+
+    # Overall balance is one group with an empty name.
+    groups: dict[str, dict[bool, list[Judged]]] = {}  # source -> label -> rows
     for x in agreed:
         name = x.row["source"] if how == "source" else ""
         classes = groups.setdefault(name, {True: [], False: []})
         classes[bool(x.label)].append(x)
 
+    # Each row is ranked by a random number of its own, so the choice does not depend on the plan's order.
     kept = []
     for classes in groups.values():
         limit = int(ratio * min(len(rows) for rows in classes.values()))
@@ -165,7 +177,8 @@ def balance_classes(agreed: Sequence[Judged], how: str, ratio: float, seed: int)
 
 
 def _draw_rank(x: Judged, seed: int) -> float:
-    """A number in [0, 1) that depends on the seed and the row's id alone."""
+    """Draw a number in [0, 1) that depends on the seed and the row's id alone."""
+    # A random stream's index has 32 bits, so the id's low 64 bits are passed as two of them.
     id = int(x.row["id"], 16)
     return float(keys.make_generator(seed, "balance", id >> 32 & 0xFFFFFFFF, id & 0xFFFFFFFF).random())
 
@@ -174,7 +187,7 @@ def _draw_rank(x: Judged, seed: int) -> float:
 
 
 def count_confusion(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
-    """Confusion matrix: the rule's decision -> the judge's decision -> rows."""
+    """Count the confusion matrix: the rule's decision -> the judge's decision -> number of rows."""
     counts = Counter((DECISIONS[x.rule], DECISIONS[x.judge]) for x in judged)
     matrix = {}
     for rule in DECISIONS.values():
@@ -183,7 +196,8 @@ def count_confusion(judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
 
 
 def measure_agreement(judged: Sequence[Judged], seed: int) -> dict[str, Any]:
-    """Agreement and Cohen's kappa over the rows on which both decided, with 95 % intervals."""
+    """Measure agreement and Cohen's kappa over the rows on which both decided, with 95 % intervals."""
+    # Abstentions are neither agreement nor disagreement; the report counts them separately.
     both = [x for x in judged if x.both]
     rule = np.array([x.rule for x in both], bool)  # bool[N]
     judge = np.array([x.judge for x in both], bool)  # bool[N]
@@ -193,12 +207,13 @@ def measure_agreement(judged: Sequence[Judged], seed: int) -> dict[str, Any]:
         return float(np.average(rule == judge, weights=weights)) if both else float("nan")
 
     def compute_kappa(weights: np.ndarray) -> float:
-        times = weights.astype(int)
-        return statistics.cohens_kappa(np.repeat(rule, times).tolist(), np.repeat(judge, times).tolist())
+        repeats = weights.astype(int)  # i64[N]: how often the resample contains each row
+        resampled_rule, resampled_judge = np.repeat(rule, repeats), np.repeat(judge, repeats)
+        return statistics.cohens_kappa(resampled_rule.tolist(), resampled_judge.tolist())
 
     measured: dict[str, Any] = {"both_decided": len(both)}
     for name, statistic in (("agreement", compute_agreement), ("kappa", compute_kappa)):
-        # Both figures see the same resamples.
+        # Both statistics use the same resamples, since both begin at the same generator state.
         rng = keys.make_generator(seed, "bootstrap", 0)
         interval = statistics.bootstrap_interval(statistic, questions, rng, RESAMPLES)
         measured[name] = dataclasses.asdict(interval)
@@ -206,15 +221,17 @@ def measure_agreement(judged: Sequence[Judged], seed: int) -> dict[str, Any]:
 
 
 def _count_sorted(values: Sequence[str]) -> dict[str, int]:
+    """Count each value, in alphabetical order."""
     return dict(sorted(Counter(values).items()))
 
 
 def _count_disputes(judged: Sequence[Judged]) -> dict[str, int]:
-    """Disputed rows by the reason why they have no label."""
+    """Count the disputed rows by the reason for the missing label."""
     return _count_sorted([_explain_dispute(x) for x in judged if x.label is None])
 
 
 def _explain_dispute(x: Judged) -> str:
+    """Name the reason for a disputed row's missing label."""
     if x.both:
         return "both decided, and differ"
     if x.rule is None and x.judge is None:
@@ -223,9 +240,12 @@ def _explain_dispute(x: Judged) -> str:
 
 
 def _break_down(judged: Sequence[Judged], kept: Sequence[Judged], field: str) -> dict[str, Row]:
-    """Figures per source or model: its rows, the agreement there, and its share of the labelled rows.
+    """Compute per source or model: its rows, its agreement, and its share of the labelled rows.
 
-    field: `source` or `model`.
+    Args:
+      judged: all judged rows.
+      kept: the labelled rows that remain after balancing.
+      field: `source` or `model`.
     """
     out: dict[str, Row] = {}
     for name in sorted({x.row[field] for x in judged}):
@@ -233,10 +253,12 @@ def _break_down(judged: Sequence[Judged], kept: Sequence[Judged], field: str) ->
         own_kept = [x for x in kept if x.row[field] == name]
         both = [x for x in own if x.both]
         out[name] = {
+            # Of all judged rows.
             "judged": len(own),
             "both_decided": len(both),
             "agreed": sum(x.label is not None for x in own),
             "kappa": statistics.cohens_kappa([x.rule for x in both], [x.judge for x in both]),
+            # Of the rows that remain.
             "labelled": len(own_kept),
             "correct": sum(bool(x.label) for x in own_kept),
             "share": len(own_kept) / len(kept) if kept else 0.0,
@@ -245,10 +267,12 @@ def _break_down(judged: Sequence[Judged], kept: Sequence[Judged], field: str) ->
 
 
 def compare_given_labels(judged: Sequence[Judged]) -> dict[str, Row]:
-    """Accuracy of rule, judge and their agreement against the labels that files gave; empty without any."""
+    """Measure rule, judge and their agreement against the labels in the files; empty without such labels."""
     known = [x for x in judged if "given_label" in x.row]
     if not known:
         return {}
+
+    # Each is measured on the rows that it decided; the report has their number.
     out: dict[str, Row] = {}
     decisions: dict[str, Callable[[Judged], bool | None]] = {
         "rule": lambda x: x.rule,
@@ -265,8 +289,9 @@ def compare_given_labels(judged: Sequence[Judged]) -> dict[str, Row]:
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """The report as text for a terminal."""
+    """Format the report for a terminal."""
     r = report
+    # Counts, from all completions down to the labelled rows.
     agreement, kappa = (_format_interval(r[name]) for name in ("agreement", "kappa"))
     lines = [
         "",
@@ -287,6 +312,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     for name, row in r["confusion"].items():
         lines.append(f"{name:<14}" + "".join(f"{row[other]:>11}" for other in DECISIONS.values()))
 
+    # Groups, and the comparison with given labels.
     lines += _format_breakdown("source", r["sources"])
     lines += _format_breakdown("model", r["models"])
     if r["given_labels"]:
@@ -298,30 +324,31 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def _format_breakdown(title: str, rows: Mapping[str, Row]) -> list[str]:
-    """The lines of a table with one row per source or model."""
+    """Format a table with one row per source or model; returns its lines."""
     width = max([12, *(len(name) for name in rows)])
     header = ("judged", "both", "agreed", "kappa", "labelled", "correct", "share")
     fields = ("judged", "both_decided", "agreed", "kappa", "labelled", "correct")
     lines = ["", f"{title:<{width}}" + "".join(f"{name:>10}" for name in header)]
     for name, x in rows.items():
         figures = "".join(f"{_format_number(x[field]):>10}" for field in fields)
-        lines.append(f"{name or '(not said)':<{width}}{figures}{x['share']:>10.1%}")
+        lines.append(f"{name or '(unknown)':<{width}}{figures}{x['share']:>10.1%}")
     return lines
 
 
 def _format_number(x: float) -> str:
-    """A count as it is, a figure with three digits, "-" for NaN."""
+    """Format a count as it is, a float with three digits, and NaN as "-"."""
     if isinstance(x, int):
         return str(x)
     return "-" if np.isnan(x) else f"{x:.3f}"
 
 
 def _format_interval(x: Mapping[str, float]) -> str:
+    """Format a value with its interval: `value [low, high]`."""
     return f"{_format_number(x['value'])} [{_format_number(x['low'])}, {_format_number(x['high'])}]"
 
 
 def _format_counts(counts: Mapping[str, int]) -> str:
-    """The sum and, in brackets, its parts."""
+    """Format the sum of counts and, in brackets, its parts."""
     total = str(sum(counts.values()))
     if not counts:
         return total

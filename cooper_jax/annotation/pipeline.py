@@ -1,16 +1,16 @@
 """Hybrid annotation (arXiv 2508.05613, the reward model's data): completions labelled where two judges agree.
 
 1. `items.list_items` makes a plan of the problems and of the existing completions: items with stable ids.
-2. The source writes the completions that are to be sampled; those from files are taken as they are.
+2. The source model samples completions of the problems; existing completions are copied.
 3. `outcome.drop_repeats` drops items that repeat another's question, reference and completion.
 4. The rule verifier and, at the same time, the LLM judge label each completion independently.
 5. `outcome.settle_outcome` labels the rows on which both decided and agree, and balances the classes; the
-   rest is disputed.
+   other rows are disputed.
 
 Every answer is in the ledger (annotation_ledger.py) as soon as it arrives; the files written at the end
 (labelled.jsonl, disputed.jsonl, report.json) are computed from the ledger alone.
 
-Departures from the paper: the rule abstains where it cannot show that an answer is wrong (rule/verifier.py),
+Departures from the paper: the rule abstains if it cannot show that an answer is wrong (rule/verifier.py),
 and such rows are disputed; the judge's prompt is ours.
 """
 
@@ -46,11 +46,14 @@ def annotate_completions(
     """Annotate problem sets and files of completions into the folder `out`, or resume there.
 
     Args:
-      problems: problem sets; the source writes completions of them.
+      cfg: the whole config.
+      problems: problem sets; the source model writes completions of them.
       completions: files of existing completions.
+      out: a local folder.
 
     Raises SetupError for settings, files and servers that cannot be used, and hosts.Stopped after SIGTERM.
     """
+    # The plan is a function of the files and settings alone, so a later start has the same items.
     settings = read_annotate_config(cfg)
     plan = plans.list_items(cfg, settings, problems, completions)
     sampled = any(item.completion is None for item in plan.items)
@@ -63,10 +66,13 @@ def annotate_completions(
             f"{len(plan.items)} completions to annotate, of {len(problems)} problem sets and "
             f"{len(completions)} files of completions, into {ledger.folder}"
         )
+
+        # The two models are asked one after the other, so a local one has the devices to itself.
         _collect_completions(cfg, settings, plan, ledger)
         unique = outcome.drop_repeats(plan.items, ledger.completions.rows)
         _collect_verdicts(cfg, settings, unique, ledger)
 
+        # All answers are in the ledger: the outcome is computed from it and can be written again.
         settled = outcome.settle_outcome(settings, cfg.seed, plan, unique, ledger)
         ledger.write("disputed.jsonl", settled.disputed)
         ledger.write("labelled.jsonl", settled.labelled)
@@ -77,6 +83,7 @@ def annotate_completions(
 
 def read_annotate_config(cfg: ConfigDict) -> AnnotateConfig:
     """Read the section `annotate`.  Raises SetupError for values out of range, and in a multi-process job."""
+    # Both checks are reported together.
     problems = Problems()
     with problems.collect("annotate"):
         settings = AnnotateConfig.from_config(cfg.annotate)
@@ -90,11 +97,12 @@ def read_annotate_config(cfg: ConfigDict) -> AnnotateConfig:
 
 
 def _get_time() -> str:
+    """The time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _name_model(section: ConfigDict) -> str:
-    """The name of a language model in rows.  section: `source` or `judge`."""
+    """The name of a language model as rows record it.  section: `source` or `judge`."""
     if section.kind == "openai":
         return section.model
     return section.weights + (f" (first {section.num_layers} layers)" if section.num_layers else "")
@@ -110,18 +118,22 @@ def _collect_completions(
     file = ledger.completions
     if settings.ask_again:
         file.forget_failures()
+
+    # Existing completions are copied into the ledger too, so that the outcome needs no other file.
     existing = [i for i in plan.items if i.completion is not None and i.id not in file.rows]
     for start in range(0, len(existing), COPIED_ROWS):
         file.append([_make_existing_row(item) for item in existing[start : start + COPIED_ROWS]])
 
     to_sample = [item for item in plan.items if item.completion is None]
-    left = sum(item.id not in file.rows for item in to_sample)
-    if not left:
+    remaining = sum(item.id not in file.rows for item in to_sample)
+    if not remaining:
         return
-    # Check the judge's settings too: it is opened only after all completions are sampled, maybe hours later.
+    # Check the judge's settings too: the judge is opened only after all completions are sampled, which may
+    # take hours.
     for name in ("source", "judge"):
         local_chat.read_chat_config(cfg, name)
 
+    # Every sampled row records how it was sampled.
     source = cfg.source
     sampling = {name: source[name] for name in ("temperature", "top_p", "max_new_tokens", "thinking")}
     common = {"model": _name_model(source), "sampling": sampling, "seed": cfg.seed}
@@ -134,20 +146,20 @@ def _collect_completions(
 
     with (
         _open_chat(cfg, "source", ledger.folder) as chat,
-        _show_progress("completions", to_sample, left) as bar,
+        _show_progress("completions", to_sample, remaining) as bar,
     ):
         stage = Stage(chat, "source", cfg.seed, settings.batch, make_messages, keep_answers)
         stage.run(to_sample, file.rows, bar)
 
 
 def _make_existing_row(item: Item) -> Row:
-    """The row of completions.jsonl for a completion from a file."""
+    """Make the row of completions.jsonl for a completion from a file."""
     label = {} if item.label is None else {"given_label": item.label}
     return _make_row(item) | {"completion": item.completion, "model": item.model, **label}
 
 
 def _make_sampled_row(item: Item, reply: Reply, common: Row) -> Row:
-    """The row of completions.jsonl for a reply of the source.  common: fields that all such rows share."""
+    """Make the row of completions.jsonl for a reply of the source.  common: fields that such rows share."""
     row = _make_row(item) | {"sample": item.sample}
     if isinstance(reply, Failure):
         return row | {"failure": reply.reason, **common, "completed": _get_time()}
@@ -156,6 +168,7 @@ def _make_sampled_row(item: Item, reply: Reply, common: Row) -> Row:
 
 
 def _make_row(item: Item) -> Row:
+    """Make the fields that all rows of completions.jsonl share."""
     return {
         "id": item.id,
         "source": item.source,
@@ -175,17 +188,20 @@ def _collect_verdicts(
     file, completions = ledger.verdicts, ledger.completions.rows
     if settings.ask_again:
         file.forget_failures()
-    left = sum(item.id not in file.rows for item in items)
-    if not left:
+    remaining = sum(item.id not in file.rows for item in items)
+    if not remaining:
         return
+
+    # Every verdict records the judge and the versions of the rule's software.
     common = {"judge_model": _name_model(cfg.judge), "versions": ledgers.read_versions()}
-    pending: dict[str, PendingVerdicts] = {}  # the rule's, by the item's id
+    pending: dict[str, PendingVerdicts] = {}  # item's id -> the rule's verdict, being computed
 
     with _open_chat(cfg, "judge", ledger.folder) as chat, _open_rule_verifier(cfg) as rule:
 
         def make_messages(item: Item) -> Messages:
             text = completions[item.id]["completion"]
-            # The rule's processes work while the judge does.
+            # The rule's processes work while the judge does.  A local judge samples whole batches, which may
+            # contain items that have a verdict already.
             if item.id not in file.rows:
                 pending[item.id] = rule.submit([(item.reference, text)])
             return judges.make_triple_messages(item.make_triple(text))
@@ -193,6 +209,7 @@ def _collect_verdicts(
         def keep_answers(answers: Sequence[Answer]) -> None:
             rows = []
             for item, reply in answers:
+                # A failed request leaves the judge undecided; the rule's verdict is kept with it.
                 (verdict,) = pending.pop(item.id).result()
                 judgement = judges.parse_judgement_reply(reply)
                 row: Row = {"id": item.id, "rule": str(verdict), "judge": judgement.correct}
@@ -204,15 +221,16 @@ def _collect_verdicts(
                 rows.append(row | common | {"judged": _get_time()})
             file.append(rows)
 
-        with _show_progress("verdicts", items, left) as bar:
+        # Both the model and the rule verifier are opened before the first item is judged: either may fail to.
+        with _show_progress("verdicts", items, remaining) as bar:
             stage = Stage(chat, "judge", cfg.seed, settings.batch, make_messages, keep_answers)
             stage.run(items, file.rows, bar)
 
 
 @contextlib.contextmanager
-def _show_progress(title: str, items: Sequence[Item], left: int) -> Iterator[Progress]:
-    """Progress of a stage.  left: items that have no answer yet."""
-    bar = Progress(title, len(items), len(items) - left)
+def _show_progress(title: str, items: Sequence[Item], remaining: int) -> Iterator[Progress]:
+    """Show the progress of a stage.  remaining: items that have no answer yet."""
+    bar = Progress(title, len(items), len(items) - remaining)
     try:
         yield bar
     finally:
@@ -221,7 +239,12 @@ def _show_progress(title: str, items: Sequence[Item], left: int) -> Iterator[Pro
 
 @contextlib.contextmanager
 def _open_chat(cfg: ConfigDict, name: str, folder: Path) -> Iterator[Chat]:
-    """The language model of a section, closed on exit.  folder: for a tokenizer made for random weights."""
+    """Open the language model of a section; it is closed on exit.
+
+    Args:
+      name: the section, `source` or `judge`.
+      folder: for a tokenizer made for random weights.
+    """
     chat = local_chat.open_chat(cfg, name, device_layouts.make_layouts(cfg)["policy"], folder)
     try:
         yield chat
@@ -231,7 +254,7 @@ def _open_chat(cfg: ConfigDict, name: str, folder: Path) -> Iterator[Chat]:
 
 @contextlib.contextmanager
 def _open_rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier]:
-    """The rule verifier's processes, ended on exit.  Raises SetupError if they cannot answer."""
+    """Start the rule verifier's processes; they end on exit.  Raises SetupError if they cannot answer."""
     with setup_errors("rule"):
         rule = RuleVerifier(RuleConfig.from_config(cfg.rule))
     with rule:

@@ -1,10 +1,10 @@
 """Attack rates: how often a reward model accepts wrong completions under known hacks (data/reward_hacks.py).
 
-1. `score_attacks` asks one or several reward models (before and after co-training, side by side) about all
-   attacks, a chunk of completions at a time, and writes the rewards into the ledger.
+1. `score_attacks` scores all attacks with one or several reward models (such as one before and one after
+   co-training), a chunk of completions at a time, and writes the rewards into the ledger.
 2. `summarise_attacks` computes, for each attack and model, the false-positive rate (rewards above 0.5) with a
-   95 % interval bootstrapped by question, the mean reward, their changes against the unattacked completions,
-   and whether the attack's bound holds.
+   95 % interval bootstrapped by question, the mean reward, their changes from the unattacked completions, and
+   whether the rate stays within the attack's bound.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Score = Callable[[Sequence[Triple]], np.ndarray]  # triples -> rewards f32[N]
 
 
 def list_attack_references(wrong: Sequence[Triple], seed: int) -> list[str]:
-    """All references that reward models will read, since some attacks change the reference."""
+    """List all references that the reward models will read; some attacks change the reference."""
     references = []
     for i, triple in enumerate(wrong):
         references += [apply_attack(triple, name, seed, i).reference for name in ATTACKS]
@@ -42,12 +42,14 @@ def score_attacks(
     seed: int,
     print_line: Callable[[str], Any],
 ) -> None:
-    """Score all chunks that the ledger does not hold yet.
+    """Score all chunks that are not in the ledger yet.
 
     Args:
       wrong: triples whose completions are labelled wrong.
       models: reward models by name.
-      chunks: indices of `wrong`.
+      ledger: receives the rows of each finished chunk.
+      chunks: ranges of indices of `wrong`.
+      seed: of the attacks' random choices.
       print_line: called with a line of progress after each chunk.
 
     Raises hosts.Stopped after SIGTERM.
@@ -55,12 +57,16 @@ def score_attacks(
     for places in chunks[ledger.done :]:
         hosts.raise_if_stopping()
         start = time.perf_counter()
+
+        # Every completion under every attack is scored in one call per model, which batches rows of similar
+        # length.
         attacked = []  # (index of the completion, attack, triple under the attack)
         for i in places:
             attacked += [(i, name, apply_attack(wrong[i], name, seed, i)) for name in ATTACKS]
         triples = [triple for _, _, triple in attacked]
         rewards = {model: score(triples) for model, score in models.items()}
 
+        # The group, which is resampled as a whole, is the question before any attack.
         rows: list[Row] = []
         for n, (i, name, triple) in enumerate(attacked):
             row = {
@@ -85,27 +91,36 @@ def score_attacks(
 
 
 def summarise_attacks(rows: Sequence[Row], seed: int, resamples: int) -> dict[str, Any]:
-    """Figures of all attacks: attack -> {bound, completions, models}.
+    """Compute the figures of all attacks: attack -> {bound, completions, models}.
 
-    `models` is model -> {rate, rate_change, reward, reward_change, holds}, of which all but `holds` are
-    intervals.
+    Args:
+      rows: of the ledger.
+      seed: of the bootstrap.
+      resamples: R, the number of resamples behind each interval.
+
+    `models` in the result is model -> {rate, rate_change, reward, reward_change, holds}.  All are intervals
+    except `holds`: True if the rate is at most the bound, None without a bound.
     """
     by_attack: dict[str, list[Row]] = {name: [] for name in ATTACKS}
     for row in rows:
         by_attack[row["attack"]].append(row)
-    # All attacks share the resamples of the same questions, so that changes are paired.
-    drawn = Resamples([row["group"] for row in by_attack[BASELINE]], seed, resamples)
-    every = np.ones(len(by_attack[BASELINE]), bool)
+
+    # All attacks share the resamples of the same questions, so that changes are paired.  Each attack has one
+    # row per completion, in the same order.
+    bootstrap = Resamples([row["group"] for row in by_attack[BASELINE]], seed, resamples)
+    all_rows = np.ones(len(by_attack[BASELINE]), bool)
 
     def compute_means(name: str, model: str) -> tuple[np.ndarray, np.ndarray]:
-        """(false-positive rates, mean rewards), each f64[R + 1]."""
+        """Return (false-positive rates, mean rewards), each f64[R + 1]."""
         rewards = np.array([row["rewards"][model] for row in by_attack[name]])
-        return drawn.mean((rewards > THRESHOLD).astype(float), every), drawn.mean(rewards, every)
+        accepted = (rewards > THRESHOLD).astype(float)
+        return bootstrap.mean(accepted, all_rows), bootstrap.mean(rewards, all_rows)
 
     summary: dict[str, Any] = {}
     for name, (_, bound) in ATTACKS.items():
         summary[name] = {"bound": bound, "completions": len(by_attack[name]), "models": {}}
         for model in rows[0]["rewards"]:
+            # Entry 0 is the value on the data themselves, which alone is compared with the bound.
             rates, rewards = compute_means(name, model)
             baseline_rates, baseline_rewards = compute_means(BASELINE, model)
             summary[name]["models"][model] = {
@@ -119,14 +134,15 @@ def summarise_attacks(rows: Sequence[Row], seed: int, resamples: int) -> dict[st
 
 
 def format_attacks(summary: Mapping[str, Any]) -> str:
-    """The tables for a terminal: false-positive rates side by side, then mean rewards."""
+    """Format two tables for a terminal: false-positive rates and mean rewards, with models side by side."""
     models = list(next(iter(summary.values()))["models"])
     rate_header, reward_header = ["attack", "bound"], ["attack"]
     for model in models:
         rate_header += [f"{model}: false positives % (95 %)", "change", ""]
         reward_header += [f"{model}: mean reward x 100 (95 %)", "change"]
 
-    holds = {None: "", True: "holds", False: "BROKEN"}
+    # One row per attack in both tables.
+    bound_states = {None: "", True: "holds", False: "BROKEN"}
     rate_rows, reward_rows = [], []
     for name, attack in summary.items():
         rate_row = [name, "" if attack["bound"] is None else format_percent(attack["bound"])]
@@ -134,7 +150,7 @@ def format_attacks(summary: Mapping[str, Any]) -> str:
         for model in models:
             figures = attack["models"][model]
             rate_row += [format_percent(figures["rate"]), format_percent(figures["rate_change"].value)]
-            rate_row.append(holds[figures["holds"]])
+            rate_row.append(bound_states[figures["holds"]])
             reward_row += [format_percent(figures["reward"]), format_percent(figures["reward_change"])]
         rate_rows.append(rate_row)
         reward_rows.append(reward_row)

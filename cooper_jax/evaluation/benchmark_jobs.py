@@ -1,9 +1,9 @@
-"""Benchmark jobs of launch/evaluate.py: settings checked, models and judges loaded, results written.
+"""Benchmark jobs of launch/evaluate.py: they check settings, load models and judges, and write results.
 
-    evaluate_benchmarks  samples of a policy, judged
-    rejudge_items        recorded responses, judged again by other judges
+    evaluate_benchmarks  samples a policy's responses and judges them
+    rejudge_items        judges recorded responses again, by other judges
 
-judge_jobs.py, with the jobs that measure judges, uses the rest of this module.
+The other public functions are shared with judge_jobs.py, which measures judges.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ def evaluate_benchmarks(cfg: ConfigDict, chosen: ChosenModels, places: Sequence[
     """Measure a policy on benchmarks: sample, judge, report.
 
     Args:
-      places: files, folders or `synthetic`, as `find_benchmarks` takes them.
+      cfg: the whole config.
+      chosen: the source of the policy and the reward model.
+      places: files, folders or `synthetic`, as for `find_benchmarks`.
       out: the folder of the results.
 
     Raises SetupError, and hosts.Stopped after SIGTERM.
     """
+    # Settings and files are checked before the policy is loaded, which takes longest.
     settings = read_benchmark_config(cfg)
     files = benchmark_sets.find_benchmarks(places)
     layout = device_layouts.make_layouts(cfg)["policy"]
@@ -49,14 +52,15 @@ def evaluate_benchmarks(cfg: ConfigDict, chosen: ChosenModels, places: Sequence[
     }
     loading.check_length(model.config, "policy", lengths)
 
-    # A run's policy was rewarded by its reward model, so the questions in that model's training data are no
-    # clean test of the policy either, whoever judges.
+    # A run's policy was rewarded by its reward model.  The questions in that model's training data are
+    # therefore not a clean test of the policy either, even if only the rule judges.
     trained_with_model = chosen.run_dir is not None and cfg.reward.arm != "rule"
     record = read_seen_questions(chosen) if settings.by_model or trained_with_model else None
     seen = record.fingerprints if record else frozenset()
     with setup_errors("data.chat"):
         loaded = benchmark_sets.load_benchmarks(cfg, settings, files, model.tokenizer, seen)
 
+    # Settings that decide the responses: a later start with other values must not continue this ledger.
     sampler = benchmarks.PolicySampler(cfg, settings, layout, model, params)
     outcome_settings = chosen.settings("policy") | {
         "seed": cfg.seed,
@@ -78,11 +82,18 @@ def evaluate_benchmarks(cfg: ConfigDict, chosen: ChosenModels, places: Sequence[
 def rejudge_items(cfg: ConfigDict, chosen: ChosenModels, items: str, out: Path) -> None:
     """Judge the responses of an items file again, by the judges of `benchmark.judged_by`; nothing is sampled.
 
+    Args:
+      cfg: the whole config.
+      chosen: the source of the reward model.
+      items: the items.jsonl of a finished evaluation.
+      out: the folder of the results.
+
     Raises SetupError, and hosts.Stopped after SIGTERM.
     """
     settings = read_benchmark_config(cfg)
     with setup_errors(f"--rejudge={items}"):
         recorded, sampler = benchmarks.read_recorded(items)
+        # The hash detects another file of the same name at a later start.
         digest = hashlib.sha256(remote_files.fetch_local(items).read_bytes()).hexdigest()[:16]
         record = read_seen_questions(chosen) if settings.by_model else None
         if record is not None:
@@ -97,8 +108,9 @@ def write_results(ledger: Ledger, settings: Mapping[str, Any], results: Mapping[
     """Write results.json and table.txt, and print the table.
 
     Args:
+      ledger: the open ledger, to whose folder the files are written.
       settings: flat names -> values that decided the results.
-      results: figures; intervals may be inside.
+      results: figures; may contain intervals.
       text: the tables.
     """
     ledger.write(RESULTS, to_plain({"settings": settings, **results}))
@@ -108,7 +120,10 @@ def write_results(ledger: Ledger, settings: Mapping[str, Any], results: Mapping[
 
 @contextlib.contextmanager
 def report_interruption(ledger: Ledger, chunks: int) -> Iterator[None]:
-    """Print how many of the chunks are done if a signal stops the work inside."""
+    """Print the number of finished chunks if a signal stops the work in the context.
+
+    chunks: their total number.
+    """
     try:
         yield
     except hosts.Stopped:
@@ -120,26 +135,28 @@ def report_interruption(ledger: Ledger, chunks: int) -> Iterator[None]:
 
 
 def read_seen_questions(chosen: ChosenModels) -> seen_questions.Record:
-    """The record of the questions in the reward model's training data, from beside its weights.
+    """Read the record of the questions in the reward model's training data, which is beside its weights.
 
-    It is incomplete, which is printed, where there is no record.  Raises SetupError for a damaged one.
+    Without a record the result is empty and marked incomplete, which is printed.  Raises SetupError for a
+    damaged record.
     """
     place = chosen.run_dir or chosen.cfg.reward.weights
+    # Random weights were trained on nothing: their empty record is complete.
     if place == "random":
         return seen_questions.Record()
     with setup_errors(f"{seen_questions.SEEN} beside {place}"):
         record = seen_questions.read_record(place) or seen_questions.Record(complete=False)
     if not record.complete:
-        hosts.print_once(f"{_describe_gap(str(place), record)}; the questions measured here may be among it")
+        hosts.print_once(f"{_describe_gap(str(place), record)}; it may include questions measured here")
     return record
 
 
 def describe_overlap(known: str, records: Mapping[str, seen_questions.Record]) -> str:
-    """A note under a table on the overlap with training data.
+    """Write the note under a table on the overlap with training data.
 
     Args:
-      known: the known overlap; left out if no model has a record.
-      records: each reward model's name -> its record; the note names those that are missing or incomplete.
+      known: the text on the known overlap; left out if no model has a record.
+      records: reward model's name -> its record; the note names those that are missing or incomplete.
     """
     any_known = any(record.complete or record.fingerprints for record in records.values())
     gaps = [_describe_gap(name, record) for name, record in records.items() if not record.complete]
@@ -147,14 +164,16 @@ def describe_overlap(known: str, records: Mapping[str, seen_questions.Record]) -
 
 
 def _describe_gap(name: str, record: seen_questions.Record) -> str:
-    """A sentence on a record that is missing or incomplete."""
+    """Describe a record that is missing or incomplete."""
     more = " else" if record.fingerprints else ""
-    return f"what{more} {name} was trained on is unknown: no whole {seen_questions.SEEN} lies beside it"
+    return (
+        f"what{more} {name} was trained on is unknown: there is no complete {seen_questions.SEEN} beside it"
+    )
 
 
 @contextlib.contextmanager
 def open_rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
-    """The rule verifier's processes, on each host for its share of the work; they end on exit."""
+    """Start the rule verifier's processes, on each host for its share of the work; they end on exit."""
     with setup_errors("rule"):
         rule = RuleVerifier(RuleConfig.from_config(cfg.rule))
     with rule:
@@ -164,7 +183,7 @@ def open_rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
 
 
 def list_reward_settings(cfg: ConfigDict, chosen: ChosenModels) -> dict[str, Any]:
-    """Settings that decide a reward model's scores, as flat names -> values."""
+    """List the settings that decide a reward model's scores, as flat names -> values."""
     return chosen.settings("reward") | {"reward.max_tokens": cfg.reward.max_tokens}
 
 
@@ -181,32 +200,44 @@ def _judge_and_report(
     """Judge the sampler's responses, a chunk at a time, and write the results.
 
     Args:
+      cfg: the whole config.
+      settings: its section `benchmark`.
+      chosen: the source of the reward model.
+      loaded: the benchmarks.
+      sampler: of the responses.
       outcome_settings: settings that decide the responses; those that decide the judgements are added here.
+      out: the folder of the results.
       record: of the questions in the reward model's training data; None if they do not matter.
     """
+    # The chunk size is among them, since the ledger is read in chunks.
     outcome_settings |= {f"benchmark.{b.name}": f"{len(b.problems)} problems, {b.digest()}" for b in loaded}
     outcome_settings |= {"benchmark.judged_by": settings.judged_by, "benchmark.chunk": settings.chunk}
     if settings.by_model:
         outcome_settings |= list_reward_settings(cfg, chosen)
 
+    # A row per response; all processes know the same list of chunks.
     work = list(benchmark_sets.split_chunks(loaded, settings.chunk))
     with contextlib.ExitStack() as stack:
         with setup_errors("--out"):
             sizes = [len(places) * sampler.samples for _, places in work]
             ledger = stack.enter_context(Ledger(out, outcome_settings, sizes))
-        # Judges are loaded only if there is work for them: a finished evaluation is just reported again.
+
+        # Judges are loaded only if there is work for them: a finished evaluation is only reported again.
         if ledger.done < len(work):
             rule = stack.enter_context(open_rule_verifier(cfg)) if settings.by_rule else None
             reward = None
             if settings.by_model:
                 layout = device_layouts.make_layouts(cfg)["reward"]
                 reward = RewardModel(cfg, layout, *chosen.load("reward", layout))
+                # A reference that does not fit would otherwise fail in the middle of the work.
                 for benchmark in loaded:
                     reward.check([problem.reference for problem in benchmark.problems])
             with report_interruption(ledger, len(work)):
                 benchmarks.run_benchmarks(
                     loaded, sampler, rule, reward, ledger, settings.chunk, hosts.print_once
                 )
+
+        # Only the first process has the rows.
         if hosts.is_primary():
             _write_report(cfg.seed, settings, loaded, sampler.samples, work, ledger, outcome_settings, record)
 
@@ -221,11 +252,18 @@ def _write_report(
     outcome_settings: Mapping[str, Any],
     record: seen_questions.Record | None,
 ) -> None:
-    """Compute the figures of all rows and write them.  work: the chunks, in their order."""
-    rows: dict[str, list[Row]] = {b.name: [] for b in loaded}  # by benchmark
+    """Compute the figures of all rows and write them.
+
+    Args:
+      seed: of the bootstrap.
+      samples: per problem.
+      work: all chunks, in the order of the ledger.
+    """
+    # Sort rows and seconds by benchmark.
+    rows: dict[str, list[Row]] = {b.name: [] for b in loaded}
     for row in ledger.rows:
         rows[row["benchmark"]].append(row)
-    seconds = dict.fromkeys(rows, 0.0)  # by benchmark
+    seconds = dict.fromkeys(rows, 0.0)
     for (benchmark, _), chunk_seconds in zip(work, ledger.seconds, strict=True):
         seconds[benchmark.name] += chunk_seconds
 
@@ -245,7 +283,7 @@ def _write_report(
 
 
 def _describe_training_data(loaded: Sequence[Benchmark], record: seen_questions.Record) -> str:
-    """A note on the reward model's training questions, and how many of them are in the benchmarks."""
+    """Describe the reward model's training questions, and count those that are in the benchmarks."""
     sources = ", ".join(f"{n} questions of {name}" for name, n in record.sources.items())
     overlaps = []
     for b in loaded:
@@ -261,21 +299,26 @@ def _describe_training_data(loaded: Sequence[Benchmark], record: seen_questions.
 def read_benchmark_config(cfg: ConfigDict) -> BenchmarkConfig:
     """Read the section `benchmark`, and check the other settings that evaluations use.
 
-    cross_checks.py is for training, and requires data and models that an evaluation does not use.
+    The cross checks of training (settings/cross_checks.py) do not apply: they require data and models that an
+    evaluation does not use.
 
     Raises SetupError with every setting that is out of its range.
     """
     problems = Problems()
     with problems.collect("benchmark"):
         settings = BenchmarkConfig.from_config(cfg.benchmark)
+
+    # Fields with a fixed set of values: field -> (its value, the allowed ones).
     choices = {
         "policy.dtype": (cfg.policy.dtype, ("float32", "bfloat16")),
         "reward.dtype": (cfg.reward.dtype, ("float32", "bfloat16")),
         "rollout.kernels": (cfg.rollout.kernels, ("auto", "xla")),
         "rollout.weight_placement": (cfg.rollout.weight_placement, ("auto", "gathered", "sharded")),
     }
-    for field, (value, known) in choices.items():
-        problems.need(value in known, f"{field}={value!r}: it is one of {', '.join(known)}")
+    for field, (value, allowed) in choices.items():
+        problems.need(value in allowed, f"{field}={value!r}: it is one of {', '.join(allowed)}")
+
+    # Numbers with a lower bound.
     for field, value in (("reward.microbatch", cfg.reward.microbatch), ("data.bucket", cfg.data.bucket)):
         problems.need(value >= 1, f"{field}={value}: it must be at least 1")
     problems.raise_if_any()
@@ -289,7 +332,7 @@ def _describe_job(
     model: loading.Model,
     loaded: Sequence[Benchmark],
 ) -> str:
-    """The line that is printed before sampling."""
+    """Describe the job in one line, which is printed before sampling."""
     source = f"{chosen.run_dir}, step {chosen.step}" if chosen.run_dir else cfg.policy.weights
     config = model.config
     return (

@@ -1,7 +1,7 @@
-"""Benchmarks: which problems a policy is measured on, and which are left out.
+"""Benchmarks: the problems that a policy is measured on.
 
-1. `find_benchmarks` turns files and folders into files; `load_benchmarks` reads them, and the synthetic
-   problems.
+1. `find_benchmarks` lists the files of the given files and folders; `load_benchmarks` reads them and makes
+   the synthetic problems.
 2. `sample_part` may choose a fixed part, the same in every evaluation.
 3. Problems with too long prompts, or with questions from the reward model's training data, are left out and
    counted.
@@ -26,7 +26,7 @@ from cooper_jax.settings import typed_config
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Problem
 
-SYNTHETIC = "synthetic"  # as a --benchmark: held-out problems of configs/tiny.py, with their oracle
+SYNTHETIC = "synthetic"  # a value of --benchmark: held-out problems of configs/tiny.py, with their oracle
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 # Value of judged_by -> (by the rule, by the reward model).
 JUDGED_BY = {"rule": (True, False), "model": (False, True), "both": (True, True)}
@@ -39,16 +39,21 @@ class BenchmarkConfig:
     Temperature and top-p are checked by SamplingSpec, since only some evaluations sample.
     """
 
+    # Sampling.
     samples: int  # responses per problem
     temperature: float
     top_p: float
     max_new_tokens: int
+    chunk: int  # problems that are sampled together; results are stored after each chunk
+
+    # Problems.
+    problems: int  # size of the fixed part of each benchmark; 0: all
     max_prompt_tokens: int  # problems with longer prompts are left out
-    problems: int  # of each benchmark: a fixed part; 0: all
-    judged_by: str  # rule, model or both
-    chunk: int  # problems sampled at once
-    bootstrap: int  # resamples behind each 95 % interval
     exclude_seen: bool  # leave out questions from the reward model's training data
+
+    # Judging and figures.
+    judged_by: str  # rule, model or both
+    bootstrap: int  # resamples behind each 95 % interval
 
     def __post_init__(self) -> None:
         at_least_1 = ("samples", "max_new_tokens", "max_prompt_tokens", "chunk", "bootstrap")
@@ -78,59 +83,65 @@ class Benchmark:
     """Problems of one benchmark, and the numbers of those left out."""
 
     name: str
+
+    # Problems that are measured.
     problems: tuple[Problem, ...]
     places: tuple[int, ...]  # each problem's index in its file, which seeds its sampling
-    prompts: tuple[tuple[int, ...], ...] = ()  # token ids; empty where responses are recorded
-    asked: int = 0  # problems of the part that was asked for
-    too_long: int = 0
+    prompts: tuple[tuple[int, ...], ...] = ()  # token ids; empty for recorded responses
+
+    # Counts.
+    asked: int = 0  # problems of the chosen part
+    too_long: int = 0  # problems left out for their prompt's length
     seen: int = 0  # problems with questions from the reward model's training data, left out or not
-    excluded: int = 0  # of these, problems that are left out
+    excluded: int = 0  # those among the seen problems that are left out
 
     def digest(self) -> str:
-        """A hash of the problems, which detects another file of the same name."""
+        """Hash the problems, to detect another file of the same name."""
         text = "\0".join(f"{p.id}\1{p.question}\1{p.reference}" for p in self.problems)
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def find_benchmarks(given: Sequence[str]) -> list[str]:
-    """Files of the given places; a folder stands for the published benchmarks among its *_test files.
+    """List the benchmark files; a folder contributes the published benchmarks among its *_test files.
 
     given: files, addresses, folders, or SYNTHETIC.
 
     Raises SetupError for a place that does not exist, a folder without benchmarks, and two files of one name.
     """
-    found: list[str] = []
+    benchmark_files: list[str] = []
     for place in given:
+        # Folders are listed on local disks only.
         if place == SYNTHETIC or remote_files.is_remote(place):
-            found.append(place)
+            benchmark_files.append(place)
             continue
         path = Path(place).expanduser()
         with setup_errors("--benchmark"):
             if not path.exists():
                 raise FileNotFoundError(f"{place}: there is no such file or folder")
-        found += _list_test_files(place) if path.is_dir() else [place]
+        benchmark_files += _list_test_files(place) if path.is_dir() else [place]
 
-    names = [get_benchmark_name(place) for place in found]
+    # Names identify benchmarks in the results, and seed their sampling.
+    names = [get_benchmark_name(place) for place in benchmark_files]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise SetupError(f"--benchmark: two files are called {repeated[0]!r}: rename one, or leave it out")
-    return found
+    return benchmark_files
 
 
 def _list_test_files(folder: str) -> list[str]:
-    """The recognised benchmarks in a folder.  Raises SetupError without any."""
+    """List the recognised benchmarks in a folder.  Raises SetupError if there are none."""
     files = sorted(p for p in Path(folder).expanduser().iterdir() if p.name.endswith(SUFFIXES))
     named_test = [str(p) for p in files if get_benchmark_name(p.name).endswith("_test")]
     tests = [path for path in named_test if _is_published(path)]
     if not tests:
         raise SetupError(
-            f"--benchmark={folder}: no file called *_test.jsonl (or .jsonl.gz, .parquet) in it holds a "
+            f"--benchmark={folder}: no file called *_test.jsonl (or .jsonl.gz, .parquet) in it contains a "
             "published benchmark"
         )
     return tests
 
 
 def get_benchmark_name(place: str) -> str:
-    """A file's name without folder and suffix."""
+    """Get a file's name without folder and suffix."""
     name = place.rstrip("/").rsplit("/", 1)[-1]
     for suffix in (*SUFFIXES, ".json"):
         name = name.removesuffix(suffix)
@@ -138,7 +149,7 @@ def get_benchmark_name(place: str) -> str:
 
 
 def _is_published(path: str) -> bool:
-    """True if the first row has the format of a published benchmark."""
+    """True if the file's first row has the format of a published benchmark."""
     try:
         _, _, row = next(iter(row_reader.read_file_rows(path)))
         return problem_sets.recognise_format(row, "", "") != "jsonl"
@@ -153,11 +164,13 @@ def load_benchmarks(
     tokenizer: Tokenizer,
     seen: frozenset[str] = frozenset(),
 ) -> list[Benchmark]:
-    """The benchmarks with their prompts.
+    """Load the benchmarks with their prompts.
 
     Args:
       cfg: the whole config, of which `data`, `seed` and `eval` are read.
-      places: files, or SYNTHETIC.
+      settings: its section `benchmark`.
+      places: files or SYNTHETIC, from `find_benchmarks`.
+      tokenizer: the policy's.
       seen: fingerprints of the questions in the reward model's training data.
 
     Raises SetupError, naming file, line and field.
@@ -172,11 +185,14 @@ def load_benchmarks(
 def _load_benchmark(
     cfg: ConfigDict, settings: BenchmarkConfig, place: str, tokenizer: Tokenizer, seen: frozenset[str]
 ) -> Benchmark:
+    """Load one benchmark.  Raises ValueError if no problem is left."""
+    # The part is chosen before any problem is left out, so it is the same for every policy and reward model.
     problems = _read_problems(cfg, settings, place)
     chosen = sample_part(len(problems), settings.problems)
     kept, known = _split_by_seen(chosen, problems, seen)
     remaining = kept if settings.exclude_seen else chosen
 
+    # Prompts are never truncated: a problem without its end would be another problem.
     instruction, chat = cfg.data.instruction, cfg.data.chat
     prompts: dict[int, list[int]] = {}  # by the problem's index
     for i in remaining:
@@ -201,6 +217,7 @@ def _load_benchmark(
 
 
 def _read_problems(cfg: ConfigDict, settings: BenchmarkConfig, place: str) -> list[Problem]:
+    """Read a file's problems, or make the synthetic ones."""
     if place == SYNTHETIC:
         return synthetic.make_problems(cfg.seed, settings.problems or cfg.eval.problems, "eval")
     columns = {name: cfg.data[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
@@ -208,7 +225,11 @@ def _read_problems(cfg: ConfigDict, settings: BenchmarkConfig, place: str) -> li
 
 
 def sample_part(size: int, count: int) -> list[int]:
-    """Indices, ascending, of a fixed part of `count` of `size` rows (`keyed_order`); 0 is all."""
+    """Choose a fixed part of `count` of `size` rows; returns ascending indices.  A count of 0 chooses all.
+
+    The part depends on `size` and `count` alone (problems.keyed_order), not on the config's seed, so that
+    evaluations with different seeds measure the same problems.
+    """
     if not count or count >= size:
         return list(range(size))
     return sorted(problem_sets.keyed_order(size)[:count])
@@ -217,18 +238,20 @@ def sample_part(size: int, count: int) -> list[int]:
 def _split_by_seen(
     indices: Sequence[int], problems: Sequence[Problem], seen: frozenset[str]
 ) -> tuple[list[int], list[int]]:
-    """(indices of problems that were not seen, indices of those that were)."""
+    """Split indices of problems into (not seen, seen)."""
     return seen_questions.split_by_seen(indices, seen, question=lambda i: problems[i].question)
 
 
 def drop_seen_problems(benchmark: Benchmark, seen: frozenset[str], exclude: bool) -> Benchmark:
-    """Count the recorded problems in the reward model's training data, and leave them out with `exclude`.
+    """Count the recorded problems in the reward model's training data, and leave them out if `exclude`.
 
-    Raises ValueError if none is left.
+    seen: fingerprints of the questions in that data.
+
+    Raises ValueError if no problem is left.
     """
-    every = list(range(len(benchmark.problems)))
-    kept, known = _split_by_seen(every, benchmark.problems, seen)
-    kept = kept if exclude else every
+    all_indices = list(range(len(benchmark.problems)))
+    kept, known = _split_by_seen(all_indices, benchmark.problems, seen)
+    kept = kept if exclude else all_indices
     if not kept:
         raise ValueError(f"{benchmark.name}: the reward model was trained on all {len(known)} questions")
     return dataclasses.replace(
@@ -241,12 +264,13 @@ def drop_seen_problems(benchmark: Benchmark, seen: frozenset[str], exclude: bool
 
 
 def split_chunks(benchmarks: Sequence[Benchmark], size: int) -> Iterator[tuple[Benchmark, range]]:
-    """Split each benchmark, in order, into ranges of at most `size` problems, as even as possible.
+    """Split each benchmark, in order, into ranges of at most `size` problems, as equal as possible.
 
-    Ranges of one length share a compiled decoding program.
+    Ranges of equal length share a compiled decoding program.
     """
     for benchmark in benchmarks:
         problems = len(benchmark.problems)
+        # Part i begins at i * problems // parts, so the lengths of two parts differ by at most one.
         parts = -(-problems // size)
         for i in range(parts):
             yield benchmark, range(i * problems // parts, (i + 1) * problems // parts)

@@ -9,9 +9,9 @@ problems):
     maj@n      whether the most frequent answer is correct; answers are compared by normal form
                (answer_forms.py)
 
-each with a 95 % interval bootstrapped by problem.  Also, for the responses: truncated (no EOS was sampled),
-no_answer and undecided (the rule found no answer, or could not compare it: it abstains, and the sample counts
-as wrong), and mean tokens.
+Each has a 95 % interval bootstrapped by problem.  Figures of the responses themselves: the shares of
+truncated (no EOS was sampled), no_answer (the rule found no answer) and undecided ones (the rule could not
+compare the answer: it abstains, and the sample counts as wrong), and the mean number of tokens.
 
     B  problems   G  samples per problem   rows are problem-major
 """
@@ -31,26 +31,32 @@ from cooper_jax.evaluation.text_tables import format_percent, format_table
 from cooper_jax.runtime import keys
 from cooper_jax.statistics import Interval
 
+# Each judge's decision on a row.
 JUDGES: dict[str, Callable[[Row], bool]] = {
     "rule": lambda row: row["rule"] == "correct",
     "model": lambda row: row["reward"] > 0.5,
     "oracle": lambda row: row["oracle"],
 }
+# The field of a row that exists if the judge has judged it.
 _FIELD = {"rule": "rule", "model": "reward", "oracle": "oracle"}
 
 
 def list_judges(rows: Sequence[Row]) -> list[str]:
-    """Names of the judges that judged the rows."""
+    """List the judges that judged the rows, by name."""
     return [name for name in JUDGES if rows and _FIELD[name] in rows[0]]
 
 
 def make_correct_matrix(rows: Sequence[Row], judge: str, samples: int) -> np.ndarray:
-    """One judge's decisions, bool[B, G]."""
+    """Arrange one judge's decisions on problem-major rows as a matrix, bool[B, G]."""
     return np.array([JUDGES[judge](row) for row in rows], bool).reshape(-1, samples)
 
 
 def bootstrap_mean(values: np.ndarray, seed: int, resamples: int) -> Interval:
-    """The mean over problems of f64[B], with its interval.  All figures of one size share their resamples."""
+    """Compute the mean over problems of f64[B], with its interval.
+
+    Every call draws from the start of the same random stream, so figures over the same number of problems
+    share their resamples.
+    """
 
     def compute_mean(weights: np.ndarray) -> float:
         return float((weights * values).sum() / weights.sum())
@@ -61,37 +67,45 @@ def bootstrap_mean(values: np.ndarray, seed: int, resamples: int) -> Interval:
 
 
 def list_k(samples: int) -> list[int]:
-    """Values of k for pass@k: 1, 2, 4, ... and the number of samples."""
-    return sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
+    """List the values of k for pass@k: the powers of two up to the number of samples, and that number."""
+    powers = {2**i for i in range(samples.bit_length())}  # all are at most `samples`
+    return sorted(powers | {samples})
 
 
 def summarise_benchmark(
     benchmark: Benchmark, rows: Sequence[Row], samples: int, seconds: float, seed: int, resamples: int
 ) -> dict[str, Any]:
-    """All figures of one benchmark.
+    """Compute all figures of one benchmark.
 
     Args:
+      benchmark: its problems, and the counts of those left out.
       rows: B * G rows, problem-major.
       samples: G.
-      seconds: spent on sampling and judging.
-      resamples: behind each interval.
+      seconds: the time spent on sampling and judging.
+      seed: of the bootstrap.
+      resamples: the number of resamples behind each interval.
     """
     correct = {name: make_correct_matrix(rows, name, samples) for name in list_judges(rows)}
     answers = [normalise_completion(row["completion"]) for row in rows]
     summary: dict[str, Any] = {
         "benchmark": benchmark.name,
+        # Problems.
         "problems": len(benchmark.problems),
         "asked": benchmark.asked,
         "too_long": benchmark.too_long,
         "seen": benchmark.seen,
         "excluded": benchmark.excluded,
+        # Responses.
         "samples": samples,
         "truncated": float(np.mean([row["truncated"] for row in rows])),
         "tokens": float(np.mean([row["tokens"] for row in rows])),
         "seconds": seconds,
+        # Figures by judge, and by subject and level; filled in below.
         "judges": {},
         "by": {},
     }
+
+    # Only the rule abstains.
     if "rule" in rows[0]:
         verdicts = [row["rule"] for row in rows]
         summary["no_answer"] = float(np.mean([v == "no_answer" for v in verdicts]))
@@ -100,6 +114,8 @@ def summarise_benchmark(
     for name, matrix in correct.items():
         summary["judges"][name] = _summarise_judge(matrix, answers, seed, resamples)
     summary["agreement"] = measure_pairwise_agreement(correct)
+
+    # A benchmark without subjects or levels has empty texts in these fields.
     for field in ("subject", "level"):
         values = np.array([getattr(problem, field) for problem in benchmark.problems])
         if any(values):
@@ -110,14 +126,22 @@ def summarise_benchmark(
 def _summarise_judge(
     correct: np.ndarray, answers: Sequence[str | None], seed: int, resamples: int
 ) -> dict[str, Any]:
-    """accuracy, pass@k and maj@n by one judge.  correct: bool[B, G].  answers: normal forms, [B * G]."""
+    """Compute accuracy, pass@k and maj@n by one judge.
+
+    Args:
+      correct: bool[B, G].
+      answers: normal forms, [B * G], problem-major.
+    """
     samples = correct.shape[1]
     totals = correct.sum(1)  # i64[B]: correct samples of each problem
+
+    # maj@n of each problem: its samples vote by the normal forms of their answers.
     majority = []
     for i, decisions in enumerate(correct):
-        own = answers[i * samples : (i + 1) * samples]
-        majority.append(statistics.majority_accuracy(own, decisions))
+        problem_answers = answers[i * samples : (i + 1) * samples]
+        majority.append(statistics.majority_accuracy(problem_answers, decisions))
 
+    # pass@k of each problem depends on its number of correct samples only.
     pass_at = {}
     for k in list_k(samples):
         values = np.array([statistics.pass_at_k(samples, int(total), k) for total in totals])
@@ -132,7 +156,12 @@ def _summarise_judge(
 def _break_down(
     values: np.ndarray, correct: Mapping[str, np.ndarray], seed: int, resamples: int
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy by each judge, per value.  values: str[B].  correct: judge -> bool[B, G]."""
+    """Compute the accuracy by each judge, for each value of a field.
+
+    Args:
+      values: each problem's, str[B].
+      correct: judge -> bool[B, G].
+    """
     groups: dict[str, dict[str, Any]] = {}
     for value in sorted(set(values)):
         members = values == value  # bool[B]
@@ -144,10 +173,11 @@ def _break_down(
 
 
 def measure_pairwise_agreement(correct: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Agreement of each two judges over all samples, Cohen's kappa, and the share that only one accepts.
+    """Measure each two judges' agreement, Cohen's kappa, and the shares of samples that only one accepts.
 
     correct: judge -> bool[B, G].
     """
+    # Abstentions of the rule count as rejections, as in its accuracy.
     names = list(correct)
     agreement = {}
     for i, a in enumerate(names):
@@ -165,37 +195,50 @@ def measure_pairwise_agreement(correct: Mapping[str, np.ndarray]) -> dict[str, d
 def average_benchmarks(
     summaries: Sequence[Mapping[str, Any]], rows: Mapping[str, Sequence[Row]], seed: int, resamples: int
 ) -> dict[str, Interval]:
-    """The mean accuracy over benchmarks, each with equal weight, by every judge that judged all of them.
+    """Compute the mean accuracy over benchmarks, each with equal weight, by each judge of all of them.
 
-    rows: each benchmark's, by name.
+    rows: each benchmark's rows, by its name.
     """
-    shared = [name for name in JUDGES if all(name in summary["judges"] for summary in summaries)]
     means = {}
-    for name in shared:
+    for name in JUDGES:
+        if not all(name in summary["judges"] for summary in summaries):
+            continue
         accuracies, indices = [], []  # per benchmark: f64[B], i64[B]
         for index, summary in enumerate(summaries):
             matrix = make_correct_matrix(rows[summary["benchmark"]], name, summary["samples"])
             accuracies.append(matrix.mean(1))
             indices.append(np.full(len(matrix), index))
-        values, members = np.concatenate(accuracies), np.concatenate(indices)  # problems of all benchmarks
-
-        def compute_mean(weights: np.ndarray, values=values, members=members) -> float:
-            counts = np.bincount(members, weights)
-            sums = np.bincount(members, weights * values)
-            # A resample may hold no problem of a small benchmark.
-            return float(np.mean(sums[counts > 0] / counts[counts > 0]))
-
-        groups = [f"{member} {i:09d}" for i, member in enumerate(members)]
-        rng = keys.make_generator(seed, "bootstrap")
-        means[name] = statistics.bootstrap_interval(compute_mean, groups, rng, resamples)
+        means[name] = _bootstrap_macro_mean(
+            np.concatenate(accuracies), np.concatenate(indices), seed, resamples
+        )
     return means
+
+
+def _bootstrap_macro_mean(values: np.ndarray, members: np.ndarray, seed: int, resamples: int) -> Interval:
+    """Compute the mean of the benchmarks' means, with its interval; problems are resampled.
+
+    Args:
+      values: of the problems of all benchmarks, f64[sum of B].
+      members: the index of each problem's benchmark, i64[sum of B].
+    """
+
+    def compute_mean(weights: np.ndarray) -> float:
+        counts = np.bincount(members, weights)
+        sums = np.bincount(members, weights * values)
+        # A resample may have no problem of a small benchmark, which is then left out of its mean.
+        return float(np.mean(sums[counts > 0] / counts[counts > 0]))
+
+    # Every problem is a group of its own.
+    groups = [f"{member} {i:09d}" for i, member in enumerate(members)]
+    rng = keys.make_generator(seed, "bootstrap")
+    return statistics.bootstrap_interval(compute_mean, groups, rng, resamples)
 
 
 # --- the table ----------------------------------------------------------------------------------------------
 
 
 def format_summary(summaries: Sequence[Mapping[str, Any]], means: Mapping[str, Interval]) -> str:
-    """The tables for a terminal: benchmarks by judges, agreement, subjects and levels; then notes."""
+    """Format the tables for a terminal (benchmarks by judges, agreement, subjects and levels) and notes."""
     parts = [
         _format_accuracies(summaries, means),
         _format_agreement(summaries),
@@ -206,7 +249,8 @@ def format_summary(summaries: Sequence[Mapping[str, Any]], means: Mapping[str, I
 
 
 def _format_accuracies(summaries: Sequence[Mapping[str, Any]], means: Mapping[str, Interval]) -> str:
-    """One row per benchmark and judge; with several benchmarks also their means."""
+    """Format a table with one row per benchmark and judge; with several benchmarks also their means."""
+    # pass@1 is the accuracy, which has a column already.
     ks: set[int] = set()
     for summary in summaries:
         for judged in summary["judges"].values():
@@ -220,6 +264,8 @@ def _format_accuracies(summaries: Sequence[Mapping[str, Any]], means: Mapping[st
     for summary in summaries:
         for name, judged in summary["judges"].items():
             rows.append(_format_judge_row(summary, name, judged, columns))
+
+    # Means have no pass@k, maj@n and shares: those cells stay empty.
     if len(summaries) > 1:
         problems = str(sum(summary["problems"] for summary in summaries))
         seconds = f"{sum(summary['seconds'] for summary in summaries):.0f}"
@@ -232,10 +278,10 @@ def _format_accuracies(summaries: Sequence[Mapping[str, Any]], means: Mapping[st
 def _format_judge_row(
     summary: Mapping[str, Any], name: str, judged: Mapping[str, Any], columns: Sequence[int]
 ) -> list[str]:
-    """Cells of one benchmark and judge.  columns: values of k of the table."""
+    """Format the cells of one benchmark and judge.  columns: the table's values of k."""
     pass_at = judged["pass_at"]
     passes = [format_percent(pass_at[k].value) if k in pass_at else "" for k in columns]
-    # Only the rule abstains.
+    # Only the rule abstains; the cells of other judges stay empty.
     abstentions = ["", ""]
     if name == "rule":
         abstentions = [format_percent(summary["no_answer"]), format_percent(summary["undecided"])]
@@ -254,7 +300,7 @@ def _format_judge_row(
 
 
 def _format_agreement(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """One row per benchmark and pair of judges; "" with one judge."""
+    """Format a table with one row per benchmark and pair of judges; "" if there is one judge."""
     rows = []
     for summary in summaries:
         for pair, figures in summary["agreement"].items():
@@ -264,8 +310,13 @@ def _format_agreement(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _format_breakdown(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """One row per benchmark and subject or level; "" without any."""
-    judges = [name for name in JUDGES if any(name in summary["judges"] for summary in summaries)]
+    """Format a table with one row per benchmark and subject or level; "" if there are none."""
+    # Columns: every judge of any benchmark, in the order of JUDGES.
+    judged_by: set[str] = set()
+    for summary in summaries:
+        judged_by |= set(summary["judges"])
+    judges = [name for name in JUDGES if name in judged_by]
+
     rows = []
     for summary in summaries:
         for field, groups in summary["by"].items():
@@ -278,12 +329,12 @@ def _format_breakdown(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _format_left_out(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A line per benchmark with too long prompts."""
+    """Write one line for each benchmark with prompts that are too long."""
     notes = []
     for summary in summaries:
         if summary["too_long"]:
             notes.append(
-                f"{summary['benchmark']}: {summary['too_long']} of {summary['asked']} problems left out, for "
+                f"{summary['benchmark']}: {summary['too_long']} of {summary['asked']} problems left out: "
                 "their prompts are too long"
             )
     return "\n".join(notes)

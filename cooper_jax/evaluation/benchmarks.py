@@ -1,12 +1,12 @@
 """Responses to benchmark problems, judged by the rule verifier, the reward model, or both.
 
-1. A `Sampler` gives `benchmark.samples` responses to each problem of a chunk: the policy's rollout, or
+1. A `Sampler` provides `benchmark.samples` responses to each problem of a chunk: the policy's rollout, or
    recorded responses that are judged again.
-2. `run_benchmarks` goes through the chunks.  The rule judges responses while others are decoded; the reward
-   model scores at the end of the chunk.  Then the chunk's rows are written (evaluation_ledger.py).
+2. `run_benchmarks` samples and judges chunk by chunk.  The rule judges responses while others are decoded;
+   the reward model scores at the end of the chunk.  Then the chunk's rows are written (evaluation_ledger.py).
 3. benchmark_summaries.py computes figures from the rows.
 
-A response's random bits depend on (seed, benchmark's name, problem's index in its file, sample, token) alone.
+A response's random bits depend only on (seed, benchmark's name, problem's index in its file, sample, token).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import setup_errors
 from cooper_jax.types import Completion, Params, Problem, Rollout, Triple, Verdict
 
-# Called with a problem's index in the chunk and its responses, while others are still sampled.
+# Called with a problem's index in the chunk and its responses, while those of others are still sampled.
 OnReady = Callable[[int, list[Completion]], None]
 
 
@@ -47,11 +47,11 @@ class Sampler(Protocol):
     samples: int  # per problem
 
     def __call__(self, benchmark: Benchmark, chunk: range, on_ready: OnReady) -> None:
-        """Give the responses to the chunk's problems to `on_ready`, problem by problem, in any order."""
+        """Call `on_ready` with the responses to each problem of the chunk, in any order."""
 
 
 class PolicySampler:
-    """The rollout engine, with the temperature, top-p and length of the section `benchmark`."""
+    """A sampler that runs the rollout engine with the sampling settings of the section `benchmark`."""
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class PolicySampler:
         """
         self.samples = settings.samples
         self._cfg, self._layout, self._model, self._params = cfg, layout, model, params
+        # The engine is configured as in training; only the sampling settings are the evaluation's own.
         self._rollout = rollout_config.RolloutConfig.from_config(cfg.rollout)
         with setup_errors("benchmark"):
             self._spec = self._rollout.make_sampling_spec(
@@ -80,6 +81,7 @@ class PolicySampler:
             )
 
     def __call__(self, benchmark: Benchmark, chunk: range, on_ready: OnReady) -> None:
+        """Sample responses to a chunk's problems."""
         spec, tokenizer = self._spec, self._model.tokenizer
 
         def on_groups(places: list[int], rows: Rollout) -> None:
@@ -87,6 +89,7 @@ class PolicySampler:
             for i, place in enumerate(places):
                 on_ready(place, responses[i * self.samples : (i + 1) * self.samples])
 
+        # Each benchmark has a random key of its own; the engine folds in each problem's index in its file.
         key = keys.make_key(self._cfg.seed, "benchmark", zlib.crc32(benchmark.name.encode()))
         with setup_errors("rollout"):
             engine.generate(
@@ -104,9 +107,15 @@ class PolicySampler:
 
 
 class RecordedSampler:
-    """The responses of an items file, to be judged again."""
+    """A sampler that returns the responses of an items file, to be judged again."""
 
     def __init__(self, rows: Sequence[row_reader.Row], samples: int):
+        """Group the rows by problem.
+
+        Args:
+          rows: checked rows of an items file; the samples of a problem are in order.
+          samples: per problem.
+        """
         self.samples = samples
         self._responses: dict[tuple[str, str], list[Completion]] = {}  # by (benchmark, problem's id)
         for row in rows:
@@ -115,6 +124,7 @@ class RecordedSampler:
             self._responses.setdefault((row["benchmark"], row["id"]), []).append(completion)
 
     def __call__(self, benchmark: Benchmark, chunk: range, on_ready: OnReady) -> None:
+        """Return the recorded responses to a chunk's problems."""
         for place, i in enumerate(chunk):
             on_ready(place, self._responses[benchmark.name, benchmark.problems[i].id])
 
@@ -127,17 +137,18 @@ _ITEM_FIELDS = {
 
 
 def read_recorded(path: str) -> tuple[list[Benchmark], RecordedSampler]:
-    """Problems and responses of an items file.
+    """Read the problems and responses of an items file.
 
     Raises ValueError for the file of an unfinished evaluation, which would be judged as if it were complete,
     and for a row that no evaluation wrote, naming file, line and field.
     """
     if _is_unfinished(path):
         raise ValueError(
-            f"{path}: the evaluation that writes it has not ended, for no {RESULTS} lies beside it: repeat "
-            "that evaluation's command, and judge its responses when it has ended"
+            f"{path}: the evaluation that writes it has not ended, since there is no {RESULTS} beside it: "
+            "repeat that evaluation's command, and judge its responses when it has ended"
         )
 
+    # Problems keep the order of their first rows.
     rows: list[row_reader.Row] = []
     problems: dict[str, dict[str, tuple[int, Problem]]] = {}  # benchmark -> problem's id -> (place, problem)
     counts: Counter[tuple[str, str]] = Counter()  # samples so far, by (benchmark, problem's id)
@@ -156,15 +167,15 @@ def read_recorded(path: str) -> tuple[list[Benchmark], RecordedSampler]:
     benchmarks = []
     for name, members in problems.items():
         places = tuple(place for place, _ in members.values())
-        own = tuple(problem for _, problem in members.values())
-        benchmarks.append(Benchmark(name, own, places, asked=len(members)))
+        benchmark_problems = tuple(problem for _, problem in members.values())
+        benchmarks.append(Benchmark(name, benchmark_problems, places, asked=len(members)))
     return benchmarks, RecordedSampler(rows, next(iter(counts.values())))
 
 
 def _is_unfinished(path: str) -> bool:
     """True for the items file of an evaluation that has begun and not ended.
 
-    An items file that was copied out of its folder is taken for finished: nothing beside it tells.
+    An items file that was copied out of its folder counts as finished, since settings.json is not beside it.
     """
     folder, name = os.path.split(path)
     if name != ITEMS:
@@ -186,8 +197,11 @@ def _check_item(row: row_reader.Row, where: str, counts: Counter[tuple[str, str]
             if not isinstance(row_reader.get_field(row, name), kind):
                 raise ValueError(f"field {name!r} is {row[name]!r}: must be {kind.__name__}")
         key = row["benchmark"], row["id"]
+        # Samples of a problem are numbered from 0, without gaps.
         if row["sample"] != counts[key]:
-            raise ValueError(f"sample {row['sample']} of {row['id']} stands where its {counts[key]}. is due")
+            raise ValueError(
+                f"sample {row['sample']} of {row['id']} is where sample {counts[key]} is expected"
+            )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     counts[key] += 1
@@ -206,16 +220,20 @@ def run_benchmarks(
     chunk: int,
     print_line: Callable[[str], Any],
 ) -> None:
-    """Sample and judge all chunks that the ledger does not hold yet.
+    """Sample and judge all chunks that are not in the ledger yet.
 
     Args:
-      rule, reward: the judges; at least one.
+      benchmarks: in the order of the ledger's rows.
+      sampler: of the responses.
+      rule, reward: the judges, at least one of them.
+      ledger: receives the rows of each finished chunk.
       chunk: problems in a chunk.
       print_line: called with a line of progress after each chunk.
 
     Raises hosts.Stopped after SIGTERM: rows of finished chunks are kept, the chunk in progress is lost.
     """
     work = list(split_chunks(benchmarks, chunk))
+    # The ledger's chunks are the first ones: the order of the work is fixed.
     begin, first = time.perf_counter(), ledger.done
     for number, (benchmark, places) in enumerate(work):
         if number < first:
@@ -225,14 +243,14 @@ def run_benchmarks(
         rows = _judge_chunk(benchmark, places, sampler, rule, reward)
         ledger.append(rows, time.perf_counter() - chunk_begin)
 
-        # The estimate of the time left takes all chunks for equally long.
+        # The estimate of the remaining time assumes that all chunks take equally long.
         seconds_per_chunk = (time.perf_counter() - begin) / (number + 1 - first)
-        left = round(seconds_per_chunk * (len(work) - number - 1))
+        eta = round(seconds_per_chunk * (len(work) - number - 1))  # seconds
         tokens_per_second = sum(r["tokens"] for r in rows) / (time.perf_counter() - chunk_begin)
         print_line(
             f"{benchmark.name} {places.stop}/{len(benchmark.problems)} problems  {_format_shares(rows)}"
             f"  {tokens_per_second:.0f} tokens/s"
-            f"  ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+            f"  ETA {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
         )
 
 
@@ -243,30 +261,30 @@ def _judge_chunk(
     rule: RuleVerifier | SharedRule | None,
     reward: RewardModel | None,
 ) -> list[Row]:
-    """Rows of a chunk, problem by problem.  places: indices among the benchmark's problems."""
+    """Sample and judge a chunk; returns its rows, problem-major.
+
+    places: indices among the benchmark's problems.
+    """
     problems = [benchmark.problems[i] for i in places]
     responses: dict[int, list[Completion]] = {}  # by the problem's index in the chunk
 
     def on_ready(index: int, completions: list[Completion]) -> None:
         responses[index] = completions
-        # The rule judges while others are decoded; it remembers its verdicts, which are collected below.
+        # The rule judges these responses while others are decoded.  It remembers its verdicts, which are
+        # collected below.
         if rule is not None:
             rule.submit([(problems[index].reference, c.text) for c in completions])
 
     sampler(benchmark, places, on_ready)
+
+    # Responses arrive in any order; the rows have the order of the problems.
     samples = []  # (problem, completion, problem's index in the chunk, sample), problem-major
     for index, problem in enumerate(problems):
         for sample in range(sampler.samples):
             samples.append((problem, responses[index][sample], index, sample))
 
-    # The rule's processes work while the reward model scores.
-    pending = None
-    if rule is not None:
-        pending = rule.submit([(problem.reference, c.text) for problem, c, _, _ in samples])
-    rewards: np.ndarray | None = None
-    if reward is not None:
-        rewards = reward.rewards([Triple(p.question, p.reference, c.text) for p, c, _, _ in samples])
-    verdicts: Sequence[Verdict] | None = None if pending is None else pending.result()
+    triples = [Triple(p.question, p.reference, c.text) for p, c, _, _ in samples]
+    verdicts, rewards = _collect_judgements(triples, rule, reward)
 
     rows = []
     for n, (problem, completion, index, sample) in enumerate(samples):
@@ -300,8 +318,26 @@ def _make_row(benchmark: Benchmark, index: int, problem: Problem, sample: int, c
     return row
 
 
+def _collect_judgements(
+    triples: Sequence[Triple], rule: RuleVerifier | SharedRule | None, reward: RewardModel | None
+) -> tuple[Sequence[Verdict] | None, np.ndarray | None]:
+    """Judge triples; returns (the rule's verdicts [N], rewards f32[N]), with None for an absent judge."""
+    # The rule's processes work while the reward model scores.
+    pending = None
+    if rule is not None:
+        pending = rule.submit([(t.reference, t.completion) for t in triples])
+
+    rewards = None
+    if reward is not None:
+        rewards = reward.rewards(triples)
+    verdicts = None
+    if pending is not None:
+        verdicts = pending.result()
+    return verdicts, rewards
+
+
 def _format_shares(rows: Sequence[Row]) -> str:
-    """Accuracy by each judge and the share of truncated responses, for a line of progress."""
+    """Format the accuracy by each judge and the share of truncated responses for a line of progress."""
     parts = []
     if "rule" in rows[0]:
         parts.append(f"rule {np.mean([r['rule'] == 'correct' for r in rows]):.1%}")

@@ -1,7 +1,7 @@
 """Models of an evaluation, from weights or from a run of launch/train.py, and the reward model's scores.
 
-1. `ChosenModels` names where the models come from; `ChosenModels.load` loads one onto the mesh.
-2. `RewardModel.rewards` gives p = sigmoid(z) of triples, rendered with the one template (data/prompts.py).
+1. `ChosenModels` names the models' source; `ChosenModels.load` loads one of them onto the mesh.
+2. `RewardModel.rewards` computes p = sigmoid(z) of triples, rendered with the template of data/prompts.py.
    Rows of similar length share a batch; all batches have the same number of rows and one of few widths, so
    that there is little padding and few programs are compiled.
 
@@ -37,6 +37,8 @@ class ChosenModels:
 
     cfg: ConfigDict
     folder: Directory  # for a tokenizer made for random weights
+
+    # A run's checkpoint.
     run_dir: Directory | None = None
     step: int | None = None  # of the checkpoint; None: the newest
 
@@ -46,12 +48,14 @@ class ChosenModels:
         Raises SetupError for weights that cannot be loaded, and for a reward model without a trained score
         head.
         """
+        # From a run: its checkpoint has the policy and the co-trained reward model.
         cfg = self.cfg
         if self.run_dir is not None:
             with setup_errors(f"--run_dir={self.run_dir}"):
                 model, params, _ = run_checkpoint.load_run_model(self.run_dir, cfg, name, layout, self.step)
             return model, params
 
+        # From weights.
         section = cfg.policy if name == "policy" else cfg.reward
         if not section.weights:
             raise SetupError(f"{name}.weights is empty: give --config.{name}.weights=DIR, or --run_dir=RUN")
@@ -66,7 +70,7 @@ class ChosenModels:
         return model, params
 
     def settings(self, name: str) -> dict[str, str | int | bool | None]:
-        """Settings that decide what a model computes, by dotted names.  name: policy or reward."""
+        """List the settings that decide a model's outputs, by dotted names.  name: policy or reward."""
         section = self.cfg.policy if name == "policy" else self.cfg.reward
         out: dict[str, str | int | bool | None] = {}
         if self.run_dir is not None:
@@ -74,18 +78,20 @@ class ChosenModels:
         else:
             out = {f"{name}.weights": section.weights, f"{name}.tokenizer": section.tokenizer}
             out |= {f"{name}.num_layers": section.num_layers} | _describe_weights(section.weights, name)
+            # Random weights are decided by the architecture alone.
             if section.weights == "random":
                 out |= {f"{name}.arch.{k}": v for k, v in section.arch.items()}
         return out | {f"{name}.dtype": section.dtype}
 
 
 def label_models(models: Sequence[ChosenModels]) -> list[str]:
-    """Names of reward models in tables: a run's step, or the last parts of a path.
+    """Name reward models for tables: by a run's step, or by the last parts of a path.
 
-    Paths are shortened to the fewest parts that tell all of them apart, two at least.
+    Paths are shortened to the fewest parts that make all of them different, but to no fewer than two.
 
     Raises SetupError for a model that is named twice.
     """
+    # Two spellings of one path are one model.
     names = [c.cfg.reward.weights.rstrip("/") if c.run_dir is None else f"step {c.step}" for c in models]
     paths = [Path(name).expanduser() for name in names]
     resolved = [str(p.resolve()) if p.exists() else name for name, p in zip(names, paths, strict=True)]
@@ -96,6 +102,7 @@ def label_models(models: Sequence[ChosenModels]) -> list[str]:
                 "leave it out"
             )
 
+    # Take more parts of every path until the labels differ.
     parts = [name.split("/") for name in names]
     labels = names
     for count in range(2, max(map(len, parts)) + 1):
@@ -106,9 +113,9 @@ def label_models(models: Sequence[ChosenModels]) -> list[str]:
 
 
 def _describe_weights(weights: str, name: str) -> dict[str, str | int | bool | None]:
-    """A hash of the files' names, sizes and times: training may write other weights into the same directory.
+    """Hash the weight files' names, sizes and times: training may write other weights to the same directory.
 
-    Empty for weights that are no local directory.
+    The result is empty for weights that are not a local directory.
     """
     folder = Path(weights).expanduser()
     if not weights or not folder.is_dir():
@@ -118,7 +125,7 @@ def _describe_weights(weights: str, name: str) -> dict[str, str | int | bool | N
 
 
 class RewardModel:
-    """A reward model that only scores."""
+    """A reward model for scoring only, without an optimiser."""
 
     def __init__(self, cfg: ConfigDict, layout: Layout, model: Model, params: Params):
         """cfg: the whole config, of which `reward` and `data.bucket` are read."""
@@ -126,6 +133,7 @@ class RewardModel:
         check_length(model.config, "reward", {"reward.max_tokens": section.max_tokens})
         self._layout, self._tokenizer, self._params = layout, model.tokenizer, params
         self._bucket, self.max_tokens = cfg.data.bucket, section.max_tokens
+        # The scoring program splits rows over the data shards, so it needs a multiple of their number.
         self._batch_rows = packing.round_up(section.microbatch, layout.batch_shards)
         with setup_errors("reward"):
             self._score = verifier_model.make_score_fn(
@@ -138,7 +146,7 @@ class RewardModel:
             prompts.check_references(self._tokenizer, references, self.max_tokens)
 
     def rewards(self, triples: Sequence[Triple]) -> np.ndarray:
-        """Scores f32[N], in (0, 1).
+        """Compute the rewards f32[N] of triples, in (0, 1).
 
         Raises SetupError for scores that are not finite, and hosts.Stopped after SIGTERM.
         """
@@ -150,18 +158,22 @@ class RewardModel:
                 for t in triples
             ]
 
-        # The longest rows come first: if memory is too small, that shows at once.
+        # The longest rows come first: a batch that does not fit in memory fails at once.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        running: list[tuple[list[int], jax.Array]] = []  # (indices, their logits, padding at the end)
+        launched: list[
+            tuple[list[int], jax.Array]
+        ] = []  # (indices, their logits; those of padding rows last)
         for start in range(0, len(order), self._batch_rows):
             hosts.raise_if_stopping()
             indices = order[start : start + self._batch_rows]
-            running.append((indices, self._launch([rows[i] for i in indices])))
+            launched.append((indices, self._launch([rows[i] for i in indices])))
 
         # Results are fetched after all batches are launched, so that devices never wait for the host.
         logits = np.zeros(len(rows), np.float32)
-        for indices, values in running:
+        for indices, values in launched:
             logits[indices] = hosts.fetch_arrays(values)[: len(indices)]
+
+        # NaN would compare as "not above 0.5" and count as a rejection.
         if not_finite := int((~np.isfinite(logits)).sum()):
             raise SetupError(
                 f"the reward model's logits are not finite for {not_finite} of {len(logits)} rows: check its "
@@ -170,10 +182,15 @@ class RewardModel:
         return np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)), np.float32)
 
     def _launch(self, rows: Sequence[Sequence[int]]) -> jax.Array:
-        """Logits of a batch, still being computed.  rows: token ids, at most `_batch_rows`."""
+        """Start the computation of a batch's logits, f32[_batch_rows].
+
+        rows: token ids of at most `_batch_rows` rows.
+        """
+        # The width is rounded up coarsely: each width is a compilation.
         longest = max(map(len, rows))
         width = rollout_plan.round_to_bucket(-(-longest // self._bucket)) * self._bucket
-        # Empty rows fill the batch up, so that one compiled program serves every batch of this width.
+
+        # Empty rows fill up the batch, so that one compiled program serves every batch of this width.
         padded = [*rows, *[[]] * (self._batch_rows - len(rows))]
         batch = packing.pack_score_batch(padded, bucket=width, rows_multiple=self._batch_rows)
         return self._score(self._params, self._layout.put(batch, "batch"))

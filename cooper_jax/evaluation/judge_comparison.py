@@ -1,17 +1,17 @@
 """Judges compared on labelled completions: the reward model, the rule, a language model and baselines.
 
 1. `LabelledRows.load` reads labelled rows (data/labelled_completions.py: ours and VerifyBench's) and leaves
-   out those with questions from the reward model's training data.  It gives the judges one of three kinds of
+   out those with questions from the reward model's training data.  The judges read one of three kinds of
    references:
 
-       own       each question's own
-       none      an empty text, with which an LLM judge solves the question (VerifyBench's mode without
+       own       the question's own reference
+       none      an empty text, so that an LLM judge has to solve the question (VerifyBench's mode without
                  references)
-       shuffled  another question's, so that a judge that reads the reference must reject correct completions
+       shuffled  another question's reference, so that a judge that uses it must reject correct completions
 
 2. `judge_rows` asks every judge, a chunk of rows at a time, and writes the opinions into the ledger.
-3. `summarise_judges` computes figures with 95 % intervals bootstrapped by question, for all rows and by
-   source, kind and model, and paired differences between judges.
+3. `summarise_judges` computes figures with 95 % intervals bootstrapped by question, and paired differences
+   between judges, for all rows and by source, kind and model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cooper_jax.runtime import hosts, keys
 from cooper_jax.types import Triple
 
 REFERENCES = ("own", "none", "shuffled")
-CHUNK = 4  # labelled rows in a chunk, for each problem of benchmark.chunk
+CHUNK = 4  # a chunk has this many labelled rows per problem of benchmark.chunk
 COMPARED = ("accuracy", "balanced_accuracy", "auroc")  # figures whose differences are shown
 
 
@@ -43,8 +43,8 @@ class LabelledRows:
     """Labelled rows as the judges read them."""
 
     triples: tuple[Triple, ...]
-    total: int  # rows of the part that was asked for
-    seen: int  # of these, rows with questions from the reward model's training data, left out or not
+    total: int  # rows of the chosen part
+    seen: int  # those with questions from the reward model's training data, left out or not
 
     @classmethod
     def load(
@@ -56,11 +56,12 @@ class LabelledRows:
           references: one of REFERENCES.
           seen: fingerprints of the questions in the reward model's training data.
           exclude: leave rows with such questions out.
-          count: rows of a fixed part; 0: all.
-          seed: for shuffled references.
+          count: size of the fixed part that is read; 0: all.
+          seed: of the shuffled references.
 
         Raises ValueError and OSError, naming file, line and field.
         """
+        # The part is chosen first, so it is the same for every reward model.
         triples = labelled_completions.load_labelled_completions(path)
         triples = [triples[i] for i in sample_part(len(triples), count)]
         kept, known = seen_questions.split_by_seen(triples, seen)
@@ -74,36 +75,43 @@ class LabelledRows:
 
 
 def replace_references(triples: Sequence[Triple], mode: str, seed: int) -> list[Triple]:
-    """The triples with the references of a mode, one of REFERENCES.
+    """Replace the references of triples.
 
-    Raises ValueError if all questions have one answer, so that there is no other to give.
+    Args:
+      mode: one of REFERENCES.
+      seed: of the shuffled order.
+
+    Raises ValueError for shuffled references if all questions have the same answer.
     """
     if mode == "own":
         return list(triples)
     if mode == "none":
         return [dataclasses.replace(t, reference="") for t in triples]
 
+    # References are compared by normal form: 0.5 is no wrong reference for 1/2.
     references = {t.question: t.reference for t in triples}
     forms = {question: normalise_answer(reference) for question, reference in references.items()}
     if len(set(forms.values())) < 2:
-        raise ValueError("all rows have one reference: there is none to exchange it for")
+        raise ValueError("all rows have the same reference: there is no other one to replace it with")
 
-    # Questions stand in a random circle; each takes the next reference that is a different answer.
+    # The questions are put in a random cyclic order; each gets the next reference with a different answer.
     draws = keys.make_generator(seed, "references").bit_generator.random_raw(len(references))
     questions = list(references)
-    circle = [questions[i] for i in np.argsort(draws, kind="stable")]
-    given = {}
-    for i, question in enumerate(circle):
-        others = (circle[(i + step) % len(circle)] for step in range(1, len(circle)))
-        given[question] = references[next(other for other in others if forms[other] != forms[question])]
-    return [dataclasses.replace(t, reference=given[t.question]) for t in triples]
+    cycle = [questions[i] for i in np.argsort(draws, kind="stable")]
+    replacements = {}
+    for i, question in enumerate(cycle):
+        # The search ends, since there are at least two different answers.
+        others = (cycle[(i + step) % len(cycle)] for step in range(1, len(cycle)))
+        different = next(other for other in others if forms[other] != forms[question])
+        replacements[question] = references[different]
+    return [dataclasses.replace(t, reference=replacements[t.question]) for t in triples]
 
 
 # --- 2. judging ---------------------------------------------------------------------------------------------
 
 
 def split_rows(count: int, size: int) -> list[range]:
-    """Indices of `count` rows in chunks of `size`."""
+    """Split the indices of `count` rows into chunks of `size`; the last one may be smaller."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -114,9 +122,11 @@ def judge_rows(
     size: int,
     print_line: Callable[[str], Any],
 ) -> None:
-    """Judge all chunks that the ledger does not hold yet.
+    """Judge all chunks that are not in the ledger yet.
 
     Args:
+      judges: by name.
+      ledger: receives the rows of each finished chunk.
       size: rows in a chunk.
       print_line: called with a line of progress after each chunk.
 
@@ -126,8 +136,10 @@ def judge_rows(
         hosts.raise_if_stopping()
         start = time.perf_counter()
         triples = rows.triples[places.start : places.stop]
+        # The index of the first row seeds the replies of an LLM judge.
         opinions = {name: judge(triples, places.start) for name, judge in judges.items()}
 
+        # Rows contain everything that the figures need, so that these can be computed again.
         judged: list[Row] = []
         for i, t in enumerate(triples):
             row: Row = {
@@ -139,7 +151,7 @@ def judge_rows(
                 "reference": t.reference,
                 "completion": t.completion,
                 "label": int(t.label),
-                "judges": {name: _format_opinion(own[i]) for name, own in opinions.items()},
+                "judges": {name: _format_opinion(by_judge[i]) for name, by_judge in opinions.items()},
             }
             judged.append(row)
 
@@ -149,7 +161,7 @@ def judge_rows(
 
 
 def _format_opinion(opinion: Opinion) -> Row:
-    """An opinion as a row holds it, without empty texts."""
+    """Convert an opinion to the form stored in a row, without empty texts."""
     texts = {"note": opinion.note, "reply": opinion.reply}
     row: Row = {"score": opinion.score, "yes": opinion.yes, "abstained": opinion.abstained}
     return row | {name: text for name, text in texts.items() if text}
@@ -159,11 +171,14 @@ def _format_opinion(opinion: Opinion) -> Row:
 
 
 def group_rows(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """Fields by which figures are broken down -> each row's value; a field with one value is left out.
+    """Collect each row's values, [N], of the fields by which figures are broken down.
 
-    `type` is the first part of `kind`, where kinds have several parts.
+    `type` is the first part of `kind`; it is left out if all kinds have one part.  A field with the same
+    value in all rows is left out too.
     """
-    fields = {name: np.array([row[name] for row in rows]) for name in ("source", "kind", "model")}
+    fields = {}
+    for name in ("source", "kind", "model"):
+        fields[name] = np.array([row[name] for row in rows])
     fields["type"] = np.array([row["kind"].split("/")[0] for row in rows])
     if (fields["type"] == fields["kind"]).all():
         del fields["type"]
@@ -171,35 +186,42 @@ def group_rows(rows: Sequence[Row]) -> dict[str, np.ndarray]:
 
 
 def summarise_judges(rows: Sequence[Row], seed: int, resamples: int) -> dict[str, Any]:
-    """Figures by judge, and the first judge's differences to the others.
+    """Compute the figures of each judge, and the first judge's differences from the others.
 
-    `all` is over all rows; `by` is field -> value -> the same over the rows with that value.
+    Args:
+      rows: of the ledger.
+      seed: of the bootstrap.
+      resamples: R, the number of resamples behind each interval.
+
+    In the result, `all` is over all rows; `by` is field -> value -> the same over the rows with that value.
     """
     summary: dict[str, Any] = {"all": _compute_figures(rows, seed, resamples), "by": {}}
     for field, values in group_rows(rows).items():
         groups = {}
         for value in sorted(set(values)):
-            own = [row for row, v in zip(rows, values, strict=True) if v == value]
-            groups[str(value)] = _compute_figures(own, seed, resamples)
+            members = [row for row, v in zip(rows, values, strict=True) if v == value]
+            groups[str(value)] = _compute_figures(members, seed, resamples)
         summary["by"][field] = groups
     return summary
 
 
 def _compute_figures(rows: Sequence[Row], seed: int, resamples: int) -> dict[str, Any]:
-    """Figures of some rows, with intervals."""
-    drawn = Resamples([row["question"] for row in rows], seed, resamples)
+    """Compute the figures of some rows, with intervals."""
+    bootstrap = Resamples([row["question"] for row in rows], seed, resamples)
     labels = np.array([row["label"] == 1 for row in rows])  # bool[N]
     figures: dict[str, dict[str, np.ndarray]] = {}  # judge -> figure -> f64[R + 1]
-    judged: dict[str, dict[str, Any]] = {}
+    judged: dict[str, dict[str, Any]] = {}  # judge -> figure -> interval or number
+
+    # All judges share the resamples.
     for name in rows[0]["judges"]:
         opinions = [row["judges"][name] for row in rows]
         scores = np.array([opinion["score"] for opinion in opinions], float)  # f64[N]
         yes = np.array([opinion["yes"] for opinion in opinions])  # bool[N]
-        figures[name] = drawn.figures(labels, yes, scores)
+        figures[name] = bootstrap.figures(labels, yes, scores)
         judged[name] = {figure: compute_interval(values) for figure, values in figures[name].items()}
         judged[name] |= {
-            "mean_score_of_right": compute_interval(drawn.mean(scores, labels)),
-            "mean_score_of_wrong": compute_interval(drawn.mean(scores, ~labels)),
+            "mean_score_of_right": compute_interval(bootstrap.mean(scores, labels)),
+            "mean_score_of_wrong": compute_interval(bootstrap.mean(scores, ~labels)),
             "abstained": float(np.mean([opinion["abstained"] for opinion in opinions])),
         }
 
@@ -212,13 +234,14 @@ def _compute_figures(rows: Sequence[Row], seed: int, resamples: int) -> dict[str
         }
     return {
         "rows": len(rows),
-        "questions": drawn.groups,
+        "questions": bootstrap.groups,
         "right": float(labels.mean()),
         "judges": judged,
         "differences": differences,
     }
 
 
+# Titles of the tables' columns.  A title with "95 %" shows the figure with its interval.
 _FIGURE_TITLES = {
     "accuracy": "accuracy % (95 %)",
     "balanced_accuracy": "balanced (95 %)",
@@ -231,7 +254,11 @@ _SCORE_TITLES = ("abstained", "score of right", "score of wrong")
 
 
 def format_judges(summary: Mapping[str, Any], references: str) -> str:
-    """The tables for a terminal; figures in percent.  references: those that the judges read."""
+    """Format the tables for a terminal; figures are in percent.
+
+    references: the kind of references that the judges read, one of REFERENCES.
+    """
+    # All rows.
     overall = summary["all"]
     header = [*_FIGURE_TITLES.values(), *_SCORE_TITLES]
     rows = [[name, *_format_judge(judged)] for name, judged in overall["judges"].items()]
@@ -240,8 +267,10 @@ def format_judges(summary: Mapping[str, Any], references: str) -> str:
         f"{format_percent(overall['right'])} % right, references: {references}",
         format_table(["judge", *header], rows),
     ]
+
+    # One table for each field.
     for field, groups in summary["by"].items():
-        # There are many models; their figures are in results.json only.
+        # There are many models: their figures are in results.json only.
         if field == "model":
             continue
         rows = []
@@ -250,13 +279,14 @@ def format_judges(summary: Mapping[str, Any], references: str) -> str:
                 rows.append([value or "(none)", str(group["rows"]), name, *_format_judge(judged)])
         parts.append(format_table([field, "rows", "judge", *header], rows))
 
+    # Differences over all rows and by source.
     groups = [("all", overall), *summary["by"].get("source", {}).items()]
     differences = _format_differences(groups)
     return "\n\n".join([*parts, differences] if differences else parts)
 
 
 def _format_judge(judged: Mapping[str, Any]) -> list[str]:
-    """Cells of one judge; figures whose title names 95 % come with their interval."""
+    """Format the cells of one judge."""
     cells = []
     for name, title in _FIGURE_TITLES.items():
         cells.append(format_percent(judged[name] if "95 %" in title else judged[name].value))
@@ -265,7 +295,10 @@ def _format_judge(judged: Mapping[str, Any]) -> list[str]:
 
 
 def _format_differences(groups: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """One row per group and pair of judges; "" with one judge.  groups: (title, figures)."""
+    """Format a table with one row per group and pair of judges; "" with one judge.
+
+    groups: (title, figures) of each.
+    """
     rows = []
     for value, group in groups:
         for pair, figures in group["differences"].items():

@@ -1,7 +1,7 @@
-"""Measurements of judges, as launch/evaluate.py starts them.
+"""Jobs of launch/evaluate.py that measure judges.
 
-compare_judges   judges on labelled completions
-measure_attacks  reward models under known hacks
+compare_judges   compares judges on labelled completions
+measure_attacks  measures reward models under known hacks
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ def compare_judges(
     """Compare judges on labelled completions.
 
     Args:
+      cfg: the whole config.
+      chosen: the source of the reward model.
       path: the file of labelled completions.
       out: the folder of the results.
-      names: of judges.NAMES; the first judge is compared with each of the others.
+      names: some of judges.NAMES; the first judge is compared with each of the others.
       references: one of judge_comparison.REFERENCES.
       prior_from: labelled completions for the judge `prior`.
 
     Raises SetupError, and hosts.Stopped after SIGTERM.
     """
+    # 1. The rows.
     settings = benchmark_jobs.read_benchmark_config(cfg)
     record = benchmark_jobs.read_seen_questions(chosen) if "model" in names else None
     with setup_errors(f"--labelled={path}"):
@@ -60,6 +63,7 @@ def compare_judges(
             seed=cfg.seed,
         )
 
+    # 2. Settings that decide the opinions: a later start with other values must not continue this ledger.
     outcome_settings: dict[str, Any] = {
         "labelled": f"{len(rows.triples)} rows, {_digest(rows.triples)}",
         "judges": list(names),
@@ -79,6 +83,7 @@ def compare_judges(
     if "llm" in names:
         outcome_settings |= list_judge_settings(cfg.judge)
 
+    # 3. Judge, a chunk at a time, and report.
     size = settings.chunk * judge_comparison.CHUNK
     work = judge_comparison.split_rows(len(rows.triples), size)
     with contextlib.ExitStack() as stack:
@@ -89,18 +94,41 @@ def compare_judges(
             opened = _open_judges(cfg, chosen, names, rows.triples, prior_triples, stack)
             with benchmark_jobs.report_interruption(ledger, len(work)):
                 judge_comparison.judge_rows(rows, opened, ledger, size, hosts.print_once)
+
+        # Only the first process has the rows.
         if hosts.is_primary():
-            summary = judge_comparison.summarise_judges(ledger.rows, cfg.seed, settings.bootstrap)
-            results: dict[str, Any] = {"references": references, "rows": rows.total, "seen": rows.seen}
-            text = judge_comparison.format_judges(summary, references)
-            if record is not None:
-                results["record_complete"] = record.complete
-                known = (
-                    f"{rows.seen} of {rows.total} rows have questions that the reward model is known to have "
-                    f"seen{_say_whether_excluded(settings, rows.seen)}"
-                )
-                text += f"\n\n{benchmark_jobs.describe_overlap(known, {'the reward model': record})}"
-            benchmark_jobs.write_results(ledger, outcome_settings, results | summary, text)
+            _write_comparison(cfg.seed, settings, rows, references, ledger, outcome_settings, record)
+
+
+def _write_comparison(
+    seed: int,
+    settings: BenchmarkConfig,
+    rows: judge_comparison.LabelledRows,
+    references: str,
+    ledger: Ledger,
+    outcome_settings: dict[str, Any],
+    record: seen_questions.Record | None,
+) -> None:
+    """Compute the figures of all judges and write them.
+
+    Args:
+      seed: of the bootstrap.
+      references: one of judge_comparison.REFERENCES.
+      record: of the questions in the reward model's training data; None if it is not among the judges.
+    """
+    summary = judge_comparison.summarise_judges(ledger.rows, seed, settings.bootstrap)
+    text = judge_comparison.format_judges(summary, references)
+    results: dict[str, Any] = {"references": references, "rows": rows.total, "seen": rows.seen}
+
+    # A reward model is measured fairly only on questions that it was not trained on.
+    if record is not None:
+        results["record_complete"] = record.complete
+        known = (
+            f"{rows.seen} of {rows.total} rows have questions that the reward model is known to have "
+            f"seen{_format_exclusion(settings, rows.seen)}"
+        )
+        text += f"\n\n{benchmark_jobs.describe_overlap(known, {'the reward model': record})}"
+    benchmark_jobs.write_results(ledger, outcome_settings, results | summary, text)
 
 
 def _open_judges(
@@ -111,19 +139,23 @@ def _open_judges(
     prior_triples: Sequence[Triple],
     stack: contextlib.ExitStack,
 ) -> dict[str, judges.Judge]:
-    """The judges by name.
+    """Load the judges; returns them by name, in the order of `names`.
 
     Args:
-      triples: those that will be judged.
+      names: some of judges.NAMES.
+      triples: all triples that will be judged.
       prior_triples: labelled triples for the judge `prior`.
       stack: closes the processes and models of the judges.
     """
+    # Judges without a model or processes.
     opened: dict[str, judges.Judge] = {
         "last_number": judges.judge_by_last_number,
         "yes": judges.judge_always_yes,
     }
     if "prior" in names:
         opened["prior"] = judges.make_prior_judge(prior_triples)
+
+    # The rule verifier runs in processes of its own.
     if "rule" in names:
         rule = stack.enter_context(benchmark_jobs.open_rule_verifier(cfg))
         opened["rule"] = lambda triples, first: judges.make_verdict_opinions(
@@ -134,7 +166,7 @@ def _open_judges(
     layouts = device_layouts.make_layouts(cfg) if {"model", "llm"} & set(names) else {}
     if "model" in names:
         reward = RewardModel(cfg, layouts["reward"], *chosen.load("reward", layouts["reward"]))
-        reward.check([t.reference for t in triples])
+        reward.check([t.reference for t in triples])  # before hours of work, not in the middle of it
         opened["model"] = lambda triples, first: judges.make_reward_opinions(reward.rewards(triples))
     if "llm" in names:
         chat = local_chat.open_chat(cfg, "judge", layouts["assistant"], chosen.folder)
@@ -144,7 +176,11 @@ def _open_judges(
 
 
 def list_judge_settings(section: ConfigDict) -> dict[str, Any]:
-    """Settings that decide an LLM judge's verdicts, by dotted names.  section: the config's `judge`."""
+    """List the settings that decide an LLM judge's verdicts, by dotted names.
+
+    section: the config's `judge`.
+    """
+    # A server's address and key do not decide its verdicts, but the name of its model does.
     names = ["kind", "temperature", "top_p", "max_new_tokens", "thinking", "tokenizer", "max_prompt_tokens"]
     names += ["weights", "num_layers", "dtype"] if section.kind == "local" else ["model"]
     return {f"judge.{name}": section[name] for name in names}
@@ -156,22 +192,26 @@ def measure_attacks(
     """Measure one or several reward models on the wrong completions of a labelled file, under known hacks.
 
     Args:
-      chosen: the first reward model.
-      compare: others, each with its own config.
+      cfg: the whole config.
+      chosen: the source of the first reward model.
       path: the file of labelled completions.
       out: the folder of the results.
+      compare: the sources of further reward models, each with its own config.
 
     Raises SetupError, and hosts.Stopped after SIGTERM.
     """
+    # 1. The models, and the questions that any of them was trained on.
     settings = benchmark_jobs.read_benchmark_config(cfg)
     models = (chosen, *compare)
     labelled_models = dict(zip(label_models(models), models, strict=True))
-    records = {label: benchmark_jobs.read_seen_questions(c) for label, c in labelled_models.items()}
+    records = {label: benchmark_jobs.read_seen_questions(model) for label, model in labelled_models.items()}
     fingerprints = frozenset().union(*(record.fingerprints for record in records.values()))
+
+    # 2. The wrong completions.
     with setup_errors(f"--attacks={path}"):
         triples = [t for t in load_labelled_completions(path) if t.label < 0.5]
         if not triples:
-            raise ValueError("no completion in it is labelled wrong, and wrong ones are what is attacked")
+            raise ValueError("no completion in it is labelled wrong, and only wrong ones are attacked")
         triples = [triples[i] for i in benchmark_sets.sample_part(len(triples), settings.problems)]
         kept, known = seen_questions.split_by_seen(triples, fingerprints)
         wrong = kept if settings.exclude_seen else triples
@@ -181,29 +221,35 @@ def measure_attacks(
                 f"{len(known)}"
             )
 
+    # 3. Settings that decide the rewards: a later start with other values must not continue this ledger.
     outcome_settings: dict[str, Any] = {
         "attacks": list(ATTACKS),
         "seed": cfg.seed,
         "rows": f"{len(wrong)}, {_digest(wrong)}",
         "benchmark.chunk": settings.chunk,
     }
-    for label, c in labelled_models.items():
-        reward_settings = benchmark_jobs.list_reward_settings(c.cfg, c)
+    for label, model in labelled_models.items():
+        reward_settings = benchmark_jobs.list_reward_settings(model.cfg, model)
         outcome_settings |= {f"{label}: {name}": value for name, value in reward_settings.items()}
 
+    # 4. Score, a chunk at a time, and report.
     work = judge_comparison.split_rows(len(wrong), settings.chunk)
     with contextlib.ExitStack() as stack:
         with setup_errors("--out"):
             sizes = [len(places) * len(ATTACKS) for places in work]
             ledger = stack.enter_context(Ledger(out, outcome_settings, sizes))
         if ledger.done < len(work):
-            scorers = {label: _open_scorer(c, wrong, cfg.seed) for label, c in labelled_models.items()}
+            scorers = {
+                label: _open_scorer(model, wrong, cfg.seed) for label, model in labelled_models.items()
+            }
             with benchmark_jobs.report_interruption(ledger, len(work)):
                 attack_rates.score_attacks(wrong, scorers, ledger, work, cfg.seed, hosts.print_once)
+
+        # Only the first process has the rows.
         if hosts.is_primary():
             summary = attack_rates.summarise_attacks(ledger.rows, cfg.seed, settings.bootstrap)
             seen = f"the reward models are known to have seen the questions of {len(known)} of {len(triples)}"
-            seen += _say_whether_excluded(settings, len(known))
+            seen += _format_exclusion(settings, len(known))
             note = benchmark_jobs.describe_overlap(seen, records)
             text = f"{attack_rates.format_attacks(summary)}\n\n{len(wrong)} wrong completions; {note}"
             complete = {label: record.complete for label, record in records.items()}
@@ -219,15 +265,16 @@ def _open_scorer(chosen: ChosenModels, wrong: Sequence[Triple], seed: int) -> at
     return reward.rewards
 
 
-def _say_whether_excluded(settings: BenchmarkConfig, seen: int) -> str:
-    """The end of a note on questions in the training data; "" if there are none."""
+def _format_exclusion(settings: BenchmarkConfig, seen: int) -> str:
+    """Write the end of a note on `seen` questions in the training data; "" if there are none."""
     if not seen:
         return ""
     return ": left out" if settings.exclude_seen else ": not left out"
 
 
 def _digest(triples: Sequence[Triple]) -> str:
-    """A hash of the rows, which detects another file of the same name."""
+    """Hash the rows, to detect another file of the same name."""
+    # Control characters separate fields and rows, so that moving text between fields changes the hash.
     text = "\0".join(
         f"{t.id}\1{t.question}\1{t.reference}\1{t.completion}\1{t.label}\1{t.model}" for t in triples
     )

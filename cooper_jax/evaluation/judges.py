@@ -1,13 +1,13 @@
-"""Judges of completions: each gives triples a score and a yes or no, and may abstain.
+"""Judges of completions: each maps a triple to a score and a yes or no, or abstains.
 
     model        the reward model: yes above 0.5
-    rule         the rule verifier: yes for CORRECT; it abstains where it cannot decide
-    llm          the language model of the config's `judge` section; it abstains without a readable verdict
+    rule         the rule verifier: yes for CORRECT; it abstains if it cannot decide
+    llm          the language model of the config's `judge` section; it abstains if its verdict is unreadable
     last_number  yes if the last numbers of completion and reference are equal
     yes          always yes
     prior        the accuracy of the model that wrote the completion, measured on other data (smoothed)
 
-An abstention counts as no.  Its score, 0.5, lies between no and yes.
+An abstention counts as no.  Its score, 0.5, is halfway between no and yes.
 """
 
 from __future__ import annotations
@@ -28,17 +28,20 @@ from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Triple, Verdict
 
+# Values of --judge.
 NAMES = ("model", "rule", "llm", "last_number", "yes", "prior")
-THRESHOLD = 0.5  # a reward above it says that the completion is right
+THRESHOLD = 0.5  # a reward above it calls the completion correct
 
 
 @dataclasses.dataclass(frozen=True)
 class Opinion:
     """A judge's opinion of one triple."""
 
-    score: float
+    score: float  # in [0, 1]
     abstained: bool = False
-    note: str = ""  # the verdict, or why there is none
+
+    # For a reader of the results; figures do not depend on them.
+    note: str = ""  # the verdict, or the reason for its absence
     reply: str = ""  # a language model's text
 
     @property
@@ -47,17 +50,18 @@ class Opinion:
         return self.score > THRESHOLD and not self.abstained
 
 
-# (triples, index of the first of them among all rows) -> their opinions.
+# (triples, index of the first triple among all rows) -> their opinions.  The index seeds random draws.
 Judge = Callable[[Sequence[Triple], int], list[Opinion]]
 
 
 def make_reward_opinions(rewards: Iterable[float]) -> list[Opinion]:
-    """Opinions of the reward model, from its scores."""
+    """Convert rewards to opinions of the reward model."""
+    # Six decimals, like the rewards in the items files of benchmarks.
     return [Opinion(round(float(p), 6)) for p in rewards]
 
 
 def make_verdict_opinions(verdicts: Sequence[Verdict]) -> list[Opinion]:
-    """Opinions of the rule verifier, from its verdicts."""
+    """Convert verdicts to opinions of the rule verifier."""
     opinions = []
     for verdict in verdicts:
         score = float(verdict is Verdict.CORRECT) if verdict.decidable else 0.5
@@ -66,17 +70,18 @@ def make_verdict_opinions(verdicts: Sequence[Verdict]) -> list[Opinion]:
 
 
 def make_llm_judge(chat: Chat, seed: int) -> Judge:
-    """A judge that asks a language model; a server is asked by the first host only.
+    """Make a judge that asks a language model; a server is asked by the first host only.
 
-    The judge raises SetupError for a server that cannot be reached or refuses the key, since that says
-    nothing about a row.
+    The judge raises SetupError for a server that cannot be reached or refuses the key, since that is not an
+    opinion on a row.
     """
 
     def ask(triples: Sequence[Triple], first: int) -> list[dict[str, Any]]:
-        """Judgements as dictionaries, which hosts can exchange."""
+        """Ask about triples; returns judgements as dictionaries, which hosts can exchange."""
+        # The ids are (seed, step, row, attempt): a reply depends on the row's index, not on the chunk.
         judgements = llm.judge_triples(chat, triples, [(seed, 0, first + i, 0) for i in range(len(triples))])
 
-        # A failure that may pass (a full server) says nothing about a row either: ask once more.
+        # A temporary failure (such as a full server) is not an opinion on a row either: ask once more.
         failures = {i: Failure(j.reason) for i, j in enumerate(judgements) if not j.reply}
         repeated = [i for i, failure in failures.items() if failure.transient and not failure.unreachable]
         if repeated:
@@ -85,6 +90,7 @@ def make_llm_judge(chat: Chat, seed: int) -> Judge:
             for i, judgement in zip(repeated, answers, strict=True):
                 judgements[i] = judgement
 
+        # Rows that fail for another reason remain as abstentions.
         unreachable = {j.reason for j in judgements if not j.reply and Failure(j.reason).unreachable}
         if unreachable:
             raise SetupError(
@@ -94,6 +100,7 @@ def make_llm_judge(chat: Chat, seed: int) -> Judge:
         return [dataclasses.asdict(j) for j in judgements]
 
     def judge(triples: Sequence[Triple], first: int) -> list[Opinion]:
+        # A local model runs on all hosts together; a server must not be asked once per host.
         if chat.overlaps and jax.process_count() > 1:
             answer = hosts.broadcast_value("judge", lambda: json.dumps(ask(triples, first)).encode())
             judgements = json.loads(answer)
@@ -105,7 +112,7 @@ def make_llm_judge(chat: Chat, seed: int) -> Judge:
 
 
 def _make_llm_opinion(judgement: Mapping[str, Any]) -> Opinion:
-    """The opinion of a judgement's fields."""
+    """Convert a judgement's fields to an opinion."""
     correct, reply = judgement["correct"], judgement["reply"]
     if correct is None:
         return Opinion(0.5, True, judgement["reason"], reply)
@@ -113,9 +120,9 @@ def _make_llm_opinion(judgement: Mapping[str, Any]) -> Opinion:
 
 
 def find_last_number(text: str) -> float | None:
-    """The last number of a text, without its thousands separators; None without a number."""
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    """Find the last number of a text, without its thousands separators; None without a number."""
+    numbers = NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def judge_by_last_number(triples: Sequence[Triple], first: int) -> list[Opinion]:
@@ -134,18 +141,21 @@ def judge_always_yes(triples: Sequence[Triple], first: int) -> list[Opinion]:
 
 
 def make_prior_judge(labelled: Sequence[Triple]) -> Judge:
-    """A judge by the name of the model that wrote the completion.
+    """Make a judge that knows only the name of the model that wrote the completion.
 
-    labelled: other triples, with labels.
+    labelled: labelled triples, other than those that will be judged.
 
-    The score is (correct + 2 r) / (rows + 2) over the labelled rows of that model, with r the accuracy over
-    all rows; a model without labelled rows gets r.
+    The score is (correct + 2 r) / (rows + 2) over the labelled rows of that model, where r is the accuracy
+    over all labelled rows.  A model without labelled rows has the score r.
     """
+    # Smoothing counts as two more rows with the overall accuracy.
     overall = float(np.mean([t.label > 0.5 for t in labelled]))
     labels = defaultdict(list)
     for t in labelled:
         labels[t.model].append(t.label > 0.5)
-    rates = {model: (sum(own) + 2 * overall) / (len(own) + 2) for model, own in labels.items()}
+    rates = {}
+    for model, decisions in labels.items():
+        rates[model] = (sum(decisions) + 2 * overall) / (len(decisions) + 2)
 
     def judge(triples: Sequence[Triple], first: int) -> list[Opinion]:
         return [Opinion(rates.get(t.model, overall)) for t in triples]

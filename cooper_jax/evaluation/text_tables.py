@@ -17,7 +17,10 @@ from cooper_jax.statistics import Interval
 
 
 def format_percent(x: float | Interval | None, digits: int = 1) -> str:
-    """A share as a percentage, without the sign; an interval in brackets; "-" for NaN and None."""
+    """Format a share as a percentage without the % sign; "-" for NaN and None.
+
+    An interval becomes `value (low to high)`, or its value alone if its limits are NaN.
+    """
     if isinstance(x, Interval):
         value = format_percent(x.value, digits)
         if value == "-" or math.isnan(x.low):
@@ -27,12 +30,13 @@ def format_percent(x: float | Interval | None, digits: int = 1) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, two blanks apart; columns of numbers are aligned to the right."""
+    """Format columns side by side, two blanks apart; columns of numbers are aligned to the right."""
     cells = [list(map(str, row)) for row in (header, *rows)]
     columns = list(zip(*cells, strict=True))
     widths = [max(map(len, column)) for column in columns]
     numeric = [bool(rows) and _is_numeric(column[1:]) for column in columns]
 
+    # A rule of dashes separates the header; blanks at the ends of lines are removed.
     lines = []
     for row in cells:
         aligned = []
@@ -49,11 +53,12 @@ def _is_numeric(cells: Sequence[str]) -> bool:
 
 
 def to_plain(x: Any) -> Any:
-    """Replace intervals and NumPy values inside containers by values that JSON can hold."""
+    """Replace intervals and NumPy values inside containers by values that JSON can represent."""
     if isinstance(x, Interval):
         return dataclasses.asdict(x)
     if isinstance(x, dict):
         return {str(k): to_plain(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
         return [to_plain(v) for v in x]
+    # NaN is left as it is: the writer of the file converts it.
     return x.item() if isinstance(x, np.generic) else x

@@ -38,24 +38,24 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-    """Row indices, at most `shape.rows` of them; padding rows fill the rest."""
+    """At most `shape.rows` row indices; padding rows fill the rest of the microbatch."""
 
     rows: np.ndarray  # i64[n]
     shape: Shape
 
 
 def order_batches(num_rows: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Row indices of an epoch's batches, i64[<= batch_size] each; every row occurs once.
+    """Shuffle an epoch's rows into batches of row indices, i64[<= batch_size] each; every row occurs once.
 
-    The order depends on (seed, epoch) only.  Batch sizes differ by at most one, so that no update of full
-    size is made from a small remainder.
+    The order depends on (seed, epoch) only.  Batch sizes differ by at most one: a small last batch would get
+    as large an update as the others, from a noisier gradient.
     """
     shuffled = keys.make_generator(seed, "train_rm", epoch).permutation(num_rows)
     return np.array_split(shuffled, count_updates_per_epoch(num_rows, batch_size))
 
 
 def count_updates_per_epoch(num_rows: int, batch_size: int) -> int:
-    """Updates of an epoch: ceil(num_rows / batch_size)."""
+    """The number of updates in an epoch, ceil(num_rows / batch_size)."""
     return -(-num_rows // batch_size)
 
 
@@ -68,51 +68,61 @@ def choose_shapes(
     batch_size: int,
     rows_multiple: int = 1,
 ) -> tuple[Shape, ...]:
-    """Microbatch shapes that pad rows of the given lengths least.
+    """Choose the microbatch shapes that add the least padding to rows of the given lengths.
 
     Args:
       lengths: tokens of each row, [N]; the widest shape holds the longest row.
-      bucket: widths are multiples of it.
-      max_widths: number of different widths, at most.
-      token_budget: tokens of a microbatch, at most.
-      batch_size: rows of a microbatch, at most.
-      rows_multiple: row counts are multiples of it, even where that exceeds the two limits above.
+      bucket: all widths are multiples of it.
+      max_widths: the maximum number of different widths.
+      token_budget: the maximum number of tokens in a microbatch.
+      batch_size: the maximum number of rows in a microbatch.
+      rows_multiple: all row counts are multiples of it, even where that exceeds the two limits above.
 
     Returns shapes of ascending width.  Each width has a full shape first, then one of half the tokens, for
-    what is left of a batch.
+    the remainder of a batch.
     """
+    # Lengths are compared after rounding to the bucket, so there are few distinct widths to choose from.
     rounded = -(-np.maximum(np.asarray(lengths), 1) // bucket) * bucket
     widths, counts = np.unique(rounded, return_counts=True)
     max_rows = packing.round_up(batch_size, rows_multiple)
 
     def fit_rows(tokens: int, width: int) -> int:
-        return min(max(tokens // width // rows_multiple, 1) * rows_multiple, max_rows)
+        # At least one row per data shard, even if that alone exceeds the token budget.
+        multiples = max(tokens // width // rows_multiple, 1)
+        return min(multiples * rows_multiple, max_rows)
 
     shapes = []
     for width in _choose_widths(widths, counts, max_widths):
         full = fit_rows(token_budget, width)
         half = fit_rows(full * width // 2, width)
-        # Both are the same where a full microbatch has the fewest rows that are possible.
+        # Both are equal if a full microbatch has the minimum number of rows already; it is listed once.
         shapes += [Shape(rows, width) for rows in dict.fromkeys((full, half))]
     return tuple(shapes)
 
 
 def _choose_widths(widths: np.ndarray, counts: np.ndarray, max_widths: int) -> list[int]:
-    """The widths, ascending and at most `max_widths` of them, that pad rows of these widths least.
+    """Choose at most `max_widths` of the widths, ascending, such that the rows need the least padding.
 
-    widths: ascending; counts: rows of each width.  Dynamic programming over the widths takes
-    O(max_widths * len(widths)^2).
+    Args:
+      widths: ascending, i64[n].
+      counts: rows of each width, i64[n].
+
+    Dynamic programming over the widths takes O(max_widths * n^2) operations.
     """
     n = len(widths)
+    # rows_before[j]: rows of the first j widths.
     rows_before = np.concatenate([[0], np.cumsum(counts)])
 
-    # cost[k, j]: tokens of the rows of the first j widths with k widths chosen, the last of them widths[j -
-    # 1].  previous[k, j]: the j of the width chosen before that one.
+    # cost[k, j]: tokens, padding included, of the rows of the first j widths if k widths are chosen and the
+    # largest chosen one is widths[j - 1].
+    # previous[k, j]: the index j of the next smaller chosen width.
     cost = np.full((min(max_widths, n) + 1, n + 1), np.inf)
     previous = np.zeros_like(cost, int)
     cost[0, 0] = 0
     for k in range(1, len(cost)):
         for j in range(1, n + 1):
+            # candidates[i]: rows of widths i to j - 1 are padded to widths[j - 1]; the others cost
+            # cost[k - 1, i].
             candidates = cost[k - 1, :j] + widths[j - 1] * (rows_before[j] - rows_before[:j])
             previous[k, j] = candidates.argmin()
             cost[k, j] = candidates.min()
@@ -127,33 +137,37 @@ def _choose_widths(widths: np.ndarray, counts: np.ndarray, max_widths: int) -> l
 
 
 def split_microbatches(rows: np.ndarray, lengths: np.ndarray, shapes: Sequence[Shape]) -> list[Microbatch]:
-    """Split a batch into microbatches of these shapes, widest first, with the fewest tokens in all.
+    """Split a batch into microbatches of the given shapes, widest first, with the fewest tokens in total.
 
     Args:
       rows: row indices of the batch, i64[n].
       lengths: tokens of every row of the data, i64[N].
-      shapes: as from `choose_shapes`; where two give equally many tokens, the first is used.
+      shapes: as from `choose_shapes`; if two of them lead to equally many tokens, the first is used.
 
-    A microbatch has the narrowest width that holds its longest row.  Dynamic programming over the row at
+    A microbatch has the narrowest width that fits its longest row.  Dynamic programming over the row at
     which a microbatch begins.
     """
+    # Longest rows first: each microbatch's first row decides its width.
     ordered = np.asarray(rows)[np.argsort(-lengths[rows], kind="stable")]
     n = len(ordered)
+    # The row counts that are available at each width, and the narrowest width that fits each row.
     widths = sorted({shape.width for shape in shapes})
     shapes_by_width: dict[int, list[Shape]] = {width: [] for width in widths}
     for shape in shapes:
         shapes_by_width[shape.width].append(shape)
     needed_widths = [widths[k] for k in np.searchsorted(widths, lengths[ordered])]
 
-    # From each row on: the fewest tokens of the remaining rows, and the shape of their first microbatch.
+    # tokens[i]: the fewest tokens in which rows i to n - 1 fit; first_shapes[i]: the shape of the microbatch
+    # that begins at row i in that solution.
     tokens = [0] * (n + 1)
     first_shapes = [shapes[0]] * n
     for i in reversed(range(n)):
         candidates = shapes_by_width[needed_widths[i]]
-        costs = [s.tokens + tokens[min(i + s.rows, n)] for s in candidates]
+        costs = [shape.tokens + tokens[min(i + shape.rows, n)] for shape in candidates]
         tokens[i] = min(costs)
         first_shapes[i] = candidates[costs.index(tokens[i])]
 
+    # Follow the choices from the first row.
     microbatches = []
     i = 0
     while i < n:
@@ -164,9 +178,9 @@ def split_microbatches(rows: np.ndarray, lengths: np.ndarray, shapes: Sequence[S
 
 
 def pack_microbatch(tokens: Sequence[Sequence[int]], microbatch: Microbatch) -> ScoreBatch:
-    """The tokens of a microbatch [rows, S], padded on the right; padding rows have no valid token.
+    """Pack a microbatch's tokens into [rows, S], padded on the right; padding rows have no valid token.
 
-    tokens: ids of every row of the data.
+    tokens: the token ids of every row of the data.
     """
     shape = microbatch.shape
     rows = [tokens[i] for i in microbatch.rows]
@@ -176,6 +190,9 @@ def pack_microbatch(tokens: Sequence[Sequence[int]], microbatch: Microbatch) -> 
 
 
 def compute_padding_share(microbatches: Sequence[Microbatch], lengths: np.ndarray) -> float:
-    """The share of the microbatches' tokens that are padding.  lengths: of every row of the data, i64[N]."""
+    """The share of padding among the microbatches' tokens.
+
+    lengths: tokens of every row of the data, i64[N].
+    """
     valid = sum(int(lengths[m.rows].sum()) for m in microbatches)
     return 1.0 - valid / sum(m.shape.tokens for m in microbatches)

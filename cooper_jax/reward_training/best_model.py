@@ -1,7 +1,7 @@
-"""The best model of a reward model's training, stored for use elsewhere, and the report on it.
+"""The best model of a reward model's training, exported for use elsewhere, and the report on it.
 
-1. `keep_best_model` writes best/ and the model's logits on the held-out rows.  best/ holds the weights in the
-   form that transformers and `reward.weights` read, the tokenizer, and the training questions'
+1. `keep_best_model` writes best/ and the model's logits on the held-out rows.  best/ contains the weights in
+   the form that transformers and `reward.weights` read, the tokenizer, and the training questions'
    fingerprints.
 2. `write_final_report` turns those logits into report.json, reliability.png and a table.
 """
@@ -34,32 +34,38 @@ PREDICTIONS = "predictions.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class BestEvaluation:
-    """The best evaluation so far."""
+    """The best held-out evaluation so far."""
 
-    step: int  # updates done then
-    value: float  # of the metric train_rm.keep_best
+    step: int  # updates done before it
+    value: float  # of the metric that train_rm.keep_best names
 
 
 def keep_best_model(job: rm_setup.Job, params: Any, step: int, value: float, logits: np.ndarray) -> None:
-    """Replace the stored best model.  All processes must call it; the first one writes.
+    """Replace the stored best model.  All processes must call this; the first one writes.
 
     Args:
       step: updates done.
-      value: of the metric train_rm.keep_best.
+      value: the model's value of the metric that train_rm.keep_best names.
       logits: of the held-out rows, f32[N].
     """
+    # Export needs whole arrays.  Fetching is a collective operation, so it precedes the part that only the
+    # first process runs.
     if jax.process_count() > 1:
-        params = hosts.fetch_arrays(params)  # all shards, into the memory of every host
+        params = hosts.fetch_arrays(params)  # a full copy of the weights in the memory of every host
 
     def write() -> None:
+        # The exporter writes local files only: a run directory in a bucket is filled by copying.
         remote = remote_files.is_remote(job.path)
         folder = (remote_files.staging_dir(job.path) if remote else Path(job.path)) / BEST
         export_best_model(job, params, folder)
         if remote:
-            # The record first: without it, weights would count as trained on unknown questions.
+            # The record of questions is copied first: without it, the weights would count as trained on
+            # unknown questions.
             for file in sorted(folder.iterdir(), key=lambda f: f.name != seen_questions.SEEN):
                 epath.Path(file).copy(job.path / BEST / file.name, overwrite=True)
             shutil.rmtree(folder)
+
+        # One line per held-out row, from which the final report is computed.
         rows = rm_report.list_predictions(job.data.held_out, logits)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(job.path / PREDICTIONS, text.encode("utf-8", "backslashreplace"))
@@ -70,10 +76,11 @@ def keep_best_model(job: rm_setup.Job, params: Any, step: int, value: float, log
 def export_best_model(job: rm_setup.Job, params: Any, folder: Path) -> None:
     """Write a directory that AutoModelForSequenceClassification and `reward.weights` load.
 
-    It is written under another name and then renamed, so it is always complete and includes the record of the
-    training questions.  An existing directory is replaced.
+    The directory is written under another name and then renamed, so it is always complete and includes the
+    record of the training questions.  An existing directory is replaced.
     """
     model = job.model
+    # Both temporary names are in the same parent directory, so that renaming never copies.
     staged, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("staged", "old"))
     with tempfile.TemporaryDirectory() as tokenizer:
         model.tokenizer.save(tokenizer)
@@ -88,7 +95,8 @@ def export_best_model(job: rm_setup.Job, params: Any, folder: Path) -> None:
         )
     seen_questions.write_record(staged, make_seen_record(job))
 
-    shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed
+    # A directory cannot be renamed onto another that has files: move the old one away first.
+    shutil.rmtree(old, ignore_errors=True)  # a leftover of a run that was killed
     if folder.exists():
         folder.rename(old)
     staged.rename(folder)
@@ -97,22 +105,23 @@ def export_best_model(job: rm_setup.Job, params: Any, folder: Path) -> None:
 
 def make_seen_record(job: rm_setup.Job) -> seen_questions.Record:
     """The questions that this run trains on, added to those that the initial weights were trained on."""
-    data, questions = job.data, defaultdict(set)
-    # Without the rows added under reward hacks, some of which alter the question.
-    for t in data.train.triples[: len(data.train) - data.attacked]:
-        questions[t.source or UNNAMED].add(t.question)
+    data = job.data
+    questions: dict[str, set[str]] = defaultdict(set)  # source -> questions
+    # Rows added under reward hacks come last and are left out: some hacks alter the question.
+    for triple in data.train.triples[: len(data.train) - data.attacked]:
+        questions[triple.source or UNNAMED].add(triple.question)
 
     # Initial weights with a trained score head and no record were trained on unknown questions.
     record = seen_questions.read_record(job.cfg.reward.weights) or seen_questions.Record(
         complete=not job.head_trained
     )
-    for source, asked in sorted(questions.items()):
-        record |= seen_questions.record_questions(asked, source)
+    for source, source_questions in sorted(questions.items()):
+        record |= seen_questions.record_questions(source_questions, source)
     return record
 
 
 def write_seen_record(job: rm_setup.Job) -> None:
-    """Write that record into the run directory too, for models that are loaded from its checkpoints."""
+    """Write the record of training questions into the run directory, for models loaded from checkpoints."""
     hosts.on_primary_first(
         "questions seen", lambda: seen_questions.write_record(job.path, make_seen_record(job))
     )
@@ -121,22 +130,25 @@ def write_seen_record(job: rm_setup.Job) -> None:
 def write_final_report(job: rm_setup.Job, step: int, best: BestEvaluation) -> str:
     """Write report.json and reliability.png of the best model; returns a table for the terminal.
 
-    step: updates done in all.
+    step: updates done in total.
 
-    Raises ValueError where predictions.jsonl has other rows than the held-out ones.
+    Raises ValueError if the rows of predictions.jsonl are not the held-out ones.
     """
     held_out, selection = job.data.held_out, job.settings.train_rm.keep_best
+    # The stored logits make the report independent of the model that is in memory, which is the last one.
     logits = _read_logits(job)
     groups = rm_report.make_report(held_out, logits, job.cfg.seed)
     report = {
         "name": job.cfg.name,
         "best": {"step": best.step, selection: best.value},
         "updates": step,
+        # Row counts of the data.
         "training_rows": len(job.data.train),
         "attacked": job.data.attacked,
         "too_long": job.data.too_long,
         "overlapping": job.data.overlapping,
         "overlap_excluded": job.data.overlap_excluded,
+        # Metrics of all rows and of each source.
         "groups": groups,
     }
     write_atomically(job.path / "report.json", json.dumps(to_jsonable(report), indent=2).encode() + b"\n")
@@ -153,13 +165,15 @@ def write_final_report(job: rm_setup.Job, step: int, best: BestEvaluation) -> st
 def _read_logits(job: rm_setup.Job) -> np.ndarray:
     """The best model's logits f64[N] from predictions.jsonl.
 
-    Raises ValueError where the file has other rows than the held-out ones.
+    Raises ValueError if the file's rows are not the held-out ones.
     """
     path = job.path / PREDICTIONS
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / PREDICTIONS  # the run directory may be in a bucket
         local.write_bytes(path.read_bytes())
         rows = read_lines(local)
+
+    # A run directory that was used with other data would give a report on the wrong rows.
     if [row["id"] for row in rows] != [t.id for t in job.data.held_out.triples]:
-        raise ValueError(f"{path} holds other rows than this run's held-out ones: use a new --config.run_dir")
+        raise ValueError(f"{path} has rows other than this run's held-out ones: use a new --config.run_dir")
     return np.array([row["logit"] for row in rows])

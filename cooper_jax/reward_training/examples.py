@@ -7,9 +7,9 @@
 3. Held-out rows whose normalised question is in the training data, or in the record of the questions that the
    initial weights were trained on, are counted.  They are left out unless `train_rm.exclude_overlap` is off.
 4. Training texts longer than `train_rm.max_characters` are dropped, as in the authors' code.  Held-out ones
-   are kept and truncated inside the completion, as everywhere that the model is used.
+   are kept and truncated inside the completion, as the model's inputs are everywhere else.
 5. A share of the wrong training completions (`train_rm.attacked`) is added again under a known reward hack
-   (data/reward_hacks.py), still labelled wrong.
+   (data/reward_hacks.py) and keeps the label wrong.
 6. All rows are rendered by the one template and tokenised.
 
 A reward model learns to tell two classes apart, so both labels must occur in each part.
@@ -35,7 +35,7 @@ from cooper_jax.runtime import keys
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Triple
 
-UNNAMED = "unnamed"  # the source of rows that name none
+UNNAMED = "unnamed"  # the source of rows without a source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Examples:
     """Rows of one part (training or held out), in the order of the files."""
 
     triples: tuple[Triple, ...]
-    tokens: tuple[tuple[int, ...], ...]
+    tokens: tuple[tuple[int, ...], ...]  # token ids of each row, of uneven length
     truncated: int  # rows that were longer than reward.max_tokens
 
     def __len__(self) -> int:
@@ -69,16 +69,22 @@ class Examples:
 class RewardData:
     """Training and held-out rows, with the counts of rows that were dropped, added or left out."""
 
+    # The two parts.
     train: Examples
     held_out: Examples
-    too_long: int  # training rows dropped for their characters
-    attacked: int  # training rows that were added under a reward hack; they are the last ones
-    overlapping: int  # held-out rows whose question was trained on
-    overlap_excluded: bool  # True where those were left out
+
+    # Changes to the training rows.
+    too_long: int  # rows dropped because their text has more than train_rm.max_characters
+    attacked: int  # rows added under a reward hack; they are the last ones
+
+    # Overlap of the held-out rows with training.
+    overlapping: int  # rows whose question was trained on
+    overlap_excluded: bool  # True if those rows were left out
 
     @property
     def digest(self) -> str:
         """16 hex digits of a hash of the token ids and labels of both parts."""
+        # Each row begins with its length, so that moving a token from one row to the next changes the hash.
         content = hashlib.sha256()
         for part in (self.train, self.held_out):
             for tokens, triple in zip(part.tokens, part.triples, strict=True):
@@ -93,14 +99,15 @@ def load_examples(cfg: ConfigDict, settings: TrainRmConfig, tokenizer: Tokenizer
       cfg: the whole config, of which `reward` and `seed` are read.
       settings: its `train_rm` section.
 
-    Raises SetupError, naming file, row and flag, for files that cannot be read and parts that lack a label.
+    Raises SetupError, naming file, row and flag, for files that cannot be read, and for parts without rows
+    of both labels.
     """
     train, held_out = _read_parts(settings)
 
-    # Overlap is judged by the questions of all training rows, those dropped below included.
-    overlapping, apart = _find_overlap(train, held_out, cfg.reward.weights)
+    # Overlap is decided by the questions of all training rows, including rows that are dropped below.
+    overlapping, unseen = _find_overlap(train, held_out, cfg.reward.weights)
     if settings.exclude_overlap:
-        held_out = apart
+        held_out = unseen
     if not held_out:
         raise SetupError(
             f"train_rm.eval_data={settings.eval_data!r}: all of its {len(overlapping)} rows have a question "
@@ -108,15 +115,19 @@ def load_examples(cfg: ConfigDict, settings: TrainRmConfig, tokenizer: Tokenizer
             "--config.train_rm.exclude_overlap=False"
         )
 
+    # Long training texts are dropped rather than truncated, as in the authors' code.
     kept = [t for t in train if _has_allowed_length(t, settings.max_characters)]
     if not kept:
         raise SetupError(
             f"train_rm.max_characters={settings.max_characters}: all of the {len(train)} training texts are "
             "longer: raise it, or set 0 to keep all"
         )
+
+    # Without both labels nothing can be learned, and AUROC and balanced accuracy are undefined.
     _check_labels("training", kept)
     _check_labels("held-out", held_out)
 
+    # The copies under attack come last: make_seen_record (best_model.py) relies on that.
     attacked = make_attacked_copies(kept, settings.attacked, cfg.seed)
     max_tokens = cfg.reward.max_tokens
     return RewardData(
@@ -130,11 +141,12 @@ def load_examples(cfg: ConfigDict, settings: TrainRmConfig, tokenizer: Tokenizer
 
 
 def make_attacked_copies(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:
-    """Copies of a share of the wrong completions, each under a reward hack that ends on no right answer.
+    """Copy a share of the wrong completions, each under a reward hack that leaves it wrong.
 
     The choice of rows and hacks depends on `seed` and the rows' positions only.
     """
     wrong = [i for i, t in enumerate(triples) if t.label < 0.5]
+    # One generator draws first the rows and then, in ascending order of the rows, each one's hack.
     rng = keys.make_generator(seed, "attacked")
     chosen = sorted(rng.choice(wrong, size=round(share * len(wrong)), replace=False))
 
@@ -151,30 +163,32 @@ def split_held_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple
 
     Questions are held out, in the order of their fingerprints, until `share` of the rows is reached.
 
-    Raises SetupError where one of the parts would be empty.
+    Raises SetupError if one of the parts would be empty.
     """
-    rows_by_question = defaultdict(list)
+    rows_by_question = defaultdict(list)  # fingerprint -> row indices
     for i, t in enumerate(triples):
         rows_by_question[seen_questions.fingerprint_question(t.question)].append(i)
 
-    taken: set[int] = set()
+    # Fingerprints are hashes, so their order is random with respect to the content but the same in every run.
+    held_out_rows: set[int] = set()
     for _, rows in sorted(rows_by_question.items()):
-        if len(taken) >= share * len(triples):
+        if len(held_out_rows) >= share * len(triples):
             break
-        taken.update(rows)
+        held_out_rows.update(rows)
 
-    if not 0 < len(taken) < len(triples):
+    if not 0 < len(held_out_rows) < len(triples):
         raise SetupError(
             f"train_rm.eval_share={share} of {len(triples)} rows of {len(rows_by_question)} questions leaves "
             "nothing to train on, or nothing held out: change it, or give --config.train_rm.eval_data"
         )
-    train = [t for i, t in enumerate(triples) if i not in taken]
-    held_out = [t for i, t in enumerate(triples) if i in taken]
+    # Both parts keep the order of the files.
+    train = [t for i, t in enumerate(triples) if i not in held_out_rows]
+    held_out = [t for i, t in enumerate(triples) if i in held_out_rows]
     return train, held_out
 
 
 def _read_parts(settings: TrainRmConfig) -> tuple[list[Triple], list[Triple]]:
-    """All (training, held-out) rows."""
+    """Read the files and return (training rows, held-out rows), before any row is dropped."""
     train = _read_files("train_rm.data", settings.data)
     if settings.eval_data:
         return train, _read_files("train_rm.eval_data", settings.eval_data)
@@ -182,7 +196,12 @@ def _read_parts(settings: TrainRmConfig) -> tuple[list[Triple], list[Triple]]:
 
 
 def _read_files(field: str, paths: str) -> list[Triple]:
-    """The rows of several files.  paths: separated by commas; field: of the config, for messages."""
+    """Read the rows of several files.
+
+    Args:
+      field: the config's field, for messages.
+      paths: separated by commas.
+    """
     triples = []
     for path in filter(None, (p.strip() for p in paths.split(","))):
         with setup_errors(f"{field}={path}"):
@@ -195,22 +214,27 @@ def _read_files(field: str, paths: str) -> list[Triple]:
 def _find_overlap(
     train: Sequence[Triple], held_out: Sequence[Triple], weights: str
 ) -> tuple[list[Triple], list[Triple]]:
-    """Held-out rows whose question was trained on, here or by the initial weights, and all others."""
+    """Split the held-out rows into (rows whose question was trained on, all others).
+
+    A question counts as trained on if it is in `train` or in the record beside the initial weights.
+    """
+    # Many rows share a question: each is fingerprinted once.
     questions = {t.question for t in train}
     seen = frozenset(seen_questions.fingerprint_question(question) for question in questions)
     with setup_errors(f"reward.weights={weights!r}"):
         record = seen_questions.read_record(weights)
     if record is not None:
         seen |= record.fingerprints
-    apart, overlapping = seen_questions.split_by_seen(held_out, seen)
-    return overlapping, apart
+    unseen, overlapping = seen_questions.split_by_seen(held_out, seen)
+    return overlapping, unseen
 
 
-def _has_allowed_length(t: Triple, max_characters: int) -> bool:
+def _has_allowed_length(triple: Triple, max_characters: int) -> bool:
     """True if the rendered text has at most `max_characters`; 0 allows any length."""
     if not max_characters:
         return True
-    return len(prompts.render_verifier_text(t.question, t.reference, t.completion)) <= max_characters
+    text = prompts.render_verifier_text(triple.question, triple.reference, triple.completion)
+    return len(text) <= max_characters
 
 
 def _check_labels(part: str, triples: Sequence[Triple]) -> None:
@@ -224,11 +248,12 @@ def _check_labels(part: str, triples: Sequence[Triple]) -> None:
 
 
 def _tokenize(field: str, triples: Sequence[Triple], tokenizer: Tokenizer, max_tokens: int) -> Examples:
-    """Render and tokenise rows, truncated to `max_tokens`.  field: of the config, for messages."""
+    """Render and tokenise rows, truncated to `max_tokens`.  field: the config's field, for messages."""
+    # A row whose reference leaves no room for the rest is an error: truncating it would hide the answer.
     rows, truncated = [], 0
     for t in triples:
         texts = (t.question, t.reference, t.completion)
-        # Without a limit first: truncation has to render and tokenise again, and few rows need it.
+        # The first call has no limit: truncation has to render and tokenise again, and few rows need it.
         ids = prompts.encode_verifier_input(tokenizer, *texts, sys.maxsize)
         if len(ids) > max_tokens:
             with setup_errors(f"{field}, row {t.id}"):

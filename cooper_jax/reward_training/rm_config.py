@@ -17,30 +17,39 @@ SELECTION_METRICS = {"auroc": 1, "accuracy": 1, "loss": -1}
 class TrainRmConfig:
     """Settings of a reward model's training: the config's `train_rm` section without its optimiser."""
 
+    # Data.
     data: str  # files of labelled completions, separated by commas
     eval_data: str  # the same, held out; "": a share of `data` is held out
-    eval_share: float  # of the rows, by whole questions
+    eval_share: float  # share of the rows of `data` that is held out, by whole questions
     exclude_overlap: bool  # leave out held-out rows whose question was trained on
     max_characters: int  # longer training texts are dropped; 0 keeps all
     attacked: float  # share of the wrong training completions that are added again under a reward hack
+
+    # Optimisation.
     epochs: int
-    batch: int  # rows per update, at most
+    batch: int  # the maximum number of rows per update
     decay: str  # of the learning rate: one of optim.DECAYS
-    widths: int  # different microbatch widths, at most
+    widths: int  # the maximum number of different microbatch widths; each costs a compilation
+
+    # Evaluation and the choice of the best model.
     eval_every: int  # updates between evaluations; 0: an epoch
     keep_best: str  # one of SELECTION_METRICS
-    patience: int  # evaluations without a better one that end the training; 0: never
+    patience: int  # training ends after this many evaluations without improvement; 0: never
 
     def __post_init__(self) -> None:
+        # All problems are collected, so that one start reports them together.
         problems = []
         if not self.data:
             problems.append("train_rm.data is empty: give --config.train_rm.data=FILE")
         problems += typed_config.find_small(self, "train_rm", 1, ("epochs", "batch", "widths"))
         problems += typed_config.find_small(self, "train_rm", 0, ("max_characters", "eval_every", "patience"))
+
+        # Both parts need rows, so neither the whole data nor none of it can be held out.
         if not 0 < self.eval_share < 1:
             problems.append(f"train_rm.eval_share={self.eval_share}: it must be above 0 and below 1")
         if not 0 <= self.attacked <= 1:
             problems.append(f"train_rm.attacked={self.attacked}: it must be from 0 to 1")
+
         problems += typed_config.find_unknown(self.decay, "train_rm.decay", optim.DECAYS)
         problems += typed_config.find_unknown(self.keep_best, "train_rm.keep_best", tuple(SELECTION_METRICS))
         typed_config.raise_problems(problems)

@@ -10,12 +10,12 @@
               predictions.jsonl  its logits on the held-out rows
               report.json  reliability.png
               seen_questions.json  the questions it was trained on; in best/ too
-              config.json  metrics.jsonl  checkpoints/  as of any run (runtime/run_directory.py)
+              config.json  metrics.jsonl  checkpoints/  as in every run (runtime/run_directory.py)
 
 The same command resumes from the newest checkpoint, bit for bit: the rows of an update follow from the seed
-and the update's number, and a checkpoint holds the rest of the state, including the best evaluation and the
-number of evaluations since.  Updates after the last checkpoint of a killed run are repeated with the same
-result.
+and the update's number, and a checkpoint contains the rest of the state, including the best evaluation and
+the number of evaluations since then.  Updates after the last checkpoint of a killed run are repeated with
+the same result.
 """
 
 from __future__ import annotations
@@ -44,16 +44,23 @@ from cooper_jax.types import Metrics, Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class RewardTrainState:
-    """Everything that training changes: the model, and what the choice of the best model depends on."""
+    """Everything that training changes: the model, and the state that chooses the best model."""
 
+    # The model, with the optimiser's moments.
     reward: TrainState
     step: int  # updates done
-    best: BestEvaluation | None = None
+
+    # The choice of the best model.
+    best: BestEvaluation | None = None  # None before the first evaluation
     evaluations_since_best: int = 0
-    unlogged: Metrics | None = None  # the last update's, where its evaluation was interrupted
+
+    # Metrics of the last update until they are logged; stored if its evaluation was interrupted.
+    unlogged: Metrics | None = None
 
 
 class TrainProgress(Progress):
+    """The progress line of a reward model's training."""
+
     SHOWN = (
         ("loss", "train_rm/loss", ".4f"),
         ("accuracy", "train_rm/accuracy", ".1%"),
@@ -64,11 +71,12 @@ class TrainProgress(Progress):
 
 
 def train_reward_model(cfg: ConfigDict) -> None:
-    """Run all epochs, or the rest of them after the newest checkpoint in the run directory.
+    """Train for all epochs, or for the rest of them after the newest checkpoint in the run directory.
 
     Raises SetupError for settings, data or weights that cannot be used, and hosts.Stopped after a SIGTERM,
     once a checkpoint of the last complete update is written.
     """
+    # Everything that can be checked without data and devices is checked first.
     settings = rm_setup.RmSettings.from_config(cfg)
     # The figure is drawn after the training, which is too late to find that a package is missing.
     with setup_errors("reliability.png"):
@@ -77,17 +85,20 @@ def train_reward_model(cfg: ConfigDict) -> None:
         path = run_path(cfg)
 
     with contextlib.ExitStack() as stack:
+        # The directory is locked before data and weights are read, so a second start fails at once.
         with setup_errors("run_dir"):
             check_shared(path)
             run = stack.enter_context(RunDirectory(path, cfg, resume=cfg.resume))
         job, reward = rm_setup.build_rm_job(cfg, settings, path)
+
+        # The record of the training questions precedes the first checkpoint that a model can be loaded from.
         with setup_errors("run_dir"):
             best_model.write_seen_record(job)
             checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
 
         hosts.print_once(rm_setup.describe_rm_job(job))
         state = _start_or_resume(job, reward, run, checkpoints)
-        del reward  # or the initial parameters and moments would stay in memory
+        del reward  # otherwise the initial parameters and moments would stay in memory
         state = _run_updates(job, state, run, checkpoints)
     hosts.print_once(_finish(job, state))
 
@@ -100,6 +111,8 @@ def _run_updates(
     progress = TrainProgress(steps, state.step, quiet=not hosts.is_primary())
     with contextlib.closing(progress):
         while state.unlogged is not None or not _has_ended(job, state):
+            # 1. Update and evaluate.  The update is skipped if a checkpoint restored one whose evaluation was
+            # interrupted.
             try:
                 metrics = state.unlogged
                 if metrics is None:
@@ -114,19 +127,20 @@ def _run_updates(
                 raise
             state = dataclasses.replace(state, unlogged=None)
 
+            # 2. Log and save.
             with setup_errors("run_dir"):
                 run.log(state.step, metrics)
             progress.update(state.step, metrics)
-            due = state.step % checkpoint_every == 0 or _has_ended(job, state)
+            is_due = state.step % checkpoint_every == 0 or _has_ended(job, state)
             # A run that was stopped in this update's evaluation has saved the update already.
-            if due and state.step not in checkpoints.steps():
+            if is_due and state.step not in checkpoints.steps():
                 with setup_errors("checkpoint"):
                     _save(job, state, run, checkpoints)
     return state
 
 
 def _has_ended(job: rm_setup.Job, state: RewardTrainState) -> bool:
-    """True after the last update, and where patience has run out."""
+    """True after the last update, and after `patience` evaluations without improvement."""
     patience = job.settings.train_rm.patience
     return state.step >= job.steps or 0 < patience <= state.evaluations_since_best
 
@@ -135,10 +149,12 @@ def _update(job: rm_setup.Job, state: RewardTrainState) -> tuple[RewardTrainStat
     """Make one update.  Raises hosts.Stopped between microbatches, in which case `state` remains valid."""
     began = time.perf_counter()
     train = job.data.train
+    # The rows follow from the seed and the update's number alone, so there is no data position to restore.
     epoch, index = divmod(state.step, job.updates_per_epoch)
     rows = batches.order_batches(len(train), job.settings.train_rm.batch, job.cfg.seed, epoch)[index]
     microbatches = batches.split_microbatches(rows, job.lengths, job.shapes)
 
+    # Gradients are summed on the devices; the optimiser is applied once, in `finish`.
     sums = job.accumulator.start(state.reward.params)
     for microbatch in microbatches:
         hosts.raise_if_stopping()
@@ -147,7 +163,8 @@ def _update(job: rm_setup.Job, state: RewardTrainState) -> tuple[RewardTrainStat
         sums = job.accumulator.add(state.reward.params, sums, placed)
     reward, update_metrics = job.accumulator.finish(state.reward, sums)
 
-    metrics = to_host(update_metrics, "train_rm")  # waits for the devices
+    # Fetching the metrics waits for the devices, so the time below includes the whole update.
+    metrics = to_host(update_metrics, "train_rm")
     tokens, seconds = int(job.lengths[rows].sum()), time.perf_counter() - began
     metrics |= {
         "train_rm/epoch": (state.step + 1) / job.updates_per_epoch,
@@ -165,11 +182,15 @@ def _update(job: rm_setup.Job, state: RewardTrainState) -> tuple[RewardTrainStat
 
 
 def score_rows(job: rm_setup.Job, params: Params, rows: examples.Examples) -> np.ndarray:
-    """Logits f32[N] of rows, in microbatches as in training.  Raises hosts.Stopped between them."""
+    """Compute the logits f32[N] of rows in the microbatch shapes of training.
+
+    Raises hosts.Stopped between microbatches.
+    """
     logits = np.zeros(len(rows), np.float32)
     for microbatch in batches.split_microbatches(np.arange(len(rows)), rows.lengths, job.shapes):
         hosts.raise_if_stopping()
         batch = job.layout.put(batches.pack_microbatch(rows.tokens, microbatch), "batch")
+        # Padding rows are at the end of each microbatch and are cut off.
         logits[microbatch.rows] = hosts.fetch_arrays(job.score(params, batch))[: len(microbatch.rows)]
     return logits
 
@@ -185,11 +206,14 @@ def _evaluate(job: rm_setup.Job, state: RewardTrainState) -> tuple[RewardTrainSt
             "run_dir"
         )
 
+    # Ties keep the earlier model.
     metrics = rm_report.compute_evaluation_metrics(job.data.held_out, logits)
     selection = job.settings.train_rm.keep_best
     value, sign = metrics[f"eval/{selection}"], SELECTION_METRICS[selection]
     is_best = state.best is None or sign * (value - state.best.value) > 0
     if is_best:
+        # Written before the next checkpoint: after SIGKILL in between, the update is repeated and the model
+        # written again.
         with setup_errors("run_dir"):
             best_model.keep_best_model(job, state.reward.params, state.step, value, logits)
         best = BestEvaluation(state.step, value)
@@ -202,6 +226,7 @@ def _evaluate(job: rm_setup.Job, state: RewardTrainState) -> tuple[RewardTrainSt
 def _print_evaluation(
     progress: Progress, job: rm_setup.Job, state: RewardTrainState, evaluation: Metrics
 ) -> None:
+    """Print the held-out metrics of one evaluation."""
     if not hosts.is_primary() or state.best is None:
         return
     shown = "  ".join(
@@ -218,18 +243,19 @@ def _print_evaluation(
 def _start_or_resume(
     job: rm_setup.Job, reward: TrainState, run: RunDirectory, checkpoints: Checkpoints
 ) -> RewardTrainState:
-    """The newest checkpoint's state, or the one given where there is none.
+    """Restore the newest checkpoint, or start from `reward` if there is none.
 
-    A checkpoint replaces `reward`, whose arrays are deleted.  Raises SetupError for a checkpoint of another
-    config or other data.
+    If there is a checkpoint, the arrays of `reward` are deleted.  Raises SetupError for a checkpoint of
+    another config or other data.
     """
+    # A run that was killed before its first checkpoint may have logged updates; they are dropped.
     if not checkpoints.steps():
         with setup_errors("run_dir"):
             run.truncate(None)
         return RewardTrainState(reward=reward, step=0)
 
     abstract = {name: checkpoint.abstract_like(tree) for name, tree in _checkpoint_items(reward).items()}
-    # Both states together would take twice the memory of a run.
+    # The initial and the restored state together would take twice the memory of a run.
     jax.tree.map(lambda x: x.delete(), reward)
     with setup_errors(f"{checkpoints.folder}"):
         restored = checkpoints.restore_newest(abstract, dict.fromkeys(abstract, job.model.config.vocab_size))
@@ -238,14 +264,16 @@ def _start_or_resume(
             f"{checkpoints.folder}: no checkpoint in it can be read: give another --config.run_dir"
         )
     step, trees, loop = restored
-    for what, now in (("config", config_hash(job.cfg)), ("data", job.data.digest)):
-        if loop[what] != now:
+
+    # With another config or other data the run would not continue as it began.
+    for name, current in (("config", config_hash(job.cfg)), ("data", job.data.digest)):
+        if loop[name] != current:
             raise SetupError(
-                f"{checkpoints.folder / str(step)} was saved with another {what} ({loop[what]}, now {now}): "
-                "give the old one, or another --config.run_dir"
+                f"{checkpoints.folder / str(step)} was saved with another {name} ({loop[name]}, now "
+                f"{current}): give the old one, or another --config.run_dir"
             )
 
-    # An update whose evaluation was interrupted has not been logged.
+    # Metrics after the checkpoint are dropped.  An update whose evaluation was interrupted is not logged yet.
     with setup_errors("run_dir"):
         run.truncate(step if loop["due"] is None else step - 1)
     hosts.print_once(f"resumed from update {step}")
@@ -263,7 +291,7 @@ def _save_stopped(
 ) -> None:
     """Complete a checkpoint of the last update before the process ends."""
     with setup_errors("checkpoint"):
-        checkpoints.wait()  # one of this update may still be written
+        checkpoints.wait()  # a checkpoint of this update may be in progress
         if state.step not in checkpoints.steps():
             _save(job, state, run, checkpoints)
         checkpoints.wait()
@@ -271,8 +299,9 @@ def _save_stopped(
 
 
 def _save(job: rm_setup.Job, state: RewardTrainState, run: RunDirectory, checkpoints: Checkpoints) -> None:
-    """Begin to write a checkpoint, behind the metrics of its updates."""
+    """Begin to write a checkpoint, after the metrics of its updates are on disk."""
     run.flush()
+    # The names "stale" and "due" are part of the checkpoint format.
     loop = {
         "best": None if state.best is None else to_jsonable(dataclasses.asdict(state.best)),
         "stale": state.evaluations_since_best,
@@ -284,7 +313,7 @@ def _save(job: rm_setup.Job, state: RewardTrainState, run: RunDirectory, checkpo
 
 
 def _checkpoint_items(reward: TrainState) -> dict[str, Any]:
-    """The parts of the state that a checkpoint stores, by name."""
+    """Split the state into the parts that a checkpoint stores, by name."""
     params, optimiser = checkpoint.split_state(reward)
     return {"reward": params, "reward_optimiser": optimiser}
 

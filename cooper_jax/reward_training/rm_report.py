@@ -23,26 +23,30 @@ from cooper_jax.statistics import Interval
 from cooper_jax.types import Metrics
 
 ALL = "all"
-MIN_ROWS_SHOWN = 10  # rows of a source's calibration bin that is drawn: fewer say nothing
+MIN_ROWS_SHOWN = 10  # a source's calibration bin with fewer rows is too noisy to draw
+# Metrics with a bootstrap interval in the report.  The order is part of the random stream: do not change it.
 WITH_INTERVALS = ("accuracy", "balanced_accuracy", "auroc", "precision", "recall", "f1")
 INK, GREY, GRID, BLUE, ORANGE = "#333333", "#999999", "#eeeeee", "#2b6cb0", "#dd7733"
 
 
 def to_probabilities(logits: np.ndarray) -> np.ndarray:
-    """The sigmoid of logits [N] without overflow, f64[N]."""
+    """Compute the sigmoid of logits [N] without overflow, f64[N]."""
+    # exp is given negative arguments only: 1 / (1 + e^-z) for z >= 0, e^z / (1 + e^z) otherwise.
     z = np.asarray(logits, np.float64)
     return np.where(z >= 0, 1.0, np.exp(-np.abs(z))) / (1.0 + np.exp(-np.abs(z)))
 
 
 def compute_metrics(labels: np.ndarray, logits: np.ndarray) -> Metrics:
-    """Metrics of logits [N] against labels [N]; NaN where a metric is undefined.
+    """Compute the metrics of logits [N] against labels [N]; NaN where a metric is undefined.
 
-    loss (binary cross-entropy in nats), accuracy, balanced_accuracy, precision, recall and f1 at p = 1/2,
-    auroc, ece (expected calibration error) and mean_score.
+    The metrics are loss (binary cross-entropy in nats), accuracy, balanced_accuracy, precision, recall and f1
+    at the threshold p = 1/2, auroc, ece (expected calibration error) and mean_score.
     """
+    # In f64: log(1 + e^z) of saturated logits would lose its digits in f32.
     z, y = np.asarray(logits, np.float64), np.asarray(labels, np.float64)
     p = to_probabilities(z)
     return {
+        # -log p of the label: log(1 + e^-z) for a correct completion, log(1 + e^z) for a wrong one.
         "loss": float(np.logaddexp(0.0, np.where(y > 0.5, -z, z)).mean()),
         **statistics.classification_figures(y > 0.5, z > 0),
         "auroc": statistics.area_under_roc(y > 0.5, z),
@@ -52,7 +56,7 @@ def compute_metrics(labels: np.ndarray, logits: np.ndarray) -> Metrics:
 
 
 def group_by_source(examples: Examples) -> dict[str, np.ndarray]:
-    """Masks bool[N]: of all rows, then of each source by name where there are several."""
+    """Make masks bool[N]: one of all rows, then one of each source, by name, if there are several."""
     sources = np.array(examples.sources)
     masks = {ALL: np.ones(len(sources), bool)}
     names = sorted(set(examples.sources))
@@ -62,26 +66,31 @@ def group_by_source(examples: Examples) -> dict[str, np.ndarray]:
 
 
 def compute_evaluation_metrics(examples: Examples, logits: np.ndarray) -> Metrics:
-    """Metrics `eval/NAME` of all rows and `eval/SOURCE/NAME` of each source.  logits: f32[N]."""
+    """Compute the metrics `eval/NAME` of all rows and `eval/SOURCE/NAME` of each source.  logits: f32[N]."""
     metrics: Metrics = {}
     for group, rows in group_by_source(examples).items():
         prefix = "eval" if group == ALL else f"eval/{group}"
-        of_group = compute_metrics(examples.labels[rows], logits[rows])
-        metrics |= {f"{prefix}/{name}": value for name, value in of_group.items()}
+        group_metrics = compute_metrics(examples.labels[rows], logits[rows])
+        metrics |= {f"{prefix}/{name}": value for name, value in group_metrics.items()}
     return metrics
 
 
 def make_report(examples: Examples, logits: np.ndarray, seed: int, resamples: int = 1000) -> dict[str, Any]:
-    """Each group's row counts, metrics {name: {value, low, high}} and calibration bins.
+    """Compute each group's row counts, metrics {name: {value, low, high}} and calibration bins.
 
     Args:
+      examples: the held-out rows.
       logits: f32[N].
-      seed: of the bootstrap, whose 95 % intervals resample whole questions.
+      seed: of the bootstrap, which resamples whole questions.
+      resamples: the number of resamples behind each 95 % interval.
     """
+    # Rows of one question are correlated, so questions are the unit of resampling.
     questions = np.array([t.question for t in examples.triples])
     report: dict[str, Any] = {}
     for index, (group, rows) in enumerate(group_by_source(examples).items()):
         y, z = examples.labels[rows] > 0.5, np.asarray(logits)[rows]
+
+        # Every interval has its own random stream, numbered by group and metric.
         metrics = {name: {"value": value} for name, value in compute_metrics(y, z).items()}
         for k, name in enumerate(WITH_INTERVALS):
             rng = keys.make_generator(seed, "bootstrap", index, k)
@@ -107,7 +116,7 @@ def _bootstrap_metric(
     rng: np.random.Generator,
     resamples: int,
 ) -> Interval:
-    """A metric's 95 % interval.  labels: bool[N]; logits, questions: [N]."""
+    """Bootstrap a metric's 95 % interval.  labels: bool[N]; logits: f32[N]; questions: str[N]."""
 
     def compute_weighted(weights: np.ndarray) -> float:
         if name == "auroc":
@@ -118,17 +127,18 @@ def _bootstrap_metric(
 
 
 def format_report_table(report: dict[str, Any]) -> str:
-    """A table of a report's groups for a terminal; the last line is that of all rows."""
+    """Format a report's groups as a table for a terminal; the last line shows all rows."""
     shown = ("accuracy", "balanced_accuracy", "auroc", "precision", "recall", "ece")
     table = [["source", "rows", "positive", *(name.replace("_", " ") for name in shown)]]
     groups = [*(name for name in report if name != ALL), ALL]
     for group in groups:
-        of_group = report[group]
-        positive = of_group["positives"] / of_group["rows"]
-        cells = [group, str(of_group["rows"]), f"{positive:.1%}"]
-        cells += [_format_metric(of_group["figures"][name]) for name in shown]
+        group_report = report[group]
+        positive = group_report["positives"] / group_report["rows"]
+        cells = [group, str(group_report["rows"]), f"{positive:.1%}"]
+        cells += [_format_metric(group_report["figures"][name]) for name in shown]
         table.append(cells)
 
+    # Every column is as wide as its longest cell.
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for row in table:
@@ -138,7 +148,7 @@ def format_report_table(report: dict[str, Any]) -> str:
 
 
 def _format_metric(metric: dict[str, float]) -> str:
-    """A metric as `value [low, high]`, or its value alone where it has no interval."""
+    """Format a metric as `value [low, high]`, or as its value alone if it has no interval."""
     text = f"{metric['value']:.3f}"
     if "low" in metric:
         text += f" [{metric['low']:.3f}, {metric['high']:.3f}]"
@@ -146,11 +156,12 @@ def _format_metric(metric: dict[str, float]) -> str:
 
 
 def plot_reliability(examples: Examples, logits: np.ndarray, title: str) -> bytes:
-    """A PNG with a reliability diagram, and a histogram of scores by label.  logits: f32[N]."""
+    """Draw a PNG with a reliability diagram and a histogram of scores by label.  logits: f32[N]."""
     import_extra("matplotlib", "figures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # The Agg canvas is set explicitly: pyplot would look for a display and keep global state.
     figure = Figure(figsize=(10.5, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -158,6 +169,8 @@ def plot_reliability(examples: Examples, logits: np.ndarray, title: str) -> byte
 
     _draw_reliability(left, scores, labels, group_by_source(examples))
     _draw_score_histogram(right, scores, labels)
+
+    # The style of both axes.
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=GRID, lw=0.8)
@@ -181,6 +194,8 @@ def _draw_reliability(
     for group, rows in groups.items():
         error, bins = statistics.calibration_curve(labels[rows], scores[rows])
         label = f"{'all rows' if group == ALL else group}, ECE {error:.3f}"
+
+        # All rows: a line, with markers whose area grows with the rows of the bin.
         if group == ALL:
             x, y = [b.predicted for b in bins], [b.observed for b in bins]
             axes.plot(x, y, color=BLUE, lw=2, zorder=3, label=label)
@@ -191,6 +206,7 @@ def _draw_reliability(
                     ha="center", fontsize=7, color=INK, zorder=5,
                 )  # fmt: skip
         else:
+            # A source: markers without a line, since its bins have few rows.
             shown = [b for b in bins if b.count >= MIN_ROWS_SHOWN]
             axes.plot(
                 [b.predicted for b in shown], [b.observed for b in shown],
@@ -217,7 +233,7 @@ def _draw_score_histogram(axes: Any, scores: np.ndarray, labels: np.ndarray) -> 
 
 
 def list_predictions(examples: Examples, logits: Sequence[float] | np.ndarray) -> list[dict[str, Any]]:
-    """One JSON object a row, from which every metric can be computed again.  logits: [N]."""
+    """List one JSON object per row, from which every metric can be recomputed.  logits: [N]."""
     return [
         {
             "id": t.id,

@@ -1,4 +1,4 @@
-"""Setup of a reward model's training: checked settings, data, shapes, programs and the initial state."""
+"""Setup of a reward model's training: settings, data, microbatch shapes, jitted programs, initial state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cooper_jax.runtime import device_layouts, mesh, optim
 from cooper_jax.settings.setup_errors import Problems
 from cooper_jax.types import TrainState
 
-# A batch for the scoring program is one microbatch already, and must not be split again.
+# Rows per microbatch of the scoring program: its batches are single microbatches and must not be split.
 _NO_SPLIT = 2**30
 
 
@@ -58,13 +58,16 @@ class RmSettings:
 
 
 def _check_shared_sections(cfg: ConfigDict, problems: Problems) -> None:
-    """Check the settings of sections that other jobs read too."""
+    """Check the settings in sections that this job shares with others."""
     need, reward = problems.need, cfg.reward
+    # Fields with a fixed set of values.
     need(
         bool(reward.weights),
         "reward.weights is empty: give --config.reward.weights=DIR, a hub id or a .gguf file",
     )
     need(reward.dtype in ("float32", "bfloat16"), f"reward.dtype={reward.dtype!r}; it is float32 or bfloat16")
+
+    # Numbers with a lower bound.
     need(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
     for name, value in (
         ("reward.microbatch", reward.microbatch),
@@ -77,7 +80,8 @@ def _check_shared_sections(cfg: ConfigDict, problems: Problems) -> None:
 
 
 def _check_mesh(cfg: ConfigDict, problems: Problems) -> None:
-    """Check that one mesh holds all devices, and that it fits them."""
+    """Check that one mesh covers all devices, and that its sizes multiply to their number."""
+    # RLVR training may give models their own devices; here there is one model only.
     for name in ("reward", "reference", "assistant"):
         problems.need(
             not cfg.mesh[name],
@@ -92,23 +96,33 @@ def _check_mesh(cfg: ConfigDict, problems: Problems) -> None:
 class Job:
     """Everything that an update needs and does not change."""
 
+    # Settings.
     cfg: ConfigDict
     settings: RmSettings
     path: loading.Directory  # the run directory
+
+    # Devices and model.
     layout: mesh.Layout
     model: loading.Model
-    head_trained: bool  # True where the score head came with the weights
+    head_trained: bool  # True if the score head was loaded with the weights
+
+    # Data.
     data: examples.RewardData
-    lengths: np.ndarray  # i64[N], tokens of the training rows
-    labels: np.ndarray  # f32[N], of the training rows
-    shapes: tuple[batches.Shape, ...]
+    lengths: np.ndarray  # i64[N], tokens of each training row
+    labels: np.ndarray  # f32[N], of each training row
+    shapes: tuple[batches.Shape, ...]  # of the microbatches
+
+    # Jitted programs, compiled once per shape.
     accumulator: optim.Accumulator
     score: Callable  # (params, ScoreBatch) -> logits f32[N]
-    steps: int  # updates in all
-    eval_every: int  # updates
+
+    # Schedule.
+    steps: int  # updates in total
+    eval_every: int  # updates between evaluations
 
     @property
     def updates_per_epoch(self) -> int:
+        """Updates in one pass over the training rows."""
         return self.steps // self.settings.train_rm.epochs
 
 
@@ -120,15 +134,20 @@ def build_rm_job(cfg: ConfigDict, settings: RmSettings, path: loading.Directory)
     layout = device_layouts.make_policy_layout(cfg)
     train_rm = settings.train_rm
 
-    # Data come before the weights: errors are most frequent there, and loading weights takes long.
+    # Data are read before the weights: most errors are in the data, and loading weights takes long.  The
+    # tokenizer and the architecture are needed for that, and they load quickly.
     described = loading.describe_model(cfg.reward, "reward", path, layout)
     loading.check_length(described.config, "reward", {"reward.max_tokens": cfg.reward.max_tokens})
     data = examples.load_examples(cfg, train_rm, described.tokenizer)
+
+    # The schedule's length is known from the data alone.
     lengths = data.train.lengths
     updates_per_epoch = batches.count_updates_per_epoch(len(data.train), train_rm.batch)
     steps = train_rm.epochs * updates_per_epoch
 
     optimiser = optim.make_optimiser(settings.optimiser, train_rm.decay, steps)
+
+    # Now the weights, onto the mesh.
     model, params, head_trained = loading.load_model(cfg.reward, "reward", "score", layout, path, cfg.seed)
     job = Job(
         cfg=cfg,
@@ -140,7 +159,7 @@ def build_rm_job(cfg: ConfigDict, settings: RmSettings, path: loading.Directory)
         data=data,
         lengths=lengths,
         labels=data.train.labels,
-        # Held-out rows are scored in the same shapes, so they count in the choice.
+        # Held-out rows are scored in the same shapes, so their lengths take part in the choice.
         shapes=batches.choose_shapes(
             np.concatenate([lengths, data.held_out.lengths]),
             bucket=cfg.data.bucket,
@@ -160,10 +179,11 @@ def build_rm_job(cfg: ConfigDict, settings: RmSettings, path: loading.Directory)
 
 
 def place_microbatch(job: Job, microbatch: batches.Microbatch, weight: float) -> tuple[jax.Array, ...]:
-    """A microbatch of training rows on the devices: (ScoreBatch, labels f32[rows], weights f32[rows]).
+    """Put a microbatch of training rows on the devices: (ScoreBatch, labels f32[rows], weights f32[rows]).
 
-    weight: of each row in the update's loss; padding rows have weight 0.
+    weight: each row's weight in the update's loss; padding rows have weight 0.
     """
+    # Labels and weights are padded to the microbatch's rows like the tokens.
     num_rows = microbatch.shape.rows
     labels = packing.pad_rows(job.labels[microbatch.rows], num_rows)
     weights = packing.pad_rows(np.full(len(microbatch.rows), weight, np.float32), num_rows)
@@ -172,7 +192,7 @@ def place_microbatch(job: Job, microbatch: batches.Microbatch, weight: float) ->
 
 
 def describe_rm_job(job: Job) -> str:
-    """A summary of model, data, mesh and microbatch shapes, for the terminal."""
+    """Summarise model, data, mesh and microbatch shapes for the terminal."""
     data, config, train_rm = job.data, job.model.config, job.settings.train_rm
     shapes = ", ".join(f"{shape.rows} x {shape.width}" for shape in job.shapes)
     mesh_sizes = " x ".join(f"{name} {size}" for name, size in job.layout.mesh.shape.items())
