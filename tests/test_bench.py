@@ -213,7 +213,7 @@ def test_a_bad_argument_is_told_in_one_line(args, words):
         ("rollout", "tiny", {}, {"prompt_tokens": -1}, "--prompt_tokens=-1: it must be at least 0"),
         ("rollout", "tiny", {}, {"out": "/nowhere/out.json"}, "there is no directory /nowhere"),
         ("rollout", "tiny", {"rollout.group_size": 0}, {}, "rollout.group_size=0: it must be at least 1"),
-        ("rollout", "tiny", {"rollout.dtype": "int8"}, {}, "rollout: sampling: dtype is 'int8'"),
+        ("rollout", "tiny", {"rollout.dtype": "int8"}, {}, "rollout.dtype='int8': it is one of float32"),
         ("rollout", "qwen_1p5b", {}, {}, "policy.weights='Qwen/Qwen2.5-1.5B-Instruct' cannot be had"),
         ("score", "tiny", {"policy.weights": "/nowhere"}, {}, "policy.weights='/nowhere' cannot be had"),
         ("train", "tiny", {"mesh.data": 3}, {}, "--config.mesh.data"),

@@ -305,7 +305,7 @@ def test_a_save_that_fails_is_raised(tmp_path, call):
     assert child.returncode == 1 and child.stdout == "saving\n", child.stderr
     wanted = (
         rf"OSError: {tmp_path}/checkpoints: the checkpoint of step 2 could not be written \(.*File too large.*\); "
-        r"that of step 1 is complete\.  Make room there"
+        r"that of step 1 is complete\.  Free disk space"
     )
     assert re.search(wanted, child.stderr), child.stderr
     assert list_steps(tmp_path) == [1]

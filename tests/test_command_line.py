@@ -66,7 +66,7 @@ def test_help_shows_a_files_values_and_one_section(own, capsys):
     command_line.print_help("Trains.\n\n    python x.py", own, file, "")
     text = capsys.readouterr().out
     assert "Trains.\n\n    python x.py\n" in text
-    assert "  --config.data.synthetic_size (int, 4096): distinct synthetic" in text
+    assert "  --config.data.synthetic_size (int, 4096): number of distinct" in text
     assert "\npolicy\n" in text and "--config.policy.optimiser.lr (float, 0.00015)" in text
     assert "--config.pairs.per_prompt (int, 3)" in text, "the file's recipe is applied"
     assert all(f"--config.{name} (" in text for name in flatten_config(base.get_config()))

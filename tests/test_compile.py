@@ -122,7 +122,7 @@ def test_a_shape_is_read_from_a_directory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(written))
     cfg.policy.weights = str(tmp_path)
     found, note = aot_job.read_model_shape(cfg.policy, "policy", job_of(config()).layout)
-    assert found == dataclasses.replace(shape, layers=3) and str(tmp_path) in note
+    assert found == dataclasses.replace(shape, layers=3, max_len=32768) and str(tmp_path) in note
 
 
 def test_the_paper_configs_know_their_shapes():

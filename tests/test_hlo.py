@@ -531,7 +531,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
         ("ENTRY %main", "%main", "no ENTRY"),
         ("calls=%inner\n}", "calls=%inner", "does not end"),
         ("fusion(%x)", "fusion(%z)", "reads z"),
-        ("calls=%inner", "calls=%outer", "'outer' is called"),
+        ("calls=%inner", "calls=%outer", "a computation 'outer'"),
         ("fusion(%x), kind", "fusion(%x, kind", "not closed"),
         ("f32[4]{0} negate(%a)", "negated", "not an instruction"),
         ("  ROOT %b", "  %b", "0 roots"),

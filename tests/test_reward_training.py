@@ -610,6 +610,7 @@ def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
     cfg = base.get_config()
     cfg.reward.weights = str(finished / "best")
     cfg.reward.max_tokens = 96
+    cfg.data.format = "synthetic"  # no file of problems is needed
     bundle, state = build_reward_bundle(RunSettings.from_config(cfg), one_device(), tmp_path)
     rows = [
         prompts.encode_verifier_input(bundle.model.tokenizer, t.question, t.reference, t.completion, 96)

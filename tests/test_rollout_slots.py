@@ -34,7 +34,7 @@ from cooper_jax.runtime.mesh import Layout, make_mesh, make_shardings
 def count_traces(monkeypatch):
     """The model's functions, listed each time that they are traced: a compilation each."""
     traces = []
-    for name in ("prefill", "decode_step"):
+    for name in ("prefill_prompts", "decode_step"):
         plain = getattr(generation, name)
         traced = lambda *a, plain=plain, name=name, **k: traces.append(name) or plain(*a, **k)  # noqa: E731
         monkeypatch.setattr(generation, name, traced)
@@ -139,7 +139,7 @@ def test_a_mesh_gives_the_same(monkeypatch):
     assert meshed.tokens.shape[0] == 15
     assert_same(rows_of(meshed, slice(12)), alone)
     generate(params, TINY, layout, prompts, positions, jax.random.key(7), SPEC)
-    assert traces == ["prefill", "decode_step", "decode_step"], "none in the second step"
+    assert traces == ["prefill_prompts", "decode_step", "decode_step"], "none in the second step"
     # Two slots a shard, each with its shard's own queue of six.
     groups = Groups()
     slots = generate(params, TINY, layout, prompts, positions, KEY, SPEC, max_rows=8, on_groups=groups)
@@ -236,7 +236,7 @@ def test_nothing_is_compiled_twice(monkeypatch):
     spec = spec_of(max_new_tokens=6)  # of this test alone
     traces = count_traces(monkeypatch)
     rollout(spec)
-    assert traces == ["prefill", "decode_step", "decode_step"]
+    assert traces == ["prefill_prompts", "decode_step", "decode_step"]
     changed = jax.tree.map(lambda x: x * 1.01, params_of())
     generate(
         changed, TINY, one_device(), [[1, 2], [3], [4] * 32, [5]], [7, 8, 9, 10**6], jax.random.key(1), spec

@@ -77,7 +77,7 @@ def carry_out(study: study_plan.Study, jobs: int = 1) -> list[run_scheduler.Fail
 
 
 def test_runs_go_seed_by_seed_after_their_start(tmp_path):
-    runs = a_study(tmp_path).runs()
+    runs = a_study(tmp_path).list_runs()
     assert [run.label for run in runs] == [
         "seed_3/start", "seed_3/rule", "seed_3/frozen", "seed_4/start", "seed_4/rule", "seed_4/frozen",
     ]  # fmt: skip
@@ -194,7 +194,7 @@ def _tuples(x):
 
 
 def test_the_start_of_a_seed_holds_both_models_and_nothing_else(tmp_path):
-    cfg = a_study(tmp_path, reward__recipe="robust").config(None, 3)
+    cfg = a_study(tmp_path, reward__recipe="robust").make_config(None, 3)
     assert (cfg.reward.arm, cfg.reward.warmup_updates, cfg.steps, cfg.eval.every, cfg.seed) == (
         "model",
         0,
@@ -426,7 +426,7 @@ def test_exit_codes(tmp_path, stand_in):
     failing = start(stand_in, tmp_path / "fails", "fails")
     said, errors = failing.communicate(timeout=120)
     assert failing.returncode == 1 and "failed: seed_0/frozen: see log.txt" in errors, said + errors
-    assert "it was the second step" in said and "| rule | the rule's verdict is the reward | 1 |" in said
+    assert "it was the second step" in said and "| rule | reward: the rule verifier's verdict | 1 |" in said
     waiting = start(stand_in, tmp_path / "waits", "waits")
     until = time.monotonic() + 120
     while not (tmp_path / "waits/seed_0/rule/metrics.jsonl").exists() and time.monotonic() < until:

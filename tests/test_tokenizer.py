@@ -533,7 +533,7 @@ def test_errors_name_the_file_and_the_fix(tmp_path, directories, monkeypatch):
         "bad.model": "not a sentencepiece model",
         "bad.gguf": "not a GGUF file",
         "broken": "transformers cannot read",
-        "short.gguf": "cut short",
+        "short.gguf": "truncated or damaged",
         "pre.gguf": "pre 'other'.*qwen2",
         "none.gguf": "no merges, model",
     }.items():
