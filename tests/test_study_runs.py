@@ -433,4 +433,4 @@ def test_exit_codes(tmp_path, stand_in):
         time.sleep(0.1)
     waiting.send_signal(signal.SIGTERM)
     said, errors = waiting.communicate(timeout=120)
-    assert waiting.returncode == 75 and "the same command goes on" in said, said + errors
+    assert waiting.returncode == 75 and "the same command resumes" in said, said + errors

@@ -184,7 +184,7 @@ def test_shuffled_references_are_other_questions():
         assert other.reference != own.reference and {own.reference, other.reference} != {"1/2", "0.5"}
     assert found == judge_comparison.replace_references(triples, "shuffled", seed=0)
     assert found != judge_comparison.replace_references(triples, "shuffled", seed=1)
-    with pytest.raises(ValueError, match="one reference"):
+    with pytest.raises(ValueError, match="the same reference"):
         judge_comparison.replace_references(triples[:2], "shuffled", seed=0)
 
 
