@@ -173,6 +173,21 @@ def test_the_table_of_renamed_flags_leads_to_fields_that_exist():
             assert any(name == new or (new.endswith(".") and name.startswith(new)) for name in names), new
 
 
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("warmup.policy_steps", "supervised.policy_steps"),
+        ("warmup.start", "supervised.start_from"),
+        ("reward.warm_start", "reward.warmup_updates"),
+        ("rollout.weights", "rollout.weight_placement"),
+        ("reward.guard", "reward.answer_required"),
+        ("reward.either", "reward.rule_or_model"),
+    ],
+)
+def test_a_renamed_flag_leads_to_its_new_name(old, new):
+    assert describe_rename(old) == f"is now --config.{new}"
+
+
 def test_the_nearest_field():
     names = flatten_config(base.get_config())
     assert find_nearest("policy.clip_hihg", names) == "policy.clip_high"
