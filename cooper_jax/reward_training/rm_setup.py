@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import packing
 from cooper_jax.model import loading
+from cooper_jax.model.model_source import ModelSource
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, examples
@@ -60,19 +61,18 @@ class RmSettings:
 def _check_shared_sections(cfg: ConfigDict, problems: Problems) -> None:
     """Check the settings in sections that this job shares with others."""
     need, reward = problems.need, cfg.reward
-    # Fields with a fixed set of values.
+    with problems.collect("reward"):
+        ModelSource.from_config(reward, "reward")
     need(
         bool(reward.weights),
         "reward.weights is empty: give --config.reward.weights=DIR, a hub id or a .gguf file",
     )
-    need(reward.dtype in ("float32", "bfloat16"), f"reward.dtype={reward.dtype!r}; it is float32 or bfloat16")
 
     # Numbers with a lower bound.
     need(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
     for name, value in (
         ("reward.microbatch", reward.microbatch),
         ("reward.max_tokens", reward.max_tokens),
-        ("reward.vocab_multiple", reward.vocab_multiple),
         ("data.bucket", cfg.data.bucket),
         ("checkpoint.every", cfg.checkpoint.every),
     ):
