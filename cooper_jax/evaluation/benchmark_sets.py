@@ -57,10 +57,10 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         at_least_1 = ("samples", "max_new_tokens", "max_prompt_tokens", "chunk", "bootstrap")
-        problems = typed_config.find_small(self, "benchmark", 1, at_least_1)
-        problems += typed_config.find_small(self, "benchmark", 0, ("problems",))
-        problems += typed_config.find_unknown(self.judged_by, "benchmark.judged_by", tuple(JUDGED_BY))
-        typed_config.raise_problems(problems)
+        errors = typed_config.find_below_minimum(self, "benchmark", 1, at_least_1)
+        errors += typed_config.find_below_minimum(self, "benchmark", 0, ("problems",))
+        errors += typed_config.find_unknown(self.judged_by, "benchmark.judged_by", tuple(JUDGED_BY))
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> BenchmarkConfig:

@@ -60,19 +60,21 @@ class PolicyConfig:
     kl_clamp: float  # bound of a token's KL estimate; 0: off
 
     def __post_init__(self) -> None:
-        problems = [
+        errors = [
             *typed_config.find_unknown(self.kl_estimator, "policy.kl_estimator", ESTIMATORS),
             *typed_config.find_unknown(self.aggregation, "policy.aggregation", AGGREGATIONS),
-            *typed_config.find_small(self, "policy", 1, ("epochs", "minibatches", "microbatch")),
-            *typed_config.find_small(self, "policy", 0, ("clip_low", "clip_high", "kl_coef", "kl_clamp")),
+            *typed_config.find_below_minimum(self, "policy", 1, ("epochs", "minibatches", "microbatch")),
+            *typed_config.find_below_minimum(
+                self, "policy", 0, ("clip_low", "clip_high", "kl_coef", "kl_clamp")
+            ),
         ]
         # A smaller bound would remove the gradient inside the clip range as well.
         if self.dual_clip and not self.dual_clip > 1.0 + self.clip_high:
-            problems.append(
+            errors.append(
                 f"policy.dual_clip={self.dual_clip}: it must exceed 1 + policy.clip_high = "
                 f"{1.0 + self.clip_high}, or be 0 (off)"
             )
-        typed_config.raise_problems(problems)
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> PolicyConfig:

@@ -72,26 +72,26 @@ class RewardUpdateConfig:
         # Ranges of single fields.
         weights = ("pair_weight", "pair_bce", "rollout_bce")
         counts = ("rollout_rows", "replay", "replay_rows", "warmup_updates")
-        problems = [
+        errors = [
             *typed_config.find_unknown(self.pair_loss, "reward.pair_loss", PAIR_LOSSES),
-            *typed_config.find_small(self, "reward", 1, ("microbatch", "updates")),
-            *typed_config.find_small(self, "reward", 0, (*weights, *counts)),
+            *typed_config.find_below_minimum(self, "reward", 1, ("microbatch", "updates")),
+            *typed_config.find_below_minimum(self, "reward", 0, (*weights, *counts)),
         ]
 
         # Combinations of fields that would silently drop a term or keep rows that nothing reads.
         rows = self.rollout_rows + (self.replay_rows if self.replay else 0)
         if self.rollout_bce and rows < 1:
-            problems.append(
+            errors.append(
                 f"reward.rollout_rows={self.rollout_rows}: reward.rollout_bce={self.rollout_bce} needs rows; "
                 "set --config.reward.rollout_rows=64"
             )
         if bool(self.replay) != bool(self.replay_rows) or (self.replay and not self.rollout_bce):
-            problems.append(
+            errors.append(
                 f"reward.replay={self.replay}, reward.replay_rows={self.replay_rows}, "
                 f"reward.rollout_bce={self.rollout_bce}: only the term rollout_bce reads replayed rows; "
                 "set all three, or neither of the first two"
             )
-        typed_config.raise_problems(problems)
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> RewardUpdateConfig:
@@ -134,7 +134,7 @@ def pair_loss(z_pos: jax.Array, z_neg: jax.Array, kind: str) -> jax.Array:
     kind: one of PAIR_LOSSES; SetupError, a ValueError, for any other.  The module's docstring lists the
     gradients.
     """
-    typed_config.raise_problems(typed_config.find_unknown(kind, "reward.pair_loss", PAIR_LOSSES))
+    typed_config.raise_errors(typed_config.find_unknown(kind, "reward.pair_loss", PAIR_LOSSES))
     if kind == "logit":
         return -jax.nn.log_sigmoid(z_pos - z_neg)
 

@@ -30,7 +30,7 @@ from cooper_jax.reward.multihost import share_over_hosts
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
-from cooper_jax.settings.setup_errors import Problems, SetupError, setup_errors
+from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, LogprobsFunction, PolicyBundle, RewardBundle, State
 from cooper_jax.types import Problem, TrainState
@@ -121,18 +121,18 @@ def read_settings(cfg: ConfigDict) -> RunSettings:
 
     Raises SetupError that lists all errors that can be found without reading a file.
     """
-    problems = Problems()
-    with problems.collect("settings"):
+    errors = ErrorCollector()
+    with errors.collect("settings"):
         settings = RunSettings.from_config(cfg)
 
     # The mesh is read from cfg, since a config with an error in another section has no RunSettings.
-    with problems.collect("mesh"):
-        _check_rows(cfg, make_layouts(cfg)["policy"].batch_shards, problems)
-    problems.raise_if_any()
+    with errors.collect("mesh"):
+        _check_rows(cfg, make_layouts(cfg)["policy"].batch_shards, errors)
+    errors.raise_if_any()
     return settings
 
 
-def _check_rows(cfg: ConfigDict, shards: int, problems: Problems) -> None:
+def _check_rows(cfg: ConfigDict, shards: int, errors: ErrorCollector) -> None:
     """Check that a step's rows divide over the mesh.
 
     shards: the batch shards of the policy's mesh.  problems: the list to which errors are added.
@@ -140,13 +140,13 @@ def _check_rows(cfg: ConfigDict, shards: int, problems: Problems) -> None:
     # A single minibatch is padded to a multiple of the shards.  Several minibatches must divide exactly,
     # since the permutation would spread the padding rows unevenly.
     rows, minibatches = cfg.data.prompts_per_step * cfg.rollout.group_size, cfg.policy.minibatches
-    problems.need(
+    errors.require(
         minibatches <= 1 or rows % (shards * minibatches) == 0,
         f"policy.minibatches={minibatches}: a step's {rows} rows (data.prompts_per_step x "
         f"rollout.group_size) must divide into {minibatches} minibatches of a multiple of {shards} rows, the "
         "mesh's batch shards",
     )
-    problems.need(
+    errors.require(
         not 0 < cfg.rollout.max_rows < shards,
         f"rollout.max_rows={cfg.rollout.max_rows} is less than one row on each of the mesh's {shards} batch "
         "shards: raise it, or set 0 for no bound",

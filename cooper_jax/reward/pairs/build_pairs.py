@@ -54,13 +54,13 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         # A length_ratio below 1 would refuse every rewrite.
-        problems = typed_config.find_small(self, "pairs", 1, ("per_prompt", "tries", "length_ratio"))
+        errors = typed_config.find_below_minimum(self, "pairs", 1, ("per_prompt", "tries", "length_ratio"))
         if not self.negatives or not set(self.negatives) <= set(NEGATIVE_SOURCES):
-            problems.append(
+            errors.append(
                 f"pairs.negatives={self.negatives}: it names one or more of {', '.join(NEGATIVE_SOURCES)}, "
                 "as in --config.pairs.negatives=\"('assistant','swap')\""
             )
-        typed_config.raise_problems(problems)
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> PairsConfig:
