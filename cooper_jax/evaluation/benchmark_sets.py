@@ -227,12 +227,12 @@ def _read_problems(cfg: ConfigDict, settings: BenchmarkConfig, place: str) -> li
 def sample_part(size: int, count: int) -> list[int]:
     """Choose a fixed part of `count` of `size` rows; returns ascending indices.  A count of 0 chooses all.
 
-    The part depends on `size` and `count` alone (problems.keyed_order), not on the config's seed, so that
-    evaluations with different seeds measure the same problems.
+    The part depends on `size` and `count` alone (problems.fixed_random_order), not on the config's seed, so
+    that evaluations with different seeds measure the same problems.
     """
     if not count or count >= size:
         return list(range(size))
-    return sorted(problem_sets.keyed_order(size)[:count])
+    return sorted(problem_sets.fixed_random_order(size)[:count])
 
 
 def _split_by_seen(

@@ -41,7 +41,7 @@ class RewardConfig:
     """
 
     arm: str  # one of ARMS
-    recipe: str  # a name in RECIPES (recipes.py), whose values are in the config already; "": none
+    recipe: str  # a name in RECIPES (recipes.py), or ""; its values have been written into the config
     max_tokens: int  # longest reward-model input
 
     # Controls.
