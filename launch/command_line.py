@@ -414,7 +414,9 @@ def _wrap_description(description: str, width: int) -> str:
             continue
         # Each numbered item starts on a line of its own.
         items = re.split(r"\n(?=\d+\. )", block)
-        blocks.append("\n".join(textwrap.fill(item, width, break_on_hyphens=False) for item in items))
+        # An item's later lines are indented in the docstring; filled, that indentation would be a gap.
+        lines = [re.sub(r"\n\s+", " ", item) for item in items]
+        blocks.append("\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in lines))
     return "\n\n".join(blocks)
 
 

@@ -523,9 +523,9 @@ report() {
     [ -z "$dry" ] || return 0
     case $exit_code in
     0) say "the run is done" ;;
-    2) say "a setup error (exit code 2): the log says what to mend" ;;
-    69) say "a host was lost (exit code 69): the same command goes on from the last checkpoint" ;;
-    75) say "stopped after saving a checkpoint (exit code 75): the same command goes on from there" ;;
+    2) say "a setup error (exit code 2): the log says what to fix" ;;
+    69) say "a host was lost (exit code 69): run the same command again to resume from the last checkpoint" ;;
+    75) say "stopped after saving a checkpoint (exit code 75): run the same command again to resume from it" ;;
     *) say "the run failed with exit code $exit_code; \`logs --worker=N\` shows the log of host N" ;;
     esac
 }

@@ -62,7 +62,10 @@ def test_random_bits(found):
 
 
 def test_losses_gradients_and_scores(found):
-    """Within 1e-5 of the largest of a parameter's gradients, or of a metric of size 1."""
+    """Within 2e-5 of the largest of a parameter's gradients, or of a metric of size 1.
+
+    Sums of f32 in another order differ by up to 1.1e-5 of the largest.
+    """
     want = plain()
     assert found.keys() == want.keys()
     names = [name for name in want if not name.startswith(("rollout/", "bits"))]
@@ -74,7 +77,7 @@ def test_losses_gradients_and_scores(found):
             max(1.0, np.abs(want[name]).max()) if not name.startswith("grad/") else np.abs(want[name]).max()
         )
         assert scale > 0, name
-        np.testing.assert_allclose(found[name], want[name], rtol=0, atol=1e-5 * scale, err_msg=name)
+        np.testing.assert_allclose(found[name], want[name], rtol=0, atol=2e-5 * scale, err_msg=name)
 
 
 def test_free_running_tokens(found):
@@ -110,7 +113,10 @@ def test_a_tiny_run_learns_the_same(name, tmp_path_factory):
 
     From then on a draw may tip, and the responses part; the second step shows that what was updated goes on.
     """
-    short = dict(steps=2, eval__every=2, checkpoint__every=1)
+    # With 500 supervised steps the policy solves 0 to 6 % of the problems, depending on the machine's rounding,
+    # and a step without a correct response has no pairs to update the reward model with.  With 1,500 steps it
+    # solves a quarter.
+    short = dict(steps=2, eval__every=2, checkpoint__every=1, supervised__policy_steps=1500)
     folder = tmp_path_factory.getbasetemp() / "learns"
     if not (folder / "one").exists():
         done = run(folder / "one", **short)

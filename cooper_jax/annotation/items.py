@@ -49,7 +49,7 @@ class AnnotateConfig:
     ask_again: bool  # repeat requests that failed in earlier starts
 
     def __post_init__(self) -> None:
-        # All problems are collected, so that one start reports them together.
+        # All errors are collected, so that one start reports them together.
         errors = typed_config.find_below_minimum(self, "annotate", 0, ("problems",))
         errors += typed_config.find_below_minimum(self, "annotate", 1, ("samples", "batch"))
         errors += typed_config.find_unknown(self.balance, "annotate.balance", BALANCES)

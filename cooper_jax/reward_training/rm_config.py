@@ -37,7 +37,7 @@ class TrainRmConfig:
     patience: int  # training ends after this many evaluations without improvement; 0: never
 
     def __post_init__(self) -> None:
-        # All problems are collected, so that one start reports them together.
+        # All errors are collected, so that one start reports them together.
         errors = []
         if not self.data:
             errors.append("train_rm.data is empty: give --config.train_rm.data=FILE")

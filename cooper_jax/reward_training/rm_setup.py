@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import packing
 from cooper_jax.model import loading
+from cooper_jax.model.model_source import ModelSource
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, examples
@@ -41,7 +42,7 @@ class RmSettings:
         errors = ErrorCollector()
         read: dict[str, Any] = {}
 
-        # Each section is read by itself, so that the problems of all are reported at once.
+        # Each section is read by itself, so that the errors of all are reported at once.
         with errors.collect("train_rm"):
             read["train_rm"] = TrainRmConfig.from_config(cfg.train_rm)
         with errors.collect("train_rm.optimiser"):
@@ -60,13 +61,11 @@ class RmSettings:
 def _check_shared_sections(cfg: ConfigDict, errors: ErrorCollector) -> None:
     """Check the settings in sections that this job shares with others."""
     require, reward = errors.require, cfg.reward
-    # Fields with a fixed set of values.
+    with errors.collect("reward"):
+        ModelSource.from_config(reward, "reward")
     require(
         bool(reward.weights),
         "reward.weights is empty: give --config.reward.weights=DIR, a hub id or a .gguf file",
-    )
-    require(
-        reward.dtype in ("float32", "bfloat16"), f"reward.dtype={reward.dtype!r}; it is float32 or bfloat16"
     )
 
     # Numbers with a lower bound.
@@ -74,7 +73,6 @@ def _check_shared_sections(cfg: ConfigDict, errors: ErrorCollector) -> None:
     for name, value in (
         ("reward.microbatch", reward.microbatch),
         ("reward.max_tokens", reward.max_tokens),
-        ("reward.vocab_multiple", reward.vocab_multiple),
         ("data.bucket", cfg.data.bucket),
         ("checkpoint.every", cfg.checkpoint.every),
     ):

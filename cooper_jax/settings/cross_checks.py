@@ -36,7 +36,7 @@ def check_cross_sections(cfg: ConfigDict) -> None:
 
     trainer/run_settings.py calls this and the checks of all typed configs.
     """
-    # All problems are collected, so that one start of a run shows them all.
+    # All errors are collected, so that one start of a run shows them all.
     errors = ErrorCollector()
     errors.require(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
     errors.require(cfg.steps >= 0, f"steps={cfg.steps}: it must be at least 0")
