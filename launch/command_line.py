@@ -333,7 +333,7 @@ def answer_help(
     try:
         print_help(description, own, path, section)
     except SetupError as error:
-        exit_with_errors(error.problems)
+        exit_with_errors(error.messages)
     sys.exit(0)
 
 

@@ -81,7 +81,7 @@ def test_models_on_meshes_of_their_own(build, tmp_path):
                 begun(components, state, tmp_path / name) as (state, _, _),
             ):
                 components = solved(components)
-                assert grading.scores_during_rollout(components) == bool(meshes)
+                assert grading.can_score_during_rollout(components) == bool(meshes)
                 where = [x.sharding.device_set for x in jax.tree.leaves(state.reference)]
                 assert where == [set(components.policy.reference_layout.mesh.devices.flat)] * len(where)
                 state, metrics, record = cooper_step(components, state, PhaseTimer())

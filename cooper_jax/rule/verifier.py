@@ -60,16 +60,16 @@ class RuleConfig:
     memory_mb: int  # limit of one process's address space in MiB; 0 sets no limit
 
     def __post_init__(self) -> None:
-        problems = [
-            *typed_config.find_small(self, "rule", 1, ("workers",)),
-            *typed_config.find_small(self, "rule", 0, ("memory_mb",)),
+        errors = [
+            *typed_config.find_below_minimum(self, "rule", 1, ("workers",)),
+            *typed_config.find_below_minimum(self, "rule", 0, ("memory_mb",)),
         ]
         if not 0 < self.timeout <= self.retry_timeout:
-            problems.append(
+            errors.append(
                 f"rule.timeout={self.timeout}, rule.retry_timeout={self.retry_timeout}: both must be "
                 "positive, and retry_timeout must be at least timeout"
             )
-        typed_config.raise_problems(problems)
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> RuleConfig:

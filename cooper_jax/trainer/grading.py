@@ -28,9 +28,10 @@ from cooper_jax.types import Completion, Params, Problem, ScoreBatch, TrainState
 def encode_reward_input(components: Components, problem: Problem, completion: str) -> list[int]:
     """The reward model's input as token ids, at most `reward.max_tokens` of them.
 
-    Only a reference that does not fit raises ValueError, and references are checked beforehand: those of data
-    files at setup, those that the policy wrote in `propose_pairs`.  Otherwise one response could end the run,
-    and end it again after every restart.
+    Question and completion are truncated as far as necessary, so that no sampled response can end the run: a
+    resumed run would sample it again.  References are never truncated, and one that does not fit raises
+    ValueError.  They are therefore checked earlier: those of data files at setup, and those that the policy
+    wrote in `reward_stages.request_pairs`.
     """
     return prompts.encode_verifier_input(
         components.reward_bundle.model.tokenizer,
@@ -38,7 +39,7 @@ def encode_reward_input(components: Components, problem: Problem, completion: st
         problem.reference,
         completion,
         components.settings.reward.max_tokens,
-        last_resort=True,  # shorten question and completion as far as necessary instead of raising
+        truncate_below_minimum=True,
     )
 
 
@@ -74,7 +75,7 @@ def score_responses(
     return hosts.fetch_arrays(logits)[: len(rows)]
 
 
-def scores_during_rollout(components: Components) -> bool:
+def can_score_during_rollout(components: Components) -> bool:
     """True if the reward model has its own devices, which would be idle while the policy samples."""
     return components.reward is not None and components.reward.layout != components.layout
 
@@ -99,7 +100,7 @@ class ResponseGrader:
         self._pending_verdicts: dict[int, Any] = {}  # handles of `rule.submit`, for `rule.collect`
 
         self._scorer = None
-        if reward is not None and scores_during_rollout(components):
+        if reward is not None and can_score_during_rollout(components):
             self._scorer = _OverlappedScorer(components, reward.params)
 
     def add_group(self, index: int, responses: Sequence[Completion]) -> None:
@@ -152,7 +153,7 @@ class _OverlappedScorer:
         # Responses that do not fill a microbatch yet: (row, token ids).
         self._waiting: list[tuple[int, list[int]]] = []
 
-        # Launched microbatches: (rows, logits f32[batch_rows], of which those beyond `rows` are padding).
+        # Launched microbatches: (rows, logits f32[batch_rows]); logits beyond those of `rows` are padding.
         self._running: list[tuple[list[int], jax.Array]] = []
 
     def add(self, first_row: int, problem: Problem, completions: Sequence[Completion]) -> None:

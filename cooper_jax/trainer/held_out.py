@@ -59,7 +59,7 @@ def evaluate_held_out(components: Components, state: State) -> Metrics:
 def _evaluate_responses(components: Components, state: State, temperature: float) -> Metrics:
     """Sample responses to all held-out problems and measure them."""
     oracle = components.oracle
-    completions = policy_stages.sample_held_out(components, state.policy.params, temperature)
+    completions = policy_stages.sample_held_out_responses(components, state.policy.params, temperature)
     samples = len(completions) // len(components.held_out)
     problems = [components.held_out[n // samples] for n in range(len(completions))]
 

@@ -43,7 +43,7 @@ def train(cfg: ConfigDict) -> None:
     with setup_errors("run_dir"):
         path = run_path(cfg)
 
-    # The stack closes its parts in reverse order; the run directory's lock is released last.
+    # The stack exits its contexts in reverse order, so the run directory's lock is released last.
     with contextlib.ExitStack() as stack:
         with setup_errors("run_dir"):
             check_shared(path)
@@ -71,7 +71,7 @@ def train(cfg: ConfigDict) -> None:
                 state, metrics, record = cooper_step(components, state, phases)
                 metrics |= measure_speed(record, time.perf_counter() - start_time)
 
-                # The step is complete and will be saved: it is logged even if a SIGTERM ends the evaluation.
+                # The step is complete and will be saved.  It is logged even if a SIGTERM ends the evaluation.
                 try:
                     if settings.eval.every and state.step % settings.eval.every == 0:
                         with phases.phase("eval"):
@@ -88,7 +88,7 @@ def train(cfg: ConfigDict) -> None:
             save_last_step(components, state, run, checkpoints)
             raise
 
-        # The last checkpoint may still be in the background; a failed write must end the run with an error.
+        # The last checkpoint may not be written yet.  If its write fails, the run must end with an error.
         with setup_errors("checkpoint"):
             checkpoints.wait()
     hosts.print_once(
@@ -120,9 +120,11 @@ def save_last_step(components: Components, state: State, run: RunDirectory, chec
     with setup_errors("checkpoint"):
         checkpoints.wait()  # an earlier save may be running in the background
 
-        # Before step 0 is saved, the state may be in the middle of a supervised phase.
+        # Without a checkpoint of step 0 a supervised phase was interrupted, and its state cannot be saved.
         if not checkpoints.steps():
-            hosts.print_once("stopped by a signal before step 0 was saved; the same command starts again")
+            hosts.print_once(
+                "stopped by a signal before step 0 was saved; the same command starts from the beginning"
+            )
             return
         if state.step not in checkpoints.steps():
             save_checkpoint(components, state, run, checkpoints)
@@ -137,12 +139,13 @@ def describe_run(components: Components) -> str:
 
     # The policy's mesh, then the meshes of models with their own devices.
     mesh = _describe_mesh(layout)
-    own_layouts = {"reference": components.policy.reference_layout}
+    other_layouts = {}
     if components.reward is not None:
-        own_layouts = {"reward": components.reward.layout} | own_layouts
-    for name, own in own_layouts.items():
-        if own != layout:
-            mesh += f", {name} {_describe_mesh(own)}"
+        other_layouts["reward"] = components.reward.layout
+    other_layouts["reference"] = components.policy.reference_layout
+    for name, other_layout in other_layouts.items():
+        if other_layout != layout:
+            mesh += f", {name} {_describe_mesh(other_layout)}"
     if jax.process_count() > 1:
         mesh += f" on {jax.process_count()} hosts"
 
