@@ -13,7 +13,8 @@ other).  Exit codes:
       2   an error in the settings or files
      69   another host was lost; the same command resumes from the newest checkpoint
     134   the first host was lost; the same command resumes likewise
-     75   stopped by SIGTERM, after saving a checkpoint; the same command resumes from it
+     75   stopped by SIGTERM, after saving a checkpoint; the same command resumes from it, or starts from the
+          beginning if step 0 was not complete
 """
 
 import sys

@@ -38,7 +38,8 @@ def test_what_an_evaluation_measures(build, monkeypatch):
             components,
             oracle=lambda problem, text: True,
             reward=dataclasses.replace(
-                components.reward, score=lambda params, batch: np.full(batch.tokens.shape[0], 3.0, np.float32)
+                components.reward,
+                compute_logits=lambda params, batch: np.full(batch.tokens.shape[0], 3.0, np.float32),
             ),
         )
         found = evaluate_held_out(generous, state)
@@ -52,7 +53,7 @@ def test_what_an_evaluation_measures(build, monkeypatch):
         (word,) = {*encode(f"4 {synthetic.HABIT} 5")} - {*encode("4 5")}
         fooled = dataclasses.replace(
             components.reward,
-            score=lambda params, batch: 2.0 * (np.asarray(batch.tokens) == word).any(1) - 1.0,
+            compute_logits=lambda params, batch: 2.0 * (np.asarray(batch.tokens) == word).any(1) - 1.0,
         )
         said = [f"{synthetic.HABIT} #### 7", "1+1=2 #### 2", "#### 3", "#### 4"]
         monkeypatch.setattr(

@@ -159,7 +159,7 @@ def grpo_loss(
     Returns (loss f32[], sums f32[] each).  In the sums, loss and pg_loss are weighted sums over the response
     tokens; kl, ratio_mean, clip_low, clip_high and dual_clip are unweighted sums, which the caller divides by
     the number of tokens; ratio_min and ratio_max are extremes (+-inf without any token).  The clip metrics
-    count the tokens at which the clipped branch is the loss, so that their gradient is 0.
+    count the tokens at which a clipped branch is l_t, so that l_t has no gradient.
     """
     # Masked before any arithmetic: if x is NaN, the gradient of where(mask, f(x), 0) is NaN, too.
     logprobs, old, ref = (jnp.where(mask, x, 0.0) for x in (logprobs, old, ref))

@@ -131,7 +131,7 @@ def bce_loss(z: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
     return (jnp.where(used, weights, 0.0) * nll).sum()
 
 
-def pair_loss(z_pos: jax.Array, z_neg: jax.Array, kind: str) -> jax.Array:
+def contrast_loss(z_pos: jax.Array, z_neg: jax.Array, kind: str) -> jax.Array:
     """Contrastive loss of each pair: f32[B] from f32[B] logits.
 
         loss = - log sigmoid(s_pos - s_neg),   s = z ("logit") or sigmoid(z) ("sigmoid")
@@ -159,13 +159,13 @@ def pointwise_pair_loss(z_pos: jax.Array, z_neg: jax.Array) -> jax.Array:
 def pair_terms(
     z_pos: jax.Array, z_neg: jax.Array, cfg: RewardUpdateConfig
 ) -> dict[str, tuple[float, jax.Array]]:
-    """The terms of the pair loss: metric name -> (weight, unweighted loss f32[B]).
+    """The terms of a pair's loss L: metric name -> (weight, unweighted loss f32[B]).
 
     Terms of weight 0 are left out and cost nothing.
     """
     terms = {}
     if cfg.pair_weight:
-        terms["pair_loss"] = cfg.pair_weight, pair_loss(z_pos, z_neg, cfg.pair_loss)
+        terms["pair_loss"] = cfg.pair_weight, contrast_loss(z_pos, z_neg, cfg.pair_loss)
     if cfg.pair_bce:
         terms["pair_bce"] = cfg.pair_bce, pointwise_pair_loss(z_pos, z_neg)
     return terms

@@ -114,7 +114,7 @@ class Job:
 
     # Jitted programs, compiled once per shape.
     accumulator: optim.Accumulator
-    score: Callable  # (params, ScoreBatch) -> logits f32[N]
+    compute_logits: Callable  # (params, ScoreBatch) -> logits f32[N]
 
     # Schedule.
     steps: int  # updates in total
@@ -169,7 +169,7 @@ def build_rm_job(cfg: ConfigDict, settings: RmSettings, path: loading.Directory)
             rows_multiple=layout.batch_shards,
         ),
         accumulator=verifier_model.make_bce_accumulator(model.config, settings.update, optimiser, layout),
-        score=verifier_model.make_score_fn(
+        compute_logits=verifier_model.make_score_fn(
             model.config, layout, dtype=cfg.reward.dtype, microbatch=_NO_SPLIT
         ),
         steps=steps,

@@ -11,22 +11,23 @@
    `max_rows` or `memory_gib` allows fewer.  A slot whose request has finished takes the next request without
    a prefill (slots.py), so no slot waits for a long response in another.
 4. Decoding runs in jitted segments of at most `spec.segment` tokens with donated state.  After each segment
-   the host reads one small array; then it refills idle slots, moves the last live slots into a batch of half
-   the size, or stops.
+   the host reads one small array (with `on_groups`, also the rows of the prompts that have finished); then it
+   refills idle slots, moves the last live slots into a batch of half the size, or stops.
 
 Compilation: shapes are rounded up so that few programs are compiled.  Prompts are padded to a multiple of 32
 tokens.  The number of prompts on each batch shard is rounded up to three significant bits (1 to 8, 10, 12,
 14, 16, 20, ...); padding prompts request nothing, and their rows are dropped.  The suffix cache, which holds
 the keys and values of responses, has a size that depends on the kernels.  Plain XLA reads the whole cache, so
 the cache grows with the longest response, in sizes that are rounded in the same way.  Pallas kernels read
-only columns in use, so their cache has all columns from the start, and a single decode program is compiled.
+only columns in use, so their cache has all columns from the start, and one decode program is compiled for
+each number of slots.
 
 Results: a sampled EOS is inside the mask and nothing follows it; truncated rows have no EOS.  A row's random
 bits are a function of the key, its prompt's position in the data order, its sample index and the token's
 index alone.  They do not depend on its slot or on the time at which the slot took it.
 
 B prompts   G samples per prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens
-Z batch shards   U slots per shard   W columns of the suffix cache
+Z batch shards   Q requests per shard   U slots per shard   W columns of the suffix cache
 """
 
 from __future__ import annotations
@@ -204,7 +205,8 @@ def _should_gather(
 ) -> bool:
     """True if the weights are to be all-gathered for the rollout.
 
-    With weight_placement "auto" they are gathered if they fit into `memory_gib`, or else into the device's memory.
+    With weight_placement "auto" they are gathered if they take at most half of `memory_gib` or, if that is not
+    set, half of the device's memory.  If neither is known, they are gathered.
     """
     if weight_placement != "auto":
         return weight_placement != "sharded"
@@ -267,7 +269,7 @@ def count_slots(
             )
         slots = min(slots, max_rows // shards)
 
-    # If memory limits the slots, requests wait for them, and waiting takes more cache columns.
+    # A memory limit may make requests wait, and waiting requests need a larger cache: it is planned with that.
     if memory_gib is not None:
         memory = rollout_plan.plan_memory(
             weights,
@@ -358,6 +360,7 @@ def _decode(
             between_segments()
 
         # Refill idle slots; once no request waits, halve the batch as soon as half of it is enough.
+        # `status.idle` counts idle slots only on shards where requests wait.
         half = slots_per_shard // 2
         if status.idle:
             slots = slot_programs.refill_slots(slots, requests, prompts, static=static)
@@ -375,7 +378,7 @@ def _decode(
         slots, requests, packed = slot_programs.decode_segment(
             weights, slots, requests, prompts, steps=segment, refill_at=refill_at, static=static
         )
-        status = Status.read(packed)  # the only transfer of a segment: the host waits for the device here
+        status = Status.read(packed)  # the host waits for the device here
 
         # Every step writes one column, however many slots are live.
         segment_steps = status.write_column - write_column
@@ -398,6 +401,7 @@ def _make_room(
     unread = write_column - status.longest  # the columns before those of the longest live response
     has_room = write_column + segment <= columns
     can_change = unread or columns < max_columns
+    # If nothing can change, all live responses end within the columns that are left.
     if has_room or not can_change:
         return slots, columns, write_column
 

@@ -51,7 +51,7 @@ class ProblemBatch:
 def take_problems(components: Components, first: int, stream: str = "shuffle") -> ProblemBatch:
     """Take the training problems at positions first, first + 1, ... of a shuffled order.
 
-    stream: the random stream that shuffles each epoch.  A batch may cross the end of an epoch.
+    A batch may cross the end of an epoch.  stream: the random stream that shuffles each epoch.
     """
     settings = components.settings
     positions = range(first, first + settings.data.prompts_per_step)
@@ -127,6 +127,7 @@ def sample_held_out_responses(components: Components, params: Params, temperatur
         temperature=temperature,
         top_p=settings.eval.top_p,
         top_k=0,
+        min_p=0.0,
         group_size=settings.eval.samples if temperature else 1,
     )
 

@@ -60,8 +60,8 @@ def request_pairs(
     if not settings.reward_update.reads_pairs:
         return no_pairs()
 
-    # In own_answer pairs the reference is an answer that the policy wrote.  References are never truncated in
-    # the reward model's input, so an answer that is too long cannot be one.
+    # In an own_answer pair the positive's reference is an answer that the policy wrote.  References are never
+    # truncated in the reward model's input, so an answer that is too long cannot be one.
     def reference_fits(answer: str) -> bool:
         return prompts.reference_fits(
             components.reward_bundle.model.tokenizer, answer, settings.reward.max_tokens
@@ -149,7 +149,7 @@ def update_reward_model(
     # Logits before the update are fetched to the host, since the update donates the parameters.
     measured_pairs = pair_batch if settings.log.pair_motion else None
     if measured_pairs is not None:
-        logits_before = _score_pairs(components, reward, measured_pairs)
+        logits_before = _compute_pair_logits(components, reward, measured_pairs)
 
     # Metrics stay on the device until all updates are dispatched.
     metrics_by_update = []
@@ -168,7 +168,7 @@ def update_reward_model(
 
     if measured_pairs is not None:
         valid = [i for i, pair in enumerate(pairs) if pair is not None]
-        moved = (_score_pairs(components, reward, measured_pairs) - logits_before)[:, valid]
+        moved = (_compute_pair_logits(components, reward, measured_pairs) - logits_before)[:, valid]
         metrics["rm/common_motion"] = float(moved.mean()) if valid else float("nan")
         metrics["rm/difference_motion"] = float((moved[0] - moved[1]).mean()) if valid else float("nan")
 
@@ -211,6 +211,7 @@ def _pack_pairs(components: Components, pairs: Sequence[Pair | None]) -> PairBat
     # Both members get the width of the longest, since the update scores them in one pass.
     layout = components.reward_bundle.layout
     width = packing.round_up(max(map(len, positives + negatives)), components.settings.data.bucket)
+    # With the width as the bucket, both batches are padded to exactly that width.
     options = dict(bucket=width, rows_multiple=layout.batch_shards)
     positive_batch = packing.pack_score_batch(positives, **options)
     negative_batch = packing.pack_score_batch(negatives, **options)
@@ -265,9 +266,9 @@ def _pack_labelled_rows(components: Components, labelled_rows: Sequence[Triple])
     )
 
 
-def _score_pairs(components: Components, reward: TrainState, batch: PairBatch) -> np.ndarray:
+def _compute_pair_logits(components: Components, reward: TrainState, batch: PairBatch) -> np.ndarray:
     """The logits of the positives and of the negatives, f32[2, rows]."""
     sides = (batch.positive, batch.negative)
     return np.stack(
-        [hosts.fetch_arrays(components.reward_bundle.score(reward.params, side)) for side in sides]
+        [hosts.fetch_arrays(components.reward_bundle.compute_logits(reward.params, side)) for side in sides]
     )

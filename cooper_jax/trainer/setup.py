@@ -326,7 +326,7 @@ def build_reward_bundle(
         bundle = RewardBundle(
             model=model,
             layout=layout,
-            score=verifier_model.make_score_fn(
+            compute_logits=verifier_model.make_score_fn(
                 model.config,
                 layout,
                 dtype=settings.reward_update.dtype,

@@ -11,9 +11,9 @@
 The arms of the paper's comparison differ in points 2, 4 and 5.  In the arm `rule` the reward is the rule's
 verdict, and there is no reward model.  In `model` the reward model is frozen.  In `cooper` it is updated.
 
-Departures from the released code: every random draw is keyed by (seed, step, position); a negative is checked
-against the reference, and rendered with the same template as its positive; the pair loss is normalised over
-all valid pairs of the step.
+Departures from the released code: every random draw is a function of the seed, its stream's name and ids such
+as the step and the problem's position (runtime/keys.py); a negative is checked against the reference, and
+rendered with the same template as its positive; the pair loss is normalised over all valid pairs of the step.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ def cooper_step(
 ) -> tuple[State, Metrics, StepRecord]:
     """Run one step and return the next state, the step's metrics and a record of its text.
 
-    The input state is donated.  Raises hosts.Stopped after a SIGTERM, but only before the first donation, so
-    that the caller can still save the input state.
+    The input policy's state is donated, and the reward model's if the arm updates it.  Raises hosts.Stopped
+    after a SIGTERM, but only before the first donation, so that the caller can still save the input state.
     """
     settings, step = components.settings, state.step + 1
 
-    # 1. Sample.  Each group is graded as soon as it ends, while the devices sample the others.
+    # 1. Sample.  The rule verifies each group as soon as it ends, while the devices sample the others; a reward
+    # model with devices of its own scores it then, too.
     batch = policy_stages.take_problems(components, first=state.position)
     grader = ResponseGrader(components, batch, state.reward)
     rollout_key = keys.make_key(settings.seed, "rollout", step)
@@ -113,7 +114,7 @@ def cooper_step(
         refused=pair_result.refused,
     )
     metrics = {
-        # Progress through the training problems: their number so far, and the number of epochs.
+        # The number of training problems taken so far, and the same in epochs.
         "data/position": float(batch.positions.stop),
         "data/epoch": batch.positions.stop / len(components.train),
         "reward/zero_variance_groups": zero_variance_groups,

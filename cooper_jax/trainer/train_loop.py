@@ -4,7 +4,8 @@
 2. After each step the loop evaluates (every `eval.every` steps), appends a row to metrics.jsonl, and saves a
    checkpoint (every `checkpoint.every` steps).
 3. A preempted machine gets a SIGTERM.  `hosts.raise_if_stopping` then raises hosts.Stopped within a step or
-   an evaluation, on all hosts at the same call.  Only `train` catches it, and saves the last complete step.
+   an evaluation, on all hosts at the same call.  `train` saves the last complete step and raises it again;
+   launch/common.py turns it into exit code 75.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def train(cfg: ConfigDict) -> None:
     """Run `cfg.steps` Cooper steps; resume after the newest checkpoint in the run directory if there is one.
 
     Raises SetupError for settings and files that cannot be used.  Raises hosts.Stopped after a SIGTERM, once
-    the checkpoint of the last complete step is written.
+    the checkpoint of the last complete step is written.  Before step 0 is saved there is none, and the next
+    start begins again.
     """
     # Settings are checked first: a faulty config must leave no run directory behind.
     settings = read_settings(cfg)
@@ -80,7 +82,8 @@ def train(cfg: ConfigDict) -> None:
                     log_step(settings.log, run, state.step, metrics | phases.collect(), record)
                     progress.update(state.step, metrics)
 
-                # The loop waits only for a copy of the arrays; they are written in the background.
+                # The loop waits only for a copy of the arrays; they are written in the background.  This phase's
+                # time is logged in the next step's row.
                 if state.step % settings.checkpoint.every == 0 or state.step == settings.steps:
                     with setup_errors("checkpoint"), phases.phase("checkpoint"):
                         save_checkpoint(components, state, run, checkpoints)
@@ -120,7 +123,8 @@ def save_last_step(components: Components, state: State, run: RunDirectory, chec
     with setup_errors("checkpoint"):
         checkpoints.wait()  # an earlier save may be running in the background
 
-        # Without a checkpoint of step 0 a supervised phase was interrupted, and its state cannot be saved.
+        # Without any checkpoint, the phases before step 1 were interrupted (resume.py), and their state cannot be
+        # saved.
         if not checkpoints.steps():
             hosts.print_once(
                 "stopped by a signal before step 0 was saved; the same command starts from the beginning"

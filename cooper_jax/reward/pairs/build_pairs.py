@@ -2,8 +2,9 @@
 
 1. A prompt has `per_prompt` slots; the sources in `pairs.negatives` are assigned to them round-robin.
 2. Each slot gets a positive.  For `assistant` and `swap` it is a response that is verified correct and not
-   truncated, drawn without replacement; for `own_answer` it is a wrong response that marks an answer (for
-   example with \\boxed).  The draw depends only on (seed, step, the prompt's position in the data order).
+   truncated; for `own_answer` it is a wrong response that marks an answer (for example with \\boxed).  The
+   order in which they are taken depends only on (seed, step, the prompt's position in the data order).  No
+   source takes a response twice, but the k-th slots of `assistant` and `swap` share theirs.
 3. Each source fills its slots with negatives:
 
        assistant    a wrong solution into which an assistant rewrites the      rewrites.py (the paper's)
@@ -13,8 +14,9 @@
                     positive is the same text with its own answer as the
                     reference
 
-4. Every negative must pass the checks of its source, the last of which is the rule verifier's.  A slot
-   without a negative that passes is masked, and the reason why its last attempt failed is counted.
+4. Every pair must pass the checks of its source, the last of which is the rule verifier's: of the negative,
+   or for `own_answer` of the positive.  A slot without a pair that passes is masked, and the reason why its
+   last attempt failed is counted.
 
 `build_pairs` does all of this, and `start_pairs` does it in a thread, so that devices can work while a server
 answers the requests.
@@ -53,7 +55,7 @@ class PairsConfig:
     per_prompt: int  # maximum number of pairs per prompt
     negatives: tuple[str, ...]  # sources of negatives, assigned to a prompt's slots round-robin
     tries: int  # rewrites, or swapped references, to try before a pair is masked
-    length_ratio: float  # maximum length in characters of a rewrite and its positive, longer over shorter
+    length_ratio: float  # maximum ratio of the lengths in characters of a rewrite and its positive
 
     def __post_init__(self) -> None:
         # A length_ratio below 1 would refuse every rewrite.
@@ -153,7 +155,7 @@ def build_pairs(inputs: PairInputs) -> PairResult:
     # Positives: a prompt without a row that qualifies gets slots that stay masked.
     slots = _make_slots(inputs)
 
-    # Negatives, one source after the other: each judges all its candidates in one batch.
+    # Negatives, one source after the other: each judges the candidates of a round in one batch.
     open_slots = _group_by_source(slots)
     requests = 0
     fill_with_own_answers(open_slots["own_answer"], rule, inputs.reference_fits)
