@@ -36,7 +36,8 @@ def test_who_moves_in_a_step(build, tmp_path):
         assert int(moved.updates) == updates + 1 and all(unchanged(policy, state.policy.params))
 
 
-def test_each_response_is_submitted_once_as_its_group_ends(build):
+@pytest.mark.parametrize("own_devices", [False, True])
+def test_each_response_is_submitted_once_as_its_group_ends(build, own_devices):
     """Groups may end in any order; verdicts and scores come in the order of the rows."""
 
     class Counting(Undecided):
@@ -46,7 +47,10 @@ def test_each_response_is_submitted_once_as_its_group_ends(build):
             self.submitted.append(list(items))
             return super().submit(items)
 
-    with build() as (components, state):
+    # A reward model on devices of its own scores while others are sampled: four responses, then the other two.
+    meshes = {"mesh.data": 1, "mesh.reward": "1x1x1"} if own_devices else {}
+    with build(2 if own_devices else 1, **meshes) as (components, state):
+        assert grading.scores_during_rollout(components) == own_devices
         components = dataclasses.replace(components, rule=Counting())
         problems = policy_stages.take_problems(components, first=0)
         texts = [[Completion(f"{b} and {g} #### {b}") for g in range(G)] for b in range(B)]
