@@ -447,5 +447,9 @@ def log_section() -> ConfigDict:
     # Measure how far each update of the reward model moves the logits of its pairs, which costs two more
     # forward passes over the pairs
     c.pair_motion = False
+    # Steps between measurements of giveaways: how well n-grams, length and layout alone tell the last rewrites
+    # from their positives (pairs/giveaway_auroc; 0.5: not at all); 0: never
+    c.giveaway_every = 10
+    c.giveaway_pairs = 256  # number of last rewrites that are measured, which checkpoints keep
     c.tensorboard = True  # write TensorBoard events beside metrics.jsonl
     return c
