@@ -29,7 +29,11 @@ def get_config() -> ConfigDict:
 
     # --- language models that write text on request ---
     # Rewrites positives into negatives.  A third kind, corrupt, changes numbers at random instead.
-    c.assistant = chat_section("corrupt", max_new_tokens=512, temperature=0.7, top_p=0.95)
+    # Its max_new_tokens=0 limits each rewrite to the positive's number of words + 500, so that none is cut.
+    c.assistant = chat_section("corrupt", max_new_tokens=0, temperature=0.7, top_p=0.95)
+    # The request for a rewrite.  careful (ours): one plausible mistake, carried to another final answer, in the
+    # positive's style; released (the authors' intent in our words): wrong and misleading throughout
+    c.assistant.prompt = "careful"
     # Judges in launch/annotate.py and launch/evaluate.py if a completion's final answer equals the reference.
     c.judge = chat_section("openai", max_new_tokens=256, temperature=0.0, top_p=1.0)
     # Writes the completions that launch/annotate.py labels.
