@@ -29,7 +29,11 @@ def get_config() -> ConfigDict:
 
     # --- language models that write text on request ---
     # Rewrites positives into negatives.  A third kind, corrupt, changes numbers at random instead.
-    c.assistant = chat_section("corrupt", max_new_tokens=512, temperature=0.7, top_p=0.95)
+    # Its max_new_tokens=0 limits each rewrite to the positive's number of words + 500, so that none is cut.
+    c.assistant = chat_section("corrupt", max_new_tokens=0, temperature=0.7, top_p=0.95)
+    # The request for a rewrite.  careful (ours): one plausible mistake, carried to another final answer, in the
+    # positive's style; released (the authors' intent in our words): wrong and misleading throughout
+    c.assistant.prompt = "careful"
     # Judges in launch/annotate.py and launch/evaluate.py if a completion's final answer equals the reference.
     c.judge = chat_section("openai", max_new_tokens=256, temperature=0.0, top_p=1.0)
     # Writes the completions that launch/annotate.py labels.
@@ -447,5 +451,9 @@ def log_section() -> ConfigDict:
     # Measure how far each update of the reward model moves the logits of its pairs, which costs two more
     # forward passes over the pairs
     c.pair_motion = False
+    # Steps between measurements of giveaways: how well n-grams, length and layout alone tell the last rewrites
+    # from their positives (pairs/giveaway_auroc; 0.5: not at all); 0: never
+    c.giveaway_every = 10
+    c.giveaway_pairs = 256  # number of last rewrites that are measured, which checkpoints keep
     c.tensorboard = True  # write TensorBoard events beside metrics.jsonl
     return c

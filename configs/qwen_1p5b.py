@@ -21,13 +21,13 @@ Comments name the source of each value: "paper"; "released" (the authors' code, 
                policy: lr = 1e-6, warmup_steps = 20, aggregation = token_mean, dual_clip = 3, kl_coef = 0.001,
                kl_clamp = 10, epochs = 1, minibatches = 1 (a minibatch is the whole batch)
                reward: lr = 1e-5, pair_loss = logit; weight_decay = 0.01 of both optimisers
-               assistant.temperature = 0.7, pairs.tries = 3
+               assistant.temperature = 0.7, pairs.tries = 3, and the limit of a rewrite (max_new_tokens = 0)
     ours       steps = 180, where the authors' published curves end; the released example trains 15 epochs
                data.prompts_per_step = 128; the released example, for one GPU, has 4
                data.instruction, policy.microbatch = 64, reward.max_tokens = 2048
                reward.optimiser.warmup_steps = 0; released: 1 % of the run's steps
                assistant.top_p = 0.95; released: not set
-               assistant.max_new_tokens = 512; released: the positive's number of words + 500
+               assistant.prompt = careful, harder negatives than those of `released`
                eval.every = 20 steps, on eval.problems = 256
 """
 

@@ -17,6 +17,7 @@ from cooper_jax.llm import chat as chats
 from cooper_jax.reward import assistants
 from cooper_jax.reward.assistants import Failure, Request
 from cooper_jax.reward.corruption import corrupt_answer
+from cooper_jax.settings import cross_checks
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Problem
 
@@ -181,6 +182,52 @@ def test_local_parses_replies_and_keeps_truncation():
         assistants.make_assistant(config("local"), lambda m, i: [Completion("a")] * 2).rewrite([request()])
 
 
+def test_the_prompts_differ_in_what_they_ask_for_and_show():
+    def text(name):
+        ((role, text),) = assistants.make_rewrite_messages(request(positive="So 6 * 7 = 42 ."), name)
+        assert role == "user" and "How many?" in text and "So 6 * 7 = 42 ." in text
+        return text
+
+    assert "one plausible mistake" in text("careful") and "\n20\n" in text("careful")
+    assert "wrong from its beginning to its end" in text("released") and "20" not in text("released")
+
+
+@pytest.mark.parametrize("name", ["careful", "released"])
+def test_no_rewrite_of_a_long_positive_is_cut(name):
+    """The limit is the positive's number of words + 500, and a local reply beyond its own is truncated."""
+    requests = [request(0, positive="word " * 3), request(1, positive="word " * 2000), request(2)]
+    replies = [Completion("a", tokens=504), Completion("b", tokens=2500), Completion("c", tokens=507)]
+    rewrite = assistants.RewriteConfig(name)
+    made = assistants.make_assistant(config("local"), lambda messages, ids: replies, rewrite)
+    assert [reply.truncated for reply in made.rewrite(requests)] == [True, False, False]
+    limited = assistants.make_assistant(
+        config("local", max_new_tokens=600), lambda messages, ids: replies, rewrite
+    )
+    assert limited.rewrite(requests) == replies
+
+
+def test_an_unknown_prompt_and_a_limit_that_cuts_are_refused():
+    section = base.get_config().assistant
+    assert assistants.RewriteConfig.from_config(section).prompt == "careful"
+    section.prompt = "rude"
+    with pytest.raises(SetupError, match="assistant.prompt='rude': it is one of careful, released"):
+        assistants.RewriteConfig.from_config(section)
+    with pytest.raises(SetupError, match="assistant.max_new_tokens=-1: it must be at least 0"):
+        config("local", max_new_tokens=-1)
+    judge = base.get_config().judge
+    judge.max_new_tokens = 0
+    with pytest.raises(SetupError, match="judge.max_new_tokens=0: it must be at least 1"):
+        chats.ChatConfig.from_config(judge, "judge")
+
+    cfg = base.get_config()
+    cfg.assistant.update(kind="local", weights="somewhere", max_new_tokens=511)
+    with pytest.raises(SetupError, match="assistant.max_new_tokens=511 cuts the rewrites .* 512 tokens"):
+        cross_checks.check_cross_sections(cfg)
+    for limit in (0, 512):
+        cfg.assistant.max_new_tokens = limit
+        cross_checks.check_cross_sections(cfg)
+
+
 # --- openai ----------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +261,9 @@ def test_openai_sends_what_it_should(openai):
     assert (body["model"], body["temperature"], body["top_p"], body["max_tokens"]) == ("m", 0.5, 0.9, 17)
     sent = [(m["role"], m["content"]) for m in body["messages"]]
     assert sent == prompts.make_negative_messages("How many?", "20", "14 + 6 = 20 #### 20")
+    by_words, other = openai(lambda n, body: chat("It is 21."))
+    by_words.rewrite([request(), request(1, positive="word " * 700)])
+    assert sorted(body["max_tokens"] for _, _, body in other.requests) == [507, 1200]
     seeds = [body["seed"] for _, _, body in server.requests]
     assert seeds[0] == seeds[1] != seeds[2]
 

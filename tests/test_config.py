@@ -16,6 +16,7 @@ from cooper_jax.data.data_config import DataConfig
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.model.model_source import ArchConfig, ModelSource
 from cooper_jax.policy.losses import PolicyConfig
+from cooper_jax.reward.assistants import RewriteConfig
 from cooper_jax.reward.pairs.build_pairs import PairsConfig
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.rollout.rollout_config import RolloutConfig
@@ -60,7 +61,7 @@ TYPED = {
     "reward.optimiser": (OptimiserConfig,),
     "pairs": (PairsConfig,),
     "rule": (RuleConfig,),
-    "assistant": (ChatConfig, *MODEL),
+    "assistant": (ChatConfig, RewriteConfig, *MODEL),
     "assistant.arch": (ArchConfig,),
     "judge": (ChatConfig, *MODEL),
     "judge.arch": (ArchConfig,),

@@ -39,6 +39,22 @@ def test_a_resumed_run_holds_no_more_memory_than_a_fresh_one(build, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_resumed_run_measures_the_rewrites_of_a_whole_one(build, tmp_path):
+    def run(path, count):
+        with build() as (components, state), begun(components, state, path) as (state, run, kept):
+            for _ in range(count):
+                state, metrics, _ = cooper_step(solved(components), state, PhaseTimer())
+                run.log(state.step, metrics)
+            save_checkpoint(components, state, run, kept)
+            return state.recent_rewrites
+
+    whole = run(tmp_path / "whole", 2)
+    first = run(tmp_path / "parts", 1)
+    assert run(tmp_path / "parts", 1) == whole and len(whole.rewrites) > len(first.rewrites) > 0
+    assert all(rewrite.negative == rewrite.positive + " not" for rewrite in whole.rewrites)
+
+
+@pytest.mark.slow
 def test_a_resumed_run_remembers_what_it_would_have(build, tmp_path):
     """One step, a restart and another are two steps, bit for bit: warm-up, replay and all terms included."""
     whole, metrics, replay, warm = steps(build, tmp_path / "whole", 2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cooper_jax.configs import tiny
+from cooper_jax.reward.pairs.giveaway_probe import RecentRewrites, Rewrite
 from cooper_jax.runtime import hosts
 from cooper_jax.trainer import train_loop
 from cooper_jax.trainer.samples import StepRecord
@@ -52,6 +53,7 @@ def record():
 def parts(monkeypatch, tmp_path):
     """The loop with steps that count, and all that surrounds them replaced."""
     made = types.SimpleNamespace(run=Run(), checkpoints=Checkpoints(), evaluated=[], said=[], stops=set())
+    made.rewrites = RecentRewrites()
 
     def stop(*place):
         if place in made.stops:
@@ -64,7 +66,8 @@ def parts(monkeypatch, tmp_path):
 
     def step(components, state, phases):
         stop("step", state.step + 1)
-        return types.SimpleNamespace(step=state.step + 1), {"reward/mean": 0.5}, record()
+        after = types.SimpleNamespace(step=state.step + 1, recent_rewrites=made.rewrites)
+        return after, {"reward/mean": 0.5}, record()
 
     def evaluate(components, state):
         stop("evaluation", state.step)
@@ -109,6 +112,23 @@ def test_a_run_logs_evaluates_and_saves_when_each_is_due(parts):
     assert parts.run.sampled == [1, 2, 4]  # the first step is always sampled
     row = parts.run.rows[2]
     assert row["time/tokens_per_second"] == pytest.approx(4 / row["time/step"]) and "time/eval" in row
+
+
+def test_giveaways_are_measured_when_due_and_reported_once(parts):
+    parts.rewrites = RecentRewrites(
+        tuple(Rewrite(f"q {i}", f"So {i} is it.", f"Well, so {i} is it.") for i in range(200))
+    )
+    cfg = config()
+    cfg.log.giveaway_every = 2
+    train_loop.train(cfg)
+    measured = {step: row["pairs/giveaway_auroc"] for step, row in parts.run.rows.items() if step % 2 == 0}
+    assert measured == {2: 1.0, 4: 1.0}
+    assert not any("pairs/giveaway_auroc" in parts.run.rows[step] for step in (1, 3, 5))
+    assert sum("pairs/giveaway_auroc=1.00" in text for text in parts.said) == 1
+    cfg.reward.arm = "model"  # which makes no pairs
+    parts.run.rows.clear()
+    train_loop.train(cfg)
+    assert not any("pairs/giveaway_auroc" in row for row in parts.run.rows.values())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ r"""All prompt templates: the text around questions, references and completions.
   3. An input that is too long is truncated between tokens: first inside C, then inside Q.  The shortened
      string is encoded like any other.  C keeps its head, its tail (at least half of the kept tokens) and its
      final answer, wherever that is.  A and the tags are never truncated.
-* `make_negative_messages`, `parse_negative`: the assistant's rewriting of a correct solution.
+* `make_negative_messages`, `make_misleading_messages`, `parse_negative`: the assistant's rewriting of a correct
+  solution, by either of two prompts.
 * `make_judge_messages`, `parse_judgement`: the LLM judge of hybrid annotation.
 * `extract_answer`: the final answer of a completion, for truncation; the rule verifier has its own parser.
 
@@ -22,8 +23,8 @@ completions alone.
 
 Departures from the authors' code: their code truncates by characters, in RL but not in training, and from the
 right, which removes the final answer and the closing tag first.  It does not remove tags.  The assistant's
-prompt is ours: the authors' prompt (recipe/cooper/collaborate.py) asks for a response that is wrong
-throughout, and does not show the reference answer.  The judge's prompt is ours too; theirs is not published.
+default prompt is ours; the other one has the intent of the authors' prompt (recipe/cooper/collaborate.py), a
+response that is wrong throughout, in our words.  The judge's prompt is ours too; theirs is not published.
 """
 
 from __future__ import annotations
@@ -319,6 +320,27 @@ def make_negative_messages(question: str, reference: str, positive: str) -> Mess
     return [("user", text)]
 
 
+def make_misleading_messages(question: str, reference: str, positive: str) -> Messages:
+    """Ask for a response that is wrong throughout (the intent of the released code; our wording).
+
+    reference: not shown, as in the released code.
+    """
+    text = (
+        "You see a problem and a response to it. Write another response to the problem that is wrong from its "
+        "beginning to its end: none of its reasoning holds, a reader who trusts it is led astray, and its final "
+        "answer differs from that of the response below. Write about as much as the response below, and give "
+        "the final answer in the same way. Answer with the new response alone.\n\n"
+        f"[Problem]\n{question}\n\n[Response]\n{positive}\n\n[Wrong response]"
+    )
+    return [("user", text)]
+
+
+# Name of a prompt in `assistant.prompt` -> (question, reference, positive) -> messages.
+REWRITE_PROMPTS: dict[str, Callable[[str, str, str], Messages]] = {
+    "careful": make_negative_messages,
+    "released": make_misleading_messages,
+}
+
 # Reasoning models write their thoughts in a block; the chat template may have opened it in the prompt.
 _THINKING_BLOCK = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
 _THINKING_START = re.compile(r"<think>", re.IGNORECASE)
@@ -330,7 +352,7 @@ _AGREEMENT = re.compile(
     re.IGNORECASE,
 )
 _REWRITE_NOUN = (
-    r"(?:solution|version|answer|rewrite|rewritten|incorrect|wrong|modified|altered|flawed|mistake)"
+    r"(?:solution|version|answer|response|rewrite|rewritten|incorrect|wrong|modified|altered|flawed|mistake)"
 )
 # "Here is the rewritten solution:", a line of its own or before a code fence.
 _PREFACE = re.compile(
@@ -340,7 +362,7 @@ _PREFACE = re.compile(
 )
 # "**Incorrect solution:**" above the solution.
 _HEADING = re.compile(
-    r"^[\[*#_ ]*(?:rewritten|incorrect|wrong|modified|flawed) (?:solution|version|answer)[\]*_: ]*\n+",
+    r"^[\[*#_ ]*(?:rewritten|incorrect|wrong|modified|flawed) (?:solution|version|answer|response)[\]*_: ]*\n+",
     re.IGNORECASE,
 )
 

@@ -36,6 +36,9 @@ from cooper_jax.types import Completion
 
 log = logging.getLogger(__name__)
 
+# Tokens that a reply may have beyond the number of words of the text that it rewrites (released code).
+EXTRA_TOKENS = 500
+
 Ids = tuple[int, int, int, int]  # seed, step, row, attempt
 Messages = Sequence[tuple[str, str]]  # (role, text)
 
@@ -77,7 +80,7 @@ class ChatConfig:
     max_prompt_tokens: int  # local: longer conversations are refused; 0: the model's context length
 
     # Sampling.
-    max_new_tokens: int
+    max_new_tokens: int  # 0, for the assistant only: each request has a limit of its own
     temperature: float
     top_p: float
 
@@ -89,6 +92,9 @@ class ChatConfig:
             errors.append(f"{self.name}.kind={self.kind!r}: it must be one of {', '.join(kinds)}")
         if self.thinking not in _THINKING:
             errors.append(f"{self.name}.thinking={self.thinking!r}: it must be on, off or empty")
+        # The assistant knows the length of the text that it rewrites.
+        minimum = 0 if self.name == "assistant" else 1
+        errors += typed_config.find_below_minimum(self, self.name, minimum, ("max_new_tokens",))
         if self.kind == "openai":
             errors += self._find_server_problems()
         typed_config.raise_errors(errors)
@@ -178,8 +184,13 @@ class Chat(Protocol):
     # True if it computes nothing on our devices: a thread may then call it while they are busy.
     overlaps: bool
 
-    def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
-        """One reply per conversation, in the order of the conversations."""
+    def ask(
+        self, conversations: Sequence[Messages], ids: Sequence[Ids], limits: Sequence[int] | None = None
+    ) -> list[Reply]:
+        """One reply per conversation, in the order of the conversations.
+
+        limits: the maximum number of tokens of each reply; None: `max_new_tokens` for all.
+        """
 
     def close(self) -> None: ...
 
@@ -212,7 +223,9 @@ class LocalChat:
     name: str  # of the section, for messages
     overlaps = False
 
-    def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
+    def ask(
+        self, conversations: Sequence[Messages], ids: Sequence[Ids], limits: Sequence[int] | None = None
+    ) -> list[Reply]:
         """One reply per conversation, in order.  Raises ValueError if `generate` returns another number."""
         if not conversations:
             return []
@@ -221,10 +234,22 @@ class LocalChat:
             raise ValueError(
                 f"the local {self.name} returned {len(replies)} completions to {len(conversations)} requests"
             )
-        return replies
+        if limits is None:
+            return replies
+
+        # A batch is sampled with one limit for all its rows.  A longer reply than the row's own limit counts as
+        # truncated, as it would be by a server.
+        return [_apply_limit(reply, limit) for reply, limit in zip(replies, limits, strict=True)]
 
     def close(self) -> None:
         pass
+
+
+def _apply_limit(reply: Reply, limit: int) -> Reply:
+    """Mark a reply of more than `limit` tokens as truncated."""
+    if isinstance(reply, Failure) or reply.tokens <= limit:
+        return reply
+    return dataclasses.replace(reply, truncated=True)
 
 
 # --- openai ------------------------------------------------------------------------------------------------
@@ -265,9 +290,13 @@ class OpenAIChat:
         self._threads = concurrent.futures.ThreadPoolExecutor(cfg.concurrency, thread_name_prefix=cfg.name)
         self._closing = threading.Event()
 
-    def ask(self, conversations: Sequence[Messages], ids: Sequence[Ids]) -> list[Reply]:
+    def ask(
+        self, conversations: Sequence[Messages], ids: Sequence[Ids], limits: Sequence[int] | None = None
+    ) -> list[Reply]:
         """One reply per conversation, in the order of the conversations."""
-        replies = list(self._threads.map(self._ask_one, conversations, ids))
+        if limits is None:
+            limits = [self._cfg.max_new_tokens] * len(conversations)
+        replies = list(self._threads.map(self._ask_one, conversations, ids, limits))
 
         # One line for all failures: a server that is down fails every request of the batch.
         reasons = sorted({reply.reason for reply in replies if isinstance(reply, Failure)})
@@ -298,7 +327,8 @@ class OpenAIChat:
                         exhausted = True
                     else:
                         index, (messages, ids) = next_request
-                        in_flight[self._threads.submit(self._ask_one, messages, ids)] = index
+                        limit = self._cfg.max_new_tokens
+                        in_flight[self._threads.submit(self._ask_one, messages, ids, limit)] = index
 
                 done, _ = concurrent.futures.wait(in_flight, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in done:
@@ -314,8 +344,8 @@ class OpenAIChat:
         self._threads.shutdown(cancel_futures=True)
         self._client.close()
 
-    def _ask_one(self, messages: Messages, ids: Ids) -> Reply:
-        """The reply to one conversation, with retries."""
+    def _ask_one(self, messages: Messages, ids: Ids, limit: int) -> Reply:
+        """The reply to one conversation of at most `limit` tokens, with retries."""
         # The seed that is sent and the jitter of the back-off come from the request's own random stream.  All
         # retries send the same seed; a new attempt (part of the ids) sends another one.
         seed, *rest = ids
@@ -323,7 +353,7 @@ class OpenAIChat:
         body = {
             "model": self._cfg.model,
             "messages": [{"role": role, "content": replace_surrogates(text)} for role, text in messages],
-            "max_tokens": self._cfg.max_new_tokens,
+            "max_tokens": limit,
             "temperature": self._cfg.temperature,
             "top_p": self._cfg.top_p,
             "seed": int(rng.integers(2**31)),

@@ -65,7 +65,13 @@ def make_local_generate(
     section = cfg[name]
 
     # load_model checks the sum of these lengths against the model's context length.
-    lengths = {f"{name}.max_new_tokens": chat_cfg.max_new_tokens}
+    # Without a limit for all requests, the limit is one that no request exceeds: a positive has at most as many
+    # words as tokens.
+    max_new_tokens, limit_name = chat_cfg.max_new_tokens, f"{name}.max_new_tokens"
+    if not max_new_tokens:
+        max_new_tokens = cfg.rollout.max_new_tokens + chats.EXTRA_TOKENS
+        limit_name = f"rollout.max_new_tokens + {chats.EXTRA_TOKENS} ({limit_name}=0)"
+    lengths = {limit_name: max_new_tokens}
     if chat_cfg.max_prompt_tokens:
         lengths = {f"{name}.max_prompt_tokens": chat_cfg.max_prompt_tokens, **lengths}
     model, params, _ = load_model(section, name, "logits", layout, run_dir, cfg.seed, lengths)
@@ -81,7 +87,7 @@ def make_local_generate(
         top_k=0,
         top_p=chat_cfg.top_p,
         min_p=0.0,
-        max_new_tokens=chat_cfg.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         group_size=1,
         dtype=section.dtype,
     )
@@ -89,11 +95,11 @@ def make_local_generate(
     # The conversation and the reply share the model's context length.
     room = sys.maxsize
     if model.config.max_len is not None:
-        room = model.config.max_len - chat_cfg.max_new_tokens
+        room = model.config.max_len - max_new_tokens
     max_prompt_tokens = chat_cfg.max_prompt_tokens or room
     if max_prompt_tokens < 1:
         raise ValueError(
-            f"--config.{name}.max_new_tokens={chat_cfg.max_new_tokens} leaves no room for a conversation: "
+            f"--config.{name}.max_new_tokens={max_new_tokens} leaves no room for a conversation: "
             f"the model was trained for {model.config.max_len} tokens in all"
         )
 

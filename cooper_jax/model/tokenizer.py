@@ -60,6 +60,7 @@ class Tokenizer:
     bos_id: int | None  # only if the model expects it before plain text
     eos_ids: tuple[int, ...]  # every id that ends a response
     control_ids: frozenset[int]  # never returned by `encode`
+    control_texts: frozenset[str]  # the texts of these tokens
 
     # The library's part of the methods below.
     _encode: Callable[[str], list[int]]
@@ -292,6 +293,7 @@ def _wrap_hugging_face(hf: Any, eos_ids: Sequence[int], source: str) -> Tokenize
         bos_id=bos,
         eos_ids=all_eos_ids,
         control_ids=control_ids,
+        control_texts=frozenset(control),
         _encode=encode,
         _offsets=lambda text: first_encoder.encode(text, add_special_tokens=False).offsets,
         _decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
@@ -387,13 +389,15 @@ def _wrap_sentencepiece(blob: bytes, source: str) -> Tokenizer:
             position += size
         return spans
 
+    control_ids = [i for i in range(sp.vocab_size()) if sp.is_control(i) or sp.is_unknown(i)]
     return Tokenizer(
         source=source,
         vocab_size=sp.vocab_size(),
         pad_id=sp.pad_id(),
         bos_id=None,
         eos_ids=(sp.eos_id(),),
-        control_ids=frozenset(i for i in range(sp.vocab_size()) if sp.is_control(i) or sp.is_unknown(i)),
+        control_ids=frozenset(control_ids),
+        control_texts=frozenset(sp.id_to_piece(i) for i in control_ids),
         _encode=sp.encode,
         _offsets=offsets,
         _decode=sp.decode,

@@ -16,11 +16,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
+from ml_collections import ConfigDict
+
 from cooper_jax.data import prompts
 from cooper_jax.llm import chat as chats
 from cooper_jax.llm.chat import Chat, ChatConfig, Failure, Generate, Ids, Messages, Reply
 from cooper_jax.reward import corruption
 from cooper_jax.runtime import keys
+from cooper_jax.settings import typed_config
 from cooper_jax.types import Completion, Problem
 
 
@@ -45,17 +48,38 @@ class Assistant(Protocol):
     def close(self) -> None: ...
 
 
-def make_assistant(cfg: ChatConfig, generate: Generate | None = None) -> Assistant:
+@dataclasses.dataclass(frozen=True)
+class RewriteConfig:
+    """Settings of the requests for rewrites: fields of the config's `assistant` section beside ChatConfig's."""
+
+    prompt: str  # one of prompts.REWRITE_PROMPTS
+
+    def __post_init__(self) -> None:
+        typed_config.raise_errors(
+            typed_config.find_unknown(self.prompt, "assistant.prompt", tuple(prompts.REWRITE_PROMPTS))
+        )
+
+    @classmethod
+    def from_config(cls, section: ConfigDict) -> RewriteConfig:
+        """Read the `assistant` section.  Raises SetupError for an unknown prompt."""
+        return typed_config.read_section(cls, section, "assistant")
+
+
+def make_assistant(
+    cfg: ChatConfig, generate: Generate | None = None, rewrite: RewriteConfig | None = None
+) -> Assistant:
     """Make the assistant that the config's `assistant` section describes.
 
     Args:
       generate: (conversations, ids) -> replies; needed for `local` only.
+      rewrite: the section's other settings; None: those of the `careful` prompt.
 
     Raises what chat.make_chat raises.
     """
     if cfg.kind == "corrupt":
         return CorruptingAssistant()
-    return ChatAssistant(chats.make_chat(cfg, generate))
+    prompt = "careful" if rewrite is None else rewrite.prompt
+    return ChatAssistant(chats.make_chat(cfg, generate), prompt, limit_by_words=not cfg.max_new_tokens)
 
 
 def parse_reply(completion: Completion) -> Reply:
@@ -75,10 +99,15 @@ def parse_reply(completion: Completion) -> Reply:
     return dataclasses.replace(completion, text=solution)
 
 
-def make_rewrite_messages(request: Request) -> Messages:
-    """The conversation that asks a language model for a rewrite."""
+def make_rewrite_messages(request: Request, prompt: str) -> Messages:
+    """The conversation that asks a language model for a rewrite.  prompt: one of prompts.REWRITE_PROMPTS."""
     problem = request.problem
-    return prompts.make_negative_messages(problem.question, problem.reference, request.positive)
+    return prompts.REWRITE_PROMPTS[prompt](problem.question, problem.reference, request.positive)
+
+
+def count_reply_tokens(request: Request) -> int:
+    """The maximum number of tokens of a rewrite: the positive's number of words + 500 (released code)."""
+    return len(request.positive.split()) + chats.EXTRA_TOKENS
 
 
 # --- corrupt -----------------------------------------------------------------------------------------------
@@ -116,15 +145,24 @@ class CorruptingAssistant:
 class ChatAssistant:
     """An assistant that asks a language model."""
 
-    def __init__(self, chat: Chat):
+    def __init__(self, chat: Chat, prompt: str, *, limit_by_words: bool):
+        """Wrap a chat model.
+
+        Args:
+          prompt: one of prompts.REWRITE_PROMPTS.
+          limit_by_words: limit each reply by `count_reply_tokens`, not by the model's max_new_tokens.
+        """
         self._chat = chat
+        self._prompt = prompt
+        self._limit_by_words = limit_by_words
         self.overlaps = chat.overlaps
 
     def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
         """One reply per request, in the order of the requests."""
         # All requests of a round are sent at once, so that a server can batch them.
-        conversations = [make_rewrite_messages(request) for request in requests]
-        replies = self._chat.ask(conversations, [request.ids for request in requests])
+        conversations = [make_rewrite_messages(request, self._prompt) for request in requests]
+        limits = [count_reply_tokens(request) for request in requests] if self._limit_by_words else None
+        replies = self._chat.ask(conversations, [request.ids for request in requests], limits)
         return [reply if isinstance(reply, Failure) else parse_reply(reply) for reply in replies]
 
     def close(self) -> None:

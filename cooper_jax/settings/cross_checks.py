@@ -81,6 +81,14 @@ def _check_models(cfg: ConfigDict, errors: ErrorCollector) -> None:
         f"assistant.weights={cfg.assistant.weights!r}: a local assistant needs trained weights",
     )
 
+    # A shorter limit would cut the rewrites of long positives, and mask their pairs.
+    limit, longest = cfg.assistant.max_new_tokens, cfg.rollout.max_new_tokens
+    errors.require(
+        not asks_assistant(cfg) or cfg.assistant.kind == "corrupt" or limit == 0 or limit >= longest,
+        f"assistant.max_new_tokens={limit} cuts the rewrites of responses of up to {longest} tokens "
+        f"(rollout.max_new_tokens): raise it, or set 0 for the positive's number of words + 500",
+    )
+
     # Devices given to a model that the run does not load would be idle.
     errors.require(
         not cfg.mesh.reward or cfg.reward.arm != "rule",

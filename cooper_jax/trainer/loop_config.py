@@ -6,6 +6,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from cooper_jax.reward.pairs.giveaway_probe import MIN_MEASURED
 from cooper_jax.settings import typed_config
 
 # The shares of correct and of wrong solutions with the habit, a word that correlates with correctness in the
@@ -117,14 +118,25 @@ class LogConfig:
     # forward passes over the pairs.
     pair_motion: bool
 
+    # Measure how well the last rewrites can be told from their positives without the mathematics.
+    giveaway_every: int  # steps between measurements; 0: never
+    giveaway_pairs: int  # rewrites that are measured, at most
+
     tensorboard: bool  # write TensorBoard event files, too
 
     def __post_init__(self) -> None:
-        typed_config.raise_errors(
-            typed_config.find_below_minimum(self, "log", 0, ("samples_every", "samples"))
+        errors = typed_config.find_below_minimum(
+            self, "log", 0, ("samples_every", "samples", "giveaway_every")
         )
+        errors += typed_config.find_below_minimum(self, "log", MIN_MEASURED, ("giveaway_pairs",))
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> LogConfig:
         """Read the `log` section.  Raises SetupError for values out of range."""
         return typed_config.read_section(cls, section, "log")
+
+    @property
+    def rewrites_kept(self) -> int:
+        """The number of last rewrites that a run keeps for the measurement of giveaways."""
+        return self.giveaway_pairs if self.giveaway_every else 0

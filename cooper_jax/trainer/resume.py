@@ -13,6 +13,7 @@ import jax
 
 from cooper_jax.model import transformer
 from cooper_jax.reward.labelled_rollouts import Replay
+from cooper_jax.reward.pairs.giveaway_probe import RecentRewrites
 from cooper_jax.runtime import checkpoint, hosts, mesh, optim
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.run_directory import RunDirectory
@@ -59,6 +60,8 @@ def save_checkpoint(
     loop = {"position": state.position, "config_hash": config_hash(run.config)}
     if components.settings.reward_update.replay:
         loop["replay"] = state.replay.to_json()
+    if components.settings.log.rewrites_kept:
+        loop["recent_rewrites"] = state.recent_rewrites.to_json()
     checkpoints.save(state.step, checkpoint_items(state), loop)
 
 
@@ -95,6 +98,7 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
         step=step,
         position=loop["position"],
         replay=Replay.from_json(loop["replay"]) if "replay" in loop else Replay(),
+        recent_rewrites=RecentRewrites.from_json(loop.get("recent_rewrites", [])),
     )
 
 

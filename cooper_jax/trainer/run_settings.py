@@ -12,6 +12,7 @@ from cooper_jax.data.data_config import DataConfig
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.model.model_source import ModelSource
 from cooper_jax.policy.losses import PolicyConfig
+from cooper_jax.reward.assistants import RewriteConfig
 from cooper_jax.reward.pairs.build_pairs import PairsConfig
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.rollout.rollout_config import RolloutConfig
@@ -58,6 +59,7 @@ class RunSettings:
     rule: RuleConfig
     assistant: ChatConfig | None  # None if the run asks no assistant
     assistant_model: ModelSource  # used by an assistant of kind `local`
+    rewrite: RewriteConfig  # the requests to the assistant
 
     # Supervised phases before step 1.
     supervised: SupervisedConfig
@@ -96,6 +98,7 @@ class RunSettings:
             "pairs": lambda: PairsConfig.from_config(cfg.pairs),
             "rule": lambda: RuleConfig.from_config(cfg.rule),
             "assistant_model": lambda: ModelSource.from_config(cfg.assistant, "assistant"),
+            "rewrite": lambda: RewriteConfig.from_config(cfg.assistant),
             "supervised": lambda: SupervisedConfig.from_config(cfg.supervised),
             "mesh": lambda: MeshConfig.from_config(cfg.mesh),
             "eval": lambda: EvalConfig.from_config(cfg.eval),

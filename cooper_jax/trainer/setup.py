@@ -196,7 +196,9 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             local_rule.check_ready()
         assistant = None
         if settings.assistant is not None:
-            assistant = build_assistant(cfg, settings.assistant, layouts["assistant"], run_dir)
+            assistant = build_assistant(
+                cfg, settings.assistant, settings.rewrite, layouts["assistant"], run_dir
+            )
             stack.callback(assistant.close)
         rule, assistant = share_over_hosts(local_rule, assistant, jax.process_count())
 
@@ -339,7 +341,11 @@ def build_reward_bundle(
 
 
 def build_assistant(
-    cfg: ConfigDict, chat_config: ChatConfig, layout: mesh.Layout, run_dir: Directory
+    cfg: ConfigDict,
+    chat_config: ChatConfig,
+    rewrite: assistants.RewriteConfig,
+    layout: mesh.Layout,
+    run_dir: Directory,
 ) -> assistants.Assistant:
     """Make the config's assistant: programmatic, a model behind a server, or a local model on `layout`."""
     with setup_errors("assistant"):
@@ -347,4 +353,4 @@ def build_assistant(
         generate = None
         if chat_config.kind == "local":
             generate = make_local_generate(cfg, chat_config, layout, run_dir)
-        return assistants.make_assistant(chat_config, generate)
+        return assistants.make_assistant(chat_config, generate, rewrite)

@@ -21,6 +21,7 @@ from cooper_jax.model.loading import Model
 from cooper_jax.reward.assistants import Assistant
 from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.reward.multihost import SharedRule
+from cooper_jax.reward.pairs.giveaway_probe import RecentRewrites
 from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.rule.verifier import RuleVerifier
 from cooper_jax.runtime import checkpoint, mesh, optim
@@ -108,6 +109,8 @@ class State:
     step: int = struct.field(pytree_node=False)  # Cooper steps completed
     position: int = struct.field(pytree_node=False)  # problems consumed, over all epochs
     replay: Replay = struct.field(pytree_node=False, default=Replay())  # past rollouts for the reward model
+    # The last rewrites, for the measurement of giveaways.
+    recent_rewrites: RecentRewrites = struct.field(pytree_node=False, default=RecentRewrites())
 
     @property
     def reward_state(self) -> TrainState:

@@ -124,6 +124,12 @@ def cooper_step(
         **reward_metrics,
     }
     next_state = dataclasses.replace(
-        state, policy=policy, reward=reward, step=step, position=batch.positions.stop, replay=replay
+        state,
+        policy=policy,
+        reward=reward,
+        step=step,
+        position=batch.positions.stop,
+        replay=replay,
+        recent_rewrites=state.recent_rewrites.append(pair_result.pairs, settings.log.rewrites_kept),
     )
     return next_state, metrics, record

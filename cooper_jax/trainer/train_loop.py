@@ -1,7 +1,8 @@
 """The training loop: Cooper steps (step.py), evaluation, logs and checkpoints.
 
 1. The run directory is opened, the components are built, and the run starts at step 0 or resumes (resume.py).
-2. After each step the loop evaluates (every `eval.every` steps), appends a row to metrics.jsonl, and saves a
+2. After each step the loop measures giveaways in the last rewrites (every `log.giveaway_every` steps) and
+   evaluates (every `eval.every` steps), appends a row to metrics.jsonl, and saves a
    checkpoint (every `checkpoint.every` steps).
 3. A preempted machine gets a SIGTERM.  `hosts.raise_if_stopping` then raises hosts.Stopped within a step or
    an evaluation, on all hosts at the same call.  `train` saves the last complete step and raises it again;
@@ -23,6 +24,7 @@ from cooper_jax.runtime.mesh import Layout
 from cooper_jax.runtime.metrics import PhaseTimer, Progress
 from cooper_jax.runtime.run_directory import RunDirectory, check_shared, run_path
 from cooper_jax.settings.setup_errors import setup_errors
+from cooper_jax.trainer.giveaway_watch import GiveawayWatch
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.loop_config import LogConfig
 from cooper_jax.trainer.resume import save_checkpoint, start_or_resume
@@ -67,11 +69,14 @@ def train(cfg: ConfigDict) -> None:
             progress = stack.enter_context(
                 contextlib.closing(Progress(settings.steps, state.step, quiet=not hosts.is_primary()))
             )
+            watch = GiveawayWatch(settings)
             while state.step < settings.steps:
                 hosts.raise_if_stopping()
                 start_time = time.perf_counter()
                 state, metrics, record = cooper_step(components, state, phases)
                 metrics |= measure_speed(record, time.perf_counter() - start_time)
+
+                metrics |= watch.measure(state, phases)
 
                 # The step is complete and will be saved.  It is logged even if a SIGTERM ends the evaluation.
                 try:

@@ -96,6 +96,9 @@ class PairInputs:
     step: int
     positions: Sequence[int] | None = None  # [B]; None: each prompt's index in the batch
 
+    # Texts of the control tokens of the tokenizers in use: a rewrite that spells one out is refused.
+    special_tokens: frozenset[str] = frozenset()
+
     # Read for the source own_answer only.
     scores: np.ndarray | None = None  # f32[N]: the reward model's rewards; high rewards are used first
     reference_fits: Callable[[str], bool] | None = (
@@ -166,6 +169,7 @@ def build_pairs(inputs: PairInputs) -> PairResult:
             rule,
             tries=cfg.tries,
             length_ratio=cfg.length_ratio,
+            special_tokens=inputs.special_tokens,
             seed=seed,
             step=step,
         )

@@ -1,18 +1,21 @@
 """Checks that a negative must pass.
 
-1. `find_text_refusal` checks the text of a rewrite: truncation, refusals, length.  It needs no verdict.
+1. `find_text_refusal` checks the text of a rewrite: truncation, refusals, giveaways (giveaways.py), length.
+   It needs no verdict.
 2. The rule verifier then judges the negative against its reference.  Only WRONG passes; `REFUSAL_BY_VERDICT`
    has the reasons for refusing all other verdicts.
 
 Departures from the released code: there, a negative without a parseable answer counts as wrong, and length,
-truncation and refusals are not checked, so a reward model can learn style instead of correctness.
+truncation, refusals and giveaways are not checked, so a reward model can learn style instead of correctness.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from cooper_jax.llm.chat import Failure, Reply
+from cooper_jax.reward.pairs.giveaways import find_giveaway
 from cooper_jax.types import Verdict
 
 # Phrases of a model that refuses, or that talks about the task of writing a wrong solution.  Solutions of the
@@ -35,13 +38,21 @@ REFUSAL_BY_VERDICT = {
 }
 
 
-def find_text_refusal(positive: str, reply: Reply, length_ratio: float) -> str:
+def find_text_refusal(
+    positive: str,
+    reply: Reply,
+    length_ratio: float,
+    *,
+    question: str = "",
+    special_tokens: Collection[str] = (),
+) -> str:
     """The reason why a reply cannot be a negative, from its text alone; "" if the rule has to decide.
 
     Args:
       positive: text of the solution that the assistant was asked to rewrite.
       reply: the assistant's reply.
       length_ratio: maximum ratio of the longer text's number of characters to the shorter one's.
+      question, special_tokens: see find_giveaway.
     """
     if isinstance(reply, Failure):
         return "assistant_" + reply.reason.replace(" ", "_")
@@ -57,6 +68,10 @@ def find_text_refusal(positive: str, reply: Reply, length_ratio: float) -> str:
     # A phrase that occurs in both members does not distinguish them.
     if _find_refusal_phrases(negative) - _find_refusal_phrases(positive):
         return "refusal"
+
+    # So would a comment on the mistake, or markup that only the rewrite has.
+    if kind := find_giveaway(negative, positive, question, special_tokens):
+        return f"giveaway_{kind}"
 
     # A systematic difference in length would give the negative away.
     shorter, longer = sorted((len(negative), len(positive)))

@@ -10,7 +10,7 @@ a positive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cooper_jax.data import prompts
 from cooper_jax.llm.chat import Failure, Reply
@@ -29,6 +29,7 @@ def fill_with_rewrites(
     *,
     tries: int,
     length_ratio: float,
+    special_tokens: Collection[str],
     seed: int,
     step: int,
 ) -> int:
@@ -38,7 +39,7 @@ def fill_with_rewrites(
 
     Args:
       slots: open slots with a positive.
-      length_ratio: see find_text_refusal.
+      length_ratio, special_tokens: see find_text_refusal.
     """
     request_count = 0
     for attempt in range(tries):
@@ -51,7 +52,7 @@ def fill_with_rewrites(
             Request(slot.problem, slot.positive, (seed, step, slot.order_row, attempt)) for slot in slots
         ]
         request_count += len(requests)
-        _check_rewrites(slots, assistant.rewrite(requests), rule, length_ratio)
+        _check_rewrites(slots, assistant.rewrite(requests), rule, length_ratio, special_tokens)
     return request_count
 
 
@@ -60,12 +61,19 @@ def _check_rewrites(
     replies: Sequence[Reply],
     rule: RuleVerifier | SharedRule,
     length_ratio: float,
+    special_tokens: Collection[str],
 ) -> None:
     """Fill each slot whose reply passes all checks; record the reason of the refusal in the others."""
     # Text checks first: they are cheap and save the rule's worker processes an item.
     candidates: list[tuple[PairSlot, str]] = []
     for slot, reply in zip(slots, replies, strict=True):
-        slot.refusal = find_text_refusal(slot.positive, reply, length_ratio)
+        slot.refusal = find_text_refusal(
+            slot.positive,
+            reply,
+            length_ratio,
+            question=slot.problem.question,
+            special_tokens=special_tokens,
+        )
         if not slot.refusal and not isinstance(reply, Failure):
             # Leading and trailing white space must not distinguish the members: copy the positive's.
             candidates.append((slot, prompts.copy_margins(reply.text, slot.positive)))

@@ -1,0 +1,148 @@
+"""Giveaways: each kind is refused and counted; ordinary mathematics and what the positive says too pass."""
+
+import pytest
+
+from cooper_jax.llm.chat import Failure
+from cooper_jax.reward.pairs import pair_checks
+from cooper_jax.reward.pairs.giveaways import find_giveaway
+from cooper_jax.types import Completion
+
+POSITIVE = "Each box holds 6 pens, so 3 boxes hold 3 * 6 = 18 pens.\nThe answer is \\boxed{18}."
+NEGATIVE = "Each box holds 6 pens, so 3 boxes hold 3 * 6 = 16 pens.\nThe answer is \\boxed{16}."
+
+GIVEAWAYS = [
+    # Comments on the change.
+    ("note", NEGATIVE + " (Note: I swapped a digit to bring in an error.)"),
+    ("note", NEGATIVE + "\nNote: this contains a deliberate slip in the product."),
+    ("note", NEGATIVE + "\n\n**Explanation of the mistake:** 3 * 6 was taken for 16."),
+    ("note", NEGATIVE + "\n*N.B. the multiplication was altered.*"),
+    ("note", NEGATIVE + "\nI changed the product in the first line."),
+    ("note", NEGATIVE + "\nHere I have deliberately made a small mistake."),
+    ("note", "The student forgot the last carry. " + NEGATIVE),
+    ("note", NEGATIVE + " The mistake is in the first line."),
+    ("note", NEGATIVE + " This introduces an error into the count."),
+    ("note", NEGATIVE + " The original solution has another product."),
+    ("note", NEGATIVE + "\nChanges made: 18 became 16, which is wrong."),
+    # Marks at the place.
+    ("remark", NEGATIVE.replace(" pens.", " pens [Multiplication error].")),
+    ("remark", NEGATIVE.replace(" pens.", " pens. [Here the carry gets lost]")),
+    ("remark", NEGATIVE.replace(" pens.", " pens (should be 18).")),
+    ("remark", NEGATIVE.replace(" pens.", " pens (wrong product).")),
+    ("remark", NEGATIVE.replace(" pens.", " pens \\text{(mistake)}.")),
+    ("remark", NEGATIVE.replace(" pens.", " pens <- wrong")),
+    ("remark", NEGATIVE.replace(" pens.", " pens  # careless multiplication")),
+    ("remark", "### Flawed reasoning\n" + NEGATIVE),
+    ("remark", "**Incorrect** " + NEGATIVE),
+    ("remark", NEGATIVE.replace(" pens.", " pens \u274c")),
+    # The truth beside the mistake.
+    ("admission", NEGATIVE + " However, the correct answer is 18."),
+    ("admission", NEGATIVE + " But the right total would be 18."),
+    ("admission", NEGATIVE + " The correct answer is 18."),
+    ("admission", NEGATIVE + "\nCorrect answer: 18"),
+    ("admission", NEGATIVE + " In fact the actual answer is eighteen."),
+    ("admission", NEGATIVE + " This answer is incorrect."),
+    ("admission", NEGATIVE + " That is not right, which is an arithmetic error."),
+    ("admission", NEGATIVE + " It should have been 18."),
+    ("admission", NEGATIVE + " Oops, 3 * 6 is something else."),
+    ("admission", NEGATIVE + " The reference answer is 18."),
+    ("admission", NEGATIVE + " The answer should be 18."),
+    # Markup.
+    ("markup", "<thinking>Which step do I break?</thinking>\n" + NEGATIVE),
+    ("markup", "<scratchpad>\n" + NEGATIVE),
+    ("markup", NEGATIVE.replace("16 pens", "<b>16</b> pens")),
+    ("markup", NEGATIVE.replace("16 pens", '<span style="color: red">16</span> pens')),
+    ("markup", NEGATIVE.replace("16 pens", "<br/>16 pens")),
+    ("markup", "<!-- slip in the product -->" + NEGATIVE),
+    ("markup", NEGATIVE.replace("= 16", "= ~~18~~ 16")),
+    ("markup", NEGATIVE.replace("= 16", "= \\textcolor{red}{16}")),
+    ("markup", "```text\n" + NEGATIVE + "\n``` "),
+    ("markup", NEGATIVE.replace("16 pens", "[b]16[/b] pens")),
+    # Control tokens, in the forms in which tokenizers write them.
+    ("special_token", NEGATIVE + "<|im_end|>"),
+    ("special_token", NEGATIVE + "<|eot_id|>"),
+    ("special_token", NEGATIVE + "</s>"),
+    ("special_token", "[INST] " + NEGATIVE),
+    ("special_token", "<<SYS>>" + NEGATIVE),
+    ("special_token", NEGATIVE + "<end_of_turn>"),
+    ("special_token", NEGATIVE + "<\uff5cend\u2581of\u2581sentence\uff5c>"),
+    ("special_token", NEGATIVE + "<pad>"),
+    ("special_token", NEGATIVE + "\nUser: and now?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "text"), GIVEAWAYS)
+def test_each_kind_is_refused(kind, text):
+    assert find_giveaway(text, POSITIVE) == kind
+    reason = pair_checks.find_text_refusal(POSITIVE, Completion(text), 3.0)
+    assert reason in (f"giveaway_{kind}", "refusal")
+
+
+@pytest.mark.parametrize(("kind", "text"), GIVEAWAYS)
+def test_what_the_positive_or_the_question_says_too_is_none(kind, text):
+    assert find_giveaway(text + " Done.", text) == "" and find_giveaway(text, POSITIVE, text) == ""
+
+
+def test_phrases_are_compared_without_their_numbers():
+    """A rewrite has other numbers than its positive."""
+    text = "We get 12 (should be 14), so we add 2. \\boxed{14}"
+    assert find_giveaway(text.replace("14", "15"), text) == ""
+
+
+ORDINARY = [
+    "Therefore, the correct answer is \\boxed{16}.",
+    "So the correct answer is (B) 16.\n\\boxed{16}",
+    "The right answer is 16.\n#### 16",
+    "The answer is 16, but first we check the actual value of x: x = 4, and 4 * 4 = 16.",
+    "However, the total is 12 + 4 = 16. \\boxed{16}",
+    "Note that x > 0, so x = 16. \\boxed{16}",
+    "Note: all lengths are in metres. \\boxed{16}",
+    "The margin of error is 3 percent, so 16. \\boxed{16}",
+    "The relative error is 0.04 and the standard error is 2. \\boxed{16}",
+    "We check for x in [0, 16] and in [a, b]. \\boxed{16}",
+    "\\sqrt[3]{4096} = \\left[ 16 \\right] and [ABC] = 16. \\boxed{16}",
+    "[asy] draw((0,0)--(1,1)); [/asy] \\boxed{16}",
+    "If a<b and c>d, then 3 <x> 2 never holds; 0<x<16 gives n<k>m. \\boxed{16}",
+    "She has <<4*4=16>>16 apples.\n#### 16",
+    "We change the order of summation and replace x by 4 (instead of y). \\boxed{16}",
+    "He made 4 errors per page. \\boxed{16}",
+    "We introduce a variable x and modify the equation to x = 16. \\boxed{16}",
+    "### Step 1: Find the sum\n**Sum:** 12 + 4 = 16.\n- so \\boxed{16}",
+    "The student has 4 boxes of 4, so the student has 16 pens. \\boxed{16}",
+    "The solution is x = 16 (since x > 0). \\boxed{16}",
+    "The original solution of acid is 20% strong, and the result should be positive. \\boxed{16}",
+    "40% of 40 is 16. |x| <= 16, f(x) -> 16, 20 - 4 = 16 -- done. \\boxed{16}",
+    "Using \\text{area} = \\text{base} \\cdot \\text{height}, A = 16. \\boxed{16}",
+    "Let us look at the original price, 20, and the actual price, 16. \\boxed{16}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ORDINARY)
+def test_ordinary_mathematics_passes(text):
+    assert find_giveaway(text, POSITIVE) == ""
+    assert find_giveaway(text, "") == ""
+
+
+def test_the_correct_answer_is_an_admission_only_beside_another_one():
+    assert find_giveaway("It is \\boxed{1,600}. The correct answer is 1600.", POSITIVE) == ""
+    assert find_giveaway("It is \\boxed{1,600}. The correct answer is 1800.", POSITIVE) == "admission"
+    assert (
+        find_giveaway("It is \\boxed{x}. The correct answer is y.", POSITIVE) == ""
+    )  # no numbers to compare
+
+
+def test_control_tokens_of_the_tokenizers_in_use_are_special():
+    text = NEGATIVE + " \u00a7end\u00a7"
+    assert find_giveaway(text, POSITIVE) == ""
+    assert find_giveaway(text, POSITIVE, special_tokens={"\u00a7end\u00a7"}) == "special_token"
+    assert find_giveaway(text, POSITIVE + "\u00a7end\u00a7", special_tokens={"\u00a7end\u00a7"}) == ""
+
+
+def test_a_failure_keeps_its_own_reason():
+    assert pair_checks.find_text_refusal(POSITIVE, Failure("timeout"), 2.0) == "assistant_timeout"
+    assert pair_checks.find_text_refusal(POSITIVE, Completion(NEGATIVE), 2.0) == ""
+
+
+def test_long_texts_take_no_time():
+    """Every pattern is bounded, so that a text made to slow it down does not."""
+    for piece in ("(", "[a", "<a ", "*", "the ", "however ", "student ", "# ", "note: ", "a(b["):
+        assert find_giveaway(piece * 4000, POSITIVE) in ("", "remark", "note", "markup", "admission")
