@@ -256,10 +256,10 @@ def rule_section() -> ConfigDict:
     """The rule verifier."""
     c = ConfigDict()
     c.workers = 2  # number of worker processes
-    c.timeout = 2.0  # CPU seconds per verdict
+    c.timeout = 1.0  # CPU seconds per verdict
     # CPU seconds that all verdicts over the limit may take until a step's verdicts are collected; then the limit
-    # is 0.5 s
-    c.step_budget = 8.0
+    # is 0.2 s
+    c.step_budget = 2.0
     c.memory_mb = 2048  # memory of one worker, in MB
     return c
 

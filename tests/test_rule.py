@@ -19,8 +19,8 @@ from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Verdict
 
 C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED
-# Its digits are summed by math-verify, in C calls that no signal handler of Python interrupts.
-HANGS = "\\boxed{\\sum_{k=1}^{3} 9^{9^{9^{k+7}}}}"
+# No large number shows that this takes longer than any limit.
+HANGS = "\\boxed{\\int_0^1 \\frac{x^{x^x}}{\\sin(x^5+1)} dx}"
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,10 @@ TABLE = [
     ("20", "I do not know.", N),
     ("20", "\\boxed{}", N),
     # what the rule cannot compare abstains
-    ("20", "\\boxed{twenty}", C),
-    ("20", "#### twenty", C),
-    ("20", "So it is twenty.", C),
-    ("twenty", "\\boxed{20}", C),
+    ("20", "\\boxed{twenty}", U),
+    ("20", "#### twenty", U),
+    ("20", "So it is twenty.", U),
+    ("twenty", "\\boxed{20}", U),
     ("two", "\\boxed{tow}", U),  # letters alone would be one product
     ("20", "\\boxed{\\frac{1}{ }}", U),
     ("20", "14 + 6 = \\boxed{20", U),
@@ -174,7 +174,9 @@ def test_a_verdict_needs_no_jax_and_little_of_ours():
     )
     rule = Path(rule_verdict.__file__).parent
     ours = {f"cooper_jax.rule.{path.stem}" for path in rule.glob("*.py")} | {"cooper_jax.rule"}
-    parents = {f"cooper_jax.rule.{name}" for name in ("__init__", "verifier", "worker_process")}
+    parents = {
+        f"cooper_jax.rule.{name}" for name in ("__init__", "verifier", "worker_process", "reference_checks")
+    }
     # The large libraries would cost a worker a second at its start.
     assert set(run.stdout.split()) == ours - parents, run.stderr
 

@@ -84,9 +84,8 @@ def _parse_whole(s: str) -> ParsedAnswer:
     plain = " ".join(_TEXT.sub(r" \1 ", s).split())
     if (letter := _LETTER.fullmatch(plain)) and not _SEVERAL_LETTERS.search(plain):
         return ParsedAnswer("letter", name=letter[1] or letter[2])
-    if (number := words.read_number_words(plain)) is not None:
-        return ParsedAnswer("scalar", value=Number(Fraction(number)))
-    if _is_word(plain):
+    # A numeral in words gets no verdict beside digits: problems that ask for words must not accept digits.
+    if _is_word(plain) or words.read_number_words(plain) is not None:
         raise Unreadable("a word, or a sentence that begins with yes or no")
     if "\\ldots" in s:
         raise Unreadable("a sequence that goes on")
@@ -99,9 +98,12 @@ def _is_word(plain: str) -> bool:
     """True for a word or phrase, and for a sentence that begins with yes, no, true or false."""
     if re.match(r"(?:yes|no|true|false)\b", plain, re.IGNORECASE):
         return True
-    return (
-        re.fullmatch(r"[A-Za-z]{3,}", plain) is not None and re.search("[aeiouy]", plain.lower()) is not None
-    )
+    if re.fullmatch(r"[A-Za-z' ]+", plain) is None:
+        return False
+    # A run of letters with a vowel; in a phrase it may have two letters.
+    shortest = 2 if " " in plain else 3
+    runs = [run for run in plain.lower().split() if run not in ("pi", "sin", "cos", "tan", "exp")]
+    return any(len(run) >= shortest and re.search("[aeiouy]", run) for run in runs)
 
 
 def _parse_family(s: str) -> ParsedAnswer | None:
@@ -208,7 +210,7 @@ def _parse_relation(operands: list[str], operators: list[str]) -> ParsedAnswer:
     if set(operators) <= {"<", "<="} or set(operators) <= {">", ">="}:
         return _parse_inequality(operands, operators)
     if operators == ["!="]:
-        difference = _subtract(_parse_formula_of(operands[0]), _parse_formula_of(operands[1]))
+        difference = _subtract(parse_formula(operands[0]), parse_formula(operands[1]))
         return ParsedAnswer("inequality", value=difference, operator="!=")
     raise Unreadable("a relation of another kind")
 
@@ -234,7 +236,7 @@ def _parse_equation(operands: list[str]) -> ParsedAnswer:
 
     if len(operands) != 2:
         raise Unreadable("a chain of equations")
-    difference = _subtract(_parse_formula_of(operands[0]), _parse_formula_of(operands[1]))
+    difference = _subtract(parse_formula(operands[0]), parse_formula(operands[1]))
     return ParsedAnswer("equation", value=difference)
 
 
@@ -282,7 +284,7 @@ def _parse_inequality(operands: list[str], operators: list[str]) -> ParsedAnswer
 
     if len(operands) != 2:
         raise Unreadable("a chain of inequalities")
-    difference = _subtract(_parse_formula_of(operands[0]), _parse_formula_of(operands[1]))
+    difference = _subtract(parse_formula(operands[0]), parse_formula(operands[1]))
     return ParsedAnswer("inequality", value=difference, operator=operators[0])
 
 
@@ -311,10 +313,6 @@ def _try_value(text: str) -> ParsedAnswer | None:
 
 def _is_constant(answer: ParsedAnswer) -> bool:
     return answer.kind == "scalar" and answer.value is not None and not find_symbols(answer.value)
-
-
-def _parse_formula_of(text: str) -> Expression:
-    return parse_formula(text.strip())
 
 
 def _subtract(left: Expression, right: Expression) -> Expression:

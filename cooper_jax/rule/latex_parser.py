@@ -25,6 +25,7 @@ from cooper_jax.rule.expressions import (
 MAX_LENGTH = 2000  # characters of one formula
 MAX_DEPTH = 40  # of brackets and braces
 MAX_DIGITS = 5000  # of one number
+MAX_FOREIGN = 200  # characters of a formula for math-verify
 
 _GREEK = frozenset(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi "
@@ -42,6 +43,8 @@ _TOKEN = re.compile(
     r"|(?P<command>\\(?:[A-Za-z]+|[{}|]))|(?P<word>[A-Za-z]+)|(?P<mark>.))",
     re.DOTALL,
 )
+_RANGE = re.compile(r"\\(?:sum|prod) ?_ ?\{[^{}]*\} ?\^ ?(?:\{([^{}]*)\}?|(\\?\w+))")
+_TOWER = re.compile(r"\^ ?\{[^{}]*\^ ?\{[^{}]*\^|\d ?\^ ?\{? ?\d+ ?\^|\d ?\^ ?\{? ?\d{3}|!")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
@@ -374,6 +377,13 @@ def _find_fraction(node: Expression) -> tuple[int | None, int | None]:
 
 def _parse_foreign(text: str) -> Expression:
     """An expression that math-verify parses.  Raises Unreadable."""
+    # Refused by their looks: long formulas, sums of many terms, towers of exponents and large numbers.
+    ranges = [(a or b).strip() for a, b in _RANGE.findall(text)]
+    if len(text) > MAX_FOREIGN or any(len(end) > 3 and end != "\\infty" for end in ranges):
+        raise Unreadable("a sum or integral of unusual size")
+    if _TOWER.search(text) or any(len(digits) > 4 for digits in re.findall(r"\d+", text)):
+        raise Unreadable("a sum or integral of large numbers")
+
     # Imported here because it takes long; the worker imports it before its first item.
     import sympy
     from math_verify import parse as parse_text

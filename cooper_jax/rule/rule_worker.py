@@ -11,8 +11,8 @@ The first line of output is {"verdict": "ready", "unlimited": ...}.  The second 
 memory limit could be set, or "".  The process exits when its input ends, and therefore when its parent exits.
 
 Two limits act on the CPU time of an item.  A timer interrupts Python code; the process then replies "timeout"
-and goes on.  If a single C call does not come back, the kernel ends the process (RLIMIT_CPU, SIGXCPU) one to
-two seconds later, also if the parent has died.
+and goes on.  If a single C call does not come back, the kernel ends the process (RLIMIT_CPU, SIGXCPU) about a
+second later, also if the parent has died.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-KERNEL_GRACE = 1.0  # CPU seconds beyond an item's limit after which the kernel ends the process
+KERNEL_GRACE = 0.3  # CPU seconds beyond an item's limit after which the kernel ends the process
 # Formulas that math-verify reads; importing it takes longer than many verdicts.
 NEEDS_MATH_VERIFY = re.compile(r"\\(?:sum|prod|int|iint|lim|det)(?![A-Za-z])|\\begin\{vmatrix\}")
 

@@ -39,7 +39,7 @@ from cooper_jax.types import Verdict
 
 # The command of a worker.  -P keeps this folder off its sys.path, where our modules could shadow a library's.
 WORKER = (sys.executable, "-P", str(Path(__file__).with_name("rule_worker.py")))
-SHORT_LIMIT = 0.5  # CPU seconds for a verdict once the step's budget is spent
+SHORT_LIMIT = 0.2  # CPU seconds for a verdict once the step's budget is spent
 STALL_LIMIT = 300.0  # seconds without a reply after which a process is replaced
 STOP_POLL = 0.2  # seconds between two looks at whether the run is to stop
 CACHED_VERDICTS = 1 << 16  # size of the cache; the least recently used verdicts are dropped

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 Item = tuple[str, str]  # reference, completion text
 
 START_LIMIT = 120.0  # seconds within which a process must be ready, even on a busy machine
+KERNEL_SECOND = 1.0  # CPU seconds beyond its limit after which the kernel ends a process, about
 POLL = 0.1  # seconds between two looks at whether the verifier has been closed
 
 
@@ -89,7 +90,7 @@ class Worker:
             # The kernel ends a process that computes beyond its limit without coming back to Python.
             self._process.wait()
             by_limit = self._process.returncode == -signal.SIGXCPU
-            return (Outcome.TIMEOUT if by_limit else Outcome.DIED), limit
+            return (Outcome.TIMEOUT if by_limit else Outcome.DIED), limit + KERNEL_SECOND
         assert isinstance(reply, dict)
         spent = float(reply.get("cpu", 0.0))
         if reply["verdict"] == "memory":
