@@ -421,7 +421,7 @@ def test_workers_die_with_a_killed_parent():
         "from cooper_jax.rule.verifier import RuleConfig, RuleVerifier\n"
         "rule = RuleVerifier(RuleConfig(2, 2.0, 2.0, 2048))\n"
         "rule.check([('1', '1'), ('2', '2')])\n"
-        f"pending = rule.submit([('20', {HANGS!r})])\n"
+        f"pending = rule.submit([('\\\\sum_{{k=1}}^9 k', {HANGS!r})])\n"
         "print('busy', flush=True)\n"
         "pending.result()\n"
     )

@@ -53,11 +53,16 @@ class Unreadable(ValueError):
     """A formula that the parser cannot read as a whole."""
 
 
+def needs_math_verify(text: str) -> bool:
+    """True for sums, products, integrals, limits and determinants."""
+    return _FOREIGN.search(text) is not None
+
+
 def parse_formula(text: str) -> Expression:
     """The expression of a normalised formula (answer_text.py).  Raises Unreadable."""
     if len(text) > MAX_LENGTH or not text.strip():
         raise Unreadable("the formula is empty or too long")
-    if _FOREIGN.search(text):
+    if needs_math_verify(text):
         return _parse_foreign(text)
     parser = _Parser(_split_tokens(text))
     node = parser.parse_sum()

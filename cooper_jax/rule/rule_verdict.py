@@ -17,6 +17,7 @@ from __future__ import annotations
 from cooper_jax.rule import answer_finder, words
 from cooper_jax.rule.answer_parser import parse_answer
 from cooper_jax.rule.comparison import compare_answers
+from cooper_jax.rule.latex_parser import needs_math_verify
 from cooper_jax.rule.parsed_answer import ParsedAnswer
 
 CORRECT, WRONG, NO_ANSWER, UNRECOGNISED = "correct", "wrong", "no_answer", "unrecognised"
@@ -35,10 +36,7 @@ def judge_answer(reference: str, completion: str) -> str:
         if answer_finder.has_open_box(completion):
             return UNRECOGNISED  # the box was never closed
         return _judge_last_line(gold, completion)
-    answer = parse_answer(text)
-    if answer.kind == "empty":
-        return NO_ANSWER
-    return _judge_parsed(gold, answer)
+    return _judge_text(gold, text)
 
 
 def parse_reference(reference: str) -> ParsedAnswer:
@@ -55,7 +53,13 @@ def can_verify(reference: str) -> bool:
     return gold.comparable or (gold.kind == "words" and gold.name.replace(" ", "").isalpha())
 
 
-def _judge_parsed(gold: ParsedAnswer, answer: ParsedAnswer) -> str:
+def _judge_text(gold: ParsedAnswer, text: str) -> str:
+    # An answer that leaves a sum or integral to be computed may take long, and is no answer to most questions.
+    if needs_math_verify(text) and not needs_math_verify(gold.key):
+        return UNRECOGNISED
+    answer = parse_answer(text)
+    if answer.kind == "empty":
+        return NO_ANSWER
     if gold.key == answer.key:
         return CORRECT
     equal = compare_answers(gold, answer)
@@ -68,12 +72,12 @@ def _judge_last_line(gold: ParsedAnswer, completion: str) -> str:
     """The verdict on a completion that marks no answer."""
     line = answer_finder.read_last_line(completion)
     if line.answer:
-        verdict = _judge_parsed(gold, parse_answer(line.answer))
+        verdict = _judge_text(gold, line.answer)
         if verdict == CORRECT:
             return verdict
     if line.is_empty:
         return NO_ANSWER
 
     # Nothing marks which one is the answer, so all of them must be wrong.
-    candidates = {_judge_parsed(gold, parse_answer(candidate)) for candidate in line.candidates}
+    candidates = {_judge_text(gold, candidate) for candidate in line.candidates}
     return WRONG if candidates == {WRONG} else UNRECOGNISED

@@ -22,7 +22,6 @@ import json
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -30,8 +29,6 @@ from pathlib import Path
 from types import FrameType
 
 KERNEL_GRACE = 0.3  # CPU seconds beyond an item's limit after which the kernel ends the process
-# Formulas that math-verify reads; importing it takes longer than many verdicts.
-NEEDS_MATH_VERIFY = re.compile(r"\\(?:sum|prod|int|iint|lim|det)(?![A-Za-z])|\\begin\{vmatrix\}")
 
 
 class OutOfTime(BaseException):
@@ -95,7 +92,7 @@ def main() -> None:
     # The parent keeps this file's folder off sys.path (-P), because our module names could shadow a library's. The
     # project's root is appended instead, so that the package is found even if it is not installed.
     sys.path.append(str(Path(__file__).resolve().parents[2]))
-    from cooper_jax.rule import rule_verdict
+    from cooper_jax.rule import latex_parser, rule_verdict
 
     # The first verdict compiles expressions, which takes time that must not count against an item.
     rule_verdict.judge_answer("4a", "\\boxed{2(a+a)}")
@@ -103,9 +100,7 @@ def main() -> None:
 
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        if "math_verify" not in sys.modules and NEEDS_MATH_VERIFY.search(
-            request["reference"] + request["completion"]
-        ):
+        if "math_verify" not in sys.modules and latex_parser.needs_math_verify(request["reference"]):
             _import_math_verify()
         started = time.process_time()
         verdict = judge_within(request["reference"], request["completion"], request["limit"])
