@@ -312,14 +312,9 @@ class _Parser:
         if self._take("["):
             degree = self.parse_sum()
             self._expect("]")
-        radicand = self._parse_typed_argument()
+        # A number may have been typed without any brackets.
+        radicand = parse_number(self._next()[1]) if self.kind == "number" else self._parse_argument()
         return Call("power", (radicand, Call("divide", (Number(Fraction(1)), degree))))
-
-    def _parse_typed_argument(self) -> Expression:
-        """An argument that may have been typed in parentheses or, if it is a number, without any brackets."""
-        if self.kind == "number":
-            return parse_number(self._next()[1])
-        return self._parse_argument()
 
     def _parse_function(self, name: str) -> Expression:
         """A function with its base or power, and its argument, with or without brackets."""
