@@ -333,7 +333,7 @@ def answer_help(
     try:
         print_help(description, own, path, section)
     except SetupError as error:
-        exit_with_errors(error.problems)
+        exit_with_errors(error.messages)
     sys.exit(0)
 
 
@@ -349,7 +349,8 @@ def print_help(description: str, own: flags.FlagValues, config_path: str | None,
     width = max(60, min(100, shutil.get_terminal_size().columns))
     blocks = []
     if not section:
-        blocks += [_wrap_description(description, width), _format_own_flags(own, width)]
+        own_flags = _format_own_flags(own, width, has_sections=config_path != "")
+        blocks += [_wrap_description(description, width), own_flags]
 
     # The recipe of a config file changes other fields; the help shows the values that a run would have.
     if config_path != "":
@@ -359,8 +360,11 @@ def print_help(description: str, own: flags.FlagValues, config_path: str | None,
     print("\n\n".join(blocks))
 
 
-def _format_own_flags(own: flags.FlagValues, width: int) -> str:
-    """Format the flags that this package and the main program define, without those of libraries."""
+def _format_own_flags(own: flags.FlagValues, width: int, has_sections: bool) -> str:
+    """Format the flags that this package and the main program define, without those of libraries.
+
+    has_sections: False for a script without a config, whose help has no sections.
+    """
     package = __name__.rpartition(".")[0]
     lines = ["Flags:"]
     modules = own.flags_by_module_dict()
@@ -372,9 +376,10 @@ def _format_own_flags(own: flags.FlagValues, width: int) -> str:
         # absl appends a remark to the help of repeatable flags.
         text = flag.help.partition(";\n")[0]
         lines.append(_wrap(f"{shown} ({flag.flag_type()}{default}): {text}", width))
-    lines.append(
-        _wrap("--help, -h: This text; --help=SECTION: one section of the configuration alone.", width)
+    help_text = (
+        "This text; --help=SECTION: one section of the configuration alone." if has_sections else "This text."
     )
+    lines.append(_wrap(f"--help, -h: {help_text}", width))
     return "\n".join(lines)
 
 

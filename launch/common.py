@@ -90,7 +90,7 @@ def print_setup_error(error: SetupError) -> NoReturn:
     """Print one line for each problem and exit with code 2; with --traceback, raise the error."""
     if TRACEBACK.value:
         raise error
-    exit_with_error(*error.problems)
+    exit_with_error(*error.messages)
 
 
 def exit_with_error(*messages: str) -> NoReturn:
@@ -145,7 +145,7 @@ def parse_flags(argv: list[str], description: str = "") -> list[str]:
         try:
             config = command_line.load_config(path)
         except SetupError as error:
-            errors += error.problems
+            errors += error.messages
     errors += command_line.find_flag_errors(expanded, flags.FLAGS, config)
     if errors:
         exit_with_error(*errors)

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
             # Evaluations with the exported reward model leave out the questions that it was trained on.
             seen = seen_questions.read_record(run_dir) if MODEL.value == "reward" else None
     except setup_errors.SetupError as error:
-        command_line.exit_with_errors(error.problems)
+        command_line.exit_with_errors(error.messages)
 
     # The tokenizer is part of the exported directory, which is complete without the run.
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
 #
 #   launch/gke.sh [up | logs | status | down] --name=NAME [OPTIONS] [-- COMMAND ...]
 #   launch/gke.sh --name=cooper --image=IMAGE --machine=ct5lp-hightpu-4t --topology=4x4 --spot \
-#       -- python launch/train.py --config=configs/qwen_1p5b.py --config.run_dir=gs://BUCKET/run
+#       -- python launch/train.py --config=configs/tiny.py --config.run_dir=gs://BUCKET/tiny
 #   launch/gke.sh --name=cooper --image=IMAGE --gpu=nvidia-h100-80gb --gpus=8 --nodes=2 -- python launch/train.py ...
 #
 #   up (no subcommand)  creates the JobSet        logs    follows the log of process 0 (or of --worker=N)

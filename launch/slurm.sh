@@ -2,7 +2,7 @@
 # Trains on the GPU nodes of a SLURM cluster: writes a batch script, submits it, and lets it requeue itself.
 #
 #   launch/slurm.sh --nodes=2 --gpus=8 --time=24:00:00 --partition=gpu \
-#       -- python launch/train.py --config=configs/qwen_1p5b.py --config.run_dir=/shared/run
+#       -- python launch/train.py --config=configs/tiny.py --config.run_dir=/shared/tiny
 #
 #   --nodes=N          nodes (default 1)        --gpus=N    GPUs a node (default 8)
 #   --time=LIMIT       as sbatch takes it       --partition=PARTITION

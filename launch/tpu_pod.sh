@@ -4,7 +4,7 @@
 #
 #   launch/tpu_pod.sh [SUBCOMMAND] --name=NAME [OPTIONS] [-- COMMAND ...]
 #   launch/tpu_pod.sh --name=cooper --zone=us-west4-a --type=v5litepod-16 --queued --spot --restart=20 --down \
-#       -- python launch/train.py --config=configs/qwen_1p5b.py --config.run_dir=gs://BUCKET/run
+#       -- python launch/train.py --config=configs/tiny.py --config.run_dir=gs://BUCKET/tiny
 #
 #   all      (no subcommand) up, then run
 #   up       creates the slice and waits until it is there; one that is there is used as it is

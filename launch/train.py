@@ -4,18 +4,23 @@
     python launch/train.py --config=configs/qwen_1p5b.py --config.policy.weights=DIR ...
 
 Any field of configs/base.py is a flag: --config.steps=20 --config.reward.arm=rule.  If the run directory
-contains a checkpoint, the run resumes from it; a change of a setting on which its results depend is refused.
+contains a checkpoint, the run resumes from it.  A resumed run may not change settings that affect results.
 
 On several hosts, run the same command on each (cooper_jax/runtime/hosts.py explains how they find each
-other).  Exit codes: 0 done; 2 an error in the settings or files; 75 stopped by SIGTERM, with a checkpoint; 69
-another host was lost (134 if it was the first one).  After 75, 69 and 134 the same command resumes from the
-newest checkpoint.
+other).  Exit codes:
+
+      0   all steps are complete
+      2   an error in the settings or files
+     69   another host was lost; the same command resumes from the newest checkpoint
+    134   the first host was lost; the same command resumes likewise
+     75   stopped by SIGTERM, after saving a checkpoint; the same command resumes from it, or starts from the
+          beginning if step 0 was not complete
 """
 
 import sys
 from pathlib import Path
 
-# As a file (not as a module of the package), the script imports the package of its own checkout.
+# When Python runs this file directly, the checkout's root is not on the path yet.
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,8 +39,8 @@ def main(argv: list[str]) -> None:
 
     with common.run_job():
         cfg = common.read_config()
-        # By default the reward model is updated as in the released code, which the policy can hack.
-        if warning := recipes.warn_of_released(cfg):
+        # By default the reward model is updated as in the authors' released code, and can be hacked.
+        if warning := recipes.warn_about_released_update(cfg):
             hosts.print_once(warning)
         train(cfg)
 

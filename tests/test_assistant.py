@@ -155,7 +155,7 @@ def test_all_problems_of_a_server_are_named_at_once():
         config("openai", timeout=-1.0, thinking="maybe")
     fields = ("thinking='maybe'", "kind=openai: set --config.assistant.url", "timeout=-1.0")
     assert all(f"assistant.{field}" in str(caught.value) for field in fields)
-    assert len(caught.value.problems) == 4  # and no model is named
+    assert len(caught.value.messages) == 4  # and no model is named
 
 
 def test_local_parses_replies_and_keeps_truncation():

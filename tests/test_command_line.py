@@ -222,7 +222,7 @@ def test_an_error_in_a_config_file_is_one_line(text, message, tmp_path):
     file.write_text(text)
     with pytest.raises(SetupError) as error:
         command_line.load_config(str(file))
-    (line,) = error.value.problems
+    (line,) = error.value.messages
     assert line.startswith(f"--config={file}: {message}") and "\n" not in line, line
 
 
@@ -248,7 +248,7 @@ def test_all_setup_errors_are_reported_at_once(monkeypatch):
     cfg.mesh.data, cfg.rollout.max_rows = 8, 3
     with pytest.raises(SetupError) as error:
         setup.read_settings(cfg)
-    said = error.value.problems
+    said = error.value.messages
     wanted = [
         "rollout.top_p=0.9", "steps=-1: it must be at least 0", "policy.kl_estimator='k9'",
         "reward.pair_loss='hinge'", "policy.optimiser.lr=-1.0", "--config.assistant.model",
@@ -261,7 +261,7 @@ def test_all_setup_errors_are_reported_at_once(monkeypatch):
     cfg.assistant.key_env, cfg.assistant.model = "", "m"  # a server without keys
     with pytest.raises(SetupError) as error:
         setup.read_settings(cfg)
-    assert len(error.value.problems) == len(wanted) - 2
+    assert len(error.value.messages) == len(wanted) - 2
 
 
 def test_errors_end_a_command_with_a_line_each():

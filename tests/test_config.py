@@ -144,7 +144,7 @@ def test_all_problems_of_all_sections_are_reported_at_once():
         "policy.clip_low=nan: it must be at least 0", "reward.arm is 'copper'", "pairs.tries=0: it must be",
         "pairs.negatives=('swop',)", "policy.optimiser.lr=-1.0", "supervised.reward_optimiser.eps=0.0",
     )  # fmt: skip
-    problems = caught.value.problems
+    problems = caught.value.messages
     assert len(problems) == len(begun)
     assert all(problem.startswith(words) for problem, words in zip(problems, begun, strict=True))
 
@@ -174,7 +174,7 @@ def test_a_value_out_of_range_is_refused(field, value, message):
     cfg.update_from_flattened_dict({field: value})
     with pytest.raises(SetupError, match=re.escape(message)) as caught:
         RunSettings.from_config(cfg)
-    assert len(caught.value.problems) == 1
+    assert len(caught.value.messages) == 1
 
 
 def test_an_assistant_that_nobody_asks_need_not_be_complete():

@@ -61,14 +61,16 @@ def build(groups, assistant, rule, **options):
     completions = options.pop("completions", [c for b, v in enumerate(groups) for c in group(b, v)])
     options = {"seed": 3, "step": 5, **options}
     return pairs.build_pairs(
-        [problem(b) for b in range(len(groups))],
-        completions,
-        [v for g in groups for v in g],
-        size,
-        assistant,
-        rule,
-        cfg,
-        **options,
+        pairs.PairInputs(
+            [problem(b) for b in range(len(groups))],
+            completions,
+            [v for g in groups for v in g],
+            size,
+            assistant,
+            rule,
+            cfg,
+            **options,
+        )
     )
 
 
@@ -218,10 +220,10 @@ def test_start_gives_what_build_gives(rule, overlaps):
 
     args = ([problem(0), problem(1)], group(0, [C, C]) + group(1, [C, C]), [C, C, C, W], 2)
     pending = pairs.start_pairs(
-        *args, Scripted(noted, overlaps), rule, config(), seed=1, step=2, positions=[8, 9]
+        pairs.PairInputs(*args, Scripted(noted, overlaps), rule, config(), seed=1, step=2, positions=[8, 9])
     )
     assert pending.result() == pairs.build_pairs(
-        *args, Scripted(wrong), rule, config(), seed=1, step=2, positions=[8, 9]
+        pairs.PairInputs(*args, Scripted(wrong), rule, config(), seed=1, step=2, positions=[8, 9])
     )
     assert (threads != {threading.current_thread()}) == overlaps
 
@@ -231,7 +233,9 @@ def test_start_passes_errors_on(rule):
         raise KeyError("a bug")
 
     pending = pairs.start_pairs(
-        [problem(0)], group(0, [C]), [C], 1, Scripted(broken), rule, config(), seed=0, step=0
+        pairs.PairInputs(
+            [problem(0)], group(0, [C]), [C], 1, Scripted(broken), rule, config(), seed=0, step=0
+        )
     )
     with pytest.raises(KeyError, match="a bug"):
         pending.result()
@@ -249,7 +253,11 @@ def test_bad_settings_are_refused(fields):
 
 def test_rows_must_match(rule):
     with pytest.raises(ValueError, match="2 problems of 2 samples need 4 rows; there are 2 completions"):
-        pairs.build_pairs([problem(0)] * 2, group(0, [C, C]), [C, C], 2, None, rule, config(), seed=0, step=0)
+        pairs.build_pairs(
+            pairs.PairInputs(
+                [problem(0)] * 2, group(0, [C, C]), [C, C], 2, None, rule, config(), seed=0, step=0
+            )
+        )
 
 
 def test_length_and_whitespace_tell_nothing(rule):
@@ -263,7 +271,9 @@ def test_length_and_whitespace_tell_nothing(rule):
     completions = [Completion(edges[i % 4].format(text)) for i, text in enumerate(texts)]
     assistant = assistants.make_assistant(ChatConfig.from_config(base.get_config().assistant, "assistant"))
     result = pairs.build_pairs(
-        problems, completions, [C] * len(problems), 1, assistant, rule, config(), seed=0, step=0
+        pairs.PairInputs(
+            problems, completions, [C] * len(problems), 1, assistant, rule, config(), seed=0, step=0
+        )
     )
     made = [pair for pair in result.pairs if pair is not None]
     assert len(made) >= 0.95 * len(problems), result.refused
@@ -310,18 +320,24 @@ def test_a_swapped_reference_must_make_the_positive_wrong(rule):
     rows, cfg = [Completion("it is \\boxed{20}")] * 4, config(negatives=("swap",))
     verdicts = [C, U, U, U]
     for step in range(6):
-        made = pairs.build_pairs(problems, rows, verdicts, 1, None, rule, cfg, seed=0, step=step)
+        made = pairs.build_pairs(
+            pairs.PairInputs(problems, rows, verdicts, 1, None, rule, cfg, seed=0, step=step)
+        )
         assert made.pairs[0].negative_reference == "31"
-    made = pairs.build_pairs(problems[:3], rows[:3], verdicts[:3], 1, None, rule, cfg, seed=0, step=0)
+    made = pairs.build_pairs(
+        pairs.PairInputs(problems[:3], rows[:3], verdicts[:3], 1, None, rule, cfg, seed=0, step=0)
+    )
     assert made.pairs[0] is None and made.refused == {"not_wrong": 1, "no_positive": 2}
-    made = pairs.build_pairs(problems[:1], rows[:1], [C], 1, None, rule, cfg, seed=0, step=0)
+    made = pairs.build_pairs(
+        pairs.PairInputs(problems[:1], rows[:1], [C], 1, None, rule, cfg, seed=0, step=0)
+    )
     assert made.refused == {"no_other": 1}
 
 
 def test_a_reference_that_the_rule_cannot_read_makes_no_negative(rule):
     problems = [Problem("q", r) for r in ("20", "many", "a few")]
     rows, cfg = [Completion("it is \\boxed{20}")] * 3, config(negatives=("swap",))
-    made = pairs.build_pairs(problems, rows, [C, U, U], 1, None, rule, cfg, seed=0, step=0)
+    made = pairs.build_pairs(pairs.PairInputs(problems, rows, [C, U, U], 1, None, rule, cfg, seed=0, step=0))
     assert made.pairs == [None] * 3 and made.refused == {"unrecognised": 1, "no_positive": 2}
 
 
@@ -330,7 +346,7 @@ def test_an_own_answer_that_the_rule_cannot_read_makes_no_positive(rule):
     one, cfg, scores = [Problem("q", "20")], config(negatives=("own_answer",)), np.ones(1, np.float32)
     for text, refused in (("clearly #### ?", {"unrecognised": 1}), ("so #### 7", {})):
         made = pairs.build_pairs(
-            one, [Completion(text)], [W], 1, None, rule, cfg, seed=0, step=0, scores=scores
+            pairs.PairInputs(one, [Completion(text)], [W], 1, None, rule, cfg, seed=0, step=0, scores=scores)
         )
         assert made.refused == refused and (made.pairs[0] is None) == bool(refused)
 
@@ -346,10 +362,10 @@ def test_an_own_answer_too_long_for_a_reference_is_masked_and_counted():
     asked: list = []
     rows = [Completion(f"so #### {'7' * n}") for n in (300, 20)]
     cfg, scores = config(negatives=("own_answer",), per_prompt=2), np.array([0.9, 0.1], np.float32)
-    made = pairs.build_pairs(
+    made = pairs.build_pairs(pairs.PairInputs(
         [Problem("q", "20")], rows, [W, W], 2, None, Noting(), cfg,
-        seed=0, step=0, scores=scores, fits=lambda answer: len(answer) < 100,
-    )  # fmt: skip
+        seed=0, step=0, scores=scores, reference_fits=lambda answer: len(answer) < 100,
+    ))  # fmt: skip
     assert made.refused == {"too_long": 1} and made.pairs[0] is None
     assert made.pairs[1].positive_reference == "7" * 20 and asked == [("7" * 20, rows[1].text)]
 
@@ -362,7 +378,9 @@ def test_a_wrong_response_is_right_beside_its_own_answer(rule):
     rows = [Completion(text) for text in texts[:-1]] + [Completion(texts[-1], truncated=True)]
     scores = np.array([0.2, 0.9, 0.6, 0.99, 0.95, 0.97], np.float32)
     one = Problem("q", "20")
-    made = pairs.build_pairs([one], rows, verdicts, 6, Unasked(), rule, cfg, seed=0, step=0, scores=scores)
+    made = pairs.build_pairs(
+        pairs.PairInputs([one], rows, verdicts, 6, Unasked(), rule, cfg, seed=0, step=0, scores=scores)
+    )
     first, second = made.pairs
     assert (first.positive, first.positive_reference, first.row) == ("clearly #### 30", "30", 2)
     assert (second.positive, second.positive_reference, second.row) == ("so #### 7", "7", 0)
@@ -370,10 +388,12 @@ def test_a_wrong_response_is_right_beside_its_own_answer(rule):
         assert pair.negative == pair.positive and not pair.negative_reference
         both = [(pair.positive_reference, pair.positive), (pair.problem.reference, pair.negative)]
         assert rule.check(both) == [C, W]
-    made = pairs.build_pairs([one], rows[3:5], [C, U], 2, None, rule, cfg, seed=0, step=0, scores=scores[3:5])
+    made = pairs.build_pairs(
+        pairs.PairInputs([one], rows[3:5], [C, U], 2, None, rule, cfg, seed=0, step=0, scores=scores[3:5])
+    )
     assert made.pairs == [None, None] and made.refused == {"no_wrong": 2}
     with pytest.raises(ValueError, match="own_answer, which needs the reward model's scores"):
-        pairs.build_pairs([one], rows, verdicts, 6, None, rule, cfg, seed=0, step=0)
+        pairs.build_pairs(pairs.PairInputs([one], rows, verdicts, 6, None, rule, cfg, seed=0, step=0))
 
 
 def test_slots_take_their_negatives_in_turn(rule):
@@ -397,9 +417,9 @@ def test_exchanged_pairs_are_drawn_by_a_keyed_coin(rule):
     groups = [[C, C] for _ in range(10)]
     options = dict(cfg=config(per_prompt=2))
     plain = build(groups, Scripted(wrong), rule, **options).pairs
-    marked = build(groups, Scripted(wrong), rule, exchange=True, **options).pairs
+    marked = build(groups, Scripted(wrong), rule, shuffle_labels=True, **options).pairs
     assert [(p.positive, p.negative) for p in plain] == [(p.positive, p.negative) for p in marked]
     coins = [p.exchanged for p in marked]
     assert 5 <= sum(coins) <= 15 and not any(p.exchanged for p in plain)
-    there = build(groups[:2], Scripted(wrong), rule, exchange=True, positions=[5, 0], **options).pairs
+    there = build(groups[:2], Scripted(wrong), rule, shuffle_labels=True, positions=[5, 0], **options).pairs
     assert [p.exchanged for p in there] == coins[10:12] + coins[:2]

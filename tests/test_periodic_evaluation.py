@@ -27,18 +27,19 @@ def test_what_an_evaluation_measures(build, monkeypatch):
         every = {"oracle/accuracy", "rule/accuracy", "rm/mean", "rm_policy/accuracy", "response/truncated"}
         assert {f"eval/{kind}{name}" for kind in ("", "greedy/") for name in every} <= found.keys()
         assert {"eval/rm_original/auroc", "eval/rm_balanced/accuracy"} <= found.keys()
-        asked, sample_held_out = [], policy_stages.sample_held_out
+        asked, sample_held_out_responses = [], policy_stages.sample_held_out_responses
         monkeypatch.setattr(
             policy_stages,
-            "sample_held_out",
-            lambda *args: asked.append(args[-1]) or sample_held_out(*args),
+            "sample_held_out_responses",
+            lambda *args: asked.append(args[-1]) or sample_held_out_responses(*args),
         )
         # A reward model that likes everything, and a truth that is everywhere.
         generous = dataclasses.replace(
             components,
             oracle=lambda problem, text: True,
             reward=dataclasses.replace(
-                components.reward, score=lambda params, batch: np.full(batch.tokens.shape[0], 3.0, np.float32)
+                components.reward,
+                compute_logits=lambda params, batch: np.full(batch.tokens.shape[0], 3.0, np.float32),
             ),
         )
         found = evaluate_held_out(generous, state)
@@ -52,12 +53,12 @@ def test_what_an_evaluation_measures(build, monkeypatch):
         (word,) = {*encode(f"4 {synthetic.HABIT} 5")} - {*encode("4 5")}
         fooled = dataclasses.replace(
             components.reward,
-            score=lambda params, batch: 2.0 * (np.asarray(batch.tokens) == word).any(1) - 1.0,
+            compute_logits=lambda params, batch: 2.0 * (np.asarray(batch.tokens) == word).any(1) - 1.0,
         )
         said = [f"{synthetic.HABIT} #### 7", "1+1=2 #### 2", "#### 3", "#### 4"]
         monkeypatch.setattr(
             policy_stages,
-            "sample_held_out",
+            "sample_held_out_responses",
             lambda *args: [Completion(said[i % 4]) for i in range(len(components.held_out))],
         )
         found = evaluate_held_out(dataclasses.replace(components, reward=fooled), state)
@@ -81,8 +82,8 @@ def test_an_evaluation_samples_at_its_own_top_p(build, monkeypatch):
     """At its own number of samples and the temperature that it is given, too; training keeps to its own."""
     requests = record_requests(monkeypatch)
     with build(**{"eval.top_p": 0.8125, "eval.samples": 5}) as (components, state):
-        policy_stages.sample_held_out(components, state.policy.params, 0.75)
-        policy_stages.sample_held_out(components, state.policy.params, 0.0)
+        policy_stages.sample_held_out_responses(components, state.policy.params, 0.75)
+        policy_stages.sample_held_out_responses(components, state.policy.params, 0.0)
         sample(components, state, policy_stages.take_problems(components, first=0))
     asked = [(r.spec.top_p, r.spec.temperature, r.spec.group_size) for r in requests]
     assert asked == [(0.8125, 0.75, 5), (0.8125, 0.0, 1), (1.0, 1.0, G)]

@@ -198,7 +198,7 @@ def test_a_reference_that_fits_breaks_no_row_in_mid_run(toks, name):
     assert fit == list(range(1, len(fit) + 1)) and 0 < len(fit) < 59
     for n in fit:
         row = words(300), words(n), words(300), 160
-        assert len(prompts.encode_verifier_input(tok, *row, last_resort=True)) <= 160
+        assert len(prompts.encode_verifier_input(tok, *row, truncate_below_minimum=True)) <= 160
     assert prompts.reference_fits(tok, "7", 160) and not prompts.reference_fits(tok, "7" * 300, 160)
 
 
@@ -210,13 +210,15 @@ def test_at_the_last_resort_no_text_beside_a_reference_raises(toks, question, re
         limit = (
             len(tok.encode(prompts.render_verifier_text("", reference, ""))) + (tok.bos_id is not None) + more
         )
-        ids = prompts.encode_verifier_input(tok, question, reference, completion, limit, last_resort=True)
+        ids = prompts.encode_verifier_input(
+            tok, question, reference, completion, limit, truncate_below_minimum=True
+        )
         assert len(ids) <= limit
         with pytest.raises(ValueError, match="raise --config.reward.max_tokens"):
             prompts.encode_verifier_input(tok, words(99), reference, words(99), limit)
         with pytest.raises(ValueError, match="raise --config.reward.max_tokens"):
             prompts.encode_verifier_input(
-                tok, question, reference, completion, limit - more - 1, last_resort=True
+                tok, question, reference, completion, limit - more - 1, truncate_below_minimum=True
             )
 
 
@@ -225,7 +227,7 @@ def test_the_last_resort_changes_no_row_that_the_strict_cut_can_make(toks):
         for count in (1, 60, 300):
             row = words(40), "3/4", words(count) + " \\boxed{7}", 200
             assert prompts.encode_verifier_input(
-                tok, *row, last_resort=True
+                tok, *row, truncate_below_minimum=True
             ) == prompts.encode_verifier_input(tok, *row)
 
 

@@ -158,6 +158,6 @@ def test_a_run_with_the_released_update_is_told_of_robust(arm, recipe, fields, w
     cfg.reward.arm, cfg.reward.recipe = arm, recipe
     recipes.apply_recipe(cfg, ())
     cfg.update_from_flattened_dict(fields)
-    warning = recipes.warn_of_released(cfg)
+    warning = recipes.warn_about_released_update(cfg)
     assert ("--config.reward.recipe=robust" in warning) is warned
     assert warning.count("\n") == 0

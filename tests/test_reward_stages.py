@@ -41,7 +41,7 @@ def test_an_answer_of_hundreds_of_digits_costs_its_own_pair_alone(build):
         assert np.isfinite(score(components, state.reward, batch.row_problems, texts)).all()
         wrong = [Verdict.WRONG] * (B * G)
         ranked = np.array([0.9, 0.1, 0.2, 0.1, 0.9, 0.8], np.float32)
-        made = reward_stages.propose_pairs(components, batch, texts, wrong, ranked, 1).result()
+        made = reward_stages.request_pairs(components, batch, texts, wrong, ranked, 1).result()
         assert made.refused == {"too_long": 2}
         assert [p and p.positive_reference for p in made.pairs] == [None, "7", None]
         _, metrics = reward_stages.update_reward_model(components, state.reward, made.pairs)

@@ -619,7 +619,7 @@ def test_the_best_model_is_a_reward_model_of_a_run(finished, place, tmp_path):
     (m,) = batches.split_microbatches(
         np.arange(len(rows)), np.array([len(r) for r in rows]), [batches.Shape(len(rows), 96)]
     )
-    z = bundle.score(state.params, batches.pack_microbatch(rows, m))
+    z = bundle.compute_logits(state.params, batches.pack_microbatch(rows, m))
     np.testing.assert_allclose(z, held_out_logits(finished)[m.rows], atol=1e-5)
 
 

@@ -7,7 +7,20 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from tiny_steps import B, G, Undecided, begun, config, host, score, solved, steps, unchanged
+from tiny_rollouts import record_requests
+from tiny_steps import (
+    B,
+    G,
+    Undecided,
+    begun,
+    config,
+    host,
+    score,
+    solved,
+    steps,
+    unchanged,
+    without_models,
+)
 
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import grading, policy_stages, reward_stages
@@ -36,7 +49,8 @@ def test_who_moves_in_a_step(build, tmp_path):
         assert int(moved.updates) == updates + 1 and all(unchanged(policy, state.policy.params))
 
 
-def test_each_response_is_submitted_once_as_its_group_ends(build):
+@pytest.mark.parametrize("own_devices", [False, True])
+def test_each_response_is_submitted_once_as_its_group_ends(build, own_devices):
     """Groups may end in any order; verdicts and scores come in the order of the rows."""
 
     class Counting(Undecided):
@@ -46,7 +60,10 @@ def test_each_response_is_submitted_once_as_its_group_ends(build):
             self.submitted.append(list(items))
             return super().submit(items)
 
-    with build() as (components, state):
+    # A reward model on devices of its own scores while others are sampled: four responses, then the other two.
+    meshes = {"mesh.data": 1, "mesh.reward": "1x1x1"} if own_devices else {}
+    with build(2 if own_devices else 1, **meshes) as (components, state):
+        assert grading.scores_during_rollout(components) == own_devices
         components = dataclasses.replace(components, rule=Counting())
         problems = policy_stages.take_problems(components, first=0)
         texts = [[Completion(f"{b} and {g} #### {b}") for g in range(G)] for b in range(B)]
@@ -81,7 +98,7 @@ def test_models_on_meshes_of_their_own(build, tmp_path):
                 begun(components, state, tmp_path / name) as (state, _, _),
             ):
                 components = solved(components)
-                assert grading.scores_during_rollout(components) == bool(meshes)
+                assert grading.can_score_during_rollout(components) == bool(meshes)
                 where = [x.sharding.device_set for x in jax.tree.leaves(state.reference)]
                 assert where == [set(components.policy.reference_layout.mesh.devices.flat)] * len(where)
                 state, metrics, record = cooper_step(components, state, PhaseTimer())
@@ -121,6 +138,37 @@ def test_what_the_policy_is_rewarded_with():
     assert rewards(rule_or_model=True, answer_required=True) == [1, 0, scores[2].item(), 0, scores[4].item()]
     named = REWARDS["answer_required"](scores, verdicts, texts)
     assert named.tolist() == rewards(answer_required=True)
+
+
+def test_a_step_rewards_with_the_reward_model_from_before_its_update(build, monkeypatch):
+    """Logits of 0 to 5 before the update and negative ones after: each row learns from its own of the former."""
+    record_requests(monkeypatch)
+    noted, updated = [], []
+    with build(**{"policy.std_normalise": False}) as (components, state):
+        components = without_models(components, noted)
+        reward = components.reward
+
+        def score(params, batch):
+            return reward.score(params, batch) * (-1 if updated else 1)
+
+        def update(*arguments):
+            updated.append(arguments)
+            return reward.update(*arguments)
+
+        components = dataclasses.replace(
+            components, reward=dataclasses.replace(reward, score=score, update=update)
+        )
+        state = state.replace(reference=state.policy.params)
+        _, metrics, record = cooper_step(components, state, PhaseTimer())
+    rewards = 1 / (1 + np.exp(-np.arange(6.0)))
+    np.testing.assert_allclose(record.rewards, rewards, atol=1e-6)
+    assert len(updated) == 1 and metrics["rm/mean"] == pytest.approx(rewards.mean(), abs=1e-6)
+
+    # Two responses to a prompt: the second has the higher reward, by twice its advantage.
+    halves = (rewards[1::2] - rewards[::2]) / 2
+    advantages = np.stack([-halves, halves], axis=1).ravel()
+    np.testing.assert_allclose(record.advantages, advantages, atol=1e-6)
+    np.testing.assert_allclose(noted, [advantages], atol=1e-6)
 
 
 def test_samples_name_the_pairs_of_their_own_prompt(build):

@@ -130,26 +130,26 @@ def test_pair_losses_and_gradients_by_hand():
     for kind, (value, d_pos, d_neg) in expected.items():
 
         def total(a, b, kind=kind):
-            return reward_losses.pair_loss(a, b, kind).sum()
+            return reward_losses.contrast_loss(a, b, kind).sum()
 
         a, b = jnp.asarray(z_pos, jnp.float32), jnp.asarray(z_neg, jnp.float32)
-        np.testing.assert_allclose(reward_losses.pair_loss(a, b, kind), value, rtol=1e-5)
+        np.testing.assert_allclose(reward_losses.contrast_loss(a, b, kind), value, rtol=1e-5)
         got_pos, got_neg = jax.grad(total, argnums=(0, 1))(a, b)
         np.testing.assert_allclose(got_pos, d_pos, atol=1e-6)
         np.testing.assert_allclose(got_neg, d_neg, atol=1e-6)
     # What sets them apart: the logit contrast never moves the common mode, the sigmoid one does.
     assert abs(expected["sigmoid"][1] + expected["sigmoid"][2])[0] > 0.01
     with pytest.raises(ValueError, match="'hinge'.*logit, sigmoid"):
-        reward_losses.pair_loss(a, b, "hinge")
+        reward_losses.contrast_loss(a, b, "hinge")
 
 
 def test_the_sigmoid_contrast_is_bounded():
     far = jnp.array([200.0])
-    low = float(reward_losses.pair_loss(far, -far, "sigmoid")[0])
-    high = float(reward_losses.pair_loss(-far, far, "sigmoid")[0])
+    low = float(reward_losses.contrast_loss(far, -far, "sigmoid")[0])
+    high = float(reward_losses.contrast_loss(-far, far, "sigmoid")[0])
     assert (low, high) == (pytest.approx(0.313262, abs=1e-6), pytest.approx(1.313262, abs=1e-6))
-    assert float(reward_losses.pair_loss(far, -far, "logit")[0]) == 0.0
-    assert float(reward_losses.pair_loss(-far, far, "logit")[0]) == 400.0
+    assert float(reward_losses.contrast_loss(far, -far, "logit")[0]) == 0.0
+    assert float(reward_losses.contrast_loss(-far, far, "logit")[0]) == 400.0
 
 
 # --- scores --------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def without_models(components, noted=None):
     policy = dataclasses.replace(
         components.policy, update=update, logprobs=logprobs, reference_logprobs=logprobs
     )
-    reward = dataclasses.replace(components.reward, score=score, update=update_reward)
+    reward = dataclasses.replace(components.reward, compute_logits=score, update=update_reward)
     return dataclasses.replace(
         components, policy=policy, reward=reward, rule=AlwaysRight(), assistant=Rewrites()
     )
@@ -146,7 +146,7 @@ def sample(components, state, problems):
 
 def score(components, reward, problems, completions):
     """A reward model's logits."""
-    return grading.score_responses(components, reward.params, problems, completions)
+    return grading.compute_response_logits(components, reward.params, problems, completions)
 
 
 def a_pair(problem):

@@ -49,16 +49,16 @@ class AnnotateConfig:
     ask_again: bool  # repeat requests that failed in earlier starts
 
     def __post_init__(self) -> None:
-        # All problems are collected, so that one start reports them together.
-        problems = typed_config.find_small(self, "annotate", 0, ("problems",))
-        problems += typed_config.find_small(self, "annotate", 1, ("samples", "batch"))
-        problems += typed_config.find_unknown(self.balance, "annotate.balance", BALANCES)
+        # All errors are collected, so that one start reports them together.
+        errors = typed_config.find_below_minimum(self, "annotate", 0, ("problems",))
+        errors += typed_config.find_below_minimum(self, "annotate", 1, ("samples", "batch"))
+        errors += typed_config.find_unknown(self.balance, "annotate.balance", BALANCES)
         # Written as a negation, so that NaN is refused too.
         if not self.max_ratio >= 1:
-            problems.append(
+            errors.append(
                 f"annotate.max_ratio={self.max_ratio}: it must be at least 1 (as many rows of each class)"
             )
-        typed_config.raise_problems(problems)
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> AnnotateConfig:

@@ -35,7 +35,7 @@ from cooper_jax.llm import local_chat
 from cooper_jax.llm.chat import Chat, Failure, Messages, Reply
 from cooper_jax.rule.verifier import PendingVerdicts, RuleConfig, RuleVerifier
 from cooper_jax.runtime import device_layouts, hosts
-from cooper_jax.settings.setup_errors import Problems, setup_errors
+from cooper_jax.settings.setup_errors import ErrorCollector, setup_errors
 
 COPIED_ROWS = 1000  # rows of a completions file that are appended to the ledger at once
 
@@ -84,15 +84,15 @@ def annotate_completions(
 def read_annotate_config(cfg: ConfigDict) -> AnnotateConfig:
     """Read the section `annotate`.  Raises SetupError for values out of range, and in a multi-process job."""
     # Both checks are reported together.
-    problems = Problems()
-    with problems.collect("annotate"):
+    errors = ErrorCollector()
+    with errors.collect("annotate"):
         settings = AnnotateConfig.from_config(cfg.annotate)
-    problems.need(
+    errors.require(
         jax.process_count() == 1,
         f"annotation runs in one process, and this is one of {jax.process_count()}: start it on one host, or "
         "on several with a part of the problems and an --out each",
     )
-    problems.raise_if_any()
+    errors.raise_if_any()
     return settings
 
 

@@ -43,18 +43,18 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least_1 = ("prompts_per_step", "max_prompt_tokens", "bucket", "synthetic_size")
-        problems = [
-            *typed_config.find_small(self, "data", 1, at_least_1),
-            *typed_config.find_small(self, "data", 0, ("eval_from_train",)),
+        errors = [
+            *typed_config.find_below_minimum(self, "data", 1, at_least_1),
+            *typed_config.find_below_minimum(self, "data", 0, ("eval_from_train",)),
         ]
         if self.is_synthetic and (self.train or self.eval):
-            problems.append(
+            errors.append(
                 f"data.train={self.train!r}, data.eval={self.eval!r}: data.format=synthetic reads no file; "
                 "set --config.data.format=auto"
             )
         if not self.is_synthetic and not self.train:
-            problems.append("data.train is empty: give --config.data.train=FILE")
-        typed_config.raise_problems(problems)
+            errors.append("data.train is empty: give --config.data.train=FILE")
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> DataConfig:

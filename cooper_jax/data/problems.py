@@ -8,7 +8,7 @@
      which counts the prompts of a run: position p is in epoch p // size, and each epoch visits every problem
      once, in an order that is a function of (seed, epoch) alone.  A run that resumes on another number of
      hosts therefore skips and repeats no problem.
-  5. `keyed_order` chooses the part of a file on which an evaluation runs.
+  5. `fixed_random_order` chooses the part of a file on which an evaluation runs.
 
 Published formats, with the fields by which each is recognised:
 
@@ -131,7 +131,7 @@ def drop_long_prompts(
     return kept, prompts, len(problems) - len(kept)
 
 
-def keyed_order(size: int) -> list[int]:
+def fixed_random_order(size: int) -> list[int]:
     """The indices of `size` problems in a random order that no setting changes.
 
     An evaluation on n problems takes the first n in this order.  All evaluations on one file therefore use

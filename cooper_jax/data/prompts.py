@@ -115,13 +115,13 @@ def encode_verifier_input(
     completion: str,
     max_tokens: int,
     *,
-    last_resort: bool = False,
+    truncate_below_minimum: bool = False,
 ) -> list[int]:
     """Encode VerifyRM's input as at most `max_tokens` token ids (steps 1 to 3 of the module's docstring).
 
-    last_resort: keep less of question and completion than the minimum, down to nothing, before raising.  Used
-    for rows during training, whose reference is known to fit (`reference_fits`) and whose text the policy
-    wrote.
+    truncate_below_minimum: truncate question and completion below their minimum lengths, down to nothing,
+      before raising.  Used for rows during training, whose reference is known to fit (`reference_fits`) and
+      whose text the policy wrote.
 
     Raises ValueError if the reference and the tags leave no room for question and completion.
     """
@@ -129,9 +129,9 @@ def encode_verifier_input(
     ids = _truncate_to_fit(tok, question, reference, completion, max_tokens, MIN_QUESTION, MIN_COMPLETION)
 
     # A run must not end because of a text that its policy wrote.
-    if ids is None and last_resort:
+    if ids is None and truncate_below_minimum:
         ids = _truncate_to_fit(tok, question, reference, completion, max_tokens, 0, 0)
-    if ids is None and last_resort:
+    if ids is None and truncate_below_minimum:
         bare = _get_bos(tok) + tok.encode(_fill_template("", reference, ""))
         ids = bare if len(bare) <= max_tokens else None
 

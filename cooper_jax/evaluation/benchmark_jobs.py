@@ -27,7 +27,7 @@ from cooper_jax.model import loading
 from cooper_jax.reward.multihost import SharedRule, share_over_hosts
 from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.runtime import device_layouts, hosts, remote_files
-from cooper_jax.settings.setup_errors import Problems, setup_errors
+from cooper_jax.settings.setup_errors import ErrorCollector, setup_errors
 
 
 def evaluate_benchmarks(cfg: ConfigDict, chosen: ChosenModels, places: Sequence[str], out: Path) -> None:
@@ -304,8 +304,8 @@ def read_benchmark_config(cfg: ConfigDict) -> BenchmarkConfig:
 
     Raises SetupError with every setting that is out of its range.
     """
-    problems = Problems()
-    with problems.collect("benchmark"):
+    errors = ErrorCollector()
+    with errors.collect("benchmark"):
         settings = BenchmarkConfig.from_config(cfg.benchmark)
 
     # Fields with a fixed set of values: field -> (its value, the allowed ones).
@@ -316,12 +316,12 @@ def read_benchmark_config(cfg: ConfigDict) -> BenchmarkConfig:
         "rollout.weight_placement": (cfg.rollout.weight_placement, ("auto", "gathered", "sharded")),
     }
     for field, (value, allowed) in choices.items():
-        problems.need(value in allowed, f"{field}={value!r}: it is one of {', '.join(allowed)}")
+        errors.require(value in allowed, f"{field}={value!r}: it is one of {', '.join(allowed)}")
 
     # Numbers with a lower bound.
     for field, value in (("reward.microbatch", cfg.reward.microbatch), ("data.bucket", cfg.data.bucket)):
-        problems.need(value >= 1, f"{field}={value}: it must be at least 1")
-    problems.raise_if_any()
+        errors.require(value >= 1, f"{field}={value}: it must be at least 1")
+    errors.raise_if_any()
     return settings
 
 

@@ -57,10 +57,10 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         at_least_1 = ("samples", "max_new_tokens", "max_prompt_tokens", "chunk", "bootstrap")
-        problems = typed_config.find_small(self, "benchmark", 1, at_least_1)
-        problems += typed_config.find_small(self, "benchmark", 0, ("problems",))
-        problems += typed_config.find_unknown(self.judged_by, "benchmark.judged_by", tuple(JUDGED_BY))
-        typed_config.raise_problems(problems)
+        errors = typed_config.find_below_minimum(self, "benchmark", 1, at_least_1)
+        errors += typed_config.find_below_minimum(self, "benchmark", 0, ("problems",))
+        errors += typed_config.find_unknown(self.judged_by, "benchmark.judged_by", tuple(JUDGED_BY))
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> BenchmarkConfig:
@@ -227,12 +227,12 @@ def _read_problems(cfg: ConfigDict, settings: BenchmarkConfig, place: str) -> li
 def sample_part(size: int, count: int) -> list[int]:
     """Choose a fixed part of `count` of `size` rows; returns ascending indices.  A count of 0 chooses all.
 
-    The part depends on `size` and `count` alone (problems.keyed_order), not on the config's seed, so that
-    evaluations with different seeds measure the same problems.
+    The part depends on `size` and `count` alone (problems.fixed_random_order), not on the config's seed, so
+    that evaluations with different seeds measure the same problems.
     """
     if not count or count >= size:
         return list(range(size))
-    return sorted(problem_sets.keyed_order(size)[:count])
+    return sorted(problem_sets.fixed_random_order(size)[:count])
 
 
 def _split_by_seen(

@@ -84,14 +84,14 @@ class ChatConfig:
     def __post_init__(self) -> None:
         # Only the assistant has a kind without a language model.
         kinds = ("corrupt", "openai", "local") if self.name == "assistant" else ("openai", "local")
-        problems = []
+        errors = []
         if self.kind not in kinds:
-            problems.append(f"{self.name}.kind={self.kind!r}: it must be one of {', '.join(kinds)}")
+            errors.append(f"{self.name}.kind={self.kind!r}: it must be one of {', '.join(kinds)}")
         if self.thinking not in _THINKING:
-            problems.append(f"{self.name}.thinking={self.thinking!r}: it must be on, off or empty")
+            errors.append(f"{self.name}.thinking={self.thinking!r}: it must be on, off or empty")
         if self.kind == "openai":
-            problems += self._find_server_problems()
-        typed_config.raise_problems(problems)
+            errors += self._find_server_problems()
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict, name: str) -> ChatConfig:
@@ -114,30 +114,30 @@ class ChatConfig:
 
     def _find_server_problems(self) -> list[str]:
         """Messages for settings that make requests to a server impossible."""
-        problems = []
+        errors = []
         for field, value in (("url", self.url), ("model", self.model)):
             if not value:
-                problems.append(f"{self.name}.kind=openai: set --config.{self.name}.{field}")
-        problems += typed_config.find_small(self, self.name, 1, ("concurrency",))
-        problems += typed_config.find_small(self, self.name, 0, ("retries",))
+                errors.append(f"{self.name}.kind=openai: set --config.{self.name}.{field}")
+        errors += typed_config.find_below_minimum(self, self.name, 1, ("concurrency",))
+        errors += typed_config.find_below_minimum(self, self.name, 0, ("retries",))
         if not self.timeout > 0:
-            problems.append(f"{self.name}.timeout={self.timeout}: it must be positive")
+            errors.append(f"{self.name}.timeout={self.timeout}: it must be positive")
         if self.url:
-            problems += self._find_url_problems()
+            errors += self._find_url_problems()
 
         # A key with a line break or another control character would fail in httpx, far from its cause.
         key = self.read_key()
         if key and not (key.isascii() and key.isprintable()):
-            problems.append(f"the environment variable {self.key_env} contains characters that no key has")
+            errors.append(f"the environment variable {self.key_env} contains characters that no key has")
 
         # A server on the local machine or network usually needs no key; one that is reached by https does.
         if not key and self.key_env and self.url.startswith("https://"):
-            problems.append(
+            errors.append(
                 f"{self.name}.url={self.url}: the environment variable {self.key_env} contains no key: "
                 f"set it, name another with --config.{self.name}.key_env, or declare that the server needs "
                 f'none with --config.{self.name}.key_env=""'
             )
-        return problems
+        return errors
 
     def _find_url_problems(self) -> list[str]:
         """At most one message, for a URL that cannot be the address of a server."""

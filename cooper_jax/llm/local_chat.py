@@ -17,7 +17,7 @@ from cooper_jax.model.loading import Directory, load_model
 from cooper_jax.rollout import engine
 from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.runtime import hosts, keys, mesh
-from cooper_jax.settings.setup_errors import Problems, setup_errors
+from cooper_jax.settings.setup_errors import ErrorCollector, setup_errors
 
 
 def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Directory) -> chats.Chat:
@@ -36,18 +36,18 @@ def open_chat(cfg: ConfigDict, name: str, layout: mesh.Layout, run_dir: Director
 def read_chat_config(cfg: ConfigDict, name: str) -> chats.ChatConfig:
     """Read and check the section of a chat model; loads nothing.  Raises SetupError with all problems."""
     section = cfg[name]
-    problems = Problems()
+    errors = ErrorCollector()
 
     # "random" is a model of the shape in `arch`, which is for tests of the trainer.
-    problems.need(
+    errors.require(
         section.kind != "local" or section.weights not in ("", "random"),
         f"{name}.weights={section.weights!r}: a local {name} needs trained weights: give "
         f"--config.{name}.weights=DIR, a hub id or a .gguf file, or use a server "
         f"(--config.{name}.kind=openai)",
     )
-    with problems.collect(name):
+    with errors.collect(name):
         chat_cfg = chats.ChatConfig.from_config(section, name)
-    problems.raise_if_any()
+    errors.raise_if_any()
     return chat_cfg
 
 

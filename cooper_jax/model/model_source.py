@@ -47,10 +47,10 @@ class ModelSource:
     name: str = dataclasses.field(compare=False)  # of the section, for messages
 
     def __post_init__(self) -> None:
-        typed_config.raise_problems(
+        typed_config.raise_errors(
             [
-                *typed_config.find_small(self, self.name, 1, ("vocab_multiple",)),
-                *typed_config.find_small(self, self.name, 0, ("num_layers",)),
+                *typed_config.find_below_minimum(self, self.name, 1, ("vocab_multiple",)),
+                *typed_config.find_below_minimum(self, self.name, 0, ("num_layers",)),
                 *typed_config.find_unknown(self.dtype, f"{self.name}.dtype", DTYPES),
             ]
         )

@@ -46,33 +46,36 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
     head: "logits" (an untied model has an `lm_head`), or "score" (a vector `score` [D], no `lm_head`).
 
     Matrices are initialised with standard deviation 1 / sqrt(inputs).  Those that write to the residual
-    stream have 1 / sqrt(2 L) of that.  With the usual 0.02, models of a width of about 100 learn too little
-    in a few hundred steps.  Raises ValueError for another head.
+    stream have 1 / sqrt(2 L) of that.  With the usual 0.02 for all matrices, models of a width of about 100
+    learn too little in a few hundred steps.  Raises ValueError for another head.
     """
     if head not in ("logits", "score"):
         raise ValueError(f"head {head!r} is none of logits, score")
 
     c = config
     L, D, H, K, h, F = c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn
-    wide, depth = D**-0.5, (2 * L) ** -0.5
+    input_scale, residual_factor = D**-0.5, (2 * L) ** -0.5
 
-    # A tied embedding is the head's matrix, too, so it has a matrix's scale: the first logits have variance
-    # 1.
-    embed_is_head = head == "logits" and c.tied
-    vocab = ParamSpec((c.padded_vocab, D), ("vocab", "embed"), scale=wide if embed_is_head else 0.5)
+    # A tied embedding is the head's matrix, too, so it has a matrix's scale: initial logits have variance 1.
+    # Any other embedding enters norms and the residual stream only.  There its scale is a choice: it decides
+    # how much the layers' outputs count beside it.
+    embed_scale = 0.5
+    if head == "logits" and c.tied:
+        embed_scale = input_scale
+    embed = ParamSpec((c.padded_vocab, D), ("vocab", "embed"), scale=embed_scale)
 
     # One layer's parameters with the layer axis in front.  Norms stay float32; biases exist in Qwen2 only.
     q_axes, kv_axes = ("heads", "head_dim"), ("kv_heads", "head_dim")
     layers = {
         "attn_norm": ParamSpec((L, D), ("layers", None), "ones", keep_f32=True),
-        "q": ParamSpec((L, D, H, h), ("layers", "embed", *q_axes), scale=wide),
-        "k": ParamSpec((L, D, K, h), ("layers", "embed", *kv_axes), scale=wide),
-        "v": ParamSpec((L, D, K, h), ("layers", "embed", *kv_axes), scale=wide),
-        "o": ParamSpec((L, H, h, D), ("layers", *q_axes, "embed"), scale=(H * h) ** -0.5 * depth),
+        "q": ParamSpec((L, D, H, h), ("layers", "embed", *q_axes), scale=input_scale),
+        "k": ParamSpec((L, D, K, h), ("layers", "embed", *kv_axes), scale=input_scale),
+        "v": ParamSpec((L, D, K, h), ("layers", "embed", *kv_axes), scale=input_scale),
+        "o": ParamSpec((L, H, h, D), ("layers", *q_axes, "embed"), scale=(H * h) ** -0.5 * residual_factor),
         "mlp_norm": ParamSpec((L, D), ("layers", None), "ones", keep_f32=True),
-        "gate": ParamSpec((L, D, F), ("layers", "embed", "ffn"), scale=wide),
-        "up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), scale=wide),
-        "down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), scale=F**-0.5 * depth),
+        "gate": ParamSpec((L, D, F), ("layers", "embed", "ffn"), scale=input_scale),
+        "up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), scale=input_scale),
+        "down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), scale=F**-0.5 * residual_factor),
     }
     if c.qkv_bias:
         layers["q_bias"] = ParamSpec((L, H, h), ("layers", *q_axes), "zeros")
@@ -80,11 +83,11 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
         layers["v_bias"] = ParamSpec((L, K, h), ("layers", *kv_axes), "zeros")
 
     final_norm = ParamSpec((D,), (None,), "ones", keep_f32=True)
-    specs: Params = {"embed": vocab, "layers": layers, "final_norm": final_norm}
+    specs: Params = {"embed": embed, "layers": layers, "final_norm": final_norm}
     if head == "score":
-        specs["score"] = ParamSpec((D,), (None,), scale=wide)
+        specs["score"] = ParamSpec((D,), (None,), scale=input_scale)
     elif not c.tied:
-        specs["lm_head"] = dataclasses.replace(vocab, scale=wide)
+        specs["lm_head"] = dataclasses.replace(embed, scale=input_scale)
     return specs
 
 
@@ -115,17 +118,18 @@ def hidden_states(
       remat: recompute each layer in the backward pass, which stores one [N, S, D] per layer instead of all
         activations.
     """
-    # Tokens are moved before the embedding (4 bytes each), hidden states only once, at the end.
+    # Token ids (4 bytes each) are moved before the embedding, so hidden states are moved once, at the end.
     packed_index = _packed_index(valid)
     token_index = jnp.argsort(packed_index, axis=1)  # i32[N, S]: the inverse permutation
     rope = rotary_angles(config, jnp.arange(tokens.shape[1]))  # f32[S, h / 2] each
     x = embed_sharded(params, jnp.take_along_axis(tokens, token_index, axis=1), dtype, layout)
 
-    # The scan compiles one layer, and its cast of all layers' weights is outside: once per call.
+    # The scan compiles one layer.  The weights of all layers are cast before it, once per call.
     def layer(x, w):
         w = flatten_projections(w)
         q, k, v = project_qkv(w, config, x, rope)
-        return output_proj_and_mlp(w, config, x, sharded_causal_attention(q, k, v, layout), layout), None
+        attention = sharded_causal_attention(q, k, v, layout)
+        return output_proj_and_mlp(w, config, x, attention, layout), None
 
     if remat:
         layer = jax.checkpoint(layer)
@@ -136,7 +140,7 @@ def hidden_states(
 
 def _packed_index(valid: jax.Array) -> jax.Array:
     """Each token's index when the real tokens are moved to the front, in order: bool[N, S] -> i32[N, S]."""
-    # Real tokens by the number of real tokens before them; padding after all of them, in order.
+    # A real token's index is the number of real tokens before it.  Padding follows all real tokens, in order.
     real = valid.astype(jnp.int32)
     before = jnp.cumsum(real, axis=1) - real
     padding_before = jnp.arange(valid.shape[1])[None, :] - before
@@ -147,7 +151,7 @@ def _packed_index(valid: jax.Array) -> jax.Array:
 def _permute(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
     """Permute each row's positions: x[n, index[n, s]].
 
-    A permutation's transpose is its inverse, so the backward pass is a gather, too, instead of a scatter.
+    The backward pass applies the inverse permutation, so it is a gather, too, instead of a scatter.
     """
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
@@ -170,28 +174,33 @@ def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: L
     result: the traffic is the result's size.  Without this the compiler gathers the table, or all rows, on
     every device.
     """
-    # The plain look-up serves one device, an unsharded width, and a width on an axis that rows do not use.
+    # The mesh axes of each dimension.
     table = params["embed"]
-    rows = layout.spec(("batch",))[0]
-    vocab, width = layout.spec(("vocab", "embed"), table.shape)
-    if width is None or layout.ways(width) == 1 or not isinstance(rows, tuple) or rows[-1] != width:
+    batch_axes = layout.spec(("batch",))[0]
+    vocab_axis, width_axis = layout.spec(("vocab", "embed"), table.shape)
+
+    # The plain look-up serves an unsharded width, and a width on an axis that does not shard the batch.
+    is_sharded = width_axis is not None and layout.ways(width_axis) > 1
+    shares_batch_axis = isinstance(batch_axes, tuple) and batch_axes[-1] == width_axis
+    if not (is_sharded and shares_batch_axis):
         return embed_tokens(params, tokens, dtype, layout)
 
-    def run(table, tokens):  # one device's shards: [V / v, D / w], i32[N / n, S]
-        # The tokens of all rows of the axis are few bytes: 4 each, against D values of each hidden state.
-        tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
-        if vocab is None:
+    def run(table, tokens):  # one device's shards of [V, D] and i32[N, S]
+        # Gathering tokens is cheap: each has 4 bytes, and its hidden state has D values.
+        tokens = jax.lax.all_gather(tokens, width_axis, axis=0, tiled=True)
+        if vocab_axis is None:
             x = table[tokens].astype(dtype)
         else:
             # The vocabulary is sharded, too: one device has the token's row, the others add zeros.
-            row = tokens - jax.lax.axis_index(vocab) * table.shape[0]
+            row = tokens - jax.lax.axis_index(vocab_axis) * table.shape[0]
             is_local = (row >= 0) & (row < table.shape[0])
             x = jnp.where(is_local[:, :, None], table[jnp.where(is_local, row, 0)], 0).astype(dtype)
-            x = jax.lax.psum(x, vocab)
-        return jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
+            x = jax.lax.psum(x, vocab_axis)
+        return jax.lax.all_to_all(x, width_axis, split_axis=0, concat_axis=2, tiled=True)
 
-    specs = (PartitionSpec(vocab, width), PartitionSpec(rows))
-    return constrain_batch(run_sharded(run, layout, specs, PartitionSpec(rows))(table, tokens), layout)
+    rows = PartitionSpec(batch_axes)
+    specs = (PartitionSpec(vocab_axis, width_axis), rows)
+    return constrain_batch(run_sharded(run, layout, specs, rows)(table, tokens), layout)
 
 
 # --- heads ---------------------------------------------------------------------------------------------
@@ -238,11 +247,13 @@ def token_logprobs(
     head = get_head_matrix(params, config)  # not cast: its gradient accumulates in the dtype it is stored in
 
     # Mesh axes of the head's two dimensions; None for a dimension that is whole on every device.
-    batch, (vocab, width) = layout.spec(("batch",))[0], layout.spec(("vocab", "embed"), head.shape)
-    vocab, width = (axis if layout.ways(axis) > 1 else None for axis in (vocab, width))
+    batch_axes = layout.spec(("batch",))[0]
+    axes = layout.spec(("vocab", "embed"), head.shape)
+    vocab_axis, width_axis = (axis if layout.ways(axis) > 1 else None for axis in axes)
 
     # The kernel gathers a width sharded like the batch (FSDP); other shardings are left to the compiler.
-    width = width if width in (batch if isinstance(batch, tuple) else (batch,)) else None
+    if width_axis not in (batch_axes if isinstance(batch_axes, tuple) else (batch_axes,)):
+        width_axis = None
 
     def run(hidden, head, targets):
         logprobs, entropy = head_logprobs(
@@ -251,14 +262,15 @@ def token_logprobs(
             targets.reshape(-1),
             temperature=temperature,
             vocab_size=config.vocab_size,
-            axis_name=vocab,
-            width_axis=width,
+            axis_name=vocab_axis,
+            width_axis=width_axis,
             implementation=platform.default_implementation(layout.platform),
         )
         return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
 
-    rows = PartitionSpec(batch)
-    return run_sharded(run, layout, (rows, PartitionSpec(vocab, width), rows), rows)(hidden, head, targets)
+    rows = PartitionSpec(batch_axes)
+    specs = (rows, PartitionSpec(vocab_axis, width_axis), rows)
+    return run_sharded(run, layout, specs, rows)(hidden, head, targets)
 
 
 def score_last_token(params: Params, config: ModelConfig, hidden: jax.Array, valid: jax.Array) -> jax.Array:

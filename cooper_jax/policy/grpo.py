@@ -26,8 +26,12 @@ from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params, PolicyBatch, TrainState
 
-# Metrics that are summed over a step's updates; ratio_min and ratio_max are extremes, the others averages.
-COUNTS = ("skipped",)
+# Reductions of a metric's values over the updates of a step; metrics that are not named here are averaged.
+METRIC_REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "ratio_min": jnp.min,
+    "ratio_max": jnp.max,
+    "skipped": jnp.sum,
+}
 
 Metrics = dict[str, jax.Array]
 
@@ -37,72 +41,80 @@ Metrics = dict[str, jax.Array]
 
 def response_logprobs(
     params: Params,
-    config: ModelConfig,
+    model_config: ModelConfig,
     tokens: jax.Array,  # i32[N, S]
     valid: jax.Array,  # bool[N, S]
-    width: int,
+    response_length: int,  # T
     *,
     temperature: float,
     dtype: jnp.dtype,
     remat: bool,
     layout: Layout,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability and entropy (nats) of the last `width` tokens of each row, each f32[N, width].
+    """Log-probability and entropy (nats) of the last T tokens of each row, each f32[N, T].
 
     Both are those of softmax(logits / temperature).  At invalid tokens they are finite but meaningless.
-    Raises ValueError unless 0 < width < S.
+    Raises ValueError unless 0 < T < S.
     """
     total = tokens.shape[1]
-    if not 0 < width < total:
+    if not 0 < response_length < total:
         raise ValueError(
-            f"a response of {width} columns in rows of {total}: at least one prompt column must precede it"
+            f"a response of {response_length} columns in rows of {total}: at least one prompt column must "
+            "precede it"
         )
 
     # Padding ids may be outside the vocabulary; token 0 is a safe index into the embedding.
     tokens = jnp.where(valid, tokens, 0)
-    hidden = transformer.hidden_states(params, config, tokens, valid, dtype=dtype, remat=remat, layout=layout)
+    hidden = transformer.hidden_states(
+        params, model_config, tokens, valid, dtype=dtype, remat=remat, layout=layout
+    )
 
     # A column's hidden state predicts the next column's token, so the slice is shifted left by one.  Slicing
     # before the output head saves the logits of the prompt, [N, P, V].
-    hidden = hidden[:, total - width - 1 : total - 1]  # [N, width, D]
+    hidden = hidden[:, total - response_length - 1 : total - 1]  # [N, T, D]
     return transformer.token_logprobs(
-        params, config, hidden, tokens[:, total - width :], temperature=temperature, layout=layout
+        params,
+        model_config,
+        hidden,
+        tokens[:, total - response_length :],
+        temperature=temperature,
+        layout=layout,
     )
 
 
 def make_logprobs(
-    config: ModelConfig,
+    model_config: ModelConfig,
     layout: Layout,
     *,
     microbatch: int,
     dtype: str,
     temperature: float,
 ) -> Callable[[Params, jax.Array, jax.Array, int], jax.Array]:
-    """The jitted (params, tokens i32[N, S], valid bool[N, S], width) -> log-probabilities f32[N, width].
+    """The jitted function (params, tokens i32[N, S], valid bool[N, S], T) -> log-probabilities f32[N, T].
 
-    It computes the log-probabilities of each row's last `width` tokens under softmax(logits / temperature),
+    It computes the log-probabilities of each row's last T tokens under softmax(logits / temperature),
     and 0 at invalid tokens.  Rows are computed in microbatches whose composition depends on N alone.
     """
 
-    def logprobs(params: Params, tokens: jax.Array, valid: jax.Array, width: int) -> jax.Array:
+    def logprobs(params: Params, tokens: jax.Array, valid: jax.Array, response_length: int) -> jax.Array:
         # Microbatches bound the memory of activations; no gradient is taken, so remat would save nothing.
         def compute_rows(rows: dict[str, jax.Array]) -> jax.Array:
             row_logprobs, _ = response_logprobs(
                 params,
-                config,
+                model_config,
                 rows["tokens"],
                 rows["valid"],
-                width,
+                response_length,
                 temperature=temperature,
                 dtype=jnp.dtype(dtype),
                 remat=False,
                 layout=layout,
             )
-            return jnp.where(rows["valid"][:, -width:], row_logprobs, 0.0)
+            return jnp.where(rows["valid"][:, -response_length:], row_logprobs, 0.0)
 
         return optim.map_rows(compute_rows, {"tokens": tokens, "valid": valid}, microbatch, layout)
 
-    # `width` sets the output's shape, so each width is compiled once.
+    # The response length T sets the output's shape, so each length is compiled once.
     return jax.jit(logprobs, static_argnums=3)
 
 
@@ -110,7 +122,7 @@ def make_logprobs(
 
 
 def make_gradients(
-    config: ModelConfig,
+    model_config: ModelConfig,
     cfg: PolicyConfig,
     layout: Layout,
     *,
@@ -125,7 +137,7 @@ def make_gradients(
     """
     dtype = jnp.dtype(cfg.dtype)
     single_update = count_updates(cfg) == 1
-    shardings = mesh.make_shardings(layout, transformer.param_specs(config, head="logits"))
+    shardings = mesh.make_shardings(layout, transformer.param_specs(model_config, head="logits"))
 
     def gradients(params: Params, batch: PolicyBatch) -> tuple[jax.Array, Params, Metrics]:
         mask = batch.response_mask  # bool[N, T]
@@ -137,7 +149,7 @@ def make_gradients(
             rows, row_weights = microbatch
             logprobs, entropy = response_logprobs(
                 params,
-                config,
+                model_config,
                 rows.tokens,
                 rows.valid,
                 mask.shape[1],
@@ -179,7 +191,7 @@ def _reduce_metrics(sums: Metrics, mask: jax.Array, advantages: jax.Array) -> Me
             # The token weights are normalised over the minibatch already.
             metrics[name] = values.sum()
         elif name in ("ratio_min", "ratio_max"):
-            # Without any token the extremes are infinite; 1 is the ratio of a policy that has not moved.
+            # Without any token the extremes are infinite; 1 is the ratio of an unchanged policy.
             extreme = values.min() if name == "ratio_min" else values.max()
             metrics[name] = jnp.where(tokens > 0, extreme, 1.0)
         else:
@@ -192,7 +204,7 @@ def _reduce_metrics(sums: Metrics, mask: jax.Array, advantages: jax.Array) -> Me
 
 
 def make_update(
-    config: ModelConfig,
+    model_config: ModelConfig,
     cfg: PolicyConfig,
     opt: optim.Optimiser,
     layout: Layout,
@@ -200,7 +212,7 @@ def make_update(
     temperature: float,
     max_new_tokens: int,
 ) -> Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]]:
-    """The jitted (state, minibatch) -> (state, metrics); the input state is donated.
+    """The jitted function (state, minibatch) -> (state, metrics); the input state is donated.
 
     A minibatch without any response token leaves the state unchanged.
 
@@ -212,7 +224,9 @@ def make_update(
     the old log-probabilities and the sampler's), advantage_mean, advantage_abs, and `optim.apply_update`'s
     grad_norm, lr and skipped.
     """
-    gradients = make_gradients(config, cfg, layout, temperature=temperature, max_new_tokens=max_new_tokens)
+    gradients = make_gradients(
+        model_config, cfg, layout, temperature=temperature, max_new_tokens=max_new_tokens
+    )
 
     def update(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Metrics]:
         loss, grads, metrics = gradients(state.params, batch)
@@ -220,8 +234,8 @@ def make_update(
         return state, metrics | update_metrics
 
     # Donation saves a second copy of parameters and optimiser state.  It works only if the output state has
-    # the shardings of the input, so they are stated.
-    shardings = optim.state_shardings(opt, transformer.param_specs(config, head="logits"), layout)
+    # the shardings of the input, so `out_shardings` states them.
+    shardings = optim.state_shardings(opt, transformer.param_specs(model_config, head="logits"), layout)
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, layout.replicated))
 
 
@@ -250,8 +264,7 @@ def update_on_rollouts(
 
     Minibatches are slices of a permutation of the rows that is keyed by (key, epoch).  They may separate rows
     of one prompt, since advantages are computed beforehand.  With a single minibatch the rows keep their
-    order.  Metrics are averaged over the updates, except counts (summed) and ratio_min and ratio_max
-    (extremes).
+    order.  METRIC_REDUCTIONS says how the metrics of several updates become one.
 
     Raises ValueError if cfg.minibatches does not divide the number of rows.
     """
@@ -259,24 +272,24 @@ def update_on_rollouts(
     if rows % cfg.minibatches:
         raise ValueError(f"policy.minibatches = {cfg.minibatches} does not divide the step's {rows} rows")
 
-    each_update: list[Metrics] = []
+    metrics_by_update: list[Metrics] = []
     for epoch in range(cfg.epochs):
-        # A permutation would only change the order of the sum, and cost a copy of the batch.
+        # A single minibatch has all rows: a permutation would only change the order of its sums.
         if cfg.minibatches == 1:
             state, metrics = update(state, batch)
-            each_update.append(metrics)
+            metrics_by_update.append(metrics)
             continue
 
         # Minibatches are selected one at a time: all of them at once would be a second copy of the batch.
         order = jax.random.permutation(jax.random.fold_in(key, epoch), rows).reshape(cfg.minibatches, -1)
         for i in range(cfg.minibatches):
             state, metrics = update(state, _take_rows(batch, order[i]))
-            each_update.append(metrics)
+            metrics_by_update.append(metrics)
 
-    # On the device: reading each update's metrics on the host would wait for it before the next one starts.
-    reductions = {"ratio_min": jnp.min, "ratio_max": jnp.max} | dict.fromkeys(COUNTS, jnp.sum)
+    # Metrics are reduced on the device.  If the host read them after each update, it would have to wait for
+    # that update before it could start the next one.
     step_metrics = {}
-    for name in each_update[0]:
-        values = jnp.stack([metrics[name] for metrics in each_update])  # [updates]
-        step_metrics[name] = reductions.get(name, jnp.mean)(values)
+    for name in metrics_by_update[0]:
+        values = jnp.stack([metrics[name] for metrics in metrics_by_update])  # [updates]
+        step_metrics[name] = METRIC_REDUCTIONS.get(name, jnp.mean)(values)
     return state, step_metrics

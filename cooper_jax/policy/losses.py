@@ -1,4 +1,4 @@
-"""GRPO's loss as pure functions of log-probabilities: the clipped surrogate with a KL term.
+"""GRPO's loss as pure functions of log-probabilities: the clipped surrogate plus a KL penalty.
 
 1. `token_weights` computes each response token's weight in the loss, normalised over the whole minibatch.
 2. `kl_estimate` estimates the KL divergence from the reference at each token.
@@ -7,7 +7,7 @@
 Values outside the response mask are removed by `where`, not multiplied by 0, so a NaN at such a position
 reaches neither the loss nor a gradient.
 
-Departure: the released code normalises over each rank's microbatch, this code over the minibatch.
+Departure from the released code: it normalises over each rank's microbatch, this code over the minibatch.
 
     N  rows, prompt-major   T  response tokens
 """
@@ -36,7 +36,7 @@ Metrics = dict[str, jax.Array]
 class PolicyConfig:
     """Settings of the policy's update: the config's `policy` section."""
 
-    # Computation: these trade memory for time and do not change the loss.
+    # Computation.  These change memory, time and rounding, but not the definition of the loss.
     dtype: str  # of activations: float32 or bfloat16
     remat: bool  # recompute each layer's activations in the backward pass
     microbatch: int  # rows in one forward and backward pass
@@ -48,31 +48,33 @@ class PolicyConfig:
     # Advantages (advantages.py).
     std_normalise: bool  # divide advantages by the group's standard deviation
     std_eps: float  # added to the standard deviation
-    std_floor: float  # the least standard deviation to divide by
+    std_floor: float  # smaller standard deviations are replaced by this one before the division
 
     # Loss.
     aggregation: str  # one of AGGREGATIONS
     clip_low: float  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float
-    dual_clip: float  # bounds the loss at negative advantages; 0: off
+    dual_clip: float  # bound on the ratio in the loss of tokens with negative advantages; 0: off
     kl_coef: float  # weight of the KL term; 0: no KL term
     kl_estimator: str  # one of ESTIMATORS
     kl_clamp: float  # bound of a token's KL estimate; 0: off
 
     def __post_init__(self) -> None:
-        problems = [
+        errors = [
             *typed_config.find_unknown(self.kl_estimator, "policy.kl_estimator", ESTIMATORS),
             *typed_config.find_unknown(self.aggregation, "policy.aggregation", AGGREGATIONS),
-            *typed_config.find_small(self, "policy", 1, ("epochs", "minibatches", "microbatch")),
-            *typed_config.find_small(self, "policy", 0, ("clip_low", "clip_high", "kl_coef", "kl_clamp")),
+            *typed_config.find_below_minimum(self, "policy", 1, ("epochs", "minibatches", "microbatch")),
+            *typed_config.find_below_minimum(
+                self, "policy", 0, ("clip_low", "clip_high", "kl_coef", "kl_clamp")
+            ),
         ]
-        # A smaller bound would remove the gradient inside the clip range as well.
+        # A smaller dual_clip would remove the gradient inside the clip range as well.
         if self.dual_clip and not self.dual_clip > 1.0 + self.clip_high:
-            problems.append(
+            errors.append(
                 f"policy.dual_clip={self.dual_clip}: it must exceed 1 + policy.clip_high = "
                 f"{1.0 + self.clip_high}, or be 0 (off)"
             )
-        typed_config.raise_problems(problems)
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> PolicyConfig:
@@ -85,7 +87,7 @@ def kl_estimate(logprobs: jax.Array, ref: jax.Array, estimator: str, clamp: floa
 
     With d = log policy - log reference, clipped to +-20 against overflow:
 
-        k1 = d                     value unbiased;   gradient 0 in expectation: no penalty at all
+        k1 = d                     value unbiased;   gradient 0 in expectation, so it penalises nothing
         k2 = d^2 / 2               value biased;     gradient that of KL(policy || reference)
         k3 = exp(-d) - 1 + d       value unbiased;   gradient that of KL(reference || policy)
                                    never negative, low variance
@@ -157,7 +159,7 @@ def grpo_loss(
     Returns (loss f32[], sums f32[] each).  In the sums, loss and pg_loss are weighted sums over the response
     tokens; kl, ratio_mean, clip_low, clip_high and dual_clip are unweighted sums, which the caller divides by
     the number of tokens; ratio_min and ratio_max are extremes (+-inf without any token).  The clip metrics
-    count the tokens at which the clipped branch is the loss, so that their gradient is 0.
+    count the tokens at which a clipped branch is l_t, so that l_t has no gradient.
     """
     # Masked before any arithmetic: if x is NaN, the gradient of where(mask, f(x), 0) is NaN, too.
     logprobs, old, ref = (jnp.where(mask, x, 0.0) for x in (logprobs, old, ref))

@@ -6,9 +6,9 @@ a pair is
     L(z+, z-) =  pair_weight  * -log sigmoid(s+ - s-)                the contrast, s = z or s = p
                + pair_bce     * (-log p+ - log(1 - p-)) / 2          pointwise, the mean of the members
 
-and gradient descent pushes the members' logits by -dL/dz+ and -dL/dz-.  Any two pushes are the sum and the
-difference of a *common* push, which acts on what both members share (a style, a shortcut), and a *difference*
-push, which acts on what distinguishes them (the answer):
+Gradient descent pushes the positive's logit by -dL/dz+ and the negative's by -dL/dz-.  The mean of the two is
+the *common* push: it acts on what both members share (a style, a shortcut).  Half their difference is the
+*difference* push: it acts on what distinguishes them (the answer).
 
     common = -(dL/dz+ + dL/dz-) / 2          difference = -(dL/dz+ - dL/dz-) / 2
 
@@ -21,9 +21,10 @@ with g = sigmoid(s- - s+).  Three consequences:
 
 * A contrast on logits cannot unlearn a shortcut that both members contain: its common push is 0, and its loss
   falls to 0 once the reward model distinguishes their answers.
-* The common push of a contrast on rewards is negative if the positive is the more saturated member,
-  positive if the negative is, and 0 if both are saturated.
-* The pointwise term pulls p+ + p- towards 1, even if a wrong member is saturated.
+* The common push of a contrast on rewards is negative if the positive is the more saturated member (its
+  reward is closer to 0 or 1), positive if the negative is, and 0 if both are saturated.
+* The common push of the pointwise term moves p+ + p- towards 1.  It has no factor p (1 - p), so it acts on
+  saturated members too.
 
 Sources: the contrast is Cooper's (arXiv 2508.05613), on logits as in its released code.  The pointwise term
 is the cross-entropy with which the paper trains VerifyRM; applying it to the members of pairs is our
@@ -61,7 +62,7 @@ class RewardUpdateConfig:
     # The term on labelled rollouts, see labelled_rollouts.py.
     rollout_bce: float  # weight of cross-entropy on rollouts that the rule has labelled
     rollout_rows: int  # maximum number of labelled rollouts per step
-    replay: int  # labelled rollouts of earlier steps that are kept, per class
+    replay: int  # number of labelled rollouts of earlier steps to keep, per class
     replay_rows: int  # maximum number of kept rollouts added to each update's rows
 
     # Number of updates.
@@ -72,26 +73,30 @@ class RewardUpdateConfig:
         # Ranges of single fields.
         weights = ("pair_weight", "pair_bce", "rollout_bce")
         counts = ("rollout_rows", "replay", "replay_rows", "warmup_updates")
-        problems = [
+        errors = [
             *typed_config.find_unknown(self.pair_loss, "reward.pair_loss", PAIR_LOSSES),
-            *typed_config.find_small(self, "reward", 1, ("microbatch", "updates")),
-            *typed_config.find_small(self, "reward", 0, (*weights, *counts)),
+            *typed_config.find_below_minimum(self, "reward", 1, ("microbatch", "updates")),
+            *typed_config.find_below_minimum(self, "reward", 0, (*weights, *counts)),
         ]
 
         # Combinations of fields that would silently drop a term or keep rows that nothing reads.
-        rows = self.rollout_rows + (self.replay_rows if self.replay else 0)
+        rows = self.rollout_rows
+        if self.replay:
+            rows += self.replay_rows
         if self.rollout_bce and rows < 1:
-            problems.append(
+            errors.append(
                 f"reward.rollout_rows={self.rollout_rows}: reward.rollout_bce={self.rollout_bce} needs rows; "
                 "set --config.reward.rollout_rows=64"
             )
-        if bool(self.replay) != bool(self.replay_rows) or (self.replay and not self.rollout_bce):
-            problems.append(
+        replay_is_half_set = bool(self.replay) != bool(self.replay_rows)
+        replay_is_unread = self.replay and not self.rollout_bce
+        if replay_is_half_set or replay_is_unread:
+            errors.append(
                 f"reward.replay={self.replay}, reward.replay_rows={self.replay_rows}, "
                 f"reward.rollout_bce={self.rollout_bce}: only the term rollout_bce reads replayed rows; "
                 "set all three, or neither of the first two"
             )
-        typed_config.raise_problems(problems)
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> RewardUpdateConfig:
@@ -126,15 +131,16 @@ def bce_loss(z: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
     return (jnp.where(used, weights, 0.0) * nll).sum()
 
 
-def pair_loss(z_pos: jax.Array, z_neg: jax.Array, kind: str) -> jax.Array:
+def contrast_loss(z_pos: jax.Array, z_neg: jax.Array, kind: str) -> jax.Array:
     """Contrastive loss of each pair: f32[B] from f32[B] logits.
 
         loss = - log sigmoid(s_pos - s_neg),   s = z ("logit") or sigmoid(z) ("sigmoid")
 
-    kind: one of PAIR_LOSSES; SetupError, a ValueError, for any other.  The module's docstring lists the
-    gradients.
+    kind: one of PAIR_LOSSES.  Raises SetupError (a ValueError) for another kind.
+
+    The module's docstring lists the gradients.
     """
-    typed_config.raise_problems(typed_config.find_unknown(kind, "reward.pair_loss", PAIR_LOSSES))
+    typed_config.raise_errors(typed_config.find_unknown(kind, "reward.pair_loss", PAIR_LOSSES))
     if kind == "logit":
         return -jax.nn.log_sigmoid(z_pos - z_neg)
 
@@ -153,13 +159,13 @@ def pointwise_pair_loss(z_pos: jax.Array, z_neg: jax.Array) -> jax.Array:
 def pair_terms(
     z_pos: jax.Array, z_neg: jax.Array, cfg: RewardUpdateConfig
 ) -> dict[str, tuple[float, jax.Array]]:
-    """The terms of the pair loss: metric name -> (weight, unweighted loss f32[B]).
+    """The terms of a pair's loss L: metric name -> (weight, unweighted loss f32[B]).
 
     Terms of weight 0 are left out and cost nothing.
     """
     terms = {}
     if cfg.pair_weight:
-        terms["pair_loss"] = cfg.pair_weight, pair_loss(z_pos, z_neg, cfg.pair_loss)
+        terms["pair_loss"] = cfg.pair_weight, contrast_loss(z_pos, z_neg, cfg.pair_loss)
     if cfg.pair_bce:
         terms["pair_bce"] = cfg.pair_bce, pointwise_pair_loss(z_pos, z_neg)
     return terms
@@ -177,10 +183,10 @@ def pair_gradients(
     p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)
     if cfg.pair_loss == "logit":
         g = cfg.pair_weight * rewards_from_logits(z_neg - z_pos)
-        d_pos, d_neg = -g, g
+        grad_pos, grad_neg = -g, g
     else:
         g = cfg.pair_weight * rewards_from_logits(p_neg - p_pos)
-        d_pos, d_neg = -g * p_pos * (1 - p_pos), g * p_neg * (1 - p_neg)
+        grad_pos, grad_neg = -g * p_pos * (1 - p_pos), g * p_neg * (1 - p_neg)
 
     # The pointwise term.
-    return d_pos - cfg.pair_bce * (1 - p_pos) / 2, d_neg + cfg.pair_bce * p_neg / 2
+    return grad_pos - cfg.pair_bce * (1 - p_pos) / 2, grad_neg + cfg.pair_bce * p_neg / 2

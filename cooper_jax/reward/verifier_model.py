@@ -7,21 +7,21 @@
 3. In every Cooper step, `make_reward_update` contrasts verified positives with negatives (the paper's second
    stage).  It can also train on rollouts that the rule has labelled (our extension).
 
-**There are two kinds of contrast.**  The loss of a pair is -log sigmoid(s_pos - s_neg).  The released code
-uses s = z, the raw logit, although its rewards are sigmoid(z).
+There are two kinds of contrast.  The loss of a pair is -log sigmoid(s_pos - s_neg), and `reward.pair_loss`
+chooses s.  The released code uses the raw logit z, although its rewards are sigmoid(z).
 
 * "logit": s = z.  The gradients of the two members are equal and opposite, so the effect on what both share
   (a style, a shortcut) cancels to first order, and the loss can fall to 0.
 * "sigmoid": s = sigmoid(z), the reward itself.  Each member's gradient has its own factor p (1 - p), so the
-  common mode changes too and a saturated member gets no gradient.  The loss stays between
-  log(1 + 1/e) = .313 and log(1 + e) = 1.313.
+  effect on what both share does not cancel, and a member with p near 0 or 1 gets no gradient.  The loss stays
+  between log(1 + 1/e) = .313 and log(1 + e) = 1.313.
 
 reward_losses.py defines all losses and has a table of their gradients.
 
 Departures from the released code: losses are normalised by the number of valid pairs in the whole batch
 (there, the means of microbatches and ranks are averaged); a batch without a valid pair changes nothing.
 
-    N  rows   B  pairs   m  pairs of a microbatch   S  tokens of a row   D  width
+    N  rows   B  pairs   m  rows or pairs of a microbatch   S  tokens of a row   D  width
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LossFn = Callable[..., tuple[jax.Array, Metrics]]
 
 def _compute_logits(
     params: Params,
-    config: ModelConfig,
+    model_config: ModelConfig,
     batch: ScoreBatch,
     *,
     dtype: str,
@@ -60,9 +60,9 @@ def _compute_logits(
     """Logits f32[N].  The logit of a row without a valid token is finite but meaningless."""
     tokens = jnp.where(batch.valid, batch.tokens, 0)  # padding may hold ids outside the vocabulary
     hidden = transformer.hidden_states(
-        params, config, tokens, batch.valid, dtype=jnp.dtype(dtype), remat=remat, layout=layout
+        params, model_config, tokens, batch.valid, dtype=jnp.dtype(dtype), remat=remat, layout=layout
     )
-    return transformer.score_last_token(params, config, hidden, batch.valid)
+    return transformer.score_last_token(params, model_config, hidden, batch.valid)
 
 
 def _mask_rows(batch: ScoreBatch, used: jax.Array) -> ScoreBatch:
@@ -74,13 +74,13 @@ def _mask_rows(batch: ScoreBatch, used: jax.Array) -> ScoreBatch:
 
 
 def make_score_fn(
-    config: ModelConfig,
+    model_config: ModelConfig,
     layout: Layout,
     *,
     dtype: str,
     microbatch: int,
 ) -> Callable[[Params, ScoreBatch], jax.Array]:
-    """Make the jitted (params, ScoreBatch [N, S]) -> logits z f32[N].
+    """Make the jitted function (params, ScoreBatch [N, S]) -> logits z f32[N].
 
     Rows run in microbatches whose composition depends only on N, not on the order in which responses ended.
     """
@@ -88,7 +88,7 @@ def make_score_fn(
     # The forward pass alone needs no rematerialisation; microbatches bound its activation memory.
     def score(params: Params, batch: ScoreBatch) -> jax.Array:
         def score_rows(rows: ScoreBatch) -> jax.Array:
-            return _compute_logits(params, config, rows, dtype=dtype, remat=False, layout=layout)
+            return _compute_logits(params, model_config, rows, dtype=dtype, remat=False, layout=layout)
 
         return optim.map_rows(score_rows, batch, microbatch, layout)
 
@@ -99,12 +99,12 @@ def make_score_fn(
 
 
 def make_bce_update(
-    config: ModelConfig,
+    model_config: ModelConfig,
     cfg: RewardUpdateConfig,
     opt: optim.Optimiser,
     layout: Layout,
 ) -> Callable[[TrainState, ScoreBatch, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
-    """Make the jitted (state, ScoreBatch [N, S], labels f32[N], weights f32[N]) -> (state, metrics).
+    """Make the jitted function (state, ScoreBatch [N, S], labels f32[N], weights f32[N]) -> (state, metrics).
 
     The loss is the weighted mean of the rows' cross-entropy.  Weights are non-negative; a row of weight 0 is
     left out, and if all weights are 0 the state does not change.  The input state is donated.
@@ -115,29 +115,29 @@ def make_bce_update(
     Metrics, f32[]: loss, accuracy (weighted share of rows where z > 0 agrees with the label), and grad_norm,
     lr and skipped of `optim.apply_update`.
     """
-    shardings = _param_shardings(config, layout)
-    loss_fn = _make_bce_loss_fn(config, cfg, layout)
+    shardings = _param_shardings(model_config, layout)
+    loss_fn = _make_bce_loss_fn(model_config, cfg, layout)
 
     def update(
         state: TrainState, batch: ScoreBatch, labels: jax.Array, weights: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        # Normalise over the whole batch first: microbatches then simply add up their sums.
+        # Weights are normalised over the whole batch, so the sums of the microbatches add up to its mean.
         total = weights.sum()
         shares = weights / jnp.where(total > 0, total, 1.0)
         loss, grads, sums = optim.accumulate_gradients(
             loss_fn, state.params, (batch, labels, shares), cfg.microbatch, layout, shardings
         )
 
-        # Without a row that counts, the update is switched off on the device: no host synchronisation.
+        # If all weights are 0, `enabled` keeps the old state without a decision of the host.
         state, update_metrics = optim.apply_update(state, grads, loss, opt, enabled=total > 0)
-        row_metrics = {name: x.sum() for name, x in sums.items()}  # [M] microbatches -> f32[]
+        row_metrics = {name: x.sum() for name, x in sums.items()}  # f32[microbatches] -> f32[]
         return state, {"loss": loss} | row_metrics | update_metrics
 
-    return _jit_update(update, config, opt, layout)
+    return _jit_update(update, model_config, opt, layout)
 
 
 def make_bce_accumulator(
-    config: ModelConfig, cfg: RewardUpdateConfig, opt: optim.Optimiser, layout: Layout
+    model_config: ModelConfig, cfg: RewardUpdateConfig, opt: optim.Optimiser, layout: Layout
 ) -> optim.Accumulator:
     """The update of `make_bce_update` split into microbatches, which may differ in width.
 
@@ -147,22 +147,28 @@ def make_bce_accumulator(
     Args:
       cfg: only dtype and remat are read.
     """
-    specs = transformer.param_specs(config, head="score")
-    return optim.make_accumulator(_make_bce_loss_fn(config, cfg, layout), ("accuracy",), opt, specs, layout)
+    specs = transformer.param_specs(model_config, head="score")
+    return optim.make_accumulator(
+        _make_bce_loss_fn(model_config, cfg, layout), ("accuracy",), opt, specs, layout
+    )
 
 
-def _make_bce_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout) -> LossFn:
+def _make_bce_loss_fn(model_config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout) -> LossFn:
     """The loss function (params, (ScoreBatch, labels, shares)) -> (loss f32[], metrics).
 
     Loss and metrics are sums over the rows, weighted by their shares.
     """
 
-    def loss_fn(params: Params, piece: tuple[ScoreBatch, jax.Array, jax.Array]) -> tuple[jax.Array, Metrics]:
-        rows, labels, shares = piece  # [m, S], f32[m], f32[m]
+    def loss_fn(
+        params: Params, microbatch: tuple[ScoreBatch, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, Metrics]:
+        rows, labels, shares = microbatch  # [m, S], f32[m], f32[m]
 
         # Padding rows have share 0; they must not reach the gradient even as NaN.
         rows = _mask_rows(rows, shares > 0)
-        z = _compute_logits(params, config, rows, dtype=cfg.dtype, remat=cfg.remat, layout=layout)  # f32[m]
+        z = _compute_logits(
+            params, model_config, rows, dtype=cfg.dtype, remat=cfg.remat, layout=layout
+        )  # f32[m]
         # z > 0 is a reward above one half.
         correct = (z > 0) == (labels > 0.5)
         return bce_loss(z, labels, shares), {"accuracy": (shares * correct).sum()}
@@ -174,7 +180,7 @@ def _make_bce_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: Layo
 
 
 class _PartOfUpdate(NamedTuple):
-    """The contribution of pairs, or of labelled rows, to one update."""
+    """The pairs' part of one update's loss and gradient, or the labelled rows' part."""
 
     loss: jax.Array  # f32[]
     grads: Params
@@ -183,22 +189,24 @@ class _PartOfUpdate(NamedTuple):
 
 
 def make_reward_update(
-    config: ModelConfig,
+    model_config: ModelConfig,
     cfg: RewardUpdateConfig,
     opt: optim.Optimiser,
     layout: Layout,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Make the jitted (state, PairBatch or None, LabelledBatch or None) -> (state, metrics).
+    """Make the jitted function (state, PairBatch or None, LabelledBatch or None) -> (state, metrics).
 
     One call is one optimiser step on
 
-        loss = mean over the valid pairs of reward_losses.pair_terms  +  rollout_bce * bce_loss of the rows
+        loss = mean over the valid pairs of the weighted sum of reward_losses.pair_terms
+               + rollout_bce * bce_loss of the rows
 
-    * Pairs, or rows, are read only if one of their terms has a weight, and cost nothing otherwise.
+    * Pairs are read only if pair_weight or pair_bce is not 0, and rows only if rollout_bce is not 0.  Data
+      that are not read cost no computation.
     * The mean is over the valid pairs of the whole batch.  The rows' weights are not normalised.
     * Masked pairs and rows of weight 0 change nothing, whatever they contain.  If all are masked or of weight
       0, parameters and optimiser moments do not change.
-    * cfg.microbatch is a number of pairs for the pairs, and of rows for the rows.
+    * A microbatch is cfg.microbatch pairs, or cfg.microbatch rows.
     * The input state is donated.
 
     Raises ValueError if positives and negatives differ in width, and if neither pairs nor rows are read.
@@ -210,18 +218,19 @@ def make_reward_update(
                      margin: s_pos - s_neg, logits or rewards depending on the contrast
                      accuracy: share with z_pos > z_neg
                      positive_mean, negative_mean: rewards
-                     positive_saturation, negative_saturation: p (1 - p); 0 is saturated, .25 undecided
+                     positive_saturation, negative_saturation: p (1 - p), which is 0 for a saturated member
+                       and .25 for an undecided one
                      common_push, difference_push: see reward_losses.py
                    valid: the number of valid pairs
       rows         rollout_bce: unweighted
                    rollout_accuracy: weighted share of rows where z > 0 agrees with the label
                    rollout_rows: the number of rows with a weight
     """
-    shardings = _param_shardings(config, layout)
-    rows_loss_fn = _make_bce_loss_fn(config, cfg, layout)
-    pairs_loss_fn = _make_pairs_loss_fn(config, cfg, layout)
+    shardings = _param_shardings(model_config, layout)
+    rows_loss_fn = _make_bce_loss_fn(model_config, cfg, layout)
+    pairs_loss_fn = _make_pairs_loss_fn(model_config, cfg, layout)
 
-    def use_pairs(params: Params, batch: PairBatch) -> _PartOfUpdate:
+    def compute_pairs_part(params: Params, batch: PairBatch) -> _PartOfUpdate:
         # The members of a pair are stacked into one array later, so they need one width.
         width, negative_width = batch.positive.tokens.shape[1], batch.negative.tokens.shape[1]
         if width != negative_width:
@@ -236,7 +245,7 @@ def make_reward_update(
         metrics = {"valid": valid} | {name: x.sum() for name, x in sums.items()}
         return _PartOfUpdate(loss, grads, valid > 0, metrics)
 
-    def use_rows(params: Params, batch: LabelledBatch) -> _PartOfUpdate:
+    def compute_rows_part(params: Params, batch: LabelledBatch) -> _PartOfUpdate:
         loss, grads, sums = optim.accumulate_gradients(
             rows_loss_fn,
             params,
@@ -246,7 +255,7 @@ def make_reward_update(
             shardings,
         )
 
-        # The loss is reported without its weight in the metrics, and enters the update with it.
+        # The metrics report the loss without its weight rollout_bce.  The update uses it with the weight.
         total = batch.weights.sum()
         metrics = {
             "rollout_bce": loss,
@@ -260,12 +269,12 @@ def make_reward_update(
     def update(
         state: TrainState, pairs: PairBatch | None = None, labelled: LabelledBatch | None = None
     ) -> tuple[TrainState, Metrics]:
-        # These conditions are decided at trace time: a term that is off is not compiled.
+        # These conditions are evaluated at trace time, so a term of weight 0 is not compiled.
         parts = []
         if pairs is not None and cfg.reads_pairs:
-            parts.append(use_pairs(state.params, pairs))
+            parts.append(compute_pairs_part(state.params, pairs))
         if labelled is not None and cfg.rollout_bce:
-            parts.append(use_rows(state.params, labelled))
+            parts.append(compute_rows_part(state.params, labelled))
         if not parts:
             raise ValueError("a reward-model update needs pairs or labelled rows whose terms have a weight")
 
@@ -278,35 +287,37 @@ def make_reward_update(
         state, update_metrics = optim.apply_update(state, grads, loss, opt, enabled=enabled)
         return state, {"loss": loss} | metrics | update_metrics
 
-    return _jit_update(update, config, opt, layout)
+    return _jit_update(update, model_config, opt, layout)
 
 
-def _make_pairs_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout) -> LossFn:
+def _make_pairs_loss_fn(model_config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout) -> LossFn:
     """The loss function (params, (PairBatch, weights)) -> (loss f32[], metrics).
 
     Loss and metrics are sums over the pairs, weighted by `weights`, f32[m].
     """
 
-    def loss_fn(params: Params, piece: tuple[PairBatch, jax.Array]) -> tuple[jax.Array, Metrics]:
-        pairs, weights = piece  # [m], f32[m]
+    def loss_fn(params: Params, microbatch: tuple[PairBatch, jax.Array]) -> tuple[jax.Array, Metrics]:
+        pairs, weights = microbatch  # [m], f32[m]
 
         # Interleave the members, [2 m, S]: one forward pass computes both, and no pair is split over shards.
         rows = jax.tree.map(
             lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, a.shape[1]), pairs.positive, pairs.negative
         )
         rows = _mask_rows(rows, jnp.repeat(pairs.mask, 2))
-        z = _compute_logits(params, config, rows, dtype=cfg.dtype, remat=cfg.remat, layout=layout)
+        z = _compute_logits(params, model_config, rows, dtype=cfg.dtype, remat=cfg.remat, layout=layout)
         z_pos, z_neg = z[0::2], z[1::2]  # f32[m]
 
         terms = reward_losses.pair_terms(z_pos, z_neg, cfg)
-        # Pairs are read only if some term has a weight, so the sum is an array and not the int 0.
+        # `terms` is not empty, since pairs are read only if a term has a weight.  The sum is thus an array.
         weighted_terms = [term_weight * (weights * term).sum() for term_weight, term in terms.values()]
         loss = cast(jax.Array, sum(weighted_terms))
 
         # Metrics of each pair, f32[m]; the margin is in the units of the contrast.
         p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)
-        s_pos, s_neg = (z_pos, z_neg) if cfg.pair_loss == "logit" else (p_pos, p_neg)
-        d_pos, d_neg = reward_losses.pair_gradients(z_pos, z_neg, cfg)
+        s_pos, s_neg = p_pos, p_neg
+        if cfg.pair_loss == "logit":
+            s_pos, s_neg = z_pos, z_neg
+        grad_pos, grad_neg = reward_losses.pair_gradients(z_pos, z_neg, cfg)
         by_pair = {name: term for name, (_, term) in terms.items()} | {
             "margin": s_pos - s_neg,
             "accuracy": z_pos > z_neg,
@@ -314,20 +325,22 @@ def _make_pairs_loss_fn(config: ModelConfig, cfg: RewardUpdateConfig, layout: La
             "negative_mean": p_neg,
             "positive_saturation": p_pos * (1 - p_pos),
             "negative_saturation": p_neg * (1 - p_neg),
-            "common_push": -(d_pos + d_neg) / 2,
-            "difference_push": -(d_pos - d_neg) / 2,
+            "common_push": -(grad_pos + grad_neg) / 2,
+            "difference_push": -(grad_pos - grad_neg) / 2,
         }
         return loss, {name: (weights * x).sum() for name, x in by_pair.items()}
 
     return loss_fn
 
 
-def _param_shardings(config: ModelConfig, layout: Layout) -> Any:
-    return mesh.make_shardings(layout, transformer.param_specs(config, head="score"))
+def _param_shardings(model_config: ModelConfig, layout: Layout) -> Any:
+    return mesh.make_shardings(layout, transformer.param_specs(model_config, head="score"))
 
 
-def _jit_update(update: Callable, config: ModelConfig, opt: optim.Optimiser, layout: Layout) -> Callable:
+def _jit_update(
+    update: Callable, model_config: ModelConfig, opt: optim.Optimiser, layout: Layout
+) -> Callable:
     """Jit an update; the input state is donated, and the new one has the same shardings."""
     # Donation halves the memory of parameters and optimiser state, which are by far the largest arrays.
-    shardings = optim.state_shardings(opt, transformer.param_specs(config, head="score"), layout)
+    shardings = optim.state_shardings(opt, transformer.param_specs(model_config, head="score"), layout)
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, layout.replicated))

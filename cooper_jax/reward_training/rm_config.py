@@ -37,22 +37,24 @@ class TrainRmConfig:
     patience: int  # training ends after this many evaluations without improvement; 0: never
 
     def __post_init__(self) -> None:
-        # All problems are collected, so that one start reports them together.
-        problems = []
+        # All errors are collected, so that one start reports them together.
+        errors = []
         if not self.data:
-            problems.append("train_rm.data is empty: give --config.train_rm.data=FILE")
-        problems += typed_config.find_small(self, "train_rm", 1, ("epochs", "batch", "widths"))
-        problems += typed_config.find_small(self, "train_rm", 0, ("max_characters", "eval_every", "patience"))
+            errors.append("train_rm.data is empty: give --config.train_rm.data=FILE")
+        errors += typed_config.find_below_minimum(self, "train_rm", 1, ("epochs", "batch", "widths"))
+        errors += typed_config.find_below_minimum(
+            self, "train_rm", 0, ("max_characters", "eval_every", "patience")
+        )
 
         # Both parts need rows, so neither the whole data nor none of it can be held out.
         if not 0 < self.eval_share < 1:
-            problems.append(f"train_rm.eval_share={self.eval_share}: it must be above 0 and below 1")
+            errors.append(f"train_rm.eval_share={self.eval_share}: it must be above 0 and below 1")
         if not 0 <= self.attacked <= 1:
-            problems.append(f"train_rm.attacked={self.attacked}: it must be from 0 to 1")
+            errors.append(f"train_rm.attacked={self.attacked}: it must be from 0 to 1")
 
-        problems += typed_config.find_unknown(self.decay, "train_rm.decay", optim.DECAYS)
-        problems += typed_config.find_unknown(self.keep_best, "train_rm.keep_best", tuple(SELECTION_METRICS))
-        typed_config.raise_problems(problems)
+        errors += typed_config.find_unknown(self.decay, "train_rm.decay", optim.DECAYS)
+        errors += typed_config.find_unknown(self.keep_best, "train_rm.keep_best", tuple(SELECTION_METRICS))
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> TrainRmConfig:

@@ -191,7 +191,9 @@ def score_rows(job: rm_setup.Job, params: Params, rows: examples.Examples) -> np
         hosts.raise_if_stopping()
         batch = job.layout.put(batches.pack_microbatch(rows.tokens, microbatch), "batch")
         # Padding rows are at the end of each microbatch and are cut off.
-        logits[microbatch.rows] = hosts.fetch_arrays(job.score(params, batch))[: len(microbatch.rows)]
+        logits[microbatch.rows] = hosts.fetch_arrays(job.compute_logits(params, batch))[
+            : len(microbatch.rows)
+        ]
     return logits
 
 

@@ -18,7 +18,7 @@ from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, examples
 from cooper_jax.reward_training.rm_config import TrainRmConfig
 from cooper_jax.runtime import device_layouts, mesh, optim
-from cooper_jax.settings.setup_errors import Problems
+from cooper_jax.settings.setup_errors import ErrorCollector
 from cooper_jax.types import TrainState
 
 # Rows per microbatch of the scoring program: its batches are single microbatches and must not be split.
@@ -39,56 +39,56 @@ class RmSettings:
 
         Raises SetupError with every setting that is out of its range or contradicts another.
         """
-        problems = Problems()
+        errors = ErrorCollector()
         read: dict[str, Any] = {}
 
-        # Each section is read by itself, so that the problems of all are reported at once.
-        with problems.collect("train_rm"):
+        # Each section is read by itself, so that the errors of all are reported at once.
+        with errors.collect("train_rm"):
             read["train_rm"] = TrainRmConfig.from_config(cfg.train_rm)
-        with problems.collect("train_rm.optimiser"):
+        with errors.collect("train_rm.optimiser"):
             read["optimiser"] = optim.OptimiserConfig.from_config(
                 cfg.train_rm.optimiser, "train_rm.optimiser"
             )
-        with problems.collect("reward"):
+        with errors.collect("reward"):
             read["update"] = RewardUpdateConfig.from_config(cfg.reward)
-        _check_shared_sections(cfg, problems)
-        _check_mesh(cfg, problems)
+        _check_shared_sections(cfg, errors)
+        _check_mesh(cfg, errors)
 
-        problems.raise_if_any()
+        errors.raise_if_any()
         return cls(**read)
 
 
-def _check_shared_sections(cfg: ConfigDict, problems: Problems) -> None:
+def _check_shared_sections(cfg: ConfigDict, errors: ErrorCollector) -> None:
     """Check the settings in sections that this job shares with others."""
-    need, reward = problems.need, cfg.reward
-    with problems.collect("reward"):
+    require, reward = errors.require, cfg.reward
+    with errors.collect("reward"):
         ModelSource.from_config(reward, "reward")
-    need(
+    require(
         bool(reward.weights),
         "reward.weights is empty: give --config.reward.weights=DIR, a hub id or a .gguf file",
     )
 
     # Numbers with a lower bound.
-    need(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
+    require(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
     for name, value in (
         ("reward.microbatch", reward.microbatch),
         ("reward.max_tokens", reward.max_tokens),
         ("data.bucket", cfg.data.bucket),
         ("checkpoint.every", cfg.checkpoint.every),
     ):
-        need(value >= 1, f"{name}={value}: it must be at least 1")
+        require(value >= 1, f"{name}={value}: it must be at least 1")
 
 
-def _check_mesh(cfg: ConfigDict, problems: Problems) -> None:
+def _check_mesh(cfg: ConfigDict, errors: ErrorCollector) -> None:
     """Check that one mesh covers all devices, and that its sizes multiply to their number."""
     # RLVR training may give models their own devices; here there is one model only.
     for name in ("reward", "reference", "assistant"):
-        problems.need(
+        errors.require(
             not cfg.mesh[name],
             f"mesh.{name}={cfg.mesh[name]!r}: a reward model that is trained alone uses all devices, by "
             "mesh.data, .fsdp and .tensor; leave it empty",
         )
-    with problems.collect("mesh"):
+    with errors.collect("mesh"):
         device_layouts.make_policy_layout(cfg)
 
 
@@ -114,7 +114,7 @@ class Job:
 
     # Jitted programs, compiled once per shape.
     accumulator: optim.Accumulator
-    score: Callable  # (params, ScoreBatch) -> logits f32[N]
+    compute_logits: Callable  # (params, ScoreBatch) -> logits f32[N]
 
     # Schedule.
     steps: int  # updates in total
@@ -169,7 +169,7 @@ def build_rm_job(cfg: ConfigDict, settings: RmSettings, path: loading.Directory)
             rows_multiple=layout.batch_shards,
         ),
         accumulator=verifier_model.make_bce_accumulator(model.config, settings.update, optimiser, layout),
-        score=verifier_model.make_score_fn(
+        compute_logits=verifier_model.make_score_fn(
             model.config, layout, dtype=cfg.reward.dtype, microbatch=_NO_SPLIT
         ),
         steps=steps,

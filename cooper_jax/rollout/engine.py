@@ -1,31 +1,33 @@
 """Rollout engine: samples G responses to each prompt with continuous batching.
 
-Token ids of the prompts in, a `Rollout` of arrays out:
+`generate` takes prompts as token ids and returns a `Rollout` of arrays:
 
 1. The weights are cast once (`copy_rollout_weights`) and resharded for decoding: if memory allows it, they
    are all-gathered from the mesh axis that shards them in training.
 2. Each prompt is prefilled once, in chunks of similar length (rollout_plan.py), and its G samples share its
    keys and values.  Every (prompt, sample) is a request, whose first token is sampled from the prompt's last
    hidden state.
-3. Requests are decoded in slots: at most `max_rows`, as many as fit into `memory_gib`, or one per request.  A
-   slot whose request has finished takes the next request without a prefill (slots.py), so no slot waits for
-   a long response in another.
+3. Requests are decoded in slots, the rows of the decode batch.  There is one slot per request, unless
+   `max_rows` or `memory_gib` allows fewer.  A slot whose request has finished takes the next request without
+   a prefill (slots.py), so no slot waits for a long response in another.
 4. Decoding runs in jitted segments of at most `spec.segment` tokens with donated state.  After each segment
-   the host reads one small array; then it refills idle slots, moves the last live slots into a batch of half
-   the size, or stops.
+   the host reads one small array (with `on_groups`, also the rows of the prompts that have finished); then it
+   refills idle slots, moves the last live slots into a batch of half the size, or stops.
 
 Compilation: shapes are rounded up so that few programs are compiled.  Prompts are padded to a multiple of 32
-tokens and their number to three significant bits (1 to 8, 10, 12, 14, 16, 20, ...) times the layout's batch
-shards.  Plain XLA reads the whole suffix cache, so its cache grows with the longest response, in sizes that
-are rounded in the same way.  Pallas kernels read only the columns that count, so their cache has all columns
-from the start, and one program decodes.  Padding prompts request nothing, and their rows are dropped.
+tokens.  The number of prompts on each batch shard is rounded up to three significant bits (1 to 8, 10, 12,
+14, 16, 20, ...); padding prompts request nothing, and their rows are dropped.  The suffix cache, which holds
+the keys and values of responses, has a size that depends on the kernels.  Plain XLA reads the whole cache, so
+the cache grows with the longest response, in sizes that are rounded in the same way.  Pallas kernels read
+only columns in use, so their cache has all columns from the start, and one decode program is compiled for
+each number of slots.
 
 Results: a sampled EOS is inside the mask and nothing follows it; truncated rows have no EOS.  A row's random
 bits are a function of the key, its prompt's position in the data order, its sample index and the token's
 index alone.  They do not depend on its slot or on the time at which the slot took it.
 
 B prompts   G samples per prompt   N = B * G rows, prompt-major   P prompt tokens   T response tokens
-Z batch shards   U slots per shard   W columns of the suffix cache
+Z batch shards   Q requests per shard   U slots per shard   W columns of the suffix cache
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import PROJECTIONS
 from cooper_jax.rollout import rollout_plan, rollout_state
-from cooper_jax.rollout import slots as programs
+from cooper_jax.rollout import slots as slot_programs
 from cooper_jax.rollout.rollout_state import PromptCache, Requests, RolloutStatic, Slots, Status
 from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.runtime import device_memory, hosts
@@ -86,15 +88,15 @@ def generate(
     between_segments: called on the host before the prefill and before each decode segment, equally often on
       every host.  An exception that it raises ends the rollout and reaches the caller.
     report: receives `rollout/*` metrics at the end: slot use and load balance over the batch shards.
-    implementation: of the kernels (kernels/platform.py); None: `choose_kernels`.
+    implementation: the kernels to use (kernels/platform.py); None: those of `choose_kernels`.
 
     On a mesh, prompts, positions, key and limits must be the same on every host.  The Rollout consists of
     NumPy arrays, the same on every host.
 
-    Raises ValueError if prompts are missing, empty or outside the vocabulary and if no slot fits into the
-    memory, and FloatingPointError if a live row's logits are not finite.
+    Raises ValueError if prompts are missing, empty or outside the vocabulary, or if no slot fits into
+    the memory.  Raises FloatingPointError if a live row's logits are not finite.
     """
-    # Inputs, and the static arguments of all programs.
+    # Check the inputs, and collect the static arguments of all programs.
     num_rows = len(prompts) * spec.group_size
     row_limits = np.full(num_rows, spec.max_new_tokens) if limits is None else np.asarray(limits)
     _check_inputs(config, prompts, positions, row_limits, spec)
@@ -118,14 +120,16 @@ def generate(
     padded_limits = np.zeros(prompts_per_shard * static.shards * spec.group_size, np.int32)
     padded_positions[: len(prompts)] = positions
     padded_limits[:num_rows] = row_limits
-    requests = programs.sample_first_tokens(
+    requests = slot_programs.sample_first_tokens(
         weights, prompt_cache, *layout.put((padded_positions, padded_limits), "batch"), key, static=static
     )
 
     # Decode, and crop the padding: rows are prompt-major, and padding prompts are the last.
-    watch = None if on_groups is None else _GroupWatch(on_groups, len(prompts), spec)
+    notifier = None
+    if on_groups is not None:
+        notifier = _GroupNotifier(on_groups, len(prompts), spec)
     requests = _decode(
-        weights, prompt_cache, requests, slots_per_shard, static, watch, between_segments, report
+        weights, prompt_cache, requests, slots_per_shard, static, notifier, between_segments, report
     )
     return _fetch_rows(requests, slice(num_rows), spec)
 
@@ -148,7 +152,7 @@ def copy_rollout_weights(
 
     On one device, arrays that need no change are not copied: do not donate them while the result is in use.
     """
-    # Layers are a tuple of stacks in a rollout's weights alone: they are a copy already.
+    # Only a rollout's copy has its layers as a tuple of stacks, so these weights are such a copy.
     if isinstance(params["layers"], tuple):
         return params
     if layout.single_device:
@@ -199,7 +203,11 @@ def _cast(params: Params, config: ModelConfig, dtype: str) -> Params:
 def _should_gather(
     config: ModelConfig, layout: Layout, spec: SamplingSpec, weight_placement: str, memory_gib: float | None
 ) -> bool:
-    """Resolve `weight_placement`; auto: gather if memory allows it, that of the budget or else the device."""
+    """True if the weights are to be all-gathered for the rollout.
+
+    With weight_placement "auto" they are gathered if they take at most half of `memory_gib` or, if that is not
+    set, half of the device's memory.  If neither is known, they are gathered.
+    """
     if weight_placement != "auto":
         return weight_placement != "sharded"
     budget: float | None
@@ -248,7 +256,7 @@ def count_slots(
 ) -> int:
     """Count the slots of each shard: one per request, or as many as `max_rows` and `memory_gib` allow.
 
-    Raises ValueError if that is none.
+    Raises ValueError if not even one slot fits.
     """
     spec, shards = static.spec, static.shards
     slots = prompts_per_shard * spec.group_size
@@ -261,7 +269,7 @@ def count_slots(
             )
         slots = min(slots, max_rows // shards)
 
-    # Slots may have to wait for memory, so the cache is planned for requests that wait for slots.
+    # A memory limit may make requests wait, and waiting requests need a larger cache: it is planned with that.
     if memory_gib is not None:
         memory = rollout_plan.plan_memory(
             weights,
@@ -273,16 +281,18 @@ def count_slots(
             group=spec.group_size,
             new_tokens=spec.max_new_tokens,
             columns=count_cache_columns(static, waiting=True),
-            own_prompts=not static.pallas,
+            own_prompts=not static.pallas,  # plain XLA may copy a prompt's keys and values to its slots
         )
         slots = min(slots, memory.slots(int(memory_gib * rollout_plan.GIB)))
     return slots
 
 
 def count_cache_columns(static: RolloutStatic, waiting: bool) -> int:
-    """Count the columns that the suffix cache may need: one per response token except the last, never fed.
+    """Count the columns that the suffix cache may need: one per response token except the last.
 
     waiting: some requests wait for slots.
+
+    The last token is never fed to the model, so it has no keys and values.
     """
     # When requests wait, slots that started at different times share one write column.  It moves to the right
     # until the host shifts the cache back; a quarter more columns make shifts rare.
@@ -304,12 +314,12 @@ def _prompt_width(static: RolloutStatic, prompts: Prompts) -> int:
 def _prefill(weights: Params, static: RolloutStatic, prompts: Prompts, prompts_per_shard: int) -> PromptCache:
     """Prefill all prompts, one chunk after the other."""
     width = _prompt_width(static, prompts)
-    cache = programs.make_prompt_cache(
+    cache = slot_programs.make_prompt_cache(
         weights, prompts_per_shard=prompts_per_shard, width=width, static=static
     )
     for chunk in rollout_plan.make_chunks(prompts, static.shards, prompts_per_shard, width):
         arrays = static.layout.put((chunk.tokens, chunk.lengths, chunk.source), "batch")
-        cache = programs.prefill_chunk(weights, cache, *arrays, static=static)
+        cache = slot_programs.prefill_chunk(weights, cache, *arrays, static=static)
     return cache
 
 
@@ -319,7 +329,7 @@ def _decode(
     requests: Requests,
     slots_per_shard: int,
     static: RolloutStatic,
-    watch: _GroupWatch | None,
+    notifier: _GroupNotifier | None,
     between_segments: Callable[[], None] | None,
     report: Callable[[Metrics], None] | None,
 ) -> Requests:
@@ -329,12 +339,12 @@ def _decode(
 
     # Plain XLA reads every column of the cache at every token, so its cache starts small.
     columns = max_columns if static.pallas else min(segment, max_columns)
-    slots, packed = programs.open_slots(
+    slots, packed = slot_programs.open_slots(
         weights, requests, prompts, slots_per_shard=slots_per_shard, columns=columns, static=static
     )
     status = Status.read(packed)
 
-    # Steps of the decode batch, and of all its slots on all shards: the denominator of slot use.
+    # Slot use is a share of the slot steps: one decode step counts once for each slot of each shard.
     steps = slot_steps = 0
     while True:
         if status.failed:
@@ -342,20 +352,21 @@ def _decode(
                 "the policy's logits are not finite, so no token can be sampled: the weights contain NaN "
                 "or overflow in " + static.spec.dtype
             )
-        if watch is not None:
-            watch.report_finished(slots, requests)
+        if notifier is not None:
+            notifier.notify(slots, requests)
         if not status.live and not status.waiting:
             break
         if between_segments is not None:
             between_segments()
 
         # Refill idle slots; once no request waits, halve the batch as soon as half of it is enough.
+        # `status.idle` counts idle slots only on shards where requests wait.
         half = slots_per_shard // 2
         if status.idle:
-            slots = programs.refill_slots(slots, requests, prompts, static=static)
+            slots = slot_programs.refill_slots(slots, requests, prompts, static=static)
         elif not status.waiting and status.live <= half and half >= rollout_plan.FEWEST_SLOTS:
             slots_per_shard = half
-            slots = programs.compact_slots(
+            slots = slot_programs.compact_slots(
                 slots, requests, prompts, slots_per_shard=slots_per_shard, static=static
             )
 
@@ -364,17 +375,17 @@ def _decode(
         # A segment ends early when an eighth of the slots is idle while requests wait: a refill costs a
         # transfer to the host, an idle slot costs a row of every step.
         refill_at = max(1, slots_per_shard // 8)
-        slots, requests, packed = programs.decode_segment(
+        slots, requests, packed = slot_programs.decode_segment(
             weights, slots, requests, prompts, steps=segment, refill_at=refill_at, static=static
         )
-        status = Status.read(packed)  # the only transfer of a segment: the host waits for the device here
+        status = Status.read(packed)  # the host waits for the device here
 
         # Every step writes one column, however many slots are live.
         segment_steps = status.write_column - write_column
         steps += segment_steps
         slot_steps += segment_steps * slots_per_shard * static.shards
     if report is not None:
-        report(_load_metrics(requests, steps, slot_steps))
+        report(_measure_load(requests, steps, slot_steps))
     return requests
 
 
@@ -388,21 +399,25 @@ def _make_room(
     segment = static.spec.segment
     write_column = status.write_column
     unread = write_column - status.longest  # the columns before those of the longest live response
-    if write_column + segment <= columns or not (unread or columns < max_columns):
+    has_room = write_column + segment <= columns
+    can_change = unread or columns < max_columns
+    # If nothing can change, all live responses end within the columns that are left.
+    if has_room or not can_change:
         return slots, columns, write_column
 
-    # A quarter more if the cache is shifted too, so that shifts are rare; few sizes, so that few programs are
-    # compiled.
+    # If columns are dropped, the cache gets a quarter more than it needs, so that the next drop is far away.
+    # Sizes are rounded, so that few programs are compiled.
     if not static.pallas:
         needed = status.longest + segment
-        needed += needed // 4 if unread else 0
+        if unread:
+            needed += needed // 4
         segments = rollout_plan.round_to_bucket(-(-needed // segment))
         columns = min(segments * segment, max_columns)
-    slots = programs.resize_cache(slots, unread, columns=columns, static=static)
+    slots = slot_programs.resize_cache(slots, unread, columns=columns, static=static)
     return slots, columns, write_column - unread
 
 
-def _load_metrics(requests: Requests, steps: int, slot_steps: int) -> Metrics:
+def _measure_load(requests: Requests, steps: int, slot_steps: int) -> Metrics:
     """Compute the `rollout/*` metrics.
 
     slot_use is the share of slot steps that decoded a token; imbalance is the number of tokens of the busiest
@@ -420,15 +435,15 @@ def _load_metrics(requests: Requests, steps: int, slot_steps: int) -> Metrics:
     }
 
 
-class _GroupWatch:
+class _GroupNotifier:
     """Passes each prompt's rows to `on_groups` once, when all of them have finished."""
 
     def __init__(self, on_groups: OnGroups, num_prompts: int, spec: SamplingSpec):
         self.on_groups, self.spec = on_groups, spec
-        self.pending = list(range(num_prompts))  # prompts that have not been passed on
+        self.pending = list(range(num_prompts))  # prompts whose rows have not been passed yet
 
-    def report_finished(self, slots: Slots, requests: Requests) -> None:
-        """Pass on the prompts that have finished since the last call."""
+    def notify(self, slots: Slots, requests: Requests) -> None:
+        """Call `on_groups` with the prompts that have finished since the last call, if there are any."""
         unfinished = rollout_state.find_unfinished(
             slots.request, slots.started, requests.queue, requests.queue_length
         )
@@ -471,7 +486,7 @@ def _check_inputs(
     if limits.shape != (num_rows,) or limits.min() < 1 or limits.max() > spec.max_new_tokens:
         raise ValueError(
             f"limits of shape {limits.shape} from {limits.min(initial=0)} to {limits.max(initial=0)}: "
-            f"give each of {num_rows} rows one from 1 to max_new_tokens = {spec.max_new_tokens}"
+            f"give each of {num_rows} rows a limit from 1 to max_new_tokens = {spec.max_new_tokens}"
         )
 
     # An id outside the vocabulary would be clipped to another token's embedding without an error.

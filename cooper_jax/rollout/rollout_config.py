@@ -51,10 +51,14 @@ class RolloutConfig:
     kv_dtype: str  # of the KV cache; "": as dtype
 
     def __post_init__(self) -> None:
-        typed_config.raise_problems(
+        typed_config.raise_errors(
             [
-                *typed_config.find_small(self, "rollout", 1, ("group_size", "max_new_tokens", "segment")),
-                *typed_config.find_small(self, "rollout", 0, ("temperature", "max_rows", "memory_gib")),
+                *typed_config.find_below_minimum(
+                    self, "rollout", 1, ("group_size", "max_new_tokens", "segment")
+                ),
+                *typed_config.find_below_minimum(
+                    self, "rollout", 0, ("temperature", "max_rows", "memory_gib")
+                ),
                 *typed_config.find_unknown(self.dtype, "rollout.dtype", DTYPES),
                 *typed_config.find_unknown(self.kernels, "rollout.kernels", KERNELS),
                 *typed_config.find_unknown(

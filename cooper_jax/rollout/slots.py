@@ -6,14 +6,16 @@
 1. `prefill_chunk` runs each prompt once; a prompt's samples share its keys and values.  `sample_first_tokens`
    samples every request's first token from its prompt's last hidden state.
 2. `decode_segment` decodes up to a fixed number of tokens in every slot.
-3. `refill_slots` gives idle slots the next requests of their shard's queue by changing an index.  The prompts
-   are in the cache already, so nothing is prefilled.
+3. `refill_slots` gives idle slots the next requests of their shard's queue.  Nothing is prefilled, because the
+   prompts are in the cache: plain XLA copies their keys and values to the slots, Pallas kernels read them
+   through an index.
 4. `compact_slots` moves the last live slots into a smaller batch; `resize_cache` changes the number of
    columns of the suffix cache.
 
 rollout_state.py describes the arrays.  Padding and idle slots are masked, so every shape is static.
 
-Z batch shards   B prompts   G samples per prompt   Q requests per shard (Z * Q = B * G, prompt-major)
+Z batch shards   B prompts, padding included   G samples per prompt
+Q requests per shard (Z * Q = B * G, prompt-major)
 U slots per shard   P prompt tokens   T response tokens   W columns of the suffix cache   D width
 L layers of a stack   K key/value heads
 """
@@ -242,7 +244,7 @@ def decode_segment(
         step, slots, requests = carry
         live = slots.request < requests_per_shard
 
-        # An idle slot gets a first suffix column behind the last, and so reads nothing.
+        # An idle slot gets a first suffix column to the right of the newest one, and so reads nothing.
         first = jnp.where(live, slots.write_column - slots.generated, slots.write_column + 1)
         hidden, suffix = generation.decode_step(
             weights,
@@ -315,7 +317,8 @@ def resize_cache(slots: Slots, by: jax.Array, *, columns: int, static: RolloutSt
     """
 
     def shift(x):  # [L, Z * U, K, W, ..]
-        # After the roll, dropped columns are behind the write column, where the next steps overwrite them.
+        # After the roll, dropped columns are at the write column or to the right of it, where the next steps
+        # overwrite them.
         x = jnp.roll(x, -by, axis=3)[:, :, :, :columns]
         padding = [(0, 0)] * x.ndim
         padding[3] = (0, columns - x.shape[3])

@@ -56,15 +56,15 @@ class RuleConfig:
     memory_mb: int  # limit of one process's address space in MiB; 0 sets no limit
 
     def __post_init__(self) -> None:
-        problems = [
-            *typed_config.find_small(self, "rule", 1, ("workers",)),
-            *typed_config.find_small(self, "rule", 0, ("memory_mb",)),
+        errors = [
+            *typed_config.find_below_minimum(self, "rule", 1, ("workers",)),
+            *typed_config.find_below_minimum(self, "rule", 0, ("memory_mb",)),
         ]
         if not self.timeout >= SHORT_LIMIT:
-            problems.append(f"rule.timeout={self.timeout}: it must be at least {SHORT_LIMIT} CPU seconds")
+            errors.append(f"rule.timeout={self.timeout}: it must be at least {SHORT_LIMIT} CPU seconds")
         if not self.step_budget >= 0:
-            problems.append(f"rule.step_budget={self.step_budget}: it must not be negative")
-        typed_config.raise_problems(problems)
+            errors.append(f"rule.step_budget={self.step_budget}: it must not be negative")
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> RuleConfig:

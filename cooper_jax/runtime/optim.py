@@ -69,16 +69,16 @@ class OptimiserConfig:
 
     def __post_init__(self) -> None:
         fields = ("lr", "warmup_steps", "b1", "b2", "weight_decay")
-        problems = typed_config.find_small(self, self.name, 0, fields)
+        errors = typed_config.find_below_minimum(self, self.name, 0, fields)
 
         # `not value < 1` also reports NaN.
         for field, value in (("b1", self.b1), ("b2", self.b2)):
             if not value < 1:
-                problems.append(f"{self.name}.{field}={value}: it must be below 1")
+                errors.append(f"{self.name}.{field}={value}: it must be below 1")
         for field, value in (("eps", self.eps), ("clip_norm", self.clip_norm)):
             if not value > 0:
-                problems.append(f"{self.name}.{field}={value}: it must be positive (1e9 never clips)")
-        typed_config.raise_problems(problems)
+                errors.append(f"{self.name}.{field}={value}: it must be positive (1e9 never clips)")
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict, name: str) -> OptimiserConfig:

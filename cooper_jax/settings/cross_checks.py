@@ -8,7 +8,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from cooper_jax.settings.renamed_flags import describe_removed_values
-from cooper_jax.settings.setup_errors import Problems
+from cooper_jax.settings.setup_errors import ErrorCollector
 
 
 def weighs_pairs(reward: ConfigDict) -> bool:
@@ -36,45 +36,45 @@ def check_cross_sections(cfg: ConfigDict) -> None:
 
     trainer/run_settings.py calls this and the checks of all typed configs.
     """
-    # All problems are collected, so that one start of a run shows them all.
-    problems = Problems()
-    problems.need(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
-    problems.need(cfg.steps >= 0, f"steps={cfg.steps}: it must be at least 0")
-    _check_training_sampling(cfg, problems)
-    _check_models(cfg, problems)
-    _check_reward_updates(cfg, problems)
-    problems.raise_if_any()
+    # All errors are collected, so that one start of a run shows them all.
+    errors = ErrorCollector()
+    errors.require(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
+    errors.require(cfg.steps >= 0, f"steps={cfg.steps}: it must be at least 0")
+    _check_training_sampling(cfg, errors)
+    _check_models(cfg, errors)
+    _check_reward_updates(cfg, errors)
+    errors.raise_if_any()
 
 
-def _check_training_sampling(cfg: ConfigDict, problems: Problems) -> None:
+def _check_training_sampling(cfg: ConfigDict, errors: ErrorCollector) -> None:
     """Check that rollouts are sampled from the distribution that the policy's loss evaluates."""
     rollout = cfg.rollout
     # A truncated distribution would make every probability ratio wrong, also at the first update.
-    problems.need(
+    errors.require(
         rollout.top_k == 0 and rollout.top_p == 1.0 and rollout.min_p == 0.0,
         f"rollout.top_k={rollout.top_k}, rollout.top_p={rollout.top_p} and rollout.min_p={rollout.min_p}: "
         "the loss compares probabilities over the whole vocabulary, so training samples from it too; set "
         "top_k=0, top_p=1.0 and min_p=0.0 (evaluation has its own)",
     )
     # Greedy responses of one prompt are all equal, so that all advantages would be 0.
-    problems.need(
+    errors.require(
         rollout.temperature > 0,
         f"rollout.temperature={rollout.temperature}: training samples, so it must be above 0",
     )
 
 
-def _check_models(cfg: ConfigDict, problems: Problems) -> None:
+def _check_models(cfg: ConfigDict, errors: ErrorCollector) -> None:
     """Check that each model that the run's arm uses has weights, and that no other model has devices."""
     # The rule arm has no reward model, so its weights may be empty.
     for name in ("policy", "reward"):
         used = name == "policy" or cfg.reward.arm != "rule"
-        problems.need(
+        errors.require(
             bool(cfg[name].weights) or not used,
             f"{name}.weights is empty: give --config.{name}.weights=DIR, a hub id or a .gguf file",
         )
 
     # A model with random weights cannot follow the request for a wrong solution.
-    problems.need(
+    errors.require(
         not asks_assistant(cfg)
         or cfg.assistant.kind != "local"
         or cfg.assistant.weights not in ("", "random"),
@@ -82,32 +82,32 @@ def _check_models(cfg: ConfigDict, problems: Problems) -> None:
     )
 
     # Devices given to a model that the run does not load would be idle.
-    problems.need(
+    errors.require(
         not cfg.mesh.reward or cfg.reward.arm != "rule",
         f"mesh.reward={cfg.mesh.reward!r}: the rule arm has no reward model; leave it empty",
     )
-    problems.need(
+    errors.require(
         not cfg.mesh.assistant or (cfg.assistant.kind == "local" and updates_reward_model(cfg)),
         f"mesh.assistant={cfg.mesh.assistant!r}: only the cooper arm with assistant.kind=local has an "
         "assistant on devices",
     )
 
 
-def _check_reward_updates(cfg: ConfigDict, problems: Problems) -> None:
+def _check_reward_updates(cfg: ConfigDict, errors: ErrorCollector) -> None:
     """Check that the reward model's loss has a term, and that each source of negatives is used."""
     # Removed values are refused in every arm: a copied command should fail in all of them alike.
-    problems.found += describe_removed_values("pairs.negatives", cfg.pairs.negatives)
+    errors.messages += describe_removed_values("pairs.negatives", cfg.pairs.negatives)
     if not updates_reward_model(cfg):
         return
     negatives = tuple(cfg.pairs.negatives)
-    problems.need(
+    errors.require(
         weighs_pairs(cfg.reward) or bool(cfg.reward.rollout_bce),
         "reward.pair_weight=0 and no other term: the reward model's update has nothing to learn from; set "
         "--config.reward.rollout_bce, or freeze the reward model: --config.reward.arm=model "
         "--config.reward.warmup_updates=0",
     )
     # The pairs of a prompt take the sources in turn, so a prompt with fewer pairs never reaches the last one.
-    problems.need(
+    errors.require(
         not weighs_pairs(cfg.reward) or len(negatives) <= cfg.pairs.per_prompt,
         f"pairs.negatives={negatives}: with pairs.per_prompt={cfg.pairs.per_prompt} the last is never used; "
         f"set --config.pairs.per_prompt={len(negatives)}",

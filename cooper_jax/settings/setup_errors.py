@@ -4,7 +4,7 @@ Every message has the form
 
     FIELD or FILE: the problem, with the numbers, and the flag that fixes it
 
-`Problems` collects the messages of several checks, so that all errors of a config are reported at once.
+`ErrorCollector` collects the messages of several checks, so that all errors of a config are reported at once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Iterator
 class SetupError(ValueError):
     """Error for a config, a file or weights that cannot be used.
 
-    problems: the messages, one for each problem; str() joins them by line breaks.
+    messages: one for each error; str() joins them by line breaks.
     """
 
-    def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    def __init__(self, *messages: str):
+        super().__init__("\n".join(messages))
+        self.messages = messages
 
 
 @contextlib.contextmanager
@@ -50,15 +50,15 @@ def setup_errors(what: str) -> Iterator[None]:
 
 
 @dataclasses.dataclass
-class Problems:
-    """A collection of the messages of several checks."""
+class ErrorCollector:
+    """The error messages of several checks."""
 
-    found: list[str] = dataclasses.field(default_factory=list)
+    messages: list[str] = dataclasses.field(default_factory=list)
 
-    def need(self, ok: bool, message: str) -> None:
+    def require(self, ok: bool, message: str) -> None:
         """Add the message unless `ok`."""
         if not ok:
-            self.found.append(message)
+            self.messages.append(message)
 
     @contextlib.contextmanager
     def collect(self, what: str) -> Iterator[None]:
@@ -67,10 +67,10 @@ class Problems:
             with setup_errors(what):
                 yield
         except SetupError as error:
-            self.found += error.problems
+            self.messages += error.messages
 
     def raise_if_any(self) -> None:
         """Raise SetupError with all messages that were added, without duplicates."""
         # A dict keeps the order, unlike a set.
-        if self.found:
-            raise SetupError(*dict.fromkeys(self.found))
+        if self.messages:
+            raise SetupError(*dict.fromkeys(self.messages))

@@ -3,7 +3,7 @@
 1. ml_collections declares the flags and applies overrides; until the job's setup a section is a ConfigDict.
 2. The setup calls `X.from_config(section)`, which makes a frozen dataclass X.  The module that uses the
    settings defines X.
-3. `X.__post_init__` checks the values of that section alone and raises one SetupError with all problems.
+3. `X.__post_init__` checks the values of that section alone and raises one SetupError with all messages.
    cross_checks.py checks settings of different sections against each other.
 
 The values are plain Python constants, so a typed config is hashable, and jitted functions may close over it.
@@ -40,14 +40,14 @@ def read_section(cls: type[T], section: Mapping[str, Any], name: str, /, **overr
     return cls(**overrides, **{field: section[field] for field in to_read})
 
 
-def find_small(config: Any, name: str, least: float, fields: Sequence[str]) -> list[str]:
-    """Write a message for each of the `fields` of a typed config that is below `least` or NaN.
+def find_below_minimum(config: Any, name: str, minimum: float, fields: Sequence[str]) -> list[str]:
+    """Write a message for each of the `fields` of a typed config that is below `minimum` or NaN.
 
     name: the section's dotted name.
     """
     values = {field: getattr(config, field) for field in fields}
-    # Comparisons with NaN are False, so `not v >= least` reports NaN while `v < least` would not.
-    return [f"{name}.{f}={v}: it must be at least {least}" for f, v in values.items() if not v >= least]
+    # Comparisons with NaN are False, so `not v >= minimum` reports NaN while `v < minimum` would not.
+    return [f"{name}.{f}={v}: it must be at least {minimum}" for f, v in values.items() if not v >= minimum]
 
 
 def find_unknown(value: str, field: str, choices: Sequence[str]) -> list[str]:
@@ -55,7 +55,7 @@ def find_unknown(value: str, field: str, choices: Sequence[str]) -> list[str]:
     return [] if value in choices else [f"{field}={value!r}: it is one of {', '.join(choices)}"]
 
 
-def raise_problems(problems: Sequence[str]) -> None:
+def raise_errors(messages: Sequence[str]) -> None:
     """Raise SetupError with all messages, if there are any."""
-    if problems:
-        raise SetupError(*problems)
+    if messages:
+        raise SetupError(*messages)

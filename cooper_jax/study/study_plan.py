@@ -121,7 +121,7 @@ class Study:
             try:
                 RunSettings.from_config(self.make_config(arm, self.seeds[0]))
             except SetupError as error:
-                raise SetupError(*(f"arm {arm.name}: {p}" for p in error.problems)) from error
+                raise SetupError(*(f"arm {arm.name}: {p}" for p in error.messages)) from error
 
     def _refuse_overruled(self, arm: Arm) -> None:
         """Raise SetupError for a flag that an arm's own setting would overrule."""

@@ -2,7 +2,7 @@
 
 1. `encode_reward_input` renders a problem and a response with the reward model's template, the same for
    scoring, for pairs, for labelled rows and for supervised training.
-2. `score_responses` computes the reward model's logits for many responses.
+2. `compute_response_logits` computes the reward model's logits for many responses.
 3. `ResponseGrader` grades a step's responses group by group, while other groups are still being sampled.
 
     B  prompts   G  samples per prompt   N = B * G  rows, prompt-major
@@ -28,9 +28,10 @@ from cooper_jax.types import Completion, Params, Problem, ScoreBatch, TrainState
 def encode_reward_input(components: Components, problem: Problem, completion: str) -> list[int]:
     """The reward model's input as token ids, at most `reward.max_tokens` of them.
 
-    Only a reference that does not fit raises ValueError, and references are checked beforehand: those of data
-    files at setup, those that the policy wrote in `propose_pairs`.  Otherwise one response could end the run,
-    and end it again after every restart.
+    Question and completion are truncated as far as necessary, so that no sampled response can end the run: a
+    resumed run would sample it again.  References are never truncated, and one that does not fit raises
+    ValueError.  They are therefore checked earlier: those of data files at setup, and the policy's own
+    answers when pairs are made (`reference_fits` in `reward_stages.request_pairs`).
     """
     return prompts.encode_verifier_input(
         components.reward_bundle.model.tokenizer,
@@ -38,7 +39,7 @@ def encode_reward_input(components: Components, problem: Problem, completion: st
         problem.reference,
         completion,
         components.settings.reward.max_tokens,
-        last_resort=True,  # shorten question and completion as far as necessary instead of raising
+        truncate_below_minimum=True,
     )
 
 
@@ -51,7 +52,7 @@ def pack_reward_inputs(components: Components, rows: Sequence[Sequence[int]]) ->
     return layout.put(batch, "batch")
 
 
-def score_responses(
+def compute_response_logits(
     components: Components,
     params: Params,
     problems: Sequence[Problem],
@@ -68,13 +69,13 @@ def score_responses(
         encode_reward_input(components, problem, completion.text)
         for problem, completion in zip(problems, completions, strict=True)
     ]
-    logits = components.reward_bundle.score(params, pack_reward_inputs(components, rows))
+    logits = components.reward_bundle.compute_logits(params, pack_reward_inputs(components, rows))
 
     # Every process gets all logits; the padding rows are at the end.
     return hosts.fetch_arrays(logits)[: len(rows)]
 
 
-def scores_during_rollout(components: Components) -> bool:
+def can_score_during_rollout(components: Components) -> bool:
     """True if the reward model has its own devices, which would be idle while the policy samples."""
     return components.reward is not None and components.reward.layout != components.layout
 
@@ -99,7 +100,7 @@ class ResponseGrader:
         self._pending_verdicts: dict[int, Any] = {}  # handles of `rule.submit`, for `rule.collect`
 
         self._scorer = None
-        if reward is not None and scores_during_rollout(components):
+        if reward is not None and can_score_during_rollout(components):
             self._scorer = _OverlappedScorer(components, reward.params)
 
     def add_group(self, index: int, responses: Sequence[Completion]) -> None:
@@ -128,7 +129,7 @@ class ResponseGrader:
             for index, problem in enumerate(self._problems):
                 completions += self._groups[index]
                 problems += [problem] * len(self._groups[index])
-            logits = score_responses(self._components, self._reward.params, problems, completions)
+            logits = compute_response_logits(self._components, self._reward.params, problems, completions)
         return np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)))
 
     def collect_verdicts(self) -> list[Verdict]:
@@ -152,7 +153,7 @@ class _OverlappedScorer:
         # Responses that do not fill a microbatch yet: (row, token ids).
         self._waiting: list[tuple[int, list[int]]] = []
 
-        # Launched microbatches: (rows, logits f32[batch_rows], of which those beyond `rows` are padding).
+        # Launched microbatches: (rows, logits f32[batch_rows]); logits beyond those of `rows` are padding.
         self._running: list[tuple[list[int], jax.Array]] = []
 
     def add(self, first_row: int, problem: Problem, completions: Sequence[Completion]) -> None:
@@ -179,7 +180,7 @@ class _OverlappedScorer:
 
         # The last microbatch is filled with empty rows, so that no other batch size is compiled.
         inputs = [tokens for _, tokens in batch] + [[]] * (self._batch_rows - len(batch))
-        logits = self._components.reward_bundle.score(
+        logits = self._components.reward_bundle.compute_logits(
             self._params, pack_reward_inputs(self._components, inputs)
         )
         self._running.append(([row for row, _ in batch], logits))

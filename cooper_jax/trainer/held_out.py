@@ -25,7 +25,7 @@ from cooper_jax import statistics
 from cooper_jax.data import synthetic
 from cooper_jax.reward import reward_losses
 from cooper_jax.trainer import policy_stages
-from cooper_jax.trainer.grading import score_responses
+from cooper_jax.trainer.grading import compute_response_logits
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.trainer.step_metrics import (
     measure_hacking,
@@ -59,7 +59,7 @@ def evaluate_held_out(components: Components, state: State) -> Metrics:
 def _evaluate_responses(components: Components, state: State, temperature: float) -> Metrics:
     """Sample responses to all held-out problems and measure them."""
     oracle = components.oracle
-    completions = policy_stages.sample_held_out(components, state.policy.params, temperature)
+    completions = policy_stages.sample_held_out_responses(components, state.policy.params, temperature)
     samples = len(completions) // len(components.held_out)
     problems = [components.held_out[n // samples] for n in range(len(completions))]
 
@@ -69,7 +69,7 @@ def _evaluate_responses(components: Components, state: State, temperature: float
     )
     metrics = measure_responses(completions) | measure_oracle(oracle, problems, completions)
     if components.reward is not None:
-        logits = score_responses(components, state.reward_state.params, problems, completions)
+        logits = compute_response_logits(components, state.reward_state.params, problems, completions)
         scores = np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)))
         metrics |= measure_hacking(scores, pending_verdicts.result())
         if oracle is not None:
@@ -92,7 +92,7 @@ def _evaluate_reward_model(components: Components, state: State) -> Metrics:
     for name, triples in reward_sets.items():
         problems = [Problem(t.question, t.reference) for t in triples]
         completions = [Completion(t.completion) for t in triples]
-        logits = score_responses(components, state.reward_state.params, problems, completions)
+        logits = compute_response_logits(components, state.reward_state.params, problems, completions)
         truth = np.array([t.label > 0.5 for t in triples])
         metrics |= _measure_separation(f"rm_{name}", truth, logits)
 

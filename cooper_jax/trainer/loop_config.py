@@ -33,16 +33,16 @@ class SupervisedConfig:
     reward_data: str  # a file of triples; "": they are built from worked solutions
 
     def __post_init__(self) -> None:
-        problems = [
-            *typed_config.find_small(self, "supervised", 1, ("policy_batch", "reward_batch")),
-            *typed_config.find_small(self, "supervised", 0, ("policy_steps", "reward_steps")),
+        errors = [
+            *typed_config.find_below_minimum(self, "supervised", 1, ("policy_batch", "reward_batch")),
+            *typed_config.find_below_minimum(self, "supervised", 0, ("policy_steps", "reward_steps")),
         ]
         if self.reward_batch % 2:
-            problems.append(
+            errors.append(
                 f"supervised.reward_batch={self.reward_batch}: it must be even, since each correct triple is "
                 "followed by a wrong one"
             )
-        typed_config.raise_problems(problems)
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> SupervisedConfig:
@@ -70,13 +70,13 @@ class EvalConfig:
     reward_rows: int
 
     def __post_init__(self) -> None:
-        problems = [
-            *typed_config.find_small(self, "eval", 1, ("problems", "samples")),
-            *typed_config.find_small(self, "eval", 0, ("every", "reward_rows", "temperature")),
+        errors = [
+            *typed_config.find_below_minimum(self, "eval", 1, ("problems", "samples")),
+            *typed_config.find_below_minimum(self, "eval", 0, ("every", "reward_rows", "temperature")),
         ]
         if not 0 < self.top_p <= 1:
-            problems.append(f"eval.top_p={self.top_p}: it must be above 0 and at most 1 (off)")
-        typed_config.raise_problems(problems)
+            errors.append(f"eval.top_p={self.top_p}: it must be above 0 and at most 1 (off)")
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> EvalConfig:
@@ -92,10 +92,10 @@ class CheckpointConfig:
     keep: int  # number of newest checkpoints that are kept; 0: all
 
     def __post_init__(self) -> None:
-        typed_config.raise_problems(
+        typed_config.raise_errors(
             [
-                *typed_config.find_small(self, "checkpoint", 1, ("every",)),
-                *typed_config.find_small(self, "checkpoint", 0, ("keep",)),
+                *typed_config.find_below_minimum(self, "checkpoint", 1, ("every",)),
+                *typed_config.find_below_minimum(self, "checkpoint", 0, ("keep",)),
             ]
         )
 
@@ -120,7 +120,9 @@ class LogConfig:
     tensorboard: bool  # write TensorBoard event files, too
 
     def __post_init__(self) -> None:
-        typed_config.raise_problems(typed_config.find_small(self, "log", 0, ("samples_every", "samples")))
+        typed_config.raise_errors(
+            typed_config.find_below_minimum(self, "log", 0, ("samples_every", "samples"))
+        )
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> LogConfig:

@@ -51,17 +51,21 @@ class ProblemBatch:
 def take_problems(components: Components, first: int, stream: str = "shuffle") -> ProblemBatch:
     """Take the training problems at positions first, first + 1, ... of a shuffled order.
 
-    stream: the random stream that shuffles each epoch.  A batch may cross the end of an epoch.
+    A batch may cross the end of an epoch.  stream: the random stream that shuffles each epoch.
     """
     settings = components.settings
     positions = range(first, first + settings.data.prompts_per_step)
     chosen = [problem_sets.problem_at(p, len(components.train), settings.seed, stream) for p in positions]
-    group_size = settings.rollout.group_size
+    problems = [components.train[i] for i in chosen]
+
+    row_problems: list[Problem] = []
+    for problem in problems:
+        row_problems += [problem] * settings.rollout.group_size
     return ProblemBatch(
-        problems=[components.train[i] for i in chosen],
+        problems=problems,
         prompt_tokens=[components.train_prompts[i] for i in chosen],
         positions=positions,
-        row_problems=[components.train[chosen[n // group_size]] for n in range(len(chosen) * group_size)],
+        row_problems=row_problems,
     )
 
 
@@ -109,20 +113,21 @@ def sample_responses(
     return rollout, decode(rollout), metrics
 
 
-def sample_held_out(components: Components, params: Params, temperature: float) -> list[Completion]:
+def sample_held_out_responses(components: Components, params: Params, temperature: float) -> list[Completion]:
     """Sample the evaluation's responses to the held-out problems; greedy ones at temperature 0.
 
     The key is the same in every evaluation, so two evaluations of one policy are equal.
     """
     settings, model = components.settings, components.policy.model
 
-    # The rollout's spec with the evaluation's distribution.  Greedy responses to one prompt are all equal, so
-    # one is enough.
+    # The rollout's settings, except for the sampling distribution.  Greedy responses to one prompt are all
+    # equal, so one is enough.
     spec = dataclasses.replace(
         components.policy.sampling,
         temperature=temperature,
         top_p=settings.eval.top_p,
         top_k=0,
+        min_p=0.0,
         group_size=settings.eval.samples if temperature else 1,
     )
 
@@ -150,7 +155,7 @@ def compute_logprobs(
     """
     layout, reference_layout = components.layout, components.policy.reference_layout
 
-    # One packing for both meshes: the number of rows divides over the batch shards of each.
+    # The packed rows serve both meshes: their number is a multiple of the batch shards of each.
     packed = packing.pack_policy_batch(
         prompt_tokens,
         rollout,
@@ -158,23 +163,25 @@ def compute_logprobs(
         rows_multiple=math.lcm(layout.batch_shards, reference_layout.batch_shards),
     )
     batch = layout.put(packed, "batch")
-    width = batch.response_mask.shape[1]
+    response_length = batch.response_mask.shape[1]
 
-    # The reference is dispatched first, so that on its own devices it runs beside the policy's pass below.
-    # Inputs and outputs then pass through the host.
+    # The reference is dispatched first.  If it has its own devices, it runs in parallel with the policy's
+    # forward pass below, and its inputs and outputs are transferred through the host.
     if reference_layout == layout:
         reference_inputs = (batch.tokens, batch.valid)
     else:
         reference_inputs = reference_layout.put((packed.tokens, packed.valid), "batch")
-    ref_logprobs = components.policy.reference_logprobs(state.reference, *reference_inputs, width)
+    ref_logprobs = components.policy.reference_logprobs(state.reference, *reference_inputs, response_length)
 
     if grpo.count_updates(components.settings.policy) > 1:
-        old_logprobs = components.policy.logprobs(state.policy.params, batch.tokens, batch.valid, width)
+        old_logprobs = components.policy.logprobs(
+            state.policy.params, batch.tokens, batch.valid, response_length
+        )
         batch = dataclasses.replace(batch, old_logprobs=old_logprobs)
     if reference_layout != layout:
         ref_logprobs = layout.put(hosts.fetch_arrays(ref_logprobs), "batch")
 
-    # Waiting here attributes the time to this phase in the metrics.
+    # JAX computes asynchronously: without this wait, the time would be measured in a later phase.
     return jax.block_until_ready(dataclasses.replace(batch, ref_logprobs=ref_logprobs))
 
 

@@ -70,7 +70,7 @@ def apply_recipe(cfg: ConfigDict, explicit: Collection[str]) -> None:
     cfg.update_from_flattened_dict(values)
 
 
-def warn_of_released(cfg: ConfigDict) -> str:
+def warn_about_released_update(cfg: ConfigDict) -> str:
     """A warning for runs that update the reward model as the authors' released code does; else "".
 
     In the small-scale study of docs/results.md the policy hacks such a reward model on 10 of 10 seeds.

@@ -1,10 +1,10 @@
 """The reward model's stages of a step: make pairs, choose labelled rows, update the reward model.
 
-1. `propose_pairs` starts to make contrastive pairs of a correct and a wrong response (reward/pairs/).
+1. `request_pairs` starts to make contrastive pairs of a correct and a wrong response (reward/pairs/).
 2. `choose_labelled_rows` chooses single responses with their labels (reward/labelled_rollouts.py).
-3. `update_reward_model` makes the step's updates on both.
+3. `update_reward_model` makes the step's updates on the pairs and on the labelled rows.
 
-These functions do not depend on the run's arm.  The step calls them only if the arm updates the reward model.
+The step calls these functions only in the arm that updates the reward model; they do not check the arm.
 
     B  prompts   G  samples per prompt   N = B * G  rows, prompt-major   S  reward-model input tokens
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from cooper_jax.data import packing, prompts
 from cooper_jax.reward import labelled_rollouts
-from cooper_jax.reward.pairs.build_pairs import PendingPairs, no_pairs, start_pairs
+from cooper_jax.reward.pairs.build_pairs import PairInputs, PendingPairs, no_pairs, start_pairs
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.trainer.grading import encode_reward_input
@@ -39,7 +39,7 @@ from cooper_jax.types import (
 # --- training data of an update ----------------------------------------------------------------------
 
 
-def propose_pairs(
+def request_pairs(
     components: Components,
     batch: ProblemBatch,
     completions: Sequence[Completion],
@@ -49,7 +49,7 @@ def propose_pairs(
 ) -> PendingPairs:
     """Start to make the step's pairs, and return without waiting for the assistant.
 
-    If no term of the update's loss reads pairs, none is made and the assistant is not asked.
+    If no term of the update's loss reads pairs, no pair is made and the assistant is not asked.
 
     Args:
       completions, verdicts: [N].
@@ -60,27 +60,29 @@ def propose_pairs(
     if not settings.reward_update.reads_pairs:
         return no_pairs()
 
-    # A pair may take an answer that the policy wrote as its reference.  The reward model's input never
-    # truncates a reference, so one that is too long is refused here.
-    def fits(answer: str) -> bool:
+    # In an own_answer pair the positive's reference is an answer that the policy wrote.  References are never
+    # truncated in the reward model's input, so an answer that is too long cannot be one.
+    def reference_fits(answer: str) -> bool:
         return prompts.reference_fits(
             components.reward_bundle.model.tokenizer, answer, settings.reward.max_tokens
         )
 
     return start_pairs(
-        batch.problems,
-        completions,
-        verdicts,
-        settings.rollout.group_size,
-        components.assistant,
-        components.rule,
-        settings.pairs,
-        seed=settings.seed,
-        step=step,
-        positions=batch.positions,
-        scores=scores,
-        exchange=settings.reward.shuffle_labels,
-        fits=fits,
+        PairInputs(
+            problems=batch.problems,
+            completions=completions,
+            verdicts=verdicts,
+            group_size=settings.rollout.group_size,
+            assistant=components.assistant,
+            rule=components.rule,
+            cfg=settings.pairs,
+            seed=settings.seed,
+            step=step,
+            positions=batch.positions,
+            scores=scores,
+            reference_fits=reference_fits,
+            shuffle_labels=settings.reward.shuffle_labels,
+        )
     )
 
 
@@ -95,7 +97,7 @@ def choose_labelled_rows(
 ) -> tuple[list[Triple], labelled_rollouts.Replay]:
     """Choose the labelled rows of the reward model's update; return them and the next replay memory.
 
-    Arguments as in `propose_pairs`.  replay: the replay memory before the step.
+    Arguments as in `request_pairs`.  replay: the replay memory before the step.
     """
     settings = components.settings
     return labelled_rollouts.choose_rows(
@@ -117,7 +119,7 @@ def choose_labelled_rows(
 def update_reward_model(
     components: Components,
     reward: TrainState,
-    pair_slots: Sequence[Pair | None],
+    pairs: Sequence[Pair | None],
     labelled_rows: Sequence[Triple] = (),
     updates: int = 1,
 ) -> tuple[TrainState, Metrics]:
@@ -125,57 +127,63 @@ def update_reward_model(
 
     Without any pair or row the parameters do not change.  The reward model's input state is donated.
 
-    pair_slots: the requested pairs; None for a pair that could not be made.
+    pairs: those that were requested; None for a pair that could not be made.
 
     Metrics (`rm/...`) are those of the first update, with two exceptions: `rm/updates` is the number of
     updates that were applied, and `rm/skipped` the number skipped because the loss or a gradient was not
-    finite.  With `log.pair_motion`, `rm/common_motion` and `rm/difference_motion` are the changes of the
-    valid pairs' mean logit and of their logit difference over all updates.
+    finite.
+
+    With `log.pair_motion`, two more metrics compare the logits after the last update with those before the
+    first, averaged over the valid pairs.  `rm/common_motion` is the change of the mean logit of a pair's
+    members, and `rm/difference_motion` the change of the positive's logit minus the negative's.
     """
     settings = components.settings
 
     # A term of the loss that is off gets no batch, so its forward pass is not compiled.
-    pair_batch = _pack_pairs(components, pair_slots) if settings.reward_update.reads_pairs else None
-    labelled_batch = None
+    pair_batch, labelled_batch = None, None
+    if settings.reward_update.reads_pairs:
+        pair_batch = _pack_pairs(components, pairs)
     if settings.reward_update.rollout_bce:
         labelled_batch = _pack_labelled_rows(components, labelled_rows)
 
     # Logits before the update are fetched to the host, since the update donates the parameters.
     measured_pairs = pair_batch if settings.log.pair_motion else None
     if measured_pairs is not None:
-        logits_before = _score_pairs(components, reward, measured_pairs)
+        logits_before = _compute_pair_logits(components, reward, measured_pairs)
 
     # Metrics stay on the device until all updates are dispatched.
-    each_update = []
+    metrics_by_update = []
     for _ in range(updates):
         reward, update_metrics = components.reward_bundle.update(reward, pair_batch, labelled_batch)
-        each_update.append(update_metrics)
+        metrics_by_update.append(update_metrics)
 
     # Losses and accuracies are the first update's, since later updates see the same data again.  An update
     # that was not applied reports a learning rate of 0.
-    metrics = to_host(each_update[0], "rm")
+    metrics = to_host(metrics_by_update[0], "rm")
     metrics["rm/updates"] = float(metrics["rm/lr"] > 0)
-    for update_metrics in each_update[1:]:
+    for update_metrics in metrics_by_update[1:]:
         later = to_host({name: update_metrics[name] for name in ("lr", "skipped")}, "rm")
         metrics["rm/updates"] += float(later["rm/lr"] > 0)
         metrics["rm/skipped"] += later["rm/skipped"]
 
     if measured_pairs is not None:
-        valid = [i for i, pair in enumerate(pair_slots) if pair is not None]
-        moved = (_score_pairs(components, reward, measured_pairs) - logits_before)[:, valid]
+        valid = [i for i, pair in enumerate(pairs) if pair is not None]
+        moved = (_compute_pair_logits(components, reward, measured_pairs) - logits_before)[:, valid]
         metrics["rm/common_motion"] = float(moved.mean()) if valid else float("nan")
         metrics["rm/difference_motion"] = float((moved[0] - moved[1]).mean()) if valid else float("nan")
 
-    return reward, metrics | dict.fromkeys(_means_over_nothing(metrics), float("nan"))
+    for name in _find_undefined_means(metrics):
+        metrics[name] = float("nan")
+    return reward, metrics
 
 
-# Counts, and the optimiser's metrics.  Without data they are 0, and every other metric is undefined.
-_COUNTS = ("valid", "rollout_rows", "loss", "grad_norm", "lr", "skipped", "updates")
+# Counts, the loss, and the optimiser's metrics: without data they are 0.  Every other metric is a mean.
+_DEFINED_WITHOUT_DATA = ("valid", "rollout_rows", "loss", "grad_norm", "lr", "skipped", "updates")
 
 
-def _means_over_nothing(metrics: Metrics) -> list[str]:
-    """The names of metrics that are means over no pair or over no labelled row, and therefore undefined."""
-    means = [name for name in metrics if name.removeprefix("rm/") not in _COUNTS]
+def _find_undefined_means(metrics: Metrics) -> list[str]:
+    """The names of metrics that are means over pairs or labelled rows of which there are none."""
+    means = [name for name in metrics if name.removeprefix("rm/") not in _DEFINED_WITHOUT_DATA]
     over_rows = [name for name in means if name.startswith("rm/rollout_")]
     over_pairs = [name for name in means if name not in over_rows]
 
@@ -188,12 +196,12 @@ def _means_over_nothing(metrics: Metrics) -> list[str]:
     return undefined
 
 
-def _pack_pairs(components: Components, pair_slots: Sequence[Pair | None]) -> PairBatch:
+def _pack_pairs(components: Components, pairs: Sequence[Pair | None]) -> PairBatch:
     """Pack pairs into the reward model's inputs.  A pair that could not be made becomes two empty rows."""
     # Empty rows keep the number of rows equal at all steps; each new number would compile another program.
     positives: list[list[int]] = []
     negatives: list[list[int]] = []
-    for pair in pair_slots:
+    for pair in pairs:
         members: tuple[list[int], list[int]] = ([], [])
         if pair is not None:
             members = _encode_members(components, pair)
@@ -203,12 +211,13 @@ def _pack_pairs(components: Components, pair_slots: Sequence[Pair | None]) -> Pa
     # Both members get the width of the longest, since the update scores them in one pass.
     layout = components.reward_bundle.layout
     width = packing.round_up(max(map(len, positives + negatives)), components.settings.data.bucket)
+    # With the width as the bucket, both batches are padded to exactly that width.
     options = dict(bucket=width, rows_multiple=layout.batch_shards)
     positive_batch = packing.pack_score_batch(positives, **options)
     negative_batch = packing.pack_score_batch(negatives, **options)
 
     # The mask drops the empty rows, and the rows that pad the batch to the mesh.
-    valid = np.array([pair is not None for pair in pair_slots])
+    valid = np.array([pair is not None for pair in pairs])
     mask = packing.pad_rows(valid, positive_batch.tokens.shape[0])
     return PairBatch(
         positive=layout.put(positive_batch, "batch"),
@@ -218,7 +227,10 @@ def _pack_pairs(components: Components, pair_slots: Sequence[Pair | None]) -> Pa
 
 
 def _encode_members(components: Components, pair: Pair) -> tuple[list[int], list[int]]:
-    """A pair's positive and negative as token ids, each with its own reference if it has one."""
+    """A pair's positive and negative as token ids.
+
+    A member's own reference, if the pair has one, replaces the problem's.
+    """
     sides = []
     for text, reference in (
         (pair.positive, pair.positive_reference),
@@ -254,9 +266,9 @@ def _pack_labelled_rows(components: Components, labelled_rows: Sequence[Triple])
     )
 
 
-def _score_pairs(components: Components, reward: TrainState, batch: PairBatch) -> np.ndarray:
+def _compute_pair_logits(components: Components, reward: TrainState, batch: PairBatch) -> np.ndarray:
     """The logits of the positives and of the negatives, f32[2, rows]."""
     sides = (batch.positive, batch.negative)
     return np.stack(
-        [hosts.fetch_arrays(components.reward_bundle.score(reward.params, side)) for side in sides]
+        [hosts.fetch_arrays(components.reward_bundle.compute_logits(reward.params, side)) for side in sides]
     )

@@ -53,7 +53,7 @@ def warm_up_reward_model(components: Components, state: State) -> State:
         scores, verdicts = grader.collect_scores(), grader.collect_verdicts()
 
         # Update.  There is no policy update to overlap with, so the pairs are awaited at once.
-        pending_pairs = reward_stages.propose_pairs(components, batch, completions, verdicts, scores, STEP)
+        pending_pairs = reward_stages.request_pairs(components, batch, completions, verdicts, scores, STEP)
         labelled_rows, replay = reward_stages.choose_labelled_rows(
             components, batch, completions, verdicts, scores, STEP, state.replay
         )

@@ -41,7 +41,7 @@ class RewardConfig:
     """
 
     arm: str  # one of ARMS
-    recipe: str  # a name in RECIPES (recipes.py), whose values are in the config already; "": none
+    recipe: str  # a name in RECIPES (recipes.py), or ""; its values have been written into the config
     max_tokens: int  # longest reward-model input
 
     # Controls.
@@ -53,18 +53,18 @@ class RewardConfig:
     allow_untrained_head: bool
 
     def __post_init__(self) -> None:
-        problems = typed_config.find_small(self, "reward", 1, ("max_tokens",))
+        errors = typed_config.find_below_minimum(self, "reward", 1, ("max_tokens",))
         if self.arm not in ARMS:
-            problems.append(f"reward.arm is {self.arm!r}; it is one of {', '.join(ARMS)}")
+            errors.append(f"reward.arm is {self.arm!r}; it is one of {', '.join(ARMS)}")
 
         # Both controls change a reward model's rewards.  In the rule arm they would have no effect.
         controls = [name for name in ("rule_or_model", "answer_required") if getattr(self, name)]
         if self.arm == "rule" and controls:
-            problems.append(
+            errors.append(
                 f"reward.{' and reward.'.join(controls)}: the rule arm has no reward model whose rewards "
                 "could be changed; leave it out, or set --config.reward.arm=model"
             )
-        typed_config.raise_problems(problems)
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> RewardConfig:

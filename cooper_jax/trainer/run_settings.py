@@ -19,7 +19,7 @@ from cooper_jax.rule.verifier import RuleConfig
 from cooper_jax.runtime.device_layouts import MeshConfig
 from cooper_jax.runtime.optim import OptimiserConfig
 from cooper_jax.settings import cross_checks
-from cooper_jax.settings.setup_errors import Problems
+from cooper_jax.settings.setup_errors import ErrorCollector
 from cooper_jax.trainer.loop_config import CheckpointConfig, EvalConfig, LogConfig, SupervisedConfig
 from cooper_jax.trainer.rewards import RewardConfig
 
@@ -79,9 +79,9 @@ class RunSettings:
 
         Raises SetupError that lists every setting that is out of range or contradicts another.
         """
-        problems = Problems()
+        errors = ErrorCollector()
         values: dict[str, Any] = {name: cfg[name] for name in ("name", "seed", "steps", "run_dir", "resume")}
-        with problems.collect("config"):
+        with errors.collect("config"):
             cross_checks.check_cross_sections(cfg)
 
         # Sections are read one by one, each under its own `collect`, so that one error reports all problems.
@@ -103,11 +103,11 @@ class RunSettings:
             "log": lambda: LogConfig.from_config(cfg.log),
         }
         for field, read_section in sections.items():
-            with problems.collect(field):
+            with errors.collect(field):
                 values[field] = read_section()
 
         # The assistant's address and key are required only by runs that ask it.
-        with problems.collect("assistant"):
+        with errors.collect("assistant"):
             asked = with_assistant and cross_checks.asks_assistant(cfg)
             values["assistant"] = ChatConfig.from_config(cfg.assistant, "assistant") if asked else None
 
@@ -118,8 +118,8 @@ class RunSettings:
             ("imitation_optimiser", cfg.supervised.policy_optimiser, "supervised.policy_optimiser"),
             ("labels_optimiser", cfg.supervised.reward_optimiser, "supervised.reward_optimiser"),
         ):
-            with problems.collect(name):
+            with errors.collect(name):
                 values[field] = OptimiserConfig.from_config(section, name)
 
-        problems.raise_if_any()
+        errors.raise_if_any()
         return cls(**values)

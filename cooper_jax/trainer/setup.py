@@ -31,7 +31,7 @@ from cooper_jax.rule import reference_checks
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
-from cooper_jax.settings.setup_errors import Problems, SetupError, setup_errors
+from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, LogprobsFunction, PolicyBundle, RewardBundle, State
 from cooper_jax.types import Problem, TrainState
@@ -66,14 +66,16 @@ def load_problems(settings: RunSettings) -> tuple[list[Problem], list[Problem]]:
         train = load(data.train, data.format, data.split)
 
     # Without an evaluation file, problems of the training file are held out, unless the run never evaluates.
+    if not data.eval and not settings.eval.every:
+        return train, []
     if not data.eval:
-        return take_held_out(train, data.eval_from_train) if settings.eval.every else (train, [])
+        return split_off_held_out(train, data.eval_from_train)
     with setup_errors(f"data.eval={data.eval}"):
         held_out = load(data.eval, data.eval_format, data.eval_split)
     return train, held_out
 
 
-def take_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
+def split_off_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
     """Split off `count` problems for evaluation: (remaining problems, held-out ones), in the file's order.
 
     The choice depends on the number of problems alone, so runs with other seeds are evaluated on the same
@@ -88,7 +90,7 @@ def take_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list
             "left to train on; hold out fewer, or name an evaluation file with --config.data.eval=FILE"
         )
 
-    held_out = sorted(problem_sets.keyed_order(len(train))[:count])
+    held_out = sorted(problem_sets.fixed_random_order(len(train))[:count])
     held_out_questions = {train[i].question for i in held_out}
     remaining = [problem for problem in train if problem.question not in held_out_questions]
     return remaining, [train[i] for i in held_out]
@@ -99,21 +101,24 @@ def encode_policy_prompt(data: DataConfig, tokenizer: Tokenizer, problem: Proble
     return prompts.encode_policy_prompt(tokenizer, problem.question, data.instruction, data.chat)
 
 
-def choose_held_out(kept: Sequence[Problem], whole: Sequence[Problem], count: int) -> list[Problem]:
+def choose_held_out(
+    eligible: Sequence[Problem], all_problems: Sequence[Problem], count: int
+) -> list[Problem]:
     """Sample at most `count` problems to evaluate on, in the file's order.
 
     Args:
-      kept: the problems of `whole` that may be evaluated on.
-      whole: all problems of the file.
+      eligible: the problems of `all_problems` that may be evaluated on.
+      all_problems: those of the file, or of the part of the training file that is held out.
     """
-    if len(kept) <= count:
-        return list(kept)
+    if len(eligible) <= count:
+        return list(eligible)
 
-    # The sample follows a keyed order of the whole file, as in benchmarks.  Two runs that exclude different
-    # problems therefore share most of their samples.
-    index_in_file = {problem: index for index, problem in enumerate(whole)}
-    rank_of_index = {index: rank for rank, index in enumerate(problem_sets.keyed_order(len(whole)))}
-    chosen = sorted(kept, key=lambda p: rank_of_index[index_in_file[p]])[:count]
+    # Problems are taken in a fixed random order of the whole file, as in benchmarks.  Two runs that exclude
+    # different problems therefore share most of their samples.
+    index_in_file = {problem: index for index, problem in enumerate(all_problems)}
+    fixed_order = problem_sets.fixed_random_order(len(all_problems))
+    rank_of_index = {index: rank for rank, index in enumerate(fixed_order)}
+    chosen = sorted(eligible, key=lambda p: rank_of_index[index_in_file[p]])[:count]
     return sorted(chosen, key=lambda p: index_in_file[p])
 
 
@@ -122,33 +127,33 @@ def read_settings(cfg: ConfigDict) -> RunSettings:
 
     Raises SetupError that lists all errors that can be found without reading a file.
     """
-    problems = Problems()
-    with problems.collect("settings"):
+    errors = ErrorCollector()
+    with errors.collect("settings"):
         settings = RunSettings.from_config(cfg)
 
     # The mesh is read from cfg, since a config with an error in another section has no RunSettings.
-    with problems.collect("mesh"):
-        _check_rows(cfg, make_layouts(cfg)["policy"].batch_shards, problems)
-    problems.raise_if_any()
+    with errors.collect("mesh"):
+        _check_rows(cfg, make_layouts(cfg)["policy"].batch_shards, errors)
+    errors.raise_if_any()
     return settings
 
 
-def _check_rows(cfg: ConfigDict, shards: int, problems: Problems) -> None:
+def _check_rows(cfg: ConfigDict, shards: int, errors: ErrorCollector) -> None:
     """Check that a step's rows divide over the mesh.
 
-    shards: the batch shards of the policy's mesh.  problems: the list to which errors are added.
+    shards: the batch shards of the policy's mesh.  errors: receives the messages.
     """
     # A single minibatch is padded to a multiple of the shards.  Several minibatches must divide exactly,
     # since the permutation would spread the padding rows unevenly.
     rows, minibatches = cfg.data.prompts_per_step * cfg.rollout.group_size, cfg.policy.minibatches
-    problems.need(
+    errors.require(
         minibatches <= 1 or rows % (shards * minibatches) == 0,
-        f"policy.minibatches={minibatches}: a step's {rows} rows (data.prompts_per_step x "
-        f"rollout.group_size) must divide into {minibatches} minibatches of a multiple of {shards} rows, the "
-        "mesh's batch shards",
+        f"policy.minibatches={minibatches}: a step has {rows} rows (data.prompts_per_step x "
+        f"rollout.group_size); this must be a multiple of {minibatches * shards}, the minibatches times the "
+        f"mesh's {shards} batch shards",
     )
-    problems.need(
-        not 0 < cfg.rollout.max_rows < shards,
+    errors.require(
+        cfg.rollout.max_rows <= 0 or cfg.rollout.max_rows >= shards,
         f"rollout.max_rows={cfg.rollout.max_rows} is less than one row on each of the mesh's {shards} batch "
         "shards: raise it, or set 0 for no bound",
     )
@@ -170,7 +175,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     held_out = choose_held_out(unseen, all_held_out, settings.eval.problems)
 
     with contextlib.ExitStack() as stack:
-        # A first request makes a worker of the rule verifier start while the models are loaded.
+        # This first request starts a worker process of the rule verifier while the models are loaded.
         with setup_errors("rule"):
             local_rule = stack.enter_context(RuleVerifier(settings.rule))
             local_rule.submit([READY_ITEM])
@@ -189,7 +194,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         if reward is not None:
             _check_reward_inputs(settings, reward.model.tokenizer, (*train, *held_out))
 
-        # Services.  The rule must have answered by now; a local assistant loads a third model.
+        # Services.  `check_ready` waits for the rule's first answer; a local assistant loads a third model.
         with setup_errors("rule"):
             local_rule.check_ready()
         assistant = None
@@ -213,8 +218,8 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             oracle=synthetic.is_correct if data.is_synthetic else None,
         )
 
-        # This frame lives as long as the run.  If it kept a reference to the first state, a second copy of
-        # all parameters and optimiser states would stay in memory.
+        # This generator lives as long as the run.  If it kept a reference to the first state, a second copy
+        # of all parameters and optimiser states would stay in memory, so `pop` removes its last reference.
         state = [State(policy=policy_state, reward=reward_state, reference=None, step=0, position=0)]
         del policy_state, reward_state
         yield components, state.pop()
@@ -250,7 +255,7 @@ def build_policy_bundle(
     layout, reference_layout = layouts["policy"], layouts["reference"]
     rollout = settings.rollout
 
-    # The longest row must fit the model's positions; a message names both settings.
+    # The longest row must fit the model's positions; the error message names both settings.
     lengths = {
         "data.max_prompt_tokens": settings.data.max_prompt_tokens,
         "rollout.max_new_tokens": rollout.max_new_tokens,
@@ -324,7 +329,7 @@ def build_reward_bundle(
         bundle = RewardBundle(
             model=model,
             layout=layout,
-            score=verifier_model.make_score_fn(
+            compute_logits=verifier_model.make_score_fn(
                 model.config,
                 layout,
                 dtype=settings.reward_update.dtype,

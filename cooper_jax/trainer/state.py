@@ -54,7 +54,7 @@ class RewardBundle:
 
     model: Model
     layout: mesh.Layout  # the policy's, unless `mesh.reward` gives the reward model its own devices
-    score: Callable  # (params, ScoreBatch) -> logits f32[N]
+    compute_logits: Callable  # (params, ScoreBatch) -> logits f32[N]
 
     # Updates.  The update donates its input state.
     update: Callable  # (TrainState, PairBatch | None, LabelledBatch | None) -> (TrainState, metrics)

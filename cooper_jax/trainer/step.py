@@ -3,22 +3,22 @@
 1. Sample G responses to each prompt from the policy.
 2. Reward each response with the sigmoid of the reward model's logit, and verify it with the rule.
 3. Update the policy with GRPO.
-4. Meanwhile, the assistant rewrites positives (responses that the rule finds correct) into wrong negatives.
-5. Update the reward model with the contrastive loss over the valid pairs and, if the config says so, on
-   labelled responses.
+4. Meanwhile, the assistant rewrites correct responses (positives) into wrong ones (negatives).  The rule
+   verifies both.
+5. Update the reward model with the contrastive loss over the valid pairs of a positive and a negative and, if
+   the config says so, on labelled responses.
 
-The arms of the paper's comparison differ in points 2, 4 and 5: `rule` rewards with the verdict and has no
-reward model, `model` keeps its reward model frozen, `cooper` updates it.
+The arms of the paper's comparison differ in points 2, 4 and 5.  In the arm `rule` the reward is the rule's
+verdict, and there is no reward model.  In `model` the reward model is frozen.  In `cooper` it is updated.
 
-Departures from the released code: every random draw is keyed by (seed, step, position); a negative is checked
-against the reference and rendered with the template of its positive; the pair loss is normalised over all
-valid pairs of the step.
+Departures from the released code: every random draw is a function of the seed, its stream's name and ids such
+as the step and the problem's position (runtime/keys.py); a negative is checked against the reference, and
+rendered with the same template as its positive; the pair loss is normalised over all valid pairs of the step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 from cooper_jax.reward.pairs.build_pairs import PairResult
 from cooper_jax.runtime import hosts, keys
@@ -37,12 +37,13 @@ def cooper_step(
 ) -> tuple[State, Metrics, StepRecord]:
     """Run one step and return the next state, the step's metrics and a record of its text.
 
-    The input state is donated.  Raises hosts.Stopped after a SIGTERM, but only before the first donation, so
-    that the caller can still save the input state.
+    The input policy's state is donated, and the reward model's if the arm updates it.  Raises hosts.Stopped
+    after a SIGTERM, but only before the first donation, so that the caller can still save the input state.
     """
     settings, step = components.settings, state.step + 1
 
-    # 1. Sample.  Each group is graded as soon as it ends, while the devices sample the others.
+    # 1. Sample.  The rule verifies each group as soon as it ends, while the devices sample the others; a reward
+    # model with devices of its own scores it then, too.
     batch = policy_stages.take_problems(components, first=state.position)
     grader = ResponseGrader(components, batch, state.reward)
     rollout_key = keys.make_key(settings.seed, "rollout", step)
@@ -70,24 +71,27 @@ def cooper_step(
     hosts.raise_if_stopping()
 
     # 4. Request negatives.  This comes before the policy's update, so that the assistant works during it.
+    replay = state.replay
     if settings.reward.updates_at_steps:
         assert scores is not None  # only the rule arm has no scores, and it updates no reward model
         with phases.phase("pairs"):
-            pending_pairs = reward_stages.propose_pairs(
+            pending_pairs = reward_stages.request_pairs(
                 components, batch, completions, verdicts, scores, step
             )
             labelled_rows, replay = reward_stages.choose_labelled_rows(
-                components, batch, completions, verdicts, scores, step, state.replay
+                components, batch, completions, verdicts, scores, step, replay
             )
 
-    # 3. GRPO.
+    # 3. Update the policy with GRPO.
     with phases.phase("policy"):
         policy, policy_metrics = policy_stages.update_policy(
             components, state.policy, policy_batch, advantages, step
         )
 
     # 5. Update the reward model.  The other arms leave it unchanged and make no pairs.
-    reward, reward_metrics = state.reward, Metrics()
+    reward = state.reward
+    pair_result = PairResult()
+    reward_metrics: Metrics = {}
     if settings.reward.updates_at_steps:
         with phases.phase("pairs"):
             pair_result = pending_pairs.result()
@@ -99,8 +103,6 @@ def cooper_step(
                 labelled_rows,
                 settings.reward_update.updates,
             )
-    else:
-        pair_result, replay = PairResult([], Counter()), state.replay
 
     record = StepRecord(
         problems=batch.problems,
@@ -112,7 +114,7 @@ def cooper_step(
         refused=pair_result.refused,
     )
     metrics = {
-        # Problems consumed so far, and the same in epochs.
+        # The number of training problems taken so far, and the same in epochs.
         "data/position": float(batch.positions.stop),
         "data/epoch": batch.positions.stop / len(components.train),
         "reward/zero_variance_groups": zero_variance_groups,

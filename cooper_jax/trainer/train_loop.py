@@ -4,7 +4,8 @@
 2. After each step the loop evaluates (every `eval.every` steps), appends a row to metrics.jsonl, and saves a
    checkpoint (every `checkpoint.every` steps).
 3. A preempted machine gets a SIGTERM.  `hosts.raise_if_stopping` then raises hosts.Stopped within a step or
-   an evaluation, on all hosts at the same call.  Only `train` catches it, and saves the last complete step.
+   an evaluation, on all hosts at the same call.  `train` saves the last complete step and raises it again;
+   launch/common.py turns it into exit code 75.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ def train(cfg: ConfigDict) -> None:
     """Run `cfg.steps` Cooper steps; resume after the newest checkpoint in the run directory if there is one.
 
     Raises SetupError for settings and files that cannot be used.  Raises hosts.Stopped after a SIGTERM, once
-    the checkpoint of the last complete step is written.
+    the checkpoint of the last complete step is written.  Before step 0 is saved there is none, and the next
+    start begins again.
     """
     # Settings are checked first: a faulty config must leave no run directory behind.
     settings = read_settings(cfg)
     with setup_errors("run_dir"):
         path = run_path(cfg)
 
-    # The stack closes its parts in reverse order; the run directory's lock is released last.
+    # The stack exits its contexts in reverse order, so the run directory's lock is released last.
     with contextlib.ExitStack() as stack:
         with setup_errors("run_dir"):
             check_shared(path)
@@ -71,7 +73,7 @@ def train(cfg: ConfigDict) -> None:
                 state, metrics, record = cooper_step(components, state, phases)
                 metrics |= measure_speed(record, time.perf_counter() - start_time)
 
-                # The step is complete and will be saved: it is logged even if a SIGTERM ends the evaluation.
+                # The step is complete and will be saved.  It is logged even if a SIGTERM ends the evaluation.
                 try:
                     if settings.eval.every and state.step % settings.eval.every == 0:
                         with phases.phase("eval"):
@@ -80,7 +82,8 @@ def train(cfg: ConfigDict) -> None:
                     log_step(settings.log, run, state.step, metrics | phases.collect(), record)
                     progress.update(state.step, metrics)
 
-                # The loop waits only for a copy of the arrays; they are written in the background.
+                # The loop waits only for a copy of the arrays; they are written in the background.  This phase's
+                # time is logged in the next step's row.
                 if state.step % settings.checkpoint.every == 0 or state.step == settings.steps:
                     with setup_errors("checkpoint"), phases.phase("checkpoint"):
                         save_checkpoint(components, state, run, checkpoints)
@@ -88,7 +91,7 @@ def train(cfg: ConfigDict) -> None:
             save_last_step(components, state, run, checkpoints)
             raise
 
-        # The last checkpoint may still be in the background; a failed write must end the run with an error.
+        # The last checkpoint may not be written yet.  If its write fails, the run must end with an error.
         with setup_errors("checkpoint"):
             checkpoints.wait()
     hosts.print_once(
@@ -120,9 +123,12 @@ def save_last_step(components: Components, state: State, run: RunDirectory, chec
     with setup_errors("checkpoint"):
         checkpoints.wait()  # an earlier save may be running in the background
 
-        # Before step 0 is saved, the state may be in the middle of a supervised phase.
+        # Without any checkpoint, the phases before step 1 were interrupted (resume.py), and their state cannot be
+        # saved.
         if not checkpoints.steps():
-            hosts.print_once("stopped by a signal before step 0 was saved; the same command starts again")
+            hosts.print_once(
+                "stopped by a signal before step 0 was saved; the same command starts from the beginning"
+            )
             return
         if state.step not in checkpoints.steps():
             save_checkpoint(components, state, run, checkpoints)
@@ -137,12 +143,13 @@ def describe_run(components: Components) -> str:
 
     # The policy's mesh, then the meshes of models with their own devices.
     mesh = _describe_mesh(layout)
-    own_layouts = {"reference": components.policy.reference_layout}
+    other_layouts = {}
     if components.reward is not None:
-        own_layouts = {"reward": components.reward.layout} | own_layouts
-    for name, own in own_layouts.items():
-        if own != layout:
-            mesh += f", {name} {_describe_mesh(own)}"
+        other_layouts["reward"] = components.reward.layout
+    other_layouts["reference"] = components.policy.reference_layout
+    for name, other_layout in other_layouts.items():
+        if other_layout != layout:
+            mesh += f", {name} {_describe_mesh(other_layout)}"
     if jax.process_count() > 1:
         mesh += f" on {jax.process_count()} hosts"
 

@@ -1,20 +1,25 @@
 """Contrastive pairs of a step: a verified positive and a negative of the same problem.
 
 1. A prompt has `per_prompt` slots; the sources in `pairs.negatives` are assigned to them round-robin.
-2. Each slot gets a positive.  For `assistant` and `swap` it is a row that is verified correct and not
-   truncated, drawn without replacement; for `own_answer` it is a wrong row that marks an answer.  The draw
-   depends only on (seed, step, the prompt's position in the data order).
+2. Each slot gets a positive.  For `assistant` and `swap` it is a response that is verified correct and not
+   truncated; for `own_answer` it is a wrong response that marks an answer (for example with \\boxed).  The
+   order in which they are taken depends only on (seed, step, the prompt's position in the data order).  No
+   source takes a response twice, but the k-th slots of `assistant` and `swap` share theirs.
 3. Each source fills its slots with negatives:
 
-       assistant    an assistant rewrites the positive into a wrong solution   rewrites.py (the paper's)
+       assistant    a wrong solution into which an assistant rewrites the      rewrites.py (the paper's)
+                    positive
        swap         the positive's text with another problem's reference       swapped_references.py (ours)
-       own_answer   a wrong response; the positive is the same text with its   own_answers.py (ours)
-                    own answer as the reference
+       own_answer   a wrong response with the problem's reference; the         own_answers.py (ours)
+                    positive is the same text with its own answer as the
+                    reference
 
-4. Every negative must pass the checks of its source, the last of which is the rule verifier's.  A slot that
-   no attempt fills is masked, and the reason of its last attempt is counted.
+4. Every pair must pass the checks of its source, the last of which is the rule verifier's: of the negative,
+   or for `own_answer` of the positive.  A slot without a pair that passes is masked, and the reason why its
+   last attempt failed is counted.
 
-`start_pairs` runs all of this in a thread, so that devices can work while a server answers the requests.
+`build_pairs` does all of this, and `start_pairs` does it in a thread, so that devices can work while a server
+answers the requests.
 
     B  prompts   G  samples per prompt   N = B * G  rows, prompt-major
 """
@@ -50,17 +55,17 @@ class PairsConfig:
     per_prompt: int  # maximum number of pairs per prompt
     negatives: tuple[str, ...]  # sources of negatives, assigned to a prompt's slots round-robin
     tries: int  # rewrites, or swapped references, to try before a pair is masked
-    length_ratio: float  # maximum ratio of characters between a rewrite and its positive, either way
+    length_ratio: float  # maximum ratio of the lengths in characters of a rewrite and its positive
 
     def __post_init__(self) -> None:
         # A length_ratio below 1 would refuse every rewrite.
-        problems = typed_config.find_small(self, "pairs", 1, ("per_prompt", "tries", "length_ratio"))
+        errors = typed_config.find_below_minimum(self, "pairs", 1, ("per_prompt", "tries", "length_ratio"))
         if not self.negatives or not set(self.negatives) <= set(NEGATIVE_SOURCES):
-            problems.append(
+            errors.append(
                 f"pairs.negatives={self.negatives}: it names one or more of {', '.join(NEGATIVE_SOURCES)}, "
                 "as in --config.pairs.negatives=\"('assistant','swap')\""
             )
-        typed_config.raise_problems(problems)
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> PairsConfig:
@@ -69,71 +74,91 @@ class PairsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PairInputs:
+    """The inputs from which one step's pairs are built.
+
+    Raises ValueError if the numbers of rows disagree, and for the source own_answer without scores.
+    """
+
+    # The step's responses.
+    problems: Sequence[Problem]  # [B]
+    completions: Sequence[Completion]  # [N]
+    verdicts: Sequence[Verdict]  # [N]
+    group_size: int  # G
+
+    # Without an assistant, no pairs at all are built if `cfg.negatives` names it.
+    assistant: Assistant | None
+    rule: RuleVerifier | SharedRule
+    cfg: PairsConfig
+
+    # All random draws are keyed by (seed, step, the prompt's position in the data order).
+    seed: int
+    step: int
+    positions: Sequence[int] | None = None  # [B]; None: each prompt's index in the batch
+
+    # Read for the source own_answer only.
+    scores: np.ndarray | None = None  # f32[N]: the reward model's rewards; high rewards are used first
+    reference_fits: Callable[[str], bool] | None = (
+        None  # True for an answer that is short enough; None: all are
+    )
+
+    # A control experiment: mark each pair as exchanged with probability 1/2.  The update swaps the members of
+    # an exchanged pair.
+    shuffle_labels: bool = False
+
+    def __post_init__(self) -> None:
+        # Without this check, missing rows would silently assign responses to the wrong prompts.
+        num_rows = len(self.problems) * self.group_size
+        if not len(self.completions) == len(self.verdicts) == num_rows:
+            raise ValueError(
+                f"{len(self.problems)} problems of {self.group_size} samples need {num_rows} rows; "
+                f"there are {len(self.completions)} completions and {len(self.verdicts)} verdicts"
+            )
+        if self.uses_own_answers and self.scores is None:
+            raise ValueError(
+                "--config.pairs.negatives names own_answer, which needs the reward model's scores"
+            )
+
+    @property
+    def uses_own_answers(self) -> bool:
+        """True if own_answer is one of the sources of negatives."""
+        return "own_answer" in self.cfg.negatives
+
+    @property
+    def prompt_positions(self) -> Sequence[int]:
+        """The position of each prompt that keys its draws, [B]."""
+        return range(len(self.problems)) if self.positions is None else self.positions
+
+
+@dataclasses.dataclass(frozen=True)
 class PairResult:
     """The pairs of a step, and the reasons why some slots have none."""
 
-    pairs: list[Pair | None]  # [B * per_prompt], prompt-major; None if masked
-    refused: collections.Counter[str]  # reason -> number of slots masked for it
+    # [B * per_prompt], prompt-major; None if masked.  Empty if the run makes no pairs.
+    pairs: list[Pair | None] = dataclasses.field(default_factory=list)
+
+    # Reason -> number of slots masked for it.
+    refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
     requests: int = 0  # number of requests to the assistant
 
 
-def build_pairs(
-    problems: Sequence[Problem],
-    completions: Sequence[Completion],
-    verdicts: Sequence[Verdict],
-    group_size: int,
-    assistant: Assistant | None,
-    rule: RuleVerifier | SharedRule,
-    cfg: PairsConfig,
-    *,
-    # The key of all random draws.
-    seed: int,
-    step: int,
-    positions: Sequence[int] | None = None,
-    # Options of own_answer and of the control.
-    scores: np.ndarray | None = None,
-    exchange: bool = False,
-    fits: Callable[[str], bool] | None = None,
-) -> PairResult:
-    """Build the pairs of one step.  The result does not depend on the order in which replies arrive.
-
-    Args:
-      problems: [B].
-      completions, verdicts: [N], prompt-major.
-      group_size: G.
-      assistant: if None and `cfg.negatives` names the assistant, no pairs are built at all.
-      positions: [B], each prompt's position in the data order; by default its index in the batch.
-      scores: f32[N], the reward model's rewards; `own_answer` uses rows with the highest reward first.
-      exchange: mark each pair as exchanged with probability 1/2; the update swaps the members of an exchanged
-        pair (a control experiment).
-      fits: returns True for an answer that is short enough to be a reference in the reward model's input; by
-        default every answer is.
-
-    Raises ValueError if the numbers of rows disagree, and for `own_answer` without scores.
-    """
-    # Without this check, missing rows would silently assign responses to the wrong prompts.
-    if not len(completions) == len(verdicts) == len(problems) * group_size:
-        raise ValueError(
-            f"{len(problems)} problems of {group_size} samples need {len(problems) * group_size} rows; "
-            f"there are {len(completions)} completions and {len(verdicts)} verdicts"
-        )
-    if "own_answer" in cfg.negatives and scores is None:
-        raise ValueError("--config.pairs.negatives names own_answer, which needs the reward model's scores")
+def build_pairs(inputs: PairInputs) -> PairResult:
+    """Build the pairs of one step.  The result does not depend on the order in which replies arrive."""
+    cfg, assistant, rule = inputs.cfg, inputs.assistant, inputs.rule
+    seed, step = inputs.seed, inputs.step
 
     # A run without its assistant makes no pairs at all, rather than pairs from the other sources only.
     if assistant is None and "assistant" in cfg.negatives:
-        return PairResult([], collections.Counter())
+        return PairResult()
 
     # Positives: a prompt without a row that qualifies gets slots that stay masked.
-    order_positions = list(positions) if positions is not None else list(range(len(problems)))
-    slots = _make_slots(
-        problems, completions, verdicts, scores, order_positions, group_size, cfg, seed=seed, step=step
-    )
+    slots = _make_slots(inputs)
 
-    # Negatives, one source after the other: each judges all its candidates in one batch.
+    # Negatives, one source after the other: each judges the candidates of a round in one batch.
     open_slots = _group_by_source(slots)
     requests = 0
-    fill_with_own_answers(open_slots["own_answer"], rule, fits)
+    fill_with_own_answers(open_slots["own_answer"], rule, inputs.reference_fits)
     if assistant is not None:
         requests = fill_with_rewrites(
             open_slots["assistant"],
@@ -144,53 +169,41 @@ def build_pairs(
             seed=seed,
             step=step,
         )
-    fill_with_swapped_references(open_slots["swap"], problems, rule, tries=cfg.tries, seed=seed, step=step)
+    fill_with_swapped_references(
+        open_slots["swap"], inputs.problems, rule, tries=cfg.tries, seed=seed, step=step
+    )
 
     # A slot without a positive or a negative becomes None, so that all steps have the same number of pairs.
     pairs = [slot.to_pair() for slot in slots]
-    if exchange:
-        pairs = _mark_exchanged(pairs, order_positions, seed, step)
+    if inputs.shuffle_labels:
+        pairs = _mark_exchanged(pairs, inputs.prompt_positions, seed, step)
     refused = collections.Counter(slot.refusal for slot in slots if slot.negative is None)
     return PairResult(pairs, refused, requests)
 
 
-def _make_slots(
-    problems: Sequence[Problem],
-    completions: Sequence[Completion],
-    verdicts: Sequence[Verdict],
-    scores: np.ndarray | None,
-    positions: Sequence[int],
-    group_size: int,
-    cfg: PairsConfig,
-    *,
-    seed: int,
-    step: int,
-) -> list[PairSlot]:
-    """The slots of all prompts with their positives: [B * per_prompt], prompt-major.
-
-    Args: as in `build_pairs`, except that `positions` is required.
-    """
+def _make_slots(inputs: PairInputs) -> list[PairSlot]:
+    """The slots of all prompts with their positives: [B * per_prompt], prompt-major."""
     # Only own_answer needs the wrong rows, whose ranking parses every wrong response.
-    ranking_scores = scores if "own_answer" in cfg.negatives else None
-    sources = _list_slot_sources(cfg)
+    ranking_scores = inputs.scores if inputs.uses_own_answers else None
+    sources = _list_slot_sources(inputs.cfg)
 
     slots: list[PairSlot] = []
-    for b, (problem, position) in enumerate(zip(problems, positions, strict=True)):
-        rows = range(b * group_size, (b + 1) * group_size)
-        rng = keys.make_generator(seed, "pairs", step, position)
-        ranked = rank_rows(rows, completions, verdicts, ranking_scores, rng)
+    for b, (problem, position) in enumerate(zip(inputs.problems, inputs.prompt_positions, strict=True)):
+        rows = range(b * inputs.group_size, (b + 1) * inputs.group_size)
+        rng = keys.make_generator(inputs.seed, "pairs", inputs.step, position)
+        ranked = rank_rows(rows, inputs.completions, inputs.verdicts, ranking_scores, rng)
         for source, k in sources:
-            slot = _make_slot(problem, source, k, ranked, completions)
+            slot = _make_slot(problem, source, k, ranked, inputs.completions)
 
             # The row's index in the data order does not depend on how the data are divided into batches.
             if slot.row is not None:
-                slot.order_row = position * group_size + slot.row - rows.start
+                slot.order_row = position * inputs.group_size + slot.row - rows.start
             slots.append(slot)
     return slots
 
 
 def _group_by_source(slots: Sequence[PairSlot]) -> dict[str, list[PairSlot]]:
-    """Source of negatives -> its slots, without those that have no positive."""
+    """The slots that have a positive, by their source of negatives."""
     groups: dict[str, list[PairSlot]] = {source: [] for source in NEGATIVE_SOURCES}
     for slot in slots:
         if slot.row is not None:
@@ -199,8 +212,8 @@ def _group_by_source(slots: Sequence[PairSlot]) -> dict[str, list[PairSlot]]:
 
 
 def _list_slot_sources(cfg: PairsConfig) -> list[tuple[str, int]]:
-    """(source, k) of each of a prompt's slots, which is the k-th slot of that source, counted from 0."""
-    # For example ("assistant", "swap") with 3 slots: (assistant, 0), (swap, 0), (assistant, 1).
+    """A prompt's slots as (source, k): each is the k-th slot of its source, counted from 0."""
+    # For example, 3 slots of the sources assistant and swap are (assistant, 0), (swap, 0), (assistant, 1).
     sources = [cfg.negatives[i % len(cfg.negatives)] for i in range(cfg.per_prompt)]
     return [(source, sources[:i].count(source)) for i, source in enumerate(sources)]
 
@@ -275,52 +288,19 @@ class PendingPairs:
         return self._result
 
 
-def start_pairs(
-    problems: Sequence[Problem],
-    completions: Sequence[Completion],
-    verdicts: Sequence[Verdict],
-    group_size: int,
-    assistant: Assistant | None,
-    rule: RuleVerifier | SharedRule,
-    cfg: PairsConfig,
-    *,
-    seed: int,
-    step: int,
-    positions: Sequence[int] | None = None,
-    scores: np.ndarray | None = None,
-    exchange: bool = False,
-    fits: Callable[[str], bool] | None = None,
-) -> PendingPairs:
+def start_pairs(inputs: PairInputs) -> PendingPairs:
     """Run `build_pairs` in a thread, so that devices need not wait for the assistant; the result is the same.
 
-    Without an assistant, or with one that computes on our own devices (`overlaps` is False), `build_pairs`
-    runs before this function returns: if two threads launched device programs, hosts could order the
-    collectives of the two differently and deadlock.
+    An assistant that computes on this run's own devices (`overlaps` is False) must not run in a thread.  If
+    two threads launched device programs, hosts could order the collectives of the two differently and
+    deadlock.  `build_pairs` then runs before this function returns, as it does without an assistant.
 
-    Args and errors: as in `build_pairs`.
+    The caller must not change the inputs before `result` returns, since the thread reads them.
     """
-
-    # The thread holds references to the arguments; the caller must not change them before `result` returns.
-    def build() -> PairResult:
-        return build_pairs(
-            problems,
-            completions,
-            verdicts,
-            group_size,
-            assistant,
-            rule,
-            cfg,
-            seed=seed,
-            step=step,
-            positions=positions,
-            scores=scores,
-            exchange=exchange,
-            fits=fits,
-        )
-
-    return PendingPairs(build, in_thread=assistant is not None and assistant.overlaps)
+    in_thread = inputs.assistant is not None and inputs.assistant.overlaps
+    return PendingPairs(lambda: build_pairs(inputs), in_thread=in_thread)
 
 
 def no_pairs() -> PendingPairs:
     """An empty result, for reward-model updates whose loss reads no pairs."""
-    return PendingPairs(lambda: PairResult([], collections.Counter()), in_thread=False)
+    return PendingPairs(PairResult, in_thread=False)
