@@ -259,9 +259,11 @@ def pairs_section() -> ConfigDict:
 def rule_section() -> ConfigDict:
     """The rule verifier."""
     c = ConfigDict()
-    c.workers = 2  # number of math-verify processes
-    c.timeout = 5.0  # seconds per verdict
-    c.retry_timeout = 20.0  # seconds of the second and last try, which runs alone
+    c.workers = 2  # number of worker processes
+    c.timeout = 1.0  # CPU seconds per verdict
+    # CPU seconds that all verdicts over the limit may take until a step's verdicts are collected; then the limit
+    # is 0.2 s
+    c.step_budget = 2.0
     c.memory_mb = 2048  # memory of one worker, in MB
     return c
 

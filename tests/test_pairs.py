@@ -22,7 +22,7 @@ C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGN
 
 @pytest.fixture(scope="module")
 def rule():
-    with RuleVerifier(RuleConfig(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048)) as verifier:
+    with RuleVerifier(RuleConfig(workers=2, timeout=20.0, step_budget=60.0, memory_mb=2048)) as verifier:
         yield verifier
 
 
@@ -131,7 +131,7 @@ GATES = [
     ("not_wrong", Completion("other words, and \\boxed{\\frac{40}{2}}")),
     ("unparseable", Completion("there is nothing that I know")),
     ("unparseable", Completion("  \n")),
-    ("unrecognised", Completion("row 0.0 makes \\boxed{thirty}")),
+    ("unrecognised", Completion("row 0.0 makes \\boxed{many}")),
     ("unchanged", Completion(" row 0.0 makes \\boxed{20}\n")),
     ("length", Completion(f"row 0.0 makes \\boxed{{30}}{LONG}")),
     ("length", Completion("\\boxed{30}")),
@@ -344,7 +344,7 @@ def test_a_reference_that_the_rule_cannot_read_makes_no_negative(rule):
 def test_an_own_answer_that_the_rule_cannot_read_makes_no_positive(rule):
     """However its verdict against the reference came about."""
     one, cfg, scores = [Problem("q", "20")], config(negatives=("own_answer",)), np.ones(1, np.float32)
-    for text, refused in (("clearly #### 1/0", {"unrecognised": 1}), ("so #### 7", {})):
+    for text, refused in (("clearly #### ?", {"unrecognised": 1}), ("so #### 7", {})):
         made = pairs.build_pairs(
             pairs.PairInputs(one, [Completion(text)], [W], 1, None, rule, cfg, seed=0, step=0, scores=scores)
         )

@@ -12,18 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from cooper_jax.rule import answer_parser, rule_verdict, rule_worker
-from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
+from cooper_jax.rule import answer_finder, rule_verdict, rule_worker
+from cooper_jax.rule.verifier import SHORT_LIMIT, RuleConfig, RuleVerifier
+from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Verdict
 
 C, W, N, U = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.UNRECOGNISED
-HANGS = "\\boxed{9^{9^{9^{9}}}}"  # one integer power in one C call: no Python signal handler interrupts it
+# No large number shows that this takes longer than any limit.
+HANGS = "\\boxed{\\int_0^1 \\frac{x^{x^x}}{\\sin(x^5+1)} dx}"
 
 
 @pytest.fixture(scope="module")
 def rule():
-    with RuleVerifier(RuleConfig(workers=2, timeout=20.0, retry_timeout=40.0, memory_mb=2048)) as verifier:
+    with RuleVerifier(RuleConfig(workers=2, timeout=20.0, step_budget=60.0, memory_mb=2048)) as verifier:
         yield verifier
 
 
@@ -89,18 +91,17 @@ TABLE = [
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\boxed{\\begin{pmatrix}1\\\\3\\end{pmatrix}}", W),
     ("B", "\\boxed{B}", C),
     ("B", "\\boxed{(C)}", W),
-    # verify follows the gold's format: with gold and answer swapped these two verdicts would change places
     ("1 < x < 2", "\\boxed{(1,2)}", C),
-    ("(1,2)", "\\boxed{1 < x < 2}", U),
+    ("(1,2)", "\\boxed{1 < x < 2}", C),
     # a unit behind a formula, marked as text
     ("\\frac{41}{12} \\text{ km}", "\\boxed{\\frac{41}{12}}", C),
     ("\\frac{41}{12} \\text{ km}", "\\boxed{\\frac{41}{13} \\text{ km}}", W),
     ("12\\pi \\text{ cm}^2", "\\boxed{12\\pi}", C),
     ("5 \\text{ cm}", "\\boxed{5 \\text{ centimeters}}", C),
-    ("5 \\text{ cm}", "\\boxed{5 \\text{ km}}", U),
+    ("5 \\text{ cm}", "\\boxed{5 \\text{ km}}", W),
     # letters side by side are a product, not a word or a unit
     ("6xy", "\\boxed{\\frac{12yx}{2}}", C),
-    ("6xy", "\\boxed{6}", U),
+    ("6xy", "\\boxed{6}", W),
     ("2ab", "\\boxed{2cd}", U),
     ("2RC+R+C", "\\boxed{R+C+2CR}", C),
     ("2RC+R+C", "\\boxed{R+C+CR}", W),
@@ -122,13 +123,13 @@ TABLE = [
     ("20", "#### twenty", U),
     ("20", "So it is twenty.", U),
     ("twenty", "\\boxed{20}", U),
-    ("two", "\\boxed{tow}", U),  # math-verify alone reads both as t * o * w
+    ("two", "\\boxed{tow}", U),  # letters alone would be one product
     ("20", "\\boxed{\\frac{1}{ }}", U),
     ("20", "14 + 6 = \\boxed{20", U),
     ("20", "The answer is that nobody knows", U),
     ("B", "\\boxed{12}", U),
-    ("20 cm", "\\boxed{0.2 \\text{ metres}}", U),
-    ("45^\\circ", "\\boxed{\\frac{\\pi}{4}}", U),
+    ("20 cm", "\\boxed{0.2 \\text{ metres}}", C),
+    ("45^\\circ", "\\boxed{\\frac{\\pi}{4}}", C),
     ("14/3", "\\boxed{4.67}", U),
     ("2k", "\\boxed{2n}", U),
     ("y < 3", "\\boxed{x < 4}", U),
@@ -140,7 +141,7 @@ TABLE = [
     ("No", "\\boxed{Nothing}", U),
     ("B", "\\boxed{Option B}", C),
     ("B", "The answer is option C", W),
-    ("t(0,4]", "\\boxed{t(0,4]}", C),  # math-verify reads neither
+    ("t(0,4]", "\\boxed{t(0,4]}", C),  # a misprint, which is text only
     ("t(0,4]", "\\boxed{t(0,5]}", U),
     # an equation at the end of a text is none that answers 0
     ("0", "We are left with $2x + xy - x^2 = 0$", U),
@@ -163,15 +164,21 @@ def test_a_verdict_needs_no_jax_and_little_of_ours():
     code = (
         "import sys; sys.path.append(sys.argv[1]); from cooper_jax.rule import rule_verdict, rule_worker\n"
         "assert rule_verdict.judge_answer('20', '#### 20') == 'correct'\n"
-        "found = {m for m in sys.modules if m.startswith(('cooper_jax.', 'kernels'))} | {'jax', 'numpy'}\n"
+        "found = {m for m in sys.modules if m.startswith(('cooper_jax.', 'kernels'))}\n"
+        "found |= {'jax', 'numpy', 'sympy', 'math_verify'}\n"
         "print(*sorted(found & set(sys.modules)))\n"
     )
     folder = str(Path(rule_verdict.__file__).parents[2])
     run = subprocess.run(
         [sys.executable, "-P", "-c", code, folder], capture_output=True, text=True, timeout=60
     )
-    ours = [f"cooper_jax.rule{name}" for name in ("", ".answer_parser", ".rule_verdict", ".rule_worker")]
-    assert run.stdout.split() == ours, run.stderr
+    rule = Path(rule_verdict.__file__).parent
+    ours = {f"cooper_jax.rule.{path.stem}" for path in rule.glob("*.py")} | {"cooper_jax.rule"}
+    parents = {
+        f"cooper_jax.rule.{name}" for name in ("__init__", "verifier", "worker_process", "reference_checks")
+    }
+    # The large libraries would cost a worker a second at its start.
+    assert set(run.stdout.split()) == ours - parents, run.stderr
 
 
 @pytest.mark.parametrize(
@@ -189,7 +196,7 @@ def test_a_verdict_needs_no_jax_and_little_of_ours():
     ],
 )
 def test_find_answer(text, answer):
-    span = answer_parser.find_answer(text)
+    span = answer_finder.find_answer(text)
     assert (text[slice(*span)] if span else None) == answer
 
 
@@ -215,16 +222,6 @@ def test_precision_on_labelled_completions(rule, shared_data):
     assert count(judged, "correct", 1) >= 40
 
 
-def test_a_hanging_item_is_killed_and_the_others_are_not():
-    items = [("20", "\\boxed{20}"), ("20", HANGS), ("20", "\\boxed{21}"), ("20", "")] * 2
-    with RuleVerifier(RuleConfig(workers=2, timeout=2.0, retry_timeout=3.0, memory_mb=2048)) as rule:
-        rule.check([("1", "\\boxed{1}")])
-        start = time.monotonic()
-        assert rule.check(items) == [C, Verdict.TIMEOUT, W, N] * 2
-        # 2 s, a fresh process, 3 s: once, as the pair stands twice among the items but is judged once.
-        assert 5.0 <= time.monotonic() - start < 20.0
-
-
 # --- the pool, with a worker that does as the completion says -----------------------------------------------
 
 SCRIPT = """
@@ -235,8 +232,11 @@ for line in sys.stdin:
     request = json.loads(line)
     what, _, rest = request["completion"].partition(" ")
     log.write(json.dumps([os.getpid(), time.time(), "start", request["completion"], request["limit"]]) + "\\n")
+    cpu = 0.001
     if what == "sleep":
         time.sleep(float(rest))
+    if what == "long":
+        request["reference"], cpu = "timeout", request["limit"]
     if what == "greedy":
         request["reference"] = "memory"
     if what == "die":
@@ -246,7 +246,7 @@ for line in sys.stdin:
             open(rest, "w").close()
             os._exit(1)
     log.write(json.dumps([os.getpid(), time.time(), "end", request["completion"], request["limit"]]) + "\\n")
-    print(json.dumps({"verdict": request["reference"]}), flush=True)
+    print(json.dumps({"verdict": request["reference"], "cpu": cpu}), flush=True)
 """
 
 
@@ -256,10 +256,9 @@ def scripted(tmp_path):
     path.write_text(SCRIPT)
     verifiers = []
 
-    def make(workers=2, timeout=1.0, retry_timeout=2.0):
-        verifiers.append(
-            RuleVerifier(RuleConfig(workers, timeout, retry_timeout, 0), command=(sys.executable, str(path)))
-        )
+    def make(workers=2, timeout=1.0, step_budget=2.0, stall_limit=60.0):
+        config = RuleConfig(workers, timeout, step_budget, 0)
+        verifiers.append(RuleVerifier(config, (sys.executable, str(path)), stall_limit))
         return verifiers[-1]
 
     yield make
@@ -277,24 +276,21 @@ def test_order_is_kept_whatever_finishes_first(scripted):
     assert scripted(workers=3).check(items) == [Verdict(v) for v in verdicts]
 
 
-def test_a_late_item_is_tried_once_more_alone_and_longer(scripted, tmp_path):
-    items = [
-        ("correct", "sleep 1.5"),
-        ("wrong", "sleep 30"),
-        *((f"{v}", f"sleep 0.0{i}") for i, v in enumerate(["correct", "wrong"] * 4)),
-    ]
-    got = scripted().check(items)
-    assert got[:2] == [Verdict.CORRECT, Verdict.TIMEOUT]  # 1.5 s is more than 1.0 and less than 2.0
-    assert got[2:] == [C, W] * 4
-    log = read_log(tmp_path)
-    retries = [row for row in log if row[4] == 2.0 and row[2] == "start"]
-    assert sorted(row[3] for row in retries) == ["sleep 1.5", "sleep 30"]
-    first = {row[0] for row in log if row[4] == 1.0}
-    assert not first & {row[0] for row in retries}  # in a fresh process
-    # Alone: nothing else starts or ends once the first of them has begun, and the other begins after its end.
-    assert {row[4] for row in log if row[1] >= retries[0][1]} == {2.0}
-    apart = retries[1][1] - retries[0][1]
-    assert apart >= (1.5 if retries[0][3] == "sleep 1.5" else 2.0)
+def test_a_step_has_a_budget_for_verdicts_over_the_limit(scripted, tmp_path):
+    rule = scripted(workers=1, timeout=1.0, step_budget=2.0)
+    pending = rule.submit([("wrong", f"long {i}") for i in range(4)] + [("wrong", "go")])
+    assert pending.result() == [Verdict.TIMEOUT] * 4 + [W]
+    assert rule.check([("wrong", "long 5")]) == [Verdict.TIMEOUT]  # the budget is full again
+    limits = [row[4] for row in read_log(tmp_path) if row[2] == "start"]
+    assert limits == [1.0, 1.0, SHORT_LIMIT, SHORT_LIMIT, SHORT_LIMIT, 1.0]
+
+
+def test_a_stalled_worker_is_replaced_and_its_item_is_not_remembered(scripted, tmp_path):
+    rule = scripted(stall_limit=0.5)
+    items = [("correct", "go"), ("correct", "sleep 30")]
+    assert rule.check(items) == rule.check(items) == [C, Verdict.TIMEOUT]
+    started = collections.Counter(row[3] for row in read_log(tmp_path) if row[2] == "start")
+    assert started == {"go": 1, "sleep 30": 2}
 
 
 def test_a_dying_worker_is_replaced_and_its_item_redone(scripted, tmp_path):
@@ -306,7 +302,7 @@ def test_a_dying_worker_is_replaced_and_its_item_redone(scripted, tmp_path):
 
 
 def test_a_worker_killed_from_outside_is_replaced(scripted, tmp_path):
-    rule = scripted(workers=1, timeout=5.0, retry_timeout=5.0)
+    rule = scripted(workers=1)
     pending = rule.submit([("correct", "sleep 0.8"), ("wrong", "go")])
     while not (tmp_path / "log").exists() or not read_log(tmp_path):
         time.sleep(0.02)
@@ -318,16 +314,28 @@ def test_a_worker_killed_from_outside_is_replaced(scripted, tmp_path):
     assert rule.check([("wrong", "again")]) == [W]
 
 
-def test_verdicts_are_remembered_and_timeouts_are_not(scripted, tmp_path):
-    rule = scripted(timeout=0.3, retry_timeout=0.3)
-    items = [("correct", "go"), ("correct", "sleep 30")]
-    assert rule.check(items) == rule.check(items) == [C, Verdict.TIMEOUT]
+def test_verdicts_are_remembered_and_timeouts_too(scripted, tmp_path):
+    rule = scripted()
+    items = [("correct", "go"), ("correct", "long"), ("correct", "die")]
+    assert rule.check(items) == rule.check(items) == [C, Verdict.TIMEOUT, Verdict.TIMEOUT]
     started = collections.Counter(row[3] for row in read_log(tmp_path) if row[2] == "start")
-    assert started == {"go": 1, "sleep 30": 4}
+    assert started == {"go": 1, "long": 1, "die": 2}
+
+
+def test_a_stop_signal_ends_the_wait(scripted, monkeypatch):
+    pending = scripted().submit([("correct", "sleep 30")])
+    threading.Timer(0.5, hosts._sigterm_received.set).start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(hosts.Stopped):
+            pending.result()
+    finally:
+        hosts._sigterm_received.clear()
+    assert time.monotonic() - start < 10.0
 
 
 def test_close_ends_every_process_and_fails_what_is_left(scripted, tmp_path):
-    rule = scripted(workers=2, timeout=60.0, retry_timeout=60.0)
+    rule = scripted(workers=2)
     pending = rule.submit([("correct", f"sleep {30 + i}") for i in range(4)])
     while not (tmp_path / "log").exists() or len(read_log(tmp_path)) < 2:
         time.sleep(0.02)
@@ -360,7 +368,7 @@ def test_the_first_question_finds_a_verifier_that_does_not_work(tmp_path, rule):
         ) as caught:
             broken.check_ready()
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
-    path.write_text(SCRIPT.replace('request["reference"]}', '"wrong"}'))
+    path.write_text(SCRIPT.replace('request["reference"], "cpu"', '"wrong", "cpu"'))
     with RuleVerifier(RuleConfig(1, 1.0, 2.0, 0), command=(sys.executable, str(path))) as mistaken:
         with pytest.raises(ValueError, match="says 'wrong'"):
             mistaken.check_ready()
@@ -377,12 +385,12 @@ def test_works_off_the_main_thread(rule):
 
 
 @pytest.mark.parametrize(
-    "field", [{"workers": 0}, {"timeout": 0.0}, {"retry_timeout": 0.5}, {"memory_mb": -1}]
+    "field", [{"workers": 0}, {"timeout": 0.0}, {"step_budget": -1.0}, {"memory_mb": -1}]
 )
 def test_bad_settings_name_the_flag(field):
     ((name, value),) = field.items()
     with pytest.raises(SetupError, match=rf"rule\.{name}={value}\b"):
-        RuleConfig(**{"workers": 1, "timeout": 1.0, "retry_timeout": 2.0, "memory_mb": 0, **field})
+        RuleConfig(**{"workers": 1, "timeout": 1.0, "step_budget": 2.0, "memory_mb": 0, **field})
 
 
 # --- real processes -------------------------------------------------------------------------------------------
@@ -413,7 +421,7 @@ def test_workers_die_with_a_killed_parent():
         "from cooper_jax.rule.verifier import RuleConfig, RuleVerifier\n"
         "rule = RuleVerifier(RuleConfig(2, 2.0, 2.0, 2048))\n"
         "rule.check([('1', '1'), ('2', '2')])\n"
-        f"pending = rule.submit([('20', {HANGS!r})])\n"
+        f"pending = rule.submit([('\\\\sum_{{k=1}}^9 k', {HANGS!r})])\n"
         "print('busy', flush=True)\n"
         "pending.result()\n"
     )
@@ -424,7 +432,7 @@ def test_workers_die_with_a_killed_parent():
         workers = children(parent.pid)
         assert len(workers) == 2
         parent.kill()
-    deadline = time.monotonic() + 2.0 + rule_worker.ORPHAN_GRACE + 10.0
+    deadline = time.monotonic() + 60.0
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, workers))
@@ -434,7 +442,7 @@ def test_workers_die_with_a_killed_parent():
 def test_signals_to_the_whole_group_are_the_parents_to_answer():
     """Ctrl-C, or a scheduler's SIGTERM, reaches workers too: they go on, for the parent still needs verdicts."""
     others = children(os.getpid())
-    with RuleVerifier(RuleConfig(workers=1, timeout=30.0, retry_timeout=60.0, memory_mb=0)) as rule:
+    with RuleVerifier(RuleConfig(workers=1, timeout=30.0, step_budget=60.0, memory_mb=0)) as rule:
         assert rule.check([("1", "\\boxed{1}")]) == [Verdict.CORRECT]
         (worker,) = children(os.getpid()) - others
         for number in (signal.SIGTERM, signal.SIGINT):

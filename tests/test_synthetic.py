@@ -306,7 +306,7 @@ def test_the_balanced_rows_have_the_habit_whatever_is_right():
 
 @pytest.fixture(scope="module")
 def rule():
-    with RuleVerifier(RuleConfig(workers=1, timeout=5.0, retry_timeout=20.0, memory_mb=2048)) as opened:
+    with RuleVerifier(RuleConfig(workers=1, timeout=5.0, step_budget=20.0, memory_mb=2048)) as opened:
         yield opened
 
 

@@ -1,16 +1,16 @@
 r"""Cleaning of published questions and answers for the models and the rule verifier.
 
-A reference becomes the body of one formula, which math-verify reads as `\boxed{reference}`:
+A reference becomes the body of one formula, which the rule verifier reads as `\boxed{reference}`:
 
   1. Page layout is removed: `\noindent`, `\end{problem}`, a closing `\\`, a full stop.
   2. `$` signs are removed; words between formulas move into `\text{}`.  An answer of words alone (`Yes`, `D`)
      stays bare.
   3. Numbers lose currency signs and thousands separators (`\$32,\!348` -> `32348`); `%` becomes `\%`.
-  4. Several answers are joined by a comma and a space (`69, 84`), which math-verify compares as a set.  The
-     space matters: math-verify reads `221,8` as one number.  Tuples, intervals and matrices keep their
+  4. Several answers are joined by a comma and a space (`69, 84`), which the rule compares as a set.  The
+     space matters: without it, `221,800` is one number.  Tuples, intervals and matrices keep their
      brackets.
   5. A unit inside an answer stays.  A unit in a column of its own (OlympiadBench) is appended to each
-     answer: `\frac{41}{12} \text{ km}`, `4.2\%`.  math-verify ignores units, but not percent signs.
+     answer: `\frac{41}{12} \text{ km}`, `4.2\%`.  The rule reads units, and does not require them.
 
 All functions in this module are pure and map text to text.
 """

@@ -1,6 +1,6 @@
 """Random corruption of a solution's answer: "14 + 6 = 20 #### 20" becomes "14 + 6 = 22 #### 22".
 
-1. The answer is the span that `answer_parser.find_answer` returns; without one, it is the text's last number.
+1. The answer is the span that `answer_finder.find_answer` returns; without one, it is the text's last number.
 2. Its number (integer, decimal, fraction or number word; a unit is kept) is replaced by a nearby value.  The
    new text has the same length as the old one, so a reward model cannot tell the members of a pair apart by
    length or layout.
@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from cooper_jax.rule.answer_parser import find_answer
+from cooper_jax.rule.answer_finder import find_answer
 
 # Distances from the old value: in units of the last decimal digit, or of 1/denominator for a fraction.
 NEARBY = (1, 2, 3, 4, 5, 6, 8, 10, 20)

@@ -1,254 +1,396 @@
-"""Parsing of answers for the rule verifier: finds the answer in a completion or reference, and its value.
+r"""Parsing of one answer: its kind, its value and its unit.
 
-1. `find_answer` finds the answer that a text marks: the last balanced `\\boxed{..}` anywhere in the text;
-   else the last of `#### ..`, `.. # ..` within a line, "answer is ..", "answer: .." and lines "A: ..".  If
-   nothing is marked, `find_last_expression` uses math-verify's extraction of the last expression.
-2. `parse_answer` parses an answer into a `ParsedAnswer`: a number, an expression, a collection (set, tuple,
-   interval, matrix), a relation, a choice letter, or something that cannot be compared (words, unparseable
-   LaTeX).
+`parse_answer` takes an answer apart from the outside inwards: alternatives and lists, relations, brackets,
+and last a formula with its unit.  Every part of the text must be understood; otherwise the answer is
+`words` or `opaque`, and only its text can be compared.
 
-This module runs in the worker processes, without jax, and imports nothing from this project.
+The kinds of answers are in parsed_answer.py.
+
+This module runs in the worker processes, without jax.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from fractions import Fraction
 
-# Number of characters at the end that are searched for an unmarked answer: math-verify's regular expressions
-# are slow.
-TAIL = 2000
-
-# --- 1. the position of the answer -------------------------------------------------------------------------
-
-# "#### 20", as in GSM8K, and "... # 20" within a line, but not a heading "# 20".
-_HASH_MARK = re.compile(r"(?:####|(?<=\S[ \t])#(?=[ \t]))[ \t]*(\S[^\n]*)")
-# "The answer is 20", "answer to the question: 20", or a line "A: 20".
-_ANSWER_PHRASE = re.compile(
-    r"(?:\banswer\b[\"*]*(?:[ \t]+to[^.:\n]{0,60})?[ \t]*(?:\bis\b[ \t]*:?|[:=])|^[ \t]*A:)[*\s]*(\S[^\n]*)",
-    re.IGNORECASE | re.MULTILINE,
-)
-# End of the sentence, or a conjunction after which the answer is explained.
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|,?\s+(?:because|since|which|so|as|hence|therefore)\b")
-_NUMBER_WORDS = re.compile(
-    r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
-    r"|(?:thir|four|fif|six|seven|eigh|nine)teen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
-    r"|hundred|thousand|half)\b",
-    re.IGNORECASE,
+from cooper_jax.rule import words
+from cooper_jax.rule.answer_names import find_name, require_name
+from cooper_jax.rule.answer_text import make_key, normalise_text
+from cooper_jax.rule.expressions import Call, Constant, Expression, Number, are_equal, find_symbols
+from cooper_jax.rule.latex_parser import Unreadable, parse_formula
+from cooper_jax.rule.parsed_answer import ParsedAnswer
+from cooper_jax.rule.quantities import parse_quantity
+from cooper_jax.rule.text_splitting import (
+    encloses,
+    find_depth,
+    split_at_commas,
+    split_at_words,
+    split_relations,
 )
 
+MAX_ANSWER = 4000  # characters; a longer answer is not parsed
+MAX_ITEMS = 200  # of a list
+MAX_NESTING = 60  # of brackets
 
-def find_answer(text: str) -> tuple[int, int] | None:
-    """The span [start, end) of the answer that `text` marks, or None if it marks none.
-
-    A boxed answer has priority over all other marks, even later ones.  The span may be empty (`\\boxed{}`).
-    """
-    # Braces may be nested, which a regular expression cannot match: count their depth up to the closing one.
-    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
-        depth = 1
-        for i in range(box.end(), len(text)):
-            if text[i] in "{}" and text[i - 1] != "\\":
-                depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                return box.end(), i
-
-    # The last mark counts: earlier ones may be intermediate results.
-    marks = [*_HASH_MARK.finditer(text), *_ANSWER_PHRASE.finditer(text)]
-    if not marks:
-        return None
-    last = max(marks, key=lambda m: m.start(1))
-    start, end = last.span(1)
-
-    # "the answer is 5, because ...": the explanation is not part of the answer.
-    if last.re is _ANSWER_PHRASE and (sentence_end := _SENTENCE_END.search(text, start, end)):
-        end = sentence_end.start()
-    return start, start + len(text[start:end].rstrip())
-
-
-# --- 2. the value of the answer ----------------------------------------------------------------------------
-
-# Two or more letters are a word; one letter is a symbol.
-_WORD = re.compile(r"[A-Za-z]{2,}")
-# Words inside formulas; an answer with any other word is prose, which cannot be compared.
-_MATHS_WORDS = frozenset(
-    "sqrt pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp mod gcd lcm max min "
-    "and or in".split()
+_LETTER = re.compile(
+    r"(?i:(?:option|choice|answer) +)?(?:\(([A-H])\)(?: .*)?|([A-H])(?:[).:] ?.*)?)", re.DOTALL
 )
-# The letter of a multiple choice: "B", "(B)", "option B", "B) 20", "B. 20".
-_LETTER = re.compile(r"(?i:(?:option|choice)\s+)?\(?([A-H])(?:\)(?:\s.*)?|\.\s.*)?", re.DOTALL)
-# A number with a unit in plain text: "20 cm", "5-inch", "3/4 miles", "20 m^2".
-_NUMERAL = r"[-+]?[$€£]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?"
-_WITH_UNIT = re.compile(rf"({_NUMERAL})[\s-]*([A-Za-z][A-Za-z\s./^²³0-9]*)")
-# A number in LaTeX followed by a unit that is marked as text: \frac{41}{12} \text{ km/h}, 5 \text{cm}^2.
-# The alternatives of the number exclude each other, so that matching takes linear time.
-_LATEX_NUMBER = r"(?:[-+\d.,{}()^*/\s]|\\[dt]?frac|\\sqrt|\\pi|\\cdot)+"
-_MARKED_UNIT = re.compile(
-    rf"({_LATEX_NUMBER})\\(?:text|mathrm|mbox)\s*\{{\s*([A-Za-z][A-Za-z\s./]*)\}}((?:\^\{{?\d\}}?)?)"
+# "(B) or (C)" hedges, but "B) x = 6 and x = -3" is one choice with its content.
+_SEVERAL_LETTERS = re.compile(
+    r"(?:\b(?:or|and|not)\b|[,/;&]) ?(?i:option |choice )?(?:\([A-H]\)|[A-H](?![\w(]))"
 )
-# An equation such as x^2 + y = 0, of which math-verify would take only the right side, 0.
-_EQUATION = re.compile(r"(?:^|=)(?=[^=]*[a-z])(?=[^=]*[-+^])[^=]+=\s*0\s*$")
-# Letters that form a product but would be parsed as a word or a unit: xy in 6xy, ce in ce^x.
-_PRODUCT = re.compile(
-    r"(?<![A-Za-z\\])(?<!_\{)(?:[xyz]{2,3}|ab|bc|ac|abc|mn|pq|[A-Za-z]e(?=\s*\^))(?![A-Za-z])"
+_TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
+_BASED = re.compile(r"([0-9A-Fa-f]+) ?_ ?\{? ?(?:\\text\{ ?)?(\d+|[a-z]+) ?\}?\}?")
+_CLOCK = re.compile(r"(\d{1,2}):(\d\d)(?::(\d\d))? ?((?:[ap]\.?m\.?)?)", re.IGNORECASE)
+_RATIO = re.compile(r"[^:]+(?::[^:]+)+")
+_INTEGERS = re.compile(r"\\mathbb ?\{? ?[ZN]\}?|\\text\{ ?integers? ?\}")
+_FAMILY = re.compile(
+    r"(?P<value>.*?)[,;]? ?(?:\\text\{ ?,?(?:where|for|with)?(?: (?:any|all|some|every))?(?: integers?)? ?\}|"
+    r"\(|where|for(?: (?:any|all))?(?: integers?)?)? ?(?P<name>[a-z])"
+    r"(?: ?\\in ?(?:\\mathbb ?\{? ?[ZN]\}?(?:\^\+)?)|"
+    r"(?:\\text\{ ?| )(?:is )?(?:an? )?(?:any )?integers? ?\}?)\)?"
 )
-# Two capitals, a product of symbols or a name; not within a LaTeX command or a subscript.
-_CAPITALS = re.compile(r"(?<![A-Za-z\\])(?<!_\{)[A-Z]{2}(?![A-Za-z])")
-_COMMAND = re.compile(r"\\(?:begin|end)\{[A-Za-z*]+\}|\\[A-Za-z]+")
-# LaTeX commands that only change how their argument is set.
-_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ParsedAnswer:
-    """An answer with its kind and, if math-verify can parse it, its value."""
-
-    # number, expression, collection, relation: `value` is a sympy object
-    # letter, words: only the texts can be compared
-    # opaque: math-verify cannot parse it; empty: there is no answer
-    kind: str
-    text: str
-    value: Any = None
-    unit: str = ""  # words after the number, in lower case
-    decimals: int = 0  # digits after the point, if the text is a decimal number
-
-    @property
-    def comparable(self) -> bool:
-        """True if the answer can be compared with another by value, or by its letter."""
-        return self.kind in ("number", "expression", "collection", "relation", "letter")
-
-
-def tidy_answer(answer: str) -> str:
-    """Remove surrounding punctuation and delimiters, and rewrite what math-verify would not parse."""
-    s = answer.strip().strip("\"'`*").strip()
-    if "\\\\" in s and "\\begin" not in s:
-        s = s.replace("\\\\", "\\")  # LaTeX escaped for JSON
-
-    # Punctuation and delimiters may be nested once, as in "$20.$.": two passes.
-    for _ in range(2):
-        s = s.rstrip(" .,;:\"'*\n\t}" if s.count("}") > s.count("{") else " .,;:\"'*\n\t")
-        for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-            if s.startswith(left) and s.endswith(right) and len(s) >= len(left) + len(right):
-                s = s[len(left) : -len(right)].strip()
-
-    # Spellings of constants and roots.
-    s = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])|π", r"\\pi ", s).replace("∞", r"\infty ").strip()
-    s = re.sub(r"(?:√|(?<![A-Za-z\\])sqrt)\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", s)
-    # math-verify reads m_{\max} as a function.
-    s = re.sub(r"_\{?\\(max|min)\s*(?:\}|(?![A-Za-z]))", r"_{\1}", s)
-
-    # Spellings of numbers.
-    s = re.sub(r"(?<=\d)\s+(?=\.\d)", "", s)  # 20 .0
-    before = None
-    while s != before:  # 10\,000: each pass joins one group of three digits
-        before = s
-        s = re.sub(r"(?<![\d.])(\d{1,3}(?:,\d{3})*)(?:\\[,; !]|~| |\{,\})+,?(?=\d{3}(?!\d))", r"\1,", s)
-    s = re.sub(r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}", s)  # 2 1/2
-    return re.sub(r"(?<=\d)[eE]([-+]?\d+)\b", r" \\cdot 10^{\1}", s)  # 1.5e3
 
 
 def parse_answer(answer: str) -> ParsedAnswer:
-    """Parse one answer, by the same rules for references and completions.
+    """Parse one answer, by the same rules for references and completions."""
+    s = normalise_text(answer[: MAX_ANSWER + 1])
+    if not s or s in ("?", "\\ldots"):
+        return ParsedAnswer("empty")
+    key = make_key(s)
+    if len(s) > MAX_ANSWER or find_depth(s) > MAX_NESTING:
+        return ParsedAnswer("opaque", key)
+    try:
+        parsed = _parse_whole(s)
+    except Unreadable:
+        parsed = _parse_words(s)
+    return dataclasses.replace(parsed, key=key)
 
-    Raises the exceptions of math-verify and sympy.
-    """
-    s = tidy_answer(answer)
+
+def _parse_words(s: str) -> ParsedAnswer:
+    """Prose, or a formula that cannot be read."""
+    plain = " ".join(_TEXT.sub(r" \1 ", s).lower().split())
+    if words.means_no_solution(plain):
+        return ParsedAnswer("empty_set")
+    if ("\\" not in plain and re.search(r"[^\W\d_]{2}", plain)) or words.find_decision(plain):
+        return ParsedAnswer("words", name=plain)
+    return ParsedAnswer("opaque")
+
+
+def _parse_whole(s: str) -> ParsedAnswer:
+    """An answer that may be a choice, a sentence, a list or a single answer.  Raises Unreadable."""
+    plain = " ".join(_TEXT.sub(r" \1 ", s).split())
+    if (letter := _LETTER.fullmatch(plain)) and not _SEVERAL_LETTERS.search(plain):
+        return ParsedAnswer("letter", name=letter[1] or letter[2])
+    # A numeral in words gets no verdict beside digits: problems that ask for words must not accept digits.
+    if _is_word(plain) or words.read_number_words(plain) is not None:
+        raise Unreadable("a word, or a sentence that begins with yes or no")
+    if "\\ldots" in s:
+        raise Unreadable("a sequence that goes on")
+    if family := _parse_family(s):
+        return family
+    return parse_value(s)
+
+
+def _is_word(plain: str) -> bool:
+    """True for a word or phrase, and for a sentence that begins with yes, no, true or false."""
+    if re.match(r"(?:yes|no|true|false)\b", plain, re.IGNORECASE):
+        return True
+    if re.fullmatch(r"[A-Za-z' ]+", plain) is None:
+        return False
+    # A run of letters with a vowel; in a phrase it may have two letters.
+    shortest = 2 if " " in plain else 3
+    runs = [run for run in plain.lower().split() if run not in ("pi", "sin", "cos", "tan", "exp")]
+    return any(len(run) >= shortest and re.search("[aeiouy]", run) for run in runs)
+
+
+def _parse_family(s: str) -> ParsedAnswer | None:
+    """Solutions for all integers k; None for other answers."""
+    if not _INTEGERS.search(s) and "integer" not in s:
+        return None
+    match = _FAMILY.fullmatch(s)
+    if match is None:
+        raise Unreadable("a condition on integers")
+    parsed = parse_value(match["value"].strip(" ,;"))
+    if parsed.kind == "assignment":
+        parsed = parsed.items[0]
+    items = parsed.items if parsed.kind in ("list", "set") else (parsed,)
+    if any(item.kind not in ("scalar", "assignment") for item in items):
+        raise Unreadable("a family of collections")
+    return ParsedAnswer("family", items=items, name=match["name"])
+
+
+def parse_value(s: str) -> ParsedAnswer:
+    """A list, a relation, a collection, or a formula with a unit.  Raises Unreadable."""
+    s = s.strip()
     if not s:
-        return ParsedAnswer("empty", s)
+        raise Unreadable("an empty part")
 
-    plain = _TEXT.sub(r" \1 ", s).strip()
-    if letter := _LETTER.fullmatch(plain):
-        return ParsedAnswer("letter", letter[1])
-    if "\\text" not in s and s == plain:
-        s = plain = _write_products(s)
+    # Alternatives and lists; a comma inside a number separates thousands.
+    parts = split_at_words(s)
+    if len(parts) == 1:
+        parts = split_at_commas(s)
+    if len(parts) > 1:
+        if len(parts) > MAX_ITEMS:
+            raise Unreadable("too long a list")
+        return _make_list([parse_value(part) for part in parts])
 
-    # A number followed by words is that number with a unit.  Words in any other place cannot be compared.
-    rest, unit = _split_unit(s, plain)
-    words = [w for w in _WORD.findall(_COMMAND.sub(" ", rest)) if w.lower() not in _MATHS_WORDS]
-    if words:
-        return ParsedAnswer("words", " ".join(plain.lower().split()))
+    # Relations.
+    operands, operators = split_relations(s)
+    if operators:
+        return _parse_relation(operands, operators)
+    if "\\pmod" in s:
+        return _parse_congruence(s, "")
 
-    # Without its unit the number is parsed from its plain text, otherwise from the LaTeX.
-    value = parse_latex(rest if unit else s)
-    if value is None:
-        return ParsedAnswer("opaque", s)
-    decimal = re.fullmatch(r"[-+$\\]*[\d,]*\.(\d+)\D*", rest)
-    decimals = len(decimal[1]) if decimal else 0
-    return ParsedAnswer(classify_value(value), s, value, unit, decimals)
-
-
-def _split_unit(s: str, plain: str) -> tuple[str, str]:
-    """(the answer without its unit, the unit in lower case); (plain, "") if the answer has no unit.
-
-    Args:
-      s: the tidied answer.
-      plain: the same without commands such as \\text.
-    """
-    if match := _WITH_UNIT.fullmatch(re.sub(r"\\([$%, ])", r"\1", plain)):
-        # "20 and 30" or "5 if x > 0" is a sentence, not a number with a unit.
-        if _WORD.search(match[2]) and not re.search(r"\s\d|\b(?:and|or|to|if|when)\b", match[2]):
-            return match[1], " ".join(match[2].lower().split())
-    elif (match := _MARKED_UNIT.fullmatch(s)) and re.search(r"\d|\\pi", match[1]):
-        return match[1].strip(), " ".join((match[2] + match[3]).lower().split())
-    return plain, ""
+    if collection := _parse_collection(s):
+        return collection
+    if special := _parse_special(s):
+        return special
+    return _parse_scalar(s)
 
 
-def _write_products(text: str) -> str:
-    """Write products of letters with a multiplication sign: 6xy -> 6x \\cdot y."""
-    text = _PRODUCT.sub(lambda m: " \\cdot ".join(m[0]), text)
-    # Without an operator, two capitals are a name or a time of day (AB, PM).
-    if not re.search(r"[-+*/^=]", text):
-        return text
-    return _CAPITALS.sub(lambda m: " \\cdot ".join(m[0]), text)
+def _make_list(items: list[ParsedAnswer]) -> ParsedAnswer:
+    """Several answers; intervals form a union: x < 2 or x > 3."""
+    flat: list[ParsedAnswer] = []
+    for item in items:
+        flat += item.items if item.kind in ("list", "union") else [item]
+    if all(item.kind == "interval" and not item.operator.startswith("?") for item in flat) and len(flat) > 1:
+        if any(item.operator.endswith("~") for item in flat):
+            return ParsedAnswer("union", items=tuple(flat))
+    return ParsedAnswer("list", items=tuple(flat))
 
 
-def parse_latex(latex: str) -> Any | None:
-    """The sympy value of one answer in LaTeX, as math-verify parses it; None if it cannot.
-
-    math-verify's own timeouts are switched off, because they need SIGALRM.
-    """
-    # Imported here because it takes long, and the parent process only uses find_answer.
-    import sympy
-    from math_verify import parse as parse_text
-
-    values = parse_text(f"\\boxed{{{latex}}}", parsing_timeout=None, fallback_mode="no_fallback")
-    value = values[0] if values else None
-    if latex.strip().startswith("[") and isinstance(value, sympy.FiniteSet) and len(value.args) == 1:
-        # [3,3] is a pair of equal numbers; math-verify parses it as an interval, the set {3}.
-        return sympy.Tuple(*value.args, *value.args)
-    return value
+def _parse_scalar(s: str) -> ParsedAnswer:
+    r"""A formula with its unit; \pm makes it two."""
+    if s.count("\\pm") == 1:
+        head, tail = s.split("\\pm")
+        return ParsedAnswer("list", items=(_parse_scalar(f"{head}+{tail}"), _parse_scalar(f"{head}-{tail}")))
+    value, unit = parse_quantity(s)
+    return ParsedAnswer("scalar", value=value, unit=unit)
 
 
-def classify_value(value: Any) -> str:
-    """The kind of a sympy value: collection, relation, number, expression, or opaque for anything else."""
-    import sympy
+def _parse_special(s: str) -> ParsedAnswer | None:
+    """A number with a base, a time or a ratio; None for other answers."""
+    if match := _BASED.fullmatch(s):
+        base = int(match[2]) if match[2].isdigit() else words.read_number_words(match[2])
+        if base is None or not 2 <= base <= 16:
+            raise Unreadable("a base")
+        try:
+            value = Number(Fraction(int(match[1], base)))
+        except ValueError as error:
+            raise Unreadable("digits beyond the base") from error
+        return ParsedAnswer("based", value=value, name=match[1].lower(), number=base)
+    if match := _CLOCK.fullmatch(_TEXT.sub(r"\1", s)):
+        time = tuple(ParsedAnswer("scalar", value=Number(Fraction(part or 0))) for part in match.groups()[:3])
+        return ParsedAnswer("ratio", items=time, name=(match[4] or "time").lower().replace(".", ""))
+    if _RATIO.fullmatch(s) and "(" not in s:
+        return ParsedAnswer("ratio", items=tuple(_parse_scalar(part) for part in s.split(":")))
+    return None
 
-    if isinstance(value, sympy.Set | sympy.Tuple | sympy.MatrixBase):
-        return "collection"
-    if isinstance(value, sympy.core.relational.Relational | sympy.logic.boolalg.Boolean):
-        return "relation"
-    if not isinstance(value, sympy.Expr):
-        return "opaque"
-    return "expression" if value.free_symbols else "number"
+
+# --- relations -----------------------------------------------------------------------------------------------
 
 
-def find_last_expression(text: str) -> ParsedAnswer:
-    """The last expression at the end of a text that marks no answer; its kind is "empty" if there is none."""
-    from math_verify import parse as parse_text
+def _parse_relation(operands: list[str], operators: list[str]) -> ParsedAnswer:
+    """An equation, an inequality, membership or a congruence.  Raises Unreadable for others."""
+    if not operands[0].strip() or not operands[-1].strip():
+        raise Unreadable("a relation with one side only")
+    if operators == ["in"]:
+        value = parse_value(operands[1])
+        require_name(operands[0])
+        return value if value.kind != "tuple" else _make_interval(value)
+    if operators[-1] == "equiv" or "\\pmod" in operands[-1]:
+        if len(operators) > 1:
+            raise Unreadable("a chain of congruences")
+        return _parse_congruence(operands[1], operands[0])
+    if set(operators) == {"="}:
+        return _parse_equation(operands)
+    if set(operators) <= {"<", "<="} or set(operators) <= {">", ">="}:
+        return _parse_inequality(operands, operators)
+    if operators == ["!="]:
+        difference = _subtract(parse_formula(operands[0]), parse_formula(operands[1]))
+        return ParsedAnswer("inequality", value=difference, operator="!=")
+    raise Unreadable("a relation of another kind")
 
-    values = parse_text(text[-TAIL:], parsing_timeout=None, fallback_mode="first_match")
-    if not values:
-        # "twenty" may be the answer, but math-verify does not parse number words.
-        kind = "words" if _NUMBER_WORDS.search(text[-TAIL:]) else "empty"
-        return ParsedAnswer(kind, "")
 
-    # math-verify returns a list: the value first, the text that it parsed last.
-    parsed_text = values[-1] if isinstance(values[-1], str) else ""
-    if isinstance(values[0], str) or _EQUATION.search(parsed_text):
-        return ParsedAnswer("opaque", parsed_text)
+def _parse_equation(operands: list[str]) -> ParsedAnswer:
+    """An assignment to one name, an equation, or a calculation whose sides are all equal."""
+    values = [_try_value(operand) for operand in operands]
+    name = find_name(operands[0])
+    if name is None and (last := find_name(operands[-1])) and len(operands) == 2:
+        name, values = last, values[::-1]  # 5 = x
 
-    # The kinds without a value come from our own parser; otherwise math-verify's value is used as it is.
-    answer = parse_answer(parsed_text)
-    if answer.kind in ("letter", "words"):
+    # x = 2 + 3 = 5: the sides must agree, or the text contradicts itself.
+    computed = values[1:] if name else values
+    if any(value is None for value in computed):
+        raise Unreadable("a side of an equation")
+    answers = [value for value in computed if value is not None]
+    if name or all(_is_constant(answer) for answer in answers):
+        if not all(_agree(answers[0], other) for other in answers[1:]):
+            raise Unreadable("an equation that is false")
+        if not name:
+            return answers[-1]
+        return _assign(name, answers[-1])
+
+    if len(operands) != 2:
+        raise Unreadable("a chain of equations")
+    difference = _subtract(parse_formula(operands[0]), parse_formula(operands[1]))
+    return ParsedAnswer("equation", value=difference)
+
+
+def _agree(first: ParsedAnswer, second: ParsedAnswer) -> bool:
+    """True if two sides of a calculation are proved to be equal."""
+    if first.value is None or second.value is None or first.unit != second.unit:
+        return False
+    return are_equal(first.value, second.value) is True
+
+
+def _assign(name: str, value: ParsedAnswer) -> ParsedAnswer:
+    """The assignment of a value to a name; (x, y) = (1, 2) assigns each."""
+    names = split_at_commas(name[1:-1]) if name.startswith("(") else []
+    if names and value.kind == "tuple" and len(names) == len(value.items):
+        pairs = zip(names, value.items, strict=True)
+        return ParsedAnswer("list", items=tuple(_assign(n.strip(), v) for n, v in pairs), operator="ordered")
+    return ParsedAnswer("assignment", name=name, items=(value,))
+
+
+def _parse_inequality(operands: list[str], operators: list[str]) -> ParsedAnswer:
+    """An interval where one name is bounded by numbers, otherwise an inequality."""
+    if operators[0].startswith(">"):
+        operands, operators = operands[::-1], [">".replace(">", o.replace(">", "<")) for o in operators[::-1]]
+    named = [find_name(operand) for operand in operands]
+    brackets = {"<": "()", "<=": "[]"}
+    numbers = [None if name else parse_value(operand) for name, operand in zip(named, operands, strict=True)]
+
+    low, high = (
+        ParsedAnswer("scalar", value=_MINUS_INFINITY),
+        ParsedAnswer("scalar", value=Constant("infinity")),
+    )
+    left, right, name = "(", ")", ""
+    if len(operands) == 2 and bool(named[0]) != bool(named[1]):
+        name = named[0] or named[1] or ""
+        if named[0]:
+            high, right = numbers[1] or high, brackets[operators[0]][1]
+        else:
+            low, left = numbers[0] or low, brackets[operators[0]][0]
+    elif len(operands) == 3 and named[1] and not named[0] and not named[2]:
+        name = named[1]
+        low, high = numbers[0] or low, numbers[2] or high
+        left, right = brackets[operators[0]][0], brackets[operators[1]][1]
+    if name and low.kind == high.kind == "scalar":
+        return ParsedAnswer("interval", items=(low, high), operator=left + right + "~", name=name)
+
+    if len(operands) != 2:
+        raise Unreadable("a chain of inequalities")
+    difference = _subtract(parse_formula(operands[0]), parse_formula(operands[1]))
+    return ParsedAnswer("inequality", value=difference, operator=operators[0])
+
+
+_MINUS_INFINITY = Call("negate", (Constant("infinity"),))
+
+
+def _parse_congruence(right: str, left: str) -> ParsedAnswer:
+    match = re.fullmatch(r"(.*?),? ?\\pmod\{ ?(\d{1,18}) ?\} ?", right.strip())
+    if match is None or int(match[2]) == 0:
+        raise Unreadable("a congruence")
+    if left:
+        require_name(left)
+    value = parse_value(match[1])
+    items = value.items if value.kind == "list" else (value,)
+    if any(not isinstance(item.value, Number | Call) or not _is_constant(item) for item in items):
+        raise Unreadable("a congruence of something else than numbers")
+    return ParsedAnswer("congruence", items=items, number=int(match[2]))
+
+
+def _try_value(text: str) -> ParsedAnswer | None:
+    try:
+        return parse_value(text)
+    except Unreadable:
+        return None
+
+
+def _is_constant(answer: ParsedAnswer) -> bool:
+    return answer.kind == "scalar" and answer.value is not None and not find_symbols(answer.value)
+
+
+def _subtract(left: Expression, right: Expression) -> Expression:
+    return Call("add", (left, Call("negate", (right,))))
+
+
+# --- collections ---------------------------------------------------------------------------------------------
+
+
+def _parse_collection(s: str) -> ParsedAnswer | None:
+    """A set, tuple, interval, union or matrix; None for other answers.  Raises Unreadable for a broken one."""
+    if s in ("\\emptyset", "\\{\\}", "\\{ \\}"):
+        return ParsedAnswer("empty_set")
+    if re.fullmatch(r"\\mathbb ?\{?R\}?|\\text\{ ?all real numbers ?\}", s):
+        ends = (
+            ParsedAnswer("scalar", value=_MINUS_INFINITY),
+            ParsedAnswer("scalar", value=Constant("infinity")),
+        )
+        return ParsedAnswer("interval", items=ends, operator="()~")
+    if "\\cup" in s:
+        parts = [_make_interval(parse_value(part)) for part in s.split("\\cup")]
+        return ParsedAnswer("union", items=tuple(parts))
+    if s.startswith("\\begin"):
+        return _parse_matrix(s)
+    if s.startswith("\\{") and s.endswith("\\}"):
+        return _parse_set(s[2:-2].strip())
+    if s.startswith("\\langle") and s.endswith("\\rangle"):
+        return ParsedAnswer("tuple", items=_parse_items(s[7:-7]), operator="<>")
+    if s[0] in "([" and s[-1] in ")]" and encloses(s):
+        return _parse_bracketed(s)
+    return None
+
+
+def _parse_bracketed(s: str) -> ParsedAnswer | None:
+    """A tuple or interval; None for brackets around one formula."""
+    if len(split_at_commas(s[1:-1], grouped=False)) > 1:
+        items = _parse_items(s[1:-1])
+        if s[0] + s[-1] in ("(]", "[)"):
+            if len(items) != 2:
+                raise Unreadable("an interval with more than two ends")
+            return ParsedAnswer("interval", items=items, operator=s[0] + s[-1] + "~")
+        if s[0] == "[" and len(items) == 2:
+            return ParsedAnswer("interval", items=items, operator="[]")
+        return ParsedAnswer("tuple", items=items, operator=s[0] + s[-1])
+    return None
+
+
+def _parse_items(inner: str) -> tuple[ParsedAnswer, ...]:
+    return tuple(parse_value(part) for part in split_at_commas(inner, grouped=False))
+
+
+def _parse_set(inner: str) -> ParsedAnswer:
+    """The elements of a set, or the condition behind `x |`."""
+    if match := re.fullmatch(r"[a-z](?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:\||:)(.+)", inner):
+        condition = parse_value(match[1])
+        if condition.kind not in ("interval", "union"):
+            raise Unreadable("a condition of a set")
+        return condition
+    return ParsedAnswer("set", items=_parse_items(inner))
+
+
+def _make_interval(answer: ParsedAnswer) -> ParsedAnswer:
+    """A pair that the context shows to be an interval."""
+    if answer.kind == "tuple" and len(answer.items) == 2 and answer.operator == "()":
+        return dataclasses.replace(answer, kind="interval", operator="()~")
+    if answer.kind == "interval":
+        return dataclasses.replace(answer, operator=answer.operator[:2] + "~")
+    if answer.kind in ("set", "union", "empty_set"):
         return answer
-    return ParsedAnswer(classify_value(values[0]), parsed_text, values[0])
+    raise Unreadable("a union of something else than intervals")
+
+
+def _parse_matrix(s: str) -> ParsedAnswer:
+    match = re.fullmatch(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", s, re.DOTALL)
+    if match is None or "\\begin" in match[2]:
+        raise Unreadable("an environment")
+    rows = [row.split("&") for row in match[2].strip().removesuffix("\\\\").split("\\\\")]
+    if len({len(row) for row in rows}) != 1:
+        raise Unreadable("rows of different lengths")
+    items = tuple(parse_value(cell) for row in rows for cell in row)
+    return ParsedAnswer("matrix", items=items, number=len(rows[0]))

@@ -1,26 +1,38 @@
 """A worker process of the rule verifier: computes the verdicts of rule_verdict.py, one at a time.
 
-It is started by the path of this file, and imports only rule_verdict.py and answer_parser.py from this
-project (so no jax).  It exchanges JSON lines with its parent, verifier.py:
+It is started by the path of this file, and imports only cooper_jax/rule from this project (so no jax).  It
+exchanges JSON lines with its parent, worker_process.py:
 
-    stdin    {"reference": ..., "completion": ..., "limit": seconds}
-    stdout   {"verdict": "correct" | "wrong" | "no_answer" | "unrecognised" | "memory"}
+    stdin    {"reference": ..., "completion": ..., "limit": CPU seconds}
+    stdout   {"verdict": "correct" | "wrong" | "no_answer" | "unrecognised" | "memory" | "timeout",
+              "cpu": seconds}
 
 The first line of output is {"verdict": "ready", "unlimited": ...}.  The second field is the reason why no
-memory limit could be set, or "".  The process exits when its input ends, and therefore when its parent
-exits.
+memory limit could be set, or "".  The process exits when its input ends, and therefore when its parent exits.
+
+Two limits act on the CPU time of an item.  A timer interrupts Python code; the process then replies "timeout"
+and goes on.  If a single C call does not come back, the kernel ends the process (RLIMIT_CPU, SIGXCPU) about a
+second later, also if the parent has died.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from types import FrameType
 
-ORPHAN_GRACE = 5.0  # seconds beyond an item's time limit after which a process without a parent kills itself
+KERNEL_GRACE = 0.3  # CPU seconds beyond an item's limit after which the kernel ends the process
+
+
+class OutOfTime(BaseException):
+    """Raised by the timer; no Exception, so that no library catches it."""
 
 
 def limit_memory(megabytes: int) -> str:
@@ -38,6 +50,33 @@ def limit_memory(megabytes: int) -> str:
     return ""
 
 
+def set_cpu_limit(seconds: float) -> None:
+    """Let the timer interrupt this process after more CPU seconds, and the kernel end it soon after."""
+    import resource
+
+    end = math.ceil(time.process_time() + seconds + KERNEL_GRACE)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    soft = end if hard == resource.RLIM_INFINITY else min(end, hard)
+    # Without the kernel's limit the parent replaces a process that does not come back.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def lift_cpu_limit() -> None:
+    """Undo `set_cpu_limit`."""
+    import resource
+
+    signal.setitimer(signal.ITIMER_PROF, 0.0)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise OutOfTime
+
+
 def main() -> None:
     # stdout is reserved for replies: redirect everything that a library prints to stderr.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -46,39 +85,57 @@ def main() -> None:
     # Ctrl-C and SIGTERM reach the whole process group; the parent handles them and ends its workers itself.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, _interrupt)
     unlimited = limit_memory(int(sys.argv[1]))
 
-    # The parent keeps this file's folder off sys.path (-P), because our module names could shadow a
-    # library's. The project's root is appended instead, so that the package is found even if it is not
-    # installed.
+    # The parent keeps this file's folder off sys.path (-P), because our module names could shadow a library's. The
+    # project's root is appended instead, so that the package is found even if it is not installed.
     sys.path.append(str(Path(__file__).resolve().parents[2]))
-    import math_verify
+    from cooper_jax.rule import latex_parser, rule_verdict
 
-    from cooper_jax.rule import rule_verdict
-
-    # math-verify warns that its timeouts are off, which is intended.
-    logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)
-
-    # The first verdict builds parsers, which takes time that must not count against an item.
+    # The first verdict compiles expressions, which takes time that must not count against an item.
     rule_verdict.judge_answer("4a", "\\boxed{2(a+a)}")
     print(json.dumps({"verdict": "ready", "unlimited": unlimited}), file=replies, flush=True)
 
     for line in sys.stdin.buffer:
         request = json.loads(line)
+        if "math_verify" not in sys.modules and latex_parser.needs_math_verify(request["reference"]):
+            _import_math_verify()
+        started = time.process_time()
+        verdict = judge_within(request["reference"], request["completion"], request["limit"])
+        spent = time.process_time() - started
+        print(json.dumps({"verdict": verdict, "cpu": round(spent, 4)}), file=replies, flush=True)
 
-        # The parent kills this process at the time limit.  If the parent has died, SIGALRM does, even
-        # within a long C call, because its default action needs no Python handler.
-        signal.setitimer(signal.ITIMER_REAL, request["limit"] + ORPHAN_GRACE)
+
+def judge_within(reference: str, completion: str, limit: float) -> str:
+    """The verdict on one item, "timeout" after `limit` CPU seconds, or "memory" if memory is exhausted."""
+    from cooper_jax.rule import rule_verdict
+
+    # The timer may fire until the last line within the outer block.
+    try:
+        set_cpu_limit(limit)
         try:
-            verdict = rule_verdict.judge_answer(request["reference"], request["completion"])
+            return rule_verdict.judge_answer(reference, completion)
         except MemoryError:
-            verdict = "memory"
+            return "memory"
         except Exception:
-            # math-verify and sympy raise many kinds of exceptions on values that they cannot handle: abstain.
-            verdict = rule_verdict.UNRECOGNISED
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        print(json.dumps({"verdict": verdict}), file=replies, flush=True)
+            # mpmath, math-verify and sympy raise many kinds of exceptions on values that they cannot
+            # handle: abstain.
+            return rule_verdict.UNRECOGNISED
+        finally:
+            lift_cpu_limit()
+    except OutOfTime:
+        return "timeout"
+
+
+def _import_math_verify() -> None:
+    """Import math-verify and build its parsers, which takes time that must not count against an item."""
+    import math_verify
+
+    # It warns that its timeouts are off, which is intended.
+    logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)
+    math_verify.parse("\\boxed{\\int_0^1 x dx}", parsing_timeout=None, fallback_mode="no_fallback")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""The rule verifier: math-verify in a pool of worker processes, with hard limits on time and memory.
+"""The rule verifier: verdicts from a pool of worker processes, with hard limits on CPU time and memory.
 
 The input is a list of items, (reference, completion text); the output is one `Verdict` per item, in order.
 
 1. `submit` looks each item up in the cache of verdicts, queues the new items (each distinct one once) and
    immediately returns a `PendingVerdicts`, so that devices can work in the meantime.
-2. Each worker process (rule_worker.py, JSON lines over pipes) has a thread here, which takes items from the
-   queue, sends them to the process and waits for at most `timeout` seconds.  A process that exceeds the limit
-   or dies is killed and replaced.
-3. An item whose process failed is tried once more: after all others, alone, in a new process, for at most
-   `retry_timeout` seconds.  If that fails too, the verdict is TIMEOUT, also for an item that exhausts the
-   memory or crashes its process.  Timeouts are never cached.
+2. Each worker process (rule_worker.py) has a thread here, which takes items from the queue and sends them to the
+   process.  The process limits its own CPU time to `timeout` seconds an item, so a verdict does not depend
+   on the load of the machine, and no item is tried twice for having been slow.
+3. All items over the limit together may take `step_budget` CPU seconds until verdicts are collected; from
+   then on the limit is `SHORT_LIMIT`, which is still a hundred times what an ordinary answer takes.
+4. An item whose process died is tried once more, in a new process, which is ready within a fraction of a
+   second.  If that fails too, the verdict is TIMEOUT, like that of an item that exceeds a limit.  It is
+   cached like any other.
 
-math-verify's own timeouts use SIGALRM, which works only on the main thread and does not interrupt a long C
-call.  The processes are spawned and not forked, because jax is multithreaded, and they never import jax.
-If the parent dies, even by SIGKILL, an idle process exits when its pipe closes, and a busy one is ended by
-its own alarm a few seconds after the item's limit.
+The processes are spawned and not forked, because jax is multithreaded, and they never import jax.  If the
+parent dies, even by SIGKILL, an idle process exits when its pipe closes, and a busy one at its CPU limit.
 
-Departure from the paper: WRONG requires a proof; without one the rule abstains (see rule_verdict.py).
+Departure from the paper: both CORRECT and WRONG require a proof; without one the rule abstains (see
+rule_verdict.py).
 """
 
 from __future__ import annotations
@@ -24,28 +25,23 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import json
-import os
-import select
-import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from cooper_jax.rule.worker_process import Item, Outcome, Worker
 from cooper_jax.runtime import hosts
 from cooper_jax.settings import typed_config
 from cooper_jax.types import Verdict
 
-Item = tuple[str, str]  # reference, completion text
-
 # The command of a worker.  -P keeps this folder off its sys.path, where our modules could shadow a library's.
 WORKER = (sys.executable, "-P", str(Path(__file__).with_name("rule_worker.py")))
-START_LIMIT = 120.0  # seconds within which a process must have imported math-verify, even on a busy machine
+SHORT_LIMIT = 0.2  # CPU seconds for a verdict once the step's budget is spent
+STALL_LIMIT = 300.0  # seconds without a reply after which a process is replaced
+STOP_POLL = 0.2  # seconds between two looks at whether the run is to stop
 CACHED_VERDICTS = 1 << 16  # size of the cache; the least recently used verdicts are dropped
 READY_ITEM = ("4", "So the answer is \\boxed{4}.")  # a correct item, to test that a worker works
 
@@ -55,8 +51,8 @@ class RuleConfig:
     """Settings of the rule verifier's worker processes: the config's `rule` section."""
 
     workers: int  # number of processes
-    timeout: float  # seconds for a verdict before the process is killed
-    retry_timeout: float  # seconds for the second and last try, which runs alone
+    timeout: float  # CPU seconds for a verdict
+    step_budget: float  # CPU seconds that all verdicts over the limit may take until verdicts are collected
     memory_mb: int  # limit of one process's address space in MiB; 0 sets no limit
 
     def __post_init__(self) -> None:
@@ -64,11 +60,10 @@ class RuleConfig:
             *typed_config.find_below_minimum(self, "rule", 1, ("workers",)),
             *typed_config.find_below_minimum(self, "rule", 0, ("memory_mb",)),
         ]
-        if not 0 < self.timeout <= self.retry_timeout:
-            errors.append(
-                f"rule.timeout={self.timeout}, rule.retry_timeout={self.retry_timeout}: both must be "
-                "positive, and retry_timeout must be at least timeout"
-            )
+        if not self.timeout >= SHORT_LIMIT:
+            errors.append(f"rule.timeout={self.timeout}: it must be at least {SHORT_LIMIT} CPU seconds")
+        if not self.step_budget >= 0:
+            errors.append(f"rule.step_budget={self.step_budget}: it must not be negative")
         typed_config.raise_errors(errors)
 
     @classmethod
@@ -85,13 +80,16 @@ class _Job:
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
     verdict: Verdict | None = None
     error: Exception | None = None
+    died: bool = False  # True once a process died with it
 
 
 class PendingVerdicts:
     """Verdicts that may still be computing; `result` waits for them."""
 
-    def __init__(self, jobs: list[_Job]):
+    def __init__(self, jobs: list[_Job], on_collected: Callable[[], None]):
+        """on_collected: called when the verdicts have been waited for."""
         self._jobs = jobs
+        self._on_collected = on_collected
 
     def done(self) -> bool:
         """True if `result` would return without waiting."""
@@ -100,31 +98,35 @@ class PendingVerdicts:
     def result(self) -> list[Verdict]:
         """Wait for all verdicts and return them in the order submitted.
 
-        Raises RuntimeError if no worker process starts, or if the verifier is closed before a verdict.
+        Raises RuntimeError if no worker process starts, or if the verifier is closed before a verdict, and
+        hosts.Stopped after SIGTERM in a run of one process.
         """
         # Jobs finish in any order; waiting for them in turn returns when the last one is done.
         verdicts: list[Verdict] = []
         for job in self._jobs:
-            job.done.wait()
+            while not job.done.wait(STOP_POLL):
+                hosts.raise_if_stopping_alone()
             if job.error is not None:
                 # A new exception for each caller: raising one object in several threads mixes their
                 # tracebacks.
                 raise RuntimeError(str(job.error)) from job.error
             assert job.verdict is not None
             verdicts.append(job.verdict)
+        self._on_collected()
         return verdicts
 
 
 class RuleVerifier:
-    """A pool of math-verify processes, started at the first submission.  A context manager."""
+    """A pool of worker processes, started at the first submission.  A context manager."""
 
-    def __init__(self, cfg: RuleConfig, command: Sequence[str] = WORKER):
+    def __init__(self, cfg: RuleConfig, command: Sequence[str] = WORKER, stall_limit: float = STALL_LIMIT):
         """Prepare the pool; nothing is started yet.
 
         Args:
           command: starts one worker; the memory limit in MiB is appended as its last argument.
+          stall_limit: seconds without a reply after which a process is replaced.
         """
-        self._timeout, self._retry_timeout = cfg.timeout, cfg.retry_timeout
+        self._timeout, self._step_budget, self._stall_limit = cfg.timeout, cfg.step_budget, stall_limit
         self._command = (*command, str(cfg.memory_mb))
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(cfg.workers)]
 
@@ -132,12 +134,10 @@ class RuleVerifier:
         self._state = threading.Condition()
 
         # Jobs and verdicts; items are keyed by `_hash_item`.
-        self._first_tries: collections.deque[_Job] = collections.deque()
-        self._retries: collections.deque[_Job] = collections.deque()
+        self._queue: collections.deque[_Job] = collections.deque()
         self._unfinished: dict[bytes, _Job] = {}  # queued or running
         self._cache: collections.OrderedDict[bytes, Verdict] = collections.OrderedDict()
-        self._running_count = 0  # number of jobs that are with a worker
-        self._retrying = False  # True while a retry runs; no other job runs then
+        self._overtime = 0.0  # CPU seconds of verdicts over the limit since verdicts were collected
 
         # State of the pool.
         self._started = False
@@ -168,16 +168,16 @@ class RuleVerifier:
                     job = self._unfinished[key]
                 else:
                     job = self._unfinished[key] = _Job(item)
-                    self._first_tries.append(job)
+                    self._queue.append(job)
                 jobs.append(job)
 
             # Start the workers when there is work: a run whose items are all cached needs none.
-            if self._first_tries and not self._started:
+            if self._queue and not self._started:
                 self._started = True
                 for thread in self._threads:
                     thread.start()
             self._state.notify_all()
-        return PendingVerdicts(jobs)
+        return PendingVerdicts(jobs, self._refill_budget)
 
     def collect(self, pending: Sequence[PendingVerdicts]) -> list[Verdict]:
         """Wait for several submissions and return their verdicts, in the order of the submissions."""
@@ -207,8 +207,8 @@ class RuleVerifier:
         if verdict is not Verdict.CORRECT:
             raise ValueError(
                 f"the rule verifier does not work: asked whether 4 equals 4, it says {verdict.value!r} after "
-                f"at most {self._retry_timeout} s; on a machine that is so slow, raise "
-                "--config.rule.retry_timeout; where memory is short, raise --config.rule.memory_mb"
+                f"at most {self._timeout} CPU seconds; on a machine that is so slow, raise "
+                "--config.rule.timeout; where memory is short, raise --config.rule.memory_mb"
             )
 
     def close(self) -> None:
@@ -221,87 +221,86 @@ class RuleVerifier:
             for thread in self._threads:
                 thread.join()
 
+    def _refill_budget(self) -> None:
+        with self._state:
+            self._overtime = 0.0
+
     # --- in the threads, one per worker ---
 
     def _serve(self) -> None:
         """Work on jobs until the verifier is closed, with one process that is replaced when it fails."""
-        worker: _Worker | None = None
+        worker: Worker | None = None
         try:
             while (next_job := self._take_job()) is not None:
-                job, is_retry = next_job
-
-                # A retry gets a new process: the old one may be short of memory because of earlier items.
-                if is_retry and worker is not None:
-                    worker.kill()
-                    worker = None
-
-                reply: str | None = None
+                job, limit = next_job
+                outcome: str | Outcome = Outcome.DIED
+                spent = 0.0
                 error: Exception | None = None
                 try:
                     if worker is None:
-                        worker = _Worker(self._command)
+                        worker = Worker(self._command)
                         self._warn_unlimited(worker.unlimited)
-                    limit = self._retry_timeout if is_retry else self._timeout
-                    reply = worker.ask(job.item, limit, lambda: self._closed)
+                    outcome, spent = worker.ask(job.item, limit, self._stall_limit, lambda: self._closed)
                 except RuntimeError as cause:
                     error = cause
 
-                # After a failure the process may still be busy with this item, so it cannot be used again.
-                if worker is not None and reply is None:
-                    worker.kill()
-                    worker = None
-                self._finish(job, is_retry, reply, error)
+                # After a failure the process may be gone, short of memory, or still busy with this item.
+                self._finish(job, outcome, spent, error)
+                if worker is not None and isinstance(outcome, Outcome):
+                    if outcome is not Outcome.TIMEOUT or not worker.is_alive():
+                        worker.kill()
+                        worker = None
         finally:
             if worker is not None:
                 worker.kill()
 
-    def _take_job(self) -> tuple[_Job, bool] | None:
-        """Wait for the next job: (job, True if it is a retry), or None once the verifier is closed.
-
-        First tries have priority, and a retry starts only when no other job runs: it may have failed because
-        the machine was overloaded.
-        """
+    def _take_job(self) -> tuple[_Job, float] | None:
+        """Wait for the next job: (job, its limit in CPU seconds), or None once the verifier is closed."""
         with self._state:
             while not self._closed:
-                if self._first_tries and not self._retrying:
-                    self._running_count += 1
-                    return self._first_tries.popleft(), False
-                if self._retries and not self._running_count:
-                    self._running_count, self._retrying = 1, True
-                    return self._retries.popleft(), True
+                if self._queue:
+                    has_budget = self._overtime < self._step_budget
+                    return self._queue.popleft(), self._timeout if has_budget else SHORT_LIMIT
                 self._state.wait()
             return None
 
-    def _finish(self, job: _Job, is_retry: bool, reply: str | None, error: Exception | None) -> None:
+    def _finish(self, job: _Job, outcome: str | Outcome, spent: float, error: Exception | None) -> None:
         """Record the outcome of a job.
 
         Args:
-          reply: the verdict; None if the process failed.
+          outcome: the verdict, or the reason why there is none.
+          spent: CPU seconds.
           error: the error of a process that did not start, else None.
         """
         with self._state:
-            self._running_count -= 1
-            self._retrying = False
             if self._closed:
                 return
             if error is not None:
                 self._fail(error)  # a process that does not start once will not start for other items
-            elif reply is None and not is_retry:
-                self._retries.append(job)
+            elif outcome is Outcome.DIED and not job.died:
+                # The process may have been killed from outside, or short of memory because of earlier items.
+                job.died = True
+                self._queue.appendleft(job)
             else:
-                key = _hash_item(job.item)
-                job.verdict = Verdict(reply or Verdict.TIMEOUT)
-                job.done.set()
-
-                # The job is missing if another thread's process failed to start in the meantime.
-                self._unfinished.pop(key, None)
-
-                # A timeout depends on the load of the machine, so it is not cached.
-                if reply is not None:
-                    self._cache[key] = job.verdict
-                    while len(self._cache) > CACHED_VERDICTS:
-                        self._cache.popitem(last=False)
+                self._record(job, outcome)
+                if outcome is Outcome.TIMEOUT:
+                    self._overtime += spent
             self._state.notify_all()
+
+    def _record(self, job: _Job, outcome: str | Outcome) -> None:
+        """Store a job's verdict.  The caller holds `_state`."""
+        key = _hash_item(job.item)
+        job.verdict = Verdict.TIMEOUT if isinstance(outcome, Outcome) else Verdict(outcome)
+        job.done.set()
+
+        # The job is missing if another thread's process failed to start in the meantime.
+        self._unfinished.pop(key, None)
+
+        # A stalled process says nothing about its item.
+        if outcome is not Outcome.STALLED:
+            self._cache[key] = job.verdict
+            while len(self._cache) > CACHED_VERDICTS:
+                self._cache.popitem(last=False)
 
     def _warn_unlimited(self, reason: str) -> None:
         """Print, once per verifier, that workers run without a memory limit; "" as reason prints nothing."""
@@ -323,89 +322,7 @@ class RuleVerifier:
             job.error = error
             job.done.set()
         self._unfinished.clear()
-        self._first_tries.clear()
-        self._retries.clear()
-
-
-class _Worker:
-    """A worker process and the pipes to it."""
-
-    def __init__(self, command: Sequence[str]):
-        """Start the process and wait until it is ready.  Raises RuntimeError if it does not start."""
-        # stderr goes to a file: nobody reads it while the process runs, and a full pipe would block it.
-        self._errors = tempfile.TemporaryFile()
-        self._unread = b""  # output that has been received but not returned by _read_line
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-            # The same order of sets and symbols in every process, so that a verdict does not depend on it.
-            env={**os.environ, "PYTHONHASHSEED": "0"},
-        )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
-
-        ready = self._read_line(START_LIMIT, lambda: False)
-        # The reason why the platform refused the memory limit; "" if it is set.
-        self.unlimited = "" if ready is None else ready.get("unlimited", "")
-
-        # Report the end of what the process printed, which is usually a traceback.
-        if ready is None or ready["verdict"] != "ready":
-            self._process.kill()
-            self._process.wait()
-            self._errors.seek(0)
-            output = self._errors.read().decode(errors="replace").strip()[-2000:] or "it printed nothing"
-            code = self._process.returncode
-            self.kill()
-            raise RuntimeError(
-                f"a rule worker did not start ({' '.join(command)}; exit status {code}): {output}"
-            )
-
-    def ask(self, item: Item, limit: float, is_closed: Callable[[], bool]) -> str | None:
-        """The verdict on one item; None if the process exceeds the limit, dies or runs out of memory.
-
-        Args:
-          limit: seconds.
-          is_closed: polled every 0.1 s; True ends the wait, which returns None.
-        """
-        request = {"reference": item[0], "completion": item[1], "limit": limit}
-        try:
-            self._stdin.write(json.dumps(request).encode() + b"\n")
-        except OSError:  # the process died after its last reply
-            return None
-        reply = self._read_line(limit, is_closed)
-        if reply is None or reply["verdict"] == "memory":
-            return None
-        return reply["verdict"]
-
-    def _read_line(self, limit: float, is_closed: Callable[[], bool]) -> dict[str, str] | None:
-        """The process's next line of output; None after `limit` seconds, at its end, or if is_closed()."""
-        deadline = time.monotonic() + limit
-        while b"\n" not in self._unread:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0 or is_closed():
-                return None
-
-            # Wake up every 0.1 s to see whether the verifier has been closed.
-            readable, _, _ = select.select([self._stdout], [], [], min(remaining, 0.1))
-            if not readable:
-                continue
-            received = os.read(self._stdout.fileno(), 1 << 16)
-            if not received:  # the process has ended
-                return None
-            self._unread += received
-        line, self._unread = self._unread.split(b"\n", 1)
-        return json.loads(line)
-
-    def kill(self) -> None:
-        """Kill the process and close its pipes and files."""
-        self._process.kill()
-        self._process.wait()
-        self._stdin.close()
-        self._stdout.close()
-        self._errors.close()
+        self._queue.clear()
 
 
 def _hash_item(item: Item) -> bytes:

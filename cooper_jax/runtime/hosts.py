@@ -241,6 +241,15 @@ def raise_if_stopping() -> None:
         raise Stopped
 
 
+def raise_if_stopping_alone() -> None:
+    """Raise `Stopped` after a SIGTERM in a run of one process; several processes agree in `raise_if_stopping`.
+
+    For waits within a stage, which the processes do not enter equally often.
+    """
+    if _get_client() is None and _sigterm_received.is_set():
+        raise Stopped
+
+
 @contextlib.contextmanager
 def run_as_one() -> Iterator[None]:
     """Wrap this process's main part: an error that ends it ends the other processes, too.

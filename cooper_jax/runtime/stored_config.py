@@ -39,7 +39,7 @@ CHANGEABLE_FIELDS = (
     # Worker processes and servers.
     "rule.workers",
     "rule.timeout",
-    "rule.retry_timeout",
+    "rule.step_budget",
     "rule.memory_mb",
     "assistant.url",
     "assistant.key_env",

@@ -23,6 +23,8 @@ RENAMED_FLAGS: dict[str, str] = {
     "reward.updates_most": REMOVED + "more updates while the reward model is fooled changed no result; see "
     "--config.reward.updates for a fixed number",
     "reward.fp_target": REMOVED + "it belonged to reward.updates_most, which changed no result",
+    "rule.retry_timeout": REMOVED
+    + "rule.timeout limits the CPU time of a verdict, which needs no second try",
     "reward.binary": REMOVED + "rewards of 0 or 1 in place of the reward model's score changed no result",
 }
 

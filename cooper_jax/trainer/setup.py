@@ -27,8 +27,9 @@ from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
 from cooper_jax.reward.multihost import share_over_hosts
+from cooper_jax.rule import reference_checks
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
-from cooper_jax.runtime import mesh, optim
+from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
 from cooper_jax.trainer.run_settings import RunSettings
@@ -168,6 +169,8 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     settings = read_settings(cfg)
     layouts = lay_out_models(settings.mesh)
     train, all_held_out = load_problems(settings)
+    if said := reference_checks.describe_references("data.train", train):
+        hosts.print_once(said)
     unseen = contamination.exclude_contaminated(cfg, run_dir, train, all_held_out)
     held_out = choose_held_out(unseen, all_held_out, settings.eval.problems)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cooper_jax.rule import answer_parser
+from cooper_jax.rule import answer_finder
 from cooper_jax.types import Completion, Pair, Problem, Verdict
 
 
@@ -86,7 +86,7 @@ def rank_rows(
 
 def find_marked_answer(text: str) -> str:
     """The answer that a text marks, for example with \\boxed; "" if it marks none."""
-    span = answer_parser.find_answer(text)
+    span = answer_finder.find_answer(text)
     if span is None:
         return ""
     start, end = span

@@ -1,0 +1,130 @@
+"""A worker process of the rule verifier, seen from its parent: start, questions, replies, end.
+
+The process limits its own CPU time and memory (rule_worker.py), so a verdict does not depend on the load of the
+machine.  The parent only waits; it gives up after `stall_limit` seconds without a reply, which happens if
+the process is stopped or starved.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+Item = tuple[str, str]  # reference, completion text
+
+START_LIMIT = 120.0  # seconds within which a process must be ready, even on a busy machine
+KERNEL_SECOND = 1.0  # CPU seconds beyond its limit after which the kernel ends a process, about
+POLL = 0.1  # seconds between two looks at whether the verifier has been closed
+
+
+class Outcome(enum.Enum):
+    """The reasons for which a process gives no verdict."""
+
+    TIMEOUT = "it used up its CPU time"
+    DIED = "it died, or it had too little memory"
+    STALLED = "it did not reply in time"
+
+
+class Worker:
+    """A worker process and the pipes to it."""
+
+    def __init__(self, command: Sequence[str]):
+        """Start the process and wait until it is ready.  Raises RuntimeError if it does not start."""
+        # stderr goes to a file: nobody reads it while the process runs, and a full pipe would block it.
+        self._errors = tempfile.TemporaryFile()
+        self._unread = b""  # output that has been received but not returned by _read_line
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            bufsize=0,
+            # The same order of sets and symbols in every process, so that a verdict does not depend on it.
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+
+        ready = self._read_line(START_LIMIT, lambda: False)
+        # The reason why the platform refused the memory limit; "" if it is set.
+        self.unlimited = ready.get("unlimited", "") if isinstance(ready, dict) else ""
+
+        # Report the end of what the process printed, which is usually a traceback.
+        if not isinstance(ready, dict) or ready["verdict"] != "ready":
+            self._process.kill()
+            self._process.wait()
+            self._errors.seek(0)
+            output = self._errors.read().decode(errors="replace").strip()[-2000:] or "it printed nothing"
+            code = self._process.returncode
+            self.kill()
+            raise RuntimeError(
+                f"a rule worker did not start ({' '.join(command)}; exit status {code}): {output}"
+            )
+
+    def ask(
+        self, item: Item, limit: float, stall_limit: float, is_closed: Callable[[], bool]
+    ) -> tuple[str | Outcome, float]:
+        """(the verdict on one item, or why there is none; the CPU time that it took, in seconds).
+
+        Args:
+          limit: CPU seconds.
+          stall_limit: seconds, after which the process counts as stalled.
+          is_closed: polled; True ends the wait.
+        """
+        request = {"reference": item[0], "completion": item[1], "limit": limit}
+        try:
+            self._stdin.write(json.dumps(request).encode() + b"\n")
+        except OSError:  # the process died after its last reply
+            return Outcome.DIED, 0.0
+        reply = self._read_line(stall_limit, is_closed)
+        if reply is None:
+            return Outcome.STALLED, 0.0
+        if reply is Outcome.DIED:
+            # The kernel ends a process that computes beyond its limit without coming back to Python.
+            self._process.wait()
+            by_limit = self._process.returncode == -signal.SIGXCPU
+            return (Outcome.TIMEOUT if by_limit else Outcome.DIED), limit + KERNEL_SECOND
+        assert isinstance(reply, dict)
+        spent = float(reply.get("cpu", 0.0))
+        if reply["verdict"] == "memory":
+            return Outcome.DIED, spent
+        if reply["verdict"] == "timeout":
+            return Outcome.TIMEOUT, spent
+        return reply["verdict"], spent
+
+    def _read_line(self, limit: float, is_closed: Callable[[], bool]) -> dict | Outcome | None:
+        """The process's next line of output; DIED at its end, None after `limit` seconds or if is_closed()."""
+        deadline = time.monotonic() + limit
+        while b"\n" not in self._unread:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or is_closed():
+                return None
+
+            # Wake up now and then to see whether the verifier has been closed.
+            readable, _, _ = select.select([self._stdout], [], [], min(remaining, POLL))
+            if not readable:
+                continue
+            received = os.read(self._stdout.fileno(), 1 << 16)
+            if not received:
+                return Outcome.DIED
+            self._unread += received
+        line, self._unread = self._unread.split(b"\n", 1)
+        return json.loads(line)
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """Kill the process and close its pipes and files."""
+        self._process.kill()
+        self._process.wait()
+        self._stdin.close()
+        self._stdout.close()
+        self._errors.close()
