@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from cooper_jax.rule import answer_parser
+from cooper_jax.rule import answer_finder
 
 # An error that is a quantity, or one that a solution looks for, is ordinary: a margin of error, error checking.
 _ERROR = (
@@ -227,7 +227,7 @@ def _find_admissions(text: str) -> Iterator[str]:
     yield from (match[0] for match in _ADMISSION.finditer(text))
 
     # "The correct answer is 4" contradicts a final answer of 5; next to a final answer of 4 it is ordinary.
-    span = answer_parser.find_answer(text)
+    span = answer_finder.find_answer(text)
     if span is None:
         return
     final = _read_numbers(text[slice(*span)])
