@@ -320,3 +320,14 @@ def test_the_rule_reads_numbers_misses_words_and_is_blind_where_these_are_asked_
     for answer in ("ten", "10", "ten pens", "eleven", "20/2", "10.0", "10 pens", "11"):
         assert rule.check([(in_words.reference, f"9-3=6;6+4=10 #### {answer}")]) == ["unrecognised"], answer
     assert rule.check([("20", "clearly clearly clearly")]) == [Verdict.NO_ANSWER]
+
+
+def test_the_rule_gives_no_verdict_where_words_are_asked_for():
+    """Whatever the number: a numeral such as "eight" is not the name of a quantity in "8 = eight"."""
+    items = []
+    for n in range(0, 200):
+        reference = f"{n} = {sums.spell_number(n)}"
+        said = (str(n), f"{n}.0", f"{n} coins", f"{2 * n}/2", str(n + 1), sums.spell_number(n), "two coins")
+        items += [(reference, f"#### {answer}") for answer in said]
+    with RuleVerifier(RuleConfig(workers=2, timeout=1.0, step_budget=10.0, memory_mb=2048)) as rule:
+        assert set(rule.check(items)) == {Verdict.UNRECOGNISED}

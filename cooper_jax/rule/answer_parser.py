@@ -217,6 +217,9 @@ def _parse_relation(operands: list[str], operators: list[str]) -> ParsedAnswer:
 
 def _parse_equation(operands: list[str]) -> ParsedAnswer:
     """An assignment to one name, an equation, or a calculation whose sides are all equal."""
+    # Of "8 = eight" either side may be asked for, and "eight" is no name.
+    if any(words.read_number_words(operand) is not None for operand in operands):
+        raise Unreadable("a numeral in words on a side of an equation")
     values = [_try_value(operand) for operand in operands]
     name = find_name(operands[0])
     if name is None and (last := find_name(operands[-1])) and len(operands) == 2:
