@@ -302,6 +302,8 @@ def _describe_unknown_flag(name: str, own: flags.FlagValues, fields: Mapping[str
     """Write the error message for a flag that does not exist, with the nearest flag."""
     known = [*(n for n in own if n not in HELP_NAMES), *(f"config.{field}" for field in fields)]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if name in fields:
+        nearest = [f"config.{name}"]  # the prefix was left out
     hint = f"did you mean --{nearest[0]}?" if nearest else "--help lists the flags"
     return f"--{name}: there is no such flag; {hint}"
 

@@ -322,6 +322,12 @@ def test_openai_times_out(openai):
     assert len(server.requests) == 2
 
 
+def reply_with_tokens(count: str) -> bytes:
+    """A chat completion with a number of tokens, as a server would write it in JSON."""
+    choice = '{"message": {"content": "x"}, "finish_reason": "stop"}'
+    return f'{{"choices": [{choice}], "usage": {{"completion_tokens": {count}}}}}'.encode()
+
+
 @pytest.mark.parametrize(
     ("body", "reply"),
     [
@@ -330,6 +336,9 @@ def test_openai_times_out(openai):
         (b"null", Failure("nonsense")),
         (b'{"choices": []}', Failure("nonsense")),
         (b'{"choices": [{"message": {"content": 5}, "finish_reason": "stop"}]}', Failure("nonsense")),
+        (reply_with_tokens("true"), Failure("nonsense")),
+        (reply_with_tokens("-5"), Failure("nonsense")),
+        (reply_with_tokens("1" + "0" * 400), Failure("nonsense")),
         (b"[" * 100_000, Failure("nonsense")),
         (b"\xff\xfe", Failure("nonsense")),
         (b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}', Failure("empty")),

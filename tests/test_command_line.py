@@ -115,6 +115,7 @@ def test_every_script_answers_help(script):
         ("--config.policy.xyzzy=1", "--config.policy.xyzzy: the config does not have this field; --help lists the "
          "fields"),
         ("--confg=x", "--confg: there is no such flag; did you mean --config?"),
+        ("--steps=3", "--steps: there is no such flag; did you mean --config.steps?"),
         ("--confg.mesh.data=2", "--confg.mesh.data: there is no such flag; did you mean --config.mesh.data?"),
         ("--config.steps=abc", "--config.steps=abc: expected int (invalid literal for int() with base 10: 'abc')"),
         ("--config.resume=maybe", "--config.resume=maybe: expected bool (Non-boolean argument to boolean flag: "

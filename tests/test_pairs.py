@@ -59,7 +59,7 @@ def build(groups, assistant, rule, **options):
     size = len(groups[0])
     cfg = options.pop("cfg", config())
     completions = options.pop("completions", [c for b, v in enumerate(groups) for c in group(b, v)])
-    options = {"seed": 3, "step": 5, **options}
+    options = {"seed": 3, "step": 5, "reference_fits": lambda answer: True, **options}
     return pairs.build_pairs(
         pairs.PairInputs(
             [problem(b) for b in range(len(groups))],
@@ -220,10 +220,21 @@ def test_start_gives_what_build_gives(rule, overlaps):
 
     args = ([problem(0), problem(1)], group(0, [C, C]) + group(1, [C, C]), [C, C, C, W], 2)
     pending = pairs.start_pairs(
-        pairs.PairInputs(*args, Scripted(noted, overlaps), rule, config(), seed=1, step=2, positions=[8, 9])
+        pairs.PairInputs(
+            *args,
+            Scripted(noted, overlaps),
+            rule,
+            config(),
+            lambda answer: True,
+            seed=1,
+            step=2,
+            positions=[8, 9],
+        )
     )
     assert pending.result() == pairs.build_pairs(
-        pairs.PairInputs(*args, Scripted(wrong), rule, config(), seed=1, step=2, positions=[8, 9])
+        pairs.PairInputs(
+            *args, Scripted(wrong), rule, config(), lambda answer: True, seed=1, step=2, positions=[8, 9]
+        )
     )
     assert (threads != {threading.current_thread()}) == overlaps
 
@@ -234,7 +245,16 @@ def test_start_passes_errors_on(rule):
 
     pending = pairs.start_pairs(
         pairs.PairInputs(
-            [problem(0)], group(0, [C]), [C], 1, Scripted(broken), rule, config(), seed=0, step=0
+            [problem(0)],
+            group(0, [C]),
+            [C],
+            1,
+            Scripted(broken),
+            rule,
+            config(),
+            lambda answer: True,
+            seed=0,
+            step=0,
         )
     )
     with pytest.raises(KeyError, match="a bug"):
@@ -255,7 +275,16 @@ def test_rows_must_match(rule):
     with pytest.raises(ValueError, match="2 problems of 2 samples need 4 rows; there are 2 completions"):
         pairs.build_pairs(
             pairs.PairInputs(
-                [problem(0)] * 2, group(0, [C, C]), [C, C], 2, None, rule, config(), seed=0, step=0
+                [problem(0)] * 2,
+                group(0, [C, C]),
+                [C, C],
+                2,
+                None,
+                rule,
+                config(),
+                lambda answer: True,
+                seed=0,
+                step=0,
             )
         )
 
@@ -272,7 +301,16 @@ def test_length_and_whitespace_tell_nothing(rule):
     assistant = assistants.make_assistant(ChatConfig.from_config(base.get_config().assistant, "assistant"))
     result = pairs.build_pairs(
         pairs.PairInputs(
-            problems, completions, [C] * len(problems), 1, assistant, rule, config(), seed=0, step=0
+            problems,
+            completions,
+            [C] * len(problems),
+            1,
+            assistant,
+            rule,
+            config(),
+            lambda answer: True,
+            seed=0,
+            step=0,
         )
     )
     made = [pair for pair in result.pairs if pair is not None]

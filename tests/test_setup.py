@@ -26,6 +26,20 @@ def test_a_reward_input_without_room_for_a_response_is_a_setup_error(build):
             pass
 
 
+def test_all_missing_files_are_reported_at_once(build, tmp_path):
+    """Data, policy, reward model and a local assistant: each error names its field, and nothing is loaded."""
+    wrong = {"data.train": "train.jsonl", "data.eval": "eval.jsonl", "policy.weights": "policy",
+             "reward.weights": "reward", "assistant.weights": "assistant"}  # fmt: skip
+    changes = {field: str(tmp_path / "absent" / name) for field, name in wrong.items()}
+    with pytest.raises(SetupError) as raised:
+        with build(**changes, **{"data.format": "auto", "assistant.kind": "local"}):
+            pass
+    messages = raised.value.messages
+    assert len(messages) == len(wrong)
+    for (field, name), message in zip(wrong.items(), messages, strict=True):
+        assert field in message and str(tmp_path / "absent" / name) in message, message
+
+
 def test_the_periodic_evaluation_samples_a_sorted_file(build, tmp_path):
     lines = [json.dumps({"question": f"how many {i} ?", "answer": str(i)}) for i in range(20)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:8]))

@@ -146,23 +146,28 @@ class RewardModel:
             prompts.check_references(self._tokenizer, references, self.max_tokens)
 
     def rewards(self, triples: Sequence[Triple]) -> np.ndarray:
-        """Compute the rewards f32[N] of triples, in (0, 1).
+        """Compute the rewards f32[N] of triples, in (0, 1).  Questions and completions are truncated as needed.
 
         Raises SetupError for scores that are not finite, and hosts.Stopped after SIGTERM.
         """
         with setup_errors("reward.max_tokens"):
             rows = [
                 prompts.encode_verifier_input(
-                    self._tokenizer, t.question, t.reference, t.completion, self.max_tokens
+                    self._tokenizer,
+                    t.question,
+                    t.reference,
+                    t.completion,
+                    self.max_tokens,
+                    # The references were checked with another text beside them; no completion may end the job.
+                    truncate_below_minimum=True,
                 )
                 for t in triples
             ]
 
         # The longest rows come first: a batch that does not fit in memory fails at once.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        launched: list[
-            tuple[list[int], jax.Array]
-        ] = []  # (indices, their logits; those of padding rows last)
+        # (indices of the rows, their logits; those of padding rows last)
+        launched: list[tuple[list[int], jax.Array]] = []
         for start in range(0, len(order), self._batch_rows):
             hosts.raise_if_stopping()
             indices = order[start : start + self._batch_rows]

@@ -416,7 +416,8 @@ def _parse_chat(content: bytes) -> Reply:
         return Failure("nonsense")
     if text is None:
         return Failure("empty")
-    if not isinstance(text, str) or not isinstance(tokens, int):
+    # bool is a subclass of int; a count beyond 2^31 is no number of tokens.
+    if not isinstance(text, str) or type(tokens) is not int or not 0 <= tokens < 2**31:
         return Failure("nonsense")
 
     # A server that truncates a reply inside an emoji may send half of a surrogate pair.

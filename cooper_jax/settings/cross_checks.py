@@ -21,11 +21,6 @@ def updates_reward_model(cfg: ConfigDict) -> bool:
     return cfg.reward.arm == "cooper" or (cfg.reward.arm == "model" and cfg.reward.warmup_updates > 0)
 
 
-def makes_pairs(cfg: ConfigDict) -> bool:
-    """True if the steps of a run make pairs."""
-    return cfg.reward.arm == "cooper" and weighs_pairs(cfg.reward)
-
-
 def asks_assistant(cfg: ConfigDict) -> bool:
     """True if an assistant writes negatives for a run's pairs."""
     return updates_reward_model(cfg) and weighs_pairs(cfg.reward) and "assistant" in cfg.pairs.negatives
@@ -56,9 +51,10 @@ def _check_training_sampling(cfg: ConfigDict, errors: ErrorCollector) -> None:
         "the loss compares probabilities over the whole vocabulary, so training samples from it too; set "
         "top_k=0, top_p=1.0 and min_p=0.0 (evaluation has its own)",
     )
-    # Greedy responses of one prompt are all equal, so that all advantages would be 0.
+    # Greedy responses of one prompt are all equal, so that all advantages would be 0.  RolloutConfig refuses
+    # temperatures below 0.
     errors.require(
-        rollout.temperature > 0,
+        rollout.temperature != 0,
         f"rollout.temperature={rollout.temperature}: training samples, so it must be above 0",
     )
 

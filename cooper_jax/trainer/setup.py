@@ -22,7 +22,7 @@ from cooper_jax.data import problems as problem_sets
 from cooper_jax.data.data_config import DataConfig
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
-from cooper_jax.model.loading import Directory, load_model
+from cooper_jax.model.loading import Directory, describe_model, load_model
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
@@ -40,7 +40,7 @@ from cooper_jax.types import Problem, TrainState
 def load_problems(settings: RunSettings) -> tuple[list[Problem], list[Problem]]:
     """Load the training problems and all problems held out for evaluation (possibly none).
 
-    Raises SetupError for files that cannot be read.
+    Raises SetupError with every file that cannot be read.
     """
     data = settings.data
 
@@ -62,17 +62,49 @@ def load_problems(settings: RunSettings) -> tuple[list[Problem], list[Problem]]:
             split=split,
         )
 
-    with setup_errors(f"data.train={data.train}"):
+    errors = ErrorCollector()
+    train: list[Problem] = []
+    held_out: list[Problem] = []
+    with errors.collect(f"data.train={data.train}"):
         train = load(data.train, data.format, data.split)
+    if data.eval:
+        with errors.collect(f"data.eval={data.eval}"):
+            held_out = load(data.eval, data.eval_format, data.eval_split)
+    errors.raise_if_any()
 
     # Without an evaluation file, problems of the training file are held out, unless the run never evaluates.
-    if not data.eval and not settings.eval.every:
-        return train, []
-    if not data.eval:
+    if not data.eval and settings.eval.every:
         return split_off_held_out(train, data.eval_from_train)
-    with setup_errors(f"data.eval={data.eval}"):
-        held_out = load(data.eval, data.eval_format, data.eval_split)
     return train, held_out
+
+
+def load_inputs(
+    settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir: Directory
+) -> tuple[list[Problem], list[Problem]]:
+    """Load the problems as `load_problems` does, and check the models' directories before weights are read.
+
+    Raises SetupError with every file that cannot be read and every model without a tokenizer or a shape, so
+    that one start of a run shows them all.
+    """
+    errors = ErrorCollector()
+    problems: tuple[list[Problem], list[Problem]] = ([], [])
+    with errors.collect("data"):
+        problems = load_problems(settings)
+
+    sources = {"policy": settings.policy_model}
+    if settings.reward.has_model:
+        sources["reward"] = settings.reward_model
+    if settings.assistant is not None and settings.assistant.kind == "local":
+        sources["assistant"] = settings.assistant_model
+    for name, source in sources.items():
+        with errors.collect(name):
+            model = describe_model(source, name, run_dir, layouts[name])
+            if name == "reward":
+                prompts.check_response_room(
+                    model.tokenizer, settings.rollout.max_new_tokens, settings.reward.max_tokens
+                )
+    errors.raise_if_any()
+    return problems
 
 
 def split_off_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
@@ -168,7 +200,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     """
     settings = read_settings(cfg)
     layouts = lay_out_models(settings.mesh)
-    train, all_held_out = load_problems(settings)
+    train, all_held_out = load_inputs(settings, layouts, run_dir)
     if said := reference_checks.describe_references("data.train", train):
         hosts.print_once(said)
     unseen = contamination.exclude_contaminated(cfg, run_dir, train, all_held_out)
@@ -228,15 +260,12 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
 
 
 def _check_reward_inputs(settings: RunSettings, tokenizer: Tokenizer, problems: Sequence[Problem]) -> None:
-    """Raise SetupError if a reference, or a response of full length, does not fit `reward.max_tokens`.
+    """Raise SetupError if a reference does not fit `reward.max_tokens`.
 
     Without this check a reference that is too long would end the run at the step that scores it.
     """
-    max_tokens = settings.reward.max_tokens
     with setup_errors("data.train, data.eval"):
-        prompts.check_references(tokenizer, (p.reference for p in problems), max_tokens)
-    with setup_errors("reward"):
-        prompts.check_response_room(tokenizer, settings.rollout.max_new_tokens, max_tokens)
+        prompts.check_references(tokenizer, (p.reference for p in problems), settings.reward.max_tokens)
 
 
 def _drop_long(

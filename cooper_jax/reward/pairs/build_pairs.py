@@ -91,6 +91,9 @@ class PairInputs:
     rule: RuleVerifier | SharedRule
     cfg: PairsConfig
 
+    # Read for the source own_answer only: True for an answer that is short enough to be a reference.
+    reference_fits: Callable[[str], bool]
+
     # All random draws are keyed by (seed, step, the prompt's position in the data order).
     seed: int
     step: int
@@ -101,9 +104,6 @@ class PairInputs:
 
     # Read for the source own_answer only.
     scores: np.ndarray | None = None  # f32[N]: the reward model's rewards; high rewards are used first
-    reference_fits: Callable[[str], bool] | None = (
-        None  # True for an answer that is short enough; None: all are
-    )
 
     # A control experiment: mark each pair as exchanged with probability 1/2.  The update swaps the members of
     # an exchanged pair.

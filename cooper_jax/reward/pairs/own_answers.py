@@ -20,21 +20,20 @@ from cooper_jax.types import Verdict
 def fill_with_own_answers(
     slots: Sequence[PairSlot],
     rule: RuleVerifier | SharedRule,
-    reference_fits: Callable[[str], bool] | None,
+    reference_fits: Callable[[str], bool],
 ) -> None:
     """Fill the slots whose text is CORRECT when its own answer is the reference.
 
     Args:
       slots: open slots; the rule found their texts WRONG against the problem's reference.
-      reference_fits: returns True for an answer that is short enough to be a reference; None accepts any
-        answer.
+      reference_fits: returns True for an answer that is short enough to be a reference.
     """
     # References are never truncated, and this one is written by the policy: it may have hundreds of digits.
     candidates: list[tuple[PairSlot, str]] = []
     for slot in slots:
         answer = find_marked_answer(slot.positive)
         # `rank_rows` only takes texts that mark an answer, so it is never empty here.
-        if reference_fits is None or reference_fits(answer):
+        if reference_fits(answer):
             candidates.append((slot, answer))
         else:
             slot.refusal = "too_long"
