@@ -359,15 +359,19 @@ def test_a_swapped_reference_must_make_the_positive_wrong(rule):
     verdicts = [C, U, U, U]
     for step in range(6):
         made = pairs.build_pairs(
-            pairs.PairInputs(problems, rows, verdicts, 1, None, rule, cfg, seed=0, step=step)
+            pairs.PairInputs(
+                problems, rows, verdicts, 1, None, rule, cfg, lambda answer: True, seed=0, step=step
+            )
         )
         assert made.pairs[0].negative_reference == "31"
     made = pairs.build_pairs(
-        pairs.PairInputs(problems[:3], rows[:3], verdicts[:3], 1, None, rule, cfg, seed=0, step=0)
+        pairs.PairInputs(
+            problems[:3], rows[:3], verdicts[:3], 1, None, rule, cfg, lambda answer: True, seed=0, step=0
+        )
     )
     assert made.pairs[0] is None and made.refused == {"not_wrong": 1, "no_positive": 2}
     made = pairs.build_pairs(
-        pairs.PairInputs(problems[:1], rows[:1], [C], 1, None, rule, cfg, seed=0, step=0)
+        pairs.PairInputs(problems[:1], rows[:1], [C], 1, None, rule, cfg, lambda answer: True, seed=0, step=0)
     )
     assert made.refused == {"no_other": 1}
 
@@ -375,7 +379,9 @@ def test_a_swapped_reference_must_make_the_positive_wrong(rule):
 def test_a_reference_that_the_rule_cannot_read_makes_no_negative(rule):
     problems = [Problem("q", r) for r in ("20", "many", "a few")]
     rows, cfg = [Completion("it is \\boxed{20}")] * 3, config(negatives=("swap",))
-    made = pairs.build_pairs(pairs.PairInputs(problems, rows, [C, U, U], 1, None, rule, cfg, seed=0, step=0))
+    made = pairs.build_pairs(
+        pairs.PairInputs(problems, rows, [C, U, U], 1, None, rule, cfg, lambda answer: True, seed=0, step=0)
+    )
     assert made.pairs == [None] * 3 and made.refused == {"unrecognised": 1, "no_positive": 2}
 
 
@@ -384,7 +390,19 @@ def test_an_own_answer_that_the_rule_cannot_read_makes_no_positive(rule):
     one, cfg, scores = [Problem("q", "20")], config(negatives=("own_answer",)), np.ones(1, np.float32)
     for text, refused in (("clearly #### ?", {"unrecognised": 1}), ("so #### 7", {})):
         made = pairs.build_pairs(
-            pairs.PairInputs(one, [Completion(text)], [W], 1, None, rule, cfg, seed=0, step=0, scores=scores)
+            pairs.PairInputs(
+                one,
+                [Completion(text)],
+                [W],
+                1,
+                None,
+                rule,
+                cfg,
+                lambda answer: True,
+                seed=0,
+                step=0,
+                scores=scores,
+            )
         )
         assert made.refused == refused and (made.pairs[0] is None) == bool(refused)
 
@@ -417,7 +435,9 @@ def test_a_wrong_response_is_right_beside_its_own_answer(rule):
     scores = np.array([0.2, 0.9, 0.6, 0.99, 0.95, 0.97], np.float32)
     one = Problem("q", "20")
     made = pairs.build_pairs(
-        pairs.PairInputs([one], rows, verdicts, 6, Unasked(), rule, cfg, seed=0, step=0, scores=scores)
+        pairs.PairInputs(
+            [one], rows, verdicts, 6, Unasked(), rule, cfg, lambda answer: True, seed=0, step=0, scores=scores
+        )
     )
     first, second = made.pairs
     assert (first.positive, first.positive_reference, first.row) == ("clearly #### 30", "30", 2)
@@ -427,11 +447,25 @@ def test_a_wrong_response_is_right_beside_its_own_answer(rule):
         both = [(pair.positive_reference, pair.positive), (pair.problem.reference, pair.negative)]
         assert rule.check(both) == [C, W]
     made = pairs.build_pairs(
-        pairs.PairInputs([one], rows[3:5], [C, U], 2, None, rule, cfg, seed=0, step=0, scores=scores[3:5])
+        pairs.PairInputs(
+            [one],
+            rows[3:5],
+            [C, U],
+            2,
+            None,
+            rule,
+            cfg,
+            lambda answer: True,
+            seed=0,
+            step=0,
+            scores=scores[3:5],
+        )
     )
     assert made.pairs == [None, None] and made.refused == {"no_wrong": 2}
     with pytest.raises(ValueError, match="own_answer, which needs the reward model's scores"):
-        pairs.build_pairs(pairs.PairInputs([one], rows, verdicts, 6, None, rule, cfg, seed=0, step=0))
+        pairs.build_pairs(
+            pairs.PairInputs([one], rows, verdicts, 6, None, rule, cfg, lambda answer: True, seed=0, step=0)
+        )
 
 
 def test_slots_take_their_negatives_in_turn(rule):
