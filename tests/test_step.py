@@ -63,7 +63,7 @@ def test_each_response_is_submitted_once_as_its_group_ends(build, own_devices):
     # A reward model on devices of its own scores while others are sampled: four responses, then the other two.
     meshes = {"mesh.data": 1, "mesh.reward": "1x1x1"} if own_devices else {}
     with build(2 if own_devices else 1, **meshes) as (components, state):
-        assert grading.scores_during_rollout(components) == own_devices
+        assert grading.can_score_during_rollout(components) == own_devices
         components = dataclasses.replace(components, rule=Counting())
         problems = policy_stages.take_problems(components, first=0)
         texts = [[Completion(f"{b} and {g} #### {b}") for g in range(G)] for b in range(B)]
@@ -156,7 +156,7 @@ def test_a_step_rewards_with_the_reward_model_from_before_its_update(build, monk
             return reward.update(*arguments)
 
         components = dataclasses.replace(
-            components, reward=dataclasses.replace(reward, score=score, update=update)
+            components, reward=dataclasses.replace(reward, compute_logits=score, update=update)
         )
         state = state.replace(reference=state.policy.params)
         _, metrics, record = cooper_step(components, state, PhaseTimer())
