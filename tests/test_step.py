@@ -149,7 +149,7 @@ def test_a_step_rewards_with_the_reward_model_from_before_its_update(build, monk
         reward = components.reward
 
         def score(params, batch):
-            return reward.score(params, batch) * (-1 if updated else 1)
+            return reward.compute_logits(params, batch) * (-1 if updated else 1)
 
         def update(*arguments):
             updated.append(arguments)
