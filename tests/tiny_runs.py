@@ -70,7 +70,7 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 def run(run_dir: Path, devices: int = 1, **changes) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(run_dir, **changes), env=environment(devices), capture_output=True, text=True, timeout=400
+        command(run_dir, **changes), env=environment(devices), capture_output=True, text=True, timeout=900
     )
 
 
