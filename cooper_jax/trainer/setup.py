@@ -22,7 +22,7 @@ from cooper_jax.data import problems as problem_sets
 from cooper_jax.data.data_config import DataConfig
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
-from cooper_jax.model.loading import Directory, describe_model, load_model
+from cooper_jax.model.loading import Directory, check_length, describe_model, load_model
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
@@ -100,6 +100,7 @@ def load_inputs(
         with errors.collect(name):
             model = describe_model(source, name, run_dir, layouts[name])
             if name == "reward":
+                check_length(model.config, name, {"reward.max_tokens": settings.reward.max_tokens})
                 prompts.check_response_room(
                     model.tokenizer, settings.rollout.max_new_tokens, settings.reward.max_tokens
                 )
