@@ -174,7 +174,6 @@ def find_giveaway(
       question: the problem's question.
       special_tokens: texts of the control tokens of the tokenizers in use, besides the known forms.
     """
-
     detectors: dict[str, Callable[[str], Iterator[str]]] = {
         "special_token": lambda text: _find_special_tokens(text, special_tokens),
         "markup": _find_markup,
