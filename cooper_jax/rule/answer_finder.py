@@ -137,10 +137,14 @@ def read_last_line(text: str) -> LastLine:
         return LastLine(number_words if is_plain else "", (number_words,))
 
     spans = [match.span() for match in _FORMULA.finditer(sentence)]
-    inside = lambda position: any(start <= position < end for start, end in spans)  # noqa: E731
-    numbers = [match for match in _NUMBER.finditer(sentence) if not inside(match.start())]
+    numbers = [match for match in _NUMBER.finditer(sentence) if not _is_inside(match.start(), spans)]
     candidates = (*(sentence[slice(*span)] for span in spans), *(match.group() for match in numbers))
     return LastLine(_choose(sentence, spans, numbers), candidates)
+
+
+def _is_inside(position: int, spans: list[tuple[int, int]]) -> bool:
+    """True if a position lies in one of the spans."""
+    return any(start <= position < end for start, end in spans)
 
 
 def _choose(sentence: str, spans: list[tuple[int, int]], numbers: list[re.Match[str]]) -> str:
@@ -155,7 +159,7 @@ def _choose(sentence: str, spans: list[tuple[int, int]], numbers: list[re.Match[
         if len(found) == 1 and not words.changes_number(sentence[found[0].end() :]):
             return _read_with_unit(sentence, found[0])
         return ""
-    prose = "".join(c for i, c in enumerate(sentence) if not any(a <= i < b for a, b in spans))
+    prose = "".join(c for i, c in enumerate(sentence) if not _is_inside(i, spans))
     if len(spans) + len(numbers) != 1 or words.changes_number(prose):
         return ""
     if spans:
