@@ -104,7 +104,7 @@ def test_a_malformed_row_of_a_list_is_named(changes, complaint, tmp_path):
 @pytest.mark.parametrize(
     "content, complaint",
     [
-        (b'[{"question": "Q"}, 7]', "row 1: field 'label' is missing"),
+        (b'[{"question": "Q"}, 7]', "row 1: field 'reference_answer' is missing"),
         (b"[7]", "row 1: a int, not an object"),
         (b'[{"question": "Q"}', "not JSON .*one list of objects is expected"),
         (b"[" * 100_000, "not JSON .*one list of objects is expected"),
@@ -118,11 +118,11 @@ def test_a_malformed_list_is_named(content, complaint, tmp_path):
         load_labelled_file(str(tmp_path / "rows.json"))
 
 
-@pytest.mark.parametrize("kept, complaint", [(20, "damaged"), (-20, "damaged")])
-def test_a_damaged_gzip_file_with_a_list_is_named(kept, complaint, tmp_path):
+@pytest.mark.parametrize("kept", [20, -20])
+def test_a_damaged_gzip_file_with_a_list_is_named(kept, tmp_path):
     path = tmp_path / "rows.json.gz"
     path.write_bytes(gzip.compress(json.dumps([verifierbench_row()] * 9).encode())[:kept])
-    with pytest.raises(ValueError, match=f"rows.json.gz:.* the gzip file is {complaint}"):
+    with pytest.raises(ValueError, match="rows.json.gz:.* the gzip file is damaged"):
         load_labelled_file(str(path))
 
 
@@ -165,7 +165,7 @@ def test_verifybench_averages_over_rows_and_an_abstention_is_a_mistake():
         "Integer": 1,
     }
     table = published_benchmarks.format_figures(measured)
-    assert "VerifyBench as published, 4 rows: accuracy by answer_type and over all rows" in table
+    assert "VerifyBench by its authors' rules, 4 rows: accuracy by answer_type and over all rows" in table
     assert table.splitlines()[2].split("  ")[0] == "judge" and "66.67" in table and "F1 of all rows" in table
 
 
@@ -251,7 +251,9 @@ def test_verifybench_from_file_to_figures(tmp_path):
     assert judged["last_number"]["by"]["answer_type"]["Multi-choice"]["accuracy"]["value"] == 0.5
     assert judged["yes"]["f1"]["value"] == pytest.approx(2 / 3)
     assert results["all"]["judges"]["rule"]["accuracy"]["value"] == 1
-    assert "VerifyBench as published, 4 rows" in text and "label_class" not in text + json.dumps(rows)
+    assert "VerifyBench by its authors' rules, 4 rows" in text and "label_class" not in text + json.dumps(
+        rows
+    )
     assert rows[0]["model"] == "org/model-7b" and rows[0]["id"] == "q7/c2"
 
 
@@ -286,11 +288,11 @@ def test_verifierbench_from_file_to_figures(tmp_path):
     invalid = results["by"]["label_class"]["invalid"]
     assert invalid["rows"] == 2 and invalid["judges"]["last_number"]["accuracy"]["value"] == 0.5
     assert list(results["by"]["type"]) == ["Math", "Science"]
-    assert "VerifierBench as published, 5 rows" in text and "58.33" in text and "invalid" in text
+    assert "VerifierBench by its authors' rules, 5 rows" in text and "58.33" in text and "invalid" in text
 
 
 def test_shuffled_references_have_no_published_figures(tmp_path):
     rows = [verifybench_row(), verifybench_row(question="Three and three?", answer="6")]
     path = write_rows(tmp_path / "verify_bench.jsonl", *rows)
     results, _, text = compare(tmp_path, path, references="shuffled")
-    assert "published_figures" not in results and "as published" not in text
+    assert "published_figures" not in results and "authors' rules" not in text

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def read_file_rows(source: str) -> Iterator[LocatedRow]:
         yield from _read_json_rows(path, display_name)
 
 
-def _open_binary(path: Path) -> IO[bytes]:
+def _open_binary(path: Path) -> gzip.GzipFile | BinaryIO:
     """Open a file for reading, decompressed if its name ends in .gz."""
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 

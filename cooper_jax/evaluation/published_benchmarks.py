@@ -135,7 +135,7 @@ def format_figures(measured: Mapping[str, Any]) -> str:
 
     average = f"their mean over the {group}s" if protocol.average_of_groups else "over all rows"
     title = (
-        f"{measured['benchmark']} as published, {measured['rows']} rows: {_TITLES[protocol.figure]} by {group} "
-        f"and {average}; an abstention is a mistake"
+        f"{measured['benchmark']} by its authors' rules, {measured['rows']} rows: {_TITLES[protocol.figure]} "
+        f"by {group} and {average}; an abstention is a mistake"
     )
     return f"{title}\n\n{format_table(header, rows)}"
