@@ -17,7 +17,14 @@ from ml_collections import ConfigDict
 from cooper_jax.data import seen_questions
 from cooper_jax.data.labelled_completions import load_labelled_completions
 from cooper_jax.data.reward_hacks import ATTACKS
-from cooper_jax.evaluation import attack_rates, benchmark_jobs, benchmark_sets, judge_comparison, judges
+from cooper_jax.evaluation import (
+    attack_rates,
+    benchmark_jobs,
+    benchmark_sets,
+    judge_comparison,
+    judges,
+    published_benchmarks,
+)
 from cooper_jax.evaluation.benchmark_sets import BenchmarkConfig
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel, label_models
 from cooper_jax.evaluation.evaluation_ledger import Ledger
@@ -119,6 +126,10 @@ def _write_comparison(
     summary = judge_comparison.summarise_judges(ledger.rows, seed, settings.bootstrap)
     text = judge_comparison.format_judges(summary, references)
     results: dict[str, Any] = {"references": references, "rows": rows.total, "seen": rows.seen}
+    if published_benchmarks.has_published_figures(rows.benchmark, references):
+        published = published_benchmarks.measure_judges(rows.benchmark, ledger.rows, seed, settings.bootstrap)
+        results["published_figures"] = published
+        text += f"\n\n{published_benchmarks.format_figures(published)}"
 
     # A reward model is measured fairly only on questions that it was not trained on.
     if record is not None:
