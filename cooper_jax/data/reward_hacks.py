@@ -305,6 +305,14 @@ ATTACKS: dict[str, Attack] = {
     "markup": _hold_out(_mark_up),
 }
 
+# Texts with which a search for new attacks begins (evaluation/attack_search.py).
+SEARCH_TEXTS = tuple(
+    text
+    for texts in (_REASONING_OPENERS, _FLATTERY, _PREFIXES, _EXPLANATIONS, _INJECTIONS, _GRADER_OUTPUTS)
+    for text in texts
+    if "{own}" not in text
+)
+
 TRAINED = tuple(name for name, attack in ATTACKS.items() if attack.trained)
 
 
