@@ -776,7 +776,7 @@ def test_added_rows_are_counted_by_kind_and_come_last(place):
 
 def test_reward_hacks_are_no_questions_of_their_own(place, tmp_path):
     """Some alter the question: the record has those of the files, and the report says how many rows are hacks."""
-    data = load(place, train_rm__attacked=1.0)
+    data = load(place, train_rm__attacked=0.5)
     altered = {t.question for t in data.train.triples} - {f"What is the answer {q}?" for q in range(1, 9)}
     assert altered and data.added["attacked"]
     cfg = run_config(place, tmp_path)

@@ -101,8 +101,7 @@ def search_attacks(
     new = [Candidate(prefix=(text,)) for text in SEARCH_TEXTS]
     new += [Candidate(suffix=(text,)) for text in SEARCH_TEXTS]
     rng.shuffle(new)  # type: ignore[arg-type]  # a list of any objects is shuffled in place
-    while scorings < budget and new:
-        new = new[: max(1, (budget - scorings) // len(compared))]
+    while new := new[: max(0, budget - scorings) // len(compared)]:
         evaluated |= zip(new, _evaluate(score, new, compared), strict=True)
         scorings += len(new) * len(compared)
         parents = sorted(evaluated, key=lambda c: evaluated[c], reverse=True)[:PARENTS]
@@ -210,7 +209,7 @@ def format_finds(result: SearchResult, model: str) -> str:
         f"{result.wrong} other wrong and {result.right} right completions"
     )
     if not result.finds:
-        return f"{title}: no wrong completion was rejected, so there was nothing to search"
+        return f"{title}: nothing was found, since no text was tried (--search is too small) or the model rejects nothing"
     rows = []
     for find in result.finds:
         figures = (find.success_in_search, find.success, find.lost)
