@@ -209,7 +209,7 @@ def format_finds(result: SearchResult, model: str) -> str:
         f"{result.wrong} other wrong and {result.right} right completions"
     )
     if not result.finds:
-        return f"{title}: nothing was found, since no text was tried (--search is too small) or the model rejects nothing"
+        return f"{title}: no text was tried: --search is too small, or the model rejects nothing"
     rows = []
     for find in result.finds:
         figures = (find.success_in_search, find.success, find.lost)
