@@ -56,7 +56,7 @@ def main() -> None:
         "--longest", type=int, default=0, help="most characters of a positive; 0: any number"
     )
     command.add_argument("--positives", type=int, default=500, help="number of completions to rewrite")
-    command.add_argument("--minutes", type=float, default=math.inf, help="start no batch after this time")
+    command.add_argument("--minutes", type=float, default=math.inf, help="start no batch after this CPU time")
 
     # All other flags, such as --config.assistant.kind=local, are the config's, which `common` checks.
     flags, config_flags = parser.parse_known_args()
@@ -197,6 +197,8 @@ def print_rewrites(flags: argparse.Namespace, config_flags: list[str], triples: 
     common.parse_flags(["measure_giveaways.py", f"--config={flags.config}", *config_flags])
     with common.run_job():
         cfg = common.read_config()
+        # The completions bring their own problems, so the config's file of problems is not read.
+        cfg.data.train, cfg.data.format = str(flags.files[0]), "jsonl"
         settings = setup.read_settings(cfg)
         if settings.assistant is None:
             common.exit_with_error(
@@ -217,11 +219,12 @@ def print_rewrites(flags: argparse.Namespace, config_flags: list[str], triples: 
         )
         slots: list[PairSlot] = []
         attempts: list[Attempt] = []
-        start, size = time.monotonic(), settings.data.prompts_per_step
+        size = settings.data.prompts_per_step
         with RuleVerifier(settings.rule) as rule:
             rule.check_ready()
             for first in range(0, len(positives), size):
-                if time.monotonic() - start > 60 * flags.minutes:
+                # The CPU time of all threads; unlike the time of day it does not count other processes.
+                if time.process_time() > 60 * flags.minutes:
                     break
                 batch = positives[first : first + size]
                 filled, tried = rewrite_positives(
@@ -230,11 +233,8 @@ def print_rewrites(flags: argparse.Namespace, config_flags: list[str], triples: 
                 slots += filled
                 attempts += tried
                 accepted = sum(slot.negative is not None for slot in slots)
-                minutes = (time.monotonic() - start) / 60
-                print(
-                    f"{minutes:6.1f} min: {len(slots)} positives, {len(attempts)} requests, {accepted} accepted",
-                    flush=True,
-                )
+                done = f"{len(slots)} positives, {len(attempts)} requests, {accepted} accepted"
+                print(f"{time.process_time() / 60:6.1f} CPU minutes: {done}", flush=True)
         assistant.close()
 
     print(f"assistant.kind={cfg.assistant.kind}, assistant.prompt={cfg.assistant.prompt}")
@@ -262,8 +262,9 @@ def print_probe(slots: Sequence[PairSlot]) -> None:
     pairs = [slot.to_pair() for slot in slots]
     recent = RecentRewrites().append(pairs, len(pairs))
     metrics = giveaway_probe.measure_giveaways(recent)
-    print(", ".join(f"{name}={value:.3g}" for name, value in metrics.items()))
-    if math.isnan(metrics["pairs/giveaway_auroc"]):
+    auroc = metrics["pairs/giveaway_auroc"]
+    print(f"pairs/giveaway_auroc={auroc:.3f}, pairs/giveaway_pairs={len(recent.rewrites)}")
+    if math.isnan(auroc):
         print(f"no AUROC: the probe needs {giveaway_probe.MIN_MEASURED} pairs or more")
 
     # The CPU time of all threads together is about the time on one core.

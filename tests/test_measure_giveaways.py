@@ -11,7 +11,7 @@ from cooper_jax.reward.assistants import CorruptingAssistant
 from cooper_jax.reward.pairs import build_pairs
 from cooper_jax.reward.pairs.build_pairs import PairInputs, PairsConfig
 from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
-from cooper_jax.types import Completion, Problem, Triple, Verdict
+from cooper_jax.types import Completion, Problem, Triple
 
 CFG = PairsConfig.from_config(base.get_config().pairs)
 SOLUTION = "Each box holds 6 pens, so 3 boxes hold 3 * 6 = 18 pens.\nA: 18"
@@ -94,7 +94,7 @@ def test_each_attempt_has_the_reason_of_the_trainers_check(rule, capsys):
 
 def test_the_outcomes_are_those_of_a_training_step(rule):
     """With one try, the masked pairs of `build_pairs` have the same reasons."""
-    texts = [SOLUTION, "It is 18.", "A: 17", "Eighteen pens: 18"]
+    texts = [SOLUTION, "The answer is \\boxed{18}.", "A: 17", "A: eighteen\nA: 18"]
     one_try = PairsConfig(per_prompt=1, negatives=("assistant",), tries=1, length_ratio=2.0)
     slots, _ = measure_giveaways.rewrite_positives(
         [triple(text) for text in texts], CorruptingAssistant(), rule, one_try, (), 0, 7
@@ -103,7 +103,7 @@ def test_the_outcomes_are_those_of_a_training_step(rule):
         PairInputs(
             [Problem("How many pens?", "18")] * len(texts),
             [Completion(text) for text in texts],
-            [Verdict.CORRECT, Verdict.CORRECT, Verdict.WRONG, Verdict.CORRECT],
+            rule.check([("18", text) for text in texts]),
             1,
             CorruptingAssistant(),
             rule,
@@ -113,5 +113,6 @@ def test_the_outcomes_are_those_of_a_training_step(rule):
             step=7,
         )
     )
-    assert [slot.to_pair() for slot in slots] == result.pairs and any(result.pairs)
+    assert [slot.to_pair() for slot in slots] == result.pairs
+    assert result.pairs[0] is not None and result.refused["no_positive"] == 1
     assert result.refused == collections.Counter(slot.refusal for slot in slots if slot.negative is None)
