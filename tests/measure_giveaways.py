@@ -171,7 +171,8 @@ def rewrite_positives(
             slot.row, slot.refusal = None, "no_positive"
 
     # One try per call, because a slot keeps only the reason of its last refusal.
-    recorder, attempts = RecordingAssistant(assistant), []
+    recorder = RecordingAssistant(assistant)
+    attempts: list[Attempt] = []
     for attempt in range(cfg.tries):
         open_slots = [slot for slot in slots if slot.row is not None and slot.negative is None]
         if not open_slots:
