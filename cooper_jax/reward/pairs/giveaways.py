@@ -168,6 +168,18 @@ def find_giveaway(
 ) -> str:
     """The kind of a giveaway that a rewrite contains and its positive does not; "" if there is none.
 
+    Arguments as in `find_giveaway_phrases`.
+    """
+    return find_giveaway_phrases(negative, positive, question, special_tokens)[0]
+
+
+def find_giveaway_phrases(
+    negative: str, positive: str, question: str = "", special_tokens: Collection[str] = ()
+) -> tuple[str, set[str]]:
+    """The first kind of giveaway that a rewrite contains and its positive does not, and its phrases.
+
+    The phrases are in lower case with 0 for every digit.  Without a giveaway the result is ("", set()).
+
     Args:
       negative: the rewrite.
       positive: the solution that was rewritten.
@@ -182,10 +194,13 @@ def find_giveaway(
         "admission": _find_admissions,
     }
     for kind, find in detectors.items():
+        # The positive and the question are searched only if there is something to look for.
         found = _normalise(find(negative))
-        if found and found - _normalise(find(positive)) - _normalise(find(question)):
-            return kind
-    return ""
+        if found:
+            found -= _normalise(find(positive)) | _normalise(find(question))
+        if found:
+            return kind, found
+    return "", set()
 
 
 def _normalise(phrases: Iterable[str]) -> set[str]:
