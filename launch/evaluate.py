@@ -48,7 +48,7 @@ ATTACKS = flags.DEFINE_string("attacks", "", "Labelled completions, of which the
 
 # --- options of --labelled ---
 JUDGE = flags.DEFINE_multi_enum(
-    "judge", [], ["model", "rule", "llm", "last_number", "yes", "prior"],
+    "judge", [], ["model", "rule", "rule_then_model", "llm", "last_number", "yes", "prior"],
     "Who judges --labelled; the first is compared with the others.  None: model, rule, last_number and yes.",
 )  # fmt: skip
 PRIOR_FROM = flags.DEFINE_string("prior_from", "", "Labelled completions from which --judge=prior learns.")

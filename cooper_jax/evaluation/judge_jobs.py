@@ -52,7 +52,8 @@ def compare_judges(
     """
     # 1. The rows.
     settings = benchmark_jobs.read_benchmark_config(cfg)
-    record = benchmark_jobs.read_seen_questions(chosen) if "model" in names else None
+    needed = judges.list_needed(names)
+    record = benchmark_jobs.read_seen_questions(chosen) if "model" in needed else None
     with setup_errors(f"--labelled={path}"):
         rows = judge_comparison.LabelledRows.load(
             path,
@@ -78,7 +79,7 @@ def compare_judges(
         with setup_errors(f"--prior_from={prior_from}"):
             prior_triples = load_labelled_completions(prior_from)
         outcome_settings["prior_from"] = f"{len(prior_triples)} rows, {_digest(prior_triples)}"
-    if "model" in names:
+    if "model" in needed:
         outcome_settings |= benchmark_jobs.list_reward_settings(cfg, chosen)
     if "llm" in names:
         outcome_settings |= list_judge_settings(cfg.judge)
@@ -155,19 +156,27 @@ def _open_judges(
     if "prior" in names:
         opened["prior"] = judges.make_prior_judge(prior_triples)
 
-    # The rule verifier runs in processes of its own.
-    if "rule" in names:
+    # The rule verifier runs in processes of its own.  Combined judges share its opinions and the reward model's.
+    needed = judges.list_needed(names)
+    if "rule" in needed:
         rule = stack.enter_context(benchmark_jobs.open_rule_verifier(cfg))
-        opened["rule"] = lambda triples, first: judges.make_verdict_opinions(
-            rule.check([(t.reference, t.completion) for t in triples])
+        opened["rule"] = judges.remember_last_opinions(
+            lambda triples, first: judges.make_verdict_opinions(
+                rule.check([(t.reference, t.completion) for t in triples])
+            )
         )
 
     # Both the reward model and a local language model need devices; the other judges do not.
-    layouts = device_layouts.make_layouts(cfg) if {"model", "llm"} & set(names) else {}
-    if "model" in names:
-        reward = RewardModel(cfg, layouts["reward"], *chosen.load("reward", layouts["reward"]))
+    layouts = device_layouts.make_layouts(cfg) if {"model", "llm"} & needed else {}
+    if "model" in needed:
+        loaded = chosen.load("reward", layouts["reward"])
+        reward = RewardModel(cfg, layouts["reward"], *loaded, chosen.read_calibration())
         reward.check([t.reference for t in triples])  # before hours of work, not in the middle of it
-        opened["model"] = lambda triples, first: judges.make_reward_opinions(reward.rewards(triples))
+        opened["model"] = judges.remember_last_opinions(
+            lambda triples, first: judges.make_reward_opinions(reward.rewards(triples))
+        )
+    if "rule_then_model" in names:
+        opened["rule_then_model"] = judges.make_rule_then_model_judge(opened["rule"], opened["model"])
     if "llm" in names:
         chat = local_chat.open_chat(cfg, "judge", layouts["assistant"], chosen.folder)
         stack.callback(chat.close)
@@ -260,7 +269,7 @@ def measure_attacks(
 def _open_scorer(chosen: ChosenModels, wrong: Sequence[Triple], seed: int) -> attack_rates.Score:
     """Load a reward model that has room for all references of the attacks on `wrong`."""
     layout = device_layouts.make_layouts(chosen.cfg)["reward"]
-    reward = RewardModel(chosen.cfg, layout, *chosen.load("reward", layout))
+    reward = RewardModel(chosen.cfg, layout, *chosen.load("reward", layout), chosen.read_calibration())
     reward.check(attack_rates.list_attack_references(wrong, seed))
     return reward.rewards
 

@@ -276,8 +276,8 @@ def read_calibration(directory: str | os.PathLike) -> Calibration:
     path = seen_questions.find_weights_file(os.fspath(directory), CALIBRATION)
     if path is None:
         raise FileNotFoundError(
-            f"{os.fspath(directory).rstrip('/')}/{CALIBRATION} is not there: give weights that "
-            "launch/train_rm.py wrote (RUN/best; its table says if no calibration could be fitted), or set "
-            "--config.reward.calibrated=False"
+            f"{os.fspath(directory).rstrip('/')}/{CALIBRATION} is not there: launch/train_rm.py writes it into "
+            "RUN/best (its table says if there was no fit), and runs with --config.reward.calibrated=True into "
+            "their directory; give such weights or such a run, or set --config.reward.calibrated=False"
         )
     return decode_calibration(path.read_bytes(), str(path))
