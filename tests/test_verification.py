@@ -13,7 +13,14 @@ from test_evaluation import config, read_rows, write_rows
 from cooper_jax import statistics
 from cooper_jax.data import labelled_completions, prompts, seen_questions
 from cooper_jax.data import reward_hacks as hacks
-from cooper_jax.evaluation import attack_rates, benchmark_jobs, judge_comparison, judge_jobs, judges
+from cooper_jax.evaluation import (
+    attack_rates,
+    benchmark_jobs,
+    blended_judge,
+    judge_comparison,
+    judge_jobs,
+    judges,
+)
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel, label_models
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, Ledger
 from cooper_jax.evaluation.resampling import FIGURES, Resamples, compute_interval
@@ -212,6 +219,82 @@ def test_a_combined_judge_beside_its_parts(tmp_path):
     assert "rule decided" in text and "rule_then_model - model" in text
     alone = [{**row, "judges": {"model": row["judges"]["model"]}} for row in ledger.rows]
     assert "rule_decided" not in judge_comparison.group_rows(alone)
+
+
+def _judged(question, label, verdict, reward, completion="It is 1."):
+    opinions = judges.make_verdict_opinions([verdict]) + judges.make_reward_opinions([reward])
+    return {
+        "question": question, "reference": "1", "completion": completion, "label": label, "source": "s",
+        "kind": "", "model": "",
+        "judges": {
+            name: judge_comparison._format_opinion(o) for name, o in zip(("rule", "model"), opinions, strict=True)
+        },
+    }  # fmt: skip
+
+
+def test_the_features_of_a_blend_by_hand():
+    rows = [
+        _judged("a", 1, Verdict.CORRECT, 0.75), _judged("a", 0, Verdict.NO_ANSWER, 0.0, "2"),
+        _judged("b", 1, Verdict.TIMEOUT, 0.5, ""),
+    ]  # fmt: skip
+    np.testing.assert_allclose(
+        blended_judge.compute_features(rows),
+        [
+            [1, np.log(3), 1, 0, 1, np.log(9)],
+            [1, np.log(1e-6 / (1 - 1e-6)), 0, 1, 0, np.log(2)],
+            [1, 0, 0, 0, 0, 0],
+        ],
+    )
+
+
+def test_a_blend_learns_from_other_questions_alone(tmp_path):
+    """Rewards that mean the opposite, and a rule that is right where it decides."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(240):
+        label = int(rng.random() < 0.5)
+        verdict = [Verdict.WRONG, Verdict.CORRECT][label] if i % 3 else Verdict.UNRECOGNISED
+        rows.append(
+            _judged(f"Question {i // 4} ?", label, verdict, 0.2 if label else 0.6 + 0.3 * rng.random())
+        )
+    names = ["blend", "model"]
+    found = blended_judge.add_blend(rows, names)
+    assert [list(row["judges"]) for row in found] == [names] * 240 and "blend" not in rows[0]["judges"]
+
+    def accuracy(name, rows=found):
+        return np.mean([row["judges"][name]["yes"] == (row["label"] == 1) for row in rows])
+
+    assert accuracy("model") == 0 and accuracy("blend") > 0.95
+
+    # The labels of a question have no part in its own opinions.
+    for row in rows:
+        if row["question"] == "Question 7 ?":
+            row["label"] = 1 - row["label"]
+    again = blended_judge.add_blend(rows, names)
+    scores = [[row["judges"]["blend"]["score"] for row in x] for x in (found, again)]
+    assert scores[0][28:32] == scores[1][28:32] and scores[0] != scores[1]
+
+    # Fitted to other rows, of which those with a measured question are left out.
+    part = rows[:8]
+    known = rows[8:]
+    fitted = [row["judges"]["blend"]["score"] for row in blended_judge.add_blend(part, names, rows)]
+    assert fitted == blended_judge.predict_blend(known, part).tolist()
+    with pytest.raises(ValueError, match="all 8 rows have questions that are measured"):
+        blended_judge.add_blend(part, names, part)
+    with pytest.raises(ValueError, match="1 question"):
+        blended_judge.add_blend(part[:4], names)
+
+
+def test_a_blend_is_fitted_to_rows_of_the_same_reward_model(tmp_path):
+    file = write_rows(tmp_path / ITEMS, _judged("a", 1, Verdict.CORRECT, 0.75))
+    (tmp_path / "settings.json").write_text(json.dumps({"reward.weights": "x", "reward.max_tokens": 9}))
+    settings = {"reward.weights": "x", "reward.max_tokens": 9}
+    assert len(blended_judge.read_judged_rows(str(file), settings)) == 1
+    with pytest.raises(ValueError, match="judged with another reward model or setting: reward.max_tokens"):
+        blended_judge.read_judged_rows(str(file), settings | {"reward.max_tokens": 8})
+    write_rows(file, {"question": "a", "label": 1})
+    with pytest.raises(ValueError, match="no rows with opinions of the judges rule and model"):
+        blended_judge.read_judged_rows(str(file), settings)
 
 
 class _Chat:
@@ -500,7 +583,7 @@ def test_a_calibrated_reward_model_judges_and_is_attacked(tmp_path, monkeypatch)
     plain, calibrated = (
         ChosenModels(config(**changes, reward__calibrated=on), tmp_path) for on in (False, True)
     )
-    names = ["rule_then_model", "model"]
+    names = ["rule_then_model", "blend", "model"]
     with pytest.raises(SetupError, match=f"^reward.calibrated=True: {weights}/calibration.json is not there"):
         judge_jobs.compare_judges(calibrated.cfg, calibrated, str(path), tmp_path / "x", names=names)
     calibration.write_calibration(weights, calibration.Calibration(0.5, 0.25, 9, 4, 0.1, 0.1, None))
@@ -515,13 +598,22 @@ def test_a_calibrated_reward_model_judges_and_is_attacked(tmp_path, monkeypatch)
     def judge(chosen, out):
         judge_jobs.compare_judges(chosen.cfg, chosen, str(path), out, names=names)
         found = read_rows(out / ITEMS)
-        assert list(found[0]["judges"]) == names
+        assert list(found[0]["judges"]) == ["rule_then_model", "model", "rule"]
+        judged = json.loads((out / RESULTS).read_text())["all"]["judges"]
+        assert list(judged) == names
         return np.array([row["judges"]["model"]["score"] for row in found])
 
     before, after = judge(plain, tmp_path / "plain"), judge(calibrated, tmp_path / "calibrated")
     logits = np.log(before / (1 - before))
     np.testing.assert_allclose(after, 1 / (1 + np.exp(-(logits - 0.25) / 0.5)), atol=1e-5)
     assert np.abs(after - before).max() > 1e-3
+    with pytest.raises(
+        SetupError, match="--blend_from=.*judged with another reward model or setting: reward.cal"
+    ):
+        judge_jobs.compare_judges(
+            calibrated.cfg, calibrated, str(path), tmp_path / "y", names=names,
+            blend_from=str(tmp_path / "plain" / ITEMS),
+        )  # fmt: skip
     judge_jobs.measure_attacks(calibrated.cfg, calibrated, str(path), tmp_path / "attacks")
     unattacked = [r["rewards"] for r in read_rows(tmp_path / "attacks" / ITEMS) if r["attack"] == "none"]
     wrong = [after[i] for i in (0, 1, 2, 4)]

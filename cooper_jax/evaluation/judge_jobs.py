@@ -17,10 +17,17 @@ from ml_collections import ConfigDict
 from cooper_jax.data import seen_questions
 from cooper_jax.data.labelled_completions import load_labelled_completions
 from cooper_jax.data.reward_hacks import ATTACKS
-from cooper_jax.evaluation import attack_rates, benchmark_jobs, benchmark_sets, judge_comparison, judges
+from cooper_jax.evaluation import (
+    attack_rates,
+    benchmark_jobs,
+    benchmark_sets,
+    blended_judge,
+    judge_comparison,
+    judges,
+)
 from cooper_jax.evaluation.benchmark_sets import BenchmarkConfig
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel, label_models
-from cooper_jax.evaluation.evaluation_ledger import Ledger
+from cooper_jax.evaluation.evaluation_ledger import Ledger, Row
 from cooper_jax.llm import local_chat
 from cooper_jax.runtime import device_layouts, hosts
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
@@ -36,6 +43,7 @@ def compare_judges(
     names: Sequence[str],
     references: str = "own",
     prior_from: str = "",
+    blend_from: str = "",
 ) -> None:
     """Compare judges on labelled completions.
 
@@ -47,6 +55,7 @@ def compare_judges(
       names: some of judges.NAMES; the first judge is compared with each of the others.
       references: one of judge_comparison.REFERENCES.
       prior_from: labelled completions for the judge `prior`.
+      blend_from: the items.jsonl of another comparison, for the judge `blend`; "": it is cross-fitted.
 
     Raises SetupError, and hosts.Stopped after SIGTERM.
     """
@@ -83,6 +92,14 @@ def compare_judges(
         outcome_settings |= benchmark_jobs.list_reward_settings(cfg, chosen)
     if "llm" in names:
         outcome_settings |= list_judge_settings(cfg.judge)
+    # The blend is computed from the ledger's opinions, so what it is fitted to does not decide them.
+    known: list[Row] = []
+    if blend_from:
+        with setup_errors(f"--blend_from={blend_from}"):
+            if "blend" not in names:
+                raise ValueError("it belongs to --judge=blend")
+            reward_settings = benchmark_jobs.list_reward_settings(cfg, chosen)
+            known = blended_judge.read_judged_rows(blend_from, reward_settings)
 
     # 3. Judge, a chunk at a time, and report.
     size = settings.chunk * judge_comparison.CHUNK
@@ -92,13 +109,18 @@ def compare_judges(
             ledger = stack.enter_context(Ledger(out, outcome_settings, [len(places) for places in work]))
         # Judges are loaded only if there is work for them.
         if ledger.done < len(work):
-            opened = _open_judges(cfg, chosen, names, rows.triples, prior_triples, stack)
+            asked = judges.list_asked(names)
+            opened = _open_judges(cfg, chosen, asked, rows.triples, prior_triples, stack)
             with benchmark_jobs.report_interruption(ledger, len(work)):
                 judge_comparison.judge_rows(rows, opened, ledger, size, hosts.print_once)
 
         # Only the first process has the rows.
         if hosts.is_primary():
-            _write_comparison(cfg.seed, settings, rows, references, ledger, outcome_settings, record)
+            judged = ledger.rows
+            if "blend" in names:
+                with setup_errors("--judge=blend"):
+                    judged = blended_judge.add_blend(judged, names, known)
+            _write_comparison(cfg.seed, settings, rows, references, ledger, judged, outcome_settings, record)
 
 
 def _write_comparison(
@@ -107,6 +129,7 @@ def _write_comparison(
     rows: judge_comparison.LabelledRows,
     references: str,
     ledger: Ledger,
+    judged: Sequence[Row],
     outcome_settings: dict[str, Any],
     record: seen_questions.Record | None,
 ) -> None:
@@ -115,9 +138,10 @@ def _write_comparison(
     Args:
       seed: of the bootstrap.
       references: one of judge_comparison.REFERENCES.
+      judged: the ledger's rows with the opinions of the judges that are compared.
       record: of the questions in the reward model's training data; None if it is not among the judges.
     """
-    summary = judge_comparison.summarise_judges(ledger.rows, seed, settings.bootstrap)
+    summary = judge_comparison.summarise_judges(judged, seed, settings.bootstrap)
     text = judge_comparison.format_judges(summary, references)
     results: dict[str, Any] = {"references": references, "rows": rows.total, "seen": rows.seen}
 
@@ -143,7 +167,7 @@ def _open_judges(
     """Load the judges; returns them by name, in the order of `names`.
 
     Args:
-      names: some of judges.NAMES.
+      names: some of judges.NAMES other than `blend`.
       triples: all triples that will be judged.
       prior_triples: labelled triples for the judge `prior`.
       stack: closes the processes and models of the judges.

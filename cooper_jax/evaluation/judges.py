@@ -3,6 +3,7 @@
     model            the reward model: yes above 0.5
     rule             the rule verifier: yes for CORRECT; it abstains if it cannot decide
     rule_then_model  the rule's verdict where it decides, the reward model's where it abstains
+    blend            a logistic model of rule, reward model and text; see blended_judge.py
     llm              the language model of the config's `judge` section; it abstains if its verdict is unreadable
     last_number      yes if the last numbers of completion and reference are equal
     yes              always yes
@@ -30,9 +31,9 @@ from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Triple, Verdict
 
 # Values of --judge.
-NAMES = ("model", "rule", "rule_then_model", "llm", "last_number", "yes", "prior")
+NAMES = ("model", "rule", "rule_then_model", "blend", "llm", "last_number", "yes", "prior")
 # The judges that a combined judge is made of.
-PARTS = {"rule_then_model": ("rule", "model")}
+PARTS = {"rule_then_model": ("rule", "model"), "blend": ("rule", "model")}
 THRESHOLD = 0.5  # a reward above it calls the completion correct
 
 
@@ -78,6 +79,14 @@ def list_needed(names: Iterable[str]) -> set[str]:
     for name in names:
         needed.update(PARTS.get(name, ()))
     return needed
+
+
+def list_asked(names: Sequence[str]) -> list[str]:
+    """List the judges whose opinions are stored: some of NAMES, and in the place of `blend` its parts."""
+    asked = [name for name in names if name != "blend"]
+    if "blend" in names:
+        asked += [name for name in PARTS["blend"] if name not in names]
+    return asked
 
 
 def remember_last_opinions(judge: Judge) -> Judge:
