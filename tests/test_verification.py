@@ -510,6 +510,7 @@ def test_judges_on_verifybench(tmp_path, monkeypatch):
     assert results["all"]["differences"]["rule - yes"]["accuracy"]["value"] == 0.25
     assert {by: list(values) for by, values in results["by"].items()} == {
         "kind": ["Expression/Algebra", "Numeric/Float", "Numeric/Integer"], "type": ["Expression", "Numeric"],
+        "rule_decided": ["no", "yes"],
     }  # fmt: skip
     assert results["by"]["kind"]["Numeric/Integer"]["judges"]["yes"]["accuracy"]["value"] == 0.5
     text = (out / "table.txt").read_text()
