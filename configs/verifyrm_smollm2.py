@@ -28,11 +28,13 @@ def get_config():
     c.reward.microbatch = 4
 
     c.train_rm.attacked = 0.15
+    c.train_rm.other_references = 0.1
+    c.train_rm.own_references = 0.1
     c.train_rm.batch = 16
     c.train_rm.epochs = 2
     c.train_rm.optimiser.lr = 1e-4
     c.train_rm.optimiser.warmup_steps = 30
-    c.train_rm.eval_every = 144  # half an epoch of 4,600 rows
+    c.train_rm.eval_every = 194  # half an epoch of 6,200 rows
 
     c.checkpoint.every = 48
     return c

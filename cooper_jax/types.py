@@ -89,6 +89,7 @@ class Triple:
     source: str = ""  # the data set
     model: str = ""  # the model that wrote the completion
     kind: str = ""  # the data set's type of answer, or a synthetic problem's subject
+    label_class: str = ""  # where the data set has more than two classes: correct, incorrect or invalid
 
 
 @dataclasses.dataclass(frozen=True)

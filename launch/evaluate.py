@@ -44,7 +44,7 @@ BENCHMARK = flags.DEFINE_multi_string(
 )
 REJUDGE = flags.DEFINE_string("rejudge", "", "An items.jsonl whose responses are judged again.")
 LABELLED = flags.DEFINE_string("labelled", "", "Labelled completions, on which judges are measured.")
-ATTACKS = flags.DEFINE_string("attacks", "", "Labelled completions, of which the wrong ones are attacked.")
+ATTACKS = flags.DEFINE_string("attacks", "", "Labelled completions, which are shown under known hacks.")
 
 # --- options of --labelled ---
 JUDGE = flags.DEFINE_multi_enum(
@@ -66,6 +66,9 @@ REFERENCES = flags.DEFINE_enum(
 COMPARE = flags.DEFINE_multi_string(
     "compare", [], "--attacks: another reward model's weights, or with --run_dir a step; repeatable."
 )
+SEARCH = flags.DEFINE_integer(
+    "search", 0, "--attacks: completions scored in a search for new attacks; 0: no search.", lower_bound=0
+)
 
 # --- options of all kinds ---
 OUT = flags.DEFINE_string("out", None, "The directory of the results.", required=True)
@@ -76,7 +79,7 @@ STEP = flags.DEFINE_integer("step", -1, "The checkpoint's step; -1 is the newest
 def main(argv: list[str]) -> None:
     """Run the evaluation that the flags name."""
     common.begin_job(argv)
-    from cooper_jax.evaluation import benchmark_jobs, judge_jobs
+    from cooper_jax.evaluation import attack_jobs, benchmark_jobs, judge_jobs
 
     with common.run_job():
         check_modes()
@@ -96,9 +99,10 @@ def main(argv: list[str]) -> None:
                 blend_from=BLEND_FROM.value,
             )  # fmt: skip
         else:
-            judge_jobs.measure_attacks(
-                chosen.cfg, chosen, ATTACKS.value, out, [parse_compared(chosen, x) for x in COMPARE.value]
-            )
+            attack_jobs.measure_attacks(
+                chosen.cfg, chosen, ATTACKS.value, out,
+                compare=[parse_compared(chosen, x) for x in COMPARE.value], search=SEARCH.value,
+            )  # fmt: skip
 
 
 def check_modes() -> None:
@@ -111,7 +115,8 @@ def check_modes() -> None:
         raise SetupError(
             f"{given} is asked for: give one of --benchmark, --rejudge, --labelled and --attacks"
         )
-    for flag, mode in ((JUDGE, LABELLED), (PRIOR_FROM, LABELLED), (BLEND_FROM, LABELLED), (COMPARE, ATTACKS)):
+    options = ((JUDGE, LABELLED), (PRIOR_FROM, LABELLED), (BLEND_FROM, LABELLED), (COMPARE, ATTACKS))
+    for flag, mode in (*options, (SEARCH, ATTACKS)):
         if flag.value and not mode.value:
             raise SetupError(f"--{flag.name} belongs to --{mode.name}")
     if REFERENCES.value != "own" and not LABELLED.value:

@@ -1,8 +1,11 @@
-"""Eight virtual CPU devices, strict ranks: set before jax is imported anywhere."""
+"""Eight virtual CPU devices, strict ranks, one compilation cache: set before jax is imported anywhere."""
 
+import atexit
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,6 +20,14 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]
 )
+# Many tests compile the same programs.  The workers of a test run and the processes that its tests start share
+# them; the process that made the folder deletes it at its end.
+if "COOPER_TEST_CACHE" not in os.environ:
+    os.environ["COOPER_TEST_CACHE"] = tempfile.mkdtemp(prefix="cooper_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["COOPER_TEST_CACHE"], ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["COOPER_TEST_CACHE"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -27,7 +27,7 @@ from cooper_jax.model import loading, transformer, weight_export, weights
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.reward import calibration, verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
-from cooper_jax.reward_training import batches, best_model, examples, rm_loop, rm_report, rm_setup
+from cooper_jax.reward_training import added_rows, batches, best_model, examples, rm_loop, rm_report, rm_setup
 from cooper_jax.reward_training.rm_config import TrainRmConfig
 from cooper_jax.runtime import device_layouts, hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
@@ -753,29 +753,84 @@ def test_rows_that_are_cut_are_counted(place, tmp_path):
         assert f"{cut} cut to {limit} tokens" in rm_setup.describe_rm_job(job)
 
 
-def test_some_wrong_completions_are_shown_under_attack_too(place):
-    """A share of the wrong rows once more, as wrong; the other rows stay as they are."""
-    plain, hacked = load(place), load(place, train_rm__attacked=0.5)
+def test_completions_of_both_classes_are_shown_under_attack_too(place):
+    """A share of the rows once more, half of them right; the other rows stay as they are."""
+    plain, hacked = load(place), load(place, train_rm__attacked=0.25)
     rows = len(plain.train)
-    wrong = int((plain.train.labels == 0).sum())
+    right = int(plain.train.labels.sum())
     assert hacked.train.triples[:rows] == plain.train.triples and hacked.held_out == plain.held_out
     added = hacked.train.triples[rows:]
-    assert len(added) == hacked.attacked == round(wrong / 2) and plain.attacked == 0
+    half = round(rows * 0.25 / 2)
+    assert dict(hacked.added) == {
+        "attacked": half + min(half, right), "other_references": 0, "own_references": 0
+    }  # fmt: skip
+    assert len(added) == hacked.added["attacked"] and not any(plain.added.values())
     originals = {t.id: t for t in plain.train.triples}
+    classes = []
     for t in added:
         id, name = t.id.rsplit(" under ", 1)
-        assert name in reward_hacks.WRONG and name != "reference" and t.label == originals[id].label == 0
+        attack = reward_hacks.ATTACKS[name]
+        assert attack.trained and t.label == (0 if attack.replaces else originals[id].label)
+        classes.append(originals[id].label)
+    assert classes.count(0) == half and classes.count(1) == min(half, right)
     assert len({t.id.rsplit(" under ", 1)[0] for t in added}) == len(added), "each row once at most"
     assert len({t.id.rsplit(" under ", 1)[1] for t in added}) > 1
-    assert load(place, train_rm__attacked=0.5).digest == hacked.digest != plain.digest
-    assert load(place, train_rm__attacked=0.5, seed=1).digest != hacked.digest
+    assert load(place, train_rm__attacked=0.25).digest == hacked.digest != plain.digest
+    assert load(place, train_rm__attacked=0.25, seed=1).digest != hacked.digest
+
+
+def rows_of_two_questions() -> list[Triple]:
+    """Each question has a right and two wrong completions; the wrong ones of the second mark no other answer."""
+    right = [Triple(f"q{q}", f"{q}", f"So \\boxed{{{q}}}.", 1.0, id=f"{q}", source="s") for q in (1, 2)]
+    wrong = [
+        Triple("q1", "1", "So \\boxed{7}.", 0.0, id="a", source="s"),
+        Triple("q1", "1", "So \\boxed{1.0}.", 0.0, id="b", source="s"),
+        Triple("q2", "2", "I do not know.", 0.0, id="c", source="s"),
+        Triple("q2", "2", f"So \\boxed{{{'9' * 300}}}.", 0.0, id="d", source="s"),
+    ]
+    return right + wrong
+
+
+def test_right_completions_beside_another_reference_are_wrong():
+    """The reference is a wrong answer to the same question where there is one, else that of another question."""
+    copies = added_rows.make_copies_with_other_references(rows_of_two_questions(), 1.0, seed=0)
+    assert [(t.question, t.reference, t.label) for t in copies] == [("q1", "7", 0.0), ("q2", "1", 0.0)]
+    assert [t.completion for t in copies] == ["So \\boxed{1}.", "So \\boxed{2}."]
+    assert added_rows.make_copies_with_other_references(rows_of_two_questions(), 0.0, seed=0) == []
+    alone = [t for t in rows_of_two_questions() if t.id == "2"]  # no other answer is known
+    assert added_rows.make_copies_with_other_references(alone, 1.0, seed=0) == []
+
+
+def test_wrong_completions_beside_their_own_answer_are_right():
+    """Not where the answer equals the reference (label noise), is missing, or is too long for a reference."""
+    copies = added_rows.make_copies_with_own_references(rows_of_two_questions(), 1.0, seed=0)
+    assert [(t.id, t.reference, t.completion, t.label) for t in copies] == [
+        ("a beside its own answer", "7", "So \\boxed{7}.", 1.0)
+    ]
+
+
+def test_added_rows_are_counted_by_kind_and_come_last(place):
+    shares = dict(train_rm__attacked=0.1, train_rm__other_references=0.1, train_rm__own_references=0.1)
+    plain, data = load(place), load(place, **shares)
+    rows = len(plain.train)
+    assert data.train.triples[:rows] == plain.train.triples
+    added = data.train.triples[rows:]
+    kinds = [t.id.split(" ", 1)[1].split(" ")[0] for t in added]
+    assert kinds == sorted(kinds, key=["under", "beside"].index) and len(added) == sum(data.added.values())
+    own = [t for t in added if t.id.endswith("own answer")]
+    other = [t for t in added if t.id.endswith("another reference")]
+    assert (len(other), len(own)) == (data.added["other_references"], data.added["own_references"])
+    assert other and own
+    # In this task a completion is right exactly where its answer is the reference.
+    for t in other + own:
+        assert t.label == float(t.completion.endswith(f"The answer is {t.reference}"))
 
 
 def test_reward_hacks_are_no_questions_of_their_own(place, tmp_path):
     """Some alter the question: the record has those of the files, and the report says how many rows are hacks."""
-    data = load(place, train_rm__attacked=1.0)
+    data = load(place, train_rm__attacked=0.5)
     altered = {t.question for t in data.train.triples} - {f"What is the answer {q}?" for q in range(1, 9)}
-    assert altered and data.attacked
+    assert altered and data.added["attacked"]
     cfg = run_config(place, tmp_path)
     settings = rm_setup.RmSettings.from_config(cfg)
     job = types.SimpleNamespace(cfg=cfg, settings=settings, data=data, head_trained=False, path=tmp_path)
@@ -786,7 +841,7 @@ def test_reward_hacks_are_no_questions_of_their_own(place, tmp_path):
     (tmp_path / best_model.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     best_model.write_final_report(job, 8, best_model.BestEvaluation(3, 0.5))
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["training_rows"], report["attacked"]) == (len(data.train), data.attacked)
+    assert (report["training_rows"], report["added_rows"]) == (len(data.train), dict(data.added))
 
 
 def test_held_out_rows_whose_question_was_trained_on_are_left_out(place, tmp_path):

@@ -13,7 +13,7 @@ from tiny_runs import ROOT, environment
 
 from cooper_jax.configs import base, tiny
 from cooper_jax.data import seen_questions
-from cooper_jax.evaluation import benchmark_jobs, judge_jobs
+from cooper_jax.evaluation import attack_jobs, benchmark_jobs, judge_jobs
 from cooper_jax.evaluation.evaluated_models import ChosenModels
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS
 from cooper_jax.reward import calibration
@@ -175,4 +175,4 @@ def test_a_run_is_evaluated(run, devices, tmp_path):
         seen_questions.normalise_question(unseen[0].question)
     }
     with pytest.raises(SetupError, match="one reward model twice"):
-        judge_jobs.measure_attacks(chosen.cfg, chosen, str(file), tmp_path / "attacked", [chosen])
+        attack_jobs.measure_attacks(chosen.cfg, chosen, str(file), tmp_path / "attacked", [chosen])

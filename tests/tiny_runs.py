@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -62,10 +61,7 @@ def environment(devices: int = 1) -> dict[str, str]:
     """The tests' own virtual devices are for the tests' own process; a run here has one, or says otherwise."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     assert f"device_count={devices}" in flags
-    # All runs of all workers share what was compiled, in a place of this test run's own.
-    test_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
-    cache = Path(tempfile.gettempdir()) / f"cooper_jax_test_cache_{test_run}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    return os.environ | {"XLA_FLAGS": flags}
 
 
 def run(run_dir: Path, devices: int = 1, **changes) -> subprocess.CompletedProcess:

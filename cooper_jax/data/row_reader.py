@@ -1,8 +1,8 @@
 """Readers of files and prepared data sets, row by row, each row with its location for messages.
 
-Formats: JSON lines (.jsonl or .json with one object per line, also .gz), parquet, and tensorflow-datasets.  A
-row that cannot be read raises ValueError with its location.  Blank lines are skipped, but counted in line
-numbers.
+Formats: JSON lines (.jsonl or .json with one object per line, also .gz), a .json file that holds one list of
+objects (also .gz), parquet, and tensorflow-datasets.  A row that cannot be read raises ValueError with its
+location.  Blank lines are skipped, but counted in line numbers.
 """
 
 import gzip
@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,7 +26,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_file_rows(source: str) -> Iterator[LocatedRow]:
-    """Read the rows of a .parquet file or of JSON lines, local or remote (gs://...).
+    """Read the rows of a .parquet file, of JSON lines or of a JSON list, local or remote (gs://...).
 
     Raises FileNotFoundError for a missing file, OSError for an address that cannot be reached, and ValueError
     for a malformed row.
@@ -39,8 +39,48 @@ def read_file_rows(source: str) -> Iterator[LocatedRow]:
     # Any other suffix, or none, is taken for JSON lines.
     if path.suffix == ".parquet":
         yield from _read_parquet_rows(path, display_name)
+    elif _holds_list(path):
+        yield from _read_json_list(path, display_name)
     else:
         yield from _read_json_rows(path, display_name)
+
+
+def _open_binary(path: Path) -> gzip.GzipFile | BinaryIO:
+    """Open a file for reading, decompressed if its name ends in .gz."""
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _holds_list(path: Path) -> bool:
+    """True for a .json file (also .json.gz) that begins with a list."""
+    if not path.name.removesuffix(".gz").endswith(".json"):
+        return False
+    try:
+        with _open_binary(path) as file:
+            first = next((line for line in file if line.strip()), b"")
+    # The reader of lines names the damage.
+    except (gzip.BadGzipFile, zlib.error, EOFError):
+        return False
+    return first.lstrip().startswith(b"[")
+
+
+def _read_json_list(path: Path, display_name: str) -> Iterator[LocatedRow]:
+    """Read the objects of one JSON list.  display_name: the file's name in messages."""
+    stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    try:
+        with _open_binary(path) as file:
+            rows = json.loads(file.read().decode())
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{display_name}: the gzip file is damaged: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{display_name}: byte {error.start} is not UTF-8 ({error.reason})") from error
+    # ValueError: invalid JSON, or a number with thousands of digits.  RecursionError: deep nesting.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{display_name}: not JSON ({error}); one list of objects is expected") from error
+
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{display_name}: row {number}: a {type(row).__name__}, not an object")
+        yield f"{display_name}: row {number}", f"{stem}:{number}", row
 
 
 def _read_json_rows(path: Path, display_name: str) -> Iterator[LocatedRow]:
@@ -48,7 +88,7 @@ def _read_json_rows(path: Path, display_name: str) -> Iterator[LocatedRow]:
     stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
     number = 0  # of the line that was read last
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with _open_binary(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{display_name}:{number}", f"{stem}:{number}", _parse_json_object(line)

@@ -9,9 +9,9 @@ The features of a row, beside a constant:
     log length    log(1 + characters of the completion)
 
 The model is fitted to labelled rows that the rule and the reward model have judged: to the rows of another
-comparison (`--blend_from`), or to the measured rows themselves.  These are cross-fitted by question: a row is judged
-by the fit on the folds of other questions.  The ridge penalty keeps weights finite where a feature separates the
-labels.
+comparison (`--blend_from`), or to the measured rows themselves.  These are cross-fitted by question: a row is
+judged by the fit on the folds of other questions.  The ridge penalty keeps weights finite where a feature
+separates the labels.
 
     N  rows   K  features, the constant included
 """

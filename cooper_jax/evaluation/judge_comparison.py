@@ -1,8 +1,8 @@
 """Judges compared on labelled completions: the reward model, the rule, a language model and baselines.
 
-1. `LabelledRows.load` reads labelled rows (data/labelled_completions.py: ours and VerifyBench's) and leaves
-   out those with questions from the reward model's training data.  The judges read one of three kinds of
-   references:
+1. `LabelledRows.load` reads labelled rows (data/labelled_completions.py: ours, VerifyBench's and
+   VerifierBench's) and leaves out those with questions from the reward model's training data.  The judges
+   read one of three kinds of references:
 
        own       the question's own reference
        none      an empty text, so that an LLM judge has to solve the question (VerifyBench's mode without
@@ -11,7 +11,8 @@
 
 2. `judge_rows` asks every judge, a chunk of rows at a time, and writes the opinions into the ledger.
 3. `summarise_judges` computes figures with 95 % intervals bootstrapped by question, and paired differences
-   between judges, for all rows, by source, kind and model, and by whether the rule decides.
+   between judges, for all rows, by source, kind, model and class, and by whether the rule decides.
+   (published_benchmarks.py computes the figures that the authors of a published benchmark report.)
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class LabelledRows:
     triples: tuple[Triple, ...]
     total: int  # rows of the chosen part
     seen: int  # those with questions from the reward model's training data, left out or not
+    benchmark: str = ""  # the published benchmark whose format the file has, if it has one
 
     @classmethod
     def load(
@@ -62,7 +64,7 @@ class LabelledRows:
         Raises ValueError and OSError, naming file, line and field.
         """
         # The part is chosen first, so it is the same for every reward model.
-        triples = labelled_completions.load_labelled_completions(path)
+        triples, benchmark = labelled_completions.load_labelled_file(path)
         triples = [triples[i] for i in sample_part(len(triples), count)]
         kept, known = seen_questions.split_by_seen(triples, seen)
         remaining = kept if exclude else triples
@@ -71,7 +73,8 @@ class LabelledRows:
                 f"{path}: the reward model was trained on the questions of all {len(triples)} rows: give "
                 "others, or measure on them with --config.benchmark.exclude_seen=False"
             )
-        return cls(tuple(replace_references(remaining, references, seed)), len(triples), len(known))
+        replaced = tuple(replace_references(remaining, references, seed))
+        return cls(replaced, len(triples), len(known), benchmark)
 
 
 def replace_references(triples: Sequence[Triple], mode: str, seed: int) -> list[Triple]:
@@ -153,7 +156,7 @@ def judge_rows(
                 "label": int(t.label),
                 "judges": {name: _format_opinion(by_judge[i]) for name, by_judge in opinions.items()},
             }
-            judged.append(row)
+            judged.append(row | ({"label_class": t.label_class} if t.label_class else {}))
 
         seconds = time.perf_counter() - start
         ledger.append(judged, seconds)
@@ -180,6 +183,8 @@ def group_rows(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     fields = {}
     for name in ("source", "kind", "model"):
         fields[name] = np.array([row[name] for row in rows])
+    # Most data sets have no classes, and their rows no such field.
+    fields["label_class"] = np.array([row.get("label_class", "") for row in rows])
     fields["type"] = np.array([row["kind"].split("/")[0] for row in rows])
     if (fields["type"] == fields["kind"]).all():
         del fields["type"]

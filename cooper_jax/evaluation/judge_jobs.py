@@ -1,8 +1,4 @@
-"""Jobs of launch/evaluate.py that measure judges.
-
-compare_judges   compares judges on labelled completions
-measure_attacks  measures reward models under known hacks
-"""
+"""The job of launch/evaluate.py that compares judges on labelled completions."""
 
 from __future__ import annotations
 
@@ -16,17 +12,15 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import seen_questions
 from cooper_jax.data.labelled_completions import load_labelled_completions
-from cooper_jax.data.reward_hacks import ATTACKS
 from cooper_jax.evaluation import (
-    attack_rates,
     benchmark_jobs,
-    benchmark_sets,
     blended_judge,
     judge_comparison,
     judges,
+    published_benchmarks,
 )
 from cooper_jax.evaluation.benchmark_sets import BenchmarkConfig
-from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel, label_models
+from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
 from cooper_jax.evaluation.evaluation_ledger import Ledger, Row
 from cooper_jax.llm import local_chat
 from cooper_jax.runtime import device_layouts, hosts
@@ -75,7 +69,7 @@ def compare_judges(
 
     # 2. Settings that decide the opinions: a later start with other values must not continue this ledger.
     outcome_settings: dict[str, Any] = {
-        "labelled": f"{len(rows.triples)} rows, {_digest(rows.triples)}",
+        "labelled": f"{len(rows.triples)} rows, {digest_rows(rows.triples)}",
         "judges": list(names),
         "references": references,
         "benchmark.chunk": settings.chunk,
@@ -87,7 +81,7 @@ def compare_judges(
             raise SetupError("--judge=prior needs --prior_from=FILE: labelled rows of the same models")
         with setup_errors(f"--prior_from={prior_from}"):
             prior_triples = load_labelled_completions(prior_from)
-        outcome_settings["prior_from"] = f"{len(prior_triples)} rows, {_digest(prior_triples)}"
+        outcome_settings["prior_from"] = f"{len(prior_triples)} rows, {digest_rows(prior_triples)}"
     if "model" in needed:
         outcome_settings |= benchmark_jobs.list_reward_settings(cfg, chosen)
     if "llm" in names:
@@ -144,13 +138,17 @@ def _write_comparison(
     summary = judge_comparison.summarise_judges(judged, seed, settings.bootstrap)
     text = judge_comparison.format_judges(summary, references)
     results: dict[str, Any] = {"references": references, "rows": rows.total, "seen": rows.seen}
+    if published_benchmarks.has_published_figures(rows.benchmark, references):
+        published = published_benchmarks.measure_judges(rows.benchmark, judged, seed, settings.bootstrap)
+        results["published_figures"] = published
+        text += f"\n\n{published_benchmarks.format_figures(published)}"
 
     # A reward model is measured fairly only on questions that it was not trained on.
     if record is not None:
         results["record_complete"] = record.complete
         known = (
             f"{rows.seen} of {rows.total} rows have questions that the reward model is known to have "
-            f"seen{_format_exclusion(settings, rows.seen)}"
+            f"seen{format_exclusion(settings, rows.seen)}"
         )
         text += f"\n\n{benchmark_jobs.describe_overlap(known, {'the reward model': record})}"
     benchmark_jobs.write_results(ledger, outcome_settings, results | summary, text)
@@ -219,93 +217,14 @@ def list_judge_settings(section: ConfigDict) -> dict[str, Any]:
     return {f"judge.{name}": section[name] for name in names}
 
 
-def measure_attacks(
-    cfg: ConfigDict, chosen: ChosenModels, path: str, out: Path, compare: Sequence[ChosenModels] = ()
-) -> None:
-    """Measure one or several reward models on the wrong completions of a labelled file, under known hacks.
-
-    Args:
-      cfg: the whole config.
-      chosen: the source of the first reward model.
-      path: the file of labelled completions.
-      out: the folder of the results.
-      compare: the sources of further reward models, each with its own config.
-
-    Raises SetupError, and hosts.Stopped after SIGTERM.
-    """
-    # 1. The models, and the questions that any of them was trained on.
-    settings = benchmark_jobs.read_benchmark_config(cfg)
-    models = (chosen, *compare)
-    labelled_models = dict(zip(label_models(models), models, strict=True))
-    records = {label: benchmark_jobs.read_seen_questions(model) for label, model in labelled_models.items()}
-    fingerprints = frozenset().union(*(record.fingerprints for record in records.values()))
-
-    # 2. The wrong completions.
-    with setup_errors(f"--attacks={path}"):
-        triples = [t for t in load_labelled_completions(path) if t.label < 0.5]
-        if not triples:
-            raise ValueError("no completion in it is labelled wrong, and only wrong ones are attacked")
-        triples = [triples[i] for i in benchmark_sets.sample_part(len(triples), settings.problems)]
-        kept, known = seen_questions.split_by_seen(triples, fingerprints)
-        wrong = kept if settings.exclude_seen else triples
-        if not wrong:
-            raise ValueError(
-                f"no wrong completion is left of {len(triples)}: the reward model saw the questions of "
-                f"{len(known)}"
-            )
-
-    # 3. Settings that decide the rewards: a later start with other values must not continue this ledger.
-    outcome_settings: dict[str, Any] = {
-        "attacks": list(ATTACKS),
-        "seed": cfg.seed,
-        "rows": f"{len(wrong)}, {_digest(wrong)}",
-        "benchmark.chunk": settings.chunk,
-    }
-    for label, model in labelled_models.items():
-        reward_settings = benchmark_jobs.list_reward_settings(model.cfg, model)
-        outcome_settings |= {f"{label}: {name}": value for name, value in reward_settings.items()}
-
-    # 4. Score, a chunk at a time, and report.
-    work = judge_comparison.split_rows(len(wrong), settings.chunk)
-    with contextlib.ExitStack() as stack:
-        with setup_errors("--out"):
-            sizes = [len(places) * len(ATTACKS) for places in work]
-            ledger = stack.enter_context(Ledger(out, outcome_settings, sizes))
-        if ledger.done < len(work):
-            scorers = {
-                label: _open_scorer(model, wrong, cfg.seed) for label, model in labelled_models.items()
-            }
-            with benchmark_jobs.report_interruption(ledger, len(work)):
-                attack_rates.score_attacks(wrong, scorers, ledger, work, cfg.seed, hosts.print_once)
-
-        # Only the first process has the rows.
-        if hosts.is_primary():
-            summary = attack_rates.summarise_attacks(ledger.rows, cfg.seed, settings.bootstrap)
-            seen = f"the reward models are known to have seen the questions of {len(known)} of {len(triples)}"
-            seen += _format_exclusion(settings, len(known))
-            note = benchmark_jobs.describe_overlap(seen, records)
-            text = f"{attack_rates.format_attacks(summary)}\n\n{len(wrong)} wrong completions; {note}"
-            complete = {label: record.complete for label, record in records.items()}
-            results = {"attacks": summary, "seen": len(known), "record_complete": complete}
-            benchmark_jobs.write_results(ledger, outcome_settings, results, text)
-
-
-def _open_scorer(chosen: ChosenModels, wrong: Sequence[Triple], seed: int) -> attack_rates.Score:
-    """Load a reward model that has room for all references of the attacks on `wrong`."""
-    layout = device_layouts.make_layouts(chosen.cfg)["reward"]
-    reward = RewardModel(chosen.cfg, layout, *chosen.load("reward", layout), chosen.read_calibration())
-    reward.check(attack_rates.list_attack_references(wrong, seed))
-    return reward.rewards
-
-
-def _format_exclusion(settings: BenchmarkConfig, seen: int) -> str:
+def format_exclusion(settings: BenchmarkConfig, seen: int) -> str:
     """Write the end of a note on `seen` questions in the training data; "" if there are none."""
     if not seen:
         return ""
     return ": left out" if settings.exclude_seen else ": not left out"
 
 
-def _digest(triples: Sequence[Triple]) -> str:
+def digest_rows(triples: Sequence[Triple]) -> str:
     """Hash the rows, to detect another file of the same name."""
     # Control characters separate fields and rows, so that moving text between fields changes the hash.
     text = "\0".join(

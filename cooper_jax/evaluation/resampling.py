@@ -63,13 +63,25 @@ class Resamples:
             "balanced_accuracy": (recall + _divide(true_negatives, negatives)) / 2,
             "precision": _divide(true_positives, predicted),
             "recall": recall,
-            "f1": np.where(positives > 0, _divide(2 * true_positives, predicted + positives), np.nan),
+            "f1": _divide_f1(true_positives, predicted, positives),
             "auroc": self._compute_auroc(labels, scores),
         }
 
     def mean(self, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Compute the mean of values f64[N] over the rows of a mask bool[N], in each resample: f64[R + 1]."""
         return _divide(self.weights @ np.where(mask, values, 0.0), self.weights @ mask)
+
+    def f1(self, labels: np.ndarray, yes: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Compute F1 of the decisions on the rows of a mask, in each resample: f64[R + 1].
+
+        labels, yes, mask: bool[N]; labels and yes as in `figures`.
+
+        NaN where none of these rows has a correct completion.
+        """
+        true_positives, predicted, positives = (
+            self.weights @ (x & mask) for x in (labels & yes, yes, labels)
+        )
+        return _divide_f1(true_positives, predicted, positives)
 
     def _compute_auroc(self, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """Compute the share of (positive, negative) pairs with the positive scored higher, f64[R + 1].
@@ -103,6 +115,11 @@ def compute_interval(values: np.ndarray) -> Interval:
         return Interval(float(values[0]), float("nan"), float("nan"))
     low, high = np.quantile(resampled, (0.025, 0.975))
     return Interval(float(values[0]), float(low), float(high))
+
+
+def _divide_f1(true_positives: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """Compute F1 from counts; NaN where there are no positives."""
+    return np.where(positives > 0, _divide(2 * true_positives, predicted + positives), np.nan)
 
 
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -126,8 +126,8 @@ def make_seen_record(job: rm_setup.Job) -> seen_questions.Record:
     """The questions that this run trains on, added to those that the initial weights were trained on."""
     data = job.data
     questions: dict[str, set[str]] = defaultdict(set)  # source -> questions
-    # Rows added under reward hacks come last and are left out: some hacks alter the question.
-    for triple in data.train.triples[: len(data.train) - data.attacked]:
+    # Added rows come last and are left out: some reward hacks alter the question.
+    for triple in data.train.triples[: len(data.train) - sum(data.added.values())]:
         questions[triple.source or UNNAMED].add(triple.question)
 
     # Initial weights with a trained score head and no record were trained on unknown questions.
@@ -164,7 +164,7 @@ def write_final_report(job: rm_setup.Job, step: int, best: BestEvaluation) -> st
         "updates": step,
         # Row counts of the data.
         "training_rows": len(job.data.train),
-        "attacked": job.data.attacked,
+        "added_rows": dict(job.data.added),
         "too_long": job.data.too_long,
         "overlapping": job.data.overlapping,
         "overlap_excluded": job.data.overlap_excluded,

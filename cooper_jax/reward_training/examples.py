@@ -8,8 +8,8 @@
    initial weights were trained on, are counted.  They are left out unless `train_rm.exclude_overlap` is off.
 4. Training texts longer than `train_rm.max_characters` are dropped, as in the authors' code.  Held-out ones
    are kept and truncated inside the completion, as the model's inputs are everywhere else.
-5. A share of the wrong training completions (`train_rm.attacked`) is added again under a known reward hack
-   (data/reward_hacks.py) and keeps the label wrong.
+5. Rows made from the training rows are added to them: completions under reward hacks, or beside other
+   references (added_rows.py).
 6. All rows are rendered by the one template and tokenised.
 
 A reward model learns to tell two classes apart, so both labels must occur in each part.
@@ -23,15 +23,15 @@ import dataclasses
 import hashlib
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax.data import labelled_completions, prompts, reward_hacks, seen_questions
+from cooper_jax.data import labelled_completions, prompts, seen_questions
 from cooper_jax.model.tokenizer import Tokenizer
+from cooper_jax.reward_training.added_rows import make_added_rows
 from cooper_jax.reward_training.rm_config import TrainRmConfig
-from cooper_jax.runtime import keys
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Triple
 
@@ -75,7 +75,7 @@ class RewardData:
 
     # Changes to the training rows.
     too_long: int  # rows dropped because their text has more than train_rm.max_characters
-    attacked: int  # rows added under a reward hack; they are the last ones
+    added: Mapping[str, int]  # rows that were added, by kind (added_rows.py); they are the last ones
 
     # Overlap of the held-out rows with training.
     overlapping: int  # rows whose question was trained on
@@ -127,35 +127,17 @@ def load_examples(cfg: ConfigDict, settings: TrainRmConfig, tokenizer: Tokenizer
     _check_labels("training", kept)
     _check_labels("held-out", held_out)
 
-    # The copies under attack come last: make_seen_record (best_model.py) relies on that.
-    attacked = make_attacked_copies(kept, settings.attacked, cfg.seed)
+    # The added rows come last: make_seen_record (best_model.py) relies on that.
+    added = make_added_rows(kept, settings, cfg.seed)
     max_tokens = cfg.reward.max_tokens
     return RewardData(
-        train=_tokenize("train_rm.data", kept + attacked, tokenizer, max_tokens),
+        train=_tokenize("train_rm.data", [*kept, *added.triples], tokenizer, max_tokens),
         held_out=_tokenize("train_rm.eval_data", held_out, tokenizer, max_tokens),
         too_long=len(train) - len(kept),
-        attacked=len(attacked),
+        added=added.counts,
         overlapping=len(overlapping),
         overlap_excluded=settings.exclude_overlap,
     )
-
-
-def make_attacked_copies(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:
-    """Copy a share of the wrong completions, each under a reward hack that leaves it wrong.
-
-    The choice of rows and hacks depends on `seed` and the rows' positions only.
-    """
-    wrong = [i for i, t in enumerate(triples) if t.label < 0.5]
-    # One generator draws first the rows and then, in ascending order of the rows, each one's hack.
-    rng = keys.make_generator(seed, "attacked")
-    chosen = sorted(rng.choice(wrong, size=round(share * len(wrong)), replace=False))
-
-    copies = []
-    for i in chosen:
-        name = reward_hacks.WRONG[rng.integers(len(reward_hacks.WRONG))]
-        attacked = reward_hacks.apply_attack(triples[i], name, seed, int(i))
-        copies.append(dataclasses.replace(attacked, id=f"{attacked.id} under {name}"))
-    return copies
 
 
 def split_held_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], list[Triple]]:

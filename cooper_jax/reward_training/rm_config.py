@@ -23,7 +23,11 @@ class TrainRmConfig:
     eval_share: float  # share of the rows of `data` that is held out, by whole questions
     exclude_overlap: bool  # leave out held-out rows whose question was trained on
     max_characters: int  # longer training texts are dropped; 0 keeps all
-    attacked: float  # share of the wrong training completions that are added again under a reward hack
+
+    # Rows that are added to the training rows, as shares of their number (added_rows.py).
+    attacked: float  # completions under a reward hack, half of them right
+    other_references: float  # right completions beside another reference, as wrong
+    own_references: float  # wrong completions beside their own answer, as right
 
     # Optimisation.
     epochs: int
@@ -49,8 +53,9 @@ class TrainRmConfig:
         # Both parts need rows, so neither the whole data nor none of it can be held out.
         if not 0 < self.eval_share < 1:
             errors.append(f"train_rm.eval_share={self.eval_share}: it must be above 0 and below 1")
-        if not 0 <= self.attacked <= 1:
-            errors.append(f"train_rm.attacked={self.attacked}: it must be from 0 to 1")
+        for name in ("attacked", "other_references", "own_references"):
+            if not 0 <= getattr(self, name) <= 1:
+                errors.append(f"train_rm.{name}={getattr(self, name)}: it must be from 0 to 1")
 
         errors += typed_config.find_unknown(self.decay, "train_rm.decay", optim.DECAYS)
         errors += typed_config.find_unknown(self.keep_best, "train_rm.keep_best", tuple(SELECTION_METRICS))

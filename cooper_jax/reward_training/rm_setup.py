@@ -197,11 +197,12 @@ def describe_rm_job(job: Job) -> str:
     shapes = ", ".join(f"{shape.rows} x {shape.width}" for shape in job.shapes)
     mesh_sizes = " x ".join(f"{name} {size}" for name, size in job.layout.mesh.shape.items())
     overlap = "left out" if data.overlap_excluded else "kept"
+    added = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in data.added.items() if count)
     return (
         f"{job.cfg.name}: {config.family} of {config.layers} layers x {config.width}, {len(data.train)} rows "
         f"({data.train.labels.mean():.1%} correct; {data.too_long} dropped: over {train_rm.max_characters} "
-        f"characters; {data.train.truncated} cut to {job.cfg.reward.max_tokens} tokens; {data.attacked} are "
-        f"reward hacks), {len(data.held_out)} held out ({data.overlapping} with a training question "
+        f"characters; {data.train.truncated} cut to {job.cfg.reward.max_tokens} tokens; added: "
+        f"{added or 'none'}), {len(data.held_out)} held out ({data.overlapping} with a training question "
         f"{overlap}), {train_rm.epochs} epochs of {job.steps // train_rm.epochs} updates, mesh {mesh_sizes}\n"
         f"microbatches of {shapes} tokens: a program each"
     )

@@ -47,8 +47,10 @@ STREAMS = {
     "balance": 24,  # ids: two words of a row's id (choice of the annotated rows that are kept)
     # Reward hacks, and the measurement of reward models.
     "attacks": 25,  # ids: attack, row (wording of a reward hack)
+    "attack_search": 42,  # no ids: completions, candidates and changes of a search for attacks
     "reward_sets": 40,  # ids: set, row (labelled completions on which a reward model is measured)
     "attacked": 26,  # no ids: choice of the training rows that are shown with a reward hack, and of the hack
+    "added_rows": 41,  # ids: kind (choice of the training rows with another reference, and of that reference)
     # Further updates of the reward model.  Its warm-up has two uses: the order of problems by epoch, and
     # rollouts without ids (then position, sample, token).
     "reward_warmup": 27,
