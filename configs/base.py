@@ -234,7 +234,15 @@ def reward_section() -> ConfigDict:
     c.replay = 0  # number of past rollouts with a verdict that are kept, of each class
     c.replay_rows = 0  # number of these past rollouts that join the rollouts of each update
 
+    # --- rewards ---
+    # Rewards sigmoid((z - b) / T), with temperature T and threshold b of calibration.json beside reward.weights;
+    # False: sigmoid(z), as in the paper
+    c.calibrated = False
+
     # --- controls ---
+    # Control: reward 1 or 0 where the rule decides (correct, wrong, no answer), and the reward model's score where
+    # it abstains; not together with rule_or_model
+    c.rule_then_model = False
     # Control: reward 1 if the rule finds a response correct, otherwise the reward model's score
     c.rule_or_model = False
     c.answer_required = False  # control: reward 0 for a truncated response and if the rule finds no answer

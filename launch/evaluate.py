@@ -48,10 +48,13 @@ ATTACKS = flags.DEFINE_string("attacks", "", "Labelled completions, which are sh
 
 # --- options of --labelled ---
 JUDGE = flags.DEFINE_multi_enum(
-    "judge", [], ["model", "rule", "llm", "last_number", "yes", "prior"],
+    "judge", [], ["model", "rule", "rule_then_model", "blend", "llm", "last_number", "yes", "prior"],
     "Who judges --labelled; the first is compared with the others.  None: model, rule, last_number and yes.",
 )  # fmt: skip
 PRIOR_FROM = flags.DEFINE_string("prior_from", "", "Labelled completions from which --judge=prior learns.")
+BLEND_FROM = flags.DEFINE_string(
+    "blend_from", "", "The items.jsonl of another comparison, to which --judge=blend is fitted."
+)
 REFERENCES = flags.DEFINE_enum(
     "references",
     "own",
@@ -93,6 +96,7 @@ def main(argv: list[str]) -> None:
             judge_jobs.compare_judges(
                 chosen.cfg, chosen, LABELLED.value, out,
                 names=names, references=REFERENCES.value, prior_from=PRIOR_FROM.value,
+                blend_from=BLEND_FROM.value,
             )  # fmt: skip
         else:
             attack_jobs.measure_attacks(
@@ -111,7 +115,8 @@ def check_modes() -> None:
         raise SetupError(
             f"{given} is asked for: give one of --benchmark, --rejudge, --labelled and --attacks"
         )
-    for flag, mode in ((JUDGE, LABELLED), (PRIOR_FROM, LABELLED), (COMPARE, ATTACKS), (SEARCH, ATTACKS)):
+    options = ((JUDGE, LABELLED), (PRIOR_FROM, LABELLED), (BLEND_FROM, LABELLED), (COMPARE, ATTACKS))
+    for flag, mode in (*options, (SEARCH, ATTACKS)):
         if flag.value and not mode.value:
             raise SetupError(f"--{flag.name} belongs to --{mode.name}")
     if REFERENCES.value != "own" and not LABELLED.value:

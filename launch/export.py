@@ -4,7 +4,8 @@
     python launch/export.py --run_dir=runs/tiny --model=reward --out=exported/verifyrm --step=100
 
 The policy loads as AutoModelForCausalLM, the reward model as AutoModelForSequenceClassification with one
-label.  Both directories can be the `weights` of a later run.
+label.  Both directories can be the `weights` of a later run.  With the reward model of a run whose rewards were
+calibrated (reward.calibrated), calibration.json is written too.
 """
 
 import sys
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
     # Imported after the flags are parsed, because importing JAX takes seconds.
     from cooper_jax.data import seen_questions
     from cooper_jax.model import weight_export
+    from cooper_jax.reward import calibration
     from cooper_jax.runtime import device_layouts, remote_files
     from cooper_jax.settings import setup_errors
     from cooper_jax.trainer import run_checkpoint
@@ -57,6 +59,10 @@ def main(argv: list[str]) -> None:
             )
             # Evaluations with the exported reward model leave out the questions that it was trained on.
             seen = seen_questions.read_record(run_dir) if MODEL.value == "reward" else None
+            # A calibrated run's rewards are those of its reward model and the calibration together.
+            # The stored config of an earlier version lacks the field.
+            calibrated = MODEL.value == "reward" and cfg.reward.get("calibrated", False)
+            fitted = calibration.read_calibration(run_dir) if calibrated else None
     except setup_errors.SetupError as error:
         command_line.exit_with_errors(error.messages)
 
@@ -75,6 +81,8 @@ def main(argv: list[str]) -> None:
         )
     if seen is not None:
         seen_questions.write_record(OUT.value, seen)
+    if fitted is not None:
+        calibration.write_calibration(OUT.value, fitted)
     print(f"{OUT.value}: the {MODEL.value} model of step {step}")
 
 

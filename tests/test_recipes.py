@@ -119,6 +119,20 @@ def test_an_explicit_flag_wins():
             {"reward.arm": "rule", "reward.answer_required": True, "reward.rule_or_model": True},
             "reward.rule_or_model and reward.answer_required",
         ),
+        (
+            {"reward.arm": "rule", "reward.rule_then_model": True},
+            "reward.rule_then_model: the rule arm has no",
+        ),
+        ({"reward.arm": "rule", "reward.calibrated": True}, "reward.calibrated: the rule arm has no"),
+        (
+            {"reward.rule_or_model": True, "reward.rule_then_model": True},
+            "reward.rule_or_model=True and reward.rule_then_model=True exclude each other",
+        ),
+        ({"reward.calibrated": True, "supervised.reward_steps": 1}, "supervised.reward_steps would start"),
+        (
+            {"reward.calibrated": True, "supervised.reward_steps": 0, "supervised.start_from": "runs/x"},
+            "does not fit the reward model that supervised.start_from",
+        ),
     ],
 )
 def test_updates_that_contradict_themselves(fields, message):

@@ -25,7 +25,7 @@ from cooper_jax.configs import base
 from cooper_jax.data import labelled_completions, prompts, reward_hacks, seen_questions
 from cooper_jax.model import loading, transformer, weight_export, weights
 from cooper_jax.model import tokenizer as tokenizers
-from cooper_jax.reward import verifier_model
+from cooper_jax.reward import calibration, verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.reward_training import added_rows, batches, best_model, examples, rm_loop, rm_report, rm_setup
 from cooper_jax.reward_training.rm_config import TrainRmConfig
@@ -430,6 +430,58 @@ def test_the_model_of_the_least_loss_is_kept_where_loss_chooses(place, tmp_path,
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["best"] == {"step": 2, "loss": pytest.approx(np.log1p(np.exp(-3.0)), abs=1e-6)}
     assert set(np.abs(held_out_logits(tmp_path))) == {3.0}
+
+
+def noisy(*scales):
+    """Logits at each evaluation in turn: 4 on the right side of 0, plus noise of that scale."""
+    left = iter(scales)
+
+    def score(job, params, rows):
+        noise = next(left) * np.random.default_rng(0).normal(size=len(rows))
+        return (4 * np.where(rows.labels > 0.5, 1, -1) + noise).astype(np.float32)
+
+    return score
+
+
+def test_the_best_model_has_the_calibration_of_its_held_out_logits(
+    place, tmp_path, alone, added, monkeypatch
+):
+    monkeypatch.setattr(rm_loop, "score_rows", noisy(6.0))
+    flags = dict(train_rm__epochs=1, train_rm__batch=64, train_rm__eval_every=0)
+    rm_loop.train_reward_model(run_config(place, tmp_path, **flags))
+    fitted = calibration.read_calibration(tmp_path / "best")
+    triples = labelled_completions.load_labelled_completions(str(place / "dev.jsonl"))
+    labels, questions = np.array([t.label for t in triples]), [t.question for t in triples]
+    z = held_out_logits(tmp_path)
+    assert fitted == calibration.fit_calibration(labels, z, questions) and fitted.rows == 40
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["calibration"] == dataclasses.asdict(fitted)
+    # The figures after calibration are those of the cross-fit, of all rows and of a source.
+    after = calibration.cross_fit_logits(labels, z, questions)
+    for group, rows in (("all", np.full(40, True)), ("odd", np.array([t.source == "odd" for t in triples]))):
+        figures = report["groups"][group]["figures"]
+        assert figures["accuracy"]["value"] == np.mean((z > 0)[rows] == labels[rows])
+        assert figures["calibrated_accuracy"]["value"] == np.mean((after > 0)[rows] == labels[rows])
+        assert (
+            figures["calibrated_ece"]["value"] == rm_report.compute_metrics(labels[rows], after[rows])["ece"]
+        )
+    assert report["groups"]["all"]["figures"]["calibrated_ece"]["value"] == fitted.ece_cross_fitted
+    table = rm_report.format_report_table(report["groups"])
+    assert "calibrated accuracy" in table and "calibrated ece" in table
+
+
+def test_a_better_model_without_a_fit_keeps_no_calibration_of_the_last(
+    place, tmp_path, alone, added, monkeypatch, capsys
+):
+    """The second evaluation separates the labels perfectly."""
+    monkeypatch.setattr(rm_loop, "score_rows", noisy(6.0, 0.0))
+    flags = dict(train_rm__epochs=2, train_rm__batch=64, train_rm__eval_every=1)
+    rm_loop.train_reward_model(run_config(place, tmp_path, **flags))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["best"]["step"] == 2 and report["calibration"] is None
+    assert not (tmp_path / "best" / calibration.CALIBRATION).exists()
+    assert "calibrated_ece" not in report["groups"]["all"]["figures"]
+    assert "warning: no calibration is stored with the weights: the logits of" in capsys.readouterr().out
 
 
 # --- a run that stops ---------------------------------------------------------------------------------------

@@ -1,17 +1,22 @@
 """Models of runs, read from their checkpoints: configs put together, policies and reward models evaluated."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from test_evaluation import SHRUNK, read_rows, write_rows
+from tiny_runs import ROOT, environment
 
 from cooper_jax.configs import base, tiny
 from cooper_jax.data import seen_questions
 from cooper_jax.evaluation import attack_jobs, benchmark_jobs, judge_jobs
 from cooper_jax.evaluation.evaluated_models import ChosenModels
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS
+from cooper_jax.reward import calibration
 from cooper_jax.runtime import device_layouts, output_folder
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.run_directory import RunDirectory
@@ -107,6 +112,33 @@ def test_a_runs_models_are_loaded_at_a_step(run, devices):
         run_checkpoint.load_run_model(path, cfg, "policy", layout, step=3)
     with pytest.raises(FileNotFoundError, match="no run directory of launch/train.py"):
         run_checkpoint.read_run_config(path / "checkpoints")
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_runs_calibration_is_read_and_exported(calibrated, run, tmp_path):
+    """The one in its directory, and only if its rewards were calibrated."""
+    path = tmp_path / "run"
+    shutil.copytree(run[0], path)
+    stored = json.loads((path / "config.json").read_text())
+    stored["reward"]["calibrated"] = calibrated
+    (path / "config.json").write_text(json.dumps(stored))
+    fitted = calibration.Calibration(0.5, 0.25, 9, 4, 0.1, 0.1, None)
+    calibration.write_calibration(path, fitted)
+    assert chosen_of(path).read_calibration() == (fitted if calibrated else None)
+    assert ("reward.threshold" in chosen_of(path).settings("reward")) == calibrated
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/export.py")]
+        + [f"--run_dir={path}", "--model=reward", f"--out={tmp_path / 'out'}"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out" / calibration.CALIBRATION).exists() == calibrated
+    if calibrated:
+        assert calibration.read_calibration(tmp_path / "out") == fitted
 
 
 def test_a_run_is_evaluated(run, devices, tmp_path):

@@ -136,6 +136,11 @@ def test_what_the_policy_is_rewarded_with():
     assert rewards(rule_or_model=True) == [1, 1, *scores[2:].tolist()]
     assert rewards(answer_required=True) == [scores[0].item(), 0, scores[2].item(), 0, scores[4].item()]
     assert rewards(rule_or_model=True, answer_required=True) == [1, 0, scores[2].item(), 0, scores[4].item()]
+    # The rule where it decides, which includes responses without an answer; the model for the last one alone.
+    assert rewards(rule_then_model=True) == [1, 1, 0, 0, 0.5]
+    assert rewards(rule_then_model=True, answer_required=True) == [1, 0, 0, 0, 0.5]
+    late = compute_rewards(["model", "rule_then_model"], scores[:1], [Verdict.TIMEOUT], texts[:1])
+    assert late.tolist() == scores[:1].tolist()
     named = REWARDS["answer_required"](scores, verdicts, texts)
     assert named.tolist() == rewards(answer_required=True)
 

@@ -17,17 +17,19 @@ from cooper_jax.evaluation import (
     attack_jobs,
     attack_rates,
     benchmark_jobs,
+    blended_judge,
     judge_comparison,
     judge_jobs,
     judges,
 )
 from cooper_jax.evaluation.evaluated_models import ChosenModels, label_models
-from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS
+from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, Ledger
 from cooper_jax.evaluation.resampling import FIGURES, Resamples, compute_interval
 from cooper_jax.llm import local_chat
 from cooper_jax.llm.chat import Failure
 from cooper_jax.model import loading, weight_export
 from cooper_jax.model import tokenizer as tokenizers
+from cooper_jax.reward import calibration
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Triple, Verdict
 
@@ -123,6 +125,177 @@ def test_abstentions_are_no_and_stand_between():
         (1.0, True, False), (0.0, False, False), (0.0, False, False), (0.5, False, True),
     ]  # fmt: skip
     assert [o.yes for o in judges.make_reward_opinions([0.5, 0.500001])] == [False, True]
+
+
+# (source, label, the rule's verdict, the reward model's reward).
+COMBINED = (
+    ("a", 1, Verdict.CORRECT, 0.2), ("a", 0, Verdict.WRONG, 0.9), ("a", 1, Verdict.UNRECOGNISED, 0.8),
+    ("b", 0, Verdict.NO_ANSWER, 0.4), ("b", 1, Verdict.WRONG, 1.0), ("b", 0, Verdict.TIMEOUT, 0.0),
+)  # fmt: skip
+
+
+def _combined(asked=None):
+    """(triples, opened judges): the rule, the reward model and the judge of both, as scripted by COMBINED."""
+    triples = [
+        Triple(f"q {i}", "1", str(i), float(label), source=source)
+        for i, (source, label, _, _) in enumerate(COMBINED)
+    ]
+
+    def rule(triples, first):
+        if asked is not None:
+            asked.append("rule")
+        return judges.make_verdict_opinions([COMBINED[int(t.completion)][2] for t in triples])
+
+    def model(triples, first):
+        if asked is not None:
+            asked.append("model")
+        return judges.make_reward_opinions([COMBINED[int(t.completion)][3] for t in triples])
+
+    parts = {
+        "rule": judges.remember_last_opinions(rule),
+        "model": judges.remember_last_opinions(model),
+    }
+    return triples, parts | {"rule_then_model": judges.make_rule_then_model_judge(**parts)}
+
+
+def test_the_rule_then_the_model_by_hand():
+    """3/4 + p/4 where the rule accepts, 3/8 + p/4 where it abstains, p/4 where it rejects."""
+    triples, opened = _combined()
+    found = opened["rule_then_model"](triples, 0)
+    assert [o.score for o in found] == pytest.approx([0.8, 0.225, 0.575, 0.1, 0.25, 0.375], abs=1e-12)
+    assert [o.yes for o in found] == [True, False, True, False, False, False]
+    assert not any(o.abstained for o in found)
+    assert [o.note for o in found[1:3]] == ["rule; rule: wrong", "model; rule: unrecognised"]
+    # No reward lifts a rejected row to an undecided one, or an undecided one to an accepted one.
+    assert max(found[i].score for i in (1, 3, 4)) < min(found[i].score for i in (2, 5))
+    assert max(found[i].score for i in (2, 5)) < found[0].score
+    exact = judges.make_rule_then_model_judge(
+        lambda *_: judges.make_verdict_opinions([Verdict.TIMEOUT] * 2),
+        lambda *_: judges.make_reward_opinions([0.5, 0.500001]),
+    )
+    assert [o.yes for o in exact(triples[:2], 0)] == [False, True]
+
+
+def test_a_combined_judge_and_its_parts_are_asked_once_a_chunk():
+    assert judges.list_needed(["yes", "rule_then_model"]) == {"yes", "rule_then_model", "rule", "model"}
+    asked = []
+    triples, opened = _combined(asked)
+    for first in (0, 3):
+        chunk = triples[first : first + 3]
+        by_judge = {name: judge(chunk, first) for name, judge in opened.items()}
+        assert [len(opinions) for opinions in by_judge.values()] == [3, 3, 3]
+        assert by_judge["model"][0].score == COMBINED[first][3]
+    assert asked == ["rule", "model"] * 2
+
+
+def test_a_combined_judge_beside_its_parts(tmp_path):
+    """Paired differences over all rows and by source; every judge at the rule's coverage."""
+    triples, opened = _combined()
+    rows = judge_comparison.LabelledRows(tuple(triples), len(triples), 0)
+    order = ("rule_then_model", "rule", "model")
+    with Ledger(tmp_path, {}, [4, 2]) as ledger:
+        judge_comparison.judge_rows(rows, {name: opened[name] for name in order}, ledger, 4, lambda _: None)
+        summary = judge_comparison.summarise_judges(ledger.rows, seed=0, resamples=200)
+
+    def accuracies(group):
+        return {name: found["accuracy"].value for name, found in group["judges"].items()}
+
+    assert accuracies(summary["all"]) == pytest.approx(
+        {"rule_then_model": 5 / 6, "rule": 4 / 6, "model": 4 / 6}
+    )
+    difference = summary["all"]["differences"]["rule_then_model - rule"]["accuracy"]
+    assert difference.value == pytest.approx(1 / 6) and difference.low == 0 < difference.high
+    assert summary["by"]["source"]["a"]["differences"]["rule_then_model - rule"]["accuracy"].value == (
+        pytest.approx(1 / 3)
+    )
+    assert summary["by"]["source"]["b"]["differences"]["rule_then_model - rule"]["accuracy"].value == 0
+    # AUROC of scores .8 .575 .25 of right rows and .225 .1 .375 of wrong ones: 8 of 9 pairs.
+    assert summary["all"]["judges"]["rule_then_model"]["auroc"].value == pytest.approx(8 / 9)
+
+    # Rows that the rule decides: 0, 1, 3 and 4.  There the combined judge is the rule.
+    decided = summary["by"]["rule_decided"]
+    assert accuracies(decided["yes"]) == {"rule_then_model": 0.75, "rule": 0.75, "model": 0.5}
+    assert accuracies(decided["no"]) == {"rule_then_model": 1.0, "rule": 0.5, "model": 1.0}
+    text = judge_comparison.format_judges(summary, "own")
+    assert "rule decided" in text and "rule_then_model - model" in text
+    alone = [{**row, "judges": {"model": row["judges"]["model"]}} for row in ledger.rows]
+    assert "rule_decided" not in judge_comparison.group_rows(alone)
+
+
+def _judged(question, label, verdict, reward, completion="It is 1."):
+    opinions = judges.make_verdict_opinions([verdict]) + judges.make_reward_opinions([reward])
+    return {
+        "question": question, "reference": "1", "completion": completion, "label": label, "source": "s",
+        "kind": "", "model": "",
+        "judges": {
+            name: judge_comparison._format_opinion(o) for name, o in zip(("rule", "model"), opinions, strict=True)
+        },
+    }  # fmt: skip
+
+
+def test_the_features_of_a_blend_by_hand():
+    rows = [
+        _judged("a", 1, Verdict.CORRECT, 0.75), _judged("a", 0, Verdict.NO_ANSWER, 0.0, "2"),
+        _judged("b", 1, Verdict.TIMEOUT, 0.5, ""),
+    ]  # fmt: skip
+    np.testing.assert_allclose(
+        blended_judge.compute_features(rows),
+        [
+            [1, np.log(3), 1, 0, 1, np.log(9)],
+            [1, np.log(1e-6 / (1 - 1e-6)), 0, 1, 0, np.log(2)],
+            [1, 0, 0, 0, 0, 0],
+        ],
+    )
+
+
+def test_a_blend_learns_from_other_questions_alone(tmp_path):
+    """Rewards that mean the opposite, and a rule that is right where it decides."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(240):
+        label = int(rng.random() < 0.5)
+        verdict = [Verdict.WRONG, Verdict.CORRECT][label] if i % 3 else Verdict.UNRECOGNISED
+        rows.append(
+            _judged(f"Question {i // 4} ?", label, verdict, 0.2 if label else 0.6 + 0.3 * rng.random())
+        )
+    names = ["blend", "model"]
+    found = blended_judge.add_blend(rows, names)
+    assert [list(row["judges"]) for row in found] == [names] * 240 and "blend" not in rows[0]["judges"]
+
+    def accuracy(name, rows=found):
+        return np.mean([row["judges"][name]["yes"] == (row["label"] == 1) for row in rows])
+
+    assert accuracy("model") == 0 and accuracy("blend") > 0.95
+
+    # The labels of a question have no part in its own opinions.
+    for row in rows:
+        if row["question"] == "Question 7 ?":
+            row["label"] = 1 - row["label"]
+    again = blended_judge.add_blend(rows, names)
+    scores = [[row["judges"]["blend"]["score"] for row in x] for x in (found, again)]
+    assert scores[0][28:32] == scores[1][28:32] and scores[0] != scores[1]
+
+    # Fitted to other rows, of which those with a measured question are left out.
+    part = rows[:8]
+    known = rows[8:]
+    fitted = [row["judges"]["blend"]["score"] for row in blended_judge.add_blend(part, names, rows)]
+    assert fitted == blended_judge.predict_blend(known, part).tolist()
+    with pytest.raises(ValueError, match="all 8 rows have questions that are measured"):
+        blended_judge.add_blend(part, names, part)
+    with pytest.raises(ValueError, match="1 question"):
+        blended_judge.add_blend(part[:4], names)
+
+
+def test_a_blend_is_fitted_to_rows_of_the_same_reward_model(tmp_path):
+    file = write_rows(tmp_path / ITEMS, _judged("a", 1, Verdict.CORRECT, 0.75))
+    (tmp_path / "settings.json").write_text(json.dumps({"reward.weights": "x", "reward.max_tokens": 9}))
+    settings = {"reward.weights": "x", "reward.max_tokens": 9}
+    assert len(blended_judge.read_judged_rows(str(file), settings)) == 1
+    with pytest.raises(ValueError, match="judged with another reward model or setting: reward.max_tokens"):
+        blended_judge.read_judged_rows(str(file), settings | {"reward.max_tokens": 8})
+    write_rows(file, {"question": "a", "label": 1})
+    with pytest.raises(ValueError, match="no rows with opinions of the judges rule and model"):
+        blended_judge.read_judged_rows(str(file), settings)
 
 
 class _Chat:
@@ -338,6 +511,7 @@ def test_judges_on_verifybench(tmp_path, monkeypatch):
     assert results["all"]["differences"]["rule - yes"]["accuracy"]["value"] == 0.25
     assert {by: list(values) for by, values in results["by"].items()} == {
         "kind": ["Expression/Algebra", "Numeric/Float", "Numeric/Integer"], "type": ["Expression", "Numeric"],
+        "rule_decided": ["no", "yes"],
     }  # fmt: skip
     assert results["by"]["kind"]["Numeric/Integer"]["judges"]["yes"]["accuracy"]["value"] == 0.5
     text = (out / "table.txt").read_text()
@@ -395,6 +569,66 @@ def _reward_model(folder, record=None):
     if record is not None:
         seen_questions.write_record(folder, record)
     return str(folder)
+
+
+def test_a_calibrated_reward_model_judges_and_is_attacked(tmp_path, monkeypatch):
+    """Its scores are sigmoid((z - b) / T) of the logits of before; the file's values decide the results."""
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    rows = [
+        {
+            "question": f"How many {i} ?",
+            "reference_answer": "3",
+            "completion": f"#### {i}",
+            "label": int(i == 3),
+        }
+        for i in range(5)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
+    weights = _reward_model(tmp_path / "best", seen_questions.Record())
+    changes = dict(reward__weights=weights, reward__max_tokens=200, reward__tokenizer="")
+    plain, calibrated = (
+        ChosenModels(config(**changes, reward__calibrated=on), tmp_path) for on in (False, True)
+    )
+    names = ["rule_then_model", "blend", "model"]
+    with pytest.raises(SetupError, match=f"^reward.calibrated=True: {weights}/calibration.json is not there"):
+        judge_jobs.compare_judges(calibrated.cfg, calibrated, str(path), tmp_path / "x", names=names)
+    calibration.write_calibration(weights, calibration.Calibration(0.5, 0.25, 9, 4, 0.1, 0.1, None))
+    assert "reward.calibrated" not in plain.settings("reward")
+    settings = calibrated.settings("reward")
+    assert (settings["reward.calibrated"], settings["reward.temperature"], settings["reward.threshold"]) == (
+        True,
+        0.5,
+        0.25,
+    )
+
+    def judge(chosen, out):
+        judge_jobs.compare_judges(chosen.cfg, chosen, str(path), out, names=names)
+        found = read_rows(out / ITEMS)
+        assert list(found[0]["judges"]) == ["rule_then_model", "model", "rule"]
+        judged = json.loads((out / RESULTS).read_text())["all"]["judges"]
+        assert list(judged) == names
+        return np.array([row["judges"]["model"]["score"] for row in found])
+
+    before, after = judge(plain, tmp_path / "plain"), judge(calibrated, tmp_path / "calibrated")
+    logits = np.log(before / (1 - before))
+    np.testing.assert_allclose(after, 1 / (1 + np.exp(-(logits - 0.25) / 0.5)), atol=1e-5)
+    assert np.abs(after - before).max() > 1e-3
+    with pytest.raises(
+        SetupError, match="--blend_from=.*judged with another reward model or setting: reward.cal"
+    ):
+        judge_jobs.compare_judges(
+            calibrated.cfg, calibrated, str(path), tmp_path / "y", names=names,
+            blend_from=str(tmp_path / "plain" / ITEMS),
+        )  # fmt: skip
+    attack_jobs.measure_attacks(calibrated.cfg, calibrated, str(path), tmp_path / "attacks")
+    unattacked = [r["rewards"] for r in read_rows(tmp_path / "attacks" / ITEMS) if r["attack"] == "none"]
+    wrong_and_right = [after[i] for i in (0, 1, 2, 4, 3)]
+    assert [value for r in unattacked for value in r.values()] == pytest.approx(wrong_and_right, abs=1e-5)
+    # Another calibration beside the same weights does not continue these results.
+    calibration.write_calibration(weights, calibration.Calibration(0.5, 0.5, 9, 4, 0.1, 0.1, None))
+    with pytest.raises(SetupError, match="reward.threshold was 0.25 and is now 0.5"):
+        judge(calibrated, tmp_path / "calibrated")
 
 
 def test_what_reward_models_saw_is_unknown_where_no_whole_record_lies_beside_them(tmp_path, monkeypatch):

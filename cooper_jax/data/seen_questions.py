@@ -225,7 +225,7 @@ def read_record(weights: str | os.PathLike) -> Record | None:
     None if there is no record: then the questions are unknown (or, for random weights, there are none).
     Raises ValueError with the file's name for a damaged record.
     """
-    path = _find_file(os.fspath(weights), SEEN)
+    path = find_weights_file(os.fspath(weights), SEEN)
     return None if path is None else Record.decode(path.read_bytes(), str(path))
 
 
@@ -234,7 +234,7 @@ def has_trained_head(weights: str | os.PathLike) -> bool:
 
     False for a missing or damaged file, which the loader of the weights reports.
     """
-    path = _find_file(os.fspath(weights), "config.json")
+    path = find_weights_file(os.fspath(weights), "config.json")
     try:
         config = json.loads(path.read_bytes()) if path is not None else {}
         return any("ForSequenceClassification" in name for name in config["architectures"])
@@ -242,8 +242,11 @@ def has_trained_head(weights: str | os.PathLike) -> bool:
         return False
 
 
-def _find_file(weights: str, name: str) -> Path | None:
-    """A local copy of a file beside weights; None if the file or the directory does not exist."""
+def find_weights_file(weights: str, name: str) -> Path | None:
+    """Find a local copy of a file beside weights; None if the file or the directory does not exist.
+
+    weights: a local or remote directory, or a hub id.
+    """
     if remote_files.is_remote(weights):
         try:
             path = remote_files.fetch_local(weights, (name,))

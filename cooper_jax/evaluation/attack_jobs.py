@@ -167,7 +167,7 @@ def measure_attacks(
 def _open_scorer(chosen: ChosenModels, triples: Sequence[Triple], seed: int) -> attack_rates.Score:
     """Load a reward model that has room for all references of the attacks on `triples`."""
     layout = device_layouts.make_layouts(chosen.cfg)["reward"]
-    reward = RewardModel(chosen.cfg, layout, *chosen.load("reward", layout))
+    reward = RewardModel(chosen.cfg, layout, *chosen.load("reward", layout), chosen.read_calibration())
     reward.check(attack_rates.list_attack_references(triples, seed))
     return reward.rewards
 

@@ -228,7 +228,7 @@ def _judge_and_report(
             reward = None
             if settings.by_model:
                 layout = device_layouts.make_layouts(cfg)["reward"]
-                reward = RewardModel(cfg, layout, *chosen.load("reward", layout))
+                reward = RewardModel(cfg, layout, *chosen.load("reward", layout), chosen.read_calibration())
                 # A reference that does not fit would otherwise fail in the middle of the work.
                 for benchmark in loaded:
                     reward.check([problem.reference for problem in benchmark.problems])

@@ -1,7 +1,8 @@
 """Models of an evaluation, from weights or from a run of launch/train.py, and the reward model's scores.
 
 1. `ChosenModels` names the models' source; `ChosenModels.load` loads one of them onto the mesh.
-2. `RewardModel.rewards` computes p = sigmoid(z) of triples, rendered with the template of data/prompts.py.
+2. `RewardModel.rewards` computes p = sigmoid(z) of triples, rendered with the template of data/prompts.py; with
+   `reward.calibrated` z is calibrated (reward/calibration.py).
    Rows of similar length share a batch; all batches have the same number of rows and one of few widths, so
    that there is little padding and few programs are compiled.
 
@@ -22,7 +23,8 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import packing, prompts
 from cooper_jax.model.loading import Directory, Model, check_length, load_model
-from cooper_jax.reward import reward_losses, verifier_model
+from cooper_jax.reward import calibration, reward_losses, verifier_model
+from cooper_jax.reward.calibration import Calibration
 from cooper_jax.rollout import rollout_plan
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.mesh import Layout
@@ -69,10 +71,25 @@ class ChosenModels:
             )
         return model, params
 
-    def settings(self, name: str) -> dict[str, str | int | bool | None]:
-        """List the settings that decide a model's outputs, by dotted names.  name: policy or reward."""
+    def read_calibration(self) -> Calibration | None:
+        """Read the calibration of the reward model, beside its weights or in its run; None if it is not calibrated.
+
+        Raises SetupError, naming the path, for a missing or damaged file.
+        """
+        if not self.cfg.reward.calibrated:
+            return None
+        with setup_errors("reward.calibrated=True"):
+            return calibration.read_calibration(
+                self.cfg.reward.weights if self.run_dir is None else self.run_dir
+            )
+
+    def settings(self, name: str) -> dict[str, str | int | float | bool | None]:
+        """List the settings that decide a model's outputs, by dotted names.  name: policy or reward.
+
+        Raises SetupError for a calibration that cannot be read.
+        """
         section = self.cfg.policy if name == "policy" else self.cfg.reward
-        out: dict[str, str | int | bool | None] = {}
+        out: dict[str, str | int | float | bool | None] = {}
         if self.run_dir is not None:
             out = {f"{name}.run_dir": str(self.run_dir), f"{name}.step": self.step}
         else:
@@ -81,6 +98,11 @@ class ChosenModels:
             # Random weights are decided by the architecture alone.
             if section.weights == "random":
                 out |= {f"{name}.arch.{k}": v for k, v in section.arch.items()}
+
+        # These are absent without a calibration, so that evaluations from before the setting existed resume.
+        if name == "reward" and (fitted := self.read_calibration()) is not None:
+            out |= {"reward.calibrated": True, "reward.temperature": fitted.temperature}
+            out |= {"reward.threshold": fitted.threshold}
         return out | {f"{name}.dtype": section.dtype}
 
 
@@ -112,7 +134,7 @@ def label_models(models: Sequence[ChosenModels]) -> list[str]:
     return labels
 
 
-def _describe_weights(weights: str, name: str) -> dict[str, str | int | bool | None]:
+def _describe_weights(weights: str, name: str) -> dict[str, str | int | float | bool | None]:
     """Hash the weight files' names, sizes and times: training may write other weights to the same directory.
 
     The result is empty for weights that are not a local directory.
@@ -127,9 +149,22 @@ def _describe_weights(weights: str, name: str) -> dict[str, str | int | bool | N
 class RewardModel:
     """A reward model for scoring only, without an optimiser."""
 
-    def __init__(self, cfg: ConfigDict, layout: Layout, model: Model, params: Params):
-        """cfg: the whole config, of which `reward` and `data.bucket` are read."""
+    def __init__(
+        self,
+        cfg: ConfigDict,
+        layout: Layout,
+        model: Model,
+        params: Params,
+        fitted: Calibration | None = None,
+    ):
+        """Prepare the scoring program.
+
+        Args:
+          cfg: the whole config, of which `reward` and `data.bucket` are read.
+          fitted: the calibration of the rewards; None: they are sigmoid(logit).
+        """
         section = cfg.reward
+        self._calibration = fitted
         check_length(model.config, "reward", {"reward.max_tokens": section.max_tokens})
         self._layout, self._tokenizer, self._params = layout, model.tokenizer, params
         self._bucket, self.max_tokens = cfg.data.bucket, section.max_tokens
@@ -184,6 +219,7 @@ class RewardModel:
                 f"the reward model's logits are not finite for {not_finite} of {len(logits)} rows: check its "
                 "weights, or --config.reward.dtype"
             )
+        logits = calibration.apply_calibration(logits, self._calibration)
         return np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)), np.float32)
 
     def _launch(self, rows: Sequence[Sequence[int]]) -> jax.Array:

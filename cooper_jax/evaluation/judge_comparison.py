@@ -11,8 +11,8 @@
 
 2. `judge_rows` asks every judge, a chunk of rows at a time, and writes the opinions into the ledger.
 3. `summarise_judges` computes figures with 95 % intervals bootstrapped by question, and paired differences
-   between judges, for all rows and by source, kind, model and class.  (published_benchmarks.py computes the
-   figures that the authors of a published benchmark report.)
+   between judges, for all rows, by source, kind, model and class, and by whether the rule decides.
+   (published_benchmarks.py computes the figures that the authors of a published benchmark report.)
 """
 
 from __future__ import annotations
@@ -176,8 +176,9 @@ def _format_opinion(opinion: Opinion) -> Row:
 def group_rows(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """Collect each row's values, [N], of the fields by which figures are broken down.
 
-    `type` is the first part of `kind`; it is left out if all kinds have one part.  A field with the same
-    value in all rows is left out too.
+    `type` is the first part of `kind`; it is left out if all kinds have one part.  `rule_decided`, yes or no, is
+    there if the rule is among the judges: where it is yes, judges are compared at the rule's coverage.  A field
+    with the same value in all rows is left out too.
     """
     fields = {}
     for name in ("source", "kind", "model"):
@@ -187,6 +188,9 @@ def group_rows(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     fields["type"] = np.array([row["kind"].split("/")[0] for row in rows])
     if (fields["type"] == fields["kind"]).all():
         del fields["type"]
+    if "rule" in rows[0]["judges"]:
+        abstained = [row["judges"]["rule"]["abstained"] for row in rows]
+        fields["rule_decided"] = np.where(abstained, "no", "yes")
     return {name: values for name, values in fields.items() if len(set(values)) > 1}
 
 
@@ -282,7 +286,7 @@ def format_judges(summary: Mapping[str, Any], references: str) -> str:
         for value, group in groups.items():
             for name, judged in group["judges"].items():
                 rows.append([value or "(none)", str(group["rows"]), name, *_format_judge(judged)])
-        parts.append(format_table([field, "rows", "judge", *header], rows))
+        parts.append(format_table([field.replace("_", " "), "rows", "judge", *header], rows))
 
     # Differences over all rows and by source.
     groups = [("all", overall), *summary["by"].get("source", {}).items()]

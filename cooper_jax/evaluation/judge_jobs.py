@@ -12,10 +12,16 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import seen_questions
 from cooper_jax.data.labelled_completions import load_labelled_completions
-from cooper_jax.evaluation import benchmark_jobs, judge_comparison, judges, published_benchmarks
+from cooper_jax.evaluation import (
+    benchmark_jobs,
+    blended_judge,
+    judge_comparison,
+    judges,
+    published_benchmarks,
+)
 from cooper_jax.evaluation.benchmark_sets import BenchmarkConfig
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
-from cooper_jax.evaluation.evaluation_ledger import Ledger
+from cooper_jax.evaluation.evaluation_ledger import Ledger, Row
 from cooper_jax.llm import local_chat
 from cooper_jax.runtime import device_layouts, hosts
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
@@ -31,6 +37,7 @@ def compare_judges(
     names: Sequence[str],
     references: str = "own",
     prior_from: str = "",
+    blend_from: str = "",
 ) -> None:
     """Compare judges on labelled completions.
 
@@ -42,12 +49,14 @@ def compare_judges(
       names: some of judges.NAMES; the first judge is compared with each of the others.
       references: one of judge_comparison.REFERENCES.
       prior_from: labelled completions for the judge `prior`.
+      blend_from: the items.jsonl of another comparison, for the judge `blend`; "": it is cross-fitted.
 
     Raises SetupError, and hosts.Stopped after SIGTERM.
     """
     # 1. The rows.
     settings = benchmark_jobs.read_benchmark_config(cfg)
-    record = benchmark_jobs.read_seen_questions(chosen) if "model" in names else None
+    needed = judges.list_needed(names)
+    record = benchmark_jobs.read_seen_questions(chosen) if "model" in needed else None
     with setup_errors(f"--labelled={path}"):
         rows = judge_comparison.LabelledRows.load(
             path,
@@ -73,10 +82,18 @@ def compare_judges(
         with setup_errors(f"--prior_from={prior_from}"):
             prior_triples = load_labelled_completions(prior_from)
         outcome_settings["prior_from"] = f"{len(prior_triples)} rows, {digest_rows(prior_triples)}"
-    if "model" in names:
+    if "model" in needed:
         outcome_settings |= benchmark_jobs.list_reward_settings(cfg, chosen)
     if "llm" in names:
         outcome_settings |= list_judge_settings(cfg.judge)
+    # The blend is computed from the ledger's opinions, so what it is fitted to does not decide them.
+    known: list[Row] = []
+    if blend_from:
+        with setup_errors(f"--blend_from={blend_from}"):
+            if "blend" not in names:
+                raise ValueError("it belongs to --judge=blend")
+            reward_settings = benchmark_jobs.list_reward_settings(cfg, chosen)
+            known = blended_judge.read_judged_rows(blend_from, reward_settings)
 
     # 3. Judge, a chunk at a time, and report.
     size = settings.chunk * judge_comparison.CHUNK
@@ -86,13 +103,18 @@ def compare_judges(
             ledger = stack.enter_context(Ledger(out, outcome_settings, [len(places) for places in work]))
         # Judges are loaded only if there is work for them.
         if ledger.done < len(work):
-            opened = _open_judges(cfg, chosen, names, rows.triples, prior_triples, stack)
+            asked = judges.list_asked(names)
+            opened = _open_judges(cfg, chosen, asked, rows.triples, prior_triples, stack)
             with benchmark_jobs.report_interruption(ledger, len(work)):
                 judge_comparison.judge_rows(rows, opened, ledger, size, hosts.print_once)
 
         # Only the first process has the rows.
         if hosts.is_primary():
-            _write_comparison(cfg.seed, settings, rows, references, ledger, outcome_settings, record)
+            judged = ledger.rows
+            if "blend" in names:
+                with setup_errors("--judge=blend"):
+                    judged = blended_judge.add_blend(judged, names, known)
+            _write_comparison(cfg.seed, settings, rows, references, ledger, judged, outcome_settings, record)
 
 
 def _write_comparison(
@@ -101,6 +123,7 @@ def _write_comparison(
     rows: judge_comparison.LabelledRows,
     references: str,
     ledger: Ledger,
+    judged: Sequence[Row],
     outcome_settings: dict[str, Any],
     record: seen_questions.Record | None,
 ) -> None:
@@ -109,13 +132,14 @@ def _write_comparison(
     Args:
       seed: of the bootstrap.
       references: one of judge_comparison.REFERENCES.
+      judged: the ledger's rows with the opinions of the judges that are compared.
       record: of the questions in the reward model's training data; None if it is not among the judges.
     """
-    summary = judge_comparison.summarise_judges(ledger.rows, seed, settings.bootstrap)
+    summary = judge_comparison.summarise_judges(judged, seed, settings.bootstrap)
     text = judge_comparison.format_judges(summary, references)
     results: dict[str, Any] = {"references": references, "rows": rows.total, "seen": rows.seen}
     if published_benchmarks.has_published_figures(rows.benchmark, references):
-        published = published_benchmarks.measure_judges(rows.benchmark, ledger.rows, seed, settings.bootstrap)
+        published = published_benchmarks.measure_judges(rows.benchmark, judged, seed, settings.bootstrap)
         results["published_figures"] = published
         text += f"\n\n{published_benchmarks.format_figures(published)}"
 
@@ -141,7 +165,7 @@ def _open_judges(
     """Load the judges; returns them by name, in the order of `names`.
 
     Args:
-      names: some of judges.NAMES.
+      names: some of judges.NAMES other than `blend`.
       triples: all triples that will be judged.
       prior_triples: labelled triples for the judge `prior`.
       stack: closes the processes and models of the judges.
@@ -154,19 +178,27 @@ def _open_judges(
     if "prior" in names:
         opened["prior"] = judges.make_prior_judge(prior_triples)
 
-    # The rule verifier runs in processes of its own.
-    if "rule" in names:
+    # The rule verifier runs in processes of its own.  Combined judges share its opinions and the reward model's.
+    needed = judges.list_needed(names)
+    if "rule" in needed:
         rule = stack.enter_context(benchmark_jobs.open_rule_verifier(cfg))
-        opened["rule"] = lambda triples, first: judges.make_verdict_opinions(
-            rule.check([(t.reference, t.completion) for t in triples])
+        opened["rule"] = judges.remember_last_opinions(
+            lambda triples, first: judges.make_verdict_opinions(
+                rule.check([(t.reference, t.completion) for t in triples])
+            )
         )
 
     # Both the reward model and a local language model need devices; the other judges do not.
-    layouts = device_layouts.make_layouts(cfg) if {"model", "llm"} & set(names) else {}
-    if "model" in names:
-        reward = RewardModel(cfg, layouts["reward"], *chosen.load("reward", layouts["reward"]))
+    layouts = device_layouts.make_layouts(cfg) if {"model", "llm"} & needed else {}
+    if "model" in needed:
+        loaded = chosen.load("reward", layouts["reward"])
+        reward = RewardModel(cfg, layouts["reward"], *loaded, chosen.read_calibration())
         reward.check([t.reference for t in triples])  # before hours of work, not in the middle of it
-        opened["model"] = lambda triples, first: judges.make_reward_opinions(reward.rewards(triples))
+        opened["model"] = judges.remember_last_opinions(
+            lambda triples, first: judges.make_reward_opinions(reward.rewards(triples))
+        )
+    if "rule_then_model" in names:
+        opened["rule_then_model"] = judges.make_rule_then_model_judge(opened["rule"], opened["model"])
     if "llm" in names:
         chat = local_chat.open_chat(cfg, "judge", layouts["assistant"], chosen.folder)
         stack.callback(chat.close)

@@ -1,11 +1,13 @@
 """Judges of completions: each maps a triple to a score and a yes or no, or abstains.
 
-    model        the reward model: yes above 0.5
-    rule         the rule verifier: yes for CORRECT; it abstains if it cannot decide
-    llm          the language model of the config's `judge` section; it abstains if its verdict is unreadable
-    last_number  yes if the last numbers of completion and reference are equal
-    yes          always yes
-    prior        the accuracy of the model that wrote the completion, measured on other data (smoothed)
+    model            the reward model: yes above 0.5
+    rule             the rule verifier: yes for CORRECT; it abstains if it cannot decide
+    rule_then_model  the rule's verdict where it decides, the reward model's where it abstains
+    blend            a logistic model of rule, reward model and text; see blended_judge.py
+    llm              the language model of the config's `judge` section; it abstains if its verdict is unreadable
+    last_number      yes if the last numbers of completion and reference are equal
+    yes              always yes
+    prior            the accuracy of the model that wrote the completion, measured on other data (smoothed)
 
 An abstention counts as no.  Its score, 0.5, is halfway between no and yes.
 """
@@ -29,7 +31,9 @@ from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Triple, Verdict
 
 # Values of --judge.
-NAMES = ("model", "rule", "llm", "last_number", "yes", "prior")
+NAMES = ("model", "rule", "rule_then_model", "blend", "llm", "last_number", "yes", "prior")
+# The judges that a combined judge is made of.
+PARTS = {"rule_then_model": ("rule", "model"), "blend": ("rule", "model")}
 THRESHOLD = 0.5  # a reward above it calls the completion correct
 
 
@@ -67,6 +71,64 @@ def make_verdict_opinions(verdicts: Sequence[Verdict]) -> list[Opinion]:
         score = float(verdict is Verdict.CORRECT) if verdict.decidable else 0.5
         opinions.append(Opinion(score, not verdict.decidable, verdict.value))
     return opinions
+
+
+def list_needed(names: Iterable[str]) -> set[str]:
+    """List the judges that have to be opened for some of NAMES: these, and the parts of combined ones."""
+    needed = set(names)
+    for name in names:
+        needed.update(PARTS.get(name, ()))
+    return needed
+
+
+def list_asked(names: Sequence[str]) -> list[str]:
+    """List the judges whose opinions are stored: some of NAMES, and in the place of `blend` its parts."""
+    asked = [name for name in names if name != "blend"]
+    if "blend" in names:
+        asked += [name for name in PARTS["blend"] if name not in names]
+    return asked
+
+
+def remember_last_opinions(judge: Judge) -> Judge:
+    """Wrap a judge, so that asking it twice about one chunk computes its opinions once."""
+    last: list[tuple[Sequence[Triple], int, list[Opinion]]] = []
+
+    def judge_once(triples: Sequence[Triple], first: int) -> list[Opinion]:
+        # Chunks are compared by identity: all judges of a chunk get the same object, which `last` keeps alive.
+        if not last or last[0][0] is not triples or last[0][1] != first:
+            last[:] = [(triples, first, judge(triples, first))]
+        return last[0][2]
+
+    return judge_once
+
+
+def make_rule_then_model_judge(rule: Judge, model: Judge) -> Judge:
+    """Make a judge that follows the rule verifier where it decides, and the reward model where it abstains.
+
+    With the reward model's reward p, the score is
+
+        3/4 + p/4   in [0.75, 1]        the rule finds the completion correct
+        3/8 + p/4   in [0.375, 0.625]   the rule abstains
+        p/4         in [0, 0.25]        the rule finds it wrong, or without an answer
+
+    The three intervals are disjoint, so every row that the rule accepts ranks above every undecided one, and
+    these above those that it rejects; within each class rows rank by p.  Scores of 1 and 0 for decided rows would
+    make AUROC count all pairs within a class as ties.  A score is above 1/2 if the rule accepts the completion, or
+    if it abstains and p > 1/2.  The score is a rank and not a probability.
+    """
+
+    def judge(triples: Sequence[Triple], first: int) -> list[Opinion]:
+        opinions = []
+        for verdict, reward in zip(rule(triples, first), model(triples, first), strict=True):
+            if verdict.abstained:
+                lowest = 3 / 8
+            else:
+                lowest = 3 / 4 if verdict.yes else 0.0
+            decider = "model" if verdict.abstained else "rule"
+            opinions.append(Opinion(lowest + reward.score / 4, False, f"{decider}; rule: {verdict.note}"))
+        return opinions
+
+    return judge
 
 
 def make_llm_judge(chat: Chat, seed: int) -> Judge:

@@ -1,8 +1,8 @@
 """The best model of a reward model's training, exported for use elsewhere, and the report on it.
 
 1. `keep_best_model` writes best/ and the model's logits on the held-out rows.  best/ contains the weights in
-   the form that transformers and `reward.weights` read, the tokenizer, and the training questions'
-   fingerprints.
+   the form that transformers and `reward.weights` read, the tokenizer, the training questions' fingerprints,
+   and the calibration that is fitted to those logits, if there is a fit.
 2. `write_final_report` turns those logits into report.json, reliability.png and a table.
 """
 
@@ -22,6 +22,8 @@ from etils import epath
 
 from cooper_jax.data import seen_questions
 from cooper_jax.model import weight_export
+from cooper_jax.reward import calibration
+from cooper_jax.reward.calibration import Calibration
 from cooper_jax.reward_training import rm_report, rm_setup
 from cooper_jax.reward_training.examples import UNNAMED
 from cooper_jax.runtime import hosts, remote_files
@@ -57,12 +59,10 @@ def keep_best_model(job: rm_setup.Job, params: Any, step: int, value: float, log
         # The exporter writes local files only: a run directory in a bucket is filled by copying.
         remote = remote_files.is_remote(job.path)
         folder = (remote_files.staging_dir(job.path) if remote else Path(job.path)) / BEST
-        export_best_model(job, params, folder)
+        fitted, _ = rm_report.fit_held_out_calibration(job.data.held_out, logits)
+        export_best_model(job, params, folder, fitted)
         if remote:
-            # The record of questions is copied first: without it, the weights would count as trained on
-            # unknown questions.
-            for file in sorted(folder.iterdir(), key=lambda f: f.name != seen_questions.SEEN):
-                epath.Path(file).copy(job.path / BEST / file.name, overwrite=True)
+            _copy_best_model(folder, job.path / BEST)
             shutil.rmtree(folder)
 
         # One line per held-out row, from which the final report is computed.
@@ -73,11 +73,28 @@ def keep_best_model(job: rm_setup.Job, params: Any, step: int, value: float, log
     hosts.on_primary_first("best model", write)
 
 
-def export_best_model(job: rm_setup.Job, params: Any, folder: Path) -> None:
+def _copy_best_model(folder: Path, target: epath.Path) -> None:
+    """Copy the files of best/ to a bucket, over those of an earlier model."""
+    # The record of questions comes first: without it, the weights would count as trained on unknown questions.
+    # The calibration comes last, and the old one is removed before: it must not be applied to other weights.
+    (target / calibration.CALIBRATION).unlink(missing_ok=True)
+
+    def get_rank(file: Path) -> tuple[bool, bool]:
+        return file.name == calibration.CALIBRATION, file.name != seen_questions.SEEN
+
+    for file in sorted(folder.iterdir(), key=get_rank):
+        epath.Path(file).copy(target / file.name, overwrite=True)
+
+
+def export_best_model(
+    job: rm_setup.Job, params: Any, folder: Path, fitted: Calibration | None = None
+) -> None:
     """Write a directory that AutoModelForSequenceClassification and `reward.weights` load.
 
     The directory is written under another name and then renamed, so it is always complete and includes the
     record of the training questions.  An existing directory is replaced.
+
+    fitted: the calibration to be stored with the weights; None: none is stored.
     """
     model = job.model
     # Both temporary names are in the same parent directory, so that renaming never copies.
@@ -94,6 +111,8 @@ def export_best_model(job: rm_setup.Job, params: Any, folder: Path) -> None:
             pad_token_id=model.tokenizer.pad_id,
         )
     seen_questions.write_record(staged, make_seen_record(job))
+    if fitted is not None:
+        calibration.write_calibration(staged, fitted)
 
     # A directory cannot be renamed onto another that has files: move the old one away first.
     shutil.rmtree(old, ignore_errors=True)  # a leftover of a run that was killed
@@ -138,6 +157,7 @@ def write_final_report(job: rm_setup.Job, step: int, best: BestEvaluation) -> st
     # The stored logits make the report independent of the model that is in memory, which is the last one.
     logits = _read_logits(job)
     groups = rm_report.make_report(held_out, logits, job.cfg.seed)
+    fitted, calibration_note = rm_report.fit_held_out_calibration(held_out, logits)
     report = {
         "name": job.cfg.name,
         "best": {"step": best.step, selection: best.value},
@@ -150,15 +170,18 @@ def write_final_report(job: rm_setup.Job, step: int, best: BestEvaluation) -> st
         "overlap_excluded": job.data.overlap_excluded,
         # Metrics of all rows and of each source.
         "groups": groups,
+        # The calibration stored in best/; null if there is none, for the reason in the note.
+        "calibration": None if fitted is None else dataclasses.asdict(fitted),
+        "calibration_note": calibration_note,
     }
     write_atomically(job.path / "report.json", json.dumps(to_jsonable(report), indent=2).encode() + b"\n")
 
     title = f"{job.cfg.name}, update {best.step}: {len(held_out)} held-out rows"
     write_atomically(job.path / "reliability.png", rm_report.plot_reliability(held_out, logits, title))
     return (
-        f"{rm_report.format_report_table(groups)}\n{job.path}: {step} updates done; {BEST}/ is the model of "
-        f"update {best.step} ({selection} {best.value:.4f}), with report.json, reliability.png and "
-        f"{PREDICTIONS}"
+        f"{rm_report.format_report_table(groups)}\n{calibration_note}\n{job.path}: {step} updates done; "
+        f"{BEST}/ is the model of update {best.step} ({selection} {best.value:.4f}), with report.json, "
+        f"reliability.png and {PREDICTIONS}"
     )
 
 

@@ -1,14 +1,17 @@
 """Held-out evaluation of a reward model: metrics with intervals, calibration, tables and a figure.
 
 1. `compute_evaluation_metrics` measures all rows and each source during training.
-2. `make_report` adds 95 % intervals, which resample whole questions, and the calibration bins at the end.
-3. `format_report_table` and `plot_reliability` show the result.
+2. `make_report` adds 95 % intervals, which resample whole questions, and the calibration bins at the end,
+   with accuracy and calibration error after a cross-fitted calibration.
+3. `fit_held_out_calibration` fits the calibration that is stored with the weights.
+4. `format_report_table` and `plot_reliability` show the result.
 
     N  rows
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cooper_jax import statistics
+from cooper_jax.reward.calibration import Calibration, cross_fit_logits, fit_calibration
 from cooper_jax.reward_training.examples import Examples
 from cooper_jax.runtime import keys
 from cooper_jax.runtime.extras import import_extra
@@ -26,6 +30,12 @@ ALL = "all"
 MIN_ROWS_SHOWN = 10  # a source's calibration bin with fewer rows is too noisy to draw
 # Metrics with a bootstrap interval in the report.  The order is part of the random stream: do not change it.
 WITH_INTERVALS = ("accuracy", "balanced_accuracy", "auroc", "precision", "recall", "f1")
+# Metrics of cross-fitted calibrated logits, and the metrics that they repeat.
+CALIBRATED = {
+    "calibrated_accuracy": "accuracy",
+    "calibrated_balanced_accuracy": "balanced_accuracy",
+    "calibrated_ece": "ece",
+}
 INK, GREY, GRID, BLUE, ORANGE = "#333333", "#999999", "#eeeeee", "#2b6cb0", "#dd7733"
 
 
@@ -78,6 +88,9 @@ def compute_evaluation_metrics(examples: Examples, logits: np.ndarray) -> Metric
 def make_report(examples: Examples, logits: np.ndarray, seed: int, resamples: int = 1000) -> dict[str, Any]:
     """Compute each group's row counts, metrics {name: {value, low, high}} and calibration bins.
 
+    The metrics in CALIBRATED are of logits that are calibrated by fits on other questions; they are left out
+    if there is no such fit.
+
     Args:
       examples: the held-out rows.
       logits: f32[N].
@@ -86,6 +99,10 @@ def make_report(examples: Examples, logits: np.ndarray, seed: int, resamples: in
     """
     # Rows of one question are correlated, so questions are the unit of resampling.
     questions = np.array([t.question for t in examples.triples])
+    # One cross-fit over all rows, as the stored calibration is fitted over all sources.
+    calibrated: np.ndarray | None = None  # f64[N]
+    with contextlib.suppress(ValueError):  # `fit_held_out_calibration` says so
+        calibrated = cross_fit_logits(examples.labels, logits, questions)
     report: dict[str, Any] = {}
     for index, (group, rows) in enumerate(group_by_source(examples).items()):
         y, z = examples.labels[rows] > 0.5, np.asarray(logits)[rows]
@@ -96,6 +113,9 @@ def make_report(examples: Examples, logits: np.ndarray, seed: int, resamples: in
             rng = keys.make_generator(seed, "bootstrap", index, k)
             interval = _bootstrap_metric(name, y, z, questions[rows], rng, resamples)
             metrics[name] |= {"low": interval.low, "high": interval.high}
+        if calibrated is not None:
+            after = compute_metrics(y, calibrated[rows])
+            metrics |= {name: {"value": after[metric]} for name, metric in CALIBRATED.items()}
 
         _, bins = statistics.calibration_curve(y, to_probabilities(z))
         report[group] = {
@@ -106,6 +126,26 @@ def make_report(examples: Examples, logits: np.ndarray, seed: int, resamples: in
             "reliability": [vars(b) for b in bins],
         }
     return report
+
+
+def fit_held_out_calibration(examples: Examples, logits: np.ndarray) -> tuple[Calibration | None, str]:
+    """Fit a calibration to all held-out rows; returns (the fit or None, a note of one line on it).
+
+    examples: the held-out rows.  logits: f32[N].
+    """
+    questions = [t.question for t in examples.triples]
+    try:
+        fitted = fit_calibration(examples.labels, logits, questions)
+    except ValueError as error:
+        return None, f"warning: no calibration is stored with the weights: {error}"
+
+    note = (
+        f"calibration fitted on {fitted.rows} held-out rows: temperature {fitted.temperature:.4g}, threshold "
+        f"{fitted.threshold:.4g}"
+    )
+    if fitted.ece_cross_fitted is None:
+        return fitted, f"{note}; no calibrated figures, since the rows outside some fold have no fit"
+    return fitted, f"{note}; calibrated figures are cross-fitted by question"
 
 
 def _bootstrap_metric(
@@ -128,7 +168,8 @@ def _bootstrap_metric(
 
 def format_report_table(report: dict[str, Any]) -> str:
     """Format a report's groups as a table for a terminal; the last line shows all rows."""
-    shown = ("accuracy", "balanced_accuracy", "auroc", "precision", "recall", "ece")
+    shown = ["accuracy", "balanced_accuracy", "auroc", "precision", "recall", "ece"]
+    shown += [name for name in CALIBRATED if name in report[ALL]["figures"]]
     table = [["source", "rows", "positive", *(name.replace("_", " ") for name in shown)]]
     groups = [*(name for name in report if name != ALL), ALL]
     for group in groups:

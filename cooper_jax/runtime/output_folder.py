@@ -44,7 +44,7 @@ def check_same_settings(
         raise ValueError(
             f"{folder} holds {outputs[0]} without {SETTINGS}: give another --out, or move it away"
         )
-    old = _read_settings(stored)
+    old = read_settings(stored)
 
     def has_output(name: str) -> bool:
         for prefix, file in (later or {}).items():
@@ -66,7 +66,7 @@ def check_same_settings(
         remote_files.write_atomically(stored, text.encode("utf-8", "backslashreplace"))
 
 
-def _read_settings(stored: Path) -> dict[str, Any]:
+def read_settings(stored: Path) -> dict[str, Any]:
     """Read stored settings; none if there is no file.  Raises ValueError if the file is not JSON."""
     try:
         return json.loads(stored.read_bytes()) if stored.exists() else {}

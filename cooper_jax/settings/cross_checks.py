@@ -69,6 +69,14 @@ def _check_models(cfg: ConfigDict, errors: ErrorCollector) -> None:
             f"{name}.weights is empty: give --config.{name}.weights=DIR, a hub id or a .gguf file",
         )
 
+    # A supervised phase, or another run's, trains the reward model after the calibration was fitted.
+    trained_before = [n for n in ("reward_steps", "start_from") if cfg.supervised[n]]
+    errors.require(
+        not (cfg.reward.calibrated and trained_before),
+        f"reward.calibrated=True: the calibration beside reward.weights does not fit the reward model that "
+        f"supervised.{' and supervised.'.join(trained_before)} would start from; leave one of them out",
+    )
+
     # A model with random weights cannot follow the request for a wrong solution.
     errors.require(
         not asks_assistant(cfg)

@@ -2,7 +2,8 @@
 
 1. `encode_reward_input` renders a problem and a response with the reward model's template, the same for
    scoring, for pairs, for labelled rows and for supervised training.
-2. `compute_response_logits` computes the reward model's logits for many responses.
+2. `compute_response_logits` computes the reward model's logits for many responses, calibrated if the run is
+   (reward.calibrated).
 3. `ResponseGrader` grades a step's responses group by group, while other groups are still being sampled.
 
     B  prompts   G  samples per prompt   N = B * G  rows, prompt-major
@@ -19,6 +20,7 @@ import numpy as np
 
 from cooper_jax.data import packing, prompts
 from cooper_jax.reward import reward_losses
+from cooper_jax.reward.calibration import apply_calibration
 from cooper_jax.runtime import hosts
 from cooper_jax.trainer.policy_stages import ProblemBatch
 from cooper_jax.trainer.state import Components
@@ -58,7 +60,7 @@ def compute_response_logits(
     problems: Sequence[Problem],
     completions: Sequence[Completion],
 ) -> np.ndarray:
-    """The reward model's logits f32[N].
+    """The logits f32[N] whose sigmoids are the rewards: the reward model's, calibrated if the run is.
 
     Args:
       params: the reward model's parameters.
@@ -72,7 +74,8 @@ def compute_response_logits(
     logits = components.reward_bundle.compute_logits(params, pack_reward_inputs(components, rows))
 
     # Every process gets all logits; the padding rows are at the end.
-    return hosts.fetch_arrays(logits)[: len(rows)]
+    fetched = hosts.fetch_arrays(logits)[: len(rows)]
+    return apply_calibration(fetched, components.reward_bundle.calibration)
 
 
 def can_score_during_rollout(components: Components) -> bool:
@@ -165,14 +168,14 @@ class _OverlappedScorer:
             self._launch()
 
     def collect(self) -> np.ndarray:
-        """Wait for the logits f32[N] of all responses, in row order."""
+        """Wait for the logits f32[N] of all responses, in row order, calibrated if the run is."""
         while self._waiting:
             self._launch()
 
         logits = np.zeros(sum(len(rows) for rows, _ in self._running), np.float32)
         for rows, values in self._running:
             logits[rows] = hosts.fetch_arrays(values)[: len(rows)]
-        return logits
+        return apply_calibration(logits, self._components.reward_bundle.calibration)
 
     def _launch(self) -> None:
         """Score the first waiting responses.  JAX dispatches the computation and returns without waiting."""

@@ -5,12 +5,13 @@ Each function takes (scores f32[N], verdicts [N], completions [N]) and returns r
 of the next:
 
     rule              1 if the rule verifier's verdict is `correct`, else 0; it reads no scores
-    model             the reward model's score, the sigmoid of its logit
+    model             the reward model's score: the sigmoid of its logit, which reward.calibrated calibrates
     rule_or_model     the maximum of the score and the rule's reward
+    rule_then_model   the rule's reward where its verdict is decidable, the score where it abstains
     answer_required   0 if the response is truncated or has no answer, else the score
 
-The paper's rewards are `rule` alone and `model` alone.  `rule_or_model` and `answer_required` are controls
-that the paper does not have.
+The paper's rewards are `rule` alone and `model` alone.  The others are controls that the paper does not have;
+`rule_or_model` and `rule_then_model` exclude each other.
 
     N  rows (responses), prompt-major
 """
@@ -44,8 +45,11 @@ class RewardConfig:
     recipe: str  # a name in RECIPES (recipes.py), or ""; its values have been written into the config
     max_tokens: int  # longest reward-model input
 
+    calibrated: bool  # calibrate the logits as stored beside the weights (reward/calibration.py)
+
     # Controls.
     rule_or_model: bool  # see the module's docstring
+    rule_then_model: bool
     answer_required: bool
     shuffle_labels: bool  # exchange a pair's members with probability 1/2
 
@@ -57,12 +61,20 @@ class RewardConfig:
         if self.arm not in ARMS:
             errors.append(f"reward.arm is {self.arm!r}; it is one of {', '.join(ARMS)}")
 
-        # Both controls change a reward model's rewards.  In the rule arm they would have no effect.
-        controls = [name for name in ("rule_or_model", "answer_required") if getattr(self, name)]
-        if self.arm == "rule" and controls:
+        # These change a reward model's rewards.  In the rule arm they would have no effect.
+        names = ("calibrated", "rule_or_model", "rule_then_model", "answer_required")
+        changing = [name for name in names if getattr(self, name)]
+        if self.arm == "rule" and changing:
             errors.append(
-                f"reward.{' and reward.'.join(controls)}: the rule arm has no reward model whose rewards "
+                f"reward.{' and reward.'.join(changing)}: the rule arm has no reward model whose rewards "
                 "could be changed; leave it out, or set --config.reward.arm=model"
+            )
+
+        # One takes the model's word for all that the rule does not accept, the other only where it abstains.
+        if self.rule_or_model and self.rule_then_model:
+            errors.append(
+                "reward.rule_or_model=True and reward.rule_then_model=True exclude each other: they differ in "
+                "the reward of a response that the rule finds wrong (the score, or 0); leave one of them out"
             )
         typed_config.raise_errors(errors)
 
@@ -108,6 +120,17 @@ def reward_rule_or_model(
     return np.maximum(scores, reward_rule(None, verdicts, completions))
 
 
+def reward_rule_then_model(
+    scores: np.ndarray, verdicts: Sequence[Verdict], completions: Sequence[Completion]
+) -> np.ndarray:
+    """The rule's reward, 1 or 0, for a response whose verdict is decidable, else the score.
+
+    `correct`, `wrong` and `no_answer` are decidable; the rule abstains by `unrecognised` and `timeout`.
+    """
+    decided = [verdict.decidable for verdict in verdicts]
+    return np.where(decided, reward_rule(None, verdicts, completions), scores)
+
+
 def require_answer(
     scores: np.ndarray, verdicts: Sequence[Verdict], completions: Sequence[Completion]
 ) -> np.ndarray:
@@ -121,6 +144,7 @@ REWARDS: dict[str, RewardFunction] = {
     "rule": reward_rule,
     "model": reward_model,
     "rule_or_model": reward_rule_or_model,
+    "rule_then_model": reward_rule_then_model,
     "answer_required": require_answer,
 }
 
@@ -135,6 +159,8 @@ def name_rewards(config: RewardConfig) -> list[str]:
     names = ["model"]
     if config.rule_or_model:
         names.append("rule_or_model")
+    if config.rule_then_model:
+        names.append("rule_then_model")
     if config.answer_required:
         names.append("answer_required")
     return names

@@ -26,12 +26,14 @@ from cooper_jax.model.loading import Directory, check_length, describe_model, lo
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
+from cooper_jax.reward.calibration import Calibration
 from cooper_jax.reward.multihost import share_over_hosts
 from cooper_jax.rule import reference_checks
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
+from cooper_jax.trainer.run_calibration import load_run_calibration
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, LogprobsFunction, PolicyBundle, RewardBundle, State
 from cooper_jax.types import Problem, TrainState
@@ -202,6 +204,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     settings = read_settings(cfg)
     layouts = lay_out_models(settings.mesh)
     train, all_held_out = load_inputs(settings, layouts, run_dir)
+    calibration = load_run_calibration(settings, run_dir)
     if said := reference_checks.describe_references("data.train", train):
         hosts.print_once(said)
     unseen = contamination.exclude_contaminated(cfg, run_dir, train, all_held_out)
@@ -217,7 +220,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         policy, policy_state = build_policy_bundle(settings, layouts, run_dir)
         reward, reward_state = None, None
         if settings.reward.has_model:
-            reward, reward_state = build_reward_bundle(settings, layouts["reward"], run_dir)
+            reward, reward_state = build_reward_bundle(settings, layouts["reward"], run_dir, calibration)
 
         # Prompts need the policy's tokenizer, so problems are encoded after the models are loaded.
         data = settings.data
@@ -336,9 +339,11 @@ def build_policy_bundle(
 
 
 def build_reward_bundle(
-    settings: RunSettings, layout: mesh.Layout, run_dir: Directory
+    settings: RunSettings, layout: mesh.Layout, run_dir: Directory, calibration: Calibration | None = None
 ) -> tuple[RewardBundle, TrainState]:
     """Load the reward model: its bundle, whose functions compile at their first call, and its initial state.
+
+    calibration: of the rewards; None: they are sigmoid(logit).
 
     Raises SetupError for weights without a trained score head, unless the config trains or allows one.
     """
@@ -369,6 +374,7 @@ def build_reward_bundle(
             ),
             update=verifier_model.make_reward_update(model.config, settings.reward_update, optimiser, layout),
             optimiser=optimiser,
+            calibration=calibration,
         )
     return bundle, optim.init_state(params, optimiser)
 

@@ -19,6 +19,7 @@ from flax import struct
 
 from cooper_jax.model.loading import Model
 from cooper_jax.reward.assistants import Assistant
+from cooper_jax.reward.calibration import Calibration
 from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.reward.multihost import SharedRule
 from cooper_jax.reward.pairs.giveaway_probe import RecentRewrites
@@ -60,6 +61,9 @@ class RewardBundle:
     # Updates.  The update donates its input state.
     update: Callable  # (TrainState, PairBatch | None, LabelledBatch | None) -> (TrainState, metrics)
     optimiser: optim.Optimiser
+
+    # Applied to logits that become rewards, and not in updates; None: rewards are sigmoid(logit).
+    calibration: Calibration | None = None
 
 
 @dataclasses.dataclass(frozen=True)
