@@ -19,16 +19,15 @@ from typing import Any
 import numpy as np
 
 from cooper_jax import statistics
+from cooper_jax.evaluation.resampling import Resamples, compute_interval
 from cooper_jax.reward.calibration import Calibration, cross_fit_logits, fit_calibration
 from cooper_jax.reward_training.examples import Examples
-from cooper_jax.runtime import keys
 from cooper_jax.runtime.extras import import_extra
-from cooper_jax.statistics import Interval
 from cooper_jax.types import Metrics
 
 ALL = "all"
 MIN_ROWS_SHOWN = 10  # a source's calibration bin with fewer rows is too noisy to draw
-# Metrics with a bootstrap interval in the report.  The order is part of the random stream: do not change it.
+# Metrics with a bootstrap interval in the report.
 WITH_INTERVALS = ("accuracy", "balanced_accuracy", "auroc", "precision", "recall", "f1")
 # Metrics of cross-fitted calibrated logits, and the metrics that they repeat.
 CALIBRATED = {
@@ -104,14 +103,13 @@ def make_report(examples: Examples, logits: np.ndarray, seed: int, resamples: in
     with contextlib.suppress(ValueError):  # `fit_held_out_calibration` says so
         calibrated = cross_fit_logits(examples.labels, logits, questions)
     report: dict[str, Any] = {}
-    for index, (group, rows) in enumerate(group_by_source(examples).items()):
+    for group, rows in group_by_source(examples).items():
         y, z = examples.labels[rows] > 0.5, np.asarray(logits)[rows]
 
-        # Every interval has its own random stream, numbered by group and metric.
         metrics = {name: {"value": value} for name, value in compute_metrics(y, z).items()}
-        for k, name in enumerate(WITH_INTERVALS):
-            rng = keys.make_generator(seed, "bootstrap", index, k)
-            interval = _bootstrap_metric(name, y, z, questions[rows], rng, resamples)
+        resampled = Resamples(questions[rows].tolist(), seed, resamples).figures(y, z > 0, z)
+        for name in WITH_INTERVALS:
+            interval = compute_interval(resampled[name])
             metrics[name] |= {"low": interval.low, "high": interval.high}
         if calibrated is not None:
             after = compute_metrics(y, calibrated[rows])
@@ -146,24 +144,6 @@ def fit_held_out_calibration(examples: Examples, logits: np.ndarray) -> tuple[Ca
     if fitted.ece_cross_fitted is None:
         return fitted, f"{note}; no calibrated figures, since the rows outside some fold have no fit"
     return fitted, f"{note}; calibrated figures are cross-fitted by question"
-
-
-def _bootstrap_metric(
-    name: str,
-    labels: np.ndarray,
-    logits: np.ndarray,
-    questions: np.ndarray,
-    rng: np.random.Generator,
-    resamples: int,
-) -> Interval:
-    """Bootstrap a metric's 95 % interval.  labels: bool[N]; logits: f32[N]; questions: str[N]."""
-
-    def compute_weighted(weights: np.ndarray) -> float:
-        if name == "auroc":
-            return statistics.area_under_roc(labels, logits, weights)
-        return statistics.classification_figures(labels, logits > 0, weights)[name]
-
-    return statistics.bootstrap_interval(compute_weighted, questions.tolist(), rng, resamples)
 
 
 def format_report_table(report: dict[str, Any]) -> str:
