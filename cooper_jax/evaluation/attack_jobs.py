@@ -143,10 +143,12 @@ def measure_attacks(
             shown = [len(attack_rates.list_attacks(t)) for t in rows.triples]
             sizes = [sum(shown[i] for i in places) for places in work]
             ledger = stack.enter_context(Ledger(out, outcome_settings, sizes))
-        found = _read_search(ledger.folder, search)
+        # A search begins when all chunks are done: a file beside fewer is left from other results.
+        finished = ledger.done == len(work)
+        found = _read_search(ledger.folder, search) if finished else {}
         missing = [label for label in labelled_models if search and label not in found]
         # Only the models that have work left are loaded: all of them, or those without a search.
-        opened = labelled_models if ledger.done < len(work) else missing
+        opened = missing if finished else labelled_models
         scorers = {label: _open_scorer(labelled_models[label], rows.triples, cfg.seed) for label in opened}
         with benchmark_jobs.report_interruption(ledger, len(work)):
             attack_rates.score_attacks(rows.triples, scorers, ledger, work, cfg.seed, hosts.print_once)

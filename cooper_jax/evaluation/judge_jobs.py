@@ -87,17 +87,7 @@ def compare_judges(
     if "llm" in names:
         outcome_settings |= list_judge_settings(cfg.judge)
     # The blend is computed from the ledger's opinions, so what it is fitted to does not decide them.
-    if "blend" in names and references != "own":
-        raise SetupError(
-            f"--references={references}: --judge=blend learns from the labels, and they are those of the own "
-            "references: leave one of the two out"
-        )
-    known: list[Row] = []
-    if blend_from:
-        with setup_errors(f"--blend_from={blend_from}"):
-            if "blend" not in names:
-                raise ValueError("it belongs to --judge=blend")
-            known = _read_known_rows(blend_from, benchmark_jobs.list_reward_settings(cfg, chosen))
+    known = _read_known_rows(cfg, chosen, names, references, blend_from)
 
     # 3. Judge, a chunk at a time, and report.
     size = settings.chunk * judge_comparison.CHUNK
@@ -124,14 +114,30 @@ def compare_judges(
             )
 
 
-def _read_known_rows(path: str, settings: Mapping[str, Any]) -> list[Row]:
-    """Read the rows of `blend_from` on the first process, which alone fits; the others get none.
+def _read_known_rows(
+    cfg: ConfigDict, chosen: ChosenModels, names: Sequence[str], references: str, path: str
+) -> list[Row]:
+    """Read the rows that the judge `blend` is fitted to, on the first process; none if it is cross-fitted.
 
-    settings: the reward model's.
+    path: as `blend_from` of `compare_judges`; the other arguments are those of `compare_judges`, too.
+
+    Raises SetupError for references under which the labels do not hold, and for rows of other settings.
     """
+    if "blend" in names and references != "own":
+        raise SetupError(
+            f"--references={references}: --judge=blend learns from the labels, and they are those of the own "
+            "references: leave one of the two out"
+        )
     known: list[Row] = []
-    # The file is on the first host; the others wait, so that they do no work if it cannot be used.
-    hosts.on_primary_first("blend rows", lambda: known.extend(blended_judge.read_judged_rows(path, settings)))
+    if path:
+        with setup_errors(f"--blend_from={path}"):
+            if "blend" not in names:
+                raise ValueError("it belongs to --judge=blend")
+            settings = benchmark_jobs.list_reward_settings(cfg, chosen)
+            # The file is on the first host, which alone fits; the others wait, in case it cannot be used.
+            hosts.on_primary_first(
+                "blend rows", lambda: known.extend(blended_judge.read_judged_rows(path, settings))
+            )
     return known
 
 
