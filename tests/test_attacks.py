@@ -366,8 +366,7 @@ def search_rows(tmp_path):
 
 def test_a_search_is_made_once(tmp_path, monkeypatch):
     """The same command reports the stored search; another budget or other texts make another one."""
-    devices = jax.devices()[:2]
-    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    monkeypatch.setattr(attack_jobs, "_open_scorer", lambda *_: lambda shown: np.full(len(shown), 0.1))
     monkeypatch.setattr(attack_search, "MIN_BUDGET", 30)
     path, cfg = search_rows(tmp_path)
 
@@ -394,8 +393,6 @@ def test_a_search_is_made_once(tmp_path, monkeypatch):
 
 def test_finished_searches_outlive_an_interruption(tmp_path, monkeypatch):
     """Three models; a signal comes after the first search, and the next start makes the other two alone."""
-    devices = jax.devices()[:2]
-    monkeypatch.setattr(jax, "devices", lambda *_: devices)
     path, cfg = search_rows(tmp_path)
     labels = ["a", "b", "c"]
     monkeypatch.setattr(attack_jobs, "label_models", lambda models: labels)
