@@ -148,7 +148,7 @@ def measure_attacks(
         found = _read_search(ledger.folder, search) if finished else {}
         missing = [label for label in labelled_models if search and label not in found]
         # Only the models that have work left are loaded: all of them, or those without a search.
-        opened = missing if finished else labelled_models
+        opened = missing if finished else list(labelled_models)
         scorers = {label: _open_scorer(labelled_models[label], rows.triples, cfg.seed) for label in opened}
         with benchmark_jobs.report_interruption(ledger, len(work)):
             attack_rates.score_attacks(rows.triples, scorers, ledger, work, cfg.seed, hosts.print_once)

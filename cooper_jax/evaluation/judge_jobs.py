@@ -104,7 +104,8 @@ def compare_judges(
 
         # Only the first process has the rows.
         if hosts.is_primary():
-            judged, blend = ledger.rows, None
+            judged = ledger.rows
+            blend: dict[str, Any] | None = None
             if "blend" in names:
                 with setup_errors("--judge=blend"):
                     judged, fitted = blended_judge.add_blend(judged, names, known)
