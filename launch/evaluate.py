@@ -67,8 +67,9 @@ COMPARE = flags.DEFINE_multi_string(
     "compare", [], "--attacks: another reward model's weights, or with --run_dir a step; repeatable."
 )
 SEARCH = flags.DEFINE_integer(
-    "search", 0, "--attacks: completions scored in a search for new attacks; 0: no search.", lower_bound=0
-)
+    "search", 0, "--attacks: completions scored in a search for new attacks, at least 176; 0: no search.",
+    lower_bound=0,
+)  # fmt: skip
 
 # --- options of all kinds ---
 OUT = flags.DEFINE_string("out", None, "The directory of the results.", required=True)

@@ -1,5 +1,6 @@
 """Reward models under attack: the families of reward hacks, rates of both classes, and the search for attacks."""
 
+import dataclasses
 import json
 import re
 
@@ -12,7 +13,8 @@ from cooper_jax import statistics
 from cooper_jax.data import reward_hacks as hacks
 from cooper_jax.evaluation import attack_jobs, attack_rates, attack_search, judge_comparison
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
-from cooper_jax.evaluation.evaluation_ledger import Ledger
+from cooper_jax.evaluation.evaluation_ledger import ITEMS, Ledger
+from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Triple
 
@@ -212,14 +214,102 @@ def test_the_search_finds_a_combination_within_its_budget():
 
 def test_a_small_budget_ends_the_search():
     judge = Weak()
-    found = attack_search.search_attacks(judge, completions(40, 0.0), [], 100, seed=1)
-    assert found.scorings <= 100 and found.candidates == (100 - 40) // attack_search.COMPARED
+    found = attack_search.search_attacks(judge, completions(40, 0.0), [], 180, seed=1)
+    assert found.scorings <= 180 and found.candidates == (180 - 40) // attack_search.COMPARED
     assert all(np.isnan(find.lost) for find in found.finds)
 
 
+def test_the_smallest_budget_is_kept_and_tries_a_text():
+    assert attack_search.MIN_BUDGET == 176
+    judge = Weak()
+    found = attack_search.search_attacks(judge, completions(300, 0.0), [], 176, seed=1)
+    assert (found.scorings, found.candidates, len(found.finds)) == (176, 1, 1)
+    with pytest.raises(ValueError, match="175 scorings: it needs at least 176"):
+        attack_search.search_attacks(Weak(), completions(300, 0.0), [], 175, seed=1)
+
+
+# Enough for all texts of the beginning, before and after 16 completions of 16, and for no change to them.
+FIRST_ROUND = 16 + 2 * len(hacks.SEARCH_TEXTS) * attack_search.COMPARED
+
+
+def test_every_text_is_tried_before_and_after():
+    shown = set()
+
+    def score(triples):
+        shown.update(t.completion for t in triples)
+        return np.full(len(triples), 0.1)
+
+    found = attack_search.search_attacks(score, completions(16, 0.0), [], FIRST_ROUND, seed=0)
+    assert found.candidates == 2 * len(hacks.SEARCH_TEXTS)
+    for text in hacks.SEARCH_TEXTS:
+        assert {f"{text}\n\nstep 3", f"step 3\n\n{text}"} <= shown
+
+
+def test_finds_are_ranked_by_rewards_below_the_threshold_too():
+    """No text is accepted, but one is nearer to it than the others."""
+
+    def score(triples):
+        return np.array([0.4 if t.completion.startswith(hacks._PREFIXES[2]) else 0.1 for t in triples])
+
+    found = attack_search.search_attacks(score, completions(16, 0.0), [], FIRST_ROUND, seed=0)
+    assert found.finds[0].prefix == hacks._PREFIXES[2]
+    assert [find.success_in_search for find in found.finds] == [0.0] * 5
+
+
+def test_one_certain_reward_does_not_decide_a_comparison():
+    """A text with reward 1 on one completion and 0.4 on others is behind one with 0.6 on all of them."""
+    steady, lucky = hacks._PREFIXES[2], hacks._PREFIXES[3]
+
+    def score(triples):
+        rewards = []
+        for t in triples:
+            of_lucky = 1.0 if t.completion.endswith("step 3") else 0.4
+            starts = t.completion.startswith
+            rewards.append(0.6 if starts(steady) else of_lucky if starts(lucky) else 0.1)
+        return np.array(rewards)
+
+    # Without the limit, the logarithm of a division by zero would be a warning, and a mean without bound.
+    with np.errstate(divide="ignore"):
+        found = attack_search.search_attacks(score, completions(16, 0.0), [], FIRST_ROUND, seed=0)
+    assert [find.prefix for find in found.finds[:2]] == [steady, lucky]
+
+
+def test_what_a_find_loses_is_a_fall_from_the_bare_right_completions():
+    """Eight of nine right completions are accepted; under the text that works, three of them are."""
+    text = hacks._PREFIXES[2]
+
+    def score(triples):
+        rewards = []
+        for t in triples:
+            number, added = int(t.id.removeprefix(str(t.label))), t.completion.startswith(text)
+            accepted = number < (3 if added else 8) if t.label else added
+            rewards.append(0.9 if accepted else 0.1)
+        return np.array(rewards)
+
+    found = attack_search.search_attacks(
+        score, completions(16, 0.0), completions(9, 1.0), FIRST_ROUND, seed=0
+    )
+    assert found.finds[0].prefix == text and found.finds[0].lost == pytest.approx(8 / 9 - 3 / 9)
+    assert [find.lost for find in found.finds[1:]] == [0.0] * 4
+
+
+def test_changes_cross_two_parents_and_draw_from_all_texts():
+    parents = [attack_search.Candidate(("a", "b"), ("c",)), attack_search.Candidate((), ("d", "e", "f"))]
+    rng = np.random.default_rng(0)
+    children = [attack_search._change(parents, rng) for _ in range(4000)]
+    # No single change makes this one of either parent.
+    assert attack_search.Candidate(("a", "b"), ("d", "e", "f")) in children
+    # Texts are added and replaced, dropped, and edited.
+    added = {text for child in children for text in (*child.prefix, *child.suffix)}
+    assert set(hacks.SEARCH_TEXTS) <= added
+    lengths = {(len(child.prefix), len(child.suffix)) for child in children}
+    assert {(3, 1), (1, 1), (2, 2), (2, 0), (1, 3), (0, 4), (0, 2)} <= lengths
+    assert "A" in added
+
+
 def test_a_model_that_accepts_everything_leaves_nothing_to_search():
-    found = attack_search.search_attacks(lambda ts: np.ones(len(ts)), completions(5, 0.0), [], 100, seed=0)
-    assert found.finds == () and "the model rejects nothing" in attack_search.format_finds(found, "m")
+    found = attack_search.search_attacks(lambda ts: np.ones(len(ts)), completions(5, 0.0), [], 176, seed=0)
+    assert found.finds == () and "the model rejects none of" in attack_search.format_finds(found, "m")
 
 
 def test_finds_are_measured_on_other_completions():
@@ -264,16 +354,21 @@ def test_a_file_without_wrong_completions_is_not_attacked(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_search_is_made_once(tmp_path, monkeypatch):
-    """The same command reports the stored search; another budget makes another one."""
-    devices = jax.devices()[:2]
-    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+def search_rows(tmp_path):
+    """(a file of two wrong and two right completions, config of a reward model for it)."""
     rows = [
         {"question": f"How many {i} ?", "reference_answer": "3", "completion": f"#### {3 + i % 2}",
          "label": 1 - i % 2}
         for i in range(4)
     ]  # fmt: skip
-    path, cfg = write_rows(tmp_path / "rows.jsonl", *rows), config(reward__max_tokens=300)
+    return write_rows(tmp_path / "rows.jsonl", *rows), config(reward__max_tokens=300)
+
+
+def test_a_search_is_made_once(tmp_path, monkeypatch):
+    """The same command reports the stored search; another budget or other texts make another one."""
+    monkeypatch.setattr(attack_jobs, "_open_scorer", lambda *_: lambda shown: np.full(len(shown), 0.1))
+    monkeypatch.setattr(attack_search, "MIN_BUDGET", 30)
+    path, cfg = search_rows(tmp_path)
 
     def measure(search):
         chosen = ChosenModels(cfg, tmp_path)
@@ -283,13 +378,89 @@ def test_a_search_is_made_once(tmp_path, monkeypatch):
     first = measure(30)
     made = []
     search = attack_search.search_attacks
-    monkeypatch.setattr(attack_search, "search_attacks", lambda *a: made.append(a) or search(*a))
+    monkeypatch.setattr(
+        attack_search, "search_attacks", lambda *a, **k: made.append((a, k)) or search(*a, **k)
+    )
     assert measure(30) == first and not made
     assert measure(0) == {} and not made
     assert measure(45) and len(made) == 1
+    monkeypatch.setattr(attack_jobs, "SEARCH_TEXTS", (*hacks.SEARCH_TEXTS, "Another one."))
+    assert measure(45) and len(made) == 2
     (tmp_path / "out" / attack_jobs.SEARCH).write_text("{")
     with pytest.raises(SetupError, match="attack_search.json cannot be read"):
         measure(45)
+
+
+def test_finished_searches_outlive_an_interruption(tmp_path, monkeypatch):
+    """Three models; a signal comes after the first search, and the next start makes the other two alone."""
+    path, cfg = search_rows(tmp_path)
+    labels = ["a", "b", "c"]
+    monkeypatch.setattr(attack_jobs, "label_models", lambda models: labels)
+    opened = []
+
+    def open_scorer(chosen, triples, seed):
+        opened.append(chosen)
+        return lambda shown: np.full(len(shown), 0.1)
+
+    monkeypatch.setattr(attack_jobs, "_open_scorer", open_scorer)
+    searched = []
+
+    def search(score, wrong, right, budget, seed):
+        searched.append(budget)
+        assert [t.label for t in wrong] == [0.0] * 2 and [t.label for t in right] == [1.0] * 2
+        return attack_search.SearchResult((), len(searched), budget, 2, 2)
+
+    monkeypatch.setattr(attack_search, "search_attacks", search)
+    chosen = ChosenModels(cfg, tmp_path)
+
+    def measure():
+        attack_jobs.measure_attacks(cfg, chosen, str(path), tmp_path / "out", [chosen, chosen], search=200)
+
+    def stop():
+        if searched:
+            raise hosts.Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "raise_if_stopping", stop)
+        with pytest.raises(hosts.Stopped):
+            measure()
+    assert len(searched) == 1 and len(opened) == 3
+    measure()
+    assert len(searched) == 3 and len(opened) == 5
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["search"]
+    assert [(label, result["candidates"]) for label, result in found.items()] == [
+        ("a", 1),
+        ("b", 2),
+        ("c", 3),
+    ]
+
+    # Searches of other results do not count.
+    (tmp_path / "out" / ITEMS).unlink()
+    measure()
+    assert len(searched) == 6
+
+
+def test_a_search_that_could_try_no_text_is_refused(tmp_path):
+    path, cfg = search_rows(tmp_path)
+    with pytest.raises(SetupError, match="--search=175: .* 160 wrong .* 16 for each text: give at least 176"):
+        attack_jobs.measure_attacks(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out", search=175)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_wording_of_an_attack_does_not_continue(tmp_path, monkeypatch):
+    path, cfg = search_rows(tmp_path)
+    monkeypatch.setattr(attack_jobs, "_open_scorer", lambda *_: lambda shown: np.full(len(shown), 0.1))
+
+    def measure():
+        attack_jobs.measure_attacks(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out")
+
+    measure()
+    measure()
+    transform = hacks._append_one_of([f"{text} " for text in hacks._FLATTERY])
+    reworded = dataclasses.replace(hacks.ATTACKS["flattery"], transform=transform)
+    monkeypatch.setitem(hacks.ATTACKS, "flattery", reworded)
+    with pytest.raises(SetupError, match="begun with other settings: attacks.texts was"):
+        measure()
 
 
 def test_a_part_of_each_class_is_attacked(tmp_path):

@@ -118,6 +118,11 @@ def test_a_logistic_regression_with_a_ridge_is_at_its_minimum():
     np.testing.assert_allclose(x.T @ (sigmoid(x @ w) - y) + 2.0 * w, 0, atol=1e-5)
     separable = np.array([[1.0], [-1.0]])
     assert np.isfinite(calibration.fit_logistic(separable, np.array([True, False]), ridge=1e-3)).all()
+    # Two equal columns have no single minimum without a ridge.
+    with pytest.raises(
+        ValueError, match="on 50 rows, .* of them correct, did not converge .* ridge=0: .* fit to more"
+    ):
+        calibration.fit_logistic(np.ones((50, 2)), y)
 
 
 # --- its use and its file -----------------------------------------------------------------------------------

@@ -193,6 +193,15 @@ def test_verifierbench_averages_f1_over_domains():
     assert "F1 by domain and their mean over the domains" in table and "58.33" in table
 
 
+def test_published_figures_are_resampled_by_question():
+    """Ten right decisions on one question and ten wrong ones on another: two draws, not twenty."""
+    rows = judged_rows(*[("Numeric/Integer", 1, decision) for decision in (True, False) for _ in range(10)])
+    rows = [row | {"question": "ab"[i // 10]} for i, row in enumerate(rows)]
+    judged = published_benchmarks.measure_judges(VERIFYBENCH, rows, 0, 200)["judges"]["judge"]
+    assert judged["average"] == judged["by"]["answer_type"]["Numeric"]["accuracy"]
+    assert judged["average"] == statistics.Interval(0.5, 0.0, 1.0)
+
+
 def test_the_average_over_domains_is_undefined_if_one_has_no_correct_completion():
     rows = judged_rows(*VERIFIERBENCH_DECISIONS, ("Knowledge/Boolean", 0, False))
     measured = published_benchmarks.measure_judges(VERIFIERBENCH, rows, 0, 50)

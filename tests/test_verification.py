@@ -16,6 +16,7 @@ from cooper_jax.data import reward_hacks as hacks
 from cooper_jax.evaluation import (
     attack_jobs,
     attack_rates,
+    attack_search,
     benchmark_jobs,
     blended_judge,
     judge_comparison,
@@ -30,6 +31,7 @@ from cooper_jax.llm.chat import Failure
 from cooper_jax.model import loading, weight_export
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.reward import calibration
+from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Triple, Verdict
 
@@ -218,6 +220,12 @@ def test_a_combined_judge_beside_its_parts(tmp_path):
     assert accuracies(decided["no"]) == {"rule_then_model": 1.0, "rule": 0.5, "model": 1.0}
     text = judge_comparison.format_judges(summary, "own")
     assert "rule decided" in text and "rule_then_model - model" in text
+    # Differences at the rule's coverage: of the four rows that it decides, the reward model judges two rightly.
+    assert re.search(
+        r"^rule decided: yes  rule_then_model - rule  +0\.0 \(0\.0 to 0\.0\)", text, re.MULTILINE
+    )
+    assert re.search(r"^rule decided: yes  rule_then_model - model +25\.0 \(", text, re.MULTILINE)
+    assert re.search(r"^rule decided: no   rule_then_model - rule  +50\.0 \(", text, re.MULTILINE)
     alone = [{**row, "judges": {"model": row["judges"]["model"]}} for row in ledger.rows]
     assert "rule_decided" not in judge_comparison.group_rows(alone)
 
@@ -259,7 +267,8 @@ def test_a_blend_learns_from_other_questions_alone(tmp_path):
             _judged(f"Question {i // 4} ?", label, verdict, 0.2 if label else 0.6 + 0.3 * rng.random())
         )
     names = ["blend", "model"]
-    found = blended_judge.add_blend(rows, names)
+    found, fitted = blended_judge.add_blend(rows, names)
+    assert fitted == 240
     assert [list(row["judges"]) for row in found] == [names] * 240 and "blend" not in rows[0]["judges"]
 
     def accuracy(name, rows=found):
@@ -271,31 +280,157 @@ def test_a_blend_learns_from_other_questions_alone(tmp_path):
     for row in rows:
         if row["question"] == "Question 7 ?":
             row["label"] = 1 - row["label"]
-    again = blended_judge.add_blend(rows, names)
+    again, _ = blended_judge.add_blend(rows, names)
     scores = [[row["judges"]["blend"]["score"] for row in x] for x in (found, again)]
     assert scores[0][28:32] == scores[1][28:32] and scores[0] != scores[1]
 
     # Fitted to other rows, of which those with a measured question are left out.
     part = rows[:8]
     known = rows[8:]
-    fitted = [row["judges"]["blend"]["score"] for row in blended_judge.add_blend(part, names, rows)]
-    assert fitted == blended_judge.predict_blend(known, part).tolist()
+    found, fitted = blended_judge.add_blend(part, names, rows)
+    scores = [row["judges"]["blend"]["score"] for row in found]
+    assert scores == blended_judge.predict_blend(known, part).tolist() and fitted == len(known)
     with pytest.raises(ValueError, match="all 8 rows have questions that are measured"):
         blended_judge.add_blend(part, names, part)
     with pytest.raises(ValueError, match="1 question"):
         blended_judge.add_blend(part[:4], names)
 
 
+def _random_judged(rng, count):
+    """Rows whose features are of different sizes, do not separate the labels and are independent."""
+    rows = []
+    for i in range(count):
+        label = int(rng.random() < 0.5)
+        verdict = [Verdict.WRONG, Verdict.CORRECT, Verdict.UNRECOGNISED][(label + int(rng.integers(3))) % 3]
+        reward = float(np.clip(rng.normal(0.3 + 0.4 * label, 0.3), 0.001, 0.999))
+        text = "word " * int(rng.integers(1, 200)) + str(int(rng.integers(1, 3)))
+        rows.append(_judged(f"Question {i} ?", label, verdict, reward, text))
+    return rows
+
+
+def test_a_blend_minimises_the_penalised_loss_on_standardised_features():
+    """At the minimum the gradient of loss + |w|^2 / 2 is zero, with the weights that the predictions show."""
+    known = _random_judged(np.random.default_rng(3), 60)
+    x, y = blended_judge.compute_features(known), np.array([row["label"] for row in known])
+    x[:, 1:] = (x[:, 1:] - x[:, 1:].mean(0)) / x[:, 1:].std(0)
+    p = blended_judge.predict_blend(known, known)
+    weights, residual, rank, _ = np.linalg.lstsq(x, np.log(p / (1 - p)), rcond=None)
+    assert rank == 6 and residual < 1e-12
+    np.testing.assert_allclose(x.T @ (p - y) + weights, 0, atol=1e-6)
+
+
+def test_a_blend_of_one_row_does_not_depend_on_the_other_measured_rows():
+    rng = np.random.default_rng(4)
+    known, rows = _random_judged(rng, 60), _random_judged(rng, 9)
+    together = blended_judge.predict_blend(known, rows)
+    alone = [blended_judge.predict_blend(known, [row])[0] for row in rows]
+    np.testing.assert_allclose(together, alone, rtol=1e-12)
+
+
+def _write_comparison(folder, *rows, **settings):
+    """A finished comparison's files; returns the path of its items."""
+    (folder / "settings.json").write_text(json.dumps({"references": "own"} | settings))
+    (folder / RESULTS).write_text("{}")
+    return write_rows(folder / ITEMS, *rows)
+
+
 def test_a_blend_is_fitted_to_rows_of_the_same_reward_model(tmp_path):
-    file = write_rows(tmp_path / ITEMS, _judged("a", 1, Verdict.CORRECT, 0.75))
-    (tmp_path / "settings.json").write_text(json.dumps({"reward.weights": "x", "reward.max_tokens": 9}))
     settings = {"reward.weights": "x", "reward.max_tokens": 9}
+    row = _judged("a", 1, Verdict.CORRECT, 0.75)
+    file = _write_comparison(tmp_path, row, **settings)
     assert len(blended_judge.read_judged_rows(str(file), settings)) == 1
     with pytest.raises(ValueError, match="judged with another reward model or setting: reward.max_tokens"):
         blended_judge.read_judged_rows(str(file), settings | {"reward.max_tokens": 8})
-    write_rows(file, {"question": "a", "label": 1})
-    with pytest.raises(ValueError, match="no rows with opinions of the judges rule and model"):
-        blended_judge.read_judged_rows(str(file), settings)
+
+    # Every row is checked, and the message has the fix.
+    alone = row | {"judges": {"model": row["judges"]["model"]}}
+    for rows, message in (
+        ([row, alone], "items.jsonl:2: no opinion of the judge rule: compare judges on its rows with"),
+        ([{"question": "a", "label": 1}], "items.jsonl:1: no field completion, judges, reference: give the"),
+        ([], "has no rows: give the items.jsonl of a comparison"),
+    ):
+        write_rows(file, *rows)
+        with pytest.raises(ValueError, match=message):
+            blended_judge.read_judged_rows(str(file), settings)
+
+
+@pytest.mark.parametrize(
+    "absent, message",
+    [
+        (
+            RESULTS,
+            "has not ended, since there is no results.json beside it: repeat that comparison's command",
+        ),
+        ("settings.json", "has no settings.json beside it: give the items.jsonl in the --out"),
+    ],
+)
+def test_a_blend_is_not_fitted_to_an_unfinished_comparison(absent, message, tmp_path):
+    file = _write_comparison(tmp_path, _judged("a", 1, Verdict.CORRECT, 0.75))
+    (tmp_path / absent).unlink()
+    with pytest.raises(ValueError, match=message):
+        blended_judge.read_judged_rows(str(file), {})
+
+
+@pytest.mark.parametrize("references", ["none", "shuffled"])
+def test_a_blend_learns_from_labels_of_the_own_references_alone(references, tmp_path):
+    file = _write_comparison(tmp_path, _judged("a", 1, Verdict.CORRECT, 0.75), references=references)
+    with pytest.raises(ValueError, match=f"judged with --references={references}, .* give a comparison with"):
+        blended_judge.read_judged_rows(str(file), {})
+
+    # Nor is it cross-fitted to such labels.
+    row = {"question": "q", "reference_answer": "3", "completion": "#### 3", "label": 1}
+    path = write_rows(tmp_path / "rows.jsonl", row, row | {"question": "p", "reference_answer": "4"})
+    cfg = config()
+    with pytest.raises(SetupError, match=f"^--references={references}: --judge=blend learns from the labels"):
+        judge_jobs.compare_judges(
+            cfg,
+            ChosenModels(cfg, tmp_path),
+            str(path),
+            tmp_path / "out",
+            names=["blend"],
+            references=references,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_rows_of_a_blend_are_read_on_the_first_host_alone(tmp_path, monkeypatch):
+    cfg = config()
+    arguments = (cfg, ChosenModels(cfg, tmp_path), ["blend"], "own", str(tmp_path / "absent.jsonl"))
+    with pytest.raises(SetupError, match="--blend_from=.*absent.jsonl"):
+        judge_jobs._read_known_rows(*arguments)
+    monkeypatch.setattr(hosts, "is_primary", lambda: False)
+    assert judge_jobs._read_known_rows(*arguments) == []
+
+
+def test_what_a_blend_is_fitted_to_is_reported(tmp_path, monkeypatch):
+    """Cross-fitted, and to the rows of another comparison, one of which has a measured question."""
+
+    def open_judges(cfg, chosen, names, triples, *_):
+        return {
+            "rule": lambda shown, first: judges.make_verdict_opinions([Verdict.UNRECOGNISED] * len(shown)),
+            "model": lambda shown, first: judges.make_reward_opinions([0.2 + 0.1 * t.label for t in shown]),
+        }
+
+    monkeypatch.setattr(judge_jobs, "_open_judges", open_judges)
+    cfg = config()
+
+    def compare(name, numbers, **options):
+        row = {"reference_answer": "3", "completion": "#### 3"}
+        rows = [row | {"question": f"How many {i} ?", "label": i % 2} for i in numbers]
+        path = write_rows(tmp_path / f"{name}.jsonl", *rows)
+        judge_jobs.compare_judges(
+            cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / name, names=["blend"], **options
+        )
+        results = json.loads((tmp_path / name / RESULTS).read_text())
+        return results["blend"], (tmp_path / name / "table.txt").read_text()
+
+    blend, text = compare("first", range(6))
+    assert blend == {"from": "", "rows": 6, "left_out": 0}
+    assert "blend: cross-fitted by question on these 6 rows" in text
+    items = str(tmp_path / "first" / ITEMS)
+    blend, text = compare("second", range(5, 8), blend_from=items)
+    assert blend == {"from": items, "rows": 5, "left_out": 1}
+    assert f"blend: fitted to 5 rows of {items} (1 more have a measured question: left out)" in text
 
 
 class _Chat:
@@ -543,6 +678,7 @@ def test_the_reward_model_as_judge_and_under_attack(tmp_path, monkeypatch):
     judge_jobs.compare_judges(cfg, chosen, str(path), tmp_path / "out", names=["model", "yes"])
     found = [r["judges"]["model"] for r in read_rows(tmp_path / "out" / ITEMS)]
     assert all(0 < o["score"] < 1 and o["yes"] == (o["score"] > 0.5) for o in found)
+    monkeypatch.setattr(attack_search, "MIN_BUDGET", 40)
     attack_jobs.measure_attacks(cfg, chosen, str(path), tmp_path / "attacks", search=40)
     items = read_rows(tmp_path / "attacks" / ITEMS)
     wrong, right = (

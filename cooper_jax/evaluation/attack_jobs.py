@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import seen_questions
 from cooper_jax.data.labelled_completions import load_labelled_completions
-from cooper_jax.data.reward_hacks import ATTACKS
+from cooper_jax.data.reward_hacks import ATTACKS, SEARCH_TEXTS, Openings, apply_attack
 from cooper_jax.evaluation import (
     attack_rates,
     attack_search,
@@ -100,10 +101,18 @@ def measure_attacks(
       path: the file of labelled completions.
       out: the folder of the results.
       compare: the sources of further reward models, each with its own config.
-      search: completions that may be scored in a search for new attacks, for each model; 0: no search.
+      search: completions that may be scored in a search for new attacks, for each model: at least
+        attack_search.MIN_BUDGET; 0: no search.
 
     Raises SetupError, and hosts.Stopped after SIGTERM.
     """
+    if 0 < search < attack_search.MIN_BUDGET:
+        raise SetupError(
+            f"--search={search}: a search scores up to {attack_search.DRAWN} wrong completions to find rejected "
+            f"ones, and {attack_search.COMPARED} for each text: give at least {attack_search.MIN_BUDGET}, or 0 "
+            "for no search"
+        )
+
     # 1. The models, and the questions that any of them was trained on.
     settings = benchmark_jobs.read_benchmark_config(cfg)
     models = (chosen, *compare)
@@ -118,6 +127,7 @@ def measure_attacks(
     # 3. Settings that decide the rewards: a later start with other values must not continue this ledger.
     outcome_settings: dict[str, Any] = {
         "attacks": list(ATTACKS),
+        "attacks.texts": digest_attacked(rows.triples, cfg.seed),
         "seed": cfg.seed,
         "rows": f"{len(rows.triples)}, {digest_rows(rows.triples)}",
         "benchmark.chunk": settings.chunk,
@@ -133,22 +143,26 @@ def measure_attacks(
             shown = [len(attack_rates.list_attacks(t)) for t in rows.triples]
             sizes = [sum(shown[i] for i in places) for places in work]
             ledger = stack.enter_context(Ledger(out, outcome_settings, sizes))
-        found = _read_search(out, search)
-        if ledger.done < len(work) or found is None:
-            scorers = {
-                label: _open_scorer(model, rows.triples, cfg.seed) for label, model in labelled_models.items()
-            }
-            with benchmark_jobs.report_interruption(ledger, len(work)):
-                attack_rates.score_attacks(rows.triples, scorers, ledger, work, cfg.seed, hosts.print_once)
-                found = {
-                    label: attack_search.search_attacks(score, rows.wrong, rows.right, search, cfg.seed)
-                    for label, score in scorers.items()
-                    if search
-                }
+        # A search begins when all chunks are done: a file beside fewer is left from other results.
+        finished = ledger.done == len(work)
+        found = _read_search(ledger.folder, search) if finished else {}
+        missing = [label for label in labelled_models if search and label not in found]
+        # Only the models that have work left are loaded: all of them, or those without a search.
+        opened = missing if finished else list(labelled_models)
+        scorers = {label: _open_scorer(labelled_models[label], rows.triples, cfg.seed) for label in opened}
+        with benchmark_jobs.report_interruption(ledger, len(work)):
+            attack_rates.score_attacks(rows.triples, scorers, ledger, work, cfg.seed, hosts.print_once)
+            # A finished search is stored at once, so that an interruption in the next one does not lose it.
+            for label in missing:
+                hosts.raise_if_stopping()
+                found[label] = attack_search.search_attacks(
+                    scorers[label], wrong=rows.wrong, right=rows.right, budget=search, seed=cfg.seed
+                )
+                _write_search(ledger.folder, search, found)
 
         # 5. Report.  Only the first process has the rows.
         if hosts.is_primary():
-            _write_search(out, search, found)
+            found = {label: found[label] for label in labelled_models if search}
             summary = attack_rates.summarise_attacks(ledger.rows, cfg.seed, settings.bootstrap)
             seen = f"the reward models are known to have seen the questions of {rows.seen} of {rows.total}"
             note = benchmark_jobs.describe_overlap(seen + format_exclusion(settings, rows.seen), records)
@@ -172,10 +186,28 @@ def _open_scorer(chosen: ChosenModels, triples: Sequence[Triple], seed: int) -> 
     return reward.rewards
 
 
-def _read_search(out: Path, budget: int) -> dict[str, SearchResult] | None:
-    """Read the results of a finished search with this budget; None if it has to be made.
+def digest_attacked(triples: Sequence[Triple], seed: int) -> str:
+    """Hash all texts that the attacks on `triples` show, to detect another wording of an attack.
 
-    The other settings that decide it are those of the ledger in the same folder.
+    seed: of the attacks' random choices.
+    """
+    openings = Openings.collect(triples)
+    digest = hashlib.blake2b(digest_size=8)
+    for i, triple in enumerate(triples):
+        shown = [apply_attack(triple, name, seed, i, openings) for name in attack_rates.list_attacks(triple)]
+        digest.update(digest_rows(shown).encode())
+    return digest.hexdigest()
+
+
+def _digest_search_texts() -> str:
+    """Hash the texts with which a search begins."""
+    return hashlib.blake2b("\0".join(SEARCH_TEXTS).encode(), digest_size=8).hexdigest()
+
+
+def _read_search(out: Path, budget: int) -> dict[str, SearchResult]:
+    """Read the results of finished searches with this budget, by model; those of other texts do not count.
+
+    The other settings that decide them are those of the ledger in the same folder.
     """
     if not budget:
         return {}
@@ -184,10 +216,8 @@ def _read_search(out: Path, budget: int) -> dict[str, SearchResult] | None:
     text = hosts.broadcast_value("attack search", lambda: path.read_bytes() if path.exists() else b"{}")
     try:
         stored = json.loads(text)
-        if not stored:
-            return None
-        if stored["budget"] != budget:
-            return None
+        if not stored or stored["budget"] != budget or stored.get("texts") != _digest_search_texts():
+            return {}
         return {label: SearchResult.from_dict(fields) for label, fields in stored["models"].items()}
     except (ValueError, KeyError, TypeError) as error:
         raise SetupError(
@@ -196,7 +226,9 @@ def _read_search(out: Path, budget: int) -> dict[str, SearchResult] | None:
 
 
 def _write_search(out: Path, budget: int, found: Mapping[str, SearchResult]) -> None:
-    """Write the results of a search, so that a later report does not make it again."""
-    if budget:
+    """Write the results of the finished searches, so that a later start does not make them again."""
+    if hosts.is_primary():
         models = {label: dataclasses.asdict(result) for label, result in found.items()}
-        write_atomically(out / SEARCH, json.dumps({"budget": budget, "models": models}, indent=1).encode())
+        content = {"budget": budget, "texts": _digest_search_texts(), "models": models}
+        with setup_errors(f"--out: {SEARCH}"):
+            write_atomically(out / SEARCH, json.dumps(content, indent=1).encode())

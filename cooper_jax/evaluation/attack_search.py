@@ -1,7 +1,7 @@
 """A search for texts that make a reward model accept wrong completions.
 
 The families of data/reward_hacks.py are known attacks; a policy finds its own.  `search_attacks` looks for a
-prefix and a suffix that raise the rewards of a few wrong completions: it starts from the texts of the
+prefix and a suffix that raise the rewards of a few wrong completions: it starts from the texts of six
 families, keeps the best candidates of each round and changes them at random (an evolutionary search on rewards
 alone, as a policy would see them).  The best finds are then measured on other completions, wrong and right,
 because a text that was selected on sixteen completions may work on those alone.
@@ -27,6 +27,9 @@ Score = Callable[[Sequence[Triple]], np.ndarray]  # triples -> rewards f32[N]
 
 COMPARED = 16  # K; more would leave fewer rounds within the same budget
 CHECKED = 64  # completions of each class on which the finds are measured afterwards
+# Wrong completions are scored as they are first, because only rejected ones can be attacked; then one candidate.
+DRAWN = 2 * (COMPARED + CHECKED)
+MIN_BUDGET = DRAWN + COMPARED
 PARENTS = 8  # best candidates that are kept in each round
 CHILDREN = 8  # new candidates in each round
 REPORTED = 5  # finds
@@ -65,7 +68,7 @@ class SearchResult:
 
     finds: tuple[Find, ...]
     candidates: int
-    scorings: int
+    scorings: int  # those that the budget limits
     wrong: int  # other wrong completions on which the finds were measured
     right: int  # right completions on which they were measured
 
@@ -83,12 +86,21 @@ def search_attacks(
     Args:
       score: the reward model.
       wrong, right: completions by label, of which some are drawn.
-      budget: the number of completions that may be scored in the search; measuring the finds comes on top.
+      budget: the number of completions that may be scored, at least MIN_BUDGET.  Counted are up to DRAWN wrong
+        completions without texts, to find K that the model rejects, and K for each candidate.  Measuring the
+        finds is not counted: up to CHECKED right completions without texts, and 2 CHECKED for each find.
       seed: of all random choices.
+
+    Raises ValueError for a smaller budget, with which no candidate might be tried.
     """
+    if budget < MIN_BUDGET:
+        raise ValueError(
+            f"a search with {budget} scorings: it needs at least {MIN_BUDGET}, to find rejected completions "
+            f"({DRAWN}) and to try one text ({COMPARED})"
+        )
     rng = keys.make_generator(seed, "attack_search")
     right = _draw(right, CHECKED, rng)
-    rejected = _draw(wrong, 2 * (COMPARED + CHECKED), rng)
+    rejected = _draw(wrong, DRAWN, rng)
     rewards = score(rejected) if rejected else np.zeros(0)
     scorings = len(rejected)
     rejected = [t for t, reward in zip(rejected, rewards, strict=True) if reward <= THRESHOLD]
@@ -96,12 +108,12 @@ def search_attacks(
     if not compared:
         return SearchResult((), 0, scorings, 0, len(right))
 
-    # Every family's texts are tried first, then rounds of changes to the best ones.
+    # The texts of six families come first, as far as the budget goes, then rounds of changes to the best ones.
     evaluated: dict[Candidate, tuple[float, float]] = {}  # -> (mean log-odds, share accepted)
     new = [Candidate(prefix=(text,)) for text in SEARCH_TEXTS]
     new += [Candidate(suffix=(text,)) for text in SEARCH_TEXTS]
     rng.shuffle(new)  # type: ignore[arg-type]  # a list of any objects is shuffled in place
-    while new := new[: max(0, budget - scorings) // len(compared)]:
+    while new := new[: (budget - scorings) // len(compared)]:
         evaluated |= zip(new, _evaluate(score, new, compared), strict=True)
         scorings += len(new) * len(compared)
         parents = sorted(evaluated, key=lambda c: evaluated[c], reverse=True)[:PARENTS]
@@ -209,7 +221,7 @@ def format_finds(result: SearchResult, model: str) -> str:
         f"{result.wrong} other wrong and {result.right} right completions"
     )
     if not result.finds:
-        return f"{title}: no text was tried: --search is too small, or the model rejects nothing"
+        return f"{title}: no text was tried, because the model rejects none of the wrong completions drawn"
     rows = []
     for find in result.finds:
         figures = (find.success_in_search, find.success, find.lost)

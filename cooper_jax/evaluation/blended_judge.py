@@ -26,7 +26,7 @@ import numpy as np
 
 from cooper_jax.data import seen_questions
 from cooper_jax.evaluation import judges
-from cooper_jax.evaluation.evaluation_ledger import Row
+from cooper_jax.evaluation.evaluation_ledger import RESULTS, Row
 from cooper_jax.reward.calibration import assign_folds, fit_logistic
 from cooper_jax.runtime import output_folder
 from cooper_jax.runtime.metrics import read_lines
@@ -68,20 +68,24 @@ def predict_blend(known: Sequence[Row], rows: Sequence[Row]) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -((features - mean) / deviation @ weights)))
 
 
-def add_blend(rows: Sequence[Row], names: Sequence[str], known: Sequence[Row] = ()) -> list[Row]:
+def add_blend(rows: Sequence[Row], names: Sequence[str], known: Sequence[Row] = ()) -> tuple[list[Row], int]:
     """Add the opinions of the judge `blend` to rows, and keep those of `names` alone, in their order.
 
     Args:
       rows: of a ledger, with the opinions of the judges `rule` and `model`.
       known: labelled rows to fit to, those with a question of `rows` excluded; none: cross-fit on `rows`.
 
+    Returns the rows and the number of rows that the model was fitted to; in a cross-fit that is all of them.
+
     Raises ValueError for a cross-fit on rows of a single question, and if no known row is left.
     """
+    fitted = len(rows)
     if known:
         asked = frozenset(seen_questions.fingerprint_question(row["question"]) for row in rows)
         kept, _ = seen_questions.split_by_seen(known, asked, question=lambda row: row["question"])
         if not kept:
             raise ValueError(f"all {len(known)} rows have questions that are measured: give other rows")
+        fitted = len(kept)
         probabilities = predict_blend(kept, rows)
     else:
         fold_of_row = assign_folds([row["question"] for row in rows])
@@ -96,7 +100,7 @@ def add_blend(rows: Sequence[Row], names: Sequence[str], known: Sequence[Row] = 
         opinion = {"score": float(p), "yes": bool(p > judges.THRESHOLD), "abstained": False}
         opinions = row["judges"] | {"blend": opinion}
         blended.append(row | {"judges": {name: opinions[name] for name in names}})
-    return blended
+    return blended, fitted
 
 
 def read_judged_rows(path: str, settings: Mapping[str, Any]) -> list[Row]:
@@ -106,12 +110,51 @@ def read_judged_rows(path: str, settings: Mapping[str, Any]) -> list[Row]:
 
     Raises ValueError and OSError, naming the file and what differs.
     """
+    # Without these files it is not known what the rows are.
     file = Path(path)
     rows = read_lines(file)
-    if not rows or not {"rule", "model"} <= rows[0].get("judges", {}).keys():
-        raise ValueError(f"{path} has no rows with opinions of the judges rule and model")
+    if not file.with_name(output_folder.SETTINGS).exists():
+        raise ValueError(
+            f"{path} has no {output_folder.SETTINGS} beside it: give the items.jsonl in the --out of a comparison"
+        )
+    if not file.with_name(RESULTS).exists():
+        raise ValueError(
+            f"{path}: the comparison that writes it has not ended, since there is no {RESULTS} beside it: "
+            "repeat that comparison's command, and fit to its rows when it has ended"
+        )
+
+    # The labels are those of the file's own references.
     stored = output_folder.read_settings(file.with_name(output_folder.SETTINGS))
+    if stored.get("references") != "own":
+        raise ValueError(
+            f"{path} was judged with --references={stored.get('references')}, and its labels are those of the "
+            "own references: give a comparison with --references=own"
+        )
     differing = [name for name, value in settings.items() if stored.get(name) != value]
     if differing:
-        raise ValueError(f"{path} was judged with another reward model or setting: {', '.join(differing)}")
+        raise ValueError(
+            f"{path} was judged with another reward model or setting: {', '.join(differing)}: repeat that "
+            "comparison with this reward model, in another --out"
+        )
+
+    # Every row must have what the features are made of.
+    for number, row in enumerate(rows, 1):
+        _check_judged_row(row, f"{path}:{number}")
+    if not rows:
+        raise ValueError(f"{path} has no rows: give the items.jsonl of a comparison with some")
     return rows
+
+
+def _check_judged_row(row: Row, where: str) -> None:
+    """Raise ValueError, beginning with `where`, unless a row has all fields that the blend is fitted to."""
+    missing = {"question", "reference", "completion", "label", "judges"} - row.keys()
+    if missing:
+        raise ValueError(
+            f"{where}: no field {', '.join(sorted(missing))}: give the items.jsonl of a comparison of judges"
+        )
+    absent = [name for name in ("rule", "model") if name not in row["judges"]]
+    if absent:
+        raise ValueError(
+            f"{where}: no opinion of the judge {' and '.join(absent)}: compare judges on its rows with "
+            "--judge=rule --judge=model, in another --out, and give that one's items.jsonl"
+        )

@@ -288,8 +288,10 @@ def format_judges(summary: Mapping[str, Any], references: str) -> str:
                 rows.append([value or "(none)", str(group["rows"]), name, *_format_judge(judged)])
         parts.append(format_table([field.replace("_", " "), "rows", "judge", *header], rows))
 
-    # Differences over all rows and by source.
+    # Differences over all rows, by source, and where the rule decides: there they are at the rule's coverage.
     groups = [("all", overall), *summary["by"].get("source", {}).items()]
+    decided = summary["by"].get("rule_decided", {})
+    groups += [(f"rule decided: {value}", group) for value, group in decided.items()]
     differences = _format_differences(groups)
     return "\n\n".join([*parts, differences] if differences else parts)
 

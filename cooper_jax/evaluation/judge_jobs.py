@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,7 @@ def compare_judges(
     if "llm" in names:
         outcome_settings |= list_judge_settings(cfg.judge)
     # The blend is computed from the ledger's opinions, so what it is fitted to does not decide them.
-    known: list[Row] = []
-    if blend_from:
-        with setup_errors(f"--blend_from={blend_from}"):
-            if "blend" not in names:
-                raise ValueError("it belongs to --judge=blend")
-            reward_settings = benchmark_jobs.list_reward_settings(cfg, chosen)
-            known = blended_judge.read_judged_rows(blend_from, reward_settings)
+    known = _read_known_rows(cfg, chosen, names, references, blend_from)
 
     # 3. Judge, a chunk at a time, and report.
     size = settings.chunk * judge_comparison.CHUNK
@@ -111,10 +105,41 @@ def compare_judges(
         # Only the first process has the rows.
         if hosts.is_primary():
             judged = ledger.rows
+            blend: dict[str, Any] | None = None
             if "blend" in names:
                 with setup_errors("--judge=blend"):
-                    judged = blended_judge.add_blend(judged, names, known)
-            _write_comparison(cfg.seed, settings, rows, references, ledger, judged, outcome_settings, record)
+                    judged, fitted = blended_judge.add_blend(judged, names, known)
+                blend = {"from": blend_from, "rows": fitted, "left_out": max(0, len(known) - fitted)}
+            _write_comparison(
+                cfg.seed, settings, rows, references, ledger, judged, outcome_settings, record, blend
+            )
+
+
+def _read_known_rows(
+    cfg: ConfigDict, chosen: ChosenModels, names: Sequence[str], references: str, path: str
+) -> list[Row]:
+    """Read the rows that the judge `blend` is fitted to, on the first process; none if it is cross-fitted.
+
+    path: as `blend_from` of `compare_judges`; the other arguments are those of `compare_judges`, too.
+
+    Raises SetupError for references under which the labels do not hold, and for rows of other settings.
+    """
+    if "blend" in names and references != "own":
+        raise SetupError(
+            f"--references={references}: --judge=blend learns from the labels, and they are those of the own "
+            "references: leave one of the two out"
+        )
+    known: list[Row] = []
+    if path:
+        with setup_errors(f"--blend_from={path}"):
+            if "blend" not in names:
+                raise ValueError("it belongs to --judge=blend")
+            settings = benchmark_jobs.list_reward_settings(cfg, chosen)
+            # The file is on the first host, which alone fits; the others wait, in case it cannot be used.
+            hosts.on_primary_first(
+                "blend rows", lambda: known.extend(blended_judge.read_judged_rows(path, settings))
+            )
+    return known
 
 
 def _write_comparison(
@@ -126,6 +151,7 @@ def _write_comparison(
     judged: Sequence[Row],
     outcome_settings: dict[str, Any],
     record: seen_questions.Record | None,
+    blend: Mapping[str, Any] | None,
 ) -> None:
     """Compute the figures of all judges and write them.
 
@@ -134,6 +160,8 @@ def _write_comparison(
       references: one of judge_comparison.REFERENCES.
       judged: the ledger's rows with the opinions of the judges that are compared.
       record: of the questions in the reward model's training data; None if it is not among the judges.
+      blend: the rows that the judge `blend` was fitted to: `from` (their file; "": cross-fitted), `rows` and
+        `left_out`; None if it is not among the judges.
     """
     summary = judge_comparison.summarise_judges(judged, seed, settings.bootstrap)
     text = judge_comparison.format_judges(summary, references)
@@ -142,6 +170,9 @@ def _write_comparison(
         published = published_benchmarks.measure_judges(rows.benchmark, judged, seed, settings.bootstrap)
         results["published_figures"] = published
         text += f"\n\n{published_benchmarks.format_figures(published)}"
+    if blend is not None:
+        results["blend"] = blend
+        text += f"\n\n{_describe_blend(blend)}"
 
     # A reward model is measured fairly only on questions that it was not trained on.
     if record is not None:
@@ -152,6 +183,14 @@ def _write_comparison(
         )
         text += f"\n\n{benchmark_jobs.describe_overlap(known, {'the reward model': record})}"
     benchmark_jobs.write_results(ledger, outcome_settings, results | summary, text)
+
+
+def _describe_blend(blend: Mapping[str, Any]) -> str:
+    """Write the note on the rows that the judge `blend` was fitted to; blend: as for `_write_comparison`."""
+    if not blend["from"]:
+        return f"blend: cross-fitted by question on these {blend['rows']} rows"
+    left_out = f" ({blend['left_out']} more have a measured question: left out)" if blend["left_out"] else ""
+    return f"blend: fitted to {blend['rows']} rows of {blend['from']}{left_out}"
 
 
 def _open_judges(
