@@ -620,6 +620,7 @@ def test_patience_ends_a_run_that_gets_no_better(place, tmp_path, alone):
 # --- what it learns, and what becomes of it -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_learns_whether_the_answer_is_the_reference(place, tmp_path, alone):
     """On questions that it has not seen."""
     data = (

@@ -29,7 +29,7 @@ SMALL = {
     "reward.arch.width": 32,
     "reward.arch.ffn": 64,
     "reward.arch.head_dim": 8,
-    "supervised.policy_steps": 500,
+    "supervised.policy_steps": 250,
     "supervised.policy_habit": (0.0, 0.0),
     "supervised.policy_batch": 16,
     "supervised.policy_corrupt": 0.0,
