@@ -50,9 +50,12 @@ MAX_TRIES = 4
 # Items of one request to the rule.  Each request has its own budget of CPU time for items over the limit
 # (rule.step_budget), so that a few slow items do not shorten the limit of all others.
 ITEMS_AT_ONCE = 256
-# Words of an answer that can be a reference; a longer one is a sentence.
-MAX_WORDS = 5
+# Words of an answer that can be a reference, with numbers or formulas and without.  More words are a sentence or a
+# heading, such as "Analysis required".
+MAX_WORDS, MAX_WORDS_ALONE = 3, 1
 
+# Digits and signs of formulas.
+_MATHEMATICS = re.compile(r"[\d\\=+*/^(\[<>√]")
 # A word outside LaTeX commands.
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 # An option with its text: "B) x = 2".
@@ -188,24 +191,22 @@ def find_own_answers(triples: Sequence[Triple], rule: RuleVerifier | SharedRule)
     """Find the answers of wrong completions that can be references: row -> answer.
 
     An answer is written as published references are, so that the style of a reference does not show its origin.
-    Left out are completions that mark no answer, answers that are too long for a reference, those that the rule
-    does not find CORRECT or cannot compare with other texts, and those that equal the row's reference: there the
-    label of the row itself is in doubt.
+    Left out are completions that mark no answer, answers that are too long or too wordy for a reference, those that
+    the rule does not find CORRECT or cannot compare with other texts, and those that equal the row's reference:
+    there the label of the row itself is in doubt.
     """
     candidates: list[tuple[int, str]] = []
     for i, triple in enumerate(triples):
         if triple.label < 0.5:
             answer = _write_as_reference(find_marked_answer(triple.completion), triple)
-            is_short = len(answer) <= reward_hacks.MAX_OWN_ANSWER and len(_WORD.findall(answer)) <= MAX_WORDS
             is_other = normalise_answer(answer) != normalise_answer(triple.reference)
-            if answer and is_short and is_other:
+            if answer and is_other and _resembles_reference(answer):
                 candidates.append((i, answer))
 
     beside_own = _check(rule, [(answer, triples[i].completion) for i, answer in candidates])
     beside_reference = _check(rule, [(triples[i].reference, triples[i].completion) for i, _ in candidates])
     own_answers: dict[int, str] = {}
     for (i, answer), own, other in zip(candidates, beside_own, beside_reference, strict=True):
-        # A text that the rule compares by its letters alone, such as half a sentence, is no answer.
         if own == Verdict.CORRECT and other != Verdict.CORRECT and can_be_verified(answer):
             own_answers[i] = answer
     return own_answers
@@ -223,6 +224,13 @@ def _write_as_reference(answer: str, triple: Triple) -> str:
     if option and _find_form(triple.reference) == "letter":
         return option[1]
     return answers.clean_reference(unquoted)
+
+
+def _resembles_reference(answer: str) -> bool:
+    """True unless a text is too long for a reference, or is a sentence, a heading or the fence of a code block."""
+    words = len(_WORD.findall(answer))
+    limit = MAX_WORDS if _MATHEMATICS.search(answer) else MAX_WORDS_ALONE
+    return len(answer) <= reward_hacks.MAX_OWN_ANSWER and words <= limit and "```" not in answer
 
 
 class _References:
