@@ -112,7 +112,7 @@ def find_own_answer(triple: Triple, rng: np.random.Generator) -> str:
     # such as "A: 48", is nearly always a completion's last number.
     marked = prompts.extract_answer(triple.completion)
     answers = [marked] if marked is not None else []
-    answers += reversed(NUMBER.findall(triple.completion))
+    answers += [number.rstrip(".,") for number in reversed(NUMBER.findall(triple.completion))]
     form = normalise_answer(triple.reference)
     for answer in answers:
         if normalise_answer(answer) != form:
