@@ -102,14 +102,14 @@ def find_opening(triple: Triple) -> str:
 def find_own_answer(triple: Triple, rng: np.random.Generator) -> str:
     """The final answer that a completion gives, in agreement with its label.
 
-    A right completion gives its reference.  A wrong one gives the answer that it marks, or else its last number;
-    neither may have the normal form of the reference.  Without one it gives a random number.
+    A right completion gives its reference.  A wrong one gives the answer that it marks, or else its last number,
+    or else a random number; none of these has the normal form of the reference.
     """
     if triple.label > 0.5:
         return triple.reference
 
-    # The rule verifier's reader of marked answers is on a higher floor than this package.  What it reads besides,
-    # such as "A: 48", is nearly always a completion's last number.
+    # The rule verifier's reader of marked answers cannot be imported here, because it builds on this package.  What
+    # it reads besides, such as "A: 48", is nearly always a completion's last number.
     marked = prompts.extract_answer(triple.completion)
     answers = [marked] if marked is not None else []
     answers += [number.rstrip(".,") for number in reversed(NUMBER.findall(triple.completion))]

@@ -15,6 +15,8 @@ answer with the reference, whoever wrote the completion.  All are ours: the auth
 
 Labels of the last two kinds have to be true, so the rule verifier confirms each row: it must find a completion
 WRONG beside another reference, and CORRECT beside its own answer.  Rows on which it abstains are not made.
+A resumed run makes the rows again.  A verdict that takes about rule.timeout may differ then, and the run refuses to
+go on with other data (rm_loop.py).
 """
 
 from __future__ import annotations
