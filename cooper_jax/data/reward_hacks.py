@@ -108,7 +108,7 @@ def find_own_answer(triple: Triple, rng: np.random.Generator) -> str:
     if triple.label > 0.5:
         return triple.reference
 
-    # The rule verifier's reader of marked answers cannot be imported here, because it builds on this package.  What
+    # The rule verifier has a better reader of marked answers, in a package that this one may not import.  What
     # it reads besides, such as "A: 48", is nearly always a completion's last number.
     marked = prompts.extract_answer(triple.completion)
     answers = [marked] if marked is not None else []
