@@ -355,9 +355,10 @@ def train_rm_section() -> ConfigDict:
     c.eval_share = 0.1  # without eval_data: the share of rows held out
     c.exclude_overlap = True  # leave out held-out rows whose question is in the training data
     c.max_characters = 8000  # longer training texts are dropped; 0: keep all
-    # Rows that are added to the training rows, as shares of their number (the paper has none): completions under
-    # a known reward hack, half of them right; right completions beside another reference, as wrong; wrong
-    # completions beside the answer that they give themselves, as right
+    # Rows that are added to the training rows, as shares of their number (the paper has none): copies under a known
+    # reward hack, made from as many right as wrong completions; right completions beside another reference, as
+    # wrong; wrong completions beside the answer that they give themselves, as right.  The rule verifier (section
+    # rule) checks the last two kinds
     c.attacked = 0.0
     c.other_references = 0.0
     c.own_references = 0.0

@@ -4,10 +4,11 @@
     python launch/train_rm.py --config=configs/verifyrm_smollm2.py \\
         --config.train_rm.data=verify_train.jsonl --config.train_rm.eval_data=verify_dev.jsonl
 
-The data are labelled completions as JSON lines (question, reference_answer, completion, label).  Training on
-4,593 completions, and 381 reward hacks made from them, takes two hours on two busy cores and gives an AUROC
-of .964 on 1,391 rows of other questions (docs/verifyrm.md).  All values are ours: the authors train a model
-of 1.5 B parameters (configs/verifyrm_1p5b.py).
+The data are labelled completions as JSON lines (question, reference_answer, completion, label).  With an earlier
+form of the added rows, 381 wrong completions under reward hacks beside 4,593 completions, training took two hours
+on two busy cores and gave an AUROC of .964 on 1,391 rows of other questions (docs/verifyrm.md).  The shares below
+add more rows, and other kinds.  All values are ours: the authors train a model of 1.5 B parameters
+(configs/verifyrm_1p5b.py).
 """
 
 from cooper_jax.configs import base

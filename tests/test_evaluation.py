@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from cooper_jax import statistics
 from cooper_jax.configs import qwen_1p5b, tiny
 from cooper_jax.data import labelled_completions, seen_questions, synthetic
+from cooper_jax.data.answer_forms import normalise_completion
 from cooper_jax.evaluation import benchmark_jobs, benchmark_sets, benchmark_summaries, benchmarks
-from cooper_jax.evaluation.answer_forms import normalise_completion
 from cooper_jax.evaluation.evaluated_models import ChosenModels
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, TIMINGS, Ledger
 from cooper_jax.evaluation.text_tables import format_percent, format_table

@@ -29,12 +29,13 @@ from cooper_jax.reward import calibration, verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.reward_training import added_rows, batches, best_model, examples, rm_loop, rm_report, rm_setup
 from cooper_jax.reward_training.rm_config import TrainRmConfig
+from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.runtime import device_layouts, hosts, mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.setup import build_reward_bundle
-from cooper_jax.types import ScoreBatch, Triple
+from cooper_jax.types import ScoreBatch, Triple, Verdict
 
 RULES = base.get_config().mesh.rules
 # With Adam's usual eps of 1e-8 the first step is a sign: rounding noise would count in full.
@@ -755,7 +756,7 @@ def test_rows_that_are_cut_are_counted(place, tmp_path):
 
 
 def test_completions_of_both_classes_are_shown_under_attack_too(place):
-    """A share of the rows once more, half of them right; the other rows stay as they are."""
+    """A share of the rows once more, made from both classes alike; the other rows stay as they are."""
     plain, hacked = load(place), load(place, train_rm__attacked=0.25)
     rows = len(plain.train)
     right = int(plain.train.labels.sum())
@@ -780,34 +781,161 @@ def test_completions_of_both_classes_are_shown_under_attack_too(place):
     assert load(place, train_rm__attacked=0.25, seed=1).digest != hacked.digest
 
 
-def rows_of_two_questions() -> list[Triple]:
-    """Each question has a right and two wrong completions; the wrong ones of the second mark no other answer."""
-    right = [Triple(f"q{q}", f"{q}", f"So \\boxed{{{q}}}.", 1.0, id=f"{q}", source="s") for q in (1, 2)]
-    wrong = [
-        Triple("q1", "1", "So \\boxed{7}.", 0.0, id="a", source="s"),
-        Triple("q1", "1", "So \\boxed{1.0}.", 0.0, id="b", source="s"),
-        Triple("q2", "2", "I do not know.", 0.0, id="c", source="s"),
-        Triple("q2", "2", f"So \\boxed{{{'9' * 300}}}.", 0.0, id="d", source="s"),
-    ]
-    return right + wrong
+@pytest.fixture(scope="module")
+def rule():
+    with RuleVerifier(RuleConfig.from_config(base.get_config().rule)) as verifier:
+        yield verifier
 
 
-def test_right_completions_beside_another_reference_are_wrong():
+def row(question: str, reference: str, completion: str, label: float, source: str = "s") -> Triple:
+    return Triple(question, reference, completion, label, id=completion, source=source)
+
+
+def beside_others(rows, rule, share=1.0, seed=0) -> list[Triple]:
+    own_answers = added_rows.find_own_answers(rows, rule)
+    return added_rows.make_copies_with_other_references(rows, own_answers, share, seed, rule)
+
+
+def beside_own(rows, rule) -> dict[str, str]:
+    """Completion -> the answer that its copy has as reference."""
+    copies = added_rows.make_copies_with_own_references(rows, added_rows.find_own_answers(rows, rule), 1.0, 0)
+    assert all(t.label == 1.0 and t.id == f"{t.completion} beside its own answer" for t in copies)
+    return {t.completion: t.reference for t in copies}
+
+
+def test_right_completions_beside_another_reference_are_wrong(rule):
     """The reference is a wrong answer to the same question where there is one, else that of another question."""
-    copies = added_rows.make_copies_with_other_references(rows_of_two_questions(), 1.0, seed=0)
-    assert [(t.question, t.reference, t.label) for t in copies] == [("q1", "7", 0.0), ("q2", "1", 0.0)]
-    assert [t.completion for t in copies] == ["So \\boxed{1}.", "So \\boxed{2}."]
-    assert added_rows.make_copies_with_other_references(rows_of_two_questions(), 0.0, seed=0) == []
-    alone = [t for t in rows_of_two_questions() if t.id == "2"]  # no other answer is known
-    assert added_rows.make_copies_with_other_references(alone, 1.0, seed=0) == []
-
-
-def test_wrong_completions_beside_their_own_answer_are_right():
-    """Not where the answer equals the reference (label noise), is missing, or is too long for a reference."""
-    copies = added_rows.make_copies_with_own_references(rows_of_two_questions(), 1.0, seed=0)
-    assert [(t.id, t.reference, t.completion, t.label) for t in copies] == [
-        ("a beside its own answer", "7", "So \\boxed{7}.", 1.0)
+    rows = [
+        row("q1", "1", "So \\boxed{1}.", 1.0),
+        row("q2", "2", "So \\boxed{2}.", 1.0),
+        row("q1", "1", "So \\boxed{7}.", 0.0),
+        row("q1", "1", "So \\boxed{1.0}.", 0.0),  # the reference after all
+        row("q2", "2", "I do not know.", 0.0),
     ]
+    for seed in range(5):
+        copies = beside_others(rows, rule, seed=seed)
+        assert [(t.question, t.reference, t.label) for t in copies] == [("q1", "7", 0.0), ("q2", "1", 0.0)]
+        assert [t.completion for t in copies] == ["So \\boxed{1}.", "So \\boxed{2}."]
+    assert beside_others(rows, rule, share=0.0) == []
+    assert len(beside_others(rows, rule, share=0.2)) == 1
+    assert beside_others(rows[1:2], rule) == [], "no other answer is known"
+
+
+def test_other_references_are_those_of_the_source_and_of_its_right_form_first(rule):
+    questions = [
+        ("q1", "5", "a"), ("q2", "6", "a"), ("q3", "x+1", "a"), ("q4", "B", "a"), ("q5", "D", "a"),
+        ("q6", "8", "b"), ("q7", "y+3", "c"), ("q8", "9", "c"),
+    ]  # fmt: skip
+    rows = [
+        row(q, reference, f"So \\boxed{{{reference}}}.", 1.0, source) for q, reference, source in questions
+    ]
+    for seed in range(5):
+        copies = {t.question: t.reference for t in beside_others(rows, rule, seed=seed)}
+        # A number beside a number, a letter beside a letter; a formula beside numbers, since there is no other.
+        # The source b has one question.
+        assert copies.pop("q3") in ("5", "6")
+        assert copies == {"q1": "6", "q2": "5", "q4": "D", "q5": "B", "q7": "9", "q8": "y+3"}
+
+
+def test_a_value_is_no_other_reference_for_a_letter(rule):
+    """It may be the value of the option."""
+    rows = [row("q1", "B", "So \\boxed{B}.", 1.0), row("q2", "4", "So \\boxed{4}.", 1.0)]
+    assert beside_others(rows, rule) == []
+
+
+def test_answers_of_right_completions_are_no_wrong_answers(rule):
+    """One of two labels is an error where two right completions differ."""
+    rows = [
+        row("q1", "1", "So \\boxed{1}.", 1.0),
+        row("q1", "1", "So \\boxed{9}.", 1.0),
+        row("q2", "5", "So \\boxed{5}.", 0.0),
+    ]
+    copies = {t.completion: t.reference for t in beside_others(rows, rule)}
+    assert copies["So \\boxed{1}."] == "5"
+
+
+def test_other_references_that_the_rule_does_not_refute_are_not_taken(rule):
+    """A completion without an answer is replaced by another one; a reference of equal value by the next."""
+    rows = [
+        *(row(f"q{i}", "1/2", "Thus we are done.", 1.0) for i in range(6)),
+        row("q7", "3/2", "So \\boxed{3/2}.", 1.0),
+        row("q8", "1 + 1/2", "So \\boxed{8}.", 0.0),
+    ]
+    for seed in range(5):
+        (copy,) = beside_others(rows, rule, share=1 / 8, seed=seed)
+        assert (copy.completion, copy.reference) == ("So \\boxed{3/2}.", "1/2")
+
+
+def test_wrong_completions_beside_their_own_answer_are_right(rule):
+    """Not where the answer equals the reference (label noise), is missing, or is too long for a reference."""
+    rows = [
+        row("q1", "1", "So \\boxed{7}.", 0.0),
+        row("q1", "1", "So \\boxed{1.0}.", 0.0),
+        row("q1", "x+1", "So \\boxed{1+x}.", 0.0),  # equal for the rule alone
+        row("q2", "2", "I do not know.", 0.0),
+        row("q2", "2", f"So \\boxed{{{'9' * 300}}}.", 0.0),
+        row("q2", "2", "So \\boxed{2}.", 1.0),
+        row("q2", "3", "So \\boxed{4}.", 1.0),  # labelled right
+    ]
+    assert beside_own(rows, rule) == {"So \\boxed{7}.": "7"}
+
+
+@pytest.mark.parametrize(
+    "completion, answer",
+    [
+        ("6 * 8 = 48\nA: 48", "48"),
+        ("So \\boxed{\\$1,234.}", "1234"),  # as references are written
+        ('{\n "answer": "4\\\\sqrt{3}",\n}', "4\\sqrt{3}"),  # JSON, with a doubled backslash
+        ("The answer is\n```json\n{}\n```", None),
+        ("Answer: For Vendor B:", None),
+        ("Answer: Analysis required", None),
+        ("Answer: No", "No"),
+        ("Answer: 5 cm", "5 cm"),
+        ("Answer: Step 4: Sum the Values of n", None),
+        ('"answer": "The number of points is not determined in this solution."', None),
+    ],
+)
+def test_own_answers_are_answers(completion, answer, rule):
+    assert beside_own([row("q", "2", completion, 0.0)], rule).get(completion) == answer
+
+
+def test_own_answers_to_a_choice_are_letters(rule):
+    completion = "The answer is D) horizontal asymptote"
+    assert beside_own([row("q", "C", completion, 0.0)], rule) == {completion: "D"}
+    # The same completion is right beside its letter, with or without the words.
+    rows = [row("q", "D", completion, 1.0), row("q", "D", "The answer is D)", 0.0)]
+    assert beside_others(rows, rule) == []
+
+
+def test_the_rule_runs_only_where_it_is_needed(place, monkeypatch):
+    opened = []
+
+    class Counted(RuleVerifier):
+        def __init__(self, *args):
+            opened.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(added_rows, "RuleVerifier", Counted)
+    load(place, train_rm__attacked=0.2)
+    assert not opened
+    load(place, train_rm__own_references=0.2)
+    with pytest.raises(RuntimeError, match="closed"):
+        opened[0].check([("1", "1")])
+    with pytest.raises(SetupError, match=r"rule\.workers=0"):
+        load(place, train_rm__other_references=0.2, rule__workers=0)
+
+
+def test_the_verdicts_that_hosts_exchange_decide(place, monkeypatch):
+    """So that all hosts get the same rows: verdicts depend on limits of CPU time."""
+    shares = dict(train_rm__other_references=0.2, train_rm__own_references=0.2)
+    alone = load(place, **shares)
+    assert alone.added["other_references"] and alone.added["own_references"]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "is_assigned", lambda _: True)
+    monkeypatch.setattr(hosts, "exchange_json", lambda _, own: [json.loads(json.dumps(own))])
+    assert load(place, **shares).digest == alone.digest
+    monkeypatch.setattr(hosts, "exchange_json", lambda _, own: [{str(i): Verdict.TIMEOUT for i in own}])
+    assert not any(load(place, **shares).added.values())
 
 
 def test_added_rows_are_counted_by_kind_and_come_last(place):

@@ -7,7 +7,7 @@ problems):
     pass@k     probability that k samples contain a correct one, unbiased (statistics.pass_at_k), for k = 1,
                2, 4, ... and the number of samples n
     maj@n      whether the most frequent answer is correct; answers are compared by normal form
-               (answer_forms.py)
+               (data/answer_forms.py)
 
 Each has a 95 % interval bootstrapped by problem.  Figures of the responses themselves: the shares of
 truncated (no EOS was sampled), no_answer (the rule found no answer) and undecided ones (the rule could not
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from cooper_jax import statistics
-from cooper_jax.evaluation.answer_forms import normalise_completion
+from cooper_jax.data.answer_forms import normalise_completion
 from cooper_jax.evaluation.benchmark_sets import Benchmark
 from cooper_jax.evaluation.evaluation_ledger import Row
 from cooper_jax.evaluation.text_tables import format_percent, format_table

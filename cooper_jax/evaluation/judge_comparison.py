@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from cooper_jax.data import labelled_completions, seen_questions
-from cooper_jax.evaluation.answer_forms import normalise_answer
+from cooper_jax.data.answer_forms import normalise_answer
 from cooper_jax.evaluation.benchmark_sets import sample_part
 from cooper_jax.evaluation.evaluation_ledger import Ledger, Row
 from cooper_jax.evaluation.judges import Judge, Opinion

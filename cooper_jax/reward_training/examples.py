@@ -96,7 +96,7 @@ def load_examples(cfg: ConfigDict, settings: TrainRmConfig, tokenizer: Tokenizer
     """Read, split, filter and tokenise the labelled completions.
 
     Args:
-      cfg: the whole config, of which `reward` and `seed` are read.
+      cfg: the whole config, of which `reward`, `seed` and `rule` are read.
       settings: its `train_rm` section.
 
     Raises SetupError, naming file, row and flag, for files that cannot be read, and for parts without rows
@@ -128,7 +128,7 @@ def load_examples(cfg: ConfigDict, settings: TrainRmConfig, tokenizer: Tokenizer
     _check_labels("held-out", held_out)
 
     # The added rows come last: make_seen_record (best_model.py) relies on that.
-    added = make_added_rows(kept, settings, cfg.seed)
+    added = make_added_rows(kept, settings, cfg)
     max_tokens = cfg.reward.max_tokens
     return RewardData(
         train=_tokenize("train_rm.data", [*kept, *added.triples], tokenizer, max_tokens),

@@ -25,7 +25,7 @@ class TrainRmConfig:
     max_characters: int  # longer training texts are dropped; 0 keeps all
 
     # Rows that are added to the training rows, as shares of their number (added_rows.py).
-    attacked: float  # completions under a reward hack, half of them right
+    attacked: float  # copies under a reward hack, made from as many right as wrong completions
     other_references: float  # right completions beside another reference, as wrong
     own_references: float  # wrong completions beside their own answer, as right
 
