@@ -119,7 +119,7 @@ def test_each_try_and_batch_draws_its_own_random_bits(rule):
 
     # Another seed gives other rewrites, and the same one the same.
     def rewrite(seed):
-        batch = [triple(f"{SOLUTION} {'x' * i}") for i in range(4)]
+        batch = [triple(f"{'x' * i} {SOLUTION}") for i in range(4)]
         slots, _ = measure_giveaways.rewrite_positives(batch, CorruptingAssistant(), rule, CFG, (), seed, 0)
         return [slot.negative for slot in slots]
 
@@ -128,7 +128,7 @@ def test_each_try_and_batch_draws_its_own_random_bits(rule):
 
 def test_special_tokens_and_the_length_ratio_are_those_given(rule):
     wrong = SOLUTION.replace("18", "16")
-    replies = [Completion(wrong + " \u00a7end\u00a7"), Completion("So it is clear. " * 4 + wrong)]
+    replies = [Completion("\u00a7end\u00a7 " + wrong), Completion("So it is clear. " * 4 + wrong)]
     batch, one_try = [triple(SOLUTION), triple(SOLUTION + " ")], dataclasses.replace(CFG, tries=1)
 
     def find_refusals(special_tokens, length_ratio):
@@ -177,7 +177,7 @@ def test_rewrites_prints_outcomes_and_samples(run, monkeypatch):
 
     monkeypatch.setattr(measure_giveaways, "rewrite_positives", record)
     monkeypatch.setattr(setup, "collect_control_texts", lambda *_: frozenset({"\u00a7end\u00a7"}))
-    triples = [triple(SOLUTION), triple(SOLUTION + " So."), triple("A: 17"), triple("A: 16", 0.0)]
+    triples = [triple(SOLUTION), triple("So. " + SOLUTION), triple("A: 17"), triple("A: 16", 0.0)]
     out = run(triples, "--show=1", "--digits=visible", seed=3, **{"pairs.length_ratio": 2.5})
 
     # Batches have prompts_per_step positives, and the settings are the config's.
@@ -192,7 +192,7 @@ def test_rewrites_prints_outcomes_and_samples(run, monkeypatch):
 
 
 def test_rewrites_keeps_its_limits_and_refuses_what_it_cannot_do(run, capsys):
-    triples = [triple(SOLUTION), triple(SOLUTION + " So.", source="x")]
+    triples = [triple(SOLUTION), triple("So. " + SOLUTION, source="x")]
     assert "0 (" not in run(triples, "--minutes=0") and "AUROC with" not in run(triples, "--minutes=0")
     assert "1 positives, 1 requests" in run(triples, "--positives=1")
     with pytest.raises(SystemExit):
