@@ -57,7 +57,7 @@ def test_rewrites_may_have_no_control_token_of_any_tokenizer_in_use(build, tmp_p
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
     params = tiny_models.random_params(model)
     weight_export.save_pretrained(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
-    weights = {"assistant.weights": str(tmp_path / "hf"), "assistant.max_new_tokens": 5}
+    weights = {"assistant.weights": str(tmp_path / "hf"), "assistant.max_new_tokens": 0}
     asked = []
     monkeypatch.setattr(reward_stages, "start_pairs", asked.append)
 
@@ -66,11 +66,9 @@ def test_rewrites_may_have_no_control_token_of_any_tokenizer_in_use(build, tmp_p
             batch = policy_stages.take_problems(components, first=0)
             nothing = [Completion("7")] * (B * G), [Verdict.WRONG] * (B * G)
             reward_stages.request_pairs(components, batch, *nothing, np.zeros(B * G, np.float32), 1)
-            own = components.policy.model.tokenizer.control_texts
-            assert (
-                own
-                and own | components.reward_bundle.model.tokenizer.control_texts <= asked[-1].special_tokens
-            )
+            for bundle in (components.policy, components.reward_bundle):
+                own = bundle.model.tokenizer.control_texts
+                assert own and own <= asked[-1].special_tokens
     assert "<|eot_id|>" not in asked[0].special_tokens and "<|eot_id|>" in asked[1].special_tokens
 
 
