@@ -57,7 +57,7 @@ def test_rewrites_may_have_no_control_token_of_any_tokenizer_in_use(build, tmp_p
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
     params = tiny_models.random_params(model)
     weight_export.save_pretrained(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
-    weights = {"assistant.weights": str(tmp_path / "hf"), "assistant.max_new_tokens": 0}
+    weights = {"assistant.weights": str(tmp_path / "hf"), "assistant.max_new_tokens": 6}
     asked = []
     monkeypatch.setattr(reward_stages, "start_pairs", asked.append)
 
