@@ -2,7 +2,7 @@ r"""Figures of the checks on rewrites: their false alarms, and the rewrites that
 
     python tests/measure_giveaways.py false_alarms FILE.jsonl... [--show=K]
     python tests/measure_giveaways.py rewrites FILE.jsonl... --config=FILE.py [--config.FIELD=VALUE...] \
-        [--source=gsm8k] [--longest=CHARACTERS] [--positives=N] [--minutes=M] [--show=K]
+        [--source=gsm8k] [--longest=CHARACTERS] [--positives=N] [--digits=visible] [--minutes=M] [--show=K]
 
 The files contain labelled completions.
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from cooper_jax.data import labelled_completions, problems
 from cooper_jax.launch import common
 from cooper_jax.llm.chat import Failure, Reply
-from cooper_jax.model.loading import describe_model
+from cooper_jax.model.loading import load_tokenizer
 from cooper_jax.reward.assistants import Assistant, Request
 from cooper_jax.reward.pairs import giveaway_probe
 from cooper_jax.reward.pairs.build_pairs import PairsConfig
@@ -56,6 +56,12 @@ def main() -> None:
         "--longest", type=int, default=0, help="most characters of a positive; 0: any number"
     )
     command.add_argument("--positives", type=int, default=500, help="number of completions to rewrite")
+    command.add_argument(
+        "--digits",
+        choices=("hidden", "visible"),
+        default="hidden",
+        help="visible: the probe also reads the values of numbers; hidden, as in training: their places alone",
+    )
     command.add_argument("--minutes", type=float, default=math.inf, help="start no batch after this CPU time")
 
     # All other flags, such as --config.assistant.kind=local, are the config's, which `common` checks.
@@ -209,11 +215,11 @@ def print_rewrites(flags: argparse.Namespace, config_flags: list[str], triples: 
         if not positives:
             common.exit_with_error(f"no positives with --source={flags.source} --longest={flags.longest}")
 
-        # The control tokens are those of the models whose runs this config describes.
+        # The control tokens are those of the models that a run of this config has.
         run_dir, layouts = Path(settings.run_dir or f"runs/{settings.name}"), lay_out_models(settings.mesh)
-        special_tokens: frozenset[str] = frozenset()
-        for name, source in (("policy", settings.policy_model), ("reward", settings.reward_model)):
-            special_tokens |= describe_model(source, name, run_dir, layouts[name]).tokenizer.control_texts
+        sources = {"policy": settings.policy_model, "reward": settings.reward_model}
+        loaded = [load_tokenizer(source, name, run_dir) for name, source in sources.items()]
+        special_tokens = setup.collect_control_texts(settings, loaded, run_dir)
 
         assistant = setup.build_assistant(
             cfg, settings.assistant, settings.rewrite, layouts["assistant"], run_dir
@@ -240,7 +246,7 @@ def print_rewrites(flags: argparse.Namespace, config_flags: list[str], triples: 
 
     print(f"assistant.kind={cfg.assistant.kind}, assistant.prompt={cfg.assistant.prompt}")
     print_outcomes(slots, attempts)
-    print_probe(slots)
+    print_probe(slots, digits_visible=flags.digits == "visible")
     print_samples(attempts, flags.show)
 
 
@@ -258,8 +264,11 @@ def print_outcomes(slots: Sequence[PairSlot], attempts: Sequence[Attempt]) -> No
         print(f"{name:38} {share(requests, len(attempts)):>15} {share(positives, len(slots)):>15}")
 
 
-def print_probe(slots: Sequence[PairSlot]) -> None:
-    """Print the probe's AUROC over the accepted rewrites, and its time at the default number of pairs."""
+def print_probe(slots: Sequence[PairSlot], digits_visible: bool = False) -> None:
+    """Print the probe's AUROC over the accepted rewrites, and its time at the default number of pairs.
+
+    digits_visible: print also the AUROC of a probe that reads the values of numbers.
+    """
     pairs = [slot.to_pair() for slot in slots]
     recent = RecentRewrites().append(pairs, len(pairs))
     metrics = giveaway_probe.measure_giveaways(recent)
@@ -267,6 +276,10 @@ def print_probe(slots: Sequence[PairSlot]) -> None:
     print(f"pairs/giveaway_auroc={auroc:.3f}, pairs/giveaway_pairs={len(recent.rewrites)}")
     if math.isnan(auroc):
         print(f"no AUROC: the probe needs {giveaway_probe.MIN_MEASURED} pairs or more")
+
+    if digits_visible:
+        visible = giveaway_probe.compute_probe_auroc(recent.rewrites, digits_visible=True)
+        print(f"AUROC with digits visible: {visible:.3f}")
 
     # The CPU time of all threads together is about the time on one core.
     if len(recent.rewrites) >= DEFAULT_PROBE_PAIRS:

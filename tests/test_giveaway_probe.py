@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -37,8 +38,20 @@ def changed(rewrites, change, share=1.0):
     ]
 
 
-def test_corrupted_numbers_are_not_told_apart(corrupted):
-    assert len(corrupted) == 500 and 0.4 < probe.compute_probe_auroc(corrupted) < 0.6
+@pytest.mark.parametrize("digits_visible", [False, True])
+def test_corrupted_numbers_are_told_apart_by_an_added_phrase_alone(corrupted, digits_visible):
+    """Members are equal once digits are hidden, so it is the phrase that shows that the probe can tell."""
+    assert len(corrupted) == 500 and all(r.positive != r.negative for r in corrupted)
+    marked = changed(corrupted, lambda text: text.replace(" #### ", " in all #### "))
+    assert 0.4 < probe.compute_probe_auroc(corrupted, digits_visible) < 0.6
+    assert probe.compute_probe_auroc(marked, digits_visible) > 0.9
+
+
+def test_values_of_numbers_are_read_only_if_visible(corrupted):
+    """Negatives whose numbers all end in 7."""
+    sevens = changed(corrupted, lambda text: re.sub(r"\d\b", "7", text))
+    assert probe.compute_probe_auroc(sevens) == probe.compute_probe_auroc(corrupted)
+    assert probe.compute_probe_auroc(sevens, digits_visible=True) > 0.9
 
 
 @pytest.mark.parametrize(
@@ -76,11 +89,6 @@ def test_a_question_is_on_one_side_of_a_split():
     assert probe.compute_probe_auroc(apart) > 0.9
 
 
-def test_values_of_numbers_are_hidden_and_the_result_is_the_same_again(corrupted):
-    moved = changed(corrupted, lambda text: "".join("7" if c.isdigit() else c for c in text))
-    assert probe.compute_probe_auroc(moved) == probe.compute_probe_auroc(corrupted)
-
-
 def test_few_rewrites_or_questions_have_no_value(corrupted):
     assert math.isnan(probe.compute_probe_auroc(corrupted[: probe.MIN_MEASURED - 1]))
     assert math.isnan(probe.compute_probe_auroc([corrupted[0]] * 100))
@@ -93,7 +101,9 @@ def test_the_warning_needs_a_high_value_and_enough_rewrites():
     def text(auroc, count):
         return probe.describe_giveaways({"pairs/giveaway_auroc": auroc, "pairs/giveaway_pairs": count})
 
-    assert "pairs/giveaway_auroc=0.61: of 200 rewrites" in text(0.61, 200.0)
+    warning = text(0.61, 200.0)
+    assert "pairs/giveaway_auroc=0.61: n-grams" in warning
+    assert "separate 200 rewrites from their positives with AUROC 0.61 (0.5: not at all)" in warning
     assert text(0.6, 200.0) == text(0.9, 199.0) == ""
 
 

@@ -1,5 +1,7 @@
 """Giveaways: each kind is refused and counted; ordinary mathematics and what the positive says too pass."""
 
+import time
+
 import pytest
 
 from cooper_jax.llm.chat import Failure
@@ -23,6 +25,29 @@ GIVEAWAYS = [
     ("note", NEGATIVE + " This introduces an error into the count."),
     ("note", NEGATIVE + " The original solution has another product."),
     ("note", NEGATIVE + "\nChanges made: 18 became 16, which is wrong."),
+    # A mistake that the text says it has.
+    ("note", NEGATIVE + " There is an error in the addition."),
+    ("note", "The above contains an error. " + NEGATIVE),
+    ("note", NEGATIVE + " This solution has a flaw."),
+    ("note", "Solution with a small slip: " + NEGATIVE),
+    ("note", NEGATIVE + " An oversight was made in the product."),
+    ("note", "Arithmetic error:\n" + NEGATIVE),
+    ("note", NEGATIVE + " Multiplication error: see above."),
+    ("note", NEGATIVE + " Error in the product."),
+    ("note", "Here, the student adds incorrectly. " + NEGATIVE),
+    # A change, by whom or in the passive.
+    ("note", NEGATIVE + " (I swapped the sum.)"),
+    ("note", "I have replaced 4 by 5. " + NEGATIVE),
+    ("note", "The solution has been modified. " + NEGATIVE),
+    ("note", NEGATIVE + " It was written to be wrong."),
+    ("note", NEGATIVE + " Two digits have been swapped."),
+    ("note", NEGATIVE + " 18 was replaced by 16."),
+    ("note", NEGATIVE + " Step one was done this way on purpose."),
+    ("note", "Altered solution: " + NEGATIVE),
+    ("note", NEGATIVE + "\nThe incorrect version:"),
+    # A note in the middle of a line.
+    ("note", NEGATIVE.replace(" pens.", " pens. Note: 18 should be here.")),
+    ("note", NEGATIVE.replace(" pens.", " pens. N.B. a careless product.")),
     # Marks at the place.
     ("remark", NEGATIVE.replace(" pens.", " pens [Multiplication error].")),
     ("remark", NEGATIVE.replace(" pens.", " pens. [Here the carry gets lost]")),
@@ -31,9 +56,18 @@ GIVEAWAYS = [
     ("remark", NEGATIVE.replace(" pens.", " pens \\text{(mistake)}.")),
     ("remark", NEGATIVE.replace(" pens.", " pens <- wrong")),
     ("remark", NEGATIVE.replace(" pens.", " pens  # careless multiplication")),
-    ("remark", "### Flawed reasoning\n" + NEGATIVE),
+    ("remark", "### A wrong addition\n" + NEGATIVE),
+    ("note", "### Flawed reasoning\n" + NEGATIVE),
     ("remark", "**Incorrect** " + NEGATIVE),
     ("remark", NEGATIVE.replace(" pens.", " pens \u274c")),
+    ("remark", "{Arithmetic error} " + NEGATIVE),
+    ("remark", NEGATIVE + " \u3010Arithmetic error\u3011"),
+    ("remark", NEGATIVE + " \u00abwrong product\u00bb"),
+    ("remark", NEGATIVE.replace(" pens.", " pens (was 18).")),
+    ("remark", NEGATIVE.replace(" pens.", " pens [originally 18].")),
+    ("remark", NEGATIVE.replace(" pens.", " pens (correct: 18).")),
+    ("remark", NEGATIVE.replace(" pens.", " pens [sic].")),
+    ("remark", NEGATIVE.replace(" pens.", " pens {sic}.")),
     # The truth beside the mistake.
     ("admission", NEGATIVE + " However, the correct answer is 18."),
     ("admission", NEGATIVE + " But the right total would be 18."),
@@ -46,6 +80,12 @@ GIVEAWAYS = [
     ("admission", NEGATIVE + " Oops, 3 * 6 is something else."),
     ("admission", NEGATIVE + " The reference answer is 18."),
     ("admission", NEGATIVE + " The answer should be 18."),
+    ("admission", NEGATIVE + " The answer is not 16 but 18."),
+    ("admission", NEGATIVE + " Wait, 3 * 6 = 18, not 16."),
+    ("admission", NEGATIVE.replace("= 16 pens", "is 16 instead of 18 pens")),
+    ("admission", NEGATIVE.replace("16 pens", "16 (not 18) pens")),
+    ("admission", NEGATIVE + " The product is wrong."),
+    ("admission", NEGATIVE + "\nCorrection. It is 18."),
     # Markup.
     ("markup", "<thinking>Which step do I break?</thinking>\n" + NEGATIVE),
     ("markup", "<scratchpad>\n" + NEGATIVE),
@@ -113,6 +153,17 @@ ORDINARY = [
     "40% of 40 is 16. |x| <= 16, f(x) -> 16, 20 - 4 = 16 -- done. \\boxed{16}",
     "Using \\text{area} = \\text{base} \\cdot \\text{height}, A = 16. \\boxed{16}",
     "Let us look at the original price, 20, and the actual price, 16. \\boxed{16}",
+    "There is no error in this, and we make no mistake. \\boxed{16}",
+    "Step 5: **Error Checking and Assumptions**\nPossible errors: none. \\boxed{16}",
+    "The estimate has an error of at most 0.5, an error less than one percent. \\boxed{16}",
+    "2. **Change of Limits**: when x = 0, u = 16. \\boxed{16}",
+    "We replaced x by 4, and I swap the sides. \\boxed{16}",
+    "E_{error} = 4, so the set \\{1, 2\\} has a slip of paper for each. \\boxed{16}",
+    "12 liters of the solution were replaced with water; the sign was positive. \\boxed{16}",
+    "It is not defined at 0, but 16 is its limit. \\boxed{16}",
+    "f(x) = 4, and not g(x), is 16. So x is not 0, but positive. \\boxed{16}",
+    "The base (4 by 4) was given (since 4 > 0). \\boxed{16}",
+    "The modified equation is x = 16: we altered nothing else. \\boxed{16}",
 ]  # fmt: skip
 
 
@@ -130,6 +181,14 @@ def test_the_correct_answer_is_an_admission_only_beside_another_one():
     )  # no numbers to compare
 
 
+def test_the_correct_answer_is_the_first_number_named():
+    """The rest of the line may repeat the final answer."""
+    for rest in (", but I got 16.", " (I wrote 16).", " and 16 is what I got.", "; we found 16."):
+        assert find_giveaway(NEGATIVE + " The correct answer is 18" + rest, POSITIVE) == "admission"
+    for rest in ("2 \\cdot 8 = 16.", "16, and 18 is none.", "(B) 16", "$\\frac{32}{2} = 16$."):
+        assert find_giveaway(NEGATIVE + " The correct answer is " + rest, POSITIVE) == ""
+
+
 def test_control_tokens_of_the_tokenizers_in_use_are_special():
     text = NEGATIVE + " \u00a7end\u00a7"
     assert find_giveaway(text, POSITIVE) == ""
@@ -144,5 +203,22 @@ def test_a_failure_keeps_its_own_reason():
 
 def test_long_texts_take_no_time():
     """Every pattern is bounded, so that a text made to slow it down does not."""
-    for piece in ("(", "[a", "<a ", "*", "the ", "however ", "student ", "# ", "note: ", "a(b["):
+    pieces = ["(", "[a", "<a ", "*", "the ", "however ", "student ", "# ", "note: ", "a(b["]
+    pieces += [
+        "\n",
+        "\n ",
+        "1",
+        "1,",
+        "1 (",
+        "not 1",
+        "= 1, ",
+        ". the ",
+        "has an ",
+        "{a",
+        "\u3010a",
+        ". note in ",
+    ]
+    for piece in pieces:
+        start = time.process_time()
         assert find_giveaway(piece * 4000, POSITIVE) in ("", "remark", "note", "markup", "admission")
+        assert time.process_time() - start < 5, piece  # some tenths of a second

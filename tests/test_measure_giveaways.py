@@ -1,16 +1,22 @@
 """The figures of the checks on rewrites count what the trainer's own checks say."""
 
 import collections
+import contextlib
+import dataclasses
+import json
 
 import measure_giveaways
 import pytest
+import tiny_steps
 
 from cooper_jax.configs import base
+from cooper_jax.launch import common
 from cooper_jax.llm.chat import Failure
 from cooper_jax.reward.assistants import CorruptingAssistant
 from cooper_jax.reward.pairs import build_pairs
 from cooper_jax.reward.pairs.build_pairs import PairInputs, PairsConfig
 from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
+from cooper_jax.trainer import setup
 from cooper_jax.types import Completion, Problem, Triple
 
 CFG = PairsConfig.from_config(base.get_config().pairs)
@@ -90,6 +96,111 @@ def test_each_attempt_has_the_reason_of_the_trainers_check(rule, capsys):
     assert ["accepted", "1", "(20.00", "%)", "1", "(33.33", "%)"] in [s.split() for s in out.splitlines()]
     assert "pairs/refused_no_positive" in out and "pairs/giveaway_pairs=1\n" in out
     assert "no AUROC: the probe needs 50 pairs" in out and "[phrases] ['oops']" in out
+
+
+class Recording(CorruptingAssistant):
+    """The corrupting assistant, which keeps the ids of its requests, and whose replies are all right."""
+
+    def __init__(self):
+        self.ids = []
+
+    def rewrite(self, requests):
+        self.ids += [request.ids for request in requests]
+        return [Completion(SOLUTION.replace("6", "06")) for _ in requests]
+
+
+def test_each_try_and_batch_draws_its_own_random_bits(rule):
+    assistant = Recording()
+    cfg = dataclasses.replace(CFG, tries=3)
+    for step in range(2):
+        measure_giveaways.rewrite_positives([triple(SOLUTION)] * 2, assistant, rule, cfg, (), 5, step)
+    assert len(assistant.ids) == len(set(assistant.ids)) == 2 * 3 * 2
+    assert {seed for seed, *_ in assistant.ids} == {5}
+
+    # Another seed gives other rewrites, and the same one the same.
+    def rewrite(seed):
+        batch = [triple(f"{'x' * i} {SOLUTION}") for i in range(4)]
+        slots, _ = measure_giveaways.rewrite_positives(batch, CorruptingAssistant(), rule, CFG, (), seed, 0)
+        return [slot.negative for slot in slots]
+
+    assert rewrite(5) == rewrite(5) != rewrite(6)
+
+
+def test_special_tokens_and_the_length_ratio_are_those_given(rule):
+    wrong = SOLUTION.replace("18", "16")
+    replies = [Completion("\u00a7end\u00a7 " + wrong), Completion("So it is clear. " * 4 + wrong)]
+    batch, one_try = [triple(SOLUTION), triple(SOLUTION + " ")], dataclasses.replace(CFG, tries=1)
+
+    def find_refusals(special_tokens, length_ratio):
+        cfg = dataclasses.replace(one_try, length_ratio=length_ratio)
+        _, attempts = measure_giveaways.rewrite_positives(
+            batch, Scripted(replies), rule, cfg, special_tokens, 0, 0
+        )
+        return [a.refusal for a in attempts]
+
+    assert find_refusals((), 9.0) == ["", ""]
+    assert find_refusals({"\u00a7end\u00a7"}, 9.0) == ["giveaway_special_token", ""]
+    assert find_refusals((), 1.5) == ["", "length"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """(completions, *flags, **fields of the config) -> output of the command `rewrites` with the tiny config."""
+
+    def run(triples, *flags, **changes):
+        path = tmp_path / "labelled.jsonl"
+        rows = ({**dataclasses.asdict(t), "reference_answer": t.reference} for t in triples)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        # The config is given here, because absl's flags are the same object for all tests of a process.
+        cfg = tiny_steps.config(**{"run_dir": str(tmp_path), "data.prompts_per_step": 2} | changes)
+        monkeypatch.setattr(common, "enable_compilation_cache", lambda: None)
+        monkeypatch.setattr(common, "parse_flags", lambda argv: argv)
+        monkeypatch.setattr(common, "run_job", contextlib.nullcontext)
+        monkeypatch.setattr(common, "read_config", lambda: cfg)
+        monkeypatch.setattr(
+            "sys.argv", ["measure_giveaways.py", "rewrites", str(path), "--config=tiny", *flags]
+        )
+        measure_giveaways.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_rewrites_prints_outcomes_and_samples(run, monkeypatch):
+    given = []
+    rewrite_positives = measure_giveaways.rewrite_positives
+
+    def record(batch, assistant, rule, cfg, special_tokens, seed, step):
+        given.append((len(batch), cfg.length_ratio, special_tokens, seed, step))
+        return rewrite_positives(batch, assistant, rule, cfg, special_tokens, seed, step)
+
+    monkeypatch.setattr(measure_giveaways, "rewrite_positives", record)
+    monkeypatch.setattr(setup, "collect_control_texts", lambda *_: frozenset({"\u00a7end\u00a7"}))
+    triples = [triple(SOLUTION), triple("So. " + SOLUTION), triple("A: 17"), triple("A: 16", 0.0)]
+    out = run(triples, "--show=1", "--digits=visible", seed=3, **{"pairs.length_ratio": 2.5})
+
+    # Batches have prompts_per_step positives, and the settings are the config's.
+    tokens = frozenset({"\u00a7end\u00a7"})
+    assert given == [(2, 2.5, tokens, 3, 0), (1, 2.5, tokens, 3, 1)]
+    lines = [line.split() for line in out.splitlines()]
+    assert ["accepted", "2", "(100.00", "%)", "2", "(66.67", "%)"] in lines
+    assert ["pairs/refused_no_positive", "0", "(0.00", "%)", "1", "(33.33", "%)"] in lines
+    assert "3 positives, 2 requests, 2 accepted" in out and "assistant.kind=corrupt" in out
+    assert "pairs/giveaway_pairs=2\n" in out and "AUROC with digits visible: nan" in out
+    assert out.count("--- accepted") == 1 and "[rewrite] " in out
+
+
+def test_rewrites_keeps_its_limits_and_refuses_what_it_cannot_do(run, capsys):
+    triples = [triple(SOLUTION), triple("So. " + SOLUTION, source="x")]
+    assert "0 (" not in run(triples, "--minutes=0") and "AUROC with" not in run(triples, "--minutes=0")
+    assert "1 positives, 1 requests" in run(triples, "--positives=1")
+    with pytest.raises(SystemExit):
+        run(triples, "--source=y", "--longest=7")
+    assert "no positives with --source=y --longest=7" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(triples, **{"pairs.negatives": ("own_answer",)})
+    assert "this config asks no assistant" in capsys.readouterr().err
 
 
 def test_the_outcomes_are_those_of_a_training_step(rule):

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tiny_models
+import tiny_tokenizers
 from tiny_rollouts import record_requests, same_key
 from tiny_steps import (
     ALL_TERMS,
@@ -21,6 +23,7 @@ from tiny_steps import (
 )
 
 from cooper_jax.data import problems as problem_sets
+from cooper_jax.model import weight_export
 from cooper_jax.runtime import keys
 from cooper_jax.trainer import policy_stages, reward_stages
 from cooper_jax.types import Completion, Triple, Verdict
@@ -46,6 +49,27 @@ def test_an_answer_of_hundreds_of_digits_costs_its_own_pair_alone(build):
         assert [p and p.positive_reference for p in made.pairs] == [None, "7", None]
         _, metrics = reward_stages.update_reward_model(components, state.reward, made.pairs)
         assert metrics["rm/valid"] == 1
+
+
+def test_rewrites_may_have_no_control_token_of_any_tokenizer_in_use(build, tmp_path, monkeypatch):
+    """Those of a local assistant of another family too."""
+    folder = tiny_tokenizers.write(tmp_path / "llama", "llama3")
+    model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
+    params = tiny_models.random_params(model)
+    weight_export.save_pretrained(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
+    weights = {"assistant.weights": str(tmp_path / "hf"), "assistant.max_new_tokens": 6}
+    asked = []
+    monkeypatch.setattr(reward_stages, "start_pairs", asked.append)
+
+    for kind in ("corrupt", "local"):
+        with build(**{"assistant.kind": kind} | weights) as (components, _):
+            batch = policy_stages.take_problems(components, first=0)
+            nothing = [Completion("7")] * (B * G), [Verdict.WRONG] * (B * G)
+            reward_stages.request_pairs(components, batch, *nothing, np.zeros(B * G, np.float32), 1)
+            for bundle in (components.policy, components.reward_bundle):
+                own = bundle.model.tokenizer.control_texts
+                assert own and own <= asked[-1].special_tokens
+    assert "<|eot_id|>" not in asked[0].special_tokens and "<|eot_id|>" in asked[1].special_tokens
 
 
 def test_no_valid_pair_moves_no_reward_model(build):

@@ -81,10 +81,7 @@ def request_pairs(
             positions=batch.positions,
             scores=scores,
             reference_fits=reference_fits,
-            special_tokens=(
-                components.policy.model.tokenizer.control_texts
-                | components.reward_bundle.model.tokenizer.control_texts
-            ),
+            special_tokens=components.control_texts,
             shuffle_labels=settings.reward.shuffle_labels,
         )
     )

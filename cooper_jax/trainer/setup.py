@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ from cooper_jax.data import problems as problem_sets
 from cooper_jax.data.data_config import DataConfig
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
-from cooper_jax.model.loading import Directory, check_length, describe_model, load_model
+from cooper_jax.model.loading import Directory, check_length, describe_model, load_model, load_tokenizer
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
@@ -248,6 +248,11 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             reward=reward,
             rule=rule,
             assistant=assistant,
+            control_texts=collect_control_texts(
+                settings,
+                [bundle.model.tokenizer for bundle in (policy, reward) if bundle is not None],
+                run_dir,
+            ),
             train=tuple(train),
             train_prompts=tuple(train_prompts),
             held_out=tuple(held_out),
@@ -261,6 +266,19 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         state = [State(policy=policy_state, reward=reward_state, reference=None, step=0, position=0)]
         del policy_state, reward_state
         yield components, state.pop()
+
+
+def collect_control_texts(
+    settings: RunSettings, loaded: Iterable[Tokenizer], run_dir: Directory
+) -> frozenset[str]:
+    """Texts of the control tokens of the loaded tokenizers, and of the tokenizer of a local assistant.
+
+    An assistant on a server does not say which tokenizer it has.
+    """
+    tokenizers = [*loaded]
+    if settings.assistant is not None and settings.assistant.kind == "local":
+        tokenizers.append(load_tokenizer(settings.assistant_model, "assistant", run_dir))
+    return frozenset[str]().union(*(tokenizer.control_texts for tokenizer in tokenizers))
 
 
 def _check_reward_inputs(settings: RunSettings, tokenizer: Tokenizer, problems: Sequence[Problem]) -> None:

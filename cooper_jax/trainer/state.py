@@ -81,6 +81,9 @@ class Components:
     rule: RuleVerifier | SharedRule
     assistant: Assistant | None  # None if the run asks no assistant
 
+    # Texts of the control tokens of all tokenizers in use, which no rewrite may contain.
+    control_texts: frozenset[str]
+
     # Problems with their prompts as token ids, in the same order.
     train: tuple[Problem, ...]
     train_prompts: tuple[Sequence[int], ...]

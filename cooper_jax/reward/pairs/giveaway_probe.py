@@ -38,8 +38,10 @@ MIN_MEASURED = 50
 FOLDS = 5
 RIDGE = 0.3  # weight of the squared coefficients
 
-# Words, LaTeX commands, runs of digits, single marks and line breaks are the tokens of the n-grams.
-_TOKEN = r"\\?[A-Za-z]+|0+|\n+|[^\w\s]"
+# Words, LaTeX commands, numbers, single marks and line breaks are the tokens of the n-grams.  A hidden number is
+# one token, and of a visible one each digit.
+_TOKEN = r"\\?[A-Za-z]+|{number}|\n+|[^\w\s]"
+_HIDDEN, _VISIBLE = _TOKEN.format(number="0+"), _TOKEN.format(number=r"\d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +93,19 @@ def describe_giveaways(metrics: Metrics) -> str:
     if count < MIN_PAIRS or not auroc > WARN_ABOVE:
         return ""
     return (
-        f"warning: pairs/giveaway_auroc={auroc:.2f}: of {count} rewrites, n-grams, length and layout alone tell "
-        f"more than {WARN_ABOVE} from their positives, and the reward model can learn them instead of the "
-        "mathematics; read pairs in samples.jsonl, and change the assistant or its prompt"
+        f"warning: pairs/giveaway_auroc={auroc:.2f}: n-grams, length and layout alone separate {count} rewrites "
+        f"from their positives with AUROC {auroc:.2f} (0.5: not at all), and the reward model can learn them "
+        "instead of the mathematics; read pairs in samples.jsonl, and change the assistant or its prompt"
     )
 
 
-def compute_probe_auroc(rewrites: Sequence[Rewrite]) -> float:
+def compute_probe_auroc(rewrites: Sequence[Rewrite], digits_visible: bool = False) -> float:
     """The mean over the folds of the AUROC of positives against negatives of held-out questions.
 
     NaN for fewer than MIN_MEASURED rewrites, or fewer questions than folds.
+
+    Args:
+      digits_visible: each digit is a token of its own, so the values of numbers count too.  False in a run.
     """
     # Folds are split by question, since a question's texts share words that others do not have.
     number_of: dict[str, int] = {}
@@ -111,16 +116,18 @@ def compute_probe_auroc(rewrites: Sequence[Rewrite]) -> float:
     fold_of_pair = np.array([number_of[rewrite.question] % FOLDS for rewrite in rewrites])  # i64[R]
 
     # Labels and features: all positives, then all negatives.
-    texts = [_hide_numbers(r.positive) for r in rewrites] + [_hide_numbers(r.negative) for r in rewrites]
+    texts = [r.positive for r in rewrites] + [r.negative for r in rewrites]
+    if not digits_visible:
+        texts = [_hide_numbers(text) for text in texts]
     labels = np.repeat([1, 0], len(rewrites))  # i64[2R]
     folds = np.tile(fold_of_pair, 2)  # i64[2R]
-    similarity = _compare_texts(texts)  # f64[2R, 2R]
+    similarity = _compare_texts(texts, _VISIBLE if digits_visible else _HIDDEN)  # f64[2R, 2R]
     return float(np.mean([_compute_fold_auroc(similarity, labels, folds == i) for i in range(FOLDS)]))
 
 
-def _compare_texts(texts: Sequence[str]) -> np.ndarray:
+def _compare_texts(texts: Sequence[str], token: str) -> np.ndarray:
     """Inner products of the texts' features: n-grams, layout and a constant, f64[texts, texts]."""
-    ngrams = _count_ngrams(texts)
+    ngrams = _count_ngrams(texts, token)
     layout = np.array([_measure_layout(text) for text in texts])  # f64[texts, F]
     layout = (layout - layout.mean(0)) / np.maximum(layout.std(0), 1e-6)
 
@@ -128,11 +135,14 @@ def _compare_texts(texts: Sequence[str]) -> np.ndarray:
     return (ngrams @ ngrams.T).toarray() + layout @ layout.T / layout.shape[1] + 1.0
 
 
-def _count_ngrams(texts: Sequence[str]) -> Any:
-    """Logarithmic counts of one and two tokens in a row, scaled to length 1: a sparse f64[texts, 2^16]."""
+def _count_ngrams(texts: Sequence[str], token: str) -> Any:
+    """Logarithmic counts of one and two tokens in a row, scaled to length 1: a sparse f64[texts, 2^16].
+
+    token: the pattern of a token.
+    """
     # Hashing needs no vocabulary, so one pass serves all folds and no fold sees another's n-grams.
     hashing = HashingVectorizer(
-        token_pattern=_TOKEN, ngram_range=(1, 2), n_features=1 << 16, alternate_sign=False, norm=None
+        token_pattern=token, ngram_range=(1, 2), n_features=1 << 16, alternate_sign=False, norm=None
     )
     counts = hashing.transform(texts)
     counts.data = np.log1p(counts.data)

@@ -28,8 +28,14 @@ from cooper_jax.rule import answer_finder
 # An error that is a quantity, or one that a solution looks for, is ordinary: a margin of error, error checking.
 _ERROR = (
     r"(?<!margin of )(?<!standard )(?<!relative )(?<!absolute )(?<!percent )(?<!percentage )(?<!rounding )"
-    r"(?<!approximation )(?<!potential )(?<!squared )(?<!square )errors?"
-    r"(?! (?:check|bound|term|margin|analysis|rate|estimat|tolerance|function|propagat|handling|of \$?\\?\d))"
+    r"(?<!approximation )(?<!potential )(?<!possible )(?<!squared )(?<!square )errors?"
+    r"(?! (?:check|bound|term|margin|analysis|rate|estimat|tolerance|function|propagat|handling|of \$?\\?\d"
+    r"|of at|less|smaller|below|at most|within|up to))"
+)
+# Nouns by which a text calls something in it a mistake; a slip of paper is none.
+_FAULT = (
+    rf"(?:{_ERROR}|mistakes?|flaws?|slips?(?! of)|miscalculations?|miscounts?|inaccurac(?:y|ies)|blunders?"
+    r"|oversights?|missteps?|fallac(?:y|ies))"
 )
 # Words by which a text calls something a mistake.
 _WRONG = (
@@ -37,14 +43,26 @@ _WRONG = (
     r"|inaccura(?:te|tely|cy)|miscalculat\w*|miscount\w*|misread\w*|misappl\w*)"
 )
 _CHANGED = (
-    r"(?:chang(?:e|ed|es|ing)|alter(?:ed|ing)?|modif(?:y|ied|ying)|tweak(?:ed|ing)?|introduc(?:ed|ing))"
+    r"(?:chang(?:e|ed|es|ing)|alter(?:ed|ing)?|modif(?:y|ied|ying)|tweak(?:ed|ing)?|introduc(?:ed|ing)"
+    r"|swapp(?:ed|ing)|switch(?:ed|ing)|edited|corrupted|falsified|replac(?:ed|ing) \$?\d)"
+)
+# Participles for what was done to a text.  Equations are rewritten too, and a liquid solution is replaced.
+_ALTERED = (
+    r"(?:changed|altered|modified|tweaked|edited|corrupted|falsified|manipulated|tampered with|perturbed|swapped"
+    r"|broken)"
 )
 _CORRECT = r"(?:correct|right|true|actual|real|proper|intended|original)"
 _RESULT = r"(?:final )?(?:answer|result|solution|value|total|sum|product|number|calculation)"
+# A text or a part of it; "value" or "equation" is none, since solutions do change those.
+_TEXT = r"(?:solution|answer|response|version|reasoning|derivation|calculation|computation|explanation|step)"
+# The start of a sentence or of a line, before which there are marks of layout only.
+_START = r"(?:^|(?<=[.!?:;)\]}$*] ))[ \t>*_#-]{0,20}"
+# A number in digits, with its sign, its currency or the start of a formula.
+_FIGURE = r"(?:\\[(\[] ?)?\\?[$\u20ac\u00a3]?[-\u2212]?\d[\d,.]{0,20}(?<!,)(?<!\.)%?\$?"
 
 
 def _compile(*alternatives: str) -> re.Pattern[str]:
-    return re.compile("|".join(alternatives), re.IGNORECASE)
+    return re.compile("|".join(alternatives), re.IGNORECASE | re.MULTILINE)
 
 
 # --- note: about the change ------------------------------------------------------------------------------
@@ -52,15 +70,37 @@ def _compile(*alternatives: str) -> re.Pattern[str]:
 _NOTE = _compile(
     # "I changed ..."; "I (have deliberately) made a small mistake"; "introduced an error".
     r"\bi(?:'ve| have| had)? (?:\w+ly |just |only |also )?(?:chang|alter|modif|tweak)\w+\b",
+    r"\bi(?:'ve| have| had)? (?:\w+ly |just |only |also )?(?:swapped|switched|replaced|flipped|edited|corrupted"
+    r"|falsified|revised|adjusted|broke|broken)\b",
     rf"\b(?:i|we)(?:'ve| have| had)? (?:\w+ly |just |only |also )?(?:made|make|inserted?|added?|committed|used) "
-    rf"(?:an?|one|the|some|this) (?:\w+ ){{0,2}}(?:{_WRONG}|slip|change)\b",
-    rf"\b(?:introduc|insert|creat|caus|mak)(?:e|es|ed|ing) (?:an?|the|this) (?:\w+ ){{0,2}}(?:{_WRONG}|slip)\b",
+    rf"(?:an?|one|the|some|this) (?:\w+ ){{0,2}}(?:{_WRONG}|{_FAULT}|change)\b",
+    rf"\b(?:introduc|insert|creat|caus|mak)(?:e|es|ed|ing) (?:an?|the|this) (?:\w+ ){{0,2}}(?:{_WRONG}|{_FAULT})\b",
+    # A change in the passive: "The solution has been modified", "4 was replaced by 5"; and its purpose.
+    rf"\b{_TEXT}s?(?: \w+){{0,3}}? (?:is|was|are|were|been)(?: \w+ly)? {_ALTERED}\b",
+    r"\b(?:numbers?|digits?|signs?|figures?|factors?|terms?|carry|product|sum) (?:was|were|has been|have been)"
+    rf"(?: \w+ly)? {_ALTERED}\b",
+    rf"{_FIGURE} (?:is|was|has been)(?: \w+ly)? (?:{_ALTERED}|replaced|switched|turned) "
+    rf"(?:to|with|by|for|into) {_FIGURE}",
+    r"\b(?:on purpose|purposely|purposefully|deliberate(?:ly)?|intentional(?:ly)?)\b",
+    r"\bto be (?:wrong|incorrect|flawed|erroneous|plausible)\b",
+    # A mistake that the text has: "There is an error in the addition", "The above contains a flaw".
+    rf"\bthere(?:'s| is| are| was| were| has been) (?:an?|one|some|the|this|several|two) (?:\w+ ){{0,2}}{_FAULT}\b",
+    rf"\b(?:contain(?:s|ed|ing)?|has|had|have|having|includ(?:es|ed|ing)|involv(?:es|ed|ing)|with) "
+    rf"(?:an?|one|some|the|this|several|two) (?:\w+ ){{0,2}}{_FAULT}\b",
+    # An adverb for how a step is done; "mistakenly" and the like have no other use in a solution.
+    r"\b(?:incorrectly|wrongly|mistakenly|erroneously|inaccurately)\b",
     # The person who made it.
     r"\b(?:student|solver|author|writer)(?:s|'s)?(?: has| had| may have| might have)?(?: \w+ly)? "
     rf"(?:forgot|forget|overlook|confus|made an? (?:\w+ )?(?:mistake|error|slip)|mis\w{{4,}}|{_WRONG})",
     # The place of it: "The mistake is in the second step", "the error here".
-    rf"\b(?:the|this|my|our|their|his|her) (?:\w+ ){{0,2}}(?:{_ERROR}|mistakes?|slips?|flaws?) "
-    r"(?:is|was|lies|here|occurs|occurred|happens|happened|comes|came|made|in (?:this|the) \w+)\b",
+    rf"\b(?:the|this|my|our|their|his|her|an?|one) (?:\w+ ){{0,2}}{_FAULT} "
+    r"(?:is|was|has been|lies|here|occurs|occurred|happens|happened|comes|came|made|in (?:this|the) \w+)\b",
+    # The start of a sentence or a line that names a mistake: "Arithmetic error:", "Error in the product".
+    rf"{_START}(?!no |any |common |possible )(?:\w+ ){{0,2}}{_FAULT}"
+    r"[*_]*(?:\s*:| (?:in|with|at|when|while|here)\b|$)",
+    # The same for a version of the text: "Altered solution:".
+    rf"{_START}(?:\w+ ){{0,4}}?(?:rewritten|{_ALTERED}|{_WRONG}|mistaken|false|fake|negative) (?:\w+ )?{_TEXT}"
+    r"[*_]*(?:\s*:|$)",
     # The text as a version of another one.
     r"\b(?:this|the|above) (?:\w+ )?(?:rewritten|altered|changed|corrupted|erroneous) "
     r"(?:solution|version|answer|response|step)\b",
@@ -69,11 +109,15 @@ _NOTE = _compile(
 )
 
 # A remark that a heading introduces, up to the end of its line: "Note: ...", "**Reason for the error:** ...".
+# In the middle of a line it has a colon.
+_HEAD = (
+    r"(?:please )?(?:note|disclaimer|comment|caution|warning|explanation|reason|edit|changes?(?! of)|correction"
+    r"|editor's note|mistake|error)s?(?: (?:of|for|in|about|to|on|made)(?: [^\n:]{1,40})?)?[*_]*\s*"
+)
+_POSTSCRIPT = r"(?:n\.b\.|p\.s\.)[^\n]*"
 _HEADED = re.compile(
-    r"^[\s>*_#(\[]*(?:please )?(?:note|disclaimer|comment|caution|warning|explanation|reason|changes?|edit"
-    r"|correction|editor's note|mistake|error)s?(?: (?:of|for|in|about|to|on|made)(?: [^\n:]{1,40})?)?"
-    r"[*_]*\s*[:\u2013\u2014-][^\n]*"
-    r"|^[\s>*_#(\[]*(?:n\.b\.|p\.s\.)[^\n]*",
+    rf"^[ \t>*_#(\[]{{0,20}}(?:{_HEAD}[:\u2013\u2014-][^\n]*|{_POSTSCRIPT})"
+    rf"|(?<=[.!?;)\]}}$*\d] )[*_(]{{0,4}}(?:{_HEAD}:[^\n]*|{_POSTSCRIPT})",
     re.IGNORECASE | re.MULTILINE,
 )
 _HEADED_INLINE = re.compile(r"[(\[]\s*[*_]*(?:note|n\.?b\.?|comment|edit|correction)\b[^\n]*", re.IGNORECASE)
@@ -92,12 +136,22 @@ _OF_CHANGE = _compile(
 _BRACKET = re.compile(r"(?<![\\\w\]}])\[(?!asy\])([A-Za-z][^\[\]\n$\\=]{3,120})\](?!\()")
 _BRACKET_WORD = re.compile(r"\b[A-Za-z][a-z']{3,}\b")
 _PARENTHESIS = re.compile(r"\(([^()\n]{3,160})\)|\\text(?:bf|it|rm)?\{([^{}\n]{3,160})\}")
+# Other brackets: square ones, braces that belong to no command, and those of East Asian type.
+_OTHER_BRACKET = re.compile(
+    r"(?<![\\\w\]}])\[([^\[\]\n]{3,160})\]|(?<![\\\w\]}^_])\{([^{}\n\"]{3,160})\}"
+    "|[\u3010\u3014\uff3b\uff08\u300c\u300e\u300a\u3008\u27e8\u00ab]"
+    "([^\n\u3011\u3015\uff3d\uff09\u300d\u300f\u300b\u3009\u27e9\u00bb]{3,160})"
+    "[\u3011\u3015\uff3d\uff09\u300d\u300f\u300b\u3009\u27e9\u00bb]"
+)
 _EDITORIAL = _compile(
     rf"\b{_WRONG}\b",
     r"\bshould (?:be|have been|read|equal)\b",
     r"\b(?:not|instead of|rather than) the (?:correct|right)\b",
-    r"\b(?:forg[oe]t(?:s|ten|ting)?|overlooked|careless|plausible|oops|sic|slip)\b",
-    r"^\s*(?:changed|altered|modified|introduced)\b",
+    rf"\b(?:forg[oe]t(?:s|ten|ting)?|overlooked|careless|plausible|oops|sic|{_FAULT})\b",
+    r"^\s*(?:changed|altered|modified|introduced|swapped|switched|replaced|edited|corrupted|corrected)\b",
+    # Another number for the one before the bracket: "(was 4)", "(originally 4)", "(not 4)".
+    rf"^\W*(?:it )?(?:was|were|originally|formerly|previously|actually|really"
+    rf"|{_CORRECT}(?: {_RESULT})?)(?: is| was| be)?:?\s*=?\s*{_FIGURE}",
 )
 # The rest of a line behind an arrow, a comment sign or a dash; the marks of a grader.
 _MARGIN = re.compile(
@@ -120,7 +174,8 @@ _ADMISSION = _compile(
     rf"\b{_CONTRAST}\b[^.\n]{{0,60}}?\bthe (?:actual|real|original|proper) (?:final )?(?:answer|result)\b",
     r"\b(?:ground[ -]truth|(?:reference|expected|gold|official) (?:final )?(?:answer|result|solution))\b",
     rf"\b(?:the|its) {_CORRECT} {_RESULT} (?:should|would|ought to|is actually|is really|was)\b",
-    r"\b(?:answer|result|solution|step|calculation|value|conclusion|reasoning|this|that|it|which)"
+    r"\b(?:answer|result|solution|step|calculation|computation|value|conclusion|reasoning|total|sum|product"
+    r"|difference|quotient|addition|subtraction|multiplication|division|this|that|it|which)"
     r"(?: is| was| are| were|'s)(?: \w+ly)? (?:wrong|incorrect|erroneous|mistaken|flawed|not correct|not right"
     r"|an? (?:\w+ )?(?:mistake|error))\b",
     rf"\bnot the {_CORRECT} {_RESULT}\b",
@@ -128,7 +183,12 @@ _ADMISSION = _compile(
     r"(?:been|\w+ed)\b",
     r"\b(?:oops|whoops|my mistake|my bad|apolog(?:y|ies|i[sz]e)|i made an? (?:\w+ )?(?:mistake|error))\b",
     r"\b(?:let me|let's|i will|i'll) (?:correct|fix) (?:this|that|it|the|my)\b",
-    r"^[\s*_]*correction\b",
+    r"^[ \t*_]{0,20}correction\b",
+    # One number in place of another: "is not 5 but 4", "= 4, not 5", "is 5 instead of 4".
+    rf"\bnot {_FIGURE},? but (?:\w+ )?{_FIGURE}",
+    rf"{_FIGURE} \((?:and )?(?:not|instead of|rather than) {_FIGURE}",
+    rf"(?:=|\b(?:is|was|be|equals|gives|makes|get|got)) ?(?:\w+ly )?{_FIGURE},? (?:and |but )?"
+    rf"(?:not|instead of|rather than) {_FIGURE}",
 )
 # A phrase that names the correct answer, and the rest of its line.
 _NAMED = re.compile(
@@ -138,6 +198,8 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+# The first number of such a line and what belongs to it; a word, a bracket or a comma ends it.
+_FIRST_FORMULA = re.compile(r"\d(?:(?![,;.]\s| \(|(?<![\\A-Za-z])[A-Za-z]{2}).)*")
 
 # --- markup and special tokens ---------------------------------------------------------------------------------
 
@@ -233,7 +295,7 @@ def _find_remarks(text: str) -> Iterator[str]:
     yield from (match[0] for match in _BRACKET.finditer(text) if _BRACKET_WORD.search(match[1]))
 
     # Other places of a remark are ordinary ones for other text.
-    for pattern in (_PARENTHESIS, _MARGIN, _EMPHASIS):
+    for pattern in (_PARENTHESIS, _OTHER_BRACKET, _MARGIN, _EMPHASIS):
         yield from _find_inside(pattern, _EDITORIAL, text)
 
 
@@ -246,7 +308,9 @@ def _find_admissions(text: str) -> Iterator[str]:
         return
     final = _read_numbers(text[slice(*span)])
     for match in _NAMED.finditer(text):
-        if final and _read_numbers(match[1]) and not final & _read_numbers(match[1]):
+        # The rest of the line may repeat the final answer: "The correct answer is 4, but I got 5".
+        named = _FIRST_FORMULA.search(match[1])
+        if final and named and not final & _read_numbers(named[0]):
             yield match[0][: match.start(1) - match.start()]
 
 
