@@ -355,12 +355,12 @@ def train_rm_section() -> ConfigDict:
     c.eval_share = 0.1  # without eval_data: the share of rows held out
     c.exclude_overlap = True  # leave out held-out rows whose question is in the training data
     c.max_characters = 8000  # longer training texts are dropped; 0: keep all
-    # Rows that are added to the training rows, as shares of their number (the paper has none): copies under a known
-    # reward hack, made from as many right as wrong completions; right completions beside another reference, as
-    # wrong; wrong completions beside the answer that they give themselves, as right.  The rule verifier (section
-    # rule) checks the last two kinds
+    # The next three are rows that are added to the training rows, as shares of their number; the paper has none.
+    # Copies under a known reward hack, made from as many right as wrong completions
     c.attacked = 0.0
+    # Right completions beside another reference, as wrong; the rule verifier (section rule) confirms it
     c.other_references = 0.0
+    # Wrong completions beside the answer that they give themselves, as right; the rule verifier confirms it
     c.own_references = 0.0
 
     # --- updates ---

@@ -12,7 +12,7 @@ from cooper_jax.data.labelled_completions import VERIFIERBENCH, VERIFYBENCH, loa
 from cooper_jax.evaluation import judge_jobs, published_benchmarks
 from cooper_jax.evaluation.evaluated_models import ChosenModels
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS
-from cooper_jax.evaluation.resampling import Resamples
+from cooper_jax.resampling import Resamples
 from cooper_jax.types import Triple
 
 

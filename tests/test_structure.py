@@ -12,7 +12,7 @@ FLOORS = (
     ("cooper_jax.types", "cooper_jax.statistics"),
     ("cooper_jax.settings",),
     ("cooper_jax.runtime",),
-    ("cooper_jax.data",),
+    ("cooper_jax.data", "cooper_jax.resampling"),
     ("cooper_jax.model",),
     ("cooper_jax.rollout",),
     ("cooper_jax.rule", "cooper_jax.llm"),

@@ -25,11 +25,11 @@ from cooper_jax.evaluation import (
 )
 from cooper_jax.evaluation.evaluated_models import ChosenModels, label_models
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, Ledger
-from cooper_jax.evaluation.resampling import FIGURES, Resamples, compute_interval
 from cooper_jax.llm import local_chat
 from cooper_jax.llm.chat import Failure
 from cooper_jax.model import loading, weight_export
 from cooper_jax.model import tokenizer as tokenizers
+from cooper_jax.resampling import FIGURES, Resamples, compute_interval
 from cooper_jax.reward import calibration
 from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError

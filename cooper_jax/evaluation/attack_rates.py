@@ -25,8 +25,8 @@ import numpy as np
 from cooper_jax.data.reward_hacks import ATTACKS, BASELINE, LOSS_BOUND, Openings, apply_attack
 from cooper_jax.evaluation.evaluation_ledger import Ledger, Row
 from cooper_jax.evaluation.judges import THRESHOLD
-from cooper_jax.evaluation.resampling import Resamples, compute_interval
 from cooper_jax.evaluation.text_tables import format_percent, format_table
+from cooper_jax.resampling import Resamples, compute_interval
 from cooper_jax.runtime import hosts
 from cooper_jax.statistics import Interval
 from cooper_jax.types import Triple

@@ -29,8 +29,8 @@ from cooper_jax.data.answer_forms import normalise_answer
 from cooper_jax.evaluation.benchmark_sets import sample_part
 from cooper_jax.evaluation.evaluation_ledger import Ledger, Row
 from cooper_jax.evaluation.judges import Judge, Opinion
-from cooper_jax.evaluation.resampling import FIGURES, Resamples, compute_interval
 from cooper_jax.evaluation.text_tables import format_percent, format_table
+from cooper_jax.resampling import FIGURES, Resamples, compute_interval
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.types import Triple
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from cooper_jax.data.labelled_completions import VERIFIERBENCH, VERIFYBENCH
 from cooper_jax.evaluation.evaluation_ledger import Row
-from cooper_jax.evaluation.resampling import Resamples, compute_interval
 from cooper_jax.evaluation.text_tables import format_percent, format_table
+from cooper_jax.resampling import Resamples, compute_interval
 from cooper_jax.statistics import Interval
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cooper_jax import statistics
-from cooper_jax.evaluation.resampling import Resamples, compute_interval
+from cooper_jax.resampling import Resamples, compute_interval
 from cooper_jax.reward.calibration import Calibration, cross_fit_logits, fit_calibration
 from cooper_jax.reward_training.examples import Examples
 from cooper_jax.runtime.extras import import_extra
