@@ -91,8 +91,8 @@ def add_blend(rows: Sequence[Row], names: Sequence[str], known: Sequence[Row] = 
         fold_of_row = assign_folds([row["question"] for row in rows])
         probabilities = np.zeros(len(rows))
         for fold in range(fold_of_row.max() + 1):
-            inside = np.flatnonzero(fold_of_row == fold)
-            outside = np.flatnonzero(fold_of_row != fold)
+            inside = np.flatnonzero(fold_of_row == fold).tolist()
+            outside = np.flatnonzero(fold_of_row != fold).tolist()
             probabilities[inside] = predict_blend([rows[i] for i in outside], [rows[i] for i in inside])
 
     blended = []

@@ -101,7 +101,7 @@ def make_report(examples: Examples, logits: np.ndarray, seed: int, resamples: in
     # One cross-fit over all rows, as the stored calibration is fitted over all sources.
     calibrated: np.ndarray | None = None  # f64[N]
     with contextlib.suppress(ValueError):  # `fit_held_out_calibration` says so
-        calibrated = cross_fit_logits(examples.labels, logits, questions)
+        calibrated = cross_fit_logits(examples.labels, logits, questions.tolist())
     report: dict[str, Any] = {}
     for group, rows in group_by_source(examples).items():
         y, z = examples.labels[rows] > 0.5, np.asarray(logits)[rows]
