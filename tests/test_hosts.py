@@ -27,7 +27,7 @@ from cooper_jax.runtime import hosts
 from cooper_jax.types import Completion, Problem, Verdict
 
 # Three steps, a checkpoint after each; as many supervised ones as make pairs, and so move the reward model.
-SHORT = dict(steps=3, checkpoint__every=1, eval__every=0)
+SHORT = dict(steps=3, checkpoint__every=1, eval__every=0, supervised__policy_steps=500)
 BOUND = 60.0  # seconds that the others may take to notice that a process is gone
 
 
