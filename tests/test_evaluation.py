@@ -26,6 +26,7 @@ from cooper_jax.evaluation.evaluated_models import ChosenModels
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, RESULTS, TIMINGS, Ledger
 from cooper_jax.evaluation.text_tables import format_percent, format_table
 from cooper_jax.model import weight_export
+from cooper_jax.reward import multihost
 from cooper_jax.runtime import hosts, remote_files
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.statistics import Interval
@@ -388,7 +389,7 @@ def test_a_run_that_is_cut_off_ends_as_one_that_is_not(tmp_path):
     sizes = [len(r) * 2 for _, r in benchmark_sets.split_chunks(made, 2)]
 
     def run(folder, sampler):
-        with benchmark_jobs.open_rule_verifier(config()) as rule, Ledger(folder, {}, sizes) as ledger:
+        with multihost.open_rule_verifier(config()) as rule, Ledger(folder, {}, sizes) as ledger:
             benchmarks.run_benchmarks(made, sampler, rule, _Likes77(), ledger, 2, said.append)
 
     said: list[str] = []

@@ -25,7 +25,7 @@ from cooper_jax.configs import base
 from cooper_jax.data import labelled_completions, prompts, reward_hacks, seen_questions
 from cooper_jax.model import loading, transformer, weight_export, weights
 from cooper_jax.model import tokenizer as tokenizers
-from cooper_jax.reward import calibration, verifier_model
+from cooper_jax.reward import calibration, multihost, verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.reward_training import added_rows, batches, best_model, examples, rm_loop, rm_report, rm_setup
 from cooper_jax.reward_training.rm_config import TrainRmConfig
@@ -915,7 +915,7 @@ def test_the_rule_runs_only_where_it_is_needed(place, monkeypatch):
             opened.append(self)
             super().__init__(*args)
 
-    monkeypatch.setattr(added_rows, "RuleVerifier", Counted)
+    monkeypatch.setattr(multihost, "RuleVerifier", Counted)
     load(place, train_rm__attacked=0.2)
     assert not opened
     load(place, train_rm__own_references=0.2)

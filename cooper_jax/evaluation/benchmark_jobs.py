@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from cooper_jax.data import seen_questions
@@ -24,8 +23,7 @@ from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
 from cooper_jax.evaluation.evaluation_ledger import RESULTS, Ledger, Row
 from cooper_jax.evaluation.text_tables import to_plain
 from cooper_jax.model import loading
-from cooper_jax.reward.multihost import SharedRule, share_over_hosts
-from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
+from cooper_jax.reward.multihost import open_rule_verifier
 from cooper_jax.runtime import device_layouts, hosts, remote_files
 from cooper_jax.settings.setup_errors import ErrorCollector, setup_errors
 
@@ -169,17 +167,6 @@ def _describe_gap(name: str, record: seen_questions.Record) -> str:
     return (
         f"what{more} {name} was trained on is unknown: there is no complete {seen_questions.SEEN} beside it"
     )
-
-
-@contextlib.contextmanager
-def open_rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
-    """Start the rule verifier's processes, on each host for its share of the work; they end on exit."""
-    with setup_errors("rule"):
-        rule = RuleVerifier(RuleConfig.from_config(cfg.rule))
-    with rule:
-        with setup_errors("rule"):
-            rule.check_ready()
-        yield share_over_hosts(rule, None, jax.process_count())[0]
 
 
 def list_reward_settings(cfg: ConfigDict, chosen: ChosenModels) -> dict[str, Any]:

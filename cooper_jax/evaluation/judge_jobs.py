@@ -23,6 +23,7 @@ from cooper_jax.evaluation.benchmark_sets import BenchmarkConfig
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
 from cooper_jax.evaluation.evaluation_ledger import Ledger, Row
 from cooper_jax.llm import local_chat
+from cooper_jax.reward import multihost
 from cooper_jax.runtime import device_layouts, hosts
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Triple
@@ -220,7 +221,7 @@ def _open_judges(
     # The rule verifier runs in processes of its own.  Combined judges share its opinions and the reward model's.
     needed = judges.list_needed(names)
     if "rule" in needed:
-        rule = stack.enter_context(benchmark_jobs.open_rule_verifier(cfg))
+        rule = stack.enter_context(multihost.open_rule_verifier(cfg))
         opened["rule"] = judges.remember_last_opinions(
             lambda triples, first: judges.make_verdict_opinions(
                 rule.check([(t.reference, t.completion) for t in triples])

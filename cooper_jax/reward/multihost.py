@@ -11,13 +11,18 @@ With one process, `share_over_hosts` returns its arguments and none of these cla
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import jax
+from ml_collections import ConfigDict
 
 from cooper_jax.reward.assistants import Assistant, Failure, Reply, Request
-from cooper_jax.rule.verifier import Item, PendingVerdicts, RuleVerifier
+from cooper_jax.rule.verifier import Item, PendingVerdicts, RuleConfig, RuleVerifier
 from cooper_jax.runtime import hosts
+from cooper_jax.settings.setup_errors import setup_errors
 from cooper_jax.types import Completion, Verdict
 
 
@@ -153,3 +158,17 @@ def share_over_hosts(
     if assistant is not None and assistant.overlaps:
         assistant = SharedAssistant(assistant)
     return SharedRule(rule), assistant
+
+
+@contextlib.contextmanager
+def open_rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
+    """Start the rule verifier's processes, on each host for its share of the work; they end on exit.
+
+    Raises SetupError for settings out of range and for a verifier that does not answer.
+    """
+    with setup_errors("rule"):
+        rule = RuleVerifier(RuleConfig.from_config(cfg.rule))
+    with rule:
+        with setup_errors("rule"):
+            rule.check_ready()
+        yield share_over_hosts(rule, None, jax.process_count())[0]

@@ -21,28 +21,25 @@ go on with other data (rm_loop.py).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from cooper_jax.data import answers, reward_hacks
 from cooper_jax.data.answer_forms import normalise_answer
-from cooper_jax.reward.multihost import SharedRule, share_over_hosts
+from cooper_jax.reward.multihost import SharedRule, open_rule_verifier
 from cooper_jax.reward.pairs.pair_slots import find_marked_answer
 from cooper_jax.reward_training.rm_config import TrainRmConfig
 from cooper_jax.rule.reference_checks import can_be_verified
-from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
+from cooper_jax.rule.verifier import RuleVerifier
 from cooper_jax.rule.worker_process import Item
 from cooper_jax.runtime import keys
-from cooper_jax.settings.setup_errors import setup_errors
 from cooper_jax.types import Triple, Verdict
 
 # Ids of the random stream `added_rows`.
@@ -99,7 +96,7 @@ def make_added_rows(triples: Sequence[Triple], settings: TrainRmConfig, cfg: Con
     if not settings.other_references and not settings.own_references:
         return AddedRows(attacked)
 
-    with _open_rule_verifier(cfg) as rule:
+    with open_rule_verifier(cfg) as rule:
         own_answers = find_own_answers(triples, rule)
         other_references = make_copies_with_other_references(
             triples, own_answers, settings.other_references, cfg.seed, rule
@@ -283,17 +280,6 @@ def _check(rule: RuleVerifier | SharedRule, items: Sequence[Item]) -> list[Verdi
     for start in range(0, len(items), ITEMS_AT_ONCE):
         verdicts += rule.check(items[start : start + ITEMS_AT_ONCE])
     return verdicts
-
-
-@contextlib.contextmanager
-def _open_rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
-    """Start the rule verifier's processes, on each host for its share of the work; they end on exit."""
-    with setup_errors("rule"):
-        rule = RuleVerifier(RuleConfig.from_config(cfg.rule))
-    with rule:
-        with setup_errors("rule"):
-            rule.check_ready()
-        yield share_over_hosts(rule, None, jax.process_count())[0]
 
 
 def _choose_rows(rows: Sequence[int], count: float, rng: np.random.Generator) -> list[int]:
