@@ -259,7 +259,7 @@ def test_assistant_that_is_down_masks_its_pairs(finished, tmp_path):
     path = tmp_path / "down"
     done = run(
         path,
-        steps=2,
+        steps=6,  # the policy solves few problems, and a prompt without a correct response asks for no rewrite
         supervised__start_from=finished,
         assistant__kind="openai",
         assistant__url="http://127.0.0.1:9/v1",
