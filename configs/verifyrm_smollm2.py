@@ -4,11 +4,11 @@
     python launch/train_rm.py --config=configs/verifyrm_smollm2.py \\
         --config.train_rm.data=verify_train.jsonl --config.train_rm.eval_data=verify_dev.jsonl
 
-The data are labelled completions as JSON lines (question, reference_answer, completion, label).  With an earlier
-form of the added rows, 381 wrong completions under reward hacks beside 4,593 completions, training took two hours
-on two busy cores and gave an AUROC of .964 on 1,391 rows of other questions (docs/verifyrm.md).  The shares below
-add more rows, and other kinds.  All values are ours: the authors train a model of 1.5 B parameters
-(configs/verifyrm_1p5b.py).
+The data are labelled completions as JSON lines (question, reference_answer, completion, label).  With a
+third of the GSM8K rows, inputs of at most 224 tokens and float32 (docs/verifyrm.md has the command), training
+took 2 hours and 20 minutes on two cores without bfloat16 instructions, and gave an accuracy of 95.2 % and an
+AUROC of .987 on 1,391 rows of other questions.  All values are ours: the authors train a model of 1.5 B
+parameters (configs/verifyrm_1p5b.py).
 """
 
 from cooper_jax.configs import base
