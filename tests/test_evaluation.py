@@ -741,6 +741,50 @@ def test_two_hosts_write_what_one_does(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("job", ["labelled", "attacks"])
+def test_two_hosts_judge_and_attack_as_one_does(job, tmp_path):
+    """The rule and a reward model of two steps; the rows, and so the models' batches, are cut otherwise."""
+    few = dict(
+        steps=1, supervised__policy_steps=2, supervised__reward_steps=2, eval__every=0, checkpoint__every=1
+    )
+    done = tiny_runs.run(tmp_path / "run", **few)
+    assert done.returncode == 0, done.stderr
+    rows = [
+        {"question": f"How many coins {i} ?", "reference_answer": f"{i}", "completion": f"#### {i + i % 2}"}
+        | {"label": int(i % 2 == 0)}
+        for i in range(5)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
+    flags = [f"--run_dir={tmp_path / 'run'}", f"--{job}={path}", "--config.reward.max_tokens=256"]
+    if job == "labelled":
+        flags += ["--judge=model", "--judge=rule", "--judge=rule_then_model"]
+    assert (done := started(tmp_path / "one", *flags)).returncode == 0, done.stderr
+    hosts_of = [sys.executable, str(ROOT / "launch/local_hosts.py"), "-n", "2", "--devices=1", "--"]
+    done = subprocess.run(
+        [*hosts_of, *command(tmp_path / "two", *flags)],
+        env=tiny_runs.environment(), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (read_rows(tmp_path / n / ITEMS) for n in ("one", "two"))
+    assert len(one) == len(two) >= len(rows)
+    for ours, theirs in zip(one, two, strict=True):
+        _check_near(ours, theirs)
+
+
+def _check_near(one, two) -> None:
+    """Two records are equal but for the last digits of their floats."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        one, two = list(one.values()), list(two.values())
+    if isinstance(one, list):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            _check_near(a, b)
+    else:
+        assert one == (pytest.approx(two, abs=1e-5) if isinstance(two, float) else two)
+
+
+@pytest.mark.slow
 def test_a_run_before_and_after(tmp_path):
     """launch/train.py, then its policy on its own problems, and its reward models of two steps under attack."""
     few = dict(
