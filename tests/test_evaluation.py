@@ -653,6 +653,14 @@ def started(out: Path, *flags: str) -> subprocess.CompletedProcess:
     )
 
 
+def started_on_two_hosts(out: Path, *flags: str) -> subprocess.CompletedProcess:
+    hosts_of = [sys.executable, str(ROOT / "launch/local_hosts.py"), "-n", "2", "--devices=1", "--"]
+    return subprocess.run(
+        [*hosts_of, *command(out, *flags)],
+        env=tiny_runs.environment(), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+
+
 TINY = f"--config={ROOT / 'configs/tiny.py'}"
 
 
@@ -729,11 +737,7 @@ def test_two_hosts_write_what_one_does(tmp_path):
     shrunk = [f"--config.{name}={value}" for name, value in SHRUNK.items()]
     flags = [TINY, "--benchmark=synthetic", "--config.benchmark.judged_by=both", *shrunk]
     assert started(tmp_path / "one", *flags).returncode == 0
-    hosts_of = [sys.executable, str(ROOT / "launch/local_hosts.py"), "-n", "2", "--devices=1", "--"]
-    done = subprocess.run(
-        [*hosts_of, *command(tmp_path / "two", *flags)],
-        env=tiny_runs.environment(), capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    done = started_on_two_hosts(tmp_path / "two", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = (read_rows(tmp_path / n / ITEMS) for n in ("one", "two"))
     assert [r | {"reward": 0} for r in one] == [r | {"reward": 0} for r in two]
@@ -759,11 +763,7 @@ def test_two_hosts_judge_and_attack_as_one_does(job, tmp_path):
     if job == "labelled":
         flags += ["--judge=model", "--judge=rule", "--judge=rule_then_model"]
     assert (done := started(tmp_path / "one", *flags)).returncode == 0, done.stderr
-    hosts_of = [sys.executable, str(ROOT / "launch/local_hosts.py"), "-n", "2", "--devices=1", "--"]
-    done = subprocess.run(
-        [*hosts_of, *command(tmp_path / "two", *flags)],
-        env=tiny_runs.environment(), capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    done = started_on_two_hosts(tmp_path / "two", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = (read_rows(tmp_path / n / ITEMS) for n in ("one", "two"))
     assert len(one) == len(two) >= len(rows)
