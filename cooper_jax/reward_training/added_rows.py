@@ -118,9 +118,10 @@ def make_attacked_copies(triples: Sequence[Triple], share: float, seed: int) -> 
         count = min(len(rows), round(share * len(triples) / 2))
         chosen += rng.choice(rows, size=count, replace=False).tolist()
 
+    weights = np.array([reward_hacks.ATTACKS[name].weight for name in reward_hacks.TRAINED])
     copies = []
     for i in sorted(chosen):
-        name = reward_hacks.TRAINED[rng.integers(len(reward_hacks.TRAINED))]
+        name = reward_hacks.TRAINED[rng.choice(len(weights), p=weights / weights.sum())]
         attacked = reward_hacks.apply_attack(triples[i], name, seed, i)
         copies.append(dataclasses.replace(attacked, id=f"{attacked.id} under {name}"))
     return copies
