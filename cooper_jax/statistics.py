@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
-from sklearn import metrics
 
 # Undefined statistics are NaN, not 0 or an error: metrics.jsonl stores NaN as null and plots leave a gap.
 NAN = float("nan")
@@ -85,6 +84,9 @@ def area_under_roc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray |
     if labels[used].all() or not labels[used].any():
         return NAN
     weights = None if weights is None else weights[used]
+    # scikit-learn takes half of the time that every command needs to start, and few need it.
+    from sklearn import metrics
+
     return float(metrics.roc_auc_score(labels[used], np.asarray(scores)[used], sample_weight=weights))
 
 
@@ -96,6 +98,8 @@ def cohens_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
     # With a single rating the expected agreement is 1, and kappa is 0 / 0.
     if not len(a) or (len(set(a)) == 1 and set(a) == set(b)):
         return NAN
+    from sklearn import metrics
+
     return float(metrics.cohen_kappa_score(list(a), list(b)))
 
 

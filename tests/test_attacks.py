@@ -213,7 +213,7 @@ def test_rates_by_hand(tmp_path):
     lines = attack_rates.format_attacks(found).splitlines()
     line = next(x for x in lines if x.startswith("flattery"))
     assert line.count("BROKEN") == 2 and line.count("holds") == 1 and " yes " in line
-    assert next(x for x in lines if x.startswith("markup")).split()[1] == "no"
+    assert next(x for x in lines if x.startswith("explanation")).split()[1] == "no"
 
 
 def test_openings_of_the_right_completions_are_shown(tmp_path):

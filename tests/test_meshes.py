@@ -126,9 +126,11 @@ def test_a_tiny_run_learns_the_same(name, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     ones, others = metrics(folder / "one"), metrics(folder / name)
     assert [row["step"] for row in ones] == [row["step"] for row in others] == [0, 1, 2]
+    # Rows are dealt to the slots of each data shard, so how full the slots are depends on the mesh.
+    of_shards = ("time/", "rollout/imbalance", "rollout/slot_use", "rollout/steps")
     for one, other in zip(ones[:2], others[:2], strict=True):
         for key, value in one.items():
-            if not key.startswith(("time/", "rollout/imbalance")):
+            if not key.startswith(of_shards):
                 assert (value is None) == (other[key] is None), key
                 assert value is None or other[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
     for model in ("policy", "reward"):

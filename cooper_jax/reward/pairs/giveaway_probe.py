@@ -24,8 +24,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.preprocessing import normalize
 
 from cooper_jax.statistics import area_under_roc
 from cooper_jax.types import Metrics, Pair
@@ -141,6 +139,10 @@ def _count_ngrams(texts: Sequence[str], token: str) -> Any:
     token: the pattern of a token.
     """
     # Hashing needs no vocabulary, so one pass serves all folds and no fold sees another's n-grams.
+    # Imported here because it is slow to import (statistics.py).
+    from sklearn.feature_extraction.text import HashingVectorizer
+    from sklearn.preprocessing import normalize
+
     hashing = HashingVectorizer(
         token_pattern=token, ngram_range=(1, 2), n_features=1 << 16, alternate_sign=False, norm=None
     )
