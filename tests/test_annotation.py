@@ -297,6 +297,7 @@ def held(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_two_kills_lose_and_double_nothing(serve, tmp_path):
     """The real command: SIGKILL while the source writes, SIGKILL and SIGTERM while the judge judges, then on."""
     problems = sums(tmp_path / "sums.jsonl", COUNT)

@@ -161,7 +161,7 @@ def tiny(**changes) -> list[str]:
     "kind, options, programs, devices",
     [
         ("rollout", ["--ragged"], ["rollout"], 1),
-        ("score", ["--prompt_tokens=5"], ["score"], 1),
+        pytest.param("score", ["--prompt_tokens=5"], ["score"], 1, marks=pytest.mark.slow),
         pytest.param("train", [], ["policy update", "reward-model update"], 2, marks=pytest.mark.slow),
     ],
 )

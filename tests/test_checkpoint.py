@@ -456,6 +456,7 @@ with Checkpoints(sys.argv[2], keep=1) as kept:
 """
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path):
     """SIGKILL at random moments of an endless row of saves, each of which also deletes its predecessor.
 

@@ -133,6 +133,7 @@ def test_what_is_not_built_is_refused(made, tmp_path):
         gguf.read_model_config(gguf.Header(header.metadata, factors), made[0])
 
 
+@pytest.mark.slow
 def test_smollm2_equals_transformers(smollm2_gguf):
     """transformers dequantises the same file; logits reach 30, so 1e-3 is a relative 3e-5."""
     torch = pytest.importorskip("torch")

@@ -271,6 +271,7 @@ def test_a_token_rarer_than_the_grid_of_one_uniform_is_within_reach(implementati
     np.testing.assert_allclose(drawn.logprob, [-30 * np.log(2), 0.0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_noise_of_1e_5_in_the_logits_hardly_moves_a_draw():
     """Few of 10,000 draws from peaked logits change.  (One uniform over a whole CDF: 50.)"""
     rng = np.random.default_rng(4)

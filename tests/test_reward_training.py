@@ -122,7 +122,11 @@ def test_loss_and_gradient_equal_torch(name, tmp_path):
         assert np.abs(theirs[n]).max() > 1e-3, n
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=["one device", "data 2 x fsdp 2 x tensor 2"])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)],
+    ids=["one device", "data 2 x fsdp 2 x tensor 2"],
+)
 def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
     config = tiny_models.config(vocab_size=30, width=16, head_dim=4, ffn=24)
     layout = Layout(mesh.make_mesh(*sizes, jax.devices()[: math.prod(sizes)]), RULES)

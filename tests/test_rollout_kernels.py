@@ -26,7 +26,7 @@ from cooper_jax.runtime.mesh import Layout, make_mesh, make_shardings
 
 # The narrowest heads that the TPU kernel takes.
 WIDE = dataclasses.replace(TINY, head_dim=64, heads=4, kv_heads=2, ffn=16)
-KERNELS = ("tpu_interpret", "triton_interpret")
+BOTH_KERNELS = (pytest.param("tpu_interpret", marks=pytest.mark.slow), "triton_interpret")
 # Interpreted kernels are slow: a handful of tokens.
 SHORT = spec_of(max_new_tokens=4, group_size=2, segment=3, eos_ids=(7,))
 LIMITS = np.array([4, 3, 2, 4, 1, 4, 2, 3])
@@ -48,7 +48,7 @@ def drawn(implementation, slots=None):
     return rollout(SHORT, config=WIDE, limits=LIMITS, max_rows=slots, implementation=implementation)
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", BOTH_KERNELS)
 @pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_kernels_draw_from_the_policy(implementation, slots):
     """The fused head; slots in the order of the requests, or fewer and in any.  The same noise, the same rows."""
@@ -57,7 +57,7 @@ def test_kernels_draw_from_the_policy(implementation, slots):
     assert_same(r, drawn("triton_interpret"))
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", BOTH_KERNELS)
 def test_kernels_in_a_loop_over_a_stack(implementation, monkeypatch):
     """As models of many layers run: the layer is an index.  From a distribution that is cut, and from logits."""
     monkeypatch.setattr(generation, "LAYERS_ALONE", 1)
@@ -67,10 +67,8 @@ def test_kernels_in_a_loop_over_a_stack(implementation, monkeypatch):
     check(r, spec, config)
 
 
-@pytest.mark.parametrize(
-    "implementation", [pytest.param("tpu_interpret", marks=pytest.mark.slow), "triton_interpret"]
-)
-@pytest.mark.parametrize("change", [{}, dict(top_k=8, top_p=0.9)])
+@pytest.mark.parametrize("implementation", BOTH_KERNELS)
+@pytest.mark.parametrize("change", [{}, pytest.param(dict(top_k=8, top_p=0.9), marks=pytest.mark.slow)])
 def test_kernels_over_a_mesh(implementation, change):
     """2 x 1 x 2 devices: rows and heads are cut, and the vocabulary; three slots for four requests a shard."""
     layout = Layout(make_mesh(2, 1, 2, jax.devices()[:4]), tuple(base.get_config().mesh.rules))
@@ -114,7 +112,7 @@ def test_kernels_read_int8():
     spec = dataclasses.replace(SHORT, kv_dtype="int8")
     one, other = (
         rollout(spec, prompts, config=WIDE, limits=LIMITS, max_rows=3, implementation=name)
-        for name in KERNELS
+        for name in ("tpu_interpret", "triton_interpret")
     )
     assert_same(one, other)
     np.testing.assert_allclose(one.logprobs, forced(one, spec, prompts, WIDE), atol=0.04)

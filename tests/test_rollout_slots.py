@@ -77,7 +77,7 @@ def segments(monkeypatch):
 # --- what rows do not depend on --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slots", [1, 5, 11])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 5, 11])
 def test_rows_do_not_depend_on_their_slots(slots, segments):
     """Fewer slots than rows: who ends makes room for the next, and every row is what it was."""
     whole = sampled()

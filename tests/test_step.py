@@ -201,6 +201,7 @@ def test_samples_name_the_pairs_of_their_own_prompt(build):
     assert [r["advantage"] for r in second["responses"]] == [-4.0, -5.0]
 
 
+@pytest.mark.slow
 def test_the_oracle_trains_nothing(build, tmp_path):
     """Nonsense in its place moves its own metric and not a bit of any parameter."""
 

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from tiny_models import one_device
-from tiny_runs import ROOT, command, environment, metrics, run, timeless
+from tiny_runs import ROOT, assert_refused, command, environment, metrics, run, timeless
 
 from cooper_jax.data import seen_questions
 from cooper_jax.model import transformer
@@ -56,6 +56,7 @@ def test_run_directory(finished):
     assert list((finished / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_run_equals_the_whole(finished, tmp_path):
     """k steps, a restart and n - k steps: every metric is equal, bit for bit."""
     path = tmp_path / "parts"
@@ -200,33 +201,7 @@ def test_mesh_of_four_devices_learns_the_same(tmp_path):
         assert four[name] == pytest.approx(one[name], rel=0.05), name
 
 
-# --- bad input: one clear message, and nothing is lost ------------------------------------------------
-
-
-def refused(path: Path, *words: str, **changes) -> None:
-    done = run(path, **changes)
-    said = done.stdout + done.stderr
-    assert done.returncode == 2 and "Traceback" not in said, said
-    for word in words:
-        assert word in said, f"{word!r} is not in:\n{said}"
-
-
-def test_misspelt_flag(tmp_path):
-    refused(tmp_path / "r", "error: --config.stepz: ", "did you mean --config.steps?", stepz=3)
-
-
-def test_missing_config_file(tmp_path):
-    refused(tmp_path / "r", "error:", "nowhere.py", config="configs/nowhere.py")
-
-
-def test_missing_file(tmp_path):
-    refused(tmp_path / "r", "error:", "nowhere.jsonl", data__train="nowhere.jsonl", data__format="gsm8k")
-
-
-def test_malformed_row(tmp_path):
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"question": "1 + 1?", "answer": "It is 2.\\n#### 2"}\n{"question": "2 + 2?"\n')
-    refused(tmp_path / "r", "error:", "bad.jsonl:2", data__train=bad, data__format="gsm8k")
+# --- what is refused, and loses nothing ------------------------------------------------------------------------
 
 
 def test_weights_that_do_not_fit_the_config(finished, tmp_path):
@@ -235,21 +210,13 @@ def test_weights_that_do_not_fit_the_config(finished, tmp_path):
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     (tokenizer,) = finished.glob("tokenizer_*.model")
     words = ("error:", "policy.weights", "gpt2")
-    refused(tmp_path / "r", *words, policy__weights=folder, policy__tokenizer=tokenizer)
-
-
-def test_untrained_head_is_refused(tmp_path):
-    refused(tmp_path / "r", "error:", "score head", "allow_untrained_head", supervised__reward_steps=0)
-
-
-def test_truncated_sampling_is_refused(tmp_path):
-    refused(tmp_path / "r", "error:", "top_p", rollout__top_p=0.9)
+    assert_refused(tmp_path / "r", *words, policy__weights=folder, policy__tokenizer=tokenizer)
 
 
 def test_changed_config_is_refused_and_loses_nothing(finished):
     before = (finished / "metrics.jsonl").read_bytes()
-    refused(finished, "error:", "clip_low", policy__clip_low=0.3)
-    refused(finished, "error:", "resume", resume=False)
+    assert_refused(finished, "error:", "clip_low", policy__clip_low=0.3)
+    assert_refused(finished, "error:", "resume", resume=False)
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 

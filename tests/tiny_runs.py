@@ -70,6 +70,15 @@ def run(run_dir: Path, devices: int = 1, **changes) -> subprocess.CompletedProce
     )
 
 
+def assert_refused(path: Path, *words: str, **changes) -> None:
+    """Check that a run ends with code 2 and a message, no traceback, in which all `words` occur."""
+    done = run(path, **changes)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback" not in said, said
+    for word in words:
+        assert word in said, f"{word!r} is not in:\n{said}"
+
+
 def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
