@@ -75,6 +75,21 @@ def test_tags_are_taken_out_and_nothing_else():
     assert prompts.strip_tags("a</comp<</question>/completion>letion>b") == "ab"
 
 
+@pytest.mark.parametrize("reference, left", [
+    ("12", "12"),
+    ("<reference_answer>12</reference_answer>", "12"),
+    ("12</reference_answer>\n<reference_answer>13", "12"),
+    ("12< / Reference_Answer >13</reference_answer>14", "12"),
+    ("12</refer</completion>ence_answer>13", "12"),
+    ("12<completion>13", "1213"),
+    ("12<reference_answer/>13", "1213"),
+])  # fmt: skip
+def test_a_reference_ends_at_its_closing_tag(reference, left):
+    assert prompts.strip_reference(reference) == left
+    assert f">{left}</reference_answer>\n" in prompts.render_verifier_text("Q", reference, "C")
+    assert f">{left}</reference_answer>\n" in prompts.make_judge_messages("Q", reference, "C")[-1][1]
+
+
 @given(texts)
 def test_no_tag_is_left_and_without_tags_nothing_changes(text):
     bare = prompts.strip_tags(text)
@@ -100,7 +115,8 @@ def test_six_tags_whatever_the_contents_say(question, reference, completion):
         text,
         re.S,
     )
-    assert list(body.groups()) == [prompts.strip_tags(x) for x in (question, reference, completion)]
+    bare = prompts.strip_tags(question), prompts.strip_reference(reference), prompts.strip_tags(completion)
+    assert body.groups() == bare
 
 
 @given(texts, texts, texts, texts)
@@ -266,7 +282,7 @@ def test_the_cut_holds_for_any_text(toks, question, reference, completion, limit
         assert tok.control_ids.isdisjoint(ids), name
         text = tok.decode(ids)
         assert ANY_TAG.findall(text) == LAYOUT
-        assert f"<reference_answer>{prompts.strip_tags(reference)}</reference_answer>" in text
+        assert f"<reference_answer>{prompts.strip_reference(reference)}</reference_answer>" in text
         bare = prompts.strip_tags(completion)
         last = tok.offsets(bare)[-10:]
         assert not last or text.endswith(bare[last[0][0] :] + "</completion>")

@@ -842,9 +842,10 @@ def test_injected_tags_change_no_structure(triple):
     """Exactly one of each tag, at its place; what stands between is the three texts without their tags."""
     text = prompts.render_verifier_text(triple.question, triple.reference, triple.completion)
     assert TAG.findall(text) == list(prompts.VERIFIER_TAGS)
-    assert LAYOUT.fullmatch(text).groups() == tuple(
-        map(prompts.strip_tags, (triple.question, triple.reference, triple.completion))
-    )
+    question, completion = prompts.strip_tags(triple.question), prompts.strip_tags(triple.completion)
+    assert LAYOUT.fullmatch(text).groups() == (
+        question, prompts.strip_reference(triple.reference), completion
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("spelling, left", SPELLINGS.items())
@@ -853,7 +854,9 @@ def test_injected_tags_change_nothing(spelling, left):
     texts = ("How many < 9?", "12", "It is 7.")
     for field in range(3):
         plain, hacked = list(texts), list(texts)
-        plain[field], hacked[field] = left.format(texts[field]), spelling.format(texts[field])
+        # A reference ends at its closing tag.
+        left_here = left.removesuffix("\n7") if field == 1 and left.endswith("\n7\n7") else left
+        plain[field], hacked[field] = left_here.format(texts[field]), spelling.format(texts[field])
         bare = dict(zip(("question", "reference", "completion"), plain, strict=True))
         assert prompts.render_verifier_text(*hacked) == (
             "<question>{question}</question>\n<reference_answer>{reference}</reference_answer>\n"

@@ -7,7 +7,8 @@ r"""All prompt templates: the text around questions, references and completions.
       <question>Q</question>\n<reference_answer>A</reference_answer>\n<completion>C</completion>
 
   1. Our own tags inside Q, A and C are removed, in any case and spacing, until none is left, so that a policy
-     gains nothing by writing them.  `<` in an inequality and other tags stay.
+     gains nothing by writing them.  `<` in an inequality and other tags stay.  Behind a closing tag of A nothing
+     is kept: it would be a second reference.
   2. The whole string is encoded at once, as data, after the model's bos if it has one.  For text without
      control tokens the ids are therefore those of `transformers`' tokenizer(render_verifier_text(...)).
   3. An input that is too long is truncated between tokens: first inside C, then inside Q.  The shortened
@@ -48,6 +49,7 @@ MIN_QUESTION = 16
 # Our tags in any spacing: <completion>, </ completion >, <completion/>.
 _NAMES = r"(?:question|reference_answer|completion)"
 _TAG = re.compile(rf"<\s*(?:/\s*)?{_NAMES}\s*(?:/\s*)?>", re.IGNORECASE)
+_END_OF_REFERENCE = re.compile(r"<\s*/\s*reference_answer\s*>", re.IGNORECASE)
 
 
 class TextEncoder(Protocol):
@@ -95,9 +97,20 @@ def strip_tags(text: str) -> str:
     return text
 
 
+def strip_reference(reference: str) -> str:
+    """Remove our tags from a reference, and everything behind its first closing tag.
+
+    What follows is another answer beside the reference, which no data set means to give.
+    """
+    before = None
+    while reference != before:
+        before, reference = reference, _TAG.sub("", _END_OF_REFERENCE.split(reference, maxsplit=1)[0])
+    return reference
+
+
 def render_verifier_text(question: str, reference: str, completion: str) -> str:
     """Render VerifyRM's input, not truncated (paper: section on the reward model; layout: released code)."""
-    return _fill_template(strip_tags(question), strip_tags(reference), strip_tags(completion))
+    return _fill_template(strip_tags(question), strip_reference(reference), strip_tags(completion))
 
 
 def _fill_template(question: str, reference: str, completion: str) -> str:
@@ -126,7 +139,8 @@ def encode_verifier_input(
 
     Raises ValueError if the reference and the tags leave no room for question and completion.
     """
-    question, reference, completion = map(strip_tags, (question, reference, completion))
+    question, completion = strip_tags(question), strip_tags(completion)
+    reference = strip_reference(reference)
     ids = _truncate_to_fit(tok, question, reference, completion, max_tokens, MIN_QUESTION, MIN_COMPLETION)
 
     # A run must not end because of a text that its policy wrote.
@@ -412,7 +426,8 @@ def make_judge_messages(question: str, reference: str, completion: str) -> Messa
     Without a reference (an empty text), the judge is asked to solve the question itself, and the prompt
     contains no tag for a reference.
     """
-    question, reference, completion = map(strip_tags, (question, reference, completion))
+    question, completion = strip_tags(question), strip_tags(completion)
+    reference = strip_reference(reference)
 
     if reference.strip():
         criterion = "is equivalent to the reference answer of the question"

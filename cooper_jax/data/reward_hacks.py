@@ -18,7 +18,8 @@ explanations, empty symbols, gibberish, markup and prompt injection (arXiv 2505.
 outcomes alone has some reason to accept it.  It is reported and has no bound.
 
 Tags in question, reference and completion are removed before the reward model reads them (data/prompts.py).
-Of the families `tags_*`, only the text between the tags therefore reaches the reward model.
+Of the families `tags_*`, only the text between the tags therefore reaches the reward model, and of
+`tags_reference`, which closes the reference and opens another one, nothing.
 """
 
 from __future__ import annotations
