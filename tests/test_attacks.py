@@ -440,14 +440,12 @@ def test_finds_are_measured_on_other_completions():
 # --- the job -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("long", ["published", "by_the_attack"])
-def test_an_over_long_reference_is_refused_before_any_is_attacked(long, tmp_path, monkeypatch):
+def test_an_over_long_reference_is_refused_before_any_is_attacked(tmp_path, monkeypatch):
     devices = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     monkeypatch.setattr(RewardModel, "rewards", lambda *_: pytest.fail("a completion was shown"))
     row = {"question": "How many ?", "reference_answer": "3", "completion": "#### 4", "label": 0}
-    last = {"reference_answer": "3 " * 300} if long == "published" else {"completion": "#### " + "4 " * 300}
-    path = write_rows(tmp_path / "rows.jsonl", row, row | last)
+    path = write_rows(tmp_path / "rows.jsonl", row, row | {"reference_answer": "3 " * 300})
     cfg = config(reward__max_tokens=200, benchmark__chunk=1)
     with pytest.raises(SetupError, match=r"reward\.max_tokens.*reference"):
         attack_jobs.measure_attacks(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out")
