@@ -284,6 +284,7 @@ def test_what_is_not_needed_is_not_read(form):
     np.testing.assert_allclose(attend(form, arrays, case, slots=2, block=16), want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, columns, block, cores", [("float32", 40, 16, 1), ("int8", 24, 128, 2)])
 def test_no_races(dtype, columns, block, cores):
     """The interpreter's vector clocks see no access that a copy could overtake."""

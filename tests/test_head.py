@@ -413,6 +413,7 @@ def test_the_race_detector_detects():
     assert races_found()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["draw", "score"])
 @pytest.mark.parametrize("rows, cores", [(17, 1), (9, 2)])
 def test_no_races(mode, rows, cores):

@@ -129,6 +129,7 @@ def test_the_cache_moves_back_when_its_columns_end(monkeypatch):
     assert sum(by > 0 for by in moves) >= 2 and min(moves) >= 0
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same(monkeypatch):
     """2 x 2 x 2 devices; five prompts are padded to eight, two a shard."""
     layout = Layout(make_mesh(2, 2, 2), tuple(base.get_config().mesh.rules))

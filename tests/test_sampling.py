@@ -66,7 +66,9 @@ def sampler(**mode):
     return jax.jit(functools.partial(kernel.sample_logits, **mode))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(m, marks=pytest.mark.slow) if m in ("both", "top_p") else m for m in MODES]
+)
 def test_draws_follow_the_distribution(mode):
     """Chi-square over 4e4 draws from 240 tokens in two blocks, the last 10 columns padding.
 
@@ -334,6 +336,7 @@ def test_thresholds_found_by_tallies_are_those_found_by_bisection(kernels):
         assert p[row > threshold].sum() < 0.7 + 1e-6 and p[row >= threshold].sum() > 0.7 - 1e-6
 
 
+@pytest.mark.slow
 def test_no_races():
     """The row tiles are copied in and out under the kernels' feet; the last one is not full."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -403,7 +406,7 @@ def test_bit_equal_in_optimised_programs():
 
 
 @pytest.mark.parametrize("implementation", INTERPRETED)
-@pytest.mark.parametrize("mode", [GREEDY, MODES["all"]])
+@pytest.mark.parametrize("mode", [GREEDY, pytest.param(MODES["all"], marks=pytest.mark.slow)])
 def test_kernels_on_shards(implementation, mode):
     logits, uniforms = logits_of_shards(9, 768), uniforms_of(25, 9)
     whole = sampler(entropy=True, implementation="xla", **mode)(logits, uniforms)

@@ -422,6 +422,7 @@ def start(stand_in: Path, out: Path, name: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_exit_codes(tmp_path, stand_in):
     failing = start(stand_in, tmp_path / "fails", "fails")
     said, errors = failing.communicate(timeout=120)
