@@ -65,13 +65,6 @@ def pytest_cmdline_main(config) -> None:
         option.numprocesses = WORKERS
     if option.numprocesses and option.dist == "no":
         option.dist = "loadfile"
-    # In the order below, and not files of many tests first.
-    option.loadscopereorder = False
-
-
-def pytest_collection_modifyitems(items) -> None:
-    """Begin with the file of whole runs: one worker runs it alone for minutes, too long for the end."""
-    items.sort(key=lambda item: item.path.name != "test_train.py")
 
 
 @pytest.fixture(scope="module", autouse=True)

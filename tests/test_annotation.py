@@ -376,6 +376,7 @@ def local(tmp_path, monkeypatch):
     return config(**flat, **{"annotate.batch": 4, "rollout.segment": 4})
 
 
+@pytest.mark.slow
 def test_a_torn_batch_of_local_weights_is_sampled_as_before(local, quick_rule, tmp_path):
     problems, out = sums(tmp_path / "sums.jsonl", 8), tmp_path / "out"
     pipeline.annotate_completions(local, [problems], [], str(out))

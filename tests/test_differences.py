@@ -116,6 +116,7 @@ def test_the_command_compares_two_settings():
     assert "8 of 8 rows differ" in coarse.stdout and "margin" in coarse.stdout
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_named():
     few = run("--other=rollout.max_rows=3")
     assert few.returncode == 2 and "error: rollout: max_rows 3" in few.stderr

@@ -235,7 +235,8 @@ def test_arrays_lie_where_they_are_declared():
         assert whole_on_each_device(copy) == set()
 
 
-@pytest.mark.parametrize("mode", [pytest.param("gathered", marks=pytest.mark.slow), "sharded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["gathered", "sharded"])
 def test_rollouts_do_not_depend_on_how_weights_lie(mode):
     layout = tiny_updates.layout_of(1, 4, 2)
     params = tiny_updates._placed(

@@ -167,6 +167,7 @@ def questions(shared_data):
     return found
 
 
+@pytest.mark.slow
 def test_the_real_overlap(questions):
     """All 847 gsm8k and 252 odyssey questions of verify_*, 4 of its 74 math questions; nothing else."""
     prints = {

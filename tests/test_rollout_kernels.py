@@ -57,7 +57,8 @@ def test_kernels_draw_from_the_policy(implementation, slots):
     assert_same(r, drawn("triton_interpret"))
 
 
-@pytest.mark.parametrize("implementation", BOTH_KERNELS)
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ("tpu_interpret", "triton_interpret"))
 def test_kernels_in_a_loop_over_a_stack(implementation, monkeypatch):
     """As models of many layers run: the layer is an index.  From a distribution that is cut, and from logits."""
     monkeypatch.setattr(generation, "LAYERS_ALONE", 1)

@@ -118,6 +118,7 @@ def test_the_last_rows_move_into_fewer_slots(monkeypatch, segments):
         assert sizes[-1] == 3 and sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.slow
 def test_the_cache_moves_back_when_its_columns_end(monkeypatch):
     """A few slots and many short rows: the write column runs off, and comes back, while a long row goes on."""
     moves, resize = [], programs.resize_cache

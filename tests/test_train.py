@@ -19,6 +19,9 @@ from cooper_jax.data import seen_questions
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 
+# Runs of minutes.  tests/test_runs.py has a run of seconds.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
@@ -56,7 +59,6 @@ def test_run_directory(finished):
     assert list((finished / "tensorboard").glob("events.*"))
 
 
-@pytest.mark.slow
 def test_stopped_and_resumed_run_equals_the_whole(finished, tmp_path):
     """k steps, a restart and n - k steps: every metric is equal, bit for bit."""
     path = tmp_path / "parts"
@@ -70,7 +72,6 @@ def test_stopped_and_resumed_run_equals_the_whole(finished, tmp_path):
     assert whole == parts
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["between", "during"])
 def test_killed_run_resumes_and_equals_the_whole(finished, tmp_path, moment):
     """SIGKILL between two checkpoints, and while one is being written."""
@@ -169,7 +170,6 @@ def test_export_loads_in_transformers(finished, tmp_path):
         np.testing.assert_allclose(theirs, ours, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_arms(finished, tmp_path):
     """Rule: no reward model at all.  Model: it scores and never moves."""
     rule, model = tmp_path / "rule", tmp_path / "model"
@@ -186,7 +186,6 @@ def test_arms(finished, tmp_path):
     assert rows[model][0]["rm/mean"] == metrics(finished)[1]["rm/mean"]
 
 
-@pytest.mark.slow
 def test_mesh_of_four_devices_learns_the_same(tmp_path):
     """data 2 x tensor 2: the first step's figures, before rounding can grow."""
     short = dict(steps=1, supervised__policy_steps=3, supervised__reward_steps=2, eval__every=0)
@@ -220,7 +219,6 @@ def test_changed_config_is_refused_and_loses_nothing(finished):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
 def test_assistant_that_is_down_masks_its_pairs(finished, tmp_path):
     """A closed port: the run goes on, no pair is made, and the log says why."""
     path = tmp_path / "down"

@@ -277,6 +277,7 @@ def test_pair_updates_learn_and_move_their_state_alone(kind):
         assert bits(x) != bits(start()[name]), name
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_pair_update_of_one_device():
     layout = Layout(mesh.make_mesh(2, 2, 2), base.get_config().mesh.rules)
     specs = transformer.param_specs(CONFIG, head="score")
