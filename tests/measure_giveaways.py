@@ -17,9 +17,13 @@ import argparse
 import collections
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
+
+# Run as a file, so the checkout's root is not on the path yet.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cooper_jax.data import labelled_completions, problems
 from cooper_jax.launch import common

@@ -15,8 +15,12 @@ References are cleaned as for training.
 import argparse
 import collections
 import json
+import sys
 import time
 from pathlib import Path
+
+# Run as a file, so the checkout's root is not on the path yet.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cooper_jax.configs import base
 from cooper_jax.data import answers, labelled_completions, problems
