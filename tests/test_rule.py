@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cooper_jax.configs import base
 from cooper_jax.rule import answer_finder, rule_verdict, rule_worker
 from cooper_jax.rule.verifier import SHORT_LIMIT, RuleConfig, RuleVerifier
 from cooper_jax.runtime import hosts
@@ -220,6 +221,21 @@ def test_precision_on_labelled_completions(rule, shared_data):
     assert count(judged, "correct", 0) <= 0.05 * count(judged, "correct", 1)
     assert count(judged, "wrong", 1) <= 0.15 * count(judged, "wrong", 0)
     assert count(judged, "correct", 1) >= 40
+
+
+def test_answers_that_hang_cost_no_other_answer_its_verdict():
+    """A step of 256 with 20 answers that no limit suffices for; the step's settings are those of a run."""
+    ordinary = [(str(n), f"So it is \\boxed{{{n + n % 2}}}.") for n in range(1000, 1236)]
+    hanging = [("\\int_0^1 x dx", HANGS.replace("x^5", f"x^{n}")) for n in range(5, 25)]
+    places = range(3, 256, 13)  # of the hanging ones among the others
+    items = list(ordinary)
+    for place, item in zip(places, hanging, strict=True):
+        items.insert(place, item)
+    with RuleVerifier(RuleConfig.from_config(base.get_config().rule)) as verifier:
+        verdicts = verifier.check(items)
+    assert Verdict.TIMEOUT in {verdicts[place] for place in places} <= {U, Verdict.TIMEOUT}
+    others = [v for place, v in enumerate(verdicts) if place not in places]
+    assert others == [W if n % 2 else C for n in range(1000, 1236)]
 
 
 # --- the pool, with a worker that does as the completion says -----------------------------------------------
