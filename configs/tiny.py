@@ -3,7 +3,7 @@
     python launch/train.py --config=configs/tiny.py
     python launch/train.py --config=configs/tiny.py --config.reward.arm=rule --config.run_dir=runs/tiny_rule
 
-The run takes about eight minutes on two quiet CPU cores; held-out accuracy rises from 28 % to 71 % (seed 0, exact
+The run takes 8 to 13 minutes on two CPU cores; held-out accuracy rises from 28 % to 71 % (seed 0, exact
 truth).  It needs no data and no weights: problems are made from the seed, and a sentencepiece tokenizer is
 trained on their words.  The policy first imitates demonstrations that are often wrong, and the reward model
 is trained by binary cross-entropy on labelled demonstrations.

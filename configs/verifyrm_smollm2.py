@@ -7,9 +7,8 @@
 The data are labelled completions as JSON lines (question, reference_answer, completion, label).  With a
 third of the GSM8K rows, inputs of at most 224 tokens and float32 (docs/verifyrm.md has the command), training
 took 2 hours and 20 minutes on two cores without bfloat16 instructions, and gave an accuracy of 95.2 % and an
-AUROC of .987 on 1,391 rows of other questions.  A second, shorter training made it ignore what is added to
-answers (same page).  All values are ours: the authors train a model of 1.5 B
-parameters (configs/verifyrm_1p5b.py).
+AUROC of .987 on 1,391 rows of other questions.  The same page has a second, shorter training, against
+attacks.  All values are ours: the authors train a model of 1.5 B parameters (configs/verifyrm_1p5b.py).
 """
 
 from cooper_jax.configs import base

@@ -1,5 +1,6 @@
 """Reward models under attack: the families of reward hacks, rates of both classes, and the search for attacks."""
 
+import collections
 import dataclasses
 import json
 import re
@@ -14,6 +15,7 @@ from cooper_jax.data import reward_hacks as hacks
 from cooper_jax.evaluation import attack_jobs, attack_rates, attack_search, judge_comparison
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, Ledger
+from cooper_jax.reward_training import added_rows
 from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Triple
@@ -68,6 +70,16 @@ def test_four_families_and_more_are_never_trained_on():
     assert len(held_out) >= 4 and not set(held_out) & set(hacks.TRAINED)
     assert {bounds[name] for name in hacks.TRAINED} == {0.05}
     assert {name for name, bound in bounds.items() if bound is None} == {"none", "reference"}
+
+
+def test_training_draws_families_by_their_weights():
+    rows = [dataclasses.replace(WRONG, id=str(i), label=float(i % 2)) for i in range(1200)]
+    copies = added_rows.make_attacked_copies(rows, 1.0, seed=0)
+    drawn = collections.Counter(copy.id.rsplit(" under ", 1)[1] for copy in copies)
+    total = sum(hacks.ATTACKS[name].weight for name in hacks.TRAINED)
+    for name in hacks.TRAINED:
+        expected = len(rows) * hacks.ATTACKS[name].weight / total
+        assert abs(drawn[name] - expected) < 5 * expected**0.5, name
 
 
 def test_the_texts_of_some_families():

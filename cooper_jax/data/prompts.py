@@ -108,9 +108,14 @@ def strip_reference(reference: str) -> str:
     return reference
 
 
+def _strip_all(question: str, reference: str, completion: str) -> tuple[str, str, str]:
+    """The three texts without our tags."""
+    return strip_tags(question), strip_reference(reference), strip_tags(completion)
+
+
 def render_verifier_text(question: str, reference: str, completion: str) -> str:
     """Render VerifyRM's input, not truncated (paper: section on the reward model; layout: released code)."""
-    return _fill_template(strip_tags(question), strip_reference(reference), strip_tags(completion))
+    return _fill_template(*_strip_all(question, reference, completion))
 
 
 def _fill_template(question: str, reference: str, completion: str) -> str:
@@ -139,8 +144,7 @@ def encode_verifier_input(
 
     Raises ValueError if the reference and the tags leave no room for question and completion.
     """
-    question, completion = strip_tags(question), strip_tags(completion)
-    reference = strip_reference(reference)
+    question, reference, completion = _strip_all(question, reference, completion)
     ids = _truncate_to_fit(tok, question, reference, completion, max_tokens, MIN_QUESTION, MIN_COMPLETION)
 
     # A run must not end because of a text that its policy wrote.
@@ -426,8 +430,7 @@ def make_judge_messages(question: str, reference: str, completion: str) -> Messa
     Without a reference (an empty text), the judge is asked to solve the question itself, and the prompt
     contains no tag for a reference.
     """
-    question, completion = strip_tags(question), strip_tags(completion)
-    reference = strip_reference(reference)
+    question, reference, completion = _strip_all(question, reference, completion)
 
     if reference.strip():
         criterion = "is equivalent to the reference answer of the question"

@@ -88,9 +88,7 @@ class Attack:
 
     transform: Transform
     replaces: bool = False  # the completion is replaced as a whole: the result is wrong
-    weight: int = (
-        0  # how often train_rm.attacked draws it, relative to other families; 0: it is never trained on
-    )
+    weight: int = 0  # relative frequency among the rows of train_rm.attacked; 0: never trained on
     bound: float | None = None  # highest acceptable success on wrong completions; None: no bound
 
     @property
