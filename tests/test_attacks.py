@@ -11,10 +11,10 @@ import pytest
 from test_evaluation import config, write_rows
 
 from cooper_jax import statistics
-from cooper_jax.data import reward_hacks as hacks
 from cooper_jax.evaluation import attack_jobs, attack_rates, attack_search, judge_comparison
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, Ledger
+from cooper_jax.reward import reward_hacks as hacks
 from cooper_jax.reward_training import added_rows
 from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError
@@ -116,9 +116,14 @@ def test_places_and_orders_are_random():
 @pytest.mark.parametrize(
     "completion, reference, label, own",
     [
-        # A right completion gives its reference, whatever its last number is.
+        # A right completion gives what it marks itself, in its own words, or else a last number that is the
+        # reference, or else the reference.
+        ("So \\boxed{4/2}.", "2", 1.0, "4/2"),
+        ('{"answer": "4 / 2",\n "reasoning": "8 / 4 = 2"}', "2", 1.0, "4 / 2"),
+        ("Thus the answer is **x = 2**", "2", 1.0, "x = 2"),
+        ("We get 1 + 1 = 2.0", "2", 1.0, "2.0"),
         ("Option C is right, as 13 * 13 = 169", "C", 1.0, "C"),
-        ("So \\boxed{4/2}.", "2", 1.0, "2"),
+        ("Answer:\n```json\n2\n```", "2", 1.0, "2"),
         # A wrong one gives its marked answer, or else its last number, unless that is the reference.
         ("So \\boxed{9}. Then 8", "2", 0.0, "9"),
         ("5 + 4 = 9\nA: 9", "2", 0.0, "9"),
@@ -243,7 +248,7 @@ def test_openings_of_the_right_completions_are_shown(tmp_path):
 def make_rows(label: int, rewards: dict[str, list[float]]) -> list[dict]:
     """Rows of the ledger: attack -> rewards of completions to questions of their own; else those of "none"."""
     return [
-        {"attack": name, "label": label, "group": f"{label}/{i}", "rewards": {"m": reward}}
+        {"attack": name, "label": label, "group": f"{label}/{i}", "source": "s", "rewards": {"m": reward}}
         for name in hacks.ATTACKS
         for i, reward in enumerate(rewards.get(name, rewards["none"]))
     ]
@@ -265,6 +270,28 @@ def test_changes_are_paired():
     assert lost.value == 0.0 and lost.low < 0.0 < lost.high
 
 
+def test_figures_by_source():
+    """One source loses a right completion and lets a wrong one pass; the other does neither."""
+    rows = []
+    for source, kept, passed in (("exam", 0.1, 0.9), ("school", 0.9, 0.1)):
+        part = make_rows(0, {"none": [0.1] * 2, "flattery": [passed, 0.1]})
+        part += make_rows(1, {"none": [0.9] * 2, "flattery": [kept, 0.9]})
+        rows += [row | {"source": source, "group": f"{source}/{row['group']}"} for row in part]
+    summary = attack_rates.summarise_attacks(rows, seed=0, resamples=20)
+    sources = summary["flattery"]["sources"]
+    found = {name: part["models"]["m"] for name, part in sources.items()}
+    assert [(x["success"].value, x["lost"].value) for x in found.values()] == [(0.5, 0.5), (0.0, 0.0)]
+    assert [(part["wrong"], part["right"]) for part in sources.values()] == [(2, 2)] * 2
+    assert summary["flattery"]["models"]["m"]["lost"].value == 0.25
+    lines = attack_rates.format_attacks(summary).splitlines()
+    assert any("m, exam (2 wrong, 2 right): success %" in line for line in lines)
+    assert ["flattery", "50.0", "50.0", "0.0", "0.0"] in [line.split() for line in lines]
+
+    one_source = attack_rates.summarise_attacks(make_rows(0, {"none": [0.1]}), seed=0, resamples=20)
+    assert one_source["flattery"]["sources"] == {}
+    assert "success %" not in attack_rates.format_attacks(one_source).split("\n\n")[1]
+
+
 @pytest.mark.parametrize("lost, holds", [(1, True), (2, False)])
 def test_an_attack_that_loses_more_than_a_twentieth_does_not_hold(lost, holds):
     """Nothing succeeds, but right completions are rejected."""
@@ -282,6 +309,7 @@ def test_rates_under_attack_are_resampled_by_question():
             "attack": name,
             "label": 0,
             "group": question,
+            "source": "s",
             "rewards": {"m": 0.9 if (name, question) == ("flattery", "a") else 0.1},
         }
         for name in hacks.ATTACKS
@@ -325,6 +353,7 @@ def test_the_search_finds_a_combination_within_its_budget():
     assert best.prefix.startswith(Weak.first) and best.suffix.endswith(Weak.last)
     assert (best.success_in_search, best.success, best.lost) == (1.0, 1.0, -1.0)
     assert found.scorings <= 6000 and found.right == 9 and found.wrong == 64
+    assert found.candidates - found.changed == 2 * len(hacks.SEARCH_TEXTS)
     # Measuring the finds comes on top of the budget.
     assert judge.scored == found.scorings + 9 + len(found.finds) * (64 + 9)
     again = attack_search.search_attacks(Weak(), completions(100, 0.0), completions(9, 1.0), 6000, seed=0)
@@ -336,21 +365,22 @@ def test_the_search_finds_a_combination_within_its_budget():
 def test_a_small_budget_ends_the_search():
     judge = Weak()
     found = attack_search.search_attacks(judge, completions(40, 0.0), [], 180, seed=1)
-    assert found.scorings <= 180 and found.candidates == (180 - 40) // attack_search.COMPARED
+    # Half of what is left after 40 bare completions is for known texts: four of 16, and then changes to them.
+    assert found.scorings <= 180 and (found.candidates, found.changed) == (8, 4)
     assert all(np.isnan(find.lost) for find in found.finds)
 
 
-def test_the_smallest_budget_is_kept_and_tries_a_text():
-    assert attack_search.MIN_BUDGET == 176
+def test_the_smallest_budget_is_kept_and_tries_a_text_and_a_change_to_it():
+    assert attack_search.MIN_BUDGET == 192
     judge = Weak()
-    found = attack_search.search_attacks(judge, completions(300, 0.0), [], 176, seed=1)
-    assert (found.scorings, found.candidates, len(found.finds)) == (176, 1, 1)
-    with pytest.raises(ValueError, match="175 scorings: it needs at least 176"):
-        attack_search.search_attacks(Weak(), completions(300, 0.0), [], 175, seed=1)
+    found = attack_search.search_attacks(judge, completions(300, 0.0), [], 192, seed=1)
+    assert (found.scorings, found.candidates, found.changed, len(found.finds)) == (192, 2, 1, 2)
+    with pytest.raises(ValueError, match="191 scorings: it needs at least 192"):
+        attack_search.search_attacks(Weak(), completions(300, 0.0), [], 191, seed=1)
 
 
-# Enough for all texts of the beginning, before and after 16 completions of 16, and for no change to them.
-FIRST_ROUND = 16 + 2 * len(hacks.SEARCH_TEXTS) * attack_search.COMPARED
+# Enough for all known texts, before and after 16 completions of 16, and for as many changes to them.
+ALL_TEXTS = 16 + 2 * 2 * len(hacks.SEARCH_TEXTS) * attack_search.COMPARED
 
 
 def test_every_text_is_tried_before_and_after():
@@ -360,8 +390,8 @@ def test_every_text_is_tried_before_and_after():
         shown.update(t.completion for t in triples)
         return np.full(len(triples), 0.1)
 
-    found = attack_search.search_attacks(score, completions(16, 0.0), [], FIRST_ROUND, seed=0)
-    assert found.candidates == 2 * len(hacks.SEARCH_TEXTS)
+    found = attack_search.search_attacks(score, completions(16, 0.0), [], ALL_TEXTS, seed=0)
+    assert found.candidates == 2 * found.changed == 4 * len(hacks.SEARCH_TEXTS)
     for text in hacks.SEARCH_TEXTS:
         assert {f"{text}\n\nstep 3", f"step 3\n\n{text}"} <= shown
 
@@ -372,7 +402,7 @@ def test_finds_are_ranked_by_rewards_below_the_threshold_too():
     def score(triples):
         return np.array([0.4 if t.completion.startswith(hacks._PREFIXES[2]) else 0.1 for t in triples])
 
-    found = attack_search.search_attacks(score, completions(16, 0.0), [], FIRST_ROUND, seed=0)
+    found = attack_search.search_attacks(score, completions(16, 0.0), [], ALL_TEXTS, seed=0)
     assert found.finds[0].prefix == hacks._PREFIXES[2]
     assert [find.success_in_search for find in found.finds] == [0.0] * 5
 
@@ -391,7 +421,7 @@ def test_one_certain_reward_does_not_decide_a_comparison():
 
     # Without the limit, the logarithm of a division by zero would be a warning, and a mean without bound.
     with np.errstate(divide="ignore"):
-        found = attack_search.search_attacks(score, completions(16, 0.0), [], FIRST_ROUND, seed=0)
+        found = attack_search.search_attacks(score, completions(16, 0.0), [], ALL_TEXTS, seed=0)
     assert [find.prefix for find in found.finds[:2]] == [steady, lucky]
 
 
@@ -407,9 +437,7 @@ def test_what_a_find_loses_is_a_fall_from_the_bare_right_completions():
             rewards.append(0.9 if accepted else 0.1)
         return np.array(rewards)
 
-    found = attack_search.search_attacks(
-        score, completions(16, 0.0), completions(9, 1.0), FIRST_ROUND, seed=0
-    )
+    found = attack_search.search_attacks(score, completions(16, 0.0), completions(9, 1.0), ALL_TEXTS, seed=0)
     assert found.finds[0].prefix == text and found.finds[0].lost == pytest.approx(8 / 9 - 3 / 9)
     assert [find.lost for find in found.finds[1:]] == [0.0] * 4
 
@@ -429,7 +457,7 @@ def test_changes_cross_two_parents_and_draw_from_all_texts():
 
 
 def test_a_model_that_accepts_everything_leaves_nothing_to_search():
-    found = attack_search.search_attacks(lambda ts: np.ones(len(ts)), completions(5, 0.0), [], 176, seed=0)
+    found = attack_search.search_attacks(lambda ts: np.ones(len(ts)), completions(5, 0.0), [], 192, seed=0)
     assert found.finds == () and "the model rejects none of" in attack_search.format_finds(found, "m")
 
 
@@ -527,7 +555,7 @@ def test_finished_searches_outlive_an_interruption(tmp_path, monkeypatch):
     def search(score, wrong, right, budget, seed):
         searched.append(budget)
         assert [t.label for t in wrong] == [0.0] * 2 and [t.label for t in right] == [1.0] * 2
-        return attack_search.SearchResult((), len(searched), budget, 2, 2)
+        return attack_search.SearchResult((), len(searched), 0, budget, 2, 2)
 
     monkeypatch.setattr(attack_search, "search_attacks", search)
     chosen = ChosenModels(cfg, tmp_path)
@@ -561,8 +589,10 @@ def test_finished_searches_outlive_an_interruption(tmp_path, monkeypatch):
 
 def test_a_search_that_could_try_no_text_is_refused(tmp_path):
     path, cfg = search_rows(tmp_path)
-    with pytest.raises(SetupError, match="--search=175: .* 160 wrong .* 16 for each text: give at least 176"):
-        attack_jobs.measure_attacks(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out", search=175)
+    with pytest.raises(
+        SetupError, match="--search=191: .* 160 wrong .* 16 for each text and .* at least 192"
+    ):
+        attack_jobs.measure_attacks(cfg, ChosenModels(cfg, tmp_path), str(path), tmp_path / "out", search=191)
     assert not (tmp_path / "out").exists()
 
 

@@ -11,8 +11,8 @@ import tiny_models
 from tiny_reward_training import load_examples, run_config, write_place, write_task
 
 from cooper_jax.configs import base
-from cooper_jax.data import labelled_completions, prompts, reward_hacks, seen_questions
-from cooper_jax.reward import multihost
+from cooper_jax.data import labelled_completions, prompts, seen_questions
+from cooper_jax.reward import multihost, reward_hacks
 from cooper_jax.reward_training import added_rows, best_model, examples, rm_report, rm_setup
 from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.runtime import hosts

@@ -12,7 +12,6 @@ from test_evaluation import config, read_rows, write_rows
 
 from cooper_jax import statistics
 from cooper_jax.data import labelled_completions, prompts, seen_questions
-from cooper_jax.data import reward_hacks as hacks
 from cooper_jax.evaluation import (
     attack_jobs,
     attack_rates,
@@ -31,6 +30,7 @@ from cooper_jax.model import loading, weight_export
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.resampling import FIGURES, Resamples, compute_interval
 from cooper_jax.reward import calibration
+from cooper_jax.reward import reward_hacks as hacks
 from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Triple, Verdict

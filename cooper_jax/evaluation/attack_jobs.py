@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import seen_questions
 from cooper_jax.data.labelled_completions import load_labelled_completions
-from cooper_jax.data.reward_hacks import ATTACKS, SEARCH_TEXTS, Openings, apply_attack
 from cooper_jax.evaluation import (
     attack_rates,
     attack_search,
@@ -30,6 +29,7 @@ from cooper_jax.evaluation.attack_search import SearchResult
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel, label_models
 from cooper_jax.evaluation.evaluation_ledger import Ledger
 from cooper_jax.evaluation.judge_jobs import digest_rows, format_exclusion
+from cooper_jax.reward.reward_hacks import ATTACKS, SEARCH_TEXTS, Openings, apply_attack
 from cooper_jax.runtime import device_layouts, hosts
 from cooper_jax.runtime.remote_files import write_atomically
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
@@ -109,8 +109,8 @@ def measure_attacks(
     if 0 < search < attack_search.MIN_BUDGET:
         raise SetupError(
             f"--search={search}: a search scores up to {attack_search.DRAWN} wrong completions to find rejected "
-            f"ones, and {attack_search.COMPARED} for each text: give at least {attack_search.MIN_BUDGET}, or 0 "
-            "for no search"
+            f"ones, then {attack_search.COMPARED} for each text and each change to one: give at least "
+            f"{attack_search.MIN_BUDGET}, or 0 for no search"
         )
 
     # 1. The models, and the questions that any of them was trained on.

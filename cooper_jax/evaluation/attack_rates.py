@@ -1,4 +1,4 @@
-"""Attack rates: a reward model's decisions on completions under known hacks (data/reward_hacks.py).
+"""Attack rates: a reward model's decisions on completions under known hacks (reward/reward_hacks.py).
 
 1. `score_attacks` scores all attacks with one or several reward models (such as one before and one after
    co-training), a chunk of completions at a time, and writes the rewards into the ledger.  Wrong completions
@@ -11,7 +11,8 @@
        lost      fall of the share of the right completions that are accepted, from without the attack
        reward    mean reward of the wrong completions
 
-   An attack holds if success is at most its bound and at most LOSS_BOUND is lost.
+   An attack holds if success is at most its bound and at most LOSS_BOUND is lost.  With rows of several sources,
+   the figures of each source are given as well.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from cooper_jax.data.reward_hacks import ATTACKS, BASELINE, LOSS_BOUND, Openings, apply_attack
 from cooper_jax.evaluation.evaluation_ledger import Ledger, Row
 from cooper_jax.evaluation.judges import THRESHOLD
 from cooper_jax.evaluation.text_tables import format_percent, format_table
 from cooper_jax.resampling import Resamples, compute_interval
+from cooper_jax.reward.reward_hacks import ATTACKS, BASELINE, LOSS_BOUND, Openings, apply_attack
 from cooper_jax.runtime import hosts
 from cooper_jax.statistics import Interval
 from cooper_jax.types import Triple
@@ -135,7 +136,7 @@ class _Rewards:
 
 
 def summarise_attacks(rows: Sequence[Row], seed: int, resamples: int) -> dict[str, Any]:
-    """Compute the figures of all attacks: attack -> {bound, replaces, trained, wrong, right, models}.
+    """Compute the figures of all attacks: attack -> {bound, replaces, trained, wrong, right, models, sources}.
 
     Args:
       rows: of the ledger.
@@ -144,20 +145,40 @@ def summarise_attacks(rows: Sequence[Row], seed: int, resamples: int) -> dict[st
 
     `wrong` and `right` are numbers of completions.  `models` is model -> the figures of the module's docstring,
     with `accepted_change` and `reward_change` from without the attack, all as intervals, and `holds`: None
-    without a bound.  A figure without rows is NaN.
+    without a bound.  A figure without rows is NaN.  `sources` is source -> {wrong, right, models} of its rows
+    alone, and empty if there is only one source.
     """
-    wrong, right = (_Rewards(rows, label, seed, resamples) for label in (0, 1))
+    names = sorted({row["source"] for row in rows})
+    by_source: dict[str, list[Row]] = {name: [] for name in names} if len(names) > 1 else {}
+    if by_source:
+        for row in rows:
+            by_source[row["source"]].append(row)
+
+    figures = _summarise_rows(rows, seed, resamples)
+    figures_by_source = {source: _summarise_rows(part, seed, resamples) for source, part in by_source.items()}
     summary: dict[str, Any] = {}
     for name, attack in ATTACKS.items():
         summary[name] = {
             "bound": attack.bound,
             "replaces": attack.replaces,
             "trained": attack.trained,
+            **figures[name],
+            "sources": {source: part[name] for source, part in figures_by_source.items()},
+        }
+    return summary
+
+
+def _summarise_rows(rows: Sequence[Row], seed: int, resamples: int) -> dict[str, dict[str, Any]]:
+    """Compute the figures of some rows: attack -> {wrong, right, models}."""
+    wrong, right = (_Rewards(rows, label, seed, resamples) for label in (0, 1))
+    figures = {}
+    for name, attack in ATTACKS.items():
+        figures[name] = {
             "wrong": wrong.count,
             "right": 0 if attack.replaces else right.count,
             "models": {model: _compute_figures(name, model, wrong, right) for model in rows[0]["rewards"]},
         }
-    return summary
+    return figures
 
 
 def _compute_figures(name: str, model: str, wrong: _Rewards, right: _Rewards) -> dict[str, Any]:
@@ -192,30 +213,68 @@ def _compute_figures(name: str, model: str, wrong: _Rewards, right: _Rewards) ->
 
 
 def format_attacks(summary: Mapping[str, Any]) -> str:
-    """Format two tables for a terminal: decisions and mean rewards, with models side by side."""
-    models = list(next(iter(summary.values()))["models"])
-    header, reward_header = ["attack", "trained on", "bound"], ["attack"]
+    """Format tables for a terminal: decisions, decisions by source, and mean rewards, with models side by side."""
+    tables = [_format_decisions(summary)]
+    if summary[BASELINE]["sources"]:
+        tables.append(_format_sources(summary))
+    tables.append(_format_rewards(summary))
+    return "\n\n".join(tables)
+
+
+def _format_decisions(summary: Mapping[str, Any]) -> str:
+    models = list(summary[BASELINE]["models"])
+    header = ["attack", "trained on", "bound"]
     for model in models:
         header += [f"{model}: wrong accepted % (95 %)", "success % (95 %)", "right lost % (95 %)", ""]
-        reward_header += [f"{model}: mean reward of wrong x 100 (95 %)", "change"]
 
-    # One row per attack in both tables.
     bound_states = {None: "", True: "holds", False: "BROKEN"}
-    rows, reward_rows = [], []
+    rows = []
     for name, attack in summary.items():
         bound = attack["bound"]
         row = [name, "", ""]
         if bound is not None:
             row = [name, "yes" if attack["trained"] else "no", format_percent(bound)]
-        reward_row = [name]
         for model in models:
             figures = attack["models"][model]
             row.append(format_percent(figures["accepted"]))
             # Without an attack there is nothing that could succeed or lose.
-            attacked = name != BASELINE
-            row += [format_percent(figures[x]) if attacked else "" for x in ("success", "lost")]
+            row += [format_percent(figures[x]) if name != BASELINE else "" for x in ("success", "lost")]
             row.append(bound_states[figures["holds"]])
-            reward_row += [format_percent(figures["reward"]), format_percent(figures["reward_change"])]
         rows.append(row)
-        reward_rows.append(reward_row)
-    return f"{format_table(header, rows)}\n\n{format_table(reward_header, reward_rows)}"
+    return format_table(header, rows)
+
+
+def _format_sources(summary: Mapping[str, Any]) -> str:
+    """Success and loss by source, without intervals, which results.json has."""
+    header, columns = ["attack"], []
+    for source, part in summary[BASELINE]["sources"].items():
+        for model in part["models"]:
+            columns.append((source, model))
+            header += [
+                f"{model}, {source} ({part['wrong']} wrong, {part['right']} right): success %",
+                "right lost %",
+            ]
+    rows = []
+    for name, attack in summary.items():
+        if name != BASELINE:
+            row = [name]
+            for source, model in columns:
+                figures = attack["sources"][source]["models"][model]
+                row += [format_percent(figures[x].value) for x in ("success", "lost")]
+            rows.append(row)
+    return format_table(header, rows)
+
+
+def _format_rewards(summary: Mapping[str, Any]) -> str:
+    models = list(summary[BASELINE]["models"])
+    header = ["attack"]
+    for model in models:
+        header += [f"{model}: mean reward of wrong x 100 (95 %)", "change"]
+    rows = []
+    for name, attack in summary.items():
+        row = [name]
+        for model in models:
+            figures = attack["models"][model]
+            row += [format_percent(figures["reward"]), format_percent(figures["reward_change"])]
+        rows.append(row)
+    return format_table(header, rows)

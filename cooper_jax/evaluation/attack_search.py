@@ -1,6 +1,6 @@
 """A search for texts that make a reward model accept wrong completions.
 
-The families of data/reward_hacks.py are known attacks; a policy finds its own.  `search_attacks` looks for a
+The families of reward/reward_hacks.py are known attacks; a policy finds its own.  `search_attacks` looks for a
 prefix and a suffix that raise the rewards of a few wrong completions: it starts from the texts of six
 families, keeps the best candidates of each round and changes them at random (an evolutionary search on rewards
 alone, as a policy would see them).  The best finds are then measured on other completions, wrong and right,
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from cooper_jax.data.reward_hacks import SEARCH_TEXTS
 from cooper_jax.evaluation.judges import THRESHOLD
 from cooper_jax.evaluation.text_tables import format_percent, format_table
+from cooper_jax.reward.reward_hacks import SEARCH_TEXTS
 from cooper_jax.runtime import keys
 from cooper_jax.types import Triple
 
@@ -27,9 +27,10 @@ Score = Callable[[Sequence[Triple]], np.ndarray]  # triples -> rewards f32[N]
 
 COMPARED = 16  # K; more would leave fewer rounds within the same budget
 CHECKED = 64  # completions of each class on which the finds are measured afterwards
-# Wrong completions are scored as they are first, because only rejected ones can be attacked; then one candidate.
+# Wrong completions are scored as they are first, because only rejected ones can be attacked; then one known text
+# and one change to it.
 DRAWN = 2 * (COMPARED + CHECKED)
-MIN_BUDGET = DRAWN + COMPARED
+MIN_BUDGET = DRAWN + 2 * COMPARED
 PARENTS = 8  # best candidates that are kept in each round
 CHILDREN = 8  # new candidates in each round
 REPORTED = 5  # finds
@@ -68,6 +69,7 @@ class SearchResult:
 
     finds: tuple[Find, ...]
     candidates: int
+    changed: int  # candidates that are changes to others; the rest are known texts
     scorings: int  # those that the budget limits
     wrong: int  # other wrong completions on which the finds were measured
     right: int  # right completions on which they were measured
@@ -89,14 +91,15 @@ def search_attacks(
       budget: the number of completions that may be scored, at least MIN_BUDGET.  Counted are up to DRAWN wrong
         completions without texts, to find K that the model rejects, and K for each candidate.  Measuring the
         finds is not counted: up to CHECKED right completions without texts, and 2 CHECKED for each find.
+        Known texts get at most half of what is left for candidates, so that the other half is for changes.
       seed: of all random choices.
 
-    Raises ValueError for a smaller budget, with which no candidate might be tried.
+    Raises ValueError for a smaller budget, with which no change might be tried.
     """
     if budget < MIN_BUDGET:
         raise ValueError(
             f"a search with {budget} scorings: it needs at least {MIN_BUDGET}, to find rejected completions "
-            f"({DRAWN}) and to try one text ({COMPARED})"
+            f"({DRAWN}) and to try one text and one change ({2 * COMPARED})"
         )
     rng = keys.make_generator(seed, "attack_search")
     right = _draw(right, CHECKED, rng)
@@ -106,13 +109,16 @@ def search_attacks(
     rejected = [t for t, reward in zip(rejected, rewards, strict=True) if reward <= THRESHOLD]
     compared, checked = rejected[:COMPARED], rejected[COMPARED : COMPARED + CHECKED]
     if not compared:
-        return SearchResult((), 0, scorings, 0, len(right))
+        return SearchResult((), 0, 0, scorings, 0, len(right))
 
-    # The texts of six families come first, as far as the budget goes, then rounds of changes to the best ones.
+    # The texts of six families come first, as far as half of the budget goes, then rounds of changes to the best
+    # ones.
     evaluated: dict[Candidate, tuple[float, float]] = {}  # -> (mean log-odds, share accepted)
-    new = [Candidate(prefix=(text,)) for text in SEARCH_TEXTS]
-    new += [Candidate(suffix=(text,)) for text in SEARCH_TEXTS]
-    rng.shuffle(new)  # type: ignore[arg-type]  # a list of any objects is shuffled in place
+    known = [Candidate(prefix=(text,)) for text in SEARCH_TEXTS]
+    known += [Candidate(suffix=(text,)) for text in SEARCH_TEXTS]
+    rng.shuffle(known)  # type: ignore[arg-type]  # a list of any objects is shuffled in place
+    known = known[: (budget - scorings) // (2 * len(compared))]
+    new = known
     while new := new[: (budget - scorings) // len(compared)]:
         evaluated |= zip(new, _evaluate(score, new, compared), strict=True)
         scorings += len(new) * len(compared)
@@ -133,7 +139,9 @@ def search_attacks(
                 lost=usually_kept - _compute_accepted(score, [candidate.apply(t) for t in right]),
             )
         )
-    return SearchResult(tuple(finds), len(evaluated), scorings, len(checked), len(right))
+    return SearchResult(
+        tuple(finds), len(evaluated), len(evaluated) - len(known), scorings, len(checked), len(right)
+    )
 
 
 def _draw(triples: Sequence[Triple], count: int, rng: np.random.Generator) -> list[Triple]:
@@ -217,8 +225,8 @@ def _compute_accepted(score: Score, triples: Sequence[Triple]) -> float:
 def format_finds(result: SearchResult, model: str) -> str:
     """Format the finds as a table for a terminal."""
     title = (
-        f"{model}: search of {result.candidates} texts with {result.scorings} scorings; the finds on "
-        f"{result.wrong} other wrong and {result.right} right completions"
+        f"{model}: search of {result.candidates} texts, {result.changed} of them changed at random, with "
+        f"{result.scorings} scorings; the finds on {result.wrong} other wrong and {result.right} right completions"
     )
     if not result.finds:
         return f"{title}: no text was tried, because the model rejects none of the wrong completions drawn"

@@ -3,7 +3,7 @@
 The completions of a data set leave shortcuts: the style of a writer, the difficulty of a question, a phrase
 such as "the answer is correct".  Three kinds of added rows contradict them, each a share of the training rows:
 
-    attacked          copies under known reward hacks (data/reward_hacks.py), made from as many right as wrong
+    attacked          copies under known reward hacks (reward/reward_hacks.py), made from as many right as wrong
                       completions, so that a hack that keeps the completion says nothing about the label
     other_references  right completions beside another reference: wrong.  The reference is the answer of a
                       wrong completion of the same question where there is one, else the reference of another
@@ -31,8 +31,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax.data import answers, reward_hacks
+from cooper_jax.data import answers
 from cooper_jax.data.answer_forms import normalise_answer
+from cooper_jax.reward import reward_hacks
 from cooper_jax.reward.multihost import SharedRule, open_rule_verifier
 from cooper_jax.reward.pairs.pair_slots import find_marked_answer
 from cooper_jax.reward_training.rm_config import TrainRmConfig
