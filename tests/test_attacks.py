@@ -364,9 +364,9 @@ def test_the_search_finds_a_combination_within_its_budget():
 
 def test_a_small_budget_ends_the_search():
     judge = Weak()
-    found = attack_search.search_attacks(judge, completions(40, 0.0), [], 180, seed=1)
+    found = attack_search.search_attacks(judge, completions(40, 0.0), [], 192, seed=1)
     # Half of what is left after 40 bare completions is for known texts: four of 16, and then changes to them.
-    assert found.scorings <= 180 and (found.candidates, found.changed) == (8, 4)
+    assert found.scorings <= 192 and (found.candidates, found.changed) == (9, 5)
     assert all(np.isnan(find.lost) for find in found.finds)
 
 
@@ -422,7 +422,8 @@ def test_one_certain_reward_does_not_decide_a_comparison():
     # Without the limit, the logarithm of a division by zero would be a warning, and a mean without bound.
     with np.errstate(divide="ignore"):
         found = attack_search.search_attacks(score, completions(16, 0.0), [], ALL_TEXTS, seed=0)
-    assert [find.prefix for find in found.finds[:2]] == [steady, lucky]
+    # Changes that begin with the same text have its rewards.
+    assert all(find.prefix.startswith(steady) for find in found.finds)
 
 
 def test_what_a_find_loses_is_a_fall_from_the_bare_right_completions():
@@ -438,8 +439,18 @@ def test_what_a_find_loses_is_a_fall_from_the_bare_right_completions():
         return np.array(rewards)
 
     found = attack_search.search_attacks(score, completions(16, 0.0), completions(9, 1.0), ALL_TEXTS, seed=0)
-    assert found.finds[0].prefix == text and found.finds[0].lost == pytest.approx(8 / 9 - 3 / 9)
-    assert [find.lost for find in found.finds[1:]] == [0.0] * 4
+    lost = {find.prefix.startswith(text): find.lost for find in found.finds}
+    assert lost == {True: pytest.approx(8 / 9 - 3 / 9)}
+
+    # A model that believes no text loses nothing.
+    unmoved = attack_search.search_attacks(
+        lambda ts: np.array([0.9 * t.label for t in ts]),
+        completions(16, 0.0),
+        completions(9, 1.0),
+        300,
+        seed=0,
+    )
+    assert [find.lost for find in unmoved.finds] == [0.0] * 5
 
 
 def test_changes_cross_two_parents_and_draw_from_all_texts():
