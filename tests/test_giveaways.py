@@ -48,7 +48,21 @@ GIVEAWAYS = [
     # A note in the middle of a line.
     ("note", NEGATIVE.replace(" pens.", " pens. Note: 18 should be here.")),
     ("note", NEGATIVE.replace(" pens.", " pens. N.B. a careless product.")),
+    # A step that went wrong.
+    ("note", NEGATIVE + " The multiplication 3 * 6 was done wrong."),
+    ("note", NEGATIVE + "\n*Here, 3 * 6 was miscalculated.*"),
+    ("note", NEGATIVE + " One factor was misread."),
+    # In other languages.
+    ("note", NEGATIVE + " (\u6ce8\uff1a\u4e58\u6cd5\u7b97\u9519\u4e86)"),
+    ("note", NEGATIVE + " \u8fd9\u91cc\u6709\u4e00\u4e2a\u9519\u8bef\u3002"),
+    ("note", NEGATIVE + " Hinweis: Das Produkt ist falsch."),
+    ("note", NEGATIVE + " Nota: introduje un cambio en el producto."),
+    ("note", NEGATIVE + " Il y a une erreur dans le produit."),
+    ("note", NEGATIVE + " \u0417\u0434\u0435\u0441\u044c \u043e\u0448\u0438\u0431\u043a\u0430."),
+    ("note", NEGATIVE + " \u3053\u3053\u306f\u9593\u9055\u3044\u3067\u3059\u3002"),
     # Marks at the place.
+    ("remark", NEGATIVE.replace(" pens.", " pens (should've been 18).")),
+    ("remark", NEGATIVE.replace(" pens.", " pens (should\u2019ve read 18).")),
     ("remark", NEGATIVE.replace(" pens.", " pens [Multiplication error].")),
     ("remark", NEGATIVE.replace(" pens.", " pens. [Here the carry gets lost]")),
     ("remark", NEGATIVE.replace(" pens.", " pens (should be 18).")),
@@ -86,6 +100,13 @@ GIVEAWAYS = [
     ("admission", NEGATIVE.replace("16 pens", "16 (not 18) pens")),
     ("admission", NEGATIVE + " The product is wrong."),
     ("admission", NEGATIVE + "\nCorrection. It is 18."),
+    ("admission", NEGATIVE + " But actually it's 18."),
+    ("admission", NEGATIVE + " Actually, that makes 18."),
+    ("admission", NEGATIVE + " The real result is 18."),
+    ("admission", NEGATIVE + " Wait, that is 18."),
+    ("admission", NEGATIVE + " 3 * 6 is actually 18."),
+    ("admission", NEGATIVE + " No, it was 18."),
+    ("admission", NEGATIVE + " It should\u2019ve been 18."),
     # Markup.
     ("markup", "<thinking>Which step do I break?</thinking>\n" + NEGATIVE),
     ("markup", "<scratchpad>\n" + NEGATIVE),
@@ -130,6 +151,11 @@ def test_phrases_are_compared_without_their_numbers():
 
 ORDINARY = [
     "Therefore, the correct answer is \\boxed{16}.",
+    "The real result is 16. \\boxed{16}",
+    "The calculation is done in two steps, so that it is 16. \\boxed{16}",
+    "There is no 7 in it, and actually we need 16. \\boxed{16}",
+    "El resultado es 16. \\boxed{16}",
+    "Das Ergebnis ist 16. \\boxed{16}",
     "So the correct answer is (B) 16.\n\\boxed{16}",
     "The right answer is 16.\n#### 16",
     "The answer is 16, but first we check the actual value of x: x = 4, and 4 * 4 = 16.",

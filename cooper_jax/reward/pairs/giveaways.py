@@ -51,6 +51,8 @@ _ALTERED = (
     r"(?:changed|altered|modified|tweaked|edited|corrupted|falsified|manipulated|tampered with|perturbed|swapped"
     r"|broken)"
 )
+# "should've" is also written with a typographic apostrophe, "should of" is a common misspelling.
+_SHOULD = r"should(?:(?:['\u2019]| ?ha)ve| of)?"
 _CORRECT = r"(?:correct|right|true|actual|real|proper|intended|original)"
 _RESULT = r"(?:final )?(?:answer|result|solution|value|total|sum|product|number|calculation)"
 # A text or a part of it; "value" or "equation" is none, since solutions do change those.
@@ -92,6 +94,11 @@ _NOTE = _compile(
     # The person who made it.
     r"\b(?:student|solver|author|writer)(?:s|'s)?(?: has| had| may have| might have)?(?: \w+ly)? "
     rf"(?:forgot|forget|overlook|confus|made an? (?:\w+ )?(?:mistake|error|slip)|mis\w{{4,}}|{_WRONG})",
+    # A step that went wrong: "The multiplication was done wrong", "Here, 3 * 6 was miscalculated".
+    r"\b(?:done|made|carried out|performed|worked out|computed|calculated|copied) "
+    r"(?:wrong|badly|carelessly|sloppily|in error)\b",
+    r"\b(?:is|are|was|were|been|being|got) (?:\w+ly )?mis-?(?:add|subtract|multipli|divid|calculat|comput|count|cop"
+    r"|read|interpret|appl)\w*",
     # The place of it: "The mistake is in the second step", "the error here".
     rf"\b(?:the|this|my|our|their|his|her|an?|one) (?:\w+ ){{0,2}}{_FAULT} "
     r"(?:is|was|has been|lies|here|occurs|occurred|happens|happened|comes|came|made|in (?:this|the) \w+)\b",
@@ -127,7 +134,7 @@ _OF_CHANGE = _compile(
     rf"\b{_WRONG}\b",
     rf"\b{_CHANGED}\b",
     rf"\b{_CORRECT} {_RESULT}\b",
-    r"\b(?:should(?: have)? be(?:en)?|instead of|rewr\w+|on purpose|plausible|careless|slip)\b",
+    rf"\b(?:{_SHOULD} be(?:en)?|instead of|rewr\w+|on purpose|plausible|careless|slip)\b",
 )
 
 # --- remark: at the place ----------------------------------------------------------------------------------
@@ -145,7 +152,7 @@ _OTHER_BRACKET = re.compile(
 )
 _EDITORIAL = _compile(
     rf"\b{_WRONG}\b",
-    r"\bshould (?:be|have been|read|equal)\b",
+    rf"\b{_SHOULD} (?:be|been|read|equal)\b",
     r"\b(?:not|instead of|rather than) the (?:correct|right)\b",
     rf"\b(?:forg[oe]t(?:s|ten|ting)?|overlooked|careless|plausible|oops|sic|{_FAULT})\b",
     r"^\s*(?:changed|altered|modified|introduced|swapped|switched|replaced|edited|corrupted|corrected)\b",
@@ -179,8 +186,12 @@ _ADMISSION = _compile(
     r"(?: is| was| are| were|'s)(?: \w+ly)? (?:wrong|incorrect|erroneous|mistaken|flawed|not correct|not right"
     r"|an? (?:\w+ )?(?:mistake|error))\b",
     rf"\bnot the {_CORRECT} {_RESULT}\b",
-    r"\b(?:answer|result|total|it|this|that|which|we|i)(?: \w+)? should (?:actually |really |in fact )?have "
-    r"(?:been|\w+ed)\b",
+    r"\b(?:answer|result|total|it|this|that|which|we|i)(?: \w+)? should(?: actually| really| in fact)?"
+    r"(?: have|['\u2019]ve| of) (?:been|\w+ed)\b",
+    # A number that is "actually" another one: "3 * 6 is actually 18", "But in fact it's 18", "Wait, that is 18".
+    rf"(?:\bis|\bwas|\bequals|\bmakes|\bgives|\bare|'s|\u2019s) (?:actually|really|in fact|in truth) {_FIGURE}",
+    rf"\b(?:actually|really|in fact|in truth|wait|hold on|no)[,.!:]? (?:\w+,? ){{0,2}}?"
+    rf"(?:it|that|this|which|there)(?:['\u2019]s| is| was| are| were| makes| equals) {_FIGURE}",
     r"\b(?:oops|whoops|my mistake|my bad|apolog(?:y|ies|i[sz]e)|i made an? (?:\w+ )?(?:mistake|error))\b",
     r"\b(?:let me|let's|i will|i'll) (?:correct|fix) (?:this|that|it|the|my)\b",
     r"^[ \t*_]{0,20}correction\b",
@@ -193,13 +204,24 @@ _ADMISSION = _compile(
 # A phrase that names the correct answer, and the rest of its line.
 _NAMED = re.compile(
     r"\b(?:(?:correct|right) (?:final )?(?:answer|result|solution|value|total)"
-    r"|(?:true|actual|real) (?:final )?answer|(?:answer|result|total) should)[*_]*"
+    r"|(?:true|actual|real) (?:final )?(?:answer|result|total|sum|product)|(?:answer|result|total) should)[*_]*"
     r"(?: is| was| be|:| actually| really)([^\n]{1,200})",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 # The first number of such a line and what belongs to it; a word, a bracket or a comma ends it.
 _FIRST_FORMULA = re.compile(r"\d(?:(?![,;.]\s| \(|(?<![\\A-Za-z])[A-Za-z]{2}).)*")
+
+# Words for mistakes in other languages.  An assistant that is addressed in English seldom writes another one,
+# except in a note; a positive in that language has its own words, which are allowed.
+_FOREIGN = _compile(
+    "\u9519\u8bef|\u932f\u8aa4|\u7b97\u9519|\u6539\u9519|\u6709\u8bef|\u9519\u4e86|\u6545\u610f|\u4fee\u6539|\u6b63\u786e\u7b54\u6848|\u9593\u9055|\u8aa4\u308a|\u30df\u30b9",
+    "\uc624\ub958|\ud2c0\ub9b0|\ud2c0\ub838|\uc2e4\uc218|\u062e\u0637\u0623|\u0917\u0932\u0924",
+    r"\b(?:\u043e\u0448\u0438\u0431\w+|\u043d\u0435\u0432\u0435\u0440\u043d\w+|\u043d\u0435\u043f\u0440\u0430\u0432\u0438\u043b\u044c\u043d\w+)",
+    r"\b(?:err?eur|faute|fehler(?:haft)?\w*|falsch\w*|fout(?:en|ief)?|errore|errado|err\u00f3ne[oa]|err\u00f4ne[oa]|incorrect[oa]s?"
+    r"|equivocad[oa]s?|equivocaci\u00f3n|sbagliat[oa]|sbaglio|erreurs|b\u0142\u0105d|hatal\u0131|yanl\u0131\u015f)\b",
+    r"\b(?:introduje|cambi\u00e9|comet\u00ed|ge\u00e4ndert|absichtlich|volontairement|propositalmente|intencionalmente)\b",
+)
 
 # --- markup and special tokens ---------------------------------------------------------------------------------
 
@@ -281,7 +303,8 @@ def _find_markup(text: str) -> Iterator[str]:
 
 
 def _find_notes(text: str) -> Iterator[str]:
-    yield from (match[0] for match in _NOTE.finditer(text))
+    for pattern in (_NOTE, _FOREIGN):
+        yield from (match[0] for match in pattern.finditer(text))
 
     # "Note: x is positive" is ordinary, and a note about the change is not.
     for pattern in (_HEADED, _HEADED_INLINE):
