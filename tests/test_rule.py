@@ -221,6 +221,13 @@ def test_precision_on_labelled_completions(rule, shared_data):
     assert count(judged, "correct", 0) <= 0.05 * count(judged, "correct", 1)
     assert count(judged, "wrong", 1) <= 0.15 * count(judged, "wrong", 0)
     assert count(judged, "correct", 1) >= 40
+    # Shares of rows on which the verdict agrees with the label, where no verdict counts as "not correct".  On all
+    # 5,986 completions they are 1.000, .998 and .813 (docs/references.md).
+    for source, floor in (("gsm8k", 0.995), ("math", 0.99), ("odyssey", 0.84)):
+        of_source = [
+            (r["label"] == 1, v == C) for r, v in zip(rows, verdicts, strict=True) if r["source"] == source
+        ]
+        assert sum(label == said for label, said in of_source) >= floor * len(of_source), source
 
 
 def test_answers_that_hang_cost_no_other_answer_its_verdict():
