@@ -503,7 +503,7 @@ class _StatedAnswer(NamedTuple):
 def _find_answer(text: str) -> _StatedAnswer | None:
     """The answer that `extract_answer` returns, with its position."""
     for box in reversed(list(_BOXED.finditer(text))):
-        end = _find_closing_brace(text, box.end())
+        end = find_closing_brace(text, box.end())
         if end is not None and (answer := text[box.end() : end].strip()):
             return _StatedAnswer(answer, box.start(), end + 1)
     for pattern in (_HASH_MARK, _ANSWER_PHRASE):
@@ -514,7 +514,7 @@ def _find_answer(text: str) -> _StatedAnswer | None:
     return None
 
 
-def _find_closing_brace(text: str, start: int) -> int | None:
+def find_closing_brace(text: str, start: int) -> int | None:
     """The position of the brace that closes the one opened before `start`; escaped braces do not count."""
     depth = 1
     for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):

@@ -152,7 +152,7 @@ def _is_published(path: str) -> bool:
     """True if the file's first row has the format of a published benchmark."""
     try:
         _, _, row = next(iter(row_reader.read_file_rows(path)))
-        return problem_sets.recognise_format(row, "", "") != "jsonl"
+        return problem_sets.choose_format(row, "", "") != "jsonl"
     except (ValueError, StopIteration):
         return False
 
