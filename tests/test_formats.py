@@ -194,7 +194,7 @@ CHAT = PUBLISHED["chat"][0]
         ("verl", verl_row(7, "3"), "field 'prompt.0.content' is int: it must be text"),
         ("verl", verl_row("half \ud800 pair", "3"), "field 'prompt.0.content' contains half a surrogate"),
         ("open_instruct", {"messages": [], "ground_truth": "4", "dataset": "x"}, "field 'messages' is a list of 0"),
-        ("orz", [{"from": "human", "value": "Half?"}, {"from": "assistant"}], "field '1.ground_truth.value' is missing"),
+        ("orz", [{"from": "human", "value": "Half?"}, {"from": "gpt"}], "field '1.ground_truth.value' is missing"),
         ("chat", {"prompt": [{"role": "robot", "content": "Q"}], "answer": 4}, "field 'prompt.0.role' is 'robot'"),
         ("chat", {"prompt": ["Q"], "answer": 4}, "field 'prompt.0' is a str"),
         ("chat", {"prompt": CHAT["prompt"][:1], "answer": 4}, "the last of which is not the user's"),
