@@ -242,9 +242,13 @@ def test_a_recorded_commit_takes_precedence(hub):
 
 def test_a_local_file_or_folder_of_that_name_wins(hub, tmp_path):
     fill_gsm8k(hub)
-    assert data_sources.is_hub_source("openai/gsm8k:main") and data_sources.is_hub_source("x=openai/gsm8k")
+    assert data_sources.parse_hub_source("x=openai/gsm8k") == HubId("openai/gsm8k")
+    assert data_sources.may_be_hub_source("x=openai/gsm8k") and data_sources.may_be_hub_source("openai/gsm8k")
     fill(tmp_path, {"openai/gsm8k/main/train.jsonl": jsonl(40)})
-    assert not data_sources.is_hub_source("openai/gsm8k:main")
+    assert data_sources.parse_hub_source("openai/gsm8k:main") is None
+    assert data_sources.may_be_hub_source("openai/gsm8k:main") and not data_sources.may_be_hub_source(
+        "x.jsonl"
+    )
     assert read("openai/gsm8k:main") == [41]
 
 

@@ -17,8 +17,14 @@ from cooper_jax.data.row_reader import Row
 
 Messages = tuple[tuple[str, str], ...]  # (role, content)
 
-# ShareGPT's roles -> those of chat templates.
-_ROLES = {"human": "user", "gpt": "assistant"}
+# Roles, ShareGPT's among them -> those of chat templates.
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "human": "user",
+    "gpt": "assistant",
+}
 
 # Instructions around the questions of published data sets.
 _BEFORE = re.compile(
@@ -67,7 +73,7 @@ def _read_message(item: Any, field: str) -> tuple[str, str]:
         raise ValueError(f"field {field!r} is a {type(item).__name__}, not a message with role and content")
     role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
     role, content = item.get(role_key), item.get(content_key)
-    if role not in (*_ROLES, "system", "user", "assistant"):
+    if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"field '{field}.{role_key}' is {role!r}: it must be system, user or assistant")
 
     # Content as a list of parts, of which only texts can be read.
@@ -76,4 +82,4 @@ def _read_message(item: Any, field: str) -> tuple[str, str]:
     if not isinstance(content, str):
         raise ValueError(f"field '{field}.{content_key}' is {type(content).__name__}: it must be text")
     row_reader.check_encodable(content, f"{field}.{content_key}")
-    return _ROLES.get(role, role), content
+    return _ROLES[role], content

@@ -74,10 +74,16 @@ def check_names(sources: Sequence[DataSource]) -> None:
             )
 
 
-def is_hub_source(text: str) -> bool:
-    """True for a source that is read from the hub: it has a hub id's form, and no such file or folder exists."""
+def may_be_hub_source(text: str) -> bool:
+    """True for a source that has the form of a hub id, whether or not a local file has that name."""
+    match = _NAMED_SOURCE.fullmatch(text)
+    return any(hub_datasets.parse_id(place) is not None for place in (text, match[2] if match else text))
+
+
+def parse_hub_source(text: str) -> hub_datasets.HubId | None:
+    """The hub id of a source; None if it has not the form of one, or if there is such a local file or folder."""
     place = _split_name(text)[1]
-    return not _finds_local(place) and hub_datasets.parse_id(place) is not None
+    return None if _finds_local(place) else hub_datasets.parse_id(place)
 
 
 def find_source(text: str, split: str, revision: str = "") -> DataSource:
@@ -92,7 +98,7 @@ def find_source(text: str, split: str, revision: str = "") -> DataSource:
     cannot be chosen or downloaded, and OSError for an address that cannot be reached.
     """
     name, place = _split_name(text)
-    if not _finds_local(place) and (hub_id := hub_datasets.parse_id(place)):
+    if hub_id := parse_hub_source(text):
         files, commit = hub_datasets.fetch_files(hub_id, split, revision)
         display_name = f"{hub_id.repo}@{commit[:8]}"
         found = [DataFile(path, f"{display_name}/{inner}") for inner, path in files.items()]

@@ -31,6 +31,8 @@ from cooper_jax.types import Problem
 
 # Formats whose columns are named by the config.
 NAMED = ("jsonl", "parquet", "tfds")
+# Fields of the config's section `data` that are arguments of `load_problems`.
+COLUMN_FIELDS = ("question_key", "reference_key", "solution_key", "tfds_dir", "reduce_solutions")
 # Columns that are read if neither a format is recognised nor a column named.
 DEFAULT_KEYS = ("question", "answer")
 
@@ -53,10 +55,17 @@ def load_problems(
     solution_key: str,
     tfds_dir: str,
     split: str,
+    reduce_solutions: bool = True,
 ) -> list[Problem]:
     """Load all problems of a source, in the source's order; `load_problem_set` describes the arguments."""
-    columns = (question_key, reference_key, solution_key)
-    return load_problem_set(source, format, columns, tfds_dir=tfds_dir, split=split).problems
+    return load_problem_set(
+        source,
+        format,
+        (question_key, reference_key, solution_key),
+        tfds_dir=tfds_dir,
+        split=split,
+        reduce_solutions=reduce_solutions,
+    ).problems
 
 
 def load_problem_set(

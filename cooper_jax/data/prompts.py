@@ -1,6 +1,7 @@
-r"""All prompt templates: the text around questions, references and completions.
+r"""Templates of the reward model, the assistant and the judge: the text around questions and completions.
 
-* `encode_policy_prompt`: the policy's input.
+policy_prompts.py has the policy's prompt.
+
 * `render_verifier_text`, `encode_verifier_input`: the reward model's input, which is the same in its
   training, in scoring and in pairs:
 
@@ -62,28 +63,13 @@ class TextEncoder(Protocol):
 
     def offsets(self, text: str) -> list[tuple[int, int]]: ...
 
-    def chat(self, messages: Sequence[tuple[str, str]], fallback: bool) -> list[int]: ...
 
-
-# --- the policy --------------------------------------------------------------------------------------
-
-
-def encode_policy_prompt(tok: TextEncoder, question: str, instruction: str, chat: bool) -> list[int]:
-    """Encode a question and the instruction.
-
-    chat: use the tokenizer's chat template; otherwise the prompt is plain text that ends with a newline.
-    """
-    if chat:
-        return tok.chat([("user", question + instruction)], fallback=False)
-    return _get_bos(tok) + tok.encode(question + instruction + "\n")
+# --- the reward model --------------------------------------------------------------------------------
 
 
 def _get_bos(tok: TextEncoder) -> list[int]:
     """The ids at the start of every input: the model's bos id, or none."""
     return [] if tok.bos_id is None else [tok.bos_id]
-
-
-# --- the reward model --------------------------------------------------------------------------------
 
 
 def strip_tags(text: str) -> str:
