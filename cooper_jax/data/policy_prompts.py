@@ -49,7 +49,9 @@ class PromptStyle:
     thinking: str  # on, off, or "" for the template's default
 
     def __post_init__(self) -> None:
-        errors = typed_config.find_unknown(self.thinking, "data.thinking", tuple(_THINKING))
+        errors = []
+        if self.thinking not in _THINKING:
+            errors.append(f"data.thinking={self.thinking!r}: it must be on, off or empty")
         if self.thinking and not self.chat:
             errors.append(
                 f"data.thinking={self.thinking!r} is a variable of the chat template, and data.chat=False uses "
