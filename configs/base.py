@@ -60,10 +60,15 @@ def data_section() -> ConfigDict:
     """Problems to train and to evaluate on, and their prompts."""
     c = ConfigDict()
     # --- files ---
-    c.train = ""  # a file, or the name of a tensorflow-datasets data set; "" with format "synthetic"
-    # auto | gsm8k | svamp | math500 | olympiadbench | odyssey | jsonl | parquet | tfds | synthetic
+    # Files, globs, folders or Hugging Face hub ids (openai/gsm8k:main:train), separated by commas, each with a
+    # name for reports if you like (NAME=FILE); or the name of a tensorflow-datasets data set.  "" with format
+    # "synthetic".  docs/data.md has the details.
+    c.train = ""
+    c.train_weights = ""  # a weight for each source, as in "3,1"; "": the sources are one set
+    # auto | the name of a published format (docs/data.md) | jsonl, parquet (named columns) | tfds | synthetic
     c.format = "auto"
-    c.eval = ""  # a file of problems for the periodic evaluation; "": those of eval_from_train
+    c.eval = ""  # such sources for the periodic evaluation; "": problems of eval_from_train
+    c.eval_weights = ""  # shares of eval.problems for each source; "": the sources are one set
     # Without data.eval: the number of problems of the training file that are held out for evaluation, the
     # same ones in every run; 0: none, and no evaluation
     c.eval_from_train = 0
@@ -74,17 +79,27 @@ def data_section() -> ConfigDict:
     c.exclude_seen = True
 
     # --- columns and splits ---
-    c.question_key = "question"  # jsonl, parquet, tfds: the column of the question
-    c.reference_key = "answer"  # jsonl, parquet, tfds: the column of the reference answer
-    c.solution_key = ""  # jsonl, parquet, tfds: the column of worked solutions; "": there is none
+    # Columns of question (text, or a list of messages), reference answer and worked solution ("": there is
+    # none).  A column may be nested: reward_model.ground_truth.
+    c.question_key = "question"
+    c.reference_key = "answer"
+    c.solution_key = ""
+    # Reduce a reference that is a worked solution to the answer that it marks, and refuse one that marks none;
+    # False: use such references whole
+    c.reduce_solutions = True
     c.tfds_dir = ""  # folder of tensorflow-datasets' prepared data sets; "": the library's default
-    c.split = "train"  # the tensorflow-datasets split to train on
-    c.eval_split = "test"  # the tensorflow-datasets split to evaluate on
+    # Split to train on and split to evaluate on: of tensorflow-datasets, and of folders and hub data sets whose
+    # source names none
+    c.split = "train"
+    c.eval_split = "test"
 
     # --- prompts and batches ---
-    # Text that follows the question in the policy's prompt
+    c.system = ""  # system message of the policy's prompt; "": none, or that of prompts that are messages
+    # Text that follows the question in the policy's prompt; prompts that are messages stay as they are
     c.instruction = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     c.chat = True  # wrap prompts in the tokenizer's chat template
+    # on | off: the value of the chat template's `enable_thinking` (Qwen3's template has it); "": not set
+    c.thinking = ""
     c.prompts_per_step = 128  # B
     c.max_prompt_tokens = 512  # longer prompts are dropped and counted
     c.bucket = 64  # widths of batches are rounded up to a multiple of this

@@ -141,7 +141,7 @@ def drop_problems(cfg: ConfigDict, kind: str) -> ConfigDict:
     """Remove from a config what the programs of a kind do not use, so that it need not exist."""
     # The prompts are random tokens.
     cfg = cfg.copy_and_resolve_references()
-    cfg.data.update(format="synthetic", train="", eval="")
+    cfg.data.update(format="synthetic", train="", train_weights="", eval="", eval_weights="")
     # Only a training step scores its rollouts.
     if kind != "train":
         cfg.reward.arm = "rule"

@@ -30,7 +30,7 @@ from cooper_jax.reward import multihost
 from cooper_jax.runtime import hosts, remote_files
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.statistics import Interval
-from cooper_jax.trainer import setup
+from cooper_jax.trainer import run_problems
 from cooper_jax.types import Completion, Problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,13 +99,17 @@ def test_answers_are_one_where_their_normal_forms_are(completion, form):
 
 def test_the_periodic_evaluation_takes_a_benchmarks_part():
     whole = [Problem(f"How many {i} ?", str(i), level=str(i // 10)) for i in range(40)]
-    chosen = setup.choose_held_out(whole, whole, 12)
+    chosen = run_problems.choose_held_out(whole, whole, 12)
     assert chosen == [whole[i] for i in benchmark_sets.sample_part(40, 12)]
     assert {p.level for p in chosen} == set("0123")  # of a sorted file, the first 12 have two levels
-    assert setup.choose_held_out(whole, whole, 40) == setup.choose_held_out(whole, whole, 99) == whole
+    assert (
+        run_problems.choose_held_out(whole, whole, 40)
+        == run_problems.choose_held_out(whole, whole, 99)
+        == whole
+    )
     # What one run leaves out is replaced by the next in the order; the others are the same ones.
     kept = [p for p in whole if p not in chosen[:3]]
-    other = setup.choose_held_out(kept, whole, 12)
+    other = run_problems.choose_held_out(kept, whole, 12)
     assert set(chosen[3:]) < set(other) and len(other) == 12
     assert other == [p for p in whole if p in set(other)]
 

@@ -10,8 +10,8 @@ import pytest
 from cooper_jax.configs import base, qwen_1p5b
 from cooper_jax.data import contamination, seen_questions
 from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.run_problems import load_problems
 from cooper_jax.trainer.run_settings import RunSettings
-from cooper_jax.trainer.setup import load_problems
 
 
 def write_problems(path, count: int, repeated: int = 0):
@@ -30,11 +30,12 @@ def a_config(path: str, held_out: int, seed: int = 0):
 
 def test_they_are_not_trained_on_and_are_the_same_for_all_seeds(tmp_path):
     path = write_problems(tmp_path / "train.jsonl", 100, repeated=100)
-    train, held_out = load_problems(RunSettings.from_config(a_config(path, 10)))
+    loaded = load_problems(RunSettings.from_config(a_config(path, 10)))
+    train, held_out = loaded.train, loaded.held_out
     asked = {p.question for p in held_out}
     assert len(held_out) == 10 and not asked & {p.question for p in train}
     assert len(train) == 200 - 2 * len(asked)  # every question stands in the file twice
-    assert load_problems(RunSettings.from_config(a_config(path, 10, seed=1)))[1] == held_out
+    assert load_problems(RunSettings.from_config(a_config(path, 10, seed=1))).held_out == held_out
     # They come from all of the file, not from its beginning.
     assert {p.question for p in held_out} != {p.question for p in (train + held_out)[:10]}
 
@@ -42,13 +43,12 @@ def test_they_are_not_trained_on_and_are_the_same_for_all_seeds(tmp_path):
 def test_a_file_for_evaluation_goes_first(tmp_path):
     cfg = a_config(write_problems(tmp_path / "train.jsonl", 100), 10)
     cfg.data.eval = write_problems(tmp_path / "eval.jsonl", 7)
-    train, held_out = load_problems(RunSettings.from_config(cfg))
+    loaded = load_problems(RunSettings.from_config(cfg))
+    train, held_out = loaded.train, loaded.held_out
     assert (len(train), len(held_out)) == (100, 7)
     cfg.data.eval, cfg.eval.every = "", 0
-    assert [len(found) for found in load_problems(RunSettings.from_config(cfg))] == [
-        100,
-        0,
-    ]  # nobody would evaluate on them
+    loaded = load_problems(RunSettings.from_config(cfg))
+    assert (len(loaded.train), len(loaded.held_out)) == (100, 0)  # nobody would evaluate on them
 
 
 def test_some_must_be_left_to_train_on(tmp_path):
@@ -62,7 +62,8 @@ def test_some_must_be_left_to_train_on(tmp_path):
 def test_they_are_kept_though_the_reward_model_has_seen_them(tmp_path):
     """With data.eval they are left out; of the training file nothing might be left."""
     cfg = a_config(write_problems(tmp_path / "train.jsonl", 20), 5)
-    train, held_out = load_problems(RunSettings.from_config(cfg))
+    loaded = load_problems(RunSettings.from_config(cfg))
+    train, held_out = loaded.train, loaded.held_out
     seen = seen_questions.record_questions([p.question for p in (*train, *held_out)], "train.jsonl")
     assert contamination.drop_seen(cfg, held_out, seen) == held_out
     assert "5 of 5 held-out questions (kept, as data.eval_from_train" in contamination.describe_overlap(

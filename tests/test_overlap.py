@@ -9,8 +9,8 @@ import pytest
 from cooper_jax.configs import base
 from cooper_jax.data import contamination, labelled_completions, problems, seen_questions
 from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.run_problems import load_problems
 from cooper_jax.trainer.run_settings import RunSettings
-from cooper_jax.trainer.setup import load_problems
 from cooper_jax.types import Problem
 
 COLUMNS = dict(question_key="question", reference_key="answer", solution_key="", tfds_dir="", split="train")
@@ -361,7 +361,8 @@ def test_the_real_overlap_is_left_out_of_a_run(tmp_path, capsys, shared_data):
         supervised__reward_steps=1,
         reward__arm="model",
     )
-    train, held_out = load_problems(RunSettings.from_config(cfg))
+    loaded = load_problems(RunSettings.from_config(cfg))
+    train, held_out = loaded.train, loaded.held_out
     found = {
         seen_questions.fingerprint_question(t.question)
         for t in labelled_completions.load_labelled_completions(cfg.supervised.reward_data)
@@ -377,7 +378,7 @@ def test_the_real_overlap_is_left_out_of_a_run(tmp_path, capsys, shared_data):
     )
     assert "before this run 0 of 7473 training questions" in said
     cfg.data.eval = str(shared_data / "odyssey_test.jsonl")
-    held_out = load_problems(RunSettings.from_config(cfg))[1]
+    held_out = load_problems(RunSettings.from_config(cfg)).held_out
     kept, said = apart(capsys, tmp_path / "run", cfg, train, held_out)
     assert f"among them {387 - len(kept)} of 387 held-out questions (left out)" in said
     assert 387 - 252 < len(kept) < 387

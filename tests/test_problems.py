@@ -189,6 +189,14 @@ def test_a_problem_has_the_subject_and_level_of_its_row(format, added, expected,
     assert (found.subject, found.level) == expected
 
 
+def test_a_problem_keeps_the_columns_of_its_row(tmp_path):
+    row = {**ROWS["gsm8k"], "target": 24, "numbers": [1, 2], "extra": {"split": "train"}}
+    path = write_rows(tmp_path / "rows.jsonl", row, ROWS["gsm8k"])
+    first, second = load(path)
+    assert first.columns == row and second.columns == ROWS["gsm8k"]
+    assert len({first, second}) == 2 and "numbers" not in repr(first)  # hashable, and short in messages
+
+
 def test_auto_says_what_it_saw_and_how_to_go_on(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", {"q": "Two?", "a": "2", "rationale": "One and one."})
     with pytest.raises(

@@ -7,8 +7,9 @@ import tiny_tokenizers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cooper_jax.data import prompts
+from cooper_jax.data import policy_prompts, prompts
 from cooper_jax.model import tokenizer
+from cooper_jax.types import Problem
 
 # Any reading of our tags, written apart from the module's own pattern.
 ANY_TAG = re.compile(r"<\s*/?\s*(?:question|reference_answer|completion)\s*>", re.IGNORECASE)
@@ -299,18 +300,21 @@ def test_pair_members_are_cut_alike(toks):
 def test_policy_prompts(toks):
     qwen, llama, scratch = toks["qwen"], toks["llama3"], toks["scratch"]
     ask = ("What is 2?", "\nThink.")
-    assert prompts.encode_policy_prompt(qwen, *ask, chat=True) == qwen.chat(
-        [("user", "What is 2?\nThink.")], fallback=False
-    )
-    assert prompts.encode_policy_prompt(qwen, *ask, chat=False) == qwen.encode("What is 2?\nThink.\n")
-    assert prompts.encode_policy_prompt(llama, *ask, chat=False) == [
+
+    def encode(tok, question, instruction, chat):
+        style = policy_prompts.PromptStyle(instruction, system="", chat=chat, thinking="")
+        return policy_prompts.encode_policy_prompt(tok, Problem(question, ""), style)
+
+    assert encode(qwen, *ask, chat=True) == qwen.chat([("user", "What is 2?\nThink.")], fallback=False)
+    assert encode(qwen, *ask, chat=False) == qwen.encode("What is 2?\nThink.\n")
+    assert encode(llama, *ask, chat=False) == [
         llama.bos_id,
         *llama.encode("What is 2?\nThink.\n"),
     ]
-    assert prompts.encode_policy_prompt(llama, *ask, chat=True).count(llama.bos_id) == 1
-    same = [prompts.encode_policy_prompt(scratch, *ask, chat=c) for c in (True, False)]
+    assert encode(llama, *ask, chat=True).count(llama.bos_id) == 1
+    same = [encode(scratch, *ask, chat=c) for c in (True, False)]
     assert same[0] == same[1] == scratch.encode("What is 2?\nThink.\n")
-    hostile = prompts.encode_policy_prompt(qwen, "<|im_end|>", "", chat=False)
+    hostile = encode(qwen, "<|im_end|>", "", chat=False)
     assert qwen.control_ids.isdisjoint(hostile)
 
 

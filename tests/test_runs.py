@@ -23,8 +23,9 @@ from cooper_jax.runtime.run_directory import RunDirectory
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import run_checkpoint
 from cooper_jax.trainer.resume import start_or_resume
+from cooper_jax.trainer.run_problems import load_problems
 from cooper_jax.trainer.run_settings import RunSettings
-from cooper_jax.trainer.setup import build_components, load_problems
+from cooper_jax.trainer.setup import build_components
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,8 @@ def test_a_run_is_evaluated(run, devices, tmp_path):
     saw = json.loads((tmp_path / "policy" / RESULTS).read_text())["reward_model_saw"]
     assert saw == {"synthetic": 8}  # in the cooper arm, its training problems
 
-    seen, unseen = load_problems(RunSettings.from_config(chosen.cfg))
+    loaded = load_problems(RunSettings.from_config(chosen.cfg))
+    seen, unseen = loaded.train, loaded.held_out
     labelled = [
         {
             "question": p.question,

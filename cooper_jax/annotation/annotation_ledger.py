@@ -176,7 +176,8 @@ def list_outcome_settings(
     if sampled:
         sections.append("source")
         out |= {"annotate.problems": settings.problems, "annotate.samples": settings.samples}
-        out |= {f"data.{name}": cfg.data[name] for name in ("instruction", "question_key", "reference_key")}
+        data_fields = ("instruction", "system", "question_key", "reference_key", "reduce_solutions")
+        out |= {f"data.{name}": cfg.data[name] for name in data_fields}
 
     # Addresses, keys and limits on concurrency are left out, so that they may change between two starts.
     for section in sections:

@@ -22,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cooper_jax.data import answers, row_reader
+from cooper_jax.data import answers, data_sources, row_reader
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.runtime import remote_files
 from cooper_jax.settings import typed_config
@@ -78,6 +78,7 @@ class Item:
     source: str  # the problem set's name, or the `source` of a file's row
     problem: str  # id of the row that the question comes from
     sample: int = 0  # index among the samples of one problem
+    messages: tuple[tuple[str, str], ...] = ()  # the prompt, if the problem set has it as messages
 
     # Only for an existing completion.
     completion: str | None = None
@@ -134,11 +135,15 @@ def list_items(
     items: list[Item] = []
     for path in problems:
         with setup_errors(f"--problems={path}"):
-            digests[f"problems {_get_stem(path)}"] = _describe_contents(path)
+            files = data_sources.find_source(path, cfg.data.split).files
+            digests[f"problems {_get_stem(path)}"] = _describe_contents([file.path for file in files])
             items += _plan_samples(cfg, settings, path)
     for path in completions:
         with setup_errors(f"--completions={path}"):
-            digests[f"completions {_get_stem(path)}"] = _describe_contents(path)
+            local = remote_files.fetch_local(path)
+            if not local.is_file():
+                raise FileNotFoundError(f"{path}: there is no such file")
+            digests[f"completions {_get_stem(path)}"] = _describe_contents([local])
             items += _read_completions(path)
 
     # The dict is filled from the end, so it keeps the first item of each id.
@@ -149,7 +154,7 @@ def list_items(
 
 def _plan_samples(cfg: ConfigDict, settings: AnnotateConfig, path: str) -> list[Item]:
     """Make the items of a problem set, without completions."""
-    columns = {name: cfg.data[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
+    columns = {name: cfg.data[name] for name in problem_sets.COLUMN_FIELDS}
     problems = problem_sets.load_problems(path, "auto", split=cfg.data.split, **columns)
 
     # A subset is drawn by the seed and then put back into the order of the file.
@@ -164,8 +169,20 @@ def _plan_samples(cfg: ConfigDict, settings: AnnotateConfig, path: str) -> list[
     items = []
     for problem in problems:
         for sample in range(settings.samples):
-            id = _make_id("sampled", stem, problem.id, problem.question, problem.reference, str(sample))
-            items.append(Item(id, problem.question, problem.reference, stem, problem.id, sample))
+            prompt = [text for message in problem.messages for text in message]
+            texts = (problem.id, problem.question, problem.reference, str(sample), *prompt)
+            id = _make_id("sampled", stem, *texts)
+            items.append(
+                Item(
+                    id,
+                    problem.question,
+                    problem.reference,
+                    stem,
+                    problem.id,
+                    sample,
+                    messages=problem.messages,
+                )
+            )
     return items
 
 
@@ -230,11 +247,12 @@ def _get_stem(path: str) -> str:
     return name.rsplit(".", 1)[0]
 
 
-def _describe_contents(path: str) -> str:
-    """Describe a file by its size and hash."""
-    local: Path = remote_files.fetch_local(path)
-    if not local.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    with open(local, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return f"{local.stat().st_size} bytes, sha256 {digest}"
+def _describe_contents(paths: Sequence[Path]) -> str:
+    """Describe the files of one source by their size and hash."""
+    digest, size = hashlib.sha256(), 0
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+                size += len(block)
+    return f"{size} bytes, sha256 {digest.hexdigest()[:16]}"

@@ -30,6 +30,7 @@ from cooper_jax.annotation import outcome
 from cooper_jax.annotation.annotation_ledger import Ledger, Row
 from cooper_jax.annotation.items import AnnotateConfig, Item
 from cooper_jax.annotation.querying import Answer, Progress, Stage
+from cooper_jax.data.policy_prompts import PromptStyle, make_policy_messages
 from cooper_jax.llm import judge as judges
 from cooper_jax.llm import local_chat
 from cooper_jax.llm.chat import Chat, Failure, Messages, Reply
@@ -138,8 +139,11 @@ def _collect_completions(
     sampling = {name: source[name] for name in ("temperature", "top_p", "max_new_tokens", "thinking")}
     common = {"model": _name_model(source), "sampling": sampling, "seed": cfg.seed}
 
+    style = PromptStyle.from_config(cfg.data)
+
+    # The completions are asked for as the policy's are in training.
     def make_messages(item: Item) -> Messages:
-        return [("user", item.question + cfg.data.instruction)]
+        return make_policy_messages(item.question, item.messages, style)
 
     def keep_answers(answers: Sequence[Answer]) -> None:
         file.append([_make_sampled_row(item, reply, common) for item, reply in answers])

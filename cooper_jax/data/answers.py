@@ -19,6 +19,8 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
+from cooper_jax.data import prompts
+
 # A number in prose: -3, 1,000, 2.5, .5
 NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")
 
@@ -41,6 +43,17 @@ _THOUSANDS = re.compile(rf"^-?\d{{1,3}}(?:{_SEPARATOR}\d{{3}})+(?![\d,])")
 _NUMBER_WITH_UNIT = re.compile(r"^(-?\d[\d.]*)\s*([A-Za-z]{2,}(?: [A-Za-z]+)*)$")
 # A unit of words, possibly with an exponent: km/h, cm^2.
 _UNIT = re.compile(r"([A-Za-z][A-Za-z/ ]*)(\^.+)?")
+
+# --- worked solutions in place of an answer ---
+
+# A box with braces, or with one word or number behind it.
+_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+([^\s{}$\\.,]+))")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n+")
+# A line or sentence of at least so many words is one of prose.
+_SENTENCE_WORDS = 3
+# A text with more words is taken for a worked solution.
+_MAX_ANSWER_WORDS = 30
 
 # --- marks of single data sets ---
 
@@ -120,6 +133,46 @@ def split_gsm8k_answer(answer: str) -> tuple[str, str]:
     final = clean_reference(final)
     worked = _CALCULATOR_MARK.sub("", worked).strip()
     return final, f"{worked}\nThe final answer is \\boxed{{{final}}}.".lstrip()
+
+
+def split_solution(text: str) -> tuple[str, str]:
+    r"""Split the text of a reference column into (reference, worked solution).
+
+    A short text is the reference, and the solution "".  A text that marks its answer (a `\boxed{}`, "the
+    answer is") is reduced to it.  Raises ValueError for a worked solution without a mark.
+    """
+    stated = find_boxed(text) or prompts.extract_answer(text)
+    if stated is not None:
+        reference = clean_reference(stated)
+        # `\boxed{5}` alone is no solution.
+        is_worked = len(_list_words(text)) > len(_list_words(stated)) + 3
+        return reference, text.strip() if is_worked else ""
+
+    # Some answers are a few words; a model may judge by them although the rule cannot.
+    sentences = [s for s in _SENTENCE_END.split(text) if len(_list_words(s)) >= _SENTENCE_WORDS]
+    if len(sentences) > 1 or len(_list_words(text)) > _MAX_ANSWER_WORDS:
+        raise ValueError(
+            f"a worked solution, {text.strip()[:60]!r}..., that marks no final answer with \\boxed{{}}, #### or "
+            '"the answer is": name the column of the answers with --config.data.reference_key, or keep such '
+            "references whole with --config.data.reduce_solutions=False"
+        )
+    return clean_reference(text), ""
+
+
+def find_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{..}`, `\fbox{..}` or `\boxed 5` that closes; None if there is none."""
+    for box in reversed(list(_BOX.finditer(text))):
+        if box[1] is not None:
+            return box[1]
+        end = prompts.find_closing_brace(text, box.end())
+        if end is not None and (content := text[box.end() : end].strip()):
+            return content
+    return None
+
+
+def _list_words(text: str) -> list[str]:
+    """The words of a text, without LaTeX's commands and without single letters."""
+    return _WORD.findall(text)
 
 
 def split_top_level(text: str) -> list[str]:

@@ -99,8 +99,12 @@ def add_training_questions(cfg: ConfigDict, seen: Record | None, train: Sequence
     learns_from_solutions = cfg.supervised.reward_steps and not cfg.supervised.reward_data
     if seen is None or not (updates_reward_model(cfg) or learns_from_solutions):
         return seen
-    source = _name_file(cfg.data.train) or cfg.data.format
-    return seen | seen_questions.record_questions((p.question for p in train), source)
+    # Of several sources each has its own name; a single one keeps that of its file.
+    names = list(dict.fromkeys(p.source for p in train))
+    for name in names:
+        source = name if len(names) > 1 else _name_file(cfg.data.train) or cfg.data.format
+        seen |= seen_questions.record_questions((p.question for p in train if p.source == name), source)
+    return seen
 
 
 def drop_seen(cfg: ConfigDict, held_out: Sequence[Problem], seen: Record | None) -> list[Problem]:

@@ -1,40 +1,49 @@
 """Problems with reference answers, from files and prepared data sets.
 
-  1. row_reader.py reads a file or a prepared data set row by row.
+  1. data_sources.py finds the files of a source, and row_reader.py reads them row by row.
   2. The parser of the row's format makes a Problem of it.  The format is a published one, recognised by its
-     fields, or uses columns named in the config.  answers.py cleans question and reference.
+     columns (formats.py), or uses columns named in the config.  answers.py cleans question and reference.
   3. `drop_long_prompts` drops problems whose prompts are too long.
   4. `problem_at` gives the problem at a position of the data order.  The position is one global integer,
      which counts the prompts of a run: position p is in epoch p // size, and each epoch visits every problem
      once, in an order that is a function of (seed, epoch) alone.  A run that resumes on another number of
-     hosts therefore skips and repeats no problem.
+     hosts therefore skips and repeats no problem.  mixtures.py gives the order of several weighted sources.
   5. `fixed_random_order` chooses the part of a file on which an evaluation runs.
-
-Published formats, with the fields by which each is recognised:
-
-    gsm8k          question, answer (a worked solution, then `#### N`)
-    svamp          Body, Question, Answer
-    math500        prompt (ends by asking for a box), answer in LaTeX
-    olympiadbench  question, final_answer (a list), unit
-    odyssey        {"Problem_N": {question, answer, ...}}
 
 If a row has a subject or a level (`_SUBJECT_FIELDS`, `_LEVEL_FIELDS`), the Problem contains them.
 
-A malformed row raises ValueError with its file and line; no row is skipped.
+A malformed row raises ValueError with its file, line and column; no row is skipped, except those that the
+data set itself marks as having no final answer, which are counted.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from cooper_jax.data import answers, row_reader
-from cooper_jax.data.row_reader import Row
+from cooper_jax.data import answers, chat_columns, data_sources, formats, row_reader
+from cooper_jax.data.data_sources import DataSource
+from cooper_jax.data.formats import FORMATS, ParsedRow
+from cooper_jax.data.row_reader import LocatedRow, Row
 from cooper_jax.runtime import keys
 from cooper_jax.types import Problem
 
 # Formats whose columns are named by the config.
 NAMED = ("jsonl", "parquet", "tfds")
+# Fields of the config's section `data` that are arguments of `load_problems`.
+COLUMN_FIELDS = ("question_key", "reference_key", "solution_key", "tfds_dir", "reduce_solutions")
+# Columns that are read if neither a format is recognised nor a column named.
+DEFAULT_KEYS = ("question", "answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemSet:
+    """The problems of one source."""
+
+    source: DataSource
+    problems: list[Problem]  # in the source's order
+    unanswered: int  # rows left out, which the data set marks as having no final answer
 
 
 def load_problems(
@@ -46,59 +55,118 @@ def load_problems(
     solution_key: str,
     tfds_dir: str,
     split: str,
+    reduce_solutions: bool = True,
 ) -> list[Problem]:
-    """Load all problems of a source, in the source's order.
+    """Load all problems of a source, in the source's order; `load_problem_set` describes the arguments."""
+    return load_problem_set(
+        source,
+        format,
+        (question_key, reference_key, solution_key),
+        tfds_dir=tfds_dir,
+        split=split,
+        reduce_solutions=reduce_solutions,
+    ).problems
+
+
+def load_problem_set(
+    source: str | DataSource,
+    format: str,
+    columns: tuple[str, str, str],
+    *,
+    tfds_dir: str,
+    split: str,
+    reduce_solutions: bool = True,
+) -> ProblemSet:
+    """Load all problems of a source.
 
     Args:
-      source: a local or remote (gs://...) file, or the name of a tensorflow-datasets data set.
-      format: auto (recognise a published format by its fields, otherwise read the named columns), a published
-        format, or one of jsonl, parquet and tfds, which read the named columns.  Parquet files may contain
-        rows of any format.
-      question_key, reference_key, solution_key: columns of jsonl, parquet and tfds; solution_key may be "".
-        A reference with a `####` mark is read like GSM8K's answer field, which contains a solution too; a
-        solution column takes precedence over that solution.
+      source: what `data_sources.find_source` finds, or its text, or the name of a tensorflow-datasets data set.
+      format: auto (named columns that the row has and that are not the default ones; else a published format,
+        recognised by its columns; else the default columns), a published format, or one of jsonl, parquet and
+        tfds, which read the named columns.  Any kind of file may contain rows of any format.
+      columns: the columns of question, reference and worked solution, which may be nested
+        (`reward_model.ground_truth`); the last may be "".  A question may be a list of messages.  A reference
+        may be a list of answers, or a worked solution (formats.read_solved_reference); a column of solutions
+        takes precedence over that solution.
       tfds_dir: the folder of prepared data sets; "" is the library's default.
-      split: of tensorflow-datasets only, for example "train" or "train[:100]".
+      split: of tensorflow-datasets, for example "train" or "train[:100]"; of folders and hub data sets, the
+        split that is read if the source's text names none.
+      reduce_solutions: reduce named references that are worked solutions, or refuse them.
 
-    Raises ValueError for an unknown format, a malformed row (file, line, field) and a source without rows,
+    Raises ValueError for an unknown format, a malformed row (file, line, column) and a source without rows,
     FileNotFoundError for a missing file, and OSError for an address that cannot be reached.
     """
-    if format not in ("auto", *NAMED, *_PUBLISHED):
+    if format not in ("auto", *NAMED, *FORMATS):
         raise ValueError(
-            f"format {format!r} is none of auto, {', '.join((*_PUBLISHED, *NAMED))}; set "
+            f"format {format!r} is none of auto, {', '.join((*FORMATS, *NAMED))}; set "
             "--config.data.format (synthetic problems are generated, not loaded)"
         )
     if format == "tfds":
-        rows = row_reader.read_tfds_rows(source, tfds_dir, split)
+        text = source.text if isinstance(source, DataSource) else source
+        source = DataSource(text, text, ())
+        rows = row_reader.read_tfds_rows(text, tfds_dir, split)
     else:
-        rows = row_reader.read_file_rows(source)
+        if isinstance(source, str):
+            source = data_sources.find_source(source, split)
+        rows = _read_files(source)
 
-    problems = []
+    problems, unanswered = [], 0
     for location, id, row in rows:
         # Every message about a row begins with the row's location.
         try:
             # The first row decides the format; a later row of another format is malformed.
             if format == "auto":
-                format = recognise_format(row, question_key, reference_key)
-            if format in _PUBLISHED:
-                question, reference, solution = _PUBLISHED[format](row)
-            else:
-                question, reference, solution = _parse_named_columns(
-                    row, question_key, reference_key, solution_key
-                )
-            if not question or not reference:
-                raise ValueError(f"the {'reference answer' if question else 'question'} is empty")
+                format = choose_format(row, *columns)
+            parsed = _parse_row(row, format, columns, reduce_solutions)
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from error
-
-        # Evaluations report accuracy by subject and level.
-        subject = _find_label(row, _SUBJECT_FIELDS, (str,))
-        level = _find_label(row, _LEVEL_FIELDS, (str, int))
-        problems.append(Problem(question, reference, solution, id, subject, level))
+        if parsed is None:
+            unanswered += 1
+        else:
+            problems.append(_make_problem(parsed, row, format, id, source.name))
 
     if not problems:
-        raise ValueError(f"{source}: the file has no rows")
-    return problems
+        reason = f"all {unanswered} rows have no final answer" if unanswered else "the file has no rows"
+        raise ValueError(f"{source.text}: {reason}")
+    return ProblemSet(source, problems, unanswered)
+
+
+def _read_files(source: DataSource) -> Iterator[LocatedRow]:
+    """Read the rows of all files of a source, in order."""
+    for file in source.files:
+        yield from row_reader.read_local_rows(file.path, file.display_name)
+
+
+def _parse_row(
+    row: Row, format: str, columns: tuple[str, str, str], reduce_solutions: bool
+) -> ParsedRow | None:
+    """Parse a row of a format; None for a row without a final answer.  Raises ValueError for a malformed row."""
+    if format in FORMATS:
+        parsed = FORMATS[format].parse(row)
+    else:
+        parsed = _parse_named_columns(row, *columns, reduce_solutions)
+    if parsed is not None and not (parsed.question and parsed.reference):
+        raise ValueError(f"the {'reference answer' if parsed.question else 'question'} is empty")
+    return parsed
+
+
+def _make_problem(parsed: ParsedRow, row: Row, format: str, id: str, source: str) -> Problem:
+    """Make the problem of a row.  source: the name of the source."""
+    unused = FORMATS[format].unused if format in FORMATS else ()
+    # Without unused columns the row is kept itself, not copied.
+    columns = {c: value for c, value in row.items() if c not in unused} if unused else row
+    return Problem(
+        parsed.question,
+        parsed.reference,
+        parsed.solution,
+        id,
+        # Evaluations report accuracy by subject and level.
+        subject=_find_label(row, _SUBJECT_FIELDS, (str,)),
+        level=_find_label(row, _LEVEL_FIELDS, (str, int)),
+        messages=parsed.messages,
+        source=source,
+        columns=columns,
+    )
 
 
 def drop_long_prompts(
@@ -168,13 +236,17 @@ def _epoch_order(size: int, seed: int, epoch: int, stream: str) -> np.ndarray:
     return order
 
 
-def recognise_format(row: Row, question_key: str, reference_key: str) -> str:
-    """The format of a row by its fields: a published one, or "jsonl" if the row has the named columns.
+def choose_format(row: Row, question_key: str, reference_key: str, solution_key: str = "") -> str:
+    """The format of a row: a published one, or "jsonl" if the row has the named columns.
 
     Raises ValueError if no format or several match.
     """
-    matching = [name for name, matches in _MATCHES.items() if matches(row)]
-    if not matching and {question_key, reference_key} <= row.keys():
+    # Columns that the user has named count more than a format that the row has besides.
+    has_named = all(row_reader.has_field(row, key) for key in (question_key, reference_key))
+    if has_named and (question_key, reference_key) != DEFAULT_KEYS:
+        return "jsonl"
+    matching = formats.recognise_format(row)
+    if not matching and has_named:
         return "jsonl"
     if len(matching) == 1:
         return matching[0]
@@ -182,82 +254,20 @@ def recognise_format(row: Row, question_key: str, reference_key: str) -> str:
     # A guess between several formats could read the wrong column as the answer.
     raise ValueError(
         f"the fields {sorted(row)} fit {' and '.join(matching) or 'no known format'}: set "
-        f"--config.data.format to one of {', '.join((*_PUBLISHED, *NAMED))}, and name the columns with "
+        f"--config.data.format to one of {', '.join((*FORMATS, *NAMED))}, and name the columns with "
         f"--config.data.question_key (now {question_key!r}) and .reference_key (now {reference_key!r})"
     )
 
-
-# --- formats: a row -> (question, reference, solution) -------------------------------------------------
-
-
-def _parse_gsm8k(row: Row) -> tuple[str, str, str]:
-    question = answers.clean_question(row_reader.get_text(row, "question"))
-    reference, solution = answers.split_gsm8k_answer(row_reader.get_text(row, "answer"))
-    return question, reference, solution
-
-
-def _parse_svamp(row: Row) -> tuple[str, str, str]:
-    body = row_reader.get_text(row, "Body").strip()
-    question = row_reader.get_text(row, "Question").strip()
-    # A body without a full stop is a clause that the question completes.
-    comma = "," if body[-1:].isalnum() else ""
-    text = f"{body}{comma} {question}" if question else ""
-    return text, answers.format_number(row_reader.get_field(row, "Answer")), ""
-
-
-def _parse_math500(row: Row) -> tuple[str, str, str]:
-    question = answers.strip_instruction(row_reader.get_text(row, "prompt"))
-    reference = answers.clean_reference(row_reader.get_text(row, "answer"))
-    return answers.clean_question(question), reference, ""
-
-
-def _parse_olympiadbench(row: Row) -> tuple[str, str, str]:
-    final = row_reader.get_field(row, "final_answer")
-    if not isinstance(final, list) or not all(isinstance(a, str) for a in final):
-        raise ValueError(f"field 'final_answer' is {final!r}: it must be a list of strings")
-    # Both fields are null in most rows.
-    context = row_reader.get_text(row, "context") + "\n" if row.get("context") else ""
-    unit = row_reader.get_text(row, "unit") if row.get("unit") else ""
-    several = row.get("is_multiple_answer") is True
-
-    question = answers.clean_question(context + row_reader.get_text(row, "question"))
-    return question, answers.join_answers(final, unit, several=several), ""
-
-
-def _parse_odyssey(row: Row) -> tuple[str, str, str]:
-    if len(row) != 1 or not isinstance(inner := next(iter(row.values())), dict):
-        raise ValueError(f"the fields {sorted(row)} are not one 'Problem_N' that holds an object")
-    question = answers.clean_question(row_reader.get_text(inner, "question"))
-    reference = answers.clean_reference(row_reader.get_text(inner, "answer"), prose=True)
-    return question, reference, ""
-
-
-_PUBLISHED: dict[str, Callable[[Row], tuple[str, str, str]]] = {
-    "gsm8k": _parse_gsm8k,
-    "svamp": _parse_svamp,
-    "math500": _parse_math500,
-    "olympiadbench": _parse_olympiadbench,
-    "odyssey": _parse_odyssey,
-}
 
 # Fields of a problem's subject and level in published sets; the first one that a row has is used.
 _SUBJECT_FIELDS = ("subject", "subfield", "label", "Type", "type")
 _LEVEL_FIELDS = ("level",)
 
-# Format -> predicate on a row's fields.  Every row of a published file matches exactly one format.
-_MATCHES: dict[str, Callable[[Row], bool]] = {
-    "gsm8k": lambda row: {"question", "answer"} <= row.keys() and "####" in str(row["answer"]),
-    "svamp": lambda row: {"Body", "Question", "Answer"} <= row.keys(),
-    "math500": lambda row: {"prompt", "answer"} <= row.keys(),
-    "olympiadbench": lambda row: {"question", "final_answer"} <= row.keys(),
-    "odyssey": lambda row: len(row) == 1 and next(iter(row)).startswith("Problem_"),
-}
-
 
 def _find_label(row: Row, fields: Sequence[str], types: tuple[type, ...]) -> str:
     """The first value of one of `types` among the `fields` of a row, as text; "" if there is none."""
     # odyssey rows are {"Problem_N": {...}}: the fields are inside.
-    inner = next(iter(row.values())) if _MATCHES["odyssey"](row) else row
+    inner = next(iter(row.values())) if FORMATS["odyssey"].matches(row) else row
     for field in fields:
         value = inner.get(field)
         # A bool is an int, but no level.
@@ -267,25 +277,14 @@ def _find_label(row: Row, fields: Sequence[str], types: tuple[type, ...]) -> str
 
 
 def _parse_named_columns(
-    row: Row, question_key: str, reference_key: str, solution_key: str
-) -> tuple[str, str, str]:
-    """Read (question, reference, solution) from named columns.
-
-    A reference is text, a number or a list of texts.
-    """
-    question = answers.clean_question(row_reader.get_text(row, question_key))
+    row: Row, question_key: str, reference_key: str, solution_key: str, reduce_solutions: bool
+) -> ParsedRow:
+    """Read the texts of a problem from named columns."""
+    messages: chat_columns.Messages = ()
+    if isinstance(row_reader.get_field(row, question_key), list):
+        question, messages = chat_columns.read_prompt(row, question_key)
+    else:
+        question = answers.clean_question(row_reader.get_text(row, question_key))
     solution = row_reader.get_text(row, solution_key).strip() if solution_key else ""
-
-    # A list of answers, or a number.
-    value = row_reader.get_field(row, reference_key)
-    if isinstance(value, list) and all(isinstance(a, str) for a in value):
-        return question, answers.join_answers(value), solution
-    if isinstance(value, (int, float)):
-        return question, answers.format_number(value), solution
-
-    # Text, in which a `####` marks GSM8K's combination of solution and answer.
-    text = row_reader.get_text(row, reference_key)
-    if "####" not in text:
-        return question, answers.clean_reference(text), solution
-    reference, worked = answers.split_gsm8k_answer(text)
-    return question, reference, solution or worked
+    reference, worked = formats.read_solved_reference(row, reference_key, reduce_solutions)
+    return ParsedRow(question, reference, solution or worked, messages)

@@ -1,6 +1,7 @@
-r"""All prompt templates: the text around questions, references and completions.
+r"""Templates of the reward model, the assistant and the judge: the text around questions and completions.
 
-* `encode_policy_prompt`: the policy's input.
+policy_prompts.py has the policy's prompt.
+
 * `render_verifier_text`, `encode_verifier_input`: the reward model's input, which is the same in its
   training, in scoring and in pairs:
 
@@ -62,28 +63,13 @@ class TextEncoder(Protocol):
 
     def offsets(self, text: str) -> list[tuple[int, int]]: ...
 
-    def chat(self, messages: Sequence[tuple[str, str]], fallback: bool) -> list[int]: ...
 
-
-# --- the policy --------------------------------------------------------------------------------------
-
-
-def encode_policy_prompt(tok: TextEncoder, question: str, instruction: str, chat: bool) -> list[int]:
-    """Encode a question and the instruction.
-
-    chat: use the tokenizer's chat template; otherwise the prompt is plain text that ends with a newline.
-    """
-    if chat:
-        return tok.chat([("user", question + instruction)], fallback=False)
-    return _get_bos(tok) + tok.encode(question + instruction + "\n")
+# --- the reward model --------------------------------------------------------------------------------
 
 
 def _get_bos(tok: TextEncoder) -> list[int]:
     """The ids at the start of every input: the model's bos id, or none."""
     return [] if tok.bos_id is None else [tok.bos_id]
-
-
-# --- the reward model --------------------------------------------------------------------------------
 
 
 def strip_tags(text: str) -> str:
@@ -503,7 +489,7 @@ class _StatedAnswer(NamedTuple):
 def _find_answer(text: str) -> _StatedAnswer | None:
     """The answer that `extract_answer` returns, with its position."""
     for box in reversed(list(_BOXED.finditer(text))):
-        end = _find_closing_brace(text, box.end())
+        end = find_closing_brace(text, box.end())
         if end is not None and (answer := text[box.end() : end].strip()):
             return _StatedAnswer(answer, box.start(), end + 1)
     for pattern in (_HASH_MARK, _ANSWER_PHRASE):
@@ -514,7 +500,7 @@ def _find_answer(text: str) -> _StatedAnswer | None:
     return None
 
 
-def _find_closing_brace(text: str, start: int) -> int | None:
+def find_closing_brace(text: str, start: int) -> int | None:
     """The position of the brace that closes the one opened before `start`; escaped braces do not count."""
     depth = 1
     for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):

@@ -1,10 +1,11 @@
 """Readers of files and prepared data sets, row by row, each row with its location for messages.
 
-Formats: JSON lines (.jsonl or .json with one object per line, also .gz), a .json file that holds one list of
-objects (also .gz), parquet, and tensorflow-datasets.  A row that cannot be read raises ValueError with its
-location.  Blank lines are skipped, but counted in line numbers.
+Formats: JSON lines (.jsonl or .json with one object per line), a .json file that holds one list of objects,
+.csv and .tsv with a header (all of these also as .gz), parquet, and tensorflow-datasets.  A row that cannot be
+read raises ValueError with its location.  Blank lines are skipped, but counted in line numbers.
 """
 
+import csv
 import gzip
 import json
 import re
@@ -21,12 +22,17 @@ from cooper_jax.runtime.extras import import_extra
 Row = Mapping[str, Any]
 LocatedRow = tuple[str, str, Row]  # location (file and line, for messages), id, row
 
+# Endings of files that are read, each also with .gz except .parquet.
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+# Longest field of a .csv file, in characters; the library's own limit is 131,072.
+_MAX_CSV_FIELD = 2**27
+
 # Half of a UTF-16 surrogate pair, which Python allows in a str.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_file_rows(source: str) -> Iterator[LocatedRow]:
-    """Read the rows of a .parquet file, of JSON lines or of a JSON list, local or remote (gs://...).
+    """Read the rows of a file in any format but tensorflow-datasets, local or remote (gs://...).
 
     Raises FileNotFoundError for a missing file, OSError for an address that cannot be reached, and ValueError
     for a malformed row.
@@ -35,10 +41,17 @@ def read_file_rows(source: str) -> Iterator[LocatedRow]:
     if not path.is_file():
         raise FileNotFoundError(f"{source}: there is no such file (the name of a data set needs format=tfds)")
     # Messages name the remote address, not the local copy.
-    display_name = source if remote_files.is_remote(source) else str(path)
+    yield from read_local_rows(path, source if remote_files.is_remote(source) else str(path))
+
+
+def read_local_rows(path: Path, display_name: str) -> Iterator[LocatedRow]:
+    """Read the rows of a local file as `read_file_rows` does.  display_name: the file's name in messages."""
     # Any other suffix, or none, is taken for JSON lines.
+    suffix = Path(path.name.removesuffix(".gz")).suffix
     if path.suffix == ".parquet":
         yield from _read_parquet_rows(path, display_name)
+    elif suffix in (".csv", ".tsv"):
+        yield from _read_csv_rows(path, display_name, "," if suffix == ".csv" else "\t")
     elif _holds_list(path):
         yield from _read_json_list(path, display_name)
     else:
@@ -78,6 +91,9 @@ def _read_json_list(path: Path, display_name: str) -> Iterator[LocatedRow]:
         raise ValueError(f"{display_name}: not JSON ({error}); one list of objects is expected") from error
 
     for number, row in enumerate(rows, start=1):
+        # Open-Reasoner-Zero publishes each row as a list of two objects, whose columns are then 0 and 1.
+        if isinstance(row, list) and all(isinstance(item, dict) for item in row):
+            row = {str(i): item for i, item in enumerate(row)}
         if not isinstance(row, dict):
             raise ValueError(f"{display_name}: row {number}: a {type(row).__name__}, not an object")
         yield f"{display_name}: row {number}", f"{stem}:{number}", row
@@ -115,6 +131,48 @@ def _parse_json_object(line: bytes) -> Row:
     if not isinstance(row, dict):
         raise _BadLine(f"a {type(row).__name__}, not an object; one object per line is expected")
     return row
+
+
+def _read_csv_rows(path: Path, display_name: str, delimiter: str) -> Iterator[LocatedRow]:
+    """Read the rows of a file whose first line names the columns.  All values are text."""
+    stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    csv.field_size_limit(_MAX_CSV_FIELD)
+    rows = 0
+    try:
+        with _open_binary(path) as file:
+            # Strict: a quotation mark that never closes would otherwise swallow the rest of the file.
+            reader = csv.reader(_decode_lines(file), delimiter=delimiter, strict=True)
+            header = next(reader, [])
+            if len(set(header)) < len(header) or "" in header:
+                raise ValueError(f"{display_name}:1: the header {header} has an empty or a repeated column")
+            first_line = reader.line_num + 1
+            for fields in reader:
+                # A field may contain line breaks; the location is the row's first line.
+                line, first_line = first_line, reader.line_num + 1
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise ValueError(
+                        f"{display_name}:{line}: the row has {len(fields)} fields and the header {len(header)}"
+                    )
+                rows += 1
+                yield f"{display_name}:{line}", f"{stem}:{rows}", dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{display_name}:{first_line}: not readable as {path.suffix}: {error}") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{display_name}: the gzip file is damaged: {error}") from error
+    except _BadLine as error:
+        raise ValueError(f"{display_name}:{error}") from error
+
+
+def _decode_lines(file: gzip.GzipFile | BinaryIO) -> Iterator[str]:
+    """The lines of a file as text, without a byte order mark.  Raises _BadLine that begins with the line."""
+    for number, line in enumerate(file, start=1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise _BadLine(f"{number}: byte {error.start} is not UTF-8 ({error.reason})") from error
+        yield text.removeprefix("\ufeff") if number == 1 else text
 
 
 def _read_parquet_rows(path: Path, display_name: str) -> Iterator[LocatedRow]:
@@ -179,11 +237,36 @@ def _to_plain_value(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def has_field(row: Row, key: str) -> bool:
+    """True if a row has a field, which may be nested: `reward_model.ground_truth`."""
+    try:
+        get_field(row, key)
+    except ValueError:
+        return False
+    return True
+
+
 def get_field(row: Row, key: str) -> Any:
-    """A row's field.  Raises ValueError where it is missing."""
-    if key not in row:
-        raise ValueError(f"field {key!r} is missing; the row has {sorted(row)}")
-    return row[key]
+    """A row's field.  Raises ValueError where it is missing.
+
+    key: a column, or a path into one with dots: `reward_model.ground_truth`, `messages.0.content`.
+    """
+    if key in row:
+        return row[key]
+    value: Any = row
+    path = key.split(".")
+    for depth, part in enumerate(path):
+        # An index of a list, or a key of an object.
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, Mapping) and part in value:
+            value = value[part]
+        else:
+            outer = ".".join(path[:depth])
+            found = sorted(value) if isinstance(value, Mapping) else f"a {type(value).__name__}"
+            owner = f"{outer!r} has" if outer else "the row has"
+            raise ValueError(f"field {key!r} is missing; {owner} {found}")
+    return value
 
 
 def replace_surrogates(text: str) -> str:
@@ -200,9 +283,14 @@ def get_text(row: Row, key: str) -> str:
     value = get_field(row, key)
     if not isinstance(value, str):
         raise ValueError(f"field {key!r} is {type(value).__name__} {value!r}: it must be text")
+    check_encodable(value, key)
+    return value
+
+
+def check_encodable(text: str, key: str) -> None:
+    """Raise ValueError for text without a UTF-8 form.  key: the field."""
     # Checked here, where the field is known: a tokenizer would raise an error without its location.
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"field {key!r} contains half a surrogate pair: {error.reason}") from error
-    return value

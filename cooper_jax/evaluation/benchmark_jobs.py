@@ -63,7 +63,9 @@ def evaluate_benchmarks(cfg: ConfigDict, chosen: ChosenModels, places: Sequence[
     outcome_settings = chosen.settings("policy") | {
         "seed": cfg.seed,
         "data.instruction": cfg.data.instruction,
+        "data.system": cfg.data.system,
         "data.chat": cfg.data.chat,
+        "data.thinking": cfg.data.thinking,
         "rollout.dtype": cfg.rollout.dtype,
         "rollout.kv_dtype": cfg.rollout.kv_dtype,
         "benchmark.samples": settings.samples,

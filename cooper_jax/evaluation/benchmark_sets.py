@@ -17,9 +17,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from cooper_jax.data import data_sources, policy_prompts, row_reader, seen_questions, synthetic
 from cooper_jax.data import problems as problem_sets
-from cooper_jax.data import prompts as prompt_texts
-from cooper_jax.data import row_reader, seen_questions, synthetic
+from cooper_jax.data.policy_prompts import PromptStyle
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.runtime import remote_files
 from cooper_jax.settings import typed_config
@@ -104,14 +104,14 @@ class Benchmark:
 def find_benchmarks(given: Sequence[str]) -> list[str]:
     """List the benchmark files; a folder contributes the published benchmarks among its *_test files.
 
-    given: files, addresses, folders, or SYNTHETIC.
+    given: files, addresses, folders, hub data sets, or SYNTHETIC.
 
     Raises SetupError for a place that does not exist, a folder without benchmarks, and two files of one name.
     """
     benchmark_files: list[str] = []
     for place in given:
         # Folders are listed on local disks only.
-        if place == SYNTHETIC or remote_files.is_remote(place):
+        if place == SYNTHETIC or remote_files.is_remote(place) or data_sources.parse_hub_source(place):
             benchmark_files.append(place)
             continue
         path = Path(place).expanduser()
@@ -152,7 +152,7 @@ def _is_published(path: str) -> bool:
     """True if the file's first row has the format of a published benchmark."""
     try:
         _, _, row = next(iter(row_reader.read_file_rows(path)))
-        return problem_sets.recognise_format(row, "", "") != "jsonl"
+        return problem_sets.choose_format(row, "", "") != "jsonl"
     except (ValueError, StopIteration):
         return False
 
@@ -193,10 +193,11 @@ def _load_benchmark(
     remaining = kept if settings.exclude_seen else chosen
 
     # Prompts are never truncated: a problem without its end would be another problem.
-    instruction, chat = cfg.data.instruction, cfg.data.chat
+    style = PromptStyle.from_config(cfg.data)
+    policy_prompts.check_thinking(tokenizer, style)
     prompts: dict[int, list[int]] = {}  # by the problem's index
     for i in remaining:
-        prompts[i] = prompt_texts.encode_policy_prompt(tokenizer, problems[i].question, instruction, chat)
+        prompts[i] = policy_prompts.encode_policy_prompt(tokenizer, problems[i], style)
     fitting = [i for i in remaining if len(prompts[i]) <= settings.max_prompt_tokens]
     if not fitting:
         raise ValueError(
@@ -220,8 +221,8 @@ def _read_problems(cfg: ConfigDict, settings: BenchmarkConfig, place: str) -> li
     """Read a file's problems, or make the synthetic ones."""
     if place == SYNTHETIC:
         return synthetic.make_problems(cfg.seed, settings.problems or cfg.eval.problems, "eval")
-    columns = {name: cfg.data[name] for name in ("question_key", "reference_key", "solution_key", "tfds_dir")}
-    return problem_sets.load_problems(place, "auto", split="", **columns)
+    columns = {name: cfg.data[name] for name in problem_sets.COLUMN_FIELDS}
+    return problem_sets.load_problems(place, "auto", split=cfg.data.eval_split, **columns)
 
 
 def sample_part(size: int, count: int) -> list[int]:

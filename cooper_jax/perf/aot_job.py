@@ -100,7 +100,7 @@ def drop_data(cfg: ConfigDict) -> ConfigDict:
     Raises SetupError for settings out of range, and for models with meshes of their own.
     """
     cfg = cfg.copy_and_resolve_references()
-    cfg.data.update(format="synthetic", train="", eval="")
+    cfg.data.update(format="synthetic", train="", train_weights="", eval="", eval_weights="")
 
     # The check of the settings requires the reward model's weights, but compiling needs only its shape.
     checked = cfg if cfg.reward.weights else _change_field(cfg, "reward.weights", "random")

@@ -16,19 +16,36 @@ def describe_references(name: str, problems: Sequence[Problem]) -> str:
     Args:
       name: the flag that names the file.
     """
+    unusable, repeated = _find_unusable(problems)
+    if not unusable and not repeated:
+        return ""
+    return (
+        f"{name}: of {len(problems)} problems, the rule can never verify the references of "
+        f"{len(unusable)}{_show_examples(unusable)}; {repeated} are duplicates of others"
+    )
+
+
+def describe_problems(problems: Sequence[Problem]) -> str:
+    """The numbers of duplicates and of references that the rule can never verify, as the end of a line."""
+    unusable, repeated = _find_unusable(problems)
+    return (
+        f"{repeated} duplicates of others, {len(unusable)} references that the rule can never "
+        f"verify{_show_examples(unusable)}"
+    )
+
+
+def _find_unusable(problems: Sequence[Problem]) -> tuple[list[str], int]:
+    """The references that the rule can never verify, and the number of duplicates."""
     # Each distinct reference is parsed once: parsing takes about 0.1 ms.
     usable = {reference: can_be_verified(reference) for reference in {p.reference for p in problems}}
     unusable = [p.reference for p in problems if not usable[p.reference]]
     repeated = len(problems) - len({(p.question, p.reference) for p in problems})
-    if not unusable and not repeated:
-        return ""
+    return unusable, repeated
 
-    examples = ", ".join(repr(reference[:40]) for reference in list(dict.fromkeys(unusable))[:SHOWN])
-    shown = f" ({examples})" if examples else ""
-    return (
-        f"{name}: of {len(problems)} problems, the rule can never verify the references of {len(unusable)}{shown}; "
-        f"{repeated} are duplicates of others"
-    )
+
+def _show_examples(references: Sequence[str]) -> str:
+    examples = ", ".join(repr(reference[:40]) for reference in list(dict.fromkeys(references))[:SHOWN])
+    return f" ({examples})" if examples else ""
 
 
 def can_be_verified(reference: str) -> bool:

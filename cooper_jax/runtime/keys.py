@@ -32,6 +32,7 @@ STREAMS = {
     "init_reward": 11,
     "init_assistant": 12,
     "init_score_head": 13,
+    "mixture": 43,  # ids: number of the order's stream, block (order of weighted sources in a block)
     # Supervised phases before step 1, and training of a reward model alone.
     "supervised_policy": 14,  # ids: epoch (order of the demonstrations)
     "supervised_reward": 15,  # ids: epoch (order of the labelled triples)

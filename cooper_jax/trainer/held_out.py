@@ -4,7 +4,8 @@
    fixed keys, so two evaluations of one policy are equal.
 2. Each response gets the rule's verdict, the reward model's score and, for synthetic problems, exact truth.
 3. With `eval.greedy` the same metrics of greedy responses are added under `eval/greedy/`.
-4. Synthetic problems have more metrics.  `eval/response/habit` is the share of responses with the habit that
+4. Problems of several sources are also measured by source, under `eval/by_source/<name>/`.
+5. Synthetic problems have more metrics.  `eval/response/habit` is the share of responses with the habit that
    the reward model has learnt to reward (data/synthetic.py).  Accuracy and AUROC of the reward model are
    measured on three sets of completions:
 
@@ -17,6 +18,8 @@
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +36,7 @@ from cooper_jax.trainer.step_metrics import (
     measure_responses,
     measure_verdicts,
 )
-from cooper_jax.types import Completion, Metrics, Problem
+from cooper_jax.types import Completion, Metrics, Problem, Verdict
 
 
 def evaluate_held_out(components: Components, state: State) -> Metrics:
@@ -68,6 +71,7 @@ def _evaluate_responses(components: Components, state: State, temperature: float
         [(p.reference, c.text) for p, c in zip(problems, completions, strict=True)]
     )
     metrics = measure_responses(completions) | measure_oracle(oracle, problems, completions)
+    scores = None
     if components.reward is not None:
         logits = compute_response_logits(components, state.reward_state.params, problems, completions)
         scores = np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)))
@@ -79,7 +83,34 @@ def _evaluate_responses(components: Components, state: State, temperature: float
     # Only synthetic problems have the habit.
     if oracle is not None:
         metrics["response/habit"] = float(np.mean([synthetic.has_habit(c.text) for c in completions]))
-    return metrics | measure_verdicts(pending_verdicts.result())
+    verdicts = pending_verdicts.result()
+    return metrics | measure_verdicts(verdicts) | _measure_sources(problems, completions, verdicts, scores)
+
+
+def _measure_sources(
+    problems: Sequence[Problem],
+    completions: Sequence[Completion],
+    verdicts: Sequence[Verdict],
+    scores: np.ndarray | None,
+) -> Metrics:
+    """The metrics of each source's responses; none if all are of one source.
+
+    problems, completions, verdicts: one per response.  scores: f32[N], or None without a reward model.
+    """
+    rows_by_source: dict[str, list[int]] = {}
+    for n, problem in enumerate(problems):
+        rows_by_source.setdefault(problem.source, []).append(n)
+    if len(rows_by_source) < 2:
+        return {}
+
+    metrics: Metrics = {}
+    for name, rows in rows_by_source.items():
+        verdicts_of_source = [verdicts[n] for n in rows]
+        measured = measure_verdicts(verdicts_of_source) | measure_responses([completions[n] for n in rows])
+        if scores is not None:
+            measured |= measure_hacking(scores[rows], verdicts_of_source)
+        metrics |= {f"by_source/{name}/{metric}": value for metric, value in measured.items()}
+    return metrics
 
 
 def _evaluate_reward_model(components: Components, state: State) -> Metrics:

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cooper_jax.data import packing
-from cooper_jax.data import problems as problem_sets
 from cooper_jax.policy import grpo
 from cooper_jax.policy.advantages import group_advantages
 from cooper_jax.rollout import engine
@@ -55,7 +54,7 @@ def take_problems(components: Components, first: int, stream: str = "shuffle") -
     """
     settings = components.settings
     positions = range(first, first + settings.data.prompts_per_step)
-    chosen = [problem_sets.problem_at(p, len(components.train), settings.seed, stream) for p in positions]
+    chosen = [components.data_order.problem_at(p, settings.seed, stream) for p in positions]
     problems = [components.train[i] for i in chosen]
 
     row_problems: list[Problem] = []

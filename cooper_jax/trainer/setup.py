@@ -1,9 +1,9 @@
 """Setup of a run: from a config to the components and the state at step 0.
 
 1. `read_settings` checks the config and returns typed settings, or reports all errors of the config at once.
-2. `load_problems` reads the training and the held-out problems.  Held-out problems on which the reward model
-   is trained are excluded (data/contamination.py), and `choose_held_out` samples from the others.  Problems
-   with too long prompts are dropped and counted.
+2. run_problems.py reads the training and the held-out problems.  Held-out problems on which the reward model
+   is trained are excluded (data/contamination.py), and a part of the others is chosen.  Problems with too long
+   prompts are dropped and counted.
 3. `build_components` loads both models with their tokenizers, starts the rule verifier's workers and the
    assistant, and yields `Components`, which never change, and `State`, which every step replaces (state.py).
    Nothing is compiled yet.
@@ -17,9 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from cooper_jax.data import contamination, prompts, synthetic
-from cooper_jax.data import problems as problem_sets
-from cooper_jax.data.data_config import DataConfig
+from cooper_jax.data import contamination, policy_prompts, prompts, synthetic
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
 from cooper_jax.model.loading import Directory, check_length, describe_model, load_model, load_tokenizer
@@ -28,70 +26,30 @@ from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
 from cooper_jax.reward.calibration import Calibration
 from cooper_jax.reward.multihost import share_over_hosts
-from cooper_jax.rule import reference_checks
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
+from cooper_jax.trainer import run_problems
 from cooper_jax.trainer.run_calibration import load_run_calibration
+from cooper_jax.trainer.run_problems import RunProblems
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, LogprobsFunction, PolicyBundle, RewardBundle, State
 from cooper_jax.types import Problem, TrainState
 
 
-def load_problems(settings: RunSettings) -> tuple[list[Problem], list[Problem]]:
-    """Load the training problems and all problems held out for evaluation (possibly none).
-
-    Raises SetupError with every file that cannot be read.
-    """
-    data = settings.data
-
-    # Synthetic splits are disjoint by construction.
-    if data.is_synthetic:
-        return (
-            synthetic.make_problems(settings.seed, data.synthetic_size, "train"),
-            synthetic.make_problems(settings.seed, settings.eval.problems, "eval"),
-        )
-
-    def load(source: str, format: str, split: str) -> list[Problem]:
-        return problem_sets.load_problems(
-            source,
-            format,
-            question_key=data.question_key,
-            reference_key=data.reference_key,
-            solution_key=data.solution_key,
-            tfds_dir=data.tfds_dir,
-            split=split,
-        )
-
-    errors = ErrorCollector()
-    train: list[Problem] = []
-    held_out: list[Problem] = []
-    with errors.collect(f"data.train={data.train}"):
-        train = load(data.train, data.format, data.split)
-    if data.eval:
-        with errors.collect(f"data.eval={data.eval}"):
-            held_out = load(data.eval, data.eval_format, data.eval_split)
-    errors.raise_if_any()
-
-    # Without an evaluation file, problems of the training file are held out, unless the run never evaluates.
-    if not data.eval and settings.eval.every:
-        return split_off_held_out(train, data.eval_from_train)
-    return train, held_out
-
-
-def load_inputs(
-    settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir: Directory
-) -> tuple[list[Problem], list[Problem]]:
-    """Load the problems as `load_problems` does, and check the models' directories before weights are read.
+def load_inputs(settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir: Directory) -> RunProblems:
+    """Load the problems, record their sources, and check the models' directories before weights are read.
 
     Raises SetupError with every file that cannot be read and every model without a tokenizer or a shape, so
     that one start of a run shows them all.
     """
     errors = ErrorCollector()
-    problems: tuple[list[Problem], list[Problem]] = ([], [])
+    problems = RunProblems([], [])
     with errors.collect("data"):
-        problems = load_problems(settings)
+        problems = run_problems.load_problems(settings, run_dir)
+    with errors.collect("run_dir"):
+        run_problems.record_sources(problems, run_dir)
 
     sources = {"policy": settings.policy_model}
     if settings.reward.has_model:
@@ -108,53 +66,6 @@ def load_inputs(
                 )
     errors.raise_if_any()
     return problems
-
-
-def split_off_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
-    """Split off `count` problems for evaluation: (remaining problems, held-out ones), in the file's order.
-
-    The choice depends on the number of problems alone, so runs with other seeds are evaluated on the same
-    problems.  All copies of a held-out question leave the training set.  Raises SetupError if no problem
-    would be left to train on.
-    """
-    if not count:
-        return train, []
-    if count >= len(train):
-        raise SetupError(
-            f"data.eval_from_train={count}: the training file has {len(train)} problems, and some must be "
-            "left to train on; hold out fewer, or name an evaluation file with --config.data.eval=FILE"
-        )
-
-    held_out = sorted(problem_sets.fixed_random_order(len(train))[:count])
-    held_out_questions = {train[i].question for i in held_out}
-    remaining = [problem for problem in train if problem.question not in held_out_questions]
-    return remaining, [train[i] for i in held_out]
-
-
-def encode_policy_prompt(data: DataConfig, tokenizer: Tokenizer, problem: Problem) -> list[int]:
-    """The policy's prompt for a problem as token ids, with the instruction and the chat template."""
-    return prompts.encode_policy_prompt(tokenizer, problem.question, data.instruction, data.chat)
-
-
-def choose_held_out(
-    eligible: Sequence[Problem], all_problems: Sequence[Problem], count: int
-) -> list[Problem]:
-    """Sample at most `count` problems to evaluate on, in the file's order.
-
-    Args:
-      eligible: the problems of `all_problems` that may be evaluated on.
-      all_problems: those of the file, or of the part of the training file that is held out.
-    """
-    if len(eligible) <= count:
-        return list(eligible)
-
-    # Problems are taken in a fixed random order of the whole file, as in benchmarks.  Two runs that exclude
-    # different problems therefore share most of their samples.
-    index_in_file = {problem: index for index, problem in enumerate(all_problems)}
-    fixed_order = problem_sets.fixed_random_order(len(all_problems))
-    rank_of_index = {index: rank for rank, index in enumerate(fixed_order)}
-    chosen = sorted(eligible, key=lambda p: rank_of_index[index_in_file[p]])[:count]
-    return sorted(chosen, key=lambda p: index_in_file[p])
 
 
 def read_settings(cfg: ConfigDict) -> RunSettings:
@@ -203,12 +114,12 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     """
     settings = read_settings(cfg)
     layouts = lay_out_models(settings.mesh)
-    train, all_held_out = load_inputs(settings, layouts, run_dir)
+    problems = load_inputs(settings, layouts, run_dir)
     calibration = load_run_calibration(settings, run_dir)
-    if said := reference_checks.describe_references("data.train", train):
-        hosts.print_once(said)
-    unseen = contamination.exclude_contaminated(cfg, run_dir, train, all_held_out)
-    held_out = choose_held_out(unseen, all_held_out, settings.eval.problems)
+    unseen = contamination.exclude_contaminated(cfg, run_dir, problems.train, problems.held_out)
+    chosen = run_problems.choose_held_out(
+        unseen, problems.held_out, settings.eval.problems, settings.data.eval_shares
+    )
 
     with contextlib.ExitStack() as stack:
         # This first request starts a worker process of the rule verifier while the models are loaded.
@@ -225,10 +136,13 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         # Prompts need the policy's tokenizer, so problems are encoded after the models are loaded.
         data = settings.data
         with setup_errors(f"data.chat={data.chat}, data.max_prompt_tokens={data.max_prompt_tokens}"):
-            train, train_prompts, dropped = _drop_long(data, policy.model.tokenizer, train)
-            held_out, held_out_prompts, dropped_held_out = _drop_long(data, policy.model.tokenizer, held_out)
+            policy_prompts.check_thinking(policy.model.tokenizer, data.prompt_style)
+            train = run_problems.encode_problems(data, policy.model.tokenizer, problems.train)
+            held_out = run_problems.encode_problems(data, policy.model.tokenizer, chosen)
+        for line in run_problems.describe_sources(problems, train, held_out, data.max_prompt_tokens):
+            hosts.print_once(line)
         if reward is not None:
-            _check_reward_inputs(settings, reward.model.tokenizer, (*train, *held_out))
+            _check_reward_inputs(settings, reward.model.tokenizer, (*train.problems, *held_out.problems))
 
         # Services.  `check_ready` waits for the rule's first answer; a local assistant loads a third model.
         with setup_errors("rule"):
@@ -253,11 +167,12 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
                 [bundle.model.tokenizer for bundle in (policy, reward) if bundle is not None],
                 run_dir,
             ),
-            train=tuple(train),
-            train_prompts=tuple(train_prompts),
-            held_out=tuple(held_out),
-            held_out_prompts=tuple(held_out_prompts),
-            dropped=(dropped, dropped_held_out),
+            train=tuple(train.problems),
+            train_prompts=tuple(train.prompts),
+            data_order=run_problems.make_data_order(data, train.problems),
+            held_out=tuple(held_out.problems),
+            held_out_prompts=tuple(held_out.prompts),
+            dropped=(sum(train.too_long.values()), sum(held_out.too_long.values())),
             oracle=synthetic.is_correct if data.is_synthetic else None,
         )
 
@@ -288,17 +203,6 @@ def _check_reward_inputs(settings: RunSettings, tokenizer: Tokenizer, problems: 
     """
     with setup_errors("data.train, data.eval"):
         prompts.check_references(tokenizer, (p.reference for p in problems), settings.reward.max_tokens)
-
-
-def _drop_long(
-    data: DataConfig, tokenizer: Tokenizer, problems: Sequence[Problem]
-) -> tuple[list[Problem], list[list[int]], int]:
-    """Drop problems whose prompts exceed `data.max_prompt_tokens`: (problems, prompts, number dropped)."""
-    if not problems:
-        return [], [], 0
-    return problem_sets.drop_long_prompts(
-        problems, lambda p: encode_policy_prompt(data, tokenizer, p), data.max_prompt_tokens
-    )
 
 
 def build_policy_bundle(

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from flax import struct
 
+from cooper_jax.data.mixtures import DataOrder
 from cooper_jax.model.loading import Model
 from cooper_jax.reward.assistants import Assistant
 from cooper_jax.reward.calibration import Calibration
@@ -87,6 +88,7 @@ class Components:
     # Problems with their prompts as token ids, in the same order.
     train: tuple[Problem, ...]
     train_prompts: tuple[Sequence[int], ...]
+    data_order: DataOrder  # of the training problems
     held_out: tuple[Problem, ...]
     held_out_prompts: tuple[Sequence[int], ...]
     dropped: tuple[int, int]  # numbers of training and held-out problems dropped for too long prompts

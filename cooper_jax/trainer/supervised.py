@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cooper_jax.data import labelled_completions, packing, prompts, synthetic
+from cooper_jax.data import labelled_completions, packing, policy_prompts, prompts, synthetic
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.policy import imitation
 from cooper_jax.reward import verifier_model
@@ -26,7 +26,6 @@ from cooper_jax.runtime import hosts, keys, optim
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.grading import encode_reward_input, pack_reward_inputs
-from cooper_jax.trainer.setup import encode_policy_prompt
 from cooper_jax.trainer.state import Components
 from cooper_jax.types import Params, Problem, TrainState, Triple
 
@@ -73,7 +72,9 @@ def imitate_solutions(components: Components, params: Params) -> Params:
                     problem, rng, corrupt=section.policy_corrupt, habit=section.policy_habit
                 )
 
-            prompt_rows.append(encode_policy_prompt(settings.data, model.tokenizer, problem))
+            prompt_rows.append(
+                policy_prompts.encode_policy_prompt(model.tokenizer, problem, settings.data.prompt_style)
+            )
             responses.append([*model.tokenizer.encode(text), model.tokenizer.eos_ids[0]])
 
         # Prompts are left-padded and responses right-padded: all responses start at the same column.
