@@ -27,12 +27,14 @@ from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
 from cooper_jax.reward.calibration import Calibration
-from cooper_jax.reward.multihost import share_over_hosts
+from cooper_jax.reward.multihost import check_same_code, share_over_hosts
 from cooper_jax.rule import reference_checks
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
+from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
+from cooper_jax.trainer.reward_functions import load_reward_functions
 from cooper_jax.trainer.run_calibration import load_run_calibration
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, LogprobsFunction, PolicyBundle, RewardBundle, State
@@ -204,17 +206,30 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     settings = read_settings(cfg)
     layouts = lay_out_models(settings.mesh)
     train, all_held_out = load_inputs(settings, layouts, run_dir)
+    reward_functions = load_reward_functions(settings.reward, train, settings.data.instruction)
     calibration = load_run_calibration(settings, run_dir)
-    if said := reference_checks.describe_references("data.train", train):
+    # References of another form than the rule's are the business of a user's judge.
+    said = "" if settings.rule.judge else reference_checks.describe_references("data.train", train)
+    if said:
         hosts.print_once(said)
     unseen = contamination.exclude_contaminated(cfg, run_dir, train, all_held_out)
     held_out = choose_held_out(unseen, all_held_out, settings.eval.problems)
 
     with contextlib.ExitStack() as stack:
+        if reward_functions is not None:
+            stack.callback(reward_functions.close)
+
         # This first request starts a worker process of the rule verifier while the models are loaded.
         with setup_errors("rule"):
             local_rule = stack.enter_context(RuleVerifier(settings.rule))
-            local_rule.submit([READY_ITEM])
+            codes = [] if reward_functions is None else [term.code for term in reward_functions.terms]
+            check_same_code([local_rule.judge, *codes])
+
+            # A user's judge is tried on a problem of the run; the answer to it need not be right.
+            first = READY_ITEM
+            if settings.rule.judge:
+                first = make_item(train[0], train[0].solution or train[0].reference)
+            local_rule.submit([first])
 
         # Models.
         policy, policy_state = build_policy_bundle(settings, layouts, run_dir)
@@ -232,7 +247,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
 
         # Services.  `check_ready` waits for the rule's first answer; a local assistant loads a third model.
         with setup_errors("rule"):
-            local_rule.check_ready()
+            local_rule.check_ready(first)
         assistant = None
         if settings.assistant is not None:
             assistant = build_assistant(
@@ -259,6 +274,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             held_out_prompts=tuple(held_out_prompts),
             dropped=(dropped, dropped_held_out),
             oracle=synthetic.is_correct if data.is_synthetic else None,
+            reward_functions=reward_functions,
         )
 
         # This generator lives as long as the run.  If it kept a reference to the first state, a second copy
