@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
     c.rule = rule_section()
 
     # --- language models that write text on request ---
-    # Rewrites positives into negatives.  A third kind, corrupt, changes numbers at random instead.
+    # Rewrites positives into negatives.  A third kind, corrupt, changes numbers at random instead, and PATH.py:NAME
+    # is a class of the user's own (docs/extending.md).
     # Its max_new_tokens=0 limits each rewrite to the positive's number of words + 500, so that none is cut.
     c.assistant = chat_section("corrupt", max_new_tokens=0, temperature=0.7, top_p=0.95)
     # The request for a rewrite.  careful (ours): one plausible mistake, carried to another final answer, in the

@@ -22,7 +22,14 @@ from cooper_jax.data import problems as problem_sets
 from cooper_jax.data.data_config import DataConfig
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
-from cooper_jax.model.loading import Directory, check_length, describe_model, load_model, load_tokenizer
+from cooper_jax.model.loading import (
+    Directory,
+    check_length,
+    describe_model,
+    load_model,
+    load_tokenizer,
+    train_tokenizer,
+)
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
@@ -34,11 +41,15 @@ from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
+from cooper_jax.settings.user_code import is_user_code, load_function, read_user_code
 from cooper_jax.trainer.reward_functions import load_reward_functions
 from cooper_jax.trainer.run_calibration import load_run_calibration
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, LogprobsFunction, PolicyBundle, RewardBundle, State
 from cooper_jax.types import Problem, TrainState
+
+# Problems of the training file on which a tokenizer is trained, at most.
+CORPUS_PROBLEMS = 20_000
 
 
 def load_problems(settings: RunSettings) -> tuple[list[Problem], list[Problem]]:
@@ -91,6 +102,9 @@ def load_inputs(
     that one start of a run shows them all.
     """
     errors = ErrorCollector()
+    if settings.assistant is not None and is_user_code(settings.assistant.kind):
+        with errors.collect("assistant"):
+            load_function(read_user_code(settings.assistant.kind, "assistant.kind"), "assistant.kind")
     problems: tuple[list[Problem], list[Problem]] = ([], [])
     with errors.collect("data"):
         problems = load_problems(settings)
@@ -102,6 +116,11 @@ def load_inputs(
         sources["assistant"] = settings.assistant_model
     for name, source in sources.items():
         with errors.collect(name):
+            # Models from scratch read the text of the task.
+            if source.weights == "random" and not source.tokenizer and not settings.data.is_synthetic:
+                train_tokenizer(
+                    source.arch.vocab_size, name, run_dir, lambda: make_corpus(settings.data, problems[0])
+                )
             model = describe_model(source, name, run_dir, layouts[name])
             if name == "reward":
                 check_length(model.config, name, {"reward.max_tokens": settings.reward.max_tokens})
@@ -110,6 +129,20 @@ def load_inputs(
                 )
     errors.raise_if_any()
     return problems
+
+
+def make_corpus(data: DataConfig, problems: Sequence[Problem]) -> list[str]:
+    """The text on which a tokenizer for models from scratch is trained: at most CORPUS_PROBLEMS of the problems.
+
+    They are spread over the whole file, since files are often sorted.
+    """
+    chosen = problems[:: -(-len(problems) // CORPUS_PROBLEMS)]
+    texts = [data.instruction] if data.instruction else []
+    for problem in chosen:
+        texts += [problem.question, problem.reference]
+        if problem.solution:
+            texts.append(problem.solution)
+    return texts
 
 
 def split_off_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
@@ -254,6 +287,8 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
                 cfg, settings.assistant, settings.rewrite, layouts["assistant"], run_dir
             )
             stack.callback(assistant.close)
+            if isinstance(assistant, assistants.UserAssistant):
+                check_same_code([assistant.code])
         rule, assistant = share_over_hosts(local_rule, assistant, jax.process_count())
 
         components = Components(
