@@ -1,4 +1,4 @@
-"""Countdown from scratch on a CPU: the verifier is a program (countdown_task.py), the policy a small transformer.
+"""Countdown from scratch on a CPU: the verifier is a program, and the policy a small transformer.
 
     python launch/study.py --config=examples/countdown.py --arms=rule --arm="cooper: reward.arm=cooper" \\
         --seeds=0-2 --jobs=2 --out=runs/countdown
@@ -19,17 +19,18 @@ def get_config():
     c.data.format = c.data.eval_format = "jsonl"
     c.data.train, c.data.eval = f"{TASK}:train_rows", f"{TASK}:eval_rows"
     c.data.solution_key = "solution"
+    c.data.bucket = 8
     c.rule.judge = f"{TASK}:judge"
-    c.rollout.max_new_tokens = 16
+    c.rollout.max_new_tokens = 12
     c.reward.max_tokens = 64
-    c.assistant.kind = "corrupt"
-    c.supervised.policy_steps, c.supervised.policy_batch = 600, 64
-    c.supervised.reward_steps, c.supervised.reward_batch = 2000, 64
+    c.assistant.kind = f"{TASK.with_name('rewriter.py')}:Rewriter"
+
+    # Before step 1 the policy imitates solutions, and the reward model learns from labelled expressions.
+    c.supervised.policy_steps = 800
+    c.supervised.policy_batch = c.supervised.reward_batch = 32
+    c.supervised.reward_steps = 2000
     c.supervised.reward_data = f"{TASK}:labelled_rows"
-    c.supervised.policy_corrupt, c.supervised.policy_habit, c.supervised.reward_habit = (
-        0.0,
-        (0.0, 0.0),
-        (0.0, 0.0),
-    )
-    c.eval.problems, c.eval.samples, c.eval.every, c.eval.reward_rows = 512, 2, 20, 0
+    c.supervised.policy_corrupt, c.supervised.policy_habit, c.supervised.reward_habit = 0.0, (0, 0), (0, 0)
+
+    c.eval.problems, c.eval.samples, c.eval.reward_rows, c.eval.greedy = 512, 2, 0, False
     return c

@@ -1,8 +1,8 @@
-"""Two rewards of your own: the form of a response, and its length.
+"""Two rewards of your own beside the rule's: the form of a response, and its length.
 
+    F=examples/format_reward.py
     python launch/train.py --config=configs/tiny.py --config.reward.arm=rule \\
-        --config.reward.functions="rule,examples/format_reward.py:format_reward,examples/format_reward.py:brevity" \\
-        --config.reward.function_weights=1,0.2,0.1
+        --config.reward.functions=rule,$F:format_reward,$F:brevity --config.reward.function_weights=1,0.2,0.1
 """
 
 import re
@@ -10,10 +10,8 @@ import re
 
 def format_reward(completions, **kwargs):
     """1 for a response that shows its work and ends with one marked answer, else 0."""
-    return [
-        float(re.fullmatch(r"\S.*#### \S+( \S+)?", text.strip(), re.DOTALL) is not None)
-        for text in completions
-    ]
+    form = re.compile(r"\S[^#]*#### \S+( \S+)?")
+    return [float(form.fullmatch(text.strip()) is not None) for text in completions]
 
 
 def brevity(completion_lengths, truncated, **kwargs):

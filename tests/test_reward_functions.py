@@ -8,6 +8,8 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_hosts import finish
+from tiny_runs import metrics, run, start_hosts, timeless
 from tiny_steps import B, G, begun, config, solved, steps
 
 from cooper_jax.policy.advantages import decoupled_advantages, group_advantages
@@ -358,3 +360,60 @@ def test_a_masked_row_does_not_move_the_policy(build, tmp_path, path):
     assert not record.advantages.any(), "a single reward has nothing to be compared with"
     assert metrics["reward/zero_variance_groups"] == 1
     assert metrics["response/tokens_mean"] > 0 and set(record.rewards_by_name) == {"first"}
+
+
+# --- two processes -----------------------------------------------------------------------------------
+
+FAULTY = """
+import time
+import zlib
+
+def flaky(question, completions, **kwargs):
+    if zlib.crc32(question[0].encode()) % 3 == 0:
+        raise OSError("now and then")
+    return [zlib.crc32(text.encode()) % 7 / 7 for text in completions]
+
+def slow(question, completions, **kwargs):
+    time.sleep(60 if zlib.crc32(question[0].encode()) % 8 == 1 else 0.02)
+    return [len(text) / 100 for text in completions]
+"""
+
+
+@pytest.mark.slow
+def test_faulty_functions_in_two_processes_are_bounded_counted_and_bit_equal(tmp_path):
+    """One function raises now and then, one is slow and hangs now and then; which calls these are is fixed."""
+    file = tmp_path / "mine.py"
+    file.write_text(FAULTY)
+    changes = {
+        "steps": 2,
+        "eval__every": 0,
+        "reward__arm": "rule",
+        "reward__recipe": "",
+        "supervised__policy_steps": 0,
+        "supervised__reward_steps": 0,
+        "reward__functions": f"rule,{file}:flaky,{file}:slow",
+        "reward__function_timeout": 5.0,
+    }
+    for name in ("first", "second"):
+        processes = start_hosts(tmp_path / name, 2, 1, tmp_path / f"out_{name}", **changes)
+        said = [tmp_path / f"out_{name}" / str(i) for i in range(2)]
+        assert finish(processes) == [0, 0], [path.read_text()[-3000:] for path in said]
+    first, second = metrics(tmp_path / "first"), metrics(tmp_path / "second")
+    assert timeless(first) == timeless(second)
+    assert (tmp_path / "first/samples.jsonl").read_text() == (tmp_path / "second/samples.jsonl").read_text()
+
+    # The counts are those of the problems, whichever process they belonged to.
+    assert sum(row.get("reward/flaky/exception", 0) for row in first) > 0
+    assert sum(row.get("reward/slow/timeout", 0) for row in first) > 0
+    for row in first:
+        assert 0 < row["reward/flaky"] < 1 and row["reward/slow"] > 0 and row["reward/masked"] == 0
+        assert row["time/functions"] < 8 * 5 + 20
+    assert "mine.py:flaky' failed (exception)" in (tmp_path / "out_first" / "0").read_text()
+
+    # One process of the same mesh has the same faults.
+    done = run(tmp_path / "one", devices=2, **changes)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(metrics(tmp_path / "one"), first, strict=True):
+        for name in ("flaky/exception", "slow/timeout"):
+            assert one.get(f"reward/{name}") == two.get(f"reward/{name}")
+        assert two["reward/mean"] == pytest.approx(one["reward/mean"], rel=1e-4)

@@ -17,7 +17,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cooper_jax.runtime import hosts
@@ -72,6 +72,8 @@ class Call:
     def __init__(self, arguments: Mapping[str, Any], rows: int):
         self.arguments = arguments
         self.rows = rows
+        self.submitted = time.monotonic()
+        self.loop: asyncio.AbstractEventLoop | None = None  # of an async function's call
         self.done = threading.Event()
         self._result: CallResult | None = None
         self._lock = threading.Lock()
@@ -103,7 +105,7 @@ class FunctionRunner:
           timeout: seconds per call.
         """
         self._function, self._path, self._timeout = function, path, timeout
-        self._abandoned = 0  # calls that never returned
+        self._abandoned = 0  # calls that never returned, and event loops that were blocked
         self._is_async = _is_async(function)
         self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -120,20 +122,25 @@ class FunctionRunner:
         else:
             if self._loop is None:
                 self._loop = _start_loop()
-            asyncio.run_coroutine_threadsafe(self._run_async(call), self._loop)
+            call.loop = self._loop
+            asyncio.run_coroutine_threadsafe(self._run_async(call), call.loop)
         return call
 
     def wait(self, call: Call) -> CallResult:
         """Wait for a call's result.  Raises hosts.Stopped after SIGTERM in a run of one process."""
-        # The supervising thread ends every call of an ordinary function; a blocked event loop ends none.
-        deadline = time.monotonic() + self._timeout + GRACE
+        # The supervising thread ends every call of an ordinary function; a blocked event loop ends none.  Calls of
+        # an async function start when they are submitted.
+        deadline = call.submitted + self._timeout + GRACE
         while not call.done.wait(POLL):
             hosts.raise_if_stopping_alone()
             if self._is_async and time.monotonic() > deadline:
                 message = f"no result within {self._timeout} s: it blocks its event loop"
-                if call.finish(fail_call(call.rows, TIMEOUT, message)):
+                call.finish(fail_call(call.rows, TIMEOUT, message))
+
+                # The next call gets a new loop; others that wait in the old one have run out of time as well.
+                if self._loop is call.loop:
+                    self._loop = None
                     self._abandoned += 1
-                    self._loop = None  # the next call gets a new one
         return call.result
 
     def close(self) -> None:
@@ -185,11 +192,6 @@ class FunctionRunner:
     def _give_up(self, rows: int) -> CallResult:
         message = f"not called any more: {MAX_ABANDONED} earlier calls never returned"
         return fail_call(rows, TIMEOUT, message)
-
-
-def collect_results(runner: FunctionRunner, calls: Sequence[Call]) -> list[CallResult]:
-    """Wait for several calls of one function, in order."""
-    return [runner.wait(call) for call in calls]
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

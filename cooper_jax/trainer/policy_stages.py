@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +197,7 @@ def compute_advantages(
       by_name: the rewards of which they are the weighted sum, f32[N] each; read with reward.function_normalise.
     """
     group_size = settings.rollout.group_size
-    options = dict(
+    options: dict[str, Any] = dict(
         std_normalise=settings.policy.std_normalise,
         eps=settings.policy.std_eps,
         floor=settings.policy.std_floor,

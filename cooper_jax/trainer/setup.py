@@ -41,8 +41,8 @@ from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
-from cooper_jax.settings.user_code import is_user_code, load_function, read_user_code
-from cooper_jax.trainer.reward_functions import load_reward_functions
+from cooper_jax.settings.user_code import UserCode, is_user_code, load_function, read_user_code
+from cooper_jax.trainer.reward_functions import RewardFunctions, load_reward_functions
 from cooper_jax.trainer.run_calibration import load_run_calibration
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, LogprobsFunction, PolicyBundle, RewardBundle, State
@@ -255,8 +255,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         # This first request starts a worker process of the rule verifier while the models are loaded.
         with setup_errors("rule"):
             local_rule = stack.enter_context(RuleVerifier(settings.rule))
-            codes = [] if reward_functions is None else [term.code for term in reward_functions.terms]
-            check_same_code([local_rule.judge, *codes])
+            check_same_code([local_rule.judge, *list_user_code(settings, reward_functions)])
 
             # A user's judge is tried on a problem of the run; the answer to it need not be right.
             first = READY_ITEM
@@ -317,6 +316,17 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         state = [State(policy=policy_state, reward=reward_state, reference=None, step=0, position=0)]
         del policy_state, reward_state
         yield components, state.pop()
+
+
+def list_user_code(settings: RunSettings, reward_functions: RewardFunctions | None) -> list[UserCode | None]:
+    """The user's files behind the rewards and the data; None for a built-in reward."""
+    codes: list[UserCode | None] = []
+    if reward_functions is not None:
+        codes += [term.code for term in reward_functions.terms]
+    for source in (settings.data.train, settings.data.eval, settings.supervised.reward_data):
+        if is_user_code(source):
+            codes.append(read_user_code(source, "data"))
+    return codes
 
 
 def collect_control_texts(
