@@ -20,7 +20,7 @@ from cooper_jax.trainer.setup import read_settings
 from cooper_jax.types import Completion, Problem, Verdict
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-TASK = EXAMPLES / "countdown_task.py"
+ROWS, JUDGE = EXAMPLES / "countdown_rows.py", EXAMPLES / "countdown_judge.py"
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -52,16 +52,17 @@ def load_rows(name: str, **keys) -> list[Problem]:
     named = dict(
         question_key="question", reference_key="answer", solution_key="solution", tfds_dir="", split=""
     )
-    return load_problems(f"{TASK}:{name}", "jsonl", **named | keys)
+    return load_problems(f"{ROWS}:{name}", "jsonl", **named | keys)
 
 
 def test_countdown_rows_are_solved_by_their_solutions_and_held_out_ones_are_apart():
     train, held_out = load_rows("train_rows"), load_rows("eval_rows")
     assert train == load_rows("train_rows") and len(train) == 8192 and len(held_out) == 512
-    assert train[0].columns["numbers"] and train[0].id == "countdown_task:1"
-    judge = load_object(read_user_code(f"{TASK}:judge", ""), "")
+    assert train[0].columns["numbers"] and train[0].id == "countdown_rows:1"
+    judge = load_object(read_user_code(f"{JUDGE}:judge", ""), "")
     for p in (*train[:500], *held_out):
         assert judge(p.reference, p.solution, p.columns["numbers"]), p
+        assert not judge(str(int(p.reference) + 1), p.solution, p.columns["numbers"])
         assert re.fullmatch(rf"\d+ \d+ \d+ make {p.reference} :", p.question)
     exercises = [{(*sorted(p.columns["numbers"]), p.reference) for p in part} for part in (train, held_out)]
     assert not exercises[0] & exercises[1]
@@ -77,7 +78,7 @@ VERDICTS = {
 
 def test_the_countdown_judge_reads_expressions_and_nothing_else():
     problem = Problem("8 7 3 make 31 :", "31", columns={"numbers": [3, 8, 7]})
-    rule = RuleConfig(workers=1, timeout=5.0, step_budget=60.0, memory_mb=1024, judge=f"{TASK}:judge")
+    rule = RuleConfig(workers=1, timeout=5.0, step_budget=60.0, memory_mb=1024, judge=f"{JUDGE}:judge")
     with RuleVerifier(rule) as verifier:
         found = verifier.check([make_item(problem, text) for text in VERDICTS])
     # What Python's own parser refuses is no expression either; it may refuse in several ways.
@@ -90,9 +91,9 @@ def test_the_countdown_judge_reads_expressions_and_nothing_else():
 
 
 def test_labelled_rows_have_both_classes():
-    triples = load_labelled_completions(f"{TASK}:labelled_rows")
+    triples = load_labelled_completions(f"{ROWS}:labelled_rows")
     labels = [t.label for t in triples[:4000]]
-    assert 0.5 <= sum(labels) / len(labels) < 0.6
+    assert sum(labels) == len(labels) / 2 and {t.reference for t in triples}
 
 
 def test_the_rewriter_misses_the_target():
@@ -114,7 +115,7 @@ def test_the_countdown_config_is_valid():
     for arm in ("rule", "cooper"):
         cfg.reward.arm = arm
         cfg.reward.recipe = "" if arm == "rule" else cfg.reward.recipe
-        assert read_settings(cfg).rule.judge.endswith("countdown_task.py:judge")
+        assert read_settings(cfg).rule.judge.endswith("countdown_judge.py:judge")
 
 
 # --- rows from a function ----------------------------------------------------------------------------
