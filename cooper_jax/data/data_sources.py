@@ -7,6 +7,7 @@
        train.jsonl, gs://BUCKET/train.parquet      a file, local or remote
        shards/*.parquet, gs://BUCKET/train-*       a glob (remote: in the last part of the address alone)
        FOLDER, FOLDER:CONFIG:SPLIT                 a folder of shards, or a clone of a hub data set
+       my_rows.py:make_rows                        a function of the user's that returns rows
        openai/gsm8k, openai/gsm8k@REVISION:main:train, hf://datasets/OWNER/NAME/FILE
                                                    a data set of the Hugging Face hub (hub_datasets.py)
 
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from cooper_jax.data import dataset_files, hub_datasets
 from cooper_jax.runtime import remote_files
+from cooper_jax.settings.user_code import is_user_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class DataFile:
 
     path: Path
     display_name: str  # for messages: the address of a remote file, the path in a hub data set
+    function: str = ""  # of a Python file, which returns the rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +80,15 @@ def check_names(sources: Sequence[DataSource]) -> None:
 def may_be_hub_source(text: str) -> bool:
     """True for a source that has the form of a hub id, whether or not a local file has that name."""
     match = _NAMED_SOURCE.fullmatch(text)
+    if is_user_code(text):
+        return False
     return any(hub_datasets.parse_id(place) is not None for place in (text, match[2] if match else text))
 
 
 def parse_hub_source(text: str) -> hub_datasets.HubId | None:
     """The hub id of a source; None if it has not the form of one, or if there is such a local file or folder."""
     place = _split_name(text)[1]
-    return None if _finds_local(place) else hub_datasets.parse_id(place)
+    return None if is_user_code(place) or _finds_local(place) else hub_datasets.parse_id(place)
 
 
 def find_source(text: str, split: str, revision: str = "") -> DataSource:
@@ -112,6 +117,11 @@ def _split_name(text: str) -> tuple[str, str]:
     return ("", text) if match is None or _exists(text) else (match[1], match[2])
 
 
+def strip_name(text: str) -> str:
+    """Remove the name from the text of a source."""
+    return _split_name(text)[1]
+
+
 def _exists(place: str) -> bool:
     return not remote_files.is_remote(place) and Path(place).expanduser().exists()
 
@@ -137,6 +147,10 @@ def _find_files(place: str, split: str) -> list[DataFile]:
     """Find the files of a local or remote place that is no hub data set."""
     if remote_files.is_remote(place):
         return _find_remote_files(place.rstrip("/"), split)
+
+    if is_user_code(place):
+        file, _, function = place.rpartition(":")
+        return [DataFile(Path(file), place, function)]
 
     # A path; with config and split behind it only if it is a folder.
     path = Path(place).expanduser()

@@ -134,7 +134,10 @@ def load_problem_set(
 def _read_files(source: DataSource) -> Iterator[LocatedRow]:
     """Read the rows of all files of a source, in order."""
     for file in source.files:
-        yield from row_reader.read_local_rows(file.path, file.display_name)
+        if file.function:
+            yield from row_reader.make_rows(f"{file.path}:{file.function}")
+        else:
+            yield from row_reader.read_local_rows(file.path, file.display_name)
 
 
 def _parse_row(

@@ -25,9 +25,14 @@ def describe_references(name: str, problems: Sequence[Problem]) -> str:
     )
 
 
-def describe_problems(problems: Sequence[Problem]) -> str:
-    """The numbers of duplicates and of references that the rule can never verify, as the end of a line."""
+def describe_problems(problems: Sequence[Problem], *, verified: bool = True) -> str:
+    """The numbers of duplicates and of references that the rule can never verify, as the end of a line.
+
+    verified: the rule judges responses to these problems; otherwise only duplicates are counted.
+    """
     unusable, repeated = _find_unusable(problems)
+    if not verified:
+        return f"{repeated} duplicates of others"
     return (
         f"{repeated} duplicates of others, {len(unusable)} references that the rule can never "
         f"verify{_show_examples(unusable)}"

@@ -33,6 +33,8 @@ from cooper_jax.types import Problem
 
 # The record of the sources, in the run directory.
 RECORD = "data.json"
+# Problems on which a tokenizer is trained, at most.
+CORPUS_PROBLEMS = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +248,21 @@ def encode_problems(data: DataConfig, tokenizer: Tokenizer, problems: Sequence[P
     return EncodedProblems(kept, prompts, too_long)
 
 
+def make_corpus(data: DataConfig, problems: Sequence[Problem]) -> list[str]:
+    """The text on which a tokenizer for models from scratch is trained: at most CORPUS_PROBLEMS of the problems.
+
+    They are spread over the whole data, since files are often sorted.
+    """
+    style = data.prompt_style
+    texts = list(filter(None, (style.instruction, style.system)))
+    for problem in problems[:: -(-len(problems) // CORPUS_PROBLEMS)]:
+        texts += [problem.question, problem.reference]
+        texts += [content for _, content in problem.messages]
+        if problem.solution:
+            texts.append(problem.solution)
+    return texts
+
+
 def make_data_order(data: DataConfig, train: Sequence[Problem]) -> DataOrder:
     """Make the order of the training problems that were not dropped.
 
@@ -264,12 +281,22 @@ def make_data_order(data: DataConfig, train: Sequence[Problem]) -> DataOrder:
 
 
 def describe_sources(
-    problems: RunProblems, train: EncodedProblems, held_out: EncodedProblems, limit: int
+    problems: RunProblems,
+    train: EncodedProblems,
+    held_out: EncodedProblems,
+    limit: int,
+    *,
+    verified: bool = True,
 ) -> list[str]:
     """One line for each source that was read, and one for synthetic training problems.
 
-    limit: data.max_prompt_tokens.
+    Args:
+      limit: data.max_prompt_tokens.
+      verified: the rule verifier judges responses.  With a judge of the user's own, references may have another
+        form than the rule's.
     """
+    if not problems.sets and not verified:
+        return []
     if not problems.sets:
         return list(filter(None, [reference_checks.describe_references("data.train", problems.train)]))
     lines = []
@@ -284,5 +311,7 @@ def describe_sources(
                 line += f", {problem_set.unanswered} dropped: no final answer"
             if too_long := encoded.too_long.get(problem_set.source.name):
                 line += f", {too_long} dropped: prompts longer than {limit} tokens"
-            lines.append(f"{line}; {len(used)} used, {reference_checks.describe_problems(used)}")
+            lines.append(
+                f"{line}; {len(used)} used, {reference_checks.describe_problems(used, verified=verified)}"
+            )
     return lines

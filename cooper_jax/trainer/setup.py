@@ -17,20 +17,30 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from cooper_jax.data import contamination, policy_prompts, prompts, synthetic
+from cooper_jax.data import contamination, data_sources, policy_prompts, prompts, synthetic
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
-from cooper_jax.model.loading import Directory, check_length, describe_model, load_model, load_tokenizer
+from cooper_jax.model.loading import (
+    Directory,
+    check_length,
+    describe_model,
+    load_model,
+    load_tokenizer,
+    train_tokenizer,
+)
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
 from cooper_jax.reward.calibration import Calibration
-from cooper_jax.reward.multihost import share_over_hosts
+from cooper_jax.reward.multihost import check_same_code, share_over_hosts
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
+from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
+from cooper_jax.settings.user_code import UserCode, is_user_code, load_function, read_user_code
 from cooper_jax.trainer import run_problems
+from cooper_jax.trainer.reward_functions import RewardFunctions, load_reward_functions
 from cooper_jax.trainer.run_calibration import load_run_calibration
 from cooper_jax.trainer.run_problems import RunProblems
 from cooper_jax.trainer.run_settings import RunSettings
@@ -45,6 +55,9 @@ def load_inputs(settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir:
     that one start of a run shows them all.
     """
     errors = ErrorCollector()
+    if settings.assistant is not None and is_user_code(settings.assistant.kind):
+        with errors.collect("assistant"):
+            load_function(read_user_code(settings.assistant.kind, "assistant.kind"), "assistant.kind")
     problems = RunProblems([], [])
     with errors.collect("data"):
         problems = run_problems.load_problems(settings, run_dir)
@@ -58,6 +71,14 @@ def load_inputs(settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir:
         sources["assistant"] = settings.assistant_model
     for name, source in sources.items():
         with errors.collect(name):
+            # Models from scratch read the text of the task.
+            if source.weights == "random" and not source.tokenizer and not settings.data.is_synthetic:
+                train_tokenizer(
+                    source.arch.vocab_size,
+                    name,
+                    run_dir,
+                    lambda: run_problems.make_corpus(settings.data, problems.train),
+                )
             model = describe_model(source, name, run_dir, layouts[name])
             if name == "reward":
                 check_length(model.config, name, {"reward.max_tokens": settings.reward.max_tokens})
@@ -115,6 +136,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     settings = read_settings(cfg)
     layouts = lay_out_models(settings.mesh)
     problems = load_inputs(settings, layouts, run_dir)
+    reward_functions = load_reward_functions(settings.reward, problems.train, settings.data.prompt_style)
     calibration = load_run_calibration(settings, run_dir)
     unseen = contamination.exclude_contaminated(cfg, run_dir, problems.train, problems.held_out)
     chosen = run_problems.choose_held_out(
@@ -122,10 +144,21 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     )
 
     with contextlib.ExitStack() as stack:
+        if reward_functions is not None:
+            stack.callback(reward_functions.close)
+
         # This first request starts a worker process of the rule verifier while the models are loaded.
         with setup_errors("rule"):
             local_rule = stack.enter_context(RuleVerifier(settings.rule))
-            local_rule.submit([READY_ITEM])
+            check_same_code([local_rule.judge, *list_user_code(settings, reward_functions)])
+
+            # A user's judge is tried on a problem of the run; the answer to it need not be right.
+            first = READY_ITEM
+            if settings.rule.judge:
+                first = make_item(
+                    problems.train[0], problems.train[0].solution or problems.train[0].reference
+                )
+            local_rule.submit([first])
 
         # Models.
         policy, policy_state = build_policy_bundle(settings, layouts, run_dir)
@@ -139,20 +172,24 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             policy_prompts.check_thinking(policy.model.tokenizer, data.prompt_style)
             train = run_problems.encode_problems(data, policy.model.tokenizer, problems.train)
             held_out = run_problems.encode_problems(data, policy.model.tokenizer, chosen)
-        for line in run_problems.describe_sources(problems, train, held_out, data.max_prompt_tokens):
+        for line in run_problems.describe_sources(
+            problems, train, held_out, data.max_prompt_tokens, verified=not settings.rule.judge
+        ):
             hosts.print_once(line)
         if reward is not None:
             _check_reward_inputs(settings, reward.model.tokenizer, (*train.problems, *held_out.problems))
 
         # Services.  `check_ready` waits for the rule's first answer; a local assistant loads a third model.
         with setup_errors("rule"):
-            local_rule.check_ready()
+            local_rule.check_ready(first)
         assistant = None
         if settings.assistant is not None:
             assistant = build_assistant(
                 cfg, settings.assistant, settings.rewrite, layouts["assistant"], run_dir
             )
             stack.callback(assistant.close)
+            if isinstance(assistant, assistants.UserAssistant):
+                check_same_code([assistant.code])
         rule, assistant = share_over_hosts(local_rule, assistant, jax.process_count())
 
         components = Components(
@@ -174,6 +211,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             held_out_prompts=tuple(held_out.prompts),
             dropped=(sum(train.too_long.values()), sum(held_out.too_long.values())),
             oracle=synthetic.is_correct if data.is_synthetic else None,
+            reward_functions=reward_functions,
         )
 
         # This generator lives as long as the run.  If it kept a reference to the first state, a second copy
@@ -181,6 +219,18 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         state = [State(policy=policy_state, reward=reward_state, reference=None, step=0, position=0)]
         del policy_state, reward_state
         yield components, state.pop()
+
+
+def list_user_code(settings: RunSettings, reward_functions: RewardFunctions | None) -> list[UserCode | None]:
+    """The user's files behind the rewards and the data; None for a built-in reward."""
+    codes: list[UserCode | None] = []
+    if reward_functions is not None:
+        codes += [term.code for term in reward_functions.terms]
+    sources = (*settings.data.train_sources, *settings.data.eval_sources, settings.supervised.reward_data)
+    for source in map(data_sources.strip_name, sources):
+        if is_user_code(source):
+            codes.append(read_user_code(source, "data"))
+    return codes
 
 
 def collect_control_texts(
