@@ -75,7 +75,12 @@ def encode_policy_prompt(tok: TextEncoder, question: str, instruction: str, chat
     """
     if chat:
         return tok.chat([("user", question + instruction)], fallback=False)
-    return _get_bos(tok) + tok.encode(question + instruction + "\n")
+    return encode_plain_text(tok, question + instruction + "\n")
+
+
+def encode_plain_text(tok: TextEncoder, text: str) -> list[int]:
+    """Encode a text as it stands, behind the model's bos id if it has one."""
+    return _get_bos(tok) + tok.encode(text)
 
 
 def _get_bos(tok: TextEncoder) -> list[int]:
