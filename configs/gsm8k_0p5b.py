@@ -36,9 +36,10 @@ def get_config():
     c = base.get_config()
     c.name = "gsm8k_0p5b"
 
-    # The data set's hub id.  Accuracy is measured on the test problems, every 20 steps on the same 256 of them.
-    c.data.train = "openai/gsm8k"
-    c.data.eval = "openai/gsm8k"
+    # A data set of the hub, with its config and split.  Accuracy is measured on the test problems, every 20 steps
+    # on the same 256 of them.
+    c.data.train = "openai/gsm8k:main:train"
+    c.data.eval = "openai/gsm8k:main:test"
     c.eval.greedy = True
 
     # 450 steps of 16 problems are one pass over most of the 7,473 training problems.

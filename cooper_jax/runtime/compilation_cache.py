@@ -14,7 +14,8 @@ def enable_compilation_cache() -> None:
     The folder is $JAX_COMPILATION_CACHE_DIR, or ~/.cache/cooper_jax/xla.  With several hosts, the first host
     writes.  A cache that the caller's program has chosen stays as it is.
     """
-    if jax.config.jax_compilation_cache_dir and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX adds its options at run time
+    if chosen and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         return
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "cooper_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
