@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
     c.rule = rule_section()
 
     # --- language models that write text on request ---
-    # Rewrites positives into negatives.  A third kind, corrupt, changes numbers at random instead.
+    # Rewrites positives into negatives.  A third kind, corrupt, changes numbers at random instead, and PATH.py:NAME
+    # is a class of the user's own (docs/extending.md).
     # Its max_new_tokens=0 limits each rewrite to the positive's number of words + 500, so that none is cut.
     c.assistant = chat_section("corrupt", max_new_tokens=0, temperature=0.7, top_p=0.95)
     # The request for a rewrite.  careful (ours): one plausible mistake, carried to another final answer, in the
@@ -234,6 +235,16 @@ def reward_section() -> ConfigDict:
     c.replay = 0  # number of past rollouts with a verdict that are kept, of each class
     c.replay_rows = 0  # number of these past rollouts that join the rollouts of each update
 
+    # --- rewards by name, in place of the arm's (docs/extending.md) ---
+    # Functions (prompts, completions, **columns) -> list of numbers or None, as PATH.py:NAME, and built-in rewards
+    # (rule, model, rule_or_model, rule_then_model, answer_required), separated by commas; "": the arm's reward
+    c.functions = ""
+    c.function_weights = ""  # their weights in the sum, separated by commas, as in 1,0.5; "": 1 each
+    c.function_normalise = False  # normalise each within its group before the sum (GDPO, arXiv 2601.05242)
+    # Pass prompts and completions as lists of messages, as TRL does for conversational data; False: as text
+    c.function_messages = False
+    c.function_timeout = 60.0  # seconds per call of a user's function, for the responses to one prompt
+
     # --- rewards ---
     # Rewards sigmoid((z - b) / T), with temperature T and threshold b of calibration.json beside reward.weights;
     # False: sigmoid(z), as in the paper
@@ -273,6 +284,9 @@ def rule_section() -> ConfigDict:
     # is 0.2 s
     c.step_budget = 2.0
     c.memory_mb = 2048  # memory of one worker, in MB
+    # PATH.py:NAME of a function (question, reference, completion, **columns) -> True, False or None (no verdict),
+    # which decides in place of the rule, in the same processes; "": the rule (docs/extending.md)
+    c.judge = ""
     return c
 
 

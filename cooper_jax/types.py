@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -44,6 +45,10 @@ class Problem:
     # Evaluations report results by subject and by level, if the data has them.
     subject: str = ""
     level: str = ""
+
+    # All columns of the data row, as JSON's types, for reward functions; empty for synthetic problems.  Not
+    # compared: a mapping has no hash, and problems are keys of dicts.
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Undecided:
         return [Verdict.WRONG for _ in items]
 
     def submit(self, items):
-        return [list(Verdict)[zlib.crc32(text.encode()) % 4] for _, text in items]
+        return [list(Verdict)[zlib.crc32(item[1].encode()) % 4] for item in items]
 
     def collect(self, pending):
         return [verdict for verdicts in pending for verdict in verdicts]

@@ -34,6 +34,7 @@ from cooper_jax.llm import judge as judges
 from cooper_jax.llm import local_chat
 from cooper_jax.llm.chat import Chat, Failure, Messages, Reply
 from cooper_jax.rule.verifier import PendingVerdicts, RuleConfig, RuleVerifier
+from cooper_jax.rule.worker_process import Item as RuleItem
 from cooper_jax.runtime import device_layouts, hosts
 from cooper_jax.settings.setup_errors import ErrorCollector, setup_errors
 
@@ -203,7 +204,7 @@ def _collect_verdicts(
             # The rule's processes work while the judge does.  A local judge samples whole batches, which may
             # contain items that have a verdict already.
             if item.id not in file.rows:
-                pending[item.id] = rule.submit([(item.reference, text)])
+                pending[item.id] = rule.submit([RuleItem(item.reference, text, item.question)])
             return judges.make_triple_messages(item.make_triple(text))
 
         def keep_answers(answers: Sequence[Answer]) -> None:

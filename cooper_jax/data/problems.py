@@ -94,7 +94,7 @@ def load_problems(
         # Evaluations report accuracy by subject and level.
         subject = _find_label(row, _SUBJECT_FIELDS, (str,))
         level = _find_label(row, _LEVEL_FIELDS, (str, int))
-        problems.append(Problem(question, reference, solution, id, subject, level))
+        problems.append(Problem(question, reference, solution, id, subject, level, columns=row))
 
     if not problems:
         raise ValueError(f"{source}: the file has no rows")

@@ -1,8 +1,9 @@
 """Readers of files and prepared data sets, row by row, each row with its location for messages.
 
 Formats: JSON lines (.jsonl or .json with one object per line, also .gz), a .json file that holds one list of
-objects (also .gz), parquet, and tensorflow-datasets.  A row that cannot be read raises ValueError with its
-location.  Blank lines are skipped, but counted in line numbers.
+objects (also .gz), parquet, tensorflow-datasets, and a function of the user's that returns rows (PATH.py:NAME).
+A row that cannot be read raises ValueError with its location.  Blank lines are skipped, but counted in line
+numbers.
 """
 
 import gzip
@@ -17,6 +18,7 @@ import numpy as np
 
 from cooper_jax.runtime import remote_files
 from cooper_jax.runtime.extras import import_extra
+from cooper_jax.settings.user_code import describe_error, is_user_code, load_function, read_user_code
 
 Row = Mapping[str, Any]
 LocatedRow = tuple[str, str, Row]  # location (file and line, for messages), id, row
@@ -28,9 +30,15 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def read_file_rows(source: str) -> Iterator[LocatedRow]:
     """Read the rows of a .parquet file, of JSON lines or of a JSON list, local or remote (gs://...).
 
+    PATH.py:NAME names a function of the user's that returns the rows.
+
     Raises FileNotFoundError for a missing file, OSError for an address that cannot be reached, and ValueError
     for a malformed row.
     """
+    if is_user_code(source):
+        yield from _make_rows(source)
+        return
+
     path = remote_files.fetch_local(source)
     if not path.is_file():
         raise FileNotFoundError(f"{source}: there is no such file (the name of a data set needs format=tfds)")
@@ -43,6 +51,24 @@ def read_file_rows(source: str) -> Iterator[LocatedRow]:
         yield from _read_json_list(path, display_name)
     else:
         yield from _read_json_rows(path, display_name)
+
+
+def _make_rows(source: str) -> Iterator[LocatedRow]:
+    """Call a function of the user's that takes no argument and returns rows.
+
+    Raises ValueError for a function that raises, and for rows that are no mappings with text keys.
+    """
+    code = read_user_code(source, "rows")
+    function = load_function(code, "rows")
+    number = 0  # of the row that was read last
+    try:
+        for number, row in enumerate(function(), start=1):
+            if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
+                raise TypeError(f"row {number} is {type(row).__name__}, not a dict with text keys")
+            yield f"{code.label}: row {number}", f"{Path(code.path).stem}:{number}", row
+    # A generator may raise anything.
+    except Exception as error:
+        raise ValueError(f"{code.label}: after {number} rows: {describe_error(error, code.path)}") from error
 
 
 def _open_binary(path: Path) -> gzip.GzipFile | BinaryIO:

@@ -29,6 +29,7 @@ from cooper_jax.model import loading
 from cooper_jax.reward.multihost import SharedRule
 from cooper_jax.rollout import engine, rollout_config
 from cooper_jax.rule.verifier import RuleVerifier
+from cooper_jax.rule.worker_process import Item, make_item
 from cooper_jax.runtime import hosts, keys, output_folder, remote_files
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import setup_errors
@@ -273,7 +274,7 @@ def _judge_chunk(
         # The rule judges these responses while others are decoded.  It remembers its verdicts, which are
         # collected below.
         if rule is not None:
-            rule.submit([(problems[index].reference, c.text) for c in completions])
+            rule.submit([make_item(problems[index], c.text) for c in completions])
 
     sampler(benchmark, places, on_ready)
 
@@ -325,7 +326,7 @@ def _collect_judgements(
     # The rule's processes work while the reward model scores.
     pending = None
     if rule is not None:
-        pending = rule.submit([(t.reference, t.completion) for t in triples])
+        pending = rule.submit([Item(t.reference, t.completion, t.question) for t in triples])
 
     rewards = None
     if reward is not None:

@@ -24,6 +24,7 @@ from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
 from cooper_jax.evaluation.evaluation_ledger import Ledger, Row
 from cooper_jax.llm import local_chat
 from cooper_jax.reward import multihost
+from cooper_jax.rule.worker_process import Item as RuleItem
 from cooper_jax.runtime import device_layouts, hosts
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Triple
@@ -224,7 +225,7 @@ def _open_judges(
         rule = stack.enter_context(multihost.open_rule_verifier(cfg))
         opened["rule"] = judges.remember_last_opinions(
             lambda triples, first: judges.make_verdict_opinions(
-                rule.check([(t.reference, t.completion) for t in triples])
+                rule.check([RuleItem(t.reference, t.completion, t.question) for t in triples])
             )
         )
 

@@ -33,6 +33,7 @@ from cooper_jax.llm.chat_replies import Failure, Reply, describe_refusal, parse_
 from cooper_jax.llm.request_fields import change_fields, parse_field_changes, suggest_changes
 from cooper_jax.runtime import keys
 from cooper_jax.settings import typed_config
+from cooper_jax.settings.user_code import is_user_code
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class ChatConfig:
     """Settings of a chat model: the config's section `assistant`, `judge` or `source`."""
 
     name: str  # of the section and of the random stream
-    kind: str  # openai or local; for the assistant also corrupt
+    kind: str  # openai or local; for the assistant also corrupt, or PATH.py:NAME
 
     # kind=openai: the server.
     url: str  # base address
@@ -69,11 +70,15 @@ class ChatConfig:
     top_p: float
 
     def __post_init__(self) -> None:
-        # Only the assistant has a kind without a language model.
-        kinds = ("corrupt", "openai", "local") if self.name == "assistant" else ("openai", "local")
+        # Only the assistant has kinds without a language model.
+        kinds, own = ("openai", "local"), False
+        if self.name == "assistant":
+            kinds, own = ("corrupt", "openai", "local"), is_user_code(self.kind)
         errors = []
-        if self.kind not in kinds:
+        if self.kind not in kinds and not own:
             errors.append(f"{self.name}.kind={self.kind!r}: it must be one of {', '.join(kinds)}")
+        if own and not self.timeout > 0:
+            errors.append(f"{self.name}.timeout={self.timeout}: it must be positive")
         if self.thinking not in _THINKING:
             errors.append(f"{self.name}.thinking={self.thinking!r}: it must be on, off or empty")
         # The assistant knows the length of the text that it rewrites.

@@ -7,15 +7,16 @@
 
 `section` is a section of the config (`cfg.policy`) and `name` its name, for messages.  `section.weights` is a
 Hugging Face directory, a hub id, a .gguf file, or "random".  A model with random weights has the shape
-`section.arch`, and its tokenizer is trained on the synthetic corpus and stored in the run directory.  All
-functions raise SetupError if the model cannot be loaded.
+`section.arch`, and its tokenizer is stored in the run directory.  It is trained on the synthetic corpus, unless
+`train_tokenizer` has trained one on another text before.  All functions raise SetupError if the model cannot be
+loaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -48,19 +49,31 @@ def load_tokenizer(section: ConfigDict | ModelSource, name: str, run_dir: Direct
     with setup_errors(f"{name}.tokenizer={section.tokenizer!r}, {name}.weights={section.weights!r}"):
         if source != "random":
             return tokenizers.load_tokenizer_from(source)
-        # One file per size: models of one run with equal sizes share a tokenizer, and a resumed run finds it.
-        path = run_dir / f"tokenizer_{section.arch.vocab_size}.model"
-
-        def train() -> None:
-            if path.exists():
-                return
-            symbols = [*prompts.VERIFIER_TAGS, "\n"]
-            corpus = synthetic.make_corpus()
-            tokenizers.train_sentencepiece(corpus, path, section.arch.vocab_size, symbols=symbols)
-
-        # All hosts read the file that the first one writes.
-        hosts.on_primary_first(f"tokenizer of {name}", train)
+        path = train_tokenizer(section.arch.vocab_size, name, run_dir, synthetic.make_corpus)
         return tokenizers.load_tokenizer_from(str(path))
+
+
+def train_tokenizer(
+    vocab_size: int, name: str, run_dir: Directory, make_corpus: Callable[[], Iterable[str]]
+) -> Directory:
+    """Train the tokenizer of models with random weights, unless the run directory has it; return its path.
+
+    Args:
+      vocab_size: the largest number of pieces.
+      name: of the model, for the hosts' exchange.
+      make_corpus: returns the text to train on.
+    """
+    # One file per size: models of one run with equal sizes share a tokenizer, and a resumed run finds it.
+    path = run_dir / f"tokenizer_{vocab_size}.model"
+
+    def train() -> None:
+        if not path.exists():
+            symbols = [*prompts.VERIFIER_TAGS, "\n"]
+            tokenizers.train_sentencepiece(make_corpus(), path, vocab_size, symbols=symbols)
+
+    # All hosts read the file that the first one writes.
+    hosts.on_primary_first(f"tokenizer of {name}", train)
+    return path
 
 
 def describe_model(

@@ -1,9 +1,11 @@
 """Group advantages: each sample's reward relative to the other samples of the same prompt.
 
-B  prompts   G  samples per prompt   N = B * G  rows, prompt-major
+K  rewards   B  prompts   G  samples per prompt   N = B * G  rows, prompt-major
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -59,3 +61,40 @@ def group_advantages(
     # With eps = floor = 0 the scale of a zero-variance group is 0: it is replaced before the division.
     advantages = jnp.where(zero_variance, 0.0, centred / jnp.where(zero_variance, 1.0, scale))
     return advantages.reshape(-1), zero_variance.mean(dtype=jnp.float32)
+
+
+def decoupled_advantages(
+    rewards: jax.Array,  # f32[K, N]
+    weights: Sequence[float],  # [K]
+    group_size: int,
+    *,
+    std_normalise: bool,
+    eps: float,
+    floor: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Advantages of several rewards, each normalised within its group, and the share of groups without a signal.
+
+        A_i = sum_k w_k A_ki,   A_ki = (r_ki - mean(r_k)) / (max(std(r_k), floor) + eps)
+        and all of them divided by their standard deviation over the step + eps         GDPO (arXiv 2601.05242)
+
+    A sum that is normalised afterwards makes different combinations of rewards equal: (1, 0) and (0, 1) have
+    one sum.  The mean over the step is not subtracted: it is 0 but for rounding, which is not a signal.
+
+    A reward that is not finite is left out of its group's statistics and adds nothing to its row's advantage;
+    rows without any finite reward do not count in the standard deviation over the step.
+
+    Returns and raises as `group_advantages`.
+    """
+    total = jnp.zeros(rewards.shape[1:], jnp.float32)
+    for reward, weight in zip(rewards, weights, strict=True):
+        advantages, _ = group_advantages(
+            reward, group_size, std_normalise=std_normalise, eps=eps, floor=floor
+        )
+        total = total + weight * advantages
+
+    # The sample standard deviation, as within groups.
+    counted = jnp.isfinite(rewards).any(axis=0)
+    count = counted.sum().astype(jnp.float32)
+    std = jnp.sqrt(jnp.where(counted, total**2, 0.0).sum() / jnp.maximum(count - 1.0, 1.0))
+    zero_variance = (total.reshape(-1, group_size) == 0).all(axis=1)
+    return jnp.where(std > 0, total / (std + eps), 0.0), zero_variance.mean(dtype=jnp.float32)

@@ -6,6 +6,12 @@ never raises: the pair is masked, and training continues.
 
     corrupt         changes the number in the answer at random; needs no model, for tests and `tiny`
     openai, local   ask a language model (llm/chat.py)
+    PATH.py:NAME    a class of the user's own
+
+A class of the user's own is made without arguments and has one method, and `close()` if it needs one:
+
+    class Rewriter:
+        def rewrite(self, requests): ...     # -> one text per request, or None; `Request` lists its fields
 
 Random choices depend only on a request's ids (seed, step, row, attempt).
 """
@@ -13,17 +19,29 @@ Random choices depend only on a request's ids (seed, step, row, attempt).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
 from cooper_jax.data import prompts
+from cooper_jax.data.row_reader import replace_surrogates
 from cooper_jax.llm import chat as chats
 from cooper_jax.llm.chat import Chat, ChatConfig, Failure, Generate, Ids, Messages, Reply
 from cooper_jax.reward import corruption
 from cooper_jax.runtime import keys
 from cooper_jax.settings import typed_config
+from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.settings.user_code import (
+    UserCode,
+    describe_error,
+    find_missing_arguments,
+    is_user_code,
+    load_function,
+    read_user_code,
+)
 from cooper_jax.types import Completion, Problem
 
 
@@ -34,6 +52,25 @@ class Request:
     problem: Problem
     positive: str  # text of the verified solution
     ids: Ids  # seed, step, row in the data order, attempt
+
+    @property
+    def question(self) -> str:
+        return self.problem.question
+
+    @property
+    def reference(self) -> str:
+        return self.problem.reference
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """The columns of the problem's data row."""
+        return self.problem.columns
+
+    @property
+    def seed(self) -> int:
+        """A number that is the same for the same request in a repeated or resumed run, and else another."""
+        seed, *ids = self.ids
+        return int(keys.make_generator(seed, "corruption", *ids).integers(1 << 62))
 
 
 class Assistant(Protocol):
@@ -74,10 +111,12 @@ def make_assistant(
       generate: (conversations, ids) -> replies; needed for `local` only.
       rewrite: the section's other settings; None: those of the `careful` prompt.
 
-    Raises what chat.make_chat raises.
+    Raises what chat.make_chat raises, and SetupError for a class of the user's that cannot be used.
     """
     if cfg.kind == "corrupt":
         return CorruptingAssistant()
+    if is_user_code(cfg.kind):
+        return UserAssistant(read_user_code(cfg.kind, "assistant.kind"), cfg.timeout)
     prompt = "careful" if rewrite is None else rewrite.prompt
     return ChatAssistant(chats.make_chat(cfg, generate), prompt, limit_by_words=not cfg.max_new_tokens)
 
@@ -137,6 +176,87 @@ class CorruptingAssistant:
 
     def close(self) -> None:
         pass
+
+
+# --- a class of the user's own -----------------------------------------------------------------------------
+
+
+class UserAssistant:
+    """An assistant of the user's own.  What it does wrong is a Failure, and the first one is printed."""
+
+    # It computes nothing on the devices, as far as the run knows.
+    overlaps = True
+
+    def __init__(self, code: UserCode, timeout: float):
+        """Make the user's object.
+
+        timeout: seconds for one call, which has all requests of a round.
+
+        Raises SetupError for a class that cannot be imported or made, or that has no method `rewrite`.
+        """
+        self.code = code
+        self._timeout = timeout
+        self._has_warned = False
+        where = f"assistant.kind={code.label!r}"
+        made = load_function(code, "assistant.kind")
+        if missing := find_missing_arguments(made, ()):
+            raise SetupError(f"{where}: it is made without arguments, and takes {', '.join(missing)}")
+        try:
+            self._rewriter = made()
+        except Exception as error:
+            raise SetupError(f"{where}: it cannot be made: {describe_error(error, code.path)}") from error
+        if not callable(getattr(self._rewriter, "rewrite", None)):
+            raise SetupError(f"{where}: it has no method rewrite(requests)")
+
+    def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
+        """One reply per request, in the order of the requests."""
+        if not requests:
+            return []
+
+        # In a thread of its own, which is left behind if it does not return.
+        outcome: list[list[Reply]] = []
+        thread = threading.Thread(target=lambda: outcome.append(self._ask(requests)), daemon=True)
+        thread.start()
+        thread.join(self._timeout)
+        if outcome:
+            return outcome[0]
+        self._warn(f"no reply within {self._timeout} s (--config.assistant.timeout)")
+        return [Failure("timeout")] * len(requests)
+
+    def _ask(self, requests: Sequence[Request]) -> list[Reply]:
+        try:
+            texts = list(self._rewriter.rewrite(list(requests)))
+        except Exception as error:
+            self._warn(describe_error(error, self.code.path))
+            return [Failure("exception")] * len(requests)
+        if len(texts) != len(requests):
+            self._warn(f"it returned {len(texts)} texts for {len(requests)} requests")
+            return [Failure("malformed")] * len(requests)
+        return [self._read_text(text) for text in texts]
+
+    def _read_text(self, text: Any) -> Reply:
+        if text is None:
+            return Failure("nothing to change")
+        if not isinstance(text, str):
+            self._warn(f"it returned {type(text).__name__}, not a text")
+            return Failure("malformed")
+        return Completion(replace_surrogates(text)) if text.strip() else Failure("empty")
+
+    def _warn(self, message: str) -> None:
+        # Each host prints its own: the requests are divided over the hosts.
+        if not self._has_warned:
+            self._has_warned = True
+            print(
+                f"warning: assistant.kind={self.code.label!r} failed, so its pairs are masked and counted in "
+                f"pairs/refused_...; later failures are not printed: {message}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Call the object's `close`, if it has one."""
+        if callable(close := getattr(self._rewriter, "close", None)):
+            close()
 
 
 # --- openai, local -----------------------------------------------------------------------------------------

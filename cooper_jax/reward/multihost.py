@@ -22,7 +22,8 @@ from ml_collections import ConfigDict
 from cooper_jax.reward.assistants import Assistant, Failure, Reply, Request
 from cooper_jax.rule.verifier import Item, PendingVerdicts, RuleConfig, RuleVerifier
 from cooper_jax.runtime import hosts
-from cooper_jax.settings.setup_errors import setup_errors
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
+from cooper_jax.settings.user_code import UserCode
 from cooper_jax.types import Completion, Verdict
 
 
@@ -63,7 +64,7 @@ class SharedPendingVerdicts:
         # results.
         texts: list[str] = []
         for item in self._items:
-            texts += item
+            texts += item[:3]  # reference, completion, question
         name = f"verdicts/{_hash_texts(*texts):x}"
 
         # JSON turns the keys, item indices, into strings.
@@ -95,8 +96,9 @@ class SharedRule:
         self._local = local
 
     def submit(self, items: Sequence[Item]) -> SharedPendingVerdicts:
-        """Start to judge (reference, completion text) items and return at once; nothing is exchanged yet."""
-        own = [i for i, item in enumerate(items) if hosts.is_assigned(_hash_texts(*item))]
+        """Start to judge items and return at once; nothing is exchanged yet."""
+        # By reference and completion: equal ones have one verdict, whatever the question.
+        own = [i for i, item in enumerate(items) if hosts.is_assigned(_hash_texts(*item[:2]))]
         return SharedPendingVerdicts(items, own, [self._local.submit([items[i] for i in own])])
 
     def collect(self, pending: Sequence[SharedPendingVerdicts]) -> list[Verdict]:
@@ -160,6 +162,29 @@ def share_over_hosts(
     return SharedRule(rule), assistant
 
 
+def check_same_code(codes: Sequence[UserCode | None]) -> None:
+    """Check that all hosts have read the same text of each file of the user's.  Collective.
+
+    codes: those in use; None for a setting that names none.
+
+    Raises SetupError on all hosts, with the file's path and the hosts that differ from the first.
+    """
+    # By the flags' order, not by path: hosts may have the file in different folders.
+    used = [code for code in codes if code is not None]
+    if not used:
+        return
+    digests = hosts.exchange_json("user code", [code.digest for code in used])
+    messages = []
+    for i, code in enumerate(used):
+        if others := [str(host) for host, own in enumerate(digests) if own[i] != digests[0][i]]:
+            messages.append(
+                f"{code.path}: process {', '.join(others)} has read another text than process 0: copy one file "
+                "to all hosts"
+            )
+    if messages:
+        raise SetupError(*dict.fromkeys(messages))
+
+
 @contextlib.contextmanager
 def open_rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
     """Start the rule verifier's processes, on each host for its share of the work; they end on exit.
@@ -168,6 +193,7 @@ def open_rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
     """
     with setup_errors("rule"):
         rule = RuleVerifier(RuleConfig.from_config(cfg.rule))
+        check_same_code([rule.judge])
     with rule:
         with setup_errors("rule"):
             rule.check_ready()

@@ -158,7 +158,7 @@ def make_copies_with_other_references(
         tries = {i: pool.choose_for(triples[i], rng) for i in drawn}
         for attempt in range(MAX_TRIES):
             tried = [i for i in drawn if i not in found and attempt < len(tries[i])]
-            items = [(tries[i][attempt], triples[i].completion) for i in tried]
+            items = [Item(tries[i][attempt], triples[i].completion, triples[i].question) for i in tried]
             for i, verdict in zip(tried, _check(rule, items), strict=True):
                 if verdict == Verdict.WRONG:
                     found[i] = tries[i][attempt]
@@ -204,8 +204,12 @@ def find_own_answers(triples: Sequence[Triple], rule: RuleVerifier | SharedRule)
             if answer and is_other and _resembles_reference(answer):
                 candidates.append((i, answer))
 
-    beside_own = _check(rule, [(answer, triples[i].completion) for i, answer in candidates])
-    beside_reference = _check(rule, [(triples[i].reference, triples[i].completion) for i, _ in candidates])
+    rows = [triples[i] for i, _ in candidates]
+    beside = [
+        Item(answer, row.completion, row.question) for row, (_, answer) in zip(rows, candidates, strict=True)
+    ]
+    beside_own = _check(rule, beside)
+    beside_reference = _check(rule, [Item(row.reference, row.completion, row.question) for row in rows])
     own_answers: dict[int, str] = {}
     for (i, answer), own, other in zip(candidates, beside_own, beside_reference, strict=True):
         if own == Verdict.CORRECT and other != Verdict.CORRECT and can_be_verified(answer):
@@ -277,7 +281,7 @@ def _find_form(reference: str) -> str:
 
 
 def _check(rule: RuleVerifier | SharedRule, items: Sequence[Item]) -> list[Verdict]:
-    """Judge (reference, completion) items, `ITEMS_AT_ONCE` at a time."""
+    """Judge items, `ITEMS_AT_ONCE` at a time."""
     verdicts: list[Verdict] = []
     for start in range(0, len(items), ITEMS_AT_ONCE):
         verdicts += rule.check(items[start : start + ITEMS_AT_ONCE])

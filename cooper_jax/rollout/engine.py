@@ -243,6 +243,12 @@ def decode_completions(
     return completions
 
 
+def list_tokens(rollout: Rollout) -> list[list[int]]:
+    """The sampled token ids of each row, the EOS included."""
+    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+    return [row[sampled].tolist() for row, sampled in zip(tokens, mask, strict=True)]
+
+
 # --- sizes -----------------------------------------------------------------------------------------------
 
 

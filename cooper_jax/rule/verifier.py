@@ -1,6 +1,8 @@
 """The rule verifier: verdicts from a pool of worker processes, with hard limits on CPU time and memory.
 
-The input is a list of items, (reference, completion text); the output is one `Verdict` per item, in order.
+The input is a list of items (reference, completion text, question, columns); the output is one `Verdict` per
+item, in order.  The rule reads reference and completion alone; a judge of the user's own (rule.judge), which
+then decides in its place in the same processes, gets all of it.
 
 1. `submit` looks each item up in the cache of verdicts, queues the new items (each distinct one once) and
    immediately returns a `PendingVerdicts`, so that devices can work in the meantime.
@@ -25,6 +27,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import json
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -32,9 +35,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from cooper_jax.rule.worker_process import Item, Outcome, Worker
+from cooper_jax.rule.user_judge import find_judge_errors
+from cooper_jax.rule.worker_process import Answer, Item, Outcome, Worker
 from cooper_jax.runtime import hosts
 from cooper_jax.settings import typed_config
+from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.settings.user_code import UserCode, find_reference_errors, load_function, read_user_code
 from cooper_jax.types import Verdict
 
 # The command of a worker.  -P keeps this folder off its sys.path, where our modules could shadow a library's.
@@ -43,7 +49,7 @@ SHORT_LIMIT = 0.2  # CPU seconds for a verdict once the step's budget is spent
 STALL_LIMIT = 300.0  # seconds without a reply after which a process is replaced
 STOP_POLL = 0.2  # seconds between two looks at whether the run is to stop
 CACHED_VERDICTS = 1 << 16  # size of the cache; the least recently used verdicts are dropped
-READY_ITEM = ("4", "So the answer is \\boxed{4}.")  # a correct item, to test that a worker works
+READY_ITEM = Item("4", "So the answer is \\boxed{4}.")  # a correct item, to test that a worker works
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,7 @@ class RuleConfig:
     timeout: float  # CPU seconds for a verdict
     step_budget: float  # CPU seconds that all verdicts over the limit may take until verdicts are collected
     memory_mb: int  # limit of one process's address space in MiB; 0 sets no limit
+    judge: str = ""  # PATH.py:NAME of a function that decides in place of the rule; "": the rule decides
 
     def __post_init__(self) -> None:
         errors = [
@@ -64,6 +71,8 @@ class RuleConfig:
             errors.append(f"rule.timeout={self.timeout}: it must be at least {SHORT_LIMIT} CPU seconds")
         if not self.step_budget >= 0:
             errors.append(f"rule.step_budget={self.step_budget}: it must not be negative")
+        if self.judge:
+            errors += find_reference_errors(self.judge, "rule.judge")
         typed_config.raise_errors(errors)
 
     @classmethod
@@ -125,8 +134,17 @@ class RuleVerifier:
         Args:
           command: starts one worker; the memory limit in MiB is appended as its last argument.
           stall_limit: seconds without a reply after which a process is replaced.
+
+        Raises SetupError for a judge that cannot be imported.
         """
         self._timeout, self._step_budget, self._stall_limit = cfg.timeout, cfg.step_budget, stall_limit
+
+        # The judge is imported here, too: its errors are found before a process is started.
+        self.judge: UserCode | None = None
+        if cfg.judge:
+            self.judge = read_user_code(cfg.judge, "rule.judge")
+            load_function(self.judge, "rule.judge")
+            command = (*command, "judge")
         self._command = (*command, str(cfg.memory_mb))
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(cfg.workers)]
 
@@ -138,6 +156,7 @@ class RuleVerifier:
         self._unfinished: dict[bytes, _Job] = {}  # queued or running
         self._cache: collections.OrderedDict[bytes, Verdict] = collections.OrderedDict()
         self._overtime = 0.0  # CPU seconds of verdicts over the limit since verdicts were collected
+        self._judge_error = ""  # the first exception of the user's judge
 
         # State of the pool.
         self._started = False
@@ -151,14 +170,16 @@ class RuleVerifier:
         self.close()
 
     def submit(self, items: Sequence[Item]) -> PendingVerdicts:
-        """Queue (reference, completion text) items and return at once.  Raises RuntimeError once closed."""
+        """Queue items and return at once.  Raises RuntimeError once closed."""
         jobs = []
         with self._state:
             if self._closed:
                 raise RuntimeError("the rule verifier is closed")
 
             # Samples of one prompt are often identical: each distinct item is judged once.
-            for item in items:
+            for fields in items:
+                # What the rule does not read must not keep equal items apart.
+                item = Item(*fields) if self.judge is not None else Item(*fields[:2])
                 key = _hash_item(item)
                 if key in self._cache:
                     self._cache.move_to_end(key)  # the most recently used verdict is dropped last
@@ -190,26 +211,49 @@ class RuleVerifier:
         """Judge items and wait for their verdicts."""
         return self.submit(items).result()
 
-    def check_ready(self) -> None:
+    def check_ready(self, item: Item | None = None) -> None:
         """Judge one item, to detect a rule verifier that does not work before training starts.
 
-        A caller can `submit([READY_ITEM])` earlier, to start the worker during other work.  Raises ValueError
-        if no worker starts, if the verdict does not arrive, or if it is not CORRECT.
+        item: one of the run's, for a user's judge, of which any verdict is accepted; the rule judges READY_ITEM.
+          Without an item the judge is not tried.
+
+        A caller can `submit` the same item earlier, to start the worker during other work.  Raises ValueError
+        if no worker starts, if the verdict does not arrive, and if READY_ITEM is not CORRECT; SetupError for a
+        judge that fails on the item.
         """
+        if self.judge is None:
+            item = READY_ITEM
+        elif item is None:
+            return
+        else:
+            typed_config.raise_errors(find_judge_errors(self.judge, item.columns))
         try:
             # The item goes through the same queue and the same limits as all others.
-            (verdict,) = self.check([READY_ITEM])
+            (verdict,) = self.check([item])
         except RuntimeError as error:
             # Of a traceback, keep only the last line, which names the exception.
             first, *rest = str(error).splitlines()
             message = " ".join([first.removesuffix("Traceback (most recent call last):").strip(), *rest[-1:]])
             raise ValueError(f"the rule verifier does not work: {message}") from error
-        if verdict is not Verdict.CORRECT:
+        if self.judge is not None:
+            self._check_judge(verdict)
+        elif verdict is not Verdict.CORRECT:
             raise ValueError(
                 f"the rule verifier does not work: asked whether 4 equals 4, it says {verdict.value!r} after "
                 f"at most {self._timeout} CPU seconds; on a machine that is so slow, raise "
                 "--config.rule.timeout; where memory is short, raise --config.rule.memory_mb"
             )
+
+    def _check_judge(self, verdict: Verdict) -> None:
+        """Raise SetupError if the user's judge failed on the first item.  verdict: that item's."""
+        assert self.judge is not None
+        reason = self._judge_error
+        if verdict is Verdict.TIMEOUT:
+            reason = (
+                f"no verdict within {self._timeout} CPU seconds (--config.rule.timeout), or a dead process"
+            )
+        if reason:
+            raise SetupError(f"rule.judge={self.judge.label!r} fails on the first problem: {reason}")
 
     def close(self) -> None:
         """Kill the workers; may be called again.  Unfinished verdicts raise an error in `result`."""
@@ -233,26 +277,47 @@ class RuleVerifier:
         try:
             while (next_job := self._take_job()) is not None:
                 job, limit = next_job
-                outcome: str | Outcome = Outcome.DIED
-                spent = 0.0
+                answer = Answer(Outcome.DIED)
                 error: Exception | None = None
                 try:
                     if worker is None:
-                        worker = Worker(self._command)
+                        worker = Worker(self._command, self._describe_judge())
                         self._warn_unlimited(worker.unlimited)
-                    outcome, spent = worker.ask(job.item, limit, self._stall_limit, lambda: self._closed)
+                    answer = worker.ask(job.item, limit, self._stall_limit, lambda: self._closed)
                 except RuntimeError as cause:
                     error = cause
 
                 # After a failure the process may be gone, short of memory, or still busy with this item.
-                self._finish(job, outcome, spent, error)
-                if worker is not None and isinstance(outcome, Outcome):
-                    if outcome is not Outcome.TIMEOUT or not worker.is_alive():
+                self._report_judge_error(answer.error)
+                self._finish(job, answer.outcome, answer.spent, error)
+                if worker is not None and isinstance(answer.outcome, Outcome):
+                    if answer.outcome is not Outcome.TIMEOUT or not worker.is_alive():
                         worker.kill()
                         worker = None
         finally:
             if worker is not None:
                 worker.kill()
+
+    def _describe_judge(self) -> dict[str, str] | None:
+        """The user's judge as a worker reads it."""
+        return None if self.judge is None else dataclasses.asdict(self.judge)
+
+    def _report_judge_error(self, error: str) -> None:
+        """Print the first exception of the user's judge; "" prints nothing."""
+        if not error:
+            return
+        with self._state:
+            is_first = not self._judge_error
+            self._judge_error = self._judge_error or error
+        if is_first:
+            assert self.judge is not None
+            # Each host prints its own: the items are divided over the hosts.
+            print(
+                f"warning: rule.judge={self.judge.label!r} raised an exception, which counts as an abstention "
+                f"(rule/unrecognised); later ones are not printed: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _take_job(self) -> tuple[_Job, float] | None:
         """Wait for the next job: (job, its limit in CPU seconds), or None once the verifier is closed."""
@@ -327,7 +392,9 @@ class RuleVerifier:
 
 def _hash_item(item: Item) -> bytes:
     """A 128-bit hash of an item, its key in the cache."""
-    # The length tells where the reference ends: ("1", "23") and ("12", "3") must differ.
-    reference, completion = item
-    text = f"{len(reference)}:{reference}{completion}"
+    # The lengths tell where each part ends: ("1", "23") and ("12", "3") must differ.
+    text = f"{len(item.reference)}:{item.reference}{item.completion}"
+    if item.question or item.columns:
+        columns = json.dumps(dict(item.columns), default=str)
+        text = f"{len(item.completion)}:{len(item.question)}:{item.question}{columns}{text}"
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

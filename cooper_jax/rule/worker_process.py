@@ -7,6 +7,7 @@ the process is stopped or starved.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import os
@@ -15,9 +16,11 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-Item = tuple[str, str]  # reference, completion text
+from cooper_jax.types import Problem
 
 START_LIMIT = 120.0  # seconds within which a process must be ready, even on a busy machine
 KERNEL_SECOND = 1.0  # CPU seconds beyond its limit after which the kernel ends a process, about
@@ -32,11 +35,37 @@ class Outcome(enum.Enum):
     STALLED = "it did not reply in time"
 
 
+class Item(NamedTuple):
+    """What is judged.  The rule reads reference and completion alone, a user's judge all of it."""
+
+    reference: str
+    completion: str
+    question: str = ""
+    columns: Mapping[str, Any] = MappingProxyType({})  # of the problem's data row
+
+
+def make_item(problem: Problem, completion: str, reference: str = "") -> Item:
+    """The item of a response to a problem.  reference: in place of the problem's own, unless it is empty."""
+    return Item(reference or problem.reference, completion, problem.question, problem.columns)
+
+
+class Answer(NamedTuple):
+    """The outcome of an item."""
+
+    outcome: str | Outcome  # the verdict, or the reason why there is none
+    spent: float = 0.0  # CPU seconds
+    error: str = ""  # the exception of a user's judge
+
+
 class Worker:
     """A worker process and the pipes to it."""
 
-    def __init__(self, command: Sequence[str]):
-        """Start the process and wait until it is ready.  Raises RuntimeError if it does not start."""
+    def __init__(self, command: Sequence[str], judge: Mapping[str, str] | None = None):
+        """Start the process and wait until it is ready.  Raises RuntimeError if it does not start.
+
+        judge: path, name and text of the user's judge, which a command with the argument `judge` reads first.
+        """
+        self._judge = judge
         # stderr goes to a file: nobody reads it while the process runs, and a full pipe would block it.
         self._errors = tempfile.TemporaryFile()
         self._unread = b""  # output that has been received but not returned by _read_line
@@ -52,6 +81,10 @@ class Worker:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
+        # If the process has died already, the next lines report it.
+        if judge is not None:
+            with contextlib.suppress(OSError):
+                self._stdin.write(json.dumps(judge).encode() + b"\n")
         ready = self._read_line(START_LIMIT, lambda: False)
         # The reason why the platform refused the memory limit; "" if it is set.
         self.unlimited = ready.get("unlimited", "") if isinstance(ready, dict) else ""
@@ -68,36 +101,37 @@ class Worker:
                 f"a rule worker did not start ({' '.join(command)}; exit status {code}): {output}"
             )
 
-    def ask(
-        self, item: Item, limit: float, stall_limit: float, is_closed: Callable[[], bool]
-    ) -> tuple[str | Outcome, float]:
-        """(the verdict on one item, or why there is none; the CPU time that it took, in seconds).
+    def ask(self, item: Item, limit: float, stall_limit: float, is_closed: Callable[[], bool]) -> Answer:
+        """The verdict on one item, or the reason why there is none.
 
         Args:
           limit: CPU seconds.
           stall_limit: seconds, after which the process counts as stalled.
           is_closed: polled; True ends the wait.
         """
-        request = {"reference": item[0], "completion": item[1], "limit": limit}
+        request: dict[str, Any] = {"reference": item.reference, "completion": item.completion, "limit": limit}
+        if self._judge is not None:
+            request |= {"question": item.question, "columns": dict(item.columns)}
         try:
-            self._stdin.write(json.dumps(request).encode() + b"\n")
+            # Dates and other values that JSON does not have become text.
+            self._stdin.write(json.dumps(request, default=str).encode() + b"\n")
         except OSError:  # the process died after its last reply
-            return Outcome.DIED, 0.0
+            return Answer(Outcome.DIED)
         reply = self._read_line(stall_limit, is_closed)
         if reply is None:
-            return Outcome.STALLED, 0.0
+            return Answer(Outcome.STALLED)
         if reply is Outcome.DIED:
             # The kernel ends a process that computes beyond its limit without coming back to Python.
             self._process.wait()
             by_limit = self._process.returncode == -signal.SIGXCPU
-            return (Outcome.TIMEOUT if by_limit else Outcome.DIED), limit + KERNEL_SECOND
+            return Answer(Outcome.TIMEOUT if by_limit else Outcome.DIED, limit + KERNEL_SECOND)
         assert isinstance(reply, dict)
         spent = float(reply.get("cpu", 0.0))
         if reply["verdict"] == "memory":
-            return Outcome.DIED, spent
+            return Answer(Outcome.DIED, spent)
         if reply["verdict"] == "timeout":
-            return Outcome.TIMEOUT, spent
-        return reply["verdict"], spent
+            return Answer(Outcome.TIMEOUT, spent)
+        return Answer(reply["verdict"], spent, reply.get("error", ""))
 
     def _read_line(self, limit: float, is_closed: Callable[[], bool]) -> dict | Outcome | None:
         """The process's next line of output; DIED at its end, None after `limit` seconds or if is_closed()."""

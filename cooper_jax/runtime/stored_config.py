@@ -41,6 +41,7 @@ CHANGEABLE_FIELDS = (
     "rule.timeout",
     "rule.step_budget",
     "rule.memory_mb",
+    "reward.function_timeout",
     "assistant.url",
     "assistant.key_env",
     "assistant.concurrency",

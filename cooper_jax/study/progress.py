@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from cooper_jax.study.arms import START
-from cooper_jax.study.records import EVALUATED, read_whole_rows
+from cooper_jax.study.records import read_accuracy, read_whole_rows
 from cooper_jax.study.run_scheduler import StudyStatus
 from cooper_jax.study.study_plan import StudyRun
 
@@ -117,6 +117,6 @@ class ProgressBoard:
 def _read_progress(run: StudyRun) -> tuple[int, float | None]:
     """Read the last step of a run, and its newest held-out accuracy, if any."""
     rows = read_whole_rows(run.folder / "metrics.jsonl")
-    accuracies = [row[EVALUATED["accuracy"]] for row in rows if EVALUATED["accuracy"] in row]
+    accuracies = [accuracy for row in rows if (accuracy := read_accuracy(row)) is not None]
     step = int(rows[-1]["step"]) if rows else 0
     return step, accuracies[-1] if accuracies else None

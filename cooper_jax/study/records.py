@@ -53,6 +53,8 @@ EVALUATED = {
     "rm_policy": "eval/rm_policy/accuracy",
     "rm_policy_auroc": "eval/rm_policy/auroc",
 }
+# The accuracy of a task whose truth is the user's judge, which has no other.
+JUDGED_ACCURACY = "eval/rule/accuracy"
 # Quantities of every step: the policy's reward, and the hacking signal.
 EACH_STEP = {"reward": "reward/mean", "false_positives": "rm/false_positive_rate"}
 # Quantities that are summed over the steps.
@@ -165,7 +167,7 @@ def _read_arms(folder: Path) -> dict[str, dict[str, Any]]:
 
 def summarise_run(arm: str, seed: int, rows: Sequence[dict[str, float]]) -> Record | None:
     """Make a run's record from the rows of its metrics.jsonl; None without an evaluation."""
-    evaluations = tuple(_read_evaluation(row) for row in rows if EVALUATED["accuracy"] in row)
+    evaluations = tuple(_read_evaluation(row) for row in rows if read_accuracy(row) is not None)
     if not evaluations:
         return None
     # Step 0 is the evaluation before training: it has no reward and no time.
@@ -181,10 +183,17 @@ def summarise_run(arm: str, seed: int, rows: Sequence[dict[str, float]]) -> Reco
     )
 
 
+def read_accuracy(row: dict[str, float]) -> float | None:
+    """The held-out accuracy by exact truth, or by the user's judge; None in a row without an evaluation."""
+    return row.get(EVALUATED["accuracy"], row.get(JUDGED_ACCURACY))
+
+
 def _read_evaluation(row: dict[str, float]) -> dict[str, float]:
     """Read the step and the quantities EVALUATED of a row that has an evaluation."""
     measured = {name: _round(row[metric]) for name, metric in EVALUATED.items() if metric in row}
-    return {"step": int(row["step"])} | measured
+    accuracy = read_accuracy(row)
+    assert accuracy is not None
+    return {"step": int(row["step"])} | measured | {"accuracy": _round(accuracy)}
 
 
 def _read_series(steps: Sequence[dict[str, float]], metric: str) -> tuple[float, ...]:

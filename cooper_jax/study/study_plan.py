@@ -108,11 +108,14 @@ class Study:
                 raise SetupError(f"--config.{field}: it belongs to {owners[field]}: leave it out")
 
         # Arms are compared by evaluations during training, against the exact truth of synthetic problems.
-        if self.base.data.format != "synthetic" or not self.base.eval.every or not self.base.steps:
+        # A user's judge is the truth of its task.
+        has_truth = self.base.data.format == "synthetic" or self.base.rule.judge
+        if not has_truth or not self.base.eval.every or not self.base.steps:
             raise SetupError(
                 f"data.format={self.base.data.format}, eval.every={self.base.eval.every}, "
                 f"steps={self.base.steps}: a study compares exact truth over steps: use "
-                "--config=configs/tiny.py, and set neither of the latter to 0"
+                "--config=configs/tiny.py, or a task with a program that decides (--config.rule.judge), and set "
+                "neither of the latter to 0"
             )
 
         # One seed is enough: configs of different seeds differ only in the seed and in folders.

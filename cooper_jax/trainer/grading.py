@@ -4,7 +4,8 @@
    scoring, for pairs, for labelled rows and for supervised training.
 2. `compute_response_logits` computes the reward model's logits for many responses, calibrated if the run is
    (reward.calibrated).
-3. `ResponseGrader` grades a step's responses group by group, while other groups are still being sampled.
+3. `ResponseGrader` grades a step's responses group by group, while other groups are still being sampled, and
+   rewards them.
 
     B  prompts   G  samples per prompt   N = B * G  rows, prompt-major
 """
@@ -21,8 +22,11 @@ import numpy as np
 from cooper_jax.data import packing, prompts
 from cooper_jax.reward import reward_losses
 from cooper_jax.reward.calibration import apply_calibration
+from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime import hosts
 from cooper_jax.trainer.policy_stages import ProblemBatch
+from cooper_jax.trainer.reward_functions import CombinedRewards, StepRewards
+from cooper_jax.trainer.rewards import compute_rewards, name_rewards
 from cooper_jax.trainer.state import Components
 from cooper_jax.types import Completion, Params, Problem, ScoreBatch, TrainState, Verdict
 
@@ -84,7 +88,7 @@ def can_score_during_rollout(components: Components) -> bool:
 
 
 class ResponseGrader:
-    """Rule verdicts and reward-model scores of a step's responses.
+    """Rule verdicts, reward-model scores and rewards of a step's responses.
 
     `add_group` starts the grading of a group as soon as its responses have ended.  The rule verifier's worker
     processes then run while the devices sample the remaining groups.  So does a reward model with its own
@@ -92,9 +96,24 @@ class ResponseGrader:
     scoring earlier would only delay the decoding.
     """
 
-    def __init__(self, components: Components, batch: ProblemBatch, reward: TrainState | None):
-        """reward: the reward model's state; None in the rule arm."""
+    def __init__(
+        self,
+        components: Components,
+        batch: ProblemBatch,
+        reward: TrainState | None,
+        *,
+        rewards_policy: bool = False,
+    ):
+        """Prepare the grading of a step.
+
+        Args:
+          reward: the reward model's state; None in the rule arm.
+          rewards_policy: True if `collect_rewards` will be called: the functions of reward.functions are started.
+        """
         self._components = components
+        self._rewards: StepRewards | None = None
+        if rewards_policy and components.reward_functions is not None:
+            self._rewards = StepRewards(components.reward_functions, batch.problems)
         self._problems = batch.problems
         self._reward = reward
 
@@ -106,12 +125,19 @@ class ResponseGrader:
         if reward is not None and can_score_during_rollout(components):
             self._scorer = _OverlappedScorer(components, reward.params)
 
-    def add_group(self, index: int, responses: Sequence[Completion]) -> None:
-        """Start to grade the G responses to problem `index`, and return without waiting."""
+    def add_group(
+        self, index: int, responses: Sequence[Completion], tokens: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """Start to grade the G responses to problem `index`, and return without waiting.
+
+        tokens: [G], the responses' token ids, which the functions of reward.functions get.
+        """
+        if self._rewards is not None:
+            self._rewards.add_group(index, responses, tokens)
         problem = self._problems[index]
         self._groups[index] = responses
         self._pending_verdicts[index] = self._components.rule.submit(
-            [(problem.reference, response.text) for response in responses]
+            [make_item(problem, response.text) for response in responses]
         )
         if self._scorer is not None:
             self._scorer.add(index * len(responses), problem, responses)
@@ -139,6 +165,22 @@ class ResponseGrader:
         """Wait for the rule verifier and return its verdicts [N], in row order."""
         pending = [self._pending_verdicts[index] for index in range(len(self._problems))]
         return self._components.rule.collect(pending)
+
+    def collect_rewards(
+        self, scores: np.ndarray | None, verdicts: Sequence[Verdict], completions: Sequence[Completion]
+    ) -> CombinedRewards:
+        """The rewards of the responses: those of reward.functions, or the arm's.
+
+        Args:
+          scores: f32[N]; None in the rule arm.
+          verdicts, completions: [N].
+
+        Raises what StepRewards.collect raises.
+        """
+        if self._rewards is not None:
+            return self._rewards.collect(scores, verdicts, completions)
+        names = name_rewards(self._components.settings.reward)
+        return CombinedRewards(compute_rewards(names, scores, verdicts, completions), {}, {})
 
 
 class _OverlappedScorer:

@@ -24,6 +24,7 @@ import numpy as np
 from cooper_jax import statistics
 from cooper_jax.data import synthetic
 from cooper_jax.reward import reward_losses
+from cooper_jax.rule.worker_process import make_item
 from cooper_jax.trainer import policy_stages
 from cooper_jax.trainer.grading import compute_response_logits
 from cooper_jax.trainer.state import Components, State
@@ -65,7 +66,7 @@ def _evaluate_responses(components: Components, state: State, temperature: float
 
     # The rule's worker processes run while the reward model scores on the devices.
     pending_verdicts = components.rule.submit(
-        [(p.reference, c.text) for p, c in zip(problems, completions, strict=True)]
+        [make_item(p, c.text) for p, c in zip(problems, completions, strict=True)]
     )
     metrics = measure_responses(completions) | measure_oracle(oracle, problems, completions)
     if components.reward is not None:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ import numpy as np
 from cooper_jax.data import packing
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.policy import grpo
-from cooper_jax.policy.advantages import group_advantages
+from cooper_jax.policy.advantages import decoupled_advantages, group_advantages
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import to_host
@@ -75,12 +76,12 @@ def sample_responses(
     batch: ProblemBatch,
     key: jax.Array,
     *,
-    on_group: Callable[[int, list[Completion]], None] | None = None,
+    on_group: Callable[[int, list[Completion], list[list[int]]], None] | None = None,
 ) -> tuple[Rollout, list[Completion], Metrics]:
     """Sample G responses to each problem; return them as arrays and as text, with metrics of the sampling.
 
-    on_group: called once per problem, with its index in the batch and its G responses, as soon as all of them
-      have ended and while other groups are still being sampled.
+    on_group: called once per problem, with its index in the batch and its G responses, as text and as token
+      ids, as soon as all of them have ended and while other groups are still being sampled.
 
     Raises hosts.Stopped after a SIGTERM, between two decode segments.
     """
@@ -93,9 +94,10 @@ def sample_responses(
     def split_groups(indices: list[int], rows: Rollout) -> None:
         # The engine reports several groups that ended in the same decode segment together.
         assert on_group is not None  # otherwise the engine does not get this function
-        responses = decode(rows)
+        responses, tokens = decode(rows), engine.list_tokens(rows)
         for i, index in enumerate(indices):
-            on_group(index, responses[i * spec.group_size : (i + 1) * spec.group_size])
+            group = slice(i * spec.group_size, (i + 1) * spec.group_size)
+            on_group(index, responses[group], tokens[group])
 
     rollout = engine.generate(
         params,
@@ -185,19 +187,38 @@ def compute_logprobs(
     return jax.block_until_ready(dataclasses.replace(batch, ref_logprobs=ref_logprobs))
 
 
-def compute_advantages(settings: RunSettings, rewards: np.ndarray) -> tuple[np.ndarray, float]:
+def compute_advantages(
+    settings: RunSettings, rewards: np.ndarray, by_name: Mapping[str, np.ndarray] | None = None
+) -> tuple[np.ndarray, float]:
     """The advantages of the responses within their groups, f32[N], and the share of zero-variance groups.
 
-    rewards: f32[N].
+    Args:
+      rewards: f32[N].
+      by_name: the rewards of which they are the weighted sum, f32[N] each; read with reward.function_normalise.
     """
-    advantages, zero_variance_groups = group_advantages(
-        jnp.asarray(rewards),
-        settings.rollout.group_size,
+    group_size = settings.rollout.group_size
+    options: dict[str, Any] = dict(
         std_normalise=settings.policy.std_normalise,
         eps=settings.policy.std_eps,
         floor=settings.policy.std_floor,
     )
+    if by_name and settings.reward.function_normalise:
+        stacked = jnp.asarray(np.stack(list(by_name.values())))
+        advantages, zero_variance_groups = decoupled_advantages(
+            stacked, settings.reward.weights, group_size, **options
+        )
+    else:
+        advantages, zero_variance_groups = group_advantages(jnp.asarray(rewards), group_size, **options)
     return np.asarray(advantages), float(zero_variance_groups)
+
+
+def mask_rows(components: Components, batch: PolicyBatch, masked: np.ndarray) -> PolicyBatch:
+    """Take responses out of the policy's loss.  masked: bool[N], True for those that are taken out."""
+    if not masked.any():
+        return batch
+    kept = packing.pad_rows(~masked, batch.tokens.shape[0])
+    mask = jnp.logical_and(batch.response_mask, components.layout.put(kept, "batch")[:, None])
+    return dataclasses.replace(batch, response_mask=mask)
 
 
 def update_policy(

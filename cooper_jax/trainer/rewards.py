@@ -13,18 +13,23 @@ of the next:
 The paper's rewards are `rule` alone and `model` alone.  The others are controls that the paper does not have;
 `rule_or_model` and `rule_then_model` exclude each other.
 
+With `reward.functions` the config names the rewards itself: entries of this table, each applied to the reward
+model's scores, and functions of the user's own (reward_functions.py).  They are then combined, not chained.
+
     N  rows (responses), prompt-major
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from cooper_jax.settings import typed_config
+from cooper_jax.settings.user_code import is_user_code
 from cooper_jax.types import Completion, Verdict
 
 # The arms of the paper's comparison: rewards of the rule, of a frozen reward model, of an updated one.
@@ -56,8 +61,16 @@ class RewardConfig:
     # Accept weights without a trained score head, whose rewards are noise.
     allow_untrained_head: bool
 
+    # Rewards by name, in place of the arm's.
+    functions: str  # keys of REWARDS and PATH.py:NAME, separated by commas; "": the arm's reward
+    function_weights: str  # one number each, separated by commas; "": 1 each
+    function_normalise: bool  # normalise each within its group before the weighted sum
+    function_messages: bool  # prompts and completions as lists of messages
+    function_timeout: float  # seconds per call of a user's function
+
     def __post_init__(self) -> None:
         errors = typed_config.find_below_minimum(self, "reward", 1, ("max_tokens",))
+        errors += self._find_function_errors()
         if self.arm not in ARMS:
             errors.append(f"reward.arm is {self.arm!r}; it is one of {', '.join(ARMS)}")
 
@@ -82,6 +95,71 @@ class RewardConfig:
     def from_config(cls, section: ConfigDict) -> RewardConfig:
         """Read the `reward` section.  Raises SetupError for values out of range."""
         return typed_config.read_section(cls, section, "reward")
+
+    def _find_function_errors(self) -> list[str]:
+        """Messages about `functions` and the settings that belong to it."""
+        errors = []
+        if not self.function_timeout > 0:
+            errors.append(f"reward.function_timeout={self.function_timeout}: it must be above 0 seconds")
+        if self.function_names:
+            return [*errors, *self._find_name_errors(), *self._find_weight_errors()]
+
+        for field in ("function_weights", "function_normalise", "function_messages"):
+            if value := getattr(self, field):
+                errors.append(f"reward.{field}={value}: it needs --config.reward.functions")
+        return errors
+
+    def _find_name_errors(self) -> list[str]:
+        """Messages about names that are unknown or repeated, or that contradict the arm's settings."""
+        errors, names = [], self.function_names
+        for name in names:
+            if name not in REWARDS and not is_user_code(name):
+                errors.append(
+                    f"reward.functions={self.functions!r}: {name!r} is none of {', '.join(REWARDS)}, and does "
+                    "not have the form PATH.py:NAME"
+                )
+            elif self.arm == "rule" and name in REWARDS and name != "rule":
+                errors.append(
+                    f"reward.functions={self.functions!r}: {name} needs a reward model, which the rule arm does "
+                    "not have: leave it out, or set --config.reward.arm=model"
+                )
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            errors.append(f"reward.functions={self.functions!r}: {', '.join(repeated)} occurs twice")
+
+        # These change the arm's reward, which the functions replace.
+        for field in ("rule_or_model", "rule_then_model", "answer_required"):
+            if getattr(self, field):
+                errors.append(
+                    f"reward.{field}=True: it does nothing beside reward.functions: leave it out, and name "
+                    f"{field} among the functions"
+                )
+        return errors
+
+    def _find_weight_errors(self) -> list[str]:
+        """A message about weights that are no numbers, or not one for each function."""
+        where = f"reward.function_weights={self.function_weights!r}"
+        try:
+            weights = self.weights
+        except ValueError:
+            return [f"{where}: give numbers, as in 1,0.5"]
+        if len(weights) != len(self.function_names) or not all(map(math.isfinite, weights)):
+            return [
+                f"{where}: it has {len(weights)} numbers for {len(self.function_names)} functions; give each a "
+                "finite number"
+            ]
+        return []
+
+    @property
+    def function_names(self) -> list[str]:
+        """The entries of `functions`."""
+        return [name.strip() for name in self.functions.split(",") if name.strip()]
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each of `function_names`.  Raises ValueError for text that is no number."""
+        if not self.function_weights.strip():
+            return [1.0] * len(self.function_names)
+        return [float(weight) for weight in self.function_weights.split(",")]
 
     @property
     def has_model(self) -> bool:

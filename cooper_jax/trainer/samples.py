@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ class StepRecord:
     # Contrastive pairs; both are empty in arms that make no pairs.
     pairs: list[Pair | None]  # [B * per_prompt], prompt-major; None if no valid pair was found
     refused: Counter[str]  # reason -> number of pairs that are None for it
+
+    # The rewards of which `rewards` are the sum, f32[N] each; empty without reward.functions.
+    rewards_by_name: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def select_samples(record: StepRecord, count: int) -> list[dict[str, Any]]:
@@ -62,13 +66,16 @@ def select_samples(record: StepRecord, count: int) -> list[dict[str, Any]]:
 
 def _describe_response(record: StepRecord, row: int) -> dict[str, Any]:
     # NumPy scalars are not JSON values, so they are converted to Python floats.
-    return {
+    described = {
         "text": record.completions[row].text,
         "truncated": record.completions[row].truncated,
         "verdict": record.verdicts[row].value,
         "reward": float(record.rewards[row]),
         "advantage": float(record.advantages[row]),
     }
+    if record.rewards_by_name:
+        described["rewards"] = {name: float(values[row]) for name, values in record.rewards_by_name.items()}
+    return described
 
 
 def _describe_pair(pair: Pair) -> dict[str, str]:

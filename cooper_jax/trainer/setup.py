@@ -22,21 +22,34 @@ from cooper_jax.data import problems as problem_sets
 from cooper_jax.data.data_config import DataConfig
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
-from cooper_jax.model.loading import Directory, check_length, describe_model, load_model, load_tokenizer
+from cooper_jax.model.loading import (
+    Directory,
+    check_length,
+    describe_model,
+    load_model,
+    load_tokenizer,
+    train_tokenizer,
+)
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
 from cooper_jax.reward import assistants, verifier_model
 from cooper_jax.reward.calibration import Calibration
-from cooper_jax.reward.multihost import share_over_hosts
+from cooper_jax.reward.multihost import check_same_code, share_over_hosts
 from cooper_jax.rule import reference_checks
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
+from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
+from cooper_jax.settings.user_code import UserCode, is_user_code, load_function, read_user_code
+from cooper_jax.trainer.reward_functions import RewardFunctions, load_reward_functions
 from cooper_jax.trainer.run_calibration import load_run_calibration
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, LogprobsFunction, PolicyBundle, RewardBundle, State
 from cooper_jax.types import Problem, TrainState
+
+# Problems of the training file on which a tokenizer is trained, at most.
+CORPUS_PROBLEMS = 20_000
 
 
 def load_problems(settings: RunSettings) -> tuple[list[Problem], list[Problem]]:
@@ -89,6 +102,9 @@ def load_inputs(
     that one start of a run shows them all.
     """
     errors = ErrorCollector()
+    if settings.assistant is not None and is_user_code(settings.assistant.kind):
+        with errors.collect("assistant"):
+            load_function(read_user_code(settings.assistant.kind, "assistant.kind"), "assistant.kind")
     problems: tuple[list[Problem], list[Problem]] = ([], [])
     with errors.collect("data"):
         problems = load_problems(settings)
@@ -100,6 +116,11 @@ def load_inputs(
         sources["assistant"] = settings.assistant_model
     for name, source in sources.items():
         with errors.collect(name):
+            # Models from scratch read the text of the task.
+            if source.weights == "random" and not source.tokenizer and not settings.data.is_synthetic:
+                train_tokenizer(
+                    source.arch.vocab_size, name, run_dir, lambda: make_corpus(settings.data, problems[0])
+                )
             model = describe_model(source, name, run_dir, layouts[name])
             if name == "reward":
                 check_length(model.config, name, {"reward.max_tokens": settings.reward.max_tokens})
@@ -108,6 +129,20 @@ def load_inputs(
                 )
     errors.raise_if_any()
     return problems
+
+
+def make_corpus(data: DataConfig, problems: Sequence[Problem]) -> list[str]:
+    """The text on which a tokenizer for models from scratch is trained: at most CORPUS_PROBLEMS of the problems.
+
+    They are spread over the whole file, since files are often sorted.
+    """
+    chosen = problems[:: -(-len(problems) // CORPUS_PROBLEMS)]
+    texts = [data.instruction] if data.instruction else []
+    for problem in chosen:
+        texts += [problem.question, problem.reference]
+        if problem.solution:
+            texts.append(problem.solution)
+    return texts
 
 
 def split_off_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
@@ -204,17 +239,29 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     settings = read_settings(cfg)
     layouts = lay_out_models(settings.mesh)
     train, all_held_out = load_inputs(settings, layouts, run_dir)
+    reward_functions = load_reward_functions(settings.reward, train, settings.data.instruction)
     calibration = load_run_calibration(settings, run_dir)
-    if said := reference_checks.describe_references("data.train", train):
+    # References of another form than the rule's are the business of a user's judge.
+    said = "" if settings.rule.judge else reference_checks.describe_references("data.train", train)
+    if said:
         hosts.print_once(said)
     unseen = contamination.exclude_contaminated(cfg, run_dir, train, all_held_out)
     held_out = choose_held_out(unseen, all_held_out, settings.eval.problems)
 
     with contextlib.ExitStack() as stack:
+        if reward_functions is not None:
+            stack.callback(reward_functions.close)
+
         # This first request starts a worker process of the rule verifier while the models are loaded.
         with setup_errors("rule"):
             local_rule = stack.enter_context(RuleVerifier(settings.rule))
-            local_rule.submit([READY_ITEM])
+            check_same_code([local_rule.judge, *list_user_code(settings, reward_functions)])
+
+            # A user's judge is tried on a problem of the run; the answer to it need not be right.
+            first = READY_ITEM
+            if settings.rule.judge:
+                first = make_item(train[0], train[0].solution or train[0].reference)
+            local_rule.submit([first])
 
         # Models.
         policy, policy_state = build_policy_bundle(settings, layouts, run_dir)
@@ -232,13 +279,15 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
 
         # Services.  `check_ready` waits for the rule's first answer; a local assistant loads a third model.
         with setup_errors("rule"):
-            local_rule.check_ready()
+            local_rule.check_ready(first)
         assistant = None
         if settings.assistant is not None:
             assistant = build_assistant(
                 cfg, settings.assistant, settings.rewrite, layouts["assistant"], run_dir
             )
             stack.callback(assistant.close)
+            if isinstance(assistant, assistants.UserAssistant):
+                check_same_code([assistant.code])
         rule, assistant = share_over_hosts(local_rule, assistant, jax.process_count())
 
         components = Components(
@@ -259,6 +308,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             held_out_prompts=tuple(held_out_prompts),
             dropped=(dropped, dropped_held_out),
             oracle=synthetic.is_correct if data.is_synthetic else None,
+            reward_functions=reward_functions,
         )
 
         # This generator lives as long as the run.  If it kept a reference to the first state, a second copy
@@ -266,6 +316,17 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         state = [State(policy=policy_state, reward=reward_state, reference=None, step=0, position=0)]
         del policy_state, reward_state
         yield components, state.pop()
+
+
+def list_user_code(settings: RunSettings, reward_functions: RewardFunctions | None) -> list[UserCode | None]:
+    """The user's files behind the rewards and the data; None for a built-in reward."""
+    codes: list[UserCode | None] = []
+    if reward_functions is not None:
+        codes += [term.code for term in reward_functions.terms]
+    for source in (settings.data.train, settings.data.eval, settings.supervised.reward_data):
+        if is_user_code(source):
+            codes.append(read_user_code(source, "data"))
+    return codes
 
 
 def collect_control_texts(

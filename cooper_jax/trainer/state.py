@@ -26,6 +26,7 @@ from cooper_jax.reward.pairs.giveaway_probe import RecentRewrites
 from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.rule.verifier import RuleVerifier
 from cooper_jax.runtime import checkpoint, mesh, optim
+from cooper_jax.trainer.reward_functions import RewardFunctions
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.types import Params, Problem, TrainState
 
@@ -94,6 +95,9 @@ class Components:
     # (problem, response text) -> correct, exactly; None unless problems are synthetic.  Metrics alone use it:
     # training on it would hide the errors of the rule and of the reward model.
     oracle: Callable[[Problem, str], bool] | None
+
+    # The functions of reward.functions; None: the arm's reward.
+    reward_functions: RewardFunctions | None = None
 
     @property
     def reward_bundle(self) -> RewardBundle:

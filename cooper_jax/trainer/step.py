@@ -1,7 +1,8 @@
 """One step of Cooper (arXiv 2508.05613).
 
 1. Sample G responses to each prompt from the policy.
-2. Reward each response with the sigmoid of the reward model's logit, and verify it with the rule.
+2. Reward each response with the sigmoid of the reward model's logit, and verify it with the rule.  With
+   reward.functions the user's functions reward it, as soon as its group has ended.
 3. Update the policy with GRPO.
 4. Meanwhile, the assistant rewrites correct responses (positives) into wrong ones (negatives).  The rule
    verifies both.
@@ -25,7 +26,6 @@ from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import policy_stages, reward_stages
 from cooper_jax.trainer.grading import ResponseGrader
-from cooper_jax.trainer.rewards import compute_rewards, name_rewards
 from cooper_jax.trainer.samples import StepRecord
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.trainer.step_metrics import measure_step
@@ -45,7 +45,7 @@ def cooper_step(
     # 1. Sample.  The rule verifies each group as soon as it ends, while the devices sample the others; a reward
     # model with devices of its own scores it then, too.
     batch = policy_stages.take_problems(components, first=state.position)
-    grader = ResponseGrader(components, batch, state.reward)
+    grader = ResponseGrader(components, batch, state.reward, rewards_policy=True)
     rollout_key = keys.make_key(settings.seed, "rollout", step)
     with phases.phase("rollout"):
         rollout, completions, rollout_metrics = policy_stages.sample_responses(
@@ -63,9 +63,13 @@ def cooper_step(
         policy_batch = policy_stages.compute_logprobs(components, state, batch.prompt_tokens, rollout)
     with phases.phase("rule"):
         verdicts = grader.collect_verdicts()
-    rewards = compute_rewards(name_rewards(settings.reward), scores, verdicts, completions)
+    with phases.phase("functions"):
+        rewards = grader.collect_rewards(scores, verdicts, completions)
 
-    advantages, zero_variance_groups = policy_stages.compute_advantages(settings, rewards)
+    advantages, zero_variance_groups = policy_stages.compute_advantages(
+        settings, rewards.total, rewards.by_name
+    )
+    policy_batch = policy_stages.mask_rows(components, policy_batch, rewards.masked)
 
     # The last check for a SIGTERM in this step, since the policy's update below donates the input state.
     hosts.raise_if_stopping()
@@ -108,10 +112,11 @@ def cooper_step(
         problems=batch.problems,
         completions=completions,
         verdicts=verdicts,
-        rewards=rewards,
+        rewards=rewards.total,
         advantages=advantages,
         pairs=pair_result.pairs,
         refused=pair_result.refused,
+        rewards_by_name=rewards.by_name,
     )
     metrics = {
         # The number of training problems taken so far, and the same in epochs.
@@ -120,6 +125,7 @@ def cooper_step(
         "reward/zero_variance_groups": zero_variance_groups,
         **rollout_metrics,
         **measure_step(record, scores, components.oracle),
+        **rewards.metrics,
         **policy_metrics,
         **reward_metrics,
     }

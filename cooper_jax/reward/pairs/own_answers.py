@@ -14,6 +14,7 @@ from cooper_jax.reward.multihost import SharedRule
 from cooper_jax.reward.pairs.pair_checks import REFUSAL_BY_VERDICT
 from cooper_jax.reward.pairs.pair_slots import PairSlot, find_marked_answer
 from cooper_jax.rule.verifier import RuleVerifier
+from cooper_jax.rule.worker_process import make_item
 from cooper_jax.types import Verdict
 
 
@@ -41,7 +42,7 @@ def fill_with_own_answers(
         return
 
     # The check refuses answers that the rule cannot compare even with themselves.
-    verdicts = rule.check([(answer, slot.positive) for slot, answer in candidates])
+    verdicts = rule.check([make_item(slot.problem, slot.positive, answer) for slot, answer in candidates])
     for (slot, answer), verdict in zip(candidates, verdicts, strict=True):
         if verdict == Verdict.CORRECT:
             slot.negative, slot.positive_reference = slot.positive, answer

@@ -19,6 +19,7 @@ from cooper_jax.reward.multihost import SharedRule
 from cooper_jax.reward.pairs.pair_checks import REFUSAL_BY_VERDICT, find_text_refusal
 from cooper_jax.reward.pairs.pair_slots import PairSlot
 from cooper_jax.rule.verifier import RuleVerifier
+from cooper_jax.rule.worker_process import make_item
 from cooper_jax.types import Verdict
 
 
@@ -79,7 +80,7 @@ def _check_rewrites(
             candidates.append((slot, prompts.copy_margins(reply.text, slot.positive)))
 
     # One batch for all slots, so that the rule's worker processes run in parallel.
-    verdicts = rule.check([(slot.problem.reference, text) for slot, text in candidates])
+    verdicts = rule.check([make_item(slot.problem, text) for slot, text in candidates])
     for (slot, text), verdict in zip(candidates, verdicts, strict=True):
         if verdict == Verdict.WRONG:
             slot.negative = text

@@ -12,6 +12,7 @@ from cooper_jax.reward.multihost import SharedRule
 from cooper_jax.reward.pairs.pair_checks import REFUSAL_BY_VERDICT
 from cooper_jax.reward.pairs.pair_slots import PairSlot
 from cooper_jax.rule.verifier import RuleVerifier
+from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime import keys
 from cooper_jax.types import Problem, Verdict
 
@@ -50,7 +51,7 @@ def fill_with_swapped_references(
         if not candidates:
             break
 
-        verdicts = rule.check([(reference, slot.positive) for slot, reference in candidates])
+        verdicts = rule.check([make_item(slot.problem, slot.positive, other) for slot, other in candidates])
         for (slot, reference), verdict in zip(candidates, verdicts, strict=True):
             if verdict == Verdict.WRONG:
                 slot.negative, slot.negative_reference = slot.positive, reference

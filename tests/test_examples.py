@@ -1,0 +1,168 @@
+"""The files under examples/, as docs/extending.md shows them."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny_steps import config
+
+from cooper_jax.data.labelled_completions import load_labelled_completions
+from cooper_jax.data.problems import load_problems
+from cooper_jax.data.row_reader import read_file_rows
+from cooper_jax.launch import command_line
+from cooper_jax.reward.assistants import Request, UserAssistant
+from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
+from cooper_jax.rule.worker_process import make_item
+from cooper_jax.settings.user_code import load_object, read_user_code
+from cooper_jax.trainer.reward_functions import StepRewards, load_reward_functions
+from cooper_jax.trainer.rewards import RewardConfig
+from cooper_jax.trainer.setup import read_settings
+from cooper_jax.types import Completion, Problem, Verdict
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROWS, JUDGE = EXAMPLES / "countdown_rows.py", EXAMPLES / "countdown_judge.py"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short_and_documented(path):
+    text = path.read_text()
+    assert len(text.splitlines()) < 50
+    assert f"examples/{path.name}" in (EXAMPLES.parent / "docs" / "extending.md").read_text()
+
+
+def test_the_format_reward_and_brevity():
+    path = EXAMPLES / "format_reward.py"
+    names = f"rule,{path}:format_reward,{path}:brevity"
+    flags = {"reward.arm": "rule", "reward.functions": names, "reward.function_weights": "1,0.2,0.1"}
+    settings = RewardConfig.from_config(config(**flags).reward)
+    problem = Problem("Ada has 7 coins . How many coins ?", "20")
+    texts = ["7*2=14;14+6=20 #### 20", "clearly #### 20 coins", "#### 20", "20", "14 #### 20 #### 20"]
+    completions = [Completion(text, tokens=8) for text in texts[:4]] + [Completion(texts[4], True, 32)]
+    functions = load_reward_functions(settings, [problem], "")
+    rewards = StepRewards(functions, [problem])
+    rewards.add_group(0, completions, [[1]] * 5)
+    found = rewards.collect(None, [Verdict.CORRECT] * 3 + [Verdict.NO_ANSWER, Verdict.CORRECT], completions)
+    functions.close()
+    assert found.by_name["format_reward"].tolist() == [1, 1, 0, 0, 0]
+    assert found.by_name["brevity"].tolist()[:4] == [0.75] * 4 and found.metrics["reward/brevity/none"] == 1
+    assert found.total.tolist() == pytest.approx([1.275, 1.275, 1.075, 0.075, 1.0])
+
+
+def load_rows(name: str, **keys) -> list[Problem]:
+    named = dict(
+        question_key="question", reference_key="answer", solution_key="solution", tfds_dir="", split=""
+    )
+    return load_problems(f"{ROWS}:{name}", "jsonl", **named | keys)
+
+
+def test_countdown_rows_are_solved_by_their_solutions_and_held_out_ones_are_apart():
+    train, held_out = load_rows("train_rows"), load_rows("eval_rows")
+    assert train == load_rows("train_rows") and len(train) == 8192 and len(held_out) == 512
+    assert train[0].columns["numbers"] and train[0].id == "countdown_rows:1"
+    judge = load_object(read_user_code(f"{JUDGE}:judge", ""), "")
+    for p in (*train[:500], *held_out):
+        assert judge(p.reference, p.solution, p.columns["numbers"]), p
+        assert not judge(str(int(p.reference) + 1), p.solution, p.columns["numbers"])
+        assert re.fullmatch(rf"\d+ \d+ \d+ make {p.reference} :", p.question)
+    exercises = [{(*sorted(p.columns["numbers"]), p.reference) for p in part} for part in (train, held_out)]
+    assert not exercises[0] & exercises[1]
+
+
+VERDICTS = {
+    "8*3+7": "correct", "7+8*3": "correct", "7 + (8 * 3)": "correct", "8*3+7 ": "correct",
+    "8*7-3": "wrong", "8*3+6+1": "wrong", "31": "wrong", "8*3+7.0": "wrong", "8**3+7": "wrong", "": "wrong",
+    "8*3+7=31": "wrong", "__import__('os').getpid()": "wrong", "8*3+7 if 1 else 0": "wrong", "-(-8)*3+7": "wrong",
+    "(" * 5000: "wrong", "8*3+True*7": "wrong", "9" * 5000: "wrong",
+}  # fmt: skip
+
+
+def test_the_countdown_judge_reads_expressions_and_nothing_else():
+    problem = Problem("8 7 3 make 31 :", "31", columns={"numbers": [3, 8, 7]})
+    rule = RuleConfig(workers=1, timeout=5.0, step_budget=60.0, memory_mb=1024, judge=f"{JUDGE}:judge")
+    with RuleVerifier(rule) as verifier:
+        found = verifier.check([make_item(problem, text) for text in VERDICTS])
+    # What Python's own parser refuses is no expression either; it may refuse in several ways.
+    decided = {text: verdict.value for text, verdict in zip(VERDICTS, found, strict=True)}
+    hostile = {text for text in VERDICTS if len(text) > 1000}
+    assert {t: v for t, v in decided.items() if t not in hostile} == {
+        t: v for t, v in VERDICTS.items() if t not in hostile
+    }
+    assert "correct" not in {decided[text] for text in hostile}
+
+
+def test_labelled_rows_have_both_classes():
+    triples = load_labelled_completions(f"{ROWS}:labelled_rows")
+    labels = [t.label for t in triples[:4000]]
+    assert sum(labels) == len(labels) / 2 and {t.reference for t in triples}
+
+
+def test_the_rewriter_misses_the_target():
+    rewriter = UserAssistant(read_user_code(f"{EXAMPLES / 'rewriter.py'}:Rewriter", "assistant.kind"), 60.0)
+    problem = Problem("8 7 3 make 31 :", "31", columns={"numbers": [3, 8, 7]})
+    requests = [Request(problem, "8*3+7", (0, 1, row, 0)) for row in range(20)] + [
+        Request(problem, "31", (0, 1, 0, 0))
+    ]
+    first, again = rewriter.rewrite(requests), rewriter.rewrite(requests)
+    rewriter.close()
+    assert first == again
+    texts = {reply.text for reply in first[:-1]}
+    assert texts <= {"8+3+7", "8-3+7", "8*3-7", "8*3*7"} and len(texts) > 2
+    assert first[-1].reason == "nothing to change"
+
+
+def test_the_countdown_config_is_valid():
+    cfg = command_line.load_config(str(EXAMPLES / "countdown.py"))
+    for arm in ("rule", "cooper"):
+        cfg.reward.arm = arm
+        cfg.reward.recipe = "" if arm == "rule" else cfg.reward.recipe
+        assert read_settings(cfg).rule.judge.endswith("countdown_judge.py:judge")
+
+
+# --- rows from a function ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "def rows():\n    yield {'a': 1}\n    raise KeyError('b')\n",
+            r"mine.py:rows: after 1 rows: KeyError: 'b' \(line 3\)",
+        ),
+        ("def rows():\n    return [{'a': 1}, 2]\n", "TypeError: row 2 is int"),
+        ("def rows():\n    return 3\n", "'int' object is not iterable"),
+        ("def rows(seed):\n    return []\n", "missing 1 required positional argument: 'seed'"),
+    ],
+)
+def test_a_function_that_makes_no_rows_is_refused(tmp_path, text, words):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        list(read_file_rows(f"{tmp_path}/mine.py:rows"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_assistant_that_fails_masks_its_pairs(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import time\n"
+        "class A:\n"
+        "    def rewrite(self, requests):\n"
+        "        text = requests[0].positive\n"
+        "        if text == 'raise': raise OSError('down')\n"
+        "        if text == 'hang': time.sleep(3)\n"
+        "        if text == 'few': return []\n"
+        "        return [None, 3, ' ', 'x'][:len(requests)]\n"
+        "class B:\n    pass\n"
+        "class C:\n    def __init__(self, url): pass\n"
+    )
+    assistant = UserAssistant(read_user_code(f"{tmp_path}/mine.py:A", "assistant.kind"), 0.5)
+
+    def ask(text, count=4):
+        replies = assistant.rewrite([Request(Problem("q", "1"), text, (0, 0, n, 0)) for n in range(count)])
+        return [getattr(reply, "reason", None) or reply.text for reply in replies]
+
+    assert ask("fine") == ["nothing to change", "malformed", "empty", "x"]
+    assert ask("raise") == ["exception"] * 4 and ask("few") == ["malformed"] * 4
+    assert ask("hang", 1) == ["timeout"] and assistant.rewrite([]) == []
+    assert capsys.readouterr().err.count("warning: assistant.kind='mine.py:A' failed") == 1
+    for name, words in (("B", "no method rewrite"), ("C", "made without arguments, and takes url")):
+        with pytest.raises(ValueError, match=words):
+            UserAssistant(read_user_code(f"{tmp_path}/mine.py:{name}", "assistant.kind"), 1.0)
