@@ -2,6 +2,7 @@
 
 import functools
 import json
+import linecache
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import tiny_models
 import tiny_runs
 
 import cooper_jax
-from cooper_jax.api import training
+from cooper_jax.api import training, user_objects
 from cooper_jax.api.named_models import choose_model
 from cooper_jax.configs import base, tiny
 from cooper_jax.data import prompts
@@ -23,7 +24,9 @@ from cooper_jax.model import transformer
 from cooper_jax.model.tokenizer import load_tokenizer_from
 from cooper_jax.reward import calibration
 from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.settings.user_code import load_object, read_user_code
 from cooper_jax.trainer.recipes import RECIPES
+from cooper_jax.trainer.setup import read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -286,3 +289,93 @@ def test_several_hosts_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(SetupError, match="run launch/train.py on each"):
         cooper_jax.train("tiny")
+
+
+def brevity(completion_lengths, **kwargs):
+    return [1 / length for length in completion_lengths]
+
+
+class Rewriter:
+    def rewrite(self, requests):
+        return [None for _ in requests]
+
+
+def define_cell(text: str, number: int) -> dict:
+    """The names that a notebook's cell defines: Python knows the text, and there is no file."""
+    name = f"/tmp/ipykernel_1/{number}.py"
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    names = {"__name__": "__main__"}
+    exec(compile(text, name, "exec"), names)
+    return names
+
+
+def test_objects_of_a_file_are_named_by_it():
+    """They set the same fields as flags do; a class is one, and a text stays as it is."""
+    names = training._name_objects({}, ["rule", brevity], "judges.py:judge", Rewriter)
+    assert names == {
+        "reward.functions": f"rule,{Path(__file__)}:brevity",
+        "rule.judge": "judges.py:judge",
+        "assistant.kind": f"{Path(__file__)}:Rewriter",
+    }
+    cfg = training.make_config("tiny", names)
+    assert read_settings(cfg).reward.function_names == ["rule", f"{Path(__file__)}:brevity"]
+    loaded = load_object(read_user_code(cfg.assistant.kind, "assistant.kind"), "assistant.kind")
+    assert loaded.__name__ == "Rewriter" and loaded is not Rewriter
+
+
+def test_a_notebooks_function_is_written_to_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cell = (
+        "import math as m\n"
+        "def root(completion_lengths: 'Lengths', **kwargs):\n"
+        "    return [m.sqrt(n) for n in completion_lengths]\n"
+    )
+    function = define_cell(cell, 1)["root"]
+    name = user_objects.name_object(function, "reward_functions")
+    assert name == user_objects.name_object(function, "reward_functions")
+    assert name.startswith(str(tmp_path / ".cache" / "cooper_jax" / "functions" / "root_"))
+    assert load_object(read_user_code(name, ""), "")([4, 9]) == [2.0, 3.0]
+
+    # Another text has another name: a run with the first one must not resume with it.
+    changed = define_cell(cell.replace("m.sqrt", "m.floor"), 2)["root"]
+    assert user_objects.name_object(changed, "reward_functions") != name
+
+
+NEEDS_NOTEBOOK = "limit = 3\ndef f(completions, **kwargs):\n    return [limit for _ in completions]\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lambda completions: [], "lambdas, methods, instances and nested functions"),
+        (lambda: Rewriter(), "instances and nested functions cannot be imported"),
+        (lambda: Rewriter().rewrite, "instances and nested functions cannot be imported"),
+        (lambda: define_cell(NEEDS_NOTEBOOK, 3)["f"], "'f' uses limit of the notebook"),
+        (lambda: define_cell("class A:\n    pass\n", 4)["A"], "only functions may be: write it to a file"),
+        (lambda: len, "'len': it is defined in no file"),
+    ],
+)
+def test_objects_without_a_name_are_refused(make, message):
+    with pytest.raises(SetupError, match=message):
+        cooper_jax.train("tiny", judge=make())
+
+
+def test_arguments_of_train_are_checked():
+    with pytest.raises(SetupError, match="reward_functions: give a list, even for one"):
+        cooper_jax.train("tiny", reward_functions=brevity)
+    with pytest.raises(SetupError, match="reward.functions: given by an argument of train and among"):
+        cooper_jax.train("tiny", {"reward.functions": "rule"}, reward_functions=[brevity])
+
+
+def test_a_script_that_trains_when_it_is_imported_is_refused(tmp_path, monkeypatch):
+    """It would train again for each of its functions, and the two would wait for each other."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import cooper_jax\n"
+        "def reward(completions, **kwargs):\n    return [0.0 for _ in completions]\n"
+        "cooper_jax.train('tiny', {'run_dir': 'elsewhere'}, reward_functions=[reward])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SetupError, match="runs already in this process; a script .* `if __name__ == "):
+        cooper_jax.train("tiny", {"run_dir": "run"}, reward_functions=[f"{script}:reward"])
+    assert not (tmp_path / "elsewhere").exists()

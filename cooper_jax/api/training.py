@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from cooper_jax.api.sampler import Sampler
+from cooper_jax.api.user_objects import name_object
 from cooper_jax.api.verify_rm import VerifyRM
 from cooper_jax.model.loading import Directory
 from cooper_jax.runtime import hosts
@@ -24,6 +26,9 @@ from cooper_jax.runtime.run_directory import run_path
 from cooper_jax.settings import config_files
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer import recipes, train_loop
+
+# Held while a run is in progress: a process has one run at a time.
+_training = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +53,74 @@ class Result:
         return VerifyRM.load(self.run_dir)
 
 
-def train(config: str | ConfigDict, overrides: Mapping[str, Any] | None = None) -> Result:
+def train(
+    config: str | ConfigDict,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    reward_functions: Sequence[str | Callable[..., Any]] = (),
+    judge: str | Callable[..., Any] | None = None,
+    assistant: str | Callable[..., Any] | None = None,
+) -> Result:
     """Train a policy and its reward model, or resume, as `launch/train.py --config=CONFIG` does.
 
     Args:
       config: the name of a shipped config, the path of a config file, or a config.
       overrides: dotted names of fields -> values, as the command line's flags: {"reward.arm": "rule"}.
+      reward_functions: functions (trainer/reward_functions.py) and names of built-in rewards, which replace the
+        arm's reward; overrides may set reward.function_weights and the other settings of the functions.
+      judge: a function (rule/user_judge.py) that replaces the rule verifier.
+      assistant: a class with a method `rewrite(requests)`, which is made without arguments (reward/assistants.py).
 
-    Raises SetupError for settings and files that cannot be used, and hosts.Stopped after a SIGTERM, once the last
-    complete step is saved.  One process alone: on several hosts use launch/train.py, which ends all of them if one
-    fails.
+    A function or class must be importable by a name (user_objects.py); a text PATH.py:NAME names one, too.
+
+    Raises SetupError for settings, objects and files that cannot be used, and hosts.Stopped after a SIGTERM,
+    once the last complete step is saved.  One process alone: on several hosts use launch/train.py, which ends
+    all of them if one fails.
     """
     if jax.process_count() > 1:
         raise SetupError("cooper_jax.train runs in one process: on several hosts run launch/train.py on each")
+    given = dict(overrides or {}) | _name_objects(overrides or {}, reward_functions, judge, assistant)
+
+    # The import of a script for its functions would train again, and wait for this training forever.
+    if not _training.acquire(blocking=False):
+        raise SetupError(
+            "cooper_jax.train runs already in this process; a script whose functions it uses must call it under "
+            '`if __name__ == "__main__":`'
+        )
+    try:
+        return _run(make_config(config, given))
+    finally:
+        _training.release()
+
+
+def _name_objects(
+    overrides: Mapping[str, Any],
+    reward_functions: Sequence[str | Callable[..., Any]],
+    judge: str | Callable[..., Any] | None,
+    assistant: str | Callable[..., Any] | None,
+) -> dict[str, str]:
+    """The fields that name the caller's functions and classes -> their names.
+
+    Raises SetupError for an object without a name, and for a field that the overrides set as well.
+    """
+    if isinstance(reward_functions, str) or callable(reward_functions):
+        raise SetupError("reward_functions: give a list, even for one function")
+    fields: dict[str, str] = {}
+    if reward_functions:
+        names = [name_object(function, "reward_functions") for function in reward_functions]
+        fields["reward.functions"] = ",".join(names)
+    if judge is not None:
+        fields["rule.judge"] = name_object(judge, "judge")
+    if assistant is not None:
+        fields["assistant.kind"] = name_object(assistant, "assistant")
+    if both := sorted(fields.keys() & overrides.keys()):
+        raise SetupError(f"{', '.join(both)}: given by an argument of train and among the overrides")
+    return fields
+
+
+def _run(cfg: ConfigDict) -> Result:
+    """Run or resume a complete config."""
     enable_compilation_cache()
-    cfg = make_config(config, overrides or {})
     if warning := recipes.warn_about_released_update(cfg):
         hosts.print_once(warning)
     with hosts.catch_sigterm():
