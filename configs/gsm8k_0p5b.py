@@ -3,7 +3,7 @@
     python launch/train.py --config=configs/gsm8k_0p5b.py
 
 Policy and problems are fetched from the Hugging Face hub (1 GB and 5 MB).  There is no reward model and no
-server.  The run fits on one L4 (24 GB); faster machines take larger microbatches:
+server.  The run fits on one L4 (24 GB).  Other machines take a larger microbatch:
 
     one H100        --config.policy.microbatch=64
     a v5e-8 slice   --config.policy.microbatch=64
@@ -53,7 +53,7 @@ def get_config():
     # Master weights stay float32: in bfloat16 most weights would not move at a learning rate of 1e-6.
     c.policy.dtype = "bfloat16"
     c.rollout.dtype = "bfloat16"
-    c.policy.microbatch = 16
+    c.policy.microbatch = 32
 
     c.reward.arm = "rule"
     return c

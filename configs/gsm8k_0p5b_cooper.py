@@ -20,6 +20,9 @@ def get_config():
     c = gsm8k_0p5b.get_config()
     c.name = "gsm8k_0p5b_cooper"
 
+    # Two more models are in memory than in the arm `rule`.
+    c.policy.microbatch = 16
+
     c.reward.arm = "cooper"
     c.reward.recipe = "robust"  # docs/method.md compares the recipes
     c.reward.weights = c.policy.weights

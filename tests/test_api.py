@@ -44,8 +44,8 @@ def one_device(monkeypatch):
 def test_importing_the_package_imports_no_library():
     """Nor do its names: a program that only asks for them waits for nothing."""
     program = (
-        "import sys, time; start = time.perf_counter(); import cooper_jax; dir(cooper_jax)\n"
-        "seconds = time.perf_counter() - start\n"
+        "import sys, time; start = time.process_time(); import cooper_jax; dir(cooper_jax)\n"
+        "seconds = time.process_time() - start\n"
         "libraries = ('jax', 'flax', 'numpy', 'transformers', 'sklearn', 'ml_collections', 'torch')\n"
         "print([name for name in libraries if name in sys.modules], seconds < 0.5)"
     )
@@ -304,7 +304,7 @@ def define_cell(text: str, number: int) -> dict:
     """The names that a notebook's cell defines: Python knows the text, and there is no file."""
     name = f"/tmp/ipykernel_1/{number}.py"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    names = {"__name__": "__main__"}
+    names = {"__name__": "a_notebook"}
     exec(compile(text, name, "exec"), names)
     return names
 
@@ -327,8 +327,9 @@ def test_a_notebooks_function_is_written_to_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     cell = (
         "import math as m\n"
+        "limit = 3\n"
         "def root(completion_lengths: 'Lengths', **kwargs):\n"
-        "    return [m.sqrt(n) for n in completion_lengths]\n"
+        "    return [m.sqrt(n) for n in completion_lengths if not hasattr(n, 'x') or n.limit]\n"
     )
     function = define_cell(cell, 1)["root"]
     name = user_objects.name_object(function, "reward_functions")

@@ -11,6 +11,7 @@ worker processes.  So an object is named by a file:
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import inspect
 import sys
@@ -77,7 +78,7 @@ def _write_source(value: Callable[..., Any], name: str, argument: str) -> Path:
     except OSError:
         raise SetupError(f"{where}: Python has no source of it: {advice}") from None
 
-    used = inspect.getclosurevars(value).globals
+    used = {n: value.__globals__[n] for n in _list_globals(value.__code__) if n in value.__globals__}
     others = sorted(n for n, x in used.items() if not isinstance(x, types.ModuleType) and n != name)
     if others:
         raise SetupError(
@@ -97,3 +98,12 @@ def _write_source(value: Callable[..., Any], name: str, argument: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())
     return path
+
+
+def _list_globals(code: types.CodeType) -> set[str]:
+    """The global names that a function's code reads, its comprehensions and inner functions included."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _list_globals(constant)
+    return names
