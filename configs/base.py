@@ -317,6 +317,9 @@ def chat_section(kind: str, max_new_tokens: int, temperature: float, top_p: floa
     c.concurrency = 16  # openai: number of simultaneous requests
     c.timeout = 60.0  # openai: seconds per request
     c.retries = 3  # openai: retries after connection errors, 429 and 5xx, with back-off
+    # openai: request fields that the server refuses: FIELD=NEW_NAME renames one, FIELD= drops it, as in
+    # "max_tokens=max_completion_tokens,seed="; of max_tokens, temperature, top_p, seed and chat_template_kwargs
+    c.fields = ""
 
     # --- requests and replies ---
     # on | off: the value of the chat template's `enable_thinking` (Qwen3's template has it); "": not set.

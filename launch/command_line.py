@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import itertools
 import re
 import shutil
 import sys
 import textwrap
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
@@ -30,12 +27,11 @@ from ml_collections.config_flags import tuple_parser
 
 from cooper_jax.configs import base
 from cooper_jax.settings.config_fields import Field, describe_unknown_field, flatten_config, list_fields
+from cooper_jax.settings.config_files import load_config, resolve_config
 from cooper_jax.settings.renamed_flags import RENAMED_FLAGS
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import recipes
 
-# The folder of the shipped configs.
-CONFIGS = Path(base.__file__).resolve().parent
 # Flags that ask for help; absl defines the long ones, with pages of library flags.
 HELP_NAMES = ("help", "h", "helpfull", "helpshort")
 # The parsers that ml_collections uses for the types of fields.
@@ -83,23 +79,6 @@ def describe_absl_errors(error: flags.Error) -> list[str]:
 # --- config files ---
 
 
-def list_shipped_configs() -> list[str]:
-    """Names of the config files that come with the project."""
-    return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
-
-
-def resolve_config(name: str) -> str:
-    """The path of the config that --config names.
-
-    name: the bare name of a shipped config, which has neither a slash nor `.py`.  Any other text is a path
-      and is returned unchanged.  An ARGUMENT of the file (NAME:ARGUMENT) is kept after the path.
-    """
-    stem, colon, argument = name.partition(":")
-    if stem not in list_shipped_configs():
-        return name
-    return f"{CONFIGS / stem}.py{colon}{argument}"
-
-
 def resolve_configs(argv: Sequence[str]) -> list[str]:
     """Replace the bare name of a shipped config in the arguments by its path.
 
@@ -117,61 +96,6 @@ def resolve_configs(argv: Sequence[str]) -> list[str]:
             resolved.append(argument)
         awaits_value = not awaits_value and argument in ("--config", "-config")
     return resolved
-
-
-def load_config(path: str) -> ConfigDict:
-    """The config that a file's get_config() returns.
-
-    path: FILE, FILE:ARGUMENT as ml_collections reads it, or the bare name of a shipped config.
-
-    Raises SetupError with one line that names the file and, for an error in the file, the line and the error.
-    """
-    name, *argument = resolve_config(path).split(":", 1)
-    file = Path(name)
-    if not file.is_file():
-        shipped = ", ".join(list_shipped_configs())
-        raise SetupError(
-            f"--config={path}: No such file or directory: {name!r}; the shipped configs are {shipped}, as in "
-            "--config=tiny"
-        )
-
-    # A config file is the user's code: any exception in it is an error of the setup.
-    try:
-        spec = importlib.util.spec_from_file_location("checked_config", file)
-        if spec is None or spec.loader is None:
-            raise SetupError(f"--config={path}: not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config(*argument)
-    except SetupError:
-        raise
-    except Exception as error:
-        raise SetupError(f"--config={path}: {_locate_error(error, file)}") from error
-
-    if not isinstance(config, ConfigDict):
-        raise SetupError(f"--config={path}: get_config() returns {type(config).__name__}, not a ConfigDict")
-
-    # A misspelt field in a config file would be ignored without this check.
-    declared = flatten_config(base.get_config())
-    unknown = [
-        describe_unknown_field(name, declared) for name in flatten_config(config) if name not in declared
-    ]
-    if unknown:
-        raise SetupError(*(f"--config={path}: as in {problem}" for problem in unknown))
-    return config
-
-
-def _locate_error(error: Exception, file: Path) -> str:
-    """The line of a config file that raised an exception, and the exception in one line."""
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file
-    ]
-    # A syntax error has no frame in the file, since the file did not run.
-    if isinstance(error, SyntaxError) and error.lineno is not None:
-        lines.append(error.lineno)
-    place = f"line {lines[-1]}: " if lines else ""
-    first_line = (str(error.msg if isinstance(error, SyntaxError) else error).splitlines() or [""])[0]
-    return f"{place}{type(error).__name__}: {first_line}"
 
 
 # --- errors ---

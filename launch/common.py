@@ -18,22 +18,21 @@ After 75, 69 and 134 the same command resumes from the newest checkpoint.
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cooper_jax.launch import command_line
+from cooper_jax.settings.config_files import list_shipped_configs, load_config
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    f"A config file, or the name of a shipped one: {', '.join(command_line.list_shipped_configs())}.",
+    f"A config file, or the name of a shipped one: {', '.join(list_shipped_configs())}.",
     lock_config=True,
 )
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of a setup error.")
@@ -49,6 +48,9 @@ def begin_job(argv: list[str]) -> None:
     if len(argv) > 1:
         exit_with_error(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
     logging.set_verbosity(logging.WARNING)
+    # Imported here, because --help must not wait for JAX.
+    from cooper_jax.runtime.compilation_cache import enable_compilation_cache
+
     enable_compilation_cache()
 
 
@@ -98,21 +100,6 @@ def exit_with_error(*messages: str) -> NoReturn:
     command_line.exit_with_errors(messages)
 
 
-def enable_compilation_cache() -> None:
-    """Keep compiled programs on disk, so that the next start of the same job compiles nothing.
-
-    The folder is $JAX_COMPILATION_CACHE_DIR, or ~/.cache/cooper_jax/xla.  With several hosts, the first host
-    writes.
-    """
-    # Imported here, because --help must not wait for it.
-    import jax
-
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "cooper_jax" / "xla"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    # JAX's default of one second would leave out most programs of configs/tiny.py.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
 def make_flags_parser(description: str) -> Callable[[list[str]], list[str]]:
     """Make a `flags_parser` for absl's `app.run`.
 
@@ -139,11 +126,11 @@ def parse_flags(argv: list[str], description: str = "") -> list[str]:
     # flags of its fields are not checked.
     path, config, errors = command_line.find_flag(expanded, CONFIG.name), None, []
     if path is None:
-        shipped = ", ".join(command_line.list_shipped_configs())
+        shipped = ", ".join(list_shipped_configs())
         errors.append(f"--config is missing: give --config=FILE; the shipped configs are {shipped}")
     else:
         try:
-            config = command_line.load_config(path)
+            config = load_config(path)
         except SetupError as error:
             errors += error.messages
     errors += command_line.find_flag_errors(expanded, flags.FLAGS, config)

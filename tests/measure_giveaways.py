@@ -38,6 +38,7 @@ from cooper_jax.reward.pairs.pair_checks import find_text_refusal
 from cooper_jax.reward.pairs.pair_slots import PairSlot
 from cooper_jax.reward.pairs.rewrites import fill_with_rewrites
 from cooper_jax.rule.verifier import RuleVerifier
+from cooper_jax.runtime import compilation_cache
 from cooper_jax.runtime.device_layouts import lay_out_models
 from cooper_jax.trainer import setup
 from cooper_jax.types import Completion, Problem, Triple, Verdict
@@ -204,7 +205,7 @@ def rewrite_positives(
 
 def print_rewrites(flags: argparse.Namespace, config_flags: list[str], triples: Sequence[Triple]) -> None:
     """Let the config's assistant rewrite positives, and print the outcomes and the probe's AUROC."""
-    common.enable_compilation_cache()
+    compilation_cache.enable_compilation_cache()
     common.parse_flags(["measure_giveaways.py", f"--config={flags.config}", *config_flags])
     with common.run_job():
         cfg = common.read_config()

@@ -443,10 +443,27 @@ def test_a_wrong_key_is_an_error_for_few_rows_too(serve, quick_rule, tmp_path):
         )
 
 
+def test_sources_and_judges_that_refuse_fields_get_others(serve, quick_rule, tmp_path):
+    """Both send what a reasoning model's server takes, and read its replies: parts of content, no usage."""
+
+    def script(n, body):
+        assert not {"max_tokens", "temperature", "seed"} & body.keys() and body["max_completion_tokens"] > 0
+        text = "Verdict: CORRECT" if "reference_answer" in body["messages"][-1]["content"] else "It is 2."
+        parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": text}]
+        return 200, {}, json.dumps({"choices": [{"message": {"content": parts}}], "usage": None}).encode()
+
+    cfg = config(serve(script).url)
+    for name in ("source", "judge"):
+        cfg[name].fields = "max_tokens=max_completion_tokens,temperature=,seed="
+    pipeline.annotate_completions(cfg, [sums(tmp_path / "sums.jsonl", 4)], [], str(tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["failed"], report["judge_undecided"], report["judged"]) == ({}, {}, 4)
+
+
 def test_a_server_that_refuses_every_request_is_an_error_and_leaves_no_failures(serve, quick_rule, tmp_path):
     """An unknown field, say, or the wrong address: nothing that is the rows' fault."""
-    server = serve(lambda n, body: (400, {}, b""))
-    with pytest.raises(SetupError, match="64 requests in a row unanswered .http_400"):
+    server = serve(lambda n, body: (400, {}, b'{"error": {"message": "unknown field seed"}}'))
+    with pytest.raises(SetupError, match="64 requests in a row unanswered .http_400: unknown field seed"):
         pipeline.annotate_completions(
             config(server.url), [sums(tmp_path / "sums.jsonl", 80)], [], str(tmp_path / "out")
         )

@@ -1,5 +1,6 @@
 """The table of chips, names of machines, and what their networks take, by hand."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +30,7 @@ def grid(name, chip, *sizes, slices=(None,)):
         ("v5p:4x4", "v5p takes 3 sizes"),
         ("h100:8", "h100 takes 3 sizes"),
         ("h100:1x1x8*2", "no \\*slices"),
+        ("l4:1", "l4 takes 3 sizes"),
         ("v5e:4x0", "at least 1"),
         ("cpu:99", "8 CPU devices; set XLA_FLAGS=--xla_force_host_platform_device_count=99"),
     ],
@@ -38,13 +40,26 @@ def test_names_that_are_none(name, complaint):
         chips.find_topology(name)
 
 
-@pytest.mark.parametrize("name, requirements", [("v5e:2x4", "tpu"), ("h100:1x1x2", "cuda")])
+@pytest.mark.parametrize(
+    "name, requirements", [("v5e:2x4", "tpu"), ("h100:1x1x2", "cuda"), ("l4:1x1x1", "cuda")]
+)
 def test_a_missing_compiler_is_named(monkeypatch, name, requirements):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(
         SetupError, match=f"compiler is absent: pip install -r requirements-{requirements}.txt"
     ):
         chips.find_topology(name)
+
+
+def test_targets_of_gpus_agree_with_the_table():
+    """Memory and bandwidth stand in both; lanes x 2 x clock are the float32 rate of NVIDIA's data sheets."""
+    float32 = {"h100": 67e12, "l4": 30.3e12}
+    for name, target in chips.GPU_TARGETS.items():
+        fields = {key: float(value) for key, value in re.findall(r"(\w+): ([\d.]+)", target)}
+        assert fields["device_memory_size"] == CHIPS[name].memory
+        assert fields["memory_bandwidth"] == pytest.approx(CHIPS[name].bandwidth, rel=1e-3)
+        lanes = fields["core_count"] * fields["fpus_per_core"]
+        assert lanes * 2 * fields["clock_rate_ghz"] * 1e9 == pytest.approx(float32[name], rel=0.01)
 
 
 def test_cpu_devices_are_this_machines():

@@ -9,6 +9,7 @@ from absl import flags
 
 from cooper_jax.configs import base, tiny
 from cooper_jax.launch import command_line
+from cooper_jax.settings import config_files
 from cooper_jax.settings.config_fields import find_nearest, flatten_config, list_fields
 from cooper_jax.settings.renamed_flags import REMOVED, RENAMED_FLAGS, describe_rename
 from cooper_jax.settings.setup_errors import SetupError
@@ -222,7 +223,7 @@ def test_an_error_in_a_config_file_is_one_line(text, message, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises(SetupError) as error:
-        command_line.load_config(str(file))
+        config_files.load_config(str(file))
     (line,) = error.value.messages
     assert line.startswith(f"--config={file}: {message}") and "\n" not in line, line
 
@@ -231,7 +232,7 @@ def test_a_missing_config_file_names_the_shipped_ones():
     with pytest.raises(
         SetupError, match="'nowhere.py'; the shipped configs are base, .*tiny.*as in --config="
     ):
-        command_line.load_config("nowhere.py")
+        config_files.load_config("nowhere.py")
 
 
 # --- setup errors ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cooper_jax.configs import base, qwen_1p5b, tiny
+from cooper_jax.configs import base, gsm8k_0p5b, gsm8k_0p5b_cooper, qwen_1p5b, tiny
 from cooper_jax.launch import compile as tool
 from cooper_jax.perf import (
     aot_compile,
@@ -34,6 +34,7 @@ from cooper_jax.perf.aot_programs import StepProgram
 from cooper_jax.perf.aot_search import LayoutCandidate, RoughEstimate
 from cooper_jax.runtime import device_layouts
 from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.trainer.run_settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -131,6 +132,26 @@ def test_the_paper_configs_know_their_shapes():
     shape, _ = aot_job.read_model_shape(cfg.policy, "policy", job_of(config()).layout)
     body, head = roofline.count_weights(shape)
     assert body == pytest.approx(1.31e9, rel=0.01) and body + head == pytest.approx(1.54e9, rel=0.01)
+
+
+def test_the_first_runs_know_their_shapes_and_need_no_flag():
+    """Qwen2.5-0.5B: 0.49e9 parameters, of which 0.36e9 are not the embedding's (its model card)."""
+    layout = job_of(config()).layout
+    rule, cooper = gsm8k_0p5b.get_config(), gsm8k_0p5b_cooper.get_config()
+    for cfg in (rule, cooper):
+        shape, _ = aot_job.read_model_shape(cfg.policy, "policy", layout)
+        body, head = roofline.count_weights(shape)
+        assert body == pytest.approx(0.36e9, rel=0.01) and body + head == pytest.approx(0.49e9, rel=0.01)
+        assert shape.heads * shape.head_dim == shape.width and shape.padded_vocab % 256 == 0
+        settings = RunSettings.from_config(cfg)
+        assert settings.data.prompts_per_step * settings.rollout.group_size == 256
+
+    # Neither has a server, and the reward model is half of the policy.
+    assert RunSettings.from_config(rule).assistant is None
+    assert RunSettings.from_config(cooper).assistant.kind == "local"
+    half, _ = aot_job.read_model_shape(cooper.reward, "reward", layout)
+    whole, _ = aot_job.read_model_shape(cooper.policy, "policy", layout)
+    assert half == dataclasses.replace(whole, layers=12)
 
 
 @pytest.mark.parametrize(

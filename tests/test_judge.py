@@ -13,8 +13,8 @@ from chat_server import Server, reply
 from cooper_jax.configs import base
 from cooper_jax.data import prompts
 from cooper_jax.llm import chat as chats
+from cooper_jax.llm import chat_replies, local_chat
 from cooper_jax.llm import judge as judges
-from cooper_jax.llm import local_chat
 from cooper_jax.llm.chat import Failure
 from cooper_jax.llm.judge import Judgement
 from cooper_jax.model import weight_export
@@ -246,3 +246,122 @@ def test_a_judgement_can_be_kept_as_json():
         "reply": "Verdict: CORRECT",
         "reason": "",
     }
+
+
+# --- servers that differ from the API's description ------------------------------------------------------------
+
+REFUSAL = {
+    "error": {
+        "message": "Unsupported parameter: 'max_tokens' is not supported with this model. "
+        "Use 'max_completion_tokens' instead.",
+        "type": "invalid_request_error",
+    }
+}
+
+
+def strict_server(n, body):
+    """A server of a reasoning model: it refuses three fields that others take."""
+    for field in ("max_tokens", "temperature", "seed"):
+        if field in body:
+            return 400, {}, json.dumps(REFUSAL).encode()
+    assert body["max_completion_tokens"] == 256
+    return reply("Verdict: CORRECT")
+
+
+def test_a_refusal_is_shown_once_in_the_servers_own_words(ask, caplog):
+    client, server = ask(strict_server, concurrency=4)
+    found = judges.judge_triples(client, [TRIPLE] * 6, [(7, 0, row, 0) for row in range(6)])
+    assert found == [Judgement(None, "", "http_400")] * 6 and len(server.requests) == 6
+    (said,) = [r.getMessage() for r in caplog.records if "the server says" in r.getMessage()]
+    assert "http_400: the server says: Unsupported parameter: 'max_tokens' is not supported" in said
+    assert '--config.judge.fields="max_tokens=max_completion_tokens"' in said
+    assert client.server_words["http_400"].endswith("Use 'max_completion_tokens' instead.")
+
+
+def test_refused_fields_are_renamed_and_dropped(ask):
+    client, server = ask(strict_server, fields="max_tokens=max_completion_tokens, temperature=,seed=")
+    assert judges.judge_triples(client, [TRIPLE], [IDS]) == [Judgement(True, "Verdict: CORRECT")]
+    assert sorted(server.bodies[0]) == ["max_completion_tokens", "messages", "model", "top_p"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("max_tokens", "'max_tokens' has no \"=\": write FIELD=NEW_NAME"),
+        ("stop=", "'stop' is none of the fields max_tokens, temperature"),
+        ("model=name", "'model' is none of the fields"),
+        ("seed=,seed=x", "'seed' is there twice"),
+        ("seed=the seed", "'the seed' is no name of a field"),
+        ("seed=temperature", "a request would have temperature twice"),
+        ("seed=model", "a request would have model twice"),
+        ("seed=x,top_p=x", "a request would have x twice"),
+    ],
+)
+def test_changes_of_fields_are_checked(fields, message):
+    with pytest.raises(SetupError, match=f"judge.fields={fields!r}: .*{message}"):
+        section(url="http://h/v1", model="m", fields=fields)
+    with pytest.raises(SetupError, match="judge.fields='seed=' has no effect with judge.kind=local"):
+        section(kind="local", fields="seed=")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"error": {"message": "no\\nsuch \\u001b[31m field", "param": "seed"}}', "no such [31m field"),
+        (b'{"error": "too long"}', "too long"),
+        (b'{"object": "error", "message": "extra fields not permitted"}', "extra fields not permitted"),
+        (
+            b'{"detail": [{"loc": ["body", "seed"], "msg": "extra"}]}',
+            '[{"loc": ["body", "seed"], "msg": "extra"}]',
+        ),
+        (b'{"error": {"message": "wrong key sk-secret"}}', "wrong key ***"),
+        (b"<html>Bad Gateway</html>", "<html>Bad Gateway</html>"),
+        (b"[" * 100_000, "[" * 400 + "..."),
+        (b"\xff", "\ufffd"),
+        (b"", ""),
+        (b"{}", "{}"),
+    ],
+)
+def test_the_words_of_a_refusal_are_found(body, words):
+    assert chat_replies.describe_refusal(body, "sk-secret") == words
+
+
+def make_body(message: dict, **rest) -> bytes:
+    return json.dumps({"choices": [{"message": message} | rest.pop("choice", {})]} | rest).encode()
+
+
+PARTS = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "Verdict: "}, "CORRECT"]
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (make_body({"content": "a"}), Completion("a")),  # neither finish_reason nor usage
+        (make_body({"content": "a"}, usage=None, choice={"finish_reason": None}), Completion("a")),
+        (make_body({"content": "a"}, usage={}), Completion("a")),
+        (make_body({"content": "a"}, usage={"completion_tokens": None}), Completion("a")),
+        (make_body({"content": "a"}, usage={"completion_tokens": 9}), Completion("a", False, 9)),
+        (make_body({"content": "a"}, usage={"completion_tokens": 10}), Completion("a", True, 10)),
+        (make_body({"content": "a"}, usage={"completion_tokens": 10}, choice={"finish_reason": "stop"}),
+         Completion("a", False, 10)),
+        (make_body({"content": "a"}, usage={"completion_tokens": "9"}), Failure("nonsense")),
+        (make_body({"content": "a"}, usage=[1]), Failure("nonsense")),
+        (make_body({"content": PARTS}), Completion("Verdict: CORRECT")),
+        (make_body({"content": [{"type": "image_url", "image_url": {}}]}), Failure("empty")),
+        (make_body({"content": []}), Failure("empty")),
+        (make_body({"content": [5]}), Failure("nonsense")),
+        (make_body({"content": [{"type": "text"}]}), Failure("nonsense")),
+        (make_body({"content": {"text": "a"}}), Failure("nonsense")),
+        (make_body({"reasoning_content": "hm"}, choice={"finish_reason": "length"}), Failure("empty")),
+        (b'{"error": {"message": "overloaded"}}', Failure("nonsense")),
+    ],
+)  # fmt: skip
+def test_replies_of_servers_that_differ_are_read(body, found):
+    """The limit of the request is 10 tokens."""
+    assert chat_replies.parse_server_reply(body, 10) == found
+
+
+def test_an_error_in_a_reply_of_status_200_is_shown(ask, caplog):
+    client, _ = ask(lambda n, body: (200, {}, b'{"error": {"message": "overloaded"}}'))
+    assert client.ask([[("user", "hello")]], [IDS]) == [Failure("nonsense")]
+    assert "nonsense: the server says: overloaded" in caplog.text

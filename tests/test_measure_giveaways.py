@@ -16,6 +16,7 @@ from cooper_jax.reward.assistants import CorruptingAssistant
 from cooper_jax.reward.pairs import build_pairs
 from cooper_jax.reward.pairs.build_pairs import PairInputs, PairsConfig
 from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
+from cooper_jax.runtime import compilation_cache
 from cooper_jax.trainer import setup
 from cooper_jax.types import Completion, Problem, Triple
 
@@ -154,7 +155,7 @@ def run(tmp_path, monkeypatch, capsys):
 
         # The config is given here, because absl's flags are the same object for all tests of a process.
         cfg = tiny_steps.config(**{"run_dir": str(tmp_path), "data.prompts_per_step": 2} | changes)
-        monkeypatch.setattr(common, "enable_compilation_cache", lambda: None)
+        monkeypatch.setattr(compilation_cache, "enable_compilation_cache", lambda: None)
         monkeypatch.setattr(common, "parse_flags", lambda argv: argv)
         monkeypatch.setattr(common, "run_job", contextlib.nullcontext)
         monkeypatch.setattr(common, "read_config", lambda: cfg)

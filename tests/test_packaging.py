@@ -14,6 +14,7 @@ import pytest
 import cooper_jax
 from cooper_jax.launch import cli, command_line
 from cooper_jax.runtime.extras import import_extra
+from cooper_jax.settings import config_files
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,7 +128,7 @@ def test_unknown_names_are_one_line(words, message):
 
 
 def test_bare_names_are_shipped_configs():
-    tiny = str(command_line.CONFIGS / "tiny.py")
+    tiny = str(config_files.CONFIGS / "tiny.py")
     assert command_line.resolve_configs(["--config=tiny", "--config.steps=2"]) == [
         f"--config={tiny}",
         "--config.steps=2",

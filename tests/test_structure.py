@@ -19,7 +19,7 @@ FLOORS = (
     ("cooper_jax.policy", "cooper_jax.reward"),
     ("cooper_jax.trainer",),
     ("cooper_jax.perf", "cooper_jax.evaluation", "cooper_jax.annotation", "cooper_jax.reward_training"),
-    ("cooper_jax.study",),
+    ("cooper_jax.study", "cooper_jax.api"),
     ("cooper_jax.launch",),
 )
 OURS = ("cooper_jax", "kernels", "configs", "launch", "tests")

@@ -129,9 +129,11 @@ class Stage:
 
     def _give_up(self, reply: Failure, count: int) -> None:
         """Raise SetupError for `count` unanswered requests in a row, of which `reply` is the last."""
+        said = getattr(self._chat, "server_words", {}).get(reply.reason, "")
+        reason = f"{reply.reason}: {said}" if said else reply.reason
         raise SetupError(
             f"{self._name}: {getattr(self._chat, 'address', 'the model')} left {count} requests in a row "
-            f"unanswered ({reply.reason}): check the server, --config.{self._name}.url and .model, and the "
+            f"unanswered ({reason}): check the server, --config.{self._name}.url, .model and .fields, and the "
             "key in the environment variable .key_env; answers so far are kept, and the same command resumes"
         )
 

@@ -80,8 +80,13 @@ def encode_policy_prompt(tok: ChatEncoder, problem: Problem, style: PromptStyle)
     messages = make_policy_messages(problem.question, problem.messages, style)
     if style.chat:
         return tok.chat(messages, fallback=False, variables=_THINKING[style.thinking])
+    return encode_plain_text(tok, "".join(f"{content}\n" for _, content in messages))
+
+
+def encode_plain_text(tok: ChatEncoder, text: str) -> list[int]:
+    """Encode a text as it stands, behind the model's bos id if it has one."""
     start = [] if tok.bos_id is None else [tok.bos_id]
-    return start + tok.encode("".join(f"{content}\n" for _, content in messages))
+    return start + tok.encode(text)
 
 
 def check_thinking(tok: ChatEncoder, style: PromptStyle) -> None:

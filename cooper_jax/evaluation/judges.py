@@ -155,8 +155,12 @@ def make_llm_judge(chat: Chat, seed: int) -> Judge:
         # Rows that fail for another reason remain as abstentions.
         unreachable = {j.reason for j in judgements if not j.reply and Failure(j.reason).unreachable}
         if unreachable:
+            words = getattr(chat, "server_words", {})
+            reasons = [
+                f"{reason}: {words[reason]}" if reason in words else reason for reason in sorted(unreachable)
+            ]
             raise SetupError(
-                f"judge: the server does not answer ({', '.join(sorted(unreachable))}): check "
+                f"judge: the server does not answer ({', '.join(reasons)}): check "
                 "--config.judge.url, .model and .key_env; the same command resumes"
             )
         return [dataclasses.asdict(j) for j in judgements]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import email.utils
-import json
 import logging
 import os
 import re
@@ -30,10 +29,11 @@ import httpx
 from ml_collections import ConfigDict
 
 from cooper_jax.data.row_reader import replace_surrogates
+from cooper_jax.llm.chat_replies import Failure, Reply, describe_refusal, parse_server_reply
+from cooper_jax.llm.request_fields import change_fields, parse_field_changes, suggest_changes
 from cooper_jax.runtime import keys
 from cooper_jax.settings import typed_config
 from cooper_jax.settings.user_code import is_user_code
-from cooper_jax.types import Completion
 
 log = logging.getLogger(__name__)
 
@@ -42,23 +42,6 @@ EXTRA_TOKENS = 500
 
 Ids = tuple[int, int, int, int]  # seed, step, row, attempt
 Messages = Sequence[tuple[str, str]]  # (role, text)
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """The reason why a request has no reply."""
-
-    reason: str  # connection, timeout, http_500, nonsense (malformed output), empty, too_long, ...
-
-    @property
-    def transient(self) -> bool:
-        """True if the same request may succeed at another time."""
-        return self.reason in ("connection", "timeout", "http_429") or self.reason.startswith("http_5")
-
-    @property
-    def unreachable(self) -> bool:
-        """True if the cause is the server, its address or the key, and not this request."""
-        return self.reason in ("connection", "http_401", "http_403", "http_404")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +58,7 @@ class ChatConfig:
     concurrency: int  # maximum number of requests in flight
     timeout: float  # seconds per request
     retries: int  # tries after the first one
+    fields: str  # request fields that are renamed or dropped; see request_fields.py
 
     # The prompt.
     thinking: str  # on, off, or "" for the chat template's default
@@ -102,6 +86,11 @@ class ChatConfig:
         errors += typed_config.find_below_minimum(self, self.name, minimum, ("max_new_tokens",))
         if self.kind == "openai":
             errors += self._find_server_problems()
+        elif self.fields:
+            errors.append(
+                f"{self.name}.fields={self.fields!r} has no effect with {self.name}.kind={self.kind}: "
+                "leave it empty"
+            )
         typed_config.raise_errors(errors)
 
     @classmethod
@@ -135,6 +124,10 @@ class ChatConfig:
             errors.append(f"{self.name}.timeout={self.timeout}: it must be positive")
         if self.url:
             errors += self._find_url_problems()
+        try:
+            parse_field_changes(self.fields)
+        except ValueError as error:
+            errors.append(f"{self.name}.fields={self.fields!r}: {error}")
 
         # A key with a line break or another control character would fail in httpx, far from its cause.
         key = self.read_key()
@@ -179,7 +172,6 @@ _THINKING: dict[str, dict[str, bool]] = {
     "off": {"enable_thinking": False},
 }
 
-Reply = Completion | Failure
 Generate = Callable[[Sequence[Messages], Sequence[Ids]], list[Reply]]
 
 
@@ -270,6 +262,7 @@ class OpenAIChat:
     At most `concurrency` requests are in flight.  After connection errors, 429 and 5xx a request is retried
     up to `retries` times, after the server's Retry-After or an exponential back-off with jitter.  A request
     that takes longer than `timeout` seconds is not retried, because the training step is waiting for it.
+    The server's own words about a refusal are printed once for each status code.
     The API key is read from the environment variable `key_env` and used only in the Authorization header.
     """
 
@@ -280,11 +273,15 @@ class OpenAIChat:
         self.address = cfg.address
         self._cfg = cfg
 
-        key = cfg.read_key()
+        # The server's own words about requests that it refused, by the Failure's reason: the first of each.
+        self.server_words: dict[str, str] = {}
+        self._words_lock = threading.Lock()
+        self._key = key = cfg.read_key()
 
         # Some servers refuse requests with fields that they do not know, so this one is sent only if needed.
         variables = cfg.template_variables
         self._extra_fields = {"chat_template_kwargs": variables} if variables else {}
+        self._field_changes = parse_field_changes(cfg.fields)
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=cfg.timeout,
@@ -364,9 +361,10 @@ class OpenAIChat:
             "seed": int(rng.integers(2**31)),
             **self._extra_fields,
         }
+        body = change_fields(body, self._field_changes)
 
         for attempt in range(self._cfg.retries + 1):
-            reply, may_retry, retry_after = self._post(body)
+            reply, may_retry, retry_after = self._post(body, limit)
             if not may_retry or attempt == self._cfg.retries:
                 break
 
@@ -378,7 +376,7 @@ class OpenAIChat:
                 break
         return reply
 
-    def _post(self, body: dict[str, Any]) -> tuple[Reply, bool, float | None]:
+    def _post(self, body: dict[str, Any], limit: int) -> tuple[Reply, bool, float | None]:
         """Send one request: (reply, True if it may be retried, seconds of its Retry-After or None)."""
         deadline = time.monotonic() + self._cfg.timeout
         try:
@@ -401,32 +399,29 @@ class OpenAIChat:
 
         status = response.status_code
         if status == 200:
-            return _parse_chat(bytes(content)), False, None
+            reply = parse_server_reply(bytes(content), limit)
+            # Some proxies answer 200 with an error in the body.
+            if isinstance(reply, Failure) and reply.reason == "nonsense":
+                self._show_refusal(reply.reason, bytes(content))
+            return reply, False, None
+        self._show_refusal(f"http_{status}", bytes(content))
 
         # Other errors, such as a wrong key, would only repeat themselves.
         retry_after = _parse_retry_after(response.headers.get("Retry-After", ""))
         return Failure(f"http_{status}"), status == 429 or status >= 500, retry_after
 
+    def _show_refusal(self, reason: str, content: bytes) -> None:
+        """Print the server's own words about a refused request, once for each reason."""
+        words = describe_refusal(content, self._key)
+        with self._words_lock:
+            if not words or reason in self.server_words:
+                return
+            self.server_words[reason] = words
 
-def _parse_chat(content: bytes) -> Reply:
-    """The first choice of a chat completion in JSON; Failure("nonsense") if the JSON is malformed."""
-    # Servers are not trusted: any missing key, wrong type or too deep nesting is a Failure.
-    try:
-        chat = json.loads(content)
-        choice = chat["choices"][0]
-        text, truncated = choice["message"]["content"], choice["finish_reason"] == "length"
-        usage = chat.get("usage")
-        tokens = usage["completion_tokens"] if usage else 0
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return Failure("nonsense")
-    if text is None:
-        return Failure("empty")
-    # bool is a subclass of int; a count beyond 2^31 is no number of tokens.
-    if not isinstance(text, str) or type(tokens) is not int or not 0 <= tokens < 2**31:
-        return Failure("nonsense")
-
-    # A server that truncates a reply inside an emoji may send half of a surrogate pair.
-    return Completion(replace_surrogates(text), truncated, tokens)
+        hint = ""
+        if changes := suggest_changes(words):
+            hint = f' (if it refuses these fields: --config.{self.name}.fields="{changes}")'
+        log.warning("%s: %s: the server says: %s%s", self.address, reason, words, hint)
 
 
 def _parse_retry_after(header: str) -> float | None:

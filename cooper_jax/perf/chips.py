@@ -5,7 +5,7 @@ run without the hardware.  Names are
 
     v5e:4x4  v5p:4x4x4  v6e:16x16  tpu7x:4x4x4     chips of a TPU slice
     v5e:16x16*4                                    four such slices, joined by the data-centre network
-    h100:1x2x8                                     slices x hosts x GPUs
+    h100:1x2x8  l4:1x1x1                           slices x hosts x GPUs
     cpu:8                                          devices of this machine's CPU, for tests and trials
 
 Figures are public peaks of one device as JAX counts devices (half a chip of tpu7x), not measurements.
@@ -16,6 +16,10 @@ Sources:
     links                                  "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapter
                                            "TPUs", whose figures are a tenth below those of Google's pages
     h100                                   NVIDIA's data sheet of the H100 SXM (dense, without sparsity)
+    l4                                     NVIDIA's data sheet of the L4: 24 GB, 300 GB/s, and half of the 242
+                                           TFLOP/s that it states with sparsity; PCIe 4.0 x16 joins the GPUs.
+                                           Memory: what CUDA reports with error correction on, 22.0 GiB.
+                                           Network: a g2-standard-96 of Google Cloud, 100 Gbit/s for 8 GPUs
 """
 
 from __future__ import annotations
@@ -61,12 +65,15 @@ CHIPS = {
         Chip("v6e", 32 * GIB, 918e12, 1638e9, 90e9, 12.5e9, torus=2, wraps=16),
         Chip("tpu7x", 96 * GIB, 1153.5e12, 3690e9, 45e9, 6.25e9, torus=3, wraps=4),
         Chip("h100", 84978434048, 989e12, 3352e9, 450e9, 50e9, torus=0, wraps=0),
+        Chip("l4", 22 * GIB, 121e12, 300e9, 32e9, 1.5625e9, torus=0, wraps=0),
         Chip("cpu", 8 * GIB, 50e9, 10e9, 5e9, 1e9, torus=0, wraps=0, nominal=True),
     )
 }
 
-# XLA's GpuTargetConfigProto of an H100 (SXM, 80 GB).
-H100 = """
+# XLA's GpuTargetConfigProto of each GPU.
+GPU_TARGETS = {
+    # The SXM version, 80 GB.
+    "h100": """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -81,7 +88,26 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 13 minor: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+""",
+    # Limits of a block and a multiprocessor: compute capability 8.9 in the CUDA C++ Programming Guide.  58
+    # multiprocessors of 128 lanes at 2.04 GHz are the data sheet's 30.3 TFLOP/s in float32.
+    "l4": """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 102400
+  threads_per_core_limit: 1536 core_count: 58 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 300000000000 l2_cache_size: 50331648 clock_rate_ghz: 2.04
+  device_memory_size: 23622320128 shared_memory_per_block_optin: 101376
+  cuda_compute_capability { major: 8 minor: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 minor: 0 }
+device_description_str: "NVIDIA L4"
+""",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +196,7 @@ def find_topology(name: str) -> Topology:
     # Only TPUs have slices: hosts of GPUs are a size of their own, and CPU devices have one size.
     dimensions = chip.torus
     if not chip.torus:
-        dimensions = 3 if chip.name == "h100" else 1
+        dimensions = 3 if chip.name in GPU_TARGETS else 1
     if len(sizes) != dimensions or 0 in (*sizes, slices) or (slices > 1 and not chip.torus):
         no_slices = "" if chip.torus else ", and no *slices"
         raise SetupError(f"topology {name!r}: {chip.name} takes {dimensions} sizes of at least 1{no_slices}")
@@ -191,14 +217,14 @@ def _list_devices(name: str, chip: Chip, sizes: tuple[int, ...], slices: int) ->
 
     from jax.experimental import topologies
 
-    if chip.name == "h100":
+    if chip.name in GPU_TARGETS:
         _require_compiler("jax_cuda13_plugin", "GPU", "requirements-cuda.txt")
         # There is no driver whose version could be checked.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         make_topology = functools.partial(
             topologies.get_topology_desc,
             platform="cuda",
-            target_config=H100,
+            target_config=GPU_TARGETS[chip.name],
             topology="x".join(map(str, sizes)),
         )
     else:

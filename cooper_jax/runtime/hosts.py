@@ -251,6 +251,23 @@ def raise_if_stopping_alone() -> None:
 
 
 @contextlib.contextmanager
+def catch_sigterm() -> Iterator[None]:
+    """In this context a SIGTERM makes `raise_if_stopping` raise; for one process that lives on afterwards.
+
+    Python allows handlers of signals in the main thread alone, so that elsewhere this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: _sigterm_received.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _sigterm_received.clear()
+
+
+@contextlib.contextmanager
 def run_as_one() -> Iterator[None]:
     """Wrap this process's main part: an error that ends it ends the other processes, too.
 

@@ -58,6 +58,8 @@ STREAMS = {
     "lessons": 28,  # ids: step, first position (choice of the labelled rollouts to train on)
     "swapped": 29,  # ids: step, row (order in which other references are tried)
     "exchanged": 30,  # ids: step, prompt position (choice of the pairs that are exchanged, as a control)
+    # The Python API.
+    "sampler": 50,  # no ids (then prompt, sample, token)
 }
 
 _WORD = 2**32  # ids and seeds are 32-bit words: fold_in takes no others, and SeedSequence would split them

@@ -47,6 +47,7 @@ CHANGEABLE_FIELDS = (
     "assistant.concurrency",
     "assistant.timeout",
     "assistant.retries",
+    "assistant.fields",
     # Sections of other commands, which a training run does not read.
     "judge.",
     "source.",

@@ -182,6 +182,7 @@ def _import_text(code: UserCode) -> ModuleType:
         spec = importlib.util.spec_from_loader(name, _TextLoader(code), origin=code.path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        module.__file__ = code.path  # scripts find their own data by it
 
         # Dataclasses and pickles look a class's module up by its name.
         sys.modules[name] = module

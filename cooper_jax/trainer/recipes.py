@@ -12,6 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cooper_jax.configs import base
+from cooper_jax.settings.config_fields import flatten_config
 from cooper_jax.settings.setup_errors import SetupError
 
 # The update of the paper (arXiv 2508.05613), without the choice of the pair loss.
@@ -68,6 +70,22 @@ def apply_recipe(cfg: ConfigDict, explicit: Collection[str]) -> None:
         )
     values = {field: value for field, value in RECIPES[name].items() if field not in explicit}
     cfg.update_from_flattened_dict(values)
+
+
+def find_contradictions(cfg: ConfigDict, explicit: Collection[str]) -> list[str]:
+    """Write a message for each field that differs from its default and that the recipe would overwrite.
+
+    explicit: dotted names of the fields whose values take precedence over the recipe.
+    """
+    values, defaults = flatten_config(cfg), flatten_config(base.get_config())
+    messages = []
+    for field, value in RECIPES.get(cfg.reward.recipe, {}).items():
+        if field not in explicit and values[field] not in (value, defaults[field]):
+            messages.append(
+                f"{field}={values[field]!r}: the recipe {cfg.reward.recipe!r} sets {value!r}: give the field among "
+                "the overrides, or leave reward.recipe empty"
+            )
+    return messages
 
 
 def warn_about_released_update(cfg: ConfigDict) -> str:

@@ -1,0 +1,25 @@
+"""Directories of tiny random models, as another program would publish them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tiny_models
+import tiny_tokenizers
+
+from cooper_jax.model import weight_export
+from cooper_jax.model.config import ModelConfig
+
+
+def write_model(folder: Path, head: str, template: bool = True) -> tuple[ModelConfig, dict]:
+    """A model of one layer with Qwen's kind of tokenizer, in `folder`/hf: (its shape, its parameters).
+
+    head: logits or score.
+    """
+    tokenizer = tiny_tokenizers.write(folder / "tokenizer", "qwen", template)
+    config = tiny_models.config(family="qwen2", vocab_size=512, width=16, layers=1, head_dim=8, max_len=512)
+    params = tiny_models.random_params(config, head)
+    weight_export.save_pretrained(
+        folder / "hf", config, params, head, tokenizer_dir=tokenizer, pad_token_id=0
+    )
+    return config, params
