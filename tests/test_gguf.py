@@ -23,55 +23,82 @@ def permuted(w: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
-@pytest.fixture
-def made(tmp_path):
-    """(path, config, parameters) of a llama model written by the gguf package, q8_0 in one tensor."""
-    from gguf import GGMLQuantizationType, GGUFWriter, quants
+def write_file(path, arch, c, tensors, add=lambda writer: None, **metadata):
+    """A file of `tensors`, by their names in GGUF; add: writes more; metadata: further keys of the architecture."""
+    from gguf import GGUFWriter
 
-    c = config(tied=False, max_len=64, rope_theta=5e4, norm_eps=1e-5)
-    params = random_params(c)
-    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer = GGUFWriter(path, arch)
     writer.add_block_count(c.layers)
     writer.add_context_length(c.max_len)
     writer.add_embedding_length(c.width)
     writer.add_feed_forward_length(c.ffn)
     writer.add_head_count(c.heads)
     writer.add_head_count_kv(c.kv_heads)
+    writer.add_key_length(c.head_dim)
     writer.add_layer_norm_rms_eps(c.norm_eps)
     writer.add_rope_freq_base(c.rope_theta)
-    writer.add_eos_token_id(7)
-    writer.add_token_list(["a", "b"])
-    writer.add_array("odd", [["x"], ["y", "z"]])
-    writer.add_tensor("token_embd.weight", np.asarray(params["embed"]))
-    writer.add_tensor("output_norm.weight", np.asarray(params["final_norm"]))
-    writer.add_tensor("output.weight", np.asarray(params["lm_head"]).astype(np.float16))
-    names = {
-        "o": "attn_output",
-        "gate": "ffn_gate",
-        "up": "ffn_up",
-        "v": "attn_v",
-        "q": "attn_q",
-        "k": "attn_k",
-    }
-    for i in range(c.layers):
-        layer = {k: np.asarray(x[i]) for k, x in params["layers"].items()}
-        for ours, theirs in names.items():
-            inputs = c.heads * c.head_dim if ours == "o" else c.width
-            w = np.ascontiguousarray(layer[ours].reshape(inputs, -1).T)
-            if ours in "qk":
-                w = permuted(w, c.heads if ours == "q" else c.kv_heads)
-            if ours == "up":
-                kind = GGMLQuantizationType.Q8_0
-                writer.add_tensor(f"blk.{i}.ffn_up.weight", quants.quantize(w, kind), raw_dtype=kind)
-            else:
-                writer.add_tensor(f"blk.{i}.{theirs}.weight", w)
-        writer.add_tensor(f"blk.{i}.ffn_down.weight", np.ascontiguousarray(layer["down"].T))
-        writer.add_tensor(f"blk.{i}.attn_norm.weight", layer["attn_norm"])
-        writer.add_tensor(f"blk.{i}.ffn_norm.weight", layer["mlp_norm"])
+    add(writer)
+    for key, value in metadata.items():
+        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](
+            f"{arch}.{key.replace('__', '.')}", value
+        )
+    for name, (x, kind) in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(x), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def gguf_tensors(c, params, names, norm_offset=0.0):
+    """llama.cpp's tensors of a model whose q and k are not reordered; names: ours -> llama.cpp's, in a layer."""
+    tensors = {"token_embd": params["embed"], "output_norm": params["final_norm"] + norm_offset}
+    if "lm_head" in params:
+        tensors["output"] = params["lm_head"]
+    for i in range(c.layers):
+        for ours, theirs in names.items():
+            x = params["layers"][ours][i]
+            if "norm" in ours:
+                x = x + norm_offset
+            elif ours.endswith("bias"):
+                x = x.reshape(-1)
+            else:
+                x = x.reshape(c.heads * c.head_dim if ours == "o" else x.shape[0], -1).T
+            tensors[f"blk.{i}.{theirs}"] = x
+    return {n if n.endswith(".bias") else n + ".weight": (np.asarray(x), None) for n, x in tensors.items()}
+
+
+NAMES = {
+    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "attn_norm": "attn_norm",
+    "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+}  # fmt: skip
+QK_NORMS = {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
+BIASES = {f"{n}_bias": f"attn_{n}.bias" for n in "qkv"}
+POST_NORMS = {"attn_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm"}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """(path, config, parameters) of a llama model written by the gguf package, q8_0 in one tensor."""
+    from gguf import GGMLQuantizationType, quants
+
+    c = config(tied=False, max_len=64, rope_theta=5e4, norm_eps=1e-5)
+    params = random_params(c)
+    tensors = gguf_tensors(c, params, NAMES)
+    tensors["output.weight"] = (tensors["output.weight"][0].astype(np.float16), None)
+    for i in range(c.layers):
+        for name, heads in (("q", c.heads), ("k", c.kv_heads)):
+            key = f"blk.{i}.attn_{name}.weight"
+            tensors[key] = (permuted(tensors[key][0], heads), None)
+        kind, key = GGMLQuantizationType.Q8_0, f"blk.{i}.ffn_up.weight"
+        tensors[key] = (quants.quantize(np.ascontiguousarray(tensors[key][0]), kind), kind)
+
+    def add_tokens(writer):
+        writer.add_eos_token_id(7)
+        writer.add_token_list(["a", "b"])
+        writer.add_array("odd", [["x"], ["y", "z"]])
+
+    write_file(tmp_path / "m.gguf", "llama", c, tensors, add_tokens)
     return tmp_path / "m.gguf", c, params
 
 
@@ -140,59 +167,6 @@ def test_what_is_not_built_is_refused(made, tmp_path):
     windows = gguf.Header(header.metadata | {"llama.attention.sliding_window": 8}, header.tensors)
     with pytest.raises(ValueError, match="llama.attention.sliding_window is 8: only Gemma 3's"):
         gguf.read_model_config(windows, made[0])
-
-
-def write_file(path, arch, c, tensors, **metadata):
-    """A file of `tensors`, by their names in GGUF; metadata: further keys of the architecture."""
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, arch)
-    writer.add_block_count(c.layers)
-    writer.add_context_length(c.max_len)
-    writer.add_embedding_length(c.width)
-    writer.add_feed_forward_length(c.ffn)
-    writer.add_head_count(c.heads)
-    writer.add_head_count_kv(c.kv_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_rope_freq_base(c.rope_theta)
-    for key, value in metadata.items():
-        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](
-            f"{arch}.{key.replace('__', '.')}", value
-        )
-    for name, (x, kind) in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(x), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def gguf_tensors(c, params, names, norm_offset=0.0):
-    """llama.cpp's tensors of a model whose q and k are not reordered; names: ours -> llama.cpp's, in a layer."""
-    tensors = {"token_embd": params["embed"], "output_norm": params["final_norm"] + norm_offset}
-    if "lm_head" in params:
-        tensors["output"] = params["lm_head"]
-    for i in range(c.layers):
-        for ours, theirs in names.items():
-            x = params["layers"][ours][i]
-            if "norm" in ours:
-                x = x + norm_offset
-            elif ours.endswith("bias"):
-                x = x.reshape(-1)
-            else:
-                x = x.reshape(c.heads * c.head_dim if ours == "o" else x.shape[0], -1).T
-            tensors[f"blk.{i}.{theirs}"] = x
-    return {n if n.endswith(".bias") else n + ".weight": (np.asarray(x), None) for n, x in tensors.items()}
-
-
-NAMES = {
-    "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "attn_norm": "attn_norm",
-    "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
-}  # fmt: skip
-QK_NORMS = {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
-BIASES = {f"{n}_bias": f"attn_{n}.bias" for n in "qkv"}
-POST_NORMS = {"attn_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm"}
 
 
 @pytest.mark.parametrize(
