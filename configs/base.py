@@ -168,7 +168,7 @@ def trained_model() -> ConfigDict:
 def arch() -> ConfigDict:
     """The shape of a model made from scratch (weights = "random")."""
     c = ConfigDict()
-    c.family = "llama"  # llama or qwen2 (qwen2 has biases on q, k and v)
+    c.family = "llama"  # llama, qwen2, qwen3, mistral, smollm3 or gemma3_text: docs/models.md
     c.layers = 2  # number of transformer blocks
     c.vocab_size = 640  # number of pieces of the sentencepiece model that is trained for the model
     c.width = 128  # width of the residual stream

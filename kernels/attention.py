@@ -1,5 +1,8 @@
 """Causal attention over right-padded rows (training, scoring, prefill), by platform.
 
+A query attends to all tokens up to its own, or with a window to the last `window` of them (sliding-window
+attention); the implementations skip blocks of keys that no query of a block attends to.
+
 `implementation` is chosen when the function is traced; None selects the default of `jax.default_backend()`:
 
     xla                any platform: blocks of queries, each against the keys up to its own end and recomputed
@@ -47,9 +50,12 @@ def causal_attention(
     k: jax.Array,  # [N, S, K, h]
     v: jax.Array,  # [N, S, K, h]
     *,
+    window: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Compute softmax(q k^T / sqrt(h)) v with a causal mask -> [N, S, H, h].
+
+    window: tokens that a query attends to, its own included; None: all up to its own.
 
     Rows must be right-padded; outputs at padding are finite but meaningless.  Raises ValueError for an
     unknown implementation.
@@ -57,31 +63,42 @@ def causal_attention(
     name = implementation or default_implementation(q.dtype, q.shape[-1])
     if name not in _IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {name!r} is none of {', '.join(_IMPLEMENTATIONS)}")
-    return _IMPLEMENTATIONS[name](q, k, v)
+    # A window that covers the row hides nothing: the program is that of full attention.
+    if window is not None and window >= q.shape[1]:
+        window = None
+    return _IMPLEMENTATIONS[name](q, k, v, window)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+    local = None if window is None else (window - 1, 0)  # tokens on the left and on the right
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
 
 
-def _blocked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
     """Run the reference on one block of queries at a time."""
     tokens = q.shape[1]
     block_size = max(QUERY_BLOCK, -(-tokens // BLOCKS))
     if tokens <= block_size:
-        return reference.reference_attention(q, k, v)
+        return reference.reference_attention(q, k, v, window=window)
 
     outputs = []
     for first in range(0, tokens, block_size):
         end = min(first + block_size, tokens)
+        # No query of the block sees a key behind `end`, or before the first query's window.
+        first_key = 0 if window is None else max(0, first - window + 1)
         # The backward pass recomputes the block's scores instead of keeping them.
-        attend = jax.checkpoint(functools.partial(reference.reference_attention, first=first))
-        # No query of the block sees a key behind `end`.
-        outputs.append(attend(q[:, first:end], k[:, :end], v[:, :end]))
+        attend = jax.checkpoint(
+            functools.partial(reference.reference_attention, first=first, window=window, first_key=first_key)
+        )
+        outputs.append(attend(q[:, first:end], k[:, first_key:end], v[:, first_key:end]))
     return jnp.concatenate(outputs, axis=1)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, interpret: bool = False
+) -> jax.Array:
     """Run jax's splash attention.  Rows are right-padded to whole lanes, which the causal mask hides."""
     # Imported here because it imports Pallas, which is slow and of no use on other platforms.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -103,8 +120,12 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -
         block_kv_dkv_compute=block,
         use_fused_bwd_kernel=True,
     )
+    # The kernel skips blocks that the mask hides whole.
+    mask: splash.CausalMask | splash.LocalMask = splash.CausalMask((padded, padded))
+    if window is not None:
+        mask = splash.LocalMask((padded, padded), window_size=(window - 1, 0), offset=0)
     kernel = splash.make_splash_mha(
-        mask=splash.MultiHeadMask([splash.CausalMask((padded, padded))] * heads),
+        mask=splash.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
@@ -114,7 +135,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -
     return jax.vmap(kernel)(q, k, v)[:, :, :tokens].swapaxes(1, 2)
 
 
-_IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+_IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int | None], jax.Array]] = {
     "xla": _blocked,
     "cudnn": _cudnn,
     "splash": _splash,

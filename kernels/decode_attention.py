@@ -13,6 +13,9 @@ kernels need packed caches (kv.py).  They read only the columns within a prompt'
 `last`: exactly these columns on GPUs; on TPUs whole tiles of 8 columns (of 128 in int8), whose entries must
 all be finite.
 
+Sliding windows: `prompt_first` gives each row's oldest prompt column, and `first` is raised by the caller.  The
+kernels then read a prompt from the oldest column of a tile's rows on, in whole blocks.
+
 The compiler does not partition kernels: on a mesh, call both functions under `jax.shard_map`.
 
 L layers   N rows   B prompts   G samples per prompt   Y tiles of R rows   H query heads   K key/value heads
@@ -50,6 +53,7 @@ def decode_attention(
     first: jax.Array,  # i32[N]: the row's oldest suffix column; above `last`: it has none
     last: jax.Array,  # i32[]: the newest column of every row
     layer: jax.Array,  # i32[]
+    prompt_first: jax.Array | None = None,  # i32[N]: the row's oldest prompt column; None: 0
     *,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -64,7 +68,7 @@ def decode_attention(
             f"the {backend} kernel reads packed caches only; these have separate arrays of keys and values"
         )
     attend = _BACKENDS[backend]
-    return attend(q, prompt, suffix, schedule, first, last, layer, interpret=interpret)
+    return attend(q, prompt, suffix, schedule, first, last, layer, prompt_first, interpret=interpret)
 
 
 # The kernels are imported when they are called: Pallas is slow to import, and the CPU does not need it.
@@ -88,6 +92,7 @@ def _xla(
     first: jax.Array,
     last: jax.Array,
     layer: jax.Array,
+    prompt_first: jax.Array | None,
     *,
     interpret: bool,
 ) -> jax.Array:
@@ -121,6 +126,12 @@ def _xla(
     z_prompt = _apply_scales(z_prompt * h**-0.5, prompt, 0)
     real = jnp.arange(z_prompt.shape[-1])[None, :] < lengths[:, None]  # bool[B, P]
     z_prompt = jnp.where(real[:, None, None, :], z_prompt, -jnp.inf)
+    if prompt_first is not None:
+        # Each row has a window of its own.
+        group = heads // kv_heads
+        oldest = jnp.repeat(prompt_first.reshape(-1, samples), group, axis=1)  # i32[B, G * g]
+        in_window = jnp.arange(z_prompt.shape[-1])[None, None, :] >= oldest[:, :, None]
+        z_prompt = jnp.where(in_window[:, None], z_prompt, -jnp.inf)
 
     # Scores of the suffix keys f32[N, K, g, W]: -inf outside the row's columns.
     z_suffix = _scores(queries, k_suffix)

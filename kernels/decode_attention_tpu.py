@@ -12,7 +12,8 @@ the next tile is copied.  So copies never wait for a grid step.  Suffix blocks a
 
 Only columns that count are copied: a prompt up to its length, a suffix from `first` to `last`, both extended
 to whole tiles of 8 columns (of 128 in int8, whose scales lie along the lanes).  The rest of a buffer contains
-older data, which gets probability 0.
+older data, which gets probability 0.  With a sliding window, a prompt is copied from the block on that has the
+oldest column of the tile's rows.
 
 At head_dim 64 a token's [k | v] fills the 128 lanes.  With zeros beside q, [q | 0] . [k | v] = q . k, and the
 second half of p @ [k | v] is the output, so nothing is sliced.  At multiples of 128 the halves of [k | v] are
@@ -59,6 +60,7 @@ def decode_attention(
     first: jax.Array,
     last: jax.Array,
     layer: jax.Array,
+    prompt_first: jax.Array | None = None,
     *,
     block: int = BLOCK,
     interpret: bool | pltpu.InterpretParams = False,
@@ -80,6 +82,7 @@ def decode_attention(
         )
     blocks = Blocks(_block_columns(prompt, block, 1, "prompt"), _block_columns(suffix, block, rows, "suffix"))
     scalars = _make_scalars(suffix, schedule, first, last, layer, blocks.suffix)
+    prompt_window = _make_prompt_window(schedule, prompt_first, blocks.prompt)
 
     # Empty places of a tile attend with the queries of row 0, and their output is dropped.
     q = q[jnp.maximum(schedule.rows, 0)].reshape(tiles, rows, kv_heads, group, h).swapaxes(1, 2)
@@ -99,7 +102,7 @@ def decode_attention(
             quantised=bool(suffix.scales),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
+            num_scalar_prefetch=len(scalars) + 1,
             grid=(CORES, tiles // CORES),
             in_specs=[
                 queries_of_tile,
@@ -116,7 +119,7 @@ def decode_attention(
         cost_estimate=_estimate_cost(q, prompt, suffix),
         interpret=pltpu.InterpretParams() if interpret is True else interpret,
         name="decode_attention",
-    )(*scalars, q, prompt_arrays, suffix_arrays)
+    )(*scalars, prompt_window, q, prompt_arrays, suffix_arrays)
 
     # Back to the order of the rows, without padding; joined outputs are in the second half of the lanes.
     out = out.swapaxes(1, 2).reshape(tiles * rows, kv_heads, padded, width)[schedule.slot_of]
@@ -151,6 +154,24 @@ def _make_scalars(
         schedule.rows.reshape(-1),
         row_first.reshape(-1),
     )
+
+
+def _make_prompt_window(
+    schedule: Schedule, prompt_first: jax.Array | None, block: int
+) -> tuple[jax.Array, ...]:
+    """Make the prefetch scalars of windows over prompts; () without windows.  block: C of the prompt.
+
+    They are each tile's first block i32[Y], and the first column of each of its places i32[Y * R].
+    """
+    if prompt_first is None:
+        return ()
+    row_first = jnp.where(schedule.rows >= 0, prompt_first[jnp.maximum(schedule.rows, 0)], NO_COLUMN)
+    tile_first = row_first.min(axis=1)
+
+    # A tile whose windows begin behind the prompt has no block.
+    length = schedule.tile_length
+    first_block = jnp.where(tile_first < length, tile_first // block, pl.cdiv(length, block))
+    return first_block.astype(jnp.int32), row_first.astype(jnp.int32).reshape(-1)
 
 
 def _make_scratch_shapes(q: jax.Array, prompt: KV, suffix: KV, blocks: Blocks) -> list[Any]:
@@ -281,6 +302,7 @@ def _kernel(
     suffix_blocks,  # i32[Y]: number of suffix blocks
     row_of,  # i32[Y * R]
     row_first,  # i32[Y * R]: the row's first suffix column, or NO_COLUMN
+    prompt_window,  # with windows: the tile's first prompt block i32[Y], the row's first column i32[Y * R]
     # inputs
     q,  # [K, R, g', w]
     prompt,  # HBM: [L, B, K, P, 2 h]; in int8 two scales f32[L, B, K, P]
@@ -311,7 +333,9 @@ def _kernel(
     prompt_refs = CacheRefs(prompt, prompt_buffers, arrived[0], blocks.prompt, tile_columns)
     suffix_refs = CacheRefs(suffix, suffix_buffers, arrived[1], blocks.suffix, tile_columns)
     streams = (
-        _make_prompt_stream(prompt_refs, tile, cursor, tile_prompt, tile_length, q, accumulators, update),
+        _make_prompt_stream(
+            prompt_refs, tile, cursor, tile_prompt, tile_length, prompt_window, q, accumulators, update
+        ),
         _make_suffix_stream(
             suffix_refs, tile, cursor, suffix_blocks, row_of, row_first, q, accumulators, update
         ),
@@ -382,17 +406,21 @@ def _process_tile(stream: Stream, tile, before, next_tile, has_next) -> None:
 
 
 def _make_prompt_stream(
-    cache: CacheRefs, tile, cursor, tile_prompt, tile_length, q, accumulators, update
+    cache: CacheRefs, tile, cursor, tile_prompt, tile_length, prompt_window, q, accumulators, update
 ) -> Stream:
     """Make the stream of a tile's prompt blocks, which all its rows read; the last ends with the prompt."""
     kv_heads, rows, padded, _ = q.shape
 
+    def skip_blocks(t):
+        """Return the number of blocks before the windows of a tile's rows."""
+        return prompt_window[0][t] if prompt_window else 0
+
     def num_blocks(t):
-        return pl.cdiv(tile_length[t], cache.block)
+        return pl.cdiv(tile_length[t], cache.block) - skip_blocks(t)
 
     def make_copies(t, index, half):
         """Describe the copies of a block: the same when they are started and when they are waited for."""
-        begin = pl.multiple_of(index * cache.block, cache.block)
+        begin = pl.multiple_of((skip_blocks(t) + index) * cache.block, cache.block)
         size: jax.Array | int = cache.block
         if cache.partial_copies:
             left = _round_up(tile_length[t] - begin, cache.tile)
@@ -415,16 +443,30 @@ def _make_prompt_stream(
             copy.wait()
 
         # One product per key/value head, with the queries of all rows: [K, R * g', w].
-        column = index * cache.block + _iota((1, 1, cache.block))
+        column = (skip_blocks(tile) + index) * cache.block + _iota((1, 1, cache.block))
         queries = q[...].astype(jnp.float32).reshape(kv_heads, rows * padded, -1)
         kv, *by_column = (buffer[half] for buffer in cache.buffers)
         scales = [x[:, None, :] for x in by_column]
         mask = _mask_bias(column < tile_length[tile])
+        mask = _mask_windows(mask, prompt_window, tile, column, rows, padded)
         new = update(queries, kv, scales, mask, [ref[...] for ref in accumulators])
         for ref, value in zip(accumulators, new, strict=True):
             ref[...] = value
 
     return Stream(num_blocks, start_copies, process)
+
+
+def _mask_windows(mask, prompt_window, tile, column, rows: int, padded: int) -> jax.Array:
+    """Add -inf where a column is before a row's window: mask f32 and column i32 [1, 1, C] -> f32[1, R * g', C]."""
+    if not prompt_window:
+        return mask
+
+    # Rows have windows of their own; a row's g' queries share one.
+    by_row = []
+    for r in range(rows):
+        in_window = column >= prompt_window[1][tile * rows + r]
+        by_row.append(jnp.broadcast_to(_mask_bias(in_window), (1, padded, column.shape[-1])))
+    return mask + jnp.concatenate(by_row, axis=1)
 
 
 def _make_suffix_stream(

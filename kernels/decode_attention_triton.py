@@ -30,6 +30,7 @@ from cooper_jax.kernels.schedule import LOWEST, Schedule
 
 BLOCK = 64  # C
 DOT = 16  # the smallest extent of a tensor core's operand
+NO_COLUMN = 2**30  # the first column of a place without a row
 WARPS, STAGES = 4, 3  # of a program, and of its software pipeline of loads
 
 
@@ -41,6 +42,7 @@ def decode_attention(
     first: jax.Array,
     last: jax.Array,
     layer: jax.Array,
+    prompt_first: jax.Array | None = None,
     *,
     block: int = BLOCK,
     interpret: bool = False,
@@ -65,6 +67,13 @@ def decode_attention(
         interpret=interpret,
     )
 
+    # With windows: each tile's first prompt column i32[Y], and that of each of its queries i32[Y, R * g].
+    prompt_window: tuple[jax.Array, ...] = ()
+    if prompt_first is not None:
+        row_first = jnp.where(schedule.rows >= 0, prompt_first[jnp.maximum(schedule.rows, 0)], NO_COLUMN)
+        row_first = row_first.astype(jnp.int32)
+        prompt_window = (row_first.min(axis=1), jnp.repeat(row_first, group, axis=1))
+
     # Prompt: a tile's rows share one read of its keys.
     prompt, layer_index = _make_addressable(prompt, layer)
     acc, m, l = call(
@@ -77,7 +86,14 @@ def decode_attention(
         ],
         cost_estimate=_estimate_cost(by_tile, prompt),
         name="decode_attention_prompt",
-    )(layer_index, schedule.tile_prompt, schedule.tile_length, by_tile, (*prompt.data, *prompt.scales))
+    )(
+        layer_index,
+        schedule.tile_prompt,
+        schedule.tile_length,
+        prompt_window,
+        by_tile,
+        (*prompt.data, *prompt.scales),
+    )
 
     # Suffix: a program for each row, which also divides acc by l.
     suffix, layer_index = _make_addressable(suffix, layer)
@@ -119,6 +135,7 @@ def _prompt_kernel(
     layer,  # i32[1]
     tile_prompt,  # i32[Y]
     tile_length,  # i32[Y]
+    prompt_window,  # with windows: first columns i32[Y] of the tiles, i32[Y, R * g] of their queries
     q,  # [Y, K, R * g, h]
     cache,  # [L, B, K, P, 2 h]; in int8 two scales f32[L, B, K, P]
     # outputs
@@ -144,10 +161,11 @@ def _prompt_kernel(
         cache,
         (layer[0], tile_prompt[tile], head),
         start,
-        begin=0,
+        begin=prompt_window[0][tile] if prompt_window else 0,
         end=tile_length[tile],
         block=block,
         h=h,
+        query_begin=_load(prompt_window[1], (tile, line)) if prompt_window else None,
     )
     _store(acc_out, (tile, head, line, lane), acc)
     _store(m_out, (tile, head, line), m)
@@ -193,10 +211,11 @@ def _suffix_kernel(
     _store(out, (row, head, line, lane), value.astype(out.dtype))
 
 
-def _attend(q, cache, where, accumulators, *, begin, end, block, h):
+def _attend(q, cache, where, accumulators, *, begin, end, block, h, query_begin=None):
     """Add columns `begin` to `end` - 1 of cache[where] to (acc [J, h], m [J], l [J]) for queries q [J, h].
 
     where: the index (layer, prompt or row, key/value head).
+    query_begin: i32[J], the first column that each query attends to; None: `begin`.
     """
     # int8 is multiplied in the queries' dtype.
     data, *scale_refs = cache
@@ -215,6 +234,8 @@ def _attend(q, cache, where, accumulators, *, begin, end, block, h):
         if scales:
             z = z * scales[0][None, :]
         z = jnp.where(columns.mask[None, :], z, -jnp.inf)
+        if query_begin is not None:
+            z = jnp.where(column[None, :] >= query_begin[:, None], z, -jnp.inf)
 
         # Rescale the old sums from m_old to the new maximum, as in flash attention.
         m = jnp.maximum(m_old, jnp.max(z, axis=1))

@@ -12,11 +12,19 @@ import jax
 import jax.numpy as jnp
 
 
-def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, first: int = 0) -> jax.Array:
+def reference_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: int = 0,
+    *,
+    window: int | None = None,
+    first_key: int = 0,
+) -> jax.Array:
     """Compute causal grouped-query attention: softmax(q k^T / sqrt(h)) v, the softmax in f32.
 
-    q [N, S, H, h], k and v [N, S_kv, K, h] -> [N, S, H, h].  Query i is token first + i of its row and
-    attends to keys 0 to first + i.
+    q [N, S, H, h], k and v [N, S_kv, K, h] -> [N, S, H, h].  Query i is token first + i of its row, key j
+    token first_key + j.  A query attends to the tokens up to its own: to all, or to the last `window`.
     """
     # Query heads i * g to (i + 1) * g - 1 share key/value head i: a reshape, without copies of the keys.
     n, s, heads, h = q.shape
@@ -24,6 +32,12 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, first: int = 0
     q = q.reshape(n, s, kv_heads, heads // kv_heads, h)
     z = jnp.einsum("nskgh,nukh->nkgsu", q, k, preferred_element_type=jnp.float32) * h**-0.5
 
-    mask = jnp.arange(k.shape[1])[None, :] <= first + jnp.arange(s)[:, None]  # bool[S, S_kv]
+    key = jnp.arange(k.shape[1])[None, :]
+    if first_key:
+        key = first_key + key
+    query = first + jnp.arange(s)[:, None]
+    mask = key <= query  # bool[S, S_kv]
+    if window is not None:
+        mask = mask & (key > query - window)
     p = jax.nn.softmax(jnp.where(mask[None, None, None], z, -jnp.inf), axis=-1)
     return jnp.einsum("nkgsu,nukh->nskgh", p.astype(v.dtype), v).reshape(n, s, heads, h)

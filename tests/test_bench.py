@@ -1,5 +1,6 @@
 """The benchmark command: the roofline by hand, what it writes, what it says to bad arguments."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -82,6 +83,23 @@ def test_score_and_update_rooflines_by_hand(config):
     assert roofline.roofline_seconds(moved, RATES) == pytest.approx(263.04 + 918.4)
     twice = roofline.update_work(config, 3, [2, 4], epochs=2, updates=4)
     assert twice["passes"].flops == 2 * 3 * 8768 and twice["optimiser"].bytes == 4 * 7 * 328 * 4
+
+
+def test_windows_in_the_roofline_by_hand(config):
+    """Two layers, one with a window of 2: of 4 tokens it reads 1 + 2 + 2 + 2 keys, the other 1 + 2 + 3 + 4."""
+    sliding = dataclasses.replace(config, layers=2, layer_types=("full", "sliding"), window=2)
+    full = dataclasses.replace(config, layers=2)
+    per_key = 4 * config.heads * config.head_dim
+    [with_window], [without] = (roofline.score_work(c, 0, [4]).values() for c in (sliding, full))
+    assert without.flops - with_window.flops == per_key * (10 - 7)
+
+    # Decoding 2 tokens after a prompt of 3 and the first token: 4 + 5 keys, or 2 + 2.
+    work = [
+        roofline.rollout_work(c, 1, 3, [3], 1, weight_bytes=4, cache_bytes=4)["decode"]
+        for c in (sliding, full)
+    ]
+    assert work[1].flops - work[0].flops == per_key * (9 - 4)
+    assert work[1].bytes - work[0].bytes == 2 * config.kv_heads * config.head_dim * 4 * (9 - 4)
 
 
 def test_pair_roofline_has_no_head(config):

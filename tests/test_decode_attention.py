@@ -33,6 +33,7 @@ class Case(NamedTuple):
     lengths: np.ndarray  # i32[B]
     first: np.ndarray  # i32[N]
     last: int
+    prompt_first: np.ndarray | None = None  # i32[N]
 
 
 def draw(
@@ -79,7 +80,8 @@ def expected(case):
     group = heads // case.suffix[0].shape[2]
     for n in range(rows):
         b, own = case.prompt_of[n], slice(max(case.first[n], 0), case.last + 1)
-        shared = slice(0, case.lengths[b] if b >= 0 else 0)
+        begin = 0 if case.prompt_first is None else case.prompt_first[n]
+        shared = slice(begin, case.lengths[b] if b >= 0 else 0)
         for head in range(heads):
             k, v = (
                 np.concatenate([p[LAYER, b, head // group, shared], s[LAYER, n, head // group, own]]).astype(
@@ -105,11 +107,12 @@ def attend(form, arrays, case, *, samples=None, slots=None, block=None, params=T
     }[form]
 
     @jax.jit
-    def run(q, prompt, suffix, prompt_of, lengths, first, last, layer):
+    def run(q, prompt, suffix, prompt_of, lengths, first, last, layer, prompt_first):
         plan = make_schedule(prompt_of, lengths, samples=samples, rows=slots)
-        return call(q, prompt, suffix, plan, first, last, layer)
+        return call(q, prompt, suffix, plan, first, last, layer, prompt_first)
 
-    out = run(*arrays, case.prompt_of, case.lengths, case.first, jnp.int32(case.last), jnp.int32(LAYER))
+    scalars = (case.first, jnp.int32(case.last), jnp.int32(LAYER), case.prompt_first)
+    out = run(*arrays, case.prompt_of, case.lengths, *scalars)
     assert out.dtype == arrays[0].dtype
     return np.asarray(out, np.float32)
 
@@ -280,6 +283,40 @@ def test_what_is_not_needed_is_not_read(form):
         x[LAYER, :, :, end:] = np.nan
         for n, first in enumerate(case.first):
             x[LAYER, n, :, : first // tile * tile if first <= case.last else None] = np.nan
+    arrays, _ = stored(case, "float32")
+    np.testing.assert_allclose(attend(form, arrays, case, slots=2, block=16), want, atol=1e-5)
+
+
+# Rows of `WINDOWED` in tiles of two: a tile whose rows begin in different blocks; one whose windows are behind the
+# prompt; an idle row; a row that reads one last key of its prompt.
+WINDOWED = dict(prompt_of=[0, 1, -1, 0, 1, 1], lengths=[40, 33], first=[3, 10, 22, 15, 0, 21], last=20)
+PROMPT_FIRST = np.array([17, 35, 0, 39, 32, 33], np.int32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ("xla", *KERNELS))
+def test_windows_over_prompts(form, dtype):
+    """Each row attends to its prompt from a column of its own on."""
+    case = draw(8, **WINDOWED, prompt_columns=40)._replace(prompt_first=PROMPT_FIRST)
+    assert (np.abs(expected(case) - expected(case._replace(prompt_first=None))).max((1, 2)) > 0.01).sum() == 5
+    check(form, case, dtype, slots=2, block=16)
+
+
+def test_windows_of_grouped_samples():
+    """The xla form with `samples`: rows of one prompt share a product, each with a window of its own."""
+    case = draw(9, [0, 0, 0, 1, 1, 1], [5, 24], [17, 20, 19, 18, 20, 23], 20)
+    case = case._replace(prompt_first=np.array([0, 2, 5, 7, 24, 23], np.int32))
+    check("xla", case, "float32", samples=3)
+
+
+@pytest.mark.parametrize("form", KERNELS)
+def test_prompt_columns_before_the_windows_are_not_read(form):
+    """NaN before the block of the oldest column that a tile's rows read."""
+    case = draw(10, [0, 0], [40], [5, 5], 4, prompt_columns=40, kv_heads=1)
+    case = case._replace(prompt_first=np.array([35, 33], np.int32))
+    want = expected(case)
+    for x in case.prompt:
+        x[:, :, :, : 32 if form == "tpu_interpret" else 33] = np.nan
     arrays, _ = stored(case, "float32")
     np.testing.assert_allclose(attend(form, arrays, case, slots=2, block=16), want, atol=1e-5)
 

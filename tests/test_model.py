@@ -16,7 +16,8 @@ from cooper_jax.kernels import reference
 from cooper_jax.kernels.kv import Format
 from cooper_jax.kernels.matmul import matmul_plain
 from cooper_jax.model import generation, layers, transformer, weights
-from cooper_jax.model.config import ModelConfig, RopeScaling
+from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.rope import RopeScaling
 from cooper_jax.runtime.mesh import Layout, init_params, make_mesh, make_shardings
 
 TOKENS = 29
@@ -186,6 +187,45 @@ def test_reference_attention_equals_a_loop():
             out[0, i, head] = p @ v[0, : i + 1, head // 2]
     ours = reference.reference_attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
     np.testing.assert_allclose(ours, out, atol=1e-6)
+
+
+def test_a_window_hides_what_is_older():
+    """Against a softmax over the keys of each query's window, a query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in qkv(n=1, tokens=7, heads=1, kv_heads=1))
+    out = np.zeros_like(q)
+    for i in range(7):
+        seen = slice(max(0, i - 2), i + 1)  # a window of 3
+        p = np.exp(k[0, seen, 0] @ q[0, i, 0] / 4.0)
+        out[0, i, 0] = p / p.sum() @ v[0, seen, 0]
+    ours = reference.reference_attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), window=3)
+    np.testing.assert_allclose(ours, out, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [1, 30, 33, 65])
+def test_blocks_of_queries_with_a_window(monkeypatch, window):
+    """Blocks of 32: their keys begin in the same block, in the one before, or at token 0."""
+    monkeypatch.setattr(face, "QUERY_BLOCK", 32)
+    blocked = functools.partial(face.causal_attention, implementation="xla", window=window)
+    check_values_and_gradients(
+        blocked, functools.partial(reference.reference_attention, window=window), qkv(tokens=65)
+    )
+
+
+def test_the_tpu_kernel_interpreted_with_a_window():
+    kernel = functools.partial(face.causal_attention, implementation="splash_interpret", window=50)
+    args = qkv(n=1, tokens=130, heads=2, kv_heads=1, h=64)
+    check_values_and_gradients(kernel, functools.partial(reference.reference_attention, window=50), args)
+
+
+def test_a_window_saves_memory():
+    """Of 1,024 tokens a block of queries reads 128 + 127 keys at most; without a window, up to 1,024."""
+    args = qkv(n=1, tokens=1024, heads=2, kv_heads=1, h=8)
+
+    def temporaries(window):
+        loss = lambda a: face.causal_attention(*a, implementation="xla", window=window).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(128) < 0.6 * temporaries(None) and temporaries(1024) == temporaries(None)
 
 
 @pytest.mark.parametrize("tokens", [64, 65])
@@ -499,8 +539,21 @@ def test_config_reads_both_generations_of_config_json():
     [
         ({"model_type": "mixtral"}, "model_type 'mixtral' is none of"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
-        ({"use_sliding_window": True}, "use_sliding_window is True"),
-        ({"layer_types": ["sliding_attention"]}, "only full_attention"),
+        ({"model_type": "llama", "use_sliding_window": True}, "use_sliding_window is True"),
+        ({"layer_types": ["sliding_attention"] * 28}, "sliding_window is None: give the window"),
+        ({"layer_types": ["full_attention"] * 27}, "27 entries for 28 layers"),
+        ({"layer_types": ["chunked_attention"] * 28}, r"layer_types has \['chunked_attention'\]; only full"),
+        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "window of 0"),
+        ({"model_type": "gemma3"}, "'gemma3' is a model of images and text"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True"),
+        ({"model_type": "smollm3", "layer_types": ["sliding_attention"] * 28}, "windows are not supported"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 28"),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention"]},
+            "Mistral's layers are all of one type",
+        ),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"model_type": "gemma3_text", "hidden_activation": "silu"}, "hidden_activation is 'silu'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor"),
         ({"num_key_value_heads": 5}, "12 query heads do not divide over 5"),

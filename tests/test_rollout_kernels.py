@@ -69,6 +69,14 @@ def test_kernels_in_a_loop_over_a_stack(implementation, monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", BOTH_KERNELS)
+def test_kernels_with_windows(implementation):
+    """A window of three tokens: within the prompt, over both caches, or within the suffix; three slots."""
+    config = dataclasses.replace(WIDE, layer_types=("full", "sliding"), window=3, sliding_rope_theta=100.0)
+    r = rollout(SHORT, config=config, limits=LIMITS, max_rows=3, implementation=implementation)
+    check(r, SHORT, config)
+
+
+@pytest.mark.parametrize("implementation", BOTH_KERNELS)
 @pytest.mark.parametrize("change", [{}, pytest.param(dict(top_k=8, top_p=0.9), marks=pytest.mark.slow)])
 def test_kernels_over_a_mesh(implementation, change):
     """2 x 1 x 2 devices: rows and heads are cut, and the vocabulary; three slots for four requests a shard."""

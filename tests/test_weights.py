@@ -375,6 +375,25 @@ def test_a_stored_tied_head_and_rotary_buffers_are_tolerated(tmp_path):
     equal(weights.load_weights(str(tmp_path / "m"), layout=one_device()).params, params)
 
 
+@pytest.mark.parametrize("rows_compared", [8192, 16])
+def test_a_head_that_differs_from_the_tied_embedding_is_refused(rows_compared, tmp_path, monkeypatch):
+    """In one value of its last row; whole, or compared in parts."""
+    monkeypatch.setattr(weights, "_ROWS_COMPARED", rows_compared)
+    c = config()
+    weight_export.save_pretrained(tmp_path / "m", c, random_params(c), "logits")
+
+    def store_head(t):
+        head = t["model.embed_tokens.weight"].copy()
+        head[-1, -1] += 1e-3
+        return t | {"lm_head.weight": head}
+
+    edit(tmp_path / "m", store_head)
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight, although"):
+        weights.load_weights(str(tmp_path / "m"), layout=one_device())
+    edit_json(tmp_path / "m" / "config.json", tie_word_embeddings=False)
+    assert "lm_head" in weights.load_weights(str(tmp_path / "m"), layout=one_device()).params
+
+
 # --- what is wrong is named ------------------------------------------------------------------------------
 
 
@@ -402,7 +421,13 @@ Q = "model.layers.1.self_attn.q_proj.weight"
             lambda t: t | {Q: t[Q][:16].copy()},
             rf"{Q} has the shape \(16, 32\), but the config says \(32, 32\)",
         ),
-        (lambda t: t | {Q: t[Q].astype(np.int32)}, rf"{Q} is int32; only float32"),
+        (lambda t: t | {Q: t[Q].astype(np.int32)}, rf"{Q} is I32; only float32"),
+        (lambda t: t | {Q: t[Q].astype(ml_dtypes.float8_e4m3fn)}, rf"{Q} is F8_E4M3; only float32"),
+        (lambda t: t | {Q: np.where(t[Q] > 0.1, np.nan, t[Q])}, rf"{Q} has \d+ of 1024 values that are NaN"),
+        (
+            lambda t: t | {Q: np.where(t[Q] > 0.1, np.inf, t[Q])},
+            rf"{Q} has \d+ of 1024 values that are NaN or inf",
+        ),
     ],
 )
 def test_wrong_tensors_are_named(llama, change, message):
@@ -422,6 +447,7 @@ def test_wrong_tensors_are_named(llama, change, message):
         (dict(head_dim=16), r"q_proj.weight has the shape \(32, 32\), but the config says \(64, 32\)"),
         (dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"]), r"q_proj.bias.* missing"),
         (dict(model_type="bert"), r"config.json: model_type 'bert'"),
+        (dict(architectures=None), r"config.json: it has no architectures.*add .*LlamaForCausalLM"),
         (dict(architectures=["LlamaModel"]), r"architectures is \['LlamaModel'\]; expected one of"),
         (
             dict(architectures=["LlamaForSequenceClassification"], num_labels=1),

@@ -1,4 +1,4 @@
-"""Small random models of both families, ours and transformers', with the same weights."""
+"""Small random models of all families, ours and transformers', with the same weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from cooper_jax.configs import base
-from cooper_jax.model.config import ModelConfig, RopeScaling
+from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.families import FAMILIES
+from cooper_jax.model.rope import LinearScaling, RopeScaling
 from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime import device_layouts
 from cooper_jax.runtime.mesh import Layout, is_spec
@@ -35,11 +37,12 @@ def config(**changes) -> ModelConfig:
         rope_theta=1e4,
         rope_scaling=None,
         norm_eps=1e-6,
-        qkv_bias=changes.get("family") == "qwen2",
+        qkv_bias=False,
         tied=True,
         max_len=256,
     )
-    return ModelConfig(**(base | changes))
+    family = FAMILIES[changes.get("family", "llama")]
+    return ModelConfig(**(base | family.architecture | changes))
 
 
 CASES = {
@@ -54,6 +57,23 @@ CASES = {
     "qwen2_untied": config(family="qwen2", tied=False, norm_eps=1e-5, layers=1),
     "qwen2_seven_to_one": config(family="qwen2", width=56, heads=14, kv_heads=2, head_dim=4),
 }
+
+
+# The other families, and what only some models of a family have.  Windows are shorter than the rows of the tests.
+# Gemma's layers are a pattern that repeats and a rest.
+FAMILY_CASES = {
+    "llama_linear_rope": config(rope_scaling=LinearScaling(4.0), layers=1),
+    "qwen2_windows": config(family="qwen2", layer_types=("full", "sliding"), window=5),
+    "qwen3": config(family="qwen3", tied=False, head_dim=16, rope_theta=1e6),
+    "mistral": config(family="mistral", tied=False, norm_eps=1e-5, layers=1),
+    "mistral_window": config(family="mistral", tied=False, layer_types=("sliding",) * 2, window=6),
+    "smollm3": config(family="smollm3", rope_theta=5e3, layer_types=("full", "unrotated")),
+    "gemma3": config(
+        family="gemma3_text", layers=5, head_dim=16, heads=2, kv_heads=1, rope_theta=1e6,
+        rope_scaling=LinearScaling(8.0), query_pre_attn_scalar=24, window=5,
+        layer_types=("sliding", "full", "sliding", "full", "sliding"), sliding_rope_theta=100.0,
+    ),
+}  # fmt: skip
 
 
 def random_params(config: ModelConfig, head: str = "logits", seed: int = 0):
@@ -87,17 +107,17 @@ def torch_model(config: ModelConfig, head: str = "logits", pad_token_id: int = 0
         eos_token_id=1,
         num_labels=1,
     )
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if (s := config.rope_scaling) is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": s.factor,
-            "low_freq_factor": s.low_freq_factor,
-            "high_freq_factor": s.high_freq_factor,
-            "original_max_position_embeddings": s.original_max_len,
-        }
-    name = {"llama": "Llama", "qwen2": "Qwen2"}[config.family]
-    hf = getattr(transformers, f"{name}Config")(**common, rope_parameters=rope)
+    name = {
+        "llama": "Llama",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "mistral": "Mistral",
+        "smollm3": "SmolLM3",
+        "gemma3_text": "Gemma3Text",
+    }[config.family]
+    hf = getattr(transformers, f"{name}Config")(**common, **_layer_settings(config))
+    if head == "logits":
+        name = name.removesuffix("Text")
     kind = {"logits": "ForCausalLM", "score": "ForSequenceClassification"}[head]
     model = getattr(transformers, name + kind)(hf).eval()
     generator = torch.Generator().manual_seed(0)
@@ -105,3 +125,35 @@ def torch_model(config: ModelConfig, head: str = "logits", pad_token_id: int = 0
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
     return model
+
+
+def _layer_settings(config: ModelConfig) -> dict:
+    """The settings of transformers' config that tell its layers apart: written by hand, apart from ours."""
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if isinstance(s := config.rope_scaling, LinearScaling):
+        rope |= {"rope_type": "linear", "factor": s.factor}
+    elif s is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_max_len,
+        }
+    types = ["sliding_attention" if t == "sliding" else "full_attention" for t in config.layer_types]
+    if config.family == "gemma3_text":
+        sliding = {"rope_type": "default", "rope_theta": config.sliding_rope_theta}
+        return dict(
+            rope_parameters={"full_attention": rope, "sliding_attention": sliding},
+            layer_types=types,
+            sliding_window=config.window,
+            query_pre_attn_scalar=config.query_pre_attn_scalar,
+        )
+    if config.family == "mistral":
+        return dict(rope_parameters=rope, sliding_window=config.window)
+    if config.family == "smollm3":
+        return dict(rope_parameters=rope, no_rope_layers=[int(t == "full") for t in config.layer_types])
+    if config.window is not None:
+        windows = dict(use_sliding_window=True, sliding_window=config.window, layer_types=types)
+        return dict(rope_parameters=rope) | windows
+    return dict(rope_parameters=rope)

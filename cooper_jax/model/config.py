@@ -1,8 +1,9 @@
 """The shape of a transformer, read from and written to Hugging Face's `config.json`.
 
-Two families share one architecture (RMSNorm, rotary embeddings, grouped-query attention, SwiGLU): "llama",
-and "qwen2", which adds biases to q, k and v.  Unsupported settings that would change the computation (a
-sliding window, another activation, another RoPE scaling, quantised weights) raise ValueError.
+All families share one architecture (RMSNorm, rotary embeddings, grouped-query attention, a gated feed-forward
+block).  The fields of ModelConfig say where one differs; families.py says which fields a family sets.
+Unsupported settings that would change the computation (another activation, another RoPE scaling, quantised
+weights) raise ValueError.
 """
 
 from __future__ import annotations
@@ -10,46 +11,29 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-# Defaults of transformers for keys that config.json leaves out; None: derived from other keys.
-_HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": dict(num_key_value_heads=None, max_position_embeddings=2048),
-    "qwen2": dict(num_key_value_heads=32, max_position_embeddings=32768),
-}
-_HF_COMMON = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=None)
+from cooper_jax.model.families import FAMILIES, LAYER_TYPES, Family, Layers
+from cooper_jax.model.rope import Rope, Scaling, read_rope, write_scaling
+
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
-# Settings that change the computation, with the supported values.
-_HF_FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "use_sliding_window": (False,),
-    "quantization_config": (None,),
-    "partial_rotary_factor": (None, 1.0),
-}
+# Activations of the gated feed-forward block -> the names in config.json.
+ACTIVATIONS = {"silu": {"hidden_act": "silu"}, "gelu_tanh": {"hidden_activation": "gelu_pytorch_tanh"}}
 
 # max_position_embeddings on export of a model without a limit: without the key, transformers would take its
 # default for the family.
 _NO_MAX_LEN = 32768
 
 # (family, head) -> the class of transformers that config.json names.
-ARCHITECTURES = {
-    ("llama", "logits"): "LlamaForCausalLM",
-    ("llama", "score"): "LlamaForSequenceClassification",
-    ("qwen2", "logits"): "Qwen2ForCausalLM",
-    ("qwen2", "score"): "Qwen2ForSequenceClassification",
-}
+ARCHITECTURES = {(name, "logits"): family.causal_class for name, family in FAMILIES.items()}
+ARCHITECTURES |= {(name, "score"): family.score_class for name, family in FAMILIES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's scaling of low rotary frequencies to longer contexts (Hugging Face: rope_type "llama3")."""
+class LayerKind:
+    """What the layers of one model may differ in."""
 
-    factor: float  # by which the longest wavelengths are stretched
-    # Bounds of the interpolation, in turns per original context length (see layers.rotary_angles).
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_len: int  # context length of pre-training, tokens
+    window: int | None  # tokens that a query attends to, its own included; None: all up to its own
+    rope: Rope | None  # None: queries and keys are not rotated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +44,7 @@ class ModelConfig:
     padded rows are -inf, and the rows are removed on export.
     """
 
-    family: str  # llama | qwen2
+    family: str  # a key of families.FAMILIES
 
     # Sizes.
     vocab_size: int
@@ -69,11 +53,11 @@ class ModelConfig:
     heads: int  # of the queries
     kv_heads: int  # divides `heads` (grouped-query attention)
     head_dim: int
-    ffn: int  # width of the SwiGLU block
+    ffn: int  # width of the gated feed-forward block
 
     # Rotary embeddings.
     rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope_scaling: Scaling
 
     # Variants of the architecture.
     norm_eps: float
@@ -84,9 +68,23 @@ class ModelConfig:
     max_len: int | None  # trained context length (Hugging Face: max_position_embeddings); None: no limit
     vocab_multiple: int = 1
 
+    # Further variants of the architecture.
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation
+    post_norms: bool = False  # RMSNorm of what a block adds to the residual stream, too (sandwich norms)
+    norm_offset: float = 0.0  # RMSNorm multiplies with offset + weight
+    activation: str = "silu"  # of the feed-forward block's gate: a key of ACTIVATIONS
+    scaled_embedding: bool = False  # embeddings are multiplied with sqrt(width)
+    query_pre_attn_scalar: float | None = None  # scores are divided by its square root; None: head_dim
+
+    # Layers that differ from each other; see families.py.
+    layer_types: tuple[str, ...] = ()  # of families.LAYER_TYPES, one per layer; empty: all are full
+    window: int | None = None  # tokens that a query of a sliding layer attends to, its own included
+    # Base of sliding layers' rotary embeddings, which are not scaled; None: as in the other layers.
+    sliding_rope_theta: float | None = None
+
     def __post_init__(self):
-        if self.family not in _HF_DEFAULTS:
-            raise ValueError(f"model family {self.family!r} is none of {sorted(_HF_DEFAULTS)}")
+        if self.family not in FAMILIES:
+            raise ValueError(f"model family {self.family!r} is none of {sorted(FAMILIES)}")
         sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab_multiple")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -100,6 +98,30 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: rotary embeddings need an even one")
+
+        # Layers.
+        if self.layer_types and len(self.layer_types) != self.layers:
+            raise ValueError(
+                f"{len(self.layer_types)} layer types for {self.layers} layers: give one for each"
+            )
+        if set(self.layer_types) - set(LAYER_TYPES):
+            raise ValueError(f"layer types {sorted(set(self.layer_types))}: only {LAYER_TYPES} are known")
+        if "sliding" in self.layer_types and (self.window is None or self.window < 1):
+            raise ValueError(f"sliding layers with a window of {self.window}: it must be at least 1")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is none of {sorted(ACTIVATIONS)}")
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """Each layer's kind."""
+        rope = Rope(self.rope_theta, self.rope_scaling)
+        sliding_rope = rope if self.sliding_rope_theta is None else Rope(self.sliding_rope_theta)
+        kinds = {
+            "full": LayerKind(None, rope),
+            "sliding": LayerKind(self.window, sliding_rope),
+            "unrotated": LayerKind(None, None),
+        }
+        return tuple(kinds[t] for t in self.layer_types or ("full",) * self.layers)
 
     @property
     def padded_vocab(self) -> int:
@@ -115,11 +137,16 @@ class ModelConfig:
             raise ValueError(
                 f"num_layers is {n}, but the model has {self.layers} layers: use 0 to {self.layers}"
             )
-        return dataclasses.replace(self, layers=n) if n else self
+        return dataclasses.replace(self, layers=n, layer_types=self.layer_types[:n]) if n else self
 
     @classmethod
     def from_arch(cls, arch: Any, vocab_size: int, vocab_multiple: int = 1) -> ModelConfig:
-        """Make the config of a model with random weights; arch: a section `arch` of configs/base.py."""
+        """Make the config of a model with random weights; arch: a section `arch` of configs/base.py.
+
+        The layers are those that the family has by default.  Raises ValueError for an unknown family.
+        """
+        family = _find_family(arch.family, "arch.family")
+        layers = family.read_layers(family.defaults | {"num_hidden_layers": arch.layers})
         return cls(
             family=arch.family,
             vocab_size=vocab_size,
@@ -132,10 +159,14 @@ class ModelConfig:
             rope_theta=arch.rope_theta,
             rope_scaling=None,
             norm_eps=1e-6,
-            qkv_bias=arch.family == "qwen2",
             tied=arch.tied,
             max_len=None,
             vocab_multiple=vocab_multiple,
+            query_pre_attn_scalar=arch.head_dim if "query_pre_attn_scalar" in family.defaults else None,
+            layer_types=layers.types,
+            window=layers.window,
+            sliding_rope_theta=family.sliding_rope_theta if layers.window else None,
+            **{"qkv_bias": False, **family.architecture},
         )
 
     @classmethod
@@ -146,35 +177,35 @@ class ModelConfig:
         an unsupported setting.
         """
         # Refuse everything that this code would compute differently than transformers.
-        family = hf.get("model_type")
-        if family not in _HF_DEFAULTS:
-            raise ValueError(f"{where}: model_type {family!r} is none of {sorted(_HF_DEFAULTS)}")
+        name = str(hf.get("model_type"))
+        if name in ("gemma3", "mistral3", "llama4"):
+            raise ValueError(
+                f"{where}: model_type {name!r} is a model of images and text; only text models are read: "
+                f"{', '.join(sorted(FAMILIES))}"
+            )
+        family = _find_family(name, f"{where}: model_type")
         missing = [k for k in _HF_REQUIRED if k not in hf]
         if missing:
             raise ValueError(f"{where}: missing {', '.join(missing)}")
-        for key, allowed in _HF_FIXED.items():
+        for key, allowed in family.supported.items():
             if key in hf and hf[key] not in allowed:
                 raise ValueError(f"{where}: {key} is {hf[key]!r}; only {allowed[0]!r} is supported")
-        layer_types = set(hf["layer_types"] or ()) if "layer_types" in hf else set()
-        if layer_types - {"full_attention"}:
-            raise ValueError(
-                f"{where}: layer_types has {sorted(layer_types)}; only full_attention is supported"
-            )
 
         # Keys that config.json leaves out have the defaults of transformers.
-        full = {**_HF_COMMON, **_HF_DEFAULTS[family], **hf}
+        full = {**family.defaults, **hf}
         heads, kv_heads, head_dim = full["num_attention_heads"], full["num_key_value_heads"], full["head_dim"]
         if head_dim is None and full["hidden_size"] % heads:
             raise ValueError(
                 f"{where}: hidden_size {full['hidden_size']} does not divide over {heads} heads; "
                 "give head_dim"
             )
-        theta, scaling = _rope_from_hf(hf, where)
+        rope, sliding_theta = _read_ropes(hf, where, family)
 
-        # The checks of __post_init__ do not know the file, so its name is added here.
+        # The checks of __post_init__ and of the layers do not know the file, so its name is added here.
         try:
+            layers = family.read_layers(full)
             return cls(
-                family=family,
+                family=name,
                 vocab_size=full["vocab_size"],
                 width=full["hidden_size"],
                 layers=full["num_hidden_layers"],
@@ -182,12 +213,18 @@ class ModelConfig:
                 kv_heads=heads if kv_heads is None else kv_heads,
                 head_dim=full["hidden_size"] // heads if head_dim is None else head_dim,
                 ffn=full["intermediate_size"],
-                rope_theta=theta,
-                rope_scaling=scaling,
+                rope_theta=rope.theta,
+                rope_scaling=rope.scaling,
                 norm_eps=full["rms_norm_eps"],
-                qkv_bias=family == "qwen2",
                 tied=full["tie_word_embeddings"],
                 max_len=full["max_position_embeddings"],
+                query_pre_attn_scalar=(
+                    full["query_pre_attn_scalar"] if "query_pre_attn_scalar" in family.defaults else None
+                ),
+                layer_types=layers.types,
+                window=layers.window,
+                sliding_rope_theta=sliding_theta if layers.window else None,
+                **{"qkv_bias": False, **family.architecture},
             )
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from e
@@ -197,16 +234,7 @@ class ModelConfig:
 
         RoPE is written under the keys of version 4, which version 5 reads, too.
         """
-        scaling = None
-        if self.rope_scaling is not None:
-            scaling = {
-                "rope_type": "llama3",
-                "factor": self.rope_scaling.factor,
-                "low_freq_factor": self.rope_scaling.low_freq_factor,
-                "high_freq_factor": self.rope_scaling.high_freq_factor,
-                "original_max_position_embeddings": self.rope_scaling.original_max_len,
-            }
-
+        family = FAMILIES[self.family]
         out = {
             "architectures": [architecture],
             "model_type": self.family,
@@ -217,50 +245,51 @@ class ModelConfig:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "intermediate_size": self.ffn,
-            "hidden_act": "silu",
+            **ACTIVATIONS[self.activation],
             "rms_norm_eps": self.norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_scaling": scaling,
+            "rope_scaling": write_scaling(self.rope_scaling),
             "tie_word_embeddings": self.tied,
             "max_position_embeddings": _NO_MAX_LEN if self.max_len is None else self.max_len,
             "initializer_range": 0.02,
             "use_cache": True,
         }
 
-        # The settings of _HF_FIXED that this family has.
-        if self.family == "llama":
-            out |= {"attention_bias": False, "mlp_bias": False}
-        else:
-            out |= {"use_sliding_window": False}
-        return out
+        # What only some families have.
+        if self.query_pre_attn_scalar is not None:
+            out["query_pre_attn_scalar"] = self.query_pre_attn_scalar
+        if self.sliding_rope_theta is not None:
+            out["rope_local_base_freq"] = self.sliding_rope_theta
+        return out | family.write_layers(Layers(self.layer_types, self.window), self.layers)
 
 
-def _rope_from_hf(hf: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Read RoPE's base and scaling from `rope_parameters` (transformers 5), or from version 4's two keys."""
-    # Version 5 has the base and the scaling in one dict; version 4 has the base at the top level.
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        if key in hf and hf[key] is not None:
-            rope |= hf[key]
-    # Later entries win: the dict, then the top level, then transformers' defaults.
-    flat = {"rope_theta": 10000.0, "type": "default", **hf, **rope}
-    theta = float(flat["rope_theta"])
+def _find_family(name: Any, what: str) -> Family:
+    """Return a family by its name; raises ValueError, beginning with `what`, for another name."""
+    if name not in FAMILIES:
+        raise ValueError(f"{what} {name!r} is none of {sorted(FAMILIES)}")
+    return FAMILIES[name]
 
-    # Old files write "type" instead of "rope_type".
-    kind = rope["rope_type"] if "rope_type" in rope else flat["type"]
-    if kind == "default":
-        return theta, None
 
-    if kind != "llama3":
-        raise ValueError(f"{where}: rope type {kind!r} is not supported; default and llama3 are")
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [k for k in keys if k not in rope]
-    if missing:
-        raise ValueError(f"{where}: the llama3 rope scaling lacks {', '.join(missing)}")
-    scaling = RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_len=int(rope["original_max_position_embeddings"]),
-    )
-    return theta, scaling
+def _read_ropes(hf: dict[str, Any], where: str, family: Family) -> tuple[Rope, float | None]:
+    """Read the rotary embeddings of a config.json -> (of full layers, the base of sliding layers or None).
+
+    transformers 5 has one dict for each type of layers, version 4 the key `rope_local_base_freq`.
+    """
+    if family.sliding_rope_theta is None:
+        return read_rope(hf, where, family.rope_theta), None
+
+    by_type = hf.get("rope_parameters") or {}
+    local = hf.get("rope_local_base_freq", family.sliding_rope_theta)
+    if not set(by_type) & {"full_attention", "sliding_attention"}:
+        return read_rope(hf, where, family.rope_theta), float(local)
+
+    # The base of a dict within `rope_parameters` takes precedence over the top level.
+    flat = {k: v for k, v in hf.items() if k != "rope_parameters"}
+    full = read_rope(flat | {"rope_parameters": by_type.get("full_attention")}, where, family.rope_theta)
+    sliding = by_type.get("sliding_attention") or {}
+    rope = read_rope({"rope_parameters": sliding}, where, float(local))
+    if rope.scaling is not None:
+        raise ValueError(
+            f"{where}: rope_parameters.sliding_attention is {sliding}; only default is supported"
+        )
+    return full, rope.theta

@@ -22,8 +22,10 @@ import jax.numpy as jnp
 from cooper_jax.kernels.kv import KV, Format, make_empty_kv, pack_kv
 from cooper_jax.kernels.matmul import matmul_cpu, matmul_plain
 from cooper_jax.kernels.schedule import Schedule
-from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.config import LayerKind, ModelConfig
+from cooper_jax.model.layer_loops import loop_layers, make_layer_scan
 from cooper_jax.model.layers import (
+    KeyRange,
     flatten_projections,
     output_proj_and_mlp,
     project_qkv,
@@ -96,23 +98,36 @@ def prefill_prompts(
     """Run the prompts -> (hidden [B, D] of each prompt's last token, one KV [l, B, K, P, ..] per stack)."""
     # Prompts are padded on the right, so the columns are the positions, and the causal mask hides the
     # padding.
-    rope = rotary_angles(config, jnp.arange(tokens.shape[1]))
-    x = embed_tokens(params, tokens, dtype, layout)
+    angles = rotary_angles(config, jnp.arange(tokens.shape[1]))
+    x = embed_tokens(params, config, tokens, dtype, layout)
 
-    def layer(x, w):
-        q, k, v = project_qkv(w, config, x, rope)
-        x = output_proj_and_mlp(w, config, x, sharded_causal_attention(q, k, v, layout), layout)
+    def layer(x: jax.Array, w: Params, kind: LayerKind) -> tuple[jax.Array, KV]:
+        q, k, v = project_qkv(w, config, x, angles[kind.rope])
+        heads = sharded_causal_attention(q, k, v, layout, kind.window)
+        x = output_proj_and_mlp(w, config, x, heads, layout)
         return x, pack_kv(k.swapaxes(1, 2), v.swapaxes(1, 2), kv_format)  # KV [B, K, P, ..]
 
-    caches = []
-    for stack in params["layers"]:
-        x, cache = jax.lax.scan(layer, x, cast_layers(stack, config, dtype))
+    scan, caches = make_layer_scan(layer), []
+    for stack, kinds in _with_kinds(params["layers"], config):
+        x, cache = scan(x, cast_layers(stack, config, dtype), kinds)
         caches.append(cache)
 
     # Only the last token's hidden state predicts a new token; RMSNorm is per token, so the others are left
     # out.
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return rms_norm(last, params["final_norm"], config.norm_eps), tuple(caches)
+    return rms_norm(last, params["final_norm"], config), tuple(caches)
+
+
+def _with_kinds(
+    stacks: tuple[Params, ...], config: ModelConfig
+) -> list[tuple[Params, tuple[LayerKind, ...]]]:
+    """Pair each stack of layers with the kinds of its layers."""
+    pairs, first = [], 0
+    for stack in stacks:
+        layers = jax.tree.leaves(stack)[0].shape[0]
+        pairs.append((stack, config.layer_kinds[first : first + layers]))
+        first += layers
+    return pairs
 
 
 def decode_step(
@@ -138,20 +153,22 @@ def decode_step(
     All rows write the same column, whatever number of tokens each has generated.  The write is therefore one
     slice, which XLA does in place if the cache is donated or carried by an outer loop.
     """
-    rope = rotary_angles(config, position)  # f32[N, h / 2] each
-    x = embed_tokens(params, token, dtype, layout)
+    angles = rotary_angles(config, position)  # f32[N, h / 2] each
+    x = embed_tokens(params, config, token, dtype, layout)
+    keys = KeyRange(first, write_column)
     matmul = matmul_cpu if layout.fast_cpu_products else matmul_plain
 
     caches = []
-    for stack, prompt_kv, suffix_kv in zip(params["layers"], prompt, suffix, strict=True):
+    stacks = _with_kinds(params["layers"], config)
+    for (stack, kinds), prompt_kv, suffix_kv in zip(stacks, prompt, suffix, strict=True):
         stack = cast_layers(stack, config, dtype)
         alone = is_alone(prompt_kv)
 
         # The defaults bind this iteration's values: a closure would see those of the last stack.
-        def layer(i, carry, stack=stack, prompt_kv=prompt_kv, alone=alone):
+        def layer(i, carry, kind, stack=stack, prompt_kv=prompt_kv, alone=alone):
             x, suffix_kv = carry
             w = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), stack)
-            q, k, v = project_qkv(w, config, x, rope, matmul)
+            q, k, v = project_qkv(w, config, x, angles[kind.rope], matmul)
             # Write before reading: the token attends to itself.
             suffix_kv = _write_kv(suffix_kv, pack_kv(k, v, kv_format), i, write_column, alone)
             heads = sharded_decode_attention(
@@ -159,23 +176,20 @@ def decode_step(
                 prompt_kv,
                 add_stack_axis(suffix_kv, alone),
                 schedule,
-                first,
-                write_column,
+                keys.within(position, kind.window),
                 i,
                 layout,
                 implementation,
             )
             return output_proj_and_mlp(w, config, x, heads, layout, matmul), suffix_kv
 
-        # A fori_loop carries the cache, so each layer's write is in place; a scan would copy the cache.
         if alone:
-            x, suffix_kv = layer(0, (x, suffix_kv))
+            x, suffix_kv = layer(0, (x, suffix_kv), kinds[0])
         else:
-            layers = prompt_kv.data[0].shape[0]
-            x, suffix_kv = jax.lax.fori_loop(0, layers, layer, (x, suffix_kv))
+            x, suffix_kv = loop_layers(layer, (x, suffix_kv), kinds)
         caches.append(suffix_kv)
 
-    return rms_norm(x, params["final_norm"], config.norm_eps), tuple(caches)
+    return rms_norm(x, params["final_norm"], config), tuple(caches)
 
 
 def is_alone(cache: KV) -> bool:

@@ -1,10 +1,11 @@
-"""GGUF files (llama.cpp's format): metadata, and a Llama model's tensors under their Hugging Face names.
+"""GGUF files (llama.cpp's format): metadata, and a model's tensors under their Hugging Face names.
 
 1. `read_header` parses the key-value section and the tensor table without reading a tensor.  The reader of
    the `gguf` package takes ten times as long, because it makes an array of every string of the vocabulary.
 2. `read_model_config` derives the model's shape from the header.
 3. `open_tensors` returns each tensor's shape, and a function that reads one tensor: it dequantises to f32
-   (`gguf.quants`) and undoes llama.cpp's reordering of the rows of q and k.
+   (`gguf.quants`) and undoes what llama.cpp's converter changes: the order of the rows of q and k in Llama's
+   files, and the 1 that is added to Gemma's norms.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -21,6 +22,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.families import FAMILIES, Family, Layers
+from cooper_jax.model.rope import LinearScaling, Rope, RopeScaling, Scaling, compute_frequencies
+from cooper_jax.model.weight_files import check_finite
 
 # Types of values in the key-value section, with struct's codes for the scalars.
 _STRING, _ARRAY = 8, 9
@@ -39,11 +43,27 @@ _LAYER = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# The names within a layer that differ where blocks' outputs are normed, too.
+_POST_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+# Llama 3's scaling of rotary frequencies, of which a file holds the result alone: each frequency's divisor.
+_ROPE_FACTORS = "rope_freqs.weight"
+_LLAMA3 = RopeScaling(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=8192)
+
+# The kinds of Gemma 3's layers, which llama.cpp does not store.
+_GEMMA3_PATTERN = 6  # every sixth layer is full
+_GEMMA3_SLIDING_THETA = 10000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,34 +155,30 @@ def _read_tensor_row(f: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
 def read_model_config(header: Header, path: Path) -> ModelConfig:
     """Derive the model's shape from a header; `path` is for messages.
 
-    Raises ValueError for an architecture other than llama, scaled RoPE, and missing keys.
+    Raises ValueError for an architecture that is not read, scaled RoPE other than linear and Llama 3's, and
+    missing keys.
     """
     meta = header.metadata
-
-    def need(key: str) -> Any:
-        if key not in meta:
-            raise ValueError(f"{path}: its metadata lack {key}")
-        return meta[key]
-
-    def optional(key: str, default: Any) -> Any:
-        return meta[key] if key in meta else default
-
-    # Refuse settings that would change the computation.  Llama 3's RoPE scaling is stored as a tensor.
-    if need("general.architecture") != "llama":
+    by_gguf_name = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
+    arch = _need(meta, path, "general.architecture")
+    if arch not in by_gguf_name:
         raise ValueError(
-            f"{path}: architecture {meta['general.architecture']!r}; only llama is read from GGUF, "
+            f"{path}: architecture {arch!r}; only {', '.join(sorted(by_gguf_name))} are read from GGUF, "
             "use the model's Hugging Face directory"
         )
-    scaling = optional("llama.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in header.tensors:
-        raise ValueError(
-            f"{path}: scaled rotary embeddings are not read from GGUF; use the model's Hugging Face directory"
-        )
+    name = by_gguf_name[arch]
+    family = FAMILIES[name]
+
+    def need(key: str) -> Any:
+        return _need(meta, path, f"{arch}.{key}")
+
+    def optional(key: str, default: Any) -> Any:
+        return meta.get(f"{arch}.{key}", default)
 
     # llama.cpp can rotate a part of each head only.
-    width, heads = need("llama.embedding_length"), need("llama.attention.head_count")
-    head_dim = optional("llama.attention.key_length", width // heads)
-    rotated = optional("llama.rope.dimension_count", head_dim)
+    width, heads = need("embedding_length"), need("attention.head_count")
+    head_dim = optional("attention.key_length", width // heads)
+    rotated = optional("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise ValueError(
             f"{path}: {rotated} of {head_dim} head components are rotated; only all is supported"
@@ -172,21 +188,83 @@ def read_model_config(header: Header, path: Path) -> ModelConfig:
     if "token_embd.weight" not in header.tensors:
         raise ValueError(f"{path}: the tensor token_embd.weight is missing")
 
+    layers = _read_layers(header, path, arch, need("block_count"))
+    theta = float(optional("rope.freq_base", family.rope_theta))
     return ModelConfig(
-        family="llama",
+        family=name,
         vocab_size=header.tensors["token_embd.weight"].shape[0],
         width=width,
-        layers=need("llama.block_count"),
+        layers=need("block_count"),
         heads=heads,
-        kv_heads=optional("llama.attention.head_count_kv", heads),
+        kv_heads=optional("attention.head_count_kv", heads),
         head_dim=head_dim,
-        ffn=need("llama.feed_forward_length"),
-        rope_theta=float(optional("llama.rope.freq_base", 10000.0)),
-        rope_scaling=None,
-        norm_eps=need("llama.attention.layer_norm_rms_epsilon"),
-        qkv_bias=False,
+        ffn=need("feed_forward_length"),
+        rope_theta=theta,
+        rope_scaling=_read_scaling(header, path, arch, Rope(theta), head_dim),
+        norm_eps=need("attention.layer_norm_rms_epsilon"),
         tied="output.weight" not in header.tensors,
-        max_len=need("llama.context_length"),
+        max_len=need("context_length"),
+        query_pre_attn_scalar=_read_query_scalar(family, width, heads, head_dim, need("block_count")),
+        layer_types=layers.types,
+        window=layers.window,
+        sliding_rope_theta=_GEMMA3_SLIDING_THETA if layers.window else None,
+        **{"qkv_bias": False, **family.architecture},
+    )
+
+
+def _need(meta: dict[str, Any], path: Path, key: str) -> Any:
+    if key not in meta:
+        raise ValueError(f"{path}: its metadata lack {key}")
+    return meta[key]
+
+
+def _read_layers(header: Header, path: Path, arch: str, count: int) -> Layers:
+    """Derive the layers' types: only Gemma 3's differ, in a pattern that llama.cpp has in its code."""
+    window = header.metadata.get(f"{arch}.attention.sliding_window")
+    if arch != "gemma3":
+        if window:
+            raise ValueError(
+                f"{path}: {arch}.attention.sliding_window is {window}: only Gemma 3's windows are read from "
+                "GGUF; use the model's Hugging Face directory"
+            )
+        return Layers()
+    window = _need(header.metadata, path, "gemma3.attention.sliding_window")
+    pattern = {
+        "num_hidden_layers": count,
+        "sliding_window": window,
+        "sliding_window_pattern": _GEMMA3_PATTERN,
+    }
+    family = FAMILIES["gemma3_text"]
+    return family.read_layers(family.defaults | pattern)
+
+
+def _read_query_scalar(family: Family, width: int, heads: int, head_dim: int, layers: int) -> float | None:
+    """Derive Gemma 3's `query_pre_attn_scalar`, which llama.cpp does not store: head_dim but in the 27B model."""
+    if "query_pre_attn_scalar" not in family.defaults:
+        return None
+    return width // heads if layers == 62 else head_dim
+
+
+def _read_scaling(header: Header, path: Path, arch: str, rope: Rope, head_dim: int) -> Scaling:
+    """Read RoPE's scaling: linear from the metadata, Llama 3's from the divisors of the frequencies.
+
+    The divisors are compared with those of the scaling that is derived from them; others raise ValueError.
+    """
+    kind = header.metadata.get(f"{arch}.rope.scaling.type", "none")
+    if _ROPE_FACTORS in header.tensors:
+        factors = _dequantise(path, _ROPE_FACTORS, header.tensors[_ROPE_FACTORS])
+        scaling = dataclasses.replace(_LLAMA3, factor=float(factors.max(initial=1.0)))
+        plain = compute_frequencies(rope, head_dim)
+        scaled = compute_frequencies(dataclasses.replace(rope, scaling=scaling), head_dim)
+        if factors.shape == plain.shape and np.allclose(plain / scaled, factors, rtol=1e-4):
+            return scaling
+    elif kind == "linear":
+        return LinearScaling(float(_need(header.metadata, path, f"{arch}.rope.scaling.factor")))
+    elif kind == "none":
+        return None
+    raise ValueError(
+        f"{path}: scaled rotary embeddings ({kind}, or {_ROPE_FACTORS}) other than linear and those of Llama 3 "
+        "are not read from GGUF; use the model's Hugging Face directory"
     )
 
 
@@ -201,26 +279,38 @@ def open_tensors(
     path: Path, header: Header, config: ModelConfig
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
     """Index the tensors by Hugging Face names -> (their shapes, a function that reads one as f32)."""
-    gguf_names = {_hf_name(name): name for name in header.tensors}
-    permuted_heads = {"self_attn.q_proj.weight": config.heads, "self_attn.k_proj.weight": config.kv_heads}
+    # The divisors of the rotary frequencies have been read with the config.
+    tensors = {name: info for name, info in header.tensors.items() if name != _ROPE_FACTORS}
+    gguf_names = {_hf_name(name, config): name for name in tensors}
+    permuted_heads = {}
+    if FAMILIES[config.family].gguf_permuted:
+        permuted_heads = {
+            "self_attn.q_proj.weight": config.heads,
+            "self_attn.k_proj.weight": config.kv_heads,
+        }
 
     def read(name: str) -> np.ndarray:
-        x = _dequantise(path, gguf_names[name], header.tensors[gguf_names[name]])
+        x = _dequantise(path, gguf_names[name], tensors[gguf_names[name]])
+        check_finite(x, f"{path}: {gguf_names[name]}")
         for suffix, count in permuted_heads.items():
             if name.endswith(suffix):
                 return unpermute_heads(x, count)
+        # llama.cpp stores what the norm multiplies with.
+        if config.norm_offset and name.endswith("norm.weight"):
+            return x - np.float32(config.norm_offset)
         return x
 
-    return {hf: header.tensors[name].shape for hf, name in gguf_names.items()}, read
+    return {hf: tensors[name].shape for hf, name in gguf_names.items()}, read
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, config: ModelConfig) -> str:
     """Return the Hugging Face name; an unknown tensor keeps its name, which `load_weights` rejects later."""
     if name in _MODEL:
         return _MODEL[name]
+    in_layer = _LAYER | _POST_NORMS if config.post_norms else _LAYER
     parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER:
-        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{parts[3]}"
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in in_layer:
+        return f"model.layers.{parts[1]}.{in_layer[parts[2]]}.{parts[3]}"
     return name
 
 

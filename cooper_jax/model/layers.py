@@ -1,4 +1,4 @@
-"""Parts of one transformer layer: RMSNorm, rotary embeddings, projections, attention over a mesh, SwiGLU.
+"""Parts of one transformer layer: RMSNorm, rotary embeddings, projections, attention over a mesh, the MLP.
 
 `x` is [N, S, D] in a full forward pass and [N, D] in decoding.  `w` is the dict of one layer's parameters,
 with matrices and biases in the compute dtype.  Axis legend: see transformer.py.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from cooper_jax.kernels import platform
@@ -22,11 +21,12 @@ from cooper_jax.kernels.kv import KV
 from cooper_jax.kernels.matmul import matmul_plain
 from cooper_jax.kernels.schedule import Schedule, make_schedule
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.rope import Rope, compute_frequencies
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]  # [..., D], [D, F] -> [..., F]
-Rope = tuple[jax.Array, jax.Array]  # cos and sin, f32[..., h / 2] each
+Angles = tuple[jax.Array, jax.Array]  # cos and sin, f32[..., h / 2] each
 
 
 def constrain_batch(x: jax.Array, layout: Layout) -> jax.Array:
@@ -36,23 +36,29 @@ def constrain_batch(x: jax.Array, layout: Layout) -> jax.Array:
     return layout.constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
-def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, gain: jax.Array, config: ModelConfig) -> jax.Array:
     """RMSNorm over the last axis, computed in f32: x [..., D], gain [D] -> [..., D] in x's dtype."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * gain.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
+    gain = gain.astype(jnp.float32)
+    if config.norm_offset:
+        gain = gain + config.norm_offset
+    return (y * gain.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def rotary_angles(config: ModelConfig, positions: jax.Array) -> Rope:
-    """Compute (cos, sin) of the rotary angles: positions i32[...] -> f32[..., h / 2] each."""
-    freqs = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-    if (s := config.rope_scaling) is not None:
-        # Llama 3's scaling.  Wavelengths above (original context / low_freq_factor) are stretched by
-        # `factor`, those below (original context / high_freq_factor) stay; in between, frequencies are
-        # interpolated.
-        turns = s.original_max_len * freqs / (2 * np.pi)
-        kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
-        freqs = freqs * (kept + (1 - kept) / s.factor)
+def rotary_angles(config: ModelConfig, positions: jax.Array) -> dict[Rope | None, Angles | None]:
+    """Compute (cos, sin) of the angles of every rotary embedding that the layers have.
+
+    positions i32[...] -> f32[..., h / 2] each, by `LayerKind.rope`; None for layers that do not rotate.
+    """
+    angles: dict[Rope | None, Angles | None] = {}
+    for rope in dict.fromkeys(kind.rope for kind in config.layer_kinds):
+        angles[rope] = None if rope is None else _compute_angles(rope, config.head_dim, positions)
+    return angles
+
+
+def _compute_angles(rope: Rope, head_dim: int, positions: jax.Array) -> Angles:
+    freqs = compute_frequencies(rope, head_dim)
     # Angles in f32: bfloat16 cannot represent positions above 256.
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32).reshape(
         (1,) * positions.ndim + (-1,)
@@ -60,14 +66,20 @@ def rotary_angles(config: ModelConfig, positions: jax.Array) -> Rope:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _rotate(x: jax.Array, rope: Rope) -> jax.Array:
+def _rotate(x: jax.Array, angles: Angles) -> jax.Array:
     """Rotate x [N, ..., heads, h] in f32; component i is paired with i + h / 2, as in Hugging Face."""
     # Broadcast [..., h / 2] over heads, and over rows if all rows share one table.
-    cos, sin = (r[..., None, :] for r in rope)
+    cos, sin = (r[..., None, :] for r in angles)
     cos, sin = (r.reshape((1,) * (x.ndim - r.ndim) + r.shape) for r in (cos, sin))
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
+
+# The functions of config.ACTIVATIONS.
+_GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 # Name -> index of the axis H, which h follows, in one layer's parameter: q, k, v [D, H, h], o [H, h, D].
 PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 0}
@@ -83,13 +95,13 @@ def flatten_projections(w: Params) -> Params:
 
 
 def project_qkv(
-    w: Params, config: ModelConfig, x: jax.Array, rope: Rope, matmul: Matmul = matmul_plain
+    w: Params, config: ModelConfig, x: jax.Array, angles: Angles | None, matmul: Matmul = matmul_plain
 ) -> tuple[jax.Array, ...]:
     """Norm, project and rotate: x [..., D] -> q [..., H, h], k and v [..., K, h], q and k rotated.
 
-    w: one layer after `flatten_projections`.
+    w: one layer after `flatten_projections`.  angles: None for a layer that does not rotate.
     """
-    y = rms_norm(x, w["attn_norm"], config.norm_eps)
+    y = rms_norm(x, w["attn_norm"], config)
     q, k, v = (matmul(y, w[name]).reshape(*x.shape[:-1], -1, config.head_dim) for name in "qkv")
     if config.qkv_bias:
         # Biases [H, h] get leading axes of size 1: implicit rank promotion is an error in the tests.
@@ -97,7 +109,16 @@ def project_qkv(
         q = q + w["q_bias"].reshape(leading + q.shape[-2:])
         k = k + w["k_bias"].reshape(leading + k.shape[-2:])
         v = v + w["v_bias"].reshape(leading + v.shape[-2:])
-    return _rotate(q, rope), _rotate(k, rope), v
+    if config.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], config), rms_norm(k, w["k_norm"], config)
+    if angles is not None:
+        q, k = _rotate(q, angles), _rotate(k, angles)
+
+    # Attention divides the scores by sqrt(h).
+    scalar = config.query_pre_attn_scalar
+    if scalar is not None and scalar != config.head_dim:
+        q = q * (config.head_dim / scalar) ** 0.5
+    return q, k, v
 
 
 def output_proj_and_mlp(
@@ -108,24 +129,35 @@ def output_proj_and_mlp(
     layout: Layout,
     matmul: Matmul = matmul_plain,
 ) -> jax.Array:
-    """Apply the output projection to `heads` [..., H, h], then the SwiGLU block -> [..., D].
+    """Apply the output projection to `heads` [..., H, h], then the gated feed-forward block -> [..., D].
 
     Both add to the residual stream `x`.
     """
-    x = constrain_batch(x + matmul(heads.reshape(*x.shape[:-1], -1), w["o"]), layout)
-    y = rms_norm(x, w["mlp_norm"], config.norm_eps)
-    gated = jax.nn.silu(matmul(y, w["gate"])) * matmul(y, w["up"])  # [..., F]
-    return constrain_batch(x + matmul(gated, w["down"]), layout)
+    out = matmul(heads.reshape(*x.shape[:-1], -1), w["o"])
+    if config.post_norms:
+        out = rms_norm(out, w["attn_post_norm"], config)
+    x = constrain_batch(x + out, layout)
+
+    y = rms_norm(x, w["mlp_norm"], config)
+    gated = _GATES[config.activation](matmul(y, w["gate"])) * matmul(y, w["up"])  # [..., F]
+    out = matmul(gated, w["down"])
+    if config.post_norms:
+        out = rms_norm(out, w["mlp_post_norm"], config)
+    return constrain_batch(x + out, layout)
 
 
-def sharded_causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout) -> jax.Array:
+def sharded_causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout, window: int | None = None
+) -> jax.Array:
     """Run causal attention on each device's shard of rows and heads: the compiler cannot partition kernels.
 
-    q [N, S, H, h], k and v [N, S, K, h] -> [N, S, H, h].
+    q [N, S, H, h], k and v [N, S, K, h] -> [N, S, H, h].  window: see `causal_attention`.
     """
     # Attention needs all positions of a row, and none of another row or head: no communication.
     run = functools.partial(
-        causal_attention, implementation=default_implementation(q.dtype, q.shape[-1], layout.platform)
+        causal_attention,
+        window=window,
+        implementation=default_implementation(q.dtype, q.shape[-1], layout.platform),
     )
     spec = layout.spec(("batch", None, "heads", "head_dim"), q.shape)
     ways = layout.ways(spec[2])
@@ -158,13 +190,30 @@ def make_decode_schedule(
     return run_sharded(run, layout, (batch, batch), batch)(prompt_of, lengths)
 
 
+class KeyRange(NamedTuple):
+    """The columns of the two caches that each row's query attends to, up to the newest."""
+
+    first: jax.Array  # i32[N]: oldest column in the suffix
+    last: jax.Array  # i32[]: newest column in the suffix, of all rows
+    prompt_first: jax.Array | None = None  # i32[N]: oldest column of the row's prompt; None: 0
+
+    def within(self, position: jax.Array, window: int | None) -> KeyRange:
+        """Return the range of a layer whose queries attend to `window` tokens, their own included.
+
+        position: i32[N], of the query in its row, prompt included.
+        """
+        if window is None:
+            return self
+        first = jnp.maximum(self.first, self.last - (window - 1))
+        return KeyRange(first, self.last, jnp.maximum(position - (window - 1), 0))
+
+
 def sharded_decode_attention(
     q: jax.Array,  # [N, H, h]
     prompt: KV,  # leaves [L, B, K, P, ..]
     suffix: KV,  # leaves [L, N, K, W, ..]
     schedule: Schedule,
-    first: jax.Array,  # i32[N]: each row's oldest column in the suffix
-    last: jax.Array,  # i32[]: the newest column
+    keys: KeyRange,
     layer: jax.Array | int,  # i32[]; the int 0 for a stack of one layer
     layout: Layout,
     implementation: str,
@@ -172,9 +221,9 @@ def sharded_decode_attention(
     """Run decode attention; Pallas kernels run on each device's shard of rows and key/value heads."""
     attend: Callable[..., jax.Array] = functools.partial(decode_attention, implementation=implementation)
     if not platform.is_pallas(implementation):
-        return attend(q, prompt, suffix, schedule, first, last, layer)
+        return attend(q, prompt, suffix, schedule, keys.first, keys.last, layer, keys.prompt_first)
 
-    last, layer = jnp.asarray(last), jnp.asarray(layer)  # shard_map takes arrays only
+    last, layer = jnp.asarray(keys.last), jnp.asarray(layer)  # shard_map takes arrays only
     batch = layout.spec(("batch",))[0]
     # Query heads are sharded like the cache's heads.  If those do not divide, every device has all heads.
     heads = layout.spec(("kv_heads",), (suffix.data[0].shape[2],))[0]
@@ -182,12 +231,13 @@ def sharded_decode_attention(
     cache = PartitionSpec(None, batch, heads)
     rows, replicated = PartitionSpec(batch), PartitionSpec()
 
-    def run(q, prompt, suffix, schedule, first, last, layer):
+    def run(q, prompt, suffix, schedule, first, last, layer, prompt_first):
         schedule = jax.tree.map(lambda x: x[0], schedule)  # without the shard axis of make_decode_schedule
-        return attend(q, prompt, suffix, schedule, first, last, layer)
+        return attend(q, prompt, suffix, schedule, first, last, layer, prompt_first)
 
-    specs = (queries, cache, cache, rows, rows, replicated, replicated)
-    return run_sharded(run, layout, specs, queries)(q, prompt, suffix, schedule, first, last, layer)
+    specs = (queries, cache, cache, rows, rows, replicated, replicated, rows)
+    arguments = (q, prompt, suffix, schedule, keys.first, last, layer, keys.prompt_first)
+    return run_sharded(run, layout, specs, queries)(*arguments)
 
 
 def run_sharded(run: Callable, layout: Layout, in_specs: Any, out_specs: Any) -> Callable:

@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16")
 class ArchConfig:
     """The shape of a model made from scratch: a model section's `arch`."""
 
-    family: str  # llama or qwen2
+    family: str  # a key of families.FAMILIES
 
     # Sizes; see `ModelConfig`.
     layers: int

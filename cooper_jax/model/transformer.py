@@ -1,13 +1,13 @@
-"""One transformer for Llama and Qwen2: pure functions over a nested dict of arrays.
+"""One transformer for all model families: pure functions over a nested dict of arrays.
 
     tokens --hidden_states--> hidden --compute_logits | token_logprobs--> the policy
                                      --score_last_token-----------------> the reward model
 
 1. `hidden_states` moves each row's real tokens to its front, so padding may be on either side or in between.
-   Then positions count real tokens only, all rows share one rotary table, and the causal mask also hides the
+   Then positions count real tokens only, all rows share the rotary tables, and the causal mask also hides the
    padding: attention kernels need no other mask.  At the end the hidden states are moved back to the columns
    of their tokens.
-2. Layers are stacked on a leading axis and scanned.
+2. Layers are stacked on a leading axis and scanned (layer_loops.py: also those that differ from each other).
 3. Master weights are f32 and cast once per call; norms, rotations, softmax, logsumexp and scores are f32.
 
 Axis legend: N rows, S tokens, T response tokens, D width, H query heads, K key/value heads, h head_dim,
@@ -25,7 +25,8 @@ from jax.sharding import PartitionSpec
 from cooper_jax.kernels import platform
 from cooper_jax.kernels.head import head_logprobs
 from cooper_jax.kernels.matmul import matmul_cpu
-from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.config import LayerKind, ModelConfig
+from cooper_jax.model.layer_loops import make_layer_scan
 from cooper_jax.model.layers import (
     constrain_batch,
     flatten_projections,
@@ -64,15 +65,21 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
         embed_scale = input_scale
     embed = ParamSpec((c.padded_vocab, D), ("vocab", "embed"), scale=embed_scale)
 
-    # One layer's parameters with the layer axis in front.  Norms stay float32; biases exist in Qwen2 only.
+    # Norms stay float32.  Initially they multiply with 1.
+    norm_init = "zeros" if c.norm_offset else "ones"
+
+    def norm(size: int) -> ParamSpec:
+        return ParamSpec((L, size), ("layers", None), norm_init, keep_f32=True)
+
+    # One layer's parameters with the layer axis in front.
     q_axes, kv_axes = ("heads", "head_dim"), ("kv_heads", "head_dim")
     layers = {
-        "attn_norm": ParamSpec((L, D), ("layers", None), "ones", keep_f32=True),
+        "attn_norm": norm(D),
         "q": ParamSpec((L, D, H, h), ("layers", "embed", *q_axes), scale=input_scale),
         "k": ParamSpec((L, D, K, h), ("layers", "embed", *kv_axes), scale=input_scale),
         "v": ParamSpec((L, D, K, h), ("layers", "embed", *kv_axes), scale=input_scale),
         "o": ParamSpec((L, H, h, D), ("layers", *q_axes, "embed"), scale=(H * h) ** -0.5 * residual_factor),
-        "mlp_norm": ParamSpec((L, D), ("layers", None), "ones", keep_f32=True),
+        "mlp_norm": norm(D),
         "gate": ParamSpec((L, D, F), ("layers", "embed", "ffn"), scale=input_scale),
         "up": ParamSpec((L, D, F), ("layers", "embed", "ffn"), scale=input_scale),
         "down": ParamSpec((L, F, D), ("layers", "ffn", "embed"), scale=F**-0.5 * residual_factor),
@@ -81,8 +88,12 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
         layers["q_bias"] = ParamSpec((L, H, h), ("layers", *q_axes), "zeros")
         layers["k_bias"] = ParamSpec((L, K, h), ("layers", *kv_axes), "zeros")
         layers["v_bias"] = ParamSpec((L, K, h), ("layers", *kv_axes), "zeros")
+    if c.qk_norm:
+        layers |= {"q_norm": norm(h), "k_norm": norm(h)}
+    if c.post_norms:
+        layers |= {"attn_post_norm": norm(D), "mlp_post_norm": norm(D)}
 
-    final_norm = ParamSpec((D,), (None,), "ones", keep_f32=True)
+    final_norm = ParamSpec((D,), (None,), norm_init, keep_f32=True)
     specs: Params = {"embed": embed, "layers": layers, "final_norm": final_norm}
     if head == "score":
         specs["score"] = ParamSpec((D,), (None,), scale=input_scale)
@@ -121,20 +132,21 @@ def hidden_states(
     # Token ids (4 bytes each) are moved before the embedding, so hidden states are moved once, at the end.
     packed_index = _packed_index(valid)
     token_index = jnp.argsort(packed_index, axis=1)  # i32[N, S]: the inverse permutation
-    rope = rotary_angles(config, jnp.arange(tokens.shape[1]))  # f32[S, h / 2] each
-    x = embed_sharded(params, jnp.take_along_axis(tokens, token_index, axis=1), dtype, layout)
+    angles = rotary_angles(config, jnp.arange(tokens.shape[1]))  # f32[S, h / 2] each
+    x = embed_sharded(params, config, jnp.take_along_axis(tokens, token_index, axis=1), dtype, layout)
 
-    # The scan compiles one layer.  The weights of all layers are cast before it, once per call.
-    def layer(x, w):
+    # A loop's body is compiled once.  The weights of all layers are cast before it, once per call.
+    def layer(x: jax.Array, w: Params, kind: LayerKind) -> tuple[jax.Array, None]:
         w = flatten_projections(w)
-        q, k, v = project_qkv(w, config, x, rope)
-        attention = sharded_causal_attention(q, k, v, layout)
+        q, k, v = project_qkv(w, config, x, angles[kind.rope])
+        attention = sharded_causal_attention(q, k, v, layout, kind.window)
         return output_proj_and_mlp(w, config, x, attention, layout), None
 
     if remat:
-        layer = jax.checkpoint(layer)
-    x, _ = jax.lax.scan(layer, x, cast_layers(params["layers"], config, dtype))
-    x = rms_norm(x, params["final_norm"], config.norm_eps)
+        layer = jax.checkpoint(layer, static_argnums=2)
+    weights = cast_layers(params["layers"], config, dtype)
+    x, _ = make_layer_scan(layer)(x, weights, config.layer_kinds)
+    x = rms_norm(x, params["final_norm"], config)
     return _permute(x, packed_index, token_index)
 
 
@@ -162,12 +174,24 @@ _permute.defvjp(
 )
 
 
-def embed_tokens(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout) -> jax.Array:
+def embed_tokens(
+    params: Params, config: ModelConfig, tokens: jax.Array, dtype: jnp.dtype, layout: Layout
+) -> jax.Array:
     """Look tokens up in the embedding table: i32[N, ..] -> `dtype`[N, .., D]."""
-    return constrain_batch(params["embed"][tokens].astype(dtype), layout)
+    x = _scale_embedding(params["embed"][tokens].astype(dtype), config)
+    return constrain_batch(x, layout)
 
 
-def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: Layout) -> jax.Array:
+def _scale_embedding(x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Multiply embeddings [.., D] with sqrt(D), where the family does; the factor is rounded to x's dtype."""
+    if not config.scaled_embedding:
+        return x
+    return x * jnp.asarray(config.width**0.5, x.dtype)
+
+
+def embed_sharded(
+    params: Params, config: ModelConfig, tokens: jax.Array, dtype: jnp.dtype, layout: Layout
+) -> jax.Array:
     """Look tokens i32[N, S] up in a table whose width is sharded over a mesh axis of the batch (FSDP).
 
     Each device looks up its part of the width for all rows of that axis, and an all-to-all redistributes the
@@ -183,7 +207,7 @@ def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: L
     is_sharded = width_axis is not None and layout.ways(width_axis) > 1
     shares_batch_axis = isinstance(batch_axes, tuple) and batch_axes[-1] == width_axis
     if not (is_sharded and shares_batch_axis):
-        return embed_tokens(params, tokens, dtype, layout)
+        return embed_tokens(params, config, tokens, dtype, layout)
 
     def run(table, tokens):  # one device's shards of [V, D] and i32[N, S]
         # Gathering tokens is cheap: each has 4 bytes, and its hidden state has D values.
@@ -200,7 +224,8 @@ def embed_sharded(params: Params, tokens: jax.Array, dtype: jnp.dtype, layout: L
 
     rows = PartitionSpec(batch_axes)
     specs = (PartitionSpec(vocab_axis, width_axis), rows)
-    return constrain_batch(run_sharded(run, layout, specs, rows)(table, tokens), layout)
+    x = _scale_embedding(run_sharded(run, layout, specs, rows)(table, tokens), config)
+    return constrain_batch(x, layout)
 
 
 # --- heads ---------------------------------------------------------------------------------------------

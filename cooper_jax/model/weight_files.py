@@ -14,11 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cooper_jax.runtime import remote_files
+
+# Types of tensors that are read, by their names in a file's header.
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # Files that are downloaded for a hub id: weights in no other format than safetensors.
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -101,8 +103,9 @@ def _resolve_package_file(source: str, what: str) -> Path:
 def open_safetensors(directory: Path) -> TensorFiles:
     """Open model.safetensors, or the shards that model.safetensors.index.json names; no tensor is read.
 
-    Raises ValueError for missing or damaged files, a tensor in two files, and an index that does not match
-    the files.
+    Raises ValueError for missing or damaged files, a tensor of another type than float32, float16 and bfloat16,
+    a tensor in two files, and an index that does not match the files.  Values that are not finite raise it when
+    they are read.
     """
     shapes, file_of = _index_tensors(directory)
 
@@ -117,13 +120,21 @@ def open_safetensors(directory: Path) -> TensorFiles:
             return as_f32(f.get_slice(name)[index], name)
 
     def as_f32(x: np.ndarray, name: str) -> np.ndarray:
-        if x.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
-            raise ValueError(
-                f"{file_of[name]}: {name} is {x.dtype}; only float32, float16 and bfloat16 are read"
-            )
-        return x.astype(np.float32, copy=False)
+        x = x.astype(np.float32, copy=False)
+        check_finite(x, f"{file_of[name]}: {name}")
+        return x
 
     return TensorFiles(shapes, read, lambda name: file_of[name], read_slice)
+
+
+def check_finite(x: np.ndarray, what: str) -> None:
+    """Raise ValueError, beginning with `what`, for NaN and infinite values, of which a model computes NaN."""
+    bad = x.size - int(np.isfinite(x).sum())
+    if bad:
+        raise ValueError(
+            f"{what} has {bad} of {x.size} values that are NaN or infinite: the checkpoint is damaged or its "
+            "training diverged; fetch it again, or take an earlier one"
+        )
 
 
 def _index_tensors(directory: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
@@ -167,7 +178,13 @@ def _read_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(file, "np") as f:
             for name in f.keys():
-                yield name, tuple(f.get_slice(name).get_shape())
+                tensor = f.get_slice(name)
+                if tensor.get_dtype() not in _DTYPES:
+                    raise ValueError(
+                        f"{file}: {name} is {tensor.get_dtype()}; only {', '.join(_DTYPES.values())} are read: "
+                        "take a checkpoint that is not quantised"
+                    )
+                yield name, tuple(tensor.get_shape())
     except SafetensorError as e:
         raise ValueError(f"{file}: not a complete safetensors file: {e}") from e
 

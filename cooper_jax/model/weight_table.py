@@ -9,11 +9,12 @@ from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime.mesh import ParamSpec
 
-# (Hugging Face name, key in `Params`, inputs).  A name with {} is one tensor per layer.  `inputs` is the
+# A row is (Hugging Face name, key in `Params`, inputs).  A name with {} is one tensor per layer.  `inputs` is the
 # number of leading axes of the parameter that are the matrix's inputs: matrices are [out, in] in torch and
 # [in, out] here.  With 0 the order of axes is kept.
+Row = tuple[str, str, int]
 _LAYER = "model.layers.{}."
-TABLE: tuple[tuple[str, str, int], ...] = (
+_MODEL_AND_ATTENTION: tuple[Row, ...] = (
     ("model.embed_tokens.weight", "embed", 0),
     ("model.norm.weight", "final_norm", 0),
     ("lm_head.weight", "lm_head", 0),
@@ -25,17 +26,29 @@ TABLE: tuple[tuple[str, str, int], ...] = (
     (_LAYER + "self_attn.q_proj.bias", "q_bias", 0),
     (_LAYER + "self_attn.k_proj.bias", "k_bias", 0),
     (_LAYER + "self_attn.v_proj.bias", "v_bias", 0),
+    (_LAYER + "self_attn.q_norm.weight", "q_norm", 0),
+    (_LAYER + "self_attn.k_norm.weight", "k_norm", 0),
     (_LAYER + "self_attn.o_proj.weight", "o", 2),
-    (_LAYER + "post_attention_layernorm.weight", "mlp_norm", 0),
+)
+_MLP: tuple[Row, ...] = (
     (_LAYER + "mlp.gate_proj.weight", "gate", 1),
     (_LAYER + "mlp.up_proj.weight", "up", 1),
     (_LAYER + "mlp.down_proj.weight", "down", 1),
 )
 
+# `post_attention_layernorm` is the norm before the feed-forward block, unless a family also norms what blocks
+# add to the residual stream.
+_NORMS: tuple[Row, ...] = ((_LAYER + "post_attention_layernorm.weight", "mlp_norm", 0),)
+_NORMS_WITH_POST_NORMS: tuple[Row, ...] = (
+    (_LAYER + "post_attention_layernorm.weight", "attn_post_norm", 0),
+    (_LAYER + "pre_feedforward_layernorm.weight", "mlp_norm", 0),
+    (_LAYER + "post_feedforward_layernorm.weight", "mlp_post_norm", 0),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row of TABLE for one model: a parameter, and its tensor or tensors (one per layer)."""
+    """One row of the table for one model: a parameter, and its tensor or tensors (one per layer)."""
 
     key: str  # of the parameter, in `Params` or in its "layers"
     names: tuple[str, ...]  # Hugging Face's, of the tensors
@@ -43,7 +56,7 @@ class Entry:
     # Shapes.
     shape: tuple[int, ...]  # of the parameter, without the layer axis
     hf_shape: tuple[int, ...]  # of each tensor
-    inputs: int  # see TABLE
+    inputs: int  # see Row
     spec: ParamSpec
 
     # Differences between the parameter and its tensors.
@@ -52,11 +65,12 @@ class Entry:
 
 
 def make_entries(config: ModelConfig, head: str) -> list[Entry]:
-    """List the rows of TABLE that a model with this head ("logits" or "score") has."""
+    """List the rows of the table that a model with this head ("logits" or "score") has."""
     # A tied model has no lm_head, Llama no biases: their keys are missing in the specs.
     specs = param_specs(config, head)
+    norms = _NORMS_WITH_POST_NORMS if config.post_norms else _NORMS
     entries = []
-    for name, key, inputs in TABLE:
+    for name, key, inputs in _MODEL_AND_ATTENTION + norms + _MLP:
         stacked, vocab = "{}" in name, key in ("embed", "lm_head")
         tree = specs["layers"] if stacked else specs
         if key not in tree:

@@ -30,6 +30,8 @@ from cooper_jax.runtime import keys
 from cooper_jax.runtime.mesh import Layout, init_params
 from cooper_jax.types import Params
 
+_ROWS_COMPARED = 8192  # of a stored head and the embedding, at a time
+
 Index = tuple[slice, ...]  # a box within an array: a slice with bounds for each dimension
 
 
@@ -62,8 +64,8 @@ def load_weights(
       seed: of the score vector's initial values, if the source has none.
 
     Raises ValueError, naming the file and the key, for a source that cannot be found or downloaded, an
-    unsupported config, and tensors that are unknown, duplicate, missing or of another shape than the config
-    says.
+    unsupported config, tensors that are unknown, duplicate, missing, of another shape than the config says, of
+    another type or not finite, and for a stored head that differs from the embedding it is said to be.
     """
     # Read the config and the tensors' names and shapes: seconds, before the minutes that the tensors take.
     path = weight_files.resolve_source(source)
@@ -84,6 +86,7 @@ def load_weights(
             f"{path}: a sequence classifier has no language-model head; load it with head='score'"
         )
     _check_tensors(tensors, config, "score" if is_classifier else "logits", path)
+    _check_tied_head(tensors, config)
 
     # All tensors were checked, also those of layers that are dropped here.
     config = dataclasses.replace(config.keep_layers(num_layers), vocab_multiple=vocab_multiple)
@@ -250,6 +253,39 @@ def _check_tensors(tensors: weight_files.TensorFiles, config: ModelConfig, head:
             )
 
 
+def _check_tied_head(tensors: weight_files.TensorFiles, config: ModelConfig) -> None:
+    """Raise ValueError if a tied model's files have a head that differs from the embedding.
+
+    Reading the model without it would give other logits than its authors'.
+    """
+    name = "lm_head.weight"
+    if not config.tied or name not in tensors.shapes:
+        return
+    embedding = "model.embed_tokens.weight"
+    shapes = [tuple(tensors.shapes[n]) for n in (name, embedding)]
+    differ = shapes[0] != shapes[1]
+    if not differ:
+        # A part of the rows at a time: both together may take gigabytes.
+        parts = [slice(i, i + _ROWS_COMPARED) for i in range(0, shapes[0][0], _ROWS_COMPARED)]
+        differ = not all(
+            np.array_equal(_read_rows(tensors, name, part), _read_rows(tensors, embedding, part))
+            for part in parts
+        )
+    if differ:
+        raise ValueError(
+            f"{tensors.where(name)}: {name} differs from {embedding}, although the config says "
+            "tie_word_embeddings=true: set it to false in config.json if the model has a head of its own"
+        )
+
+
+def _read_rows(tensors: weight_files.TensorFiles, name: str, rows: slice) -> np.ndarray:
+    """Read some rows of a matrix."""
+    if tensors.read_slice is None:
+        return tensors.read(name)[rows]
+    count, columns = tensors.shapes[name]
+    return tensors.read_slice(name, (slice(rows.start, min(rows.stop, count)), slice(0, columns)))
+
+
 def _some(names: list[str]) -> str:
     """List the first three names and the number of the others, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -257,15 +293,17 @@ def _some(names: list[str]) -> str:
 
 def _is_classifier(hf: dict[str, Any], file: Path) -> bool:
     """Tell whether config.json (`hf`) describes a sequence classifier; ValueError unless it has one label."""
-    # A config without `architectures` matches neither class and is refused below.
-    architecture = (hf["architectures"] or [""])[0] if "architectures" in hf else ""
+    known = [name for (family, _), name in ARCHITECTURES.items() if family == hf["model_type"]]
+    if not hf.get("architectures"):
+        raise ValueError(
+            f"{file}: it has no architectures, so whether this is a language model or a classifier is unknown: "
+            f'add "architectures": ["{known[0]}"] for a language model'
+        )
+    architecture = hf["architectures"][0]
     if architecture == ARCHITECTURES[hf["model_type"], "logits"]:
         return False
     if architecture != ARCHITECTURES[hf["model_type"], "score"]:
-        raise ValueError(
-            f"{file}: architectures is {[architecture]}; expected one of "
-            f"{[name for (family, _), name in ARCHITECTURES.items() if family == hf['model_type']]}"
-        )
+        raise ValueError(f"{file}: architectures is {[architecture]}; expected one of {known}")
 
     # transformers writes id2label or num_labels only if there are not 2 labels, its default.
     labels = 2

@@ -22,13 +22,17 @@ BACKWARD = "splash_mha_dkv_no_residuals"
 def attention_cost(job: CompileJob, config: ModelConfig, rows: int, tokens: int, dtype: str) -> Costs:
     """Estimate causal attention in one layer, with half of the scores in each product.
 
-    The forward pass has two products, the backward pass five.
+    Where layers differ in their windows, the estimate is the mean over the layers.  The forward pass has two
+    products, the backward pass five.
     rows: the number of rows on one device, each of `tokens` tokens.
     """
     # Heads are sharded; a device with fewer than one key/value head holds a copy of a whole one.
     ways = job.layout.ways(job.layout.spec(("heads",), (config.heads,))[0])
     heads, kv_heads = config.heads // ways, max(config.kv_heads // ways, 1)
-    product = float(rows * heads * tokens**2 * config.head_dim)  # half of 2 S^2 h per row and head
+    # 2 h per score; of S^2 scores a causal mask leaves half, a window w about w S - w^2 / 2.
+    windows = [min(kind.window or tokens, tokens) for kind in config.layer_kinds]
+    scores = sum(w * (2 * tokens - w) for w in windows) / len(windows)  # twice their number
+    product = float(rows * heads * scores * config.head_dim)
 
     element_bytes = jnp.dtype(dtype).itemsize
     queries = rows * tokens * heads * config.head_dim * element_bytes
@@ -48,8 +52,9 @@ def head_cost(job: CompileJob, config: ModelConfig, rows: int, name: str) -> Cos
 def decode_cost(job: CompileJob, keys: tuple[float, float]) -> Costs:
     """Estimate one layer's decode attention.
 
-    keys: the average numbers of keys that a row reads: (its prompt's, its own).  A prompt's keys are read
-    once for all its samples.
+    keys: the average numbers of keys that a row has: (its prompt's, its own).  Layers with a window read the
+    last of them, and the estimate is the mean over the layers.  A prompt's keys are read once for all its
+    samples.
     """
     config, kv_format = job.policy, job.rollout.kv_format
     ways = job.layout.ways(job.layout.spec(("kv_heads",), (config.kv_heads,))[0])
@@ -57,7 +62,8 @@ def decode_cost(job: CompileJob, keys: tuple[float, float]) -> Costs:
     # 2 FLOPs per multiplication with its addition, for the product with the key and for that with the value.
     flops_per_key = 4.0 * job.slots * config.heads // ways * config.head_dim
 
-    prompt_keys, own_keys = keys
+    read = [_count_keys_read(keys, kind.window) for kind in config.layer_kinds]
+    prompt_keys, own_keys = (sum(counts) / len(read) for counts in zip(*read, strict=True))
     prompt_bytes = float(min(job.prompts, job.slots) * prompt_keys * token_bytes)
     prompt = flops_per_key * prompt_keys, prompt_bytes
     suffix = flops_per_key * own_keys, job.slots * own_keys * token_bytes
@@ -67,3 +73,11 @@ def decode_cost(job: CompileJob, keys: tuple[float, float]) -> Costs:
         "decode_attention_prompt": prompt,
         "decode_attention_suffix": suffix,
     }
+
+
+def _count_keys_read(keys: tuple[float, float], window: int | None) -> tuple[float, float]:
+    """Count the keys within a window, of (a prompt's, a row's own): the newest, which are the row's own, first."""
+    prompt, own = keys
+    if window is None:
+        return prompt, own
+    return min(prompt, max(0.0, window - own)), min(own, window)

@@ -10,9 +10,9 @@ weights, of the KV cache and of the optimiser.  Softmaxes, norms, sampling, acti
 of small shapes count as free.
 
 Assumptions: a prompt is prefilled once for all its samples; a slot is refilled as soon as its sequence ends;
-a causal query reads only the keys before it; the head runs only where a logit is needed; nothing is
-recomputed.  In decoding each sequence reads its own keys and its prompt's, although the samples of a prompt
-could share one read of the prompt's keys.
+a causal query reads only the keys before it, and in a sliding layer those of its window; the head runs only
+where a logit is needed; nothing is recomputed.  In decoding each sequence reads its own keys and its prompt's,
+although the samples of a prompt could share one read of the prompt's keys.
 
 B prompts   N rows   P prompt tokens   L layers   D width   H query heads
 K key/value heads   h head_dim   F feed-forward width   V vocabulary
@@ -20,6 +20,7 @@ K key/value heads   h head_dim   F feed-forward width   V vocabulary
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -89,13 +90,13 @@ def rollout_work(
 
     # Every decode step reads all weights once.  There are at least as many steps as the longest row has.
     steps = max(decoded.max(), np.ceil(tokens / slots))
-    keys = float((decoded * prompt_tokens + decoded * (decoded + 1) / 2).sum())
-    elements_per_token = 2 * config.layers * config.kv_heads * config.head_dim  # keys and values
-    traffic = float(steps * (body + head) * weight_bytes + keys * elements_per_token * cache_bytes)
+    keys = float(_count_keys(config, prompt_tokens, prompt_tokens + decoded).sum())  # in all layers
+    elements_per_key = 2 * config.kv_heads * config.head_dim  # of keys and values
+    traffic = float(steps * (body + head) * weight_bytes + keys * elements_per_key * cache_bytes)
 
     return {
         "prefill": Work(flops=prefill),
-        "decode": Work(2 * (body + head) * tokens + _count_attention_flops(config) * keys, traffic),
+        "decode": Work(2 * (body + head) * tokens + _count_flops_per_key(config) * keys, traffic),
     }
 
 
@@ -138,14 +139,33 @@ def _count_forward_flops(
     return float(flops.sum())
 
 
-def _count_attention_flops(config: ModelConfig) -> float:
-    """Count the FLOPs of a query's products with one key and its value, in all layers and heads."""
-    return 4 * config.layers * config.heads * config.head_dim
+def _count_flops_per_key(config: ModelConfig) -> float:
+    """Count the FLOPs of a query's products with one key and its value, in all heads of one layer."""
+    return 4 * config.heads * config.head_dim
+
+
+def _count_keys(config: ModelConfig, before, after):
+    """Count the keys that queries before + 1 to `after` of a row read, over all layers.
+
+    before, after: positions from 1 on, numbers or f64[N].
+    """
+    windows = collections.Counter(kind.window for kind in config.layer_kinds)
+    return sum(
+        layers * (_sum_keys(after, window) - _sum_keys(before, window)) for window, layers in windows.items()
+    )
+
+
+def _sum_keys(queries, window: int | None):
+    """Sum the keys that the first `queries` queries of a row read in one layer: sum of min(i, window)."""
+    if window is None:
+        return queries * (queries + 1) / 2
+    short = np.minimum(queries, window)
+    return short * (short + 1) / 2 + (queries - short) * window
 
 
 def _count_causal_flops(config: ModelConfig, tokens):
     """Count the FLOPs of causal attention over rows of `tokens` tokens (a number or f64[N])."""
-    return _count_attention_flops(config) * tokens * (tokens + 1) / 2
+    return _count_flops_per_key(config) * _count_keys(config, 0, tokens)
 
 
 def _count_adam_work(config: ModelConfig, updates: int) -> Work:

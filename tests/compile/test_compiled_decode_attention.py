@@ -33,6 +33,7 @@ class Heads(NamedTuple):
 
 
 LLAMA, QWEN = Heads(32, 8, 64), Heads(12, 2, 128)  # Llama-3.2-1B and Qwen2.5-1.5B
+QWEN3, GEMMA3 = Heads(16, 8, 128), Heads(4, 1, 256)  # Qwen3-0.6B and 1.7B, and Gemma 3 1B and 270M
 
 # What XLA calls the things that write an array anew.  A fusion is not among them: the update in place is one, and
 # one that is not in place needs memory, which is counted.
@@ -50,8 +51,11 @@ COPIES = (
 INSTRUCTION = re.compile(r"= \(?\w+\[([\d,]*)\]\S* ([\w-]+)\(")
 
 
-def compiled(chip, heads, dtype, *, shards=(1, 1), loop=False, samples=None):
-    """A step's attention over a mesh of data x tensor; with `loop`, all layers', each writing its column first."""
+def compiled(chip, heads, dtype, *, shards=(1, 1), loop=False, samples=None, windows=False):
+    """A step's attention over a mesh of data x tensor; with `loop`, all layers', each writing its column first.
+
+    windows: every row reads its prompt and its suffix from columns of its own on.
+    """
     data, tensor = shards
     mesh = Mesh(topologies.devices(chip).reshape(-1)[: data * tensor].reshape(shards), ("data", "tensor"))
     form = caches.Format(dtype, packed=True)
@@ -79,7 +83,9 @@ def compiled(chip, heads, dtype, *, shards=(1, 1), loop=False, samples=None):
                 suffix = jax.tree.map(
                     lambda x, y: written(x, y, i, last), suffix, caches.pack_kv(new + q[:, :1], new, form)
                 )
-            out = face.decode_attention(q, prompt, suffix, plan, first, last, i, implementation=kernel)
+            out = face.decode_attention(
+                q, prompt, suffix, plan, first, last, i, first if windows else None, implementation=kernel
+            )
             return out, suffix
 
         if loop:
@@ -139,6 +145,20 @@ def test_llama_on_h100_updates_its_cache_in_place():
     memory = check(compiled("h100", LLAMA, "bfloat16", loop=True), LLAMA)
     suffix = LAYERS * ROWS * LLAMA.kv * SUFFIX_COLUMNS * 2 * LLAMA.width * 2
     assert memory.alias_size_in_bytes >= suffix
+
+
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
+def test_gemma_3_with_windows(chip):
+    """Heads of width 256, one of them of keys: the windows need no copy and no more memory."""
+    check(compiled(chip, GEMMA3, "bfloat16", loop=True, windows=True), GEMMA3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("heads", [QWEN3, GEMMA3])
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "h100"])
+def test_windows_everywhere(chip, heads, dtype):
+    check(compiled(chip, heads, dtype, loop=True, windows=True, samples=ROWS // PROMPTS), heads)
 
 
 @pytest.mark.slow
