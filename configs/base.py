@@ -79,6 +79,10 @@ def data_section() -> ConfigDict:
     # cases.
     c.exclude_seen = True
 
+    # Use the first of training problems whose question and reference are equal (DAPO-Math-17k has each 100
+    # times); False: all of them
+    c.drop_duplicates = False
+
     # --- columns and splits ---
     # Columns of question (text, or a list of messages), reference answer and worked solution ("": there is
     # none).  A column may be nested: reward_model.ground_truth.

@@ -100,9 +100,9 @@ def test_one_run_from_every_kind_of_file(tmp_path, hub, capsys):  # noqa: F811
     }
     make_hub_cache(hub, "owner/sums", files)
     sources = dict(data__train="owner/sums:main", data__eval="held_out=owner/sums:main")
-    assert_equal(run(tmp_path / "hub", **sources), lines)
+    assert_equal(run(tmp_path / "from_hub", **sources), lines)
     assert f"data.train=owner/sums:main: 11 rows at commit {COMMIT[:8]}; 11 used" in capsys.readouterr().out
-    record = json.loads((tmp_path / "hub" / "data.json").read_text())
+    record = json.loads((tmp_path / "from_hub" / "data.json").read_text())
     assert record["data.eval"] == [
         {
             "source": "held_out=owner/sums:main",
@@ -116,9 +116,9 @@ def test_one_run_from_every_kind_of_file(tmp_path, hub, capsys):  # noqa: F811
 
     # The run resumes on its recorded commit, not on the branch's new one.
     make_hub_cache(hub, "owner/sums", {"train.jsonl": encode_lines(rows[:2])}, "f" * 40)
-    resumed = run(tmp_path / "hub", **sources, steps=4)
+    resumed = run(tmp_path / "from_hub", **sources, steps=2)
     assert_equal(
-        resumed, run(tmp_path / "lines", data__train="train.jsonl", data__eval="test.jsonl", steps=4)
+        resumed, run(tmp_path / "lines", data__train="train.jsonl", data__eval="test.jsonl", steps=2)
     )
 
 

@@ -307,6 +307,25 @@ def test_problems_and_triples(bucket):
         problems.load_problems("gs://b/none.jsonl", "auto", **columns)
 
 
+def test_remote_globs_and_folders_of_problems(bucket):
+    def read(source):
+        columns = ("question", "answer", "")
+        found = problems.load_problem_set(source, "auto", columns, tfds_dir="", split="train")
+        return [p.reference for p in found.problems]
+
+    for name in ("s/train-1.jsonl", "s/train-0.jsonl", "s/deep/train-2.jsonl", "s/test.jsonl"):
+        put(f"b/{name}", f'{{"question": "{name}", "answer": "{len(name)}"}}\n')
+    assert read("gs://b/s/train-*.jsonl") == ["15", "15"]
+    assert read("gs://b/s/") == ["15", "15"] and read("x=gs://b/s/test.jsonl") == ["12"]
+    put("b/s/train-1.jsonl", "{")
+    with pytest.raises(ValueError, match=r"^gs://b/s/train-1\.jsonl:1: not JSON"):
+        read("gs://b/s/train-*")
+    with pytest.raises(FileNotFoundError, match="gs://b/s: .*called none-"):
+        read("gs://b/s/none-*")
+    with pytest.raises(ValueError, match="only be in the last part"):
+        read("gs://b/*/train-1.jsonl")
+
+
 def test_weights_and_tokenizers(bucket, tmp_path, smollm2_gguf):
     c = model_config()
     params = random_params(c)

@@ -318,6 +318,40 @@ def test_policy_prompts(toks):
     assert qwen.control_ids.isdisjoint(hostile)
 
 
+def make_style(**changes) -> policy_prompts.PromptStyle:
+    return policy_prompts.PromptStyle(
+        **{"instruction": " Think.", "system": "", "chat": True, "thinking": ""} | changes
+    )
+
+
+def test_a_system_message_goes_first_and_replaces_that_of_the_data():
+    messages = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hi"), ("user", "2+2?"))
+    make, style = policy_prompts.make_policy_messages, make_style(system="Be kind.")
+    assert make("2+2?", (), style) == [("system", "Be kind."), ("user", "2+2? Think.")]
+    assert make("2+2?", messages, make_style()) == list(messages)  # as they are, without the instruction
+    assert make("2+2?", messages, style) == [("system", "Be kind."), *messages[1:]]
+    assert make("2+2?", messages[1:], style) == [("system", "Be kind."), *messages[1:]]
+
+
+def test_messages_are_encoded_by_the_template_or_as_lines(toks):
+    qwen = toks["qwen"]
+    problem = Problem("2+2?", "4", messages=(("system", "Be brief."), ("user", "2+2? <|im_end|>")))
+    expected = qwen.chat(list(problem.messages), fallback=False, variables={"enable_thinking": False})
+    assert policy_prompts.encode_policy_prompt(qwen, problem, make_style(thinking="off")) == expected
+    assert "<think>\n\n</think>" in qwen.decode(expected) and "Be brief." in qwen.decode(expected)
+    assert expected.count(qwen.eos_ids[0]) == 2  # of the template alone: data has no control token
+    plain = policy_prompts.encode_policy_prompt(qwen, problem, make_style(chat=False))
+    assert plain == qwen.encode("Be brief.\n2+2? <|im_end|>\n")
+
+
+def test_thinking_that_the_template_does_not_read_is_refused(toks):
+    for thinking in ("on", "off", ""):
+        policy_prompts.check_thinking(toks["qwen"], make_style(thinking=thinking))
+    policy_prompts.check_thinking(toks["llama3"], make_style())
+    with pytest.raises(ValueError, match="data.thinking='on': the policy's chat template does not read"):
+        policy_prompts.check_thinking(toks["llama3"], make_style(thinking="on"))
+
+
 # --- the assistant and the judge ---------------------------------------------------------------------
 
 

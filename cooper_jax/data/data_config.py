@@ -21,6 +21,8 @@ class DataConfig:
     train_weights: str  # a weight for each source; "": the sources are one set
     format: str
 
+    drop_duplicates: bool  # use only the first of equal training problems
+
     # Problems of the periodic evaluation.
     eval: str  # sources; "": eval_from_train problems of the training data
     eval_weights: str  # a weight for each source; "": the sources are one set

@@ -45,7 +45,9 @@ class RunProblems:
     held_out: list[Problem]  # all that may be evaluated on; possibly none
 
     # What was read, by the name of the flag; empty for synthetic problems.
-    sets: dict[str, list[ProblemSet]] = dataclasses.field(default_factory=dict)
+    sets: Mapping[str, list[ProblemSet]] = dataclasses.field(default_factory=dict)
+    # Source -> number of its training problems that data.drop_duplicates left out.
+    repeated: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +108,17 @@ def load_problems(settings: RunSettings, run_dir: Directory | None = None) -> Ru
     errors.raise_if_any()
 
     train, held_out = (_join(sets[flag]) for flag in flags)
+    repeated: Mapping[str, int] = {}
+    if data.drop_duplicates:
+        # The dict is filled from the end, so it keeps the first of each.
+        first = {(p.question, p.reference): p for p in reversed(train)}
+        unique = [p for p in train if first[p.question, p.reference] is p]
+        repeated = Counter(p.source for p in train) - Counter(p.source for p in unique)
+        train = unique
     # Without data.eval, problems of the training data are held out, unless the run never evaluates.
     if not data.eval and settings.eval.every:
         train, held_out = split_off_held_out(train, data.eval_from_train)
-    return RunProblems(train, held_out, sets)
+    return RunProblems(train, held_out, sets, repeated)
 
 
 def _join(sets: Sequence[ProblemSet]) -> list[Problem]:
@@ -309,6 +318,8 @@ def describe_sources(
                 line += f" at commit {problem_set.source.revision[:8]}"
             if problem_set.unanswered:
                 line += f", {problem_set.unanswered} dropped: no final answer"
+            if (repeated := problems.repeated.get(problem_set.source.name)) and flag == "data.train":
+                line += f", {repeated} dropped: duplicates"
             if too_long := encoded.too_long.get(problem_set.source.name):
                 line += f", {too_long} dropped: prompts longer than {limit} tokens"
             lines.append(
