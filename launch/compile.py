@@ -41,7 +41,7 @@ from cooper_jax.launch import command_line, common
 from cooper_jax.launch.common import exit_with_error, print_setup_error
 
 TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "The machine: v5e:4x4, v5p:4x4x4, v5e:16x16*2, h100:1x2x8, ..."
+    "topology", "", "The machine: v5e:4x4, v5p:4x4x4, v5e:16x16*2, h100:1x2x8, l4:1x1x1, ..."
 )
 OUT = flags.DEFINE_string("out", "", "A JSON file to write.", allow_override=True)
 RESERVE = flags.DEFINE_float("reserve", 0.08, "Share of a device's memory that must stay free.")

@@ -188,7 +188,7 @@ def find_topology(name: str) -> Topology:
     if not match or match.group(1) not in CHIPS:
         raise SetupError(
             f"topology {name!r} is unknown: write CHIP:SIZES with a chip of {', '.join(CHIPS)}, as in "
-            "v5e:4x4, v5p:4x4x4, v5e:16x16*2 (two slices) or h100:1x2x8 (slices x hosts x GPUs)"
+            "v5e:4x4, v5p:4x4x4, v5e:16x16*2 (two slices), h100:1x2x8 (slices x hosts x GPUs) or l4:1x1x1"
         )
     chip, sizes = CHIPS[match.group(1)], tuple(map(int, match.group(2).split("x")))
     slices = int(match.group(3) or 1)
