@@ -84,19 +84,17 @@ def data_section() -> ConfigDict:
     c.drop_duplicates = False
 
     # --- columns and splits ---
-    # Columns of question (text, or a list of messages), reference answer and worked solution ("": there is
-    # none).  A column may be nested: reward_model.ground_truth.
-    c.question_key = "question"
-    c.reference_key = "answer"
-    c.solution_key = ""
+    # A column may be nested: reward_model.ground_truth.
+    c.question_key = "question"  # column of the question, which is text or a list of messages
+    c.reference_key = "answer"  # column of the reference answer
+    c.solution_key = ""  # column of worked solutions; "": there is none
     # Reduce a reference that is a worked solution to the answer that it marks, and refuse one that marks none;
     # False: use such references whole
     c.reduce_solutions = True
     c.tfds_dir = ""  # folder of tensorflow-datasets' prepared data sets; "": the library's default
-    # Split to train on and split to evaluate on: of tensorflow-datasets, and of folders and hub data sets whose
-    # source names none
+    # Split to train on: of tensorflow-datasets, and of folders and hub data sets whose source names none
     c.split = "train"
-    c.eval_split = "test"
+    c.eval_split = "test"  # split to evaluate on, of the same
 
     # --- prompts and batches ---
     c.system = ""  # system message of the policy's prompt; "": none, or that of prompts that are messages

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # --- the four kinds of evaluation, of which one must be given ---
 BENCHMARK = flags.DEFINE_multi_string(
-    "benchmark", [], "A file of problems, a folder, or synthetic; repeatable."
+    "benchmark", [], "A file of problems, a folder, a hub id, or synthetic; repeatable."
 )
 REJUDGE = flags.DEFINE_string("rejudge", "", "An items.jsonl whose responses are judged again.")
 LABELLED = flags.DEFINE_string("labelled", "", "Labelled completions, on which judges are measured.")

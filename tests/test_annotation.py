@@ -603,6 +603,26 @@ def test_a_plan_has_stable_ids_and_takes_a_fixed_part(tmp_path):
     assert [i.sample for i in part.items] == [0, 1] * 7
 
 
+def test_completions_are_asked_for_with_the_prompts_of_training(serve, quick_rule, tmp_path):
+    """A folder of shards, whose prompts are lists of messages, under a system message."""
+    (tmp_path / "chat").mkdir()
+    for i in range(2):
+        messages = [{"role": "system", "content": "Old."}, {"role": "user", "content": f"What is {i} + 1?"}]
+        write(tmp_path / "chat" / f"part-{i}.jsonl", [{"prompt": messages, "answer": i + 1}])
+
+    def script(n, body):
+        return reply("Verdict: CORRECT" if body["model"] == "judge" else "\\boxed{1}")
+
+    server = serve(script)
+    cfg = config(server.url, **{"data.system": "Be brief."})
+    pipeline.annotate_completions(cfg, [str(tmp_path / "chat")], [], str(tmp_path / "out"))
+    asked = [body["messages"] for _, _, body in server.requests if body["model"] == "writer"]
+    assert sorted(asked, key=str) == [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"What is {i} + 1?"}]
+        for i in range(2)
+    ]
+
+
 def test_published_sets_are_recognised(shared_data):
     paths = [str(shared_data / f"{name}.jsonl") for name in ("gsm8k_test", "svamp_test", "math500_test")]
     plan = list_items(config(**{"annotate.problems": 5}), paths, [str(shared_data / "verify_dev.jsonl")])

@@ -129,7 +129,8 @@ def test_a_folder_that_is_not_clear_is_refused(files, complaint, tmp_path):
 
 def test_what_does_not_exist_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for text in ("data/train.jsonl", "gsm8k", "a/b/c"):
+    fill(tmp_path, {"file.jsonl": jsonl(1)})
+    for text in ("data/train.jsonl", "gsm8k", "a/b/c", "file.jsonl:main"):
         with pytest.raises(FileNotFoundError, match=f"{text}: there is no such file"):
             read(text)
 

@@ -138,6 +138,9 @@ def test_a_folder_stands_for_the_benchmarks_in_it(tmp_path):
         benchmark_sets.find_benchmarks([str(tmp_path / "empty")])
     with pytest.raises(SetupError, match="there is no such file"):
         benchmark_sets.find_benchmarks([str(tmp_path / "nowhere.jsonl")])
+    # A data set of the hub, whose split is data.eval_split unless it names one.
+    assert benchmark_sets.find_benchmarks(["owner/sums:main"]) == ["owner/sums:main"]
+    assert benchmark_sets.get_benchmark_name("owner/sums:main") == "sums:main"
 
 
 def test_all_published_benchmarks_are_found(shared_data):

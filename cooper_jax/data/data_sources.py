@@ -152,14 +152,15 @@ def _find_files(place: str, split: str) -> list[DataFile]:
         file, _, function = place.rpartition(":")
         return [DataFile(Path(file), place, function)]
 
-    # A path; with config and split behind it only if it is a folder.
-    path = Path(place).expanduser()
-    if path.is_file():
-        return [DataFile(path, str(path))]
-    folder, _, choice = place.partition(":")
-    if path.is_dir() or (choice and Path(folder).expanduser().is_dir()):
-        path, choice = (path, "") if path.is_dir() else (Path(folder).expanduser(), choice)
+    # A folder may have config and split behind it; a path that exists as it is has none.
+    folder, choice = place, ""
+    if not _exists(place):
+        folder, _, choice = place.partition(":")
+    path = Path(folder).expanduser()
+    if path.is_dir():
         return _list_folder(path, str(path), choice, split)
+    if path.is_file() and not choice:
+        return [DataFile(path, str(path))]
 
     if _GLOB.search(place):
         found = sorted(glob.glob(os.path.expanduser(place), recursive=True))

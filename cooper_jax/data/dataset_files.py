@@ -106,7 +106,7 @@ def choose_files(
         )
 
     chosen = splits[wanted]
-    suffixes = {re.sub(r".*?((?:\.[a-z]+)?(?:\.gz)?)$", r"\1", n.rsplit("/", 1)[-1]) for n in chosen}
+    suffixes = {next(suffix for suffix in ALL_SUFFIXES if name.endswith(suffix)) for name in chosen}
     if len(suffixes) > 1:
         raise ValueError(
             f"{display_name}: its files end in {' and '.join(sorted(suffixes))}, which may be the same rows twice: "
