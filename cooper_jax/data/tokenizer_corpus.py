@@ -16,7 +16,6 @@ def make_task_corpus(problems: Sequence[Problem], instruction: str) -> list[str]
     """
     texts = [instruction] if instruction else []
     for problem in problems[:: max(1, -(-len(problems) // PROBLEMS))]:
-        texts += [problem.question, problem.reference]
-        if problem.solution:
-            texts.append(problem.solution)
+        # Joined by spaces: a model that has seen no space would lose them.
+        texts.append(" ".join([problem.question, problem.reference, problem.solution]))
     return texts
