@@ -30,6 +30,8 @@ from typing import Any
 
 from cooper_jax.settings.setup_errors import SetupError
 
+MESSAGE_LENGTH = 500  # characters of an exception's message that are shown
+
 _REFERENCE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 
 # Modules by the path and the digest of their text: several names of one file share one module.
@@ -157,7 +159,7 @@ def choose_arguments(function: Callable[..., Any], offered: Mapping[str, Any]) -
 
 def describe_error(error: BaseException, path: str) -> str:
     """One line about an exception: its type, its message, and the line of the file in which it arose."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:MESSAGE_LENGTH]
     said = f"{type(error).__name__}: {text}" if text else type(error).__name__
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:

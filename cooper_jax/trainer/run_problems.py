@@ -33,8 +33,6 @@ from cooper_jax.types import Problem
 
 # The record of the sources, in the run directory.
 RECORD = "data.json"
-# Problems on which a tokenizer is trained, at most.
-CORPUS_PROBLEMS = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,21 +253,6 @@ def encode_problems(data: DataConfig, tokenizer: Tokenizer, problems: Sequence[P
     kept, prompts, _ = problem_sets.drop_long_prompts(problems, encode, data.max_prompt_tokens)
     too_long = Counter(p.source for p in problems) - Counter(p.source for p in kept)
     return EncodedProblems(kept, prompts, too_long)
-
-
-def make_corpus(data: DataConfig, problems: Sequence[Problem]) -> list[str]:
-    """The text on which a tokenizer for models from scratch is trained: at most CORPUS_PROBLEMS of the problems.
-
-    They are spread over the whole data, since files are often sorted.
-    """
-    style = data.prompt_style
-    texts = list(filter(None, (style.instruction, style.system)))
-    for problem in problems[:: -(-len(problems) // CORPUS_PROBLEMS)]:
-        texts += [problem.question, problem.reference]
-        texts += [content for _, content in problem.messages]
-        if problem.solution:
-            texts.append(problem.solution)
-    return texts
 
 
 def make_data_order(data: DataConfig, train: Sequence[Problem]) -> DataOrder:

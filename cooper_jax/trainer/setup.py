@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from cooper_jax.data import contamination, data_sources, policy_prompts, prompts, synthetic
+from cooper_jax.data import contamination, policy_prompts, prompts, synthetic
+from cooper_jax.data.tokenizer_corpus import make_task_corpus
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
 from cooper_jax.model.loading import (
@@ -38,13 +39,13 @@ from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
-from cooper_jax.settings.user_code import UserCode, is_user_code, load_function, read_user_code
 from cooper_jax.trainer import run_problems
-from cooper_jax.trainer.reward_functions import RewardFunctions, load_reward_functions
+from cooper_jax.trainer.reward_functions import load_reward_functions
 from cooper_jax.trainer.run_calibration import load_run_calibration
 from cooper_jax.trainer.run_problems import RunProblems
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, LogprobsFunction, PolicyBundle, RewardBundle, State
+from cooper_jax.trainer.user_files import check_user_assistant, list_user_code
 from cooper_jax.types import Problem, TrainState
 
 
@@ -55,9 +56,8 @@ def load_inputs(settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir:
     that one start of a run shows them all.
     """
     errors = ErrorCollector()
-    if settings.assistant is not None and is_user_code(settings.assistant.kind):
-        with errors.collect("assistant"):
-            load_function(read_user_code(settings.assistant.kind, "assistant.kind"), "assistant.kind")
+    with errors.collect("assistant"):
+        check_user_assistant(settings)
     problems = RunProblems([], [])
     with errors.collect("data"):
         problems = run_problems.load_problems(settings, run_dir)
@@ -71,14 +71,13 @@ def load_inputs(settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir:
         sources["assistant"] = settings.assistant_model
     for name, source in sources.items():
         with errors.collect(name):
-            # Models from scratch read the text of the task.
+            # Models from scratch read the text of the task.  Without it no tokenizer is trained: the next start of
+            # the run would find it.
             if source.weights == "random" and not source.tokenizer and not settings.data.is_synthetic:
-                train_tokenizer(
-                    source.arch.vocab_size,
-                    name,
-                    run_dir,
-                    lambda: run_problems.make_corpus(settings.data, problems.train),
-                )
+                if not problems.train:
+                    continue
+                texts = make_task_corpus(problems.train, settings.data.prompt_style)
+                train_tokenizer(source.arch.vocab_size, name, run_dir, texts)
             model = describe_model(source, name, run_dir, layouts[name])
             if name == "reward":
                 check_length(model.config, name, {"reward.max_tokens": settings.reward.max_tokens})
@@ -219,18 +218,6 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         state = [State(policy=policy_state, reward=reward_state, reference=None, step=0, position=0)]
         del policy_state, reward_state
         yield components, state.pop()
-
-
-def list_user_code(settings: RunSettings, reward_functions: RewardFunctions | None) -> list[UserCode | None]:
-    """The user's files behind the rewards and the data; None for a built-in reward."""
-    codes: list[UserCode | None] = []
-    if reward_functions is not None:
-        codes += [term.code for term in reward_functions.terms]
-    sources = (*settings.data.train_sources, *settings.data.eval_sources, settings.supervised.reward_data)
-    for source in map(data_sources.strip_name, sources):
-        if is_user_code(source):
-            codes.append(read_user_code(source, "data"))
-    return codes
 
 
 def collect_control_texts(
