@@ -8,7 +8,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_hosts import finish
+from test_hosts import finish, in_turn
 from tiny_runs import metrics, run, start_hosts, timeless
 from tiny_steps import B, G, begun, config, solved, steps
 
@@ -363,6 +363,38 @@ def test_a_masked_row_does_not_move_the_policy(build, tmp_path, path):
 
 
 # --- two processes -----------------------------------------------------------------------------------
+
+
+def test_groups_are_divided_over_hosts_and_all_hosts_have_all_rewards(path, monkeypatch, capsys):
+    """Two hosts, as each of them sees it: every group is rewarded on one, and the sums are those of one host."""
+    path.write_text(
+        FILE
+        + "\ndef flaky(completions, question, **kwargs):\n"
+        + "    if 'three' in question[0]:\n        raise OSError('now and then')\n"
+        + "    return [float('nan'), 0.1]\n"
+    )
+    settings = reward_config(f"rule,{path}:flaky,{path}:late,{path}:waits")
+    alone = collect(settings)
+    submitted = []
+
+    def work(me):
+        functions = load_reward_functions(settings, PROBLEMS, "?")
+        rewards = StepRewards(functions, PROBLEMS)
+        for index in (1, 0):
+            rewards.add_group(index, TEXTS[index], TOKENS[index])
+        submitted.append((me, [sorted(calls) for calls in rewards._calls]))
+        try:
+            return rewards.collect(SCORES, VERDICTS, sum(TEXTS, []))
+        finally:
+            functions.close()
+
+    for found in in_turn(monkeypatch, 2, work):
+        np.testing.assert_array_equal(found.total, alone.total)
+        np.testing.assert_equal(found.metrics, alone.metrics)
+    assert alone.metrics["reward/flaky/exception"] == 1 and alone.metrics["reward/flaky/not_finite"] == 1
+    # Of `flaky` and `waits`; `late` starts when the verdicts are known.
+    assert (0, [[], [0], [], [0]]) in submitted and (1, [[], [1], [], [1]]) in submitted
+
 
 FAULTY = """
 import time

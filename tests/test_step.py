@@ -22,6 +22,7 @@ from tiny_steps import (
     without_models,
 )
 
+from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import grading, policy_stages, reward_stages
 from cooper_jax.trainer.rewards import REWARDS, compute_rewards, name_rewards
@@ -72,7 +73,7 @@ def test_each_response_is_submitted_once_as_its_group_ends(build, own_devices):
             grader.add_group(b, texts[b])
         whole = sum(texts, [])
         assert [len(items) for items in Counting.submitted] == [G] * B
-        items = [(p.reference, c.text) for p, c in zip(problems.row_problems, whole, strict=True)]
+        items = [make_item(p, c.text) for p, c in zip(problems.row_problems, whole, strict=True)]
         assert Counting.submitted[0] == items[2 * G :] and Counting.submitted[1] == items[:G]
         assert grader.collect_verdicts() == Undecided().submit(items)
         assert len(Counting.submitted) == B, "nothing is submitted a second time"

@@ -313,3 +313,31 @@ def test_the_documented_tables_are_those_of_the_kept_runs():
     assert robust["dipped"] == 0 and robust["accuracy_less_rule"].low > 0
     for move in ("gain", "less_begun"):
         assert abs(robust[f"rm_balanced_{move}"].value) < 0.02, move
+
+
+def test_a_task_of_a_judge_is_compared_by_its_verdicts(tmp_path):
+    """Rows of a task that only the user's judge decides: no exact truth, no labelled completions."""
+    rows = rows_of([0.2, 0.3, 0.4, 0.5, 0.6], false_positives=[0.25] * 8)
+    for row in rows:
+        if "eval/oracle/accuracy" in row:
+            row["eval/rule/accuracy"] = row.pop("eval/oracle/accuracy")
+    runs = []
+    for arm in ("rule", "frozen"):
+        runs += [records.summarise_run(arm, seed, rows) for seed in (1, 2, 3)]
+    assert runs[0].evaluations[1] == {"step": 2, "rule": 0.3, "accuracy": 0.3}
+    found = records.Records(STUDY, tuple(runs))
+    assert summary.summarise_study(found)["arms"]["rule"]["accuracy_end"].value == pytest.approx(0.5)
+    assert "50.0" in study_report.write_report(found, tmp_path)
+
+
+def test_a_study_takes_a_task_of_a_judge(tmp_path):
+    path = str(ROOT / "examples" / "countdown_judge.py") + ":judge"
+    changes = {
+        "data__format": "jsonl",
+        "data__train": "rows.jsonl",
+        "rule__judge": path,
+        "reward__recipe": "",
+    }
+    assert len(a_study(tmp_path, **changes).list_runs()) == 6
+    with pytest.raises(ValueError, match="or a task with a program that decides"):
+        a_study(tmp_path, **changes | {"rule__judge": ""})

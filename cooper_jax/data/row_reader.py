@@ -18,6 +18,7 @@ import numpy as np
 
 from cooper_jax.runtime import remote_files
 from cooper_jax.runtime.extras import import_extra
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.settings.user_code import describe_error, is_user_code, load_function, read_user_code
 
 Row = Mapping[str, Any]
@@ -56,10 +57,15 @@ def read_file_rows(source: str) -> Iterator[LocatedRow]:
 def _make_rows(source: str) -> Iterator[LocatedRow]:
     """Call a function of the user's that takes no argument and returns rows.
 
-    Raises ValueError for a function that raises, and for rows that are no mappings with text keys.
+    Raises ValueError for a function that cannot be imported or that raises, and for rows that are no mappings with
+    text keys.
     """
-    code = read_user_code(source, "rows")
-    function = load_function(code, "rows")
+    try:
+        code = read_user_code(source, "rows")
+        function = load_function(code, "rows")
+    # The caller's message begins with the flag.
+    except SetupError as error:
+        raise ValueError(str(error)) from error
     number = 0  # of the row that was read last
     try:
         for number, row in enumerate(function(), start=1):

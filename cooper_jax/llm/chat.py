@@ -71,7 +71,8 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         # Only the assistant has kinds without a language model.
-        kinds, own = ("openai", "local"), False
+        kinds: tuple[str, ...] = ("openai", "local")
+        own = False
         if self.name == "assistant":
             kinds, own = ("corrupt", "openai", "local"), is_user_code(self.kind)
         errors = []

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -49,19 +49,19 @@ def load_tokenizer(section: ConfigDict | ModelSource, name: str, run_dir: Direct
     with setup_errors(f"{name}.tokenizer={section.tokenizer!r}, {name}.weights={section.weights!r}"):
         if source != "random":
             return tokenizers.load_tokenizer_from(source)
-        path = train_tokenizer(section.arch.vocab_size, name, run_dir, synthetic.make_corpus)
+        path = train_tokenizer(section.arch.vocab_size, name, run_dir, None)
         return tokenizers.load_tokenizer_from(str(path))
 
 
 def train_tokenizer(
-    vocab_size: int, name: str, run_dir: Directory, make_corpus: Callable[[], Iterable[str]]
+    vocab_size: int, name: str, run_dir: Directory, corpus: Iterable[str] | None
 ) -> Directory:
     """Train the tokenizer of models with random weights, unless the run directory has it; return its path.
 
     Args:
       vocab_size: the largest number of pieces.
       name: of the model, for the hosts' exchange.
-      make_corpus: returns the text to train on.
+      corpus: the text to train on; None: the synthetic problems'.
     """
     # One file per size: models of one run with equal sizes share a tokenizer, and a resumed run finds it.
     path = run_dir / f"tokenizer_{vocab_size}.model"
@@ -69,7 +69,8 @@ def train_tokenizer(
     def train() -> None:
         if not path.exists():
             symbols = [*prompts.VERIFIER_TAGS, "\n"]
-            tokenizers.train_sentencepiece(make_corpus(), path, vocab_size, symbols=symbols)
+            texts = synthetic.make_corpus() if corpus is None else corpus
+            tokenizers.train_sentencepiece(texts, path, vocab_size, symbols=symbols)
 
     # All hosts read the file that the first one writes.
     hosts.on_primary_first(f"tokenizer of {name}", train)

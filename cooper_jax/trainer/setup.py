@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from cooper_jax.data import contamination, prompts, synthetic
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.data.data_config import DataConfig
+from cooper_jax.data.tokenizer_corpus import make_task_corpus
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
 from cooper_jax.model.loading import (
@@ -41,15 +42,12 @@ from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
-from cooper_jax.settings.user_code import UserCode, is_user_code, load_function, read_user_code
-from cooper_jax.trainer.reward_functions import RewardFunctions, load_reward_functions
+from cooper_jax.trainer.reward_functions import load_reward_functions
 from cooper_jax.trainer.run_calibration import load_run_calibration
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, LogprobsFunction, PolicyBundle, RewardBundle, State
+from cooper_jax.trainer.user_files import check_user_assistant, list_user_code
 from cooper_jax.types import Problem, TrainState
-
-# Problems of the training file on which a tokenizer is trained, at most.
-CORPUS_PROBLEMS = 20_000
 
 
 def load_problems(settings: RunSettings) -> tuple[list[Problem], list[Problem]]:
@@ -102,9 +100,8 @@ def load_inputs(
     that one start of a run shows them all.
     """
     errors = ErrorCollector()
-    if settings.assistant is not None and is_user_code(settings.assistant.kind):
-        with errors.collect("assistant"):
-            load_function(read_user_code(settings.assistant.kind, "assistant.kind"), "assistant.kind")
+    with errors.collect("assistant"):
+        check_user_assistant(settings)
     problems: tuple[list[Problem], list[Problem]] = ([], [])
     with errors.collect("data"):
         problems = load_problems(settings)
@@ -116,11 +113,13 @@ def load_inputs(
         sources["assistant"] = settings.assistant_model
     for name, source in sources.items():
         with errors.collect(name):
-            # Models from scratch read the text of the task.
+            # Models from scratch read the text of the task.  Without it no tokenizer is trained: the next start of
+            # the run would find it.
             if source.weights == "random" and not source.tokenizer and not settings.data.is_synthetic:
-                train_tokenizer(
-                    source.arch.vocab_size, name, run_dir, lambda: make_corpus(settings.data, problems[0])
-                )
+                if not problems[0]:
+                    continue
+                texts = make_task_corpus(problems[0], settings.data.instruction)
+                train_tokenizer(source.arch.vocab_size, name, run_dir, texts)
             model = describe_model(source, name, run_dir, layouts[name])
             if name == "reward":
                 check_length(model.config, name, {"reward.max_tokens": settings.reward.max_tokens})
@@ -129,20 +128,6 @@ def load_inputs(
                 )
     errors.raise_if_any()
     return problems
-
-
-def make_corpus(data: DataConfig, problems: Sequence[Problem]) -> list[str]:
-    """The text on which a tokenizer for models from scratch is trained: at most CORPUS_PROBLEMS of the problems.
-
-    They are spread over the whole file, since files are often sorted.
-    """
-    chosen = problems[:: -(-len(problems) // CORPUS_PROBLEMS)]
-    texts = [data.instruction] if data.instruction else []
-    for problem in chosen:
-        texts += [problem.question, problem.reference]
-        if problem.solution:
-            texts.append(problem.solution)
-    return texts
 
 
 def split_off_held_out(train: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
@@ -316,17 +301,6 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         state = [State(policy=policy_state, reward=reward_state, reference=None, step=0, position=0)]
         del policy_state, reward_state
         yield components, state.pop()
-
-
-def list_user_code(settings: RunSettings, reward_functions: RewardFunctions | None) -> list[UserCode | None]:
-    """The user's files behind the rewards and the data; None for a built-in reward."""
-    codes: list[UserCode | None] = []
-    if reward_functions is not None:
-        codes += [term.code for term in reward_functions.terms]
-    for source in (settings.data.train, settings.data.eval, settings.supervised.reward_data):
-        if is_user_code(source):
-            codes.append(read_user_code(source, "data"))
-    return codes
 
 
 def collect_control_texts(
