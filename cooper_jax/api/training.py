@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,7 +55,7 @@ class Result:
 
 
 def train(
-    config: str | ConfigDict,
+    config: str | os.PathLike[str] | ConfigDict,
     overrides: Mapping[str, Any] | None = None,
     *,
     reward_functions: Sequence[str | Callable[..., Any]] = (),
@@ -132,20 +133,20 @@ def _run(cfg: ConfigDict) -> Result:
     return Result(metrics=[json.loads(line) for line in lines], run_dir=run_dir)
 
 
-def make_config(config: str | ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+def make_config(config: str | os.PathLike[str] | ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     """Make a run's config: the overrides take precedence over the recipe, and the recipe over the config.
 
     The given config is not changed.  Raises SetupError for an unknown field and a value of another type, and for a
     ConfigDict whose fields contradict its own recipe.
     """
-    from_file = isinstance(config, str)
-    cfg = (
-        config_files.load_config(config) if isinstance(config, str) else config.copy_and_resolve_references()
-    )
+    if isinstance(config, ConfigDict):
+        cfg = config.copy_and_resolve_references()
+    else:
+        cfg = config_files.load_config(os.fspath(config))
     config_files.set_overrides(cfg, overrides)
 
     # In a script, `cfg.reward.updates = 3` is meant to count; a recipe would overwrite it.
-    if not from_file and (contradictions := recipes.find_contradictions(cfg, overrides)):
-        raise SetupError(*contradictions)
+    if isinstance(config, ConfigDict) and (messages := recipes.find_contradictions(cfg, overrides)):
+        raise SetupError(*messages)
     recipes.apply_recipe(cfg, overrides)
     return cfg.lock()
