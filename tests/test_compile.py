@@ -192,6 +192,15 @@ def test_what_kernels_cost():
     both = zip(decode["decode_attention_prompt"], decode["decode_attention_suffix"], strict=True)
     assert decode["decode_attention"] == tuple(map(sum, both))
 
+    # Two layers, one with a window of 16: the mean of both.  Of 64 + 12 keys it reads 12 of its own and 4 more.
+    sliding = dataclasses.replace(job.policy, layers=2, layer_types=("full", "sliding"), window=16)
+    found = kernel_costs.attention_cost(job, sliding, 3, 64, "bfloat16")
+    scores = (64 * 64 / 2 + 16 * 64 - 16 * 16 / 2) / 2
+    assert found["splash_mha_fwd_residuals"][0] == 2 * (2 * 3 * 4 * scores * 16)
+    decode = kernel_costs.decode_cost(dataclasses.replace(job, policy=sliding), (64, 12))
+    assert decode["decode_attention_prompt"][0] == 4 * 16 * 4 * 16 * (64 + 4) / 2
+    assert decode["decode_attention_suffix"][0] == 4 * 16 * 4 * 16 * 12
+
 
 def test_a_programs_figures():
     """[64, 256] x [256, 128], the second cut over 8 devices and gathered."""

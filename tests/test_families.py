@@ -86,14 +86,16 @@ def test_logits_and_scores_equal_transformers(name, tmp_path):
 
 
 def make_lively(model):
-    """Make the layers matter: with small weights a tied model repeats its last token."""
+    """Make the layers matter, norms and attention too: with small weights a tied model repeats its last token."""
     import torch
 
-    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "layers" in name and "norm" not in name:
-                p.normal_(0, 1.2)
+            scale = 1.2 if "layers" in name else 0.03
+            if "norm" in name:
+                scale = 3.0 if "q_norm" in name else 1.0
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
     return model
 
 
@@ -130,7 +132,7 @@ def test_greedy_rollouts_equal_generate(name, alone, slots, tmp_path, monkeypatc
     model = make_lively(torch_model(FAMILY_CASES[name]))
     model.save_pretrained(tmp_path / "m")
     want = greedy_of_transformers(model)
-    assert max(len(set(row)) for row in want) > 5, "rows that repeat a token show little"
+    assert len(set(sum(want, []))) > 7, "rows that repeat a token show little"
 
     loaded = load(tmp_path / "m")
     spec = spec_of(temperature=0.0, group_size=1, max_new_tokens=NEW, eos_ids=(), segment=NEW)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import CASES, config, one_device, random_params, torch_model
+from tiny_models import CASES, FAMILY_CASES, config, one_device, random_params, torch_model
 
 from cooper_jax.configs import base
 from cooper_jax.kernels import attention as face
@@ -79,10 +79,11 @@ def test_logits_and_score_equal_transformers_whatever_the_padding(name, tmp_path
             np.testing.assert_allclose(scores, their_scores, atol=1e-4, rtol=0)
 
 
-def test_gradients_equal_torch(tmp_path):
+@pytest.mark.parametrize("name", ["qwen2_untied", "gemma3"])
+def test_gradients_equal_torch(name, tmp_path):
     """Of a weighted sum of log-probabilities; ours left-padded, with remat and chunks."""
     torch = pytest.importorskip("torch")
-    c = CASES["qwen2_untied"]
+    c = (CASES | FAMILY_CASES)[name]
     model, tokens = torch_model(c), rows(2, 9)
     model.save_pretrained(tmp_path / "weights")
     weight = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
