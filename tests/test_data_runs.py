@@ -151,8 +151,8 @@ def test_a_mixture_resumes_and_is_evaluated_by_source(tmp_path, hub):  # noqa: F
         assert sum(s["question"] in of_a for s in whole[1] if s["step"] == step) == 2
     last = whole[0][-1]
     assert last["eval/problems"] == 4
-    both = [last[f"eval/by_source/{name}/response/length"] for name in ("x", "last")]
-    assert last["eval/response/length"] == pytest.approx((3 * both[0] + both[1]) / 4)
+    both = [last[f"eval/by_source/{name}/response/tokens_mean"] for name in ("x", "last")]
+    assert last["eval/response/tokens_mean"] == pytest.approx((3 * both[0] + both[1]) / 4)
     assert "eval/by_source/last/rm/mean" in last
 
     # In one set with equal weights of rows, nothing but the names differs.
