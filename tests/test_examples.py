@@ -11,13 +11,16 @@ from cooper_jax.data.policy_prompts import PromptStyle
 from cooper_jax.data.problems import load_problems
 from cooper_jax.data.row_reader import read_file_rows
 from cooper_jax.launch import command_line
+from cooper_jax.model.tokenizer import load_tokenizer_from
 from cooper_jax.reward.assistants import Request, UserAssistant
 from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.rule.worker_process import make_item
+from cooper_jax.runtime.device_layouts import lay_out_models
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.settings.user_code import load_object, read_user_code
 from cooper_jax.trainer.reward_functions import StepRewards, load_reward_functions
 from cooper_jax.trainer.rewards import RewardConfig
-from cooper_jax.trainer.setup import read_settings
+from cooper_jax.trainer.setup import load_inputs, read_settings
 from cooper_jax.types import Completion, Problem, Verdict
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -117,6 +120,21 @@ def test_the_countdown_config_is_valid():
         cfg.reward.arm = arm
         cfg.reward.recipe = "" if arm == "rule" else cfg.reward.recipe
         assert read_settings(cfg).rule.judge.endswith("countdown_judge.py:judge")
+
+
+def test_models_from_scratch_read_the_tasks_own_text(tmp_path):
+    cfg = command_line.load_config(str(EXAMPLES / "countdown.py"))
+    settings = read_settings(cfg)
+    load_inputs(settings, lay_out_models(settings.mesh), tmp_path)
+    tokenizer = load_tokenizer_from(str(tmp_path / "tokenizer_640.model"))
+    assert len(tokenizer.encode(" make")) == 1 < len(tokenizer.encode(" coins"))
+
+    # Without the data no tokenizer is trained, which the next start would take for the task's.
+    cfg.data.train = str(tmp_path / "none.jsonl")
+    settings = read_settings(cfg)
+    with pytest.raises(SetupError, match="there is no such file") as error:
+        load_inputs(settings, lay_out_models(settings.mesh), tmp_path / "other")
+    assert len(error.value.messages) == 1 and not (tmp_path / "other").exists()
 
 
 # --- rows from a function ----------------------------------------------------------------------------
