@@ -23,6 +23,7 @@ def get_config():
     c.data.bucket = 8
     c.rule.judge = f"{FOLDER}/countdown_judge.py:judge"
     c.rollout.max_new_tokens = 12
+    c.policy.optimiser.lr = 4e-4
     c.reward.max_tokens = 64
     c.assistant.kind = f"{FOLDER}/rewriter.py:Rewriter"
 
@@ -33,7 +34,7 @@ def get_config():
     c.pairs.per_prompt, c.pairs.negatives = 2, ("assistant", "swap")
 
     # Before step 1 the policy imitates solutions, and the reward model learns from labelled expressions.
-    c.supervised.policy_steps = 800
+    c.supervised.policy_steps = 1000
     c.supervised.policy_batch = c.supervised.reward_batch = 32
     c.supervised.reward_steps = 2000
     c.supervised.reward_data = f"{FOLDER}/countdown_rows.py:labelled_rows"
