@@ -47,7 +47,7 @@ def test_finer_ids_may_be_folded_in_under_jit():
 
 @pytest.mark.parametrize("make", [keys.make_key, keys.make_generator])
 def test_wrong_arguments(make):
-    with pytest.raises(KeyError, match="no random stream is called 'rolout'.*rollout, shuffle"):
+    with pytest.raises(KeyError, match="no random stream is called 'rolout'.*rollout, sampler, shuffle"):
         make(0, "rolout")
     with pytest.raises(ValueError, match="seed is -1, and must be from 0 to 4294967295"):
         make(-1, "rollout")
