@@ -116,7 +116,7 @@ def quick_rule(monkeypatch):
             pass
 
         def submit(self, pairs):
-            ((reference, text),) = pairs
+            ((reference, text, *_),) = pairs
             boxed = re.search(r"\\boxed\{(.*?)\}", text)
             verdict = Verdict.NO_ANSWER if boxed is None else Verdict.WRONG
             if boxed and not boxed[1].isdigit():

@@ -23,6 +23,7 @@ from cooper_jax.trainer import setup
 
 # max_position_embeddings of the models that the shipped configs name.
 TRAINED_FOR = {
+    "Qwen/Qwen2.5-0.5B-Instruct": 32768,
     "Qwen/Qwen2.5-1.5B-Instruct": 32768,
     "Qwen/Qwen2.5-7B-Instruct": 32768,
     "Qwen/Qwen2.5-Math-1.5B-Instruct": 4096,

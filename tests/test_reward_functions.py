@@ -383,7 +383,7 @@ def test_groups_are_divided_over_hosts_and_all_hosts_have_all_rewards(path, monk
     submitted = []
 
     def work(me):
-        functions = load_reward_functions(settings, PROBLEMS, "?")
+        functions = load_reward_functions(settings, PROBLEMS, PromptStyle("?", "", False, ""))
         rewards = StepRewards(functions, PROBLEMS)
         for index in (1, 0):
             rewards.add_group(index, TEXTS[index], TOKENS[index])
