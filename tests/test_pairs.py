@@ -423,7 +423,9 @@ def test_an_own_answer_too_long_for_a_reference_is_masked_and_counted():
         seed=0, step=0, scores=scores, reference_fits=lambda answer: len(answer) < 100,
     ))  # fmt: skip
     assert made.refused == {"too_long": 1} and made.pairs[0] is None
-    assert made.pairs[1].positive_reference == "7" * 20 and [tuple(item[:2]) for item in asked] == [("7" * 20, rows[1].text)]
+    assert made.pairs[1].positive_reference == "7" * 20 and [tuple(item[:2]) for item in asked] == [
+        ("7" * 20, rows[1].text)
+    ]
 
 
 def test_a_wrong_response_is_right_beside_its_own_answer(rule):
