@@ -139,6 +139,8 @@ def test_a_mixture_resumes_and_is_evaluated_by_source(tmp_path, hub):  # noqa: F
         data__train_weights="2,1",
         data__eval="x.jsonl,last=y.jsonl",
         data__eval_weights="3,1",
+        # A tokenizer of so few problems has short pieces.
+        data__max_prompt_tokens=64,
     )
     whole = run(tmp_path / "whole", **sources, steps=2)
     run(tmp_path / "parts", **sources)
