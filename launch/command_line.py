@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import os
 import re
 import shutil
 import sys
@@ -283,7 +284,11 @@ def print_help(description: str, own: flags.FlagValues, config_path: str | None,
         config = load_config(config_path) if config_path else base.get_config()
         recipes.apply_recipe(config, ())
         blocks.append(_format_fields(list_fields(config), config_path or "configs/base.py", section, width))
-    print("\n\n".join(blocks))
+    try:
+        print("\n\n".join(blocks), flush=True)
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough.  At exit Python flushes stdout once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _format_own_flags(own: flags.FlagValues, width: int, has_sections: bool) -> str:

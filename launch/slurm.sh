@@ -130,7 +130,7 @@ for file in "\$codes"/*; do
 done
 rm -rf "\$codes"
 [ -z "\$failed" ] || code=\$failed restart=no
-[ "\$code" != 2 ] || echo "slurm: a setup error: mend what it says above, then submit again"
+[ "\$code" != 2 ] || echo "slurm: a setup error: fix what the message above names, then submit again"
 if [ "\$restart" = yes ]; then
     if [ "\${SLURM_RESTART_COUNT:-0}" -lt $restarts ]; then
         echo "slurm: exit code \$code: back into the queue, to go on from the last checkpoint"

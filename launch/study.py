@@ -62,6 +62,8 @@ def main(argv: list[str]) -> None:
     try:
         if FROM.value and not REPORT.value:
             raise SetupError(f"--from={FROM.value} belongs to --report")
+        if FROM.value and not Path(FROM.value).exists():
+            raise SetupError(f"--from={FROM.value}: there is no such file")
         # The figure is drawn after all runs; a package that is missing is reported before them.
         with setup_errors("study.png"):
             import_extra("matplotlib", "figures")

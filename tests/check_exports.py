@@ -76,6 +76,8 @@ def load_exports(directory: Path) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in ("write", "load"):
+        sys.exit(__doc__)
     mode, folder = sys.argv[1], Path(sys.argv[2])
     if mode == "write":
         write_exports(folder)

@@ -30,7 +30,7 @@ ARCHITECTURES |= {(name, "score"): family.score_class for name, family in FAMILI
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What the layers of one model may differ in."""
+    """Properties in which the layers of one model may differ."""
 
     window: int | None  # tokens that a query attends to, its own included; None: all up to its own
     rope: Rope | None  # None: queries and keys are not rotated

@@ -36,7 +36,7 @@ class Outcome(enum.Enum):
 
 
 class Item(NamedTuple):
-    """What is judged.  The rule reads reference and completion alone, a user's judge all of it."""
+    """A response to judge.  The rule reads reference and completion alone, a user's judge all fields."""
 
     reference: str
     completion: str

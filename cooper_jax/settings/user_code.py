@@ -1,7 +1,7 @@
 """Functions and classes of the user's own, which flags name as PATH.py:NAME.
 
 1. `read_user_code` reads the file that a flag names.  The text is read once: a file that is edited while a run
-   goes on changes nothing in the run, its worker processes included.
+   continues changes nothing in the run, its worker processes included.
 2. `load_object` imports the text as a module, once per file, and returns the object of that name.
 3. `find_missing_arguments` and `choose_arguments` compare a function's signature with the arguments that the
    caller offers.  A function gets those that it names, or all of them if it takes **kwargs.
