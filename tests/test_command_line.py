@@ -277,3 +277,14 @@ def test_errors_end_a_command_with_a_line_each():
         " --config.stepz",
         " --config.seed=x",
     ]
+
+
+def test_help_may_be_cut_by_its_reader():
+    """As in `train.py --help | head`: the reader closes the pipe before all is written."""
+    command = [sys.executable, str(ROOT / "launch/train.py"), "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait() == 0, errors
+    assert "Traceback" not in errors and "BrokenPipe" not in errors

@@ -390,6 +390,7 @@ def test_progress(tmp_path, stand_in, capsys):
     [
         (["--config=configs/tiny.py", "--arms=rull"], "error: --arms: rull: the arms are rule"),
         (["--config=configs/tiny.py", "--from=x"], "error: --from=x belongs to --report"),
+        (["--config=configs/tiny.py", "--report", "--from=x"], "error: --from=x: there is no such file"),
         (["--config=configs/tiny.py", "--config.seed=3"], "error: --config.seed: it belongs to --seeds"),
         (["--report"], "not the folder of a study"),
     ],
