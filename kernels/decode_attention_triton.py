@@ -261,7 +261,8 @@ def _pad_queries(start: jax.Array | int, size: int) -> MaskedSlice:
     """Slice the `size` queries from `start` on, padded to an extent that Triton's dots accept."""
     # A power of two and at least DOT.
     length = max(DOT, pl.next_power_of_2(size))
-    return MaskedSlice(pl.ds(start, length), jnp.arange(length) < size)
+    # JAX refuses a slice beyond the axis if its start is a Python number; the mask keeps reads and writes inside.
+    return MaskedSlice(pl.ds(jnp.asarray(start, jnp.int32), length), jnp.arange(length) < size)
 
 
 def _view(ref, index):

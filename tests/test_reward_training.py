@@ -413,7 +413,9 @@ def test_the_best_model_has_the_calibration_of_its_held_out_logits(
         assert (
             figures["calibrated_ece"]["value"] == rm_report.compute_metrics(labels[rows], after[rows])["ece"]
         )
-    assert report["groups"]["all"]["figures"]["calibrated_ece"]["value"] == fitted.ece_cross_fitted
+    # Two sums of the same numbers, which differ in the last digit on some machines.
+    ece = report["groups"]["all"]["figures"]["calibrated_ece"]["value"]
+    assert ece == pytest.approx(fitted.ece_cross_fitted, rel=1e-12)
     table = rm_report.format_report_table(report["groups"])
     assert "calibrated accuracy" in table and "calibrated ece" in table
 
