@@ -246,6 +246,18 @@ def test_the_verdicts_that_hosts_exchange_decide(place, monkeypatch):
     assert not any(load_examples(place, **shares).added.values())
 
 
+def test_added_rows_whose_reference_leaves_no_room_are_left_out(place, monkeypatch):
+    """A reference of the user's own file is an error instead, which names its row."""
+    shares = dict(train_rm__other_references=0.1, train_rm__own_references=0.1)
+    plain, data = load_examples(place), load_examples(place, **shares)
+    longest = max(len(t.reference) for t in data.train.triples)
+    monkeypatch.setattr(prompts, "reference_fits", lambda tok, reference, limit: len(reference) < longest)
+    fewer = load_examples(place, **shares)
+    fitting = [t for t in data.train.triples[len(plain.train) :] if len(t.reference) < longest]
+    assert list(fewer.train.triples) == [*plain.train.triples, *fitting]
+    assert len(fitting) == sum(fewer.added.values()) < sum(data.added.values())
+
+
 def test_added_rows_are_counted_by_kind_and_come_last(place):
     shares = dict(train_rm__attacked=0.1, train_rm__other_references=0.1, train_rm__own_references=0.1)
     plain, data = load_examples(place), load_examples(place, **shares)

@@ -26,7 +26,7 @@ import functools
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -79,6 +79,11 @@ class AddedRows:
     def counts(self) -> dict[str, int]:
         """The number of rows of each kind."""
         return {field.name: len(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    def select(self, is_kept: Callable[[Triple], bool]) -> AddedRows:
+        """Return the rows for which `is_kept` is true."""
+        fields = (field.name for field in dataclasses.fields(self))
+        return AddedRows(**{name: tuple(filter(is_kept, getattr(self, name))) for name in fields})
 
 
 def make_added_rows(triples: Sequence[Triple], settings: TrainRmConfig, cfg: ConfigDict) -> AddedRows:

@@ -128,8 +128,10 @@ def load_examples(cfg: ConfigDict, settings: TrainRmConfig, tokenizer: Tokenizer
     _check_labels("held-out", held_out)
 
     # The added rows come last: make_seen_record (best_model.py) relies on that.
-    added = make_added_rows(kept, settings, cfg)
     max_tokens = cfg.reward.max_tokens
+    added = make_added_rows(kept, settings, cfg)
+    # A user can shorten the references of a file, but not those that are made here.
+    added = added.select(lambda t: prompts.reference_fits(tokenizer, t.reference, max_tokens))
     return RewardData(
         train=_tokenize("train_rm.data", [*kept, *added.triples], tokenizer, max_tokens),
         held_out=_tokenize("train_rm.eval_data", held_out, tokenizer, max_tokens),
