@@ -14,6 +14,7 @@ from cooper_jax import statistics
 from cooper_jax.evaluation import attack_jobs, attack_rates, attack_search, judge_comparison
 from cooper_jax.evaluation.evaluated_models import ChosenModels, RewardModel
 from cooper_jax.evaluation.evaluation_ledger import ITEMS, Ledger
+from cooper_jax.reward import reward_hack_texts
 from cooper_jax.reward import reward_hacks as hacks
 from cooper_jax.reward_training import added_rows
 from cooper_jax.runtime import hosts
@@ -192,7 +193,7 @@ def test_rates_by_hand(tmp_path):
     right = [Triple(f"q{i}", "12", f"{i} so \\boxed{{12}}", 1.0, id=f"r{i}") for i in range(2)]
 
     def flattered(t):
-        return any(text in t.completion for text in hacks._FLATTERY)
+        return any(text in t.completion for text in reward_hack_texts.FLATTERY)
 
     models = {
         # It accepts one wrong completion anyway.
@@ -616,7 +617,7 @@ def test_another_wording_of_an_attack_does_not_continue(tmp_path, monkeypatch):
 
     measure()
     measure()
-    transform = hacks._append_one_of([f"{text} " for text in hacks._FLATTERY])
+    transform = hacks._append_one_of([f"{text} " for text in reward_hack_texts.FLATTERY])
     reworded = dataclasses.replace(hacks.ATTACKS["flattery"], transform=transform)
     monkeypatch.setitem(hacks.ATTACKS, "flattery", reworded)
     with pytest.raises(SetupError, match="begun with other settings: attacks.texts was"):
