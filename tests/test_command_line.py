@@ -9,10 +9,16 @@ from absl import flags
 
 from cooper_jax.configs import base, tiny
 from cooper_jax.launch import command_line
+from cooper_jax.model.loading import load_tokenizer
 from cooper_jax.settings import config_files
-from cooper_jax.settings.config_fields import find_nearest, flatten_config, list_fields
+from cooper_jax.settings.config_fields import (
+    describe_unknown_field,
+    find_nearest,
+    flatten_config,
+    list_fields,
+)
 from cooper_jax.settings.renamed_flags import REMOVED, RENAMED_FLAGS, describe_rename
-from cooper_jax.settings.setup_errors import SetupError
+from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer import recipes, setup
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,6 +196,11 @@ def test_a_renamed_flag_leads_to_its_new_name(old, new):
     assert describe_rename(old) == f"is now --config.{new}"
 
 
+def test_a_misspelt_old_name_leads_to_the_new_one():
+    message = describe_unknown_field("reward.gaurd", flatten_config(base.get_config()))
+    assert message.endswith("did you mean --config.reward.guard? It is now --config.reward.answer_required")
+
+
 def test_the_nearest_field():
     names = flatten_config(base.get_config())
     assert find_nearest("policy.clip_hihg", names) == "policy.clip_high"
@@ -288,3 +299,19 @@ def test_help_may_be_cut_by_its_reader():
         errors = process.stderr.read()
         assert process.wait() == 0, errors
     assert "Traceback" not in errors and "BrokenPipe" not in errors
+
+
+def test_a_missing_key_is_reported_without_quotes():
+    with (
+        pytest.raises(SetupError, match=r"^--run_dir=runs/x: no item 'reward'$"),
+        setup_errors("--run_dir=runs/x"),
+    ):
+        raise KeyError("no item 'reward'")
+
+
+def test_missing_weights_are_reported_as_weights(tmp_path):
+    section = base.get_config().policy
+    for field in ("weights", "tokenizer"):
+        section[field] = str(tmp_path / "none")
+        with pytest.raises(SetupError, match=f"^policy.{field}='"):
+            load_tokenizer(section, "policy", tmp_path)

@@ -46,7 +46,8 @@ class Model:
 def load_tokenizer(section: ConfigDict | ModelSource, name: str, run_dir: Directory) -> tokenizers.Tokenizer:
     """Load the tokenizer that `section` names; for random weights, train one on the synthetic corpus."""
     source = section.tokenizer or section.weights
-    with setup_errors(f"{name}.tokenizer={section.tokenizer!r}, {name}.weights={section.weights!r}"):
+    field = "tokenizer" if section.tokenizer else "weights"
+    with setup_errors(f"{name}.{field}={source!r}"):
         if source != "random":
             return tokenizers.load_tokenizer_from(source)
         path = train_tokenizer(section.arch.vocab_size, name, run_dir, None)

@@ -74,8 +74,11 @@ def describe_unknown_field(
     # A known old name explains the error better than a similar new one.
     if (change := describe_rename(field, renamed)) is not None:
         return f"--config.{field} {change}"
-    nearest = find_nearest(field, fields)
+    # A misspelt old name is nearer to that name than to any present one.
+    nearest = find_nearest(field, [*fields, *renamed])
     hint = f"did you mean --config.{nearest}?" if nearest else "--help lists the fields"
+    if nearest and (change := describe_rename(nearest, renamed)) is not None:
+        hint = f"{hint} It {change}"
     return f"--config.{field}: the config does not have this field; {hint}"
 
 

@@ -45,8 +45,11 @@ def setup_errors(what: str) -> Iterator[None]:
             f"{what}: a package is missing or broken: {text} (requirements.txt lists all that is needed)"
         ) from error
     # The classes that file systems, parsers and loaders raise for a bad input.
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise SetupError(f"{what}: {error}") from error
+    except KeyError as error:
+        # Its text would be its argument in quotes.
+        raise SetupError(f"{what}: {error.args[0] if error.args else 'KeyError'}") from error
 
 
 @dataclasses.dataclass
