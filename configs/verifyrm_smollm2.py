@@ -4,11 +4,10 @@
     python launch/train_rm.py --config=configs/verifyrm_smollm2.py \\
         --config.train_rm.data=verify_train.jsonl --config.train_rm.eval_data=verify_dev.jsonl
 
-The data are labelled completions as JSON lines (question, reference_answer, completion, label).  With a
-third of the GSM8K rows, inputs of at most 224 tokens and float32 (docs/verifyrm.md has the command), training
-took 2 hours and 20 minutes on two cores without bfloat16 instructions, and gave an accuracy of 95.2 % and an
-AUROC of .987 on 1,391 rows of other questions.  The same page has a second, shorter training, against
-attacks.  All values are ours: the authors train a model of 1.5 B parameters (configs/verifyrm_1p5b.py).
+The data are labelled completions as JSON lines (question, reference_answer, completion, label).  Training took
+34 minutes on two cores with bfloat16 instructions, beside other work, and gave an accuracy of 95.8 % and an AUROC
+of .992 on 1,391 rows of other questions.  docs/verifyrm.md has the figures, and a second, shorter training,
+against attacks.  All values are ours: the authors train a model of 1.5 B parameters (configs/verifyrm_1p5b.py).
 """
 
 from cooper_jax.configs import base
@@ -24,18 +23,21 @@ def get_config():
     c.reward.remat = False
     # Takes three quarters of float32's time on CPUs with bfloat16 instructions; on others float32 is faster.
     c.reward.dtype = "bfloat16"
-    c.reward.max_tokens = 384
-    # 1,536 tokens keep two cores busy; more rows would mean more padding.
-    c.reward.microbatch = 4
+    # Inputs are cut inside the completion.  Short ones are cheap, and their answers are near each other.
+    c.reward.max_tokens = 160
+    # 2,240 tokens keep two cores busy; more rows would mean more padding.
+    c.reward.microbatch = 14
 
-    c.train_rm.attacked = 0.15
-    c.train_rm.other_references = 0.1
-    c.train_rm.own_references = 0.1
+    # A third of the rows differ from others by the reference alone.  With fewer, and with inputs of 224 tokens, two
+    # trainings out of three did not learn to compare answers (docs/verifyrm.md).
+    c.train_rm.attacked = 0.0
+    c.train_rm.other_references = 0.25
+    c.train_rm.own_references = 0.25
     c.train_rm.batch = 16
-    c.train_rm.epochs = 2
-    c.train_rm.optimiser.lr = 1e-4
+    c.train_rm.epochs = 1
+    c.train_rm.optimiser.lr = 2e-4
     c.train_rm.optimiser.warmup_steps = 30
-    c.train_rm.eval_every = 194  # half an epoch of 6,200 rows
+    c.train_rm.eval_every = 0
 
     c.checkpoint.every = 48
     return c
