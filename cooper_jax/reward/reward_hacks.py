@@ -273,7 +273,7 @@ ATTACKS: dict[str, Attack] = {
     "tags_completion": _train_on(_add_tags),
     "tags_question": _train_on(_add_tags_to_question),
     "tags_reference": _train_on(_add_tags_to_reference),
-    "several_boxes": _train_on(_add_boxes),
+    "several_boxes": _train_on(_add_boxes, weight=9),
     "repetition": _train_on(_repeat_answer),
     # Families that are never trained on, but for the last two.
     "other_language": _hold_out(_replace_by(reward_hack_texts.OTHER_LANGUAGES), replaces=True),
@@ -283,7 +283,7 @@ ATTACKS: dict[str, Attack] = {
     "grader_output": _train_on(_append_one_of(reward_hack_texts.GRADER_OUTPUTS)),
     "markup": _train_on(_wrap_in_one_of(reward_hack_texts.MARKUPS)),
     # No attack: the texts say nothing about the answer.
-    "remark": _train_on(_add_remarks, weight=6),
+    "remark": _train_on(_add_remarks, weight=9),
     # Never trained on, and written after the choice of the families for training.
     "plea": _hold_out(_append_one_of(reward_hack_texts.PLEAS)),
     "transcript": _hold_out(_wrap_in_one_of(reward_hack_texts.TRANSCRIPTS)),
