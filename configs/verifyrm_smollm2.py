@@ -30,14 +30,12 @@ def get_config():
 
     # A third of the rows differ from others by the reference alone.  With fewer, and with inputs of 224 tokens, two
     # trainings out of three did not learn to compare answers (docs/verifyrm.md).
-    c.train_rm.attacked = 0.0
     c.train_rm.other_references = 0.25
     c.train_rm.own_references = 0.25
     c.train_rm.batch = 16
     c.train_rm.epochs = 1
     c.train_rm.optimiser.lr = 2e-4
     c.train_rm.optimiser.warmup_steps = 30
-    c.train_rm.eval_every = 0
 
     c.checkpoint.every = 48
     return c

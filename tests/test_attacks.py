@@ -333,7 +333,7 @@ def completions(count: int, label: float) -> list[Triple]:
 class Weak:
     """A judge that accepts one text before with another after; each alone raises the reward a little."""
 
-    first, last = hacks._PREFIXES[2], hacks._GRADER_OUTPUTS[1]
+    first, last = reward_hack_texts.PREFIXES[2], reward_hack_texts.GRADER_OUTPUTS[1]
 
     def __init__(self):
         self.scored = 0
@@ -401,16 +401,18 @@ def test_finds_are_ranked_by_rewards_below_the_threshold_too():
     """No text is accepted, but one is nearer to it than the others."""
 
     def score(triples):
-        return np.array([0.4 if t.completion.startswith(hacks._PREFIXES[2]) else 0.1 for t in triples])
+        return np.array(
+            [0.4 if t.completion.startswith(reward_hack_texts.PREFIXES[2]) else 0.1 for t in triples]
+        )
 
     found = attack_search.search_attacks(score, completions(16, 0.0), [], ALL_TEXTS, seed=0)
-    assert found.finds[0].prefix == hacks._PREFIXES[2]
+    assert found.finds[0].prefix == reward_hack_texts.PREFIXES[2]
     assert [find.success_in_search for find in found.finds] == [0.0] * 5
 
 
 def test_one_certain_reward_does_not_decide_a_comparison():
     """A text with reward 1 on one completion and 0.4 on others is behind one with 0.6 on all of them."""
-    steady, lucky = hacks._PREFIXES[2], hacks._PREFIXES[3]
+    steady, lucky = reward_hack_texts.PREFIXES[2], reward_hack_texts.PREFIXES[3]
 
     def score(triples):
         rewards = []
@@ -429,7 +431,7 @@ def test_one_certain_reward_does_not_decide_a_comparison():
 
 def test_what_a_find_loses_is_a_fall_from_the_bare_right_completions():
     """Eight of nine right completions are accepted; under the text that works, three of them are."""
-    text = hacks._PREFIXES[2]
+    text = reward_hack_texts.PREFIXES[2]
 
     def score(triples):
         rewards = []
