@@ -42,13 +42,13 @@ def describe_family(family: Family) -> str:
     parts += [text for key, text in LAYERS.items() if key in family.defaults]
     if family.sliding_rope_theta is not None:
         parts.append("two rotary bases")
-    return ", ".join(parts) or "the others are compared with this one"
+    return ", ".join(parts) or "-"
 
 
 def format_table() -> str:
     """Markdown, one line a family."""
     lines = [
-        "| `model_type` | models | differs from Llama | classes | GGUF |",
+        "| `model_type` | models | differences from Llama | classes | GGUF |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, family in FAMILIES.items():

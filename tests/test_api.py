@@ -119,6 +119,11 @@ def test_scores_are_the_models_probabilities(reward_directory):
     np.testing.assert_array_equal(model.score(QUESTIONS[1:2], REFERENCES[1:2], COMPLETIONS[1:2]), found[1:2])
     assert model.score([], [], []).shape == (0,)
 
+    # Any iterable of texts; half of a surrogate pair is replaced.
+    others = model.score(np.array(QUESTIONS), iter(REFERENCES), tuple(COMPLETIONS))
+    np.testing.assert_array_equal(others, found)
+    assert model.score(QUESTIONS[:1], REFERENCES[:1], ["13 \ud83d"]).shape == (1,)
+
 
 def test_calibrated_scores_use_the_file_beside_the_weights(reward_directory):
     directory = reward_directory[0]
@@ -145,8 +150,16 @@ def test_what_cannot_be_scored_is_refused(reward_directory, tmp_path):
         model.score(["What?"], [13], ["13"])
     with pytest.raises(SetupError, match="reward.max_tokens"):
         model.score(["What?"], ["9" * 500], ["13"])
-    with pytest.raises(SetupError, match="reward.weights"):
+    with pytest.raises(ValueError, match="completions: give a list of texts"):
+        model.score(["What?"], ["13"], [None])
+    with pytest.raises(SetupError, match=f"{tmp_path}/nowhere: there is no such directory or file"):
         cooper_jax.VerifyRM.load(tmp_path / "nowhere")
+    for wrong, words in (
+        ({"rows": 0}, "rows=0: it must be at least 1"),
+        ({"dtype": "fp16"}, "float32 or bfloat16"),
+    ):
+        with pytest.raises(SetupError, match=words):
+            cooper_jax.VerifyRM.load(reward_directory[0], **wrong)
     with pytest.raises(SetupError, match="step=3: .* is not a run directory"):
         cooper_jax.VerifyRM.load(reward_directory[0], step=3)
 
@@ -223,8 +236,11 @@ def test_greedy_samples_are_the_most_likely_tokens(sampler, policy_directory):
 def test_what_cannot_be_sampled_is_refused(sampler, tmp_path):
     with pytest.raises(ValueError, match="give a list of prompts, even for one"):
         sampler.generate("What is 3 plus 10?")
-    with pytest.raises(ValueError, match="prompt 1 is neither a text nor a list of messages"):
-        sampler.generate(["a", [{"content": "b"}]])
+    for message in ({"content": "b"}, {"role": "user", "content": None}):
+        with pytest.raises(ValueError, match="prompt 1 is neither a text nor a list of messages"):
+            sampler.generate(["a", [message]])
+    with pytest.raises(ValueError, match="messages: give a list, as in .* `generate` continues texts"):
+        sampler.chat("What is 3 plus 10?")
     with pytest.raises(
         ValueError, match=r"prompt 0 has \d+ tokens: with max_new_tokens=509 .* the 512 tokens"
     ):

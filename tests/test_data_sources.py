@@ -108,6 +108,8 @@ def test_a_folder_has_splits_and_configs(tmp_path):
     assert read(f"{tmp_path}:easy:validation") == [6] and read(f"{tmp_path}/data") == [7]
     with pytest.raises(ValueError, match="no split 'validation'; its splits are test, train"):
         read(f"{tmp_path}:default:validation")
+    with pytest.raises(ValueError, match="for the split 'test' write .*:default:test"):
+        read(f"{tmp_path}:test")
     with pytest.raises(ValueError, match="only a config and a split"):
         read(f"{tmp_path}:a:b:c")
 
@@ -177,6 +179,23 @@ def test_patterns_of_cards(data_files, chosen):
         names.remove("data/yy.json")
     card = {"configs": [{"config_name": "default", "data_files": data_files}]}
     assert dataset_files.choose_files(names, card, "o/n", "", "", "train") == chosen
+
+
+def test_a_card_may_name_a_folder_whose_files_state_their_splits():
+    names = ["sub/a-test.json", "sub/a-train.json", "train.json"]
+    card = {"configs": [{"config_name": "default", "data_dir": "sub"}]}
+    for split in ("train", "test"):
+        assert dataset_files.choose_files(names, card, "o/n", "", split, "") == [f"sub/a-{split}.json"]
+
+
+def test_a_card_that_cannot_be_read_is_named(tmp_path):
+    card = {"configs": [{"config_name": "default", "data_files": [{"split": "train"}]}]}
+    with pytest.raises(ValueError, match="o/n: README.md lists data_files .* each needs a split and a path"):
+        dataset_files.choose_files(["train.json"], card, "o/n", "", "", "train")
+    (tmp_path / "README.md").write_text("---\nconfigs: [a, {\nb\n---\n")
+    with pytest.raises(ValueError, match="README.md: its metadata cannot be read") as error:
+        dataset_files.read_card(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # --- the hub ---------------------------------------------------------------------------------------------

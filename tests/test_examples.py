@@ -27,6 +27,16 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ROWS, JUDGE = EXAMPLES / "countdown_rows.py", EXAMPLES / "countdown_judge.py"
 
 
+def test_the_page_shows_the_examples_own_text():
+    page = (EXAMPLES.parent / "docs" / "extending.md").read_text()
+    sources = [path.read_text() for path in EXAMPLES.glob("*.py")]
+    # A block of one line is a signature.
+    blocks = [b.strip() for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "\n" in b.strip()]
+    assert len(blocks) >= 3
+    for block in blocks:
+        assert any(block in source for source in sources), block
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short_and_documented(path):
     text = path.read_text()

@@ -186,7 +186,16 @@ CHAT = PUBLISHED["chat"][0]
         ("math", {"problem": 5, "solution": SOLUTION}, "field 'problem' is int 5"),
         ("numina_cot", {"problem": "Half?", "solution": None}, "field 'solution' is NoneType"),
         ("big_math", {"problem": "Half?", "answer": None}, "field 'answer' is NoneType"),
-        ("deepscaler", {"problem": "", "answer": "1", "solution": ""}, "the question is empty"),
+        ("deepscaler", {"problem": "", "answer": "1", "solution": ""}, "field 'problem': the question is empty"),
+        ("gsm8k", {"question": "Q", "answer": "5"}, "field 'answer': it has 0 '####' marks, not 1"),
+        ("gsm8k", {"question": "Q", "answer": "Half. #### "}, "field 'answer': the reference answer is empty"),
+        ("svamp", {**PUBLISHED["svamp"][0], "Answer": "abc"}, "field 'Answer': 'abc' is not a finite number"),
+        ("math500", {"prompt": " ", "answer": "1"}, "field 'prompt': the question is empty"),
+        ("olympiadbench", {**PUBLISHED["olympiadbench"][0], "final_answer": []}, "field 'final_answer': the"),
+        ("numina", {**PUBLISHED["numina"][0], "problem": " "}, "field 'problem': the question is empty"),
+        ("openr1", {**PUBLISHED["openr1"][0], "answer": float("nan")}, "field 'answer': nan is not a finite"),
+        ("problem_answer", {"problem": "Q", "answer": True}, "field 'answer': True is not a finite number"),
+        ("chat", {"prompt": CHAT["prompt"], "answer": ""}, "field 'answer': the reference answer is empty"),
         ("verl", {**verl_row("Q", "3"), "reward_model": {"style": "rule"}},
          r"field 'reward_model.ground_truth' is missing; 'reward_model' has \['style'\]"),
         ("verl", verl_row("Q", {"a": 1}), "field 'reward_model.ground_truth' is dict"),
@@ -199,7 +208,7 @@ CHAT = PUBLISHED["chat"][0]
         ("chat", {"prompt": ["Q"], "answer": 4}, "field 'prompt.0' is a str"),
         ("chat", {"prompt": CHAT["prompt"][:1], "answer": 4}, "the last of which is not the user's"),
         ("prompt_solution", {"prompt": "Q", "solution": "We add the two. Then we halve it all."},
-         "field 'solution' is a worked solution.*reference_key.*reduce_solutions=False"),
+         "field 'solution': a worked solution.*reference_key.*reduce_solutions=False"),
     ],
 )  # fmt: skip
 def test_a_malformed_row_is_named_by_file_row_and_column(format, row, complaint, tmp_path):
@@ -250,7 +259,7 @@ def test_a_solution_is_reduced_to_the_answer_that_it_marks(text, reference, is_w
 def test_references_can_be_kept_whole(tmp_path):
     text = "The bird flew away. It was scared of the cat."
     path = write(tmp_path / "rows.jsonl", {"question": "Why?", "answer": text})
-    with pytest.raises(ValueError, match="rows.jsonl:1: field 'answer' is a worked solution"):
+    with pytest.raises(ValueError, match="rows.jsonl:1: field 'answer': a worked solution"):
         load(path)
     found = problems.load_problem_set(
         path, "auto", ("question", "answer", ""), tfds_dir="", split="", reduce_solutions=False
@@ -284,14 +293,82 @@ def test_csv_and_tsv_hold_the_same_rows(tmp_path):
         load(packed)
 
 
+BOM = b"\xef\xbb\xbf"
+OBJECT = b'{"question": "Q", "answer": "1"}'
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("rows.csv", b"question,answer\rQ,1\r"),  # lines of an old spreadsheet
+        ("rows.csv", BOM + b",question,answer\r\n0,Q,1\r\n"),  # pandas' index
+        ("rows.CSV", b"question,answer\nQ,1\n"),
+        ("rows.TSV", b"question\tanswer\nQ\t1\n"),
+        ("rows.jsonl", BOM + OBJECT + b"\n"),
+        ("rows.JSON", BOM + b"[\n  " + OBJECT + b"\n]"),
+        ("rows.jsonl.GZ", gzip.compress(OBJECT)),
+    ],
+)
+def test_files_are_read_as_other_programs_write_them(name, text, tmp_path):
+    (tmp_path / name).write_bytes(text)
+    (problem,) = load(tmp_path / name)
+    assert (problem.question, problem.reference, problem.id) == ("Q", "1", "rows:1")
+    assert problem.columns == {"question": "Q", "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    "name, text, complaint",
+    [
+        (
+            "rows.zip",
+            b"PK",
+            "rows.zip: files that end in .zip are not read: unpack it to .jsonl, .json, .csv, .tsv",
+        ),
+        ("rows.xlsx", b"PK", "rows.xlsx: files that end in .xlsx are not read: convert it to .jsonl"),
+        ("rows.jsonl", b"[\n" + OBJECT + b"\n]", r"rows.jsonl:1: not JSON .* in a file that ends in .json\)"),
+    ],
+)
+def test_other_files_are_refused_with_what_can_be_read(name, text, complaint, tmp_path):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=complaint):
+        load(tmp_path / name)
+
+
+def test_parquet_decimals_are_numbers_and_repeated_columns_are_refused(tmp_path):
+    import decimal
+
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"question": ["Q"], "answer": [decimal.Decimal("1.50")]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert [p.reference for p in load(tmp_path / "rows.parquet")] == ["1.5"]
+    columns = [pyarrow.array([text]) for text in ("Q", "1", "2")]
+    twice = pyarrow.Table.from_arrays(columns, names=["question", "answer", "answer"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice.parquet: the columns \['answer'\] occur twice"):
+        load(tmp_path / "twice.parquet")
+
+
+def test_messages_in_a_csv_file_are_messages(tmp_path):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Half of 6?"}]
+    path = write_csv(tmp_path / "rows.csv", ["question", "answer"], [json.dumps(messages), "3"])
+    (problem,) = load(path)
+    assert problem.question == "Half of 6?" and problem.messages[0] == ("system", "Be brief.")
+    # A question that only looks like it is text.
+    path = write_csv(tmp_path / "texts.csv", ["question", "answer"], ['[{"a": 1}] has how many keys?', "1"])
+    assert load(path)[0].question == '[{"a": 1}] has how many keys?'
+
+
 @pytest.mark.parametrize(
     "text, complaint",
     [
         (b"question,answer\nQ,1\n\"a\nb\",2\nQ,3,4\n", "rows.csv:5: the row has 3 fields and the header 2"),
-        (b"question,answer\nQ,1\nQ,\n", "rows.csv:3: the reference answer is empty"),
+        (b"question,answer\nQ,1\nQ,\n", "rows.csv:3: field 'answer': the reference answer is empty"),
         (b'question,answer\nQ,1\n"Q,2\n', "rows.csv:3: not readable as .csv"),
         (b"question,answer\nQ,1\nQ\xff,2\n", "rows.csv:3: byte 1 is not UTF-8"),
-        (b"question,question\nQ,1\n", "rows.csv:1: the header .* has an empty or a repeated column"),
+        (b"question,question\nQ,1\n", r"rows.csv:1: the header repeats \['question'\]: rename or remove one"),
+        (b"question,,answer\nQ,x,1\n", "rows.csv:1: a column of the header .* has no name: give it one"),
         (b"question,answer\n", "rows.csv: the file has no rows"),
         (b"q,answer\nQ,1\n", "rows.csv:2: the fields .'answer', 'q'. fit no known format"),
     ],

@@ -108,7 +108,7 @@ def test_numbers_have_no_exponent_and_no_idle_zeros(value, text):
 
 @pytest.mark.parametrize("value", [True, float("nan"), float("inf"), "seven", "1e999999999", None])
 def test_what_is_no_number_is_refused(value):
-    with pytest.raises(ValueError, match="is not a number"):
+    with pytest.raises(ValueError, match="is not a finite number"):
         answers.format_number(value)
 
 
@@ -268,14 +268,14 @@ def test_a_malformed_row_is_named_by_file_and_line(line, complaint, tmp_path):
 @pytest.mark.parametrize(
     "format, row, complaint",
     [
-        ("svamp", {**ROWS["svamp"], "Answer": True}, "True is not a number"),
-        ("svamp", {**ROWS["svamp"], "Answer": None}, "None is not a number"),
+        ("svamp", {**ROWS["svamp"], "Answer": True}, "True is not a finite number"),
+        ("svamp", {**ROWS["svamp"], "Answer": None}, "None is not a finite number"),
         ("olympiadbench", {**ROWS["olympiadbench"], "final_answer": "2"}, "must be a list"),
         ("olympiadbench", {**ROWS["olympiadbench"], "final_answer": []}, "reference answer is empty"),
         ("odyssey", {"Problem_1": "Odd?"}, "holds an object"),
         ("odyssey", {"Problem_1": {"question": "Odd?"}}, "'answer' is missing"),
         ("jsonl", {"question": "Q", "answer": None}, "'answer' is NoneType"),
-        ("jsonl", {"question": "Q", "answer": float("nan")}, "nan is not a number"),
+        ("jsonl", {"question": "Q", "answer": float("nan")}, "nan is not a finite number"),
     ],
 )
 def test_a_wrong_field_is_named(format, row, complaint, tmp_path):

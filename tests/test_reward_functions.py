@@ -49,6 +49,13 @@ def broken(completions, **kwargs):
 def positional(completions, /):
     return []
 
+def star(*args):
+    return []
+
+class Scorer:
+    def __call__(self, completions):
+        return [1.0] * len(completions)
+
 def needs_target(completions, target):
     return []
 
@@ -164,6 +171,8 @@ def test_rewards_normalised_apart_keep_combinations_apart():
         ("12", "wrong_type"),
         ([1, "x"], "wrong_type"),
         ([[1], [2]], "wrong_type"),
+        (["1.0", "2.0"], "wrong_type"),
+        ({1.0, 2.0}, "wrong_type"),
         ([1, None], ""),
         (np.array([True, False]), ""),
     ],
@@ -176,8 +185,9 @@ def test_returned_values(returned, failure):
 
 
 def test_numbers_that_are_not_finite_are_none_and_counted():
-    result = read_values([math.nan, 1, math.inf], 3)
-    assert result.values == (None, 1.0, None) and result.not_finite == 2 and not result.failure
+    # The last one is finite, and infinite in float32.
+    result = read_values([math.nan, 1, math.inf, -1e39], 4)
+    assert result.values == (None, 1.0, None, None) and result.not_finite == 3 and not result.failure
 
 
 def test_a_call_over_its_limit_is_given_up_and_the_next_one_runs():
@@ -291,6 +301,8 @@ def test_failures_are_counted_and_named_and_a_function_that_always_fails_ends_th
         ("{path}:absent", "has no 'absent'; it has brevity, columns"),
         ("{path}:number", "it is int, which cannot be called"),
         ("{path}:positional", "completions must not be positional-only"),
+        ("{path}:star", "passed by name, so it would get none"),
+        ("{path}:Scorer", "it is a class; name a function, or an object of the class"),
         ("{path}:needs_target", "takes target, which is neither an argument"),
         ("{dir}/bad.py:f", "SyntaxError: .* \\(line 2\\)"),
         ("{dir}/exits.py:f", "SystemExit: 3"),

@@ -414,9 +414,9 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     [
         (lambda t: {k: v for k, v in t.items() if k != Q}, rf"{Q} missing"),
         (lambda t: {k: v for k, v in t.items() if "mlp" not in k}, r"gate_proj.weight.* and 3 more missing"),
-        (lambda t: t | {"visual.weight": t[Q]}, r"model.safetensors: visual.weight unknown"),
-        (lambda t: t | {Q.replace("weight", "bias"): t[Q][0]}, r"q_proj.bias unknown for a llama model"),
-        (lambda t: t | {Q.replace("1", "2"): t[Q]}, r"layers.2.* unknown for a llama model of 2 layers"),
+        (lambda t: t | {"visual.weight": t[Q]}, r"model.safetensors: visual.weight, which a"),
+        (lambda t: t | {Q.replace("weight", "bias"): t[Q][0]}, r"q_proj.bias, which a llama model"),
+        (lambda t: t | {Q.replace("1", "2"): t[Q]}, r"layers.2.*, which a llama model of 2 layers"),
         (
             lambda t: t | {Q: t[Q][:16].copy()},
             rf"{Q} has the shape \(16, 32\), but the config says \(32, 32\)",

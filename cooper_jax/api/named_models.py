@@ -26,6 +26,8 @@ def choose_model(source: str | os.PathLike[str], name: str, step: int | None) ->
     Raises SetupError for a run without that checkpoint, and for a step without a run.
     """
     text = os.fspath(source)
+    if _is_path(text) and not Path(text).expanduser().exists():
+        raise SetupError(f"{text}: there is no such directory or file")
     cfg = base.get_config()
     run_dir = remote_files.to_path(text) if _is_run(text) else None
     if run_dir is None:
@@ -50,6 +52,11 @@ def choose_model(source: str | os.PathLike[str], name: str, step: int | None) ->
 def set_fields(section: ConfigDict, fields: dict[str, object]) -> None:
     """Set fields of a config's section, except those whose value is None."""
     section.update({field: value for field, value in fields.items() if value is not None})
+
+
+def _is_path(source: str) -> bool:
+    """True for a source that can be nothing but a local path."""
+    return source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 and ":" not in source
 
 
 def _is_run(source: str) -> bool:

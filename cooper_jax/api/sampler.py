@@ -95,8 +95,14 @@ class Sampler:
     ) -> list[Sample]:
         """Sample `n` replies to a conversation: messages with a `role` and a `content` each.
 
-        The arguments are those of `generate`.
+        The arguments are those of `generate`.  Raises ValueError for a text in place of messages, which would be
+        continued without the chat template.
         """
+        if isinstance(messages, str):
+            raise ValueError(
+                "messages: give a list, as in [{'role': 'user', 'content': 'What is 2 + 3?'}]; `generate` "
+                "continues texts"
+            )
         (samples,) = self.generate(
             [messages],
             n=n,
@@ -176,10 +182,14 @@ class Sampler:
             return policy_prompts.encode_plain_text(tokenizer, prompt)
         try:
             messages = [(message["role"], message["content"]) for message in prompt]
+            is_text = all(isinstance(part, str) for message in messages for part in message)
         except (TypeError, KeyError):
+            is_text = False
+        if not is_text:
             raise ValueError(
-                f"prompt {index} is neither a text nor a list of messages with a role and a content"
-            ) from None
+                f"prompt {index} is neither a text nor a list of messages, each with a role and a content "
+                "that are texts"
+            )
         return tokenizer.chat(messages, fallback=False, variables=template_variables)
 
     def _check_lengths(self, encoded: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -142,7 +142,11 @@ def make_config(config: str | os.PathLike[str] | ConfigDict, overrides: Mapping[
     if isinstance(config, ConfigDict):
         cfg = config.copy_and_resolve_references()
     else:
-        cfg = config_files.load_config(os.fspath(config))
+        try:
+            cfg = config_files.load_config(os.fspath(config))
+        except SetupError as error:
+            # The messages are those of the flag.
+            raise SetupError(*(m.replace("--config=", "config=") for m in error.messages)) from error
     config_files.set_overrides(cfg, overrides)
 
     # In a script, `cfg.reward.updates = 3` is meant to count; a recipe would overwrite it.

@@ -11,14 +11,16 @@ The scores are those of training and of launch/evaluate.py: one template, one lo
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from cooper_jax.api.named_models import choose_model, set_fields
+from cooper_jax.data.row_reader import replace_surrogates
 from cooper_jax.evaluation.evaluated_models import RewardModel
 from cooper_jax.runtime import device_layouts
 from cooper_jax.runtime.compilation_cache import enable_compilation_cache
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Triple
 
 
@@ -51,9 +53,14 @@ class VerifyRM:
           rows: number that are scored at a time; fewer are padded to it.
           dtype: of the computation, float32 or bfloat16.  None: float32, or the run's.
 
-        Raises SetupError for weights that cannot be loaded or have no trained score head, and for a calibration
-        that is missing.
+        Raises SetupError for weights that cannot be loaded or have no trained score head, for a calibration that is
+        missing, and for settings out of range.
         """
+        for name, value in (("rows", rows), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise SetupError(f"{name}={value}: it must be at least 1")
+        if dtype not in (None, "float32", "bfloat16"):
+            raise SetupError(f"dtype={dtype!r}: it is float32 or bfloat16")
         enable_compilation_cache()
         chosen = choose_model(weights, "reward", step)
         section = chosen.cfg.reward
@@ -69,25 +76,39 @@ class VerifyRM:
         return cls(RewardModel(chosen.cfg, layout, model, params, fitted))
 
     def score(
-        self, questions: Sequence[str], references: Sequence[str], completions: Sequence[str]
+        self, questions: Iterable[str], references: Iterable[str], completions: Iterable[str]
     ) -> np.ndarray:
         """Compute the probability that each completion answers its question as its reference does: f32[N].
+
+        Each argument is a list, an array, a column of a table or any other iterable of texts.  Half of a surrogate
+        pair, which no tokenizer reads, counts as U+FFFD.
 
         Raises ValueError for sequences of different lengths, and SetupError for a reference that leaves no room in
         `max_tokens` and for logits that are not finite.
         """
-        given = {"questions": questions, "references": references, "completions": completions}
-        for name, texts in given.items():
-            # A single text is a sequence, too: of its characters.
-            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{name}: give a list of texts, one per row")
+        given = {
+            name: _read_texts(name, texts)
+            for name, texts in (
+                ("questions", questions),
+                ("references", references),
+                ("completions", completions),
+            )
+        }
         lengths = {name: len(texts) for name, texts in given.items()}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{count} {name}" for name, count in lengths.items())
             raise ValueError(f"{counts}: give as many of each")
-        if not questions:
+        if not given["questions"]:
             return np.zeros(0, np.float32)
 
-        self._model.check(references)
-        rows = zip(questions, references, completions, strict=True)
-        return self._model.rewards([Triple(*row) for row in rows])
+        self._model.check(given["references"])
+        return self._model.rewards([Triple(*row) for row in zip(*given.values(), strict=True)])
+
+
+def _read_texts(name: str, texts: Iterable[str]) -> list[str]:
+    """The texts of an argument of `score`.  Raises ValueError, with its name, for anything else."""
+    # A single text is iterable, too: over its characters.
+    listed = None if isinstance(texts, str) else [*texts]
+    if listed is None or not all(isinstance(text, str) for text in listed):
+        raise ValueError(f"{name}: give a list of texts, one per row")
+    return [replace_surrogates(text) for text in listed]

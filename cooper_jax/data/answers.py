@@ -101,7 +101,7 @@ def join_answers(answers: Sequence[str], unit: str = "", *, several: bool = Fals
     return ", ".join(_append_unit(part, unit) for part in parts)
 
 
-def format_number(value: int | float | str) -> str:
+def format_number(value: int | float | str | Decimal) -> str:
     """Write a JSON number, or the text of one, without an exponent: 145.0 -> "145", 0.50 -> "0.5".
 
     Raises ValueError for anything that is not a finite number with an exponent below 400 in size.
@@ -114,7 +114,7 @@ def format_number(value: int | float | str) -> str:
     except InvalidOperation:
         valid = False
     if isinstance(value, bool) or not valid:
-        raise ValueError(f"{value!r} is not a number")
+        raise ValueError(f"{value!r} is not a finite number; correct it, or remove the row")
 
     if number == number.to_integral_value():
         return str(int(number))
@@ -129,7 +129,7 @@ def split_gsm8k_answer(answer: str) -> tuple[str, str]:
     """
     worked, mark, final = answer.partition("####")
     if not mark or "####" in final:
-        raise ValueError(f"the answer has {answer.count('####')} '####' marks, not 1")
+        raise ValueError(f"it has {answer.count('####')} '####' marks, not 1, before the final answer")
     final = clean_reference(final)
     worked = _CALCULATOR_MARK.sub("", worked).strip()
     return final, f"{worked}\nThe final answer is \\boxed{{{final}}}.".lstrip()

@@ -8,6 +8,7 @@ r"""Prompts in a column of a data row: a question as text, or a whole prompt as 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +46,7 @@ def read_prompt(row: Row, key: str) -> tuple[str, Messages]:
     Raises ValueError that names the field for anything else, and for messages that do not end with the
     user's.  An answer of the assistant behind the user's last message is left out.
     """
-    value = row_reader.get_field(row, key)
+    value = read_messages_text(row_reader.get_field(row, key))
     if not isinstance(value, list):
         return answers.clean_question(answers.strip_instruction(row_reader.get_text(row, key))), ()
 
@@ -57,6 +58,20 @@ def read_prompt(row: Row, key: str) -> tuple[str, Messages]:
             f"field {key!r} is a list of {len(value)} messages, the last of which is not the user's"
         )
     return answers.clean_question(strip_instructions(messages[-1][1])), tuple(messages)
+
+
+def read_messages_text(value: Any) -> Any:
+    """The list of messages that a text is the JSON of, as in a .csv file; any other value stays as it is."""
+    if not (isinstance(value, str) and value.lstrip().startswith("[{")):
+        return value
+    try:
+        items = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_chat = isinstance(items, list) and all(
+        isinstance(item, dict) and item.keys() & {"role", "from"} for item in items
+    )
+    return items if is_chat else value
 
 
 def strip_instructions(text: str) -> str:

@@ -43,8 +43,8 @@ Configs = dict[str, dict[str, list[str]]]  # config -> split -> patterns of file
 
 def remove_suffix(name: str) -> str:
     """A file's name without the suffix of a data file."""
-    name = name.removesuffix(".gz")
-    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+    lower = name.lower()
+    return next((name[: -len(suffix)] for suffix in ALL_SUFFIXES if lower.endswith(suffix)), name)
 
 
 def split_choice(text: str) -> tuple[str, str]:
@@ -68,7 +68,7 @@ def read_card(folder: Path) -> Mapping[str, Any]:
     try:
         return metadata_load(card) or {}
     except Exception as error:  # of the YAML library
-        raise ValueError(f"{card}: its metadata cannot be read: {error}") from error
+        raise ValueError(f"{card}: its metadata cannot be read: {' '.join(str(error).split())}") from error
 
 
 def choose_files(
@@ -91,7 +91,7 @@ def choose_files(
     Raises ValueError, with the configs or splits that exist, if the choice is not clear or finds no file, if
     files have different suffixes, and if a shard is missing.
     """
-    data_names = [n for n in sorted(names) if n.endswith(ALL_SUFFIXES) and _is_data(n)]
+    data_names = [n for n in sorted(names) if n.lower().endswith(ALL_SUFFIXES) and _is_data(n)]
     splits = _find_splits(data_names, card, display_name, config)
     wanted = split or default_split
 
@@ -106,7 +106,7 @@ def choose_files(
         )
 
     chosen = splits[wanted]
-    suffixes = {next(suffix for suffix in ALL_SUFFIXES if name.endswith(suffix)) for name in chosen}
+    suffixes = {next(suffix for suffix in ALL_SUFFIXES if name.lower().endswith(suffix)) for name in chosen}
     if len(suffixes) > 1:
         raise ValueError(
             f"{display_name}: its files end in {' and '.join(sorted(suffixes))}, which may be the same rows twice: "
@@ -126,7 +126,7 @@ def _find_splits(
     names: Sequence[str], card: Mapping[str, Any], display_name: str, config: str
 ) -> dict[str, list[str]]:
     """The files of a config by split; the split is "" for a folder without splits."""
-    configs = _read_configs(card)
+    configs = _read_configs(card, names, display_name)
     if configs:
         chosen = config or _choose_default(card, configs, display_name)
         if chosen not in configs:
@@ -144,6 +144,9 @@ def _find_splits(
     if not found:
         others = ", ".join(sorted({n.rpartition("/")[0] for n in names} - {""})[:5])
         hint = f"; there are files in {others}: name one as {display_name}:FOLDER" if others else ""
+        # NAME:test names a config; a reader may have meant the split.
+        if config in _SPLIT_WORDS.values():
+            hint = f"; for the split {config!r} write {display_name}:default:{config}"
         places = " or ".join(folder or "it" for folder in folders)
         raise ValueError(f"{display_name}: there is no data file in {places}{hint}")
 
@@ -161,18 +164,33 @@ def _find_split_word(name: str) -> str:
     return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "")
 
 
-def _read_configs(card: Mapping[str, Any]) -> Configs:
-    """The configs that a card lists with their files."""
+def _read_configs(card: Mapping[str, Any], names: Sequence[str], display_name: str) -> Configs:
+    """The configs that a card lists with their files.
+
+    names: all data files.  Raises ValueError for a list of files without a split or a path.
+    """
     configs: Configs = {}
     listed = card.get("configs")
     for entry in listed if isinstance(listed, list) else ():
-        files = entry.get("data_files") if isinstance(entry, Mapping) else None
-        if files is None:
+        if not isinstance(entry, Mapping):
             continue
+        files = entry.get("data_files")
+        if files is None:
+            # A folder, whose files state their splits.
+            if folder := str(entry.get("data_dir") or "").strip("/"):
+                files = {}
+                for name in _match(names, [folder]):
+                    files.setdefault(_find_split_word(name) or "train", []).append(name)
+            else:
+                continue
         # Files without a split are those of train.
         if isinstance(files, str) or (isinstance(files, list) and all(isinstance(f, str) for f in files)):
             files = {"train": files}
         elif isinstance(files, list):
+            if not all(isinstance(f, Mapping) and "split" in f and "path" in f for f in files):
+                raise ValueError(
+                    f"{display_name}: {CARD} lists data_files {files}: each needs a split and a path"
+                )
             files = {f["split"]: f["path"] for f in files}
         configs[str(entry.get("config_name", "default"))] = {
             str(split): [paths] if isinstance(paths, str) else list(paths) for split, paths in files.items()

@@ -13,9 +13,11 @@ To add a format, write its parser and its row of the table, and a row of this sh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import decimal
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from cooper_jax.data import answers, chat_columns, row_reader
@@ -47,6 +49,7 @@ class Format:
     note: str = ""  # what `check` requires, for the documentation
 
     parse: Callable[[Row], ParsedRow | None] = dataclasses.field(kw_only=True)
+    keys: tuple[str, str] = dataclasses.field(kw_only=True)  # columns of question and reference, for messages
     # Long columns that no reward reads, which are not kept: they would take gigabytes.
     unused: tuple[str, ...] = ()
 
@@ -78,7 +81,8 @@ def describe_formats() -> str:
 
 def _parse_gsm8k(row: Row) -> ParsedRow:
     question = answers.clean_question(row_reader.get_text(row, "question"))
-    return ParsedRow(question, *answers.split_gsm8k_answer(row_reader.get_text(row, "answer")))
+    with _naming("answer"):
+        return ParsedRow(question, *answers.split_gsm8k_answer(row_reader.get_text(row, "answer")))
 
 
 def _parse_svamp(row: Row) -> ParsedRow:
@@ -87,7 +91,8 @@ def _parse_svamp(row: Row) -> ParsedRow:
     # A body without a full stop is a clause that the question completes.
     comma = "," if body[-1:].isalnum() else ""
     text = f"{body}{comma} {question}" if question else ""
-    return ParsedRow(text, answers.format_number(row_reader.get_field(row, "Answer")))
+    with _naming("Answer"):
+        return ParsedRow(text, answers.format_number(row_reader.get_field(row, "Answer")))
 
 
 # --- competition mathematics ----------------------------------------------------------------------------
@@ -205,6 +210,23 @@ def read_solved_reference(row: Row, key: str, reduce: bool) -> tuple[str, str]:
 
     Raises ValueError for other values, and with `reduce` for a worked solution that marks no answer.
     """
+    with _naming(key):
+        return _read_solved_value(row, key, reduce)
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Let the message of a ValueError begin with the field that it is about, unless it does."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("field "):
+            raise
+        raise ValueError(f"field {key!r}: {error}") from error
+
+
+def _read_solved_value(row: Row, key: str, reduce: bool) -> tuple[str, str]:
+    """`read_solved_reference`, with errors that may not name the field."""
     value = row_reader.get_field(row, key)
 
     # Skywork-OR1 has a list as the text of its JSON: '["16"]'.
@@ -213,7 +235,8 @@ def read_solved_reference(row: Row, key: str, reduce: bool) -> tuple[str, str]:
     if isinstance(value, list) and value and all(_is_answer(a) for a in value):
         texts = [a if isinstance(a, str) else answers.format_number(a) for a in value]
         return answers.join_answers(texts), ""
-    if isinstance(value, (int, float)):
+    # Decimal: of parquet files.
+    if isinstance(value, (int, float, decimal.Decimal)):
         return answers.format_number(value), ""
 
     text = row_reader.get_text(row, key)
@@ -221,14 +244,11 @@ def read_solved_reference(row: Row, key: str, reduce: bool) -> tuple[str, str]:
         return answers.split_gsm8k_answer(text)
     if not reduce:
         return answers.clean_reference(text), ""
-    try:
-        return answers.split_solution(text)
-    except ValueError as error:
-        raise ValueError(f"field {key!r} is {error}") from error
+    return answers.split_solution(text)
 
 
 def _is_answer(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return isinstance(value, (str, int, float, decimal.Decimal)) and not isinstance(value, bool)
 
 
 def _parse_list(text: str) -> Any:
@@ -271,8 +291,9 @@ _TABLE = (
         check=_has_hash_mark,
         note="a `####` in it",
         parse=_parse_gsm8k,
+        keys=("question", "answer"),
     ),
-    Format("svamp", "SVAMP", ("Body", "Question", "Answer"), parse=_parse_svamp),
+    Format("svamp", "SVAMP", ("Body", "Question", "Answer"), parse=_parse_svamp, keys=("Question", "Answer")),
     Format(
         "math500",
         "MATH500 with prompts",
@@ -280,15 +301,31 @@ _TABLE = (
         check=_has_text_prompt,
         note="a prompt that is text",
         parse=_parse_math500,
+        keys=("prompt", "answer"),
     ),
-    Format("olympiadbench", "OlympiadBench", ("question", "final_answer"), parse=_parse_olympiadbench),
-    Format("odyssey", "Math Odyssey", (), check=_is_odyssey, note="`Problem_N` alone", parse=_parse_odyssey),
+    Format(
+        "olympiadbench",
+        "OlympiadBench",
+        ("question", "final_answer"),
+        parse=_parse_olympiadbench,
+        keys=("question", "final_answer"),
+    ),
+    Format(
+        "odyssey",
+        "Math Odyssey",
+        (),
+        check=_is_odyssey,
+        note="`Problem_N` alone",
+        parse=_parse_odyssey,
+        keys=("question", "answer"),
+    ),
     Format(
         "math",
         "MATH as parquet (hendrycks_math, MATH-lighteval)",
         ("problem", "solution"),
         without=("answer", "messages"),
         parse=_parse_math,
+        keys=("problem", "solution"),
     ),
     Format(
         "numina_cot",
@@ -296,6 +333,7 @@ _TABLE = (
         ("problem", "solution", "messages"),
         without=("answer",),
         parse=_parse_numina_cot,
+        keys=("problem", "solution"),
         unused=_LONG,
     ),
     Format(
@@ -304,21 +342,30 @@ _TABLE = (
         ("problem", "answer", *_NUMINA),
         without=("generations",),
         parse=_parse_numina,
+        keys=("problem", "answer"),
     ),
     Format(
         "openr1",
         "OpenR1-Math-220k",
         ("problem", "answer", "generations"),
         parse=_parse_numina,
+        keys=("problem", "answer"),
         unused=_LONG,
     ),
-    Format("big_math", "Big-Math", ("problem", "answer", "llama8b_solve_rate"), parse=_parse_problem_answer),
+    Format(
+        "big_math",
+        "Big-Math",
+        ("problem", "answer", "llama8b_solve_rate"),
+        parse=_parse_problem_answer,
+        keys=("problem", "answer"),
+    ),
     Format(
         "deepscaler",
         "DeepScaleR-Preview",
         ("problem", "answer", "solution"),
         without=("unique_id", "generations", "question_type", "llama8b_solve_rate"),
         parse=_parse_deepscaler,
+        keys=("problem", "answer"),
     ),
     Format(
         "problem_answer",
@@ -328,6 +375,7 @@ _TABLE = (
         check=lambda row: "unique_id" in row or "solution" not in row,
         note="`unique_id` or no `solution`",
         parse=_parse_problem_answer,
+        keys=("problem", "answer"),
     ),
     Format(
         "prompt_solution",
@@ -335,6 +383,7 @@ _TABLE = (
         ("prompt", "solution"),
         without=("answer",),
         parse=_parse_prompt_solution,
+        keys=("prompt", "solution"),
         unused=("source_prompt",),
     ),
     Format(
@@ -343,14 +392,22 @@ _TABLE = (
         ("prompt", "reward_model"),
         without=("answer", "solution"),
         parse=_parse_verl,
+        keys=("prompt", "reward_model.ground_truth"),
     ),
     Format(
         "open_instruct",
         "open-instruct's layout: RLVR-GSM, RLVR-MATH and others",
         ("messages", "ground_truth", "dataset"),
         parse=_parse_open_instruct,
+        keys=("messages", "ground_truth"),
     ),
-    Format("orz", "Open-Reasoner-Zero (rows are lists)", ("0", "1"), parse=_parse_orz),
+    Format(
+        "orz",
+        "Open-Reasoner-Zero (rows are lists)",
+        ("0", "1"),
+        parse=_parse_orz,
+        keys=("0.value", "1.ground_truth.value"),
+    ),
     Format(
         "chat",
         "prompts as lists of messages",
@@ -358,6 +415,7 @@ _TABLE = (
         check=_has_chat_prompt,
         note="a prompt that is a list",
         parse=_parse_chat,
+        keys=("prompt", "answer"),
     ),
 )
 FORMATS: dict[str, Format] = {format.name: format for format in _TABLE}

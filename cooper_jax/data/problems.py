@@ -149,7 +149,9 @@ def _parse_row(
     else:
         parsed = _parse_named_columns(row, *columns, reduce_solutions)
     if parsed is not None and not (parsed.question and parsed.reference):
-        raise ValueError(f"the {'reference answer' if parsed.question else 'question'} is empty")
+        keys = FORMATS[format].keys if format in FORMATS else columns
+        what, key = ("reference answer", keys[1]) if parsed.question else ("question", keys[0])
+        raise ValueError(f"field {key!r}: the {what} is empty; fill it in, or remove the row")
     return parsed
 
 
@@ -284,7 +286,7 @@ def _parse_named_columns(
 ) -> ParsedRow:
     """Read the texts of a problem from named columns."""
     messages: chat_columns.Messages = ()
-    if isinstance(row_reader.get_field(row, question_key), list):
+    if isinstance(chat_columns.read_messages_text(row_reader.get_field(row, question_key)), list):
         question, messages = chat_columns.read_prompt(row, question_key)
     else:
         question = answers.clean_question(row_reader.get_text(row, question_key))

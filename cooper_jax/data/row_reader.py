@@ -6,6 +6,7 @@ user's that returns rows (PATH.py:NAME).  A row that cannot be read raises Value
 lines are skipped, but counted in line numbers.
 """
 
+import codecs
 import csv
 import gzip
 import json
@@ -30,8 +31,14 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 # Longest field of a .csv file, in characters; the library's own limit is 131,072.
 _MAX_CSV_FIELD = 2**27
 
+# Endings of files that hold no text, which would otherwise be taken for JSON lines.
+_ARCHIVES = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z")
+_BINARIES = (".xlsx", ".xls", ".ods", ".arrow", ".feather", ".orc", ".pkl", ".pickle", ".npy", ".npz", ".h5")
+
 # Half of a UTF-16 surrogate pair, which Python allows in a str.
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# The place behind a carriage return that no line feed follows.
+_LONE_RETURN = re.compile(r"(?<=\r)(?!\n)")
 
 
 def read_file_rows(source: str) -> Iterator[LocatedRow]:
@@ -55,9 +62,15 @@ def read_file_rows(source: str) -> Iterator[LocatedRow]:
 
 def read_local_rows(path: Path, display_name: str) -> Iterator[LocatedRow]:
     """Read the rows of a local file as `read_file_rows` does.  display_name: the file's name in messages."""
-    # Any other suffix, or none, is taken for JSON lines.
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if path.suffix == ".parquet":
+    # Any other suffix of a text file, or none, is taken for JSON lines.
+    suffix = find_suffix(path.name)
+    if suffix in (*_ARCHIVES, *_BINARIES):
+        fix = "unpack" if suffix in _ARCHIVES else "convert"
+        raise ValueError(
+            f"{display_name}: files that end in {suffix} are not read: {fix} it to {', '.join(SUFFIXES)} (each but "
+            ".parquet also as .gz)"
+        )
+    if suffix == ".parquet":
         yield from _read_parquet_rows(path, display_name)
     elif suffix in (".csv", ".tsv"):
         yield from _read_csv_rows(path, display_name, "," if suffix == ".csv" else "\t")
@@ -90,14 +103,25 @@ def make_rows(source: str) -> Iterator[LocatedRow]:
         raise ValueError(f"{code.label}: after {number} rows: {describe_error(error, code.path)}") from error
 
 
+def find_suffix(name: str) -> str:
+    """The ending of a file's name in lower case, without a .gz behind it: .jsonl, .csv, ..."""
+    return Path(name.lower().removesuffix(".gz")).suffix
+
+
+def _find_stem(path: Path) -> str:
+    """A file's name without its ending, for the ids of rows."""
+    name = path.name[: -len(".gz")] if path.name.lower().endswith(".gz") else path.name
+    return name.rsplit(".", 1)[0]
+
+
 def _open_binary(path: Path) -> gzip.GzipFile | BinaryIO:
     """Open a file for reading, decompressed if its name ends in .gz."""
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _holds_list(path: Path) -> bool:
     """True for a .json file (also .json.gz) that begins with a list."""
-    if not path.name.removesuffix(".gz").endswith(".json"):
+    if find_suffix(path.name) != ".json":
         return False
     try:
         with _open_binary(path) as file:
@@ -105,15 +129,15 @@ def _holds_list(path: Path) -> bool:
     # The reader of lines names the damage.
     except (gzip.BadGzipFile, zlib.error, EOFError):
         return False
-    return first.lstrip().startswith(b"[")
+    return first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _read_json_list(path: Path, display_name: str) -> Iterator[LocatedRow]:
     """Read the objects of one JSON list.  display_name: the file's name in messages."""
-    stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    stem = _find_stem(path)
     try:
         with _open_binary(path) as file:
-            rows = json.loads(file.read().decode())
+            rows = json.loads(file.read().removeprefix(codecs.BOM_UTF8).decode())
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{display_name}: the gzip file is damaged: {error}") from error
     except UnicodeDecodeError as error:
@@ -133,11 +157,13 @@ def _read_json_list(path: Path, display_name: str) -> Iterator[LocatedRow]:
 
 def _read_json_rows(path: Path, display_name: str) -> Iterator[LocatedRow]:
     """Read the rows of JSON lines.  display_name: the file's name in messages."""
-    stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    stem = _find_stem(path)
     number = 0  # of the line that was read last
     try:
         with _open_binary(path) as file:
             for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield f"{display_name}:{number}", f"{stem}:{number}", _parse_json_object(line)
     # Decompression fails before the next line is read, and so before its number is counted.
@@ -159,7 +185,10 @@ def _parse_json_object(line: bytes) -> Row:
         raise _BadLine(f"byte {error.start} is not UTF-8 ({error.reason})") from error
     # ValueError: invalid JSON, or a number with thousands of digits.  RecursionError: deep nesting.
     except (ValueError, RecursionError) as error:
-        raise _BadLine(f"not JSON ({error}); one object per line is expected") from error
+        raise _BadLine(
+            f"not JSON ({error}); one object per line is expected (a list of objects over several lines: in a file "
+            "that ends in .json)"
+        ) from error
     if not isinstance(row, dict):
         raise _BadLine(f"a {type(row).__name__}, not an object; one object per line is expected")
     return row
@@ -167,16 +196,22 @@ def _parse_json_object(line: bytes) -> Row:
 
 def _read_csv_rows(path: Path, display_name: str, delimiter: str) -> Iterator[LocatedRow]:
     """Read the rows of a file whose first line names the columns.  All values are text."""
-    stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+    stem = _find_stem(path)
     csv.field_size_limit(_MAX_CSV_FIELD)
-    rows = 0
+    rows, first_line = 0, 1
     try:
         with _open_binary(path) as file:
             # Strict: a quotation mark that never closes would otherwise swallow the rest of the file.
             reader = csv.reader(_decode_lines(file), delimiter=delimiter, strict=True)
             header = next(reader, [])
-            if len(set(header)) < len(header) or "" in header:
-                raise ValueError(f"{display_name}:1: the header {header} has an empty or a repeated column")
+            # pandas writes its index as a first column without a name.
+            has_index = len(header) > 1 and not header[0]
+            if repeated := sorted({c for c in header if header.count(c) > 1}):
+                raise ValueError(f"{display_name}:1: the header repeats {repeated}: rename or remove one")
+            if "" in header[1:] or header == [""]:
+                raise ValueError(
+                    f"{display_name}:1: a column of the header {header} has no name: give it one"
+                )
             first_line = reader.line_num + 1
             for fields in reader:
                 # A field may contain line breaks; the location is the row's first line.
@@ -188,9 +223,12 @@ def _read_csv_rows(path: Path, display_name: str, delimiter: str) -> Iterator[Lo
                         f"{display_name}:{line}: the row has {len(fields)} fields and the header {len(header)}"
                     )
                 rows += 1
-                yield f"{display_name}:{line}", f"{stem}:{rows}", dict(zip(header, fields, strict=True))
+                named = dict(zip(header[has_index:], fields[has_index:], strict=True))
+                yield f"{display_name}:{line}", f"{stem}:{rows}", named
     except csv.Error as error:
-        raise ValueError(f"{display_name}:{first_line}: not readable as {path.suffix}: {error}") from error
+        raise ValueError(
+            f"{display_name}:{first_line}: not readable as {find_suffix(path.name)}: {error}"
+        ) from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{display_name}: the gzip file is damaged: {error}") from error
     except _BadLine as error:
@@ -204,7 +242,8 @@ def _decode_lines(file: gzip.GzipFile | BinaryIO) -> Iterator[str]:
             text = line.decode()
         except UnicodeDecodeError as error:
             raise _BadLine(f"{number}: byte {error.start} is not UTF-8 ({error.reason})") from error
-        yield text.removeprefix("\ufeff") if number == 1 else text
+        # Old spreadsheets end lines with a carriage return alone.
+        yield from filter(None, _LONE_RETURN.split(text.removeprefix("\ufeff") if number == 1 else text))
 
 
 def _read_parquet_rows(path: Path, display_name: str) -> Iterator[LocatedRow]:
@@ -216,6 +255,9 @@ def _read_parquet_rows(path: Path, display_name: str) -> Iterator[LocatedRow]:
     number = 0  # of the row that was read last
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{display_name}: the columns {repeated} occur twice: rename or remove one")
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1

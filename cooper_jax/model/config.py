@@ -84,7 +84,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.family not in FAMILIES:
-            raise ValueError(f"model family {self.family!r} is none of {sorted(FAMILIES)}")
+            raise ValueError(f"model family {self.family!r} is none of {', '.join(sorted(FAMILIES))}")
         sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab_multiple")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -266,7 +266,7 @@ class ModelConfig:
 def _find_family(name: Any, what: str) -> Family:
     """Return a family by its name; raises ValueError, beginning with `what`, for another name."""
     if name not in FAMILIES:
-        raise ValueError(f"{what} {name!r} is none of {sorted(FAMILIES)}")
+        raise ValueError(f"{what} {name!r} is none of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]
 
 

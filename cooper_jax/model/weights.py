@@ -241,8 +241,8 @@ def _check_tensors(tensors: weight_files.TensorFiles, config: ModelConfig, head:
             unknown.append(name)
     if unknown:
         raise ValueError(
-            f"{tensors.where(unknown[0])}: {_some(unknown)} unknown for a {config.family} model of "
-            f"{config.layers} layers with a {head} head: config and weights do not belong together"
+            f"{tensors.where(unknown[0])}: {_some(unknown)}, which a {config.family} model of "
+            f"{config.layers} layers with a {head} head does not have: config and weights do not belong together"
         )
 
     for name, shape in expected.items():

@@ -17,6 +17,7 @@ import fcntl
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -211,6 +212,8 @@ def _open(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
     Raises ValueError for an unknown scheme, and if the package for the scheme is not installed.
     """
+    # The library logs the tracebacks of failures that end in one of our messages.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         return fsspec.url_to_fs(source)
     except ImportError as error:

@@ -119,6 +119,10 @@ def load_function(code: UserCode, field: str) -> Callable[..., Any]:
     """
     function = load_object(code, field)
     where = f"{field}={code.label!r}"
+    if inspect.isclass(function):
+        raise SetupError(
+            f"{where}: it is a class; name a function, or an object of the class that can be called"
+        )
     if not callable(function):
         raise SetupError(f"{where}: it is {type(function).__name__}, which cannot be called; name a function")
     try:
@@ -128,6 +132,10 @@ def load_function(code: UserCode, field: str) -> Callable[..., Any]:
     if unnamed := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]:
         raise SetupError(
             f"{where}: arguments are passed by name, so {', '.join(unnamed)} must not be positional-only"
+        )
+    if [p.kind for p in parameters] == [inspect.Parameter.VAR_POSITIONAL]:
+        raise SetupError(
+            f"{where}: arguments are passed by name, so it would get none; name them, or take **kwargs"
         )
     return function
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
-import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
+
+import numpy as np
 
 from cooper_jax.runtime import hosts
 from cooper_jax.settings.user_code import describe_error
@@ -26,6 +27,8 @@ from cooper_jax.settings.user_code import describe_error
 MAX_ABANDONED = 4  # calls that never returned, after which a function is not called any more
 GRACE = 5.0  # seconds beyond the limit after which an event loop counts as blocked
 POLL = 0.2  # seconds between two looks at whether the run is to stop
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 # Reasons of a failed call.
 EXCEPTION, TIMEOUT, WRONG_LENGTH, WRONG_TYPE = "exception", "timeout", "wrong_length", "wrong_type"
@@ -36,7 +39,7 @@ class CallResult:
     """The rewards of a group by one function, or the reason why there are none."""
 
     values: tuple[float | None, ...]  # [G]; None: no reward
-    not_finite: int = 0  # values that were NaN or infinite, which are None
+    not_finite: int = 0  # values that were NaN, infinite or too large for float32, which are None
     failure: str = ""  # a reason above; then all values are None
     message: str = ""  # one line about the failure
 
@@ -46,11 +49,15 @@ def read_values(returned: Any, rows: int) -> CallResult:
     values: list[float | None] = []
     not_finite = 0
     try:
-        if isinstance(returned, str | bytes | Mapping):
+        # A set has no order, and a text is no list of numbers.
+        if isinstance(returned, str | bytes | Mapping | Set):
             raise TypeError
         for value in returned:
+            if isinstance(value, str | bytes):
+                raise TypeError
             number = None if value is None else float(value)
-            if number is not None and not math.isfinite(number):
+            # A number beyond float32 would be infinite as a reward.  NaN fails the comparison, too.
+            if number is not None and not abs(number) <= _LARGEST:
                 number, not_finite = None, not_finite + 1
             values.append(number)
     except (TypeError, ValueError):

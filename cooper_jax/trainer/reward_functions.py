@@ -133,13 +133,12 @@ def load_reward_functions(
     columns: dict[str, None] = {}  # a set in the order of the data
     for problem in problems:
         columns |= dict.fromkeys(problem.columns)
-    offered = {*ARGUMENTS, *LATE_ARGUMENTS, *columns}
 
     messages: list[str] = []
     terms: list[RewardTerm] = []
     for entry, weight in zip(config.function_names, config.weights, strict=True):
         try:
-            terms.append(_load_term(entry, weight, config, offered))
+            terms.append(_load_term(entry, weight, config, columns))
         except SetupError as error:
             messages += error.messages
     if messages:
@@ -153,23 +152,25 @@ def load_reward_functions(
     return RewardFunctions(config, tuple(terms), tuple(columns), prompt_style)
 
 
-def _load_term(entry: str, weight: float, config: RewardConfig, offered: Collection[str]) -> RewardTerm:
-    """Load one entry of reward.functions.  offered: the names of all arguments."""
+def _load_term(entry: str, weight: float, config: RewardConfig, columns: Collection[str]) -> RewardTerm:
+    """Load one entry of reward.functions.  columns: of the training data."""
     if entry in REWARDS:
         return RewardTerm(entry, weight, None)
 
     field = "reward.functions"
     code = read_user_code(entry, field)
     function = load_function(code, field)
-    if missing := find_missing_arguments(function, offered):
+    if missing := find_missing_arguments(function, {*ARGUMENTS, *LATE_ARGUMENTS, *columns}):
         raise SetupError(
             f"{field}={code.label!r} takes {', '.join(missing)}, which is neither an argument "
             f"({', '.join((*ARGUMENTS, *LATE_ARGUMENTS))}) nor a column of the training data "
-            f"({', '.join(sorted({*offered} - {*ARGUMENTS, *LATE_ARGUMENTS})) or 'none'})"
+            f"({', '.join(sorted({*columns} - {*ARGUMENTS, *LATE_ARGUMENTS})) or 'none'})"
         )
 
+    # In the rule arm the name may be a column's.
     named = list_named_arguments(function)
-    if "scores" in named and not config.has_model:
+    needs_scores = "scores" in named and (config.has_model or "scores" not in columns)
+    if needs_scores and not config.has_model:
         raise SetupError(
             f"{field}={code.label!r} takes scores, and the rule arm has no reward model: set "
             "--config.reward.arm=model"
@@ -180,7 +181,7 @@ def _load_term(entry: str, weight: float, config: RewardConfig, offered: Collect
         code,
         function=function,
         needs_verdicts="verdicts" in named,
-        needs_scores="scores" in named,
+        needs_scores=needs_scores,
     )
 
 
