@@ -205,13 +205,24 @@ def policy_section() -> ConfigDict:
     c = trained_model()
     c.optimiser = optimiser(lr=1e-6, warmup_steps=20)
 
+    # released | grpo | dr_grpo | dapo | gspo | gspo_token | cispo | rloo | reinforce_pp | reinforce_pp_baseline:
+    # sets the fields that cooper_jax/policy/algorithms.py lists; a flag for one of these fields takes precedence
+    c.algorithm = ""
+
     # --- advantages ---
-    c.std_normalise = True  # divide advantages by the group's standard deviation (Dr. GRPO: False)
+    # What is subtracted from a reward: the mean of its group's (group_mean), of the group's others (leave_one_out),
+    # or of the step's (batch_mean)
+    c.baseline = "group_mean"
+    # The standard deviation by which advantages are divided: of the group's rewards (group), of all advantages of
+    # the step (batch), or none
+    c.std = "group"
     c.std_eps = 1e-6  # added to the standard deviation
     c.std_floor = 0.0  # lower bound of the standard deviation
 
     # --- loss ---
+    c.loss = "clip"  # clip (PPO, GRPO) | gspo | gspo_token | cispo; docs/algorithms.md has the equations
     c.aggregation = "token_mean"  # token_mean | sequence_mean | sequence_sum (Dr. GRPO)
+    c.mask_truncated = False  # leave truncated responses out of the loss (DAPO)
     c.clip_low = 0.2  # the probability ratio is clipped below 1 - clip_low
     c.clip_high = 0.2  # the probability ratio is clipped above 1 + clip_high
     c.dual_clip = 3.0  # bound on ratio * |advantage| for negative advantages; 0: off

@@ -150,7 +150,7 @@ def test_a_step_rewards_with_the_reward_model_from_before_its_update(build, monk
     """Logits of 0 to 5 before the update and negative ones after: each row learns from its own of the former."""
     record_requests(monkeypatch)
     noted, updated = [], []
-    with build(**{"policy.std_normalise": False}) as (components, state):
+    with build(**{"policy.std": "none"}) as (components, state):
         components = without_models(components, noted)
         reward = components.reward
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.policy.losses import PolicyConfig, grpo_loss, token_weights
+from cooper_jax.policy.losses import PolicyConfig, policy_loss, token_weights
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params, PolicyBatch, TrainState
@@ -161,7 +161,7 @@ def make_gradients(
 
             row_mask = rows.response_mask
             old = jax.lax.stop_gradient(logprobs) if single_update else rows.old_logprobs
-            loss, sums = grpo_loss(
+            loss, sums = policy_loss(
                 logprobs, old, rows.ref_logprobs, rows.advantages, row_weights, row_mask, cfg
             )
 

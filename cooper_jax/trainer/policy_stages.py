@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cooper_jax.data import packing
-from cooper_jax.policy import grpo
-from cooper_jax.policy.advantages import decoupled_advantages, group_advantages
+from cooper_jax.policy import advantages, grpo
+from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import to_host
@@ -197,18 +197,29 @@ def compute_advantages(
     """
     group_size = settings.rollout.group_size
     options: dict[str, Any] = dict(
-        std_normalise=settings.policy.std_normalise,
+        baseline=settings.policy.baseline,
+        std=settings.policy.std,
         eps=settings.policy.std_eps,
         floor=settings.policy.std_floor,
     )
     if by_name and settings.reward.function_normalise:
         stacked = jnp.asarray(np.stack(list(by_name.values())))
-        advantages, zero_variance_groups = decoupled_advantages(
+        values, zero_variance_groups = advantages.decoupled_advantages(
             stacked, settings.reward.weights, group_size, **options
         )
     else:
-        advantages, zero_variance_groups = group_advantages(jnp.asarray(rewards), group_size, **options)
-    return np.asarray(advantages), float(zero_variance_groups)
+        values, zero_variance_groups = advantages.compute_advantages(
+            jnp.asarray(rewards), group_size, **options
+        )
+    return np.asarray(values), float(zero_variance_groups)
+
+
+def find_excluded(policy: PolicyConfig, completions: Sequence[Completion]) -> np.ndarray:
+    """Find the responses without a part in the policy's loss, bool[N]: truncated ones, with mask_truncated.
+
+    Their rewards still count in the baselines and standard deviations.
+    """
+    return np.array([policy.mask_truncated and completion.truncated for completion in completions])
 
 
 def mask_rows(components: Components, batch: PolicyBatch, masked: np.ndarray) -> PolicyBatch:
