@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cooper_jax.configs import base
+from cooper_jax.configs import base, tiny
 from cooper_jax.policy import losses
 from cooper_jax.policy.advantages import compute_advantages
 from cooper_jax.policy.algorithms import ALGORITHMS
 from cooper_jax.policy.surrogates import SURROGATES
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.policy_stages import find_excluded
+from cooper_jax.trainer.rewards import penalise_length
+from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.types import Completion
 
 GROUP, LONGEST, VOCABULARY = 4, 9, 6
@@ -258,6 +260,17 @@ def test_truncated_responses_are_excluded_with_mask_truncated_alone():
     completions = [Completion("a"), Completion("b", True), Completion("c")]
     assert find_excluded(section(mask_truncated=True), completions).tolist() == [False, True, False]
     assert not find_excluded(section(), completions).any()
+
+
+def test_long_responses_lose_up_to_one():
+    completions = [Completion("x", tokens=n) for n in (1, 12, 14, 16)]
+    np.testing.assert_allclose(penalise_length(completions, 16, 4), [0, 0, -0.5, -1])
+    cfg = tiny.get_config()
+    cfg.reward.overlong_tokens = cfg.rollout.max_new_tokens + 1
+    with pytest.raises(
+        SetupError, match="reward.overlong_tokens=33: it is at most rollout.max_new_tokens=32"
+    ):
+        RunSettings.from_config(cfg)
 
 
 def test_algorithms_set_the_same_fields_and_released_is_the_default():

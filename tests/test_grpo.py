@@ -204,7 +204,9 @@ def test_clipping_by_hand():
     cfg = section(clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.0)
 
     def loss(lp):
-        return losses.policy_loss(lp, zeros, zeros, jnp.array([2.0, -2.0]), mask.astype(jnp.float32), mask, cfg)
+        return losses.policy_loss(
+            lp, zeros, zeros, jnp.array([2.0, -2.0]), mask.astype(jnp.float32), mask, cfg
+        )
 
     value, sums = loss(logprobs)
     # A = 2: .5 and 1 as they are, 1.5 and 4 held at 1.3.  A = -2: .5 held at .8, 1 and 1.5 as they are, 4 at 3.

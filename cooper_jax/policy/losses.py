@@ -61,7 +61,7 @@ class PolicyConfig:
     clip_low: float  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float
     dual_clip: float  # bound on the ratio in the loss of tokens with negative advantages; 0: off
-    kl_coef: float  # weight of the KL term; 0: no KL term
+    kl_coef: float  # weight of the KL term; 0: no KL term and no reference policy
     kl_estimator: str  # one of ESTIMATORS
     kl_clamp: float  # bound of a token's KL estimate; 0: off
 
@@ -89,6 +89,11 @@ class PolicyConfig:
                 "--config.policy.dual_clip=0"
             )
         typed_config.raise_errors(errors)
+
+    @property
+    def has_reference(self) -> bool:
+        """True if the loss has a KL term; without one no reference policy is held."""
+        return self.kl_coef > 0
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> PolicyConfig:
@@ -166,7 +171,7 @@ def policy_loss(
         loss = sum_t w_t (l_t + kl_coef KL_t)
 
     with l_t of SURROGATES[cfg.loss].  With `clip` this is GRPO's loss (arXiv 2402.03300, eq. 3, negated), with
-    PPO's dual clip (Ye et al. 2020, arXiv 1912.09729).  With kl_coef 0 the reference does not enter the loss.
+    PPO's dual clip (Ye et al. 2020, arXiv 1912.09729).  With kl_coef 0 `ref` is not read, and the sums have no kl.
 
     Returns (loss f32[], sums f32[] each).  In the sums, loss and pg_loss are weighted sums over the response
     tokens; kl, ratio_mean, clip_low, clip_high and dual_clip are unweighted sums, which the caller divides by
@@ -185,20 +190,19 @@ def policy_loss(
     bounds = ClipRange(cfg.clip_low, cfg.clip_high, cfg.dual_clip)
     surrogate = SURROGATES[cfg.loss](logprobs, log_ratio, token_advantages, mask, bounds)
 
-    # The KL is computed even with kl_coef 0, as a metric.
-    divergence = kl_estimate(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
-    pg_loss = (weights * surrogate.loss).sum()
-    loss = pg_loss
-    if cfg.kl_coef:
-        loss = loss + cfg.kl_coef * (weights * divergence).sum()
-
     def sum_tokens(values: jax.Array) -> jax.Array:
         return jnp.where(mask, values, 0.0).astype(jnp.float32).sum()
 
-    return loss, {
+    pg_loss = (weights * surrogate.loss).sum()
+    loss, sums = pg_loss, {}
+    if cfg.has_reference:
+        divergence = kl_estimate(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
+        loss = loss + cfg.kl_coef * (weights * divergence).sum()
+        sums["kl"] = sum_tokens(divergence)
+
+    return loss, sums | {
         "loss": loss,
         "pg_loss": pg_loss,
-        "kl": sum_tokens(divergence),
         "ratio_mean": sum_tokens(surrogate.ratio),
         "ratio_min": jnp.where(mask, surrogate.ratio, jnp.inf).min(),
         "ratio_max": jnp.where(mask, surrogate.ratio, -jnp.inf).max(),

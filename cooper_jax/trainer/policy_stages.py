@@ -152,7 +152,8 @@ def compute_logprobs(
     """Pack the policy's batch, with log-probabilities under the reference and under the current policy.
 
     If a step makes a single update, the current policy's log-probabilities are those that the update computes
-    itself.  The forward pass is then skipped, and `old_logprobs` stays zero and unread.
+    itself.  The forward pass is then skipped, and `old_logprobs` stays zero and unread.  So does `ref_logprobs`
+    in a run without a reference.
     """
     layout, reference_layout = components.layout, components.policy.reference_layout
 
@@ -168,22 +169,27 @@ def compute_logprobs(
 
     # The reference is dispatched first.  If it has its own devices, it runs in parallel with the policy's
     # forward pass below, and its inputs and outputs are transferred through the host.
-    if reference_layout == layout:
+    ref_logprobs = None
+    if state.reference is not None:
         reference_inputs = (batch.tokens, batch.valid)
-    else:
-        reference_inputs = reference_layout.put((packed.tokens, packed.valid), "batch")
-    ref_logprobs = components.policy.reference_logprobs(state.reference, *reference_inputs, response_length)
+        if reference_layout != layout:
+            reference_inputs = reference_layout.put((packed.tokens, packed.valid), "batch")
+        ref_logprobs = components.policy.reference_logprobs(
+            state.reference, *reference_inputs, response_length
+        )
 
     if grpo.count_updates(components.settings.policy) > 1:
         old_logprobs = components.policy.logprobs(
             state.policy.params, batch.tokens, batch.valid, response_length
         )
         batch = dataclasses.replace(batch, old_logprobs=old_logprobs)
-    if reference_layout != layout:
-        ref_logprobs = layout.put(hosts.fetch_arrays(ref_logprobs), "batch")
+    if ref_logprobs is not None:
+        if reference_layout != layout:
+            ref_logprobs = layout.put(hosts.fetch_arrays(ref_logprobs), "batch")
+        batch = dataclasses.replace(batch, ref_logprobs=ref_logprobs)
 
     # JAX computes asynchronously: without this wait, the time would be measured in a later phase.
-    return jax.block_until_ready(dataclasses.replace(batch, ref_logprobs=ref_logprobs))
+    return jax.block_until_ready(batch)
 
 
 def compute_advantages(

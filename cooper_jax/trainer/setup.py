@@ -259,7 +259,8 @@ def build_policy_bundle(
     )
 
     with setup_errors("policy"):
-        optimiser = optim.make_optimiser(settings.policy_optimiser)
+        updates = settings.steps * grpo.count_updates(settings.policy)
+        optimiser = optim.make_optimiser(settings.policy_optimiser, updates)
 
         def make_logprobs(model_layout: mesh.Layout) -> LogprobsFunction:
             return grpo.make_logprobs(
@@ -321,7 +322,10 @@ def build_reward_bundle(
         )
 
     with setup_errors("reward"):
-        optimiser = optim.make_optimiser(settings.reward_optimiser)
+        # A step without a valid pair makes no update, so a run may have fewer.
+        section = settings.reward_update
+        updates = section.warmup_updates + settings.steps * section.updates
+        optimiser = optim.make_optimiser(settings.reward_optimiser, updates)
         bundle = RewardBundle(
             model=model,
             layout=layout,
