@@ -152,6 +152,7 @@ def test_long_responses_are_penalised_and_left_out_of_the_loss(build):
     for flags in ({}, {"reward.overlong_tokens": 4, "policy.mask_truncated": True}):
         with build(**{"reward.arm": "rule", "policy.std": "none"} | flags) as (components, state):
             limit = components.settings.rollout.max_new_tokens
+            state = state.replace(reference=state.policy.params)
             _, metrics, record = cooper_step(components, state, PhaseTimer())
             found.append((metrics, record))
     (plain, before), (metrics, after) = found

@@ -170,7 +170,7 @@ def compute_logprobs(
     # The reference is dispatched first.  If it has its own devices, it runs in parallel with the policy's
     # forward pass below, and its inputs and outputs are transferred through the host.
     ref_logprobs = None
-    if state.reference is not None:
+    if components.settings.policy.has_reference:
         reference_inputs = (batch.tokens, batch.valid)
         if reference_layout != layout:
             reference_inputs = reference_layout.put((packed.tokens, packed.valid), "batch")
