@@ -233,6 +233,12 @@ def policy_section() -> ConfigDict:
     c.kl_estimator = "k3"  # k1 | k2 | k3
     c.kl_clamp = 10.0  # bound on the estimate of each token; 0: off
 
+    # --- difference between the sampler's and the learner's log-probabilities (docs/algorithms.md) ---
+    # Importance weights in the loss: none | token | sequence (truncated) | token_mask | sequence_mask; auto: token if
+    # the rollout's weights or cache are not float32, else none
+    c.correction = "auto"
+    c.correction_cap = 2.0  # bound of a weight
+
     # --- updates ---
     c.epochs = 1  # passes over a step's rollouts
     c.minibatches = 1  # optimiser updates per pass

@@ -29,6 +29,7 @@ from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward import labelled_rollouts, verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.rollout import engine, rollout_plan, slots
+from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.runtime import optim
 from cooper_jax.runtime.mesh import abstract_params
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
@@ -312,6 +313,7 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
         update: Any = grpo.make_update(
             job.policy, settings, optimiser, job.layout, temperature=job.cfg.rollout.temperature,
             max_new_tokens=job.cfg.rollout.max_new_tokens,
+            sampler_is_float32=RolloutConfig.from_config(job.cfg.rollout).is_float32,
         )  # fmt: skip
 
     # A minibatch at its full width; the three log-probabilities have the same shape.

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cooper_jax.policy.advantages import BASELINES, STDS
+from cooper_jax.policy.sampler_mismatch import AUTO, CORRECTIONS
 from cooper_jax.policy.surrogates import LOG_RATIO_BOUND, SURROGATES, ClipRange
 from cooper_jax.settings import typed_config
 
@@ -65,6 +66,10 @@ class PolicyConfig:
     kl_estimator: str  # one of ESTIMATORS
     kl_clamp: float  # bound of a token's KL estimate; 0: off
 
+    # Difference between the sampler's and the learner's log-probabilities (sampler_mismatch.py).
+    correction: str  # one of CORRECTIONS, or AUTO
+    correction_cap: float  # bound of an importance weight
+
     def __post_init__(self) -> None:
         errors = [
             *typed_config.find_unknown(self.kl_estimator, "policy.kl_estimator", ESTIMATORS),
@@ -77,6 +82,9 @@ class PolicyConfig:
                 self, "policy", 0, ("clip_low", "clip_high", "kl_coef", "kl_clamp")
             ),
         ]
+        errors += typed_config.find_unknown(self.correction, "policy.correction", (AUTO, *CORRECTIONS))
+        if not self.correction_cap > 1:
+            errors.append(f"policy.correction_cap={self.correction_cap}: it must be above 1")
         # A smaller dual_clip would remove the gradient inside the clip range as well.
         if self.dual_clip and not self.dual_clip > 1.0 + self.clip_high:
             errors.append(
@@ -165,12 +173,13 @@ def policy_loss(
     weights: jax.Array,  # f32[N, T]: from token_weights
     mask: jax.Array,  # bool[N, T]: response tokens
     cfg: PolicyConfig,
+    correction: jax.Array | None = None,  # f32[N, T]: from correction_weights; None: 1
 ) -> tuple[jax.Array, Metrics]:
     """The policy-gradient loss plus the KL penalty, as a weighted sum over tokens.
 
-        loss = sum_t w_t (l_t + kl_coef KL_t)
+        loss = sum_t w_t (c_t l_t + kl_coef KL_t)
 
-    with l_t of SURROGATES[cfg.loss].  With `clip` this is GRPO's loss (arXiv 2402.03300, eq. 3, negated), with
+    with the correction c_t, and l_t of SURROGATES[cfg.loss].  With `clip` this is GRPO's loss (arXiv 2402.03300, eq. 3, negated), with
     PPO's dual clip (Ye et al. 2020, arXiv 1912.09729).  With kl_coef 0 `ref` is not read, and the sums have no kl.
 
     Returns (loss f32[], sums f32[] each).  In the sums, loss and pg_loss are weighted sums over the response
@@ -193,7 +202,8 @@ def policy_loss(
     def sum_tokens(values: jax.Array) -> jax.Array:
         return jnp.where(mask, values, 0.0).astype(jnp.float32).sum()
 
-    pg_loss = (weights * surrogate.loss).sum()
+    pg_weights = weights if correction is None else weights * jnp.where(mask, correction, 0.0)
+    pg_loss = (pg_weights * surrogate.loss).sum()
     loss, sums = pg_loss, {}
     if cfg.has_reference:
         divergence = kl_estimate(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
