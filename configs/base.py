@@ -234,8 +234,8 @@ def policy_section() -> ConfigDict:
     c.kl_clamp = 10.0  # bound on the estimate of each token; 0: off
 
     # --- difference between the sampler's and the learner's log-probabilities (docs/algorithms.md) ---
-    # Importance weights in the loss: none | token | sequence (truncated) | token_mask | sequence_mask; auto: token if
-    # the rollout's weights or cache are not float32, else none
+    # Importance weights in the loss: none | token | sequence (truncated) | token_mask | sequence_mask; auto: token
+    # if the rollout's weights or cache are not float32, else none
     c.correction = "auto"
     c.correction_cap = 2.0  # bound of a weight
 

@@ -179,8 +179,9 @@ def policy_loss(
 
         loss = sum_t w_t (c_t l_t + kl_coef KL_t)
 
-    with the correction c_t, and l_t of SURROGATES[cfg.loss].  With `clip` this is GRPO's loss (arXiv 2402.03300, eq. 3, negated), with
-    PPO's dual clip (Ye et al. 2020, arXiv 1912.09729).  With kl_coef 0 `ref` is not read, and the sums have no kl.
+    with the correction c_t, and l_t of SURROGATES[cfg.loss].  With `clip` this is GRPO's loss (arXiv 2402.03300,
+    eq. 3, negated), with PPO's dual clip (Ye et al. 2020, arXiv 1912.09729).  With kl_coef 0 `ref` is not read,
+    and the sums have no kl.
 
     Returns (loss f32[], sums f32[] each).  In the sums, loss and pg_loss are weighted sums over the response
     tokens; kl, ratio_mean, clip_low, clip_high and dual_clip are unweighted sums, which the caller divides by

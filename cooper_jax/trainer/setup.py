@@ -262,8 +262,8 @@ def build_policy_bundle(
     correction = choose_correction(settings.policy.correction, rollout.is_float32)
     if rollout.kv_dtype == "int8" and correction == "none":
         hosts.print_once(
-            "warning: rollout.kv_dtype=int8 with policy.correction=none: the sampler's distribution differs from the "
-            "one in the loss, and nothing corrects it; leave policy.correction at auto, and watch "
+            "warning: rollout.kv_dtype=int8 with policy.correction=none: the sampler's distribution differs from "
+            "the one in the loss, and nothing corrects it; leave policy.correction at auto, and watch "
             "policy/rollout_mismatch_p99"
         )
 
