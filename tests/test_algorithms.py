@@ -17,6 +17,7 @@ from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.policy_stages import find_excluded
 from cooper_jax.trainer.rewards import penalise_length
 from cooper_jax.trainer.run_settings import RunSettings
+from cooper_jax.trainer.step_metrics import measure_flat_groups
 from cooper_jax.types import Completion
 
 GROUP, LONGEST, VOCABULARY = 4, 9, 6
@@ -292,3 +293,16 @@ def test_algorithms_set_the_same_fields_and_released_is_the_default():
 def test_settings_that_fit_no_algorithm_are_refused(changes, message):
     with pytest.raises(SetupError, match=message):
         section(**changes)
+
+
+def test_the_share_of_advantages_from_nearly_equal_rewards():
+    # Deviations .01 and .5: both groups have the same advantages when divided by their own.
+    rewards = np.array([0.50, 0.51, 0.49, 0.5, 1.0, 0.5, 0.0])
+    assert math.isnan(measure_flat_groups(rewards[3:4], np.zeros(1), 1))
+    rewards = np.array([0.50, 0.51, 0.49, 1.0, 0.5, 0.0])
+    advantages = np.array([0.0, 1, -1, 1, 0, -1])
+    assert measure_flat_groups(rewards, advantages, 3) == 0.5
+    # A masked response has no reward.
+    assert (
+        measure_flat_groups(np.array([np.nan, 0.5, 0.51, 1, 0, 0]), np.array([0, -1, 1, 3.0, 0, 0]), 3) == 0.4
+    )
