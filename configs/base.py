@@ -225,6 +225,9 @@ def policy_section() -> ConfigDict:
     c.loss = "clip"  # clip (PPO, GRPO) | gspo | gspo_token | cispo; docs/algorithms.md has the equations
     c.aggregation = "token_mean"  # token_mean | sequence_mean | sequence_sum (Dr. GRPO)
     c.mask_truncated = False  # leave truncated responses out of the loss (DAPO)
+    # Leave groups whose rewards are all equal out of the loss and its normalisation; they have no advantage, and
+    # otherwise make the other groups' part smaller
+    c.mask_flat_groups = False
     c.clip_low = 0.2  # the probability ratio is clipped below 1 - clip_low
     c.clip_high = 0.2  # the probability ratio is clipped above 1 + clip_high
     c.dual_clip = 3.0  # bound on ratio * |advantage| for negative advantages; 0: off

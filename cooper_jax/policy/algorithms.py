@@ -23,6 +23,7 @@ _RELEASED: dict[str, Any] = {
     "policy.kl_coef": 0.001,
     "policy.kl_estimator": "k3",
     "policy.mask_truncated": False,
+    "policy.mask_flat_groups": False,
 }
 
 # Without a KL term and without a dual clip, as in most of the papers.
@@ -35,9 +36,10 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": _PLAIN | {"policy.aggregation": "sequence_mean", "policy.kl_coef": 0.04},
     # arXiv 2503.20783: neither the length nor the deviation of a group changes its weight.
     "dr_grpo": _PLAIN | {"policy.aggregation": "sequence_sum", "policy.std": "none"},
-    # arXiv 2503.14476, without dynamic sampling: the asymmetric clip, the mean over tokens, no loss on truncated
-    # responses.  Its penalty on long responses is --config.reward.overlong_tokens.
-    "dapo": _PLAIN | {"policy.clip_high": 0.28, "policy.mask_truncated": True},
+    # arXiv 2503.14476: the asymmetric clip, the mean over tokens, no loss on truncated responses.  In place of its
+    # dynamic sampling, groups of equal rewards are left out of the loss, and not replaced by others.  Its penalty on long responses is --config.reward.overlong_tokens.
+    "dapo": _PLAIN
+    | {"policy.clip_high": 0.28, "policy.mask_truncated": True, "policy.mask_flat_groups": True},
     # arXiv 2507.18071: one ratio for each response; the clip range of its section 5.
     "gspo": _PLAIN
     | {

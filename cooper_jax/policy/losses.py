@@ -59,6 +59,7 @@ class PolicyConfig:
     loss: str  # one of SURROGATES (surrogates.py)
     aggregation: str  # one of AGGREGATIONS
     mask_truncated: bool  # truncated responses have no part in the loss
+    mask_flat_groups: bool  # nor have groups without any advantage, in the loss and in its normalisation
     clip_low: float  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float
     dual_clip: float  # bound on the ratio in the loss of tokens with negative advantages; 0: off

@@ -220,12 +220,21 @@ def compute_advantages(
     return np.asarray(values), float(zero_variance_groups)
 
 
-def find_excluded(policy: PolicyConfig, completions: Sequence[Completion]) -> np.ndarray:
-    """Find the responses without a part in the policy's loss, bool[N]: truncated ones, with mask_truncated.
+def find_excluded(
+    policy: PolicyConfig, completions: Sequence[Completion], advantages: np.ndarray, group_size: int
+) -> np.ndarray:
+    """Find the responses without a part in the policy's loss, bool[N].
 
-    Their rewards still count in the baselines and standard deviations.
+    With mask_truncated these are the truncated ones, whose rewards still count in the baselines and standard
+    deviations; with mask_flat_groups, all of a group without any advantage.
+
+    advantages: f32[N].
     """
-    return np.array([policy.mask_truncated and completion.truncated for completion in completions])
+    excluded = np.array([policy.mask_truncated and completion.truncated for completion in completions])
+    if policy.mask_flat_groups:
+        is_flat = (advantages.reshape(-1, group_size) == 0).all(axis=1)
+        excluded |= np.repeat(is_flat, group_size)
+    return excluded
 
 
 def mask_rows(components: Components, batch: PolicyBatch, masked: np.ndarray) -> PolicyBatch:

@@ -70,7 +70,10 @@ def cooper_step(
         settings, rewards.total, rewards.by_name
     )
     policy_batch = policy_stages.mask_rows(
-        components, policy_batch, rewards.masked | policy_stages.find_excluded(settings.policy, completions)
+        components,
+        policy_batch,
+        rewards.masked
+        | policy_stages.find_excluded(settings.policy, completions, advantages, settings.rollout.group_size),
     )
 
     # The last check for a SIGTERM in this step, since the policy's update below donates the input state.
