@@ -183,8 +183,8 @@ def arch() -> ConfigDict:
     return c
 
 
-def optimiser(lr: float, warmup_steps: int) -> ConfigDict:
-    """AdamW with a linear warm-up and then a constant learning rate.
+def optimiser(lr: float, warmup_steps: int, decay: str = "constant") -> ConfigDict:
+    """AdamW with a linear warm-up and then a learning rate that is constant or decays.
 
     Weight decay applies to all parameters, biases and norms included, as in the authors' RL code; their
     VerifyRM training leaves both out.
@@ -192,6 +192,8 @@ def optimiser(lr: float, warmup_steps: int) -> ConfigDict:
     c = ConfigDict()
     c.lr = lr  # learning rate after the warm-up
     c.warmup_steps = warmup_steps  # updates over which the learning rate rises linearly
+    # constant | linear | cosine: how the learning rate falls after the warm-up, to 0 at the run's last update
+    c.decay = decay
     c.b1 = 0.9  # decay of the first moment
     c.b2 = 0.999  # decay of the second moment
     c.eps = 1e-8  # added to the root of the second moment
@@ -205,19 +207,40 @@ def policy_section() -> ConfigDict:
     c = trained_model()
     c.optimiser = optimiser(lr=1e-6, warmup_steps=20)
 
+    # released | grpo | dr_grpo | dapo | gspo | gspo_token | cispo | rloo | reinforce_pp | reinforce_pp_baseline:
+    # sets the fields that cooper_jax/policy/algorithms.py lists; a flag for one of these fields takes precedence
+    c.algorithm = ""
+
     # --- advantages ---
-    c.std_normalise = True  # divide advantages by the group's standard deviation (Dr. GRPO: False)
+    # What is subtracted from a reward: the mean of its group's (group_mean), of the group's others (leave_one_out),
+    # or of the step's (batch_mean)
+    c.baseline = "group_mean"
+    # The standard deviation by which advantages are divided: of the group's rewards (group), of all advantages of
+    # the step (batch), or none
+    c.std = "group"
     c.std_eps = 1e-6  # added to the standard deviation
     c.std_floor = 0.0  # lower bound of the standard deviation
 
     # --- loss ---
+    c.loss = "clip"  # clip (PPO, GRPO) | gspo | gspo_token | cispo; docs/algorithms.md has the equations
     c.aggregation = "token_mean"  # token_mean | sequence_mean | sequence_sum (Dr. GRPO)
+    c.mask_truncated = False  # leave truncated responses out of the loss (DAPO)
+    # Leave groups whose rewards are all equal out of the loss and its normalisation; they have no advantage, and
+    # otherwise make the other groups' part smaller
+    c.mask_flat_groups = False
     c.clip_low = 0.2  # the probability ratio is clipped below 1 - clip_low
     c.clip_high = 0.2  # the probability ratio is clipped above 1 + clip_high
     c.dual_clip = 3.0  # bound on ratio * |advantage| for negative advantages; 0: off
-    c.kl_coef = 0.001  # weight of the KL divergence from the reference, which is the policy at step 0
+    # Weight of the KL divergence from the reference, which is the policy at step 0; 0: no reference is held
+    c.kl_coef = 0.001
     c.kl_estimator = "k3"  # k1 | k2 | k3
     c.kl_clamp = 10.0  # bound on the estimate of each token; 0: off
+
+    # --- difference between the sampler's and the learner's log-probabilities (docs/algorithms.md) ---
+    # Importance weights in the loss: none | token | sequence (truncated) | token_mask | sequence_mask; auto: token
+    # if the rollout's weights or cache are not float32, else none
+    c.correction = "auto"
+    c.correction_cap = 2.0  # bound of a weight
 
     # --- updates ---
     c.epochs = 1  # passes over a step's rollouts
@@ -266,6 +289,10 @@ def reward_section() -> ConfigDict:
     # Rewards sigmoid((z - b) / T), with temperature T and threshold b of calibration.json beside reward.weights;
     # False: sigmoid(z), as in the paper
     c.calibrated = False
+
+    # Tokens before rollout.max_new_tokens in which a response loses up to 1 of its reward, linearly (DAPO's penalty
+    # on long responses, arXiv 2503.14476, eq. 13); 0: no penalty
+    c.overlong_tokens = 0
 
     # --- controls ---
     # Control: reward 1 or 0 where the rule decides (correct, wrong, no answer), and the reward model's score where
@@ -400,8 +427,7 @@ def train_rm_section() -> ConfigDict:
     # --- updates ---
     c.epochs = 3  # passes over the training rows
     c.batch = 256  # largest number of rows per update; an epoch is split into equal parts
-    c.optimiser = optimiser(lr=2e-5, warmup_steps=20)
-    c.decay = "linear"  # decay of the learning rate, to 0 at the end: constant | linear | cosine
+    c.optimiser = optimiser(lr=2e-5, warmup_steps=20, decay="linear")
     # Number of microbatch widths (multiples of data.bucket, chosen for the data).  A microbatch has about as
     # many tokens as reward.microbatch rows of reward.max_tokens, or half as many; each shape is one program.
     c.widths = 6

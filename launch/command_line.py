@@ -282,7 +282,7 @@ def print_help(description: str, own: flags.FlagValues, config_path: str | None,
     # The recipe of a config file changes other fields; the help shows the values that a run would have.
     if config_path != "":
         config = load_config(config_path) if config_path else base.get_config()
-        recipes.apply_recipe(config, ())
+        recipes.apply_presets(config, ())
         blocks.append(_format_fields(list_fields(config), config_path or "configs/base.py", section, width))
     try:
         print("\n\n".join(blocks), flush=True)

@@ -62,7 +62,7 @@ def read_config() -> ConfigDict:
     from cooper_jax.trainer import recipes
 
     cfg = CONFIG.value
-    recipes.apply_recipe(cfg, config_flags.get_override_values(flags.FLAGS[CONFIG.name]))
+    recipes.apply_presets(cfg, config_flags.get_override_values(flags.FLAGS[CONFIG.name]))
     return cfg
 
 

@@ -253,7 +253,7 @@ def test_all_setup_errors_are_reported_at_once(monkeypatch):
     """Settings, choices, the optimiser, the assistant's server and the mesh: nothing is loaded for any of them."""
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     cfg = tiny.get_config()
-    recipes.apply_recipe(cfg, ())
+    recipes.apply_presets(cfg, ())
     cfg.steps, cfg.rollout.top_p = -1, 0.9
     cfg.policy.kl_estimator, cfg.policy.optimiser.lr = "k9", -1.0
     cfg.reward.pair_loss = "hinge"

@@ -11,7 +11,7 @@ import tiny_models
 from cooper_jax.configs import base
 from cooper_jax.model import transformer
 from cooper_jax.policy import grpo, imitation, losses
-from cooper_jax.policy.advantages import group_advantages
+from cooper_jax.policy.advantages import compute_advantages
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import SetupError
@@ -80,9 +80,9 @@ def policy_batch(seed=0):
 # --- advantages --------------------------------------------------------------------------------------
 
 
-def advantages(rewards, group_size, *, std_normalise=True, eps=0.0, floor=0.0):
-    a, share = group_advantages(
-        jnp.asarray(rewards, jnp.float32), group_size, std_normalise=std_normalise, eps=eps, floor=floor
+def advantages(rewards, group_size, *, baseline="group_mean", std="group", eps=0.0, floor=0.0):
+    a, share = compute_advantages(
+        jnp.asarray(rewards, jnp.float32), group_size, baseline=baseline, std=std, eps=eps, floor=floor
     )
     return np.asarray(a), float(share)
 
@@ -95,7 +95,7 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(advantages([1, 2, 3], 3, eps=1.0)[0], [-0.5, 0, 0.5])
     np.testing.assert_allclose(advantages([1, 2, 3], 3, floor=4.0)[0], [-0.25, 0, 0.25])
     np.testing.assert_allclose(advantages([1, 2, 3], 3, floor=0.5)[0], [-1, 0, 1])
-    np.testing.assert_allclose(advantages([0, 0, 3], 3, std_normalise=False)[0], [-1, -1, 2])
+    np.testing.assert_allclose(advantages([0, 0, 3], 3, std="none")[0], [-1, -1, 2])
 
 
 def test_a_group_without_variance_gets_exact_zeros():
@@ -204,7 +204,9 @@ def test_clipping_by_hand():
     cfg = section(clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.0)
 
     def loss(lp):
-        return losses.grpo_loss(lp, zeros, zeros, jnp.array([2.0, -2.0]), mask.astype(jnp.float32), mask, cfg)
+        return losses.policy_loss(
+            lp, zeros, zeros, jnp.array([2.0, -2.0]), mask.astype(jnp.float32), mask, cfg
+        )
 
     value, sums = loss(logprobs)
     # A = 2: .5 and 1 as they are, 1.5 and 4 held at 1.3.  A = -2: .5 held at .8, 1 and 1.5 as they are, 4 at 3.
@@ -225,7 +227,7 @@ def test_a_ratio_beyond_float32_has_a_finite_gradient():
     zeros = jnp.zeros((2, 1))
     for advantage in (1.0, -1.0):
         value, gradient = jax.value_and_grad(
-            lambda lp, a=advantage: losses.grpo_loss(
+            lambda lp, a=advantage: losses.policy_loss(
                 lp, zeros, zeros, jnp.full(2, a), zeros + 1.0, mask, section(dual_clip=0.0)
             )[0]
         )(jnp.array([[200.0], [-200.0]]))
@@ -289,7 +291,7 @@ def test_loss_and_gradient_equal_torch(changes):
         logprobs = jnp.take_along_axis(logprobs, jnp.asarray(targets)[..., None], axis=-1)[..., 0]
         f = [jnp.asarray(x, jnp.float32) for x in (old, ref, adv)]
         m = jnp.asarray(mask)
-        return losses.grpo_loss(logprobs, *f, losses.token_weights(m, cfg.aggregation, 12), m, cfg)
+        return losses.policy_loss(logprobs, *f, losses.token_weights(m, cfg.aggregation, 12), m, cfg)
 
     (loss, sums), gradient = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(logits, jnp.float32))
     np.testing.assert_allclose(loss, expected.item(), atol=1e-5)
@@ -307,7 +309,7 @@ def test_what_the_mask_leaves_out_may_be_anything():
 
     def run(arrays, adv, weights):
         loss = jax.value_and_grad(
-            lambda lp: losses.grpo_loss(lp, *arrays[1:], adv, weights, mask, cfg), has_aux=True
+            lambda lp: losses.policy_loss(lp, *arrays[1:], adv, weights, mask, cfg), has_aux=True
         )
         return loss(arrays[0])
 

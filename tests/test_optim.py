@@ -9,6 +9,7 @@ from tiny_models import one_device
 from cooper_jax.configs import base
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout, ParamSpec
+from cooper_jax.settings.setup_errors import SetupError
 
 RULES = (("batch", ("data", "fsdp")), ("embed", "fsdp"), ("ffn", "tensor"), ("layers", None))
 SPECS = {
@@ -87,6 +88,22 @@ def test_the_rate_warms_up_and_stays():
     rates = [float(opt.schedule(jnp.int32(n))) for n in range(7)]
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
     assert float(optim.make_optimiser(section(lr=0.5, warmup_steps=0)).schedule(jnp.int32(0))) == 0.5
+
+
+def test_rates_fall_to_zero():
+    def rates(decay, warmup):
+        opt = optim.make_optimiser(section(lr=1.0, warmup_steps=warmup, decay=decay), 6)
+        return [float(opt.schedule(jnp.int32(n))) for n in range(7)]
+
+    assert rates("linear", 2) == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+    half = 0.5**0.5
+    cosine = [0.5, 1.0, 1.0, (1 + half) / 2, 0.5, (1 - half) / 2, 0.0]
+    assert rates("cosine", 2) == pytest.approx(cosine, abs=1e-6)
+    assert rates("constant", 0) == [1.0] * 7
+    with pytest.raises(
+        SetupError, match="policy.optimiser.decay='step': it is one of constant, linear, cosine"
+    ):
+        section(decay="step")
 
 
 @pytest.mark.parametrize("change", [dict(lr=-1.0), dict(clip_norm=0.0), dict(b1=1.0), dict(eps=0.0)])

@@ -30,7 +30,7 @@ def get(cfg, name):
 def test_every_recipe_makes_a_config_that_holds_together(name, arm):
     cfg = tiny.get_config().lock()
     cfg.reward.recipe, cfg.reward.arm = name, arm
-    recipes.apply_recipe(cfg, ())
+    recipes.apply_presets(cfg, ())
     RunSettings.from_config(cfg)
     assert cfg.reward.recipe == name
     for field, value in RECIPES[name].items():
@@ -45,10 +45,10 @@ def test_recipes_set_the_same_fields():
 def test_without_a_recipe_nothing_changes():
     cfg = base.get_config()
     before = cfg.to_json()
-    recipes.apply_recipe(cfg, ())
+    recipes.apply_presets(cfg, ())
     assert cfg.to_json() == before
     cfg.reward.recipe = "released"  # the defaults are the authors' code
-    recipes.apply_recipe(cfg, ())
+    recipes.apply_presets(cfg, ())
     cfg.reward.recipe = ""
     assert cfg.to_json() == before
 
@@ -57,7 +57,7 @@ def test_an_unknown_recipe_is_an_error():
     cfg = base.get_config()
     cfg.reward.recipe = "robsut"
     with pytest.raises(SetupError, match="'robsut'; it is one of released, sigmoid, robust"):
-        recipes.apply_recipe(cfg, ())
+        recipes.apply_presets(cfg, ())
 
 
 SAY = """
@@ -170,7 +170,7 @@ def test_whether_the_assistant_is_asked():
 def test_a_run_with_the_released_update_is_told_of_robust(arm, recipe, fields, warned):
     cfg = base.get_config()
     cfg.reward.arm, cfg.reward.recipe = arm, recipe
-    recipes.apply_recipe(cfg, ())
+    recipes.apply_presets(cfg, ())
     cfg.update_from_flattened_dict(fields)
     warning = recipes.warn_about_released_update(cfg)
     assert ("--config.reward.recipe=robust" in warning) is warned

@@ -13,7 +13,7 @@ from tiny_runs import metrics, run, start_hosts, timeless
 from tiny_steps import B, G, begun, config, solved, steps
 
 from cooper_jax.data.policy_prompts import PromptStyle
-from cooper_jax.policy.advantages import decoupled_advantages, group_advantages
+from cooper_jax.policy.advantages import compute_advantages, decoupled_advantages
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import function_runner, reward_functions
@@ -141,14 +141,14 @@ def test_sums_by_hand():
 
 def test_rewards_normalised_apart_keep_combinations_apart():
     """(1, 0) and (0, 1) have one sum; with rewards of other spreads they get other advantages (GDPO)."""
-    options = dict(std_normalise=True, eps=0.0, floor=0.0)
+    options = dict(baseline="group_mean", std="group", eps=0.0, floor=0.0)
     first, second = [1.0, 0, 0, 0], [0, 1.0, 1.0, 0]
     found, zero = decoupled_advantages(jnp.array([first, second]), [1.0, 1.0], 4, **options)
     a, b = (np.array(r) - np.mean(r) for r in (first, second))
     total = a / a.std(ddof=1) + b / b.std(ddof=1)
     np.testing.assert_allclose(found, total / np.sqrt((total**2).sum() / 3), rtol=1e-6)
     assert float(zero) == 0 and found[0] != found[1]
-    summed, _ = group_advantages(jnp.array(first) + jnp.array(second), 4, **options)
+    summed, _ = compute_advantages(jnp.array(first) + jnp.array(second), 4, **options)
     assert summed[0] == summed[1]
 
     # A row without the second reward has the first alone; one without any counts in no statistic.

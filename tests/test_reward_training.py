@@ -169,20 +169,6 @@ def test_microbatches_of_many_widths_make_the_update_of_one_batch(sizes):
     assert accumulator.add._cache_size() == len(used)  # a program a shape
 
 
-def test_rates_fall_to_zero():
-    def rates(decay, warmup):
-        opt = optim.make_optimiser(dataclasses.replace(OPT, lr=1.0, warmup_steps=warmup), decay, 6)
-        return [float(opt.schedule(jnp.int32(n))) for n in range(7)]
-
-    assert rates("linear", 2) == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
-    half = 0.5**0.5
-    cosine = [0.5, 1.0, 1.0, (1 + half) / 2, 0.5, (1 - half) / 2, 0.0]
-    assert rates("cosine", 2) == pytest.approx(cosine, abs=1e-6)
-    assert rates("constant", 0) == [1.0] * 7
-    with pytest.raises(ValueError, match="decay is 'step'; it is one of constant, linear, cosine"):
-        optim.make_optimiser(OPT, "step", 6)
-
-
 # --- order and shapes ---------------------------------------------------------------------------------------
 
 
@@ -701,7 +687,10 @@ BAD = [
     (dict(train_rm__eval_share=1.0), "train_rm.eval_share=1.0"),
     (dict(train_rm__batch=0), "train_rm.batch=0: it must be at least 1"),
     (dict(train_rm__keep_best="f1"), "train_rm.keep_best='f1': it is one of auroc, accuracy, loss"),
-    (dict(train_rm__decay="step"), "train_rm.decay='step': it is one of constant, linear, cosine"),
+    (
+        dict(train_rm__optimiser__decay="step"),
+        "train_rm.optimiser.decay='step': it is one of constant, linear, cosine",
+    ),
     (dict(train_rm__optimiser__lr=-1.0), "train_rm.optimiser.lr=-1.0"),
     (dict(reward__weights=""), "reward.weights is empty"),
     (dict(reward__dtype="float16"), "reward.dtype='float16'"),

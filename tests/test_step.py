@@ -146,11 +146,34 @@ def test_what_the_policy_is_rewarded_with():
     assert named.tolist() == rewards(answer_required=True)
 
 
+def test_long_responses_are_penalised_and_left_out_of_the_loss(build):
+    """The same rollouts with and without DAPO's two settings."""
+    found = []
+    for flags in ({}, {"reward.overlong_tokens": 4, "policy.mask_truncated": True}):
+        with build(**{"reward.arm": "rule", "policy.std": "none"} | flags) as (components, state):
+            limit = components.settings.rollout.max_new_tokens
+            state = state.replace(reference=state.policy.params)
+            _, metrics, record = cooper_step(components, state, PhaseTimer())
+            found.append((metrics, record))
+    (plain, before), (metrics, after) = found
+    assert after.completions == before.completions and any(c.truncated for c in after.completions)
+    penalty = np.array([-min(max(c.tokens - (limit - 4), 0) / 4, 1) for c in after.completions])
+    np.testing.assert_allclose(after.rewards, before.rewards + penalty, atol=1e-6)
+    assert metrics["reward/overlong"] == pytest.approx(penalty.mean()) and penalty.min() == -1
+    assert "reward/overlong" not in plain
+    kept = [not c.truncated for c in after.completions]
+    tokens = sum(c.tokens for c, k in zip(after.completions, kept, strict=True) if k)
+    expected = -sum(
+        a * c.tokens for a, c, k in zip(after.advantages, after.completions, kept, strict=True) if k
+    )
+    assert metrics["policy/pg_loss"] == pytest.approx(expected / max(tokens, 1), abs=1e-6)
+
+
 def test_a_step_rewards_with_the_reward_model_from_before_its_update(build, monkeypatch):
     """Logits of 0 to 5 before the update and negative ones after: each row learns from its own of the former."""
     record_requests(monkeypatch)
     noted, updated = [], []
-    with build(**{"policy.std_normalise": False}) as (components, state):
+    with build(**{"policy.std": "none"}) as (components, state):
         components = without_models(components, noted)
         reward = components.reward
 

@@ -130,7 +130,7 @@ def of_arms(tmp_path_factory) -> dict[str, tuple]:
     """Each arm's study, over flags and the recipe of the config file, and the settings that its run reads."""
     given = ("policy.kl_coef", "steps", "eval.every")
     base = small(policy__kl_coef=0.002)
-    recipes.apply_recipe(base, given)  # as launch/common.py does
+    recipes.apply_presets(base, given)  # as launch/common.py does
     out = tmp_path_factory.mktemp("arms")
     studies = [
         study_plan.Study(out, "configs/tiny.py", base, given, arms.choose_arms([name], (), base), [5])

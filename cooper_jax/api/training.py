@@ -152,5 +152,5 @@ def make_config(config: str | os.PathLike[str] | ConfigDict, overrides: Mapping[
     # In a script, `cfg.reward.updates = 3` is meant to count; a recipe would overwrite it.
     if isinstance(config, ConfigDict) and (messages := recipes.find_contradictions(cfg, overrides)):
         raise SetupError(*messages)
-    recipes.apply_recipe(cfg, overrides)
+    recipes.apply_presets(cfg, overrides)
     return cfg.lock()

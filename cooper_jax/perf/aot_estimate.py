@@ -205,7 +205,8 @@ def list_sizes(
     """
     sizes = resident | {p.makes: result.outputs for p, result in compiled if p.makes}
     # The reference is no program's output.  The compiler pads it as it pads the policy.
-    sizes["reference"] = resident["reference"] * sizes["policy"] // resident["policy"]
+    if "reference" in resident:
+        sizes["reference"] = resident["reference"] * sizes["policy"] // resident["policy"]
     return sizes
 
 

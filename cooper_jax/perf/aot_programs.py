@@ -29,6 +29,7 @@ from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward import labelled_rollouts, verifier_model
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.rollout import engine, rollout_plan, slots
+from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.runtime import optim
 from cooper_jax.runtime.mesh import abstract_params
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
@@ -63,7 +64,9 @@ def list_programs(job: CompileJob) -> list[StepProgram]:
     programs = _list_rollout(job)
     if job.reward is not None:
         programs.append(_make_score(job, job.reward))
-    programs += [_make_logprobs(job), _make_policy_update(job)]
+    logprobs = _make_logprobs(job)
+    programs += [logprobs] if logprobs.times else []
+    programs.append(_make_policy_update(job))
     if job.reward is not None and job.cfg.reward.arm == "cooper":
         programs.append(_make_reward_update(job, job.reward))
     return programs
@@ -72,7 +75,9 @@ def list_programs(job: CompileJob) -> list[StepProgram]:
 def resident_bytes(job: CompileJob) -> dict[str, int]:
     """Count the bytes per device of each tree in ALWAYS, from the arrays' shapes (compilers pad some)."""
     # The policy and the reward model are training states: parameters and the optimiser's moments.
-    trees = {"policy": _make_state(job, "policy", job.policy, "logits")[1], "reference": _policy_params(job)}
+    trees = {"policy": _make_state(job, "policy", job.policy, "logits")[1]}
+    if PolicyConfig.from_config(job.cfg.policy).has_reference:
+        trees["reference"] = _policy_params(job)
     if job.reward is not None:
         trees["reward model"] = _make_state(job, "reward", job.reward, "score")[1]
     return {name: device_bytes(tree) for name, tree in trees.items()}
@@ -272,7 +277,7 @@ def _make_score(job: CompileJob, reward: ModelConfig) -> StepProgram:
 def _make_logprobs(job: CompileJob) -> StepProgram:
     """Make the program of log-probabilities.
 
-    It runs on the reference, and on the policy as well if a step has several updates of the policy.
+    It runs on the reference, if there is one, and on the policy if a step has several updates of the policy.
     With a single update the policy's own log-probabilities come from the update's forward pass.
     """
     settings, (prompt, response) = PolicyConfig.from_config(job.cfg.policy), job.row_tokens
@@ -288,7 +293,7 @@ def _make_logprobs(job: CompileJob) -> StepProgram:
     return StepProgram(
         "logprobs",
         "logprobs",
-        1 if grpo.count_updates(settings) == 1 else 2,
+        settings.has_reference + (grpo.count_updates(settings) > 1),
         lambda outputs: logprobs.lower(_policy_params(job), *inputs, response),
         ALWAYS,
         declared=_policy_costs(job, n, settings.dtype),
@@ -308,6 +313,7 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
         update: Any = grpo.make_update(
             job.policy, settings, optimiser, job.layout, temperature=job.cfg.rollout.temperature,
             max_new_tokens=job.cfg.rollout.max_new_tokens,
+            sampler_is_float32=RolloutConfig.from_config(job.cfg.rollout).is_float32,
         )  # fmt: skip
 
     # A minibatch at its full width; the three log-probabilities have the same shape.

@@ -157,7 +157,7 @@ def _list_passes(job: CompileJob) -> list[tuple[ModelConfig, float]]:
     """
     # The first pass of the policy stands for the reference's log-probabilities.  The reward model's updates
     # are not counted, only its scores.
-    policy_passes = 1 + (3 + job.cfg.policy.remat) * job.cfg.policy.epochs
+    policy_passes = (job.cfg.policy.kl_coef > 0) + (3 + job.cfg.policy.remat) * job.cfg.policy.epochs
     passes = [(job.policy, policy_passes)]
     if job.reward is not None:
         passes.append((job.reward, 1))

@@ -1,66 +1,111 @@
-"""Group advantages: each sample's reward relative to the other samples of the same prompt.
+"""Advantages: each response's reward relative to the other responses of its group, or of the step.
 
 K  rewards   B  prompts   G  samples per prompt   N = B * G  rows, prompt-major
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+# What is subtracted from a reward, and the standard deviation by which the result is divided.
+BASELINES = ("group_mean", "leave_one_out", "batch_mean")
+STDS = ("group", "batch", "none")
 
-def group_advantages(
+
+def compute_advantages(
     rewards: jax.Array,  # f32[N]
     group_size: int,
     *,
-    std_normalise: bool,
+    baseline: str,
+    std: str,
     eps: float,
     floor: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Advantages within each prompt's group, and the share of groups without a learning signal.
+    """Advantages of a step's responses, and the share of groups whose rewards are all equal.
 
-        A_i = (r_i - mean(r)) / (max(std(r), floor) + eps)        GRPO: DeepSeekMath (arXiv 2402.03300), 4.1.2
-        A_i =  r_i - mean(r)                                      std_normalise False: Dr. GRPO (2503.20783)
+        A_i = (r_i - b_i) / (max(d, floor) + eps)
 
-    std is the sample standard deviation (divided by G - 1), as in the released code.  `floor` is a departure:
-    without it sigmoid rewards of .998 and .999 would get advantages as large as rewards of 0 and 1.
+        baseline   group_mean      b_i = mean of the group         GRPO: DeepSeekMath (arXiv 2402.03300), 4.1.2
+                   leave_one_out   b_i = mean of the group's other rewards           RLOO (arXiv 2402.14740)
+                   batch_mean      b = mean of the step's rewards            REINFORCE++ (arXiv 2501.03262)
+        std        group           d = standard deviation of the group's rewards                        GRPO
+                   batch           d = that of r_i - b_i over the step                           REINFORCE++
+                   none            A_i = r_i - b_i                             Dr. GRPO (arXiv 2503.20783), RLOO
 
-    A reward that is not finite is left out of its group's mean and std, and its row gets advantage 0.  A
-    group has zero variance if its finite rewards are all equal or fewer than two (any group if G = 1).  Its
-    advantages are exactly 0, because rounding in the mean is not a signal.
+    Standard deviations are those of samples (divided by n - 1), as in the released code.  `floor` is a
+    departure: without it sigmoid rewards of .998 and .999 would get advantages as large as rewards of 0 and 1.
+
+    A reward that is not finite is left out of all statistics, and its row gets advantage 0.  A group has zero
+    variance if its finite rewards are all equal or fewer than two (any group if G = 1).  With a baseline of the
+    group its advantages are exactly 0, because rounding in the mean is not a signal; with `batch_mean` all
+    advantages are if the whole step has zero variance.
 
     Returns (advantages f32[N], the share of zero-variance groups f32[]).  Raises ValueError if N is not a
-    multiple of the group size.
+    multiple of the group size, and for another baseline or std.
     """
     if group_size < 1 or rewards.shape[0] % group_size:
         raise ValueError(
             f"{rewards.shape[0]} rewards do not split into groups of {group_size}: rows are prompt-major, "
             "rollout.group_size to a prompt"
         )
+    for name, value, allowed in (("baseline", baseline, BASELINES), ("std", std, STDS)):
+        if value not in allowed:
+            raise ValueError(f"policy.{name} is {value!r}; it is one of {', '.join(allowed)}")
 
-    # The mean is over finite rewards only; f32 even if rewards are bf16, since differences can be small.
+    # f32 even if rewards are bf16, since differences can be small.
     grouped = rewards.astype(jnp.float32).reshape(-1, group_size)  # [B, G]
     finite = jnp.isfinite(grouped)
-    grouped = jnp.where(finite, grouped, 0.0)
-    finite_count = finite.sum(axis=1, keepdims=True).astype(jnp.float32)  # [B, 1]
-    mean = grouped.sum(axis=1, keepdims=True) / jnp.maximum(finite_count, 1.0)
-    centred = jnp.where(finite, grouped - mean, 0.0)
+    in_group = _compute_statistics(grouped, finite, axis=1)  # [B, 1] each
+    in_batch = _compute_statistics(grouped, finite, axis=None)  # [1, 1] each
+
+    centred = grouped - (in_batch if baseline == "batch_mean" else in_group).mean
+    if baseline == "leave_one_out":
+        # r_i - (n mean - r_i) / (n - 1) = (r_i - mean) n / (n - 1)
+        centred = centred * in_group.count / jnp.maximum(in_group.count - 1.0, 1.0)
+    centred = jnp.where(finite, centred, 0.0)
+
+    scale = jnp.ones_like(in_group.mean)
+    if std == "group":
+        scale = jnp.maximum(in_group.std, floor) + eps
+    elif std == "batch":
+        # The mean of r_i - b_i over the step is 0 with each of the baselines.
+        deviation = jnp.sqrt((centred**2).sum() / jnp.maximum(in_batch.count - 1.0, 1.0))
+        scale = jnp.maximum(deviation, floor) + eps
+
+    # With eps = floor = 0 the scale of equal rewards is 0: it is replaced before the division.
+    no_signal = (in_batch if baseline == "batch_mean" else in_group).are_equal
+    advantages = jnp.where(no_signal | (scale == 0), 0.0, centred / jnp.where(scale == 0, 1.0, scale))
+    return advantages.reshape(-1), in_group.are_equal.mean(dtype=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Statistics:
+    """Statistics of the finite rewards of each group, [B, 1], or of the whole step, [1, 1]."""
+
+    count: jax.Array
+    mean: jax.Array
+    std: jax.Array  # of samples: divided by count - 1
+    are_equal: jax.Array  # bool: fewer than two different finite rewards
+
+
+def _compute_statistics(grouped: jax.Array, finite: jax.Array, axis: int | None) -> _Statistics:
+    """Statistics of the finite entries of [B, G] over an axis, or over both."""
+
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.where(finite, values, 0.0).sum(axis=axis, keepdims=True)
+
+    count = total(jnp.ones_like(grouped))
+    mean = total(grouped) / jnp.maximum(count, 1.0)
+    std = jnp.sqrt(total((grouped - mean) ** 2) / jnp.maximum(count - 1.0, 1.0))
 
     # Equal rewards are found by comparison, not by std == 0, which rounding in the mean would defeat.
-    lowest = jnp.where(finite, grouped, jnp.inf).min(axis=1, keepdims=True)
-    highest = jnp.where(finite, grouped, -jnp.inf).max(axis=1, keepdims=True)
-    zero_variance = lowest >= highest  # bool[B, 1]; inf >= -inf in a group without a finite reward
-
-    scale = jnp.ones_like(mean)
-    if std_normalise:
-        sum_of_squares = (centred**2).sum(axis=1, keepdims=True)
-        scale = jnp.maximum(jnp.sqrt(sum_of_squares / jnp.maximum(finite_count - 1.0, 1.0)), floor) + eps
-
-    # With eps = floor = 0 the scale of a zero-variance group is 0: it is replaced before the division.
-    advantages = jnp.where(zero_variance, 0.0, centred / jnp.where(zero_variance, 1.0, scale))
-    return advantages.reshape(-1), zero_variance.mean(dtype=jnp.float32)
+    lowest = jnp.where(finite, grouped, jnp.inf).min(axis=axis, keepdims=True)
+    highest = jnp.where(finite, grouped, -jnp.inf).max(axis=axis, keepdims=True)
+    return _Statistics(count, mean, std, lowest >= highest)  # inf >= -inf without a finite reward
 
 
 def decoupled_advantages(
@@ -68,13 +113,14 @@ def decoupled_advantages(
     weights: Sequence[float],  # [K]
     group_size: int,
     *,
-    std_normalise: bool,
+    baseline: str,
+    std: str,
     eps: float,
     floor: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Advantages of several rewards, each normalised within its group, and the share of groups without a signal.
 
-        A_i = sum_k w_k A_ki,   A_ki = (r_ki - mean(r_k)) / (max(std(r_k), floor) + eps)
+        A_i = sum_k w_k A_ki,   A_ki as in `compute_advantages`, within each group
         and all of them divided by their standard deviation over the step + eps         GDPO (arXiv 2601.05242)
 
     A sum that is normalised afterwards makes different combinations of rewards equal: (1, 0) and (0, 1) have
@@ -83,18 +129,18 @@ def decoupled_advantages(
     A reward that is not finite is left out of its group's statistics and adds nothing to its row's advantage;
     rows without any finite reward do not count in the standard deviation over the step.
 
-    Returns and raises as `group_advantages`.
+    Returns and raises as `compute_advantages`.
     """
     total = jnp.zeros(rewards.shape[1:], jnp.float32)
     for reward, weight in zip(rewards, weights, strict=True):
-        advantages, _ = group_advantages(
-            reward, group_size, std_normalise=std_normalise, eps=eps, floor=floor
+        advantages, _ = compute_advantages(
+            reward, group_size, baseline=baseline, std=std, eps=eps, floor=floor
         )
         total = total + weight * advantages
 
     # The sample standard deviation, as within groups.
     counted = jnp.isfinite(rewards).any(axis=0)
     count = counted.sum().astype(jnp.float32)
-    std = jnp.sqrt(jnp.where(counted, total**2, 0.0).sum() / jnp.maximum(count - 1.0, 1.0))
+    deviation = jnp.sqrt(jnp.where(counted, total**2, 0.0).sum() / jnp.maximum(count - 1.0, 1.0))
     zero_variance = (total.reshape(-1, group_size) == 0).all(axis=1)
-    return jnp.where(std > 0, total / (std + eps), 0.0), zero_variance.mean(dtype=jnp.float32)
+    return jnp.where(deviation > 0, total / (deviation + eps), 0.0), zero_variance.mean(dtype=jnp.float32)

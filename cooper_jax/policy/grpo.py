@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.policy.losses import PolicyConfig, grpo_loss, token_weights
+from cooper_jax.policy import sampler_mismatch
+from cooper_jax.policy.losses import PolicyConfig, policy_loss, token_weights
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params, PolicyBatch, TrainState
@@ -30,6 +31,9 @@ from cooper_jax.types import Params, PolicyBatch, TrainState
 METRIC_REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "ratio_min": jnp.min,
     "ratio_max": jnp.max,
+    "rollout_mismatch_max": jnp.max,
+    "rollout_ratio_min": jnp.min,
+    "rollout_ratio_max": jnp.max,
     "skipped": jnp.sum,
 }
 
@@ -128,6 +132,7 @@ def make_gradients(
     *,
     temperature: float,
     max_new_tokens: int,
+    sampler_is_float32: bool = True,
 ) -> Callable[[Params, PolicyBatch], tuple[jax.Array, Params, Metrics]]:
     """A function (params, minibatch) -> (loss f32[], gradients, metrics f32[] each), to be called inside jit.
 
@@ -136,6 +141,7 @@ def make_gradients(
     is not read.
     """
     dtype = jnp.dtype(cfg.dtype)
+    method = sampler_mismatch.choose_correction(cfg.correction, sampler_is_float32)
     single_update = count_updates(cfg) == 1
     shardings = mesh.make_shardings(layout, transformer.param_specs(model_config, head="logits"))
 
@@ -161,15 +167,20 @@ def make_gradients(
 
             row_mask = rows.response_mask
             old = jax.lax.stop_gradient(logprobs) if single_update else rows.old_logprobs
-            loss, sums = grpo_loss(
-                logprobs, old, rows.ref_logprobs, rows.advantages, row_weights, row_mask, cfg
+            # A growing mismatch means that the rollout engine samples from another policy.
+            mismatch = old - rows.rollout_logprobs
+            correction = None
+            if method != "none":
+                correction = sampler_mismatch.correction_weights(
+                    mismatch, row_mask, method, cfg.correction_cap
+                )
+            loss, sums = policy_loss(
+                logprobs, old, rows.ref_logprobs, rows.advantages, row_weights, row_mask, cfg, correction
             )
-
-            # Metrics only.  A growing mismatch means that the rollout engine samples from another policy.
-            mismatch = jnp.abs(old - rows.rollout_logprobs)
+            if correction is not None:
+                sums["correction"] = correction.sum()
             sums["entropy"] = jnp.where(row_mask, entropy, 0.0).sum()
-            sums["rollout_mismatch"] = jnp.where(row_mask, mismatch, 0.0).sum()
-            return loss, sums
+            return loss, sums | sampler_mismatch.measure_mismatch(mismatch, row_mask)
 
         loss, grads, sums = optim.accumulate_gradients(
             loss_fn, params, (batch, weights), cfg.microbatch, layout, shardings
@@ -185,7 +196,7 @@ def _reduce_metrics(sums: Metrics, mask: jax.Array, advantages: jax.Array) -> Me
     used_rows = mask.any(axis=1)  # bool[N]: False at padding rows
     row_count = jnp.maximum(used_rows.sum(), 1).astype(jnp.float32)
 
-    metrics = {}
+    metrics = sampler_mismatch.reduce_mismatch(sums, tokens)
     for name, values in sums.items():
         if name in ("loss", "pg_loss"):
             # The token weights are normalised over the minibatch already.
@@ -211,6 +222,7 @@ def make_update(
     *,
     temperature: float,
     max_new_tokens: int,
+    sampler_is_float32: bool = True,
 ) -> Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]]:
     """The jitted function (state, minibatch) -> (state, metrics); the input state is donated.
 
@@ -218,14 +230,20 @@ def make_update(
 
     Args:
       temperature, max_new_tokens: those of the rollout.
+      sampler_is_float32: whether its weights and its cache are; read with policy.correction=auto.
 
     Metrics, f32[] each: loss, pg_loss, kl and entropy (nats per token), clip_low, clip_high and dual_clip
-    (shares of tokens), ratio_mean, ratio_min, ratio_max, rollout_mismatch (mean absolute difference between
-    the old log-probabilities and the sampler's), advantage_mean, advantage_abs, and `optim.apply_update`'s
+    (shares of tokens), ratio_mean, ratio_min, ratio_max, those of `reduce_mismatch`, correction (the mean weight,
+    if there are weights), advantage_mean, advantage_abs, and `optim.apply_update`'s
     grad_norm, lr and skipped.
     """
     gradients = make_gradients(
-        model_config, cfg, layout, temperature=temperature, max_new_tokens=max_new_tokens
+        model_config,
+        cfg,
+        layout,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        sampler_is_float32=sampler_is_float32,
     )
 
     def update(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Metrics]:

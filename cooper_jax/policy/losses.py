@@ -1,8 +1,9 @@
-"""GRPO's loss as pure functions of log-probabilities: the clipped surrogate plus a KL penalty.
+"""The policy's loss as pure functions of log-probabilities: a policy-gradient loss plus a KL penalty.
 
 1. `token_weights` computes each response token's weight in the loss, normalised over the whole minibatch.
 2. `kl_estimate` estimates the KL divergence from the reference at each token.
-3. `grpo_loss` combines them into a weighted sum, so the losses of microbatches add up to the minibatch's.
+3. `policy_loss` combines them with one of the losses per token (surrogates.py) into a weighted sum, so the
+   losses of microbatches add up to the minibatch's.
 
 Values outside the response mask are removed by `where`, not multiplied by 0, so a NaN at such a position
 reaches neither the loss nor a gradient.
@@ -20,14 +21,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from cooper_jax.policy.advantages import BASELINES, STDS
+from cooper_jax.policy.sampler_mismatch import AUTO, CORRECTIONS
+from cooper_jax.policy.surrogates import LOG_RATIO_BOUND, SURROGATES, ClipRange
 from cooper_jax.settings import typed_config
 
 ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
-
-# Log-ratios are clipped to +-20, far beyond every clip range.  Without a bound exp overflows in f32 above 88,
-# and the backward pass multiplies inf by 0.
-LOG_RATIO_BOUND = 20.0
 
 Metrics = dict[str, jax.Array]
 
@@ -45,36 +45,64 @@ class PolicyConfig:
     epochs: int  # passes over a step's rollouts
     minibatches: int  # optimiser updates per pass
 
+    algorithm: (
+        str  # a name in ALGORITHMS (algorithms.py), or ""; its values have been written into the config
+    )
+
     # Advantages (advantages.py).
-    std_normalise: bool  # divide advantages by the group's standard deviation
+    baseline: str  # what is subtracted from a reward: one of BASELINES
+    std: str  # the standard deviation by which advantages are divided: one of STDS
     std_eps: float  # added to the standard deviation
     std_floor: float  # smaller standard deviations are replaced by this one before the division
 
     # Loss.
+    loss: str  # one of SURROGATES (surrogates.py)
     aggregation: str  # one of AGGREGATIONS
+    mask_truncated: bool  # truncated responses have no part in the loss
+    mask_flat_groups: bool  # nor have groups without any advantage, in the loss and in its normalisation
     clip_low: float  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float
     dual_clip: float  # bound on the ratio in the loss of tokens with negative advantages; 0: off
-    kl_coef: float  # weight of the KL term; 0: no KL term
+    kl_coef: float  # weight of the KL term; 0: no KL term and no reference policy
     kl_estimator: str  # one of ESTIMATORS
     kl_clamp: float  # bound of a token's KL estimate; 0: off
+
+    # Difference between the sampler's and the learner's log-probabilities (sampler_mismatch.py).
+    correction: str  # one of CORRECTIONS, or AUTO
+    correction_cap: float  # bound of an importance weight
 
     def __post_init__(self) -> None:
         errors = [
             *typed_config.find_unknown(self.kl_estimator, "policy.kl_estimator", ESTIMATORS),
             *typed_config.find_unknown(self.aggregation, "policy.aggregation", AGGREGATIONS),
+            *typed_config.find_unknown(self.loss, "policy.loss", SURROGATES),
+            *typed_config.find_unknown(self.baseline, "policy.baseline", BASELINES),
+            *typed_config.find_unknown(self.std, "policy.std", STDS),
             *typed_config.find_below_minimum(self, "policy", 1, ("epochs", "minibatches", "microbatch")),
             *typed_config.find_below_minimum(
                 self, "policy", 0, ("clip_low", "clip_high", "kl_coef", "kl_clamp")
             ),
         ]
+        errors += typed_config.find_unknown(self.correction, "policy.correction", (AUTO, *CORRECTIONS))
+        if not self.correction_cap > 1:
+            errors.append(f"policy.correction_cap={self.correction_cap}: it must be above 1")
         # A smaller dual_clip would remove the gradient inside the clip range as well.
         if self.dual_clip and not self.dual_clip > 1.0 + self.clip_high:
             errors.append(
                 f"policy.dual_clip={self.dual_clip}: it must exceed 1 + policy.clip_high = "
                 f"{1.0 + self.clip_high}, or be 0 (off)"
             )
+        if self.dual_clip and self.loss == "cispo":
+            errors.append(
+                f"policy.dual_clip={self.dual_clip}: cispo clips its weights at both signs of the advantage; set "
+                "--config.policy.dual_clip=0"
+            )
         typed_config.raise_errors(errors)
+
+    @property
+    def has_reference(self) -> bool:
+        """True if the loss has a KL term; without one no reference policy is held."""
+        return self.kl_coef > 0
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> PolicyConfig:
@@ -138,7 +166,7 @@ def token_weights(mask: jax.Array, aggregation: str, max_new_tokens: int) -> jax
     raise ValueError(f"policy.aggregation is {aggregation!r}; it is one of {', '.join(AGGREGATIONS)}")
 
 
-def grpo_loss(
+def policy_loss(
     logprobs: jax.Array,  # f32[N, T]: under the policy; the only argument that is differentiated
     old: jax.Array,  # f32[N, T]: under the policy before the step's first update
     ref: jax.Array,  # f32[N, T]: under the reference
@@ -146,20 +174,20 @@ def grpo_loss(
     weights: jax.Array,  # f32[N, T]: from token_weights
     mask: jax.Array,  # bool[N, T]: response tokens
     cfg: PolicyConfig,
+    correction: jax.Array | None = None,  # f32[N, T]: from correction_weights; None: 1
 ) -> tuple[jax.Array, Metrics]:
-    """The clipped surrogate plus the KL penalty, as a weighted sum over tokens.
+    """The policy-gradient loss plus the KL penalty, as a weighted sum over tokens.
 
-        r_t  = exp(log pi(y_t) - log pi_old(y_t))
-        l_t  = max(-A r_t, -A clip(r_t, 1 - clip_low, 1 + clip_high))
-        l_t  = min(l_t, -A dual_clip)   where A < 0      (PPO's dual clip: Ye et al. 2020, arXiv 1912.09729)
-        loss = sum_t w_t (l_t + kl_coef KL_t)            (arXiv 2402.03300, eq. 3, negated)
+        loss = sum_t w_t (c_t l_t + kl_coef KL_t)
 
-    With kl_coef 0 the reference does not enter the loss.
+    with the correction c_t, and l_t of SURROGATES[cfg.loss].  With `clip` this is GRPO's loss (arXiv 2402.03300,
+    eq. 3, negated), with PPO's dual clip (Ye et al. 2020, arXiv 1912.09729).  With kl_coef 0 `ref` is not read,
+    and the sums have no kl.
 
     Returns (loss f32[], sums f32[] each).  In the sums, loss and pg_loss are weighted sums over the response
     tokens; kl, ratio_mean, clip_low, clip_high and dual_clip are unweighted sums, which the caller divides by
     the number of tokens; ratio_min and ratio_max are extremes (+-inf without any token).  The clip metrics
-    count the tokens at which a clipped branch is l_t, so that l_t has no gradient.
+    count the tokens at which a clipped branch is l_t, so that l_t has no gradient (cispo: a bounded weight).
     """
     # Masked before any arithmetic: if x is NaN, the gradient of where(mask, f(x), 0) is NaN, too.
     logprobs, old, ref = (jnp.where(mask, x, 0.0) for x in (logprobs, old, ref))
@@ -169,37 +197,28 @@ def grpo_loss(
     row_advantages = jnp.where(mask.any(axis=1), advantages, 0.0)
     token_advantages = jnp.broadcast_to(row_advantages[:, None], mask.shape)  # [N, T]
 
-    # The clipped surrogate, negated: the maximum of the losses is the pessimistic bound of PPO.
     log_ratio = jnp.clip(logprobs - jax.lax.stop_gradient(old), -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    ratio = jnp.exp(log_ratio)
-    unclipped = -token_advantages * ratio
-    clipped = -token_advantages * jnp.clip(ratio, 1.0 - cfg.clip_low, 1.0 + cfg.clip_high)
-    token_loss = jnp.maximum(unclipped, clipped)
-
-    # At negative advantages the clipped surrogate has no upper bound in the ratio; the dual clip adds one.
-    dual_clipped = jnp.zeros_like(mask)
-    if cfg.dual_clip:
-        dual_clipped = (token_advantages < 0) & (ratio > cfg.dual_clip)
-        token_loss = jnp.where(dual_clipped, -token_advantages * cfg.dual_clip, token_loss)
-
-    # The KL is computed even with kl_coef 0, as a metric.
-    divergence = kl_estimate(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
-    pg_loss = (weights * token_loss).sum()
-    loss = pg_loss
-    if cfg.kl_coef:
-        loss = loss + cfg.kl_coef * (weights * divergence).sum()
+    bounds = ClipRange(cfg.clip_low, cfg.clip_high, cfg.dual_clip)
+    surrogate = SURROGATES[cfg.loss](logprobs, log_ratio, token_advantages, mask, bounds)
 
     def sum_tokens(values: jax.Array) -> jax.Array:
         return jnp.where(mask, values, 0.0).astype(jnp.float32).sum()
 
-    return loss, {
+    pg_weights = weights if correction is None else weights * jnp.where(mask, correction, 0.0)
+    pg_loss = (pg_weights * surrogate.loss).sum()
+    loss, sums = pg_loss, {}
+    if cfg.has_reference:
+        divergence = kl_estimate(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
+        loss = loss + cfg.kl_coef * (weights * divergence).sum()
+        sums["kl"] = sum_tokens(divergence)
+
+    return loss, sums | {
         "loss": loss,
         "pg_loss": pg_loss,
-        "kl": sum_tokens(divergence),
-        "ratio_mean": sum_tokens(ratio),
-        "ratio_min": jnp.where(mask, ratio, jnp.inf).min(),
-        "ratio_max": jnp.where(mask, ratio, -jnp.inf).max(),
-        "clip_low": sum_tokens((token_advantages < 0) & (ratio < 1.0 - cfg.clip_low)),
-        "clip_high": sum_tokens((token_advantages > 0) & (ratio > 1.0 + cfg.clip_high)),
-        "dual_clip": sum_tokens(dual_clipped),
+        "ratio_mean": sum_tokens(surrogate.ratio),
+        "ratio_min": jnp.where(mask, surrogate.ratio, jnp.inf).min(),
+        "ratio_max": jnp.where(mask, surrogate.ratio, -jnp.inf).max(),
+        "clip_low": sum_tokens(surrogate.clipped_low),
+        "clip_high": sum_tokens(surrogate.clipped_high),
+        "dual_clip": sum_tokens(surrogate.dual_clipped),
     }

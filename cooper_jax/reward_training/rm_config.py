@@ -6,7 +6,6 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from cooper_jax.runtime import optim
 from cooper_jax.settings import typed_config
 
 # Held-out metrics that may choose the best model: 1 where higher is better, -1 where lower is.
@@ -32,7 +31,6 @@ class TrainRmConfig:
     # Optimisation.
     epochs: int
     batch: int  # the maximum number of rows per update
-    decay: str  # of the learning rate: one of optim.DECAYS
     widths: int  # the maximum number of different microbatch widths; each costs a compilation
 
     # Evaluation and the choice of the best model.
@@ -57,7 +55,6 @@ class TrainRmConfig:
             if not 0 <= getattr(self, name) <= 1:
                 errors.append(f"train_rm.{name}={getattr(self, name)}: it must be from 0 to 1")
 
-        errors += typed_config.find_unknown(self.decay, "train_rm.decay", optim.DECAYS)
         errors += typed_config.find_unknown(self.keep_best, "train_rm.keep_best", tuple(SELECTION_METRICS))
         typed_config.raise_errors(errors)
 

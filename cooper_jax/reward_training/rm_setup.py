@@ -145,7 +145,7 @@ def build_rm_job(cfg: ConfigDict, settings: RmSettings, path: loading.Directory)
     updates_per_epoch = batches.count_updates_per_epoch(len(data.train), train_rm.batch)
     steps = train_rm.epochs * updates_per_epoch
 
-    optimiser = optim.make_optimiser(settings.optimiser, train_rm.decay, steps)
+    optimiser = optim.make_optimiser(settings.optimiser, steps)
 
     # Now the weights, onto the mesh.
     model, params, head_trained = loading.load_model(cfg.reward, "reward", "score", layout, path, cfg.seed)

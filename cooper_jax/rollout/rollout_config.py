@@ -73,6 +73,11 @@ class RolloutConfig:
         """Read the `rollout` section.  Raises SetupError for values out of range."""
         return typed_config.read_section(cls, section, "rollout")
 
+    @property
+    def is_float32(self) -> bool:
+        """True if weights, activations and cache are float32."""
+        return self.dtype == "float32" and (self.kv_dtype or self.dtype) == "float32"
+
     def make_sampling_spec(self, eos_ids: tuple[int, ...], **changes: Any) -> SamplingSpec:
         """Make the sampling settings of a training step.
 

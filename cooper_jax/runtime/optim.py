@@ -1,7 +1,7 @@
 """Optimisers, updates that skip non-finite gradients, and gradient accumulation over microbatches.
 
-1. `make_optimiser` turns an `OptimiserConfig` into AdamW with clipping by the global gradient norm and linear
-   warm-up.
+1. `make_optimiser` turns an `OptimiserConfig` into AdamW with clipping by the global gradient norm, linear
+   warm-up and a decay of the learning rate.
 2. `init_state` makes a `TrainState` from f32 parameters; `state_shardings` gives the sharding of every part
    of it.
 3. `accumulate_gradients` sums loss and gradients over microbatches of one shape in one program;
@@ -57,6 +57,7 @@ class OptimiserConfig:
     # Learning rate after the warm-up, and the length of the warm-up in updates.
     lr: float
     warmup_steps: int
+    decay: str  # of the learning rate after the warm-up, to 0 at the last update: one of DECAYS
 
     # AdamW.
     b1: float
@@ -70,6 +71,7 @@ class OptimiserConfig:
     def __post_init__(self) -> None:
         fields = ("lr", "warmup_steps", "b1", "b2", "weight_decay")
         errors = typed_config.find_below_minimum(self, self.name, 0, fields)
+        errors += typed_config.find_unknown(self.decay, f"{self.name}.decay", DECAYS)
 
         # `not value < 1` also reports NaN.
         for field, value in (("b1", self.b1), ("b2", self.b2)):
@@ -86,8 +88,11 @@ class OptimiserConfig:
         return typed_config.read_section(cls, section, name, name=name)
 
 
-def make_optimiser(cfg: OptimiserConfig, decay: str = "constant", updates: int = 0) -> Optimiser:
+def make_optimiser(cfg: OptimiserConfig, updates: int = 0) -> Optimiser:
     """Make AdamW with these settings.
+
+    updates: their number in the whole run, at which a decaying learning rate has reached 0.  A schedule of a
+      "constant" rate does not read it.
 
     The learning rate of update n (from 0) is lr * min(1, (n + 1) / warmup_steps) * d(n).  With
     t = clip((n - warmup_steps) / (updates - warmup_steps), 0, 1), which is 1 after the last of `updates`,
@@ -95,13 +100,11 @@ def make_optimiser(cfg: OptimiserConfig, decay: str = "constant", updates: int =
         decay "constant": d = 1    "linear": d = 1 - t    "cosine": d = (1 + cos(pi t)) / 2
 
     Weight decay is decoupled (Loshchilov and Hutter 2019, "Decoupled weight decay regularization",
-    algorithm 2) and scaled by the rate.  Raises ValueError for another decay.
+    algorithm 2) and scaled by the rate.
     """
-    if decay not in DECAYS:
-        raise ValueError(f"decay is {decay!r}; it is one of {', '.join(DECAYS)}")
 
     # The first update already has the rate peak / warmup: an update with the rate 0 would waste a batch.
-    peak, warmup = float(cfg.lr), max(1, int(cfg.warmup_steps))
+    peak, warmup, decay = float(cfg.lr), max(1, int(cfg.warmup_steps)), cfg.decay
 
     def schedule(count):  # i32[] -> f32[]
         rate = peak * jnp.minimum(1.0, (count + 1).astype(jnp.float32) / warmup)

@@ -35,6 +35,15 @@ def check_cross_sections(cfg: ConfigDict) -> None:
     errors = ErrorCollector()
     errors.require(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
     errors.require(cfg.steps >= 0, f"steps={cfg.steps}: it must be at least 0")
+    errors.require(
+        cfg.reward.overlong_tokens <= cfg.rollout.max_new_tokens,
+        f"reward.overlong_tokens={cfg.reward.overlong_tokens}: it is at most rollout.max_new_tokens="
+        f"{cfg.rollout.max_new_tokens}",
+    )
+    errors.require(
+        cfg.policy.kl_coef > 0 or not cfg.mesh.reference,
+        f"mesh.reference={cfg.mesh.reference!r}: with policy.kl_coef=0 there is no reference policy; leave it out",
+    )
     _check_training_sampling(cfg, errors)
     _check_models(cfg, errors)
     _check_reward_updates(cfg, errors)

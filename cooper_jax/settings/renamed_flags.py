@@ -19,6 +19,8 @@ RENAMED_FLAGS: dict[str, str] = {
     "reward.guard": "reward.answer_required",
     "reward.either": "reward.rule_or_model",
     "rollout.weights": "rollout.weight_placement",
+    "policy.std_normalise": "policy.std",
+    "train_rm.decay": "train_rm.optimiser.decay",
     "reward.common_mode": REMOVED + "a penalty on what a pair's two logits share changed no result",
     "reward.updates_most": REMOVED + "more updates while the reward model is fooled changed no result; see "
     "--config.reward.updates for a fixed number",

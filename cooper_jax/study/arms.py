@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from cooper_jax.runtime.stored_config import flatten_config
 from cooper_jax.settings.config_fields import describe_unknown_field
 from cooper_jax.settings.setup_errors import SetupError
-from cooper_jax.trainer.recipes import RECIPES
+from cooper_jax.trainer.recipes import list_preset_fields, list_preset_values
 
 # The folder of the supervised phases, which are run once per seed for all arms.  No arm may have this name.
 START = "start"
@@ -200,23 +200,24 @@ def _parse_value(text: str, like: Any, where: str) -> Any:
 def list_settings(arm: Arm, base: ConfigDict) -> dict[str, Any]:
     """List all fields that an arm sets, by dotted name.
 
-    The arm's own settings take precedence over its scaled fields, and these over the recipe's.
-    base: the config that all arms share.  Raises SetupError for an unknown recipe.
+    The arm's own settings take precedence over its scaled fields, and these over those of its recipe and its
+    algorithm.  base: the config that all arms share.  Raises SetupError for an unknown recipe or algorithm.
     """
-    recipe = arm.settings.get("reward.recipe", "")
-    if recipe and recipe not in RECIPES:
-        raise SetupError(f"--arm={arm.name}: reward.recipe={recipe}: the recipes are {', '.join(RECIPES)}")
+    try:
+        named = list_preset_values(arm.settings)
+    except SetupError as error:
+        raise SetupError(*(f"--arm={arm.name}: {message}" for message in error.messages)) from None
     known = flatten_config(base.to_dict())
     scaled = {field: known[field] * factor for field, factor in arm.factors.items()}
-    return RECIPES.get(recipe, {}) | scaled | dict(arm.settings)
+    return named | scaled | dict(arm.settings)
 
 
 def make_flags(cfg: ConfigDict, fields: Collection[str]) -> list[str]:
-    """Make command-line flags for these fields and for all fields that a recipe may set, with cfg's values.
+    """Make command-line flags for these fields and for all fields that a preset may set, with cfg's values.
 
-    A run applies its recipe to every field without a flag.  With flags for all such fields, the run has cfg's
-    values for any recipe that it names.
+    A run applies its recipe and its algorithm to every field without a flag.  With flags for all such fields, the
+    run has cfg's values whatever they are.
     """
     known = flatten_config(cfg.to_dict())
-    given = set(fields).union(*RECIPES.values())
+    given = {*fields, *list_preset_fields()}
     return [f"--config.{field}={known[field]}" for field in sorted(given)]

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,9 @@ from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime import hosts
 from cooper_jax.trainer.policy_stages import ProblemBatch
 from cooper_jax.trainer.reward_functions import CombinedRewards, StepRewards
-from cooper_jax.trainer.rewards import compute_rewards, name_rewards
+from cooper_jax.trainer.rewards import compute_rewards, name_rewards, penalise_length
 from cooper_jax.trainer.state import Components
-from cooper_jax.types import Completion, Params, Problem, ScoreBatch, TrainState, Verdict
+from cooper_jax.types import Completion, Metrics, Params, Problem, ScoreBatch, TrainState, Verdict
 
 
 def encode_reward_input(components: Components, problem: Problem, completion: str) -> list[int]:
@@ -177,10 +178,18 @@ class ResponseGrader:
 
         Raises what StepRewards.collect raises.
         """
+        settings = self._components.settings
+        penalty, metrics = np.zeros(len(completions), np.float32), Metrics()
+        if overlong_tokens := settings.reward.overlong_tokens:
+            penalty = penalise_length(completions, settings.rollout.max_new_tokens, overlong_tokens)
+            metrics["reward/overlong"] = float(penalty.mean())
+
         if self._rewards is not None:
-            return self._rewards.collect(scores, verdicts, completions)
-        names = name_rewards(self._components.settings.reward)
-        return CombinedRewards(compute_rewards(names, scores, verdicts, completions), {}, {})
+            rewards = self._rewards.collect(scores, verdicts, completions, penalty)
+            return dataclasses.replace(rewards, metrics={**rewards.metrics, **metrics})
+        names = name_rewards(settings.reward)
+        total = compute_rewards(names, scores, verdicts, completions)
+        return CombinedRewards(total + penalty, {}, metrics)
 
 
 class _OverlappedScorer:

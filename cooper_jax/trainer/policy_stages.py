@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cooper_jax.data import packing
-from cooper_jax.policy import grpo
-from cooper_jax.policy.advantages import decoupled_advantages, group_advantages
+from cooper_jax.policy import advantages, grpo
+from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import to_host
@@ -152,7 +152,8 @@ def compute_logprobs(
     """Pack the policy's batch, with log-probabilities under the reference and under the current policy.
 
     If a step makes a single update, the current policy's log-probabilities are those that the update computes
-    itself.  The forward pass is then skipped, and `old_logprobs` stays zero and unread.
+    itself.  The forward pass is then skipped, and `old_logprobs` stays zero and unread.  So does `ref_logprobs`
+    in a run without a reference.
     """
     layout, reference_layout = components.layout, components.policy.reference_layout
 
@@ -168,22 +169,27 @@ def compute_logprobs(
 
     # The reference is dispatched first.  If it has its own devices, it runs in parallel with the policy's
     # forward pass below, and its inputs and outputs are transferred through the host.
-    if reference_layout == layout:
+    ref_logprobs = None
+    if components.settings.policy.has_reference:
         reference_inputs = (batch.tokens, batch.valid)
-    else:
-        reference_inputs = reference_layout.put((packed.tokens, packed.valid), "batch")
-    ref_logprobs = components.policy.reference_logprobs(state.reference, *reference_inputs, response_length)
+        if reference_layout != layout:
+            reference_inputs = reference_layout.put((packed.tokens, packed.valid), "batch")
+        ref_logprobs = components.policy.reference_logprobs(
+            state.reference, *reference_inputs, response_length
+        )
 
     if grpo.count_updates(components.settings.policy) > 1:
         old_logprobs = components.policy.logprobs(
             state.policy.params, batch.tokens, batch.valid, response_length
         )
         batch = dataclasses.replace(batch, old_logprobs=old_logprobs)
-    if reference_layout != layout:
-        ref_logprobs = layout.put(hosts.fetch_arrays(ref_logprobs), "batch")
+    if ref_logprobs is not None:
+        if reference_layout != layout:
+            ref_logprobs = layout.put(hosts.fetch_arrays(ref_logprobs), "batch")
+        batch = dataclasses.replace(batch, ref_logprobs=ref_logprobs)
 
     # JAX computes asynchronously: without this wait, the time would be measured in a later phase.
-    return jax.block_until_ready(dataclasses.replace(batch, ref_logprobs=ref_logprobs))
+    return jax.block_until_ready(batch)
 
 
 def compute_advantages(
@@ -197,18 +203,38 @@ def compute_advantages(
     """
     group_size = settings.rollout.group_size
     options: dict[str, Any] = dict(
-        std_normalise=settings.policy.std_normalise,
+        baseline=settings.policy.baseline,
+        std=settings.policy.std,
         eps=settings.policy.std_eps,
         floor=settings.policy.std_floor,
     )
     if by_name and settings.reward.function_normalise:
         stacked = jnp.asarray(np.stack(list(by_name.values())))
-        advantages, zero_variance_groups = decoupled_advantages(
+        values, zero_variance_groups = advantages.decoupled_advantages(
             stacked, settings.reward.weights, group_size, **options
         )
     else:
-        advantages, zero_variance_groups = group_advantages(jnp.asarray(rewards), group_size, **options)
-    return np.asarray(advantages), float(zero_variance_groups)
+        values, zero_variance_groups = advantages.compute_advantages(
+            jnp.asarray(rewards), group_size, **options
+        )
+    return np.asarray(values), float(zero_variance_groups)
+
+
+def find_excluded(
+    policy: PolicyConfig, completions: Sequence[Completion], advantages: np.ndarray, group_size: int
+) -> np.ndarray:
+    """Find the responses without a part in the policy's loss, bool[N].
+
+    With mask_truncated these are the truncated ones, whose rewards still count in the baselines and standard
+    deviations; with mask_flat_groups, all of a group without any advantage.
+
+    advantages: f32[N].
+    """
+    excluded = np.array([policy.mask_truncated and completion.truncated for completion in completions])
+    if policy.mask_flat_groups:
+        is_flat = (advantages.reshape(-1, group_size) == 0).all(axis=1)
+        excluded |= np.repeat(is_flat, group_size)
+    return excluded
 
 
 def mask_rows(components: Components, batch: PolicyBatch, masked: np.ndarray) -> PolicyBatch:

@@ -1,18 +1,20 @@
-"""Named settings of the reward model's update: `--config.reward.recipe=NAME` in place of many flags.
+"""Named settings in place of many flags: `--config.reward.recipe=NAME` and `--config.policy.algorithm=NAME`.
 
-A recipe overrides the config file's values of the fields below, and command-line flags override the recipe.
-`launch/common.py` applies it before the run starts, so a run's config.json contains the values that were used
-as well as the recipe's name.
+A recipe is of the reward model's update (RECIPES below), an algorithm of the policy's (policy/algorithms.py).
+Each overrides the config file's values of its fields, and command-line flags override it.  `launch/common.py`
+applies both before the run starts, so a run's config.json contains the values that were used as well as their
+names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from cooper_jax.configs import base
+from cooper_jax.policy.algorithms import ALGORITHMS
 from cooper_jax.settings.config_fields import flatten_config
 from cooper_jax.settings.setup_errors import SetupError
 
@@ -53,38 +55,59 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def apply_recipe(cfg: ConfigDict, explicit: Collection[str]) -> None:
-    """Set the recipe's values in cfg, except those of the `explicit` fields.
+# Field that names a preset -> name -> the fields that the preset sets.  No field is in two of the tables.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {"reward.recipe": RECIPES, "policy.algorithm": ALGORITHMS}
+
+
+def apply_presets(cfg: ConfigDict, explicit: Collection[str]) -> None:
+    """Set the values of the config's recipe and algorithm in cfg, except those of the `explicit` fields.
 
     explicit: dotted names of the fields that were set on the command line.
 
-    Raises SetupError for a recipe that is not in RECIPES.
+    Raises SetupError for a name that is in none of the tables.
     """
-    name = cfg.reward.recipe
-    if not name:
-        return
-    if name not in RECIPES:
-        raise SetupError(
-            f"reward.recipe is {name!r}; it is one of {', '.join(RECIPES)}, or empty: --config.reward.recipe="
-            f"{next(iter(RECIPES))}"
-        )
-    values = {field: value for field, value in RECIPES[name].items() if field not in explicit}
-    cfg.update_from_flattened_dict(values)
+    values = list_preset_values(flatten_config(cfg))
+    cfg.update_from_flattened_dict({field: value for field, value in values.items() if field not in explicit})
+
+
+def list_preset_values(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that presets set, by dotted name.
+
+    names: maps the keys of PRESETS to names of presets; a key that is missing or "" sets nothing.
+
+    Raises SetupError for a name that is in none of the tables.
+    """
+    values: dict[str, Any] = {}
+    for field, table in PRESETS.items():
+        name = names.get(field, "")
+        if name and name not in table:
+            raise SetupError(
+                f"{field} is {name!r}; it is one of {', '.join(table)}, or empty: --config.{field}="
+                f"{next(iter(table))}"
+            )
+        values |= table.get(name, {})
+    return values
+
+
+def list_preset_fields() -> set[str]:
+    """The dotted names of all fields that a preset may set."""
+    return {field for table in PRESETS.values() for values in table.values() for field in values}
 
 
 def find_contradictions(cfg: ConfigDict, explicit: Collection[str]) -> list[str]:
-    """Write a message for each field that differs from its default and that the recipe would overwrite.
+    """Write a message for each field that differs from its default and that a preset would overwrite.
 
-    explicit: dotted names of the fields whose values take precedence over the recipe.
+    explicit: dotted names of the fields whose values take precedence over the presets.
     """
     values, defaults = flatten_config(cfg), flatten_config(base.get_config())
     messages = []
-    for field, value in RECIPES.get(cfg.reward.recipe, {}).items():
-        if field not in explicit and values[field] not in (value, defaults[field]):
-            messages.append(
-                f"{field}={values[field]!r}: the recipe {cfg.reward.recipe!r} sets {value!r}: give the field among "
-                "the overrides, or leave reward.recipe empty"
-            )
+    for preset, table in PRESETS.items():
+        for field, value in table.get(values[preset], {}).items():
+            if field not in explicit and values[field] not in (value, defaults[field]):
+                messages.append(
+                    f"{field}={values[field]!r}: {preset}={values[preset]!r} sets {value!r}: give the field among "
+                    f"the overrides, or leave {preset} empty"
+                )
     return messages
 
 

@@ -86,8 +86,10 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
     reward = None
     if "reward" in items:
         reward = checkpoint.join_state(items["reward"], items["reward_optimiser"])
-    with setup_errors(f"{checkpoints.reference}"):
-        reference = _restore_reference(components, checkpoints)
+    reference = None
+    if components.settings.policy.has_reference:
+        with setup_errors(f"{checkpoints.reference}"):
+            reference = _restore_reference(components, checkpoints)
     with setup_errors("run_dir"):
         run.truncate(step)
     hosts.print_once(f"resumed from step {step}")
@@ -124,15 +126,7 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
                 train_on_labels(components, reward.params), components.reward_bundle.optimiser
             )
 
-    # The reference is saved once.  Checkpoints do not include it, since it never changes.
-    with setup_errors("checkpoint"):
-        checkpoints.save_reference(policy.params)
-    if components.policy.reference_layout == components.layout:
-        # A copy, since the policy's own arrays are donated to the first update.
-        reference = jax.tree.map(lambda x: x.copy(), policy.params)
-    else:
-        # The reference has its own devices, and reads its parameters from the file just saved.
-        reference = _restore_reference(components, checkpoints)
+    reference = _start_reference(components, policy, checkpoints) if settings.policy.has_reference else None
 
     # Warm-up, evaluation, checkpoint.  In this order step 0 shows the reward model that step 1 uses.
     state = State(policy=policy, reward=reward, reference=reference, step=0, position=0)
@@ -143,6 +137,17 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
             run.log(0, metrics)
     save_checkpoint(components, state, run, checkpoints)
     return state
+
+
+def _start_reference(components: Components, policy: TrainState, checkpoints: Checkpoints) -> Params:
+    """Save the policy at step 0 as the reference, once: checkpoints do not include it, since it never changes."""
+    with setup_errors("checkpoint"):
+        checkpoints.save_reference(policy.params)
+    if components.policy.reference_layout == components.layout:
+        # A copy, since the policy's own arrays are donated to the first update.
+        return jax.tree.map(lambda x: x.copy(), policy.params)
+    # The reference has its own devices, and reads its parameters from the file just saved.
+    return _restore_reference(components, checkpoints)
 
 
 def _load_models_of_run(

@@ -61,7 +61,7 @@ LATE_ARGUMENTS = ("verdicts", "scores")
 FAILURES_IN_A_ROW = 8
 
 # Metrics `reward/NAME` that exist already.
-_TAKEN_NAMES = ("mean", "std", "zero_variance_groups", "masked")
+_TAKEN_NAMES = ("mean", "std", "zero_variance_groups", "masked", "overlong")
 
 
 @dataclasses.dataclass
@@ -225,12 +225,14 @@ class StepRewards:
         scores: np.ndarray | None,
         verdicts: Sequence[Verdict],
         completions: Sequence[Completion],
+        penalty: np.ndarray | float = 0.0,
     ) -> CombinedRewards:
         """Wait for all functions and combine the rewards.  Collective: the same arguments on all hosts.
 
         Args:
           scores: f32[N]; None in the rule arm.
           verdicts, completions: [N].
+          penalty: f32[N], added to the sums.
 
         Raises SetupError if a function fails always, hosts.Stopped after SIGTERM in a run of one process.
         """
@@ -252,7 +254,7 @@ class StepRewards:
                 _check_failures(term, results[k])
             metrics[f"reward/{term.name}"] = _mean_over_numbers(values[k])
 
-        total = sum_rewards(values, [term.weight for term in self._functions.terms])
+        total = sum_rewards(values, [term.weight for term in self._functions.terms]) + penalty
         known = total[~np.isnan(total)]
         metrics["reward/masked"] = float(len(total) - len(known))
         metrics["reward/mean"] = _mean_over_numbers(known)

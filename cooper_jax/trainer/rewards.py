@@ -58,6 +58,9 @@ class RewardConfig:
     answer_required: bool
     shuffle_labels: bool  # exchange a pair's members with probability 1/2
 
+    # Tokens before rollout.max_new_tokens in which a response loses up to 1 of its reward; 0: no penalty.
+    overlong_tokens: int
+
     # Accept weights without a trained score head, whose rewards are noise.
     allow_untrained_head: bool
 
@@ -70,6 +73,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         errors = typed_config.find_below_minimum(self, "reward", 1, ("max_tokens",))
+        errors += typed_config.find_below_minimum(self, "reward", 0, ("overlong_tokens",))
         errors += self._find_function_errors()
         if self.arm not in ARMS:
             errors.append(f"reward.arm is {self.arm!r}; it is one of {', '.join(ARMS)}")
@@ -81,6 +85,13 @@ class RewardConfig:
             errors.append(
                 f"reward.{' and reward.'.join(changing)}: the rule arm has no reward model whose rewards "
                 "could be changed; leave it out, or set --config.reward.arm=model"
+            )
+
+        # Rewards that are normalised one by one are not summed before the advantages.
+        if self.overlong_tokens and self.function_normalise:
+            errors.append(
+                f"reward.overlong_tokens={self.overlong_tokens}: it is subtracted from the sum of the rewards, "
+                "which reward.function_normalise=True does not use; leave one of them out"
             )
 
         # One takes the model's word for all that the rule does not accept, the other only where it abstains.
@@ -271,3 +282,14 @@ def compute_rewards(
     for name in others:
         rewards = REWARDS[name](rewards, verdicts, completions)
     return rewards
+
+
+def penalise_length(
+    completions: Sequence[Completion], max_new_tokens: int, overlong_tokens: int
+) -> np.ndarray:
+    """What is added to the rewards of long responses, f32[N] from -1 to 0 (DAPO, arXiv 2503.14476, eq. 13).
+
+    With L = max_new_tokens and C = overlong_tokens: 0 up to L - C tokens, from there linearly down to -1 at L.
+    """
+    lengths = np.array([completion.tokens for completion in completions], np.float32)
+    return -np.clip((lengths - (max_new_tokens - overlong_tokens)) / overlong_tokens, 0.0, 1.0)

@@ -31,6 +31,7 @@ from cooper_jax.model.loading import (
 )
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.policy import grpo
+from cooper_jax.policy.sampler_mismatch import choose_correction
 from cooper_jax.reward import assistants, verifier_model
 from cooper_jax.reward.calibration import Calibration
 from cooper_jax.reward.multihost import check_same_code, share_over_hosts
@@ -258,8 +259,17 @@ def build_policy_bundle(
         settings.policy_model, "policy", "logits", layout, run_dir, settings.seed, lengths
     )
 
+    correction = choose_correction(settings.policy.correction, rollout.is_float32)
+    if rollout.kv_dtype == "int8" and correction == "none":
+        hosts.print_once(
+            "warning: rollout.kv_dtype=int8 with policy.correction=none: the sampler's distribution differs from "
+            "the one in the loss, and nothing corrects it; leave policy.correction at auto, and watch "
+            "policy/rollout_mismatch_p99"
+        )
+
     with setup_errors("policy"):
-        optimiser = optim.make_optimiser(settings.policy_optimiser)
+        updates = settings.steps * grpo.count_updates(settings.policy)
+        optimiser = optim.make_optimiser(settings.policy_optimiser, updates)
 
         def make_logprobs(model_layout: mesh.Layout) -> LogprobsFunction:
             return grpo.make_logprobs(
@@ -283,6 +293,7 @@ def build_policy_bundle(
             layout,
             temperature=rollout.temperature,
             max_new_tokens=rollout.max_new_tokens,
+            sampler_is_float32=rollout.is_float32,
         )
 
     bundle = PolicyBundle(
@@ -321,7 +332,10 @@ def build_reward_bundle(
         )
 
     with setup_errors("reward"):
-        optimiser = optim.make_optimiser(settings.reward_optimiser)
+        # A step without a valid pair makes no update, so a run may have fewer.
+        section = settings.reward_update
+        updates = section.warmup_updates + settings.steps * section.updates
+        optimiser = optim.make_optimiser(settings.reward_optimiser, updates)
         bundle = RewardBundle(
             model=model,
             layout=layout,

@@ -116,7 +116,8 @@ class State:
     # Arrays.
     policy: TrainState
     reward: TrainState | None  # None in the rule arm
-    reference: Params | None  # the policy at step 0; None until the supervised phases are complete
+    # The policy at step 0; None until the supervised phases are complete, and in a run without a KL term.
+    reference: Params | None
 
     # Python values; checkpoints store them as JSON.
     step: int = struct.field(pytree_node=False)  # Cooper steps completed

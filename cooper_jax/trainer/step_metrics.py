@@ -21,6 +21,9 @@ from cooper_jax.types import Completion, Metrics, Pair, Problem, Verdict
 
 Oracle = Callable[[Problem, str], bool]  # (problem, response text) -> correct
 
+# A group whose rewards have a smaller standard deviation counts as nearly equal.
+FLAT_STD = 0.05
+
 
 def measure_step(record: StepRecord, scores: np.ndarray | None, oracle: Oracle | None) -> Metrics:
     """Compute all metrics of a step's responses.
@@ -33,6 +36,7 @@ def measure_step(record: StepRecord, scores: np.ndarray | None, oracle: Oracle |
     metrics = {
         "reward/mean": float(record.rewards.mean()),
         "reward/std": float(record.rewards.std()),
+        "reward/flat_group_share": measure_flat_groups(record.rewards, record.advantages, group_size),
         **measure_verdicts(record.verdicts),
         **measure_responses(record.completions),
         **measure_pairs(record.pairs, record.refused),
@@ -46,6 +50,23 @@ def measure_step(record: StepRecord, scores: np.ndarray | None, oracle: Oracle |
 def compute_share(hits: np.ndarray, among: np.ndarray) -> float:
     """The share of the rows in `among` that are also in `hits`, both bool[N]; NaN if `among` is empty."""
     return float((hits & among).sum() / among.sum()) if among.any() else float("nan")
+
+
+def measure_flat_groups(rewards: np.ndarray, advantages: np.ndarray, group_size: int) -> float:
+    """The share of the sum of |advantage| that comes from groups with nearly equal rewards; NaN if the sum is 0.
+
+    Divided by their own standard deviation, differences of a reward model's scores that are noise get advantages
+    as large as any (policy.std_floor bounds them).
+
+    rewards, advantages: f32[N].
+    """
+    # NaN, the reward of a masked response, is left out of the deviation, as in the advantages.
+    grouped = np.where(np.isfinite(rewards), rewards, np.nan).reshape(-1, group_size)
+    known = np.isfinite(grouped).sum(axis=1) > 1
+    deviations = np.zeros(len(grouped))
+    deviations[known] = np.nanstd(grouped[known], axis=1, ddof=1)
+    mass = np.abs(advantages).reshape(-1, group_size).sum(axis=1)
+    return float(mass[deviations < FLAT_STD].sum() / mass.sum()) if mass.sum() > 0 else float("nan")
 
 
 def measure_verdicts(verdicts: Sequence[Verdict]) -> Metrics:

@@ -49,7 +49,7 @@ def imitate_solutions(components: Components, params: Params) -> Params:
     problems = _problems_with_solutions(
         components, "supervised_policy", section.policy_steps * section.policy_batch
     )
-    optimiser = optim.make_optimiser(settings.imitation_optimiser)
+    optimiser = optim.make_optimiser(settings.imitation_optimiser, section.policy_steps)
     update = imitation.make_imitation_update(
         model.config,
         layout,
@@ -111,7 +111,7 @@ def train_on_labels(components: Components, params: Params) -> Params:
         )
         draw_triples = _draw_from_solutions(components, problems)
 
-    optimiser = optim.make_optimiser(settings.labels_optimiser)
+    optimiser = optim.make_optimiser(settings.labels_optimiser, section.reward_steps)
     update = verifier_model.make_bce_update(reward.model.config, settings.reward_update, optimiser, layout)
 
     def make_batch(step: int) -> tuple[Any, ...]:
