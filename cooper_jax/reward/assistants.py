@@ -198,7 +198,7 @@ class UserAssistant:
         self._timeout = timeout
         self._has_warned = False
         where = f"assistant.kind={code.label!r}"
-        made = load_function(code, "assistant.kind")
+        made = load_function(code, "assistant.kind", allows_class=True)
         if missing := find_missing_arguments(made, ()):
             raise SetupError(f"{where}: it is made without arguments, and takes {', '.join(missing)}")
         try:

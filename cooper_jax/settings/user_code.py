@@ -111,15 +111,17 @@ def load_object(code: UserCode, field: str) -> Any:
     return getattr(module, code.name)
 
 
-def load_function(code: UserCode, field: str) -> Callable[..., Any]:
+def load_function(code: UserCode, field: str, *, allows_class: bool = False) -> Callable[..., Any]:
     """Import the text and return the function that it names.
+
+    allows_class: it may be a class, which is called to make an object.
 
     Raises SetupError as `load_object` does, for an object that cannot be called, and for one whose arguments
     Python does not know by name.
     """
     function = load_object(code, field)
     where = f"{field}={code.label!r}"
-    if inspect.isclass(function):
+    if inspect.isclass(function) and not allows_class:
         raise SetupError(
             f"{where}: it is a class; name a function, or an object of the class that can be called"
         )

@@ -11,7 +11,8 @@ from cooper_jax.trainer.run_settings import RunSettings
 def check_user_assistant(settings: RunSettings) -> None:
     """Import the user's assistant, if there is one.  Raises SetupError for a file that cannot be used."""
     if settings.assistant is not None and is_user_code(settings.assistant.kind):
-        load_function(read_user_code(settings.assistant.kind, "assistant.kind"), "assistant.kind")
+        code = read_user_code(settings.assistant.kind, "assistant.kind")
+        load_function(code, "assistant.kind", allows_class=True)
 
 
 def list_user_code(settings: RunSettings, reward_functions: RewardFunctions | None) -> list[UserCode | None]:
