@@ -53,7 +53,7 @@ def compute_share(hits: np.ndarray, among: np.ndarray) -> float:
 
 
 def measure_flat_groups(rewards: np.ndarray, advantages: np.ndarray, group_size: int) -> float:
-    """The share of the sum of |advantage| that comes from groups with nearly equal rewards; NaN if the sum is 0.
+    """The share of the sum of |advantage| that comes from groups with nearly equal rewards; 0 if the sum is 0.
 
     Divided by their own standard deviation, differences of a reward model's scores that are noise get advantages
     as large as any (policy.std_floor bounds them).
@@ -66,7 +66,7 @@ def measure_flat_groups(rewards: np.ndarray, advantages: np.ndarray, group_size:
     deviations = np.zeros(len(grouped))
     deviations[known] = np.nanstd(grouped[known], axis=1, ddof=1)
     mass = np.abs(advantages).reshape(-1, group_size).sum(axis=1)
-    return float(mass[deviations < FLAT_STD].sum() / mass.sum()) if mass.sum() > 0 else float("nan")
+    return float(mass[deviations < FLAT_STD].sum() / mass.sum()) if mass.sum() > 0 else 0.0
 
 
 def measure_verdicts(verdicts: Sequence[Verdict]) -> Metrics:
