@@ -75,7 +75,7 @@ class PolicyConfig:
         errors = [
             *typed_config.find_unknown(self.kl_estimator, "policy.kl_estimator", ESTIMATORS),
             *typed_config.find_unknown(self.aggregation, "policy.aggregation", AGGREGATIONS),
-            *typed_config.find_unknown(self.loss, "policy.loss", SURROGATES),
+            *typed_config.find_unknown(self.loss, "policy.loss", tuple(SURROGATES)),
             *typed_config.find_unknown(self.baseline, "policy.baseline", BASELINES),
             *typed_config.find_unknown(self.std, "policy.std", STDS),
             *typed_config.find_below_minimum(self, "policy", 1, ("epochs", "minibatches", "microbatch")),
