@@ -282,7 +282,7 @@ def test_wrong_settings_are_reported_together():
     unknown, wrong_type, other_section = caught.value.messages
     assert "stesp" in unknown and "did you mean --config.steps" in unknown
     assert wrong_type.startswith("steps='two'") and "policy.optimiser.lr" in other_section
-    with pytest.raises(SetupError, match="--config=nothing: No such file"):
+    with pytest.raises(SetupError, match="config=nothing: No such file"):
         cooper_jax.train("nothing")
     with pytest.raises(SetupError, match="reward.arm is 'ruel'"):
         cooper_jax.train("tiny", {"reward.arm": "ruel"})
