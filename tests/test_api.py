@@ -268,7 +268,7 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_the_config():
     # A field that a script sets by hand must not be overwritten without a word.
     given.reward.updates = 3
     with pytest.raises(
-        SetupError, match="reward.updates=3: the recipe 'robust' sets 2: give the field among"
+        SetupError, match="reward.updates=3: reward.recipe='robust' sets 2: give the field among"
     ):
         training.make_config(given, {})
     assert training.make_config(given, {"reward.updates": 3}).reward.updates == 3

@@ -233,7 +233,7 @@ def test_an_arm_of_the_command_line():
         ("mine: reward.updates=3.5", "reward.updates=3.5: it takes a int like 1"),
         ("mine: reward.pair_bce=much", "takes a float"),
         ("mine: supervised.reward_steps=3", "supervised.reward_steps is the same in all arms"),
-        ("mine: reward.recipe=sturdy", "reward.recipe=sturdy: the recipes are released"),
+        ("mine: reward.recipe=sturdy", "--arm=mine: reward.recipe is .sturdy.; it is one of released"),
         ("mine: reward.pair_weight=0", "arm mine: reward.pair_weight=0"),
         ("rule: reward.updates=3", "rule occurs twice"),
     ],

@@ -79,7 +79,7 @@ def measure_mismatch(difference: jax.Array, mask: jax.Array) -> Metrics:
     difference = jnp.where(mask, jax.lax.stop_gradient(difference), 0.0)
     size = jnp.abs(difference)
     # The comparisons are fused with the sum, so that [N, T, edges] never exists.
-    beyond = (size[..., None] > EDGES) & mask[..., None]
+    beyond = (size[..., None] > EDGES[None, None]) & mask[..., None]
     totals = difference.sum(axis=1)
     used = mask.any(axis=1)
     return {
