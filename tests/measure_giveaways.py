@@ -2,7 +2,8 @@ r"""Figures of the checks on rewrites: their false alarms, and the rewrites that
 
     python tests/measure_giveaways.py false_alarms FILE.jsonl... [--show=K]
     python tests/measure_giveaways.py rewrites FILE.jsonl... --config=FILE.py [--config.FIELD=VALUE...] \
-        [--source=gsm8k] [--longest=CHARACTERS] [--positives=N] [--digits=visible] [--minutes=M] [--show=K]
+        [--source=gsm8k] [--longest=CHARACTERS] [--positives=N] [--pairs=N] [--digits=visible] \
+        [--minutes=M] [--show=K]
 
 The files contain labelled completions.
 
@@ -67,6 +68,7 @@ def main() -> None:
         default="hidden",
         help="visible: the probe also reads the values of numbers; hidden, as in training: their places alone",
     )
+    command.add_argument("--pairs", type=int, default=0, help="stop after this number is accepted; 0: never")
     command.add_argument("--minutes", type=float, default=math.inf, help="start no batch after this CPU time")
 
     # All other flags, such as --config.assistant.kind=local, are the config's, which `common` checks.
@@ -247,6 +249,8 @@ def print_rewrites(flags: argparse.Namespace, config_flags: list[str], triples: 
                 accepted = sum(slot.negative is not None for slot in slots)
                 done = f"{len(slots)} positives, {len(attempts)} requests, {accepted} accepted"
                 print(f"{time.process_time() / 60:6.1f} CPU minutes: {done}", flush=True)
+                if 0 < flags.pairs <= accepted:
+                    break
         assistant.close()
 
     print(f"assistant.kind={cfg.assistant.kind}, assistant.prompt={cfg.assistant.prompt}")

@@ -196,6 +196,9 @@ def test_rewrites_keeps_its_limits_and_refuses_what_it_cannot_do(run, capsys):
     triples = [triple(SOLUTION), triple("So. " + SOLUTION, source="x")]
     assert "0 (" not in run(triples, "--minutes=0") and "AUROC with" not in run(triples, "--minutes=0")
     assert "1 positives, 1 requests" in run(triples, "--positives=1")
+    # Batches have two positives here, so the third is not rewritten.
+    three = [triple(f"{n}. " + SOLUTION) for n in range(3)]
+    assert "3 positives" not in run(three, "--pairs=1") and "3 positives" in run(three, "--pairs=4")
     with pytest.raises(SystemExit):
         run(triples, "--source=y", "--longest=7")
     assert "no positives with --source=y --longest=7" in capsys.readouterr().err
