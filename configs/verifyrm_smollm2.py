@@ -22,7 +22,7 @@ def get_config():
     c.reward.num_layers = 8
     c.reward.remat = False
     # Takes three quarters of float32's time on CPUs with bfloat16 instructions; on others float32 is faster (on an
-    # AMD EPYC with AVX2, 7 seconds an update in place of 10): --config.reward.dtype=float32
+    # AMD EPYC with AVX2 about 7 seconds an update in place of 10, beside other work): --config.reward.dtype=float32
     c.reward.dtype = "bfloat16"
     # Inputs are cut inside the completion.  Short ones are cheap, and their answers are near each other.
     c.reward.max_tokens = 160

@@ -10,7 +10,7 @@ import pytest
 
 from cooper_jax.configs import base, tiny
 from cooper_jax.policy import losses
-from cooper_jax.policy.advantages import compute_advantages
+from cooper_jax.policy.advantages import BASELINES, STDS, normalise_rewards
 from cooper_jax.policy.algorithms import ALGORITHMS
 from cooper_jax.policy.surrogates import SURROGATES
 from cooper_jax.settings.setup_errors import SetupError
@@ -21,6 +21,10 @@ from cooper_jax.trainer.step_metrics import measure_flat_groups
 from cooper_jax.types import Completion
 
 GROUP, LONGEST, VOCABULARY = 4, 9, 6
+# Of baselines and standard deviations; a step's mean is not combined with a group's deviation.
+COMBINATIONS = [
+    (baseline, std) for baseline in BASELINES for std in STDS if (baseline, std) != ("batch_mean", "group")
+]
 
 
 def section(algorithm: str = "", **changes):
@@ -59,35 +63,19 @@ def expected_advantages(rewards, cfg):
     return result
 
 
-@pytest.mark.parametrize("baseline", ("group_mean", "leave_one_out", "batch_mean"))
-@pytest.mark.parametrize("std", ("group", "batch", "none"))
+@pytest.mark.parametrize(("baseline", "std"), COMBINATIONS)
 def test_advantages_equal_those_of_single_rewards(baseline, std):
     """Groups that differ, with equal rewards, with rewards that are not finite, with a single finite one."""
     nan, inf = math.nan, math.inf
     rewards = [
-        0.1,
-        0.9,
-        0.4,
-        1.0,
-        0.3,
-        0.3,
-        0.3,
-        0.3,
-        nan,
-        1.0,
-        0.0,
-        0.5,
-        inf,
-        nan,
-        0.7,
-        -inf,
-        0.0,
-        0.0,
-        1.0,
-        1.0,
+        *(0.1, 0.9, 0.4, 1.0),
+        *(0.3, 0.3, 0.3, 0.3),
+        *(nan, 1.0, 0.0, 0.5),
+        *(inf, nan, 0.7, -inf),
+        *(0.0, 0.0, 1.0, 1.0),
     ]
     cfg = section(baseline=baseline, std=std)
-    got, flat = compute_advantages(
+    got, flat = normalise_rewards(
         jnp.asarray(rewards, jnp.float32),
         GROUP,
         baseline=baseline,
@@ -96,33 +84,27 @@ def test_advantages_equal_those_of_single_rewards(baseline, std):
         floor=cfg.std_floor,
     )
     expected = np.array(expected_advantages(rewards, cfg))
-    if baseline == "batch_mean" and std == "group":
-        # A group of equal rewards has no deviation of its own, and its distance from the others no scale.
-        expected[4:8] = expected[14] = 0.0
-        got = np.array(got)
-        got[4:8] = got[14] = 0.0
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-6)
     assert float(flat) == pytest.approx(2 / 5)
 
 
 def test_leave_one_out_by_hand():
     options = dict(std="none", eps=0.0, floor=0.0)
-    got, _ = compute_advantages(jnp.array([1.0, 0, 0, 1, 0, 0]), 3, baseline="leave_one_out", **options)
+    got, _ = normalise_rewards(jnp.array([1.0, 0, 0, 1, 0, 0]), 3, baseline="leave_one_out", **options)
     np.testing.assert_allclose(got, [1, -0.5, -0.5] * 2, rtol=1e-6)
     # A response that is alone, or alone with a reward, has nothing to be compared with.
-    alone, flat = compute_advantages(jnp.array([0.3, 0.8]), 1, baseline="leave_one_out", **options)
+    alone, flat = normalise_rewards(jnp.array([0.3, 0.8]), 1, baseline="leave_one_out", **options)
     assert alone.tolist() == [0, 0] and float(flat) == 1
 
 
 def test_a_step_of_equal_rewards_has_no_signal():
-    for baseline in ("group_mean", "leave_one_out", "batch_mean"):
-        for std in ("group", "batch", "none"):
-            got, flat = compute_advantages(
-                jnp.full(8, 0.1), 4, baseline=baseline, std=std, eps=0.0, floor=0.0
-            )
-            assert got.tolist() == [0.0] * 8 and float(flat) == 1.0, (baseline, std)
+    for baseline, std in COMBINATIONS:
+        got, flat = normalise_rewards(jnp.full(8, 0.1), 4, baseline=baseline, std=std, eps=0.0, floor=0.0)
+        assert got.tolist() == [0.0] * 8 and float(flat) == 1.0, (baseline, std)
     with pytest.raises(ValueError, match="policy.baseline is 'mean'; it is one of group_mean, leave_one_out"):
-        compute_advantages(jnp.zeros(4), 2, baseline="mean", std="none", eps=0.0, floor=0.0)
+        normalise_rewards(jnp.zeros(4), 2, baseline="mean", std="none", eps=0.0, floor=0.0)
+    with pytest.raises(ValueError, match="use std batch or none"):
+        normalise_rewards(jnp.zeros(4), 2, baseline="batch_mean", std="group", eps=0.0, floor=0.0)
 
 
 # --- losses ------------------------------------------------------------------------------------------
@@ -194,7 +176,7 @@ def test_loss_and_gradient_equal_torch(algorithm):
         mask = mask & ~(mask.sum(1) == LONGEST)[:, None]
 
     options = dict(baseline=cfg.baseline, std=cfg.std, eps=cfg.std_eps, floor=cfg.std_floor)
-    advantages, _ = compute_advantages(jnp.asarray(rewards, jnp.float32), GROUP, **options)
+    advantages, _ = normalise_rewards(jnp.asarray(rewards, jnp.float32), GROUP, **options)
     theirs = torch.tensor(logits, requires_grad=True)
     expected = expected_loss(
         torch, theirs, targets, old, ref, expected_advantages(rewards.tolist(), cfg), mask, cfg
@@ -305,6 +287,10 @@ def test_algorithms_set_the_same_fields_and_released_is_the_default():
         (dict(loss="ppo"), "policy.loss='ppo': it is one of clip, gspo, gspo_token, cispo"),
         (dict(baseline="mean"), "policy.baseline='mean': it is one of group_mean, leave_one_out, batch_mean"),
         (dict(std="global"), "policy.std='global': it is one of group, batch, none"),
+        (
+            dict(baseline="batch_mean"),
+            "groups of equal rewards have no standard deviation; set .*std=batch or none",
+        ),
         (dict(loss="cispo"), "policy.dual_clip=3.0: cispo clips its weights .* --config.policy.dual_clip=0"),
     ],
 )

@@ -11,7 +11,7 @@ import tiny_models
 from cooper_jax.configs import base
 from cooper_jax.model import transformer
 from cooper_jax.policy import grpo, imitation, losses
-from cooper_jax.policy.advantages import compute_advantages
+from cooper_jax.policy.advantages import normalise_rewards
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import SetupError
@@ -81,7 +81,7 @@ def policy_batch(seed=0):
 
 
 def advantages(rewards, group_size, *, baseline="group_mean", std="group", eps=0.0, floor=0.0):
-    a, share = compute_advantages(
+    a, share = normalise_rewards(
         jnp.asarray(rewards, jnp.float32), group_size, baseline=baseline, std=std, eps=eps, floor=floor
     )
     return np.asarray(a), float(share)

@@ -13,7 +13,7 @@ from tiny_runs import metrics, run, start_hosts, timeless
 from tiny_steps import B, G, begun, config, solved, steps
 
 from cooper_jax.data.policy_prompts import PromptStyle
-from cooper_jax.policy.advantages import compute_advantages, decoupled_advantages
+from cooper_jax.policy.advantages import decoupled_advantages, normalise_rewards
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import function_runner, reward_functions
@@ -148,7 +148,7 @@ def test_rewards_normalised_apart_keep_combinations_apart():
     total = a / a.std(ddof=1) + b / b.std(ddof=1)
     np.testing.assert_allclose(found, total / np.sqrt((total**2).sum() / 3), rtol=1e-6)
     assert float(zero) == 0 and found[0] != found[1]
-    summed, _ = compute_advantages(jnp.array(first) + jnp.array(second), 4, **options)
+    summed, _ = normalise_rewards(jnp.array(first) + jnp.array(second), 4, **options)
     assert summed[0] == summed[1]
 
     # A row without the second reward has the first alone; one without any counts in no statistic.

@@ -56,7 +56,8 @@ def set_fields(section: ConfigDict, fields: dict[str, object]) -> None:
 
 def _is_path(source: str) -> bool:
     """True for a source that can be nothing but a local path."""
-    return source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 and ":" not in source
+    # A hub id has one slash; addresses and package:NAME/FILE have a colon.
+    return source.startswith(("/", "./", "../", "~")) or (source.count("/") > 1 and ":" not in source)
 
 
 def _is_run(source: str) -> bool:

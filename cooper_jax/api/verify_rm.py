@@ -87,12 +87,9 @@ class VerifyRM:
         `max_tokens` and for logits that are not finite.
         """
         given = {
-            name: _read_texts(name, texts)
-            for name, texts in (
-                ("questions", questions),
-                ("references", references),
-                ("completions", completions),
-            )
+            "questions": _read_texts("questions", questions),
+            "references": _read_texts("references", references),
+            "completions": _read_texts("completions", completions),
         }
         lengths = {name: len(texts) for name, texts in given.items()}
         if len(set(lengths.values())) > 1:

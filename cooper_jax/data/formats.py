@@ -49,9 +49,15 @@ class Format:
     note: str = ""  # what `check` requires, for the documentation
 
     parse: Callable[[Row], ParsedRow | None] = dataclasses.field(kw_only=True)
-    keys: tuple[str, str] = dataclasses.field(kw_only=True)  # columns of question and reference, for messages
+    # Columns of question and reference, for messages, if they are not the first two of `columns`.
+    keys: tuple[str, str] | None = None
     # Long columns that no reward reads, which are not kept: they would take gigabytes.
     unused: tuple[str, ...] = ()
+
+    @property
+    def text_keys(self) -> tuple[str, str]:
+        """The columns of question and reference."""
+        return self.keys or (self.columns[0], self.columns[1])
 
     def matches(self, row: Row) -> bool:
         """True if a row has this format."""
@@ -291,7 +297,6 @@ _TABLE = (
         check=_has_hash_mark,
         note="a `####` in it",
         parse=_parse_gsm8k,
-        keys=("question", "answer"),
     ),
     Format("svamp", "SVAMP", ("Body", "Question", "Answer"), parse=_parse_svamp, keys=("Question", "Answer")),
     Format(
@@ -301,15 +306,8 @@ _TABLE = (
         check=_has_text_prompt,
         note="a prompt that is text",
         parse=_parse_math500,
-        keys=("prompt", "answer"),
     ),
-    Format(
-        "olympiadbench",
-        "OlympiadBench",
-        ("question", "final_answer"),
-        parse=_parse_olympiadbench,
-        keys=("question", "final_answer"),
-    ),
+    Format("olympiadbench", "OlympiadBench", ("question", "final_answer"), parse=_parse_olympiadbench),
     Format(
         "odyssey",
         "Math Odyssey",
@@ -325,7 +323,6 @@ _TABLE = (
         ("problem", "solution"),
         without=("answer", "messages"),
         parse=_parse_math,
-        keys=("problem", "solution"),
     ),
     Format(
         "numina_cot",
@@ -333,7 +330,6 @@ _TABLE = (
         ("problem", "solution", "messages"),
         without=("answer",),
         parse=_parse_numina_cot,
-        keys=("problem", "solution"),
         unused=_LONG,
     ),
     Format(
@@ -342,30 +338,21 @@ _TABLE = (
         ("problem", "answer", *_NUMINA),
         without=("generations",),
         parse=_parse_numina,
-        keys=("problem", "answer"),
     ),
     Format(
         "openr1",
         "OpenR1-Math-220k",
         ("problem", "answer", "generations"),
         parse=_parse_numina,
-        keys=("problem", "answer"),
         unused=_LONG,
     ),
-    Format(
-        "big_math",
-        "Big-Math",
-        ("problem", "answer", "llama8b_solve_rate"),
-        parse=_parse_problem_answer,
-        keys=("problem", "answer"),
-    ),
+    Format("big_math", "Big-Math", ("problem", "answer", "llama8b_solve_rate"), parse=_parse_problem_answer),
     Format(
         "deepscaler",
         "DeepScaleR-Preview",
         ("problem", "answer", "solution"),
         without=("unique_id", "generations", "question_type", "llama8b_solve_rate"),
         parse=_parse_deepscaler,
-        keys=("problem", "answer"),
     ),
     Format(
         "problem_answer",
@@ -375,7 +362,6 @@ _TABLE = (
         check=lambda row: "unique_id" in row or "solution" not in row,
         note="`unique_id` or no `solution`",
         parse=_parse_problem_answer,
-        keys=("problem", "answer"),
     ),
     Format(
         "prompt_solution",
@@ -383,7 +369,6 @@ _TABLE = (
         ("prompt", "solution"),
         without=("answer",),
         parse=_parse_prompt_solution,
-        keys=("prompt", "solution"),
         unused=("source_prompt",),
     ),
     Format(
@@ -399,7 +384,6 @@ _TABLE = (
         "open-instruct's layout: RLVR-GSM, RLVR-MATH and others",
         ("messages", "ground_truth", "dataset"),
         parse=_parse_open_instruct,
-        keys=("messages", "ground_truth"),
     ),
     Format(
         "orz",
@@ -415,7 +399,6 @@ _TABLE = (
         check=_has_chat_prompt,
         note="a prompt that is a list",
         parse=_parse_chat,
-        keys=("prompt", "answer"),
     ),
 )
 FORMATS: dict[str, Format] = {format.name: format for format in _TABLE}

@@ -149,7 +149,7 @@ def _parse_row(
     else:
         parsed = _parse_named_columns(row, *columns, reduce_solutions)
     if parsed is not None and not (parsed.question and parsed.reference):
-        keys = FORMATS[format].keys if format in FORMATS else columns
+        keys = FORMATS[format].text_keys if format in FORMATS else columns
         what, key = ("reference answer", keys[1]) if parsed.question else ("question", keys[0])
         raise ValueError(f"field {key!r}: the {what} is empty; fill it in, or remove the row")
     return parsed

@@ -16,7 +16,7 @@ BASELINES = ("group_mean", "leave_one_out", "batch_mean")
 STDS = ("group", "batch", "none")
 
 
-def compute_advantages(
+def normalise_rewards(
     rewards: jax.Array,  # f32[N]
     group_size: int,
     *,
@@ -45,7 +45,8 @@ def compute_advantages(
     advantages are if the whole step has zero variance.
 
     Returns (advantages f32[N], the share of zero-variance groups f32[]).  Raises ValueError if N is not a
-    multiple of the group size, and for another baseline or std.
+    multiple of the group size, for another baseline or std, and for `batch_mean` with std `group`: a group of equal
+    rewards has no deviation to be divided by.
     """
     if group_size < 1 or rewards.shape[0] % group_size:
         raise ValueError(
@@ -55,6 +56,9 @@ def compute_advantages(
     for name, value, allowed in (("baseline", baseline, BASELINES), ("std", std, STDS)):
         if value not in allowed:
             raise ValueError(f"policy.{name} is {value!r}; it is one of {', '.join(allowed)}")
+
+    if baseline == "batch_mean" and std == "group":
+        raise ValueError("policy.baseline is 'batch_mean' and policy.std 'group': use std batch or none")
 
     # f32 even if rewards are bf16, since differences can be small.
     grouped = rewards.astype(jnp.float32).reshape(-1, group_size)  # [B, G]
@@ -120,7 +124,7 @@ def decoupled_advantages(
 ) -> tuple[jax.Array, jax.Array]:
     """Advantages of several rewards, each normalised within its group, and the share of groups without a signal.
 
-        A_i = sum_k w_k A_ki,   A_ki as in `compute_advantages`, within each group
+        A_i = sum_k w_k A_ki,   A_ki as in `normalise_rewards`, within each group
         and all of them divided by their standard deviation over the step + eps         GDPO (arXiv 2601.05242)
 
     A sum that is normalised afterwards makes different combinations of rewards equal: (1, 0) and (0, 1) have
@@ -129,11 +133,11 @@ def decoupled_advantages(
     A reward that is not finite is left out of its group's statistics and adds nothing to its row's advantage;
     rows without any finite reward do not count in the standard deviation over the step.
 
-    Returns and raises as `compute_advantages`.
+    Returns and raises as `normalise_rewards`.
     """
     total = jnp.zeros(rewards.shape[1:], jnp.float32)
     for reward, weight in zip(rewards, weights, strict=True):
-        advantages, _ = compute_advantages(
+        advantages, _ = normalise_rewards(
             reward, group_size, baseline=baseline, std=std, eps=eps, floor=floor
         )
         total = total + weight * advantages

@@ -92,6 +92,12 @@ class PolicyConfig:
                 f"policy.dual_clip={self.dual_clip}: it must exceed 1 + policy.clip_high = "
                 f"{1.0 + self.clip_high}, or be 0 (off)"
             )
+        # A group of equal rewards differs from the step's mean and has no deviation to be divided by.
+        if self.baseline == "batch_mean" and self.std == "group":
+            errors.append(
+                "policy.baseline='batch_mean' with policy.std='group': groups of equal rewards have no standard "
+                "deviation; set --config.policy.std=batch or none"
+            )
         if self.dual_clip and self.loss == "cispo":
             errors.append(
                 f"policy.dual_clip={self.dual_clip}: cispo clips its weights at both signs of the advantage; set "

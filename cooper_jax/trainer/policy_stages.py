@@ -214,7 +214,7 @@ def compute_advantages(
             stacked, settings.reward.weights, group_size, **options
         )
     else:
-        values, zero_variance_groups = advantages.compute_advantages(
+        values, zero_variance_groups = advantages.normalise_rewards(
             jnp.asarray(rewards), group_size, **options
         )
     return np.asarray(values), float(zero_variance_groups)

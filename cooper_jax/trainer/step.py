@@ -69,12 +69,9 @@ def cooper_step(
     advantages, zero_variance_groups = policy_stages.compute_advantages(
         settings, rewards.total, rewards.by_name
     )
-    policy_batch = policy_stages.mask_rows(
-        components,
-        policy_batch,
-        rewards.masked
-        | policy_stages.find_excluded(settings.policy, completions, advantages, settings.rollout.group_size),
-    )
+    group_size = settings.rollout.group_size
+    excluded = policy_stages.find_excluded(settings.policy, completions, advantages, group_size)
+    policy_batch = policy_stages.mask_rows(components, policy_batch, rewards.masked | excluded)
 
     # The last check for a SIGTERM in this step, since the policy's update below donates the input state.
     hosts.raise_if_stopping()
