@@ -306,7 +306,7 @@ OBJECT = b'{"question": "Q", "answer": "1"}'
         ("rows.TSV", b"question\tanswer\nQ\t1\n"),
         ("rows.jsonl", BOM + OBJECT + b"\n"),
         ("rows.JSON", BOM + b"[\n  " + OBJECT + b"\n]"),
-        ("rows.jsonl.GZ", gzip.compress(OBJECT)),
+        ("rows.jsonl.GZ", gzip.compress(OBJECT, mtime=0)),
     ],
 )
 def test_files_are_read_as_other_programs_write_them(name, text, tmp_path):
