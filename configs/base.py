@@ -104,6 +104,9 @@ def data_section() -> ConfigDict:
     # on | off: the value of the chat template's `enable_thinking` (Qwen3's template has it); "": not set
     c.thinking = ""
     c.prompts_per_step = 128  # B
+    # Dynamic sampling (DAPO): flat groups are replaced by groups of the next problems, of which a step samples at
+    # most this number; 0: off
+    c.refill_prompts = 0
     c.max_prompt_tokens = 512  # longer prompts are dropped and counted
     c.bucket = 64  # widths of batches are rounded up to a multiple of this
     c.synthetic_size = 4096  # number of distinct synthetic training problems
@@ -220,13 +223,16 @@ def policy_section() -> ConfigDict:
     c.std = "group"
     c.std_eps = 1e-6  # added to the standard deviation
     c.std_floor = 0.0  # lower bound of the standard deviation
+    # A group is flat if its rewards have at most this standard deviation, or if they are all equal: see
+    # mask_flat_groups and data.refill_prompts
+    c.flat_std = 0.0
 
     # --- loss ---
     c.loss = "clip"  # clip (PPO, GRPO) | gspo | gspo_token | cispo; docs/algorithms.md has the equations
     c.aggregation = "token_mean"  # token_mean | sequence_mean | sequence_sum (Dr. GRPO)
     c.mask_truncated = False  # leave truncated responses out of the loss (DAPO)
-    # Leave groups whose rewards are all equal out of the loss and its normalisation; they have no advantage, and
-    # otherwise make the other groups' part smaller
+    # Leave flat groups out of the loss and its normalisation.  Without an advantage they otherwise make the other
+    # groups' part smaller
     c.mask_flat_groups = False
     c.clip_low = 0.2  # the probability ratio is clipped below 1 - clip_low
     c.clip_high = 0.2  # the probability ratio is clipped above 1 + clip_high

@@ -241,26 +241,24 @@ def test_values_outside_the_mask_have_no_effect(name):
 
 def test_truncated_responses_are_excluded_with_mask_truncated_alone():
     completions = [Completion("a"), Completion("b", True), Completion("c")]
-    advantages = np.ones(3)
-    assert find_excluded(section(mask_truncated=True), completions, advantages, 3).tolist() == [
-        False,
-        True,
-        False,
-    ]
-    assert not find_excluded(section(), completions, np.zeros(3), 3).any()
+    zeros, ones = np.zeros(3), np.ones(3)
+    found = find_excluded(section(mask_truncated=True), completions, zeros, ones, 3)
+    assert found.tolist() == [False, True, False]
+    assert not find_excluded(section(), completions, zeros, zeros, 3).any()
 
 
-def test_groups_without_an_advantage_are_excluded_with_mask_flat_groups_alone():
+def test_flat_groups_are_excluded_with_mask_flat_groups_alone():
     completions = [Completion("a", True), *[Completion("b")] * 5]
-    advantages = np.array([0, 0, 1, 0, -1, 0.0])
+    # Deviations 0, .014 and .71: the second group counts as flat with flat_std alone.
+    rewards, advantages = np.array([1, 1, 0.52, 0.5, 0, 1.0]), np.array([0, 0, 1, 0, -1, 0.0])
     for settings, expected in (
         (dict(mask_flat_groups=True), [1, 1, 0, 0, 0, 0]),
         (dict(mask_flat_groups=True, mask_truncated=True), [1, 1, 0, 0, 0, 0]),
-        (dict(mask_truncated=True), [1, 0, 0, 0, 0, 0]),
+        (dict(mask_flat_groups=True, flat_std=0.05), [1, 1, 1, 1, 0, 0]),
+        (dict(mask_truncated=True, flat_std=0.05), [1, 0, 0, 0, 0, 0]),
     ):
-        assert find_excluded(section(**settings), completions, advantages, 2).tolist() == [
-            bool(x) for x in expected
-        ]
+        found = find_excluded(section(**settings), completions, rewards, advantages, 2)
+        assert found.tolist() == [bool(x) for x in expected]
 
 
 def test_long_responses_lose_up_to_one():

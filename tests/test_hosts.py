@@ -149,6 +149,53 @@ def test_sigterm_saves_and_exits_with_its_code(short, whole, tmp_path, who):
     assert timeless(metrics(path)) == timeless(metrics(whole))
 
 
+# Notes each call, and takes long while the file `slow` is there.
+NOTING = """
+import pathlib, time
+HERE = pathlib.Path(__file__).parent
+
+def note(prompts, completions, reference):
+    with open(HERE / "calls", "a") as file:
+        file.write("x")
+    if (HERE / "slow").exists():
+        time.sleep(1.5)
+    return [1.0 if text.rstrip().endswith(answer) else 0.0 for text, answer in zip(completions, reference)]
+"""
+
+
+@pytest.mark.slow
+def test_a_refill_is_interrupted_and_resumed(short, tmp_path):
+    """SIGTERM within the second step's refill of flat groups: the resumed run equals the uninterrupted one."""
+    (tmp_path / "note.py").write_text(NOTING)
+    changes = short | dict(
+        checkpoint__every=100,
+        reward__arm="rule",
+        reward__functions=tmp_path / "note.py:note",
+        data__refill_prompts=24,
+    )
+    whole = tmp_path / "whole"
+    assert finish(start_hosts(whole, 2, 2, tmp_path / "out", **changes)) == [0, 0]
+    rows = metrics(whole)[-3:]
+    assert rows[1]["data/refill_prompts"] > 0, "the second step replaces nothing"
+
+    # Each of a step's groups is one call: the second step's refill begins after this many.
+    prompts = 8
+    before = int(prompts + rows[0]["data/refill_prompts"] + prompts)
+    calls, path = tmp_path / "calls", tmp_path / "run"
+    calls.unlink()
+    processes = start_hosts(path, 2, 2, tmp_path / "out", **changes)
+    until(lambda: calls.exists() and calls.stat().st_size >= before - 1, processes)
+    (tmp_path / "slow").touch()
+    until(lambda: calls.stat().st_size > before, processes)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    (tmp_path / "slow").unlink()
+    assert finish(processes) == [hosts.STOPPED] * 2, (tmp_path / "out/0").read_text()[-3000:]
+    assert steps_logged(path) == 1 and calls.stat().st_size > before
+    assert finish(start_hosts(path, 2, 2, tmp_path / "again", **changes)) == [0, 0]
+    assert timeless(metrics(path)) == timeless(metrics(whole))
+
+
 @pytest.mark.slow
 def test_sigterm_to_a_process_alone(short, tmp_path):
     path = tmp_path / "run"

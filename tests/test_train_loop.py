@@ -46,7 +46,16 @@ class Checkpoints(Run):
 
 def record():
     one = np.ones(1, np.float32)
-    return StepRecord([Problem("q", "1")], [Completion("1", tokens=4)], [Verdict.CORRECT], one, one, [], {})
+    return StepRecord(
+        [Problem("q", "1")],
+        [Completion("1", tokens=4)],
+        [Verdict.CORRECT],
+        one,
+        one,
+        [],
+        {},
+        sampled_tokens=4,
+    )
 
 
 @pytest.fixture

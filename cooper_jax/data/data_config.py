@@ -47,6 +47,7 @@ class DataConfig:
     chat: bool  # wrap prompts in the chat template
     thinking: str  # `enable_thinking` of the chat template: on, off, or "" for its default
     prompts_per_step: int  # B
+    refill_prompts: int  # further prompts of a step at most, in place of those of flat groups
     max_prompt_tokens: int  # longer prompts are dropped
     bucket: int  # batch widths are multiples of this number of tokens
     synthetic_size: int  # number of distinct synthetic training problems
@@ -55,7 +56,7 @@ class DataConfig:
         at_least_1 = ("prompts_per_step", "max_prompt_tokens", "bucket", "synthetic_size")
         errors = [
             *typed_config.find_below_minimum(self, "data", 1, at_least_1),
-            *typed_config.find_below_minimum(self, "data", 0, ("eval_from_train",)),
+            *typed_config.find_below_minimum(self, "data", 0, ("eval_from_train", "refill_prompts")),
         ]
         if self.is_synthetic and (self.train or self.eval):
             errors.append(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # What is subtracted from a reward, and the standard deviation by which the result is divided.
 BASELINES = ("group_mean", "leave_one_out", "batch_mean")
@@ -148,3 +149,30 @@ def decoupled_advantages(
     deviation = jnp.sqrt(jnp.where(counted, total**2, 0.0).sum() / jnp.maximum(count - 1.0, 1.0))
     zero_variance = (total.reshape(-1, group_size) == 0).all(axis=1)
     return jnp.where(deviation > 0, total / (deviation + eps), 0.0), zero_variance.mean(dtype=jnp.float32)
+
+
+def measure_deviations(rewards: np.ndarray, group_size: int) -> np.ndarray:
+    """The standard deviation of each group's finite rewards, f32[B]; 0 with fewer than two.
+
+    rewards: f32[N].
+    """
+    grouped = np.where(np.isfinite(rewards), rewards, np.nan).reshape(-1, group_size)
+    known = np.isfinite(grouped).sum(axis=1) > 1
+    deviations = np.zeros(len(grouped), np.float32)
+    deviations[known] = np.nanstd(grouped[known], axis=1, ddof=1)
+    return deviations
+
+
+def find_flat_groups(
+    rewards: np.ndarray, advantages: np.ndarray, group_size: int, flat_std: float
+) -> np.ndarray:
+    """Find the groups that teach the policy nothing, bool[B].
+
+    They have advantages of 0 only, or rewards whose standard deviation is at most flat_std (if that is not 0).
+
+    rewards, advantages: f32[N].
+    """
+    is_flat = (advantages.reshape(-1, group_size) == 0).all(axis=1)
+    if flat_std:
+        is_flat |= measure_deviations(rewards, group_size) <= flat_std
+    return is_flat

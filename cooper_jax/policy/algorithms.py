@@ -36,9 +36,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "grpo": _PLAIN | {"policy.aggregation": "sequence_mean", "policy.kl_coef": 0.04},
     # arXiv 2503.20783: neither the length nor the deviation of a group changes its weight.
     "dr_grpo": _PLAIN | {"policy.aggregation": "sequence_sum", "policy.std": "none"},
-    # arXiv 2503.14476: the asymmetric clip, the mean over tokens, no loss on truncated responses.  In place of its
-    # dynamic sampling, groups of equal rewards are left out of the loss, and not replaced by others.  Its penalty
-    # on long responses is --config.reward.overlong_tokens.
+    # arXiv 2503.14476: the asymmetric clip, the mean over tokens, no loss on truncated responses.  Groups of equal
+    # rewards are left out of the loss; its dynamic sampling, which replaces them, is --config.data.refill_prompts,
+    # and its penalty on long responses --config.reward.overlong_tokens.
     "dapo": _PLAIN
     | {"policy.clip_high": 0.28, "policy.mask_truncated": True, "policy.mask_flat_groups": True},
     # arXiv 2507.18071: one ratio for each response; the clip range of its section 5.

@@ -54,12 +54,13 @@ class PolicyConfig:
     std: str  # the standard deviation by which advantages are divided: one of STDS
     std_eps: float  # added to the standard deviation
     std_floor: float  # smaller standard deviations are replaced by this one before the division
+    flat_std: float  # a group is flat if its rewards deviate by no more, or are all equal
 
     # Loss.
     loss: str  # one of SURROGATES (surrogates.py)
     aggregation: str  # one of AGGREGATIONS
     mask_truncated: bool  # truncated responses have no part in the loss
-    mask_flat_groups: bool  # nor have groups without any advantage, in the loss and in its normalisation
+    mask_flat_groups: bool  # nor have flat groups, in the loss and in its normalisation
     clip_low: float  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float
     dual_clip: float  # bound on the ratio in the loss of tokens with negative advantages; 0: off

@@ -44,6 +44,11 @@ def check_cross_sections(cfg: ConfigDict) -> None:
         cfg.policy.kl_coef > 0 or not cfg.mesh.reference,
         f"mesh.reference={cfg.mesh.reference!r}: with policy.kl_coef=0 there is no reference policy; leave it out",
     )
+    errors.require(
+        cfg.data.refill_prompts == 0 or cfg.policy.baseline != "batch_mean",
+        f"data.refill_prompts={cfg.data.refill_prompts}: with policy.baseline=batch_mean a group of equal rewards "
+        "has advantages, too, so there is nothing to replace; leave one of them out",
+    )
     _check_training_sampling(cfg, errors)
     _check_models(cfg, errors)
     _check_reward_updates(cfg, errors)

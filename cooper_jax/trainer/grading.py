@@ -29,7 +29,7 @@ from cooper_jax.trainer.policy_stages import ProblemBatch
 from cooper_jax.trainer.reward_functions import CombinedRewards, StepRewards
 from cooper_jax.trainer.rewards import compute_rewards, name_rewards, penalise_length
 from cooper_jax.trainer.state import Components
-from cooper_jax.types import Completion, Metrics, Params, Problem, ScoreBatch, TrainState, Verdict
+from cooper_jax.types import Completion, Params, Problem, ScoreBatch, TrainState, Verdict
 
 
 def encode_reward_input(components: Components, problem: Problem, completion: str) -> list[int]:
@@ -179,17 +179,51 @@ class ResponseGrader:
         Raises what StepRewards.collect raises.
         """
         settings = self._components.settings
-        penalty, metrics = np.zeros(len(completions), np.float32), Metrics()
+        penalty = None
         if overlong_tokens := settings.reward.overlong_tokens:
             penalty = penalise_length(completions, settings.rollout.max_new_tokens, overlong_tokens)
-            metrics["reward/overlong"] = float(penalty.mean())
 
         if self._rewards is not None:
-            rewards = self._rewards.collect(scores, verdicts, completions, penalty)
-            return dataclasses.replace(rewards, metrics={**rewards.metrics, **metrics})
-        names = name_rewards(settings.reward)
-        total = compute_rewards(names, scores, verdicts, completions)
-        return CombinedRewards(total + penalty, {}, metrics)
+            return self._rewards.collect(scores, verdicts, completions, penalty)
+        total = compute_rewards(name_rewards(settings.reward), scores, verdicts, completions)
+        return CombinedRewards(total if penalty is None else total + penalty, {}, penalty=penalty)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grades:
+    """Grades that were collected already, behind the methods of ResponseGrader with which they are collected."""
+
+    scores: np.ndarray | None  # f32[N]; None in the rule arm
+    verdicts: list[Verdict]  # [N]
+    rewards: CombinedRewards
+
+    def collect_scores(self) -> np.ndarray:
+        """The reward model's scores, f32[N].  Raises ValueError in the rule arm."""
+        if self.scores is None:
+            raise ValueError("there is no reward model: in the rule arm responses have verdicts only")
+        return self.scores
+
+    def collect_verdicts(self) -> list[Verdict]:
+        """The rule verifier's verdicts, [N]."""
+        return self.verdicts
+
+    def collect_rewards(
+        self, scores: np.ndarray | None, verdicts: Sequence[Verdict], completions: Sequence[Completion]
+    ) -> CombinedRewards:
+        """The rewards, which were computed from these arguments before."""
+        return self.rewards
+
+    def concatenate(self, other: Grades) -> Grades:
+        """The grades of these responses and then those of `other`, of the same run."""
+        scores = None
+        if self.scores is not None and other.scores is not None:
+            scores = np.concatenate([self.scores, other.scores])
+        return Grades(scores, self.verdicts + other.verdicts, self.rewards.concatenate(other.rewards))
+
+    def take(self, rows: np.ndarray) -> Grades:
+        """The grades of some responses.  rows: i[n]."""
+        scores = None if self.scores is None else self.scores[rows]
+        return Grades(scores, [self.verdicts[n] for n in rows], self.rewards.take(rows))
 
 
 class _OverlappedScorer:

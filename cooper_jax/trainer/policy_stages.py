@@ -25,6 +25,7 @@ import numpy as np
 
 from cooper_jax.data import packing
 from cooper_jax.policy import advantages, grpo
+from cooper_jax.policy.advantages import find_flat_groups
 from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.rollout import engine
 from cooper_jax.runtime import hosts, keys
@@ -41,20 +42,27 @@ class ProblemBatch:
     problems: list[Problem]  # [B]
     prompt_tokens: list[Sequence[int]]  # [B]
 
-    # [B], positions in the sequence of all epochs.  Random draws are keyed by them, so a response does not
-    # depend on the other problems of its batch.
-    positions: range
+    # [B], ascending positions in the sequence of all epochs.  Random draws are keyed by them, so a response does
+    # not depend on the other problems of its batch.
+    positions: Sequence[int]
+    next_position: int  # of the first problem that no step has taken yet
 
     row_problems: list[Problem]  # [N], each problem G times
 
 
-def take_problems(components: Components, first: int, stream: str = "shuffle") -> ProblemBatch:
+def take_problems(
+    components: Components, first: int, stream: str = "shuffle", count: int | None = None
+) -> ProblemBatch:
     """Take the training problems at positions first, first + 1, ... of a shuffled order.
 
-    A batch may cross the end of an epoch.  stream: the random stream that shuffles each epoch.
+    A batch may cross the end of an epoch.
+
+    Args:
+      stream: the random stream that shuffles each epoch.
+      count: the number of problems; None: data.prompts_per_step.
     """
     settings = components.settings
-    positions = range(first, first + settings.data.prompts_per_step)
+    positions = range(first, first + (count or settings.data.prompts_per_step))
     chosen = [components.data_order.problem_at(p, settings.seed, stream) for p in positions]
     problems = [components.train[i] for i in chosen]
 
@@ -65,6 +73,7 @@ def take_problems(components: Components, first: int, stream: str = "shuffle") -
         problems=problems,
         prompt_tokens=[components.train_prompts[i] for i in chosen],
         positions=positions,
+        next_position=positions.stop,
         row_problems=row_problems,
     )
 
@@ -221,18 +230,22 @@ def compute_advantages(
 
 
 def find_excluded(
-    policy: PolicyConfig, completions: Sequence[Completion], advantages: np.ndarray, group_size: int
+    policy: PolicyConfig,
+    completions: Sequence[Completion],
+    rewards: np.ndarray,
+    advantages: np.ndarray,
+    group_size: int,
 ) -> np.ndarray:
     """Find the responses without a part in the policy's loss, bool[N].
 
     With mask_truncated these are the truncated ones, whose rewards still count in the baselines and standard
-    deviations; with mask_flat_groups, all of a group without any advantage.
+    deviations; with mask_flat_groups, all of the groups that `find_flat_groups` finds.
 
-    advantages: f32[N].
+    rewards, advantages: f32[N].
     """
     excluded = np.array([policy.mask_truncated and completion.truncated for completion in completions])
     if policy.mask_flat_groups:
-        is_flat = (advantages.reshape(-1, group_size) == 0).all(axis=1)
+        is_flat = find_flat_groups(rewards, advantages, group_size, policy.flat_std)
         excluded |= np.repeat(is_flat, group_size)
     return excluded
 

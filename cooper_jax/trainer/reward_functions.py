@@ -92,12 +92,54 @@ class CombinedRewards:
 
     total: np.ndarray  # f32[N]; NaN: masked
     by_name: Mapping[str, np.ndarray]  # f32[N] each, NaN: no reward; empty without reward.functions
-    metrics: Metrics
+    failures: Metrics = dataclasses.field(
+        default_factory=dict
+    )  # counts of the functions' failures, by metric
+    penalty: np.ndarray | None = None  # f32[N], a part of the total: reward.overlong_tokens
 
     @property
     def masked(self) -> np.ndarray:
         """bool[N]: the responses without any reward by the functions."""
         return np.isnan(self.total) if self.by_name else np.zeros(len(self.total), bool)
+
+    @property
+    def metrics(self) -> Metrics:
+        """The mean of each reward, and the counts of failures."""
+        metrics = dict(self.failures)
+        if self.penalty is not None:
+            metrics["reward/overlong"] = float(self.penalty.mean())
+        if self.by_name:
+            known = self.total[~np.isnan(self.total)]
+            metrics |= {f"reward/{name}": _mean_over_numbers(values) for name, values in self.by_name.items()}
+            metrics["reward/masked"] = float(len(self.total) - len(known))
+            metrics["reward/mean"] = _mean_over_numbers(known)
+            metrics["reward/std"] = float(known.std()) if len(known) else float("nan")
+        return metrics
+
+    def concatenate(self, other: CombinedRewards) -> CombinedRewards:
+        """The rewards of these responses and then those of `other`, of the same run."""
+        penalty = None
+        if self.penalty is not None and other.penalty is not None:
+            penalty = np.concatenate([self.penalty, other.penalty])
+        failures = {
+            name: self.failures.get(name, 0.0) + other.failures.get(name, 0.0)
+            for name in {**self.failures, **other.failures}
+        }
+        return CombinedRewards(
+            np.concatenate([self.total, other.total]),
+            {name: np.concatenate([values, other.by_name[name]]) for name, values in self.by_name.items()},
+            failures,
+            penalty,
+        )
+
+    def take(self, rows: np.ndarray) -> CombinedRewards:
+        """The rewards of some rows; the failures stay those of all.  rows: i[n]."""
+        return dataclasses.replace(
+            self,
+            total=self.total[rows],
+            by_name={name: values[rows] for name, values in self.by_name.items()},
+            penalty=None if self.penalty is None else self.penalty[rows],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,14 +267,14 @@ class StepRewards:
         scores: np.ndarray | None,
         verdicts: Sequence[Verdict],
         completions: Sequence[Completion],
-        penalty: np.ndarray | float = 0.0,
+        penalty: np.ndarray | None = None,
     ) -> CombinedRewards:
         """Wait for all functions and combine the rewards.  Collective: the same arguments on all hosts.
 
         Args:
           scores: f32[N]; None in the rule arm.
           verdicts, completions: [N].
-          penalty: f32[N], added to the sums.
+          penalty: f32[N], added to the sums; None: 0.
 
         Raises SetupError if a function fails always, hosts.Stopped after SIGTERM in a run of one process.
         """
@@ -241,7 +283,7 @@ class StepRewards:
         results = self._exchange_results()
 
         values = np.full((len(self._functions.terms), len(completions)), np.nan, np.float32)  # [K, N]
-        metrics: Metrics = {}
+        failures: Metrics = {}
         for k, term in enumerate(self._functions.terms):
             if term.code is None:
                 values[k] = compute_rewards([term.name], scores, verdicts, completions)
@@ -250,17 +292,14 @@ class StepRewards:
                     values[k, index * group_size : (index + 1) * group_size] = [
                         np.nan if value is None else value for value in result.values
                     ]
-                metrics |= _count_failures(term, results[k])
+                failures |= _count_failures(term, results[k])
                 _check_failures(term, results[k])
-            metrics[f"reward/{term.name}"] = _mean_over_numbers(values[k])
 
-        total = sum_rewards(values, [term.weight for term in self._functions.terms]) + penalty
-        known = total[~np.isnan(total)]
-        metrics["reward/masked"] = float(len(total) - len(known))
-        metrics["reward/mean"] = _mean_over_numbers(known)
-        metrics["reward/std"] = float(known.std()) if len(known) else float("nan")
+        total = sum_rewards(values, [term.weight for term in self._functions.terms])
+        if penalty is not None:
+            total = total + penalty
         by_name = {term.name: values[k] for k, term in enumerate(self._functions.terms)}
-        return CombinedRewards(total, by_name, metrics)
+        return CombinedRewards(total, by_name, failures, penalty)
 
     def _make_arguments(
         self, problem: Problem, responses: Sequence[Completion], tokens: Sequence[Sequence[int]]

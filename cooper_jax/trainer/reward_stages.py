@@ -110,7 +110,7 @@ def choose_labelled_rows(
         settings.reward_update,
         seed=settings.seed,
         step=step,
-        position=batch.positions.start,
+        position=batch.positions[0],
     )
 
 

@@ -34,6 +34,8 @@ class StepRecord:
     # The rewards of which `rewards` are the sum, f32[N] each; empty without reward.functions.
     rewards_by_name: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    sampled_tokens: int = 0  # also those of groups that were replaced
+
 
 def select_samples(record: StepRecord, count: int) -> list[dict[str, Any]]:
     """Describe `count` problems of a step as JSON objects: problems with a valid pair first, then others."""

@@ -1,6 +1,7 @@
 """One step of Cooper (arXiv 2508.05613).
 
-1. Sample G responses to each prompt from the policy.
+1. Sample G responses to each prompt from the policy.  With data.refill_prompts, groups of equal rewards are
+   replaced by groups of further problems.
 2. Reward each response with the sigmoid of the reward model's logit, and verify it with the rule.  With
    reward.functions the user's functions reward it, as soon as its group has ended.
 3. Update the policy with GRPO.
@@ -22,10 +23,10 @@ from __future__ import annotations
 import dataclasses
 
 from cooper_jax.reward.pairs.build_pairs import PairResult
-from cooper_jax.runtime import hosts, keys
+from cooper_jax.runtime import hosts
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import policy_stages, reward_stages
-from cooper_jax.trainer.grading import ResponseGrader
+from cooper_jax.trainer.dynamic_sampling import replace_flat_groups, sample_batch
 from cooper_jax.trainer.samples import StepRecord
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.trainer.step_metrics import measure_step
@@ -44,13 +45,10 @@ def cooper_step(
 
     # 1. Sample.  The rule verifies each group as soon as it ends, while the devices sample the others; a reward
     # model with devices of its own scores it then, too.
-    batch = policy_stages.take_problems(components, first=state.position)
-    grader = ResponseGrader(components, batch, state.reward, rewards_policy=True)
-    rollout_key = keys.make_key(settings.seed, "rollout", step)
-    with phases.phase("rollout"):
-        rollout, completions, rollout_metrics = policy_stages.sample_responses(
-            components, state.policy.params, batch, rollout_key, on_group=grader.add_group
-        )
+    sampled = sample_batch(components, state, phases, first=state.position)
+    if settings.data.refill_prompts:
+        sampled = replace_flat_groups(components, state, sampled, phases)
+    batch, grader, completions = sampled.problems, sampled.grader, sampled.completions
 
     # 2. Reward.  The rule's workers finish while the devices compute log-probabilities for point 3.  The
     # reward model scores before its update in point 5.
@@ -60,7 +58,7 @@ def cooper_step(
             scores = grader.collect_scores()
     hosts.raise_if_stopping()
     with phases.phase("logprobs"):
-        policy_batch = policy_stages.compute_logprobs(components, state, batch.prompt_tokens, rollout)
+        policy_batch = policy_stages.compute_logprobs(components, state, batch.prompt_tokens, sampled.rollout)
     with phases.phase("rule"):
         verdicts = grader.collect_verdicts()
     with phases.phase("functions"):
@@ -70,7 +68,9 @@ def cooper_step(
         settings, rewards.total, rewards.by_name
     )
     group_size = settings.rollout.group_size
-    excluded = policy_stages.find_excluded(settings.policy, completions, advantages, group_size)
+    excluded = policy_stages.find_excluded(
+        settings.policy, completions, rewards.total, advantages, group_size
+    )
     policy_batch = policy_stages.mask_rows(components, policy_batch, rewards.masked | excluded)
 
     # The last check for a SIGTERM in this step, since the policy's update below donates the input state.
@@ -119,13 +119,14 @@ def cooper_step(
         pairs=pair_result.pairs,
         refused=pair_result.refused,
         rewards_by_name=rewards.by_name,
+        sampled_tokens=sampled.sampled_tokens,
     )
     metrics = {
         # The number of training problems taken so far, and the same in epochs.
-        "data/position": float(batch.positions.stop),
-        "data/epoch": batch.positions.stop / len(components.train),
+        "data/position": float(batch.next_position),
+        "data/epoch": batch.next_position / len(components.train),
         "reward/zero_variance_groups": zero_variance_groups,
-        **rollout_metrics,
+        **sampled.metrics,
         **measure_step(record, scores, components.oracle),
         **rewards.metrics,
         **policy_metrics,
@@ -136,7 +137,7 @@ def cooper_step(
         policy=policy,
         reward=reward,
         step=step,
-        position=batch.positions.stop,
+        position=batch.next_position,
         replay=replay,
         recent_rewrites=state.recent_rewrites.append(pair_result.pairs, settings.log.rewrites_kept),
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from cooper_jax.policy.advantages import measure_deviations
 from cooper_jax.trainer.samples import StepRecord
 from cooper_jax.types import Completion, Metrics, Pair, Problem, Verdict
 
@@ -60,11 +61,7 @@ def measure_flat_groups(rewards: np.ndarray, advantages: np.ndarray, group_size:
 
     rewards, advantages: f32[N].
     """
-    # NaN, the reward of a masked response, is left out of the deviation, as in the advantages.
-    grouped = np.where(np.isfinite(rewards), rewards, np.nan).reshape(-1, group_size)
-    known = np.isfinite(grouped).sum(axis=1) > 1
-    deviations = np.zeros(len(grouped))
-    deviations[known] = np.nanstd(grouped[known], axis=1, ddof=1)
+    deviations = measure_deviations(rewards, group_size)
     mass = np.abs(advantages).reshape(-1, group_size).sum(axis=1)
     return float(mass[deviations < FLAT_STD].sum() / mass.sum()) if mass.sum() > 0 else 0.0
 

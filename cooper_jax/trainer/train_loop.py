@@ -109,8 +109,7 @@ def measure_speed(record: StepRecord, seconds: float) -> Metrics:
 
     The time includes all phases of the step, not only the sampling.
     """
-    sampled_tokens = sum(c.tokens for c in record.completions)
-    return {"time/step": seconds, "time/tokens_per_second": sampled_tokens / seconds}
+    return {"time/step": seconds, "time/tokens_per_second": record.sampled_tokens / seconds}
 
 
 def log_step(settings: LogConfig, run: RunDirectory, step: int, metrics: Metrics, record: StepRecord) -> None:
