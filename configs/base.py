@@ -167,6 +167,17 @@ def trained_model() -> ConfigDict:
     """Settings of a model that is trained."""
     c = model_source()
     c.remat = True  # recompute each layer's activations in the backward pass
+    c.lora = lora()
+    return c
+
+
+def lora() -> ConfigDict:
+    """Low-rank adapters (docs/lora.md): trained in place of the weights, which are frozen."""
+    c = ConfigDict()
+    c.rank = 0  # columns of each adapter; 0: no adapters, all weights are trained
+    c.alpha = 32.0  # the adapters' product is multiplied by alpha / rank
+    c.targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # matrices that have adapters
+    c.rslora = False  # alpha / sqrt(rank) in place of alpha / rank
     return c
 
 

@@ -4,8 +4,9 @@
     python launch/export.py --run_dir=runs/tiny --model=reward --out=exported/verifyrm --step=100
 
 The policy loads as AutoModelForCausalLM, the reward model as AutoModelForSequenceClassification with one
-label.  Both directories can be the `weights` of a later run.  With the reward model of a run whose rewards were
-calibrated (reward.calibrated), calibration.json is written too.
+label.  Both directories can be the `weights` of a later run.  Of a run with adapters (policy.lora) the model is
+written with the adapters added to its weights, or with --adapter the adapters alone, which `peft` loads.  With
+the reward model of a run whose rewards were calibrated (reward.calibrated), calibration.json is written too.
 """
 
 import sys
@@ -24,6 +25,7 @@ RUN_DIR = flags.DEFINE_string("run_dir", None, "A run directory.", required=True
 OUT = flags.DEFINE_string("out", None, "The directory to write.", required=True)
 MODEL = flags.DEFINE_enum("model", "policy", ["policy", "reward"], "Which model.")
 STEP = flags.DEFINE_integer("step", -1, "The checkpoint's step; -1 is the newest.")
+ADAPTER = flags.DEFINE_boolean("adapter", False, "Write the adapters alone, for peft.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the written weights.")
 
 
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> None:
 
     # Imported after the flags are parsed, because importing JAX takes seconds.
     from cooper_jax.data import seen_questions
-    from cooper_jax.model import weight_export
+    from cooper_jax.model import adapter_export, weight_export
     from cooper_jax.reward import calibration
     from cooper_jax.runtime import device_layouts, remote_files
     from cooper_jax.settings import setup_errors
@@ -66,6 +68,17 @@ def main(argv: list[str]) -> None:
     except setup_errors.SetupError as error:
         command_line.exit_with_errors(error.messages)
 
+    head = run_checkpoint.HEADS[MODEL.value]
+    if ADAPTER.value:
+        if model.config.lora is None:
+            command_line.exit_with_errors(
+                [f"--adapter: the run trained all weights of its {MODEL.value} model; leave the flag out"]
+            )
+        source = cfg[MODEL.value].weights
+        adapter_export.save_adapters(OUT.value, model.config, params, head, source, DTYPE.value)
+        print(f"{OUT.value}: the adapters of the {MODEL.value} model of step {step}, beside {source}")
+        return
+
     # The tokenizer is part of the exported directory, which is complete without the run.
     with tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save(folder)
@@ -73,7 +86,7 @@ def main(argv: list[str]) -> None:
             OUT.value,
             model.config,
             params,
-            run_checkpoint.HEADS[MODEL.value],
+            head,
             tokenizer_dir=folder,
             generation_config={"eos_token_id": list(model.tokenizer.eos_ids)},
             pad_token_id=model.tokenizer.pad_id,

@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any
 
 from cooper_jax.model.families import FAMILIES, LAYER_TYPES, Family, Layers
+from cooper_jax.model.lora import LoraConfig
 from cooper_jax.model.rope import Rope, Scaling, read_rope, write_scaling
 
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -82,6 +83,8 @@ class ModelConfig:
     # Base of sliding layers' rotary embeddings, which are not scaled; None: as in the other layers.
     sliding_rope_theta: float | None = None
 
+    lora: LoraConfig | None = None  # adapters beside the layers' matrices, which are then frozen
+
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ValueError(f"model family {self.family!r} is none of {', '.join(sorted(FAMILIES))}")
@@ -127,6 +130,11 @@ class ModelConfig:
     def padded_vocab(self) -> int:
         """Rows of the embedding: vocab_size rounded up to a multiple of vocab_multiple."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def base(self) -> ModelConfig:
+        """The model without adapters."""
+        return dataclasses.replace(self, lora=None)
 
     def keep_layers(self, n: int) -> ModelConfig:
         """Return the config of the model's first n layers; 0 keeps all.

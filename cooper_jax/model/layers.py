@@ -23,6 +23,7 @@ from cooper_jax.kernels.schedule import Schedule, make_schedule
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.rope import Rope, compute_frequencies
 from cooper_jax.runtime.mesh import Layout
+from cooper_jax.runtime.optim import ADAPTERS
 from cooper_jax.types import Params
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]  # [..., D], [D, F] -> [..., F]
@@ -91,7 +92,28 @@ def flatten_projections(w: Params) -> Params:
     def flatten(x: jax.Array, axis: int) -> jax.Array:
         return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-    return w | {name: flatten(w[name], axis) for name, axis in PROJECTIONS.items()}
+    flat = w | {name: flatten(w[name], axis) for name, axis in PROJECTIONS.items()}
+    if ADAPTERS not in w:
+        return flat
+
+    # The inputs of `o` are H and h, those of the others D; the other end of an adapter is its rank.
+    adapters = {}
+    for name, adapter in w[ADAPTERS].items():
+        rank = adapter["a"].shape[-1]
+        adapters[name] = {"a": adapter["a"].reshape(-1, rank), "b": adapter["b"].reshape(rank, -1)}
+    return flat | {ADAPTERS: adapters}
+
+
+def multiply(w: Params, name: str, config: ModelConfig, x: jax.Array, matmul: Matmul) -> jax.Array:
+    """Multiply x [..., in] with a layer's matrix, and with its adapters if it has any -> [..., out].
+
+    w: one layer after `flatten_projections`.
+    """
+    out = matmul(x, w[name])
+    if config.lora is None or name not in w[ADAPTERS]:
+        return out
+    adapter = w[ADAPTERS][name]
+    return out + config.lora.scale * matmul(matmul(x, adapter["a"]), adapter["b"])
 
 
 def project_qkv(
@@ -102,7 +124,9 @@ def project_qkv(
     w: one layer after `flatten_projections`.  angles: None for a layer that does not rotate.
     """
     y = rms_norm(x, w["attn_norm"], config)
-    q, k, v = (matmul(y, w[name]).reshape(*x.shape[:-1], -1, config.head_dim) for name in "qkv")
+    q, k, v = (
+        multiply(w, name, config, y, matmul).reshape(*x.shape[:-1], -1, config.head_dim) for name in "qkv"
+    )
     if config.qkv_bias:
         # Biases [H, h] get leading axes of size 1: implicit rank promotion is an error in the tests.
         leading = (1,) * (x.ndim - 1)
@@ -133,14 +157,14 @@ def output_proj_and_mlp(
 
     Both add to the residual stream `x`.
     """
-    out = matmul(heads.reshape(*x.shape[:-1], -1), w["o"])
+    out = multiply(w, "o", config, heads.reshape(*x.shape[:-1], -1), matmul)
     if config.post_norms:
         out = rms_norm(out, w["attn_post_norm"], config)
     x = constrain_batch(x + out, layout)
 
     y = rms_norm(x, w["mlp_norm"], config)
-    gated = _GATES[config.activation](matmul(y, w["gate"])) * matmul(y, w["up"])  # [..., F]
-    out = matmul(gated, w["down"])
+    gate, up = (multiply(w, name, config, y, matmul) for name in ("gate", "up"))
+    out = multiply(w, "down", config, _GATES[config.activation](gate) * up, matmul)
     if config.post_norms:
         out = rms_norm(out, w["mlp_post_norm"], config)
     return constrain_batch(x + out, layout)

@@ -27,8 +27,9 @@ from cooper_jax.data import prompts, synthetic
 from cooper_jax.model import tokenizer as tokenizers
 from cooper_jax.model import transformer, weights
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.model.model_source import ModelSource
+from cooper_jax.model.model_source import ModelSource, read_lora
 from cooper_jax.runtime import hosts, keys, mesh
+from cooper_jax.runtime.optim import ADAPTERS
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Params
 
@@ -86,14 +87,15 @@ def describe_model(
 
     # The embedding's rows are sharded over the mesh axes of the logical axis "vocab".
     multiple = math.lcm(section.vocab_multiple, layout.first_ways("vocab"))
+    lora = section.lora if isinstance(section, ModelSource) else read_lora(section, name)
     with setup_errors(f"{name}.weights={section.weights!r}"):
         if section.weights == "random":
             config = ModelConfig.from_arch(section.arch, tokenizer.vocab_size, multiple)
-            return Model(config, tokenizer)
+            return Model(dataclasses.replace(config, lora=lora), tokenizer)
 
         # The embedding may have more rows than the tokenizer has ids (Qwen2.5's does), but not fewer.
         config = weights.read_config(section.weights, section.num_layers)
-        config = dataclasses.replace(config, vocab_multiple=multiple)
+        config = dataclasses.replace(config, vocab_multiple=multiple, lora=lora)
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} ids but the embedding {config.vocab_size} rows: "
@@ -162,4 +164,8 @@ def load_model(
             vocab_multiple=model.config.vocab_multiple,
             seed=seed,
         )
-        return model, loaded.params, loaded.head_trained
+        params = loaded.params
+        if model.config.lora is not None:
+            adapters = {ADAPTERS: transformer.param_specs(model.config, head)[ADAPTERS]}
+            params = params | mesh.init_params(keys.make_key(seed, f"init_{name}"), adapters, layout)
+        return model, params, loaded.head_trained

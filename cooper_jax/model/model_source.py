@@ -6,6 +6,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from cooper_jax.model.lora import LoraConfig
 from cooper_jax.settings import typed_config
 
 DTYPES = ("float32", "bfloat16")
@@ -44,6 +45,7 @@ class ModelSource:
     dtype: str  # of the computation: float32 or bfloat16
 
     arch: ArchConfig  # used with random weights only
+    lora: LoraConfig | None  # adapters to be trained in place of the weights
     name: str = dataclasses.field(compare=False)  # of the section, for messages
 
     def __post_init__(self) -> None:
@@ -62,4 +64,13 @@ class ModelSource:
         Raises SetupError for values out of range.
         """
         arch = typed_config.read_section(ArchConfig, section.arch, f"{name}.arch")
-        return typed_config.read_section(cls, section, name, name=name, arch=arch)
+        lora = read_lora(section, name)
+        return typed_config.read_section(cls, section, name, name=name, arch=arch, lora=lora)
+
+
+def read_lora(section: ConfigDict, name: str) -> LoraConfig | None:
+    """Read the adapters' settings of a model's section; None for a model that is not trained, or without any.
+
+    Raises SetupError for values out of range.
+    """
+    return LoraConfig.from_config(section.lora, f"{name}.lora") if "lora" in section else None

@@ -37,7 +37,9 @@ from cooper_jax.model.layers import (
     run_sharded,
     sharded_causal_attention,
 )
+from cooper_jax.model.lora import adapter_specs
 from cooper_jax.runtime.mesh import Layout, ParamSpec
+from cooper_jax.runtime.optim import ADAPTERS
 from cooper_jax.types import Params
 
 
@@ -99,6 +101,8 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
         specs["score"] = ParamSpec((D,), (None,), scale=input_scale)
     elif not c.tied:
         specs["lm_head"] = dataclasses.replace(embed, scale=input_scale)
+    if c.lora is not None:
+        specs[ADAPTERS] = adapter_specs(c.lora, layers)
     return specs
 
 
@@ -106,6 +110,14 @@ def cast_layers(layers: Params, config: ModelConfig, dtype: jnp.dtype) -> Params
     """Cast the layers' parameters to the compute dtype, except those declared to stay float32."""
     specs = param_specs(config)["layers"]
     return {name: w if specs[name].keep_f32 else w.astype(dtype) for name, w in layers.items()}
+
+
+def _take_layers(params: Params, config: ModelConfig, dtype: jnp.dtype) -> Params:
+    """The layers' parameters in the compute dtype, with the adapters of each layer as its entry "lora"."""
+    layers = cast_layers(params["layers"], config, dtype)
+    if config.lora is None:
+        return layers
+    return layers | {ADAPTERS: jax.tree.map(lambda x: x.astype(dtype), params[ADAPTERS])}
 
 
 # --- hidden states -------------------------------------------------------------------------------------
@@ -144,7 +156,7 @@ def hidden_states(
 
     if remat:
         layer = jax.checkpoint(layer, static_argnums=2)
-    weights = cast_layers(params["layers"], config, dtype)
+    weights = _take_layers(params, config, dtype)
     x, _ = make_layer_scan(layer)(x, weights, config.layer_kinds)
     x = rms_norm(x, params["final_norm"], config)
     return _permute(x, packed_index, token_index)

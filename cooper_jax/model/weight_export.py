@@ -6,6 +6,7 @@ previous one in place.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cooper_jax.model.config import ARCHITECTURES, ModelConfig
+from cooper_jax.model.lora import merge_adapters
 from cooper_jax.model.weight_table import Entry, make_entries
 from cooper_jax.types import Params
 
@@ -34,7 +36,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 def save_pretrained(
@@ -52,7 +54,7 @@ def save_pretrained(
     """Write a model for AutoModelForCausalLM ("logits") or AutoModelForSequenceClassification ("score").
 
     The directory appears complete or not at all, and replaces an existing one.  Every array must be
-    addressable from this host.
+    addressable from this host.  Adapters are added to their matrices (adapter_export.py writes them alone).
 
     Args:
       tokenizer_dir: directory whose tokenizer files are copied.
@@ -64,22 +66,30 @@ def save_pretrained(
     Raises ValueError for another dtype, and for a pad_token_id that is missing or outside the vocabulary.
     """
     directory = Path(directory)
+    if config.lora is not None:
+        params = merge_adapters(params, config.lora)
     _check_arguments(directory, config, head, pad_token_id, dtype)
     hf = _make_hf_config(config, head, generation_config or {}, pad_token_id, dtype)
 
+    with replace_directory(directory) as new:
+        write_json(new / "config.json", hf)
+        if generation_config:
+            write_json(new / "generation_config.json", generation_config)
+        if tokenizer_dir is not None:
+            _copy_tokenizer(Path(tokenizer_dir), new)
+        _write_shards(new, make_entries(config, head), params, DTYPES[dtype], max_shard_bytes)
+
+
+@contextlib.contextmanager
+def replace_directory(directory: Path) -> Iterator[Path]:
+    """Yield a new directory to be filled, which then replaces `directory`; after an error that one stays."""
     # Directories cannot be replaced atomically: the old one is renamed, and renamed back after an error.  The
     # process id keeps two exports to the same place apart.
     directory.parent.mkdir(parents=True, exist_ok=True)
     new, old = (directory.with_name(f".{directory.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     try:
         new.mkdir()
-        _write_json(new / "config.json", hf)
-        if generation_config:
-            _write_json(new / "generation_config.json", generation_config)
-        if tokenizer_dir is not None:
-            _copy_tokenizer(Path(tokenizer_dir), new)
-        _write_shards(new, make_entries(config, head), params, _DTYPES[dtype], max_shard_bytes)
-
+        yield new
         if directory.exists():
             directory.rename(old)
         new.rename(directory)
@@ -96,8 +106,8 @@ def _check_arguments(
     directory: Path, config: ModelConfig, head: str, pad_token_id: int | None, dtype: str
 ) -> None:
     """Raise ValueError for arguments of `save_pretrained` with which the export could not be loaded."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"{directory}: dtype {dtype!r} is none of {sorted(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"{directory}: dtype {dtype!r} is none of {sorted(DTYPES)}")
     if head == "score" and pad_token_id is None:
         raise ValueError(
             f"{directory}: a score head needs pad_token_id, or transformers cannot find the last token"
@@ -125,7 +135,8 @@ def _make_hf_config(
     return hf
 
 
-def _write_json(file: Path, value: dict[str, Any]) -> None:
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file with indents."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -169,7 +180,7 @@ def _write_shards(
 
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        _write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def _iterate_tensors(entries: list[Entry], params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:

@@ -27,6 +27,7 @@ from cooper_jax.configs import base
 from cooper_jax.data.packing import round_up
 from cooper_jax.model import transformer, weight_files, weights
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.model.model_source import read_lora
 from cooper_jax.rollout import engine, rollout_plan
 from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.rollout.rollout_state import RolloutStatic
@@ -133,7 +134,7 @@ def read_model_shape(section: ConfigDict, name: str, layout: Layout) -> tuple[Mo
             folder = _find_local_config(section.weights)
         if folder is not None:
             config = weights.read_config(str(folder), section.num_layers)
-            config = dataclasses.replace(config, vocab_multiple=multiple)
+            config = dataclasses.replace(config, vocab_multiple=multiple, lora=read_lora(section, name))
             return config, f"{name}: shape read from {section.weights}"
 
         # An unchanged `arch` is that of the tiny model, not that of the weights which the config names.
@@ -144,7 +145,8 @@ def read_model_shape(section: ConfigDict, name: str, layout: Layout) -> tuple[Mo
             )
         arch = ModelConfig.from_arch(section.arch, section.arch.vocab_size, multiple)
         reason = "weights are random" if section.weights == "random" else "weights are not on this machine"
-        return arch.keep_layers(section.num_layers), f"{name}: shape from {name}.arch, {reason}"
+        arch = dataclasses.replace(arch.keep_layers(section.num_layers), lora=read_lora(section, name))
+        return arch, f"{name}: shape from {name}.arch, {reason}"
 
 
 def _find_local_config(source: str) -> Path | None:
@@ -194,12 +196,12 @@ def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> CompileJob:
         # No program depends on which tokens end a response.
         spec = RolloutConfig.from_config(section).make_sampling_spec(eos_ids=(0, 1))
         kernels = engine.choose_kernels(policy, layout) if section.kernels == "auto" else section.kernels
-        rollout = RolloutStatic(policy, layout, spec, kernels)
+        rollout = RolloutStatic(policy.base, layout, spec, kernels)
         prompts = rollout_plan.round_to_bucket(-(-cfg.data.prompts_per_step // shards))
         gathers = section.weight_placement == "gathered"
         if section.weight_placement == "auto":
             budget = section.memory_gib * rollout_plan.GIB or memory
-            gathers = rollout_plan.should_gather(policy, layout, section.dtype, budget)
+            gathers = rollout_plan.should_gather(policy.base, layout, section.dtype, budget)
 
         # The number of slots that fit beside the weights, if every prompt is as long as the longest.
         rollout_weights = abstract_rollout_weights(policy, layout, spec.dtype, gathers)
@@ -228,5 +230,5 @@ def abstract_rollout_weights(policy: ModelConfig, layout: Layout, dtype: str, ga
     weights_layout = layout.for_rollout() if gathers else layout
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
-        abstract_params(weights_layout, transformer.param_specs(policy)),
+        abstract_params(weights_layout, transformer.param_specs(policy.base)),
     )

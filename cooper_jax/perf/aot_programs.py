@@ -122,7 +122,7 @@ def _make_state(
     specs = transformer.param_specs(config, head)
     params: Any = abstract_params(job.layout, specs)
     count: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(params, jax.eval_shape(optimiser.tx.init, params), count, count)
+    state = TrainState(params, jax.eval_shape(optimiser.tx.init, optim.select_trained(params)), count, count)
     shardings = optim.state_shardings(optimiser, specs, job.layout)
     sharded = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings

@@ -25,7 +25,6 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -258,7 +257,7 @@ def _start_or_resume(
 
     abstract = {name: checkpoint.abstract_like(tree) for name, tree in _checkpoint_items(reward).items()}
     # The initial and the restored state together would take twice the memory of a run.
-    jax.tree.map(lambda x: x.delete(), reward)
+    frozen = checkpoint.delete_stored(reward)
     with setup_errors(f"{checkpoints.folder}"):
         restored = checkpoints.restore_newest(abstract, dict.fromkeys(abstract, job.model.config.vocab_size))
     if restored is None:
@@ -280,7 +279,7 @@ def _start_or_resume(
         run.truncate(step if loop["due"] is None else step - 1)
     hosts.print_once(f"resumed from update {step}")
     return RewardTrainState(
-        reward=checkpoint.join_state(trees["reward"], trees["reward_optimiser"]),
+        reward=checkpoint.join_state(trees["reward"], trees["reward_optimiser"], frozen),
         step=step,
         best=None if loop["best"] is None else BestEvaluation(**loop["best"]),
         evaluations_since_best=loop["stale"],

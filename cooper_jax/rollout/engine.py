@@ -44,6 +44,7 @@ from cooper_jax.kernels.decode_attention import supports_head_dim
 from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import PROJECTIONS
+from cooper_jax.model.lora import merge_adapters
 from cooper_jax.rollout import rollout_plan, rollout_state
 from cooper_jax.rollout import slots as slot_programs
 from cooper_jax.rollout.rollout_state import PromptCache, Requests, RolloutStatic, Slots, Status
@@ -96,6 +97,9 @@ def generate(
     Raises ValueError if prompts are missing, empty or outside the vocabulary, or if no slot fits into
     the memory.  Raises FloatingPointError if a live row's logits are not finite.
     """
+    # The rollout's matrices include the adapters, so only the copy of the weights knows of these.
+    trained_config, config = config, config.base
+
     # Check the inputs, and collect the static arguments of all programs.
     num_rows = len(prompts) * spec.group_size
     row_limits = np.full(num_rows, spec.max_new_tokens) if limits is None else np.asarray(limits)
@@ -107,7 +111,7 @@ def generate(
 
     # The rollout's own copy of the weights.
     gathered = _should_gather(config, layout, spec, weight_placement, memory_gib)
-    weights = copy_rollout_weights(params, config, layout, spec.dtype, gathered)
+    weights = copy_rollout_weights(params, trained_config, layout, spec.dtype, gathered)
     if between_segments is not None:
         between_segments()
 
@@ -148,6 +152,8 @@ def copy_rollout_weights(
 ) -> Params:
     """Copy the weights for a step's rollout: matrices in `dtype`, norms unchanged, layers split into stacks.
 
+    Adapters (model/lora.py) are added to their matrices in float32, and are no part of the copy.
+
     gathered: on a mesh, all-gather the weights once (`layout.for_rollout()`), and not at every token.
 
     On one device, arrays that need no change are not copied: do not donate them while the result is in use.
@@ -156,8 +162,13 @@ def copy_rollout_weights(
     if isinstance(params["layers"], tuple):
         return params
     if layout.single_device:
+        if config.lora is not None:
+            params, config = _merge_adapters(params, config.lora), config.base
         return generation.prepare_generation(_cast(params, config, dtype), config, layout)
     return reshard_weights(params, config=config, layout=layout, dtype=dtype, gathered=gathered)
+
+
+_merge_adapters = jax.jit(merge_adapters, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout", "dtype", "gathered"))
@@ -165,6 +176,9 @@ def reshard_weights(
     params: Params, *, config: ModelConfig, layout: Layout, dtype: str, gathered: bool = True
 ) -> Params:
     """Copy the weights as `copy_rollout_weights` does, on a mesh and in one program."""
+    if config.lora is not None:
+        params, config = merge_adapters(params, config.lora), config.base
+
     # Cast before the all-gather: bfloat16 halves the bytes that are sent.
     target = layout.for_rollout() if gathered else layout
     specs = transformer.param_specs(config)

@@ -46,6 +46,7 @@ from cooper_jax.runtime.checkpoint_checks import (
     raise_unreadable,
     shorten_error,
 )
+from cooper_jax.runtime.optim import select_trained
 from cooper_jax.types import Params, TrainState
 
 FORMAT = 1  # to be raised when the meaning of stored data changes
@@ -58,13 +59,27 @@ _UNFINISHED = ocp.path.atomicity_types.TMP_DIR_SUFFIX  # in the name of an incom
 
 
 def split_state(state: TrainState) -> tuple[Params, dict[str, Any]]:
-    """Split a TrainState into (weights, optimiser tree), the two items that it is stored as."""
-    return state.params, {"opt_state": state.opt_state, "updates": state.updates, "skipped": state.skipped}
+    """Split a TrainState into (trained weights, optimiser tree), the two items that it is stored as.
+
+    The frozen base of adapters is not stored: it is read from its source again.
+    """
+    return select_trained(state.params), {
+        "opt_state": state.opt_state,
+        "updates": state.updates,
+        "skipped": state.skipped,
+    }
 
 
-def join_state(params: Params, optimiser: dict[str, Any]) -> TrainState:
-    """Undo `split_state`."""
-    return TrainState(params=params, **optimiser)
+def join_state(params: Params, optimiser: dict[str, Any], frozen: Params | None = None) -> TrainState:
+    """Undo `split_state`.  frozen: the weights that it leaves out; None: there are none."""
+    return TrainState(params=(frozen or {}) | params, **optimiser)
+
+
+def delete_stored(state: TrainState) -> Params:
+    """Delete the arrays of a state that checkpoints store, and return its other weights."""
+    stored = split_state(state)
+    jax.tree.map(lambda x: x.delete(), stored)
+    return {name: value for name, value in state.params.items() if name not in stored[0]}
 
 
 def abstract_like(tree: Any) -> Any:

@@ -38,6 +38,20 @@ from cooper_jax.runtime.mesh import Layout, is_spec, make_shardings
 from cooper_jax.settings import typed_config
 from cooper_jax.types import Params, TrainState
 
+ADAPTERS = "lora"  # the entry of low-rank adapters in a model's parameters (model/lora.py)
+
+
+def select_trained(tree: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a model's parameters that are trained: all or, with adapters, these and a score head.
+
+    The others have no gradient and no moments, and updates do not change them.
+
+    tree: parameters, or a tree with their top level, such as their shardings.
+    """
+    if ADAPTERS not in tree:
+        return tree
+    return {name: tree[name] for name in (ADAPTERS, "score") if name in tree}
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimiser:
@@ -142,7 +156,7 @@ def init_state(params: Params, opt: Optimiser) -> TrainState:
 
     def start(params):
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(jax.tree.map(jnp.copy, params), opt.tx.init(params), zero, zero)
+        return TrainState(jax.tree.map(jnp.copy, params), opt.tx.init(select_trained(params)), zero, zero)
 
     # Parameters without a mesh (host arrays, or one default device) need no shardings.
     arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
@@ -173,8 +187,8 @@ def _shard_state(opt: Optimiser, params: Params, param_shardings: Any, replicate
     opt_state = optax.tree_utils.tree_map_params(
         opt.tx,
         lambda _, sharding: sharding,
-        jax.eval_shape(opt.tx.init, params),
-        param_shardings,
+        jax.eval_shape(opt.tx.init, select_trained(params)),
+        select_trained(param_shardings),
         transform_non_params=lambda _: replicated,
     )
     return TrainState(param_shardings, opt_state, replicated, replicated)
@@ -208,11 +222,13 @@ def apply_update(
 
     # Compute the update, then select the new state or the old one: skips are rare,
     # so a branch would save nothing.
-    updates, opt_state = opt.tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(accept, new, old), (params, opt_state), (state.params, state.opt_state)
+    trained = select_trained(state.params)
+    updates, opt_state = opt.tx.update(grads, state.opt_state, trained)
+    updated = optax.apply_updates(trained, updates)
+    updated, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(accept, new, old), (updated, opt_state), (trained, state.opt_state)
     )
+    params = state.params | updated
 
     skipped = (enabled & ~finite).astype(jnp.int32)
     metrics = {
@@ -267,9 +283,11 @@ def accumulate_gradients(
       batch: leaves [N, ...].
       shardings: the parameters' tree of shardings, for the running sum of the gradients.
 
-    Returns (summed loss f32[], summed gradients, aux with a leading axis [M] for the caller to reduce).
+    Returns (summed loss f32[], summed gradients of the trained parameters (`select_trained`), aux with a
+    leading axis [M] for the caller to reduce).
     """
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    grad_fn = _differentiate_trained(loss_fn)
+    shardings = select_trained(shardings)
     rows = split_rows(batch, microbatch, layout)
     if jax.tree.leaves(rows)[0].shape[0] == 1:
         # One microbatch needs no running sum, which would be a second copy of the gradients.
@@ -285,9 +303,24 @@ def accumulate_gradients(
         (loss, aux), grads = grad_fn(params, microbatch_rows)
         return (total + loss, constrain(jax.tree.map(jnp.add, sums, grads))), aux
 
-    start = (jnp.zeros((), jnp.float32), constrain(jax.tree.map(jnp.zeros_like, params)))
+    zeros = jax.tree.map(jnp.zeros_like, select_trained(params))
+    start = (jnp.zeros((), jnp.float32), constrain(zeros))
     (loss, grads), aux = jax.lax.scan(step, start, rows)
     return loss, grads, aux
+
+
+def _differentiate_trained(
+    loss_fn: Callable[[Params, Any], tuple[jax.Array, Any]],
+) -> Callable[[Params, Any], tuple[tuple[jax.Array, Any], Params]]:
+    """A function (params, rows) -> ((loss, aux), gradients of the trained parameters)."""
+
+    def compute(params: Params, rows: Any) -> tuple[tuple[jax.Array, Any], Params]:
+        def loss_of_trained(trained: Params) -> tuple[jax.Array, Any]:
+            return loss_fn(params | trained, rows)
+
+        return jax.value_and_grad(loss_of_trained, has_aux=True)(select_trained(params))
+
+    return compute
 
 
 @struct.dataclass
@@ -330,11 +363,11 @@ def make_accumulator(
       aux: the names in that dict.
       specs: the parameters' tree of ParamSpec.
     """
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    grad_fn = _differentiate_trained(loss_fn)
 
     def start(params):
         zero = jnp.zeros((), jnp.float32)
-        return Sums(zero, jax.tree.map(jnp.zeros_like, params), dict.fromkeys(aux, zero))
+        return Sums(zero, jax.tree.map(jnp.zeros_like, select_trained(params)), dict.fromkeys(aux, zero))
 
     def add(params, sums, rows):
         (loss, extra), grads = grad_fn(params, rows)
@@ -346,7 +379,8 @@ def make_accumulator(
 
     # Fixed output shardings, so that the sums can be donated from call to call.
     replicated: Any = layout.replicated  # a leaf of Sums, which is typed as an array
-    sums = Sums(replicated, make_shardings(layout, specs), dict.fromkeys(aux, replicated))
+    trained = make_shardings(layout, select_trained(specs))
+    sums = Sums(replicated, trained, dict.fromkeys(aux, replicated))
     states = state_shardings(opt, specs, layout)
     return Accumulator(
         jax.jit(start, out_shardings=sums),

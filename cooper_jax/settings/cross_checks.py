@@ -51,6 +51,7 @@ def check_cross_sections(cfg: ConfigDict) -> None:
     )
     _check_training_sampling(cfg, errors)
     _check_models(cfg, errors)
+    _check_adapters(cfg, errors)
     _check_reward_updates(cfg, errors)
     errors.raise_if_any()
 
@@ -116,6 +117,25 @@ def _check_models(cfg: ConfigDict, errors: ErrorCollector) -> None:
         not cfg.mesh.assistant or (cfg.assistant.kind == "local" and updates_reward_model(cfg)),
         f"mesh.assistant={cfg.mesh.assistant!r}: only the cooper arm with assistant.kind=local has an "
         "assistant on devices",
+    )
+
+
+def _check_adapters(cfg: ConfigDict, errors: ErrorCollector) -> None:
+    """Check that the base of adapters is what `weights` names, since checkpoints do not store it."""
+    for name, phase in (("policy", "policy_steps"), ("reward", "reward_steps")):
+        if cfg[name].lora.rank == 0 or (name == "reward" and cfg.reward.arm == "rule"):
+            continue
+        for field in (phase, "start_from"):
+            errors.require(
+                not cfg.supervised[field],
+                f"{name}.lora.rank={cfg[name].lora.rank} with supervised.{field}={cfg.supervised[field]}: adapters "
+                f"are trained beside the weights that {name}.weights names; train those in a run without adapters, "
+                f"export them (launch/export.py), and give the directory as --config.{name}.weights",
+            )
+    errors.require(
+        cfg.policy.lora.rank == 0 or not cfg.mesh.reference,
+        f"mesh.reference={cfg.mesh.reference!r}: with policy.lora the reference is the policy's own base, on the "
+        "policy's devices; leave it out",
     )
 
 

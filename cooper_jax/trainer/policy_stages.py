@@ -183,9 +183,9 @@ def compute_logprobs(
         reference_inputs = (batch.tokens, batch.valid)
         if reference_layout != layout:
             reference_inputs = reference_layout.put((packed.tokens, packed.valid), "batch")
-        ref_logprobs = components.policy.reference_logprobs(
-            state.reference, *reference_inputs, response_length
-        )
+        # With adapters the reference is the policy's own base.
+        reference = state.policy.params if state.reference is None else state.reference
+        ref_logprobs = components.policy.reference_logprobs(reference, *reference_inputs, response_length)
 
     if grpo.count_updates(components.settings.policy) > 1:
         old_logprobs = components.policy.logprobs(

@@ -28,6 +28,7 @@ from cooper_jax.trainer.state import (
     State,
     checkpoint_items,
     checkpoint_vocab_sizes,
+    list_models,
 )
 from cooper_jax.trainer.supervised import imitate_solutions, train_on_labels
 from cooper_jax.types import Params, TrainState
@@ -70,7 +71,8 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
     abstract_items = {name: checkpoint.abstract_like(tree) for name, tree in checkpoint_items(state).items()}
 
     # The initial arrays are deleted before the checkpoint is read: both together would need twice the memory.
-    jax.tree.map(lambda x: x.delete(), (state.policy, state.reward))
+    # The frozen base of adapters stays, since no checkpoint has it.
+    frozen = {name: checkpoint.delete_stored(model) for name, model in list_models(state).items()}
     with setup_errors(f"{checkpoints.folder}"):
         restored = checkpoints.restore_newest(abstract_items, checkpoint_vocab_sizes(components))
         assert restored is not None  # the caller has found a checkpoint
@@ -85,16 +87,16 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
 
     reward = None
     if "reward" in items:
-        reward = checkpoint.join_state(items["reward"], items["reward_optimiser"])
+        reward = checkpoint.join_state(items["reward"], items["reward_optimiser"], frozen["reward"])
     reference = None
-    if components.settings.policy.has_reference:
+    if components.settings.holds_reference:
         with setup_errors(f"{checkpoints.reference}"):
             reference = _restore_reference(components, checkpoints)
     with setup_errors("run_dir"):
         run.truncate(step)
     hosts.print_once(f"resumed from step {step}")
     return State(
-        policy=checkpoint.join_state(items["policy"], items["policy_optimiser"]),
+        policy=checkpoint.join_state(items["policy"], items["policy_optimiser"], frozen["policy"]),
         reward=reward,
         reference=reference,
         step=step,
@@ -126,7 +128,7 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
                 train_on_labels(components, reward.params), components.reward_bundle.optimiser
             )
 
-    reference = _start_reference(components, policy, checkpoints) if settings.policy.has_reference else None
+    reference = _start_reference(components, policy, checkpoints) if settings.holds_reference else None
 
     # Warm-up, evaluation, checkpoint.  In this order step 0 shows the reward model that step 1 uses.
     state = State(policy=policy, reward=reward, reference=reference, step=0, position=0)

@@ -14,10 +14,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cooper_jax.configs import base
-from cooper_jax.model.loading import Directory, Model, describe_model
+from cooper_jax.model.loading import Directory, Model, describe_model, load_model
 from cooper_jax.model.transformer import param_specs
 from cooper_jax.runtime import mesh, stored_config
 from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.optim import select_trained
 from cooper_jax.types import Params
 
 # The output head of each model of a run.
@@ -92,5 +93,11 @@ def load_run_model(
 
         # Abstract arrays carry shape, dtype and sharding: parameters are read straight onto the mesh.
         model = describe_model(cfg[name], name, run_dir, layout)
-        abstract = mesh.abstract_params(layout, param_specs(model.config, HEADS[name]))
-        return model, checkpoints.restore(step, name, abstract, model.config.vocab_size), step
+        abstract = mesh.abstract_params(layout, select_trained(param_specs(model.config, HEADS[name])))
+        params = checkpoints.restore(step, name, abstract, model.config.vocab_size)
+
+        # A checkpoint of adapters does not have their base.
+        if model.config.lora is not None:
+            _, loaded, _ = load_model(cfg[name], name, HEADS[name], layout, run_dir, cfg.seed)
+            params = loaded | params
+        return model, params, step

@@ -72,6 +72,11 @@ class RunSettings:
     checkpoint: CheckpointConfig
     log: LogConfig
 
+    @property
+    def holds_reference(self) -> bool:
+        """True if the reference policy has parameters of its own: with adapters it is their base."""
+        return self.policy.has_reference and self.policy_model.lora is None
+
     @classmethod
     def from_config(cls, cfg: ConfigDict, *, with_assistant: bool = True) -> RunSettings:
         """Read and check a whole config.

@@ -21,6 +21,7 @@ from cooper_jax.data import contamination, policy_prompts, prompts, synthetic
 from cooper_jax.data.tokenizer_corpus import make_task_corpus
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
+from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.loading import (
     Directory,
     check_length,
@@ -271,20 +272,20 @@ def build_policy_bundle(
         updates = settings.steps * grpo.count_updates(settings.policy)
         optimiser = optim.make_optimiser(settings.policy_optimiser, updates)
 
-        def make_logprobs(model_layout: mesh.Layout) -> LogprobsFunction:
+        def make_logprobs(config: ModelConfig, model_layout: mesh.Layout) -> LogprobsFunction:
             return grpo.make_logprobs(
-                model.config,
+                config,
                 model_layout,
                 microbatch=settings.policy.microbatch,
                 dtype=settings.policy.dtype,
                 temperature=rollout.temperature,
             )
 
-        # If the reference shares the policy's devices, one compiled function serves both.
-        logprobs = make_logprobs(layout)
+        # If the reference has the policy's devices and no adapters less, one compiled function serves both.
+        logprobs = make_logprobs(model.config, layout)
         reference_logprobs = logprobs
-        if reference_layout != layout:
-            reference_logprobs = make_logprobs(reference_layout)
+        if reference_layout != layout or model.config.lora is not None:
+            reference_logprobs = make_logprobs(model.config.base, reference_layout)
 
         update = grpo.make_update(
             model.config,

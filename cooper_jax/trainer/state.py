@@ -116,7 +116,8 @@ class State:
     # Arrays.
     policy: TrainState
     reward: TrainState | None  # None in the rule arm
-    # The policy at step 0; None until the supervised phases are complete, and in a run without a KL term.
+    # The policy at step 0; None until the supervised phases are complete, in a run without a KL term, and with
+    # adapters, whose base it is.
     reference: Params | None
 
     # Python values; checkpoints store them as JSON.
@@ -134,18 +135,22 @@ class State:
         return self.reward
 
 
+def list_models(state: State) -> dict[str, TrainState]:
+    """The trained models of a state, by their names in checkpoints."""
+    models = {"policy": state.policy}
+    if state.reward is not None:
+        models["reward"] = state.reward
+    return models
+
+
 def checkpoint_items(state: State) -> dict[str, Any]:
     """A state's arrays as named checkpoint items.
 
     The reference is not among them: it never changes, so it is stored once, beside the checkpoints.
     """
-    models = {"policy": state.policy}
-    if state.reward is not None:
-        models["reward"] = state.reward
-
     # Weights and optimiser are separate items, so that export and evaluation read the weights alone.
     items = {}
-    for name, train_state in models.items():
+    for name, train_state in list_models(state).items():
         items[name], items[f"{name}_optimiser"] = checkpoint.split_state(train_state)
     return items
 
