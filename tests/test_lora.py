@@ -335,6 +335,7 @@ def test_a_run_trains_adapters_beside_the_reference_and_resumes(hf_base, tmp_pat
         # A checkpoint has what was trained alone.
         items = checkpoint_items(state)
         assert set(items["policy"]) == {"lora"} and set(items["reward"]) == {"lora", "score"}
+        directory.log(state.step, metrics)
         save_checkpoint(components, state, directory, checkpoints)
         checkpoints.wait()
         trained = host((state.policy, state.reward))
