@@ -252,6 +252,7 @@ def policy_section() -> ConfigDict:
     c.kl_coef = 0.001
     c.kl_estimator = "k3"  # k1 | k2 | k3
     c.kl_clamp = 10.0  # bound on the estimate of each token; 0: off
+    c.entropy_coef = 0.0  # weight of the policy's entropy, which is maximised; 0: off
 
     # --- difference between the sampler's and the learner's log-probabilities (docs/algorithms.md) ---
     # Importance weights in the loss: none | token | sequence (truncated) | token_mask | sequence_mask; auto: token

@@ -97,12 +97,13 @@ def head_logprobs(
     axis_name: str | None = None,
     width_axis: str | None = None,
     implementation: str | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute log softmax(z / temperature) at the targets, and the entropy in nats: f32[N] each.
 
-    Differentiable in hidden and head through the log-probability; the entropy has no gradient.  The head is
-    multiplied in hidden's dtype, and its gradient is accumulated in f32.  A target outside the vocabulary
-    gives -inf.  A row with a NaN or +inf among its logits gives NaN.
+    Differentiable in hidden and head through the log-probability, and with `entropy_gradient` through the entropy
+    as well.  The head is multiplied in hidden's dtype, and its gradient is accumulated in f32.  A target outside
+    the vocabulary gives -inf.  A row with a NaN or +inf among its logits gives NaN.
 
     axis_name: the mesh axis over which the vocabulary is sharded.  Differentiate the `shard_map`, not the
       function inside it.
@@ -113,45 +114,62 @@ def head_logprobs(
     """
     if not temperature > 0.0:
         raise ValueError(f"head_logprobs: temperature is {temperature}, it must be above 0")
-    return _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, width_axis, implementation)
+    static = _Static(temperature, vocab_size, axis_name, width_axis, implementation, entropy_gradient)
+    return _logprobs(hidden, head, targets, static)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
-def _logprobs(hidden, head, targets, temperature, vocab_size, axis_name, width_axis, implementation):
-    return _forward(hidden, head, targets, temperature, vocab_size, axis_name, width_axis, implementation)[0]
+class _Static(NamedTuple):
+    """The arguments of `head_logprobs` that are no arrays."""
+
+    temperature: float
+    vocab_size: int
+    axis_name: str | None
+    width_axis: str | None
+    implementation: str | None
+    entropy_gradient: bool
 
 
-def _forward(hidden, head, targets, temperature, vocab_size, axis_name, width_axis, implementation):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logprobs(hidden, head, targets, static):
+    return _forward(hidden, head, targets, static)[0]
+
+
+def _forward(hidden, head, targets, static):
     """Compute the log-probabilities and the entropy, and what the backward pass needs."""
     own_head = head  # [V, D / w] with width_axis
-    if width_axis is not None:
-        head = jax.lax.all_gather(head.astype(hidden.dtype), width_axis, axis=1, tiled=True)
+    if static.width_axis is not None:
+        head = jax.lax.all_gather(head.astype(hidden.dtype), static.width_axis, axis=1, tiled=True)
     acc = _stream_head(
         hidden,
         head,
         targets[:, None],
         mode="score",
-        temperature=temperature,
-        vocab_size=vocab_size,
-        axis_name=axis_name,
-        implementation=implementation,
+        temperature=static.temperature,
+        vocab_size=static.vocab_size,
+        axis_name=static.axis_name,
+        implementation=static.implementation,
     )
     log_l = jnp.where(acc.l > 0.0, jnp.log(acc.l), jnp.nan)
-    logsumexp = acc.m + log_l
+    logsumexp, entropy = acc.m + log_l, log_l - acc.moment / acc.l
 
     # Nothing of size [N, V] is saved: p = exp(z - logsumexp) is recomputed.
-    saved = (hidden, head, own_head, targets, logsumexp)
-    return (acc.logit - logsumexp, log_l - acc.moment / acc.l), saved
+    saved = (hidden, head, own_head, targets, logsumexp, entropy)
+    return (acc.logit - logsumexp, entropy), saved
 
 
-def _backward(temperature, vocab_size, axis_name, width_axis, implementation, saved, cotangents):
-    """Compute the gradients from d logprob[n] / d z[n, v] = ((v == target) - p[n, v]) / temperature."""
-    hidden, head, own_head, targets, logsumexp = saved
-    slope = cotangents[0] / temperature
+def _backward(static, saved, cotangents):
+    """Compute the gradients, with u = z / temperature and log p = u - logsumexp, from
+
+    d logprob[n] / d u[n, v] = (v == target) - p[n, v]
+    d entropy[n] / d u[n, v] = -p[n, v] (log p[n, v] + entropy[n])
+    """
+    hidden, head, own_head, targets, logsumexp, entropy = saved
+    temperature, axis_name, width_axis = static.temperature, static.axis_name, static.width_axis
+    slope, entropy_slope = (cotangent / temperature for cotangent in cotangents)
     if axis_name is not None:
         # All shards return the same log-probabilities, whose cotangent is the sum of the shards' cotangents.
-        slope = jax.lax.psum(slope, axis_name)
-    first, _ = _shard_bounds(head, vocab_size, axis_name)
+        slope, entropy_slope = jax.lax.psum((slope, entropy_slope), axis_name)
+    first, _ = _shard_bounds(head, static.vocab_size, axis_name)
 
     def add_chunk(start, size, carry):
         """Add the part of both gradients that comes from entries `start` to start + size - 1."""
@@ -159,10 +177,13 @@ def _backward(temperature, vocab_size, axis_name, width_axis, implementation, sa
         w = jax.lax.dynamic_slice_in_dim(head, start, size).astype(hidden.dtype)  # [C, D]
 
         # d_z f32[N, C]: 0 at padding, whose logits are not part of the softmax.
-        p = jnp.exp(_logits(hidden, w) / temperature - logsumexp[:, None])  # f32[N, C]
+        log_p = _logits(hidden, w) / temperature - logsumexp[:, None]  # f32[N, C]
+        p = jnp.exp(log_p)
         index = (first + start + jnp.arange(size))[None, :]
         d_z = slope[:, None] * ((index == targets[:, None]) - p)
-        d_z = jnp.where(index < vocab_size, d_z, 0.0).astype(hidden.dtype)
+        if static.entropy_gradient:
+            d_z -= entropy_slope[:, None] * p * (log_p + entropy[:, None])
+        d_z = jnp.where(index < static.vocab_size, d_z, 0.0).astype(hidden.dtype)
 
         # No other chunk has these rows of d_head, so they are written once; d_hidden sums over all chunks.
         d_hidden += _matmul(d_z, w, ((1,), (0,)))
@@ -173,7 +194,7 @@ def _backward(temperature, vocab_size, axis_name, width_axis, implementation, sa
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_w, start, 0)
 
     carry = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(own_head)
-    most_logits = LARGE_CHUNK if platform.is_pallas(implementation) else CHUNK
+    most_logits = LARGE_CHUNK if platform.is_pallas(static.implementation) else CHUNK
     d_hidden, d_head = _loop_over_chunks(head.shape[0], most_logits // len(hidden), add_chunk, carry)
     return d_hidden.astype(hidden.dtype), d_head, None
 

@@ -163,14 +163,17 @@ def expected_loss(torch, logits, targets, old, ref, advantages, mask, cfg):
                 "sequence_mean": 1 / (length * len(used)),
                 "sequence_sum": 1 / (LONGEST * len(used)),
             }[cfg.aggregation]
-            total = total + weight * (cfg.kl_coef * divergence - objective)
+            entropy = -(logprobs[n, t].exp() * logprobs[n, t]).sum()
+            total = total + weight * (cfg.kl_coef * divergence - objective - cfg.entropy_coef * entropy)
     return total
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_loss_and_gradient_equal_torch(algorithm):
+@pytest.mark.parametrize(
+    ("algorithm", "entropy_coef"), [*((name, 0.0) for name in ALGORITHMS), ("dr_grpo", 0.3)]
+)
+def test_loss_and_gradient_equal_torch(algorithm, entropy_coef):
     torch = pytest.importorskip("torch")
-    cfg = section(algorithm)
+    cfg = section(algorithm, entropy_coef=entropy_coef)
     mask, logits, targets, old, ref, rewards = make_batch()
     if cfg.mask_truncated:
         mask = mask & ~(mask.sum(1) == LONGEST)[:, None]
@@ -184,12 +187,12 @@ def test_loss_and_gradient_equal_torch(algorithm):
     expected.backward()
 
     def ours(logits):
-        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(targets)[..., None], -1)[
-            ..., 0
-        ]
+        distribution = jax.nn.log_softmax(logits)
+        logprobs = jnp.take_along_axis(distribution, jnp.asarray(targets)[..., None], -1)[..., 0]
+        entropy = -(jnp.exp(distribution) * distribution).sum(-1)
         old_, ref_, m = jnp.asarray(old, jnp.float32), jnp.asarray(ref, jnp.float32), jnp.asarray(mask)
         weights = losses.token_weights(m, cfg.aggregation, LONGEST)
-        return losses.policy_loss(logprobs, old_, ref_, advantages, weights, m, cfg)
+        return losses.policy_loss(logprobs, old_, ref_, advantages, weights, m, cfg, entropy=entropy)
 
     (loss, sums), gradient = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(logits, jnp.float32))
     np.testing.assert_allclose(loss, expected.item(), atol=1e-5)

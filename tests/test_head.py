@@ -55,8 +55,19 @@ def sample(hidden, weights, words, *, temperature=1.0, vocab_size=None, implemen
     )
 
 
-@functools.partial(jax.jit, static_argnames=("temperature", "vocab_size", "implementation"))
-def logprobs(hidden, weights, targets, *, temperature=1.0, vocab_size=None, implementation="xla"):
+@functools.partial(
+    jax.jit, static_argnames=("temperature", "vocab_size", "implementation", "entropy_gradient")
+)
+def logprobs(
+    hidden,
+    weights,
+    targets,
+    *,
+    temperature=1.0,
+    vocab_size=None,
+    implementation="xla",
+    entropy_gradient=False,
+):
     vocab_size = vocab_size or weights.shape[0]
     return head.head_logprobs(
         hidden,
@@ -65,6 +76,7 @@ def logprobs(hidden, weights, targets, *, temperature=1.0, vocab_size=None, impl
         temperature=temperature,
         vocab_size=vocab_size,
         implementation=implementation,
+        entropy_gradient=entropy_gradient,
     )
 
 
@@ -334,20 +346,22 @@ def test_shards_of_the_vocabulary_draw_the_same_tokens(implementation, ways, voc
 def test_shards_of_the_vocabulary_score_and_learn_alike():
     hidden, weights, _ = inputs(7, 9, 16, 1200)
     targets = jnp.array([0, 5, 299, 300, 301, 599, 890, 700, 3])
-    static = dict(temperature=0.9, vocab_size=891)
+    static = dict(temperature=0.9, vocab_size=891, entropy_gradient=True)
     split = sharded(head.head_logprobs, 4, "xla", (P(), P()), **static)
     for ours, theirs in zip(
         split(hidden, weights, targets), logprobs(hidden, weights, targets, **static), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=3e-6)
     slope = jnp.arange(9.0) - 3.0
-    for ours, theirs in zip(
-        *(
-            jax.grad(lambda h, w, f=f: jnp.sum(slope * f(h, w, targets)[0]), (0, 1))(hidden, weights)
-            for f in (split, functools.partial(logprobs, **static))
-        ),
-        strict=True,
-    ):
+
+    def gradients(function):
+        def loss(hidden, weights):
+            logs, entropy = function(hidden, weights, targets)
+            return jnp.sum(slope * logs) + jnp.sum(slope[::-1] * entropy)
+
+        return jax.grad(loss, (0, 1))(hidden, weights)
+
+    for ours, theirs in zip(gradients(split), gradients(functools.partial(logprobs, **static)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
@@ -358,7 +372,8 @@ def test_shards_of_the_vocabulary_score_and_learn_alike():
 @pytest.mark.parametrize(
     "dtype, head_dtype", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 )
-def test_the_gradient_is_that_of_the_naive_formula(implementation, dtype, head_dtype):
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_the_gradient_is_that_of_the_naive_formula(implementation, dtype, head_dtype, entropy_gradient):
     hidden, weights, _ = inputs(8, 20, 24, 700)
     hidden, weights = hidden.astype(dtype), weights.astype(head_dtype)
     targets = jnp.arange(20) * 31
@@ -367,11 +382,21 @@ def test_the_gradient_is_that_of_the_naive_formula(implementation, dtype, head_d
 
     def naive(hidden, weights):
         z = hidden.astype(jnp.float32) @ weights.astype(dtype).astype(jnp.float32).T / 0.7
-        return jnp.sum(slope * jax.nn.log_softmax(z[:, :600])[jnp.arange(20), targets])
+        logs = jax.nn.log_softmax(z[:, :600])
+        entropy = -jnp.sum(jnp.exp(logs) * logs, axis=1)
+        return jnp.sum(slope * logs[jnp.arange(20), targets]) + entropy_gradient * jnp.sum(slope * entropy)
 
     def ours(hidden, weights):
-        logs, entropy = logprobs(hidden, weights, targets, **static, implementation=implementation)
-        return jnp.sum(slope * logs) + 5.0 * jnp.sum(entropy)  # through which nothing flows
+        logs, entropy = logprobs(
+            hidden,
+            weights,
+            targets,
+            **static,
+            implementation=implementation,
+            entropy_gradient=entropy_gradient,
+        )
+        # Without entropy_gradient nothing flows through the entropy.
+        return jnp.sum(slope * logs) + jnp.sum(slope * entropy)
 
     want = jax.jit(jax.grad(naive, (0, 1)))(hidden, weights)
     got = jax.jit(jax.grad(ours, (0, 1)))(hidden, weights)

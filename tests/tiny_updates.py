@@ -63,6 +63,7 @@ def config():
         section.optimiser.clip_norm = 1e9
         section.optimiser.lr = 1e-3
     cfg.policy.kl_coef = 0.1
+    cfg.policy.entropy_coef = 0.1
     cfg.policy.epochs = 2  # so that an update reads the old log-probabilities that it is given
     return cfg
 

@@ -274,12 +274,13 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     layout: Layout,
+    entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute log softmax(logits / temperature) at the targets, and the distribution's entropy in nats.
 
-    -> (logprobs f32[N, T], entropy f32[N, T]); the entropy has no gradient.  Logits are computed for one
-    chunk of the vocabulary at a time, so that [N, T, V] never exists; on a mesh each device computes its rows
-    and its part of the vocabulary.
+    -> (logprobs f32[N, T], entropy f32[N, T]); the entropy has a gradient only if `entropy_gradient`.  Logits are
+    computed for one chunk of the vocabulary at a time, so that [N, T, V] never exists; on a mesh each device
+    computes its rows and its part of the vocabulary.
     """
     head = get_head_matrix(params, config)  # not cast: its gradient accumulates in the dtype it is stored in
 
@@ -302,6 +303,7 @@ def token_logprobs(
             axis_name=vocab_axis,
             width_axis=width_axis,
             implementation=platform.default_implementation(layout.platform),
+            entropy_gradient=entropy_gradient,
         )
         return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
 

@@ -54,10 +54,12 @@ def response_logprobs(
     dtype: jnp.dtype,
     remat: bool,
     layout: Layout,
+    entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy (nats) of the last T tokens of each row, each f32[N, T].
 
-    Both are those of softmax(logits / temperature).  At invalid tokens they are finite but meaningless.
+    Both are those of softmax(logits / temperature); the entropy has a gradient only if `entropy_gradient`.  At
+    invalid tokens they are finite but meaningless.
     Raises ValueError unless 0 < T < S.
     """
     total = tokens.shape[1]
@@ -83,6 +85,7 @@ def response_logprobs(
         tokens[:, total - response_length :],
         temperature=temperature,
         layout=layout,
+        entropy_gradient=entropy_gradient,
     )
 
 
@@ -163,6 +166,7 @@ def make_gradients(
                 dtype=dtype,
                 remat=cfg.remat,
                 layout=layout,
+                entropy_gradient=cfg.entropy_coef > 0,
             )
 
             row_mask = rows.response_mask
@@ -175,11 +179,19 @@ def make_gradients(
                     mismatch, row_mask, method, cfg.correction_cap
                 )
             loss, sums = policy_loss(
-                logprobs, old, rows.ref_logprobs, rows.advantages, row_weights, row_mask, cfg, correction
+                logprobs,
+                old,
+                rows.ref_logprobs,
+                rows.advantages,
+                row_weights,
+                row_mask,
+                cfg,
+                correction,
+                entropy=entropy,
             )
             if correction is not None:
                 sums["correction"] = correction.sum()
-            sums["entropy"] = jnp.where(row_mask, entropy, 0.0).sum()
+            sums["entropy"] = jax.lax.stop_gradient(jnp.where(row_mask, entropy, 0.0).sum())
             return loss, sums | sampler_mismatch.measure_mismatch(mismatch, row_mask)
 
         loss, grads, sums = optim.accumulate_gradients(

@@ -67,6 +67,7 @@ class PolicyConfig:
     kl_coef: float  # weight of the KL term; 0: no KL term and no reference policy
     kl_estimator: str  # one of ESTIMATORS
     kl_clamp: float  # bound of a token's KL estimate; 0: off
+    entropy_coef: float  # weight of the entropy, which is maximised; 0: off
 
     # Difference between the sampler's and the learner's log-probabilities (sampler_mismatch.py).
     correction: str  # one of CORRECTIONS, or AUTO
@@ -81,7 +82,10 @@ class PolicyConfig:
             *typed_config.find_unknown(self.std, "policy.std", STDS),
             *typed_config.find_below_minimum(self, "policy", 1, ("epochs", "minibatches", "microbatch")),
             *typed_config.find_below_minimum(
-                self, "policy", 0, ("clip_low", "clip_high", "kl_coef", "kl_clamp")
+                self,
+                "policy",
+                0,
+                ("clip_low", "clip_high", "kl_coef", "kl_clamp", "entropy_coef", "flat_std"),
             ),
         ]
         errors += typed_config.find_unknown(self.correction, "policy.correction", (AUTO, *CORRECTIONS))
@@ -182,14 +186,15 @@ def policy_loss(
     mask: jax.Array,  # bool[N, T]: response tokens
     cfg: PolicyConfig,
     correction: jax.Array | None = None,  # f32[N, T]: from correction_weights; None: 1
+    entropy: jax.Array | None = None,  # f32[N, T]: of the policy at each token, differentiable
 ) -> tuple[jax.Array, Metrics]:
-    """The policy-gradient loss plus the KL penalty, as a weighted sum over tokens.
+    """The policy-gradient loss plus the KL penalty, less the entropy bonus, as a weighted sum over tokens.
 
-        loss = sum_t w_t (c_t l_t + kl_coef KL_t)
+        loss = sum_t w_t (c_t l_t + kl_coef KL_t - entropy_coef H_t)
 
-    with the correction c_t, and l_t of SURROGATES[cfg.loss].  With `clip` this is GRPO's loss (arXiv 2402.03300,
-    eq. 3, negated), with PPO's dual clip (Ye et al. 2020, arXiv 1912.09729).  With kl_coef 0 `ref` is not read,
-    and the sums have no kl.
+    with the correction c_t, l_t of SURROGATES[cfg.loss], and the entropy H_t (PPO, arXiv 1707.06347, eq. 9).  With
+    `clip` this is GRPO's loss (arXiv 2402.03300, eq. 3, negated), with PPO's dual clip (Ye et al. 2020, arXiv
+    1912.09729).  With kl_coef 0 `ref` is not read, and the sums have no kl.
 
     Returns (loss f32[], sums f32[] each).  In the sums, loss and pg_loss are weighted sums over the response
     tokens; kl, ratio_mean, clip_low, clip_high and dual_clip are unweighted sums, which the caller divides by
@@ -218,6 +223,9 @@ def policy_loss(
         divergence = kl_estimate(logprobs, jax.lax.stop_gradient(ref), cfg.kl_estimator, cfg.kl_clamp)
         loss = loss + cfg.kl_coef * (weights * divergence).sum()
         sums["kl"] = sum_tokens(divergence)
+    if cfg.entropy_coef:
+        assert entropy is not None, "an entropy bonus needs the entropy"
+        loss = loss - cfg.entropy_coef * (weights * jnp.where(mask, entropy, 0.0)).sum()
 
     return loss, sums | {
         "loss": loss,
