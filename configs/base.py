@@ -17,6 +17,9 @@ def get_config() -> ConfigDict:
     # Cooper steps in all, those before a resumption included; 0: run the supervised phases alone
     c.steps = 180
     c.run_dir = ""  # directory of the run; "": runs/<name>
+    # Correct each rollout until its tokens and log-probabilities are those of the learner's own forward pass
+    # (docs/algorithms.md)
+    c.exact = False
     c.resume = True  # resume from the newest checkpoint in run_dir; False refuses a run_dir with a checkpoint
 
     # --- a training step ---

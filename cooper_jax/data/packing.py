@@ -65,13 +65,18 @@ def _as_array(x: np.ndarray) -> jax.Array:
 
 
 def pack_policy_batch(
-    prompts: Sequence[Sequence[int]], rollout: Rollout, *, bucket: int, rows_multiple: int = 1
+    prompts: Sequence[Sequence[int]],
+    rollout: Rollout,
+    *,
+    bucket: int,
+    rows_multiple: int = 1,
+    all_columns: bool = False,
 ) -> PolicyBatch:
     """Pack B prompts and their rollout of N rows into a batch of NumPy arrays.
 
     Advantages and the log-probabilities of the policy and the reference are 0; later stages fill them in.
     The T columns of responses are truncated to the longest response, rounded up to `bucket`: a forward pass
-    costs as much for unused columns as for used ones.
+    costs as much for unused columns as for used ones.  all_columns: keep all T.
     """
     group_size = rollout.tokens.shape[0] // len(prompts)
     responses = np.asarray(rollout.tokens)  # i32[N, T]
@@ -80,7 +85,7 @@ def pack_policy_batch(
 
     # Responses start in column 0, so the mask's sum is a response's length.
     longest = int(mask.sum(1).max(initial=1))
-    width = min(round_up(longest, bucket), responses.shape[1])
+    width = responses.shape[1] if all_columns else min(round_up(longest, bucket), responses.shape[1])
     rows = round_up(len(responses), rows_multiple)
     # [rows, width]: rows >= N, width <= T
     responses, mask, logprobs = (pad_rows(x[:, :width], rows) for x in (responses, mask, logprobs))

@@ -136,16 +136,17 @@ def make_gradients(
     temperature: float,
     max_new_tokens: int,
     sampler_is_float32: bool = True,
+    reads_old_logprobs: bool = False,
 ) -> Callable[[Params, PolicyBatch], tuple[jax.Array, Params, Metrics]]:
     """A function (params, minibatch) -> (loss f32[], gradients, metrics f32[] each), to be called inside jit.
 
     If a step has a single update, the policy that sampled the responses is the one that is differentiated.
     The old log-probabilities are then those of this forward pass: the ratio is exactly 1, and `old_logprobs`
-    is not read.
+    is not read (unless reads_old_logprobs).
     """
     dtype = jnp.dtype(cfg.dtype)
     method = sampler_mismatch.choose_correction(cfg.correction, sampler_is_float32)
-    single_update = count_updates(cfg) == 1
+    single_update = count_updates(cfg) == 1 and not reads_old_logprobs
     shardings = mesh.make_shardings(layout, transformer.param_specs(model_config, head="logits"))
 
     def gradients(params: Params, batch: PolicyBatch) -> tuple[jax.Array, Params, Metrics]:
@@ -235,6 +236,7 @@ def make_update(
     temperature: float,
     max_new_tokens: int,
     sampler_is_float32: bool = True,
+    reads_old_logprobs: bool = False,
 ) -> Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]]:
     """The jitted function (state, minibatch) -> (state, metrics); the input state is donated.
 
@@ -243,6 +245,7 @@ def make_update(
     Args:
       temperature, max_new_tokens: those of the rollout.
       sampler_is_float32: whether its weights and its cache are; read with policy.correction=auto.
+      reads_old_logprobs: also where a step has a single update.
 
     Metrics, f32[] each: loss, pg_loss, kl and entropy (nats per token), clip_low, clip_high and dual_clip
     (shares of tokens), ratio_mean, ratio_min, ratio_max, those of `reduce_mismatch`, correction (the mean weight,
@@ -256,6 +259,7 @@ def make_update(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         sampler_is_float32=sampler_is_float32,
+        reads_old_logprobs=reads_old_logprobs,
     )
 
     def update(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Metrics]:

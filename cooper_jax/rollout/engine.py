@@ -32,6 +32,7 @@ Z batch shards   Q requests per shard   U slots per shard   W columns of the suf
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -58,6 +59,14 @@ OnGroups = Callable[[list[int], Rollout], None]
 Prompts = Sequence[Sequence[int]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """Responses that are continued: each prompt ends with the first tokens of one response (group_size is 1)."""
+
+    samples: Sequence[int]  # [B], the response's index among the samples of its prompt
+    starts: Sequence[int]  # [B], the number of its tokens that are part of the prompt
+
+
 def generate(
     params: Params,
     config: ModelConfig,
@@ -68,6 +77,7 @@ def generate(
     spec: SamplingSpec,
     *,
     limits: Sequence[int] | np.ndarray | None = None,
+    continued: Continuation | None = None,
     max_rows: int | None = None,
     memory_gib: float | None = None,
     weight_placement: str = "auto",
@@ -82,6 +92,8 @@ def generate(
     positions: each prompt's position in the data order; with `key` (of this step's rollout stream) they
       determine the random bits.
     limits: maximum number of tokens of each row, [N], from 1 to T; None: T for all.
+    continued: the prompts end with first tokens of responses, whose other tokens get the random bits that they
+      would have had; None: they do not.
     max_rows: number of slots on all shards together, which is the number of rows decoded at a time.
     memory_gib: GiB of one device for weights, caches and slots; as many slots are opened as fit.
     weight_placement: gathered, sharded or auto: see `rollout_plan.should_gather`.
@@ -124,8 +136,14 @@ def generate(
     padded_limits = np.zeros(prompts_per_shard * static.shards * spec.group_size, np.int32)
     padded_positions[: len(prompts)] = positions
     padded_limits[:num_rows] = row_limits
+    rows = []  # of a continuation: samples and starts
+    if continued is not None:
+        for values in (continued.samples, continued.starts):
+            rows.append(np.zeros(len(padded_limits), np.int32))
+            rows[-1][:num_rows] = values
+    positions_and_limits = layout.put((padded_positions, padded_limits), "batch")
     requests = slot_programs.sample_first_tokens(
-        weights, prompt_cache, *layout.put((padded_positions, padded_limits), "batch"), key, static=static
+        weights, prompt_cache, *positions_and_limits, key, *layout.put(rows, "batch"), static=static
     )
 
     # Decode, and crop the padding: rows are prompt-major, and padding prompts are the last.

@@ -77,6 +77,8 @@ class Requests:
     # Fixed by the caller of the rollout.
     keys: jax.Array  # key[Z, Q]
     limits: jax.Array  # i32[Z, Q]: maximum number of response tokens; 0: padding
+    # i32[Z, Q]: tokens of the response that are part of the prompt; the random bits of its other tokens follow
+    starts: jax.Array
     # The responses so far.
     tokens: jax.Array  # i32[Z, Q, T]
     logprobs: jax.Array  # f32[Z, Q, T]

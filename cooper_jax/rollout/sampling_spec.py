@@ -77,8 +77,12 @@ class SamplingSpec:
         return kv.Format(dtype=self.kv_dtype or self.dtype, packed=platform.is_pallas(implementation))
 
 
-def make_row_keys(key: jax.Array, prompt_positions: jax.Array, group_size: int) -> jax.Array:
+def make_row_keys(
+    key: jax.Array, prompt_positions: jax.Array, group_size: int, samples: jax.Array | None = None
+) -> jax.Array:
     """Make the rows' keys key[N] from the prompts' positions in the data order, i32[B].
+
+    samples: i32[N], the index of each row among the samples of its prompt; None: 0 .. group_size - 1.
 
     Raises ValueError for a key of another generator than threefry.
     """
@@ -91,6 +95,8 @@ def make_row_keys(key: jax.Array, prompt_positions: jax.Array, group_size: int) 
 
     # First the prompt's position, then the sample's index: prompt-major rows.
     prompts = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_positions)  # key[B]
+    if samples is not None:
+        return jax.vmap(jax.random.fold_in)(jnp.repeat(prompts, group_size), samples)
     samples = jnp.arange(group_size)
     rows = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(prompts, samples)  # key[B, G]
     return rows.reshape(-1)

@@ -109,6 +109,9 @@ def sample_first_tokens(
     positions: jax.Array,  # i32[B]: each prompt's position in the data order
     limits: jax.Array,  # i32[B * G]: maximum number of tokens of each response; 0: padding
     key: jax.Array,
+    samples: jax.Array
+    | None = None,  # i32[B * G]: each row's index among its prompt's samples; None: 0 .. G - 1
+    starts: jax.Array | None = None,  # i32[B * G]: see Requests; None: 0
     *,
     static: RolloutStatic,
 ) -> Requests:
@@ -118,9 +121,10 @@ def sample_first_tokens(
     requests_per_shard = positions.shape[0] * group // shards
 
     # Samples of one prompt have the same hidden state and different keys.
-    keys = sampling_spec.make_row_keys(key, positions, group)
+    keys = sampling_spec.make_row_keys(key, positions, group, samples)
+    starts = jnp.zeros_like(limits) if starts is None else starts
     hidden = jnp.repeat(prompts.hidden, group, axis=0)  # [B * G, D]
-    token, logprob = _sample(weights, hidden, keys, jnp.zeros((), jnp.int32), static)
+    token, logprob = _sample(weights, hidden, keys, starts, static)
 
     # A response may end with its first token.
     requested = limits > 0
@@ -139,6 +143,7 @@ def sample_first_tokens(
     requests = Requests(
         keys=by_shard(keys),
         limits=by_shard(limits),
+        starts=by_shard(starts),
         tokens=start_rows(token, jnp.int32),
         logprobs=start_rows(logprob, jnp.float32),
         num_tokens=by_shard(requested.astype(jnp.int32)),
@@ -348,7 +353,8 @@ def _sample_next_tokens(
 
     # Idle slots sample too, and their tokens are dropped.
     keys = _take(requests.keys, own).reshape(-1)
-    token, logprob = _sample(weights, hidden, keys, index.reshape(-1), static)
+    position = index + _take(requests.starts, own)
+    token, logprob = _sample(weights, hidden, keys, position.reshape(-1), static)
     token, logprob = token.reshape(live.shape), logprob.reshape(live.shape)
     is_eos = _is_eos(token, spec)
     ended = live & (is_eos | (index + 1 >= _take(requests.limits, own)))

@@ -27,7 +27,7 @@ from cooper_jax.data import packing
 from cooper_jax.policy import advantages, grpo
 from cooper_jax.policy.advantages import find_flat_groups
 from cooper_jax.policy.losses import PolicyConfig
-from cooper_jax.rollout import engine
+from cooper_jax.rollout import engine, exact
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.trainer.run_settings import RunSettings
@@ -107,6 +107,8 @@ def sample_responses(
             group = slice(i * spec.group_size, (i + 1) * spec.group_size)
             on_group(index, responses[group], tokens[group])
 
+    # An exact rollout is graded when it has been corrected.
+    is_exact = components.policy.resample is not None
     rollout = engine.generate(
         params,
         model.config,
@@ -115,12 +117,82 @@ def sample_responses(
         batch.positions,
         key,
         spec,
-        on_groups=None if on_group is None else split_groups,
+        on_groups=None if on_group is None or is_exact else split_groups,
         between_segments=hosts.raise_if_stopping,
         report=metrics.update,
         **components.settings.rollout.make_engine_options(),
     )
+    if is_exact:
+        rollout, exact_metrics = correct_rollout(components, params, batch, rollout, key)
+        metrics |= exact_metrics
+        if on_group is not None:
+            split_groups(list(range(len(batch.problems))), rollout)
     return rollout, decode(rollout), metrics
+
+
+def correct_rollout(
+    components: Components, params: Params, batch: ProblemBatch, draft: Rollout, key: jax.Array
+) -> tuple[Rollout, Metrics]:
+    """Make a rollout exact: its tokens are those that the learner samples, its log-probabilities the learner's.
+
+    Returns the rollout and metrics of `exact.correct_draft`.  Raises hosts.Stopped after a SIGTERM.
+    """
+    settings, layout = components.settings, components.layout
+    model, spec = components.policy.model, components.policy.sampling
+    resample = components.policy.resample
+    assert resample is not None, "only a run with exact=True corrects rollouts"
+
+    def continue_rollout(
+        prompts: list[list[int]], positions: list[int], limits: list[int], continued: engine.Continuation
+    ) -> Rollout:
+        return engine.generate(
+            params,
+            model.config,
+            layout,
+            prompts,
+            positions,
+            key,
+            dataclasses.replace(spec, group_size=1),
+            limits=limits,
+            continued=continued,
+            between_segments=hosts.raise_if_stopping,
+            **settings.rollout.make_engine_options(),
+        )
+
+    rollout, metrics = exact.correct_draft(
+        draft,
+        params,
+        layout,
+        batch.prompt_tokens,
+        batch.positions,
+        key,
+        spec,
+        bucket=settings.data.bucket,
+        resample=resample,
+        continue_rollout=continue_rollout,
+    )
+
+    # The same program on the same arrays as in `compute_logprobs`.
+    packed = pack_responses(components, batch.prompt_tokens, rollout)
+    tokens, valid = layout.put((packed.tokens, packed.valid), "batch")
+    logprobs = components.policy.logprobs(params, tokens, valid, packed.response_mask.shape[1])
+    fetched = hosts.fetch_arrays(logprobs)[: len(rollout.tokens)]
+    return dataclasses.replace(rollout, logprobs=fetched), metrics
+
+
+def pack_responses(
+    components: Components, prompt_tokens: Sequence[Sequence[int]], rollout: Rollout
+) -> PolicyBatch:
+    """Pack prompts and responses into the arrays of the policy's batch, on the host."""
+    # The packed rows serve both meshes: their number is a multiple of the batch shards of each.
+    layouts = (components.layout, components.policy.reference_layout)
+    return packing.pack_policy_batch(
+        prompt_tokens,
+        rollout,
+        bucket=components.settings.data.bucket,
+        rows_multiple=math.lcm(*(layout.batch_shards for layout in layouts)),
+        all_columns=components.settings.exact,
+    )
 
 
 def sample_held_out_responses(components: Components, params: Params, temperature: float) -> list[Completion]:
@@ -161,18 +233,12 @@ def compute_logprobs(
     """Pack the policy's batch, with log-probabilities under the reference and under the current policy.
 
     If a step makes a single update, the current policy's log-probabilities are those that the update computes
-    itself.  The forward pass is then skipped, and `old_logprobs` stays zero and unread.  So does `ref_logprobs`
-    in a run without a reference.
+    itself.  The forward pass is then skipped, unless the run is exact, and `old_logprobs` stays zero and unread.
+    So does `ref_logprobs` in a run without a reference.
     """
     layout, reference_layout = components.layout, components.policy.reference_layout
 
-    # The packed rows serve both meshes: their number is a multiple of the batch shards of each.
-    packed = packing.pack_policy_batch(
-        prompt_tokens,
-        rollout,
-        bucket=components.settings.data.bucket,
-        rows_multiple=math.lcm(layout.batch_shards, reference_layout.batch_shards),
-    )
+    packed = pack_responses(components, prompt_tokens, rollout)
     batch = layout.put(packed, "batch")
     response_length = batch.response_mask.shape[1]
 
@@ -187,7 +253,7 @@ def compute_logprobs(
         reference = state.policy.params if state.reference is None else state.reference
         ref_logprobs = components.policy.reference_logprobs(reference, *reference_inputs, response_length)
 
-    if grpo.count_updates(components.settings.policy) > 1:
+    if grpo.count_updates(components.settings.policy) > 1 or components.settings.exact:
         old_logprobs = components.policy.logprobs(
             state.policy.params, batch.tokens, batch.valid, response_length
         )

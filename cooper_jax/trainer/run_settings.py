@@ -38,6 +38,7 @@ class RunSettings:
     steps: int
     run_dir: str  # "": runs/<name>
     resume: bool
+    exact: bool  # rollouts are corrected until they are what the learner samples (rollout/exact.py)
 
     # Problems and their responses.
     data: DataConfig
@@ -87,7 +88,9 @@ class RunSettings:
         Raises SetupError that lists every setting that is out of range or contradicts another.
         """
         errors = ErrorCollector()
-        values: dict[str, Any] = {name: cfg[name] for name in ("name", "seed", "steps", "run_dir", "resume")}
+        values: dict[str, Any] = {
+            name: cfg[name] for name in ("name", "seed", "steps", "run_dir", "resume", "exact")
+        }
         with errors.collect("config"):
             cross_checks.check_cross_sections(cfg)
 

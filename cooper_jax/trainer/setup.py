@@ -38,6 +38,7 @@ from cooper_jax.reward.calibration import Calibration
 from cooper_jax.reward.multihost import check_same_code, share_over_hosts
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
 from cooper_jax.rule.worker_process import make_item
+from cooper_jax.rollout import engine, exact
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
@@ -261,7 +262,7 @@ def build_policy_bundle(
     )
 
     correction = choose_correction(settings.policy.correction, rollout.is_float32)
-    if rollout.kv_dtype == "int8" and correction == "none":
+    if rollout.kv_dtype == "int8" and correction == "none" and not settings.exact:
         hosts.print_once(
             "warning: rollout.kv_dtype=int8 with policy.correction=none: the sampler's distribution differs from "
             "the one in the loss, and nothing corrects it; leave policy.correction at auto, and watch "
@@ -294,17 +295,32 @@ def build_policy_bundle(
             layout,
             temperature=rollout.temperature,
             max_new_tokens=rollout.max_new_tokens,
-            sampler_is_float32=rollout.is_float32,
+            sampler_is_float32=rollout.is_float32 or settings.exact,
+            reads_old_logprobs=settings.exact,
+        )
+
+    spec = rollout.make_sampling_spec(model.tokenizer.eos_ids)
+    resample = None
+    if settings.exact:
+        implementation = rollout.make_engine_options()["implementation"]
+        resample = exact.make_resample(
+            model.config,
+            layout,
+            microbatch=settings.policy.microbatch,
+            dtype=settings.policy.dtype,
+            spec=spec,
+            implementation=implementation or engine.choose_kernels(model.config, layout),
         )
 
     bundle = PolicyBundle(
         model=model,
-        sampling=rollout.make_sampling_spec(model.tokenizer.eos_ids),
+        sampling=spec,
         logprobs=logprobs,
         reference_layout=reference_layout,
         reference_logprobs=reference_logprobs,
         update=update,
         optimiser=optimiser,
+        resample=resample,
     )
     return bundle, optim.init_state(params, optimiser)
 

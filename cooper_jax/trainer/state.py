@@ -24,6 +24,7 @@ from cooper_jax.reward.calibration import Calibration
 from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.reward.multihost import SharedRule
 from cooper_jax.reward.pairs.giveaway_probe import RecentRewrites
+from cooper_jax.rollout.exact import Resample
 from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.rule.verifier import RuleVerifier
 from cooper_jax.runtime import checkpoint, mesh, optim
@@ -50,6 +51,8 @@ class PolicyBundle:
     # Updates.  The update donates its input state.
     update: Callable  # (TrainState, PolicyBatch) -> (TrainState, metrics)
     optimiser: optim.Optimiser
+
+    resample: Resample | None = None  # corrects the rollouts of an exact run
 
 
 @dataclasses.dataclass(frozen=True)
