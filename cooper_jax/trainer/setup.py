@@ -36,9 +36,9 @@ from cooper_jax.policy.sampler_mismatch import choose_correction
 from cooper_jax.reward import assistants, verifier_model
 from cooper_jax.reward.calibration import Calibration
 from cooper_jax.reward.multihost import check_same_code, share_over_hosts
+from cooper_jax.rollout import engine, exact
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
 from cooper_jax.rule.worker_process import make_item
-from cooper_jax.rollout import engine, exact
 from cooper_jax.runtime import hosts, mesh, optim
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
