@@ -127,8 +127,9 @@ def test_scores_are_the_models_probabilities(reward_directory):
 
 def test_calibrated_scores_use_the_file_beside_the_weights(reward_directory):
     directory = reward_directory[0]
-    with pytest.raises(SetupError, match=r"reward\.calibrated=True.*calibration\.json"):
+    with pytest.raises(SetupError, match=r"^calibrated=True.*calibration\.json") as error:
         cooper_jax.VerifyRM.load(directory, calibrated=True)
+    assert "--config" not in str(error.value) and "load with calibrated=False" in str(error.value)
     plain = cooper_jax.VerifyRM.load(directory).score(QUESTIONS, REFERENCES, COMPLETIONS)
     calibration.write_calibration(
         directory,
@@ -165,8 +166,9 @@ def test_what_cannot_be_scored_is_refused(reward_directory, tmp_path):
 
 
 def test_a_language_model_is_no_reward_model(policy_directory):
-    with pytest.raises(SetupError, match="has no trained score head"):
+    with pytest.raises(SetupError, match="^weights='.* has no trained score head") as error:
         cooper_jax.VerifyRM.load(policy_directory[0])
+    assert "--" not in str(error.value) and str(error.value).endswith("or a run directory")
 
 
 # --- Sampler ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -47,6 +49,31 @@ def choose_model(source: str | os.PathLike[str], name: str, step: int | None) ->
     if name == "reward" and cfg.reward.arm == "rule":
         raise SetupError(f"{text}: a run of the rule arm has no reward model")
     return ChosenModels(cfg, run_dir, run_dir, steps[-1] if step is None else step)
+
+
+# What messages about a config's fields say -> what the arguments of the Python API are called.
+_ARGUMENTS = {
+    "reward.calibrated=True:": "calibrated=True:",
+    "set --config.reward.calibrated=False": "load with calibrated=False",
+    "reward.weights=": "weights=",
+    "policy.weights=": "weights=",
+    "give a *ForSequenceClassification directory, --run_dir=RUN, or accept it with "
+    "--config.reward.allow_untrained_head": "give a *ForSequenceClassification directory or a run directory",
+}
+
+
+@contextlib.contextmanager
+def name_arguments() -> Iterator[None]:
+    """Within the context, errors name the arguments of the Python API in place of the config's fields and flags."""
+    try:
+        yield
+    except SetupError as error:
+        messages = []
+        for message in error.messages:
+            for field, argument in _ARGUMENTS.items():
+                message = message.replace(field, argument)
+            messages.append(message)
+        raise SetupError(*messages) from error
 
 
 def set_fields(section: ConfigDict, fields: dict[str, object]) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cooper_jax.api.named_models import choose_model, set_fields
+from cooper_jax.api.named_models import choose_model, name_arguments, set_fields
 from cooper_jax.data import policy_prompts
 from cooper_jax.model.loading import Model
 from cooper_jax.rollout import engine
@@ -78,7 +78,9 @@ class Sampler:
         set_fields(chosen.cfg.rollout, {"dtype": dtype, "max_rows": max_rows})
         rollout = RolloutConfig.from_config(chosen.cfg.rollout)
         layout = device_layouts.make_policy_layout(chosen.cfg)
-        return cls(*chosen.load("policy", layout), layout, rollout)
+        with name_arguments():
+            model, params = chosen.load("policy", layout)
+        return cls(model, params, layout, rollout)
 
     def chat(
         self,

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from cooper_jax.api.named_models import choose_model, set_fields
+from cooper_jax.api.named_models import choose_model, name_arguments, set_fields
 from cooper_jax.data.row_reader import replace_surrogates
 from cooper_jax.evaluation.evaluated_models import RewardModel
 from cooper_jax.runtime import device_layouts
@@ -65,9 +65,10 @@ class VerifyRM:
         chosen = choose_model(weights, "reward", step)
         section = chosen.cfg.reward
         set_fields(section, {"calibrated": calibrated, "microbatch": rows, "dtype": dtype})
-        fitted = chosen.read_calibration()
-        layout = device_layouts.make_layouts(chosen.cfg)["reward"]
-        model, params = chosen.load("reward", layout)
+        with name_arguments():
+            fitted = chosen.read_calibration()
+            layout = device_layouts.make_layouts(chosen.cfg)["reward"]
+            model, params = chosen.load("reward", layout)
 
         # Without a limit of the caller's, a model of a shorter context sets it.
         if max_tokens is None:
