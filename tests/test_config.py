@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from cooper_jax.configs import base, tiny
 from cooper_jax.data.data_config import DataConfig
 from cooper_jax.llm.chat import ChatConfig
+from cooper_jax.model.lora import LoraConfig
 from cooper_jax.model.model_source import ArchConfig, ModelSource
 from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward.assistants import RewriteConfig
@@ -55,9 +56,11 @@ TYPED = {
     "rollout": (RolloutConfig,),
     "policy": (PolicyConfig, *MODEL),
     "policy.arch": (ArchConfig,),
+    "policy.lora": (LoraConfig,),
     "policy.optimiser": (OptimiserConfig,),
     "reward": (RewardConfig, RewardUpdateConfig, *MODEL),
     "reward.arch": (ArchConfig,),
+    "reward.lora": (LoraConfig,),
     "reward.optimiser": (OptimiserConfig,),
     "pairs": (PairsConfig,),
     "rule": (RuleConfig,),
