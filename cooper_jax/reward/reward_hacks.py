@@ -273,8 +273,8 @@ ATTACKS: dict[str, Attack] = {
     "tags_completion": _train_on(_add_tags),
     "tags_question": _train_on(_add_tags_to_question),
     "tags_reference": _train_on(_add_tags_to_reference),
-    "several_boxes": _train_on(_add_boxes, weight=9),
-    "repetition": _train_on(_repeat_answer),
+    "several_boxes": _train_on(_add_boxes, weight=12),
+    "repetition": _train_on(_repeat_answer, weight=5),
     # Families that are never trained on, but for the last two.
     "other_language": _hold_out(_replace_by(reward_hack_texts.OTHER_LANGUAGES), replaces=True),
     "solution_opening": _hold_out(_open_solution, replaces=True),
