@@ -129,7 +129,7 @@ def test_calibrated_scores_use_the_file_beside_the_weights(reward_directory):
     directory = reward_directory[0]
     with pytest.raises(SetupError, match=r"^calibrated=True.*calibration\.json") as error:
         cooper_jax.VerifyRM.load(directory, calibrated=True)
-    assert "--config" not in str(error.value) and "load with calibrated=False" in str(error.value)
+    assert "set --config" not in str(error.value) and "load with calibrated=False" in str(error.value)
     plain = cooper_jax.VerifyRM.load(directory).score(QUESTIONS, REFERENCES, COMPLETIONS)
     calibration.write_calibration(
         directory,
