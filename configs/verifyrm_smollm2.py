@@ -6,8 +6,9 @@
 
 The data are labelled completions as JSON lines (question, reference_answer, completion, label).  Training took
 34 minutes on two cores with bfloat16 instructions, beside other work, and gave an accuracy of 95.8 % and an AUROC
-of .992 on 1,391 rows of other questions.  docs/verifyrm.md has the figures, and a second, shorter training,
-against attacks.  All values are ours: the authors train a model of 1.5 B parameters (configs/verifyrm_1p5b.py).
+of .992 on 1,391 rows of other questions; in float32, on two other machines, 95.2 and 94.4 %.  docs/verifyrm.md has
+the figures, and a second training, against attacks.  All values are ours: the authors train a model of 1.5 B
+parameters (configs/verifyrm_1p5b.py).
 """
 
 from cooper_jax.configs import base
