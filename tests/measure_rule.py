@@ -10,6 +10,9 @@ The fields of a file's first row decide what is measured:
 * anything else is a file of problems: each reference against itself and against that of another row.
 
 References are cleaned as for training.
+
+With --hanging=20, completions of a labelled file also make a step of 256 answers, which is timed with and without
+20 answers that take seconds each; the settings are those of a run.
 """
 
 import argparse
@@ -34,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--every", type=int, default=1, help="measure every n-th row of labelled files only")
+    parser.add_argument("--hanging", type=int, default=0, help="time a step with this many slow answers")
     flags = parser.parse_args()
 
     with RuleVerifier(RuleConfig.from_config(base.get_config().rule)) as rule:
@@ -46,6 +50,8 @@ def main() -> None:
                 measure_cases(rule, rows)
             elif "label" in rows[0]:
                 measure_labelled(rule, path, flags.every)
+                if flags.hanging:
+                    measure_hanging(path, flags.hanging)
             else:
                 measure_references(rule, path)
 
@@ -108,6 +114,29 @@ def measure_labelled(rule: RuleVerifier, path: Path, every: int) -> None:
     start = time.process_time()
     judge_all(ordinary)
     print(f"{len(ordinary)} verdicts: {1e3 * (time.process_time() - start) / len(ordinary):.2f} ms each")
+
+
+def measure_hanging(path: Path, hanging: int) -> None:
+    """Print the seconds of a step of 256 answers, without and with slow ones among them."""
+    triples = labelled_completions.load_labelled_completions(str(path))
+    ordinary = [(t.reference, t.completion) for t in triples[:: max(1, len(triples) // 256)]][: 256 - hanging]
+    slow = [
+        ("\\int_0^1 x dx", f"\\boxed{{\\int_0^1 \\frac{{x^{{x^x}}}}{{\\sin(x^{n}+1)}} dx}}")
+        for n in range(5, 5 + hanging)
+    ]
+    seconds, verdicts = {}, {}
+    for name, items in (("without", ordinary), ("with", slow + ordinary)):
+        # A new verifier, since timeouts are remembered.
+        with RuleVerifier(RuleConfig.from_config(base.get_config().rule)) as rule:
+            rule.check(ordinary[:2])
+            start = time.perf_counter()
+            verdicts[name] = rule.check(items)
+            seconds[name] = time.perf_counter() - start
+    others = zip(verdicts["without"], verdicts["with"][hanging:], strict=True)
+    print(
+        f"a step of {len(ordinary)} answers: {seconds['without']:.1f} s; with {hanging} that take seconds each: "
+        f"{seconds['with']:.1f} s; {sum(a != b for a, b in others)} of the other verdicts differ"
+    )
 
 
 def judge_all(items: list[tuple[str, str]]) -> None:

@@ -232,7 +232,7 @@ def test_precision_on_labelled_completions(rule, shared_data):
 
 
 def test_answers_that_hang_cost_no_other_answer_its_verdict():
-    """A step of 256 with 20 answers that no limit suffices for; the step's settings are those of a run."""
+    """A step of 256 with 20 answers that take seconds each; the settings are those of a run."""
     ordinary = [(str(n), f"So it is \\boxed{{{n + n % 2}}}.") for n in range(1000, 1236)]
     hanging = [("\\int_0^1 x dx", HANGS.replace("x^5", f"x^{n}")) for n in range(5, 25)]
     places = range(3, 256, 13)  # of the hanging ones among the others
