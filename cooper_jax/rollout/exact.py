@@ -19,6 +19,7 @@ N rows, prompt-major   P prompt tokens   T response tokens   S = P + T   V vocab
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,9 +137,10 @@ def correct_draft(
     rounds = 0
     while True:
         rounds += 1
-        rollout = Rollout(
-            tokens=tokens, mask=mask, logprobs=np.zeros(tokens.shape, np.float32), finished=finished
-        )
+        # A rollout's arrays are NumPy's on the host, although its fields are declared as jax's.
+        logprobs = np.zeros(tokens.shape, np.float32)
+        arrays: dict[str, Any] = dict(tokens=tokens, mask=mask, finished=finished, logprobs=logprobs)
+        rollout = Rollout(**arrays)
         found = _resample_rollout(rollout, params, layout, prompts, positions, key, spec, bucket, resample)
         differs = mask & (found != tokens)
         rows = np.flatnonzero(differs.any(axis=1))
@@ -198,5 +200,9 @@ def _resample_rollout(
     rows, group = packed.tokens.shape[0], spec.group_size
     row_positions = packing.pad_rows(np.repeat(np.asarray(positions, np.int32), group), rows)
     samples = packing.pad_rows(np.tile(np.arange(group, dtype=np.int32), len(positions)), rows)
-    arrays = layout.put((packed.tokens, packed.valid, row_positions, samples), "batch")
-    return hosts.fetch_arrays(resample(params, *arrays, key))[: len(rollout.tokens)]
+    tokens, valid, row_positions, samples = layout.put(
+        (packed.tokens, packed.valid, row_positions, samples), "batch"
+    )
+    return hosts.fetch_arrays(resample(params, tokens, valid, row_positions, samples, key))[
+        : len(rollout.tokens)
+    ]

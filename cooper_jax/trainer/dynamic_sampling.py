@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -150,6 +151,8 @@ class _GradedBatch:
         def take_rows(name: str) -> np.ndarray:
             return np.concatenate([np.asarray(getattr(rollout, name)) for rollout in self.rollouts])[rows]
 
+        # NumPy arrays, as in every rollout on the host.
+        arrays: dict[str, Any] = {field.name: take_rows(field.name) for field in dataclasses.fields(Rollout)}
         problems = [problem for batch in self.problems for problem in batch.problems]
         tokens = [prompt for batch in self.problems for prompt in batch.prompt_tokens]
         positions = [position for batch in self.problems for position in batch.positions]
@@ -162,7 +165,7 @@ class _GradedBatch:
                 next_position=self.next_position,
                 row_problems=[row_problems[n] for n in rows],
             ),
-            rollout=Rollout(**{field.name: take_rows(field.name) for field in dataclasses.fields(Rollout)}),
+            rollout=Rollout(**arrays),
             completions=[self.completions[n] for n in rows],
             grader=self.grades.take(rows),
             metrics={},
