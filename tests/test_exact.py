@@ -48,7 +48,7 @@ def varied(components):
     return dataclasses.replace(components, rule=ByLength())
 
 
-def run_steps(build, count=3, **changes):
+def run_steps(build, count=2, **changes):
     """Steps of an exact run: metrics, texts and the policy's parameters at the end."""
     with exact_run(build, **changes) as (components, state):
         components, found = varied(components), []

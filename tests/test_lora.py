@@ -73,8 +73,9 @@ def as_matrices(adapter):
 # --- gradients ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", ["qwen2_tied", "llama_untied_one_kv_head", "gemma3"])
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "rslora"), [("qwen2_tied", False), ("llama_untied_one_kv_head", True), ("gemma3", True)]
+)
 def test_gradients_of_adapters_follow_from_that_of_the_merged_matrix(shape, rslora):
     """dL/dA = s G B^T and dL/dB = s A^T G, with G the gradient of W + s A B."""
     model = with_lora(shape, rslora=rslora)
