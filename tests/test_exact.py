@@ -59,40 +59,45 @@ def run_steps(build, count=2, **changes):
         return found, host(state.policy.params)
 
 
+CASES = {
+    "float32": {},
+    "bfloat16, int8 cache": COARSE,
+    "refills and compaction": COARSE | {"rollout.max_rows": 3},
+    "several updates": COARSE | {"policy.minibatches": 2},
+}
+
+
 @pytest.fixture(scope="module")
-def steps():
-    """Results of `run_steps`, which several tests compare."""
+def found():
+    """Results of the cases that have been run."""
     return {}
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("float32", {}),
-        ("bfloat16, int8 cache", COARSE),
-        ("refills and compaction", COARSE | {"rollout.max_rows": 3}),
-        ("several updates", COARSE | {"policy.minibatches": 2}),
-    ],
-)
-def test_the_learner_finds_the_log_probabilities_of_the_rollout(name, changes, build, steps):
-    found, _ = steps[name] = run_steps(build, **changes)
-    for metrics, _ in found:
+def run_case(name, build, found):
+    """The result of `run_steps` for one of CASES, which several tests read."""
+    if name not in found:
+        found[name] = run_steps(build, **CASES[name])
+    return found[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_learner_finds_the_log_probabilities_of_the_rollout(name, build, found):
+    steps, _ = run_case(name, build, found)
+    for metrics, _ in steps:
         for quantity in ("rollout_mismatch", "rollout_mismatch_max", "rollout_mismatch_p99"):
             assert metrics[f"policy/{quantity}"] == 0.0, quantity
         assert metrics["policy/rollout_ratio_min"] == metrics["policy/rollout_ratio_max"] == 1.0
     if "bfloat16" in name:
-        assert sum(metrics["exact/corrected_tokens"] for metrics, _ in found) > 0, "nothing was corrected"
-        assert max(metrics["exact/rounds"] for metrics, _ in found) > 1
+        assert sum(metrics["exact/corrected_tokens"] for metrics, _ in steps) > 0, "nothing was corrected"
+        assert max(metrics["exact/rounds"] for metrics, _ in steps) > 1
 
 
-def test_the_rollouts_types_and_slots_change_nothing(build, steps):
+@pytest.mark.parametrize("name", ["bfloat16, int8 cache", "refills and compaction"])
+def test_the_rollouts_types_and_slots_change_nothing(name, build, found):
     """The responses are the learner's, so a rough draft ends as the same text as a precise one."""
-    for name in ("bfloat16, int8 cache", "refills and compaction"):
-        if name not in steps or "float32" not in steps:
-            pytest.skip("needs the results of the tests before it")
-        (precise, params), (rough, other) = steps["float32"], steps[name]
-        assert [texts for _, texts in precise] == [texts for _, texts in rough], name
-        assert [x.tobytes() for x in params] == [x.tobytes() for x in other], name
+    (precise, params), (rough, other) = (run_case(case, build, found) for case in ("float32", name))
+    assert [texts for _, texts in precise] == [texts for _, texts in rough]
+    assert [x.tobytes() for x in params] == [x.tobytes() for x in other]
 
 
 def test_on_a_mesh(build):

@@ -131,8 +131,8 @@ def correct_draft(
     """
     group = spec.group_size
     tokens, mask, finished = (np.array(x) for x in (draft.tokens, draft.mask, draft.finished))
-    row_positions = np.repeat(np.asarray(positions), group)
-    samples = np.tile(np.arange(group), len(prompts))
+    row_positions = np.repeat(np.asarray(positions, np.int32), group)
+    samples = np.tile(np.arange(group, dtype=np.int32), len(prompts))
     corrected = np.zeros(len(tokens), np.int64)
     rounds = 0
     while True:
@@ -141,7 +141,21 @@ def correct_draft(
         logprobs = np.zeros(tokens.shape, np.float32)
         arrays: dict[str, Any] = dict(tokens=tokens, mask=mask, finished=finished, logprobs=logprobs)
         rollout = Rollout(**arrays)
-        found = _resample_rollout(rollout, params, layout, prompts, positions, key, spec, bucket, resample)
+        packed = packing.pack_policy_batch(
+            prompts, rollout, bucket=bucket, rows_multiple=layout.batch_shards, all_columns=True
+        )
+        batch_rows = packed.tokens.shape[0]
+        given, valid, places, indices = layout.put(
+            (
+                packed.tokens,
+                packed.valid,
+                packing.pad_rows(row_positions, batch_rows),
+                packing.pad_rows(samples, batch_rows),
+            ),
+            "batch",
+        )
+        sampled = resample(params, given, valid, places, indices, key)
+        found = hosts.fetch_arrays(sampled)[: len(tokens)]  # i32[N, T]
         differs = mask & (found != tokens)
         rows = np.flatnonzero(differs.any(axis=1))
         if not len(rows):
@@ -180,29 +194,3 @@ def correct_draft(
         "exact/corrected_tokens": float(corrected.sum()),
     }
     return rollout, metrics
-
-
-def _resample_rollout(
-    rollout: Rollout,
-    params: Params,
-    layout: Layout,
-    prompts: Sequence[Sequence[int]],
-    positions: Sequence[int],
-    key: jax.Array,
-    spec: SamplingSpec,
-    bucket: int,
-    resample: Resample,
-) -> np.ndarray:
-    """The tokens i32[N, T] that the learner samples before each token of a rollout."""
-    packed = packing.pack_policy_batch(
-        prompts, rollout, bucket=bucket, rows_multiple=layout.batch_shards, all_columns=True
-    )
-    rows, group = packed.tokens.shape[0], spec.group_size
-    row_positions = packing.pad_rows(np.repeat(np.asarray(positions, np.int32), group), rows)
-    samples = packing.pad_rows(np.tile(np.arange(group, dtype=np.int32), len(positions)), rows)
-    tokens, valid, row_positions, samples = layout.put(
-        (packed.tokens, packed.valid, row_positions, samples), "batch"
-    )
-    return hosts.fetch_arrays(resample(params, tokens, valid, row_positions, samples, key))[
-        : len(rollout.tokens)
-    ]
