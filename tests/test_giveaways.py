@@ -35,7 +35,14 @@ GIVEAWAYS = [
     ("note", NEGATIVE + " Multiplication error: see above."),
     ("note", NEGATIVE + " Error in the product."),
     ("note", "Here, the student adds incorrectly. " + NEGATIVE),
+    ("note", NEGATIVE + " This step contains a bug."),
+    ("note", "By error, 3 * 6 = 16. " + NEGATIVE),
+    ("note", "Error introduced in step 1. " + NEGATIVE),
+    ("note", "Now a subtle mistake:\n" + NEGATIVE),
+    ("note", NEGATIVE + " (Note: the product above is off by two.)"),
     # A change, by whom or in the passive.
+    ("note", NEGATIVE + " Changed 18 to 16."),
+    ("note", NEGATIVE + "\nReplaced the 18 with a 16."),
     ("note", NEGATIVE + " (I swapped the sum.)"),
     ("note", "I have replaced 4 by 5. " + NEGATIVE),
     ("note", "The solution has been modified. " + NEGATIVE),
@@ -82,6 +89,7 @@ GIVEAWAYS = [
     ("remark", NEGATIVE.replace(" pens.", " pens (correct: 18).")),
     ("remark", NEGATIVE.replace(" pens.", " pens [sic].")),
     ("remark", NEGATIVE.replace(" pens.", " pens {sic}.")),
+    ("remark", NEGATIVE.replace(" pens.", " pens (typo).")),
     # The truth beside the mistake.
     ("admission", NEGATIVE + " However, the correct answer is 18."),
     ("admission", NEGATIVE + " But the right total would be 18."),
@@ -107,7 +115,20 @@ GIVEAWAYS = [
     ("admission", NEGATIVE + " 3 * 6 is actually 18."),
     ("admission", NEGATIVE + " No, it was 18."),
     ("admission", NEGATIVE + " It should\u2019ve been 18."),
+    ("admission", NEGATIVE + " However, it should be 18."),
+    ("admission", NEGATIVE + " However, 3 * 6 = 18."),
+    ("admission", NEGATIVE + " (Note: 3 * 6 equals 18.)"),
+    ("admission", NEGATIVE + " The correct product is 18."),
+    ("admission", NEGATIVE + " The answer ought to be 18."),
+    ("admission", NEGATIVE + " 18 is the correct answer."),
+    ("admission", NEGATIVE + " 18 pens would have been right."),
+    ("admission", NEGATIVE + "\nCorrect: 18"),
+    ("admission", NEGATIVE + "\n**Expected**: 18"),
+    ("admission", NEGATIVE.replace("16 pens", "16 rather than the correct 18 pens")),
+    ("admission", NEGATIVE + " Disclaimer: the result above isn't right."),
+    ("admission", NEGATIVE + " Note that this isn't the right answer."),
     # Markup.
+    ("markup", "< thinking >Which step do I break?</ thinking >\n" + NEGATIVE),
     ("markup", "<thinking>Which step do I break?</thinking>\n" + NEGATIVE),
     ("markup", "<scratchpad>\n" + NEGATIVE),
     ("markup", NEGATIVE.replace("16 pens", "<b>16</b> pens")),
@@ -128,6 +149,8 @@ GIVEAWAYS = [
     ("special_token", NEGATIVE + "<\uff5cend\u2581of\u2581sentence\uff5c>"),
     ("special_token", NEGATIVE + "<pad>"),
     ("special_token", NEGATIVE + "\nUser: and now?"),
+    ("special_token", NEGATIVE + "< |im_end| >"),
+    ("special_token", NEGATIVE + "\\<|im_end|\\>"),
 ]  # fmt: skip
 
 
@@ -190,6 +213,13 @@ ORDINARY = [
     "f(x) = 4, and not g(x), is 16. So x is not 0, but positive. \\boxed{16}",
     "The base (4 by 4) was given (since 4 > 0). \\boxed{16}",
     "The modified equation is x = 16: we altered nothing else. \\boxed{16}",
+    "A right triangle: but angle C isn't right-angled, and |a| < |b| > |c|. \\boxed{16}",
+    "So 16 is the correct answer. \\boxed{16}",
+    "However, the angles should be positive, and their sum should be 180. \\boxed{16}",
+    "3 * 4 = 12 and 13 * 4 = 52; 2 + 3 * 4 = 2 + 12 = 14, and 2 + 12 = 14 again. \\boxed{16}",
+    "7 - 3 = 4 and 2 * 7 - 3 = 11, so 1.5 * 4 = 6 and 5 * 4 = 20. \\boxed{16}",
+    "By trial and error with small numbers, and by trial-and-error here, x = 16. \\boxed{16}",
+    "If 3 < x > 2 and the jar contains a bug, x = 16. \\boxed{16}",
 ]  # fmt: skip
 
 
@@ -243,6 +273,14 @@ def test_long_texts_take_no_time():
         "{a",
         "\u3010a",
         ". note in ",
+        "1 + ",
+        "1+",
+        "1 plus ",
+        "1 is ",
+        "but ",
+        ". a ",
+        "step above ",
+        "</ ",
     ]
     for piece in pieces:
         start = time.process_time()

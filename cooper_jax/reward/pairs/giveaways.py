@@ -28,14 +28,15 @@ from cooper_jax.rule import answer_finder
 # An error that is a quantity, or one that a solution looks for, is ordinary: a margin of error, error checking.
 _ERROR = (
     r"(?<!margin of )(?<!standard )(?<!relative )(?<!absolute )(?<!percent )(?<!percentage )(?<!rounding )"
-    r"(?<!approximation )(?<!potential )(?<!possible )(?<!squared )(?<!square )errors?"
+    r"(?<!approximation )(?<!trial and )(?<!trial-and-)(?<!potential )(?<!possible )(?<!squared )(?<!square )"
+    r"errors?"
     r"(?! (?:check|bound|term|margin|analysis|rate|estimat|tolerance|function|propagat|handling|of \$?\\?\d"
     r"|of at|less|smaller|below|at most|within|up to))"
 )
 # Nouns by which a text calls something in it a mistake; a slip of paper is none.
 _FAULT = (
     rf"(?:{_ERROR}|mistakes?|flaws?|slips?(?! of)|miscalculations?|miscounts?|inaccurac(?:y|ies)|blunders?"
-    r"|oversights?|missteps?|fallac(?:y|ies))"
+    r"|oversights?|missteps?|fallac(?:y|ies)|typos?)"
 )
 # Words by which a text calls something a mistake.
 _WRONG = (
@@ -83,12 +84,17 @@ _NOTE = _compile(
     rf"(?: \w+ly)? {_ALTERED}\b",
     rf"{_FIGURE} (?:is|was|has been)(?: \w+ly)? (?:{_ALTERED}|replaced|switched|turned) "
     rf"(?:to|with|by|for|into) {_FIGURE}",
+    rf"{_START}(?:{_ALTERED}|replaced|switched|turned) (?:the )?{_FIGURE} "
+    rf"(?:to|with|by|for|into) (?:an? )?{_FIGURE}",
     r"\b(?:on purpose|purposely|purposefully|deliberate(?:ly)?|intentional(?:ly)?)\b",
+    r"\b(?:by|in) (?:error|mistake)\b",
     r"\bto be (?:wrong|incorrect|flawed|erroneous|plausible)\b",
     # A mistake that the text has: "There is an error in the addition", "The above contains a flaw".
     rf"\bthere(?:'s| is| are| was| were| has been) (?:an?|one|some|the|this|several|two) (?:\w+ ){{0,2}}{_FAULT}\b",
     rf"\b(?:contain(?:s|ed|ing)?|has|had|have|having|includ(?:es|ed|ing)|involv(?:es|ed|ing)|with) "
     rf"(?:an?|one|some|the|this|several|two) (?:\w+ ){{0,2}}{_FAULT}\b",
+    # A jar may contain a bug, a text may not.
+    rf"\b{_TEXT}(?: above| below)? (?:contains?|contained|has|had) (?:an?|one|some) (?:\w+ )?(?:bugs?|glitch)\b",
     # An adverb for how a step is done; "mistakenly" and the like have no other use in a solution.
     r"\b(?:incorrectly|wrongly|mistakenly|erroneously|inaccurately)\b",
     # The person who made it.
@@ -103,8 +109,8 @@ _NOTE = _compile(
     rf"\b(?:the|this|my|our|their|his|her|an?|one) (?:\w+ ){{0,2}}{_FAULT} "
     r"(?:is|was|has been|lies|here|occurs|occurred|happens|happened|comes|came|made|in (?:this|the) \w+)\b",
     # The start of a sentence or a line that names a mistake: "Arithmetic error:", "Error in the product".
-    rf"{_START}(?!no |any |common |possible )(?:\w+ ){{0,2}}{_FAULT}"
-    r"[*_]*(?:\s*:| (?:in|with|at|when|while|here)\b|$)",
+    rf"{_START}(?:(?!no |any |common |possible )\w+ ){{0,3}}{_FAULT}"
+    r"[*_]*(?:\s*:| (?:in|with|at|when|while|here|introduced|inserted|injected|added|planted)\b|$)",
     # The same for a version of the text: "Altered solution:".
     rf"{_START}(?:\w+ ){{0,4}}?(?:rewritten|{_ALTERED}|{_WRONG}|mistaken|false|fake|negative) (?:\w+ )?{_TEXT}"
     r"[*_]*(?:\s*:|$)",
@@ -134,7 +140,7 @@ _OF_CHANGE = _compile(
     rf"\b{_WRONG}\b",
     rf"\b{_CHANGED}\b",
     rf"\b{_CORRECT} {_RESULT}\b",
-    rf"\b(?:{_SHOULD} be(?:en)?|instead of|rewr\w+|on purpose|plausible|careless|slip)\b",
+    rf"\b(?:{_SHOULD} be(?:en)?|instead of|rewr\w+|on purpose|plausible|careless|slip|off by)\b",
 )
 
 # --- remark: at the place ----------------------------------------------------------------------------------
@@ -183,9 +189,15 @@ _ADMISSION = _compile(
     rf"\b(?:the|its) {_CORRECT} {_RESULT} (?:should|would|ought to|is actually|is really|was)\b",
     r"\b(?:answer|result|solution|step|calculation|computation|value|conclusion|reasoning|total|sum|product"
     r"|difference|quotient|addition|subtraction|multiplication|division|this|that|it|which)"
-    r"(?: is| was| are| were|'s)(?: \w+ly)? (?:wrong|incorrect|erroneous|mistaken|flawed|not correct|not right"
-    r"|an? (?:\w+ )?(?:mistake|error))\b",
-    rf"\bnot the {_CORRECT} {_RESULT}\b",
+    r"(?: above| here)?(?: is| was| are| were|'s)(?: \w+ly)? (?:wrong|incorrect|erroneous|mistaken|flawed"
+    r"|off by|an? (?:\w+ )?(?:mistake|error))\b",
+    # Not "it is not right-angled", nor "the triangle isn't right".
+    r"\b(?:answer|result|solution|step|calculation|computation|value|conclusion|reasoning|total|sum|product|this"
+    r"|that|it|which)(?: above| here)?(?: is not|['\u2019]s not| was not| isn['\u2019]t| wasn['\u2019]t)(?: quite)?"
+    r" (?:correct|right(?![- ](?:angle|triangle))|accurate)\b",
+    rf"(?:\bnot|n['\u2019]t) the {_CORRECT} {_RESULT}\b",
+    rf"\b(?:not|instead of|rather than) the (?:{_CORRECT}|expected) {_FIGURE}",
+    rf"\b{_CONTRAST},? (?:\w+ ){{0,3}}?(?:should|ought to)(?: \w+ly)? (?:be|equal) {_FIGURE}",
     r"\b(?:answer|result|total|it|this|that|which|we|i)(?: \w+)? should(?: actually| really| in fact)?"
     r"(?: have|['\u2019]ve| of) (?:been|\w+ed)\b",
     # A number that is "actually" another one: "3 * 6 is actually 18", "But in fact it's 18", "Wait, that is 18".
@@ -203,10 +215,23 @@ _ADMISSION = _compile(
 )
 # A phrase that names the correct answer, and the rest of its line.
 _NAMED = re.compile(
-    r"\b(?:(?:correct|right) (?:final )?(?:answer|result|solution|value|total)"
-    r"|(?:true|actual|real) (?:final )?(?:answer|result|total|sum|product)|(?:answer|result|total) should)[*_]*"
-    r"(?: is| was| be|:| actually| really)([^\n]{1,200})",
-    re.IGNORECASE,
+    r"(?:\b(?:(?:correct|right) (?:final )?(?:answer|result|solution|value|total|sum|product|difference|number)"
+    r"|(?:true|actual|real) (?:final )?(?:answer|result|total|sum|product)"
+    r"|(?:answer|result|total) (?:should|ought to))[*_]*(?: is| was| be|:| actually| really)"
+    rf"|{_START}(?:correct|expected|truth|true|actual)[*_]*:)([^\n]{{1,200}})",
+    re.IGNORECASE | re.MULTILINE,
+)
+# The same with the number first: "4 is the correct answer".
+_NAMED_AFTER = re.compile(
+    rf"({_FIGURE})(?: \w+)? (?:is|was|would be|would have been) (?:the )?(?:correct|right|true|actual)"
+    rf"(?: {_RESULT})?(?= here\b|[.!,;)]|$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+# An equation of numbers and its result, such as "2 + 2 = 4" or "3 times 6 equals 18".
+_EQUATION = re.compile(
+    r"(?<![\w.+*/^=\u00d7\u00f7-])(?<![+*/=\u00d7\u00f7-] )"
+    r"(\d[\d,.]{0,20}(?:\s{0,2}(?:[-+*/\u00d7\u00f7\u2212]|\\times|\\cdot|\\div|plus|minus|times)\s{0,2}"
+    r"\d[\d,.]{0,20}){1,8})\s{0,2}(?:=|is|equals|makes|gives)\s{0,2}(\d[\d,]*(?:\.\d+)?)(?!\s*[-+*/^\u00d7\u00f7\u2212\\%]|\w|\.\d)"
 )
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 # The first number of such a line and what belongs to it; a word, a bracket or a comma ends it.
@@ -228,9 +253,10 @@ _FOREIGN = _compile(
 _MARKUP = (
     # A tag with attributes, a closing tag, and an opening one; a<b>c without a closing tag is an inequality.
     re.compile(
-        r"</[A-Za-z][\w:-]*\s*>|<[A-Za-z][\w:-]*\s*/>|<[A-Za-z][\w:-]*\s+[\w:-]+\s*=\s*[\"'][^<>\n]*>"
+        r"</\s*[A-Za-z][\w:-]*\s*>|<[A-Za-z][\w:-]*\s*/>|<[A-Za-z][\w:-]*\s+[\w:-]+\s*=\s*[\"'][^<>\n]*>"
     ),
     re.compile(r"(?<![\w)}\]])<[A-Za-z][\w:-]{2,}>"),
+    re.compile(r"<\s*(?:think|thinking|thought|scratchpad|reasoning|answer|solution|response|output)\s*>"),
     re.compile(
         r"<!--|-->|```(?:text|txt|plaintext|markdown|md|diff)\b|~~|\\(?:x|b)?cancel(?:to)?\b|\\(?:text)?color\b|\\st\{|\\sout\b"
     ),
@@ -242,7 +268,9 @@ _SPECIAL = re.compile(
     r"<[|\uff5c][^|\uff5c<>\n]{1,60}[|\uff5c]>|<<?/?SYS>?>|\[/?INST\]|\[/?(?:AVAILABLE_TOOLS|TOOL_CALLS)\]"
     r"|</?s>|<(?:bos|eos|pad|unk|mask|sep|cls|eod|eot|eom)>|<(?:start|end)_of_(?:turn|text|image)>"
     r"|\[(?:CLS|SEP|PAD|MASK|UNK|BOS|EOS)\]|<(?:unused|extra_id_|reserved_\w*)\d+>|<0x[0-9A-Fa-f]{2}>"
-    r"|^(?:<\|)?(?:im_start|im_end)(?:\|>)?|^(?:### )?(?:Human|Assistant|User|System)\s*:",
+    r"|\b(?:im_start|im_end|endoftext|eot_id|eom_id|start_header_id|end_header_id|end_of_(?:text|turn|sentence)"
+    r"|begin_of_(?:text|sentence))\b"
+    r"|^(?:### )?(?:Human|Assistant|User|System)\s*:",
     re.MULTILINE,
 )
 
@@ -325,6 +353,13 @@ def _find_remarks(text: str) -> Iterator[str]:
 def _find_admissions(text: str) -> Iterator[str]:
     yield from (match[0] for match in _ADMISSION.finditer(text))
 
+    # "2 + 2 = 5 ... However, 2 + 2 = 4": one expression with two results.
+    results: dict[str, str] = {}
+    for match in _EQUATION.finditer(text):
+        terms, result = re.sub(r"\s", "", match[1]), match[2].replace(",", "")
+        if results.setdefault(terms, result) != result:
+            yield match[0]
+
     # "The correct answer is 4" contradicts a final answer of 5; next to a final answer of 4 it is ordinary.
     span = answer_finder.find_answer(text)
     if span is None:
@@ -335,6 +370,9 @@ def _find_admissions(text: str) -> Iterator[str]:
         named = _FIRST_FORMULA.search(match[1])
         if final and named and not final & _read_numbers(named[0]):
             yield match[0][: match.start(1) - match.start()]
+    for match in _NAMED_AFTER.finditer(text):
+        if final and not final & _read_numbers(match[1]):
+            yield match[0]
 
 
 def _find_inside(places: re.Pattern[str], words: re.Pattern[str], text: str) -> Iterator[str]:
