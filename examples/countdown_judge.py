@@ -1,27 +1,27 @@
-"""Countdown's verifier: is an expression of the given numbers equal to the target?  (examples/countdown.py)"""
+"""Countdown's verifier: do the steps lead from the given numbers to the target?  (examples/countdown.py)"""
 
-import ast
 import operator
+import re
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 def judge(reference, completion, numbers):
-    """True if the completion is an expression that uses each number once and has the reference's value."""
-    used = []
-    try:
-        # Parsed, never executed.
-        value = compute(ast.parse(completion.strip(), mode="eval").body, used)
-    except (ValueError, SyntaxError):
-        return False
-    return value == int(reference) and sorted(used) == sorted(numbers)
+    """True if each step combines two of the numbers that are left, and the last result is the reference.
 
-
-def compute(node, used):
-    """The value of an expression of +, - and *; appends its numbers to `used`.  ValueError for anything else."""
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](compute(node.left, used), compute(node.right, used))
-    if not isinstance(node, ast.Constant) or type(node.value) is not int:
-        raise ValueError("not an expression of +, - and *")
-    used.append(node.value)
-    return node.value
+    As in "8-3=5 5+2=7" for the numbers 2, 3 and 8 and the reference 7.
+    """
+    left = list(numbers)
+    for step in completion.split():
+        match = re.fullmatch(r"(\d)([-+*])(\d)=(\d)", step)
+        if not match:
+            return False
+        a, b, result = (int(match[group]) for group in (1, 3, 4))
+        if OPERATORS[match[2]](a, b) != result:
+            return False
+        for number in (a, b):
+            if number not in left:
+                return False
+            left.remove(number)
+        left.append(result)
+    return left == [int(reference)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cooper_jax.configs import base
+from cooper_jax.data.labelled_completions import load_labelled_completions
 from cooper_jax.rule import answer_finder, rule_verdict, rule_worker
 from cooper_jax.rule.verifier import SHORT_LIMIT, RuleConfig, RuleVerifier
 from cooper_jax.runtime import hosts
@@ -202,33 +203,31 @@ def test_find_answer(text, answer):
     assert (text[slice(*span)] if span else None) == answer
 
 
-def test_precision_on_labelled_completions(rule, shared_data):
-    with open(shared_data / "verify_dev.jsonl") as file:
-        rows = [json.loads(line) for line in file][::3]
-    verdicts = rule.check([(row["reference_answer"], row["completion"]) for row in rows])
-    confusion = collections.Counter(
-        (r["source"], str(v), r["label"]) for r, v in zip(rows, verdicts, strict=True)
-    )
+def test_agreement_on_labelled_completions(rule, shared_data):
+    """The floors are just below the figures of docs/references.md, whose command reads the same rows."""
+    rows = []
+    for name in ("verify_train.jsonl", "verify_dev.jsonl"):
+        rows += load_labelled_completions(str(shared_data / name))
+    verdicts = rule.check([(row.reference, row.completion) for row in rows])
+    confusion = collections.Counter((r.source, v, r.label) for r, v in zip(rows, verdicts, strict=True))
     print(sorted(confusion.items()))
 
-    def count(sources, verdict, label):
-        return sum(confusion[source, verdict, label] for source in sources)
+    def count(source, verdict, label):
+        return confusion[source, verdict, label]
 
-    exact, judged = ("gsm8k", "math"), ("odyssey",)
-    assert count(exact, "correct", 0) <= 0.02 * count(exact, "correct", 1)
-    assert count(exact, "wrong", 1) <= 0.01 * count(exact, "wrong", 0)
-    assert count(exact, "correct", 1) >= 0.98 * sum(r["label"] for r in rows if r["source"] in exact)
-    # Odyssey's labels are a judge's, and noisy: most of those called wrong and labelled 1 are its errors.
-    assert count(judged, "correct", 0) <= 0.05 * count(judged, "correct", 1)
-    assert count(judged, "wrong", 1) <= 0.15 * count(judged, "wrong", 0)
-    assert count(judged, "correct", 1) >= 40
-    # Shares of rows on which the verdict agrees with the label, where no verdict counts as "not correct".  On all
-    # 5,986 completions they are 1.000, .998 and .813 (docs/references.md).
-    for source, floor in (("gsm8k", 0.995), ("math", 0.99), ("odyssey", 0.84)):
-        of_source = [
-            (r["label"] == 1, v == C) for r, v in zip(rows, verdicts, strict=True) if r["source"] == source
-        ]
-        assert sum(label == said for label, said in of_source) >= floor * len(of_source), source
+    # A verdict that is neither "correct" nor "wrong" agrees with label 0.  Odyssey has a judge's noisy labels:
+    # most of its rows that are called wrong and labelled 1 are the judge's errors.
+    for source, precision, wrong_precision, recall, agreement in (
+        ("gsm8k", 0.999, 0.999, 0.999, 0.999),
+        ("math", 0.998, 0.999, 0.999, 0.998),
+        ("odyssey", 0.969, 0.981, 0.582, 0.812),
+    ):
+        total = {label: sum(r.source == source and r.label == label for r in rows) for label in (0, 1)}
+        agreeing = count(source, C, 1) + total[0] - count(source, C, 0)
+        assert count(source, C, 1) >= precision * (count(source, C, 0) + count(source, C, 1)), source
+        assert count(source, W, 0) >= wrong_precision * (count(source, W, 0) + count(source, W, 1)), source
+        assert count(source, C, 1) >= recall * total[1], source
+        assert agreeing >= agreement * sum(total.values()), source
 
 
 def test_answers_that_hang_cost_no_other_answer_its_verdict():

@@ -71,7 +71,7 @@ KINDS: dict[str, tuple[list, list, list]] = {
          ("\\ln 5", "\\mathrm{ln}\\,5"),
          ("\\text{odd}", "Odd"), ("\\emptyset", "\\text{no solution}"), ("\\text{Friday}", "friday")],
         [("6", "6 \\text{ million}"), ("3-2\\mathrm{i}", "1"), ("2-\\mathrm{i}", "2+i"), ("Friday", "Monday"),
-         ("\\emptyset", "0"), ("even", "odd")],
+         ("\\varnothing", "0"), ("even", "odd")],
         [("8", "8 \\text{ factorial}"), ("east", "\\text{eastern}"), ("21", "twenty-one"), ("10 = ten", "10")],
     ),
     "characters": (
@@ -87,7 +87,7 @@ KINDS: dict[str, tuple[list, list, list]] = {
          ("1,2", "x=2, x=1"), ("(x,y)=(7,8)", "(7,8)"), ("(7,8)", "x=7, y=8"), ("\\pm 6", "-6, 6"),
          ("1\\pm\\sqrt2", "1-\\sqrt{2}, 1+\\sqrt{2}"), ("\\begin{pmatrix}1\\\\2\\end{pmatrix}",
           "\\begin{bmatrix} 1 \\\\ 2.0 \\end{bmatrix}"), ("3:5", "3 : 5"), ("71_8", "71_{\\text{eight}}")],
-        [("[0,7)", "[0,7]"), ("[2,3]", "(2,3)"), ("x<4", "x \\le 4"), ("\\pm 6", "6"), ("3", "1,2,3"),
+        [("[0,7)", "[0,7]"), ("[2,3]", "(2,3)"), ("x<4", "x \\le 4"), ("\\pm 6", "6"), ("4", "4,5,6"),
          ("(2,3),(4,5)", "(2,3),(5,4)"), ("110_2", "111_2"), ("\\begin{pmatrix}1\\\\2\\end{pmatrix}",
           "\\begin{pmatrix}1&2\\end{pmatrix}"), ("9:30", "9:00")],
         [("x > 5", "y > 6"), ("100, 200", "100,200")],
@@ -96,7 +96,7 @@ KINDS: dict[str, tuple[list, list, list]] = {
         [("\\sin^2 x", "1-\\cos^2 x"), ("a^2-b^2", "(a-b)(a+b)"), ("3\\ln 2", "\\ln 8"), ("84", "\\binom{9}{3}"),
          ("\\frac{1}{2}gt^2", "\\frac{gt^2}{2}"), ("n(n-1)/2", "\\frac{n^2-n}{2}"), ("\\sum_{k=1}^{4} k", "10")],
         [("a^2-b^2", "(a-b)^2"), ("2^n", "2^{n+1}"), ("6", "6\\sqrt{2}")],
-        [("2n", "2k"), ("\\sqrt{x^2}", "x"), ("\\ln 5", "\\log 5"), ("5", "5 + C"), ("3m", "3"),
+        [("3n", "3m"), ("\\sqrt{x^2}", "x"), ("\\ln 5", "\\log 5"), ("5", "5 + C"), ("3m", "3"),
          ("10", "\\sum_{k=1}^{4} k")],
     ),
 }  # fmt: skip
