@@ -334,6 +334,20 @@ def test_other_files_are_refused_with_what_can_be_read(name, text, complaint, tm
         load(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "location"),
+    [
+        ("rows.jsonl", OBJECT + b'\n{"question": "Q", "answer": "1", "answer": "2"}\n', "rows.jsonl:2"),
+        ("rows.json", b'[{"question": "Q", "answer": "1", "answer": "2"}]', "rows.json"),
+        ("rows.jsonl", b'{"question": "Q", "answer": {"a": 1, "a": 2}}\n', "rows.jsonl:1"),
+    ],
+)
+def test_an_object_that_repeats_a_key_is_refused(name, text, location, tmp_path):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=rf"{location}: an object repeats \['a(nswer)?'\]: rename or remove"):
+        load(tmp_path / name)
+
+
 def test_parquet_decimals_are_numbers_and_repeated_columns_are_refused(tmp_path):
     import decimal
 

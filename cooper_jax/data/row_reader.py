@@ -137,11 +137,14 @@ def _read_json_list(path: Path, display_name: str) -> Iterator[LocatedRow]:
     stem = _find_stem(path)
     try:
         with _open_binary(path) as file:
-            rows = json.loads(file.read().removeprefix(codecs.BOM_UTF8).decode())
+            text = file.read().removeprefix(codecs.BOM_UTF8).decode()
+        rows = json.loads(text, object_pairs_hook=_make_object)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{display_name}: the gzip file is damaged: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{display_name}: byte {error.start} is not UTF-8 ({error.reason})") from error
+    except _BadLine as error:
+        raise ValueError(f"{display_name}: {error}") from error
     # ValueError: invalid JSON, or a number with thousands of digits.  RecursionError: deep nesting.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{display_name}: not JSON ({error}); one list of objects is expected") from error
@@ -177,10 +180,20 @@ class _BadLine(Exception):
     """A malformed line; the reader adds its location to the message."""
 
 
+def _make_object(pairs: list[tuple[str, Any]]) -> Row:
+    """An object of a JSON text.  Raises _BadLine for a repeated key, of which Python would keep the last one."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = sorted({key for key in keys if keys.count(key) > 1})
+        raise _BadLine(f"an object repeats {repeated}: rename or remove one")
+    return row
+
+
 def _parse_json_object(line: bytes) -> Row:
     """Parse the object on one line.  Raises _BadLine."""
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode(), object_pairs_hook=_make_object)
     except UnicodeDecodeError as error:
         raise _BadLine(f"byte {error.start} is not UTF-8 ({error.reason})") from error
     # ValueError: invalid JSON, or a number with thousands of digits.  RecursionError: deep nesting.
