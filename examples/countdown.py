@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 def get_config():
     c = tiny.get_config()
     c.name = "countdown"
-    c.steps = 60
+    c.steps = 80
 
     c.data.format = c.data.eval_format = "jsonl"
     c.data.train = f"{FOLDER}/countdown_rows.py:train_rows"
@@ -24,21 +24,18 @@ def get_config():
     c.rule.judge = f"{FOLDER}/countdown_judge.py:judge"
     c.rollout.max_new_tokens = 16
     c.policy.optimiser.lr = 4e-4
-    c.reward.max_tokens = 64
     c.assistant.kind = f"{FOLDER}/rewriter.py:Rewriter"
 
-    # Pairs, and the verifier's verdicts on rollouts; `own_answer` pairs need responses that mark an answer.
-    c.reward.recipe = ""
+    # Pairs, and the verifier's verdicts on rollouts of this step and of earlier ones.
+    c.reward.recipe, c.reward.max_tokens, c.reward.optimiser.lr = "", 64, 2e-4
     c.reward.pair_loss, c.reward.pair_bce, c.reward.rollout_bce = "sigmoid", 1.0, 1.0
-    c.reward.updates = 2
-    c.reward.warmup_updates = 100
-    c.pairs.per_prompt, c.pairs.negatives = 2, ("assistant", "swap")
+    c.reward.warmup_updates, c.reward.updates = 50, 2
+    c.reward.replay, c.reward.replay_rows = 2048, 64
 
-    # Before step 1 the policy imitates solutions, and the reward model learns from labelled steps.
-    c.supervised.policy_steps = 400
+    # Before step 1 the policy imitates solutions, and the reward model learns from labelled ones.
+    c.supervised.policy_steps, c.supervised.reward_steps = 400, 6000
     c.supervised.policy_batch = c.supervised.reward_batch = 32
-    c.supervised.reward_steps = 4000
-    c.supervised.reward_data = f"{FOLDER}/countdown_rows.py:labelled_rows"
+    c.supervised.reward_data = f"{FOLDER}/countdown_labels.py:labelled_rows"
     c.supervised.reward_optimiser.decay = "cosine"
     c.supervised.policy_corrupt, c.supervised.policy_habit, c.supervised.reward_habit = 0.0, (0, 0), (0, 0)
 

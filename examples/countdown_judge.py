@@ -13,7 +13,7 @@ def judge(reference, completion, numbers):
     """
     left = list(numbers)
     for step in completion.split():
-        match = re.fullmatch(r"(\d)([-+*])(\d)=(\d)", step)
+        match = re.fullmatch(r"([0-9])([-+*])([0-9])=([0-9])", step)
         if not match:
             return False
         a, b, result = (int(match[group]) for group in (1, 3, 4))

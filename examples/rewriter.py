@@ -1,4 +1,4 @@
-"""An assistant of your own for countdown: it exchanges one operator, so that the target is missed.
+"""An assistant of your own for countdown: it exchanges one digit or operator, so that a step is false.
 
 python launch/train.py --config=examples/countdown.py --config.assistant.kind=examples/rewriter.py:Rewriter
 """
@@ -12,14 +12,15 @@ class Rewriter:
 
     def rewrite(self, requests):
         """One wrong solution per request, or None where there is nothing to change."""
-        return [self._exchange_operator(request) for request in requests]
+        return [self._exchange_sign(request) for request in requests]
 
-    def _exchange_operator(self, request):
+    def _exchange_sign(self, request):
         # The seed makes the choice the same in a resumed run.
         rng = random.Random(request.seed)
-        places = [match.start() for match in re.finditer(r"[-+*]", request.positive)]
+        places = [match.start() for match in re.finditer(r"[-+*1-9]", request.positive)]
         if not places:
             return None
         place = rng.choice(places)
-        others = [sign for sign in "+-*" if sign != request.positive[place]]
+        signs = "123456789" if request.positive[place].isdigit() else "+-*"
+        others = [sign for sign in signs if sign != request.positive[place]]
         return request.positive[:place] + rng.choice(others) + request.positive[place + 1 :]

@@ -24,7 +24,7 @@ from cooper_jax.trainer.setup import load_inputs, read_settings
 from cooper_jax.types import Completion, Problem, Verdict
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-ROWS, JUDGE = EXAMPLES / "countdown_rows.py", EXAMPLES / "countdown_judge.py"
+ROWS, LABELS, JUDGE = (EXAMPLES / f"countdown_{name}.py" for name in ("rows", "labels", "judge"))
 
 
 def test_the_page_shows_the_examples_own_text():
@@ -83,45 +83,50 @@ def test_countdown_rows_are_solved_by_their_solutions_and_held_out_ones_are_apar
 
 
 VERDICTS = {
-    "8*3+7": "correct", "7+8*3": "correct", "7 + (8 * 3)": "correct", "8*3+7 ": "correct",
-    "8*7-3": "wrong", "8*3+6+1": "wrong", "31": "wrong", "8*3+7.0": "wrong", "8**3+7": "wrong", "": "wrong",
-    "8*3+7=31": "wrong", "__import__('os').getpid()": "wrong", "8*3+7 if 1 else 0": "wrong", "-(-8)*3+7": "wrong",
-    "(" * 5000: "wrong", "8*3+True*7": "wrong", "9" * 5000: "wrong",
+    "8-3=5 5+2=7": "correct", "3-2=1 8-1=7": "correct", " 8-3=5  5+2=7\n": "correct",
+    "8-3=5": "wrong", "5+2=7": "wrong", "8-3=5 8+2=7": "wrong", "8-3=5 2+2=4": "wrong", "8-3=6 6+1=7": "wrong",
+    "8-2=6 6-3=3": "wrong", "8-3=5 5+2=7 7*1=7": "wrong", "8 - 3 = 5 5 + 2 = 7": "wrong", "8-3=5;5+2=7": "wrong",
+    "7": "wrong", "": "wrong", "8-3=5 5+2=7 #": "wrong", "\u0668-3=5 5+2=7": "wrong", "(" * 5000: "wrong",
+    "__import__('os').getpid()": "wrong", "8-3=5 " * 5000: "wrong",
 }  # fmt: skip
 
 
-def test_the_countdown_judge_reads_expressions_and_nothing_else():
-    problem = Problem("8 7 3 make 31 :", "31", columns={"numbers": [3, 8, 7]})
+def test_the_countdown_judge_follows_the_steps():
+    problem = Problem("8 2 3 make 7 :", "7", columns={"numbers": [2, 3, 8]})
     rule = RuleConfig(workers=1, timeout=5.0, step_budget=60.0, memory_mb=1024, judge=f"{JUDGE}:judge")
     with RuleVerifier(rule) as verifier:
         found = verifier.check([make_item(problem, text) for text in VERDICTS])
-    # What Python's own parser refuses is no expression either; it may refuse in several ways.
-    decided = {text: verdict.value for text, verdict in zip(VERDICTS, found, strict=True)}
-    hostile = {text for text in VERDICTS if len(text) > 1000}
-    assert {t: v for t, v in decided.items() if t not in hostile} == {
-        t: v for t, v in VERDICTS.items() if t not in hostile
-    }
-    assert "correct" not in {decided[text] for text in hostile}
+    assert {text: verdict.value for text, verdict in zip(VERDICTS, found, strict=True)} == VERDICTS
 
 
-def test_labelled_rows_have_both_classes():
-    triples = load_labelled_completions(f"{ROWS}:labelled_rows")
-    labels = [t.label for t in triples[:4000]]
-    assert sum(labels) == len(labels) / 2 and {t.reference for t in triples}
+def test_labelled_rows_have_both_classes_and_the_judges_labels():
+    judge = load_object(read_user_code(f"{JUDGE}:judge", ""), "")
+    triples = load_labelled_completions(f"{LABELS}:labelled_rows")[:4000]
+    assert sum(t.label for t in triples) == len(triples) / 2
+    for t in triples:
+        numbers = [int(word) for word in t.question.split(" make ")[0].split()]
+        assert judge(t.reference, t.completion, numbers) == bool(t.label), t
+    # Half of the problems have two numbers; a policy's mistake ends with the target.
+    assert sum(t.question.count(" ") == 4 for t in triples) == len(triples) / 2
+    wrong = [t for t in triples if not t.label]
+    assert 0.3 < sum(t.completion.endswith(t.reference) for t in wrong) / len(wrong) < 0.9
 
 
-def test_the_rewriter_misses_the_target():
+def test_the_rewriter_makes_one_step_false():
     rewriter = UserAssistant(read_user_code(f"{EXAMPLES / 'rewriter.py'}:Rewriter", "assistant.kind"), 60.0)
-    problem = Problem("8 7 3 make 31 :", "31", columns={"numbers": [3, 8, 7]})
-    requests = [Request(problem, "8*3+7", (0, 1, row, 0)) for row in range(20)] + [
-        Request(problem, "31", (0, 1, 0, 0))
+    problem = Problem("8 7 3 make 4 :", "4", columns={"numbers": [3, 8, 7]})
+    positive = "8-7=1 1+3=4"
+    requests = [Request(problem, positive, (0, 1, row, 0)) for row in range(40)] + [
+        Request(problem, "none", (0, 1, 0, 0))
     ]
     first, again = rewriter.rewrite(requests), rewriter.rewrite(requests)
     rewriter.close()
-    assert first == again
+    assert first == again and first[-1].reason == "nothing to change"
     texts = {reply.text for reply in first[:-1]}
-    assert texts <= {"8+3+7", "8-3+7", "8*3-7", "8*3*7"} and len(texts) > 2
-    assert first[-1].reason == "nothing to change"
+    judge = load_object(read_user_code(f"{JUDGE}:judge", ""), "")
+    assert len(texts) > 20 and not any(judge("4", text, [3, 8, 7]) for text in texts)
+    for text in texts:
+        assert sum(a != b for a, b in zip(text, positive, strict=True)) == 1
 
 
 def test_the_countdown_config_is_valid():
