@@ -9,6 +9,7 @@ from tiny_steps import B, begun, host, solved, steps
 
 from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.runtime.metrics import PhaseTimer
+from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.resume import save_checkpoint
 from cooper_jax.trainer.step import cooper_step
 
@@ -65,3 +66,25 @@ def test_a_resumed_run_remembers_what_it_would_have(build, tmp_path):
     np.testing.assert_equal(second, metrics[1:])
     assert all(row["rm/updates"] == 2 and row["rm/rollout_rows"] > 0 for row in metrics)
     assert len(replay.correct) == 5 and metrics[1]["rm/rollout_rows"] > 6
+
+
+def test_models_that_were_trained_with_another_tokenizer_are_refused(build, tmp_path):
+    """Models from scratch read and write the pieces of the tokenizer in their run's directory."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    with build() as (components, state), begun(components, state, first):
+        pass
+    second.mkdir()
+    (first / "tokenizer_640.model").write_bytes(b"pieces")
+    (second / "tokenizer_640.model").write_bytes(b"other pieces")
+
+    def start():
+        with build(**{"supervised.start_from": str(first)}) as (components, state):
+            with begun(components, state, second) as (state, _, _):
+                return state.step
+
+    with pytest.raises(
+        SetupError, match=r"start_from=.*first: its tokenizer_640.model is not the one of this run"
+    ):
+        start()
+    (second / "tokenizer_640.model").write_bytes(b"pieces")
+    assert start() == 0

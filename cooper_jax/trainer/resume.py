@@ -12,9 +12,10 @@ from __future__ import annotations
 import jax
 
 from cooper_jax.model import transformer
+from cooper_jax.model.loading import Directory
 from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.reward.pairs.giveaway_probe import RecentRewrites
-from cooper_jax.runtime import checkpoint, hosts, mesh, optim
+from cooper_jax.runtime import checkpoint, hosts, mesh, optim, remote_files
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.run_directory import RunDirectory
 from cooper_jax.runtime.stored_config import config_hash
@@ -117,7 +118,7 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
     # The supervised phases use optimisers of their own, so training starts with fresh optimiser states.
     policy, reward = state.policy, state.reward
     if settings.supervised.start_from:
-        policy, reward = _load_models_of_run(components, policy, reward)
+        policy, reward = _load_models_of_run(components, policy, reward, run)
     else:
         if settings.supervised.policy_steps:
             policy = optim.init_state(
@@ -153,11 +154,13 @@ def _start_reference(components: Components, policy: TrainState, checkpoints: Ch
 
 
 def _load_models_of_run(
-    components: Components, policy: TrainState, reward: TrainState | None
+    components: Components, policy: TrainState, reward: TrainState | None, run: RunDirectory
 ) -> tuple[TrainState, TrainState | None]:
     """Load both models from step 0 of the run directory `supervised.start_from`, with fresh optimisers.
 
     policy, reward: the initial states, for the shapes and shardings of the parameters.
+
+    Raises SetupError for models that do not fit the config, and for a tokenizer other than this run's.
     """
     start_from = components.settings.supervised.start_from
 
@@ -173,10 +176,24 @@ def _load_models_of_run(
         setup_errors(f"supervised.start_from={start_from}"),
         Checkpoints(start_from, keep=0, read_only=True) as source,
     ):
+        _check_tokenizers(run.path, remote_files.to_path(start_from))
         policy = restore(source, "policy", components.policy, policy)
         if reward is not None:
             reward = restore(source, "reward", components.reward_bundle, reward)
     return policy, reward
+
+
+def _check_tokenizers(own: Directory, other: Directory) -> None:
+    """Raise ValueError if two run directories have different tokenizers, which models from scratch have in them.
+
+    The pieces have other ids then, so a model of one run would read and write nonsense in the other.
+    """
+    for path in sorted(own.glob("tokenizer_*.model")):
+        if path.read_bytes() != (other / path.name).read_bytes():
+            raise ValueError(
+                f"its {path.name} is not the one of this run, which was trained on another text: start from a run "
+                "with the same data.train"
+            )
 
 
 def _restore_reference(components: Components, checkpoints: Checkpoints) -> Params:
