@@ -174,6 +174,19 @@ def test_a_function_that_makes_no_rows_is_refused(tmp_path, text, words):
     assert "\n" not in str(error.value)
 
 
+def test_numpy_values_of_a_functions_rows_become_plain_ones(tmp_path):
+    """A judge's process gets columns as JSON, in which an array would be text."""
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n"
+        "def rows():\n"
+        "    n, m = np.array([[1, 2]]), {'x': [np.float32(0.5)]}\n"
+        "    yield {'question': 'q', 'answer': np.int64(4), 'n': n, 'm': m}\n"
+    )
+    [(_, _, row)] = read_file_rows(f"{tmp_path}/mine.py:rows")
+    assert row == {"question": "q", "answer": 4, "n": [[1, 2]], "m": {"x": [0.5]}}
+    assert type(row["answer"]) is int and type(row["n"][0]) is list
+
+
 def test_an_assistant_that_fails_masks_its_pairs(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "import time\n"

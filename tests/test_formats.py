@@ -334,6 +334,24 @@ def test_other_files_are_refused_with_what_can_be_read(name, text, complaint, tm
         load(tmp_path / name)
 
 
+def test_a_misspelt_column_and_semicolons_are_named(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\nQ,1\n")
+    with pytest.raises(
+        ValueError, match=r"no column 'quesiton' \(--config.data.question_key\); .*mean 'question'"
+    ):
+        load(path, question_key="quesiton")
+    with pytest.raises(
+        ValueError, match=r"no column 'gold' \(--config.data.reference_key\); the columns are question"
+    ):
+        load(path, reference_key="gold")
+    path.write_text("question;answer\nQ;1\n")
+    with pytest.raises(
+        ValueError, match=r"rows.csv:1: the columns are separated by semicolons: save it with commas"
+    ):
+        load(path)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "location"),
     [

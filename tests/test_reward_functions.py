@@ -291,6 +291,39 @@ def test_failures_are_counted_and_named_and_a_function_that_always_fails_ends_th
     functions.close()
 
 
+def test_rewards_that_are_never_finite_are_reported_and_end_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reward_functions, "FAILURES_IN_A_ROW", 4)
+    (tmp_path / "mine.py").write_text(
+        "def nan(completions):\n    return [float('nan'), 10**400][:len(completions)]\n"
+        "def none(completions):\n    return [None] * len(completions)\n"
+    )
+
+    def one_step(functions):
+        rewards = StepRewards(functions, PROBLEMS)
+        for index in (0, 1):
+            rewards.add_group(index, TEXTS[index], TOKENS[index])
+        return rewards.collect(SCORES, VERDICTS, sum(TEXTS, []))
+
+    def load(name):
+        config = reward_config(f"{tmp_path}/mine.py:{name}")
+        return load_reward_functions(config, PROBLEMS, PromptStyle("", "", False, ""))
+
+    functions = load("nan")
+    found = one_step(functions)
+    assert found.metrics["reward/nan/not_finite"] == 4 and "reward/nan/none" not in found.metrics
+    assert "mine.py:nan' returned 4 rewards that are not finite" in capsys.readouterr().out
+    with pytest.raises(SetupError, match="failed at each of its last 4 calls.*no reward was a finite number"):
+        one_step(functions)
+    functions.close()
+
+    # A function may have nothing to say, but a step without any reward is reported once.
+    functions = load("none")
+    for said in (1, 0, 0):
+        assert one_step(functions).masked.all()
+        assert capsys.readouterr().out.count("no response of this step has a reward") == said
+    functions.close()
+
+
 # --- settings ----------------------------------------------------------------------------------------
 
 

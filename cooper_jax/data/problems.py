@@ -17,6 +17,7 @@ data set itself marks as having no final answer, which are counted.
 """
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -255,6 +256,19 @@ def choose_format(row: Row, question_key: str, reference_key: str, solution_key:
         return "jsonl"
     if len(matching) == 1:
         return matching[0]
+
+    flags = {"question_key": question_key, "reference_key": reference_key}
+    named = {
+        flag: key for (flag, key), usual in zip(flags.items(), DEFAULT_KEYS, strict=True) if key != usual
+    }
+    for flag, key in named.items():
+        if not row_reader.has_field(row, key):
+            near = difflib.get_close_matches(key, [str(column) for column in row], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"there is no column {key!r} (--config.data.{flag}); the columns are "
+                f"{', '.join(map(str, row))}{hint}"
+            )
 
     # A guess between several formats could read the wrong column as the answer.
     raise ValueError(

@@ -97,10 +97,21 @@ def make_rows(source: str) -> Iterator[LocatedRow]:
         for number, row in enumerate(function(), start=1):
             if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
                 raise TypeError(f"row {number} is {type(row).__name__}, not a dict with text keys")
-            yield f"{code.label}: row {number}", f"{Path(code.path).stem}:{number}", row
+            yield f"{code.label}: row {number}", f"{Path(code.path).stem}:{number}", _convert_numpy(row)
     # A generator may raise anything.
     except Exception as error:
         raise ValueError(f"{code.label}: after {number} rows: {describe_error(error, code.path)}") from error
+
+
+def _convert_numpy(value: Any) -> Any:
+    """Arrays and numbers of NumPy as lists and numbers, at any depth: columns are JSON for a judge's process."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _convert_numpy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_convert_numpy(item) for item in value]
+    return value
 
 
 def find_suffix(name: str) -> str:
@@ -217,6 +228,11 @@ def _read_csv_rows(path: Path, display_name: str, delimiter: str) -> Iterator[Lo
             # Strict: a quotation mark that never closes would otherwise swallow the rest of the file.
             reader = csv.reader(_decode_lines(file), delimiter=delimiter, strict=True)
             header = next(reader, [])
+            if len(header) == 1 and ";" in header[0]:
+                raise ValueError(
+                    f"{display_name}:1: the columns are separated by semicolons: save it with commas, or with tabs "
+                    "as .tsv"
+                )
             # pandas writes its index as a first column without a name.
             has_index = len(header) > 1 and not header[0]
             if repeated := sorted({c for c in header if header.count(c) > 1}):

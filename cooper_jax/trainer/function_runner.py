@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+import math
 import queue
 import threading
 import time
@@ -55,13 +56,17 @@ def read_values(returned: Any, rows: int) -> CallResult:
         for value in returned:
             if isinstance(value, str | bytes):
                 raise TypeError
-            number = None if value is None else float(value)
+            try:
+                number = None if value is None else float(value)
+            except OverflowError:  # an integer beyond all floats
+                number = math.inf
             # A number beyond float32 would be infinite as a reward.  NaN fails the comparison, too.
             if number is not None and not abs(number) <= _LARGEST:
                 number, not_finite = None, not_finite + 1
             values.append(number)
     except (TypeError, ValueError):
-        what = f"it returned {type(returned).__name__} {returned!r:.60}, not a list of numbers and None"
+        shown = " ".join(repr(returned).split())[:60]
+        what = f"it returned {type(returned).__name__} {shown}, not a list of numbers and None"
         return fail_call(rows, WRONG_TYPE, what)
     if len(values) != rows:
         return fail_call(rows, WRONG_LENGTH, f"it returned {len(values)} rewards for {rows} completions")

@@ -142,7 +142,7 @@ class CombinedRewards:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RewardFunctions:
     """The functions of a run."""
 
@@ -150,6 +150,7 @@ class RewardFunctions:
     terms: tuple[RewardTerm, ...]
     columns: tuple[str, ...]  # of the training problems
     prompt_style: PromptStyle  # of the policy
+    has_warned: bool = False  # True once a step without any reward has been reported
 
     def close(self) -> None:
         """End the functions' threads."""
@@ -296,6 +297,12 @@ class StepRewards:
                 _check_failures(term, results[k])
 
         total = sum_rewards(values, [term.weight for term in self._functions.terms])
+        if np.isnan(total).all() and not self._functions.has_warned:
+            self._functions.has_warned = True
+            hosts.print_once(
+                "warning: no response of this step has a reward: all functions returned None or failed, so the "
+                "policy learns nothing from it; reward/masked counts such responses"
+            )
         if penalty is not None:
             total = total + penalty
         by_name = {term.name: values[k] for k, term in enumerate(self._functions.terms)}
@@ -402,7 +409,11 @@ def _count_failures(term: RewardTerm, results: Sequence[CallResult]) -> Metrics:
 
 
 def _check_failures(term: RewardTerm, results: Sequence[CallResult]) -> None:
-    """Print a function's first failure; raise SetupError if it has failed at all calls for long enough."""
+    """Print a function's first failure; raise SetupError if it has failed at all calls for long enough.
+
+    A call fails, too, if all its rewards are not finite.  One that returns None alone does not: a function may have
+    nothing to say about a prompt.
+    """
     assert term.code is not None
     failed = [result for result in results if result.failure]
     if failed and not term.has_warned:
@@ -412,10 +423,24 @@ def _check_failures(term: RewardTerm, results: Sequence[CallResult]) -> None:
             f"prompt get no reward from it; later failures are counted in reward/{term.name}/...: "
             f"{failed[0].message}"
         )
+    not_finite = sum(result.not_finite for result in results)
+    if not_finite and not term.has_warned:
+        term.has_warned = True
+        hosts.print_once(
+            f"warning: reward.functions={term.code.label!r} returned {not_finite} rewards that are not finite, as "
+            f"NaN is; these, and later ones, count as None and in reward/{term.name}/not_finite"
+        )
     for result in results:
-        term.failed_in_a_row = term.failed_in_a_row + 1 if result.failure else 0
+        has_failed = result.failure or result.not_finite == len(result.values)
+        term.failed_in_a_row = term.failed_in_a_row + 1 if has_failed else 0
     if term.failed_in_a_row >= max(FAILURES_IN_A_ROW, len(results)):
+        last = results[-1]
+        what = (
+            f"{last.failure}): {last.message}"
+            if last.failure
+            else "not_finite): no reward was a finite number"
+        )
         raise SetupError(
             f"reward.functions={term.code.label!r} failed at each of its last {term.failed_in_a_row} calls; the "
-            f"last failure ({results[-1].failure}): {results[-1].message}"
+            f"last failure ({what}"
         )
