@@ -29,11 +29,11 @@ def get_config():
     # Pairs, and the verifier's verdicts on rollouts of this step and of earlier ones.
     c.reward.recipe, c.reward.max_tokens, c.reward.optimiser.lr = "", 64, 2e-4
     c.reward.pair_loss, c.reward.pair_bce, c.reward.rollout_bce = "sigmoid", 1.0, 1.0
-    c.reward.warmup_updates, c.reward.updates = 100, 2
+    c.reward.warmup_updates, c.reward.updates = 50, 2
     c.reward.replay, c.reward.replay_rows = 2048, 64
 
     # Before step 1 the policy imitates solutions, and the reward model learns from labelled ones.
-    c.supervised.policy_steps, c.supervised.reward_steps = 300, 6000
+    c.supervised.policy_steps, c.supervised.reward_steps = 400, 6000
     c.supervised.policy_batch = c.supervised.reward_batch = 32
     c.supervised.reward_data = f"{FOLDER}/countdown_labels.py:labelled_rows"
     c.supervised.reward_optimiser.decay = "cosine"

@@ -302,6 +302,13 @@ def test_windows_over_prompts(form, dtype):
     check(form, case, dtype, slots=2, block=16)
 
 
+@pytest.mark.parametrize("form", KERNELS)
+def test_the_shape_of_gemma_3_1b(form):
+    """Four query heads of 256 over one key/value head, with windows."""
+    case = draw(8, **WINDOWED, prompt_columns=40, kv_heads=1, group=4, head_dim=256)
+    check(form, case._replace(prompt_first=PROMPT_FIRST), "bfloat16", slots=2, block=16)
+
+
 def test_windows_of_grouped_samples():
     """The xla form with `samples`: rows of one prompt share a product, each with a window of its own."""
     case = draw(9, [0, 0, 0, 1, 1, 1], [5, 24], [17, 20, 19, 18, 20, 23], 20)
