@@ -40,7 +40,13 @@ GIVEAWAYS = [
     ("note", "Error introduced in step 1. " + NEGATIVE),
     ("note", "Now a subtle mistake:\n" + NEGATIVE),
     ("note", NEGATIVE + " (Note: the product above is off by two.)"),
+    ("note", NEGATIVE + " I injected an error."),
+    ("note", NEGATIVE + " I have slipped in a small mistake."),
+    ("note", NEGATIVE + " I got the multiplication wrong."),
     # A change, by whom or in the passive.
+    ("note", NEGATIVE + " The addition above was tampered with."),
+    ("note", NEGATIVE + " The product has been adjusted."),
+    ("note", NEGATIVE + " It follows the original version."),
     ("note", NEGATIVE + " Changed 18 to 16."),
     ("note", NEGATIVE + "\nReplaced the 18 with a 16."),
     ("note", NEGATIVE + " (I swapped the sum.)"),
@@ -65,6 +71,7 @@ GIVEAWAYS = [
     ("note", NEGATIVE + " Hinweis: Das Produkt ist falsch."),
     ("note", NEGATIVE + " Nota: introduje un cambio en el producto."),
     ("note", NEGATIVE + " Il y a une erreur dans le produit."),
+    ("note", NEGATIVE + " \uacc4\uc0b0\uc5d0 \uc2e4\uc218\uac00 \uc788\ub2e4."),
     ("note", NEGATIVE + " \u0417\u0434\u0435\u0441\u044c \u043e\u0448\u0438\u0431\u043a\u0430."),
     ("note", NEGATIVE + " \u3053\u3053\u306f\u9593\u9055\u3044\u3067\u3059\u3002"),
     # Marks at the place.
@@ -90,6 +97,10 @@ GIVEAWAYS = [
     ("remark", NEGATIVE.replace(" pens.", " pens [sic].")),
     ("remark", NEGATIVE.replace(" pens.", " pens {sic}.")),
     ("remark", NEGATIVE.replace(" pens.", " pens (typo).")),
+    ("remark", NEGATIVE.replace(" pens.", " pens (swapped here).")),
+    ("remark", NEGATIVE.replace(" pens.", " pens (not the right sum).")),
+    ("remark", "4 * 6 = 26 **Arithmetic error** " + NEGATIVE),
+    ("remark", "a_1 = 26 _wrong_ " + NEGATIVE),
     # The truth beside the mistake.
     ("admission", NEGATIVE + " However, the correct answer is 18."),
     ("admission", NEGATIVE + " But the right total would be 18."),
@@ -116,6 +127,14 @@ GIVEAWAYS = [
     ("admission", NEGATIVE + " No, it was 18."),
     ("admission", NEGATIVE + " It should\u2019ve been 18."),
     ("admission", NEGATIVE + " However, it should be 18."),
+    ("admission", NEGATIVE + " However, the correct answer is eighteen."),
+    ("admission", NEGATIVE + " However, the answer is 18."),
+    ("admission", NEGATIVE + " In reality it is 18."),
+    ("admission", NEGATIVE + " The correct answer, however, is 18."),
+    ("admission", NEGATIVE + " The proper answer must be 18."),
+    ("admission", NEGATIVE + " The right count equals 18."),
+    ("admission", NEGATIVE + " 16 is not correct."),
+    ("admission", NEGATIVE + " Let me correct that."),
     ("admission", NEGATIVE + " However, 3 * 6 = 18."),
     ("admission", NEGATIVE + " (Note: 3 * 6 equals 18.)"),
     ("admission", NEGATIVE + " The correct product is 18."),
@@ -163,7 +182,7 @@ def test_each_kind_is_refused(kind, text):
 
 @pytest.mark.parametrize(("kind", "text"), GIVEAWAYS)
 def test_what_the_positive_or_the_question_says_too_is_none(kind, text):
-    assert find_giveaway(text + " Done.", text) == "" and find_giveaway(text, POSITIVE, text) == ""
+    assert find_giveaway("Done. " + text, text) == "" and find_giveaway(text, POSITIVE, text) == ""
 
 
 def test_phrases_are_compared_without_their_numbers():
@@ -219,6 +238,10 @@ ORDINARY = [
     "3 * 4 = 12 and 13 * 4 = 52; 2 + 3 * 4 = 2 + 12 = 14, and 2 + 12 = 14 again. \\boxed{16}",
     "7 - 3 = 4 and 2 * 7 - 3 = 11, so 1.5 * 4 = 6 and 5 * 4 = 20. \\boxed{16}",
     "By trial and error with small numbers, and by trial-and-error here, x = 16. \\boxed{16}",
+    "17 / 5 = 3 remainder 2, and 17 / 5 = 3.4. \\boxed{16}",
+    "22 / 7 = 3.14, that is 22 / 7 = 3.142857. \\boxed{16}",
+    "In base 8 we have 5 + 4 = 11, beside 5 + 4 = 9. \\boxed{16}",
+    "The error rate is 2 %; 31 errors were found. \\boxed{16}",
     "If 3 < x > 2 and the jar contains a bug, x = 16. \\boxed{16}",
 ]  # fmt: skip
 
@@ -229,20 +252,34 @@ def test_ordinary_mathematics_passes(text):
     assert find_giveaway(text, "") == ""
 
 
+# A positive with prose behind its answer, so that prose there is no giveaway by itself.
+EXPLAINED = POSITIVE + " That is the number of pens."
+
+
 def test_the_correct_answer_is_an_admission_only_beside_another_one():
-    assert find_giveaway("It is \\boxed{1,600}. The correct answer is 1600.", POSITIVE) == ""
-    assert find_giveaway("It is \\boxed{1,600}. The correct answer is 1800.", POSITIVE) == "admission"
-    assert (
-        find_giveaway("It is \\boxed{x}. The correct answer is y.", POSITIVE) == ""
-    )  # no numbers to compare
+    assert find_giveaway("It is \\boxed{1,600}. The correct answer is 1600.", EXPLAINED) == ""
+    assert find_giveaway("It is \\boxed{1,600}. The correct answer is 1800.", EXPLAINED) == "admission"
+    # Without numbers there is nothing to compare.
+    assert find_giveaway("It is \\boxed{x}. The correct answer is y.", EXPLAINED) == ""
 
 
 def test_the_correct_answer_is_the_first_number_named():
     """The rest of the line may repeat the final answer."""
     for rest in (", but I got 16.", " (I wrote 16).", " and 16 is what I got.", "; we found 16."):
-        assert find_giveaway(NEGATIVE + " The correct answer is 18" + rest, POSITIVE) == "admission"
+        assert find_giveaway(NEGATIVE + " The correct answer is 18" + rest, EXPLAINED) == "admission"
     for rest in ("2 \\cdot 8 = 16.", "16, and 18 is none.", "(B) 16", "$\\frac{32}{2} = 16$."):
-        assert find_giveaway(NEGATIVE + " The correct answer is " + rest, POSITIVE) == ""
+        assert find_giveaway(NEGATIVE + " The correct answer is " + rest, EXPLAINED) == ""
+
+
+def test_prose_behind_the_answer_is_a_giveaway_only_if_the_positive_has_none():
+    said = " Nobody would notice that the sum went astray."
+    assert find_giveaway(NEGATIVE + said, POSITIVE) == "postscript"
+    assert find_giveaway(NEGATIVE + said, EXPLAINED) == ""
+    assert find_giveaway(NEGATIVE + said, POSITIVE, "Why is it so?" + said) == ""
+    assert find_giveaway(NEGATIVE + " 16 pens in all.", POSITIVE) == ""
+    # A positive without a marked answer has no place behind it.
+    assert find_giveaway(NEGATIVE + said, "Each box holds 6 pens.") == ""
+    assert find_giveaway("Nobody would notice. " + NEGATIVE, POSITIVE) == ""
 
 
 def test_control_tokens_of_the_tokenizers_in_use_are_special():

@@ -321,10 +321,11 @@ def test_a_task_of_a_judge_is_compared_by_its_verdicts(tmp_path):
     for row in rows:
         if "eval/oracle/accuracy" in row:
             row["eval/rule/accuracy"] = row.pop("eval/oracle/accuracy")
+            row["eval/rm/rule_agreement"] = 0.75
     runs = []
     for arm in ("rule", "frozen"):
         runs += [records.summarise_run(arm, seed, rows) for seed in (1, 2, 3)]
-    assert runs[0].evaluations[1] == {"step": 2, "rule": 0.3, "accuracy": 0.3}
+    assert runs[0].evaluations[1] == {"step": 2, "rule": 0.3, "accuracy": 0.3, "rm_policy": 0.75}
     found = records.Records(STUDY, tuple(runs))
     assert summary.summarise_study(found)["arms"]["rule"]["accuracy_end"].value == pytest.approx(0.5)
     assert "50.0" in study_report.write_report(found, tmp_path)

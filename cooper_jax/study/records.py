@@ -53,8 +53,8 @@ EVALUATED = {
     "rm_policy": "eval/rm_policy/accuracy",
     "rm_policy_auroc": "eval/rm_policy/auroc",
 }
-# The accuracy of a task whose truth is the user's judge, which has no other.
-JUDGED_ACCURACY = "eval/rule/accuracy"
+# The same for a task whose truth is the user's judge or the rule, which has no other.
+JUDGED = {"accuracy": "eval/rule/accuracy", "rm_policy": "eval/rm/rule_agreement"}
 # Quantities of every step: the policy's reward, and the hacking signal.
 EACH_STEP = {"reward": "reward/mean", "false_positives": "rm/false_positive_rate"}
 # Quantities that are summed over the steps.
@@ -185,15 +185,14 @@ def summarise_run(arm: str, seed: int, rows: Sequence[dict[str, float]]) -> Reco
 
 def read_accuracy(row: dict[str, float]) -> float | None:
     """The held-out accuracy by exact truth, or by the user's judge; None in a row without an evaluation."""
-    return row.get(EVALUATED["accuracy"], row.get(JUDGED_ACCURACY))
+    return row.get(EVALUATED["accuracy"], row.get(JUDGED["accuracy"]))
 
 
 def _read_evaluation(row: dict[str, float]) -> dict[str, float]:
     """Read the step and the quantities EVALUATED of a row that has an evaluation."""
-    measured = {name: _round(row[metric]) for name, metric in EVALUATED.items() if metric in row}
-    accuracy = read_accuracy(row)
-    assert accuracy is not None
-    return {"step": int(row["step"])} | measured | {"accuracy": _round(accuracy)}
+    metrics = EVALUATED if EVALUATED["accuracy"] in row else EVALUATED | JUDGED
+    measured = {name: _round(row[metric]) for name, metric in metrics.items() if metric in row}
+    return {"step": int(row["step"])} | measured
 
 
 def _read_series(steps: Sequence[dict[str, float]], metric: str) -> tuple[float, ...]:

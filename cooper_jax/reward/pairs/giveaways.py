@@ -8,11 +8,15 @@ reward model would learn the phrase, so such a rewrite is refused:
     admission       the truth beside the mistake    However, the correct answer is 4.   This is incorrect.
     markup          tags, comments, struck text     <thinking>..</thinking>   <!-- slip -->   ~~12~~
     special_token   a tokenizer's control token     <|im_end|>   [/INST]   </s>
+    postscript      prose behind the final answer, where the positive has none
 
 What the positive or the question contains too is no giveaway: a question may itself ask for a mistake.  A
 phrase that names the correct answer is a giveaway if it contrasts with what precedes it, or if it names
 another number than the text's final answer: "The correct answer is \boxed{5}." at the end of a solution is
 ordinary.
+
+All kinds but the last are lists of phrases, which other words can pass.  Most comments stand behind the answer,
+where the last kind finds them in any words.
 
 Differences in style that no pattern finds are left to giveaway_probe.py, which measures them.  Headings, bold
 type, lists and code are among them, since ordinary solutions have them too.
@@ -50,7 +54,7 @@ _CHANGED = (
 # Participles for what was done to a text.  Equations are rewritten too, and a liquid solution is replaced.
 _ALTERED = (
     r"(?:changed|altered|modified|tweaked|edited|corrupted|falsified|manipulated|tampered with|perturbed|swapped"
-    r"|broken)"
+    r"|adjusted|rigged|broken)"
 )
 # "should've" is also written with a typographic apostrophe, "should of" is a common misspelling.
 _SHOULD = r"should(?:(?:['\u2019]| ?ha)ve| of)?"
@@ -77,10 +81,12 @@ _NOTE = _compile(
     r"|falsified|revised|adjusted|broke|broken)\b",
     rf"\b(?:i|we)(?:'ve| have| had)? (?:\w+ly |just |only |also )?(?:made|make|inserted?|added?|committed|used) "
     rf"(?:an?|one|the|some|this) (?:\w+ ){{0,2}}(?:{_WRONG}|{_FAULT}|change)\b",
-    rf"\b(?:introduc|insert|creat|caus|mak)(?:e|es|ed|ing) (?:an?|the|this) (?:\w+ ){{0,2}}(?:{_WRONG}|{_FAULT})\b",
+    rf"\b(?:introduc|insert|creat|caus|mak|inject|plant|sneak|slip)(?:e|es|s|ed|ped|ing|ping)?(?: in)? "
+    rf"(?:an?|the|this) (?:\w+ ){{0,2}}(?:{_WRONG}|{_FAULT})\b",
     # A change in the passive: "The solution has been modified", "4 was replaced by 5"; and its purpose.
     rf"\b{_TEXT}s?(?: \w+){{0,3}}? (?:is|was|are|were|been)(?: \w+ly)? {_ALTERED}\b",
-    r"\b(?:numbers?|digits?|signs?|figures?|factors?|terms?|carry|product|sum) (?:was|were|has been|have been)"
+    r"\b(?:numbers?|digits?|signs?|figures?|factors?|terms?|carry|product|sum|addition|subtraction|multiplication"
+    r"|division|difference|quotient|total)(?: above| here)? (?:was|were|has been|have been)"
     rf"(?: \w+ly)? {_ALTERED}\b",
     rf"{_FIGURE} (?:is|was|has been)(?: \w+ly)? (?:{_ALTERED}|replaced|switched|turned) "
     rf"(?:to|with|by|for|into) {_FIGURE}",
@@ -101,6 +107,8 @@ _NOTE = _compile(
     r"\b(?:student|solver|author|writer)(?:s|'s)?(?: has| had| may have| might have)?(?: \w+ly)? "
     rf"(?:forgot|forget|overlook|confus|made an? (?:\w+ )?(?:mistake|error|slip)|mis\w{{4,}}|{_WRONG})",
     # A step that went wrong: "The multiplication was done wrong", "Here, 3 * 6 was miscalculated".
+    rf"\b(?:got|did) (?:the|this|that) (?:\w+ )?{_RESULT} (?:wrong|incorrectly)\b",
+    r"\b(?:got|did) (?:the|this|that) (?:addition|subtraction|multiplication|division) (?:wrong|incorrectly)\b",
     r"\b(?:done|made|carried out|performed|worked out|computed|calculated|copied) "
     r"(?:wrong|badly|carelessly|sloppily|in error)\b",
     r"\b(?:is|are|was|were|been|being|got) (?:\w+ly )?mis-?(?:add|subtract|multipli|divid|calculat|comput|count|cop"
@@ -168,10 +176,12 @@ _EDITORIAL = _compile(
 )
 # The rest of a line behind an arrow, a comment sign or a dash; the marks of a grader.
 _MARGIN = re.compile(
-    r"(?:<-+|<=+|\u2190|\u27f5|//|#+|(?<![\d\\])%|--+|[\u2013\u2014])\s*([^\n]{3,120})$", re.MULTILINE
+    r"(?:<-+|<=+|\u2190|\u27f5|//|#+|(?<![\d\\])(?<!\d )%|--+|[\u2013\u2014])\s*([^\n]{3,120})$", re.MULTILINE
 )
+# A mark of emphasis touches its text; a sign of multiplication and an index do not enclose any.
 _EMPHASIS = re.compile(
-    r"(?:\*{1,3}|_{1,3})([^*_\n]{3,60})(?:\*{1,3}|_{1,3})|^#+\s*([^\n]{3,60})$", re.MULTILINE
+    r"(?<![\w*])(?:\*{1,3}|_{1,3})(?=\S)([^*_\n]{3,60}?)(?<=\S)(?:\*{1,3}|_{1,3})(?!\w)|^#+\s*([^\n]{3,60})$",
+    re.MULTILINE,
 )
 _CROSS = re.compile("[\u2717\u2718\u2715\u2716\u274c\u274e\u26a0\U0001f6ab]")
 
@@ -197,6 +207,7 @@ _ADMISSION = _compile(
     r" (?:correct|right(?![- ](?:angle|triangle))|accurate)\b",
     rf"(?:\bnot|n['\u2019]t) the {_CORRECT} {_RESULT}\b",
     rf"\b(?:not|instead of|rather than) the (?:{_CORRECT}|expected) {_FIGURE}",
+    rf"{_FIGURE} (?:is|was|isn['\u2019]t|wasn['\u2019]t)(?: not)? (?:correct|wrong|incorrect|erroneous|mistaken)\b",
     rf"\b{_CONTRAST},? (?:\w+ ){{0,3}}?(?:should|ought to)(?: \w+ly)? (?:be|equal) {_FIGURE}",
     r"\b(?:answer|result|total|it|this|that|which|we|i)(?: \w+)? should(?: actually| really| in fact)?"
     r"(?: have|['\u2019]ve| of) (?:been|\w+ed)\b",
@@ -215,10 +226,14 @@ _ADMISSION = _compile(
 )
 # A phrase that names the correct answer, and the rest of its line.
 _NAMED = re.compile(
-    r"(?:\b(?:(?:correct|right) (?:final )?(?:answer|result|solution|value|total|sum|product|difference|number)"
+    r"(?:\b(?:(?:correct|right|proper|intended) (?:final )?"
+    r"(?:answer|result|solution|value|total|sum|product|difference|number|count|amount)"
     r"|(?:true|actual|real) (?:final )?(?:answer|result|total|sum|product)"
-    r"|(?:answer|result|total) (?:should|ought to))[*_]*(?: is| was| be|:| actually| really)"
-    rf"|{_START}(?:correct|expected|truth|true|actual)[*_]*:)([^\n]{{1,200}})",
+    rf"|(?:answer|result|total) (?:should|ought to)"
+    rf"|{_CONTRAST},? (?:the|its) (?:final )?(?:answer|result|total))[*_]*(?:, \w+,)?"
+    r"(?: is| was| be|:| actually| really| must be| has to be| equals| remains| =)"
+    rf"|{_START}(?:correct|expected|truth|true|actual)[*_]*:"
+    rf"|\b{_CONTRAST},? (?:it|this|that)(?: is|['\u2019]s| was| ought to be))([^\n]{{1,200}})",
     re.IGNORECASE | re.MULTILINE,
 )
 # The same with the number first: "4 is the correct answer".
@@ -231,8 +246,17 @@ _NAMED_AFTER = re.compile(
 _EQUATION = re.compile(
     r"(?<![\w.+*/^=\u00d7\u00f7-])(?<![+*/=\u00d7\u00f7-] )"
     r"(\d[\d,.]{0,20}(?:\s{0,2}(?:[-+*/\u00d7\u00f7\u2212]|\\times|\\cdot|\\div|plus|minus|times)\s{0,2}"
-    r"\d[\d,.]{0,20}){1,8})\s{0,2}(?:=|is|equals|makes|gives)\s{0,2}(\d[\d,]*(?:\.\d+)?)(?!\s*[-+*/^\u00d7\u00f7\u2212\\%]|\w|\.\d)"
+    r"\d[\d,.]{0,20}){1,8})\s{0,2}(?:=|is|equals|makes|gives)\s{0,2}(\d[\d,]*(?:\.\d+)?)"
+    r"(?!\s*[-+*/^\u00d7\u00f7\u2212\\%]|\w|\.\d|,? (?:r(?:emainder)?|with|mod|and \d+/)\b|_)",
+    re.IGNORECASE,
 )
+# In another base or modulo a number an expression has other results.
+_OTHER_ARITHMETIC = re.compile(
+    r"\b(?:base|mod(?:ulo)?|binary|octal|hexadecimal)\b|\\p?mod\b|remainder", re.IGNORECASE
+)
+_WORD = re.compile(r"[^\W\d_]{2,}")
+# Words behind the final answer that make a postscript.
+MIN_POSTSCRIPT = 4
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 # The first number of such a line and what belongs to it; a word, a bracket or a comma ends it.
 _FIRST_FORMULA = re.compile(r"\d(?:(?![,;.]\s| \(|(?<![\\A-Za-z])[A-Za-z]{2}).)*")
@@ -312,6 +336,12 @@ def find_giveaway_phrases(
             found -= _normalise(find(positive)) | _normalise(find(question))
         if found:
             return kind, found
+    # A style of ending is no giveaway if the positive has it too.
+    found = _normalise(_find_postscripts(negative))
+    if found and answer_finder.find_answer(positive) is not None and not any(_find_postscripts(positive)):
+        asked = "".join(_normalise([question]))
+        if not any(phrase in asked for phrase in found):
+            return "postscript", found
     return "", set()
 
 
@@ -353,11 +383,12 @@ def _find_remarks(text: str) -> Iterator[str]:
 def _find_admissions(text: str) -> Iterator[str]:
     yield from (match[0] for match in _ADMISSION.finditer(text))
 
-    # "2 + 2 = 5 ... However, 2 + 2 = 4": one expression with two results.
-    results: dict[str, str] = {}
-    for match in _EQUATION.finditer(text):
-        terms, result = re.sub(r"\s", "", match[1]), match[2].replace(",", "")
-        if results.setdefault(terms, result) != result:
+    # "2 + 2 = 5 ... However, 2 + 2 = 4": one expression with two results, of which none is the other one rounded.
+    results: dict[str, float] = {}
+    equations = () if _OTHER_ARITHMETIC.search(text) else _EQUATION.finditer(text)
+    for match in equations:
+        terms, result = re.sub(r"\s", "", match[1]), float(match[2].replace(",", ""))
+        if abs(results.setdefault(terms, result) - result) > 0.01 * abs(result):
             yield match[0]
 
     # "The correct answer is 4" contradicts a final answer of 5; next to a final answer of 4 it is ordinary.
@@ -373,6 +404,14 @@ def _find_admissions(text: str) -> Iterator[str]:
     for match in _NAMED_AFTER.finditer(text):
         if final and not final & _read_numbers(match[1]):
             yield match[0]
+
+
+def _find_postscripts(text: str) -> Iterator[str]:
+    """The prose behind the final answer that a text marks; a few words, as in `18 pens in all`, are none."""
+    span = answer_finder.find_answer(text)
+    words = list(_WORD.finditer(text, span[1])) if span is not None else []
+    if len(words) >= MIN_POSTSCRIPT:
+        yield text[words[0].start() :]
 
 
 def _find_inside(places: re.Pattern[str], words: re.Pattern[str], text: str) -> Iterator[str]:
