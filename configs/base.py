@@ -123,9 +123,10 @@ def rollout_section() -> ConfigDict:
     c.group_size = 16  # G
     c.max_new_tokens = 512  # limit of a response; longer responses are truncated
     c.temperature = 1.0  # temperature of sampling, and of the log-probabilities in the policy's loss
-    c.top_k = 0  # 0: off, which training needs
-    c.top_p = 1.0  # 1: off, which training needs
-    c.min_p = 0.0  # 0: off, which training needs
+    # Filters of sampling; the policy's loss renormalises over the tokens that they keep (docs/algorithms.md)
+    c.top_k = 0  # keep the top_k most likely tokens; 0: off
+    c.top_p = 1.0  # keep the most likely tokens whose probabilities add up to top_p; 1: off
+    c.min_p = 0.0  # keep tokens of at least min_p times the largest probability; 0: off
 
     # --- batching ---
     # Number of slots, that is of rows decoded at once; the slot of a finished row takes the next row.  0: all

@@ -138,6 +138,8 @@ class Rollout:
     mask: jax.Array  # bool[N, T]: True at sampled tokens, the EOS included
     logprobs: jax.Array  # f32[N, T]: under the sampling distribution (after temperature, top-k, top-p)
     finished: jax.Array  # bool[N]: True if an EOS was sampled, False if the response was truncated
+    # f32[N, T]: a token was sampled among those whose logits are above it; None: among all tokens
+    thresholds: jax.Array | None = None
 
 
 @struct.dataclass
@@ -156,6 +158,8 @@ class PolicyBatch:
     old_logprobs: jax.Array  # the policy before this step; read only if a step has several updates
     ref_logprobs: jax.Array  # the frozen reference
     rollout_logprobs: jax.Array  # the rollout engine, for the mismatch metric
+    # f32[N, T]: the policy is its softmax over the tokens with logits above it, as in the rollout; None: over all
+    thresholds: jax.Array | None = None
 
 
 @struct.dataclass

@@ -96,10 +96,14 @@ def head_logprobs(
     vocab_size: int,
     axis_name: str | None = None,
     width_axis: str | None = None,
+    thresholds: jax.Array | None = None,  # f32[N]
     implementation: str | None = None,
     entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute log softmax(z / temperature) at the targets, and the entropy in nats: f32[N] each.
+
+    thresholds: the softmax is over the entries with z >= threshold, and the target; None: over all.  The passes
+      over the head are then in plain XLA.  No gradient goes through the choice of entries.
 
     Differentiable in hidden and head through the log-probability, and with `entropy_gradient` through the entropy
     as well.  The head is multiplied in hidden's dtype, and its gradient is accumulated in f32.  A target outside
@@ -115,7 +119,7 @@ def head_logprobs(
     if not temperature > 0.0:
         raise ValueError(f"head_logprobs: temperature is {temperature}, it must be above 0")
     static = _Static(temperature, vocab_size, axis_name, width_axis, implementation, entropy_gradient)
-    return _logprobs(hidden, head, targets, static)
+    return _logprobs(hidden, head, targets, thresholds, static)
 
 
 class _Static(NamedTuple):
@@ -129,12 +133,12 @@ class _Static(NamedTuple):
     entropy_gradient: bool
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _logprobs(hidden, head, targets, static):
-    return _forward(hidden, head, targets, static)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _logprobs(hidden, head, targets, thresholds, static):
+    return _forward(hidden, head, targets, thresholds, static)[0]
 
 
-def _forward(hidden, head, targets, static):
+def _forward(hidden, head, targets, thresholds, static):
     """Compute the log-probabilities and the entropy, and what the backward pass needs."""
     own_head = head  # [V, D / w] with width_axis
     if static.width_axis is not None:
@@ -148,12 +152,13 @@ def _forward(hidden, head, targets, static):
         vocab_size=static.vocab_size,
         axis_name=static.axis_name,
         implementation=static.implementation,
+        thresholds=thresholds,
     )
     log_l = jnp.where(acc.l > 0.0, jnp.log(acc.l), jnp.nan)
     logsumexp, entropy = acc.m + log_l, log_l - acc.moment / acc.l
 
     # Nothing of size [N, V] is saved: p = exp(z - logsumexp) is recomputed.
-    saved = (hidden, head, own_head, targets, logsumexp, entropy)
+    saved = (hidden, head, own_head, targets, thresholds, logsumexp, entropy)
     return (acc.logit - logsumexp, entropy), saved
 
 
@@ -163,7 +168,7 @@ def _backward(static, saved, cotangents):
     d logprob[n] / d u[n, v] = (v == target) - p[n, v]
     d entropy[n] / d u[n, v] = -p[n, v] (log p[n, v] + entropy[n])
     """
-    hidden, head, own_head, targets, logsumexp, entropy = saved
+    hidden, head, own_head, targets, thresholds, logsumexp, entropy = saved
     temperature, axis_name, width_axis = static.temperature, static.axis_name, static.width_axis
     slope, entropy_slope = (cotangent / temperature for cotangent in cotangents)
     if axis_name is not None:
@@ -177,9 +182,12 @@ def _backward(static, saved, cotangents):
         w = jax.lax.dynamic_slice_in_dim(head, start, size).astype(hidden.dtype)  # [C, D]
 
         # d_z f32[N, C]: 0 at padding, whose logits are not part of the softmax.
-        log_p = _logits(hidden, w) / temperature - logsumexp[:, None]  # f32[N, C]
-        p = jnp.exp(log_p)
+        z = _logits(hidden, w)
+        log_p = z / temperature - logsumexp[:, None]  # f32[N, C]
         index = (first + start + jnp.arange(size))[None, :]
+        p = jnp.exp(log_p)
+        if thresholds is not None:
+            p = jnp.where(_is_kept(z, index, thresholds, targets[:, None]), p, 0.0)
         d_z = slope[:, None] * ((index == targets[:, None]) - p)
         if static.entropy_gradient:
             d_z -= entropy_slope[:, None] * p * (log_p + entropy[:, None])
@@ -196,7 +204,7 @@ def _backward(static, saved, cotangents):
     carry = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(own_head)
     most_logits = LARGE_CHUNK if platform.is_pallas(static.implementation) else CHUNK
     d_hidden, d_head = _loop_over_chunks(head.shape[0], most_logits // len(hidden), add_chunk, carry)
-    return d_hidden.astype(hidden.dtype), d_head, None
+    return d_hidden.astype(hidden.dtype), d_head, None, None
 
 
 _logprobs.defvjp(_forward, _backward)
@@ -215,9 +223,13 @@ def _stream_head(
     vocab_size: int,
     axis_name: str | None,
     implementation: str | None,
+    thresholds: jax.Array | None = None,
 ) -> online.Accumulators:
-    """Accumulate every row's logits over all shards: arrays [N]."""
+    """Accumulate every row's logits over all shards: arrays [N].  thresholds: see `head_logprobs`."""
     backend, interpret = platform.resolve_implementation(implementation)
+    options = {}
+    if thresholds is not None:
+        backend, options = "xla", {"thresholds": thresholds}
 
     # Without whole pairs in a shard, a hash would serve entries of two shards: each entry gets its own hash.
     aligned = axis_name is None or head.shape[0] % gumbel.PAIR == 0
@@ -230,6 +242,7 @@ def _stream_head(
         temperature=temperature,
         aligned=aligned,
         interpret=interpret,
+        **options,
     )
 
     # First the lanes or splits of a backend, then the shards: all-gathered, a few numbers per row.
@@ -268,6 +281,7 @@ def _xla(
     temperature: float,
     aligned: bool,
     interpret: bool = False,
+    thresholds: jax.Array | None = None,
 ) -> online.Accumulators:
     """Accumulate one chunk of the vocabulary at a time, in plain jnp: arrays [N, 1]."""
     sampling = mode != "score"
@@ -276,7 +290,11 @@ def _xla(
         """Accumulate the logits of this shard's entries `start` to start + size - 1."""
         w = jax.lax.dynamic_slice_in_dim(head, start, size)  # [C, D]
         column = (start + jnp.arange(size))[None, :]
-        z = jnp.where(column < bounds[1], _logits(hidden, w) * (1.0 / (temperature or 1.0)), -jnp.inf)
+        logits = _logits(hidden, w)
+        included = column < bounds[1]
+        if thresholds is not None:
+            included &= _is_kept(logits, bounds[0] + column, thresholds, ids)
+        z = jnp.where(included, logits * (1.0 / (temperature or 1.0)), -jnp.inf)
 
         # Greedy decoding takes the argmax of the logits themselves.
         score = z
@@ -297,6 +315,14 @@ def _xla(
 
 
 _BACKENDS: dict[str, Callable[..., online.Accumulators]] = {"xla": _xla, "tpu": _tpu, "triton": _triton}
+
+
+def _is_kept(z: jax.Array, index: jax.Array, thresholds: jax.Array, targets: jax.Array) -> jax.Array:
+    """True for the entries of the softmax under `thresholds` f32[N]: bool[N, C].
+
+    The target i32[N, 1] is one of them whatever its logit: the sampler, which drew it, may have rounded otherwise.
+    """
+    return (z >= thresholds[:, None]) | (index == targets)
 
 
 def _noise(words: jax.Array, first: jax.Array, size: int, aligned: bool) -> jax.Array:

@@ -55,6 +55,9 @@ class SampledTokens(NamedTuple):
     logprob: jax.Array  # f32[N], under the filtered, renormalised softmax; greedy: 0
     full_logprob: jax.Array  # f32[N], under the full softmax
     entropy: jax.Array | None  # f32[N], in nats, of the full softmax; None unless requested
+    # f32[N]: the filters keep the tokens whose logits are above it.  It is halfway between the last kept logit and
+    # the first dropped one, so that rounding does not change the set; -inf: all are kept.  None: no filter
+    threshold: jax.Array | None
 
 
 def sample_logits(
@@ -136,8 +139,21 @@ def _sample(
         logprob=jnp.where(valid, z - jnp.log(kept_sum), jnp.nan),
         full_logprob=jnp.where(valid, z - jnp.log(full_sum), jnp.nan),
         entropy=_entropy(full_sum, stats.plogp_sum),
+        threshold=_separate_kept(logits, stats.threshold, axis_name) if rule.filters else None,
     )
     return sampled, jnp.minimum(block_margin, lane_margin)
+
+
+def _separate_kept(logits: jax.Array, threshold: jax.Array, axis_name: str | None) -> jax.Array:
+    """Compute `SampledTokens.threshold` from the filters' threshold f32[N], at or above which tokens are kept."""
+    kept = logits >= threshold[:, None]
+    last_kept = jnp.min(jnp.where(kept, logits, jnp.inf), axis=-1)
+    first_dropped = jnp.max(jnp.where(kept, -jnp.inf, logits), axis=-1)
+    if axis_name is not None:
+        last_kept = jax.lax.pmin(last_kept, axis_name)
+        first_dropped = jax.lax.pmax(first_dropped, axis_name)
+    halfway = first_dropped + 0.5 * (last_kept - first_dropped)
+    return jnp.where(first_dropped == -jnp.inf, -jnp.inf, halfway)
 
 
 def _sample_greedy(
@@ -172,6 +188,7 @@ def _sample_greedy(
         logprob=jnp.where(valid, 0.0, jnp.nan),
         full_logprob=jnp.where(valid, -jnp.log(full_sum), jnp.nan),
         entropy=_entropy(full_sum, stats.plogp_sum),
+        threshold=None,
     )
 
     # p1 - p2 = (1 - e^(z2 - z1)) / sum e^(z - z1).

@@ -254,7 +254,7 @@ def test_all_setup_errors_are_reported_at_once(monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     cfg = tiny.get_config()
     recipes.apply_presets(cfg, ())
-    cfg.steps, cfg.rollout.top_p = -1, 0.9
+    cfg.steps, cfg.rollout.top_p, cfg.policy.epochs = -1, 0.9, 2
     cfg.policy.kl_estimator, cfg.policy.optimiser.lr = "k9", -1.0
     cfg.reward.pair_loss = "hinge"
     cfg.assistant.kind, cfg.assistant.url, cfg.assistant.key_env = "openai", "https://h/v1", "NO_SUCH_KEY"

@@ -103,7 +103,7 @@ def test_draws_follow_the_distribution(mode):
 def check_draw(drawn, logits, mode):
     """Token, log-probabilities and entropy of each row against the float64 distribution."""
     temperature = mode["temperature"] or 1.0
-    for row, token, logprob, full_logprob, nats in zip(logits, *map(np.asarray, drawn), strict=True):
+    for row, token, logprob, full_logprob, nats in zip(logits, *map(np.asarray, drawn[:4]), strict=True):
         full = distribution(row, temperature=temperature)
         if mode["temperature"] == 0:
             assert token == row.argmax() and logprob == 0
@@ -277,7 +277,7 @@ def test_a_row_without_a_distribution_gives_nan(mode, bad):
     logits[1, 17] = logits[3, 999] = logits[4, 640:] = bad
     logits[2] = -np.inf
     drawn = sampler(entropy=True, **mode)(logits, uniforms_of(11, 64))
-    for numbers in drawn[1:]:
+    for numbers in drawn[1:4]:
         np.testing.assert_array_equal(np.flatnonzero(np.isnan(numbers)), [1, 2, 3, 4])
     np.testing.assert_array_equal(drawn.token[1:5], 0)
     logits[1:5] = 0.0

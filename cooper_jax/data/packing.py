@@ -96,6 +96,11 @@ def pack_policy_batch(
     prompt_tokens = pad_rows(np.repeat(prompt_tokens, group_size, 0), rows)
     prompt_valid = pad_rows(np.repeat(prompt_valid, group_size, 0), rows)
 
+    thresholds = None
+    if rollout.thresholds is not None:
+        bounds = pad_rows(np.asarray(rollout.thresholds, np.float32)[:, :width], rows)
+        thresholds = _as_array(np.where(mask, bounds, -np.inf))
+
     # The rollout's log-probabilities are zeroed outside the mask, where the sampler's values mean nothing.
     zeros = np.zeros_like(logprobs)
     return PolicyBatch(
@@ -106,4 +111,5 @@ def pack_policy_batch(
         old_logprobs=_as_array(zeros),
         ref_logprobs=_as_array(zeros),
         rollout_logprobs=_as_array(np.where(mask, logprobs, 0)),
+        thresholds=thresholds,
     )

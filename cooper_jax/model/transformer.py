@@ -275,6 +275,7 @@ def token_logprobs(
     temperature: float = 1.0,
     layout: Layout,
     entropy_gradient: bool = False,
+    thresholds: jax.Array | None = None,  # f32[N, T]: see `head_logprobs`
 ) -> tuple[jax.Array, jax.Array]:
     """Compute log softmax(logits / temperature) at the targets, and the distribution's entropy in nats.
 
@@ -293,7 +294,7 @@ def token_logprobs(
     if width_axis not in (batch_axes if isinstance(batch_axes, tuple) else (batch_axes,)):
         width_axis = None
 
-    def run(hidden, head, targets):
+    def run(hidden, head, targets, thresholds):
         logprobs, entropy = head_logprobs(
             hidden.reshape(-1, hidden.shape[-1]),
             head,
@@ -304,12 +305,13 @@ def token_logprobs(
             width_axis=width_axis,
             implementation=platform.default_implementation(layout.platform),
             entropy_gradient=entropy_gradient,
+            thresholds=None if thresholds is None else thresholds.reshape(-1),
         )
         return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
 
     rows = PartitionSpec(batch_axes)
-    specs = (rows, PartitionSpec(vocab_axis, width_axis), rows)
-    return run_sharded(run, layout, specs, rows)(hidden, head, targets)
+    specs = (rows, PartitionSpec(vocab_axis, width_axis), rows, rows)
+    return run_sharded(run, layout, specs, rows)(hidden, head, targets, thresholds)
 
 
 def score_last_token(params: Params, config: ModelConfig, hidden: jax.Array, valid: jax.Array) -> jax.Array:

@@ -308,12 +308,13 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
             f"policy.minibatches={settings.minibatches} does not divide a step's {job.rows} rows: change it"
         )
     rows = job.rows // settings.minibatches
+    rollout = RolloutConfig.from_config(job.cfg.rollout)
     optimiser, state = _make_state(job, "policy", job.policy, "logits")
     with setup_errors("policy"):
         update: Any = grpo.make_update(
             job.policy, settings, optimiser, job.layout, temperature=job.cfg.rollout.temperature,
             max_new_tokens=job.cfg.rollout.max_new_tokens,
-            sampler_is_float32=RolloutConfig.from_config(job.cfg.rollout).is_float32,
+            sampler_is_float32=rollout.is_float32,
         )  # fmt: skip
 
     # A minibatch at its full width; the three log-probabilities have the same shape.
@@ -327,6 +328,7 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
         old_logprobs=per_token,
         ref_logprobs=per_token,
         rollout_logprobs=per_token,
+        thresholds=None if rollout.samples_all_tokens else per_token,
     )
     n = job.count_microbatch_rows(rows, settings.microbatch)
     return StepProgram(

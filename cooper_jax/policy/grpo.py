@@ -55,10 +55,12 @@ def response_logprobs(
     remat: bool,
     layout: Layout,
     entropy_gradient: bool = False,
+    thresholds: jax.Array | None = None,  # f32[N, T]
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy (nats) of the last T tokens of each row, each f32[N, T].
 
-    Both are those of softmax(logits / temperature); the entropy has a gradient only if `entropy_gradient`.  At
+    Both are those of softmax(logits / temperature), with `thresholds` over the tokens whose logits are above them
+    alone (`Rollout.thresholds`); the entropy has a gradient only if `entropy_gradient`.  At
     invalid tokens they are finite but meaningless.
     Raises ValueError unless 0 < T < S.
     """
@@ -86,6 +88,7 @@ def response_logprobs(
         temperature=temperature,
         layout=layout,
         entropy_gradient=entropy_gradient,
+        thresholds=thresholds,
     )
 
 
@@ -168,6 +171,7 @@ def make_gradients(
                 remat=cfg.remat,
                 layout=layout,
                 entropy_gradient=cfg.entropy_coef > 0,
+                thresholds=rows.thresholds,
             )
 
             row_mask = rows.response_mask

@@ -501,11 +501,18 @@ def _fetch_rows(requests: Requests, rows: np.ndarray | slice, spec: SamplingSpec
     """Fetch some rows to the host."""
     # All rows are fetched and indexed on the host: they are small, and indexing on the device would compile
     # a program for each number of rows.
-    arrays = (requests.tokens, requests.logprobs, requests.num_tokens, requests.finished)
-    fetched = hosts.fetch_arrays(arrays)
-    tokens, logprobs, num_tokens, finished = (x.reshape(-1, *x.shape[2:])[rows] for x in fetched)
+    arrays = (
+        requests.tokens,
+        requests.logprobs,
+        requests.num_tokens,
+        requests.finished,
+        requests.thresholds,
+    )
+    tokens, logprobs, num_tokens, finished, thresholds = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:])[rows], hosts.fetch_arrays(arrays)
+    )
     mask = np.arange(spec.max_new_tokens)[None, :] < num_tokens[:, None]  # bool[N, T]
-    return Rollout(tokens=tokens, mask=mask, logprobs=logprobs, finished=finished)
+    return Rollout(tokens=tokens, mask=mask, logprobs=logprobs, finished=finished, thresholds=thresholds)
 
 
 def _check_inputs(

@@ -88,10 +88,10 @@ def make_resample(
             # One column at a time: the logits of all would be [m, T, V].
             def sample_column(column: tuple[jax.Array, jax.Array]) -> jax.Array:
                 index, states = column  # i32[], [m, D]
-                sampled, _ = sample_from_hidden(
+                sampled = sample_from_hidden(
                     params, config, states, row_keys, index, spec, layout, implementation
                 )
-                return sampled
+                return sampled.token
 
             indices = jnp.arange(columns, dtype=jnp.int32)
             return jax.lax.map(sample_column, (indices, hidden.swapaxes(0, 1))).T

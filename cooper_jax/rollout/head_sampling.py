@@ -11,6 +11,8 @@ N rows   D width   V vocabulary
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -27,6 +29,15 @@ from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
 
 
+class NextTokens(NamedTuple):
+    """A sampled token per row."""
+
+    token: jax.Array  # i32[N]
+    logprob: jax.Array  # f32[N], under the sampled distribution
+    # f32[N]: the logit that separates the tokens which top-k, top-p and min-p keep from the others; None: no filter
+    threshold: jax.Array | None
+
+
 def should_fuse_head(implementation: str, spec: SamplingSpec) -> bool:
     """Return True if `sample_from_hidden` samples in the head's kernel, which does not write logits."""
     return platform.is_pallas(implementation) and spec.full_softmax
@@ -41,8 +52,8 @@ def sample_from_hidden(
     spec: SamplingSpec,
     layout: Layout,
     implementation: str,
-) -> tuple[jax.Array, jax.Array]:
-    """Sample one token per row: i32[N], and its log-probability f32[N] under the sampled distribution.
+) -> NextTokens:
+    """Sample one token per row.
 
     A row whose logits are not finite gives token 0 and log-probability NaN.
     """
@@ -66,7 +77,7 @@ def sample_from_hidden(
                 axis_name=vocab_axis,
                 implementation=implementation,
             )
-            return sampled.token, sampled.logprob
+            return NextTokens(sampled.token, sampled.logprob, None)
 
         words = sampling_spec.make_key_words(keys, position)
         in_specs = rows, PartitionSpec(vocab_axis), rows
@@ -81,7 +92,7 @@ def sample_from_hidden(
         sampled = sampling_spec.sample_tokens(
             logits, keys, position, spec, axis_name=vocab_axis, implementation=implementation
         )
-        return sampled.token, sampled.logprob
+        return NextTokens(sampled.token, sampled.logprob, sampled.threshold)
 
     logits = transformer.compute_logits(weights, config, hidden)
     position = jnp.broadcast_to(position, keys.shape)

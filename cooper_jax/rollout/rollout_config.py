@@ -78,6 +78,11 @@ class RolloutConfig:
         """True if weights, activations and cache are float32."""
         return self.dtype == "float32" and (self.kv_dtype or self.dtype) == "float32"
 
+    @property
+    def samples_all_tokens(self) -> bool:
+        """True if no top-k, top-p or min-p filters the tokens."""
+        return self.top_k == 0 and self.top_p == 1.0 and self.min_p == 0.0
+
     def make_sampling_spec(self, eos_ids: tuple[int, ...], **changes: Any) -> SamplingSpec:
         """Make the sampling settings of a training step.
 

@@ -87,6 +87,8 @@ class Requests:
     # Fixed after the first tokens.
     queue: jax.Array  # i32[Z, Q]: first the requests that need a slot, largest limit first; then the others
     queue_length: jax.Array  # i32[Z]: number of requests that need a slot
+    # With top-k, top-p or min-p: see `Rollout`.
+    thresholds: jax.Array | None = None  # f32[Z, Q, T]
 
 
 @struct.dataclass

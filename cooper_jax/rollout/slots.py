@@ -33,7 +33,7 @@ from cooper_jax.kernels.kv import KV
 from cooper_jax.model import generation
 from cooper_jax.model.layers import make_decode_schedule
 from cooper_jax.rollout import sampling_spec
-from cooper_jax.rollout.head_sampling import sample_from_hidden
+from cooper_jax.rollout.head_sampling import NextTokens, sample_from_hidden
 from cooper_jax.rollout.rollout_state import PromptCache, Requests, RolloutStatic, Slots, pack_status
 from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.runtime.mesh import Layout
@@ -124,7 +124,7 @@ def sample_first_tokens(
     keys = sampling_spec.make_row_keys(key, positions, group, samples)
     starts = jnp.zeros_like(limits) if starts is None else starts
     hidden = jnp.repeat(prompts.hidden, group, axis=0)  # [B * G, D]
-    token, logprob = _sample(weights, hidden, keys, starts, static)
+    token, logprob, threshold = _sample(weights, hidden, keys, starts, static)
 
     # A response may end with its first token.
     requested = limits > 0
@@ -150,6 +150,7 @@ def sample_first_tokens(
         finished=by_shard(finished),
         queue=queue.astype(jnp.int32),
         queue_length=jnp.sum(by_shard(needs_slot), axis=1, dtype=jnp.int32),
+        thresholds=None if threshold is None else start_rows(threshold, jnp.float32),
     )
     return _constrain(requests, static.layout)
 
@@ -354,8 +355,8 @@ def _sample_next_tokens(
     # Idle slots sample too, and their tokens are dropped.
     keys = _take(requests.keys, own).reshape(-1)
     position = index + _take(requests.starts, own)
-    token, logprob = _sample(weights, hidden, keys, position.reshape(-1), static)
-    token, logprob = token.reshape(live.shape), logprob.reshape(live.shape)
+    sampled = _sample(weights, hidden, keys, position.reshape(-1), static)
+    token, logprob, threshold = jax.tree.map(lambda x: x.reshape(live.shape), sampled)
     is_eos = _is_eos(token, spec)
     ended = live & (is_eos | (index + 1 >= _take(requests.limits, own)))
 
@@ -373,6 +374,9 @@ def _sample_next_tokens(
         num_tokens=scatter(requests.num_tokens, slots.request, values=index + 1),
         finished=scatter(requests.finished, slots.request, values=is_eos),
     )
+    if requests.thresholds is not None:
+        thresholds = scatter(requests.thresholds, slots.request, index, values=threshold)
+        requests = dataclasses.replace(requests, thresholds=thresholds)
 
     # A request that has ended leaves its slot idle until the host refills it.
     slots = dataclasses.replace(
@@ -387,8 +391,8 @@ def _sample_next_tokens(
 
 def _sample(
     weights: Params, hidden: jax.Array, keys: jax.Array, position: jax.Array, static: RolloutStatic
-) -> tuple[jax.Array, jax.Array]:
-    """Sample a token and its log-probability from each hidden state."""
+) -> NextTokens:
+    """Sample a token from each hidden state."""
     return sample_from_hidden(
         weights, static.config, hidden, keys, position, static.spec, static.layout, static.implementation
     )

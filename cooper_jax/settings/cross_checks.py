@@ -59,12 +59,21 @@ def check_cross_sections(cfg: ConfigDict) -> None:
 def _check_training_sampling(cfg: ConfigDict, errors: ErrorCollector) -> None:
     """Check that rollouts are sampled from the distribution that the policy's loss evaluates."""
     rollout = cfg.rollout
-    # A truncated distribution would make every probability ratio wrong, also at the first update.
+    is_filtered = rollout.top_k != 0 or rollout.top_p != 1.0 or rollout.min_p != 0.0
+    filters = (
+        f"rollout.top_k={rollout.top_k}, rollout.top_p={rollout.top_p} and rollout.min_p={rollout.min_p}"
+    )
+    # The loss renormalises over the tokens that the filters kept.  After an update others are the most likely ones,
+    # and the rollout's threshold does not choose them.
+    updates = cfg.policy.epochs * cfg.policy.minibatches
     errors.require(
-        rollout.top_k == 0 and rollout.top_p == 1.0 and rollout.min_p == 0.0,
-        f"rollout.top_k={rollout.top_k}, rollout.top_p={rollout.top_p} and rollout.min_p={rollout.min_p}: "
-        "the loss compares probabilities over the whole vocabulary, so training samples from it too; set "
-        "top_k=0, top_p=1.0 and min_p=0.0 (evaluation has its own)",
+        not is_filtered or updates == 1,
+        f"{filters}: the tokens that they keep are known for one update per step, and there are {updates}; set "
+        "policy.epochs=1 and policy.minibatches=1, or top_k=0, top_p=1.0 and min_p=0.0",
+    )
+    errors.require(
+        not (is_filtered and cfg.exact),
+        f"exact=True with {filters}: an exact rollout samples from the whole vocabulary; leave one of them out",
     )
     # Greedy responses of one prompt are all equal, so that all advantages would be 0.  RolloutConfig refuses
     # temperatures below 0.

@@ -148,8 +148,9 @@ class _GradedBatch:
         rows = (groups[:, None] * group_size + np.arange(group_size)[None, :]).reshape(-1)
 
         # Every rollout has T columns.
-        def take_rows(name: str) -> np.ndarray:
-            return np.concatenate([np.asarray(getattr(rollout, name)) for rollout in self.rollouts])[rows]
+        def take_rows(name: str) -> np.ndarray | None:
+            parts = [getattr(rollout, name) for rollout in self.rollouts]
+            return None if parts[0] is None else np.concatenate(parts)[rows]
 
         # NumPy arrays, as in every rollout on the host.
         arrays: dict[str, Any] = {field.name: take_rows(field.name) for field in dataclasses.fields(Rollout)}
