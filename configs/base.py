@@ -69,7 +69,8 @@ def data_section() -> ConfigDict:
     # "synthetic".  docs/data.md has the details.
     c.train = ""
     c.train_weights = ""  # a weight for each source, as in "3,1"; "": the sources are one set
-    # auto | the name of a published format (docs/data.md) | jsonl, parquet (named columns) | tfds | synthetic
+    # auto | the name of a published format (docs/data.md) | jsonl, csv or parquet (the columns that question_key
+    # and its neighbours name, whatever the file's type) | tfds | synthetic
     c.format = "auto"
     c.eval = ""  # such sources for the periodic evaluation; "": problems of eval_from_train
     c.eval_weights = ""  # shares of eval.problems for each source; "": the sources are one set

@@ -345,6 +345,7 @@ def test_a_misspelt_column_and_semicolons_are_named(tmp_path):
         ValueError, match=r"no column 'gold' \(--config.data.reference_key\); the columns are question"
     ):
         load(path, reference_key="gold")
+    assert [p.reference for p in load(path, format="csv")] == ["1"]
     path.write_text("question;answer\nQ;1\n")
     with pytest.raises(
         ValueError, match=r"rows.csv:1: the columns are separated by semicolons: save it with commas"

@@ -30,7 +30,7 @@ class DataConfig:
     eval_format: str
     exclude_seen: bool  # leave out evaluation problems on which the reward model is trained
 
-    # Columns of jsonl, parquet and tfds.
+    # Columns of jsonl, csv, parquet and tfds.
     question_key: str
     reference_key: str
     solution_key: str

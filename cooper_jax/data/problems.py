@@ -31,7 +31,7 @@ from cooper_jax.runtime import keys
 from cooper_jax.types import Problem
 
 # Formats whose columns are named by the config.
-NAMED = ("jsonl", "parquet", "tfds")
+NAMED = ("jsonl", "csv", "parquet", "tfds")
 # Fields of the config's section `data` that are arguments of `load_problems`.
 COLUMN_FIELDS = ("question_key", "reference_key", "solution_key", "tfds_dir", "reduce_solutions")
 # Columns that are read if neither a format is recognised nor a column named.
@@ -257,12 +257,10 @@ def choose_format(row: Row, question_key: str, reference_key: str, solution_key:
     if len(matching) == 1:
         return matching[0]
 
-    flags = {"question_key": question_key, "reference_key": reference_key}
-    named = {
-        flag: key for (flag, key), usual in zip(flags.items(), DEFAULT_KEYS, strict=True) if key != usual
-    }
-    for flag, key in named.items():
-        if not row_reader.has_field(row, key):
+    # A key other than the usual one was set by the user; "" is none.
+    keys_set = (("question_key", question_key), ("reference_key", reference_key))
+    for (flag, key), usual in zip(keys_set, DEFAULT_KEYS, strict=True):
+        if key not in ("", usual) and not row_reader.has_field(row, key):
             near = difflib.get_close_matches(key, [str(column) for column in row], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
