@@ -134,12 +134,15 @@ def _sample(
 
     # Sums propagate a NaN, which is not above 0; XLA:CPU's maximum ignores it, so max_logit does not tell.
     valid = full_sum > 0.0
+    threshold = None
+    if rule.filters:
+        threshold = jnp.where(valid, _separate_kept(logits, stats.threshold, axis_name), jnp.nan)
     sampled = SampledTokens(
         token=jnp.where(valid, block * BLOCK + lane, 0),
         logprob=jnp.where(valid, z - jnp.log(kept_sum), jnp.nan),
         full_logprob=jnp.where(valid, z - jnp.log(full_sum), jnp.nan),
         entropy=_entropy(full_sum, stats.plogp_sum),
-        threshold=_separate_kept(logits, stats.threshold, axis_name) if rule.filters else None,
+        threshold=threshold,
     )
     return sampled, jnp.minimum(block_margin, lane_margin)
 

@@ -193,7 +193,7 @@ def test_one_group_leaves_the_first_uniform_unused():
     logits, uniforms = logits_of(2, 12, 1000), uniforms_of(2, 12)
     draw = sampler(entropy=True, **MODES["temperature"])
     uniforms_too = np.concatenate([1 - uniforms[:, :1], uniforms[:, 1:]], axis=1)
-    for a, b in zip(draw(logits, uniforms), draw(logits, uniforms_too), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (draw(logits, uniforms), draw(logits, uniforms_too))), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -263,7 +263,7 @@ def test_bit_equal_however_the_batch_is_cut(mode, vocabulary):
     draw = sampler(entropy=True, **MODES[mode])
     whole = draw(logits, uniforms)
     for rows in (slice(3, 4), slice(5, 12)):
-        for a, b in zip(whole, draw(logits[rows], uniforms[rows]), strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (whole, draw(logits[rows], uniforms[rows]))), strict=True):
             np.testing.assert_array_equal(a[rows], b)
     padded = np.pad(logits, ((0, 0), (0, 300)), constant_values=-np.inf)
     np.testing.assert_array_equal(draw(padded, uniforms).token, whole.token)
@@ -277,7 +277,7 @@ def test_a_row_without_a_distribution_gives_nan(mode, bad):
     logits[1, 17] = logits[3, 999] = logits[4, 640:] = bad
     logits[2] = -np.inf
     drawn = sampler(entropy=True, **mode)(logits, uniforms_of(11, 64))
-    for numbers in drawn[1:4]:
+    for numbers in jax.tree.leaves(drawn)[1:]:
         np.testing.assert_array_equal(np.flatnonzero(np.isnan(numbers)), [1, 2, 3, 4])
     np.testing.assert_array_equal(drawn.token[1:5], 0)
     logits[1:5] = 0.0
@@ -299,11 +299,11 @@ def check_interpreted(implementation, mode, rows, vocabulary, seed):
     got = sampler(entropy=True, implementation=implementation, **mode)(logits, uniforms)
     check_draw(got, logits, mode)
     np.testing.assert_array_equal(got.token, want.token)
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     logits[0, -1], logits[rows - 1] = np.nan, -np.inf
     got = sampler(entropy=True, implementation=implementation, **mode)(logits, uniforms)
-    assert all(np.isnan(numbers[np.array([0, rows - 1])]).all() for numbers in got[1:])
+    assert all(np.isnan(numbers[np.array([0, rows - 1])]).all() for numbers in jax.tree.leaves(got)[1:])
 
 
 @pytest.mark.parametrize("implementation", INTERPRETED)
@@ -388,7 +388,7 @@ def test_bit_equal_however_the_vocabulary_is_cut(mode, vocabulary):
     logits, uniforms = logits_of_shards(12, vocabulary), uniforms_of(24, 12)
     whole = sampler(entropy=True, implementation="xla", **mode)(logits, uniforms)
     cut = sharded(4, entropy=True, implementation="xla", **mode)(logits, uniforms)
-    for a, b in zip(whole, cut, strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (whole, cut)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -412,7 +412,7 @@ def test_kernels_on_shards(implementation, mode):
     whole = sampler(entropy=True, implementation="xla", **mode)(logits, uniforms)
     cut = sharded(2, entropy=True, implementation=implementation, **mode)(logits, uniforms)
     np.testing.assert_array_equal(whole.token, cut.token)
-    for a, b in zip(whole, cut, strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (whole, cut)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
