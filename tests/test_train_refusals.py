@@ -27,5 +27,5 @@ def test_untrained_head_is_refused(tmp_path):
     assert_refused(tmp_path / "r", "error:", "score head", "allow_untrained_head", supervised__reward_steps=0)
 
 
-def test_truncated_sampling_is_refused(tmp_path):
-    assert_refused(tmp_path / "r", "error:", "top_p", rollout__top_p=0.9)
+def test_filtered_sampling_is_refused_with_several_updates_a_step(tmp_path):
+    assert_refused(tmp_path / "r", "error:", "top_p", rollout__top_p=0.9, policy__epochs=2)
