@@ -234,6 +234,7 @@ ORDINARY = [
     "The modified equation is x = 16: we altered nothing else. \\boxed{16}",
     "A right triangle: but angle C isn't right-angled, and |a| < |b| > |c|. \\boxed{16}",
     "So 16 is the correct answer. \\boxed{16}",
+    "We check that 16 is correct. \\boxed{16}",
     "However, the angles should be positive, and their sum should be 180. \\boxed{16}",
     "3 * 4 = 12 and 13 * 4 = 52; 2 + 3 * 4 = 2 + 12 = 14, and 2 + 12 = 14 again. \\boxed{16}",
     "7 - 3 = 4 and 2 * 7 - 3 = 11, so 1.5 * 4 = 6 and 5 * 4 = 20. \\boxed{16}",

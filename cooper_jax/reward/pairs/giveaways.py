@@ -207,7 +207,8 @@ _ADMISSION = _compile(
     r" (?:correct|right(?![- ](?:angle|triangle))|accurate)\b",
     rf"(?:\bnot|n['\u2019]t) the {_CORRECT} {_RESULT}\b",
     rf"\b(?:not|instead of|rather than) the (?:{_CORRECT}|expected) {_FIGURE}",
-    rf"{_FIGURE} (?:is|was|isn['\u2019]t|wasn['\u2019]t)(?: not)? (?:correct|wrong|incorrect|erroneous|mistaken)\b",
+    rf"{_FIGURE} (?:(?:is not|was not|isn['\u2019]t|wasn['\u2019]t) correct"
+    r"|(?:is|was) (?:wrong|incorrect|erroneous))\b",
     rf"\b{_CONTRAST},? (?:\w+ ){{0,3}}?(?:should|ought to)(?: \w+ly)? (?:be|equal) {_FIGURE}",
     r"\b(?:answer|result|total|it|this|that|which|we|i)(?: \w+)? should(?: actually| really| in fact)?"
     r"(?: have|['\u2019]ve| of) (?:been|\w+ed)\b",
