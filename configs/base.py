@@ -136,6 +136,9 @@ def rollout_section() -> ConfigDict:
     # GiB of one device for the rollout's weights, caches and slots: as many slots as fit.  0: no limit.
     c.memory_gib = 0.0
     c.segment = 64  # tokens decoded before the host checks for finished rows
+    # 1: on a mesh of its own (mesh.rollout) the next step is sampled while a step is graded and trained on, with
+    # weights that are one update old (docs/algorithms.md); 0: each step is sampled with the current weights
+    c.ahead = 0
 
     # --- types and kernels ---
     c.dtype = "float32"  # type of the rollout's weights and activations: float32 or bfloat16
@@ -492,12 +495,13 @@ def mesh_section() -> ConfigDict:
     # The axis that spans several slices (TPU pods, or hosts with GPUs), whose network is slower
     c.across = "data"
 
-    # --- meshes of the other models ---
+    # --- meshes of the other models, and of the rollouts ---
     # A separate mesh for the reward model, data x fsdp x tensor as in "1x2x1", on the last devices of every
     # host; "": share the policy's mesh.  On its own mesh it scores responses while others are still decoded.
     c.reward = ""
     c.reference = ""  # a separate mesh for the frozen reference, as for the reward model
     c.assistant = ""  # a separate mesh for a local assistant, as for the reward model
+    c.rollout = ""  # a separate mesh for the training rollouts: rollout.ahead=1 needs it
 
     # --- sharding ---
     # Logical axis -> mesh axis; the first rule that fits applies (None: replicate)

@@ -22,6 +22,7 @@ that no program is compiled twice.
 Exit codes: 0 the run fits; 2 it does not fit, or an error in the settings.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -65,6 +66,7 @@ from cooper_jax.perf.aot_programs import StepProgram
 from cooper_jax.perf.aot_search import LayoutCandidate
 from cooper_jax.perf.chips import GIB, Topology
 from cooper_jax.runtime import device_layouts
+from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
 
@@ -80,8 +82,11 @@ def measure_config(
     Raises TooLarge for a program that the compiler refuses for its memory, SetupError for other errors.
     """
     # All models share the policy's mesh in this estimate.
-    layout = device_layouts.make_layouts(cfg, topology.devices)["policy"]
-    job = aot_job.describe_job(cfg, layout, topology.chip.memory)
+    layouts = device_layouts.make_layouts(cfg, topology.devices)
+    job = aot_job.describe_job(cfg, layouts["policy"], topology.chip.memory)
+    if cfg.rollout.ahead:
+        ahead = aot_job.describe_job(cfg, layouts["rollout"], topology.chip.memory)
+        job = dataclasses.replace(job, ahead=ahead)
     print(format_headline(job, topology), flush=True)
     compiled = aot_estimate.compile_programs(job, cache, on_compiled)
     return aot_estimate.estimate_step(job, topology, compiled, reserve)
@@ -119,6 +124,10 @@ def compile_and_report(
             return None
 
     if search:
+        if cfg.rollout.ahead:
+            raise SetupError(
+                "--search does not choose the mesh of rollouts one step ahead: set rollout.ahead=0"
+            )
         limit = topology.chip.memory * (1 - reserve)
         chosen, step = aot_search.search_layouts(cfg, topology, limit, compiles, measure_candidate, print)
         report["flags"] = chosen.flags
@@ -156,18 +165,25 @@ COLUMNS = (("", 15), ("compiled", 9), ("args", 8), ("temps", 8), ("outputs", 8),
 
 def format_headline(job: aot_job.CompileJob, topology: Topology) -> str:
     """Format the run's sizes: devices, mesh, responses, slots and microbatches."""
-    cfg, rollout_weights = job.cfg, "gathered" if job.gathers_weights else "as in training"
-    mesh = " x ".join(f"{axis} {size}" for axis, size in job.layout.mesh.shape.items())
+    cfg, rollout = job.cfg, job.rollout_job
+    rollout_weights = "gathered" if rollout.gathers_weights else "as in training"
+    mesh = _format_mesh(job.layout)
+    if job.ahead is not None:
+        mesh += f" and {_format_mesh(rollout.layout)} for rollouts one step ahead"
     lines = [
         f"{cfg.name} on {topology.name}: {len(topology.devices)} devices, mesh {mesh}, "
         f"{cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses of {cfg.data.max_prompt_tokens} + "
         f"{cfg.rollout.max_new_tokens} tokens",
-        f"  per shard: {job.prompts} prompts, {job.slots} slots for {job.requests} responses; rollout "
+        f"  per shard: {rollout.prompts} prompts, {rollout.slots} slots for {rollout.requests} responses; rollout "
         f"weights {rollout_weights}, microbatches {cfg.policy.microbatch} and {cfg.reward.microbatch}, "
-        f"kernels {job.rollout.implementation}",
+        f"kernels {rollout.rollout.implementation}",
     ]
     # Notes name the parts of a run that the estimate leaves out or pads.
     return "\n".join(lines + [f"  {note}" for note in job.notes])
+
+
+def _format_mesh(layout: Layout) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
 
 
 def format_step(step: StepEstimate, topology: Topology) -> str:
@@ -260,6 +276,11 @@ def _format_phases(step: StepEstimate, devices: int) -> str:
     lines = ["a step (roofline: every program at its bound, nothing else takes time)"]
     for phase, seconds in step.phases.items():
         lines.append(f"{phase:15}{seconds:9.3f} s{seconds / step.seconds:7.0%}")
+    if step.ahead:
+        others = sum(step.phases.values()) - step.phases["rollout"]
+        lines.append(
+            f"the next step's rollout runs beside the other phases, which take {others:.3f} s together"
+        )
     lines.append(
         f"{'in all':15}{step.seconds:9.3f} s, {step.tokens:,} sampled tokens: "
         f"{step.tokens_per_second:,.0f} tokens/s, {step.tokens_per_second / devices:,.0f} per device"

@@ -49,6 +49,7 @@ def test_sample_answers(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("log-probability") == 2
 
 
+@pytest.mark.slow
 def test_train_from_python(tmp_path):
     """Its own process, with one device; a second start finds the run complete and gives the same result."""
     small = tiny_runs.SMALL | {

@@ -205,11 +205,11 @@ def test_a_calibrated_run_rewards_with_calibrated_scores(build, own_devices):
 
         bundle = dataclasses.replace(components.reward, calibration=FITTED)
         components = dataclasses.replace(components, reward=bundle)
-        grader = grading.ResponseGrader(components, problems, state.reward)
+        grader = grading.ResponseGrader(components, problems, state.reward_params)
         for b in range(B):
             grader.add_group(b, texts[b])
         expected = sigmoid((logits - 0.75) / 2.5)
-        np.testing.assert_allclose(grader.collect_scores(), expected, atol=1e-6)
+        np.testing.assert_allclose(grader.collect_scores(state.reward_params), expected, atol=1e-6)
         assert np.abs(expected - sigmoid(logits)).max() > 0.01
         np.testing.assert_allclose(
             score(components, state.reward, problems.row_problems, whole), (logits - 0.75) / 2.5, atol=1e-5

@@ -57,8 +57,7 @@ def choose(flat: list[bool], budget: int) -> tuple[list[int], int]:
     return sorted((varied + equal)[:B]), sampled
 
 
-@pytest.mark.parametrize("budget", [1, 3, 30])
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices, budget", [(1, 1), (1, 30), (4, 3)])
 def test_flat_groups_are_replaced_by_the_next_problems(build, budget, devices):
     with rule_arm(build, devices=devices, **{"data.refill_prompts": budget}) as (components, state):
         components = dataclasses.replace(components, rule=ByText())
@@ -136,17 +135,18 @@ def test_scores_are_those_of_the_kept_groups(build, monkeypatch):
             seen.append(grade(*args))
             return seen[-1]
 
-        first = dynamic_sampling.sample_batch(components, state, PhaseTimer(), first=0)
-        spread = np.sort(np.asarray(first.grader.collect_scores()).reshape(B, G).std(axis=1, ddof=1))
+        first = dynamic_sampling.sample_batch(components, state.policy.params, PhaseTimer(), step=1, first=0)
+        scores = first.grader.collect_scores(state.reward_params)
+        spread = np.sort(scores.reshape(B, G).std(axis=1, ddof=1))
         policy = dataclasses.replace(components.settings.policy, flat_std=float(spread[1]) * 1.0001)
         components = dataclasses.replace(
             components, settings=dataclasses.replace(components.settings, policy=policy)
         )
         monkeypatch.setattr(dynamic_sampling, "_grade", note)
-        first = dynamic_sampling.sample_batch(components, state, PhaseTimer(), first=0)
+        first = dynamic_sampling.sample_batch(components, state.policy.params, PhaseTimer(), step=1, first=0)
         sampled = dynamic_sampling.replace_flat_groups(components, state, first, PhaseTimer())
         assert seen[0].flat.sum() == 2 and len(seen) > 1
-        scores = sampled.grader.collect_scores()
+        scores = sampled.grader.collect_scores(state.reward_params)
         again = policy_stages.take_problems(components, first=0, count=B + 9)
         where = [again.positions.index(p) for p in sampled.problems.positions]
         assert sampled.problems.prompt_tokens == [again.prompt_tokens[i] for i in where]
@@ -174,7 +174,7 @@ def test_grades_of_two_batches():
         make([2, np.nan], {"reward/short/error": 2.0, "reward/short/none": 1.0})
     )
     chosen = grades.take(np.array([1, 2, 3]))
-    assert chosen.collect_scores()[:2].tolist() == [3, 4] and len(chosen.verdicts) == 3
+    assert chosen.collect_scores(None)[:2].tolist() == [3, 4] and len(chosen.verdicts) == 3
     assert chosen.rewards.masked.tolist() == [False, False, True]
     assert chosen.rewards.metrics == pytest.approx(
         {
@@ -189,7 +189,7 @@ def test_grades_of_two_batches():
         nan_ok=True,
     )
     with pytest.raises(ValueError, match="no reward model"):
-        dataclasses.replace(grades, scores=None).collect_scores()
+        dataclasses.replace(grades, scores=None).collect_scores(None)
 
 
 def test_a_baseline_of_the_step_has_no_flat_groups():

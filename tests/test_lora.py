@@ -74,7 +74,12 @@ def as_matrices(adapter):
 
 
 @pytest.mark.parametrize(
-    ("shape", "rslora"), [("qwen2_tied", False), ("llama_untied_one_kv_head", True), ("gemma3", True)]
+    ("shape", "rslora"),
+    [
+        ("qwen2_tied", False),
+        ("llama_untied_one_kv_head", True),
+        pytest.param("gemma3", True, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_of_adapters_follow_from_that_of_the_merged_matrix(shape, rslora):
     """dL/dA = s G B^T and dL/dB = s A^T G, with G the gradient of W + s A B."""
@@ -315,6 +320,7 @@ def lora_run(folder, **changes):
     )
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_beside_the_reference_and_resumes(hf_base, tmp_path, monkeypatch):
     everything = jax.devices()
     monkeypatch.setattr(jax, "devices", lambda *_: everything[:1])

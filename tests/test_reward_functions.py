@@ -390,6 +390,7 @@ def test_a_file_that_changes_during_a_run_changes_nothing(path):
 # --- whole steps -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_arms_reward_by_name_is_the_same_run(build, tmp_path):
     state, metrics, _, _ = steps(build, tmp_path / "a", 2)
     named, named_metrics, _, _ = steps(build, tmp_path / "b", 2, **{"reward.functions": "model"})

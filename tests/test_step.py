@@ -68,7 +68,7 @@ def test_each_response_is_submitted_once_as_its_group_ends(build, own_devices):
         components = dataclasses.replace(components, rule=Counting())
         problems = policy_stages.take_problems(components, first=0)
         texts = [[Completion(f"{b} and {g} #### {b}") for g in range(G)] for b in range(B)]
-        grader = grading.ResponseGrader(components, problems, state.reward)
+        grader = grading.ResponseGrader(components, problems, state.reward_params)
         for b in (2, 0, 1):
             grader.add_group(b, texts[b])
         whole = sum(texts, [])
@@ -78,10 +78,12 @@ def test_each_response_is_submitted_once_as_its_group_ends(build, own_devices):
         assert grader.collect_verdicts() == Undecided().submit(items)
         assert len(Counting.submitted) == B, "nothing is submitted a second time"
         logits = score(components, state.reward, problems.row_problems, whole)
-        np.testing.assert_allclose(grader.collect_scores(), 1 / (1 + np.exp(-logits)), atol=1e-6)
+        np.testing.assert_allclose(
+            grader.collect_scores(state.reward_params), 1 / (1 + np.exp(-logits)), atol=1e-6
+        )
         assert len(set(logits.tolist())) > 1
         with pytest.raises(ValueError, match="no reward model"):
-            grading.ResponseGrader(components, problems, None).collect_scores()
+            grading.ResponseGrader(components, problems, None).collect_scores(None)
 
 
 @pytest.mark.slow

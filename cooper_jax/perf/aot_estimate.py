@@ -96,6 +96,7 @@ class StepEstimate:
     memory: int  # bytes of a device
     reserve: float  # share of that memory that must stay free
     tokens: int  # sampled in a step, at the longest response length
+    ahead: bool = False  # the rollout of the next step runs beside the other phases, on devices of its own
 
     @property
     def limit(self) -> int:
@@ -122,7 +123,11 @@ class StepEstimate:
 
     @property
     def seconds(self) -> float:
-        return sum(self.phases.values())
+        """Seconds of the step: of all phases or, with a rollout ahead, of the slower side."""
+        if not self.ahead:
+            return sum(self.phases.values())
+        rollout = self.phases["rollout"]
+        return max(rollout, sum(self.phases.values()) - rollout)
 
     @property
     def tokens_per_second(self) -> float:
@@ -170,7 +175,9 @@ def compile_programs(
     outputs: aot_programs.Outputs = {}
     for program in aot_programs.list_programs(job):
         try:
-            result = compile_program(program.name, program.lower(outputs), job.layout, cache)
+            result = compile_program(
+                program.name, program.lower(outputs), job.layout_of(program.phase), cache
+            )
         except TooLarge as error:
             raise TooLarge(f"{error}: {suggest_flags(program.phase)}") from error
         outputs[program.name] = result.output_arrays
@@ -186,12 +193,13 @@ def estimate_step(
     """Estimate memory and time of a step.  reserve: the share of a device's memory that must stay free."""
     sizes = list_sizes(aot_programs.resident_bytes(job), compiled)
     programs = tuple(
-        estimate_program(program, result, sizes, job.layout, topology) for program, result in compiled
+        estimate_program(program, result, sizes, job.layout_of(program.phase), topology)
+        for program, result in compiled
     )
     # The sizes of a job are a full step's, so that every response has its full length.
     data, rollout = job.cfg.data, job.cfg.rollout
     tokens = data.prompts_per_step * rollout.group_size * rollout.max_new_tokens
-    return StepEstimate(programs, topology.chip.memory, reserve, tokens)
+    return StepEstimate(programs, topology.chip.memory, reserve, tokens, job.ahead is not None)
 
 
 def list_sizes(

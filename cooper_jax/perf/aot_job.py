@@ -52,6 +52,17 @@ class CompileJob:
     slots: int  # per shard
     # Remarks.
     notes: tuple[str, ...]  # to print: the sources of the models' shapes, and limits of the estimate
+    # With rollout.ahead=1: the run as the rollout's own devices see it.  `layout` is then the learner's.
+    ahead: CompileJob | None = None
+
+    @property
+    def rollout_job(self) -> CompileJob:
+        """The job whose layout and slots the rollout has."""
+        return self.ahead or self
+
+    def layout_of(self, phase: str) -> Layout:
+        """The layout on which the programs of a phase run."""
+        return self.rollout_job.layout if phase == "rollout" else self.layout
 
     @property
     def slot_per_request(self) -> bool:
@@ -98,7 +109,7 @@ class CompileJob:
 def drop_data(cfg: ConfigDict) -> ConfigDict:
     """Remove from the config the files that compiling does not need: problems and the reward model's weights.
 
-    Raises SetupError for settings out of range, and for models with meshes of their own.
+    Raises SetupError for settings out of range, and for models with meshes of their own; rollouts may have one.
     """
     cfg = cfg.copy_and_resolve_references()
     cfg.data.update(format="synthetic", train="", train_weights="", eval="", eval_weights="")

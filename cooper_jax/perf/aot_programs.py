@@ -35,8 +35,10 @@ from cooper_jax.runtime.mesh import abstract_params
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import LabelledBatch, PairBatch, PolicyBatch, ScoreBatch, TrainState
 
-# Names of the trees of arrays in memory: during the whole run, and in addition during the rollout.
+# Names of the trees of arrays in memory: during the whole run, and in addition during the rollout.  The devices of
+# a rollout one step ahead have AHEAD during the whole run, and not ALWAYS.
 ALWAYS = ("policy", "reference", "reward model")
+AHEAD = ("rollout's policy",)
 ROLLOUT = ("rollout weights", "prompts", "requests", "slots")
 
 # The outputs of the programs compiled so far, by the programs' names.
@@ -61,7 +63,7 @@ class StepProgram:
 
 def list_programs(job: CompileJob) -> list[StepProgram]:
     """List the programs of a step, in the order in which it runs them."""
-    programs = _list_rollout(job)
+    programs = _list_rollout(job.rollout_job, ALWAYS if job.ahead is None else AHEAD)
     if job.reward is not None:
         programs.append(_make_score(job, job.reward))
     logprobs = _make_logprobs(job)
@@ -73,14 +75,18 @@ def list_programs(job: CompileJob) -> list[StepProgram]:
 
 
 def resident_bytes(job: CompileJob) -> dict[str, int]:
-    """Count the bytes per device of each tree in ALWAYS, from the arrays' shapes (compilers pad some)."""
+    """Count the bytes per device of each tree in ALWAYS and AHEAD, from their shapes (compilers pad some)."""
     # The policy and the reward model are training states: parameters and the optimiser's moments.
     trees = {"policy": _make_state(job, "policy", job.policy, "logits")[1]}
     if PolicyConfig.from_config(job.cfg.policy).has_reference:
         trees["reference"] = _policy_params(job)
     if job.reward is not None:
         trees["reward model"] = _make_state(job, "reward", job.reward, "score")[1]
-    return {name: device_bytes(tree) for name, tree in trees.items()}
+    sizes = {name: device_bytes(tree) for name, tree in trees.items()}
+    if job.ahead is not None:
+        # Two copies: the one that is sampled with, and the one that a stopped step would be repeated with.
+        sizes[AHEAD[0]] = 2 * device_bytes(_policy_params(job.ahead))
+    return sizes
 
 
 def device_bytes(tree: Any) -> int:
@@ -133,8 +139,11 @@ def _make_state(
 # --- rollout ---------------------------------------------------------------------------------------------
 
 
-def _list_rollout(job: CompileJob) -> list[StepProgram]:
-    """List the rollout's programs: copy of the weights, prefill, decode segments and, if needed, refills."""
+def _list_rollout(job: CompileJob, resident: tuple[str, ...]) -> list[StepProgram]:
+    """List the rollout's programs: copy of the weights, prefill, decode segments and, if needed, refills.
+
+    resident: the trees that are in its devices' memory during the whole run.
+    """
     cfg, layout, static, spec = job.cfg, job.layout, job.rollout, job.rollout.spec
     shards, slot_count = layout.batch_shards, job.slots
 
@@ -217,7 +226,7 @@ def _list_rollout(job: CompileJob) -> list[StepProgram]:
     ]  # fmt: skip
     if not job.slot_per_request:
         programs += _list_refills(job, waves, columns)
-    return programs
+    return [dataclasses.replace(program, live=(*resident, *program.live)) for program in programs]
 
 
 def _list_refills(job: CompileJob, waves: int, columns: int) -> list[StepProgram]:
@@ -253,7 +262,7 @@ def _rollout_program(
     live: tuple[str, ...],
     **options: Any,
 ) -> StepProgram:
-    return StepProgram(name, "rollout", times, lower, (*ALWAYS, *live), **options)
+    return StepProgram(name, "rollout", times, lower, live, **options)
 
 
 # --- scores and updates ----------------------------------------------------------------------------------
@@ -314,7 +323,7 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
         update: Any = grpo.make_update(
             job.policy, settings, optimiser, job.layout, temperature=job.cfg.rollout.temperature,
             max_new_tokens=job.cfg.rollout.max_new_tokens,
-            sampler_is_float32=rollout.is_float32,
+            sampler_agrees=rollout.is_float32 and not rollout.ahead,
         )  # fmt: skip
 
     # A minibatch at its full width; the three log-probabilities have the same shape.

@@ -259,7 +259,7 @@ def _make_policy_update(
         update = grpo.make_update(
             config, policy, optimiser, layout,
             temperature=cfg.rollout.temperature, max_new_tokens=cfg.rollout.max_new_tokens,
-            sampler_is_float32=RolloutConfig.from_config(cfg.rollout).is_float32,
+            sampler_agrees=RolloutConfig.from_config(cfg.rollout).is_float32,
         )  # fmt: skip
 
     def step(state, repetition):

@@ -138,7 +138,7 @@ def make_gradients(
     *,
     temperature: float,
     max_new_tokens: int,
-    sampler_is_float32: bool = True,
+    sampler_agrees: bool = True,
     reads_old_logprobs: bool = False,
 ) -> Callable[[Params, PolicyBatch], tuple[jax.Array, Params, Metrics]]:
     """A function (params, minibatch) -> (loss f32[], gradients, metrics f32[] each), to be called inside jit.
@@ -148,7 +148,7 @@ def make_gradients(
     is not read (unless reads_old_logprobs).
     """
     dtype = jnp.dtype(cfg.dtype)
-    method = sampler_mismatch.choose_correction(cfg.correction, sampler_is_float32)
+    method = sampler_mismatch.choose_correction(cfg.correction, sampler_agrees)
     single_update = count_updates(cfg) == 1 and not reads_old_logprobs
     shardings = mesh.make_shardings(layout, transformer.param_specs(model_config, head="logits"))
 
@@ -239,7 +239,7 @@ def make_update(
     *,
     temperature: float,
     max_new_tokens: int,
-    sampler_is_float32: bool = True,
+    sampler_agrees: bool = True,
     reads_old_logprobs: bool = False,
 ) -> Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]]:
     """The jitted function (state, minibatch) -> (state, metrics); the input state is donated.
@@ -248,7 +248,8 @@ def make_update(
 
     Args:
       temperature, max_new_tokens: those of the rollout.
-      sampler_is_float32: whether its weights and its cache are; read with policy.correction=auto.
+      sampler_agrees: True if the sampler computes in float32, with the weights that the step starts from; read with
+        policy.correction=auto.
       reads_old_logprobs: also where a step has a single update.
 
     Metrics, f32[] each: loss, pg_loss, kl and entropy (nats per token), clip_low, clip_high and dual_clip
@@ -262,7 +263,7 @@ def make_update(
         layout,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
-        sampler_is_float32=sampler_is_float32,
+        sampler_agrees=sampler_agrees,
         reads_old_logprobs=reads_old_logprobs,
     )
 

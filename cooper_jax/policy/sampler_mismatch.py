@@ -1,7 +1,8 @@
 """The difference between the sampler's and the learner's log-probabilities: measured, and corrected in the loss.
 
 A rollout in bfloat16, or with an int8 cache, samples from another distribution mu than the pi_old that the
-learner computes with the same weights.  The policy gradient is then biased, and the clip, which compares pi with
+learner computes with the same weights.  So does a rollout whose weights are older (trainer/rollout_ahead.py).
+The policy gradient is then biased, and the clip, which compares pi with
 pi_old, does not see it.  With d_t = log pi_old(y_t) - log mu(y_t) at each response token:
 
 1. `measure_mismatch` counts |d_t| in a histogram and finds the extreme ratios of whole responses, exp(sum d_t).
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 CORRECTIONS = ("none", "token", "sequence", "token_mask", "sequence_mask")
-# Beside these: token if the rollout computes in another type than float32, else none.
+# Beside these: token if the rollout computes in another type than float32 or with older weights, else none.
 AUTO = "auto"
 
 # Edges of the histogram of |d|, in nats: 8 to a decade, so that a quantile is known to a factor of 1.33.
@@ -39,11 +40,14 @@ _BOUND = 20.0
 Metrics = dict[str, jax.Array]
 
 
-def choose_correction(setting: str, sampler_is_float32: bool) -> str:
-    """The correction of a setting, which may be AUTO."""
+def choose_correction(setting: str, sampler_agrees: bool) -> str:
+    """The correction of a setting, which may be AUTO.
+
+    sampler_agrees: True if the sampler computes in float32, with the weights that the step starts from.
+    """
     if setting != AUTO:
         return setting
-    return "none" if sampler_is_float32 else "token"
+    return "none" if sampler_agrees else "token"
 
 
 def correction_weights(difference: jax.Array, mask: jax.Array, correction: str, cap: float) -> jax.Array:

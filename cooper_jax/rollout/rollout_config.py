@@ -44,6 +44,7 @@ class RolloutConfig:
     max_rows: int  # rows decoded at a time; 0: all rows of a step
     memory_gib: float  # of one device, for weights, caches and slots; 0: no limit
     segment: int  # tokens decoded between two checks for finished rows
+    ahead: int  # updates by which the weights of training rollouts are old: 0 or 1
     # Number formats, kernels and placement.
     dtype: str  # of the rollout's weights and activations
     kernels: str  # auto or xla
@@ -59,6 +60,8 @@ class RolloutConfig:
                 *typed_config.find_below_minimum(
                     self, "rollout", 0, ("temperature", "max_rows", "memory_gib")
                 ),
+                *typed_config.find_below_minimum(self, "rollout", 0, ("ahead",)),
+                *([f"rollout.ahead={self.ahead}: it is at most 1"] if self.ahead > 1 else []),
                 *typed_config.find_unknown(self.dtype, "rollout.dtype", DTYPES),
                 *typed_config.find_unknown(self.kernels, "rollout.kernels", KERNELS),
                 *typed_config.find_unknown(

@@ -13,7 +13,8 @@ from cooper_jax.runtime import mesh
 from cooper_jax.settings import typed_config
 from cooper_jax.settings.setup_errors import setup_errors
 
-MODELS = ("policy", "reward", "reference", "assistant")
+# The models, and the training rollouts (rollout.ahead=1).
+USERS = ("policy", "reward", "reference", "assistant", "rollout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +27,12 @@ class MeshConfig:
     tensor: int
     across: str  # the axis that spans slices
 
-    # Meshes of the other models on devices of their own, as in "1x2x1"; "": the policy's mesh and devices.
+    # Meshes of the other models, and of the rollouts, on devices of their own, as in "1x2x1"; "": the policy's mesh
+    # and devices.
     reward: str
     reference: str
     assistant: str
+    rollout: str
 
     # Sharding rules (logical axis, mesh axis): the first rule that fits an array applies.
     rules: mesh.Rules
@@ -42,21 +45,20 @@ class MeshConfig:
         return typed_config.read_section(cls, section, "mesh", **rules)
 
     def read_own_sizes(self) -> dict[str, tuple[int, int, int]]:
-        """Parse the mesh sizes, data x fsdp x tensor, of the models with devices of their own.
+        """Parse the mesh sizes, data x fsdp x tensor, of the USERS with devices of their own.
 
         Raises SetupError for text that is no mesh.
         """
         sizes = {}
-        texts = {"reward": self.reward, "reference": self.reference, "assistant": self.assistant}
-        for name, text in texts.items():
-            if text:
+        for name in USERS[1:]:
+            if text := getattr(self, name):
                 with setup_errors(f"mesh.{name}"):
                     sizes[name] = mesh.parse_sizes(text)
         return sizes
 
 
 def lay_out_models(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> dict[str, mesh.Layout]:
-    """Make the layout of each of MODELS; models without devices of their own share the policy's.
+    """Make the layout of each of USERS; those without devices of their own share the policy's.
 
     devices: None for all devices of all hosts.  Raises SetupError for a mesh that the devices do not fill.
     """
@@ -70,7 +72,7 @@ def lay_out_models(config: MeshConfig, devices: Sequence[jax.Device] | None = No
     with setup_errors("mesh"):
         shared, own = mesh.split_devices(jax.devices() if devices is None else devices, sizes)
         policy = make_layout(shared, config.data, config.fsdp, config.tensor)
-        layouts = dict.fromkeys(MODELS, policy)
+        layouts = dict.fromkeys(USERS, policy)
         for name, own_devices in own.items():
             layouts[name] = make_layout(own_devices, *sizes[name])
     return layouts

@@ -50,6 +50,7 @@ def check_cross_sections(cfg: ConfigDict) -> None:
         "has advantages, too, so there is nothing to replace; leave one of them out",
     )
     _check_training_sampling(cfg, errors)
+    _check_rollout_ahead(cfg, errors)
     _check_models(cfg, errors)
     _check_adapters(cfg, errors)
     _check_reward_updates(cfg, errors)
@@ -80,6 +81,33 @@ def _check_training_sampling(cfg: ConfigDict, errors: ErrorCollector) -> None:
     errors.require(
         rollout.temperature != 0,
         f"rollout.temperature={rollout.temperature}: training samples, so it must be above 0",
+    )
+
+
+def _check_rollout_ahead(cfg: ConfigDict, errors: ErrorCollector) -> None:
+    """Check that rollouts one step ahead have devices of their own, and a loss that can correct their weights."""
+    ahead = f"rollout.ahead={cfg.rollout.ahead}"
+    errors.require(
+        cfg.rollout.ahead == 0 or bool(cfg.mesh.rollout),
+        f"{ahead}: the next step is sampled on devices of its own while a step trains; give their mesh, data x "
+        "fsdp x tensor, as in --config.mesh.rollout=1x4x1",
+    )
+    errors.require(
+        not cfg.mesh.rollout or cfg.rollout.ahead > 0,
+        f"mesh.rollout={cfg.mesh.rollout!r} with {ahead}: these devices would be idle while a step trains; set "
+        "--config.rollout.ahead=1, or leave it empty",
+    )
+    errors.require(
+        cfg.rollout.ahead == 0 or not cfg.exact,
+        f"exact=True with {ahead}: an exact rollout samples with the weights that the learner has; leave one of "
+        "them out",
+    )
+    rollout = cfg.rollout
+    is_filtered = rollout.top_k != 0 or rollout.top_p != 1.0 or rollout.min_p != 0.0
+    errors.require(
+        cfg.rollout.ahead == 0 or not is_filtered,
+        f"{ahead} with top_k={rollout.top_k}, top_p={rollout.top_p} and min_p={rollout.min_p}: the tokens that "
+        "older weights kept are not those that the learner's keep; leave one of them out",
     )
 
 

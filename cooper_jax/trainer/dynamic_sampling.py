@@ -17,7 +17,7 @@ resumed run takes the same problems and samples the same responses.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from cooper_jax.trainer import policy_stages
 from cooper_jax.trainer.grading import Grades, ResponseGrader
 from cooper_jax.trainer.policy_stages import ProblemBatch
 from cooper_jax.trainer.state import Components, State
-from cooper_jax.types import Completion, Metrics, Rollout, Verdict
+from cooper_jax.types import Completion, Metrics, Params, Rollout, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,28 +46,40 @@ class SampledBatch:
 
 def sample_batch(
     components: Components,
-    state: State,
+    params: Params,
     phases: PhaseTimer,
     *,
+    step: int,
     first: int,
     count: int | None = None,
+    reward_params: Params | None = None,
+    between_segments: Callable[[], None] = hosts.raise_if_stopping,
 ) -> SampledBatch:
     """Sample G responses to each of the next problems, while the rule verifies each group as soon as it ends.
 
     Args:
-      state: before the step.
+      params: the policy's, on the rollout's devices.
+      step: that the batch is for; it keys the random draws.
       first: position of the first problem.
       count: the number of problems; None: data.prompts_per_step.
+      reward_params: the reward model's, to score responses while others are sampled; None: they are scored
+        later.
+      between_segments: called between two decode segments; what it raises ends the rollout.
     """
-    settings, step = components.settings, state.step + 1
     batch = policy_stages.take_problems(components, first, count=count)
-    grader = ResponseGrader(components, batch, state.reward, rewards_policy=True)
+    grader = ResponseGrader(components, batch, reward_params, rewards_policy=True)
 
     # One key serves all batches of a step: draws are keyed by the problems' positions as well.
-    key = keys.make_key(settings.seed, "rollout", step)
+    key = keys.make_key(components.settings.seed, "rollout", step)
     with phases.phase("rollout"):
         rollout, completions, metrics = policy_stages.sample_responses(
-            components, state.policy.params, batch, key, on_group=grader.add_group
+            components,
+            params,
+            batch,
+            key,
+            layout=components.policy.rollout_layout,
+            on_group=grader.add_group,
+            between_segments=between_segments,
         )
     tokens = sum(completion.tokens for completion in completions)
     return SampledBatch(batch, rollout, completions, grader, metrics, tokens)
@@ -80,7 +92,7 @@ def replace_flat_groups(
 
     Args:
       state: before the step.
-      sampled: the step's first batch.
+      sampled: the step's first batch, sampled with the weights of `state.sampling_params`.
 
     The result has as many groups, in the order of their problems' positions.  Its metrics are those of the first
     rollout, and
@@ -91,7 +103,8 @@ def replace_flat_groups(
         rule/sampled_accuracy  the share of correct responses among all that were sampled
     """
     wanted, budget = len(sampled.problems.problems), components.settings.data.refill_prompts
-    graded = _grade(components, sampled, phases)
+    reward_params = state.reward_params
+    graded = _grade(components, sampled, reward_params, phases)
     flat, sampled_prompts, rounds = graded.flat, 0, 0
     while flat.any() and sampled_prompts < budget:
         hosts.raise_if_stopping()
@@ -100,8 +113,16 @@ def replace_flat_groups(
         missing = min(wanted - int((~flat).sum()), budget - sampled_prompts)
         if missing <= 0:
             break
-        more = sample_batch(components, state, phases, first=graded.next_position, count=missing)
-        graded = graded.concatenate(_grade(components, more, phases))
+        more = sample_batch(
+            components,
+            state.sampling_params,
+            phases,
+            step=state.step + 1,
+            first=graded.next_position,
+            count=missing,
+            reward_params=reward_params,
+        )
+        graded = graded.concatenate(_grade(components, more, reward_params, phases))
         flat, sampled_prompts, rounds = graded.flat, sampled_prompts + missing, rounds + 1
 
     # All groups that are not flat, then flat ones if they are too few, each in the order of the data.
@@ -174,13 +195,15 @@ class _GradedBatch:
         )
 
 
-def _grade(components: Components, sampled: SampledBatch, phases: PhaseTimer) -> _GradedBatch:
+def _grade(
+    components: Components, sampled: SampledBatch, reward_params: Params | None, phases: PhaseTimer
+) -> _GradedBatch:
     """Wait for the grades of a batch, and find its flat groups."""
     settings, grader = components.settings, sampled.grader
     scores = None
     if settings.reward.has_model:
         with phases.phase("score"):
-            scores = grader.collect_scores()
+            scores = grader.collect_scores(reward_params)
     with phases.phase("rule"):
         verdicts = grader.collect_verdicts()
     with phases.phase("functions"):

@@ -29,7 +29,7 @@ from cooper_jax.trainer.policy_stages import ProblemBatch
 from cooper_jax.trainer.reward_functions import CombinedRewards, StepRewards
 from cooper_jax.trainer.rewards import compute_rewards, name_rewards, penalise_length
 from cooper_jax.trainer.state import Components
-from cooper_jax.types import Completion, Params, Problem, ScoreBatch, TrainState, Verdict
+from cooper_jax.types import Completion, Params, Problem, ScoreBatch, Verdict
 
 
 def encode_reward_input(components: Components, problem: Problem, completion: str) -> list[int]:
@@ -101,14 +101,15 @@ class ResponseGrader:
         self,
         components: Components,
         batch: ProblemBatch,
-        reward: TrainState | None,
+        reward_params: Params | None,
         *,
         rewards_policy: bool = False,
     ):
         """Prepare the grading of a step.
 
         Args:
-          reward: the reward model's state; None in the rule arm.
+          reward_params: the reward model's parameters, to score responses while others are sampled; None in
+            the rule arm, and if the reward model will change before `collect_scores`.
           rewards_policy: True if `collect_rewards` will be called: the functions of reward.functions are started.
         """
         self._components = components
@@ -116,15 +117,14 @@ class ResponseGrader:
         if rewards_policy and components.reward_functions is not None:
             self._rewards = StepRewards(components.reward_functions, batch.problems)
         self._problems = batch.problems
-        self._reward = reward
 
         # Both are keyed by the problem's index in the batch, since groups end in any order.
         self._groups: dict[int, Sequence[Completion]] = {}
         self._pending_verdicts: dict[int, Any] = {}  # handles of `rule.submit`, for `rule.collect`
 
         self._scorer = None
-        if reward is not None and can_score_during_rollout(components):
-            self._scorer = _OverlappedScorer(components, reward.params)
+        if reward_params is not None and can_score_during_rollout(components):
+            self._scorer = _OverlappedScorer(components, reward_params)
 
     def add_group(
         self, index: int, responses: Sequence[Completion], tokens: Sequence[Sequence[int]] = ()
@@ -143,12 +143,14 @@ class ResponseGrader:
         if self._scorer is not None:
             self._scorer.add(index * len(responses), problem, responses)
 
-    def collect_scores(self) -> np.ndarray:
+    def collect_scores(self, reward_params: Params | None) -> np.ndarray:
         """The reward model's scores sigmoid(logit), f32[N], in row order.
+
+        reward_params: the reward model's parameters; equal to those of the constructor, if it got any.
 
         Raises ValueError in the rule arm.
         """
-        if self._reward is None:
+        if reward_params is None:
             raise ValueError("there is no reward model: in the rule arm responses have verdicts only")
         if self._scorer is not None:
             logits = self._scorer.collect()
@@ -159,7 +161,7 @@ class ResponseGrader:
             for index, problem in enumerate(self._problems):
                 completions += self._groups[index]
                 problems += [problem] * len(self._groups[index])
-            logits = compute_response_logits(self._components, self._reward.params, problems, completions)
+            logits = compute_response_logits(self._components, reward_params, problems, completions)
         return np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)))
 
     def collect_verdicts(self) -> list[Verdict]:
@@ -197,8 +199,8 @@ class Grades:
     verdicts: list[Verdict]  # [N]
     rewards: CombinedRewards
 
-    def collect_scores(self) -> np.ndarray:
-        """The reward model's scores, f32[N].  Raises ValueError in the rule arm."""
+    def collect_scores(self, reward_params: Params | None) -> np.ndarray:
+        """The scores of the reward model with these parameters, f32[N].  Raises ValueError in the rule arm."""
         if self.scores is None:
             raise ValueError("there is no reward model: in the rule arm responses have verdicts only")
         return self.scores

@@ -29,6 +29,7 @@ from cooper_jax.policy.advantages import find_flat_groups
 from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.rollout import engine, exact
 from cooper_jax.runtime import hosts, keys
+from cooper_jax.runtime.mesh import Layout
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, State
@@ -84,14 +85,17 @@ def sample_responses(
     batch: ProblemBatch,
     key: jax.Array,
     *,
+    layout: Layout | None = None,
     on_group: Callable[[int, list[Completion], list[list[int]]], None] | None = None,
+    between_segments: Callable[[], None] = hosts.raise_if_stopping,
 ) -> tuple[Rollout, list[Completion], Metrics]:
     """Sample G responses to each problem; return them as arrays and as text, with metrics of the sampling.
 
+    layout: of the params; None: the policy's.
     on_group: called once per problem, with its index in the batch and its G responses, as text and as token
       ids, as soon as all of them have ended and while other groups are still being sampled.
 
-    Raises hosts.Stopped after a SIGTERM, between two decode segments.
+    between_segments: called between two decode segments.  The default raises hosts.Stopped after a SIGTERM.
     """
     model, spec = components.policy.model, components.policy.sampling
     metrics: Metrics = {}  # filled by the engine
@@ -112,13 +116,13 @@ def sample_responses(
     rollout = engine.generate(
         params,
         model.config,
-        components.layout,
+        layout or components.layout,
         batch.prompt_tokens,
         batch.positions,
         key,
         spec,
         on_groups=None if on_group is None or is_exact else split_groups,
-        between_segments=hosts.raise_if_stopping,
+        between_segments=between_segments,
         report=metrics.update,
         **components.settings.rollout.make_engine_options(),
     )

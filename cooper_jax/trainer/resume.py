@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
 from cooper_jax.model import transformer
@@ -22,6 +24,7 @@ from cooper_jax.runtime.stored_config import config_hash
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.held_out import evaluate_held_out
 from cooper_jax.trainer.reward_warmup import warm_up_reward_model
+from cooper_jax.trainer.rollout_ahead import copy_to_rollout
 from cooper_jax.trainer.state import (
     Components,
     PolicyBundle,
@@ -70,6 +73,9 @@ def save_checkpoint(
 def _resume(components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints) -> State:
     """Restore the newest checkpoint's state, and remove metrics and samples of later steps."""
     abstract_items = {name: checkpoint.abstract_like(tree) for name, tree in checkpoint_items(state).items()}
+    if components.settings.rollout.ahead:
+        specs = optim.select_trained(transformer.param_specs(components.policy.model.config))
+        abstract_items["rollout_policy"] = mesh.abstract_params(components.policy.rollout_layout, specs)
 
     # The initial arrays are deleted before the checkpoint is read: both together would need twice the memory.
     # The frozen base of adapters stays, since no checkpoint has it.
@@ -93,6 +99,10 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
     if components.settings.holds_reference:
         with setup_errors(f"{checkpoints.reference}"):
             reference = _restore_reference(components, checkpoints)
+    rollout_params = None
+    if components.settings.rollout.ahead:
+        base = copy_to_rollout(components, frozen["policy"])
+        rollout_params = base | items["rollout_policy"]
     with setup_errors("run_dir"):
         run.truncate(step)
     hosts.print_once(f"resumed from step {step}")
@@ -104,6 +114,7 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
         position=loop["position"],
         replay=Replay.from_json(loop["replay"]) if "replay" in loop else Replay(),
         recent_rewrites=RecentRewrites.from_json(loop.get("recent_rewrites", [])),
+        rollout_params=rollout_params,
     )
 
 
@@ -135,6 +146,8 @@ def _start(components: Components, state: State, run: RunDirectory, checkpoints:
     state = State(policy=policy, reward=reward, reference=reference, step=0, position=0)
     if reward is not None and settings.reward_update.warmup_updates:
         state = warm_up_reward_model(components, state)
+    if settings.rollout.ahead:
+        state = dataclasses.replace(state, rollout_params=copy_to_rollout(components, policy.params))
     if settings.eval.every and (metrics := evaluate_held_out(components, state)):
         with setup_errors("run_dir"):
             run.log(0, metrics)

@@ -42,7 +42,7 @@ def warm_up_reward_model(components: Components, state: State) -> State:
         batch = policy_stages.take_problems(
             components, first=update * settings.data.prompts_per_step, stream="reward_warmup"
         )
-        grader = ResponseGrader(components, batch, state.reward)
+        grader = ResponseGrader(components, batch, state.reward_params)
         _, completions, _ = policy_stages.sample_responses(
             components,
             state.policy.params,
@@ -50,7 +50,7 @@ def warm_up_reward_model(components: Components, state: State) -> State:
             keys.make_key(settings.seed, "reward_warmup"),
             on_group=grader.add_group,
         )
-        scores, verdicts = grader.collect_scores(), grader.collect_verdicts()
+        scores, verdicts = grader.collect_scores(state.reward_params), grader.collect_verdicts()
 
         # Update.  There is no policy update to overlap with, so the pairs are awaited at once.
         pending_pairs = reward_stages.request_pairs(components, batch, completions, verdicts, scores, STEP)

@@ -70,7 +70,7 @@ def use_any_mesh(cfg: ConfigDict) -> ConfigDict:
 
     A checkpoint can be restored on another mesh than the one that it was trained on.
     """
-    cfg.mesh.update(data=1, fsdp=-1, tensor=1, reward="", reference="", assistant="")
+    cfg.mesh.update(data=1, fsdp=-1, tensor=1, reward="", reference="", assistant="", rollout="")
     return cfg
 
 

@@ -44,6 +44,7 @@ from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
 from cooper_jax.trainer import run_problems
 from cooper_jax.trainer.reward_functions import load_reward_functions
+from cooper_jax.trainer.rollout_thread import open_rollout_thread
 from cooper_jax.trainer.run_calibration import load_run_calibration
 from cooper_jax.trainer.run_problems import RunProblems
 from cooper_jax.trainer.run_settings import RunSettings
@@ -194,6 +195,8 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
                 check_same_code([assistant.code])
         rule, assistant = share_over_hosts(local_rule, assistant, jax.process_count())
 
+        # It ends before the services that it uses.
+        rollout_thread = stack.enter_context(open_rollout_thread(settings.rollout.ahead))
         components = Components(
             settings=settings,
             layout=layouts["policy"],
@@ -214,6 +217,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             dropped=(sum(train.too_long.values()), sum(held_out.too_long.values())),
             oracle=synthetic.is_correct if data.is_synthetic else None,
             reward_functions=reward_functions,
+            rollout_thread=rollout_thread,
         )
 
         # This generator lives as long as the run.  If it kept a reference to the first state, a second copy
@@ -261,7 +265,14 @@ def build_policy_bundle(
         settings.policy_model, "policy", "logits", layout, run_dir, settings.seed, lengths
     )
 
-    correction = choose_correction(settings.policy.correction, rollout.is_float32)
+    # An older policy's log-probabilities differ from the current one's, whatever their type is.
+    sampler_agrees = settings.exact or (rollout.is_float32 and not rollout.ahead)
+    correction = choose_correction(settings.policy.correction, sampler_agrees)
+    if rollout.ahead and correction == "none":
+        hosts.print_once(
+            "warning: rollout.ahead=1 with policy.correction=none: responses are sampled with weights that are one "
+            "update old, and nothing corrects the loss for it; leave policy.correction at auto"
+        )
     if rollout.kv_dtype == "int8" and correction == "none" and not settings.exact:
         hosts.print_once(
             "warning: rollout.kv_dtype=int8 with policy.correction=none: the sampler's distribution differs from "
@@ -295,7 +306,7 @@ def build_policy_bundle(
             layout,
             temperature=rollout.temperature,
             max_new_tokens=rollout.max_new_tokens,
-            sampler_is_float32=rollout.is_float32 or settings.exact,
+            sampler_agrees=sampler_agrees,
             reads_old_logprobs=settings.exact,
         )
 
@@ -318,6 +329,7 @@ def build_policy_bundle(
         logprobs=logprobs,
         reference_layout=reference_layout,
         reference_logprobs=reference_logprobs,
+        rollout_layout=layouts["rollout"],
         update=update,
         optimiser=optimiser,
         resample=resample,

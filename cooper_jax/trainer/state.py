@@ -29,6 +29,7 @@ from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.rule.verifier import RuleVerifier
 from cooper_jax.runtime import checkpoint, mesh, optim
 from cooper_jax.trainer.reward_functions import RewardFunctions
+from cooper_jax.trainer.rollout_thread import PendingRollout, RolloutThread
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.types import Params, Problem, TrainState
 
@@ -47,6 +48,9 @@ class PolicyBundle:
     logprobs: LogprobsFunction
     reference_layout: mesh.Layout
     reference_logprobs: LogprobsFunction  # on the reference's devices
+
+    # Of the training rollouts: the policy's, unless they are sampled one step ahead (rollout_ahead.py).
+    rollout_layout: mesh.Layout
 
     # Updates.  The update donates its input state.
     update: Callable  # (TrainState, PolicyBatch) -> (TrainState, metrics)
@@ -104,6 +108,9 @@ class Components:
     # The functions of reward.functions; None: the arm's reward.
     reward_functions: RewardFunctions | None = None
 
+    # Samples the batch of the next step; None with rollout.ahead=0.
+    rollout_thread: RolloutThread | None = None
+
     @property
     def reward_bundle(self) -> RewardBundle:
         """The reward model's bundle, never None.  Raises ValueError in the rule arm."""
@@ -130,6 +137,21 @@ class State:
     # The last rewrites, for the measurement of giveaways.
     recent_rewrites: RecentRewrites = struct.field(pytree_node=False, default=RecentRewrites())
 
+    # With rollout.ahead=1: the weights with which the next step is sampled, on the rollout's devices, and that
+    # rollout.  It is no part of a checkpoint: a resumed run samples it again.
+    rollout_params: Params | None = None
+    pending_rollout: PendingRollout | None = struct.field(pytree_node=False, default=None)
+
+    @property
+    def sampling_params(self) -> Params:
+        """The policy's parameters with which the next step is sampled."""
+        return self.policy.params if self.rollout_params is None else self.rollout_params
+
+    @property
+    def reward_params(self) -> Params | None:
+        """The reward model's parameters; None in the rule arm."""
+        return None if self.reward is None else self.reward.params
+
     @property
     def reward_state(self) -> TrainState:
         """The reward model's state, never None.  Raises ValueError in the rule arm."""
@@ -155,6 +177,8 @@ def checkpoint_items(state: State) -> dict[str, Any]:
     items = {}
     for name, train_state in list_models(state).items():
         items[name], items[f"{name}_optimiser"] = checkpoint.split_state(train_state)
+    if state.rollout_params is not None:
+        items["rollout_policy"] = optim.select_trained(state.rollout_params)
     return items
 
 
@@ -171,4 +195,5 @@ def checkpoint_vocab_sizes(components: Components) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, bundle in bundles.items():
         sizes[name] = sizes[f"{name}_optimiser"] = bundle.model.config.vocab_size
+    sizes["rollout_policy"] = sizes["policy"]
     return sizes

@@ -1,7 +1,7 @@
 """One step of Cooper (arXiv 2508.05613).
 
 1. Sample G responses to each prompt from the policy.  With data.refill_prompts, groups of equal rewards are
-   replaced by groups of further problems.
+   replaced by groups of further problems.  With rollout.ahead=1 they were sampled during the step before.
 2. Reward each response with the sigmoid of the reward model's logit, and verify it with the rule.  With
    reward.functions the user's functions reward it, as soon as its group has ended.
 3. Update the policy with GRPO.
@@ -27,6 +27,7 @@ from cooper_jax.runtime import hosts
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import policy_stages, reward_stages
 from cooper_jax.trainer.dynamic_sampling import replace_flat_groups, sample_batch
+from cooper_jax.trainer.rollout_ahead import take_batch
 from cooper_jax.trainer.samples import StepRecord
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.trainer.step_metrics import measure_step
@@ -45,9 +46,19 @@ def cooper_step(
 
     # 1. Sample.  The rule verifies each group as soon as it ends, while the devices sample the others; a reward
     # model with devices of its own scores it then, too.
-    sampled = sample_batch(components, state, phases, first=state.position)
-    if settings.data.refill_prompts:
-        sampled = replace_flat_groups(components, state, sampled, phases)
+    if settings.rollout.ahead:
+        sampled, state = take_batch(components, state, phases)
+    else:
+        sampled = sample_batch(
+            components,
+            state.policy.params,
+            phases,
+            step=step,
+            first=state.position,
+            reward_params=state.reward_params,
+        )
+        if settings.data.refill_prompts:
+            sampled = replace_flat_groups(components, state, sampled, phases)
     batch, grader, completions = sampled.problems, sampled.grader, sampled.completions
 
     # 2. Reward.  The rule's workers finish while the devices compute log-probabilities for point 3.  The
@@ -55,7 +66,7 @@ def cooper_step(
     scores = None
     if settings.reward.has_model:
         with phases.phase("score"):
-            scores = grader.collect_scores()
+            scores = grader.collect_scores(state.reward_params)
     hosts.raise_if_stopping()
     with phases.phase("logprobs"):
         policy_batch = policy_stages.compute_logprobs(components, state, batch.prompt_tokens, sampled.rollout)
