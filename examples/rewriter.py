@@ -1,5 +1,7 @@
 """An assistant of your own for countdown: it exchanges one digit or operator, so that a step is false.
 
+Not always: 2+2=4 may become 2*2=4.  The run refuses such a rewrite, since the judge finds it correct.
+
 python launch/train.py --config=examples/countdown.py --config.assistant.kind=examples/rewriter.py:Rewriter
 """
 

@@ -309,6 +309,13 @@ def test_the_shape_of_gemma_3_1b(form):
     check(form, case._replace(prompt_first=PROMPT_FIRST), "bfloat16", slots=2, block=16)
 
 
+@pytest.mark.parametrize("form", KERNELS)
+def test_the_shape_of_qwen3_1p7b(form):
+    """Two query heads of 128 over each of eight key/value heads."""
+    case = draw(8, **WINDOWED, prompt_columns=40, kv_heads=8, group=2, head_dim=128)
+    check(form, case._replace(prompt_first=None), "bfloat16", slots=2, block=16)
+
+
 def test_windows_of_grouped_samples():
     """The xla form with `samples`: rows of one prompt share a product, each with a window of its own."""
     case = draw(9, [0, 0, 0, 1, 1, 1], [5, 24], [17, 20, 19, 18, 20, 23], 20)

@@ -86,6 +86,7 @@ VERDICTS = {
     "8-3=5 5+2=7": "correct", "3-2=1 8-1=7": "correct", " 8-3=5  5+2=7\n": "correct",
     "8-3=5": "wrong", "5+2=7": "wrong", "8-3=5 8+2=7": "wrong", "8-3=5 2+2=4": "wrong", "8-3=6 6+1=7": "wrong",
     "8-2=6 6-3=3": "wrong", "8-3=5 5+2=7 7*1=7": "wrong", "8 - 3 = 5 5 + 2 = 7": "wrong", "8-3=5;5+2=7": "wrong",
+    "8+2=10 10-3=7": "wrong",  # a result of two digits
     "7": "wrong", "": "wrong", "8-3=5 5+2=7 #": "wrong", "\u0668-3=5 5+2=7": "wrong", "(" * 5000: "wrong",
     "__import__('os').getpid()": "wrong", "8-3=5 " * 5000: "wrong",
 }  # fmt: skip

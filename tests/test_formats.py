@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from cooper_jax.data import answers, formats, problems
@@ -141,6 +143,10 @@ def test_each_format_is_recognised_and_read(format, tmp_path):
     assert [problem.question, problem.reference, problem.solution, problem.messages] == expected
     assert load(path) == load(path, format)
     assert problem.id == "rows:2" and problem.source == "rows"
+    if format != "orz":  # its rows are lists, which are no rows of a table
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "rows.parquet")
+        problem = load(tmp_path / "rows.parquet")[1]
+        assert [problem.question, problem.reference, problem.solution, problem.messages] == expected
 
 
 @pytest.mark.parametrize("format, row, question, reference", VARIANTS)
@@ -215,6 +221,14 @@ def test_a_malformed_row_is_named_by_file_row_and_column(format, row, complaint,
     path = write(tmp_path / "rows.json", PUBLISHED[format][0], row)
     with pytest.raises(ValueError, match=f"rows.json: row 2: .*{complaint}"):
         load(path, format)
+
+
+def test_a_malformed_row_of_a_parquet_file_is_named(tmp_path):
+    row = PUBLISHED["prompt_solution"][0]
+    table = pyarrow.Table.from_pylist([row, row | {"solution": "We add the two. Then we halve it all."}])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="rows.parquet: row 2: .*field 'solution': a worked solution"):
+        load(tmp_path / "rows.parquet")
 
 
 # --- named columns -------------------------------------------------------------------------------------------

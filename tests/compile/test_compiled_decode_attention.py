@@ -153,6 +153,11 @@ def test_gemma_3_with_windows(chip):
     check(compiled(chip, GEMMA3, "bfloat16", loop=True, windows=True), GEMMA3)
 
 
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
+def test_qwen3(chip):
+    check(compiled(chip, QWEN3, "bfloat16", loop=True), QWEN3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("heads", [QWEN3, GEMMA3])
