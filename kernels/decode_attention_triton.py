@@ -23,10 +23,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from cooper_jax.kernels.kv import KV
 from cooper_jax.kernels.schedule import LOWEST, Schedule
+from cooper_jax.kernels.triton_backend import plgpu
 
 BLOCK = 64  # C
 DOT = 16  # the smallest extent of a tensor core's operand

@@ -19,9 +19,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from cooper_jax.kernels import gumbel, online
+from cooper_jax.kernels.triton_backend import plgpu
 
 ROWS = {"draw": 64, "greedy": 64, "score": 128}  # upper bound on a tile's rows; hashing needs registers
 DEPTH_BYTES = 128  # of each row of hidden and head, loaded at a time

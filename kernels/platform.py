@@ -3,12 +3,14 @@
 xla                plain jnp, on any platform; the default on CPUs
 tpu                Pallas through Mosaic
 tpu_interpret      the tpu kernels interpreted on a CPU, with their copies and semaphores: for tests
-triton             Pallas through Triton, for CUDA GPUs
+triton             Pallas through Triton, for CUDA GPUs, if this jax has that backend (triton_backend.py)
 triton_interpret   the triton kernels interpreted on a CPU: for tests
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import NamedTuple
 
 import jax
@@ -33,9 +35,25 @@ _OF_PLATFORM = {"tpu": "tpu", "gpu": "triton", "cuda": "triton"}
 
 
 def default_implementation(platform: str | None = None) -> str:
-    """Return the implementation for a platform ("cpu", "gpu", "tpu").  platform None: the default backend."""
+    """Return the implementation for a platform ("cpu", "gpu", "tpu").  platform None: the default backend.
+
+    It is xla where a GPU has no Pallas backend, with a message on stderr.
+    """
     platform = jax.default_backend() if platform is None else platform
-    return _OF_PLATFORM.get(platform, "xla")
+    name = _OF_PLATFORM.get(platform, "xla")
+    return "xla" if name == "triton" and not _has_triton() else name
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Return True if Pallas' backend for Triton can be imported; otherwise print the reason, once."""
+    # Imported here: Pallas is slow to import, and the CPU does not need it.
+    try:
+        from cooper_jax.kernels import triton_backend  # noqa: F401
+    except ImportError as error:
+        print(f"warning: {error}; GPUs use plain XLA", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def is_pallas(implementation: str | None) -> bool:

@@ -31,14 +31,13 @@ N rows   V vocabulary (columns of -inf are never drawn)   M blocks of 128 tokens
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cooper_jax.kernels import platform, sampling_spans, sampling_tpu, sampling_triton
+from cooper_jax.kernels import platform, sampling_spans, sampling_tpu
 from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Statistics, row_statistics, sum_pairwise
 
 LEVELS = 3  # uniforms per token: one for the group, one for the block, one for the token in the block
@@ -222,10 +221,16 @@ def _tpu_statistics(logits: jax.Array, rule: Rule, axis_name: str | None, interp
     return sampling_spans.span_statistics(sampling_tpu, logits, rule, axis_name, interpret)
 
 
+def _triton_statistics(logits: jax.Array, rule: Rule, axis_name: str | None, interpret: bool) -> Statistics:
+    from cooper_jax.kernels import sampling_triton
+
+    return sampling_spans.span_statistics(sampling_triton, logits, rule, axis_name, interpret)
+
+
 _STATISTICS: dict[str, Callable[..., Statistics]] = {
     "xla": _xla_statistics,
     "tpu": _tpu_statistics,
-    "triton": functools.partial(sampling_spans.span_statistics, sampling_triton),
+    "triton": _triton_statistics,
 }
 
 

@@ -21,9 +21,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from cooper_jax.kernels.sampling_statistics import BLOCK, Rule, Spans
+from cooper_jax.kernels.triton_backend import plgpu
 
 SPAN = 64  # blocks of a span
 CANDIDATES = 15  # X: thresholds that one pass over the logits tries
