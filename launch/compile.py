@@ -279,7 +279,8 @@ def _format_phases(step: StepEstimate, devices: int) -> str:
     if step.ahead:
         others = sum(step.phases.values()) - step.phases["rollout"]
         lines.append(
-            f"the next step's rollout runs beside the other phases, which take {others:.3f} s together"
+            f"the next step's rollout runs beside the other phases, which take {others:.3f} s together; "
+            "the copy of the weights to its devices is not counted"
         )
     lines.append(
         f"{'in all':15}{step.seconds:9.3f} s, {step.tokens:,} sampled tokens: "

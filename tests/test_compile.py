@@ -246,6 +246,32 @@ def test_a_step_adds_up():
     assert step.seconds == 12.0 and step.tokens_per_second == 20.0
     assert step.limit == 92 and step.largest.name == "b" and step.fits
     assert not dataclasses.replace(step, reserve=0.11).fits
+    # A rollout one step ahead runs beside the other phases, of which the slower side counts.
+    assert dataclasses.replace(step, ahead=True).seconds == 6.0
+    longer = dataclasses.replace(step, programs=(*parts, figure("d", "reward", 1, 3.0, 10)), ahead=True)
+    assert longer.seconds == 9.0
+
+
+def test_a_rollout_ahead_has_the_programs_and_the_memory_of_its_own_mesh():
+    cfg = aot_job.drop_data(config(mesh__rollout="1x2x1", rollout__ahead=1))
+    topology = chips.find_topology("cpu:8")
+    layouts = device_layouts.make_layouts(cfg, topology.devices)
+    learner, ahead = (
+        aot_job.describe_job(cfg, layouts[name], topology.chip.memory) for name in ("policy", "rollout")
+    )
+    job = dataclasses.replace(learner, ahead=ahead)
+    sizes = aot_programs.resident_bytes(job)
+    # Two float32 copies of the policy on two devices; the learner's six hold it with two moments.
+    assert sizes["rollout's policy"] == pytest.approx(2 * sizes["policy"], rel=0.1)
+    for program in aot_programs.list_programs(job):
+        is_rollout = program.phase == "rollout"
+        assert ("rollout's policy" in program.live, "policy" in program.live) == (is_rollout, not is_rollout)
+        assert job.layout_of(program.phase).mesh.size == (2 if is_rollout else 6)
+
+
+def test_exact_mode_is_not_estimated():
+    with pytest.raises(SetupError, match="exact=True: its forward passes are not estimated"):
+        job_of(config(exact=True))
 
 
 def test_what_is_held_is_what_the_compiler_made():

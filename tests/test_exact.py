@@ -94,6 +94,8 @@ def test_the_learner_finds_the_log_probabilities_of_the_rollout(name, build, fou
         for quantity in ("rollout_mismatch", "rollout_mismatch_max", "rollout_mismatch_p99"):
             assert metrics[f"policy/{quantity}"] == 0.0, quantity
         assert metrics["policy/rollout_ratio_min"] == metrics["policy/rollout_ratio_max"] == 1.0
+        # Tokens were sampled from the distribution of these log-probabilities: found by two programs.
+        assert metrics["exact/logprob_difference"] < 1e-5
     if "bfloat16" in name:
         assert sum(metrics["exact/corrected_tokens"] for metrics, _ in steps) > 0, "nothing was corrected"
         assert max(metrics["exact/rounds"] for metrics, _ in steps) > 1

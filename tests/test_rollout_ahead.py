@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 import zlib
 
 import jax
@@ -233,29 +234,81 @@ def test_a_run_that_ends_cancels_the_rollout(build, monkeypatch):
 
 
 def test_sigterm_ends_the_wait(monkeypatch):
-    """Within the first look, though the rollout goes on; in a run of one process."""
+    """Behind the segment that is running, though the rollout goes on."""
     end = threading.Event()
-    pending = PendingRollout(end.wait)
+
+    def sample(begin_segment):
+        begin_segment()
+        end.wait()
 
     def stop():
         raise hosts.Stopped
 
-    monkeypatch.setattr(hosts, "raise_if_stopping_alone", stop)
+    monkeypatch.setattr(hosts, "raise_if_stopping", stop)
+    pending = PendingRollout(sample)
     with pytest.raises(hosts.Stopped):
         pending.result()
     end.set()
-    pending.wait()
+
+
+def test_sigterm_is_looked_for_once_a_segment(monkeypatch):
+    """Also for segments that have passed: so processes that wait for different times call it equally often."""
+    calls = []
+    monkeypatch.setattr(hosts, "raise_if_stopping", lambda: calls.append(1))
+    thread = RolloutThread()
+    pending = thread.start(lambda begin_segment: [begin_segment() for _ in range(5)])
+    pending._thread.join()
+    assert thread.take(pending) == [None] * 5 and len(calls) == 5
+
+
+@pytest.mark.parametrize("behind", [0, 3])
+def test_a_pause_holds_all_hosts_behind_the_same_segment(monkeypatch, behind):
+    """Another host has begun as many segments more, which this one has to run as well."""
+    begun, started = [], threading.Event()
+
+    def sample(begin_segment):
+        while True:
+            begin_segment()
+            begun.append(1)
+            started.set()
+            time.sleep(0.001)
+
+    held = []
+
+    def exchange(name, own):
+        time.sleep(0.05)  # the thread is held meanwhile
+        assert len(begun) == own
+        held.append(own + behind)
+        return [own, own + behind]
+
+    monkeypatch.setattr(hosts, "exchange_json", exchange)
+    thread = RolloutThread()
+    thread.start(sample)
+    started.wait()
+    with thread.pause():
+        time.sleep(0.05)
+        assert [len(begun)] == held
+    until = time.monotonic() + 10
+    while len(begun) < held[0] + 5:
+        assert time.monotonic() < until, "the rollout does not go on"
+        time.sleep(0.001)
+    thread.cancel()
+    ended = len(begun)
+    assert ended == held[1]
+    time.sleep(0.02)
+    assert len(begun) == ended
 
 
 def test_one_rollout_at_a_time():
     thread, end = RolloutThread(), threading.Event()
-    pending = thread.start(lambda between_segments: end.wait())
+    thread.start(lambda begin_segment: end.wait())
     with pytest.raises(AssertionError, match="another step"):
-        thread.start(lambda between_segments: None)
-    end.set()
-    assert thread.take(pending) is True
-    assert thread.take(thread.start(lambda between_segments: 7)) == 7
-    thread.close()
+        thread.start(lambda begin_segment: None)
+    end.set()  # it has no further segment, so that this waits for its end
+    thread.cancel()
+    assert thread.take(thread.start(lambda begin_segment: 7)) == 7
+    with thread.pause():
+        pass  # nothing runs
 
 
 @pytest.mark.parametrize(

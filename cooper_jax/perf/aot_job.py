@@ -109,7 +109,8 @@ class CompileJob:
 def drop_data(cfg: ConfigDict) -> ConfigDict:
     """Remove from the config the files that compiling does not need: problems and the reward model's weights.
 
-    Raises SetupError for settings out of range, and for models with meshes of their own; rollouts may have one.
+    Raises SetupError for settings out of range, for exact=True, and for models with meshes of their own.  Rollouts
+    may have one.
     """
     cfg = cfg.copy_and_resolve_references()
     cfg.data.update(format="synthetic", train="", train_weights="", eval="", eval_weights="")
@@ -117,6 +118,8 @@ def drop_data(cfg: ConfigDict) -> ConfigDict:
     # The check of the settings requires the reward model's weights, but compiling needs only its shape.
     checked = cfg if cfg.reward.weights else _change_field(cfg, "reward.weights", "random")
     RunSettings.from_config(checked, with_assistant=False)
+    if cfg.exact:
+        raise SetupError("exact=True: its forward passes are not estimated; leave it out")
     for name in ("reward", "reference", "assistant"):
         if cfg.mesh[name]:
             raise SetupError(

@@ -18,6 +18,7 @@ N rows, prompt-major   P prompt tokens   T response tokens   S = P + T   V vocab
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,8 +37,11 @@ from cooper_jax.runtime import hosts, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Metrics, Params, Rollout
 
-# (params, tokens i32[N, S], valid bool[N, S], positions i32[N], samples i32[N], key) -> tokens i32[N, T]
-Resample = Callable[[Params, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# (params, tokens i32[N, S], valid bool[N, S], positions i32[N], samples i32[N], key)
+#   -> tokens i32[N, T], their log-probabilities f32[N, T]
+Resample = Callable[
+    [Params, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]
+]
 
 # (prompts, positions, limits, continuation) -> a rollout of one response to each prompt
 Continue = Callable[[list[list[int]], list[int], list[int], Continuation], Rollout]
@@ -70,8 +74,8 @@ def make_resample(
         positions: jax.Array,
         samples: jax.Array,
         key: jax.Array,
-    ) -> jax.Array:
-        def sample_rows(rows: dict[str, jax.Array]) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
+        def sample_rows(rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             total = rows["tokens"].shape[1]
             # Padding ids may be outside the vocabulary; token 0 is a safe index into the embedding.
             hidden = transformer.hidden_states(
@@ -86,15 +90,16 @@ def make_resample(
             row_keys = jax.random.wrap_key_data(rows["keys"], impl="threefry2x32")
 
             # One column at a time: the logits of all would be [m, T, V].
-            def sample_column(column: tuple[jax.Array, jax.Array]) -> jax.Array:
+            def sample_column(column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 index, states = column  # i32[], [m, D]
                 sampled = sample_from_hidden(
                     params, config, states, row_keys, index, spec, layout, implementation
                 )
-                return sampled.token
+                return sampled.token, sampled.logprob
 
             indices = jnp.arange(columns, dtype=jnp.int32)
-            return jax.lax.map(sample_column, (indices, hidden.swapaxes(0, 1))).T
+            sampled, logprobs = jax.lax.map(sample_column, (indices, hidden.swapaxes(0, 1)))
+            return sampled.T, logprobs.T
 
         keys = sampling_spec.make_row_keys(key, positions, 1, samples)
         rows = {"tokens": tokens, "valid": valid, "keys": jax.random.key_data(keys)}
@@ -116,7 +121,7 @@ def correct_draft(
     resample: Resample,
     continue_rollout: Continue,
 ) -> tuple[Rollout, Metrics]:
-    """Correct a rollout until each token is the one that the learner samples; the log-probabilities stay unset.
+    """Correct a rollout until each token is the one that the learner samples, with its log-probability there.
 
     Args:
       draft: the rollout of the prompts, with the same key and spec.
@@ -128,6 +133,9 @@ def correct_draft(
 
     Metrics: exact/rounds, the number of forward passes; exact/corrected_rows, the share of responses in which a
     token was replaced, and exact/corrected_tokens, the number of replaced tokens.
+
+    Raises FloatingPointError if tokens still differ after a round for each token of a response: the learner's
+    programs are not deterministic on these devices.  Raises hosts.Stopped after a SIGTERM.
     """
     group = spec.group_size
     tokens, mask, finished = (np.array(x) for x in (draft.tokens, draft.mask, draft.finished))
@@ -136,7 +144,14 @@ def correct_draft(
     corrected = np.zeros(len(tokens), np.int64)
     rounds = 0
     while True:
+        hosts.raise_if_stopping()
         rounds += 1
+        if rounds > spec.max_new_tokens + 1:
+            raise FloatingPointError(
+                f"exact=True: after {rounds - 1} rounds the learner still samples other tokens in rows "
+                f"{np.flatnonzero(corrected == corrected.max())[:4].tolist()}: its programs are not deterministic "
+                "on these devices; set exact=False"
+            )
         # A rollout's arrays are NumPy's on the host, although its fields are declared as jax's.
         logprobs = np.zeros(tokens.shape, np.float32)
         arrays: dict[str, Any] = dict(tokens=tokens, mask=mask, finished=finished, logprobs=logprobs)
@@ -154,8 +169,10 @@ def correct_draft(
             ),
             "batch",
         )
-        sampled = resample(params, given, valid, places, indices, key)
-        found = hosts.fetch_arrays(sampled)[: len(tokens)]  # i32[N, T]
+        # i32[N, T] and f32[N, T]
+        found, found_logprobs = (
+            x[: len(tokens)] for x in hosts.fetch_arrays(resample(params, given, valid, places, indices, key))
+        )
         differs = mask & (found != tokens)
         rows = np.flatnonzero(differs.any(axis=1))
         if not len(rows):
@@ -193,4 +210,4 @@ def correct_draft(
         "exact/corrected_rows": float((corrected > 0).mean()),
         "exact/corrected_tokens": float(corrected.sum()),
     }
-    return rollout, metrics
+    return dataclasses.replace(rollout, logprobs=np.where(mask, found_logprobs, 0)), metrics

@@ -20,6 +20,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from cooper_jax.policy.advantages import find_flat_groups
@@ -44,12 +45,20 @@ class SampledBatch:
     sampled_tokens: int  # also those of groups that were replaced
 
 
+def make_rollout_key(components: Components, step: int) -> jax.Array:
+    """Make the key of a step's rollouts.
+
+    One key serves all batches of a step: draws are keyed by the problems' positions as well.
+    """
+    return keys.make_key(components.settings.seed, "rollout", step)
+
+
 def sample_batch(
     components: Components,
     params: Params,
     phases: PhaseTimer,
     *,
-    step: int,
+    key: jax.Array,
     first: int,
     count: int | None = None,
     reward_params: Params | None = None,
@@ -59,7 +68,7 @@ def sample_batch(
 
     Args:
       params: the policy's, on the rollout's devices.
-      step: that the batch is for; it keys the random draws.
+      key: of the step's draws, from `make_rollout_key`.
       first: position of the first problem.
       count: the number of problems; None: data.prompts_per_step.
       reward_params: the reward model's, to score responses while others are sampled; None: they are scored
@@ -69,8 +78,6 @@ def sample_batch(
     batch = policy_stages.take_problems(components, first, count=count)
     grader = ResponseGrader(components, batch, reward_params, rewards_policy=True)
 
-    # One key serves all batches of a step: draws are keyed by the problems' positions as well.
-    key = keys.make_key(components.settings.seed, "rollout", step)
     with phases.phase("rollout"):
         rollout, completions, metrics = policy_stages.sample_responses(
             components,
@@ -117,7 +124,7 @@ def replace_flat_groups(
             components,
             state.sampling_params,
             phases,
-            step=state.step + 1,
+            key=make_rollout_key(components, state.step + 1),
             first=graded.next_position,
             count=missing,
             reward_params=reward_params,
@@ -135,6 +142,13 @@ def replace_flat_groups(
         "rule/sampled_accuracy": float(np.mean(correct)),
     }
     kept = graded.take_groups(chosen)
+    if components.policy.resample is not None:
+        # The learner's log-probabilities again, in the batch in which the update computes them: as exact.py says,
+        # they are those of one program on the same arrays.
+        rollout = policy_stages.set_learner_logprobs(
+            components, state.policy.params, kept.problems.prompt_tokens, kept.rollout
+        )
+        kept = dataclasses.replace(kept, rollout=rollout)
     return dataclasses.replace(kept, metrics=sampled.metrics | metrics)
 
 

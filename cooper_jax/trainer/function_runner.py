@@ -84,7 +84,7 @@ class Call:
     def __init__(self, arguments: Mapping[str, Any], rows: int):
         self.arguments = arguments
         self.rows = rows
-        self.submitted = time.monotonic()
+        self.submitted = time.monotonic()  # or started again
         self.loop: asyncio.AbstractEventLoop | None = None  # of an async function's call
         self.done = threading.Event()
         self._result: CallResult | None = None
@@ -121,6 +121,9 @@ class FunctionRunner:
         self._is_async = _is_async(function)
         self._queue: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
+        # With rollouts one step ahead a thread submits calls of the next step while another waits for this step's.
+        self._lock = threading.Lock()  # guards the loop and the calls in it
+        self._running: list[Call] = []  # of an async function, in the loop
         if not self._is_async:
             threading.Thread(target=self._supervise, daemon=True, name="reward function").start()
 
@@ -132,28 +135,50 @@ class FunctionRunner:
         elif self._abandoned >= MAX_ABANDONED:
             call.finish(self._give_up(rows))
         else:
-            if self._loop is None:
-                self._loop = _start_loop()
-            call.loop = self._loop
-            asyncio.run_coroutine_threadsafe(self._run_async(call), call.loop)
+            self._start_async(call)
         return call
 
     def wait(self, call: Call) -> CallResult:
         """Wait for a call's result.  Raises hosts.Stopped after SIGTERM in a run of one process."""
         # The supervising thread ends every call of an ordinary function; a blocked event loop ends none.  Calls of
         # an async function start when they are submitted.
-        deadline = call.submitted + self._timeout + GRACE
         while not call.done.wait(POLL):
             hosts.raise_if_stopping_alone()
-            if self._is_async and time.monotonic() > deadline:
+            if self._is_async and time.monotonic() > call.submitted + self._timeout + GRACE:
                 message = f"no result within {self._timeout} s: it blocks its event loop"
                 call.finish(fail_call(call.rows, TIMEOUT, message))
 
-                # The next call gets a new loop; others that wait in the old one have run out of time as well.
-                if self._loop is call.loop:
-                    self._loop = None
-                    self._abandoned += 1
+                self._leave_loop(call)
         return call.result
+
+    def _start_async(self, call: Call) -> None:
+        """Start a call of an async function in the current event loop."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = _start_loop()
+            call.loop = self._loop
+            self._running = [other for other in self._running if not other.done.is_set()] + [call]
+            asyncio.run_coroutine_threadsafe(self._run_async(call), call.loop)
+
+    def _leave_loop(self, call: Call) -> None:
+        """Leave the event loop that a call blocks; the next call gets a new one.
+
+        Calls that were submitted to it later, those of the next step, have not had their time: they start again.
+        """
+        with self._lock:
+            if self._loop is not call.loop:
+                return
+            self._loop = None
+            self._abandoned += 1
+            waiting, self._running = self._running, []
+        now = time.monotonic()
+        for other in waiting:
+            if not other.done.is_set() and now <= other.submitted + self._timeout + GRACE:
+                if self._abandoned >= MAX_ABANDONED:
+                    other.finish(self._give_up(other.rows))
+                else:
+                    other.submitted = now
+                    self._start_async(other)
 
     def close(self) -> None:
         """End the function's thread, once it has returned."""

@@ -139,7 +139,11 @@ def correct_rollout(
 ) -> tuple[Rollout, Metrics]:
     """Make a rollout exact: its tokens are those that the learner samples, its log-probabilities the learner's.
 
-    Returns the rollout and metrics of `exact.correct_draft`.  Raises hosts.Stopped after a SIGTERM.
+    Returns the rollout and metrics of `exact.correct_draft`, and exact/logprob_difference, the largest difference
+    in nats between the distributions that tokens were sampled from and those of the learner's log-probabilities,
+    at the sampled tokens.  Both are of the same forward pass, in two programs.
+
+    Raises hosts.Stopped after a SIGTERM.
     """
     settings, layout = components.settings, components.layout
     model, spec = components.policy.model, components.policy.sampling
@@ -176,12 +180,21 @@ def correct_rollout(
         continue_rollout=continue_rollout,
     )
 
+    exact_rollout = set_learner_logprobs(components, params, batch.prompt_tokens, rollout)
+    difference = np.abs(np.asarray(exact_rollout.logprobs) - np.asarray(rollout.logprobs))
+    metrics["exact/logprob_difference"] = float(difference[np.asarray(rollout.mask)].max(initial=0.0))
+    return exact_rollout, metrics
+
+
+def set_learner_logprobs(
+    components: Components, params: Params, prompt_tokens: Sequence[Sequence[int]], rollout: Rollout
+) -> Rollout:
+    """Replace a rollout's log-probabilities by those that the learner computes for its tokens."""
     # The same program on the same arrays as in `compute_logprobs`.
-    packed = pack_responses(components, batch.prompt_tokens, rollout)
-    tokens, valid = layout.put((packed.tokens, packed.valid), "batch")
+    packed = pack_responses(components, prompt_tokens, rollout)
+    tokens, valid = components.layout.put((packed.tokens, packed.valid), "batch")
     logprobs = components.policy.logprobs(params, tokens, valid, packed.response_mask.shape[1])
-    fetched = hosts.fetch_arrays(logprobs)[: len(rollout.tokens)]
-    return dataclasses.replace(rollout, logprobs=fetched), metrics
+    return dataclasses.replace(rollout, logprobs=hosts.fetch_arrays(logprobs)[: len(rollout.tokens)])
 
 
 def pack_responses(

@@ -14,26 +14,36 @@ The rollouts have devices of their own (mesh.rollout).  theta_k are the policy's
    resumed run samples that step again, with the same draws.
 
 Weights are never older, since one batch at a time is sampled and none waits in a queue.  The thread launches
-programs on the rollout's devices alone, and no other thread does at that time, so all hosts launch the programs of
-each device in one order.
+programs on the rollout's devices alone, and no other thread does while it runs, so all hosts launch the programs of
+each device in one order.  Orbax launches one on all devices when it saves: the rollout is paused then
+(rollout_thread.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from cooper_jax.model import transformer
-from cooper_jax.runtime import hosts, mesh
+from cooper_jax.runtime import mesh
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.runtime.optim import select_trained
-from cooper_jax.trainer.dynamic_sampling import SampledBatch, replace_flat_groups, sample_batch
+from cooper_jax.trainer.dynamic_sampling import (
+    SampledBatch,
+    make_rollout_key,
+    replace_flat_groups,
+    sample_batch,
+)
 from cooper_jax.trainer.rollout_thread import PendingRollout
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.types import Metrics, Params
+
+_PART_BYTES = 2**27  # of an array that passes through the hosts' memory, at a time
 
 
 def take_batch(components: Components, state: State, phases: PhaseTimer) -> tuple[SampledBatch, State]:
@@ -87,10 +97,13 @@ def _start_rollout(
     """
     assert components.rollout_thread is not None
 
+    # Made here, since it is a program of the policy's devices.
+    key = make_rollout_key(components, step)
+
     # Responses are scored when the batch is taken, since the reward model changes until then.
     def sample(between_segments: Callable[[], None]) -> SampledBatch:
         return sample_batch(
-            components, params, PhaseTimer(), step=step, first=first, between_segments=between_segments
+            components, params, PhaseTimer(), key=key, first=first, between_segments=between_segments
         )
 
     return components.rollout_thread.start(sample)
@@ -112,5 +125,22 @@ def copy_to_rollout(components: Components, params: Params) -> Params:
 
 def _copy_through_host(x: jax.Array, sharding: jax.sharding.NamedSharding) -> jax.Array:
     """Copy an array to the devices of another mesh.  Collective."""
-    value = hosts.fetch_arrays(x)
+    # A part is gathered on every device of its mesh before the host reads it, so parts are small.
+    rows = max(1, _PART_BYTES * x.shape[0] // x.nbytes)
+    take = _make_take(x.sharding.mesh)
+    value = np.empty(x.shape, x.dtype)
+    for start in range(0, x.shape[0], rows):
+        count = min(rows, x.shape[0] - start)
+        value[start : start + count] = take(x, start, count)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+@functools.cache
+def _make_take(source: jax.sharding.Mesh) -> Callable[[jax.Array, int, int], jax.Array]:
+    """Make the function (x, start, count) -> x[start : start + count], in full on every device of x's mesh."""
+    replicated = jax.sharding.NamedSharding(source, jax.sharding.PartitionSpec())
+    return jax.jit(
+        lambda x, start, count: jax.lax.dynamic_slice_in_dim(x, start, count),
+        static_argnums=2,
+        out_shardings=replicated,
+    )

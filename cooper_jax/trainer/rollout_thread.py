@@ -1,8 +1,19 @@
-"""The thread in which a rollout runs beside the rest of a step (rollout_ahead.py)."""
+"""The thread in which a rollout runs beside the rest of a step (rollout_ahead.py).
+
+On several hosts each segment of the rollout is one program of all hosts.  They must launch the same segments, so a
+rollout is paused and cancelled behind the same segment everywhere:
+
+1. `pause` holds the thread in front of its next segment, and the hosts exchange how many each has begun.
+2. The most that any has begun are run by all; then every thread waits until the pause ends.
+
+A SIGTERM is noticed at a call of `hosts.raise_if_stopping`, which all processes make equally often: `take` makes
+one for each segment of the rollout, also for those that have passed.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +25,8 @@ from cooper_jax.runtime import hosts
 
 T = TypeVar("T")
 
-# A function that samples a batch.  It calls its argument between two decode segments.
+# A function that samples a batch.  It calls its argument before each segment.
 Sample = Callable[[Callable[[], None]], T]
-
-_POLL = 0.2  # seconds between two looks at whether the run is to stop
 
 
 class Cancelled(Exception):
@@ -25,9 +34,9 @@ class Cancelled(Exception):
 
 
 class PendingRollout(Generic[T]):
-    """A rollout in its thread; `result` waits for it."""
+    """A rollout in its thread."""
 
-    def __init__(self, sample: Callable[[], T]):
+    def __init__(self, sample: Sample[T]):
         """Start `sample` in a thread."""
         self._sample = sample
         self._results: list[T] = []  # one entry once it has ended, unless it failed
@@ -35,32 +44,80 @@ class PendingRollout(Generic[T]):
         self._start_time = time.perf_counter()
         self.seconds = 0.0  # that the sampling took; set once it has ended
 
+        # One True for each segment that was begun, and False at the end.
+        self._segments: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+        # The state of a pause.  The condition's lock guards it.
+        self._changed = threading.Condition()
+        self._begun = 0  # segments
+        self._limit: int | None = None  # of segments, during a pause
+        self._is_held = False  # True while the thread waits at the limit
+        self._is_cancelled = False
+
         # A daemon: an error elsewhere must be able to end the process.
         self._thread = threading.Thread(target=self._run, daemon=True, name="rollout")
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._results.append(self._sample())
+            self._results.append(self._sample(self._begin_segment))
         except BaseException as error:
             # A thread's exception would only be printed: `result` raises it in the caller's thread.
             self._error = error
         self.seconds = time.perf_counter() - self._start_time
+        self._segments.put(False)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _begin_segment(self) -> None:
+        """Wait for the end of a pause, and count the segment.  Raises Cancelled."""
+        with self._changed:
+            while self._limit is not None and self._begun >= self._limit and not self._is_cancelled:
+                self._is_held = True
+                self._changed.notify_all()
+                self._changed.wait()
+            self._is_held = False
+            if self._is_cancelled:
+                raise Cancelled
+            self._begun += 1
+        self._segments.put(True)
 
     def result(self) -> T:
-        """Wait for the rollout.
+        """Wait for the rollout.  Collective: all hosts call it once for each rollout.
 
-        Raises the exception that ended it, and hosts.Stopped after a SIGTERM in a run of one process.
+        Raises the exception that ended it, and hosts.Stopped after a SIGTERM.
         """
-        while self._thread.is_alive():
-            self._thread.join(_POLL)
-            hosts.raise_if_stopping_alone()
+        while self._segments.get():
+            hosts.raise_if_stopping()
+        self._segments.put(False)  # for another call
+        self._thread.join()
         if self._error is not None:
             raise self._error
         return self._results[0]
 
-    def wait(self) -> None:
-        """Wait until the thread has ended, whatever its result is."""
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """In this context no program of the rollout is running or launched.  Collective."""
+        with self._changed:
+            self._limit = begun = self._begun
+        limit = max(hosts.exchange_json("pause of a rollout", begun))
+        with self._changed:
+            self._limit = limit
+            self._changed.notify_all()
+            while self._thread.is_alive() and not (self._is_held and self._begun == limit):
+                # The thread notifies before it ends, and is alive for a moment longer.
+                self._changed.wait(timeout=0.05)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._limit = None
+                self._changed.notify_all()
+
+    def cancel(self) -> None:
+        """End the rollout, behind the same segment on all hosts.  Collective."""
+        with self.pause(), self._changed:
+            self._is_cancelled = True
         self._thread.join()
 
 
@@ -69,35 +126,29 @@ class RolloutThread:
 
     def __init__(self) -> None:
         self._pending: PendingRollout | None = None
-        self._cancelled = threading.Event()
 
     def start(self, sample: Sample[T]) -> PendingRollout[T]:
         """Start a rollout, and return without waiting.  The one before must have been taken."""
         assert self._pending is None, "the rollout of another step has not been taken"
-        pending = PendingRollout(lambda: sample(self._raise_if_cancelled))
+        pending = PendingRollout(sample)
         self._pending = pending
         return pending
 
     def take(self, pending: PendingRollout[T]) -> T:
-        """Wait for the rollout that `start` returned; another one can be started then."""
+        """Wait for the rollout that `start` returned, as `PendingRollout.result` does; then another can start."""
         result = pending.result()
         self._pending = None
         return result
 
-    def close(self) -> None:
-        """End a rollout that no step will take.
+    def pause(self) -> contextlib.AbstractContextManager[None]:
+        """In this context no program of a rollout runs: others may use the rollout's devices.  Collective."""
+        return contextlib.nullcontext() if self._pending is None else self._pending.pause()
 
-        Several hosts would leave it after different segments, and one of them would wait for the others'
-        devices for ever.  They sample it to its end.
-        """
-        if jax.process_count() == 1:
-            self._cancelled.set()
+    def cancel(self) -> None:
+        """End a rollout that no step will take.  Collective."""
         if self._pending is not None:
-            self._pending.wait()
-
-    def _raise_if_cancelled(self) -> None:
-        if self._cancelled.is_set():
-            raise Cancelled
+            self._pending.cancel()
+            self._pending = None
 
 
 @contextlib.contextmanager
@@ -110,4 +161,6 @@ def open_rollout_thread(ahead: int) -> Iterator[RolloutThread | None]:
     try:
         yield thread
     finally:
-        thread.close()
+        # After an error on one of several hosts the others do not call this: the process ends with its thread.
+        if jax.process_count() == 1:
+            thread.cancel()

@@ -26,7 +26,7 @@ from cooper_jax.reward.pairs.build_pairs import PairResult
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import policy_stages, reward_stages
-from cooper_jax.trainer.dynamic_sampling import replace_flat_groups, sample_batch
+from cooper_jax.trainer.dynamic_sampling import make_rollout_key, replace_flat_groups, sample_batch
 from cooper_jax.trainer.rollout_ahead import take_batch
 from cooper_jax.trainer.samples import StepRecord
 from cooper_jax.trainer.state import Components, State
@@ -53,7 +53,7 @@ def cooper_step(
             components,
             state.policy.params,
             phases,
-            step=step,
+            key=make_rollout_key(components, step),
             first=state.position,
             reward_params=state.reward_params,
         )

@@ -90,9 +90,11 @@ def train(cfg: ConfigDict) -> None:
                 # The loop waits only for a copy of the arrays; they are written in the background.  This phase's
                 # time is logged in the next step's row.
                 if state.step % settings.checkpoint.every == 0 or state.step == settings.steps:
-                    with setup_errors("checkpoint"), phases.phase("checkpoint"):
+                    with setup_errors("checkpoint"), phases.phase("checkpoint"), pause_rollout(components):
                         save_checkpoint(components, state, run, checkpoints)
         except hosts.Stopped:
+            if components.rollout_thread is not None:
+                components.rollout_thread.cancel()
             save_last_step(components, state, run, checkpoints)
             raise
 
@@ -102,6 +104,17 @@ def train(cfg: ConfigDict) -> None:
     hosts.print_once(
         f"{path}: {settings.steps} steps complete; see metrics.jsonl, samples.jsonl and checkpoints/ in it"
     )
+
+
+def pause_rollout(components: Components) -> contextlib.AbstractContextManager[None]:
+    """The context in which a checkpoint is saved: on several hosts no rollout runs in it.
+
+    Orbax synchronises the hosts by a program on all devices.  Hosts that launched it before and others that
+    launched it after the same segment of a rollout would wait for each other for ever.
+    """
+    if components.rollout_thread is None or jax.process_count() == 1:
+        return contextlib.nullcontext()
+    return components.rollout_thread.pause()
 
 
 def measure_speed(record: StepRecord, seconds: float) -> Metrics:
