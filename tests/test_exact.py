@@ -80,14 +80,11 @@ def run_case(name, build, found):
     return found[name]
 
 
-# The default run has the two whose results are compared below.
-MARKED = [
-    name if name in ("float32", "bfloat16, int8 cache") else pytest.param(name, marks=pytest.mark.slow)
-    for name in CASES
-]
+SLOTS = pytest.param("refills and compaction", marks=pytest.mark.slow)
+UPDATES = pytest.param("several updates", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("name", ["float32", "bfloat16, int8 cache", SLOTS, UPDATES])
 def test_the_learner_finds_the_log_probabilities_of_the_rollout(name, build, found):
     steps, _ = run_case(name, build, found)
     for metrics, _ in steps:
@@ -101,7 +98,7 @@ def test_the_learner_finds_the_log_probabilities_of_the_rollout(name, build, fou
         assert max(metrics["exact/rounds"] for metrics, _ in steps) > 1
 
 
-@pytest.mark.parametrize("name", [name for name in MARKED if name not in ("float32", "several updates")])
+@pytest.mark.parametrize("name", ["bfloat16, int8 cache", SLOTS])
 def test_the_rollouts_types_and_slots_change_nothing(name, build, found):
     """The responses are the learner's, so a rough draft ends as the same text as a precise one."""
     (precise, params), (rough, other) = (run_case(case, build, found) for case in ("float32", name))
@@ -114,6 +111,17 @@ def test_on_a_mesh_of_2x1x1(build):
     found, _ = run_steps(build, count=2, devices=2, **COARSE)
     assert all(metrics["policy/rollout_mismatch_max"] == 0.0 for metrics, _ in found)
     assert sum(metrics["exact/corrected_tokens"] for metrics, _ in found) > 0
+
+
+@pytest.mark.slow
+def test_groups_that_replace_flat_ones(build):
+    """They are corrected in batches of their own; the update's batch has other rows."""
+    changes = COARSE | {"data.refill_prompts": 6, "data.synthetic_size": 40, "rollout.group_size": 2}
+    found, _ = run_steps(build, count=2, **changes)
+    assert sum(metrics["data/replaced_groups"] for metrics, _ in found) > 0
+    for metrics, _ in found:
+        assert metrics["policy/rollout_mismatch_max"] == 0.0
+        assert metrics["policy/rollout_ratio_min"] == metrics["policy/rollout_ratio_max"] == 1.0
 
 
 def test_without_it_the_same_run_disagrees(build):
