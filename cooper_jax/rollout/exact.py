@@ -18,7 +18,6 @@ N rows, prompt-major   P prompt tokens   T response tokens   S = P + T   V vocab
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -210,4 +209,5 @@ def correct_draft(
         "exact/corrected_rows": float((corrected > 0).mean()),
         "exact/corrected_tokens": float(corrected.sum()),
     }
-    return dataclasses.replace(rollout, logprobs=np.where(mask, found_logprobs, 0)), metrics
+    arrays["logprobs"] = np.where(mask, found_logprobs, 0)
+    return Rollout(**arrays), metrics

@@ -127,6 +127,7 @@ def _copy_through_host(x: jax.Array, sharding: jax.sharding.NamedSharding) -> ja
     """Copy an array to the devices of another mesh.  Collective."""
     # A part is gathered on every device of its mesh before the host reads it, so parts are small.
     rows = max(1, _PART_BYTES * x.shape[0] // x.nbytes)
+    assert isinstance(x.sharding, jax.sharding.NamedSharding)
     take = _make_take(x.sharding.mesh)
     value = np.empty(x.shape, x.dtype)
     for start in range(0, x.shape[0], rows):
