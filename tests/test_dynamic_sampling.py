@@ -135,7 +135,13 @@ def test_scores_are_those_of_the_kept_groups(build, monkeypatch):
             seen.append(grade(*args))
             return seen[-1]
 
-        first = dynamic_sampling.sample_batch(components, state.policy.params, PhaseTimer(), step=1, first=0)
+        first = dynamic_sampling.sample_batch(
+            components,
+            state.policy.params,
+            PhaseTimer(),
+            key=dynamic_sampling.make_rollout_key(components, 1),
+            first=0,
+        )
         scores = first.grader.collect_scores(state.reward_params)
         spread = np.sort(scores.reshape(B, G).std(axis=1, ddof=1))
         policy = dataclasses.replace(components.settings.policy, flat_std=float(spread[1]) * 1.0001)
@@ -143,7 +149,13 @@ def test_scores_are_those_of_the_kept_groups(build, monkeypatch):
             components, settings=dataclasses.replace(components.settings, policy=policy)
         )
         monkeypatch.setattr(dynamic_sampling, "_grade", note)
-        first = dynamic_sampling.sample_batch(components, state.policy.params, PhaseTimer(), step=1, first=0)
+        first = dynamic_sampling.sample_batch(
+            components,
+            state.policy.params,
+            PhaseTimer(),
+            key=dynamic_sampling.make_rollout_key(components, 1),
+            first=0,
+        )
         sampled = dynamic_sampling.replace_flat_groups(components, state, first, PhaseTimer())
         assert seen[0].flat.sum() == 2 and len(seen) > 1
         scores = sampled.grader.collect_scores(state.reward_params)
