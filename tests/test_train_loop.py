@@ -85,7 +85,7 @@ def parts(monkeypatch, tmp_path):
 
     @contextlib.contextmanager
     def build(cfg, path):
-        yield None, types.SimpleNamespace(step=0)
+        yield types.SimpleNamespace(rollout_thread=None), types.SimpleNamespace(step=0)
 
     replaced = {
         "run_path": lambda cfg: tmp_path,
