@@ -60,7 +60,7 @@ def check_cross_sections(cfg: ConfigDict) -> None:
 def _check_training_sampling(cfg: ConfigDict, errors: ErrorCollector) -> None:
     """Check that rollouts are sampled from the distribution that the policy's loss evaluates."""
     rollout = cfg.rollout
-    is_filtered = rollout.top_k != 0 or rollout.top_p != 1.0 or rollout.min_p != 0.0
+    is_filtered = _is_filtered(rollout)
     filters = (
         f"rollout.top_k={rollout.top_k}, rollout.top_p={rollout.top_p} and rollout.min_p={rollout.min_p}"
     )
@@ -84,6 +84,11 @@ def _check_training_sampling(cfg: ConfigDict, errors: ErrorCollector) -> None:
     )
 
 
+def _is_filtered(rollout: ConfigDict) -> bool:
+    """True if responses are sampled from a part of the tokens.  rollout: the config's section."""
+    return rollout.top_k != 0 or rollout.top_p != 1.0 or rollout.min_p != 0.0
+
+
 def _check_rollout_ahead(cfg: ConfigDict, errors: ErrorCollector) -> None:
     """Check that rollouts one step ahead have devices of their own, and a loss that can correct their weights."""
     ahead = f"rollout.ahead={cfg.rollout.ahead}"
@@ -103,9 +108,8 @@ def _check_rollout_ahead(cfg: ConfigDict, errors: ErrorCollector) -> None:
         "them out",
     )
     rollout = cfg.rollout
-    is_filtered = rollout.top_k != 0 or rollout.top_p != 1.0 or rollout.min_p != 0.0
     errors.require(
-        cfg.rollout.ahead == 0 or not is_filtered,
+        rollout.ahead == 0 or not _is_filtered(rollout),
         f"{ahead} with top_k={rollout.top_k}, top_p={rollout.top_p} and min_p={rollout.min_p}: the tokens that "
         "older weights kept are not those that the learner's keep; leave one of them out",
     )
