@@ -47,6 +47,12 @@ def sample_all(components, state):
     return [completions[i * G : (i + 1) * G] for i in range(MANY)]
 
 
+def sample_first(components, state):
+    """The first batch of a run's first step."""
+    key = dynamic_sampling.make_rollout_key(components, 1)
+    return dynamic_sampling.sample_batch(components, state.policy.params, PhaseTimer(), key=key, first=0)
+
+
 def choose(flat: list[bool], budget: int) -> tuple[list[int], int]:
     """Positions of the groups that a step keeps, and the number that it samples, one problem at a time."""
     sampled = B
@@ -135,13 +141,7 @@ def test_scores_are_those_of_the_kept_groups(build, monkeypatch):
             seen.append(grade(*args))
             return seen[-1]
 
-        first = dynamic_sampling.sample_batch(
-            components,
-            state.policy.params,
-            PhaseTimer(),
-            key=dynamic_sampling.make_rollout_key(components, 1),
-            first=0,
-        )
+        first = sample_first(components, state)
         scores = first.grader.collect_scores(state.reward_params)
         spread = np.sort(scores.reshape(B, G).std(axis=1, ddof=1))
         policy = dataclasses.replace(components.settings.policy, flat_std=float(spread[1]) * 1.0001)
@@ -149,13 +149,7 @@ def test_scores_are_those_of_the_kept_groups(build, monkeypatch):
             components, settings=dataclasses.replace(components.settings, policy=policy)
         )
         monkeypatch.setattr(dynamic_sampling, "_grade", note)
-        first = dynamic_sampling.sample_batch(
-            components,
-            state.policy.params,
-            PhaseTimer(),
-            key=dynamic_sampling.make_rollout_key(components, 1),
-            first=0,
-        )
+        first = sample_first(components, state)
         sampled = dynamic_sampling.replace_flat_groups(components, state, first, PhaseTimer())
         assert seen[0].flat.sum() == 2 and len(seen) > 1
         scores = sampled.grader.collect_scores(state.reward_params)
