@@ -21,16 +21,17 @@ def draw_solution(draw, numbers):
 def draw_problems(seed, count, held_out=False, sizes=(3,)):
     """Yield problems with as many numbers as `sizes` says in turn.
 
-    One in ten sets of numbers with a target is held out.
+    A quarter of the exercises (numbers in any order, and a target) is held out; no held-out question comes twice.
     """
-    draw = random.Random(seed)
+    draw, seen = random.Random(seed), set()
     while count:
         numbers = [draw.randint(1, 9) for _ in range(sizes[count % len(sizes)])]
         solution, target = draw_solution(draw, numbers) or ("", 0)
-        is_held_out = zlib.crc32(f"{sorted(numbers)} {target}".encode()) % 10 == 0
-        if solution and is_held_out == held_out:
+        is_held_out = zlib.crc32(f"{sorted(numbers)} {target}".encode()) % 4 == 0
+        question = f"{' '.join(map(str, numbers))} make {target} :"
+        if solution and is_held_out == held_out and not (held_out and question in seen):
             count -= 1
-            question = f"{' '.join(map(str, numbers))} make {target} :"
+            seen.add(question)
             yield {"question": question, "answer": str(target), "solution": solution, "numbers": numbers}
 
 

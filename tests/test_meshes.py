@@ -280,12 +280,8 @@ def test_models_apart():
     """The last devices are set aside, in the order of the names; the policy has the rest."""
     made = layouts(reward="1x2x1", assistant="1x1x1")
     ids = {name: [d.id for d in layout.mesh.devices.flat] for name, layout in made.items()}
-    assert ids == {
-        "policy": [0, 1, 2, 3, 4],
-        "reference": [0, 1, 2, 3, 4],
-        "reward": [6, 7],
-        "assistant": [5],
-    }
+    rest = [0, 1, 2, 3, 4]
+    assert ids == {"policy": rest, "reference": rest, "rollout": rest, "reward": [6, 7], "assistant": [5]}
     assert made["reward"].mesh.shape["fsdp"] == 2 and made["policy"].mesh.shape["fsdp"] == 5
 
 
