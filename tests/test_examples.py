@@ -80,6 +80,7 @@ def test_countdown_rows_are_solved_by_their_solutions_and_held_out_ones_are_apar
         assert re.fullmatch(rf"\d+ \d+ \d+ make {p.reference} :", p.question)
     exercises = [{(*sorted(p.columns["numbers"]), p.reference) for p in part} for part in (train, held_out)]
     assert not exercises[0] & exercises[1]
+    assert len({p.question for p in held_out}) == 512 and len(exercises[1]) == 133
 
 
 VERDICTS = {
