@@ -146,9 +146,9 @@ class Rollout:
 class PolicyBatch:
     """Rows of a GRPO update.  Prompts are left-padded, so all responses start at column P."""
 
-    # The model's input.
-    tokens: jax.Array  # i32[N, P + T]
-    valid: jax.Array  # bool[N, P + T]: False at padding
+    # The model's input; None where the model reads `PackedRows` instead.
+    tokens: jax.Array | None  # i32[N, P + T]
+    valid: jax.Array | None  # bool[N, P + T]: False at padding
 
     # The loss.
     response_mask: jax.Array  # bool[N, T]
@@ -160,6 +160,25 @@ class PolicyBatch:
     rollout_logprobs: jax.Array  # the rollout engine, for the mismatch metric
     # f32[N, T]: the policy is its softmax over the tokens with logits above it, as in the rollout; None: over all
     thresholds: jax.Array | None = None
+
+
+@struct.dataclass
+class PackedRows:
+    """Rows of C tokens that hold several of a batch's N sequences each (data/row_packing.py).
+
+    M microbatches of R rows; a row has at most K sequences and Q response tokens.
+    """
+
+    tokens: jax.Array  # i32[M, R, C]
+    segments: jax.Array  # i32[M, R, C]: 1, 2, ... for the sequences of a row, 0 at padding
+    positions: jax.Array  # i32[M, R, C]: places of the tokens in their sequences
+
+    # The response tokens of a row, one sequence behind the other, are predicted at these columns; 0 behind the last.
+    predictors: jax.Array  # i32[M, R, Q]
+
+    rows: jax.Array  # i32[M, R, K]: the index in the batch of each sequence; -1: none
+    first: jax.Array  # i32[M, R, K]: the place of its first response token in `predictors`
+    count: jax.Array  # i32[]: microbatches that hold sequences; they are the first ones
 
 
 @struct.dataclass

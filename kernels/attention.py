@@ -1,13 +1,15 @@
 """Causal attention over right-padded rows (training, scoring, prefill), by platform.
 
 A query attends to all tokens up to its own, or with a window to the last `window` of them (sliding-window
-attention); the implementations skip blocks of keys that no query of a block attends to.
+attention); the implementations skip blocks of keys that no query of a block attends to.  Rows may hold several
+sequences (`segments`), which do not attend to each other.
 
 `implementation` is chosen when the function is traced; None selects the default of `jax.default_backend()`:
 
     xla                any platform: blocks of queries, each against the keys up to its own end and recomputed
                        in the backward pass.  Skips nearly half of the [S, S] scores and halves the memory
-    cudnn              GPU, float16 and bfloat16, head_dim a multiple of 8 up to 128: flash attention
+    cudnn              GPU, float16 and bfloat16, head_dim a multiple of 8 up to 128: flash attention; rows of
+                       several sequences are computed by xla, since jax offers no segments for cuDNN
     splash             TPU: jax's own Pallas flash kernel, with grouped queries
     splash_interpret   splash, interpreted: for tests on the CPU
 
@@ -51,11 +53,14 @@ def causal_attention(
     v: jax.Array,  # [N, S, K, h]
     *,
     window: int | None = None,
+    segments: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Compute softmax(q k^T / sqrt(h)) v with a causal mask -> [N, S, H, h].
 
     window: tokens that a query attends to, its own included; None: all up to its own.
+    segments: i32[N, S], the sequence that each token belongs to; a query attends to tokens of its own sequence.
+      None: a row is one sequence.
 
     Rows must be right-padded; outputs at padding are finite but meaningless.  Raises ValueError for an
     unknown implementation.
@@ -66,22 +71,29 @@ def causal_attention(
     # A window that covers the row hides nothing: the program is that of full attention.
     if window is not None and window >= q.shape[1]:
         window = None
-    return _IMPLEMENTATIONS[name](q, k, v, window)
+    return _IMPLEMENTATIONS[name](q, k, v, window, segments)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, segments: jax.Array | None
+) -> jax.Array:
+    if segments is not None:
+        return _blocked(q, k, v, window, segments)
     local = None if window is None else (window - 1, 0)  # tokens on the left and on the right
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=True, local_window_size=local, implementation="cudnn"
     )
 
 
-def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
+def _blocked(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, segments: jax.Array | None
+) -> jax.Array:
     """Run the reference on one block of queries at a time."""
     tokens = q.shape[1]
     block_size = max(QUERY_BLOCK, -(-tokens // BLOCKS))
     if tokens <= block_size:
-        return reference.reference_attention(q, k, v, window=window)
+        pair = None if segments is None else (segments, segments)
+        return reference.reference_attention(q, k, v, window=window, segments=pair)
 
     outputs = []
     for first in range(0, tokens, block_size):
@@ -92,12 +104,18 @@ def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> ja
         attend = jax.checkpoint(
             functools.partial(reference.reference_attention, first=first, window=window, first_key=first_key)
         )
-        outputs.append(attend(q[:, first:end], k[:, first_key:end], v[:, first_key:end]))
+        pair = None if segments is None else (segments[:, first:end], segments[:, first_key:end])
+        outputs.append(attend(q[:, first:end], k[:, first_key:end], v[:, first_key:end], segments=pair))
     return jnp.concatenate(outputs, axis=1)
 
 
 def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int | None,
+    segments: jax.Array | None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Run jax's splash attention.  Rows are right-padded to whole lanes, which the causal mask hides."""
     # Imported here because it imports Pallas, which is slow and of no use on other platforms.
@@ -132,10 +150,14 @@ def _splash(
         interpret=interpret,
     )
     # The kernel takes one row.
-    return jax.vmap(kernel)(q, k, v)[:, :, :tokens].swapaxes(1, 2)
+    if segments is None:
+        return jax.vmap(kernel)(q, k, v)[:, :, :tokens].swapaxes(1, 2)
+    ids = jnp.pad(segments, padding[0:1] + padding[2:3])
+    attend = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids)))
+    return attend(q, k, v, ids)[:, :, :tokens].swapaxes(1, 2)
 
 
-_IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int | None], jax.Array]] = {
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": _blocked,
     "cudnn": _cudnn,
     "splash": _splash,

@@ -20,11 +20,14 @@ def reference_attention(
     *,
     window: int | None = None,
     first_key: int = 0,
+    segments: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Compute causal grouped-query attention: softmax(q k^T / sqrt(h)) v, the softmax in f32.
 
     q [N, S, H, h], k and v [N, S_kv, K, h] -> [N, S, H, h].  Query i is token first + i of its row, key j
     token first_key + j.  A query attends to the tokens up to its own: to all, or to the last `window`.
+
+    segments: of the queries i32[N, S] and of the keys i32[N, S_kv]; a query attends to keys of its segment only.
     """
     # Query heads i * g to (i + 1) * g - 1 share key/value head i: a reshape, without copies of the keys.
     n, s, heads, h = q.shape
@@ -39,5 +42,8 @@ def reference_attention(
     mask = key <= query  # bool[S, S_kv]
     if window is not None:
         mask = mask & (key > query - window)
-    p = jax.nn.softmax(jnp.where(mask[None, None, None], z, -jnp.inf), axis=-1)
+    mask = mask[None, None, None]
+    if segments is not None:
+        mask = mask & (segments[0][:, :, None] == segments[1][:, None, :])[:, None, None]
+    p = jax.nn.softmax(jnp.where(mask, z, -jnp.inf), axis=-1)
     return jnp.einsum("nkgsu,nukh->nskgh", p.astype(v.dtype), v).reshape(n, s, heads, h)

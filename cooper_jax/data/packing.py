@@ -56,10 +56,10 @@ def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
 def pack_score_batch(rows: Sequence[Sequence[int]], *, bucket: int, rows_multiple: int = 1) -> ScoreBatch:
     """Pack reward-model inputs into a batch of NumPy arrays [N, S], right-padded."""
     tokens, valid = pad_tokens(rows, left=False, bucket=bucket, rows_multiple=rows_multiple)
-    return ScoreBatch(tokens=_as_array(tokens), valid=_as_array(valid))
+    return ScoreBatch(tokens=as_array(tokens), valid=as_array(valid))
 
 
-def _as_array(x: np.ndarray) -> jax.Array:
+def as_array(x: np.ndarray) -> jax.Array:
     """Return x, typed as a jax.Array: batches contain NumPy arrays until they are put on devices."""
     return cast(jax.Array, x)
 
@@ -99,17 +99,17 @@ def pack_policy_batch(
     thresholds = None
     if rollout.thresholds is not None:
         bounds = pad_rows(np.asarray(rollout.thresholds, np.float32)[:, :width], rows)
-        thresholds = _as_array(np.where(mask, bounds, -np.inf))
+        thresholds = as_array(np.where(mask, bounds, -np.inf))
 
     # The rollout's log-probabilities are zeroed outside the mask, where the sampler's values mean nothing.
     zeros = np.zeros_like(logprobs)
     return PolicyBatch(
-        tokens=_as_array(np.concatenate([prompt_tokens, responses], 1)),
-        valid=_as_array(np.concatenate([prompt_valid, mask], 1)),
-        response_mask=_as_array(mask),
-        advantages=_as_array(np.zeros((rows,), np.float32)),
-        old_logprobs=_as_array(zeros),
-        ref_logprobs=_as_array(zeros),
-        rollout_logprobs=_as_array(np.where(mask, logprobs, 0)),
+        tokens=as_array(np.concatenate([prompt_tokens, responses], 1)),
+        valid=as_array(np.concatenate([prompt_valid, mask], 1)),
+        response_mask=as_array(mask),
+        advantages=as_array(np.zeros((rows,), np.float32)),
+        old_logprobs=as_array(zeros),
+        ref_logprobs=as_array(zeros),
+        rollout_logprobs=as_array(np.where(mask, logprobs, 0)),
         thresholds=thresholds,
     )

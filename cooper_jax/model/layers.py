@@ -171,18 +171,23 @@ def output_proj_and_mlp(
 
 
 def sharded_causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, layout: Layout, window: int | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layout: Layout,
+    window: int | None = None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Run causal attention on each device's shard of rows and heads: the compiler cannot partition kernels.
 
-    q [N, S, H, h], k and v [N, S, K, h] -> [N, S, H, h].  window: see `causal_attention`.
+    q [N, S, H, h], k and v [N, S, K, h] -> [N, S, H, h].  window, segments: see `causal_attention`.
     """
+    implementation = default_implementation(q.dtype, q.shape[-1], layout.platform)
+
     # Attention needs all positions of a row, and none of another row or head: no communication.
-    run = functools.partial(
-        causal_attention,
-        window=window,
-        implementation=default_implementation(q.dtype, q.shape[-1], layout.platform),
-    )
+    def run(q, k, v, segments):
+        return causal_attention(q, k, v, window=window, segments=segments, implementation=implementation)
+
     spec = layout.spec(("batch", None, "heads", "head_dim"), q.shape)
     ways = layout.ways(spec[2])
     kv_heads = k.shape[2]
@@ -191,7 +196,8 @@ def sharded_causal_attention(
         # its queries read: up to one per shard if that suffices, else one per query head.
         copies = ways // kv_heads if ways % kv_heads == 0 else q.shape[2] // kv_heads
         k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
-    return run_sharded(run, layout, (spec,) * 3, spec)(q, k, v)
+    rows = PartitionSpec(spec[0])
+    return run_sharded(run, layout, (spec, spec, spec, rows), spec)(q, k, v, segments)
 
 
 def make_decode_schedule(

@@ -144,22 +144,65 @@ def hidden_states(
     # Token ids (4 bytes each) are moved before the embedding, so hidden states are moved once, at the end.
     packed_index = _packed_index(valid)
     token_index = jnp.argsort(packed_index, axis=1)  # i32[N, S]: the inverse permutation
-    angles = rotary_angles(config, jnp.arange(tokens.shape[1]))  # f32[S, h / 2] each
-    x = embed_sharded(params, config, jnp.take_along_axis(tokens, token_index, axis=1), dtype, layout)
+    x = _run_layers(
+        params,
+        config,
+        jnp.take_along_axis(tokens, token_index, axis=1),
+        jnp.arange(tokens.shape[1]),
+        None,
+        dtype=dtype,
+        remat=remat,
+        layout=layout,
+    )
+    return _permute(x, packed_index, token_index)
+
+
+def packed_hidden_states(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,  # i32[R, C]
+    segments: jax.Array,  # i32[R, C]: the sequence of each token within its row; 0 at padding, which ends the row
+    positions: jax.Array,  # i32[R, C]: the token's place in its sequence
+    *,
+    dtype: jnp.dtype,
+    remat: bool = False,
+    layout: Layout,
+) -> jax.Array:
+    """`hidden_states` of rows that hold several sequences, one behind the other -> `dtype`[R, C, D].
+
+    Sequences do not influence each other: each has the hidden states that it would have in a row of its own.
+    """
+    return _run_layers(
+        params, config, tokens, positions, segments, dtype=dtype, remat=remat, layout=layout
+    )
+
+
+def _run_layers(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,  # i32[N, S], padding behind the real ones
+    positions: jax.Array,  # i32[S] or i32[N, S]
+    segments: jax.Array | None,  # i32[N, S]; None: a row is one sequence
+    *,
+    dtype: jnp.dtype,
+    remat: bool,
+    layout: Layout,
+) -> jax.Array:
+    angles = rotary_angles(config, positions)  # f32[.., S, h / 2] each
+    x = embed_sharded(params, config, tokens, dtype, layout)
 
     # A loop's body is compiled once.  The weights of all layers are cast before it, once per call.
     def layer(x: jax.Array, w: Params, kind: LayerKind) -> tuple[jax.Array, None]:
         w = flatten_projections(w)
         q, k, v = project_qkv(w, config, x, angles[kind.rope])
-        attention = sharded_causal_attention(q, k, v, layout, kind.window)
+        attention = sharded_causal_attention(q, k, v, layout, kind.window, segments)
         return output_proj_and_mlp(w, config, x, attention, layout), None
 
     if remat:
         layer = jax.checkpoint(layer, static_argnums=2)
     weights = _take_layers(params, config, dtype)
     x, _ = make_layer_scan(layer)(x, weights, config.layer_kinds)
-    x = rms_norm(x, params["final_norm"], config)
-    return _permute(x, packed_index, token_index)
+    return rms_norm(x, params["final_norm"], config)
 
 
 def _packed_index(valid: jax.Array) -> jax.Array:

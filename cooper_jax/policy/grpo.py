@@ -14,10 +14,13 @@ predict them.  Old, reference and current log-probabilities are all those of sof
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
@@ -25,7 +28,7 @@ from cooper_jax.policy import sampler_mismatch
 from cooper_jax.policy.losses import PolicyConfig, policy_loss, token_weights
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.types import Params, PolicyBatch, TrainState
+from cooper_jax.types import PackedRows, Params, PolicyBatch, TrainState
 
 # Reductions of a metric's values over the updates of a step; metrics that are not named here are averaged.
 METRIC_REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -92,6 +95,105 @@ def response_logprobs(
     )
 
 
+def packed_response_logprobs(
+    params: Params,
+    model_config: ModelConfig,
+    packed: PackedRows,  # one microbatch: leaves [R, ..]
+    response_length: int,  # T
+    *,
+    temperature: float,
+    dtype: jnp.dtype,
+    remat: bool,
+    layout: Layout,
+    entropy_gradient: bool = False,
+    thresholds: jax.Array | None = None,  # f32[R * K, T]
+) -> tuple[jax.Array, jax.Array]:
+    """`response_logprobs` of the sequences of packed rows, each f32[R * K, T].
+
+    Row r * K + k is sequence k of row r, from its first response token on; behind its last one, and where there is
+    no sequence, the values are finite but meaningless.
+    """
+    hidden = transformer.packed_hidden_states(
+        params,
+        model_config,
+        packed.tokens,
+        packed.segments,
+        packed.positions,
+        dtype=dtype,
+        remat=remat,
+        layout=layout,
+    )
+    # The head computes response tokens alone: [R, C, D] -> [R, Q, D].
+    predictors = packed.predictors
+    hidden = jnp.take_along_axis(hidden, predictors[:, :, None], axis=1)
+    targets = jnp.take_along_axis(packed.tokens, predictors + 1, axis=1)
+
+    # Place t of sequence k is column first[k] + t of the response tokens.
+    rows, sequences = packed.first.shape
+    last = predictors.shape[1] - 1
+    places = jnp.minimum(packed.first[:, :, None] + jnp.arange(response_length)[None, None], last)
+    places = places.reshape(rows, -1)  # i32[R, K * T]
+    if thresholds is not None:
+        # The inverse: the sequence of a response token and its place in the response.
+        sequence = jnp.maximum(jnp.take_along_axis(packed.segments, predictors, axis=1) - 1, 0)
+        place = jnp.arange(last + 1)[None] - jnp.take_along_axis(packed.first, sequence, axis=1)
+        index = sequence * response_length + jnp.clip(place, 0, response_length - 1)
+        thresholds = jnp.take_along_axis(thresholds.reshape(rows, -1), index, axis=1)
+
+    found = transformer.token_logprobs(
+        params,
+        model_config,
+        hidden,
+        targets,
+        temperature=temperature,
+        layout=layout,
+        entropy_gradient=entropy_gradient,
+        thresholds=thresholds,
+    )
+    logprobs, entropy = (
+        jnp.take_along_axis(x, places, axis=1).reshape(rows * sequences, response_length) for x in found
+    )
+    return logprobs, entropy
+
+
+def make_packed_logprobs(
+    model_config: ModelConfig, layout: Layout, *, dtype: str, temperature: float
+) -> Callable[[Params, PackedRows, jax.Array], jax.Array]:
+    """`make_logprobs` for packed rows: (params, packed, mask bool[N, T]) -> log-probabilities f32[N, T].
+
+    They are 0 outside the mask.
+    """
+
+    def logprobs(params: Params, packed: PackedRows, mask: jax.Array) -> jax.Array:
+        mask = layout.constrain(mask, None, None)
+
+        def compute_microbatch(i: jax.Array, out: jax.Array) -> jax.Array:
+            microbatch = _take_microbatch(packed, i)
+            found, _ = packed_response_logprobs(
+                params,
+                model_config,
+                microbatch,
+                mask.shape[1],
+                temperature=temperature,
+                dtype=jnp.dtype(dtype),
+                remat=False,
+                layout=layout,
+            )
+            # Places without a sequence are -1, which would be the last row; a row behind the last one is dropped.
+            rows = jnp.where(microbatch.rows < 0, len(out), microbatch.rows).reshape(-1)
+            return out.at[rows].set(found, mode="drop")
+
+        out = jax.lax.fori_loop(0, packed.count, compute_microbatch, jnp.zeros(mask.shape, jnp.float32))
+        return layout.constrain(jnp.where(mask, out, 0.0), "batch", None)
+
+    return jax.jit(logprobs)
+
+
+def _take_microbatch(packed: PackedRows, i: jax.Array) -> PackedRows:
+    """Microbatch i of packed rows: leaves [M, R, ..] -> [R, ..]."""
+    return jax.tree.map(lambda x: x[i] if x.ndim else x, packed)
+
+
 def make_logprobs(
     model_config: ModelConfig,
     layout: Layout,
@@ -152,28 +254,40 @@ def make_gradients(
     single_update = count_updates(cfg) == 1 and not reads_old_logprobs
     shardings = mesh.make_shardings(layout, transformer.param_specs(model_config, head="logits"))
 
-    def gradients(params: Params, batch: PolicyBatch) -> tuple[jax.Array, Params, Metrics]:
+    def gradients(
+        params: Params, batch: PolicyBatch, packed: PackedRows | None = None
+    ) -> tuple[jax.Array, Params, Metrics]:
         mask = batch.response_mask  # bool[N, T]
+        response_length = mask.shape[1]
+        options: dict[str, Any] = dict(
+            temperature=temperature,
+            dtype=dtype,
+            remat=cfg.remat,
+            layout=layout,
+            entropy_gradient=cfg.entropy_coef > 0,
+        )
 
         # Normalised over the whole minibatch, before it is split into microbatches.
         weights = token_weights(mask, cfg.aggregation, max_new_tokens)  # f32[N, T]
 
-        def loss_fn(params: Params, microbatch: tuple[PolicyBatch, jax.Array]) -> tuple[jax.Array, Metrics]:
+        def loss_of_rows(
+            params: Params, microbatch: tuple[PolicyBatch, jax.Array]
+        ) -> tuple[jax.Array, Metrics]:
             rows, row_weights = microbatch
             logprobs, entropy = response_logprobs(
                 params,
                 model_config,
                 rows.tokens,
                 rows.valid,
-                mask.shape[1],
-                temperature=temperature,
-                dtype=dtype,
-                remat=cfg.remat,
-                layout=layout,
-                entropy_gradient=cfg.entropy_coef > 0,
+                response_length,
                 thresholds=rows.thresholds,
+                **options,
             )
+            return compute_loss(logprobs, entropy, rows, row_weights)
 
+        def compute_loss(
+            logprobs: jax.Array, entropy: jax.Array, rows: PolicyBatch, row_weights: jax.Array
+        ) -> tuple[jax.Array, Metrics]:
             row_mask = rows.response_mask
             old = jax.lax.stop_gradient(logprobs) if single_update else rows.old_logprobs
             # A growing mismatch means that the rollout engine samples from another policy.
@@ -199,12 +313,43 @@ def make_gradients(
             sums["entropy"] = jax.lax.stop_gradient(jnp.where(row_mask, entropy, 0.0).sum())
             return loss, sums | sampler_mismatch.measure_mismatch(mismatch, row_mask)
 
-        loss, grads, sums = optim.accumulate_gradients(
-            loss_fn, params, (batch, weights), cfg.microbatch, layout, shardings
+        if packed is None:
+            loss, grads, sums = optim.accumulate_gradients(
+                loss_of_rows, params, (batch, weights), cfg.microbatch, layout, shardings
+            )
+            return loss, grads, _reduce_metrics(sums, mask, batch.advantages)
+
+        # A packed row may hold sequences of any shard, so every device has what the loss reads of all rows: a few
+        # numbers for each token.
+        per_row = dataclasses.replace(batch, tokens=None, valid=None), weights
+        per_row = jax.tree.map(lambda x: layout.constrain(x, *(None,) * x.ndim), per_row)
+
+        def loss_of_packed(params: Params, microbatch: PackedRows) -> tuple[jax.Array, Metrics]:
+            rows, row_weights = _take_or_zero(per_row, microbatch.rows.reshape(-1))
+            logprobs, entropy = packed_response_logprobs(
+                params, model_config, microbatch, response_length, thresholds=rows.thresholds, **options
+            )
+            return compute_loss(logprobs, entropy, rows, row_weights)
+
+        loss, grads, sums = optim.accumulate_first(
+            loss_of_packed, params, dataclasses.replace(packed, count=None), packed.count, shardings
         )
+        used = jnp.arange(len(sums["loss"])) < packed.count
+        sums["ratio_min"] = jnp.where(used, sums["ratio_min"], jnp.inf)
+        sums["ratio_max"] = jnp.where(used, sums["ratio_max"], -jnp.inf)
         return loss, grads, _reduce_metrics(sums, mask, batch.advantages)
 
     return gradients
+
+
+def _take_or_zero(tree: Any, rows: jax.Array) -> Any:
+    """Take rows of all leaves: [N, ..] -> [n, ..].  rows: i32[n]; a negative one gives a row of zeros."""
+
+    def take(x: jax.Array) -> jax.Array:
+        found = x[jnp.maximum(rows, 0)]
+        return jnp.where((rows >= 0).reshape((-1,) + (1,) * (x.ndim - 1)), found, jnp.zeros((), x.dtype))
+
+    return jax.tree.map(take, tree)
 
 
 def _reduce_metrics(sums: Metrics, mask: jax.Array, advantages: jax.Array) -> Metrics:
@@ -267,8 +412,10 @@ def make_update(
         reads_old_logprobs=reads_old_logprobs,
     )
 
-    def update(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Metrics]:
-        loss, grads, metrics = gradients(state.params, batch)
+    def update(
+        state: TrainState, batch: PolicyBatch, packed: PackedRows | None = None
+    ) -> tuple[TrainState, Metrics]:
+        loss, grads, metrics = gradients(state.params, batch, packed)
         state, update_metrics = optim.apply_update(state, grads, loss, opt, enabled=batch.response_mask.any())
         return state, metrics | update_metrics
 
@@ -297,7 +444,8 @@ def update_on_rollouts(
     batch: PolicyBatch,
     key: jax.Array,
     cfg: PolicyConfig,
-    update: Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]],
+    update: Callable[..., tuple[TrainState, Metrics]],
+    pack: Callable[[np.ndarray], PackedRows] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Make cfg.epochs passes over a step's rows, each with one update per minibatch.
 
@@ -305,24 +453,30 @@ def update_on_rollouts(
     of one prompt, since advantages are computed beforehand.  With a single minibatch the rows keep their
     order.  METRIC_REDUCTIONS says how the metrics of several updates become one.
 
+    pack: packs the sequences of these rows of the batch, i64[n], for an update on packed rows; None: not packed.
+
     Raises ValueError if cfg.minibatches does not divide the number of rows.
     """
-    rows = batch.tokens.shape[0]
+    rows = batch.response_mask.shape[0]
     if rows % cfg.minibatches:
         raise ValueError(f"policy.minibatches = {cfg.minibatches} does not divide the step's {rows} rows")
+
+    def run_update(state: TrainState, minibatch: PolicyBatch, chosen: jax.Array | np.ndarray):
+        packed = () if pack is None else (pack(np.asarray(chosen)),)
+        return update(state, minibatch, *packed)
 
     metrics_by_update: list[Metrics] = []
     for epoch in range(cfg.epochs):
         # A single minibatch has all rows: a permutation would only change the order of its sums.
         if cfg.minibatches == 1:
-            state, metrics = update(state, batch)
+            state, metrics = run_update(state, batch, np.arange(rows))
             metrics_by_update.append(metrics)
             continue
 
         # Minibatches are selected one at a time: all of them at once would be a second copy of the batch.
         order = jax.random.permutation(jax.random.fold_in(key, epoch), rows).reshape(cfg.minibatches, -1)
         for i in range(cfg.minibatches):
-            state, metrics = update(state, _take_rows(batch, order[i]))
+            state, metrics = run_update(state, _take_rows(batch, order[i]), order[i])
             metrics_by_update.append(metrics)
 
     # Metrics are reduced on the device.  If the host read them after each update, it would have to wait for

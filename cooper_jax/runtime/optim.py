@@ -309,6 +309,47 @@ def accumulate_gradients(
     return loss, grads, aux
 
 
+def accumulate_first(
+    loss_fn: Callable[[Params, Any], tuple[jax.Array, Any]],
+    params: Params,
+    microbatches: Any,
+    count: jax.Array,
+    shardings: Any,
+) -> tuple[jax.Array, Params, Any]:
+    """`accumulate_gradients` over the first `count` of M microbatches: the others cost nothing.
+
+    microbatches: leaves [M, ...].  count: i32[].  The aux of microbatches that are left out is 0.
+    """
+    grad_fn = _differentiate_trained(loss_fn)
+    shardings = select_trained(shardings)
+    total = jax.tree.leaves(microbatches)[0].shape[0]
+
+    def take(i):
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), microbatches)
+
+    if total == 1:
+        # As in `accumulate_gradients`: no running sum.
+        (loss, aux), grads = grad_fn(params, take(0))
+        return loss, grads, jax.tree.map(lambda x: x[None], aux)
+
+    def constrain(grads):
+        return jax.lax.with_sharding_constraint(grads, shardings)
+
+    def body(i, carry):
+        loss_sum, sums, collected = carry
+        (loss, aux), grads = grad_fn(params, take(i))
+        collected = jax.tree.map(lambda x, all_of_it: all_of_it.at[i].set(x), aux, collected)
+        return loss_sum + loss, constrain(jax.tree.map(jnp.add, sums, grads)), collected
+
+    aux_shapes = jax.eval_shape(lambda: grad_fn(params, take(0))[0][1])
+    start = (
+        jnp.zeros((), jnp.float32),
+        constrain(jax.tree.map(jnp.zeros_like, select_trained(params))),
+        jax.tree.map(lambda x: jnp.zeros((total, *x.shape), x.dtype), aux_shapes),
+    )
+    return jax.lax.fori_loop(0, count, body, start)
+
+
 def _differentiate_trained(
     loss_fn: Callable[[Params, Any], tuple[jax.Array, Any]],
 ) -> Callable[[Params, Any], tuple[tuple[jax.Array, Any], Params]]:

@@ -1,0 +1,127 @@
+"""Packing of sequences of uneven length into rows of equal length, on the host.
+
+A batch padded to its longest response is mostly padding.  Here several sequences share a row, one behind the
+other, and `transformer.packed_hidden_states` keeps them apart:
+
+1. `choose_row_tokens` chooses the length of rows, once for a run.
+2. `assign_rows` assigns sequences to rows (best fit, longest first).
+3. `pack_policy_rows` makes the arrays that grpo.py computes on.
+
+The arrays of a run have few shapes, so that few programs are compiled: M has room for each sequence in a row of
+its own, and `PackedRows.count` says how many of the microbatches hold sequences.  The others are not computed.
+
+    N  sequences (rows of the unpacked batch)   S  columns of the unpacked batch   T  response columns
+    M  microbatches   R  rows of a microbatch   C  tokens of a row   Q  response tokens of a row, at most
+    K  sequences of a row, at most
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from cooper_jax.data.packing import as_array, round_up
+from cooper_jax.types import PackedRows
+
+# A row holds at most one sequence for every so many tokens, and at least MIN_SEQUENCES.
+TOKENS_PER_SEQUENCE, MIN_SEQUENCES = 32, 16
+RESPONSE_WIDTHS = 4  # Q is a multiple of C / 4, so that there are four programs at most
+
+
+def choose_row_tokens(longest: int, width: int, bucket: int) -> int:
+    """Choose C: the tokens of a row, a multiple of `bucket`.
+
+    longest: tokens of the longest sequence that may occur; width: the model's.
+
+    Longer rows have less padding, but attention, whose cost grows with C, also computes scores between sequences.
+    These scores take about C / (12 width) of the time of the matrix products.  So C is 2 * width tokens, if four
+    of the longest sequences need as many, and at least the longest sequence.
+    """
+    return round_up(max(longest, min(2 * width, 4 * longest)), bucket)
+
+
+def assign_rows(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:
+    """Assign sequences to rows of at most `capacity` tokens and `most` sequences -> the sequences of each row.
+
+    The longest sequence comes first; each goes to the fullest row that has room for it.  Sequences without a token
+    are in no row.  Raises ValueError for a sequence of more than `capacity` tokens.
+    """
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (tokens that are left, row), ascending; full rows are not in it
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[i]
+        if length > capacity:
+            raise ValueError(f"sequence {i} has {length} tokens; a packed row has {capacity}")
+        if length == 0:
+            continue
+        place = bisect.bisect_left(free, (length, -1))
+        if place < len(free):
+            left, row = free.pop(place)
+        else:
+            left, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(i)
+        if left > length and len(rows[row]) < most:
+            bisect.insort(free, (left - length, row))
+    return rows
+
+
+def pack_policy_rows(
+    tokens: np.ndarray,  # i32[N, S], left-padded prompts and then T columns of responses
+    valid: np.ndarray,  # bool[N, S]
+    response_length: int,  # T
+    *,
+    row_tokens: int,  # C
+    microbatch: int,  # R, before it is rounded up
+    rows_multiple: int = 1,  # R is a multiple of it
+) -> PackedRows:
+    """Pack a policy's batch -> NumPy arrays; only Q depends on the lengths.
+
+    Raises ValueError for a sequence of more than C tokens, and for a response without a prompt.
+    """
+    count, total = valid.shape
+    lengths = valid.sum(axis=1)
+    prompt_lengths = valid[:, : total - response_length].sum(axis=1)
+    if (orphans := np.flatnonzero((prompt_lengths == 0) & (lengths > 0))).size:
+        raise ValueError(f"row {orphans[0]} has a response and no prompt")
+
+    most = max(MIN_SEQUENCES, row_tokens // TOKENS_PER_SEQUENCE)
+    assigned = assign_rows(lengths.tolist(), row_tokens, most)
+
+    # Room for each sequence in a row of its own.
+    size = round_up(min(microbatch, count), rows_multiple)
+    microbatches = -(-count // size)
+    shape = (microbatches * size, row_tokens)
+    packed, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    responses = np.where(lengths > 0, lengths - prompt_lengths, 0)
+    step = -(-row_tokens // RESPONSE_WIDTHS)
+    width = round_up(max((responses[members].sum() for members in assigned), default=1), step)
+    predictors = np.zeros((shape[0], min(width, row_tokens)), np.int32)
+    rows = np.full((shape[0], most), -1, np.int32)
+    first = np.zeros((shape[0], most), np.int32)
+    for r, members in enumerate(assigned):
+        start = predicted = 0  # columns, and response tokens, of the sequences before this one
+        for k, n in enumerate(members):
+            end, last = start + lengths[n], predicted + responses[n]
+            packed[r, start:end] = tokens[n, valid[n]]
+            segments[r, start:end] = k + 1
+            positions[r, start:end] = np.arange(lengths[n])
+            # The hidden state of a column predicts the token of the next one.
+            predictors[r, predicted:last] = np.arange(end - responses[n], end) - 1
+            rows[r, k], first[r, k] = n, predicted
+            start, predicted = end, last
+
+    def split(x: np.ndarray) -> np.ndarray:
+        return as_array(x.reshape(microbatches, size, -1))
+
+    return PackedRows(
+        tokens=split(packed),
+        segments=split(segments),
+        positions=split(positions),
+        predictors=split(predictors),
+        rows=split(rows),
+        first=split(first),
+        count=as_array(np.int32(-(-len(assigned) // size))),
+    )

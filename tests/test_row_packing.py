@@ -1,0 +1,171 @@
+"""Packed rows: the planner, and loss, gradients and log-probabilities equal to those of a row for each sequence."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from test_grpo import CONFIG, TEMPERATURE, P, T, assert_trees_close, bits, model_params, policy_batch, section
+
+from cooper_jax.configs import base
+from cooper_jax.data import row_packing
+from cooper_jax.model import transformer
+from cooper_jax.policy import grpo
+from cooper_jax.runtime import mesh
+from cooper_jax.runtime.mesh import Layout
+
+ROW_TOKENS = 17
+
+
+# --- the planner -----------------------------------------------------------------------------------------
+
+
+def test_each_sequence_has_one_place_and_rows_are_within_their_limits():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 60, 300).tolist()
+    rows = row_packing.assign_rows(lengths, capacity=64, most=4)
+    assert sorted(sum(rows, [])) == [i for i, n in enumerate(lengths) if n]
+    assert all(sum(lengths[i] for i in row) <= 64 and len(row) <= 4 for row in rows)
+    assert rows == row_packing.assign_rows(lengths, capacity=64, most=4)
+
+
+def test_rows_of_real_lengths_are_nearly_full():
+    # Lognormal, like the answers of an instruction-tuned model to GSM8K: a few are five times the median.
+    rng = np.random.default_rng(1)
+    lengths = np.minimum(rng.lognormal(5.3, 0.5, 2048).astype(int) + 120, 1024)
+    rows = row_packing.assign_rows(lengths.tolist(), capacity=1024, most=32)
+    assert lengths.sum() / (len(rows) * 1024) > 0.95
+
+
+def test_a_sequence_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="sequence 1 has 65 tokens; a packed row has 64"):
+        row_packing.assign_rows([3, 65], 64, 4)
+
+
+@pytest.mark.parametrize(
+    "longest, width, bucket, expected",
+    [
+        (40, 96, 32, 160),  # four sequences
+        (40, 48, 32, 96),  # attention's limit
+        (700, 96, 64, 704),  # the longest sequence
+    ],
+)
+def test_the_length_of_rows(longest, width, bucket, expected):
+    assert row_packing.choose_row_tokens(longest, width, bucket) == expected
+
+
+# --- the model -------------------------------------------------------------------------------------------
+
+
+def pack(batch, microbatch=2, rows_multiple=1):
+    return row_packing.pack_policy_rows(
+        np.asarray(batch.tokens),
+        np.asarray(batch.valid),
+        T,
+        row_tokens=ROW_TOKENS,
+        microbatch=microbatch,
+        rows_multiple=rows_multiple,
+    )
+
+
+def without_tokens(batch):
+    return batch.replace(tokens=None, valid=None)
+
+
+@functools.cache
+def gradients_of(layout, **changes):
+    cfg = section(**changes)
+    return jax.jit(grpo.make_gradients(CONFIG, cfg, layout, temperature=TEMPERATURE, max_new_tokens=T))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return model_params()
+
+
+def test_sequences_of_a_row_do_not_see_each_other(params):
+    batch = policy_batch()
+    packed = pack(batch)
+    layout = tiny_models.one_device()
+    rows = jax.tree.map(lambda x: jnp.asarray(x[0]), packed.replace(count=None))
+    assert (rows.segments.max(axis=1) >= 2).all()
+    hidden = transformer.packed_hidden_states(
+        params, CONFIG, rows.tokens, rows.segments, rows.positions, dtype=jnp.float32, layout=layout
+    )
+    # Another first sequence leaves the second one's states as they are, bit for bit.
+    first = rows.segments == 1
+    other = transformer.packed_hidden_states(
+        params,
+        CONFIG,
+        jnp.where(first, (rows.tokens + 1) % CONFIG.vocab_size, rows.tokens),
+        rows.segments,
+        rows.positions,
+        dtype=jnp.float32,
+        layout=layout,
+    )
+    second = np.asarray(rows.segments == 2)
+    assert bits(hidden[second]) == bits(other[second])
+    assert (hidden[np.asarray(first)] != other[np.asarray(first)]).any()
+
+
+@pytest.mark.parametrize("loss", ["clip", "gspo", "cispo"])
+@pytest.mark.parametrize("microbatch", [1, 2, 7])
+def test_loss_gradient_and_metrics_equal_those_of_unpacked_rows(params, loss, microbatch):
+    batch = policy_batch()
+    packed = pack(batch, microbatch)
+    assert int(packed.count) <= 2 + 3 // microbatch  # four packed rows hold seven sequences
+    changes = dict(loss=loss, epochs=2, entropy_coef=0.01, correction="sequence")
+    if loss == "cispo":
+        changes["dual_clip"] = 0.0
+    gradients = gradients_of(tiny_models.one_device(), **changes)
+    expected = gradients(params, batch)
+    found = gradients(params, without_tokens(batch), packed)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
+    assert_trees_close(found[1], expected[1])
+    for name in expected[2]:
+        np.testing.assert_allclose(found[2][name], expected[2][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_log_probabilities_equal_those_of_unpacked_rows(params):
+    layout, batch = tiny_models.one_device(), policy_batch()
+    options = dict(dtype="float32", temperature=TEMPERATURE)
+    expected = grpo.make_logprobs(CONFIG, layout, microbatch=4, **options)(params, batch.tokens, batch.valid, T)
+    found = grpo.make_packed_logprobs(CONFIG, layout, **options)(params, pack(batch), batch.response_mask)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert not np.asarray(found)[~np.asarray(batch.response_mask)].any()
+
+
+def test_packed_rows_on_a_mesh(params):
+    layout = Layout(mesh.make_mesh(2, 2, 2), base.get_config().mesh.rules)
+    batch = policy_batch()
+    expected = gradients_of(tiny_models.one_device())(params, batch)
+    placed = jax.device_put(
+        params, mesh.make_shardings(layout, transformer.param_specs(CONFIG, head="logits"))
+    )
+    packed = layout.put(pack(batch, rows_multiple=layout.batch_shards), None, "batch")
+    found = gradients_of(layout)(placed, without_tokens(batch), packed)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
+    assert_trees_close(found[1], expected[1])
+    for name in expected[2]:
+        np.testing.assert_allclose(found[2][name], expected[2][name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_batch_without_any_sequence_has_no_gradient(params):
+    batch = policy_batch()
+    nothing = jnp.zeros_like(batch.valid)
+    empty = batch.replace(valid=nothing, response_mask=nothing[:, P:])
+    packed = pack(empty)
+    assert int(packed.count) == 0
+    loss, grads, metrics = gradients_of(tiny_models.one_device())(params, without_tokens(empty), packed)
+    assert float(loss) == 0 and not any(np.asarray(x).any() for x in jax.tree.leaves(grads))
+    assert all(np.isfinite(float(x)) for x in metrics.values())
+
+
+def test_a_response_without_a_prompt_is_refused():
+    batch = policy_batch()
+    valid = np.asarray(batch.valid).copy()
+    valid[3, :P] = False
+    with pytest.raises(ValueError, match="row 3 has a response and no prompt"):
+        pack(batch.replace(valid=jnp.asarray(valid)))
