@@ -272,6 +272,9 @@ def policy_section() -> ConfigDict:
     c.epochs = 1  # passes over a step's rollouts
     c.minibatches = 1  # optimiser updates per pass
     c.microbatch = 64  # rows in one forward and backward pass
+    # Several responses share a row of the update and of the log-probabilities, so that little is computed for
+    # padding.  A microbatch then has as many tokens as `microbatch` rows of the longest prompt and response.
+    c.packing = False
     return c
 
 

@@ -173,12 +173,13 @@ class PackedRows:
     segments: jax.Array  # i32[M, R, C]: 1, 2, ... for the sequences of a row, 0 at padding
     positions: jax.Array  # i32[M, R, C]: places of the tokens in their sequences
 
-    # The response tokens of a row, one sequence behind the other, are predicted at these columns; 0 behind the last.
+    # The columns that predict the response tokens of a row, one sequence behind the other; 0 behind the last.
     predictors: jax.Array  # i32[M, R, Q]
 
     rows: jax.Array  # i32[M, R, K]: the index in the batch of each sequence; -1: none
     first: jax.Array  # i32[M, R, K]: the place of its first response token in `predictors`
-    count: jax.Array  # i32[]: microbatches that hold sequences; they are the first ones
+    # i32[]: the number of microbatches that hold sequences, which are the first ones; None: all hold some
+    count: jax.Array | None
 
 
 @struct.dataclass

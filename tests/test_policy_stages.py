@@ -52,6 +52,34 @@ def test_rows_that_do_not_divide_the_mesh(build):
         np.testing.assert_allclose(a, b, atol=5e-6)
 
 
+@pytest.mark.parametrize("devices, updates", [(4, {}), (1, {"policy.epochs": 2, "policy.minibatches": 2})])
+def test_packed_rows_make_the_updates_of_unpacked_ones(build, devices, updates):
+    found = {}
+    for packing in (False, True):
+        with build(devices, **{"policy.packing": packing, "policy.optimiser.eps": 1e-3} | updates) as (
+            components,
+            state,
+        ):
+            state = state.replace(reference=state.policy.params)
+            problems = policy_stages.take_problems(components, first=0)
+            rollout = sample(components, state, problems)
+            batch = policy_stages.compute_logprobs(components, state, problems.prompt_tokens, rollout)
+            masked = np.arange(B * G) == 1
+            batch = policy_stages.mask_rows(components, batch, masked)
+            advantages = np.linspace(-1, 1, B * G).astype(np.float32)
+            policy, metrics = policy_stages.update_policy(components, state.policy, batch, advantages, 1)
+            width = rollout.tokens.shape[1]  # without packing the columns end with the longest response
+            ref = np.zeros((B * G, width), np.float32)
+            ref[:, : batch.ref_logprobs.shape[1]] = np.asarray(batch.ref_logprobs)[: B * G]
+            found[packing] = ref, metrics, host(policy.params)
+    np.testing.assert_allclose(found[True][0], found[False][0], atol=1e-5)
+    assert found[True][1].keys() == found[False][1].keys()
+    for name, value in found[False][1].items():
+        assert found[True][1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    for a, b in zip(found[True][2], found[False][2], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 def test_several_updates_a_step(build):
     """Two epochs of two minibatches: four updates, old log-probabilities from before the first."""
     with build(**{"policy.epochs": 2, "policy.minibatches": 2, "policy.optimiser.lr": 1e-2}) as (

@@ -47,27 +47,23 @@ def test_a_sequence_that_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     "longest, width, bucket, expected",
     [
-        (40, 96, 32, 160),  # four sequences
-        (40, 48, 32, 96),  # attention's limit
-        (700, 96, 64, 704),  # the longest sequence
+        (40, 96, 32, (160, 4)),  # four sequences
+        (40, 48, 32, (96, 6)),  # attention's limit
+        (700, 96, 64, (704, 15)),  # the longest sequence
     ],
 )
-def test_the_length_of_rows(longest, width, bucket, expected):
-    assert row_packing.choose_row_tokens(longest, width, bucket) == expected
+def test_the_sizes_of_rows(longest, width, bucket, expected):
+    plan = row_packing.choose_packing(longest, 16, width=width, bucket=bucket)
+    assert (plan.row_tokens, plan.rows) == expected
 
 
 # --- the model -------------------------------------------------------------------------------------------
 
 
 def pack(batch, microbatch=2, rows_multiple=1):
-    return row_packing.pack_policy_rows(
-        np.asarray(batch.tokens),
-        np.asarray(batch.valid),
-        T,
-        row_tokens=ROW_TOKENS,
-        microbatch=microbatch,
-        rows_multiple=rows_multiple,
-    )
+    plan = row_packing.Packing(ROW_TOKENS, microbatch)
+    tokens, valid = np.asarray(batch.tokens), np.asarray(batch.valid)
+    return row_packing.pack_policy_rows(tokens, valid, T, plan, rows_multiple)
 
 
 def without_tokens(batch):
@@ -131,7 +127,9 @@ def test_loss_gradient_and_metrics_equal_those_of_unpacked_rows(params, loss, mi
 def test_log_probabilities_equal_those_of_unpacked_rows(params):
     layout, batch = tiny_models.one_device(), policy_batch()
     options = dict(dtype="float32", temperature=TEMPERATURE)
-    expected = grpo.make_logprobs(CONFIG, layout, microbatch=4, **options)(params, batch.tokens, batch.valid, T)
+    expected = grpo.make_logprobs(CONFIG, layout, microbatch=4, **options)(
+        params, batch.tokens, batch.valid, T
+    )
     found = grpo.make_packed_logprobs(CONFIG, layout, **options)(params, pack(batch), batch.response_mask)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert not np.asarray(found)[~np.asarray(batch.response_mask)].any()

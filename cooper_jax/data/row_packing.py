@@ -3,7 +3,7 @@
 A batch padded to its longest response is mostly padding.  Here several sequences share a row, one behind the
 other, and `transformer.packed_hidden_states` keeps them apart:
 
-1. `choose_row_tokens` chooses the length of rows, once for a run.
+1. `choose_packing` chooses the length of rows, once for a run.
 2. `assign_rows` assigns sequences to rows (best fit, longest first).
 3. `pack_policy_rows` makes the arrays that grpo.py computes on.
 
@@ -18,6 +18,7 @@ its own, and `PackedRows.count` says how many of the microbatches hold sequences
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,16 +31,39 @@ TOKENS_PER_SEQUENCE, MIN_SEQUENCES = 32, 16
 RESPONSE_WIDTHS = 4  # Q is a multiple of C / 4, so that there are four programs at most
 
 
-def choose_row_tokens(longest: int, width: int, bucket: int) -> int:
-    """Choose C: the tokens of a row, a multiple of `bucket`.
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """The sizes of a run's packed rows."""
 
-    longest: tokens of the longest sequence that may occur; width: the model's.
+    row_tokens: int  # C
+    rows: int  # R, before it is rounded up to a multiple of the mesh's batch shards
+
+    @property
+    def sequences(self) -> int:
+        """K."""
+        return max(MIN_SEQUENCES, self.row_tokens // TOKENS_PER_SEQUENCE)
+
+    def count_rows(self, sequences: int, rows_multiple: int) -> tuple[int, int]:
+        """(M, R), with room for each of so many sequences in a row of its own."""
+        rows = round_up(min(self.rows, sequences), rows_multiple)
+        return -(-sequences // rows), rows
+
+
+def choose_packing(longest: int, microbatch: int, *, width: int, bucket: int) -> Packing:
+    """Choose the sizes of packed rows, once for a run.
 
     Longer rows have less padding, but attention, whose cost grows with C, also computes scores between sequences.
     These scores take about C / (12 width) of the time of the matrix products.  So C is 2 * width tokens, if four
     of the longest sequences need as many, and at least the longest sequence.
+
+    Args:
+      longest: tokens of the longest sequence that may occur.
+      microbatch: as many of these sequences make a microbatch.
+      width: the model's.
+      bucket: C is a multiple of it.
     """
-    return round_up(max(longest, min(2 * width, 4 * longest)), bucket)
+    row_tokens = round_up(max(longest, min(2 * width, 4 * longest)), bucket)
+    return Packing(row_tokens, max(microbatch * longest // row_tokens, 1))
 
 
 def assign_rows(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:
@@ -72,10 +96,8 @@ def pack_policy_rows(
     tokens: np.ndarray,  # i32[N, S], left-padded prompts and then T columns of responses
     valid: np.ndarray,  # bool[N, S]
     response_length: int,  # T
-    *,
-    row_tokens: int,  # C
-    microbatch: int,  # R, before it is rounded up
-    rows_multiple: int = 1,  # R is a multiple of it
+    plan: Packing,
+    rows_multiple: int = 1,
 ) -> PackedRows:
     """Pack a policy's batch -> NumPy arrays; only Q depends on the lengths.
 
@@ -87,20 +109,17 @@ def pack_policy_rows(
     if (orphans := np.flatnonzero((prompt_lengths == 0) & (lengths > 0))).size:
         raise ValueError(f"row {orphans[0]} has a response and no prompt")
 
-    most = max(MIN_SEQUENCES, row_tokens // TOKENS_PER_SEQUENCE)
-    assigned = assign_rows(lengths.tolist(), row_tokens, most)
+    assigned = assign_rows(lengths.tolist(), plan.row_tokens, plan.sequences)
 
-    # Room for each sequence in a row of its own.
-    size = round_up(min(microbatch, count), rows_multiple)
-    microbatches = -(-count // size)
-    shape = (microbatches * size, row_tokens)
+    microbatches, size = plan.count_rows(count, rows_multiple)
+    shape = (microbatches * size, plan.row_tokens)
     packed, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     responses = np.where(lengths > 0, lengths - prompt_lengths, 0)
-    step = -(-row_tokens // RESPONSE_WIDTHS)
+    step = -(-plan.row_tokens // RESPONSE_WIDTHS)
     width = round_up(max((responses[members].sum() for members in assigned), default=1), step)
-    predictors = np.zeros((shape[0], min(width, row_tokens)), np.int32)
-    rows = np.full((shape[0], most), -1, np.int32)
-    first = np.zeros((shape[0], most), np.int32)
+    predictors = np.zeros((shape[0], min(width, plan.row_tokens)), np.int32)
+    rows = np.full((shape[0], plan.sequences), -1, np.int32)
+    first = np.zeros((shape[0], plan.sequences), np.int32)
     for r, members in enumerate(assigned):
         start = predicted = 0  # columns, and response tokens, of the sequences before this one
         for k, n in enumerate(members):

@@ -172,9 +172,7 @@ def packed_hidden_states(
 
     Sequences do not influence each other: each has the hidden states that it would have in a row of its own.
     """
-    return _run_layers(
-        params, config, tokens, positions, segments, dtype=dtype, remat=remat, layout=layout
-    )
+    return _run_layers(params, config, tokens, positions, segments, dtype=dtype, remat=remat, layout=layout)
 
 
 def _run_layers(

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cooper_jax.data import row_packing
 from cooper_jax.data.packing import round_up
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
@@ -33,7 +34,7 @@ from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.runtime import optim
 from cooper_jax.runtime.mesh import abstract_params
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
-from cooper_jax.types import LabelledBatch, PairBatch, PolicyBatch, ScoreBatch, TrainState
+from cooper_jax.types import LabelledBatch, PackedRows, PairBatch, PolicyBatch, ScoreBatch, TrainState
 
 # Names of the trees of arrays in memory: during the whole run, and in addition during the rollout.  The devices of
 # a rollout one step ahead have AHEAD during the whole run, and not ALWAYS.
@@ -290,23 +291,57 @@ def _make_logprobs(job: CompileJob) -> StepProgram:
     With a single update the policy's own log-probabilities come from the update's forward pass.
     """
     settings, (prompt, response) = PolicyConfig.from_config(job.cfg.policy), job.row_tokens
-    logprobs: Any = grpo.make_logprobs(
-        job.policy,
-        job.layout,
-        microbatch=settings.microbatch,
-        dtype=settings.dtype,
-        temperature=job.cfg.rollout.temperature,
-    )
-    inputs = _tokens(job, job.rows, prompt + response)
-    n = job.count_microbatch_rows(job.rows, settings.microbatch)
+    options: dict[str, Any] = dict(dtype=settings.dtype, temperature=job.cfg.rollout.temperature)
+    logprobs: Any
+    inputs: tuple[Any, ...]
+    if settings.packing:
+        logprobs = grpo.make_packed_logprobs(job.policy, job.layout, **options)
+        inputs = _make_packed_rows(job, job.rows), _array(job, jnp.bool_, job.rows, response)
+    else:
+        logprobs = grpo.make_logprobs(job.policy, job.layout, microbatch=settings.microbatch, **options)
+        inputs = *_tokens(job, job.rows, prompt + response), response
     return StepProgram(
         "logprobs",
         "logprobs",
         settings.has_reference + (grpo.count_updates(settings) > 1),
-        lambda outputs: logprobs.lower(_policy_params(job), *inputs, response),
+        lambda outputs: logprobs.lower(_policy_params(job), *inputs),
         ALWAYS,
-        declared=_policy_costs(job, n, settings.dtype),
+        declared=_policy_costs(job, job.rows, settings),
     )
+
+
+def _make_packed_rows(job: CompileJob, sequences: int) -> PackedRows:
+    """Make abstract packed rows of so many sequences, all of the largest length; all microbatches are computed."""
+    prompt, response = job.row_tokens
+    plan, microbatches, rows = _plan_packed_rows(job, sequences)
+    responses = plan.row_tokens // (prompt + response) * response
+    quarter = -(-plan.row_tokens // row_packing.RESPONSE_WIDTHS)
+
+    def array(columns: int) -> Any:
+        shape = microbatches, rows, columns
+        sharding = job.layout.sharding((None, "batch", None), shape)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+    return PackedRows(
+        tokens=array(plan.row_tokens),
+        segments=array(plan.row_tokens),
+        positions=array(plan.row_tokens),
+        predictors=array(min(round_up(responses, quarter), plan.row_tokens)),
+        rows=array(plan.sequences),
+        first=array(plan.sequences),
+        count=None,
+    )
+
+
+def _plan_packed_rows(job: CompileJob, sequences: int) -> tuple[row_packing.Packing, int, int]:
+    """The packing of so many sequences of the largest length, and its microbatches and rows of a microbatch."""
+    longest = sum(job.row_tokens)
+    plan = row_packing.choose_packing(
+        longest, job.cfg.policy.microbatch, width=job.policy.width, bucket=job.cfg.data.bucket
+    )
+    _, rows = plan.count_rows(sequences, job.layout.batch_shards)
+    per_microbatch = rows * min(plan.row_tokens // longest, plan.sequences)
+    return plan, -(-sequences // per_microbatch), rows
 
 
 def _make_policy_update(job: CompileJob) -> StepProgram:
@@ -327,7 +362,8 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
         )  # fmt: skip
 
     # A minibatch at its full width; the three log-probabilities have the same shape.
-    tokens, valid = _tokens(job, rows, prompt + response)
+    tokens, valid = (None, None) if settings.packing else _tokens(job, rows, prompt + response)
+    packed = (_make_packed_rows(job, rows),) if settings.packing else ()
     per_token = _array(job, jnp.float32, rows, response)
     batch = PolicyBatch(
         tokens=tokens,
@@ -339,23 +375,32 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
         rollout_logprobs=per_token,
         thresholds=None if rollout.samples_all_tokens else per_token,
     )
-    n = job.count_microbatch_rows(rows, settings.microbatch)
     return StepProgram(
         "policy update",
         "policy",
         grpo.count_updates(settings),
-        lambda outputs: update.lower(state, batch),
+        lambda outputs: update.lower(state, batch, *packed),
         ALWAYS,
         makes="policy",
-        declared=_policy_costs(job, n, settings.dtype),
+        declared=_policy_costs(job, rows, settings),
     )
 
 
-def _policy_costs(job: CompileJob, n: int, dtype: str) -> kernel_costs.Costs:
-    """Estimate the costs of the policy's attention and head over n rows of prompt and response."""
+def _policy_costs(job: CompileJob, rows: int, settings: PolicyConfig) -> kernel_costs.Costs:
+    """Estimate the costs of the policy's attention and head in a microbatch of rows of prompt and response."""
     prompt, response = job.row_tokens
-    attention = kernel_costs.attention_cost(job, job.policy, n, prompt + response, dtype)
-    return attention | kernel_costs.head_cost(job, job.policy, n * response, "head_score")
+    if settings.packing:
+        packed = _make_packed_rows(job, rows)
+        _, n, tokens = packed.tokens.shape
+        n, predicted = n // job.layout.batch_shards, packed.predictors.shape[-1]
+    else:
+        n, tokens, predicted = (
+            job.count_microbatch_rows(rows, settings.microbatch),
+            prompt + response,
+            response,
+        )
+    attention = kernel_costs.attention_cost(job, job.policy, n, tokens, settings.dtype)
+    return attention | kernel_costs.head_cost(job, job.policy, n * predicted, "head_score")
 
 
 def _make_reward_update(job: CompileJob, reward: ModelConfig) -> StepProgram:

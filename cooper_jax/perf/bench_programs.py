@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax.data import packing
+from cooper_jax.data import packing, row_packing
 from cooper_jax.model import transformer, weights
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.perf import roofline
@@ -36,7 +36,15 @@ from cooper_jax.rollout import engine
 from cooper_jax.rollout.rollout_config import RolloutConfig, get_engine_options
 from cooper_jax.runtime import keys, mesh, optim
 from cooper_jax.settings.setup_errors import setup_errors
-from cooper_jax.types import LabelledBatch, PairBatch, Params, PolicyBatch, Rollout, ScoreBatch
+from cooper_jax.types import (
+    LabelledBatch,
+    PackedRows,
+    PairBatch,
+    Params,
+    PolicyBatch,
+    Rollout,
+    ScoreBatch,
+)
 
 KINDS = ("rollout", "score", "train")
 SHORTEST_SHARE = 0.05  # the shortest response of a ragged workload, as a share of max_new_tokens
@@ -223,14 +231,19 @@ def _make_score(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged
     workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
     batch = make_bench_batch(cfg, config, workload, layout)
 
-    logprobs = grpo.make_logprobs(
-        config, layout,
-        microbatch=cfg.policy.microbatch, dtype=cfg.policy.dtype, temperature=cfg.rollout.temperature,
-    )  # fmt: skip
-    response_tokens = batch.response_mask.shape[1]
+    options = dict(dtype=cfg.policy.dtype, temperature=cfg.rollout.temperature)
+    logprobs: Callable[..., jax.Array]
+    inputs: tuple[Any, ...]
+    if cfg.policy.packing:
+        logprobs = grpo.make_packed_logprobs(config, layout, **options)
+        pack = _make_packer(cfg, config, layout, prompt_tokens, batch)
+        inputs = pack(np.arange(len(batch.response_mask))), batch.response_mask
+    else:
+        logprobs = grpo.make_logprobs(config, layout, microbatch=cfg.policy.microbatch, **options)
+        inputs = batch.tokens, batch.valid, batch.response_mask.shape[1]
 
     def score(_repetition: int) -> None:
-        jax.block_until_ready(logprobs(params, batch.tokens, batch.valid, response_tokens))
+        jax.block_until_ready(logprobs(params, *inputs))
 
     return BenchProgram(
         name="score",
@@ -262,9 +275,14 @@ def _make_policy_update(
             sampler_agrees=RolloutConfig.from_config(cfg.rollout).is_float32,
         )  # fmt: skip
 
+    pack, per_row = None, batch
+    if policy.packing:
+        pack = _make_packer(cfg, config, layout, prompt_tokens, batch)
+        per_row = dataclasses.replace(batch, tokens=None, valid=None)
+
     def step(state, repetition):
         key = keys.make_key(cfg.seed, "minibatch", repetition)
-        return grpo.update_on_rollouts(state, batch, key, policy, update)
+        return grpo.update_on_rollouts(state, per_row, key, policy, update, pack)
 
     # The rows of an epoch's minibatches add up to all rows, so passes are counted by epochs.
     epochs, updates = policy.epochs, grpo.count_updates(policy)
@@ -278,6 +296,28 @@ def _make_policy_update(
         dtype=cfg.policy.dtype,
         rows=cfg.policy.microbatch * batch.tokens.shape[1],
     )
+
+
+def _make_packer(
+    cfg: ConfigDict, config: ModelConfig, layout: mesh.Layout, prompt_tokens: int, batch: PolicyBatch
+) -> Callable[[np.ndarray], PackedRows]:
+    """Make the function that packs rows of the batch, as in training with policy.packing."""
+    plan = row_packing.choose_packing(
+        prompt_tokens + cfg.rollout.max_new_tokens,
+        cfg.policy.microbatch,
+        width=config.width,
+        bucket=cfg.data.bucket,
+    )
+    tokens, valid = np.asarray(batch.tokens), np.asarray(batch.valid)
+    response_tokens = batch.response_mask.shape[1]
+
+    def pack(rows: np.ndarray) -> PackedRows:
+        packed = row_packing.pack_policy_rows(
+            tokens[rows], valid[rows], response_tokens, plan, layout.batch_shards
+        )
+        return layout.put(packed, None, "batch")
+
+    return pack
 
 
 def _make_reward_update(

@@ -183,7 +183,8 @@ def make_packed_logprobs(
             rows = jnp.where(microbatch.rows < 0, len(out), microbatch.rows).reshape(-1)
             return out.at[rows].set(found, mode="drop")
 
-        out = jax.lax.fori_loop(0, packed.count, compute_microbatch, jnp.zeros(mask.shape, jnp.float32))
+        count = len(packed.tokens) if packed.count is None else packed.count
+        out = jax.lax.fori_loop(0, count, compute_microbatch, jnp.zeros(mask.shape, jnp.float32))
         return layout.constrain(jnp.where(mask, out, 0.0), "batch", None)
 
     return jax.jit(logprobs)
@@ -334,9 +335,10 @@ def make_gradients(
         loss, grads, sums = optim.accumulate_first(
             loss_of_packed, params, dataclasses.replace(packed, count=None), packed.count, shardings
         )
-        used = jnp.arange(len(sums["loss"])) < packed.count
-        sums["ratio_min"] = jnp.where(used, sums["ratio_min"], jnp.inf)
-        sums["ratio_max"] = jnp.where(used, sums["ratio_max"], -jnp.inf)
+        if packed.count is not None:
+            used = jnp.arange(len(sums["loss"])) < packed.count
+            sums["ratio_min"] = jnp.where(used, sums["ratio_min"], jnp.inf)
+            sums["ratio_max"] = jnp.where(used, sums["ratio_max"], -jnp.inf)
         return loss, grads, _reduce_metrics(sums, mask, batch.advantages)
 
     return gradients

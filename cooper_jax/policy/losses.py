@@ -40,6 +40,7 @@ class PolicyConfig:
     dtype: str  # of activations: float32 or bfloat16
     remat: bool  # recompute each layer's activations in the backward pass
     microbatch: int  # rows in one forward and backward pass
+    packing: bool  # rows hold several sequences (data/row_packing.py)
 
     # Updates: epochs * minibatches per step.
     epochs: int  # passes over a step's rollouts

@@ -313,12 +313,12 @@ def accumulate_first(
     loss_fn: Callable[[Params, Any], tuple[jax.Array, Any]],
     params: Params,
     microbatches: Any,
-    count: jax.Array,
+    count: jax.Array | None,
     shardings: Any,
 ) -> tuple[jax.Array, Params, Any]:
     """`accumulate_gradients` over the first `count` of M microbatches: the others cost nothing.
 
-    microbatches: leaves [M, ...].  count: i32[].  The aux of microbatches that are left out is 0.
+    microbatches: leaves [M, ...].  count: i32[]; None: M.  The aux of microbatches that are left out is 0.
     """
     grad_fn = _differentiate_trained(loss_fn)
     shardings = select_trained(shardings)
@@ -347,7 +347,7 @@ def accumulate_first(
         constrain(jax.tree.map(jnp.zeros_like, select_trained(params))),
         jax.tree.map(lambda x: jnp.zeros((total, *x.shape), x.dtype), aux_shapes),
     )
-    return jax.lax.fori_loop(0, count, body, start)
+    return jax.lax.fori_loop(0, total if count is None else count, body, start)
 
 
 def _differentiate_trained(

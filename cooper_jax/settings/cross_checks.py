@@ -49,6 +49,11 @@ def check_cross_sections(cfg: ConfigDict) -> None:
         f"data.refill_prompts={cfg.data.refill_prompts}: with policy.baseline=batch_mean a group of equal rewards "
         "has advantages, too, so there is nothing to replace; leave one of them out",
     )
+    errors.require(
+        not (cfg.exact and cfg.policy.packing),
+        "exact=True with policy.packing=True: an exact rollout repeats the learner's forward pass on rows of one "
+        "response each; set --config.policy.packing=False",
+    )
     _check_training_sampling(cfg, errors)
     _check_rollout_ahead(cfg, errors)
     _check_models(cfg, errors)

@@ -15,6 +15,7 @@ Rows are padded to a multiple of the mesh's batch shards; padding rows have no w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cooper_jax.data import packing
+from cooper_jax.data import packing, row_packing
 from cooper_jax.policy import advantages, grpo
 from cooper_jax.policy.advantages import find_flat_groups
 from cooper_jax.policy.losses import PolicyConfig
@@ -33,7 +34,16 @@ from cooper_jax.runtime.mesh import Layout
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.state import Components, State
-from cooper_jax.types import Completion, Metrics, Params, PolicyBatch, Problem, Rollout, TrainState
+from cooper_jax.types import (
+    Completion,
+    Metrics,
+    PackedRows,
+    Params,
+    PolicyBatch,
+    Problem,
+    Rollout,
+    TrainState,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,13 +213,39 @@ def pack_responses(
     """Pack prompts and responses into the arrays of the policy's batch, on the host."""
     # The packed rows serve both meshes: their number is a multiple of the batch shards of each.
     layouts = (components.layout, components.policy.reference_layout)
+    settings = components.settings
     return packing.pack_policy_batch(
         prompt_tokens,
         rollout,
-        bucket=components.settings.data.bucket,
+        bucket=settings.data.bucket,
         rows_multiple=math.lcm(*(layout.batch_shards for layout in layouts)),
-        all_columns=components.settings.exact,
+        # With policy.packing the model does not compute these columns: one width gives one program.
+        all_columns=settings.exact or settings.policy.packing,
     )
+
+
+def pack_sequences(
+    components: Components, layout: Layout, batch: PolicyBatch, rows: np.ndarray | None = None
+) -> PackedRows:
+    """Pack the sequences of a batch's rows for `policy.packing`, and put them on the devices of a layout.
+
+    batch: its tokens and valid are on the host.  rows: i64[n]; None: all.
+    """
+    settings = components.settings
+    tokens, valid = np.asarray(batch.tokens), np.asarray(batch.valid)
+    if rows is not None:
+        tokens, valid = tokens[rows], valid[rows]
+
+    # The same for all steps, so that programs are compiled once.
+    plan = row_packing.choose_packing(
+        components.longest_prompt + settings.rollout.max_new_tokens,
+        settings.policy.microbatch,
+        width=components.policy.model.config.width,
+        bucket=settings.data.bucket,
+    )
+    response_length = batch.response_mask.shape[1]
+    packed = row_packing.pack_policy_rows(tokens, valid, response_length, plan, layout.batch_shards)
+    return layout.put(packed, None, "batch")
 
 
 def sample_held_out_responses(components: Components, params: Params, temperature: float) -> list[Completion]:
@@ -249,31 +285,42 @@ def compute_logprobs(
 ) -> PolicyBatch:
     """Pack the policy's batch, with log-probabilities under the reference and under the current policy.
 
+    With `policy.packing` its tokens and valid stay on the host: the model computes on packed rows.
     If a step makes a single update, the current policy's log-probabilities are those that the update computes
     itself.  The forward pass is then skipped, unless the run is exact, and `old_logprobs` stays zero and unread.
     So does `ref_logprobs` in a run without a reference.
     """
     layout, reference_layout = components.layout, components.policy.reference_layout
 
-    packed = pack_responses(components, prompt_tokens, rollout)
-    batch = layout.put(packed, "batch")
-    response_length = batch.response_mask.shape[1]
+    on_host = pack_responses(components, prompt_tokens, rollout)
+    is_packed = components.settings.policy.packing
+    inputs: Callable[[Layout], tuple[Any, ...]]
+    if is_packed:
+        batch = layout.put(dataclasses.replace(on_host, tokens=None, valid=None), "batch")
+
+        @functools.cache  # a layout's packed rows serve the reference and the policy
+        def inputs(on: Layout) -> tuple[Any, ...]:
+            return pack_sequences(components, on, on_host), on.put(on_host.response_mask, "batch")
+
+    else:
+        batch = layout.put(on_host, "batch")
+
+        def inputs(on: Layout) -> tuple[Any, ...]:
+            arrays = batch.tokens, batch.valid
+            if on != layout:
+                arrays = on.put((on_host.tokens, on_host.valid), "batch")
+            return *arrays, batch.response_mask.shape[1]
 
     # The reference is dispatched first.  If it has its own devices, it runs in parallel with the policy's
     # forward pass below, and its inputs and outputs are transferred through the host.
     ref_logprobs = None
     if components.settings.policy.has_reference:
-        reference_inputs = (batch.tokens, batch.valid)
-        if reference_layout != layout:
-            reference_inputs = reference_layout.put((packed.tokens, packed.valid), "batch")
         # With adapters the reference is the policy's own base.
         reference = state.policy.params if state.reference is None else state.reference
-        ref_logprobs = components.policy.reference_logprobs(reference, *reference_inputs, response_length)
+        ref_logprobs = components.policy.reference_logprobs(reference, *inputs(reference_layout))
 
     if grpo.count_updates(components.settings.policy) > 1 or components.settings.exact:
-        old_logprobs = components.policy.logprobs(
-            state.policy.params, batch.tokens, batch.valid, response_length
-        )
+        old_logprobs = components.policy.logprobs(state.policy.params, *inputs(layout))
         batch = dataclasses.replace(batch, old_logprobs=old_logprobs)
     if ref_logprobs is not None:
         if reference_layout != layout:
@@ -281,7 +328,10 @@ def compute_logprobs(
         batch = dataclasses.replace(batch, ref_logprobs=ref_logprobs)
 
     # JAX computes asynchronously: without this wait, the time would be measured in a later phase.
-    return jax.block_until_ready(batch)
+    batch = jax.block_until_ready(batch)
+    if is_packed:
+        batch = dataclasses.replace(batch, tokens=on_host.tokens, valid=on_host.valid)
+    return batch
 
 
 def compute_advantages(
@@ -337,7 +387,7 @@ def mask_rows(components: Components, batch: PolicyBatch, masked: np.ndarray) ->
     """Take responses out of the policy's loss.  masked: bool[N], True for those that are taken out."""
     if not masked.any():
         return batch
-    kept = packing.pad_rows(~masked, batch.tokens.shape[0])
+    kept = packing.pad_rows(~masked, batch.response_mask.shape[0])
     mask = jnp.logical_and(batch.response_mask, components.layout.put(kept, "batch")[:, None])
     return dataclasses.replace(batch, response_mask=mask)
 
@@ -349,8 +399,14 @@ def update_policy(
     settings = components.settings
 
     # Padding rows get advantage 0; they have no response token, so the loss does not read it.
-    padded = packing.pad_rows(np.asarray(advantages, np.float32), batch.tokens.shape[0])
+    padded = packing.pad_rows(np.asarray(advantages, np.float32), batch.response_mask.shape[0])
     batch = dataclasses.replace(batch, advantages=components.layout.put(padded, "batch"))
+    pack = None
+    if settings.policy.packing:
+        pack = functools.partial(pack_sequences, components, components.layout, batch)
+        batch = dataclasses.replace(batch, tokens=None, valid=None)
     key = keys.make_key(settings.seed, "minibatch", step)
-    policy, metrics = grpo.update_on_rollouts(policy, batch, key, settings.policy, components.policy.update)
+    policy, metrics = grpo.update_on_rollouts(
+        policy, batch, key, settings.policy, components.policy.update, pack
+    )
     return policy, to_host(metrics, "policy")

@@ -285,13 +285,11 @@ def build_policy_bundle(
         optimiser = optim.make_optimiser(settings.policy_optimiser, updates)
 
         def make_logprobs(config: ModelConfig, model_layout: mesh.Layout) -> LogprobsFunction:
-            return grpo.make_logprobs(
-                config,
-                model_layout,
-                microbatch=settings.policy.microbatch,
-                dtype=settings.policy.dtype,
-                temperature=rollout.temperature,
-            )
+            options = dict(dtype=settings.policy.dtype, temperature=rollout.temperature)
+            if settings.policy.packing:
+                return grpo.make_packed_logprobs(config, model_layout, **options)
+            microbatch = settings.policy.microbatch
+            return grpo.make_logprobs(config, model_layout, microbatch=microbatch, **options)
 
         # If the reference has the policy's devices and no adapters less, one compiled function serves both.
         logprobs = make_logprobs(model.config, layout)

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ from cooper_jax.trainer.rollout_thread import PendingRollout, RolloutThread
 from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.types import Params, Problem, TrainState
 
-LogprobsFunction = Callable[..., jax.Array]  # (params, tokens, valid, T) -> f32[N, T]
+# (params, tokens, valid, T) -> f32[N, T]; with policy.packing (params, PackedRows, response_mask) -> f32[N, T]
+LogprobsFunction = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class PolicyBundle:
     rollout_layout: mesh.Layout
 
     # Updates.  The update donates its input state.
-    update: Callable  # (TrainState, PolicyBatch) -> (TrainState, metrics)
+    update: Callable  # (TrainState, PolicyBatch[, PackedRows]) -> (TrainState, metrics)
     optimiser: optim.Optimiser
 
     resample: Resample | None = None  # corrects the rollouts of an exact run
@@ -110,6 +112,11 @@ class Components:
 
     # Samples the batch of the next step; None with rollout.ahead=0.
     rollout_thread: RolloutThread | None = None
+
+    @functools.cached_property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest training prompt."""
+        return max(map(len, self.train_prompts))
 
     @property
     def reward_bundle(self) -> RewardBundle:
