@@ -285,6 +285,8 @@ def reward_section() -> ConfigDict:
     c.optimiser = optimiser(lr=1e-5, warmup_steps=0)
     c.max_tokens = 2048  # limit of a reward-model input; longer completions are truncated in the middle
     c.microbatch = 64  # rows, or pairs, in one pass
+    # Several inputs share a row of scores and updates, as with policy.packing.
+    c.packing = False
     # released | sigmoid | robust: sets the fields that cooper_jax/trainer/recipes.py lists; a flag for one of
     # these fields takes precedence
     c.recipe = ""

@@ -173,11 +173,14 @@ class PackedRows:
     segments: jax.Array  # i32[M, R, C]: 1, 2, ... for the sequences of a row, 0 at padding
     positions: jax.Array  # i32[M, R, C]: places of the tokens in their sequences
 
-    # The columns that predict the response tokens of a row, one sequence behind the other; 0 behind the last.
+    # The columns whose hidden states are read; 0 behind the last one.  The policy's predict the response tokens of
+    # a row, one sequence behind the other.  The reward model's are the last tokens of the sequences; Q is K.
     predictors: jax.Array  # i32[M, R, Q]
 
     rows: jax.Array  # i32[M, R, K]: the index in the batch of each sequence; -1: none
-    first: jax.Array  # i32[M, R, K]: the place of its first response token in `predictors`
+    first: (
+        jax.Array | None
+    )  # i32[M, R, K]: the policy's; the place of its first response token in `predictors`
     # i32[]: the number of microbatches that hold sequences, which are the first ones; None: all hold some
     count: jax.Array | None
 
@@ -197,6 +200,23 @@ class PairBatch:
     positive: ScoreBatch
     negative: ScoreBatch
     mask: jax.Array  # bool[B]: False at rows without a valid pair, which have no weight
+
+
+@struct.dataclass
+class PackedPairs:
+    """Contrastive pairs in packed rows: sequence 2 i is the positive of pair i, 2 i + 1 the negative beside it."""
+
+    rows: PackedRows
+    mask: jax.Array  # bool[B], as in PairBatch
+
+
+@struct.dataclass
+class PackedLabelled:
+    """Labelled reward-model inputs in packed rows."""
+
+    rows: PackedRows
+    labels: jax.Array  # f32[N]
+    weights: jax.Array  # f32[N], as in LabelledBatch
 
 
 @struct.dataclass

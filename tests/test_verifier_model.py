@@ -10,12 +10,13 @@ import pytest
 import tiny_models
 
 from cooper_jax.configs import base
+from cooper_jax.data import row_packing
 from cooper_jax.model import transformer
 from cooper_jax.reward import reward_losses, verifier_model
 from cooper_jax.runtime import mesh, optim
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import SetupError
-from cooper_jax.types import LabelledBatch, PairBatch, ScoreBatch
+from cooper_jax.types import LabelledBatch, PackedLabelled, PackedPairs, PairBatch, ScoreBatch
 
 CONFIG = tiny_models.config(vocab_size=30, width=16, head_dim=4, ffn=24)
 N, S = 7, 9  # 7 rows in microbatches of 4 leave one to pad
@@ -481,3 +482,66 @@ def test_a_mesh_gives_the_update_of_all_terms_of_one_device():
     assert metrics.keys() == expected.keys()
     for name in metrics:
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+# --- packed rows -----------------------------------------------------------------------------------------
+
+PLAN = row_packing.Packing(row_tokens=23, rows=2)
+
+
+def listed(batch, used=None):
+    """The rows' token ids; [] for rows that are not used."""
+    used = np.ones(len(batch.tokens), bool) if used is None else np.asarray(used)
+    valid = np.asarray(batch.valid)
+    return [np.asarray(batch.tokens)[n, valid[n]].tolist() if used[n] else [] for n in range(len(valid))]
+
+
+def packed_batches(layout):
+    """The pairs and labelled rows of `pairs` and `labelled`, packed."""
+    batch, more = pairs(), labelled()
+    members = zip(listed(batch.positive, batch.mask), listed(batch.negative, batch.mask), strict=True)
+    shards = layout.batch_shards
+    pair_rows = row_packing.pack_reward_rows(
+        [tokens for pair in members for tokens in pair], PLAN, shards, together=2
+    )
+    rows = row_packing.pack_reward_rows(listed(more.rows, more.weights > 0), PLAN, shards)
+    assert int(rows.count) < rows.tokens.shape[0]  # several share a row
+    pair_rows, rows = layout.put((pair_rows, rows), None, "batch")
+    return (
+        PackedPairs(pair_rows, layout.put(batch.mask)),
+        PackedLabelled(rows, *layout.put((more.labels, more.weights))),
+    )
+
+
+def test_scores_of_packed_rows_equal_those_of_a_naive_model():
+    batch = rows(3)
+    packed = row_packing.pack_reward_rows(listed(batch), PLAN)
+    found = scorer(4)(start(), packed)[:N]
+    np.testing.assert_allclose(found, naive_scores(start(), batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("on_a_mesh", [False, True])
+def test_the_update_on_packed_rows_is_that_on_unpacked_ones(on_a_mesh):
+    opt, update = update_of(pair_bce=0.5, rollout_bce=0.25)
+    expected, metrics = update(optim.init_state(start(), opt), pairs(), labelled())
+    layout, params = tiny_models.one_device(), start()
+    if on_a_mesh:
+        layout = Layout(mesh.make_mesh(2, 2, 2), base.get_config().mesh.rules)
+        specs = transformer.param_specs(CONFIG, head="score")
+        params = jax.device_put(params, mesh.make_shardings(layout, specs))
+        cfg = section(pair_loss="sigmoid", pair_bce=0.5, rollout_bce=0.25)
+        update = verifier_model.make_reward_update(CONFIG, cfg, opt, layout)
+    state, found = update(optim.init_state(params, opt), *packed_batches(layout))
+    assert found.keys() == metrics.keys() and metrics["valid"] == 5
+    for name, value in metrics.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_packed_pairs_without_a_valid_one_move_nothing():
+    opt, update = update_of()
+    empty = row_packing.pack_reward_rows([[]] * 6, PLAN, together=2)
+    kept = bits(optim.init_state(start(), opt))
+    state, metrics = update(optim.init_state(start(), opt), PackedPairs(empty, np.zeros(3, bool)))
+    assert bits(state) == kept and all(np.isfinite(float(x)) for x in metrics.values())

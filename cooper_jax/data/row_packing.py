@@ -5,7 +5,7 @@ other, and `transformer.packed_hidden_states` keeps them apart:
 
 1. `choose_packing` chooses the length of rows, once for a run.
 2. `assign_rows` assigns sequences to rows (best fit, longest first).
-3. `pack_policy_rows` makes the arrays that grpo.py computes on.
+3. `pack_policy_rows` makes the arrays that grpo.py computes on, `pack_reward_rows` those of verifier_model.py.
 
 The arrays of a run have few shapes, so that few programs are compiled: M has room for each sequence in a row of
 its own, and `PackedRows.count` says how many of the microbatches hold sequences.  The others are not computed.
@@ -21,6 +21,7 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from cooper_jax.data.packing import as_array, round_up
@@ -41,7 +42,7 @@ class Packing:
     @property
     def sequences(self) -> int:
         """K."""
-        return max(MIN_SEQUENCES, self.row_tokens // TOKENS_PER_SEQUENCE)
+        return max(MIN_SEQUENCES, round_up(self.row_tokens // TOKENS_PER_SEQUENCE, 2))
 
     def count_rows(self, sequences: int, rows_multiple: int) -> tuple[int, int]:
         """(M, R), with room for each of so many sequences in a row of its own."""
@@ -108,39 +109,80 @@ def pack_policy_rows(
     prompt_lengths = valid[:, : total - response_length].sum(axis=1)
     if (orphans := np.flatnonzero((prompt_lengths == 0) & (lengths > 0))).size:
         raise ValueError(f"row {orphans[0]} has a response and no prompt")
-
     assigned = assign_rows(lengths.tolist(), plan.row_tokens, plan.sequences)
-
     microbatches, size = plan.count_rows(count, rows_multiple)
-    shape = (microbatches * size, plan.row_tokens)
-    packed, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+
     responses = np.where(lengths > 0, lengths - prompt_lengths, 0)
     step = -(-plan.row_tokens // RESPONSE_WIDTHS)
     width = round_up(max((responses[members].sum() for members in assigned), default=1), step)
-    predictors = np.zeros((shape[0], min(width, plan.row_tokens)), np.int32)
-    rows = np.full((shape[0], plan.sequences), -1, np.int32)
-    first = np.zeros((shape[0], plan.sequences), np.int32)
+    predictors = np.zeros((microbatches * size, min(width, plan.row_tokens)), np.int32)
+    first = np.zeros((microbatches * size, plan.sequences), np.int32)
     for r, members in enumerate(assigned):
-        start = predicted = 0  # columns, and response tokens, of the sequences before this one
-        for k, n in enumerate(members):
-            end, last = start + lengths[n], predicted + responses[n]
-            packed[r, start:end] = tokens[n, valid[n]]
-            segments[r, start:end] = k + 1
-            positions[r, start:end] = np.arange(lengths[n])
-            # The hidden state of a column predicts the token of the next one.
-            predictors[r, predicted:last] = np.arange(end - responses[n], end) - 1
-            rows[r, k], first[r, k] = n, predicted
-            start, predicted = end, last
+        # The hidden state of a column predicts the token of the next one.
+        ends = np.cumsum(lengths[members])
+        columns = [np.arange(end - responses[n], end) - 1 for n, end in zip(members, ends, strict=True)]
+        predicted = np.concatenate(columns)
+        predictors[r, : len(predicted)] = predicted
+        first[r, : len(members)] = np.cumsum(responses[members]) - responses[members]
+    sequences = [tokens[n, valid[n]] for n in range(count)]
+    return _fill_rows(sequences, assigned, plan, (microbatches, size), predictors, first)
 
-    def split(x: np.ndarray) -> np.ndarray:
+
+def pack_reward_rows(
+    sequences: Sequence[Sequence[int]], plan: Packing, rows_multiple: int = 1, *, together: int = 1
+) -> PackedRows:
+    """Pack the reward model's inputs -> NumPy arrays whose shapes do not depend on the lengths.
+
+    together: so many neighbouring sequences are packed into one row, side by side: 2 for the members of pairs.  It
+      divides K and the number of sequences.
+
+    Raises ValueError for inputs that have more than C tokens together.
+    """
+    units = [list(range(i, i + together)) if sequences[i] else [] for i in range(0, len(sequences), together)]
+    lengths = [sum(len(sequences[i]) for i in unit) for unit in units]
+    rows = assign_rows(lengths, plan.row_tokens, plan.sequences // together)
+    assigned = [[i for unit in row for i in units[unit]] for row in rows]
+    microbatches, size = plan.count_rows(len(units), rows_multiple)
+
+    last = np.zeros((microbatches * size, plan.sequences), np.int32)
+    for r, members in enumerate(assigned):
+        last[r, : len(members)] = np.cumsum([len(sequences[i]) for i in members]) - 1
+    return _fill_rows(sequences, assigned, plan, (microbatches, size), last, None)
+
+
+def _fill_rows(
+    sequences: Sequence[Sequence[int] | np.ndarray],
+    assigned: list[list[int]],
+    plan: Packing,
+    sizes: tuple[int, int],  # M, R
+    predictors: np.ndarray,
+    first: np.ndarray | None,
+) -> PackedRows:
+    """Write the assigned sequences of each row, one behind the other."""
+    microbatches, size = sizes
+    tokens, segments, positions = (
+        np.zeros((microbatches * size, plan.row_tokens), np.int32) for _ in range(3)
+    )
+    rows = np.full((microbatches * size, plan.sequences), -1, np.int32)
+    for r, members in enumerate(assigned):
+        rows[r, : len(members)] = members
+        start = 0
+        for k, n in enumerate(members):
+            end = start + len(sequences[n])
+            tokens[r, start:end] = sequences[n]
+            segments[r, start:end] = k + 1
+            positions[r, start:end] = np.arange(end - start)
+            start = end
+
+    def split(x: np.ndarray) -> jax.Array:
         return as_array(x.reshape(microbatches, size, -1))
 
     return PackedRows(
-        tokens=split(packed),
+        tokens=split(tokens),
         segments=split(segments),
         positions=split(positions),
         predictors=split(predictors),
         rows=split(rows),
-        first=split(first),
-        count=as_array(np.int32(-(-len(assigned) // size))),
+        first=None if first is None else split(first),
+        count=as_array(np.array(-(-len(assigned) // size), np.int32)),
     )

@@ -364,4 +364,9 @@ def score_last_token(params: Params, config: ModelConfig, hidden: jax.Array, val
     # The last real token attends to all others, and the score is f32 whatever the compute dtype.
     last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1])[None, :], 0), axis=1)  # i32[N]
     final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]  # [N, D]
-    return jnp.einsum("nd,d->n", final.astype(jnp.float32), params["score"].astype(jnp.float32))
+    return score_hidden(params, final)
+
+
+def score_hidden(params: Params, hidden: jax.Array) -> jax.Array:
+    """Compute the score of hidden states [..., D] -> f32[...]."""
+    return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), params["score"].astype(jnp.float32))

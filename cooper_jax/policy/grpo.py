@@ -26,7 +26,7 @@ from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.policy import sampler_mismatch
 from cooper_jax.policy.losses import PolicyConfig, policy_loss, token_weights
-from cooper_jax.runtime import mesh, optim
+from cooper_jax.runtime import mesh, optim, packed_rows
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import PackedRows, Params, PolicyBatch, TrainState
 
@@ -129,6 +129,7 @@ def packed_response_logprobs(
     targets = jnp.take_along_axis(packed.tokens, predictors + 1, axis=1)
 
     # Place t of sequence k is column first[k] + t of the response tokens.
+    assert packed.first is not None, "these rows were packed for a reward model"
     rows, sequences = packed.first.shape
     last = predictors.shape[1] - 1
     places = jnp.minimum(packed.first[:, :, None] + jnp.arange(response_length)[None, None], last)
@@ -168,7 +169,7 @@ def make_packed_logprobs(
         mask = layout.constrain(mask, None, None)
 
         def compute_microbatch(i: jax.Array, out: jax.Array) -> jax.Array:
-            microbatch = _take_microbatch(packed, i)
+            microbatch = packed_rows.take_microbatch(packed, i)
             found, _ = packed_response_logprobs(
                 params,
                 model_config,
@@ -179,20 +180,13 @@ def make_packed_logprobs(
                 remat=False,
                 layout=layout,
             )
-            # Places without a sequence are -1, which would be the last row; a row behind the last one is dropped.
-            rows = jnp.where(microbatch.rows < 0, len(out), microbatch.rows).reshape(-1)
-            return out.at[rows].set(found, mode="drop")
+            return packed_rows.set_rows(out, microbatch.rows.reshape(-1), found)
 
         count = len(packed.tokens) if packed.count is None else packed.count
         out = jax.lax.fori_loop(0, count, compute_microbatch, jnp.zeros(mask.shape, jnp.float32))
         return layout.constrain(jnp.where(mask, out, 0.0), "batch", None)
 
     return jax.jit(logprobs)
-
-
-def _take_microbatch(packed: PackedRows, i: jax.Array) -> PackedRows:
-    """Microbatch i of packed rows: leaves [M, R, ..] -> [R, ..]."""
-    return jax.tree.map(lambda x: x[i] if x.ndim else x, packed)
 
 
 def make_logprobs(
@@ -322,11 +316,12 @@ def make_gradients(
 
         # A packed row may hold sequences of any shard, so every device has what the loss reads of all rows: a few
         # numbers for each token.
-        per_row = dataclasses.replace(batch, tokens=None, valid=None), weights
-        per_row = jax.tree.map(lambda x: layout.constrain(x, *(None,) * x.ndim), per_row)
+        per_row = packed_rows.replicate(
+            (dataclasses.replace(batch, tokens=None, valid=None), weights), layout
+        )
 
         def loss_of_packed(params: Params, microbatch: PackedRows) -> tuple[jax.Array, Metrics]:
-            rows, row_weights = _take_or_zero(per_row, microbatch.rows.reshape(-1))
+            rows, row_weights = packed_rows.take_or_zero(per_row, microbatch.rows.reshape(-1))
             logprobs, entropy = packed_response_logprobs(
                 params, model_config, microbatch, response_length, thresholds=rows.thresholds, **options
             )
@@ -342,16 +337,6 @@ def make_gradients(
         return loss, grads, _reduce_metrics(sums, mask, batch.advantages)
 
     return gradients
-
-
-def _take_or_zero(tree: Any, rows: jax.Array) -> Any:
-    """Take rows of all leaves: [N, ..] -> [n, ..].  rows: i32[n]; a negative one gives a row of zeros."""
-
-    def take(x: jax.Array) -> jax.Array:
-        found = x[jnp.maximum(rows, 0)]
-        return jnp.where((rows >= 0).reshape((-1,) + (1,) * (x.ndim - 1)), found, jnp.zeros((), x.dtype))
-
-    return jax.tree.map(take, tree)
 
 
 def _reduce_metrics(sums: Metrics, mask: jax.Array, advantages: jax.Array) -> Metrics:

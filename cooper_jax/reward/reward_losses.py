@@ -53,6 +53,7 @@ class RewardUpdateConfig:
     dtype: str  # of activations: float32 or bfloat16
     remat: bool  # recompute each layer's activations in the backward pass
     microbatch: int  # pairs, or labelled rows, per forward and backward pass
+    packing: bool  # rows hold several inputs (data/row_packing.py)
 
     # Terms on pairs; a weight of 0 removes the term.
     pair_loss: str  # the contrast: one of PAIR_LOSSES

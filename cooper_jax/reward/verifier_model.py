@@ -27,6 +27,7 @@ Departures from the released code: losses are normalised by the number of valid 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -37,9 +38,18 @@ from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.reward import reward_losses
 from cooper_jax.reward.reward_losses import RewardUpdateConfig, bce_loss, rewards_from_logits
-from cooper_jax.runtime import mesh, optim
+from cooper_jax.runtime import mesh, optim, packed_rows
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.types import LabelledBatch, PairBatch, Params, ScoreBatch, TrainState
+from cooper_jax.types import (
+    LabelledBatch,
+    PackedLabelled,
+    PackedPairs,
+    PackedRows,
+    PairBatch,
+    Params,
+    ScoreBatch,
+    TrainState,
+)
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[..., tuple[jax.Array, Metrics]]
@@ -65,6 +75,30 @@ def _compute_logits(
     return transformer.score_last_token(params, model_config, hidden, batch.valid)
 
 
+def _compute_packed_logits(
+    params: Params,
+    model_config: ModelConfig,
+    packed: PackedRows,  # one microbatch: leaves [R, ..]
+    *,
+    dtype: str,
+    remat: bool,
+    layout: Layout,
+) -> jax.Array:
+    """Logits f32[R * K] of the sequences of packed rows; where there is none, finite but meaningless."""
+    hidden = transformer.packed_hidden_states(
+        params,
+        model_config,
+        packed.tokens,
+        packed.segments,
+        packed.positions,
+        dtype=jnp.dtype(dtype),
+        remat=remat,
+        layout=layout,
+    )
+    final = jnp.take_along_axis(hidden, packed.predictors[:, :, None], axis=1)  # [R, K, D]
+    return transformer.score_hidden(params, final).reshape(-1)
+
+
 def _mask_rows(batch: ScoreBatch, used: jax.Array) -> ScoreBatch:
     """Mark all tokens invalid in the rows where `used`, bool[N], is False.
 
@@ -83,14 +117,33 @@ def make_score_fn(
     """Make the jitted function (params, ScoreBatch [N, S]) -> logits z f32[N].
 
     Rows run in microbatches whose composition depends only on N, not on the order in which responses ended.
+    Instead of a ScoreBatch it takes PackedRows, too; then the logits are f32[2 * M * R], and the first of them are
+    those of the sequences in order.
     """
 
     # The forward pass alone needs no rematerialisation; microbatches bound its activation memory.
-    def score(params: Params, batch: ScoreBatch) -> jax.Array:
+    options: dict[str, Any] = dict(dtype=dtype, remat=False, layout=layout)
+
+    def score(params: Params, batch: ScoreBatch | PackedRows) -> jax.Array:
+        if isinstance(batch, PackedRows):
+            return score_packed(params, batch)
+
         def score_rows(rows: ScoreBatch) -> jax.Array:
-            return _compute_logits(params, model_config, rows, dtype=dtype, remat=False, layout=layout)
+            return _compute_logits(params, model_config, rows, **options)
 
         return optim.map_rows(score_rows, batch, microbatch, layout)
+
+    def score_packed(params: Params, packed: PackedRows) -> jax.Array:
+        def score_microbatch(i: jax.Array, out: jax.Array) -> jax.Array:
+            rows = packed_rows.take_microbatch(packed, i)
+            logits = _compute_packed_logits(params, model_config, rows, **options)
+            return packed_rows.set_rows(out, rows.rows.reshape(-1), logits)
+
+        # There is room for each sequence, or pair of sequences, in a row of its own.
+        microbatches, size = packed.tokens.shape[:2]
+        count = microbatches if packed.count is None else packed.count
+        out = jnp.zeros(2 * microbatches * size, jnp.float32)
+        return jax.lax.fori_loop(0, count, score_microbatch, out)
 
     return jax.jit(score)
 
@@ -169,11 +222,16 @@ def _make_bce_loss_fn(model_config: ModelConfig, cfg: RewardUpdateConfig, layout
         z = _compute_logits(
             params, model_config, rows, dtype=cfg.dtype, remat=cfg.remat, layout=layout
         )  # f32[m]
-        # z > 0 is a reward above one half.
-        correct = (z > 0) == (labels > 0.5)
-        return bce_loss(z, labels, shares), {"accuracy": (shares * correct).sum()}
+        return _bce_terms(z, labels, shares)
 
     return loss_fn
+
+
+def _bce_terms(z: jax.Array, labels: jax.Array, shares: jax.Array) -> tuple[jax.Array, Metrics]:
+    """The loss of rows, and the sum of their accuracies; all arguments f32[m]."""
+    # z > 0 is a reward above one half.
+    correct = (z > 0) == (labels > 0.5)
+    return bce_loss(z, labels, shares), {"accuracy": (shares * correct).sum()}
 
 
 # --- the update of a Cooper step ---------------------------------------------------------------------
@@ -195,6 +253,8 @@ def make_reward_update(
     layout: Layout,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Make the jitted function (state, PairBatch or None, LabelledBatch or None) -> (state, metrics).
+
+    Instead of these it takes PackedPairs and PackedLabelled, too.
 
     One call is one optimiser step on
 
@@ -226,34 +286,19 @@ def make_reward_update(
                    rollout_accuracy: weighted share of rows where z > 0 agrees with the label
                    rollout_rows: the number of rows with a weight
     """
-    shardings = _param_shardings(model_config, layout)
-    rows_loss_fn = _make_bce_loss_fn(model_config, cfg, layout)
-    pairs_loss_fn = _make_pairs_loss_fn(model_config, cfg, layout)
+    pairs_gradients = _make_pairs_gradients(model_config, cfg, layout)
+    rows_gradients = _make_rows_gradients(model_config, cfg, layout)
 
-    def compute_pairs_part(params: Params, batch: PairBatch) -> _PartOfUpdate:
-        # The members of a pair are stacked into one array later, so they need one width.
-        width, negative_width = batch.positive.tokens.shape[1], batch.negative.tokens.shape[1]
-        if width != negative_width:
-            raise ValueError(f"positives are {width} tokens wide, negatives {negative_width}: pad both alike")
-
+    def compute_pairs_part(params: Params, batch: PairBatch | PackedPairs) -> _PartOfUpdate:
         # The mean over the valid pairs; the maximum avoids 0 / 0 if there are none.
         valid = batch.mask.sum().astype(jnp.float32)
         weights = batch.mask / jnp.maximum(valid, 1.0)  # f32[B]
-        loss, grads, sums = optim.accumulate_gradients(
-            pairs_loss_fn, params, (batch, weights), cfg.microbatch, layout, shardings
-        )
+        loss, grads, sums = pairs_gradients(params, batch, weights)
         metrics = {"valid": valid} | {name: x.sum() for name, x in sums.items()}
         return _PartOfUpdate(loss, grads, valid > 0, metrics)
 
-    def compute_rows_part(params: Params, batch: LabelledBatch) -> _PartOfUpdate:
-        loss, grads, sums = optim.accumulate_gradients(
-            rows_loss_fn,
-            params,
-            (batch.rows, batch.labels, batch.weights),
-            cfg.microbatch,
-            layout,
-            shardings,
-        )
+    def compute_rows_part(params: Params, batch: LabelledBatch | PackedLabelled) -> _PartOfUpdate:
+        loss, grads, sums = rows_gradients(params, batch)
 
         # The metrics report the loss without its weight rollout_bce.  The update uses it with the weight.
         total = batch.weights.sum()
@@ -267,7 +312,9 @@ def make_reward_update(
         return _PartOfUpdate(weight * loss, weighted_grads, total > 0, metrics)
 
     def update(
-        state: TrainState, pairs: PairBatch | None = None, labelled: LabelledBatch | None = None
+        state: TrainState,
+        pairs: PairBatch | PackedPairs | None = None,
+        labelled: LabelledBatch | PackedLabelled | None = None,
     ) -> tuple[TrainState, Metrics]:
         # These conditions are evaluated at trace time, so a term of weight 0 is not compiled.
         parts = []
@@ -290,6 +337,88 @@ def make_reward_update(
     return _jit_update(update, model_config, opt, layout)
 
 
+# (loss f32[], gradients, sums by microbatch f32[M] each)
+_Gradients = tuple[jax.Array, Params, Metrics]
+
+
+def _make_pairs_gradients(
+    model_config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout
+) -> Callable[[Params, PairBatch | PackedPairs, jax.Array], _Gradients]:
+    """The function (params, pairs, weights f32[B]) -> loss, gradients and sums of the pairs."""
+    shardings = _param_shardings(model_config, layout)
+    loss_fn = _make_pairs_loss_fn(model_config, cfg, layout)
+    accumulate_packed = _make_packed_accumulator(model_config, cfg, layout)
+    terms = functools.partial(_pair_terms, cfg=cfg)
+
+    def gradients(params: Params, batch: PairBatch | PackedPairs, weights: jax.Array) -> _Gradients:
+        if isinstance(batch, PackedPairs):
+            return accumulate_packed(params, batch.rows, (weights,), terms, together=2)
+
+        # The members of a pair are stacked into one array later, so they need one width.
+        width, negative_width = batch.positive.tokens.shape[1], batch.negative.tokens.shape[1]
+        if width != negative_width:
+            raise ValueError(f"positives are {width} tokens wide, negatives {negative_width}: pad both alike")
+        return optim.accumulate_gradients(
+            loss_fn, params, (batch, weights), cfg.microbatch, layout, shardings
+        )
+
+    return gradients
+
+
+def _make_rows_gradients(
+    model_config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout
+) -> Callable[[Params, LabelledBatch | PackedLabelled], _Gradients]:
+    """The function (params, labelled rows) -> loss, gradients and sums of the rows."""
+    shardings = _param_shardings(model_config, layout)
+    loss_fn = _make_bce_loss_fn(model_config, cfg, layout)
+    accumulate_packed = _make_packed_accumulator(model_config, cfg, layout)
+
+    def gradients(params: Params, batch: LabelledBatch | PackedLabelled) -> _Gradients:
+        per_row = batch.labels, batch.weights
+        if isinstance(batch, PackedLabelled):
+            return accumulate_packed(params, batch.rows, per_row, _bce_terms, together=1)
+        return optim.accumulate_gradients(
+            loss_fn, params, (batch.rows, *per_row), cfg.microbatch, layout, shardings
+        )
+
+    return gradients
+
+
+def _make_packed_accumulator(
+    model_config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout
+) -> Callable[..., _Gradients]:
+    """Make the function that computes loss, gradients and sums of packed pairs, or of packed labelled rows.
+
+    It takes (params, PackedRows, a tuple of arrays [units], terms, together).  A unit is a pair (together=2) or a
+    row (together=1); terms is (logits f32[n, together] or f32[n], the units' values [n] ..) -> (loss, metrics).
+    """
+    shardings = _param_shardings(model_config, layout)
+
+    def accumulate(
+        params: Params,
+        packed: PackedRows,
+        per_unit: tuple[jax.Array, ...],
+        terms: Callable[..., tuple[jax.Array, Metrics]],
+        together: int,
+    ) -> _Gradients:
+        per_unit = packed_rows.replicate(per_unit, layout)
+
+        def loss_fn(params: Params, rows: PackedRows) -> tuple[jax.Array, Metrics]:
+            z = _compute_packed_logits(
+                params, model_config, rows, dtype=cfg.dtype, remat=cfg.remat, layout=layout
+            )
+            # Negative where there is no sequence: // rounds down.
+            units = rows.rows.reshape(-1)[::together] // together
+            z = z if together == 1 else z.reshape(-1, together)
+            return terms(z, *packed_rows.take_or_zero(per_unit, units))
+
+        return optim.accumulate_first(
+            loss_fn, params, dataclasses.replace(packed, count=None), packed.count, shardings
+        )
+
+    return accumulate
+
+
 def _make_pairs_loss_fn(model_config: ModelConfig, cfg: RewardUpdateConfig, layout: Layout) -> LossFn:
     """The loss function (params, (PairBatch, weights)) -> (loss f32[], metrics).
 
@@ -305,32 +434,42 @@ def _make_pairs_loss_fn(model_config: ModelConfig, cfg: RewardUpdateConfig, layo
         )
         rows = _mask_rows(rows, jnp.repeat(pairs.mask, 2))
         z = _compute_logits(params, model_config, rows, dtype=cfg.dtype, remat=cfg.remat, layout=layout)
-        z_pos, z_neg = z[0::2], z[1::2]  # f32[m]
-
-        terms = reward_losses.pair_terms(z_pos, z_neg, cfg)
-        # `terms` is not empty, since pairs are read only if a term has a weight.  The sum is thus an array.
-        weighted_terms = [term_weight * (weights * term).sum() for term_weight, term in terms.values()]
-        loss = cast(jax.Array, sum(weighted_terms))
-
-        # Metrics of each pair, f32[m]; the margin is in the units of the contrast.
-        p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)
-        s_pos, s_neg = p_pos, p_neg
-        if cfg.pair_loss == "logit":
-            s_pos, s_neg = z_pos, z_neg
-        grad_pos, grad_neg = reward_losses.pair_gradients(z_pos, z_neg, cfg)
-        by_pair = {name: term for name, (_, term) in terms.items()} | {
-            "margin": s_pos - s_neg,
-            "accuracy": z_pos > z_neg,
-            "positive_mean": p_pos,
-            "negative_mean": p_neg,
-            "positive_saturation": p_pos * (1 - p_pos),
-            "negative_saturation": p_neg * (1 - p_neg),
-            "common_push": -(grad_pos + grad_neg) / 2,
-            "difference_push": -(grad_pos - grad_neg) / 2,
-        }
-        return loss, {name: (weights * x).sum() for name, x in by_pair.items()}
+        return _pair_terms(z.reshape(-1, 2), weights, cfg=cfg)
 
     return loss_fn
+
+
+def _pair_terms(z: jax.Array, weights: jax.Array, *, cfg: RewardUpdateConfig) -> tuple[jax.Array, Metrics]:
+    """Loss and metrics of pairs, summed with their weights, f32[m].
+
+    z: f32[m, 2], the logits of the positives and of the negatives.
+    """
+    # Logits where there is no pair have weight 0; they must not reach the gradient even as NaN.
+    z = jnp.where((weights > 0)[:, None], z, 0.0)
+    z_pos, z_neg = z[:, 0], z[:, 1]
+
+    terms = reward_losses.pair_terms(z_pos, z_neg, cfg)
+    # `terms` is not empty, since pairs are read only if a term has a weight.  The sum is thus an array.
+    weighted_terms = [term_weight * (weights * term).sum() for term_weight, term in terms.values()]
+    loss = cast(jax.Array, sum(weighted_terms))
+
+    # Metrics of each pair, f32[m]; the margin is in the units of the contrast.
+    p_pos, p_neg = rewards_from_logits(z_pos), rewards_from_logits(z_neg)
+    s_pos, s_neg = p_pos, p_neg
+    if cfg.pair_loss == "logit":
+        s_pos, s_neg = z_pos, z_neg
+    grad_pos, grad_neg = reward_losses.pair_gradients(z_pos, z_neg, cfg)
+    by_pair = {name: term for name, (_, term) in terms.items()} | {
+        "margin": s_pos - s_neg,
+        "accuracy": z_pos > z_neg,
+        "positive_mean": p_pos,
+        "negative_mean": p_neg,
+        "positive_saturation": p_pos * (1 - p_pos),
+        "negative_saturation": p_neg * (1 - p_neg),
+        "common_push": -(grad_pos + grad_neg) / 2,
+        "difference_push": -(grad_pos - grad_neg) / 2,
+    }
+    return loss, {name: (weights * x).sum() for name, x in by_pair.items()}
 
 
 def _param_shardings(model_config: ModelConfig, layout: Layout) -> Any:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cooper_jax.data import packing, prompts
+from cooper_jax.data import packing, prompts, row_packing
 from cooper_jax.reward import reward_losses
 from cooper_jax.reward.calibration import apply_calibration
 from cooper_jax.rule.worker_process import make_item
@@ -29,7 +29,7 @@ from cooper_jax.trainer.policy_stages import ProblemBatch
 from cooper_jax.trainer.reward_functions import CombinedRewards, StepRewards
 from cooper_jax.trainer.rewards import compute_rewards, name_rewards, penalise_length
 from cooper_jax.trainer.state import Components
-from cooper_jax.types import Completion, Params, Problem, ScoreBatch, Verdict
+from cooper_jax.types import Completion, PackedRows, Params, Problem, ScoreBatch, Verdict
 
 
 def encode_reward_input(components: Components, problem: Problem, completion: str) -> list[int]:
@@ -50,13 +50,33 @@ def encode_reward_input(components: Components, problem: Problem, completion: st
     )
 
 
-def pack_reward_inputs(components: Components, rows: Sequence[Sequence[int]]) -> ScoreBatch:
+def pack_reward_inputs(components: Components, rows: Sequence[Sequence[int]]) -> ScoreBatch | PackedRows:
     """Pack token ids into a batch on the reward model's devices, padded to a multiple of the batch shards."""
+    if components.settings.reward_update.packing:
+        return pack_reward_sequences(components, rows)
     layout = components.reward_bundle.layout
     batch = packing.pack_score_batch(
         rows, bucket=components.settings.data.bucket, rows_multiple=layout.batch_shards
     )
     return layout.put(batch, "batch")
+
+
+def pack_reward_sequences(
+    components: Components, sequences: Sequence[Sequence[int]], together: int = 1
+) -> PackedRows:
+    """Pack the reward model's inputs for `reward.packing`, and put them on its devices.
+
+    together: see `row_packing.pack_reward_rows`.
+    """
+    settings, bundle = components.settings, components.reward_bundle
+    plan = row_packing.choose_packing(
+        together * settings.reward.max_tokens,
+        settings.reward_update.microbatch,
+        width=bundle.model.config.width,
+        bucket=settings.data.bucket,
+    )
+    packed = row_packing.pack_reward_rows(sequences, plan, bundle.layout.batch_shards, together=together)
+    return bundle.layout.put(packed, None, "batch")
 
 
 def compute_response_logits(

@@ -21,13 +21,15 @@ from cooper_jax.reward import labelled_rollouts
 from cooper_jax.reward.pairs.build_pairs import PairInputs, PendingPairs, no_pairs, start_pairs
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.metrics import to_host
-from cooper_jax.trainer.grading import encode_reward_input
+from cooper_jax.trainer.grading import encode_reward_input, pack_reward_sequences
 from cooper_jax.trainer.policy_stages import ProblemBatch
 from cooper_jax.trainer.state import Components
 from cooper_jax.types import (
     Completion,
     LabelledBatch,
     Metrics,
+    PackedLabelled,
+    PackedPairs,
     Pair,
     PairBatch,
     Problem,
@@ -197,7 +199,7 @@ def _find_undefined_means(metrics: Metrics) -> list[str]:
     return undefined
 
 
-def _pack_pairs(components: Components, pairs: Sequence[Pair | None]) -> PairBatch:
+def _pack_pairs(components: Components, pairs: Sequence[Pair | None]) -> PairBatch | PackedPairs:
     """Pack pairs into the reward model's inputs.  A pair that could not be made becomes two empty rows."""
     # Empty rows keep the number of rows equal at all steps; each new number would compile another program.
     positives: list[list[int]] = []
@@ -209,8 +211,14 @@ def _pack_pairs(components: Components, pairs: Sequence[Pair | None]) -> PairBat
         positives.append(members[0])
         negatives.append(members[1])
 
-    # Both members get the width of the longest, since the update scores them in one pass.
     layout = components.reward_bundle.layout
+    valid = np.array([pair is not None for pair in pairs])
+    if components.settings.reward_update.packing:
+        members_in_turn = [tokens for pair in zip(positives, negatives, strict=True) for tokens in pair]
+        rows = pack_reward_sequences(components, members_in_turn, together=2)
+        return PackedPairs(rows, layout.put(valid))
+
+    # Both members get the width of the longest, since the update scores them in one pass.
     width = packing.round_up(max(map(len, positives + negatives)), components.settings.data.bucket)
     # With the width as the bucket, both batches are padded to exactly that width.
     options = dict(bucket=width, rows_multiple=layout.batch_shards)
@@ -218,7 +226,6 @@ def _pack_pairs(components: Components, pairs: Sequence[Pair | None]) -> PairBat
     negative_batch = packing.pack_score_batch(negatives, **options)
 
     # The mask drops the empty rows, and the rows that pad the batch to the mesh.
-    valid = np.array([pair is not None for pair in pairs])
     mask = packing.pad_rows(valid, positive_batch.tokens.shape[0])
     return PairBatch(
         positive=layout.put(positive_batch, "batch"),
@@ -246,7 +253,9 @@ def _encode_members(components: Components, pair: Pair) -> tuple[list[int], list
     return sides[0], sides[1]
 
 
-def _pack_labelled_rows(components: Components, labelled_rows: Sequence[Triple]) -> LabelledBatch:
+def _pack_labelled_rows(
+    components: Components, labelled_rows: Sequence[Triple]
+) -> LabelledBatch | PackedLabelled:
     """Pack labelled rows into the reward model's inputs.  Padding rows have weight 0."""
     layout, settings = components.reward_bundle.layout, components.settings
     labels = np.array([row.label for row in labelled_rows], np.float32)
@@ -257,6 +266,12 @@ def _pack_labelled_rows(components: Components, labelled_rows: Sequence[Triple])
 
     # Padded to the maximum, since each new number of rows would compile another program.
     tokens += [[]] * (labelled_rollouts.max_rows_per_update(settings.reward_update) - len(tokens))
+    if settings.reward_update.packing:
+        rows = pack_reward_sequences(components, tokens)
+        weights = labelled_rollouts.class_weights(labels)
+        padded = [layout.put(packing.pad_rows(x, len(tokens))) for x in (labels, weights)]
+        return PackedLabelled(rows, *padded)
+
     rows = packing.pack_score_batch(tokens, bucket=settings.data.bucket, rows_multiple=layout.batch_shards)
     count = rows.tokens.shape[0]
     weights = packing.pad_rows(labelled_rollouts.class_weights(labels), count)
@@ -267,8 +282,13 @@ def _pack_labelled_rows(components: Components, labelled_rows: Sequence[Triple])
     )
 
 
-def _compute_pair_logits(components: Components, reward: TrainState, batch: PairBatch) -> np.ndarray:
+def _compute_pair_logits(
+    components: Components, reward: TrainState, batch: PairBatch | PackedPairs
+) -> np.ndarray:
     """The logits of the positives and of the negatives, f32[2, rows]."""
+    if isinstance(batch, PackedPairs):
+        logits = components.reward_bundle.compute_logits(reward.params, batch.rows)
+        return hosts.fetch_arrays(logits)[: 2 * len(batch.mask)].reshape(-1, 2).T
     sides = (batch.positive, batch.negative)
     return np.stack(
         [hosts.fetch_arrays(components.reward_bundle.compute_logits(reward.params, side)) for side in sides]
