@@ -13,7 +13,7 @@ from cooper_jax.runtime import keys
 from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import policy_stages, reward_stages
 from cooper_jax.trainer.step import cooper_step
-from cooper_jax.types import Completion
+from cooper_jax.types import Completion, Triple
 
 
 @pytest.mark.slow
@@ -56,10 +56,10 @@ def test_rows_that_do_not_divide_the_mesh(build):
 def test_packed_rows_make_the_updates_of_unpacked_ones(build, devices, updates):
     found = {}
     for packing in (False, True):
-        with build(devices, **{"policy.packing": packing, "policy.optimiser.eps": 1e-3} | updates) as (
-            components,
-            state,
-        ):
+        changes = {"policy.packing": packing, "reward.packing": packing, "log.pair_motion": True}
+        changes |= {f"{model}.optimiser.eps": 1e-3 for model in ("policy", "reward")} | updates
+        changes |= {"reward.rollout_bce": 1.0}
+        with build(devices, **changes) as (components, state):
             state = state.replace(reference=state.policy.params)
             problems = policy_stages.take_problems(components, first=0)
             rollout = sample(components, state, problems)
@@ -68,11 +68,24 @@ def test_packed_rows_make_the_updates_of_unpacked_ones(build, devices, updates):
             batch = policy_stages.mask_rows(components, batch, masked)
             advantages = np.linspace(-1, 1, B * G).astype(np.float32)
             policy, metrics = policy_stages.update_policy(components, state.policy, batch, advantages, 1)
+
+            texts = [Completion(f"{i} apples") for i in range(B * G)]
+            logits = score(components, state.reward, problems.row_problems, texts)
+            pairs = [a_pair(components.train[0]), None, a_pair(components.train[1])]
+            row = components.train[2]
+            labelled = [Triple(row.question, row.reference, "3 pears", label) for label in (0.0, 1.0)]
+            reward, reward_metrics = reward_stages.update_reward_model(
+                components, state.reward, pairs, labelled
+            )
+            metrics |= reward_metrics
+
             width = rollout.tokens.shape[1]  # without packing the columns end with the longest response
             ref = np.zeros((B * G, width), np.float32)
             ref[:, : batch.ref_logprobs.shape[1]] = np.asarray(batch.ref_logprobs)[: B * G]
-            found[packing] = ref, metrics, host(policy.params)
-    np.testing.assert_allclose(found[True][0], found[False][0], atol=1e-5)
+            found[packing] = (ref, logits), metrics, host(policy.params) + host(reward.params)
+    for x, y in zip(found[True][0], found[False][0], strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert found[False][1]["rm/valid"] == 2 and found[False][1]["rm/rollout_rows"] == 2
     assert found[True][1].keys() == found[False][1].keys()
     for name, value in found[False][1].items():
         assert found[True][1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

@@ -44,6 +44,10 @@ class Packing:
         """K."""
         return max(MIN_SEQUENCES, round_up(self.row_tokens // TOKENS_PER_SEQUENCE, 2))
 
+    def count_read(self, tokens: int) -> int:
+        """Q for rows with at most so many response tokens: a multiple of a part of C, so that it has few values."""
+        return min(round_up(tokens, -(-self.row_tokens // RESPONSE_WIDTHS)), self.row_tokens)
+
     def count_rows(self, sequences: int, rows_multiple: int) -> tuple[int, int]:
         """(M, R), with room for each of so many sequences in a row of its own."""
         rows = round_up(min(self.rows, sequences), rows_multiple)
@@ -113,9 +117,8 @@ def pack_policy_rows(
     microbatches, size = plan.count_rows(count, rows_multiple)
 
     responses = np.where(lengths > 0, lengths - prompt_lengths, 0)
-    step = -(-plan.row_tokens // RESPONSE_WIDTHS)
-    width = round_up(max((responses[members].sum() for members in assigned), default=1), step)
-    predictors = np.zeros((microbatches * size, min(width, plan.row_tokens)), np.int32)
+    read = plan.count_read(max((int(responses[members].sum()) for members in assigned), default=1))
+    predictors = np.zeros((microbatches * size, read), np.int32)
     first = np.zeros((microbatches * size, plan.sequences), np.int32)
     for r, members in enumerate(assigned):
         # The hidden state of a column predicts the token of the next one.

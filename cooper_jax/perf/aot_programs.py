@@ -34,7 +34,16 @@ from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.runtime import optim
 from cooper_jax.runtime.mesh import abstract_params
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
-from cooper_jax.types import LabelledBatch, PackedRows, PairBatch, PolicyBatch, ScoreBatch, TrainState
+from cooper_jax.types import (
+    LabelledBatch,
+    PackedLabelled,
+    PackedPairs,
+    PackedRows,
+    PairBatch,
+    PolicyBatch,
+    ScoreBatch,
+    TrainState,
+)
 
 # Names of the trees of arrays in memory: during the whole run, and in addition during the rollout.  The devices of
 # a rollout one step ahead have AHEAD during the whole run, and not ALWAYS.
@@ -276,12 +285,50 @@ def _make_score(job: CompileJob, reward: ModelConfig) -> StepProgram:
         reward, job.layout, dtype=settings.dtype, microbatch=settings.microbatch
     )
     params = abstract_params(job.layout, transformer.param_specs(reward, "score"))
-    batch = ScoreBatch(*_tokens(job, job.rows, job.reward_tokens))
-    n = job.count_microbatch_rows(job.rows, settings.microbatch)
+    batch: ScoreBatch | PackedRows
+    n, tokens = job.count_microbatch_rows(job.rows, settings.microbatch), job.reward_tokens
+    if settings.packing:
+        batch = _make_packed_inputs(job, reward, job.rows)
+        n, tokens = _row_shape(job, batch)
+    else:
+        batch = ScoreBatch(*_tokens(job, job.rows, job.reward_tokens))
     return StepProgram(
         "score", "score", 1, lambda outputs: score.lower(params, batch), ALWAYS,
-        declared=kernel_costs.attention_cost(job, reward, n, job.reward_tokens, settings.dtype),
+        declared=kernel_costs.attention_cost(job, reward, n, tokens, settings.dtype),
     )  # fmt: skip
+
+
+def _make_packed_inputs(job: CompileJob, reward: ModelConfig, units: int, together: int = 1) -> PackedRows:
+    """Make abstract packed rows of reward-model inputs, or with together=2 of pairs, all of the largest length."""
+    longest = together * job.reward_tokens
+    plan = row_packing.choose_packing(
+        # As in training, where inputs have up to reward.max_tokens.
+        together * job.cfg.reward.max_tokens,
+        job.cfg.reward.microbatch,
+        width=reward.width,
+        bucket=job.cfg.data.bucket,
+    )
+    per_row = min(plan.row_tokens // longest, plan.sequences // together)
+    return _make_abstract_rows(job, plan, units, per_row, plan.sequences)
+
+
+def _make_abstract_rows(
+    job: CompileJob, plan: row_packing.Packing, units: int, per_row: int, read: int
+) -> PackedRows:
+    """Make abstract packed rows, of which all microbatches are computed.
+
+    per_row: units, sequences or pairs of them, in a row.  read: columns whose hidden states are read, Q.
+    """
+    _, rows = plan.count_rows(units, job.layout.batch_shards)
+    microbatches = -(-units // (rows * per_row))
+
+    def array(columns: int) -> Any:
+        shape = microbatches, rows, columns
+        sharding = job.layout.sharding((None, "batch", None), shape)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+    tokens, sequences = array(plan.row_tokens), array(plan.sequences)
+    return PackedRows(tokens, tokens, tokens, array(read), sequences, sequences, count=None)
 
 
 def _make_logprobs(job: CompileJob) -> StepProgram:
@@ -311,37 +358,13 @@ def _make_logprobs(job: CompileJob) -> StepProgram:
 
 
 def _make_packed_rows(job: CompileJob, sequences: int) -> PackedRows:
-    """Make abstract packed rows of so many sequences, all of the largest length; all microbatches are computed."""
+    """Make abstract packed rows of so many prompts with responses, all of the largest length."""
     prompt, response = job.row_tokens
-    plan, microbatches, rows = _plan_packed_rows(job, sequences)
-    responses = plan.row_tokens // (prompt + response) * response
-    quarter = -(-plan.row_tokens // row_packing.RESPONSE_WIDTHS)
-
-    def array(columns: int) -> Any:
-        shape = microbatches, rows, columns
-        sharding = job.layout.sharding((None, "batch", None), shape)
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-
-    return PackedRows(
-        tokens=array(plan.row_tokens),
-        segments=array(plan.row_tokens),
-        positions=array(plan.row_tokens),
-        predictors=array(min(round_up(responses, quarter), plan.row_tokens)),
-        rows=array(plan.sequences),
-        first=array(plan.sequences),
-        count=None,
-    )
-
-
-def _plan_packed_rows(job: CompileJob, sequences: int) -> tuple[row_packing.Packing, int, int]:
-    """The packing of so many sequences of the largest length, and its microbatches and rows of a microbatch."""
-    longest = sum(job.row_tokens)
     plan = row_packing.choose_packing(
-        longest, job.cfg.policy.microbatch, width=job.policy.width, bucket=job.cfg.data.bucket
+        prompt + response, job.cfg.policy.microbatch, width=job.policy.width, bucket=job.cfg.data.bucket
     )
-    _, rows = plan.count_rows(sequences, job.layout.batch_shards)
-    per_microbatch = rows * min(plan.row_tokens // longest, plan.sequences)
-    return plan, -(-sequences // per_microbatch), rows
+    per_row = min(plan.row_tokens // (prompt + response), plan.sequences)
+    return _make_abstract_rows(job, plan, sequences, per_row, plan.count_read(per_row * response))
 
 
 def _make_policy_update(job: CompileJob) -> StepProgram:
@@ -391,8 +414,7 @@ def _policy_costs(job: CompileJob, rows: int, settings: PolicyConfig) -> kernel_
     prompt, response = job.row_tokens
     if settings.packing:
         packed = _make_packed_rows(job, rows)
-        _, n, tokens = packed.tokens.shape
-        n, predicted = n // job.layout.batch_shards, packed.predictors.shape[-1]
+        (n, tokens), predicted = _row_shape(job, packed), packed.predictors.shape[-1]
     else:
         n, tokens, predicted = (
             job.count_microbatch_rows(rows, settings.microbatch),
@@ -403,29 +425,64 @@ def _policy_costs(job: CompileJob, rows: int, settings: PolicyConfig) -> kernel_
     return attention | kernel_costs.head_cost(job, job.policy, n * predicted, "head_score")
 
 
+def _make_abstract_pairs(
+    job: CompileJob, reward: ModelConfig, settings: RewardUpdateConfig
+) -> tuple[PairBatch | PackedPairs | None, int, int]:
+    """Make a step's abstract pairs, and the rows and columns of a microbatch on one device; None, 0, 0 without."""
+    count, shards = job.cfg.data.prompts_per_step * job.cfg.pairs.per_prompt, job.layout.batch_shards
+    if not settings.reads_pairs:
+        return None, 0, 0
+    if settings.packing:
+        packed = _make_packed_inputs(job, reward, count, together=2)
+        return PackedPairs(packed, _replicated(job, jnp.bool_, count)), *_row_shape(job, packed)
+
+    count = round_up(count, shards)
+    member = ScoreBatch(*_tokens(job, count, job.reward_tokens))
+    pairs = PairBatch(positive=member, negative=member, mask=_array(job, jnp.bool_, count))
+    # Both members of a pair are in one microbatch.
+    return pairs, 2 * job.count_microbatch_rows(count, settings.microbatch), job.reward_tokens
+
+
+def _make_abstract_labelled(
+    job: CompileJob, reward: ModelConfig, settings: RewardUpdateConfig
+) -> tuple[LabelledBatch | PackedLabelled | None, int, int]:
+    """Make an update's abstract labelled rows, and the rows and columns of a microbatch on one device."""
+    count = labelled_rollouts.max_rows_per_update(settings)
+    if not count:
+        return None, 0, 0
+    if settings.packing:
+        packed = _make_packed_inputs(job, reward, count)
+        per_row = _replicated(job, jnp.float32, count)
+        return PackedLabelled(packed, per_row, per_row), *_row_shape(job, packed)
+
+    count = round_up(count, job.layout.batch_shards)
+    per_row = _array(job, jnp.float32, count)
+    rows = ScoreBatch(*_tokens(job, count, job.reward_tokens))
+    labelled = LabelledBatch(rows=rows, labels=per_row, weights=per_row)
+    return labelled, job.count_microbatch_rows(count, settings.microbatch), job.reward_tokens
+
+
+def _row_shape(job: CompileJob, packed: PackedRows) -> tuple[int, int]:
+    """The rows of a microbatch on one device, and their columns."""
+    _, rows, columns = packed.tokens.shape
+    return rows // job.layout.batch_shards, columns
+
+
+def _replicated(job: CompileJob, dtype: Any, count: int) -> Any:
+    return jax.ShapeDtypeStruct((count,), dtype, sharding=job.layout.replicated)
+
+
 def _make_reward_update(job: CompileJob, reward: ModelConfig) -> StepProgram:
     """Make the program of one reward-model update: on pairs, and on labelled rows if the config has any."""
-    settings, tokens = RewardUpdateConfig.from_config(job.cfg.reward), job.reward_tokens
+    settings = RewardUpdateConfig.from_config(job.cfg.reward)
     optimiser, state = _make_state(job, "reward", reward, "score")
     with setup_errors("reward"):
         update: Any = verifier_model.make_reward_update(reward, settings, optimiser, job.layout)
 
     # The declared cost of attention is that of the largest microbatch, an upper bound for the others.
-    pairs = labelled = None
-    n = 0  # rows of the largest microbatch
-    shards = job.layout.batch_shards
-    if settings.reads_pairs:
-        count = round_up(job.cfg.data.prompts_per_step * job.cfg.pairs.per_prompt, shards)
-        member = ScoreBatch(*_tokens(job, count, tokens))
-        pairs = PairBatch(positive=member, negative=member, mask=_array(job, jnp.bool_, count))
-        # Both members of a pair are in one microbatch.
-        n = 2 * job.count_microbatch_rows(count, settings.microbatch)
-    if rows := round_up(labelled_rollouts.max_rows_per_update(settings), shards):
-        per_row = _array(job, jnp.float32, rows)
-        labelled = LabelledBatch(
-            rows=ScoreBatch(*_tokens(job, rows, tokens)), labels=per_row, weights=per_row
-        )
-        n = max(n, job.count_microbatch_rows(rows, settings.microbatch))
+    pairs, pair_rows, pair_tokens = _make_abstract_pairs(job, reward, settings)
+    labelled, label_rows, label_tokens = _make_abstract_labelled(job, reward, settings)
+    n, tokens = max(pair_rows, label_rows), max(pair_tokens, label_tokens)
 
     return StepProgram(
         "pair update",
