@@ -146,9 +146,9 @@ class Rollout:
 class PolicyBatch:
     """Rows of a GRPO update.  Prompts are left-padded, so all responses start at column P."""
 
-    # The model's input; None where the model reads `PackedRows` instead.
-    tokens: jax.Array | None  # i32[N, P + T]
-    valid: jax.Array | None  # bool[N, P + T]: False at padding
+    # The model's input.
+    tokens: jax.Array  # i32[N, P + T]
+    valid: jax.Array  # bool[N, P + T]: False at padding
 
     # The loss.
     response_mask: jax.Array  # bool[N, T]
@@ -160,6 +160,11 @@ class PolicyBatch:
     rollout_logprobs: jax.Array  # the rollout engine, for the mismatch metric
     # f32[N, T]: the policy is its softmax over the tokens with logits above it, as in the rollout; None: over all
     thresholds: jax.Array | None = None
+
+    def without_tokens(self) -> PolicyBatch:
+        """The batch without the model's input, for a model that reads `PackedRows` in its place."""
+        nothing: Any = None
+        return dataclasses.replace(self, tokens=nothing, valid=nothing)
 
 
 @struct.dataclass

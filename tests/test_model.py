@@ -218,6 +218,40 @@ def test_the_tpu_kernel_interpreted_with_a_window():
     check_values_and_gradients(kernel, functools.partial(reference.reference_attention, window=50), args)
 
 
+def segments_of(n, tokens):
+    """Rows of three sequences of uneven length and padding (0) behind them."""
+    ends = np.array([[tokens // 3, tokens // 2, tokens - 9 + i] for i in range(n)])
+    ids = (np.arange(tokens)[None, :, None] >= ends[:, None]).sum(axis=2) + 1
+    return jnp.asarray(np.where(ids == 4, 0, ids), jnp.int32)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_sequences_of_one_row_equal_sequences_of_their_own(window):
+    q, k, v = qkv(n=2, tokens=65)
+    segments = segments_of(2, 65)
+    found = reference.reference_attention(q, k, v, window=window, segments=(segments, segments))
+    for n in range(2):
+        for segment in (1, 2, 3):
+            (columns,) = np.nonzero(np.asarray(segments)[n] == segment)
+            alone = reference.reference_attention(
+                *(x[n : n + 1, columns[0] : columns[-1] + 1] for x in (q, k, v)), window=window
+            )
+            np.testing.assert_allclose(found[n, columns], alone[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("implementation", ["xla", "splash_interpret"])
+def test_kernels_keep_sequences_of_a_row_apart(monkeypatch, implementation, window):
+    monkeypatch.setattr(face, "QUERY_BLOCK", 32)
+    args = qkv(n=2, tokens=130, heads=2, kv_heads=1, h=64)
+    segments = segments_of(2, 130)
+    kernel = functools.partial(
+        face.causal_attention, implementation=implementation, window=window, segments=segments
+    )
+    plain = functools.partial(reference.reference_attention, window=window, segments=(segments, segments))
+    check_values_and_gradients(kernel, plain, args)
+
+
 def test_a_window_saves_memory():
     """Of 1,024 tokens a block of queries reads 128 + 127 keys at most; without a window, up to 1,024."""
     args = qkv(n=1, tokens=1024, heads=2, kv_heads=1, h=8)

@@ -66,10 +66,6 @@ def pack(batch, microbatch=2, rows_multiple=1):
     return row_packing.pack_policy_rows(tokens, valid, T, plan, rows_multiple)
 
 
-def without_tokens(batch):
-    return batch.replace(tokens=None, valid=None)
-
-
 @functools.cache
 def gradients_of(layout, **changes):
     cfg = section(**changes)
@@ -117,7 +113,7 @@ def test_loss_gradient_and_metrics_equal_those_of_unpacked_rows(params, loss, mi
         changes["dual_clip"] = 0.0
     gradients = gradients_of(tiny_models.one_device(), **changes)
     expected = gradients(params, batch)
-    found = gradients(params, without_tokens(batch), packed)
+    found = gradients(params, batch.without_tokens(), packed)
     np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
     assert_trees_close(found[1], expected[1])
     for name in expected[2]:
@@ -143,7 +139,7 @@ def test_packed_rows_on_a_mesh(params):
         params, mesh.make_shardings(layout, transformer.param_specs(CONFIG, head="logits"))
     )
     packed = layout.put(pack(batch, rows_multiple=layout.batch_shards), None, "batch")
-    found = gradients_of(layout)(placed, without_tokens(batch), packed)
+    found = gradients_of(layout)(placed, batch.without_tokens(), packed)
     np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
     assert_trees_close(found[1], expected[1])
     for name in expected[2]:
@@ -156,7 +152,7 @@ def test_a_batch_without_any_sequence_has_no_gradient(params):
     empty = batch.replace(valid=nothing, response_mask=nothing[:, P:])
     packed = pack(empty)
     assert int(packed.count) == 0
-    loss, grads, metrics = gradients_of(tiny_models.one_device())(params, without_tokens(empty), packed)
+    loss, grads, metrics = gradients_of(tiny_models.one_device())(params, empty.without_tokens(), packed)
     assert float(loss) == 0 and not any(np.asarray(x).any() for x in jax.tree.leaves(grads))
     assert all(np.isfinite(float(x)) for x in metrics.values())
 

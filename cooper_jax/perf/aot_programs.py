@@ -385,8 +385,8 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
         )  # fmt: skip
 
     # A minibatch at its full width; the three log-probabilities have the same shape.
-    tokens, valid = (None, None) if settings.packing else _tokens(job, rows, prompt + response)
-    packed = (_make_packed_rows(job, rows),) if settings.packing else ()
+    tokens, valid = _tokens(job, rows, prompt + response)
+    packed: list[PackedRows] = []
     per_token = _array(job, jnp.float32, rows, response)
     batch = PolicyBatch(
         tokens=tokens,
@@ -398,6 +398,8 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
         rollout_logprobs=per_token,
         thresholds=None if rollout.samples_all_tokens else per_token,
     )
+    if settings.packing:
+        packed, batch = [_make_packed_rows(job, rows)], batch.without_tokens()
     return StepProgram(
         "policy update",
         "policy",

@@ -15,6 +15,7 @@ B prompts   G samples a prompt   N = B * G rows, prompt-major   P prompt tokens 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -38,6 +39,8 @@ from cooper_jax.runtime import keys, mesh, optim
 from cooper_jax.settings.setup_errors import setup_errors
 from cooper_jax.types import (
     LabelledBatch,
+    PackedLabelled,
+    PackedPairs,
     PackedRows,
     PairBatch,
     Params,
@@ -278,7 +281,7 @@ def _make_policy_update(
     pack, per_row = None, batch
     if policy.packing:
         pack = _make_packer(cfg, config, layout, prompt_tokens, batch)
-        per_row = dataclasses.replace(batch, tokens=None, valid=None)
+        per_row = batch.without_tokens()
 
     def step(state, repetition):
         key = keys.make_key(cfg.seed, "minibatch", repetition)
@@ -330,7 +333,6 @@ def _make_reward_update(
     """
     config, params = make_bench_model(cfg.reward, "reward", "score", layout, cfg.seed)
     workload = make_workload(cfg, config.vocab_size, prompt_tokens, ragged)
-    rng = np.random.default_rng(cfg.seed + 2)
 
     # The same jitted update as in training.
     with setup_errors("reward"):
@@ -342,35 +344,18 @@ def _make_reward_update(
     def make_lengths(rows: int) -> np.ndarray:
         return np.minimum(np.resize(workload.lengths, rows) + prompt_tokens, cfg.reward.max_tokens)
 
-    def make_rows(lengths: np.ndarray) -> ScoreBatch:
-        rows = [rng.integers(config.vocab_size, size=n).tolist() for n in lengths]
-        return packing.pack_score_batch(rows, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards)
-
-    # Pairs: [pairs, tokens] for each member; rows added to fill the shards are masked.
-    pair_batch, labelled_batch = None, None
+    inputs = _RewardInputs(cfg, config, layout, np.random.default_rng(cfg.seed + 2))
+    pair_batch: PairBatch | PackedPairs | None = None
+    labelled_batch: LabelledBatch | PackedLabelled | None = None
     row_lengths: list[np.ndarray] = []
-    largest_product = 0  # rows x tokens of the largest microbatch
     if reward.reads_pairs:
-        pairs = cfg.data.prompts_per_step * cfg.pairs.per_prompt
-        lengths = make_lengths(pairs)
-        positive, negative = make_rows(lengths), make_rows(lengths)
-        mask = _as_array(packing.pad_rows(np.ones(pairs, bool), len(positive.tokens)))
-        pair_batch = layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
+        lengths = make_lengths(cfg.data.prompts_per_step * cfg.pairs.per_prompt)
+        pair_batch = inputs.make_pairs(lengths)
         row_lengths += [lengths, lengths]
-        largest_product = 2 * min(reward.microbatch, pairs) * positive.tokens.shape[1]
-
-    # Labelled rows: alternating labels, and weights that sum to 1 over the rows that are not padding.
-    labelled = labelled_rollouts.max_rows_per_update(reward)
-    if labelled:
+    if labelled := labelled_rollouts.max_rows_per_update(reward):
         lengths = make_lengths(labelled)
-        rows = make_rows(lengths)
-        labels = packing.pad_rows(np.arange(labelled, dtype=np.float32) % 2, len(rows.tokens))
-        row_weights = packing.pad_rows(np.full(labelled, 1 / labelled, np.float32), len(rows.tokens))
-        labelled_batch = layout.put(
-            LabelledBatch(rows=rows, labels=_as_array(labels), weights=_as_array(row_weights)), "batch"
-        )
+        labelled_batch = inputs.make_labelled(lengths)
         row_lengths.append(lengths)
-        largest_product = max(largest_product, min(reward.microbatch, labelled) * rows.tokens.shape[1])
 
     def step(state, _repetition):
         return update(state, pair_batch, labelled_batch)
@@ -384,8 +369,72 @@ def _make_reward_update(
         work=roofline.pair_update_work(config, all_lengths),
         config=config,
         dtype=cfg.reward.dtype,
-        rows=largest_product,
+        rows=inputs.largest,
     )
+
+
+@dataclasses.dataclass
+class _RewardInputs:
+    """Makes random inputs of the reward model, packed and placed as in training."""
+
+    cfg: ConfigDict
+    config: ModelConfig
+    layout: mesh.Layout
+    rng: np.random.Generator  # of the tokens
+    largest: int = 0  # tokens of the largest microbatch that was made
+
+    def make_pairs(self, lengths: np.ndarray) -> PairBatch | PackedPairs:
+        """Make pairs.  lengths: i[B], of both members of each."""
+        pairs, layout = len(lengths), self.layout
+        if self.cfg.reward.packing:
+            packed = self._pack(lengths, together=2)
+            return PackedPairs(packed, layout.put(np.ones(pairs, bool)))
+
+        positive, negative = self._pad(lengths), self._pad(lengths)
+        self._note_size(2 * min(self.cfg.reward.microbatch, pairs) * positive.tokens.shape[1])
+        # Rows added to fill the shards are masked.
+        mask = _as_array(packing.pad_rows(np.ones(pairs, bool), len(positive.tokens)))
+        return layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
+
+    def make_labelled(self, lengths: np.ndarray) -> LabelledBatch | PackedLabelled:
+        """Make rows with alternating labels, and weights that sum to 1 over the rows that are not padding."""
+        count, layout = len(lengths), self.layout
+        labels, weights = np.arange(count, dtype=np.float32) % 2, np.full(count, 1 / count, np.float32)
+        if self.cfg.reward.packing:
+            return PackedLabelled(self._pack(lengths, together=1), layout.put(labels), layout.put(weights))
+
+        rows = self._pad(lengths)
+        self._note_size(min(self.cfg.reward.microbatch, count) * rows.tokens.shape[1])
+        labels, weights = (packing.pad_rows(x, len(rows.tokens)) for x in (labels, weights))
+        return layout.put(
+            LabelledBatch(rows=rows, labels=_as_array(labels), weights=_as_array(weights)), "batch"
+        )
+
+    def _draw(self, lengths: np.ndarray) -> list[list[int]]:
+        return [self.rng.integers(self.config.vocab_size, size=n).tolist() for n in lengths]
+
+    def _pad(self, lengths: np.ndarray) -> ScoreBatch:
+        bucket = self.cfg.data.bucket
+        return packing.pack_score_batch(
+            self._draw(lengths), bucket=bucket, rows_multiple=self.layout.batch_shards
+        )
+
+    def _pack(self, lengths: np.ndarray, together: int) -> PackedRows:
+        cfg = self.cfg
+        plan = row_packing.choose_packing(
+            together * cfg.reward.max_tokens,
+            cfg.reward.microbatch,
+            width=self.config.width,
+            bucket=cfg.data.bucket,
+        )
+        rows = row_packing.pack_reward_rows(
+            self._draw(np.repeat(lengths, together)), plan, self.layout.batch_shards, together=together
+        )
+        self._note_size(math.prod(rows.tokens.shape[1:]))
+        return self.layout.put(rows, None, "batch")
+
+    def _note_size(self, tokens: int) -> None:
+        self.largest = max(self.largest, tokens)
 
 
 def _carry_state(step: Callable[[Any, int], tuple[Any, Any]], state: Any) -> Callable[[int], None]:

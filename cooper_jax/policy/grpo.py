@@ -237,9 +237,10 @@ def make_gradients(
     max_new_tokens: int,
     sampler_agrees: bool = True,
     reads_old_logprobs: bool = False,
-) -> Callable[[Params, PolicyBatch], tuple[jax.Array, Params, Metrics]]:
+) -> Callable[..., tuple[jax.Array, Params, Metrics]]:
     """A function (params, minibatch) -> (loss f32[], gradients, metrics f32[] each), to be called inside jit.
 
+    A third argument: see `make_update`.
     If a step has a single update, the policy that sampled the responses is the one that is differentiated.
     The old log-probabilities are then those of this forward pass: the ratio is exactly 1, and `old_logprobs`
     is not read (unless reads_old_logprobs).
@@ -316,9 +317,7 @@ def make_gradients(
 
         # A packed row may hold sequences of any shard, so every device has what the loss reads of all rows: a few
         # numbers for each token.
-        per_row = packed_rows.replicate(
-            (dataclasses.replace(batch, tokens=None, valid=None), weights), layout
-        )
+        per_row = packed_rows.replicate((batch.without_tokens(), weights), layout)
 
         def loss_of_packed(params: Params, microbatch: PackedRows) -> tuple[jax.Array, Metrics]:
             rows, row_weights = packed_rows.take_or_zero(per_row, microbatch.rows.reshape(-1))
@@ -373,9 +372,11 @@ def make_update(
     max_new_tokens: int,
     sampler_agrees: bool = True,
     reads_old_logprobs: bool = False,
-) -> Callable[[TrainState, PolicyBatch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted function (state, minibatch) -> (state, metrics); the input state is donated.
 
+    With a third argument, PackedRows of the minibatch's sequences, the model computes on these; the minibatch then
+    needs no tokens (`without_tokens`).
     A minibatch without any response token leaves the state unchanged.
 
     Args:
@@ -449,7 +450,7 @@ def update_on_rollouts(
         raise ValueError(f"policy.minibatches = {cfg.minibatches} does not divide the step's {rows} rows")
 
     def run_update(state: TrainState, minibatch: PolicyBatch, chosen: jax.Array | np.ndarray):
-        packed = () if pack is None else (pack(np.asarray(chosen)),)
+        packed = [] if pack is None else [pack(np.asarray(chosen))]
         return update(state, minibatch, *packed)
 
     metrics_by_update: list[Metrics] = []

@@ -296,7 +296,7 @@ def compute_logprobs(
     is_packed = components.settings.policy.packing
     inputs: Callable[[Layout], tuple[Any, ...]]
     if is_packed:
-        batch = layout.put(dataclasses.replace(on_host, tokens=None, valid=None), "batch")
+        batch = layout.put(on_host.without_tokens(), "batch")
 
         @functools.cache  # a layout's packed rows serve the reference and the policy
         def inputs(on: Layout) -> tuple[Any, ...]:
@@ -404,7 +404,7 @@ def update_policy(
     pack = None
     if settings.policy.packing:
         pack = functools.partial(pack_sequences, components, components.layout, batch)
-        batch = dataclasses.replace(batch, tokens=None, valid=None)
+        batch = batch.without_tokens()
     key = keys.make_key(settings.seed, "minibatch", step)
     policy, metrics = grpo.update_on_rollouts(
         policy, batch, key, settings.policy, components.policy.update, pack

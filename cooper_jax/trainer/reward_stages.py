@@ -267,10 +267,9 @@ def _pack_labelled_rows(
     # Padded to the maximum, since each new number of rows would compile another program.
     tokens += [[]] * (labelled_rollouts.max_rows_per_update(settings.reward_update) - len(tokens))
     if settings.reward_update.packing:
-        rows = pack_reward_sequences(components, tokens)
         weights = labelled_rollouts.class_weights(labels)
         padded = [layout.put(packing.pad_rows(x, len(tokens))) for x in (labels, weights)]
-        return PackedLabelled(rows, *padded)
+        return PackedLabelled(pack_reward_sequences(components, tokens), *padded)
 
     rows = packing.pack_score_batch(tokens, bucket=settings.data.bucket, rows_multiple=layout.batch_shards)
     count = rows.tokens.shape[0]

@@ -285,11 +285,18 @@ def build_policy_bundle(
         optimiser = optim.make_optimiser(settings.policy_optimiser, updates)
 
         def make_logprobs(config: ModelConfig, model_layout: mesh.Layout) -> LogprobsFunction:
-            options = dict(dtype=settings.policy.dtype, temperature=rollout.temperature)
-            if settings.policy.packing:
-                return grpo.make_packed_logprobs(config, model_layout, **options)
-            microbatch = settings.policy.microbatch
-            return grpo.make_logprobs(config, model_layout, microbatch=microbatch, **options)
+            policy, temperature = settings.policy, rollout.temperature
+            if policy.packing:
+                return grpo.make_packed_logprobs(
+                    config, model_layout, dtype=policy.dtype, temperature=temperature
+                )
+            return grpo.make_logprobs(
+                config,
+                model_layout,
+                microbatch=policy.microbatch,
+                dtype=policy.dtype,
+                temperature=temperature,
+            )
 
         # If the reference has the policy's devices and no adapters less, one compiled function serves both.
         logprobs = make_logprobs(model.config, layout)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from cooper_jax.configs import base
+from cooper_jax.data import row_packing
 from cooper_jax.model import weights
 from cooper_jax.policy import grpo
 from cooper_jax.policy.losses import PolicyConfig
@@ -47,6 +48,14 @@ def load(model_dir, W):
         max_new_tokens=W["new_tokens"],
     )
     state = optim.init_state(loaded.params, optimiser)
+    packing = None
+    if W.get("ragged"):  # as with policy.packing=True
+        packing = row_packing.choose_packing(
+            W["prompt_len"] + W["new_tokens"],
+            section.microbatch,
+            width=loaded.config.width,
+            bucket=base.get_config().data.bucket,
+        )
 
     class Engine:
         versions = common.version("jax", "jaxlib", "flax", "optax")
@@ -64,7 +73,12 @@ def load(model_dir, W):
                 ref_logprobs=B["ref_logps"],
                 rollout_logprobs=blank,
             )
-            state, metrics = update(state, batch)
+            packed = ()
+            if packing is not None:
+                rows = row_packing.pack_policy_rows(batch.tokens, batch.valid, mask.shape[1], packing)
+                packed = (layout.put(rows, None, "batch"),)
+                batch = batch.without_tokens()
+            state, metrics = update(state, batch, *packed)
             jax.block_until_ready(state)
             return float(metrics["loss"]), float(metrics["grad_norm"])
 
