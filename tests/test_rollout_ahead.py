@@ -29,7 +29,8 @@ FAST = ALL_TERMS | {
     "reward.updates": 1,
 }
 AHEAD = FAST | {"rollout.ahead": 1}
-MESHES = [(1, "1x1x1"), (4, "4x1x1"), pytest.param(4, "2x2x1", marks=pytest.mark.slow)]
+SLOW = pytest.mark.slow
+MESHES = [(1, "1x1x1"), pytest.param(4, "4x1x1", marks=SLOW), pytest.param(4, "2x2x1", marks=SLOW)]
 
 
 def started(components, state):
@@ -112,7 +113,7 @@ def test_old_weights_are_seen_and_corrected(build):
     )  # no step before it, during which it could have been sampled
 
 
-@pytest.mark.parametrize("adapters", [{}, {"policy.lora.rank": 2}])
+@pytest.mark.parametrize("adapters", [{}, pytest.param({"policy.lora.rank": 2}, marks=SLOW)])
 def test_a_resumed_run_samples_the_next_step_again(build, tmp_path, adapters):
     changes = AHEAD | {"mesh.rollout": "2x1x1"} | adapters
 

@@ -97,6 +97,12 @@ def assign_rows(lengths: Sequence[int], capacity: int, most: int) -> list[list[i
     return rows
 
 
+def measure_padding(packed: PackedRows) -> float:
+    """The share of padding among the tokens that are computed; 0 if there are none."""
+    segments = np.asarray(packed.segments)[: None if packed.count is None else int(packed.count)]
+    return float(1 - (segments > 0).mean()) if segments.size else 0.0
+
+
 def pack_policy_rows(
     tokens: np.ndarray,  # i32[N, S], left-padded prompts and then T columns of responses
     valid: np.ndarray,  # bool[N, S]

@@ -191,13 +191,16 @@ def correct_draft(
             continue
         starts = mask[open_rows].sum(axis=1)
         more = continue_rollout(
-            [
-                [*prompts[n // group], *tokens[n, :start].tolist()]
-                for n, start in zip(open_rows, starts, strict=True)
-            ],
-            row_positions[open_rows].tolist(),
-            (spec.max_new_tokens - starts).tolist(),
-            Continuation(samples[open_rows].tolist(), starts.tolist()),
+            *_pad_requests(
+                [
+                    [*prompts[n // group], *tokens[n, :start].tolist()]
+                    for n, start in zip(open_rows, starts, strict=True)
+                ],
+                row_positions[open_rows].tolist(),
+                (spec.max_new_tokens - starts).tolist(),
+                Continuation(samples[open_rows].tolist(), starts.tolist()),
+                longest=max(map(len, prompts)) + spec.max_new_tokens - 1,
+            )
         )
         for i, (n, start) in enumerate(zip(open_rows, starts, strict=True)):
             rest = np.asarray(more.tokens)[i][np.asarray(more.mask)[i]]
@@ -211,3 +214,27 @@ def correct_draft(
     }
     arrays["logprobs"] = np.where(mask, found_logprobs, 0)
     return Rollout(**arrays), metrics
+
+
+def _pad_requests(
+    prompts: list[list[int]],
+    positions: list[int],
+    limits: list[int],
+    continued: Continuation,
+    *,
+    longest: int,
+) -> tuple[list[list[int]], list[int], list[int], Continuation]:
+    """Add requests of one token whose results are not read, so that continuations have few shapes.
+
+    Each round continues other rows from other columns.  With the added rows their number is a power of two, and the
+    longest prompt has `longest` tokens, so that few programs are compiled.
+    """
+    count = len(prompts)
+    added = (1 << count.bit_length()) - count
+    filler = (prompts[0] * (-(-longest // len(prompts[0]))))[:longest]
+    return (
+        prompts + [filler] * added,
+        positions + [positions[0]] * added,
+        limits + [1] * added,
+        Continuation([*continued.samples, *[0] * added], [*continued.starts, *[0] * added]),
+    )

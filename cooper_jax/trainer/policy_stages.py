@@ -227,9 +227,9 @@ def pack_responses(
 def pack_sequences(
     components: Components, layout: Layout, batch: PolicyBatch, rows: np.ndarray | None = None
 ) -> PackedRows:
-    """Pack the sequences of a batch's rows for `policy.packing`, and put them on the devices of a layout.
+    """Pack the sequences of a batch's rows for `policy.packing` -> NumPy arrays.
 
-    batch: its tokens and valid are on the host.  rows: i64[n]; None: all.
+    layout: of the model that reads them.  batch: its tokens and valid are on the host.  rows: i64[n]; None: all.
     """
     settings = components.settings
     tokens, valid = np.asarray(batch.tokens), np.asarray(batch.valid)
@@ -244,8 +244,7 @@ def pack_sequences(
         bucket=settings.data.bucket,
     )
     response_length = batch.response_mask.shape[1]
-    packed = row_packing.pack_policy_rows(tokens, valid, response_length, plan, layout.batch_shards)
-    return layout.put(packed, None, "batch")
+    return row_packing.pack_policy_rows(tokens, valid, response_length, plan, layout.batch_shards)
 
 
 def sample_held_out_responses(components: Components, params: Params, temperature: float) -> list[Completion]:
@@ -300,7 +299,8 @@ def compute_logprobs(
 
         @functools.cache  # a layout's packed rows serve the reference and the policy
         def inputs(on: Layout) -> tuple[Any, ...]:
-            return pack_sequences(components, on, on_host), on.put(on_host.response_mask, "batch")
+            packed = pack_sequences(components, on, on_host)
+            return on.put(packed, None, "batch"), on.put(on_host.response_mask, "batch")
 
     else:
         batch = layout.put(on_host, "batch")
@@ -401,12 +401,21 @@ def update_policy(
     # Padding rows get advantage 0; they have no response token, so the loss does not read it.
     padded = packing.pad_rows(np.asarray(advantages, np.float32), batch.response_mask.shape[0])
     batch = dataclasses.replace(batch, advantages=components.layout.put(padded, "batch"))
+    padding: list[float] = []  # of each update
     pack = None
     if settings.policy.packing:
-        pack = functools.partial(pack_sequences, components, components.layout, batch)
+
+        def pack(rows: np.ndarray, batch: PolicyBatch = batch) -> PackedRows:
+            packed = pack_sequences(components, components.layout, batch, rows)
+            padding.append(row_packing.measure_padding(packed))
+            return components.layout.put(packed, None, "batch")
+
         batch = batch.without_tokens()
     key = keys.make_key(settings.seed, "minibatch", step)
     policy, metrics = grpo.update_on_rollouts(
         policy, batch, key, settings.policy, components.policy.update, pack
     )
-    return policy, to_host(metrics, "policy")
+    by_name = to_host(metrics, "policy")
+    if padding:
+        by_name["policy/padding"] = float(np.mean(padding))
+    return policy, by_name
