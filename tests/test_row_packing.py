@@ -60,14 +60,31 @@ def test_a_sequence_that_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     "longest, width, bucket, expected",
     [
-        (40, 96, 32, (160, 4)),  # four sequences
-        (40, 48, 32, (96, 6)),  # attention's limit
+        (40, 96, 32, (96, 6)),  # the width
+        (40, 300, 32, (160, 4)),  # four sequences
         (700, 96, 64, (704, 15)),  # the longest sequence
     ],
 )
 def test_the_sizes_of_rows(longest, width, bucket, expected):
     plan = row_packing.choose_packing(longest, 16, width=width, bucket=bucket)
     assert (plan.row_tokens, plan.rows) == expected
+
+
+@pytest.mark.parametrize(
+    "used, sequences, expected",
+    [
+        (100, 400, (20, 20)),  # five full microbatches
+        (99, 400, (20, 20)),  # and one with an empty row
+        (8, 32, (16, 2)),  # half of 20, of 10 and of 5: nothing is empty
+        (0, 7, (1, 7)),
+    ],
+)
+def test_microbatches_leave_few_rows_empty(used, sequences, expected):
+    assert row_packing.Packing(512, 20).choose_microbatches(used, sequences, 1) == expected
+
+
+def test_microbatches_fill_the_shards():
+    assert row_packing.Packing(512, 20).choose_microbatches(30, 64, 8) == (8, 8)  # 24 rows, then 8 of them
 
 
 # --- the model -------------------------------------------------------------------------------------------
@@ -120,7 +137,7 @@ def test_sequences_of_a_row_do_not_see_each_other(params):
 def test_loss_gradient_and_metrics_equal_those_of_unpacked_rows(params, loss, microbatch):
     batch = policy_batch()
     packed = pack(batch, microbatch)
-    assert int(packed.count) <= 2 + 3 // microbatch  # four packed rows hold seven sequences
+    assert int(packed.count) * packed.tokens.shape[1] < 6  # six sequences share rows
     changes = dict(loss=loss, epochs=2, entropy_coef=0.01, correction="sequence")
     if loss == "cispo":
         changes["dual_clip"] = 0.0

@@ -29,7 +29,8 @@ from cooper_jax.types import PackedRows
 
 # A row holds at most one sequence for every so many tokens, and at least MIN_SEQUENCES.
 TOKENS_PER_SEQUENCE, MIN_SEQUENCES = 32, 16
-RESPONSE_WIDTHS = 4  # Q is a multiple of C / 4, so that there are four programs at most
+RESPONSE_WIDTHS = 4  # Q is a multiple of C / 4, so that it has four values at most
+EMPTY_ROWS = 0.03  # empty rows that the last microbatch may have, as a share of the rows that hold sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Packing:
     """The sizes of a run's packed rows."""
 
     row_tokens: int  # C
-    rows: int  # R, before it is rounded up to a multiple of the mesh's batch shards
+    rows: int  # R, at most, before it is rounded up to a multiple of the mesh's batch shards
 
     @property
     def sequences(self) -> int:
@@ -48,18 +49,24 @@ class Packing:
         """Q for rows with at most so many response tokens: a multiple of a part of C, so that it has few values."""
         return min(round_up(tokens, -(-self.row_tokens // RESPONSE_WIDTHS)), self.row_tokens)
 
-    def count_rows(self, sequences: int, rows_multiple: int) -> tuple[int, int]:
-        """(M, R), with room for each of so many sequences in a row of its own."""
+    def choose_microbatches(self, used: int, sequences: int, rows_multiple: int) -> tuple[int, int]:
+        """Choose (M, R), with room for each of so many sequences in a row of its own.
+
+        R is the largest number of rows, halved as often as necessary, with which the last microbatch is filled up with
+        at most EMPTY_ROWS of the `used` rows.  So R has few values, too.
+        """
         rows = round_up(min(self.rows, sequences), rows_multiple)
+        while -used % rows > EMPTY_ROWS * used and rows > rows_multiple:
+            rows = round_up(rows // 2, rows_multiple)
         return -(-sequences // rows), rows
 
 
 def choose_packing(longest: int, microbatch: int, *, width: int, bucket: int) -> Packing:
     """Choose the sizes of packed rows, once for a run.
 
-    Longer rows have less padding, but attention, whose cost grows with C, also computes scores between sequences.
-    These scores take about C / (12 width) of the time of the matrix products.  So C is 2 * width tokens, if four
-    of the longest sequences need as many, and at least the longest sequence.
+    Longer rows have less padding where most sequences are nearly as long as the longest one.  But attention, whose
+    cost grows with C, also computes scores between sequences: they take about C / (12 width) of the time of the matrix
+    products.  So C is the longest sequence, or `width` tokens if four of the longest sequences fill as many.
 
     Args:
       longest: tokens of the longest sequence that may occur.
@@ -67,7 +74,7 @@ def choose_packing(longest: int, microbatch: int, *, width: int, bucket: int) ->
       width: the model's.
       bucket: C is a multiple of it.
     """
-    row_tokens = round_up(max(longest, min(2 * width, 4 * longest)), bucket)
+    row_tokens = round_up(max(longest, min(width, 4 * longest)), bucket)
     return Packing(row_tokens, max(microbatch * longest // row_tokens, 1))
 
 
@@ -110,7 +117,7 @@ def pack_policy_rows(
     plan: Packing,
     rows_multiple: int = 1,
 ) -> PackedRows:
-    """Pack a policy's batch -> NumPy arrays; only Q depends on the lengths.
+    """Pack a policy's batch -> NumPy arrays.
 
     Raises ValueError for a sequence of more than C tokens, and for a response without a prompt.
     """
@@ -120,7 +127,7 @@ def pack_policy_rows(
     if (orphans := np.flatnonzero((prompt_lengths == 0) & (lengths > 0))).size:
         raise ValueError(f"row {orphans[0]} has a response and no prompt")
     assigned = assign_rows(lengths.tolist(), plan.row_tokens, plan.sequences)
-    microbatches, size = plan.count_rows(count, rows_multiple)
+    microbatches, size = plan.choose_microbatches(len(assigned), count, rows_multiple)
 
     responses = np.where(lengths > 0, lengths - prompt_lengths, 0)
     read = plan.count_read(max((int(responses[members].sum()) for members in assigned), default=1))
@@ -140,7 +147,7 @@ def pack_policy_rows(
 def pack_reward_rows(
     sequences: Sequence[Sequence[int]], plan: Packing, rows_multiple: int = 1, *, together: int = 1
 ) -> PackedRows:
-    """Pack the reward model's inputs -> NumPy arrays whose shapes do not depend on the lengths.
+    """Pack the reward model's inputs -> NumPy arrays.
 
     together: so many neighbouring sequences are packed into one row, side by side: 2 for the members of pairs.  It
       divides K and the number of sequences.
@@ -151,7 +158,7 @@ def pack_reward_rows(
     lengths = [sum(len(sequences[i]) for i in unit) for unit in units]
     rows = assign_rows(lengths, plan.row_tokens, plan.sequences // together)
     assigned = [[i for unit in row for i in units[unit]] for row in rows]
-    microbatches, size = plan.count_rows(len(units), rows_multiple)
+    microbatches, size = plan.choose_microbatches(len(assigned), len(units), rows_multiple)
 
     last = np.zeros((microbatches * size, plan.sequences), np.int32)
     for r, members in enumerate(assigned):

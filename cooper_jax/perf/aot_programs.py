@@ -319,8 +319,9 @@ def _make_abstract_rows(
 
     per_row: units, sequences or pairs of them, in a row.  read: columns whose hidden states are read, Q.
     """
-    _, rows = plan.count_rows(units, job.layout.batch_shards)
-    microbatches = -(-units // (rows * per_row))
+    used = -(-units // per_row)
+    _, rows = plan.choose_microbatches(used, units, job.layout.batch_shards)
+    microbatches = -(-used // rows)
 
     def array(columns: int) -> Any:
         shape = microbatches, rows, columns
