@@ -52,8 +52,8 @@ class Packing:
     def choose_microbatches(self, used: int, sequences: int, rows_multiple: int) -> tuple[int, int]:
         """Choose (M, R), with room for each of so many sequences in a row of its own.
 
-        R is the largest number of rows, halved as often as necessary, with which the last microbatch is filled up with
-        at most EMPTY_ROWS of the `used` rows.  So R has few values, too.
+        R is the largest number of rows, halved as often as necessary, with which at most EMPTY_ROWS of the `used` rows
+        fill up the last microbatch.  So R has few values, too.
         """
         rows = round_up(min(self.rows, sequences), rows_multiple)
         while -used % rows > EMPTY_ROWS * used and rows > rows_multiple:
@@ -65,8 +65,8 @@ def choose_packing(longest: int, microbatch: int, *, width: int, bucket: int) ->
     """Choose the sizes of packed rows, once for a run.
 
     Longer rows have less padding where most sequences are nearly as long as the longest one.  But attention, whose
-    cost grows with C, also computes scores between sequences: they take about C / (12 width) of the time of the matrix
-    products.  So C is the longest sequence, or `width` tokens if four of the longest sequences fill as many.
+    cost grows with C, also computes scores between sequences: they take about C / (12 width) of the time of the
+    matrix products.  So C is the longest sequence, or `width` tokens if four of the longest sequences fill as many.
 
     Args:
       longest: tokens of the longest sequence that may occur.
