@@ -52,8 +52,8 @@ class Packing:
     def choose_microbatches(self, used: int, sequences: int, rows_multiple: int) -> tuple[int, int]:
         """Choose (M, R), with room for each of so many sequences in a row of its own.
 
-        R is the largest number of rows, halved as often as necessary, with which at most EMPTY_ROWS of the `used` rows
-        fill up the last microbatch.  So R has few values, too.
+        R is the largest number of rows, halved as often as necessary, with which the last microbatch has few empty
+        rows: at most EMPTY_ROWS of the `used` ones.  So R has few values, too.
         """
         rows = round_up(min(self.rows, sequences), rows_multiple)
         while -used % rows > EMPTY_ROWS * used and rows > rows_multiple:
