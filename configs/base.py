@@ -186,6 +186,7 @@ def lora() -> ConfigDict:
     c.alpha = 32.0  # the adapters' product is multiplied by alpha / rank
     c.targets = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # matrices that have adapters
     c.rslora = False  # alpha / sqrt(rank) in place of alpha / rank
+    c.base_dtype = "float32"  # of the frozen weights; bfloat16 takes half the memory
     return c
 
 

@@ -30,7 +30,7 @@ from cooper_jax.trainer.state import checkpoint_items
 from cooper_jax.trainer.step import cooper_step
 from cooper_jax.types import PolicyBatch, ScoreBatch
 
-LORA = LoraConfig(rank=3, alpha=6.0, targets=TARGETS, rslora=False)
+LORA = LoraConfig(rank=3, alpha=6.0, targets=TARGETS, rslora=False, base_dtype="float32")
 N, P, T = 6, 4, 5
 
 
@@ -119,6 +119,34 @@ def test_with_a_full_basis_the_first_update_is_that_of_all_weights():
         stepped = jax.tree.map(lambda x, g: x - 0.1 * g, params["lora"][name], adapters[name])
         merged = merge_adapters(params | {"lora": {name: stepped}}, model.lora)["layers"][name]
         np.testing.assert_allclose(merged, params["layers"][name] - 0.1 * full[name], atol=1e-6)
+
+
+def test_a_base_in_bfloat16_computes_what_its_values_in_float32_compute():
+    model = with_lora(base_dtype="bfloat16")
+    specs = transformer.param_specs(model)
+    params = jax.tree.map(lambda x, spec: x.astype(spec.dtype), random_params(model), specs)
+    assert params["embed"].dtype == params["layers"]["q"].dtype == jnp.bfloat16
+    assert params["layers"]["attn_norm"].dtype == params["lora"]["q"]["a"].dtype == jnp.float32
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    for found, expected in zip(
+        jax.tree.leaves(policy_gradients(model, params)),
+        jax.tree.leaves(policy_gradients(with_lora(), wide)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    merged = merge_adapters(params, model.lora)["layers"]
+    np.testing.assert_array_equal(merged["q"], merge_adapters(wide, model.lora)["layers"]["q"])
+
+    # The base has no moments, and an update leaves its bits as they are.
+    opt = optim.make_optimiser(
+        optim.OptimiserConfig.from_config(base.optimiser(lr=0.1, warmup_steps=0), "policy.optimiser")
+    )
+    state = optim.init_state(params, opt)
+    grads = policy_gradients(model, params)
+    updated, _ = jax.jit(lambda s: optim.apply_update(s, grads, jnp.zeros(()), opt))(state)
+    assert updated.params["embed"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(updated.params["layers"]["q"], params["layers"]["q"])
+    assert (updated.params["lora"]["q"]["b"] != params["lora"]["q"]["b"]).any()
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 2, 2)])
@@ -253,6 +281,22 @@ def test_an_export_has_the_adapters_in_its_matrices(head, tmp_path):
     np.testing.assert_allclose(*hidden, atol=2e-5)
 
 
+@pytest.mark.parametrize("head", ["logits", "score"])
+def test_a_base_is_loaded_in_bfloat16(head, tmp_path):
+    model = with_lora("qwen2_tied").base
+    weight_export.save_pretrained(tmp_path, model, random_params(model, head), head, pad_token_id=0)
+    wide, narrow = (
+        weights.load_weights(str(tmp_path), head=head, layout=one_device(), base_dtype=dtype).params
+        for dtype in ("float32", "bfloat16")
+    )
+    declared = transformer.set_base_dtype(transformer.param_specs(model, head), "bfloat16")
+    for path, spec in jax.tree.leaves_with_path(declared, is_leaf=mesh.is_spec):
+        found, expected = (dict(jax.tree.leaves_with_path(tree))[path] for tree in (narrow, wide))
+        assert found.dtype == jnp.dtype(spec.dtype)
+        np.testing.assert_array_equal(found, expected.astype(spec.dtype))
+    assert narrow["layers"]["q"].dtype == jnp.bfloat16 and narrow["final_norm"].dtype == jnp.float32
+
+
 # peft reads an attribute that transformers has renamed.
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("shape", ["qwen2_tied", "gemma3"])
@@ -311,6 +355,7 @@ def lora_run(folder, **changes):
         **{
             "policy.weights": str(folder),
             "policy.lora.rank": 2,
+            "policy.lora.base_dtype": "bfloat16",
             "reward.lora.rank": 2,
             "policy.kl_coef": 0.1,
             "policy.optimiser.lr": 1e-2,
@@ -370,6 +415,7 @@ def test_a_run_trains_adapters_beside_the_reference_and_resumes(hf_base, tmp_pat
             "supervised.start_from=x: adapters are trained",
         ),
         ({"policy.lora.rank": 2, "mesh.reference": "1x1x1"}, "mesh.reference='1x1x1': with policy.lora"),
+        ({"policy.lora.rank": 2, "policy.lora.base_dtype": "int8"}, "policy.lora.base_dtype='int8'"),
         ({"policy.lora.rank": -1}, "policy.lora.rank=-1: it must be at least 1"),
         ({"policy.lora.rank": 2, "policy.lora.alpha": 0.0}, "policy.lora.alpha=0.0: it must be above 0"),
         (

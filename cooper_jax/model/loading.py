@@ -163,6 +163,7 @@ def load_model(
             layout=layout,
             vocab_multiple=model.config.vocab_multiple,
             seed=seed,
+            base_dtype="float32" if model.config.lora is None else model.config.lora.base_dtype,
         )
         params = loaded.params
         if model.config.lora is not None:

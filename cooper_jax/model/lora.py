@@ -41,6 +41,7 @@ class LoraConfig:
     alpha: float
     targets: tuple[str, ...]  # of TARGETS
     rslora: bool
+    base_dtype: str  # of the frozen weights, except norms: float32 or bfloat16
     name: str = dataclasses.field(default="lora", compare=False)  # of the section, for messages
 
     def __post_init__(self) -> None:
@@ -51,6 +52,9 @@ class LoraConfig:
             errors.append(f"{self.name}.targets is empty: name matrices, as in q_proj,v_proj")
         for target in self.targets:
             errors += typed_config.find_unknown(target, f"{self.name}.targets", TARGETS)
+        errors += typed_config.find_unknown(
+            self.base_dtype, f"{self.name}.base_dtype", ("float32", "bfloat16")
+        )
         if len(set(self.targets)) < len(self.targets):
             errors.append(f"{self.name}.targets={','.join(self.targets)}: a name occurs twice")
         typed_config.raise_errors(errors)
@@ -110,7 +114,7 @@ def adapter_specs(config: LoraConfig, layers: dict[str, ParamSpec]) -> dict[str,
 
 
 def merge_adapters(params: Params, config: LoraConfig) -> Params:
-    """Add the adapters to their matrices, in the parameters' f32: parameters of the base model, without "lora"."""
+    """Add the adapters to their matrices, in f32: parameters of the base model, without "lora"."""
     layers = dict(params["layers"])
     for key, adapter in params[ADAPTERS].items():
         # [L, in.., rank] x [L, rank, out..] -> [L, in.., out..]
@@ -118,6 +122,6 @@ def merge_adapters(params: Params, config: LoraConfig) -> Params:
         product = jax.lax.dot_general(
             a, b, (((a.ndim - 1,), (1,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
         )
-        layers[key] = layers[key] + config.scale * product
+        layers[key] = layers[key].astype(jnp.float32) + config.scale * product
     base = {name: value for name, value in params.items() if name != ADAPTERS}
     return base | {"layers": layers}

@@ -38,7 +38,7 @@ from cooper_jax.model.layers import (
     sharded_causal_attention,
 )
 from cooper_jax.model.lora import adapter_specs
-from cooper_jax.runtime.mesh import Layout, ParamSpec
+from cooper_jax.runtime.mesh import Layout, ParamSpec, is_spec
 from cooper_jax.runtime.optim import ADAPTERS
 from cooper_jax.types import Params
 
@@ -102,8 +102,18 @@ def param_specs(config: ModelConfig, head: str = "logits") -> Params:
     elif not c.tied:
         specs["lm_head"] = dataclasses.replace(embed, scale=input_scale)
     if c.lora is not None:
+        specs = set_base_dtype(specs, c.lora.base_dtype)
         specs[ADAPTERS] = adapter_specs(c.lora, layers)
     return specs
+
+
+def set_base_dtype(specs: Params, dtype: str) -> Params:
+    """Declare the type in which frozen weights are stored: of all parameters but norms and the score vector."""
+
+    def set_dtype(spec: ParamSpec) -> ParamSpec:
+        return spec if spec.keep_f32 else dataclasses.replace(spec, dtype=dtype)
+
+    return jax.tree.map(set_dtype, specs, is_leaf=is_spec) | {k: v for k, v in specs.items() if k == "score"}
 
 
 def cast_layers(layers: Params, config: ModelConfig, dtype: jnp.dtype) -> Params:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.model.transformer import param_specs
+from cooper_jax.model.transformer import param_specs, set_base_dtype
 from cooper_jax.runtime.mesh import ParamSpec
 
 # A row is (Hugging Face name, key in `Params`, inputs).  A name with {} is one tensor per layer.  `inputs` is the
@@ -64,10 +64,13 @@ class Entry:
     vocab: bool  # rows are tokens: the parameter has padded rows, the tensor does not
 
 
-def make_entries(config: ModelConfig, head: str) -> list[Entry]:
-    """List the rows of the table that a model with this head ("logits" or "score") has."""
+def make_entries(config: ModelConfig, head: str, base_dtype: str = "float32") -> list[Entry]:
+    """List the rows of the table that a model with this head ("logits" or "score") has.
+
+    base_dtype: see `set_base_dtype`.
+    """
     # A tied model has no lm_head, Llama no biases: their keys are missing in the specs.
-    specs = param_specs(config, head)
+    specs = set_base_dtype(param_specs(config, head), base_dtype)
     norms = _NORMS_WITH_POST_NORMS if config.post_norms else _NORMS
     entries = []
     for name, key, inputs in _MODEL_AND_ATTENTION + norms + _MLP:

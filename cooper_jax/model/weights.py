@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cooper_jax.model import gguf, weight_files
@@ -40,7 +41,7 @@ class LoadedModel:
     """A model that was read from a source."""
 
     config: ModelConfig
-    params: Params  # f32
+    params: Params
     head_trained: bool  # False: the source had no head of the kind asked for, so it is freshly initialised
     generation_config: dict[str, Any]
 
@@ -53,8 +54,9 @@ def load_weights(
     layout: Layout,
     vocab_multiple: int = 1,
     seed: int = 0,
+    base_dtype: str = "float32",
 ) -> LoadedModel:
-    """Read a model: f32 parameters, sharded by the layout.
+    """Read a model: parameters sharded by the layout, f32 by default.
 
     Args:
       source: see `weight_files.resolve_source`.
@@ -62,6 +64,7 @@ def load_weights(
       head: "logits" or "score".
       vocab_multiple: pads the embedding's rows (see ModelConfig).
       seed: of the score vector's initial values, if the source has none.
+      base_dtype: see `transformer.set_base_dtype`.
 
     Raises ValueError, naming the file and the key, for a source that cannot be found or downloaded, an
     unsupported config, tensors that are unknown, duplicate, missing, of another shape than the config says, of
@@ -91,7 +94,7 @@ def load_weights(
     # All tensors were checked, also those of layers that are dropped here.
     config = dataclasses.replace(config.keep_layers(num_layers), vocab_multiple=vocab_multiple)
     params: Params = {"layers": {}}
-    for entry in make_entries(config, head):
+    for entry in make_entries(config, head, base_dtype):
         tree = params["layers"] if entry.stacked else params
         if entry.key == "score" and not is_classifier:
             key = keys.make_key(seed, "init_score_head")
@@ -148,6 +151,7 @@ def _place(entry: Entry, tensors: weight_files.TensorFiles, layout: Layout) -> j
     for bounds, devices in holders.items():
         index = tuple(slice(*b) for b in bounds)
         part = _part(entry, tensors, index) if whole is None else whole[index]
+        part = part.astype(jnp.dtype(entry.spec.dtype), copy=False)
         copies = [jax.device_put(part, device) for device in devices]
         # Wait, so that this part can be freed before the next one is read.
         placed += jax.block_until_ready(copies)

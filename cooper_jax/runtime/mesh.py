@@ -40,6 +40,7 @@ class ParamSpec:
 
     init: "normal" (standard deviation `scale`), "zeros" or "ones".
     keep_f32: used in float32 (norms); other parameters are cast to the compute dtype.
+    dtype: in which it is stored.  Parameters that are trained are float32.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class ParamSpec:
     init: str = "normal"
     scale: float = 0.02
     keep_f32: bool = False
+    dtype: str = "float32"
 
 
 def parse_sizes(text: str) -> tuple[int, int, int]:
@@ -293,16 +295,16 @@ def check_sharding(layout: Layout, specs: Any) -> None:
 
 
 def abstract_params(layout: Layout, specs: Any) -> Any:
-    """Make the tree of f32 ShapeDtypeStruct with shardings for a tree of ParamSpec."""
+    """Make the tree of ShapeDtypeStruct with shardings for a tree of ParamSpec."""
     return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=layout.sharding(s.axes, s.shape)),
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout.sharding(s.axes, s.shape)),
         specs,
         is_leaf=is_spec,
     )
 
 
 def init_params(key: jax.Array, specs: Any, layout: Layout) -> Any:
-    """Draw initial f32 values, sharded by the layout.
+    """Draw initial values in f32, sharded by the layout, and round them to the types of the declarations.
 
     Each parameter's bits depend on the key and on the parameter's own path: not on other parameters or the
     mesh.
@@ -325,6 +327,7 @@ def init_params(key: jax.Array, specs: Any, layout: Layout) -> Any:
                 params.append(jnp.ones(spec.shape, jnp.float32))
             else:
                 raise ValueError(f"{name}: init {spec.init!r} is none of normal, zeros, ones")
+            params[-1] = params[-1].astype(spec.dtype)
         return jax.tree.unflatten(treedef, params)
 
     return jax.jit(draw, out_shardings=make_shardings(layout, specs))(key)

@@ -144,10 +144,10 @@ def init_state(params: Params, opt: Optimiser) -> TrainState:
     """Make the state at update 0, with moments sharded like their parameters.
 
     The parameters are copied, because updates donate their state and the caller may still need `params` (the
-    frozen reference is the policy at step 0).  Raises ValueError for a parameter that is not float32.
+    frozen reference is the policy at step 0).  Raises ValueError for a trained parameter that is not float32.
     """
     # Adam's updates are too small for bfloat16, which has 8 bits of precision.
-    for path, x in jax.tree.leaves_with_path(params):
+    for path, x in jax.tree.leaves_with_path(select_trained(params)):
         if x.dtype != jnp.float32:
             raise ValueError(
                 f"parameter {jax.tree_util.keystr(path)} is {x.dtype}: master weights are float32 (set the "
@@ -176,7 +176,7 @@ def state_shardings(opt: Optimiser, specs: Any, layout: Layout) -> TrainState:
     Moments are sharded like their parameters, counters are replicated.  specs: the parameters' tree of
     ParamSpec.
     """
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs, is_leaf=is_spec)
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=is_spec)
     return _shard_state(opt, params, make_shardings(layout, specs), layout.replicated)
 
 
