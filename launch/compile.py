@@ -65,7 +65,7 @@ from cooper_jax.perf.aot_estimate import CollectiveTotal, ProgramEstimate, StepE
 from cooper_jax.perf.aot_programs import StepProgram
 from cooper_jax.perf.aot_search import LayoutCandidate
 from cooper_jax.perf.chips import GIB, Topology
-from cooper_jax.runtime import device_layouts
+from cooper_jax.runtime import device_layouts, mesh
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
@@ -83,9 +83,16 @@ def measure_config(
     """
     # All models share the policy's mesh in this estimate.
     layouts = device_layouts.make_layouts(cfg, topology.devices)
-    job = aot_job.describe_job(cfg, layouts["policy"], topology.chip.memory)
+    policy, rollout = layouts["policy"], layouts["rollout"]
     if cfg.rollout.ahead:
-        ahead = aot_job.describe_job(cfg, layouts["rollout"], topology.chip.memory)
+        # The TPU compiler refuses a part of a slice whose devices are scattered over its hosts, as the run's are.
+        # On the first devices the programs are the same.
+        policy, rollout = (
+            mesh.move_layout(layout, topology.devices[: layout.mesh.size]) for layout in (policy, rollout)
+        )
+    job = aot_job.describe_job(cfg, policy, topology.chip.memory)
+    if cfg.rollout.ahead:
+        ahead = aot_job.describe_job(cfg, rollout, topology.chip.memory)
         job = dataclasses.replace(job, ahead=ahead)
     print(format_headline(job, topology), flush=True)
     compiled = aot_estimate.compile_programs(job, cache, on_compiled)
@@ -167,11 +174,11 @@ def format_headline(job: aot_job.CompileJob, topology: Topology) -> str:
     """Format the run's sizes: devices, mesh, responses, slots and microbatches."""
     cfg, rollout = job.cfg, job.rollout_job
     rollout_weights = "gathered" if rollout.gathers_weights else "as in training"
-    mesh = _format_mesh(job.layout)
+    meshes = _format_mesh(job.layout)
     if job.ahead is not None:
-        mesh += f" and {_format_mesh(rollout.layout)} for rollouts one step ahead"
+        meshes += f" and {_format_mesh(rollout.layout)} for rollouts one step ahead"
     lines = [
-        f"{cfg.name} on {topology.name}: {len(topology.devices)} devices, mesh {mesh}, "
+        f"{cfg.name} on {topology.name}: {len(topology.devices)} devices, mesh {meshes}, "
         f"{cfg.data.prompts_per_step} x {cfg.rollout.group_size} responses of {cfg.data.max_prompt_tokens} + "
         f"{cfg.rollout.max_new_tokens} tokens",
         f"  per shard: {rollout.prompts} prompts, {rollout.slots} slots for {rollout.requests} responses; rollout "

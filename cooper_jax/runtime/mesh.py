@@ -265,6 +265,14 @@ class Layout:
         return jax.tree.map(place, tree)
 
 
+def move_layout(layout: Layout, devices: Sequence[jax.Device]) -> Layout:
+    """The same layout on other devices, as many as its mesh has."""
+    arranged = np.array(devices).reshape(layout.mesh.devices.shape)
+    return dataclasses.replace(
+        layout, mesh=Mesh(arranged, layout.mesh.axis_names, axis_types=layout.mesh.axis_types)
+    )
+
+
 def is_spec(x: Any) -> bool:
     """Tell whether x is a ParamSpec; `is_leaf` for trees of them."""
     return isinstance(x, ParamSpec)
