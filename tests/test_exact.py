@@ -110,6 +110,7 @@ def test_the_rollouts_types_and_slots_change_nothing(name, build, found):
 def test_on_a_mesh_of_2x1x1(build):
     found, _ = run_steps(build, count=2, devices=2, **COARSE)
     assert all(metrics["policy/rollout_mismatch_max"] == 0.0 for metrics, _ in found)
+    assert all(metrics["exact/logprob_difference"] < 1e-5 for metrics, _ in found)
     assert sum(metrics["exact/corrected_tokens"] for metrics, _ in found) > 0
 
 
@@ -122,6 +123,7 @@ def test_groups_that_replace_flat_ones(build):
     for metrics, _ in found:
         assert metrics["policy/rollout_mismatch_max"] == 0.0
         assert metrics["policy/rollout_ratio_min"] == metrics["policy/rollout_ratio_max"] == 1.0
+        assert metrics["exact/logprob_difference"] < 1e-5
 
 
 def test_without_it_the_same_run_disagrees(build):

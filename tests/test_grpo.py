@@ -344,8 +344,11 @@ def naive_logprobs(params, batch, temperature):
     ]
 
 
-def naive_loss(params, batch, cfg, temperature):
-    """The objective of the GRPO paper, row by row with nothing clever."""
+def naive_loss(params, batch, cfg, temperature, weights=None):
+    """The objective of the GRPO paper, row by row with nothing clever.
+
+    weights: of the gain at each token, a list of arrays by row; None: 1.
+    """
     total = jnp.zeros(())
     count = int(np.asarray(batch.response_mask).sum())
     for n, lp in enumerate(naive_logprobs(params, batch, temperature)):
@@ -355,6 +358,7 @@ def naive_loss(params, batch, cfg, temperature):
         r, a = jnp.exp(lp - batch.old_logprobs[n, :t]), batch.advantages[n]
         gain = jnp.minimum(r * a, jnp.clip(r, 1 - cfg.clip_low, 1 + cfg.clip_high) * a)
         gain = jnp.where(a < 0, jnp.maximum(gain, cfg.dual_clip * a), gain)
+        gain = gain if weights is None else weights[n] * gain
         x = batch.ref_logprobs[n, :t] - lp
         total += (cfg.kl_coef * (jnp.exp(x) - 1 - x) - gain).sum() / count
     return total
@@ -443,6 +447,39 @@ def test_metrics_by_hand(standard, naive):
         assert float(metrics[name]) == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert 0 < float(metrics["entropy"]) < np.log(CONFIG.vocab_size)
     assert float(metrics["loss"]) == pytest.approx(float(metrics["pg_loss"] + 0.1 * metrics["kl"]), abs=1e-5)
+
+
+def sampler_weights(batch, correction, cap):
+    """Importance weights of the response tokens, by row, and the ratios of whole responses."""
+    weights, ratios = [], []
+    for n, mask in enumerate(np.asarray(batch.response_mask)):
+        difference = np.asarray(batch.old_logprobs, np.float64)[n, mask]
+        difference = difference - np.asarray(batch.rollout_logprobs, np.float64)[n, mask]
+        ratios.append(np.exp(difference.sum()))
+        ratio = np.exp(difference) if correction.startswith("token") else np.full(len(difference), ratios[-1])
+        bounded = np.minimum(ratio, cap)
+        inside = (ratio >= 1 / cap) & (ratio <= cap)
+        weights.append(inside * 1.0 if correction.endswith("mask") else bounded)
+    return weights, ratios
+
+
+@pytest.mark.parametrize(
+    "correction, cap", [("token", 2.0), ("sequence", 8.0), ("token_mask", 2.0), ("sequence_mask", 8.0)]
+)
+def test_the_gain_is_weighted_by_the_ratio_of_policy_and_sampler(params, correction, cap):
+    batch, cfg = policy_batch(), section(epochs=2, correction=correction, correction_cap=cap)
+    weights, ratios = sampler_weights(batch, correction, cap)
+    every = np.concatenate(weights)
+    assert every.min() < 0.9 and every.max() >= 1.0
+    expected = jax.jit(jax.grad(lambda p: naive_loss(p, batch, cfg, TEMPERATURE, weights)))(params)
+    compute = grpo.make_gradients(
+        CONFIG, cfg, tiny_models.one_device(), temperature=TEMPERATURE, max_new_tokens=T
+    )
+    _, found, metrics = jax.jit(compute)(params, batch)
+    assert_trees_close(found, expected)
+    assert float(metrics["correction"]) == pytest.approx(every.mean(), rel=1e-5)
+    assert float(metrics["rollout_ratio_min"]) == pytest.approx(min(*ratios, 1.0), rel=1e-4)
+    assert float(metrics["rollout_ratio_max"]) == pytest.approx(max(*ratios, 1.0), rel=1e-4)
 
 
 def test_microbatches_leave_the_gradient_unchanged(params, standard):

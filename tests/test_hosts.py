@@ -194,6 +194,8 @@ def test_a_refill_is_interrupted_and_resumed(short, tmp_path):
     assert steps_logged(path) == 1 and calls.stat().st_size > before
     assert finish(start_hosts(path, 2, 2, tmp_path / "again", **changes)) == [0, 0]
     assert timeless(metrics(path)) == timeless(metrics(whole))
+    assert np.array_equal(parameters(path, 3, "policy"), parameters(whole, 3, "policy"))
+    assert (path / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
 @pytest.mark.slow
