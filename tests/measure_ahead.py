@@ -25,13 +25,14 @@ def main(run: str) -> None:
     limit = 2 * statistics.median(row["time/step"] for row in rows)
     rows = sorted((row for row in rows if row["time/step"] <= limit), key=lambda row: row["time/step"])
 
-    # In sequence a step would take its rollout's seconds and those of the phases that do not wait for it.
-    sequence = [row["time/step"] - row["time/rollout"] + row["time/rollout_ahead"] for row in rows]
+    # The rollout's seconds and those of the phases that do not wait for it.  Where both share cores they slow each
+    # other, so this is not the time of a step in sequence.
+    total = [row["time/step"] - row["time/rollout"] + row["time/rollout_ahead"] for row in rows]
     names = ("time/step", "time/rollout_ahead", "time/rollout", "time/rollout_overlap")
     step, rollout, wait, overlap = (statistics.median(row[name] for row in rows) for name in names)
     print(
-        f"{len(rows)} steps, medians: step {step:.2f} s, with its phases in sequence "
-        f"{statistics.median(sequence):.2f} s"
+        f"{len(rows)} steps, medians: step {step:.2f} s; the seconds of all phases, those that overlap included, "
+        f"{statistics.median(total):.2f} s"
     )
     print(
         f"rollout {rollout:.2f} s, of which {overlap:.0%} ran beside the step before; a step waits {wait:.2f} s "
