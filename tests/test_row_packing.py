@@ -45,7 +45,7 @@ def test_padding_of_the_papers_run(shards):
     rng = np.random.default_rng(2)
     prompts = np.minimum(rng.lognormal(4.7, 0.35, 128).astype(int), 512).repeat(16)
     lengths = prompts + np.minimum(rng.lognormal(5.2, 0.5, 2048).astype(int), 512)
-    plan = row_packing.choose_packing(1024, 64, width=1536, bucket=64)
+    plan = row_packing.choose_packing(1024, 64, shards, width=1536, bucket=64)
     sequences = [[1] * n for n in lengths]
     packed = row_packing.pack_reward_rows(sequences, plan, shards)
     assert row_packing.measure_padding(packed) < 0.1
@@ -58,16 +58,20 @@ def test_a_sequence_that_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize(
-    "longest, width, bucket, expected",
+    "longest, microbatch, shards, width, expected",
     [
-        (40, 96, 32, (96, 6)),  # the width
-        (40, 300, 32, (160, 4)),  # four sequences
-        (700, 96, 64, (704, 15)),  # the longest sequence
+        (64, 16, 1, 192, (192, 5)),  # the width
+        (64, 16, 1, 600, (256, 4)),  # four sequences
+        (700, 16, 1, 192, (704, 16)),  # the longest sequence
+        (64, 16, 8, 600, (128, 8)),  # two sequences are a shard's part of a microbatch
+        (64, 1, 8, 600, (64, 8)),
     ],
 )
-def test_the_sizes_of_rows(longest, width, bucket, expected):
-    plan = row_packing.choose_packing(longest, 16, width=width, bucket=bucket)
+def test_the_sizes_of_rows(longest, microbatch, shards, width, expected):
+    plan = row_packing.choose_packing(longest, microbatch, shards, width=width, bucket=32)
     assert (plan.row_tokens, plan.rows) == expected
+    # No more tokens than the microbatch of unpacked rows.
+    assert plan.row_tokens * plan.rows <= -(-microbatch // shards) * shards * -(-longest // 32) * 32
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,7 @@ def test_the_sizes_of_rows(longest, width, bucket, expected):
         (100, 400, (20, 20)),  # five full microbatches
         (99, 400, (20, 20)),  # and one with an empty row
         (8, 32, (16, 2)),  # half of 20, of 10 and of 5: nothing is empty
+        (61, 400, (200, 2)),  # 80, 70 and 65 rows would be too many
         (0, 7, (1, 7)),
     ],
 )

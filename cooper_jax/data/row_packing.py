@@ -30,7 +30,7 @@ from cooper_jax.types import PackedRows
 # A row holds at most one sequence for every so many tokens, and at least MIN_SEQUENCES.
 TOKENS_PER_SEQUENCE, MIN_SEQUENCES = 32, 16
 RESPONSE_WIDTHS = 4  # Q is a multiple of C / 4, so that it has four values at most
-EMPTY_ROWS = 0.03  # empty rows that the last microbatch may have, as a share of the rows that hold sequences
+EMPTY_ROWS = 0.05  # empty rows that the last microbatch may have, as a share of the rows that hold sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Packing:
     """The sizes of a run's packed rows."""
 
     row_tokens: int  # C
-    rows: int  # R, at most, before it is rounded up to a multiple of the mesh's batch shards
+    rows: int  # R, at most; a multiple of the mesh's batch shards
 
     @property
     def sequences(self) -> int:
@@ -61,21 +61,25 @@ class Packing:
         return -(-sequences // rows), rows
 
 
-def choose_packing(longest: int, microbatch: int, *, width: int, bucket: int) -> Packing:
+def choose_packing(longest: int, microbatch: int, shards: int, *, width: int, bucket: int) -> Packing:
     """Choose the sizes of packed rows, once for a run.
 
     Longer rows have less padding where most sequences are nearly as long as the longest one.  But attention, whose
     cost grows with C, also computes scores between sequences: they take about C / (12 width) of the time of the
     matrix products.  So C is the longest sequence, or `width` tokens if four of the longest sequences fill as many.
+    A microbatch has no more tokens than its longest sequences have, on each shard.
 
     Args:
       longest: tokens of the longest sequence that may occur.
-      microbatch: as many of these sequences make a microbatch.
+      microbatch: as many of these sequences make a microbatch, rounded up to a multiple of `shards`.
+      shards: of a batch over the mesh.
       width: the model's.
-      bucket: C is a multiple of it.
+      bucket: C is a multiple of it, if it has more tokens than the longest sequence.
     """
-    row_tokens = round_up(max(longest, min(width, 4 * longest)), bucket)
-    return Packing(row_tokens, max(microbatch * longest // row_tokens, 1))
+    longest = round_up(longest, bucket)
+    tokens = -(-microbatch // shards) * longest  # of a microbatch on one shard
+    row_tokens = max(longest, min(width, 4 * longest, tokens) // bucket * bucket)
+    return Packing(row_tokens, shards * (tokens // row_tokens))
 
 
 def assign_rows(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:

@@ -305,6 +305,7 @@ def _make_packed_inputs(job: CompileJob, reward: ModelConfig, units: int, togeth
         # As in training, where inputs have up to reward.max_tokens.
         together * job.cfg.reward.max_tokens,
         job.cfg.reward.microbatch,
+        job.layout.batch_shards,
         width=reward.width,
         bucket=job.cfg.data.bucket,
     )
@@ -362,7 +363,11 @@ def _make_packed_rows(job: CompileJob, sequences: int) -> PackedRows:
     """Make abstract packed rows of so many prompts with responses, all of the largest length."""
     prompt, response = job.row_tokens
     plan = row_packing.choose_packing(
-        prompt + response, job.cfg.policy.microbatch, width=job.policy.width, bucket=job.cfg.data.bucket
+        prompt + response,
+        job.cfg.policy.microbatch,
+        job.layout.batch_shards,
+        width=job.policy.width,
+        bucket=job.cfg.data.bucket,
     )
     per_row = min(plan.row_tokens // (prompt + response), plan.sequences)
     return _make_abstract_rows(job, plan, sequences, per_row, plan.count_read(per_row * response))

@@ -308,6 +308,7 @@ def _make_packer(
     plan = row_packing.choose_packing(
         prompt_tokens + cfg.rollout.max_new_tokens,
         cfg.policy.microbatch,
+        layout.batch_shards,
         width=config.width,
         bucket=cfg.data.bucket,
     )
@@ -424,6 +425,7 @@ class _RewardInputs:
         plan = row_packing.choose_packing(
             together * cfg.reward.max_tokens,
             cfg.reward.microbatch,
+            self.layout.batch_shards,
             width=self.config.width,
             bucket=cfg.data.bucket,
         )

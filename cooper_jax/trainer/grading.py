@@ -72,6 +72,7 @@ def pack_reward_sequences(
     plan = row_packing.choose_packing(
         together * settings.reward.max_tokens,
         settings.reward_update.microbatch,
+        bundle.layout.batch_shards,
         width=bundle.model.config.width,
         bucket=settings.data.bucket,
     )

@@ -240,6 +240,7 @@ def pack_sequences(
     plan = row_packing.choose_packing(
         components.longest_prompt + settings.rollout.max_new_tokens,
         settings.policy.microbatch,
+        layout.batch_shards,
         width=components.policy.model.config.width,
         bucket=settings.data.bucket,
     )

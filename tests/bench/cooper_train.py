@@ -53,6 +53,7 @@ def load(model_dir, W):
         packing = row_packing.choose_packing(
             W["prompt_len"] + W["new_tokens"],
             section.microbatch,
+            layout.batch_shards,
             width=loaded.config.width,
             bucket=base.get_config().data.bucket,
         )
