@@ -686,6 +686,7 @@ BAD = [
     ),
     (dict(train_rm__eval_share=1.0), "train_rm.eval_share=1.0"),
     (dict(train_rm__batch=0), "train_rm.batch=0: it must be at least 1"),
+    (dict(reward__packing=True), "reward.packing=True: this job groups rows by their length"),
     (dict(train_rm__keep_best="f1"), "train_rm.keep_best='f1': it is one of auroc, accuracy, loss"),
     (
         dict(train_rm__optimiser__decay="step"),

@@ -75,21 +75,32 @@ def test_the_sizes_of_rows(longest, microbatch, shards, width, expected):
 
 
 @pytest.mark.parametrize(
-    "used, sequences, expected",
+    "used, shards, expected",
     [
-        (100, 400, (20, 20)),  # five full microbatches
-        (99, 400, (20, 20)),  # and one with an empty row
-        (8, 32, (16, 2)),  # half of 20, of 10 and of 5: nothing is empty
-        (61, 400, (200, 2)),  # 80, 70 and 65 rows would be too many
-        (0, 7, (1, 7)),
+        (100, 1, (20, 20)),  # five full microbatches
+        (41, 1, (29, 14)),  # three of 14
+        (31, 1, (25, 16)),  # two of 16
+        (19, 1, (20, 20)),  # in steps of two above 16
+        (8, 1, (50, 8)),
+        (0, 1, (400, 1)),
+        (30, 8, (25, 16)),  # two rows of each shard, twice
+        (17, 8, (17, 24)),
     ],
 )
-def test_microbatches_leave_few_rows_empty(used, sequences, expected):
-    assert row_packing.Packing(512, 20).choose_microbatches(used, sequences, 1) == expected
+def test_microbatches_are_few_and_nearly_full(used, shards, expected):
+    assert (
+        row_packing.Packing(512, 24 if shards > 1 else 20).choose_microbatches(used, 400, shards) == expected
+    )
 
 
-def test_microbatches_fill_the_shards():
-    assert row_packing.Packing(512, 20).choose_microbatches(30, 64, 8) == (8, 8)  # 24 rows, then 8 of them
+def test_microbatches_have_few_sizes():
+    plan = row_packing.Packing(512, 64)
+    sizes = {plan.choose_microbatches(used, 2048, 1) for used in range(1, 1000)}
+    assert len(sizes) <= 41
+    for used in range(1, 1000):
+        _, rows = plan.choose_microbatches(used, 2048, 1)
+        passes = -(-used // rows)
+        assert rows <= 64 and passes == -(-used // 64) and passes * rows <= 1.15 * used + passes
 
 
 # --- the model -------------------------------------------------------------------------------------------
@@ -190,6 +201,29 @@ def test_a_batch_without_any_sequence_has_no_gradient(params):
     loss, grads, metrics = gradients_of(tiny_models.one_device())(params, empty.without_tokens(), packed)
     assert float(loss) == 0 and not any(np.asarray(x).any() for x in jax.tree.leaves(grads))
     assert all(np.isfinite(float(x)) for x in metrics.values())
+
+
+def test_a_single_microbatch_that_is_empty_has_no_gradient(params):
+    """It is computed, since there is no loop."""
+    batch = policy_batch()
+    batch = jax.tree.map(lambda x: x[:1], batch)  # a row without a token
+    packed = pack(batch, 4)
+    assert packed.tokens.shape[0] == 1 and int(packed.count) == 0
+    loss, grads, metrics = gradients_of(tiny_models.one_device())(params, batch.without_tokens(), packed)
+    assert float(loss) == 0 and not any(np.asarray(x).any() for x in jax.tree.leaves(grads))
+    assert all(np.isfinite(float(x)) for x in metrics.values())
+
+
+def test_thresholds_of_filtered_responses(params):
+    rng = np.random.default_rng(3)
+    batch = policy_batch()
+    batch = batch.replace(thresholds=jnp.asarray(rng.normal(size=(len(batch.tokens), T)), jnp.float32))
+    gradients = gradients_of(tiny_models.one_device(), entropy_coef=0.01)
+    expected, found = gradients(params, batch), gradients(params, batch.without_tokens(), pack(batch))
+    unfiltered = gradients(params, batch.replace(thresholds=None))
+    assert abs(float(expected[0]) - float(unfiltered[0])) > 1e-3
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
+    assert_trees_close(found[1], expected[1])
 
 
 def test_a_response_without_a_prompt_is_refused():

@@ -30,7 +30,6 @@ from cooper_jax.types import PackedRows
 # A row holds at most one sequence for every so many tokens, and at least MIN_SEQUENCES.
 TOKENS_PER_SEQUENCE, MIN_SEQUENCES = 32, 16
 RESPONSE_WIDTHS = 4  # Q is a multiple of C / 4, so that it has four values at most
-EMPTY_ROWS = 0.05  # empty rows that the last microbatch may have, as a share of the rows that hold sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +48,17 @@ class Packing:
         """Q for rows with at most so many response tokens: a multiple of a part of C, so that it has few values."""
         return min(round_up(tokens, -(-self.row_tokens // RESPONSE_WIDTHS)), self.row_tokens)
 
-    def choose_microbatches(self, used: int, sequences: int, rows_multiple: int) -> tuple[int, int]:
-        """Choose (M, R), with room for each of so many sequences in a row of its own.
+    def choose_microbatches(self, used: int, sequences: int, shards: int) -> tuple[int, int]:
+        """Choose (M, R) for `used` rows, with room for each of so many sequences in a row of its own.
 
-        R is the largest number of rows, halved as often as necessary, with which the last microbatch has few empty
-        rows: at most EMPTY_ROWS of the `used` ones.  So R has few values, too.
+        As few microbatches as possible are computed, and these are as small as their number allows.  Rows per shard
+        are rounded up by at most an eighth, so that batches of similar sizes have the same R.
         """
-        rows = round_up(min(self.rows, sequences), rows_multiple)
-        while -used % rows > EMPTY_ROWS * used and rows > rows_multiple:
-            rows = round_up(rows // 2, rows_multiple)
+        most = -(-min(self.rows, sequences) // shards)  # rows of a shard
+        needed = max(-(-used // shards), 1)
+        rows = -(-needed // -(-needed // most))
+        step = 1 << max(rows.bit_length() - 4, 0)
+        rows = min(round_up(rows, step), most) * shards
         return -(-sequences // rows), rows
 
 

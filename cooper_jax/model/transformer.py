@@ -8,7 +8,8 @@
    padding: attention kernels need no other mask.  At the end the hidden states are moved back to the columns
    of their tokens.
 2. Layers are stacked on a leading axis and scanned (layer_loops.py: also those that differ from each other).
-3. Master weights are f32 and cast once per call; norms, rotations, softmax, logsumexp and scores are f32.
+3. Master weights are f32 (frozen ones may be bf16) and cast once per call; norms, rotations, softmax,
+   logsumexp and scores are f32.
 
 Axis legend: N rows, S tokens, T response tokens, D width, H query heads, K key/value heads, h head_dim,
 F feed-forward width, L layers, V padded vocabulary.

@@ -1,10 +1,10 @@
-"""Weights read from Hugging Face directories and GGUF files into sharded f32 parameters.
+"""Weights read from Hugging Face directories and GGUF files into sharded parameters, f32 unless they are frozen.
 
 1. `weight_files.resolve_source` turns a source (directory, hub id, .gguf file, "package:NAME/FILE.gguf",
    gs:// address of a directory or .gguf file) into a path.
 2. `load_weights` reads its config and checks every tensor's name and shape against weight_table.py before it
    reads any weight.
-3. Parameters are read one by one, converted to f32 and stacked over the layers.  On a mesh a host reads only
+3. Parameters are read one by one, converted and stacked over the layers.  On a mesh a host reads only
    the parts of its own devices, and needs memory for one part of one parameter at a time (GGUF: for one whole
    parameter).
 

@@ -320,9 +320,10 @@ def _make_abstract_rows(
 
     per_row: units, sequences or pairs of them, in a row.  read: columns whose hidden states are read, Q.
     """
-    used = -(-units // per_row)
-    _, rows = plan.choose_microbatches(used, units, job.layout.batch_shards)
-    microbatches = -(-used // rows)
+    # The largest microbatch; and two of them where training keeps a running sum of the gradients.
+    shards = job.layout.batch_shards
+    rows = round_up(min(plan.rows, units), shards)
+    microbatches = max(-(-units // (rows * per_row)), min(-(-units // rows), 2))
 
     def array(columns: int) -> Any:
         shape = microbatches, rows, columns

@@ -449,9 +449,17 @@ def update_on_rollouts(
     if rows % cfg.minibatches:
         raise ValueError(f"policy.minibatches = {cfg.minibatches} does not divide the step's {rows} rows")
 
-    def run_update(state: TrainState, minibatch: PolicyBatch, chosen: jax.Array | np.ndarray):
-        packed = [] if pack is None else [pack(np.asarray(chosen))]
+    def run_update(state: TrainState, minibatch: PolicyBatch, chosen: np.ndarray):
+        packed = [] if pack is None else [pack(chosen)]
         return update(state, minibatch, *packed)
+
+    # All permutations are fetched before the first update: later the host would have to wait for it.
+    orders: list[np.ndarray] = []
+    if cfg.minibatches > 1:
+        epoch_keys = [jax.random.fold_in(key, epoch) for epoch in range(cfg.epochs)]
+        orders = [
+            np.asarray(jax.random.permutation(k, rows)).reshape(cfg.minibatches, -1) for k in epoch_keys
+        ]
 
     metrics_by_update: list[Metrics] = []
     for epoch in range(cfg.epochs):
@@ -462,9 +470,8 @@ def update_on_rollouts(
             continue
 
         # Minibatches are selected one at a time: all of them at once would be a second copy of the batch.
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), rows).reshape(cfg.minibatches, -1)
-        for i in range(cfg.minibatches):
-            state, metrics = run_update(state, _take_rows(batch, order[i]), order[i])
+        for chosen in orders[epoch]:
+            state, metrics = run_update(state, _take_rows(batch, jnp.asarray(chosen)), chosen)
             metrics_by_update.append(metrics)
 
     # Metrics are reduced on the device.  If the host read them after each update, it would have to wait for

@@ -117,8 +117,8 @@ def make_score_fn(
     """Make the jitted function (params, ScoreBatch [N, S]) -> logits z f32[N].
 
     Rows run in microbatches whose composition depends only on N, not on the order in which responses ended.
-    Instead of a ScoreBatch it takes PackedRows, too; then the logits are f32[2 * M * R], and the first of them are
-    those of the sequences in order.
+    Instead of a ScoreBatch it takes PackedRows, too, which have their own microbatches; then the logits are
+    f32[2 * M * R], and the first of them are those of the sequences in order.
     """
 
     # The forward pass alone needs no rematerialisation; microbatches bound its activation memory.
@@ -254,7 +254,8 @@ def make_reward_update(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Make the jitted function (state, PairBatch or None, LabelledBatch or None) -> (state, metrics).
 
-    Instead of these it takes PackedPairs and PackedLabelled, too.
+    Instead of these it takes PackedPairs and PackedLabelled, too.  These have their own microbatches, and no masked
+    pair or row of weight 0 may be among their sequences.
 
     One call is one optimiser step on
 

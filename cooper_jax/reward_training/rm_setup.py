@@ -68,6 +68,11 @@ def _check_shared_sections(cfg: ConfigDict, errors: ErrorCollector) -> None:
         "reward.weights is empty: give --config.reward.weights=DIR, a hub id or a .gguf file",
     )
 
+    require(
+        not reward.packing,
+        "reward.packing=True: this job groups rows by their length, and packs none; leave it out",
+    )
+
     # Numbers with a lower bound.
     require(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
     for name, value in (

@@ -180,13 +180,19 @@ def copy_rollout_weights(
     if isinstance(params["layers"], tuple):
         return params
     if layout.single_device:
-        if config.lora is not None:
-            params, config = _merge_adapters(params, config.lora), config.base
-        return generation.prepare_generation(_cast(params, config, dtype), config, layout)
+        if config.lora is None:
+            params = _cast(params, config, dtype)
+        else:
+            params, config = _merge_and_cast(params, config, dtype), config.base
+        return generation.prepare_generation(params, config, layout)
     return reshard_weights(params, config=config, layout=layout, dtype=dtype, gathered=gathered)
 
 
-_merge_adapters = jax.jit(merge_adapters, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _merge_and_cast(params: Params, config: ModelConfig, dtype: str) -> Params:
+    """Merge adapters and cast in one program, which need not hold all merged matrices in float32."""
+    assert config.lora is not None
+    return _cast(merge_adapters(params, config.lora), config.base, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout", "dtype", "gathered"))

@@ -316,9 +316,10 @@ def accumulate_first(
     count: jax.Array | None,
     shardings: Any,
 ) -> tuple[jax.Array, Params, Any]:
-    """`accumulate_gradients` over the first `count` of M microbatches: the others cost nothing.
+    """`accumulate_gradients` over the first `count` of M microbatches: the others are not computed.
 
-    microbatches: leaves [M, ...].  count: i32[]; None: M.  The aux of microbatches that are left out is 0.
+    microbatches: leaves [M, ...].  count: i32[]; None: M.  The aux of microbatches that are left out is 0.  If M is
+    1, the microbatch is computed whatever the count is.
     """
     grad_fn = _differentiate_trained(loss_fn)
     shardings = select_trained(shardings)
