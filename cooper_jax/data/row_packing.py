@@ -67,20 +67,21 @@ def choose_packing(longest: int, microbatch: int, shards: int, *, width: int, bu
 
     Longer rows have less padding where most sequences are nearly as long as the longest one.  But attention, whose
     cost grows with C, also computes scores between sequences: they take about C / (12 width) of the time of the
-    matrix products.  So C is the longest sequence, or `width` tokens if four of the longest sequences fill as many.
-    A microbatch has no more tokens than its longest sequences have, on each shard.
+    matrix products.  So C is the longest sequence, or two to four times as much if that is at most `width`: a whole
+    multiple, so that sequences which are all of the largest length leave no padding.  A microbatch has no more tokens
+    than its longest sequences have, on each shard.
 
     Args:
       longest: tokens of the longest sequence that may occur.
       microbatch: as many of these sequences make a microbatch, rounded up to a multiple of `shards`.
       shards: of a batch over the mesh.
       width: the model's.
-      bucket: C is a multiple of it, if it has more tokens than the longest sequence.
+      bucket: C is a multiple of it.
     """
     longest = round_up(longest, bucket)
-    tokens = -(-microbatch // shards) * longest  # of a microbatch on one shard
-    row_tokens = max(longest, min(width, 4 * longest, tokens) // bucket * bucket)
-    return Packing(row_tokens, shards * (tokens // row_tokens))
+    fitting = -(-microbatch // shards)  # of the longest sequences in a microbatch, on one shard
+    multiple = max(min(width // longest, 4, fitting), 1)
+    return Packing(multiple * longest, fitting // multiple * shards)
 
 
 def assign_rows(lengths: Sequence[int], capacity: int, most: int) -> list[list[int]]:
