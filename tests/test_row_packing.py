@@ -78,7 +78,7 @@ def test_the_sizes_of_rows(longest, microbatch, shards, width, expected):
     "used, shards, expected",
     [
         (100, 1, (20, 20)),  # five full microbatches
-        (41, 1, (29, 14)),  # three of 14
+        (41, 1, (29, 14)),  # three of 14: 42 rows
         (31, 1, (25, 16)),  # two of 16
         (19, 1, (20, 20)),  # in steps of two above 16
         (8, 1, (50, 8)),
@@ -94,13 +94,13 @@ def test_microbatches_are_few_and_nearly_full(used, shards, expected):
 
 
 def test_microbatches_have_few_sizes():
-    plan = row_packing.Packing(512, 64)
-    sizes = {plan.choose_microbatches(used, 2048, 1) for used in range(1, 1000)}
-    assert len(sizes) <= 41
+    plan, sizes = row_packing.Packing(512, 64), set()
     for used in range(1, 1000):
         _, rows = plan.choose_microbatches(used, 2048, 1)
+        sizes.add(rows)
         passes = -(-used // rows)
-        assert rows <= 64 and passes == -(-used // 64) and passes * rows <= 1.15 * used + passes
+        assert rows <= 64 and passes <= 2 * -(-used // 64) and passes * rows <= 1.125 * used + 1
+    assert len(sizes) <= 32
 
 
 # --- the model -------------------------------------------------------------------------------------------

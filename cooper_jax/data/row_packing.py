@@ -29,6 +29,7 @@ from cooper_jax.types import PackedRows
 
 # A row holds at most one sequence for every so many tokens, and at least MIN_SEQUENCES.
 TOKENS_PER_SEQUENCE, MIN_SEQUENCES = 32, 16
+PASS_COST = 0.02  # time of a microbatch beside its rows, as a share of the largest microbatch's
 RESPONSE_WIDTHS = 4  # Q is a multiple of C / 4, so that it has four values at most
 
 
@@ -51,15 +52,22 @@ class Packing:
     def choose_microbatches(self, used: int, sequences: int, shards: int) -> tuple[int, int]:
         """Choose (M, R) for `used` rows, with room for each of so many sequences in a row of its own.
 
-        As few microbatches as possible are computed, and these are as small as their number allows.  Rows per shard
-        are rounded up by at most an eighth, so that batches of similar sizes have the same R.
+        Of microbatches between the largest and half of it, those are taken with which the fewest rows are computed;
+        each microbatch counts as PASS_COST of the largest one in addition.  Sizes are in steps of about an eighth,
+        so that batches of similar sizes have the same R.
         """
         most = -(-min(self.rows, sequences) // shards)  # rows of a shard
         needed = max(-(-used // shards), 1)
-        rows = -(-needed // -(-needed // most))
-        step = 1 << max(rows.bit_length() - 4, 0)
-        rows = min(round_up(rows, step), most) * shards
+        most = min(most, _round_up_size(needed))
+        sizes = {min(_round_up_size(rows), most) for rows in range(-(-most // 2), most + 1)}
+        costs = {rows: -(-needed // rows) * (rows + PASS_COST * most) for rows in sizes}
+        rows = min(sizes, key=lambda rows: (costs[rows], -rows)) * shards
         return -(-sequences // rows), rows
+
+
+def _round_up_size(rows: int) -> int:
+    """Round up by at most an eighth: 1, 2, .. 16, 18, .. 32, 36, .. 64, 72, .."""
+    return round_up(rows, 1 << max((rows - 1).bit_length() - 4, 0))
 
 
 def choose_packing(longest: int, microbatch: int, shards: int, *, width: int, bucket: int) -> Packing:
@@ -68,8 +76,8 @@ def choose_packing(longest: int, microbatch: int, shards: int, *, width: int, bu
     Longer rows have less padding where most sequences are nearly as long as the longest one.  But attention, whose
     cost grows with C, also computes scores between sequences: they take about C / (12 width) of the time of the
     matrix products.  So C is the longest sequence, or two to four times as much if that is at most `width`: a whole
-    multiple, so that sequences which are all of the largest length leave no padding.  A microbatch has no more tokens
-    than its longest sequences have, on each shard.
+    multiple, so that sequences which are all of the largest length leave no padding.  A microbatch has no more
+    tokens than its longest sequences have, on each shard.
 
     Args:
       longest: tokens of the longest sequence that may occur.
