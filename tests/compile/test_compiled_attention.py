@@ -65,7 +65,7 @@ def test_windows_in_library_kernels(chip):
     assert temporaries(chip, QWEN3, WINDOW) <= temporaries(chip, QWEN3, None) + 2**20
 
 
-@pytest.mark.parametrize("chip", ["v5e", "h100"])
+@pytest.mark.parametrize("chip", ["v5e", pytest.param("h100", marks=pytest.mark.slow)])
 def test_packed_rows_in_training(chip):
     """Splash, on TPUs, takes segments; on GPUs blocks in plain XLA hold the scores of an eighth of the queries."""
     packed, without = temporaries(chip, QWEN3, None, packed=True), temporaries(chip, QWEN3, None)
