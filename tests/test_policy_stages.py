@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_rollouts import record_requests
-from tiny_steps import B, G, a_pair, host, sample, score, unchanged, without_models
+from tiny_steps import B, G, a_pair, host, sample, score, steps, unchanged, without_models
 
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.model import transformer
@@ -91,6 +91,20 @@ def test_packed_rows_make_the_updates_of_unpacked_ones(build, devices, updates):
         assert found[True][1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     for a, b in zip(found[True][2], found[False][2], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_steps_on_packed_rows_after_supervised_phases(build, tmp_path):
+    """The phases before step 1 do not pack; a reward model and a reference of their own pack for their meshes."""
+    changes = {"supervised.policy_steps": 1, "supervised.reward_steps": 1, "supervised.reward_batch": 8}
+    changes |= {"devices": 3, "mesh.reward": "1x1x1", "mesh.reference": "1x1x1"}
+    rows = {}
+    for packing in (False, True):
+        flags = {"policy.packing": packing, "reward.packing": packing}
+        rows[packing] = steps(build, tmp_path / str(packing), 1, **changes | flags)[1][0]
+    assert 0 < rows[True]["policy/padding"] < 0.9 and rows[True]["rm/valid"] > 0
+    for name, value in rows[False].items():
+        if name.startswith(("policy/", "rm/", "reward/")):
+            assert rows[True][name] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), name
 
 
 def test_several_updates_a_step(build):

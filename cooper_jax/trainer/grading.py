@@ -51,9 +51,14 @@ def encode_reward_input(components: Components, problem: Problem, completion: st
 
 
 def pack_reward_inputs(components: Components, rows: Sequence[Sequence[int]]) -> ScoreBatch | PackedRows:
-    """Pack token ids into a batch on the reward model's devices, padded to a multiple of the batch shards."""
+    """Pack token ids into a batch on the reward model's devices: in packed rows with `reward.packing`."""
     if components.settings.reward_update.packing:
         return pack_reward_sequences(components, rows)
+    return pad_reward_inputs(components, rows)
+
+
+def pad_reward_inputs(components: Components, rows: Sequence[Sequence[int]]) -> ScoreBatch:
+    """Put token ids on the reward model's devices, a row each, padded to a multiple of the batch shards."""
     layout = components.reward_bundle.layout
     batch = packing.pack_score_batch(
         rows, bucket=components.settings.data.bucket, rows_multiple=layout.batch_shards

@@ -25,7 +25,7 @@ from cooper_jax.reward.corruption import corrupt_answer
 from cooper_jax.runtime import hosts, keys, optim
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
-from cooper_jax.trainer.grading import encode_reward_input, pack_reward_inputs
+from cooper_jax.trainer.grading import encode_reward_input, pad_reward_inputs
 from cooper_jax.trainer.state import Components
 from cooper_jax.types import Params, Problem, TrainState, Triple
 
@@ -120,8 +120,8 @@ def train_on_labels(components: Components, params: Params) -> Params:
             encode_reward_input(components, Problem(t.question, t.reference), t.completion) for t in triples
         ]
 
-        # Packing may add padding rows; their weight is 0.
-        inputs = pack_reward_inputs(components, rows)
+        # Padding rows have weight 0.
+        inputs = pad_reward_inputs(components, rows)
         count = inputs.tokens.shape[0]
         labels = packing.pad_rows(np.array([t.label for t in triples], np.float32), count)
         weights = packing.pad_rows(np.ones(len(triples), np.float32), count)
