@@ -274,7 +274,7 @@ def policy_section() -> ConfigDict:
     c.minibatches = 1  # optimiser updates per pass
     c.microbatch = 64  # rows in one forward and backward pass
     # Several responses share a row of the update and of the log-probabilities, so that little is computed for
-    # padding.  A microbatch then has as many tokens as `microbatch` rows of the longest prompt and response.
+    # padding.  A microbatch has at most as many tokens as `microbatch` rows of the longest prompt and response.
     c.packing = False
     return c
 

@@ -52,7 +52,16 @@ def test_rows_that_do_not_divide_the_mesh(build):
         np.testing.assert_allclose(a, b, atol=5e-6)
 
 
-@pytest.mark.parametrize("devices, updates", [(4, {}), (1, {"policy.epochs": 2, "policy.minibatches": 2})])
+ADAPTERS = {
+    f"{model}.lora.{field}": value
+    for model in ("policy", "reward")
+    for field, value in (("rank", 2), ("base_dtype", "bfloat16"))
+}
+
+
+@pytest.mark.parametrize(
+    "devices, updates", [(4, {}), (1, {"policy.epochs": 2, "policy.minibatches": 2}), (2, ADAPTERS)]
+)
 def test_packed_rows_make_the_updates_of_unpacked_ones(build, devices, updates):
     found = {}
     for packing in (False, True):

@@ -129,7 +129,7 @@ def pack_policy_rows(
     valid: np.ndarray,  # bool[N, S]
     response_length: int,  # T
     plan: Packing,
-    rows_multiple: int = 1,
+    shards: int = 1,
 ) -> PackedRows:
     """Pack a policy's batch -> NumPy arrays.
 
@@ -141,7 +141,7 @@ def pack_policy_rows(
     if (orphans := np.flatnonzero((prompt_lengths == 0) & (lengths > 0))).size:
         raise ValueError(f"row {orphans[0]} has a response and no prompt")
     assigned = assign_rows(lengths.tolist(), plan.row_tokens, plan.sequences)
-    microbatches, size = plan.choose_microbatches(len(assigned), count, rows_multiple)
+    microbatches, size = plan.choose_microbatches(len(assigned), count, shards)
 
     responses = np.where(lengths > 0, lengths - prompt_lengths, 0)
     read = plan.count_read(max((int(responses[members].sum()) for members in assigned), default=1))
@@ -159,7 +159,7 @@ def pack_policy_rows(
 
 
 def pack_reward_rows(
-    sequences: Sequence[Sequence[int]], plan: Packing, rows_multiple: int = 1, *, together: int = 1
+    sequences: Sequence[Sequence[int]], plan: Packing, shards: int = 1, *, together: int = 1
 ) -> PackedRows:
     """Pack the reward model's inputs -> NumPy arrays.
 
@@ -172,7 +172,7 @@ def pack_reward_rows(
     lengths = [sum(len(sequences[i]) for i in unit) for unit in units]
     rows = assign_rows(lengths, plan.row_tokens, plan.sequences // together)
     assigned = [[i for unit in row for i in units[unit]] for row in rows]
-    microbatches, size = plan.choose_microbatches(len(assigned), len(units), rows_multiple)
+    microbatches, size = plan.choose_microbatches(len(assigned), len(units), shards)
 
     last = np.zeros((microbatches * size, plan.sequences), np.int32)
     for r, members in enumerate(assigned):

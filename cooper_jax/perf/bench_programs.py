@@ -18,7 +18,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,10 +154,10 @@ def make_bench_batch(
     rng = np.random.default_rng(cfg.seed + 1)
     n, max_new_tokens = len(workload.lengths), cfg.rollout.max_new_tokens
     responses = Rollout(
-        tokens=_as_array(rng.integers(config.vocab_size, size=(n, max_new_tokens), dtype=np.int32)),
-        mask=_as_array(np.arange(max_new_tokens)[None, :] < workload.lengths[:, None]),
-        logprobs=_as_array(np.full((n, max_new_tokens), -np.log(config.vocab_size), np.float32)),
-        finished=_as_array(np.zeros(n, bool)),
+        tokens=packing.as_array(rng.integers(config.vocab_size, size=(n, max_new_tokens), dtype=np.int32)),
+        mask=packing.as_array(np.arange(max_new_tokens)[None, :] < workload.lengths[:, None]),
+        logprobs=packing.as_array(np.full((n, max_new_tokens), -np.log(config.vocab_size), np.float32)),
+        finished=packing.as_array(np.zeros(n, bool)),
     )
     batch = packing.pack_policy_batch(
         workload.prompts.tolist(), responses, bucket=cfg.data.bucket, rows_multiple=layout.batch_shards
@@ -165,14 +165,9 @@ def make_bench_batch(
 
     # Policy, reference and rollout agree: ratios of 1 take the same time as any others.
     sampled = batch.rollout_logprobs
-    advantages = _as_array(packing.pad_rows(rng.standard_normal(n).astype(np.float32), len(sampled)))
+    advantages = packing.as_array(packing.pad_rows(rng.standard_normal(n).astype(np.float32), len(sampled)))
     batch = dataclasses.replace(batch, advantages=advantages, old_logprobs=sampled, ref_logprobs=sampled)
     return layout.put(batch, "batch")
-
-
-def _as_array(x: np.ndarray) -> jax.Array:
-    """Declare a NumPy array as a jax.Array, the type of the batches' fields; `layout.put` converts it."""
-    return cast(jax.Array, x)
 
 
 # --- programs --------------------------------------------------------------------------------------------
@@ -394,7 +389,7 @@ class _RewardInputs:
         positive, negative = self._pad(lengths), self._pad(lengths)
         self._note_size(2 * min(self.cfg.reward.microbatch, pairs) * positive.tokens.shape[1])
         # Rows added to fill the shards are masked.
-        mask = _as_array(packing.pad_rows(np.ones(pairs, bool), len(positive.tokens)))
+        mask = packing.as_array(packing.pad_rows(np.ones(pairs, bool), len(positive.tokens)))
         return layout.put(PairBatch(positive=positive, negative=negative, mask=mask), "batch")
 
     def make_labelled(self, lengths: np.ndarray) -> LabelledBatch | PackedLabelled:
@@ -408,7 +403,8 @@ class _RewardInputs:
         self._note_size(min(self.cfg.reward.microbatch, count) * rows.tokens.shape[1])
         labels, weights = (packing.pad_rows(x, len(rows.tokens)) for x in (labels, weights))
         return layout.put(
-            LabelledBatch(rows=rows, labels=_as_array(labels), weights=_as_array(weights)), "batch"
+            LabelledBatch(rows=rows, labels=packing.as_array(labels), weights=packing.as_array(weights)),
+            "batch",
         )
 
     def _draw(self, lengths: np.ndarray) -> list[list[int]]:
