@@ -339,6 +339,7 @@ def test_a_study_takes_a_task_of_a_judge(tmp_path):
         "rule__judge": path,
         "reward__recipe": "",
     }
-    assert len(a_study(tmp_path, **changes).list_runs()) == 6
+    # For each of two seeds: a start for each model, and two arms.
+    assert len(a_study(tmp_path, **changes).list_runs()) == 8
     with pytest.raises(ValueError, match="or a task with a program that decides"):
         a_study(tmp_path, **changes | {"rule__judge": ""})
