@@ -14,6 +14,8 @@ weights: shapes come from the weights' config.json if it exists, otherwise from 
 2. The chip's public peaks (cooper_jax/perf/chips.py) give a lower bound on a program's time (the roofline)
    and the resource that bounds it.  These figures, and the seconds of a step, are estimates: nothing is run.
 3. The largest program, together with all other arrays of the run, must leave --reserve of the memory free.
+4. Beside the bound stands a forecast: the bound at the efficiencies of published runs
+   (launch/check_estimates.py), and the host's work from assumptions that --assume changes.
 
 --search tries meshes, microbatches and slots: all candidates by arithmetic, the best --search_compiles of
 them with the compiler.  It prints the flags of the best one.  The compiler's reports are cached in --keep, so
@@ -26,7 +28,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,11 @@ OUT = flags.DEFINE_string("out", "", "A JSON file to write.", allow_override=Tru
 RESERVE = flags.DEFINE_float("reserve", 0.08, "Share of a device's memory that must stay free.")
 SEARCH = flags.DEFINE_bool("search", False, "Search for a mesh, microbatches and slots.")
 SEARCH_COMPILES = flags.DEFINE_integer("search_compiles", 3, "Number of candidates that are compiled.")
+ASSUME = flags.DEFINE_multi_string(
+    "assume",
+    [],
+    "NAME=VALUE: an assumption of the forecast, such as assistant_seconds=4; the printed forecast names them.",
+)
 KEEP = flags.DEFINE_string(
     "keep",
     str(Path.home() / ".cache" / "cooper_jax" / "ahead"),
@@ -59,12 +66,21 @@ if __name__ == "__main__":
 
 from ml_collections import ConfigDict
 
-from cooper_jax.perf import aot_estimate, aot_job, aot_search, chips
+from cooper_jax.perf import (
+    aot_estimate,
+    aot_job,
+    aot_search,
+    budget_report,
+    chips,
+    speed_calibration,
+    step_forecast,
+)
 from cooper_jax.perf.aot_compile import CompiledProgram, TooLarge
 from cooper_jax.perf.aot_estimate import CollectiveTotal, ProgramEstimate, StepEstimate
 from cooper_jax.perf.aot_programs import StepProgram
 from cooper_jax.perf.aot_search import LayoutCandidate
 from cooper_jax.perf.chips import GIB, Topology
+from cooper_jax.perf.step_forecast import HostAssumptions
 from cooper_jax.runtime import device_layouts, mesh
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
@@ -76,8 +92,11 @@ def measure_config(
     reserve: float,
     cache: Path | None,
     on_compiled: Callable[[StepProgram, CompiledProgram], None] | None = None,
+    assumptions: HostAssumptions | None = None,
 ) -> StepEstimate:
-    """Compile a config's programs and estimate its step.
+    """Compile a config's programs, estimate its step and forecast it.
+
+    assumptions: of the forecast; None: the defaults.
 
     Raises TooLarge for a program that the compiler refuses for its memory, SetupError for other errors.
     """
@@ -96,7 +115,12 @@ def measure_config(
         job = dataclasses.replace(job, ahead=ahead)
     print(format_headline(job, topology), flush=True)
     compiled = aot_estimate.compile_programs(job, cache, on_compiled)
-    return aot_estimate.estimate_step(job, topology, compiled, reserve)
+    step = aot_estimate.estimate_step(job, topology, compiled, reserve)
+    calibration = speed_calibration.calibrate()
+    forecast = step_forecast.forecast_step(
+        job, topology, step.phases, assumptions or HostAssumptions(), calibration
+    )
+    return dataclasses.replace(step, forecast=forecast)
 
 
 def compile_and_report(
@@ -108,6 +132,7 @@ def compile_and_report(
     compiles: int = 3,
     cache: Path | None = None,
     out: str = "",
+    assume: Sequence[str] = (),
 ) -> StepEstimate:
     """Compile a config for the topology `name`, print the estimates and write them.
 
@@ -115,6 +140,7 @@ def compile_and_report(
     both numbers, for one that does not fit.
     """
     _check_flags(reserve, compiles, out)
+    assumptions = step_forecast.parse_assumptions(assume)
     cfg, topology = aot_job.drop_data(cfg), chips.find_topology(name)
     report: dict[str, Any] = {"config": cfg.name, "topology": name, "devices": len(topology.devices)}
 
@@ -125,7 +151,7 @@ def compile_and_report(
     # In a search, a candidate that the compiler refuses is skipped; without one, it ends the job.
     def measure_candidate(cfg: ConfigDict, candidate: LayoutCandidate) -> StepEstimate | None:
         try:
-            return measure_config(cfg, topology, reserve, cache, print_progress)
+            return measure_config(cfg, topology, reserve, cache, print_progress, assumptions)
         except TooLarge as error:
             print(f"  {candidate.flags}: {error}", flush=True)
             return None
@@ -139,14 +165,16 @@ def compile_and_report(
         chosen, step = aot_search.search_layouts(cfg, topology, limit, compiles, measure_candidate, print)
         report["flags"] = chosen.flags
     else:
-        step = measure_config(cfg, topology, reserve, cache, print_progress)
+        step = measure_config(cfg, topology, reserve, cache, print_progress, assumptions)
 
-    print(format_step(step, topology))
+    print(format_step(step, topology, cfg.steps))
     if search:
         print(f"best of those compiled: {report['flags']}")
     if out:
         with setup_errors(f"--out={out}"):
-            Path(out).write_text(json.dumps(report | aot_estimate.step_to_json(step), indent=1) + "\n")
+            report |= aot_estimate.step_to_json(step)
+            report["budgets"] = budget_report.budgets_to_json(step.budgets)
+            Path(out).write_text(json.dumps(report, indent=1) + "\n")
     # The report is written even if the run does not fit, because it shows why.
     if not step.fits:
         raise SetupError(f"{name}: {step.describe_excess()}")
@@ -193,13 +221,18 @@ def _format_mesh(layout: Layout) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
 
 
-def format_step(step: StepEstimate, topology: Topology) -> str:
-    """Format the tables of memory, work, collectives and phases, and the verdict on memory."""
+def format_step(step: StepEstimate, topology: Topology, steps: int) -> str:
+    """Format the tables of memory, work, collectives and phases, the forecast and the verdict on memory.
+
+    steps: of the run.
+    """
     sections = [
         _format_memory(step),
         _format_work(step, topology),
         _format_all_collectives(step),
+        budget_report.format_budgets(step.budgets),
         _format_phases(step, len(topology.devices)),
+        _format_forecast(step, steps, len(topology.devices)),
     ]
     # The programs run one after another, so the largest one decides.
     largest, verdict = step.largest, "fits" if step.fits else "DOES NOT FIT"
@@ -281,8 +314,11 @@ def _format_phases(step: StepEstimate, devices: int) -> str:
     """Format the seconds of each phase and of the whole step."""
     # A real step is slower: the host's work and the gaps between programs are left out.
     lines = ["a step (roofline: every program at its bound, nothing else takes time)"]
+    if step.forecast is not None:
+        lines.append(f"{'':15}{'bound':>11}{'share':>7}{'at published efficiencies':>29}")
     for phase, seconds in step.phases.items():
-        lines.append(f"{phase:15}{seconds:9.3f} s{seconds / step.seconds:7.0%}")
+        published = "" if step.forecast is None else f"{step.forecast.phases[phase]:27.3f} s"
+        lines.append(f"{phase:15}{seconds:9.3f} s{seconds / step.seconds:7.0%}{published}")
     if step.ahead:
         others = sum(step.phases.values()) - step.phases["rollout"]
         lines.append(
@@ -294,6 +330,14 @@ def _format_phases(step: StepEstimate, devices: int) -> str:
         f"{step.tokens_per_second:,.0f} tokens/s, {step.tokens_per_second / devices:,.0f} per device"
     )
     return "\n".join(lines)
+
+
+def _format_forecast(step: StepEstimate, steps: int, devices: int) -> str:
+    """Format the forecast of the step and of the run, or the reason why there is none."""
+    calibration = speed_calibration.calibrate()
+    if step.forecast is None:
+        return speed_calibration.describe_fit(calibration)
+    return step_forecast.format_forecast(step.forecast, calibration, steps=steps, devices=devices)
 
 
 def main(argv: list[str]) -> None:
@@ -310,6 +354,7 @@ def main(argv: list[str]) -> None:
             compiles=SEARCH_COMPILES.value,
             cache=Path(KEEP.value) if KEEP.value else None,
             out=OUT.value,
+            assume=ASSUME.value,
         )
     except SetupError as error:
         print_setup_error(error)

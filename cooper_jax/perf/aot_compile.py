@@ -33,11 +33,12 @@ MEMORY_FIELDS = (
     "alias_size_in_bytes",
     "temp_size_in_bytes",
     "generated_code_size_in_bytes",
+    "peak_memory_in_bytes",
 )
 # A size in the compilers' error messages, such as 17.25G or 80.00GiB.
 SIZE = r"([\d.]+[KMGT]i?B?)"
 # Part of the hash: change it with the format of reports, so that reports of earlier versions are not read.
-REPORT_FORMAT = "2"
+REPORT_FORMAT = "3"
 # Packages whose versions are part of the hash, as far as they are installed.
 COMPILERS = ("jaxlib", "libtpu", "jax-cuda13-plugin")
 
@@ -54,7 +55,16 @@ class CompiledProgram:
     aliased: int  # part of `outputs`, written over donated arguments
     temporaries: int
     code: int
+    # At the program's peak, arguments included.  XLA:TPU's `temporaries` are more than the temporaries at any one
+    # time; this is not.  0: the compiler does not say.
+    peak: int
     output_arrays: Any  # abstract arrays with shardings, to lower the next program with
+
+    @property
+    def most_memory(self) -> int:
+        """Bytes at the program's peak, its arguments and its code included; without a peak, the sum of all uses."""
+        summed = self.arguments + self.temporaries + self.outputs - self.aliased
+        return (self.peak or summed) + self.code
 
 
 class TooLarge(SetupError):
@@ -84,7 +94,9 @@ def compile_program(
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(layout.mesh, _spec_from_json(spec)))
         for x, spec in zip(leaves, report["output_specs"], strict=True)
     ]
-    arguments, outputs, aliased, temporaries, code = (report["memory"][field] for field in MEMORY_FIELDS)
+    arguments, outputs, aliased, temporaries, code, peak = (
+        report["memory"][field] for field in MEMORY_FIELDS
+    )
     return CompiledProgram(
         text=report["text"],
         seconds=report["seconds"],
@@ -93,6 +105,7 @@ def compile_program(
         aliased=aliased,
         temporaries=temporaries,
         code=code,
+        peak=peak,
         output_arrays=jax.tree.unflatten(tree, output_arrays),
     )
 
@@ -136,6 +149,8 @@ def _hash_program(lowered: jax.stages.Lowered, layout: Layout) -> str:
     installed = [p for p in COMPILERS if importlib.util.find_spec(p.replace("-", "_"))]
     versions = [f"{p} {metadata.version(p)}" for p in installed]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    if layout.compiler_options is not None:
+        flags.append(str(layout.compiler_options))
     parts = (
         REPORT_FORMAT,
         jax.__version__,

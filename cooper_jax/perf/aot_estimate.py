@@ -9,7 +9,7 @@ The compiler gives the bytes of a program's arguments, outputs and temporaries, 
 
     seconds     the largest of the times for computing, memory traffic and communication, each at the chip's
                 public peak.  A lower bound (roofline), not a forecast: it assumes peak rates, perfect overlap
-                and no time on the host.
+                and no time on the host.  step_forecast.py makes a forecast beside it.
     attention   FLOPs and bytes of kernels that the compiled text does not show (kernel_costs.py)
     total       a program's own bytes, and the bytes of everything else that is in memory while it runs
 """
@@ -24,11 +24,13 @@ from typing import Any
 
 import jax
 
-from cooper_jax.perf import aot_programs, hlo
+from cooper_jax.perf import aot_programs, hlo, step_forecast
 from cooper_jax.perf.aot_compile import CompiledProgram, TooLarge, compile_program
 from cooper_jax.perf.aot_job import CompileJob
 from cooper_jax.perf.aot_programs import StepProgram
+from cooper_jax.perf.budget_report import ProgramBudget, make_budget
 from cooper_jax.perf.chips import GIB, Topology
+from cooper_jax.perf.step_forecast import StepForecast
 from cooper_jax.runtime.mesh import Layout
 
 RESOURCES = ("compute", "memory", "network")
@@ -97,6 +99,8 @@ class StepEstimate:
     reserve: float  # share of that memory that must stay free
     tokens: int  # sampled in a step, at the longest response length
     ahead: bool = False  # the rollout of the next step runs beside the other phases, on devices of its own
+    forecast: StepForecast | None = None  # None: not made
+    budgets: tuple[ProgramBudget, ...] = ()  # of programs that compute
 
     @property
     def limit(self) -> int:
@@ -199,7 +203,18 @@ def estimate_step(
     # The sizes of a job are a full step's, so that every response has its full length.
     data, rollout = job.cfg.data, job.cfg.rollout
     tokens = data.prompts_per_step * rollout.group_size * rollout.max_new_tokens
-    return StepEstimate(programs, topology.chip.memory, reserve, tokens, job.ahead is not None)
+    budgets = []
+    for (program, result), figures in zip(compiled, programs, strict=True):
+        budget = make_budget(job, program, result.text, result.most_memory, figures.bytes)
+        budgets += [] if budget is None else [budget]
+    return StepEstimate(
+        programs,
+        topology.chip.memory,
+        reserve,
+        tokens,
+        ahead=job.ahead is not None,
+        budgets=tuple(budgets),
+    )
 
 
 def list_sizes(
@@ -339,6 +354,7 @@ def step_to_json(step: StepEstimate) -> dict[str, Any]:
             "phases",
             "tokens_per_second",
         ],
+        "forecast": None if step.forecast is None else step_forecast.forecast_to_json(step.forecast),
         "jax": jax.__version__,
         "programs": programs,
     }

@@ -219,7 +219,7 @@ def describe_job(cfg: ConfigDict, layout: Layout, memory: int) -> CompileJob:
 
         # The number of slots that fit beside the weights, if every prompt is as long as the longest.
         rollout_weights = abstract_rollout_weights(policy, layout, spec.dtype, gathers)
-        longest = [[0] * cfg.data.max_prompt_tokens]
+        longest = cfg.data.max_prompt_tokens
         slots = engine.count_slots(
             rollout_weights, rollout, longest, prompts, section.max_rows or None, section.memory_gib or None
         )

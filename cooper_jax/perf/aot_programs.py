@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,20 @@ ROLLOUT = ("rollout weights", "prompts", "requests", "slots")
 Outputs = dict[str, Any]
 
 
+class MicrobatchShape(NamedTuple):
+    """The sizes of a microbatch on one device."""
+
+    rows: int
+    tokens: int  # of a row
+    read: int  # hidden states of a row that the head reads
+    microbatches: int  # in one run of the program
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the microbatch, padding included."""
+        return self.rows * self.tokens
+
+
 @dataclasses.dataclass(frozen=True)
 class StepProgram:
     """One of a step's programs, not yet lowered."""
@@ -66,6 +80,8 @@ class StepProgram:
     # Memory, by the names in ALWAYS and ROLLOUT.
     live: tuple[str, ...]  # trees in memory while it runs, its arguments included
     makes: str = ""  # the name of its output, if that stays in memory
+    # The microbatches of each kind of rows, for the phases that compute in microbatches.
+    microbatches: tuple[MicrobatchShape, ...] = ()
     # Costs that the compiled text does not contain.
     trips: int = 1  # iterations of loops whose end is decided at run time
     declared: kernel_costs.Costs = dataclasses.field(default_factory=dict)
@@ -78,7 +94,12 @@ def list_programs(job: CompileJob) -> list[StepProgram]:
         programs.append(_make_score(job, job.reward))
     logprobs = _make_logprobs(job)
     programs += [logprobs] if logprobs.times else []
-    programs.append(_make_policy_update(job))
+    return programs + list_updates(job)
+
+
+def list_updates(job: CompileJob) -> list[StepProgram]:
+    """List the programs that update a model."""
+    programs = [_make_policy_update(job)]
     if job.reward is not None and job.cfg.reward.arm == "cooper":
         programs.append(_make_reward_update(job, job.reward))
     return programs
@@ -87,11 +108,11 @@ def list_programs(job: CompileJob) -> list[StepProgram]:
 def resident_bytes(job: CompileJob) -> dict[str, int]:
     """Count the bytes per device of each tree in ALWAYS and AHEAD, from their shapes (compilers pad some)."""
     # The policy and the reward model are training states: parameters and the optimiser's moments.
-    trees = {"policy": _make_state(job, "policy", job.policy, "logits")[1]}
+    trees = {"policy": make_state(job, "policy", job.policy, "logits")[1]}
     if PolicyConfig.from_config(job.cfg.policy).has_reference:
         trees["reference"] = _policy_params(job)
     if job.reward is not None:
-        trees["reward model"] = _make_state(job, "reward", job.reward, "score")[1]
+        trees["reward model"] = make_state(job, "reward", job.reward, "score")[1]
     sizes = {name: device_bytes(tree) for name, tree in trees.items()}
     if job.ahead is not None:
         # Two copies: the one that is sampled with, and the one that a stopped step would be repeated with.
@@ -126,7 +147,7 @@ def _policy_params(job: CompileJob) -> Any:
     return abstract_params(job.layout, transformer.param_specs(job.policy, "logits"))
 
 
-def _make_state(
+def make_state(
     job: CompileJob, section: str, config: ModelConfig, head: str
 ) -> tuple[optim.Optimiser, TrainState]:
     """Make a model's optimiser, and its abstract training state."""
@@ -161,15 +182,13 @@ def _list_rollout(job: CompileJob, resident: tuple[str, ...]) -> list[StepProgra
     kv_format = static.kv_format
     width = rollout_plan.prompt_width(cfg.data.max_prompt_tokens, rollout_plan.column_multiple(kv_format))
     prompt_ids = [[0] * cfg.data.max_prompt_tokens] * cfg.data.prompts_per_step
-    chunks = list(rollout_plan.make_chunks(prompt_ids, shards, job.prompts, width))
+    chunks = list(rollout_plan.make_chunks(prompt_ids, shards, job.prompts, width, fixed_rows=True))
     chunk_rows, chunk_tokens = chunks[0].tokens.shape
 
     # Each slot decodes `waves` responses one after the other, in segments of spec.segment steps.
     waves = -(-job.requests // slot_count)
     segments = -(-(job.decode_steps // waves) // spec.segment) * waves
     columns = engine.count_cache_columns(static, waiting=not job.slot_per_request)
-    # Keys that a decode step reads per row, on average: all of the prompt's, and half of the response's.
-    keys_read = cfg.data.max_prompt_tokens, spec.max_new_tokens / 2
 
     # Abstract arguments that are no program's output.
     prompt_indices = _array(job, jnp.int32, job.prompts * shards)
@@ -221,12 +240,15 @@ def _list_rollout(job: CompileJob, resident: tuple[str, ...]) -> list[StepProgra
     weights_name, prompts_name, requests_name, slots_name = ROLLOUT
     attention = kernel_costs.attention_cost(job, job.policy, chunk_rows // shards, chunk_tokens, spec.dtype)
     first_head = kernel_costs.head_cost(job, job.policy, job.requests, "head_draw")
-    decode = kernel_costs.decode_cost(job, keys_read)
+    decode = kernel_costs.decode_cost(job, average_keys(job))
     segment_costs = decode | kernel_costs.head_cost(job, job.policy, slot_count, "head_draw")
     programs = [
         _rollout_program("reshard", 1, lower_reshard, (), makes=weights_name),
         _rollout_program("no_prompts", 1, lower_no_prompts, ROLLOUT[:1], makes=prompts_name),
-        _rollout_program("prefill", len(chunks), lower_prefill, ROLLOUT[:2], declared=attention),
+        _rollout_program(
+            "prefill", len(chunks), lower_prefill, ROLLOUT[:2],
+            microbatches=(MicrobatchShape(chunk_rows // shards, chunk_tokens, 1, 1),), declared=attention,
+        ),
         _rollout_program("begin", 1, lower_begin, ROLLOUT[:2], makes=requests_name, declared=first_head),
         _rollout_program("open_slots", 1, lower_open_slots, ROLLOUT[:3], makes=slots_name),
         _rollout_program(
@@ -237,6 +259,11 @@ def _list_rollout(job: CompileJob, resident: tuple[str, ...]) -> list[StepProgra
     if not job.slot_per_request:
         programs += _list_refills(job, waves, columns)
     return [dataclasses.replace(program, live=(*resident, *program.live)) for program in programs]
+
+
+def average_keys(job: CompileJob) -> tuple[float, float]:
+    """Average the keys that a decode step reads per row: all of the prompt's, and half of the response's."""
+    return job.cfg.data.max_prompt_tokens, job.rollout.spec.max_new_tokens / 2
 
 
 def _list_refills(job: CompileJob, waves: int, columns: int) -> list[StepProgram]:
@@ -286,16 +313,21 @@ def _make_score(job: CompileJob, reward: ModelConfig) -> StepProgram:
     )
     params = abstract_params(job.layout, transformer.param_specs(reward, "score"))
     batch: ScoreBatch | PackedRows
-    n, tokens = job.count_microbatch_rows(job.rows, settings.microbatch), job.reward_tokens
-    if settings.packing:
+    if _packs(job, reward, settings):
         batch = _make_packed_inputs(job, reward, job.rows)
-        n, tokens = _row_shape(job, batch)
+        shape = _shape_packed(job, batch)
     else:
         batch = ScoreBatch(*_tokens(job, job.rows, job.reward_tokens))
+        shape = _shape_rows(job, job.rows, settings.microbatch, job.reward_tokens, read=1)
     return StepProgram(
-        "score", "score", 1, lambda outputs: score.lower(params, batch), ALWAYS,
-        declared=kernel_costs.attention_cost(job, reward, n, tokens, settings.dtype),
+        "score", "score", 1, lambda outputs: score.lower(params, batch), ALWAYS, microbatches=(shape,),
+        declared=kernel_costs.attention_cost(job, reward, shape.rows, shape.tokens, settings.dtype),
     )  # fmt: skip
+
+
+def _packs(job: CompileJob, model: ModelConfig, settings: PolicyConfig | RewardUpdateConfig) -> bool:
+    """True if the model's rows are packed, as in training."""
+    return transformer.should_pack(settings.packing, model, job.layout, settings.dtype)
 
 
 def _make_packed_inputs(job: CompileJob, reward: ModelConfig, units: int, together: int = 1) -> PackedRows:
@@ -320,9 +352,8 @@ def _make_abstract_rows(
 
     per_row: units, sequences or pairs of them, in a row.  read: columns whose hidden states are read, Q.
     """
-    # The largest microbatch; and two of them where training keeps a running sum of the gradients.
-    shards = job.layout.batch_shards
-    rows = round_up(min(plan.rows, units), shards)
+    # The microbatch of training; and two of them where it keeps a running sum of the gradients.
+    _, rows = plan.choose_microbatches(units, job.layout.batch_shards)
     microbatches = max(-(-units // (rows * per_row)), min(-(-units // rows), 2))
 
     def array(columns: int) -> Any:
@@ -331,7 +362,17 @@ def _make_abstract_rows(
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
     tokens, sequences = array(plan.row_tokens), array(plan.sequences)
-    return PackedRows(tokens, tokens, tokens, array(read), sequences, sequences, count=None)
+    return PackedRows(
+        tokens,
+        tokens,
+        tokens,
+        array(read),
+        sequences,
+        sequences,
+        count=None,
+        targets=array(read),
+        prefixes=tokens if plan.shares_prompts else None,
+    )
 
 
 def _make_logprobs(job: CompileJob) -> StepProgram:
@@ -344,19 +385,21 @@ def _make_logprobs(job: CompileJob) -> StepProgram:
     options: dict[str, Any] = dict(dtype=settings.dtype, temperature=job.cfg.rollout.temperature)
     logprobs: Any
     inputs: tuple[Any, ...]
-    if settings.packing:
+    if _packs(job, job.policy, settings):
         logprobs = grpo.make_packed_logprobs(job.policy, job.layout, **options)
         inputs = _make_packed_rows(job, job.rows), _array(job, jnp.bool_, job.rows, response)
     else:
         logprobs = grpo.make_logprobs(job.policy, job.layout, microbatch=settings.microbatch, **options)
         inputs = *_tokens(job, job.rows, prompt + response), response
+    shape = _shape_policy_rows(job, job.rows)
     return StepProgram(
         "logprobs",
         "logprobs",
         settings.has_reference + (grpo.count_updates(settings) > 1),
         lambda outputs: logprobs.lower(_policy_params(job), *inputs),
         ALWAYS,
-        declared=_policy_costs(job, job.rows, settings),
+        microbatches=(shape,),
+        declared=_policy_costs(job, shape, settings),
     )
 
 
@@ -369,9 +412,14 @@ def _make_packed_rows(job: CompileJob, sequences: int) -> PackedRows:
         job.layout.batch_shards,
         width=job.policy.width,
         bucket=job.cfg.data.bucket,
+        shares_prompts=(
+            job.cfg.policy.share_prompts and transformer.supports_shared_prompts(job.policy, job.layout)
+        ),
+        # The shortest prompt is not known, so that the rows are those of a run with very short ones.
+        new_tokens=response,
     )
     per_row = min(plan.row_tokens // (prompt + response), plan.sequences)
-    return _make_abstract_rows(job, plan, sequences, per_row, plan.count_read(per_row * response))
+    return _make_abstract_rows(job, plan, sequences, per_row, plan.read_tokens)
 
 
 def _make_policy_update(job: CompileJob) -> StepProgram:
@@ -383,7 +431,7 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
         )
     rows = job.rows // settings.minibatches
     rollout = RolloutConfig.from_config(job.cfg.rollout)
-    optimiser, state = _make_state(job, "policy", job.policy, "logits")
+    optimiser, state = make_state(job, "policy", job.policy, "logits")
     with setup_errors("policy"):
         update: Any = grpo.make_update(
             job.policy, settings, optimiser, job.layout, temperature=job.cfg.rollout.temperature,
@@ -405,8 +453,9 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
         rollout_logprobs=per_token,
         thresholds=None if rollout.samples_all_tokens else per_token,
     )
-    if settings.packing:
+    if _packs(job, job.policy, settings):
         packed, batch = [_make_packed_rows(job, rows)], batch.without_tokens()
+    shape = _shape_policy_rows(job, rows)
     return StepProgram(
         "policy update",
         "policy",
@@ -414,67 +463,73 @@ def _make_policy_update(job: CompileJob) -> StepProgram:
         lambda outputs: update.lower(state, batch, *packed),
         ALWAYS,
         makes="policy",
-        declared=_policy_costs(job, rows, settings),
+        microbatches=(shape,),
+        declared=_policy_costs(job, shape, settings),
     )
 
 
-def _policy_costs(job: CompileJob, rows: int, settings: PolicyConfig) -> kernel_costs.Costs:
-    """Estimate the costs of the policy's attention and head in a microbatch of rows of prompt and response."""
-    prompt, response = job.row_tokens
-    if settings.packing:
-        packed = _make_packed_rows(job, rows)
-        (n, tokens), predicted = _row_shape(job, packed), packed.predictors.shape[-1]
-    else:
-        n, tokens, predicted = (
-            job.count_microbatch_rows(rows, settings.microbatch),
-            prompt + response,
-            response,
-        )
-    attention = kernel_costs.attention_cost(job, job.policy, n, tokens, settings.dtype)
-    return attention | kernel_costs.head_cost(job, job.policy, n * predicted, "head_score")
+def _shape_policy_rows(job: CompileJob, rows: int) -> MicrobatchShape:
+    """Shape the policy's microbatches: `rows` prompts with responses on the whole mesh, packed or not."""
+    settings, (prompt, response) = PolicyConfig.from_config(job.cfg.policy), job.row_tokens
+    if _packs(job, job.policy, settings):
+        return _shape_packed(job, _make_packed_rows(job, rows))
+    return _shape_rows(job, rows, settings.microbatch, prompt + response, response)
+
+
+def _shape_rows(job: CompileJob, rows: int, microbatch: int, tokens: int, read: int) -> MicrobatchShape:
+    """Shape the microbatches of `rows` rows, counted on the whole mesh, which are not packed."""
+    n = job.count_microbatch_rows(rows, microbatch)
+    return MicrobatchShape(n, tokens, read, -(-rows // (n * job.layout.batch_shards)))
+
+
+def _shape_packed(job: CompileJob, packed: PackedRows) -> MicrobatchShape:
+    """Shape the microbatches of packed rows."""
+    count, rows, columns = packed.tokens.shape
+    return MicrobatchShape(rows // job.layout.batch_shards, columns, packed.predictors.shape[-1], count)
+
+
+def _policy_costs(job: CompileJob, shape: MicrobatchShape, settings: PolicyConfig) -> kernel_costs.Costs:
+    """Estimate the costs of the policy's attention and head in a microbatch."""
+    attention = kernel_costs.attention_cost(job, job.policy, shape.rows, shape.tokens, settings.dtype)
+    return attention | kernel_costs.head_cost(job, job.policy, shape.rows * shape.read, "head_score")
 
 
 def _make_abstract_pairs(
     job: CompileJob, reward: ModelConfig, settings: RewardUpdateConfig
-) -> tuple[PairBatch | PackedPairs | None, int, int]:
-    """Make a step's abstract pairs, and the rows and columns of a microbatch on one device; None, 0, 0 without."""
+) -> tuple[PairBatch | PackedPairs | None, tuple[MicrobatchShape, ...]]:
+    """Make a step's abstract pairs, and the shape of their microbatches; None, () without."""
     count, shards = job.cfg.data.prompts_per_step * job.cfg.pairs.per_prompt, job.layout.batch_shards
     if not settings.reads_pairs:
-        return None, 0, 0
-    if settings.packing:
+        return None, ()
+    if _packs(job, reward, settings):
         packed = _make_packed_inputs(job, reward, count, together=2)
-        return PackedPairs(packed, _replicated(job, jnp.bool_, count)), *_row_shape(job, packed)
+        return PackedPairs(packed, _replicated(job, jnp.bool_, count)), (_shape_packed(job, packed),)
 
     count = round_up(count, shards)
     member = ScoreBatch(*_tokens(job, count, job.reward_tokens))
     pairs = PairBatch(positive=member, negative=member, mask=_array(job, jnp.bool_, count))
     # Both members of a pair are in one microbatch.
-    return pairs, 2 * job.count_microbatch_rows(count, settings.microbatch), job.reward_tokens
+    shape = _shape_rows(job, count, settings.microbatch, job.reward_tokens, read=1)
+    return pairs, (shape._replace(rows=2 * shape.rows),)
 
 
 def _make_abstract_labelled(
     job: CompileJob, reward: ModelConfig, settings: RewardUpdateConfig
-) -> tuple[LabelledBatch | PackedLabelled | None, int, int]:
-    """Make an update's abstract labelled rows, and the rows and columns of a microbatch on one device."""
+) -> tuple[LabelledBatch | PackedLabelled | None, tuple[MicrobatchShape, ...]]:
+    """Make an update's abstract labelled rows, and the shape of their microbatches; None, () without."""
     count = labelled_rollouts.max_rows_per_update(settings)
     if not count:
-        return None, 0, 0
-    if settings.packing:
+        return None, ()
+    if _packs(job, reward, settings):
         packed = _make_packed_inputs(job, reward, count)
         per_row = _replicated(job, jnp.float32, count)
-        return PackedLabelled(packed, per_row, per_row), *_row_shape(job, packed)
+        return PackedLabelled(packed, per_row, per_row), (_shape_packed(job, packed),)
 
     count = round_up(count, job.layout.batch_shards)
     per_row = _array(job, jnp.float32, count)
     rows = ScoreBatch(*_tokens(job, count, job.reward_tokens))
     labelled = LabelledBatch(rows=rows, labels=per_row, weights=per_row)
-    return labelled, job.count_microbatch_rows(count, settings.microbatch), job.reward_tokens
-
-
-def _row_shape(job: CompileJob, packed: PackedRows) -> tuple[int, int]:
-    """The rows of a microbatch on one device, and their columns."""
-    _, rows, columns = packed.tokens.shape
-    return rows // job.layout.batch_shards, columns
+    return labelled, (_shape_rows(job, count, settings.microbatch, job.reward_tokens, read=1),)
 
 
 def _replicated(job: CompileJob, dtype: Any, count: int) -> Any:
@@ -484,14 +539,15 @@ def _replicated(job: CompileJob, dtype: Any, count: int) -> Any:
 def _make_reward_update(job: CompileJob, reward: ModelConfig) -> StepProgram:
     """Make the program of one reward-model update: on pairs, and on labelled rows if the config has any."""
     settings = RewardUpdateConfig.from_config(job.cfg.reward)
-    optimiser, state = _make_state(job, "reward", reward, "score")
+    optimiser, state = make_state(job, "reward", reward, "score")
     with setup_errors("reward"):
         update: Any = verifier_model.make_reward_update(reward, settings, optimiser, job.layout)
 
     # The declared cost of attention is that of the largest microbatch, an upper bound for the others.
-    pairs, pair_rows, pair_tokens = _make_abstract_pairs(job, reward, settings)
-    labelled, label_rows, label_tokens = _make_abstract_labelled(job, reward, settings)
-    n, tokens = max(pair_rows, label_rows), max(pair_tokens, label_tokens)
+    pairs, shapes = _make_abstract_pairs(job, reward, settings)
+    labelled, label_shapes = _make_abstract_labelled(job, reward, settings)
+    shapes += label_shapes
+    n, tokens = max(shape.rows for shape in shapes), max(shape.tokens for shape in shapes)
 
     return StepProgram(
         "pair update",
@@ -500,5 +556,6 @@ def _make_reward_update(job: CompileJob, reward: ModelConfig) -> StepProgram:
         lambda outputs: update.lower(state, pairs, labelled),
         ALWAYS,
         makes="reward model",
+        microbatches=shapes,
         declared=kernel_costs.attention_cost(job, reward, n, tokens, settings.dtype),
     )

@@ -8,8 +8,8 @@
 
 The model of memory is a sum of two terms.  The first is the models' float32 parameters and moments, sharded
 over all devices.  The second is the larger of the rollout's memory (weights, caches and slots:
-rollout/rollout_plan.py) and an update's memory (gradients, head, saved activations and one layer's
-activations).
+rollout/rollout_plan.py) and an update's memory (gradients of the trained parameters, head, activations:
+memory_budget.py).
 
 The model of time: matrix products at half the peak, or the all-gather of weights for each microbatch over one
 axis of links if that takes longer; decoding reads weights and caches at full bandwidth.
@@ -26,7 +26,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cooper_jax.model.config import ModelConfig
-from cooper_jax.perf import aot_job, aot_programs, roofline
+from cooper_jax.perf import aot_job, aot_programs, memory_budget, roofline
 from cooper_jax.perf.aot_estimate import StepEstimate
 from cooper_jax.perf.aot_job import CompileJob
 from cooper_jax.perf.chips import GIB, Topology
@@ -118,10 +118,7 @@ def estimate_roughly(job: CompileJob, topology: Topology, candidate: LayoutCandi
     chip, layout = topology.chip, job.layout
     resident = sum(aot_programs.resident_bytes(job).values())
     rollout_bytes, bytes_read = _estimate_rollout(job)
-    update_bytes = max(
-        _estimate_update_bytes(job, config, has_head) for config, has_head in _list_trained(job)
-    )
-    total = resident + max(rollout_bytes, update_bytes)
+    total = resident + max(rollout_bytes, _estimate_update_bytes(job))
 
     # Time.  Communication uses one axis of links, in both directions in a torus.
     link_rate = chip.link * (2 if chip.torus else 1)
@@ -140,14 +137,6 @@ def estimate_roughly(job: CompileJob, topology: Topology, candidate: LayoutCandi
         )
         seconds += max(products, gathered + summed)
     return RoughEstimate(candidate, total, seconds)
-
-
-def _list_trained(job: CompileJob) -> list[tuple[ModelConfig, bool]]:
-    """List the models that are updated, each with True if it has a head over the vocabulary."""
-    trained = [(job.policy, True)]
-    if job.reward is not None and job.cfg.reward.arm == "cooper":
-        trained.append((job.reward, False))
-    return trained
 
 
 def _list_passes(job: CompileJob) -> list[tuple[ModelConfig, float]]:
@@ -190,25 +179,14 @@ def _estimate_rollout(job: CompileJob) -> tuple[float, float]:
     return total, job.decode_steps * (plan.weights + cache_read)
 
 
-def _estimate_update_bytes(job: CompileJob, config: ModelConfig, has_head: bool) -> float:
-    """Estimate the bytes of an update beside the training state, on one device."""
-    shards = job.layout.batch_shards
-    tensor = job.layout.mesh.shape["tensor"]
-    section = job.cfg.policy if has_head else job.cfg.reward
-    # The reward model reads both members of a pair at once.
-    rows = math.ceil(section.microbatch / shards) * (1 if has_head else 2)
-    tokens = rows * (sum(job.row_tokens) if has_head else job.reward_tokens)
-
-    body, vocabulary = roofline.count_weights(config)
-    # Gradients in float32, twice: the microbatch's, and the sum over microbatches.
-    fsdp = shards / job.layout.mesh.shape["data"]
-    gradients = 2 * 4 * (body + vocabulary) / fsdp / tensor
-    # The gathered head with its gradient: 10 bytes per weight.
-    head = has_head * 10 * vocabulary / tensor
-    # Activations: in bfloat16 between layers, and inside the one layer that is recomputed at a time.
-    saved = 2 * config.layers * tokens * config.width
-    layer = 4 * tokens * (8 * config.width + 8 * config.ffn / tensor)
-    return MEMORY_SLACK * (gradients + head + saved + layer)
+def _estimate_update_bytes(job: CompileJob) -> float:
+    """Estimate the bytes of an update beside the training states, on one device: of the larger update."""
+    needed = [0.0]
+    for program in aot_programs.list_updates(job):
+        budget = memory_budget.plan_program(job, program)
+        assert budget is not None
+        needed.append(budget.bytes - budget.resident)
+    return MEMORY_SLACK * max(needed)
 
 
 # --- the search ------------------------------------------------------------------------------------------

@@ -120,12 +120,18 @@ def make_workload(cfg: ConfigDict, vocab_size: int, prompt_tokens: int, ragged: 
     """Draw a random workload of a step's size from the config's seed."""
     rng = np.random.default_rng(cfg.seed)
     prompts, max_new_tokens = cfg.data.prompts_per_step, cfg.rollout.max_new_tokens
-    lengths = np.full(prompts * cfg.rollout.group_size, max_new_tokens, np.int32)  # i32[N]
+    rows = prompts * cfg.rollout.group_size
+    lengths = np.full(rows, max_new_tokens, np.int32)  # i32[N]
     if ragged:
-        # The inverse distribution function of a Pareto distribution of exponent 1: shortest / (1 - u).
-        pareto = max(1.0, SHORTEST_SHARE * max_new_tokens) / (1.0 - rng.random(lengths.shape))
-        lengths = np.minimum(pareto, max_new_tokens).astype(np.int32)
+        lengths = draw_lengths(rng, rows, max_new_tokens)
     return Workload(rng.integers(vocab_size, size=(prompts, prompt_tokens), dtype=np.int32), lengths)
+
+
+def draw_lengths(rng: np.random.Generator, rows: int, max_new_tokens: int) -> np.ndarray:
+    """Draw the response lengths of a ragged workload, i32[rows]: Pareto of exponent 1, truncated."""
+    # The inverse distribution function of a Pareto distribution of exponent 1: shortest / (1 - u).
+    pareto = max(1.0, SHORTEST_SHARE * max_new_tokens) / (1.0 - rng.random(rows))
+    return np.minimum(pareto, max_new_tokens).astype(np.int32)
 
 
 def make_bench_model(
@@ -232,7 +238,7 @@ def _make_score(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged
     options = dict(dtype=cfg.policy.dtype, temperature=cfg.rollout.temperature)
     logprobs: Callable[..., jax.Array]
     inputs: tuple[Any, ...]
-    if cfg.policy.packing:
+    if _packs(cfg.policy, config, layout):
         logprobs = grpo.make_packed_logprobs(config, layout, **options)
         pack = _make_packer(cfg, config, layout, prompt_tokens, batch)
         inputs = pack(np.arange(len(batch.response_mask))), batch.response_mask
@@ -248,7 +254,9 @@ def _make_score(cfg: ConfigDict, layout: mesh.Layout, prompt_tokens: int, ragged
         call=score,
         tokens=workload.tokens,
         counted="prompt and response tokens",
-        work=roofline.score_work(config, prompt_tokens, workload.lengths),
+        work=roofline.score_work(
+            config, prompt_tokens, workload.lengths, _count_shared_prompts(cfg, config, layout)
+        ),
         config=config,
         dtype=cfg.policy.dtype,
         rows=cfg.policy.microbatch * batch.tokens.shape[1],
@@ -274,7 +282,7 @@ def _make_policy_update(
         )  # fmt: skip
 
     pack, per_row = None, batch
-    if policy.packing:
+    if _packs(cfg.policy, config, layout):
         pack = _make_packer(cfg, config, layout, prompt_tokens, batch)
         per_row = batch.without_tokens()
 
@@ -289,23 +297,50 @@ def _make_policy_update(
         call=_carry_state(step, optim.init_state(params, optimiser)),
         tokens=workload.tokens * epochs,
         counted="prompt and response tokens",
-        work=roofline.update_work(config, prompt_tokens, workload.lengths, epochs, updates),
+        work=roofline.update_work(
+            config,
+            prompt_tokens,
+            workload.lengths,
+            epochs,
+            updates,
+            _count_shared_prompts(cfg, config, layout),
+        ),
         config=config,
         dtype=cfg.policy.dtype,
         rows=cfg.policy.microbatch * batch.tokens.shape[1],
     )
 
 
+def _packs(section: ConfigDict, config: ModelConfig, layout: mesh.Layout) -> bool:
+    """True if the rows of the model in `section` are packed, as in training."""
+    return transformer.should_pack(section.packing, config, layout, section.dtype)
+
+
+def _shares_prompts(cfg: ConfigDict, config: ModelConfig, layout: mesh.Layout) -> bool:
+    """True if packed rows share prompts, as in training."""
+    return cfg.policy.share_prompts and transformer.supports_shared_prompts(config, layout)
+
+
+def _count_shared_prompts(cfg: ConfigDict, config: ModelConfig, layout: mesh.Layout) -> int:
+    """The number of responses whose prompt another one of their group has computed, at best."""
+    if not (_packs(cfg.policy, config, layout) and _shares_prompts(cfg, config, layout)):
+        return 0
+    return cfg.data.prompts_per_step * (cfg.rollout.group_size - 1)
+
+
 def _make_packer(
     cfg: ConfigDict, config: ModelConfig, layout: mesh.Layout, prompt_tokens: int, batch: PolicyBatch
 ) -> Callable[[np.ndarray], PackedRows]:
-    """Make the function that packs rows of the batch, as in training with policy.packing."""
+    """Make the function that packs rows of the batch, as in training."""
     plan = row_packing.choose_packing(
         prompt_tokens + cfg.rollout.max_new_tokens,
         cfg.policy.microbatch,
         layout.batch_shards,
         width=config.width,
         bucket=cfg.data.bucket,
+        shares_prompts=_shares_prompts(cfg, config, layout),
+        new_tokens=cfg.rollout.max_new_tokens,
+        shortest_prompt=prompt_tokens,
     )
     tokens, valid = np.asarray(batch.tokens), np.asarray(batch.valid)
     response_tokens = batch.response_mask.shape[1]
@@ -382,7 +417,7 @@ class _RewardInputs:
     def make_pairs(self, lengths: np.ndarray) -> PairBatch | PackedPairs:
         """Make pairs.  lengths: i[B], of both members of each."""
         pairs, layout = len(lengths), self.layout
-        if self.cfg.reward.packing:
+        if _packs(self.cfg.reward, self.config, layout):
             packed = self._pack(lengths, together=2)
             return PackedPairs(packed, layout.put(np.ones(pairs, bool)))
 
@@ -396,7 +431,7 @@ class _RewardInputs:
         """Make rows with alternating labels, and weights that sum to 1 over the rows that are not padding."""
         count, layout = len(lengths), self.layout
         labels, weights = np.arange(count, dtype=np.float32) % 2, np.full(count, 1 / count, np.float32)
-        if self.cfg.reward.packing:
+        if _packs(self.cfg.reward, self.config, layout):
             return PackedLabelled(self._pack(lengths, together=1), layout.put(labels), layout.put(weights))
 
         rows = self._pad(lengths)

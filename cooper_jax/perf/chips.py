@@ -110,6 +110,31 @@ device_description_str: "NVIDIA L4"
 }
 
 
+# Beginnings of jax's names of devices (`device.device_kind`), the longer ones first.
+DEVICE_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA L4": "l4",
+}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """Find the chip of jax's name of a device; None if its peaks are not in CHIPS."""
+    for beginning, name in DEVICE_KINDS.items():
+        # NVIDIA's L40 is no L4.
+        rest = device_kind.removeprefix(beginning)
+        if rest != device_kind and not rest[:1].isalnum():
+            return CHIPS[name]
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Devices of one kind, and the network that joins them."""

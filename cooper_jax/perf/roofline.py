@@ -1,7 +1,7 @@
 """Rooflines: lower bounds on the time of a step's programs, from their FLOPs and bytes.
 
-1. `rollout_work`, `score_work`, `update_work` and `pair_update_work` count a model's work as {part: Work}.
-   The parts run one after the other.
+1. `rollout_work`, `score_work`, `reward_score_work`, `update_work` and `pair_update_work` count a model's work as
+   {part: Work}.  The parts run one after the other.
 2. `Work.seconds` is a part's time at a machine's rates (perf/machine.py): the longer of computing and moving
    data.
 
@@ -100,21 +100,37 @@ def rollout_work(
     }
 
 
-def score_work(config: ModelConfig, prompt_tokens: int, lengths: Lengths) -> dict[str, Work]:
-    """Count the work of a forward pass over N rows of P + `lengths` [N] tokens, with response logits."""
-    return {"forward": Work(flops=_count_forward_flops(config, prompt_tokens, lengths))}
+def score_work(
+    config: ModelConfig, prompt_tokens: int, lengths: Lengths, shared_prompts: int = 0
+) -> dict[str, Work]:
+    """Count the work of a forward pass over N rows of P + `lengths` [N] tokens, with response logits.
+
+    shared_prompts: the number of rows that need not compute their prompt, since another row does (packed rows).
+    """
+    flops = _count_forward_flops(config, prompt_tokens, lengths, shared_prompts=shared_prompts)
+    return {"forward": Work(flops=flops)}
 
 
 def update_work(
-    config: ModelConfig, prompt_tokens: int, lengths: Lengths, epochs: int = 1, updates: int = 1
+    config: ModelConfig,
+    prompt_tokens: int,
+    lengths: Lengths,
+    epochs: int = 1,
+    updates: int = 1,
+    shared_prompts: int = 0,
 ) -> dict[str, Work]:
     """Count the work of the policy's updates: `epochs` passes over N rows and `updates` steps of AdamW.
 
-    Rows are as in `score_work`.
+    Rows and shared_prompts are as in `score_work`.
     """
-    # A backward pass is twice the work of the forward pass.
-    flops = 3 * epochs * _count_forward_flops(config, prompt_tokens, lengths)
+    forward = _count_forward_flops(config, prompt_tokens, lengths, shared_prompts=shared_prompts)
+    flops = _count_passes(config) * epochs * forward
     return {"passes": Work(flops=flops), "optimiser": _count_adam_work(config, updates)}
+
+
+def reward_score_work(config: ModelConfig, lengths: Lengths) -> dict[str, Work]:
+    """Count the work of the reward model's scores of rows of `lengths` tokens.  Its head counts as free."""
+    return {"forward": Work(flops=_count_forward_flops(config, 0, lengths, with_head=False))}
 
 
 def pair_update_work(config: ModelConfig, lengths: Lengths) -> dict[str, Work]:
@@ -122,12 +138,23 @@ def pair_update_work(config: ModelConfig, lengths: Lengths) -> dict[str, Work]:
 
     Its head is one vector and counts as free.
     """
-    flops = 3 * _count_forward_flops(config, 0, lengths, with_head=False)
+    flops = _count_passes(config) * _count_forward_flops(config, 0, lengths, with_head=False)
     return {"passes": Work(flops=flops), "optimiser": _count_adam_work(config, 1)}
 
 
+def _count_passes(config: ModelConfig) -> int:
+    """The FLOPs of an update's passes, in forward passes."""
+    # The backward pass has the gradients of activations and of weights, each as much as the forward pass.  Beside
+    # adapters the weights are frozen; the adapters' own work counts as free.
+    return 3 if config.lora is None else 2
+
+
 def _count_forward_flops(
-    config: ModelConfig, prompt_tokens: int, lengths: Lengths, with_head: bool = True
+    config: ModelConfig,
+    prompt_tokens: int,
+    lengths: Lengths,
+    with_head: bool = True,
+    shared_prompts: int = 0,
 ) -> float:
     # The head is needed at the response's tokens only.
     body, head = count_weights(config)
@@ -136,7 +163,8 @@ def _count_forward_flops(
     flops = 2 * body * tokens + _count_causal_flops(config, tokens)
     if with_head:
         flops = flops + 2 * head * response
-    return float(flops.sum())
+    prompt = 2 * body * prompt_tokens + _count_causal_flops(config, prompt_tokens)
+    return float(flops.sum() - shared_prompts * prompt)
 
 
 def _count_flops_per_key(config: ModelConfig) -> float:
@@ -169,4 +197,6 @@ def _count_causal_flops(config: ModelConfig, tokens):
 
 
 def _count_adam_work(config: ModelConfig, updates: int) -> Work:
+    if config.lora is not None:
+        return Work()
     return Work(bytes=float(updates * ADAM_ACCESSES * sum(count_weights(config)) * MASTER_BYTES))

@@ -162,19 +162,12 @@ def sent(case: Case, part: str) -> float:
 
 PROGRAMS, MESHES = ("update", "score", "pairs"), (("v5e", 16, 1), ("v5e", 8, 2), ("h100", 8, 1))
 SLOW = {("update", "v5e", 16), ("score", "v5e", 8), ("pairs", "v5e", 16), ("pairs", "v5e", 8)}
-# What is known to send more.  Over all chips of a 4x4 slice XLA:TPU sums whole arrays and slices them afterwards,
-# also where a scatter is asked for.
-MORE = {
-    ("update", "v5e", 16, 1, "head"): "XLA:TPU does not scatter over all of a 4x4 slice",
-}
 
 
 def cases(parts: tuple[str, ...]):
     for program, mesh in itertools.product(PROGRAMS, MESHES):
         for part in parts:
             marks = [pytest.mark.slow] if (program, *mesh[:2]) in SLOW else []
-            if reason := MORE.get((program, *mesh, part)):
-                marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
             name = "-".join(map(str, (program, *mesh, *filter(None, [part]))))
             yield pytest.param(Case(program, *mesh), part, id=name, marks=marks)
 
