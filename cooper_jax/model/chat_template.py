@@ -99,7 +99,14 @@ def find_turn_end(hf: Any, control: Mapping[str, Any]) -> int | None:
 
     # Render a conversation with a known answer: the first control token after the answer ends the turn.
     marker = "the-assistants-words"
-    text = render_chat(hf, [("user", "question"), ("assistant", marker)], False, {})
+    question = "the-users-words"
+    text = render_chat(hf, [("user", question), ("assistant", marker)], False, {})
+    # All prompts would be equal.
+    if question not in text or marker not in text:
+        raise ValueError(
+            f"{hf.name_or_path or 'this tokenizer'}: its chat_template (in tokenizer_config.json or "
+            "chat_template.jinja) leaves out what messages say: it must write the content of each"
+        )
     _, _, after = text.rpartition(marker)
     token = split_segments(after, control)[0][1]
     return control[token]["id"] if token else None

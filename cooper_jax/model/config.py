@@ -12,10 +12,10 @@ import dataclasses
 from typing import Any
 
 from cooper_jax.model.families import FAMILIES, LAYER_TYPES, Family, Layers
+from cooper_jax.model.file_schema import ConfigFile, TokenIdFields
 from cooper_jax.model.lora import LoraConfig
 from cooper_jax.model.rope import Rope, Scaling, read_rope, write_scaling
-
-_HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+from cooper_jax.settings.value_rules import find_record_problems, read_record, show_value
 
 # Activations of the gated feed-forward block -> the names in config.json.
 ACTIVATIONS = {"silu": {"hidden_act": "silu"}, "gelu_tanh": {"hidden_activation": "gelu_pytorch_tanh"}}
@@ -181,8 +181,8 @@ class ModelConfig:
     def from_hf(cls, hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
         """Convert Hugging Face's config.json, as written by transformers 4 or 5.
 
-        Raises ValueError, naming `where` (the file) and the key, for an unknown model type, a missing key, or
-        an unsupported setting.
+        Raises ValueError, naming `where` (the file) and the key, for an unknown model type, a missing key, a
+        value outside its bounds (file_schema.py), or an unsupported setting.
         """
         # Refuse everything that this code would compute differently than transformers.
         name = str(hf.get("model_type"))
@@ -192,42 +192,39 @@ class ModelConfig:
                 f"{', '.join(sorted(FAMILIES))}"
             )
         family = _find_family(name, f"{where}: model_type")
-        missing = [k for k in _HF_REQUIRED if k not in hf]
-        if missing:
-            raise ValueError(f"{where}: missing {', '.join(missing)}")
         for key, allowed in family.supported.items():
             if key in hf and hf[key] not in allowed:
-                raise ValueError(f"{where}: {key} is {hf[key]!r}; only {allowed[0]!r} is supported")
+                raise ValueError(f"{where}: {key} is {show_value(hf[key])}; only {allowed[0]!r} is supported")
 
         # Keys that config.json leaves out have the defaults of transformers.
-        full = {**family.defaults, **hf}
-        heads, kv_heads, head_dim = full["num_attention_heads"], full["num_key_value_heads"], full["head_dim"]
-        if head_dim is None and full["hidden_size"] % heads:
+        file = read_record(ConfigFile, {**family.defaults, **hf}, where)
+        heads, kv_heads, head_dim = file.num_attention_heads, file.num_key_value_heads, file.head_dim
+        if head_dim is None and file.hidden_size % heads:
             raise ValueError(
-                f"{where}: hidden_size {full['hidden_size']} does not divide over {heads} heads; "
-                "give head_dim"
+                f"{where}: hidden_size {file.hidden_size} does not divide over {heads} heads "
+                "(num_attention_heads); give head_dim"
             )
         rope, sliding_theta = _read_ropes(hf, where, family)
 
         # The checks of __post_init__ and of the layers do not know the file, so its name is added here.
         try:
-            layers = family.read_layers(full)
+            layers = family.read_layers(vars(file))
             return cls(
                 family=name,
-                vocab_size=full["vocab_size"],
-                width=full["hidden_size"],
-                layers=full["num_hidden_layers"],
+                vocab_size=file.vocab_size,
+                width=file.hidden_size,
+                layers=file.num_hidden_layers,
                 heads=heads,
                 kv_heads=heads if kv_heads is None else kv_heads,
-                head_dim=full["hidden_size"] // heads if head_dim is None else head_dim,
-                ffn=full["intermediate_size"],
+                head_dim=file.hidden_size // heads if head_dim is None else head_dim,
+                ffn=file.intermediate_size,
                 rope_theta=rope.theta,
                 rope_scaling=rope.scaling,
-                norm_eps=full["rms_norm_eps"],
-                tied=full["tie_word_embeddings"],
-                max_len=full["max_position_embeddings"],
+                norm_eps=file.rms_norm_eps,
+                tied=file.tie_word_embeddings,
+                max_len=file.max_position_embeddings,
                 query_pre_attn_scalar=(
-                    full["query_pre_attn_scalar"] if "query_pre_attn_scalar" in family.defaults else None
+                    file.query_pre_attn_scalar if "query_pre_attn_scalar" in family.defaults else None
                 ),
                 layer_types=layers.types,
                 window=layers.window,
@@ -271,10 +268,22 @@ class ModelConfig:
         return out | family.write_layers(Layers(self.layer_types, self.window), self.layers)
 
 
+def find_config_problems(hf: dict[str, Any]) -> list[str]:
+    """Write a message for each field of a config.json that is no value of its type, without those it lacks.
+
+    For programs that read a directory's tokenizer: another program may have written a config.json for it alone.
+    Models of other families are not checked.
+    """
+    problems = find_record_problems(TokenIdFields, hf)
+    if str(hf.get("model_type")) in FAMILIES:
+        problems += find_record_problems(ConfigFile, hf, partial=True)
+    return list(dict.fromkeys(problems))
+
+
 def _find_family(name: Any, what: str) -> Family:
     """Return a family by its name; raises ValueError, beginning with `what`, for another name."""
     if name not in FAMILIES:
-        raise ValueError(f"{what} {name!r} is none of {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"{what} {show_value(name)} is none of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]
 
 
@@ -294,7 +303,7 @@ def _read_ropes(hf: dict[str, Any], where: str, family: Family) -> tuple[Rope, f
     # The base of a dict within `rope_parameters` takes precedence over the top level.
     flat = {k: v for k, v in hf.items() if k != "rope_parameters"}
     full = read_rope(flat | {"rope_parameters": by_type.get("full_attention")}, where, family.rope_theta)
-    sliding = by_type.get("sliding_attention") or {}
+    sliding = by_type.get("sliding_attention")
     rope = read_rope({"rope_parameters": sliding}, where, float(local))
     if rope.scaling is not None:
         raise ValueError(

@@ -16,6 +16,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from cooper_jax.settings.value_rules import show_value
+
 LAYER_TYPES = ("full", "sliding", "unrotated")
 
 # Hugging Face's names of the types that `layer_types` lists.
@@ -59,7 +61,9 @@ def _read_listed_types(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """Read `layer_types`; raises ValueError for a type that is not built."""
     unknown = sorted(set(hf["layer_types"]) - set(_HF_LAYER_TYPES))
     if unknown:
-        raise ValueError(f"layer_types has {unknown}; only {' and '.join(_HF_LAYER_TYPES)} are supported")
+        raise ValueError(
+            f"layer_types has {show_value(unknown)}; only {' and '.join(_HF_LAYER_TYPES)} are supported"
+        )
     if len(hf["layer_types"]) != hf["num_hidden_layers"]:
         raise ValueError(
             f"layer_types has {len(hf['layer_types'])} entries for {hf['num_hidden_layers']} layers"
@@ -86,7 +90,7 @@ def _make_layers(types: tuple[str, ...], window: int | None) -> Layers:
 
 def _read_full_layers(hf: Mapping[str, Any]) -> Layers:
     """Read layers that are all full: a list of types may say so, and nothing else."""
-    if hf["layer_types"] and set(_read_listed_types(hf)) != {"full"}:
+    if hf["layer_types"] is not None and set(_read_listed_types(hf)) != {"full"}:
         raise ValueError("layer_types has sliding_attention; this family's windows are not supported")
     return Layers()
 
@@ -94,7 +98,7 @@ def _read_full_layers(hf: Mapping[str, Any]) -> Layers:
 def _read_qwen_layers(hf: Mapping[str, Any]) -> Layers:
     """Read the layers of Qwen: with `use_sliding_window`, those from `max_window_layers` on slide."""
     window = hf["sliding_window"] if hf["use_sliding_window"] else None
-    if hf["layer_types"]:
+    if hf["layer_types"] is not None:
         return _make_layers(_read_listed_types(hf), window)
     if window is None:
         return Layers()
@@ -115,9 +119,9 @@ def _write_qwen_layers(layers: Layers, count: int) -> dict[str, Any]:
 
 def _read_mistral_layers(hf: Mapping[str, Any]) -> Layers:
     """Read the layers of Mistral: all slide, or none."""
-    if hf["layer_types"]:
+    if hf["layer_types"] is not None:
         raise ValueError(
-            f"layer_types is {hf['layer_types']!r}; Mistral's layers are all of one type: remove it, "
+            f"layer_types is {show_value(hf['layer_types'])}; Mistral's layers are all of one type: remove it, "
             "sliding_window says which"
         )
     if hf["sliding_window"] is None:
@@ -147,7 +151,7 @@ def _write_smollm3_layers(layers: Layers, count: int) -> dict[str, Any]:
 
 def _read_gemma3_layers(hf: Mapping[str, Any]) -> Layers:
     """Read the layers of Gemma 3: every `sliding_window_pattern`-th is full, the others slide."""
-    if hf["layer_types"]:
+    if hf["layer_types"] is not None:
         return _make_layers(_read_listed_types(hf), hf["sliding_window"])
     pattern = hf["sliding_window_pattern"]
     types = tuple("sliding" if (i + 1) % pattern else "full" for i in range(hf["num_hidden_layers"]))
@@ -159,11 +163,12 @@ def _read_gemma3_layers(hf: Mapping[str, Any]) -> Layers:
 _COMMON: dict[str, Any] = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=None, layer_types=None)
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1.0),
 }
+# Families without these keys do not read them: Qwen 2 has the biases of q, k and v whatever its files say.
+_ATTENTION_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}
+_BIASES: dict[str, tuple[Any, ...]] = _ATTENTION_BIAS | {"mlp_bias": (False,)}
 _QWEN = _COMMON | dict(
     num_key_value_heads=32,
     max_position_embeddings=32768,
@@ -179,7 +184,7 @@ FAMILIES: dict[str, Family] = {
         score_class="LlamaForSequenceClassification",
         models="Llama 2, 3, 3.1, 3.2 (text), 3.3; SmolLM2; TinyLlama",
         defaults=_COMMON | dict(num_key_value_heads=None, max_position_embeddings=2048),
-        supported=_SUPPORTED | {"use_sliding_window": (False,)},
+        supported=_SUPPORTED | _BIASES | {"use_sliding_window": (False,)},
         read_layers=_read_full_layers,
         write_layers=lambda layers, count: {"attention_bias": False, "mlp_bias": False},
         gguf="llama",
@@ -201,7 +206,7 @@ FAMILIES: dict[str, Family] = {
         score_class="Qwen3ForSequenceClassification",
         models="Qwen3 (dense)",
         defaults=_QWEN | dict(head_dim=128),
-        supported=_SUPPORTED,
+        supported=_SUPPORTED | _ATTENTION_BIAS,
         read_layers=_read_qwen_layers,
         write_layers=lambda layers, count: {"attention_bias": False} | _write_qwen_layers(layers, count),
         architecture=dict(qk_norm=True),
@@ -228,7 +233,7 @@ FAMILIES: dict[str, Family] = {
             no_rope_layers=None,
             no_rope_layer_interval=4,
         ),
-        supported=_SUPPORTED | {"use_sliding_window": (False,)},
+        supported=_SUPPORTED | _BIASES | {"use_sliding_window": (False,)},
         read_layers=_read_smollm3_layers,
         write_layers=_write_smollm3_layers,
         rope_theta=2e6,

@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from cooper_jax.kernels.kv import KV, Format, make_empty_kv, pack_kv
-from cooper_jax.kernels.matmul import matmul_cpu, matmul_plain
+from cooper_jax.kernels.matmul import PANEL, matmul_cpu, matmul_plain, to_panels
 from cooper_jax.kernels.schedule import Schedule
 from cooper_jax.model.config import LayerKind, ModelConfig
 from cooper_jax.model.layer_loops import loop_layers, make_layer_scan
 from cooper_jax.model.layers import (
+    GATE_UP,
+    QKV,
     KeyRange,
     flatten_projections,
     output_proj_and_mlp,
@@ -38,17 +40,22 @@ from cooper_jax.model.transformer import UNEMBED, cast_layers, embed_tokens, get
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.types import Params
 
-# In generation, models of up to this many layers keep each layer in a stack of its own.
+# In generation, models of up to this many layers keep each layer in a stack of its own; on GPUs all models do.
 LAYERS_ALONE = 8
 
 
-def split_layers(layers: Params, config: ModelConfig) -> tuple[Params, ...]:
-    """Split the stacked layers into stacks that are each run by one loop.
+def keeps_stack(config: ModelConfig, layout: Layout) -> bool:
+    """Tell whether all layers stay in one stack, which one loop runs, or each has a stack of its own.
 
-    A model of many layers keeps one stack: unrolling it would take minutes to compile.  A model of few layers
-    gets stacks of one layer, because XLA:CPU copies a layer's matrices out of a larger stack at every token.
+    XLA:CPU and XLA:GPU copy a layer's matrices out of a larger stack at every token.  On TPUs they do not, and on
+    CPUs and TPUs unrolled layers take long to compile, so that only models of few layers are unrolled there.
     """
-    if config.layers > LAYERS_ALONE:
+    return config.layers > LAYERS_ALONE and layout.platform not in ("gpu", "cuda")
+
+
+def split_layers(layers: Params, config: ModelConfig, layout: Layout) -> tuple[Params, ...]:
+    """Split the stacked layers into stacks that are each run by one loop (`keeps_stack`)."""
+    if keeps_stack(config, layout):
         return (layers,)
     return _unstack(layers, config.layers)
 
@@ -64,13 +71,52 @@ def prepare_generation(params: Params, config: ModelConfig, layout: Layout) -> P
     Weights whose layout stays the same are not copied.
     """
     # Projections become matrices [D, H h] once here, not at every token.
-    weights = params | {"layers": split_layers(jax.vmap(flatten_projections)(params["layers"]), config)}
+    stacks = split_layers(jax.vmap(flatten_projections)(params["layers"]), config, layout)
+    # Layers that stand alone are copied in any case, and no mesh axis shards their merged columns.
+    if layout.fast_cpu_products and config.layers <= LAYERS_ALONE:
+        stacks = tuple(map(merge_products, stacks))
+    weights = params | {"layers": stacks}
 
     # XLA:CPU multiplies by [D, V] faster than by [V, D]; the copy costs the head's memory once more.
     head = get_head_matrix(params, config)
     if layout.fast_cpu_products and head.dtype == jnp.float32:
         weights[UNEMBED] = head.T
     return weights
+
+
+@jax.jit
+def merge_products(stack: Params) -> Params:
+    """Put matrices [l, D, F] that multiply the same input side by side: fewer and wider products for XLA:CPU."""
+    merged = dict(stack)
+    for name, parts in ((QKV, ("q", "k", "v")), (GATE_UP, ("gate", "up"))):
+        merged[name] = jnp.concatenate([merged.pop(part) for part in parts], axis=-1)
+    return merged
+
+
+@jax.jit
+def store_in_panels(weights: Params) -> Params:
+    """Store the matrices of a rollout in panels (kernels/matmul.py), for `decode_step` with few rows on a CPU.
+
+    Matrices whose columns are no multiple of a panel, and those in stacks of several layers, stay as they are.
+    """
+    stacks = []
+    for stack in weights["layers"]:
+        stacks.append(stack | {name: to_panels(w) for name, w in _panel_matrices(stack).items()})
+    head = {name: to_panels(w) for name, w in _panel_matrices(weights).items()}
+    return weights | {"layers": tuple(stacks)} | head
+
+
+def list_panel_matrices(weights: Params) -> list[jax.Array]:
+    """The matrices of which `store_in_panels` makes copies."""
+    groups = [_panel_matrices(group) for group in (weights, *weights["layers"])]
+    return jax.tree.leaves(groups)
+
+
+def _panel_matrices(group: Params) -> Params:
+    """Select the matrices that are stored in panels, of a stack or of the parameters outside the layers."""
+    # Only stacks of one layer have merged matrices.
+    names = (UNEMBED, QKV, GATE_UP) + (("o", "down") if QKV in group else ())
+    return {name: group[name] for name in names if name in group and group[name].shape[-1] % PANEL == 0}
 
 
 def make_empty_suffix(

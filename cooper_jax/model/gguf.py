@@ -12,10 +12,12 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,13 +25,27 @@ import numpy as np
 
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.families import FAMILIES, Family, Layers
+from cooper_jax.model.file_schema import MAX_VOCAB, GgufGeneral, GgufModel, GgufTokenIds
 from cooper_jax.model.rope import LinearScaling, Rope, RopeScaling, Scaling, compute_frequencies
-from cooper_jax.model.weight_files import check_finite
+from cooper_jax.model.weight_files import check_finite, show_name
+from cooper_jax.settings.value_rules import list_required, read_record, show_value
 
 # Types of values in the key-value section, with struct's codes for the scalars.
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_ALIGNMENT = 32  # bytes: alignment of the tensor data in files without the key general.alignment
+_MAX_DIMS = 4  # of a tensor, in ggml
+_LARGE = 2**20  # bytes: values of more are only read after a look at the file's size
+
+# Errors in which a damaged length or type shows: an unknown code, too few bytes, no memory.
+_DAMAGE = (
+    struct.error,
+    UnicodeDecodeError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
 
 # GGUF name -> Hugging Face name; the second table has the names within a layer (blk.N.*).
 _MODEL = {
@@ -93,24 +109,23 @@ def read_header(path: Path) -> Header:
         magic, version, count, pairs = struct.unpack("<4sIQQ", f.read(24).ljust(24, b"\0"))
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(f"{path}: not a GGUF file of version 2 or 3 (begins with {magic!r}, {version})")
-        # A damaged length or type shows as one of many errors: an unknown code, too few bytes, no memory.
         try:
-            metadata = {_read_string(f): _read_value(f, *_unpack(f, "I")) for _ in range(pairs)}
+            metadata, twice = _read_pairs(f, pairs)
             rows = [_read_tensor_row(f) for _ in range(count)]
-        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError, RecursionError) as e:
+        except _DAMAGE as e:
             raise ValueError(f"{path}: its header is truncated or damaged near byte {f.tell()}: {e}") from e
         end = f.tell()
+    if twice:
+        raise ValueError(f"{path}: its metadata have {show_value(twice)} twice")
 
     # Tensor data begin at the next multiple of the alignment, to which the table's offsets are relative.
-    alignment = metadata["general.alignment"] if "general.alignment" in metadata else _ALIGNMENT
-    if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"{path}: general.alignment is {alignment!r}; it must be a positive integer")
+    alignment = read_record(GgufGeneral, metadata, str(path)).alignment
     data = -(-end // alignment) * alignment
 
     tensors: dict[str, TensorInfo] = {}
     for name, shape, kind, offset in rows:
         if name in tensors:
-            raise ValueError(f"{path}: the tensor {name} appears twice")
+            raise ValueError(f"{path}: the tensor {show_name(name)} appears twice")
         tensors[name] = TensorInfo(shape, kind, data + offset)
     return Header(metadata, tensors)
 
@@ -120,8 +135,27 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return read_header(path).metadata
 
 
+def _read_pairs(f: BinaryIO, count: int) -> tuple[dict[str, Any], str | None]:
+    """Read the key-value section -> (its pairs, a key that occurs twice or None)."""
+    pairs: dict[str, Any] = {}
+    twice = None
+    for _ in range(count):
+        key = _read_string(f)
+        if key in pairs:
+            twice = key
+        try:
+            pairs[key] = _read_value(f, *_unpack(f, "I"))
+        except _DAMAGE as error:
+            raise EOFError(f"{show_value(key)}: {error}") from error
+    return pairs, twice
+
+
 def _unpack(f: BinaryIO, code: str) -> tuple[Any, ...]:
-    return struct.unpack("<" + code, f.read(struct.calcsize("<" + code)))
+    size = struct.calcsize("<" + code)
+    # A damaged count may ask for more memory than there is, before a byte is read.
+    if size > _LARGE and size > (left := os.fstat(f.fileno()).st_size - f.tell()):
+        raise EOFError(f"{size} bytes are announced, and {left} are left")
+    return struct.unpack("<" + code, f.read(size))
 
 
 def _read_string(f: BinaryIO) -> str:
@@ -148,6 +182,8 @@ def _read_tensor_row(f: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
     """Read the next row of the tensor table -> (name, shape, type, offset)."""
     name = _read_string(f)
     (dims,) = _unpack(f, "I")
+    if dims > _MAX_DIMS:
+        raise OverflowError(f"a tensor of {dims} dimensions")
     shape = _unpack(f, f"{dims}Q")[::-1]
     return name, shape, *_unpack(f, "IQ")
 
@@ -163,53 +199,70 @@ def read_model_config(header: Header, path: Path) -> ModelConfig:
     arch = _need(meta, path, "general.architecture")
     if arch not in by_gguf_name:
         raise ValueError(
-            f"{path}: architecture {arch!r}; only {', '.join(sorted(by_gguf_name))} are read from GGUF, "
-            "use the model's Hugging Face directory"
+            f"{path}: general.architecture {show_value(arch)}; only {', '.join(sorted(by_gguf_name))} are read "
+            "from GGUF, use the model's Hugging Face directory"
         )
     name = by_gguf_name[arch]
     family = FAMILIES[name]
 
-    def need(key: str) -> Any:
-        return _need(meta, path, f"{arch}.{key}")
-
-    def optional(key: str, default: Any) -> Any:
-        return meta.get(f"{arch}.{key}", default)
+    own = {key.removeprefix(f"{arch}."): value for key, value in meta.items() if key.startswith(f"{arch}.")}
+    if missing := [key for key in list_required(GgufModel) if key not in own]:
+        raise ValueError(f"{path}: its metadata lack {', '.join(f'{arch}.{key}' for key in missing)}")
+    fields = read_record(GgufModel, own, str(path), prefix=f"{arch}.")
 
     # llama.cpp can rotate a part of each head only.
-    width, heads = need("embedding_length"), need("attention.head_count")
-    head_dim = optional("attention.key_length", width // heads)
-    rotated = optional("rope.dimension_count", head_dim)
+    width, heads = fields.embedding_length, fields.heads
+    head_dim = width // heads if fields.key_length is None else fields.key_length
+    rotated = head_dim if fields.rotated is None else fields.rotated
     if rotated != head_dim:
         raise ValueError(
-            f"{path}: {rotated} of {head_dim} head components are rotated; only all is supported"
+            f"{path}: {arch}.rope.dimension_count is {rotated}: {rotated} of {head_dim} head components are "
+            "rotated; only all is supported"
         )
 
     # The vocabulary's size is the embedding's number of rows: the key for it is optional.
     if "token_embd.weight" not in header.tensors:
         raise ValueError(f"{path}: the tensor token_embd.weight is missing")
 
-    layers = _read_layers(header, path, arch, need("block_count"))
-    theta = float(optional("rope.freq_base", family.rope_theta))
-    return ModelConfig(
-        family=name,
-        vocab_size=header.tensors["token_embd.weight"].shape[0],
-        width=width,
-        layers=need("block_count"),
-        heads=heads,
-        kv_heads=optional("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        ffn=need("feed_forward_length"),
-        rope_theta=theta,
-        rope_scaling=_read_scaling(header, path, arch, Rope(theta), head_dim),
-        norm_eps=need("attention.layer_norm_rms_epsilon"),
-        tied="output.weight" not in header.tensors,
-        max_len=need("context_length"),
-        query_pre_attn_scalar=_read_query_scalar(family, width, heads, head_dim, need("block_count")),
-        layer_types=layers.types,
-        window=layers.window,
-        sliding_rope_theta=_GEMMA3_SLIDING_THETA if layers.window else None,
-        **{"qkv_bias": False, **family.architecture},
-    )
+    embedding = header.tensors["token_embd.weight"].shape
+    if len(embedding) != 2 or not 1 <= embedding[0] <= MAX_VOCAB:
+        raise ValueError(
+            f"{path}: the tensor token_embd.weight has the shape {embedding}: it must be a matrix of 1 to "
+            f"{MAX_VOCAB} rows"
+        )
+
+    layers = _read_layers(fields, path, arch)
+    theta = float(family.rope_theta if fields.theta is None else fields.theta)
+    with _naming_the_file(path):
+        return ModelConfig(
+            family=name,
+            vocab_size=embedding[0],
+            width=width,
+            layers=fields.block_count,
+            heads=heads,
+            kv_heads=heads if fields.kv_heads is None else fields.kv_heads,
+            head_dim=head_dim,
+            ffn=fields.feed_forward_length,
+            rope_theta=theta,
+            rope_scaling=_read_scaling(header, fields, path, arch, Rope(theta), head_dim),
+            norm_eps=fields.norm_eps,
+            tied="output.weight" not in header.tensors,
+            max_len=fields.context_length,
+            query_pre_attn_scalar=_read_query_scalar(family, width, heads, head_dim, fields.block_count),
+            layer_types=layers.types,
+            window=layers.window,
+            sliding_rope_theta=_GEMMA3_SLIDING_THETA if layers.window else None,
+            **{"qkv_bias": False, **family.architecture},
+        )
+
+
+@contextlib.contextmanager
+def _naming_the_file(path: Path) -> Iterator[None]:
+    """Context in which the checks of ModelConfig, which do not know the file, get its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
 
 
 def _need(meta: dict[str, Any], path: Path, key: str) -> Any:
@@ -218,20 +271,20 @@ def _need(meta: dict[str, Any], path: Path, key: str) -> Any:
     return meta[key]
 
 
-def _read_layers(header: Header, path: Path, arch: str, count: int) -> Layers:
+def _read_layers(fields: GgufModel, path: Path, arch: str) -> Layers:
     """Derive the layers' types: only Gemma 3's differ, in a pattern that llama.cpp has in its code."""
-    window = header.metadata.get(f"{arch}.attention.sliding_window")
     if arch != "gemma3":
-        if window:
+        if fields.window:
             raise ValueError(
-                f"{path}: {arch}.attention.sliding_window is {window}: only Gemma 3's windows are read from "
-                "GGUF; use the model's Hugging Face directory"
+                f"{path}: {arch}.attention.sliding_window is {fields.window}: only Gemma 3's windows are read "
+                "from GGUF; use the model's Hugging Face directory"
             )
         return Layers()
-    window = _need(header.metadata, path, "gemma3.attention.sliding_window")
+    if not fields.window:
+        raise ValueError(f"{path}: gemma3.attention.sliding_window is {fields.window}: it must be at least 1")
     pattern = {
-        "num_hidden_layers": count,
-        "sliding_window": window,
+        "num_hidden_layers": fields.block_count,
+        "sliding_window": fields.window,
         "sliding_window_pattern": _GEMMA3_PATTERN,
     }
     family = FAMILIES["gemma3_text"]
@@ -245,12 +298,14 @@ def _read_query_scalar(family: Family, width: int, heads: int, head_dim: int, la
     return width // heads if layers == 62 else head_dim
 
 
-def _read_scaling(header: Header, path: Path, arch: str, rope: Rope, head_dim: int) -> Scaling:
+def _read_scaling(
+    header: Header, fields: GgufModel, path: Path, arch: str, rope: Rope, head_dim: int
+) -> Scaling:
     """Read RoPE's scaling: linear from the metadata, Llama 3's from the divisors of the frequencies.
 
     The divisors are compared with those of the scaling that is derived from them; others raise ValueError.
     """
-    kind = header.metadata.get(f"{arch}.rope.scaling.type", "none")
+    kind = "none" if fields.scaling is None else fields.scaling
     if _ROPE_FACTORS in header.tensors:
         factors = _dequantise(path, _ROPE_FACTORS, header.tensors[_ROPE_FACTORS])
         scaling = dataclasses.replace(_LLAMA3, factor=float(factors.max(initial=1.0)))
@@ -259,20 +314,29 @@ def _read_scaling(header: Header, path: Path, arch: str, rope: Rope, head_dim: i
         if factors.shape == plain.shape and np.allclose(plain / scaled, factors, rtol=1e-4):
             return scaling
     elif kind == "linear":
-        return LinearScaling(float(_need(header.metadata, path, f"{arch}.rope.scaling.factor")))
+        if fields.scaling_factor is None:
+            raise ValueError(f"{path}: its metadata lack {arch}.rope.scaling.factor")
+        return LinearScaling(float(fields.scaling_factor))
     elif kind == "none":
         return None
     raise ValueError(
-        f"{path}: scaled rotary embeddings ({kind}, or {_ROPE_FACTORS}) other than linear and those of Llama 3 "
+        f"{path}: {arch}.rope.scaling.type: scaled rotary embeddings ({kind}, or {_ROPE_FACTORS}) other than "
+        "linear and those of Llama 3 "
         "are not read from GGUF; use the model's Hugging Face directory"
     )
 
 
-def read_gguf_generation_config(header: Header) -> dict[str, int]:
-    """Return the ids of special tokens under the keys of Hugging Face's generation_config.json."""
-    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    keys = {ours: f"tokenizer.ggml.{theirs}_token_id" for ours, theirs in names.items()}
-    return {ours: header.metadata[key] for ours, key in keys.items() if key in header.metadata}
+def read_gguf_generation_config(header: Header, path: Path) -> dict[str, int]:
+    """Return the ids of special tokens under the keys of Hugging Face's generation_config.json.
+
+    path: for messages.
+    """
+    prefix = "tokenizer.ggml."
+    own = {key.removeprefix(prefix): value for key, value in header.metadata.items() if prefix in key}
+    ids = read_record(GgufTokenIds, own, str(path), prefix)
+    named = {"bos_token_id": ids.bos_token_id, "eos_token_id": ids.eos_token_id}
+    named["pad_token_id"] = ids.padding_token_id
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def open_tensors(

@@ -84,6 +84,8 @@ _GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 # Name -> index of the axis H, which h follows, in one layer's parameter: q, k, v [D, H, h], o [H, h, D].
 PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 0}
+# Matrices of one input side by side, in the weights of a rollout (generation.merge_products): one product each.
+QKV, GATE_UP = "qkv", "gate_up"
 
 
 def flatten_projections(w: Params) -> Params:
@@ -124,9 +126,12 @@ def project_qkv(
     w: one layer after `flatten_projections`.  angles: None for a layer that does not rotate.
     """
     y = rms_norm(x, w["attn_norm"], config)
-    q, k, v = (
-        multiply(w, name, config, y, matmul).reshape(*x.shape[:-1], -1, config.head_dim) for name in "qkv"
-    )
+    if QKV in w:
+        ends = config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim
+        parts = jnp.split(matmul(y, w[QKV]), ends, axis=-1)
+    else:
+        parts = [multiply(w, name, config, y, matmul) for name in "qkv"]
+    q, k, v = (part.reshape(*x.shape[:-1], -1, config.head_dim) for part in parts)
     if config.qkv_bias:
         # Biases [H, h] get leading axes of size 1: implicit rank promotion is an error in the tests.
         leading = (1,) * (x.ndim - 1)
@@ -163,7 +168,10 @@ def output_proj_and_mlp(
     x = constrain_batch(x + out, layout)
 
     y = rms_norm(x, w["mlp_norm"], config)
-    gate, up = (multiply(w, name, config, y, matmul) for name in ("gate", "up"))
+    if GATE_UP in w:
+        gate, up = jnp.split(matmul(y, w[GATE_UP]), 2, axis=-1)
+    else:
+        gate, up = (multiply(w, name, config, y, matmul) for name in ("gate", "up"))
     out = multiply(w, "down", config, _GATES[config.activation](gate) * up, matmul)
     if config.post_norms:
         out = rms_norm(out, w["mlp_post_norm"], config)
@@ -177,16 +185,19 @@ def sharded_causal_attention(
     layout: Layout,
     window: int | None = None,
     segments: jax.Array | None = None,
+    prefixes: jax.Array | None = None,
 ) -> jax.Array:
     """Run causal attention on each device's shard of rows and heads: the compiler cannot partition kernels.
 
-    q [N, S, H, h], k and v [N, S, K, h] -> [N, S, H, h].  window, segments: see `causal_attention`.
+    q [N, S, H, h], k and v [N, S, K, h] -> [N, S, H, h].  window, segments, prefixes: see `causal_attention`.
     """
     implementation = default_implementation(q.dtype, q.shape[-1], layout.platform)
 
     # Attention needs all positions of a row, and none of another row or head: no communication.
-    def run(q, k, v, segments):
-        return causal_attention(q, k, v, window=window, segments=segments, implementation=implementation)
+    def run(q, k, v, segments, prefixes):
+        return causal_attention(
+            q, k, v, window=window, segments=segments, prefixes=prefixes, implementation=implementation
+        )
 
     spec = layout.spec(("batch", None, "heads", "head_dim"), q.shape)
     ways = layout.ways(spec[2])
@@ -197,7 +208,7 @@ def sharded_causal_attention(
         copies = ways // kv_heads if ways % kv_heads == 0 else q.shape[2] // kv_heads
         k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
     rows = PartitionSpec(spec[0])
-    return run_sharded(run, layout, (spec, spec, spec, rows), spec)(q, k, v, segments)
+    return run_sharded(run, layout, (spec, spec, spec, rows, rows), spec)(q, k, v, segments, prefixes)
 
 
 def make_decode_schedule(

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.runtime.mesh import ParamSpec
 from cooper_jax.runtime.optim import ADAPTERS
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 from cooper_jax.types import Params
 
 # Matrices that can have adapters, by the names that `peft` uses; a parameter's key is the name without "_proj".
@@ -45,16 +45,11 @@ class LoraConfig:
     name: str = dataclasses.field(default="lora", compare=False)  # of the section, for messages
 
     def __post_init__(self) -> None:
-        errors = typed_config.find_below_minimum(self, self.name, 1, ("rank",))
-        if not self.alpha > 0:
-            errors.append(f"{self.name}.alpha={self.alpha}: it must be above 0")
+        errors = bounds.find_out_of_bounds(self, self.name)
         if not self.targets:
             errors.append(f"{self.name}.targets is empty: name matrices, as in q_proj,v_proj")
         for target in self.targets:
             errors += typed_config.find_unknown(target, f"{self.name}.targets", TARGETS)
-        errors += typed_config.find_unknown(
-            self.base_dtype, f"{self.name}.base_dtype", ("float32", "bfloat16")
-        )
         if len(set(self.targets)) < len(self.targets):
             errors.append(f"{self.name}.targets={','.join(self.targets)}: a name occurs twice")
         typed_config.raise_errors(errors)

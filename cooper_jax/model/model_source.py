@@ -7,7 +7,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from cooper_jax.model.lora import LoraConfig
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 
 DTYPES = ("float32", "bfloat16")
 
@@ -51,9 +51,8 @@ class ModelSource:
     def __post_init__(self) -> None:
         typed_config.raise_errors(
             [
-                *typed_config.find_below_minimum(self, self.name, 1, ("vocab_multiple",)),
-                *typed_config.find_below_minimum(self, self.name, 0, ("num_layers",)),
-                *typed_config.find_unknown(self.dtype, f"{self.name}.dtype", DTYPES),
+                *bounds.find_out_of_bounds(self, self.name),
+                *bounds.find_out_of_bounds(self.arch, f"{self.name}.arch"),
             ]
         )
 

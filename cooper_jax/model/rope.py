@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from cooper_jax.settings.value_rules import show_value
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -64,14 +66,21 @@ def read_rope(hf: dict[str, Any], where: str, default_theta: float) -> Rope:
     # Version 5 has the base and the scaling in one dict; version 4 has the base at the top level.
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
-        if key in hf and hf[key] is not None:
-            rope |= hf[key]
+        if hf.get(key) is not None:
+            rope |= {name: value for name, value in hf[key].items() if value is not None}
+            # transformers refuses such an object, too: what the model was trained with is unknown.
+            if not {"rope_type", "type", "rope_theta"} & rope.keys():
+                raise ValueError(f"{where}: {key} has no rope_type: it must have one, or be null")
     # Later entries win: the dict, then the top level, then transformers' defaults.
-    flat = {"rope_theta": default_theta, "type": "default", **hf, **rope}
-    theta = float(flat["rope_theta"])
+    theta = float(({"rope_theta": default_theta} | hf | rope)["rope_theta"])
+
+    # Version 5 writes it here; families.py checks version 4's key.
+    if rope.get("partial_rotary_factor", 1) != 1:
+        factor = rope["partial_rotary_factor"]
+        raise ValueError(f"{where}: partial_rotary_factor is {show_value(factor)}; only 1 is supported")
 
     # Old files write "type" instead of "rope_type".
-    kind = rope["rope_type"] if "rope_type" in rope else flat["type"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
@@ -79,7 +88,9 @@ def read_rope(hf: dict[str, Any], where: str, default_theta: float) -> Rope:
         return Rope(theta, LinearScaling(float(rope["factor"])))
 
     if kind != "llama3":
-        raise ValueError(f"{where}: rope type {kind!r} is not supported; default, linear and llama3 are")
+        raise ValueError(
+            f"{where}: rope_type is {show_value(kind)}; only default, linear and llama3 are supported"
+        )
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     _need(rope, keys, kind, where)
     scaling = RopeScaling(
@@ -88,6 +99,12 @@ def read_rope(hf: dict[str, Any], where: str, default_theta: float) -> Rope:
         high_freq_factor=float(rope["high_freq_factor"]),
         original_max_len=int(rope["original_max_position_embeddings"]),
     )
+    # Frequencies are interpolated between the two, by their difference.
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise ValueError(
+            f"{where}: low_freq_factor is {scaling.low_freq_factor:g}: it must be below high_freq_factor "
+            f"({scaling.high_freq_factor:g})"
+        )
     return Rope(theta, scaling)
 
 

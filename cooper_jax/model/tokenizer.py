@@ -28,7 +28,8 @@ from typing import Any
 
 from etils import epath
 
-from cooper_jax.model import chat_template, gguf_tokenizer, weight_files
+from cooper_jax.model import chat_template, gguf_tokenizer, tokenizer_files, weight_files
+from cooper_jax.model.json_object import read_json
 from cooper_jax.runtime import remote_files
 
 Message = chat_template.Message
@@ -205,27 +206,13 @@ def _load_directory(path: Path, source: str) -> Tokenizer:
             f"tokenizer {source!r}: {path} holds no tokenizer.json; name another directory with "
             "--config.policy.tokenizer (or .reward, .assistant)"
         )
-    try:
+    tokenizer_files.check_files(path)
+    eos_ids = tokenizer_files.read_eos_ids(path)
+    with tokenizer_files.naming_the_file(path):
         hf = AutoTokenizer.from_pretrained(str(path), use_fast=True, trust_remote_code=False)
-    except ImportError:
-        # A package is missing, which is not the directory's fault.
-        raise
-    except Exception as e:
-        # Damaged files, and files of another kind, raise errors of many types.
-        raise ValueError(f"tokenizer {source!r}: transformers cannot read {path}: {e}") from e
-    return _wrap_hugging_face(hf, _read_eos_ids(path), source)
-
-
-def _read_eos_ids(path: Path) -> list[int]:
-    """Read the end-of-sequence ids from generation_config.json, or from config.json if there is none."""
-    config = path / "config.json"
-    hf_config = weight_files.read_json(config) if config.is_file() else {}
-    generation_config = weight_files.read_generation_config(path, hf_config)
-    eos = generation_config["eos_token_id"] if "eos_token_id" in generation_config else None
-    if eos is None:
-        return []
-    # One id, or a list of ids.
-    return [eos] if isinstance(eos, int) else list(eos)
+    tokenizer_files.check_added_tokens(path, hf.get_vocab())
+    with tokenizer_files.naming_the_file(path, is_ours=True):
+        return _wrap_hugging_face(hf, eos_ids, source)
 
 
 def _load_gguf(path: Path, source: str) -> Tokenizer:
@@ -233,7 +220,10 @@ def _load_gguf(path: Path, source: str) -> Tokenizer:
 
     parts = gguf_tokenizer.read_tokenizer(path)
     hf = PreTrainedTokenizerFast(
-        tokenizer_object=parts.backend, chat_template=parts.chat_template, **parts.special_tokens
+        tokenizer_object=parts.backend,
+        chat_template=parts.chat_template,
+        name_or_path=source,
+        **parts.special_tokens,
     )
     return _wrap_hugging_face(hf, parts.eos_ids, source)
 
@@ -254,6 +244,10 @@ def _wrap_hugging_face(hf: Any, eos_ids: Sequence[int], source: str) -> Tokenize
     control = {t["content"]: t for t in spec["added_tokens"] if t["special"] or _TAG.fullmatch(t["content"])}
     control_ids = frozenset(t["id"] for t in control.values())
     first_encoder, later_encoder = _make_checked_encoders(spec, control, source)
+
+    # A length to which every text is padded or cut is for batches of other programs.
+    backend.no_padding()
+    backend.no_truncation()
 
     # Many tokenizers name a bos token; it counts only if the tokenizer itself prepends it.
     prefix = backend.encode("", add_special_tokens=True).ids
@@ -313,7 +307,8 @@ def _make_checked_encoders(spec: dict[str, Any], control: Mapping[str, Any], sou
         if not control_ids.isdisjoint(first_encoder.encode(token, add_special_tokens=False).ids):
             raise ValueError(
                 f"tokenizer {source!r} reads {token!r} in data as a control token, since its model "
-                "holds it as an ordinary piece: use a byte-pair tokenizer"
+                "holds it as an ordinary piece: use a byte-pair tokenizer, or correct bos_token, eos_token, "
+                "pad_token, unk_token and additional_special_tokens in its tokenizer_config.json"
             )
     return first_encoder, later_encoder
 
@@ -330,6 +325,13 @@ def _collect_eos_ids(
         raise ValueError(
             f"tokenizer {source!r} names no end token: set eos_token in its tokenizer_config.json"
         )
+    # A response would never end.
+    largest = max(hf.get_vocab().values())
+    if beyond := [i for i in all_eos_ids if i > largest]:
+        raise ValueError(
+            f"tokenizer {source!r}: eos_token_id is {beyond[0]} in its generation_config.json or config.json: it "
+            f"must be the id of one of the tokenizer's tokens, 0 to {largest}"
+        )
     return all_eos_ids
 
 
@@ -342,7 +344,7 @@ def _save_hugging_face(hf: Any, directory: Path) -> None:
     """
     hf.save_pretrained(str(directory))
     file = directory / "tokenizer_config.json"
-    config = weight_files.read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

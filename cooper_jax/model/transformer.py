@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from cooper_jax.kernels import platform
+from cooper_jax.kernels.attention import default_implementation, supports_prefixes, supports_segments
 from cooper_jax.kernels.head import head_logprobs
 from cooper_jax.kernels.matmul import matmul_cpu
 from cooper_jax.model.config import LayerKind, ModelConfig
@@ -119,8 +120,9 @@ def set_base_dtype(specs: Params, dtype: str) -> Params:
 
 def cast_layers(layers: Params, config: ModelConfig, dtype: jnp.dtype) -> Params:
     """Cast the layers' parameters to the compute dtype, except those declared to stay float32."""
-    specs = param_specs(config)["layers"]
-    return {name: w if specs[name].keep_f32 else w.astype(dtype) for name, w in layers.items()}
+    # A rollout's merged matrices are not declared.
+    keep_f32 = {name for name, spec in param_specs(config)["layers"].items() if spec.keep_f32}
+    return {name: w if name in keep_f32 else w.astype(dtype) for name, w in layers.items()}
 
 
 def _take_layers(params: Params, config: ModelConfig, dtype: jnp.dtype) -> Params:
@@ -168,12 +170,31 @@ def hidden_states(
     return _permute(x, packed_index, token_index)
 
 
+def should_pack(packing: str, config: ModelConfig, layout: Layout, dtype: str) -> bool:
+    """True if a model's rows are to hold several sequences.
+
+    packing: one of typed_config.PACKINGS; "auto": True where attention over such rows has a kernel, or needs none.
+    """
+    if packing != "auto":
+        return packing == "on"
+    return supports_segments(default_implementation(jnp.dtype(dtype), config.head_dim, layout.platform))
+
+
+def supports_shared_prompts(config: ModelConfig, layout: Layout) -> bool:
+    """True if packed rows may have `prefixes`: the layout's attention can share them, and no layer has a window."""
+    # A window counts columns, and a response that shares its prompt does not stand beside it.
+    has_window = any(kind.window is not None for kind in config.layer_kinds)
+    return supports_prefixes(layout.platform) and not has_window
+
+
 def packed_hidden_states(
     params: Params,
     config: ModelConfig,
     tokens: jax.Array,  # i32[R, C]
     segments: jax.Array,  # i32[R, C]: the sequence of each token within its row; 0 at padding, which ends the row
     positions: jax.Array,  # i32[R, C]: the token's place in its sequence
+    prefixes: jax.Array
+    | None = None,  # i32[R, C]: the segment of the token's prompt; None: prompts are not shared
     *,
     dtype: jnp.dtype,
     remat: bool = False,
@@ -181,9 +202,20 @@ def packed_hidden_states(
 ) -> jax.Array:
     """`hidden_states` of rows that hold several sequences, one behind the other -> `dtype`[R, C, D].
 
-    Sequences do not influence each other: each has the hidden states that it would have in a row of its own.
+    Sequences do not influence each other: each has the hidden states that it would have in a row of its own.  With
+    `prefixes` the responses to a prompt follow it as segments of their own.
     """
-    return _run_layers(params, config, tokens, positions, segments, dtype=dtype, remat=remat, layout=layout)
+    return _run_layers(
+        params,
+        config,
+        tokens,
+        positions,
+        segments,
+        prefixes,
+        dtype=dtype,
+        remat=remat,
+        layout=layout,
+    )
 
 
 def _run_layers(
@@ -191,7 +223,8 @@ def _run_layers(
     config: ModelConfig,
     tokens: jax.Array,  # i32[N, S], padding behind the real ones
     positions: jax.Array,  # i32[S] or i32[N, S]
-    segments: jax.Array | None,  # i32[N, S]; None: a row is one sequence
+    segments: jax.Array | None = None,  # i32[N, S]; None: a row is one sequence
+    prefixes: jax.Array | None = None,  # i32[N, S]; None: prompts are not shared
     *,
     dtype: jnp.dtype,
     remat: bool,
@@ -204,7 +237,7 @@ def _run_layers(
     def layer(x: jax.Array, w: Params, kind: LayerKind) -> tuple[jax.Array, None]:
         w = flatten_projections(w)
         q, k, v = project_qkv(w, config, x, angles[kind.rope])
-        attention = sharded_causal_attention(q, k, v, layout, kind.window, segments)
+        attention = sharded_causal_attention(q, k, v, layout, kind.window, segments, prefixes)
         return output_proj_and_mlp(w, config, x, attention, layout), None
 
     if remat:
@@ -355,6 +388,7 @@ def token_logprobs(
             vocab_size=config.vocab_size,
             axis_name=vocab_axis,
             width_axis=width_axis,
+            spans_mesh=layout.ways(width_axis) == layout.mesh.size,
             implementation=platform.default_implementation(layout.platform),
             entropy_gradient=entropy_gradient,
             thresholds=None if thresholds is None else thresholds.reshape(-1),

@@ -7,7 +7,6 @@ reading them, so that names and shapes can be checked before any weight is read.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -17,10 +16,15 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from cooper_jax.model.file_schema import IndexFile, TokenIdFields
+from cooper_jax.model.json_object import read_json
 from cooper_jax.runtime import remote_files
+from cooper_jax.settings.value_rules import read_record, show_value
 
 # Types of tensors that are read, by their names in a file's header.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+_LONGEST_NAME = 200  # characters of a tensor's name that are shown whole
 
 # Files that are downloaded for a hub id: weights in no other format than safetensors.
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -147,7 +151,7 @@ def _index_tensors(directory: Path) -> tuple[dict[str, tuple[int, ...]], dict[st
     if single.is_file():
         files, weight_map = [single], {}
     elif index.is_file():
-        weight_map = read_json(index)["weight_map"]
+        weight_map = read_record(IndexFile, read_json(index), str(index)).weight_map
         files = [directory / name for name in sorted(set(weight_map.values()))]
     else:
         raise ValueError(f"{directory}: holds neither model.safetensors nor model.safetensors.index.json")
@@ -160,7 +164,7 @@ def _index_tensors(directory: Path) -> tuple[dict[str, tuple[int, ...]], dict[st
             raise ValueError(f"{index}: names {file.name}, but there is no such file; fetch it again")
         for name, shape in _read_shapes(file):
             if name in file_of:
-                raise ValueError(f"{file}: {name} is in {file_of[name].name} too")
+                raise ValueError(f"{file}: {show_name(name)} is in {file_of[name].name} too")
             shapes[name], file_of[name] = shape, file
     _check_index(index, weight_map, file_of)
     return shapes, file_of
@@ -170,7 +174,12 @@ def _check_index(index: Path, weight_map: dict[str, str], file_of: dict[str, Pat
     """Raise ValueError if the index names a tensor that its file does not contain."""
     for name, file_name in weight_map.items():
         if name not in file_of or file_of[name].name != file_name:
-            raise ValueError(f"{index}: places {name} in {file_name}, which does not hold it")
+            raise ValueError(f"{index}: places {show_name(name)} in {file_name}, which does not hold it")
+
+
+def show_name(name: str) -> str:
+    """Write a tensor's name in one line; another program may have put anything into it."""
+    return name if name.isprintable() and len(name) <= _LONGEST_NAME else show_value(name)
 
 
 def _read_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -181,8 +190,8 @@ def _read_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
                 tensor = f.get_slice(name)
                 if tensor.get_dtype() not in _DTYPES:
                     raise ValueError(
-                        f"{file}: {name} is {tensor.get_dtype()}; only {', '.join(_DTYPES.values())} are read: "
-                        "take a checkpoint that is not quantised"
+                        f"{file}: {show_name(name)} is {tensor.get_dtype()}; only {', '.join(_DTYPES.values())} "
+                        "are read: take a checkpoint that is not quantised"
                     )
                 yield name, tuple(tensor.get_shape())
     except SafetensorError as e:
@@ -190,18 +199,14 @@ def _read_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def read_generation_config(directory: Path, hf: dict[str, Any]) -> dict[str, Any]:
-    """Read generation_config.json; if there is none, take the special ids from config.json (`hf`)."""
-    if (directory / "generation_config.json").is_file():
-        return read_json(directory / "generation_config.json")
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {k: hf[k] for k in ids if k in hf and hf[k] is not None}
+    """Read generation_config.json; if there is none, take the special ids from config.json (`hf`).
 
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.  Raises ValueError, naming the file, if it is missing or not JSON."""
-    if not file.is_file():
-        raise ValueError(f"{file}: there is no such file")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{file}: not JSON: {e}") from e
+    Raises ValueError, naming file and field, for ids that are none.
+    """
+    file = directory / "generation_config.json"
+    if file.is_file():
+        generation_config = read_json(file)
+        read_record(TokenIdFields, generation_config, str(file))
+        return generation_config
+    ids = vars(read_record(TokenIdFields, hf, str(directory / "config.json")))
+    return {name: value for name, value in ids.items() if value is not None and name.endswith("_id")}

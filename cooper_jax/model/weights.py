@@ -26,9 +26,12 @@ import numpy as np
 
 from cooper_jax.model import gguf, weight_files
 from cooper_jax.model.config import ARCHITECTURES, ModelConfig
+from cooper_jax.model.file_schema import HeadFields
+from cooper_jax.model.json_object import read_json
 from cooper_jax.model.weight_table import Entry, make_entries
 from cooper_jax.runtime import keys
 from cooper_jax.runtime.mesh import Layout, init_params
+from cooper_jax.settings.value_rules import read_record, show_value
 from cooper_jax.types import Params
 
 _ROWS_COMPARED = 8192  # of a stored head and the embedding, at a time
@@ -77,9 +80,9 @@ def load_weights(
         config, is_classifier = gguf.read_model_config(header, path), False
         shapes, read = gguf.open_tensors(path, header, config)
         tensors = weight_files.TensorFiles(shapes, read, lambda name: path)
-        generation_config = gguf.read_gguf_generation_config(header)
+        generation_config = gguf.read_gguf_generation_config(header, path)
     else:
-        hf = weight_files.read_json(path / "config.json")
+        hf = read_json(path / "config.json")
         config = ModelConfig.from_hf(hf, where=str(path / "config.json"))
         is_classifier = _is_classifier(hf, path / "config.json")
         tensors = weight_files.open_safetensors(path)
@@ -111,7 +114,7 @@ def read_config(source: str, num_layers: int = 0) -> ModelConfig:
         config = gguf.read_model_config(gguf.read_header(path), path)
     else:
         file = path / "config.json"
-        config = ModelConfig.from_hf(weight_files.read_json(file), where=str(file))
+        config = ModelConfig.from_hf(read_json(file), where=str(file))
     return config.keep_layers(num_layers)
 
 
@@ -292,29 +295,32 @@ def _read_rows(tensors: weight_files.TensorFiles, name: str, rows: slice) -> np.
 
 def _some(names: list[str]) -> str:
     """List the first three names and the number of the others, for a message."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(weight_files.show_name, names[:3])) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 def _is_classifier(hf: dict[str, Any], file: Path) -> bool:
     """Tell whether config.json (`hf`) describes a sequence classifier; ValueError unless it has one label."""
-    known = [name for (family, _), name in ARCHITECTURES.items() if family == hf["model_type"]]
-    if not hf.get("architectures"):
+    fields = read_record(HeadFields, hf, str(file))
+    known = [name for (family, _), name in ARCHITECTURES.items() if family == fields.model_type]
+    if not fields.architectures:
         raise ValueError(
             f"{file}: it has no architectures, so whether this is a language model or a classifier is unknown: "
             f'add "architectures": ["{known[0]}"] for a language model'
         )
-    architecture = hf["architectures"][0]
-    if architecture == ARCHITECTURES[hf["model_type"], "logits"]:
+    architecture = fields.architectures[0]
+    if architecture == ARCHITECTURES[fields.model_type, "logits"]:
         return False
-    if architecture != ARCHITECTURES[hf["model_type"], "score"]:
-        raise ValueError(f"{file}: architectures is {[architecture]}; expected one of {known}")
+    if architecture != ARCHITECTURES[fields.model_type, "score"]:
+        raise ValueError(f"{file}: architectures is {show_value([architecture])}; expected one of {known}")
 
     # transformers writes id2label or num_labels only if there are not 2 labels, its default.
     labels = 2
-    if "id2label" in hf:
-        labels = len(hf["id2label"])
-    elif "num_labels" in hf:
-        labels = hf["num_labels"]
+    if fields.id2label is not None:
+        labels = len(fields.id2label)
+    elif fields.num_labels is not None:
+        labels = fields.num_labels
     if labels != 1:
         raise ValueError(f"{file}: the classifier has {labels} labels; a reward model has 1 (num_labels=1)")
     return True

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from cooper_jax.settings.bounds import check_bounds
 from cooper_jax.settings.renamed_flags import describe_removed_values
+from cooper_jax.settings.secrets import find_secrets
 from cooper_jax.settings.setup_errors import ErrorCollector
+
+# The value of supervised.reward_from with which the reward model of start_from is not loaded.
+OWN = "own"
 
 
 def weighs_pairs(reward: ConfigDict) -> bool:
@@ -33,8 +38,8 @@ def check_cross_sections(cfg: ConfigDict) -> None:
     """
     # All errors are collected, so that one start of a run shows them all.
     errors = ErrorCollector()
-    errors.require(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")
-    errors.require(cfg.steps >= 0, f"steps={cfg.steps}: it must be at least 0")
+    with errors.collect("config"):
+        check_bounds(cfg)
     errors.require(
         cfg.reward.overlong_tokens <= cfg.rollout.max_new_tokens,
         f"reward.overlong_tokens={cfg.reward.overlong_tokens}: it is at most rollout.max_new_tokens="
@@ -50,15 +55,21 @@ def check_cross_sections(cfg: ConfigDict) -> None:
         "has advantages, too, so there is nothing to replace; leave one of them out",
     )
     errors.require(
-        not (cfg.exact and cfg.policy.packing),
-        "exact=True with policy.packing=True: an exact rollout repeats the learner's forward pass on rows of one "
-        "response each; set --config.policy.packing=False",
+        not (cfg.exact and cfg.policy.packing == "on"),
+        "exact=True with policy.packing=on: an exact rollout repeats the learner's forward pass on rows of one "
+        "response each; leave --config.policy.packing at auto",
     )
+    # The config of a run is stored whole, with the sections that it does not read.
+    unread = ["judge", "source"] if asks_assistant(cfg) else ["assistant", "judge", "source"]
+    for name in unread:
+        for message in find_secrets(name, cfg[name].url, cfg[name].key_env):
+            errors.require(False, message)
     _check_training_sampling(cfg, errors)
     _check_rollout_ahead(cfg, errors)
     _check_models(cfg, errors)
     _check_adapters(cfg, errors)
     _check_reward_updates(cfg, errors)
+    _check_hacking_guard(cfg, errors)
     errors.raise_if_any()
 
 
@@ -80,6 +91,12 @@ def _check_training_sampling(cfg: ConfigDict, errors: ErrorCollector) -> None:
     errors.require(
         not (is_filtered and cfg.exact),
         f"exact=True with {filters}: an exact rollout samples from the whole vocabulary; leave one of them out",
+    )
+    # A response's advantage is its distance from the others of its group, or of its step.
+    errors.require(
+        rollout.group_size != 1 or cfg.policy.baseline == "batch_mean",
+        f"rollout.group_size={rollout.group_size}: with policy.baseline={cfg.policy.baseline} a response alone has "
+        "no advantage; set it to 2 or more, or --config.policy.baseline=batch_mean",
     )
     # Greedy responses of one prompt are all equal, so that all advantages would be 0.  RolloutConfig refuses
     # temperatures below 0.
@@ -131,7 +148,7 @@ def _check_models(cfg: ConfigDict, errors: ErrorCollector) -> None:
         )
 
     # A supervised phase, or another run's, trains the reward model after the calibration was fitted.
-    trained_before = [n for n in ("reward_steps", "start_from") if cfg.supervised[n]]
+    trained_before = _list_reward_phases(cfg)
     errors.require(
         not (cfg.reward.calibrated and trained_before),
         f"reward.calibrated=True: the calibration beside reward.weights does not fit the reward model that "
@@ -166,14 +183,23 @@ def _check_models(cfg: ConfigDict, errors: ErrorCollector) -> None:
     )
 
 
+def _list_reward_phases(cfg: ConfigDict) -> list[str]:
+    """List the fields of the section `supervised` that put another reward model in the place of reward.weights."""
+    fields = [name for name in ("reward_steps", "start_from", "reward_from") if cfg.supervised[name]]
+    if cfg.supervised.reward_from == OWN:
+        return [name for name in fields if name == "reward_steps"]
+    return fields
+
+
 def _check_adapters(cfg: ConfigDict, errors: ErrorCollector) -> None:
     """Check that the base of adapters is what `weights` names, since checkpoints do not store it."""
-    for name, phase in (("policy", "policy_steps"), ("reward", "reward_steps")):
+    phases = {"policy": [n for n in ("policy_steps", "start_from") if cfg.supervised[n]]}
+    phases["reward"] = _list_reward_phases(cfg)
+    for name, fields in phases.items():
         if cfg[name].lora.rank == 0 or (name == "reward" and cfg.reward.arm == "rule"):
             continue
-        for field in (phase, "start_from"):
-            errors.require(
-                not cfg.supervised[field],
+        for field in fields:
+            errors.messages.append(
                 f"{name}.lora.rank={cfg[name].lora.rank} with supervised.{field}={cfg.supervised[field]}: adapters "
                 f"are trained beside the weights that {name}.weights names; train those in a run without adapters, "
                 f"export them (launch/export.py), and give the directory as --config.{name}.weights",
@@ -203,4 +229,31 @@ def _check_reward_updates(cfg: ConfigDict, errors: ErrorCollector) -> None:
         not weighs_pairs(cfg.reward) or len(negatives) <= cfg.pairs.per_prompt,
         f"pairs.negatives={negatives}: with pairs.per_prompt={cfg.pairs.per_prompt} the last is never used; "
         f"set --config.pairs.per_prompt={len(negatives)}",
+    )
+
+
+def _check_hacking_guard(cfg: ConfigDict, errors: ErrorCollector) -> None:
+    """Check that the guard's action can do something in this run."""
+    action, arm = cfg.hacking_guard, cfg.reward.arm
+    acts = action in ("freeze", "rollback", "fallback", "stop")
+    errors.require(
+        arm != "rule" or not acts,
+        f"hacking_guard={action}: the rule arm has no reward model that could be hacked, so there is never an "
+        "alarm; leave it out",
+    )
+    errors.require(
+        arm != "model" or action != "freeze",
+        "hacking_guard=freeze with reward.arm=model: with a frozen policy and a frozen reward model nothing "
+        "changes any more; take stop or fallback",
+    )
+    by_rule = action in ("rollback", "fallback")
+    errors.require(
+        not cfg.reward.functions or not by_rule,
+        f"hacking_guard={action} with reward.functions={cfg.reward.functions!r}: the rule's verdict would replace "
+        "your functions; take stop or warn, or add rule to them",
+    )
+    errors.require(
+        cfg.checkpoint.keep != 1 or action != "rollback",
+        "hacking_guard=rollback with checkpoint.keep=1: a run that is stopped after an alarm would have no "
+        "checkpoint before it; set --config.checkpoint.keep=2 or more",
     )

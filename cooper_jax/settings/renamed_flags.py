@@ -6,6 +6,7 @@ A flag with an old name fails with a message that gives the new name; no flag is
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 # Prefix of the table's entries for fields without a successor, and of their messages.
 REMOVED = "was removed: "
@@ -21,6 +22,7 @@ RENAMED_FLAGS: dict[str, str] = {
     "rollout.weights": "rollout.weight_placement",
     "policy.std_normalise": "policy.std",
     "train_rm.decay": "train_rm.optimiser.decay",
+    "log.tensorboard": "log.to",
     "reward.common_mode": REMOVED + "a penalty on what a pair's two logits share changed no result",
     "reward.updates_most": REMOVED + "more updates while the reward model is fooled changed no result; see "
     "--config.reward.updates for a fixed number",
@@ -28,6 +30,14 @@ RENAMED_FLAGS: dict[str, str] = {
     "rule.retry_timeout": REMOVED
     + "rule.timeout limits the CPU time of a verdict, which needs no second try",
     "reward.binary": REMOVED + "rewards of 0 or 1 in place of the reward model's score changed no result",
+}
+
+# Old dotted name -> {old value: present value}, for fields whose type changed, some with their name.
+CHANGED_VALUES: dict[str, dict[Any, Any]] = {
+    "log.tensorboard": {True: "tensorboard", False: ""},
+    "policy.packing": {True: "on", False: "off"},
+    "reward.packing": {True: "on", False: "off"},
+    "policy.std_normalise": {True: "group", False: "none"},
 }
 
 # (field, old value) -> the reason for which a field no longer takes the value.
@@ -66,6 +76,18 @@ def translate_name(name: str) -> str:
     if old is None or RENAMED_FLAGS[old].startswith(REMOVED):
         return name
     return RENAMED_FLAGS[old] + name.removeprefix(old)
+
+
+def translate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an earlier version under the present names, with the present values: dotted name -> value."""
+    return {translate_name(name): _translate_value(name, value) for name, value in settings.items()}
+
+
+def _translate_value(name: str, value: Any) -> Any:
+    """The present value of a field of an earlier version; name: its name then."""
+    changed = CHANGED_VALUES.get(name, {})
+    # Only old values are of the old type: 1 is none, although it equals True.
+    return changed[value] if isinstance(value, bool) and value in changed else value
 
 
 def _find_entry(name: str, table: Mapping[str, str]) -> str | None:

@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 
 from cooper_jax.settings.setup_errors import SetupError
 
+# Values of policy.packing and reward.packing.
+PACKINGS = ("auto", "on", "off")
+
 # The dataclass of a section.
 T = TypeVar("T")
 
@@ -38,16 +41,6 @@ def read_section(cls: type[T], section: Mapping[str, Any], name: str, /, **overr
     if missing := [field for field in to_read if field not in section]:
         raise SetupError(*(f"{name}.{field} is missing: configs/base.py declares it" for field in missing))
     return cls(**overrides, **{field: section[field] for field in to_read})
-
-
-def find_below_minimum(config: Any, name: str, minimum: float, fields: Sequence[str]) -> list[str]:
-    """Write a message for each of the `fields` of a typed config that is below `minimum` or NaN.
-
-    name: the section's dotted name.
-    """
-    values = {field: getattr(config, field) for field in fields}
-    # Comparisons with NaN are False, so `not v >= minimum` reports NaN while `v < minimum` would not.
-    return [f"{name}.{f}={v}: it must be at least {minimum}" for f, v in values.items() if not v >= minimum]
 
 
 def find_unknown(value: str, field: str, choices: Sequence[str]) -> list[str]:
