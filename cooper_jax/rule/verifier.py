@@ -36,9 +36,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from cooper_jax.rule.user_judge import find_judge_errors
-from cooper_jax.rule.worker_process import Answer, Item, Outcome, Worker
+from cooper_jax.rule.worker_process import FIRST_WAIT, START_TRIES, Answer, Item, Outcome, Worker, WorkerError
 from cooper_jax.runtime import hosts
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.settings.user_code import UserCode, find_reference_errors, load_function, read_user_code
 from cooper_jax.types import Verdict
@@ -63,14 +63,7 @@ class RuleConfig:
     judge: str = ""  # PATH.py:NAME of a function that decides in place of the rule; "": the rule decides
 
     def __post_init__(self) -> None:
-        errors = [
-            *typed_config.find_below_minimum(self, "rule", 1, ("workers",)),
-            *typed_config.find_below_minimum(self, "rule", 0, ("memory_mb",)),
-        ]
-        if not self.timeout >= SHORT_LIMIT:
-            errors.append(f"rule.timeout={self.timeout}: it must be at least {SHORT_LIMIT} CPU seconds")
-        if not self.step_budget >= 0:
-            errors.append(f"rule.step_budget={self.step_budget}: it must not be negative")
+        errors = bounds.find_out_of_bounds(self, "rule")
         if self.judge:
             errors += find_reference_errors(self.judge, "rule.judge")
         typed_config.raise_errors(errors)
@@ -118,7 +111,7 @@ class PendingVerdicts:
             if job.error is not None:
                 # A new exception for each caller: raising one object in several threads mixes their
                 # tracebacks.
-                raise RuntimeError(str(job.error)) from job.error
+                raise type(job.error)(str(job.error)) from job.error
             assert job.verdict is not None
             verdicts.append(job.verdict)
         self._on_collected()
@@ -281,7 +274,7 @@ class RuleVerifier:
                 error: Exception | None = None
                 try:
                     if worker is None:
-                        worker = Worker(self._command, self._describe_judge())
+                        worker = self._start_worker()
                         self._warn_unlimited(worker.unlimited)
                     answer = worker.ask(job.item, limit, self._stall_limit, lambda: self._closed)
                 except RuntimeError as cause:
@@ -297,6 +290,20 @@ class RuleVerifier:
         finally:
             if worker is not None:
                 worker.kill()
+
+    def _start_worker(self) -> Worker:
+        """Start a process, with a few tries.  Raises WorkerError."""
+        for attempt in range(START_TRIES):
+            try:
+                return Worker(self._command, self._describe_judge())
+            except OSError as error:
+                cause = error
+                with self._state:
+                    self._state.wait_for(lambda: self._closed, FIRST_WAIT * 2**attempt)
+        raise WorkerError(
+            f"the rule verifier cannot start a worker process ({cause}): raise the limits of processes and open "
+            "files, or lower --config.rule.workers"
+        ) from cause
 
     def _describe_judge(self) -> dict[str, str] | None:
         """The user's judge as a worker reads it."""
@@ -378,7 +385,8 @@ class RuleVerifier:
         if is_first:
             hosts.print_once(
                 f"warning: this system does not let a process limit its memory ({reason}), so the rule's "
-                "workers run without --config.rule.memory_mb; 0 sets no limit and leaves this line out"
+                "workers run without --config.rule.memory_mb; 0 sets no limit and leaves this line out",
+                always=True,
             )
 
     def _fail(self, error: Exception) -> None:

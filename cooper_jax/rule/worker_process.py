@@ -24,6 +24,15 @@ from cooper_jax.types import Problem
 
 START_LIMIT = 120.0  # seconds within which a process must be ready, even on a busy machine
 KERNEL_SECOND = 1.0  # CPU seconds beyond its limit after which the kernel ends a process, about
+START_TRIES = 6  # a machine may be short of processes or file descriptors for a moment
+FIRST_WAIT = 0.2  # seconds before the second try; doubled with each
+# A worker's environment variables: what Python and the C library need, no keys.
+ENVIRONMENT = frozenset({
+    "PATH", "HOME", "TMPDIR", "TEMP", "TMP", "LANG", "LANGUAGE", "TZ", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV",
+    "PYTHONDONTWRITEBYTECODE", "CONDA_PREFIX", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT",
+    "GLIBC_TUNABLES",
+})  # fmt: skip
+ENVIRONMENT_PREFIXES = ("LC_", "MALLOC_", "OMP_", "OPENBLAS_", "MKL_")
 POLL = 0.1  # seconds between two looks at whether the verifier has been closed
 
 
@@ -57,6 +66,24 @@ class Answer(NamedTuple):
     error: str = ""  # the exception of a user's judge
 
 
+class WorkerError(RuntimeError):
+    """No worker process can be started."""
+
+
+def choose_environment(with_judge: bool) -> dict[str, str]:
+    """Choose a worker's environment variables.
+
+    The built-in rule parses text of strangers, so its workers get none that may hold a secret.  A user's judge may
+    need variables of its own, and gets all.
+    """
+    chosen = dict(os.environ)
+    if not with_judge:
+        names = [name for name in chosen if name in ENVIRONMENT or name.startswith(ENVIRONMENT_PREFIXES)]
+        chosen = {name: chosen[name] for name in names}
+    # The same order of sets and symbols in every process, so that a verdict does not depend on it.
+    return {**chosen, "PYTHONHASHSEED": "0"}
+
+
 class Worker:
     """A worker process and the pipes to it."""
 
@@ -75,8 +102,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             bufsize=0,
-            # The same order of sets and symbols in every process, so that a verdict does not depend on it.
-            env={**os.environ, "PYTHONHASHSEED": "0"},
+            env=choose_environment(with_judge=judge is not None),
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
