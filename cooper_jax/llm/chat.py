@@ -22,6 +22,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -30,9 +31,12 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data.row_reader import replace_surrogates
 from cooper_jax.llm.chat_replies import Failure, Reply, describe_refusal, parse_server_reply
+from cooper_jax.llm.circuit_breaker import CircuitBreaker
+from cooper_jax.llm.deadline_transport import DeadlineTransport, limit_time
 from cooper_jax.llm.request_fields import change_fields, parse_field_changes, suggest_changes
 from cooper_jax.runtime import keys
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
+from cooper_jax.settings.secrets import find_secrets
 from cooper_jax.settings.user_code import is_user_code
 
 log = logging.getLogger(__name__)
@@ -78,16 +82,13 @@ class ChatConfig:
         errors = []
         if self.kind not in kinds and not own:
             errors.append(f"{self.name}.kind={self.kind!r}: it must be one of {', '.join(kinds)}")
-        if own and not self.timeout > 0:
-            errors.append(f"{self.name}.timeout={self.timeout}: it must be positive")
-        if self.thinking not in _THINKING:
-            errors.append(f"{self.name}.thinking={self.thinking!r}: it must be on, off or empty")
-        # The assistant knows the length of the text that it rewrites.
-        minimum = 0 if self.name == "assistant" else 1
-        errors += typed_config.find_below_minimum(self, self.name, minimum, ("max_new_tokens",))
-        if self.kind == "openai":
+        errors += bounds.find_out_of_bounds(self, self.name)
+        secrets = find_secrets(self.name, self.url, self.key_env)
+        errors += secrets
+        # Messages about a server's settings repeat them.
+        if self.kind == "openai" and not secrets:
             errors += self._find_server_problems()
-        elif self.fields:
+        elif self.kind != "openai" and self.fields:
             errors.append(
                 f"{self.name}.fields={self.fields!r} has no effect with {self.name}.kind={self.kind}: "
                 "leave it empty"
@@ -119,10 +120,6 @@ class ChatConfig:
         for field, value in (("url", self.url), ("model", self.model)):
             if not value:
                 errors.append(f"{self.name}.kind=openai: set --config.{self.name}.{field}")
-        errors += typed_config.find_below_minimum(self, self.name, 1, ("concurrency",))
-        errors += typed_config.find_below_minimum(self, self.name, 0, ("retries",))
-        if not self.timeout > 0:
-            errors.append(f"{self.name}.timeout={self.timeout}: it must be positive")
         if self.url:
             errors += self._find_url_problems()
         try:
@@ -156,13 +153,6 @@ class ChatConfig:
         if not address.host:
             return [f"{setting}: it names no host"]
 
-        # Addresses are printed and stored with a run's settings, so they must contain no secret.  For the
-        # same reason this message does not repeat the URL.
-        if address.userinfo:
-            return [
-                f"{self.name}.url contains a name or a password: give the key in the environment variable "
-                f"that --config.{self.name}.key_env names"
-            ]
         return []
 
 
@@ -182,6 +172,10 @@ class Chat(Protocol):
     # True if it computes nothing on our devices: a thread may then call it while they are busy.
     overlaps: bool
 
+    @property
+    def concurrency(self) -> int | None:
+        """The number of threads that may call `ask` at the same time; None: one."""
+
     def ask(
         self, conversations: Sequence[Messages], ids: Sequence[Ids], limits: Sequence[int] | None = None
     ) -> list[Reply]:
@@ -189,6 +183,9 @@ class Chat(Protocol):
 
         limits: the maximum number of tokens of each reply; None: `max_new_tokens` for all.
         """
+
+    def report_failures(self) -> None:
+        """Print a line about conversations that failed since the last call, if there are any."""
 
     def close(self) -> None: ...
 
@@ -220,6 +217,7 @@ class LocalChat:
     generate: Generate  # see local_chat.make_local_generate
     name: str  # of the section, for messages
     overlaps = False
+    concurrency = None
 
     def ask(
         self, conversations: Sequence[Messages], ids: Sequence[Ids], limits: Sequence[int] | None = None
@@ -238,6 +236,9 @@ class LocalChat:
         # A batch is sampled with one limit for all its rows.  A longer reply than the row's own limit counts as
         # truncated, as it would be by a server.
         return [_apply_limit(reply, limit) for reply, limit in zip(replies, limits, strict=True)]
+
+    def report_failures(self) -> None:
+        """Conversations that do not fit are the only failures, and the metrics count them."""
 
     def close(self) -> None:
         pass
@@ -262,7 +263,9 @@ class OpenAIChat:
 
     At most `concurrency` requests are in flight.  After connection errors, 429 and 5xx a request is retried
     up to `retries` times, after the server's Retry-After or an exponential back-off with jitter.  A request
-    that takes longer than `timeout` seconds is not retried, because the training step is waiting for it.
+    that takes longer than `timeout` seconds, whatever it consists of, is not retried: the training step is waiting
+    for it.  A server that does not answer for several requests in a row gets none for a while (circuit_breaker.py):
+    they fail as "unavailable".
     The server's own words about a refusal are printed once for each status code.
     The API key is read from the environment variable `key_env` and used only in the Authorization header.
     """
@@ -272,22 +275,33 @@ class OpenAIChat:
     def __init__(self, cfg: ChatConfig):
         self.name = cfg.name
         self.address = cfg.address
+        self.concurrency = cfg.concurrency
         self._cfg = cfg
 
         # The server's own words about requests that it refused, by the Failure's reason: the first of each.
         self.server_words: dict[str, str] = {}
-        self._words_lock = threading.Lock()
+
+        # Since the last report; under the lock, since several threads may ask.
+        self._lock = threading.Lock()
+        self._failures: Counter[str] = Counter()  # by reason
+        self._answered = 0
         self._key = key = cfg.read_key()
 
         # Some servers refuse requests with fields that they do not know, so this one is sent only if needed.
         variables = cfg.template_variables
         self._extra_fields = {"chat_template_kwargs": variables} if variables else {}
         self._field_changes = parse_field_changes(cfg.fields)
+        # Compressed replies are refused: a small one may unpack to any size.
+        headers = {"Accept-Encoding": "identity"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers=headers,
             timeout=cfg.timeout,
-            limits=httpx.Limits(max_connections=cfg.concurrency),
+            transport=DeadlineTransport(cfg.address, max_connections=cfg.concurrency),
         )
+        # Jobs that ask for nothing but replies wait for a server that is slow; training goes on without it.
+        self._breaker = CircuitBreaker() if cfg.name == "assistant" else None
 
         # Each thread has one request in flight and waits for its reply.
         self._threads = concurrent.futures.ThreadPoolExecutor(cfg.concurrency, thread_name_prefix=cfg.name)
@@ -300,15 +314,25 @@ class OpenAIChat:
         if limits is None:
             limits = [self._cfg.max_new_tokens] * len(conversations)
         replies = list(self._threads.map(self._ask_one, conversations, ids, limits))
-
-        # One line for all failures: a server that is down fails every request of the batch.
-        reasons = sorted({reply.reason for reply in replies if isinstance(reply, Failure)})
-        if reasons:
-            failed = sum(isinstance(reply, Failure) for reply in replies)
-            log.warning(
-                "%s: %d of %d requests failed (%s)", self.address, failed, len(replies), ", ".join(reasons)
-            )
+        with self._lock:
+            self._answered += len(replies)
+            self._failures.update(reply.reason for reply in replies if isinstance(reply, Failure))
         return replies
+
+    def report_failures(self) -> None:
+        """Print a line about requests that failed since the last call, if there are any."""
+        # One line for all: a server that is down fails every request.
+        with self._lock:
+            failures, answered = self._failures, self._answered
+            self._failures, self._answered = Counter(), 0
+        if failures:
+            log.warning(
+                "%s: %d of %d requests failed (%s)",
+                self.address,
+                failures.total(),
+                answered,
+                ", ".join(sorted(failures)),
+            )
 
     def stream(self, requests: Iterable[tuple[Messages, Ids]]) -> Iterator[tuple[int, Reply]]:
         """Yield (index of the request, reply) in the order in which replies arrive.
@@ -365,7 +389,15 @@ class OpenAIChat:
         body = change_fields(body, self._field_changes)
 
         for attempt in range(self._cfg.retries + 1):
-            reply, may_retry, retry_after = self._post(body, limit)
+            if self._breaker is not None and not self._breaker.admit():
+                return Failure("unavailable")
+            answered = False
+            try:
+                reply, may_retry, retry_after = self._post(body, limit)
+                answered = not (isinstance(reply, Failure) and reply.reason in ("connection", "timeout"))
+            finally:
+                if self._breaker is not None:
+                    self._breaker.report(answered)
             if not may_retry or attempt == self._cfg.retries:
                 break
 
@@ -379,24 +411,22 @@ class OpenAIChat:
 
     def _post(self, body: dict[str, Any], limit: int) -> tuple[Reply, bool, float | None]:
         """Send one request: (reply, True if it may be retried, seconds of its Retry-After or None)."""
-        deadline = time.monotonic() + self._cfg.timeout
         try:
-            with self._client.stream("POST", self.address, json=body) as response:
+            with (
+                limit_time(self._cfg.timeout),
+                self._client.stream("POST", self.address, json=body) as response,
+            ):
+                if response.headers.get("Content-Encoding", "identity") != "identity":
+                    return Failure("compressed"), False, None
                 content = bytearray()
-                for chunk in response.iter_bytes():
+                for chunk in response.iter_raw():
                     content += chunk
-                    # httpx's timeout applies to each read, so a server that sends single bytes would never
-                    # reach it.
-                    if time.monotonic() > deadline:
-                        return Failure("timeout"), False, None
                     if len(content) > MAX_BODY:
                         return Failure("nonsense"), False, None
         except httpx.TimeoutException:
             return Failure("timeout"), False, None
         except httpx.TransportError:
             return Failure("connection"), True, None
-        except httpx.HTTPError:  # the body's compression is broken
-            return Failure("nonsense"), False, None
 
         status = response.status_code
         if status == 200:
@@ -414,7 +444,7 @@ class OpenAIChat:
     def _show_refusal(self, reason: str, content: bytes) -> None:
         """Print the server's own words about a refused request, once for each reason."""
         words = describe_refusal(content, self._key)
-        with self._words_lock:
+        with self._lock:
             if not words or reason in self.server_words:
                 return
             self.server_words[reason] = words

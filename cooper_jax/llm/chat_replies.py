@@ -31,12 +31,18 @@ class Failure:
     @property
     def transient(self) -> bool:
         """True if the same request may succeed at another time."""
-        return self.reason in ("connection", "timeout", "http_429") or self.reason.startswith("http_5")
+        passing = ("connection", "timeout", "unavailable", "http_429")
+        return self.reason in passing or self.reason.startswith("http_5")
+
+    @property
+    def costs_time(self) -> bool:
+        """True if the server did not answer at all, so that asking again in the same step would only wait."""
+        return self.reason in ("timeout", "unavailable")
 
     @property
     def unreachable(self) -> bool:
         """True if the cause is the server, its address or the key, and not this request."""
-        return self.reason in ("connection", "http_401", "http_403", "http_404")
+        return self.reason in ("connection", "unavailable", "http_401", "http_403", "http_404")
 
 
 Reply = Completion | Failure

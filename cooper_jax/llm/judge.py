@@ -32,6 +32,7 @@ def judge_triples(chat: Chat, triples: Sequence[Triple], ids: Sequence[Ids]) -> 
     ids: of each request (seed, step, row, attempt), which key its random choices.
     """
     replies = chat.ask([make_triple_messages(triple) for triple in triples], ids)
+    chat.report_failures()
     return [parse_judgement_reply(reply) for reply in replies]
 
 

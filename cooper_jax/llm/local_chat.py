@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.llm import chat as chats
 from cooper_jax.model.loading import Directory, load_model
-from cooper_jax.rollout import engine
+from cooper_jax.rollout import engine, rollout_plan
 from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.runtime import hosts, keys, mesh
 from cooper_jax.settings.setup_errors import ErrorCollector, setup_errors
@@ -119,6 +119,12 @@ def make_local_generate(
                 batches.setdefault((seed, step, attempt), []).append(i)
 
         for (seed, step, attempt), members in batches.items():
+            # Batches differ in number and length; few sizes of programs serve them all.
+            longest = rollout_plan.choose_shared_width(max(len(prompts[i]) for i in members), layout.platform)
+            shapes = engine.SharedShapes(
+                longest_prompt=min(longest, max_prompt_tokens),
+                num_prompts=rollout_plan.choose_shared_prompts(len(members), layout.platform),
+            )
             rollout = engine.generate(
                 params,
                 model.config,
@@ -127,6 +133,7 @@ def make_local_generate(
                 [ids[i][2] for i in members],
                 keys.make_key(seed, name, step, attempt),
                 spec,
+                shapes=shapes,
                 between_segments=hosts.raise_if_stopping,
                 **options,
             )
