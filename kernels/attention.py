@@ -2,7 +2,7 @@
 
 A query attends to all tokens up to its own, or with a window to the last `window` of them (sliding-window
 attention); the implementations skip blocks of keys that no query of a block attends to.  Rows may hold several
-sequences (`segments`), which do not attend to each other.
+sequences (`segments`), which do not attend to each other, and sequences may share a prefix (`prefixes`).
 
 `implementation` is chosen when the function is traced; None selects the default of `jax.default_backend()`:
 
@@ -10,7 +10,7 @@ sequences (`segments`), which do not attend to each other.
                        in the backward pass.  Skips nearly half of the [S, S] scores and halves the memory
     cudnn              GPU, float16 and bfloat16, head_dim a multiple of 8 up to 128: flash attention; rows of
                        several sequences are computed by xla, since jax offers no segments for cuDNN
-    splash             TPU: jax's own Pallas flash kernel, with grouped queries
+    splash             TPU: jax's own Pallas flash kernel, with grouped queries; it has no prefixes
     splash_interpret   splash, interpreted: for tests on the CPU
 
 The compiler does not partition kernels: on a mesh, call `causal_attention` under `jax.shard_map`, one shard
@@ -47,6 +47,17 @@ def default_implementation(dtype: jnp.dtype, head_dim: int, platform: str | None
     return "cudnn" if platform in ("gpu", "cuda") and fits_cudnn else "xla"
 
 
+def supports_segments(implementation: str) -> bool:
+    """True if the implementation keeps the sequences of a row apart itself."""
+    return implementation != "cudnn"  # which leaves such rows to xla
+
+
+def supports_prefixes(platform: str) -> bool:
+    """True if the platform's implementation can share prefixes.  platform: as jax.default_backend names it."""
+    # splash compares one number for each token, and a prefix needs two; the others use xla for segments.
+    return platform != "tpu"
+
+
 def causal_attention(
     q: jax.Array,  # [N, S, H, h]
     k: jax.Array,  # [N, S, K, h]
@@ -54,6 +65,7 @@ def causal_attention(
     *,
     window: int | None = None,
     segments: jax.Array | None = None,
+    prefixes: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Compute softmax(q k^T / sqrt(h)) v with a causal mask -> [N, S, H, h].
@@ -61,9 +73,11 @@ def causal_attention(
     window: tokens that a query attends to, its own included; None: all up to its own.
     segments: i32[N, S], the sequence that each token belongs to; a query attends to tokens of its own sequence.
       None: a row is one sequence.
+    prefixes: i32[N, S], a second segment of the row that each token attends to: that of its sequence's prefix,
+      which comes before it.  Tokens of a prefix, and of sequences without one, repeat their own segment.
 
     Rows must be right-padded; outputs at padding are finite but meaningless.  Raises ValueError for an
-    unknown implementation.
+    unknown implementation, for prefixes with splash, and for prefixes with a window, which counts columns.
     """
     name = implementation or default_implementation(q.dtype, q.shape[-1])
     if name not in _IMPLEMENTATIONS:
@@ -71,7 +85,11 @@ def causal_attention(
     # A window that covers the row hides nothing: the program is that of full attention.
     if window is not None and window >= q.shape[1]:
         window = None
-    return _IMPLEMENTATIONS[name](q, k, v, window, segments)
+    if prefixes is None:
+        return _IMPLEMENTATIONS[name](q, k, v, window, segments)
+    if window is not None or name.startswith("splash"):
+        raise ValueError(f"shared prefixes with {name} and a window of {window}: pack whole sequences")
+    return _blocked(q, k, v, None, segments, prefixes)
 
 
 def _cudnn(
@@ -86,14 +104,19 @@ def _cudnn(
 
 
 def _blocked(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None, segments: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int | None,
+    segments: jax.Array | None,
+    prefixes: jax.Array | None = None,
 ) -> jax.Array:
     """Run the reference on one block of queries at a time."""
     tokens = q.shape[1]
     block_size = max(QUERY_BLOCK, -(-tokens // BLOCKS))
     if tokens <= block_size:
         pair = None if segments is None else (segments, segments)
-        return reference.reference_attention(q, k, v, window=window, segments=pair)
+        return reference.reference_attention(q, k, v, window=window, segments=pair, prefixes=prefixes)
 
     outputs = []
     for first in range(0, tokens, block_size):
@@ -105,7 +128,9 @@ def _blocked(
             functools.partial(reference.reference_attention, first=first, window=window, first_key=first_key)
         )
         pair = None if segments is None else (segments[:, first:end], segments[:, first_key:end])
-        outputs.append(attend(q[:, first:end], k[:, first_key:end], v[:, first_key:end], segments=pair))
+        second = None if prefixes is None else prefixes[:, first:end]
+        keys, values = k[:, first_key:end], v[:, first_key:end]
+        outputs.append(attend(q[:, first:end], keys, values, segments=pair, prefixes=second))
     return jnp.concatenate(outputs, axis=1)
 
 

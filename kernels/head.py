@@ -96,6 +96,7 @@ def head_logprobs(
     vocab_size: int,
     axis_name: str | None = None,
     width_axis: str | None = None,
+    spans_mesh: bool = False,
     thresholds: jax.Array | None = None,  # f32[N]
     implementation: str | None = None,
     entropy_gradient: bool = False,
@@ -113,12 +114,15 @@ def head_logprobs(
       function inside it.
     width_axis: the mesh axis over which the head's columns are sharded, [V, D / w]; it also shards the rows.
       The columns are all-gathered in hidden's dtype, and their gradients reduce-scattered over that axis.
+    spans_mesh: the mesh has no other axis of more than one device.
 
     Raises ValueError for a temperature that is not above 0.
     """
     if not temperature > 0.0:
         raise ValueError(f"head_logprobs: temperature is {temperature}, it must be above 0")
-    static = _Static(temperature, vocab_size, axis_name, width_axis, implementation, entropy_gradient)
+    static = _Static(
+        temperature, vocab_size, axis_name, width_axis, spans_mesh, implementation, entropy_gradient
+    )
     return _logprobs(hidden, head, targets, thresholds, static)
 
 
@@ -129,8 +133,20 @@ class _Static(NamedTuple):
     vocab_size: int
     axis_name: str | None
     width_axis: str | None
+    spans_mesh: bool
     implementation: str | None
     entropy_gradient: bool
+
+    @property
+    def by_column(self) -> bool:
+        """True if the gathered head is [D, V], each device's columns behind the other's.
+
+        XLA:TPU gathers [V, D / w] in this order, too, and would copy the result for a kernel that reads [V, D].
+        """
+        return (
+            self.width_axis is not None
+            and platform.resolve_implementation(self.implementation).backend == "tpu"
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -141,7 +157,9 @@ def _logprobs(hidden, head, targets, thresholds, static):
 def _forward(hidden, head, targets, thresholds, static):
     """Compute the log-probabilities and the entropy, and what the backward pass needs."""
     own_head = head  # [V, D / w] with width_axis
-    if static.width_axis is not None:
+    if static.by_column:
+        head = jax.lax.all_gather(head.astype(hidden.dtype).T, static.width_axis, axis=0, tiled=True)
+    elif static.width_axis is not None:
         head = jax.lax.all_gather(head.astype(hidden.dtype), static.width_axis, axis=1, tiled=True)
     acc = _stream_head(
         hidden,
@@ -153,6 +171,7 @@ def _forward(hidden, head, targets, thresholds, static):
         axis_name=static.axis_name,
         implementation=static.implementation,
         thresholds=thresholds,
+        by_column=static.by_column,
     )
     log_l = jnp.where(acc.l > 0.0, jnp.log(acc.l), jnp.nan)
     logsumexp, entropy = acc.m + log_l, log_l - acc.moment / acc.l
@@ -174,15 +193,17 @@ def _backward(static, saved, cotangents):
     if axis_name is not None:
         # All shards return the same log-probabilities, whose cotangent is the sum of the shards' cotangents.
         slope, entropy_slope = jax.lax.psum((slope, entropy_slope), axis_name)
-    first, _ = _shard_bounds(head, static.vocab_size, axis_name)
+    by_column = static.by_column
+    entries = head.shape[1 if by_column else 0]
+    first, _ = _shard_bounds(entries, static.vocab_size, axis_name)
 
     def add_chunk(start, size, carry):
         """Add the part of both gradients that comes from entries `start` to start + size - 1."""
         d_hidden, d_head = carry
-        w = jax.lax.dynamic_slice_in_dim(head, start, size).astype(hidden.dtype)  # [C, D]
+        w = _take_entries(head, start, size, by_column).astype(hidden.dtype)
 
         # d_z f32[N, C]: 0 at padding, whose logits are not part of the softmax.
-        z = _logits(hidden, w)
+        z = _logits(hidden, w, by_column)
         log_p = z / temperature - logsumexp[:, None]  # f32[N, C]
         index = (first + start + jnp.arange(size))[None, :]
         p = jnp.exp(log_p)
@@ -194,20 +215,39 @@ def _backward(static, saved, cotangents):
         d_z = jnp.where(index < static.vocab_size, d_z, 0.0).astype(hidden.dtype)
 
         # No other chunk has these rows of d_head, so they are written once; d_hidden sums over all chunks.
-        d_hidden += _matmul(d_z, w, ((1,), (0,)))
+        d_hidden += _matmul(d_z, w, ((1,), (1 if by_column else 0,)))
         d_w = _matmul(d_z, hidden, ((0,), (0,)))
         if width_axis is not None:
-            d_w = jax.lax.psum_scatter(d_w, width_axis, scatter_dimension=1, tiled=True)
+            d_w = _scatter_columns(d_w, static)
         d_w = d_w.astype(own_head.dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_head, d_w, start, 0)
 
     carry = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(own_head)
     most_logits = LARGE_CHUNK if platform.is_pallas(static.implementation) else CHUNK
-    d_hidden, d_head = _loop_over_chunks(head.shape[0], most_logits // len(hidden), add_chunk, carry)
+    d_hidden, d_head = _loop_over_chunks(entries, most_logits // len(hidden), add_chunk, carry)
     return d_hidden.astype(hidden.dtype), d_head, None, None
 
 
 _logprobs.defvjp(_forward, _backward)
+
+
+def _scatter_columns(x: jax.Array, static: _Static) -> jax.Array:
+    """Sum x [C, D] over the devices of `width_axis`, each of which keeps its own columns -> [C, D / w].
+
+    Over all chips of a slice XLA:TPU would sum whole arrays and slice them afterwards, which sends twice as much.
+    Over every second chip, and then over pairs of neighbours, it scatters.
+    """
+    axis = static.width_axis
+    assert axis is not None
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name=axis, scatter_dimension=1, tiled=True)
+    size = jax.lax.axis_size(axis)
+    on_tpu = platform.resolve_implementation(static.implementation).backend == "tpu"
+    if not (static.spans_mesh and on_tpu and size >= 4 and size % 2 == 0):
+        return scatter(x)
+
+    every_second = [list(range(first, size, 2)) for first in range(2)]
+    neighbours = [[i, i + 1] for i in range(0, size, 2)]
+    return scatter(scatter(x, axis_index_groups=every_second), axis_index_groups=neighbours)
 
 
 # --- the pass over the vocabulary ----------------------------------------------------------------------
@@ -224,20 +264,25 @@ def _stream_head(
     axis_name: str | None,
     implementation: str | None,
     thresholds: jax.Array | None = None,
+    by_column: bool = False,
 ) -> online.Accumulators:
-    """Accumulate every row's logits over all shards: arrays [N].  thresholds: see `head_logprobs`."""
+    """Accumulate every row's logits over all shards: arrays [N].
+
+    thresholds: see `head_logprobs`.  by_column: the head is [D, V]; the backends tpu and xla take it.
+    """
     backend, interpret = platform.resolve_implementation(implementation)
-    options = {}
+    options: dict[str, Any] = {"by_column": True} if by_column else {}
     if thresholds is not None:
-        backend, options = "xla", {"thresholds": thresholds}
+        backend, options = "xla", options | {"thresholds": thresholds}
 
     # Without whole pairs in a shard, a hash would serve entries of two shards: each entry gets its own hash.
-    aligned = axis_name is None or head.shape[0] % gumbel.PAIR == 0
+    entries = head.shape[1 if by_column else 0]
+    aligned = axis_name is None or entries % gumbel.PAIR == 0
     acc = _BACKENDS[backend](
         hidden,
         head.astype(hidden.dtype),
         ids,
-        _shard_bounds(head, vocab_size, axis_name),
+        _shard_bounds(entries, vocab_size, axis_name),
         mode=mode,
         temperature=temperature,
         aligned=aligned,
@@ -252,10 +297,10 @@ def _stream_head(
     return online.reduce_accumulators(jax.lax.all_gather(acc, axis_name), 0)
 
 
-def _shard_bounds(head: jax.Array, vocab_size: int, axis_name: str | None) -> jax.Array:
-    """Return i32[2]: the vocabulary index of head[0], and how many entries of this shard are not padding."""
-    first = jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * head.shape[0]
-    return jnp.stack([first, jnp.clip(vocab_size - first, 0, head.shape[0])])
+def _shard_bounds(entries: int, vocab_size: int, axis_name: str | None) -> jax.Array:
+    """Return i32[2]: the vocabulary index of the shard's first entry, and how many entries are not padding."""
+    first = jnp.int32(0) if axis_name is None else jax.lax.axis_index(axis_name) * entries
+    return jnp.stack([first, jnp.clip(vocab_size - first, 0, entries)])
 
 
 # The kernels are imported when they are called: Pallas is slow to import, and the CPU does not need it.
@@ -282,15 +327,16 @@ def _xla(
     aligned: bool,
     interpret: bool = False,
     thresholds: jax.Array | None = None,
+    by_column: bool = False,
 ) -> online.Accumulators:
     """Accumulate one chunk of the vocabulary at a time, in plain jnp: arrays [N, 1]."""
     sampling = mode != "score"
 
     def add_chunk(start, size, acc):
         """Accumulate the logits of this shard's entries `start` to start + size - 1."""
-        w = jax.lax.dynamic_slice_in_dim(head, start, size)  # [C, D]
+        w = _take_entries(head, start, size, by_column)
         column = (start + jnp.arange(size))[None, :]
-        logits = _logits(hidden, w)
+        logits = _logits(hidden, w, by_column)
         included = column < bounds[1]
         if thresholds is not None:
             included &= _is_kept(logits, bounds[0] + column, thresholds, ids)
@@ -310,7 +356,8 @@ def _xla(
         return online.merge_accumulators(acc, chunk)
 
     start = online.init_accumulators(hidden.shape[:1], sampling)
-    acc = _loop_over_chunks(head.shape[0], CHUNK // len(hidden), add_chunk, start)
+    entries = head.shape[1 if by_column else 0]
+    acc = _loop_over_chunks(entries, CHUNK // len(hidden), add_chunk, start)
     return jax.tree.map(lambda x: x[:, None], acc)
 
 
@@ -343,12 +390,16 @@ def _noise(words: jax.Array, first: jax.Array, size: int, aligned: bool) -> jax.
     return noise.reshape(noise.shape[0], -1)[:, :size]
 
 
+def choose_chunk(vocabulary: int, target_size: int) -> int:
+    """Choose the entries of a chunk: about `target_size`, whole pairs, so that aligned chunks begin at a pair."""
+    return min(max(min(target_size, MOST_ENTRIES) // gumbel.PAIR, 1) * gumbel.PAIR, vocabulary)
+
+
 def _loop_over_chunks(
     vocabulary: int, target_size: int, add_chunk: Callable[[jax.Array | int, int, Carry], Carry], carry: Carry
 ) -> Carry:
     """Run carry = add_chunk(start, size, carry) over the vocabulary in chunks of about `target_size`."""
-    # Whole pairs, so that aligned chunks begin at a pair.
-    size = min(max(min(target_size, MOST_ENTRIES) // gumbel.PAIR, 1) * gumbel.PAIR, vocabulary)
+    size = choose_chunk(vocabulary, target_size)
 
     # A loop over the chunks of full size, then one smaller chunk, whose size is static too.
     whole, rest = divmod(vocabulary, size)
@@ -356,9 +407,14 @@ def _loop_over_chunks(
     return add_chunk(whole * size, rest, carry) if rest else carry
 
 
-def _logits(hidden: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply [N, D] with [C, D] -> f32[N, C]."""
-    return _matmul(hidden, w, ((1,), (1,)))
+def _take_entries(head: jax.Array, start: jax.Array | int, size: int, by_column: bool) -> jax.Array:
+    """Take a chunk of the head: [C, D] of [V, D], or by column [D, C] of [D, V]."""
+    return jax.lax.dynamic_slice_in_dim(head, start, size, axis=1 if by_column else 0)
+
+
+def _logits(hidden: jax.Array, w: jax.Array, by_column: bool) -> jax.Array:
+    """Multiply [N, D] with [C, D], or by column with [D, C] -> f32[N, C]."""
+    return _matmul(hidden, w, ((1,), (0 if by_column else 1,)))
 
 
 def _matmul(a: jax.Array, b: jax.Array, contract: tuple[tuple[int], tuple[int]]) -> jax.Array:

@@ -2,7 +2,7 @@
 
     grid (E splits, row tiles, vocabulary tiles + 1)   the last axis is the innermost
     hidden        [R, D]                  stays in VMEM for all vocabulary tiles
-    head          [C, D]                  double-buffered by the pipeline: read once per row tile
+    head          [C, D] or [D, C]        double-buffered by the pipeline: read once per row tile
     logits        [C / 128, R, 128] f32   scratch, two buffers
     Accumulators  [R, 128]                the output block: an online softmax and an argmax per lane
 
@@ -42,17 +42,18 @@ VMEM = 64 * 2**20
 
 def stream_head(
     hidden: jax.Array,  # [N, D]
-    head: jax.Array,  # [V, D], of the same dtype
+    head: jax.Array,  # [V, D], of the same dtype; by column [D, V]
     ids: jax.Array,  # u32[N, 2] key words, or i32[N, 1] targets
     bounds: jax.Array,  # i32[2]: the vocabulary index of head[0]; number of entries that are not padding
     *,
     mode: str,  # "draw" | "greedy" | "score"
     temperature: float,
     aligned: bool,  # bounds[0] is a multiple of gumbel.PAIR
+    by_column: bool = False,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> online.Accumulators:
     """Accumulate each lane's share of the vocabulary, for `head._stream_head`: arrays [N, E * 128]."""
-    (n, width), vocabulary = hidden.shape, head.shape[0]
+    (n, width), vocabulary = hidden.shape, head.shape[1 if by_column else 0]
     columns = _tile_columns(vocabulary, width * head.dtype.itemsize)
 
     # Rows are a multiple of `row_multiple`, so that every iteration of the kernel's loop accumulates the same
@@ -68,13 +69,19 @@ def stream_head(
     def head_block(split, row_tile, step, _):
         # The last step only accumulates, and the last split may have fewer tiles.  There a tile is read
         # again, but accumulated once.
-        return jnp.minimum(split * per_split + jnp.minimum(step, per_split - 1), tiles - 1), 0
+        tile = jnp.minimum(split * per_split + jnp.minimum(step, per_split - 1), tiles - 1)
+        return (0, tile) if by_column else (tile, 0)
 
     # The fields of Accumulators: four f32, and for sampling f32 `score` and i32 `token`.
     dtypes = [jnp.float32] * (4 if mode == "score" else 5) + [jnp.int32] * (mode != "score")
     out_shape = [jax.ShapeDtypeStruct((n, splits * LANES), dtype) for dtype in dtypes]
     kernel = functools.partial(
-        _kernel, mode=mode, scale=1.0 / (temperature or 1.0), aligned=aligned, per_split=per_split
+        _kernel,
+        mode=mode,
+        scale=1.0 / (temperature or 1.0),
+        aligned=aligned,
+        by_column=by_column,
+        per_split=per_split,
     )
     read_bytes = row_tiles * head.size * head.dtype.itemsize + hidden.size * hidden.dtype.itemsize
     out = pl.pallas_call(
@@ -84,7 +91,7 @@ def stream_head(
             grid=(splits, row_tiles, per_split + 1),
             in_specs=[
                 pl.BlockSpec((rows, width), lambda split, row_tile, step, _: (row_tile, 0)),
-                pl.BlockSpec((columns, width), head_block),
+                pl.BlockSpec((width, columns) if by_column else (columns, width), head_block),
                 pl.BlockSpec((rows, ids.shape[1]), lambda split, row_tile, step, _: (row_tile, 0)),
             ],
             out_specs=[
@@ -113,17 +120,18 @@ def _kernel(
     bounds,  # i32[2]
     # inputs
     hidden,  # [R, D]
-    head,  # [C, D]
+    head,  # [C, D], or by column [D, C]
     ids,  # [R, 2] or [R, 1]
     # outputs: the arrays of Accumulators, [R, 128] each; scratch: logits f32[C / 128, R, 128], twice
     *outputs_and_scratch,
     mode: str,
     scale: float,
     aligned: bool,
+    by_column: bool,
     per_split: int,
 ):
     *acc_refs, even_logits, odd_logits = outputs_and_scratch
-    columns, rows, step = head.shape[0], hidden.shape[0], pl.program_id(2)
+    columns, rows, step = head.shape[1 if by_column else 0], hidden.shape[0], pl.program_id(2)
     pieces = columns // LANES
     groups = rows // GROUP // pieces  # groups of rows accumulated in one iteration of the loop
 
@@ -145,10 +153,11 @@ def _kernel(
 
     def multiply(logits, i):
         """Write the logits f32[R, 128] of the i-th 128 columns of this step's tile."""
+        at = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
         logits[i] = jax.lax.dot_general(
             hidden[...],
-            head[pl.ds(pl.multiple_of(i * LANES, LANES), LANES), :],
-            (((1,), (1,)), ((), ())),
+            head[:, at] if by_column else head[at, :],
+            (((1,), (0 if by_column else 1,)), ((), ())),
             precision=jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
         )

@@ -21,6 +21,7 @@ def reference_attention(
     window: int | None = None,
     first_key: int = 0,
     segments: tuple[jax.Array, jax.Array] | None = None,
+    prefixes: jax.Array | None = None,
 ) -> jax.Array:
     """Compute causal grouped-query attention: softmax(q k^T / sqrt(h)) v, the softmax in f32.
 
@@ -28,6 +29,7 @@ def reference_attention(
     token first_key + j.  A query attends to the tokens up to its own: to all, or to the last `window`.
 
     segments: of the queries i32[N, S] and of the keys i32[N, S_kv]; a query attends to keys of its segment only.
+    prefixes: i32[N, S], a second segment that each query attends to.
     """
     # Query heads i * g to (i + 1) * g - 1 share key/value head i: a reshape, without copies of the keys.
     n, s, heads, h = q.shape
@@ -44,6 +46,10 @@ def reference_attention(
         mask = mask & (key > query - window)
     mask = mask[None, None, None]
     if segments is not None:
-        mask = mask & (segments[0][:, :, None] == segments[1][:, None, :])[:, None, None]
+        own, of_keys = segments[0][:, :, None], segments[1][:, None, :]
+        attended = own == of_keys  # bool[N, S, S_kv]
+        if prefixes is not None:
+            attended = attended | (prefixes[:, :, None] == of_keys)
+        mask = mask & attended[:, None, None]
     p = jax.nn.softmax(jnp.where(mask, z, -jnp.inf), axis=-1)
     return jnp.einsum("nkgsu,nukh->nskgh", p.astype(v.dtype), v).reshape(n, s, heads, h)

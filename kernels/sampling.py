@@ -107,7 +107,7 @@ def _sample(
     logits: jax.Array, uniforms: jax.Array, rule: Rule, axis_name: str | None, implementation: str | None
 ) -> tuple[SampledTokens, jax.Array]:
     """Return the sampled tokens and their margins f32[N]; under jit, an unused result costs nothing."""
-    logits = _pad_to_blocks(logits.astype(jnp.float32), axis_name)
+    logits = pad_to_blocks(logits.astype(jnp.float32), axis_name)
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * logits.shape[1]
     if rule.temperature == 0.0:
         return _sample_greedy(logits, first, rule, axis_name, implementation)
@@ -285,7 +285,7 @@ def _draw_index(p: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]
     return index.astype(jnp.int32), jnp.maximum(jnp.minimum(above, below), 0.0) / total
 
 
-def _pad_to_blocks(logits: jax.Array, axis_name: str | None) -> jax.Array:
+def pad_to_blocks(logits: jax.Array, axis_name: str | None) -> jax.Array:
     """Append columns of -inf until every shard has the same number of whole blocks.
 
     The vocabulary is divided anew: a shard passes its first columns, which complete a block of the previous

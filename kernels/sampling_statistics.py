@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 128
-_ONE = 2**30  # the integer for a probability of 1 in the sums of top-p
+ONE = 2**30  # the integer for a probability of 1 in the sums of top-p
 
 
 class Rule(NamedTuple):
@@ -95,15 +95,15 @@ def row_statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) 
 
     plogp_sum = None
     if rule.entropy:
-        plogp_sum = sum_pairwise(gather_shards(_sum_blocks(jnp.where(p > 0.0, p * z, 0.0)), axis_name))
+        plogp_sum = sum_pairwise(gather_shards(sum_blocks(jnp.where(p > 0.0, p * z, 0.0)), axis_name))
     if not rule.filters:
-        block_sums = gather_shards(_sum_blocks(p), axis_name)
+        block_sums = gather_shards(sum_blocks(p), axis_name)
         return Statistics(max_logit, jnp.full_like(max_logit, -jnp.inf), block_sums, None, plogp_sum)
 
     def sum_over_shards(x):
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
-    full_sum = sum_pairwise(gather_shards(_sum_blocks(p), axis_name))
+    full_sum = sum_pairwise(gather_shards(sum_blocks(p), axis_name))
 
     # Top-k: the largest v with at least k logits at or above it.
     threshold = jnp.full_like(max_logit, -jnp.inf)
@@ -111,7 +111,7 @@ def row_statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) 
 
         def keeps_k(v):
             # A sum of ones is exact in f32 below 2^24.
-            count = jnp.sum(_sum_blocks((logits >= v[:, None]).astype(jnp.float32)), axis=-1)
+            count = jnp.sum(sum_blocks((logits >= v[:, None]).astype(jnp.float32)), axis=-1)
             return sum_over_shards(count) >= rule.top_k
 
         threshold = largest_threshold(max_logit, keeps_k)
@@ -119,13 +119,13 @@ def row_statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) 
 
     # Top-p: the largest v whose tokens have a share of at least top_p in the total that top-k left.
     if rule.top_p < 1.0:
-        total = sum_pairwise(gather_shards(_sum_blocks(p), axis_name))
-        scale = _ONE / total  # f32[N]
+        total = sum_pairwise(gather_shards(sum_blocks(p), axis_name))
+        scale = ONE / total  # f32[N]
 
         def keeps_p(v):
-            kept = _sum_blocks(jnp.where(logits >= v[:, None], p, 0.0))
+            kept = sum_blocks(jnp.where(logits >= v[:, None], p, 0.0))
             shares = jnp.round(kept * scale[:, None]).astype(jnp.int32)
-            return sum_over_shards(jnp.sum(shares, axis=-1)) >= math.ceil(rule.top_p * _ONE)
+            return sum_over_shards(jnp.sum(shares, axis=-1)) >= math.ceil(rule.top_p * ONE)
 
         threshold = jnp.maximum(threshold, largest_threshold(max_logit, keeps_p))
 
@@ -133,7 +133,7 @@ def row_statistics(logits: jax.Array, rule: Rule, axis_name: str | None = None) 
     if rule.min_p > 0.0:
         threshold = jnp.maximum(threshold, max_logit - rule.min_p_depth)
 
-    kept = _sum_blocks(jnp.where(logits >= threshold[:, None], p, 0.0))
+    kept = sum_blocks(jnp.where(logits >= threshold[:, None], p, 0.0))
     return Statistics(max_logit, threshold, gather_shards(kept, axis_name), full_sum, plogp_sum)
 
 
@@ -191,6 +191,6 @@ def sum_pairwise(x: jax.Array) -> jax.Array:
     return x[..., 0]
 
 
-def _sum_blocks(x: jax.Array) -> jax.Array:
+def sum_blocks(x: jax.Array) -> jax.Array:
     """Sum the tokens of each block: [N, V] -> [N, M]."""
     return jnp.sum(x.reshape(x.shape[0], -1, BLOCK), axis=-1)

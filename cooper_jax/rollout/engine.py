@@ -12,15 +12,16 @@
    a prefill (slots.py), so no slot waits for a long response in another.
 4. Decoding runs in jitted segments of at most `spec.segment` tokens with donated state.  After each segment
    the host reads one small array (with `on_groups`, also the rows of the prompts that have finished); then it
-   refills idle slots, moves the last live slots into a batch of half the size, or stops.
+   refills idle slots, moves the last live slots into a smaller batch (batch_sizes.py), or stops.
 
 Compilation: shapes are rounded up so that few programs are compiled.  Prompts are padded to a multiple of 32
 tokens.  The number of prompts on each batch shard is rounded up to three significant bits (1 to 8, 10, 12,
 14, 16, 20, ...); padding prompts request nothing, and their rows are dropped.  The suffix cache, which holds
 the keys and values of responses, has a size that depends on the kernels.  Plain XLA reads the whole cache, so
-the cache grows with the longest response, in sizes that are rounded in the same way.  Pallas kernels read
-only columns in use, so their cache has all columns from the start, and one decode program is compiled for
-each number of slots.
+the cache of the whole batch grows with the longest response, in three sizes (batch_sizes.py).  Pallas kernels
+read only columns in use, so their cache has all columns from the start, and one decode program is compiled for
+each number of slots.  A caller with many rollouts gives `shapes`: then all of them have the same ones,
+and the first compiles every program that a later one may need.
 
 Results: a sampled EOS is inside the mask and nothing follows it; truncated rows have no EOS.  A row's random
 bits are a function of the key, its prompt's position in the data order, its sample index and the token's
@@ -35,6 +36,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,7 +48,7 @@ from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.layers import PROJECTIONS
 from cooper_jax.model.lora import merge_adapters
-from cooper_jax.rollout import rollout_plan, rollout_state
+from cooper_jax.rollout import batch_sizes, rollout_plan, rollout_state
 from cooper_jax.rollout import slots as slot_programs
 from cooper_jax.rollout.rollout_state import PromptCache, Requests, RolloutStatic, Slots, Status
 from cooper_jax.rollout.sampling_spec import SamplingSpec
@@ -67,6 +69,15 @@ class Continuation:
     starts: Sequence[int]  # [B], the number of its tokens that are part of the prompt
 
 
+@dataclasses.dataclass(frozen=True)
+class SharedShapes:
+    """Sizes that several rollouts have in common, so that they run the same programs."""
+
+    longest_prompt: int  # tokens of the longest prompt of all these rollouts
+    num_prompts: int  # of the largest of them; prompts that a rollout lacks are padding
+    compile_all: bool = False  # the first rollout compiles the programs of all sizes that later ones may take
+
+
 def generate(
     params: Params,
     config: ModelConfig,
@@ -85,6 +96,8 @@ def generate(
     between_segments: Callable[[], None] | None = None,
     report: Callable[[Metrics], None] | None = None,
     implementation: str | None = None,
+    shapes: SharedShapes | None = None,
+    shrink: int = 2,
 ) -> Rollout:
     """Sample spec.group_size responses to each prompt -> Rollout of N = B * G rows, T = spec.max_new_tokens.
 
@@ -102,6 +115,8 @@ def generate(
       every host.  An exception that it raises ends the rollout and reaches the caller.
     report: receives `rollout/*` metrics at the end: slot use and load balance over the batch shards.
     implementation: the kernels to use (kernels/platform.py); None: those of `choose_kernels`.
+    shapes: for a caller that makes many rollouts.  None: sizes fit these prompts alone.
+    shrink: the last live requests move into a batch of so many times fewer slots.  Each size is a program.
 
     On a mesh, prompts, positions, key and limits must be the same on every host.  The Rollout consists of
     NumPy arrays, the same on every host.
@@ -116,20 +131,27 @@ def generate(
     num_rows = len(prompts) * spec.group_size
     row_limits = np.full(num_rows, spec.max_new_tokens) if limits is None else np.asarray(limits)
     _check_inputs(config, prompts, positions, row_limits, spec)
+    fixed_rows = shapes is not None
+    if shapes is None:
+        shapes = SharedShapes(longest_prompt=max(map(len, prompts)), num_prompts=len(prompts))
+    _check_shapes(shapes, prompts)
     if implementation is None:
         implementation = choose_kernels(config, layout)
     static = RolloutStatic(config, layout, spec, implementation)
-    prompts_per_shard = rollout_plan.round_to_bucket(-(-len(prompts) // static.shards))
+    prompts_per_shard = rollout_plan.round_to_bucket(-(-shapes.num_prompts // static.shards))
 
     # The rollout's own copy of the weights.
-    gathered = _should_gather(config, layout, spec, weight_placement, memory_gib)
+    gathered = should_gather(config, layout, spec, weight_placement, memory_gib)
     weights = copy_rollout_weights(params, trained_config, layout, spec.dtype, gathered)
     if between_segments is not None:
         between_segments()
 
     # Slots are counted first, so that a budget that is too small fails before the caches are allocated.
-    slots_per_shard = count_slots(weights, static, prompts, prompts_per_shard, max_rows, memory_gib)
-    prompt_cache = _prefill(weights, static, prompts, prompts_per_shard)
+    width = _prompt_width(static, shapes.longest_prompt)
+    slots_per_shard = count_slots(
+        weights, static, shapes.longest_prompt, prompts_per_shard, max_rows, memory_gib
+    )
+    prompt_cache = _prefill(weights, static, prompts, prompts_per_shard, width, fixed_rows)
 
     # Padding prompts get a limit of 0: they request nothing.
     padded_positions = np.zeros(prompts_per_shard * static.shards, np.int32)
@@ -141,17 +163,31 @@ def generate(
         for values in (continued.samples, continued.starts):
             rows.append(np.zeros(len(padded_limits), np.int32))
             rows[-1][:num_rows] = values
-    positions_and_limits = layout.put((padded_positions, padded_limits), "batch")
-    requests = slot_programs.sample_first_tokens(
-        weights, prompt_cache, *positions_and_limits, key, *layout.put(rows, "batch"), static=static
-    )
+    arrays = layout.put((padded_positions, padded_limits, np.zeros_like(padded_limits)), "batch")
+    on_devices, limits_on_devices, no_limits = arrays
+    continuation = layout.put(rows, "batch")
+
+    def start_requests(row_limits: jax.Array) -> Requests:
+        return slot_programs.sample_first_tokens(
+            weights, prompt_cache, on_devices, row_limits, key, *continuation, static=static
+        )
+
+    if shapes.compile_all:
+        sizes = slots_per_shard, prompts_per_shard, width, on_groups is not None, bool(rows), shrink
+        if (static, sizes) not in _COMPILED:
+            _compile_all(
+                weights, prompt_cache, start_requests(no_limits), static, slots_per_shard,
+                shrink=shrink, notifies=on_groups is not None,
+            )  # fmt: skip
+            _COMPILED.add((static, sizes))
+    requests = start_requests(limits_on_devices)
 
     # Decode, and crop the padding: rows are prompt-major, and padding prompts are the last.
     notifier = None
     if on_groups is not None:
         notifier = _GroupNotifier(on_groups, len(prompts), spec)
     requests = _decode(
-        weights, prompt_cache, requests, slots_per_shard, static, notifier, between_segments, report
+        weights, prompt_cache, requests, slots_per_shard, static, notifier, between_segments, report, shrink
     )
     return _fetch_rows(requests, slice(num_rows), spec)
 
@@ -206,7 +242,11 @@ def reshard_weights(
     # Cast before the all-gather: bfloat16 halves the bytes that are sent.
     target = layout.for_rollout() if gathered else layout
     specs = transformer.param_specs(config)
-    weights = jax.lax.with_sharding_constraint(_cast(params, config, dtype), make_shardings(target, specs))
+    placed = make_shardings(target, specs)
+    if not generation.keeps_stack(config, layout):
+        # Split before the all-gather, so that the whole stack is never there besides.
+        placed["layers"] = make_shardings(layout, specs)["layers"]
+    weights = jax.lax.with_sharding_constraint(_cast(params, config, dtype), placed)
     weights = generation.prepare_generation(weights, config, layout)
 
     # Splitting the layers must not make the compiler choose another sharding.
@@ -238,7 +278,7 @@ def _cast(params: Params, config: ModelConfig, dtype: str) -> Params:
     return jax.tree.map(cast, transformer.param_specs(config), params, is_leaf=is_spec)
 
 
-def _should_gather(
+def should_gather(
     config: ModelConfig, layout: Layout, spec: SamplingSpec, weight_placement: str, memory_gib: float | None
 ) -> bool:
     """True if the weights are to be all-gathered for the rollout.
@@ -293,12 +333,14 @@ def list_tokens(rollout: Rollout) -> list[list[int]]:
 def count_slots(
     weights: Params,
     static: RolloutStatic,
-    prompts: Prompts,
+    longest_prompt: int,
     prompts_per_shard: int,
     max_rows: int | None,
     memory_gib: float | None,
 ) -> int:
     """Count the slots of each shard: one per request, or as many as `max_rows` and `memory_gib` allow.
+
+    longest_prompt: tokens of the longest prompt.
 
     Raises ValueError if not even one slot fits.
     """
@@ -315,13 +357,15 @@ def count_slots(
 
     # A memory limit may make requests wait, and waiting requests need a larger cache: it is planned with that.
     if memory_gib is not None:
+        # On a CPU, decoding may hold the matrices in panels beside the weights of the prefill.
+        panels = generation.list_panel_matrices(weights) if transformer.UNEMBED in weights else []
         memory = rollout_plan.plan_memory(
-            weights,
+            {"weights": weights, "panels": panels},
             static.config,
             static.layout,
             static.kv_format,
             prompts=prompts_per_shard,
-            width=_prompt_width(static, prompts),
+            width=_prompt_width(static, longest_prompt),
             group=spec.group_size,
             new_tokens=spec.max_new_tokens,
             columns=count_cache_columns(static, waiting=True),
@@ -347,24 +391,66 @@ def count_cache_columns(static: RolloutStatic, waiting: bool) -> int:
     return -(-columns // multiple) * multiple
 
 
-def _prompt_width(static: RolloutStatic, prompts: Prompts) -> int:
-    longest = max(map(len, prompts))
+def _prompt_width(static: RolloutStatic, longest: int) -> int:
     return rollout_plan.prompt_width(longest, rollout_plan.column_multiple(static.kv_format))
 
 
 # --- the host's side of a rollout ------------------------------------------------------------------------
 
 
-def _prefill(weights: Params, static: RolloutStatic, prompts: Prompts, prompts_per_shard: int) -> PromptCache:
-    """Prefill all prompts, one chunk after the other."""
-    width = _prompt_width(static, prompts)
+# Sizes of rollouts whose programs this process has compiled, all of them.
+_COMPILED: set[tuple[RolloutStatic, tuple[int, ...]]] = set()
+
+
+def _compile_all(
+    weights: Params,
+    prompts: PromptCache,
+    requests: Requests,
+    static: RolloutStatic,
+    slots_per_shard: int,
+    **options: Any,
+) -> None:
+    """Compile the programs that later rollouts may need, beside those that start one.
+
+    requests: none that needs a slot; donated.  options: of `batch_sizes.compile_batch_sizes`.
+    """
+    prompts_per_shard = len(prompts.lengths) // static.shards
+    width = jax.tree.leaves(prompts.kv)[0].shape[3]
+    spare = slot_programs.make_prompt_cache(
+        weights, prompts_per_shard=prompts_per_shard, width=width, static=static
+    )
+    for chunk in rollout_plan.make_empty_chunks(static.shards, prompts_per_shard, width):
+        spare = _prefill_chunk(weights, static, spare, chunk)
+    del spare
+
+    waiting = slots_per_shard < requests.num_tokens.shape[1]
+    columns = batch_sizes.list_columns(static, count_cache_columns(static, waiting))
+    batch_sizes.compile_batch_sizes(weights, prompts, requests, slots_per_shard, columns, static, **options)
+
+
+def _prefill(
+    weights: Params,
+    static: RolloutStatic,
+    prompts: Prompts,
+    prompts_per_shard: int,
+    width: int,
+    fixed_rows: bool,
+) -> PromptCache:
+    """Prefill all prompts, one chunk after the other.  fixed_rows: see `rollout_plan.make_chunks`."""
     cache = slot_programs.make_prompt_cache(
         weights, prompts_per_shard=prompts_per_shard, width=width, static=static
     )
-    for chunk in rollout_plan.make_chunks(prompts, static.shards, prompts_per_shard, width):
-        arrays = static.layout.put((chunk.tokens, chunk.lengths, chunk.source), "batch")
-        cache = slot_programs.prefill_chunk(weights, cache, *arrays, static=static)
+    chunks = rollout_plan.make_chunks(prompts, static.shards, prompts_per_shard, width, fixed_rows=fixed_rows)
+    for chunk in chunks:
+        cache = _prefill_chunk(weights, static, cache, chunk)
     return cache
+
+
+def _prefill_chunk(
+    weights: Params, static: RolloutStatic, cache: PromptCache, chunk: rollout_plan.Chunk
+) -> PromptCache:
+    arrays = static.layout.put((chunk.tokens, chunk.lengths, chunk.source), "batch")
+    return slot_programs.prefill_chunk(weights, cache, *arrays, static=static)
 
 
 def _decode(
@@ -376,17 +462,21 @@ def _decode(
     notifier: _GroupNotifier | None,
     between_segments: Callable[[], None] | None,
     report: Callable[[Metrics], None] | None,
+    shrink: int,
 ) -> Requests:
     """Decode every request to its end, in `slots_per_shard` slots."""
     segment = static.spec.segment
     max_columns = count_cache_columns(static, waiting=slots_per_shard < requests.num_tokens.shape[1])
 
     # Plain XLA reads every column of the cache at every token, so its cache starts small.
-    columns = max_columns if static.pallas else min(segment, max_columns)
+    sizes = batch_sizes.list_columns(static, max_columns)
+    columns = sizes[0]
     slots, packed = slot_programs.open_slots(
         weights, requests, prompts, slots_per_shard=slots_per_shard, columns=columns, static=static
     )
     status = Status.read(packed)
+
+    of_batch = batch_sizes.BatchWeights(weights)
 
     # Slot use is a share of the slot steps: one decode step counts once for each slot of each shard.
     steps = slot_steps = 0
@@ -403,24 +493,31 @@ def _decode(
         if between_segments is not None:
             between_segments()
 
-        # Refill idle slots; once no request waits, halve the batch as soon as half of it is enough.
+        # Refill idle slots; once no request waits, make the batch smaller as soon as fewer slots are enough.
         # `status.idle` counts idle slots only on shards where requests wait.
-        half = slots_per_shard // 2
+        fewer = batch_sizes.shrink_slots(slots_per_shard, shrink, of_batch.has_panels)
         if status.idle:
             slots = slot_programs.refill_slots(slots, requests, prompts, static=static)
-        elif not status.waiting and status.live <= half and half >= rollout_plan.FEWEST_SLOTS:
-            slots_per_shard = half
+        elif not status.waiting and fewer is not None and status.live <= fewer:
+            # Smaller batches have all columns, so that no program is compiled for each pair of sizes.
+            if columns < max_columns:
+                slots = slot_programs.resize_cache(slots, 0, columns=max_columns, static=static)
+            slots_per_shard, columns, sizes = fewer, max_columns, (max_columns,)
             slots = slot_programs.compact_slots(
                 slots, requests, prompts, slots_per_shard=slots_per_shard, static=static
             )
 
-        slots, columns, write_column = _make_room(slots, status, columns, max_columns, static)
+        slots, columns, write_column = batch_sizes.make_room(slots, status, columns, sizes, static)
 
-        # A segment ends early when an eighth of the slots is idle while requests wait: a refill costs a
-        # transfer to the host, an idle slot costs a row of every step.
-        refill_at = max(1, slots_per_shard // 8)
+        refill_at = batch_sizes.choose_refill(slots_per_shard)
         slots, requests, packed = slot_programs.decode_segment(
-            weights, slots, requests, prompts, steps=segment, refill_at=refill_at, static=static
+            of_batch.take(slots_per_shard),
+            slots,
+            requests,
+            prompts,
+            steps=segment,
+            refill_at=refill_at,
+            static=static,
         )
         status = Status.read(packed)  # the host waits for the device here
 
@@ -431,34 +528,6 @@ def _decode(
     if report is not None:
         report(_measure_load(requests, steps, slot_steps))
     return requests
-
-
-def _make_room(
-    slots: Slots, status: Status, columns: int, max_columns: int, static: RolloutStatic
-) -> tuple[Slots, int, int]:
-    """Make room in the suffix cache for the next segment -> (slots, columns, write column).
-
-    Drops the columns that no live slot reads any more, and lets the cache of plain XLA grow.
-    """
-    segment = static.spec.segment
-    write_column = status.write_column
-    unread = write_column - status.longest  # the columns before those of the longest live response
-    has_room = write_column + segment <= columns
-    can_change = unread or columns < max_columns
-    # If nothing can change, all live responses end within the columns that are left.
-    if has_room or not can_change:
-        return slots, columns, write_column
-
-    # If columns are dropped, the cache gets a quarter more than it needs, so that the next drop is far away.
-    # Sizes are rounded, so that few programs are compiled.
-    if not static.pallas:
-        needed = status.longest + segment
-        if unread:
-            needed += needed // 4
-        segments = rollout_plan.round_to_bucket(-(-needed // segment))
-        columns = min(segments * segment, max_columns)
-    slots = slot_programs.resize_cache(slots, unread, columns=columns, static=static)
-    return slots, columns, write_column - unread
 
 
 def _measure_load(requests: Requests, steps: int, slot_steps: int) -> Metrics:
@@ -519,6 +588,13 @@ def _fetch_rows(requests: Requests, rows: np.ndarray | slice, spec: SamplingSpec
     )
     mask = np.arange(spec.max_new_tokens)[None, :] < num_tokens[:, None]  # bool[N, T]
     return Rollout(tokens=tokens, mask=mask, logprobs=logprobs, finished=finished, thresholds=thresholds)
+
+
+def _check_shapes(shapes: SharedShapes, prompts: Prompts) -> None:
+    """Raise ValueError if the prompts exceed the shapes."""
+    longest = max(map(len, prompts))
+    if shapes.longest_prompt < longest or shapes.num_prompts < len(prompts):
+        raise ValueError(f"{len(prompts)} prompts of at most {longest} tokens exceed {shapes}")
 
 
 def _check_inputs(

@@ -117,6 +117,7 @@ def correct_draft(
     spec: SamplingSpec,
     *,
     bucket: int,
+    longest_prompt: int,
     resample: Resample,
     continue_rollout: Continue,
 ) -> tuple[Rollout, Metrics]:
@@ -126,7 +127,8 @@ def correct_draft(
       draft: the rollout of the prompts, with the same key and spec.
       params: the learner's.
       prompts, positions: [B].
-      bucket: the learner's batches are as wide as a multiple of it (packing.pack_policy_batch, all_columns).
+      bucket, longest_prompt: those of the learner's batches (packing.pack_policy_batch), so that both have one
+        width.
       resample: from `make_resample`.
       continue_rollout: the rollout's decoding of the rest of responses, with the same key.
 
@@ -156,7 +158,11 @@ def correct_draft(
         arrays: dict[str, Any] = dict(tokens=tokens, mask=mask, finished=finished, logprobs=logprobs)
         rollout = Rollout(**arrays)
         packed = packing.pack_policy_batch(
-            prompts, rollout, bucket=bucket, rows_multiple=layout.batch_shards, all_columns=True
+            prompts,
+            rollout,
+            bucket=bucket,
+            rows_multiple=layout.batch_shards,
+            longest_prompt=longest_prompt,
         )
         batch_rows = packed.tokens.shape[0]
         given, valid, places, indices = layout.put(

@@ -1,6 +1,7 @@
 """Sampling of a token from each row's hidden state: the output head and the sampling, fused where possible.
 
     xla kernels, or with top-k, top-p or min-p          logits [N, V], then `sampling_spec.sample_tokens`
+    with settings of each row (serving)                 logits [N, V], then `kernels.sampling_rows`
     TPU and GPU kernels, temperature alone or greedy    `kernels.head`: logits are never written
 
 On a mesh, each row is sampled on the shard that decodes it.  If a mesh axis shards the vocabulary, small
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from cooper_jax.kernels import platform
 from cooper_jax.kernels.head import head_sample
+from cooper_jax.kernels.sampling_rows import RowSettings, sample_rows
 from cooper_jax.kernels.sampling_statistics import BLOCK
 from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
@@ -52,8 +54,12 @@ def sample_from_hidden(
     spec: SamplingSpec,
     layout: Layout,
     implementation: str,
+    *,
+    settings: RowSettings | None = None,  # leaves [N]: of each row, in place of the spec's
 ) -> NextTokens:
     """Sample one token per row.
+
+    With `settings`, log-probabilities are those of `kernels.sampling_rows`, and there are no thresholds.
 
     A row whose logits are not finite gives token 0 and log-probability NaN.
     """
@@ -65,7 +71,7 @@ def sample_from_hidden(
         vocab_axis = None
     rows = PartitionSpec(batch_axis)
 
-    if should_fuse_head(implementation, spec):
+    if settings is None and should_fuse_head(implementation, spec):
 
         def sample_fused(hidden, head, words):
             sampled = head_sample(
@@ -94,7 +100,15 @@ def sample_from_hidden(
         )
         return NextTokens(sampled.token, sampled.logprob, sampled.threshold)
 
+    def sample_own(logits, keys, position, settings):
+        uniforms = sampling_spec.draw_uniforms(keys, position)
+        sampled = sample_rows(logits, uniforms, settings, axis_name=vocab_axis, implementation=implementation)
+        return NextTokens(sampled.token, sampled.logprob, None)
+
     logits = transformer.compute_logits(weights, config, hidden)
     position = jnp.broadcast_to(position, keys.shape)
     in_specs = PartitionSpec(batch_axis, vocab_axis), rows, rows
+    if settings is not None:
+        run = run_sharded(sample_own, layout, (*in_specs, rows), rows)
+        return run(logits, keys, position, settings)
     return run_sharded(sample_logits, layout, in_specs, rows)(logits, keys, position)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.kernels import kv
 from cooper_jax.rollout.sampling_spec import SamplingSpec
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 
 KERNELS = ("auto", "xla")
 WEIGHT_PLACEMENTS = ("auto", "gathered", "sharded")
@@ -54,14 +54,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         typed_config.raise_errors(
             [
-                *typed_config.find_below_minimum(
-                    self, "rollout", 1, ("group_size", "max_new_tokens", "segment")
-                ),
-                *typed_config.find_below_minimum(
-                    self, "rollout", 0, ("temperature", "max_rows", "memory_gib")
-                ),
-                *typed_config.find_below_minimum(self, "rollout", 0, ("ahead",)),
-                *([f"rollout.ahead={self.ahead}: it is at most 1"] if self.ahead > 1 else []),
+                *bounds.find_out_of_bounds(self, "rollout"),
                 *typed_config.find_unknown(self.dtype, "rollout.dtype", DTYPES),
                 *typed_config.find_unknown(self.kernels, "rollout.kernels", KERNELS),
                 *typed_config.find_unknown(

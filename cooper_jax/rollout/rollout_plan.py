@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,24 @@ def round_to_bucket(n: int) -> int:
     # The value of the third bit from the top: 10001b is rounded in steps of 100b to 10100b.
     step = 1 << max(0, n.bit_length() - 3)
     return -(-n // step) * step
+
+
+def choose_shared_prompts(n: int, platform: str) -> int:
+    """Choose a number of prompts, at least n, for different rollouts: 8, 16, 32, ...; on CPUs 1, 2, 4, ..."""
+    # On a CPU a padding row takes as long as a prompt; an accelerator is not filled by few rows.
+    fewest = 1 if platform == "cpu" else 8
+    return fewest << max(0, math.ceil(math.log2(n / fewest)))
+
+
+def choose_shared_width(longest: int, platform: str) -> int:
+    """Choose a width, at least `longest` tokens, for rollouts whose prompts differ in length.
+
+    64, 128, 256, ...; on CPUs, which compute padding as slowly as text, also 96, 192, 384, ...
+    """
+    width = 64 << max(0, math.ceil(math.log2(longest / 64)))
+    if platform == "cpu" and 64 < longest <= width // 4 * 3:
+        return width // 4 * 3
+    return width
 
 
 def column_multiple(kv_format: Format) -> int:
@@ -63,13 +81,44 @@ class Chunk:
     source: np.ndarray  # i32[B]: each prompt's row in the chunk, within its shard; -1: not in it
 
 
+def list_chunk_widths(width: int) -> list[int]:
+    """List the widths of chunks: 32, 64, 128, ... tokens, and `width` in place of the last."""
+    doublings = max(0, math.ceil(math.log2(width / PROMPT_MULTIPLE)))
+    return [min(width, PROMPT_MULTIPLE << i) for i in range(doublings + 1)]
+
+
+def count_chunk_rows(width: int, prompts_per_shard: int, chunk_width: int) -> int:
+    """Count the rows of every chunk of a width on a shard, if they do not depend on the prompts.
+
+    width: of the longest prompts.
+    """
+    # Rows for all prompts where they have one width, otherwise for a quarter of them: other widths need some, too,
+    # and more prompts of a width take several chunks.
+    rows = prompts_per_shard if width == PROMPT_MULTIPLE else round_to_bucket(-(-prompts_per_shard // 4))
+    return min(rows, max(1, PREFILL_TOKENS // chunk_width))
+
+
+def make_empty_chunks(shards: int, prompts_per_shard: int, width: int) -> Iterator[Chunk]:
+    """Make a chunk without a prompt of each shape that `make_chunks` makes with `fixed_rows`."""
+    for chunk_width in list_chunk_widths(width):
+        rows = count_chunk_rows(width, prompts_per_shard, chunk_width)
+        yield fill_chunk([], [[] for _ in range(shards)], rows, chunk_width, prompts_per_shard)
+
+
 def make_chunks(
-    prompts: Sequence[Sequence[int]], shards: int, prompts_per_shard: int, width: int
+    prompts: Sequence[Sequence[int]],
+    shards: int,
+    prompts_per_shard: int,
+    width: int,
+    *,
+    fixed_rows: bool = False,
 ) -> Iterator[Chunk]:
     """Group all prompts into chunks by length: chunk widths are 32, 64, 128, ... tokens, at most `width`.
 
     Prompt i is on shard i // prompts_per_shard.  A shard with fewer prompts in a chunk than another shard is
     padded.
+
+    fixed_rows: chunks of a width always have the rows of `count_chunk_rows`; otherwise few rows are padding.
     """
     # Doubling widths waste less than half of a row, and need few programs.
     by_width: dict[int, list[list[int]]] = {}  # width -> for each shard, the indices of its prompts
@@ -84,13 +133,19 @@ def make_chunks(
 
         # One number of rows for all chunks of a width: one program prefills them.
         rows = min(round_to_bucket(max_prompts), max(1, PREFILL_TOKENS // chunk_width))
+        if fixed_rows:
+            rows = count_chunk_rows(width, prompts_per_shard, chunk_width)
         for first in range(0, max_prompts, rows):
             members = [indices[first : first + rows] for indices in by_shard]
-            yield _fill_chunk(prompts, members, rows, chunk_width, prompts_per_shard)
+            yield fill_chunk(prompts, members, rows, chunk_width, prompts_per_shard)
 
 
-def _fill_chunk(
-    prompts: Sequence[Sequence[int]], members: list[list[int]], rows: int, width: int, prompts_per_shard: int
+def fill_chunk(
+    prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
+    members: list[list[int]],
+    rows: int,
+    width: int,
+    prompts_per_shard: int,
 ) -> Chunk:
     """Copy prompts into the arrays of a chunk.  members: for each shard, the indices of its prompts."""
     # Rows without a prompt have length 1, so that every row has a last token.

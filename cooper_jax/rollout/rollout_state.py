@@ -31,6 +31,7 @@ from flax import struct
 
 from cooper_jax.kernels import platform
 from cooper_jax.kernels.kv import KV, Format
+from cooper_jax.kernels.sampling_rows import RowSettings
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.runtime.mesh import Layout
@@ -89,6 +90,8 @@ class Requests:
     queue_length: jax.Array  # i32[Z]: number of requests that need a slot
     # With top-k, top-p or min-p: see `Rollout`.
     thresholds: jax.Array | None = None  # f32[Z, Q, T]
+    # Leaves [Z, Q]: sampling settings of each request, in place of the SamplingSpec's; None: those of the spec
+    settings: RowSettings | None = None
 
 
 @struct.dataclass

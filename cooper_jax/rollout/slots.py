@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from cooper_jax.kernels.kv import KV
+from cooper_jax.kernels.sampling_rows import RowSettings
 from cooper_jax.model import generation
 from cooper_jax.model.layers import make_decode_schedule
 from cooper_jax.rollout import sampling_spec
@@ -54,7 +55,9 @@ def make_prompt_cache(
     rows = prompts_per_shard * static.shards
     kv = generation.make_empty_suffix(static.config, weights["layers"], rows, width, static.kv_format)
     hidden = jnp.zeros((rows, static.config.width), static.spec.dtype)
-    return _constrain(PromptCache(hidden=hidden, lengths=jnp.ones(rows, jnp.int32), kv=kv), static.layout)
+    return constrain_state(
+        PromptCache(hidden=hidden, lengths=jnp.ones(rows, jnp.int32), kv=kv), static.layout
+    )
 
 
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="prompts")
@@ -99,7 +102,7 @@ def prefill_chunk(
         lengths=write(prompts.lengths[None], lengths[None])[0],
         kv=jax.tree.map(write, prompts.kv, kv),
     )
-    return _constrain(written, static.layout)
+    return constrain_state(written, static.layout)
 
 
 @functools.partial(jax.jit, static_argnames="static")
@@ -124,11 +127,11 @@ def sample_first_tokens(
     keys = sampling_spec.make_row_keys(key, positions, group, samples)
     starts = jnp.zeros_like(limits) if starts is None else starts
     hidden = jnp.repeat(prompts.hidden, group, axis=0)  # [B * G, D]
-    token, logprob, threshold = _sample(weights, hidden, keys, starts, static)
+    token, logprob, threshold = sample_requests(weights, hidden, keys, starts, static)
 
     # A response may end with its first token.
     requested = limits > 0
-    finished = requested & _is_eos(token, spec)
+    finished = requested & is_eos_token(token, spec)
     needs_slot = requested & ~finished & (limits > 1)
 
     def by_shard(x):  # [Z * Q, ...] -> [Z, Q, ...]
@@ -152,7 +155,7 @@ def sample_first_tokens(
         queue_length=jnp.sum(by_shard(needs_slot), axis=1, dtype=jnp.int32),
         thresholds=None if threshold is None else start_rows(threshold, jnp.float32),
     )
-    return _constrain(requests, static.layout)
+    return constrain_state(requests, static.layout)
 
 
 # --- decoding ----------------------------------------------------------------------------------------------
@@ -209,7 +212,7 @@ def open_slots(
         )
     else:
         slots = _start_requests(slots, requests, prompts, static)
-    return _constrain(slots, static.layout), pack_status(slots, requests, static.layout)
+    return constrain_state(slots, static.layout), pack_status(slots, requests, static.layout)
 
 
 @functools.partial(
@@ -286,13 +289,13 @@ def decode_segment(
     )
     slots = dataclasses.replace(carried, prompt_copies=prompt_copies, prompt_of=prompt_of, suffix=suffix)
     status = pack_status(slots, requests, static.layout)
-    return _constrain(slots, static.layout), _constrain(requests, static.layout), status
+    return constrain_state(slots, static.layout), constrain_state(requests, static.layout), status
 
 
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="slots")
 def refill_slots(slots: Slots, requests: Requests, prompts: PromptCache, *, static: RolloutStatic) -> Slots:
     """Give idle slots the next requests of their shard's queue."""
-    return _constrain(_start_requests(slots, requests, prompts, static), static.layout)
+    return constrain_state(_start_requests(slots, requests, prompts, static), static.layout)
 
 
 @functools.partial(jax.jit, static_argnames=("slots_per_shard", "static"))
@@ -312,7 +315,7 @@ def compact_slots(
         prompt_len=_take(slots.prompt_len, kept),
         suffix=jax.tree.map(lambda x: _take_rows(x, kept), slots.suffix),
     )
-    return _constrain(_assign_prompts(slots, requests_per_shard, prompts, static), static.layout)
+    return constrain_state(_assign_prompts(slots, requests_per_shard, prompts, static), static.layout)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "static"))
@@ -333,7 +336,7 @@ def resize_cache(slots: Slots, by: jax.Array, *, columns: int, static: RolloutSt
     slots = dataclasses.replace(
         slots, suffix=jax.tree.map(shift, slots.suffix), write_column=slots.write_column - by
     )
-    return _constrain(slots, static.layout)
+    return constrain_state(slots, static.layout)
 
 
 # --- parts of the programs ---------------------------------------------------------------------------------
@@ -355,9 +358,10 @@ def _sample_next_tokens(
     # Idle slots sample too, and their tokens are dropped.
     keys = _take(requests.keys, own).reshape(-1)
     position = index + _take(requests.starts, own)
-    sampled = _sample(weights, hidden, keys, position.reshape(-1), static)
+    settings = jax.tree.map(lambda x: _take(x, own).reshape(-1), requests.settings)
+    sampled = sample_requests(weights, hidden, keys, position.reshape(-1), static, settings)
     token, logprob, threshold = jax.tree.map(lambda x: x.reshape(live.shape), sampled)
-    is_eos = _is_eos(token, spec)
+    is_eos = is_eos_token(token, spec)
     ended = live & (is_eos | (index + 1 >= _take(requests.limits, own)))
 
     # The request of an idle slot is out of bounds: "drop" writes nothing for it.
@@ -389,13 +393,19 @@ def _sample_next_tokens(
     return slots, requests
 
 
-def _sample(
-    weights: Params, hidden: jax.Array, keys: jax.Array, position: jax.Array, static: RolloutStatic
+def sample_requests(
+    weights: Params,
+    hidden: jax.Array,  # [N, D]
+    keys: jax.Array,  # key[N]
+    position: jax.Array,  # i32[] or i32[N]: the token's index in its response
+    static: RolloutStatic,
+    settings: RowSettings | None = None,  # leaves [N]; None: those of static.spec
 ) -> NextTokens:
     """Sample a token from each hidden state."""
     return sample_from_hidden(
-        weights, static.config, hidden, keys, position, static.spec, static.layout, static.implementation
-    )
+        weights, static.config, hidden, keys, position, static.spec, static.layout, static.implementation,
+        settings=settings,
+    )  # fmt: skip
 
 
 def _start_requests(slots: Slots, requests: Requests, prompts: PromptCache, static: RolloutStatic) -> Slots:
@@ -450,13 +460,13 @@ def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _is_eos(token: jax.Array, spec: SamplingSpec) -> jax.Array:
+def is_eos_token(token: jax.Array, spec: SamplingSpec) -> jax.Array:
     """Mark EOS tokens: bool of the shape of `token`."""
     ids = jnp.asarray(spec.eos_ids, jnp.int32).reshape((1,) * token.ndim + (-1,))
     return jnp.any(token[..., None] == ids, axis=-1)
 
 
-def _constrain(state: State, layout: Layout) -> State:
+def constrain_state(state: State, layout: Layout) -> State:
     """Constrain every array's sharding, so that no program has to reshard the output of the previous one."""
 
     def constrain(x):
