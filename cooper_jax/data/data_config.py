@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.data import data_sources, mixtures
 from cooper_jax.data.policy_prompts import PromptStyle
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 from cooper_jax.settings.setup_errors import ErrorCollector
 
 
@@ -53,11 +53,7 @@ class DataConfig:
     synthetic_size: int  # number of distinct synthetic training problems
 
     def __post_init__(self) -> None:
-        at_least_1 = ("prompts_per_step", "max_prompt_tokens", "bucket", "synthetic_size")
-        errors = [
-            *typed_config.find_below_minimum(self, "data", 1, at_least_1),
-            *typed_config.find_below_minimum(self, "data", 0, ("eval_from_train", "refill_prompts")),
-        ]
+        errors = bounds.find_out_of_bounds(self, "data")
         if self.is_synthetic and (self.train or self.eval):
             errors.append(
                 f"data.train={self.train!r}, data.eval={self.eval!r}: data.format=synthetic reads no file; "
@@ -68,11 +64,11 @@ class DataConfig:
         collector = ErrorCollector(errors)
         with collector.collect("data.train"):
             train_sources = self.train_sources
-            with collector.collect(f"data.train_weights={self.train_weights}"):
+            with collector.collect(f"data.train_weights={self.train_weights!r}"):
                 mixtures.parse_weights(self.train_weights, len(train_sources))
         with collector.collect("data.eval"):
             eval_sources = self.eval_sources
-            with collector.collect(f"data.eval_weights={self.eval_weights}"):
+            with collector.collect(f"data.eval_weights={self.eval_weights!r}"):
                 mixtures.parse_weights(self.eval_weights, len(eval_sources))
         with collector.collect("data"):
             _ = self.prompt_style

@@ -29,13 +29,15 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def pad_tokens(
-    rows: Sequence[Sequence[int]], *, left: bool, bucket: int, rows_multiple: int = 1
+    rows: Sequence[Sequence[int]], *, left: bool, bucket: int, rows_multiple: int = 1, longest: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pad token lists with zeros to arrays (tokens i32[N, S], valid bool[N, S]).
 
     left: pad on the left, so that all rows end in the same column.
+    longest: the width is enough for so many tokens at least.
     """
     width = round_up(max((len(row) for row in rows), default=1), bucket)
+    width = max(width, round_up(longest, bucket))
     count = round_up(len(rows), rows_multiple)
 
     # Token 0 is a token of the vocabulary; `valid` alone tells padding apart.
@@ -70,35 +72,36 @@ def pack_policy_batch(
     *,
     bucket: int,
     rows_multiple: int = 1,
-    all_columns: bool = False,
+    longest_prompt: int = 1,
 ) -> PolicyBatch:
     """Pack B prompts and their rollout of N rows into a batch of NumPy arrays.
 
-    Advantages and the log-probabilities of the policy and the reference are 0; later stages fill them in.
-    The T columns of responses are truncated to the longest response, rounded up to `bucket`: a forward pass
-    costs as much for unused columns as for used ones.  all_columns: keep all T.
+    Advantages and the log-probabilities of the policy and the reference are 0; later stages fill them in.  All T
+    columns of responses are kept, so that the batches of all steps have one width.
+
+    longest_prompt: tokens of the longest prompt of all batches; P is enough for it.
     """
     group_size = rollout.tokens.shape[0] // len(prompts)
     responses = np.asarray(rollout.tokens)  # i32[N, T]
     mask = np.asarray(rollout.mask)  # bool[N, T]
     logprobs = np.asarray(rollout.logprobs, np.float32)  # f32[N, T]
 
-    # Responses start in column 0, so the mask's sum is a response's length.
-    longest = int(mask.sum(1).max(initial=1))
-    width = responses.shape[1] if all_columns else min(round_up(longest, bucket), responses.shape[1])
     rows = round_up(len(responses), rows_multiple)
-    # [rows, width]: rows >= N, width <= T
-    responses, mask, logprobs = (pad_rows(x[:, :width], rows) for x in (responses, mask, logprobs))
+    responses, mask, logprobs = (
+        pad_rows(x, rows) for x in (responses, mask, logprobs)
+    )  # [rows, T], rows >= N
 
     # Row b * G + g is sample g of prompt b, so each prompt is repeated G times.  Left padding puts the last
     # token of every prompt in column P - 1 and the first token of every response in column P.
-    prompt_tokens, prompt_valid = pad_tokens(prompts, left=True, bucket=bucket)  # [B, P]
+    prompt_tokens, prompt_valid = pad_tokens(
+        prompts, left=True, bucket=bucket, longest=longest_prompt
+    )  # [B, P]
     prompt_tokens = pad_rows(np.repeat(prompt_tokens, group_size, 0), rows)
     prompt_valid = pad_rows(np.repeat(prompt_valid, group_size, 0), rows)
 
     thresholds = None
     if rollout.thresholds is not None:
-        bounds = pad_rows(np.asarray(rollout.thresholds, np.float32)[:, :width], rows)
+        bounds = pad_rows(np.asarray(rollout.thresholds, np.float32), rows)
         thresholds = as_array(np.where(mask, bounds, -np.inf))
 
     # The rollout's log-probabilities are zeroed outside the mask, where the sampler's values mean nothing.

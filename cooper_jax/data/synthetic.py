@@ -29,6 +29,7 @@ Words are separated by spaces.  Arithmetic, decimals, fractions and `forty-two` 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -213,6 +214,7 @@ def _draw_other_reference(problem: Problem, others: Sequence[Problem], rng: np.r
     raise ValueError(f"{problem.id}: no other problem of its kind has another reference")
 
 
+@functools.lru_cache(maxsize=1)  # each evaluation of a run reads the same sets
 def make_reward_sets(seed: int, count: int, habit: tuple[float, float]) -> dict[str, list[Triple]]:
     """Make two sets of labelled completions from `count` problems of the split `reward_eval`.
 

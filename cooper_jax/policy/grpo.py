@@ -119,6 +119,7 @@ def packed_response_logprobs(
         packed.tokens,
         packed.segments,
         packed.positions,
+        packed.prefixes,
         dtype=dtype,
         remat=remat,
         layout=layout,
@@ -126,17 +127,21 @@ def packed_response_logprobs(
     # The head computes response tokens alone: [R, C, D] -> [R, Q, D].
     predictors = packed.predictors
     hidden = jnp.take_along_axis(hidden, predictors[:, :, None], axis=1)
-    targets = jnp.take_along_axis(packed.tokens, predictors + 1, axis=1)
 
     # Place t of sequence k is column first[k] + t of the response tokens.
-    assert packed.first is not None, "these rows were packed for a reward model"
+    assert packed.first is not None and packed.targets is not None, (
+        "these rows were packed for a reward model"
+    )
     rows, sequences = packed.first.shape
     last = predictors.shape[1] - 1
     places = jnp.minimum(packed.first[:, :, None] + jnp.arange(response_length)[None, None], last)
     places = places.reshape(rows, -1)  # i32[R, K * T]
     if thresholds is not None:
         # The inverse: the sequence of a response token and its place in the response.
-        sequence = jnp.maximum(jnp.take_along_axis(packed.segments, predictors, axis=1) - 1, 0)
+        begins = (packed.first[:, None, :] <= jnp.arange(last + 1)[None, :, None]) & (
+            packed.rows[:, None] >= 0
+        )
+        sequence = jnp.maximum(begins.sum(axis=-1) - 1, 0)  # i32[R, Q]
         place = jnp.arange(last + 1)[None] - jnp.take_along_axis(packed.first, sequence, axis=1)
         index = sequence * response_length + jnp.clip(place, 0, response_length - 1)
         thresholds = jnp.take_along_axis(thresholds.reshape(rows, -1), index, axis=1)
@@ -145,7 +150,7 @@ def packed_response_logprobs(
         params,
         model_config,
         hidden,
-        targets,
+        packed.targets,
         temperature=temperature,
         layout=layout,
         entropy_gradient=entropy_gradient,
@@ -186,7 +191,7 @@ def make_packed_logprobs(
         out = jax.lax.fori_loop(0, count, compute_microbatch, jnp.zeros(mask.shape, jnp.float32))
         return layout.constrain(jnp.where(mask, out, 0.0), "batch", None)
 
-    return jax.jit(logprobs)
+    return jax.jit(logprobs, compiler_options=layout.compiler_options)
 
 
 def make_logprobs(
@@ -222,7 +227,7 @@ def make_logprobs(
         return optim.map_rows(compute_rows, {"tokens": tokens, "valid": valid}, microbatch, layout)
 
     # The response length T sets the output's shape, so each length is compiled once.
-    return jax.jit(logprobs, static_argnums=3)
+    return jax.jit(logprobs, static_argnums=3, compiler_options=layout.compiler_options)
 
 
 # --- updates -----------------------------------------------------------------------------------------
@@ -410,7 +415,12 @@ def make_update(
     # Donation saves a second copy of parameters and optimiser state.  It works only if the output state has
     # the shardings of the input, so `out_shardings` states them.
     shardings = optim.state_shardings(opt, transformer.param_specs(model_config, head="logits"), layout)
-    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, layout.replicated))
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        out_shardings=(shardings, layout.replicated),
+        compiler_options=layout.compiler_options,
+    )
 
 
 def count_updates(cfg: PolicyConfig) -> int:

@@ -85,4 +85,5 @@ def make_imitation_update(
         update,
         donate_argnums=0,
         out_shardings=(optim.state_shardings(opt, specs, layout), layout.replicated),
+        compiler_options=layout.compiler_options,
     )

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from cooper_jax.policy.advantages import BASELINES, STDS
 from cooper_jax.policy.sampler_mismatch import AUTO, CORRECTIONS
 from cooper_jax.policy.surrogates import LOG_RATIO_BOUND, SURROGATES, ClipRange
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 
 ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
@@ -40,7 +40,8 @@ class PolicyConfig:
     dtype: str  # of activations: float32 or bfloat16
     remat: bool  # recompute each layer's activations in the backward pass
     microbatch: int  # rows in one forward and backward pass
-    packing: bool  # rows hold several sequences (data/row_packing.py)
+    packing: str  # rows hold several sequences (data/row_packing.py): one of PACKINGS
+    share_prompts: bool  # with packing: responses to one prompt share it, where attention can do that
 
     # Updates: epochs * minibatches per step.
     epochs: int  # passes over a step's rollouts
@@ -81,17 +82,10 @@ class PolicyConfig:
             *typed_config.find_unknown(self.loss, "policy.loss", tuple(SURROGATES)),
             *typed_config.find_unknown(self.baseline, "policy.baseline", BASELINES),
             *typed_config.find_unknown(self.std, "policy.std", STDS),
-            *typed_config.find_below_minimum(self, "policy", 1, ("epochs", "minibatches", "microbatch")),
-            *typed_config.find_below_minimum(
-                self,
-                "policy",
-                0,
-                ("clip_low", "clip_high", "kl_coef", "kl_clamp", "entropy_coef", "flat_std"),
-            ),
+            *typed_config.find_unknown(self.packing, "policy.packing", typed_config.PACKINGS),
+            *bounds.find_out_of_bounds(self, "policy"),
         ]
         errors += typed_config.find_unknown(self.correction, "policy.correction", (AUTO, *CORRECTIONS))
-        if not self.correction_cap > 1:
-            errors.append(f"policy.correction_cap={self.correction_cap}: it must be above 1")
         # A smaller dual_clip would remove the gradient inside the clip range as well.
         if self.dual_clip and not self.dual_clip > 1.0 + self.clip_high:
             errors.append(

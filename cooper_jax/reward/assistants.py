@@ -11,8 +11,10 @@ never raises: the pair is masked, and training continues.
 A class of the user's own is made without arguments and has one method, and `close()` if it needs one:
 
     class Rewriter:
+        concurrency = 8                      # optional: up to 8 threads call rewrite, each with one request
         def rewrite(self, requests): ...     # -> one text per request, or None; `Request` lists its fields
 
+Without `concurrency` one call has all requests of a round.
 Random choices depend only on a request's ids (seed, step, row, attempt).
 """
 
@@ -32,7 +34,7 @@ from cooper_jax.llm import chat as chats
 from cooper_jax.llm.chat import Chat, ChatConfig, Failure, Generate, Ids, Messages, Reply
 from cooper_jax.reward import corruption
 from cooper_jax.runtime import keys
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.settings.user_code import (
     UserCode,
@@ -76,11 +78,21 @@ class Request:
 class Assistant(Protocol):
     """The interface of everything that answers rewrite requests."""
 
-    # True if it computes nothing on our devices: a thread may then call it while they are busy.
+    # True if it computes nothing on our devices: threads may then call it while they are busy.
     overlaps: bool
+
+    @property
+    def concurrency(self) -> int | None:
+        """The number of threads that may call `rewrite` at the same time, each with one request.
+
+        None: one call at a time, with all requests of a round.
+        """
 
     def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
         """One reply per request, in the order of the requests."""
+
+    def report_failures(self) -> None:
+        """Print a line about requests that failed since the last call, if there are any."""
 
     def close(self) -> None: ...
 
@@ -90,11 +102,13 @@ class RewriteConfig:
     """Settings of the requests for rewrites: fields of the config's `assistant` section beside ChatConfig's."""
 
     prompt: str  # one of prompts.REWRITE_PROMPTS
+    probe: bool  # ask a server one question at the start, and end the run if it does not answer
+    start_timeout: float = 0.0  # seconds in which a server that is starting is asked again
 
     def __post_init__(self) -> None:
-        typed_config.raise_errors(
-            typed_config.find_unknown(self.prompt, "assistant.prompt", tuple(prompts.REWRITE_PROMPTS))
-        )
+        errors = typed_config.find_unknown(self.prompt, "assistant.prompt", tuple(prompts.REWRITE_PROMPTS))
+        errors += bounds.find_out_of_bounds(self, "assistant")
+        typed_config.raise_errors(errors)
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> RewriteConfig:
@@ -156,6 +170,7 @@ class CorruptingAssistant:
     """An assistant that changes the answer's number, by the rules of `corruption.corrupt_answer`."""
 
     overlaps = True
+    concurrency = 8  # so that the rule checks several texts at a time
 
     def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
         """One reply per request, in the order of the requests."""
@@ -174,6 +189,9 @@ class CorruptingAssistant:
             return Failure("nothing to change")
         return Completion(text)
 
+    def report_failures(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -190,9 +208,10 @@ class UserAssistant:
     def __init__(self, code: UserCode, timeout: float):
         """Make the user's object.
 
-        timeout: seconds for one call, which has all requests of a round.
+        timeout: seconds for one call, which has all requests of a round, or one with `concurrency`.
 
-        Raises SetupError for a class that cannot be imported or made, or that has no method `rewrite`.
+        Raises SetupError for a class that cannot be imported or made, that has no method `rewrite`, or whose
+        `concurrency` is no positive integer.
         """
         self.code = code
         self._timeout = timeout
@@ -207,9 +226,21 @@ class UserAssistant:
             raise SetupError(f"{where}: it cannot be made: {describe_error(error, code.path)}") from error
         if not callable(getattr(self._rewriter, "rewrite", None)):
             raise SetupError(f"{where}: it has no method rewrite(requests)")
+        self.concurrency = getattr(self._rewriter, "concurrency", None)
+        if self.concurrency is not None and not (type(self.concurrency) is int and self.concurrency >= 1):
+            raise SetupError(
+                f"{where}: its concurrency is {self.concurrency!r}; give the number of threads that may call "
+                "rewrite at the same time, at least 1, or leave it out"
+            )
+        self._calls = threading.BoundedSemaphore(self.concurrency or 1)
 
     def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
         """One reply per request, in the order of the requests."""
+        # The rewrites of two steps may overlap, and the class is promised no more calls than it allows.
+        with self._calls:
+            return self._rewrite(requests)
+
+    def _rewrite(self, requests: Sequence[Request]) -> list[Reply]:
         if not requests:
             return []
 
@@ -253,6 +284,9 @@ class UserAssistant:
                 flush=True,
             )
 
+    def report_failures(self) -> None:
+        """Failures are printed where they occur."""
+
     def close(self) -> None:
         """Call the object's `close`, if it has one."""
         if callable(close := getattr(self._rewriter, "close", None)):
@@ -276,14 +310,19 @@ class ChatAssistant:
         self._prompt = prompt
         self._limit_by_words = limit_by_words
         self.overlaps = chat.overlaps
+        self.concurrency = chat.concurrency
 
     def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
         """One reply per request, in the order of the requests."""
-        # All requests of a round are sent at once, so that a server can batch them.
+        # All requests are sent at once, so that a server can batch them.
         conversations = [make_rewrite_messages(request, self._prompt) for request in requests]
         limits = [count_reply_tokens(request) for request in requests] if self._limit_by_words else None
         replies = self._chat.ask(conversations, [request.ids for request in requests], limits)
         return [reply if isinstance(reply, Failure) else parse_reply(reply) for reply in replies]
+
+    def report_failures(self) -> None:
+        """Print a line about requests that failed since the last call, if there are any."""
+        self._chat.report_failures()
 
     def close(self) -> None:
         self._chat.close()

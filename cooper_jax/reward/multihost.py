@@ -1,30 +1,27 @@
-"""The rule verifier and a remote assistant on several hosts: each does a part, and all get every result.
+"""The rule verifier on several hosts: each judges a part of the items, and all get every verdict.
 
-1. Each item to judge is assigned to a host by a hash of its text, so that an item that occurs again goes to
-   the host that has its verdict in the cache.  Rewrite requests are assigned by their index.
-2. Each host works on its own items.
-3. The hosts exchange their results as JSON.  This is a collective operation: all hosts must call it, in the
+1. Each problem is assigned to a host by a hash of its text.  That host judges all responses to it and asks the
+   assistant for its rewrites (pairs/concurrent_rewrites.py), so that neither waits for another host.
+2. The hosts exchange their verdicts as JSON.  This is a collective operation: all hosts must call it, in the
    same order.
 
-With one process, `share_over_hosts` returns its arguments and none of these classes is used.
+With one process, `share_over_hosts` returns its argument and none of these classes is used.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
 
-from cooper_jax.reward.assistants import Assistant, Failure, Reply, Request
 from cooper_jax.rule.verifier import Item, PendingVerdicts, RuleConfig, RuleVerifier
 from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.settings.user_code import UserCode
-from cooper_jax.types import Completion, Verdict
+from cooper_jax.types import Problem, Verdict
 
 
 def _hash_texts(*texts: str) -> int:
@@ -32,6 +29,11 @@ def _hash_texts(*texts: str) -> int:
     # The lengths keep ("ab", "c") apart from ("a", "bc").
     joined = "\0".join(f"{len(text)}:{text}" for text in texts).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(joined, digest_size=16).digest(), "big")
+
+
+def _is_assigned(reference: str, question: str) -> bool:
+    """Tell whether the responses to this problem are this host's to judge."""
+    return hosts.is_assigned(_hash_texts(reference, question))
 
 
 class SharedPendingVerdicts:
@@ -90,16 +92,20 @@ class SharedPendingVerdicts:
 
 
 class SharedRule:
-    """A rule verifier that divides its items over the hosts; its methods are those of RuleVerifier."""
+    """A rule verifier that divides the problems over the hosts; its other methods are those of RuleVerifier."""
 
     def __init__(self, local: RuleVerifier):
-        self._local = local
+        """local: the rule verifier of this host alone."""
+        self.local = local
+
+    def owns(self, problem: Problem) -> bool:
+        """True if this host judges the responses to a problem."""
+        return _is_assigned(problem.reference, problem.question)
 
     def submit(self, items: Sequence[Item]) -> SharedPendingVerdicts:
         """Start to judge items and return at once; nothing is exchanged yet."""
-        # By reference and completion: equal ones have one verdict, whatever the question.
-        own = [i for i, item in enumerate(items) if hosts.is_assigned(_hash_texts(*item[:2]))]
-        return SharedPendingVerdicts(items, own, [self._local.submit([items[i] for i in own])])
+        own = [i for i, item in enumerate(items) if _is_assigned(item.reference, item.question)]
+        return SharedPendingVerdicts(items, own, [self.local.submit([items[i] for i in own])])
 
     def collect(self, pending: Sequence[SharedPendingVerdicts]) -> list[Verdict]:
         """Wait for several submissions; their verdicts, in order.  Collective: the same ones on all hosts."""
@@ -110,56 +116,9 @@ class SharedRule:
         return self.submit(items).result()
 
 
-class SharedAssistant:
-    """An assistant that divides its requests over the hosts, for assistants on a server."""
-
-    overlaps = True
-
-    def __init__(self, local: Assistant):
-        self._local = local
-
-    def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
-        """One reply per request, in their order.  Collective: the same requests on all hosts."""
-        own = [i for i in range(len(requests)) if hosts.is_assigned(i)]
-        own_replies = self._local.rewrite([requests[i] for i in own])
-        encoded = {i: _encode_reply(reply) for i, reply in zip(own, own_replies, strict=True)}
-
-        # Ids contain step and attempt, so each round of requests has an exchange of its own.
-        reply_of: dict[str, dict] = {}
-        name = f"replies/{_hash_texts(*(str(request.ids) for request in requests)):x}"
-        for replies in hosts.exchange_json(name, encoded):
-            reply_of |= replies
-        return [_decode_reply(reply_of[str(i)]) for i in range(len(requests))]
-
-    def close(self) -> None:
-        self._local.close()
-
-
-def _encode_reply(reply: Reply) -> dict:
-    if isinstance(reply, Failure):
-        return {"failure": reply.reason}
-    return dataclasses.asdict(reply)
-
-
-def _decode_reply(encoded: dict) -> Reply:
-    if "failure" in encoded:
-        return Failure(encoded["failure"])
-    return Completion(**encoded)
-
-
-def share_over_hosts(
-    rule: RuleVerifier, assistant: Assistant | None, processes: int
-) -> tuple[RuleVerifier | SharedRule, Assistant | None]:
-    """Wrap rule verifier and assistant for a run of `processes` processes; with one, return them unchanged.
-
-    An assistant on our own devices is already a multi-host program that all hosts call, so it is not wrapped.
-    """
-    if processes == 1:
-        return rule, assistant
-    # `overlaps` is True for assistants on a server and for those that compute on the host.
-    if assistant is not None and assistant.overlaps:
-        assistant = SharedAssistant(assistant)
-    return SharedRule(rule), assistant
+def share_over_hosts(rule: RuleVerifier, processes: int) -> RuleVerifier | SharedRule:
+    """Wrap the rule verifier for a run of `processes` processes; with one, return it unchanged."""
+    return rule if processes == 1 else SharedRule(rule)
 
 
 def check_same_code(codes: Sequence[UserCode | None]) -> None:
@@ -197,4 +156,4 @@ def open_rule_verifier(cfg: ConfigDict) -> Iterator[RuleVerifier | SharedRule]:
     with rule:
         with setup_errors("rule"):
             rule.check_ready()
-        yield share_over_hosts(rule, None, jax.process_count())[0]
+        yield share_over_hosts(rule, jax.process_count())

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 
 PAIR_LOSSES = ("logit", "sigmoid")
 
@@ -53,7 +53,7 @@ class RewardUpdateConfig:
     dtype: str  # of activations: float32 or bfloat16
     remat: bool  # recompute each layer's activations in the backward pass
     microbatch: int  # pairs, or labelled rows, per forward and backward pass
-    packing: bool  # rows hold several inputs (data/row_packing.py)
+    packing: str  # rows hold several inputs (data/row_packing.py): one of PACKINGS
 
     # Terms on pairs; a weight of 0 removes the term.
     pair_loss: str  # the contrast: one of PAIR_LOSSES
@@ -72,12 +72,10 @@ class RewardUpdateConfig:
 
     def __post_init__(self) -> None:
         # Ranges of single fields.
-        weights = ("pair_weight", "pair_bce", "rollout_bce")
-        counts = ("rollout_rows", "replay", "replay_rows", "warmup_updates")
         errors = [
             *typed_config.find_unknown(self.pair_loss, "reward.pair_loss", PAIR_LOSSES),
-            *typed_config.find_below_minimum(self, "reward", 1, ("microbatch", "updates")),
-            *typed_config.find_below_minimum(self, "reward", 0, (*weights, *counts)),
+            *typed_config.find_unknown(self.packing, "reward.packing", typed_config.PACKINGS),
+            *bounds.find_out_of_bounds(self, "reward"),
         ]
 
         # Combinations of fields that would silently drop a term or keep rows that nothing reads.

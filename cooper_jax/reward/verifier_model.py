@@ -145,7 +145,7 @@ def make_score_fn(
         out = jnp.zeros(2 * microbatches * size, jnp.float32)
         return jax.lax.fori_loop(0, count, score_microbatch, out)
 
-    return jax.jit(score)
+    return jax.jit(score, compiler_options=layout.compiler_options)
 
 
 # --- updates on labelled rows ------------------------------------------------------------------------
@@ -483,4 +483,9 @@ def _jit_update(
     """Jit an update; the input state is donated, and the new one has the same shardings."""
     # Donation halves the memory of parameters and optimiser state, which are by far the largest arrays.
     shardings = optim.state_shardings(opt, transformer.param_specs(model_config, head="score"), layout)
-    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, layout.replicated))
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        out_shardings=(shardings, layout.replicated),
+        compiler_options=layout.compiler_options,
+    )

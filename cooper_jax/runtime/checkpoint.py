@@ -4,8 +4,10 @@
                                  policy_optimiser   moments and counters
                                  reward             (not in the rule arm)
                                  reward_optimiser   (not in the rule arm)
-                                 loop               JSON: step, format, items, and the caller's own fields
+                                 loop               JSON: step, format, items, checksums of all arrays, and the
+                                                    caller's own fields
     <run_dir>/reference/                            the policy at step 0, stored because its source may change
+    <run_dir>/reference_checksums.json              of its arrays
 
 1. Items are stored separately, so that weights can be restored without the optimiser.
 2. Orbax writes a checkpoint into a temporary directory in the background and renames it at the end, so that
@@ -16,9 +18,13 @@
 3. `restore` takes a tree of `jax.ShapeDtypeStruct` with shardings, on any mesh.  The stored bits do not
    depend on the mesh, but the padding of the vocabulary does: `vocab_size` is the number of real rows, and
    rows of padding are added or dropped.
-4. A checkpoint that cannot be read is renamed to `<step>.unreadable` (under gs://, moved to
-   `unreadable/<step>`) with a warning, and the checkpoint before it is used.  A checkpoint that can be read
-   but does not fit (shapes, dtypes, format) is an error.
+4. What is read is compared with the checksums (checksums.py), so that no changed bit passes for a weight.
+   Checkpoints of earlier commits have none, and are not compared.
+5. A checkpoint that cannot be read, or whose arrays are damaged, is renamed to `<step>.unreadable` (under gs://,
+   moved to `unreadable/<step>`) with a warning, and the checkpoint before it is used.  A checkpoint that can be
+   read but does not fit (shapes, dtypes, format) is an error.
+6. After a save, checkpoints older than the newest `keep` ones are deleted.  Only complete checkpoints that this
+   process has written or could read are counted among these, so that damaged ones displace none.
 
 With several processes, each writes and reads its own shards, in a directory that all of them share.  All must
 call the methods below in the same order.
@@ -46,12 +52,13 @@ from cooper_jax.runtime.checkpoint_checks import (
     raise_unreadable,
     shorten_error,
 )
+from cooper_jax.runtime.checksums import find_damaged, make_checksums
 from cooper_jax.runtime.optim import select_trained
 from cooper_jax.types import Params, TrainState
 
 FORMAT = 1  # to be raised when the meaning of stored data changes
 LOOP = "loop"  # item with the loop's JSON
-_RESERVED = ("step", "format", "items")  # fields of the loop's JSON that `save` itself writes
+_RESERVED = ("step", "format", "items", "checksums")  # fields of the loop's JSON that `save` itself writes
 
 # File and folder names with which Orbax tells complete checkpoints from incomplete ones.
 _COMMITTED = ocp.path.atomicity_types.COMMIT_SUCCESS_FILE  # marks a complete checkpoint under gs://
@@ -99,6 +106,18 @@ def _is_complete(path: Path | epath.Path) -> bool:
     return (path / _COMMITTED).exists() if remote_files.is_remote(path) else path.is_dir()
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager without its own look for a SIGTERM.
+
+    JAX agrees on one number at which all processes stop.  A look by the manager, which counts in steps, would
+    replace the number of `hosts.raise_if_stopping`, which then never comes.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Return False: the training loop decides when to save and to stop."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run directory; a context manager.
 
@@ -116,6 +135,7 @@ class Checkpoints:
         self.keep = keep
         self.read_only = read_only
         self._pending_step: int | None = None  # of the save in progress
+        self._readable: set[int] = set()  # steps that this process has written or read completely
         if read_only and not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} is not there: {self.run_dir} holds no checkpoints")
 
@@ -124,11 +144,10 @@ class Checkpoints:
         # visible.
         if hosts.is_primary() and not read_only:
             self._delete_leftovers()
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(create=not read_only, read_only=read_only),
         )
-        self._delete_old()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -141,13 +160,21 @@ class Checkpoints:
 
     # --- saving ---
 
-    def save(self, step: int, items: dict[str, Any], loop: dict[str, Any]) -> float:
+    def save(
+        self,
+        step: int,
+        items: dict[str, Any],
+        loop: dict[str, Any],
+        vocab_sizes: Mapping[str, int] | None = None,
+    ) -> float:
         """Save named pytrees and the loop's JSON in the background; return the seconds of the first wait.
 
         Waits for the previous save first, so that the host has only one copy of the arrays, and then until
         the arrays are copied to the host: they may be donated as soon as this returns.  If writing fails, the
         next `save`, `wait` or exit raises.  Raises ValueError for a step that is not newer than the newest,
         and for a reserved name.
+
+        vocab_sizes: `vocab_size` of `restore`, by item: checksums leave out the padding.
         """
         if LOOP in items or not items:
             raise ValueError(f"items are named pytrees, none of them {LOOP!r}; given: {sorted(items)}")
@@ -164,7 +191,9 @@ class Checkpoints:
         newest = max(self.steps(), default=-1)
         if step <= newest:
             raise ValueError(f"step {step} is not newer than {self.folder / str(newest)}: nothing was saved")
-        record = {"step": step, "format": FORMAT, "items": sorted(items), **loop}
+        sizes = vocab_sizes or {}
+        checksums = {name: make_checksums(tree, sizes.get(name)) for name, tree in items.items()}
+        record = {"step": step, "format": FORMAT, "items": sorted(items), "checksums": checksums, **loop}
         json.dumps(record, allow_nan=False)  # raises TypeError or ValueError here, not in the background
 
         # Returns once the arrays are on the host; a background thread writes them.
@@ -191,8 +220,10 @@ class Checkpoints:
                 f"({shorten_error(find_first_cause(error))}); {left}.  Free disk space or fix the cause, "
                 "and start the same command again"
             ) from error
-        self._pending_step = None
-        self._delete_old()
+        if self._pending_step is not None:
+            self._readable.add(self._pending_step)
+            self._pending_step = None
+            self._delete_old()
 
     # --- restoring ---
 
@@ -216,6 +247,26 @@ class Checkpoints:
         restored = self._restore_newest({}, {})
         return None if restored is None else restored[0]
 
+    def go_back(self, step: int) -> list[str]:
+        """Move the checkpoints after `step` aside, so that it is the newest; return their new names.
+
+        Raises ValueError if there is no complete checkpoint of that step.
+        """
+        self.wait()
+        steps = self.steps()
+        if step not in steps:
+            raise ValueError(f"{self.folder} has no checkpoint of step {step}; it has {steps}")
+
+        def move_newer() -> bytes:
+            return json.dumps(
+                [_move_aside(self.folder / str(s), "abandoned") for s in steps if s > step]
+            ).encode()
+
+        # Process 0 moves the folders while the others wait; then all forget what Orbax knows about the steps.
+        names = json.loads(hosts.broadcast_value("checkpoints abandoned", move_newer))
+        self._manager.reload()
+        return names
+
     def restore_newest(
         self, likes: dict[str, Any], vocab_sizes: Mapping[str, int] | None = None
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
@@ -235,9 +286,11 @@ class Checkpoints:
             None: the stored shape must fit exactly.
 
         Raises ValueError if the tree, a shape or a dtype differs from the stored one (nothing is cast),
-        KeyError for an item that this checkpoint does not have, Unreadable for damaged files.
+        KeyError for an item that this checkpoint does not have, Unreadable for damaged files and arrays.
         """
-        return self._restore(self._item_table(step, item), like, self.folder / str(step) / item, vocab_size)
+        tree = self._read_item(step, item, like, vocab_size)
+        self._check_item(step, item, tree, self.loop(step))
+        return tree
 
     def loop(self, step: int) -> dict[str, Any]:
         """Read the loop's record: the fields given to `save`, with `step`, `format` and `items`.
@@ -256,7 +309,7 @@ class Checkpoints:
             # them: use the handler directly.
             record = ocp.JsonCheckpointHandler().restore(epath.Path(where))
             stored_format = record["format"]
-            missing = [name for name in _RESERVED if name not in record]
+            missing = [name for name in _RESERVED if name not in record and name != "checksums"]
 
         # The format first: in another one, other fields may be missing for good reason.
         if stored_format != FORMAT:
@@ -270,17 +323,21 @@ class Checkpoints:
 
     # --- the frozen reference ---
 
-    def save_reference(self, tree: Any) -> None:
+    def save_reference(self, tree: Any, vocab_size: int | None = None) -> None:
         """Store the policy at step 0; complete when this returns.
 
         If an earlier start stored a reference but no checkpoint, the reference is replaced.  Raises
-        ValueError if there are checkpoints: the reference belongs to them.
+        ValueError if there are checkpoints: the reference belongs to them.  vocab_size: as in `restore`.
         """
         self.wait()
         if self.steps():
             raise ValueError(
                 f"{self.reference} belongs to the checkpoints {self.steps()}: it is not replaced"
             )
+        # The checksums first: if the process is killed in between, the next start writes both again.
+        sums = json.dumps(make_checksums(tree, vocab_size)).encode()
+        if hosts.is_primary():
+            remote_files.write_atomically(self._reference_checksums, sums)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self.reference, tree, force=True)
 
@@ -291,7 +348,23 @@ class Checkpoints:
         """
         if not _is_complete(self.reference):
             raise FileNotFoundError(f"{self.reference} is not there: start again in a new run_dir")
-        return self._restore(self._read_table(self.reference), like, self.reference, vocab_size)
+        tree = self._restore(self._read_table(self.reference), like, self.reference, vocab_size)
+        # Process 0 reads for all: on a network file system, others may see a new file later.
+        read = hosts.broadcast_value("reference checksums", self._read_reference_checksums)
+        if read:
+            with raise_unreadable(self._reference_checksums):
+                checksums = json.loads(read)
+            _raise_if_damaged(tree, checksums, self.reference)
+        return tree
+
+    def _read_reference_checksums(self) -> bytes:
+        """The file of the reference's checksums; empty if there is none, as in runs of earlier commits."""
+        path = self._reference_checksums
+        return path.read_bytes() if path.exists() else b""
+
+    @property
+    def _reference_checksums(self) -> Path | epath.Path:
+        return self.run_dir / "reference_checksums.json"
 
     # --- internals ---
 
@@ -304,23 +377,9 @@ class Checkpoints:
         """
         unreadable = []
         for step in reversed(self.steps()):
-            # Every item's table is read, also of items that are not restored: the run will need them later.
-            damage: Unreadable | None = None
-            restored = {}
-            try:
-                loop = self.loop(step)
-                for item in loop["items"]:
-                    self._item_table(step, item)
-                for item, like in likes.items():
-                    restored[item] = self.restore(step, item, like, vocab_sizes.get(item))
-            except Unreadable as error:
-                damage = error
-
-            # Processes read different shards, so one alone may notice the damage: all must skip the step.
-            reports = hosts.exchange_json("checkpoint damage", None if damage is None else str(damage))
-            if damage is None and any(reports):
-                damage = Unreadable(next(report for report in reports if report))
+            loop, restored, damage = self._read_items(step, likes, vocab_sizes)
             if damage is None:
+                self._readable.add(step)
                 return step, restored, loop
             self._set_aside(step, damage)
             unreadable.append(str(damage))
@@ -330,6 +389,38 @@ class Checkpoints:
                 "again in a new run_dir"
             )
         return None
+
+    def _read_items(
+        self, step: int, likes: dict[str, Any], vocab_sizes: Mapping[str, int]
+    ) -> tuple[dict[str, Any], dict[str, Any], Unreadable | None]:
+        """Read items of a checkpoint: (its loop, the items, the damage that any process has found).  Collective."""
+        # Every item's table is read, also of items that are not restored: the run will need them later.
+        damage: Unreadable | None = None
+        loop: dict[str, Any] = {}
+        restored = {}
+        try:
+            loop = self.loop(step)
+            for item in loop["items"]:
+                self._item_table(step, item)
+            for item, like in likes.items():
+                restored[item] = self._read_item(step, item, like, vocab_sizes.get(item))
+        except Unreadable as error:
+            damage = error
+
+        # Processes read different shards, so one alone may notice the damage: all must skip the step.
+        reports = hosts.exchange_json("checkpoint damage", None if damage is None else str(damage))
+        if damage is None and any(reports):
+            damage = Unreadable(next(report for report in reports if report))
+        if damage is not None:
+            return loop, restored, damage
+
+        # Checksums are computed by all processes together, so each must have read its shards.
+        try:
+            for item, tree in restored.items():
+                self._check_item(step, item, tree, loop)
+        except Unreadable as error:
+            damage = error
+        return loop, restored, damage
 
     def _item_table(self, step: int, item: str) -> Any:
         """Read the tree of shapes and dtypes of an item's arrays."""
@@ -351,25 +442,39 @@ class Checkpoints:
             args = ocp.args.StandardRestore(like, strict=not differs_in_padding)
             return handler.restore(epath.Path(where), args=args)
 
+    def _read_item(self, step: int, item: str, like: Any, vocab_size: int | None) -> Any:
+        """Restore one item without a look at its checksums."""
+        return self._restore(self._item_table(step, item), like, self.folder / str(step) / item, vocab_size)
+
+    def _check_item(self, step: int, item: str, tree: Any, loop: Mapping[str, Any]) -> None:
+        """Raise Unreadable if a restored item is not what was saved.  Collective: all processes have read it."""
+        if "checksums" in loop:
+            _raise_if_damaged(tree, loop["checksums"][item], self.folder / str(step) / item)
+
     def _delete_leftovers(self) -> None:
-        """Delete checkpoints that a killed process left incomplete."""
+        """Delete checkpoints that a killed process left incomplete, or had begun to delete."""
         if not self.folder.exists():
             return
         for path in self.folder.iterdir():
             # On a local disk Orbax marks incomplete folders by their names, under gs:// complete ones by a
             # file.
             if isinstance(path, Path):
-                is_leftover = _UNFINISHED in path.name
+                is_leftover = _UNFINISHED in path.name or path.suffix == ".deleted"
             else:
                 is_leftover = path.name.isdecimal() and not _is_complete(path)
             if is_leftover:
                 _delete_tree(path)
 
     def _delete_old(self) -> None:
-        """Delete all checkpoints but the newest `keep`; none is visible while only a part of it is left."""
+        """Delete the checkpoints older than the newest `keep`; none is visible while only a part of it is left."""
         if self.read_only or not hosts.is_primary():
             return
-        for step in list_steps(self.run_dir)[: -self.keep] if self.keep else []:
+        kept = 0
+        for step in reversed(list_steps(self.run_dir)):
+            # A checkpoint that cannot be read is neither counted nor deleted: a start sets it aside.
+            if not self.keep or kept < self.keep:
+                kept += self._is_readable(step)
+                continue
             path = self.folder / str(step)
             if isinstance(path, Path):
                 path.rename(path.with_name(f"{step}.deleted"))
@@ -377,10 +482,21 @@ class Checkpoints:
                 (path / _COMMITTED).unlink()  # first: without it the rest is not a checkpoint
                 _delete_tree(path)
 
-        # Also those that an earlier process renamed, but was killed before it deleted them.
+        # Only now, so that one that is killed leaves no half checkpoint visible.
         if isinstance(self.folder, Path):
-            for leftover in self.folder.glob("*.deleted"):
-                _delete_tree(leftover)
+            for renamed in self.folder.glob("*.deleted"):
+                _delete_tree(renamed)
+
+    def _is_readable(self, step: int) -> bool:
+        """True if this process has written or read a checkpoint, or can read its record and its tables."""
+        if step not in self._readable:
+            try:
+                for item in self.loop(step)["items"]:
+                    self._item_table(step, item)
+            except (ValueError, KeyError, OSError):  # Unreadable, another format, or not there any more
+                return False
+            self._readable.add(step)
+        return True
 
     def _set_aside(self, step: int, error: Unreadable) -> None:
         """Move an unreadable checkpoint away and warn; raise the error instead if this run is read-only."""
@@ -388,9 +504,20 @@ class Checkpoints:
             raise error
         # Process 0 moves the folder while the others wait; then all forget what Orbax knows about the step.
         path = self.folder / str(step)
-        new_name = hosts.broadcast_value("checkpoint set aside", lambda: _move_aside(path).encode()).decode()
+        new_name = hosts.broadcast_value(
+            "checkpoint set aside", lambda: _move_aside(path, "unreadable").encode()
+        ).decode()
         self._manager.reload()
         warnings.warn(f"{error}; it is now {new_name}, and the one before is used", stacklevel=4)
+
+
+def _raise_if_damaged(tree: Any, checksums: Mapping[str, Any], where: Path | epath.Path) -> None:
+    """Raise Unreadable, naming the arrays, if a tree is not what the checksums were made of.  Collective."""
+    if damaged := find_damaged(tree, checksums):
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise Unreadable(
+            f"{where} is damaged: by their checksums, {', '.join(damaged[:3])}{more} are not what was saved"
+        )
 
 
 def _delete_tree(path: Path | epath.Path) -> None:
@@ -400,18 +527,18 @@ def _delete_tree(path: Path | epath.Path) -> None:
         path.rmtree()
 
 
-def _move_aside(path: Path | epath.Path) -> str:
-    """Move a checkpoint to a name under which it is not listed; return the new name for messages."""
+def _move_aside(path: Path | epath.Path, reason: str) -> str:
+    """Move a checkpoint to a name with `reason`, under which it is not listed; return the name for messages."""
     if isinstance(path, Path):
-        target = _find_free_name(path.with_name(f"{path.name}.unreadable"), separator="")
+        target = _find_free_name(path.with_name(f"{path.name}.{reason}"), separator="")
         path.rename(target)
         return target.name
 
     # To another folder, because the next start deletes folders without a marker in `checkpoints`.
-    target = _find_free_name(path.parent.parent / "unreadable" / path.name, separator=".")
+    target = _find_free_name(path.parent.parent / reason / path.name, separator=".")
     (path / _COMMITTED).unlink(missing_ok=True)
     remote_files.move_files(path, target)
-    return f"unreadable/{target.name}"
+    return f"{reason}/{target.name}"
 
 
 def _find_free_name(path: Any, separator: str) -> Any:

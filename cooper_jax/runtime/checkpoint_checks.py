@@ -10,8 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
-# Parameters whose rows are tokens, followed by padding.  The moments of these have the same names and shapes.
-_PADDED = ("embed", "lm_head")
+from cooper_jax.runtime.checksums import PADDED, join_path
 
 # Limits of error messages.
 _MAX_REPORTED = 5  # differences in an error message
@@ -31,19 +30,19 @@ def check_fit(stored: Any, like: Any, where: Path | epath.Path, vocab_size: int 
     # Both trees as dotted name -> (shape, dtype).
     have = {}
     for path, x in jax.tree.leaves_with_path(stored):
-        have[_dotted_name(path)] = (tuple(x.shape), str(x.dtype))
+        have[join_path(path)] = (tuple(x.shape), str(x.dtype))
 
     # Without a sharding, Orbax would restore the array as it was sharded when it was saved.
     want = {}
     for path, x in jax.tree.leaves_with_path(like):
         if x.sharding is None:
             raise ValueError(
-                f"{where}: {_dotted_name(path)} is asked for without a sharding; see checkpoint.abstract_like"
+                f"{where}: {join_path(path)} is asked for without a sharding; see checkpoint.abstract_like"
             )
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             # Random keys are stored as their raw words.
             x = jax.eval_shape(jax.random.key_data, x)
-        want[_dotted_name(path)] = (tuple(x.shape), str(x.dtype))
+        want[join_path(path)] = (tuple(x.shape), str(x.dtype))
 
     # Collect all differences: a single one rarely shows what is wrong with the config.
     wrong = [f"{name} is not stored" for name in sorted(want.keys() - have.keys())]
@@ -76,17 +75,12 @@ def _differ_in_padding(
     (shape, dtype), (asked, asked_dtype) = have, want
     rows = shape[:1] + asked[:1]
     return (
-        name.rsplit(".", 1)[-1] in _PADDED
+        name.rsplit(".", 1)[-1] in PADDED
         and dtype == asked_dtype
         and len(rows) == 2
         and min(rows) >= vocab_size
         and shape[1:] == asked[1:]
     )
-
-
-def _dotted_name(path: tuple[Any, ...]) -> str:
-    """Convert a key path to dotted names, so that a stored dict compares equal to a dataclass."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 @contextlib.contextmanager

@@ -19,5 +19,6 @@ def enable_compilation_cache() -> None:
         return
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "cooper_jax" / "xla"))
     jax.config.update("jax_compilation_cache_dir", cache)
-    # JAX's default of one second would leave out most programs of configs/tiny.py.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # JAX's default of one second would leave out most programs of configs/tiny.py.  A step also has about fifty of
+    # some hundredths of a second each.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -26,6 +26,7 @@ class MeshConfig:
     fsdp: int
     tensor: int
     across: str  # the axis that spans slices
+    collective_matmul: bool  # see mesh.Layout.compiler_options
 
     # Meshes of the other models, and of the rollouts, on devices of their own, as in "1x2x1"; "": the policy's mesh
     # and devices.
@@ -66,7 +67,7 @@ def lay_out_models(config: MeshConfig, devices: Sequence[jax.Device] | None = No
 
     def make_layout(own_devices: Sequence[jax.Device], data: int, fsdp: int, tensor: int) -> mesh.Layout:
         model_mesh = mesh.make_mesh(data, fsdp, tensor, own_devices, config.across)
-        return mesh.Layout(model_mesh, config.rules, config.rollout_rules)
+        return mesh.Layout(model_mesh, config.rules, config.rollout_rules, config.collective_matmul)
 
     # Reserve first: an axis of -1 in the policy's mesh takes the devices that remain.
     with setup_errors("mesh"):

@@ -38,7 +38,9 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-SETUP_ERROR, LOST, STOPPED = 2, 69, 75  # exit codes
+from cooper_jax.runtime.console import CONSOLE
+
+SETUP_ERROR, LOST, FAULT, STOPPED = 2, 69, 70, 75  # exit codes
 
 # Heartbeats of this module.
 HEARTBEAT_INTERVAL = 2.0  # seconds
@@ -61,6 +63,7 @@ _stop_checks = 0  # calls of `raise_if_stopping`
 _last_answer = [time.monotonic()]  # time of the coordination service's last answer
 
 _sigterm_received = threading.Event()  # with one process only: otherwise JAX handles the signal
+_thread = threading.local()  # `ignores_stop`: True within `ignore_stop`
 _finished = threading.Event()  # the main part has ended: watching threads must not end the process any more
 
 
@@ -68,12 +71,23 @@ class Stopped(Exception):
     """A SIGTERM was received; all processes raise this at the same call of `raise_if_stopping`."""
 
 
+class RunFault(Exception):
+    """A fault that no restart mends.  The message names the step, what is wrong, and what to do.
+
+    All processes raise it at the same call, or one alone with `of_this_host`: then the others end because it does.
+    """
+
+    def __init__(self, message: str, of_this_host: bool = False):
+        super().__init__(message)
+        self.of_this_host = of_this_host
+
+
 class HostLost(RuntimeError):
     """Another process does not answer."""
 
 
 def start_hosts() -> None:
-    """Join the other processes of this run; a process without peers only installs its SIGTERM handler.
+    """Join the other processes of this run; a process without peers only installs its signal handlers.
 
     JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID describe the processes; without
     them JAX finds the others on TPU VMs, under SLURM and under Open MPI.  Must be called before any device is
@@ -94,17 +108,32 @@ def start_hosts() -> None:
         # that.
         options["cluster_detection_method"] = "deactivate"
     elif not _can_find_peers():
-        # A handler that sets a flag: the run stops at the next `raise_if_stopping`, after a checkpoint.
+        # Handlers that set a flag: the run stops at the next `raise_if_stopping`, after a checkpoint.
         signal.signal(signal.SIGTERM, lambda *_: _sigterm_received.set())
+        # A process in the background of a script ignores Ctrl-C, and goes on doing so.
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, _stop_at_interrupt)
         return
 
     # Gloo serves CPU devices only; accelerators have their own collectives.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    CONSOLE.begin_stage("waiting for the other hosts")
     jax.distributed.initialize(**options)  # installs JAX's own SIGTERM handler
+    CONSOLE.end_stage()
+    if not is_primary():
+        CONSOLE.silence()
     if jax.process_count() > 1:
         _last_answer[0] = time.monotonic()
         for target in (_watch_peers, _watch_service):
             threading.Thread(target=target, daemon=True).start()
+
+
+def _stop_at_interrupt(number: int, frame: Any) -> None:
+    """Stop as after a SIGTERM; the second Ctrl-C ends the process at once."""
+    _sigterm_received.set()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # os.write may be called in a signal handler; print may not, if the signal came within another print.
+    os.write(2, b"\nstopping where the work can be taken up again; Ctrl-C again ends at once\n")
 
 
 def _can_find_peers() -> bool:
@@ -128,10 +157,13 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def print_once(text: str) -> None:
-    """Print a line for the user on process 0 alone."""
+def print_once(text: str, always: bool = False) -> None:
+    """Print a line for the user on process 0 alone.
+
+    always: even with --quiet, since it is a warning or a result.
+    """
     if is_primary():
-        print(text, flush=True)
+        CONSOLE.print_line(text, always=always)
 
 
 def is_assigned(key: int) -> bool:
@@ -246,8 +278,22 @@ def raise_if_stopping_alone() -> None:
 
     For waits within a stage, which the processes do not enter equally often.
     """
-    if _get_client() is None and _sigterm_received.is_set():
+    if _get_client() is None and _sigterm_received.is_set() and not getattr(_thread, "ignores_stop", False):
         raise Stopped
+
+
+@contextlib.contextmanager
+def ignore_stop() -> Iterator[None]:
+    """In this context `raise_if_stopping_alone` does not raise in this thread.
+
+    For the completion of a step that has updated the policy already: only a complete step can be saved.
+    """
+    before = getattr(_thread, "ignores_stop", False)
+    _thread.ignores_stop = True
+    try:
+        yield
+    finally:
+        _thread.ignores_stop = before
 
 
 @contextlib.contextmanager
@@ -286,7 +332,7 @@ def run_as_one() -> Iterator[None]:
 def _exit_after_error(error: BaseException) -> None:
     """Report the error that ended this process, and exit without waiting for the other processes."""
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    if code == STOPPED:
+    if code in (STOPPED, FAULT):
         # Raised at the same call on all processes, so each ends normally.
         _send_final_state("done")
         raise error

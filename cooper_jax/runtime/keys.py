@@ -88,6 +88,20 @@ def make_key(seed: int, name: str, *ids: int) -> jax.Array:
     return key
 
 
+def make_keys(seeds: jax.Array, name: str) -> jax.Array:
+    """Make the keys of a named stream without ids for seeds u32[N], under jit: key[N].
+
+    Each is `make_key(seed, name)`.  Raises KeyError for a name that is not in `STREAMS`.
+    """
+    _check_arguments(0, name, ())
+
+    def make_one(seed: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), seed)
+        return jax.random.fold_in(key, np.uint32(STREAMS[name]))
+
+    return jax.vmap(make_one)(seeds)
+
+
 def make_generator(seed: int, name: str, *ids: int) -> np.random.Generator:
     """Make the NumPy generator of a named stream, independent of the JAX key of the same name.
 

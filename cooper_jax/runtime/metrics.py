@@ -1,9 +1,8 @@
-"""Metrics of a run: numbers per step, seconds per phase, JSON lines, and a progress line.
+"""Metrics of a run: numbers per step, seconds per phase, and JSON lines.
 
 1. `to_host` copies a step's numbers from the device in one transfer.
 2. `PhaseTimer` adds up wall-clock seconds under `time/<phase>`.
 3. `JsonLines` appends one JSON object per line, and is truncated to a step when a run resumes.
-4. `Progress` shows the current step, its metrics and the remaining time.
 
 JSON has no NaN and no infinities: NaN is written as null, infinities as the strings "inf" and "-inf", so that
 every line stays valid JSON.  `parse_numbers` converts them back.
@@ -11,25 +10,26 @@ every line stays valid JSON.  `parse_numbers` converts them back.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import io
 import json
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from cooper_jax.runtime.remote_files import write_atomically
 from cooper_jax.types import Metrics
+
+# Phases of a step in which it waits for the host: for verdicts, rewards and pairs.  The devices have nothing to do
+# then, unless an assistant of kind `local` works on them.
+HOST_PHASES = ("rule", "functions", "pairs")
 
 # Values of `to_jsonable` that stand for floats.
 _NOT_FINITE = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -41,24 +41,47 @@ def to_host(metrics: Mapping[str, Any], group: str = "") -> Metrics:
     return {prefix + name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
 
 
+class PhaseObserver(Protocol):
+    """What is told of phases as they begin and end; from any thread."""
+
+    def open_phase(self, step: int, name: str) -> contextlib.AbstractContextManager[None]:
+        """The context in which a phase of a step runs."""
+
+
 class PhaseTimer:
     """Wall-clock seconds per named phase; phases may nest or run in threads, each is timed separately.
 
     JAX dispatches asynchronously: a phase must fetch its results (or block on them), or the next phase's time
     includes their computation.
+
+    observer: told of each phase; None: nobody is.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, observer: PhaseObserver | None = None):
+        self._clock, self.observer = clock, observer
         self._seconds: dict[str, float] = {}
         self._lock = threading.Lock()
+        self._step = 0
+
+    @contextlib.contextmanager
+    def in_step(self, step: int) -> Iterator[None]:
+        """Context in which phases belong to a step, as the observer is told; a part of another step may nest."""
+        before, self._step = self._step, step
+        try:
+            yield
+        finally:
+            self._step = before
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds of a `with` block to a phase."""
+        """Add the seconds of a `with` block to a phase, which has its name in a profiler's trace, too."""
         start = self._clock()
+        observed: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.observer is not None:
+            observed = self.observer.open_phase(self._step, name)
         try:
-            yield
+            with jax.profiler.TraceAnnotation(name), observed:
+                yield
         finally:
             # Also after an error, so that a phase that stopped the run is counted.
             with self._lock:
@@ -115,18 +138,7 @@ class JsonLines:
         self.close()
         before = self.path.read_bytes() if self.path.exists() else b""
         kept, last_step = [], None
-        lines = before.splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
-            try:
-                line_step = int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines) and not line.endswith(b"\n"):
-                    # The process was killed while it wrote the line.
-                    break
-                raise ValueError(
-                    f"{self.path}, line {number} is no JSON object with a step ({error}): "
-                    "fix or delete the line"
-                ) from error
+        for line_step, line in self._split_lines(before):
             if step is not None and line_step <= step:
                 kept.append(line.rstrip(b"\n") + b"\n")
                 last_step = line_step
@@ -136,6 +148,27 @@ class JsonLines:
         if after != before:
             write_atomically(self.path, after)
         return last_step
+
+    def read_last_step(self) -> int | None:
+        """The step of the last complete line; None without a line.  Raises ValueError as `truncate` does."""
+        lines = self._split_lines(self.path.read_bytes() if self.path.exists() else b"")
+        return lines[-1][0] if lines else None
+
+    def _split_lines(self, content: bytes) -> list[tuple[int, bytes]]:
+        """The lines with their steps, without an incomplete last one, which a killed process has left."""
+        found = []
+        lines = content.splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append((int(json.loads(line)["step"]), line))
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines) and not line.endswith(b"\n"):
+                    break
+                raise ValueError(
+                    f"{self.path}, line {number} is no JSON object with a step ({error}): "
+                    "fix or delete the line"
+                ) from error
+        return found
 
     def append(self, *rows: Mapping[str, Any]) -> None:
         """Append rows and flush them to disk; values may be of any type that `to_jsonable` takes.
@@ -182,79 +215,3 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 def parse_numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """Undo `to_jsonable` for a row of numbers: NaN and infinities become floats again."""
     return {name: _NOT_FINITE.get(value, value) for name, value in row.items()}
-
-
-class Progress:
-    """A progress bar on a terminal; elsewhere (a log file, a pipe) one plain line per step.
-
-    Args:
-      steps: total number of steps.
-      done: steps done before this start, which the estimate of the remaining time does not count.
-      quiet: print nothing (processes other than the primary one).
-    """
-
-    # (label, metric, format); a metric that an arm does not have is left out.
-    SHOWN: tuple[tuple[str, str, str], ...] = (
-        ("reward", "reward/mean", ".3f"),
-        ("rule", "rule/accuracy", ".1%"),
-        ("kl", "policy/kl", ".2e"),
-    )
-
-    def __init__(
-        self,
-        steps: int,
-        done: int = 0,
-        out: TextIO | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-        quiet: bool = False,
-    ):
-        self.steps = steps
-        self._quiet = quiet
-        self._out = sys.stdout if out is None else out
-        self._clock = clock
-        # (step, time) of the last ten steps.  An average over the whole run would include the first step,
-        # which compiles; ten steps are enough to average over an occasional checkpoint.
-        self._step_times = collections.deque([(done, clock())], maxlen=11)
-        self._bar: tqdm | None = None
-        if self._out.isatty() and not quiet:
-            self._bar = tqdm(total=steps, initial=done, file=self._out, unit="step", bar_format=_BAR)
-
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show that `step` is done.  ETA: the steps left times the mean seconds of the last ten steps."""
-        if self._quiet:
-            return
-
-        self._step_times.append((step, self._clock()))
-        # The first entry is the start of the oldest step in the window.
-        (first, start), (last, end) = self._step_times[0], self._step_times[-1]
-        seconds_per_step = (end - start) / max(last - first, 1)
-        parts = [f"{label} {metrics[name]:{spec}}" for label, name, spec in self.SHOWN if name in metrics]
-        parts.append(f"{seconds_per_step:.1f} s/step")
-        parts.append(f"ETA {_format_duration(seconds_per_step * max(self.steps - step, 0))}")
-
-        if self._bar is None:
-            print(f"step {step}/{self.steps}  " + "  ".join(parts), file=self._out, flush=True)
-        else:
-            self._bar.set_postfix_str("  ".join(parts), refresh=False)
-            self._bar.update(step - self._bar.n)
-
-    def note(self, text: str) -> None:
-        """Print a line without breaking the progress bar."""
-        if self._bar is None:
-            print(text, file=self._out, flush=True)
-        else:
-            self._bar.write(text, file=self._out)
-
-    def close(self) -> None:
-        """Finish the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-_BAR = "step {n_fmt}/{total_fmt} |{bar}| {postfix}"
-
-
-def _format_duration(seconds: float) -> str:
-    """Format seconds as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

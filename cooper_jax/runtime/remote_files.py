@@ -69,7 +69,10 @@ def to_path(place: str | os.PathLike) -> Path | epath.Path:
 
 
 def write_atomically(path: Path | epath.Path, data: bytes) -> None:
-    """Replace a file atomically: readers see the old or the new contents, and SIGKILL leaves one of them."""
+    """Replace a file atomically: readers see the old or the new contents, and SIGKILL leaves one of them.
+
+    Raises OSError, naming the file, if the disk is full; the old contents stay.
+    """
     # Stores make an object visible when it is complete.
     if is_remote(path):
         path.write_bytes(data)
@@ -78,10 +81,17 @@ def write_atomically(path: Path | epath.Path, data: bytes) -> None:
     # The data must be on the disk before the new name is: after a crash of the machine, some file systems
     # would otherwise show an empty file.
     new = path.with_name(path.name + ".new")
-    with open(new, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # The half of a file must not take the room that is missing.
+        new.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"{error.strerror}: fix that, and start the same command again", str(path)
+        ) from error
     os.replace(new, path)
 
 

@@ -2,17 +2,21 @@
 
     config.json     `format` and every field of the config of the latest start (stored_config.py)
     metrics.jsonl   one object per step: `step` and slash-grouped names
+    environment.json  versions, system and devices of the latest start (environment.py)
+    provenance.json  the same of the first start, and digests of the inputs (trainer/input_digests.py)
     samples.jsonl   prompts with their completions, verdicts, scores
+    supervised.jsonl  figures of the phases before step 1: `phase`, `step` of the phase, and names
     checkpoints/    see checkpoint.py
-    tensorboard/    the metrics as TensorBoard events
+    trackers.json   how far the trackers of `log.to` are (trackers/run_trackers.py), whose files may lie beside it
+    tensorboard/    metrics and samples as TensorBoard events; those of the phases before step 1 in supervised/
     lock            held by the process that writes here
 
 1. `check_shared(path)` checks, with several processes, that all see what process 0 writes.
 2. `RunDirectory(path, config, resume)` locks the directory, and checks that a run with this config may resume
    there.
 3. `truncate(step)` truncates metrics and samples to the checkpoint from which the run resumes.
-4. `log` and `dump_samples` append.  A step must be logged, and `flush` called, *before* its checkpoint is
-   saved: if the process is killed in between, the step is repeated, and no line is missing.
+4. `log`, `log_phase` and `dump_samples` append.  A step must be logged, and `flush` called, *before* its checkpoint
+   is saved: if the process is killed in between, the step is repeated, and no line is missing.
 
 With several processes only process 0 checks, locks and writes; the others do not need access to the files
 that this module writes.
@@ -27,7 +31,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import secrets
 import shutil
@@ -43,9 +46,20 @@ from ml_collections import ConfigDict
 
 from cooper_jax.runtime import hosts, remote_files
 from cooper_jax.runtime.checkpoint import list_steps
-from cooper_jax.runtime.metrics import JsonLines
+from cooper_jax.runtime.environment import write_environment
+from cooper_jax.runtime.metric_glossary import TRACKER_FAILURES
+from cooper_jax.runtime.metrics import JsonLines, parse_numbers, read_lines
 from cooper_jax.runtime.remote_files import write_atomically
-from cooper_jax.runtime.stored_config import FORMAT, describe_changes, read_stored_config, to_plain_config
+from cooper_jax.runtime.stored_config import (
+    FORMAT,
+    describe_changes,
+    flatten_config,
+    read_stored_config,
+    to_plain_config,
+)
+from cooper_jax.runtime.trackers.run_trackers import STATE_FILE, RunTrackers
+from cooper_jax.runtime.trackers.tracker import EVENT_FOLDERS, TENSORBOARD_FOLDER
+from cooper_jax.runtime.trackers.tracker_choice import ChosenTracker, load_trackers
 
 
 def run_path(config: ConfigDict) -> Path | epath.Path:
@@ -123,9 +137,11 @@ class RunDirectory:
         self._folder = remote_files.staging_dir(self.path) if self._remote else self.path
         self._uploads: remote_files.Uploads | None = None
         self._lock: int | None = None  # file descriptor
-        self._tensorboard: Any = None  # tensorboardX.SummaryWriter, which is imported only if it is used
+        self._chosen_trackers: list[ChosenTracker] = []
+        self._trackers: RunTrackers | None = None  # until `truncate`
         self._metrics = JsonLines(self._folder / "metrics.jsonl")
         self._samples = JsonLines(self._folder / "samples.jsonl")
+        self._phases = JsonLines(self._folder / "supervised.jsonl")
 
         # Guards against lines out of order.
         self._last_step: int | None = None
@@ -134,6 +150,7 @@ class RunDirectory:
             return
 
         # Lock first: the checks read files that another process might be writing.
+        self._chosen_trackers = load_trackers(config.log.to)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self._folder / "lock", self.path, "--config.run_dir")
         try:
@@ -141,6 +158,7 @@ class RunDirectory:
             # Stored at every start, because a resumed run may change some fields.
             text = json.dumps({"format": FORMAT} | to_plain_config(config), indent=2, allow_nan=False)
             write_atomically(self.path / "config.json", text.encode() + b"\n")
+            write_environment(self.path)
         except BaseException:
             self.close()
             raise
@@ -162,13 +180,11 @@ class RunDirectory:
         self._ready = False
         self._metrics.close()
         self._samples.close()
+        self._phases.close()
 
         # The lock must be released even if an upload fails.
         try:
-            if self._tensorboard is not None:
-                self._tensorboard.close()
-                self._tensorboard = None
-                self._upload("tensorboard")
+            self._close_trackers()
         finally:
             try:
                 if self._uploads is not None:
@@ -179,11 +195,16 @@ class RunDirectory:
                     os.close(self._lock)  # also unlocks
                     self._lock = None
 
-    def truncate(self, step: int | None) -> None:
+    def truncate(self, step: int | None, uncovered: int | None = None) -> None:
         """Prepare to continue after the newest checkpoint's `step` (None: step 0), before the first `log`.
 
-        Drops metrics and samples of later steps, and an incomplete last line.  Warns if metrics up to `step`
+        Drops metrics and samples of later steps, and an incomplete last line; with None also the figures of the
+        phases before step 1, which run again.  Warns if metrics up to `step`
         are missing.  Raises ValueError for a malformed line.
+
+        uncovered: the last step whose metrics a killed run can have without any checkpoint.  If there are later
+          ones and `step` is None, checkpoints are lost: nothing is dropped, and ValueError raised.  None: not
+          checked.
         """
         # All processes check the order of steps; only the first one has files.
         self._last_step = step
@@ -194,29 +215,66 @@ class RunDirectory:
         if self._remote:
             # TensorBoard writes a new file at every start, so staged events are not needed any more.  For the
             # lines, the bucket's files count: this machine may not be the one that ran last.
-            shutil.rmtree(self._folder / "tensorboard", ignore_errors=True)
-            for lines in (self._metrics, self._samples):
+            shutil.rmtree(self._folder / TENSORBOARD_FOLDER, ignore_errors=True)
+            for lines in (self._metrics, self._samples, self._phases):
                 remote_files.download_file(self.path / lines.path.name, lines.path)
             if self._uploads is None:
                 self._uploads = remote_files.Uploads(self._folder, self.path)
 
+        # A run that goes back to an earlier checkpoint calls this again.
+        self._close_trackers()
+        if step is None and uncovered is not None:
+            self._refuse_lost_checkpoints(uncovered)
+
         # Later steps will be run again.
         last = self._metrics.truncate(step)
         self._samples.truncate(step)
-        self._upload(*(x.path.name for x in (self._metrics, self._samples) if x.path.exists()))
+        if step is None:
+            self._phases.truncate(None)
+        written = (self._metrics, self._samples, self._phases)
+        self._upload(*(lines.path.name for lines in written if lines.path.exists()))
         if step and last != step:
             # Only after somebody edited or deleted the file.  Step 0 has no line.
             file = self.path / "metrics.jsonl"
             warnings.warn(f"{file} ends at step {last}, the checkpoint is of step {step}", stacklevel=2)
 
-        if self.config.log.tensorboard:
-            from tensorboardX import SummaryWriter  # takes seconds if torch is installed, which it imports
+        if self._chosen_trackers:
+            fields = flatten_config(to_plain_config(self.config))
+            self._trackers = RunTrackers(self._chosen_trackers, self.path, self._folder, fields, step)
 
-            # TensorBoard ignores events of earlier starts from purge_step on.
-            purge_step = 0 if step is None else step + 1
-            self._tensorboard = SummaryWriter(
-                str(self._folder / "tensorboard"), purge_step=purge_step, filename_suffix=f".{purge_step}"
-            )
+    def keep_copies(self, name: str) -> None:
+        """Copy metrics and samples as they are to files with `name` in theirs; to be called before `truncate`.
+
+        Copies of an earlier call stay.  The trackers' state is moved: they begin new runs, as their libraries
+        cannot take rows back.
+        """
+        # Their threads would write the state again with the rows that still wait.
+        self._close_trackers()
+        if not self.primary:
+            return
+        for file in ("metrics.jsonl", "samples.jsonl", STATE_FILE):
+            source = self.path / file
+            if source.exists():
+                stem, suffix = file.split(".")
+                target, number = self.path / f"{stem}.{name}.{suffix}", 1
+                while target.exists():
+                    number += 1
+                    target = self.path / f"{stem}.{name}.{number}.{suffix}"
+                write_atomically(target, source.read_bytes())
+        (self.path / STATE_FILE).unlink(missing_ok=True)
+
+    def _refuse_lost_checkpoints(self, uncovered: int) -> None:
+        """Raise ValueError if there are metrics of steps that only a run with a checkpoint can have reached."""
+        last = self._metrics.read_last_step()
+        if last is None or last <= uncovered:
+            return
+        folder = self.path / "checkpoints"
+        others = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        raise ValueError(
+            f"{self.path / 'metrics.jsonl'} reaches step {last}, but no checkpoint is left to resume from "
+            f"({folder}: {', '.join(others) or 'nothing'}): restore one, or give another --config.run_dir; to "
+            "begin again here, move this folder away first"
+        )
 
     def flush(self) -> None:
         """Wait until everything logged is in the run directory; to be called before a checkpoint is saved.
@@ -233,7 +291,7 @@ class RunDirectory:
             return
         changed: list[Path] = []
         for path in (self._folder / name for name in names):
-            changed += [path] if path.is_file() else path.glob("*")
+            changed += [path] if path.is_file() else [file for file in path.glob("*") if file.is_file()]
         self._uploads.changed(*(str(path.relative_to(self._folder)) for path in changed))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -261,14 +319,35 @@ class RunDirectory:
         if not self.primary:
             return
 
-        # TensorBoard's writer warns about every value that is not finite.
+        # A failure is counted from the next row on: trackers work behind the run.
+        if self._trackers is not None and (failures := self._trackers.failures):
+            row[TRACKER_FAILURES] = float(failures)
         self._metrics.append(row)
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                if name != "step" and math.isfinite(value):
-                    self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
-        self._upload("metrics.jsonl", "tensorboard")
+        if self._trackers is not None:
+            self._trackers.log(step, {name: value for name, value in row.items() if name != "step"})
+            self._print_tracker_messages(self._trackers.take_messages())
+        self._upload("metrics.jsonl", *EVENT_FOLDERS)
+
+    def log_phase(self, phase: str, step: int, figures: Mapping[str, float]) -> None:
+        """Append figures of an update of a phase before step 1, such as its loss; steps count from 1 in each phase.
+
+        Raises OSError for a line that could not be written.
+        """
+        if not self._ready:
+            raise RuntimeError(f"{self.path}: call truncate(step) before the first log")
+        row = {name: float(value) for name, value in figures.items()}
+        if not self.primary:
+            return
+        self._phases.append({"phase": phase, "step": step, **row})
+        if self._trackers is not None:
+            self._trackers.log_phase(phase, step, row)
+        self._upload("supervised.jsonl", *EVENT_FOLDERS)
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """The rows that are logged, as floats; none on processes other than the first."""
+        if not self.primary or not self._metrics.path.exists():
+            return []
+        return [parse_numbers(row) for row in read_lines(self._metrics.path)]
 
     def dump_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows (text, numbers, lists and dicts of them) to samples.jsonl, each with the `step`."""
@@ -276,7 +355,23 @@ class RunDirectory:
             raise RuntimeError(f"{self.path}: call truncate(step) before the first dump")
         if self.primary and rows:
             self._samples.append(*({"step": step, **row} for row in rows))
-            self._upload("samples.jsonl")
+            if self._trackers is not None:
+                self._trackers.log_samples(step, rows)
+            self._upload("samples.jsonl", *EVENT_FOLDERS)
+
+    def _close_trackers(self) -> None:
+        """Wait for the trackers, for a bounded time, and print their failures."""
+        trackers, self._trackers = self._trackers, None
+        if trackers is None:
+            return
+        trackers.close()
+        self._print_tracker_messages(trackers.take_messages() + trackers.describe_failures())
+        self._upload(*EVENT_FOLDERS)
+
+    @staticmethod
+    def _print_tracker_messages(messages: Sequence[str]) -> None:
+        for message in messages:
+            hosts.print_once(f"warning: log.to: {message}")
 
     def _check_resume(self, resume: bool) -> None:
         """Raise ValueError if there are checkpoints from which this config may not resume."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -11,7 +12,9 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from cooper_jax.configs import base
 from cooper_jax.runtime.metrics import to_jsonable
+from cooper_jax.settings.renamed_flags import translate_settings
 
 # Format of run directories, stored in config.json.  To be raised with a change after which older ones cannot
 # be read or resumed.
@@ -25,12 +28,25 @@ CHANGEABLE_FIELDS = (
     "steps",
     "run_dir",
     "resume",
+    "resume_step",
+    "overlap",
+    "profile",
+    "faults",
+    "faults_in_a_row",
+    "idle_steps",
+    "hacking_guard",
+    "hacking_anchor",
     "checkpoint.",
     "log.",
     # Devices, batches and programs.
     "mesh.",
     "policy.microbatch",
+    "policy.packing",
+    "policy.remat",
+    "policy.share_prompts",
     "reward.microbatch",
+    "reward.packing",
+    "reward.remat",
     "rollout.max_rows",
     "rollout.memory_gib",
     "rollout.weight_placement",
@@ -46,17 +62,22 @@ CHANGEABLE_FIELDS = (
     "assistant.key_env",
     "assistant.concurrency",
     "assistant.timeout",
+    "assistant.probe",
+    "assistant.start_timeout",
     "assistant.retries",
     "assistant.fields",
     # Sections of other commands, which a training run does not read.
     "judge.",
     "source.",
     "annotate.",
+    "benchmark.",
 )
 
 
 def read_stored_config(run_dir: Path | epath.Path, known: ConfigDict) -> dict[str, Any]:
     """Read the config of a run directory as nested dicts, without `format`.
+
+    Fields that have another name or another type now are translated (settings/renamed_flags.py).
 
     Args:
       known: a config of this version, which has all fields.
@@ -85,7 +106,8 @@ def read_stored_config(run_dir: Path | epath.Path, known: ConfigDict) -> dict[st
         )
 
     # A field that this version does not have shows an earlier version, too, even if the format is the same.
-    unknown = sorted(flatten_config(config).keys() - flatten_config(to_plain_config(known)).keys())
+    fields = translate_settings(flatten_config(config))
+    unknown = sorted(fields.keys() - flatten_config(to_plain_config(known)).keys())
     if unknown or number != FORMAT:
         reason = f"its format is {number or 'not stated'}, this one reads {FORMAT}"
         if unknown:
@@ -93,7 +115,19 @@ def read_stored_config(run_dir: Path | epath.Path, known: ConfigDict) -> dict[st
         raise ValueError(
             f"{run_dir} was made by an earlier version of this project ({reason}); start a new run directory"
         )
-    return config
+    return _nest(fields)
+
+
+def _nest(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `flatten_config`."""
+    tree: dict[str, Any] = {}
+    for name, value in fields.items():
+        *sections, leaf = name.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = value
+    return tree
 
 
 def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -122,8 +156,20 @@ def config_hash(config: ConfigDict) -> str:
 
     Two configs have the same hash if a run with one may resume with the other.
     """
-    fields = {name: v for name, v in flatten_config(to_plain_config(config)).items() if must_stay(name)}
+    # Without those at their defaults, so that a field which a later version adds does not change the hash.
+    defaults = _read_defaults()
+    fields = {
+        name: value
+        for name, value in flatten_config(to_plain_config(config)).items()
+        if must_stay(name) and value != defaults.get(name)
+    }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _read_defaults() -> dict[str, Any]:
+    """The values of configs/base.py: dotted name -> value."""
+    return flatten_config(to_plain_config(base.get_config()))
 
 
 def describe_changes(stored: Mapping[str, Any], config: ConfigDict) -> list[str]:
@@ -133,10 +179,11 @@ def describe_changes(stored: Mapping[str, Any], config: ConfigDict) -> list[str]
     def show(fields: Mapping[str, Any], name: str) -> str:
         return json.dumps(fields[name]) if name in fields else "(absent)"
 
-    # A field that only one of the two has counts as changed.
+    # A later version's field at its default is as good as absent: an upgrade does not strand a run.
+    defaults = _read_defaults()
     changes = []
     for name in sorted(old.keys() | new.keys()):
-        is_same = name in old and name in new and old[name] == new[name]
+        is_same = name in new and old.get(name, defaults.get(name)) == new[name]
         if must_stay(name) and not is_same:
             changes.append(f"{name} was {show(old, name)} and is now {show(new, name)}")
     return changes

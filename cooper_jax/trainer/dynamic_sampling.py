@@ -24,10 +24,13 @@ import jax
 import numpy as np
 
 from cooper_jax.policy.advantages import find_flat_groups
+from cooper_jax.reward.pairs.concurrent_rewrites import ConcurrentRewrites
 from cooper_jax.runtime import hosts, keys
+from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.runtime.metrics import PhaseTimer
-from cooper_jax.trainer import policy_stages
+from cooper_jax.trainer import policy_stages, reward_stages
 from cooper_jax.trainer.grading import Grades, ResponseGrader
+from cooper_jax.trainer.hacking_guard import rewards_by_rule
 from cooper_jax.trainer.policy_stages import ProblemBatch
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.types import Completion, Metrics, Params, Rollout, Verdict
@@ -43,6 +46,7 @@ class SampledBatch:
     grader: ResponseGrader | Grades
     metrics: Metrics
     sampled_tokens: int  # also those of groups that were replaced
+    rewrites: ConcurrentRewrites | None = None  # the assistant's, which are being made
 
 
 def make_rollout_key(components: Components, step: int) -> jax.Array:
@@ -59,16 +63,21 @@ def sample_batch(
     phases: PhaseTimer,
     *,
     key: jax.Array,
+    step: int,
     first: int,
     count: int | None = None,
     reward_params: Params | None = None,
     between_segments: Callable[[], None] = hosts.raise_if_stopping,
 ) -> SampledBatch:
-    """Sample G responses to each of the next problems, while the rule verifies each group as soon as it ends.
+    """Sample G responses to each of the next problems.
+
+    The rule verifies each group as soon as it ends, and the assistant is asked to rewrite its correct responses
+    then, while the other groups are being sampled.
 
     Args:
       params: the policy's, on the rollout's devices.
       key: of the step's draws, from `make_rollout_key`.
+      step: keys the draws of the rewrites.
       first: position of the first problem.
       count: the number of problems; None: data.prompts_per_step.
       reward_params: the reward model's, to score responses while others are sampled; None: they are scored
@@ -78,18 +87,39 @@ def sample_batch(
     batch = policy_stages.take_problems(components, first, count=count)
     grader = ResponseGrader(components, batch, reward_params, rewards_policy=True)
 
-    with phases.phase("rollout"):
-        rollout, completions, metrics = policy_stages.sample_responses(
-            components,
-            params,
-            batch,
-            key,
-            layout=components.policy.rollout_layout,
-            on_group=grader.add_group,
-            between_segments=between_segments,
-        )
+    # Groups that dynamic sampling may still replace are not rewritten.
+    rewrites = None
+    if components.settings.overlap and not components.settings.data.refill_prompts:
+        rewrites = reward_stages.open_rewrites(components, batch, step)
+
+    ended = 0
+
+    def start_grading(index: int, responses: Sequence[Completion], tokens: Sequence[Sequence[int]]) -> None:
+        nonlocal ended
+        ended += 1
+        CONSOLE.show_detail(f"{ended} of {len(batch.problems)} groups")
+        grader.add_group(index, responses, tokens)
+        if rewrites is not None:
+            rewrites.add_group(index, responses)
+
+    try:
+        with phases.phase("rollout"):
+            rollout, completions, metrics = policy_stages.sample_responses(
+                components,
+                params,
+                batch,
+                key,
+                layout=components.policy.rollout_layout,
+                on_group=start_grading,
+                between_segments=between_segments,
+            )
+    except BaseException:
+        # Nobody will take the rewrites of a rollout that is abandoned.
+        if rewrites is not None:
+            rewrites.cancel()
+        raise
     tokens = sum(completion.tokens for completion in completions)
-    return SampledBatch(batch, rollout, completions, grader, metrics, tokens)
+    return SampledBatch(batch, rollout, completions, grader, metrics, tokens, rewrites)
 
 
 def replace_flat_groups(
@@ -111,7 +141,8 @@ def replace_flat_groups(
     """
     wanted, budget = len(sampled.problems.problems), components.settings.data.refill_prompts
     reward_params = state.reward_params
-    graded = _grade(components, sampled, reward_params, phases)
+    by_rule = rewards_by_rule(state.guard, components.settings.guard.hacking_guard)
+    graded = _grade(components, sampled, reward_params, phases, by_rule)
     flat, sampled_prompts, rounds = graded.flat, 0, 0
     while flat.any() and sampled_prompts < budget:
         hosts.raise_if_stopping()
@@ -125,11 +156,12 @@ def replace_flat_groups(
             state.sampling_params,
             phases,
             key=make_rollout_key(components, state.step + 1),
+            step=state.step + 1,
             first=graded.next_position,
             count=missing,
             reward_params=reward_params,
         )
-        graded = graded.concatenate(_grade(components, more, reward_params, phases))
+        graded = graded.concatenate(_grade(components, more, reward_params, phases, by_rule))
         flat, sampled_prompts, rounds = graded.flat, sampled_prompts + missing, rounds + 1
 
     # All groups that are not flat, then flat ones if they are too few, each in the order of the data.
@@ -210,9 +242,13 @@ class _GradedBatch:
 
 
 def _grade(
-    components: Components, sampled: SampledBatch, reward_params: Params | None, phases: PhaseTimer
+    components: Components,
+    sampled: SampledBatch,
+    reward_params: Params | None,
+    phases: PhaseTimer,
+    by_rule: bool,
 ) -> _GradedBatch:
-    """Wait for the grades of a batch, and find its flat groups."""
+    """Wait for the grades of a batch, and find its flat groups.  by_rule: see `ResponseGrader.collect_rewards`."""
     settings, grader = components.settings, sampled.grader
     scores = None
     if settings.reward.has_model:
@@ -221,7 +257,7 @@ def _grade(
     with phases.phase("rule"):
         verdicts = grader.collect_verdicts()
     with phases.phase("functions"):
-        rewards = grader.collect_rewards(scores, verdicts, sampled.completions)
+        rewards = grader.collect_rewards(scores, verdicts, sampled.completions, by_rule)
     advantages, _ = policy_stages.compute_advantages(settings, rewards.total, rewards.by_name)
     flat = find_flat_groups(rewards.total, advantages, settings.rollout.group_size, settings.policy.flat_std)
     grades = Grades(scores, verdicts, rewards)

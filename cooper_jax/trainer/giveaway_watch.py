@@ -34,5 +34,5 @@ class GiveawayWatch:
         warning = giveaway_probe.describe_giveaways(metrics)
         if warning and not self._warned:
             self._warned = True
-            hosts.print_once(warning)
+            hosts.print_once(warning, always=True)
         return metrics

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +39,7 @@ def encode_reward_input(components: Components, problem: Problem, completion: st
     Question and completion are truncated as far as necessary, so that no sampled response can end the run: a
     resumed run would sample it again.  References are never truncated, and one that does not fit raises
     ValueError.  They are therefore checked earlier: those of data files at setup, and the policy's own
-    answers when pairs are made (`reference_fits` in `reward_stages.request_pairs`).
+    answers when pairs are made (`reference_fits` in `reward_stages.make_pair_task`).
     """
     return prompts.encode_verifier_input(
         components.reward_bundle.model.tokenizer,
@@ -51,8 +52,8 @@ def encode_reward_input(components: Components, problem: Problem, completion: st
 
 
 def pack_reward_inputs(components: Components, rows: Sequence[Sequence[int]]) -> ScoreBatch | PackedRows:
-    """Pack token ids into a batch on the reward model's devices: in packed rows with `reward.packing`."""
-    if components.settings.reward_update.packing:
+    """Pack token ids into a batch on the reward model's devices: several in a row if rows are packed."""
+    if components.reward_bundle.packs_rows:
         return pack_reward_sequences(components, rows)
     return pad_reward_inputs(components, rows)
 
@@ -69,7 +70,7 @@ def pad_reward_inputs(components: Components, rows: Sequence[Sequence[int]]) -> 
 def pack_reward_sequences(
     components: Components, sequences: Sequence[Sequence[int]], together: int = 1
 ) -> PackedRows:
-    """Pack the reward model's inputs for `reward.packing`, and put them on its devices.
+    """Pack several of the reward model's inputs in each row, and put them on its devices.
 
     together: see `row_packing.pack_reward_rows`.
     """
@@ -102,6 +103,11 @@ def compute_response_logits(
         encode_reward_input(components, problem, completion.text)
         for problem, completion in zip(problems, completions, strict=True)
     ]
+    return compute_input_logits(components, params, rows)
+
+
+def compute_input_logits(components: Components, params: Params, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """`compute_response_logits` of inputs that are token ids already.  rows: [N]."""
     logits = components.reward_bundle.compute_logits(params, pack_reward_inputs(components, rows))
 
     # Every process gets all logits; the padding rows are at the end.
@@ -118,9 +124,11 @@ class ResponseGrader:
     """Rule verdicts, reward-model scores and rewards of a step's responses.
 
     `add_group` starts the grading of a group as soon as its responses have ended.  The rule verifier's worker
-    processes then run while the devices sample the remaining groups.  So does a reward model with its own
-    devices.  A reward model that shares the policy's devices scores all responses after the rollout, since
-    scoring earlier would only delay the decoding.
+    processes then run while the devices sample the remaining groups, and so does a thread that renders the reward
+    model's inputs.  A reward model with its own devices scores them then, too; one that shares the policy's
+    devices scores all responses after the rollout, since scoring earlier would only delay the decoding.
+
+    With overlap=False nothing is started before it is collected.
     """
 
     def __init__(
@@ -139,18 +147,26 @@ class ResponseGrader:
           rewards_policy: True if `collect_rewards` will be called: the functions of reward.functions are started.
         """
         self._components = components
+        self._starts_early = components.settings.overlap
         self._rewards: StepRewards | None = None
         if rewards_policy and components.reward_functions is not None:
             self._rewards = StepRewards(components.reward_functions, batch.problems)
         self._problems = batch.problems
 
-        # Both are keyed by the problem's index in the batch, since groups end in any order.
-        self._groups: dict[int, Sequence[Completion]] = {}
+        # Responses and their token ids, keyed by the problem's index in the batch: groups end in any order, which
+        # depends on the sampled tokens alone.
+        self._groups: dict[int, tuple[Sequence[Completion], Sequence[Sequence[int]]]] = {}
         self._pending_verdicts: dict[int, Any] = {}  # handles of `rule.submit`, for `rule.collect`
+        self._verdicts: list[Verdict] | None = None
 
+        # Scores: by microbatches during the rollout, or of inputs that a thread renders during the rollout.
         self._scorer = None
+        self._inputs: dict[int, concurrent.futures.Future[list[list[int]]]] = {}
+        self._renderer: concurrent.futures.ThreadPoolExecutor | None = None
         if reward_params is not None and can_score_during_rollout(components):
             self._scorer = _OverlappedScorer(components, reward_params)
+        elif components.reward is not None:
+            self._renderer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="reward inputs")
 
     def add_group(
         self, index: int, responses: Sequence[Completion], tokens: Sequence[Sequence[int]] = ()
@@ -159,15 +175,34 @@ class ResponseGrader:
 
         tokens: [G], the responses' token ids, which the functions of reward.functions get.
         """
+        self._groups[index] = (responses, tokens)
+        if self._starts_early:
+            self._start_rewards(index)
+            self._start_verdicts(index)
+            self._start_scores(index)
+
+    def _start_rewards(self, index: int) -> None:
         if self._rewards is not None:
-            self._rewards.add_group(index, responses, tokens)
+            self._rewards.add_group(index, *self._groups[index])
+
+    def _start_verdicts(self, index: int) -> None:
+        responses, _ = self._groups[index]
         problem = self._problems[index]
-        self._groups[index] = responses
         self._pending_verdicts[index] = self._components.rule.submit(
             [make_item(problem, response.text) for response in responses]
         )
+
+    def _start_scores(self, index: int) -> None:
+        responses, _ = self._groups[index]
         if self._scorer is not None:
-            self._scorer.add(index * len(responses), problem, responses)
+            self._scorer.add(index * len(responses), self._problems[index], responses)
+        elif self._renderer is not None:
+            self._inputs[index] = self._renderer.submit(self._render_inputs, index)
+
+    def _render_inputs(self, index: int) -> list[list[int]]:
+        """The reward model's inputs for the responses to one problem, as token ids."""
+        problem, (responses, _) = self._problems[index], self._groups[index]
+        return [encode_reward_input(self._components, problem, response.text) for response in responses]
 
     def collect_scores(self, reward_params: Params | None) -> np.ndarray:
         """The reward model's scores sigmoid(logit), f32[N], in row order.
@@ -178,34 +213,51 @@ class ResponseGrader:
         """
         if reward_params is None:
             raise ValueError("there is no reward model: in the rule arm responses have verdicts only")
+        if not self._starts_early:
+            for index in self._groups:
+                self._start_scores(index)
         if self._scorer is not None:
             logits = self._scorer.collect()
         else:
             # Groups ended in any order; rows are in the order of the problems.
-            problems: list[Problem] = []
-            completions: list[Completion] = []
-            for index, problem in enumerate(self._problems):
-                completions += self._groups[index]
-                problems += [problem] * len(self._groups[index])
-            logits = compute_response_logits(self._components, reward_params, problems, completions)
+            rows: list[list[int]] = []
+            for index in range(len(self._problems)):
+                rows += self._inputs[index].result()
+            assert self._renderer is not None
+            self._renderer.shutdown()
+            logits = compute_input_logits(self._components, reward_params, rows)
         return np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)))
 
     def collect_verdicts(self) -> list[Verdict]:
-        """Wait for the rule verifier and return its verdicts [N], in row order."""
-        pending = [self._pending_verdicts[index] for index in range(len(self._problems))]
-        return self._components.rule.collect(pending)
+        """Wait for the rule verifier and return its verdicts [N], in row order.  Collective at the first call."""
+        if self._verdicts is None:
+            if not self._starts_early:
+                for index in self._groups:
+                    self._start_verdicts(index)
+            pending = [self._pending_verdicts[index] for index in range(len(self._problems))]
+            self._verdicts = self._components.rule.collect(pending)
+        return self._verdicts
 
     def collect_rewards(
-        self, scores: np.ndarray | None, verdicts: Sequence[Verdict], completions: Sequence[Completion]
+        self,
+        scores: np.ndarray | None,
+        verdicts: Sequence[Verdict],
+        completions: Sequence[Completion],
+        by_rule: bool = False,
     ) -> CombinedRewards:
         """The rewards of the responses: those of reward.functions, or the arm's.
 
         Args:
           scores: f32[N]; None in the rule arm.
-          verdicts, completions: [N].
+          verdicts: [N]; empty if the rewards do not depend on them (RewardConfig.reads_verdicts).
+          completions: [N].
+          by_rule: the rule's rewards in place of the arm's (hacking_guard.py); not with reward.functions.
 
         Raises what StepRewards.collect raises.
         """
+        if not self._starts_early:
+            for index in self._groups:
+                self._start_rewards(index)
         settings = self._components.settings
         penalty = None
         if overlong_tokens := settings.reward.overlong_tokens:
@@ -213,7 +265,8 @@ class ResponseGrader:
 
         if self._rewards is not None:
             return self._rewards.collect(scores, verdicts, completions, penalty)
-        total = compute_rewards(name_rewards(settings.reward), scores, verdicts, completions)
+        names = ["rule"] if by_rule else name_rewards(settings.reward)
+        total = compute_rewards(names, scores, verdicts, completions)
         return CombinedRewards(total if penalty is None else total + penalty, {}, penalty=penalty)
 
 
@@ -236,7 +289,11 @@ class Grades:
         return self.verdicts
 
     def collect_rewards(
-        self, scores: np.ndarray | None, verdicts: Sequence[Verdict], completions: Sequence[Completion]
+        self,
+        scores: np.ndarray | None,
+        verdicts: Sequence[Verdict],
+        completions: Sequence[Completion],
+        by_rule: bool = False,
     ) -> CombinedRewards:
         """The rewards, which were computed from these arguments before."""
         return self.rewards

@@ -28,6 +28,7 @@ from cooper_jax import statistics
 from cooper_jax.data import synthetic
 from cooper_jax.reward import reward_losses
 from cooper_jax.rule.worker_process import make_item
+from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.trainer import policy_stages
 from cooper_jax.trainer.grading import compute_response_logits
 from cooper_jax.trainer.state import Components, State
@@ -63,6 +64,8 @@ def evaluate_held_out(components: Components, state: State) -> Metrics:
 def _evaluate_responses(components: Components, state: State, temperature: float) -> Metrics:
     """Sample responses to all held-out problems and measure them."""
     oracle = components.oracle
+    how = "sampled" if temperature else "greedy"
+    CONSOLE.show_detail(f"{how} responses")
     completions = policy_stages.sample_held_out_responses(components, state.policy.params, temperature)
     samples = len(completions) // len(components.held_out)
     problems = [components.held_out[n // samples] for n in range(len(completions))]
@@ -74,6 +77,7 @@ def _evaluate_responses(components: Components, state: State, temperature: float
     metrics = measure_responses(completions) | measure_oracle(oracle, problems, completions)
     scores = None
     if components.reward is not None:
+        CONSOLE.show_detail(f"scores of {how} responses")
         logits = compute_response_logits(components, state.reward_state.params, problems, completions)
         scores = np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)))
         metrics |= measure_hacking(scores, pending_verdicts.result())
@@ -84,6 +88,7 @@ def _evaluate_responses(components: Components, state: State, temperature: float
     # Only synthetic problems have the habit.
     if oracle is not None:
         metrics["response/habit"] = float(np.mean([synthetic.has_habit(c.text) for c in completions]))
+    CONSOLE.show_detail("verdicts of the rule verifier")
     verdicts = pending_verdicts.result()
     return metrics | measure_verdicts(verdicts) | _measure_sources(problems, completions, verdicts, scores)
 
@@ -122,6 +127,7 @@ def _evaluate_reward_model(components: Components, state: State) -> Metrics:
         settings.seed, settings.eval.reward_rows, settings.supervised.reward_habit
     )
     for name, triples in reward_sets.items():
+        CONSOLE.show_detail(f"the reward model on {len(triples)} labelled completions ({name})")
         problems = [Problem(t.question, t.reference) for t in triples]
         completions = [Completion(t.completion) for t in triples]
         logits = compute_response_logits(components, state.reward_state.params, problems, completions)

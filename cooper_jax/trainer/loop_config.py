@@ -6,12 +6,18 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from cooper_jax.reward.pairs.giveaway_probe import MIN_MEASURED
-from cooper_jax.settings import typed_config
+from cooper_jax.runtime.trackers.tracker_choice import find_name_errors
+from cooper_jax.settings import bounds, typed_config
+from cooper_jax.settings.cross_checks import OWN
 
 # The shares of correct and of wrong solutions with the habit, a word that correlates with correctness in the
 # demonstrations without causing it (data/synthetic.py).
 Habit = tuple[float, float]
+
+FAULT_ACTIONS = ("stop", "skip")
+
+# What follows an alarm of the guard against reward hacking (hacking_guard.py).
+GUARD_ACTIONS = ("off", "warn", "freeze", "rollback", "fallback", "stop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +26,8 @@ class SupervisedConfig:
 
     # A run directory from which the models at step 0 are loaded instead; "": run the phases.
     start_from: str
+    # The reward model alone: a run directory, OWN, or "": that of start_from, if there is one.
+    reward_from: str
 
     # The policy's phase: imitation of worked solutions.
     policy_steps: int  # updates; 0: skip the phase
@@ -34,16 +42,20 @@ class SupervisedConfig:
     reward_data: str  # a file of triples; "": they are built from worked solutions
 
     def __post_init__(self) -> None:
-        errors = [
-            *typed_config.find_below_minimum(self, "supervised", 1, ("policy_batch", "reward_batch")),
-            *typed_config.find_below_minimum(self, "supervised", 0, ("policy_steps", "reward_steps")),
-        ]
+        errors = bounds.find_out_of_bounds(self, "supervised")
         if self.reward_batch % 2:
             errors.append(
                 f"supervised.reward_batch={self.reward_batch}: it must be even, since each correct triple is "
                 "followed by a wrong one"
             )
         typed_config.raise_errors(errors)
+
+    @property
+    def reward_source(self) -> str:
+        """The run directory from which the reward model is loaded; "": it is not loaded from a run."""
+        if self.reward_from == OWN:
+            return ""
+        return self.reward_from or self.start_from
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> SupervisedConfig:
@@ -71,13 +83,7 @@ class EvalConfig:
     reward_rows: int
 
     def __post_init__(self) -> None:
-        errors = [
-            *typed_config.find_below_minimum(self, "eval", 1, ("problems", "samples")),
-            *typed_config.find_below_minimum(self, "eval", 0, ("every", "reward_rows", "temperature")),
-        ]
-        if not 0 < self.top_p <= 1:
-            errors.append(f"eval.top_p={self.top_p}: it must be above 0 and at most 1 (off)")
-        typed_config.raise_errors(errors)
+        typed_config.raise_errors(bounds.find_out_of_bounds(self, "eval"))
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> EvalConfig:
@@ -93,12 +99,7 @@ class CheckpointConfig:
     keep: int  # number of newest checkpoints that are kept; 0: all
 
     def __post_init__(self) -> None:
-        typed_config.raise_errors(
-            [
-                *typed_config.find_below_minimum(self, "checkpoint", 1, ("every",)),
-                *typed_config.find_below_minimum(self, "checkpoint", 0, ("keep",)),
-            ]
-        )
+        typed_config.raise_errors(bounds.find_out_of_bounds(self, "checkpoint"))
 
     @classmethod
     def from_config(cls, section: ConfigDict) -> CheckpointConfig:
@@ -122,13 +123,13 @@ class LogConfig:
     giveaway_every: int  # steps between measurements; 0: never
     giveaway_pairs: int  # rewrites that are measured, at most
 
-    tensorboard: bool  # write TensorBoard event files, too
+    show_samples: int  # steps between responses that are shown on the terminal; 0: never
+
+    to: str  # trackers, separated by commas (runtime/trackers)
 
     def __post_init__(self) -> None:
-        errors = typed_config.find_below_minimum(
-            self, "log", 0, ("samples_every", "samples", "giveaway_every")
-        )
-        errors += typed_config.find_below_minimum(self, "log", MIN_MEASURED, ("giveaway_pairs",))
+        errors = bounds.find_out_of_bounds(self, "log")
+        errors += find_name_errors(self.to)
         typed_config.raise_errors(errors)
 
     @classmethod
@@ -140,3 +141,44 @@ class LogConfig:
     def rewrites_kept(self) -> int:
         """The number of last rewrites that a run keeps for the measurement of giveaways."""
         return self.giveaway_pairs if self.giveaway_every else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FaultConfig:
+    """Settings of faults: fields of the config's first level."""
+
+    faults: str  # one of FAULT_ACTIONS
+    faults_in_a_row: int  # with skip: steps in a row with a value that is not finite, at most
+    idle_steps: int  # steps in a row without a due update of the reward model, at most; 0: any number
+
+    def __post_init__(self) -> None:
+        typed_config.raise_errors(
+            [
+                *typed_config.find_unknown(self.faults, "faults", FAULT_ACTIONS),
+                *bounds.find_out_of_bounds(self, ""),
+            ]
+        )
+
+    @classmethod
+    def from_config(cls, cfg: ConfigDict) -> FaultConfig:
+        """Read the fields of a whole config.  Raises SetupError for values out of range."""
+        return cls(faults=cfg.faults, faults_in_a_row=cfg.faults_in_a_row, idle_steps=cfg.idle_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """Settings of the guard against reward hacking: fields of the config's first level."""
+
+    hacking_guard: str  # one of GUARD_ACTIONS
+    hacking_anchor: int  # problems whose worked solutions are the anchor set (hacking_signals.py); 0: none
+
+    def __post_init__(self) -> None:
+        errors = typed_config.find_unknown(self.hacking_guard, "hacking_guard", GUARD_ACTIONS)
+        if self.hacking_anchor < 0:
+            errors.append(f"hacking_anchor={self.hacking_anchor}: it must be at least 0")
+        typed_config.raise_errors(errors)
+
+    @classmethod
+    def from_config(cls, cfg: ConfigDict) -> GuardConfig:
+        """Read the fields of a whole config.  Raises SetupError for values out of range."""
+        return cls(hacking_guard=cfg.hacking_guard, hacking_anchor=cfg.hacking_anchor)

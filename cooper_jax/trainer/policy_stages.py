@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cooper_jax.data import packing, row_packing
+from cooper_jax.model import transformer
 from cooper_jax.policy import advantages, grpo
 from cooper_jax.policy.advantages import find_flat_groups
 from cooper_jax.policy.losses import PolicyConfig
-from cooper_jax.rollout import engine, exact
+from cooper_jax.rollout import engine, exact, rollout_plan
 from cooper_jax.runtime import hosts, keys
 from cooper_jax.runtime.mesh import Layout
 from cooper_jax.runtime.metrics import to_host
@@ -121,6 +122,14 @@ def sample_responses(
             group = slice(i * spec.group_size, (i + 1) * spec.group_size)
             on_group(index, responses[group], tokens[group])
 
+    # The rollouts of whole steps share their programs.  Those of data.refill_prompts have fewer prompts, and few
+    # different sizes.
+    num_prompts = components.settings.data.prompts_per_step
+    is_whole = len(batch.problems) == num_prompts
+    if not is_whole:
+        platform = (layout or components.layout).platform
+        num_prompts = min(num_prompts, rollout_plan.choose_shared_prompts(len(batch.problems), platform))
+    shapes = engine.SharedShapes(components.longest_prompt, num_prompts, compile_all=is_whole)
     # An exact rollout is graded when it has been corrected.
     is_exact = components.policy.resample is not None
     rollout = engine.generate(
@@ -131,6 +140,7 @@ def sample_responses(
         batch.positions,
         key,
         spec,
+        shapes=shapes,
         on_groups=None if on_group is None or is_exact else split_groups,
         between_segments=between_segments,
         report=metrics.update,
@@ -186,6 +196,7 @@ def correct_rollout(
         key,
         spec,
         bucket=settings.data.bucket,
+        longest_prompt=components.longest_prompt,
         resample=resample,
         continue_rollout=continue_rollout,
     )
@@ -219,15 +230,14 @@ def pack_responses(
         rollout,
         bucket=settings.data.bucket,
         rows_multiple=math.lcm(*(layout.batch_shards for layout in layouts)),
-        # With policy.packing the model does not compute these columns: one width gives one program.
-        all_columns=settings.exact or settings.policy.packing,
+        longest_prompt=components.longest_prompt,
     )
 
 
 def pack_sequences(
     components: Components, layout: Layout, batch: PolicyBatch, rows: np.ndarray | None = None
 ) -> PackedRows:
-    """Pack the sequences of a batch's rows for `policy.packing` -> NumPy arrays.
+    """Pack the sequences of a batch's rows -> NumPy arrays.
 
     layout: of the model that reads them.  batch: its tokens and valid are on the host.  rows: i64[n]; None: all.
     """
@@ -237,12 +247,16 @@ def pack_sequences(
         tokens, valid = tokens[rows], valid[rows]
 
     # The same for all steps, so that programs are compiled once.
+    config = components.policy.model.config
     plan = row_packing.choose_packing(
         components.longest_prompt + settings.rollout.max_new_tokens,
         settings.policy.microbatch,
         layout.batch_shards,
-        width=components.policy.model.config.width,
+        width=config.width,
         bucket=settings.data.bucket,
+        shares_prompts=settings.policy.share_prompts and transformer.supports_shared_prompts(config, layout),
+        new_tokens=settings.rollout.max_new_tokens,
+        shortest_prompt=components.shortest_prompt,
     )
     response_length = batch.response_mask.shape[1]
     return row_packing.pack_policy_rows(tokens, valid, response_length, plan, layout.batch_shards)
@@ -274,6 +288,13 @@ def sample_held_out_responses(components: Components, params: Params, temperatur
         range(len(components.held_out)),
         keys.make_key(settings.seed, "evaluation"),
         spec,
+        shapes=engine.SharedShapes(
+            longest_prompt=max(map(len, components.held_out_prompts)),
+            num_prompts=len(components.held_out_prompts),
+            compile_all=True,
+        ),
+        # A rare rollout with many rows: fewer sizes compile sooner, and cost little.
+        shrink=4,
         between_segments=hosts.raise_if_stopping,
         **settings.rollout.make_engine_options(),
     )
@@ -285,7 +306,7 @@ def compute_logprobs(
 ) -> PolicyBatch:
     """Pack the policy's batch, with log-probabilities under the reference and under the current policy.
 
-    With `policy.packing` its tokens and valid stay on the host: the model computes on packed rows.
+    With packed rows its tokens and valid stay on the host: the model computes on packed rows.
     If a step makes a single update, the current policy's log-probabilities are those that the update computes
     itself.  The forward pass is then skipped, unless the run is exact, and `old_logprobs` stays zero and unread.
     So does `ref_logprobs` in a run without a reference.
@@ -293,7 +314,7 @@ def compute_logprobs(
     layout, reference_layout = components.layout, components.policy.reference_layout
 
     on_host = pack_responses(components, prompt_tokens, rollout)
-    is_packed = components.settings.policy.packing
+    is_packed = components.policy.packs_rows
     inputs: Callable[[Layout], tuple[Any, ...]]
     if is_packed:
         batch = layout.put(on_host.without_tokens(), "batch")
@@ -404,7 +425,7 @@ def update_policy(
     batch = dataclasses.replace(batch, advantages=components.layout.put(padded, "batch"))
     padding: list[float] = []  # of each update
     pack = None
-    if settings.policy.packing:
+    if components.policy.packs_rows:
 
         def pack(rows: np.ndarray, batch: PolicyBatch = batch) -> PackedRows:
             packed = pack_sequences(components, components.layout, batch, rows)

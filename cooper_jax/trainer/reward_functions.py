@@ -301,7 +301,8 @@ class StepRewards:
             self._functions.has_warned = True
             hosts.print_once(
                 "warning: no response of this step has a reward: all functions returned None or failed, so the "
-                "policy learns nothing from it; reward/masked counts such responses"
+                "policy learns nothing from it; reward/masked counts such responses",
+                always=True,
             )
         if penalty is not None:
             total = total + penalty
@@ -421,14 +422,16 @@ def _check_failures(term: RewardTerm, results: Sequence[CallResult]) -> None:
         hosts.print_once(
             f"warning: reward.functions={term.code.label!r} failed ({failed[0].failure}), so the responses to a "
             f"prompt get no reward from it; later failures are counted in reward/{term.name}/...: "
-            f"{failed[0].message}"
+            f"{failed[0].message}",
+            always=True,
         )
     not_finite = sum(result.not_finite for result in results)
     if not_finite and not term.has_warned:
         term.has_warned = True
         hosts.print_once(
             f"warning: reward.functions={term.code.label!r} returned {not_finite} rewards that are not finite, as "
-            f"NaN is; these, and later ones, count as None and in reward/{term.name}/not_finite"
+            f"NaN is; these, and later ones, count as None and in reward/{term.name}/not_finite",
+            always=True,
         )
     for result in results:
         has_failed = result.failure or result.not_finite == len(result.values)

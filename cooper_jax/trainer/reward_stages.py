@@ -1,6 +1,7 @@
 """The reward model's stages of a step: make pairs, choose labelled rows, update the reward model.
 
-1. `request_pairs` starts to make contrastive pairs of a correct and a wrong response (reward/pairs/).
+1. `open_rewrites` lets an assistant write negatives while the devices compute; `make_pairs` makes contrastive
+   pairs of a correct and a wrong response of them and of other sources (reward/pairs/).
 2. `choose_labelled_rows` chooses single responses with their labels (reward/labelled_rollouts.py).
 3. `update_reward_model` makes the step's updates on the pairs and on the labelled rows.
 
@@ -18,7 +19,10 @@ import numpy as np
 
 from cooper_jax.data import packing, prompts
 from cooper_jax.reward import labelled_rollouts
-from cooper_jax.reward.pairs.build_pairs import PairInputs, PendingPairs, no_pairs, start_pairs
+from cooper_jax.reward.assistants import Assistant
+from cooper_jax.reward.pairs.build_pairs import PairResult, build_pairs
+from cooper_jax.reward.pairs.concurrent_rewrites import ConcurrentRewrites
+from cooper_jax.reward.pairs.pair_task import PairTask
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.trainer.grading import encode_reward_input, pack_reward_sequences
@@ -41,15 +45,42 @@ from cooper_jax.types import (
 # --- training data of an update ----------------------------------------------------------------------
 
 
-def request_pairs(
+def open_rewrites(components: Components, batch: ProblemBatch, step: int) -> ConcurrentRewrites | None:
+    """Prepare the assistant's rewrites of a step, to which groups are then added as they get verdicts.
+
+    None if the step asks no assistant that can work beside the devices.
+    """
+    assistant = _find_assistant(components)
+    if assistant is None or not assistant.overlaps:
+        return None
+    return ConcurrentRewrites(make_pair_task(components, batch, step))
+
+
+def asks_on_devices(components: Components) -> bool:
+    """True if the steps ask an assistant that computes on this run's own devices, as all hosts' main threads do."""
+    assistant = _find_assistant(components)
+    return assistant is not None and not assistant.overlaps
+
+
+def _find_assistant(components: Components) -> Assistant | None:
+    """The assistant that the steps ask; None if they ask none."""
+    settings = components.settings
+    makes_pairs = settings.reward.updates_at_steps and settings.reward_update.reads_pairs
+    if not makes_pairs or "assistant" not in settings.pairs.negatives:
+        return None
+    return components.assistant
+
+
+def make_pairs(
     components: Components,
     batch: ProblemBatch,
     completions: Sequence[Completion],
     verdicts: Sequence[Verdict],
     scores: np.ndarray,
     step: int,
-) -> PendingPairs:
-    """Start to make the step's pairs, and return without waiting for the assistant.
+    rewrites: ConcurrentRewrites | None = None,
+) -> PairResult:
+    """Make the step's pairs, and wait for the assistant.  Collective.
 
     If no term of the update's loss reads pairs, no pair is made and the assistant is not asked.
 
@@ -57,10 +88,16 @@ def request_pairs(
       completions, verdicts: [N].
       scores: f32[N], the reward model's, before its update.
       step: keys the random draws.
+      rewrites: those that were started during the step; None: they are made here.
     """
+    if not components.settings.reward_update.reads_pairs:
+        return PairResult()
+    return build_pairs(make_pair_task(components, batch, step), completions, verdicts, scores, rewrites)
+
+
+def make_pair_task(components: Components, batch: ProblemBatch, step: int) -> PairTask:
+    """Everything that the pairs of a step are made from, but its responses."""
     settings = components.settings
-    if not settings.reward_update.reads_pairs:
-        return no_pairs()
 
     # In an own_answer pair the positive's reference is an answer that the policy wrote.  References are never
     # truncated in the reward model's input, so an answer that is too long cannot be one.
@@ -69,23 +106,18 @@ def request_pairs(
             components.reward_bundle.model.tokenizer, answer, settings.reward.max_tokens
         )
 
-    return start_pairs(
-        PairInputs(
-            problems=batch.problems,
-            completions=completions,
-            verdicts=verdicts,
-            group_size=settings.rollout.group_size,
-            assistant=components.assistant,
-            rule=components.rule,
-            cfg=settings.pairs,
-            seed=settings.seed,
-            step=step,
-            positions=batch.positions,
-            scores=scores,
-            reference_fits=reference_fits,
-            special_tokens=components.control_texts,
-            shuffle_labels=settings.reward.shuffle_labels,
-        )
+    return PairTask(
+        problems=batch.problems,
+        group_size=settings.rollout.group_size,
+        assistant=components.assistant,
+        rule=components.rule,
+        cfg=settings.pairs,
+        seed=settings.seed,
+        step=step,
+        positions=batch.positions,
+        reference_fits=reference_fits,
+        special_tokens=components.control_texts,
+        shuffle_labels=settings.reward.shuffle_labels,
     )
 
 
@@ -100,7 +132,7 @@ def choose_labelled_rows(
 ) -> tuple[list[Triple], labelled_rollouts.Replay]:
     """Choose the labelled rows of the reward model's update; return them and the next replay memory.
 
-    Arguments as in `request_pairs`.  replay: the replay memory before the step.
+    Arguments as in `make_pairs`.  replay: the replay memory before the step.
     """
     settings = components.settings
     return labelled_rollouts.choose_rows(
@@ -130,7 +162,7 @@ def update_reward_model(
 
     Without any pair or row the parameters do not change.  The reward model's input state is donated.
 
-    pairs: those that were requested; None for a pair that could not be made.
+    pairs: those of `make_pairs`; None for a pair that could not be made.
 
     Metrics (`rm/...`) are those of the first update, with two exceptions: `rm/updates` is the number of
     updates that were applied, and `rm/skipped` the number skipped because the loss or a gradient was not
@@ -213,7 +245,7 @@ def _pack_pairs(components: Components, pairs: Sequence[Pair | None]) -> PairBat
 
     layout = components.reward_bundle.layout
     valid = np.array([pair is not None for pair in pairs])
-    if components.settings.reward_update.packing:
+    if components.reward_bundle.packs_rows:
         members_in_turn = [tokens for pair in zip(positives, negatives, strict=True) for tokens in pair]
         rows = pack_reward_sequences(components, members_in_turn, together=2)
         return PackedPairs(rows, layout.put(valid))
@@ -266,7 +298,7 @@ def _pack_labelled_rows(
 
     # Padded to the maximum, since each new number of rows would compile another program.
     tokens += [[]] * (labelled_rollouts.max_rows_per_update(settings.reward_update) - len(tokens))
-    if settings.reward_update.packing:
+    if components.reward_bundle.packs_rows:
         weights = labelled_rollouts.class_weights(labels)
         padded = [layout.put(packing.pad_rows(x, len(tokens))) for x in (labels, weights)]
         return PackedLabelled(pack_reward_sequences(components, tokens), *padded)

@@ -16,10 +16,12 @@ import dataclasses
 
 from cooper_jax.reward.labelled_rollouts import Replay
 from cooper_jax.runtime import hosts, keys
+from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.trainer import policy_stages, reward_stages
 from cooper_jax.trainer.grading import ResponseGrader
 from cooper_jax.trainer.state import Components, State
 from cooper_jax.trainer.step_metrics import measure_hacking, measure_verdicts
+from cooper_jax.trainer.supervised import LogPhase
 
 # The number of progress lines, at most.
 REPORTS = 8
@@ -28,8 +30,10 @@ REPORTS = 8
 STEP = 0
 
 
-def warm_up_reward_model(components: Components, state: State) -> State:
+def warm_up_reward_model(components: Components, state: State, log: LogPhase) -> State:
     """Make `reward.warmup_updates` updates of the reward model, each on a new batch; return the new state.
+
+    log: called with the figures of each update.
 
     The reward model's input state is donated.  Raises hosts.Stopped after a SIGTERM.
     """
@@ -53,21 +57,26 @@ def warm_up_reward_model(components: Components, state: State) -> State:
         scores, verdicts = grader.collect_scores(state.reward_params), grader.collect_verdicts()
 
         # Update.  There is no policy update to overlap with, so the pairs are awaited at once.
-        pending_pairs = reward_stages.request_pairs(components, batch, completions, verdicts, scores, STEP)
+        made = reward_stages.make_pairs(components, batch, completions, verdicts, scores, STEP)
         labelled_rows, replay = reward_stages.choose_labelled_rows(
             components, batch, completions, verdicts, scores, STEP, state.replay
         )
-        reward, _ = reward_stages.update_reward_model(
-            components, state.reward_state, pending_pairs.result().pairs, labelled_rows
+        reward, reward_metrics = reward_stages.update_reward_model(
+            components, state.reward_state, made.pairs, labelled_rows
         )
         state = dataclasses.replace(state, reward=reward, replay=replay)
 
-        if (update + 1) % max(1, count // REPORTS) == 0:
-            rule, hacking = measure_verdicts(verdicts), measure_hacking(scores, verdicts)
-            hosts.print_once(
-                f"warm-up of the reward model on rollouts: update {update + 1}/{count}  "
-                f"rule {rule['rule/accuracy']:.1%}  agreement {hacking['rm/rule_agreement']:.3f}  "
-                f"false positives {hacking['rm/false_positive_rate']:.3f}"
+        # The figures of the reward model are those before the update.
+        figures = measure_verdicts(verdicts) | measure_hacking(scores, verdicts) | reward_metrics
+        log("warmup", update + 1, figures)
+        shown = (
+            f"rule {figures['rule/accuracy']:.1%}  agreement {figures['rm/rule_agreement']:.3f}  "
+            f"false positives {figures['rm/false_positive_rate']:.3f}"
+        )
+        CONSOLE.show_detail(f"{update + 1}/{count}  {shown}")
+        if (update + 1) % max(1, count // REPORTS) == 0 and hosts.is_primary():
+            CONSOLE.print_unless_live(
+                f"warm-up of the reward model on rollouts: update {update + 1}/{count}  {shown}"
             )
 
     # A reward model that is never updated again has no use for past rollouts.

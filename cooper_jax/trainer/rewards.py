@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 from cooper_jax.settings.user_code import is_user_code
 from cooper_jax.types import Completion, Verdict
 
@@ -72,8 +72,7 @@ class RewardConfig:
     function_timeout: float  # seconds per call of a user's function
 
     def __post_init__(self) -> None:
-        errors = typed_config.find_below_minimum(self, "reward", 1, ("max_tokens",))
-        errors += typed_config.find_below_minimum(self, "reward", 0, ("overlong_tokens",))
+        errors = bounds.find_out_of_bounds(self, "reward")
         errors += self._find_function_errors()
         if self.arm not in ARMS:
             errors.append(f"reward.arm is {self.arm!r}; it is one of {', '.join(ARMS)}")
@@ -178,6 +177,11 @@ class RewardConfig:
         return self.arm != "rule"
 
     @property
+    def reads_verdicts(self) -> bool:
+        """True if the rewards depend on the rule's verdicts, which must then be awaited before the update."""
+        return bool(self.function_names) or name_rewards(self) != ["model"]
+
+    @property
     def updates_at_steps(self) -> bool:
         """True in the arm that updates its reward model at each step."""
         return self.arm == "cooper"
@@ -266,7 +270,7 @@ def compute_rewards(
     Args:
       names: keys of REWARDS, applied in order.
       scores: the reward model's, f32[N]; None in the rule arm.
-      verdicts, completions: [N] each.
+      verdicts, completions: [N] each; `model` reads neither.
 
     Raises ValueError if a reward needs scores and `scores` is None.
     """

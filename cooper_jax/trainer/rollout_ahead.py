@@ -103,7 +103,13 @@ def _start_rollout(
     # Responses are scored when the batch is taken, since the reward model changes until then.
     def sample(between_segments: Callable[[], None]) -> SampledBatch:
         return sample_batch(
-            components, params, PhaseTimer(), key=key, first=first, between_segments=between_segments
+            components,
+            params,
+            PhaseTimer(),
+            key=key,
+            step=step,
+            first=first,
+            between_segments=between_segments,
         )
 
     return components.rollout_thread.start(sample)

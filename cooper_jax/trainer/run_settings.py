@@ -13,15 +13,23 @@ from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.model.model_source import ModelSource
 from cooper_jax.policy.losses import PolicyConfig
 from cooper_jax.reward.assistants import RewriteConfig
-from cooper_jax.reward.pairs.build_pairs import PairsConfig
+from cooper_jax.reward.pairs.pair_task import PairsConfig
 from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.rollout.rollout_config import RolloutConfig
 from cooper_jax.rule.verifier import RuleConfig
 from cooper_jax.runtime.device_layouts import MeshConfig
 from cooper_jax.runtime.optim import OptimiserConfig
+from cooper_jax.runtime.profiler import read_profile_steps
 from cooper_jax.settings import cross_checks
 from cooper_jax.settings.setup_errors import ErrorCollector
-from cooper_jax.trainer.loop_config import CheckpointConfig, EvalConfig, LogConfig, SupervisedConfig
+from cooper_jax.trainer.loop_config import (
+    CheckpointConfig,
+    EvalConfig,
+    FaultConfig,
+    GuardConfig,
+    LogConfig,
+    SupervisedConfig,
+)
 from cooper_jax.trainer.rewards import RewardConfig
 
 
@@ -38,7 +46,10 @@ class RunSettings:
     steps: int
     run_dir: str  # "": runs/<name>
     resume: bool
+    resume_step: int  # go back to this checkpoint; -1: resume from the newest
     exact: bool  # rollouts are corrected until they are what the learner samples (rollout/exact.py)
+    overlap: bool  # host work runs beside device work (step.py); the numbers are the same without it
+    profile: tuple[int, int]  # first and last step of a profiler trace; (0, 0): none
 
     # Problems and their responses.
     data: DataConfig
@@ -72,6 +83,8 @@ class RunSettings:
     eval: EvalConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    faults: FaultConfig
+    guard: GuardConfig
 
     @property
     def holds_reference(self) -> bool:
@@ -89,8 +102,11 @@ class RunSettings:
         """
         errors = ErrorCollector()
         values: dict[str, Any] = {
-            name: cfg[name] for name in ("name", "seed", "steps", "run_dir", "resume", "exact")
+            name: cfg[name]
+            for name in ("name", "seed", "steps", "run_dir", "resume", "resume_step", "exact", "overlap")
         }
+        with errors.collect("profile"):
+            values["profile"] = read_profile_steps(cfg)
         with errors.collect("config"):
             cross_checks.check_cross_sections(cfg)
 
@@ -112,6 +128,8 @@ class RunSettings:
             "eval": lambda: EvalConfig.from_config(cfg.eval),
             "checkpoint": lambda: CheckpointConfig.from_config(cfg.checkpoint),
             "log": lambda: LogConfig.from_config(cfg.log),
+            "faults": lambda: FaultConfig.from_config(cfg),
+            "guard": lambda: GuardConfig.from_config(cfg),
         }
         for field, read_section in sections.items():
             with errors.collect(field):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,23 @@ class StepRecord:
 
     sampled_tokens: int = 0  # also those of groups that were replaced
 
+    # For samples.jsonl alone.
+    scores: np.ndarray | None = None  # f32[N], the reward model's; None in arms without one
+    prompt_tokens: Sequence[Sequence[int]] = ()  # [B]
 
-def select_samples(record: StepRecord, count: int) -> list[dict[str, Any]]:
-    """Describe `count` problems of a step as JSON objects: problems with a valid pair first, then others."""
+
+def select_samples(
+    record: StepRecord,
+    count: int,
+    oracle: Callable[[Problem, str], bool] | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
+) -> list[dict[str, Any]]:
+    """Describe `count` problems of a step as JSON objects: problems with a valid pair first, then others.
+
+    Args:
+      oracle: (problem, response) -> correct, exactly; None where this is not known.
+      decode: tokens -> text, for the prompts; None: the objects have no prompts.
+    """
     problem_count = len(record.problems)
     group_size = len(record.completions) // problem_count
     per_prompt = len(record.pairs) // problem_count
@@ -54,27 +68,32 @@ def select_samples(record: StepRecord, count: int) -> list[dict[str, Any]]:
     for index in order[:count]:
         problem = record.problems[index]
         rows = range(index * group_size, (index + 1) * group_size)
-        samples.append(
-            {
-                "id": problem.id,
-                "question": problem.question,
-                "reference": problem.reference,
-                "responses": [_describe_response(record, row) for row in rows],
-                "pairs": [_describe_pair(pair) for pair in valid_pairs[index]],
-            }
-        )
+        sample: dict[str, Any] = {"id": problem.id, "question": problem.question}
+        if decode is not None:
+            sample["prompt"] = decode(record.prompt_tokens[index])
+        sample["reference"] = problem.reference
+        sample["responses"] = [_describe_response(record, row, problem, oracle) for row in rows]
+        sample["pairs"] = [_describe_pair(pair) for pair in valid_pairs[index]]
+        samples.append(sample)
     return samples
 
 
-def _describe_response(record: StepRecord, row: int) -> dict[str, Any]:
+def _describe_response(
+    record: StepRecord, row: int, problem: Problem, oracle: Callable[[Problem, str], bool] | None
+) -> dict[str, Any]:
     # NumPy scalars are not JSON values, so they are converted to Python floats.
-    described = {
+    described: dict[str, Any] = {
         "text": record.completions[row].text,
         "truncated": record.completions[row].truncated,
         "verdict": record.verdicts[row].value,
         "reward": float(record.rewards[row]),
         "advantage": float(record.advantages[row]),
     }
+    # The score differs from the reward where the reward is that of other functions.
+    if record.scores is not None:
+        described["score"] = float(record.scores[row])
+    if oracle is not None:
+        described["truth"] = bool(oracle(problem, record.completions[row].text))
     if record.rewards_by_name:
         described["rewards"] = {name: float(values[row]) for name, values in record.rewards_by_name.items()}
     return described

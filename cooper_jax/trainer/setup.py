@@ -21,6 +21,8 @@ from cooper_jax.data import contamination, policy_prompts, prompts, synthetic
 from cooper_jax.data.tokenizer_corpus import make_task_corpus
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.llm.local_chat import make_local_generate
+from cooper_jax.llm.probe import probe_server
+from cooper_jax.model import transformer
 from cooper_jax.model.config import ModelConfig
 from cooper_jax.model.loading import (
     Directory,
@@ -40,9 +42,11 @@ from cooper_jax.rollout import engine, exact
 from cooper_jax.rule.verifier import READY_ITEM, RuleVerifier
 from cooper_jax.rule.worker_process import make_item
 from cooper_jax.runtime import hosts, mesh, optim
+from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.runtime.device_layouts import lay_out_models, make_layouts
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError, setup_errors
 from cooper_jax.trainer import run_problems
+from cooper_jax.trainer.input_digests import check_inputs
 from cooper_jax.trainer.reward_functions import load_reward_functions
 from cooper_jax.trainer.rollout_thread import open_rollout_thread
 from cooper_jax.trainer.run_calibration import load_run_calibration
@@ -57,7 +61,7 @@ def load_inputs(settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir:
     """Load the problems, record their sources, and check the models' directories before weights are read.
 
     Raises SetupError with every file that cannot be read and every model without a tokenizer or a shape, so
-    that one start of a run shows them all.
+    that one start of a run shows them all; then with every file that is not what the run began with.
     """
     errors = ErrorCollector()
     with errors.collect("assistant"):
@@ -65,9 +69,6 @@ def load_inputs(settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir:
     problems = RunProblems([], [])
     with errors.collect("data"):
         problems = run_problems.load_problems(settings, run_dir)
-    with errors.collect("run_dir"):
-        run_problems.record_sources(problems, run_dir)
-
     sources = {"policy": settings.policy_model}
     if settings.reward.has_model:
         sources["reward"] = settings.reward_model
@@ -89,6 +90,9 @@ def load_inputs(settings: RunSettings, layouts: dict[str, mesh.Layout], run_dir:
                     model.tokenizer, settings.rollout.max_new_tokens, settings.reward.max_tokens
                 )
     errors.raise_if_any()
+    with setup_errors("run_dir"):
+        check_inputs(settings, problems, sources, run_dir)
+        run_problems.record_sources(problems, run_dir)
     return problems
 
 
@@ -137,10 +141,13 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
     files and weights that cannot be used.
     """
     settings = read_settings(cfg)
+    CONSOLE.begin_stage("finding the devices")
     layouts = lay_out_models(settings.mesh)
+    CONSOLE.begin_stage("reading the problems")
     problems = load_inputs(settings, layouts, run_dir)
     reward_functions = load_reward_functions(settings.reward, problems.train, settings.data.prompt_style)
     calibration = load_run_calibration(settings, run_dir)
+    CONSOLE.begin_stage("comparing held-out problems with training questions")
     unseen = contamination.exclude_contaminated(cfg, run_dir, problems.train, problems.held_out)
     chosen = run_problems.choose_held_out(
         unseen, problems.held_out, settings.eval.problems, settings.data.eval_shares
@@ -150,6 +157,7 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         if reward_functions is not None:
             stack.callback(reward_functions.close)
 
+        CONSOLE.begin_stage("starting the rule verifier")
         # This first request starts a worker process of the rule verifier while the models are loaded.
         with setup_errors("rule"):
             local_rule = stack.enter_context(RuleVerifier(settings.rule))
@@ -164,11 +172,14 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
             local_rule.submit([first])
 
         # Models.
+        CONSOLE.begin_stage("loading the policy")
         policy, policy_state = build_policy_bundle(settings, layouts, run_dir)
         reward, reward_state = None, None
         if settings.reward.has_model:
+            CONSOLE.begin_stage("loading the reward model")
             reward, reward_state = build_reward_bundle(settings, layouts["reward"], run_dir, calibration)
 
+        CONSOLE.begin_stage("encoding the problems")
         # Prompts need the policy's tokenizer, so problems are encoded after the models are loaded.
         data = settings.data
         with setup_errors(f"data.chat={data.chat}, data.max_prompt_tokens={data.max_prompt_tokens}"):
@@ -182,19 +193,25 @@ def build_components(cfg: ConfigDict, run_dir: Directory) -> Iterator[tuple[Comp
         if reward is not None:
             _check_reward_inputs(settings, reward.model.tokenizer, (*train.problems, *held_out.problems))
 
+        CONSOLE.begin_stage("waiting for the rule verifier")
         # Services.  `check_ready` waits for the rule's first answer; a local assistant loads a third model.
         with setup_errors("rule"):
             local_rule.check_ready(first)
         assistant = None
         if settings.assistant is not None:
+            CONSOLE.begin_stage("starting the assistant")
+            if settings.assistant.kind == "openai" and settings.rewrite.probe:
+                with setup_errors("assistant"):
+                    probe_server(settings.assistant, settings.rewrite.start_timeout)
             assistant = build_assistant(
                 cfg, settings.assistant, settings.rewrite, layouts["assistant"], run_dir
             )
             stack.callback(assistant.close)
             if isinstance(assistant, assistants.UserAssistant):
                 check_same_code([assistant.code])
-        rule, assistant = share_over_hosts(local_rule, assistant, jax.process_count())
+        rule = share_over_hosts(local_rule, jax.process_count())
 
+        CONSOLE.end_stage()
         # It ends before the services that it uses.
         rollout_thread = stack.enter_context(open_rollout_thread(settings.rollout.ahead))
         components = Components(
@@ -245,8 +262,10 @@ def _check_reward_inputs(settings: RunSettings, tokenizer: Tokenizer, problems: 
 
     Without this check a reference that is too long would end the run at the step that scores it.
     """
+    # Once each: encoding every problem's takes seconds, and many problems have the same.
+    references = dict.fromkeys(p.reference for p in problems)
     with setup_errors("data.train, data.eval"):
-        prompts.check_references(tokenizer, (p.reference for p in problems), settings.reward.max_tokens)
+        prompts.check_references(tokenizer, references, settings.reward.max_tokens)
 
 
 def build_policy_bundle(
@@ -271,22 +290,28 @@ def build_policy_bundle(
     if rollout.ahead and correction == "none":
         hosts.print_once(
             "warning: rollout.ahead=1 with policy.correction=none: responses are sampled with weights that are one "
-            "update old, and nothing corrects the loss for it; leave policy.correction at auto"
+            "update old, and nothing corrects the loss for it; leave policy.correction at auto",
+            always=True,
         )
     if rollout.kv_dtype == "int8" and correction == "none" and not settings.exact:
         hosts.print_once(
             "warning: rollout.kv_dtype=int8 with policy.correction=none: the sampler's distribution differs from "
             "the one in the loss, and nothing corrects it; leave policy.correction at auto, and watch "
-            "policy/rollout_mismatch_p99"
+            "policy/rollout_mismatch_p99",
+            always=True,
         )
 
+    # An exact rollout repeats the learner's forward pass on rows of one response each.
+    packs_rows = not settings.exact and transformer.should_pack(
+        settings.policy.packing, model.config, layout, settings.policy.dtype
+    )
     with setup_errors("policy"):
         updates = settings.steps * grpo.count_updates(settings.policy)
         optimiser = optim.make_optimiser(settings.policy_optimiser, updates)
 
         def make_logprobs(config: ModelConfig, model_layout: mesh.Layout) -> LogprobsFunction:
             policy, temperature = settings.policy, rollout.temperature
-            if policy.packing:
+            if packs_rows:
                 return grpo.make_packed_logprobs(
                     config, model_layout, dtype=policy.dtype, temperature=temperature
                 )
@@ -331,6 +356,7 @@ def build_policy_bundle(
     bundle = PolicyBundle(
         model=model,
         sampling=spec,
+        packs_rows=packs_rows,
         logprobs=logprobs,
         reference_layout=reference_layout,
         reference_logprobs=reference_logprobs,
@@ -372,6 +398,7 @@ def build_reward_bundle(
         optimiser = optim.make_optimiser(settings.reward_optimiser, updates)
         bundle = RewardBundle(
             model=model,
+            packs_rows=transformer.should_pack(section.packing, model.config, layout, section.dtype),
             layout=layout,
             compute_logits=verifier_model.make_score_fn(
                 model.config,

@@ -29,12 +29,15 @@ from cooper_jax.rollout.exact import Resample
 from cooper_jax.rollout.sampling_spec import SamplingSpec
 from cooper_jax.rule.verifier import RuleVerifier
 from cooper_jax.runtime import checkpoint, mesh, optim
+from cooper_jax.runtime.metrics import PhaseTimer
+from cooper_jax.trainer.hacking_guard import GuardState
 from cooper_jax.trainer.reward_functions import RewardFunctions
 from cooper_jax.trainer.rollout_thread import PendingRollout, RolloutThread
 from cooper_jax.trainer.run_settings import RunSettings
-from cooper_jax.types import Params, Problem, TrainState
+from cooper_jax.trainer.samples import StepRecord
+from cooper_jax.types import Metrics, Params, Problem, TrainState
 
-# (params, tokens, valid, T) -> f32[N, T]; with policy.packing (params, PackedRows, response_mask) -> f32[N, T]
+# (params, tokens, valid, T) -> f32[N, T]; with packed rows (params, PackedRows, response_mask) -> f32[N, T]
 LogprobsFunction = Callable[..., jax.Array]
 
 
@@ -44,6 +47,7 @@ class PolicyBundle:
 
     model: Model
     sampling: SamplingSpec
+    packs_rows: bool  # rows of updates and log-probabilities hold several responses (data/row_packing.py)
 
     # Log-probabilities of responses.  The reference has the policy's layout, unless `mesh.reference` gives it
     # devices of its own.
@@ -66,6 +70,7 @@ class RewardBundle:
     """The reward model, without its parameters."""
 
     model: Model
+    packs_rows: bool  # rows of scores and updates hold several inputs
     layout: mesh.Layout  # the policy's, unless `mesh.reward` gives the reward model its own devices
     compute_logits: Callable  # (params, ScoreBatch) -> logits f32[N]
 
@@ -118,12 +123,21 @@ class Components:
         """Tokens of the longest training prompt."""
         return max(map(len, self.train_prompts))
 
+    @functools.cached_property
+    def shortest_prompt(self) -> int:
+        """Tokens of the shortest training prompt."""
+        return min(map(len, self.train_prompts))
+
     @property
     def reward_bundle(self) -> RewardBundle:
         """The reward model's bundle, never None.  Raises ValueError in the rule arm."""
         if self.reward is None:
             raise ValueError("there is no reward model in the rule arm")
         return self.reward
+
+
+# (state, phases) -> (state, metrics, record); see State.finish.
+FinishStep = Callable[["State", PhaseTimer], tuple["State", Metrics, StepRecord]]
 
 
 @struct.dataclass
@@ -143,11 +157,17 @@ class State:
     replay: Replay = struct.field(pytree_node=False, default=Replay())  # past rollouts for the reward model
     # The last rewrites, for the measurement of giveaways.
     recent_rewrites: RecentRewrites = struct.field(pytree_node=False, default=RecentRewrites())
+    # What the guard against reward hacking has seen, up to the last complete step.
+    guard: GuardState = struct.field(pytree_node=False, default=GuardState())
 
     # With rollout.ahead=1: the weights with which the next step is sampled, on the rollout's devices, and that
     # rollout.  It is no part of a checkpoint: a resumed run samples it again.
     rollout_params: Params | None = None
     pending_rollout: PendingRollout | None = struct.field(pytree_node=False, default=None)
+
+    # Completes step `step`, whose reward model has not been updated yet: (state, phases) -> (the complete state,
+    # the step's metrics, its record).  None: the step is complete.  Only a complete state can be saved.
+    finish: FinishStep | None = struct.field(pytree_node=False, default=None)
 
     @property
     def sampling_params(self) -> Params:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cooper_jax.policy.advantages import measure_deviations
+from cooper_jax.trainer.hacking_signals import measure_signals
 from cooper_jax.trainer.samples import StepRecord
 from cooper_jax.types import Completion, Metrics, Pair, Problem, Verdict
 
@@ -45,7 +46,7 @@ def measure_step(record: StepRecord, scores: np.ndarray | None, oracle: Oracle |
     }
     if scores is not None:
         metrics |= measure_hacking(scores, record.verdicts)
-    return metrics
+    return metrics | measure_signals(record)
 
 
 def compute_share(hits: np.ndarray, among: np.ndarray) -> float:

@@ -23,14 +23,19 @@ from cooper_jax.policy import imitation
 from cooper_jax.reward import verifier_model
 from cooper_jax.reward.corruption import corrupt_answer
 from cooper_jax.runtime import hosts, keys, optim
+from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.runtime.metrics import to_host
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer.grading import encode_reward_input, pad_reward_inputs
 from cooper_jax.trainer.state import Components
-from cooper_jax.types import Params, Problem, TrainState, Triple
+from cooper_jax.types import Metrics, Params, Problem, TrainState, Triple
 
-# The number of progress lines of a phase, at most.
+# The numbers of progress lines and of logged rows of a phase: so many, and at most about twice as many.
 REPORTS = 8
+ROWS = 100
+
+# Called with the name of a phase, the number of an update and its figures.
+LogPhase = Callable[[str, int, Metrics], None]
 
 # The number of distinct synthetic problems of a phase, at most.  Longer phases repeat them in another order.
 SYNTHETIC_POOL = 16384
@@ -38,8 +43,10 @@ SYNTHETIC_POOL = 16384
 Item = TypeVar("Item")
 
 
-def imitate_solutions(components: Components, params: Params) -> Params:
+def imitate_solutions(components: Components, params: Params, log: LogPhase) -> Params:
     """Train the policy on the likelihood of worked solutions, the EOS included; return its parameters.
+
+    log: called with the figures of some of the updates.
 
     Raises SetupError if the problems have no worked solutions or no update was finite, hosts.Stopped after a
     SIGTERM.
@@ -86,14 +93,17 @@ def imitate_solutions(components: Components, params: Params) -> Params:
         return tuple(layout.put(x, "batch") for x in (tokens, valid, right_valid))
 
     state = optim.init_state(params, optimiser)
-    return _run_phase("policy", section.policy_steps, state, lambda s, step: update(s, *make_batch(step)))
+    return _run_phase(
+        "policy", section.policy_steps, state, lambda s, step: update(s, *make_batch(step)), log
+    )
 
 
-def train_on_labels(components: Components, params: Params) -> Params:
+def train_on_labels(components: Components, params: Params, log: LogPhase) -> Params:
     """Train the reward model with binary cross-entropy on labelled triples; return its parameters.
 
-    This is VerifyRM's training objective (arXiv 2508.05613).  Raises SetupError if there are no triples or no
-    update was finite, hosts.Stopped after a SIGTERM.
+    This is VerifyRM's training objective (arXiv 2508.05613).  log: as of `imitate_solutions`.
+
+    Raises SetupError if there are no triples or no update was finite, hosts.Stopped after a SIGTERM.
     """
     settings, reward = components.settings, components.reward_bundle
     section, layout = settings.supervised, reward.layout
@@ -128,24 +138,40 @@ def train_on_labels(components: Components, params: Params) -> Params:
         return inputs, layout.put(labels, "batch"), layout.put(weights, "batch")
 
     state = optim.init_state(params, optimiser)
-    return _run_phase("reward", section.reward_steps, state, lambda s, step: update(s, *make_batch(step)))
+    return _run_phase(
+        "reward", section.reward_steps, state, lambda s, step: update(s, *make_batch(step)), log
+    )
 
 
 def _run_phase(
-    name: str, steps: int, state: TrainState, update: Callable[[TrainState, int], tuple]
+    name: str,
+    steps: int,
+    state: TrainState,
+    update: Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]],
+    log: LogPhase,
 ) -> Params:
-    """Make `steps` updates and print progress; return the parameters and drop the optimiser's state."""
-    for step in range(steps):
+    """Make `steps` updates, log and print progress; return the parameters and drop the optimiser's state."""
+    formatted = ""
+    for step in range(1, steps + 1):
         hosts.raise_if_stopping()
-        state, metrics = update(state, step)
+        state, metrics = update(state, step - 1)
 
-        # Metrics are fetched for progress lines alone: fetching waits for the devices.
-        if (step + 1) % max(1, steps // REPORTS) == 0:
-            values = to_host({n: v for n, v in metrics.items() if n in ("loss", "accuracy")})
-            formatted = "  ".join(f"{n} {v:.3f}" for n, v in values.items())
-            hosts.print_once(f"supervised training of the {name} model: step {step + 1}/{steps}  {formatted}")
+        # Metrics are fetched for some of the updates alone: fetching waits for the devices.
+        is_row = step % max(1, steps // ROWS) == 0 or step == steps
+        is_report = step % max(1, steps // REPORTS) == 0
+        if is_row or is_report:
+            values = to_host(metrics)
+            log(name, step, values)
+            shown = [f"{n} {values[n]:.3f}" for n in ("accuracy", "loss") if n in values]
+            formatted = "  ".join(shown)
+            if is_report and hosts.is_primary():
+                CONSOLE.print_unless_live(
+                    f"supervised training of the {name} model: step {step}/{steps}  {formatted}"
+                )
+        CONSOLE.show_detail(f"{step}/{steps}  {formatted}")
 
     # A few skipped updates do no harm.  If all were skipped, the model is as it was.
+    CONSOLE.end_stage(formatted)
     if skipped := int(state.skipped):
         if skipped == steps:
             raise SetupError(
@@ -154,8 +180,9 @@ def _run_phase(
                 "weights"
             )
         hosts.print_once(
-            f"supervised training of the {name} model: {skipped} of {steps} updates were skipped, "
-            "since loss or gradients were not finite"
+            f"warning: supervised training of the {name} model: {skipped} of {steps} updates were skipped, "
+            "since loss or gradients were not finite",
+            always=True,
         )
     return state.params
 

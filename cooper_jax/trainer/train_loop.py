@@ -1,9 +1,10 @@
 """The training loop: Cooper steps (step.py), evaluation, logs and checkpoints.
 
 1. The run directory is opened, the components are built, and the run starts at step 0 or resumes (resume.py).
-2. After each step the loop measures giveaways in the last rewrites (every `log.giveaway_every` steps) and
-   evaluates (every `eval.every` steps), appends a row to metrics.jsonl, and saves a
-   checkpoint (every `checkpoint.every` steps).
+2. A step is completed behind the next rollout (step.py), or at once if what follows needs its whole state: the
+   loop measures giveaways in the last rewrites (every `log.giveaway_every` steps), evaluates (every `eval.every`
+   steps, and at the end) and saves a checkpoint (every `checkpoint.every` steps).  Each complete step is a row of
+   metrics.jsonl.
 3. A preempted machine gets a SIGTERM.  `hosts.raise_if_stopping` then raises hosts.Stopped within a step or
    an evaluation, on all hosts at the same call.  `train` saves the last complete step and raises it again;
    launch/common.py turns it into exit code 75.
@@ -13,35 +14,44 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from cooper_jax.rollout import engine
+from cooper_jax.rule.worker_process import WorkerError
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.runtime.mesh import Layout
-from cooper_jax.runtime.metrics import PhaseTimer, Progress
+from cooper_jax.runtime.metrics import HOST_PHASES, PhaseTimer
+from cooper_jax.runtime.profiler import StepProfiler
 from cooper_jax.runtime.run_directory import RunDirectory, check_shared, run_path
 from cooper_jax.settings.setup_errors import setup_errors
+from cooper_jax.trainer.closing_summary import describe_end, describe_resumption
+from cooper_jax.trainer.fault_watch import FaultWatch
 from cooper_jax.trainer.giveaway_watch import GiveawayWatch
+from cooper_jax.trainer.hacking_response import HackingResponse, RollBack
 from cooper_jax.trainer.held_out import evaluate_held_out
-from cooper_jax.trainer.loop_config import LogConfig
-from cooper_jax.trainer.resume import save_checkpoint, start_or_resume
+from cooper_jax.trainer.resume import roll_back, save_checkpoint, start_or_resume
+from cooper_jax.trainer.run_display import RunDisplay
+from cooper_jax.trainer.run_settings import RunSettings
 from cooper_jax.trainer.samples import StepRecord, select_samples
 from cooper_jax.trainer.setup import build_components, read_settings
 from cooper_jax.trainer.state import Components, State
-from cooper_jax.trainer.step import cooper_step
+from cooper_jax.trainer.step import cooper_step, finish_step, finishes_behind_rollout
 from cooper_jax.types import Metrics
 
 
 def train(cfg: ConfigDict) -> None:
     """Run `cfg.steps` Cooper steps; resume after the newest checkpoint in the run directory if there is one.
 
-    Raises SetupError for settings and files that cannot be used.  Raises hosts.Stopped after a SIGTERM, once
-    the checkpoint of the last complete step is written.  Before step 0 is saved there is none, and the next
-    start begins again.
+    Raises SetupError for settings and files that cannot be used, hosts.RunFault for a fault that no restart mends
+    (fault_watch.py).  Raises hosts.Stopped after a SIGTERM, once the checkpoint of the last complete step is
+    written.  Before step 0 is saved there is none, and the next start begins again.
     """
+    begun = time.monotonic()
     # Settings are checked first: a faulty config must leave no run directory behind.
     settings = read_settings(cfg)
     with setup_errors("run_dir"):
@@ -49,6 +59,7 @@ def train(cfg: ConfigDict) -> None:
 
     # The stack exits its contexts in reverse order, so the run directory's lock is released last.
     with contextlib.ExitStack() as stack:
+        stack.callback(CONSOLE.close)
         with setup_errors("run_dir"):
             check_shared(path)
             run = stack.enter_context(RunDirectory(path, cfg, resume=settings.resume))
@@ -57,100 +68,246 @@ def train(cfg: ConfigDict) -> None:
             checkpoints = stack.enter_context(Checkpoints(path, keep=settings.checkpoint.keep))
         hosts.print_once(describe_run(components))
 
-        phases = PhaseTimer()
+        loop = TrainingLoop(components, run, checkpoints)
         try:
             state = start_or_resume(components, state, run, checkpoints)
+            CONSOLE.end_stage()
             if state.step >= settings.steps:
                 hosts.print_once(
-                    f"{path} has {state.step} complete steps already; raise --config.steps to continue"
+                    f"{path} has {state.step} complete steps already; raise --config.steps to continue",
+                    always=True,
                 )
                 return
-
-            progress = stack.enter_context(
-                contextlib.closing(Progress(settings.steps, state.step, quiet=not hosts.is_primary()))
-            )
-            watch = GiveawayWatch(settings)
-            while state.step < settings.steps:
-                hosts.raise_if_stopping()
-                start_time = time.perf_counter()
-                state, metrics, record = cooper_step(components, state, phases)
-                metrics |= measure_speed(record, time.perf_counter() - start_time)
-
-                metrics |= watch.measure(state, phases)
-
-                # The step is complete and will be saved.  It is logged even if a SIGTERM ends the evaluation.
-                try:
-                    if settings.eval.every and state.step % settings.eval.every == 0:
-                        with phases.phase("eval"):
-                            metrics |= evaluate_held_out(components, state)
-                finally:
-                    log_step(settings.log, run, state.step, metrics | phases.collect(), record)
-                    progress.update(state.step, metrics)
-
-                # The loop waits only for a copy of the arrays; they are written in the background.  This phase's
-                # time is logged in the next step's row.
-                if state.step % settings.checkpoint.every == 0 or state.step == settings.steps:
-                    with setup_errors("checkpoint"), phases.phase("checkpoint"), pause_rollout(components):
-                        save_checkpoint(components, state, run, checkpoints)
+            loop.run(state)
         except hosts.Stopped:
-            if components.rollout_thread is not None:
-                components.rollout_thread.cancel()
-            save_last_step(components, state, run, checkpoints)
+            loop.save_last_step()
             raise
 
         # The last checkpoint may not be written yet.  If its write fails, the run must end with an error.
-        with setup_errors("checkpoint"):
+        with setup_errors("checkpoint"), CONSOLE.open_activity("writing the last checkpoint"):
             checkpoints.wait()
-    hosts.print_once(
-        f"{path}: {settings.steps} steps complete; see metrics.jsonl, samples.jsonl and checkpoints/ in it"
-    )
+        rows = run.read_metrics()
+    hosts.print_once(describe_end(settings, str(path), rows, time.monotonic() - begun), always=True)
+
+
+class TrainingLoop:
+    """Runs steps, and keeps the last state that can be saved."""
+
+    def __init__(self, components: Components, run: RunDirectory, checkpoints: Checkpoints):
+        self._components, self._run, self._checkpoints = components, run, checkpoints
+        self._state: State | None = None  # None until step 0 is saved
+        self._phases = PhaseTimer()
+        self._watch = GiveawayWatch(components.settings)
+        settings = components.settings
+        self._faults = FaultWatch(settings.faults, updates_reward=settings.reward.updates_at_steps)
+
+    def run(self, state: State) -> None:
+        """Run the steps that are left.  Raises hosts.Stopped after a SIGTERM, hosts.RunFault for a fault.
+
+        state: of the newest checkpoint.  Its arrays are donated.
+        """
+        self._state = state
+        while not self._run_from_state():
+            self._state = roll_back(self._components, self._state, self._run, self._checkpoints)
+
+    def _run_from_state(self) -> bool:
+        """Run the steps that are left; False for an alarm after which the run is to go back."""
+        # Outside of the handler nothing refers to the arrays of the step that the exception has ended.
+        try:
+            self._run_steps()
+        except RollBack:
+            return False
+        return True
+
+    def _run_steps(self) -> None:
+        """Run the steps that are left.  Raises RollBack for an alarm after which the run is to go back."""
+        assert self._state is not None
+        components, settings = self._components, self._components.settings
+        self._response = HackingResponse(settings.guard.hacking_guard, self._state.guard)
+        decode = components.policy.model.tokenizer.decode
+        display = RunDisplay(settings, self._run.read_metrics(), self._state.step, decode)
+        phases = self._phases
+        phases.observer = display
+        with StepProfiler(settings.profile, str(self._run.path / "profile")) as profiler:
+            self._log = StepLog(components, self._run, display, phases, self._checkpoints)
+            self._respond(self._state)
+            while (step := self._state.step + 1) <= settings.steps:
+                hosts.raise_if_stopping()
+                profiler.begin_step(step)
+                try:
+                    with phases.in_step(step):
+                        self._run_step()
+                except (FloatingPointError, WorkerError) as error:
+                    # Logits from which no token can be sampled are so on all hosts; workers may fail on one.
+                    of_this_host = isinstance(error, WorkerError)
+                    raise hosts.RunFault(f"step {step}: {error}", of_this_host) from error
+                profiler.end_step(step)
+
+    def _run_step(self) -> None:
+        """Run a step; complete, evaluate and save it, unless the next one is to complete it."""
+        assert self._state is not None
+        components, settings, phases = self._components, self._components.settings, self._phases
+        start_time, compiled = time.perf_counter(), CONSOLE.compile_seconds
+        self._state = state = cooper_step(components, self._state, phases, self._take_finished)
+
+        is_complete = needs_complete_state(settings, state.step) or not finishes_behind_rollout(components)
+        if is_complete:
+            state, metrics, record = finish_step(state, phases)
+            self._state = state
+        self._log.take_times(state.step, time.perf_counter() - start_time, CONSOLE.compile_seconds - compiled)
+        if not is_complete:
+            return
+
+        # The step is complete and will be saved.  It is logged even if a SIGTERM ends the evaluation.
+        try:
+            metrics |= self._watch.measure(state, phases)
+            if is_evaluated_after(settings, state.step):
+                with phases.phase("eval"):
+                    metrics |= evaluate_held_out(components, state)
+        finally:
+            # An evaluation may compile, too.
+            compile_seconds = {"time/compile": CONSOLE.compile_seconds - compiled}
+            self._log.write(state.step, metrics | phases.collect() | compile_seconds, record)
+        self._faults.check(state.step, metrics, self._save_good_state)
+        self._respond(state)
+
+        # The loop waits only for a copy of the arrays; they are written in the background.  This phase's time is
+        # logged in the next step's row.
+        if state.step % settings.checkpoint.every == 0 or state.step == settings.steps:
+            with setup_errors("checkpoint"), phases.phase("checkpoint"), pause_rollout(components):
+                save_checkpoint(components, state, self._run, self._checkpoints)
+
+    def _take_finished(self, state: State, metrics: Metrics, record: StepRecord) -> None:
+        """Take the state of a step that the next step has completed: the one before can no longer be saved."""
+        self._state = state
+        self._log.write(state.step, metrics, record)
+        self._faults.check(state.step, metrics, self._save_good_state)
+        self._respond(state)
+
+    def _respond(self, state: State) -> None:
+        """Do what an alarm of the guard against reward hacking requires.  Raises RollBack and RunFault."""
+        self._response.act(state.step, state.guard, self._save_good_state)
+
+    def _save_good_state(self) -> None:
+        """Save the last complete state before a fault ends the run, unless it is saved already."""
+        assert self._state is not None
+        with setup_errors("checkpoint"), pause_rollout(self._components):
+            self._checkpoints.wait()
+            if self._state.step not in self._checkpoints.steps():
+                save_checkpoint(self._components, self._state, self._run, self._checkpoints)
+                self._checkpoints.wait()
+
+    def save_last_step(self) -> None:
+        """Complete and save the last step of a run that a SIGTERM ends, and wait until it is written."""
+        if self._components.rollout_thread is not None:
+            self._components.rollout_thread.cancel()
+        state = self._state
+        if state is not None and state.finish is not None:
+            state, metrics, record = finish_step(state, self._phases)
+            self._log.write(state.step, metrics, record)
+
+        with setup_errors("checkpoint"):
+            self._checkpoints.wait()  # an earlier save may be running in the background
+
+            # Without a state, the phases before step 1 were interrupted (resume.py), and theirs cannot be saved.
+            if state is None:
+                hosts.print_once(
+                    "stopped by a signal before step 0 was saved; the same command starts from the beginning",
+                    always=True,
+                )
+                return
+            if state.step not in self._checkpoints.steps():
+                save_checkpoint(self._components, state, self._run, self._checkpoints)
+                self._checkpoints.wait()
+        hosts.print_once(
+            f"stopped by a signal; step {state.step} is saved; {describe_resumption()}", always=True
+        )
+
+
+def needs_complete_state(settings: RunSettings, step: int) -> bool:
+    """True if something after this step reads or saves the whole state."""
+    intervals = (settings.eval.every, settings.checkpoint.every, settings.log.giveaway_every)
+    return step == settings.steps or any(every and step % every == 0 for every in intervals)
+
+
+def is_evaluated_after(settings: RunSettings, step: int) -> bool:
+    """True if the held-out problems are evaluated after this step: every `eval.every` steps, and after the last."""
+    every = settings.eval.every
+    return bool(every) and (step % every == 0 or step == settings.steps)
 
 
 def pause_rollout(components: Components) -> contextlib.AbstractContextManager[None]:
-    """The context in which a checkpoint is saved: on several hosts no rollout runs in it.
+    """The context in which a checkpoint is saved: no rollout runs in it.
 
-    Orbax synchronises the hosts by a program on all devices.  Hosts that launched it before and others that
-    launched it after the same segment of a rollout would wait for each other for ever.
+    The checksums of the rollout's weights are programs of its devices, and Orbax synchronises several hosts by a
+    program on all devices.  Devices that got such a program before a segment of a rollout, and others that got it
+    behind, would wait for each other for ever.
     """
-    if components.rollout_thread is None or jax.process_count() == 1:
+    if components.rollout_thread is None:
         return contextlib.nullcontext()
     return components.rollout_thread.pause()
 
 
-def measure_speed(record: StepRecord, seconds: float) -> Metrics:
-    """The wall-clock seconds of a step, and its sampled tokens per second.
+class StepLog:
+    """Writes the rows of complete steps, with their times and samples, and shows them."""
 
-    The time includes all phases of the step, not only the sampling.
-    """
-    return {"time/step": seconds, "time/tokens_per_second": record.sampled_tokens / seconds}
+    def __init__(
+        self,
+        components: Components,
+        run: RunDirectory,
+        display: RunDisplay,
+        phases: PhaseTimer,
+        checkpoints: Checkpoints,
+    ):
+        self._components, self._settings = components, components.settings.log
+        self._run, self._display, self._phases = run, display, phases
+        self._checkpoints: Checkpoints | None = checkpoints  # until the first row is written
+        self._times: dict[int, Metrics] = {}  # of steps that are not written yet
 
+    def take_times(self, step: int, seconds: float, compile_seconds: float) -> None:
+        """Take the times of a step's phases from the timer.
 
-def log_step(settings: LogConfig, run: RunDirectory, step: int, metrics: Metrics, record: StepRecord) -> None:
-    """Append a step's metrics to metrics.jsonl and, every `samples_every` steps, samples to samples.jsonl."""
-    with setup_errors("run_dir"):
-        run.log(step, metrics)
+        If a step is completed behind the next rollout, its row has the times of its own phases up to the policy's
+        update, and of those that completed the step before.
 
-        # Step 1 is always dumped: a wrong template or prompt shows in it at once.
-        if settings.samples_every and (step % settings.samples_every == 0 or step == 1):
-            run.dump_samples(step, select_samples(record, settings.samples))
+        seconds: wall-clock time of the step, with all its phases.
+        compile_seconds: what of it something was traced or compiled.
+        """
+        times = self._phases.collect()
+        waiting = sum(times.get(f"time/{name}", 0.0) for name in HOST_PHASES)
+        self._times[step] = {
+            **times,
+            "time/step": seconds,
+            "time/waiting": waiting,
+            "time/compile": compile_seconds,
+        }
 
+    def write(self, step: int, metrics: Metrics, record: StepRecord) -> None:
+        """Append a step's metrics to metrics.jsonl and, every `samples_every` steps, samples to samples.jsonl."""
+        # Tokens per second of the whole step, not only of the sampling.  A step that a SIGTERM ended has no times.
+        times = self._times.pop(step, {})
+        if times:
+            times["time/tokens_per_second"] = record.sampled_tokens / times["time/step"]
+        metrics = {**times, **metrics}
 
-def save_last_step(components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints) -> None:
-    """Save the last complete step of a run that a SIGTERM ends, and wait until it is written."""
-    with setup_errors("checkpoint"):
-        checkpoints.wait()  # an earlier save may be running in the background
+        # A row of a step shows that there was a checkpoint (resume.py), so step 0 must be complete by now.
+        if self._checkpoints is not None:
+            with setup_errors("checkpoint"):
+                self._checkpoints.wait()
+            self._checkpoints = None
+        with setup_errors("run_dir"):
+            self._run.log(step, metrics)
 
-        # Without any checkpoint, the phases before step 1 were interrupted (resume.py), and their state cannot be
-        # saved.
-        if not checkpoints.steps():
-            hosts.print_once(
-                "stopped by a signal before step 0 was saved; the same command starts from the beginning"
-            )
-            return
-        if state.step not in checkpoints.steps():
-            save_checkpoint(components, state, run, checkpoints)
-            checkpoints.wait()
-    hosts.print_once(f"stopped by a signal; step {state.step} is saved")
+            # Step 1 is always dumped: a wrong template or prompt shows in it at once.
+            every = self._settings.samples_every
+            if every and (step % every == 0 or step == 1):
+                self._run.dump_samples(step, self._select_samples(record))
+        self._display.show_step(step, metrics, record)
+
+    def _select_samples(self, record: StepRecord) -> list[dict[str, Any]]:
+        components = self._components
+        decode = components.policy.model.tokenizer.decode
+        return select_samples(record, self._settings.samples, components.oracle, decode)
 
 
 def describe_run(components: Components) -> str:

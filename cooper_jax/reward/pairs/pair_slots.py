@@ -14,7 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cooper_jax.reward.pairs.pair_task import PairTask
 from cooper_jax.rule import answer_finder
+from cooper_jax.runtime import keys
 from cooper_jax.types import Completion, Pair, Problem, Verdict
 
 
@@ -24,7 +26,8 @@ class PairSlot:
 
     # Set when the slot is made.
     problem: Problem
-    source: str  # source of the negative: one of build_pairs.NEGATIVE_SOURCES
+    source: str  # source of the negative: one of pair_task.NEGATIVE_SOURCES
+    k: int  # the slot is the prompt's k-th slot of this source
     row: int | None = None  # rollout row of the positive; None if no row qualifies
     order_row: int = 0  # that row's index in the data order, position * G + sample; keys random draws
     positive: str = ""  # text of the positive; for own_answer also that of the negative
@@ -60,18 +63,58 @@ class RankedRows:
     wrong_with_answer: Sequence[int] = ()
 
 
+def make_prompt_slots(
+    task: PairTask,
+    index: int,
+    completions: Sequence[Completion],
+    verdicts: Sequence[Verdict],
+    scores: np.ndarray | None = None,
+) -> list[PairSlot]:
+    """The slots of one prompt with their positives, [per_prompt]; some may lack a positive, and stay masked.
+
+    The result depends only on the arguments, whenever and wherever it is computed.
+
+    Args:
+      index: of the prompt in the batch.
+      completions, verdicts: [G], of the prompt's responses.
+      scores: f32[G], the reward model's rewards, which order the positives of own_answer; None if these slots
+        are not needed: they have no positive then.
+    """
+    problem, position = task.problems[index], task.prompt_positions[index]
+    rng = keys.make_generator(task.seed, "pairs", task.step, position)
+    ranked = rank_rows(completions, verdicts, scores, rng)
+
+    slots = []
+    for source, k in task.cfg.list_slot_sources():
+        rows, refusal = ranked.correct, "no_positive"
+        if source == "own_answer":
+            rows, refusal = ranked.wrong_with_answer, "no_wrong"
+        if k >= len(rows):
+            slots.append(PairSlot(problem, source, k, refusal=refusal))
+            continue
+
+        # The row's index in the data order does not depend on how the data are divided into batches.
+        slots.append(
+            PairSlot(
+                problem,
+                source,
+                k,
+                row=index * task.group_size + rows[k],
+                order_row=position * task.group_size + rows[k],
+                positive=completions[rows[k]].text,
+            )
+        )
+    return slots
+
+
 def rank_rows(
-    rows: range,
-    completions: Sequence[Completion],  # [N]
-    verdicts: Sequence[Verdict],  # [N]
-    scores: np.ndarray | None,  # f32[N]: the reward model's rewards; None omits `wrong_with_answer`
+    completions: Sequence[Completion],  # [G]
+    verdicts: Sequence[Verdict],  # [G]
+    scores: np.ndarray | None,  # f32[G]: the reward model's rewards; None omits `wrong_with_answer`
     rng: np.random.Generator,
 ) -> RankedRows:
-    """Find and order the rows of one prompt that the sources of negatives can use.
-
-    rows: the prompt's range of row numbers in 0 .. N - 1.
-    """
-    complete = [n for n in rows if not completions[n].truncated]
+    """Find and order the rows of one prompt, 0 .. G - 1, that the sources of negatives can use."""
+    complete = [n for n, completion in enumerate(completions) if not completion.truncated]
     correct = [n for n in complete if verdicts[n] == Verdict.CORRECT]
     shuffled = [correct[i] for i in rng.permutation(len(correct))]
     if scores is None:

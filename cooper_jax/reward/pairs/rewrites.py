@@ -1,7 +1,7 @@
 """Negatives by the assistant: a verified solution, rewritten into a plausible wrong one (arXiv 2508.05613).
 
-Requests for all open slots are sent in one batch.  If a rewrite is refused, the next round requests another
-one with a different random seed.
+`fill_with_rewrites` asks for the rewrites of one slot or of several, in one call of the assistant.  If a rewrite is
+refused, the next round requests another one with a different random seed.
 
 Departures from the released code: the rule compares a rewrite with the *reference* (there, with the
 positive's own answer, and with gold and prediction exchanged), and no requests are made for prompts without
@@ -36,7 +36,8 @@ def fill_with_rewrites(
 ) -> int:
     """Fill slots with the assistant's rewrites of their positives, in up to `tries` rounds.
 
-    A slot that is still open at the end has the `refusal` of its last round.  Returns the number of requests.
+    A slot for which the server did not answer in time is not asked for again.  A slot that is still open at the end
+    has the `refusal` of its last round.  Returns the number of requests.
 
     Args:
       slots: open slots with a positive.
@@ -53,7 +54,14 @@ def fill_with_rewrites(
             Request(slot.problem, slot.positive, (seed, step, slot.order_row, attempt)) for slot in slots
         ]
         request_count += len(requests)
-        _check_rewrites(slots, assistant.rewrite(requests), rule, length_ratio, special_tokens)
+        replies = assistant.rewrite(requests)
+        _check_rewrites(slots, replies, rule, length_ratio, special_tokens)
+        # A server that does not answer is not asked again in this step: each time would cost its whole time limit.
+        slots = [
+            slot
+            for slot, reply in zip(slots, replies, strict=True)
+            if not (isinstance(reply, Failure) and reply.costs_time)
+        ]
     return request_count
 
 
@@ -79,7 +87,7 @@ def _check_rewrites(
             # Leading and trailing white space must not distinguish the members: copy the positive's.
             candidates.append((slot, prompts.copy_margins(reply.text, slot.positive)))
 
-    # One batch for all slots, so that the rule's worker processes run in parallel.
+    # One batch, so that the rule's worker processes judge several rewrites in parallel.
     verdicts = rule.check([make_item(slot.problem, text) for slot, text in candidates])
     for (slot, text), verdict in zip(candidates, verdicts, strict=True):
         if verdict == Verdict.WRONG:
