@@ -20,6 +20,25 @@ def get_config() -> ConfigDict:
     # Correct each rollout until its tokens and log-probabilities are those of the learner's own forward pass
     # (docs/algorithms.md)
     c.exact = False
+    # Verify, ask the assistant, render and tokenise while the devices compute, and update the reward model behind
+    # the next rollout; False: one after the other, with the same numbers (docs/training.md)
+    c.overlap = True
+    # Steps (FROM, TO) whose profile is written to the folder `profile` of the run directory; (0, 0): none
+    c.profile = (0, 0)
+    # A step with values that are not finite: stop | skip (leave out the updates that it makes impossible)
+    c.faults = "skip"
+    c.faults_in_a_row = 3  # with skip: so many such steps in a row are allowed; one more ends the run
+    # End the run after so many steps in a row in which an update of the reward model was due and not made; 0: never
+    c.idle_steps = 20
+    # What follows an alarm of the guard against reward hacking (docs/hacked.md): off | warn | freeze (the policy,
+    # until the alarm ends) | rollback (to the checkpoint before it, then fallback) | fallback (from then on the
+    # rule's verdict is the reward) | stop (with the step saved)
+    c.hacking_guard = "warn"
+    # Training problems whose worked solutions the reward model judges at each step (`hacking/anchor`); 0: none
+    c.hacking_anchor = 0
+    # Go back to the checkpoint of this step, once; later checkpoints, metrics and samples are kept under other
+    # names; -1: resume from the newest
+    c.resume_step = -1
     c.resume = True  # resume from the newest checkpoint in run_dir; False refuses a run_dir with a checkpoint
 
     # --- a training step ---
@@ -35,9 +54,14 @@ def get_config() -> ConfigDict:
     # is a class of the user's own (docs/extending.md).
     # Its max_new_tokens=0 limits each rewrite to the positive's number of words + 500, so that none is cut.
     c.assistant = chat_section("corrupt", max_new_tokens=0, temperature=0.7, top_p=0.95)
+    c.assistant.concurrency = 128  # all requests of a step at once, as far as the server takes them
     # The request for a rewrite.  careful (ours): one plausible mistake, carried to another final answer, in the
     # positive's style; released (the authors' intent in our words): wrong and misleading throughout
     c.assistant.prompt = "careful"
+    # kind=openai: ask the server one question at the start, and end the run if it does not answer
+    c.assistant.probe = True
+    # kind=openai: seconds in which a server that is starting, and does not answer yet, is asked again
+    c.assistant.start_timeout = 0.0
     # Judges in launch/annotate.py and launch/evaluate.py if a completion's final answer equals the reference.
     c.judge = chat_section("openai", max_new_tokens=256, temperature=0.0, top_p=1.0)
     # Writes the completions that launch/annotate.py labels.
@@ -51,6 +75,7 @@ def get_config() -> ConfigDict:
     # --- devices, evaluation and records ---
     c.mesh = mesh_section()
     c.benchmark = benchmark_section()
+    c.serve = serve_section()
     c.eval = eval_section()
     c.checkpoint = checkpoint_section()
     c.log = log_section()
@@ -107,7 +132,7 @@ def data_section() -> ConfigDict:
     c.chat = True  # wrap prompts in the tokenizer's chat template
     # on | off: the value of the chat template's `enable_thinking` (Qwen3's template has it); "": not set
     c.thinking = ""
-    c.prompts_per_step = 128  # B
+    c.prompts_per_step = 128  # B, the prompts of a step
     # Dynamic sampling (DAPO): flat groups are replaced by groups of the next problems, of which a step samples at
     # most this number; 0: off
     c.refill_prompts = 0
@@ -121,7 +146,7 @@ def rollout_section() -> ConfigDict:
     """Sampling of the policy's responses."""
     c = ConfigDict()
     # --- sampling ---
-    c.group_size = 16  # G
+    c.group_size = 16  # G, the responses to each prompt
     c.max_new_tokens = 512  # limit of a response; longer responses are truncated
     c.temperature = 1.0  # temperature of sampling, and of the log-probabilities in the policy's loss
     # Filters of sampling; the policy's loss renormalises over the tokens that they keep (docs/algorithms.md)
@@ -222,6 +247,9 @@ def optimiser(lr: float, warmup_steps: int, decay: str = "constant") -> ConfigDi
     c.eps = 1e-8  # added to the root of the second moment
     c.weight_decay = 0.01  # decoupled, times the learning rate; on all parameters
     c.clip_norm = 1.0  # gradients are scaled down to this global norm
+    # Type in which AdamW's first moment is stored: float32, or bfloat16, which takes 2 of the 12 bytes of a trained
+    # weight less.  The second moment is always float32
+    c.first_moment = "float32"
     return c
 
 
@@ -275,7 +303,11 @@ def policy_section() -> ConfigDict:
     c.microbatch = 64  # rows in one forward and backward pass
     # Several responses share a row of the update and of the log-probabilities, so that little is computed for
     # padding.  A microbatch has at most as many tokens as `microbatch` rows of the longest prompt and response.
-    c.packing = False
+    # auto (on CPUs and TPUs, and on GPUs without cuDNN's attention; not with exact=True) | on | off
+    c.packing = "auto"
+    # With packing, the responses to a prompt that share a row share the prompt, which is computed once.  On TPUs
+    # and for models with sliding windows each has its own, as with share_prompts=False.
+    c.share_prompts = True
     return c
 
 
@@ -286,8 +318,8 @@ def reward_section() -> ConfigDict:
     c.optimiser = optimiser(lr=1e-5, warmup_steps=0)
     c.max_tokens = 2048  # limit of a reward-model input; longer completions are truncated in the middle
     c.microbatch = 64  # rows, or pairs, in one pass
-    # Several inputs share a row of scores and updates, as with policy.packing.
-    c.packing = False
+    # Several inputs share a row of scores and updates, as with policy.packing: auto | on | off
+    c.packing = "auto"
     # released | sigmoid | robust: sets the fields that cooper_jax/trainer/recipes.py lists; a flag for one of
     # these fields takes precedence
     c.recipe = ""
@@ -402,6 +434,9 @@ def supervised_section() -> ConfigDict:
     c = ConfigDict()
     # A run directory: start from this run's models at step 0 instead of running the supervised phases
     c.start_from = ""
+    # The reward model alone, in place of that of start_from: a run directory whose reward model at step 0 is taken,
+    # or own: reward.weights, and the phase below; "": that of start_from
+    c.reward_from = ""
 
     # --- policy: imitation of worked solutions ---
     c.policy_steps = 0  # number of updates of the policy; 0: none
@@ -487,6 +522,35 @@ def benchmark_section() -> ConfigDict:
     return c
 
 
+def serve_section() -> ConfigDict:
+    """launch/serve.py: an OpenAI-compatible server."""
+    c = ConfigDict()
+    # --- what is served, and to whom ---
+    # policy (chat completions) | reward (scores) | all: those that the run has or whose weights are set
+    c.models = "all"
+    c.policy_name = "policy"  # the policy's name in requests (`model`)
+    c.reward_name = "verifyrm"  # the reward model's name in requests
+    c.host = "127.0.0.1"  # address to listen on; others than this machine's own need a key
+    c.port = 8000  # port to listen on; 0: a free one, which is printed
+    # Environment variable that contains the API key; without a value in it no key is asked for.  "": never a key
+    c.key_env = "COOPER_API_KEY"
+
+    # --- sizes, which are fixed when the server starts ---
+    c.slots = 16  # replies that are decoded at a time
+    c.max_prompt_tokens = 1024  # longer conversations are refused
+    c.max_new_tokens = 1024  # limit of a reply, and its length where a request sets none
+    c.segment = 8  # tokens decoded between two looks for new requests; also those of a streamed piece
+
+    # --- limits ---
+    c.max_waiting = 256  # replies that may wait for a slot; more are refused (429)
+    c.max_waiting_scores = 4096  # completions that may wait for a score; more are refused (429)
+    c.max_body_mb = 4.0  # megabytes of a request's body; larger ones are refused (413)
+    c.body_timeout = 30.0  # seconds that a client may take to send a body (408)
+    c.timeout = 600.0  # seconds that a request may take, waiting included (504)
+    c.shutdown_timeout = 30.0  # seconds that requests get to finish after SIGTERM; then they fail (503)
+    return c
+
+
 # --- devices and records -----------------------------------------------------------------------------
 
 
@@ -500,6 +564,9 @@ def mesh_section() -> ConfigDict:
     c.tensor = 1
     # The axis that spans several slices (TPU pods, or hosts with GPUs), whose network is slower
     c.across = "data"
+    # On TPUs: multiply with pieces of a gathered matrix while others travel.  Scores then move 3.2 times the bytes
+    # of device memory (docs/compile.md)
+    c.collective_matmul = False
 
     # --- meshes of the other models, and of the rollouts ---
     # A separate mesh for the reward model, data x fsdp x tensor as in "1x2x1", on the last devices of every
@@ -563,5 +630,9 @@ def log_section() -> ConfigDict:
     # from their positives (pairs/giveaway_auroc; 0.5: not at all); 0: never
     c.giveaway_every = 10
     c.giveaway_pairs = 256  # number of last rewrites that are measured, which checkpoints keep
-    c.tensorboard = True  # write TensorBoard events beside metrics.jsonl
+    # Steps between responses that are shown on the terminal, besides one of step 1; 0: never
+    c.show_samples = 20
+    # Trackers that get metrics and samples, separated by commas: tensorboard | wandb | trackio | mlflow, and
+    # classes or functions of your own as PATH.py:NAME (docs/trackers.md); "": none
+    c.to = "tensorboard"
     return c

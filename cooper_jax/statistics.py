@@ -6,6 +6,7 @@
 3. `pass_at_k` and `majority_accuracy` summarise the samples of one problem.
 4. `bootstrap_interval` computes a 95 % interval of any statistic.  It resamples whole groups (questions,
    problems), because rows of one question are not independent.
+5. `wilson_interval` computes one of a share, from the share and the number of trials alone.
 
     N  rows
 """
@@ -25,7 +26,7 @@ NAN = float("nan")
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A statistic with its 95 % bootstrap interval."""
+    """A statistic with its 95 % interval."""
 
     value: float
     low: float
@@ -180,6 +181,21 @@ def majority_accuracy(answers: Sequence[Hashable | None], correct: Sequence[bool
         winner_correct = [c for answer, c in zip(answers, correct, strict=True) if answer == winner]
         correctness.append(np.mean(winner_correct))
     return float(np.mean(correctness))
+
+
+def wilson_interval(share: float, count: int) -> Interval:
+    """Compute the 95 % Wilson score interval of a share of `count` independent trials.
+
+    Unlike the normal approximation it stays within [0, 1] and is not empty at shares of 0 and 1 (Wilson 1927).
+    NaN bounds if count is 0 or the share is NaN.
+    """
+    if count == 0 or math.isnan(share):
+        return Interval(share, NAN, NAN)
+    z = 1.959964  # the 97.5 % quantile of the normal distribution
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    # Rounding may carry the bounds of 0 and 1 beyond them.
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def bootstrap_interval(

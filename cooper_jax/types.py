@@ -175,7 +175,8 @@ class PackedRows:
     """
 
     tokens: jax.Array  # i32[M, R, C]
-    segments: jax.Array  # i32[M, R, C]: 1, 2, ... for the sequences of a row, 0 at padding
+    # i32[M, R, C]: 1, 2, ... for the sequences of a row, or for its prompts and responses; 0 at padding
+    segments: jax.Array
     positions: jax.Array  # i32[M, R, C]: places of the tokens in their sequences
 
     # The columns whose hidden states are read; 0 behind the last one.  The policy's predict the response tokens of
@@ -188,6 +189,11 @@ class PackedRows:
     )  # i32[M, R, K]: the policy's; the place of its first response token in `predictors`
     # i32[]: the number of microbatches that hold sequences, which are the first ones; None: all hold some
     count: jax.Array | None
+
+    # The policy's.
+    targets: jax.Array | None = None  # i32[M, R, Q]: the response tokens, which `predictors` predict
+    # i32[M, R, C]: the segment of each token's prompt, where the responses to a prompt share it; None: they do not
+    prefixes: jax.Array | None = None
 
 
 @struct.dataclass

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     # Imported after the flags are parsed, because importing JAX takes seconds.
     from cooper_jax.annotation import pipeline
 
-    with common.run_job():
+    with common.run_job("annotating"):
         pipeline.annotate_completions(common.read_config(), PROBLEMS.value, COMPLETIONS.value, OUT.value)
 
 

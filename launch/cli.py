@@ -16,12 +16,16 @@ from cooper_jax import __version__
 COMMANDS = (
     "train",
     "train_rm",
+    "serve",
     "annotate",
     "evaluate",
     "export",
     "bench",
     "compile",
+    "check_estimates",
+    "check_device",
     "study",
+    "report",
     "compare_rollouts",
 )
 # The package cooper_jax, also in a checkout, where cooper_jax/launch is a symlink.

@@ -2,7 +2,7 @@
 
     def main(argv):
         common.begin_job(argv)
-        with common.run_job():
+        with common.run_job("training"):
             train(common.read_config())
 
     app.run(main, flags_parser=common.make_flags_parser(__doc__))
@@ -11,6 +11,7 @@ Exit codes:
 
     0    done
     2    an error in the flags, settings or files
+    70   a fault that no restart mends, such as weights that are not finite; the message says what to do
     75   stopped by SIGTERM, with a checkpoint
     69   another host was lost (134 where it was the first host)
 
@@ -18,14 +19,18 @@ After 75, 69 and 134 the same command resumes from the newest checkpoint.
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
+from logging import ERROR, LogRecord
 from typing import NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cooper_jax.launch import command_line
+from cooper_jax.runtime.console import CONSOLE
+from cooper_jax.settings.bounds import check_bounds
 from cooper_jax.settings.config_files import list_shipped_configs, load_config
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
@@ -36,41 +41,70 @@ CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
 )
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of a setup error.")
+QUIET = flags.DEFINE_bool("quiet", False, "Print only warnings, rows of evaluations, and results.")
 flags.mark_flag_as_required("config")
+
+# Variables in which launchers of several processes write a process's number.
+PROCESS_NUMBERS = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID")
 
 
 def begin_job(argv: list[str]) -> None:
-    """Refuse stray arguments, silence the libraries' messages and enable the compilation cache.
+    """Refuse stray arguments, say that the job begins, silence the libraries and enable the compilation cache.
 
-    Call this before anything is compiled.
+    Call this before anything is compiled.  Of several processes only the first says something.
     """
     # A stray argument is usually a flag without its dashes, and must not be ignored.
     if len(argv) > 1:
         exit_with_error(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
     logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(_is_not_of_orbax)
+    # Which process is the first is known for certain when they are connected (hosts.start_hosts).
+    if any(os.environ.get(name, "0") not in ("", "0") for name in PROCESS_NUMBERS):
+        CONSOLE.silence()
+    CONSOLE.set_quiet(QUIET.value)
+    CONSOLE.begin_stage("loading the libraries")
     # Imported here, because --help must not wait for JAX.
     from cooper_jax.runtime.compilation_cache import enable_compilation_cache
+    from cooper_jax.runtime.compilations import watch_compilations
 
     enable_compilation_cache()
+    watch_compilations(CONSOLE)
+
+
+def _is_not_of_orbax(record: LogRecord) -> bool:
+    """False for an error that Orbax logs: it raises the same, and runtime/checkpoint.py makes one line of it."""
+    return record.levelno < ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def read_config() -> ConfigDict:
     """Return the config with the flags and its recipe applied; flags take precedence over the recipe.
 
-    Raises SetupError for an unknown recipe.
+    Raises SetupError for an unknown recipe, and for every field outside its bounds, also in sections that the
+    job does not read.
     """
     from cooper_jax.trainer import recipes
 
     cfg = CONFIG.value
+    check_bounds(cfg)
     recipes.apply_presets(cfg, config_flags.get_override_values(flags.FLAGS[CONFIG.name]))
     return cfg
 
 
 @contextlib.contextmanager
-def run_job() -> Iterator[None]:
-    """Context of a job on one host or several: a setup error exits with code 2, a SIGTERM with code 75."""
+def run_job(doing: str) -> Iterator[None]:
+    """Context of a job on one host or several: a setup error exits with code 2, a SIGTERM with code 75.
+
+    doing: what the terminal says while the job does not say more.
+    """
+    with contextlib.closing(CONSOLE), CONSOLE.open_activity(doing), _run_on_hosts():
+        yield
+
+
+@contextlib.contextmanager
+def _run_on_hosts() -> Iterator[None]:
     from cooper_jax.runtime import hosts
 
+    CONSOLE.end_stage()
     # Before the hosts are connected, each reports its own errors.
     try:
         with setup_errors("several hosts"):
@@ -86,6 +120,11 @@ def run_job() -> Iterator[None]:
             print_setup_error(error)
         except hosts.Stopped:
             sys.exit(hosts.STOPPED)
+        except hosts.RunFault as fault:
+            CONSOLE.close()
+            if hosts.is_primary() or fault.of_this_host:
+                print(f"error: {fault}", file=sys.stderr, flush=True)
+            sys.exit(hosts.FAULT)
 
 
 def print_setup_error(error: SetupError) -> NoReturn:

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     common.begin_job(argv)
     from cooper_jax.evaluation import attack_jobs, benchmark_jobs, judge_jobs
 
-    with common.run_job():
+    with common.run_job("evaluating"):
         check_modes()
         chosen, out = choose_models(STEP.value), Path(OUT.value)
 

@@ -6,7 +6,8 @@
     python launch/study.py --out=runs/study --report --keep=docs/results/study.jsonl
     python launch/study.py --from=docs/results/study.jsonl --report --out=runs/again
 
-The supervised phases run once per seed, and every arm starts from their models.  --config flags apply to all
+The supervised phases run once per seed, those of the two models at the same time with --jobs=2, and every arm
+starts from their models.  Meanwhile an idle slot compiles the arms' programs.  --config flags apply to all
 arms; a flag that contradicts an arm's settings (cooper_jax/study/arms.py) is refused.  The same command
 resumes a study, also with more seeds or arms.  --report runs nothing: it writes results.json, arms.csv,
 runs.csv, tables.md and study.png in --out again, from the runs in --out or from the file of --from.
@@ -30,6 +31,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from cooper_jax.launch import common
+from cooper_jax.runtime.console import CONSOLE
 
 # At run time this is imported after the flags are parsed, because importing JAX takes seconds.
 if TYPE_CHECKING:
@@ -69,11 +71,13 @@ def main(argv: list[str]) -> None:
             import_extra("matplotlib", "figures")
         with setup_errors(f"--out={OUT.value}"):
             failed = [] if REPORT.value else run_study_arms()
+            CONSOLE.begin_stage("writing the tables and the figure")
             report_study(failed)
+            CONSOLE.end_stage()
     except SetupError as error:
         common.print_setup_error(error)
     except hosts.Stopped:
-        print("stopped by a signal; the same command resumes")
+        CONSOLE.print_line("stopped by a signal; the same command resumes", always=True)
         sys.exit(hosts.STOPPED)
 
     # The other runs are complete and in the report, but the exit code shows the failure.
@@ -110,10 +114,11 @@ def run_study_arms() -> list[Failure]:
     out.mkdir(parents=True, exist_ok=True)
     lock_file = run_directory.lock_folder(out / "lock", out, "--out")
     try:
+        CONSOLE.end_stage()
         study.begin()
         board = ProgressBoard()
         try:
-            return run_scheduler.run_study(study.list_runs(), JOBS.value, board)
+            return run_scheduler.run_study(study.list_runs(), JOBS.value, board, study.make_compile_run())
         finally:
             board.close()
     finally:
@@ -144,9 +149,9 @@ def report_study(failed: list[Failure]) -> None:
 
     # The first table is printed, and all tables are in the file.
     heading, first_table = tables.split("\n## ")[:2]
-    print(f"{heading}\n## {first_table}")
+    CONSOLE.print_line(f"{heading}\n## {first_table}", always=True)
     kept = f"; {KEEP.value}" if KEEP.value else ""
-    print(f"{out}: results.json, arms.csv, runs.csv, tables.md, study.png{kept}")
+    CONSOLE.print_line(f"{out}: results.json, arms.csv, runs.csv, tables.md, study.png{kept}", always=True)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -11,6 +11,8 @@ other).  Exit codes:
 
       0   all steps are complete
       2   an error in the settings or files
+     70   a fault that no restart mends (cooper_jax/trainer/fault_watch.py), or an alarm with hacking_guard=stop;
+          the newest checkpoint is good
      69   another host was lost; the same command resumes from the newest checkpoint
     134   the first host was lost; the same command resumes likewise
      75   stopped by SIGTERM, after saving a checkpoint; the same command resumes from it, or starts from the
@@ -37,11 +39,11 @@ def main(argv: list[str]) -> None:
     from cooper_jax.trainer import recipes
     from cooper_jax.trainer.train_loop import train
 
-    with common.run_job():
+    with common.run_job("training"):
         cfg = common.read_config()
         # By default the reward model is updated as in the authors' released code, and can be hacked.
         if warning := recipes.warn_about_released_update(cfg):
-            hosts.print_once(warning)
+            hosts.print_once(warning, always=True)
         train(cfg)
 
 

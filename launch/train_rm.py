@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     # Imported after the flags are parsed, because importing JAX takes seconds.
     from cooper_jax.reward_training import rm_loop
 
-    with common.run_job():
+    with common.run_job("training"):
         rm_loop.train_reward_model(common.read_config())
 
 

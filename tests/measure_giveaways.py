@@ -32,11 +32,11 @@ from cooper_jax.llm.chat import Failure, Reply
 from cooper_jax.model.loading import load_tokenizer
 from cooper_jax.reward.assistants import Assistant, Request
 from cooper_jax.reward.pairs import giveaway_probe
-from cooper_jax.reward.pairs.build_pairs import PairsConfig
 from cooper_jax.reward.pairs.giveaway_probe import RecentRewrites
 from cooper_jax.reward.pairs.giveaways import find_giveaway_phrases
 from cooper_jax.reward.pairs.pair_checks import find_text_refusal
 from cooper_jax.reward.pairs.pair_slots import PairSlot
+from cooper_jax.reward.pairs.pair_task import PairsConfig
 from cooper_jax.reward.pairs.rewrites import fill_with_rewrites
 from cooper_jax.rule.verifier import RuleVerifier
 from cooper_jax.runtime import compilation_cache
@@ -133,13 +133,16 @@ class RecordingAssistant:
 
     def __init__(self, assistant: Assistant):
         self._assistant = assistant
-        self.overlaps = assistant.overlaps
+        self.overlaps, self.concurrency = assistant.overlaps, assistant.concurrency
         self.last: list[tuple[Request, Reply]] = []
 
     def rewrite(self, requests: Sequence[Request]) -> list[Reply]:
         replies = self._assistant.rewrite(requests)
         self.last = list(zip(requests, replies, strict=True))
         return replies
+
+    def report_failures(self) -> None:
+        self._assistant.report_failures()
 
     def close(self) -> None:
         self._assistant.close()
@@ -175,7 +178,9 @@ def rewrite_positives(
     A positive that the rule does not find correct stays unused, with the refusal "no_positive".
     """
     slots = [
-        PairSlot(Problem(t.question, t.reference), "assistant", row=i, order_row=i, positive=t.completion)
+        PairSlot(
+            Problem(t.question, t.reference), "assistant", k=0, row=i, order_row=i, positive=t.completion
+        )
         for i, t in enumerate(batch)
     ]
     verdicts = rule.check([(t.reference, t.completion) for t in batch])
@@ -200,6 +205,7 @@ def rewrite_positives(
             seed=seed,
             step=step * cfg.tries + attempt,  # each try draws other random bits
         )
+        recorder.report_failures()
         for slot, (request, reply) in zip(open_slots, recorder.last, strict=True):
             attempts.append(Attempt(request, reply, "" if slot.negative is not None else slot.refusal))
     return slots, attempts
@@ -209,7 +215,7 @@ def print_rewrites(flags: argparse.Namespace, config_flags: list[str], triples: 
     """Let the config's assistant rewrite positives, and print the outcomes and the probe's AUROC."""
     compilation_cache.enable_compilation_cache()
     common.parse_flags(["measure_giveaways.py", f"--config={flags.config}", *config_flags])
-    with common.run_job():
+    with common.run_job("measuring"):
         cfg = common.read_config()
         # The completions bring their own problems, so the config's file of problems is not read.
         cfg.data.train, cfg.data.format = str(flags.files[0]), "jsonl"

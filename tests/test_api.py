@@ -290,6 +290,13 @@ def test_wrong_settings_are_reported_together():
         cooper_jax.train("tiny", {"reward.arm": "ruel"})
 
 
+def test_a_run_without_steps_and_evaluations_has_no_metrics(tmp_path, monkeypatch):
+    """It ends after the supervised phases, and other runs start from it."""
+    monkeypatch.setattr(training.train_loop, "train", lambda cfg: (tmp_path / "run").mkdir())
+    result = cooper_jax.train("tiny", {"run_dir": str(tmp_path / "run"), "steps": 0, "eval.every": 0})
+    assert result.metrics == [] and result.run_dir == tmp_path / "run"
+
+
 def test_a_run_directory_is_told_from_a_models(tmp_path, policy_directory):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
@@ -329,11 +336,12 @@ def define_cell(text: str, number: int) -> dict:
 
 def test_objects_of_a_file_are_named_by_it():
     """They set the same fields as flags do; a class is one, and a text stays as it is."""
-    names = training._name_objects({}, ["rule", brevity], "judges.py:judge", Rewriter)
+    names = training._name_objects({}, ["rule", brevity], "judges.py:judge", Rewriter, [brevity])
     assert names == {
         "reward.functions": f"rule,{Path(__file__)}:brevity",
         "rule.judge": "judges.py:judge",
         "assistant.kind": f"{Path(__file__)}:Rewriter",
+        "log.to": f"{Path(__file__)}:brevity",
     }
     cfg = training.make_config("tiny", names)
     assert read_settings(cfg).reward.function_names == ["rule", f"{Path(__file__)}:brevity"]
@@ -380,6 +388,10 @@ def test_objects_without_a_name_are_refused(make, message):
 
 
 def test_arguments_of_train_are_checked():
+    with pytest.raises(SetupError, match="trackers: give a list, even for one"):
+        cooper_jax.train("tiny", trackers=brevity)
+    with pytest.raises(SetupError, match="log.to: given by an argument of train and among"):
+        cooper_jax.train("tiny", {"log.to": ""}, trackers=["tensorboard"])
     with pytest.raises(SetupError, match="reward_functions: give a list, even for one"):
         cooper_jax.train("tiny", reward_functions=brevity)
     with pytest.raises(SetupError, match="reward.functions: given by an argument of train and among"):

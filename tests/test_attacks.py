@@ -8,6 +8,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import report_runs
 from test_evaluation import config, write_rows
 
 from cooper_jax import statistics
@@ -544,6 +545,10 @@ def test_a_search_is_made_once(tmp_path, monkeypatch):
     )
     assert measure(30) == first and not made
     assert measure(0) == {} and not made
+    (shown,) = report_runs.encode(tmp_path / "out")["runs"]
+    assert {bar["name"] for bar in shown["charts"][0]["bars"]} == set(hacks.ATTACKS)
+    attacks = [r["attack"] for r in shown["samples"]["samples"][0]["responses"]]
+    assert attacks[0] == hacks.BASELINE and len(attacks) > 10, "all attacks on a completion are together"
     assert measure(45) and len(made) == 1
     monkeypatch.setattr(attack_jobs, "SEARCH_TEXTS", (*hacks.SEARCH_TEXTS, "Another one."))
     assert measure(45) and len(made) == 2

@@ -77,6 +77,10 @@ def test_score_and_update_rooflines_by_hand(config):
     forward = roofline.score_work(config, 3, [2, 4])
     assert forward == {"forward": roofline.Work(flops=8768)}
     assert roofline.roofline_seconds(forward, RATES) == 87.68
+    # The second row shares the prompt: 2 * 288 * 3 + 32 * 6 flops less.
+    shared = {"forward": roofline.Work(flops=8768 - 1920)}
+    assert roofline.score_work(config, 3, [2, 4], shared_prompts=1) == shared
+    assert roofline.update_work(config, 3, [2, 4], shared_prompts=1)["passes"].flops == 3 * 6848
     # Thrice the forward pass; AdamW touches 328 weights of 4 bytes 7 times.
     moved = roofline.update_work(config, 3, [2, 4])
     assert moved == {"passes": roofline.Work(flops=3 * 8768), "optimiser": roofline.Work(bytes=7 * 328 * 4)}

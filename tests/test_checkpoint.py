@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, on any mesh, after any kill; what is damaged is named."""
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -77,6 +79,15 @@ def save(run_dir, step, tree, **loop):
         kept.save(step, {"policy": tree}, loop)
 
 
+def test_only_the_loop_looks_for_a_sigterm(tmp_path, monkeypatch):
+    """A look by Orbax's manager would replace the number of the check at which all processes stop."""
+    looks = []
+    monkeypatch.setattr("orbax.checkpoint.utils.reached_preemption", lambda step: bool(looks.append(step)))
+    save(tmp_path, 1, {"w": jnp.ones(3)}, position=1)
+    save(tmp_path, 2, {"w": jnp.ones(3)}, position=2)
+    assert looks == []
+
+
 def test_split_and_join():
     state = make_state()
     params, optimiser = split_state(state)
@@ -103,7 +114,9 @@ def test_round_trip_is_bit_exact(tmp_path):
             a.sharding == b.sharding
             for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(items), strict=True)
         )
-        assert kept.loop(4) == {
+        record = kept.loop(4)
+        assert record.pop("checksums").keys() == {"other", "policy", "policy_optimiser"}
+        assert record == {
             "step": 4, "format": 1, "items": ["other", "policy", "policy_optimiser"],
             "position": 512, "config_hash": "abc", "nested": {"a": [1, 2.5, None]},
         }  # fmt: skip
@@ -398,6 +411,113 @@ def test_an_unreadable_newest_checkpoint_gives_way_to_the_one_before(tmp_path, h
         assert kept.newest() == 2
 
 
+def overwrite(folder, tree):
+    """Replace the arrays of an item, and leave the checkpoint's record as it is."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, tree, force=True)
+
+
+@pytest.mark.parametrize("name", ["w", "embed", "count"])
+def test_a_changed_bit_is_damage(tmp_path, name):
+    """Anywhere in an array of any type, in one with padding and in one of a single element."""
+    tree = {
+        "w": jnp.asarray(awkward((5, 7, 3))).astype(jnp.bfloat16),
+        "embed": jnp.asarray(awkward((16, 4), 1)).at[12:].set(0),
+        "count": jnp.int32(-3),
+    }
+    rng = np.random.default_rng(2)
+    for step in (1, 2):
+        with Checkpoints(tmp_path, keep=0) as kept:
+            kept.save(step, {"policy": tree}, {}, {"policy": 12})
+    changed = np.array(tree[name])
+    words = changed.reshape(-1).view(f"u{changed.dtype.itemsize}")
+    place = rng.integers(len(words) * 3 // 4 or 1)
+    words[place] ^= 1 << int(rng.integers(8 * changed.dtype.itemsize))
+    overwrite(tmp_path / "checkpoints/2/policy", tree | {name: jnp.asarray(changed)})
+
+    with Checkpoints(tmp_path, keep=1) as kept:
+        with pytest.raises(
+            checkpoint.Unreadable, match=rf"checkpoints/2/policy is damaged.*{name} are not what"
+        ):
+            kept.restore(2, "policy", abstract_like(tree), 12)
+        with pytest.warns(UserWarning, match=r"2/policy is damaged.*it is now 2\.unreadable"):
+            step, items, _ = kept.restore_newest({"policy": abstract_like(tree)}, {"policy": 12})
+        assert step == 1 and bits(items["policy"]) == bits(tree)
+
+
+def test_a_changed_bit_of_a_file_never_passes_for_a_weight(tmp_path):
+    tree = {"w": jnp.asarray(awkward((64, 64)))}
+    save(tmp_path, 1, tree)
+    files = [
+        f for f in (tmp_path / "checkpoints/1/policy").rglob("*") if f.is_file() and "d" in f.parent.name
+    ]
+    data, rng, damaged = max(files, key=lambda file: file.stat().st_size), np.random.default_rng(0), 0
+    whole = data.read_bytes()
+    for place in rng.integers(len(whole), size=24):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(rng.integers(8))
+        data.write_bytes(changed)
+        with Checkpoints(tmp_path, keep=1, read_only=True) as kept:
+            try:
+                assert bits(kept.restore(1, "policy", abstract_like(tree))) == bits(tree)
+            except checkpoint.Unreadable:
+                damaged += 1
+    assert damaged >= 20
+
+
+def test_checkpoints_without_checksums_are_read(tmp_path):
+    """Those of earlier commits."""
+    tree = {"w": jnp.arange(4.0)}
+    save(tmp_path, 1, tree)
+    files = (file for file in (tmp_path / "checkpoints/1/loop").rglob("*") if file.is_file())
+    (record,) = (file for file in files if b"checksums" in file.read_bytes())
+    content = json.loads(record.read_text())
+    del content["checksums"]
+    record.write_text(json.dumps(content))
+    with Checkpoints(tmp_path, keep=1) as kept:
+        step, items, _ = kept.restore_newest({"policy": abstract_like(tree)})
+        assert step == 1 and bits(items["policy"]) == bits(tree)
+
+
+def test_a_changed_reference_is_named(tmp_path):
+    tree = {"w": jnp.asarray(awkward((16, 4)))}
+    with Checkpoints(tmp_path, keep=1) as kept:
+        kept.save_reference(tree)
+        overwrite(kept.reference, {"w": tree["w"].at[3, 2].multiply(2.0)})
+        with pytest.raises(checkpoint.Unreadable, match="reference is damaged.*w are not what was saved"):
+            kept.restore_reference(abstract_like(tree))
+
+
+def test_damaged_checkpoints_displace_no_good_one(tmp_path):
+    """With keep=1: a damaged one, and folders that a cut-off copy has left, do not count."""
+    tree = {"w": jnp.arange(4.0)}
+    for step in (14, 16):
+        save(tmp_path, step, tree)
+    damage(tmp_path / "checkpoints/16", "loop")
+    (tmp_path / "checkpoints/18").mkdir()
+    (tmp_path / "checkpoints/20/policy").mkdir(parents=True)
+    with Checkpoints(tmp_path, keep=1) as kept:
+        assert 14 in list_steps(tmp_path), "nothing is deleted before the newest one was read"
+        with pytest.warns(UserWarning, match="unreadable"):
+            assert kept.newest() == 14
+        kept.save(15, {"policy": tree}, {})
+    assert list_steps(tmp_path) == [15]
+
+
+def test_a_damaged_older_checkpoint_is_not_kept_in_place_of_a_good_one(tmp_path):
+    tree = {"w": jnp.arange(4.0)}
+    for step in (1, 2, 3):
+        save(tmp_path, step, tree)
+    damage(tmp_path / "checkpoints/2", "loop")
+    with Checkpoints(tmp_path, keep=3) as kept:
+        kept.save(4, {"policy": tree}, {})
+        kept.wait()
+        assert list_steps(tmp_path) == [1, 2, 3, 4]
+    with Checkpoints(tmp_path, keep=2) as kept:
+        kept.save(5, {"policy": tree}, {})
+    assert list_steps(tmp_path) == [4, 5]
+
+
 def test_no_readable_checkpoint_is_an_error(tmp_path):
     for step in (1, 2):
         save(tmp_path, step, {"w": jnp.zeros(2)})
@@ -579,6 +699,7 @@ def test_two_processes(tmp_path, disk):
         assert sorted(p.name for p in tmp_path.glob("run/*")) == [
             "checkpoints",
             "reference",
+            "reference_checksums.json",
         ]  # no mark is left
 
 

@@ -59,7 +59,7 @@ def test_every_field_is_documented_once_with_its_comment():
     assert sorted(f.name for f in fields) == sorted(flatten_config(config))
     found = {f.name: f for f in fields}
     # A trailing comment, one above, one of a section within a section.
-    assert found["rollout.group_size"].comment == "G"
+    assert found["rollout.group_size"].comment == "G, the responses to each prompt"
     assert found["rollout.max_rows"].comment.startswith("Number of slots, that is of rows decoded")
     assert found["assistant.arch.tied"].comment == "the output head is the embedding, transposed"
     assert found["steps"].comment.startswith("Cooper steps in all")
@@ -94,7 +94,7 @@ def test_help_is_asked_for(flag, section):
     assert command_line.find_help_request(["x", "--config=c.py", flag]) == section
 
 
-@pytest.mark.parametrize("script", [*CONFIG_SCRIPTS, "export"])
+@pytest.mark.parametrize("script", [*CONFIG_SCRIPTS, "export", "check_estimates", "check_device", "report"])
 def test_every_script_answers_help(script):
     path = ROOT / f"launch/{script}.py"
     # An import of jax would take longer than the help itself.

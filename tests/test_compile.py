@@ -277,7 +277,7 @@ def test_exact_mode_is_not_estimated():
 def test_what_is_held_is_what_the_compiler_made():
     held = {"policy": 1200, "reference": 400, "reward model": 900}
     update = StepProgram("policy update", "policy", 1, None, (), makes="policy")
-    made = CompiledProgram("", 0.0, 0, 1500, 1500, 0, 0, None)
+    made = CompiledProgram("", 0.0, 0, 1500, 1500, 0, 0, 0, None)
     assert aot_estimate.list_sizes(held, [(update, made)]) == {
         "policy": 1500,
         "reference": 500,
@@ -506,6 +506,7 @@ def test_the_search_takes_the_fastest_that_fits():
     assert step == steps[2] and chosen == asked[1]
 
 
+@pytest.mark.slow
 def test_a_search_in_vain():
     with pytest.raises(
         SetupError, match=r"takes about 0.00 GiB of a device, and 0.00 GiB may be used: give more chips"

@@ -24,7 +24,7 @@ SMALL = {
     "checkpoint.keep": 0,
     "log.samples_every": 1,
     "log.samples": 3,
-    "log.tensorboard": False,
+    "log.to": "",
     "mesh.data": 1,
 }
 

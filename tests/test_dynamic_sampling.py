@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from tiny_steps import B, G, config, host
+from tiny_steps import B, G, config, host, take_step
 
 from cooper_jax.policy.advantages import find_flat_groups
 from cooper_jax.runtime import hosts, keys
@@ -15,7 +15,6 @@ from cooper_jax.trainer import dynamic_sampling, policy_stages
 from cooper_jax.trainer.grading import Grades
 from cooper_jax.trainer.reward_functions import CombinedRewards
 from cooper_jax.trainer.run_settings import RunSettings
-from cooper_jax.trainer.step import cooper_step
 from cooper_jax.types import Verdict
 
 MANY = 40  # problems: more than any test samples
@@ -41,16 +40,21 @@ def rule_arm(build, **changes):
 
 def sample_all(components, state):
     """The responses of the first step to the first MANY problems, [MANY][G], had they all been sampled."""
-    problems = policy_stages.take_problems(components, first=state.position, count=MANY)
     key = keys.make_key(components.settings.seed, "rollout", state.step + 1)
-    _, completions, _ = policy_stages.sample_responses(components, state.policy.params, problems, key)
+    completions = []
+    for first in range(state.position, state.position + MANY, B):
+        problems = policy_stages.take_problems(components, first=first, count=B)
+        _, some, _ = policy_stages.sample_responses(components, state.policy.params, problems, key)
+        completions += some
     return [completions[i * G : (i + 1) * G] for i in range(MANY)]
 
 
 def sample_first(components, state):
     """The first batch of a run's first step."""
     key = dynamic_sampling.make_rollout_key(components, 1)
-    return dynamic_sampling.sample_batch(components, state.policy.params, PhaseTimer(), key=key, first=0)
+    return dynamic_sampling.sample_batch(
+        components, state.policy.params, PhaseTimer(), key=key, step=1, first=0
+    )
 
 
 def choose(flat: list[bool], budget: int) -> tuple[list[int], int]:
@@ -73,7 +77,7 @@ def test_flat_groups_are_replaced_by_the_next_problems(build, budget, devices):
         assert any(flat[:B]), "nothing would be replaced"
 
         before = host(state.policy.params)
-        state, metrics, record = cooper_step(components, state, PhaseTimer())
+        state, metrics, record = take_step(components, state)
 
     # The same texts as if each problem had been sampled among others: its draws depend on its position alone.
     assert [c.text for c in record.completions] == [c.text for i in expected for c in groups[i]]
@@ -110,15 +114,15 @@ def test_an_interrupted_refill_leaves_the_state_as_it_was(build, monkeypatch):
         before = host(state.policy.params)
         monkeypatch.setattr(policy_stages, "sample_responses", stop_in_the_second)
         with pytest.raises(hosts.Stopped):
-            cooper_step(components, state, PhaseTimer())
+            take_step(components, state)
         assert rollouts[0] == B > rollouts[1] > 0 and state.position == 0
         after = host(state.policy.params)
         assert [x.tobytes() for x in before] == [x.tobytes() for x in after]
 
         monkeypatch.setattr(policy_stages, "sample_responses", sample)
-        repeated, _, record = cooper_step(components, state, PhaseTimer())
+        repeated, _, record = take_step(components, state)
     with rule_arm(build, **{"data.refill_prompts": 30}) as (components, state):
-        whole, _, other = cooper_step(dataclasses.replace(components, rule=ByText()), state, PhaseTimer())
+        whole, _, other = take_step(dataclasses.replace(components, rule=ByText()), state)
     assert repeated.position == whole.position and record.completions == other.completions
     assert [x.tobytes() for x in host(repeated.policy)] == [x.tobytes() for x in host(whole.policy)]
 
@@ -126,7 +130,7 @@ def test_an_interrupted_refill_leaves_the_state_as_it_was(build, monkeypatch):
 def test_without_a_budget_no_group_is_replaced(build):
     with rule_arm(build) as (components, state):
         components = dataclasses.replace(components, rule=ByText())
-        state, metrics, _ = cooper_step(components, state, PhaseTimer())
+        state, metrics, _ = take_step(components, state)
     assert state.position == B and "data/refill_prompts" not in metrics
 
 

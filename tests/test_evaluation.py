@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import report_runs
 import tiny_models
 import tiny_rollouts
 import tiny_runs
@@ -437,6 +438,14 @@ def test_recorded_responses_are_judged_anew(tmp_path):
     results = json.loads((tmp_path / "out" / RESULTS).read_text())
     assert results["benchmarks"][0]["judges"]["rule"]["accuracy"]["value"] == 0.5
     assert results["benchmarks"][0]["by"]["subject"]["s"]["problems"] == 1
+
+    (shown,) = report_runs.encode(tmp_path / "out")["runs"]
+    assert [(bar["name"], bar["value"]) for bar in shown["charts"][0]["bars"]] == [("x, by rule", 0.5)]
+    (sample,) = shown["samples"]["samples"]
+    assert [(r["text"], r["verdict"]) for r in sample["responses"]] == [
+        ("\\boxed{1}", "correct"), ("\\boxed{2} \ufffd", "wrong")
+    ]  # fmt: skip
+    assert shown["table"].startswith("benchmark") and shown["environment"]["packages"]
 
 
 def test_responses_of_an_evaluation_that_has_not_ended_are_not_judged(tmp_path):

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import tiny_models
 from tiny_models import one_device, random_params
-from tiny_steps import host
+from tiny_steps import host, take_step
 
 from cooper_jax.rollout import engine, sampling_spec
-from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import policy_stages
-from cooper_jax.trainer.step import cooper_step
 
 NEW_TOKENS = 20
 COARSE = {"rollout.dtype": "bfloat16", "rollout.kv_dtype": "int8"}
@@ -54,7 +52,7 @@ def run_steps(build, count=2, **changes):
         components, found = varied(components), []
         state = dataclasses.replace(state, reference=jax.tree.map(lambda x: x.copy(), state.policy.params))
         for _ in range(count):
-            state, metrics, record = cooper_step(components, state, PhaseTimer())
+            state, metrics, record = take_step(components, state)
             found.append((metrics, [c.text for c in record.completions]))
         return found, host(state.policy.params)
 
@@ -80,11 +78,12 @@ def run_case(name, build, found):
     return found[name]
 
 
+INT8 = pytest.param("bfloat16, int8 cache", marks=pytest.mark.slow)
 SLOTS = pytest.param("refills and compaction", marks=pytest.mark.slow)
 UPDATES = pytest.param("several updates", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16, int8 cache", SLOTS, UPDATES])
+@pytest.mark.parametrize("name", ["float32", INT8, SLOTS, UPDATES])
 def test_the_learner_finds_the_log_probabilities_of_the_rollout(name, build, found):
     steps, _ = run_case(name, build, found)
     for metrics, _ in steps:
@@ -98,7 +97,7 @@ def test_the_learner_finds_the_log_probabilities_of_the_rollout(name, build, fou
         assert max(metrics["exact/rounds"] for metrics, _ in steps) > 1
 
 
-@pytest.mark.parametrize("name", ["bfloat16, int8 cache", SLOTS])
+@pytest.mark.parametrize("name", [INT8, SLOTS])
 def test_the_rollouts_types_and_slots_change_nothing(name, build, found):
     """The responses are the learner's, so a rough draft ends as the same text as a precise one."""
     (precise, params), (rough, other) = (run_case(case, build, found) for case in ("float32", name))

@@ -1,5 +1,6 @@
 """The files under examples/, as docs/extending.md shows them."""
 
+import concurrent.futures
 import re
 from pathlib import Path
 
@@ -215,3 +216,37 @@ def test_an_assistant_that_fails_masks_its_pairs(tmp_path, capsys):
     for name, words in (("B", "no method rewrite"), ("C", "made without arguments, and takes url")):
         with pytest.raises(ValueError, match=words):
             UserAssistant(read_user_code(f"{tmp_path}/mine.py:{name}", "assistant.kind"), 1.0)
+
+
+@pytest.mark.parametrize("concurrency", [None, 2])
+def test_an_assistant_is_called_by_no_more_threads_than_it_allows(tmp_path, concurrency):
+    """Also when the rewrites of two steps overlap."""
+    (tmp_path / "mine.py").write_text(
+        "import threading, time\n"
+        "calls = []\n"
+        "class A:\n"
+        f"    concurrency = {concurrency}\n"
+        "    now = most = 0\n"
+        "    lock = threading.Lock()\n"
+        "    def rewrite(self, requests):\n"
+        "        with self.lock:\n"
+        "            A.now += 1\n"
+        "            A.most = max(A.most, A.now)\n"
+        "        time.sleep(0.05)\n"
+        "        with self.lock:\n"
+        "            A.now -= 1\n"
+        "        return [f'most {A.most}' for _ in requests]\n"
+    )
+    assistant = UserAssistant(read_user_code(f"{tmp_path}/mine.py:A", "assistant.kind"), 20.0)
+    assert assistant.concurrency == concurrency
+    request = Request(Problem("q", "1"), "text", (0, 0, 0, 0))
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        replies = list(threads.map(lambda _: assistant.rewrite([request]), range(8)))
+    assert max(reply.text for (reply,) in replies) == f"most {concurrency or 1}"
+
+
+@pytest.mark.parametrize("value", ["0", "'many'", "True"])
+def test_a_concurrency_that_is_no_number_of_threads_is_refused(tmp_path, value):
+    (tmp_path / "mine.py").write_text(f"class A:\n    concurrency = {value}\n    def rewrite(self, r): ...\n")
+    with pytest.raises(ValueError, match="its concurrency is .*; give the number of threads"):
+        UserAssistant(read_user_code(f"{tmp_path}/mine.py:A", "assistant.kind"), 20.0)

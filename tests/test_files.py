@@ -428,7 +428,7 @@ def test_what_went_wrong_is_raised_by_the_next_call(bucket, uploads):
 @pytest.fixture
 def config():
     config = with_run_dir("gs://b/runs/x")
-    config.log.tensorboard = False
+    config.log.to = ""
     return config
 
 
@@ -521,7 +521,7 @@ def test_checks_of_a_run_directory(bucket, config):
 
 
 def test_events_are_uploaded(bucket, config):
-    config.log.tensorboard = True
+    config.log.to = "tensorboard"
     for first in (1, 3):
         with RunDirectory(run_path(config), config, resume=True) as run:
             run.truncate(None if first == 1 else 2)

@@ -10,15 +10,13 @@ from jax.sharding import Mesh, PartitionSpec
 from test_sampling import MODES, distribution, logits_of, sampler, uniforms_of
 from tiny_models import one_device
 from tiny_rollouts import PROMPTS, TINY, params_of, sampled, spec_of
-from tiny_steps import AlwaysRight, config, make_builder
+from tiny_steps import AlwaysRight, config, make_builder, take_step
 
 from cooper_jax.data import packing
 from cooper_jax.kernels import head
 from cooper_jax.policy import grpo
-from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import policy_stages, setup
-from cooper_jax.trainer.step import cooper_step
 
 FILTERS = {
     "top_p": dict(top_p=0.7),
@@ -161,7 +159,7 @@ def test_a_step_has_no_mismatch(build):
     }  # fmt: skip
     with build(devices=4, **changes) as (components, state):
         components = dataclasses.replace(components, rule=AlwaysRight())
-        _, metrics, _ = cooper_step(components, state, PhaseTimer())
+        _, metrics, _ = take_step(components, state)
         assert metrics["policy/rollout_mismatch_max"] < 1e-5
         assert metrics["policy/entropy"] < np.log(40)
 
@@ -184,7 +182,7 @@ def test_refilled_groups_keep_their_thresholds(build, monkeypatch):
     monkeypatch.setattr(policy_stages, "compute_logprobs", record)
     with build(**changes) as (components, state):
         components = dataclasses.replace(components, rule=AlwaysRight())
-        _, metrics, _ = cooper_step(components, state, PhaseTimer())
+        _, metrics, _ = take_step(components, state)
     assert metrics["data/refill_prompts"] == 3
     assert packed[0].thresholds.shape == packed[0].tokens.shape
     assert metrics["policy/rollout_mismatch_max"] < 1e-5

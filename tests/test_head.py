@@ -365,6 +365,53 @@ def test_shards_of_the_vocabulary_score_and_learn_alike():
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "thresholds"])
+@pytest.mark.parametrize(
+    "implementation, ways, spans_mesh",
+    [("xla", 8, True), ("tpu_interpret", 2, True), ("tpu_interpret", 8, True), ("tpu_interpret", 8, False)],
+)
+def test_shards_of_the_width_score_and_learn_alike(implementation, ways, spans_mesh, cut):
+    """FSDP: each device has some columns of the head, and some rows; a TPU's kernel reads [D, V].
+
+    A gradient that lands on another device's columns would show.
+    """
+    hidden, weights, _ = inputs(12, 16, 32, 700)
+    targets, slope = jnp.arange(16) * 37, jnp.cos(jnp.arange(16.0))
+    static = dict(temperature=0.9, vocab_size=650, entropy_gradient=True)
+    thresholds = jnp.full(16, 0.3) if cut else None
+    mesh = Mesh(np.array(jax.devices()[:ways]), ("fsdp",))
+
+    def run(hidden, weights, targets, thresholds):
+        return head.head_logprobs(
+            hidden, weights, targets, thresholds=thresholds, width_axis="fsdp", spans_mesh=spans_mesh,
+            implementation=implementation, **static,
+        )  # fmt: skip
+
+    rows = P("fsdp")
+    split = jax.shard_map(
+        run, mesh=mesh, in_specs=(rows, P(None, "fsdp"), rows, rows), out_specs=(rows, rows), check_vma=False
+    )
+
+    def loss(function):
+        def sum_rows(hidden, weights):
+            logs, entropy = function(hidden, weights, targets, thresholds)
+            return jnp.sum(slope * logs) + jnp.sum(slope[::-1] * entropy), (logs, entropy)
+
+        return jax.jit(jax.value_and_grad(sum_rows, (0, 1), has_aux=True))
+
+    def whole(hidden, weights, targets, thresholds):
+        return head.head_logprobs(
+            hidden, weights, targets, thresholds=thresholds, implementation="xla", **static
+        )
+
+    for ours, theirs in zip(
+        jax.tree.leaves(loss(split)(hidden, weights)),
+        jax.tree.leaves(loss(whole)(hidden, weights)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
 # --- the gradient --------------------------------------------------------------------------------------
 
 

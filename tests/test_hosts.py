@@ -1,5 +1,6 @@
 """Two processes are one run: they learn what one learns, end together, and go on from where they ended."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -21,8 +22,11 @@ from tiny_runs import (
     timeless,
 )  # fmt: skip
 
-from cooper_jax.reward.assistants import Failure, Request
-from cooper_jax.reward.multihost import SharedAssistant, SharedRule, share_over_hosts
+from cooper_jax.reward.assistants import Failure
+from cooper_jax.reward.multihost import SharedRule, share_over_hosts
+from cooper_jax.reward.pairs.build_pairs import build_pairs
+from cooper_jax.reward.pairs.pair_task import PairsConfig, PairTask
+from cooper_jax.rule.worker_process import Item, make_item
 from cooper_jax.runtime import hosts
 from cooper_jax.types import Completion, Problem, Verdict
 
@@ -222,13 +226,26 @@ def test_rollouts_one_step_ahead_are_interrupted_and_resumed(short, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_a_process_alone(short, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_process_without_peers(short, tmp_path, sent):
+    """A terminal sends Ctrl-C to the rule's workers, too."""
     path = tmp_path / "run"
-    changes = short | dict(checkpoint__every=100, reward__arm="rule")
-    with open(tmp_path / "out", "wb") as file:
-        process = subprocess.Popen(command(path, **changes), env=environment(), stdout=file, stderr=file)
+    # So many steps that the signal arrives before the end on any machine.
+    changes = short | dict(checkpoint__every=1000, reward__arm="rule", steps=500)
+    # A shell that starts the tests in the background lets them ignore SIGINT, and a child inherits what is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with open(tmp_path / "out", "wb") as file:
+            process = subprocess.Popen(
+                command(path, **changes), env=environment(), stdout=file, stderr=file, start_new_session=True
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
     until(lambda: steps_logged(path) == 1, [process])
-    process.send_signal(signal.SIGTERM)
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)
+    else:
+        process.send_signal(sent)
     assert process.wait(120) == hosts.STOPPED, (tmp_path / "out").read_text()[-3000:]
     assert (path / "checkpoints" / str(steps_logged(path))).is_dir()
 
@@ -324,11 +341,11 @@ class Judge:
         self.asked = []
 
     def submit(self, items):
-        self.asked += items
+        self.asked += [item[:3] for item in items]  # reference, completion, question
 
         class Ready:
             def result(self):
-                return [Verdict.CORRECT if text == reference else Verdict.WRONG for reference, text in items]
+                return [Verdict.CORRECT if item[0] == item[1] else Verdict.WRONG for item in items]
 
         return Ready()
 
@@ -361,19 +378,20 @@ def in_turn(monkeypatch, count: int, work):
 
 
 def test_verdicts_are_divided_and_shared(monkeypatch):
-    items = [(str(i % 5), str(i % 3)) for i in range(30)]
+    items = [Item(str(i % 5), str(i % 3)) for i in range(30)]
     judges = [Judge() for _ in range(3)]
     results = in_turn(monkeypatch, 3, lambda me: SharedRule(judges[me]).check(items))
-    want = [Verdict.CORRECT if a == b else Verdict.WRONG for a, b in items]
+    want = [Verdict.CORRECT if item[0] == item[1] else Verdict.WRONG for item in items]
     assert results == [want] * 3
     asked = [set(judge.asked) for judge in judges]
-    assert set.union(*asked) == set(items) and all(asked)
-    assert sum(map(len, asked)) == len(set(items)), "an item belongs to one host, wherever it is met"
+    distinct = {item[:3] for item in items}
+    assert set.union(*asked) == distinct and all(asked)
+    assert sum(map(len, asked)) == len(distinct), "an item belongs to one host, wherever it is met"
 
 
 def test_submissions_are_collected_with_one_exchange(monkeypatch):
     """Groups of a step are submitted one by one as they end; the hosts tell each other all verdicts at once."""
-    groups = [[(str(i), "0"), ("1", str(i))] for i in range(5)] + [[("1", "1")], []]
+    groups = [[Item(str(i), "0"), Item("1", str(i))] for i in range(5)] + [[Item("1", "1")], []]
     judges, exchanged = [Judge() for _ in range(3)], []
 
     def work(me):
@@ -386,15 +404,15 @@ def test_submissions_are_collected_with_one_exchange(monkeypatch):
         return verdicts
 
     items = [item for group in groups for item in group]
-    want = [Verdict.CORRECT if a == b else Verdict.WRONG for a, b in items]
+    want = [Verdict.CORRECT if item[0] == item[1] else Verdict.WRONG for item in items]
     assert in_turn(monkeypatch, 3, work) == [want] * 3
     assert exchanged == [0, 1, 2, 0, 1, 2]  # each process is tried twice
-    assert set(items) == {item for judge in judges for item in judge.asked}
+    assert {item[:3] for item in items} == {item for judge in judges for item in judge.asked}
 
 
 def test_an_item_is_judged_by_the_same_host_in_any_list(monkeypatch):
     """What has been judged once is known where it is asked for again."""
-    items = [(str(i), str(i)) for i in range(12)]
+    items = [Item(str(i), str(i)) for i in range(12)]
     judges = [Judge() for _ in range(2)]
     for part in (items[:5], items[5:], items):
         for me in range(2):
@@ -404,37 +422,66 @@ def test_an_item_is_judged_by_the_same_host_in_any_list(monkeypatch):
 
 
 class Rewriter:
+    """An assistant that remembers its requests; it makes a wrong text of every second row at the second attempt."""
+
     overlaps = True
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, concurrency):
+        self.concurrency, self.asked = concurrency, []
 
     def rewrite(self, requests):
         self.asked += requests
         return [
-            Failure("empty") if r.ids[2] == 3 else Completion(f"re {r.positive}", False, 7) for r in requests
+            Failure("empty") if r.ids[2] % 2 and not r.ids[3] else Completion(f"{r.positive} not", False, 7)
+            for r in requests
         ]
 
-    def close(self):
+    def report_failures(self):
         pass
 
 
-def test_rewrites_are_divided_and_shared(monkeypatch):
-    requests = [Request(Problem("q", "1"), f"text {i}", (0, 1, i, 0)) for i in range(7)]
-    writers = [Rewriter() for _ in range(3)]
-    results = in_turn(monkeypatch, 3, lambda me: SharedAssistant(writers[me]).rewrite(requests))
-    assert results[0] == results[1] == results[2] == Rewriter().rewrite(requests)
-    assert sorted(len({r.ids for r in w.asked}) for w in writers) == [2, 2, 3]
+class Verifier(Judge):
+    """All responses are correct, and all rewrites wrong."""
+
+    def check(self, items):
+        return [Verdict.WRONG for _ in items]
+
+
+@pytest.mark.parametrize("concurrency", [None, 3])
+def test_rewrites_are_divided_and_shared(monkeypatch, concurrency):
+    """Each host makes the pairs of the problems whose responses it judges, without a word to the others."""
+    cfg = PairsConfig(per_prompt=2, negatives=("assistant",), tries=3, length_ratio=4.0)
+    problems = [Problem(f"q{i}", "1") for i in range(7)]
+    completions, verdicts = [Completion(f"so 1, row {n}") for n in range(14)], [Verdict.CORRECT] * 14
+    writers = [Rewriter(concurrency) for _ in range(3)]
+
+    def work(me):
+        rule = SharedRule(Verifier())
+        task = PairTask(problems, 2, writers[me], rule, cfg, seed=0, step=1)
+        return build_pairs(task, completions, verdicts)
+
+    results = in_turn(monkeypatch, 3, work)
+    whole = build_pairs(
+        PairTask(problems, 2, Rewriter(concurrency), Verifier(), cfg, seed=0, step=1), completions, verdicts
+    )
+    assert results == [whole] * 3 and None not in whole.pairs and whole.requests == 21
+    asked = [{request.question for request in writer.asked} for writer in writers]
+    assert sum(map(len, asked)) == 7 and all(asked), "a problem belongs to one host"
+    assert len({request.ids for writer in writers for request in writer.asked}) == 21
+
+
+def test_a_problem_is_rewritten_where_it_is_judged(monkeypatch):
+    problems = [Problem(f"q{i}", "1") for i in range(12)]
+    for me in range(3):
+        monkeypatch.setattr(hosts, "is_assigned", lambda key, me=me: key % 3 == me)
+        judge = Judge()
+        rule = SharedRule(judge)
+        rule.submit([make_item(problem, "a response") for problem in problems])
+        assert [item[2] for item in judge.asked] == [p.question for p in problems if rule.owns(p)]
 
 
 def test_one_process_needs_nothing_shared():
-    rule, assistant = object(), Rewriter()
-    assert share_over_hosts(rule, assistant, 1) == (rule, assistant)
-    shared, other = share_over_hosts(rule, assistant, 2)
-    assert isinstance(shared, SharedRule) and isinstance(other, SharedAssistant)
-
-    class Local(Rewriter):
-        overlaps = False
-
-    local = Local()
-    assert share_over_hosts(rule, local, 2)[1] is local
+    rule = object()
+    assert share_over_hosts(rule, 1) is rule
+    shared = share_over_hosts(rule, 2)
+    assert isinstance(shared, SharedRule) and shared.local is rule

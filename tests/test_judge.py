@@ -114,7 +114,7 @@ def test_thinking_is_switched_where_the_section_says_so(ask, choice, told):
     [
         (
             dict(thinking="maybe", url="http://h/v1", model="m"),
-            "judge.thinking='maybe': it must be on, off or empty",
+            "judge.thinking='maybe': it is one of '', on, off",
         ),
         (dict(kind="corrupt"), "judge.kind='corrupt': it must be one of openai, local"),
         (dict(kind="local"), "judge.kind=local: this program has no rollout engine"),

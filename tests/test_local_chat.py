@@ -2,7 +2,7 @@
 
 import tiny_models
 import tiny_tokenizers
-from tiny_rollouts import record_requests
+from tiny_rollouts import count_traces, record_requests
 from tiny_steps import config
 
 from cooper_jax.llm import local_chat
@@ -46,3 +46,19 @@ def test_the_local_assistant_samples_at_its_own_top_p(tmp_path, monkeypatch):
     generate = local_assistant(tmp_path, **changes)
     generate([[("user", "What is 3 plus 10?")]], [(0, 1, 7, 0)])
     assert [(r.spec.top_p, r.spec.temperature) for r in requests] == [(0.8125, 0.75)]
+
+
+def test_few_programs_answer_batches_of_all_sizes(tmp_path, monkeypatch):
+    """Batches of five to eight conversations of up to 64 tokens share a shape; all get the replies of the whole."""
+    generate = local_assistant(tmp_path)
+    messages = [[("user", "2" * n)] for n in (1, 3, 20, 2, 7, 9, 11, 13)]
+    ids = [(0, 1, row, 0) for row in range(8)]
+    traces = count_traces(monkeypatch)
+    whole = generate(messages, ids)
+    compiled = list(traces)
+    assert "prefill_prompts" in compiled and "decode_step" in compiled
+    for some in (slice(0, 5), slice(2, 8)):
+        assert generate(messages[some], ids[some]) == whole[some]
+    assert traces == compiled
+    for some in (slice(0, 3), slice(4, 5)):
+        assert generate(messages[some], ids[some]) == whole[some]

@@ -8,13 +8,13 @@ import json
 import measure_giveaways
 import pytest
 import tiny_steps
+from all_pairs import build_all
 
 from cooper_jax.configs import base
 from cooper_jax.launch import common
 from cooper_jax.llm.chat import Failure
 from cooper_jax.reward.assistants import CorruptingAssistant
-from cooper_jax.reward.pairs import build_pairs
-from cooper_jax.reward.pairs.build_pairs import PairInputs, PairsConfig
+from cooper_jax.reward.pairs.pair_task import PairsConfig
 from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.runtime import compilation_cache
 from cooper_jax.trainer import setup
@@ -37,13 +37,16 @@ def triple(completion, label=1.0, **fields):
 class Scripted:
     """Replies in turn, whatever is asked."""
 
-    overlaps = True
+    overlaps, concurrency = True, None
 
     def __init__(self, replies):
         self.replies = list(replies)
 
     def rewrite(self, requests):
         return [self.replies.pop(0) for _ in requests]
+
+    def report_failures(self):
+        pass
 
     def close(self):
         pass
@@ -214,19 +217,17 @@ def test_the_outcomes_are_those_of_a_training_step(rule):
     slots, _ = measure_giveaways.rewrite_positives(
         [triple(text) for text in texts], CorruptingAssistant(), rule, one_try, (), 0, 7
     )
-    result = build_pairs.build_pairs(
-        PairInputs(
-            [Problem("How many pens?", "18")] * len(texts),
-            [Completion(text) for text in texts],
-            rule.check([("18", text) for text in texts]),
-            1,
-            CorruptingAssistant(),
-            rule,
-            one_try,
-            lambda answer: True,
-            seed=0,
-            step=7,
-        )
+    result = build_all(
+        [Problem("How many pens?", "18")] * len(texts),
+        [Completion(text) for text in texts],
+        rule.check([("18", text) for text in texts]),
+        1,
+        CorruptingAssistant(),
+        rule,
+        one_try,
+        lambda answer: True,
+        seed=0,
+        step=7,
     )
     assert [slot.to_pair() for slot in slots] == result.pairs
     assert result.pairs[0] is not None and result.refused["no_positive"] == 1

@@ -1,9 +1,10 @@
-"""The run directory: metrics, samples, progress, and what a resumed run may and may not find."""
+"""The run directory: metrics, samples, and what a resumed run may and may not find."""
 
-import io
+import contextlib
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,8 +20,11 @@ from hypothesis import strategies as st
 from cooper_jax.configs import base
 from cooper_jax.runtime import metrics as m
 from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.remote_files import write_atomically
 from cooper_jax.runtime.run_directory import RunDirectory, run_path
-from cooper_jax.runtime.stored_config import config_hash
+from cooper_jax.runtime.stored_config import config_hash, read_stored_config
+from cooper_jax.settings.bounds import check_bounds
+from cooper_jax.settings.renamed_flags import CHANGED_VALUES, translate_settings
 from cooper_jax.trainer.step_metrics import measure_hacking
 from cooper_jax.types import Verdict
 
@@ -30,7 +34,7 @@ ROOT = str(Path(__file__).resolve().parents[1])
 @pytest.fixture
 def config():
     c = base.get_config()
-    c.log.tensorboard = False
+    c.log.to = ""
     return c
 
 
@@ -88,6 +92,27 @@ def test_phases_add_up():
     with pytest.raises(ZeroDivisionError), phases.phase("broken"):
         raise ZeroDivisionError
     assert phases.collect() == {"time/broken": 1.0}
+
+
+def test_an_observer_is_told_of_phases_with_their_steps():
+    class Observer:
+        told = []
+
+        @contextlib.contextmanager
+        def open_phase(self, step, name):
+            self.told.append((step, name))
+            yield
+            self.told.append("over")
+
+    phases = m.PhaseTimer(observer=Observer())
+    with phases.in_step(2):
+        with phases.phase("rollout"):
+            pass
+        with phases.in_step(1), phases.phase("reward"):
+            pass
+        with phases.phase("score"):
+            pass
+    assert Observer.told == [(2, "rollout"), "over", (1, "reward"), "over", (2, "score"), "over"]
 
 
 def test_jsonable():
@@ -186,40 +211,6 @@ def test_a_malformed_line_is_named(tmp_path, line):
         m.read_lines(path)
 
 
-# --- progress ---
-
-
-def test_plain_progress():
-    now = iter([0.0, 100.0, *(100.0 + 2.0 * i for i in range(1, 12)), 124.0])
-    out = io.StringIO()
-    progress = m.Progress(40, done=3, out=out, clock=lambda: next(now))
-    progress.update(4, {"reward/mean": 0.5, "rule/accuracy": 0.25, "policy/kl": 0.00125})
-    for step in range(5, 16):
-        progress.update(step, {"reward/mean": 0.5})
-    progress.note("saved")
-    lines = out.getvalue().splitlines()
-    assert lines[0] == "step 4/40  reward 0.500  rule 25.0%  kl 1.25e-03  100.0 s/step  ETA 1:00:00"
-    assert lines[-2] == "step 15/40  reward 0.500  2.0 s/step  ETA 0:00:50"  # the slow first one has left
-    assert lines[-1] == "saved"
-
-
-def test_live_progress():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    out = Terminal()
-    now = iter([0.0, 2.0, 4.0])
-    progress = m.Progress(3, done=1, out=out, clock=lambda: next(now))
-    progress.update(2, {"reward/mean": 0.5})
-    progress.note("saved")
-    progress.update(3, {"reward/mean": 0.75})
-    progress.close()
-    assert "saved\n" in out.getvalue()
-    last = out.getvalue().split("\r")[-1]
-    assert last.startswith("step 3/3 |") and "reward 0.750  2.0 s/step  ETA 0:00:00" in last
-
-
 # --- the directory ---
 
 
@@ -274,6 +265,28 @@ def test_missing_metrics_are_noticed(tmp_path, config):
             UserWarning, match=r"metrics\.jsonl ends at step None, the checkpoint is of step 2"
         ):
             run.truncate(2)
+
+
+def test_metrics_without_their_checkpoints_are_kept(tmp_path, config):
+    """All checkpoints unreadable, or their folder deleted: the rows are not dropped, and what is there is named."""
+    with RunDirectory(tmp_path, config, resume=True) as run:
+        run.truncate(None, uncovered=0)
+        for step in range(18):
+            run.log(step, {"a/b": step})
+            run.dump_samples(step, [{"x": step}])
+    before = [(tmp_path / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")]
+    (tmp_path / "checkpoints/16.unreadable").mkdir(parents=True)
+    with RunDirectory(tmp_path, config, resume=True) as run:
+        with pytest.raises(
+            ValueError, match=r"reaches step 17, but no checkpoint is left.*16\.unreadable\): restore"
+        ):
+            run.truncate(None, uncovered=0)
+        (tmp_path / "checkpoints/16.unreadable").rmdir()
+        with pytest.raises(ValueError, match="checkpoints: nothing"):
+            run.truncate(None, uncovered=16)
+        assert before == [(tmp_path / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")]
+        run.truncate(None, uncovered=17)
+    assert m.read_lines(tmp_path / "metrics.jsonl") == []
 
 
 def test_without_a_checkpoint_a_run_begins_again(tmp_path, config):
@@ -331,6 +344,65 @@ def test_another_config_is_refused(tmp_path, config):
         RunDirectory(tmp_path, base.get_config(), resume=True)
 
 
+def test_an_upgrade_strands_no_run(tmp_path, config):
+    """A field that an older version lacks is as good as absent at its default; another value is a change."""
+    with RunDirectory(tmp_path, config, resume=True):
+        pass
+    checkpointed(tmp_path, 1)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored.pop("exact") is False and stored["policy"].pop("entropy_coef") == 0.0
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    changed = base.get_config().copy_and_resolve_references()
+    changed.exact = True
+    with pytest.raises(ValueError, match=r"another config: exact was \(absent\) and is now true"):
+        RunDirectory(tmp_path, changed, resume=True)
+    with RunDirectory(tmp_path, config, resume=True):
+        pass
+
+    # Checkpoints name the config by its hash, which such a field does not change.
+    older = base.get_config().copy_and_resolve_references()
+    with older.unlocked():
+        del older["exact"]
+    assert config_hash(older) == config_hash(config) != config_hash(changed)
+
+
+def test_fields_that_had_another_name_or_type_do_not_strand_a_run(tmp_path, config):
+    """Run directories with log.tensorboard, policy.std_normalise and packing=False are read and resumed."""
+    with RunDirectory(tmp_path, config, resume=True):
+        pass
+    checkpointed(tmp_path, 1)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["log"].pop("to") == "" and stored["policy"].pop("std") == "group"
+    stored["log"]["tensorboard"], stored["policy"]["std_normalise"] = False, True
+    stored["policy"]["packing"] = stored["reward"]["packing"] = False
+    stored["reward"]["warm_start"] = stored["reward"].pop("warmup_updates")
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+
+    read = read_stored_config(tmp_path, base.get_config())
+    assert (read["log"]["to"], read["policy"]["std"], read["policy"]["packing"]) == ("", "group", "off")
+    assert read["reward"]["packing"] == "off" and read["reward"]["warmup_updates"] == 0
+    assert "tensorboard" not in read["log"]
+    with RunDirectory(tmp_path, config, resume=True):
+        pass
+
+    # Another value than the translated one is a change, as ever.
+    stored["policy"]["std_normalise"] = False
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match='policy.std was "none" and is now "group"'):
+        RunDirectory(tmp_path, config, resume=True)
+
+
+def test_every_value_of_an_earlier_version_is_one_of_a_present_field():
+    """Under the present name, and accepted by the present bounds."""
+    for old, values in CHANGED_VALUES.items():
+        for value in values:
+            ((name, translated),) = translate_settings({old: value}).items()
+            cfg = base.get_config()
+            cfg.update_from_flattened_dict({name: translated})
+            check_bounds(cfg)
+    assert translate_settings({"policy.packing": "auto", "seed": 1}) == {"policy.packing": "auto", "seed": 1}
+
+
 def test_a_damaged_config_is_named(tmp_path, config):
     checkpointed(tmp_path, 1)
     with pytest.raises(ValueError, match="config.json is not there, but checkpoints"):
@@ -370,7 +442,7 @@ def test_run_path(config):
 
 def test_nothing_from_the_environment_is_written(tmp_path, config, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
-    config.log.tensorboard = True
+    config.log.to = "tensorboard"
     with RunDirectory(tmp_path, config, resume=True) as run:
         run.truncate(None)
         run.log(1, {"a/b": 1})
@@ -385,7 +457,7 @@ sys.path.insert(0, sys.argv[1])
 from cooper_jax.configs import base
 from cooper_jax.runtime.run_directory import RunDirectory
 config = base.get_config()
-config.log.tensorboard = False
+config.log.to = ""
 with RunDirectory(sys.argv[2], config, True) as run:
     run.truncate(None)
     step = 0
@@ -423,22 +495,96 @@ def test_tensorboard(tmp_path, config):
     from tensorboardX.proto.event_pb2 import Event
 
     def events():
-        for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        for path in sorted((tmp_path / "tensorboard").glob("events.*"), key=lambda p: p.stat().st_mtime_ns):
             data = path.read_bytes()
             while data:
                 size = int.from_bytes(data[:8], "little")
                 yield Event.FromString(data[12 : 12 + size])
                 data = data[16 + size :]
 
-    config.log.tensorboard = True
+    config.log.to = "tensorboard"
     with RunDirectory(tmp_path, config, resume=True) as run:
         run.truncate(None)
         run.log(1, {"policy/kl": 0.5, "rm/loss": math.nan})
         run.log(2, {"policy/kl": 0.25})
-    found = [(e.step, v.tag, v.simple_value) for e in events() for v in e.summary.value]
+    values = [(e.step, v) for e in events() for v in e.summary.value]
+    assert {v.tag for _, v in values if not v.HasField("simple_value")} == {
+        "config/text_summary",
+        "_hparams_/experiment",
+        "_hparams_/session_start_info",
+        "_hparams_/session_end_info",
+    }
+    found = [(step, v.tag, v.simple_value) for step, v in values if v.HasField("simple_value")]
     assert found == [(1, "policy/kl", 0.5), (2, "policy/kl", 0.25)]
     with RunDirectory(tmp_path, config, resume=True) as run:
         run.truncate(1)
         run.log(2, {"policy/kl": 0.125})
     starts = [e.step for e in events() if e.HasField("session_log")]
     assert starts == [0, 2]  # readers drop what an earlier life wrote from step 2 on
+
+
+def test_phases_before_step_1_have_a_file_and_begin_again_with_the_run(tmp_path, config):
+    config.log.to = "tensorboard"
+
+    def start(losses):
+        with RunDirectory(tmp_path, config, resume=True) as run:
+            run.truncate(None)
+            for step, loss in enumerate(losses, 1):
+                run.log_phase("policy", step, {"loss": loss})
+            run.log_phase("reward", 1, {"loss": np.float32(0.25), "accuracy": 1})
+
+    start([3.0])  # killed before step 0 was saved
+    start([2.0, 1.0])
+    rows = m.read_lines(tmp_path / "supervised.jsonl")
+    assert rows == [
+        {"phase": "policy", "step": 1, "loss": 2.0},
+        {"phase": "policy", "step": 2, "loss": 1.0},
+        {"phase": "reward", "step": 1, "loss": 0.25, "accuracy": 1.0},
+    ]
+    assert list((tmp_path / "tensorboard/supervised").glob("events.*"))
+    with RunDirectory(tmp_path, config, resume=True) as run:
+        run.truncate(0)  # step 0 is saved: the phases are over
+    assert m.read_lines(tmp_path / "supervised.jsonl") == rows
+
+
+@contextlib.contextmanager
+def no_large_files():
+    """A context in which no file grows over 64 KiB, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("kind", ["metrics", "samples"])
+def test_a_line_that_does_not_fit_is_named_and_the_run_resumes(tmp_path, config, kind):
+    """A part of it stays behind, which the next start drops."""
+    file = tmp_path / f"{kind}.jsonl"
+    words = "File too large: fix that, and start the same command again"
+    with RunDirectory(tmp_path, config, resume=True) as run:
+        run.truncate(None)
+        run.log(1, {"a/b": 1.0})
+        run.dump_samples(1, [{"text": "short"}])
+        with no_large_files(), pytest.raises(OSError, match=words) as error:
+            if kind == "metrics":
+                run.log(2, {f"a/{i}": 1.0 for i in range(9000)})
+            run.dump_samples(2, [{"text": "long" * 2**15}])
+    assert error.value.filename == str(file) and file.stat().st_size == 2**16
+
+    checkpointed(tmp_path, 1)
+    with RunDirectory(tmp_path, config, resume=True) as run:
+        run.truncate(1)
+        run.log(2, {"a/b": 2.0})
+        run.dump_samples(2, [{"text": "again"}])
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+
+
+def test_a_record_that_does_not_fit_leaves_the_former_one(tmp_path):
+    file = tmp_path / "config.json"
+    write_atomically(file, b"before")
+    with no_large_files(), pytest.raises(OSError, match="File too large: fix that") as error:
+        write_atomically(file, bytes(2**17))
+    assert error.value.filename == str(file) and file.read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

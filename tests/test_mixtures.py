@@ -104,7 +104,7 @@ def test_the_config_checks_sources_and_weights():
     with pytest.raises(SetupError) as error:
         read(train="a.jsonl", train_weights="1,2", eval="b,,c", thinking="yes", chat=False)
     assert error.value.messages == (
-        "data.train_weights=1,2: '1,2' has 2 weights, and there are 1 sources",
+        "data.train_weights='1,2': '1,2' has 2 weights, and there are 1 sources",
         "data.eval: 'b,,c': there is an empty source between the commas",
         "data.thinking='yes': it must be on, off or empty",
         "data.thinking='yes' is a variable of the chat template, and data.chat=False uses none: set one of them "

@@ -12,7 +12,7 @@ from tiny_models import CASES, FAMILY_CASES, config, one_device, random_params, 
 
 from cooper_jax.configs import base
 from cooper_jax.kernels import attention as face
-from cooper_jax.kernels import reference
+from cooper_jax.kernels import matmul, reference
 from cooper_jax.kernels.kv import Format
 from cooper_jax.kernels.matmul import matmul_plain
 from cooper_jax.model import generation, layers, transformer, weights
@@ -467,6 +467,18 @@ def test_a_donated_cache_is_updated_in_place(alone, dtype, monkeypatch):
     assert memory.temp_size_in_bytes < multiplied / 2
 
 
+@pytest.mark.parametrize("n", [1, 5, 24])
+def test_products_with_panels_are_products(n):
+    """Of one matrix, and of a matrix taken out of a stack."""
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(n, 24), (2, 24, 192)]))
+    panels = matmul.to_panels(w)
+    assert panels.shape == (2, 3, 24, 64)
+    for i in range(2):
+        want = np.asarray(x, np.float64) @ np.asarray(w[i], np.float64)
+        np.testing.assert_allclose(matmul.matmul_cpu(x, panels[i]), want, atol=1e-5)
+        np.testing.assert_allclose(matmul.matmul_cpu(x, w[i]), want, atol=1e-5)
+
+
 # --- meshes ----------------------------------------------------------------------------------------------
 
 
@@ -578,7 +590,10 @@ def test_config_reads_both_generations_of_config_json():
         ({"layer_types": ["sliding_attention"] * 28}, "sliding_window is None: give the window"),
         ({"layer_types": ["full_attention"] * 27}, "27 entries for 28 layers"),
         ({"layer_types": ["chunked_attention"] * 28}, r"layer_types has \['chunked_attention'\]; only full"),
-        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "window of 0"),
+        (
+            {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0},
+            "sliding_window is 0: it must be a whole number from 1",
+        ),
         ({"model_type": "gemma3"}, "'gemma3' is a model of images and text"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True"),
         ({"model_type": "smollm3", "layer_types": ["sliding_attention"] * 28}, "windows are not supported"),
@@ -589,7 +604,7 @@ def test_config_reads_both_generations_of_config_json():
         ),
         ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
         ({"model_type": "gemma3_text", "hidden_activation": "silu"}, "hidden_activation is 'silu'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; only default"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor"),
         ({"num_key_value_heads": 5}, "12 query heads do not divide over 5"),
         ({"hidden_size": 1537}, "hidden_size 1537 does not divide over 12"),

@@ -83,6 +83,39 @@ def test_first_update_by_hand():
     )
 
 
+def test_a_first_moment_in_bfloat16_learns_as_well():
+    """A noisy regression in 64 dimensions: the same loss within a hundredth, from 2 bytes less a weight."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(256, 64)) * np.geomspace(0.1, 3.0, 64), jnp.float32)
+    y = x @ jnp.asarray(rng.normal(size=64), jnp.float32) + 0.1 * jnp.asarray(
+        rng.normal(size=256), jnp.float32
+    )
+
+    def loss_of(params, rows):
+        return jnp.mean((x[rows] @ params["w"] - y[rows]) ** 2)
+
+    def train(dtype):
+        opt = optim.make_optimiser(section(lr=3e-2, warmup_steps=10, weight_decay=0.0, first_moment=dtype))
+        state = optim.init_state({"w": jnp.zeros(64)}, opt)
+
+        @jax.jit
+        def update(state, rows):
+            loss, grads = jax.value_and_grad(loss_of)(state.params, rows)
+            return optim.apply_update(state, grads, loss, opt)[0]
+
+        for step in range(400):
+            state = update(state, jnp.asarray(np.random.default_rng(step).integers(256, size=32)))
+        return state, float(loss_of(state.params, jnp.arange(256)))
+
+    (full, loss), (half, half_loss) = train("float32"), train("bfloat16")
+    assert loss < 0.05 * float(jnp.mean(y**2))  # it has learned
+    assert half_loss == pytest.approx(loss, rel=0.01)
+    types = [[str(m.dtype) for m in jax.tree.leaves(s.opt_state) if m.shape == (64,)] for s in (full, half)]
+    assert types == [["float32", "float32"], ["bfloat16", "float32"]]
+    with pytest.raises(SetupError, match="first_moment='int8': it is one of float32, bfloat16"):
+        section(first_moment="int8")
+
+
 def test_the_rate_warms_up_and_stays():
     opt = optim.make_optimiser(section(lr=1.0, warmup_steps=4))
     rates = [float(opt.schedule(jnp.int32(n))) for n in range(7)]

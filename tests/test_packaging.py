@@ -30,10 +30,14 @@ def read_requirements(name: str) -> list[str]:
 
 def test_requirements_and_pyproject_agree():
     """requirements.txt is complete; the package leaves out what few users need, as extras."""
-    optional = [r for extra in ("gcs", "tfds", "figures") for r in EXTRAS[extra]]
+    optional = [r for extra in ("gcs", "tfds", "figures", "serve") for r in EXTRAS[extra]]
     assert sorted([*PROJECT["dependencies"], *optional]) == read_requirements("requirements.txt")
     for extra in ("tpu", "cuda", "test"):
         assert sorted(EXTRAS[extra]) == read_requirements(f"requirements-{extra}.txt"), extra
+    trackers = ("tensorboard", "wandb", "trackio", "mlflow")
+    assert EXTRAS["trackers"] == [f"cooper-jax[{','.join(trackers)}]"]
+    for extra in trackers:
+        assert set(EXTRAS[extra]) < set(EXTRAS["test"]), extra
 
 
 def test_the_citation_has_the_version_and_the_license():
@@ -78,6 +82,14 @@ def test_a_wheel_holds_all_modules(wheel):
             name = file.relative_to(ROOT).as_posix()
             expected.append(name if folder == "cooper_jax" else f"cooper_jax/{name}")
     assert sorted(names) == sorted(expected)
+
+
+def test_a_wheel_holds_the_parts_of_a_report(wheel):
+    names = {
+        name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("cooper_jax/report/static/")
+    }
+    files = (ROOT / "cooper_jax/report/static").iterdir()
+    assert names == {file.relative_to(ROOT).as_posix() for file in files} and len(names) >= 10
 
 
 def test_the_installed_files_run_by_themselves(wheel, tmp_path):

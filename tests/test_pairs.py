@@ -1,18 +1,23 @@
 """Pairs: which positive, which gates, the same whatever arrives first; nothing but the text tells members apart."""
 
 import collections
+import queue
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
+from all_pairs import build_all
 
 from cooper_jax.configs import base
 from cooper_jax.data import synthetic
 from cooper_jax.llm.chat import ChatConfig
 from cooper_jax.reward import assistants
 from cooper_jax.reward.assistants import Failure
-from cooper_jax.reward.pairs import build_pairs as pairs
+from cooper_jax.reward.pairs.build_pairs import PairResult, build_pairs
+from cooper_jax.reward.pairs.concurrent_rewrites import ConcurrentRewrites
+from cooper_jax.reward.pairs.pair_task import PairsConfig, PairTask
 from cooper_jax.rule.verifier import RuleConfig, RuleVerifier
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Completion, Problem, Verdict
@@ -29,12 +34,16 @@ def rule():
 class Scripted:
     """Replies with `answer(request)`; remembers what it was asked, call by call."""
 
-    def __init__(self, answer, overlaps=True):
-        self.answer, self.calls, self.overlaps = answer, [], overlaps
+    def __init__(self, answer, overlaps=True, concurrency=None):
+        self.answer, self.calls, self.overlaps, self.concurrency = answer, [], overlaps, concurrency
+        self.reports = 0
 
     def rewrite(self, requests):
         self.calls.append(list(requests))
         return [self.answer(request) for request in requests]
+
+    def report_failures(self):
+        self.reports += 1
 
     def close(self):
         pass
@@ -43,7 +52,7 @@ class Scripted:
 def config(**fields):
     cfg = base.get_config().pairs
     cfg.update(fields)
-    return pairs.PairsConfig.from_config(cfg)
+    return PairsConfig.from_config(cfg)
 
 
 def problem(b):
@@ -60,17 +69,15 @@ def build(groups, assistant, rule, **options):
     cfg = options.pop("cfg", config())
     completions = options.pop("completions", [c for b, v in enumerate(groups) for c in group(b, v)])
     options = {"seed": 3, "step": 5, "reference_fits": lambda answer: True, **options}
-    return pairs.build_pairs(
-        pairs.PairInputs(
-            [problem(b) for b in range(len(groups))],
-            completions,
-            [v for g in groups for v in g],
-            size,
-            assistant,
-            rule,
-            cfg,
-            **options,
-        )
+    return build_all(
+        [problem(b) for b in range(len(groups))],
+        completions,
+        [v for g in groups for v in g],
+        size,
+        assistant,
+        rule,
+        cfg,
+        **options,
     )
 
 
@@ -171,7 +178,7 @@ def test_what_the_positive_says_too_is_no_refusal(rule):
 def test_only_failed_slots_are_asked_again(rule):
     def answer(request):
         b, attempt = int(request.problem.question.split()[1]), request.ids[3]
-        return wrong(request) if attempt >= b else Failure("timeout")
+        return wrong(request) if attempt >= b else Failure("connection")
 
     assistant = Scripted(answer)
     result = build([[C, W]] * 4, assistant, rule, positions=[10, 11, 12, 13])
@@ -181,7 +188,7 @@ def test_only_failed_slots_are_asked_again(rule):
         [(3, 5, 24, 2), (3, 5, 26, 2)],
     ]
     assert [pair is not None for pair in result.pairs] == [True, True, True, False]
-    assert result.refused == {"assistant_timeout": 1} and result.requests == 9
+    assert result.refused == {"assistant_connection": 1} and result.requests == 9
 
 
 def test_outer_whitespace_is_the_positives(rule):
@@ -201,6 +208,7 @@ def test_an_assistant_that_is_down_masks_everything(rule):
     assert set(result.refused) <= {
         "assistant_connection",
         "assistant_timeout",
+        "assistant_unavailable",
         "assistant_http_502",
         "assistant_http_503",
     }
@@ -208,58 +216,134 @@ def test_an_assistant_that_is_down_masks_everything(rule):
 
 def test_no_assistant_no_pairs(rule):
     result = build([[C, C]], None, rule)
-    assert result == pairs.PairResult([], collections.Counter(), 0)
+    assert result == PairResult([], collections.Counter(), 0)
 
 
-@pytest.mark.parametrize("overlaps", [True, False])
-def test_start_gives_what_build_gives(rule, overlaps):
-    threads = set()
+def answer_by_attempt(request):
+    """Refused replies first, as many as the prompt's number; other texts in each attempt."""
+    b, attempt = int(request.problem.question.split()[1]), request.ids[3]
+    return wrong(request) if attempt >= b else Failure("connection")
+
+
+@pytest.mark.parametrize("overlaps, concurrency", [(False, None), (True, None), (True, 1), (True, 5)])
+def test_pairs_are_the_same_whoever_asks_in_which_order(rule, overlaps, concurrency):
+    groups, threads = [[C, W], [C, C], [W, C], [C, C], [W, W]], set()
 
     def noted(request):
         threads.add(threading.current_thread())
+        time.sleep(0.02 * (7 - request.ids[2] % 7))  # later requests are answered earlier
+        return answer_by_attempt(request)
+
+    assistant = Scripted(noted, overlaps, concurrency)
+    result = build(groups, assistant, rule)
+    assert result == build(groups, Scripted(answer_by_attempt, overlaps=False), rule)
+    assert [pair is not None for pair in result.pairs] == [True, True, True, False, False]
+    assert result.requests == 1 + 2 + 3 + 3 and result.refused == {
+        "assistant_connection": 1,
+        "no_positive": 1,
+    }
+    assert (threading.current_thread() in threads) is not overlaps
+    assert len(threads) <= (concurrency or 1)
+
+    # One request a call, or one call a round.
+    sizes = sorted(len(call) for call in assistant.calls)
+    assert sizes == ([1] * 9 if concurrency else [2, 3, 4])
+
+
+def test_a_slot_does_not_wait_for_another(rule):
+    """The slow prompt's first reply comes after all tries of the others."""
+    finished = threading.Event()
+    last_of_others = threading.Event()
+
+    def answer(request):
+        b, attempt = int(request.problem.question.split()[1]), request.ids[3]
+        if b == 0:
+            assert last_of_others.wait(20), "the others wait for the slow one"
+            finished.set()
+            return wrong(request)
+        if attempt == 2:
+            last_of_others.set()
+            assert not finished.is_set()
+        return Failure("connection") if attempt < 2 else wrong(request)
+
+    result = build([[C], [C]], Scripted(answer, concurrency=2), rule)
+    assert None not in result.pairs and result.requests == 4
+
+
+def test_rewrites_begin_before_the_last_group_has_been_sampled(rule):
+    """A group's requests are sent once it is verified; the verdicts are asked for, unless they are given."""
+    asked = queue.Queue()
+
+    def noted(request):
+        asked.put(request.problem.question)
         return wrong(request)
 
-    args = ([problem(0), problem(1)], group(0, [C, C]) + group(1, [C, C]), [C, C, C, W], 2)
-    pending = pairs.start_pairs(
-        pairs.PairInputs(
-            *args,
-            Scripted(noted, overlaps),
-            rule,
-            config(),
-            lambda answer: True,
-            seed=1,
-            step=2,
-            positions=[8, 9],
-        )
+    task = PairTask(
+        [problem(0), problem(1)], 2, Scripted(noted, concurrency=2), rule, config(), seed=3, step=5
     )
-    assert pending.result() == pairs.build_pairs(
-        pairs.PairInputs(
-            *args, Scripted(wrong), rule, config(), lambda answer: True, seed=1, step=2, positions=[8, 9]
-        )
-    )
-    assert (threads != {threading.current_thread()}) == overlaps
+    rewrites = ConcurrentRewrites(task)
+    rewrites.add_group(1, group(1, [C, C]))
+    assert asked.get(timeout=20) == "question 1"
+    rewrites.add_group(0, group(0, [C, W]), [C, W])
+    completions, verdicts = group(0, [C, W]) + group(1, [C, C]), [C, W, C, C]
+    early = build_pairs(task, completions, verdicts, None, rewrites)
+    assert asked.get(timeout=20) == "question 0"
+    assert early == build([[C, W], [C, C]], Scripted(wrong), rule) and early.requests == 2
 
 
-def test_start_passes_errors_on(rule):
+def test_cancelled_rewrites_ask_no_more(rule):
+    """The requests that were sent are waited for by nobody; the others are not sent, and all threads end."""
+    begun, released, asked = threading.Event(), threading.Event(), []
+
+    def answer(request):
+        asked.append(request)
+        begun.set()
+        assert released.wait(20)
+        return wrong(request)
+
+    task = PairTask(
+        [problem(b) for b in range(4)], 1, Scripted(answer, concurrency=1), rule, config(), seed=3, step=5
+    )
+    rewrites = ConcurrentRewrites(task)
+    for b in range(3):
+        rewrites.add_group(b, group(b, [C]), [C])
+    assert begun.wait(20)
+    rewrites.cancel()
+    released.set()
+    for thread in rewrites._threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert len(asked) == 1
+
+
+def test_a_positive_that_is_another_one_than_before_is_masked(rule):
+    """A verdict that failed once and not the other time, so that the ranks of rows differ: no text is mixed."""
+    task = PairTask(
+        [problem(0), problem(1)], 2, Scripted(wrong, concurrency=1), rule, config(), seed=3, step=5
+    )
+    completions = group(0, [C, C]) + group(1, [C, C])
+    rewrites = ConcurrentRewrites(task)
+    rewrites.add_groups(completions, [C, W, C, C])
+    made = build_pairs(task, completions, [W, C, C, C], None, rewrites)
+    assert made.pairs[0] is None and made.pairs[1] is not None and made.refused == {"unstable_verdict": 1}
+    rewrites = ConcurrentRewrites(task)
+    rewrites.add_groups(completions, [W, W, C, C])
+    assert build_pairs(task, completions, [W, C, C, C], None, rewrites).refused == {"unstable_verdict": 1}
+
+
+@pytest.mark.parametrize("concurrency", [None, 2])
+def test_an_assistants_exception_is_raised_where_pairs_are_collected(rule, concurrency):
     def broken(request):
         raise KeyError("a bug")
 
-    pending = pairs.start_pairs(
-        pairs.PairInputs(
-            [problem(0)],
-            group(0, [C]),
-            [C],
-            1,
-            Scripted(broken),
-            rule,
-            config(),
-            lambda answer: True,
-            seed=0,
-            step=0,
-        )
-    )
     with pytest.raises(KeyError, match="a bug"):
-        pending.result()
+        build([[C, C]] * 3, Scripted(broken, concurrency=concurrency), rule)
+
+
+def test_failures_are_reported_once_a_step(rule):
+    assistant = Scripted(answer_by_attempt, concurrency=3)
+    build([[C], [C], [C]], assistant, rule)
+    assert assistant.reports == 1
 
 
 @pytest.mark.parametrize(
@@ -274,19 +358,17 @@ def test_bad_settings_are_refused(fields):
 
 def test_rows_must_match(rule):
     with pytest.raises(ValueError, match="2 problems of 2 samples need 4 rows; there are 2 completions"):
-        pairs.build_pairs(
-            pairs.PairInputs(
-                [problem(0)] * 2,
-                group(0, [C, C]),
-                [C, C],
-                2,
-                None,
-                rule,
-                config(),
-                lambda answer: True,
-                seed=0,
-                step=0,
-            )
+        build_all(
+            [problem(0)] * 2,
+            group(0, [C, C]),
+            [C, C],
+            2,
+            None,
+            rule,
+            config(),
+            lambda answer: True,
+            seed=0,
+            step=0,
         )
 
 
@@ -300,19 +382,17 @@ def test_length_and_whitespace_tell_nothing(rule):
     texts = [synthetic.make_demonstration(p, rng, corrupt=0.0, forms=forms)[0] for p in problems]
     completions = [Completion(edges[i % 4].format(text)) for i, text in enumerate(texts)]
     assistant = assistants.make_assistant(ChatConfig.from_config(base.get_config().assistant, "assistant"))
-    result = pairs.build_pairs(
-        pairs.PairInputs(
-            problems,
-            completions,
-            [C] * len(problems),
-            1,
-            assistant,
-            rule,
-            config(),
-            lambda answer: True,
-            seed=0,
-            step=0,
-        )
+    result = build_all(
+        problems,
+        completions,
+        [C] * len(problems),
+        1,
+        assistant,
+        rule,
+        config(),
+        lambda answer: True,
+        seed=0,
+        step=0,
     )
     made = [pair for pair in result.pairs if pair is not None]
     assert len(made) >= 0.95 * len(problems), result.refused
@@ -359,30 +439,20 @@ def test_a_swapped_reference_must_make_the_positive_wrong(rule):
     rows, cfg = [Completion("it is \\boxed{20}")] * 4, config(negatives=("swap",))
     verdicts = [C, U, U, U]
     for step in range(6):
-        made = pairs.build_pairs(
-            pairs.PairInputs(
-                problems, rows, verdicts, 1, None, rule, cfg, lambda answer: True, seed=0, step=step
-            )
-        )
+        made = build_all(problems, rows, verdicts, 1, None, rule, cfg, lambda answer: True, seed=0, step=step)
         assert made.pairs[0].negative_reference == "31"
-    made = pairs.build_pairs(
-        pairs.PairInputs(
-            problems[:3], rows[:3], verdicts[:3], 1, None, rule, cfg, lambda answer: True, seed=0, step=0
-        )
+    made = build_all(
+        problems[:3], rows[:3], verdicts[:3], 1, None, rule, cfg, lambda answer: True, seed=0, step=0
     )
     assert made.pairs[0] is None and made.refused == {"not_wrong": 1, "no_positive": 2}
-    made = pairs.build_pairs(
-        pairs.PairInputs(problems[:1], rows[:1], [C], 1, None, rule, cfg, lambda answer: True, seed=0, step=0)
-    )
+    made = build_all(problems[:1], rows[:1], [C], 1, None, rule, cfg, lambda answer: True, seed=0, step=0)
     assert made.refused == {"no_other": 1}
 
 
 def test_a_reference_that_the_rule_cannot_read_makes_no_negative(rule):
     problems = [Problem("q", r) for r in ("20", "many", "a few")]
     rows, cfg = [Completion("it is \\boxed{20}")] * 3, config(negatives=("swap",))
-    made = pairs.build_pairs(
-        pairs.PairInputs(problems, rows, [C, U, U], 1, None, rule, cfg, lambda answer: True, seed=0, step=0)
-    )
+    made = build_all(problems, rows, [C, U, U], 1, None, rule, cfg, lambda answer: True, seed=0, step=0)
     assert made.pairs == [None] * 3 and made.refused == {"unrecognised": 1, "no_positive": 2}
 
 
@@ -390,20 +460,18 @@ def test_an_own_answer_that_the_rule_cannot_read_makes_no_positive(rule):
     """However its verdict against the reference came about."""
     one, cfg, scores = [Problem("q", "20")], config(negatives=("own_answer",)), np.ones(1, np.float32)
     for text, refused in (("clearly #### ?", {"unrecognised": 1}), ("so #### 7", {})):
-        made = pairs.build_pairs(
-            pairs.PairInputs(
-                one,
-                [Completion(text)],
-                [W],
-                1,
-                None,
-                rule,
-                cfg,
-                lambda answer: True,
-                seed=0,
-                step=0,
-                scores=scores,
-            )
+        made = build_all(
+            one,
+            [Completion(text)],
+            [W],
+            1,
+            None,
+            rule,
+            cfg,
+            lambda answer: True,
+            seed=0,
+            step=0,
+            scores=scores,
         )
         assert made.refused == refused and (made.pairs[0] is None) == bool(refused)
 
@@ -419,10 +487,10 @@ def test_an_own_answer_too_long_for_a_reference_is_masked_and_counted():
     asked: list = []
     rows = [Completion(f"so #### {'7' * n}") for n in (300, 20)]
     cfg, scores = config(negatives=("own_answer",), per_prompt=2), np.array([0.9, 0.1], np.float32)
-    made = pairs.build_pairs(pairs.PairInputs(
+    made = build_all(
         [Problem("q", "20")], rows, [W, W], 2, None, Noting(), cfg,
         seed=0, step=0, scores=scores, reference_fits=lambda answer: len(answer) < 100,
-    ))  # fmt: skip
+    )  # fmt: skip
     assert made.refused == {"too_long": 1} and made.pairs[0] is None
     assert made.pairs[1].positive_reference == "7" * 20 and [tuple(item[:2]) for item in asked] == [
         ("7" * 20, rows[1].text)
@@ -437,10 +505,8 @@ def test_a_wrong_response_is_right_beside_its_own_answer(rule):
     rows = [Completion(text) for text in texts[:-1]] + [Completion(texts[-1], truncated=True)]
     scores = np.array([0.2, 0.9, 0.6, 0.99, 0.95, 0.97], np.float32)
     one = Problem("q", "20")
-    made = pairs.build_pairs(
-        pairs.PairInputs(
-            [one], rows, verdicts, 6, Unasked(), rule, cfg, lambda answer: True, seed=0, step=0, scores=scores
-        )
+    made = build_all(
+        [one], rows, verdicts, 6, Unasked(), rule, cfg, lambda answer: True, seed=0, step=0, scores=scores
     )
     first, second = made.pairs
     assert (first.positive, first.positive_reference, first.row) == ("clearly #### 30", "30", 2)
@@ -449,26 +515,22 @@ def test_a_wrong_response_is_right_beside_its_own_answer(rule):
         assert pair.negative == pair.positive and not pair.negative_reference
         both = [(pair.positive_reference, pair.positive), (pair.problem.reference, pair.negative)]
         assert rule.check(both) == [C, W]
-    made = pairs.build_pairs(
-        pairs.PairInputs(
-            [one],
-            rows[3:5],
-            [C, U],
-            2,
-            None,
-            rule,
-            cfg,
-            lambda answer: True,
-            seed=0,
-            step=0,
-            scores=scores[3:5],
-        )
+    made = build_all(
+        [one],
+        rows[3:5],
+        [C, U],
+        2,
+        None,
+        rule,
+        cfg,
+        lambda answer: True,
+        seed=0,
+        step=0,
+        scores=scores[3:5],
     )
     assert made.pairs == [None, None] and made.refused == {"no_wrong": 2}
     with pytest.raises(ValueError, match="own_answer, which needs the reward model's scores"):
-        pairs.build_pairs(
-            pairs.PairInputs([one], rows, verdicts, 6, None, rule, cfg, lambda answer: True, seed=0, step=0)
-        )
+        build_all([one], rows, verdicts, 6, None, rule, cfg, lambda answer: True, seed=0, step=0)
 
 
 def test_slots_take_their_negatives_in_turn(rule):
@@ -498,3 +560,10 @@ def test_exchanged_pairs_are_drawn_by_a_keyed_coin(rule):
     assert 5 <= sum(coins) <= 15 and not any(p.exchanged for p in plain)
     there = build(groups[:2], Scripted(wrong), rule, shuffle_labels=True, positions=[5, 0], **options).pairs
     assert [p.exchanged for p in there] == coins[10:12] + coins[:2]
+
+
+def test_a_slot_without_an_answer_in_time_is_not_asked_again(rule):
+    """Each further try would cost the whole time limit again."""
+    assistant = Scripted(lambda request: Failure("timeout"))
+    result = build([[C, W]] * 2, assistant, rule)
+    assert result.refused == {"assistant_timeout": 2} and result.requests == 2

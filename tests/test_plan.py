@@ -1,5 +1,6 @@
 """The sizes of a rollout: chunks of prompts, columns of caches, and the slots that memory has room for."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -13,7 +14,7 @@ from tiny_rollouts import TINY, params_of, spec_of
 from cooper_jax.configs import base
 from cooper_jax.kernels.kv import Format
 from cooper_jax.model import transformer
-from cooper_jax.rollout import engine, rollout_plan
+from cooper_jax.rollout import batch_sizes, engine, rollout_plan
 from cooper_jax.rollout.rollout_state import RolloutStatic
 from cooper_jax.runtime.mesh import Layout, make_mesh, make_shardings
 
@@ -24,6 +25,16 @@ def test_sizes_are_few_and_fit():
     for n in range(1, 3000):
         assert n <= rollout_plan.round_to_bucket(n) <= 1.25 * n
     assert len({rollout_plan.round_to_bucket(n) for n in range(1024, 2048)}) <= 5
+
+
+def test_shared_sizes_hold_what_they_are_for():
+    """On a CPU, which computes padding as slowly as text, they are finer."""
+    for platform, sizes, widths in (
+        ("tpu", [8, 8, 8, 8, 16, 32], [64, 64, 128, 128, 256, 256]),
+        ("cpu", [1, 2, 4, 8, 16, 32], [64, 64, 96, 128, 192, 256]),
+    ):
+        assert [rollout_plan.choose_shared_prompts(n, platform) for n in (1, 2, 3, 8, 9, 32)] == sizes
+        assert [rollout_plan.choose_shared_width(n, platform) for n in (1, 64, 96, 97, 130, 193)] == widths
     assert [rollout_plan.prompt_width(n) for n in (1, 32, 33, 256, 257)] == [32, 32, 64, 256, 320]
     assert [rollout_plan.prompt_width(n, 128) for n in (1, 129, 1025)] == [128, 256, 1280]
 
@@ -42,7 +53,7 @@ def test_columns_are_whole_tiles_of_what_reads_them(implementation, kv_dtype, mu
             (waiting, engine.count_cache_columns(setting, waiting=True)),
         ):
             assert least <= columns < least + multiple and columns % multiple == 0
-        width = engine._prompt_width(setting, [[1] * 130, [1]])
+        width = engine._prompt_width(setting, 130)
         assert width == (256 if multiple == 128 else 160)
 
 
@@ -51,14 +62,20 @@ def test_columns_are_whole_tiles_of_what_reads_them(implementation, kv_dtype, mu
     lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(1, 300)), min_size=1, max_size=20),
     shards=st.integers(1, 4),
     budget=st.sampled_from([32, 96, 256, 4096]),
+    fixed_rows=st.booleans(),
 )
-def test_chunks_hold_every_prompt_once(lengths, shards, budget):
+def test_chunks_hold_every_prompt_once(lengths, shards, budget, fixed_rows):
     """In the shard that it belongs to, padded to less than twice its length."""
     prompts = [[i + 1] * n for i, n in enumerate(lengths)]
     size = rollout_plan.round_to_bucket(-(-len(prompts) // shards))
     width = rollout_plan.prompt_width(max(lengths))
     with mock.patch.object(rollout_plan, "PREFILL_TOKENS", budget):
-        chunks = list(rollout_plan.make_chunks(prompts, shards, size, width))
+        chunks = list(rollout_plan.make_chunks(prompts, shards, size, width, fixed_rows=fixed_rows))
+        empty = list(rollout_plan.make_empty_chunks(shards, size, width))
+    # Whatever the prompts are, these are all shapes.
+    shapes_of_all = {c.tokens.shape for c in empty}
+    assert not fixed_rows or {c.tokens.shape for c in chunks} <= shapes_of_all
+    assert all((c.source == -1).all() and (c.lengths == 1).all() for c in empty)
     seen = {}
     for chunk in chunks:
         own = chunk.tokens.shape[1]
@@ -89,6 +106,20 @@ def test_a_chunk_is_no_longer_than_its_prompts_need():
     chunks = list(rollout_plan.make_chunks(prompts, 1, 6, rollout_plan.prompt_width(150)))
     assert [c.tokens.shape for c in chunks] == [(2, 32), (2, 64), (1, 128), (1, 160)]
     assert [np.nonzero(c.source >= 0)[0].tolist() for c in chunks] == [[0, 1], [2, 3], [4], [5]]
+
+
+def test_a_batch_has_few_sizes():
+    def columns(most, segment, pallas=False):
+        static = SimpleNamespace(pallas=pallas, spec=SimpleNamespace(segment=segment))
+        return batch_sizes.list_columns(static, most)
+
+    assert columns(511, 64) == (128, 256, 511) and columns(31, 8) == (8, 16, 31)
+    assert columns(6, 16) == (6,) and columns(512, 64, pallas=True) == (512,)
+    sizes = columns(511, 64)
+    chosen = [batch_sizes.choose_columns(sizes, n) for n in (1, 128, 129, 300, 900)]
+    assert chosen == [128, 128, 256, 511, 511]
+    assert [batch_sizes.shrink_slots(n, 2) for n in (256, 16, 15)] == [128, 8, None]
+    assert [batch_sizes.shrink_slots(n, 4) for n in (1024, 31)] == [256, None]
 
 
 # --- memory ----------------------------------------------------------------------------------------------

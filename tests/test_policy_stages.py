@@ -5,14 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_rollouts import record_requests
-from tiny_steps import B, G, a_pair, host, sample, score, steps, unchanged, without_models
+from tiny_steps import B, G, a_pair, host, sample, score, steps, take_step, unchanged, without_models
 
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.model import transformer
 from cooper_jax.runtime import keys
-from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import policy_stages, reward_stages
-from cooper_jax.trainer.step import cooper_step
 from cooper_jax.types import Completion, Triple
 
 
@@ -60,11 +58,16 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize(
-    "devices, updates", [(4, {}), (1, {"policy.epochs": 2, "policy.minibatches": 2}), (2, ADAPTERS)]
+    "devices, updates",
+    [
+        (4, {}),
+        pytest.param(1, {"policy.epochs": 2, "policy.minibatches": 2}, marks=pytest.mark.slow),
+        pytest.param(2, ADAPTERS, marks=pytest.mark.slow),
+    ],
 )
 def test_packed_rows_make_the_updates_of_unpacked_ones(build, devices, updates):
     found = {}
-    for packing in (False, True):
+    for packing in ("off", "on"):
         changes = {"policy.packing": packing, "reward.packing": packing, "log.pair_motion": True}
         changes |= {f"{model}.optimiser.eps": 1e-3 for model in ("policy", "reward")} | updates
         changes |= {"reward.rollout_bce": 1.0}
@@ -92,28 +95,29 @@ def test_packed_rows_make_the_updates_of_unpacked_ones(build, devices, updates):
             ref = np.zeros((B * G, width), np.float32)
             ref[:, : batch.ref_logprobs.shape[1]] = np.asarray(batch.ref_logprobs)[: B * G]
             found[packing] = (ref, logits), metrics, host(policy.params) + host(reward.params)
-    for x, y in zip(found[True][0], found[False][0], strict=True):
+    for x, y in zip(found["on"][0], found["off"][0], strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
-    assert found[False][1]["rm/valid"] == 2 and found[False][1]["rm/rollout_rows"] == 2
-    assert found[True][1].keys() == found[False][1].keys() | {"policy/padding"}
-    for name, value in found[False][1].items():
-        assert found[True][1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    for a, b in zip(found[True][2], found[False][2], strict=True):
+    assert found["off"][1]["rm/valid"] == 2 and found["off"][1]["rm/rollout_rows"] == 2
+    assert found["on"][1].keys() == found["off"][1].keys() | {"policy/padding"}
+    for name, value in found["off"][1].items():
+        assert found["on"][1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    for a, b in zip(found["on"][2], found["off"][2], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_on_packed_rows_after_supervised_phases(build, tmp_path):
     """The phases before step 1 do not pack; a reward model and a reference of their own pack for their meshes."""
     changes = {"supervised.policy_steps": 1, "supervised.reward_steps": 1, "supervised.reward_batch": 8}
     changes |= {"devices": 3, "mesh.reward": "1x1x1", "mesh.reference": "1x1x1"}
     rows = {}
-    for packing in (False, True):
+    for packing in ("off", "on"):
         flags = {"policy.packing": packing, "reward.packing": packing}
-        rows[packing] = steps(build, tmp_path / str(packing), 1, **changes | flags)[1][0]
-    assert 0 < rows[True]["policy/padding"] < 0.9 and rows[True]["rm/valid"] > 0
-    for name, value in rows[False].items():
+        rows[packing] = steps(build, tmp_path / packing, 1, **changes | flags)[1][0]
+    assert 0 < rows["on"]["policy/padding"] < 0.9 and rows["on"]["rm/valid"] > 0
+    for name, value in rows["off"].items():
         if name.startswith(("policy/", "rm/", "reward/")):
-            assert rows[True][name] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), name
+            assert rows["on"][name] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), name
 
 
 def test_several_updates_a_step(build):
@@ -178,7 +182,7 @@ def test_the_data_order_follows_from_the_seed(build, monkeypatch):
     with build(**{"seed": 7, "reward.arm": "model"}) as (components, state):
         state, visited = state.replace(reference=state.policy.params), []
         for _ in range(3):
-            state, _, seen = cooper_step(without_models(components), state, PhaseTimer())
+            state, _, seen = take_step(without_models(components), state)
             visited += seen.problems
 
     def order(seed):
@@ -197,7 +201,7 @@ def test_every_step_cuts_its_minibatches_by_a_permutation_of_its_own(build, monk
         state, orders = state.replace(reference=state.policy.params), []
         for _ in range(3):
             noted.clear()
-            state, _, seen = cooper_step(without_models(components, noted), state, PhaseTimer())
+            state, _, seen = take_step(without_models(components, noted), state)
             rows = {float(advantage): row for row, advantage in enumerate(seen.advantages)}
             assert [len(part) for part in noted] == [2, 2, 2] and len(rows) == 6
             orders.append([rows[advantage] for part in noted for advantage in part])

@@ -67,7 +67,7 @@ from absl import app
 from cooper_jax.launch import common
 
 def main(argv):
-    with common.run_job():
+    with common.run_job("testing"):
         cfg = common.read_config()
         print(json.dumps([cfg.reward.to_dict(), cfg.pairs.to_dict()], default=str))
 

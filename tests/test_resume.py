@@ -1,17 +1,18 @@
 """Resumed runs: the same steps bit for bit, in the memory of a fresh run."""
 
 import gc
+import json
 
 import jax
 import numpy as np
 import pytest
-from tiny_steps import B, begun, host, solved, steps
+from tiny_steps import B, begun, config, host, solved, steps, take_step
 
 from cooper_jax.reward.labelled_rollouts import Replay
-from cooper_jax.runtime.metrics import PhaseTimer
+from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.run_directory import RunDirectory
 from cooper_jax.settings.setup_errors import SetupError
-from cooper_jax.trainer.resume import save_checkpoint
-from cooper_jax.trainer.step import cooper_step
+from cooper_jax.trainer.resume import _go_back, save_checkpoint, start_or_resume
 
 
 @pytest.mark.slow
@@ -25,7 +26,7 @@ def test_a_resumed_run_holds_no_more_memory_than_a_fresh_one(build, tmp_path):
             kept.wait()  # a save under way has copies of its own
             held = live() - before
             for _ in range(steps):
-                state, metrics, _ = cooper_step(solved(components), state, PhaseTimer())
+                state, metrics, _ = take_step(solved(components), state)
                 run.log(state.step, metrics)
             if steps:
                 save_checkpoint(components, state, run, kept)
@@ -44,7 +45,7 @@ def test_a_resumed_run_measures_the_rewrites_of_a_whole_one(build, tmp_path):
     def run(path, count):
         with build() as (components, state), begun(components, state, path) as (state, run, kept):
             for _ in range(count):
-                state, metrics, _ = cooper_step(solved(components), state, PhaseTimer())
+                state, metrics, _ = take_step(solved(components), state)
                 run.log(state.step, metrics)
             save_checkpoint(components, state, run, kept)
             return state.recent_rewrites
@@ -68,6 +69,43 @@ def test_a_resumed_run_remembers_what_it_would_have(build, tmp_path):
     assert len(replay.correct) == 5 and metrics[1]["rm/rollout_rows"] > 6
 
 
+@pytest.mark.slow
+def test_a_run_goes_back_once_and_loses_nothing(build, tmp_path):
+    """The steps after the chosen one are made again, the same; what they had left is there under other names."""
+
+    def run(until, resume_step=-1):
+        with build(resume_step=resume_step) as (components, state):
+            directory = RunDirectory(tmp_path, config(), resume=True)
+            with directory, Checkpoints(tmp_path, keep=0) as kept:
+                state = start_or_resume(components, state, directory, kept)
+                began = state.step
+                while state.step < until:
+                    state, metrics, _ = take_step(components, state)
+                    directory.log(state.step, metrics)
+                    save_checkpoint(components, state, directory, kept)
+                return began, host(state.policy.params)
+
+    def logged(name):
+        return [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
+
+    _, third = run(3)
+    began, again = run(2, resume_step=1)
+    assert began == 1
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "0", "1", "2", "2.abandoned", "3.abandoned"
+    ]  # fmt: skip
+    assert logged("metrics.jsonl") == [1, 2]
+    assert logged("metrics.before_going_back_to_1.jsonl") == [1, 2, 3]
+
+    # The same command, after it was preempted, goes on.
+    began, finished = run(3, resume_step=1)
+    assert began == 2
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(third, finished, strict=True))
+    with RunDirectory(tmp_path, config(), resume=True) as directory, Checkpoints(tmp_path, keep=0) as kept:
+        with pytest.raises(SetupError, match=r"resume_step.*no checkpoint of step 9; it has \[0, 1, 2, 3\]"):
+            _go_back(9, directory, kept)
+
+
 def test_models_that_were_trained_with_another_tokenizer_are_refused(build, tmp_path):
     """Models from scratch read and write the pieces of the tokenizer in their run's directory."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -88,3 +126,34 @@ def test_models_that_were_trained_with_another_tokenizer_are_refused(build, tmp_
         start()
     (second / "tokenizer_640.model").write_bytes(b"pieces")
     assert start() == 0
+
+
+@pytest.mark.slow
+def test_each_model_may_start_from_a_run_of_its_own(build, tmp_path):
+    """The policy of one run, and the reward model of another, or the run's own."""
+
+    def start(name, **changes):
+        with build(**changes) as (components, state):
+            with begun(components, state, tmp_path / name) as (state, _, kept):
+                kept.wait()
+                return [
+                    np.concatenate([np.ravel(x) for x in host(m.params)])
+                    for m in (state.policy, state.reward)
+                ]
+
+    own = start("own", seed=3)
+    first, second = start("first", seed=1), start("second", seed=2)
+    both = {"supervised.start_from": str(tmp_path / "first"), "seed": 3}
+    for name, source, reward in (
+        ("start_from", "", first),
+        ("reward_from", str(tmp_path / "second"), second),
+        ("kept", "own", own),
+    ):
+        got = start(name, **both, **{"supervised.reward_from": source})
+        np.testing.assert_array_equal(got[0], first[0])
+        np.testing.assert_array_equal(got[1], reward[1])
+    assert not np.array_equal(first[1], second[1]) and not np.array_equal(second[1], own[1])
+    # Without start_from the policy is the run's own.
+    got = start("alone", seed=3, **{"supervised.reward_from": str(tmp_path / "second")})
+    np.testing.assert_array_equal(got[0], own[0])
+    np.testing.assert_array_equal(got[1], second[1])

@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 from test_hosts import finish, in_turn
 from tiny_runs import metrics, run, start_hosts, timeless
-from tiny_steps import B, G, begun, config, solved, steps
+from tiny_steps import B, G, begun, config, solved, steps, take_step
 
 from cooper_jax.data.policy_prompts import PromptStyle
 from cooper_jax.policy.advantages import decoupled_advantages, normalise_rewards
-from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer import function_runner, reward_functions
 from cooper_jax.trainer.function_runner import FunctionRunner, read_values
 from cooper_jax.trainer.reward_functions import StepRewards, load_reward_functions, sum_rewards
 from cooper_jax.trainer.rewards import RewardConfig
-from cooper_jax.trainer.step import cooper_step
 from cooper_jax.types import Completion, Problem, Verdict
 
 FILE = """
@@ -405,7 +403,7 @@ def test_a_masked_row_does_not_move_the_policy(build, tmp_path, path):
     path.write_text("def first(completions, **_):\n    return [1.0, 0.5] if 'x' in _ else [1.0, None]\n")
     with build(**{"reward.functions": f"{path}:first"}) as (components, state):
         with begun(components, state, tmp_path) as (state, _, _):
-            _, metrics, record = cooper_step(solved(components), state, PhaseTimer())
+            _, metrics, record = take_step(solved(components), state)
     assert metrics["reward/masked"] == B and metrics["reward/first/none"] == B
     assert record.rewards[0] == 1 and np.isnan(record.rewards[1::G]).all()
     assert not record.advantages.any(), "a single reward has nothing to be compared with"

@@ -44,14 +44,14 @@ def test_an_answer_of_hundreds_of_digits_costs_its_own_pair_alone(build):
         assert np.isfinite(score(components, state.reward, batch.row_problems, texts)).all()
         wrong = [Verdict.WRONG] * (B * G)
         ranked = np.array([0.9, 0.1, 0.2, 0.1, 0.9, 0.8], np.float32)
-        made = reward_stages.request_pairs(components, batch, texts, wrong, ranked, 1).result()
+        made = reward_stages.make_pairs(components, batch, texts, wrong, ranked, 1)
         assert made.refused == {"too_long": 2}
         assert [p and p.positive_reference for p in made.pairs] == [None, "7", None]
         _, metrics = reward_stages.update_reward_model(components, state.reward, made.pairs)
         assert metrics["rm/valid"] == 1
 
 
-def test_rewrites_may_have_no_control_token_of_any_tokenizer_in_use(build, tmp_path, monkeypatch):
+def test_rewrites_may_have_no_control_token_of_any_tokenizer_in_use(build, tmp_path):
     """Those of a local assistant of another family too."""
     folder = tiny_tokenizers.write(tmp_path / "llama", "llama3")
     model = tiny_models.config(vocab_size=512, width=16, layers=1, head_dim=8)
@@ -59,13 +59,11 @@ def test_rewrites_may_have_no_control_token_of_any_tokenizer_in_use(build, tmp_p
     weight_export.save_pretrained(folder.with_name("hf"), model, params, "logits", tokenizer_dir=folder)
     weights = {"assistant.weights": str(tmp_path / "hf"), "assistant.max_new_tokens": 6}
     asked = []
-    monkeypatch.setattr(reward_stages, "start_pairs", asked.append)
 
     for kind in ("corrupt", "local"):
         with build(**{"assistant.kind": kind} | weights) as (components, _):
             batch = policy_stages.take_problems(components, first=0)
-            nothing = [Completion("7")] * (B * G), [Verdict.WRONG] * (B * G)
-            reward_stages.request_pairs(components, batch, *nothing, np.zeros(B * G, np.float32), 1)
+            asked.append(reward_stages.make_pair_task(components, batch, 1))
             for bundle in (components.policy, components.reward_bundle):
                 own = bundle.model.tokenizer.control_texts
                 assert own and own <= asked[-1].special_tokens

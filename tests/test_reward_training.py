@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import report_runs
 import tiny_models
 from safetensors.numpy import load_file
 from test_files import Bucket, bucket  # noqa: F401
@@ -310,6 +311,13 @@ def test_run_directory(finished, place):
     ]
     assert accuracy["value"] == np.mean([(r["logit"] > 0) == r["label"] for r in said])
     assert (finished / "reliability.png").read_bytes().startswith(b"\x89PNG")
+
+    (shown,) = report_runs.encode(finished)["runs"]
+    assert shown["kind"] == "reward_training" and shown["summary"]["done"] == 8
+    assert [(name, group["rows"]) for name, group in shown["figures"]["groups"]] == [
+        ("even", 24), ("odd", 16), ("all", 40)
+    ]  # fmt: skip
+    assert {"train_rm/loss", "eval/auroc", "eval/ece"} <= shown["series"]["curves"].keys()
     seen = seen_questions.read_record(finished / "best")
     assert seen.sources == {"even": 4, "odd": 4} and seen.complete and len(seen.fingerprints) == 8
     assert seen_questions.fingerprint_question("What is the answer 3?") in seen.fingerprints
@@ -480,15 +488,15 @@ def test_a_run_that_is_done_reports_again(finished, place, alone):
 def test_what_a_killed_run_did_after_its_checkpoint_is_done_again(
     finished, place, tmp_path, monkeypatch, alone
 ):
-    path = tmp_path / "run"
+    path, evaluate = tmp_path / "run", rm_loop._evaluate
 
-    def die(*_):
+    def evaluate_and_die(job, state):
+        evaluate(job, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            rm_loop, "_print_evaluation", die
-        )  # after best/ was written, before the line of update 3
+        # After best/ was written, before the line of update 3.
+        patch.setattr(rm_loop, "_evaluate", evaluate_and_die)
         with pytest.raises(KeyboardInterrupt):
             rm_loop.train_reward_model(run_config(place, path))
     assert (path / "best").is_dir() and len(metrics(path)) == 2
@@ -686,7 +694,7 @@ BAD = [
     ),
     (dict(train_rm__eval_share=1.0), "train_rm.eval_share=1.0"),
     (dict(train_rm__batch=0), "train_rm.batch=0: it must be at least 1"),
-    (dict(reward__packing=True), "reward.packing=True: this job groups rows by their length"),
+    (dict(reward__packing="on"), "reward.packing=on: this job groups rows by their length"),
     (dict(train_rm__keep_best="f1"), "train_rm.keep_best='f1': it is one of auroc, accuracy, loss"),
     (
         dict(train_rm__optimiser__decay="step"),

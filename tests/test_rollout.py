@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 from tiny_models import one_device
 from tiny_rollouts import (
     KEY,
@@ -24,6 +25,7 @@ from tiny_rollouts import (
 
 from cooper_jax.model import generation, transformer
 from cooper_jax.model.config import ModelConfig
+from cooper_jax.rollout import batch_sizes
 from cooper_jax.rollout.engine import copy_rollout_weights, decode_completions, generate
 from cooper_jax.types import Rollout
 
@@ -109,7 +111,7 @@ def test_one_token():
 def test_weights_are_cast_once_and_norms_kept():
     cast = copy_rollout_weights(params_of(), TINY, one_device(), "bfloat16")
     assert isinstance(cast["layers"], tuple) and len(cast["layers"]) == TINY.layers
-    assert cast["embed"].dtype == cast["layers"][0]["q"].dtype == jnp.bfloat16
+    assert cast["embed"].dtype == cast["layers"][0]["qkv"].dtype == jnp.bfloat16
     assert cast["layers"][1]["attn_norm"].dtype == cast["final_norm"].dtype == jnp.float32
     assert copy_rollout_weights(cast, TINY, one_device(), "bfloat16") is cast
     spec = spec_of(dtype="bfloat16", segment=64)
@@ -120,6 +122,29 @@ def test_weights_are_cast_once_and_norms_kept():
 def test_what_is_right_already_is_not_copied():
     weights = copy_rollout_weights(params_of(), TINY, one_device(), "float32")
     assert weights["embed"].unsafe_buffer_pointer() == params_of()["embed"].unsafe_buffer_pointer()
+
+
+def test_few_rows_read_panels(monkeypatch):
+    """A rollout whose matrices have whole panels, with and without them; every decode step of it has few rows."""
+    wide = tiny_models.config(vocab_size=128, width=64, head_dim=32, ffn=64, tied=False, vocab_multiple=64)
+    shapes, decode = [], generation.decode_step
+
+    def step(params, *args, **options):
+        shapes.append([params["unembed"].shape, *(params["layers"][0][n].shape[1:] for n in ("qkv", "down"))])
+        return decode(params, *args, **options)
+
+    monkeypatch.setattr(generation, "decode_step", step)
+    in_panels = rollout(config=wide)
+    columns = (wide.heads + 2 * wide.kv_heads) * wide.head_dim
+    assert columns % 64 == 0
+    assert shapes[-1] == [(2, 64, 64), (columns // 64, 64, 64), (1, 64, 64)]
+
+    other = dataclasses.replace(wide, max_len=255)  # so that nothing compiled is met again
+    monkeypatch.setattr(batch_sizes, "PANEL_ROWS", 0)
+    monkeypatch.setattr(batch_sizes, "FEWEST_IN_PANELS", 8)
+    plain = rollout(config=other)
+    assert shapes[-1] == [(64, 128), (64, columns), (64, 64)]
+    assert_same(in_panels, plain)
 
 
 def test_a_loop_over_a_stack_equals_layers_apart(monkeypatch):

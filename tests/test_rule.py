@@ -1,6 +1,7 @@
 """The rule verifier: verdicts on a table, precision on labelled completions, a pool that outlives its workers."""
 
 import collections
+import errno
 import json
 import os
 import signal
@@ -14,8 +15,9 @@ import pytest
 
 from cooper_jax.configs import base
 from cooper_jax.data.labelled_completions import load_labelled_completions
-from cooper_jax.rule import answer_finder, rule_verdict, rule_worker
+from cooper_jax.rule import answer_finder, rule_verdict, rule_worker, verifier
 from cooper_jax.rule.verifier import SHORT_LIMIT, RuleConfig, RuleVerifier
+from cooper_jax.rule.worker_process import START_TRIES, WorkerError, choose_environment
 from cooper_jax.runtime import hosts
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.types import Verdict
@@ -285,8 +287,8 @@ def scripted(tmp_path):
         return verifiers[-1]
 
     yield make
-    for verifier in verifiers:
-        verifier.close()
+    for made in verifiers:
+        made.close()
 
 
 def read_log(tmp_path: Path) -> list:
@@ -379,6 +381,55 @@ def test_a_worker_that_cannot_start_is_reported(tmp_path):
     with RuleVerifier(RuleConfig(2, 1.0, 2.0, 0), command=(sys.executable, str(path))) as rule:
         with pytest.raises(RuntimeError, match="did not start.*exit status 1.*math-verify is missing"):
             rule.check([("1", "1"), ("2", "2"), ("3", "3")])
+
+
+@pytest.mark.parametrize("failures", [2, 100])
+def test_a_machine_without_room_for_processes_is_waited_for_and_reported(monkeypatch, failures):
+    """EAGAIN as under a limit of processes: for a moment, and for good."""
+    start, tried = verifier.Worker, []
+
+    def refuse(*args):
+        tried.append(args)
+        if len(tried) <= failures:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start(*args)
+
+    monkeypatch.setattr(verifier, "Worker", refuse)
+    monkeypatch.setattr(verifier, "FIRST_WAIT", 0.001)
+    with RuleVerifier(RuleConfig(1, 1.0, 2.0, 0)) as rule:
+        if failures == 2:
+            assert rule.check([("1", "\\boxed{1}")]) == [C] and len(tried) == 3
+            return
+        with pytest.raises(WorkerError, match="cannot start a worker process.*temporarily.*rule.workers"):
+            rule.check([("1", "\\boxed{1}")])
+        assert len(tried) == START_TRIES
+
+
+def test_workers_that_read_text_of_strangers_get_no_secrets(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("LANGCHAIN_API_KEY", "lc_secret")
+    before = find_workers()
+    with RuleVerifier(RuleConfig(1, 1.0, 2.0, 0)) as rule:
+        assert rule.check([("1", "\\boxed{1}")]) == [C]
+        (folder,) = find_workers() - before
+        variables = (folder / "environ").read_bytes()
+    assert b"secret" not in variables and b"PATH=" in variables
+    # The user's own judge is trusted code.
+    assert choose_environment(with_judge=True)["OPENAI_API_KEY"] == "sk-secret"
+
+
+def find_workers() -> set[Path]:
+    """The folders in /proc of this process's workers."""
+    return {folder for folder in Path("/proc").glob("[0-9]*") if is_worker(folder)}
+
+
+def is_worker(folder: Path) -> bool:
+    try:
+        parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+        return int(parent) == os.getpid() and b"rule_worker" in (folder / "cmdline").read_bytes()
+    except OSError:  # it has ended
+        return False
 
 
 def test_the_first_question_finds_a_verifier_that_does_not_work(tmp_path, rule):

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tiny_hub
 from test_evaluation import SHRUNK, read_rows, write_rows
 from tiny_runs import ROOT, environment
 
@@ -43,7 +44,7 @@ def run(tmp_path_factory, devices):
     path = tmp_path_factory.mktemp("run")
     cfg = tiny.get_config()
     more = {"data.synthetic_size": 8, "data.instruction": " Think .", "supervised.policy_steps": 0,
-            "supervised.reward_steps": 0, "log.tensorboard": False, "policy.microbatch": 4}  # fmt: skip
+            "supervised.reward_steps": 0, "log.to": "", "policy.microbatch": 4}  # fmt: skip
     cfg.update_from_flattened_dict(SHRUNK | more)
     with (
         build_components(cfg, path) as (components, state),
@@ -140,6 +141,52 @@ def test_a_runs_calibration_is_read_and_exported(calibrated, run, tmp_path):
     assert (tmp_path / "out" / calibration.CALIBRATION).exists() == calibrated
     if calibrated:
         assert calibration.read_calibration(tmp_path / "out") == fitted
+
+
+def export(path, out, *flags: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch/export.py"), f"--run_dir={path}", f"--out={out}", *flags],
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def test_an_export_is_pushed_by_flag_alone(run, tmp_path):
+    token, out = "hf_secretsecretsecret", tmp_path / "policy"
+    with tiny_hub.UploadServer() as server:
+        hub = {"HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        done = export(run[0], out, **hub)
+        assert done.returncode == 0 and not server.requests, done.stderr
+        assert f"{out}: the policy model of step 0, with a model card (README.md)" in done.stdout
+
+        done = export(run[0], out, "--push=team/solver", "--private", "--license=mit", **hub)
+        assert done.returncode == 0, done.stderr
+    assert f"pushed to {server.url}/team/solver" in done.stdout
+    # The card is checked without a token.
+    assert server.tokens == {f"Bearer {token}", ""} and server.created == {"team/solver": True}
+    assert server.metadata == [(out / "README.md").read_text()]
+    assert server.messages == ["The policy model of step 0 of tiny"]
+    assert server.files["team/solver"] == {p.name: p.read_bytes() for p in out.iterdir()}
+    card = server.files["team/solver"]["README.md"].decode()
+    assert "license: mit" in card and 'from_pretrained("team/solver")' in card
+    assert not any(token.encode() in content for content in server.files["team/solver"].values())
+
+
+def test_a_push_that_is_refused_leaves_the_directory(run, tmp_path):
+    with tiny_hub.UploadServer(refuses=True) as server:
+        hub = {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        done = export(run[0], tmp_path / "policy", "--push=team/solver", **hub)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "--push=team/solver: " in said and "403" in said and "hf upload team/solver" in said
+    assert (tmp_path / "policy" / "model.safetensors").exists()
+
+    # What cannot succeed is refused before anything is written.
+    done = export(run[0], tmp_path / "other", "--push=solver", HF_TOKEN="", HF_HUB_OFFLINE="0")
+    assert done.returncode == 2 and not (tmp_path / "other").exists()
+    assert "--push=solver: write NAMESPACE/NAME" in done.stderr and "set HF_TOKEN" in done.stderr
 
 
 def test_a_run_is_evaluated(run, devices, tmp_path):

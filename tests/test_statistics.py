@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn import metrics
 
 from cooper_jax import statistics
@@ -106,3 +107,13 @@ def test_bootstrap_without_ground():
     assert statistics.bootstrap_interval(lambda w: 0.5, ["a"], rng) == Interval(0.5, 0.5, 0.5)
     empty = statistics.bootstrap_interval(lambda w: math.nan, [], rng)
     assert all(math.isnan(x) for x in (empty.value, empty.low, empty.high))
+
+
+def test_wilson_interval():
+    """As scipy computes it, from counts."""
+    for successes, count in ((0, 10), (1, 3), (64, 256), (10, 10)):
+        expected = stats.binomtest(successes, count).proportion_ci(method="wilson")
+        found = statistics.wilson_interval(successes / count, count)
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-7)
+        assert 0 <= found.low <= found.value <= found.high + 1e-12 and found.high <= 1
+    assert math.isnan(statistics.wilson_interval(0.5, 0).low)

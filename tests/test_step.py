@@ -18,16 +18,15 @@ from tiny_steps import (
     score,
     solved,
     steps,
+    take_step,
     unchanged,
     without_models,
 )
 
 from cooper_jax.rule.worker_process import make_item
-from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import grading, policy_stages, reward_stages
 from cooper_jax.trainer.rewards import REWARDS, compute_rewards, name_rewards
 from cooper_jax.trainer.samples import StepRecord, select_samples
-from cooper_jax.trainer.step import cooper_step
 from cooper_jax.types import Completion, Pair, Verdict
 
 
@@ -39,7 +38,7 @@ def test_who_moves_in_a_step(build, tmp_path):
         assert all(unchanged(reference, state.policy.params))
         for step in (1, 2, 3):
             policy, reward = host(state.policy.params), host(state.reward.params)
-            state, metrics, record = cooper_step(components, state, PhaseTimer())
+            state, metrics, record = take_step(components, state)
             assert state.step == step and state.position == step * B
             assert metrics["pairs/valid"] == sum(p is not None for p in record.pairs) >= 1
             assert not any(unchanged(reward, state.reward.params))
@@ -104,7 +103,7 @@ def test_models_on_meshes_of_their_own(build, tmp_path):
                 assert grading.can_score_during_rollout(components) == bool(meshes)
                 where = [x.sharding.device_set for x in jax.tree.leaves(state.reference)]
                 assert where == [set(components.policy.reference_layout.mesh.devices.flat)] * len(where)
-                state, metrics, record = cooper_step(components, state, PhaseTimer())
+                state, metrics, record = take_step(components, state)
                 out.append((metrics, record, host(state.policy.params) + host(state.reward.params)))
         return out
 
@@ -155,7 +154,7 @@ def test_long_responses_are_penalised_and_left_out_of_the_loss(build):
         with build(**{"reward.arm": "rule", "policy.std": "none"} | flags) as (components, state):
             limit = components.settings.rollout.max_new_tokens
             state = state.replace(reference=state.policy.params)
-            _, metrics, record = cooper_step(components, state, PhaseTimer())
+            _, metrics, record = take_step(components, state)
             found.append((metrics, record))
     (plain, before), (metrics, after) = found
     assert after.completions == before.completions and any(c.truncated for c in after.completions)
@@ -190,7 +189,7 @@ def test_a_step_rewards_with_the_reward_model_from_before_its_update(build, monk
             components, reward=dataclasses.replace(reward, compute_logits=score, update=update)
         )
         state = state.replace(reference=state.policy.params)
-        _, metrics, record = cooper_step(components, state, PhaseTimer())
+        _, metrics, record = take_step(components, state)
     rewards = 1 / (1 + np.exp(-np.arange(6.0)))
     np.testing.assert_allclose(record.rewards, rewards, atol=1e-6)
     assert len(updated) == 1 and metrics["rm/mean"] == pytest.approx(rewards.mean(), abs=1e-6)
@@ -211,7 +210,14 @@ def test_samples_name_the_pairs_of_their_own_prompt(build):
         texts = [Completion(str(i)) for i in range(B * G)]
         verdicts = [Verdict.CORRECT] * (B * G)
         record = StepRecord(problems, texts, verdicts, rows, -rows, pairs, Counter())
-        first, second = select_samples(record, components.settings.log.samples)
+        record = dataclasses.replace(
+            record, scores=rows / 10, prompt_tokens=[[i] for i in range(len(problems))]
+        )
+
+        def is_correct(problem, text):
+            return int(text) % G == 0
+
+        first, second = select_samples(record, components.settings.log.samples, is_correct, str)
     assert (first["id"], second["question"]) == (problems[1].id, problems[2].question)
     reference = first["reference"]
     assert first["pairs"] == [
@@ -225,6 +231,20 @@ def test_samples_name_the_pairs_of_their_own_prompt(build):
     assert [p["positive"] for p in second["pairs"]] == ["right 4", "right 5"]
     assert [r["text"] for r in first["responses"]] == ["2", "3"]
     assert [r["advantage"] for r in second["responses"]] == [-4.0, -5.0]
+    assert (first["prompt"], second["prompt"]) == ("[1]", "[2]")
+    assert [r["score"] for r in second["responses"]] == pytest.approx([0.4, 0.5])
+    assert [r["truth"] for r in first["responses"]] == [True, False]
+
+
+def test_samples_leave_out_what_is_not_known(build):
+    """A run without a reward model has no scores, one without exact truth no truth."""
+    with build() as (components, _):
+        problems, verdicts = list(components.train[:1]), [Verdict.CORRECT]
+    one = np.ones(1, np.float32)
+    record = StepRecord(problems, [Completion("1")], verdicts, one, one, [], Counter())
+    (sample,) = select_samples(record, 2)
+    assert sample.keys() == {"id", "question", "reference", "responses", "pairs"}
+    assert sample["responses"][0].keys() == {"text", "truncated", "verdict", "reward", "advantage"}
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ FLOORS = (
     ("cooper_jax.policy", "cooper_jax.reward"),
     ("cooper_jax.trainer",),
     ("cooper_jax.perf", "cooper_jax.evaluation", "cooper_jax.annotation", "cooper_jax.reward_training"),
-    ("cooper_jax.study", "cooper_jax.api"),
+    ("cooper_jax.study", "cooper_jax.api", "cooper_jax.serving", "cooper_jax.export"),
+    ("cooper_jax.report",),
     ("cooper_jax.launch",),
 )
 OURS = ("cooper_jax", "kernels", "configs", "launch", "tests")

@@ -27,7 +27,7 @@ def test_a_study_of_seconds(tmp_path):
     words += [f"--config.{name}={value}" for name, value in fields.items()]
     done = launch(*words, "--seeds=5", f"--keep={tmp_path / 'kept.jsonl'}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5/5 runs" in done.stdout
+    assert "6/6 runs" in done.stdout  # two starts and four arms
     found = records.read_records(tmp_path / "kept.jsonl")
     assert [(run.arm, run.done) for run in found.runs] == [
         ("rule", 2), ("frozen", 2), ("frozen_warm", 2), ("robust", 2)

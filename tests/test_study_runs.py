@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+from rich.console import Console as RichConsole
 from tiny_studies import ROOT, a_study, launch, small
 
 from cooper_jax.configs import tiny
+from cooper_jax.runtime.console import Console
 from cooper_jax.runtime.hosts import Stopped
 from cooper_jax.runtime.stored_config import flatten_config
 from cooper_jax.settings.setup_errors import SetupError
@@ -27,7 +30,7 @@ STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
 flag = dict(x.removeprefix("--config.").split("=", 1) for x in sys.argv[1:])
-folder, steps, kind = Path(flag["run_dir"]), int(flag["steps"]), flag["reward.arm"]
+folder, steps, kind = Path(flag["run_dir"]), int(flag["steps"]), flag.get("reward.arm", "cooper")
 with open(folder.parents[1] / "started", "a") as file:
     file.write(f"{folder.parent.name}/{folder.name}\\n")
 def end(*_):
@@ -35,11 +38,17 @@ def end(*_):
     sys.exit(75)
 signal.signal(signal.SIGTERM, end)
 if steps == 0:
-    if flag["name"] == "no_start":
+    if flag["name"] == "no_start" or (flag["name"] == "no_reward_start" and kind == "model"):
         sys.exit("no start for you")
+    if flag["name"] == "slow" and kind == "model":
+        time.sleep(3)
     (folder / "checkpoints/0").mkdir(parents=True)
     sys.exit()
-assert (Path(flag["supervised.start_from"]) / "checkpoints/0").is_dir()
+if folder.name == "compile":
+    (folder / "in_use").mkdir()
+    time.sleep(60)
+sources = ["start_from"] if kind == "rule" else ["start_from", "reward_from"]
+assert all((Path(flag[f"supervised.{x}"]) / "checkpoints/0").is_dir() for x in sources)
 path = folder / "metrics.jsonl"
 text = path.read_text() if path.exists() else ""
 whole = text[: text.rfind("\\n") + 1]
@@ -79,10 +88,24 @@ def carry_out(study: study_plan.Study, jobs: int = 1) -> list[run_scheduler.Fail
 def test_runs_go_seed_by_seed_after_their_start(tmp_path):
     runs = a_study(tmp_path).list_runs()
     assert [run.label for run in runs] == [
-        "seed_3/start", "seed_3/rule", "seed_3/frozen", "seed_4/start", "seed_4/rule", "seed_4/frozen",
+        "seed_3/start", "seed_3/start_reward", "seed_3/rule", "seed_3/frozen",
+        "seed_4/start", "seed_4/start_reward", "seed_4/rule", "seed_4/frozen",
     ]  # fmt: skip
-    assert [run.after for run in runs[:3]] == [None, tmp_path / "seed_3/start", tmp_path / "seed_3/start"]
-    assert [run.steps for run in runs[:3]] == [0, 4, 4]
+    policy, reward = tmp_path / "seed_3/start", tmp_path / "seed_3/start_reward"
+    assert [run.after for run in runs[:4]] == [(), (), (policy,), (policy, reward)]
+    assert [run.steps for run in runs[:4]] == [0, 0, 4, 4]
+
+
+def test_starts_are_as_few_as_the_arms_need(tmp_path):
+    """The reward model's start is left out without an arm that reads it, and where it would train nothing."""
+    assert [run.label for run in a_study(tmp_path, names=("rule",), seeds=(3,)).list_runs()] == [
+        "seed_3/start", "seed_3/rule",
+    ]  # fmt: skip
+    study = a_study(tmp_path, names=("frozen",), seeds=(3,), supervised__reward_steps=0)
+    start, frozen = study.list_runs()
+    assert (start.label, frozen.after) == ("seed_3/start", (start.folder,))
+    assert study.make_start_config("start", 3).reward.arm == "model"
+    assert study.make_config(study.arms[0], 3).supervised.reward_from == ""
 
 
 # What the arms are, said once more: a slip in the table of arms shows.
@@ -151,6 +174,8 @@ def test_an_arms_settings_reach_its_runs(of_arms, name):
     own = arms.list_settings(study.arms[0], study.base)
     assert own.items() <= got.items()
     assert got["seed"] == 5 and got["supervised.start_from"] == str(study.out / "seed_5/start")
+    reward = "" if got["reward.arm"] == "rule" else str(study.out / "seed_5/start_reward")
+    assert got["supervised.reward_from"] == reward
     assert {field: got[field] for field in ROBUST} == ROBUST | APART[name]
 
 
@@ -193,19 +218,20 @@ def _tuples(x):
     return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
-def test_the_start_of_a_seed_holds_both_models_and_nothing_else(tmp_path):
-    cfg = a_study(tmp_path, reward__recipe="robust").make_config(None, 3)
+@pytest.mark.parametrize("name, arm", [("start", "rule"), ("start_reward", "model")])
+def test_the_starts_of_a_seed_train_a_model_each_and_nothing_else(tmp_path, name, arm):
+    cfg = a_study(tmp_path, reward__recipe="robust").make_start_config(name, 3)
     assert (cfg.reward.arm, cfg.reward.warmup_updates, cfg.steps, cfg.eval.every, cfg.seed) == (
-        "model",
+        arm,
         0,
         0,
         0,
         3,
     )
-    assert (
-        cfg.supervised.start_from == ""
-        and cfg.supervised.reward_steps == tiny.get_config().supervised.reward_steps
-    )
+    section, usual = cfg.supervised, tiny.get_config().supervised
+    assert (section.start_from, section.reward_from) == ("", "")
+    assert section.reward_steps == usual.reward_steps  # the rule arm has no reward model to train
+    assert section.policy_steps == (usual.policy_steps if name == "start" else 0)
 
 
 def test_an_arm_of_the_command_line():
@@ -225,7 +251,8 @@ def test_an_arm_of_the_command_line():
     "text, message",
     [
         ("mine reward.updates=3", "a colon and settings"),
-        ("start: reward.updates=3", "other than 'start'"),
+        ("start: reward.updates=3", "other than start,"),
+        ("start_reward: reward.updates=3", "start_reward, compile, a colon"),
         (
             "mine: reward.updats=3",
             "'reward.updats=3': --config.reward.updats: the config does not have this field",
@@ -296,7 +323,8 @@ def test_what_is_complete_is_not_started_again(tmp_path, stand_in):
     assert started(study) == labels and all(run.is_complete() for run in study.list_runs())
     assert carry_out(study) == [] and started(study) == labels
     assert carry_out(a_study(tmp_path / "out", seeds=(4, 9))) == []
-    assert started(study) == [*labels, "seed_9/start", "seed_9/rule", "seed_9/frozen"]
+    starts = ["seed_9/start", "seed_9/start_reward"]
+    assert started(study) == [*labels, *starts, "seed_9/rule", "seed_9/frozen"]
 
 
 def test_a_torn_run_goes_on(tmp_path, stand_in):
@@ -317,14 +345,35 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, stand_in):
     assert [f.run.label for f in failed] == ["seed_3/frozen", "seed_4/frozen"]
     assert "exit code 1" in str(failed[0]) and "it was the second step" in str(failed[0])
     assert [run.label for run in study.list_runs() if run.is_complete()] == [
-        "seed_3/start", "seed_3/rule", "seed_4/start", "seed_4/rule",
+        "seed_3/start", "seed_3/start_reward", "seed_3/rule",
+        "seed_4/start", "seed_4/start_reward", "seed_4/rule",
     ]  # fmt: skip
 
 
 def test_without_its_start_no_arm_begins(tmp_path, stand_in):
     failed = carry_out(a_study(tmp_path / "out", name="no_start", seeds=(3,)))
-    assert [f.run.label for f in failed] == ["seed_3/start", "seed_3/rule", "seed_3/frozen"]
+    assert [f.run.label for f in failed] == [
+        "seed_3/start", "seed_3/rule", "seed_3/frozen", "seed_3/start_reward",
+    ]  # fmt: skip
     assert "no start for you" in str(failed[0]) and "seed_3/start failed" in str(failed[1])
+
+
+def test_an_arm_without_a_reward_model_does_not_wait_for_one(tmp_path, stand_in):
+    failed = carry_out(a_study(tmp_path / "out", name="no_reward_start", seeds=(3,)))
+    assert [f.run.label for f in failed] == ["seed_3/start_reward", "seed_3/frozen"]
+    assert started(a_study(tmp_path / "out", seeds=(3,)))[-1] == "seed_3/rule"
+
+
+def test_the_starts_of_a_seed_run_at_the_same_time(tmp_path, stand_in):
+    study = a_study(tmp_path / "out", seeds=(3,))
+    study.begin()
+    most: list[set[str]] = []
+
+    def watch(now):
+        most.append({work.run.label for work in now.running.values()})
+
+    assert run_scheduler.run_study(study.list_runs(), 2, watch) == []
+    assert {"seed_3/start", "seed_3/start_reward"} in most
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
@@ -336,6 +385,29 @@ def test_several_runs_at_once_keep_to_a_core_each(tmp_path, stand_in):
     assert max(most) == 2 and os.sched_getaffinity(0) == before
     rows = records.read_whole_rows(tmp_path / "out/seed_3/rule/metrics.jsonl")
     assert [row["cores"] for row in rows] == [1] * 5
+
+
+def test_an_idle_slot_compiles_until_an_arm_can_use_it(tmp_path, stand_in):
+    study = a_study(tmp_path / "out", names=("frozen", "robust"), seeds=(3,), name="slow")
+    compile_run = study.make_compile_run()
+    assert compile_run.after == (tmp_path / "out/seed_3/start",)
+    settings = as_train_reads([compile_run.command], study.base)[0]
+    assert settings["reward.arm"] == "cooper" and settings["supervised.reward_from"] == "own"
+    study.begin()
+    began = time.monotonic()
+    assert run_scheduler.run_study(study.list_runs(), 2, lambda now: None, compile_run) == []
+    assert time.monotonic() - began < 30
+    assert [name.removeprefix("seed_3/") for name in sorted(started(study)[:2])] == ["start", "start_reward"]
+    assert started(study)[2] == "seed_3/compile" and len(started(study)) == 5
+    assert not compile_run.folder.exists()
+
+
+def test_no_slot_compiles_that_a_run_could_use(tmp_path, stand_in):
+    study = a_study(tmp_path / "out", seeds=(3,))
+    study.begin()
+    assert run_scheduler.run_study(study.list_runs(), 1, lambda now: None, study.make_compile_run()) == []
+    assert len(started(study)) == 4
+    assert a_study(tmp_path, names=("rule",)).make_compile_run() is None
 
 
 def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path, stand_in):
@@ -356,30 +428,68 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path, stand_in):
     assert carry_out(study) == [] and study.list_runs()[1].is_complete()
 
 
-def test_progress(tmp_path, stand_in, capsys):
-    study = a_study(tmp_path / "out", names=("rule",), seeds=(3,))
-    now, clock = run_scheduler.StudyStatus(study.list_runs(), jobs=1), iter(range(0, 1000, 10))
-    board = progress.ProgressBoard(clock=lambda: float(next(clock)))
-    start, rule = now.runs
-    now.waiting = [rule]
-    now.running = {0: run_scheduler.RunningProcess(start, None, 0.0, 0)}
-    board(now)
+def make_statuses(study):
+    """A study of one arm and one seed: its start runs, then the arm, which fails."""
+    start, rule = study.list_runs()
+    runs = [start, rule]
+    yield run_scheduler.StudyStatus(
+        runs, 1, waiting=[rule], running={0: run_scheduler.RunningProcess(start, None, 0.0, 0)}
+    )
     rule.folder.mkdir(parents=True)
     (rule.folder / "metrics.jsonl").write_text('{"step": 0, "eval/oracle/accuracy": 0.25}\n{"step": 1}\n{"st')
-    now.waiting, now.complete, now.running = (
-        [],
-        [start],
-        {0: run_scheduler.RunningProcess(rule, None, 30.0, 0)},
+    (rule.folder / "log.txt").write_text(
+        "$ python launch/train.py\nstep 2: rollout (1 of 3) ...\n  response  5\n"
     )
-    board(now)
-    now.failed, now.running = [run_scheduler.Failure(rule, "no more")], {}
-    board(now)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "0/2 runs  seed_3/start  ETA ?"
+    yield run_scheduler.StudyStatus(
+        runs, 1, complete=[start], running={0: run_scheduler.RunningProcess(rule, None, 30.0, 0)}
+    )
+    yield run_scheduler.StudyStatus(
+        runs, 1, complete=[start], failed=[run_scheduler.Failure(rule, "no more")]
+    )
+
+
+def test_a_log_gets_a_line_for_each_change(tmp_path, stand_in):
+    study, clock = a_study(tmp_path / "out", names=("rule",), seeds=(3,)), iter(range(0, 1000, 10))
+    out = io.StringIO()
+    board = progress.ProgressBoard(Console(out), clock=lambda: float(next(clock)))
+    for status in make_statuses(study):
+        board(status)
+    board.close()
+    said = out.getvalue().splitlines()
+    assert said[0] == "0/2 runs, 1 running, 1 waiting  seed_3/start  ETA ?"
     # Three steps are left; the one that is done took as long as the run does: some tens of seconds.
-    assert said[1].startswith("1/2 runs  seed_3/rule 1/4 25%  ETA 0:0")
+    assert said[1].startswith("1/2 runs, 1 running  seed_3/rule 1/4 25% (step 2: rollout (1 of 3))  ETA 0:0")
     assert said[2] == "failed: seed_3/rule: no more"
-    assert said[3] == "1/2 runs  ETA 0:00:00"
+    assert said[3:] == ["1/2 runs, 1 failed  ETA 0:00:00"]
+
+
+def test_a_terminal_has_a_table_of_all_runs(tmp_path, stand_in, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(Console, "page_lines", 24)
+    study, clock = a_study(tmp_path / "out", names=("rule",), seeds=(3,)), iter(range(0, 1000, 10))
+    console = Console(Terminal())
+    board = progress.ProgressBoard(console, clock=lambda: float(next(clock)))
+    tables = []
+    for status in make_statuses(study):
+        board(status)
+        drawn = io.StringIO()
+        RichConsole(file=drawn, width=100).print(board._render())
+        tables.append([line.split() for line in drawn.getvalue().splitlines()])
+    board.close()
+    first, second, third = tables
+    assert first[1] == "run state step held-out time doing".split()
+    assert first[2][:2] == ["seed_3/start", "running"] and first[3] == ["seed_3/rule", "waiting"]
+    assert second[2][:4] == ["seed_3/rule", "running", "1/4", "25%"]
+    assert " ".join(second[2]).endswith("s step 2: rollout (1 of 3)")
+    assert third[2:] == [["seed_3/rule", "failed"], ["seed_3/start", "complete"]]
+    monkeypatch.setattr(Console, "page_lines", 5)
+    drawn = io.StringIO()
+    RichConsole(file=drawn, width=100).print(board._render())
+    assert drawn.getvalue().splitlines()[-1].strip() == "and 1 more"
 
 
 # --- the command -------------------------------------------------------------------------------------

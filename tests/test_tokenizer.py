@@ -195,7 +195,7 @@ def test_a_template_that_refuses_is_named(tmp_path):
     path = tiny_tokenizers.write(tmp_path, "qwen")
     config = json.loads((path / "tokenizer_config.json").read_text())
     refusal = "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    config["chat_template"] = f"{{% for m in messages %}}{refusal}{{% endfor %}}"
+    config["chat_template"] = f"{{% for m in messages %}}{refusal}{{{{ m.content }}}}{{% endfor %}}"
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="rejected the messages: no system role"):
         tokenizer.load_tokenizer_from(str(path)).chat([("system", "x")], fallback=False)
@@ -532,7 +532,7 @@ def test_errors_name_the_file_and_the_fix(tmp_path, directories, monkeypatch):
         "notes.txt": "no such directory or .model or .gguf file",
         "bad.model": "not a sentencepiece model",
         "bad.gguf": "not a GGUF file",
-        "broken": "transformers cannot read",
+        "broken": "tokenizer.json: not JSON",
         "short.gguf": "truncated or damaged",
         "pre.gguf": "pre 'other'.*qwen2",
         "none.gguf": "no merges, model",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import report_runs
 from tiny_models import one_device
 from tiny_runs import ROOT, assert_refused, command, environment, metrics, run, timeless
 
@@ -34,7 +35,7 @@ def finished(tmp_path_factory) -> Path:
 
 def test_run_directory(finished):
     start, *rows = metrics(finished)
-    assert start["step"] == 0 and all(name == "step" or name.startswith("eval/") for name in start)
+    assert start["step"] == 0 and all(name == "step" or name.startswith(("eval/", "time/")) for name in start)
     assert {"eval/oracle/accuracy", "eval/oracle/accuracy_words", "eval/rm_balanced/accuracy"} <= start.keys()
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for name in (
@@ -50,6 +51,10 @@ def test_run_directory(finished):
     assert all(row["policy/ratio_mean"] == 1.0 and row["policy/clip_low"] == 0.0 for row in rows)
     assert rows[1]["policy/kl"] > 0, "the reference moves with the policy"
     assert sum(row["pairs/valid"] for row in rows) > 0, "no pair ever updated the reward model"
+    phases = [json.loads(line) for line in (finished / "supervised.jsonl").read_text().splitlines()]
+    assert {row["phase"] for row in phases} == {"policy", "reward"}
+    losses = [row["loss"] for row in phases if row["phase"] == "policy"]
+    assert len(losses) > 100 and losses[-1] < losses[0]
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert {"question", "reference", "responses", "pairs"} <= samples[0].keys()
     assert {"text", "verdict", "reward", "advantage"} <= samples[0]["responses"][0].keys()
@@ -57,6 +62,17 @@ def test_run_directory(finished):
     assert config["rollout"]["group_size"] == 4
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["0", "2", "4"]
     assert list((finished / "tensorboard").glob("events.*"))
+
+
+def test_a_report_shows_the_run(finished):
+    (shown,) = report_runs.encode(finished)["runs"]
+    assert shown["truth"] == "eval/oracle/accuracy" and shown["summary"]["done"] == 4
+    assert {"reward/mean", "eval/oracle/accuracy", "confusion/undecided"} <= shown["series"]["curves"].keys()
+    assert {"rollout", "policy", "reward"} <= dict(shown["phases"]["phases"]).keys()
+    samples = shown["samples"]["samples"]
+    assert [sample["step"] for sample in samples] == [1, 1, 2, 2, 3, 3, 4, 4]
+    for response in samples[0]["responses"]:
+        assert response["score"] == response["reward"] and isinstance(response["truth"], bool)
 
 
 def test_stopped_and_resumed_run_equals_the_whole(finished, tmp_path):
@@ -229,6 +245,7 @@ def test_assistant_that_is_down_masks_its_pairs(finished, tmp_path):
         assistant__kind="openai",
         assistant__url="http://127.0.0.1:9/v1",
         assistant__model="nobody",
+        assistant__probe=False,
         assistant__retries=0,
         pairs__tries=1,
         eval__every=0,

@@ -6,6 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import report_runs
 import tiny_models
 import tiny_tokenizers
 from test_evaluation import config, read_rows, write_rows
@@ -436,7 +437,10 @@ def test_what_a_blend_is_fitted_to_is_reported(tmp_path, monkeypatch):
 class _Chat:
     """Believes whoever says 4."""
 
-    overlaps = False
+    overlaps, concurrency = False, None
+
+    def report_failures(self):
+        pass
 
     def ask(self, conversations, ids):
         self.ids = list(ids)
@@ -678,6 +682,11 @@ def test_the_reward_model_as_judge_and_under_attack(tmp_path, monkeypatch):
     judge_jobs.compare_judges(cfg, chosen, str(path), tmp_path / "out", names=["model", "yes"])
     found = [r["judges"]["model"] for r in read_rows(tmp_path / "out" / ITEMS)]
     assert all(0 < o["score"] < 1 and o["yes"] == (o["score"] > 0.5) for o in found)
+    (shown,) = report_runs.encode(tmp_path / "out")["runs"]
+    assert [bar["name"] for bar in shown["charts"][0]["bars"]] == ["model", "yes"]
+    (response,) = shown["samples"]["samples"][0]["responses"]
+    assert response["truth"] and response["judges"] == {"yes": "yes"}
+    assert response["score"] == pytest.approx(found[0]["score"], abs=1e-3)
     monkeypatch.setattr(attack_search, "MIN_BUDGET", 40)
     attack_jobs.measure_attacks(cfg, chosen, str(path), tmp_path / "attacks", search=40)
     items = read_rows(tmp_path / "attacks" / ITEMS)

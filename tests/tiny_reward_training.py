@@ -63,7 +63,7 @@ def run_config(place: Path, run_dir: Path, **changes):
     c.reward.remat = False
     c.data.bucket = 16
     c.checkpoint.every = 2
-    c.log.tensorboard = False
+    c.log.to = ""
     c.train_rm.data = str(place / "train.jsonl")
     c.train_rm.eval_data = str(place / "dev.jsonl")
     c.train_rm.batch = 16

@@ -13,7 +13,7 @@ import numpy as np
 import tiny_models
 from tiny_models import one_device
 
-from cooper_jax.model import transformer
+from cooper_jax.model import generation, transformer
 from cooper_jax.rollout import engine
 from cooper_jax.rollout.engine import SamplingSpec, generate
 from cooper_jax.runtime.mesh import init_params
@@ -140,3 +140,13 @@ def forced(r: Rollout, spec=SPEC, prompts=PROMPTS, config=TINY) -> np.ndarray:
 def _logits(params, config, tokens, valid):
     hidden = transformer.hidden_states(params, config, tokens, valid, dtype=jnp.float32, layout=one_device())
     return transformer.compute_logits(params, config, hidden)
+
+
+def count_traces(monkeypatch):
+    """The model's functions, listed each time that they are traced: a compilation each."""
+    traces = []
+    for name in ("prefill_prompts", "decode_step"):
+        plain = getattr(generation, name)
+        traced = lambda *a, plain=plain, name=name, **k: traces.append(name) or plain(*a, **k)  # noqa: E731
+        monkeypatch.setattr(generation, name, traced)
+    return traces

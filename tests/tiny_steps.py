@@ -15,7 +15,7 @@ from cooper_jax.runtime.metrics import PhaseTimer
 from cooper_jax.trainer import grading, policy_stages
 from cooper_jax.trainer.resume import save_checkpoint, start_or_resume
 from cooper_jax.trainer.setup import build_components
-from cooper_jax.trainer.step import cooper_step
+from cooper_jax.trainer.step import cooper_step, finish_step
 from cooper_jax.types import Completion, Pair, Verdict
 
 B, G = 3, 2  # 6 rows: no multiple of the four batch shards below
@@ -58,6 +58,12 @@ def make_builder(monkeypatch, path):
     return build
 
 
+def take_step(components, state, phases=None):
+    """A step, completed at once: the next state, the step's metrics and its record."""
+    phases = PhaseTimer() if phases is None else phases
+    return finish_step(cooper_step(components, state, phases), phases)
+
+
 class AlwaysRight:
     """A rule verifier that likes what it reads, for a policy that solves nothing, and finds rewrites wrong."""
 
@@ -74,7 +80,7 @@ class AlwaysRight:
 class Rewrites:
     """An assistant that changes one word."""
 
-    overlaps = False
+    overlaps, concurrency = False, None
 
     def rewrite(self, requests):
         return [Completion(r.positive + " not") for r in requests]
@@ -121,9 +127,11 @@ def without_models(components, noted=None):
         return state, {"lr": jnp.zeros(()), "skipped": jnp.zeros(())}
 
     policy = dataclasses.replace(
-        components.policy, update=update, logprobs=logprobs, reference_logprobs=logprobs
+        components.policy, packs_rows=False, update=update, logprobs=logprobs, reference_logprobs=logprobs
     )
-    reward = dataclasses.replace(components.reward, compute_logits=score, update=update_reward)
+    reward = dataclasses.replace(
+        components.reward, packs_rows=False, compute_logits=score, update=update_reward
+    )
     return dataclasses.replace(
         components, policy=policy, reward=reward, rule=AlwaysRight(), assistant=Rewrites()
     )
@@ -183,7 +191,7 @@ def steps(build, path, count, change=lambda components: components, **changes):
         with begun(components, state, path) as (state, run, kept):
             found, first = [], state.replay
             for _ in range(count):
-                state, metrics, _ = cooper_step(components, state, PhaseTimer())
+                state, metrics, _ = take_step(components, state)
                 found.append(metrics)
                 run.log(state.step, metrics)
             if count:

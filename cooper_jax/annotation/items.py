@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from cooper_jax.data import answers, data_sources, row_reader
 from cooper_jax.data import problems as problem_sets
 from cooper_jax.runtime import remote_files
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Triple
 
@@ -50,14 +50,7 @@ class AnnotateConfig:
 
     def __post_init__(self) -> None:
         # All errors are collected, so that one start reports them together.
-        errors = typed_config.find_below_minimum(self, "annotate", 0, ("problems",))
-        errors += typed_config.find_below_minimum(self, "annotate", 1, ("samples", "batch"))
-        errors += typed_config.find_unknown(self.balance, "annotate.balance", BALANCES)
-        # Written as a negation, so that NaN is refused too.
-        if not self.max_ratio >= 1:
-            errors.append(
-                f"annotate.max_ratio={self.max_ratio}: it must be at least 1 (as many rows of each class)"
-            )
+        errors = bounds.find_out_of_bounds(self, "annotate")
         typed_config.raise_errors(errors)
 
     @classmethod

@@ -79,8 +79,10 @@ def annotate_completions(
         ledger.write("disputed.jsonl", settled.disputed)
         ledger.write("labelled.jsonl", settled.labelled)
         ledger.write("report.json", settled.report)
-        hosts.print_once(outcome.format_report(settled.report))
-        hosts.print_once(f"{len(settled.labelled)} labelled rows: {ledger.folder / 'labelled.jsonl'}")
+        hosts.print_once(outcome.format_report(settled.report), always=True)
+        hosts.print_once(
+            f"{len(settled.labelled)} labelled rows: {ledger.folder / 'labelled.jsonl'}", always=True
+        )
 
 
 def read_annotate_config(cfg: ConfigDict) -> AnnotateConfig:

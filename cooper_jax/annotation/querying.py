@@ -12,16 +12,15 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Protocol, cast
 
-from tqdm import tqdm
-
 from cooper_jax.annotation.items import Item
 from cooper_jax.llm.chat import Chat, Failure, Ids, Messages, Reply
 from cooper_jax.runtime import hosts
+from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.settings.setup_errors import SetupError
 
 UNREACHABLE_LIMIT = 8  # consecutive requests that an unreachable server may leave unanswered
@@ -187,7 +186,7 @@ def _is_stopping() -> bool:
 
 
 class Progress:
-    """Progress of a stage: a bar on a terminal, elsewhere a line every PROGRESS_SECONDS."""
+    """Progress of a stage: on the live line of a terminal, elsewhere a line every PROGRESS_SECONDS."""
 
     def __init__(self, title: str, total: int, done: int):
         """Begin the display.
@@ -199,27 +198,25 @@ class Progress:
         """
         self._title, self._total, self._done, self._done_before = title, total, done, done
         self._start = self._last_line = time.monotonic()
-        # A log file gets lines of its own instead of a bar, which would fill it with control characters.
-        self._bar = None
-        if sys.stdout.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=title, unit="row", file=sys.stdout)
-        else:
-            hosts.print_once(f"{title}: {done} of {total} are done")
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(CONSOLE.open_activity(title))
+        CONSOLE.set_status("", done, total)
+        CONSOLE.print_unless_live(f"{title}: {done} of {total} are done")
 
     def add(self, count: int) -> None:
         """Count further rows that are done."""
         self._done += count
-        if self._bar is not None:
-            self._bar.update(count)
-        elif time.monotonic() - self._last_line >= PROGRESS_SECONDS:
-            self._last_line = time.monotonic()
-            rate = (self._done - self._done_before) / (self._last_line - self._start)
-            hosts.print_once(f"{self._title}: {self._done} of {self._total}, {rate:.1f} per second")
+        now = time.monotonic()
+        rate = (self._done - self._done_before) / (now - self._start)
+        CONSOLE.set_status(f"{self._done} of {self._total}, {rate:.1f} per second", self._done, self._total)
+        if now - self._last_line >= PROGRESS_SECONDS:
+            self._last_line = now
+            CONSOLE.print_unless_live(f"{self._title}: {self._done} of {self._total}, {rate:.1f} per second")
 
     def close(self) -> None:
-        """Close the bar, or print the last line."""
+        """End the display with a line."""
         seconds = time.monotonic() - self._start
-        if self._bar is not None:
-            self._bar.close()
-        elif self._done > self._done_before:
-            hosts.print_once(f"{self._title}: {self._done} of {self._total} after {seconds:.0f} s")
+        self._stack.close()
+        CONSOLE.set_status("")
+        if self._done > self._done_before:
+            CONSOLE.print_line(f"{self._title}: {self._done} of {self._total} after {seconds:.0f} s")

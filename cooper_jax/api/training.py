@@ -23,6 +23,8 @@ from cooper_jax.api.verify_rm import VerifyRM
 from cooper_jax.model.loading import Directory
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.compilation_cache import enable_compilation_cache
+from cooper_jax.runtime.compilations import watch_compilations
+from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.runtime.run_directory import run_path
 from cooper_jax.settings import config_files
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
@@ -36,7 +38,7 @@ _training = threading.Lock()
 class Result:
     """A run: its metrics, its files and its models."""
 
-    # One row per step, as in metrics.jsonl: `step` and slash-grouped names.
+    # One row per step, as in metrics.jsonl: `step` and slash-grouped names.  None for steps=0 without evaluations.
     metrics: list[dict[str, float]]
     run_dir: Directory
 
@@ -61,6 +63,7 @@ def train(
     reward_functions: Sequence[str | Callable[..., Any]] = (),
     judge: str | Callable[..., Any] | None = None,
     assistant: str | Callable[..., Any] | None = None,
+    trackers: Sequence[str | Callable[..., Any]] = (),
 ) -> Result:
     """Train a policy and its reward model, or resume, as `launch/train.py --config=CONFIG` does.
 
@@ -72,15 +75,19 @@ def train(
       judge: a function (rule/user_judge.py) that replaces the rule verifier.
       assistant: a class with a method `rewrite(requests)`, which is made without arguments (reward/assistants.py).
 
+      trackers: names, functions and classes (runtime/trackers/tracker.py), in place of the config's log.to.
+
     A function or class must be importable by a name (user_objects.py); a text PATH.py:NAME names one, too.
 
-    Raises SetupError for settings, objects and files that cannot be used, and hosts.Stopped after a SIGTERM,
-    once the last complete step is saved.  One process alone: on several hosts use launch/train.py, which ends
-    all of them if one fails.
+    Raises SetupError for settings, objects and files that cannot be used, hosts.RunFault for a fault that no
+    restart mends, and hosts.Stopped after a SIGTERM, once the last complete step is saved.  One process alone: on
+    several hosts use launch/train.py, which ends all of them if one fails.
     """
     if jax.process_count() > 1:
         raise SetupError("cooper_jax.train runs in one process: on several hosts run launch/train.py on each")
-    given = dict(overrides or {}) | _name_objects(overrides or {}, reward_functions, judge, assistant)
+    given = dict(overrides or {}) | _name_objects(
+        overrides or {}, reward_functions, judge, assistant, trackers
+    )
 
     # The import of a script for its functions would train again, and wait for this training forever.
     if not _training.acquire(blocking=False):
@@ -99,17 +106,19 @@ def _name_objects(
     reward_functions: Sequence[str | Callable[..., Any]],
     judge: str | Callable[..., Any] | None,
     assistant: str | Callable[..., Any] | None,
+    trackers: Sequence[str | Callable[..., Any]],
 ) -> dict[str, str]:
     """The fields that name the caller's functions and classes -> their names.
 
     Raises SetupError for an object without a name, and for a field that the overrides set as well.
     """
-    if isinstance(reward_functions, str) or callable(reward_functions):
-        raise SetupError("reward_functions: give a list, even for one function")
     fields: dict[str, str] = {}
-    if reward_functions:
-        names = [name_object(function, "reward_functions") for function in reward_functions]
-        fields["reward.functions"] = ",".join(names)
+    lists = {"reward_functions": ("reward.functions", reward_functions), "trackers": ("log.to", trackers)}
+    for argument, (field, objects) in lists.items():
+        if isinstance(objects, str) or callable(objects):
+            raise SetupError(f"{argument}: give a list, even for one function")
+        if objects:
+            fields[field] = ",".join(name_object(item, argument) for item in objects)
     if judge is not None:
         fields["rule.judge"] = name_object(judge, "judge")
     if assistant is not None:
@@ -122,14 +131,17 @@ def _name_objects(
 def _run(cfg: ConfigDict) -> Result:
     """Run or resume a complete config."""
     enable_compilation_cache()
+    watch_compilations(CONSOLE)
     if warning := recipes.warn_about_released_update(cfg):
-        hosts.print_once(warning)
+        hosts.print_once(warning, always=True)
     with hosts.catch_sigterm():
         train_loop.train(cfg)
 
     with setup_errors("run_dir"):
         run_dir = run_path(cfg)
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    # A run without steps and evaluations, which ends after the supervised phases, has no such file.
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
     return Result(metrics=[json.loads(line) for line in lines], run_dir=run_dir)
 
 

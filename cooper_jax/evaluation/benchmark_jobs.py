@@ -115,7 +115,7 @@ def write_results(ledger: Ledger, settings: Mapping[str, Any], results: Mapping[
     """
     ledger.write(RESULTS, to_plain({"settings": settings, **results}))
     ledger.write("table.txt", text)
-    hosts.print_once(f"\n{text}\n\n{ledger.folder}: wrote {RESULTS}, table.txt and items.jsonl")
+    hosts.print_once(f"\n{text}\n\n{ledger.folder}: wrote {RESULTS}, table.txt and items.jsonl", always=True)
 
 
 @contextlib.contextmanager
@@ -129,7 +129,8 @@ def report_interruption(ledger: Ledger, chunks: int) -> Iterator[None]:
     except hosts.Stopped:
         hosts.print_once(
             f"stopped by a signal: {ledger.done} of {chunks} chunks are in {ledger.folder}; the same command "
-            "resumes"
+            "resumes",
+            always=True,
         )
         raise
 

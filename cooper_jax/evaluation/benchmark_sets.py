@@ -22,7 +22,7 @@ from cooper_jax.data import problems as problem_sets
 from cooper_jax.data.policy_prompts import PromptStyle
 from cooper_jax.model.tokenizer import Tokenizer
 from cooper_jax.runtime import remote_files
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.types import Problem
 
@@ -34,10 +34,7 @@ JUDGED_BY = {"rule": (True, False), "model": (False, True), "both": (True, True)
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """Settings of an evaluation: the config's section `benchmark`.
-
-    Temperature and top-p are checked by SamplingSpec, since only some evaluations sample.
-    """
+    """Settings of an evaluation: the config's section `benchmark`."""
 
     # Sampling.
     samples: int  # responses per problem
@@ -56,10 +53,7 @@ class BenchmarkConfig:
     bootstrap: int  # resamples behind each 95 % interval
 
     def __post_init__(self) -> None:
-        at_least_1 = ("samples", "max_new_tokens", "max_prompt_tokens", "chunk", "bootstrap")
-        errors = typed_config.find_below_minimum(self, "benchmark", 1, at_least_1)
-        errors += typed_config.find_below_minimum(self, "benchmark", 0, ("problems",))
-        errors += typed_config.find_unknown(self.judged_by, "benchmark.judged_by", tuple(JUDGED_BY))
+        errors = bounds.find_out_of_bounds(self, "benchmark")
         typed_config.raise_errors(errors)
 
     @classmethod

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -169,7 +169,7 @@ class RewardModel:
         self._layout, self._tokenizer, self._params = layout, model.tokenizer, params
         self._bucket, self.max_tokens = cfg.data.bucket, section.max_tokens
         # The scoring program splits rows over the data shards, so it needs a multiple of their number.
-        self._batch_rows = packing.round_up(section.microbatch, layout.batch_shards)
+        self.batch_rows = packing.round_up(section.microbatch, layout.batch_shards)
         with setup_errors("reward"):
             self._score = verifier_model.make_score_fn(
                 model.config, layout, dtype=section.dtype, microbatch=section.microbatch
@@ -180,10 +180,14 @@ class RewardModel:
         with setup_errors("reward.max_tokens"):
             prompts.check_references(self._tokenizer, references, self.max_tokens)
 
-    def rewards(self, triples: Sequence[Triple]) -> np.ndarray:
+    def rewards(
+        self, triples: Sequence[Triple], between_batches: Callable[[], None] = hosts.raise_if_stopping
+    ) -> np.ndarray:
         """Compute the rewards f32[N] of triples, in (0, 1).  Questions and completions are truncated as needed.
 
-        Raises SetupError for scores that are not finite, and hosts.Stopped after SIGTERM.
+        between_batches: called before each batch; by default it raises hosts.Stopped after SIGTERM.
+
+        Raises SetupError for scores that are not finite.
         """
         with setup_errors("reward.max_tokens"):
             rows = [
@@ -203,9 +207,9 @@ class RewardModel:
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         # (indices of the rows, their logits; those of padding rows last)
         launched: list[tuple[list[int], jax.Array]] = []
-        for start in range(0, len(order), self._batch_rows):
-            hosts.raise_if_stopping()
-            indices = order[start : start + self._batch_rows]
+        for start in range(0, len(order), self.batch_rows):
+            between_batches()
+            indices = order[start : start + self.batch_rows]
             launched.append((indices, self._launch([rows[i] for i in indices])))
 
         # Results are fetched after all batches are launched, so that devices never wait for the host.
@@ -222,16 +226,23 @@ class RewardModel:
         logits = calibration.apply_calibration(logits, self._calibration)
         return np.asarray(reward_losses.rewards_from_logits(jnp.asarray(logits)), np.float32)
 
-    def _launch(self, rows: Sequence[Sequence[int]]) -> jax.Array:
-        """Start the computation of a batch's logits, f32[_batch_rows].
+    def compile_programs(self) -> Iterator[str]:
+        """Run the program of each width once, on empty rows; yields what is compiled next."""
+        most = -(-self.max_tokens // self._bucket)
+        for width in sorted({rollout_plan.round_to_bucket(n) * self._bucket for n in range(1, most + 1)}):
+            yield f"scores, rows of up to {width} tokens"
+            jax.block_until_ready(self._launch([[0] * width]))
 
-        rows: token ids of at most `_batch_rows` rows.
+    def _launch(self, rows: Sequence[Sequence[int]]) -> jax.Array:
+        """Start the computation of a batch's logits, f32[batch_rows].
+
+        rows: token ids of at most `batch_rows` rows.
         """
         # The width is rounded up coarsely: each width is a compilation.
         longest = max(map(len, rows))
         width = rollout_plan.round_to_bucket(-(-longest // self._bucket)) * self._bucket
 
         # Empty rows fill up the batch, so that one compiled program serves every batch of this width.
-        padded = [*rows, *[[]] * (self._batch_rows - len(rows))]
-        batch = packing.pack_score_batch(padded, bucket=width, rows_multiple=self._batch_rows)
+        padded = [*rows, *[[]] * (self.batch_rows - len(rows))]
+        batch = packing.pack_score_batch(padded, bucket=width, rows_multiple=self.batch_rows)
         return self._score(self._params, self._layout.put(batch, "batch"))

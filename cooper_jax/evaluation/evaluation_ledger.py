@@ -4,6 +4,7 @@
     items.jsonl     one object per item, in the order of the work
     timings.jsonl   seconds of each chunk
     results.json    written at the end, by the caller
+    environment.json  versions and devices of the last start that had work left
 
 1. The work is split into chunks of known sizes, in a fixed order.  A chunk's rows are written together and
    flushed to disk.  An incomplete line or chunk, left by SIGKILL, is dropped at the next start and computed
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cooper_jax.runtime import hosts, output_folder, remote_files
+from cooper_jax.runtime.environment import write_environment
 from cooper_jax.runtime.metrics import JsonLines, to_jsonable
 from cooper_jax.runtime.run_directory import lock_folder
 from cooper_jax.settings.setup_errors import setup_errors
@@ -127,6 +129,10 @@ class Ledger:
         timings = output_folder.read_whole_lines(self._timings.path)[:chunks]
         self.seconds = [json.loads(line)["seconds"] for line in timings]
         _rewrite_lines(self._timings.path, timings)
+
+        # A finished evaluation is only reported again: its items are from the environment that is stored.
+        if chunks < len(sizes):
+            write_environment(self.folder)
         return chunks
 
 

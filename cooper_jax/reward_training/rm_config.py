@@ -6,7 +6,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from cooper_jax.settings import typed_config
+from cooper_jax.settings import bounds, typed_config
 
 # Held-out metrics that may choose the best model: 1 where higher is better, -1 where lower is.
 SELECTION_METRICS = {"auroc": 1, "accuracy": 1, "loss": -1}
@@ -43,19 +43,7 @@ class TrainRmConfig:
         errors = []
         if not self.data:
             errors.append("train_rm.data is empty: give --config.train_rm.data=FILE")
-        errors += typed_config.find_below_minimum(self, "train_rm", 1, ("epochs", "batch", "widths"))
-        errors += typed_config.find_below_minimum(
-            self, "train_rm", 0, ("max_characters", "eval_every", "patience")
-        )
-
-        # Both parts need rows, so neither the whole data nor none of it can be held out.
-        if not 0 < self.eval_share < 1:
-            errors.append(f"train_rm.eval_share={self.eval_share}: it must be above 0 and below 1")
-        for name in ("attacked", "other_references", "own_references"):
-            if not 0 <= getattr(self, name) <= 1:
-                errors.append(f"train_rm.{name}={getattr(self, name)}: it must be from 0 to 1")
-
-        errors += typed_config.find_unknown(self.keep_best, "train_rm.keep_best", tuple(SELECTION_METRICS))
+        errors += bounds.find_out_of_bounds(self, "train_rm")
         typed_config.raise_errors(errors)
 
     @classmethod

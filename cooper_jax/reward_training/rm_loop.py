@@ -31,10 +31,12 @@ from ml_collections import ConfigDict
 from cooper_jax.reward_training import batches, best_model, examples, rm_report, rm_setup
 from cooper_jax.reward_training.best_model import BestEvaluation
 from cooper_jax.reward_training.rm_config import SELECTION_METRICS
+from cooper_jax.reward_training.rm_display import RmDisplay
 from cooper_jax.runtime import checkpoint, hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
+from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.runtime.extras import import_extra
-from cooper_jax.runtime.metrics import Progress, parse_numbers, to_host, to_jsonable
+from cooper_jax.runtime.metrics import parse_numbers, to_host, to_jsonable
 from cooper_jax.runtime.run_directory import RunDirectory, check_shared, run_path
 from cooper_jax.runtime.stored_config import config_hash
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
@@ -57,18 +59,6 @@ class RewardTrainState:
     unlogged: Metrics | None = None
 
 
-class TrainProgress(Progress):
-    """The progress line of a reward model's training."""
-
-    SHOWN = (
-        ("loss", "train_rm/loss", ".4f"),
-        ("accuracy", "train_rm/accuracy", ".1%"),
-        ("held-out auroc", "eval/auroc", ".4f"),
-        ("held-out accuracy", "eval/accuracy", ".1%"),
-        ("tokens/s", "time/tokens_per_second", ",.0f"),
-    )
-
-
 def train_reward_model(cfg: ConfigDict) -> None:
     """Train for all epochs, or for the rest of them after the newest checkpoint in the run directory.
 
@@ -88,6 +78,7 @@ def train_reward_model(cfg: ConfigDict) -> None:
         with setup_errors("run_dir"):
             check_shared(path)
             run = stack.enter_context(RunDirectory(path, cfg, resume=cfg.resume))
+        CONSOLE.begin_stage("reading the data and the reward model")
         job, reward = rm_setup.build_rm_job(cfg, settings, path)
 
         # The record of the training questions precedes the first checkpoint that a model can be loaded from.
@@ -96,10 +87,13 @@ def train_reward_model(cfg: ConfigDict) -> None:
             checkpoints = stack.enter_context(Checkpoints(path, keep=cfg.checkpoint.keep))
 
         hosts.print_once(rm_setup.describe_rm_job(job))
+        stack.callback(CONSOLE.close)
+        CONSOLE.begin_stage("reading the newest checkpoint, if there is one")
         state = _start_or_resume(job, reward, run, checkpoints)
+        CONSOLE.end_stage()
         del reward  # otherwise the initial parameters and moments would stay in memory
         state = _run_updates(job, state, run, checkpoints)
-    hosts.print_once(_finish(job, state))
+    hosts.print_once(_finish(job, state), always=True)
 
 
 def _run_updates(
@@ -107,20 +101,22 @@ def _run_updates(
 ) -> RewardTrainState:
     """Update, evaluate, log and save until the training has ended."""
     checkpoint_every, steps = job.cfg.checkpoint.every, job.steps
-    progress = TrainProgress(steps, state.step, quiet=not hosts.is_primary())
-    with contextlib.closing(progress):
+    rows = run.read_metrics()
+    display = RmDisplay(steps, job.eval_every, rows, _find_best_update(state), state.step)
+    with CONSOLE.open_activity("updates"):
         while state.unlogged is not None or not _has_ended(job, state):
             # 1. Update and evaluate.  The update is skipped if a checkpoint restored one whose evaluation was
             # interrupted.
             try:
                 metrics = state.unlogged
                 if metrics is None:
+                    display.show_detail(f"update {state.step + 1}/{steps}")
                     state, metrics = _update(job, state)
                     state = dataclasses.replace(state, unlogged=metrics)
                 if state.step % job.eval_every == 0 or state.step == steps:
+                    display.show_detail(f"evaluation after update {state.step}")
                     state, evaluation = _evaluate(job, state)
                     metrics = metrics | evaluation
-                    _print_evaluation(progress, job, state, evaluation)
             except hosts.Stopped:
                 _save_stopped(job, state, run, checkpoints)
                 raise
@@ -129,13 +125,18 @@ def _run_updates(
             # 2. Log and save.
             with setup_errors("run_dir"):
                 run.log(state.step, metrics)
-            progress.update(state.step, metrics)
+            display.show_update(state.step, metrics, _find_best_update(state))
             is_due = state.step % checkpoint_every == 0 or _has_ended(job, state)
             # A run that was stopped in this update's evaluation has saved the update already.
             if is_due and state.step not in checkpoints.steps():
                 with setup_errors("checkpoint"):
                     _save(job, state, run, checkpoints)
     return state
+
+
+def _find_best_update(state: RewardTrainState) -> int | None:
+    """The update of the best evaluation so far; None before the first evaluation."""
+    return None if state.best is None else state.best.step
 
 
 def _has_ended(job: rm_setup.Job, state: RewardTrainState) -> bool:
@@ -224,20 +225,6 @@ def _evaluate(job: rm_setup.Job, state: RewardTrainState) -> tuple[RewardTrainSt
     return state, metrics | {"eval/best": float(is_best), "time/eval": time.perf_counter() - began}
 
 
-def _print_evaluation(
-    progress: Progress, job: rm_setup.Job, state: RewardTrainState, evaluation: Metrics
-) -> None:
-    """Print the held-out metrics of one evaluation."""
-    if not hosts.is_primary() or state.best is None:
-        return
-    shown = "  ".join(
-        f"{name} {evaluation[f'eval/{name}']:.4f}" for name in ("loss", "accuracy", "auroc", "ece")
-    )
-    best = "the best so far" if evaluation["eval/best"] else f"the best is of update {state.best.step}"
-    seconds = evaluation["time/eval"]
-    progress.note(f"held out, {len(job.data.held_out)} rows: {shown}  ({seconds:.0f} s, {best})")
-
-
 # --- checkpoints ---------------------------------------------------------------------------------------
 
 
@@ -296,7 +283,9 @@ def _save_stopped(
         if state.step not in checkpoints.steps():
             _save(job, state, run, checkpoints)
         checkpoints.wait()
-    hosts.print_once(f"stopped by a signal; update {state.step} is saved")
+    hosts.print_once(
+        f"stopped by a signal; update {state.step} is saved; the same command resumes", always=True
+    )
 
 
 def _save(job: rm_setup.Job, state: RewardTrainState, run: RunDirectory, checkpoints: Checkpoints) -> None:
@@ -310,7 +299,8 @@ def _save(job: rm_setup.Job, state: RewardTrainState, run: RunDirectory, checkpo
         "config": config_hash(job.cfg),
         "data": job.data.digest,
     }
-    checkpoints.save(state.step, _checkpoint_items(state.reward), loop)
+    items = _checkpoint_items(state.reward)
+    checkpoints.save(state.step, items, loop, dict.fromkeys(items, job.model.config.vocab_size))
 
 
 def _checkpoint_items(reward: TrainState) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from cooper_jax.reward.reward_losses import RewardUpdateConfig
 from cooper_jax.reward_training import batches, examples
 from cooper_jax.reward_training.rm_config import TrainRmConfig
 from cooper_jax.runtime import device_layouts, mesh, optim
+from cooper_jax.runtime.trackers.tracker_choice import find_name_errors
 from cooper_jax.settings.setup_errors import ErrorCollector
 from cooper_jax.types import TrainState
 
@@ -69,9 +70,11 @@ def _check_shared_sections(cfg: ConfigDict, errors: ErrorCollector) -> None:
     )
 
     require(
-        not reward.packing,
-        "reward.packing=True: this job groups rows by their length, and packs none; leave it out",
+        reward.packing != "on",
+        "reward.packing=on: this job groups rows by their length, and packs none; leave it out",
     )
+
+    errors.messages += find_name_errors(cfg.log.to)
 
     # Numbers with a lower bound.
     require(cfg.seed >= 0, f"seed={cfg.seed}: it must be at least 0")

@@ -20,8 +20,13 @@ from cooper_jax.settings.config_fields import describe_unknown_field
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.recipes import list_preset_fields, list_preset_values
 
-# The folder of the supervised phases, which are run once per seed for all arms.  No arm may have this name.
-START = "start"
+# The folders of the supervised phases, which are run once per seed for all arms.  No arm may have such a name.
+# The policy's and the reward model's phase are runs of their own, since neither reads what the other makes.
+START, REWARD_START = "start", "start_reward"
+STARTS = (START, REWARD_START)
+# The folder of a run that is made for the compilation cache alone.
+COMPILE = "compile"
+RESERVED = (*STARTS, COMPILE)
 
 # Fields that the study sets or that are the same in all arms.  A final dot stands for a whole section.
 SHARED_FIELDS = ("name", "seed", "steps", "run_dir", "resume", "supervised.", "eval.")
@@ -150,9 +155,10 @@ def parse_arm(text: str, base: ConfigDict) -> Arm:
     problem.
     """
     name, colon, rest = (part.strip() for part in text.partition(":"))
-    if not colon or not re.fullmatch(r"\w+", name) or name == START:
+    if not colon or not re.fullmatch(r"\w+", name) or name in RESERVED:
         raise SetupError(
-            f"--arm={text!r}: give a name of letters, digits and _, other than {START!r}, a colon and "
+            f"--arm={text!r}: give a name of letters, digits and _, other than "
+            f"{', '.join(RESERVED)}, a colon and "
             'settings: --arm="logit: reward.recipe=robust, reward.pair_loss=logit"'
         )
 

@@ -133,7 +133,7 @@ def read_folder(out: Path) -> Records:
     if not stored.exists():
         raise ValueError(f"{stored} does not exist: {out} is not the folder of a study")
     shared = json.loads(stored.read_bytes())
-    arms = _read_arms(out / "arms")
+    arms = read_arms(out / "arms")
     seeds = sorted(int(p.name.removeprefix("seed_")) for p in out.glob("seed_*"))
 
     # An arm may have no run on a seed yet, or a run without an evaluation: such runs have no record.
@@ -152,7 +152,7 @@ def read_folder(out: Path) -> Records:
     return Records(study, tuple(run for run in runs if run is not None))
 
 
-def _read_arms(folder: Path) -> dict[str, dict[str, Any]]:
+def read_arms(folder: Path) -> dict[str, dict[str, Any]]:
     """Read description and settings of a study's arms by name, in the order of ARMS, then by name."""
     arms = {}
     for arm_folder in folder.iterdir():

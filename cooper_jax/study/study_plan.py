@@ -2,34 +2,38 @@
 
     OUT/settings.json               the settings that all runs share
     OUT/arms/ARM/settings.json      the settings of an arm
-    OUT/seed_S/start                the supervised phases of a seed, run once
-    OUT/seed_S/ARM                  an arm's run on that seed; it starts from the models of OUT/seed_S/start
+    OUT/seed_S/start                the policy's supervised phase of a seed, run once
+    OUT/seed_S/start_reward         the reward model's, run at the same time where there are several slots
+    OUT/seed_S/ARM                  an arm's run on that seed; it starts from the models of these two
+    OUT/seed_S/compile              for a while: a run whose programs are kept in the compilation cache
 
 1. `Study` resolves and checks every arm's config before any run is started.
 2. `begin` writes the settings; if the folder already has settings, it compares them.
 3. `list_runs` lists the runs seed by seed, so that the arms of an unfinished study can be compared on the
    seeds that are complete.
 
-All arms of a seed see the same problems in the same order.
+All arms of a seed see the same problems in the same order.  Without two supervised phases a seed has one start,
+OUT/seed_S/start, from which the arms get both models.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from cooper_jax.runtime import output_folder
 from cooper_jax.runtime.checkpoint import list_steps
 from cooper_jax.runtime.stored_config import flatten_config, must_stay
+from cooper_jax.settings.cross_checks import OWN
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.study import arms as study_arms
-from cooper_jax.study.arms import START, Arm
+from cooper_jax.study.arms import COMPILE, REWARD_START, START, STARTS, Arm
 from cooper_jax.study.records import read_whole_rows
 from cooper_jax.trainer.run_settings import RunSettings
 
@@ -50,11 +54,12 @@ def train_command() -> tuple[str, ...]:
 class StudyRun:
     """A process of launch/train.py."""
 
-    arm: str  # or START
+    arm: str  # or one of STARTS
     seed: int
     folder: Path
     steps: int
     command: tuple[str, ...]
+    after: tuple[Path, ...] = ()  # the folders of the starts that must be complete before this run
 
     @property
     def label(self) -> str:
@@ -62,9 +67,9 @@ class StudyRun:
         return f"{self.folder.parent.name}/{self.arm}"
 
     @property
-    def after(self) -> Path | None:
-        """The folder of the run that must be complete before this one; None for a start."""
-        return None if self.arm == START else self.folder.parent / START
+    def is_start(self) -> bool:
+        """True for a run of the supervised phases."""
+        return self.arm in STARTS
 
     def count_done(self) -> int:
         """Read the last step from metrics.jsonl; 0 without one."""
@@ -74,7 +79,7 @@ class StudyRun:
     def is_complete(self) -> bool:
         """Return True if the run needs no further process."""
         # A start writes its checkpoint of step 0 after the supervised phases, and has no further steps.
-        if self.arm == START:
+        if self.is_start:
             return 0 in list_steps(self.folder)
         return self.count_done() >= self.steps
 
@@ -101,6 +106,7 @@ class Study:
             "seed": "--seeds",
             "run_dir": "--out",
             "supervised.start_from": "each seed's own start",
+            "supervised.reward_from": "each seed's own start",
             "resume": "single runs",
         }
         for field in self.given:
@@ -137,41 +143,111 @@ class Study:
                     f'flag out, or define another arm: --arm="NAME: {field}={base[field]}, ..."'
                 )
 
+    def list_starts(self) -> tuple[str, ...]:
+        """List the starts of each seed, of STARTS."""
+        # A study of rule arms alone needs no reward model.
+        if any(self._reads_reward_start(arm) for arm in self.arms):
+            return STARTS
+        return (START,)
+
+    def _reads_reward_start(self, arm: Arm) -> bool:
+        """True if an arm has a reward model, and this model's supervised phase is a run of its own."""
+        settings = study_arms.list_settings(arm, self.base)
+        return self._splits_start() and settings.get("reward.arm", self.base.reward.arm) != "rule"
+
+    def _splits_start(self) -> bool:
+        """True if the supervised phases of the two models are two runs."""
+        return bool(self.base.supervised.policy_steps and self.base.supervised.reward_steps)
+
     def run_folder(self, name: str, seed: int) -> Path:
-        """Return the folder of a run.  name: the arm's name, or START."""
+        """Return the folder of a run.  name: the arm's name, or one of STARTS."""
         return self.out / f"seed_{seed}" / name
 
-    def make_config(self, arm: Arm | None, seed: int) -> ConfigDict:
-        """Make the config of an arm's run; None stands for the start that all arms of a seed share."""
-        cfg = self.base.copy_and_resolve_references()
-        # The start has the settings of `frozen`: it trains a reward model, which every arm can use unchanged.
-        own = study_arms.list_settings(arm or study_arms.ARMS["frozen"], self.base)
-        name = START if arm is None else arm.name
-        own |= {"seed": seed, "run_dir": str(self.run_folder(name, seed))}
-        if arm is None:
-            own |= {"steps": 0, "eval.every": 0}
-        else:
-            own["supervised.start_from"] = str(self.run_folder(START, seed))
+    def make_start_config(self, start: str, seed: int) -> ConfigDict:
+        """Make the config of a start, which all arms of a seed share.  start: one of STARTS."""
+        # The reward model gets the settings of `frozen`, so that every arm can use it unchanged.
+        has_policy_alone = start == START and self._splits_start()
+        own = study_arms.list_settings(study_arms.ARMS["rule" if has_policy_alone else "frozen"], self.base)
+        own |= {"steps": 0, "eval.every": 0}
+        if start == REWARD_START:
+            own["supervised.policy_steps"] = 0
+        return self._complete_config(own, start, seed)
 
-        # Results are read from metrics.jsonl, so event files are written only on request.
-        if "log.tensorboard" not in self.given:
-            own["log.tensorboard"] = False
+    def make_config(self, arm: Arm, seed: int) -> ConfigDict:
+        """Make the config of an arm's run."""
+        own = study_arms.list_settings(arm, self.base)
+        own["supervised.start_from"] = str(self.run_folder(START, seed))
+        if self._reads_reward_start(arm):
+            own["supervised.reward_from"] = str(self.run_folder(REWARD_START, seed))
+        return self._complete_config(own, arm.name, seed)
+
+    def _complete_config(self, own: dict[str, Any], name: str, seed: int) -> ConfigDict:
+        """Make a run's config.  own: the fields that it sets.  name: of its folder."""
+        cfg = self.base.copy_and_resolve_references()
+        own = own | {"seed": seed, "run_dir": str(self.run_folder(name, seed))}
+
+        # Results are read from metrics.jsonl, so trackers get rows only on request.
+        if "log.to" not in self.given:
+            own["log.to"] = ""
         cfg.update_from_flattened_dict(own)
         return cfg
 
-    def make_run(self, arm: Arm | None, seed: int) -> StudyRun:
-        """Make the run of an arm; None stands for the start."""
+    def make_start(self, start: str, seed: int) -> StudyRun:
+        """Make a run of supervised phases.  start: one of STARTS."""
+        return self._complete_run(start, seed, self.make_start_config(start, seed))
+
+    def make_run(self, arm: Arm, seed: int) -> StudyRun:
+        """Make the run of an arm."""
+        starts = STARTS if self._reads_reward_start(arm) else (START,)
+        after = tuple(self.run_folder(start, seed) for start in starts)
+        return self._complete_run(arm.name, seed, self.make_config(arm, seed), after)
+
+    def make_compile_run(self) -> StudyRun | None:
+        """Make a run that compiles the arms' programs while a reward model is still being trained.
+
+        It evaluates and makes one step with the start's policy and a reward model that is not trained.  Nothing of
+        it is kept but the programs.  Of the arms it takes one that updates its reward model, whose programs include
+        the others'.  None if no arm waits for a reward model.
+        """
+        waiting = [arm for arm in self.arms if self._reads_reward_start(arm)]
+        if not waiting:
+            return None
+
+        def updates_at_steps(arm: Arm) -> bool:
+            return (
+                study_arms.list_settings(arm, self.base).get("reward.arm", self.base.reward.arm) == "cooper"
+            )
+
+        seed, arm = self.seeds[0], next(filter(updates_at_steps, waiting), waiting[0])
+        own = study_arms.list_settings(arm, self.base)
+        warmup_updates = own.get("reward.warmup_updates", self.base.reward.warmup_updates)
+        own |= {
+            "supervised.start_from": str(self.run_folder(START, seed)),
+            "supervised.reward_from": OWN,
+            "supervised.reward_steps": 0,
+            "reward.allow_untrained_head": True,
+            "reward.warmup_updates": min(warmup_updates, 1),
+            "steps": 1,
+            "eval.every": 2,  # at step 0 alone
+        }
+        cfg = self._complete_config(own, COMPILE, seed)
+        return self._complete_run(COMPILE, seed, cfg, (self.run_folder(START, seed),))
+
+    def _complete_run(self, name: str, seed: int, cfg: ConfigDict, after: tuple[Path, ...] = ()) -> StudyRun:
         # The command has flags for the fields that differ from the base, so that it can be run by hand.
-        cfg = self.make_config(arm, seed)
         base = flatten_config(self.base.to_dict())
         changed = {field for field, value in flatten_config(cfg.to_dict()).items() if value != base[field]}
         flags = study_arms.make_flags(cfg, {*self.given, *changed})
         command = (*train_command(), f"--config={self.config_file}", *flags)
-        return StudyRun(START if arm is None else arm.name, seed, Path(cfg.run_dir), cfg.steps, command)
+        return StudyRun(name, seed, Path(cfg.run_dir), cfg.steps, command, after)
 
     def list_runs(self) -> list[StudyRun]:
-        """List all runs, seed by seed, each seed's start first."""
-        return [self.make_run(arm, seed) for seed, arm in itertools.product(self.seeds, (None, *self.arms))]
+        """List all runs, seed by seed, each seed's starts first."""
+        runs = []
+        for seed in self.seeds:
+            runs += [self.make_start(start, seed) for start in self.list_starts()]
+            runs += [self.make_run(arm, seed) for arm in self.arms]
+        return runs
 
     def begin(self) -> None:
         """Write the study's settings into its folder.
@@ -181,7 +257,7 @@ class Study:
         known = flatten_config(self.base.to_dict())
         shared = {}
         for field, value in known.items():
-            belongs_to_run = field in ("seed", "supervised.start_from")
+            belongs_to_run = field in ("seed", "supervised.start_from", "supervised.reward_from")
             if field == "steps" or (must_stay(field) and not belongs_to_run):
                 shared[field] = value
 

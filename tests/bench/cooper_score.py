@@ -8,8 +8,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import common
 import numpy as np
+import packing
 
 from cooper_jax.configs import base
+from cooper_jax.data import row_packing
 from cooper_jax.model import weights
 from cooper_jax.policy import grpo
 from cooper_jax.runtime import device_layouts
@@ -18,10 +20,10 @@ from cooper_jax.runtime import device_layouts
 def load(model_dir, W):
     layout = device_layouts.make_policy_layout(base.get_config())
     loaded = weights.load_weights(model_dir, layout=layout)
-    rows = W["n_prompts"] * W["group"]
-    logprobs = grpo.make_logprobs(
-        loaded.config, layout, microbatch=W.get("micro_batch") or rows, dtype=W["dtype"], temperature=1.0
-    )
+    section = base.get_config().policy
+    section.microbatch = W.get("micro_batch") or W["n_prompts"] * W["group"]
+    logprobs = grpo.make_packed_logprobs(loaded.config, layout, dtype=W["dtype"], temperature=1.0)
+    plan = packing.choose_plan(W, loaded.config, layout, section)
 
     class Engine:
         versions = common.version("jax", "jaxlib", "flax")
@@ -31,7 +33,8 @@ def load(model_dir, W):
             real = np.arange(C.shape[1])[None, :] < np.asarray(L)[:, None]
             tokens = np.concatenate([P, C], axis=1)
             valid = np.concatenate([np.ones(P.shape, bool), real], axis=1)
-            return np.asarray(logprobs(loaded.params, tokens, valid, C.shape[1]))
+            packed = row_packing.pack_policy_rows(tokens, valid, C.shape[1], plan)
+            return np.asarray(logprobs(loaded.params, layout.put(packed, None, "batch"), real))
 
     return Engine()
 

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 import jax
 import numpy as np
+import packing
 
 from cooper_jax.configs import base
 from cooper_jax.data import row_packing
@@ -48,15 +49,7 @@ def load(model_dir, W):
         max_new_tokens=W["new_tokens"],
     )
     state = optim.init_state(loaded.params, optimiser)
-    packing = None
-    if W.get("ragged"):  # as with policy.packing=True
-        packing = row_packing.choose_packing(
-            W["prompt_len"] + W["new_tokens"],
-            section.microbatch,
-            layout.batch_shards,
-            width=loaded.config.width,
-            bucket=base.get_config().data.bucket,
-        )
+    plan = packing.choose_plan(W, loaded.config, layout, section)
 
     class Engine:
         versions = common.version("jax", "jaxlib", "flax", "optax")
@@ -74,12 +67,8 @@ def load(model_dir, W):
                 ref_logprobs=B["ref_logps"],
                 rollout_logprobs=blank,
             )
-            packed = ()
-            if packing is not None:
-                rows = row_packing.pack_policy_rows(batch.tokens, batch.valid, mask.shape[1], packing)
-                packed = (layout.put(rows, None, "batch"),)
-                batch = batch.without_tokens()
-            state, metrics = update(state, batch, *packed)
+            packed = row_packing.pack_policy_rows(batch.tokens, batch.valid, mask.shape[1], plan)
+            state, metrics = update(state, batch.without_tokens(), layout.put(packed, None, "batch"))
             jax.block_until_ready(state)
             return float(metrics["loss"]), float(metrics["grad_norm"])
 
