@@ -1,6 +1,5 @@
 """Two processes are one run: they learn what one learns, end together, and go on from where they ended."""
 
-import functools
 import os
 import signal
 import subprocess
