@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -33,6 +34,27 @@ COOPER = {
 MODEL = COOPER | {"reward.arm": "model"}
 
 
+def observe_rising(state, number, metrics, responses):
+    return hacking_guard.observe(state, number, metrics, detector=RISING)
+
+
+@contextlib.contextmanager
+def build_with_endings(cfg, path):
+    """Components whose policy ends a response at every fourth token."""
+    with setup.build_components(cfg, path) as (components, state):
+        sampling = dataclasses.replace(components.policy.sampling, eos_ids=tuple(range(0, 600, 4)))
+        policy = dataclasses.replace(components.policy, sampling=sampling)
+        yield dataclasses.replace(components, policy=policy), state
+
+
+# What runs here have in another form, as (module, name, value).
+REPLACED = (
+    (step, "observe", observe_rising),
+    (hacking_response, "DETECTOR", RISING),
+    (train_loop, "build_components", build_with_endings),
+)
+
+
 @pytest.fixture(autouse=True)
 def prepared(monkeypatch):
     """Two devices, services that do not wait, responses that end, and a signal that rises in every run."""
@@ -40,21 +62,8 @@ def prepared(monkeypatch):
         monkeypatch.setenv(name, "0")
     devices = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
-
-    def observe(state, number, metrics, responses):
-        return hacking_guard.observe(state, number, metrics, detector=RISING)
-
-    monkeypatch.setattr(step, "observe", observe)
-    monkeypatch.setattr(hacking_response, "DETECTOR", RISING)
-
-    @contextlib.contextmanager
-    def build(cfg, path):
-        with setup.build_components(cfg, path) as (components, state):
-            sampling = dataclasses.replace(components.policy.sampling, eos_ids=tuple(range(0, 600, 4)))
-            policy = dataclasses.replace(components.policy, sampling=sampling)
-            yield dataclasses.replace(components, policy=policy), state
-
-    monkeypatch.setattr(train_loop, "build_components", build)
+    for replacement in REPLACED:
+        monkeypatch.setattr(*replacement)
 
 
 def train(path, settings, **changes):
@@ -180,3 +189,55 @@ def test_rewards_of_replaced_groups_are_the_rules_too(tmp_path):
     for row in rows:
         is_rules = np.isclose(row["reward/mean"], row["rule/accuracy"], atol=1e-6)
         assert is_rules == bool(row["guard/by_rule"])
+
+
+# launch/train.py in a process of its own, prepared as the runs above.
+PROGRAM = """
+import runpy, sys
+sys.argv = {argv!r}
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import test_hacking_runs
+
+for replacement in test_hacking_runs.REPLACED:
+    setattr(*replacement)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_processes(path, processes, devices, **changes):
+    """Train in processes.  Returns (the step to which they went back, their rows, those that they left)."""
+    argv = tiny_runs.command(path, **changes)[1:]
+    out = path.with_name(f"output of {path.name}")
+    program = PROGRAM.format(argv=argv, root=str(tiny_runs.ROOT))
+    started = tiny_runs.start_hosts(path, processes, devices, out, program=program)
+    try:
+        codes = [process.wait(200) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    said = (out / "0").read_text()
+    assert codes == [0] * processes, said[-3000:]
+    match = re.search(r"going back to step (\d+)", said)
+    assert match, said[-3000:]
+    return int(match[1]), rows_of(path), rows_of(path, f"metrics.before_going_back_to_{match[1]}.jsonl")
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_together(tmp_path):
+    """To the same step and with the same rows as one process on the same mesh."""
+    changes = MODEL | {
+        "steps": 5, "checkpoint.every": 2, "eval.every": 0, "hacking_guard": "rollback", "reward.recipe": "sigmoid",
+        "supervised.policy_steps": 1, "supervised.reward_steps": 1,
+    }  # fmt: skip
+    two = run_processes(tmp_path / "two", 2, 2, **changes)
+    one = run_processes(tmp_path / "one", 1, 4, **changes)
+    assert two[0] == one[0] == 2
+    for rows, expected in zip(two[1:], one[1:], strict=True):
+        assert len(rows) == len(expected) > 2
+        for row, other in zip(rows, expected, strict=True):
+            for name, value in other.items():
+                assert (row[name] is None) == (value is None), name
+                assert value is None or row[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert read_effects(two[1], "guard/by_rule") == [3, 4, 5]
+    assert all(0 < row["rule/accuracy"] < 1 for row in two[1])
