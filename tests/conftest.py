@@ -49,6 +49,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Processes of a run of several test files.  Each takes up to 3 GB and a core.
 WORKERS = 2
 
+# The test files that take longest, first: a file that begins last keeps one worker busy while the others have nothing
+# left.  Slow tests and the others have an order of their own.
+LONGEST_FILES = ()
+LONGEST_SLOW_FILES = (
+    "test_hosts.py",
+    "test_notebook.py",
+    "test_hacking_runs.py",
+    "test_page_commands.py",
+    "test_reward_functions.py",
+    "test_serving_clients.py",
+    "test_faults.py",
+    "test_resume.py",
+    "test_train.py",
+    "test_meshes.py",
+    "test_study.py",
+    "test_endurance.py",
+)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config) -> None:
@@ -65,6 +83,16 @@ def pytest_cmdline_main(config) -> None:
         option.numprocesses = WORKERS
     if option.numprocesses and option.dist == "no":
         option.dist = "loadfile"
+        option.loadscopereorder = False  # which would begin with the files of the most tests
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Begin with the files that take longest."""
+    are_slow = bool(items) and all(item.get_closest_marker("slow") for item in items)
+    longest = LONGEST_SLOW_FILES if are_slow else LONGEST_FILES
+    ranks = {name: rank for rank, name in enumerate(longest)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -594,6 +594,10 @@ def test_config_reads_both_generations_of_config_json():
             {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0},
             "sliding_window is 0: it must be a whole number from 1",
         ),
+        (
+            {"use_sliding_window": True, "max_window_layers": None, "sliding_window": 8},
+            "max_window_layers is null, but use_sliding_window is true",
+        ),
         ({"model_type": "gemma3"}, "'gemma3' is a model of images and text"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True"),
         ({"model_type": "smollm3", "layer_types": ["sliding_attention"] * 28}, "windows are not supported"),
