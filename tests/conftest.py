@@ -49,8 +49,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Processes of a run of several test files.  Each takes up to 3 GB and a core.
 WORKERS = 2
 
-# The test files that take longest, first: a file that begins last keeps one worker busy while the others have nothing
-# left.  Slow tests and the others have an order of their own.
+# The test files that take longest, first: a long one that begins last keeps one worker busy while the other has
+# nothing left.  Slow tests and the others have an order of their own.
 LONGEST_FILES = ()
 LONGEST_SLOW_FILES = (
     "test_hosts.py",

@@ -62,3 +62,25 @@ def test_few_programs_answer_batches_of_all_sizes(tmp_path, monkeypatch):
     assert traces == compiled
     for some in (slice(0, 3), slice(4, 5)):
         assert generate(messages[some], ids[some]) == whole[some]
+
+
+def test_attempts_of_a_conversation_are_samples_of_one_prompt(tmp_path, monkeypatch):
+    generate = local_assistant(tmp_path)
+    messages = [[("user", "What is 3 plus 10?")], [("user", "2")]]
+    asked = [messages[0]] * 4 + [messages[1]] * 4
+    ids = [(0, 1, row, attempt) for row in (7, 8) for attempt in range(4, 8)]
+    replies = generate(asked, ids)
+    assert len({reply.text for reply in replies}) == 8
+    # The replies to a conversation are its own, whoever else is asked.
+    assert generate(asked[4:], ids[4:]) == replies[4:]
+
+    requests = record_requests(monkeypatch)
+    generate(asked, ids)
+    [request] = requests
+    assert (request.spec.group_size, len(request.prompts), list(request.positions)) == (4, 2, [7, 8])
+
+    # What is not the next attempt of the same conversation is a prompt of its own.
+    requests.clear()
+    generate([messages[0]] * 3 + [messages[1]], [(0, 1, 7, 0), (0, 1, 7, 2), (0, 1, 8, 3), (0, 1, 8, 4)])
+    assert [request.spec.group_size for request in requests] == [1] * len(requests)
+    assert sum(len(request.prompts) for request in requests) == 4

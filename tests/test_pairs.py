@@ -236,18 +236,44 @@ def test_pairs_are_the_same_whoever_asks_in_which_order(rule, overlaps, concurre
 
     assistant = Scripted(noted, overlaps, concurrency)
     result = build(groups, assistant, rule)
-    assert result == build(groups, Scripted(answer_by_attempt, overlaps=False), rule)
+    assert result.pairs == build(groups, Scripted(answer_by_attempt), rule).pairs
     assert [pair is not None for pair in result.pairs] == [True, True, True, False, False]
-    assert result.requests == 1 + 2 + 3 + 3 and result.refused == {
-        "assistant_connection": 1,
-        "no_positive": 1,
-    }
+    assert result.refused == {"assistant_connection": 1, "no_positive": 1}
     assert (threading.current_thread() in threads) is not overlaps
     assert len(threads) <= (concurrency or 1)
 
-    # One request a call, or one call a round.
-    sizes = sorted(len(call) for call in assistant.calls)
-    assert sizes == ([1] * 9 if concurrency else [2, 3, 4])
+    # One request a call, or one call a round; a local assistant gets two attempts of four slots at once.
+    sizes = [len(call) for call in assistant.calls]
+    assert sizes == ([1] * 9 if concurrency else [4, 3, 2] if overlaps else [8, 2])
+    assert result.requests == sum(sizes)
+
+
+@pytest.mark.parametrize(("slots", "rounds"), [(1, [8, 2]), (2, [8, 2]), (5, [2] * 5), (9, [1] * 10)])
+def test_a_local_assistant_is_asked_for_several_attempts_at_once(rule, slots, rounds):
+    """In powers of two, of at most 16 rows; the result is that of one attempt after another."""
+
+    def answer(request):
+        attempt = request.ids[3]
+        if attempt in (1, 5):
+            return Completion(request.positive)  # unchanged
+        return wrong(request) if attempt > 6 else Failure(f"reason {attempt}")
+
+    def ask(overlaps, tries):
+        assistant = Scripted(answer, overlaps)
+        result = build([[C]] * slots, assistant, rule, cfg=config(tries=tries))
+        return result, [
+            [request.ids[3] for request in call[: len(call) // slots]] for call in assistant.calls
+        ]
+
+    for tries, reason in ((10, None), (6, "unchanged"), (5, "assistant_reason_4")):
+        (local, asked), (server, _) = ask(False, tries), ask(True, tries)
+        assert local.pairs == server.pairs and local.refused == server.refused
+        assert local.refused == ({} if reason is None else {reason: slots})
+        together = [attempt for call in asked for attempt in call]
+        assert together == list(range(len(together)))
+        if tries == 10:
+            # The eighth attempt is the first that passes.
+            assert [len(call) for call in asked] == rounds[: len(asked)] and sum(map(len, asked)) == 8
 
 
 def test_a_slot_does_not_wait_for_another(rule):

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -57,7 +59,8 @@ def make_local_generate(
     """Load the weights of the section `chat_cfg.name`; returns a function (conversations, ids) -> replies.
 
     ids are (seed, step, row, attempt) with row < 2^31.  Requests that differ only in the row form one
-    batch.  A conversation that is too long gets Failure("too_long").
+    batch.  Successive attempts of one conversation that follow each other are samples of one prompt: they share its
+    prefill.  A conversation that is too long gets Failure("too_long").
 
     Raises ValueError if `max_new_tokens` leaves no room for a conversation, and what load_model raises.
     """
@@ -111,35 +114,55 @@ def make_local_generate(
         prompts = [model.tokenizer.chat(c, fallback=True, variables=variables) for c in conversations]
         replies: list[chats.Reply] = [chats.Failure("too_long")] * len(prompts)
 
-        # A rollout has one random key for all its rows, so seed, step and attempt are the same within a
-        # batch.
-        batches: dict[tuple[int, int, int], list[int]] = {}  # -> indices of the requests
-        for i, (seed, step, _, attempt) in enumerate(ids):
-            if len(prompts[i]) <= max_prompt_tokens:
-                batches.setdefault((seed, step, attempt), []).append(i)
+        # A rollout has one random key and one number of samples for all its prompts.
+        batches: dict[tuple[int, int, int, int], list[list[int]]] = {}
+        for members in _group_attempts(prompts, ids):
+            if len(prompts[members[0]]) <= max_prompt_tokens:
+                seed, step, _, attempt = ids[members[0]]
+                batches.setdefault((seed, step, attempt, len(members)), []).append(members)
 
-        for (seed, step, attempt), members in batches.items():
+        for (seed, step, attempt, samples), groups in batches.items():
             # Batches differ in number and length; few sizes of programs serve them all.
-            longest = rollout_plan.choose_shared_width(max(len(prompts[i]) for i in members), layout.platform)
+            firsts = [members[0] for members in groups]
+            longest = rollout_plan.choose_shared_width(max(len(prompts[i]) for i in firsts), layout.platform)
             shapes = engine.SharedShapes(
                 longest_prompt=min(longest, max_prompt_tokens),
-                num_prompts=rollout_plan.choose_shared_prompts(len(members), layout.platform),
+                num_prompts=rollout_plan.choose_shared_prompts(len(groups), layout.platform),
             )
             rollout = engine.generate(
                 params,
                 model.config,
                 layout,
-                [prompts[i] for i in members],
-                [ids[i][2] for i in members],
+                [prompts[i] for i in firsts],
+                [ids[i][2] for i in firsts],
                 keys.make_key(seed, name, step, attempt),
-                spec,
+                dataclasses.replace(spec, group_size=samples),
                 shapes=shapes,
                 between_segments=hosts.raise_if_stopping,
                 **options,
             )
             completions = engine.decode_completions(rollout, model.tokenizer.decode, spec.eos_ids)
-            for i, completion in zip(members, completions, strict=True):
+            for i, completion in zip(itertools.chain(*groups), completions, strict=True):
                 replies[i] = completion
         return replies
 
     return generate
+
+
+def _group_attempts(prompts: Sequence[Sequence[int]], ids: Sequence[chats.Ids]) -> list[list[int]]:
+    """Group the indices of requests that follow each other and differ in the attempt alone, each by one more.
+
+    prompts: the tokens of each conversation.
+    """
+    groups: list[list[int]] = []
+    for i, (*request, attempt) in enumerate(ids):
+        previous = groups[-1][-1] if groups else None
+        if (
+            previous is not None
+            and ids[previous] == (*request, attempt - 1)
+            and list(prompts[previous]) == list(prompts[i])
+        ):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
