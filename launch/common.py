@@ -22,13 +22,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from logging import ERROR, LogRecord
 from typing import NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from cooper_jax.launch import command_line
+from cooper_jax.launch import command_line, library_errors
 from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.settings.bounds import check_bounds
 from cooper_jax.settings.config_files import list_shipped_configs, load_config
@@ -57,7 +56,8 @@ def begin_job(argv: list[str]) -> None:
     if len(argv) > 1:
         exit_with_error(f"unexpected arguments {argv[1:]}; flags look like --config.steps=20")
     logging.set_verbosity(logging.WARNING)
-    logging.get_absl_handler().addFilter(_is_not_of_orbax)
+    logging.get_absl_handler().addFilter(library_errors.is_news)
+    library_errors.shorten_disk_errors()
     # Which process is the first is known for certain when they are connected (hosts.start_hosts).
     if any(os.environ.get(name, "0") not in ("", "0") for name in PROCESS_NUMBERS):
         CONSOLE.silence()
@@ -69,11 +69,6 @@ def begin_job(argv: list[str]) -> None:
 
     enable_compilation_cache()
     watch_compilations(CONSOLE)
-
-
-def _is_not_of_orbax(record: LogRecord) -> bool:
-    """False for an error that Orbax logs: it raises the same, and runtime/checkpoint.py makes one line of it."""
-    return record.levelno < ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def read_config() -> ConfigDict:

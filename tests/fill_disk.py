@@ -28,7 +28,7 @@ FREE = (
     0,
     64,
     96,
-    1024,
+    256,
 )  # KiB that are left: too few for the start, for metrics, for samples, for a checkpoint
 SHORT = {
     "reward.arm": "rule", "reward.recipe": "", "supervised.policy_steps": 2, "supervised.reward_steps": 0,

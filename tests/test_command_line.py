@@ -1,14 +1,18 @@
 """Command lines of the launch scripts: help, errors in flags and config files, setup errors all at once."""
 
+import errno
+import logging
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from absl import flags
 
 from cooper_jax.configs import base, tiny
-from cooper_jax.launch import command_line
+from cooper_jax.launch import command_line, library_errors
 from cooper_jax.model.loading import load_tokenizer
 from cooper_jax.settings import config_files
 from cooper_jax.settings.config_fields import (
@@ -315,3 +319,57 @@ def test_missing_weights_are_reported_as_weights(tmp_path):
         section[field] = str(tmp_path / "none")
         with pytest.raises(SetupError, match=f"^policy.{field}='"):
             load_tokenizer(section, "policy", tmp_path)
+
+
+def test_a_full_disk_costs_a_thread_of_a_library_one_line(monkeypatch, capsys):
+    def fail(error):
+        raise error
+
+    class FailingAtEnd:
+        def __del__(self):
+            fail(self.error)
+
+    reported = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: reported.append(args.exc_value))
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: reported.append(args.exc_value))
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: reported.append(error))
+    library_errors.shorten_disk_errors()
+
+    full, other = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ValueError("another")
+    for error in (full, other):
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+        at_end = FailingAtEnd()
+        at_end.error = error
+        del at_end
+    assert reported == [other, other]
+    line = "warning: tests/test_command_line.py: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == line * 2
+
+    # Late callbacks of Orbax, in threads alone.
+    reported.clear()
+    late = RuntimeError("Event loop is closed")
+    for error in (late, other):
+        thread = threading.Thread(target=sys.excepthook, args=(type(error), error, None))
+        thread.start()
+        thread.join()
+    sys.excepthook(RuntimeError, late, None)
+    assert reported == [other, late]
+
+
+@pytest.mark.parametrize(
+    ("logger", "level", "path", "error", "expected"),
+    [
+        ("asyncio", logging.ERROR, "base_events.py", OSError(errno.ENOSPC, "full"), False),
+        ("asyncio", logging.ERROR, "base_events.py", ValueError("RESOURCE_EXHAUSTED: Error writing"), False),
+        ("asyncio", logging.ERROR, "base_events.py", OSError(errno.EIO, "input/output error"), True),
+        ("absl", logging.ERROR, "lib/orbax/checkpoint/x.py", None, False),
+        ("absl", logging.WARNING, "lib/orbax/checkpoint/x.py", None, True),
+        ("absl", logging.ERROR, "lib/other/x.py", None, True),
+    ],
+)
+def test_logged_errors_that_the_run_reports_itself(logger, level, path, error, expected):
+    info = None if error is None else (type(error), error, None)
+    record = logging.LogRecord(logger, level, path, 1, "message", (), info)
+    assert library_errors.is_news(record) is expected
