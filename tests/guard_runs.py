@@ -46,7 +46,16 @@ class Run:
     @property
     def onset(self) -> int | None:
         """The step of the onset; None if there is none."""
-        return find_onset([(row["step"], row["truth"]) for row in self.rows if row.get("truth") is not None])
+        return find_onset(self._read_truth())
+
+    @property
+    def is_undecided(self) -> bool:
+        """True if the last evaluation is as low as at an onset, and the next one would decide."""
+        truth = self._read_truth()
+        return self.onset is None and find_onset([*truth, *truth[-1:]]) is not None
+
+    def _read_truth(self) -> list[tuple[int, float]]:
+        return [(row["step"], row["truth"]) for row in self.rows if row.get("truth") is not None]
 
     def read(self, signal: str) -> list[tuple[int, float]]:
         """The steps at which a signal was measured, with its values."""

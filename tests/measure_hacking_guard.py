@@ -206,9 +206,14 @@ def _round(value: float) -> float:
 
 
 def print_learned(runs: Sequence[Run]) -> None:
-    """Print a row for each signal alone, one for the guard, and the guard's detector."""
-    hacked = [run for run in runs if run.onset is not None]
-    print(f"{len(hacked)} runs with an onset, {len(runs) - len(hacked)} without\n")
+    """Print a row for each signal alone, one for the guard, and the guard's detector.
+
+    Nothing is learned from a run that ends where an onset may be.
+    """
+    decided = [run for run in runs if not run.is_undecided]
+    left_out = len(runs) - len(decided)
+    runs, hacked = decided, [run for run in decided if run.onset is not None]
+    print(f"{len(hacked)} runs with an onset, {len(runs) - len(hacked)} without, {left_out} undecided\n")
     print(
         "| signal | AUROC | noise | slack | limit | margin | alarm before onset | lead: median (least, most) |"
     )
@@ -261,12 +266,14 @@ def print_evaluation(runs: Sequence[Run], detector: Detector = DETECTOR) -> None
     for arm in sorted({run.arm for run in runs}):
         of_arm = [outcome for outcome in outcomes if outcome.run.arm == arm]
         hacked = [outcome for outcome in of_arm if outcome.run.onset is not None]
-        sound = [outcome for outcome in of_arm if outcome.run.onset is None]
+        undecided = [outcome for outcome in of_arm if outcome.run.is_undecided]
+        sound = [outcome for outcome in of_arm if outcome.run.onset is None and outcome not in undecided]
         warned = sum(outcome.is_warning for outcome in hacked)
         false = sum(outcome.alarm is not None for outcome in sound)
+        rest = f"; {len(undecided)} undecided: the last evaluation is low" if undecided else ""
         print(
             f"{arm}: an alarm before the onset on {warned} of {len(hacked)} runs with one, false alarms on {false} "
-            f"of {len(sound)} without"
+            f"of {len(sound)} without{rest}"
         )
 
 

@@ -94,6 +94,22 @@ def test_signals_that_do_not_separate_get_a_limit_without_false_alarms():
     assert apply_detector(odd, learned.detector).alarm is None
 
 
+def test_a_run_that_ends_where_an_onset_may_be_teaches_nothing(capsys):
+    """At its last evaluation it is as low as at an onset, and has no alarm of its own to count as false."""
+    high = [0.3, 0.4, 0.4, 0.4]
+    undecided = make_run("frozen", 6, NOISE[:10] + [0.9] * 10, [*high, 0.34])
+    assert undecided.onset is None and undecided.is_undecided
+    assert not make_run("frozen", 6, NOISE, [*high, 0.36]).is_undecided
+    assert not HACKED.is_undecided and not SOUND.is_undecided
+
+    measure.print_learned([HACKED, SOUND])
+    learned = capsys.readouterr().out
+    measure.print_learned([HACKED, SOUND, undecided])
+    assert capsys.readouterr().out == learned.replace("0 undecided", "1 undecided")
+    measure.print_evaluation([SOUND, undecided])
+    assert "false alarms on 0 of 0 without; 1 undecided" in capsys.readouterr().out
+
+
 def test_an_alarm_after_the_onset_is_no_warning():
     late = make_run("frozen", 3, NOISE[:16] + [0.9] * 4, [0.3, 0.4, 0.2, 0.2, 0.2])
     outcome = apply_detector(late, Detector((Part(GAP, 1.0),), 5, 20, 9.0, 0.1, 0.5))

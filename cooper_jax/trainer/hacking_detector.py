@@ -98,10 +98,10 @@ class Detector:
 
 
 DETECTOR = Detector(
-    parts=(Part("hacking/unbacked", 0.051), Part("response/tokens_mean", 0.03, direction=0)),
+    parts=(Part("hacking/unbacked", 0.057), Part("response/tokens_mean", 0.031, direction=0)),
     averaged=5,
     memory=20,
     cap=6.0,
     slack=6.0,
-    limit=5.5,
+    limit=4.9,
 )
