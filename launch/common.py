@@ -12,7 +12,8 @@ Exit codes:
     0    done
     2    an error in the flags, settings or files
     70   a fault that no restart mends, such as weights that are not finite; the message says what to do
-    75   stopped by SIGTERM, with a checkpoint
+    75   stopped by SIGTERM or Ctrl-C, with a checkpoint
+    130  ended at once by a second Ctrl-C, or by one before the job had begun
     69   another host was lost (134 where it was the first host)
 
 After 75, 69 and 134 the same command resumes from the newest checkpoint.
@@ -28,6 +29,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from cooper_jax.launch import command_line, library_errors
+from cooper_jax.runtime import interrupts
 from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.settings.bounds import check_bounds
 from cooper_jax.settings.config_files import list_shipped_configs, load_config
@@ -62,6 +64,7 @@ def begin_job(argv: list[str]) -> None:
     if any(os.environ.get(name, "0") not in ("", "0") for name in PROCESS_NUMBERS):
         CONSOLE.silence()
     CONSOLE.set_quiet(QUIET.value)
+    interrupts.end_at_interrupt()  # until hosts.start_hosts
     CONSOLE.begin_stage("loading the libraries")
     # Imported here, because --help must not wait for JAX.
     from cooper_jax.runtime.compilation_cache import enable_compilation_cache

@@ -15,8 +15,10 @@ other).  Exit codes:
           the newest checkpoint is good
      69   another host was lost; the same command resumes from the newest checkpoint
     134   the first host was lost; the same command resumes likewise
-     75   stopped by SIGTERM, after saving a checkpoint; the same command resumes from it, or starts from the
-          beginning if step 0 was not complete
+     75   stopped by SIGTERM or Ctrl-C, after saving a checkpoint; the same command resumes from it, or starts from
+          the beginning if step 0 was not complete
+    130   ended at once by a second Ctrl-C, or by one before the run had begun; the same command resumes from the
+          newest checkpoint
 """
 
 import sys

@@ -116,6 +116,7 @@ def test_round_trip_is_bit_exact(tmp_path):
         )
         record = kept.loop(4)
         assert record.pop("checksums").keys() == {"other", "policy", "policy_optimiser"}
+        assert len(record.pop("digest")) == 64
         assert record == {
             "step": 4, "format": 1, "items": ["other", "policy", "policy_optimiser"],
             "position": 512, "config_hash": "abc", "nested": {"a": [1, 2.5, None]},
@@ -443,6 +444,27 @@ def test_a_changed_bit_is_damage(tmp_path, name):
         with pytest.warns(UserWarning, match=r"2/policy is damaged.*it is now 2\.unreadable"):
             step, items, _ = kept.restore_newest({"policy": abstract_like(tree)}, {"policy": 12})
         assert step == 1 and bits(items["policy"]) == bits(tree)
+
+
+def test_a_changed_record_is_damage(tmp_path):
+    """The position in the data, for one, decides what the run reads next."""
+    with Checkpoints(tmp_path, keep=1) as kept:
+        kept.save(2, {"policy": {"a": jnp.ones(3)}}, {"position": 4})
+        kept.wait()
+        [file] = [
+            path
+            for path in (tmp_path / "checkpoints/2/loop").iterdir()
+            if b'"position": 4' in path.read_bytes()
+        ]
+        content = file.read_bytes()
+        file.write_bytes(content.replace(b'"position": 4', b'"position": 5'))
+        with pytest.raises(checkpoint.Unreadable, match="2/loop is damaged: by its digest"):
+            kept.loop(2)
+        # As an earlier version wrote it.
+        record = json.loads(content)
+        del record["digest"]
+        file.write_text(json.dumps(record))
+        assert kept.loop(2)["position"] == 4
 
 
 def test_a_changed_bit_of_a_file_never_passes_for_a_weight(tmp_path):

@@ -120,6 +120,21 @@ def test_updates_that_never_come_end_the_run_with_its_state_saved():
         allowed.check(step, idle, never)
 
 
+def test_steps_without_a_response_to_make_a_pair_of_are_warned_of(capsys):
+    """The run goes on: a weak policy may find its first correct response late."""
+    barren, counting = GOOD | {"rm/updates": 0.0, "pairs/refused_no_positive": 6.0}, watch()
+    for step in range(1, 8):
+        counting.check(step, barren, never)
+    printed = capsys.readouterr().out
+    assert [f"step {step}: the reward model got no update for {step} steps" in printed for step in (3, 5, 6)] == [
+        True, False, True
+    ]  # fmt: skip
+    counting.check(8, GOOD, never)
+    counting.check(9, barren, never)
+    watch(idle_steps=0).check(1, barren, never)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_server_that_is_starting_is_waited_for(monkeypatch, capsys):
     """Connections are refused and 503 is answered before the model is loaded; a wrong key is not waited for."""
     replies = [Failure("connection"), Failure("http_503"), Completion("ready", False, 1)]

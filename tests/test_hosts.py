@@ -26,7 +26,7 @@ from cooper_jax.reward.multihost import SharedRule, share_over_hosts
 from cooper_jax.reward.pairs.build_pairs import build_pairs
 from cooper_jax.reward.pairs.pair_task import PairsConfig, PairTask
 from cooper_jax.rule.worker_process import Item, make_item
-from cooper_jax.runtime import hosts
+from cooper_jax.runtime import hosts, interrupts
 from cooper_jax.types import Completion, Problem, Verdict
 
 # Three steps, a checkpoint after each; as many supervised ones as make pairs, and so move the reward model.
@@ -247,6 +247,41 @@ def test_a_signal_to_a_process_without_peers(short, tmp_path, sent):
         process.send_signal(sent)
     assert process.wait(120) == hosts.STOPPED, (tmp_path / "out").read_text()[-3000:]
     assert (path / "checkpoints" / str(steps_logged(path))).is_dir()
+
+
+INTERRUPTED = """
+import sys, time
+sys.path.insert(0, {root!r})
+from cooper_jax.runtime import interrupts
+interrupts.end_at_interrupt()
+if {begins!r}:
+    from cooper_jax.runtime import hosts
+    hosts.start_hosts()
+print("waits", flush=True)
+while True:
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_ctrl_c_where_nothing_is_saved_ends_a_process_at_once(tmp_path, begins):
+    """Before a run has begun the first, and after that the second: with a code of its own, without a traceback."""
+    program = INTERRUPTED.format(root=str(ROOT), begins=begins)
+    # A shell that starts the tests in the background lets them ignore SIGINT, and a child inherits what is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with open(tmp_path / "out", "wb") as file:
+            process = subprocess.Popen([sys.executable, "-c", program], stdout=file, stderr=file)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = lambda: (tmp_path / "out").read_text()  # noqa: E731
+    until(lambda: "waits" in said(), [process])
+    process.send_signal(signal.SIGINT)
+    if begins:
+        until(lambda: "Ctrl-C again ends at once" in said(), [process])
+        process.send_signal(signal.SIGINT)
+    assert process.wait(30) == interrupts.INTERRUPTED
+    assert said().endswith("\ninterrupted\n") and "Traceback" not in said()
 
 
 @pytest.mark.slow

@@ -275,6 +275,12 @@ def test_metrics_without_their_checkpoints_are_kept(tmp_path, config):
             run.log(step, {"a/b": step})
             run.dump_samples(step, [{"x": step}])
     before = [(tmp_path / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")]
+    # A run that knows at its start that they are lost writes nothing at all.
+    stored, config.steps = (tmp_path / "config.json").read_bytes(), 77
+    with pytest.raises(ValueError, match="reaches step 17, but no checkpoint is left"):
+        RunDirectory(tmp_path, config, resume=True, uncovered=16)
+    assert (tmp_path / "config.json").read_bytes() == stored
+    RunDirectory(tmp_path, config, resume=True, uncovered=17).close()
     (tmp_path / "checkpoints/16.unreadable").mkdir(parents=True)
     with RunDirectory(tmp_path, config, resume=True) as run:
         with pytest.raises(

@@ -428,6 +428,48 @@ def test_a_better_model_without_a_fit_keeps_no_calibration_of_the_last(
     assert "warning: no calibration is stored with the weights: the logits of" in capsys.readouterr().out
 
 
+# --- faults -------------------------------------------------------------------------------------------------
+
+
+def change_updates(monkeypatch, change) -> None:
+    """Let each update make `change(model before it)` of the model."""
+    update = rm_loop._update
+
+    def wrapped(job, state):
+        before = jax.tree.map(jnp.copy, state.reward)
+        state, row = update(job, state)
+        return dataclasses.replace(state, reward=change(before)), row
+
+    monkeypatch.setattr(rm_loop, "_update", wrapped)
+
+
+def test_a_training_whose_updates_are_all_skipped_is_a_fault(place, tmp_path, alone, monkeypatch):
+    """Its best model would be the one that it began with."""
+    change_updates(monkeypatch, lambda model: model.replace(skipped=model.skipped + 1))
+    with pytest.raises(hosts.RunFault, match="all 2 updates were skipped"):
+        rm_loop.train_reward_model(run_config(place, tmp_path, train_rm__steps=2))
+
+
+def test_weights_that_are_not_finite_are_not_saved(place, tmp_path, alone, monkeypatch):
+    change_updates(
+        monkeypatch, lambda model: model.replace(params=jax.tree.map(lambda x: x * jnp.nan, model.params))
+    )
+    with pytest.raises(
+        hosts.RunFault, match=r"update 2: .*reward\.params.* are not finite; this state is not saved"
+    ):
+        rm_loop.train_reward_model(run_config(place, tmp_path))
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_updates_whose_checkpoints_are_lost_are_not_dropped(place, tmp_path, alone):
+    """Rows that only a training with a checkpoint can have."""
+    row = {"step": 5, "train_rm/loss": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SetupError, match="reaches step 5, but no checkpoint is left"):
+        rm_loop.train_reward_model(run_config(place, tmp_path))
+    assert not (tmp_path / "config.json").exists()
+
+
 # --- a run that stops ---------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ from cooper_jax.runtime import checkpoint, hosts
 from cooper_jax.runtime.checkpoint import Checkpoints
 from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.runtime.extras import import_extra
+from cooper_jax.runtime.finiteness import describe_non_finite
 from cooper_jax.runtime.metrics import parse_numbers, to_host, to_jsonable
 from cooper_jax.runtime.run_directory import RunDirectory, check_shared, run_path
 from cooper_jax.runtime.stored_config import config_hash
@@ -77,7 +78,9 @@ def train_reward_model(cfg: ConfigDict) -> None:
         # The directory is locked before data and weights are read, so a second start fails at once.
         with setup_errors("run_dir"):
             check_shared(path)
-            run = stack.enter_context(RunDirectory(path, cfg, resume=cfg.resume))
+            # While the first checkpoint is written, updates up to the second are made.
+            uncovered = 2 * cfg.checkpoint.every
+            run = stack.enter_context(RunDirectory(path, cfg, resume=cfg.resume, uncovered=uncovered))
         CONSOLE.begin_stage("reading the data and the reward model")
         job, reward = rm_setup.build_rm_job(cfg, settings, path)
 
@@ -289,7 +292,15 @@ def _save_stopped(
 
 
 def _save(job: rm_setup.Job, state: RewardTrainState, run: RunDirectory, checkpoints: Checkpoints) -> None:
-    """Begin to write a checkpoint, after the metrics of its updates are on disk."""
+    """Begin to write a checkpoint, after the metrics of its updates are on disk.
+
+    Raises RunFault for values that are not finite: they must not replace a good checkpoint.
+    """
+    if bad := describe_non_finite({"reward": state.reward}):
+        raise hosts.RunFault(
+            f"update {state.step}: {bad}; this state is not saved: check the weights that the training began with, "
+            "or lower --config.train_rm.optimiser.lr in a new --config.run_dir"
+        )
     run.flush()
     # The names "stale" and "due" are part of the checkpoint format.
     loop = {
@@ -320,6 +331,12 @@ def _finish(job: rm_setup.Job, state: RewardTrainState) -> str:
         if hosts.is_primary() and state.best is not None:
             summary = best_model.write_final_report(job, state.step, state.best)
     skipped = int(hosts.fetch_arrays(state.reward.skipped))
+    if skipped and skipped >= state.step:
+        raise hosts.RunFault(
+            f"all {skipped} updates were skipped, since loss or gradients were not finite: the model is the one "
+            "that the training began with; lower --config.train_rm.optimiser.lr, or set "
+            "--config.reward.dtype=float32, in a new --config.run_dir"
+        )
     if skipped:
         summary += f"\n{skipped} updates were skipped: loss or gradients were not finite"
     return summary

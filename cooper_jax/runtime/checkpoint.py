@@ -32,6 +32,7 @@ call the methods below in the same order.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -58,7 +59,13 @@ from cooper_jax.types import Params, TrainState
 
 FORMAT = 1  # to be raised when the meaning of stored data changes
 LOOP = "loop"  # item with the loop's JSON
-_RESERVED = ("step", "format", "items", "checksums")  # fields of the loop's JSON that `save` itself writes
+_RESERVED = (
+    "step",
+    "format",
+    "items",
+    "checksums",
+    "digest",
+)  # fields of the loop's JSON that `save` itself writes
 
 # File and folder names with which Orbax tells complete checkpoints from incomplete ones.
 _COMMITTED = ocp.path.atomicity_types.COMMIT_SUCCESS_FILE  # marks a complete checkpoint under gs://
@@ -194,7 +201,7 @@ class Checkpoints:
         sizes = vocab_sizes or {}
         checksums = {name: make_checksums(tree, sizes.get(name)) for name, tree in items.items()}
         record = {"step": step, "format": FORMAT, "items": sorted(items), "checksums": checksums, **loop}
-        json.dumps(record, allow_nan=False)  # raises TypeError or ValueError here, not in the background
+        record["digest"] = _digest_record(record)
 
         # Returns once the arrays are on the host; a background thread writes them.
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -309,7 +316,10 @@ class Checkpoints:
             # them: use the handler directly.
             record = ocp.JsonCheckpointHandler().restore(epath.Path(where))
             stored_format = record["format"]
-            missing = [name for name in _RESERVED if name not in record and name != "checksums"]
+            # Earlier versions wrote neither checksums nor a digest.
+            missing = [
+                name for name in _RESERVED if name not in record and name not in ("checksums", "digest")
+            ]
 
         # The format first: in another one, other fields may be missing for good reason.
         if stored_format != FORMAT:
@@ -319,6 +329,8 @@ class Checkpoints:
             )
         if missing:
             raise Unreadable(f"{where} lacks the fields {missing}")
+        if record.get("digest", _digest_record(record)) != _digest_record(record):
+            raise Unreadable(f"{where} is damaged: by its digest, it is not what was saved")
         return record
 
     # --- the frozen reference ---
@@ -509,6 +521,12 @@ class Checkpoints:
         ).decode()
         self._manager.reload()
         warnings.warn(f"{error}; it is now {new_name}, and the one before is used", stacklevel=4)
+
+
+def _digest_record(record: Mapping[str, Any]) -> str:
+    """The digest of a loop's record without its own field.  Raises TypeError or ValueError for what is no JSON."""
+    fields = {name: value for name, value in record.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _raise_if_damaged(tree: Any, checksums: Mapping[str, Any], where: Path | epath.Path) -> None:

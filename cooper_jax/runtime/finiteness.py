@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cooper_jax.runtime.checksums import join_path
+from cooper_jax.types import TrainState
 
 
 def count_non_finite(tree: Any) -> dict[str, int]:
@@ -25,6 +27,19 @@ def count_non_finite(tree: Any) -> dict[str, int]:
         return {}
     counts = jax.device_get(_count_each(list(named.values())))
     return {name: int(count) for name, count in zip(named, counts, strict=True) if count}
+
+
+def describe_non_finite(models: Mapping[str, TrainState]) -> str:
+    """Name the first array of models, by name, that has values that are not finite, and count the others.
+
+    Empty if there is none.  Optimiser states count, too.  Collective.
+    """
+    trees = {name: {"params": state.params, "opt_state": state.opt_state} for name, state in models.items()}
+    if not (bad := count_non_finite(trees)):
+        return ""
+    name, count = next(iter(bad.items()))
+    others = f", and values of {len(bad) - 1} other arrays" if len(bad) > 1 else ""
+    return f"{count} values of {name}{others} are not finite"
 
 
 # One program for all arrays: hosts may run several small ones in different orders, and each would then wait for the

@@ -38,6 +38,7 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cooper_jax.runtime import interrupts
 from cooper_jax.runtime.console import CONSOLE
 
 SETUP_ERROR, LOST, FAULT, STOPPED = 2, 69, 70, 75  # exit codes
@@ -111,9 +112,13 @@ def start_hosts() -> None:
         # Handlers that set a flag: the run stops at the next `raise_if_stopping`, after a checkpoint.
         signal.signal(signal.SIGTERM, lambda *_: _sigterm_received.set())
         # A process in the background of a script ignores Ctrl-C, and goes on doing so.
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, interrupts.end_now):
             signal.signal(signal.SIGINT, _stop_at_interrupt)
         return
+
+    # Of several processes, one that Ctrl-C ends tells the others (run_as_one).
+    if signal.getsignal(signal.SIGINT) is interrupts.end_now:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # Gloo serves CPU devices only; accelerators have their own collectives.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -131,7 +136,7 @@ def start_hosts() -> None:
 def _stop_at_interrupt(number: int, frame: Any) -> None:
     """Stop as after a SIGTERM; the second Ctrl-C ends the process at once."""
     _sigterm_received.set()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupts.end_now)
     # os.write may be called in a signal handler; print may not, if the signal came within another print.
     os.write(2, b"\nstopping where the work can be taken up again; Ctrl-C again ends at once\n")
 

@@ -127,7 +127,14 @@ class RunDirectory:
     is False or the config differs from theirs in a field that must stay.
     """
 
-    def __init__(self, path: str | Path | epath.Path, config: ConfigDict, resume: bool):
+    def __init__(
+        self, path: str | Path | epath.Path, config: ConfigDict, resume: bool, uncovered: int | None = None
+    ):
+        """Lock the directory, check that the run may begin or resume here, and store its config.
+
+        uncovered: the last step whose metrics a killed run can have without any checkpoint.  If there are later
+          ones and no checkpoint, checkpoints are lost: ValueError, before anything is written.  None: not checked.
+        """
         self.path = remote_files.to_path(path)
         self.config = config
         self.primary = hosts.is_primary()
@@ -154,7 +161,7 @@ class RunDirectory:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self._folder / "lock", self.path, "--config.run_dir")
         try:
-            self._check_resume(resume)
+            self._check_resume(resume, uncovered)
             # Stored at every start, because a resumed run may change some fields.
             text = json.dumps({"format": FORMAT} | to_plain_config(config), indent=2, allow_nan=False)
             write_atomically(self.path / "config.json", text.encode() + b"\n")
@@ -373,11 +380,15 @@ class RunDirectory:
         for message in messages:
             hosts.print_once(f"warning: log.to: {message}")
 
-    def _check_resume(self, resume: bool) -> None:
-        """Raise ValueError if there are checkpoints from which this config may not resume."""
+    def _check_resume(self, resume: bool, uncovered: int | None) -> None:
+        """Raise ValueError if there are checkpoints from which this config may not resume, or if they are lost."""
         # Without checkpoints the run starts from step 0 and writes all files again.
         steps = list_steps(self.path)
         if not steps:
+            if uncovered is not None:
+                if self._remote:
+                    remote_files.download_file(self.path / self._metrics.path.name, self._metrics.path)
+                self._refuse_lost_checkpoints(uncovered)
             return
         if not resume:
             raise ValueError(

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from cooper_jax.runtime import hosts
-from cooper_jax.runtime.finiteness import count_non_finite
+from cooper_jax.runtime.finiteness import describe_non_finite
 from cooper_jax.runtime.hosts import RunFault
 from cooper_jax.trainer.loop_config import FaultConfig
 from cooper_jax.trainer.state import State, list_models
@@ -46,14 +46,10 @@ def check_weights(state: State, saved: str) -> None:
     saved: what is there to go back to, for the message.
     """
     for model, train_state in list_models(state).items():
-        bad = count_non_finite({"params": train_state.params, "opt_state": train_state.opt_state})
-        if bad:
-            name, count = next(iter(bad.items()))
-            others = f", and values of {len(bad) - 1} other arrays" if len(bad) > 1 else ""
+        if bad := describe_non_finite({model: train_state}):
             raise RunFault(
-                f"step {state.step}: {count} values of {model}.{name}{others} are not finite; this state is not "
-                f"saved ({saved}): check the weights that the run began with, or start a new --config.run_dir with "
-                f"a lower --config.{model}.optimiser.lr"
+                f"step {state.step}: {bad}; this state is not saved ({saved}): check the weights that the run "
+                f"began with, or start a new --config.run_dir with a lower --config.{model}.optimiser.lr"
             )
 
 
@@ -68,6 +64,7 @@ class FaultWatch:
         self._faulty = 0  # steps in a row
         self._idle = 0
         self._refused: Counter[str] = Counter()  # reasons, over the idle steps
+        self._without_responses = 0  # steps in a row without a response to make a pair of
 
     def check(self, step: int, metrics: Mapping[str, float], save: Callable[[], None]) -> None:
         """Check the metrics of a complete step.  Raises RunFault.
@@ -99,10 +96,12 @@ class FaultWatch:
         refused = {name: count for name, count in metrics.items() if name.startswith(_REFUSED)}
         due = any(count for name, count in refused.items() if name not in _WITHOUT_RESPONSE)
         if metrics.get("rm/updates", 0.0) > 0:
-            self._idle, self._refused = 0, Counter()
+            self._idle, self._refused, self._without_responses = 0, Counter(), 0
             return
         if not due:
-            return  # no response to make a pair of
+            self._count_without_responses(step)
+            return
+        self._without_responses = 0
         self._idle += 1
         for name, count in refused.items():
             self._refused[name.removeprefix(_REFUSED)] += int(count)
@@ -114,4 +113,18 @@ class FaultWatch:
                 "responses to make pairs of; it would be a frozen one.  Reasons for which pairs were refused: "
                 f"{reasons}.  The step is saved: mend the cause (often the assistant's server or key) and start "
                 "the same command again, or allow it with --config.idle_steps=0"
+            )
+
+    def _count_without_responses(self, step: int) -> None:
+        """Warn after every `idle_steps` steps in a row without a response that a pair could be made of.
+
+        No fault: a weak policy may need many steps to its first verified response.
+        """
+        self._without_responses += 1
+        if self._settings.idle_steps and self._without_responses % self._settings.idle_steps == 0:
+            hosts.print_once(
+                f"warning: step {step}: the reward model got no update for {self._without_responses} steps, since "
+                "there was no response to make a pair of (pairs/refused_no_positive: the rule verified none).  It is "
+                "a frozen one until there is",
+                always=True,
             )

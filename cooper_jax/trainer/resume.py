@@ -184,7 +184,7 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
     with setup_errors("run_dir"):
         run.truncate(step)
     hosts.print_once(f"resumed from step {step}")
-    return State(
+    state = State(
         policy=checkpoint.join_state(items["policy"], items["policy_optimiser"], frozen["policy"]),
         reward=reward,
         reference=reference,
@@ -195,6 +195,8 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
         guard=GuardState.from_json(loop["guard"]) if "guard" in loop else GuardState(),
         rollout_params=rollout_params,
     )
+    check_weights(state, f"the checkpoint of step {step} holds it")
+    return state
 
 
 def _check_same_run(loop: Mapping[str, Any], run: RunDirectory, checkpoint_path: str) -> None:

@@ -62,7 +62,7 @@ def train(cfg: ConfigDict) -> None:
         stack.callback(CONSOLE.close)
         with setup_errors("run_dir"):
             check_shared(path)
-            run = stack.enter_context(RunDirectory(path, cfg, resume=settings.resume))
+            run = stack.enter_context(RunDirectory(path, cfg, resume=settings.resume, uncovered=0))
         components, state = stack.enter_context(build_components(cfg, path))
         with setup_errors("run_dir"):
             checkpoints = stack.enter_context(Checkpoints(path, keep=settings.checkpoint.keep))
