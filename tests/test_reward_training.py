@@ -446,8 +446,8 @@ def change_updates(monkeypatch, change) -> None:
 def test_a_training_whose_updates_are_all_skipped_is_a_fault(place, tmp_path, alone, monkeypatch):
     """Its best model would be the one that it began with."""
     change_updates(monkeypatch, lambda model: model.replace(skipped=model.skipped + 1))
-    with pytest.raises(hosts.RunFault, match="all 2 updates were skipped"):
-        rm_loop.train_reward_model(run_config(place, tmp_path, train_rm__steps=2))
+    with pytest.raises(hosts.RunFault, match="all 8 updates were skipped"):
+        rm_loop.train_reward_model(run_config(place, tmp_path))
 
 
 def test_weights_that_are_not_finite_are_not_saved(place, tmp_path, alone, monkeypatch):

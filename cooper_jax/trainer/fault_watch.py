@@ -124,7 +124,7 @@ class FaultWatch:
         if self._settings.idle_steps and self._without_responses % self._settings.idle_steps == 0:
             hosts.print_once(
                 f"warning: step {step}: the reward model got no update for {self._without_responses} steps, since "
-                "there was no response to make a pair of (pairs/refused_no_positive: the rule verified none).  It is "
-                "a frozen one until there is",
+                "there was no response to make a pair of (pairs/refused_no_positive: the rule verified none): "
+                "until there is one, it is frozen",
                 always=True,
             )
