@@ -75,7 +75,7 @@ def try_full_disk(disk: Path, begun: Path, whole: Path, free: int) -> None:
 
     fill(disk, free)
     stopped = tiny_runs.run(run, **SHORT, steps=4)
-    # Libraries may write more: Orbax and tensorboardX have threads, whose tracebacks are their own.
+    # Threads of libraries meet the same full disk: a line each (launch/library_errors.py).
     errors = [line for line in stopped.stderr.splitlines() if line.startswith("error: ")]
     others = stopped.stderr.count("Traceback (most recent call last)")
     steps = [row["step"] for row in tiny_runs.metrics(run)]
@@ -86,7 +86,7 @@ def try_full_disk(disk: Path, begun: Path, whole: Path, free: int) -> None:
     after = digest_checkpoints(run)
     newest = max(path.split("/")[1] for path in before)
     lost = [path for path in before if path.split("/")[1] == newest and after.get(path) != before[path]]
-    assert stopped.returncode == 2 and len(errors) == 1, stopped.stderr
+    assert stopped.returncode == 2 and len(errors) == 1 and not others, stopped.stderr
     assert not lost or steps[-1] > 2, lost
 
     (disk / "filler").unlink()
