@@ -96,16 +96,16 @@ def test_workflows_run_the_parts_of_ci():
 
 
 # Why `.ci/run` runs none of a file's slow tests.
-COMPILED = "TPU and GPU programs in larger numbers: the part `compile` has a selection of them"
+COMPILED = "needs an environment of its own and compiles many programs: the part `compile` runs the others"
 NOT_IN_CI = {
     "test_api_examples.py": "a whole run from Python; the same loop is run by test_train.py",
     "test_bench.py": "measurements of two more kinds; a default test runs the command for one",
-    "test_bounds.py": "every field with every bad value; a default test has a part of them",
-    "test_damaged_files.py": "the tables for all families; default tests have one family each",
-    "test_evaluation.py": "long forms: whole runs, two hosts and a process that is killed, of evaluations alone",
-    "test_few_shapes.py": "five settings of a step, each compiled anew",
-    "test_references.py": "further pairs of what a default test checks with one shift",
-    "test_rollout_kernels.py": "more settings of interpreted kernels; default tests have one of each",
+    "test_bounds.py": "every bad value of every field as a job reads it; a default test asks the table of bounds alone",
+    "test_damaged_files.py": "configs of all families and tokenizers of three; default tests have one config and fewer files",
+    "test_evaluation.py": "long forms: two hosts, killed processes, a whole run; default tests have one process",
+    "test_few_shapes.py": "five settings of a whole step, each compiled anew; it has no short form",
+    "test_references.py": "further rows' references; a default test takes those of one shift",
+    "test_rollout_kernels.py": "long forms: interpreted kernels of whole rollouts; default tests have fewer",
     "compile/test_compiled_attention.py": COMPILED,
     "compile/test_compiled_budgets.py": COMPILED,
     "compile/test_compiled_collectives.py": COMPILED,
