@@ -100,8 +100,8 @@ COMPILED = "needs an environment of its own and compiles many programs: the part
 NOT_IN_CI = {
     "test_api_examples.py": "a whole run from Python; the same loop is run by test_train.py",
     "test_bench.py": "measurements of two more kinds; a default test runs the command for one",
-    "test_bounds.py": "every bad value of every field as a job reads it; a default test asks the table of bounds alone",
-    "test_damaged_files.py": "configs of all families and tokenizers of three; default tests have one config and fewer files",
+    "test_bounds.py": "bad values of all fields as a job reads them; a default test asks the table alone",
+    "test_damaged_files.py": "configs of all families, three tokenizers; default tests have fewer files",
     "test_evaluation.py": "long forms: two hosts, killed processes, a whole run; default tests have one process",
     "test_few_shapes.py": "five settings of a whole step, each compiled anew; it has no short form",
     "test_references.py": "further rows' references; a default test takes those of one shift",
