@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import pty
 import subprocess
 import sys
 import threading
@@ -292,6 +293,25 @@ def test_errors_end_a_command_with_a_line_each():
         " --config.stepz",
         " --config.seed=x",
     ]
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["log", "terminal"])
+def test_the_first_line_comes_before_jax_is_imported(tmp_path, terminal):
+    """An import of JAX takes seconds, in which a user would see nothing.  Here it fails."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text("raise ImportError('not here')\n")
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/train.py"), f"--config={ROOT / 'configs/tiny.py'}"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "TERM": "xterm"},
+        stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120,
+    )  # fmt: skip
+    # What is written is short enough to wait in a pipe or a terminal until it is read.
+    os.close(writer)
+    shown = os.read(reader, 65536).decode()
+    os.close(reader)
+    assert done.returncode == 1 and "ImportError: not here" in done.stderr, done.stderr
+    assert "loading the libraries " in shown and ("\x1b" in shown) == terminal, shown
 
 
 def test_help_may_be_cut_by_its_reader():

@@ -95,6 +95,48 @@ def test_workflows_run_the_parts_of_ci():
     assert ran == parts
 
 
+# Why `.ci/run` runs none of a file's slow tests.
+COMPILED = "needs an environment of its own and compiles many programs: the part `compile` runs the others"
+NOT_IN_CI = {
+    "test_api_examples.py": "a whole run from Python; the same loop is run by test_train.py",
+    "test_bench.py": "measurements of two more kinds; a default test runs the command for one",
+    "test_bounds.py": "bad values of all fields as a job reads them; a default test asks the table alone",
+    "test_damaged_files.py": "configs of all families, three tokenizers; default tests have fewer files",
+    "test_evaluation.py": "long forms: two hosts, killed processes, a whole run; default tests have one process",
+    "test_few_shapes.py": "five settings of a whole step, each compiled anew; it has no short form",
+    "test_references.py": "further rows' references; a default test takes those of one shift",
+    "test_rollout_kernels.py": "long forms: interpreted kernels of whole rollouts; default tests have fewer",
+    "compile/test_compiled_attention.py": COMPILED,
+    "compile/test_compiled_budgets.py": COMPILED,
+    "compile/test_compiled_collectives.py": COMPILED,
+    "compile/test_compiled_decode_attention.py": COMPILED,
+    "compile/test_compiled_head.py": COMPILED,
+    "compile/test_compiled_programs.py": COMPILED,
+    "compile/test_compiled_sampling.py": COMPILED,
+}
+
+
+def test_slow_tests_run_in_ci_or_have_a_reason():
+    """Each file with slow tests is named in the part `slow` of .ci/run, whole or by some of its tests."""
+    tests = ROOT / "tests"
+    slow = {
+        file.relative_to(tests).as_posix()
+        for file in tests.rglob("test_*.py")
+        if re.search(r"pytest\.mark\.slow", file.read_text(encoding="utf-8"))
+    }
+    named = list_slow_files((ROOT / ".ci/run").read_text())
+    assert named <= slow, "these have no slow tests"
+    assert sorted(slow - named) == sorted(NOT_IN_CI)
+
+
+def list_slow_files(script: str) -> set[str]:
+    """The test files that the part `slow` of a script runs."""
+    part = re.search(r"^if wants slow; then\n(.*?)^fi$", script, re.MULTILINE | re.DOTALL)[1]
+    commands = re.sub(r"^ *#.*|--deselect +(\"[^\"]*\"|\S+)", "", part, flags=re.MULTILINE)
+    found = re.findall(r"tests/test_(?:\{([\w,]+)\}|(\w+))\.py", commands)
+    return {f"test_{name}.py" for several, one in found for name in (several or one).split(",")}
+
+
 # --- links ---------------------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,13 @@ def test_requirements_and_pyproject_agree():
         assert set(EXTRAS[extra]) < set(EXTRAS["test"]), extra
 
 
+def test_the_page_about_installing_names_every_extra():
+    page = (ROOT / "docs/install.md").read_text()
+    rows = re.search(r"^\| extra \|.*\n\|.*\n((?:\|.*\n)+)", page, re.MULTILINE)[1]
+    named = [name for row in rows.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(EXTRAS)
+
+
 def test_the_citation_has_the_version_and_the_license():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {cooper_jax.__version__}\n" in citation

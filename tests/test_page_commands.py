@@ -171,6 +171,37 @@ def test_short_commands_run(tmp_path, monkeypatch):
     assert failed == [], "\n".join(failed)
 
 
+def list_run_pages() -> list[str]:
+    """The pages with commands that are run."""
+    return list(dict.fromkeys(command.page for command in page_commands.list_commands() if is_run(command)))
+
+
+def is_run(command: Command) -> bool:
+    if command.is_setting:
+        return False
+    try:
+        return not page_commands.find_rule(command, RULES).skip
+    except ValueError:
+        return False  # a command without a rule must not keep this file's tests from being collected
+
+
+@pytest.fixture(scope="module")
+def page_runner(tmp_path_factory):
+    """One for all pages: they share the models and runs of their commands, and what is compiled."""
+    return run_page_commands.PageRunner(tmp_path_factory.mktemp("pages"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", list_run_pages())
+def test_all_commands_of_a_page_run(page, page_runner):
+    """Also those that take minutes; all pages take hours."""
+    commands = [command for command in page_commands.list_commands() if command.page == page]
+    outcomes = list(page_runner.run_page(commands))
+    failed = [f"{o.command.place}: {o.reason}" for o in outcomes if o.state == run_page_commands.FAILED]
+    assert failed == [], "\n".join(failed)
+    assert any(outcome.state == run_page_commands.PASSED for outcome in outcomes)
+
+
 def is_short(command: Command) -> bool:
     rule = page_commands.find_rule(command, RULES)
     return rule.short and not rule.skip
