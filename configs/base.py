@@ -404,9 +404,10 @@ def chat_section(kind: str, max_new_tokens: int, temperature: float, top_p: floa
     c.kind = kind  # local (our rollout) | openai (a server)
 
     # --- servers ---
-    c.url = ""  # openai: the server's base address, http://HOST:PORT/v1
+    c.url = ""  # openai: the server's base address, http://HOST:PORT/v1; without a key in it
     c.model = ""  # openai: the model's name on the server
-    c.key_env = "OPENAI_API_KEY"  # openai: the environment variable that contains the key
+    # openai: the environment variable that contains the key; its name in capital letters, never the key itself
+    c.key_env = "OPENAI_API_KEY"
     c.concurrency = 16  # openai: number of simultaneous requests
     c.timeout = 60.0  # openai: seconds per request
     c.retries = 3  # openai: retries after connection errors, 429 and 5xx, with back-off
@@ -532,7 +533,8 @@ def serve_section() -> ConfigDict:
     c.reward_name = "verifyrm"  # the reward model's name in requests
     c.host = "127.0.0.1"  # address to listen on; others than this machine's own need a key
     c.port = 8000  # port to listen on; 0: a free one, which is printed
-    # Environment variable that contains the API key; without a value in it no key is asked for.  "": never a key
+    # Environment variable that contains the API key (its name in capital letters); without a value in it no key is
+    # asked for.  "": never a key
     c.key_env = "COOPER_API_KEY"
 
     # --- sizes, which are fixed when the server starts ---

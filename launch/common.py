@@ -31,8 +31,8 @@ from ml_collections import ConfigDict, config_flags
 from cooper_jax.launch import command_line, library_errors
 from cooper_jax.runtime import interrupts
 from cooper_jax.runtime.console import CONSOLE
-from cooper_jax.settings.bounds import check_bounds
 from cooper_jax.settings.config_files import list_shipped_configs, load_config
+from cooper_jax.settings.cross_checks import check_fields
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -77,13 +77,13 @@ def begin_job(argv: list[str]) -> None:
 def read_config() -> ConfigDict:
     """Return the config with the flags and its recipe applied; flags take precedence over the recipe.
 
-    Raises SetupError for an unknown recipe, and for every field outside its bounds, also in sections that the
-    job does not read.
+    Raises SetupError for an unknown recipe, and for every field that is outside its bounds or may hold a secret,
+    also in sections that the job does not read.
     """
     from cooper_jax.trainer import recipes
 
     cfg = CONFIG.value
-    check_bounds(cfg)
+    check_fields(cfg)
     recipes.apply_presets(cfg, config_flags.get_override_values(flags.FLAGS[CONFIG.name]))
     return cfg
 

@@ -255,7 +255,7 @@ def test_an_arm_of_the_command_line():
         ("start_reward: reward.updates=3", "start_reward, compile, a colon"),
         (
             "mine: reward.updats=3",
-            "'reward.updats=3': --config.reward.updats: the config does not have this field",
+            "--arm=mine: --config.reward.updats: the config does not have this field",
         ),
         ("mine: reward.updates=3.5", "reward.updates=3.5: it takes a int like 1"),
         ("mine: reward.pair_bce=much", "takes a float"),

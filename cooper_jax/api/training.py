@@ -27,6 +27,7 @@ from cooper_jax.runtime.compilations import watch_compilations
 from cooper_jax.runtime.console import CONSOLE
 from cooper_jax.runtime.run_directory import run_path
 from cooper_jax.settings import config_files
+from cooper_jax.settings.secrets import check_secrets
 from cooper_jax.settings.setup_errors import SetupError, setup_errors
 from cooper_jax.trainer import recipes, train_loop
 
@@ -148,8 +149,8 @@ def _run(cfg: ConfigDict) -> Result:
 def make_config(config: str | os.PathLike[str] | ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     """Make a run's config: the overrides take precedence over the recipe, and the recipe over the config.
 
-    The given config is not changed.  Raises SetupError for an unknown field and a value of another type, and for a
-    ConfigDict whose fields contradict its own recipe.
+    The given config is not changed.  Raises SetupError for an unknown field, a value of another type and one that
+    may hold a secret, and for a ConfigDict whose fields contradict its own recipe.
     """
     if isinstance(config, ConfigDict):
         cfg = config.copy_and_resolve_references()
@@ -160,6 +161,7 @@ def make_config(config: str | os.PathLike[str] | ConfigDict, overrides: Mapping[
             # The messages are those of the flag.
             raise SetupError(*(m.replace("--config=", "config=") for m in error.messages)) from error
     config_files.set_overrides(cfg, overrides)
+    check_secrets(cfg)
 
     # In a script, `cfg.reward.updates = 3` is meant to count; a recipe would overwrite it.
     if isinstance(config, ConfigDict) and (messages := recipes.find_contradictions(cfg, overrides)):

@@ -19,6 +19,7 @@ from cooper_jax.reward_training import batches, examples
 from cooper_jax.reward_training.rm_config import TrainRmConfig
 from cooper_jax.runtime import device_layouts, mesh, optim
 from cooper_jax.runtime.trackers.tracker_choice import find_name_errors
+from cooper_jax.settings.secrets import check_secrets
 from cooper_jax.settings.setup_errors import ErrorCollector
 from cooper_jax.types import TrainState
 
@@ -52,6 +53,9 @@ class RmSettings:
             )
         with errors.collect("reward"):
             read["update"] = RewardUpdateConfig.from_config(cfg.reward)
+        # The config is stored whole, with the sections that this job does not read.
+        with errors.collect("config"):
+            check_secrets(cfg)
         _check_shared_sections(cfg, errors)
         _check_mesh(cfg, errors)
 

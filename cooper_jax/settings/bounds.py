@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cooper_jax.settings.config_fields import flatten_config
+from cooper_jax.settings.secrets import MAY_HOLD_SECRETS
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.settings.value_rules import Flag, ListOf, OneOf, Real, Rule, Text, Whole, show_value
 
@@ -430,9 +431,6 @@ BOUNDS: dict[str, Rule] = {
 # Rules of sections that a typed config names by their last part alone.
 _BY_LAST_PART = _prefix("optimiser", _OPTIMISER) | _prefix("lora", _LORA)
 
-# Fields whose values may hold a key or a password: no message repeats them.
-_MAY_HOLD_SECRETS = ("url", "key_env")
-
 
 def check_bounds(config: ConfigDict) -> None:
     """Raise SetupError with every field of a config that is outside its bounds."""
@@ -461,7 +459,7 @@ def find_out_of_bounds(config: Any, section: str) -> list[str]:
 def _find_problems(name: str, value: Any, rule: Rule | None) -> list[str]:
     if rule is None or rule.accepts(value):
         return []
-    if name.rpartition(".")[2] in _MAY_HOLD_SECRETS:
+    if name.rpartition(".")[2] in MAY_HOLD_SECRETS:
         return [f"{name}: it must be {_describe(rule)}"]
     if isinstance(rule, OneOf):
         return [f"{name}={show_value(value)}: it is {rule.allowed}"]

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.configs import base
 from cooper_jax.settings.config_fields import describe_unknown_field, flatten_config
+from cooper_jax.settings.secrets import MAY_HOLD_SECRETS
 from cooper_jax.settings.setup_errors import ErrorCollector, SetupError
 
 # The folder of the shipped configs.
@@ -107,5 +108,9 @@ def set_overrides(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
         try:
             config.update_from_flattened_dict({name: value})
         except TypeError as error:
+            # The error's text repeats the value, too.
+            if name.rpartition(".")[2] in MAY_HOLD_SECRETS:
+                errors.messages.append(f"{name}: it must be text, not {type(value).__name__}")
+                continue
             errors.messages.append(f"{name}={value!r}: {' '.join(str(error).split())}")
     errors.raise_if_any()

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.settings.bounds import check_bounds
 from cooper_jax.settings.renamed_flags import describe_removed_values
-from cooper_jax.settings.secrets import find_secrets
+from cooper_jax.settings.secrets import check_secrets
 from cooper_jax.settings.setup_errors import ErrorCollector
 
 # The value of supervised.reward_from with which the reward model of start_from is not loaded.
@@ -31,6 +31,18 @@ def asks_assistant(cfg: ConfigDict) -> bool:
     return updates_reward_model(cfg) and weighs_pairs(cfg.reward) and "assistant" in cfg.pairs.negatives
 
 
+def check_fields(cfg: ConfigDict) -> None:
+    """Raise SetupError with every field that is outside its bounds or may hold a secret.
+
+    Every job calls this for its whole config, since a job stores the sections that it does not read, too.
+    """
+    errors = ErrorCollector()
+    for check in (check_bounds, check_secrets):
+        with errors.collect("config"):
+            check(cfg)
+    errors.raise_if_any()
+
+
 def check_cross_sections(cfg: ConfigDict) -> None:
     """Raise SetupError with every setting that contradicts a setting of another section.
 
@@ -39,7 +51,7 @@ def check_cross_sections(cfg: ConfigDict) -> None:
     # All errors are collected, so that one start of a run shows them all.
     errors = ErrorCollector()
     with errors.collect("config"):
-        check_bounds(cfg)
+        check_fields(cfg)
     errors.require(
         cfg.reward.overlong_tokens <= cfg.rollout.max_new_tokens,
         f"reward.overlong_tokens={cfg.reward.overlong_tokens}: it is at most rollout.max_new_tokens="
@@ -59,11 +71,6 @@ def check_cross_sections(cfg: ConfigDict) -> None:
         "exact=True with policy.packing=on: an exact rollout repeats the learner's forward pass on rows of one "
         "response each; leave --config.policy.packing at auto",
     )
-    # The config of a run is stored whole, with the sections that it does not read.
-    unread = ["judge", "source"] if asks_assistant(cfg) else ["assistant", "judge", "source"]
-    for name in unread:
-        for message in find_secrets(name, cfg[name].url, cfg[name].key_env):
-            errors.require(False, message)
     _check_training_sampling(cfg, errors)
     _check_rollout_ahead(cfg, errors)
     _check_models(cfg, errors)

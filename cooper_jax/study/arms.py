@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from cooper_jax.runtime.stored_config import flatten_config
 from cooper_jax.settings.config_fields import describe_unknown_field
+from cooper_jax.settings.secrets import find_secrets_of_fields
 from cooper_jax.settings.setup_errors import SetupError
 from cooper_jax.trainer.recipes import list_preset_fields, list_preset_values
 
@@ -172,10 +173,14 @@ def parse_arm(text: str, base: ConfigDict) -> Arm:
                 f"--arm={name}: {part.strip()!r}: write FIELD=VALUE, with a field of configs/base.py"
             )
         if field not in known:
-            raise SetupError(f"--arm={name}: {part.strip()!r}: {describe_unknown_field(field, known)}")
+            # Without the value, which may be a key.
+            raise SetupError(f"--arm={name}: {describe_unknown_field(field, known)}")
         if is_shared_field(field):
             raise SetupError(f"--arm={name}: {field} is the same in all arms: give it as --config.{field}")
         settings[field] = _parse_value(value, known[field], f"--arm={name}: {field}")
+    # Before any other message about a setting, as those repeat values.
+    if secrets := find_secrets_of_fields(settings):
+        raise SetupError(*(f"--arm={name}: {message}" for message in secrets))
     return Arm(name, rest, settings)
 
 
