@@ -170,7 +170,7 @@ def list_processes(pid: int) -> list[Path]:
 
 
 def watch(process: subprocess.Popen) -> tuple[set[str], set[str]]:
-    """Read /proc until a process ends: its command lines and its descendants', the variables of the rule's workers."""
+    """Read /proc until a process ends: command lines of it and its descendants, variables of the rule's workers."""
     commands, environments = set(), set()
     while process.poll() is None:
         # A process may end between two looks at it.
