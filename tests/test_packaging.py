@@ -127,7 +127,14 @@ def test_the_help_lists_every_subcommand(monkeypatch, capsys):
 
 def test_every_script_is_a_subcommand():
     scripts = {file.stem for file in (ROOT / "launch").glob("*.py")}
-    assert scripts - set(cli.COMMANDS) == {"__init__", "cli", "command_line", "common", "local_hosts"}
+    assert scripts - set(cli.COMMANDS) == {
+        "__init__",
+        "cli",
+        "command_line",
+        "common",
+        "library_errors",
+        "local_hosts",
+    }
 
 
 @pytest.mark.parametrize(
