@@ -104,7 +104,7 @@ NOT_IN_CI = {
     "test_damaged_files.py": "configs of all families, three tokenizers; default tests have fewer files",
     "test_evaluation.py": "long forms: two hosts, killed processes, a whole run; default tests have one process",
     "test_few_shapes.py": "five settings of a whole step, each compiled anew; it has no short form",
-    "test_notebook.py": "the whole notebook, more than five minutes; default tests check its cells, settings, metrics and links",
+    "test_notebook.py": "the whole notebook, more than five minutes; default tests check its cells and settings",
     "test_references.py": "further rows' references; a default test takes those of one shift",
     "test_rollout_kernels.py": "long forms: interpreted kernels of whole rollouts; default tests have fewer",
     "compile/test_compiled_attention.py": COMPILED,
