@@ -1,9 +1,9 @@
 r"""The guard against reward hacking: data of runs made for it, its thresholds, and what it does on other runs.
 
     python tests/measure_hacking_guard.py collect STUDY... --out=FILE.jsonl
-    python tests/measure_hacking_guard.py learn FILE.jsonl --seeds=20,21
+    python tests/measure_hacking_guard.py learn FILE.jsonl --seeds=20-24
     python tests/measure_hacking_guard.py evaluate FILE.jsonl --seeds=30-39
-    python tests/measure_hacking_guard.py records docs/results/study.jsonl --learned=FILE.jsonl --seeds=20,21
+    python tests/measure_hacking_guard.py records docs/results/study.jsonl --learned=FILE.jsonl --seeds=20-24
     python tests/measure_hacking_guard.py ends STUDY... --arm=fallback
 
 * `collect` reads the folders of studies whose runs were evaluated every few steps, and writes a row for each step:
@@ -336,7 +336,7 @@ def main() -> None:
     elif flags.command == "evaluate":
         print_evaluation(runs)
     else:
-        learned = learn_single(runs, FALSE_POSITIVES)
+        learned = learn_single([run for run in runs if not run.is_undecided], FALSE_POSITIVES)
         if learned is None:
             parser.error(f"{file} does not have both kinds of runs")
         print_evaluation(read_study_records(flags.file), learned.detector)

@@ -13,7 +13,7 @@ from tiny_runs import ROOT
 from cooper_jax.trainer.hacking_detector import DETECTOR, Detector, Part
 
 STORED = ROOT / "docs/results/guard.jsonl"
-LEARNED, OTHERS = {20, 21}, {10, 11, 30}
+LEARNED, OTHERS = set(range(20, 25)), set(range(30, 40))
 GAP, LENGTH = "hacking/gap", "response/tokens_mean"
 
 
@@ -124,14 +124,16 @@ def test_the_guards_detector_is_the_one_that_the_stored_runs_give(capsys):
 
 
 def test_what_the_guard_does_on_seeds_that_set_no_threshold():
+    """What docs/hacked.md says: one warning comes too late, and two alarms are false."""
     runs = [run for run in read_rows(STORED) if run.seed in OTHERS]
-    assert {run.seed for run in runs} == OTHERS
-    for run in runs:
-        outcome = apply_detector(run, DETECTOR)
-        if run.arm == "frozen":
-            assert run.onset is not None and outcome.is_warning, run.seed
-        else:
-            assert run.onset is None and outcome.alarm is None, (run.arm, run.seed)
+    outcomes = {(run.arm, run.seed): apply_detector(run, DETECTOR) for run in runs}
+    assert outcomes.keys() == {(arm, seed) for arm in ("frozen", "robust") for seed in OTHERS}
+    assert all((run.onset is None) == (run.arm == "robust") for run in runs)
+    warned = {seed for (arm, seed), outcome in outcomes.items() if arm == "frozen" and outcome.is_warning}
+    false = {
+        seed for (arm, seed), outcome in outcomes.items() if arm == "robust" and outcome.alarm is not None
+    }
+    assert warned == OTHERS - {32} and false == {32, 39}
 
 
 def test_seeds_on_the_command_line():

@@ -15,7 +15,7 @@ number.  The excess stops at twice the limit, so that an alarm ends when the sig
 
 The constants are learned from runs made for them (docs/hacked.md#the-guard):
 
-    python tests/measure_hacking_guard.py learn docs/results/guard.jsonl --seeds=20,21
+    python tests/measure_hacking_guard.py learn docs/results/guard.jsonl --seeds=20-24
 """
 
 from __future__ import annotations
