@@ -51,7 +51,23 @@ WORKERS = 2
 
 # The test files that take longest, first: a long one that begins last keeps one worker busy while the other has
 # nothing left.  Slow tests and the others have an order of their own.
-LONGEST_FILES = ()
+LONGEST_FILES = (
+    "test_chat_engine.py",
+    "test_head.py",
+    "test_grpo.py",
+    "test_decode_attention.py",
+    "test_filtered_training.py",
+    "test_compile.py",
+    "test_annotation.py",
+    "test_checkpoint.py",
+    "test_api.py",
+    "test_bench.py",
+    "test_rollout_ahead.py",
+    "test_row_packing.py",
+    "test_check_device.py",
+    "test_sampling.py",
+    "test_algorithms.py",
+)
 LONGEST_SLOW_FILES = (
     "test_hosts.py",
     "test_notebook.py",

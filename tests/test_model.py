@@ -596,7 +596,7 @@ def test_config_reads_both_generations_of_config_json():
         ),
         (
             {"use_sliding_window": True, "max_window_layers": None, "sliding_window": 8},
-            "max_window_layers is null, but use_sliding_window is true",
+            "max_window_layers is None: it must be a whole number",
         ),
         ({"model_type": "gemma3"}, "'gemma3' is a model of images and text"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True"),

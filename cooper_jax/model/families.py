@@ -102,10 +102,6 @@ def _read_qwen_layers(hf: Mapping[str, Any]) -> Layers:
         return _make_layers(_read_listed_types(hf), window)
     if window is None:
         return Layers()
-    if hf["max_window_layers"] is None:
-        raise ValueError(
-            "max_window_layers is null, but use_sliding_window is true: give the number of full layers"
-        )
     full = min(hf["max_window_layers"], hf["num_hidden_layers"])
     return _make_layers(("full",) * full + ("sliding",) * (hf["num_hidden_layers"] - full), window)
 
