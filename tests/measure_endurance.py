@@ -98,7 +98,10 @@ def read_usage(process: int, step: int) -> Usage:
     fields = read_status(process)
     if "VmRSS" not in fields:
         raise ProcessLookupError(f"process {process} has ended")
-    children = (folder / "task" / str(process) / "children").read_text().split()
+    # Each thread has a list of the processes that it started.
+    children = [
+        child for task in (folder / "task").iterdir() for child in (task / "children").read_text().split()
+    ]
     return Usage(
         step=step,
         memory=read_memory(fields),
