@@ -308,7 +308,7 @@ def main(arguments: list[str]) -> None:
     """Measure what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=("flat", "kills", "losses"))
-    parser.add_argument("--steps", type=int, help="default: 2000 for flat, three for each kill")
+    parser.add_argument("--steps", type=int, help="default: 2000 for flat, ten for each kill")
     parser.add_argument("--cycles", type=int, help="kills; default: 50, or 10 for losses")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="keep the runs in this folder, which must not exist")
@@ -323,7 +323,7 @@ def main(arguments: list[str]) -> None:
                 measure_flatness(folder, options.steps or 2000)
             else:
                 processes = 2 if options.what == "losses" else 1
-                measure_kills(folder, cycles, options.steps or 3 * cycles, processes, options.seed)
+                measure_kills(folder, cycles, options.steps or 10 * cycles, processes, options.seed)
         except EnduranceError as error:
             sys.exit(f"error: {error}")
 
