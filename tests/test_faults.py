@@ -114,10 +114,30 @@ def test_updates_that_never_come_end_the_run_with_its_state_saved():
     with pytest.raises(RunFault, match="no update for 3 steps.*http_401 12, no_positive 6"):
         counting.check(7, idle, lambda: saved.append(7))
     assert saved == [7]
+    # Whoever starts the run again has all its steps.
+    assert counting.to_json()["idle"] == 0
     frozen, allowed = watch(updates_reward=False), watch(idle_steps=0)
     for step in range(9):
         frozen.check(step, idle, never)
         allowed.check(step, idle, never)
+
+
+def test_the_counts_go_on_from_those_of_a_checkpoint():
+    idle = GOOD | {"rm/updates": 0.0, "pairs/refused_http_401": 4.0}
+    counting = watch()
+    for step in (1, 2):
+        counting.check(step, idle | {"rm/mean": float("nan")}, never)
+    stored = json.loads(json.dumps(counting.to_json()))
+
+    resumed = watch()
+    resumed.restore(stored)
+    with pytest.raises(RunFault, match="not finite in 3 steps in a row"):
+        resumed.check(3, idle | {"rm/mean": float("nan")}, never)
+    resumed.restore(stored)
+    with pytest.raises(RunFault, match="no update for 3 steps.*http_401 12"):
+        resumed.check(3, idle, lambda: None)
+    resumed.restore({})  # of a checkpoint of an earlier version
+    resumed.check(3, idle, never)
 
 
 def test_steps_without_a_response_to_make_a_pair_of_are_warned_of(capsys):
@@ -189,6 +209,17 @@ def test_runs_end_with_code_70_and_good_checkpoints(tmp_path):
     assert "no update for 1 steps" in done.stderr and "connection" in done.stderr
     step = len(tiny_runs.metrics(tmp_path / "dead"))
     assert (tmp_path / f"dead/checkpoints/{step}").is_dir()
+
+    # A run that ends before its limit, as a preempted one does, goes on counting.
+    counted = dead | {"assistant.probe": False, "idle_steps": 2}
+    done = tiny_runs.run(tmp_path / "counted", **counted | {"steps": 20})
+    assert done.returncode == FAULT and "no update for 2 steps" in done.stderr, done.stderr
+    last = len(tiny_runs.metrics(tmp_path / "counted"))
+    done = tiny_runs.run(tmp_path / "resumed", **counted | {"steps": last - 1})
+    assert done.returncode == 0, done.stderr
+    done = tiny_runs.run(tmp_path / "resumed", **counted | {"steps": 20})
+    assert done.returncode == FAULT and "no update for 2 steps" in done.stderr, done.stderr
+    assert len(tiny_runs.metrics(tmp_path / "resumed")) == last
 
     done = tiny_runs.run(tmp_path / "overflow", **OVERFLOWING | {"eval.every": 0, "steps": 30})
     said = done.stdout + done.stderr

@@ -110,7 +110,10 @@ def test_gradients_equal_torch(name, tmp_path):
         )
 
     ours = gradients(weights.load_weights(str(tmp_path / "weights"), layout=one_device()).params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), ours, expected)
+    # A gradient near 0 is a sum of large terms, so its error is in proportion to the array's largest.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), ours, expected
+    )
 
 
 # --- padding ---------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def random_params(config: ModelConfig, head: str = "logits", seed: int = 0):
 
 
 def torch_model(config: ModelConfig, head: str = "logits", pad_token_id: int = 0):
-    """transformers' model of this shape with random weights; skips where torch is absent."""
+    """transformers' model of this shape with random weights, the same each time; skips where torch is absent."""
     torch = pytest.importorskip("torch", reason="parity needs torch")
     import transformers
 
@@ -119,11 +119,11 @@ def torch_model(config: ModelConfig, head: str = "logits", pad_token_id: int = 0
     if head == "logits":
         name = name.removesuffix("Text")
     kind = {"logits": "ForCausalLM", "score": "ForSequenceClassification"}[head]
-    model = getattr(transformers, name + kind)(hf).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = getattr(transformers, name + kind)(hf).eval()
         for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+            p.add_(torch.randn(p.shape) * 0.1)
     return model
 
 

@@ -6,7 +6,8 @@
    finite ends the run; with `faults=skip` the updates that it makes impossible are left out
    (`optim.apply_update` does that), up to `faults_in_a_row` steps.  A reward model that gets no update for
    `idle_steps` steps, although there were responses to make pairs of, ends it too: it would be the frozen one,
-   which a policy learns to fool.
+   which a policy learns to fool.  The counts are in each checkpoint, since a machine that is preempted every few
+   steps would never reach these limits otherwise.
 
 A fault raises RunFault, on all hosts at the same call, since all have the same metrics; the exit code is 70.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from cooper_jax.runtime import hosts
 from cooper_jax.runtime.finiteness import describe_non_finite
@@ -66,6 +68,21 @@ class FaultWatch:
         self._refused: Counter[str] = Counter()  # reasons, over the idle steps
         self._without_responses = 0  # steps in a row without a response to make a pair of
 
+    def to_json(self) -> dict[str, Any]:
+        """The counts, for a checkpoint."""
+        return {
+            "faulty": self._faulty,
+            "idle": self._idle,
+            "refused": dict(self._refused),
+            "without_responses": self._without_responses,
+        }
+
+    def restore(self, counts: Mapping[str, Any]) -> None:
+        """Go on from the counts of a checkpoint; from 0 if it has none."""
+        self._faulty, self._idle = counts.get("faulty", 0), counts.get("idle", 0)
+        self._refused = Counter(counts.get("refused", {}))
+        self._without_responses = counts.get("without_responses", 0)
+
     def check(self, step: int, metrics: Mapping[str, float], save: Callable[[], None]) -> None:
         """Check the metrics of a complete step.  Raises RunFault.
 
@@ -106,10 +123,11 @@ class FaultWatch:
         for name, count in refused.items():
             self._refused[name.removeprefix(_REFUSED)] += int(count)
         if self._settings.idle_steps and self._idle >= self._settings.idle_steps:
-            save()
+            idle, self._idle = self._idle, 0  # the run that goes on from here has all its steps again
             reasons = ", ".join(f"{reason} {count}" for reason, count in self._refused.most_common())
+            save()
             raise RunFault(
-                f"step {step}: the reward model got no update for {self._idle} steps, although there were "
+                f"step {step}: the reward model got no update for {idle} steps, although there were "
                 "responses to make pairs of; it would be a frozen one.  Reasons for which pairs were refused: "
                 f"{reasons}.  The step is saved: mend the cause (often the assistant's server or key) and start "
                 "the same command again, or allow it with --config.idle_steps=0"

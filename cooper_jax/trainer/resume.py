@@ -76,9 +76,15 @@ def start_or_resume(
 
 
 def save_checkpoint(
-    components: Components, state: State, run: RunDirectory, checkpoints: Checkpoints
+    components: Components,
+    state: State,
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+    faults: Mapping[str, Any] | None = None,
 ) -> None:
     """Save a complete state in the background; return once its arrays are copied and may be donated.
+
+    faults: the counts of the run's faults (fault_watch.py); None if nothing has counted them yet.
 
     Raises RunFault for weights that are not finite, which are not saved.
     """
@@ -99,6 +105,8 @@ def save_checkpoint(
         loop["went_back_to"] = components.settings.resume_step
     if components.settings.guard.hacking_guard != "off":
         loop["guard"] = state.guard.to_json()
+    if faults:
+        loop["faults"] = dict(faults)
     if components.settings.log.rewrites_kept:
         loop["recent_rewrites"] = state.recent_rewrites.to_json()
     checkpoints.save(state.step, checkpoint_items(state), loop, checkpoint_vocab_sizes(components))

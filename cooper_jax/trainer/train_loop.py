@@ -106,9 +106,17 @@ class TrainingLoop:
 
         state: of the newest checkpoint.  Its arrays are donated.
         """
-        self._state = state
+        self._take_up(state)
         while not self._run_from_state():
-            self._state = roll_back(self._components, self._state, self._run, self._checkpoints)
+            assert self._state is not None
+            self._take_up(roll_back(self._components, self._state, self._run, self._checkpoints))
+
+    def _take_up(self, state: State) -> None:
+        """Go on from a state, with the counts of faults that its checkpoint has."""
+        self._state = state
+        # Step 0, which may not be written yet, has none.
+        with setup_errors("checkpoint"):
+            self._faults.restore(self._checkpoints.loop(state.step).get("faults", {}) if state.step else {})
 
     def _run_from_state(self) -> bool:
         """Run the steps that are left; False for an alarm after which the run is to go back."""
@@ -175,7 +183,7 @@ class TrainingLoop:
         # logged in the next step's row.
         if state.step % settings.checkpoint.every == 0 or state.step == settings.steps:
             with setup_errors("checkpoint"), phases.phase("checkpoint"), pause_rollout(components):
-                save_checkpoint(components, state, self._run, self._checkpoints)
+                self._save(state)
 
     def _take_finished(self, state: State, metrics: Metrics, record: StepRecord) -> None:
         """Take the state of a step that the next step has completed: the one before can no longer be saved."""
@@ -194,8 +202,12 @@ class TrainingLoop:
         with setup_errors("checkpoint"), pause_rollout(self._components):
             self._checkpoints.wait()
             if self._state.step not in self._checkpoints.steps():
-                save_checkpoint(self._components, self._state, self._run, self._checkpoints)
+                self._save(self._state)
                 self._checkpoints.wait()
+
+    def _save(self, state: State) -> None:
+        """Save a complete state, with the counts of faults."""
+        save_checkpoint(self._components, state, self._run, self._checkpoints, self._faults.to_json())
 
     def save_last_step(self) -> None:
         """Complete and save the last step of a run that a SIGTERM ends, and wait until it is written."""
@@ -217,7 +229,7 @@ class TrainingLoop:
                 )
                 return
             if state.step not in self._checkpoints.steps():
-                save_checkpoint(self._components, state, self._run, self._checkpoints)
+                self._save(state)
                 self._checkpoints.wait()
         hosts.print_once(
             f"stopped by a signal; step {state.step} is saved; {describe_resumption()}", always=True
