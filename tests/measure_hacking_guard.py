@@ -1,8 +1,8 @@
 r"""The guard against reward hacking: data of runs made for it, its thresholds, and what it does on other runs.
 
     python tests/measure_hacking_guard.py collect STUDY... --out=FILE.jsonl
-    python tests/measure_hacking_guard.py learn FILE.jsonl --seeds=20-24
-    python tests/measure_hacking_guard.py evaluate FILE.jsonl --seeds=30-39
+    python tests/measure_hacking_guard.py learn FILE.jsonl --seeds=10-39
+    python tests/measure_hacking_guard.py evaluate FILE.jsonl --seeds=40-49
     python tests/measure_hacking_guard.py records docs/results/study.jsonl --learned=FILE.jsonl --seeds=20-24
     python tests/measure_hacking_guard.py ends STUDY... --arm=fallback
 
@@ -50,10 +50,12 @@ from cooper_jax.study.records import EVALUATED, read_whole_rows
 from cooper_jax.trainer.hacking_detector import DETECTOR, Detector, Part
 from cooper_jax.trainer.hacking_guard import GuardState, observe
 
-# The guard's signals: reward that the rule does not back, and a change of the responses' form.  Either alone has
-# good reasons, too; the detector needs both.
-GUARD_SIGNALS = ("hacking/unbacked", "response/tokens_mean")
-CAP = 6.0  # of each of them, and the slack of their sum, in units of their noise
+# The guard's signals: reward that the rule does not back, disagreement of the two, and a change of the responses'
+# form.  Each alone has good reasons, too; the detector needs two of them.
+GUARD_SIGNALS = ("hacking/unbacked", "rm/rule_agreement", "response/tokens_mean")
+CAP, SLACK = 6.0, 8.0  # of each of them, and of their sum, in units of their noise
+TOLERATED = 1  # runs without an onset on which the guard may raise an alarm, of those that it is learned from
+SMALLEST_OF_GUARD = 1.0  # as SMALLEST; with this slack few odd steps leave an excess at all
 
 AVERAGED, MEMORY = 5, 20  # steps of the past that are averaged, and how far it goes back
 SMOOTHED = 5  # steps of the moving mean whose separation is measured
@@ -138,16 +140,25 @@ class Learned:
     margin: float  # least excess before an onset over the largest of runs without one; above 1 they are apart
 
 
-def learn_limit(runs: Sequence[Run], parts: tuple[Part, ...], cap: float, slack: float) -> Learned:
+def learn_limit(
+    runs: Sequence[Run],
+    parts: tuple[Part, ...],
+    cap: float,
+    slack: float,
+    tolerated: int = 0,
+    smallest: float = SMALLEST,
+) -> Learned:
     """A detector whose limit is in the middle between runs with an onset and runs without one.
 
-    The middle is the geometric mean of the largest excess on the latter (at least SMALLEST) and the least excess
-    that the former have reached before it.  Where the two are not apart, the limit is MARGIN times the largest
-    excess, so that there is no alarm on runs without an onset.
+    The middle is the geometric mean of the largest excess on the latter (at least `smallest`), without the
+    `tolerated` runs of the very largest, and the least excess that the former have reached before their onset.
+    Where the two are not apart, the limit is MARGIN times the largest excess, so that there is no further alarm on
+    runs without an onset.
     """
     # An unreachable limit: the excess is not capped.
     probe = Detector(parts, AVERAGED, MEMORY, cap, slack, math.inf)
-    largest = max(*(apply_detector(run, probe).highest for run in runs if run.onset is None), SMALLEST)
+    others = sorted(apply_detector(run, probe).highest for run in runs if run.onset is None)
+    largest = max([smallest, *others[: max(len(others) - tolerated, 1)]])
     least = min(apply_detector(_cut_at_onset(run), probe).highest for run in runs if run.onset is not None)
     limit = math.sqrt(largest * least) if least > largest else MARGIN * largest
     return Learned(dataclasses.replace(probe, limit=_round(limit)), least / largest)
@@ -172,7 +183,7 @@ def learn_guard(runs: Sequence[Run]) -> Learned:
         raise ValueError(
             "the guard is learned from runs with an onset and runs without one, which have its signals"
         )
-    return learn_limit(runs, known, CAP, CAP)
+    return learn_limit(runs, known, CAP, SLACK, TOLERATED, SMALLEST_OF_GUARD)
 
 
 def make_part(runs: Sequence[Run], signal: str) -> Part | None:
@@ -228,7 +239,7 @@ def print_learned(runs: Sequence[Run]) -> None:
         noise = f"{learned.detector.parts[0].scale:g}"
         print(f"{name}| {noise} | {_describe(learned, [run for run in hacked if run.read(signal)])} |")
     guard = learn_guard(runs)
-    print(f"| **both of the guard** | | | {_describe(guard, hacked)} |")
+    print(f"| **all of the guard** | | | {_describe(guard, hacked)} |")
     print(f"\n{guard.detector}")
 
 

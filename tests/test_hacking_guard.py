@@ -10,7 +10,7 @@ import pytest
 from cooper_jax.configs import tiny
 from cooper_jax.runtime.hosts import RunFault
 from cooper_jax.settings.setup_errors import SetupError
-from cooper_jax.trainer import hacking_response, hacking_signals
+from cooper_jax.trainer import hacking_guard, hacking_response, hacking_signals
 from cooper_jax.trainer.hacking_detector import DETECTOR, Detector, DetectorState, Part
 from cooper_jax.trainer.hacking_guard import (
     GuardState,
@@ -118,9 +118,9 @@ def alarms_of(values, detector=SUM):
 
 
 def test_the_cumulative_sum_by_hand():
-    values = (0.2, 0.4, 0.7, 0.3, 0.9, 0.9, 0.9)
-    # The past is .3.  Rises of .4, 0 and .6 thrice, each less the slack of .1; at most twice the limit.
-    assert [state.excess for state in follow(values)] == pytest.approx([0, 0, 0.3, 0.2, 0.7, 1.1, 1.1])
+    values = (0.2, 0.4, 0.7, 0.3, 0.9, 2.9, 0.9)
+    # The past is .3.  Rises of .4, 0, .6, 2.6 and .6, each less the slack of .1; at most six times the limit.
+    assert [state.excess for state in follow(values)] == pytest.approx([0, 0, 0.3, 0.2, 0.7, 3.2, 3.3])
     assert alarms_of(values) == [5, 6, 7]
 
 
@@ -153,9 +153,9 @@ def test_a_slow_rise_is_no_hack_and_a_hack_is_not_the_new_past():
 
 
 def test_an_alarm_ends_when_the_signal_has_been_back_for_a_while():
-    bad, good = [0.9] * 30, [0.3] * 10
-    # From the cap of 1.1 down by .1 a step: it is below the limit after six steps.
-    assert alarms_of([0.3, 0.3, *bad, *good])[-1] == 2 + 30 + 5
+    bad, good = [0.9] * 30, [0.3] * 40
+    # From the cap of 3.3 down by .1 a step: it is below the limit after 28 steps.
+    assert alarms_of([0.3, 0.3, *bad, *good])[-1] == 2 + 30 + 27
 
 
 def test_signals_that_fall_or_change():
@@ -174,7 +174,7 @@ def test_one_signal_alone_raises_no_alarm():
     assert alarms_of([calm] * 2 + [(99.0, 0.6)] * 3, both) == [4, 5], "and a little of the other"
     # What falls is set off against what rises.
     assert alarms_of([calm] * 2 + [(99.0, -99.0)] * 20, both) == []
-    assert DETECTOR.cap <= DETECTOR.slack and len(DETECTOR.parts) == 2
+    assert DETECTOR.cap <= DETECTOR.slack and len(DETECTOR.parts) > 1
 
 
 @pytest.mark.parametrize("responses", [32, 256, 2048])
@@ -185,16 +185,18 @@ def test_noise_raises_no_alarm_whatever_the_number_of_responses(responses):
     state = GuardState()
     for step in range(1, 1001):
         metrics = {
-            "hacking/unbacked": 0.2 + 0.051 * factor * rng.normal(),
-            "response/tokens_mean": 30 * (1 + 0.03 * factor * rng.normal()),
+            "hacking/unbacked": 0.2 + 0.055 * factor * rng.normal(),
+            "rm/rule_agreement": 0.8 + 0.049 * factor * rng.normal(),
+            "response/tokens_mean": 30 * (1 + 0.033 * factor * rng.normal()),
         }
         state = observe(state, step, metrics, responses)
     assert state.alarms == 0
     # The same change is a hack where the noise is small.
     for step in range(1001, 1011):
         metrics = {
-            "hacking/unbacked": 0.2 + 8 * 0.051 * factor,
-            "response/tokens_mean": 30 * (1 + 0.24 * factor),
+            "hacking/unbacked": 0.2 + 8 * 0.055 * factor,
+            "rm/rule_agreement": 0.8,
+            "response/tokens_mean": 30 * (1 + 8 * 0.033 * factor),
         }
         state = observe(state, step, metrics, responses)
     assert state.alarms == 1
@@ -210,7 +212,7 @@ def guard_after(values):
     return state
 
 
-TWO_ALARMS = [0.3, 0.3, *[0.9] * 4, *[0.3] * 10, *[0.9] * 4]
+TWO_ALARMS = [0.3, 0.3, *[0.9] * 4, *[0.3] * 20, *[0.9] * 4]
 
 
 def test_alarms_are_counted_when_they_are_raised():
@@ -234,10 +236,25 @@ def test_stored_rows_give_the_state_of_the_run():
     assert replay(rows[:6], detector=SUM) != guard_after(values)
 
 
-def test_a_state_survives_json():
+def test_a_state_survives_json(monkeypatch):
+    monkeypatch.setattr(hacking_guard, "DETECTOR", SUM)
     for values in (TWO_ALARMS, [0.1 + 0.2], []):
         state = guard_after(values)
         assert GuardState.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_the_past_of_other_signals_is_left_out():
+    """A run goes on with a later version, whose detector watches other signals."""
+    watched = tuple(part.signal for part in DETECTOR.parts)
+    state = GuardState()
+    for step in range(1, 8):
+        state = observe(state, step, dict.fromkeys(watched, 0.5))
+    stored = json.loads(json.dumps(dataclasses.replace(state, alarms=1, first_alarm=3).to_json()))
+    assert GuardState.from_json(stored).detector == state.detector != DetectorState()
+    stored["detector"]["past"] = [values[1:] for values in stored["detector"]["past"]]
+    resumed = GuardState.from_json(stored)
+    assert resumed == GuardState(alarms=1, first_alarm=3)
+    observe(resumed, 8, dict.fromkeys(watched, 0.5))
 
 
 def test_what_an_alarm_changes_depends_on_the_action():
@@ -289,7 +306,7 @@ def test_a_warning_is_said_once_for_each_alarm(one_signal, capsys):
     act_on("warn", TWO_ALARMS)
     said = capsys.readouterr().out
     assert (
-        said.count("warning: step 4:") == said.count("warning: step 17:") == 1 and said.count("warning") == 2
+        said.count("warning: step 4:") == said.count("warning: step 28:") == 1 and said.count("warning") == 2
     )
     assert said.count("has ended") == 1 and "1.0 of 0.55 by a/b (0.3 before)" in said
     act_on("off", TWO_ALARMS)

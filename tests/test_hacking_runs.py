@@ -51,6 +51,7 @@ def build_with_endings(cfg, path):
 REPLACED = (
     (step, "observe", observe_rising),
     (hacking_response, "DETECTOR", RISING),
+    (hacking_guard, "DETECTOR", RISING),
     (train_loop, "build_components", build_with_endings),
 )
 

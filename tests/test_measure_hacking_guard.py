@@ -13,7 +13,7 @@ from tiny_runs import ROOT
 from cooper_jax.trainer.hacking_detector import DETECTOR, Detector, Part
 
 STORED = ROOT / "docs/results/guard.jsonl"
-LEARNED, OTHERS = set(range(20, 25)), set(range(30, 40))
+LEARNED, OTHERS = {10, 11, *range(20, 25), *range(30, 40)}, set(range(40, 50))
 GAP, LENGTH = "hacking/gap", "response/tokens_mean"
 
 

@@ -36,10 +36,16 @@ class GuardState:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> GuardState:
-        """Undo `to_json`."""
-        detector = dict(stored["detector"])
-        detector["past"] = tuple(tuple(values) for values in detector["past"])
-        return cls(**{**stored, "detector": DetectorState(**detector)})
+        """Undo `to_json`.
+
+        The past of an earlier version's detector, which watched another number of signals, is left out: the detector
+        begins anew, and what the guard has done so far stays.
+        """
+        past = tuple(tuple(values) for values in stored["detector"]["past"])
+        known = DetectorState(past, stored["detector"]["excess"])
+        if past and len(past[0]) != len(DETECTOR.parts):
+            known = DetectorState()
+        return cls(**{**stored, "detector": known})
 
 
 def observe(
