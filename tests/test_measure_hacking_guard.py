@@ -23,7 +23,8 @@ def make_run(arm, seed, gaps, truths, tokens=None):
     for step, gap in enumerate(gaps, 1):
         truth = truths[step // 5] if step % 5 == 0 else None
         length = 10.0 if tokens is None else tokens[step - 1]
-        rows.append({"step": step, "truth": truth, GAP: gap, LENGTH: length, "hacking/unbacked": gap})
+        reward = {GAP: gap, "hacking/unbacked": gap, "rm/rule_agreement": 1 - gap}
+        rows.append({"step": step, "truth": truth, LENGTH: length, **reward})
     return Run(arm, seed, tuple(rows))
 
 
@@ -67,10 +68,8 @@ def test_the_learned_detectors_warn_of_the_hack_alone():
     single, guard = measure.learn_single([HACKED, SOUND], GAP), measure.learn_guard([HACKED, SOUND])
     # The noise: differences of .1 from step to step, over the square root of 2; lengths are relative.
     assert [part.scale for part in single.detector.parts] == [0.071]
-    assert [part.scale for part in guard.detector.parts] == [
-        0.071,
-        pytest.approx(1 / 10.4 / 2**0.5, abs=1e-3),
-    ]
+    of_length = pytest.approx(1 / 10.4 / 2**0.5, abs=1e-3)
+    assert [part.scale for part in guard.detector.parts] == [0.071, 0.071, of_length]
     for learned in (single, guard):
         assert learned.margin > 1
         hacked, sound = (apply_detector(run, learned.detector) for run in (HACKED, SOUND))
@@ -84,6 +83,18 @@ def test_the_learned_detectors_warn_of_the_hack_alone():
     assert measure.learn_single([HACKED, SOUND], "policy/kl") is None
     with pytest.raises(ValueError, match="runs with an onset and runs without one"):
         measure.learn_guard([SOUND])
+
+
+def test_a_limit_may_tolerate_alarms_on_some_runs_without_an_onset():
+    odd = make_run("robust", 5, NOISE[:5] + [1.0] * 15, [0.3, 0.4, 0.4, 0.4, 0.4])
+    parts, runs = (Part(GAP, 0.071),), [HACKED, SOUND, odd]
+    strict, tolerant = (measure.learn_limit(runs, parts, math.inf, 1.5, tolerated) for tolerated in (0, 1))
+    assert strict.margin < 1 < tolerant.margin
+    assert apply_detector(odd, strict.detector).alarm is None
+    assert apply_detector(odd, tolerant.detector).alarm is not None
+    assert apply_detector(HACKED, tolerant.detector).is_warning
+    assert apply_detector(SOUND, tolerant.detector).alarm is None
+    assert tolerant == measure.learn_limit([HACKED, SOUND], parts, math.inf, 1.5)
 
 
 def test_signals_that_do_not_separate_get_a_limit_without_false_alarms():

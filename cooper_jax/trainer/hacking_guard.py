@@ -38,8 +38,8 @@ class GuardState:
     def from_json(cls, stored: Mapping[str, Any]) -> GuardState:
         """Undo `to_json`.
 
-        The past of an earlier version's detector, which watched another number of signals, is left out: the detector
-        begins anew, and what the guard has done so far stays.
+        The past of an earlier version's detector, which watched another number of signals, is left out: the
+        detector begins anew, and what the guard has done so far stays.
         """
         past = tuple(tuple(values) for values in stored["detector"]["past"])
         known = DetectorState(past, stored["detector"]["excess"])
