@@ -31,6 +31,14 @@ TRAIN_RM = (
 
 ZONE = "--zone=us-west4-a --dry-run"
 
+# A server that runs beside a command; all processes of a command end with it.
+BESIDE = "> server.txt 2>&1 & until grep -q 'ready: ' server.txt; do kill -0 $!; sleep 0.2; done;"
+SERVE_RUN = f"python launch/serve.py --run_dir=runs/tiny --config.serve.port=18473 {BESIDE}"
+SERVE_SCORER = (
+    "export COOPER_API_KEY=of-this-test; "
+    f"python launch/serve.py --config.reward.weights=models/scorer --config.serve.port=18474 {BESIDE}"
+)
+
 # --- reasons ---------------------------------------------------------------------------------------------------
 
 NETWORK = "needs a network"
@@ -42,7 +50,6 @@ TESTS = "is a part of the tests, or all of them: .ci/run"
 FLAGS = "is no command: flags to add to one; tests/test_docs.py checks their names"
 VIEWER = "opens another library's viewer, or sends to its server"
 HOURS = "takes hours: the README's study runs here, with small settings"
-SERVER = "asks a server of another command: tests/test_serving.py and tests/test_serving_clients.py start one"
 EXCERPT = "is an excerpt of a file in examples/, which has tests of its own"
 
 RULES = (
@@ -61,7 +68,11 @@ RULES = (
         skip=NETWORK + ": it uploads to the hub; tests/test_model_card.py and test_api.py read the card",
     ),
     Rule(r"^python -m verl", skip="needs verl and GPUs"),
-    Rule(r"^curl http", skip=SERVER),
+    Rule(
+        r"^curl http.*/v1/score",
+        replace=((r"^curl", f"{SERVE_SCORER} curl --fail-with-body"), (r":8001", ":18474")),
+        needs=("models",),
+    ),
     Rule(r"launch/compile\.py", skip=COMPILER),
     Rule(r"launch/check_device\.py", skip=CHECK),
     # --- clusters: the launchers print what they would do ---
@@ -234,6 +245,15 @@ RULES = (
         skip=NETWORK + " and the adapter of a run on an accelerator; tests/test_lora.py",
         run="-",
     ),
-    Rule(r"openai\.OpenAI", skip=SERVER, run="-"),
+    Rule(
+        r"openai\.OpenAI",
+        run=f"{SERVE_RUN} python {{file}}",
+        replace=(
+            (r"^client", "import openai\nclient"),
+            (r":8000", ":18473"),
+            (r"\Z", "assert len(reply.choices) == 4 and reply.choices[0].logprobs\n"),
+        ),
+        needs=("run",),
+    ),
     Rule(r"GRPOTrainer\(", skip="is an excerpt: tests/test_serving_clients.py runs TRL with it", run="-"),
 )

@@ -564,6 +564,24 @@ def test_read_only_touches_nothing(tmp_path):
     assert unfinished.is_dir() and list_steps(tmp_path) == [1]
 
 
+def test_a_reference_without_its_checksums_is_refused(tmp_path):
+    """They cannot be lost in silence; a run of an earlier version gets them when it is resumed."""
+    tree = {"w": jnp.arange(8.0)}
+    sums = tmp_path / "reference_checksums.json"
+    with Checkpoints(tmp_path, keep=1) as kept:
+        kept.save_reference(tree)
+        stored = sums.read_bytes()
+        sums.unlink()
+        with pytest.raises(
+            FileNotFoundError, match="reference_checksums.json is not there.*bring the file back"
+        ):
+            kept.restore_reference(abstract_like(tree), has_checksums=True)
+        assert not sums.exists()
+        kept.restore_reference(abstract_like(tree))
+        assert sums.read_bytes() == stored
+        kept.restore_reference(abstract_like(tree), has_checksums=True)
+
+
 def test_the_reference_is_kept_once(tmp_path):
     tree = place({"w": jnp.asarray(awkward((16, 4)))}, (1, 8, 1), 8)
     elsewhere = place(tree, (2, 2, 2), 8)

@@ -347,27 +347,40 @@ class Checkpoints:
                 f"{self.reference} belongs to the checkpoints {self.steps()}: it is not replaced"
             )
         # The checksums first: if the process is killed in between, the next start writes both again.
-        sums = json.dumps(make_checksums(tree, vocab_size)).encode()
-        if hosts.is_primary():
-            remote_files.write_atomically(self._reference_checksums, sums)
+        self._write_reference_checksums(tree, vocab_size)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(self.reference, tree, force=True)
 
-    def restore_reference(self, like: Any, vocab_size: int | None = None) -> Any:
+    def restore_reference(self, like: Any, vocab_size: int | None = None, has_checksums: bool = False) -> Any:
         """Restore the reference, sharded as in `like`; vocab_size as in `restore`.
 
-        Raises FileNotFoundError if none was saved, and the errors of `restore`.
+        has_checksums: the checkpoint says that there are checksums, so they must be there.  Else, in a run of an
+          earlier version, they are written now.
+
+        Raises FileNotFoundError if none was saved or its checksums are missing, and the errors of `restore`.
         """
         if not _is_complete(self.reference):
             raise FileNotFoundError(f"{self.reference} is not there: start again in a new run_dir")
         tree = self._restore(self._read_table(self.reference), like, self.reference, vocab_size)
         # Process 0 reads for all: on a network file system, others may see a new file later.
         read = hosts.broadcast_value("reference checksums", self._read_reference_checksums)
+        if not read and has_checksums:
+            raise FileNotFoundError(
+                f"{self._reference_checksums} is not there, so nobody can tell if the reference is what was saved: "
+                "bring the file back, or start again in a new run_dir"
+            )
         if read:
             with raise_unreadable(self._reference_checksums):
                 checksums = json.loads(read)
             _raise_if_damaged(tree, checksums, self.reference)
+        else:
+            self._write_reference_checksums(tree, vocab_size)
         return tree
+
+    def _write_reference_checksums(self, tree: Any, vocab_size: int | None) -> None:
+        sums = json.dumps(make_checksums(tree, vocab_size)).encode()
+        if hosts.is_primary():
+            remote_files.write_atomically(self._reference_checksums, sums)
 
     def _read_reference_checksums(self) -> bytes:
         """The file of the reference's checksums; empty if there is none, as in runs of earlier commits."""

@@ -107,6 +107,8 @@ def save_checkpoint(
         loop["guard"] = state.guard.to_json()
     if faults:
         loop["faults"] = dict(faults)
+    if components.settings.holds_reference:
+        loop["reference_has_checksums"] = True
     if components.settings.log.rewrites_kept:
         loop["recent_rewrites"] = state.recent_rewrites.to_json()
     checkpoints.save(state.step, checkpoint_items(state), loop, checkpoint_vocab_sizes(components))
@@ -184,7 +186,8 @@ def _resume(components: Components, state: State, run: RunDirectory, checkpoints
     reference = None
     if components.settings.holds_reference:
         with setup_errors(f"{checkpoints.reference}"):
-            reference = _restore_reference(components, checkpoints)
+            has_checksums = loop.get("reference_has_checksums", False)
+            reference = _restore_reference(components, checkpoints, has_checksums)
     rollout_params = None
     if components.settings.rollout.ahead:
         base = copy_to_rollout(components, frozen["policy"])
@@ -288,7 +291,7 @@ def _start_reference(components: Components, policy: TrainState, checkpoints: Ch
         # A copy, since the policy's own arrays are donated to the first update.
         return jax.tree.map(lambda x: x.copy(), policy.params)
     # The reference has its own devices, and reads its parameters from the file just saved.
-    return _restore_reference(components, checkpoints)
+    return _restore_reference(components, checkpoints, has_checksums=True)
 
 
 def _load_model_of_run(
@@ -328,8 +331,8 @@ def _check_tokenizers(own: Directory, other: Directory) -> None:
             )
 
 
-def _restore_reference(components: Components, checkpoints: Checkpoints) -> Params:
-    """Read the reference's parameters onto its devices."""
+def _restore_reference(components: Components, checkpoints: Checkpoints, has_checksums: bool) -> Params:
+    """Read the reference's parameters onto its devices.  has_checksums: they must be stored beside it."""
     config = components.policy.model.config
     abstract = mesh.abstract_params(components.policy.reference_layout, transformer.param_specs(config))
-    return checkpoints.restore_reference(abstract, config.vocab_size)
+    return checkpoints.restore_reference(abstract, config.vocab_size, has_checksums)
