@@ -20,6 +20,7 @@ aborts the others at once, with 134.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -30,7 +31,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,10 @@ def start_hosts() -> None:
         CONSOLE.silence()
     if jax.process_count() > 1:
         _last_answer[0] = time.monotonic()
-        for target in (_watch_peers, _watch_service):
-            threading.Thread(target=target, daemon=True).start()
+        threads = [threading.Thread(target=target, daemon=True) for target in (_watch_peers, _watch_service)]
+        for thread in threads:
+            thread.start()
+        atexit.register(_end_watching, threads)  # after JAX's own, so it is called before
 
 
 def _stop_at_interrupt(number: int, frame: Any) -> None:
@@ -404,6 +407,16 @@ def _watch_service() -> None:
     while not _finished.wait(HEARTBEAT_INTERVAL):
         if time.monotonic() - _last_answer[0] > SILENCE_LIMIT:
             _exit_now(LOST, f"the first host does not answer for {SILENCE_LIMIT:.0f} s{_RESTART_HINT}")
+
+
+def _end_watching(threads: Sequence[threading.Thread]) -> None:
+    """Wait until the watching threads have ended.
+
+    One that returns from a call of the coordination service while the interpreter shuts down aborts the process.
+    """
+    _finished.set()
+    for thread in threads:
+        thread.join(3 * HEARTBEAT_INTERVAL)  # a service that hangs holds nobody up for longer
 
 
 def _exit_now(code: int, reason: str) -> None:
