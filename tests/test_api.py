@@ -53,6 +53,7 @@ def test_importing_the_package_imports_no_library():
     assert done.stdout == "[] True\n", done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_loading_a_model_imports_no_scikit_learn():
     """It takes seconds, and only evaluations need it."""
     program = (

@@ -215,6 +215,7 @@ def test_the_command(kind, options, programs, devices, tmp_path):
         assert first["tokens"] == 4 * (written["prompt_tokens"] + 6) and first["phase_seconds"] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args, words",
     [
@@ -251,6 +252,7 @@ def test_what_cannot_be_run_is_told_in_one_line(kind, config, changes, options, 
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_kind_must_be_named():
     done = run(*tiny())
     assert done.returncode == 2 and "name one of rollout, score, train" in done.stdout + done.stderr

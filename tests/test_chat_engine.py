@@ -110,6 +110,7 @@ def assert_as_alone(recorder, requests, config=TINY):
                 np.testing.assert_allclose(own, rollout.logprobs[row][mask], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_request_gets_the_tokens_of_a_rollout_of_its_own(recorder):
     """Whatever else is decoded, and whenever it arrives: more requests than slots, in two waves."""
     requests = make_requests(9)
@@ -122,6 +123,7 @@ def test_each_request_gets_the_tokens_of_a_rollout_of_its_own(recorder):
     assert recorder.engine.busy_slots == recorder.engine.waiting_requests == 0
 
 
+@pytest.mark.slow
 def test_a_cancelled_request_frees_its_slot(recorder):
     """The others go on as if it had not been there."""
     stays, goes, waits, *others = (make_request([20 + i], 24) for i in range(5))
@@ -168,6 +170,7 @@ def test_a_failure_between_assignment_and_prefill(monkeypatch):
         recorder.engine.submit([make_request([30], 2)])
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_start(monkeypatch):
     """Requests of all lengths, limits and settings, in waves."""
     log = CompilationLog()

@@ -129,6 +129,7 @@ def test_forms_of_platforms(monkeypatch):
 # --- whole programs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_rollout_with_a_wrong_head_is_found(monkeypatch):
     cfg = device_checks.make_check_config(small=True)
     cfg.rollout.max_new_tokens = 3

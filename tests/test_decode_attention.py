@@ -159,6 +159,7 @@ def test_xla_is_a_softmax(case, dtype):
     check("xla", case, dtype)
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     case=cases(column_step=1), dtype=st.sampled_from(["float32", "bfloat16", "int8"]), slots=st.integers(1, 4)
@@ -309,6 +310,7 @@ def test_the_shape_of_gemma_3_1b(form):
     check(form, case._replace(prompt_first=PROMPT_FIRST), "bfloat16", slots=2, block=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", KERNELS)
 def test_the_shape_of_qwen3_1p7b(form):
     """Two query heads of 128 over each of eight key/value heads."""

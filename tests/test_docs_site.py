@@ -97,7 +97,27 @@ def test_workflows_run_the_parts_of_ci():
 
 # Why `.ci/run` runs none of a file's slow tests.
 COMPILED = "needs an environment of its own and compiles many programs: the part `compile` runs the others"
+FURTHER = "cases of some seconds each, beside default tests of the same subject"
 NOT_IN_CI = {
+    "test_api.py": FURTHER,
+    "test_examples.py": FURTHER,
+    "test_families.py": FURTHER,
+    "test_filtered_training.py": FURTHER,
+    "test_grpo.py": FURTHER,
+    "test_recipes.py": FURTHER,
+    "test_report.py": FURTHER,
+    "test_reward_stages.py": FURTHER,
+    "test_rollout.py": FURTHER,
+    "test_row_packing.py": FURTHER,
+    "test_row_sampling.py": FURTHER,
+    "test_runs.py": FURTHER,
+    "test_speed_calibration.py": FURTHER,
+    "test_study_report.py": FURTHER,
+    "test_tokenizer.py": FURTHER,
+    "test_train_refusals.py": FURTHER,
+    "test_user_judge.py": FURTHER,
+    "test_verification.py": FURTHER,
+    "test_weights.py": FURTHER,
     "test_api_examples.py": "a whole run from Python; the same loop is run by test_train.py",
     "test_bench.py": "measurements of two more kinds; a default test runs the command for one",
     "test_bounds.py": "bad values of all fields as a job reads them; a default test asks the table alone",

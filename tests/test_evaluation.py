@@ -573,6 +573,7 @@ def test_a_reward_model_judges_no_recorded_response_to_what_it_saw(stand_ins, tm
     assert len(questions) == 3 and (found["seen"], found["excluded"]) == (1, 0)
 
 
+@pytest.mark.slow
 def test_random_models_from_end_to_end(tmp_path, monkeypatch):
     """Sampled, judged by rule, reward model and oracle; resumed; judged anew to the same rewards."""
     devices = jax.devices()[:2]
@@ -680,6 +681,7 @@ def started_on_two_hosts(out: Path, *flags: str) -> subprocess.CompletedProcess:
 TINY = f"--config={ROOT / 'configs/tiny.py'}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, words",
     [

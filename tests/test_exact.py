@@ -125,11 +125,13 @@ def test_groups_that_replace_flat_ones(build):
         assert metrics["exact/logprob_difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_without_it_the_same_run_disagrees(build):
     found, _ = run_steps(build, count=1, exact=False, **COARSE)
     assert found[0][0]["policy/rollout_mismatch"] > 1e-4
 
 
+@pytest.mark.slow
 def test_groups_are_graded_once_when_they_are_corrected(build):
     with exact_run(build, **COARSE) as (components, state):
         problems = policy_stages.take_problems(components, first=0)

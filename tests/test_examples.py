@@ -102,6 +102,7 @@ def test_the_countdown_judge_follows_the_steps():
     assert {text: verdict.value for text, verdict in zip(VERDICTS, found, strict=True)} == VERDICTS
 
 
+@pytest.mark.slow
 def test_labelled_rows_have_both_classes_and_the_judges_labels():
     judge = load_object(read_user_code(f"{JUDGE}:judge", ""), "")
     triples = load_labelled_completions(f"{LABELS}:labelled_rows")[:1000]

@@ -121,7 +121,7 @@ def greedy_of_transformers(model) -> list[list[int]]:
         ("qwen3", 8, None),
         ("smollm3", 8, None),
         ("mistral_window", 0, 2),
-        ("gemma3", 8, 2),
+        pytest.param("gemma3", 8, 2, marks=pytest.mark.slow),
         ("gemma3", 0, None),
     ],
 )

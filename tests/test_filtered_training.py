@@ -151,6 +151,7 @@ def build(monkeypatch, tmp_path):
     return make_builder(monkeypatch, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_step_has_no_mismatch(build):
     """With fewer slots than responses, so that thresholds go through refills, and with refilled groups."""
     changes = {
@@ -164,6 +165,7 @@ def test_a_step_has_no_mismatch(build):
         assert metrics["policy/entropy"] < np.log(40)
 
 
+@pytest.mark.slow
 def test_refilled_groups_keep_their_thresholds(build, monkeypatch):
     """Every group is flat until the budget is spent, so the kept rows come from several rollouts."""
     changes = {

@@ -464,7 +464,13 @@ def sampler_weights(batch, correction, cap):
 
 
 @pytest.mark.parametrize(
-    "correction, cap", [("token", 2.0), ("sequence", 8.0), ("token_mask", 2.0), ("sequence_mask", 8.0)]
+    "correction, cap",
+    [
+        ("token", 2.0),
+        pytest.param("sequence", 8.0, marks=pytest.mark.slow),
+        pytest.param("token_mask", 2.0, marks=pytest.mark.slow),
+        ("sequence_mask", 8.0),
+    ],
 )
 def test_the_gain_is_weighted_by_the_ratio_of_policy_and_sampler(params, correction, cap):
     batch, cfg = policy_batch(), section(epochs=2, correction=correction, correction_cap=cap)
@@ -490,6 +496,7 @@ def test_microbatches_leave_the_gradient_unchanged(params, standard):
         np.testing.assert_allclose(metrics[name], standard[2][name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
 def test_the_first_update_has_ratio_one(params, temperature):
     # Old log-probabilities of garbage: the only update of a step does not read them.

@@ -321,6 +321,7 @@ def sharded(function, ways, implementation, out_specs, **static):
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation, ways, vocabulary, padding",
     [
@@ -365,6 +366,7 @@ def test_shards_of_the_vocabulary_score_and_learn_alike():
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "thresholds"])
 @pytest.mark.parametrize(
     "implementation, ways, spans_mesh",
@@ -419,7 +421,7 @@ def test_shards_of_the_width_score_and_learn_alike(implementation, ways, spans_m
 @pytest.mark.parametrize(
     "dtype, head_dtype", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 )
-@pytest.mark.parametrize("entropy_gradient", [False, True])
+@pytest.mark.parametrize("entropy_gradient", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_gradient_is_that_of_the_naive_formula(implementation, dtype, head_dtype, entropy_gradient):
     hidden, weights, _ = inputs(8, 20, 24, 700)
     hidden, weights = hidden.astype(dtype), weights.astype(head_dtype)

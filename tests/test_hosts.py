@@ -348,6 +348,7 @@ def test_what_processes_tell_each_other():
     assert "[0] over" in done.stdout and "[1] over" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others():
     """One raises while the other waits for it: a setup error stays one, and anything else is a lost host."""
     done = two("raise SystemExit(2) if me == 1 else hosts.exchange_bytes('never', b'')")

@@ -119,6 +119,7 @@ def test_with_a_full_basis_the_first_update_is_that_of_all_weights():
         np.testing.assert_allclose(merged, params["layers"][name] - 0.1 * full[name], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_computes_what_its_values_in_float32_compute():
     model = with_lora(base_dtype="bfloat16")
     specs = transformer.param_specs(model)
@@ -147,6 +148,7 @@ def test_a_base_in_bfloat16_computes_what_its_values_in_float32_compute():
     assert (updated.params["lora"]["q"]["b"] != params["lora"]["q"]["b"]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2, 1), (1, 2, 2)])
 def test_gradients_on_meshes(sizes):
     model = dataclasses.replace(with_lora(), vocab_multiple=8)
@@ -190,6 +192,7 @@ def test_an_update_trains_adapters_and_score_head_alone():
         assert np.array_equal(old, new) != ("lora" in path or "score" in path), path
 
 
+@pytest.mark.slow
 def test_microbatches_of_several_shapes_sum_the_gradients_of_adapters():
     model = with_lora()
     params, section = random_params(model, "score"), base.get_config().reward
@@ -236,6 +239,7 @@ def test_a_new_model_is_its_base():
     np.testing.assert_array_equal(last_logits(model, params)[0], last_logits(model.base, without)[0])
 
 
+@pytest.mark.slow
 def test_rollouts_sample_from_the_merged_model():
     model, spec = (
         with_lora(),

@@ -78,6 +78,7 @@ def write_metrics(run: str, path: Path, monkeypatch) -> set[str]:
 DEFAULT_RUNS = ("rule", "cooper")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run", [run if run in DEFAULT_RUNS else pytest.param(run, marks=pytest.mark.slow) for run in RUNS]
 )
@@ -111,6 +112,7 @@ def test_every_entry_is_of_a_metric_that_some_run_writes(tmp_path, monkeypatch):
     assert sorted(set(ENTRIES) - found) == [TRACKER_FAILURES]
 
 
+@pytest.mark.slow
 def test_metrics_of_a_reward_models_training_are_described(tmp_path, monkeypatch):
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)

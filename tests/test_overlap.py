@@ -352,6 +352,7 @@ def test_nothing_left_to_evaluate_on_is_refused(tmp_path, capsys):
         apart(capsys, tmp_path / "run", cfg)
 
 
+@pytest.mark.slow
 def test_the_real_overlap_is_left_out_of_a_run(tmp_path, capsys, shared_data):
     """Warmed up on verify_train, held out: MATH500.  The limit applies to what is left."""
     cfg = config(

@@ -60,7 +60,7 @@ ADAPTERS = {
 @pytest.mark.parametrize(
     "devices, updates",
     [
-        (4, {}),
+        pytest.param(4, {}, marks=pytest.mark.slow),
         pytest.param(1, {"policy.epochs": 2, "policy.minibatches": 2}, marks=pytest.mark.slow),
         pytest.param(2, ADAPTERS, marks=pytest.mark.slow),
     ],
@@ -192,6 +192,7 @@ def test_the_data_order_follows_from_the_seed(build, monkeypatch):
     assert [list(request.positions) for request in requests] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
+@pytest.mark.slow
 def test_every_step_cuts_its_minibatches_by_a_permutation_of_its_own(build, monkeypatch):
     """Six responses to one prompt, known by their advantages, in three minibatches of two."""
     record_requests(monkeypatch)

@@ -87,6 +87,7 @@ def flags(*given):
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_an_explicit_flag_wins():
     done = flags(
         "--config.reward.recipe=robust", "--config.reward.pair_bce=0.25", "--config.reward.warmup_updates=0",

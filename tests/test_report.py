@@ -206,6 +206,7 @@ def test_alarms_are_where_their_number_grows():
     assert hacking.find_first_step(rows, "guard/frozen") is None
 
 
+@pytest.mark.slow
 def test_a_report_and_its_figures_have_the_guards_alarms(recorded, tmp_path):
     run = shutil.copytree(recorded / "hacked", tmp_path / "run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -482,6 +483,7 @@ def test_figures_for_papers(recorded, tmp_path):
     assert hacking_svg.count(">onset<") == 3 and "frozen, seed 3" in hacking_svg, "the hacked runs"
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_figures(recorded, tmp_path):
     """So that the repository of a paper shows changes of results alone."""
     report = report_data.collect_report([str(recorded / "sound")])
@@ -523,6 +525,7 @@ def test_the_command_writes_the_file_that_it_names(recorded, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -106,6 +106,7 @@ def test_a_run_goes_back_once_and_loses_nothing(build, tmp_path):
             _go_back(9, directory, kept)
 
 
+@pytest.mark.slow
 def test_models_that_were_trained_with_another_tokenizer_are_refused(build, tmp_path):
     """Models from scratch read and write the pieces of the tokenizer in their run's directory."""
     first, second = tmp_path / "first", tmp_path / "second"

@@ -398,6 +398,7 @@ def test_the_arms_reward_by_name_is_the_same_run(build, tmp_path):
         assert second["reward/model"] == first["reward/mean"]
 
 
+@pytest.mark.slow
 def test_a_masked_row_does_not_move_the_policy(build, tmp_path, path):
     """Rows without a reward leave the loss: what they were is not seen in the policy."""
     path.write_text("def first(completions, **_):\n    return [1.0, 0.5] if 'x' in _ else [1.0, None]\n")

@@ -78,6 +78,7 @@ def test_no_valid_pair_moves_no_reward_model(build):
         assert np.isnan(metrics["rm/pair_loss"])
 
 
+@pytest.mark.slow
 def test_several_reward_updates_are_that_many_steps(build):
     """On the same pairs and rows; and the motion is how far they moved the pairs' logits."""
     with build(**{"log.pair_motion": True, "reward.rollout_bce": 1.0, "reward.rollout_rows": 4}) as (

@@ -82,7 +82,7 @@ def pieces(rows, lengths, labels, shapes, multiple=1):
 # --- loss and gradient --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen2_tied", "llama3_rope"])
+@pytest.mark.parametrize("name", ["qwen2_tied", pytest.param("llama3_rope", marks=pytest.mark.slow)])
 def test_loss_and_gradient_equal_torch(name, tmp_path):
     """transformers' AutoModelForSequenceClassification with BCEWithLogitsLoss, on the same rows, padded alike."""
     torch = pytest.importorskip("torch", reason="parity needs torch")
@@ -287,6 +287,7 @@ def finished(place, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_run_directory(finished, place):
     rows = metrics(finished)
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -443,6 +444,7 @@ def change_updates(monkeypatch, change) -> None:
     monkeypatch.setattr(rm_loop, "_update", wrapped)
 
 
+@pytest.mark.slow
 def test_a_training_whose_updates_are_all_skipped_is_a_fault(place, tmp_path, alone, monkeypatch):
     """Its best model would be the one that it began with."""
     change_updates(monkeypatch, lambda model: model.replace(skipped=model.skipped + 1))
@@ -450,6 +452,7 @@ def test_a_training_whose_updates_are_all_skipped_is_a_fault(place, tmp_path, al
         rm_loop.train_reward_model(run_config(place, tmp_path))
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_not_saved(place, tmp_path, alone, monkeypatch):
     change_updates(
         monkeypatch, lambda model: model.replace(params=jax.tree.map(lambda x: x * jnp.nan, model.params))
@@ -762,6 +765,7 @@ def test_bad_input_is_refused(changes, words, place, tmp_path, alone):
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_weights_that_overflow_are_said(place, tmp_path, alone):
     broken = tmp_path / "broken"
     config = tiny_models.config(

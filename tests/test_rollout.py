@@ -51,7 +51,14 @@ def test_rows_end_with_their_first_eos_or_at_the_limit():
     assert r.tokens.max() < TINY.vocab_size
 
 
-@pytest.mark.parametrize("change", [{}, dict(temperature=0.6), dict(temperature=1.4, top_k=8, top_p=0.9)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        pytest.param(dict(temperature=0.6), marks=pytest.mark.slow),
+        dict(temperature=1.4, top_k=8, top_p=0.9),
+    ],
+)
 def test_logprobs_equal_teacher_forced_ones(change):
     spec = spec_of(**change)
     np.testing.assert_allclose(sampled(spec).logprobs, forced(sampled(spec), spec), atol=1e-5)
@@ -76,6 +83,7 @@ def test_the_logprobs_equal_those_of_the_loss():
 # --- what it may not depend on ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_the_batch():
     whole = sampled()
     assert_same(rollout(prompts=PROMPTS[2:3], positions=POSITIONS[2:3]), rows_of(whole, slice(6, 9)))
@@ -95,6 +103,7 @@ def test_rows_do_not_depend_on_segments_or_on_other_prompts_lengths():
     np.testing.assert_allclose(beside.logprobs, forced(beside, prompts=mixed), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_sample_a_prompt_is_the_first_of_the_group():
     assert_same(rollout(spec_of(group_size=1)), rows_of(sampled(), slice(0, 12, 3)))
 
@@ -124,6 +133,7 @@ def test_what_is_right_already_is_not_copied():
     assert weights["embed"].unsafe_buffer_pointer() == params_of()["embed"].unsafe_buffer_pointer()
 
 
+@pytest.mark.slow
 def test_few_rows_read_panels(monkeypatch):
     """A rollout whose matrices have whole panels, with and without them; every decode step of it has few rows."""
     wide = tiny_models.config(vocab_size=128, width=64, head_dim=32, ffn=64, tied=False, vocab_multiple=64)
@@ -147,6 +157,7 @@ def test_few_rows_read_panels(monkeypatch):
     assert_same(in_panels, plain)
 
 
+@pytest.mark.slow
 def test_a_loop_over_a_stack_equals_layers_apart(monkeypatch):
     """As models of more than LAYERS_ALONE layers run."""
     apart = sampled()

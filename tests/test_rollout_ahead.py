@@ -133,6 +133,7 @@ def test_a_resumed_run_samples_the_next_step_again(build, tmp_path, adapters):
     assert all(a.tobytes() == b.tobytes() for a, b in zip(whole, parts, strict=True))
 
 
+@pytest.mark.slow
 def test_the_base_of_adapters_is_copied_once(build):
     with build(2, **AHEAD | {"mesh.rollout": "1x1x1", "policy.lora.rank": 2}) as built:
         components, state = started(*built)
@@ -164,6 +165,7 @@ class ByText(Undecided):
         return [Verdict.CORRECT if is_correct else Verdict.WRONG for is_correct in correct]
 
 
+@pytest.mark.slow
 def test_the_next_batch_begins_behind_a_refill(build):
     """Flat groups are replaced before the next step's problems are known, with the weights of the others."""
     changes = {"mesh.rollout": "1x1x1", "rollout.ahead": 1, "reward.arm": "rule", "policy.kl_coef": 0.0}
@@ -205,6 +207,7 @@ def test_an_error_of_the_thread_reaches_the_step(build, monkeypatch):
             take_step(components, state)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_cancels_the_rollout(build, monkeypatch):
     """Between two segments, and before the services that it uses are closed."""
     before = set(threading.enumerate())

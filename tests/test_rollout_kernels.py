@@ -48,6 +48,7 @@ def drawn(implementation, slots=None):
     return rollout(SHORT, config=WIDE, limits=LIMITS, max_rows=slots, implementation=implementation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", BOTH_KERNELS)
 @pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_kernels_draw_from_the_policy(implementation, slots):
@@ -68,6 +69,7 @@ def test_kernels_in_a_loop_over_a_stack(implementation, monkeypatch):
     check(r, spec, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", BOTH_KERNELS)
 def test_kernels_with_windows(implementation):
     """A window of three tokens: within the prompt, over both caches, or within the suffix; three slots."""
@@ -76,6 +78,7 @@ def test_kernels_with_windows(implementation):
     check(r, SHORT, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", BOTH_KERNELS)
 @pytest.mark.parametrize("change", [{}, pytest.param(dict(top_k=8, top_p=0.9), marks=pytest.mark.slow)])
 def test_kernels_over_a_mesh(implementation, change):
@@ -101,6 +104,7 @@ def test_greedy_kernels():
 # --- narrower caches -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_narrower_caches_stay_near(dtype):
     """Entries are off by at most 1/256 of themselves, or 1/254 of the largest: 0.02 in log-probability, measured.

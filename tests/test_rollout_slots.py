@@ -68,7 +68,9 @@ def segments(monkeypatch):
 # --- what rows do not depend on --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 5, 11])
+@pytest.mark.parametrize(
+    "slots", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(11, marks=pytest.mark.slow)]
+)
 def test_rows_do_not_depend_on_their_slots(slots, segments):
     """Fewer slots than rows: who ends makes room for the next, and every row is what it was."""
     whole = sampled()
@@ -79,12 +81,14 @@ def test_rows_do_not_depend_on_their_slots(slots, segments):
     assert least <= segments.steps() <= least + lengths.max() + SPEC.segment * len(lengths) // slots
 
 
+@pytest.mark.slow
 def test_each_row_has_its_own_limit():
     limits = np.array([1, 9, 2, 3, 1, 9, 4, 4, 5, 1, 1, 2])
     for slots in (None, 5):
         assert_cut(rollout(limits=limits, max_rows=slots), sampled(), limits)
 
 
+@pytest.mark.slow
 def test_the_longest_limits_begin_first(segments):
     """And requests that end with their first token take no slot."""
     limits, order = np.array([2, 9, 2, 3, 1, 8, 4, 4, 5, 1, 7, 2]), []
@@ -191,6 +195,7 @@ def test_groups_are_handed_out_when_their_last_row_has_ended(slots, segments):
 # --- what it costs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_segments_cover_the_limit_and_stop_when_all_rows_have_ended(segments):
     r = rollout(spec_of(eos_ids=()))
     assert segments == [(12, 4), (12, 8)] and segments.steps() == 8
@@ -221,6 +226,7 @@ def test_the_report_says_how_evenly_the_work_lay():
     assert said == {"rollout/steps": 0.0, "rollout/slot_use": 1.0, "rollout/imbalance": 1.0}
 
 
+@pytest.mark.slow
 def test_the_imbalance_is_of_the_busiest_shard():
     layout = Layout(make_mesh(2, 2, 2), tuple(base.get_config().mesh.rules))
     params = jax.device_put(params_of(), make_shardings(layout, transformer.param_specs(TINY)))
@@ -232,6 +238,7 @@ def test_the_imbalance_is_of_the_busiest_shard():
     assert said == [{"rollout/steps": 8.0, "rollout/slot_use": 0.25, "rollout/imbalance": 27 / 9}]
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_twice(monkeypatch):
     spec = spec_of(max_new_tokens=11, eos_ids=())  # of this test alone
     traces = count_traces(monkeypatch)

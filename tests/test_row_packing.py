@@ -281,7 +281,7 @@ def test_responses_that_share_a_prompt_do_not_see_each_other(params):
 
 
 @pytest.mark.parametrize("loss", ["clip", "gspo", "cispo"])
-@pytest.mark.parametrize("microbatch", [1, 2, 7])
+@pytest.mark.parametrize("microbatch", [1, 2, pytest.param(7, marks=pytest.mark.slow)])
 def test_loss_gradient_and_metrics_equal_those_of_unpacked_rows(params, loss, microbatch, packing):
     batch = grouped_batch()
     packed = pack(batch, microbatch, **packing)
@@ -311,6 +311,7 @@ def test_log_probabilities_equal_those_of_unpacked_rows(params, packing):
     assert not np.asarray(found)[~np.asarray(batch.response_mask)].any()
 
 
+@pytest.mark.slow
 def test_packed_rows_on_a_mesh(params, packing):
     layout = Layout(mesh.make_mesh(2, 2, 2), base.get_config().mesh.rules)
     batch = grouped_batch()
@@ -348,6 +349,7 @@ def test_a_single_microbatch_that_is_empty_has_no_gradient(params):
     assert all(np.isfinite(float(x)) for x in metrics.values())
 
 
+@pytest.mark.slow
 def test_thresholds_of_filtered_responses(params, packing):
     rng = np.random.default_rng(3)
     batch = grouped_batch()

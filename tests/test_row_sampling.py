@@ -30,6 +30,7 @@ def make_rows(vocabulary: int):
     return logits, uniforms, jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [100, 128 * 130])
 def test_each_row_gets_the_sample_of_its_settings(vocabulary):
     logits, uniforms, settings = make_rows(vocabulary)

@@ -232,6 +232,7 @@ def test_agreement_on_labelled_completions(rule, shared_data):
         assert agreeing >= agreement * sum(total.values()), source
 
 
+@pytest.mark.slow
 def test_answers_that_hang_cost_no_other_answer_its_verdict():
     """A step of 256 with 20 answers that take seconds each; the settings are those of a run."""
     ordinary = [(str(n), f"So it is \\boxed{{{n + n % 2}}}.") for n in range(1000, 1236)]
@@ -488,6 +489,7 @@ def children(pid: int) -> set[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_workers_die_with_a_killed_parent():
     code = (

@@ -48,6 +48,7 @@ def test_findings_tell_what_attacks_did(monkeypatch):
     assert found.verdicts["text"] == {"correct": 1, "wrong": 1}
 
 
+@pytest.mark.slow
 def test_attacks_are_the_same_each_time(tmp_path):
     first, again = (rule_attacks.generate_attacks(30, tmp_path / "canary") for _ in range(2))
     assert first == again and len({attack.kind for attack in first}) == 10

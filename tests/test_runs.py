@@ -116,7 +116,7 @@ def test_a_runs_models_are_loaded_at_a_step(run, devices):
         run_checkpoint.read_run_config(path / "checkpoints")
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("calibrated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_runs_calibration_is_read_and_exported(calibrated, run, tmp_path):
     """The one in its directory, and only if its rewards were calibrated."""
     path = tmp_path / "run"
@@ -153,6 +153,7 @@ def export(path, out, *flags: str, **variables: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 def test_an_export_is_pushed_by_flag_alone(run, tmp_path):
     token, out = "hf_secretsecretsecret", tmp_path / "policy"
     with tiny_hub.UploadServer() as server:
@@ -174,6 +175,7 @@ def test_an_export_is_pushed_by_flag_alone(run, tmp_path):
     assert not any(token.encode() in content for content in server.files["team/solver"].values())
 
 
+@pytest.mark.slow
 def test_a_push_that_is_refused_leaves_the_directory(run, tmp_path):
     with tiny_hub.UploadServer(refuses=True) as server:
         hub = {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
@@ -189,6 +191,7 @@ def test_a_push_that_is_refused_leaves_the_directory(run, tmp_path):
     assert "--push=solver: write NAMESPACE/NAME" in done.stderr and "set HF_TOKEN" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated(run, devices, tmp_path):
     """Its policy on its held-out problems, by its own reward model; then the reward model itself."""
     path = run[0]

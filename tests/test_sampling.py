@@ -306,6 +306,7 @@ def check_interpreted(implementation, mode, rows, vocabulary, seed):
     assert all(np.isnan(numbers[np.array([0, rows - 1])]).all() for numbers in jax.tree.leaves(got)[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", INTERPRETED)
 @settings(max_examples=4, deadline=None)
 @given(st.sampled_from([GREEDY, *MODES.values()]), ODD, SMALL, st.integers(0, 2**31))
@@ -321,6 +322,7 @@ def test_kernels_equal_the_xla_form_at_real_vocabularies(implementation, mode, v
     check_interpreted(implementation, MODES[mode], 3, vocabulary, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [sampling_tpu, sampling_triton])
 def test_thresholds_found_by_tallies_are_those_found_by_bisection(kernels):
     """Top-k's exactly; top-p's to a rounding of the mass."""

@@ -121,6 +121,7 @@ def test_values_of_another_type_are_not_repeated():
         assert name in str(caught.value) and SECRET not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, more",
     [

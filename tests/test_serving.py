@@ -21,6 +21,9 @@ from serving_process import KEY, ServingProcess
 import cooper_jax
 from cooper_jax.serving.device_loop import DeviceLoop
 
+# A server with two models starts for them; it takes half a minute.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 MESSAGES = [{"role": "system", "content": "You help."}, {"role": "user", "content": "What is 3 plus 10?"}]
 ASK = {"model": "policy", "messages": MESSAGES}
@@ -335,7 +338,6 @@ def test_metrics_are_prometheus_text(server):
     assert families["cooper_first_token_seconds"] and families["cooper_scores"].samples[0].value > 0
 
 
-@pytest.mark.slow
 def test_sigterm_lets_requests_finish(folder):
     """A stream that has begun ends as it should, new requests are refused, and the exit code is 0."""
     server = ServingProcess(folder, models=("policy",), serve__segment=1, key="").wait_until_ready()
@@ -353,7 +355,6 @@ def test_sigterm_lets_requests_finish(folder):
         server.close()
 
 
-@pytest.mark.slow
 def test_requests_that_outlast_the_end_fail(folder):
     """After SIGTERM and `shutdown_timeout`: the last event of a stream is an error, and the exit code is 0."""
     sizes = {"serve__max_new_tokens": 300, "serve__segment": 1, "serve__shutdown_timeout": 0}
@@ -369,7 +370,6 @@ def test_requests_that_outlast_the_end_fail(folder):
         server.close()
 
 
-@pytest.mark.slow
 def test_requests_that_take_too_long_fail(folder):
     """After `timeout`: 504, or an error in the stream.  A body that does not come: 408."""
     limits = {"serve__timeout": 0.01, "serve__body_timeout": 0.2, "serve__max_waiting": 400}
@@ -425,7 +425,6 @@ def run_refused(*flags: str, **environment: str) -> str:
     return done.stderr
 
 
-@pytest.mark.slow
 def test_what_cannot_be_served_is_one_line(server, folder):
     weights = f"--config.policy.weights={folder / 'policy' / 'hf'}"
     assert "there is no model to serve: give --run_dir=RUN" in run_refused("--config.serve.port=0")

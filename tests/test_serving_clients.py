@@ -41,6 +41,7 @@ def served_reward(folder, monkeypatch):
         server.close()
 
 
+@pytest.mark.slow
 def test_adapters_give_the_servers_scores(served_reward):
     """In TRL's form, with texts and with messages, and in verl's, for one response and for a batch."""
     module, server = served_reward

@@ -162,6 +162,7 @@ def test_the_error_on_the_published_rows():
     assert calibration.efficiencies.keys() == set(published_speeds.KINDS)
 
 
+@pytest.mark.slow
 def test_the_docs_have_what_the_command_prints(tmp_path):
     out = tmp_path / "estimates.json"
     done = subprocess.run(
@@ -175,6 +176,7 @@ def test_the_docs_have_what_the_command_prints(tmp_path):
     assert written["published"] == len(PUBLISHED) and len(written["rows"]) == len(ROWS)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_in_one_line(tmp_path):
     for words, complaint in (
         (["--oot=x"], "--oot: there is no such flag; did you mean --out?"),

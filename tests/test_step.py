@@ -147,6 +147,7 @@ def test_what_the_policy_is_rewarded_with():
     assert named.tolist() == rewards(answer_required=True)
 
 
+@pytest.mark.slow
 def test_long_responses_are_penalised_and_left_out_of_the_loss(build):
     """The same rollouts with and without DAPO's two settings."""
     found = []
@@ -236,6 +237,7 @@ def test_samples_name_the_pairs_of_their_own_prompt(build):
     assert [r["truth"] for r in first["responses"]] == [True, False]
 
 
+@pytest.mark.slow
 def test_samples_leave_out_what_is_not_known(build):
     """A run without a reward model has no scores, one without exact truth no truth."""
     with build() as (components, _):

@@ -161,6 +161,7 @@ def test_how_pairs_moved_by_spans():
     }
 
 
+@pytest.mark.slow
 def test_kept_records_make_the_same_tables_and_figure(tmp_path):
     """After their way through files: the runs' own, and the compact one."""
     out, rng = tmp_path / "out", np.random.default_rng(0)
@@ -274,6 +275,7 @@ def test_the_number_beside_a_curve_is_the_curves():
     assert sorted(text.get_text() for text in axes.texts) == ["30%", "rule"]
 
 
+@pytest.mark.slow
 def test_the_figure_is_a_picture_of_readable_width():
     from matplotlib.image import imread
 

@@ -495,6 +495,7 @@ def test_a_terminal_has_a_table_of_all_runs(tmp_path, stand_in, monkeypatch):
 # --- the command -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, says",
     [

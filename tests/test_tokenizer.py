@@ -201,6 +201,7 @@ def test_a_template_that_refuses_is_named(tmp_path):
         tokenizer.load_tokenizer_from(str(path)).chat([("system", "x")], fallback=False)
 
 
+@pytest.mark.slow
 def test_a_missing_template_engine_is_named(tmp_path):
     """Not as a template that refuses the messages."""
     path = tiny_tokenizers.write(tmp_path, "qwen")

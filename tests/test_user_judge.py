@@ -106,6 +106,7 @@ def test_a_judge_that_is_not_there_is_refused(path, monkeypatch, judge, words):
         RuleVerifier(rule_config(judge))
 
 
+@pytest.mark.slow
 def test_a_run_starts_with_a_judge_and_ends_without_one_in_one_line(path, tmp_path, capsys):
     """Its columns are missing in synthetic problems."""
     file = tmp_path / "simple.py"

@@ -716,6 +716,7 @@ def _reward_model(folder, record=None):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_calibrated_reward_model_judges_and_is_attacked(tmp_path, monkeypatch):
     """Its scores are sigmoid((z - b) / T) of the logits of before; the file's values decide the results."""
     devices = jax.devices()[:2]

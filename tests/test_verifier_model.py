@@ -401,6 +401,7 @@ def test_what_each_term_does_to_what_both_members_share():
     assert abs(push(pair_weight=1.0, pair_loss="sigmoid")) < 1e-5 and push(pair_bce=1.0) < -0.24
 
 
+@pytest.mark.slow
 def test_an_update_of_all_terms_is_that_of_a_naive_sum():
     batch, taught = pairs(), labelled()
     m = np.asarray(batch.mask)
@@ -469,6 +470,7 @@ def test_an_update_needs_a_valid_pair_or_a_row():
     assert int(state.updates) == 3 and metrics["rollout_rows"] == 0 == metrics["rollout_bce"]
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_update_of_all_terms_of_one_device():
     layout = Layout(mesh.make_mesh(2, 2, 2), base.get_config().mesh.rules)
     specs = transformer.param_specs(CONFIG, head="score")
@@ -520,7 +522,7 @@ def test_scores_of_packed_rows_equal_those_of_a_naive_model():
     np.testing.assert_allclose(found, naive_scores(start(), batch), atol=1e-5)
 
 
-@pytest.mark.parametrize("on_a_mesh", [False, True])
+@pytest.mark.parametrize("on_a_mesh", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_update_on_packed_rows_is_that_on_unpacked_ones(on_a_mesh):
     opt, update = update_of(pair_bce=0.5, rollout_bce=0.25)
     expected, metrics = update(optim.init_state(start(), opt), pairs(), labelled())
@@ -539,6 +541,7 @@ def test_the_update_on_packed_rows_is_that_on_unpacked_ones(on_a_mesh):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_packed_pairs_without_a_valid_one_move_nothing():
     opt, update = update_of()
     empty = row_packing.pack_reward_rows([[]] * 6, PLAN, together=2)

@@ -329,6 +329,7 @@ print(json.dumps({"peak": peak - before, "held": held}))
 """
 
 
+@pytest.mark.slow
 def test_the_memory_that_loading_takes(tmp_path):
     """A file of 100 MB, in processes of their own: above what is placed, one device's part and not a parameter."""
     c = config(width=256, ffn=8192, heads=4, kv_heads=4, head_dim=64, layers=4, vocab_size=512)
