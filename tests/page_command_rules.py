@@ -36,7 +36,8 @@ BESIDE = "> server.txt 2>&1 & until grep -q 'ready: ' server.txt; do kill -0 $!;
 SERVE_RUN = f"python launch/serve.py --run_dir=runs/tiny --config.serve.port=18473 {BESIDE}"
 SERVE_SCORER = (
     "export COOPER_API_KEY=of-this-test; "
-    f"python launch/serve.py --config.reward.weights=models/scorer --config.serve.port=18474 {BESIDE}"
+    "python launch/serve.py --config.reward.weights=models/scorer --config.reward.max_tokens=256 "
+    f"--config.serve.port=18474 {BESIDE}"
 )
 
 # --- reasons ---------------------------------------------------------------------------------------------------
@@ -108,6 +109,7 @@ RULES = (
     Rule(
         r"serve\.py --config\.reward\.weights=VERIFYRM_DIR",
         replace=((r"VERIFYRM_DIR", "models/scorer"), (r"port=8001", "port=0")),
+        append="--config.reward.max_tokens=256",
         needs=("models",),
         until="ready: ",
     ),

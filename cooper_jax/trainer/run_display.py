@@ -91,7 +91,8 @@ class RunDisplay:
     def _open_named(self, text: str, key: tuple[int, str]):
         # A phase may come several times in a step, of which the first has the line.
         named = key[0] == self._first_step and key not in self._named
-        self._named.add(key)
+        if named:
+            self._named.add(key)
         with self._console.open_activity(text, named):
             yield
 
