@@ -135,16 +135,16 @@ def test_the_guards_detector_is_the_one_that_the_stored_runs_give(capsys):
 
 
 def test_what_the_guard_does_on_seeds_that_set_no_threshold():
-    """What docs/hacked.md says: one warning comes too late, and two alarms are false."""
+    """What docs/hacked.md says: it warns of every hack before its onset, and there is no false alarm."""
     runs = [run for run in read_rows(STORED) if run.seed in OTHERS]
     outcomes = {(run.arm, run.seed): apply_detector(run, DETECTOR) for run in runs}
     assert outcomes.keys() == {(arm, seed) for arm in ("frozen", "robust") for seed in OTHERS}
-    assert all((run.onset is None) == (run.arm == "robust") for run in runs)
-    warned = {seed for (arm, seed), outcome in outcomes.items() if arm == "frozen" and outcome.is_warning}
-    false = {
-        seed for (arm, seed), outcome in outcomes.items() if arm == "robust" and outcome.alarm is not None
-    }
-    assert warned == OTHERS - {32} and false == {32, 39}
+    # One policy with a frozen reward model has no onset within these steps.
+    hacked = {(run.arm, run.seed) for run in runs if run.onset is not None}
+    assert hacked == {("frozen", seed) for seed in OTHERS - {41}}
+    assert {key for key, outcome in outcomes.items() if outcome.is_warning} == hacked
+    alarmed = {key for key, outcome in outcomes.items() if outcome.alarm is not None}
+    assert alarmed - hacked == {("frozen", 41)}
 
 
 def test_seeds_on_the_command_line():
