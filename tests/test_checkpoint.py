@@ -580,6 +580,10 @@ def test_a_reference_without_its_checksums_is_refused(tmp_path):
         kept.restore_reference(abstract_like(tree))
         assert sums.read_bytes() == stored
         kept.restore_reference(abstract_like(tree), has_checksums=True)
+        for damaged in ("", "null", "[]", "{}", '{"arrays": []}'):
+            sums.write_text(damaged)
+            with pytest.raises(checkpoint.Unreadable, match="reference_checksums.json cannot be read"):
+                kept.restore_reference(abstract_like(tree))
 
 
 def test_the_reference_is_kept_once(tmp_path):

@@ -222,6 +222,21 @@ def test_alarms_are_counted_when_they_are_raised():
     assert (ended.alarms, ended.first_alarm, ended.is_alarmed) == (1, 4, False)
 
 
+def test_a_signal_that_is_missing_says_nothing_and_the_others_count():
+    both = Detector((Part("a/b", 1.0), Part("c/d", 1.0, -1)), 2, 20, cap=0.5, slack=0.5, limit=0.4)
+    assert both.read({"a/b": 1.0, "c/d": math.nan}) == (1.0, None) and both.read({"e/f": 1.0}) is None
+    # The rule reads nothing any more: the second signal is gone, the first counts by itself.
+    alone = dataclasses.replace(both, slack=0.2)
+    assert alarms_of([(0.3, 0.9)] * 2 + [(0.9, None)] * 4, alone) == [4, 5, 6]
+    assert alarms_of([(0.3, 0.9)] * 2 + [(0.9, None)] * 4, both) == [], "one signal alone raises no alarm"
+    # An alarm ends, too.
+    calm = [(0.3, None)] * 30
+    assert alarms_of([(0.3, 0.9)] * 2 + [(0.9, 0.3)] * 4 + calm, both)[-1] < 36
+    # A past in which it was missing compares nothing, one in which it was measured at times does.
+    assert alarms_of([(0.3, None)] * 2 + [(0.9, 0.1)] * 9, both) == []
+    assert alarms_of([(0.3, None), (0.3, 0.9)] + [(0.9, 0.3)] * 2, both) == [3, 4]
+
+
 def test_a_step_without_the_signal_changes_nothing():
     state = guard_after(TWO_ALARMS)
     assert observe(state, 99, {"c/d": 9.0}, detector=SUM) is state
@@ -255,6 +270,10 @@ def test_the_past_of_other_signals_is_left_out():
     resumed = GuardState.from_json(stored)
     assert resumed == GuardState(alarms=1, first_alarm=3)
     observe(resumed, 8, dict.fromkeys(watched, 0.5))
+    # An alarm that lasts still stops the run, with a message.
+    alarmed = GuardState.from_json(stored | {"is_alarmed": True})
+    with pytest.raises(RunFault, match=f"step 8: .* by {watched[0]} and"):
+        HackingResponse("stop", alarmed).act(8, alarmed, lambda: None)
 
 
 def test_what_an_alarm_changes_depends_on_the_action():

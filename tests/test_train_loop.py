@@ -75,7 +75,7 @@ def make_step(made, stop, new_state):
 
     def finish(state, phases):
         made.finished.append(state.step)
-        return state, {"reward/mean": 0.5}, record()
+        return state, dict(made.metrics), record()
 
     def step(components, state, phases, on_finished):
         stop("rollout", state.step + 1)
@@ -94,6 +94,7 @@ def parts(monkeypatch, tmp_path):
     """The loop with steps that count, and all that surrounds them replaced."""
     made = types.SimpleNamespace(run=Run(), checkpoints=Checkpoints(), evaluated=[], said=[], stops=set())
     made.rewrites, made.begun, made.finished = RecentRewrites(), [], []
+    made.metrics = {"reward/mean": 0.5}
     made.run.path = tmp_path
 
     def stop(*place):
@@ -202,6 +203,18 @@ def test_a_sigterm_saves_the_last_whole_step(parts, place, logged, saved, said):
     assert said in parts.said[-1]
     assert "eval/rule/accuracy" not in parts.run.rows.get(4, {})
     assert parts.finished == logged, "a step is completed once"
+
+
+@pytest.mark.parametrize("place, step", [(("rollout", 2), 1), (("step", 3), 2), (("evaluation", 4), 4)])
+def test_a_fault_of_the_step_that_a_sigterm_ends_is_found(parts, place, step):
+    """A machine that is preempted in every step would never reach a limit otherwise."""
+    cfg = config()
+    cfg.idle_steps = step
+    parts.metrics |= {"rm/updates": 0.0, "pairs/refused_http_401": 1.0}
+    parts.stops.add(place)
+    with pytest.raises(hosts.RunFault, match=f"step {step}: .* no update for {step} steps"):
+        train_loop.train(cfg)
+    assert parts.checkpoints.saved[-1] == step and list(parts.run.rows)[-1] == step
 
 
 @pytest.mark.parametrize("steps, begun, ended", [((2, 3), 2, 3), ((5, 9), 5, 5)])

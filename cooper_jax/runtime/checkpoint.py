@@ -372,6 +372,8 @@ class Checkpoints:
         if read:
             with raise_unreadable(self._reference_checksums):
                 checksums = json.loads(read)
+                if not (isinstance(checksums, dict) and isinstance(checksums.get("arrays"), dict)):
+                    raise ValueError("it has no checksums of arrays")
             _raise_if_damaged(tree, checksums, self.reference)
         else:
             self._write_reference_checksums(tree, vocab_size)
@@ -385,7 +387,8 @@ class Checkpoints:
     def _read_reference_checksums(self) -> bytes:
         """The file of the reference's checksums; empty if there is none, as in runs of earlier commits."""
         path = self._reference_checksums
-        return path.read_bytes() if path.exists() else b""
+        # An empty file is damage: other than none at all, it is no JSON.
+        return (path.read_bytes() or b" ") if path.exists() else b""
 
     @property
     def _reference_checksums(self) -> Path | epath.Path:

@@ -13,9 +13,9 @@ different hosts, which deadlocks).
 4. `run_as_one` wraps a process's main part.  A process that fails reports it to the others; a lost process
    stops sending heartbeats.  Both end all processes, with a message, within SILENCE_LIMIT and a few seconds.
 
-Exit codes:  0 done   2 setup error   69 another host was lost   75 stopped after a checkpoint.  After 69 and
-75 the same command resumes the run.  The first host runs the coordination service: if it is lost, JAX itself
-aborts the others at once, with 134.
+Exit codes:  0 done   2 setup error   69 another host was lost   70 a fault that no restart mends   75 stopped
+after a checkpoint   130 ended at once by Ctrl-C.  After 69 and 75 the same command resumes the run.  The first
+host runs the coordination service: if it is lost, JAX itself aborts the others at once, with 134.
 """
 
 from __future__ import annotations
@@ -382,6 +382,7 @@ def _watch_peers() -> None:
             states = _get_client().key_value_dir_get(f"{_KEY_PREFIX}/beat/")
         except Exception as error:  # any error of the service: no process can continue without it
             _exit_now(LOST, f"the first host does not answer ({str(error).splitlines()[0]}){_RESTART_HINT}")
+            return  # the main part has finished meanwhile
 
         now = _last_answer[0] = time.monotonic()
         # A heartbeat is a state that has changed; clocks of different hosts are never compared.

@@ -123,8 +123,9 @@ class FaultWatch:
         for name, count in refused.items():
             self._refused[name.removeprefix(_REFUSED)] += int(count)
         if self._settings.idle_steps and self._idle >= self._settings.idle_steps:
-            idle, self._idle = self._idle, 0  # the run that goes on from here has all its steps again
             reasons = ", ".join(f"{reason} {count}" for reason, count in self._refused.most_common())
+            # The run that goes on from here has all its steps again.
+            idle, self._idle, self._refused = self._idle, 0, Counter()
             save()
             raise RunFault(
                 f"step {step}: the reward model got no update for {idle} steps, although there were "

@@ -45,11 +45,15 @@ class Part:
         return abs(value / past - 1) / self.scale if past else 0.0
 
 
+# A step's signals, in the order of a detector's parts; None: not measured, or NaN.
+Values = tuple[float | None, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class DetectorState:
     """What a detector knows after a step."""
 
-    past: tuple[tuple[float, ...], ...] = ()  # the signals of steps without an excess, the oldest first
+    past: tuple[Values, ...] = ()  # the signals of steps without an excess, the oldest first
     excess: float = 0.0
 
 
@@ -70,23 +74,26 @@ class Detector:
         parts = tuple(dataclasses.replace(part, scale=part.scale * factor) for part in self.parts)
         return dataclasses.replace(self, parts=parts)
 
-    def read(self, metrics: Mapping[str, float]) -> tuple[float, ...] | None:
-        """The signals of a step, in the order of the parts; None if one is missing or NaN."""
-        values = tuple(metrics.get(part.signal, math.nan) for part in self.parts)
-        return None if any(math.isnan(value) for value in values) else values
+    def read(self, metrics: Mapping[str, float]) -> Values | None:
+        """The signals of a step; None if it has none of them."""
+        measured = (metrics.get(part.signal, math.nan) for part in self.parts)
+        values = tuple(None if math.isnan(value) else value for value in measured)
+        return None if all(value is None for value in values) else values
 
-    def average_past(self, state: DetectorState) -> tuple[float, ...]:
+    def average_past(self, state: DetectorState) -> Values:
         """The past values with which the next step's signals are compared."""
-        oldest = state.past[: self.averaged]
-        return tuple(statistics.fmean(values) for values in zip(*oldest, strict=True))
+        oldest = zip(*state.past[: self.averaged], strict=True)
+        known = ([value for value in values if value is not None] for values in oldest)
+        return tuple(statistics.fmean(values) if values else None for values in known)
 
-    def observe(self, state: DetectorState, values: tuple[float, ...]) -> DetectorState:
-        """The state after a step.  values: those of `read`."""
+    def observe(self, state: DetectorState, values: Values) -> DetectorState:
+        """The state after a step.  values: those of `read`; a signal that is missing says nothing."""
         if len(state.past) < self.averaged:
             return DetectorState((*state.past, values), state.excess)
         evidence = -self.slack
         for part, value, past in zip(self.parts, values, self.average_past(state), strict=True):
-            evidence += max(-self.cap, min(self.cap, part.measure(value, past)))
+            if value is not None and past is not None:
+                evidence += max(-self.cap, min(self.cap, part.measure(value, past)))
         excess = min(max(0.0, state.excess + evidence), EXCESS_CAP * self.limit)
         if excess > 0:
             return DetectorState(state.past, excess)

@@ -77,7 +77,10 @@ class HackingResponse:
 def describe_signals(guard: GuardState) -> str:
     """The detector's signals and its excess, for messages."""
     past = DETECTOR.average_past(guard.detector)
+    # There is no past in a run that goes on with another version's detector.
+    before = dict(zip((part.signal for part in DETECTOR.parts), past, strict=False))
     signals = " and ".join(
-        f"{part.signal} ({value:.3g} before)" for part, value in zip(DETECTOR.parts, past, strict=True)
+        part.signal if (value := before.get(part.signal)) is None else f"{part.signal} ({value:.3g} before)"
+        for part in DETECTOR.parts
     )
     return f"excess {guard.detector.excess:.1f} of {DETECTOR.limit:g} by {signals}"

@@ -176,7 +176,7 @@ class TrainingLoop:
             # An evaluation may compile, too.
             compile_seconds = {"time/compile": CONSOLE.compile_seconds - compiled}
             self._log.write(state.step, metrics | phases.collect() | compile_seconds, record)
-        self._faults.check(state.step, metrics, self._save_good_state)
+            self._faults.check(state.step, metrics, self._save_good_state)
         self._respond(state)
 
         # The loop waits only for a copy of the arrays; they are written in the background.  This phase's time is
@@ -199,10 +199,15 @@ class TrainingLoop:
     def _save_good_state(self) -> None:
         """Save the last complete state before a fault ends the run, unless it is saved already."""
         assert self._state is not None
-        with setup_errors("checkpoint"), pause_rollout(self._components):
-            self._checkpoints.wait()
-            if self._state.step not in self._checkpoints.steps():
-                self._save(self._state)
+        with pause_rollout(self._components):
+            self._save_and_wait(self._state)
+
+    def _save_and_wait(self, state: State) -> None:
+        """Save a complete state unless it is saved already, and wait until it is written."""
+        with setup_errors("checkpoint"):
+            self._checkpoints.wait()  # an earlier save may be running in the background
+            if state.step not in self._checkpoints.steps():
+                self._save(state)
                 self._checkpoints.wait()
 
     def _save(self, state: State) -> None:
@@ -210,27 +215,27 @@ class TrainingLoop:
         save_checkpoint(self._components, state, self._run, self._checkpoints, self._faults.to_json())
 
     def save_last_step(self) -> None:
-        """Complete and save the last step of a run that a SIGTERM ends, and wait until it is written."""
+        """Complete and save the last step of a run that a SIGTERM ends, and wait until it is written.
+
+        Raises RunFault for a fault of this step.
+        """
         if self._components.rollout_thread is not None:
             self._components.rollout_thread.cancel()
+        # Without a state, the phases before step 1 were interrupted (resume.py), and theirs cannot be saved.
+        if self._state is None:
+            with setup_errors("checkpoint"):
+                self._checkpoints.wait()
+            hosts.print_once(
+                "stopped by a signal before step 0 was saved; the same command starts from the beginning",
+                always=True,
+            )
+            return
         state = self._state
-        if state is not None and state.finish is not None:
+        if state.finish is not None:
             state, metrics, record = finish_step(state, self._phases)
             self._log.write(state.step, metrics, record)
-
-        with setup_errors("checkpoint"):
-            self._checkpoints.wait()  # an earlier save may be running in the background
-
-            # Without a state, the phases before step 1 were interrupted (resume.py), and theirs cannot be saved.
-            if state is None:
-                hosts.print_once(
-                    "stopped by a signal before step 0 was saved; the same command starts from the beginning",
-                    always=True,
-                )
-                return
-            if state.step not in self._checkpoints.steps():
-                self._save(state)
-                self._checkpoints.wait()
+            self._faults.check(state.step, metrics, lambda: self._save_and_wait(state))
+        self._save_and_wait(state)
         hosts.print_once(
             f"stopped by a signal; step {state.step} is saved; {describe_resumption()}", always=True
         )
