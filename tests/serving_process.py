@@ -90,9 +90,11 @@ class ServingProcess:
         return float(re.search(rf"^{name} (\S+)$", text, re.M)[1])
 
     def wait_for(self, name: str, value: float) -> None:
-        """Wait until a metric has a value."""
-        while self.metric(name) != value:
+        """Wait until a metric has a value, for a minute at most."""
+        deadline = time.monotonic() + 60
+        while (found := self.metric(name)) != value:
             assert self.process.poll() is None, self.text
+            assert time.monotonic() < deadline, f"{name} is {found}, not {value}"
             time.sleep(0.02)
 
     def resident_mb(self) -> float:
