@@ -62,7 +62,7 @@ class Outcome:
 def find_external_links() -> dict[str, list[str]]:
     """Each external address of the documentation -> the files that have it."""
     found: dict[str, list[str]] = collections.defaultdict(list)
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
+    files = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md")]
     files += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
     for file in files:
         for match in URL.finditer(file.read_text(encoding="utf-8")):

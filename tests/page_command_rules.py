@@ -99,7 +99,10 @@ RULES = (
     ),
     Rule(r"measure_hacking_guard\.py (evaluate|records)", short=True),
     Rule(r"measure_hacking_guard\.py", skip="needs a study of hours: tests/test_measure_hacking_guard.py"),
-    Rule(r"measure_serving\.py", skip="takes minutes, and measures: tests/test_serving.py tests the server"),
+    Rule(
+        r"measure_serving\.py",
+        skip="takes minutes, and measures: tests/test_serving_clients.py runs it in small",
+    ),
     Rule(
         r"measure_terminal\.py",
         append="--config.eval.problems=8 --config.eval.reward_rows=8 --config.steps=1",

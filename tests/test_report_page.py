@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import report_runs
+import tiny_runs
 from report_runs import HOSTILE
 
 from cooper_jax.report import page, report_data
@@ -240,3 +243,39 @@ def test_groups_are_hidden_and_a_run_is_chosen(browser, reports):
         shown.locator("#config").get_by_label("Contains").fill("policy.arch.width")
         assert shown.locator("#config tbody tr").count() == 1
         assert opened.said == []
+
+
+# --- real and long runs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_report_of_a_run_opens_on_a_desktop_and_a_phone(browser, tmp_path):
+    """The two commands of docs/quick_start.md, with a smaller run."""
+    done = tiny_runs.run(tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "report.html"
+    command = [
+        sys.executable,
+        str(tiny_runs.ROOT / "launch/report.py"),
+        str(tmp_path / "run"),
+        f"--out={file}",
+    ]
+    written = subprocess.run(command, env=tiny_runs.environment(), capture_output=True, text=True)
+    assert written.returncode == 0, written.stderr
+    for width in WIDTHS:
+        with OpenedPage(browser, file, width) as opened:
+            shown = opened.page
+            assert shown.locator("svg.plot").count() > 5 and shown.locator("#samples .response").count() > 0
+            root = "document.documentElement"
+            assert shown.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"), "nothing lies beside the page"
+            assert opened.said == [] and all(url.startswith("file:") for url in opened.requests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs, steps", [(10, 500), (1, 2000)])
+def test_pages_of_long_runs_are_below_10_mb(tmp_path, runs, steps):
+    """The sizes of tests/measure_report.py."""
+    shape = report_runs.RunShape(steps=steps, every=10, group=16, prompts=2, words=150)
+    places = [str(report_runs.write_run(tmp_path / f"run_{i}", shape, seed=i)) for i in range(runs)]
+    content = page.write_page(report_data.encode_report(report_data.collect_report(places)))
+    assert 2e6 < len(content) < 10e6

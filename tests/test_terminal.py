@@ -31,6 +31,7 @@ STAGES = (
     "supervised training of the policy",
     "supervised training of the reward model",
     "saving the policy as the reference",
+    "warm-up of the reward model on rollouts",
     "evaluation on 8 held-out problems",
     "saving step 0",
 )
@@ -45,6 +46,8 @@ PHASES = (
     "step 1: pairs for the reward model (4 of 5)",
     "step 1: reward model update (5 of 5)",
 )
+# Settings with which a run has all of them.
+WARM_UP = {"reward__warmup_updates": 1}
 HEADER = "step  held-out    reward  false pos."
 
 
@@ -58,7 +61,7 @@ def assert_in_order(lines, parts) -> None:
 
 
 def test_a_log_has_a_line_for_each_stage_phase_step_and_evaluation(tmp_path):
-    done = tiny_runs.run(tmp_path / "run")
+    done = tiny_runs.run(tmp_path / "run", **WARM_UP)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "loading the libraries ..." and "\x1b" not in done.stdout
@@ -67,7 +70,7 @@ def test_a_log_has_a_line_for_each_stage_phase_step_and_evaluation(tmp_path):
     assert_in_order(lines, [f"{tmp_path / 'run'}: 4 steps complete", "held-out accuracy", "files", "next"])
 
     # The same command again has nothing to do; a step more resumes, and with --quiet says little.
-    command = [*tiny_runs.command(tmp_path / "run", steps=5), "--quiet"]
+    command = [*tiny_runs.command(tmp_path / "run", steps=5, **WARM_UP), "--quiet"]
     again = subprocess.run(command, env=tiny_runs.environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     lines = again.stdout.splitlines()
@@ -98,7 +101,7 @@ def test_a_stopped_run_says_how_to_resume(tmp_path):
 def test_a_terminal_shows_each_phase_as_it_begins(tmp_path):
     run = tmp_path / "run"
     recording = terminal_recording.record_terminal(
-        tiny_runs.command(run), tmp_path, tiny_runs.environment() | {"NO_COLOR": "1"}
+        tiny_runs.command(run, **WARM_UP), tmp_path, tiny_runs.environment() | {"NO_COLOR": "1"}
     )
     shown = [frame.last_line for frame in recording.frames]
     # Phases of milliseconds may begin and end between two looks at the screen.
