@@ -100,10 +100,12 @@ COMPILED = "needs an environment of its own and compiles many programs: the part
 FURTHER = "cases of some seconds each, beside default tests of the same subject"
 NOT_IN_CI = {
     "test_api.py": FURTHER,
+    "test_dynamic_sampling.py": FURTHER,
     "test_examples.py": FURTHER,
     "test_families.py": FURTHER,
     "test_filtered_training.py": FURTHER,
     "test_grpo.py": FURTHER,
+    "test_judge.py": FURTHER,
     "test_recipes.py": FURTHER,
     "test_report.py": FURTHER,
     "test_reward_stages.py": FURTHER,

@@ -67,7 +67,10 @@ def choose(flat: list[bool], budget: int) -> tuple[list[int], int]:
     return sorted((varied + equal)[:B]), sampled
 
 
-@pytest.mark.parametrize("devices, budget", [(1, 1), (1, 30), (4, 3)])
+@pytest.mark.parametrize(
+    "devices, budget",
+    [(1, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 30), (4, 3)))],
+)
 def test_flat_groups_are_replaced_by_the_next_problems(build, budget, devices):
     with rule_arm(build, devices=devices, **{"data.refill_prompts": budget}) as (components, state):
         components = dataclasses.replace(components, rule=ByText())

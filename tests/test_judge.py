@@ -210,6 +210,7 @@ def local(directory, tmp_path, name, **fields):
     return local_chat.open_chat(cfg, name, layout, tmp_path)
 
 
+@pytest.mark.slow
 def test_local_is_greedy_at_temperature_0_and_drawn_by_name_above(directory, tmp_path):
     asked = [[("user", "2 + 2")], [("user", "The answer is 7.")]]
     greedy = local(directory, tmp_path, "judge")

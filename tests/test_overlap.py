@@ -212,6 +212,7 @@ def test_rows_as_published_have_the_same_fingerprints(questions, shared_data):
         ], name
 
 
+@pytest.mark.slow
 def test_no_near_duplicate_is_missed(questions):
     """Of all pairs that share 0.7 of their word triples (Jaccard), those that are not equal are none."""
 

@@ -79,7 +79,8 @@ def test_ten_steps_are_the_same_in_sequence(tmp_path, uneven_services):
 
 
 # A step checks three times for a SIGTERM: before it, after the scores, and before the policy's update.
-@pytest.mark.parametrize("check", [pytest.param(10, marks=pytest.mark.slow), 12])
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [10, 12])
 def test_a_stopped_run_completes_its_last_step_and_goes_on_bit_for_bit(
     tmp_path, uneven_services, monkeypatch, check
 ):

@@ -120,6 +120,7 @@ def test_steps_on_packed_rows_after_supervised_phases(build, tmp_path):
             assert rows["on"][name] == pytest.approx(value, rel=1e-3, abs=1e-4, nan_ok=True), name
 
 
+@pytest.mark.slow
 def test_several_updates_a_step(build):
     """Two epochs of two minibatches: four updates, old log-probabilities from before the first."""
     with build(**{"policy.epochs": 2, "policy.minibatches": 2, "policy.optimiser.lr": 1e-2}) as (
@@ -143,6 +144,7 @@ def test_several_updates_a_step(build):
         assert metrics["policy/ratio_min"] < 1.0 < metrics["policy/ratio_max"]
 
 
+@pytest.mark.slow
 def test_a_step_at_another_temperature_uses_it_in_sampling_scoring_and_updating(build, monkeypatch):
     """All see softmax(logits / 0.5): computed here from the whole logits of made-up responses."""
     temperature, requests = 0.5, record_requests(monkeypatch)

@@ -157,6 +157,7 @@ def test_the_reward_warmup_samples_with_a_key_and_in_an_order_of_its_own(build, 
         assert same_key(request.key, keys.make_key(7, "reward_warmup"))
 
 
+@pytest.mark.slow
 def test_rows_without_pairs_need_no_assistant(build, tmp_path):
     def alone(components):
         return dataclasses.replace(components, assistant=None)

@@ -28,7 +28,7 @@ FAST = ALL_TERMS | {
 }
 AHEAD = FAST | {"rollout.ahead": 1}
 SLOW = pytest.mark.slow
-MESHES = [(1, "1x1x1"), pytest.param(4, "4x1x1", marks=SLOW), pytest.param(4, "2x2x1", marks=SLOW)]
+MESHES = [pytest.param(*mesh, marks=SLOW) for mesh in ((1, "1x1x1"), (4, "4x1x1"), (4, "2x2x1"))]
 
 
 def started(components, state):
@@ -144,6 +144,7 @@ def test_the_base_of_adapters_is_copied_once(build):
         assert any(a.tobytes() != b.tobytes() for a, b in zip(old, new, strict=True))
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_updated_reward_model(build):
     """Also on devices of its own, which could score while the batch is sampled: it changes in between."""
     changes = AHEAD | {"mesh.rollout": "1x1x1", "mesh.reward": "1x1x1", "reward.optimiser.lr": 0.05}
@@ -183,6 +184,7 @@ def test_the_next_batch_begins_behind_a_refill(build):
     assert max(taken) > 0, "nothing was replaced"
 
 
+@pytest.mark.slow
 def test_the_last_step_starts_no_rollout(build):
     with build(2, **AHEAD | {"mesh.rollout": "1x1x1", "steps": 2}) as built:
         components, state = started(*built)

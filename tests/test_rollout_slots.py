@@ -112,6 +112,7 @@ def test_the_last_rows_move_into_fewer_slots(segments):
         assert sizes[-1] == 3 and sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_cpu_compiles_few_sizes_of_the_cache(segments):
     """A quarter, a half and all of the columns that the longest response needs, in whole segments."""
     rollout(spec_of(group_size=1, max_new_tokens=38, eos_ids=(), segment=4))

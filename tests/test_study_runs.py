@@ -316,6 +316,7 @@ def test_settings_that_differ_are_refused(tmp_path):
 # --- carrying it out ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_complete_is_not_started_again(tmp_path, stand_in):
     study = a_study(tmp_path / "out")
     assert carry_out(study) == []
@@ -387,6 +388,7 @@ def test_several_runs_at_once_keep_to_a_core_each(tmp_path, stand_in):
     assert [row["cores"] for row in rows] == [1] * 5
 
 
+@pytest.mark.slow
 def test_an_idle_slot_compiles_until_an_arm_can_use_it(tmp_path, stand_in):
     study = a_study(tmp_path / "out", names=("frozen", "robust"), seeds=(3,), name="slow")
     compile_run = study.make_compile_run()

@@ -777,6 +777,7 @@ def test_a_calibrated_reward_model_judges_and_is_attacked(tmp_path, monkeypatch)
         judge(calibrated, tmp_path / "calibrated")
 
 
+@pytest.mark.slow
 def test_what_reward_models_saw_is_unknown_where_no_whole_record_lies_beside_them(tmp_path, monkeypatch):
     """Two of one name, one without a record and one with a part: columns and notes tell them apart."""
     devices = jax.devices()[:2]
