@@ -46,10 +46,13 @@ class Run:
 
 class Checkpoints(Run):
     def __init__(self):
-        self.saved = []
+        self.saved, self.counts = [], {}
 
     def steps(self):
         return self.saved
+
+    def loop(self, step):
+        return self.counts
 
     def wait(self):
         pass
@@ -95,6 +98,7 @@ def parts(monkeypatch, tmp_path):
     made = types.SimpleNamespace(run=Run(), checkpoints=Checkpoints(), evaluated=[], said=[], stops=set())
     made.rewrites, made.begun, made.finished = RecentRewrites(), [], []
     made.metrics = {"reward/mean": 0.5}
+    made.start = 0
     made.run.path = tmp_path
 
     def stop(*place):
@@ -103,8 +107,8 @@ def parts(monkeypatch, tmp_path):
 
     def start(components, state, run, checkpoints):
         stop("start", 0)
-        checkpoints.saved.append(0)
-        return new_state(0)
+        checkpoints.saved.append(made.start)
+        return new_state(made.start)
 
     def new_state(step):
         return State(None, None, None, step=step, position=0, recent_rewrites=made.rewrites)
@@ -215,6 +219,27 @@ def test_a_fault_of_the_step_that_a_sigterm_ends_is_found(parts, place, step):
     with pytest.raises(hosts.RunFault, match=f"step {step}: .* no update for {step} steps"):
         train_loop.train(cfg)
     assert parts.checkpoints.saved[-1] == step and list(parts.run.rows)[-1] == step
+
+
+def test_a_resumed_run_counts_faults_from_those_of_its_checkpoint(parts, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        train_loop, "save_checkpoint", lambda _, state, *rest: saved.append((state.step, rest[-1]))
+    )
+    cfg = config()
+    cfg.idle_steps = 4
+    parts.metrics |= {"rm/updates": 0.0, "pairs/refused_http_401": 1.0}
+    parts.stops.add(("step", 4))
+    with pytest.raises(hosts.Stopped):
+        train_loop.train(cfg)
+    step, counts = saved[-1]
+    assert (step, counts["idle"], counts["refused"]) == (3, 3, {"http_401": 3})
+
+    parts.start, parts.checkpoints.counts = 3, {"faults": counts}
+    parts.stops.clear()
+    with pytest.raises(hosts.RunFault, match="step 4: .* no update for 4 steps.*http_401 4"):
+        train_loop.train(cfg)
+    assert saved[-1][1]["idle"] == 0, "who mends the cause has all the steps again"
 
 
 @pytest.mark.parametrize("steps, begun, ended", [((2, 3), 2, 3), ((5, 9), 5, 5)])
