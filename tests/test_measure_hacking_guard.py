@@ -135,7 +135,7 @@ def test_the_guards_detector_is_the_one_that_the_stored_runs_give(capsys):
 
 
 def test_what_the_guard_does_on_seeds_that_set_no_threshold():
-    """What docs/hacked.md says: it warns of every hack before its onset, and there is no false alarm."""
+    """What docs/hacked.md says: it warns of every hack before its onset, and of one run without an onset."""
     runs = [run for run in read_rows(STORED) if run.seed in OTHERS]
     outcomes = {(run.arm, run.seed): apply_detector(run, DETECTOR) for run in runs}
     assert outcomes.keys() == {(arm, seed) for arm in ("frozen", "robust") for seed in OTHERS}
